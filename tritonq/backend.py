@@ -1,0 +1,113 @@
+"""Which implementation runs a call: decided here, per call, from the tensor."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+
+# What the kernels load and store. float64 lives on the PyTorch path alone.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_preferred: ContextVar[Backend] = ContextVar("tritonq_backend", default="auto")
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Choose the backend of every call in the block that leaves ``backend="auto"``.
+
+    Args:
+        backend: ``"auto"`` (by tensor), ``"triton"`` (kernels, or an error), ``"torch"`` (plain PyTorch).
+
+    Raises:
+        ValueError: an unknown backend.
+
+    Examples:
+        >>> import tritonq
+        >>> with tritonq.use_backend("torch"):
+        ...     y = tritonq.fake_quantize_per_tensor_affine(torch.ones(3), 0.1, 0, -128, 127)
+    """
+    token = _preferred.set(_checked(backend))
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the triton package is installed (importing it is left to the first kernel call)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    if not has_triton():
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def select(x: Tensor, backend: Backend = "auto") -> Literal["triton", "torch"]:
+    """Choose the backend for a call on ``x``.
+
+    CUDA or HIP tensors with triton run kernels; with ``TRITON_INTERPRET=1`` CPU tensors run the same kernels in
+    Triton's interpreter; all else runs PyTorch. float64 always runs PyTorch.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: ``"triton"`` was asked for and cannot run on ``x``.
+    """
+    choice = _checked(backend)
+    if choice == "auto":
+        choice = _preferred.get()
+    if choice == "torch":
+        return "torch"
+    obstacle = _obstacle(x)
+    if obstacle is None:
+        return "triton"
+    if choice == "triton":
+        raise RuntimeError(f"backend 'triton' cannot run here: {obstacle}")
+    return "torch"
+
+
+def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleType:
+    """The module that implements op family ``name`` for ``x``: ``tritonq.kernels`` or ``tritonq.reference``.
+
+    Both hold functions of the same names and signatures.
+    """
+    package = "tritonq.kernels" if select(x, backend) == "triton" else "tritonq.reference"
+    return _load(f"{package}.{name}")
+
+
+@cache
+def _load(module: str) -> ModuleType:
+    return importlib.import_module(module)
+
+
+def _checked(backend: Backend) -> Backend:
+    if backend not in get_args(Backend):
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(get_args(Backend))}")
+    return backend
+
+
+def _obstacle(x: Tensor) -> str | None:
+    """Why the kernels cannot take ``x``, or None when they can."""
+    if not has_triton():
+        return "the triton package is not installed"
+    if x.dtype not in KERNEL_DTYPES:
+        return f"kernels take float32, float16 and bfloat16, got {x.dtype}"
+    if not x.is_cuda and not (x.device.type == "cpu" and is_interpreting()):
+        return f"kernels run on CUDA and HIP tensors, got one on {x.device}"
+    return None

@@ -1,0 +1,94 @@
+"""Checks at the public boundary. Inside it, arguments are trusted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tritonq.qparams import check_code_range, check_rounding
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INT_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+def check_float_tensor(name: str, x: object) -> Tensor:
+    """``x`` if it is a floating point tensor, else TypeError."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    return x
+
+
+def check_axis(x: Tensor, axis: int) -> int:
+    """``axis`` as a non-negative index of ``x``, else ValueError."""
+    if not isinstance(axis, int) or isinstance(axis, bool):
+        raise TypeError(f"axis must be an int, got {axis!r}")
+    if not -x.dim() <= axis < x.dim():
+        raise ValueError(f"axis {axis} is out of range for a tensor of {x.dim()} dimensions {tuple(x.shape)}")
+    return axis % x.dim()
+
+
+def check_code_arguments(quant_min: int, quant_max: int, rounding: str) -> None:
+    """Raise unless code range and rounding mode are usable."""
+    check_code_range(quant_min, quant_max)
+    check_rounding(rounding)
+
+
+def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tensor:
+    """``scale`` as a float32 tensor on ``x``'s device; one element, or ``channels`` of them.
+
+    Values are checked where that costs no synchronisation: numbers and CPU tensors.
+
+    Raises:
+        TypeError: not a float or a floating point tensor.
+        ValueError: wrong shape or device, not finite, or not positive.
+    """
+    if not isinstance(scale, Tensor):
+        if not isinstance(scale, (int, float)):
+            raise TypeError(f"scale must be a float or a tensor, got {type(scale).__name__}")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale must be positive and finite, got {scale}")
+        return torch.full((), scale, dtype=torch.float32, device=x.device)
+    if not scale.is_floating_point():
+        raise TypeError(f"scale must be floating point, got {scale.dtype}")
+    _check_shape_and_device("scale", scale, x, channels)
+    if scale.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise ValueError(
+                f"scale must be positive and finite, got {scale.detach().flatten()[:8].tolist()}"
+            )
+    return scale.to(torch.float32)
+
+
+def check_zero_point(
+    zero_point: int | Tensor, x: Tensor, channels: int | None, quant_min: int, quant_max: int
+) -> Tensor | None:
+    """``zero_point`` as an int32 tensor on ``x``'s device, or None for the number 0; checked as the scale is."""
+    if not isinstance(zero_point, Tensor):
+        if not isinstance(zero_point, int) or isinstance(zero_point, bool):
+            raise TypeError(f"zero_point must be an int or an integer tensor, got {zero_point!r}")
+        if not quant_min <= zero_point <= quant_max:
+            raise ValueError(f"zero_point must be in {quant_min}..{quant_max}, got {zero_point}")
+        return torch.full((), zero_point, dtype=torch.int32, device=x.device) if zero_point else None
+    if zero_point.dtype not in _INT_DTYPES:
+        raise TypeError(f"zero_point must be an integer tensor, got {zero_point.dtype}")
+    _check_shape_and_device("zero_point", zero_point, x, channels)
+    if zero_point.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(((zero_point >= quant_min) & (zero_point <= quant_max)).all()):
+            raise ValueError(
+                f"zero_point must be in {quant_min}..{quant_max}, got {zero_point.flatten()[:8].tolist()}"
+            )
+    return zero_point.to(torch.int32)
+
+
+def _check_shape_and_device(name: str, value: Tensor, x: Tensor, channels: int | None) -> None:
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, the input on {x.device}")
+    if channels is None:
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+    elif tuple(value.shape) != (channels,):
+        raise ValueError(f"{name} must have shape ({channels},), got {tuple(value.shape)}")

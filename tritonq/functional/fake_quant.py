@@ -1,0 +1,152 @@
+"""Fake quantization as differentiable functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.backend import Backend, implementation
+from tritonq.functional._validate import (
+    check_axis,
+    check_code_arguments,
+    check_float_tensor,
+    check_scale,
+    check_zero_point,
+)
+from tritonq.qparams import Rounding
+
+
+def fake_quantize_per_tensor_affine(
+    x: Tensor,
+    scale: float | Tensor,
+    zero_point: int | Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    rounding: Rounding = "half_even",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Round ``x`` to the grid of one scale and zero point; gradients pass straight through inside the range.
+
+    ``y = (clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; ``dx = dy`` where the rounded, unclipped code lies in
+    the range, else 0. Equals ``torch.fake_quantize_per_tensor_affine`` bit for bit on finite float32 input with
+    ``|x/s| < 2^31``; NaN stays NaN with zero gradient, infinities saturate.
+
+    Args:
+        x: any shape and strides; float32, float16, bfloat16 or float64.
+        scale: a number, or a one-element float tensor on ``x``'s device. Values of CUDA tensors are not checked, since
+            that would synchronise with the host.
+        zero_point: an int, or a one-element integer tensor on ``x``'s device.
+        quant_min: smallest code.
+        quant_max: largest code.
+        rounding: ``"half_even"`` (torch) or ``"half_away"`` (MegEngine).
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        Tensor of ``x``'s shape, dtype and memory format. The arithmetic is float32 (float64 for float64 input).
+
+    Raises:
+        TypeError: ``x``, scale or zero point of the wrong kind.
+        ValueError: empty code range, zero point outside it, scale not positive and finite, other device or shape.
+        RuntimeError: ``backend="triton"`` where no kernel can run.
+
+    Source: SEMANTICS section 1.
+
+    Examples:
+        >>> fake_quantize_per_tensor_affine(torch.tensor([-1.0, 0.26, 9.0]), 0.5, 0, -8, 7)
+        tensor([-1.0000,  0.5000,  3.5000])
+    """
+    check_float_tensor("x", x)
+    check_code_arguments(quant_min, quant_max, rounding)
+    scale = check_scale(scale, x, None)
+    checked = check_zero_point(zero_point, x, None, quant_min, quant_max)
+    return fake_quantize(x, scale, checked, quant_min, quant_max, None, rounding, backend)
+
+
+def fake_quantize_per_channel_affine(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int,
+    quant_min: int,
+    quant_max: int,
+    *,
+    rounding: Rounding = "half_even",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Round ``x`` to one grid per index of ``axis``; formula, gradient, dtypes and errors as per tensor.
+
+    Args:
+        x: any shape and strides; float32, float16, bfloat16 or float64.
+        scale: float tensor (x.shape[axis],).
+        zero_point: integer tensor (x.shape[axis],).
+        axis: the channel axis; may be negative.
+        quant_min: smallest code.
+        quant_max: largest code.
+        rounding: ``"half_even"`` (torch) or ``"half_away"`` (MegEngine).
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Raises:
+        ValueError: also for an axis out of range, or qparams whose length is not ``x.shape[axis]``.
+
+    Source: SEMANTICS section 1.
+
+    Examples:
+        >>> x, zero = torch.ones(2, 2), torch.zeros(2, dtype=torch.int32)
+        >>> fake_quantize_per_channel_affine(x, torch.tensor([0.3, 0.4]), zero, 0, -8, 7)
+        tensor([[0.9000, 0.9000],
+                [0.8000, 0.8000]])
+    """
+    check_float_tensor("x", x)
+    check_code_arguments(quant_min, quant_max, rounding)
+    axis = check_axis(x, axis)
+    scale = check_scale(scale, x, x.shape[axis])
+    checked = check_zero_point(zero_point, x, x.shape[axis], quant_min, quant_max)
+    return fake_quantize(x, scale, checked, quant_min, quant_max, axis, rounding, backend)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    rounding: Rounding = "half_even",
+    backend: Backend = "auto",
+) -> Tensor:
+    """The op behind both public functions, for arguments that are known to be right (modules call it)."""
+    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, axis, rounding, backend)
+    return result
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Saves ``x`` and the qparams alone: the backward recomputes its mask."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        quant_min: int,
+        quant_max: int,
+        axis: int | None,
+        rounding: Rounding,
+        backend: Backend,
+    ) -> Tensor:
+        # A running observer overwrites its qparams in place, so the backward keeps this step's own copy.
+        ctx.save_for_backward(x, scale.clone(), None if zero_point is None else zero_point.clone())
+        ctx.grid = (quant_min, quant_max, axis, rounding)
+        ctx.ops = implementation("fake_quant", x, backend)
+        y: Tensor = ctx.ops.fake_quantize(x, scale, zero_point, *ctx.grid)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point = ctx.saved_tensors
+        dx = ctx.ops.fake_quantize_backward(dy, x, scale, zero_point, *ctx.grid)
+        return dx, None, None, None, None, None, None, None

@@ -1,0 +1,301 @@
+"""Quantized types, and the one function that turns a range into scale and zero point.
+
+Training, conversion and every export call :func:`range_to_qparams`: the numbers a model was trained with are the
+numbers it is deployed with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Rounding = Literal["half_even", "half_away"]
+RangeRule = Literal["torch", "torch_v1", "megengine"]
+
+# torch.ao's default eps; MegEngine's floor under every scale.
+TORCH_EPS = torch.finfo(torch.float32).eps
+MEGENGINE_EPS = 1e-5
+
+
+def check_code_range(quant_min: int, quant_max: int) -> None:
+    """Raise unless ``quant_min < quant_max`` are integers that span at most 2^32 codes."""
+    for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+    if quant_min >= quant_max:
+        raise ValueError(f"quant_min must be below quant_max, got {quant_min} and {quant_max}")
+    if quant_max - quant_min >= 2**32:
+        raise ValueError(f"a quantized type has at most 2^32 codes, got {quant_min}..{quant_max}")
+
+
+def check_rounding(rounding: str) -> None:
+    """Raise unless ``rounding`` is a known mode."""
+    if rounding not in get_args(Rounding):
+        raise ValueError(f"unknown rounding {rounding!r}; known: {', '.join(get_args(Rounding))}")
+
+
+@dataclass(frozen=True)
+class QuantizedType:
+    """An integer grid: which codes exist, whether zero is pinned, and how values are rounded to it.
+
+    ``code = clip(round(x / scale) + zero_point, quant_min, quant_max)``, ``value = (code - zero_point) * scale``.
+
+    Attributes:
+        quant_min: smallest code.
+        quant_max: largest code.
+        symmetric: the zero point is fixed (0 for signed codes, the middle of the range for unsigned ones).
+        axis: axis that carries one scale per index, or None for one scale per tensor.
+        rounding: ``"half_even"`` multiplies by the reciprocal scale and rounds ties to even (torch, F8Net);
+            ``"half_away"`` divides by the scale and rounds ties away from zero (MegEngine).
+
+    Raises:
+        ValueError: ``quant_min >= quant_max``, a range of more than 2^32 codes, or an unknown rounding.
+
+    Examples:
+        >>> QuantizedType.of(8, narrow=True)
+        QuantizedType(quant_min=-127, quant_max=127, symmetric=True, axis=None, rounding='half_even')
+        >>> QuantizedType(0, 127, symmetric=False).bits
+        7
+    """
+
+    quant_min: int
+    quant_max: int
+    symmetric: bool = True
+    axis: int | None = None
+    rounding: Rounding = "half_even"
+
+    def __post_init__(self) -> None:
+        check_code_range(self.quant_min, self.quant_max)
+        check_rounding(self.rounding)
+
+    @classmethod
+    def of(
+        cls,
+        bits: int,
+        *,
+        signed: bool = True,
+        narrow: bool = False,
+        symmetric: bool = True,
+        axis: int | None = None,
+        rounding: Rounding = "half_even",
+    ) -> QuantizedType:
+        """Build the type from its width: signed two's complement, or unsigned from zero.
+
+        Raises:
+            ValueError: ``bits`` outside 1..32, or a narrow range that is unsigned or narrower than 2 bits.
+        """
+        if not 1 <= bits <= 32:
+            raise ValueError(f"bits must be in 1..32, got {bits}")
+        if narrow and (not signed or bits < 2):
+            raise ValueError(
+                f"a narrow range is signed and at least 2 bits wide, got {bits} bits, signed={signed}"
+            )
+        quant_min = -(2 ** (bits - 1)) + int(narrow) if signed else 0
+        quant_max = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+        return cls(quant_min, quant_max, symmetric, axis, rounding)
+
+    @property
+    def bits(self) -> int:
+        """Width in bits of the codes."""
+        return (self.quant_max - self.quant_min).bit_length()
+
+    @property
+    def signed(self) -> bool:
+        """Whether negative codes exist."""
+        return self.quant_min < 0
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the range leaves out the most negative two's complement code."""
+        return self.signed and self.quant_min == -self.quant_max
+
+    @property
+    def fixed_zero_point(self) -> int | None:
+        """The zero point when the type alone decides it, else None.
+
+        Symmetric signed types use 0, symmetric unsigned ones the middle of their range, as torch.ao does.
+        """
+        if not self.symmetric:
+            return None
+        return 0 if self.signed else (self.quant_min + self.quant_max + 1) // 2
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """The smallest torch integer dtype that holds every code."""
+        for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
+            info = torch.iinfo(dtype)
+            if info.min <= self.quant_min and self.quant_max <= info.max:
+                return dtype
+        return torch.int64
+
+    def with_axis(self, axis: int | None) -> QuantizedType:
+        """The same grid with one scale per index of ``axis`` (None: one scale per tensor)."""
+        return replace(self, axis=axis)
+
+
+QINT8 = QuantizedType.of(8)
+QINT8_NARROW = QuantizedType.of(8, narrow=True)
+QUINT8 = QuantizedType.of(8, signed=False, symmetric=False)
+QINT4 = QuantizedType.of(4)
+QUINT4 = QuantizedType.of(4, signed=False, symmetric=False)
+QINT2 = QuantizedType.of(2)
+QUINT2 = QuantizedType.of(2, signed=False, symmetric=False)
+QINT1 = QuantizedType.of(1, signed=False, symmetric=False)
+QINT32 = QuantizedType.of(32)
+
+# The names of SEMANTICS' dtype table (MegEngine's), for presets and saved files.
+QUANTIZED_TYPES: dict[str, QuantizedType] = {
+    "qint8": QINT8,
+    "qint8_narrow": QINT8_NARROW,
+    "quint8": QUINT8,
+    "qint4": QINT4,
+    "quint4": QUINT4,
+    "qint2": QINT2,
+    "quint2": QUINT2,
+    "qint1": QINT1,
+    "qint32": QINT32,
+}
+
+
+class QParams(NamedTuple):
+    """Scale (float32) and zero point (int32), 0-d per tensor or of shape (channels,)."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+
+def range_to_qparams(
+    min_val: Tensor,
+    max_val: Tensor,
+    qtype: QuantizedType,
+    *,
+    rule: RangeRule = "torch",
+    eps: float | None = None,
+) -> QParams:
+    """Turn a range into scale and zero point; the only place in the project where that happens.
+
+    With ``m = min(0, min_val)``, ``M = max(0, max_val)``, ``q = quant_max - quant_min``:
+
+    - ``"torch"`` (torch.ao observers): symmetric ``s = max(max(-m, M) / (q/2), eps)`` with the type's fixed zero
+      point; affine ``s = max((M - m)/q, eps)``, ``z = clamp(quant_min - round_half_even(m/s), quant_min, quant_max)``.
+    - ``"megengine"``: the same scales with eps 1e-5; affine ``z = quant_min - round_half_away(m/s)``, not clamped.
+    - ``"torch_v1"`` (torch's fused observe and fake-quantize operator): see :func:`_torch_v1_qparams`. It ignores
+      eps, and exists so that such checkpoints can be reproduced.
+
+    A range that was never observed (``min_val > max_val``) or is not finite gives ``s = 1``, ``z = 0`` clamped into
+    the code range.
+
+    Args:
+        min_val: float tensor, 0-d or (channels,).
+        max_val: as ``min_val``.
+        qtype: the grid.
+        rule: which system's formula.
+        eps: floor under the scale; None takes the rule's own.
+
+    Returns:
+        Scale as float32 and zero point as int32, shaped like ``min_val``.
+
+    Raises:
+        ValueError: unknown rule, or ranges of different shapes.
+
+    Source: SEMANTICS section 2; torch.ao.quantization.observer; MegEngine quantization.utils.
+    """
+    if rule not in get_args(RangeRule):
+        raise ValueError(f"unknown range rule {rule!r}; known: {', '.join(get_args(RangeRule))}")
+    if min_val.shape != max_val.shape:
+        raise ValueError(
+            f"min_val and max_val differ in shape: {tuple(min_val.shape)} and {tuple(max_val.shape)}"
+        )
+    observed = (min_val <= max_val) & torch.isfinite(min_val) & torch.isfinite(max_val)
+    low = torch.where(observed, min_val, 0).float().clamp(max=0)
+    high = torch.where(observed, max_val, 0).float().clamp(min=0)
+    if rule == "torch_v1":
+        scale, zero_point = _torch_v1_qparams(low, high, qtype)
+    else:
+        default_eps = MEGENGINE_EPS if rule == "megengine" else TORCH_EPS
+        scale, zero_point = _linear_qparams(low, high, qtype, rule, default_eps if eps is None else eps)
+    unobserved_zero = min(max(qtype.fixed_zero_point or 0, qtype.quant_min), qtype.quant_max)
+    return QParams(
+        torch.where(observed, scale, 1.0).to(torch.float32),
+        torch.where(observed, zero_point, unobserved_zero).to(torch.int32),
+    )
+
+
+def _linear_qparams(
+    low: Tensor, high: Tensor, qtype: QuantizedType, rule: RangeRule, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The torch.ao observer rule and MegEngine's, which differ in eps and in the affine zero point alone."""
+    codes = qtype.quant_max - qtype.quant_min
+    fixed = qtype.fixed_zero_point
+    if fixed is not None:
+        scale = (torch.maximum(-low, high) / (codes / 2)).clamp(min=eps)
+        return scale, torch.full_like(scale, fixed)
+    scale = ((high - low) / codes).clamp(min=eps)
+    ratio = low / scale
+    if rule == "megengine":
+        return scale, qtype.quant_min - round_half_away(ratio)
+    return scale, (qtype.quant_min - ratio.round()).clamp(qtype.quant_min, qtype.quant_max)
+
+
+# Below this, torch's operator widens the range: its int32 requantization could not represent 1/scale.
+_V1_SMALL_SCALE = 6.1e-5
+_V1_ZERO_RANGE_SCALE = 0.1
+
+
+def _torch_v1_qparams(low: Tensor, high: Tensor, qtype: QuantizedType) -> tuple[Tensor, Tensor]:
+    """Scale and zero point as torch's fused moving-average operator computes them, in double precision.
+
+    Symmetric types are widened to ``s = max(|m|/(q/2 + 1), M/(q/2))`` with integer halves, only when the range lies on
+    both sides of zero; a one-sided range stays affine. An empty range gives scale 0.1. The zero point is taken from
+    the end of the range that is represented with the smaller error.
+    """
+    low, high = low.double(), high.double()
+    codes = qtype.quant_max - qtype.quant_min
+    two_sided = (low < 0) & (high > 0) & qtype.symmetric
+    below, above = -(codes // 2 + 1), codes // 2
+    widest = torch.maximum((low / below).abs(), (high / above).abs() if above else high)
+    low = torch.where(two_sided, widest * below, low)
+    high = torch.where(two_sided, widest * above, high)
+    # The operator keeps its range in float32 between the two steps.
+    low, high = low.float().double(), high.float().double()
+
+    scale = ((high - low) / codes).float().double()
+    scale = torch.where((scale == 0) | torch.isinf(1 / scale), _V1_ZERO_RANGE_SCALE, scale)
+    small = scale < _V1_SMALL_SCALE
+    scale = torch.where(small, _V1_SMALL_SCALE, scale)
+    grow_high, grow_low = low == 0, high == 0
+    both = ~grow_high & ~grow_low
+    amplifier = _V1_SMALL_SCALE / ((high - low) / codes).clamp(min=torch.finfo(torch.float64).tiny)
+    high = torch.where(
+        small & grow_high, _V1_SMALL_SCALE * codes, torch.where(small & both, high * amplifier, high)
+    )
+    low = torch.where(
+        small & grow_low, -_V1_SMALL_SCALE * codes, torch.where(small & both, low * amplifier, low)
+    )
+
+    from_min = qtype.quant_min - low / scale
+    from_max = qtype.quant_max - high / scale
+    error_min = abs(qtype.quant_min) + (low / scale).abs()
+    error_max = abs(qtype.quant_max) + (high / scale).abs()
+    zero_point = torch.where(error_min < error_max, from_min, from_max)
+    middle = (qtype.quant_min + qtype.quant_max + 1) // 2
+    zero_point = torch.where(two_sided, float(middle), zero_point)
+    return scale.float(), zero_point.round().clamp(qtype.quant_min, qtype.quant_max)
+
+
+def round_half_away(x: Tensor) -> Tensor:
+    """Round to the nearest integer, ties away from zero; NaN and infinities pass.
+
+    Exact, unlike ``floor(x + 0.5)``, which rounds 0.49999997 to 1 in float32.
+
+    Examples:
+        >>> round_half_away(torch.tensor([-2.5, -0.5, 0.49999997, 1.5]))
+        tensor([-3., -1., 0., 2.])
+    """
+    whole = torch.trunc(x)
+    away = (x - whole).abs().ge_(0.5).copysign_(x)
+    # inf - inf is NaN, which `ge` turns into 0: an infinity rounds to itself.
+    return whole.add_(away)

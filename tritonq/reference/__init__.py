@@ -1,0 +1,1 @@
+"""PyTorch implementations of every op: the specification, and what runs on CPUs."""

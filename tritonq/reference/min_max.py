@@ -1,0 +1,102 @@
+"""Running ranges in PyTorch: the specification of `tritonq.kernels.min_max` and the CPU path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonq.qparams import QuantizedType, RangeRule, range_to_qparams
+
+
+def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Smallest and largest finite value, and how many values are not finite.
+
+    Args:
+        x: any shape, any float dtype; may be empty.
+        axis: keep one range per index of this axis; None for one range.
+
+    Returns:
+        ``(low, high, nonfinite)``: float32, float32 and int64, 0-d or (x.shape[axis],) (the count is 0-d always).
+        Without a finite value ``low`` is +inf and ``high`` is -inf.
+    """
+    if axis is not None:
+        x = x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    channels = x.shape[:1] if axis is not None else ()
+    if x.numel() == 0:
+        return (
+            x.new_full(channels, torch.inf).float(),
+            x.new_full(channels, -torch.inf).float(),
+            _zero_count(x),
+        )
+    dims = (1,) if axis is not None else tuple(range(x.dim()))
+    low, high = x.amin(dims), x.amax(dims)
+    # NaN and infinities show in the extremes, so that the usual, finite case needs no second look at the data.
+    # (The branch reads a CPU value; a traced graph always takes the second look instead.)
+    if not torch.compiler.is_compiling() and bool(torch.isfinite(high - low).all()):
+        return low.float(), high.float(), _zero_count(x)
+    finite = torch.isfinite(x)
+    low = torch.where(finite, x, torch.inf).amin(dims)
+    high = torch.where(finite, x, -torch.inf).amax(dims)
+    return low.float(), high.float(), (~finite).sum()
+
+
+def update_range(
+    low: Tensor, high: Tensor, min_val: Tensor, max_val: Tensor, averaging_constant: float | None
+) -> tuple[Tensor, Tensor]:
+    """New running range from a batch's ``low`` and ``high``.
+
+    ``averaging_constant`` None: running minimum and maximum. Else ``m + c (low - m)``, where the first batch is
+    copied. A batch without finite values (``low > high``) changes nothing.
+    """
+    if averaging_constant is None:
+        return torch.minimum(min_val, low), torch.maximum(max_val, high)
+    seen = min_val <= max_val
+    new_min = torch.where(seen, min_val + averaging_constant * (low - min_val), low)
+    new_max = torch.where(seen, max_val + averaging_constant * (high - max_val), high)
+    usable = low <= high
+    return torch.where(usable, new_min, min_val), torch.where(usable, new_max, max_val)
+
+
+def observe(
+    x: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    nonfinite_count: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    enabled: Tensor | None,
+    qtype: QuantizedType,
+    averaging_constant: float | None,
+    rule: RangeRule,
+    eps: float,
+) -> None:
+    """Update a running range with ``x`` and, when given, the qparams that follow from it. All state is in place.
+
+    Args:
+        x: the batch; ranges are kept along ``qtype.axis``.
+        min_val: float32, 0-d or (channels,), +inf before the first batch.
+        max_val: as ``min_val``, -inf before the first batch.
+        nonfinite_count: int64, 0-d; grows by the number of values skipped.
+        scale: float32, one element or (channels,), or None to keep ranges only.
+        zero_point: int32, as ``scale``.
+        enabled: uint8, one element; 0 makes the call do nothing. None counts as 1.
+        qtype: the grid for the qparams.
+        averaging_constant: see :func:`update_range`.
+        rule: see :func:`tritonq.qparams.range_to_qparams`.
+        eps: floor under the scale.
+    """
+    if enabled is not None and not bool(enabled):
+        return
+    low, high, nonfinite = min_max(x, qtype.axis)
+    new_min, new_max = update_range(low, high, min_val, max_val, averaging_constant)
+    min_val.copy_(new_min)
+    max_val.copy_(new_max)
+    nonfinite_count.add_(nonfinite)
+    if scale is not None and zero_point is not None:
+        qparams = range_to_qparams(min_val, max_val, qtype, rule=rule, eps=eps)
+        scale.copy_(qparams.scale.view_as(scale))
+        zero_point.copy_(qparams.zero_point.view_as(zero_point))
+
+
+def _zero_count(x: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.int64, device=x.device)
