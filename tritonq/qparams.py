@@ -90,9 +90,7 @@ class QuantizedType:
         if not 1 <= bits <= 32:
             raise ValueError(f"bits must be in 1..32, got {bits}")
         if narrow and (not signed or bits < 2):
-            raise ValueError(
-                f"a narrow range is signed and at least 2 bits wide, got {bits} bits, signed={signed}"
-            )
+            raise ValueError(f"a narrow range is signed and at least 2 bits wide, got {bits} bits, signed={signed}")
         quant_min = -(2 ** (bits - 1)) + int(narrow) if signed else 0
         quant_max = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
         return cls(quant_min, quant_max, symmetric, axis, rounding)
@@ -206,9 +204,7 @@ def range_to_qparams(
     if rule not in get_args(RangeRule):
         raise ValueError(f"unknown range rule {rule!r}; known: {', '.join(get_args(RangeRule))}")
     if min_val.shape != max_val.shape:
-        raise ValueError(
-            f"min_val and max_val differ in shape: {tuple(min_val.shape)} and {tuple(max_val.shape)}"
-        )
+        raise ValueError(f"min_val and max_val differ in shape: {tuple(min_val.shape)} and {tuple(max_val.shape)}")
     observed = (min_val <= max_val) & torch.isfinite(min_val) & torch.isfinite(max_val)
     low = torch.where(observed, min_val, 0).float().clamp(max=0)
     high = torch.where(observed, max_val, 0).float().clamp(min=0)
@@ -269,12 +265,8 @@ def _torch_v1_qparams(low: Tensor, high: Tensor, qtype: QuantizedType) -> tuple[
     grow_high, grow_low = low == 0, high == 0
     both = ~grow_high & ~grow_low
     amplifier = _V1_SMALL_SCALE / ((high - low) / codes).clamp(min=torch.finfo(torch.float64).tiny)
-    high = torch.where(
-        small & grow_high, _V1_SMALL_SCALE * codes, torch.where(small & both, high * amplifier, high)
-    )
-    low = torch.where(
-        small & grow_low, -_V1_SMALL_SCALE * codes, torch.where(small & both, low * amplifier, low)
-    )
+    high = torch.where(small & grow_high, _V1_SMALL_SCALE * codes, torch.where(small & both, high * amplifier, high))
+    low = torch.where(small & grow_low, -_V1_SMALL_SCALE * codes, torch.where(small & both, low * amplifier, low))
 
     from_min = qtype.quant_min - low / scale
     from_max = qtype.quant_max - high / scale

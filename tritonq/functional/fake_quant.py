@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonq.backend import Backend, implementation
-from tritonq.functional._validate import (
+from tritonq.functional.validate import (
     check_axis,
     check_code_arguments,
     check_float_tensor,
@@ -116,9 +116,14 @@ def fake_quantize(
     axis: int | None,
     rounding: Rounding = "half_even",
     backend: Backend = "auto",
+    active: Tensor | None = None,
 ) -> Tensor:
-    """The op behind both public functions, for arguments that are known to be right (modules call it)."""
-    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, axis, rounding, backend)
+    """The op behind both public functions, for arguments that are known to be right (modules call it).
+
+    ``active`` is a one-element uint8 tensor, read on ``x``'s device: 0 passes values and gradients through.
+    """
+    grid = (quant_min, quant_max, axis, rounding)
+    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, active, grid, backend)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -131,22 +136,23 @@ class _FakeQuantize(torch.autograd.Function):
         x: Tensor,
         scale: Tensor,
         zero_point: Tensor | None,
-        quant_min: int,
-        quant_max: int,
-        axis: int | None,
-        rounding: Rounding,
+        active: Tensor | None,
+        grid: tuple[int, int, int | None, Rounding],
         backend: Backend,
     ) -> Tensor:
-        # A running observer overwrites its qparams in place, so the backward keeps this step's own copy.
-        ctx.save_for_backward(x, scale.clone(), None if zero_point is None else zero_point.clone())
-        ctx.grid = (quant_min, quant_max, axis, rounding)
+        if ctx.needs_input_grad[0]:
+            # A running observer overwrites its qparams in place, and a switch may be thrown between forward and
+            # backward: the backward keeps this step's own copies.
+            state = (None if value is None else value.clone() for value in (scale, zero_point, active))
+            ctx.save_for_backward(x, *state)
+        ctx.grid = grid
         ctx.ops = implementation("fake_quant", x, backend)
-        y: Tensor = ctx.ops.fake_quantize(x, scale, zero_point, *ctx.grid)
+        y: Tensor = ctx.ops.fake_quantize(x, scale, zero_point, *grid, active=active)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero_point = ctx.saved_tensors
-        dx = ctx.ops.fake_quantize_backward(dy, x, scale, zero_point, *ctx.grid)
-        return dx, None, None, None, None, None, None, None
+        x, scale, zero_point, active = ctx.saved_tensors
+        dx = ctx.ops.fake_quantize_backward(dy, x, scale, zero_point, *ctx.grid, active=active)
+        return dx, None, None, None, None, None

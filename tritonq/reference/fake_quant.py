@@ -78,9 +78,7 @@ def quantize(
     return _unclipped_code(x, scale, zero_point, rounding).clamp_(quant_min, quant_max)
 
 
-def _broadcast(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None
-) -> tuple[Tensor, Tensor | None]:
+def _broadcast(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None) -> tuple[Tensor, Tensor | None]:
     """Shape the qparams to broadcast against ``x``, in the dtype of the arithmetic."""
     shape = [1] * x.dim()
     if axis is not None:

@@ -57,9 +57,7 @@ def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tenso
     _check_shape_and_device("scale", scale, x, channels)
     if scale.device.type == "cpu" and not torch.compiler.is_compiling():
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise ValueError(
-                f"scale must be positive and finite, got {scale.detach().flatten()[:8].tolist()}"
-            )
+            raise ValueError(f"scale must be positive and finite, got {scale.detach().flatten()[:8].tolist()}")
     return scale.to(torch.float32)
 
 
@@ -78,9 +76,7 @@ def check_zero_point(
     _check_shape_and_device("zero_point", zero_point, x, channels)
     if zero_point.device.type == "cpu" and not torch.compiler.is_compiling():
         if not bool(((zero_point >= quant_min) & (zero_point <= quant_max)).all()):
-            raise ValueError(
-                f"zero_point must be in {quant_min}..{quant_max}, got {zero_point.flatten()[:8].tolist()}"
-            )
+            raise ValueError(f"zero_point must be in {quant_min}..{quant_max}, got {zero_point.flatten()[:8].tolist()}")
     return zero_point.to(torch.int32)
 
 

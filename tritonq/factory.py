@@ -1,0 +1,47 @@
+"""Factories of modules with some arguments fixed: what a QConfig holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Factory(Generic[T]):
+    """Makes a new instance of a class on each call, with arguments fixed beforehand; can be chained and pickled.
+
+    ``Observer.with_args(dtype=torch.qint8).with_args(ch_axis=1)()`` equals ``Observer(dtype=torch.qint8, ch_axis=1)``.
+
+    Source: torch.ao.quantization.observer.
+    """
+
+    def __init__(self, make: Callable[..., T], arguments: dict[str, Any] | None = None) -> None:
+        self.make = make
+        self.arguments = dict(arguments or {})
+
+    def with_args(self, **arguments: Any) -> Factory[T]:
+        """A factory with more arguments fixed; later ones win."""
+        return Factory(self.make, {**self.arguments, **arguments})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> T:
+        return self.make(*args, **{**self.arguments, **kwargs})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Factory) and (self.make, self.arguments) == (other.make, other.arguments)
+
+    def __hash__(self) -> int:
+        return hash((self.make, tuple(sorted(self.arguments))))
+
+    def __repr__(self) -> str:
+        fixed = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        return f"{getattr(self.make, '__name__', self.make)}.with_args({fixed})"
+
+
+class WithArgs:
+    """Gives a class torch.ao's ``with_args``."""
+
+    @classmethod
+    def with_args(cls, **arguments: Any) -> Factory[Any]:
+        """A factory of this class with ``arguments`` fixed."""
+        return Factory(cls, arguments)

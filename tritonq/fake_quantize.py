@@ -1,0 +1,233 @@
+"""The module that observes a tensor and rounds it to the grid that the observations give."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.factory import Factory, WithArgs
+from tritonq.functional.fake_quant import fake_quantize
+from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase
+from tritonq.observers.base import FixedDtypeBuffers
+from tritonq.qparams import QParams, QuantizedType
+
+
+class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
+    """Switches and qparams that every fake quantizer has.
+
+    Attributes:
+        scale: float32 buffer, (1,) or (channels,).
+        zero_point: int32 buffer, as ``scale``.
+        fake_quant_enabled: uint8 buffer (1,); 0 passes values through.
+        observer_enabled: uint8 buffer (1,); 0 freezes the range.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    fake_quant_enabled: Tensor
+    observer_enabled: Tensor
+    qtype: QuantizedType
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8))
+        self.register_buffer("observer_enabled", torch.ones(1, dtype=torch.uint8))
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Switch rounding on or off."""
+        self.fake_quant_enabled.fill_(int(enabled))
+
+    def disable_fake_quant(self) -> None:
+        """Let values pass unrounded."""
+        self.enable_fake_quant(False)
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Switch observation on or off."""
+        self.observer_enabled.fill_(int(enabled))
+
+    def disable_observer(self) -> None:
+        """Freeze the range."""
+        self.enable_observer(False)
+
+    def has_qparams(self) -> bool:
+        """Whether scale and zero point rest on data (reads a value from the device)."""
+        raise NotImplementedError
+
+    def is_active(self) -> bool:
+        """Whether :meth:`forward` rounds (reads a value from the device: for eval and deployment)."""
+        return bool(self.fake_quant_enabled) and self.has_qparams()
+
+    def calculate_qparams(self) -> QParams:
+        """The qparams that :meth:`forward` rounds with: what deployment uses."""
+        return QParams(self.scale, self.zero_point)
+
+
+class FakeQuantize(FakeQuantizeBase):
+    """Observe in training, then fake quantize: ``(clamp(round(x/s) + z, qmin, qmax) - z) * s``.
+
+    Constructor, switches and buffer names are torch.ao's. What differs: nothing is observed in eval mode; until
+    something was observed, values pass through, with one warning; buffers have their final shape from construction when
+    ``num_channels`` is given (the modules of ``tritonq.nn`` give it); no training step waits for the device.
+
+    Args:
+        observer: observer class or factory.
+        quant_min: smallest code; needs ``quant_max``; None takes the dtype's range.
+        quant_max: largest code.
+        is_dynamic: only False is supported.
+        **observer_kwargs: passed to the observer (dtype, qscheme, ch_axis, rounding, rule, num_channels ...).
+
+    Raises:
+        ValueError: see :class:`~tritonq.observers.base.ObserverBase`.
+
+    Source: torch.ao.quantization.FakeQuantize; SEMANTICS sections 1 to 3.
+
+    Examples:
+        >>> quantizer = FakeQuantize(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric, quant_min=-4, quant_max=4)
+        >>> quantizer(torch.tensor([-2.0, 0.3, 0.9]))
+        tensor([-2.0000,  0.5000,  1.0000])
+    """
+
+    def __init__(
+        self,
+        observer: type[ObserverBase] | Factory[ObserverBase] = MovingAverageMinMaxObserver,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        is_dynamic: bool = False,
+        **observer_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if quant_min is not None or quant_max is not None:
+            observer_kwargs.update(quant_min=quant_min, quant_max=quant_max)
+        self.activation_post_process = observer(is_dynamic=is_dynamic, **observer_kwargs)
+        self.qtype = self.activation_post_process.qtype
+        # Per channel the length may come later, from the first tensor or a checkpoint.
+        shape = (1,) if self.qtype.axis is None else (self.activation_post_process.num_channels or 0,)
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", self._initial_zero_point(shape))
+        self._qparams_known = False
+        self._warned = False
+
+    def _initial_zero_point(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.full(shape, max(self.qtype.fixed_zero_point or 0, self.qtype.quant_min), dtype=torch.int32)
+
+    def allocate(self, num_channels: int) -> None:
+        """Give per-channel buffers their final length; a no-op per tensor or when they have it."""
+        self.activation_post_process.allocate(num_channels)
+        if self.qtype.axis is not None and self.scale.numel() != num_channels:
+            self.scale = self.scale.new_ones(num_channels)
+            self.zero_point = self._initial_zero_point((num_channels,)).to(self.scale.device)
+
+    def has_qparams(self) -> bool:
+        """See base class. Once true it stays true without asking the device again."""
+        if not self._qparams_known:
+            self._qparams_known = bool(self.activation_post_process.has_observed())
+        return self._qparams_known
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe (training only) and fake quantize ``x``; same shape, dtype and memory format."""
+        if self.training:
+            self.observe(x)
+        return self.quantize(x)
+
+    def observe(self, x: Tensor) -> None:
+        """Update range, scale and zero point from ``x`` unless ``observer_enabled`` is 0."""
+        observer = self.activation_post_process
+        if self.qtype.axis is not None and self.scale.numel() == 0:
+            self.allocate(x.shape[self.qtype.axis])
+        if isinstance(observer, MinMaxObserver):
+            observer.observe(x, QParams(self.scale, self.zero_point), self.observer_enabled)
+        elif bool(self.observer_enabled):
+            observer(x.detach())
+            self.refresh_qparams()
+
+    def refresh_qparams(self) -> None:
+        """Recompute scale and zero point from the observer's state."""
+        scale, zero_point = self.activation_post_process.calculate_qparams()
+        self.scale.copy_(scale.view_as(self.scale))
+        self.zero_point.copy_(zero_point.view_as(self.zero_point))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Fake quantize ``x`` with the present qparams; passes it through while switched off or never observed."""
+        if not self.has_qparams():
+            self._warn_once()
+            return x
+        zero_point = None if self.activation_post_process.zero_point_is_zero else self.zero_point
+        qtype = self.qtype
+        return fake_quantize(
+            x,
+            self.scale,
+            zero_point,
+            qtype.quant_min,
+            qtype.quant_max,
+            qtype.axis,
+            qtype.rounding,
+            active=self.fake_quant_enabled,
+        )
+
+    def _warn_once(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "a FakeQuantize that has observed nothing passes its input through; run it in training mode with its "
+                "observer enabled, or load a checkpoint",
+                stacklevel=4,
+            )
+
+    @property
+    def quant_min(self) -> int:
+        """Smallest code."""
+        return self.qtype.quant_min
+
+    @property
+    def quant_max(self) -> int:
+        """Largest code."""
+        return self.qtype.quant_max
+
+    @property
+    def dtype(self) -> torch.dtype | QuantizedType | str:
+        """The dtype that the observer was made for."""
+        return self.activation_post_process.dtype
+
+    @property
+    def qscheme(self) -> torch.qscheme:
+        """Symmetric or affine, per tensor or per channel, as torch names it."""
+        return self.activation_post_process.qscheme
+
+    @property
+    def ch_axis(self) -> int:
+        """Channel axis, -1 per tensor."""
+        return self.activation_post_process.ch_axis
+
+    @property
+    def is_per_channel(self) -> bool:
+        """Whether there is one scale per channel."""
+        return self.qtype.axis is not None
+
+    def extra_repr(self) -> str:
+        """Switches, grid, scale and zero point."""
+        on = {0: "off", 1: "on"}
+        per = "tensor" if self.qtype.axis is None else f"channel (axis {self.qtype.axis})"
+        return (
+            f"codes {self.quant_min}..{self.quant_max}, {'symmetric' if self.qtype.symmetric else 'affine'} per {per}, "
+            f"scale={_span(self.scale)}, zero_point={_span(self.zero_point)}, "
+            f"fake_quant={on[int(self.fake_quant_enabled)]}, observer={on[int(self.observer_enabled)]}"
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Adopt the channel count of a checkpoint where none was known, and ask anew whether qparams are known."""
+        saved = state_dict.get(prefix + "scale")
+        if self.qtype.axis is not None and self.scale.numel() == 0 and isinstance(saved, Tensor) and saved.numel():
+            self.allocate(saved.numel())
+        self._qparams_known = False
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _span(values: Tensor) -> str:
+    """A tensor as one number, or as the range of its elements."""
+    if values.numel() == 0:
+        return "unset"
+    low, high = float(values.min()), float(values.max())
+    return f"{low:.6g}" if low == high else f"{low:.6g}..{high:.6g}"

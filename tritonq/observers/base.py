@@ -1,0 +1,247 @@
+"""What every observer shares: torch.ao's arguments, the quantized type they describe, buffers that keep their dtype."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.factory import WithArgs
+from tritonq.qparams import (
+    MEGENGINE_EPS,
+    QUANTIZED_TYPES,
+    TORCH_EPS,
+    QParams,
+    QuantizedType,
+    RangeRule,
+    Rounding,
+    range_to_qparams,
+)
+
+_PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
+_SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+_QSCHEMES = (torch.per_tensor_affine, torch.per_tensor_symmetric, *_PER_CHANNEL)
+_SIGNED_DTYPES = {torch.qint8: 8, torch.int8: 8, torch.int16: 16, torch.qint32: 32, torch.int32: 32}
+_UNSIGNED_DTYPES = {torch.quint8: 8, torch.uint8: 8, torch.quint4x2: 4}
+
+
+class FixedDtypeBuffers(nn.Module):
+    """A module whose buffers keep their dtype through ``.half()``, ``.bfloat16()`` and ``.double()``.
+
+    Scales, zero points and ranges are float32 and int32 in a model of any dtype.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedDtypeBuffers:
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(device=new.device)
+        return self
+
+
+class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
+    """Watches tensors and proposes scale and zero point for them.
+
+    Args:
+        dtype: ``torch.qint8``, ``torch.quint8`` and their plain integer twins, ``torch.qint32``, a
+            :class:`~tritonq.qparams.QuantizedType`, or one of its names (``"qint8_narrow"``, ``"qint4"`` ...).
+        qscheme: ``torch.per_tensor_affine``, ``per_tensor_symmetric``, ``per_channel_affine``, ``per_channel_symmetric``.
+            Ignored where ``dtype`` is a QuantizedType or a name, which say it themselves.
+        reduce_range: halve the code range, as torch.ao does for kernels that would overflow.
+        quant_min: smallest code; needs ``quant_max``.
+        quant_max: largest code.
+        factory_kwargs: ``device`` for the buffers.
+        eps: floor under the scale; None takes the rule's own (torch 1.19e-7, MegEngine 1e-5).
+        is_dynamic: accepted for torch.ao's sake; only False is supported.
+        ch_axis: channel axis for per-channel schemes.
+        rounding: see QuantizedType.
+        rule: see :func:`tritonq.qparams.range_to_qparams`.
+        num_channels: length of the per-channel buffers, when known; else it is taken from the first tensor.
+
+    Raises:
+        ValueError: an unknown dtype or qscheme, an empty or half-given code range, ``is_dynamic=True``.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype | QuantizedType | str = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        factory_kwargs: dict[str, Any] | None = None,
+        eps: float | None = None,
+        is_dynamic: bool = False,
+        *,
+        ch_axis: int = 0,
+        rounding: Rounding = "half_even",
+        rule: RangeRule = "torch",
+        num_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        if is_dynamic:
+            raise ValueError("is_dynamic=True is not supported: tritonq trains models with static activation ranges")
+        self.qtype = quantized_type(dtype, qscheme, reduce_range, quant_min, quant_max, ch_axis, rounding)
+        self.dtype = dtype
+        self.rule = rule
+        self.eps = (MEGENGINE_EPS if rule == "megengine" else TORCH_EPS) if eps is None else float(eps)
+        self.num_channels = num_channels if self.qtype.axis is not None else None
+        self.device = (factory_kwargs or {}).get("device")
+
+    @property
+    def quant_min(self) -> int:
+        """Smallest code."""
+        return self.qtype.quant_min
+
+    @property
+    def quant_max(self) -> int:
+        """Largest code."""
+        return self.qtype.quant_max
+
+    @property
+    def ch_axis(self) -> int:
+        """Channel axis, -1 per tensor (torch.ao's convention)."""
+        return -1 if self.qtype.axis is None else self.qtype.axis
+
+    @property
+    def qscheme(self) -> torch.qscheme:
+        """The torch name for symmetric or affine, per tensor or per channel."""
+        if self.qtype.axis is None:
+            return torch.per_tensor_symmetric if self.qtype.symmetric else torch.per_tensor_affine
+        return torch.per_channel_symmetric if self.qtype.symmetric else torch.per_channel_affine
+
+    @property
+    def zero_point_is_zero(self) -> bool:
+        """Whether every zero point that this observer can propose is 0."""
+        # torch's fused operator turns a one-sided symmetric range into an affine one.
+        return self.qtype.fixed_zero_point == 0 and self.rule != "torch_v1"
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe ``x`` and return it unchanged."""
+
+    @abstractmethod
+    def calculate_qparams(self) -> QParams:
+        """Scale (float32) and zero point (int32) that follow from what was observed so far."""
+
+    @abstractmethod
+    def has_observed(self) -> Tensor:
+        """0-d bool tensor: whether :meth:`calculate_qparams` rests on data."""
+
+    def allocate(self, num_channels: int) -> None:
+        """Give per-channel buffers their final length; a no-op per tensor.
+
+        Raises:
+            ValueError: they already have another length.
+        """
+
+
+class RangeObserver(ObserverBase):
+    """An observer whose state is a range: buffers ``min_val`` and ``max_val`` (+inf and -inf before the first batch).
+
+    ``nonfinite_count`` counts the NaN and infinities that were skipped: one overflowed batch must not poison a range.
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+    nonfinite_count: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        shape = () if self.qtype.axis is None else (self.num_channels or 0,)
+        self.register_buffer("min_val", torch.full(shape, torch.inf, device=self.device))
+        self.register_buffer("max_val", torch.full(shape, -torch.inf, device=self.device))
+        self.register_buffer("nonfinite_count", torch.zeros((), dtype=torch.int64, device=self.device))
+
+    def allocate(self, num_channels: int) -> None:
+        """See base class."""
+        if self.qtype.axis is None or self.num_channels == num_channels:
+            return
+        if self.num_channels is not None:
+            raise ValueError(
+                f"this observer keeps {self.num_channels} channels along axis {self.qtype.axis}, got {num_channels}"
+            )
+        self.num_channels = num_channels
+        self.min_val = self.min_val.new_full((num_channels,), torch.inf)
+        self.max_val = self.max_val.new_full((num_channels,), -torch.inf)
+
+    def calculate_qparams(self) -> QParams:
+        """See base class."""
+        return range_to_qparams(self.min_val, self.max_val, self.qtype, rule=self.rule, eps=self.eps)
+
+    def has_observed(self) -> Tensor:
+        """See base class."""
+        if self.min_val.numel() == 0:
+            return torch.zeros((), dtype=torch.bool, device=self.min_val.device)
+        return (self.min_val <= self.max_val).any()
+
+    def reset_min_max_vals(self) -> None:
+        """Forget everything that was observed."""
+        self.min_val.fill_(torch.inf)
+        self.max_val.fill_(-torch.inf)
+        self.nonfinite_count.zero_()
+
+    def extra_repr(self) -> str:
+        """Type and range."""
+        return f"{self.qtype}, min_val={_short(self.min_val)}, max_val={_short(self.max_val)}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Adopt the channel count of a checkpoint where none was known yet."""
+        saved = state_dict.get(prefix + "min_val")
+        if self.qtype.axis is not None and self.num_channels is None and isinstance(saved, Tensor) and saved.numel():
+            self.allocate(saved.numel())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def quantized_type(
+    dtype: torch.dtype | QuantizedType | str,
+    qscheme: torch.qscheme,
+    reduce_range: bool,
+    quant_min: int | None,
+    quant_max: int | None,
+    ch_axis: int,
+    rounding: Rounding,
+) -> QuantizedType:
+    """The quantized type that torch.ao's observer arguments describe; errors as :class:`ObserverBase` states."""
+    if (quant_min is None) != (quant_max is None):
+        raise ValueError(f"quant_min and quant_max go together, got {quant_min} and {quant_max}")
+    if qscheme not in _QSCHEMES:
+        raise ValueError(
+            f"unsupported qscheme {qscheme}: zero points are integers here; known: {', '.join(map(str, _QSCHEMES))}"
+        )
+    axis = ch_axis if qscheme in _PER_CHANNEL else None
+    if isinstance(dtype, str):
+        if dtype not in QUANTIZED_TYPES:
+            raise ValueError(f"unknown quantized type {dtype!r}; known: {', '.join(QUANTIZED_TYPES)}")
+        dtype = QUANTIZED_TYPES[dtype].with_axis(axis)
+    if isinstance(dtype, QuantizedType):
+        if quant_min is not None and quant_max is not None:
+            return QuantizedType(quant_min, quant_max, dtype.symmetric, dtype.axis, dtype.rounding)
+        return QuantizedType(dtype.quant_min, dtype.quant_max, dtype.symmetric, dtype.axis, rounding)
+    signed = dtype in _SIGNED_DTYPES
+    if not signed and dtype not in _UNSIGNED_DTYPES:
+        known = ", ".join(map(str, (*_SIGNED_DTYPES, *_UNSIGNED_DTYPES)))
+        raise ValueError(f"dtype must be one of {known}, a QuantizedType or its name, got {dtype}")
+    full = QuantizedType.of(_SIGNED_DTYPES[dtype] if signed else _UNSIGNED_DTYPES[dtype], signed=signed)
+    low, high = (full.quant_min, full.quant_max) if quant_min is None or quant_max is None else (quant_min, quant_max)
+    if low < full.quant_min or high > full.quant_max:
+        raise ValueError(
+            f"quant_min..quant_max = {low}..{high} does not fit {dtype} ({full.quant_min}..{full.quant_max})"
+        )
+    if reduce_range:
+        low, high = low // 2, high // 2
+    return QuantizedType(low, high, qscheme in _SYMMETRIC, axis, rounding)
+
+
+def _short(values: Tensor) -> str:
+    """A tensor as one number, or as the range that its elements span."""
+    if values.numel() == 0:
+        return "unset"
+    if values.numel() == 1:
+        return f"{float(values):.6g}"
+    return f"[{float(values.min()):.6g} .. {float(values.max()):.6g}; {values.numel()} channels]"

@@ -1,0 +1,115 @@
+"""Running minimum and maximum, and their moving averages, per tensor and per channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.backend import implementation
+from tritonq.functional.validate import check_float_tensor
+from tritonq.observers.base import RangeObserver
+from tritonq.qparams import QParams
+
+
+class MinMaxObserver(RangeObserver):
+    """Running range: ``min_val <- min(min_val, min(x))``, ``max_val <- max(max_val, max(x))``.
+
+    Non-finite values are skipped and counted. Arguments: :class:`~tritonq.observers.base.ObserverBase`.
+
+    Source: torch.ao.quantization.MinMaxObserver; SEMANTICS section 3.
+
+    Examples:
+        >>> observer = MinMaxObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
+        >>> _ = observer(torch.tensor([-1.0, 2.0, torch.nan]))
+        >>> observer.calculate_qparams().scale, int(observer.nonfinite_count)
+        (tensor(0.0157), 1)
+    """
+
+    # None: running extremes. A number c: m <- m + c (batch - m).
+    averaging_constant: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Update the range with ``x`` and return ``x``."""
+        self.observe(x, None, None)
+        return x
+
+    def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
+        """Update the range and, in the same pass, the qparams given; a device flag of 0 in ``enabled`` skips both.
+
+        Nothing here reads a value back from the device.
+        """
+        x = check_float_tensor("x", x).detach()
+        if self.qtype.axis is not None and self.num_channels is None:
+            self.allocate(x.shape[self.qtype.axis])
+        scale, zero_point = (None, None) if qparams is None else qparams
+        implementation("min_max", x).observe(
+            x,
+            self.min_val,
+            self.max_val,
+            self.nonfinite_count,
+            scale,
+            zero_point,
+            enabled,
+            self.qtype,
+            self.averaging_constant,
+            self.rule,
+            self.eps,
+        )
+
+
+class MovingAverageMinMaxObserver(MinMaxObserver):
+    """Exponential moving average of each batch's range; the first batch is copied.
+
+    ``m <- m + averaging_constant * (batch - m)``. MegEngine's momentum is ``1 - averaging_constant``.
+
+    Args:
+        averaging_constant: weight of the new batch, in (0, 1].
+        *args: see :class:`~tritonq.observers.base.ObserverBase`.
+        **kwargs: see :class:`~tritonq.observers.base.ObserverBase`.
+
+    Raises:
+        ValueError: averaging constant outside (0, 1].
+
+    Source: torch.ao.quantization.MovingAverageMinMaxObserver; SEMANTICS section 3.
+    """
+
+    averaging_constant: float
+
+    def __init__(self, averaging_constant: float = 0.01, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._set_averaging_constant(averaging_constant)
+
+    def set_momentum(self, momentum: float) -> None:
+        """Set the fraction of the old range that is kept (MegEngine's convention), in [0, 1)."""
+        self._set_averaging_constant(1.0 - momentum)
+
+    def _set_averaging_constant(self, averaging_constant: float) -> None:
+        if not 0.0 < averaging_constant <= 1.0:
+            raise ValueError(f"averaging_constant must be in (0, 1], got {averaging_constant}")
+        self.averaging_constant = averaging_constant
+
+
+def _per_channel(ch_axis: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a per-channel observer: torch.ao's defaults, and a per-tensor scheme is refused."""
+    kwargs.setdefault("qscheme", torch.per_channel_affine)
+    if kwargs["qscheme"] not in (torch.per_channel_affine, torch.per_channel_symmetric):
+        raise ValueError(f"a per-channel observer needs a per-channel qscheme, got {kwargs['qscheme']}")
+    return {**kwargs, "ch_axis": ch_axis}
+
+
+class PerChannelMinMaxObserver(MinMaxObserver):
+    """:class:`MinMaxObserver` with one range per index of ``ch_axis``."""
+
+    def __init__(self, ch_axis: int = 0, dtype: Any = torch.quint8, **kwargs: Any) -> None:
+        super().__init__(dtype, **_per_channel(ch_axis, kwargs))
+
+
+class MovingAveragePerChannelMinMaxObserver(MovingAverageMinMaxObserver):
+    """:class:`MovingAverageMinMaxObserver` with one range per index of ``ch_axis``."""
+
+    def __init__(
+        self, averaging_constant: float = 0.01, ch_axis: int = 0, dtype: Any = torch.quint8, **kwargs: Any
+    ) -> None:
+        super().__init__(averaging_constant, dtype, **_per_channel(ch_axis, kwargs))

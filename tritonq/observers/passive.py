@@ -1,0 +1,79 @@
+"""An observer whose scale is given, not observed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.observers.base import ObserverBase
+from tritonq.qparams import QParams
+
+
+class PassiveObserver(ObserverBase):
+    """Holds qparams that come from elsewhere: ``set_qparams`` once, then ``scale`` may be replaced.
+
+    Attributes:
+        scale: float32 buffer, one element or (channels,).
+        zero_point: int32 buffer, as ``scale``.
+        original_scale: the scale that ``set_qparams`` was given.
+
+    Source: MegEngine's PassiveObserver; SEMANTICS section 3.
+    """
+
+    zero_point: Tensor
+    original_scale: Tensor
+    is_set: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        shape = (1,) if self.qtype.axis is None else (self.num_channels or 0,)
+        self.register_buffer("current_scale", torch.ones(shape, device=self.device))
+        self.register_buffer("original_scale", torch.ones(shape, device=self.device))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32, device=self.device))
+        self.register_buffer("is_set", torch.zeros((), dtype=torch.bool, device=self.device))
+
+    def set_qparams(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Set scale and zero point, once.
+
+        Raises:
+            ValueError: set before, a scale that is not positive and finite, a zero point outside the code range, or one
+                that is not the type's fixed one.
+        """
+        if bool(self.is_set):
+            raise ValueError("set_qparams was already called; assign `scale` to replace the scale alone")
+        fixed = self.qtype.fixed_zero_point
+        if zero_point is None:
+            zero_point = torch.full_like(scale, fixed or 0, dtype=torch.int32)
+        if bool(((zero_point < self.quant_min) | (zero_point > self.quant_max)).any()):
+            raise ValueError(f"zero_point must be in {self.quant_min}..{self.quant_max}, got {zero_point}")
+        if fixed is not None and bool((zero_point != fixed).any()):
+            raise ValueError(f"this symmetric type has the zero point {fixed}, got {zero_point}")
+        self.scale = scale
+        self.original_scale = self.scale.clone()
+        self.zero_point = zero_point.to(torch.int32).reshape(self.scale.shape).clone()
+        self.is_set.fill_(True)
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale in use."""
+        return self.current_scale
+
+    @scale.setter
+    def scale(self, scale: Tensor) -> None:
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise ValueError(f"scale must be positive and finite, got {scale}")
+        self.current_scale = scale.detach().to(self.current_scale).reshape(-1).clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``; nothing is observed."""
+        return x
+
+    def calculate_qparams(self) -> QParams:
+        """See base class."""
+        return QParams(self.current_scale, self.zero_point)
+
+    def has_observed(self) -> Tensor:
+        """See base class."""
+        return self.is_set

@@ -1,0 +1,164 @@
+"""Which quantizers a layer gets: QConfig, torch.ao's presets and those of other systems, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tritonq.factory import Factory
+from tritonq.fake_quantize import FakeQuantize
+from tritonq.observers import (
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    PassiveObserver,
+    PerChannelMinMaxObserver,
+)
+from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QuantizedType, RangeRule
+
+
+class QConfig(NamedTuple):
+    """Factories of the fake quantizers for a layer's output and for its weight.
+
+    ``QConfig(activation=FakeQuantize.with_args(...), weight=FakeQuantize.with_args(...))``; each call of a factory gives
+    a new instance. ``nn.Identity`` as a factory leaves that side in float.
+
+    Source: torch.ao.quantization.QConfig.
+    """
+
+    activation: Callable[..., nn.Module]
+    weight: Callable[..., nn.Module]
+
+
+# torch.ao's weight quantizers: moving averages, as there, signed 8 bits.
+_TORCH_WEIGHT = {"dtype": torch.qint8, "quant_min": -128, "quant_max": 127}
+default_per_channel_weight_fake_quant = FakeQuantize.with_args(
+    observer=MovingAveragePerChannelMinMaxObserver, qscheme=torch.per_channel_symmetric, ch_axis=0, **_TORCH_WEIGHT
+)
+default_weight_fake_quant = FakeQuantize.with_args(
+    observer=MovingAverageMinMaxObserver, qscheme=torch.per_tensor_symmetric, **_TORCH_WEIGHT
+)
+default_fake_quant = FakeQuantize.with_args(
+    observer=MovingAverageMinMaxObserver,
+    quant_min=0,
+    quant_max=255,
+    dtype=torch.quint8,
+    qscheme=torch.per_tensor_affine,
+    reduce_range=True,
+)
+# One row, one scale; torch.ao uses float zero points here, tritonq integer ones.
+default_embedding_fake_quant = FakeQuantize.with_args(
+    observer=PerChannelMinMaxObserver, dtype=torch.quint8, qscheme=torch.per_channel_affine, ch_axis=0
+)
+
+# torch.ao's version 1 uses a fused operator with range arithmetic of its own, which is part of its numbers.
+_V1: dict[str, RangeRule] = {"rule": "torch_v1"}
+
+
+def _torch_preset(reduce_range: bool, per_channel: bool, version: int) -> QConfig:
+    activation = default_fake_quant.with_args(reduce_range=reduce_range)
+    weight = default_per_channel_weight_fake_quant if per_channel else default_weight_fake_quant
+    if version == 1:
+        return QConfig(activation.with_args(**_V1), weight.with_args(**_V1))
+    return QConfig(activation, weight)
+
+
+# Deployment engine: (reduce_range of activations, weights per channel).
+_TORCH_BACKENDS = {
+    "fbgemm": (True, True),
+    "x86": (True, True),
+    "qnnpack": (False, False),
+    "onednn": (False, True),
+}
+
+
+def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
+    """torch.ao's QAT preset for a deployment engine.
+
+    Activations: unsigned affine, moving average, 0..127 for fbgemm and x86, 0..255 for qnnpack and onednn. Weights:
+    signed symmetric -128..127, per channel except for qnnpack.
+
+    Args:
+        backend: ``"fbgemm"``, ``"x86"``, ``"qnnpack"`` or ``"onednn"``.
+        version: 0, observers' arithmetic; 1, that of torch's fused operator (rule ``"torch_v1"``).
+
+    Raises:
+        ValueError: unknown backend or version.
+
+    Source: torch.ao.quantization.get_default_qat_qconfig; SEMANTICS section 2.
+    """
+    if backend not in _TORCH_BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(_TORCH_BACKENDS)}")
+    if version not in (0, 1):
+        raise ValueError(f"version must be 0 or 1, got {version}")
+    reduce_range, per_channel = _TORCH_BACKENDS[backend]
+    return _torch_preset(reduce_range, per_channel, version)
+
+
+def _megengine(observer: Any, qtype: QuantizedType, **arguments: Any) -> Factory[FakeQuantize]:
+    """A fake quantizer with MegEngine's arithmetic: its range rule, ties away from zero."""
+    return FakeQuantize.with_args(observer=observer, dtype=qtype, rule="megengine", rounding="half_away", **arguments)
+
+
+def _observed_only(factory: Factory[FakeQuantize]) -> Factory[FakeQuantize]:
+    """The same quantizer with fake quantization switched off: it observes alone."""
+    return Factory(_make_observed_only, {"factory": factory})
+
+
+def _make_observed_only(factory: Factory[FakeQuantize], **arguments: Any) -> FakeQuantize:
+    quantizer = factory(**arguments)
+    quantizer.disable_fake_quant()
+    return quantizer
+
+
+# MegEngine keeps 0.9 of the old range.
+_EMA = {"averaging_constant": 0.1}
+
+PRESETS: dict[str, QConfig] = {
+    # What TensorRT runs: zero points of 0, one scale per output channel, no code -128 in weights; a weight's range is
+    # that of the present weight, with no memory of larger ones.
+    "tensorrt": QConfig(
+        FakeQuantize.with_args(observer=MovingAverageMinMaxObserver, dtype=QINT8),
+        FakeQuantize.with_args(
+            observer=MovingAveragePerChannelMinMaxObserver,
+            dtype="qint8_narrow",
+            qscheme=torch.per_channel_symmetric,
+            averaging_constant=1.0,
+            ch_axis=0,
+        ),
+    ),
+    "megengine_min_max": QConfig(_megengine(MinMaxObserver, QINT8), _megengine(MinMaxObserver, QINT8_NARROW)),
+    "megengine_ema": QConfig(
+        _megengine(MovingAverageMinMaxObserver, QINT8, **_EMA), _megengine(MinMaxObserver, QINT8_NARROW)
+    ),
+    "megengine_lowbit": QConfig(
+        _megengine(MovingAverageMinMaxObserver, QINT4, **_EMA), _megengine(MinMaxObserver, QINT4)
+    ),
+    "megengine_passive": QConfig(_megengine(PassiveObserver, QINT8), _megengine(PassiveObserver, QINT8_NARROW)),
+}
+DEFAULT_PRESET = "tensorrt"
+
+
+def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
+    """A preset by name.
+
+    - ``"tensorrt"`` (default): activations symmetric int8 with a moving average, weights narrow int8 per channel.
+    - ``"megengine_ema"``, ``"megengine_min_max"``: int8 per tensor, ties away from zero, eps 1e-5.
+    - ``"megengine_lowbit"``: 4 bits both.
+    - ``"megengine_passive"``: scales are given, not observed.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+
+    Source: DESIGN section 2, SEMANTICS section 2.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+default_qat_qconfig = get_default_qat_qconfig("x86", version=0)
+default_embedding_qat_qconfig = QConfig(activation=nn.Identity, weight=default_embedding_fake_quant)
