@@ -25,6 +25,7 @@ class Factory(Generic[T]):
         return Factory(self.make, {**self.arguments, **arguments})
 
     def __call__(self, *args: Any, **kwargs: Any) -> T:
+        """A new instance; arguments given here win over the fixed ones."""
         return self.make(*args, **{**self.arguments, **kwargs})
 
     def __eq__(self, other: object) -> bool:

@@ -23,8 +23,8 @@ from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QuantizedType, RangeRule
 class QConfig(NamedTuple):
     """Factories of the fake quantizers for a layer's output and for its weight.
 
-    ``QConfig(activation=FakeQuantize.with_args(...), weight=FakeQuantize.with_args(...))``; each call of a factory gives
-    a new instance. ``nn.Identity`` as a factory leaves that side in float.
+    Each call of a factory, such as ``FakeQuantize.with_args(...)``, gives a new instance. ``nn.Identity`` as a factory
+    leaves that side in float.
 
     Source: torch.ao.quantization.QConfig.
     """
@@ -101,17 +101,6 @@ def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
 def _megengine(observer: Any, qtype: QuantizedType, **arguments: Any) -> Factory[FakeQuantize]:
     """A fake quantizer with MegEngine's arithmetic: its range rule, ties away from zero."""
     return FakeQuantize.with_args(observer=observer, dtype=qtype, rule="megengine", rounding="half_away", **arguments)
-
-
-def _observed_only(factory: Factory[FakeQuantize]) -> Factory[FakeQuantize]:
-    """The same quantizer with fake quantization switched off: it observes alone."""
-    return Factory(_make_observed_only, {"factory": factory})
-
-
-def _make_observed_only(factory: Factory[FakeQuantize], **arguments: Any) -> FakeQuantize:
-    quantizer = factory(**arguments)
-    quantizer.disable_fake_quant()
-    return quantizer
 
 
 # MegEngine keeps 0.9 of the old range.

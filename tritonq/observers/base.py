@@ -36,7 +36,7 @@ class FixedDtypeBuffers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedDtypeBuffers:
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if new is not None and new.dtype != old.dtype:
@@ -50,8 +50,8 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
     Args:
         dtype: ``torch.qint8``, ``torch.quint8`` and their plain integer twins, ``torch.qint32``, a
             :class:`~tritonq.qparams.QuantizedType`, or one of its names (``"qint8_narrow"``, ``"qint4"`` ...).
-        qscheme: ``torch.per_tensor_affine``, ``per_tensor_symmetric``, ``per_channel_affine``, ``per_channel_symmetric``.
-            Ignored where ``dtype`` is a QuantizedType or a name, which say it themselves.
+        qscheme: ``torch.per_tensor_affine``, ``torch.per_tensor_symmetric`` or their per-channel twins. Ignored
+            where ``dtype`` is a QuantizedType, which says it itself.
         reduce_range: halve the code range, as torch.ao does for kernels that would overflow.
         quant_min: smallest code; needs ``quant_max``.
         quant_max: largest code.

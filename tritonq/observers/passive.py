@@ -22,6 +22,7 @@ class PassiveObserver(ObserverBase):
     Source: MegEngine's PassiveObserver; SEMANTICS section 3.
     """
 
+    current_scale: Tensor
     zero_point: Tensor
     original_scale: Tensor
     is_set: Tensor
