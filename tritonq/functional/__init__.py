@@ -1,8 +1,12 @@
 """Differentiable functions on tensors. Arguments are checked here and nowhere deeper."""
 
-from tritonq.functional.fake_quant import (
-    fake_quantize_per_channel_affine,
-    fake_quantize_per_tensor_affine,
-)
+from tritonq.functional.fake_quant import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
+from tritonq.functional.fold import FoldedConv, fold_conv_bn, fuse_conv_bn
 
-__all__ = ["fake_quantize_per_channel_affine", "fake_quantize_per_tensor_affine"]
+__all__ = [
+    "FoldedConv",
+    "fake_quantize_per_channel_affine",
+    "fake_quantize_per_tensor_affine",
+    "fold_conv_bn",
+    "fuse_conv_bn",
+]

@@ -55,7 +55,7 @@ def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tenso
     if not scale.is_floating_point():
         raise TypeError(f"scale must be floating point, got {scale.dtype}")
     _check_shape_and_device("scale", scale, x, channels)
-    if _is_readable(scale) and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+    if is_readable(scale) and not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError(f"scale must be positive and finite, got {scale.detach().flatten()[:8].tolist()}")
     return scale.to(torch.float32)
 
@@ -73,12 +73,12 @@ def check_zero_point(
     if zero_point.dtype not in _INT_DTYPES:
         raise TypeError(f"zero_point must be an integer tensor, got {zero_point.dtype}")
     _check_shape_and_device("zero_point", zero_point, x, channels)
-    if _is_readable(zero_point) and not bool(((zero_point >= quant_min) & (zero_point <= quant_max)).all()):
+    if is_readable(zero_point) and not bool(((zero_point >= quant_min) & (zero_point <= quant_max)).all()):
         raise ValueError(f"zero_point must be in {quant_min}..{quant_max}, got {zero_point.flatten()[:8].tolist()}")
     return zero_point.to(torch.int32)
 
 
-def _is_readable(values: Tensor) -> bool:
+def is_readable(values: Tensor) -> bool:
     """Whether looking at the values costs no synchronisation with a device and no break in a traced graph."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
 

@@ -20,6 +20,8 @@ def fake_quantize(
     quant_max: int,
     axis: int | None = None,
     rounding: Rounding = "half_even",
+    *,
+    active: Tensor | None = None,
 ) -> Tensor:
     """``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``, computed in float32 and rounded once to ``x.dtype``.
 
@@ -33,9 +35,12 @@ def fake_quantize(
         quant_max: largest code.
         axis: axis of ``x`` that ``scale`` runs along, or None.
         rounding: see :class:`tritonq.qparams.QuantizedType`.
+        active: uint8, one element; 0 returns ``x`` as it is. None counts as 1.
 
     Source: SEMANTICS section 1.
     """
+    if active is not None and not bool(active):
+        return x.clone()
     scale, zero_point = _broadcast(x, scale, zero_point, axis)
     y = _unclipped_code(x, scale, zero_point, rounding).clamp_(quant_min, quant_max)
     if zero_point is not None:
@@ -52,11 +57,15 @@ def fake_quantize_backward(
     quant_max: int,
     axis: int | None = None,
     rounding: Rounding = "half_even",
+    *,
+    active: Tensor | None = None,
 ) -> Tensor:
     """Straight-through gradient: ``dy`` where the rounded, unclipped code lies in the range, 0 elsewhere and at NaN.
 
     Shapes and dtypes as in :func:`fake_quantize`; the mask is recomputed from ``x``. Returns ``x.dtype``.
     """
+    if active is not None and not bool(active):
+        return dy
     scale, zero_point = _broadcast(x, scale, zero_point, axis)
     code = _unclipped_code(x, scale, zero_point, rounding)
     # |code - middle| <= half the range, as 0.0 or 1.0; comparing with NaN gives 0.

@@ -1,0 +1,103 @@
+"""Folding BatchNorm into a convolution, as a differentiable function and on modules."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.functional.validate import check_float_tensor, is_readable
+from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class FoldedConv(NamedTuple):
+    """Weight (shaped as before) and bias (out_channels,) of a convolution that does its BatchNorm's work too."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def fold_conv_bn(
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    transposed: bool = False,
+    groups: int = 1,
+) -> FoldedConv:
+    """Fold a BatchNorm's running statistics and affine into the convolution before it.
+
+    ``W' = W t``, ``b' = β + (b - running_mean) t`` with ``t = γ / sqrt(running_var + eps)``; a missing γ, β or b counts
+    as 1, 0 or 0. Differentiable in weight, bias, γ and β.
+
+    Args:
+        weight: (out, in/groups, ...), or (in, out/groups, ...) when ``transposed``.
+        bias: (out,) or None.
+        running_mean: (out,).
+        running_var: (out,), not negative.
+        gamma: (out,) or None.
+        beta: (out,) or None.
+        eps: added to the variance.
+        transposed: whether the convolution is a transposed one.
+        groups: its groups (they matter when transposed).
+
+    Raises:
+        TypeError: a weight that is not a floating point tensor.
+        ValueError: vectors of the wrong length, or a running variance that is negative or not finite (checked on CPU
+            tensors, where looking is free).
+
+    Source: SEMANTICS section 5.
+    """
+    check_float_tensor("weight", weight)
+    out_channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    vectors = {"bias": bias, "running_mean": running_mean, "running_var": running_var, "gamma": gamma, "beta": beta}
+    for name, vector in vectors.items():
+        if vector is not None and tuple(vector.shape) != (out_channels,):
+            raise ValueError(f"{name} must have shape ({out_channels},), got {tuple(vector.shape)}")
+    if is_readable(running_var) and not bool((torch.isfinite(running_var) & (running_var >= 0)).all()):
+        raise ValueError("running_var must be finite and not negative")
+    scale = fold_scale(running_var, gamma, eps)
+    return FoldedConv(scale_out_channels(weight, scale, transposed, groups), fold_bias(bias, running_mean, scale, beta))
+
+
+def fuse_conv_bn(conv: nn.Module, bn: nn.Module) -> nn.Module:
+    """A copy of ``conv`` that computes ``bn(conv(x))`` in eval mode.
+
+    Args:
+        conv: ``nn.Conv1d`` to ``nn.Conv3d``, or a transposed one.
+        bn: the BatchNorm after it, with running statistics.
+
+    Raises:
+        TypeError: not a convolution, or not a BatchNorm.
+        ValueError: a BatchNorm without running statistics or of another number of channels.
+
+    Source: SEMANTICS section 5; torch.nn.utils.fusion.
+    """
+    if not isinstance(conv, nn.modules.conv._ConvNd):
+        raise TypeError(f"expected a convolution, got {type(conv).__name__}")
+    if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+        raise TypeError(f"expected a BatchNorm, got {type(bn).__name__}")
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError("this BatchNorm keeps no running statistics (track_running_stats=False): nothing to fold")
+    fused = copy.deepcopy(conv)
+    folded = fold_conv_bn(
+        conv.weight,
+        conv.bias,
+        bn.running_mean,
+        bn.running_var,
+        bn.weight,
+        bn.bias,
+        bn.eps,
+        isinstance(conv, _TRANSPOSED),
+        conv.groups,
+    )
+    fused.weight = nn.Parameter(folded.weight.detach(), conv.weight.requires_grad)
+    fused.bias = nn.Parameter(folded.bias.detach(), conv.weight.requires_grad)
+    return fused

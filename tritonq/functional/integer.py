@@ -1,0 +1,120 @@
+"""Exact integer arithmetic for convolutions and matrix products: what eval, deployment and verification compute.
+
+``y = (Σ (x_code - x_zero)(w_code - w_zero) + bias_code) * (input_scale * weight_scale)``. The sum is exact in integers,
+whatever the order of its terms, so that a quantized model in training's eval mode and its deployed form agree bit for
+bit. The integers are held in floating point: in float32 while no partial sum can reach 2^24, else in float64.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tritonq.qparams import QuantizedType
+
+# Convolution or product of an input and a weight, without bias; the out channel is axis `channel_axis` of the result.
+LinearOp = Callable[[Tensor, Tensor], Tensor]
+
+_FLOAT32_EXACT = 2**24
+# The largest bias code: float32 holds no integer between this and 2^31.
+_MAX_BIAS_CODE = 2**31 - 128
+
+
+@dataclass(frozen=True)
+class IntegerAffine:
+    """An integer convolution or linear layer.
+
+    Attributes:
+        weight: codes minus zero points, integer-valued, any dtype; shaped as the float weight.
+        bias: int32 codes in units of ``multiplier``, (out,), or None.
+        multiplier: float32 (out,): input scale times weight scale.
+        input_scale: float32, one element.
+        sum_bound: no partial sum of products exceeds this, see :func:`sum_bound`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    multiplier: Tensor
+    input_scale: Tensor
+    sum_bound: float
+
+
+def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType) -> float:
+    """Largest magnitude of ``Σ (x_code - x_zero) w`` over the out channels: ``max_o Σ|w_o| · max|x_code - x_zero|``.
+
+    ``rows`` are the integer weights, (out, ...).
+    """
+    if rows.numel() == 0:
+        return 0.0
+    zero = input_zero_point.double()
+    largest_input = torch.maximum(zero - input_type.quant_min, input_type.quant_max - zero).max()
+    return float(rows.double().abs().flatten(1).sum(1).max() * largest_input)
+
+
+def centred_codes(x: Tensor, scale: Tensor) -> Tensor:
+    """``round(x / scale)``: code minus zero point of values that lie on a grid, as float32 integers.
+
+    Exact for float32, float16 and bfloat16 carriers of codes of up to 8 bits: each is within half a code of its grid
+    point.
+    """
+    return (x.float() / scale).round_()
+
+
+def integer_affine(x: Tensor, layer: IntegerAffine, op: LinearOp, channel_axis: int) -> Tensor:
+    """Run ``layer`` exactly on an input that lies on its input grid.
+
+    Args:
+        x: float tensor of values ``(code - zero_point) * input_scale``.
+        layer: the integers.
+        op: the convolution or product, taking codes and weight codes.
+        channel_axis: axis of the result that ``bias`` and ``multiplier`` run along.
+
+    Returns:
+        float32 tensor ``accumulator * multiplier``, the accumulator rounded to float32 once.
+
+    Source: DESIGN sections 3 and 4.
+    """
+    codes = centred_codes(x, layer.input_scale)
+    if layer.sum_bound < _FLOAT32_EXACT and _is_direct(codes.device):
+        total = op(codes, layer.weight.float())
+    else:
+        # float64 also absorbs the fractions that Winograd and FFT algorithms work with: rounding restores the integers.
+        total = op(codes.double(), layer.weight.double()).round_()
+    shape = [1] * total.dim()
+    shape[channel_axis] = -1
+    if layer.bias is not None:
+        # float32 sums of a float32 accumulator and a bias code would round once too often above 2^24.
+        total = (total.double() + layer.bias.view(shape)).float()
+    return total.float() * layer.multiplier.view(shape)
+
+
+def _is_direct(device: torch.device) -> bool:
+    """Whether float32 convolutions here are sums of products: oneDNN on x86.
+
+    NNPACK (its replacement when switched off), Arm's libraries and cuDNN may choose Winograd, which rounds.
+    """
+    on_x86 = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    return on_x86 and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)  # type: ignore
+
+
+def bias_codes(bias: Tensor, multiplier: Tensor) -> Tensor:
+    """``round(bias / multiplier)`` as int32, in double precision; the caller made sure that it fits."""
+    codes = (bias.double() / multiplier.double()).round()
+    return codes.clamp(-_MAX_BIAS_CODE, _MAX_BIAS_CODE).to(torch.int32)
+
+
+def raise_scale_for_bias(weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
+    """The weight scale, raised in channels whose bias would not fit 32 bits in units of input scale × weight scale.
+
+    That happens in dead channels, whose weight scale is tiny; their codes only become smaller.
+    """
+    if bias is None:
+        return weight_scale
+    needed = bias.detach().abs().double() / (input_scale.double() * _MAX_BIAS_CODE)
+    # One step up in float32, so that rounding cannot take the quotient back over the limit.
+    needed = torch.nextafter(needed.float(), needed.new_tensor(torch.inf, dtype=torch.float32))
+    return torch.where(needed > weight_scale, needed, weight_scale)

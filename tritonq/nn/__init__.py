@@ -1,0 +1,74 @@
+"""Quantization-aware modules: each replaces the float module of its name and shares its parameters."""
+
+from torch import nn
+
+from tritonq.nn import intrinsic
+from tritonq.nn.conv import Conv1d, Conv2d, Conv3d, ConvReLU1d, ConvReLU2d, ConvReLU3d, ConvTranspose2d
+from tritonq.nn.conv_bn import (
+    ConvBn1d,
+    ConvBn2d,
+    ConvBn3d,
+    ConvBnReLU1d,
+    ConvBnReLU2d,
+    ConvBnReLU3d,
+    ConvTransposeBn2d,
+    LinearBn1d,
+)
+from tritonq.nn.elementwise import Add, Cat, DeQuantStub, FloatFunctional, QuantStub
+from tritonq.nn.embedding import Embedding, EmbeddingBag
+from tritonq.nn.linear import Linear, LinearReLU
+from tritonq.nn.qat import QATLayer
+
+# What `prepare_qat` swaps, as in torch.ao: float type to quantization-aware type.
+DEFAULT_QAT_MAPPING: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    nn.ConvTranspose2d: ConvTranspose2d,
+    nn.Linear: Linear,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: Linear,
+    nn.Embedding: Embedding,
+    nn.EmbeddingBag: EmbeddingBag,
+    intrinsic.ConvBn1d: ConvBn1d,
+    intrinsic.ConvBn2d: ConvBn2d,
+    intrinsic.ConvBn3d: ConvBn3d,
+    intrinsic.ConvBnReLU1d: ConvBnReLU1d,
+    intrinsic.ConvBnReLU2d: ConvBnReLU2d,
+    intrinsic.ConvBnReLU3d: ConvBnReLU3d,
+    intrinsic.ConvReLU1d: ConvReLU1d,
+    intrinsic.ConvReLU2d: ConvReLU2d,
+    intrinsic.ConvReLU3d: ConvReLU3d,
+    intrinsic.ConvTransposeBn2d: ConvTransposeBn2d,
+    intrinsic.LinearReLU: LinearReLU,
+    intrinsic.LinearBn1d: LinearBn1d,
+}
+
+__all__ = [
+    "DEFAULT_QAT_MAPPING",
+    "Add",
+    "Cat",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvBn1d",
+    "ConvBn2d",
+    "ConvBn3d",
+    "ConvBnReLU1d",
+    "ConvBnReLU2d",
+    "ConvBnReLU3d",
+    "ConvReLU1d",
+    "ConvReLU2d",
+    "ConvReLU3d",
+    "ConvTranspose2d",
+    "ConvTransposeBn2d",
+    "DeQuantStub",
+    "Embedding",
+    "EmbeddingBag",
+    "FloatFunctional",
+    "Linear",
+    "LinearBn1d",
+    "LinearReLU",
+    "QATLayer",
+    "QuantStub",
+    "intrinsic",
+]

@@ -1,0 +1,150 @@
+"""Quantization-aware convolutions, with and without ReLU."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.nn import intrinsic
+from tritonq.nn.qat import QATLayer
+from tritonq.qconfig import QConfig
+
+
+class QATConv(QATLayer, nn.modules.conv._ConvNd):
+    """``y = FQ_a(relu?(conv(x, FQ_w(W)) + b))``; the constructor is the float convolution's, plus ``qconfig=``.
+
+    Raises:
+        TypeError: no QConfig given.
+        ValueError: a per-channel weight quantizer with ``ch_axis`` other than 0.
+
+    Source: torch.ao.nn.qat.
+    """
+
+    _float_type: ClassVar[type[nn.modules.conv._ConvNd]]
+    _fused_type: ClassVar[type[intrinsic.FusedModule] | None] = None
+    _relu: ClassVar[bool] = False
+
+    def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.attach_quantizers(qconfig, self.out_channels)
+
+    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The float convolution, in any padding mode."""
+        return self._conv_forward(x, weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve and fake quantize; shapes as the float convolution's."""
+        y = self.affine(x, *self.folded_parameters())
+        return cast(Tensor, self.activation_post_process(F.relu(y) if self._relu else y))
+
+    @classmethod
+    def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QATConv:
+        """The quantization-aware form of ``mod``, whose parameters it shares and whose ``qconfig`` it uses.
+
+        Args:
+            mod: the float convolution, or the fused row with ReLU.
+            use_precomputed_fake_quant: accepted for torch.ao's sake.
+
+        Raises:
+            TypeError: ``mod`` is not what this class replaces, or carries no QConfig.
+        """
+        check_float_type(cls, mod, cls._fused_type or cls._float_type)
+        conv = cast(nn.modules.conv._ConvNd, mod[0] if isinstance(mod, intrinsic.FusedModule) else mod)
+        qat = cls(**conv_arguments(conv), qconfig=getattr(mod, "qconfig", None))
+        share_parameters(qat, conv)
+        return qat.train(mod.training)
+
+
+class Conv1d(QATConv, nn.Conv1d):
+    """Quantization-aware ``nn.Conv1d``; see :class:`QATConv`."""
+
+    _float_type = nn.Conv1d
+
+
+class Conv2d(QATConv, nn.Conv2d):
+    """Quantization-aware ``nn.Conv2d``; see :class:`QATConv`."""
+
+    _float_type = nn.Conv2d
+
+
+class Conv3d(QATConv, nn.Conv3d):
+    """Quantization-aware ``nn.Conv3d``; see :class:`QATConv`."""
+
+    _float_type = nn.Conv3d
+
+
+class ConvReLU1d(Conv1d):
+    """Quantization-aware Conv1d and ReLU; see :class:`QATConv`."""
+
+    _fused_type = intrinsic.ConvReLU1d
+    _relu = True
+
+
+class ConvReLU2d(Conv2d):
+    """Quantization-aware Conv2d and ReLU; see :class:`QATConv`."""
+
+    _fused_type = intrinsic.ConvReLU2d
+    _relu = True
+
+
+class ConvReLU3d(Conv3d):
+    """Quantization-aware Conv3d and ReLU; see :class:`QATConv`."""
+
+    _fused_type = intrinsic.ConvReLU3d
+    _relu = True
+
+
+class ConvTranspose2d(QATConv, nn.ConvTranspose2d):  # type: ignore[misc]
+    """Quantization-aware ``nn.ConvTranspose2d``, with one weight scale per out channel; see :class:`QATConv`."""
+
+    _float_type = nn.ConvTranspose2d
+
+    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The float transposed convolution."""
+        padding = cast(tuple[int, int], self.padding)
+        return F.conv_transpose2d(
+            x, weight, bias, self.stride, padding, self.output_padding, self.groups, self.dilation
+        )
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """(in, out/groups, kh, kw) to (out, in/groups, kh, kw)."""
+        return self._swap_channels(weight)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """(out, in/groups, kh, kw) to (in, out/groups, kh, kw)."""
+        return self._swap_channels(rows)
+
+    def _swap_channels(self, weight: Tensor) -> Tensor:
+        grouped = weight.reshape(self.groups, weight.shape[0] // self.groups, *weight.shape[1:])
+        return grouped.transpose(1, 2).flatten(0, 1)
+
+
+def check_float_type(cls: type[nn.Module], mod: nn.Module, expected: type[nn.Module]) -> None:
+    """Raise TypeError unless ``mod`` is exactly an ``expected``."""
+    if type(mod) is not expected:
+        raise TypeError(f"{cls.__name__}.from_float expects {expected.__name__}, got {type(mod).__name__}")
+
+
+def conv_arguments(conv: nn.modules.conv._ConvNd) -> dict[str, Any]:
+    """Constructor arguments that make a convolution like ``conv``, without memory for parameters."""
+    arguments = {
+        name: getattr(conv, name)
+        for name in (
+            *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+            "padding_mode",
+        )
+    }
+    if conv.transposed:
+        arguments["output_padding"] = conv.output_padding
+    return {**arguments, "bias": conv.bias is not None, "device": "meta"}
+
+
+def share_parameters(qat: QATLayer, source: nn.Module) -> None:
+    """Give ``qat``, built on the meta device, the very weight and bias of ``source``, and buffers on its device."""
+    for name in ("weight", "bias"):
+        parameter = getattr(source, name)
+        if parameter is not None:
+            setattr(qat, name, parameter)
+    qat.move_quantizers(cast(Tensor, source.weight).device)

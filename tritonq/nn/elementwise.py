@@ -1,0 +1,111 @@
+"""Additions and concatenations with a quantizer of their own, and torch.ao's stubs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.qconfig import QConfig
+
+
+class _WithOutputQuantizer(nn.Module):
+    def __init__(self, qconfig: QConfig | None = None) -> None:
+        super().__init__()
+        self.activation_post_process: nn.Module = nn.Identity() if qconfig is None else qconfig.activation()
+
+
+class Add(_WithOutputQuantizer):
+    """``FQ(relu?(a + b))``: a residual join. Without a qconfig, its output stays in float."""
+
+    def __init__(self, relu: bool = False, *, qconfig: QConfig | None = None) -> None:
+        super().__init__(qconfig)
+        self.relu = relu
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Broadcasting sum of two tensors, fake-quantized."""
+        total = a + b
+        return cast(Tensor, self.activation_post_process(F.relu(total) if self.relu else total))
+
+    def extra_repr(self) -> str:
+        """Whether a ReLU is included."""
+        return f"relu={self.relu}"
+
+
+class Cat(_WithOutputQuantizer):
+    """``FQ(cat(tensors, dim))``: all parts on one grid. Without a qconfig, its output stays in float."""
+
+    def __init__(self, dim: int = 0, *, qconfig: QConfig | None = None) -> None:
+        super().__init__(qconfig)
+        self.dim = dim
+
+    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Concatenation along ``dim``, fake-quantized."""
+        return cast(Tensor, self.activation_post_process(torch.cat(tuple(tensors), self.dim)))
+
+    def extra_repr(self) -> str:
+        """The axis."""
+        return f"dim={self.dim}"
+
+
+class QuantStub(nn.Module):
+    """Marks where a tensor enters the quantized part: `prepare_qat` puts a quantizer here. Source: torch.ao."""
+
+    def __init__(self, qconfig: QConfig | None = None) -> None:
+        super().__init__()
+        if qconfig is not None:
+            self.qconfig = qconfig
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
+        return x
+
+
+class DeQuantStub(QuantStub):
+    """Marks where a tensor leaves the quantized part. Source: torch.ao."""
+
+
+class FloatFunctional(_WithOutputQuantizer):
+    """torch.ao's module form of tensor arithmetic: each method's result passes ``activation_post_process``.
+
+    Source: torch.ao.nn.quantized.FloatFunctional.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Not callable as a module.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("FloatFunctional has no forward; call its methods, such as add()")
+
+    def add(self, x: Tensor, y: Tensor | float) -> Tensor:
+        """``FQ(x + y)``."""
+        return cast(Tensor, self.activation_post_process(torch.add(x, y)))
+
+    def add_scalar(self, x: Tensor, y: float) -> Tensor:
+        """``x + y``, unquantized."""
+        return torch.add(x, y)
+
+    def mul(self, x: Tensor, y: Tensor) -> Tensor:
+        """``FQ(x * y)``."""
+        return cast(Tensor, self.activation_post_process(torch.mul(x, y)))
+
+    def mul_scalar(self, x: Tensor, y: float) -> Tensor:
+        """``x * y``, unquantized."""
+        return torch.mul(x, y)
+
+    def cat(self, x: Sequence[Tensor], dim: int = 0) -> Tensor:
+        """``FQ(cat(x, dim))``."""
+        return cast(Tensor, self.activation_post_process(torch.cat(tuple(x), dim)))
+
+    def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
+        """``FQ(relu(x + y))``."""
+        return cast(Tensor, self.activation_post_process(F.relu(torch.add(x, y))))
+
+    def matmul(self, x: Tensor, y: Tensor) -> Tensor:
+        """``FQ(x @ y)``."""
+        return cast(Tensor, self.activation_post_process(torch.matmul(x, y)))

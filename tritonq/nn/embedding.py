@@ -1,0 +1,101 @@
+"""Quantization-aware embeddings: the table is fake-quantized, one scale and zero point per row by default."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.fake_quantize import FakeQuantize
+from tritonq.nn.conv import check_float_type
+from tritonq.qconfig import QConfig
+
+
+class _QATTable(nn.Module):
+    """The table's quantizer. Outputs are rows of a quantized table and get no quantizer of their own."""
+
+    def attach_quantizer(self, qconfig: QConfig | None, rows: int) -> None:
+        """Create the weight quantizer of ``qconfig``."""
+        if not isinstance(qconfig, QConfig):
+            raise TypeError(f"{type(self).__name__} needs qconfig=QConfig(...), got {qconfig!r}")
+        self.qconfig = qconfig
+        self.weight_fake_quant = qconfig.weight()
+        if isinstance(self.weight_fake_quant, FakeQuantize):
+            self.weight_fake_quant.allocate(rows)
+
+
+class Embedding(_QATTable, nn.Embedding):
+    """``nn.Embedding`` over a fake-quantized table; the constructor is the float one's, plus ``qconfig=``.
+
+    torch.ao asks for float zero points here; tritonq's are integers, so that zero is on the grid of every row.
+
+    Raises:
+        TypeError: no QConfig given.
+
+    Source: torch.ao.nn.qat.Embedding.
+    """
+
+    def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.attach_quantizer(qconfig, self.num_embeddings)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Integer indices (...) to (..., embedding_dim)."""
+        return F.embedding(
+            input,
+            self.weight_fake_quant(self.weight),
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )
+
+    @classmethod
+    def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Embedding:
+        """The quantization-aware form of ``mod``, whose table it shares; errors as in QATConv."""
+        check_float_type(cls, mod, nn.Embedding)
+        return cast(Embedding, _from_float(cls, mod, ("padding_idx",)))
+
+
+class EmbeddingBag(_QATTable, nn.EmbeddingBag):
+    """``nn.EmbeddingBag`` over a fake-quantized table; as :class:`Embedding`.
+
+    Source: torch.ao.nn.qat.EmbeddingBag.
+    """
+
+    def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.attach_quantizer(qconfig, self.num_embeddings)
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Integer indices and bag offsets to (bags, embedding_dim)."""
+        return F.embedding_bag(
+            input,
+            self.weight_fake_quant(self.weight),
+            offsets,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.mode,
+            self.sparse,
+            per_sample_weights,
+            self.include_last_offset,
+            self.padding_idx,
+        )
+
+    @classmethod
+    def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> EmbeddingBag:
+        """The quantization-aware form of ``mod``, whose table it shares; errors as in QATConv."""
+        check_float_type(cls, mod, nn.EmbeddingBag)
+        return cast(EmbeddingBag, _from_float(cls, mod, ("mode", "include_last_offset", "padding_idx")))
+
+
+def _from_float(cls: type[nn.Module], mod: nn.Module, extra: tuple[str, ...]) -> nn.Module:
+    names = ("num_embeddings", "embedding_dim", "max_norm", "norm_type", "scale_grad_by_freq", "sparse", *extra)
+    arguments = {name: getattr(mod, name) for name in names}
+    qat = cls(**arguments, device="meta", qconfig=getattr(mod, "qconfig", None))
+    qat.weight = mod.weight
+    cast(nn.Module, qat.weight_fake_quant).to(cast(Tensor, mod.weight).device)
+    return qat.train(mod.training)

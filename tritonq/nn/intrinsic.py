@@ -1,0 +1,58 @@
+"""Float modules in a row that quantization treats as one: what fusion makes and `prepare_qat` swaps.
+
+Each is a Sequential and computes what its parts compute. Source: torch.ao.nn.intrinsic.
+"""
+
+from torch import nn
+
+
+class FusedModule(nn.Sequential):
+    """Base of all fused rows of modules."""
+
+
+class ConvBn1d(FusedModule):
+    """Conv1d, BatchNorm1d."""
+
+
+class ConvBn2d(FusedModule):
+    """Conv2d, BatchNorm2d."""
+
+
+class ConvBn3d(FusedModule):
+    """Conv3d, BatchNorm3d."""
+
+
+class ConvBnReLU1d(FusedModule):
+    """Conv1d, BatchNorm1d, ReLU."""
+
+
+class ConvBnReLU2d(FusedModule):
+    """Conv2d, BatchNorm2d, ReLU."""
+
+
+class ConvBnReLU3d(FusedModule):
+    """Conv3d, BatchNorm3d, ReLU."""
+
+
+class ConvReLU1d(FusedModule):
+    """Conv1d, ReLU."""
+
+
+class ConvReLU2d(FusedModule):
+    """Conv2d, ReLU."""
+
+
+class ConvReLU3d(FusedModule):
+    """Conv3d, ReLU."""
+
+
+class LinearReLU(FusedModule):
+    """Linear, ReLU."""
+
+
+class LinearBn1d(FusedModule):
+    """Linear, BatchNorm1d."""
+
+
+class ConvTransposeBn2d(FusedModule):
+    """ConvTranspose2d, BatchNorm2d."""

@@ -1,0 +1,62 @@
+"""Quantization-aware linear layers."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.nn import intrinsic
+from tritonq.nn.conv import check_float_type, share_parameters
+from tritonq.nn.qat import QATLayer
+from tritonq.qconfig import QConfig
+
+
+class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
+    """``y = FQ_a(relu?(x FQ_w(W)^T + b))``; the constructor is ``nn.Linear``'s, plus ``qconfig=``.
+
+    Raises:
+        TypeError: no QConfig given.
+
+    Source: torch.ao.nn.qat.Linear.
+    """
+
+    _output_axis = -1
+    _expected_type: ClassVar[type[nn.Module]] = nn.Linear
+    _relu: ClassVar[bool] = False
+
+    def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.attach_quantizers(qconfig, self.out_features)
+
+    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The float product."""
+        return F.linear(x, weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features), fake-quantized."""
+        y = self.affine(x, *self.folded_parameters())
+        return cast(Tensor, self.activation_post_process(F.relu(y) if self._relu else y))
+
+    @classmethod
+    def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Linear:
+        """The quantization-aware form of ``mod``, whose parameters it shares; errors as in QATConv."""
+        check_float_type(cls, mod, cls._expected_type)
+        linear = cast(nn.Linear, mod[0] if isinstance(mod, intrinsic.FusedModule) else mod)
+        qat = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            device="meta",
+            qconfig=getattr(mod, "qconfig", None),
+        )
+        share_parameters(qat, linear)
+        return qat.train(mod.training)
+
+
+class LinearReLU(Linear):
+    """Quantization-aware Linear and ReLU; see :class:`Linear`."""
+
+    _expected_type = intrinsic.LinearReLU
+    _relu = True

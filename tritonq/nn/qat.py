@@ -1,0 +1,154 @@
+"""What every quantization-aware layer shares: its quantizers, and the arithmetic of eval mode."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.integer import (
+    IntegerAffine,
+    bias_codes,
+    integer_affine,
+    raise_scale_for_bias,
+    sum_bound,
+)
+from tritonq.qconfig import QConfig
+from tritonq.reference.fake_quant import quantize
+
+
+class QATLayer(nn.Module):
+    """A linear operation with a fake-quantized weight and a fake-quantized output.
+
+    Attributes:
+        weight_fake_quant: quantizer of the weight (of the folded weight where there is a BatchNorm).
+        activation_post_process: quantizer of the output, after ReLU where there is one.
+        qconfig: where both came from.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    qconfig: QConfig
+    weight_fake_quant: nn.Module
+    activation_post_process: nn.Module
+
+    # Axis of the output that out channels run along.
+    _output_axis = 1
+
+    def attach_quantizers(self, qconfig: QConfig | None, out_channels: int) -> None:
+        """Create the quantizers of ``qconfig`` with buffers of their final shape.
+
+        Raises:
+            TypeError: no QConfig.
+            ValueError: a weight quantizer whose channel axis is not the layer's out-channel axis.
+        """
+        if not isinstance(qconfig, QConfig):
+            raise TypeError(f"{type(self).__name__} needs qconfig=QConfig(...), got {qconfig!r}")
+        self.qconfig = qconfig
+        self.weight_fake_quant = qconfig.weight()
+        self.activation_post_process = qconfig.activation()
+        # A tuple hides the reference from nn.Module: the producer owns that quantizer and its state.
+        self._input_quantizer: tuple[FakeQuantizeBase | None] = (None,)
+        axis = _axis(self.weight_fake_quant)
+        if axis is not None:
+            if axis != 0:
+                raise ValueError(
+                    f"the weight quantizer of {type(self).__name__} keeps one scale per index of axis {axis}; "
+                    "weight quantizers use ch_axis=0, the out channels, here for transposed convolutions too"
+                )
+            self.weight_fake_quant.allocate(out_channels)  # type: ignore[operator]
+        if self.weight.device.type != "meta":
+            self.move_quantizers(self.weight.device)
+
+    def move_quantizers(self, device: torch.device) -> None:
+        """Put the quantizers' buffers on ``device``."""
+        self.weight_fake_quant.to(device)
+        self.activation_post_process.to(device)
+
+    def set_input_quantizer(self, quantizer: FakeQuantizeBase | None) -> None:
+        """Say which quantizer's grid this layer's input lies on (None: unknown).
+
+        With it, eval mode computes in exact integers with an int32 bias, as the deployed layer does.
+        """
+        self._input_quantizer = (quantizer,)
+
+    @property
+    def input_quantizer(self) -> FakeQuantizeBase | None:
+        """The quantizer whose grid this layer's input lies on, where known."""
+        return self._input_quantizer[0]
+
+    @abstractmethod
+    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The float convolution or product."""
+
+    def folded_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias that eval mode and deployment use: the float ones, with any BatchNorm folded in."""
+        return self.weight, self.bias
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """``weight`` with its out channels on axis 0, as quantizers see it."""
+        return weight
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Inverse of :meth:`to_rows`."""
+        return rows
+
+    def quantized_weight(self, weight: Tensor) -> Tensor:
+        """``weight`` after its fake quantizer, which observes it while training."""
+        return self.from_rows(self.weight_fake_quant(self.to_rows(weight)))
+
+    def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with ``weight`` fake-quantized: in float while training, in exact integers in eval mode."""
+        layer = None if self.training else self.integer_layer(weight, bias)
+        if layer is None:
+            return self.linear_op(x, self.quantized_weight(weight), bias)
+        exact = integer_affine(x, layer, self.linear_op, self._output_axis).to(x.dtype)
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            surrogate = self.linear_op(x, self.quantized_weight(weight), bias)
+            return _WithGradientOf.apply(exact, surrogate)  # type: ignore[no-untyped-call,no-any-return]
+        return exact
+
+    @torch.no_grad()
+    def integer_layer(self, weight: Tensor, bias: Tensor | None) -> IntegerAffine | None:
+        """This layer in integers, or None where input grid or weight grid are unknown or switched off."""
+        source, quantizer = self.input_quantizer, self.weight_fake_quant
+        if source is None or source.qtype.axis is not None or not source.is_active():
+            return None
+        if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_active():
+            return None
+        input_scale, input_zero = source.calculate_qparams()
+        weight_scale, weight_zero = quantizer.calculate_qparams()
+        rows = self.to_rows(weight.float())
+        scale = raise_scale_for_bias(weight_scale.expand(len(rows)), bias, input_scale)
+        zero = weight_zero.expand(len(rows))
+        qtype = quantizer.qtype
+        codes = quantize(rows, scale, zero, qtype.quant_min, qtype.quant_max, 0, qtype.rounding)
+        codes.sub_(zero.view(-1, *[1] * (codes.dim() - 1)))
+        multiplier = input_scale * scale
+        return IntegerAffine(
+            weight=self.from_rows(codes),
+            bias=None if bias is None else bias_codes(bias, multiplier),
+            multiplier=multiplier,
+            input_scale=input_scale,
+            sum_bound=sum_bound(codes, input_zero, source.qtype),
+        )
+
+
+class _WithGradientOf(torch.autograd.Function):
+    """The value of the first argument, the gradient of the second."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+        return None, dy
+
+
+def _axis(quantizer: nn.Module) -> int | None:
+    qtype = getattr(quantizer, "qtype", None)
+    return None if qtype is None else qtype.axis
