@@ -1,0 +1,117 @@
+"""What a case is: inputs, implementations of one operation, what must move, and how far results may differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Tensor]
+Step = Callable[[Inputs], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an output may be from the reference.
+
+    An element agrees when ``|out - ref| <= atol + rtol * |ref|``; at most ``fraction`` of the elements of each output
+    may disagree, and none may be NaN where the reference is not.
+
+    Attributes:
+        reason: why it is not zero (or why it is).
+    """
+
+    reason: str
+    atol: float = 0.0
+    rtol: float = 0.0
+    fraction: float = 0.0
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to do what the case describes.
+
+    Attributes:
+        build: receives one set of inputs (shapes, device, qparams) and returns the step that is checked and timed.
+            Imports of optional packages belong here.
+        distribution: package index name of the library, for its version and for "not installed".
+        module: top-level module whose absence means "not installed".
+        tolerance: replaces the case's, with its own reason.
+        quick: False keeps it out of ``--quick`` (compilers that need tens of seconds).
+        devices: device types it can run on.
+    """
+
+    build: Callable[[Inputs], Step]
+    distribution: str = "torch"
+    module: str = "torch"
+    tolerance: Tolerance | None = None
+    quick: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def library_version(self) -> str | None:
+        """Installed version of the library, or None."""
+        try:
+            return version(self.distribution)
+        except PackageNotFoundError:
+            return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one kind of input, and everything that can do it.
+
+    Attributes:
+        name: ``family/what/shape/dtype/…``, unique in the table.
+        family: the group it is plotted in.
+        make_inputs: seeded generator and device to one set of inputs; called with several seeds, so that timing can
+            rotate through more memory than the caches hold.
+        reference: the specification, written in plain operators; what every implementation is checked against.
+        implementations: by name.
+        baseline: the implementation that ratios are taken against.
+        bytes_moved: bytes that the best possible implementation reads and writes.
+        operations: arithmetic operations that it needs, roughly; for the roofline.
+        tolerance: for every implementation that has none of its own.
+        devices: device types the case makes sense on.
+        quick: part of ``--quick``.
+        memory: bytes that one step of a built implementation keeps for its backward; None where it says nothing.
+    """
+
+    name: str
+    family: str
+    make_inputs: Callable[[torch.Generator, torch.device], Inputs]
+    reference: Step
+    implementations: Mapping[str, Implementation]
+    baseline: str
+    bytes_moved: int
+    operations: int
+    tolerance: Tolerance
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    quick: bool = False
+    memory: Callable[[Step, Inputs], int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.baseline not in self.implementations:
+            raise ValueError(f"{self.name}: baseline {self.baseline!r} is not among its implementations")
+
+
+def disagreement(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: Tolerance) -> str | None:
+    """Say how ``outputs`` differ from ``expected`` beyond ``tolerance``; None when they don't."""
+    if len(outputs) != len(expected):
+        return f"{len(outputs)} outputs, expected {len(expected)}"
+    for index, (out, ref) in enumerate(zip(outputs, expected, strict=True)):
+        if out.shape != ref.shape:
+            return f"output {index} has shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
+        if out.dtype != ref.dtype:
+            return f"output {index} is {out.dtype}, expected {ref.dtype}"
+        out, ref = out.detach().float(), ref.detach().float()
+        error = (out - ref).abs()
+        agrees = (error <= tolerance.atol + tolerance.rtol * ref.abs()) | (out.isnan() & ref.isnan())
+        if bool((out.isnan() & ~ref.isnan()).any()):
+            return f"output {index} has NaN where the reference has none"
+        wrong = out.numel() - int(agrees.sum())
+        if wrong > tolerance.fraction * out.numel():
+            return f"output {index}: {wrong} of {out.numel()} elements differ, by {float(error.nan_to_num().max()):.3g}"
+    return None

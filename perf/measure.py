@@ -1,0 +1,131 @@
+"""Taking times: interleaved samples over rotating buffers, and the copy bandwidth they are compared with."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from tritonq.perf.case import Inputs, Step
+from tritonq.perf.machine import last_level_cache
+from tritonq.perf.stats import Spread
+
+# A sample lasts at least this long, so that the clock's resolution and the loop around the call don't show.
+_MIN_SAMPLE_S = 2e-3
+_MAX_CALLS = 1000
+
+# Calls before the first estimate: allocators, lazy compilation and caches settle.
+_WARM_CALLS = 3
+
+# Input sets beyond this number no longer help: a case whose sets still fit in the cache then is one where calls, not
+# memory, take the time.
+_MAX_SETS = 32
+
+# Twice the cache, so that a set has left it before its turn comes again.
+_CACHES_TO_FILL = 2
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long one case may be timed: about ``seconds``, within a least and a largest number of rounds."""
+
+    seconds: float
+    min_rounds: int = 7
+    max_rounds: int = 60
+
+    def rounds(self, seconds_per_round: float) -> int:
+        """Number of rounds that fit."""
+        return max(self.min_rounds, min(self.max_rounds, int(self.seconds / max(seconds_per_round, 1e-9))))
+
+
+def input_sets(make: Callable[[torch.Generator, torch.device], Inputs], device: torch.device) -> list[Inputs]:
+    """Sets of inputs with seeds 0, 1, 2, … that together exceed twice the last-level cache; 2 to 32 of them."""
+
+    def sets() -> Iterator[Inputs]:
+        seed = 0
+        while True:
+            yield make(torch.Generator(device).manual_seed(seed), device)
+            seed += 1
+
+    source = sets()
+    first = next(source)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in first.values())
+    wanted = math.ceil(_CACHES_TO_FILL * last_level_cache(device) / max(size, 1))
+    return [first, *islice(source, min(max(wanted, 2), _MAX_SETS) - 1)]
+
+
+def schedule(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """The order of samples: every implementation once per round, A B A B, never A A B B."""
+    for _ in range(rounds):
+        yield from names
+
+
+def interleave(
+    steps: Mapping[str, Step], sets: Sequence[Inputs], device: torch.device, budget: Budget
+) -> dict[str, list[float]]:
+    """Time all ``steps`` in turns.
+
+    Every step is warmed before any is timed. Each sample makes enough calls to last a few milliseconds, each call on
+    the next of ``sets``. The garbage collector rests meanwhile.
+
+    Returns:
+        Seconds per call, one entry per round, for each step.
+    """
+    sample = _cuda_sample if device.type == "cuda" else _cpu_sample
+    rotations = {name: _rotation(sets) for name in steps}
+    for name, step in steps.items():
+        sample(step, rotations[name], _WARM_CALLS)
+    estimates = {name: sample(step, rotations[name], _WARM_CALLS) for name, step in steps.items()}
+    calls = {name: min(_MAX_CALLS, max(1, math.ceil(_MIN_SAMPLE_S / seconds))) for name, seconds in estimates.items()}
+    rounds = budget.rounds(sum(estimates[name] * calls[name] for name in steps))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    gc.disable()
+    try:
+        for name in schedule(list(steps), rounds):
+            times[name].append(sample(steps[name], rotations[name], calls[name]))
+    finally:
+        gc.enable()
+    return times
+
+
+def copy_bandwidth(device: torch.device) -> Spread:
+    """Bytes per second, read plus written, of a copy far larger than any cache of ``device``."""
+    size = (1 << 30) if device.type == "cuda" else max(4 * last_level_cache(device), 128 << 20)
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+
+    def copy(_: Inputs) -> tuple[torch.Tensor, ...]:
+        return (target.copy_(source),)
+
+    times = interleave({"copy": copy}, [{}], device, Budget(seconds=1.0, max_rounds=30))["copy"]
+    return Spread.of([2 * size / seconds for seconds in times])
+
+
+def _rotation(sets: Sequence[Inputs]) -> Iterator[Inputs]:
+    while True:
+        yield from sets
+
+
+def _cpu_sample(step: Step, rotation: Iterator[Inputs], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        step(next(rotation))
+    return (time.perf_counter() - start) / calls
+
+
+def _cuda_sample(step: Step, rotation: Iterator[Inputs], calls: int) -> float:
+    """Seconds per call between two events on the current stream; never run on a GPU so far."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(calls):
+        step(next(rotation))
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3 / calls

@@ -1,0 +1,209 @@
+"""The runner: check, warm, time in turns, write down."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from tritonq.perf import records
+from tritonq.perf.case import Case, Implementation, Inputs, Step, disagreement
+from tritonq.perf.cases import all_cases
+from tritonq.perf.machine import SOURCE, device_slug, environment
+from tritonq.perf.measure import Budget, copy_bandwidth, input_sets, interleave
+from tritonq.perf.progress import progress
+from tritonq.perf.records import Record
+from tritonq.perf.stats import Spread, speed_up
+from tritonq.perf.table import render
+
+# Seconds of timing per case; with building, checking and warming, --quick stays below three minutes on two cores.
+_QUICK_SECONDS, _FULL_SECONDS = 2.0, 4.0
+
+_ERROR_LENGTH = 160
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all records of one run share.
+
+    Attributes:
+        copy: measured copy bandwidth of the device, bytes per second.
+    """
+
+    device: torch.device
+    environment: dict[str, object]
+    budget: Budget
+    quick: bool
+    copy: Spread | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``python -m tritonq bench``."""
+    parser.add_argument("--quick", action="store_true", help="the cases that fit into three minutes on two cores")
+    parser.add_argument("--case", action="append", metavar="PATTERN", help="part of a name, or a glob; repeatable")
+    parser.add_argument("--list", action="store_true", help="print the names of the chosen cases and stop")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--seconds", type=float, metavar="S", help="timing per case (default: 2 with --quick, else 4)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results (default: perf/results)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the chosen cases; returns the exit code."""
+    cases = select(all_cases(), args.case or [], quick=args.quick)
+    if not cases:
+        print(f"no case matches {' '.join(args.case or [])}; --list shows all names", file=sys.stderr)
+        return 2
+    if args.list:
+        print("\n".join(f"{case.name}  [{', '.join(case.devices)}]{'  quick' if case.quick else ''}" for case in cases))
+        return 0
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = _device(args.device)
+    if device is None:
+        print("--device cuda: torch finds no GPU here", file=sys.stderr)
+        return 2
+    session = _session(device, args.quick, args.seconds)
+    folder = (args.out or default_results()) / device_slug(device)
+    label = f"{str(session.environment['commit'])[:7]}{'-dirty' if session.environment['dirty'] else ''}"
+    with records.create(folder, label) as file:
+        written = list(_run_all(cases, session, file))
+    print(render(written))
+    print(f"\nwritten to {file.name}")
+    return 0
+
+
+def default_results() -> Path:
+    """``perf/results`` in a clone; a folder in the working directory where tritonq is installed without its tests."""
+    return SOURCE / "results" if (SOURCE.parent / "pyproject.toml").is_file() else Path("tritonq-results")
+
+
+def select(cases: Sequence[Case], patterns: Sequence[str], *, quick: bool) -> list[Case]:
+    """Cases whose name contains one of ``patterns`` or matches it as a glob; all when there is no pattern."""
+
+    def wanted(case: Case) -> bool:
+        return not patterns or any(part in case.name or fnmatchcase(case.name, part) for part in patterns)
+
+    return [case for case in cases if wanted(case) and (case.quick or not quick)]
+
+
+def run_case(case: Case, session: Session) -> Iterator[Record]:
+    """Check, time and describe every implementation of ``case``; one record for each, whatever became of it."""
+    if session.device.type not in case.devices:
+        reason = f"not run: needs {' or '.join(case.devices)}, this run is on {session.device.type}"
+        for name, implementation in case.implementations.items():
+            yield _record(case, name, implementation, session, {"status": reason})
+        return
+    # Compiled functions are specialised to a case; without a reset the compiler's limit on recompilation would turn
+    # later ones into eager calls, silently.
+    torch.compiler.reset()
+    sets = input_sets(case.make_inputs, session.device)
+    expected = case.reference(sets[0])
+    steps: dict[str, Step] = {}
+    status: dict[str, str] = {}
+    for name, implementation in case.implementations.items():
+        step, status[name] = _prepare(case, implementation, sets[0], expected, session)
+        if step is not None:
+            steps[name] = step
+    times = interleave(steps, sets, session.device, session.budget) if steps else {}
+    for name, implementation in case.implementations.items():
+        fields: Record = {"status": status[name]}
+        if name in times:
+            fields |= _timing(case, times[name], times.get(case.baseline), session.copy)
+            if case.memory is not None:
+                fields["memory_bytes"] = case.memory(steps[name], sets[0])
+        yield _record(case, name, implementation, session, fields)
+
+
+def _run_all(cases: Sequence[Case], session: Session, file: IO[str]) -> Iterator[Record]:
+    for case in progress(cases, len(cases), "bench", "case"):
+        for record in run_case(case, session):
+            records.write(file, record)
+            yield record
+
+
+def _prepare(
+    case: Case, implementation: Implementation, inputs: Inputs, expected: tuple[torch.Tensor, ...], session: Session
+) -> tuple[Step | None, str]:
+    """Build and check; the step is None unless the status is ``ok``."""
+    if session.quick and not implementation.quick:
+        return None, "not run: left out by --quick"
+    if session.device.type not in implementation.devices:
+        return None, f"not run: needs {' or '.join(implementation.devices)}"
+    if importlib.util.find_spec(implementation.module) is None:
+        return None, "not installed"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            step = implementation.build(inputs)
+            difference = disagreement(step(inputs), expected, implementation.tolerance or case.tolerance)
+    except Exception as error:  # a peer may fail in any way, and the table has to say how
+        return None, f"error: {type(error).__name__}: {_one_line(str(error))}"
+    return (step, "ok") if difference is None else (None, f"failed check: {difference}")
+
+
+def _timing(case: Case, times: list[float], baseline: list[float] | None, copy: Spread | None) -> Record:
+    seconds = Spread.of(times)
+    rate = case.bytes_moved / seconds.median
+    fields: Record = {
+        "rounds": len(times),
+        "median_s": seconds.median,
+        "p20_s": seconds.p20,
+        "p80_s": seconds.p80,
+        "bytes_per_s": rate,
+        "copy_fraction": rate / copy.median if copy else None,
+    }
+    if baseline is not None:
+        ratio = speed_up(baseline, times)
+        fields |= {"speed_up": ratio.median, "speed_up_p20": ratio.p20, "speed_up_p80": ratio.p80}
+    return fields
+
+
+def _record(case: Case, name: str, implementation: Implementation, session: Session, fields: Record) -> Record:
+    return {
+        "case": case.name,
+        "family": case.family,
+        "implementation": name,
+        "baseline": case.baseline,
+        "library_version": implementation.library_version(),
+        "bytes_moved": case.bytes_moved,
+        "operations": case.operations,
+        "copy_bytes_per_s": session.copy.median if session.copy else None,
+        **fields,
+        "quick": session.quick,
+        "time": records.utc_now(),
+        "environment": session.environment,
+    }
+
+
+def _session(device: torch.device, quick: bool, seconds: float | None) -> Session:
+    budget = Budget(seconds or (_QUICK_SECONDS if quick else _FULL_SECONDS))
+    return Session(device, environment(device), budget, quick, copy_bandwidth(device))
+
+
+def _device(choice: str) -> torch.device | None:
+    """The device that ``--device`` asks for; None when it is not there."""
+    present = torch.cuda.is_available()
+    if choice == "cuda" and not present:
+        return None
+    return torch.device("cuda" if present and choice != "cpu" else "cpu")
+
+
+def _one_line(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= _ERROR_LENGTH else flat[: _ERROR_LENGTH - 1] + "…"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
