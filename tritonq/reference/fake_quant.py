@@ -39,13 +39,13 @@ def fake_quantize(
 
     Source: SEMANTICS section 1.
     """
-    if active is not None and not bool(active):
+    if _known_off(active):
         return x.clone()
     scale, zero_point = _broadcast(x, scale, zero_point, axis)
     y = _unclipped_code(x, scale, zero_point, rounding).clamp_(quant_min, quant_max)
     if zero_point is not None:
         y.sub_(zero_point)
-    return y.mul_(scale).to(x.dtype)
+    return _switched(active, y.mul_(scale).to(x.dtype), x)
 
 
 def fake_quantize_backward(
@@ -62,15 +62,16 @@ def fake_quantize_backward(
 ) -> Tensor:
     """Straight-through gradient: ``dy`` where the rounded, unclipped code lies in the range, 0 elsewhere and at NaN.
 
-    Shapes and dtypes as in :func:`fake_quantize`; the mask is recomputed from ``x``. Returns ``x.dtype``.
+    Shapes and dtypes as in :func:`fake_quantize`; the mask is recomputed from ``x``. Where ``active`` is 0
+    it is ``dy``. Returns ``x.dtype``.
     """
-    if active is not None and not bool(active):
+    if _known_off(active):
         return dy
     scale, zero_point = _broadcast(x, scale, zero_point, axis)
     code = _unclipped_code(x, scale, zero_point, rounding)
     # |code - middle| <= half the range, as 0.0 or 1.0; comparing with NaN gives 0.
     inside = code.sub_((quant_min + quant_max) / 2).abs_().le_((quant_max - quant_min) / 2)
-    return inside.mul_(dy).to(x.dtype)
+    return _switched(active, inside.mul_(dy).to(x.dtype), dy)
 
 
 def quantize(
@@ -85,6 +86,18 @@ def quantize(
     """The codes ``clamp(round(x/s) + z, quant_min, quant_max)`` as integer-valued floats; arguments as above."""
     scale, zero_point = _broadcast(x, scale, zero_point, axis)
     return _unclipped_code(x, scale, zero_point, rounding).clamp_(quant_min, quant_max)
+
+
+def _known_off(active: Tensor | None) -> bool:
+    """Whether ``active`` is a zero that can be read without synchronising with a device or breaking a graph."""
+    return active is not None and active.is_cpu and not torch.compiler.is_compiling() and not bool(active)
+
+
+def _switched(active: Tensor | None, on: Tensor, off: Tensor) -> Tensor:
+    """``on`` or ``off`` by a switch that :func:`_known_off` could not read on the host."""
+    if active is None or (active.is_cpu and not torch.compiler.is_compiling()):
+        return on
+    return torch.where(active.view(()) != 0, on, off)
 
 
 def _broadcast(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None) -> tuple[Tensor, Tensor | None]:

@@ -20,7 +20,7 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
         Without a finite value ``low`` is +inf and ``high`` is -inf.
     """
     if axis is not None:
-        x = x.movedim(axis, 0).reshape(x.shape[axis], -1)
+        x = x.movedim(axis, 0).reshape(x.shape[axis], x.numel() // max(1, x.shape[axis]))
     channels = x.shape[:1] if axis is not None else ()
     if x.numel() == 0:
         return (

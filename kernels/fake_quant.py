@@ -1,0 +1,232 @@
+"""Fake quantization: one read and one write forward, two reads and one write backward.
+
+Functions here have the names, signatures and results of `tritonq.reference.fake_quant`, their specification.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import device_guard, plan
+from .layout import View, view
+from .rounding import divide_by_scale, is_inside, round_to_code, round_to_steps
+from .tile import load_per_channel, tile_indices, tile_mask
+
+
+@triton.jit
+def fake_quantize_kernel(
+    x_ptr,  # outer × rows × cols, by strides
+    y_ptr,  # outer × rows × cols, by strides; float32 with CODES
+    scale_ptr,  # (channels,) float32, or one element
+    zero_point_ptr,  # as scale, int32; None stands for zero
+    active_ptr,  # one element, uint8 or bool; 0 copies x. None counts as 1
+    x_outer,
+    x_row,
+    x_col,
+    y_outer,
+    y_row,
+    y_col,
+    rows,
+    cols,
+    CHANNEL: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    CODES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Fake quantize one tile, or write its codes. Has run on no GPU yet."""
+    outer, row, col = tile_indices(ROWS, COLS, FIRST, WIDE)
+    mask = tile_mask(row, col, rows, cols, ROWS)
+    x = tl.load(x_ptr + (outer * x_outer + row * x_row + col * x_col), mask=mask).to(tl.float32)
+    scale = load_per_channel(scale_ptr, outer, row, col, rows, cols, CHANNEL)
+    zero_point = 0
+    if zero_point_ptr is not None:
+        zero_point = load_per_channel(zero_point_ptr, outer, row, col, rows, cols, CHANNEL).to(tl.float32)
+    v = divide_by_scale(x, scale, ROUNDING)
+    if CODES:
+        y = round_to_code(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
+    else:
+        y = round_to_steps(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING) * scale
+    if active_ptr is not None:
+        y = tl.where(tl.load(active_ptr) != 0, y, x)
+    tl.store(y_ptr + (outer * y_outer + row * y_row + col * y_col), y, mask=mask)
+
+
+@triton.jit
+def fake_quantize_backward_kernel(
+    dy_ptr,  # outer × rows × cols, by strides
+    x_ptr,  # outer × rows × cols, by strides
+    dx_ptr,  # outer × rows × cols, by strides
+    scale_ptr,  # (channels,) float32, or one element
+    zero_point_ptr,  # as scale, int32; None stands for zero
+    active_ptr,  # one element, uint8 or bool; 0 copies dy. None counts as 1
+    dy_outer,
+    dy_row,
+    dy_col,
+    x_outer,
+    x_row,
+    x_col,
+    dx_outer,
+    dx_row,
+    dx_col,
+    rows,
+    cols,
+    CHANNEL: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Pass the gradient of one tile where the code, recomputed from x, lies in range. Has run on no GPU yet."""
+    outer, row, col = tile_indices(ROWS, COLS, FIRST, WIDE)
+    mask = tile_mask(row, col, rows, cols, ROWS)
+    x = tl.load(x_ptr + (outer * x_outer + row * x_row + col * x_col), mask=mask).to(tl.float32)
+    dy = tl.load(dy_ptr + (outer * dy_outer + row * dy_row + col * dy_col), mask=mask).to(tl.float32)
+    scale = load_per_channel(scale_ptr, outer, row, col, rows, cols, CHANNEL)
+    zero_point = 0
+    if zero_point_ptr is not None:
+        zero_point = load_per_channel(zero_point_ptr, outer, row, col, rows, cols, CHANNEL).to(tl.float32)
+    passes = is_inside(divide_by_scale(x, scale, ROUNDING), zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
+    if active_ptr is not None:
+        passes = passes | (tl.load(active_ptr) == 0)
+    dx_offsets = outer * dx_outer + row * dx_row + col * dx_col
+    tl.store(dx_ptr + dx_offsets, tl.where(passes, dy, 0.0), mask=mask)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    rounding: str = "half_even",
+    *,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Fake quantize ``x``; strides of the result follow ``torch.empty_like``."""
+    y = torch.empty_like(x)
+    _forward(x, y, scale, zero_point, active, quant_min, quant_max, axis, rounding, codes=False)
+    return y
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    rounding: str = "half_even",
+) -> Tensor:
+    """The codes of ``x`` as integer-valued float32."""
+    codes = torch.empty_like(x, dtype=torch.float32)
+    _forward(x, codes, scale, zero_point, None, quant_min, quant_max, axis, rounding, codes=True)
+    return codes
+
+
+def fake_quantize_backward(
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    rounding: str = "half_even",
+    *,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Straight-through gradient of :func:`fake_quantize`; strides of the result follow ``torch.empty_like(x)``."""
+    dx = torch.empty_like(x)
+    if dx.numel() == 0:
+        return dx
+    (dy, x), seen = common_view((dy, x), dx, axis)
+    tile, grid = plan("fake_quantize_backward", x.dtype, seen, x.device)
+    with device_guard(x):
+        fake_quantize_backward_kernel[grid.programs](
+            dy,
+            x,
+            dx,
+            scale.contiguous(),
+            None if zero_point is None else zero_point.contiguous(),
+            active,
+            *seen.strides[0],
+            *seen.strides[1],
+            *seen.strides[2],
+            seen.sizes[1],
+            seen.sizes[2],
+            CHANNEL=seen.channel,
+            QUANT_MIN=quant_min,
+            QUANT_MAX=quant_max,
+            ROUNDING=rounding,
+            ROWS=tile.rows,
+            COLS=tile.cols,
+            FIRST=grid.first,
+            WIDE=seen.wide,
+            num_warps=tile.warps,
+            enable_fp_fusion=False,
+        )
+    return dx
+
+
+def _forward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    active: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    rounding: str,
+    codes: bool,
+) -> None:
+    if y.numel() == 0:
+        return
+    (x,), seen = common_view((x,), y, axis)
+    tile, grid = plan("fake_quantize", x.dtype, seen, x.device)
+    with device_guard(x):
+        fake_quantize_kernel[grid.programs](
+            x,
+            y,
+            scale.contiguous(),
+            None if zero_point is None else zero_point.contiguous(),
+            active,
+            *seen.strides[0],
+            *seen.strides[1],
+            seen.sizes[1],
+            seen.sizes[2],
+            CHANNEL=seen.channel,
+            QUANT_MIN=quant_min,
+            QUANT_MAX=quant_max,
+            ROUNDING=rounding,
+            CODES=codes,
+            ROWS=tile.rows,
+            COLS=tile.cols,
+            FIRST=grid.first,
+            WIDE=seen.wide,
+            num_warps=tile.warps,
+            enable_fp_fusion=False,
+        )
+
+
+def common_view(inputs: tuple[Tensor, ...], out: Tensor, axis: int | None) -> tuple[tuple[Tensor, ...], View]:
+    """The view of ``inputs`` and a dense ``out``; inputs whose strides allow none are first copied to ``out``'s."""
+    seen = view(out.shape, (*(t.stride() for t in inputs), out.stride()), axis)
+    if seen is not None:
+        return inputs, seen
+    inputs = tuple(t if t.stride() == out.stride() else torch.empty_like(out, dtype=t.dtype).copy_(t) for t in inputs)
+    seen = view(out.shape, tuple(out.stride() for _ in range(len(inputs) + 1)), axis)
+    assert seen is not None, "a dense tensor has at most three dimensions around its channel axis"
+    return inputs, seen

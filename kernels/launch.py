@@ -1,0 +1,143 @@
+"""Launch sizes: one small pure function, and a table per GPU that overrides it where someone has measured.
+
+A table is ``kernels/tuned/<gpu>.json``, written by ``python -m tritonq tune``::
+
+    {"version": 1, "gpu": "NVIDIA H200",
+     "kernels": {"fake_quantize": {"float32/flat/large": {"elements": 4096, "max_cols": 4096, "warps": 4}}}}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import Grid, Tile, View, grid, tile_counts, tile_shape
+
+TABLE_VERSION = 1
+TABLES = Path(__file__).parent / "tuned"
+
+# From here on tiles of 4096 elements make at least 256 programs: one or two for each multiprocessor of a large GPU
+# (H200: 132, MI300X: 304). Below it tiles are small, so that more multiprocessors work. By that count, not measured.
+_LARGE = 2**20
+
+
+class Parameters(NamedTuple):
+    """What a launch can be tuned by.
+
+    Attributes:
+        elements: elements per tile, a power of two.
+        max_cols: widest tile, a power of two.
+        warps: warps per program.
+    """
+
+    elements: int
+    max_cols: int
+    warps: int
+
+
+def default_parameters(shape_class: str, size_class: str) -> Parameters:
+    """Parameters where no table speaks.
+
+    Four warps with 32 elements per lane keep 16 KiB of float32 loads in flight per program and amortise the scale's
+    reciprocal. Channels along the columns take narrow, tall tiles: few reciprocals, each used for every row.
+    """
+    elements = 4096 if size_class == "large" else 1024
+    return Parameters(elements, 128 if shape_class == "cols" else elements, 4)
+
+
+def shape_class(view: View) -> str:
+    """``"flat"`` (one dimension, one scale), ``"cols"`` (channels along the columns) or ``"rows"`` (all else)."""
+    if view.channel == 2:
+        return "cols"
+    return "flat" if view.channel is None and view.sizes[0] == view.sizes[1] == 1 else "rows"
+
+
+def parameters(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> Parameters:
+    """Launch parameters of ``kernel`` for this view on this device."""
+    size_class = "large" if view.numel >= _LARGE else "small"
+    index = device.index if device.type == "cuda" else None
+    return _parameters(kernel, dtype, shape_class(view), size_class, index)
+
+
+@cache
+def _parameters(
+    kernel: str, dtype: torch.dtype, shape_class: str, size_class: str, device_index: int | None
+) -> Parameters:
+    if device_index is not None:
+        table = load_table(TABLES / f"{gpu_file_stem(torch.cuda.get_device_name(device_index))}.json")
+        tuned = table.get(kernel, {}).get(f"{str(dtype).removeprefix('torch.')}/{shape_class}/{size_class}")
+        if tuned is not None:
+            return tuned
+    return default_parameters(shape_class, size_class)
+
+
+def gpu_file_stem(name: str) -> str:
+    """File name of a GPU's table: ``"NVIDIA H200"`` gives ``"nvidia_h200"``."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+@cache
+def load_table(path: Path) -> dict[str, dict[str, Parameters]]:
+    """Kernel name to key to parameters; empty when there is no such file, or, with a warning, when it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return _checked_table(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"ignoring the damaged table of launch sizes {path.name}: {error!r}", stacklevel=2)
+        return {}
+
+
+def _checked_table(content: dict[str, Any]) -> dict[str, dict[str, Parameters]]:
+    if content["version"] != TABLE_VERSION:
+        raise ValueError(f"version {content['version']!r}, expected {TABLE_VERSION}")
+    table = {
+        kernel: {key: Parameters(**values) for key, values in entries.items()}
+        for kernel, entries in content["kernels"].items()
+    }
+    for kernel, entries in table.items():
+        for key, values in entries.items():
+            for name, value in values._asdict().items():
+                if not isinstance(value, int) or value < 1 or value & (value - 1):
+                    raise ValueError(f"{kernel} {key}: {name} must be a power of two, got {value!r}")
+    return table
+
+
+# What is assumed where there is no GPU to ask: an H200's.
+_DEFAULT_MULTIPROCESSORS = 132
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors (compute units) the device has."""
+    if device.type != "cuda":
+        return _DEFAULT_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class Plan(NamedTuple):
+    """Tile and grid of an elementwise launch over a view."""
+
+    tile: Tile
+    grid: Grid
+
+
+@lru_cache(maxsize=4096)
+def plan(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> Plan:
+    """Tile and grid for one program per tile."""
+    chosen = parameters(kernel, dtype, view, device)
+    rows, cols = tile_shape(view.sizes, chosen.elements, chosen.max_cols)
+    return Plan(Tile(rows, cols, chosen.warps), grid(tile_counts(view.sizes, rows, cols)))
+
+
+def device_guard(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current CUDA device, which need not be ``x``'s."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

@@ -1,0 +1,107 @@
+"""A range's scale and zero point on the device: `tritonq.qparams.range_to_qparams`, bit for bit."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .rounding import round_half_away, round_half_even_any
+
+# torch's fused operator widens the range below this scale, and gives an empty range this one.
+_V1_SMALL_SCALE = tl.constexpr(6.1e-5)
+_V1_ZERO_RANGE_SCALE = tl.constexpr(0.1)
+# The smallest normal float64.
+_TINY64 = tl.constexpr(2.2250738585072014e-308)
+# 1.5 * 2^52: adding and subtracting it leaves no fraction bits in a float64 below 2^51.
+_ROUNDER64 = tl.constexpr(6755399441055744.0)
+
+
+@triton.jit
+def range_to_qparams(
+    min_val,
+    max_val,
+    eps,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    FIXED_ZERO_POINT: tl.constexpr,
+    RULE: tl.constexpr,
+):
+    """Scale (float32) and zero point (int32) of the range ``min_val`` .. ``max_val`` (float32 blocks).
+
+    A range that is empty or not finite gives scale 1 and the type's zero.
+    """
+    observed = (min_val <= max_val) & (tl.abs(min_val) < float("inf")) & (tl.abs(max_val) < float("inf"))
+    low = tl.minimum(tl.where(observed, min_val, 0.0), 0.0)
+    high = tl.maximum(tl.where(observed, max_val, 0.0), 0.0)
+    if RULE == "torch_v1":
+        scale, zero_point = _torch_v1_qparams(low, high, QUANT_MIN, QUANT_MAX, SYMMETRIC)
+    else:
+        scale, zero_point = _linear_qparams(low, high, eps, QUANT_MIN, QUANT_MAX, FIXED_ZERO_POINT, RULE)
+    unobserved: tl.constexpr = _unobserved_zero_point(QUANT_MIN, QUANT_MAX, FIXED_ZERO_POINT)
+    return tl.where(observed, scale, 1.0), tl.where(observed, zero_point, unobserved).to(tl.int32)
+
+
+@triton.constexpr_function
+def _unobserved_zero_point(quant_min, quant_max, fixed_zero_point):
+    return min(max(fixed_zero_point or 0, quant_min), quant_max)
+
+
+@triton.jit
+def _linear_qparams(
+    low,
+    high,
+    eps,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    FIXED_ZERO_POINT: tl.constexpr,
+    RULE: tl.constexpr,
+):
+    """torch.ao's observer rule and MegEngine's, float32."""
+    codes: tl.constexpr = QUANT_MAX - QUANT_MIN
+    if FIXED_ZERO_POINT is not None:
+        scale = tl.maximum(tl.div_rn(tl.maximum(-low, high), tl.full(low.shape, codes / 2, tl.float32)), eps)
+        return scale, tl.full(low.shape, FIXED_ZERO_POINT, tl.float32)
+    else:
+        scale = tl.maximum(tl.div_rn(high - low, tl.full(low.shape, codes, tl.float32)), eps)
+        ratio = tl.div_rn(low, scale)
+        if RULE == "megengine":
+            return scale, QUANT_MIN - round_half_away(ratio)
+        else:
+            zero_point = QUANT_MIN - round_half_even_any(ratio)
+            return scale, tl.minimum(tl.maximum(zero_point, QUANT_MIN), QUANT_MAX)
+
+
+@triton.jit
+def _torch_v1_qparams(low, high, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """torch's fused moving-average operator, in float64 as there."""
+    low = low.to(tl.float64)
+    high = high.to(tl.float64)
+    codes: tl.constexpr = QUANT_MAX - QUANT_MIN
+    below: tl.constexpr = -(codes // 2 + 1)
+    above: tl.constexpr = codes // 2
+    two_sided = (low < 0) & (high > 0) & SYMMETRIC
+    widest = tl.maximum(tl.abs(low / below), tl.abs(high / above) if above != 0 else high)
+    # The operator keeps its range in float32 between the two steps.
+    low = tl.where(two_sided, widest * below, low).to(tl.float32).to(tl.float64)
+    high = tl.where(two_sided, widest * above, high).to(tl.float32).to(tl.float64)
+
+    step = (high - low) / codes
+    scale = step.to(tl.float32).to(tl.float64)
+    scale = tl.where(scale == 0, _V1_ZERO_RANGE_SCALE, scale)
+    small = scale < _V1_SMALL_SCALE
+    scale = tl.where(small, _V1_SMALL_SCALE, scale)
+    grow_high = low == 0
+    grow_low = high == 0
+    both = (low != 0) & (high != 0)
+    amplifier = _V1_SMALL_SCALE / tl.maximum(step, _TINY64)
+    small_range: tl.constexpr = _V1_SMALL_SCALE * codes
+    high = tl.where(small & grow_high, small_range, tl.where(small & both, high * amplifier, high))
+    low = tl.where(small & grow_low, -small_range, tl.where(small & both, low * amplifier, low))
+
+    error_min = tl.abs(low / scale) + abs(QUANT_MIN)
+    error_max = tl.abs(high / scale) + abs(QUANT_MAX)
+    zero_point = tl.where(error_min < error_max, QUANT_MIN - low / scale, QUANT_MAX - high / scale)
+    zero_point = tl.where(two_sided, (QUANT_MIN + QUANT_MAX + 1) // 2, zero_point)
+    zero_point = (zero_point + _ROUNDER64) - _ROUNDER64
+    return scale.to(tl.float32), tl.minimum(tl.maximum(zero_point, QUANT_MIN), QUANT_MAX).to(tl.float32)

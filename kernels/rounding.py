@@ -1,0 +1,102 @@
+"""Rounding and the quantization grid, as device functions on loaded float32 values.
+
+Nothing here uses libdevice or fused multiply-adds, so that a GPU, Triton's interpreter and PyTorch agree bit for bit.
+Launch kernels that call these with ``enable_fp_fusion=False``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Adding and subtracting 1.5 * 2^23 leaves no fraction bits: the hardware's own round-half-even, for |v| <= 2^22.
+_ROUNDER = tl.constexpr(12582912.0)
+# From here on float32 has no fraction bits.
+_ALL_WHOLE = tl.constexpr(8388608.0)
+# Code ranges that span less than this can be clamped before they are rounded.
+_NARROW_CODES = tl.constexpr(2**22)
+
+
+@triton.jit
+def round_half_even(v):
+    """Nearest integer, ties to even, for |v| <= 2^22; NaN stays."""
+    return (v + _ROUNDER) - _ROUNDER
+
+
+@triton.jit
+def round_half_even_any(v):
+    """Nearest integer, ties to even, for any v; NaN and infinities stay."""
+    rounder = tl.where(v < 0, -_ALL_WHOLE, _ALL_WHOLE)
+    return tl.where(tl.abs(v) < _ALL_WHOLE, (v + rounder) - rounder, v)
+
+
+@triton.jit
+def round_half_away(v):
+    """Nearest integer, ties away from zero, for any v; NaN and infinities stay."""
+    size = tl.abs(v)
+    whole = tl.floor(size)
+    # Exact: the fraction of a float is a float. (floor(size + 0.5) would round 0.49999997 up.)
+    size = tl.where(size - whole >= 0.5, whole + 1, whole)
+    return tl.where(v < 0, -size, tl.where(v == v, size, v))
+
+
+@triton.jit
+def divide_by_scale(x, scale, ROUNDING: tl.constexpr):
+    """``x`` in units of ``scale``: times the reciprocal (half_even, as torch) or truly divided (half_away).
+
+    The reciprocal has the shape of ``scale``: once per tensor or channel, not per element.
+    """
+    if ROUNDING == "half_even":
+        return x * tl.div_rn(1.0, scale)
+    else:
+        return tl.div_rn(x, tl.broadcast_to(scale, x.shape) if scale.type.is_block() else scale)
+
+
+@triton.jit
+def round_to_code(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
+    """``clamp(round(v) + z, QUANT_MIN, QUANT_MAX)`` as float32.
+
+    Args:
+        v: float32, from :func:`divide_by_scale`. NaN stays NaN, infinities saturate.
+        zero_point: float32 integer that broadcasts against ``v``, or the constant 0.
+        QUANT_MIN: smallest code.
+        QUANT_MAX: largest code.
+        ROUNDING: ``"half_even"`` or ``"half_away"``.
+    """
+    if QUANT_MAX - QUANT_MIN < _NARROW_CODES:
+        return round_to_steps(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING) + zero_point
+    else:
+        code = _round_any(v, ROUNDING) + zero_point
+        low = tl.full([], QUANT_MIN, tl.float32)
+        high = tl.full([], QUANT_MAX, tl.float32)
+        return tl.clamp(code, low, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def round_to_steps(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
+    """Steps between the zero point and the nearest code: ``code - z``. Arguments as :func:`round_to_code`."""
+    if QUANT_MAX - QUANT_MIN < _NARROW_CODES:
+        # Integer bounds and a monotone rounding: clamping first gives the same result without adding z per element.
+        v = tl.clamp(v, QUANT_MIN - zero_point, QUANT_MAX - zero_point, propagate_nan=tl.PropagateNan.ALL)
+        return round_half_even(v) if ROUNDING == "half_even" else round_half_away(v)
+    else:
+        return round_to_code(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING) - zero_point
+
+
+@triton.jit
+def is_inside(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
+    """Whether ``round(v) + z``, before clipping, is a code; False at NaN. Arguments as :func:`round_to_code`."""
+    if QUANT_MAX - QUANT_MIN < _NARROW_CODES:
+        steps = round_to_steps(v, zero_point, QUANT_MIN - 1, QUANT_MAX + 1, ROUNDING)
+        return (steps >= QUANT_MIN - zero_point) & (steps <= QUANT_MAX - zero_point)
+    else:
+        code = _round_any(v, ROUNDING) + zero_point
+        return (code >= QUANT_MIN) & (code <= QUANT_MAX)
+
+
+@triton.jit
+def _round_any(v, ROUNDING: tl.constexpr):
+    if ROUNDING == "half_even":
+        return round_half_even_any(v)
+    else:
+        return round_half_away(v)

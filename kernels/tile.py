@@ -1,0 +1,69 @@
+"""Device functions that place a program on its tile of an (outer, rows, cols) view; see `tritonq.kernels.layout`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def program_along(dimension: tl.constexpr, FIRST: tl.constexpr):
+    """This program's number along a dimension of the view (0 outer, 1 rows, 2 cols); FIRST lies on grid axis 0."""
+    if dimension == FIRST:
+        return tl.program_id(0)
+    elif dimension == 2:
+        return tl.program_id(2 - FIRST)
+    else:
+        return tl.program_id(2 - dimension)
+
+
+@triton.jit
+def tile_indices(
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``outer`` (scalar), ``row`` (ROWS, 1) and ``col`` (1, COLS) of this program; 64-bit when WIDE."""
+    outer = program_along(0, FIRST)
+    row_tile = program_along(1, FIRST)
+    col_tile = program_along(2, FIRST)
+    if WIDE:
+        outer = outer.to(tl.int64)
+        row_tile = row_tile.to(tl.int64)
+        col_tile = col_tile.to(tl.int64)
+    row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
+    col = col_tile * COLS + tl.arange(0, COLS)[None, :]
+    return outer, row, col
+
+
+@triton.jit
+def tile_mask(row, col, rows, cols, ROWS: tl.constexpr):
+    """Which elements of the tile exist. One row per tile needs no row mask: the grid holds no row beyond the last."""
+    if ROWS == 1:
+        return col < cols
+    else:
+        return (row < rows) & (col < cols)
+
+
+@triton.jit
+def load_per_channel(ptr, outer, row, col, rows, cols, CHANNEL: tl.constexpr):
+    """One value per channel of the tile, shaped to broadcast against it.
+
+    Args:
+        ptr: (channels,), or one element where CHANNEL is None.
+        outer: from :func:`tile_indices`, as are ``row`` and ``col``.
+        row: (ROWS, 1).
+        col: (1, COLS).
+        rows: number of rows in the view.
+        cols: number of columns in the view.
+        CHANNEL: dimension of the view that carries the channels: 0, 1, 2 or None.
+    """
+    if CHANNEL is None:
+        return tl.load(ptr)
+    elif CHANNEL == 0:
+        return tl.load(ptr + outer)
+    elif CHANNEL == 1:
+        return tl.load(ptr + row, mask=row < rows, other=1)
+    else:
+        return tl.load(ptr + col, mask=col < cols, other=1)
