@@ -34,6 +34,8 @@ class IntegerAffine:
         multiplier: float32 (out,): input scale times weight scale.
         input_scale: float32, one element.
         sum_bound: no partial sum of products exceeds this, see :func:`sum_bound`.
+        weight_scale: float32 (out,); with ``weight_zero_point`` what deployment stores.
+        weight_zero_point: int32 (out,), already subtracted from ``weight``.
     """
 
     weight: Tensor
@@ -41,6 +43,8 @@ class IntegerAffine:
     multiplier: Tensor
     input_scale: Tensor
     sum_bound: float
+    weight_scale: Tensor
+    weight_zero_point: Tensor
 
 
 def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType) -> float:

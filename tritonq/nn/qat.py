@@ -134,6 +134,8 @@ class QATLayer(nn.Module):
             multiplier=multiplier,
             input_scale=input_scale,
             sum_bound=sum_bound(codes, input_zero, source.qtype),
+            weight_scale=scale,
+            weight_zero_point=zero,
         )
 
 
