@@ -18,7 +18,8 @@ class Tolerance:
     """How far an output may be from the reference.
 
     An element agrees when ``|out - ref| <= atol + rtol * |ref|``; at most ``fraction`` of the elements of each output
-    may disagree, and none may be NaN where the reference is not.
+    may disagree, and none may be NaN where the reference is not. With ``distance``, the relative distance
+    ``‖out - ref‖ / ‖ref‖`` of each output decides instead.
 
     Attributes:
         reason: why it is not zero (or why it is).
@@ -28,6 +29,7 @@ class Tolerance:
     atol: float = 0.0
     rtol: float = 0.0
     fraction: float = 0.0
+    distance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,17 +103,27 @@ def disagreement(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], tole
     """Say how ``outputs`` differ from ``expected`` beyond ``tolerance``; None when they don't."""
     if len(outputs) != len(expected):
         return f"{len(outputs)} outputs, expected {len(expected)}"
-    for index, (out, ref) in enumerate(zip(outputs, expected, strict=True)):
-        if out.shape != ref.shape:
-            return f"output {index} has shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
-        if out.dtype != ref.dtype:
-            return f"output {index} is {out.dtype}, expected {ref.dtype}"
-        out, ref = out.detach().float(), ref.detach().float()
-        error = (out - ref).abs()
-        agrees = (error <= tolerance.atol + tolerance.rtol * ref.abs()) | (out.isnan() & ref.isnan())
-        if bool((out.isnan() & ~ref.isnan()).any()):
-            return f"output {index} has NaN where the reference has none"
-        wrong = out.numel() - int(agrees.sum())
-        if wrong > tolerance.fraction * out.numel():
-            return f"output {index}: {wrong} of {out.numel()} elements differ, by {float(error.nan_to_num().max()):.3g}"
+    for index, pair in enumerate(zip(outputs, expected, strict=True)):
+        difference = _difference(*pair, tolerance)
+        if difference is not None:
+            return f"output {index} {difference}"
     return None
+
+
+def _difference(out: Tensor, ref: Tensor, tolerance: Tolerance) -> str | None:
+    if out.shape != ref.shape:
+        return f"has shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
+    if out.dtype != ref.dtype:
+        return f"is {out.dtype}, expected {ref.dtype}"
+    out, ref = out.detach().float(), ref.detach().float()
+    if bool((out.isnan() & ~ref.isnan()).any()):
+        return "has NaN where the reference has none"
+    if tolerance.distance is not None:
+        distance = float((out - ref).norm() / ref.norm())
+        return None if distance <= tolerance.distance else f"is at relative distance {distance:.3g} from the reference"
+    error = (out - ref).abs()
+    agrees = (error <= tolerance.atol + tolerance.rtol * ref.abs()) | (out == ref) | (out.isnan() & ref.isnan())
+    wrong = out.numel() - int(agrees.sum())
+    if wrong <= tolerance.fraction * out.numel():
+        return None
+    return f"differs in {wrong} of {out.numel()} elements, by up to {float(error.nan_to_num().max()):.3g}"

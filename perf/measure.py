@@ -26,17 +26,29 @@ _WARM_CALLS = 3
 # memory, take the time.
 _MAX_SETS = 32
 
+# When a case takes this many times its seconds, it ends; three rounds are the least that have a middle.
+_PATIENCE = 4
+_FEWEST_ROUNDS = 3
+
 # Twice the cache, so that a set has left it before its turn comes again.
 _CACHES_TO_FILL = 2
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long one case may be timed: about ``seconds``, within a least and a largest number of rounds."""
+    """How long one case may be timed: about ``seconds``, within a least and a largest number of rounds.
+
+    The rounds are counted from an estimate. On a machine that is busier than it was then, a case ends after four times
+    its seconds, though never before the third round.
+    """
 
     seconds: float
     min_rounds: int = 7
     max_rounds: int = 60
+
+    def is_spent(self, rounds_done: int, elapsed: float) -> bool:
+        """Whether to stop early."""
+        return rounds_done >= _FEWEST_ROUNDS and elapsed > _PATIENCE * self.seconds
 
     def rounds(self, seconds_per_round: float) -> int:
         """Number of rounds that fit."""
@@ -59,10 +71,11 @@ def input_sets(make: Callable[[torch.Generator, torch.device], Inputs], device: 
     return [first, *islice(source, min(max(wanted, 2), _MAX_SETS) - 1)]
 
 
-def schedule(names: Sequence[str], rounds: int) -> Iterator[str]:
-    """The order of samples: every implementation once per round, A B A B, never A A B B."""
-    for _ in range(rounds):
-        yield from names
+def schedule(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """The order of samples, with the number of the round: every implementation once per round, A B A B."""
+    for number in range(rounds):
+        for name in names:
+            yield number, name
 
 
 def interleave(
@@ -87,7 +100,11 @@ def interleave(
     gc.collect()
     gc.disable()
     try:
-        for name in schedule(list(steps), rounds):
+        start, current = time.perf_counter(), 0
+        for number, name in schedule(list(steps), rounds):
+            if number != current and budget.is_spent(number, time.perf_counter() - start):
+                break
+            current = number
             times[name].append(sample(steps[name], rotations[name], calls[name]))
     finally:
         gc.enable()

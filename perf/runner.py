@@ -42,7 +42,7 @@ class Session:
     environment: dict[str, object]
     budget: Budget
     quick: bool
-    copy: Spread | None
+    copy: Spread
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,7 +150,7 @@ def _prepare(
     return (step, "ok") if difference is None else (None, f"failed check: {difference}")
 
 
-def _timing(case: Case, times: list[float], baseline: list[float] | None, copy: Spread | None) -> Record:
+def _timing(case: Case, times: list[float], baseline: list[float] | None, copy: Spread) -> Record:
     seconds = Spread.of(times)
     rate = case.bytes_moved / seconds.median
     fields: Record = {
@@ -158,9 +158,9 @@ def _timing(case: Case, times: list[float], baseline: list[float] | None, copy: 
         "median_s": seconds.median,
         "p20_s": seconds.p20,
         "p80_s": seconds.p80,
-        "bytes_per_s": rate,
-        "copy_fraction": rate / copy.median if copy else None,
     }
+    if case.bytes_moved:
+        fields |= {"bytes_per_s": rate, "copy_fraction": rate / copy.median}
     if baseline is not None:
         ratio = speed_up(baseline, times)
         fields |= {"speed_up": ratio.median, "speed_up_p20": ratio.p20, "speed_up_p80": ratio.p80}
@@ -176,7 +176,7 @@ def _record(case: Case, name: str, implementation: Implementation, session: Sess
         "library_version": implementation.library_version(),
         "bytes_moved": case.bytes_moved,
         "operations": case.operations,
-        "copy_bytes_per_s": session.copy.median if session.copy else None,
+        "copy_bytes_per_s": session.copy.median,
         **fields,
         "quick": session.quick,
         "time": records.utc_now(),

@@ -52,7 +52,8 @@ def _machine(record: Record) -> str:
 
 
 def _title(record: Record) -> str:
-    return f"{record['case']}  ({record['bytes_moved'] / 1e6:.3g} MB must move; speed-up against {record['baseline']})"
+    moved = f"{record['bytes_moved'] / 1e6:.3g} MB must move; " if record["bytes_moved"] else ""
+    return f"{record['case']}  ({moved}speed-up against {record['baseline']})"
 
 
 def _cells(record: Record) -> tuple[str, ...]:
@@ -66,7 +67,7 @@ def _cells(record: Record) -> tuple[str, ...]:
         spread,
         ratio,
         f"{fraction:.0%}" if fraction else "",
-        f"{memory / 1e6:.1f} MB" if memory is not None else "",
+        f"{memory / 2**20:.1f} MiB" if memory is not None else "",
     )
 
 

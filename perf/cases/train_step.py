@@ -1,0 +1,217 @@
+"""Whole training steps: forward, loss, backward, SGD; time, and memory held for the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
+from tritonq.perf.cases.vision_models import quantizable, torchvision_model
+from tritonq.perf.memory import peak_bytes, saved_bytes
+
+_CLASSES = 10
+
+# Any network that trains at all; the rate is small, so that hundreds of timed steps on noise stay finite.
+_LEARNING_RATE = 1e-3
+
+_CLOSE_TO_FLOAT = Tolerance(
+    "the reference is the float model: 8-bit noise moves logits, the classifier's gradient and the norm of the first "
+    "layer's gradient by tenths; a missing gradient is at distance 1, one of the wrong sign at 2",
+    distance=0.5,
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, the batches it trains on, and how.
+
+    Attributes:
+        autocast: dtype of torch.autocast, or None for float32.
+    """
+
+    model: str
+    batch: int
+    size: int
+    channels_last: bool = False
+    autocast: torch.dtype | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """``train_step/resnet18/16x3x96x96/float32`` and the like."""
+        dtype = "float32" if self.autocast is None else f"amp-{str(self.autocast).removeprefix('torch.')}"
+        parts = ["train_step", self.model, f"{self.batch}x3x{self.size}x{self.size}", dtype]
+        return "/".join(parts + (["channels_last"] if self.channels_last else []))
+
+    def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
+        """``images`` (batch, 3, size, size) normal, ``labels`` (batch,)."""
+        images = torch.randn(self.batch, 3, self.size, self.size, generator=generator, device=device)
+        labels = torch.randint(_CLASSES, (self.batch,), generator=generator, device=device)
+        return {"images": images.contiguous(memory_format=self._format()), "labels": labels}
+
+    def float_model(self, device: torch.device) -> nn.Module:
+        """The same weights every time."""
+        return self._placed(torchvision_model(self.model, num_classes=_CLASSES), device)
+
+    def torch_ao_model(self, device: torch.device, version: int) -> nn.Module:
+        """The form that torch.ao needs (torchvision has one: stubs, functional additions), fused and prepared."""
+        from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
+
+        model = quantizable(self.model, num_classes=_CLASSES)
+        model.load_state_dict(torchvision_model(self.model, num_classes=_CLASSES).state_dict())
+        model.train().fuse_model(is_qat=True)
+        model.qconfig = get_default_qat_qconfig("fbgemm", version=version)
+        return self._placed(prepare_qat(model), device)
+
+    def tritonq_model(self, device: torch.device) -> nn.Module:
+        """The float model, prepared by its example input alone, with the default preset."""
+        import tritonq
+
+        example = self.make_inputs(torch.Generator(device).manual_seed(0), device)["images"]
+        return tritonq.prepare_qat(self.float_model(device), example_inputs=(example[:2],))
+
+    def _placed(self, model: nn.Module, device: torch.device) -> nn.Module:
+        return model.to(device, memory_format=self._format()).train()
+
+    def _format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+@dataclass
+class TrainStep:
+    """One SGD step per call; returns logits, the classifier's gradient, and the norm of the first layer's."""
+
+    model: nn.Module
+    autocast: torch.dtype | None
+    forward: Callable[[Tensor], Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.forward = self.model
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=_LEARNING_RATE, momentum=0.9)
+        self.first = next(weight for weight in self.model.parameters() if weight.dim() == 4)
+        self.last = [weight for weight in self.model.parameters() if weight.dim() == 2][-1]
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        images, labels = inputs["images"], inputs["labels"]
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            logits = self.forward(images)
+            loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        self.optimizer.step()
+        return logits.detach().float(), self.last.grad, self.first.grad.norm()
+
+
+class GraphedStep:
+    """A training step captured in a CUDA graph once and replayed; never run on a GPU so far."""
+
+    def __init__(self, step: TrainStep, inputs: Inputs) -> None:
+        self.step = step
+        self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        self.graph = torch.cuda.CUDAGraph()
+        # Capture needs gradients and optimizer state to exist, on a stream other than the default one. The first steps
+        # are undone below, so that the check sees the step that the others take.
+        start = {name: value.clone() for name, value in step.model.state_dict().items()}
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                step(self.inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(self.graph):
+            self.outputs = step(self.inputs)
+        step.model.load_state_dict(start)
+        for state in step.optimizer.state.values():
+            state["momentum_buffer"].zero_()
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        for name, tensor in inputs.items():
+            self.inputs[name].copy_(tensor)
+        self.graph.replay()
+        return self.outputs
+
+
+def cases() -> Iterator[Case]:
+    """ResNet-18, MobileNetV2 and ResNet-50; small batches; both layouts."""
+    cuda = ("cuda",)
+    yield _case(Setting("resnet18", 16, 96, quick=True))
+    yield _case(Setting("resnet18", 16, 96, channels_last=True))
+    yield _case(Setting("resnet18", 2, 96))
+    yield _case(Setting("mobilenet_v2", 16, 96))
+    yield _case(Setting("mobilenet_v2", 16, 96, channels_last=True))
+    yield _case(Setting("resnet50", 4, 96, devices=("cpu",)))
+    for channels_last in (False, True):
+        yield _case(Setting("resnet18", 256, 224, channels_last, torch.bfloat16, cuda))
+        yield _case(Setting("mobilenet_v2", 256, 224, channels_last, torch.bfloat16, cuda))
+        yield _case(Setting("resnet50", 128, 224, channels_last, torch.bfloat16, cuda))
+    yield _case(Setting("resnet50", 128, 224, devices=cuda))
+    yield _case(Setting("resnet50", 2, 224, True, torch.bfloat16, cuda))
+
+
+def _case(setting: Setting) -> Case:
+    return Case(
+        name=setting.name,
+        family="train_step",
+        make_inputs=setting.make_inputs,
+        reference=partial(_reference, setting),
+        implementations=_implementations(setting),
+        baseline="float",
+        # A step is bound by its convolutions; it has no useful count of bytes.
+        bytes_moved=0,
+        operations=0,
+        tolerance=_CLOSE_TO_FLOAT,
+        devices=setting.devices,
+        quick=setting.quick,
+        memory=_memory,
+    )
+
+
+def _implementations(setting: Setting) -> dict[str, Implementation]:
+    def torch_ao(version: int) -> Callable[[torch.device], nn.Module]:
+        return lambda device: setting.torch_ao_model(device, version)
+
+    def tritonq(build: Callable[[Inputs], Step], **fields: object) -> Implementation:
+        return Implementation(build, distribution="tritonq", module="tritonq", **fields)
+
+    def graphed(inputs: Inputs) -> Step:
+        return GraphedStep(_eager(setting, setting.tritonq_model, inputs), inputs)
+
+    return {
+        "float": Implementation(partial(_eager, setting, setting.float_model)),
+        "torch.ao v0": Implementation(partial(_eager, setting, torch_ao(0))),
+        "torch.ao v1": Implementation(partial(_eager, setting, torch_ao(1))),
+        "tritonq": tritonq(partial(_eager, setting, setting.tritonq_model)),
+        "torch.compile(float)": Implementation(partial(_compiled, setting, setting.float_model), quick=False),
+        "torch.compile(torch.ao v0)": Implementation(partial(_compiled, setting, torch_ao(0)), quick=False),
+        "torch.compile(torch.ao v1)": Implementation(partial(_compiled, setting, torch_ao(1)), quick=False),
+        "torch.compile(tritonq)": tritonq(partial(_compiled, setting, setting.tritonq_model), quick=False),
+        "tritonq, CUDA graph": tritonq(graphed, devices=("cuda",)),
+    }
+
+
+def _eager(setting: Setting, make: Callable[[torch.device], nn.Module], inputs: Inputs) -> TrainStep:
+    return TrainStep(make(inputs["images"].device), setting.autocast)
+
+
+def _compiled(setting: Setting, make: Callable[[torch.device], nn.Module], inputs: Inputs) -> TrainStep:
+    step = _eager(setting, make, inputs)
+    step.forward = torch.compile(step.model, dynamic=False)
+    return step
+
+
+def _reference(setting: Setting, inputs: Inputs) -> tuple[Tensor, ...]:
+    return _eager(setting, setting.float_model, inputs)(inputs)
+
+
+def _memory(step: Step, inputs: Inputs) -> int:
+    """Peak on CUDA; elsewhere what autograd saves."""
+    device = inputs["images"].device
+    if device.type == "cuda":
+        return peak_bytes(step, inputs, device)
+    return saved_bytes(step, inputs, [*step.model.parameters(), *step.model.buffers()])

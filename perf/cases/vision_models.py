@@ -1,0 +1,50 @@
+"""torchvision's models with fixed random weights; nothing is downloaded."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+
+_OPERATORS = ("nms", "qnms")
+
+
+def torchvision_model(name: str, num_classes: int) -> nn.Module:
+    """A float model, with the same weights in every call."""
+    _import_torchvision()
+    from torchvision import models
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return models.get_model(name, weights=None, num_classes=num_classes)
+
+
+def quantizable(name: str, num_classes: int) -> nn.Module:
+    """The same model as torch.ao needs it: quantization stubs, functional additions, ``fuse_model``."""
+    _import_torchvision()
+    from torchvision import models
+
+    return models.get_model(f"quantized_{name}", weights=None, num_classes=num_classes, quantize=False)
+
+
+@cache
+def _import_torchvision() -> tuple[torch.library.Library, ...]:
+    """Import torchvision, also beside a torch that lacks its compiled operators: importing needs two of them declared.
+
+    Returns:
+        The library that holds the declarations, which must live as long as they; empty where none were needed.
+    """
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    else:
+        return ()
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in _OPERATORS:
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision  # noqa: F401
+
+    return (library,)

@@ -1,0 +1,40 @@
+"""How much memory a training step holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from tritonq.perf.case import Inputs, Step
+
+
+def saved_bytes(step: Step, inputs: Inputs, excluded: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward of one call of ``step``.
+
+    Storages are counted once, however many views of them are saved; those of ``excluded`` (parameters and buffers) are
+    not counted, since they exist anyway.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+    # The storages themselves are kept, so that no address is used twice before the step is over.
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step(inputs)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def peak_bytes(step: Step, inputs: Inputs, device: torch.device) -> int:
+    """The largest amount of CUDA memory allocated during one call of ``step``; never run on a GPU so far."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step(inputs)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
