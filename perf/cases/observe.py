@@ -20,8 +20,8 @@ _OTHER_ARITHMETIC = Tolerance(
     fraction=3e-3,
 )
 _OTHER_RULE = Tolerance(
-    "version 1 has its own rule for symmetric scales, so that every code may differ: two 8-bit grids of nearly one step "
-    "are at a distance of about 0.01",
+    "version 1 has its own rule for symmetric scales, so that every code may differ: two 8-bit grids of nearly the "
+    "same step are at a distance of about 0.01",
     distance=0.02,
 )
 

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from tritonq.perf.case import disagreement
+from tritonq.perf.cases import all_cases
+from tritonq.perf.cases.fake_quant import Problem
+from tritonq.perf.cases.observe import Problem as ObserveProblem
+from tritonq.perf.memory import saved_bytes
+
+CPU = torch.device("cpu")
+SMALL_CASES = [
+    Problem((64, 8), torch.float32, None, False, True).case(quick=True, devices=("cpu",)),
+    Problem((4, 8, 6, 6), torch.float32, 1, True, True).case(quick=True, devices=("cpu",)),
+    Problem((8, 4, 3, 3), torch.float32, 0, False, True, quant_min=-127).case(quick=True, devices=("cpu",)),
+    Problem((4, 8, 6, 6), torch.bfloat16, None, False, False).case(quick=True, devices=("cpu",)),
+    ObserveProblem((4, 8, 6, 6), torch.float32, False, True, True).case(quick=True, devices=("cpu",)),
+    ObserveProblem((8, 4, 3, 3), torch.float32, True, False, True).case(quick=True, devices=("cpu",)),
+]
+
+
+def inputs_of(case, seed=0):
+    return case.make_inputs(torch.Generator().manual_seed(seed), CPU)
+
+
+def test_names_are_unique_and_say_the_family():
+    names = [case.name for case in all_cases()]
+    assert len(names) == len(set(names)) > 50
+    assert all(case.name.startswith(case.family + "/") for case in all_cases())
+
+
+def test_every_case_has_tritonq_and_a_reason_for_its_tolerance():
+    for case in all_cases():
+        assert "tritonq" in case.implementations
+        assert case.tolerance.reason
+
+
+def test_quick_cases_run_on_a_cpu():
+    assert all("cpu" in case.devices for case in all_cases() if case.quick)
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+class TestSmallCases:
+    def test_tritonq_and_the_baseline_pass_the_check(self, case):
+        for name in ("tritonq", case.baseline):
+            inputs = inputs_of(case)
+            step = case.implementations[name].build(inputs)
+            tolerance = case.implementations[name].tolerance or case.tolerance
+            assert disagreement(step(inputs), case.reference(inputs), tolerance) is None, name
+
+    def test_the_check_sees_one_code_of_difference(self, case):
+        inputs = inputs_of(case)
+        expected = case.reference(inputs)
+        shifted = tuple(output + 0.02 for output in expected)
+        assert disagreement(shifted, expected, case.tolerance) is not None
+
+    def test_inputs_are_seeded_and_saturate(self, case):
+        first, again, other = inputs_of(case), inputs_of(case), inputs_of(case, seed=1)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not torch.equal(first["x"], other["x"])
+
+
+def test_bytes_that_must_move():
+    forward = Problem((10, 10), torch.bfloat16, None, False, False).case(quick=False, devices=("cpu",))
+    both = Problem((10, 10), torch.float32, None, False, True).case(quick=False, devices=("cpu",))
+    assert forward.bytes_moved == 100 * 2 * 2
+    assert both.bytes_moved == 100 * 4 * 5
+
+
+def test_clipping_is_exercised():
+    problem = Problem((1000, 10), torch.float32, None, False, True)
+    inputs = problem.make_inputs(torch.Generator().manual_seed(0), CPU)
+    blocked = int((problem.reference(inputs)[1] == 0).sum())
+    assert 0 < blocked < 200
+
+
+class TestSavedBytes:
+    def test_a_storage_counts_once_and_parameters_never(self):
+        weight = torch.nn.Parameter(torch.rand(10, 10))
+        x = torch.rand(5, 10, requires_grad=True)
+
+        def step(_):
+            y = x @ weight
+            z = y.exp()
+            (z * z.view(5, 10)).sum().backward()
+            return ()
+
+        # x for the weight's gradient; exp saves its result, and the product two views of the same.
+        assert saved_bytes(step, {}, [weight]) == x.nbytes + x.nbytes
+        assert saved_bytes(step, {}, []) == 2 * x.nbytes + weight.nbytes
