@@ -77,7 +77,7 @@ def stubbed_launches() -> Iterator[None]:
 
 
 def _no_launch(self: object, *args: object, **kwargs: object) -> None:
-    """Stands in for ``JITFunction.run``; a plain function, since a call of a mock object costs more than what is timed."""
+    """Stands in for ``JITFunction.run``; plain, since calling a mock costs more than what is timed."""
 
 
 def _operators(device: torch.device) -> dict[str, Operators]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from tritonq.perf.case import Case, Inputs, Tolerance
 from tritonq.perf.cases.fake_quant_peers import implementations
 
-# Values beyond 3 standard deviations saturate: about one in 370, so that clipping and its gradient are exercised.
-_RANGE_IN_SIGMAS = 3.0
+# The grid ends at 1.5 to 3 standard deviations, so that clipping and its gradient are exercised.
+_SHORTEST_RANGE, _LONGEST_RANGE = 1.5, 3.0
 
 _EXACT = Tolerance("same float32 arithmetic in the same order, rounded once: equal bit for bit")
 
@@ -49,10 +49,10 @@ class Problem:
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
         """``x``, and ``dy`` for the backward, normal; ``scale`` float32 and ``zero_point`` int32 (one or channels)."""
         channels = 1 if self.axis is None else self.shape[self.axis]
-        spread = 1 + torch.rand(channels, generator=generator, device=device)
+        spread = torch.rand(channels, generator=generator, device=device) * (_LONGEST_RANGE - _SHORTEST_RANGE)
         inputs = {
             "x": self._normal(generator, device).requires_grad_(self.backward),
-            "scale": spread * (_RANGE_IN_SIGMAS / self.quant_max),
+            "scale": (_SHORTEST_RANGE + spread) / self.quant_max,
             "zero_point": torch.zeros(channels, dtype=torch.int32, device=device),
         }
         if self.backward:

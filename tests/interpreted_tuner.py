@@ -1,0 +1,78 @@
+"""A tuner's run in Triton's interpreter; `test_perf_tuner.py` starts it, since the interpreter needs its own process."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tritonq.kernels import launch
+from tritonq.kernels.launch import Parameters
+from tritonq.kernels.layout import view
+from tritonq.perf import tuner, tuning_space
+from tritonq.perf.tuning_space import Shape, Target
+
+CPU = torch.device("cpu")
+# Ragged, so that tiles of different sizes meet different edges.
+SHAPES = {
+    "flat": Shape((37, 30), None),
+    "rows": Shape((7, 5, 3, 3), 0),
+    "cols": Shape((2, 40, 5, 3), 1, channels_last=True),
+}
+OPTIONS = [Parameters(512, 512, 1), Parameters(512, 64, 2), Parameters(1024, 128, 4)]
+
+
+def gains(table):
+    """A clock that gives each candidate, in turn, the next gain of ``table``."""
+    remaining = iter(table)
+    return lambda steps, sets, device: next(remaining)
+
+
+def target(kernel, shapes_class):
+    for found in tuning_space.targets():
+        if found.kernel == kernel and found.key == f"float32/{shapes_class}/small":
+            return Target(kernel, found.key, found.dtype, (SHAPES[shapes_class],), found.operation)
+    raise AssertionError(f"no target for {kernel} {shapes_class}")
+
+
+def tiles_with(options):
+    """The tile that a flat launch gets under each of ``options``."""
+    x = torch.rand(64, 64)
+    seen = view(x.shape, (x.stride(),), None)
+    tiles = []
+    for option in options:
+        with tuner.launching_with("fake_quantize", option):
+            tiles.append(tuple(launch.plan("fake_quantize", x.dtype, seen, CPU).tile))
+    return tiles
+
+
+def wrong_for(option, steps):
+    """Steps whose result is off by one where they are launched with ``option``."""
+    step, reference = steps
+
+    def run(inputs):
+        sizes = launch.parameters("fake_quantize", torch.float32, view((4,), ((1,),), None), CPU)
+        return tuple(output + (sizes == option) for output in step(inputs))
+
+    return run, reference
+
+
+def main(folder):
+    tuner.input_sets = lambda make, device: [make(torch.Generator().manual_seed(0), device)]
+    table = tuner.Table.open(folder / "cpu.json", CPU)
+    report = {"tiles": tiles_with(OPTIONS), "results": {}}
+    for kernel in ("fake_quantize", "fake_quantize_backward", "min_max"):
+        for shapes_class in SHAPES:
+            result = tuner.search(target(kernel, shapes_class), CPU, gains([1.0, 3.0, 2.0]), OPTIONS)
+            table.add(kernel, f"float32/{shapes_class}/small", result)
+            report["results"][f"{kernel} {shapes_class}"] = [result.parameters, result.gain, result.rejected]
+    honest = target("fake_quantize", "flat")
+    broken = replace(honest, operation=lambda shape: wrong_for(OPTIONS[1], honest.operation(shape)))
+    result = tuner.search(broken, CPU, gains([1.0, 2.0]), OPTIONS)
+    report["wrong"] = [result.parameters, result.gain, result.rejected]
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
