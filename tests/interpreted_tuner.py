@@ -1,4 +1,4 @@
-"""A tuner's run in Triton's interpreter; `test_perf_tuner.py` starts it, since the interpreter needs its own process."""
+"""A tuner's run in Triton's interpreter, started by `test_perf_tuner.py`: the interpreter needs its own process."""
 
 import json
 import sys
