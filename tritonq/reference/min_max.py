@@ -19,16 +19,13 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
         ``(low, high, nonfinite)``: float32, float32 and int64, 0-d or (x.shape[axis],) (the count is 0-d always).
         Without a finite value ``low`` is +inf and ``high`` is -inf.
     """
-    if axis is not None:
-        x = x.movedim(axis, 0).reshape(x.shape[axis], x.numel() // max(1, x.shape[axis]))
-    channels = x.shape[:1] if axis is not None else ()
+    channels = () if axis is None else (x.shape[axis],)
     if x.numel() == 0:
-        return (
-            x.new_full(channels, torch.inf).float(),
-            x.new_full(channels, -torch.inf).float(),
-            _zero_count(x),
-        )
-    dims = (1,) if axis is not None else tuple(range(x.dim()))
+        return x.new_full(channels, torch.inf).float(), x.new_full(channels, -torch.inf).float(), _zero_count(x)
+    if axis is not None and x.dim() == 1:
+        x = x.unsqueeze(1)  # an empty list of dimensions would reduce all of them
+    kept = None if axis is None else axis % x.dim()
+    dims = [d for d in range(x.dim()) if d != kept]
     low, high = x.amin(dims), x.amax(dims)
     # NaN and infinities show in the extremes, so that the usual, finite case needs no second look at the data.
     # (The branch reads a CPU value; a traced graph always takes the second look instead.)
