@@ -1,0 +1,100 @@
+"""Turning a float model into one for quantization-aware training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.nn import DEFAULT_QAT_MAPPING, QATLayer
+from tritonq.prepare.automatic import prepare_automatic
+from tritonq.prepare.eager import prepare_eager, resolve_qconfigs
+from tritonq.prepare.fuse import fuse_known_modules, fuse_modules_qat
+from tritonq.prepare.report import LayerRecord
+from tritonq.prepare.snapshot import ModelSnapshot
+from tritonq.prepare.switches import (
+    disable_fake_quant,
+    disable_observer,
+    enable_fake_quant,
+    enable_observer,
+    freeze_bn_stats,
+    update_bn_stats,
+)
+from tritonq.qconfig import DEFAULT_PRESET, QConfig, get_qconfig
+
+
+def prepare_qat(
+    model: nn.Module,
+    mapping: Mapping[type[nn.Module], type[nn.Module]] | None = None,
+    inplace: bool = False,
+    *,
+    qconfig: QConfig | None = None,
+    example_inputs: Any = None,
+) -> nn.Module:
+    """Prepare a float model for quantization-aware training.
+
+    With ``example_inputs`` the model needs no stubs and no fusion: one run on them, in eval mode, tells what becomes
+    one layer (convolution, BatchNorm, ReLU and the like) and where activations are quantized. The result is called
+    exactly like the model, in the mode it was in. Without them it is torch.ao's eager flow: modules are swapped by
+    ``mapping``, outputs quantized, stubs and ``fuse_modules_qat`` are the user's.
+
+    Args:
+        model: a float model. ``qconfig`` attributes of its parts, None included, win over their parents'.
+        mapping: float type to quantization-aware type, default ``tritonq.nn.DEFAULT_QAT_MAPPING``.
+        inplace: change ``model`` itself instead of a copy; its parameters stay the same objects.
+        qconfig: the qconfig of the model; by default its attribute, and preset "tensorrt" if there is none anywhere.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of named ones.
+
+    Returns:
+        The prepared model. With ``example_inputs`` its ``tritonq_report`` holds a
+        :class:`~tritonq.prepare.report.LayerRecord` for each layer of the float model.
+
+    Raises:
+        ValueError: no quantizable layer, a model that is prepared already or rejects the example inputs, or, without
+            example inputs, a model in eval mode. ``model`` is then as it was.
+        TypeError: a qconfig, mapping or example_inputs of the wrong type.
+
+    Source: torch.ao.quantization.prepare_qat; DESIGN section 4.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
+    if qconfig is not None and not isinstance(qconfig, QConfig):
+        raise TypeError(f"qconfig must be a QConfig or None, got {type(qconfig).__qualname__}")
+    prepared = [name for name, part in model.named_modules() if isinstance(part, (QATLayer, FakeQuantizeBase))]
+    if prepared:
+        raise ValueError(f"the model is prepared already: {prepared[0]!r} is a quantized layer or a fake quantizer")
+    if example_inputs is None and not model.training:
+        raise ValueError("prepare_qat without example_inputs needs a model in training mode; call model.train() first")
+    if qconfig is None and not any(hasattr(part, "qconfig") for part in model.modules()):
+        qconfig = get_qconfig(DEFAULT_PRESET)
+    types = DEFAULT_QAT_MAPPING if mapping is None else dict(mapping)
+    if not inplace:
+        model = copy.deepcopy(model)
+    qconfigs = resolve_qconfigs(model, qconfig)
+    if example_inputs is not None:
+        prepare_automatic(model, types, qconfigs, example_inputs)
+        return model
+    snapshot = ModelSnapshot(model)
+    try:
+        prepare_eager(model, types, qconfigs)
+    except BaseException:
+        snapshot.restore()
+        raise
+    return model
+
+
+__all__ = [
+    "LayerRecord",
+    "disable_fake_quant",
+    "disable_observer",
+    "enable_fake_quant",
+    "enable_observer",
+    "freeze_bn_stats",
+    "fuse_known_modules",
+    "fuse_modules_qat",
+    "prepare_qat",
+    "update_bn_stats",
+]

@@ -1,0 +1,133 @@
+"""What planning asks about a recorded model: who follows whom, what keeps a grid, where a forward can be edited."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+from torch import nn
+
+from tritonq.prepare.dataflow import Call, Dataflow, Frame, Ref, is_leaf
+from tritonq.prepare.forward_graph import ForwardGraph
+from tritonq.prepare.match import Recorded, Site, match_frame
+from tritonq.prepare.trace import TraceError
+
+# Modules and functions whose output holds only values of their input (and zero, which is on every grid).
+_KEEPING_MODULES = (
+    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    # In eval; in training they scale, as in torch.ao.
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d),
+    *(nn.CircularPad3d, nn.UpsamplingNearest2d),
+)
+_KEEPING_NAMES = """
+    flatten unflatten reshape view view_as permute transpose swapaxes swapdims movedim moveaxis t T mT squeeze unsqueeze
+    contiguous clone detach getitem select narrow chunk split tensor_split unbind expand expand_as repeat tile flip roll
+    max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax
+    dropout dropout1d dropout2d dropout3d pixel_shuffle pixel_unshuffle channel_shuffle
+"""
+_KEEPING_FUNCTIONS = frozenset(_KEEPING_NAMES.split())
+
+
+class Analysis:
+    """A model, the record of a run of it, and what follows from both."""
+
+    def __init__(self, model: nn.Module, flow: Dataflow) -> None:
+        self.model = model
+        self.flow = flow
+        self._recorded = Recorded.of(model, flow)
+        self.modules = self._recorded.modules
+        self._forwards: dict[str, ForwardGraph | TraceError] = {}
+        self._sites: dict[int, Site] = {}
+
+    def value_of(self, call: Call | Frame) -> int | None:
+        """The value that a call returns, or None unless it is a single tensor."""
+        return call.output.value if isinstance(call.output, Ref) else None
+
+    def follower(self, call: Call) -> Call | None:
+        """The call that alone reads what ``call`` returns, looking through identities; None if there is none."""
+        value = self.value_of(call)
+        reader = None if value is None else self.flow.single_consumer(value)
+        return self.follower(reader) if reader is not None and self.is_identity(reader) else reader
+
+    def calls_like(self, call: Call) -> tuple[Call, ...]:
+        """Every call of the same module, or of the same place in the same forward."""
+        if call.module_name is not None:
+            return self.flow.calls_of(call.module_name)
+        return tuple(other for other in self._functions_of(call.owner) if other.ordinal == call.ordinal)
+
+    def forward(self, owner: str) -> ForwardGraph | TraceError:
+        """The forward of a module as a graph that is proven to make the recorded calls, or why there is none."""
+        if owner not in self._forwards:
+            self._forwards[owner] = self._trace(owner)
+        return self._forwards[owner]
+
+    def site(self, call: Call) -> Site | None:
+        """Where the forward of its owner makes a call, if that forward can be edited there."""
+        graph = self.forward(call.owner)
+        site = self._sites.get(call.index)
+        if isinstance(graph, TraceError) or site is None or not graph.can_edit(site.node):
+            return None
+        # More than one write means that a view of the overwritten tensor lives on.
+        return None if site.in_place and len(call.writes) > 1 else site
+
+    def calls_at(self, owner: str, node: str) -> tuple[Call, ...]:
+        """All recorded calls that one node of a forward made."""
+        return tuple(
+            call
+            for call in self.flow.calls
+            if call.owner == owner and call.index in self._sites and self._sites[call.index].node == node
+        )
+
+    def is_identity(self, call: Call) -> bool:
+        """Whether a call does nothing in any mode."""
+        target = call.target
+        return type(target) is nn.Identity or (type(target) is nn.Sequential and len(target) == 0)
+
+    def is_relu(self, call: Call) -> bool:
+        """Whether a call is a plain ReLU, as a module or a function."""
+        return type(call.target) is nn.ReLU or (call.kind == "function" and call.name == "relu")
+
+    def keeps_grid(self, call: Call) -> bool:
+        """Whether a call returns values of its one tensor input only, so that they stay on its grid."""
+        target = call.target
+        if len([value for value in call.inputs if not self.flow.is_state(value)]) != 1 or len(call.inputs) != 1:
+            return False
+        if self.is_relu(call):
+            return True
+        if isinstance(target, nn.Module):
+            nearest = isinstance(target, nn.Upsample) and target.mode == "nearest"
+            zeros = isinstance(target, (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)) and target.value == 0
+            # A module that returned its input and did nothing: stochastic depth, which scales in training as Dropout.
+            return isinstance(target, _KEEPING_MODULES) or nearest or zeros or not is_leaf(target)
+        if call.name == "pad":
+            value = call.kwargs.get("value", call.args[3] if len(call.args) > 3 else None)
+            return value is None or value == 0
+        if call.name in ("add", "sub"):  # sum() begins with 0 + x
+            return all(argument == 0 for argument in call.args if not isinstance(argument, Ref)) and not call.kwargs
+        if call.name == "interpolate":
+            return bool(call.kwargs.get("mode", "nearest") == "nearest")
+        return call.name in _KEEPING_FUNCTIONS
+
+    def _trace(self, owner: str) -> ForwardGraph | TraceError:
+        frames = self.flow.frames_of(owner)
+        try:
+            graph = ForwardGraph.trace(self.modules[owner], frames)
+            for frame in frames:
+                self._sites.update(match_frame(graph.eval_graph, self._recorded, frame))
+        except TraceError as error:
+            return error
+        return graph
+
+    @cached_property
+    def _by_owner(self) -> Mapping[str, list[Call]]:
+        found: dict[str, list[Call]] = {}
+        for call in self.flow.calls:
+            if call.kind == "function":
+                found.setdefault(call.owner, []).append(call)
+        return found
+
+    def _functions_of(self, owner: str) -> list[Call]:
+        return self._by_owner.get(owner, [])

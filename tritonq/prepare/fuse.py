@@ -1,0 +1,160 @@
+"""Fusing named modules by hand, with torch.ao's calling convention."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tritonq.nn import intrinsic
+from tritonq.prepare.snapshot import ModelSnapshot
+
+Types = tuple[type[nn.Module], ...]
+FuserMethod = Callable[..., nn.Module]
+
+# Which rows of modules quantization treats as one, and as what.
+ROWS: dict[Types, type[intrinsic.FusedModule]] = {
+    (nn.Conv1d, nn.BatchNorm1d): intrinsic.ConvBn1d,
+    (nn.Conv2d, nn.BatchNorm2d): intrinsic.ConvBn2d,
+    (nn.Conv3d, nn.BatchNorm3d): intrinsic.ConvBn3d,
+    (nn.Conv1d, nn.BatchNorm1d, nn.ReLU): intrinsic.ConvBnReLU1d,
+    (nn.Conv2d, nn.BatchNorm2d, nn.ReLU): intrinsic.ConvBnReLU2d,
+    (nn.Conv3d, nn.BatchNorm3d, nn.ReLU): intrinsic.ConvBnReLU3d,
+    (nn.Conv1d, nn.ReLU): intrinsic.ConvReLU1d,
+    (nn.Conv2d, nn.ReLU): intrinsic.ConvReLU2d,
+    (nn.Conv3d, nn.ReLU): intrinsic.ConvReLU3d,
+    (nn.Linear, nn.ReLU): intrinsic.LinearReLU,
+    (nn.Linear, nn.BatchNorm1d): intrinsic.LinearBn1d,
+    (nn.ConvTranspose2d, nn.BatchNorm2d): intrinsic.ConvTransposeBn2d,
+}
+
+
+def batch_norm_obstacle(layer: nn.Module, bn: _BatchNorm) -> str | None:
+    """Why a BatchNorm can't become part of the layer before it, or None."""
+    channels = getattr(layer, "out_channels", getattr(layer, "out_features", None))
+    if bn.num_features != channels:
+        return f"BatchNorm has {bn.num_features} features for {channels} output channels"
+    if not bn.affine or bn.weight is None:
+        return "BatchNorm has affine=False"
+    if bn.running_var is None:
+        return "BatchNorm has track_running_stats=False"
+    return None
+
+
+def fuse_row(parts: Sequence[nn.Module]) -> intrinsic.FusedModule:
+    """The fused float module of a row such as Conv2d, BatchNorm2d, ReLU, in the mode of its first part.
+
+    Raises:
+        ValueError: no such row exists, or its BatchNorm can't be fused; the message says why.
+    """
+    types = tuple(type(part) for part in parts)
+    if types not in ROWS:
+        known = "; ".join(", ".join(kind.__name__ for kind in row) for row in ROWS)
+        raise ValueError(f"can't fuse {', '.join(kind.__name__ for kind in types)}; known rows: {known}")
+    for part in parts[1:]:
+        obstacle = batch_norm_obstacle(parts[0], part) if isinstance(part, _BatchNorm) else None
+        if obstacle is not None:
+            raise ValueError(f"can't fuse {', '.join(kind.__name__ for kind in types)}: {obstacle}")
+    fused = ROWS[types](*parts)
+    fused.training = parts[0].training
+    return fused
+
+
+def fuse_known_modules(
+    mod_list: Sequence[nn.Module],
+    is_qat: bool,
+    additional_fuser_method_mapping: Mapping[Types, FuserMethod] | None = None,
+) -> list[nn.Module]:
+    """Replace a row of modules: the fused one first, ``nn.Identity`` for the others.
+
+    Pre-hooks of the first module and forward hooks of the last one move to the fused module, as in torch.ao.
+
+    Args:
+        mod_list: the modules in order of execution.
+        is_qat: handed to the fuser method; the rows known here are made for QAT.
+        additional_fuser_method_mapping: fuser methods ``f(is_qat, *modules)`` by types, which win over the known rows.
+
+    Raises:
+        ValueError: an unknown row, modules in different modes, or a BatchNorm that can't be fused.
+    """
+    types = tuple(type(module) for module in mod_list)
+    if len({module.training for module in mod_list}) > 1:
+        modes = ", ".join("train" if module.training else "eval" for module in mod_list)
+        raise ValueError(f"modules to fuse must be in one mode, got {modes}")
+    custom = (additional_fuser_method_mapping or {}).get(types)
+    fused = fuse_row(mod_list) if custom is None else custom(is_qat, *mod_list)
+    move_hooks(mod_list[0], mod_list[-1], fused)
+    rest = [nn.Identity().train(mod_list[0].training) for _ in mod_list[1:]]
+    return [fused, *rest]
+
+
+def fuse_modules_qat(
+    model: nn.Module,
+    modules_to_fuse: Sequence[str] | Sequence[Sequence[str]],
+    inplace: bool = False,
+    fuser_func: Callable[..., Sequence[nn.Module]] = fuse_known_modules,
+    fuse_custom_config_dict: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Fuse named rows of modules, such as ``[["conv1", "bn1", "relu1"], ["fc", "relu2"]]``, for QAT.
+
+    The first module of each row is replaced by the fused one (:mod:`tritonq.nn.intrinsic`), the others by
+    ``nn.Identity``.
+
+    Args:
+        model: the model that holds the modules.
+        modules_to_fuse: one row of names, or a list of rows.
+        inplace: change ``model`` itself instead of a copy.
+        fuser_func: makes the replacements of one row; see :func:`fuse_known_modules`.
+        fuse_custom_config_dict: ``{"additional_fuser_method_mapping": {types: fuser method}}``.
+
+    Returns:
+        The model with fused modules.
+
+    Raises:
+        ValueError: an unknown name or row, modules in different modes, or a BatchNorm that can't be fused; ``model`` is
+            then as it was.
+
+    Source: torch.ao.quantization.fuse_modules_qat.
+    """
+    custom = (fuse_custom_config_dict or {}).get("additional_fuser_method_mapping", {})
+    is_one_row = all(isinstance(item, str) for item in modules_to_fuse)
+    rows = cast(Sequence[Sequence[str]], [modules_to_fuse] if is_one_row else modules_to_fuse)
+    if not inplace:
+        model = copy.deepcopy(model)
+    snapshot = ModelSnapshot(model)
+    try:
+        for row in rows:
+            parts = [_submodule(model, name) for name in row]
+            for name, replacement in zip(row, fuser_func(parts, True, custom), strict=True):
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, replacement)
+    except BaseException:
+        snapshot.restore()
+        raise
+    return model
+
+
+def move_hooks(first: nn.Module, last: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` the pre-hooks of ``first`` and the hooks of ``last``; handles that users hold stay valid."""
+    for source, registries in ((first, _PRE_HOOKS), (last, _HOOKS)):
+        for registry in registries:
+            kept = getattr(new, registry)
+            moved = getattr(source, registry)
+            # The same dict object: a handle removes its hook from that.
+            moved.update({key: hook for key, hook in kept.items() if key not in moved})
+            setattr(new, registry, moved)
+            setattr(source, registry, type(moved)())
+
+
+_PRE_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{type(model).__name__} has no submodule {name!r}") from None

@@ -1,0 +1,211 @@
+"""torch.fx graphs as plain data, and back: what a checkpoint may hold without executable code in it.
+
+Functions are stored by name and looked up in a fixed table of torch, operator and math functions, so that a foreign
+file can't name anything else.
+"""
+
+from __future__ import annotations
+
+import keyword
+import math
+import operator
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import fx
+
+_OPERATORS = (
+    "add sub mul truediv floordiv mod pow matmul neg pos abs and_ or_ xor invert lshift rshift "
+    "lt le eq ne ge gt not_ getitem is_ is_not contains"
+)
+_MATH = "ceil floor sqrt log log2 exp pow prod gcd trunc"
+_NAME = re.compile(r"[A-Za-z_]\w*\Z")
+_MODULE_PATH = re.compile(r"[\w-]+(\.[\w-]+)*\Z")
+_TORCH_CONSTANTS: dict[str, type] = {
+    "dtype": torch.dtype,
+    "memory_format": torch.memory_format,
+    "layout": torch.layout,
+}
+
+NodeData = dict[str, Any]
+GraphData = list[NodeData]
+
+
+def check_argument(value: Any, expected: Any, name: str) -> None:
+    """Raise unless an argument has the value that the forward was prepared with.
+
+    Raises:
+        ValueError: another value.
+    """
+    if value is not expected and (type(value) is not type(expected) or value != expected):
+        got = type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)
+        raise ValueError(
+            f"{name} was {expected!r} when the model was prepared, got {got}; prepare the model with example_inputs "
+            f"that lead to this value"
+        )
+
+
+@lru_cache(maxsize=1)
+def _functions() -> dict[str, Callable[..., Any]]:
+    functional = torch.nn.functional
+    table: dict[str, Callable[..., Any]] = {"getattr": getattr, "tritonq.check_argument": check_argument}
+    table |= {f"operator.{name}": getattr(operator, name) for name in _OPERATORS.split()}
+    table |= {f"math.{name}": getattr(math, name) for name in _MATH.split()}
+    overridable = torch.overrides.get_overridable_functions()
+    for namespace in (torch.special, torch.fft, torch.linalg, torch):
+        for function in overridable[namespace]:
+            table[f"{namespace.__name__}.{function.__name__}"] = function
+    for name, function in vars(functional).items():
+        if not name.startswith("_") and isinstance(function, (FunctionType, BuiltinFunctionType)):
+            table[f"{functional.__name__}.{name}"] = function
+    table["torch._assert"] = torch._assert
+    return table
+
+
+@lru_cache(maxsize=1)
+def _names() -> dict[Callable[..., Any], str]:
+    return {function: name for name, function in _functions().items()}
+
+
+def graph_to_data(graph: fx.Graph) -> GraphData:
+    """A graph as a list of nodes that JSON can hold.
+
+    Raises:
+        ValueError: a function outside of the table, or an argument that is no plain constant.
+    """
+    return [_node_to_data(node) for node in graph.nodes]
+
+
+def data_to_graph(data: GraphData) -> fx.Graph:
+    """The graph that :func:`graph_to_data` described.
+
+    Raises:
+        ValueError: data that doesn't describe a graph, or that names an unknown function.
+    """
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for entry in data:
+        try:
+            op, name, target = entry["op"], entry["name"], entry["target"]
+            args, kwargs = entry["args"], entry["kwargs"]
+        except (KeyError, TypeError):
+            raise ValueError(f"a graph node needs op, name, target, args and kwargs, got {entry!r}") from None
+        _check_name(name)
+        node = graph.create_node(
+            op,
+            _target_from_data(op, target, args),
+            tuple(_from_data(arg, nodes) for arg in args),
+            {_check_name(key): _from_data(arg, nodes) for key, arg in kwargs.items()},
+            name=name,
+        )
+        nodes[name] = node
+    return graph
+
+
+def _node_to_data(node: fx.Node) -> NodeData:
+    target = node.target
+    if node.op == "call_function":
+        name = _names().get(target) if isinstance(target, Callable) else None  # type: ignore[arg-type]
+        if name is None:
+            raise ValueError(f"{getattr(target, '__name__', target)} is not a torch, operator or math function")
+        target = name
+    data: NodeData = {
+        "name": node.name,
+        "op": node.op,
+        "target": str(target),
+        "args": [_to_data(arg) for arg in node.args],
+        "kwargs": {key: _to_data(arg) for key, arg in node.kwargs.items()},
+    }
+    _target_from_data(node.op, data["target"], data["args"])
+    return data
+
+
+def _target_from_data(op: str, target: Any, args: list[Any]) -> Any:
+    """Look a target up, refusing everything that could run other code than tensor functions."""
+    if not isinstance(target, str):
+        raise ValueError(f"the target of a graph node must be a string, got {target!r}")
+    if op == "call_function":
+        if target not in _functions():
+            raise ValueError(f"unknown function {target!r} in a graph")
+        if target == "getattr" and not (len(args) > 1 and isinstance(args[1], str) and _is_public(args[1])):
+            raise ValueError(f"a graph may read public attributes only, got {args[1:]!r}")
+        return _functions()[target]
+    if op == "call_method":
+        if not _is_public(target) or not callable(getattr(torch.Tensor, target, None)):
+            raise ValueError(f"{target!r} is not a method of torch.Tensor")
+    elif op in ("call_module", "get_attr"):
+        if not _MODULE_PATH.match(target):
+            raise ValueError(f"{target!r} is not the path of a submodule or tensor")
+    elif op == "placeholder":
+        _check_name(target.lstrip("*"))
+    elif op != "output":
+        raise ValueError(f"unknown graph operation {op!r}")
+    return target
+
+
+def _is_public(name: str) -> bool:
+    return bool(_NAME.match(name)) and not name.startswith("_")
+
+
+def _check_name(name: Any) -> str:
+    if not isinstance(name, str) or not _NAME.match(name) or keyword.iskeyword(name):
+        raise ValueError(f"{name!r} is not a Python name")
+    return name
+
+
+def _to_data(item: Any) -> Any:
+    if isinstance(item, fx.Node):
+        return {"node": item.name}
+    if item is None or type(item) in (bool, int, str):
+        return item
+    if type(item) is float:
+        return item if math.isfinite(item) else {"float": repr(item)}
+    if type(item) in (list, fx.immutable_collections.immutable_list):
+        return [_to_data(child) for child in item]
+    if type(item) in (tuple, torch.Size):
+        return {"tuple": [_to_data(child) for child in item]}
+    if type(item) in (dict, fx.immutable_collections.immutable_dict):
+        return {"dict": [[_to_data(key), _to_data(child)] for key, child in item.items()]}
+    if isinstance(item, slice):
+        return {"slice": [_to_data(part) for part in (item.start, item.stop, item.step)]}
+    if item is Ellipsis:
+        return {"ellipsis": True}
+    if isinstance(item, torch.device):
+        return {"device": str(item)}
+    for kind, cls in _TORCH_CONSTANTS.items():
+        if isinstance(item, cls):
+            return {kind: str(item).removeprefix("torch.")}
+    raise ValueError(f"a forward holds a {type(item).__qualname__}, which can't be stored as plain data")
+
+
+def _from_data(item: Any, nodes: dict[str, fx.Node]) -> Any:
+    if isinstance(item, list):
+        return [_from_data(child, nodes) for child in item]
+    if not isinstance(item, dict):
+        return item
+    if len(item) != 1:
+        raise ValueError(f"not an argument of a graph node: {item!r}")
+    ((kind, content),) = item.items()
+    if kind == "node":
+        if content not in nodes:
+            raise ValueError(f"a graph node reads {content!r}, which doesn't come before it")
+        return nodes[content]
+    if kind == "tuple":
+        return tuple(_from_data(child, nodes) for child in content)
+    if kind == "dict":
+        return {_from_data(key, nodes): _from_data(child, nodes) for key, child in content}
+    if kind == "slice":
+        return slice(*(_from_data(part, nodes) for part in content))
+    if kind == "ellipsis":
+        return Ellipsis
+    if kind == "float" and content in ("inf", "-inf", "nan"):
+        return float(content)
+    if kind == "device":
+        return torch.device(content)
+    if kind in _TORCH_CONSTANTS and isinstance(getattr(torch, content, None), _TORCH_CONSTANTS[kind]):
+        return getattr(torch, content)
+    raise ValueError(f"not an argument of a graph node: {item!r}")

@@ -1,0 +1,158 @@
+"""Which modules become one quantized layer: Conv-BN-ReLU and its relatives, found by dataflow."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tritonq.prepare.analysis import Analysis
+from tritonq.prepare.dataflow import Call, refs_in
+from tritonq.prepare.fuse import ROWS, Types, batch_norm_obstacle
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module that becomes a quantized layer, with what it absorbs.
+
+    Attributes:
+        name: qualified name of the module.
+        row: types of the parts, the key into ``ROWS`` if there is more than one.
+        batch_norm: name of the BatchNorm that becomes part of it.
+        remainder: names of the modules that a BatchNorm containing its activation leaves behind.
+        calls: its calls.
+        ends: for each of these the last call that it absorbs (itself if none).
+        relus: the ReLU calls that it absorbs.
+    """
+
+    name: str
+    row: Types
+    batch_norm: str | None
+    remainder: tuple[str, ...]
+    calls: tuple[int, ...]
+    ends: tuple[int, ...]
+    relus: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A BatchNorm's share of the dataflow: where it reads, where its normalised result appears."""
+
+    name: str
+    kind: type[nn.Module]
+    calls: tuple[Call, ...]
+    remainder: tuple[str, ...]
+
+
+def find_layer(name: str, analysis: Analysis, swapped: Container[type[nn.Module]]) -> tuple[Layer, str | None]:
+    """The layer that begins with the module ``name``, and why a BatchNorm that follows it stays apart (or None).
+
+    ``swapped`` holds the float types that have a quantized form: a row is used only if its fused type is one.
+    """
+    module = analysis.modules[name]
+    row: Types = (type(module),)
+    calls = analysis.flow.calls_of(name)
+    ends = calls
+    norm, obstacle = _norm_after(name, calls, analysis)
+    if norm is not None and ROWS.get((*row, norm.kind)) in swapped:
+        row, ends = (*row, norm.kind), norm.calls
+    else:
+        norm = None
+    relus = [analysis.follower(call) for call in ends]
+    absorbed = [relu for relu in relus if relu is not None and analysis.is_relu(relu)]
+    has_relu = (
+        bool(calls)
+        and len(absorbed) == len(ends)
+        and ROWS.get((*row, nn.ReLU)) in swapped
+        and not any(_has_hooks(relu.target) for relu in absorbed)
+        and not _has_hooks(module if norm is None else analysis.modules[norm.name], after=True)
+    )
+    if has_relu:
+        row, ends = (*row, nn.ReLU), tuple(absorbed)
+    layer = Layer(
+        name=name,
+        row=row,
+        batch_norm=None if norm is None else norm.name,
+        remainder=() if norm is None else norm.remainder,
+        calls=tuple(call.index for call in calls),
+        ends=tuple(call.index for call in ends),
+        relus=tuple(relu.index for relu in absorbed) if has_relu else (),
+    )
+    return layer, obstacle
+
+
+def _norm_after(name: str, calls: tuple[Call, ...], analysis: Analysis) -> tuple[_Norm | None, str | None]:
+    """The BatchNorm that alone reads every call's result and reads nothing else, or why it can't be absorbed."""
+    followers = [analysis.follower(call) for call in calls]
+    norms = [None if follower is None else _norm_of(follower, analysis) for follower in followers]
+    if not norms or norms[0] is None:
+        return None, None
+    norm = norms[0]
+    if any(other is None or other.name != norm.name for other in norms):
+        return None, f"{name} is not followed by the same BatchNorm in each call"
+    if {call.index for call in norm.calls} != {follower.index for follower in followers if follower is not None}:
+        return None, f"{norm.name} normalises more than the output of {name}"
+    layer, bn = analysis.modules[name], analysis.modules[norm.name]
+    obstacle = batch_norm_obstacle(layer, cast(_BatchNorm, bn))
+    if obstacle is None and isinstance(layer, nn.Linear):
+        ranks = {len(analysis.flow.values[call.inputs[0]].shape) for call in norm.calls}
+        obstacle = None if ranks == {2} else "BatchNorm1d of a linear layer normalises another axis than the features"
+    if obstacle is None and (_has_hooks(layer, after=True) or _has_hooks(bn, before=True)):
+        obstacle = "hooks stand between the two"
+    return (norm, None) if obstacle is None else (None, obstacle)
+
+
+def _norm_of(call: Call, analysis: Analysis) -> _Norm | None:
+    """The BatchNorm that a call is, or is the heart of."""
+    if call.kind == "module":
+        kind = type(call.target)
+        if call.module_name is None or kind not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            return None
+        return _Norm(call.module_name, kind, analysis.flow.calls_of(call.module_name), ())
+    owner = analysis.modules[call.owner]
+    kinds = [kind for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(owner, kind)]
+    if call.name != "batch_norm" or not kinds:
+        return None
+    return _norm_with_activation(call.owner, kinds[0], analysis)
+
+
+def _norm_with_activation(owner: str, kind: type[nn.Module], analysis: Analysis) -> _Norm | None:
+    """A BatchNorm subclass whose forward is: normalise with its own parameters, then call children in a row."""
+    flow, module = analysis.flow, analysis.modules[owner]
+    hearts: list[Call] = []
+    chains: set[tuple[str, ...]] = set()
+    for frame in flow.frames_of(owner):
+        if any(kind != "call" for kind, _ in frame.events) or not frame.events:
+            return None
+        heart, *rest = (flow.calls[index] for _, index in frame.events)
+        state = [str(flow.values[value].path[0]) for value in heart.inputs if flow.is_state(value)]
+        own = {id(tensor) for tensor in (*module.parameters(False), *module.buffers(False))}
+        reads_own = len(state) == 4 and all(id(_tensor(analysis.model, name)) in own for name in state)
+        if heart.name != "batch_norm" or not reads_own or heart.inputs[0] not in refs_in(frame.args):
+            return None
+        last = heart
+        for call in rest:
+            if call.module_name is None or call.inputs != (analysis.value_of(last),):
+                return None
+            last = call
+        if analysis.value_of(frame) != analysis.value_of(last):
+            return None
+        hearts.append(heart)
+        chains.add(tuple(str(call.module_name) for call in rest))
+    return _Norm(owner, kind, tuple(hearts), chains.pop()) if len(chains) == 1 else None
+
+
+def _has_hooks(module: object, before: bool = False, after: bool = False) -> bool:
+    """Whether forward hooks are registered: before or after the forward, or, with neither given, any."""
+    if not isinstance(module, nn.Module):
+        return False
+    either = not before and not after
+    return bool(((before or either) and module._forward_pre_hooks) or ((after or either) and module._forward_hooks))
+
+
+def _tensor(model: nn.Module, path: str) -> object:
+    parent, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(parent), name)

@@ -1,0 +1,197 @@
+"""Which node of a traced forward made which recorded call: proof that the trace does what the module did."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from tritonq.prepare.dataflow import Call, Dataflow, Frame, Ref, operation_name, plain_name, refs_in
+from tritonq.prepare.trace import TraceError, bind_frame
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a call is made in a traced forward.
+
+    Attributes:
+        node: name of the node in the eval graph.
+        in_place: whether the node overwrites its first operand.
+    """
+
+    node: str
+    in_place: bool
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A record beside the model that it is of.
+
+    Attributes:
+        flow: the record.
+        modules: the model's modules by qualified name.
+        state: the values of parameters and buffers, by the id of the tensor.
+    """
+
+    flow: Dataflow
+    modules: Mapping[str, nn.Module]
+    state: Mapping[int, Ref]
+
+    @classmethod
+    def of(cls, model: nn.Module, flow: Dataflow) -> Recorded:
+        """Look up the modules and tensors that a record names."""
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        held = [value for value in flow.values if value.source == "state"]
+        state = {id(tensors[str(value.path[0])]): Ref(value.index) for value in held}
+        return cls(flow, dict(model.named_modules()), state)
+
+
+def match_frame(graph: fx.Graph, recorded: Recorded, frame: Frame) -> Mapping[int, Site]:
+    """The sites of all recorded function and leaf calls of one frame, by call index.
+
+    The graph is followed with recorded values in place of tensors, so that every call must agree in operation and
+    operands.
+
+    Raises:
+        TraceError: the graph doesn't make the recorded calls.
+    """
+    return _Follower(graph, recorded, frame).sites()
+
+
+class _NoTensor:
+    """The result of a node that made no recorded call: a size, a flag, a number."""
+
+
+class _Follower:
+    def __init__(self, graph: fx.Graph, recorded: Recorded, frame: Frame) -> None:
+        self._graph, self._flow, self._frame = graph, recorded.flow, frame
+        self._recorded = recorded
+        self._owner = recorded.modules[frame.owner]
+        self._events = list(frame.events)
+        self._results: dict[fx.Node, Any] = {}
+        # What in-place changes made of a value, in the order of the graph.
+        self._successors: dict[int, int] = {}
+        self._sites: dict[int, Site] = {}
+
+    def sites(self) -> Mapping[int, Site]:
+        arguments = bind_frame(inspect.signature(self._owner.forward), self._frame)
+        for node in self._graph.nodes:
+            if node.op == "placeholder":
+                self._results[node] = arguments.get(str(node.target).lstrip("*"))
+            elif node.op == "get_attr":
+                tensor = _attribute(self._owner, str(node.target))
+                self._results[node] = self._recorded.state.get(id(tensor), _NoTensor())
+            elif node.op == "call_module":
+                self._results[node] = self._module(node)
+            elif node.op == "output":
+                self._output(node)
+            else:
+                self._results[node] = self._function(node)
+        return self._sites
+
+    def _module(self, node: fx.Node) -> Any:
+        child = self._owner.get_submodule(str(node.target))
+        if not self._events:
+            raise TraceError(f"its trace calls {node.target}, which it did not")
+        kind, index = self._events.pop(0)
+        record = self._flow.calls[index] if kind == "call" else self._flow.frames[index]
+        name = record.module_name if isinstance(record, Call) else record.owner
+        if name is None or self._recorded.modules[name] is not child:
+            raise TraceError(f"its trace calls {node.target} where it did something else")
+        if sorted(self._read(node)) != sorted(refs_in((*record.args, *record.kwargs.values()))):
+            raise TraceError(f"its trace calls {node.target} on other tensors than it did")
+        if isinstance(record, Call):
+            self._sites[record.index] = Site(node.name, bool(record.writes))
+        for call in self._calls_within(kind, index):
+            self._successors.update(call.writes)
+        return record.output
+
+    def _function(self, node: fx.Node) -> Any:
+        call = self._next_function()
+        if call is None or call.name != self._name(node):
+            return self._python(node)
+        if sorted(self._read(node)) != sorted(refs_in((*call.args, *call.kwargs.values()))):
+            return self._python(node)
+        return self._matched(node, call)
+
+    def _matched(self, node: fx.Node, call: Call) -> Any:
+        self._events.pop(0)
+        # A trace turns += into +, which leaves the old tensor as it was; whoever reads that afterwards won't match.
+        is_copy = getattr(node.target, "__module__", None) == "_operator"
+        if is_copy:
+            self._check_argument_returned(call)
+        else:
+            self._successors.update(call.writes)
+        self._sites[call.index] = Site(node.name, bool(call.writes) and not is_copy)
+        return call.output
+
+    def _check_argument_returned(self, call: Call) -> None:
+        """A forward that changes its argument must return it: then its caller goes on with the result."""
+        given = set(refs_in((*self._frame.args, *self._frame.kwargs.values())))
+        returned = set(refs_in(self._frame.output))
+        for before, after in call.writes:
+            if before in given and after not in returned:
+                raise TraceError("it changes its argument in place and doesn't return it")
+
+    def _python(self, node: fx.Node) -> Any:
+        """Container access, or something that yields no tensor."""
+        if node.target is getattr or self._name(node) == "getitem":
+            container, key = (self._resolve(argument) for argument in node.args[:2])
+            if isinstance(container, Mapping) and isinstance(key, str) and key in container:
+                return container[key]
+            if isinstance(container, Mapping) and isinstance(key, int) and node.target is not getattr:
+                container = tuple(container.values())
+            if isinstance(container, tuple) and isinstance(key, (int, slice)):
+                return container[key]
+        return _NoTensor()
+
+    def _output(self, node: fx.Node) -> None:
+        if self._events:
+            raise TraceError("its trace leaves out calls that it made")
+        if self._read(node) != refs_in(self._frame.output):
+            raise TraceError("its trace returns other tensors than it did")
+
+    def _next_function(self) -> Call | None:
+        if self._events and self._events[0][0] == "call":
+            call = self._flow.calls[self._events[0][1]]
+            return call if call.kind == "function" else None
+        return None
+
+    def _name(self, node: fx.Node) -> str:
+        if node.op == "call_method":
+            return plain_name(str(node.target))
+        if node.target is getattr:
+            return str(node.args[1])
+        return operation_name(node.target) if callable(node.target) else ""
+
+    def _read(self, node: fx.Node) -> tuple[int, ...]:
+        """The values that a node reads, as they are at its place in the graph."""
+        refs = refs_in(tuple(self._resolve(argument) for argument in (*node.args, *node.kwargs.values())))
+        return tuple(self._latest(value) for value in refs)
+
+    def _resolve(self, argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return self._results[argument]
+        if isinstance(argument, (tuple, list)):
+            return tuple(self._resolve(item) for item in argument)
+        if isinstance(argument, dict):
+            return {key: self._resolve(item) for key, item in argument.items()}
+        return argument
+
+    def _latest(self, value: int) -> int:
+        while value in self._successors:
+            value = self._successors[value]
+        return value
+
+    def _calls_within(self, kind: str, index: int) -> list[Call]:
+        if kind == "call":
+            return [self._flow.calls[index]]
+        return [call for event in self._flow.frames[index].events for call in self._calls_within(*event)]
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    prefix, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(prefix), name)

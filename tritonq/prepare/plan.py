@@ -1,0 +1,301 @@
+"""Everything `prepare_qat` will do to a model, decided before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from tritonq.prepare.analysis import Analysis
+from tritonq.prepare.dataflow import Call, Frame
+from tritonq.prepare.joins import Join, find_joins, operands
+from tritonq.prepare.layers import Layer, find_layer
+from tritonq.qconfig import QConfig
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A quantizer for a tensor that no quantized module produces.
+
+    Attributes:
+        where: ``"input"``, a model input; ``"output"``, what the module ``owner`` returns; ``"node"``, the result of a
+            node in the forward of ``owner``; ``"consumer"``, what the layers ``consumers`` read.
+        owner: see ``where``.
+        value: one recorded value that it quantizes.
+        node: see ``where``.
+        in_place: whether that node overwrites its first operand.
+        qconfig: whose activation quantizer it is.
+        like: name of a layer that reads it, and on whose device it lives.
+        consumers: the layers that read it, for ``"consumer"``.
+    """
+
+    where: Literal["input", "output", "node", "consumer"]
+    owner: str
+    value: int
+    node: str
+    in_place: bool
+    qconfig: QConfig
+    like: str
+    consumers: tuple[str, ...]
+
+
+# What gives a tensor its grid.
+Grid = Layer | Join | Quantizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do.
+
+    Attributes:
+        layers: modules to make quantized layers of.
+        joins: additions and concatenations to make modules of.
+        quantizers: further activation quantizers.
+        inputs: for each layer, by name, what put its input on a grid; absent where several did or none.
+        erased: ReLU calls that became part of a layer or join.
+        erased_modules: names of ReLU modules all of whose calls did.
+        erased_nodes: owner and node of further such calls that can be taken out of a forward.
+        float_reasons: for modules left in float, by name, why.
+    """
+
+    layers: tuple[Layer, ...]
+    joins: tuple[Join, ...]
+    quantizers: tuple[Quantizer, ...]
+    inputs: Mapping[str, Grid]
+    erased: frozenset[int]
+    erased_modules: tuple[str, ...]
+    erased_nodes: tuple[tuple[str, str], ...]
+    float_reasons: Mapping[str, str]
+
+
+def make_plan(
+    analysis: Analysis, swapped: Container[type[nn.Module]], qconfigs: Mapping[nn.Module, QConfig | None]
+) -> Plan:
+    """Decide fusions, joins and quantizers for a recorded model.
+
+    Args:
+        analysis: the model and its record.
+        swapped: the float types that have a quantized form.
+        qconfigs: the qconfig of each module, None to leave it in float.
+    """
+    return _Planner(analysis, swapped, qconfigs).plan()
+
+
+@dataclass
+class _Planner:
+    analysis: Analysis
+    swapped: Container[type[nn.Module]]
+    qconfigs: Mapping[nn.Module, QConfig | None]
+    grids: dict[int, Grid] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    quantizers: list[Quantizer] = field(default_factory=list)
+
+    def plan(self) -> Plan:
+        layers = self._layers()
+        for layer in layers:
+            self._assign(layer.ends, layer)
+        joins = self._relevant(find_joins(self.analysis), layers)
+        demands = self._demands(layers, joins)
+        # In order of execution: what is downstream of a quantizer that was just placed needs none.
+        for root, (qconfig, readers) in sorted(demands.items()):
+            if self._grid(root) is None:
+                self._place(root, qconfig, readers)
+        parts: tuple[Layer | Join, ...] = (*layers, *joins)
+        erased = frozenset(relu for part in parts for relu in part.relus)
+        modules, nodes = self._erasures(erased)
+        return Plan(
+            layers=tuple(layers),
+            joins=tuple(joins),
+            quantizers=tuple(self.quantizers),
+            inputs=self._inputs(layers),
+            erased=erased,
+            erased_modules=modules,
+            erased_nodes=nodes,
+            float_reasons=self.reasons,
+        )
+
+    def _layers(self) -> list[Layer]:
+        found = []
+        for name, module in self.analysis.modules.items():
+            if type(module) not in self.swapped:
+                continue
+            if self.qconfigs[module] is None:
+                self.reasons[name] = "its qconfig is None"
+            elif not self.analysis.flow.calls_of(name):
+                self.reasons[name] = "the example inputs don't reach it"
+            elif not isinstance(module._parameters.get("weight"), nn.Parameter):
+                self.reasons[name] = "its weight is computed from other parameters"
+            else:
+                layer, obstacle = find_layer(name, self.analysis, self.swapped)
+                found.append(layer)
+                if obstacle is not None:
+                    self.reasons |= {norm: obstacle for norm in self._followers(name)}
+        return found
+
+    def _followers(self, name: str) -> list[str]:
+        followers = [self.analysis.follower(call) for call in self.analysis.flow.calls_of(name)]
+        return [follower.module_name or follower.owner for follower in followers if follower is not None]
+
+    def _assign(self, calls: tuple[int, ...], grid: Grid) -> None:
+        if isinstance(grid, Layer) and issubclass(grid.row[0], (nn.Embedding, nn.EmbeddingBag)):
+            return  # rows of a table have no output quantizer
+        for index in calls:
+            value = self.analysis.value_of(self.analysis.flow.calls[index])
+            if value is not None:
+                self.grids[value] = grid
+
+    def _relevant(self, joins: list[Join], layers: list[Layer]) -> list[Join]:
+        """The joins that stand between quantized layers, on either side; others are none of our business."""
+        readers = {value for layer in layers for value in self._reads(layer)}
+        waiting = [join for join in joins if join.site is not None and self._qconfig(join.owner) is not None]
+        for join in joins:
+            if join.site is None:
+                self.reasons[f"{join.owner}.{join.kind}".lstrip(".")] = join.reason
+        chosen: list[Join] = []
+        while True:
+            new = [join for join in waiting if join not in chosen and self._touches(join, readers)]
+            if not new:
+                return [join for join in joins if join in chosen]
+            for join in new:
+                self._assign(join.ends, join)
+                readers.update(self._reads(join))
+            chosen += new
+
+    def _touches(self, join: Join, readers: set[int]) -> bool:
+        if any(self._grid(value) is not None for value in self._reads(join)):
+            return True
+        reached = {self.analysis.value_of(self.analysis.flow.calls[end]) for end in join.ends}
+        return any(self._root(value, stop=reached) in reached for value in readers)
+
+    def _demands(self, layers: list[Layer], joins: list[Join]) -> dict[int, tuple[QConfig, list[Layer | Join]]]:
+        """The tensors that need a quantizer because something quantized reads them: value, qconfig, readers."""
+        demands: dict[int, tuple[QConfig, list[Layer | Join]]] = {}
+        parts: tuple[Layer | Join, ...] = (*layers, *joins)
+        for part in parts:
+            qconfig = self._qconfig(part.name if isinstance(part, Layer) else part.owner)
+            for value in self._reads(part):
+                root = self._root(value)
+                record = self.analysis.flow.values[root]
+                if qconfig is None or root in self.grids or not record.dtype.is_floating_point:
+                    continue
+                demands.setdefault(root, (qconfig, []))[1].append(part)
+        return demands
+
+    def _place(self, root: int, qconfig: QConfig, readers: list[Layer | Join]) -> None:
+        flow, analysis = self.analysis.flow, self.analysis
+        call = flow.producer(root)
+        # Tracing takes time: only where a hook on a module won't do.
+        by_hook = call is not None and call.module_name is not None and self._has_one_place(call)
+        site = None if call is None or by_hook else analysis.site(call)
+        where: Literal["input", "output", "node", "consumer"] = "consumer"
+        owner, values = "", [root]
+        if flow.values[root].source == "input":
+            where = "input"
+        elif call is None or analysis.value_of(call) != root:
+            pass
+        elif call.module_name is not None and site is None:
+            where, owner = "output", call.module_name
+            values = self._results(flow.calls_of(owner))
+        elif site is not None:
+            where, owner = "node", call.owner
+            values = self._results(analysis.calls_at(owner, site.node))
+        elif (container := self._returned_by(root)) is not None:
+            where, owner = "output", container
+            values = self._results(flow.frames_of(owner))
+        layers = tuple(dict.fromkeys(reader.name for reader in readers if isinstance(reader, Layer)))
+        first = readers[0]
+        quantizer = Quantizer(
+            where=where,
+            owner=owner,
+            value=root,
+            node=site.node if where == "node" and site is not None else "",
+            in_place=where == "node" and site is not None and site.in_place,
+            qconfig=qconfig,
+            like=first.name if isinstance(first, Layer) else first.owner,
+            consumers=layers,
+        )
+        if where != "consumer":
+            self.grids.update(dict.fromkeys(values, quantizer))
+        if where != "consumer" or layers:
+            self.quantizers.append(quantizer)
+
+    def _results(self, calls: Iterable[Call | Frame]) -> list[int]:
+        values = (self.analysis.value_of(call) for call in calls)
+        return [value for value in values if value is not None]
+
+    def _erasures(self, erased: frozenset[int]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """How absorbed ReLU calls are removed. One that can't be stays, and changes nothing."""
+        analysis = self.analysis
+        modules: dict[str, None] = {}
+        nodes: dict[tuple[str, str], None] = {}
+        for call in (analysis.flow.calls[index] for index in sorted(erased)):
+            name = call.module_name
+            if name is not None and all(other.index in erased for other in analysis.flow.calls_of(name)):
+                modules[name] = None
+                continue
+            site = analysis.site(call)
+            at_site = () if site is None else analysis.calls_at(call.owner, site.node)
+            if site is not None and all(other.index in erased for other in at_site):
+                nodes[call.owner, site.node] = None
+        return tuple(modules), tuple(nodes)
+
+    def _has_one_place(self, call: Call) -> bool:
+        """Whether a module is called once per run of its owner, so that its output is one tensor of the model."""
+        calls = self.analysis.flow.calls_of(str(call.module_name))
+        return len({other.owner for other in calls}) == 1 and len({other.frame for other in calls}) == len(calls)
+
+    def _returned_by(self, value: int) -> str | None:
+        """The innermost module that returns a value which nothing inside of it reads."""
+        frames = self.analysis.flow.frames
+        for frame in reversed(frames):
+            if self.analysis.value_of(frame) != value or frame.parent is None:
+                continue
+            inside = {other.index for other in frames if self._is_within(other.index, frame.index)}
+            if not any(reader.frame in inside for reader in self.analysis.flow.consumers(value)):
+                return frame.owner
+        return None
+
+    def _is_within(self, frame: int | None, outer: int) -> bool:
+        while frame is not None and frame != outer:
+            frame = self.analysis.flow.frames[frame].parent
+        return frame == outer
+
+    def _inputs(self, layers: list[Layer]) -> dict[str, Grid]:
+        by_consumer = {name: q for q in self.quantizers if q.where == "consumer" for name in q.consumers}
+        found: dict[str, Grid] = {}
+        for layer in layers:
+            grids = [self._grid(value) or by_consumer.get(layer.name) for value in self._reads(layer)]
+            if grids and grids[0] is not None and all(grid is grids[0] for grid in grids):
+                found[layer.name] = grids[0]
+        return found
+
+    def _reads(self, part: Layer | Join) -> list[int]:
+        """The values that a layer or join reads on some grid."""
+        calls = [self.analysis.flow.calls[index] for index in part.calls]
+        if isinstance(part, Join):
+            return [value for call in calls for value in operands(call, self.analysis)]
+        if issubclass(part.row[0], (nn.Embedding, nn.EmbeddingBag)):
+            return []
+        return [call.inputs[0] for call in calls if call.inputs]
+
+    def _grid(self, value: int) -> Grid | None:
+        return self.grids.get(self._root(value))
+
+    def _root(self, value: int, stop: Container[int | None] = ()) -> int:
+        """Where the values of a tensor were made: up through whatever keeps a grid.
+
+        A ReLU keeps a grid, but a tensor without one is better quantized after it: half of the codes would be lost.
+        """
+        if value in self.grids or value in stop:
+            return value
+        call = self.analysis.flow.producer(value)
+        if call is None or not self.analysis.keeps_grid(call):
+            return value
+        root = self._root(call.inputs[0], stop)
+        has_grid = root in self.grids or root in stop
+        return root if has_grid or not self.analysis.is_relu(call) else value
+
+    def _qconfig(self, name: str) -> QConfig | None:
+        return self.qconfigs[self.analysis.modules[name]]

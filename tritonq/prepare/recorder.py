@@ -1,0 +1,357 @@
+"""The run behind :func:`tritonq.prepare.dataflow.record`: hooks on modules, a function mode, tensors by identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tritonq.prepare.dataflow import Call, Dataflow, Frame, Ref, Source, Value, is_leaf, operation_name
+from tritonq.prepare.snapshot import ModelSnapshot, preserved_random_state, tensor_version
+from tritonq.prepare.structure import Path, describe, replace_tensors, tensors_in
+
+# What these tell about a tensor does not depend on its elements, so reading it is no dataflow.
+_METADATA_NAMES = """
+    size dim ndim shape dtype device layout stride numel nelement len itemsize nbytes element_size storage_offset names
+    requires_grad is_leaf grad_fn grad version get_device data_ptr hash type result_type is_contiguous is_same_size
+    is_floating_point is_complex is_signed is_conj is_neg is_inference is_cuda is_cpu is_meta is_sparse is_quantized
+    is_mkldnn is_mps is_nested is_xpu is_tensor iter
+"""
+METADATA = frozenset(_METADATA_NAMES.split())
+
+
+@dataclass
+class _Tracked:
+    """A live tensor; holding it keeps its id from being used again."""
+
+    tensor: Tensor
+    index: int
+    value: int
+    version: int
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        tensor = self.tensor
+        strides = tensor.stride() if tensor.layout == torch.strided else ()
+        return (tensor.shape, strides, tensor.storage_offset() if strides else 0, tensor.dtype)
+
+
+@dataclass
+class _OpenFrame:
+    index: int
+    module: nn.Module | None
+    owner: str
+    parent: int | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: list[Tensor]
+    events: list[tuple[Literal["call", "frame"], int]] = field(default_factory=list)
+    functions: int = 0
+    # Whether this stands for a leaf: nothing inside is recorded.
+    leaf: bool = False
+
+
+@dataclass
+class _OpenValue:
+    source: Source
+    producer: int | None
+    path: Path
+    tensor: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    consumers: dict[int, None] = field(default_factory=dict)
+    output_paths: list[Path] = field(default_factory=list)
+
+
+class Recorder:
+    """Records one run of one model; see :func:`tritonq.prepare.dataflow.record`.
+
+    Attributes:
+        result: what the model returned.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if nn.parameter.is_lazy(tensor):
+                raise ValueError(f"{name} has no shape before a first forward; run the model once, then prepare it")
+        self.model = model
+        self.result: Any = None
+        self._names = {module: name for name, module in model.named_modules()}
+        self._state = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        self._tracked: dict[int, _Tracked] = {}
+        self._by_storage: dict[int, list[_Tracked]] = {}
+        self._values: list[_OpenValue] = []
+        self._calls: list[Call] = []
+        self._frames: dict[int, Frame] = {}
+        self._stack: list[_OpenFrame] = []
+        self._module_calls: dict[nn.Module, int] = {}
+        self._paused = False
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
+        """Run the model and return what happened."""
+        snapshot = ModelSnapshot(self.model)
+        handles = []
+        try:
+            with preserved_random_state(self.model), torch.no_grad():
+                # Some models write to their input.
+                args, kwargs = replace_tensors(args, Tensor.clone), replace_tensors(kwargs, Tensor.clone)
+                for path, tensor in [*tensors_in(args), *tensors_in(kwargs)]:
+                    self._track(tensor, "input", path=path)
+                for module in self._names:
+                    module.training = False
+                    # Innermost: what users' own hooks compute belongs to the caller.
+                    handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                    handles.append(module.register_forward_hook(self._leave, with_kwargs=True, prepend=True))
+                if is_leaf(self.model):
+                    self._push(None, "", args, kwargs)
+                with _FunctionRecorder(self):
+                    self.result = self.model(*args, **kwargs)
+                if self._stack:
+                    self._close(self._stack.pop(), self.result)
+                for path, tensor in tensors_in(self.result):
+                    self._values[self._value_of(tensor)].output_paths.append(path)
+        finally:
+            for handle in handles:
+                handle.remove()
+            snapshot.restore()
+            self._tracked.clear()
+            self._by_storage.clear()
+        values = tuple(
+            Value(
+                i, v.source, v.producer, v.path, v.tensor, v.shape, v.dtype, tuple(v.consumers), tuple(v.output_paths)
+            )
+            for i, v in enumerate(self._values)
+        )
+        return Dataflow(tuple(self._calls), values, tuple(self._frames[i] for i in sorted(self._frames)))
+
+    def call_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a torch function, and record it unless it is part of a leaf or reads no elements."""
+        if self._paused or not self._stack or self._stack[-1].leaf:
+            return function(*args, **kwargs)
+        name = operation_name(function)
+        inputs = _unique_tensors((args, kwargs))
+        described = self._describe(args), self._describe(kwargs)
+        values = [self._value_of(tensor) for tensor in inputs]
+        result = function(*args, **kwargs)
+        has_output = next(tensors_in(result), None) is not None
+        if not has_output and (not inputs or name in METADATA):
+            return result
+        frame = self._stack[-1]
+        call = Call(
+            index=len(self._calls),
+            kind="function",
+            name=name,
+            module_name=None,
+            target=function,
+            frame=frame.index,
+            owner=frame.owner,
+            ordinal=frame.functions,
+            args=described[0],
+            kwargs=described[1],
+            output=None,
+            inputs=tuple(values),
+            outputs=(),
+        )
+        frame.functions += 1
+        return self._finish(call, inputs, result)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._stack and self._stack[-1].leaf:
+            return
+        with self._unrecorded():
+            self._push(module, self._names[module], args, kwargs)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        with self._unrecorded():
+            return self._pop(module, result)
+
+    @contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        """Keep the recorder's own tensor functions, in hooks, out of the record."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def _pop(self, module: nn.Module, result: Any) -> Any:
+        if not self._stack or all(frame.module is not module for frame in self._stack):
+            return result
+        if self._stack[-1].leaf and self._stack[-1].module is not module:
+            return result
+        # A forward that raised and was caught by its caller left its frame behind.
+        while self._stack[-1].module is not module:
+            self._close(self._stack.pop(), None)
+        frame = self._stack.pop()
+        if frame.leaf:
+            return self._finish_module(frame, module, result)
+        if not frame.events and _shares(frame.inputs, result):
+            # It returned its input and called nothing: what it does in other circumstances can't be seen from here.
+            # (Stochastic depth in eval mode is such a module.) So it counts as one operation.
+            return self._finish_module(frame, module, result)
+        self._close(frame, result)
+        return result
+
+    def _push(self, module: nn.Module | None, owner: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaf = module is not None and is_leaf(module)
+        parent = self._stack[-1] if self._stack else None
+        index = len(self._frames) + sum(not frame.leaf for frame in self._stack)
+        inputs = _unique_tensors((args, kwargs))
+        described = self._describe(args), self._describe(kwargs)
+        self._stack.append(
+            _OpenFrame(index, module, owner, None if parent is None else parent.index, *described, inputs, leaf=leaf)
+        )
+
+    def _close(self, frame: _OpenFrame, result: Any) -> None:
+        self._frames[frame.index] = Frame(
+            frame.index,
+            frame.owner,
+            frame.parent,
+            frame.args,
+            frame.kwargs,
+            self._describe(result),
+            tuple(frame.events),
+        )
+        if self._stack:
+            self._stack[-1].events.append(("frame", frame.index))
+
+    def _finish_module(self, frame: _OpenFrame, module: nn.Module, result: Any) -> Any:
+        parent = self._stack[-1] if self._stack else frame
+        times = self._module_calls.get(module, 0)
+        self._module_calls[module] = times + 1
+        call = Call(
+            index=len(self._calls),
+            kind="module",
+            name=type(module).__name__,
+            module_name=frame.owner,
+            target=module,
+            frame=parent.index,
+            owner=parent.owner,
+            ordinal=times,
+            args=frame.args,
+            kwargs=frame.kwargs,
+            output=None,
+            inputs=tuple(self._value_of(tensor, before_writes=True) for tensor in frame.inputs),
+            outputs=(),
+        )
+        return self._finish(call, frame.inputs, result)
+
+    def _finish(self, call: Call, inputs: list[Tensor], result: Any) -> Any:
+        """Give the results of a call their values; returns the result, where inputs that came out again are aliases."""
+        for value in call.inputs:
+            self._values[value].consumers[call.index] = None
+        writes = self._note_writes(call, inputs)
+        outputs = list(dict.fromkeys(after for _, after in writes))
+        written = set(outputs)
+
+        def fresh(tensor: Tensor) -> Tensor:
+            known = self._tracked.get(id(tensor))
+            if known is not None and known.value in written:
+                return tensor
+            if known is not None or id(tensor) in self._state:
+                # The same object came out: an alias tells apart what flows on from what went in.
+                tensor = tensor.view_as(tensor)
+            outputs.append(self._track(tensor, "call", producer=call.index).value)
+            return tensor
+
+        result = replace_tensors(result, fresh)
+        for _, tensor in tensors_in(result):  # inside containers that can't be rebuilt
+            known = self._tracked.get(id(tensor))
+            if known is None or known.value not in outputs:
+                outputs.append(self._track(tensor, "call", producer=call.index).value)
+        described = self._describe(result)
+        self._calls.append(replace(call, output=described, outputs=tuple(outputs), writes=tuple(writes)))
+        if self._stack:
+            self._stack[-1].events.append(("call", call.index))
+        return result
+
+    def _note_writes(self, call: Call, inputs: list[Tensor]) -> list[tuple[int, int]]:
+        """New values for every known tensor whose storage the call wrote to, with those that they replace."""
+        writes: list[tuple[int, int]] = []
+        for tensor in inputs:
+            known = self._tracked[id(tensor)]
+            if known.version == tensor_version(tensor):
+                continue
+            # Tensors that see the same elements share the new value; other views get one of their own.
+            by_geometry: dict[tuple[Any, ...], int] = {}
+            for alias in [known, *self._by_storage[_storage(tensor)]]:
+                if alias.version == tensor_version(alias.tensor):
+                    continue
+                alias.version = tensor_version(alias.tensor)
+                shared = by_geometry.get(alias.geometry)
+                if shared is None:
+                    shared = self._new_value(alias.tensor, alias.index, "call", call.index, ())
+                    by_geometry[alias.geometry] = shared
+                writes.append((alias.value, shared))
+                alias.value = shared
+        return writes
+
+    def _track(self, tensor: Tensor, source: Source, producer: int | None = None, path: Path = ()) -> _Tracked:
+        known = self._tracked.get(id(tensor))
+        if known is not None and source == "input":
+            return known  # the same tensor passed twice
+        index = len(self._tracked) if known is None else known.index
+        value = self._new_value(tensor, index, source, producer, path)
+        tracked = _Tracked(tensor, index, value, tensor_version(tensor))
+        if known is None:
+            self._by_storage.setdefault(_storage(tensor), []).append(tracked)
+            self._tracked[id(tensor)] = tracked
+        else:
+            known.value, known.version = value, tracked.version
+        return self._tracked[id(tensor)]
+
+    def _new_value(self, tensor: Tensor, index: int, source: Source, producer: int | None, path: Path) -> int:
+        self._values.append(_OpenValue(source, producer, path, index, tuple(tensor.shape), tensor.dtype))
+        return len(self._values) - 1
+
+    def _value_of(self, tensor: Tensor, before_writes: bool = False) -> int:
+        known = self._tracked.get(id(tensor))
+        if known is None:
+            name = self._state.get(id(tensor))
+            if name is not None:
+                return self._track(tensor, "state", path=(name,)).value
+            return self._track(tensor, "unknown").value
+        if known.version != tensor_version(tensor) and not before_writes:
+            # Written to by code that torch functions can't see.
+            return self._track(tensor, "unknown").value
+        return known.value
+
+    def _describe(self, item: Any) -> Any:
+        return describe(item, lambda tensor: Ref(self._value_of(tensor)))
+
+
+class _FunctionRecorder(TorchFunctionMode):
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self._recorder.call_function(func, args, kwargs or {})
+
+
+def _unique_tensors(item: Any) -> list[Tensor]:
+    """The tensors of a structure, each once (by identity: equality would compare elements)."""
+    return list({id(tensor): tensor for _, tensor in tensors_in(item)}.values())
+
+
+def _shares(inputs: list[Tensor], result: Any) -> bool:
+    held = {id(tensor) for tensor in inputs}
+    return any(id(tensor) in held for _, tensor in tensors_in(result))
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:  # sparse and other tensors without one storage
+        return id(tensor)

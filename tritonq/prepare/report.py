@@ -1,0 +1,97 @@
+"""What became of each layer of a prepared model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tritonq.prepare.analysis import Analysis
+from tritonq.prepare.dataflow import is_leaf
+from tritonq.prepare.joins import Join
+from tritonq.prepare.layers import Layer
+from tritonq.prepare.plan import Plan
+
+# Functions that have weights, which stay in float: their weights are not a module's own.
+_FUNCTIONS_WITH_WEIGHTS = frozenset(
+    f"{kind}{rank}" for kind in ("conv", "conv_transpose") for rank in ("1d", "2d", "3d")
+) | {"linear", "bilinear", "embedding", "embedding_bag"}
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What became of one layer.
+
+    Attributes:
+        name: qualified name in the float model; for additions and concatenations that of the module they stand in,
+            with the operation.
+        kind: class name, or the operation.
+        fused_with: names of what it became one layer with.
+        status: ``"quantized"`` or ``"float"``.
+        reason: why it is in float, or "".
+    """
+
+    name: str
+    kind: str
+    fused_with: tuple[str, ...]
+    status: Literal["quantized", "float"]
+    reason: str
+
+
+def make_report(analysis: Analysis, plan: Plan) -> tuple[LayerRecord, ...]:
+    """A record for each layer of the float model, in order of its modules, then one for each addition and the like."""
+    calls = analysis.flow.calls
+    partners: dict[str, list[str]] = {}
+    parts: tuple[Layer | Join, ...] = (*plan.layers, *plan.joins)
+    for part in parts:
+        name = part.name if isinstance(part, Layer) else f"{part.owner}.{part.kind}".lstrip(".")
+        absorbed = [calls[index].module_name for index in part.relus]
+        absorbed.append(part.batch_norm if isinstance(part, Layer) else None)
+        for other in dict.fromkeys(other for other in absorbed if other is not None):
+            partners.setdefault(name, []).append(other)
+            partners.setdefault(other, []).append(name)
+    quantized = {layer.name for layer in plan.layers}
+    records = []
+    for name, module in analysis.modules.items():
+        if not is_leaf(module) and not isinstance(module, _BatchNorm) and name not in partners:
+            continue
+        if type(module) in (nn.Identity, nn.Sequential):
+            continue
+        whole = name in quantized or (name in partners and _absorbed(name, analysis, plan))
+        reason = "" if whole else _reason(name, module, analysis, plan)
+        fused = tuple(partners.get(name, ()))
+        records.append(LayerRecord(name, type(module).__name__, fused, "quantized" if whole else "float", reason))
+    for join in plan.joins:
+        name = f"{join.owner}.{join.kind}".lstrip(".")
+        records.append(LayerRecord(name, join.kind, tuple(partners.get(name, ())), "quantized", ""))
+    places = {record.name for record in records}
+    for name, reason in plan.float_reasons.items():
+        if name not in places:
+            records.append(LayerRecord(name, name.rpartition(".")[2], (), "float", reason))
+    for call in calls:
+        if call.kind == "function" and call.name in _FUNCTIONS_WITH_WEIGHTS:
+            name = f"{call.owner}.{call.name}".lstrip(".")
+            records.append(LayerRecord(name, call.name, (), "float", "it is a function call, not a module"))
+    return tuple(dict.fromkeys(records))
+
+
+def _absorbed(name: str, analysis: Analysis, plan: Plan) -> bool:
+    """Whether every call of a BatchNorm or ReLU became part of something else."""
+    if any(layer.batch_norm == name for layer in plan.layers):
+        return True
+    return all(call.index in plan.erased for call in analysis.flow.calls_of(name))
+
+
+def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str:
+    calls = analysis.flow.calls_of(name)
+    if name in plan.float_reasons:
+        return plan.float_reasons[name]
+    if not calls and not analysis.flow.frames_of(name):
+        return "the example inputs don't reach it"
+    if isinstance(module, _BatchNorm):
+        return "no convolution or linear layer alone precedes it"
+    if all(analysis.keeps_grid(call) for call in calls):
+        return "it keeps the grid of its input"
+    return f"{type(module).__name__} has no quantized form; what reads it quantizes its result"

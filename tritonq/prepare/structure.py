@@ -1,0 +1,90 @@
+"""Nested arguments and results (tuples, lists, dicts, dataclasses) with their tensors replaced by something else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Path = tuple[str | int, ...]
+
+PRIMITIVES = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, slice)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opaque:
+    """Stands for an argument that is neither tensor, container nor constant; only its type is kept."""
+
+    type_name: str
+
+
+def children_of(item: Any) -> list[tuple[str | int, Any]] | None:
+    """Keys and entries of a container, or None for anything that holds no others.
+
+    Sequences have integer keys, mappings their own, dataclasses the names of their fields.
+    """
+    if isinstance(item, Mapping):
+        return list(item.items())
+    if isinstance(item, (tuple, list)):
+        return list(enumerate(item))
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        return [(field.name, getattr(item, field.name)) for field in dataclasses.fields(item)]
+    return None
+
+
+def tensors_in(item: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Every tensor of a nested structure with the keys that lead to it, in order."""
+    if isinstance(item, Tensor):
+        yield path, item
+        return
+    for key, child in children_of(item) or ():
+        yield from tensors_in(child, (*path, key))
+
+
+def describe(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
+    """The structure as plain tuples and dicts: tensors through ``leaf``, constants kept, the rest Opaque."""
+    if isinstance(item, Tensor):
+        return leaf(item)
+    if isinstance(item, PRIMITIVES) or item is Ellipsis:
+        return item
+    children = children_of(item)
+    if children is None:
+        return Opaque(type(item).__qualname__)
+    if isinstance(item, (tuple, list)):
+        return tuple(describe(child, leaf) for _, child in children)
+    return {key: describe(child, leaf) for key, child in children}
+
+
+def replace_tensors(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
+    """The structure rebuilt with each tensor replaced; containers that can't be rebuilt are returned as they are."""
+    if isinstance(item, Tensor):
+        return leaf(item)
+    if type(item) in (tuple, list):
+        return type(item)(replace_tensors(child, leaf) for child in item)
+    if type(item) is dict:
+        return {key: replace_tensors(child, leaf) for key, child in item.items()}
+    if isinstance(item, tuple) and hasattr(item, "_fields"):
+        return type(item)(*(replace_tensors(child, leaf) for child in item))
+    return item
+
+
+def replace_at(item: Any, path: Path, change: Callable[[Any], Any]) -> Any:
+    """A shallow copy of the structure in which the entry at ``path`` went through ``change``.
+
+    Raises:
+        TypeError: a container on the way that can't be rebuilt.
+    """
+    if not path:
+        return change(item)
+    key, rest = path[0], path[1:]
+    if isinstance(item, tuple):
+        entries = [replace_at(child, rest, change) if i == key else child for i, child in enumerate(item)]
+        return type(item)(*entries) if hasattr(item, "_fields") else tuple(entries)
+    if isinstance(item, list):
+        return [replace_at(child, rest, change) if i == key else child for i, child in enumerate(item)]
+    if type(item) is dict:
+        return {name: replace_at(child, rest, change) if name == key else child for name, child in item.items()}
+    raise TypeError(f"can't replace a tensor inside a {type(item).__qualname__}; pass tuples, lists or dicts")

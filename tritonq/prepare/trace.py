@@ -1,0 +1,214 @@
+"""The forward of one module as a torch.fx graph, with its children as leaves."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+
+from tritonq.prepare.dataflow import Frame, operation_name, refs_in
+from tritonq.prepare.graph_data import check_argument
+from tritonq.prepare.recorder import METADATA
+from tritonq.prepare.snapshot import tensor_version
+
+_NUMBERS = (int, float)
+_CONTAINERS = {dict, list, tuple, torch.Size}
+_CONTAINERS |= {fx.immutable_collections.immutable_dict, fx.immutable_collections.immutable_list}
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+class TraceError(Exception):
+    """A forward that no graph can stand for; the message says why."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """How a forward was called while recording.
+
+    Attributes:
+        traced: parameters whose values stay symbolic: tensors, structures with tensors, computed numbers.
+        constants: parameters that the graph is specialized to.
+    """
+
+    traced: tuple[str, ...]
+    constants: Mapping[str, Any]
+
+
+def bind_frame(signature: inspect.Signature, frame: Frame) -> dict[str, Any]:
+    """The recorded arguments of a frame by parameter name, with defaults filled in.
+
+    Raises:
+        TraceError: a signature that doesn't take them.
+    """
+    try:
+        bound = signature.bind(*frame.args, **frame.kwargs)
+    except TypeError as error:
+        raise TraceError(f"its arguments don't fit its signature: {error}") from None
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def classify_arguments(signature: inspect.Signature, frames: Iterable[Frame]) -> Arguments:
+    """Decide which parameters a trace keeps symbolic and which it fixes.
+
+    Numbers other than the default may have been computed from a shape, so they stay symbolic.
+
+    Raises:
+        TraceError: constants that differ between calls, or arguments that are neither tensor nor constant.
+    """
+    calls = [bind_frame(signature, frame) for frame in frames]
+    traced, constants = [], {}
+    for name, parameter in signature.parameters.items():
+        values = [call[name] for call in calls]
+        is_number = all(type(value) in _NUMBERS for value in values) and values[0] != parameter.default
+        if is_number or any(refs_in(value) for value in values):
+            traced.append(name)
+        elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            if any(values):
+                raise TraceError(f"it was called with extra arguments that are not tensors: {values[0]!r}")
+        elif any(value != values[0] or type(value) is not type(values[0]) for value in values):
+            raise TraceError(f"its argument {name} differs between calls")
+        elif not isinstance(values[0], _CONSTANTS):
+            raise TraceError(f"its argument {name} is neither tensor nor constant")
+        else:
+            constants[name] = values[0]
+    return Arguments(tuple(traced), constants)
+
+
+def forward_signature(module: nn.Module) -> inspect.Signature:
+    """The signature of a module's forward, without self."""
+    return inspect.signature(module.forward)
+
+
+def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
+    """Trace ``module.forward`` as it runs in the given mode; children become single calls, parameters attributes.
+
+    The module is left as it is: attributes that its forward sets are discarded, buffers that it would write to are an
+    error.
+
+    Raises:
+        TraceError: control flow that depends on tensors, side effects, contexts such as autocast, or values that
+            the trace would freeze.
+    """
+    if "forward" in vars(module):
+        raise TraceError("its forward was replaced on the instance")
+    shadow = copy.copy(module)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        shadow.__dict__[registry] = dict(module.__dict__[registry])
+    shadow.training = training
+    versions = [(buffer, tensor_version(buffer)) for buffer in module.buffers()]
+    random_state = random.getstate()
+    try:
+        with _FreezeGuard(), torch.random.fork_rng(devices=[]):
+            graph = _Tracer(arguments).trace(shadow)
+    except TraceError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise TraceError(f"torch.fx can't trace it: {reason}") from error
+    if random.getstate() != random_state:
+        random.setstate(random_state)
+        raise TraceError("it draws random numbers in Python")
+    if any(tensor_version(buffer) != version for buffer, version in versions):
+        raise TraceError("it writes to a buffer")
+    _check_attributes(graph, module)
+    return graph
+
+
+class _Tracer(fx.Tracer):
+    """Children are leaves, buffers stay attributes, parameters keep their names."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__()
+        self.trace_asserts = True
+        self._arguments = arguments
+        self._context = _context()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _context() != self._context:
+            raise TraceError("it changes the grad mode or autocast inside its forward")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, (dict, list, tuple)) and type(a) not in _CONTAINERS:
+            # torch.fx would make a plain dict of it.
+            raise TraceError(f"it builds a {type(a).__qualname__}")
+        return super().create_arg(a)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        signature = inspect.signature(root_fn)
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        for name, parameter in list(signature.parameters.items())[1:]:  # the first is self
+            variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if variable and name in self._arguments.traced:
+                raise TraceError(f"it takes tensors through *args or **kwargs ({name})")
+            if variable:
+                continue
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            value: Any = self.create_proxy("placeholder", name, default, {})
+            if name in self._arguments.constants:
+                expected = self._arguments.constants[name]
+                label = f"{type(self.root).__name__}.forward argument {name}"
+                self.create_proxy("call_function", check_argument, (value, expected, label), {})
+                value = expected
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                keywords[name] = value
+            else:
+                positional.append(value)
+        return lambda *given: root_fn(*given, **keywords), [self.root, *positional]
+
+
+class _FreezeGuard(TorchFunctionMode):
+    """Refuses torch functions on real tensors: a trace would run them once and freeze their result."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        traced = any(issubclass(kind, fx.Proxy) for kind in types) or _holds_proxy((args, kwargs))
+        if not traced and operation_name(func) not in METADATA:
+            raise TraceError(
+                f"it calls {operation_name(func)} on nothing that it was given, which a trace would freeze"
+            )
+        return func(*args, **kwargs)
+
+
+def _holds_proxy(item: Any) -> bool:
+    if isinstance(item, dict):
+        item = tuple(item.values())
+    if isinstance(item, (tuple, list)):
+        return any(_holds_proxy(child) for child in item)
+    return isinstance(item, fx.Proxy)
+
+
+def _context() -> tuple[bool, ...]:
+    devices = [device for device in ("cpu", "cuda") if torch.amp.is_autocast_available(device)]
+    return (torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in devices))
+
+
+def _check_attributes(graph: fx.Graph, module: nn.Module) -> None:
+    """Every attribute that the graph reads must be a parameter or buffer that the module really has."""
+    known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in known:
+            raise TraceError(f"it uses a tensor that is neither parameter nor buffer ({node.target})")
