@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tritonq.perf.case import Implementation, Inputs, Step, Tolerance
+from tritonq.perf.cases.vision_models import import_torchvision
 
 if TYPE_CHECKING:
     from tritonq.perf.cases.fake_quant import Problem
@@ -200,6 +201,7 @@ def _nncf(problem: Problem, inputs: Inputs) -> Quantizer:
 
 
 def _aimet(problem: Problem, inputs: Inputs) -> Quantizer:
+    import_torchvision()  # aimet imports it, without what a CPU build of torch lacks
     from aimet_torch.v2.quantization.affine import quantize_dequantize
 
     scale = _broadcast(problem, inputs["scale"])

@@ -12,7 +12,7 @@ _OPERATORS = ("nms", "qnms")
 
 def torchvision_model(name: str, num_classes: int) -> nn.Module:
     """A float model, with the same weights in every call."""
-    _import_torchvision()
+    import_torchvision()
     from torchvision import models
 
     with torch.random.fork_rng(devices=[]):
@@ -22,14 +22,14 @@ def torchvision_model(name: str, num_classes: int) -> nn.Module:
 
 def quantizable(name: str, num_classes: int) -> nn.Module:
     """The same model as torch.ao needs it: quantization stubs, functional additions, ``fuse_model``."""
-    _import_torchvision()
+    import_torchvision()
     from torchvision import models
 
     return models.get_model(f"quantized_{name}", weights=None, num_classes=num_classes, quantize=False)
 
 
 @cache
-def _import_torchvision() -> tuple[torch.library.Library, ...]:
+def import_torchvision() -> tuple[torch.library.Library, ...]:
     """Import torchvision, also beside a torch that lacks its compiled operators: importing needs two of them declared.
 
     Returns:
