@@ -8,12 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tritonq.functional.conv_bn import ConvBnStep, conv_bn
+from tritonq.functional.linear_map import LinearMap, MatrixProduct, pad_input
 from tritonq.nn import intrinsic
 from tritonq.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose2d, check_float_type, conv_arguments, share_parameters
+from tritonq.nn.fusable import has_hooks, input_grid, range_state, warn_if_unobserved
 from tritonq.nn.linear import Linear
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
+from tritonq.reference.conv_bn import BatchNormState
 from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
+from tritonq.reference.quantizer_state import QuantizerState
 
 
 class QATBatchNormLayer(QATLayer):
@@ -28,6 +33,8 @@ class QATBatchNormLayer(QATLayer):
 
     bn: nn.modules.batchnorm._BatchNorm
     freeze_bn: bool = False
+    # Keep the input for the backward as 8-bit codes where it lies on the grid of a known quantizer.
+    save_input_codes: bool = True
     _bn_type: ClassVar[type[nn.modules.batchnorm._BatchNorm]]
     _relu: ClassVar[bool]
     _grouping: tuple[bool, int] = (False, 1)
@@ -45,10 +52,50 @@ class QATBatchNormLayer(QATLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer, its BatchNorm, ReLU where there is one, and fake quantization."""
-        y = self._approximate(x) if self.training and not self.freeze_bn else self.affine(x, *self.folded_parameters())
+        if not self._normalises_with_batch():
+            return self._quantized_output(self.affine(x, *self.folded_parameters()))
+        weight_quantizer = range_state(self.weight_fake_quant)
+        plain_weight = isinstance(self.weight_fake_quant, nn.Identity)
+        if (weight_quantizer is None and not plain_weight) or not _is_plain(self.bn):
+            return self._quantized_output(self._approximate(x))
+        return self._fused(x, weight_quantizer)
+
+    def _normalises_with_batch(self) -> bool:
+        return self.training and self.bn.training and not self.freeze_bn
+
+    def _quantized_output(self, y: Tensor) -> Tensor:
         return cast(Tensor, self.activation_post_process(F.relu(y) if self._relu else y))
 
+    def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
+        """The input, padded where the map itself cannot, and the layer without weight and bias.
+
+        Raises:
+            ValueError: an input of the wrong number of dimensions.
+        """
+        raise NotImplementedError
+
+    def _fused(self, x: Tensor, weight_quantizer: QuantizerState | None) -> Tensor:
+        """The approximate mode as one operator, with the activation quantizer in it where that is possible."""
+        x, op = self.as_linear_map(x)
+        output_quantizer = range_state(self.activation_post_process)
+        if output_quantizer is not None and output_quantizer.qtype.axis is not None:
+            output_quantizer = None
+        step = ConvBnStep(
+            op,
+            batch_norm_state(self.bn),
+            weight_quantizer,
+            output_quantizer,
+            input_grid(self.input_quantizer) if self.save_input_codes else None,
+            self._relu,
+        )
+        y = conv_bn(x, self.weight, self.bias, self.bn.weight, self.bn.bias, step)
+        if output_quantizer is None:
+            return cast(Tensor, self.activation_post_process(y))
+        warn_if_unobserved(self.activation_post_process)
+        return y
+
     def _approximate(self, x: Tensor) -> Tensor:
+        """The same from its parts, for quantizers that no operator can take over."""
         scale = fold_scale(self._running_var(), self.bn.weight, self.bn.eps)
         if self.bn.weight is not None:
             # In a channel with γ = 0 the weight is quantized as if γ were 1; BatchNorm still multiplies by 0.
@@ -103,6 +150,13 @@ class _ConvBn(QATBatchNormLayer):
         conv = cast(nn.modules.conv._ConvNd, self)
         self._grouping = (conv.transposed, conv.groups)
         self.attach_batch_norm(conv.out_channels, eps, momentum, freeze_bn)
+
+    def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
+        """See base class."""
+        conv = cast(nn.modules.conv._ConvNd, self)
+        if x.dim() != len(conv.kernel_size) + 2:
+            raise ValueError(f"expected an input of {len(conv.kernel_size) + 2} dimensions, got {tuple(x.shape)}")
+        return pad_input(conv, x)
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> _ConvBn:
@@ -189,6 +243,12 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
         super().__init__(*args, qconfig=qconfig, **kwargs)
         self.attach_batch_norm(self.out_features, eps, momentum, freeze_bn)
 
+    def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
+        """See base class."""
+        if x.dim() != 2:
+            raise ValueError(f"expected an input of shape (batch, features), got {tuple(x.shape)}")
+        return x, MatrixProduct()
+
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> LinearBn1d:
         """The quantization-aware form of the fused row ``mod``; errors as for the convolutions."""
@@ -197,6 +257,22 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
         qat = cast(LinearBn1d, super().from_float(mod))
         qat.bn = checked_batch_norm(bn)
         return cast(LinearBn1d, qat.train(mod.training))
+
+
+def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:
+    """Buffers and constants of ``bn`` for a training step, which is counted."""
+    running_mean, running_var = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
+    momentum: float | Tensor | None = bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    if momentum is None:
+        momentum = cast(Tensor, bn.num_batches_tracked).double().reciprocal()
+    return BatchNormState(running_mean, running_var, momentum, bn.eps)
+
+
+def _is_plain(bn: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether ``bn`` computes what its buffers say, on this rank alone."""
+    return type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not has_hooks(bn)
 
 
 def checked_batch_norm(bn: nn.Module) -> nn.modules.batchnorm._BatchNorm:

@@ -1,0 +1,196 @@
+"""Convolution, BatchNorm, ReLU and fake quantization as one operator: a training step in the approximate mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.backend import implementation
+from tritonq.functional.linear_map import LinearMap
+from tritonq.functional.saved_input import InputGrid, SavedInput, keep, restore
+from tritonq.reference.conv_bn import BatchNormState, Normalization
+from tritonq.reference.fold import fold_scale
+from tritonq.reference.quantizer_state import QuantizerState, is_readable
+
+# float16 holds 2^-24 .. 2^15 exactly; a code has up to 2^8 - 1.
+_HALF_EXPONENTS = (-24, 7)
+# Below this a fold is taken for zero: it and its square root are still far from the end of float32's range.
+_TINY_FOLD = 1e-30
+
+
+@dataclass(frozen=True)
+class ConvBnStep:
+    """What a training step needs besides tensors to differentiate.
+
+    Attributes:
+        op: the convolution or product.
+        norm: the BatchNorm.
+        weight_quantizer: of the folded weight's rows; None leaves it in float.
+        output_quantizer: of the result, per tensor; None leaves it in float.
+        input_grid: the grid that the input lies on, where known: the backward then keeps codes of one byte.
+        relu: whether there is a ReLU.
+    """
+
+    op: LinearMap
+    norm: BatchNormState
+    weight_quantizer: QuantizerState | None = None
+    output_quantizer: QuantizerState | None = None
+    input_grid: InputGrid | None = None
+    relu: bool = False
+
+
+def conv_bn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, step: ConvBnStep
+) -> Tensor:
+    """``FQ(relu?(BN(op(x, FQ_w(W s)) / s + b)))``, normalised by the batch's statistics.
+
+    ``s = γ/σ(running_var)`` from before this step's update; ``1/σ`` in a channel where γ = 0. Updates the running
+    statistics and both quantizers in place. Saves x (or its codes), the convolution's output, the weight, and vectors.
+
+    Args:
+        x: (batch, in, ...); under autocast it is cast to autocast's dtype.
+        weight: as ``step.op`` takes it.
+        bias: (out,) or None. Its gradient is zero.
+        gamma: (out,) or None, for 1.
+        beta: (out,) or None, for 0.
+        step: the rest.
+
+    Returns:
+        (batch, out, ...), in the dtype of ``x``.
+
+    Raises:
+        ValueError: fewer than two values per channel, or a running variance that is negative or not finite (checked
+            on CPU tensors).
+
+    Source: DESIGN section 4, SEMANTICS section 4 (approximate mode).
+    """
+    check_running_var(step.norm.running_var)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    result: Tensor = _ConvBn.apply(x, weight, bias, gamma, beta, step)  # type: ignore[no-untyped-call]
+    return result
+
+
+def check_running_var(running_var: Tensor) -> None:
+    """Raise ValueError for a running variance that is negative or not finite; CPU tensors only."""
+    if is_readable(running_var) and not bool(running_var.amin() >= 0) | bool(running_var.amax() == torch.inf):
+        raise ValueError("the BatchNorm's running variance must be finite and not negative")
+
+
+class _ConvBn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        step: ConvBnStep,
+    ) -> Tensor:
+        fold, inverse_std = nonzero_fold(step.norm, gamma, torch.promote_types(x.dtype, torch.float32))
+        ctx.weights, ctx.tail = implementation("weight", x), implementation("conv_bn", x)
+        quantized = ctx.weights.quantize_folded(step.op.to_rows(weight), fold, step.weight_quantizer)
+        codes, unit = fit_codes(quantized.codes, quantized.unit, x.dtype)
+        c = step.op(x, step.op.from_rows(codes))
+        del codes
+        check_count(c)
+        y, normalization, quantizer = ctx.tail.forward(
+            c, fold / unit, gamma, beta, bias, step.norm, step.output_quantizer, step.relu
+        )
+        if any(ctx.needs_input_grad):
+            kept = keep(x, step.input_grid)
+            ctx.step, ctx.clips, ctx.x_dtype = step, quantized.clips, x.dtype
+            ctx.bias_dtype, ctx.beta_dtype = (t.dtype if t is not None else None for t in (bias, beta))
+            ctx.save_for_backward(
+                *(weight, gamma, c, fold, unit, inverse_std),
+                *kept.tensors,
+                *normalization,
+                *_qparams(quantized.state),
+                *_qparams(quantizer),
+            )
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        weight, gamma, c, fold, unit, inverse_std = (saved.pop(0) for _ in range(6))
+        kept = SavedInput(saved.pop(0), saved.pop(0), saved.pop(0), ctx.x_dtype)
+        normalization = Normalization(*(saved.pop(0) for _ in range(6)))
+        step: ConvBnStep = ctx.step
+        weight_quantizer = _with_qparams(step.weight_quantizer, saved[:3])
+        output_quantizer = _with_qparams(step.output_quantizer, saved[3:])
+        needs_x, needs_weight, needs_bias, needs_gamma, needs_beta, _ = ctx.needs_input_grad
+
+        dc, sum_g, sum_gn = ctx.tail.backward(dy, c, normalization, output_quantizer, step.relu)
+        dx = dweight = dgamma = dfold = None
+        if needs_x or needs_weight or needs_gamma:
+            rows = step.op.to_rows(weight)
+            codes = weight
+            if needs_x:
+                quantized = ctx.weights.folded_codes(rows, fold, weight_quantizer)
+                codes = step.op.from_rows(fit_codes(quantized.codes, quantized.unit, c.dtype)[0])
+            x = restore(kept) if needs_weight or needs_gamma else kept.values
+            dx, dcodes = step.op.backward(dc, x, codes, needs_x, needs_weight or needs_gamma)
+            if dcodes is not None:
+                drows, dfold = ctx.weights.folded_backward(
+                    step.op.to_rows(dcodes), rows, fold, unit, weight_quantizer, ctx.clips
+                )
+                dweight = step.op.from_rows(drows).to(weight.dtype) if needs_weight else None
+        if needs_gamma and dfold is not None:
+            dgamma = _gamma_gradient(gamma, fold, inverse_std, normalization.eps_share, sum_gn, dfold)
+        dbias = torch.zeros_like(sum_g, dtype=ctx.bias_dtype) if needs_bias else None
+        dbeta = sum_g.to(ctx.beta_dtype) if needs_beta else None
+        return dx, dweight, dbias, dgamma, dbeta, None
+
+
+def nonzero_fold(norm: BatchNormState, gamma: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``s = γ/σ(running_var)``, or ``1/σ`` where that is zero, and ``1/σ``: (channels,), in ``dtype``."""
+    running_var = norm.running_var.to(dtype)
+    inverse_std = fold_scale(running_var, None, norm.eps)
+    if gamma is None:
+        return inverse_std, inverse_std
+    fold = fold_scale(running_var, gamma.detach().to(dtype), norm.eps)
+    return torch.where(fold.abs() < _TINY_FOLD, inverse_std, fold), inverse_std
+
+
+def _gamma_gradient(
+    gamma: Tensor, fold: Tensor, inverse_std: Tensor, eps_share: Tensor, sum_gn: Tensor, dfold: Tensor
+) -> Tensor:
+    """``dγ = Σ g x̂ + (dfold - (γ/s) Σ g x̂ · eps_share) / σ``, without the bracket where γ is zero."""
+    direct = sum_gn * fold.sign()
+    through_fold = dfold * inverse_std - direct * eps_share
+    live = (gamma.detach() * inverse_std).abs() >= _TINY_FOLD
+    return torch.where(live, direct + through_fold, direct).to(gamma.dtype)
+
+
+def fit_codes(codes: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes in the dtype that they are convolved in, and their unit.
+
+    In float16 a sum of 8-bit codes overflows: they are scaled by the power of two nearest to their unit, exactly.
+    """
+    if dtype != torch.float16:
+        return codes.to(dtype), unit
+    power = torch.exp2(unit.log2().round().clamp(*_HALF_EXPONENTS))
+    return (codes * power.view(-1, *[1] * (codes.dim() - 1))).to(dtype), unit / power
+
+
+def check_count(c: Tensor) -> None:
+    """Raise ValueError unless each channel (axis 1) has at least two values."""
+    if c.numel() < 2 * c.shape[1]:
+        raise ValueError(f"expected more than one value per channel when training, got an output of {tuple(c.shape)}")
+
+
+def _qparams(state: QuantizerState | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if state is None else (state.scale, state.zero_point, state.active)
+
+
+def _with_qparams(state: QuantizerState | None, saved: list[Tensor]) -> QuantizerState | None:
+    if state is None:
+        return None
+    scale, zero_point, active = saved
+    return QuantizerState(scale, zero_point, active, state.qtype)

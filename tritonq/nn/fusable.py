@@ -1,0 +1,68 @@
+"""Which quantizers an operator can take over, and their state as the operator wants it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.functional.saved_input import InputGrid
+from tritonq.observers import (
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    PerChannelMinMaxObserver,
+)
+from tritonq.reference.quantizer_state import QuantizerState
+
+# By exact type: a subclass may observe in another way.
+_RANGE_OBSERVERS = (
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    PerChannelMinMaxObserver,
+)
+
+
+def range_state(quantizer: nn.Module) -> QuantizerState | None:
+    """The state of a FakeQuantize over running ranges, or None: its module must then run by itself.
+
+    The quantizer observes as it would in its own forward. Modules with hooks run by themselves, so that hooks run.
+    """
+    if type(quantizer) is not FakeQuantize or has_hooks(quantizer):
+        return None
+    observer = quantizer.activation_post_process
+    if type(observer) not in _RANGE_OBSERVERS or has_hooks(observer) or not isinstance(observer, MinMaxObserver):
+        return None
+    return QuantizerState(
+        scale=quantizer.scale,
+        zero_point=None if observer.zero_point_is_zero else quantizer.zero_point,
+        active=quantizer.fake_quant_enabled,
+        qtype=quantizer.qtype,
+        min_val=observer.min_val,
+        max_val=observer.max_val,
+        nonfinite_count=observer.nonfinite_count,
+        observing=quantizer.observer_enabled if quantizer.training else None,
+        averaging_constant=observer.averaging_constant,
+        rule=observer.rule,
+        eps=observer.eps,
+    )
+
+
+def warn_if_unobserved(quantizer: nn.Module) -> None:
+    """Give the quantizer's own warning where its operator let values pass for want of an observed range."""
+    if isinstance(quantizer, FakeQuantize) and not quantizer.has_qparams():
+        quantizer._warn_once()
+
+
+def input_grid(quantizer: FakeQuantizeBase | None) -> InputGrid | None:
+    """The grid that values of an active per-tensor ``quantizer`` lie on."""
+    if quantizer is None or quantizer.qtype.axis is not None or not quantizer.is_active():
+        return None
+    return InputGrid(*quantizer.calculate_qparams(), quantizer.qtype)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone listens to this module's calls."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -1,0 +1,119 @@
+"""Observing and quantizing an activation that was just computed, in place, and the gradient's mask.
+
+Shared by the operators that end in ReLU and fake quantization.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tritonq.qparams import QuantizedType, round_half_away
+from tritonq.reference.fake_quant import fake_quantize
+from tritonq.reference.min_max import min_max
+from tritonq.reference.quantizer_state import QuantizerState, active_flag, is_readable, observe_range
+
+_Float: TypeAlias = "np.floating[Any]"
+
+
+def observe_and_quantize_(y: Tensor, state: QuantizerState, relu: bool) -> Tensor:
+    """``FQ(relu?(y))`` after observing it; overwrites ``y``.
+
+    Args:
+        y: float32 or float64.
+        state: per tensor.
+        relu: whether the quantizer sees ``relu(y)``.
+    """
+    if state.observing is not None and (not is_readable(y) or bool(state.observing)):
+        low, high, nonfinite = min_max(y)
+        if relu:
+            # The smallest of relu(y); a batch without finite values keeps low > high.
+            low, high = (
+                torch.where(low <= high, low.clamp(min=0), low),
+                torch.where(low <= high, high.clamp(min=0), high),
+            )
+        observe_range(state, low, high, nonfinite)
+    return quantize_(y, state, relu)
+
+
+def quantize_(y: Tensor, state: QuantizerState, relu: bool) -> Tensor:
+    """``FQ(relu?(y))`` with the present qparams; overwrites ``y``."""
+    active = active_flag(state)
+    if active is False:
+        return y.relu_() if relu else y
+    if active is not True:
+        y = y.relu_() if relu else y
+        qtype = state.qtype
+        rounded = fake_quantize(
+            y, state.scale, state.zero_point, qtype.quant_min, qtype.quant_max, None, qtype.rounding
+        )
+        return torch.where(active, rounded, y)
+    scale, qtype = state.scale.to(y.dtype), state.qtype
+    zero = 0 if state.zero_point is None else int(state.zero_point)
+    lowest = qtype.quant_min - zero
+    steps = y.mul_(scale.reciprocal()).round_() if qtype.rounding == "half_even" else round_half_away(y.div_(scale))
+    return steps.clamp_(max(lowest, 0) if relu else lowest, qtype.quant_max - zero).mul_(scale)
+
+
+def straight_through_(dy: Tensor, y: Tensor, state: QuantizerState | None, relu: bool) -> Tensor:
+    """``dy`` where neither ReLU nor the clip blocks it, else 0; zero at NaN. Overwrites ``y``, which is unrounded."""
+    active = False if state is None else active_flag(state)
+    if isinstance(active, Tensor) and state is not None:
+        return _masked(dy, y, state, relu, active)
+    low, high = -math.inf, math.inf
+    if active is True and state is not None:
+        zero = 0 if state.zero_point is None else int(state.zero_point)
+        low, high = open_bounds(float(state.scale), zero, state.qtype, y.dtype)
+    elif not relu:
+        return dy
+    if relu:
+        low = max(low, 0.0)
+    # Strictly between the bounds; NaN compares as inside, so that it is moved out first.
+    y.nan_to_num_(torch.inf, torch.inf, -torch.inf)
+    return torch.ops.aten.hardtanh_backward.grad_input(dy, y, low, high, grad_input=y)  # type: ignore[no-any-return]
+
+
+def open_bounds(scale: float, zero_point: int, qtype: QuantizedType, dtype: torch.dtype) -> tuple[float, float]:
+    """The values just outside: the rounded, unclipped code of y is in range exactly where ``low < y < high``.
+
+    Found by stepping from the estimate, in the arithmetic that rounds ``y``.
+    """
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    with np.errstate(over="ignore"):
+        step = kind(scale)
+        low = _outermost(step, qtype.quant_min - zero_point, -np.inf, qtype, kind)
+        high = _outermost(step, qtype.quant_max - zero_point, np.inf, qtype, kind)
+    return float(low), float(high)
+
+
+def _outermost(step: _Float, code: int, outwards: float, qtype: QuantizedType, kind: type[_Float]) -> _Float:
+    """The first value in the direction ``outwards`` whose code lies beyond ``code``."""
+
+    def is_outside(y: _Float) -> bool:
+        if qtype.rounding == "half_even":
+            rounded = np.rint(y * (kind(1) / step))
+        else:
+            size = np.abs(y / step)
+            rounded = np.copysign(np.floor(size) + (size - np.floor(size) >= 0.5), y)
+        return bool(rounded > code) if outwards > 0 else bool(rounded < code)
+
+    half = 0.5 if outwards > 0 else -0.5
+    y: _Float = kind((code + half) * float(step))
+    while not is_outside(y):
+        y = np.nextafter(y, kind(outwards))
+    while is_outside(inwards := np.nextafter(y, kind(-outwards))):
+        y = inwards
+    return y
+
+
+def _masked(dy: Tensor, y: Tensor, state: QuantizerState, relu: bool, active: Tensor) -> Tensor:
+    """:func:`straight_through_` without reading a value: for traced graphs and for other devices."""
+    qtype, scale = state.qtype, state.scale.to(y.dtype)
+    steps = y.mul(scale.reciprocal()).round() if qtype.rounding == "half_even" else round_half_away(y / scale)
+    code = steps if state.zero_point is None else steps + state.zero_point
+    passes = ((code >= qtype.quant_min) & (code <= qtype.quant_max)) | ~active
+    return torch.where(passes & (y > 0) if relu else passes, dy, 0)

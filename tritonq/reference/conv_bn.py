@@ -1,0 +1,249 @@
+"""The tail of a convolution with BatchNorm in PyTorch: the specification of `tritonq.kernels.conv_bn` and the CPU path.
+
+What follows the convolution in the approximate mode of folding (divide by the fold, add the bias, normalise with the
+batch's statistics, ReLU, observe, fake quantize) is affine per channel until the ReLU. So it takes the statistics of
+the convolution's output and one more pass, and saves nothing but that output and a few vectors. Derivation: DESIGN
+section 4. Vectors are (channels,) in the dtype of the arithmetic: float32, or float64 for a float64 input.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonq.reference.activation import observe_and_quantize_, straight_through_
+from tritonq.reference.quantizer_state import QuantizerState, snapshot
+
+
+class BatchNormState(NamedTuple):
+    """A BatchNorm's buffers, updated in place, and constants.
+
+    Attributes:
+        running_mean: (channels,).
+        running_var: (channels,).
+        momentum: weight of the new batch; a 0-d tensor for a cumulative average.
+        eps: added to the variance.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float | Tensor
+    eps: float
+
+
+class Normalization(NamedTuple):
+    """What a training step's BatchNorm did: all that its backward needs besides the convolution's output.
+
+    Attributes:
+        mean: mean of the convolution's output.
+        inverse_std: ``1 / sqrt(var + eps · ratio²)``, var being the biased variance of the convolution's output.
+        gain: |γ|.
+        slope: ``gain · inverse_std``: the result is ``slope · c + shift``.
+        shift: ``β - slope · mean``.
+        eps_share: ``eps / (var / ratio² + eps)``, the part of the normalisation that is eps.
+    """
+
+    mean: Tensor
+    inverse_std: Tensor
+    gain: Tensor
+    slope: Tensor
+    shift: Tensor
+    eps_share: Tensor
+
+
+class TailResult(NamedTuple):
+    """The result, and what its backward needs: the normalisation, and the quantizer's qparams as they are now."""
+
+    y: Tensor
+    normalization: Normalization
+    quantizer: QuantizerState | None
+
+
+class TailGradients(NamedTuple):
+    """Gradient of the convolution's output, ``Σ g`` and ``Σ g (c - mean) inverse_std`` over each channel."""
+
+    c: Tensor
+    sum_g: Tensor
+    sum_g_normalized: Tensor
+
+
+def forward(
+    c: Tensor,
+    ratio: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    bias: Tensor | None,
+    norm: BatchNormState,
+    quantizer: QuantizerState | None,
+    relu: bool,
+) -> TailResult:
+    """``FQ(relu?(BN(c / ratio + bias)))`` with the statistics of this batch; updates those of ``norm``.
+
+    Args:
+        c: (batch, channels, ...), the convolution's output, contiguous or channels last.
+        ratio: (channels,), what ``c`` is to be divided by: the fold over the unit of the weight codes. Not zero, and
+            positive where γ is zero; elsewhere it has the sign of γ.
+        gamma: (channels,) or None, for 1.
+        beta: (channels,) or None, for 0.
+        bias: the convolution's, (channels,) or None; it reaches the running mean alone.
+        norm: the BatchNorm.
+        quantizer: per tensor; observes and quantizes the result. None leaves it in float.
+        relu: whether there is a ReLU before the quantizer.
+
+    Returns:
+        The result in the dtype and memory format of ``c``, and what the backward needs.
+
+    Source: DESIGN section 4, SEMANTICS section 4 (approximate mode).
+    """
+    c = dense(c)
+    wide = c.to(ratio.dtype)
+    mean, var, scratch = moments(wide)
+    result = finish(mean, var, c.numel() // max(1, c.shape[1]), ratio, gamma, beta, bias, norm)
+    y = affine(wide, result.slope, result.shift, scratch)
+    if quantizer is None:
+        return TailResult((y.relu_() if relu else y).to(c.dtype), result, None)
+    y = observe_and_quantize_(y, quantizer, relu)
+    return TailResult(y.to(c.dtype), result, snapshot(quantizer))
+
+
+def finish(
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    ratio: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    bias: Tensor | None,
+    norm: BatchNormState,
+) -> Normalization:
+    """Statistics to slope and shift, and the update of the running statistics; computed in float64.
+
+    Args:
+        mean: of the convolution's output.
+        var: its biased variance.
+        count: elements per channel, at least 2.
+        ratio: as the rest, see :func:`forward`.
+        gamma: see there.
+        beta: see there.
+        bias: see there.
+        norm: see there.
+    """
+    dtype = ratio.dtype
+    mean64, var64, ratio64 = mean.double(), var.double(), ratio.double()
+    gain = torch.ones_like(ratio) if gamma is None else gamma.detach().abs().to(dtype)
+    squared = ratio64 * ratio64
+    total = var64 + norm.eps * squared
+    inverse_std = total.rsqrt()
+    slope = (gain * inverse_std).to(dtype)
+    shift = -slope.double() * mean64
+    if beta is not None:
+        shift += beta.detach()
+    batch_mean = mean64 / ratio64
+    if bias is not None:
+        batch_mean += bias.detach()
+    batch_var = var64 / squared * (count / (count - 1))
+    for running, batch in ((norm.running_mean, batch_mean), (norm.running_var, batch_var)):
+        running.copy_(running + norm.momentum * (batch - running))
+    eps_share = norm.eps * squared / total
+    return Normalization(mean, inverse_std.to(dtype), gain, slope, shift.to(dtype), eps_share.to(dtype))
+
+
+def backward(
+    dy: Tensor, c: Tensor, result: Normalization, quantizer: QuantizerState | None, relu: bool
+) -> TailGradients:
+    """Gradient of :func:`forward` with respect to ``c``, and the two sums that those of γ and β are made of.
+
+    With g the gradient where neither ReLU nor the clip blocks it, and ``n = (c - mean) inverse_std``:
+    ``dc = slope (g - mean(g) - n · mean(g n))``.
+
+    Args:
+        dy: gradient of the result.
+        c: as in the forward.
+        result: from the forward.
+        quantizer: its qparams as they were in the forward.
+        relu: as in the forward.
+    """
+    c = dense(c)
+    wide = c.to(result.mean.dtype)
+    dy = _like(dy.to(wide.dtype), wide)
+    g = dy
+    if relu or quantizer is not None:
+        g = straight_through_(dy, affine(wide, result.slope, result.shift), quantizer, relu)
+    if _channels_are_outer(c):
+        dc, sum_gn, sum_g = torch.ops.aten.native_batch_norm_backward(
+            g, wide, result.gain, None, None, result.mean, result.inverse_std, True, 0.0, [True, True, True]
+        )
+        return TailGradients(dc.to(c.dtype), sum_g, sum_gn)
+    # Channels lie innermost: broadcasting vectors is fast, BatchNorm's own backward is not.
+    g, flat = _rows(g), _rows(wide)
+    count = len(flat)
+    centred = flat - result.mean
+    sum_g = g.sum(0)
+    sum_gn = (g * centred).sum(0).mul_(result.inverse_std)
+    pull = result.slope * result.inverse_std * sum_gn / -count
+    dc = torch.addcmul(result.slope * sum_g / -count, centred, pull, out=centred).addcmul_(g, result.slope)
+    return TailGradients(_unrows(dc, c).to(c.dtype), sum_g, sum_gn)
+
+
+def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance per channel, two passes, and a tensor shaped as ``c`` that may be overwritten."""
+    count = max(1, c.numel() // max(1, c.shape[1]))
+    if _channels_are_outer(c):
+        flat = c.flatten(2)
+        mean = flat.sum(2).sum(0) / count
+        centred = flat - mean[:, None]
+        var = torch.linalg.vector_norm(centred, dim=2).square_().sum(0) / count
+        return mean, var, centred.view(c.shape)
+    rows = _rows(c)
+    mean = rows.sum(0) / count
+    centred = rows - mean
+    var = torch.mul(centred, centred, out=centred).sum(0) / count
+    return mean, var, _unrows(centred, c)
+
+
+def affine(c: Tensor, slope: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+    """``slope · c + shift`` per channel with one rounding (a fused multiply-add, where the processor has one)."""
+    if out is None:
+        out = torch.empty_like(c)
+    if not _channels_are_outer(c):
+        torch.addcmul(shift, _rows(c), slope, out=_rows(out))
+        return out
+    # The fastest per-channel affine there is on CPUs, bit for bit addcmul.
+    zero, one, unused = torch.zeros_like(slope), torch.ones_like(slope), slope.new_empty(0)
+    torch.ops.aten.native_batch_norm.out(
+        c, slope, shift, zero, one, False, 0.0, 0.0, out=out, save_mean=unused, save_invstd=unused
+    )
+    return out
+
+
+def dense(c: Tensor) -> Tensor:
+    """``c``, copied only where it is neither contiguous nor channels last."""
+    return c if c.is_contiguous() or _is_channels_last(c) else c.contiguous()
+
+
+def _is_channels_last(c: Tensor) -> bool:
+    if c.dim() not in (4, 5):
+        return False
+    return c.is_contiguous(memory_format=torch.channels_last if c.dim() == 4 else torch.channels_last_3d)
+
+
+def _channels_are_outer(c: Tensor) -> bool:
+    """Whether the elements of a channel lie together, for at least a few elements."""
+    return c.is_contiguous() and c.dim() > 2 and c[0, 0].numel() > 1
+
+
+def _rows(c: Tensor) -> Tensor:
+    """(batch · ..., channels), a view of a dense tensor whose channels lie innermost."""
+    return c.movedim(1, -1).flatten(0, -2)
+
+
+def _unrows(rows: Tensor, like: Tensor) -> Tensor:
+    """Inverse of :func:`_rows`."""
+    return rows.view(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
+
+
+def _like(dy: Tensor, c: Tensor) -> Tensor:
+    """``dy`` in the memory format of ``c``."""
+    return dy if dy.stride() == c.stride() else torch.empty_like(c).copy_(dy)

@@ -1,0 +1,163 @@
+"""Folding, observing and quantizing a weight in PyTorch: the specification of `tritonq.kernels.weight`, the CPU path.
+
+Weights are seen as rows, (out, ...), one out channel each. ``fold`` is the factor s̃ per out channel that the weight is
+multiplied by before it is quantized.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonq.qparams import QuantizedType, round_half_away
+from tritonq.reference.min_max import min_max
+from tritonq.reference.quantizer_state import QuantizerState, active_flag, is_readable, observe_range, snapshot
+
+
+class WeightCodes(NamedTuple):
+    """A folded weight as integers times a unit per channel.
+
+    Attributes:
+        codes: ``code - zero_point``, integer-valued, float32 (float64 for a float64 weight), shaped as the rows; the
+            folded weight itself where quantization is off.
+        unit: (out,) in the dtype of ``codes``: what one code stands for; 1 where quantization is off.
+        clips: whether some value lay outside the code range, so that its gradient is zero; True where not known.
+        state: the quantizer's qparams as they are now, for the backward; None where there is no quantizer.
+    """
+
+    codes: Tensor
+    unit: Tensor
+    clips: bool
+    state: QuantizerState | None
+
+
+def quantize_folded(rows: Tensor, fold: Tensor, state: QuantizerState | None) -> WeightCodes:
+    """Fold, observe (see :func:`observe_range`), and quantize a weight.
+
+    Args:
+        rows: (out, ...), any float dtype.
+        fold: (out,), in the dtype of the arithmetic.
+        state: its quantizer, per channel or per tensor; None leaves the folded weight in float.
+    """
+    rows = rows.to(fold.dtype)
+    if state is None:
+        return folded_codes(rows, fold, None)
+    low, high = _folded_extremes(rows, fold)
+    if is_readable(rows) and bool(torch.isfinite(high - low).all()):
+        per_tensor = state.qtype.axis is None
+        observe_range(state, low.amin() if per_tensor else low, high.amax() if per_tensor else high)
+    else:
+        observe_range(state, *min_max(rows * _column(fold, rows), state.qtype.axis))
+    return folded_codes(rows, fold, snapshot(state), (low, high))
+
+
+def folded_codes(
+    rows: Tensor, fold: Tensor, state: QuantizerState | None, extremes: tuple[Tensor, Tensor] | None = None
+) -> WeightCodes:
+    """Fold and quantize without observing: the codes that :func:`quantize_folded` made, made again.
+
+    Args:
+        rows: (out, ...).
+        fold: (out,).
+        state: its quantizer, or the snapshot that the forward made.
+        extremes: smallest and largest folded value per channel where known: they tell whether anything clips.
+    """
+    rows = rows.to(fold.dtype)
+    active = False if state is None else active_flag(state)
+    if active is False or state is None:
+        return WeightCodes(rows * _column(fold, rows), torch.ones_like(fold), False, state)
+    scale = state.scale.to(fold.dtype)
+    zero_point = state.zero_point
+    clips = extremes is None or not is_readable(rows) or _any_clips(*extremes, scale, zero_point, state.qtype)
+    codes = _steps(rows, fold, scale, state.qtype)
+    if clips:
+        codes = _clamp(codes, zero_point, state.qtype)
+    unit = scale.expand(len(rows))
+    if active is not True:
+        codes = torch.where(active, codes, rows * _column(fold, rows))
+        unit = torch.where(active, unit, 1.0)
+    return WeightCodes(codes, unit, clips, state)
+
+
+def folded_backward(
+    dcodes: Tensor, rows: Tensor, fold: Tensor, unit: Tensor, state: QuantizerState | None, clips: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight and of the fold from that of the codes; ``dcodes`` may be overwritten.
+
+    ``q = STE(dcodes / unit)``, which is zero where the code was clipped; ``drows = fold · q`` and, per channel,
+    ``dfold = Σ q · rows``.
+
+    Args:
+        dcodes: gradient with respect to ``WeightCodes.codes``, shaped as ``rows``.
+        rows: the weight.
+        fold: (out,).
+        unit: (out,), from the forward (times what the codes were divided by before they were used).
+        state: the quantizer as it was in the forward; None where there is none.
+        clips: from the forward.
+
+    Returns:
+        ``(drows, dfold)`` in the dtype of ``fold``.
+    """
+    dcodes, rows = dcodes.to(fold.dtype), rows.to(fold.dtype)
+    if clips and state is not None:
+        dcodes = _straight_through(dcodes, rows, fold, state)
+    dfold = torch.linalg.vecdot(dcodes.flatten(1), rows.flatten(1)) / unit
+    return dcodes.mul_(_column(fold / unit, rows)), dfold
+
+
+def _straight_through(dcodes: Tensor, rows: Tensor, fold: Tensor, state: QuantizerState) -> Tensor:
+    """``dcodes`` where the unclipped code is in range, 0 elsewhere."""
+    active = active_flag(state)
+    if active is False:
+        return dcodes
+    qtype = state.qtype
+    steps = _steps(rows, fold, state.scale.to(fold.dtype), qtype)
+    if state.zero_point is not None:
+        steps = steps.add_(_column(state.zero_point, rows))
+    # Strict bounds, half a code outwards: steps are whole.
+    masked = torch.ops.aten.hardtanh_backward(
+        dcodes, steps.nan_to_num_(torch.inf), qtype.quant_min - 0.5, qtype.quant_max + 0.5
+    )
+    return masked if active is True else torch.where(active, masked, dcodes)
+
+
+def _folded_extremes(rows: Tensor, fold: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest of ``rows * fold`` per channel, without forming it: rounding preserves order."""
+    flat = rows.flatten(1)
+    one, other = flat.amin(1) * fold, flat.amax(1) * fold
+    return torch.minimum(one, other), torch.maximum(one, other)
+
+
+def _any_clips(low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor | None, qtype: QuantizedType) -> bool:
+    ends = torch.stack((low, high))
+    codes = _divide_and_round(ends, scale, qtype)
+    if zero_point is not None:
+        codes = codes + zero_point
+    return not bool(((codes >= qtype.quant_min) & (codes <= qtype.quant_max)).all())
+
+
+def _steps(rows: Tensor, fold: Tensor, scale: Tensor, qtype: QuantizedType) -> Tensor:
+    """``round(rows · fold / scale)`` in a new tensor; two roundings before the last, as when the weight is deployed."""
+    return _divide_and_round(rows * _column(fold, rows), _column(scale, rows), qtype)
+
+
+def _divide_and_round(folded: Tensor, scale: Tensor, qtype: QuantizedType) -> Tensor:
+    """Overwrites ``folded``."""
+    if qtype.rounding == "half_even":
+        return folded.mul_(scale.reciprocal()).round_()
+    return round_half_away(folded.div_(scale))
+
+
+def _clamp(steps: Tensor, zero_point: Tensor | None, qtype: QuantizedType) -> Tensor:
+    """Clip ``steps``, which count from the zero point, in place."""
+    if zero_point is None:
+        return steps.clamp_(qtype.quant_min, qtype.quant_max)
+    column = _column(zero_point, steps)
+    return steps.add_(column).clamp_(qtype.quant_min, qtype.quant_max).sub_(column)
+
+
+def _column(vector: Tensor, rows: Tensor) -> Tensor:
+    """A per-channel vector (or one element) shaped to broadcast against rows."""
+    return vector.view(-1, *[1] * (rows.dim() - 1))
