@@ -1,0 +1,226 @@
+"""Fixed-point rounding and the choice of the number of fraction bits, as functions on tensors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tritonq.backend import Backend, implementation
+from tritonq.functional.validate import check_axis, check_float_tensor, is_readable
+
+Statistic = Literal["std", "mean_abs", "rms"]
+
+_WORD_LENGTHS = range(2, 17)
+# Eight-bit numerators of the statistic-based choice, (signed, unsigned). Source: SEMANTICS section 6.
+_NUMERATORS: dict[str, tuple[float, float]] = {"std": (40, 70), "mean_abs": (30, 30), "rms": (40, 50)}
+
+
+def fixed_point_range(word_len: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest code: ``±(2^(word_len-1) - 1)`` signed, ``0..2^word_len - 1`` unsigned.
+
+    Raises:
+        ValueError: a word length that is no integer in 2..16.
+    """
+    if not isinstance(word_len, int) or isinstance(word_len, bool) or word_len not in _WORD_LENGTHS:
+        raise ValueError(f"word_len must be an integer in 2..16, got {word_len!r}")
+    return (-(2 ** (word_len - 1)) + 1, 2 ** (word_len - 1) - 1) if signed else (0, 2**word_len - 1)
+
+
+def largest_frac_len(word_len: int, signed: bool) -> int:
+    """The largest fractional length of a format: every bit but the sign is a fraction bit."""
+    return word_len - int(signed)
+
+
+def fixed_point_quantize(
+    x: Tensor,
+    frac_len: int | Tensor,
+    word_len: int = 8,
+    signed: bool = True,
+    axis: int | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Round ``x`` to fixed point with ``frac_len`` fraction bits.
+
+    ``y = clamp(round_half_even(x * 2^fl), lo, hi) * 2^-fl`` with codes ``±(2^(wl-1)-1)`` (signed) or ``0..2^wl-1``.
+    Gradient: ``dy`` where the rounded code lies strictly between ``lo`` and ``hi``, else 0: in an unsigned format the
+    clamp at 0 is a ReLU. NaN stays NaN with zero gradient, infinities saturate.
+
+    Args:
+        x: any shape and strides; float32, float16, bfloat16 or float64.
+        frac_len: fraction bits, 0..word_len - signed; an int, or an integer tensor on ``x``'s device of one element, or
+            (x.shape[axis],) with ``axis``. Values of CUDA tensors are not checked, since that would synchronise.
+        word_len: bits of a code, 2..16.
+        signed: whether codes have a sign.
+        axis: axis of ``x`` that ``frac_len`` runs along, or None.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        Tensor of ``x``'s shape, dtype and memory format; all backends give the same bits.
+
+    Raises:
+        TypeError: ``x`` is no float tensor.
+        ValueError: word length or fractional length out of range or not an integer, a wrong axis, shape or device.
+        RuntimeError: ``backend="triton"`` where no kernel can run.
+
+    Source: SEMANTICS section 6 (F8Net's fix_quant).
+
+    Examples:
+        >>> fixed_point_quantize(torch.tensor([-1.0, 0.3, 0.375, 40.0]), 2)
+        tensor([-1.0000,  0.2500,  0.5000, 31.7500])
+    """
+    check_float_tensor("x", x)
+    axis = None if axis is None else check_axis(x, axis)
+    checked = _check_frac_len(frac_len, x, word_len, signed, axis)
+    return quantize_fixed_point(x, checked, fixed_point_range(word_len, signed), axis, backend)
+
+
+def quantize_fixed_point(
+    x: Tensor,
+    frac_len: Tensor,
+    codes: tuple[int, int],
+    axis: int | None = None,
+    backend: Backend = "auto",
+    active: Tensor | None = None,
+) -> Tensor:
+    """The op behind :func:`fixed_point_quantize`, for arguments that are known to be right.
+
+    ``codes`` are the smallest and the largest code; ``active``, a one-element uint8 tensor, passes values and gradients
+    through where it is 0.
+    """
+    result: Tensor = _FixedPointQuantize.apply(x, frac_len, active, codes, axis, backend)  # type: ignore[no-untyped-call]
+    return result
+
+
+def search_frac_len(
+    x: Tensor, word_len: int = 8, signed: bool = True, *, axis: int | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """The fractional length that rounds ``x`` with the least root mean square error; the smaller one of equals.
+
+    Every candidate ``0..word_len - signed`` is tried, in one read of ``x``. Values that are not finite don't count. The
+    same input gives the same result, always; nothing waits for a GPU.
+
+    Args:
+        x: any shape and strides; float32, float16, bfloat16 or float64.
+        word_len: bits of a code, 2..16.
+        signed: whether codes have a sign.
+        axis: None for one result, else one per index of this axis.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        int32 on ``x``'s device, 0-d or (x.shape[axis],); 0 for an empty tensor.
+
+    Raises:
+        TypeError: ``x`` is no float tensor.
+        ValueError: a word length or an axis out of range.
+        RuntimeError: ``backend="triton"`` where no kernel can run.
+
+    Source: SEMANTICS section 6.
+
+    Examples:
+        >>> search_frac_len(torch.tensor([0.5, -1.25, 3.0]))
+        tensor(2, dtype=torch.int32)
+    """
+    check_float_tensor("x", x)
+    axis = None if axis is None else check_axis(x, axis)
+    codes = fixed_point_range(word_len, signed)
+    ops = implementation("fixed_point", x, backend)
+    found: Tensor = ops.search_frac_len(x.detach(), *codes, largest_frac_len(word_len, signed) + 1, axis)
+    return found
+
+
+def statistic_frac_len(
+    x: Tensor, word_len: int = 8, signed: bool = True, *, statistic: Statistic = "std", axis: int | None = None
+) -> Tensor:
+    """The fractional length that follows from one statistic of ``x``: cheaper than a search, and rougher.
+
+    ``fl = clamp(floor(log2(c / metric)), 0, word_len - signed)`` with, at 8 bits, c = 40, 30, 40 (signed) or 70, 30, 50
+    (unsigned) for standard deviation (n - 1), mean absolute value and root mean square. At other word lengths c scales
+    with ``2^(word_len - 8)``. A metric of zero gives the largest fractional length.
+
+    Args:
+        x: any shape; float32, float16, bfloat16 or float64.
+        word_len: bits of a code, 2..16.
+        signed: whether codes have a sign.
+        statistic: ``"std"``, ``"mean_abs"`` or ``"rms"``.
+        axis: None for one result, else one per index of this axis.
+
+    Returns:
+        int32 on ``x``'s device, 0-d or (x.shape[axis],).
+
+    Raises:
+        TypeError: ``x`` is no float tensor.
+        ValueError: an unknown statistic, a word length or an axis out of range.
+
+    Source: SEMANTICS section 6.
+    """
+    check_float_tensor("x", x)
+    axis = None if axis is None else check_axis(x, axis)
+    fixed_point_range(word_len, signed)
+    if statistic not in _NUMERATORS:
+        raise ValueError(f"unknown statistic {statistic!r}; known: {', '.join(get_args(Statistic))}")
+    rows = x.detach().double()
+    rows = rows.reshape(-1) if axis is None else rows.movedim(axis, 0).flatten(1)
+    if statistic == "std":
+        metric = rows.std(-1)
+    else:
+        metric = rows.abs().mean(-1) if statistic == "mean_abs" else rows.square().mean(-1).sqrt()
+    numerator = _NUMERATORS[statistic][0 if signed else 1] * 2.0 ** (word_len - 8)
+    # frexp gives a mantissa in [0.5, 1): its exponent is floor(log2) + 1, exactly.
+    exponent = torch.frexp(numerator / metric).exponent - 1
+    largest = largest_frac_len(word_len, signed)
+    return torch.where(metric > 0, exponent.clamp(0, largest), largest).to(torch.int32)
+
+
+class _FixedPointQuantize(torch.autograd.Function):
+    """Saves ``x`` and the fractional length alone: the backward recomputes its mask."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        frac_len: Tensor,
+        active: Tensor | None,
+        codes: tuple[int, int],
+        axis: int | None,
+        backend: Backend,
+    ) -> Tensor:
+        if ctx.needs_input_grad[0]:
+            # A running fractional length and a switch change in place: the backward keeps this step's own.
+            ctx.save_for_backward(x, frac_len.clone(), None if active is None else active.clone())
+        ctx.codes, ctx.axis = codes, axis
+        ctx.ops = implementation("fixed_point", x, backend)
+        y: Tensor = ctx.ops.fixed_point_quantize(x, frac_len, *codes, axis, active=active)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, frac_len, active = ctx.saved_tensors
+        dx = ctx.ops.fixed_point_quantize_backward(dy, x, frac_len, *ctx.codes, ctx.axis, active=active)
+        return dx, None, None, None, None, None
+
+
+def _check_frac_len(frac_len: int | Tensor, x: Tensor, word_len: int, signed: bool, axis: int | None) -> Tensor:
+    """``frac_len`` as an int32 tensor on ``x``'s device; errors as :func:`fixed_point_quantize` states."""
+    fixed_point_range(word_len, signed)
+    largest = largest_frac_len(word_len, signed)
+    shape = (1,) if axis is None else (x.shape[axis],)
+    if not isinstance(frac_len, Tensor):
+        if not isinstance(frac_len, int) or isinstance(frac_len, bool):
+            raise ValueError(f"frac_len must be an integer in 0..{largest}, got {frac_len!r}")
+        frac_len = torch.full(shape, frac_len, dtype=torch.int32, device=x.device)
+    elif frac_len.is_floating_point() or frac_len.is_complex() or frac_len.dtype == torch.bool:
+        raise ValueError(f"frac_len must hold integers, got {frac_len.dtype}")
+    if frac_len.device != x.device:
+        raise ValueError(f"frac_len is on {frac_len.device}, the input on {x.device}")
+    if frac_len.numel() != shape[0] or frac_len.dim() > 1 or (axis is not None and frac_len.dim() != 1):
+        raise ValueError(f"frac_len must have shape {shape}, got {tuple(frac_len.shape)}")
+    if is_readable(frac_len) and not bool(((frac_len >= 0) & (frac_len <= largest)).all()):
+        kind = "signed" if signed else "unsigned"
+        raise ValueError(
+            f"frac_len must be in 0..{largest} for {word_len}-bit {kind} codes, got {frac_len.flatten()[:8].tolist()}"
+        )
+    return frac_len.reshape(shape).to(torch.int32)

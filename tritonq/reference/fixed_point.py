@@ -1,0 +1,119 @@
+"""Fixed point in PyTorch: the specification of `tritonq.kernels.fixed_point` and the CPU path.
+
+A format is a code range and a number of fraction bits: ``value = code * 2^-frac_len``. Multiplying by a power of two is
+exact, so every backend gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonq.reference import fake_quant
+
+# Blocks of this many elements stay in a core's cache while every candidate's error is taken from them, and are summed
+# by one thread: the result doesn't depend on the number of threads.
+_BLOCK = 2**15
+
+
+def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``2^exponent`` exactly, by writing the exponent's bits.
+
+    Args:
+        exponent: integers in -126..127.
+        dtype: float32 or float64.
+    """
+    if dtype == torch.float64:
+        return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def fixed_point_quantize(
+    x: Tensor,
+    frac_len: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    *,
+    active: Tensor | None = None,
+) -> Tensor:
+    """``clamp(round_half_even(x * 2^fl), quant_min, quant_max) * 2^-fl``; NaN stays NaN, infinities saturate.
+
+    Args:
+        x: any shape; float16, bfloat16, float32 or float64.
+        frac_len: integers; one element, or (x.shape[axis],) with ``axis``.
+        quant_min: smallest code.
+        quant_max: largest code.
+        axis: axis of ``x`` that ``frac_len`` runs along, or None.
+        active: uint8, one element; 0 returns ``x`` as it is. None counts as 1.
+
+    Source: SEMANTICS section 6.
+    """
+    return fake_quant.fake_quantize(x, power_of_two(-frac_len), None, quant_min, quant_max, axis, active=active)
+
+
+def fixed_point_quantize_backward(
+    dy: Tensor,
+    x: Tensor,
+    frac_len: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    *,
+    active: Tensor | None = None,
+) -> Tensor:
+    """``dy`` where the rounded code lies strictly inside the code range, 0 on its ends and beyond.
+
+    Shapes and dtypes as in :func:`fixed_point_quantize`.
+    """
+    # Strictly inside one range of integers is inside the next smaller one.
+    scale = power_of_two(-frac_len)
+    return fake_quant.fake_quantize_backward(dy, x, scale, None, quant_min + 1, quant_max - 1, axis, active=active)
+
+
+def frac_len_errors(x: Tensor, quant_min: int, quant_max: int, candidates: int, axis: int | None = None) -> Tensor:
+    """Sum of squared rounding errors for every fractional length from 0 to ``candidates - 1``, in one read of ``x``.
+
+    Values that are not finite count for none, nor do negative ones in an unsigned format: they would err alike under
+    every candidate, and drown its other errors.
+
+    Args:
+        x: any shape; float16, bfloat16, float32 (squares in float32, sums over blocks in float64) or float64.
+        quant_min: smallest code.
+        quant_max: largest code.
+        candidates: how many.
+        axis: channel axis, or None.
+
+    Returns:
+        float64 (candidates,), or (candidates, channels).
+    """
+    rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    channels, length = rows.shape
+    errors = torch.zeros(candidates, channels, dtype=torch.float64, device=x.device)
+    for first in range(0, channels, height := max(1, _BLOCK // max(1, length))):
+        band = slice(first, first + height)
+        for start in range(0, length, _BLOCK):
+            block = rows[band, start : start + _BLOCK]
+            _add_errors(errors[:, band], block if x.dtype == torch.float64 else block.float(), quant_min, quant_max)
+    return errors[:, 0] if axis is None else errors
+
+
+def _add_errors(errors: Tensor, block: Tensor, quant_min: int, quant_max: int) -> None:
+    """Add the errors of a block (channels, elements) to ``errors`` (candidates, channels)."""
+    # 0 is a code of every format: values set to it err nowhere.
+    counts = torch.isfinite(block) if quant_min < 0 else torch.isfinite(block) & (block > 0)
+    block = torch.where(counts, block, 0)
+    work = torch.empty_like(block)
+    for frac_len, total in enumerate(errors):
+        torch.mul(block, 2.0**frac_len, out=work)
+        work.round_().clamp_(quant_min, quant_max)
+        torch.sub(block, work, alpha=2.0**-frac_len, out=work)
+        total += work.square_().sum(1).double()
+
+
+def search_frac_len(x: Tensor, quant_min: int, quant_max: int, candidates: int, axis: int | None = None) -> Tensor:
+    """The fractional length of least squared error, the smaller one of equals: int32, 0-d or (channels,).
+
+    Arguments as :func:`frac_len_errors`.
+    """
+    return frac_len_errors(x, quant_min, quant_max, candidates, axis).argmin(0).to(torch.int32)
