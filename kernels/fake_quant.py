@@ -13,7 +13,7 @@ from torch import Tensor
 from .launch import device_guard, plan
 from .layout import View, view
 from .rounding import divide_by_scale, is_inside, round_to_code, round_to_steps
-from .tile import load_per_channel, tile_indices, tile_mask
+from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
 
 
 @triton.jit
@@ -40,11 +40,13 @@ def fake_quantize_kernel(
     COLS: tl.constexpr,
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,  # every tensor has x's strides, so that offsets are computed once
 ):
     """Fake quantize one tile, or write its codes. Has run on no GPU yet."""
     outer, row, col = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(row, col, rows, cols, ROWS)
-    x = tl.load(x_ptr + (outer * x_outer + row * x_row + col * x_col), mask=mask).to(tl.float32)
+    x_offsets = tile_offsets(outer, row, col, x_outer, x_row, x_col)
+    x = tl.load(x_ptr + x_offsets, mask=mask).to(tl.float32)
     scale = load_per_channel(scale_ptr, outer, row, col, rows, cols, CHANNEL)
     zero_point = 0
     if zero_point_ptr is not None:
@@ -56,7 +58,8 @@ def fake_quantize_kernel(
         y = round_to_steps(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING) * scale
     if active_ptr is not None:
         y = tl.where(tl.load(active_ptr) != 0, y, x)
-    tl.store(y_ptr + (outer * y_outer + row * y_row + col * y_col), y, mask=mask)
+    y_offsets = x_offsets if SAME_STRIDES else tile_offsets(outer, row, col, y_outer, y_row, y_col)
+    tl.store(y_ptr + y_offsets, y, mask=mask)
 
 
 @triton.jit
@@ -86,12 +89,15 @@ def fake_quantize_backward_kernel(
     COLS: tl.constexpr,
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,  # every tensor has x's strides, so that offsets are computed once
 ):
     """Pass the gradient of one tile where the code, recomputed from x, lies in range. Has run on no GPU yet."""
     outer, row, col = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(row, col, rows, cols, ROWS)
-    x = tl.load(x_ptr + (outer * x_outer + row * x_row + col * x_col), mask=mask).to(tl.float32)
-    dy = tl.load(dy_ptr + (outer * dy_outer + row * dy_row + col * dy_col), mask=mask).to(tl.float32)
+    x_offsets = tile_offsets(outer, row, col, x_outer, x_row, x_col)
+    x = tl.load(x_ptr + x_offsets, mask=mask).to(tl.float32)
+    dy_offsets = x_offsets if SAME_STRIDES else tile_offsets(outer, row, col, dy_outer, dy_row, dy_col)
+    dy = tl.load(dy_ptr + dy_offsets, mask=mask).to(tl.float32)
     scale = load_per_channel(scale_ptr, outer, row, col, rows, cols, CHANNEL)
     zero_point = 0
     if zero_point_ptr is not None:
@@ -99,7 +105,7 @@ def fake_quantize_backward_kernel(
     passes = is_inside(divide_by_scale(x, scale, ROUNDING), zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
     if active_ptr is not None:
         passes = passes | (tl.load(active_ptr) == 0)
-    dx_offsets = outer * dx_outer + row * dx_row + col * dx_col
+    dx_offsets = x_offsets if SAME_STRIDES else tile_offsets(outer, row, col, dx_outer, dx_row, dx_col)
     tl.store(dx_ptr + dx_offsets, tl.where(passes, dy, 0.0), mask=mask)
 
 
@@ -174,6 +180,7 @@ def fake_quantize_backward(
             COLS=tile.cols,
             FIRST=grid.first,
             WIDE=seen.wide,
+            SAME_STRIDES=seen.same_strides,
             num_warps=tile.warps,
             enable_fp_fusion=False,
         )
@@ -216,6 +223,7 @@ def _forward(
             COLS=tile.cols,
             FIRST=grid.first,
             WIDE=seen.wide,
+            SAME_STRIDES=seen.same_strides,
             num_warps=tile.warps,
             enable_fp_fusion=False,
         )

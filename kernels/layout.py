@@ -40,6 +40,11 @@ class View(NamedTuple):
         return self.sizes[0] * self.sizes[1] * self.sizes[2]
 
     @property
+    def same_strides(self) -> bool:
+        """Whether one offset addresses an element in every tensor."""
+        return all(triple == self.strides[0] for triple in self.strides)
+
+    @property
     def channels(self) -> int:
         """Number of channels; 1 without a channel dimension."""
         return 1 if self.channel is None else self.sizes[self.channel]

@@ -1,8 +1,8 @@
 """Running ranges: one read of the batch; the range, its scale and its zero point never leave the device.
 
-Two stages in a fixed order and no floating-point atomics: the same input gives the same bits. Where one program sees the
-whole of a channel it finishes by itself, in the same launch. Functions here have the names, signatures and results of
-`tritonq.reference.min_max`, their specification.
+Two stages in a fixed order and no floating-point atomics: the same input gives the same bits. Where one program sees
+the whole of a channel it finishes by itself, in the same launch. Functions here have the names, signatures and results
+of `tritonq.reference.min_max`, their specification.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from .tile import program_along
 
 _INF = tl.constexpr(float("inf"))
 
-# Accumulators for minimum and maximum take two registers per element of a tile.
-_MAX_ELEMENTS = 2048
-# A program that reads less than this costs more than its partial result saves. By count of loads in flight, not measured.
+# Eight elements per lane: the compiler unrolls the loop itself, with loads in flight and 52 registers at most. Larger
+# tiles made it spill (perf/codegen.py).
+_MAX_ELEMENTS = 1024
+# A program that reads less than this costs more than its partial result saves. By loads in flight, not measured.
 _MIN_ELEMENTS_PER_PROGRAM = 8192
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 # Partial results that one program of the second stage holds at a time.
@@ -50,13 +51,13 @@ def scan_min_max(
     COLS: tl.constexpr,
     FINITE_ONLY: tl.constexpr,
 ):
-    """Elementwise minimum and maximum over the tiles of a share, (ROWS, COLS) each, and the count of values skipped.
+    """Elementwise minimum and maximum over the tiles of a share, (ROWS, COLS) each, and how many values were skipped.
 
     Without FINITE_ONLY nothing is skipped and NaN propagates: two instructions per element.
     """
     low = tl.full([ROWS, COLS], _INF, tl.float32)
     high = tl.full([ROWS, COLS], -_INF, tl.float32)
-    skipped = tl.zeros([ROWS, COLS], tl.int32)
+    skipped = tl.zeros([], tl.int64)
     for outer in range(outer_from, outer_to):
         for row_start in range(row_from, row_to, ROWS):
             for col_start in range(col_from, col_to, COLS):
@@ -69,7 +70,7 @@ def scan_min_max(
                     finite = tl.abs(x) < _INF
                     low = tl.minimum(low, tl.where(finite, x, _INF))
                     high = tl.maximum(high, tl.where(finite, x, -_INF))
-                    skipped += (mask & (finite == 0)).to(tl.int32)
+                    skipped += tl.sum((mask & (finite == 0)).to(tl.int32))
                 else:
                     low = tl.minimum(low, x, propagate_nan=tl.PropagateNan.ALL)
                     high = tl.maximum(high, x, propagate_nan=tl.PropagateNan.ALL)
@@ -80,12 +81,10 @@ def scan_min_max(
 def update_range(
     low,  # (n,) float32, a batch's minima; +inf where it had no finite value
     high,  # (n,)
-    skipped,  # (n,) int32
     channel,  # (n,) channel numbers
     valid,  # (n,) which of them exist
     min_ptr,  # (channels,) float32, updated in place
     max_ptr,  # (channels,) float32, updated in place
-    nonfinite_ptr,  # one int64, grows by the number of values skipped
     scale_ptr,  # (channels,) float32, or None
     zero_point_ptr,  # (channels,) int32, or None
     averaging_constant,  # float, or None for a running minimum and maximum
@@ -96,7 +95,7 @@ def update_range(
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
 ):
-    """Merge a batch's range into the running one, count what was skipped, and write the qparams that follow."""
+    """Merge a batch's range into the running one and write the qparams that follow."""
     min_val = tl.load(min_ptr + channel, mask=valid, other=_INF)
     max_val = tl.load(max_ptr + channel, mask=valid, other=-_INF)
     if averaging_constant is None:
@@ -111,9 +110,6 @@ def update_range(
         max_val = tl.where(usable, new_max, max_val)
     tl.store(min_ptr + channel, min_val, mask=valid)
     tl.store(max_ptr + channel, max_val, mask=valid)
-    total = tl.sum(tl.where(valid, skipped, 0).to(tl.int64))
-    # An integer sum is the same in any order. The usual sum is zero, and then no memory is touched.
-    tl.atomic_add(nonfinite_ptr, total, mask=total > 0)
     if scale_ptr is not None:
         scale, zero_point = range_to_qparams(
             min_val, max_val, eps, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE
@@ -126,11 +122,10 @@ def update_range(
 def observe_kernel(
     x_ptr,  # outer × rows × cols, by strides
     partial_ptr,  # 2 × splits × channels float32: minima, maxima; None with SINGLE
-    skipped_ptr,  # splits × channels int32; None with SINGLE
     enabled_ptr,  # one uint8, 0 ends the kernel; None counts as 1
+    nonfinite_ptr,  # one int64, grows by the number of values skipped
     min_ptr,  # state as in update_range, used with SINGLE
     max_ptr,
-    nonfinite_ptr,
     scale_ptr,
     zero_point_ptr,
     averaging_constant,
@@ -162,13 +157,11 @@ def observe_kernel(
     WIDE: tl.constexpr,
 ):
     """Reduce one share of one tile of channels; with SINGLE also update the range. Has run on no GPU yet."""
-    if enabled_ptr is not None:
-        if tl.load(enabled_ptr) == 0:
-            return
+    if enabled_ptr is not None and tl.load(enabled_ptr) == 0:
+        return
     outer_program = program_along(0, FIRST)
     row_program = program_along(1, FIRST)
     col_program = program_along(2, FIRST)
-    split_number = outer_program * split_outer + row_program * split_row + col_program * split_col
     if WIDE:
         outer_program = outer_program.to(tl.int64)
         row_program = row_program.to(tl.int64)
@@ -184,19 +177,15 @@ def observe_kernel(
     exists = (outer_from < outer_to) & (row_from < row_to) & (col_from < col_to)
     start = x_ptr + (outer_from * x_outer + row_from * x_row + col_from * x_col)
     if CHANNEL == 1:
-        channel = row_from + tl.arange(0, ROWS)
-        valid = channel < rows
-        first = tl.load(start + (tl.arange(0, ROWS) * x_row)[:, None], mask=valid[:, None] & exists, other=0)
+        row = tl.arange(0, ROWS)
+        first = tl.load(start + (row * x_row)[:, None], mask=(row_from + row < rows)[:, None] & exists, other=0)
     elif CHANNEL == 2:
-        channel = col_from + tl.arange(0, COLS)
-        valid = channel < cols
-        first = tl.load(start + (tl.arange(0, COLS) * x_col)[None, :], mask=valid[None, :] & exists, other=0)
+        col = tl.arange(0, COLS)
+        first = tl.load(start + (col * x_col)[None, :], mask=(col_from + col < cols)[None, :] & exists, other=0)
     else:
-        channel = (outer_program if CHANNEL == 0 else 0) + tl.arange(0, 1)
-        valid = channel < channels
         first = tl.load(start, mask=exists, other=0)
 
-    low, high, skipped = scan_min_max(
+    low, high, _ = scan_min_max(
         x_ptr, first, x_outer, x_row, x_col, outer_from, outer_to, row_from, row_to, col_from, col_to, rows, cols,
         ROWS, COLS, False,
     )  # fmt: skip
@@ -207,35 +196,42 @@ def observe_kernel(
             x_ptr, first, x_outer, x_row, x_col, outer_from, outer_to, row_from, row_to, col_from, col_to, rows, cols,
             ROWS, COLS, True,
         )  # fmt: skip
+        # An integer sum is the same in any order.
+        tl.atomic_add(nonfinite_ptr, skipped)
     if CHANNEL == 1:
-        low, high, skipped = tl.min(low, 1), tl.max(high, 1), tl.sum(skipped, 1)
+        low, high = tl.min(low, 1), tl.max(high, 1)
+        channel = row_from + tl.arange(0, ROWS)
     elif CHANNEL == 2:
-        low, high, skipped = tl.min(low, 0), tl.max(high, 0), tl.sum(skipped, 0)
+        low, high = tl.min(low, 0), tl.max(high, 0)
+        channel = col_from + tl.arange(0, COLS)
     else:
         low = tl.min(tl.min(low, 1), 0, keep_dims=True)
         high = tl.max(tl.max(high, 1), 0, keep_dims=True)
-        skipped = tl.sum(tl.sum(skipped, 1), 0, keep_dims=True)
+        channel = (outer_program if CHANNEL == 0 else 0) + tl.arange(0, 1)
+    valid = channel < channels
 
     if SINGLE:
         update_range(
-            low, high, skipped, channel, valid, min_ptr, max_ptr, nonfinite_ptr, scale_ptr, zero_point_ptr,
-            averaging_constant, eps, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE,
+            low, high, channel, valid, min_ptr, max_ptr, scale_ptr, zero_point_ptr, averaging_constant, eps,
+            QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE,
         )  # fmt: skip
     else:
+        split_number = (
+            program_along(0, FIRST) * split_outer
+            + program_along(1, FIRST) * split_row
+            + program_along(2, FIRST) * split_col
+        )
         at = split_number * channels + channel
         tl.store(partial_ptr + at, low, mask=valid)
         tl.store(partial_ptr + splits * channels + at, high, mask=valid)
-        tl.store(skipped_ptr + at, skipped, mask=valid)
 
 
 @triton.jit
 def finish_kernel(
     partial_ptr,  # 2 × splits × channels float32: minima, maxima
-    skipped_ptr,  # splits × channels int32
     enabled_ptr,  # one uint8, 0 ends the kernel; None counts as 1
     min_ptr,  # state as in update_range
     max_ptr,
-    nonfinite_ptr,
     scale_ptr,
     zero_point_ptr,
     averaging_constant,
@@ -251,24 +247,21 @@ def finish_kernel(
     CHANNELS: tl.constexpr,
 ):
     """Reduce the partial results of CHANNELS channels and update their range. Has run on no GPU yet."""
-    if enabled_ptr is not None:
-        if tl.load(enabled_ptr) == 0:
-            return
+    if enabled_ptr is not None and tl.load(enabled_ptr) == 0:
+        return
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
     low = tl.full([SPLITS, CHANNELS], _INF, tl.float32)
     high = tl.full([SPLITS, CHANNELS], -_INF, tl.float32)
-    skipped = tl.zeros([SPLITS, CHANNELS], tl.int32)
     for start in range(0, splits, SPLITS):
         part = start + tl.arange(0, SPLITS)[:, None]
         at = part * channels + channel[None, :]
         mask = (part < splits) & valid[None, :]
         low = tl.minimum(low, tl.load(partial_ptr + at, mask=mask, other=_INF))
         high = tl.maximum(high, tl.load(partial_ptr + splits * channels + at, mask=mask, other=-_INF))
-        skipped += tl.load(skipped_ptr + at, mask=mask, other=0)
     update_range(
-        tl.min(low, 0), tl.max(high, 0), tl.sum(skipped, 0), channel, valid, min_ptr, max_ptr, nonfinite_ptr,
-        scale_ptr, zero_point_ptr, averaging_constant, eps, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE,
+        tl.min(low, 0), tl.max(high, 0), channel, valid, min_ptr, max_ptr, scale_ptr, zero_point_ptr,
+        averaging_constant, eps, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE,
     )  # fmt: skip
 
 
@@ -278,7 +271,7 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
     low = torch.full(shape, torch.inf, dtype=torch.float32, device=x.device)
     high = torch.full(shape, -torch.inf, dtype=torch.float32, device=x.device)
     nonfinite = torch.zeros((), dtype=torch.int64, device=x.device)
-    _observe(x, axis, (low, high, nonfinite, None, None, None, 0.0), None, _NO_GRID)
+    _observe(x, axis, (low, high, None, None, None, 0.0), nonfinite, None, _NO_GRID)
     return low, high, nonfinite
 
 
@@ -306,8 +299,8 @@ def observe(
         "FIXED_ZERO_POINT": qtype.fixed_zero_point,
         "RULE": rule,
     }
-    state = (min_val, max_val, nonfinite_count, scale, zero_point, averaging_constant, eps)
-    _observe(x, qtype.axis, state, enabled, constants)
+    state = (min_val, max_val, scale, zero_point, averaging_constant, eps)
+    _observe(x, qtype.axis, state, nonfinite_count, enabled, constants)
 
 
 _NO_GRID = {"QUANT_MIN": 0, "QUANT_MAX": 1, "SYMMETRIC": True, "FIXED_ZERO_POINT": 0, "RULE": "torch"}
@@ -317,6 +310,7 @@ def _observe(
     x: Tensor,
     axis: int | None,
     state: tuple[Any, ...],
+    nonfinite_count: Tensor,
     enabled: Tensor | None,
     constants: dict[str, Any],
 ) -> None:
@@ -329,16 +323,15 @@ def _observe(
     if seen.channels == 0:
         return
     tile, parts, launch_grid, split_strides, splits = plan_reduction(x.dtype, seen, x.device)
-    partial = skipped = None
+    partial = None
     if splits > 1:
         partial = torch.empty((2, splits, seen.channels), dtype=torch.float32, device=x.device)
-        skipped = torch.empty((splits, seen.channels), dtype=torch.int32, device=x.device)
     with device_guard(x):
         observe_kernel[launch_grid.programs](
             x,
             partial,
-            skipped,
             enabled,
+            nonfinite_count,
             *state,
             *seen.strides[0],
             *seen.sizes,
@@ -360,7 +353,6 @@ def _observe(
             channels = min(triton.next_power_of_2(seen.channels), 32)
             finish_kernel[(triton.cdiv(seen.channels, channels),)](
                 partial,
-                skipped,
                 enabled,
                 *state,
                 splits,

@@ -47,6 +47,11 @@ def _unobserved_zero_point(quant_min, quant_max, fixed_zero_point):
     return min(max(fixed_zero_point or 0, quant_min), quant_max)
 
 
+@triton.constexpr_function
+def _magnitude(value):
+    return abs(value)
+
+
 @triton.jit
 def _linear_qparams(
     low,
@@ -74,7 +79,7 @@ def _linear_qparams(
 
 @triton.jit
 def _torch_v1_qparams(low, high, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """torch's fused moving-average operator, in float64 as there."""
+    """What torch's fused moving-average operator computes, in float64 as there."""
     low = low.to(tl.float64)
     high = high.to(tl.float64)
     codes: tl.constexpr = QUANT_MAX - QUANT_MIN
@@ -88,19 +93,21 @@ def _torch_v1_qparams(low, high, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexp
 
     step = (high - low) / codes
     scale = step.to(tl.float32).to(tl.float64)
-    scale = tl.where(scale == 0, _V1_ZERO_RANGE_SCALE, scale)
-    small = scale < _V1_SMALL_SCALE
-    scale = tl.where(small, _V1_SMALL_SCALE, scale)
+    # A bare Python number would reach the comparison as float32.
+    small_scale = tl.full(low.shape, _V1_SMALL_SCALE, tl.float64)
+    scale = tl.where(scale == 0, tl.full(low.shape, _V1_ZERO_RANGE_SCALE, tl.float64), scale)
+    small = scale < small_scale
+    scale = tl.where(small, small_scale, scale)
     grow_high = low == 0
     grow_low = high == 0
     both = (low != 0) & (high != 0)
-    amplifier = _V1_SMALL_SCALE / tl.maximum(step, _TINY64)
-    small_range: tl.constexpr = _V1_SMALL_SCALE * codes
+    amplifier = small_scale / tl.maximum(step, tl.full(low.shape, _TINY64, tl.float64))
+    small_range = small_scale * codes
     high = tl.where(small & grow_high, small_range, tl.where(small & both, high * amplifier, high))
     low = tl.where(small & grow_low, -small_range, tl.where(small & both, low * amplifier, low))
 
-    error_min = tl.abs(low / scale) + abs(QUANT_MIN)
-    error_max = tl.abs(high / scale) + abs(QUANT_MAX)
+    error_min = tl.abs(low / scale) + _magnitude(QUANT_MIN)
+    error_max = tl.abs(high / scale) + _magnitude(QUANT_MAX)
     zero_point = tl.where(error_min < error_max, QUANT_MIN - low / scale, QUANT_MAX - high / scale)
     zero_point = tl.where(two_sided, (QUANT_MIN + QUANT_MAX + 1) // 2, zero_point)
     zero_point = (zero_point + _ROUNDER64) - _ROUNDER64

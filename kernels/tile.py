@@ -24,7 +24,7 @@ def tile_indices(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``outer`` (scalar), ``row`` (ROWS, 1) and ``col`` (1, COLS) of this program; 64-bit when WIDE."""
+    """``outer`` (scalar), ``row`` (ROWS,) and ``col`` (COLS,) of this program; 64-bit when WIDE."""
     outer = program_along(0, FIRST)
     row_tile = program_along(1, FIRST)
     col_tile = program_along(2, FIRST)
@@ -32,8 +32,8 @@ def tile_indices(
         outer = outer.to(tl.int64)
         row_tile = row_tile.to(tl.int64)
         col_tile = col_tile.to(tl.int64)
-    row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
-    col = col_tile * COLS + tl.arange(0, COLS)[None, :]
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    col = col_tile * COLS + tl.arange(0, COLS)
     return outer, row, col
 
 
@@ -41,9 +41,15 @@ def tile_indices(
 def tile_mask(row, col, rows, cols, ROWS: tl.constexpr):
     """Which elements of the tile exist. One row per tile needs no row mask: the grid holds no row beyond the last."""
     if ROWS == 1:
-        return col < cols
+        return (col < cols)[None, :]
     else:
-        return (row < rows) & (col < cols)
+        return (row < rows)[:, None] & (col < cols)[None, :]
+
+
+@triton.jit
+def tile_offsets(outer, row, col, outer_stride, row_stride, col_stride):
+    """(ROWS, COLS) offsets of the tile's elements in a tensor of these strides."""
+    return outer * outer_stride + (row * row_stride)[:, None] + (col * col_stride)[None, :]
 
 
 @triton.jit
@@ -53,8 +59,8 @@ def load_per_channel(ptr, outer, row, col, rows, cols, CHANNEL: tl.constexpr):
     Args:
         ptr: (channels,), or one element where CHANNEL is None.
         outer: from :func:`tile_indices`, as are ``row`` and ``col``.
-        row: (ROWS, 1).
-        col: (1, COLS).
+        row: (ROWS,).
+        col: (COLS,).
         rows: number of rows in the view.
         cols: number of columns in the view.
         CHANNEL: dimension of the view that carries the channels: 0, 1, 2 or None.
@@ -64,6 +70,6 @@ def load_per_channel(ptr, outer, row, col, rows, cols, CHANNEL: tl.constexpr):
     elif CHANNEL == 0:
         return tl.load(ptr + outer)
     elif CHANNEL == 1:
-        return tl.load(ptr + row, mask=row < rows, other=1)
+        return tl.load(ptr + row, mask=row < rows, other=1)[:, None]
     else:
-        return tl.load(ptr + col, mask=col < cols, other=1)
+        return tl.load(ptr + col, mask=col < cols, other=1)[None, :]

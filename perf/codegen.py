@@ -1,0 +1,279 @@
+"""Code-generation report: compile every kernel for GPUs that are not here, and read what came out.
+
+    python perf/codegen.py [--json FILE] [--kernel NAME] [--target cuda:90]
+
+For each kernel, dtype, layout and target: registers, spills, shared memory, width of global accesses, instructions per
+element, and the share of a GPU's issue slots that the kernel takes when memory is the limit. Exits with 1 when a kernel
+spills, exceeds its budget, or reads contiguous data by less than 128 bits at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from tritonq.perf.codegen_cases import CASES, CodegenCase
+from tritonq.perf.disassembly import main_path, parse_amdgcn, parse_sass
+
+TARGETS = {
+    "cuda:80": GPUTarget("cuda", 80, 32),
+    "cuda:90": GPUTarget("cuda", 90, 32),
+    "cuda:100": GPUTarget("cuda", 100, 32),
+    "hip:gfx942": GPUTarget("hip", "gfx942", 64),
+}
+BUDGET_FILE = Path(__file__).with_name("codegen_budget.json")
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What limits a kernel: lane-instructions issued, and bytes moved, per second.
+
+    Every multiprocessor of these generations issues one instruction per clock from each of its four schedulers, for the 32
+    lanes of a warp (NVIDIA CUDA C++ Programming Guide, compute capabilities 8.0, 9.0, 10.0).
+    """
+
+    name: str
+    target: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+
+    def issue_share(self, instructions: float, bytes_moved: float) -> float:
+        """Issue slots needed per element, over those that pass while memory moves the element."""
+        lane_instructions_per_second = self.multiprocessors * self.clock * 4 * 32
+        return (instructions / lane_instructions_per_second) / (bytes_moved / self.bandwidth)
+
+
+# Multiprocessors, boost clock (Hz) and memory bandwidth (bytes/s) from NVIDIA's data sheets and architecture papers of the
+# A100 80 GB SXM, the H200 SXM and the B200 SXM.
+GPUS = (
+    Gpu("A100", "cuda:80", 108, 1.41e9, 2.039e12),
+    Gpu("H200", "cuda:90", 132, 1.98e9, 4.8e12),
+    Gpu("B200", "cuda:100", 148, 1.965e9, 8.0e12),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel.
+
+    Attributes:
+        case: name of the case.
+        kernel: name of the kernel.
+        dtype: of the data, ``"float32"``.
+        target: key of ``TARGETS``.
+        registers: per lane.
+        spill_bytes: registers kept in memory, per lane.
+        shared_bytes: per program.
+        narrowest_access: bits; of the main loop or path, for kernels that move the data.
+        wide_share: part of the data that moves by 128-bit accesses; None for small kernels, as are the next three.
+        instructions: per element.
+        budget: what is allowed per element on the budget's target, else None.
+        issue_share: GPU name to issue slots over memory time; below 1 memory is the limit.
+    """
+
+    case: str
+    kernel: str
+    dtype: str
+    target: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    narrowest_access: int
+    wide_share: float | None = None
+    instructions: float | None = None
+    budget: float | None = None
+    issue_share: dict[str, float] | None = None
+
+    def faults(self) -> list[str]:
+        """What is wrong with it, in words."""
+        place = f"{self.case} {self.dtype} {self.target} ({self.kernel})"
+        found = []
+        if self.spill_bytes:
+            found.append(f"{place}: spills {self.spill_bytes} bytes")
+        if self.wide_share is not None and self.wide_share < 1:
+            found.append(
+                f"{place}: only {self.wide_share:.0%} of the data moves by 128-bit accesses (narrowest: {self.narrowest_access})"
+            )
+        if self.budget is not None and self.instructions is not None and self.instructions > self.budget:
+            found.append(f"{place}: {self.instructions:.1f} instructions per element, budget {self.budget:g}")
+        return found
+
+
+class _AbsentGpu:
+    """Stands in for Triton's driver: names a target, and is never asked to launch."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_current_device(self) -> str:
+        # Triton keys its compiled kernels by this.
+        return self.name
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def compiling_for(target: str) -> Iterator[list[tuple[JITFunction[Any], dict[str, Any], Any]]]:
+    """Inside, launches compile for ``target`` and run nothing; yields a list of (function, keyword arguments, kernel)."""
+    launched: list[tuple[JITFunction[Any], dict[str, Any], Any]] = []
+    compile_or_launch = JITFunction.run
+
+    def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = compile_or_launch(self, *args, grid=grid, warmup=True, **kwargs)
+        launched.append((self, kwargs, kernel))
+        return kernel
+
+    before = driver._active
+    driver.set_active(_AbsentGpu(target))
+    try:
+        with patch.object(JITFunction, "run", compile_only):
+            yield launched
+    finally:
+        driver._active = before
+
+
+def rows(cases: Iterable[CodegenCase] = CASES, targets: Iterable[str] = tuple(TARGETS)) -> Iterator[Row]:
+    """Compile each case for each of its dtypes and for each target, and describe the kernels it launches."""
+    budgets = json.loads(BUDGET_FILE.read_text())
+    for case in cases:
+        for dtype in case.dtypes:
+            for target in targets:
+                with compiling_for(target) as launched:
+                    case.call(dtype)
+                for function, kwargs, kernel in launched:
+                    yield _describe(case, dtype, target, function.__name__, kwargs, kernel, budgets)
+
+
+def _describe(
+    case: CodegenCase,
+    dtype: torch.dtype,
+    target: str,
+    name: str,
+    kwargs: dict[str, Any],
+    kernel: Any,
+    budgets: dict[str, Any],
+) -> Row:
+    is_cuda = TARGETS[target].backend == "cuda"
+    registers, spill_bytes, instructions = _read_cuda(kernel) if is_cuda else _read_hip(kernel)
+    path = main_path(instructions)
+    dtype_name = str(dtype).removeprefix("torch.")
+    common = (case.name, name, dtype_name, target, registers, spill_bytes, kernel.metadata.shared, path.narrowest())
+    if name != case.kernel:
+        return Row(*common)
+    bits = 8 * dtype.itemsize
+    if path.is_loop:
+        elements = path.bits(stores=False) / (bits * case.reads)
+        expected = path.bits(stores=False) + path.bits(stores=True)
+    else:
+        elements = kwargs["ROWS"] * kwargs["COLS"] / (TARGETS[target].warp_size * kwargs["num_warps"])
+        expected = elements * bits * (case.reads + case.writes)
+    per_element = len(path.instructions) / elements
+    return Row(
+        *common,
+        wide_share=path.bits_of_width(128) / expected,
+        instructions=per_element,
+        budget=budgets["budgets"][case.budget][dtype_name] if target == budgets["target"] else None,
+        issue_share={
+            gpu.name: gpu.issue_share(per_element, dtype.itemsize * (case.reads + case.writes))
+            for gpu in GPUS
+            if gpu.target == target
+        },
+    )
+
+
+def _read_cuda(kernel: Any) -> tuple[int, int, list[Any]]:
+    """Registers, spilled bytes and instructions of a compiled CUDA kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = _dump("-res-usage", cubin.name)
+        instructions = parse_sass(_dump("-sass", cubin.name))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
+    spilled = sum(i.spills for i in instructions) // 8
+    return int(found.group(1)), max(spilled, int(found.group(2))), instructions
+
+
+def _read_hip(kernel: Any) -> tuple[int, int, list[Any]]:
+    """Registers, spilled bytes and instructions of a compiled HIP kernel."""
+    text = kernel.asm["amdgcn"]
+    values = {
+        key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
+        for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    }
+    spilled = 4 * (values["vgpr_spill_count"] + values["sgpr_spill_count"])
+    return values["vgpr_count"], max(spilled, values["private_segment_fixed_size"]), parse_amdgcn(text)
+
+
+def _dump(*arguments: str) -> str:
+    return subprocess.run([str(_CUOBJDUMP), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def table(report: Iterable[Row]) -> str:
+    """The report as aligned text."""
+    lines = [
+        f"{'case':<40}{'kernel':<31}{'dtype':<10}{'target':<12}{'regs':>5}{'spill':>6}{'shared':>7}{'bits':>5}"
+        f"{'inst/el':>9}{'budget':>8}  limit"
+    ]
+    for row in report:
+        count = "" if row.instructions is None else f"{row.instructions:.1f}"
+        budget = "" if row.budget is None else f"{row.budget:g}"
+        limits = [
+            f"{gpu}: {'memory' if share < 1 else 'issue'} ({share:.0%} of issue slots)"
+            for gpu, share in (row.issue_share or {}).items()
+        ]
+        lines.append(
+            f"{row.case:<40}{row.kernel:<31}{row.dtype:<10}{row.target:<12}{row.registers:>5}{row.spill_bytes:>6}"
+            f"{row.shared_bytes:>7}{row.narrowest_access:>5}{count:>9}{budget:>8}  {', '.join(limits)}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="What the kernels compile to, on GPUs that need not be present.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
+    parser.add_argument("--kernel", default="", metavar="NAME", help="only cases whose name contains NAME")
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target (may be repeated)")
+    options = parser.parse_args(arguments)
+    cases = [case for case in CASES if options.kernel in case.name]
+    if not cases:
+        parser.error(f"no case is called {options.kernel!r}; known: {', '.join(case.name for case in CASES)}")
+    if knobs.runtime.interpret:
+        parser.error("unset TRITON_INTERPRET: an interpreting process cannot compile")
+    report = list(rows(cases, options.target or TARGETS))
+    print(table(report))
+    if options.json:
+        content = {"triton": triton.__version__, "rows": [asdict(row) for row in report]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    faults = [fault for row in report for fault in row.faults()]
+    print("\n".join(faults), file=sys.stderr, end="\n" if faults else "")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

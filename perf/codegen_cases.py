@@ -1,0 +1,159 @@
+"""What the code-generation report compiles: launchers called on meta tensors, exactly as a GPU call would launch them.
+
+A kernel family adds its cases to ``CASES``. Strides, sizes and alignments come from the tensors, tiles from the same
+functions that choose them on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tritonq.kernels import fake_quant, min_max
+from tritonq.qparams import QINT8, QUINT8, QuantizedType, RangeRule
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class CodegenCase:
+    """One call of one launcher.
+
+    Attributes:
+        name: ``kernel/layout`` with options.
+        call: launches on meta tensors of the given dtype.
+        kernel: the kernel that moves the data; others of the call are small and only checked for spills.
+        reads: tensors of the dtype that each element is read from.
+        writes: tensors of the dtype that each element is written to.
+        budget: entry of ``codegen_budget.json`` that limits its instructions per element.
+        dtypes: what to compile it for.
+    """
+
+    name: str
+    call: Callable[[torch.dtype], object]
+    kernel: str
+    reads: int
+    writes: int
+    budget: str
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+
+def meta(*shape: int, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+    """A tensor without data."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.to(memory_format=torch.channels_last) if channels_last else x
+
+
+# A middle activation and weight of ResNet-50: rows of 56 * 56, which no tile divides, and 64 channels.
+_ACTIVATION = (64, 64, 56, 56)
+_WEIGHT = (512, 512, 3, 3)
+# layout: shape, channels_last, axis
+_LAYOUTS: dict[str, tuple[tuple[int, ...], bool, int | None]] = {
+    "flat": (_ACTIVATION, False, None),
+    "flat channels_last": (_ACTIVATION, True, None),
+    "channels first": (_ACTIVATION, False, 1),
+    "channels last": (_ACTIVATION, True, 1),
+    "weight": (_WEIGHT, False, 0),
+}
+
+
+def _qparams(shape: tuple[int, ...], axis: int | None) -> tuple[Tensor, Tensor]:
+    channels = (1,) if axis is None else (shape[axis],)
+    return meta(*channels, dtype=torch.float32), meta(*channels, dtype=torch.int32)
+
+
+def _fake_quantize(
+    layout: str, *, rounding: str = "half_even", switched: bool = False
+) -> Callable[[torch.dtype], object]:
+    shape, channels_last, axis = _LAYOUTS[layout]
+
+    def call(dtype: torch.dtype) -> object:
+        x = meta(*shape, dtype=dtype, channels_last=channels_last)
+        active = meta(1, dtype=torch.uint8) if switched else None
+        return fake_quant.fake_quantize(x, *_qparams(shape, axis), 0, 255, axis, rounding, active=active)
+
+    return call
+
+
+def _fake_quantize_backward(layout: str) -> Callable[[torch.dtype], object]:
+    shape, channels_last, axis = _LAYOUTS[layout]
+
+    def call(dtype: torch.dtype) -> object:
+        x = meta(*shape, dtype=dtype, channels_last=channels_last)
+        return fake_quant.fake_quantize_backward(torch.empty_like(x), x, *_qparams(shape, axis), 0, 255, axis)
+
+    return call
+
+
+def _observe(layout: str, qtype: QuantizedType, rule: RangeRule) -> Callable[[torch.dtype], object]:
+    shape, channels_last, axis = _LAYOUTS[layout]
+
+    def call(dtype: torch.dtype) -> object:
+        x = meta(*shape, dtype=dtype, channels_last=channels_last)
+        scale, zero_point = _qparams(shape, axis)
+        low, high = torch.empty_like(scale), torch.empty_like(scale)
+        count = torch.empty((), dtype=torch.int64, device="meta")
+        enabled = meta(1, dtype=torch.uint8)
+        typed = qtype.with_axis(axis)
+        return min_max.observe(x, low, high, count, scale, zero_point, enabled, typed, 0.01, rule, 1e-7)
+
+    return call
+
+
+_FAKE_QUANT = (
+    tuple(
+        CodegenCase(
+            f"fake_quantize/{layout}", _fake_quantize(layout), "fake_quantize_kernel", 1, 1, "one read, one write"
+        )
+        for layout in _LAYOUTS
+    )
+    + tuple(
+        CodegenCase(
+            f"fake_quantize_backward/{layout}",
+            _fake_quantize_backward(layout),
+            "fake_quantize_backward_kernel",
+            2,
+            1,
+            "two reads, one write",
+        )
+        for layout in ("flat", "channels first", "channels last")
+    )
+    + (
+        CodegenCase(
+            "fake_quantize/flat switched",
+            _fake_quantize("flat", switched=True),
+            "fake_quantize_kernel",
+            1,
+            1,
+            "one read, one write",
+        ),
+        CodegenCase(
+            "fake_quantize/flat half_away",
+            _fake_quantize("flat", rounding="half_away"),
+            "fake_quantize_kernel",
+            1,
+            1,
+            "true division",
+        ),
+    )
+)
+
+_MIN_MAX = (
+    CodegenCase("observe/flat", _observe("flat", QUINT8, "torch"), "observe_kernel", 1, 0, "one read"),
+    CodegenCase("observe/weight", _observe("weight", QINT8, "torch"), "observe_kernel", 1, 0, "one read"),
+    CodegenCase("observe/channels last", _observe("channels last", QINT8, "megengine"), "observe_kernel", 1, 0, "one read"),
+    CodegenCase(
+        "observe/flat torch_v1",
+        _observe("flat", QINT8, "torch_v1"),
+        "observe_kernel",
+        1,
+        0,
+        "one read",
+        (torch.float32,),
+    ),
+)  # fmt: skip
+
+CASES: tuple[CodegenCase, ...] = (*_FAKE_QUANT, *_MIN_MAX)
