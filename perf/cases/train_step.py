@@ -21,8 +21,8 @@ _LEARNING_RATE = 1e-3
 
 _CLOSE_TO_FLOAT = Tolerance(
     "the reference is the float model: 8-bit noise moves logits, the classifier's gradient and the norm of the first "
-    "layer's gradient by tenths; a missing gradient is at distance 1, one of the wrong sign at 2",
-    distance=0.5,
+    "layer's gradient, in MobileNetV2 by half; a missing gradient is at distance 1, one of the wrong sign at 2",
+    distance=0.7,
 )
 
 
