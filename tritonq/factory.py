@@ -28,6 +28,10 @@ class Factory(Generic[T]):
         """A new instance; arguments given here win over the fixed ones."""
         return self.make(*args, **{**self.arguments, **kwargs})
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Factory[T]:
+        # Nothing changes a factory, and what it holds (a process group, say) need not be copyable.
+        return self
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Factory) and (self.make, self.arguments) == (other.make, other.arguments)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonq.factory import Factory, WithArgs
 from tritonq.functional.fake_quant import fake_quantize
-from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase
+from tritonq.observers import MovingAverageMinMaxObserver, ObserverBase, RangeObserver
 from tritonq.observers.base import FixedDtypeBuffers
 from tritonq.qparams import QParams, QuantizedType
 
@@ -137,7 +137,7 @@ class FakeQuantize(FakeQuantizeBase):
         observer = self.activation_post_process
         if self.qtype.axis is not None and self.scale.numel() == 0:
             self.allocate(x.shape[self.qtype.axis])
-        if isinstance(observer, MinMaxObserver):
+        if isinstance(observer, RangeObserver):
             observer.observe(x, QParams(self.scale, self.zero_point), self.observer_enabled)
         elif bool(self.observer_enabled):
             observer(x.detach())

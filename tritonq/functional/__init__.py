@@ -2,6 +2,7 @@
 
 from tritonq.functional.fake_quant import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
 from tritonq.functional.fold import FoldedConv, fold_conv_bn, fuse_conv_bn
+from tritonq.functional.histogram import histogram
 
 __all__ = [
     "FoldedConv",
@@ -9,4 +10,5 @@ __all__ = [
     "fake_quantize_per_tensor_affine",
     "fold_conv_bn",
     "fuse_conv_bn",
+    "histogram",
 ]

@@ -1,6 +1,7 @@
 """Observers: modules that watch tensors and propose quantization parameters."""
 
 from tritonq.observers.base import ObserverBase, RangeObserver
+from tritonq.observers.histogram import HistogramObserver
 from tritonq.observers.min_max import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
@@ -10,6 +11,7 @@ from tritonq.observers.min_max import (
 from tritonq.observers.passive import PassiveObserver
 
 __all__ = [
+    "HistogramObserver",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",

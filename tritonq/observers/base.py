@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.factory import WithArgs
+from tritonq.functional.validate import check_float_tensor, is_readable
+from tritonq.process_group import GroupReference, ProcessGroupLike
 from tritonq.qparams import (
     MEGENGINE_EPS,
     QUANTIZED_TYPES,
@@ -145,14 +147,21 @@ class RangeObserver(ObserverBase):
     """An observer whose state is a range: buffers ``min_val`` and ``max_val`` (+inf and -inf before the first batch).
 
     ``nonfinite_count`` counts the NaN and infinities that were skipped: one overflowed batch must not poison a range.
+
+    Args:
+        *args: see :class:`ObserverBase`.
+        process_group: the ranks whose batches make up one observation: None (this rank alone), ``"world"``, ``"auto"``
+            (the world where torch.distributed is initialised), or a group.
+        **kwargs: see :class:`ObserverBase`.
     """
 
     min_val: Tensor
     max_val: Tensor
     nonfinite_count: Tensor
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, process_group: ProcessGroupLike = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.process_group = GroupReference(process_group)
         shape = () if self.qtype.axis is None else (self.num_channels or 0,)
         self.register_buffer("min_val", torch.full(shape, torch.inf, device=self.device))
         self.register_buffer("max_val", torch.full(shape, -torch.inf, device=self.device))
@@ -169,6 +178,41 @@ class RangeObserver(ObserverBase):
         self.num_channels = num_channels
         self.min_val = self.min_val.new_full((num_channels,), torch.inf)
         self.max_val = self.max_val.new_full((num_channels,), -torch.inf)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Update the range with ``x`` and return ``x``."""
+        self.observe(x, None, None)
+        return x
+
+    @abstractmethod
+    def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
+        """Update the state with ``x`` and then the qparams given; a device flag of 0 in ``enabled`` skips both.
+
+        Nothing here reads a value back from the device.
+        """
+
+    def merge(self, other: RangeObserver) -> None:
+        """Add what ``other`` observed.
+
+        Raises:
+            TypeError: ``other`` is of another class.
+            ValueError: ``other`` keeps another number of channels.
+        """
+        if type(other) is not type(self):
+            raise TypeError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
+        if other.min_val.numel() == 0 and self.qtype.axis is not None:
+            return
+        self.allocate(other.min_val.numel())
+        torch.minimum(self.min_val, other.min_val, out=self.min_val)
+        torch.maximum(self.max_val, other.max_val, out=self.max_val)
+        self.nonfinite_count.add_(other.nonfinite_count)
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """``x`` detached, with the per-channel buffers allocated for it; TypeError unless it is floating point."""
+        x = check_float_tensor("x", x).detach()
+        if self.qtype.axis is not None:
+            self.allocate(x.shape[self.qtype.axis])
+        return x
 
     def calculate_qparams(self) -> QParams:
         """See base class."""
@@ -187,8 +231,8 @@ class RangeObserver(ObserverBase):
         self.nonfinite_count.zero_()
 
     def extra_repr(self) -> str:
-        """Type and range."""
-        return f"{self.qtype}, min_val={_short(self.min_val)}, max_val={_short(self.max_val)}"
+        """The range."""
+        return f"min_val={_short(self.min_val)}, max_val={_short(self.max_val)}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Adopt the channel count of a checkpoint where none was known yet."""
@@ -196,6 +240,17 @@ class RangeObserver(ObserverBase):
         if self.qtype.axis is not None and self.num_channels is None and isinstance(saved, Tensor) and saved.numel():
             self.allocate(saved.numel())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def write_if(enabled: Tensor | None, target: Tensor, value: Tensor) -> None:
+    """Copy ``value`` into ``target`` unless the one-element flag ``enabled`` is 0; without a look from the host."""
+    value = value.view_as(target)
+    target.copy_(value if enabled is None else torch.where(enabled.view(()) != 0, value, target))
+
+
+def known_off(enabled: Tensor | None) -> bool:
+    """Whether ``enabled`` is a zero that costs nothing to read."""
+    return enabled is not None and is_readable(enabled) and not bool(enabled)
 
 
 def quantized_type(
@@ -240,7 +295,7 @@ def quantized_type(
 
 def _short(values: Tensor) -> str:
     """A tensor as one number, or as the range that its elements span."""
-    if values.numel() == 0:
+    if values.numel() == 0 or bool(torch.isinf(values).all()):
         return "unset"
     if values.numel() == 1:
         return f"{float(values):.6g}"

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tritonq.backend import implementation
-from tritonq.functional.validate import check_float_tensor
-from tritonq.observers.base import RangeObserver
+from tritonq.observers.base import RangeObserver, known_off, write_if
+from tritonq.process_group import ProcessGroup, reduce_range
 from tritonq.qparams import QParams
+from tritonq.reference.min_max import update_range
 
 
 class MinMaxObserver(RangeObserver):
@@ -30,19 +31,13 @@ class MinMaxObserver(RangeObserver):
     # None: running extremes. A number c: m <- m + c (batch - m).
     averaging_constant: float | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Update the range with ``x`` and return ``x``."""
-        self.observe(x, None, None)
-        return x
-
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
-        """Update the range and, in the same pass, the qparams given; a device flag of 0 in ``enabled`` skips both.
-
-        Nothing here reads a value back from the device.
-        """
-        x = check_float_tensor("x", x).detach()
-        if self.qtype.axis is not None and self.num_channels is None:
-            self.allocate(x.shape[self.qtype.axis])
+        """See base class; without a process group all of it is one pass."""
+        x = self._checked(x)
+        group = self.process_group.resolve()
+        if group is not None:
+            self._observe_in_group(x, qparams, enabled, group)
+            return
         scale, zero_point = (None, None) if qparams is None else qparams
         implementation("min_max", x).observe(
             x,
@@ -57,6 +52,23 @@ class MinMaxObserver(RangeObserver):
             self.rule,
             self.eps,
         )
+
+    def _observe_in_group(
+        self, x: Tensor, qparams: QParams | None, enabled: Tensor | None, group: ProcessGroup
+    ) -> None:
+        """Update with the range over all ranks' batches; a rank whose batch is empty takes part."""
+        if known_off(enabled):
+            return
+        low, high, nonfinite = implementation("min_max", x).min_max(x, self.qtype.axis)
+        low, high = reduce_range(low, high, group)
+        new_min, new_max = update_range(low, high, self.min_val, self.max_val, self.averaging_constant)
+        write_if(enabled, self.min_val, new_min)
+        write_if(enabled, self.max_val, new_max)
+        write_if(enabled, self.nonfinite_count, self.nonfinite_count + nonfinite)
+        if qparams is not None:
+            scale, zero_point = self.calculate_qparams()
+            write_if(enabled, qparams.scale, scale)
+            write_if(enabled, qparams.zero_point, zero_point)
 
 
 class MovingAverageMinMaxObserver(MinMaxObserver):

@@ -1,0 +1,55 @@
+"""The plain histogram over a given range."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from tritonq.backend import Backend, implementation
+from tritonq.functional.validate import check_axis, check_float_tensor
+
+# An index of a bin is a 32-bit integer, and exact in float32.
+_MOST_BINS = 2**24
+
+
+def histogram(
+    x: Tensor, bins: int, lo: float, hi: float, *, axis: int | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """Count the values of ``x`` in ``bins`` equal bins from ``lo`` to ``hi``; no gradient.
+
+    Bin i counts ``floor((x - lo) * bins / (hi - lo)) == i`` in float32, the last one ``x == hi`` too. Values outside
+    the range and NaN are not counted. Equals ``torch.histc(x, bins, lo, hi)``, as integers, which hold past 2^24.
+
+    Args:
+        x: any shape; float32, float16, bfloat16 or float64 (then the arithmetic is float64).
+        bins: number of bins, 1..2^24.
+        lo: lower edge of the first bin.
+        hi: upper edge of the last bin.
+        axis: one histogram per index of this axis; may be negative.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        int64, (bins,) or (x.shape[axis], bins).
+
+    Raises:
+        TypeError: ``x`` is not floating point, or ``bins`` not an int.
+        ValueError: bins out of range, a range that is empty or not finite, an axis out of range.
+
+    Source: torch.histc.
+
+    Examples:
+        >>> import torch
+        >>> histogram(torch.tensor([0.0, 0.4, 0.5, 1.0, 2.0]), 2, 0.0, 1.0)
+        tensor([2, 2])
+    """
+    x = check_float_tensor("x", x).detach()
+    if not isinstance(bins, int) or isinstance(bins, bool):
+        raise TypeError(f"bins must be an int, got {bins!r}")
+    if not 1 <= bins <= _MOST_BINS:
+        raise ValueError(f"bins must be in 1..{_MOST_BINS}, got {bins}")
+    if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
+        raise ValueError(f"lo and hi must be finite and ascend, got {lo} and {hi}")
+    axis = None if axis is None else check_axis(x, axis)
+    counts: Tensor = implementation("histogram", x, backend).linear_histogram(x, bins, float(lo), float(hi), axis)
+    return counts

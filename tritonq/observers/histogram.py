@@ -1,0 +1,141 @@
+"""Ranges from a histogram that any order of batches and any split over ranks makes alike."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from tritonq.backend import implementation
+from tritonq.bins import FloatPrefixBins
+from tritonq.observers.base import RangeObserver, known_off, write_if
+from tritonq.process_group import reduce_range, reduce_sums
+from tritonq.qparams import QParams, range_to_qparams
+from tritonq.reference.search import KL_BINS, Search, search_range
+
+
+class HistogramObserver(RangeObserver):
+    """Counts values over bins that never move, and searches the counts for the range that loses least.
+
+    The bins are :class:`~tritonq.bins.FloatPrefixBins`; counts are exact integers, so the state depends on the values
+    alone: not on their order, their batches or their ranks. The extremes are exact. It is cheap enough for every
+    training step.
+
+    Args:
+        bins: bins on both sides of zero together, a power of two in 128..32768; 2048 tells 16 steps per octave apart.
+        *args: see :class:`~tritonq.observers.base.ObserverBase`.
+        search: ``"mse"`` (least rounding error), ``"l2"`` (torch's and MegEngine's measure), ``"percentile"`` or
+            ``"kl"`` (TensorRT's calibration); see :func:`tritonq.reference.search.search_range`.
+        percentile: percent of the values inside the range, for ``search="percentile"``.
+        mantissa_bits: the resolution, in place of ``bins``: ``2^mantissa_bits`` steps per octave, 0..8.
+        **kwargs: see :class:`~tritonq.observers.base.RangeObserver`.
+
+    Attributes:
+        histogram: int64 buffer, (prefix_bins.count,) or (channels, prefix_bins.count).
+        prefix_bins: the resolution.
+
+    Raises:
+        ValueError: bins or mantissa bits out of range, an unknown search, a percentile outside (50, 100], or
+            ``search="kl"`` for a type of more than 11 bits.
+
+    Source: DESIGN section 4; torch.ao.quantization.HistogramObserver for the arguments.
+
+    Examples:
+        >>> observer = HistogramObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric, search="percentile")
+        >>> _ = observer(torch.linspace(-1, 1, 100_001)), observer(torch.tensor([50.0]))
+        >>> float(observer.max_val), round(float(observer.search_range()[1]), 3)
+        (50.0, 1.0)
+    """
+
+    histogram: Tensor
+
+    def __init__(
+        self,
+        bins: int = 2048,
+        *args: Any,
+        search: Search = "mse",
+        percentile: float = 99.99,
+        mantissa_bits: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if search not in get_args(Search):
+            raise ValueError(f"unknown search {search!r}; known: {', '.join(get_args(Search))}")
+        if not 50 < percentile <= 100:
+            raise ValueError(f"percentile must be in (50, 100], got {percentile}")
+        if search == "kl" and 2**self.qtype.bits > KL_BINS:
+            raise ValueError(f"search='kl' compares {KL_BINS} bins: too few for {self.qtype.bits} bits")
+        self.prefix_bins = FloatPrefixBins.of_size(bins) if mantissa_bits is None else FloatPrefixBins(mantissa_bits)
+        self.bins = self.prefix_bins.count - 1
+        self.search: Search = search
+        self.percentile = percentile
+        self.register_buffer("histogram", self._empty_histogram(self.min_val))
+
+    def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
+        """See base class."""
+        x = self._checked(x)
+        group = self.process_group.resolve()
+        ops = implementation("histogram", x)
+        if known_off(enabled):
+            return
+        state = (self.histogram, self.min_val, self.max_val, self.nonfinite_count)
+        if group is None:
+            ops.observe(x, *state, enabled, self.prefix_bins, self.qtype.axis)
+        else:
+            counts, low, high, nonfinite = ops.prefix_histogram(x, self.prefix_bins, self.qtype.axis)
+            low, high = reduce_range(low, high, group)
+            counts, nonfinite = reduce_sums([counts, nonfinite], group)
+            write_if(enabled, self.histogram, self.histogram + counts)
+            write_if(enabled, self.min_val, torch.minimum(self.min_val, low))
+            write_if(enabled, self.max_val, torch.maximum(self.max_val, high))
+            write_if(enabled, self.nonfinite_count, self.nonfinite_count + nonfinite)
+        if qparams is not None:
+            scale, zero_point = self.calculate_qparams()
+            write_if(enabled, qparams.scale, scale)
+            write_if(enabled, qparams.zero_point, zero_point)
+
+    def search_range(self) -> tuple[Tensor, Tensor]:
+        """The range that the search proposes: float32, 0-d or (channels,); the unset range where nothing was seen."""
+        return search_range(
+            self.histogram,
+            self.min_val,
+            self.max_val,
+            self.prefix_bins,
+            self.qtype,
+            self.search,
+            self.rule,
+            self.eps,
+            self.percentile,
+        )
+
+    def calculate_qparams(self) -> QParams:
+        """See base class."""
+        return range_to_qparams(*self.search_range(), self.qtype, rule=self.rule, eps=self.eps)
+
+    def merge(self, other: RangeObserver) -> None:
+        """Add what ``other`` observed: as if this observer had seen both observers' values.
+
+        Raises:
+            TypeError: ``other`` is no HistogramObserver.
+            ValueError: ``other`` has another resolution or number of channels; nothing is changed then.
+        """
+        if isinstance(other, HistogramObserver) and other.prefix_bins != self.prefix_bins:
+            raise ValueError(f"cannot merge histograms over {other.prefix_bins} and {self.prefix_bins}")
+        super().merge(other)
+        if isinstance(other, HistogramObserver) and other.histogram.numel():
+            self.histogram.add_(other.histogram)
+
+    def allocate(self, num_channels: int) -> None:
+        """See base class."""
+        super().allocate(num_channels)
+        if self.histogram.shape[:-1] != self.min_val.shape:
+            self.histogram = self._empty_histogram(self.min_val)
+
+    def reset_min_max_vals(self) -> None:
+        """Forget everything that was observed."""
+        super().reset_min_max_vals()
+        self.histogram.zero_()
+
+    def _empty_histogram(self, like: Tensor) -> Tensor:
+        return torch.zeros(*like.shape, self.prefix_bins.count, dtype=torch.int64, device=like.device)

@@ -1,0 +1,340 @@
+"""Which range to quantize: searches over a float-prefix histogram, all candidates at once, on its device.
+
+Inside a bin the density counts as uniform, so that an expected squared error is a sum over bins of an integral in
+closed form. Nothing here reads a value back to the host.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tritonq.bins import FloatPrefixBins
+from tritonq.qparams import QuantizedType, RangeRule, range_to_qparams
+
+Search = Literal["l2", "mse", "percentile", "kl"]
+
+# A threshold is looked for down to 2^-12 of the largest magnitude.
+_OCTAVES_OF_THRESHOLDS = 12
+# Values below half a step of the finest candidate all round to zero: octaves below it that are told apart.
+_SPARE_OCTAVES = 1
+# (spacing in octaves, steps on each side of the best so far); the first round covers everything.
+_Rounds = tuple[tuple[float, int], ...]
+_ROUNDS_ONE_SIDED: _Rounds = ((1 / 2, 0), (1 / 32, 16))
+_ROUNDS_TWO_SIDED: _Rounds = ((3 / 2, 0), (1 / 2, 3), (1 / 6, 3), (1 / 18, 3), (1 / 54, 3))
+# Bins of an octave that rounds before the last one look at; the optimum of a smooth error is flat.
+_COARSE_MANTISSA_BITS = 2
+# Channels searched together: bounds the temporaries to a few tens of megabytes.
+_CHANNELS_AT_ONCE = 64
+# TensorRT's calibration: linear bins, and the distance of neighbouring candidates.
+KL_BINS = 2048
+KL_STRIDE = 8
+# How far beyond its extreme value an end bin reaches: an extreme on a bin edge would leave a bin without width.
+_BEYOND = 2.0**-20
+_TINY = torch.finfo(torch.float64).tiny
+
+
+def search_range(
+    counts: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bins: FloatPrefixBins,
+    qtype: QuantizedType,
+    search: Search,
+    rule: RangeRule = "torch",
+    eps: float | None = None,
+    percentile: float = 99.99,
+) -> tuple[Tensor, Tensor]:
+    """The range ``lo..hi`` within ``low..high`` that serves the histogram best.
+
+    - ``"mse"``: least expected squared error of fake quantization with the qparams that follow from the range.
+    - ``"l2"``: least squared distance to the centres of ``quant_max - quant_min + 1`` equal cells of the range, values
+      outside going to the end cells (torch.ao's and MegEngine's measure).
+    - ``"percentile"``: symmetric types, the quantile of ``|x|``; affine ones, the quantiles of both tails.
+    - ``"kl"``: least Kullback-Leibler divergence between the clipped histogram and its quantized form (TensorRT).
+
+    Args:
+        counts: int64, (bins.count,) or (channels, bins.count).
+        low: float32, 0-d or (channels,): exact smallest value, above ``high`` where nothing was counted.
+        high: as ``low``, the largest value.
+        bins: the resolution of ``counts``.
+        qtype: the grid.
+        search: see above.
+        rule: see :func:`tritonq.qparams.range_to_qparams`.
+        eps: floor under the scale.
+        percentile: percent of the values inside, for ``"percentile"``; in (50, 100].
+
+    Returns:
+        ``(lo, hi)`` shaped and typed like ``low``; ``low`` and ``high`` themselves where nothing was counted.
+
+    Source: SEMANTICS section 3; torch.ao.quantization.HistogramObserver; NVIDIA, "8-bit inference with TensorRT", 2017.
+    """
+    if counts.dim() == 1:
+        lo, hi = search_range(counts[None], low[None], high[None], bins, qtype, search, rule, eps, percentile)
+        return lo[0], hi[0]
+    chunks = (torch.split(state, _CHANNELS_AT_ONCE) for state in (counts, low, high))
+    parts = [
+        _search(some, some_low, some_high, bins, qtype, search, rule, eps, percentile)
+        for some, some_low, some_high in zip(*chunks, strict=True)
+    ]
+    return torch.cat([lo for lo, _ in parts]), torch.cat([hi for _, hi in parts])
+
+
+def _search(
+    counts: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bins: FloatPrefixBins,
+    qtype: QuantizedType,
+    search: Search,
+    rule: RangeRule,
+    eps: float | None,
+    percentile: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`search_range` for a few channels."""
+    seen = low <= high
+    # A channel without data is searched as if it held zeros, and keeps its unset range.
+    safe_low, safe_high = torch.where(seen, low, 0), torch.where(seen, high, 0)
+    # Zero stays within: a symmetric range may be narrower than the smallest magnitude.
+    least, most = safe_low.clamp(max=0), safe_high.clamp(min=0)
+    if search == "percentile":
+        lo, hi = _percentile_range(counts, safe_low, safe_high, bins, qtype, percentile)
+        least, most = safe_low, safe_high
+    elif search == "kl":
+        lo, hi = _kl_range(counts, safe_low, safe_high, bins, qtype)
+    else:
+        lo, hi = _least_error_range(counts, safe_low, safe_high, bins, qtype, search, rule, eps)
+    lo, hi = torch.maximum(lo, least), torch.minimum(hi, most)
+    return torch.where(seen, lo, low), torch.where(seen, hi, high)
+
+
+def data_edges(low: Tensor, high: Tensor, bins: FloatPrefixBins) -> Tensor:
+    """Edges of the bins, cut off right beyond the extremes: float64, (channels, bins.count + 1)."""
+    low, high = low.double().view(-1, 1), high.double().view(-1, 1)
+    low, high = low - low.abs() * _BEYOND, high + high.abs() * _BEYOND
+    edges = bins.edges(low.device).expand(low.shape[0], -1)
+    inner = torch.minimum(torch.maximum(edges, low), high)
+    # The outermost bins have no end of their own.
+    first, last = torch.minimum(inner[:, :1], low), torch.maximum(inner[:, -1:], high)
+    return torch.cat((first, inner[:, 1:-1], last), dim=1)
+
+
+def condensed(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins, octaves: int) -> tuple[Tensor, Tensor]:
+    """The histogram's top octaves on both sides of zero, with everything smaller in one bin between them.
+
+    Returns:
+        Edges, float64 (channels, 2, n), ascending over the last two dimensions, and the share of the values below each.
+    """
+    largest = torch.maximum(-low, high)
+    top = torch.frexp(largest).exponent.clamp(bins.min_exponent, bins.max_exponent) - bins.min_exponent
+    reach = torch.arange(-octaves << bins.mantissa_bits, 1, device=counts.device)
+    # Edges outward from the zero bin; those that would lie within it repeat its own.
+    step = ((top.view(-1, 1) << bins.mantissa_bits) + reach).clamp(min=0)
+    index = torch.cat((bins.per_side - step.flip(1), bins.per_side + 1 + step), dim=1)
+    below = torch.nn.functional.pad(counts.cumsum(1), (1, 0)).gather(1, index)
+    share = below.double() / counts.sum(1, keepdim=True).clamp(min=1)
+    sides = (len(counts), 2, -1)
+    return data_edges(low, high, bins).gather(1, index).view(sides), share.view(sides)
+
+
+def densities(edges: Tensor, below: Tensor, stride: int = 1) -> tuple[Tensor, Tensor]:
+    """What :func:`cell_error` takes, from :func:`condensed`, with ``stride`` bins merged into one."""
+    edges, below = edges[..., ::stride].flatten(1), below[..., ::stride].flatten(1)
+    return edges, below.diff(dim=1).div_(edges.diff(dim=1).clamp_(min=_TINY))
+
+
+def cell_error(edges: Tensor, density: Tensor, step: Tensor, origin: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Expected squared distance to the nearest of the points ``origin + n step``, ``first <= n <= last``.
+
+    With ``t = (x - origin)/step`` and ``n`` the nearest allowed point, the integral of ``(t - n)^2`` from ``origin`` to
+    ``x`` is ``G(t) = n/12 + (t - n)^3/3``: continuous, and right beyond the end points too. So a bin of density ``d``
+    contributes ``d step^3 (G(right) - G(left))``.
+
+    Args:
+        edges: float64, (channels, n + 1).
+        density: float64, (channels, n).
+        step: float64, (channels, candidates), as are ``origin``, ``first`` and ``last``.
+        origin: where the point 0 lies.
+        first: the first point.
+        last: the last point.
+
+    Returns:
+        float64, (channels, candidates).
+    """
+    step = step.unsqueeze(-1)
+    t = (edges.unsqueeze(1) - origin.unsqueeze(-1)).div_(step)
+    nearest = torch.minimum(torch.maximum(t.round(), first.unsqueeze(-1)), last.unsqueeze(-1))
+    distance = t.sub_(nearest)
+    integral = distance.pow(3).div_(3).add_(nearest, alpha=1 / 12)
+    return (integral.diff(dim=-1) * density.unsqueeze(1)).sum(-1) * step.squeeze(-1) ** 3
+
+
+def range_error(
+    edges: Tensor,
+    density: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    qtype: QuantizedType,
+    search: Search,
+    rule: RangeRule,
+    eps: float | None,
+) -> Tensor:
+    """Expected squared error of each candidate range (channels, candidates) by the measure of ``search``."""
+    if search == "l2":
+        cells = qtype.quant_max - qtype.quant_min + 1
+        lo, hi = lo.double(), hi.double()
+        step = ((hi - lo) / cells).clamp(min=_TINY)
+        first = torch.zeros_like(step)
+        return cell_error(edges, density, step, lo + step / 2, first, first + (cells - 1))
+    scale, zero_point = range_to_qparams(lo.float(), hi.float(), qtype, rule=rule, eps=eps)
+    first, last = qtype.quant_min - zero_point, qtype.quant_max - zero_point
+    step = scale.double()
+    return cell_error(edges, density, step, torch.zeros_like(step), first.double(), last.double())
+
+
+def _least_error_range(
+    counts: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bins: FloatPrefixBins,
+    qtype: QuantizedType,
+    search: Search,
+    rule: RangeRule,
+    eps: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Thresholds in geometric steps, refined around the best; an affine type's two ends are searched jointly."""
+    octaves = _OCTAVES_OF_THRESHOLDS + qtype.bits + _SPARE_OCTAVES
+    rounds = _ROUNDS_ONE_SIDED if qtype.symmetric else _ROUNDS_TWO_SIDED
+    ends = [end.double() for end in _ends(low, high, qtype)]
+    best_lo = best_hi = low.new_zeros((low.shape[0], 1), dtype=torch.float64)
+    fine = condensed(counts, low, high, bins, octaves)
+    coarse = densities(*fine, 1 << max(0, bins.mantissa_bits - _COARSE_MANTISSA_BITS))
+    for number, (spacing, reach) in enumerate(rounds):
+        edges, density = densities(*fine) if number == len(rounds) - 1 else coarse
+        steps = _steps(spacing, reach, low.device)
+        down_lo, down_hi = (best_lo + steps).clamp(min=0), (best_hi + steps).clamp(min=0)
+        if not qtype.symmetric:
+            down_lo = down_lo.repeat_interleave(len(steps), dim=1)
+            down_hi = down_hi.repeat(1, len(steps))
+        lo, hi = ends[0].view(-1, 1) * torch.exp2(-down_lo), ends[1].view(-1, 1) * torch.exp2(-down_hi)
+        best = range_error(edges, density, lo, hi, qtype, search, rule, eps).argmin(1, keepdim=True)
+        best_lo, best_hi = down_lo.gather(1, best), down_hi.gather(1, best)
+    return lo.gather(1, best)[:, 0].float(), hi.gather(1, best)[:, 0].float()
+
+
+def _ends(low: Tensor, high: Tensor, qtype: QuantizedType) -> tuple[Tensor, Tensor]:
+    """The widest range worth considering: the data's, with zero in it; for a symmetric type as far on both sides."""
+    largest = torch.maximum(-low, high)
+    return (-largest, largest) if qtype.symmetric else (low.clamp(max=0), high.clamp(min=0))
+
+
+def _steps(spacing: float, reach: int, device: torch.device) -> Tensor:
+    """Octaves to go down from the best so far; a reach of 0 covers everything, from the top."""
+    first, last = (-reach, reach) if reach else (0, round(_OCTAVES_OF_THRESHOLDS / spacing))
+    return torch.arange(first, last + 1, device=device, dtype=torch.float64) * spacing
+
+
+def _percentile_range(
+    counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins, qtype: QuantizedType, percentile: float
+) -> tuple[Tensor, Tensor]:
+    share = percentile / 100
+    if qtype.symmetric:
+        size = _quantile(*_magnitudes(counts, low, high, bins), share)
+        return -size, size
+    edges = data_edges(low, high, bins)
+    return _quantile(counts, edges, 1 - share), _quantile(counts, edges, share)
+
+
+def _magnitudes(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins) -> tuple[Tensor, Tensor]:
+    """The histogram of ``|x|``: counts (channels, per_side + 1), and edges from the smallest up."""
+    side = bins.per_side
+    folded = counts[:, side:].clone()
+    folded[:, 1:] += counts[:, :side].flip(1)
+    largest = torch.maximum(-low, high)
+    smallest = torch.maximum(low, -high).clamp(min=0)
+    edges = data_edges(smallest, largest, bins)
+    return folded, edges[:, side:]
+
+
+def _quantile(counts: Tensor, edges: Tensor, share: float) -> Tensor:
+    """The value below which ``share`` of the counts lie: float32 (channels,), linear inside a bin."""
+    below = torch.nn.functional.pad(counts.cumsum(1).double(), (1, 0))
+    return _interpolate(below[:, -1:] * share, below, edges)[:, 0].float()
+
+
+def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Piecewise linear ``y`` of ``x`` (ascending rows) at the points ``at``, (channels, points)."""
+    right = torch.searchsorted(x.contiguous(), at.contiguous()).clamp(1, x.shape[1] - 1)
+    x0, x1 = x.gather(1, right - 1), x.gather(1, right)
+    y0, y1 = y.gather(1, right - 1), y.gather(1, right)
+    part = torch.where(x1 > x0, (at - x0) / (x1 - x0), 1).clamp(0, 1)
+    return y0 + part * (y1 - y0)
+
+
+def _kl_range(
+    counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins, qtype: QuantizedType
+) -> tuple[Tensor, Tensor]:
+    """TensorRT's threshold, on :data:`KL_BINS` linear bins of the magnitude.
+
+    An affine type's two sides are folded in units of their own ends and clipped by the same fraction; data on one side
+    of zero use all of its codes.
+    """
+    codes = qtype.quant_max - qtype.quant_min + 1
+    ends = _ends(low, high, qtype)
+    edges = data_edges(low, high, bins)
+    below = torch.nn.functional.pad(counts.cumsum(1).double(), (1, 0))
+    grid = torch.linspace(0, 1, KL_BINS + 1, dtype=torch.float64, device=low.device)
+    folded = torch.zeros(len(low), KL_BINS, dtype=torch.float64, device=low.device)
+    for end, beyond in zip(ends, (below[:, 0], below[:, -1]), strict=True):
+        reached = _interpolate(end.double().view(-1, 1) * grid, edges, below)
+        # The extreme itself belongs to the last bin.
+        reached[:, -1] = beyond
+        folded += reached.diff(dim=1).abs()
+    one_sided = torch.zeros_like(low, dtype=torch.bool) if qtype.symmetric else (ends[0] == 0) | (ends[1] == 0)
+    levels = torch.where(one_sided, codes, max(1, codes // 2))
+    part = kl_threshold(folded, levels, codes).float()
+    return ends[0] * part, ends[1] * part
+
+
+def kl_threshold(counts: Tensor, levels: Tensor, most_levels: int, stride: int = KL_STRIDE) -> Tensor:
+    """The fraction of a linear histogram's bins whose quantized form diverges least from the clipped histogram.
+
+    For each candidate ``i``: P is the first i bins with everything beyond added to the last; Q spreads the first i
+    bins' counts over ``levels`` groups, evenly over the bins of a group that are not empty. ``KL = Σ p log(p/q)``. The
+    first bin counts as much as the second: zeros cost nothing. Of equal candidates the largest wins.
+
+    Args:
+        counts: float64, (channels, n), not negative.
+        levels: int64, (channels,), at most n.
+        most_levels: the largest of ``levels``, or more; known without reading them.
+        stride: distance of candidates, which reach from n down to ``levels``.
+
+    Returns:
+        float64, (channels,), in (0, 1].
+    """
+    n = counts.shape[1]
+    counts = torch.cat((counts[:, 1:2], counts[:, 1:]), dim=1)
+    ends = torch.arange(n, 0, -stride, device=counts.device)
+    pad, xlogy = torch.nn.functional.pad, torch.special.xlogy
+    below, occupied = pad(counts.cumsum(1), (1, 0)), pad((counts > 0).cumsum(1), (1, 0))
+    inner = pad(xlogy(counts, counts).cumsum(1), (1, 0))[:, ends]
+    total, inside = below[:, -1:], below[:, ends]
+    outside, last = total - inside, counts[:, ends - 1]
+
+    groups = torch.arange(most_levels + 1, device=counts.device)
+    many = levels.view(-1, 1, 1)
+    # Group g starts at ceil(g i / levels): integers, so that no bin changes its group by a rounding error.
+    start_of = (groups * ends.view(-1, 1) + many - 1).div(many, rounding_mode="floor")
+    start_of = torch.minimum(start_of, ends.view(-1, 1)).flatten(1)
+    shape = (counts.shape[0], len(ends), len(groups))
+    mass = below.gather(1, start_of).view(shape).diff(dim=-1)
+    spread = mass / occupied.gather(1, start_of).view(shape).diff(dim=-1).clamp(min=1)
+    end_spread = spread.gather(2, many.expand(-1, len(ends), 1) - 1)[..., 0]
+    cross = xlogy(mass, spread).sum(-1) + xlogy(outside, torch.where(last > 0, end_spread, 0))
+    clipped = inner - xlogy(last, last) + xlogy(last + outside, last + outside)
+    divergence = (clipped - cross - xlogy(total, total) + xlogy(total, inside)) / total.clamp(min=1)
+    usable = torch.isfinite(divergence) & (ends >= levels.view(-1, 1))
+    best = torch.where(usable, divergence, torch.inf).argmin(1)
+    return ends[best].double() / n
