@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tritonq.functional.residual import residual_join
+from tritonq.nn.fusable import range_state, warn_if_unobserved
 from tritonq.qconfig import QConfig
+from tritonq.reference.quantizer_state import QuantizerState
 
 
 class _WithOutputQuantizer(nn.Module):
@@ -27,12 +30,23 @@ class Add(_WithOutputQuantizer):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Broadcasting sum of two tensors, fake-quantized."""
+        quantizer = range_state(self.activation_post_process)
+        if quantizer is not None and _can_join(a, b, quantizer):
+            y = residual_join(a, b, quantizer, self.relu)
+            warn_if_unobserved(self.activation_post_process)
+            return y
         total = a + b
         return cast(Tensor, self.activation_post_process(F.relu(total) if self.relu else total))
 
     def extra_repr(self) -> str:
         """Whether a ReLU is included."""
         return f"relu={self.relu}"
+
+
+def _can_join(a: Tensor, b: Tensor, quantizer: QuantizerState) -> bool:
+    """Whether one operator does it: two float tensors alike, one scale for all."""
+    alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.is_floating_point()
+    return alike and quantizer.qtype.axis is None
 
 
 class Cat(_WithOutputQuantizer):

@@ -20,24 +20,21 @@ from tritonq.reference.quantizer_state import QuantizerState, active_flag, is_re
 _Float: TypeAlias = "np.floating[Any]"
 
 
-def observe_and_quantize_(y: Tensor, state: QuantizerState, relu: bool) -> Tensor:
-    """``FQ(relu?(y))`` after observing it; overwrites ``y``.
+def observe(y: Tensor, state: QuantizerState, relu: bool) -> None:
+    """Update a quantizer's range and qparams with ``relu?(y)``.
 
     Args:
         y: float32 or float64.
         state: per tensor.
         relu: whether the quantizer sees ``relu(y)``.
     """
-    if state.observing is not None and (not is_readable(y) or bool(state.observing)):
-        low, high, nonfinite = min_max(y)
-        if relu:
-            # The smallest of relu(y); a batch without finite values keeps low > high.
-            low, high = (
-                torch.where(low <= high, low.clamp(min=0), low),
-                torch.where(low <= high, high.clamp(min=0), high),
-            )
-        observe_range(state, low, high, nonfinite)
-    return quantize_(y, state, relu)
+    if state.observing is None or (is_readable(y) and not bool(state.observing)):
+        return
+    low, high, nonfinite = min_max(y)
+    if relu:
+        # The extremes of relu(y); a batch without finite values keeps low > high.
+        low, high = torch.where(low <= high, torch.stack((low, high)).clamp(min=0), torch.stack((low, high)))
+    observe_range(state, low, high, nonfinite)
 
 
 def quantize_(y: Tensor, state: QuantizerState, relu: bool) -> Tensor:
@@ -52,7 +49,7 @@ def quantize_(y: Tensor, state: QuantizerState, relu: bool) -> Tensor:
             y, state.scale, state.zero_point, qtype.quant_min, qtype.quant_max, None, qtype.rounding
         )
         return torch.where(active, rounded, y)
-    scale, qtype = state.scale.to(y.dtype), state.qtype
+    scale, qtype = state.scale.to(y.dtype).view(()), state.qtype
     zero = 0 if state.zero_point is None else int(state.zero_point)
     lowest = qtype.quant_min - zero
     steps = y.mul_(scale.reciprocal()).round_() if qtype.rounding == "half_even" else round_half_away(y.div_(scale))
@@ -112,7 +109,7 @@ def _outermost(step: _Float, code: int, outwards: float, qtype: QuantizedType, k
 
 def _masked(dy: Tensor, y: Tensor, state: QuantizerState, relu: bool, active: Tensor) -> Tensor:
     """:func:`straight_through_` without reading a value: for traced graphs and for other devices."""
-    qtype, scale = state.qtype, state.scale.to(y.dtype)
+    qtype, scale = state.qtype, state.scale.to(y.dtype).view(())
     steps = y.mul(scale.reciprocal()).round() if qtype.rounding == "half_even" else round_half_away(y / scale)
     code = steps if state.zero_point is None else steps + state.zero_point
     passes = ((code >= qtype.quant_min) & (code <= qtype.quant_max)) | ~active

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonq.reference.activation import observe_and_quantize_, straight_through_
+from tritonq.reference.activation import observe, quantize_, straight_through_
 from tritonq.reference.quantizer_state import QuantizerState, snapshot
 
 
@@ -104,8 +104,8 @@ def forward(
     y = affine(wide, result.slope, result.shift, scratch)
     if quantizer is None:
         return TailResult((y.relu_() if relu else y).to(c.dtype), result, None)
-    y = observe_and_quantize_(y, quantizer, relu)
-    return TailResult(y.to(c.dtype), result, snapshot(quantizer))
+    observe(y, quantizer, relu)
+    return TailResult(quantize_(y, quantizer, relu).to(c.dtype), result, snapshot(quantizer))
 
 
 def finish(

@@ -1,0 +1,155 @@
+"""Addition, ReLU, observer and fake quantization as one operator, against its parts."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tritonq
+from tritonq.reference import residual
+
+SHAPES = [(3, 5, 7, 2), (1,), (2, 16), (3, 1, 5), (2, 3, 2, 3, 2), (0, 4), ()]
+
+
+class Parts(nn.Module):
+    """The same join with modules of its own for each step."""
+
+    def __init__(self, relu, quantizer):
+        super().__init__()
+        self.relu, self.quantizer = relu, quantizer
+
+    def forward(self, a, b):
+        total = a + b
+        return self.quantizer(F.relu(total) if self.relu else total)
+
+
+def pair(relu, preset="tensorrt"):
+    join = tritonq.nn.Add(relu, qconfig=tritonq.get_qconfig(preset))
+    return join, Parts(relu, copy.deepcopy(join.activation_post_process))
+
+
+def tensors(shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
+
+
+def assert_same_steps(join, parts, batches):
+    for a, b, dy in batches:
+        p, q = ([t.clone().requires_grad_() for t in (a, b)] for _ in range(2))
+        y, z = join(*p), parts(*q)
+        assert torch.equal(y.nan_to_num(7), z.nan_to_num(7))
+        assert torch.equal(y.isnan(), z.isnan())
+        y.backward(dy)
+        z.backward(dy)
+        for mine, other in zip(p, q, strict=True):
+            assert torch.equal(mine.grad, other.grad)
+        mine, other = join.activation_post_process, parts.quantizer
+        for (name, value), expected in zip(mine.state_dict().items(), other.state_dict().values(), strict=True):
+            assert torch.equal(value, expected), name
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("preset", ["tensorrt", "megengine_ema", "megengine_lowbit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_its_parts_bit_for_bit(relu, preset, dtype):
+    join, parts = pair(relu, preset)
+    assert_same_steps(join, parts, [tensors((3, 5, 7, 2), dtype, seed) for seed in range(3)])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+def test_shapes(shape, relu):
+    assert_same_steps(*pair(relu), [tensors((3, 5)), tensors(shape)])
+
+
+def test_affine_quantizer():
+    join = tritonq.nn.Add(qconfig=tritonq.get_default_qat_qconfig("fbgemm", version=0))
+    parts = Parts(False, copy.deepcopy(join.activation_post_process))
+    assert_same_steps(join, parts, [tensors((4, 9), seed=seed) for seed in range(3)])
+
+
+def test_ties_rails_and_nonfinite_values():
+    for relu in (False, True):
+        join, parts = pair(relu)
+        for quantizer in (join.activation_post_process, parts.quantizer):
+            quantizer(torch.tensor([-63.75, 63.75]))  # scale 0.5
+            quantizer.disable_observer()
+        inf, nan = torch.inf, torch.nan
+        a = torch.tensor(
+            [0.25, 0.75, -0.25, 63.5, 63.75, 63.76, -64.0, -64.25, -64.26, 0.0, inf, -inf, nan, 1e30, 1e-40]
+        )
+        assert_same_steps(join, parts, [(a, torch.zeros_like(a), torch.arange(1.0, 16.0))])
+
+
+@pytest.mark.parametrize("switch", ["disable_fake_quant", "disable_observer", "eval"])
+def test_switches(switch):
+    join, parts = pair(True)
+    assert_same_steps(join, parts, [tensors((4, 9))])
+    for quantizer in (join.activation_post_process, parts.quantizer):
+        getattr(quantizer, switch)()
+    assert_same_steps(join, parts, [tensors((4, 9), seed=1)])
+
+
+def test_layouts_and_strides():
+    a, b, dy = tensors((2, 4, 3, 5))
+    last = {"memory_format": torch.channels_last}
+    mixed = [
+        (a.contiguous(**last), b, dy),
+        (a, b.contiguous(**last), dy.contiguous(**last)),
+        (a.contiguous(**last), b.contiguous(**last), dy),
+        (a.mT, b.mT, dy.mT),
+        (a[:, ::2], b[:, ::2], dy[:, 1::2]),
+    ]
+    assert_same_steps(*pair(True), mixed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_rounds_once(dtype):
+    join, _ = pair(True)
+    a, b, dy = tensors((4, 33), dtype)
+    wide = copy.deepcopy(join)
+    expected = wide(a.float(), b.float()).to(dtype)
+    a.requires_grad_()
+    y = join(a, b)
+    assert torch.equal(y, expected)
+    y.backward(dy)
+    assert a.grad.dtype == dtype
+
+
+def test_infinite_gradients_are_blocked_not_poisoned():
+    join, _ = pair(True)
+    a = torch.tensor([-1.0, 2.0], requires_grad=True)
+    join(a, torch.zeros(2)).backward(torch.tensor([torch.inf, 1.0]))
+    assert torch.equal(a.grad, torch.tensor([0.0, 1.0]))
+
+
+def test_saves_one_bit_per_element():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        a, b, _ = tensors((8, 100))
+        pair(True)[0](a.requires_grad_(), b)
+    assert sum(t.untyped_storage().nbytes() for t in saved) == 100
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1001])
+def test_packed_bits_survive(count):
+    bits = torch.randint(0, 2, (count,)).float()
+    mask = residual.pack(bits)
+    assert mask.numel() == -(-count // 8)
+    assert torch.equal((residual.unpack(mask, count) != 0).float(), bits)
+
+
+def test_broadcasting_sums_take_the_long_way():
+    join, parts = pair(True)
+    a, b = torch.randn(4, 5, requires_grad=True), torch.randn(5, requires_grad=True)
+    y = join(a, b)
+    assert torch.equal(y, parts(a, b))
+    y.sum().backward()
+    assert b.grad.shape == (5,)
+
+
+def test_without_a_qconfig_it_only_adds():
+    a, b, _ = tensors((4, 5))
+    assert torch.equal(tritonq.nn.Add(relu=True)(a, b), F.relu(a + b))

@@ -1,0 +1,49 @@
+"""Residual joins as a differentiable function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.backend import implementation
+from tritonq.reference.quantizer_state import QuantizerState
+
+
+def residual_join(a: Tensor, b: Tensor, quantizer: QuantizerState | None, relu: bool) -> Tensor:
+    """``FQ(relu?(a + b))`` as one operator that saves one bit per element.
+
+    Both gradients are that of the result where neither ReLU nor the clip blocks it. The quantizer observes the sum.
+
+    Args:
+        a: any shape and strides; float32, float16, bfloat16 or float64.
+        b: of ``a``'s shape, dtype and device.
+        quantizer: per tensor; None leaves the result in float.
+        relu: whether there is a ReLU.
+
+    Returns:
+        Tensor of that shape and dtype. The sum and what follows are float32 (float64 for float64), rounded once.
+    """
+    result: Tensor = _ResidualJoin.apply(a, b, quantizer, relu)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _ResidualJoin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, quantizer: QuantizerState | None, relu: bool) -> Tensor:
+        ctx.ops = implementation("residual", a)
+        y, mask = ctx.ops.forward(a, b, quantizer, relu)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(mask)
+            ctx.strides = y.stride()
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        if dy.stride() != ctx.strides:
+            dy = torch.empty_strided(dy.shape, ctx.strides, dtype=dy.dtype, device=dy.device).copy_(dy)
+        g = ctx.ops.backward(dy, mask)
+        return (g if ctx.needs_input_grad[0] else None), (g if ctx.needs_input_grad[1] else None), None, None
