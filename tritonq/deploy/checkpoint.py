@@ -1,0 +1,228 @@
+"""Converted models in one file of tensors and plain data, loadable without training code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.deploy.description import (
+    ADDED,
+    Description,
+    attach_hooks,
+    build_module,
+    describe_modules,
+    difference,
+)
+from tritonq.deploy.modules import DeployedModule
+from tritonq.prepare.forward_graph import apply_forward
+from tritonq.prepare.snapshot import ModelSnapshot
+
+FORMAT = "tritonq.converted"
+VERSION = 1
+
+
+def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a converted model to one file that ``torch.load(path, weights_only=True)`` reads.
+
+    The file is a dict: ``format``, ``version``, ``modules`` (one description per module, plain data), ``state_dict``
+    (weights in int8) and ``sha256`` of the last two (torch's reader does not check its own checksums). It is written
+    under a temporary name, then renamed: ``path`` never holds half a model. Hooks of the user's are not in it.
+
+    Raises:
+        ValueError: ``model`` is not a converted model.
+        OSError: the file can't be written.
+    """
+    if not any(isinstance(module, DeployedModule) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is not a converted model: use convert first")
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    modules = describe_modules(model)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "modules": modules,
+        "state_dict": state,
+        "sha256": _digest(modules, state),
+    }
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_converted(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Turn a freshly built float model into the converted model that a file holds.
+
+    Args:
+        path: a file of :func:`save_converted`.
+        model: the float model, with any weights; no preparation and no example inputs. It is changed in place and keeps
+            its device.
+
+    Returns:
+        The converted model, which is ``model`` unless that is itself a single layer.
+
+    Raises:
+        ValueError: a file that is damaged, of another kind or of a newer version, or a model of another architecture
+            (the message names the first module that differs). ``model`` is then as it was.
+        OSError: the file can't be read.
+    """
+    content = _read(path)
+    snapshot = ModelSnapshot(model)
+    try:
+        return _rebuild(model, content["modules"], content["state_dict"])
+    except (KeyError, TypeError, AttributeError) as error:
+        snapshot.restore()
+        raise ValueError(f"{os.fspath(path)} is damaged: {type(error).__name__} {error}") from error
+    except ValueError as error:
+        snapshot.restore()
+        raise ValueError(f"{os.fspath(path)} does not fit {type(model).__name__}: {error}") from error
+    except BaseException:
+        snapshot.restore()
+        raise
+
+
+def _read(path: str | os.PathLike[str]) -> Description:
+    with Path(path).open("rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises half a dozen types for files that are not its own, OSError too
+            raise ValueError(f"{os.fspath(path)} is damaged, or not a file of save_converted") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{os.fspath(path)} is not a file of save_converted: it has no format {FORMAT!r}")
+    version = content.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise ValueError(f"{os.fspath(path)} has version {version}; this tritonq reads versions up to {VERSION}")
+    modules, state = content.get("modules"), content.get("state_dict")
+    if not isinstance(modules, list) or not isinstance(state, dict):
+        raise ValueError(f"{os.fspath(path)} is damaged: it lacks modules or state_dict")
+    if content.get("sha256") != _digest(modules, state):
+        raise ValueError(f"{os.fspath(path)} is damaged: its contents don't match their checksum")
+    return content
+
+
+def _digest(modules: list[Description], state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(modules, sort_keys=True).encode())
+    for name in sorted(state):
+        tensor = state[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _rebuild(model: nn.Module, entries: list[Description], state: Mapping[str, Tensor]) -> nn.Module:
+    _check_architecture(model, entries)
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    here = dict(model.named_modules(remove_duplicate=False))
+    root = model
+    placed: dict[str, nn.Module] = {}
+    for entry in entries:
+        name = entry["name"]
+        made = placed[entry["of"]] if entry["kind"] == "alias" else build_module(entry, state)
+        mine = _counterpart(here, name, entries)
+        if made is None or (type(made) is nn.Sequential and type(mine) is nn.Sequential):
+            made = cast(nn.Module, mine)
+        else:
+            made = made.to(device)
+        if not name:
+            root = made
+        else:
+            parent, _, child = name.rpartition(".")
+            placed[parent]._modules[child] = made
+        placed[name] = made
+    for entry in entries:
+        if entry["kind"] != "alias":
+            attach_hooks(placed[entry["name"]], entry)
+        if entry.get("forward") is not None:
+            apply_forward(placed[entry["name"]], entry["forward"])
+    root.eval()
+    _load_state(root, state)
+    return root
+
+
+def _check_architecture(model: nn.Module, entries: list[Description]) -> None:
+    """Raise unless every module of the file has its counterpart in the model, and the other way round."""
+    here = dict(model.named_modules(remove_duplicate=False))
+    replaced: list[str] = []
+    emptied: list[str] = []
+    for entry in entries:
+        name, kind = entry["name"], entry["kind"]
+        if kind == "alias" or _is_below(name, replaced):
+            continue
+        module = _counterpart(here, name, entries)
+        if module is None:
+            if kind not in ADDED:
+                raise ValueError(f"the module {name!r} ({entry.get('type', kind)}) is missing in the model")
+        else:
+            found = difference(entry, module)
+            if found is not None:
+                raise ValueError(f"the module {name!r} differs: {found}")
+        if kind == "sequential" and type(module) is not nn.Sequential:
+            emptied.append(name)
+        elif kind not in ("module", "sequential"):
+            replaced.append(name)
+    known = {entry["name"] for entry in entries}
+    for name, module in here.items():
+        if name not in known and not _is_below(name, [*replaced, *emptied]):
+            raise ValueError(f"the module {name!r} ({type(module).__name__}) of the model is not in the file")
+
+
+def _counterpart(here: Mapping[str, nn.Module], name: str, entries: list[Description]) -> nn.Module | None:
+    """The model's module for a name in the file.
+
+    Preparation turns a BatchNorm whose activation stayed into a Sequential of its descendants, whose names it joins
+    with underscores.
+    """
+    if name in here:
+        return here[name]
+    parent, _, child = name.rpartition(".")
+    if not any(entry["name"] == parent and entry["kind"] == "sequential" for entry in entries):
+        return None
+    below = {full.removeprefix(f"{parent}.").replace(".", "_"): found for full, found in here.items()}
+    return below.get(child)
+
+
+def _load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy what stayed in float; everything is compared before anything is written."""
+    expected = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    for name, tensor in expected.items():
+        if name not in state:
+            raise ValueError(f"the tensor {name!r} is missing in the file")
+        saved = state[name]
+        if tensor.shape != saved.shape:
+            shapes = f"{tuple(saved.shape)} in the file, {tuple(tensor.shape)} in the model"
+            raise ValueError(f"the tensor {name!r} has the shape {shapes}")
+    foreign = next((name for name in state if name not in expected), None)
+    if foreign is not None:
+        raise ValueError(f"the tensor {foreign!r} of the file is not in the model")
+    # The tensors of deployed modules are those of the file already.
+    deployed = {name for name, module in model.named_modules() if isinstance(module, DeployedModule)}
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            if name.rpartition(".")[0] not in deployed:
+                tensor.copy_(state[name])
+
+
+def _is_below(name: str, parents: list[str]) -> bool:
+    return any(not parent or name.startswith(parent + ".") for parent in parents)
+
+
+def _umask() -> int:
+    """The process's umask, which only setting it can tell."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,191 @@
+"""From a model trained with fake quantization to the model that is deployed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.deploy.modules import (
+    LAYER_TYPES,
+    TABLE_TYPES,
+    DeployedModule,
+    Grids,
+    QuantizedEmbedding,
+    QuantizedEmbeddingBag,
+    QuantizedLayer,
+    Quantizer,
+)
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.nn import Embedding, EmbeddingBag, QATLayer
+from tritonq.prepare.fuse import move_hooks
+from tritonq.qparams import QuantizedType
+from tritonq.reference.fake_quant import quantize
+
+# The child that `prepare_qat` gives to a layer whose input has no other quantizer; a pre-hook calls it.
+INPUT_QUANTIZER = "input_fake_quant"
+
+
+def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool = False) -> nn.Module:
+    """The deployed form of a quantization-aware model: integer weights, int32 biases, fixed quantizers.
+
+    Every quantization-aware layer, its BatchNorm included, becomes one layer of :mod:`tritonq.deploy.modules`; every
+    fake quantizer becomes a fixed one; everything else stays, in eval mode, and so do hooks. The result gives the same
+    codes as ``model`` in eval mode, bit for bit, and has no other mode: ``train()`` on it raises RuntimeError.
+
+    Args:
+        model: a trained model with quantization-aware layers, in any mode.
+        inplace: change ``model`` itself instead of a copy. A model that is itself one layer is replaced all the same:
+            use what is returned.
+        allow_unquantized: leave in float what a quantizer that has never observed, or that is switched off, leaves in
+            float in ``model``. By default that is an error: usually the model was not trained.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        ValueError: nothing to convert, a quantizer that rounds nothing, float64 parameters, a weight or a layer type
+            that can't be deployed; the message names the module. ``model`` is then as it was.
+    """
+    _check(model, allow_unquantized)
+    converted = model if inplace else copy.deepcopy(model)
+    with torch.no_grad():
+        replacements = _replacements(converted)
+    return swap_modules(converted, replacements).eval()
+
+
+def swap_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Put replacements, with the hooks of their originals, wherever these are children; return the root or its own."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child in replacements:
+                module._modules[name] = replacements[child]
+    for original, replacement in replacements.items():
+        move_hooks(original, original, replacement)
+    return replacements.get(model, model)
+
+
+def _check(model: nn.Module, allow_unquantized: bool) -> None:
+    kinds = (QATLayer, Embedding, EmbeddingBag, FakeQuantizeBase)
+    if any(isinstance(module, DeployedModule) for module in model.modules()):
+        raise ValueError("this model is converted already")
+    if not any(isinstance(module, kinds) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has no quantization-aware layer and no fake quantizer: use prepare_qat first"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantizeBase) and not module.is_active() and not allow_unquantized:
+            why = "has never observed anything" if bool(module.fake_quant_enabled) else "is switched off"
+            raise ValueError(
+                f"the quantizer {name!r} {why}, so the model that was trained does not round there; train or calibrate "
+                "it, or pass allow_unquantized=True to leave that tensor in float"
+            )
+        if isinstance(module, (QATLayer, Embedding, EmbeddingBag)) and module.weight.dtype == torch.float64:
+            raise ValueError(
+                f"{name!r} has float64 parameters; deployed arithmetic is float32: call model.float() first"
+            )
+
+
+def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    quantizers: dict[nn.Module, nn.Module] = {
+        module: _quantizer(module) for module in model.modules() if isinstance(module, FakeQuantizeBase)
+    }
+    replacements: dict[nn.Module, nn.Module] = dict(quantizers)
+    for name, module in model.named_modules():
+        try:
+            if isinstance(module, QATLayer):
+                output = module.activation_post_process
+                replacements[module] = _layer(module, quantizers.get(output, output))
+                own_input = module._modules.get(INPUT_QUANTIZER)
+                if own_input is not None:
+                    replacements[module].add_module(INPUT_QUANTIZER, quantizers.get(own_input, own_input))
+            elif isinstance(module, (Embedding, EmbeddingBag)):
+                replacements[module] = _table(module)
+        except ValueError as error:
+            raise ValueError(f"{name!r} can't be converted: {error}") from error
+    return replacements
+
+
+def _quantizer(source: FakeQuantizeBase) -> nn.Module:
+    return (
+        Quantizer(source.qtype, *map(torch.clone, source.calculate_qparams())) if source.is_active() else nn.Identity()
+    )
+
+
+def _layer(layer: QATLayer, output: nn.Module) -> QuantizedLayer:
+    target = next((made for source, made in LAYER_TYPES.items() if isinstance(layer, source)), None)
+    if target is None:
+        known = ", ".join(source.__name__ for source in LAYER_TYPES)
+        raise ValueError(f"{type(layer).__name__} is none of {known}")
+    weight, bias = layer.folded_parameters()
+    geometry = {name: getattr(layer, name) for name in target.geometry_names}
+    relu = bool(getattr(layer, "_relu", False))
+    integers = layer.integer_layer(weight, bias)
+    grid = _weight_grid(layer)
+    if integers is None:
+        tensors = _float_tensors(layer, weight, bias, grid)
+        return target(geometry, Grids(grid, None), tensors, relu, output)
+    source = cast(FakeQuantizeBase, layer.input_quantizer)
+    grid = cast(QuantizedType, grid)
+    rows = layer.to_rows(integers.weight) + _per_row(integers.weight_zero_point, integers.weight)
+    input_scale, input_zero_point = source.calculate_qparams()
+    integer_tensors = {
+        "weight": layer.from_rows(rows).to(grid.storage_dtype),
+        "weight_scale": integers.weight_scale.clone(),
+        "weight_zero_point": integers.weight_zero_point.clone(),
+        "bias": integers.bias,
+        "multiplier": integers.multiplier,
+        "input_scale": input_scale.reshape(1).clone(),
+        "input_zero_point": input_zero_point.reshape(1).clone(),
+    }
+    return target(geometry, Grids(grid, source.qtype), integer_tensors, relu, output)
+
+
+def _weight_grid(layer: QATLayer) -> QuantizedType | None:
+    """The weight's grid; None where the weight stays in float."""
+    quantizer = layer.weight_fake_quant
+    if isinstance(quantizer, nn.Identity):
+        return None
+    if not isinstance(quantizer, FakeQuantizeBase):
+        raise ValueError(f"a weight quantizer of type {type(quantizer).__name__} has no grid")
+    return quantizer.qtype if quantizer.is_active() else None
+
+
+def _float_tensors(
+    layer: QATLayer, weight: Tensor, bias: Tensor | None, grid: QuantizedType | None
+) -> dict[str, Tensor | None]:
+    """The tensors of a layer that computes in float: codes to dequantize, or the weight itself, and a float bias."""
+    bias = None if bias is None else bias.clone()
+    if grid is None:
+        return {"weight": weight.clone(), "bias": bias}
+    codes, scale, zero = _codes(layer.to_rows(weight), cast(FakeQuantizeBase, layer.weight_fake_quant))
+    return {"weight": layer.from_rows(codes), "weight_scale": scale, "weight_zero_point": zero, "bias": bias}
+
+
+def _table(table: Embedding | EmbeddingBag) -> nn.Module:
+    target: Any = TABLE_TYPES[nn.Embedding if isinstance(table, nn.Embedding) else nn.EmbeddingBag]
+    geometry = {name: getattr(table, name) for name in target.geometry_names}
+    quantizer = table.weight_fake_quant
+    if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_active():
+        kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
+        return kind(**geometry, _weight=table.weight.detach().clone())
+    codes, scale, zero = _codes(table.weight, quantizer)
+    tensors = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero}
+    made: QuantizedEmbedding | QuantizedEmbeddingBag = target(geometry, quantizer.qtype, tensors)
+    return made
+
+
+def _codes(rows: Tensor, quantizer: FakeQuantizeBase) -> tuple[Tensor, Tensor, Tensor]:
+    """Integer codes of ``rows`` (out, ...), and their scale and zero point per row."""
+    qtype = quantizer.qtype
+    if qtype.axis not in (None, 0):
+        raise ValueError(f"its weight quantizer keeps one scale per index of axis {qtype.axis}, not per row")
+    scale, zero = (values.reshape(-1).expand(len(rows)).clone() for values in quantizer.calculate_qparams())
+    codes = quantize(rows.float(), scale, zero, qtype.quant_min, qtype.quant_max, 0, qtype.rounding)
+    return codes.to(qtype.storage_dtype), scale, zero
+
+
+def _per_row(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,194 @@
+"""The modules of a converted model as plain data, and back: what a saved file holds beside its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from tritonq.deploy.modules import (
+    LAYER_TYPES,
+    TABLE_TENSOR_NAMES,
+    TABLE_TYPES,
+    TENSOR_NAMES,
+    DeployedModule,
+    Grids,
+    QuantizedLayer,
+    QuantizedTable,
+    Quantizer,
+)
+from tritonq.nn import Add, Cat, FloatFunctional
+from tritonq.nn.intrinsic import FusedModule
+from tritonq.prepare.eager import quantize_output_hook
+from tritonq.prepare.forward_graph import forward_data, original_class
+from tritonq.prepare.inputs import (
+    InputFakeQuants,
+    InputPlace,
+    quantize_first_argument_hook,
+    quantize_inputs_hook,
+)
+from tritonq.qparams import QuantizedType
+
+Description = dict[str, Any]
+T = TypeVar("T")
+
+# Modules that conversion, or preparation before it, may put where the float model has none, or another.
+ADDED = ("quantizer", "inputs", "add", "cat", "identity", "sequential")
+
+
+def describe_modules(model: nn.Module) -> list[Description]:
+    """One description per module name, parents first; a module under a second name refers to its first."""
+    first_names: dict[nn.Module, str] = {}
+    found = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        first = first_names.setdefault(module, name)
+        if first == name:
+            found.append({"name": name, **_describe(module), "hooks": _hooks(module)})
+        else:
+            found.append({"name": name, "kind": "alias", "of": first})
+    return found
+
+
+def _describe(module: nn.Module) -> Description:
+    if isinstance(module, QuantizedLayer):
+        return {
+            "kind": "layer",
+            "type": module.float_type.__name__,
+            "geometry": module.geometry,
+            "relu": module.relu,
+            "weight": _grid_to_data(module.grids.weight),
+            "input": _grid_to_data(module.grids.input),
+            "tensors": [name for name in TENSOR_NAMES if getattr(module, name) is not None],
+        }
+    if isinstance(module, QuantizedTable):
+        grid = _grid_to_data(module.qtype)
+        return {"kind": "table", "type": module.float_type.__name__, "geometry": module.geometry, "weight": grid}
+    if isinstance(module, Quantizer):
+        return {"kind": "quantizer", "grid": _grid_to_data(module.qtype)}
+    if type(module) is Add:
+        return {"kind": "add", "relu": module.relu}
+    if type(module) is Cat:
+        return {"kind": "cat", "dim": module.dim}
+    if type(module) is FloatFunctional:
+        return {"kind": "functional"}
+    if type(module) is nn.Identity:
+        return {"kind": "identity"}
+    if isinstance(module, InputFakeQuants):
+        return {"kind": "inputs", "places": [dataclasses.asdict(place) for place in module.places]}
+    if type(module) is nn.Sequential:
+        return {"kind": "sequential"}
+    return {"kind": "module", "type": original_class(module).__name__, "forward": forward_data(module)}
+
+
+def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module | None:
+    """The module that ``entry`` describes, without the children that entries of their own describe.
+
+    Returns None for kind ``"module"``: such a module has to come from the user's float model. A Sequential is made for
+    the case that the float model has something else there: a BatchNorm whose activation stayed.
+
+    Raises:
+        ValueError: an unknown kind or type, or a tensor that is missing or has the wrong shape.
+        KeyError, TypeError: a description that lacks something.
+    """
+    kind, name = entry["kind"], entry["name"]
+    if kind == "layer":
+        cls = _by_name(LAYER_TYPES, entry["type"])
+        grids = Grids(_grid_from_data(entry["weight"]), _grid_from_data(entry["input"]))
+        held: dict[str, Tensor | None] = {key: _tensor(tensors, _join(name, key)) for key in entry["tensors"]}
+        return cls(entry["geometry"], grids, held, entry["relu"])
+    if kind == "table":
+        made: Callable[..., DeployedModule] = _by_name(TABLE_TYPES, entry["type"])
+        return made(
+            entry["geometry"],
+            _grid_from_data(entry["weight"]),
+            {key: _tensor(tensors, _join(name, key)) for key in TABLE_TENSOR_NAMES},
+        )
+    if kind == "quantizer":
+        grid = _grid_from_data(entry["grid"])
+        if grid is None:
+            raise ValueError(f"the quantizer {name!r} has no grid")
+        return Quantizer(grid, _tensor(tensors, _join(name, "scale")), _tensor(tensors, _join(name, "zero_point")))
+    if kind == "add":
+        return Add(entry["relu"])
+    if kind == "cat":
+        return Cat(entry["dim"])
+    if kind == "inputs":
+        places = [InputPlace(**{**place, "path": tuple(place["path"])}) for place in entry["places"]]
+        return InputFakeQuants(places, [nn.Identity() for _ in places])
+    plain: dict[str, Callable[[], nn.Module]] = {
+        "functional": FloatFunctional,
+        "identity": nn.Identity,
+        "sequential": nn.Sequential,
+    }
+    if kind in plain:
+        return plain[kind]()
+    if kind == "module":
+        return None
+    raise ValueError(f"unknown kind of module {kind!r}")
+
+
+def difference(entry: Description, module: nn.Module) -> str | None:
+    """How a module of the float model differs from the one that ``entry`` was made from, or None where it fits."""
+    kind, here = entry["kind"], original_class(module).__name__
+    if kind in ("layer", "table"):
+        module = module[0] if isinstance(module, FusedModule) else module
+        cls: Any = _by_name({**LAYER_TYPES, **TABLE_TYPES}, entry["type"])
+        if not isinstance(module, cls.float_type):
+            return f"{entry['type']} in the file, {here} in the model"
+        for key, saved in entry["geometry"].items():
+            if getattr(module, key) != saved:
+                return f"{entry['type']} with {key}={saved} in the file, {key}={getattr(module, key)} in the model"
+    elif kind == "module" and entry["type"] != here:
+        return f"{entry['type']} in the file, {here} in the model"
+    return None
+
+
+def attach_hooks(module: nn.Module, entry: Description) -> None:
+    """Register the hooks through which a module calls the quantizers that preparation gave it."""
+    for hook in entry["hooks"]:
+        if hook == "quantize_output":
+            module.register_forward_hook(quantize_output_hook, prepend=True)
+        elif hook == "quantize_inputs":
+            module.register_forward_pre_hook(quantize_inputs_hook, with_kwargs=True)
+        elif hook == "quantize_first_argument":
+            module.register_forward_pre_hook(quantize_first_argument_hook)
+        else:
+            raise ValueError(f"unknown hook {hook!r}")
+
+
+def _hooks(module: nn.Module) -> list[str]:
+    """The hooks of preparation; those of users are code, which a file does not hold."""
+    registered = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    known = {
+        "quantize_inputs": quantize_inputs_hook,
+        "quantize_first_argument": quantize_first_argument_hook,
+        "quantize_output": quantize_output_hook,
+    }
+    return [name for name, hook in known.items() if hook in registered]
+
+
+def _grid_to_data(grid: QuantizedType | None) -> Description | None:
+    return None if grid is None else dataclasses.asdict(grid)
+
+
+def _grid_from_data(data: Description | None) -> QuantizedType | None:
+    return None if data is None else QuantizedType(**data)
+
+
+def _by_name(types: Mapping[type[nn.Module], T], name: str) -> T:
+    for float_type, made in types.items():
+        if float_type.__name__ == name:
+            return made
+    raise ValueError(f"unknown layer type {name!r}")
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _tensor(tensors: Mapping[str, Tensor], key: str) -> Tensor:
+    if key not in tensors:
+        raise ValueError(f"the tensor {key!r} is missing")
+    return tensors[key]

@@ -1,0 +1,398 @@
+"""What a converted model is made of: integer weights, fixed quantizers, no training state.
+
+Activations travel between modules as float tensors that hold exactly ``(code - zero_point) * scale``, so that any model
+structure survives conversion. Each layer computes with the functions that quantization-aware layers use in eval mode,
+and so yields the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.functional.fake_quant import fake_quantize
+from tritonq.functional.integer import IntegerAffine, OutputGrid, integer_affine, sum_bound
+from tritonq.observers.base import FixedDtypeBuffers
+from tritonq.qparams import QuantizedType
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# What a saved file holds per layer and per table.
+TENSOR_NAMES = (
+    *("weight", "weight_scale", "weight_zero_point", "bias", "multiplier", "input_scale", "input_zero_point"),
+)
+TABLE_TENSOR_NAMES = ("weight", "weight_scale", "weight_zero_point")
+
+
+class DeployedModule(FixedDtypeBuffers):
+    """A module of a converted model. It has one mode, eval, and refuses to be trained.
+
+    Ignoring ``train()`` instead would switch on the dropout and BatchNorm layers that stayed in float, in silence.
+    """
+
+    def train(self, mode: bool = True) -> Self:
+        """Accept ``train(False)`` alone.
+
+        Raises:
+            RuntimeError: ``mode`` is true.
+        """
+        if mode:
+            raise RuntimeError("a converted model only runs in eval mode; train the model that it was converted from")
+        return super().train(False)
+
+    def keep(self, **tensors: Tensor | None) -> None:
+        """Hold tensors as buffers, detached and in the memory format they have."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, None if tensor is None else tensor.detach())
+
+    def read_tensors(self) -> None:
+        """Derive from the buffers what forward would otherwise ask the device for, again after each load."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.read_tensors()
+
+
+class Quantizer(DeployedModule):
+    """Rounds values to one fixed grid: what is left of a fake quantizer.
+
+    Attributes:
+        scale: float32, (1,) or (channels,).
+        zero_point: int32, as ``scale``.
+        qtype: the grid.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, qtype: QuantizedType, scale: Tensor, zero_point: Tensor) -> None:
+        super().__init__()
+        self.qtype = qtype
+        self.keep(scale=scale.reshape(-1), zero_point=zero_point.reshape(-1))
+        self.read_tensors()
+        self.eval()
+
+    def read_tensors(self) -> None:
+        """See base class."""
+        self._has_zero_point = bool(self.zero_point.any())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; shape and dtype of ``x``."""
+        q = self.qtype
+        zero_point = self.zero_point if self._has_zero_point else None
+        return fake_quantize(x, self.scale, zero_point, q.quant_min, q.quant_max, q.axis, q.rounding)
+
+    def extra_repr(self) -> str:
+        """Code range, scale and zero point."""
+        if self.scale.numel() == 1:
+            grid = f"scale={self.scale.item():.6g}, zero_point={int(self.zero_point)}"
+        else:
+            grid = f"{self.scale.numel()} scales along axis {self.qtype.axis}"
+        return f"codes {self.qtype.quant_min}..{self.qtype.quant_max}, {grid}"
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Which integers a layer works with.
+
+    Attributes:
+        weight: grid of the weight, per out channel; None: the weight stayed in float.
+        input: grid of the input; None: unknown, so that the layer computes in float with a dequantized weight.
+    """
+
+    weight: QuantizedType | None
+    input: QuantizedType | None
+
+
+class QuantizedLayer(DeployedModule):
+    """A convolution or linear layer with integer weights, as its subclasses with torch's names.
+
+    ``y = relu?((Σ (x_code - x_zero)(w_code - w_zero) + bias_code) * multiplier)``, exact up to the multiplication, then
+    the output quantizer. Where the input's grid is unknown: ``relu?(op(x, (w_code - w_zero) * w_scale) + bias)``.
+
+    Raises:
+        ValueError: tensors whose shapes don't fit the geometry.
+
+    Attributes:
+        weight: codes in the smallest integer dtype that holds them, shaped as the float weight (float32 values where
+            ``grids.weight`` is None).
+        weight_scale: float32 (out,), or None with a float weight.
+        weight_zero_point: int32 (out,), or None.
+        bias: int32 codes in units of ``multiplier``; float where the input's grid is unknown; or None.
+        multiplier: float32 (out,), input scale times weight scale, or None.
+        input_scale: float32 (1,), or None.
+        input_zero_point: int32 (1,), or None.
+        grids: see :class:`Grids`.
+        relu: whether a ReLU follows.
+        activation_post_process: the output's :class:`Quantizer`, or an Identity.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor | None
+    weight_zero_point: Tensor | None
+    bias: Tensor | None
+    multiplier: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    activation_post_process: nn.Module
+
+    # The float layer that gives geometry and arithmetic, and the names of its constructor's arguments.
+    float_type: ClassVar[type[nn.Module]]
+    geometry_names: ClassVar[tuple[str, ...]]
+    _output_axis: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        geometry: dict[str, Any],
+        grids: Grids,
+        tensors: dict[str, Tensor | None],
+        relu: bool = False,
+        output: nn.Module | None = None,
+    ) -> None:
+        # The float constructor sets strides, paddings and the like, which users' code may read; no memory is taken.
+        self.float_type.__init__(self, **geometry, bias=False, device="meta")
+        _check_shape("weight", tensors.get("weight"), tuple(self.weight.shape))
+        out = (self.to_rows(self.weight).shape[0],)
+        for name in ("weight_scale", "weight_zero_point", "bias", "multiplier"):
+            _check_shape(name, tensors.get(name), out)
+        del self._parameters["weight"], self._parameters["bias"]
+        self.grids = grids
+        self.relu = relu
+        self.keep(**{name: tensors.get(name) for name in TENSOR_NAMES})
+        self.activation_post_process = nn.Identity() if output is None else output
+        self.read_tensors()
+        self.eval()
+
+    def read_tensors(self) -> None:
+        """See base class."""
+        self._has_zero_point = self.weight_zero_point is not None and bool(self.weight_zero_point.any())
+        self._sum_bound = 0.0
+        if self.input_zero_point is not None and self.grids.input is not None:
+            rows = self.to_rows(self.centred_weight())
+            self._sum_bound = sum_bound(rows, self.input_zero_point, self.grids.input)
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Arguments of the float layer's constructor."""
+        return {name: getattr(self, name) for name in self.geometry_names}
+
+    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The float convolution or product."""
+        raise NotImplementedError
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """``weight`` with its out channels on axis 0."""
+        return weight
+
+    def along_out_channels(self, values: Tensor) -> Tensor:
+        """Values per out channel, shaped to broadcast against the weight."""
+        return values.view(-1, *[1] * (self.weight.dim() - 1))
+
+    def centred_weight(self) -> Tensor:
+        """Weight codes minus zero points, in the smallest dtype that holds them."""
+        if self.weight_zero_point is None or not self._has_zero_point:
+            return self.weight
+        return self.weight.to(torch.int32) - self.along_out_channels(self.weight_zero_point)
+
+    def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight's values, rounded to ``dtype`` once."""
+        if self.weight_scale is None:
+            return self.weight.to(dtype)
+        return (self.centred_weight().float() * self.along_out_channels(self.weight_scale)).to(dtype)
+
+    def integer_layer(self) -> IntegerAffine | None:
+        """This layer in integers, or None where it computes in float."""
+        if self.multiplier is None:
+            return None
+        return IntegerAffine(
+            weight=self.centred_weight(),
+            bias=self.bias,
+            multiplier=self.multiplier,
+            input_scale=cast(Tensor, self.input_scale),
+            sum_bound=self._sum_bound,
+            weight_scale=cast(Tensor, self.weight_scale),
+            weight_zero_point=cast(Tensor, self.weight_zero_point),
+        )
+
+    def affine(self, x: Tensor) -> Tensor:
+        """The convolution or product with its bias, before ReLU and output quantizer."""
+        layer = self.integer_layer()
+        if layer is None:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return self.linear_op(x, self.dequantized_weight(x.dtype), bias)
+        quantizer = self.activation_post_process
+        output = OutputGrid(quantizer.scale, quantizer.qtype.rounding) if isinstance(quantizer, Quantizer) else None
+        return integer_affine(x, layer, self.linear_op, self._output_axis, output).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes as the float layer's."""
+        y = self.affine(x)
+        return cast(Tensor, self.activation_post_process(F.relu(y) if self.relu else y))
+
+    def extra_repr(self) -> str:
+        """Geometry, and what the weight and the arithmetic are."""
+        with_input = "integers" if self.multiplier is not None else "float, input grid unknown"
+        relu = ", relu" if self.relu else ""
+        return f"{super().extra_repr()}{relu}, weight={self.weight.dtype}, arithmetic={with_input}"
+
+
+_CONV_GEOMETRY = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+)
+
+
+class _QuantizedConv(QuantizedLayer):
+    geometry_names = _CONV_GEOMETRY
+
+    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The float convolution, in any padding mode."""
+        return cast(Tensor, cast(Any, self)._conv_forward(x, weight, bias))
+
+
+class QuantizedConv1d(_QuantizedConv, nn.Conv1d):  # type: ignore[misc]
+    """Conv1d in integers; see :class:`QuantizedLayer`."""
+
+    float_type = nn.Conv1d
+
+
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):  # type: ignore[misc]
+    """Conv2d in integers; see :class:`QuantizedLayer`."""
+
+    float_type = nn.Conv2d
+
+
+class QuantizedConv3d(_QuantizedConv, nn.Conv3d):  # type: ignore[misc]
+    """Conv3d in integers; see :class:`QuantizedLayer`."""
+
+    float_type = nn.Conv3d
+
+
+class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):  # type: ignore[misc]
+    """ConvTranspose2d in integers, weight (in, out/groups, kh, kw); see :class:`QuantizedLayer`."""
+
+    float_type = nn.ConvTranspose2d
+    geometry_names = (*_CONV_GEOMETRY, "output_padding")
+
+    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The float transposed convolution."""
+        padding = cast(tuple[int, int], self.padding)
+        return F.conv_transpose2d(
+            x, weight, bias, self.stride, padding, self.output_padding, self.groups, self.dilation
+        )
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """(in, out/groups, kh, kw) to (out, in/groups, kh, kw)."""
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
+        return grouped.transpose(1, 2).flatten(0, 1)
+
+    def along_out_channels(self, values: Tensor) -> Tensor:
+        """See base class: out channel ``g * out/groups + j`` meets the weight in rows of group g, column j."""
+        columns = values.view(self.groups, 1, -1).expand(-1, self.in_channels // self.groups, -1)
+        return columns.reshape(self.in_channels, -1, 1, 1)
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
+    """Linear in integers; see :class:`QuantizedLayer`."""
+
+    float_type = nn.Linear
+    geometry_names = ("in_features", "out_features")
+    _output_axis = -1
+
+    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The float product."""
+        return F.linear(x, weight, bias)
+
+
+class QuantizedTable(DeployedModule):
+    """A table of integer rows, each with its scale and zero point.
+
+    Attributes:
+        weight: codes (rows, embedding_dim).
+        weight_scale: float32 (rows,).
+        weight_zero_point: int32 (rows,).
+        qtype: the grid.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+
+    float_type: ClassVar[type[nn.Module]]
+    geometry_names: ClassVar[tuple[str, ...]] = (
+        *("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    )
+
+    def __init__(self, geometry: dict[str, Any], qtype: QuantizedType, tensors: dict[str, Tensor]) -> None:
+        self.float_type.__init__(self, **geometry, device="meta")
+        _check_shape("weight", tensors["weight"], tuple(self.weight.shape))
+        for name in ("weight_scale", "weight_zero_point"):
+            _check_shape(name, tensors[name], (len(self.weight),))
+        del self._parameters["weight"]
+        self.qtype = qtype
+        self.keep(**{name: tensors[name] for name in TABLE_TENSOR_NAMES})
+        self.eval()
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Arguments of the float layer's constructor."""
+        return {name: getattr(self, name) for name in self.geometry_names}
+
+    def dequantized_weight(self) -> Tensor:
+        """The whole table as float32 values."""
+        return (self.weight - self.weight_zero_point[:, None]).float() * self.weight_scale[:, None]
+
+
+class QuantizedEmbedding(QuantizedTable, nn.Embedding):
+    """``nn.Embedding`` over a table of integers; only the rows that are looked up become float."""
+
+    float_type = nn.Embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Integer indices (...) to float32 (..., embedding_dim)."""
+        if self.max_norm is not None:
+            return F.embedding(input, self.dequantized_weight(), self.padding_idx, self.max_norm, self.norm_type)
+        codes, zero = F.embedding(input, self.weight), self.weight_zero_point[input].unsqueeze(-1)
+        return (codes - zero).float() * self.weight_scale[input].unsqueeze(-1)
+
+
+class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
+    """``nn.EmbeddingBag`` over a table of integers."""
+
+    float_type = nn.EmbeddingBag
+    geometry_names = (*QuantizedTable.geometry_names, "mode", "include_last_offset")
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Integer indices and bag offsets to float32 (bags, embedding_dim)."""
+        return F.embedding_bag(
+            input,
+            self.dequantized_weight(),
+            offsets,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.mode,
+            self.sparse,
+            per_sample_weights,
+            self.include_last_offset,
+            self.padding_idx,
+        )
+
+
+def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must have the shape {expected}, got {tuple(tensor.shape)}")
+
+
+# By the float layer that a quantization-aware layer is derived from.
+LAYER_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
+    cls.float_type: cls
+    for cls in (QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedConvTranspose2d, QuantizedLinear)
+}
+TABLE_TYPES: dict[type[nn.Module], type[QuantizedTable]] = {
+    cls.float_type: cls for cls in (QuantizedEmbedding, QuantizedEmbeddingBag)
+}

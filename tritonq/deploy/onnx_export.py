@@ -1,0 +1,193 @@
+"""ONNX files with QuantizeLinear and DequantizeLinear where ONNX Runtime and TensorRT fuse them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.deploy.convert import convert
+from tritonq.deploy.modules import DeployedModule
+from tritonq.prepare.structure import tensors_in
+
+Target = Literal["onnxruntime", "tensorrt"]
+
+# Under this key the file says where its codes are, for `verify`.
+CODES_KEY = "tritonq.codes"
+OLDEST_OPSET = 18
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    target: Target = "onnxruntime",
+    opset: int = OLDEST_OPSET,
+    dynamic_batch: bool = True,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> None:
+    """Write a quantization-aware or converted model as an ONNX file.
+
+    - ``"onnxruntime"``: integer weights and int32 biases as initialisers with DequantizeLinear; activations as uint8,
+      which is what ONNX Runtime turns into integer convolutions on x86 and Arm, signed trained codes shifted by their
+      minimum. On x86 without VNNI its int8 kernels saturate 16-bit sums: train with 7-bit activations there
+      (``get_default_qat_qconfig("x86")``).
+    - ``"tensorrt"``: float weights through QuantizeLinear and DequantizeLinear, float biases, all zero points 0.
+
+    MegEngine's rounding of ties away from zero becomes ONNX's to even; ties are rare behind a convolution.
+
+    Args:
+        model: what :func:`tritonq.convert` takes, or returns; float32.
+        path: file to write (under a temporary name, then renamed).
+        example_inputs: a tensor, a tuple of arguments, or a dict of named ones. Their sizes, but for the batch, are
+            those of the file.
+        target: ``"onnxruntime"`` or ``"tensorrt"``.
+        opset: at least 18.
+        dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
+        input_names: names of the inputs; by default those of the forward's arguments.
+        output_names: names of the outputs.
+
+    Raises:
+        ValueError: an unknown target, an old opset, something the target can't represent (the message names the
+            quantizer), a model that torch can't export, or what :func:`tritonq.convert` raises.
+        ImportError: onnx or onnxscript is not installed (the extra ``tritonq[onnx]``).
+    """
+    if target not in get_args(Target):
+        raise ValueError(f"unknown target {target!r}; known: {', '.join(get_args(Target))}")
+    if opset < OLDEST_OPSET:
+        raise ValueError(f"opset must be at least {OLDEST_OPSET}, got {opset}")
+    require_onnx("onnx", "onnxscript")
+    # Registers operators with torch, which importing tritonq should not do.
+    from tritonq.deploy.onnx_graph import onnx_form
+
+    deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
+    traced = onnx_form(deployed, target)
+    args, kwargs = _arguments(example_inputs)
+    batch = _batch_size(args, kwargs) if dynamic_batch else None
+    if batch == 1:
+        # torch.export takes an example of size 1 for a constant.
+        args, kwargs = _map((args, kwargs), lambda x: torch.cat([x, x]) if x.dim() and len(x) == 1 else x)
+        batch = 2
+    shapes = None if batch is None else _dynamic_shapes(args, kwargs, batch)
+    program = _export(traced, args, kwargs, shapes, opset, input_names, output_names)
+    _name_codes(program.model)
+    _write(program.model_proto, Path(path))
+
+
+def require_onnx(*packages: str) -> None:
+    """Raise ImportError, naming the extra, unless the packages can be imported."""
+    import importlib.util
+
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)} is not installed; install the extra: pip install 'tritonq[onnx]'")
+
+
+def _export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    shapes: Any,
+    opset: int,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+) -> Any:
+    from tritonq.deploy.onnx_ops import translations
+
+    with torch.no_grad(), warnings.catch_warnings():
+        # Deprecations inside torch's exporter are not the caller's.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            return torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                opset_version=opset,
+                custom_translation_table=translations(),
+                input_names=input_names,
+                output_names=output_names,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            cause = error.__cause__ or error
+            hint = "" if shapes is None else "; dynamic_batch=False may help"
+            raise ValueError(f"{type(model).__name__} can't be exported{hint}: {cause}") from error
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    first = next((tensor for _, tensor in tensors_in((args, kwargs)) if tensor.dim()), None)
+    if first is None:
+        raise ValueError("example_inputs hold no tensor with a batch axis")
+    return int(first.shape[0])
+
+
+def _dynamic_shapes(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Any:
+    dim = torch.export.Dim("batch")
+
+    def shape_of(x: Tensor) -> Any:
+        return {0: dim} if x.dim() and x.shape[0] == batch else None
+
+    shapes = _map((args, kwargs), shape_of, other=lambda _: None)
+    return shapes[1] if kwargs and not args else shapes[0]
+
+
+def _map(item: Any, change: Any, other: Any = lambda x: x) -> Any:
+    if isinstance(item, Tensor):
+        return change(item)
+    if isinstance(item, (tuple, list)):
+        return type(item)(_map(child, change, other) for child in item)
+    if isinstance(item, dict):
+        return {key: _map(child, change, other) for key, child in item.items()}
+    return other(item)
+
+
+def _name_codes(model: Any) -> None:
+    """Name the codes after their quantizers and list them in the file's metadata, in order of execution."""
+    from tritonq.deploy.onnx_ops import QUANTIZER_KEY
+
+    found: list[dict[str, Any]] = []
+    for node in model.graph:
+        quantizer = node.outputs[0].metadata_props.pop(QUANTIZER_KEY, None)
+        if quantizer is None:
+            continue
+        codes = node.outputs[0]
+        earlier = sum(entry["quantizer"] == quantizer for entry in found)
+        codes.name = f"{quantizer}.codes" + (f".{earlier}" if earlier else "")
+        reader = codes.uses()[0].node
+        zero_point = reader.inputs[2].const_value.numpy()
+        axis = reader.attributes["axis"].as_int() if zero_point.ndim else None
+        found.append({"quantizer": quantizer, "tensor": codes.name, "zero_point": zero_point.tolist(), "axis": axis})
+    model.metadata_props[CODES_KEY] = json.dumps(found)
+
+
+def _write(proto: Any, target: Path) -> None:
+    import onnx
+
+    onnx.checker.check_model(proto, full_check=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(proto.SerializeToString())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,244 @@
+"""A converted model rewritten for tracing: quantizers and integer weights as operators that translate to ONNX.
+
+ONNX Runtime: activations are uint8 whatever the trained type, shifted so that the smallest code is 0. It fuses
+``DequantizeLinear → Conv → QuantizeLinear`` into an integer convolution on x86 for uint8 with a Clip behind it, but for
+int8 only without one (1.31, tried). Saturation at 0 then is the lower bound of the range, and the ReLU where one comes
+before the quantizer: ``quantize(relu(y)) = max(z, quantize(y))``. An upper bound below 255 becomes a Clip on codes.
+QuantizeLinear divides and rounds half to even. A quantizer that no integer operation runs together with, such as the
+model input's, rounds exactly as trained instead: the quotient is computed before a QuantizeLinear of scale 1.
+
+TensorRT: int8 with zero point 0; float weights between QuantizeLinear and DequantizeLinear; float bias. A ReLU stays,
+and a range narrower than int8 becomes a clamp before QuantizeLinear: TensorRT fuses both into the convolution.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.deploy.convert import swap_modules
+from tritonq.deploy.modules import (
+    QuantizedConvTranspose2d,
+    QuantizedEmbedding,
+    QuantizedEmbeddingBag,
+    QuantizedLayer,
+    QuantizedTable,
+    Quantizer,
+)
+from tritonq.deploy.onnx_export import Target
+from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
+from tritonq.nn import Add, Cat, FloatFunctional
+
+_REMEDY = 'train with get_qconfig("tensorrt"), or export with target="onnxruntime"'
+
+
+def onnx_form(converted: nn.Module, target: Target) -> nn.Module:
+    """A copy of ``converted`` that traces to Q/DQ operators for ``target``.
+
+    Raises:
+        ValueError: a quantizer or weight that the target can't represent; the message names it.
+    """
+    model = copy.deepcopy(converted)
+    quantizers = {module: name for name, module in model.named_modules() if isinstance(module, Quantizer)}
+    traced: dict[nn.Module, nn.Module]
+    if target == "onnxruntime":
+        _absorb_relus(model, quantizers)
+        fused = _behind_integers(model)
+        traced = {
+            module: _uint8_quantizer(module, name, exact=module not in fused) for module, name in quantizers.items()
+        }
+    else:
+        traced = {module: _int8_quantizer(module, name) for module, name in quantizers.items()}
+    model = swap_modules(model, traced)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            _rewrite_layer(module, name, target)
+        elif isinstance(module, QuantizedTable):
+            _rewrite_table(module, target)
+    return model
+
+
+def _absorb_relus(model: nn.Module, names: dict[Quantizer, str]) -> None:
+    """Replace ReLUs before a quantizer by the lower bound of its codes."""
+    for module in model.modules():
+        if isinstance(module, (QuantizedLayer, Add)) and module.relu:
+            output = module.activation_post_process
+            if isinstance(output, Quantizer) and output.qtype.axis is None:
+                module.relu = False
+                exact = not _runs_in_integers(module)
+                module.activation_post_process = _uint8_quantizer(output, names[output], relu=True, exact=exact)
+
+
+def _behind_integers(model: nn.Module) -> set[nn.Module]:
+    """Quantizers of operations that ONNX Runtime runs in integers together with the quantizer."""
+    return {
+        module.activation_post_process
+        for module in model.modules()
+        if isinstance(module, (QuantizedLayer, Add, Cat, FloatFunctional)) and _runs_in_integers(module)
+    }
+
+
+def _runs_in_integers(module: nn.Module) -> bool:
+    if isinstance(module, QuantizedLayer):
+        return module.multiplier is not None and _weight_axis(module) is not None
+    return True
+
+
+class TracedQuantizer(nn.Module):
+    """A quantizer as one operator; ``codes`` runs from ``quant_min`` to ``quant_max`` in the zero point's dtype."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    inverse: Tensor
+
+    def __init__(
+        self, source: Quantizer, name: str, zero_point: Tensor, quant_min: int, quant_max: int, exact: bool = False
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.exact = exact and source.qtype.axis is None
+        self.rounding = source.qtype.rounding
+        self.quant_min, self.quant_max = quant_min, quant_max
+        self.axis = 0 if source.qtype.axis is None else source.qtype.axis
+        # ONNX tells per tensor from per channel by the number of dimensions.
+        shape = () if source.qtype.axis is None else (-1,)
+        self.register_buffer("scale", source.scale.reshape(shape))
+        self.register_buffer("zero_point", zero_point.reshape(shape))
+        self.register_buffer("inverse", self.scale.reciprocal())
+        self.clamp: tuple[float, float] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize ``x``."""
+        if self.clamp is not None:
+            x = x.clamp(*self.clamp)
+        if self.exact:
+            x = x * self.inverse if self.rounding == "half_even" else _round_half_away(x / self.scale)
+        bounds = self.quant_min, self.quant_max
+        y: Tensor = quantize_dequantize(x, self.scale, self.zero_point, *bounds, self.axis, self.exact, self.name)
+        return y
+
+
+def _round_half_away(x: Tensor) -> Tensor:
+    """As :func:`tritonq.qparams.round_half_away`, of operators that ONNX has."""
+    size = x.abs()
+    whole = size.floor()
+    return (whole + (size - whole >= 0.5).float()) * x.sign()
+
+
+def _uint8_quantizer(source: Quantizer, name: str, *, relu: bool = False, exact: bool = False) -> TracedQuantizer:
+    grid = source.qtype
+    lowest = max(grid.quant_min, int(source.zero_point)) if relu else grid.quant_min
+    largest = grid.quant_max - lowest
+    if largest > 255:
+        raise ValueError(
+            f"the quantizer {name!r} has the codes {grid.quant_min}..{grid.quant_max}; ONNX Runtime's integer kernels "
+            "take at most 8 bits"
+        )
+    return TracedQuantizer(source, name, (source.zero_point - lowest).to(torch.uint8), 0, largest, exact)
+
+
+def _int8_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
+    low, high = source.qtype.quant_min, source.qtype.quant_max
+    if bool(source.zero_point.any()):
+        raise ValueError(
+            f"TensorRT takes zero points of 0 alone; the quantizer {name!r} has {_short(source.zero_point)}: {_REMEDY}"
+        )
+    if low < -128 or high > 127:
+        raise ValueError(f"TensorRT takes int8 codes; the quantizer {name!r} has the codes {low}..{high}: {_REMEDY}")
+    traced = TracedQuantizer(source, name, source.zero_point.to(torch.int8), -128, 127)
+    if (low, high) != (-128, 127):
+        if source.qtype.axis is not None:
+            raise ValueError(f"the quantizer {name!r} has a range narrower than int8 per channel")
+        scale = float(source.scale)
+        traced.clamp = (low * scale, high * scale)
+    return traced
+
+
+def _rewrite_layer(layer: QuantizedLayer, name: str, target: Target) -> None:
+    if layer.weight_scale is not None and layer.weight_zero_point is not None:
+        zero = layer.weight_zero_point
+        if target == "tensorrt":
+            _check_weight_for_tensorrt(layer, name)
+        layer.weight_zero_point = zero.to(layer.weight.dtype)
+    if target == "tensorrt" and layer.multiplier is not None and layer.bias is not None:
+        layer.bias = (layer.bias.double() * layer.multiplier.double()).float()
+        layer.multiplier = None
+    axis = _weight_axis(layer)
+    if target == "tensorrt" and axis is not None and layer.weight_scale is not None:
+        # Values on the grid: TensorRT's QuantizeLinear gives the trained codes back.
+        layer.weight = layer.dequantized_weight(torch.float32)
+    layer.forward = partial(_layer_forward, layer, axis)  # type: ignore[method-assign]
+
+
+def _check_weight_for_tensorrt(layer: QuantizedLayer, name: str) -> None:
+    if bool(cast(Tensor, layer.weight_zero_point).any()):
+        raise ValueError(
+            f"TensorRT takes zero points of 0 alone; the weight of {name!r} has "
+            f"{_short(cast(Tensor, layer.weight_zero_point))}: {_REMEDY}"
+        )
+    if layer.weight.dtype != torch.int8:
+        raise ValueError(f"TensorRT takes int8 weights; the codes of {name!r} are {layer.weight.dtype}: {_REMEDY}")
+
+
+def _weight_axis(layer: QuantizedLayer) -> int | None:
+    """The axis that the weight's scales run along, as ONNX's Q/DQ can say it; None: the weight is dequantized by hand.
+
+    That is for scales of grouped transposed convolutions, which run along two axes, zero points that differ from
+    channel to channel, which ONNX Runtime's integer convolution refuses, and for codes of more than 8 bits.
+    """
+    zero = layer.weight_zero_point
+    if zero is None or layer.weight.dtype not in (torch.int8, torch.uint8) or bool((zero != zero[0]).any()):
+        return None
+    if isinstance(layer, QuantizedConvTranspose2d):
+        return 1 if layer.groups == 1 else None
+    return 0
+
+
+def _layer_forward(layer: QuantizedLayer, axis: int | None, x: Tensor) -> Tensor:
+    weight, bias = layer.weight, layer.bias
+    scale, zero = layer.weight_scale, layer.weight_zero_point
+    if scale is not None and zero is not None:
+        if axis is None:
+            centred = weight.float() - layer.along_out_channels(zero.float())
+            weight = centred * layer.along_out_channels(scale)
+        elif weight.is_floating_point():
+            weight = quantize_dequantize(weight, scale, zero, -128, 127, axis, False, "")
+        else:
+            weight = dequantize(weight, scale, zero, axis)
+    if bias is not None and layer.multiplier is not None:
+        bias = dequantize(bias, layer.multiplier, None, 0)
+    y = layer.linear_op(x, weight, bias)
+    return cast(Tensor, layer.activation_post_process(F.relu(y) if layer.relu else y))
+
+
+def _rewrite_table(table: QuantizedTable, target: Target) -> None:
+    if target == "tensorrt" or table.weight.dtype not in (torch.int8, torch.uint8):
+        table.weight = table.dequantized_weight()
+    else:
+        table.weight_zero_point = table.weight_zero_point.to(table.weight.dtype)
+    if isinstance(table, QuantizedEmbedding):
+        table.forward = partial(_embedding_forward, table)  # type: ignore[method-assign]
+    elif isinstance(table, QuantizedEmbeddingBag):
+        table.dequantized_weight = partial(_table_values, table)  # type: ignore[method-assign]
+
+
+def _table_values(table: QuantizedTable) -> Tensor:
+    if table.weight.is_floating_point():
+        return table.weight
+    values: Tensor = dequantize(table.weight, table.weight_scale, table.weight_zero_point, 0)
+    return values
+
+
+def _embedding_forward(table: QuantizedEmbedding, input: Tensor) -> Tensor:
+    return F.embedding(input, _table_values(table), table.padding_idx)
+
+
+def _short(values: Tensor) -> str:
+    found = sorted(set(values.tolist()))
+    return str(found[0]) if len(found) == 1 else f"{found[0]}..{found[-1]}"

@@ -1,0 +1,122 @@
+"""Operators that stand for QuantizeLinear and DequantizeLinear while torch.export traces, and their translation.
+
+torch's own exporter translates ``fake_quantize_*`` for three code ranges, and leaves weights in float. Importing this
+file registers ``tritonq::quantize_dequantize`` and ``tritonq::dequantize`` with torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Under this key a graph value says which quantizer's codes it holds.
+QUANTIZER_KEY = "tritonq.quantizer"
+
+
+@torch.library.custom_op("tritonq::quantize_dequantize", mutates_args=())
+def quantize_dequantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int,
+    divided: bool,
+    quantizer: str,
+) -> Tensor:
+    """``(clamp(round(x / s) + z, quant_min, quant_max) - z) * s``, rounding half to even as ONNX does.
+
+    Args:
+        x: float32.
+        scale: float32, 0-d or (x.shape[axis],).
+        zero_point: int8 or uint8, as ``scale``; its dtype is that of the codes.
+        quant_min: smallest code, in the dtype's range.
+        quant_max: largest code.
+        axis: what ``scale`` runs along, if it is not 0-d.
+        divided: ``x`` holds x / s already, so that the caller decides how that is rounded.
+        quantizer: name to mark the codes with; empty: none.
+    """
+    scale, zero = _along(scale, x, axis), _along(zero_point.float(), x, axis)
+    steps = x if divided else x / scale
+    return (steps.round() + zero).clamp(quant_min, quant_max).sub(zero) * scale
+
+
+@quantize_dequantize.register_fake
+def _(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int,
+    divided: bool,
+    quantizer: str,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("tritonq::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
+    """``(codes - z) * s`` in float32; ``codes`` int8, uint8 or int32, ``scale`` (codes.shape[axis],)."""
+    centred = codes.float() if zero_point is None else codes.float() - _along(zero_point.float(), codes, axis)
+    return centred * _along(scale, codes, axis)
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The ``custom_translation_table`` of ``torch.onnx.export`` for both operators."""
+    from onnxscript import opset18 as op
+
+    def bound(value: int, limit: int, dtype: Any) -> Any:
+        return None if value == limit else op.Constant(value=_scalar(value, dtype))
+
+    def translate_quantize_dequantize(
+        x: Any,
+        scale: Any,
+        zero_point: Any,
+        quant_min: int,
+        quant_max: int,
+        axis: int,
+        divided: bool,
+        quantizer: str,
+    ) -> Any:
+        dtype = zero_point.dtype.numpy()
+        low, high = (-128, 127) if dtype.kind == "i" else (0, 255)
+        step = op.Constant(value_float=1.0) if divided else scale
+        codes = op.QuantizeLinear(x, step, zero_point, axis=axis)
+        if (quant_min, quant_max) != (low, high):
+            # On codes, not before QuantizeLinear: ONNX Runtime still sees a convolution that feeds a quantizer.
+            codes = op.Clip(codes, bound(quant_min, low, dtype), bound(quant_max, high, dtype))
+        if quantizer:
+            codes.metadata_props[QUANTIZER_KEY] = quantizer
+        return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
+
+    def translate_dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+        return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
+
+    table: Any = torch.ops.tritonq
+    return {
+        table.quantize_dequantize.default: translate_quantize_dequantize,
+        table.dequantize.default: translate_dequantize,
+    }
+
+
+def _scalar(value: int, dtype: Any) -> Any:
+    from onnx import numpy_helper
+
+    return numpy_helper.from_array(dtype.type(value).reshape(()))
+
+
+def _along(values: Tensor, x: Tensor, axis: int) -> Tensor:
+    if values.dim() == 0:
+        return values
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return values.view(shape)

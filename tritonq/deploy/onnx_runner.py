@@ -1,0 +1,85 @@
+"""Running an exported file in ONNX Runtime, with its codes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tritonq.deploy.onnx_export import CODES_KEY, require_onnx
+from tritonq.prepare.structure import tensors_in
+
+Codes = dict[str, list[Tensor]]
+Runner = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Codes, list[Tensor]]]
+
+
+def onnx_runner(
+    path: str | os.PathLike[str],
+) -> Runner:
+    """A function that runs the file and returns its codes and outputs.
+
+    The outputs come from the file as it is, the codes from a second session, over a copy in memory that returns them.
+
+    Raises:
+        ValueError: not an ONNX file, or not one of :func:`tritonq.export_onnx`.
+        ImportError: onnx or onnxruntime is not installed.
+    """
+    require_onnx("onnx", "onnxruntime")
+    import onnx
+
+    try:
+        model = onnx.load(os.fspath(path))
+    except OSError:
+        raise
+    except Exception as error:  # protobuf's own exception types
+        raise ValueError(f"{os.fspath(path)} is not an ONNX file") from error
+    listed = next((entry.value for entry in model.metadata_props if entry.key == CODES_KEY), None)
+    if listed is None:
+        raise ValueError(f"{os.fspath(path)} was not written by export_onnx: it does not say where its codes are")
+    entries = json.loads(listed)
+    plain = _session(model.SerializeToString())
+    output_names = [output.name for output in plain.get_outputs()]
+    for entry in entries:
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(entry["tensor"]))
+    with_codes = _session(model.SerializeToString())
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Codes, list[Tensor]]:
+        feeds = _feeds(plain, args, kwargs)
+        codes: Codes = {}
+        raw = with_codes.run([entry["tensor"] for entry in entries], feeds)
+        for entry, values in zip(entries, raw, strict=True):
+            codes.setdefault(entry["quantizer"], []).append(_centred(values, entry["zero_point"], entry["axis"]))
+        return codes, [torch.from_numpy(np.array(output)) for output in plain.run(output_names, feeds)]
+
+    return run
+
+
+def _session(model: bytes) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _feeds(session: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
+    names = [entry.name for entry in session.get_inputs()]
+    if len(names) != len(tensors):
+        raise ValueError(f"the ONNX file takes {len(names)} inputs ({', '.join(names)}), got {len(tensors)}")
+    return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
+
+
+def _centred(codes: Any, zero_point: Any, axis: int | None) -> Tensor:
+    zero = np.asarray(zero_point, dtype=np.int32)
+    if axis is not None:
+        shape = [1] * codes.ndim
+        shape[axis] = -1
+        zero = zero.reshape(shape)
+    return torch.from_numpy(codes.astype(np.int32) - zero).float()
