@@ -2,19 +2,32 @@
 
 from tritonq import nn
 from tritonq.backend import use_backend
+from tritonq.deploy import convert, export_onnx, load_converted, save_converted, verify
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.functional import (
     fake_quantize_per_channel_affine,
     fake_quantize_per_tensor_affine,
     fold_conv_bn,
     fuse_conv_bn,
+    histogram,
 )
 from tritonq.observers import (
+    HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
     PassiveObserver,
     PerChannelMinMaxObserver,
+)
+from tritonq.prepare import (
+    disable_fake_quant,
+    disable_observer,
+    enable_fake_quant,
+    enable_observer,
+    freeze_bn_stats,
+    fuse_modules_qat,
+    prepare_qat,
+    update_bn_stats,
 )
 from tritonq.qconfig import (
     QConfig,
@@ -27,6 +40,7 @@ from tritonq.qparams import QuantizedType, range_to_qparams
 
 __all__ = [
     "FakeQuantize",
+    "HistogramObserver",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
@@ -34,15 +48,29 @@ __all__ = [
     "PerChannelMinMaxObserver",
     "QConfig",
     "QuantizedType",
+    "convert",
     "default_embedding_qat_qconfig",
     "default_qat_qconfig",
+    "disable_fake_quant",
+    "disable_observer",
+    "enable_fake_quant",
+    "enable_observer",
+    "export_onnx",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
     "fold_conv_bn",
+    "freeze_bn_stats",
     "fuse_conv_bn",
+    "fuse_modules_qat",
     "get_default_qat_qconfig",
     "get_qconfig",
+    "histogram",
+    "load_converted",
     "nn",
+    "prepare_qat",
     "range_to_qparams",
+    "save_converted",
+    "update_bn_stats",
     "use_backend",
+    "verify",
 ]

@@ -3,6 +3,9 @@
 ``y = (Σ (x_code - x_zero)(w_code - w_zero) + bias_code) * (input_scale * weight_scale)``. The sum is exact in integers,
 whatever the order of its terms, so that a quantized model in training's eval mode and its deployed form agree bit for
 bit. The integers are held in floating point: in float32 while no partial sum can reach 2^24, else in float64.
+
+Where the output's grid is known, the accumulator goes onto it in one step, ``round(sum * (multiplier / output_scale))``,
+as integer runtimes requantize: two roundings of a float32 product would move codes at ties.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritonq.qparams import QuantizedType
+from tritonq.qparams import QuantizedType, Rounding, round_half_away
 
 # Convolution or product of an input and a weight, without bias; the out channel is axis `channel_axis` of the result.
 LinearOp = Callable[[Tensor, Tensor], Tensor]
@@ -68,7 +71,22 @@ def centred_codes(x: Tensor, scale: Tensor) -> Tensor:
     return (x.float() / scale).round_()
 
 
-def integer_affine(x: Tensor, layer: IntegerAffine, op: LinearOp, channel_axis: int) -> Tensor:
+@dataclass(frozen=True)
+class OutputGrid:
+    """The per-tensor grid that a layer's output goes onto.
+
+    Attributes:
+        scale: float32, one element.
+        rounding: how its quantizer rounds.
+    """
+
+    scale: Tensor
+    rounding: Rounding
+
+
+def integer_affine(
+    x: Tensor, layer: IntegerAffine, op: LinearOp, channel_axis: int, output: OutputGrid | None = None
+) -> Tensor:
     """Run ``layer`` exactly on an input that lies on its input grid.
 
     Args:
@@ -76,9 +94,11 @@ def integer_affine(x: Tensor, layer: IntegerAffine, op: LinearOp, channel_axis: 
         layer: the integers.
         op: the convolution or product, taking codes and weight codes.
         channel_axis: axis of the result that ``bias`` and ``multiplier`` run along.
+        output: the grid of the quantizer behind the layer (a ReLU between them keeps to the grid), or None.
 
     Returns:
-        float32 tensor ``accumulator * multiplier``, the accumulator rounded to float32 once.
+        float32 tensor ``accumulator * multiplier``, the accumulator rounded to float32 once; with ``output`` on its
+        grid, before clipping: the quantizer finds its codes there and clips them.
 
     Source: DESIGN sections 3 and 4.
     """
@@ -93,7 +113,11 @@ def integer_affine(x: Tensor, layer: IntegerAffine, op: LinearOp, channel_axis: 
     if layer.bias is not None:
         # float32 sums of a float32 accumulator and a bias code would round once too often above 2^24.
         total = (total.double() + layer.bias.view(shape)).float()
-    return total.float() * layer.multiplier.view(shape)
+    total = total.float()
+    if output is None:
+        return total.mul_(layer.multiplier.view(shape))
+    steps = total.mul_((layer.multiplier / output.scale).view(shape))
+    return (steps.round_() if output.rounding == "half_even" else round_half_away(steps)).mul_(output.scale)
 
 
 def _is_direct(device: torch.device) -> bool:

@@ -1,0 +1,62 @@
+"""What the documentation shows runs, and says what it computes."""
+
+import ast
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import tritonq
+
+ROOT = Path(__file__).parent.parent
+MODULES = [
+    ".".join(("tritonq", *path.relative_to(ROOT / "tritonq").with_suffix("").parts)).removesuffix(".__init__")
+    for path in sorted((ROOT / "tritonq").rglob("*.py"))
+    if ">>>" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted
+    assert not results.failed
+
+
+def python_blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_readme_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks((ROOT / "README.md").read_text())
+    exec(compile(block, "README.md", "exec"), {})  # a reader would paste it into a file
+    assert "no code differs" in capsys.readouterr().out
+    assert (tmp_path / "model.onnx").exists()
+    assert (tmp_path / "model.int8.pt").exists()
+
+
+def test_readme_names_exist():
+    """Every `tritonq.name` and every file that the README mentions."""
+    text = (ROOT / "README.md").read_text()
+    for name in re.findall(r"`?tritonq\.([a-z_]+)\(", text):
+        assert hasattr(tritonq, name), name
+    for path in re.findall(r"`([\w/]+\.(?:py|md|txt)|[\w]+/)`", text):
+        assert (ROOT / path).exists() or (ROOT / "tritonq" / path).exists(), path
+
+
+def test_public_names_have_docstrings_and_are_sorted():
+    assert sorted(tritonq.__all__, key=lambda name: (not name[0].isupper(), name)) == tritonq.__all__
+    for name in tritonq.__all__:
+        assert getattr(tritonq, name) is not None
+        if callable(getattr(tritonq, name)):
+            assert getattr(tritonq, name).__doc__, name
+
+
+def test_no_environment_variable_is_read():
+    for path in [*(ROOT / "tritonq").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.attr if isinstance(node, ast.Attribute) else None
+            assert name not in ("environ", "getenv"), f"{path.relative_to(ROOT)}: {name}"

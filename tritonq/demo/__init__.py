@@ -1,0 +1,1 @@
+"""The main job as a program: `python -m tritonq demo`."""

@@ -1,0 +1,50 @@
+"""A small residual CNN as a user would write it: no stubs, no fusion lists, nothing about quantization."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """Depthwise 3×3, pointwise 1×1, added to the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.pointwise = nn.Conv2d(channels, channels, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) to the same."""
+        y = F.relu(self.bn1(self.depthwise(x)))
+        y = self.bn2(self.pointwise(y))
+        return F.relu(x + y)
+
+
+class SmallResNet(nn.Module):
+    """Two stages of Conv-BN-ReLU and a residual block, global average pooling, a linear head."""
+
+    def __init__(self, in_channels: int, classes: int, width: int = 64) -> None:
+        super().__init__()
+        self.stem = self._conv(in_channels, width, stride=1)
+        self.block1 = ResidualBlock(width)
+        self.down = self._conv(width, 2 * width, stride=2)
+        self.block2 = ResidualBlock(2 * width)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(2 * width, classes)
+
+    @staticmethod
+    def _conv(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, in_channels, h, w) to logits (n, classes)."""
+        x = self.block1(self.stem(x))
+        x = self.block2(self.down(x))
+        return self.head(self.pool(x).flatten(1))  # type: ignore[no-any-return]

@@ -1,0 +1,185 @@
+"""The main job: train in float, fine-tune with QAT, deploy, and show that the deployed model is the trained one."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.demo.data import Images, load_digits, load_folder
+from tritonq.demo.model import SmallResNet
+from tritonq.demo.picture import draw
+from tritonq.demo.training import History, accuracy, logits, train
+from tritonq.deploy import VerificationReport, convert, export_onnx, save_converted, verify
+from tritonq.nn import QATLayer
+from tritonq.prepare import disable_observer, freeze_bn_stats, prepare_qat
+from tritonq.qconfig import DEFAULT_PRESET, PRESETS, get_qconfig
+
+_FLOAT_LEARNING_RATE = 0.05
+_QAT_LEARNING_RATE = 0.005
+# The last QAT epochs train on the ranges and statistics that will be deployed.
+_FROZEN_EPOCHS = 2
+# What ONNX Runtime may round differently: its requantization multiplies by one factor where tritonq multiplies by two.
+_ONNX_MAX_FRACTION = 0.001
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a run writes, in one folder."""
+
+    float_model: Path
+    converted: Path
+    onnx: Path
+    picture: Path
+
+    @classmethod
+    def inside(cls, folder: Path) -> Files:
+        """Their names in ``folder``, which is created."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder / "model.float.pt", folder / "model.int8.pt", folder / "model.onnx", folder / "demo.png")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``python -m tritonq demo``."""
+    parser.add_argument("--data", type=Path, metavar="DIR", help="images in DIR/<class>/* instead of the digits")
+    parser.add_argument("--image-size", type=int, default=32, metavar="N", help="side that --data images are scaled to")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="where files are written"
+    )
+    parser.add_argument("--qconfig", default=DEFAULT_PRESET, metavar="NAME", help=f"preset: {', '.join(PRESETS)}")
+    parser.add_argument("--epochs", type=int, default=20, metavar="N", help="epochs of float training")
+    parser.add_argument("--qat-epochs", type=int, default=8, metavar="N", help="epochs of QAT fine-tuning")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One form of the model and how it did on the test set.
+
+    Attributes:
+        name: which form.
+        accuracy: fraction of test images classified correctly.
+        file: where it was written, if it was.
+        seconds_per_epoch: of its training, if it was trained.
+        report: its codes and predictions against those of the QAT model, if it was deployed from it.
+    """
+
+    name: str
+    accuracy: float
+    file: Path | None = None
+    seconds_per_epoch: float | None = None
+    report: VerificationReport | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the demo did: float, QAT, converted and ONNX Runtime models, and the files."""
+
+    stages: tuple[Stage, ...]
+    files: Files
+
+    @property
+    def agrees(self) -> bool:
+        """No code of the converted model differs; next to none of ONNX Runtime's, and by one at most."""
+        converted, onnx = (stage.report for stage in self.stages if stage.report is not None)
+        return converted.agrees() and onnx.agrees(_ONNX_MAX_FRACTION, max_step=1)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the demo and print its table; 0 when the deployed models agree with the trained one, else 1."""
+    result = run(arguments)
+    print(f"\n{table(result.stages)}\n\nwritten: {', '.join(str(path) for path in vars(result.files).values())}")
+    return 0 if result.agrees else 1
+
+
+def run(arguments: argparse.Namespace) -> Result:
+    """Train, fine-tune, deploy, verify, draw."""
+    qconfig = get_qconfig(arguments.qconfig)
+    data = load_digits() if arguments.data is None else load_folder(arguments.data, arguments.image_size)
+    print(
+        f"{data.name}: {len(data.train_labels)} images to train with, {len(data.test_labels)} held out, "
+        f"{len(data.classes)} classes",
+        flush=True,
+    )
+    files = Files.inside(arguments.output)
+    example = data.train_images[:2]
+
+    torch.manual_seed(0)
+    model = SmallResNet(data.train_images.shape[1], len(data.classes))
+    float_run = train(model, data, epochs=arguments.epochs, learning_rate=_FLOAT_LEARNING_RATE, label="float")
+    torch.save(model.state_dict(), files.float_model)
+
+    qat = prepare_qat(model, qconfig=qconfig, example_inputs=example)
+    qat_run = fine_tune(qat, data, arguments.qat_epochs)
+    converted = convert(qat)
+    save_converted(converted, files.converted)
+    export_onnx(converted, files.onnx, example)
+    draw(files.picture, float_run, qat_run, *_layer_to_draw(qat))
+
+    def score(outputs: Tensor) -> float:
+        return accuracy(outputs, data.test_labels)
+
+    images = data.test_images
+    stages = (
+        Stage("float", score(logits(model, images)), files.float_model, float_run.seconds_per_epoch),
+        Stage("QAT (eval)", score(logits(qat, images)), None, qat_run.seconds_per_epoch),
+        Stage("converted", score(logits(converted, images)), files.converted, report=verify(qat, converted, images)),
+        Stage(
+            "ONNX Runtime", score(onnx_logits(files.onnx, images)), files.onnx, report=verify(qat, files.onnx, images)
+        ),
+    )
+    return Result(stages, files)
+
+
+def fine_tune(qat: nn.Module, data: Images, epochs: int) -> History:
+    """Train with fake quantization; ranges and BatchNorm statistics are frozen for the last epochs."""
+
+    def freeze(epoch: int) -> None:
+        if epoch == max(epochs - _FROZEN_EPOCHS, 1):
+            disable_observer(qat)
+            freeze_bn_stats(qat)
+
+    return train(qat, data, epochs=epochs, learning_rate=_QAT_LEARNING_RATE, label="QAT", before_epoch=freeze)
+
+
+def onnx_logits(path: Path, images: Tensor) -> Tensor:
+    """What ONNX Runtime computes from the file."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (outputs,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    return torch.from_numpy(outputs)
+
+
+def table(stages: Sequence[Stage]) -> str:
+    """One line per stage; what differs is counted against the QAT model in eval mode."""
+    header = ("model", "accuracy", "predictions that differ", "codes that differ", "file", "s/epoch")
+    rows = [header, *map(_cells, stages)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+
+
+def _cells(stage: Stage) -> tuple[str, ...]:
+    predictions = codes = "-"
+    if stage.report is not None:
+        total, outputs = stage.report.total, stage.report.outputs
+        predictions = f"{outputs.differing_predictions} of {outputs.predictions}"
+        codes = f"{total.differing:,} of {total.codes:,}" + (f", by {total.largest}" if total.differing else "")
+    return (
+        stage.name,
+        f"{stage.accuracy:.2%}",
+        predictions,
+        codes,
+        "-" if stage.file is None else f"{stage.file.stat().st_size / 1000:.1f} kB",
+        "-" if stage.seconds_per_epoch is None else f"{stage.seconds_per_epoch:.2f}",
+    )
+
+
+def _layer_to_draw(qat: nn.Module) -> tuple[str, QATLayer]:
+    """The quantized layer with the most weights."""
+    layers = [(name, module) for name, module in qat.named_modules() if isinstance(module, QATLayer)]
+    return max(layers, key=lambda item: item[1].weight.numel())

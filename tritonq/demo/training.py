@@ -1,0 +1,79 @@
+"""An ordinary training loop: nothing in it knows about quantization."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tritonq.demo.data import Images
+
+
+@dataclass(frozen=True)
+class History:
+    """What a training run left behind: mean loss and seconds of each epoch."""
+
+    losses: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """Median over the epochs."""
+        return statistics.median(self.seconds)
+
+
+def train(
+    model: nn.Module,
+    data: Images,
+    *,
+    epochs: int,
+    learning_rate: float,
+    label: str,
+    batch_size: int = 32,
+    before_epoch: Callable[[int], None] | None = None,
+) -> History:
+    """SGD with momentum and a cosine schedule, each epoch over the training set in a new order.
+
+    ``before_epoch`` is called with the epoch's index, to freeze what is to be frozen.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    batches = -(-len(data.train_labels) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    generator = torch.Generator().manual_seed(0)
+    losses, seconds = [], []
+    progress = tqdm(range(epochs), desc=label, unit="epoch")
+    for epoch in progress:
+        if before_epoch is not None:
+            before_epoch(epoch)
+        model.train()
+        start = time.perf_counter()
+        total = 0.0
+        for batch in torch.split(torch.randperm(len(data.train_labels), generator=generator), batch_size):
+            loss = F.cross_entropy(model(data.train_images[batch]), data.train_labels[batch])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            total += loss.item() * len(batch)
+        seconds.append(time.perf_counter() - start)
+        losses.append(total / len(data.train_labels))
+        progress.set_postfix(loss=f"{losses[-1]:.4f}")
+    return History(tuple(losses), tuple(seconds))
+
+
+@torch.no_grad()
+def logits(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """The model's outputs in eval mode."""
+    model.eval()
+    return torch.cat([model(batch) for batch in torch.split(images, batch_size)])
+
+
+def accuracy(outputs: Tensor, labels: Tensor) -> float:
+    """Fraction of rows whose largest entry is the label."""
+    return float((outputs.argmax(1) == labels).float().mean())
