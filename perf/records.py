@@ -15,7 +15,7 @@ Record = dict[str, Any]
 SCHEMA = 1
 
 # Without these a line can't be shown or plotted.
-_REQUIRED = ("schema", "case", "family", "implementation", "status", "environment", "time")
+_REQUIRED = ("schema", "run", "case", "family", "implementation", "status", "environment", "time")
 
 
 def utc_now() -> str:
@@ -43,8 +43,9 @@ def create(folder: Path, label: str) -> IO[str]:
 
 
 def write(file: IO[str], record: Record) -> None:
-    """Append one record and flush, so that an interrupted run keeps what it measured."""
-    file.write(json.dumps({"schema": SCHEMA, **record}, allow_nan=False) + "\n")
+    """Append one record, marked with its run, and flush, so that an interrupted run keeps what it measured."""
+    marked = {"schema": SCHEMA, "run": Path(file.name).stem, **record}
+    file.write(json.dumps(marked, allow_nan=False) + "\n")
     file.flush()
 
 
@@ -66,12 +67,14 @@ def read_folder(folder: Path) -> list[Record]:
     return list(_usable(sorted(folder.rglob("*.jsonl"), key=lambda path: path.name)))
 
 
-def latest(records: Iterable[Record]) -> list[Record]:
-    """The last record of each case, implementation and device."""
-    newest: dict[tuple[str, str, str], Record] = {}
-    for record in sorted(records, key=lambda record: record["time"]):
-        newest[record["case"], record["implementation"], record["environment"]["device"]] = record
-    return list(newest.values())
+def latest(found: Iterable[Record]) -> list[Record]:
+    """The records of the last run of each case on each device: what is compared was measured side by side."""
+    runs: dict[tuple[str, str], dict[str, list[Record]]] = {}
+    for record in found:
+        by_run = runs.setdefault((record["case"], record["environment"]["device"]), {})
+        by_run.setdefault(record["run"], []).append(record)
+    # A run's name begins with the time of its start.
+    return [record for by_run in runs.values() for record in by_run[max(by_run)]]
 
 
 def _usable(paths: Iterable[Path]) -> Iterator[Record]:

@@ -20,6 +20,7 @@ ENVIRONMENT = {
 def record(implementation, speed_up, case="fake_quant/tensor/4x4/float32/forward", **changes):
     fields = {
         "schema": records.SCHEMA,
+        "run": "20260101T000000Z-abc",
         "case": case,
         "family": case.split("/")[0],
         "implementation": implementation,
@@ -93,14 +94,14 @@ def test_choice():
     assert plot.choose([*FOUND, other], [], "GPU") == [other]
     with pytest.raises(ValueError, match="no measurement matches"):
         plot.choose(FOUND, ["nothing"], None)
-    newer = record("tritonq", 3.0, time="2026-02-01T00:00:00Z")
+    newer = record("tritonq", 3.0, run="20260201T000000Z-abc")
     assert plot.choose([newer, record("tritonq", 4.0)], [], None) == [newer]
 
 
 def test_command_writes_both_pictures(tmp_path, capsys):
     with records.create(tmp_path / "toy", "abc") as file:
         for entry in FOUND:
-            records.write(file, {k: v for k, v in entry.items() if k != "schema"})
+            records.write(file, {k: v for k, v in entry.items() if k not in ("schema", "run")})
     (tmp_path / "toy" / "bad.jsonl").write_text("{")
     with pytest.warns(UserWarning, match=r"bad\.jsonl"):
         assert plot.main([str(tmp_path / "toy"), "--out", str(tmp_path / "pictures")]) == 0

@@ -254,8 +254,8 @@ class TestRecords:
         [
             ('{"schema": 1, "case"', "not JSON"),
             ("[1, 2]", "not a measurement"),
-            ('{"schema": 1, "environment": {}}', "lacks case"),
-            (json.dumps({**RECORD, "schema": 99}), "schema 99"),
+            ('{"schema": 1, "environment": {}}', "lacks run, case"),
+            (json.dumps({**RECORD, "run": "a", "schema": 99}), "schema 99"),
             ("\x00\x01", "not JSON"),
         ],
     )
@@ -274,10 +274,18 @@ class TestRecords:
         with pytest.warns(UserWarning, match="not readable"):
             assert records.read_folder(tmp_path) == []
 
-    def test_the_latest_result_of_each_case(self):
-        later = {**RECORD, "time": "2026-01-02T00:00:00Z"}
-        other = {**RECORD, "implementation": "other"}
-        assert records.latest([later, RECORD, other]) == [later, other]
+    def test_the_last_run_of_each_case_and_nothing_from_earlier_ones(self):
+        def made(run, implementation, case="toy/double", device="toy cpu"):
+            environment = {**ENVIRONMENT, "device": device}
+            return {**RECORD, "run": run, "implementation": implementation, "case": case, "environment": environment}
+
+        old = [made("20260101T000000Z-a", "plain"), made("20260101T000000Z-a", "other")]
+        new = [made("20260102T000000Z-b", "plain")]
+        elsewhere = [
+            made("20260101T000000Z-a", "plain", device="toy gpu"),
+            made("20260101T000000Z-a", "plain", "toy/2"),
+        ]
+        assert records.latest([*new, *old, *elsewhere]) == [*new, *elsewhere]
 
 
 class TestCommand:

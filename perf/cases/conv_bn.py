@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
+from tritonq.perf.cases.quantizer_states import STEPS, activation_state, torch_ao_activation
 from tritonq.perf.memory import peak_bytes, saved_bytes
 
 _EPS, _MOMENTUM = 1e-5, 0.1
-_STEPS = 255
 
 _TAIL = Tolerance(
     "float32 statistics move a few values over a tie, and float does not quantize: noise of 8 bits. A missing term of "
@@ -64,7 +64,7 @@ class Tail:
             c / inputs["fold"].double().view(1, -1, 1, 1), None, None, *self._affine(inputs, torch.float64)
         )
         y = F.relu(y)
-        scale = y.detach().amax() / _STEPS
+        scale = y.detach().amax() / STEPS
         quantized = y + ((y / scale).round() * scale - y).detach()
         (dc,) = torch.autograd.grad(quantized, c, inputs["dy"].double())
         return quantized.detach().to(self.dtype), dc.to(self.dtype)
@@ -76,7 +76,7 @@ class Tail:
         name = ["conv_bn", "tail", "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch."), *layout]
         makers = {"float": _float_tail, "torch.ao v0": partial(_ao_tail, 0), "torch.ao v1": partial(_ao_tail, 1)}
         table = {
-            "tritonq": Implementation(partial(_tritonq_tail, self), distribution="tritonq", module="tritonq"),
+            "tritonq": Implementation(_tritonq_tail, distribution="tritonq", module="tritonq"),
             **{name: Implementation(partial(_differentiated, maker)) for name, maker in makers.items()},
         }
         for name_, maker in makers.items():
@@ -134,38 +134,18 @@ def _float_tail(inputs: Inputs) -> Callable[[Inputs], Tensor]:
 
 def _ao_tail(version: int, inputs: Inputs) -> Callable[[Inputs], Tensor]:
     """What torch.ao's ConvBnReLU2d does after its convolution, and the activation's fake quantizer."""
-    from torch.ao.quantization import FakeQuantize, FusedMovingAvgObsFakeQuantize, MovingAverageMinMaxObserver
-
-    kind = FakeQuantize if version == 0 else FusedMovingAvgObsFakeQuantize
-    quantize = kind(MovingAverageMinMaxObserver, quant_min=0, quant_max=255, dtype=torch.quint8)
-    quantize.to(inputs["c"].device)
+    quantize = torch_ao_activation(version, inputs["c"].device)
     normalize = _batch_norm(inputs)
     return lambda inputs: quantize(F.relu(normalize(inputs["c"] / inputs["fold"].view(1, -1, 1, 1), inputs)))
 
 
-def _tritonq_tail(problem: Tail, inputs: Inputs) -> Step:
+def _tritonq_tail(inputs: Inputs) -> Step:
     from tritonq.backend import implementation
-    from tritonq.qparams import TORCH_EPS, QuantizedType
     from tritonq.reference.conv_bn import BatchNormState
-    from tritonq.reference.quantizer_state import QuantizerState
 
-    def filled(value: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.full(shape, value, dtype=dtype, device=inputs["c"].device)
-
-    channels = problem.shape[1]
-    norm = BatchNormState(filled(0.0, channels), filled(1.0, channels), _MOMENTUM, _EPS)
-    quantizer = QuantizerState(
-        scale=filled(1.0, 1),
-        zero_point=filled(0, 1, dtype=torch.int32),
-        active=filled(1, 1, dtype=torch.uint8),
-        qtype=QuantizedType(0, _STEPS, symmetric=False),
-        min_val=filled(torch.inf),
-        max_val=filled(-torch.inf),
-        nonfinite_count=filled(0, dtype=torch.int64),
-        observing=filled(1, 1, dtype=torch.uint8),
-        averaging_constant=0.01,
-        eps=TORCH_EPS,
-    )
+    running_mean, running_var = torch.zeros_like(inputs["gamma"]), torch.ones_like(inputs["gamma"])
+    norm = BatchNormState(running_mean, running_var, _MOMENTUM, _EPS)
+    quantizer = activation_state(inputs["c"].device)
     tail = implementation("conv_bn", inputs["c"])
 
     def step(inputs: Inputs) -> tuple[Tensor, ...]:

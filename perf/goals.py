@@ -1,0 +1,193 @@
+"""The goals, and whether the newest committed results meet them; the table in ``perf/README.md`` is its output.
+
+Run as ``python -m tritonq.perf.goals`` to print it, with ``--write`` to put it into the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tritonq.perf import records
+from tritonq.perf.machine import SOURCE
+from tritonq.perf.records import Record
+from tritonq.perf.runner import default_results
+
+_BEGIN, _END = "<!-- goals: written by python -m tritonq.perf.goals --write -->\n", "<!-- end of goals -->\n"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One promise about one case.
+
+    Attributes:
+        says: what is promised, in words.
+        case: name of the case.
+        measure: ``"speed-up"`` (at least ``bound`` times faster than ``peer``), ``"time"`` (at most ``bound`` times the
+            peer's), ``"memory"`` (at most ``bound`` times the peer's), ``"copy"`` (at least that fraction of the copy
+            bandwidth).
+        peer: the other implementation; not used by ``"copy"``.
+        device_type: where it is to be measured.
+        ours: the implementation that is meant.
+    """
+
+    says: str
+    case: str
+    measure: Literal["speed-up", "time", "memory", "copy"]
+    bound: float
+    peer: str = ""
+    device_type: str = "cpu"
+    ours: str = "tritonq"
+
+    def value(self, ours: Record, peer: Record | None) -> float | None:
+        """What was measured, in the unit of ``bound``; None where something is missing."""
+        if self.measure == "copy":
+            return ours.get("copy_fraction")
+        if peer is None:
+            return None
+        if self.measure == "memory":
+            both = ours.get("memory_bytes"), peer.get("memory_bytes")
+            return both[0] / both[1] if all(both) else None
+        if "speed_up" not in ours or "speed_up" not in peer:
+            return None
+        faster = ours["speed_up"] / peer["speed_up"]
+        return faster if self.measure == "speed-up" else 1 / faster
+
+    def is_met(self, value: float) -> bool:
+        """Whether ``value`` keeps the promise."""
+        return value <= self.bound if self.measure in ("time", "memory") else value >= self.bound
+
+
+def _fake_quant(what: str, direction: str) -> str:
+    return f"fake_quant/{what}/16x64x24x24/float32/{direction}"
+
+
+_FORWARD, _BOTH = "forward", "forward+backward"
+_RESNET18 = "train_step/resnet18/16x3x96x96/float32"
+_RESNET50 = "train_step/resnet50/128x3x224x224/amp-bfloat16/channels_last"
+_LARGE = "256x64x64x64/float32"
+
+GOALS: tuple[Goal, ...] = (
+    Goal(
+        "fake quant per tensor, forward: 8x torch's operator", _fake_quant("tensor", _FORWARD), "speed-up", 8, "torch"
+    ),
+    Goal("fake quant per channel, forward: 8x", _fake_quant("channel1", _FORWARD), "speed-up", 8, "torch"),
+    Goal(
+        "fake quant per tensor, with backward: 2x (hoped for: 5x)", _fake_quant("tensor", _BOTH), "speed-up", 2, "torch"
+    ),
+    Goal("fake quant per channel, with backward: 2x (5x)", _fake_quant("channel1", _BOTH), "speed-up", 2, "torch"),
+    Goal("ResNet-18 step: at most 1.15x float's time", _RESNET18, "time", 1.15, "float"),
+    Goal("the same, channels last", f"{_RESNET18}/channels_last", "time", 1.15, "float"),
+    Goal("ResNet-18 step: saves at most 1.01x float's bytes", _RESNET18, "memory", 1.01, "float"),
+    Goal(
+        "histogram observer with search: 3x torch.ao's",
+        "histogram/observe+search/16x64x56x56/float32",
+        "speed-up",
+        3,
+        "torch.ao",
+    ),
+    Goal("fake quant, 64 Mi elements: 90 % of copy", f"fake_quant/tensor/{_LARGE}/forward", "copy", 0.9, "", "cuda"),
+    Goal("the same, channels last", f"fake_quant/tensor/{_LARGE}/channels_last/forward", "copy", 0.9, "", "cuda"),
+    Goal(
+        "fake quant, 64 Mi elements, with backward: 1.5x torch's operator",
+        f"fake_quant/tensor/{_LARGE}/forward+backward",
+        "speed-up",
+        1.5,
+        "torch",
+        "cuda",
+    ),
+    Goal(
+        "fake quant at 64x64: not slower than torch's operator",
+        "fake_quant/tensor/64x64/float32/forward",
+        "speed-up",
+        1,
+        "torch",
+        "cuda",
+    ),
+    Goal(
+        "conv-BN tail, 256x64x56x56, bfloat16: 85 % of copy",
+        "conv_bn/tail/256x64x56x56/bfloat16/channels_last/forward+backward",
+        "copy",
+        0.85,
+        "",
+        "cuda",
+    ),
+    Goal(
+        "conv-BN tail, 256x512x7x7, bfloat16: 85 % of copy",
+        "conv_bn/tail/256x512x7x7/bfloat16/channels_last/forward+backward",
+        "copy",
+        0.85,
+        "",
+        "cuda",
+    ),
+    Goal(
+        "histogram, 64 Mi elements: 10x torch.ao's",
+        "histogram/observe/256x64x64x64/float32",
+        "speed-up",
+        10,
+        "torch.ao",
+        "cuda",
+    ),
+    Goal("ResNet-50 step: at most float's time", _RESNET50, "time", 1.0, "float", "cuda"),
+    Goal("ResNet-50 step: 2.5x torch.ao", _RESNET50, "speed-up", 2.5, "torch.ao v1", "cuda"),
+    Goal("ResNet-50 step: 1.3x compiled torch.ao", _RESNET50, "speed-up", 1.3, "torch.compile(torch.ao v1)", "cuda"),
+    Goal("ResNet-50 step: at most 0.9x float's peak memory", _RESNET50, "memory", 0.9, "float", "cuda"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table, or write it into the README."""
+    parser = argparse.ArgumentParser(prog="python -m tritonq.perf.goals", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the table into perf/README.md")
+    args = parser.parse_args(argv)
+    table = render(records.read_folder(default_results()))
+    if not args.write:
+        print(table, end="")
+        return 0
+    readme = SOURCE / "README.md"
+    readme.write_text(replaced(readme.read_text(encoding="utf-8"), table), encoding="utf-8")
+    return 0
+
+
+def render(found: Sequence[Record]) -> str:
+    """A Markdown table: each goal, what was measured on each device of its type, and whether it is met."""
+    timed = [record for record in records.latest(found) if "median_s" in record]
+    lines = ["| goal | measured | met | on | commit |", "|---|---|---|---|---|"]
+    for goal in GOALS:
+        lines += _rows(goal, timed) or [f"| {goal.says} | not measured | | {goal.device_type} | |"]
+    return "\n".join(lines) + "\n"
+
+
+def replaced(text: str, table: str) -> str:
+    """``text`` with ``table`` between its markers.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError("the README has lost the marks of its table of goals")
+    return before + _BEGIN + table + _END + after
+
+
+def _rows(goal: Goal, timed: Sequence[Record]) -> list[str]:
+    mine = [r for r in timed if r["case"] == goal.case and r["environment"]["device_type"] == goal.device_type]
+    rows = []
+    for ours in (record for record in mine if record["implementation"] == goal.ours):
+        env = ours["environment"]
+        peers = [r for r in mine if r["implementation"] == goal.peer and r["environment"]["device"] == env["device"]]
+        value = goal.value(ours, peers[0] if peers else None)
+        if value is not None:
+            met = "yes" if goal.is_met(value) else "no"
+            shown = f"{value:.0%}" if goal.measure == "copy" else f"{value:.2f}x"
+            where = env["device"] if env["device_type"] == "cuda" else f"{env['device']}, {env['threads']} threads"
+            rows.append(f"| {goal.says} | {shown} | {met} | {where} | {env['commit'][:7]} |")
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+import dataclasses
+
+import pytest
+
+from tritonq.perf import goals, records
+from tritonq.perf.cases import all_cases
+from tritonq.perf.goals import GOALS, Goal
+from tritonq.perf.machine import SOURCE
+from tritonq.perf.runner import default_results
+
+
+def record(implementation, **changes):
+    environment = {"device": "toy cpu", "device_type": "cpu", "threads": 2, "commit": "0123456789"}
+    fields = {"run": "20260101T000000Z-abc", "case": "toy/a", "implementation": implementation, "median_s": 1.0}
+    return {**fields, "environment": environment, **changes}
+
+
+@pytest.mark.parametrize("goal", GOALS, ids=lambda goal: goal.says)
+def test_goals_name_cases_and_implementations_that_exist(goal):
+    case = next(case for case in all_cases() if case.name == goal.case)
+    assert goal.ours in case.implementations
+    assert goal.device_type in case.devices
+    if goal.measure == "copy":
+        assert case.bytes_moved
+    else:
+        assert goal.peer in case.implementations
+    if goal.measure == "memory":
+        assert case.memory is not None
+
+
+@pytest.mark.parametrize(
+    ("measure", "bound", "ours", "peer", "value", "met"),
+    [
+        ("speed-up", 2.0, {"speed_up": 6.0}, {"speed_up": 2.0}, 3.0, True),
+        ("speed-up", 4.0, {"speed_up": 6.0}, {"speed_up": 2.0}, 3.0, False),
+        ("time", 1.15, {"speed_up": 0.8}, {"speed_up": 1.0}, 1.25, False),
+        ("time", 1.3, {"speed_up": 0.8}, {"speed_up": 1.0}, 1.25, True),
+        ("memory", 1.01, {"memory_bytes": 90}, {"memory_bytes": 100}, 0.9, True),
+        ("memory", 0.8, {"memory_bytes": 90}, {"memory_bytes": 100}, 0.9, False),
+        ("copy", 0.85, {"copy_fraction": 0.9}, None, 0.9, True),
+        ("copy", 0.95, {"copy_fraction": 0.9}, None, 0.9, False),
+        ("speed-up", 1.0, {"speed_up": 6.0}, None, None, None),
+        ("speed-up", 1.0, {}, {}, None, None),
+        ("memory", 1.0, {}, {"memory_bytes": 100}, None, None),
+    ],
+)
+def test_values(measure, bound, ours, peer, value, met):
+    goal = Goal("toy", "toy/a", measure, bound, "peer")
+    found = goal.value(ours, peer)
+    assert found == (pytest.approx(value) if value is not None else None)
+    if value is not None:
+        assert goal.is_met(found) is met
+
+
+def test_table(monkeypatch):
+    fast = Goal("fast", "toy/a", "speed-up", 2.0, "peer")
+    monkeypatch.setattr(goals, "GOALS", (fast, dataclasses.replace(fast, says="gpu", device_type="cuda")))
+    lines = goals.render([record("tritonq", speed_up=3.0), record("peer", speed_up=2.0)]).splitlines()
+    assert lines[2:] == [
+        "| fast | 1.50x | no | toy cpu, 2 threads | 0123456 |",
+        "| gpu | not measured | | cuda | |",
+    ]
+
+
+def test_the_readme_shows_what_the_committed_results_say():
+    text = (SOURCE / "README.md").read_text(encoding="utf-8")
+    table = goals.render(records.read_folder(default_results()))
+    assert goals.replaced(text, table) == text, "run python -m tritonq.perf.goals --write"
+
+
+def test_lost_marks():
+    with pytest.raises(ValueError, match="lost the marks"):
+        goals.replaced("nothing", "table")
