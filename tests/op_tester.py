@@ -1,0 +1,107 @@
+"""What the tests of every operator share: the backends, and inputs in every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tritonq.backend import Backend, has_triton
+
+
+def backends() -> list[Any]:
+    """``torch`` always, ``interpreter`` where triton is installed (in its own process), ``cuda`` with a GPU."""
+    found: list[Any] = ["torch"]
+    if has_triton():
+        found.append(pytest.param("interpreter", marks=pytest.mark.worker("interpreter")))
+        if torch.cuda.is_available():
+            found.append("cuda")
+    return found
+
+
+class OpTester:
+    """Base of an operator's tests: each of them runs once per backend."""
+
+    @pytest.fixture(params=backends())
+    def backend(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+    @pytest.fixture
+    def device(self, backend: str) -> str:
+        return "cuda" if backend == "cuda" else "cpu"
+
+    @pytest.fixture
+    def use(self, backend: str) -> Backend:
+        """The ``backend=`` argument."""
+        return "torch" if backend == "torch" else "triton"
+
+    @pytest.fixture(autouse=True)
+    def many_programs(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Small tiles in the interpreter, so that small tensors take many programs and end in partial tiles."""
+        if backend != "interpreter":
+            yield
+            return
+        from tritonq.kernels import launch, min_max
+
+        small = launch.Parameters(elements=64, max_cols=32, warps=4)
+        monkeypatch.setattr(launch, "default_parameters", lambda *_: small)
+        monkeypatch.setattr(min_max, "_MIN_ELEMENTS_PER_PROGRAM", 100)
+        clear_plans()
+        yield
+        clear_plans()
+
+
+def clear_plans() -> None:
+    """Forget launch sizes that were planned under other settings."""
+    from tritonq.kernels import launch, layout, min_max
+
+    for cached in (launch.plan, launch._parameters, min_max.plan_reduction, layout.view):
+        cached.cache_clear()
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
+
+
+# A tensor of each kind of strides. All but the last have a view without a copy.
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "0-d": lambda: torch.tensor(0.3),
+    "one element": lambda: torch.tensor([[-1.7]]),
+    "empty": lambda: torch.zeros(0, 3),
+    "empty channels": lambda: torch.zeros(3, 0),
+    "vector": lambda: _normal(131),
+    "odd": lambda: _normal(3, 5, 7, 3),
+    "size-1 axes": lambda: _normal(1, 5, 1, 9),
+    "channels_last": lambda: _normal(2, 5, 4, 7).to(memory_format=torch.channels_last),
+    "channels_last_3d": lambda: _normal(2, 3, 2, 3, 5).to(memory_format=torch.channels_last_3d),
+    "sliced": lambda: _normal(4, 6, 10)[::2, :, 1:],
+    "offset": lambda: _normal(40)[3:],
+    "transposed": lambda: _normal(21, 18).t(),
+    "permuted": lambda: _normal(3, 4, 5, 6).permute(2, 0, 3, 1),
+    "expanded": lambda: _normal(5, 1).expand(5, 30),
+    "many rows": lambda: _normal(70, 3, 4),
+    "copied": lambda: _normal(4, 6, 8, 10, 3)[::2, ::2, ::2, ::2],
+}
+
+
+def axes(x: Tensor) -> list[int | None]:
+    """Per tensor, every axis, and the last one counted from the end."""
+    return [None, *range(x.dim()), *([-1] if x.dim() else [])]
+
+
+@st.composite
+def strided_tensors(draw: st.DrawFn) -> Tensor:
+    """Tensors of up to four dimensions, permuted, stepped or expanded, with values on and off the ties."""
+    shape = draw(st.lists(st.integers(0, 7), min_size=1, max_size=4))
+    steps = draw(st.lists(st.integers(1, 2), min_size=len(shape), max_size=len(shape)))
+    seed = draw(st.integers(0, 2**31))
+    full = [size * step for size, step in zip(shape, steps, strict=True)]
+    generator = torch.Generator().manual_seed(seed)
+    # Quarter steps: a third of them are ties at scale 0.5.
+    x = torch.randint(-400, 400, full, generator=generator) / 4 + draw(st.sampled_from([0.0, 1e-3]))
+    x = x[tuple(slice(None, None, step) for step in steps)]
+    return x.permute(draw(st.permutations(range(len(shape)))))

@@ -1,0 +1,244 @@
+"""Fake quantization on every backend: torch's bits, torch's gradients, any layout; and what bad arguments get."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from op_tester import LAYOUTS, OpTester, axes, clear_plans, strided_tensors
+from tolerances import assert_matches
+from tritonq import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
+from tritonq.backend import implementation
+from tritonq.reference import fake_quant as reference
+
+SPECIAL = [
+    math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-40, 1e-38, 0.49999997, -0.49999997, 0.5, -0.5, 1.5, -1.5, 2.5, -2.5,
+    6.5, 7.5, 7.4999995, 7.5000005, 8.5, -7.5, -8.5, -8.499999, -8.500001, -9.5, 1e6, -1e6, 2.0**23 + 1, 2.1e9, -2.1e9, 3e38,
+]  # fmt: skip
+
+
+def torch_op(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int | None) -> Tensor:
+    """torch's own operator, which takes no empty list of channels."""
+    x = x.contiguous()
+    if x.numel() == 0:
+        return x * 1
+    if axis is None:
+        return torch.fake_quantize_per_tensor_affine(x, scale.view(()), zero_point.view(()), low, high)
+    return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis % x.dim(), low, high)
+
+
+def qparams(x: Tensor, axis: int | None, low: int = -8, high: int = 7) -> tuple[Tensor, Tensor]:
+    """A different scale and zero point for each channel."""
+    channels = 1 if axis is None else x.shape[axis]
+    scale = 0.11 + 0.07 * torch.arange(channels)
+    zero_point = low + torch.arange(channels, dtype=torch.int32) * 5 % (high - low + 1)
+    return scale, zero_point.to(torch.int32)
+
+
+class TestFakeQuantize(OpTester):
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_equals_torch_in_every_layout(self, layout: str, use: str, device: str) -> None:
+        for axis in axes(LAYOUTS[layout]()):
+            x = LAYOUTS[layout]().to(device)
+            before = x.clone()
+            scale, zero_point = (value.to(device) for value in qparams(x, axis))
+            reference_input = x.detach().clone().contiguous().requires_grad_()
+            expected = torch_op(reference_input, scale, zero_point, -8, 7, axis)
+            x.requires_grad_()
+            if axis is None:
+                y = fake_quantize_per_tensor_affine(x, scale, zero_point, -8, 7, backend=use)
+            else:
+                y = fake_quantize_per_channel_affine(x, scale, zero_point, axis, -8, 7, backend=use)
+            assert_matches(y, expected, "fake_quant")
+            assert y.stride() == torch.empty_like(before).stride()
+            assert torch.equal(x.detach(), before)
+
+            dy = torch.arange(1.0, y.numel() + 1, device=device).view(y.shape)
+            y.backward(dy)
+            expected.backward(dy)
+            assert_matches(x.grad.contiguous(), reference_input.grad, "grad")
+
+    @pytest.mark.parametrize("bounds", [(0, 1), (-8, 7), (-127, 127), (0, 255), (-(2**15), 2**15 - 1), (-(2**31), 2**31 - 1)])
+    @pytest.mark.parametrize("rounding", ["half_even", "half_away"])
+    def test_special_values(self, bounds: tuple[int, int], rounding: str, use: str, device: str) -> None:
+        low, high = bounds
+        x = torch.tensor(SPECIAL, device=device)
+        ops = implementation("fake_quant", x, use)
+        for scale in (1.0, 0.1, 3e-5):
+            for zero_point in (None, 0, high // 3):
+                s = torch.tensor(scale, device=device)
+                z = None if zero_point is None else torch.tensor(zero_point, dtype=torch.int32, device=device)
+                arguments = (s, z, low, high, None, rounding)
+                expected = reference.fake_quantize(x, *arguments)
+                assert_matches(ops.fake_quantize(x, *arguments), expected, "fake_quant")
+                assert_matches(ops.quantize(x, *arguments), reference.quantize(x, *arguments), "fake_quant")
+                dx = ops.fake_quantize_backward(torch.ones_like(x), x, *arguments)
+                assert_matches(dx, reference.fake_quantize_backward(torch.ones_like(x), x, *arguments), "grad")
+                assert bool(expected[0].isnan())
+                assert dx[0] == 0
+                offset = zero_point or 0
+                assert expected[1] == torch.tensor(high, dtype=torch.float32).sub(offset).mul(s)
+                assert expected[2] == torch.tensor(low, dtype=torch.float32).sub(offset).mul(s)
+                if rounding == "half_even" and high - low < 2**31:
+                    usable = (x / s).abs() < 2**31
+                    theirs = torch_op(x[usable], s, z if z is not None else torch.tensor(0, device=device), low, high, None)
+                    assert_matches(expected[usable], theirs, "fake_quant")
+
+    def test_half_away_rounds_ties_outwards(self, use: str, device: str) -> None:
+        x = torch.tensor([-2.5, -1.5, -0.5, -0.49999997, 0.49999997, 0.5, 1.5, 2.5, 7.5], device=device)
+        y = fake_quantize_per_tensor_affine(x, 1.0, 0, -8, 7, rounding="half_away", backend=use)
+        assert y.tolist() == [-3, -2, -1, 0, 0, 1, 2, 3, 7]
+        y = fake_quantize_per_tensor_affine(x, 1.0, 0, -8, 7, backend=use)
+        assert y.tolist() == [-2, -2, 0, 0, 0, 0, 2, 2, 7]
+
+    def test_half_away_divides(self, use: str, device: str) -> None:
+        """x/s is exactly a tie here, x * (1/s) is not."""
+        scale = torch.tensor(0.1)
+        x = (torch.arange(-300, 300) + 0.5).mul(scale)
+        expected = torch.where((x / scale) < 0, -1.0, 1.0) * ((x / scale).abs().double() + 0.5).floor().float()
+        y = reference_codes = implementation("fake_quant", x.to(device), use).quantize(
+            x.to(device), scale.to(device), None, -128, 127, None, "half_away"
+        )
+        assert_matches(y.cpu(), expected.clamp(-128, 127), "fake_quant")
+        assert reference_codes.dtype == torch.float32
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, dtype: torch.dtype, use: str, backend: str, device: str) -> None:
+        """Arithmetic in float32, one rounding on store. The interpreter truncates to bfloat16: there, codes alone."""
+        x = torch.linspace(-3, 3, 501).to(dtype).to(device)
+        ops = implementation("fake_quant", x, use)
+        scale, zero_point = torch.tensor(0.1, device=device), torch.tensor(3, dtype=torch.int32, device=device)
+        wide = reference.quantize(x.float(), scale, zero_point, -8, 7)
+        assert_matches(ops.quantize(x, scale, zero_point, -8, 7), wide, "fake_quant")
+        if backend == "interpreter" and dtype == torch.bfloat16:
+            return
+        y = ops.fake_quantize(x, scale, zero_point, -8, 7)
+        assert_matches(y, reference.fake_quantize(x.float(), scale, zero_point, -8, 7).to(dtype), "fake_quant")
+        dx = ops.fake_quantize_backward(x, x, scale, zero_point, -8, 7)
+        expected = reference.fake_quantize_backward(x.float(), x.float(), scale, zero_point, -8, 7)
+        assert_matches(dx, expected.to(dtype), "grad")
+
+    def test_switch(self, use: str, device: str) -> None:
+        x = torch.tensor([-9.0, 0.3, math.nan, 5.0], device=device)
+        dy = torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
+        ops = implementation("fake_quant", x, use)
+        scale = torch.tensor([0.5], device=device)
+        for dtype in (torch.uint8, torch.bool):
+            for on in (0, 1):
+                active = torch.tensor([on], dtype=dtype, device=device)
+                y = ops.fake_quantize(x, scale, None, -8, 7, active=active)
+                dx = ops.fake_quantize_backward(dy, x, scale, None, -8, 7, active=active)
+                assert_matches(y, reference.fake_quantize(x, scale, None, -8, 7) if on else x, "fake_quant")
+                assert_matches(dx, reference.fake_quantize_backward(dy, x, scale, None, -8, 7) if on else dy, "grad")
+                assert y.data_ptr() != x.data_ptr()
+
+    def test_incoming_gradient_of_another_layout(self, use: str, device: str) -> None:
+        x = LAYOUTS["channels_last"]().to(device)
+        scale, zero_point = (value.to(device) for value in qparams(x, 1))
+        ops = implementation("fake_quant", x, use)
+        for dy in (torch.ones((), device=device).expand(x.shape), torch.randn(x.shape, device=device)):
+            dx = ops.fake_quantize_backward(dy, x, scale, zero_point, -8, 7, 1)
+            assert_matches(dx, reference.fake_quantize_backward(dy, x, scale, zero_point, -8, 7, 1), "grad")
+
+    def test_wide_offsets_and_grids_that_trade_axes(
+        self, use: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What a tensor of over 2^31 elements, or of very many rows, would take."""
+        if backend == "torch":
+            return
+        from tritonq.kernels import layout
+
+        for name, value in {"_WIDE_EXTENT": 1, "_GRID_LIMIT": 8}.items():
+            monkeypatch.setattr(layout, name, value)
+            clear_plans()
+            for name_of_layout in ("many rows", "channels_last", "vector"):
+                x = LAYOUTS[name_of_layout]().to(device)
+                for axis in axes(x):
+                    scale, zero_point = (v.to(device) for v in qparams(x, axis))
+                    arguments = (scale, zero_point, -8, 7, axis)
+                    y = implementation("fake_quant", x, use).fake_quantize(x, *arguments)
+                    assert_matches(y, reference.fake_quantize(x, *arguments), "fake_quant")
+            monkeypatch.undo()
+            clear_plans()
+
+    @given(data=st.data(), x=strided_tensors(), rounding=st.sampled_from(["half_even", "half_away"]))
+    def test_anything(self, data: st.DataObject, x: Tensor, rounding: str, use: str, device: str) -> None:
+        axis = data.draw(st.sampled_from(axes(x)))
+        low = data.draw(st.integers(-200, 0))
+        high = data.draw(st.integers(low + 1, 300))
+        x = x.to(device)
+        scale, zero_point = (value.to(device) for value in qparams(x, axis, low, high))
+        scale = scale * data.draw(st.sampled_from([1.0, 0.5 / 0.11, 1e-3, 1e4]))
+        arguments = (scale, zero_point, low, high, axis, rounding)
+        ops = implementation("fake_quant", x, use)
+        y = ops.fake_quantize(x, *arguments)
+        assert_matches(y, reference.fake_quantize(x, *arguments), "fake_quant")
+        dx = ops.fake_quantize_backward(x, x, *arguments)
+        assert_matches(dx, reference.fake_quantize_backward(x, x, *arguments), "grad")
+        if rounding == "half_even":
+            assert_matches(y.contiguous(), torch_op(x, scale, zero_point, low, high, axis), "fake_quant")
+
+
+X = torch.ones(2, 3)
+ONES = torch.ones(3)
+ZEROS = torch.zeros(3, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((X.int(), 1.0, 0, -8, 7), TypeError, "torch.int32"),
+        (([1.0], 1.0, 0, -8, 7), TypeError, "list"),
+        ((X, 0.0, 0, -8, 7), ValueError, "positive"),
+        ((X, -1.0, 0, -8, 7), ValueError, "positive"),
+        ((X, math.nan, 0, -8, 7), ValueError, "finite"),
+        ((X, torch.tensor(math.inf), 0, -8, 7), ValueError, "finite"),
+        ((X, ONES, 0, -8, 7), ValueError, "one element"),
+        ((X, torch.tensor(1), 0, -8, 7), TypeError, "int64"),
+        ((X, torch.ones((), device="meta"), 0, -8, 7), ValueError, "meta"),
+        ((X, 1.0, 8, -8, 7), ValueError, "-8..7"),
+        ((X, 1.0, torch.tensor(-9), -8, 7), ValueError, "-8..7"),
+        ((X, 1.0, 0.5, -8, 7), TypeError, "0.5"),
+        ((X, 1.0, 0, 7, 7), ValueError, "7 and 7"),
+        ((X, 1.0, 0, 7, -8), ValueError, "7 and -8"),
+        ((X, 1.0, 0, -8.0, 7), TypeError, "-8.0"),
+    ],
+)
+def test_bad_arguments_per_tensor(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fake_quantize_per_tensor_affine(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((X, ONES, ZEROS, 2, -8, 7), ValueError, "axis 2"),
+        ((X, ONES, ZEROS, -3, -8, 7), ValueError, "axis -3"),
+        ((X, ONES, ZEROS, 1.0, -8, 7), TypeError, "axis"),
+        ((X, ONES, ZEROS, 0, -8, 7), ValueError, r"\(2,\)"),
+        ((X, torch.ones(2), ZEROS, 1, -8, 7), ValueError, r"\(3,\)"),
+        ((X, ONES, torch.zeros(2, dtype=torch.int32), 1, -8, 7), ValueError, r"\(3,\)"),
+        ((X, torch.tensor([1.0, 0.0, 1.0]), ZEROS, 1, -8, 7), ValueError, "positive"),
+        ((X, ONES, ZEROS + 9, 1, -8, 7), ValueError, "-8..7"),
+        ((X, ONES, ZEROS.float(), 1, -8, 7), TypeError, "float32"),
+        ((X, ONES, ZEROS.to("meta"), 1, -8, 7), ValueError, "meta"),
+        ((torch.tensor(1.0), ONES, ZEROS, 0, -8, 7), ValueError, "axis 0"),
+    ],
+)
+def test_bad_arguments_per_channel(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fake_quantize_per_channel_affine(*arguments)
+
+
+def test_bad_options() -> None:
+    with pytest.raises(ValueError, match="half_up"):
+        fake_quantize_per_tensor_affine(X, 1.0, 0, -8, 7, rounding="half_up")
+    with pytest.raises(ValueError, match="cudnn"):
+        fake_quantize_per_tensor_affine(X, 1.0, 0, -8, 7, backend="cudnn")
+    with pytest.raises(RuntimeError, match="cpu"):
+        fake_quantize_per_tensor_affine(X, 1.0, 0, -8, 7, backend="triton")
