@@ -15,7 +15,7 @@ LAYERS = [
     ("tritonq.prepare", "tritonq.deploy", "tritonq.calibration", "tritonq.distributed"),
     ("tritonq.nn",),
     ("tritonq.qconfig",),
-    ("tritonq.fake_quantize", "tritonq.learned_fake_quantize"),
+    ("tritonq.fake_quantize", "tritonq.fixed_point_fake_quantize", "tritonq.learned_fake_quantize"),
     ("tritonq.observers", "tritonq.functional", "tritonq.factory"),
     ("tritonq.reference", "tritonq.kernels", "tritonq.backend"),
     ("tritonq.qparams", "tritonq.bins", "tritonq.process_group"),

@@ -4,12 +4,16 @@ from tritonq import nn
 from tritonq.backend import use_backend
 from tritonq.deploy import convert, export_onnx, load_converted, save_converted, verify
 from tritonq.fake_quantize import FakeQuantize
+from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize, set_fixed_point_phase
 from tritonq.functional import (
     fake_quantize_per_channel_affine,
     fake_quantize_per_tensor_affine,
+    fixed_point_quantize,
     fold_conv_bn,
     fuse_conv_bn,
     histogram,
+    search_frac_len,
+    statistic_frac_len,
 )
 from tritonq.observers import (
     HistogramObserver,
@@ -40,6 +44,7 @@ from tritonq.qparams import QuantizedType, range_to_qparams
 
 __all__ = [
     "FakeQuantize",
+    "FixedPointFakeQuantize",
     "HistogramObserver",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
@@ -58,6 +63,7 @@ __all__ = [
     "export_onnx",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
+    "fixed_point_quantize",
     "fold_conv_bn",
     "freeze_bn_stats",
     "fuse_conv_bn",
@@ -70,6 +76,9 @@ __all__ = [
     "prepare_qat",
     "range_to_qparams",
     "save_converted",
+    "search_frac_len",
+    "set_fixed_point_phase",
+    "statistic_frac_len",
     "update_bn_stats",
     "use_backend",
     "verify",

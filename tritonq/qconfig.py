@@ -10,6 +10,7 @@ from torch import nn
 
 from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantize
+from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
@@ -127,6 +128,8 @@ PRESETS: dict[str, QConfig] = {
         _megengine(MovingAverageMinMaxObserver, QINT4, **_EMA), _megengine(MinMaxObserver, QINT4)
     ),
     "megengine_passive": QConfig(_megengine(PassiveObserver, QINT8), _megengine(PassiveObserver, QINT8_NARROW)),
+    # Fixed point: whether an activation is signed follows from the ReLU before it; weights are searched every forward.
+    "f8net": QConfig(FixedPointFakeQuantize.with_args(signed=False), FixedPointFakeQuantize.with_args(momentum=1.0)),
 }
 DEFAULT_PRESET = "tensorrt"
 
@@ -138,6 +141,7 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     - ``"megengine_ema"``, ``"megengine_min_max"``: int8 per tensor, ties away from zero, eps 1e-5.
     - ``"megengine_lowbit"``: 4 bits both.
     - ``"megengine_passive"``: scales are given, not observed.
+    - ``"f8net"``: 8-bit fixed point, multiplications by powers of two alone between layers.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.

@@ -1,6 +1,7 @@
 """Differentiable functions on tensors. Arguments are checked here and nowhere deeper."""
 
 from tritonq.functional.fake_quant import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
+from tritonq.functional.fixed_point import fixed_point_quantize, search_frac_len, statistic_frac_len
 from tritonq.functional.fold import FoldedConv, fold_conv_bn, fuse_conv_bn
 from tritonq.functional.histogram import histogram
 
@@ -8,7 +9,10 @@ __all__ = [
     "FoldedConv",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
+    "fixed_point_quantize",
     "fold_conv_bn",
     "fuse_conv_bn",
     "histogram",
+    "search_frac_len",
+    "statistic_frac_len",
 ]

@@ -16,6 +16,8 @@ from tritonq.nn.conv_bn import (
 )
 from tritonq.nn.elementwise import Add, Cat, DeQuantStub, FloatFunctional, QuantStub
 from tritonq.nn.embedding import Embedding, EmbeddingBag
+from tritonq.nn.fixed_point import FixedPointConv2d, FixedPointConvBn2d, FixedPointLinear
+from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d, FixedPointMaxPool2d
 from tritonq.nn.linear import Linear, LinearReLU
 from tritonq.nn.qat import QATLayer
 
@@ -64,6 +66,12 @@ __all__ = [
     "DeQuantStub",
     "Embedding",
     "EmbeddingBag",
+    "FixedPointAdd",
+    "FixedPointAvgPool2d",
+    "FixedPointConv2d",
+    "FixedPointConvBn2d",
+    "FixedPointLinear",
+    "FixedPointMaxPool2d",
     "FloatFunctional",
     "Linear",
     "LinearBn1d",

@@ -1,0 +1,228 @@
+"""The module that finds a tensor's fractional length and rounds the tensor to fixed point."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.fixed_point import (
+    Statistic,
+    fixed_point_range,
+    largest_frac_len,
+    quantize_fixed_point,
+    search_frac_len,
+    statistic_frac_len,
+)
+from tritonq.functional.validate import check_axis
+from tritonq.qparams import QParams, QuantizedType
+from tritonq.reference.fixed_point import power_of_two
+
+Phase = Literal["fixed", "floating", "floating_wo_clip"]
+Choice = Literal["search", "std", "mean_abs", "rms"]
+
+
+class FixedPointFakeQuantize(FakeQuantizeBase):
+    """Find the fractional length in training, then round: ``clamp(round(x * 2^fl), lo, hi) * 2^-fl``.
+
+    In training a batch is rounded with its own choice ``fl_batch``, and the running one follows:
+    ``fl <- momentum * fl_batch + (1 - momentum) * fl``. Eval rounds with ``clamp(round(fl), 0, word_len - signed)``.
+    Nothing waits for a GPU in training.
+
+    Args:
+        word_len: bits of a code, 2..16.
+        signed: codes ``±(2^(word_len-1) - 1)``; else ``0..2^word_len - 1``, and the clamp at 0 is a ReLU.
+        axis: one fractional length per index of this axis; None: one for the tensor.
+        momentum: share of the batch in the running fractional length.
+        choice: ``"search"`` (least squared error) or the statistic to decide by: ``"std"``, ``"mean_abs"``, ``"rms"``.
+        num_channels: length of ``axis``, when known; else it is taken from the first tensor.
+
+    Attributes:
+        frac_len: float64 buffer, (1,) or (channels,); begins as ``word_len - signed``.
+        batch_frac_len: int32 buffer, as ``frac_len``: what the last training batch was rounded with.
+        observed: uint8 buffer (1,): whether there was such a batch.
+        phase: ``"fixed"`` rounds; ``"floating"`` clips to the format's range and doesn't round; ``"floating_wo_clip"``
+            is a ReLU where codes are unsigned, else nothing. See :func:`set_fixed_point_phase`.
+
+    Raises:
+        ValueError: a word length outside 2..16, a momentum outside 0..1, an unknown choice.
+
+    Source: SEMANTICS section 6.
+
+    Examples:
+        >>> quantizer = FixedPointFakeQuantize(word_len=4)
+        >>> quantizer(torch.tensor([-1.5, 0.3, 0.5]))
+        tensor([-1.5000,  0.2500,  0.5000])
+        >>> int(quantizer.batch_frac_len)
+        2
+    """
+
+    frac_len: Tensor
+    batch_frac_len: Tensor
+    observed: Tensor
+
+    def __init__(
+        self,
+        word_len: int = 8,
+        signed: bool = True,
+        axis: int | None = None,
+        momentum: float = 0.1,
+        choice: Choice = "search",
+        *,
+        num_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        quant_min, quant_max = fixed_point_range(word_len, signed)
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must be in 0..1, got {momentum}")
+        if choice not in get_args(Choice):
+            raise ValueError(f"unknown choice {choice!r}; known: {', '.join(get_args(Choice))}")
+        self.qtype = QuantizedType(quant_min, quant_max, symmetric=signed, axis=axis)
+        self.word_len, self.signed, self.momentum, self.choice = word_len, signed, momentum, choice
+        self.phase: Phase = "fixed"
+        self._observed_known = False
+        self._warned = False
+        self.register_buffer("observed", torch.zeros(1, dtype=torch.uint8))
+        self._make_buffers(1 if axis is None else num_channels or 0)
+
+    def _make_buffers(self, length: int) -> None:
+        device = self.observed.device
+        self.register_buffer("frac_len", torch.full((length,), float(self.largest), dtype=torch.float64, device=device))
+        self.register_buffer("batch_frac_len", torch.full((length,), self.largest, dtype=torch.int32, device=device))
+        self.register_buffer("scale", torch.full((length,), 2.0**-self.largest, device=device))
+        self.register_buffer("zero_point", torch.zeros(length, dtype=torch.int32, device=device))
+
+    @property
+    def largest(self) -> int:
+        """The largest fractional length."""
+        return largest_frac_len(self.word_len, self.signed)
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return self.qtype.quant_min, self.qtype.quant_max
+
+    def allocate(self, num_channels: int) -> None:
+        """Give per-channel buffers their final length; a no-op per tensor or when they have it.
+
+        Raises:
+            ValueError: they have another length already.
+        """
+        if self.qtype.axis is None or self.frac_len.numel() == num_channels:
+            return
+        if self.frac_len.numel():
+            raise ValueError(f"this quantizer keeps {self.frac_len.numel()} channels, got {num_channels}")
+        self._make_buffers(num_channels)
+
+    def has_qparams(self) -> bool:
+        """See base class. Once true it stays true without asking the device again."""
+        if not self._observed_known:
+            self._observed_known = bool(self.observed)
+        return self._observed_known
+
+    def is_active(self) -> bool:
+        """See base class."""
+        return self.phase == "fixed" and super().is_active()
+
+    def rounded_frac_len(self) -> Tensor:
+        """The running fractional length as eval uses it: int32 ``clamp(round(fl), 0, word_len - signed)``."""
+        return self.frac_len.round().clamp(0, self.largest).to(torch.int32)
+
+    def calculate_qparams(self) -> QParams:
+        """Scale ``2^-fl`` and zero point 0 of eval mode."""
+        return QParams(power_of_two(-self.rounded_frac_len()), self.zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe (training only) and round ``x``; same shape, dtype and memory format."""
+        if self.phase == "floating_wo_clip":
+            return x if self.signed else F.relu(x)
+        if self.training:
+            self.observe(x)
+        elif not self.has_qparams():
+            self._warn_once()
+            return x
+        return self.quantize(x)
+
+    def choose(self, x: Tensor) -> Tensor:
+        """The fractional length that suits ``x``: int32, as ``frac_len``."""
+        axis = self.qtype.axis
+        self.allocate(1 if axis is None else x.shape[check_axis(x, axis)])
+        if self.choice == "search":
+            return search_frac_len(x, self.word_len, self.signed, axis=axis).view(-1)
+        statistic: Statistic = self.choice  # type: ignore[assignment]
+        return statistic_frac_len(x, self.word_len, self.signed, statistic=statistic, axis=axis).view(-1)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Choose a fractional length for this batch and move the running one, unless ``observer_enabled`` is 0."""
+        batch, enabled = self.choose(x), self.observer_enabled != 0
+        running = self.momentum * batch.double() + (1 - self.momentum) * self.frac_len
+        self.frac_len.copy_(torch.where(enabled, running, self.frac_len))
+        self.batch_frac_len.copy_(torch.where(enabled, batch, self.rounded_frac_len()))
+        self.observed.copy_(torch.maximum(self.observed, self.observer_enabled))
+        self.scale.copy_(power_of_two(-self.rounded_frac_len()))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Round ``x`` with the fractional length of this batch (training), or the running one (eval)."""
+        return self.round_to(x, self.batch_frac_len if self.training else self.rounded_frac_len())
+
+    def round_to(self, x: Tensor, frac_len: Tensor) -> Tensor:
+        """Round ``x`` to fixed point with a given fractional length, or clip it in phase ``"floating"``."""
+        if self.phase == "floating":
+            return self._clip(x, frac_len)
+        return quantize_fixed_point(x, frac_len, self.codes, self.qtype.axis, active=self.fake_quant_enabled)
+
+    def _clip(self, x: Tensor, frac_len: Tensor) -> Tensor:
+        step = power_of_two(-frac_len, torch.float64).to(x.dtype)
+        if self.qtype.axis is not None:
+            shape = [1] * x.dim()
+            shape[self.qtype.axis] = -1
+            step = step.view(shape)
+        low, high = self.codes
+        return torch.where(self.fake_quant_enabled != 0, torch.clamp(x, low * step, high * step), x)
+
+    def _warn_once(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "a FixedPointFakeQuantize that has observed nothing passes its input through; run it in training mode "
+                "with its observer enabled, or load a checkpoint",
+                stacklevel=3,
+            )
+
+    def extra_repr(self) -> str:
+        """Format, fractional length and phase."""
+        kind = "signed" if self.signed else "unsigned"
+        length = self.frac_len
+        shown = f"{float(length):.3g}" if length.numel() == 1 else f"{length.numel()} channels"
+        return f"{self.word_len}-bit {kind}, frac_len={shown}, choice={self.choice}, phase={self.phase}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Adopt the channel count of a checkpoint where none was known."""
+        saved = state_dict.get(prefix + "frac_len")
+        if self.qtype.axis is not None and self.frac_len.numel() == 0 and isinstance(saved, Tensor) and saved.numel():
+            self._make_buffers(saved.numel())
+        self._observed_known = False
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def set_fixed_point_phase(module: nn.Module, phase: Phase) -> None:
+    """Switch every fixed-point quantizer in ``module`` between training in float and in fixed point.
+
+    ``"floating_wo_clip"``: plain ReLU, float weights, no scaling factors: the float network. ``"floating"``: clipping
+    to the formats' ranges without rounding. ``"fixed"``: fixed point.
+
+    Raises:
+        ValueError: an unknown phase.
+
+    Source: SEMANTICS section 6.
+    """
+    if phase not in get_args(Phase):
+        raise ValueError(f"unknown phase {phase!r}; known: {', '.join(get_args(Phase))}")
+    for part in module.modules():
+        if isinstance(part, FixedPointFakeQuantize):
+            part.phase = phase

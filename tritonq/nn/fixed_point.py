@@ -1,0 +1,443 @@
+"""Fixed-point layers: 8-bit multiplications only, scaling factors carried from layer to layer.
+
+A layer's input is the real activation divided by the layer's scaling factor η, so that its 8-bit fixed-point form
+covers the clipping level α: ``η = 2^fl * |α| / levels``. A layer divides its output by the η of the layer that follows.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
+from tritonq.nn import intrinsic
+from tritonq.nn.conv import check_float_type, conv_arguments
+from tritonq.nn.conv_bn import checked_batch_norm
+from tritonq.nn.qat import _WithGradientOf
+from tritonq.qconfig import QConfig, get_qconfig
+from tritonq.reference.fixed_point import power_of_two
+
+# Accumulators are 32 bits wide and saturate symmetrically.
+ACCUMULATOR_MAX = 2**31 - 1
+_INITIAL_ALPHA = 8.0
+
+
+class ActivationFormat(FixedPointFakeQuantize):
+    """The fixed-point format of a tensor that layers read, with its learned clipping level.
+
+    Scaling factor ``η = 2^fl * |α| / levels`` with the rounded running fl and ``levels = 2^(wl-signed) - 1``: the
+    tensor holds real values divided by η, and a code counts steps of ``|α| / levels``.
+
+    Args:
+        like: the quantizer whose word length, momentum and choice are used.
+        signed: whether the tensor has negative values; if not, rounding it is its ReLU.
+        scaled: False for a network's input, which holds real values: η is 1.
+
+    Attributes:
+        alpha: parameter (1,), initially 8. Formats may share it; their values then differ by powers of two alone.
+        levels: what α is divided by; shared with α.
+
+    Source: SEMANTICS section 6.
+    """
+
+    alpha: nn.Parameter
+
+    def __init__(self, like: FixedPointFakeQuantize, signed: bool = False, scaled: bool = True) -> None:
+        super().__init__(like.word_len, signed, None, like.momentum, like.choice)
+        self.scaled = scaled
+        self.levels = float(self.qtype.quant_max)
+        self.alpha = nn.Parameter(torch.full((1,), _INITIAL_ALPHA), requires_grad=scaled)
+
+    def share_step(self, other: ActivationFormat) -> None:
+        """Use the step ``|α| / levels`` of another format: their η then differ by a power of two."""
+        self.alpha, self.levels = other.alpha, other.levels
+
+    def eta(self) -> Tensor:
+        """The scaling factor, 0-d, differentiable in α."""
+        if not self.scaled:
+            return self.alpha.new_ones(())
+        power = power_of_two(self.rounded_frac_len(), torch.float64).to(self.alpha.dtype)
+        return (power * self.alpha.abs() / self.levels).view(())
+
+    def power_between(self, following: ActivationFormat) -> Tensor:
+        """``η / η_following`` of two formats with one step: ``2^(fl - fl_following)``, float64 (1,)."""
+        return power_of_two(self.rounded_frac_len() - following.rounded_frac_len(), torch.float64)
+
+    def read(self, x: Tensor, observes: bool) -> Tensor:
+        """Round ``x``; the first reader of a tensor observes it, later ones round with what that one found."""
+        return self(x) if observes or self.phase == "floating_wo_clip" or self._is_unseen() else self.quantize(x)
+
+    def _is_unseen(self) -> bool:
+        return not self.training and not self.has_qparams()
+
+    def extra_repr(self) -> str:
+        """See base class; and α."""
+        return f"{super().extra_repr()}, alpha={float(self.alpha.detach()):.4g}" + ("" if self.scaled else ", unscaled")
+
+
+class FixedPointIntegers(NamedTuple):
+    """A layer in integers: ``accumulator = Σ input code * weight + bias``, worth ``2^-frac_len`` each.
+
+    Attributes:
+        weight: codes, integer-valued float64, shaped as the weight.
+        bias: codes, integer-valued float64 (out,).
+        frac_len: int32 (out,): fractional lengths of input and weight together.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    frac_len: Tensor
+
+
+class FixedPointLayer(nn.Module):
+    """A linear operation on fixed-point input with a fixed-point weight.
+
+    Attributes:
+        input_format: format of the input, with α and η of this layer.
+        weight_fake_quant: rounds the weight; its fractional length is chosen anew in every forward.
+        observes: whether this layer is the first reader of its input, which moves the running fractional length.
+        input_factor: constant that an average pooling before this layer left to be multiplied into the weight.
+        bias_word_len: eval rounds the bias to this many bits at the accumulator's fractional length; None: not at all.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    input_format: ActivationFormat
+    weight_fake_quant: FixedPointFakeQuantize
+
+    # Axis of the output that out channels run along.
+    _output_axis = 1
+
+    def attach_formats(self, qconfig: QConfig | None, signed_input: bool, bias_word_len: int | None) -> None:
+        """Create the formats that ``qconfig`` describes; None takes the preset ``"f8net"``.
+
+        Raises:
+            ValueError: a qconfig whose quantizers aren't fixed point, a weight format per another axis than 0, a bias
+                of other than 2 to 32 bits.
+        """
+        qconfig = get_qconfig("f8net") if qconfig is None else qconfig
+        activation, weight = qconfig.activation(), qconfig.weight()
+        if not isinstance(activation, FixedPointFakeQuantize) or not isinstance(weight, FixedPointFakeQuantize):
+            raise ValueError(
+                f"{type(self).__name__} needs fixed-point quantizers, such as get_qconfig('f8net'), got "
+                f"{type(activation).__name__} and {type(weight).__name__}"
+            )
+        if weight.qtype.axis not in (None, 0) or not weight.signed:
+            raise ValueError(f"weights are signed, with axis None (per layer) or 0 (per channel), got {weight.qtype}")
+        if bias_word_len is not None and not 2 <= bias_word_len <= 32:
+            raise ValueError(f"bias_word_len must be in 2..32 or None, got {bias_word_len}")
+        weight.allocate(self.weight.shape[0])
+        self.weight_fake_quant = weight
+        self.input_format = ActivationFormat(activation, signed_input)
+        self.observes = True
+        self.input_factor = 1.0
+        self.bias_word_len = bias_word_len
+        self._following: tuple[ActivationFormat | None] = (None,)
+        if self.weight.device.type != "meta":
+            self.move_formats(self.weight.device)
+
+    def move_formats(self, device: torch.device) -> None:
+        """Put the formats on ``device``."""
+        self.weight_fake_quant.to(device)
+        self.input_format.to(device)
+
+    @property
+    def following(self) -> ActivationFormat | None:
+        """The format of the layer that reads this layer's output; None: the output is real."""
+        return self._following[0]
+
+    def set_following(self, following: FixedPointLayer | ActivationFormat | None) -> None:
+        """Say who reads the output, whose η this layer divides by (None: nobody, the output is the network's)."""
+        # A tuple hides the reference from nn.Module: the format belongs to its reader.
+        self._following = (following.input_format if isinstance(following, FixedPointLayer) else following,)
+
+    def eta_next(self) -> Tensor:
+        """The scaling factor of the following layer, 1 where there is none."""
+        following = self.following
+        return self.weight.new_ones(()) if following is None else following.eta().to(self.weight.dtype)
+
+    @abstractmethod
+    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The convolution or product, of floats or of integers."""
+
+    @abstractmethod
+    def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (not rounded) and bias that take the input in units of η to the output in units of η_next, in eval."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values divided by this layer's η to values divided by the next one's; float64 between layers in eval.
+
+        There an accumulator of 32 bits must not be rounded before the next layer rounds it to 8.
+        """
+        rounded = self.input_format.read(x, self.observes)
+        if self.input_format.phase == "floating_wo_clip":
+            return self.float_forward(rounded.to(self.weight.dtype))
+        if self.training or not self.is_integer():
+            return self.fixed_forward(rounded.to(self.weight.dtype))
+        exact = self.exact_forward(rounded)
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            surrogate = self.fixed_forward(rounded.to(self.weight.dtype)).to(exact.dtype)
+            return _WithGradientOf.apply(exact, surrogate)  # type: ignore[no-untyped-call,no-any-return]
+        return exact
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        """The float layer."""
+        return self.linear_op(x, self.weight, self.bias)
+
+    def fixed_forward(self, x: Tensor) -> Tensor:
+        """The layer on rounded input, with its weight rounded, differentiable."""
+        weight, bias = self.effective_parameters()
+        return self.linear_op(x, self.rounded_weight(weight), bias)
+
+    def rounded_weight(self, weight: Tensor) -> Tensor:
+        """``weight`` in fixed point, with the fractional length that suits it now."""
+        quantizer = self.weight_fake_quant
+        frac_len = quantizer.choose(weight)
+        if self.training:
+            quantizer.batch_frac_len.copy_(frac_len)
+        return quantizer.round_to(weight, frac_len)
+
+    def is_integer(self) -> bool:
+        """Whether eval computes in integers: both formats round (reads values from the device)."""
+        weights = self.weight_fake_quant
+        on = self.input_format.is_active() and weights.phase == "fixed" and bool(weights.fake_quant_enabled)
+        return on and self.bias_word_len is not None
+
+    @torch.no_grad()
+    def integers(self) -> FixedPointIntegers:
+        """The integers that eval mode and the deployed layer compute with."""
+        weight, bias = self.effective_parameters()
+        weight = weight if weight.dtype == torch.float64 else weight.float()
+        quantizer = self.weight_fake_quant
+        weight_frac_len = quantizer.choose(weight)
+        codes = quantizer.round_to(weight, weight_frac_len).double()
+        shape = (-1, *[1] * (codes.dim() - 1))
+        codes *= power_of_two(weight_frac_len, torch.float64).view(shape)
+        frac_len = (self.input_format.rounded_frac_len() + weight_frac_len).expand(len(weight))
+        bias_codes = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+        if bias is not None:
+            largest = 2 ** (cast(int, self.bias_word_len) - 1) - 1
+            bias_codes = (bias.double() * power_of_two(frac_len, torch.float64)).round().clamp(-largest, largest)
+        return FixedPointIntegers(codes, bias_codes, frac_len)
+
+    @torch.no_grad()
+    def exact_forward(self, x: Tensor) -> Tensor:
+        """The layer on rounded input, in integers of float64, exactly; the accumulator saturates at ±(2^31 - 1)."""
+        layer = self.integers()
+        codes = x.double() * power_of_two(self.input_format.rounded_frac_len(), torch.float64)
+        shape = [1] * codes.dim()
+        shape[self._output_axis] = -1
+        total = self.linear_op(codes, layer.weight) + layer.bias.view(shape)
+        y = total.clamp_(-ACCUMULATOR_MAX, ACCUMULATOR_MAX) * power_of_two(-layer.frac_len, torch.float64).view(shape)
+        return y if self.following is not None else y.to(self.weight.dtype)
+
+    def _unnormalised_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """``W η / η_next`` and ``b / η_next``: the parameters of a layer without BatchNorm."""
+        eta_next = self.eta_next()
+        ratio = self.input_factor * self.input_format.eta().to(self.weight.dtype) / eta_next
+        return self.weight * ratio, None if self.bias is None else self.bias / eta_next
+
+
+class _FixedPointConvolution(FixedPointLayer, nn.Conv2d):  # type: ignore[misc]
+    """What both fixed-point convolutions share."""
+
+    def _check_geometry(self) -> None:
+        if self.groups not in (1, self.in_channels):
+            raise ValueError(
+                f"a fixed-point convolution has 1 group or is depthwise ({self.in_channels} groups), got {self.groups}"
+            )
+        if self.padding_mode != "zeros":
+            raise ValueError(f"a fixed-point convolution pads with zeros, got padding_mode={self.padding_mode!r}")
+        pairs = self._reversed_padding_repeated_twice
+        if pairs[0::2] != pairs[1::2]:
+            raise ValueError(f"padding={self.padding!r} pads unequally for kernel size {self.kernel_size}")
+        self.padding = tuple(reversed(pairs[0::2]))
+
+    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See base class."""
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class FixedPointConv2d(_FixedPointConvolution):
+    """``y = conv(xq, FQ(W η/η_next)) + b/η_next``; ``nn.Conv2d``'s constructor and FixedPointConvBn2d's keywords."""
+
+    def __init__(
+        self,
+        *args: Any,
+        qconfig: QConfig | None = None,
+        signed_input: bool = False,
+        bias_word_len: int | None = 32,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._check_geometry()
+        self.attach_formats(qconfig, signed_input, bias_word_len)
+
+    def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """See base class."""
+        return self._unnormalised_parameters()
+
+    @classmethod
+    def from_float(cls, mod: nn.Module) -> FixedPointConv2d:
+        """The fixed-point form of ``mod``, whose parameters it shares.
+
+        Raises:
+            TypeError: not an ``nn.Conv2d``.
+            ValueError: a geometry that has no fixed-point form.
+        """
+        check_float_type(cls, mod, nn.Conv2d)
+        layer = cls(**conv_arguments(cast(nn.Conv2d, mod)), qconfig=getattr(mod, "qconfig", None))
+        return cast(FixedPointConv2d, _sharing(layer, mod).train(mod.training))
+
+
+class FixedPointConvBn2d(_FixedPointConvolution):
+    """A convolution and its BatchNorm in fixed point, by F8Net's double forward.
+
+    With ``xq`` the rounded input, training computes ``y0 = conv(η xq, W) + b`` in float for the batch statistics μ
+    and v (which update the running ones, v unbiased), then ``y = conv(xq, W') + b'`` with
+    ``W' = FQ(γ/σ(v) · W η/η_next)`` and ``b' = (β + γ(b - μ)/σ(v)) / η_next``; μ and v stay in autograd. Eval takes the
+    running statistics, and computes in exact integers with a 32-bit bias. The convolution's bias cancels in training.
+
+    Args:
+        *args: as ``nn.Conv2d``.
+        eps: of the BatchNorm.
+        momentum: of the BatchNorm.
+        qconfig: two :class:`FixedPointFakeQuantize` factories; None: preset ``"f8net"``.
+        signed_input: whether the input has negative values. If not, rounding it is the ReLU before this layer.
+        bias_word_len: bits of the bias in eval; None: a float bias, which can't be deployed.
+        **kwargs: as ``nn.Conv2d``.
+
+    Shapes: as ``nn.Conv2d``. The child ``bn`` holds γ, β and the running statistics.
+
+    Raises:
+        ValueError: grouped but not depthwise, unequal or non-zero padding, a qconfig that isn't fixed point.
+
+    Source: SEMANTICS section 6.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        qconfig: QConfig | None = None,
+        signed_input: bool = False,
+        bias_word_len: int | None = 32,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._check_geometry()
+        device, dtype = kwargs.get("device"), kwargs.get("dtype")
+        self.bn: Any = nn.BatchNorm2d(self.out_channels, eps, momentum, device=device, dtype=dtype)
+        self.attach_formats(qconfig, signed_input, bias_word_len)
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        """See base class."""
+        return cast(Tensor, self.bn(self.linear_op(x, self.weight, self.bias)))
+
+    def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """See base class: with the running statistics."""
+        return self._normalised_parameters(self.bn.running_mean, self.bn.running_var)
+
+    def fixed_forward(self, x: Tensor) -> Tensor:
+        """See base class: in training with the statistics of this batch."""
+        if not (self.training and self.bn.training):
+            return super().fixed_forward(x)
+        eta = self.input_format.eta().to(x.dtype) * self.input_factor
+        y = self.linear_op(x * eta, self.weight, self.bias)
+        var, mean = torch.var_mean(y, (0, 2, 3), unbiased=False)
+        self._update_running(mean, var, y.numel() // y.shape[1])
+        weight, bias = self._normalised_parameters(mean, var)
+        return self.linear_op(x, self.rounded_weight(weight), bias)
+
+    def _normalised_parameters(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """``γ/σ(var) · W η/η_next`` and ``(β + γ(b - mean)/σ(var)) / η_next``."""
+        bn = self.bn
+        scale = bn.weight * torch.rsqrt(var + bn.eps)
+        eta_next = self.eta_next()
+        ratio = self.input_factor * self.input_format.eta().to(self.weight.dtype) / eta_next
+        shift = -mean if self.bias is None else self.bias - mean
+        return self.weight * (scale * ratio).view(-1, 1, 1, 1), (bn.bias + scale * shift) / eta_next
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, var: Tensor, count: int) -> None:
+        bn = self.bn
+        if count < 2:
+            raise ValueError(f"training needs more than 1 value per channel for its statistics, got {count}")
+        bn.num_batches_tracked.add_(1)
+        factor = 1.0 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
+        bn.running_mean += factor * (mean - bn.running_mean)
+        bn.running_var += factor * (var * (count / (count - 1)) - bn.running_var)
+
+    @classmethod
+    def from_float(cls, mod: nn.Module) -> FixedPointConvBn2d:
+        """The fixed-point form of a fused row Conv2d, BatchNorm2d(, ReLU): it shares parameters and BatchNorm.
+
+        A ReLU becomes part of the rounding of whatever reads the output.
+
+        Raises:
+            TypeError: another row.
+            ValueError: a geometry that has no fixed-point form, or a BatchNorm without affine or running statistics.
+        """
+        has_relu = type(mod) is intrinsic.ConvBnReLU2d
+        check_float_type(cls, mod, intrinsic.ConvBnReLU2d if has_relu else intrinsic.ConvBn2d)
+        conv, bn = cast(nn.Sequential, mod)[0], cast(nn.Sequential, mod)[1]
+        layer = cls(**conv_arguments(cast(nn.Conv2d, conv)), qconfig=getattr(mod, "qconfig", None))
+        if bn.weight is None:
+            raise ValueError("a BatchNorm with affine=False can't be part of a fixed-point layer")
+        layer.bn = checked_batch_norm(bn)
+        return cast(FixedPointConvBn2d, _sharing(layer, conv).train(mod.training))
+
+
+class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
+    """``y = xq FQ(W η/η_next)^T + b/η_next``; ``nn.Linear``'s constructor and the keywords of FixedPointConvBn2d."""
+
+    _output_axis = -1
+
+    def __init__(
+        self,
+        *args: Any,
+        qconfig: QConfig | None = None,
+        signed_input: bool = False,
+        bias_word_len: int | None = 32,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.attach_formats(qconfig, signed_input, bias_word_len)
+
+    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See base class."""
+        return F.linear(x, weight, bias)
+
+    def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """See base class."""
+        return self._unnormalised_parameters()
+
+    @classmethod
+    def from_float(cls, mod: nn.Module) -> FixedPointLinear:
+        """The fixed-point form of ``mod``, whose parameters it shares.
+
+        Raises:
+            TypeError: not an ``nn.Linear``.
+        """
+        check_float_type(cls, mod, nn.Linear)
+        linear = cast(nn.Linear, mod)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            device="meta",
+            qconfig=getattr(mod, "qconfig", None),
+        )
+        return cast(FixedPointLinear, _sharing(layer, mod).train(mod.training))
+
+
+def _sharing(layer: FixedPointLayer, mod: nn.Module) -> FixedPointLayer:
+    """``layer`` with the weight and bias of ``mod``, and its formats on their device."""
+    layer.weight, layer.bias = cast(Tensor, mod.weight), cast("Tensor | None", mod.bias)
+    layer.move_formats(layer.weight.device)
+    return layer

@@ -1,0 +1,164 @@
+"""What stands between fixed-point layers: residual additions and pooling, on tensors with scaling factors."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.nn.fixed_point import ActivationFormat
+
+
+class FixedPointAdd(nn.Module):
+    """``a + b`` with both summands in units of the η of the layer that reads the sum.
+
+    A summand that some layer reads too, or that went through a ReLU, has a format of its own: it is rounded to that,
+    and its codes count in the sum as codes of the sum's format (``value * η / η_following``, a power of two, since both
+    formats share their step). A summand that only the sum reads was divided by the sum's η when it was made.
+
+    Attributes:
+        formats: the summands' own formats, by position ("0", "1").
+        observes: for each summand whether this addition is its first reader.
+    """
+
+    def __init__(
+        self,
+        formats: tuple[ActivationFormat | None, ActivationFormat | None] = (None, None),
+        observes: tuple[bool, bool] = (True, True),
+        following: ActivationFormat | None = None,
+    ) -> None:
+        super().__init__()
+        self.formats = nn.ModuleDict({str(i): found for i, found in enumerate(formats) if found is not None})
+        self.observes = observes
+        self._following: tuple[ActivationFormat | None] = (following,)
+
+    @property
+    def following(self) -> ActivationFormat | None:
+        """The format of whatever reads the sum; None: the sum is real."""
+        return self._following[0]
+
+    def format_of(self, summand: int) -> ActivationFormat | None:
+        """The summand's own format, if it has one."""
+        return cast(ActivationFormat, self.formats[str(summand)]) if str(summand) in self.formats else None
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """The sum, of two tensors of one shape."""
+        left, right = self._read(0, a), self._read(1, b)
+        return left + right
+
+    def _read(self, summand: int, x: Tensor) -> Tensor:
+        own, following = self.format_of(summand), self.following
+        if own is None:
+            return x
+        rounded = own.read(x, self.observes[summand])
+        if own.phase == "floating_wo_clip" or following is None:
+            return rounded
+        return rounded * own.power_between(following).to(rounded.dtype)
+
+
+class FixedPointAvgPool2d(nn.Module):
+    """Average pooling of fixed-point values: a sum and a shift.
+
+    ``y = Σ xq / 2^round(log2 k²) · η/η_following``, k² values per window; both factors are powers of two, since this
+    layer's format and the following one share their step. The remaining ``2^round(log2 k²) / k²`` belongs into the
+    following layer's weights: its ``input_factor`` is this layer's ``remaining_factor``.
+
+    Args:
+        kernel_size: window, (height, width); None: the whole image, whose area must then be given.
+        stride: as ``nn.AvgPool2d``.
+        padding: as ``nn.AvgPool2d`` with ``count_include_pad=True``.
+        area: values per window.
+        input_format: format of the input.
+        observes: whether this layer is the first reader of its input.
+        following: format of the layer that reads the output.
+
+    Raises:
+        ValueError: no area where the window is the whole image.
+
+    Shapes: (n, c, h, w) to (n, c, h', w').
+
+    Source: SEMANTICS section 6.
+    """
+
+    def __init__(
+        self,
+        kernel_size: tuple[int, int] | None,
+        stride: tuple[int, int] | None = None,
+        padding: tuple[int, int] = (0, 0),
+        *,
+        input_format: ActivationFormat,
+        area: int | None = None,
+        observes: bool = True,
+        following: ActivationFormat | None = None,
+    ) -> None:
+        super().__init__()
+        if kernel_size is not None:
+            area = kernel_size[0] * kernel_size[1]
+        if area is None:
+            raise ValueError("an average over the whole image needs area=, the number of values in it")
+        self.kernel_size, self.padding = kernel_size, padding
+        self.stride = kernel_size if stride is None else stride
+        self.area = area
+        self.input_format, self.observes = input_format, observes
+        self._following: tuple[ActivationFormat | None] = (following,)
+
+    @property
+    def following(self) -> ActivationFormat | None:
+        """The format of the layer that reads the output; None: the output is real."""
+        return self._following[0]
+
+    @property
+    def shift(self) -> int:
+        """``round(log2 k²)``: the sum is divided by two to this power."""
+        return pooling_shift(self.area)
+
+    @property
+    def remaining_factor(self) -> float:
+        """``2^shift / k²``: what is left to be multiplied into the next weights."""
+        return 2.0**self.shift / self.area
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean in phase ``"floating_wo_clip"``, else the mean divided by ``remaining_factor``."""
+        rounded = self.input_format.read(x, self.observes)
+        if self.kernel_size is None and x.shape[-1] * x.shape[-2] != self.area:
+            raise ValueError(
+                f"this average was prepared for images of {self.area} values, got {x.shape[-2]} by {x.shape[-1]}; its "
+                "factor is part of the next layer's weights"
+            )
+        total = self.sum(rounded)
+        if self.input_format.phase == "floating_wo_clip":
+            return total / self.area
+        total = total * 2.0**-self.shift
+        following = self.following
+        return total if following is None else total * self.input_format.power_between(following).to(total.dtype)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over each window."""
+        if self.kernel_size is None:
+            return x.sum((2, 3), keepdim=True)
+        return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding, divisor_override=1)
+
+    def extra_repr(self) -> str:
+        """Window and shift."""
+        window = "whole image" if self.kernel_size is None else f"{self.kernel_size}, stride={self.stride}"
+        return f"{window}, shift={self.shift}, remaining_factor={self.remaining_factor:.4g}"
+
+
+class FixedPointMaxPool2d(nn.MaxPool2d):
+    """Max pooling of values or of integer codes: rounding is monotone, so the largest code is the largest value's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.MaxPool2d``; integers too."""
+        if input.is_floating_point() or input.is_cpu:
+            return cast(Tensor, super().forward(input))
+        # torch has no integer pooling on GPUs. Codes and 32-bit accumulators are exact in float64, and nothing is
+        # computed with them.
+        return cast(Tensor, super().forward(input.double()).to(input.dtype))
+
+
+def pooling_shift(area: int) -> int:
+    """``round(log2 area)``: decided in integers, since the logarithm of an area is never a tie."""
+    below = area.bit_length() - 1
+    # Nearer to the next power of two where area > 2^(below + 1/2), that is area² > 2^(2 below + 1).
+    return below + int(area * area > 2 ** (2 * below + 1))
