@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.integer import (
     IntegerAffine,
+    OutputGrid,
     bias_codes,
     integer_affine,
     raise_scale_for_bias,
@@ -105,11 +106,18 @@ class QATLayer(nn.Module):
         layer = None if self.training else self.integer_layer(weight, bias)
         if layer is None:
             return self.linear_op(x, self.quantized_weight(weight), bias)
-        exact = integer_affine(x, layer, self.linear_op, self._output_axis).to(x.dtype)
+        exact = integer_affine(x, layer, self.linear_op, self._output_axis, self._output_grid()).to(x.dtype)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             surrogate = self.linear_op(x, self.quantized_weight(weight), bias)
             return _WithGradientOf.apply(exact, surrogate)  # type: ignore[no-untyped-call,no-any-return]
         return exact
+
+    def _output_grid(self) -> OutputGrid | None:
+        """The grid of the output quantizer, or None where there is none that rounds to one grid."""
+        quantizer = self.activation_post_process
+        if not isinstance(quantizer, FakeQuantizeBase) or quantizer.qtype.axis is not None or not quantizer.is_active():
+            return None
+        return OutputGrid(quantizer.calculate_qparams().scale, quantizer.qtype.rounding)
 
     @torch.no_grad()
     def integer_layer(self, weight: Tensor, bias: Tensor | None) -> IntegerAffine | None:
