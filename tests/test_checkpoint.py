@@ -97,8 +97,9 @@ def test_library_models_come_back(make, tmp_path):
     with torch.no_grad():
         outputs = [m(x) if isinstance(m(x), torch.Tensor) else m(x).logits for m in (loaded, converted)]
     assert torch.equal(*outputs)
-    if float_size > 10**6:
-        assert (tmp_path / "m.pt").stat().st_size < 0.28 * float_size
+    if float_size > 10**7:
+        # Small layers have scales, biases and names that weigh something.
+        assert (tmp_path / "m.pt").stat().st_size < 0.26 * float_size
 
 
 def test_handwritten_quantized_models_come_back_too(tmp_path):

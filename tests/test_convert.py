@@ -106,10 +106,13 @@ def test_int32_weights_of_the_integers_are_those_of_the_formula():
     model, x = trained_layer("Conv2d reflect", AFFINE)
     layer = convert(model).layer
     codes = (model.input(x) / layer.input_scale).round()
-    weight = layer.weight.double() - layer.weight_zero_point.double().view(-1, 1, 1, 1)
+    assert layer.weight_zero_point is None
+    weight = layer.weight.double()
     padded = nn.functional.pad(codes.double(), (1, 1, 1, 1), mode="reflect")
     total = nn.functional.conv2d(padded, weight, layer.bias.double(), stride=2)
-    expected = layer.activation_post_process(total.float() * layer.multiplier.view(1, -1, 1, 1))
+    out = layer.activation_post_process
+    steps = (total.float() * (layer.multiplier / out.scale).view(1, -1, 1, 1)).round()
+    expected = ((steps + out.zero_point).clamp(0, 255) - out.zero_point) * out.scale
     assert torch.equal(layer(model.input(x)), expected)
     assert torch.equal(layer.multiplier, layer.input_scale * layer.weight_scale)
 

@@ -129,12 +129,13 @@ def _layer(layer: QATLayer, output: nn.Module) -> QuantizedLayer:
         return target(geometry, Grids(grid, None), tensors, relu, output)
     source = cast(FakeQuantizeBase, layer.input_quantizer)
     grid = cast(QuantizedType, grid)
-    rows = layer.to_rows(integers.weight) + _per_row(integers.weight_zero_point, integers.weight)
+    zero = cast(Tensor, integers.weight_zero_point)
+    rows = layer.to_rows(integers.weight) + zero.view(-1, *[1] * (integers.weight.dim() - 1))
     input_scale, input_zero_point = source.calculate_qparams()
     integer_tensors = {
         "weight": layer.from_rows(rows).to(grid.storage_dtype),
         "weight_scale": integers.weight_scale.clone(),
-        "weight_zero_point": integers.weight_zero_point.clone(),
+        "weight_zero_point": _unless_zero(zero.clone()),
         "bias": integers.bias,
         "multiplier": integers.multiplier,
         "input_scale": input_scale.reshape(1).clone(),
@@ -161,7 +162,8 @@ def _float_tensors(
     if grid is None:
         return {"weight": weight.clone(), "bias": bias}
     codes, scale, zero = _codes(layer.to_rows(weight), cast(FakeQuantizeBase, layer.weight_fake_quant))
-    return {"weight": layer.from_rows(codes), "weight_scale": scale, "weight_zero_point": zero, "bias": bias}
+    zero_point = _unless_zero(zero)
+    return {"weight": layer.from_rows(codes), "weight_scale": scale, "weight_zero_point": zero_point, "bias": bias}
 
 
 def _table(table: Embedding | EmbeddingBag) -> nn.Module:
@@ -187,5 +189,6 @@ def _codes(rows: Tensor, quantizer: FakeQuantizeBase) -> tuple[Tensor, Tensor, T
     return codes.to(qtype.storage_dtype), scale, zero
 
 
-def _per_row(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
+def _unless_zero(zero_point: Tensor) -> Tensor | None:
+    """None for zero points that are all 0: nothing to store."""
+    return zero_point if bool(zero_point.any()) else None

@@ -122,7 +122,7 @@ class QuantizedLayer(DeployedModule):
         weight: codes in the smallest integer dtype that holds them, shaped as the float weight (float32 values where
             ``grids.weight`` is None).
         weight_scale: float32 (out,), or None with a float weight.
-        weight_zero_point: int32 (out,), or None.
+        weight_zero_point: int32 (out,), or None where all are 0.
         bias: int32 codes in units of ``multiplier``; float where the input's grid is unknown; or None.
         multiplier: float32 (out,), input scale times weight scale, or None.
         input_scale: float32 (1,), or None.
@@ -170,7 +170,6 @@ class QuantizedLayer(DeployedModule):
 
     def read_tensors(self) -> None:
         """See base class."""
-        self._has_zero_point = self.weight_zero_point is not None and bool(self.weight_zero_point.any())
         self._sum_bound = 0.0
         if self.input_zero_point is not None and self.grids.input is not None:
             rows = self.to_rows(self.centred_weight())
@@ -195,7 +194,7 @@ class QuantizedLayer(DeployedModule):
 
     def centred_weight(self) -> Tensor:
         """Weight codes minus zero points, in the smallest dtype that holds them."""
-        if self.weight_zero_point is None or not self._has_zero_point:
+        if self.weight_zero_point is None:
             return self.weight
         return self.weight.to(torch.int32) - self.along_out_channels(self.weight_zero_point)
 
@@ -216,7 +215,7 @@ class QuantizedLayer(DeployedModule):
             input_scale=cast(Tensor, self.input_scale),
             sum_bound=self._sum_bound,
             weight_scale=cast(Tensor, self.weight_scale),
-            weight_zero_point=cast(Tensor, self.weight_zero_point),
+            weight_zero_point=self.weight_zero_point,
         )
 
     def affine(self, x: Tensor) -> Tensor:
@@ -226,7 +225,9 @@ class QuantizedLayer(DeployedModule):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return self.linear_op(x, self.dequantized_weight(x.dtype), bias)
         quantizer = self.activation_post_process
-        output = OutputGrid(quantizer.scale, quantizer.qtype.rounding) if isinstance(quantizer, Quantizer) else None
+        output = None
+        if isinstance(quantizer, Quantizer) and quantizer.qtype.axis is None:
+            output = OutputGrid(quantizer.scale, quantizer.qtype.rounding)
         return integer_affine(x, layer, self.linear_op, self._output_axis, output).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

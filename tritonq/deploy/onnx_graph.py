@@ -161,39 +161,40 @@ def _int8_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
 
 
 def _rewrite_layer(layer: QuantizedLayer, name: str, target: Target) -> None:
-    if layer.weight_scale is not None and layer.weight_zero_point is not None:
-        zero = layer.weight_zero_point
-        if target == "tensorrt":
-            _check_weight_for_tensorrt(layer, name)
-        layer.weight_zero_point = zero.to(layer.weight.dtype)
+    if target == "tensorrt" and layer.weight_scale is not None:
+        _check_weight_for_tensorrt(layer, name)
     if target == "tensorrt" and layer.multiplier is not None and layer.bias is not None:
         layer.bias = (layer.bias.double() * layer.multiplier.double()).float()
         layer.multiplier = None
     axis = _weight_axis(layer)
-    if target == "tensorrt" and axis is not None and layer.weight_scale is not None:
+    if target == "tensorrt" and axis is not None:
         # Values on the grid: TensorRT's QuantizeLinear gives the trained codes back.
         layer.weight = layer.dequantized_weight(torch.float32)
+    if axis is not None:
+        zero, dtype = layer.weight_zero_point, torch.int8 if target == "tensorrt" else layer.weight.dtype
+        scale = cast(Tensor, layer.weight_scale)
+        layer.weight_zero_point = torch.zeros_like(scale, dtype=dtype) if zero is None else zero.to(dtype)
     layer.forward = partial(_layer_forward, layer, axis)  # type: ignore[method-assign]
 
 
 def _check_weight_for_tensorrt(layer: QuantizedLayer, name: str) -> None:
-    if bool(cast(Tensor, layer.weight_zero_point).any()):
-        raise ValueError(
-            f"TensorRT takes zero points of 0 alone; the weight of {name!r} has "
-            f"{_short(cast(Tensor, layer.weight_zero_point))}: {_REMEDY}"
-        )
+    if layer.weight_zero_point is not None:
+        zero = _short(layer.weight_zero_point)
+        raise ValueError(f"TensorRT takes zero points of 0 alone; the weight of {name!r} has {zero}: {_REMEDY}")
     if layer.weight.dtype != torch.int8:
         raise ValueError(f"TensorRT takes int8 weights; the codes of {name!r} are {layer.weight.dtype}: {_REMEDY}")
 
 
 def _weight_axis(layer: QuantizedLayer) -> int | None:
-    """The axis that the weight's scales run along, as ONNX's Q/DQ can say it; None: the weight is dequantized by hand.
+    """The axis that the weight's scales run along, as ONNX's Q/DQ can say it; None: no Q/DQ, but arithmetic.
 
-    That is for scales of grouped transposed convolutions, which run along two axes, zero points that differ from
-    channel to channel, which ONNX Runtime's integer convolution refuses, and for codes of more than 8 bits.
+    That is for float weights, for scales of grouped transposed convolutions, which run along two axes, for zero points
+    that differ between channels, which ONNX Runtime's integer convolution refuses, and for codes of more than 8 bits.
     """
     zero = layer.weight_zero_point
-    if zero is None or layer.weight.dtype not in (torch.int8, torch.uint8) or bool((zero != zero[0]).any()):
+    if layer.weight_scale is None or layer.weight.dtype not in (torch.int8, torch.uint8):
+        return None
+    if zero is not None and bool((zero != zero[0]).any()):
         return None
     if isinstance(layer, QuantizedConvTranspose2d):
         return 1 if layer.groups == 1 else None
@@ -201,16 +202,14 @@ def _weight_axis(layer: QuantizedLayer) -> int | None:
 
 
 def _layer_forward(layer: QuantizedLayer, axis: int | None, x: Tensor) -> Tensor:
-    weight, bias = layer.weight, layer.bias
     scale, zero = layer.weight_scale, layer.weight_zero_point
-    if scale is not None and zero is not None:
-        if axis is None:
-            centred = weight.float() - layer.along_out_channels(zero.float())
-            weight = centred * layer.along_out_channels(scale)
-        elif weight.is_floating_point():
-            weight = quantize_dequantize(weight, scale, zero, -128, 127, axis, False, "")
-        else:
-            weight = dequantize(weight, scale, zero, axis)
+    if axis is None:
+        weight = layer.dequantized_weight(torch.float32)
+    elif layer.weight.is_floating_point():
+        weight = quantize_dequantize(layer.weight, scale, zero, -128, 127, axis, False, "")
+    else:
+        weight = dequantize(layer.weight, scale, zero, axis)
+    bias = layer.bias
     if bias is not None and layer.multiplier is not None:
         bias = dequantize(bias, layer.multiplier, None, 0)
     y = layer.linear_op(x, weight, bias)

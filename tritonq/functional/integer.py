@@ -38,7 +38,7 @@ class IntegerAffine:
         input_scale: float32, one element.
         sum_bound: no partial sum of products exceeds this, see :func:`sum_bound`.
         weight_scale: float32 (out,); with ``weight_zero_point`` what deployment stores.
-        weight_zero_point: int32 (out,), already subtracted from ``weight``.
+        weight_zero_point: int32 (out,), already subtracted from ``weight``; None: all 0.
     """
 
     weight: Tensor
@@ -47,7 +47,7 @@ class IntegerAffine:
     input_scale: Tensor
     sum_bound: float
     weight_scale: Tensor
-    weight_zero_point: Tensor
+    weight_zero_point: Tensor | None
 
 
 def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType) -> float:
