@@ -6,6 +6,8 @@ from tritonq.deploy import convert, export_onnx, load_converted, save_converted,
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize, set_fixed_point_phase
 from tritonq.functional import (
+    clipped_quantize,
+    fake_quantize_learnable,
     fake_quantize_per_channel_affine,
     fake_quantize_per_tensor_affine,
     fixed_point_quantize,
@@ -14,6 +16,12 @@ from tritonq.functional import (
     histogram,
     search_frac_len,
     statistic_frac_len,
+    trained_threshold_quantize,
+)
+from tritonq.learned_fake_quantize import (
+    ClippedFakeQuantize,
+    LearnedStepFakeQuantize,
+    TrainedThresholdFakeQuantize,
 )
 from tritonq.observers import (
     HistogramObserver,
@@ -43,9 +51,11 @@ from tritonq.qconfig import (
 from tritonq.qparams import QuantizedType, range_to_qparams
 
 __all__ = [
+    "ClippedFakeQuantize",
     "FakeQuantize",
     "FixedPointFakeQuantize",
     "HistogramObserver",
+    "LearnedStepFakeQuantize",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
@@ -53,6 +63,8 @@ __all__ = [
     "PerChannelMinMaxObserver",
     "QConfig",
     "QuantizedType",
+    "TrainedThresholdFakeQuantize",
+    "clipped_quantize",
     "convert",
     "default_embedding_qat_qconfig",
     "default_qat_qconfig",
@@ -61,6 +73,7 @@ __all__ = [
     "enable_fake_quant",
     "enable_observer",
     "export_onnx",
+    "fake_quantize_learnable",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
     "fixed_point_quantize",
@@ -79,6 +92,7 @@ __all__ = [
     "search_frac_len",
     "set_fixed_point_phase",
     "statistic_frac_len",
+    "trained_threshold_quantize",
     "update_bn_stats",
     "use_backend",
     "verify",

@@ -4,9 +4,12 @@ from tritonq.functional.fake_quant import fake_quantize_per_channel_affine, fake
 from tritonq.functional.fixed_point import fixed_point_quantize, search_frac_len, statistic_frac_len
 from tritonq.functional.fold import FoldedConv, fold_conv_bn, fuse_conv_bn
 from tritonq.functional.histogram import histogram
+from tritonq.functional.learned_scale import clipped_quantize, fake_quantize_learnable, trained_threshold_quantize
 
 __all__ = [
     "FoldedConv",
+    "clipped_quantize",
+    "fake_quantize_learnable",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
     "fixed_point_quantize",
@@ -15,4 +18,5 @@ __all__ = [
     "histogram",
     "search_frac_len",
     "statistic_frac_len",
+    "trained_threshold_quantize",
 ]

@@ -1,0 +1,374 @@
+"""Learned scales against the formulas, value by value in float64, and torch's operators where those are right."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import tritonq
+from tritonq.functional import clipped_quantize, fake_quantize_learnable, trained_threshold_quantize
+from tritonq.learned_fake_quantize import (
+    ClippedFakeQuantize,
+    LearnedStepFakeQuantize,
+    TrainedThresholdFakeQuantize,
+)
+from tritonq.observers import HistogramObserver, MinMaxObserver
+from tritonq.qparams import QParams, QuantizedType
+
+GRIDS = [(-8, 7), (-127, 127), (0, 3), (-2, 1), (0, 1)]
+
+
+def away(v):
+    return math.copysign(math.floor(abs(v) + 0.5), v)
+
+
+def torch_lsq(x, s, z, low, high):
+    """(y, dx, ds, dz) per unit of dy."""
+    z = min(max(round(z), low), high)
+    code = round(x / s) + z
+    if low <= code <= high:
+        return (code - z) * s, 1, code - z - x / s, 0
+    code = min(max(code, low), high)
+    return (code - z) * s, 0, code - z, -s
+
+
+def megengine_lsq(x, step, z, low, high):
+    s = abs(step) + 1e-5
+    sign = math.copysign(1, step)
+    v = x / s + z
+    if v < low or v > high:
+        bound = low if v < low else high
+        return (bound - z) * s, 0, bound * sign, 0
+    return (away(v) - z) * s, 1, (away(v) - v) * sign, 0
+
+
+def tqt(x, t, z, low, high):
+    s = 2.0**t
+    v = x / s
+    code = min(max(away(v), low), high)
+    inside = low - 0.5 <= v <= high + 0.5
+    return code * s, int(inside), s * math.log(2) * (code - v if inside else code), 0
+
+
+def pact(x, alpha, z, low, high):
+    s = alpha / high
+    return round(min(max(x, 0), alpha) / s) * s, int(0 <= x < alpha), int(x >= alpha), 0
+
+
+def run(method, x, parameter, zero_point, grid, axis):
+    if method == "tqt":
+        return trained_threshold_quantize(x, parameter, *grid, axis=axis)
+    if method == "pact":
+        return clipped_quantize(x, parameter, grid[1], axis=axis)
+    return fake_quantize_learnable(x, parameter, zero_point, *grid, axis=axis, method=method)
+
+
+FORMULAS = {"torch": torch_lsq, "megengine": megengine_lsq, "tqt": tqt, "pact": pact}
+
+
+@pytest.mark.parametrize("axis", [None, 0, 2, -2])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("method", FORMULAS)
+def test_value_by_value(method, grid, axis):
+    if method == "pact" and grid[0] != 0:
+        pytest.skip("clipping starts at 0")
+    torch.manual_seed(1)
+    x = torch.randn(3, 4, 5, dtype=torch.float64) * (grid[1] - grid[0]) / 3
+    channels = 1 if axis is None else x.shape[axis]
+    parameter = torch.rand(channels, dtype=torch.float64) + 0.3
+    shift = torch.randint(grid[0], grid[1] + 1, (channels,))
+    if method == "torch":
+        shift = shift + 0.9 * torch.rand(channels, dtype=torch.float64) - 0.45
+    if method == "pact":
+        parameter = parameter * grid[1]
+    if method == "megengine":
+        parameter[0] *= -1
+    x.requires_grad_()
+    parameter.requires_grad_()
+    leaves = [x, parameter]
+    if shift.is_floating_point():
+        leaves.append(shift.requires_grad_())
+    dy = torch.randn_like(x)
+    y = run(method, x, parameter, shift, grid, axis)
+    gradients = torch.autograd.grad(y, leaves, dy)
+
+    expected = [torch.zeros_like(leaf) for leaf in (y, x, parameter, parameter)]
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in x.shape)).tolist():
+        index = tuple(index)
+        channel = 0 if axis is None else index[axis]
+        scalars = float(x[index]), float(parameter[channel]), float(shift[channel])
+        value, dx, dparameter, dshift = FORMULAS[method](*scalars, *grid)
+        expected[0][index] = value
+        expected[1][index] = dx * dy[index]
+        expected[2][channel] += dparameter * dy[index]
+        expected[3][channel] += dshift * dy[index]
+    for got, wanted in zip((y, *gradients), expected, strict=False):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_as_torchs_operators(axis):
+    """At zero points from 0 up: at negative ones torch's per-tensor backward uses another z than its forward."""
+    torch.manual_seed(2)
+    x, dy = torch.randn(6, 5, 7), torch.randn(6, 5, 7)
+    channels = 1 if axis is None else 5
+    scale, shift = torch.rand(channels) * 0.2 + 0.05, torch.randint(0, 8, (channels,)).float()
+    results = []
+    for ours in (True, False):
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, scale, shift)]
+        if ours:
+            y = fake_quantize_learnable(*leaves, -8, 7, axis, 0.3)
+        elif axis is None:
+            y = torch._fake_quantize_learnable_per_tensor_affine(*leaves, -8, 7, 0.3)
+        else:
+            y = torch._fake_quantize_learnable_per_channel_affine(*leaves, axis, -8, 7, 0.3)
+        results.append((y, *torch.autograd.grad(y, leaves, dy)))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(results[0][0], results[1][0])
+
+
+def test_saturated_values_by_finite_differences():
+    """Where every value saturates, y is a smooth function of the parameter."""
+    x = torch.tensor([50.0, -60.0, 70.0], dtype=torch.float64)
+    for method, value in (("torch", 0.5), ("tqt", -1.0), ("megengine", 0.5), ("pact", 2.0)):
+        parameter = torch.tensor([value], dtype=torch.float64, requires_grad=True)
+        grid = (0, 7) if method == "pact" else (-8, 7)
+
+        def weighted(p, method=method, grid=grid):
+            y = run(method, x, p, 0, grid, None)
+            return (y * torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)).sum()
+
+        (gradient,) = torch.autograd.grad(weighted(parameter), parameter)
+        with torch.no_grad():
+            slope = (weighted(parameter + 1e-5) - weighted(parameter - 1e-5)) / 2e-5
+        assert float(gradient) == pytest.approx(float(slope), rel=1e-7)
+
+
+def test_gradient_factor():
+    for shift in (0, torch.tensor([0.0], requires_grad=True)):
+        gradients = []
+        for factor in (1.0, 0.25):
+            scale = torch.tensor([0.3], requires_grad=True)
+            leaves = [scale, *([shift] if isinstance(shift, torch.Tensor) else [])]
+            y = fake_quantize_learnable(torch.linspace(-9, 9, 50), scale, shift, -8, 7, None, factor)
+            gradients.append(torch.autograd.grad(y.sum(), leaves))
+        for full, part in zip(*gradients, strict=True):
+            torch.testing.assert_close(part, full / 4)
+
+
+@pytest.mark.parametrize("method", FORMULAS)
+def test_what_is_not_finite(method):
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.2], requires_grad=True)
+    parameter = torch.tensor([0.5], requires_grad=True)
+    y = run(method, x, parameter, 0, (0, 3) if method == "pact" else (-8, 7), None)
+    y.nan_to_num().sum().backward()
+    assert y[0].isnan()
+    assert y[1:].isfinite().all()
+    assert x.grad.tolist() == [0, 0, 0, 1]
+    assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_computes_in_float32(dtype):
+    x = torch.randn(200).to(dtype)
+    scale = torch.tensor([0.11], requires_grad=True)
+    y = fake_quantize_learnable(x, scale, 0, -8, 7)
+    wide = fake_quantize_learnable(x.float(), scale, 0, -8, 7)
+    assert torch.equal(y, wide.to(dtype))
+    (narrow,) = torch.autograd.grad(y.float().sum(), scale)
+    torch.testing.assert_close(narrow, torch.autograd.grad(wide.sum(), scale)[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x, s: fake_quantize_learnable(x.int(), s, 0, -8, 7), TypeError, "x must be"),
+        (lambda x, s: fake_quantize_learnable(x, 0.1, 0, -8, 7), TypeError, "scale must be a torch.Tensor"),
+        (lambda x, s: fake_quantize_learnable(x, -s, 0, -8, 7), ValueError, "positive and finite"),
+        (lambda x, s: fake_quantize_learnable(x, s, 9, -8, 7), ValueError, "zero_point must be in"),
+        (lambda x, s: fake_quantize_learnable(x, s, 0, 7, -8), ValueError, "quant_min"),
+        (lambda x, s: fake_quantize_learnable(x, s, 0, -8, 7, 0), ValueError, "shape"),
+        (lambda x, s: fake_quantize_learnable(x, s, torch.zeros(2), -8, 7), ValueError, "one element"),
+        (lambda x, s: fake_quantize_learnable(x, s, 0, -8, 7, method="lsq"), ValueError, "unknown method 'lsq'"),
+        (lambda x, s: fake_quantize_learnable(x, s * math.nan, 0, -8, 7, method="megengine"), ValueError, "finite"),
+        (lambda x, s: trained_threshold_quantize(x, s * math.inf, -8, 7), ValueError, "must be finite"),
+        (lambda x, s: clipped_quantize(x, s * 0, 15), ValueError, "positive and finite"),
+        (lambda x, s: clipped_quantize(x, s, 0), ValueError, "quant_min must be below quant_max"),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.ones(3), torch.ones(1))
+
+
+MODULES = {
+    "lsq": lambda **k: LearnedStepFakeQuantize(dtype="qint8", **k),
+    "lsq_init": lambda **k: LearnedStepFakeQuantize(dtype="qint4", init="lsq", **k),
+    "lsq_plus": lambda **k: LearnedStepFakeQuantize(dtype="quint8", learn_zero_point=True, **k),
+    "lsq_megengine": lambda **k: LearnedStepFakeQuantize(dtype="qint8", method="megengine", **k),
+    "lsq_megengine_affine": lambda **k: LearnedStepFakeQuantize(dtype="quint4", method="megengine", **k),
+    "lsq_binary": lambda **k: LearnedStepFakeQuantize(dtype="qint1", **k),
+    "lsq_2_bits": lambda **k: LearnedStepFakeQuantize(dtype="qint2", observer=HistogramObserver, **k),
+    "tqt": lambda **k: TrainedThresholdFakeQuantize(**k),
+    "tqt_4_bits": lambda **k: TrainedThresholdFakeQuantize(dtype="qint4", observer=HistogramObserver, **k),
+    "pact": lambda **k: ClippedFakeQuantize(**k),
+    "pact_2_bits": lambda **k: ClippedFakeQuantize(dtype="quint2", **k),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_trains_and_deploys(name):
+    torch.manual_seed(3)
+    quantizer = MODULES[name]()
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.05)
+    x = torch.randn(64, 10) * 2
+    quantizer(x)
+    x, first = 1.5 * x, None
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = (quantizer(x) - x).square().mean()
+        first = float(loss) if first is None else first
+        loss.backward()
+        optimizer.step()
+        changed = any(float(parameter.grad.abs().sum()) > 0 for parameter in quantizer.parameters())
+    assert changed
+    assert float(loss) <= 1.05 * first
+    assert quantizer.is_active()
+    scale, zero_point = quantizer.calculate_qparams()
+    assert (scale.dtype, zero_point.dtype, scale.shape) == (torch.float32, torch.int32, zero_point.shape)
+    qtype = quantizer.qtype
+    deployed = tritonq.functional.fake_quantize_per_tensor_affine(
+        x, scale, zero_point, qtype.quant_min, qtype.quant_max, rounding=qtype.rounding
+    )
+    assert torch.equal(quantizer.eval()(x), deployed)
+
+
+@pytest.mark.parametrize("kind", [LearnedStepFakeQuantize, TrainedThresholdFakeQuantize])
+def test_per_channel(kind):
+    quantizer = kind(MinMaxObserver, dtype="qint8", qscheme=torch.per_channel_symmetric, ch_axis=0, num_channels=4)
+    parameter = next(quantizer.parameters())
+    assert parameter.shape == (4,)
+    weight = torch.randn(4, 3, 3, 3) * torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1, 1)
+    y = quantizer(weight)
+    y.square().sum().backward()
+    for channel in range(4):
+        alone = kind(MinMaxObserver, dtype="qint8")
+        z = alone(weight[channel])
+        z.square().sum().backward()
+        assert torch.equal(y[channel], z)
+        torch.testing.assert_close(parameter.grad[channel], next(alone.parameters()).grad[0])
+
+
+def test_learned_length_from_data_keeps_the_parameter():
+    quantizer = LearnedStepFakeQuantize(dtype="qint8", qscheme=torch.per_channel_symmetric)
+    parameter = quantizer.scale
+    quantizer(torch.randn(5, 7))
+    assert quantizer.scale is parameter
+    assert parameter.shape == (5,)
+    restored = LearnedStepFakeQuantize(dtype="qint8", qscheme=torch.per_channel_symmetric)
+    restored.load_state_dict(quantizer.state_dict())
+    x = torch.randn(5, 7)
+    assert torch.equal(restored.eval()(x), quantizer.eval()(x))
+
+
+def test_first_values():
+    x = torch.tensor([-1.0, 2.0, 0.5])
+    quantizer = LearnedStepFakeQuantize(dtype="qint8")
+    quantizer(x)
+    assert float(quantizer.scale) == pytest.approx(2 / 127.5)
+    quantizer = LearnedStepFakeQuantize(dtype="qint8", init="lsq")
+    quantizer(x)
+    assert float(quantizer.scale) == pytest.approx(2 * (3.5 / 3) / math.sqrt(127))
+    quantizer = TrainedThresholdFakeQuantize(dtype="qint8")
+    quantizer(x)
+    assert float(quantizer.scale) == pytest.approx(2 / 127.5)
+    quantizer = ClippedFakeQuantize(dtype="quint4")
+    quantizer(x.relu())
+    assert float(quantizer.alpha) == pytest.approx(2)
+
+
+def test_a_batch_without_finite_values_sets_nothing():
+    quantizer = LearnedStepFakeQuantize(dtype="qint8")
+    x = torch.full((3,), torch.inf)
+    with pytest.warns(UserWarning, match="without parameters passes its input through"):
+        assert quantizer(x) is x
+    with pytest.raises(ValueError, match="LearnedStepFakeQuantize has seen no finite value"):
+        quantizer.initialize()
+    quantizer.initialize(QParams(torch.tensor([0.5]), torch.tensor([0])))
+    assert quantizer(torch.tensor([0.6])) == 0.5
+
+
+def test_switches():
+    quantizer = LearnedStepFakeQuantize(dtype="qint8")
+    x = torch.randn(50)
+    quantizer(x)
+    quantizer.disable_fake_quant()
+    leaf = (10 * x).requires_grad_()
+    y = quantizer(leaf)
+    y.sum().backward()
+    assert torch.equal(y, leaf)
+    assert torch.equal(leaf.grad, torch.ones(50))
+    assert quantizer.scale.grad.abs().sum() == 0
+    assert not quantizer.is_active()
+    before = quantizer.scale.detach().clone()
+    quantizer.enable_fake_quant()
+    quantizer(10 * x)
+    assert torch.equal(quantizer.scale, before)
+
+
+def test_scale_survives_what_optimizers_and_casts_do():
+    quantizer = LearnedStepFakeQuantize(dtype="qint8")
+    quantizer(torch.randn(50))
+    quantizer.half()
+    assert quantizer.scale.dtype == torch.float32
+    with torch.no_grad():
+        quantizer.scale.fill_(-3.0)
+    y = quantizer(torch.ones(4))
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert quantizer.scale.grad != 0
+    assert quantizer.calculate_qparams().scale > 0
+    assert torch.equal(copy.deepcopy(quantizer)(torch.ones(4)), y)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LearnedStepFakeQuantize(method="lsq"), "unknown method"),
+        (lambda: LearnedStepFakeQuantize(init="random"), "unknown init"),
+        (lambda: LearnedStepFakeQuantize(dtype="qint8", learn_zero_point=True), "affine types"),
+        (lambda: LearnedStepFakeQuantize(dtype="quint8", learn_zero_point=True, method="megengine"), "affine types"),
+        (lambda: TrainedThresholdFakeQuantize(dtype="quint8"), "zero point 0"),
+        (lambda: ClippedFakeQuantize(dtype="qint8"), "codes start at 0"),
+        (lambda: ClippedFakeQuantize(dtype=QuantizedType.of(8, signed=False)), "codes start at 0"),
+    ],
+)
+def test_bad_modules(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_in_a_qconfig():
+    torch.manual_seed(4)
+    qconfig = tritonq.QConfig(
+        activation=ClippedFakeQuantize.with_args(dtype="quint8"),
+        weight=LearnedStepFakeQuantize.with_args(dtype="qint8_narrow", qscheme=torch.per_channel_symmetric),
+    )
+    model = nn.Sequential(tritonq.nn.ConvReLU2d(3, 4, 3, qconfig=qconfig), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(8, 3, 6, 6)
+    model(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    layer = model[0]
+    before = [
+        parameter.detach().clone() for parameter in (layer.weight_fake_quant.scale, layer.activation_post_process.alpha)
+    ]
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert layer.weight_fake_quant.scale.shape == (4,)
+    assert not torch.equal(layer.weight_fake_quant.scale, before[0])
+    assert not torch.equal(layer.activation_post_process.alpha, before[1])

@@ -1,0 +1,251 @@
+"""Fake quantization whose scale is trained: LSQ, LSQ+, TQT and PACT."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tritonq.backend import Backend, implementation
+from tritonq.functional.validate import (
+    check_axis,
+    check_code_arguments,
+    check_float_tensor,
+    check_scale,
+    check_zero_point,
+    is_readable,
+)
+from tritonq.reference.learned_scale import LearnedScale
+
+StepGradient = Literal["torch", "megengine"]
+# MegEngine's floor under a learned step.
+MEGENGINE_FLOOR = 1e-5
+
+
+def fake_quantize_learnable(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: int | Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    grad_factor: float = 1.0,
+    *,
+    method: StepGradient = "torch",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Fake quantize with a scale, and perhaps a zero point, that receive gradients (LSQ, LSQ+).
+
+    ``"torch"``: ``y = (clip(round(x/s) + z) - z) s``; ``dx = dy`` where the unclipped code is in range;
+    ``ds = f Σ dy {quant_min - z below | quant_max - z above | (y - x)/s inside}``; ``dz = f Σ dy {-s outside | 0}``.
+    Forward and backward use the same z, rounded and clamped (torch's own per-tensor backward does not).
+
+    ``"megengine"``: ``s = |scale| + 1e-5``, ties away from zero, ``v = x/s + z`` is clipped, then rounded;
+    ``ds = f Σ dy {quant_min | quant_max | round(v) - v}``.
+
+    Args:
+        x: any shape; float32, float16, bfloat16 or float64.
+        scale: float tensor, one element or (x.shape[axis],).
+        zero_point: an int, or a tensor shaped as ``scale``. A floating point one is rounded, clamped to the codes and
+            receives a gradient.
+        quant_min: smallest code.
+        quant_max: largest code.
+        axis: channel axis, or None for one scale.
+        grad_factor: ``f``; LSQ proposes ``1/sqrt(values per scale * quant_max)``.
+        method: whose gradient.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        Tensor of ``x``'s shape and dtype.
+
+    Raises:
+        TypeError: ``x`` or ``scale`` is not a floating point tensor, or a zero point of the wrong kind.
+        ValueError: empty code range, wrong shape or device, a scale that is not positive and finite, unknown method.
+        RuntimeError: ``backend="triton"`` where no kernel can run.
+
+    Source: SEMANTICS section 1; Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al., "LSQ+" (2020).
+
+    Examples:
+        >>> scale = torch.tensor([0.5], requires_grad=True)
+        >>> fake_quantize_learnable(torch.tensor([0.6, 9.0]), scale, 0, -8, 7).sum().backward()
+        >>> scale.grad
+        tensor([6.8000])
+    """
+    check_float_tensor("x", x)
+    check_code_arguments(quant_min, quant_max, "half_even")
+    if method not in get_args(StepGradient):
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(get_args(StepGradient))}")
+    axis, channels = _axis_and_channels(x, axis)
+    _check_parameter("scale", scale, x, channels, positive=method == "torch")
+    if method == "megengine":
+        scale = scale.abs() + MEGENGINE_FLOOR
+    shift = None
+    if isinstance(zero_point, Tensor) and zero_point.is_floating_point():
+        _check_parameter("zero_point", zero_point, x, channels, positive=False)
+        shift, zero_point = zero_point, zero_point.detach().round().clamp(quant_min, quant_max).to(torch.int32)
+    codes = check_zero_point(zero_point, x, channels, quant_min, quant_max)
+    return learned_fake_quantize(
+        x, scale, codes, quant_min, quant_max, axis, method, grad_factor, shift=shift, backend=backend
+    )
+
+
+def trained_threshold_quantize(
+    x: Tensor,
+    log2_threshold: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    axis: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Fake quantize with scale ``2^t``, where ``t`` receives a gradient (TQT); ties away from zero.
+
+    ``code = clip(round(x/s))``; inside where ``x/s`` is in ``[quant_min - 0.5, quant_max + 0.5]``; ``dx = dy`` inside;
+    ``dt = Σ dy s ln2 {code - x/s inside | code outside}``.
+
+    Args:
+        x: any shape; float32, float16, bfloat16 or float64.
+        log2_threshold: ``t``, float tensor, one element or (x.shape[axis],).
+        quant_min: smallest code.
+        quant_max: largest code.
+        axis: channel axis, or None for one threshold.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        Tensor of ``x``'s shape and dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`fake_quantize_learnable`.
+
+    Source: SEMANTICS section 1; Jain et al., "Trained Quantization Thresholds" (2020); MegEngine's TQT.
+
+    Examples:
+        >>> trained_threshold_quantize(torch.tensor([0.6, -9.0]), torch.tensor(-1.0), -8, 7)
+        tensor([ 0.5000, -4.0000])
+    """
+    check_float_tensor("x", x)
+    check_code_arguments(quant_min, quant_max, "half_away")
+    axis, channels = _axis_and_channels(x, axis)
+    _check_parameter("log2_threshold", log2_threshold, x, channels, positive=False)
+    scale = torch.exp2(log2_threshold)
+    return learned_fake_quantize(x, scale, None, quant_min, quant_max, axis, "tqt", backend=backend)
+
+
+def clipped_quantize(
+    x: Tensor, alpha: Tensor, quant_max: int = 255, *, axis: int | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """Clip to ``[0, alpha]`` and fake quantize to the codes ``0..quant_max``; ``alpha`` receives a gradient (PACT).
+
+    ``y = round(clip(x, 0, α)/s) s`` with ``s = α/quant_max``; ``dx = dy`` where ``0 <= x < α``;
+    ``dα = Σ dy {1 where x >= α}``.
+
+    Args:
+        x: any shape; float32, float16, bfloat16 or float64.
+        alpha: float tensor, one element or (x.shape[axis],), positive.
+        quant_max: largest code.
+        axis: channel axis, or None for one level.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        Tensor of ``x``'s shape and dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`fake_quantize_learnable`.
+
+    Source: SEMANTICS section 1; Choi et al., "PACT: Parameterized Clipping Activation" (2018).
+
+    Examples:
+        >>> clipped_quantize(torch.tensor([-1.0, 0.4, 5.0]), torch.tensor(3.0), 3)
+        tensor([0., 0., 3.])
+    """
+    check_float_tensor("x", x)
+    check_code_arguments(0, quant_max, "half_even")
+    axis, channels = _axis_and_channels(x, axis)
+    _check_parameter("alpha", alpha, x, channels, positive=True)
+    return learned_fake_quantize(x, alpha, None, 0, quant_max, axis, "pact", backend=backend)
+
+
+def learned_fake_quantize(
+    x: Tensor,
+    parameter: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    method: LearnedScale,
+    grad_factor: float = 1.0,
+    *,
+    shift: Tensor | None = None,
+    active: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The op behind the public functions, for arguments that are known to be right (modules call it).
+
+    ``shift`` is the zero point that receives a gradient; ``zero_point`` its int32 value. ``active`` as in
+    :func:`tritonq.functional.fake_quant.fake_quantize`.
+    """
+    arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
+    grid = (quant_min, quant_max, axis, method)
+    result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
+        x, parameter.to(arithmetic), shift, zero_point, active, grid, grad_factor, backend
+    )
+    return result
+
+
+class _LearnedFakeQuantize(torch.autograd.Function):
+    """Saves ``x``, the parameter and the zero point; codes and masks are recomputed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        parameter: Tensor,
+        shift: Tensor | None,
+        zero_point: Tensor | None,
+        active: Tensor | None,
+        grid: tuple[int, int, int | None, LearnedScale],
+        grad_factor: float,
+        backend: Backend,
+    ) -> Tensor:
+        # A switch may be thrown, and an optimizer may step, between forward and backward.
+        state = (None if value is None else value.detach().clone() for value in (parameter, zero_point, active))
+        ctx.save_for_backward(x, *state)
+        ctx.grid, ctx.grad_factor = grid, grad_factor
+        ctx.shift_like = None if shift is None else (shift.shape, shift.dtype)
+        ctx.ops = implementation("learned_scale", x, backend)
+        y: Tensor = ctx.ops.learned_fake_quantize(x, parameter, zero_point, *grid, active=active)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, parameter, zero_point, active = ctx.saved_tensors
+        dx, dparameter, dshift = ctx.ops.learned_fake_quantize_backward(
+            dy, x, parameter, zero_point, *ctx.grid, active=active
+        )
+        dparameter = dparameter.to(parameter.dtype).mul_(ctx.grad_factor)
+        if ctx.shift_like is not None:
+            shape, dtype = ctx.shift_like
+            dshift = dshift.view(shape).to(dtype).mul_(ctx.grad_factor)
+        return dx, dparameter, dshift if ctx.shift_like is not None else None, None, None, None, None, None
+
+
+def _axis_and_channels(x: Tensor, axis: int | None) -> tuple[int | None, int | None]:
+    if axis is None:
+        return None, None
+    axis = check_axis(x, axis)
+    return axis, x.shape[axis]
+
+
+def _check_parameter(name: str, value: Tensor, x: Tensor, channels: int | None, positive: bool) -> None:
+    """Shape, device and, where they can be read for free, values of a trained parameter."""
+    check_float_tensor(name, value)
+    detached = value.detach()
+    if positive:
+        check_scale(detached, x, channels)
+        return
+    # Of a parameter that may have any sign, shape and device count, and that it is finite.
+    check_scale(torch.ones_like(detached), x, channels)
+    if is_readable(detached) and not bool(torch.isfinite(detached).all()):
+        raise ValueError(f"{name} must be finite, got {detached.flatten()[:8].tolist()}")
