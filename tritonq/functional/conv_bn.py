@@ -17,8 +17,8 @@ from tritonq.reference.quantizer_state import QuantizerState, is_readable
 
 # float16 holds 2^-24 .. 2^15 exactly; a code has up to 2^8 - 1.
 _HALF_EXPONENTS = (-24, 7)
-# Below this a fold is taken for zero: it and its square root are still far from the end of float32's range.
-_TINY_FOLD = 1e-30
+# Below this a fold counts as zero, so that squares of its ratio to the smallest scale stay normal in float32.
+_TINY_FOLD = 1e-12
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,15 @@ class _ConvBn(torch.autograd.Function):
         dx = dweight = dgamma = dfold = None
         if needs_x or needs_weight or needs_gamma:
             rows = step.op.to_rows(weight)
-            codes = weight
+            codes, row_codes = weight, None
             if needs_x:
-                quantized = ctx.weights.folded_codes(rows, fold, weight_quantizer)
-                codes = step.op.from_rows(fit_codes(quantized.codes, quantized.unit, c.dtype)[0])
+                row_codes = fit_codes(*ctx.weights.folded_codes(rows, fold, weight_quantizer)[:2], c.dtype)[0]
+                codes = step.op.from_rows(row_codes)
             x = restore(kept) if needs_weight or needs_gamma else kept.values
             dx, dcodes = step.op.backward(dc, x, codes, needs_x, needs_weight or needs_gamma)
             if dcodes is not None:
                 drows, dfold = ctx.weights.folded_backward(
-                    step.op.to_rows(dcodes), rows, fold, unit, weight_quantizer, ctx.clips
+                    step.op.to_rows(dcodes), rows, fold, unit, weight_quantizer, ctx.clips, row_codes
                 )
                 dweight = step.op.from_rows(drows).to(weight.dtype) if needs_weight else None
         if needs_gamma and dfold is not None:
@@ -150,11 +150,10 @@ class _ConvBn(torch.autograd.Function):
 
 def nonzero_fold(norm: BatchNormState, gamma: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``s = γ/σ(running_var)``, or ``1/σ`` where that is zero, and ``1/σ``: (channels,), in ``dtype``."""
-    running_var = norm.running_var.to(dtype)
-    inverse_std = fold_scale(running_var, None, norm.eps)
+    inverse_std = fold_scale(norm.running_var.to(dtype), None, norm.eps)
     if gamma is None:
         return inverse_std, inverse_std
-    fold = fold_scale(running_var, gamma.detach().to(dtype), norm.eps)
+    fold = gamma.detach().to(dtype) * inverse_std
     return torch.where(fold.abs() < _TINY_FOLD, inverse_std, fold), inverse_std
 
 

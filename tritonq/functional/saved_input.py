@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from tritonq.qparams import QuantizedType
 from tritonq.reference.quantizer_state import is_readable
 
 _MAX_BITS = 8
+_SHARED = "_tritonq_saved_codes"
 
 
 class InputGrid(NamedTuple):
@@ -18,12 +19,12 @@ class InputGrid(NamedTuple):
 
     Attributes:
         scale: float32, one element.
-        zero_point: int32, one element.
+        zero_point: int32, one element; None stands for zero.
         qtype: the codes.
     """
 
     scale: Tensor
-    zero_point: Tensor
+    zero_point: Tensor | None
     qtype: QuantizedType
 
     @property
@@ -33,39 +34,63 @@ class InputGrid(NamedTuple):
 
 
 class SavedInput(NamedTuple):
-    """A tensor, or its codes and their grid."""
+    """A tensor, or its codes as int8.
+
+    Attributes:
+        values: the tensor, or ``code - zero_point + shift``.
+        scale: of the codes; None where ``values`` is the tensor.
+        shift: what takes codes around the middle of their range; None for zero.
+        dtype: of the tensor.
+    """
 
     values: Tensor
     scale: Tensor | None
-    zero_point: Tensor | None
+    shift: Tensor | None
     dtype: torch.dtype
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What to save for the backward; :func:`restore` takes them back."""
-        return self.values, self.scale, self.zero_point
+        return self.values, self.scale, self.shift
 
 
 def keep(x: Tensor, grid: InputGrid | None) -> SavedInput:
     """``x`` as codes of ``grid`` if it can be rebuilt from them exactly, else ``x`` itself.
 
-    On a CPU that is verified; elsewhere the grid is trusted.
+    On a CPU that is verified; elsewhere the grid is trusted. Operators that take the same tensor share its codes.
     """
     if grid is None or not grid.is_compact or x.dtype == torch.float64:
         return SavedInput(x, None, None, x.dtype)
-    scale, zero_point = grid.scale.clone(), grid.zero_point.clone()
-    steps = (x.float() * scale.reciprocal()).round_()
-    if is_readable(x) and not _is_exact(x, steps, scale):
-        return SavedInput(x, None, None, x.dtype)
-    codes = steps.add_(zero_point).to(grid.qtype.storage_dtype)
-    return SavedInput(codes, scale, zero_point, x.dtype)
+    shared = getattr(x, _SHARED, None)
+    if shared is not None and shared[0] is grid.scale and shared[1] == x._version:
+        return cast(SavedInput, shared[2])
+    saved = _encode(x, grid)
+    if saved.scale is not None:
+        # An attribute of the tensor lives as long as the tensor, and no longer.
+        setattr(x, _SHARED, (grid.scale, x._version, saved))
+    return saved
 
 
 def restore(saved: SavedInput) -> Tensor:
     """The tensor that was given to :func:`keep`."""
-    if saved.scale is None or saved.zero_point is None:
+    if saved.scale is None:
         return saved.values
-    return saved.values.float().sub_(saved.zero_point).mul_(saved.scale).to(saved.dtype)
+    steps = saved.values.float()
+    if saved.shift is not None:
+        steps.sub_(saved.shift)
+    return steps.mul_(saved.scale).to(saved.dtype)
+
+
+def _encode(x: Tensor, grid: InputGrid) -> SavedInput:
+    scale = grid.scale.clone()
+    steps = (x.float() * scale.reciprocal()).round_()
+    if is_readable(x) and not _is_exact(x, steps, scale):
+        return SavedInput(x, None, None, x.dtype)
+    shift = None
+    if grid.zero_point is not None:
+        shift = grid.zero_point - (grid.qtype.quant_min + grid.qtype.quant_max + 1) // 2
+        steps.add_(shift)
+    return SavedInput(steps.to(torch.int8), scale, shift, x.dtype)
 
 
 def _is_exact(x: Tensor, steps: Tensor, scale: Tensor) -> bool:

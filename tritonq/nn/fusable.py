@@ -10,6 +10,7 @@ from tritonq.observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
+    ObserverBase,
     PerChannelMinMaxObserver,
 )
 from tritonq.reference.quantizer_state import QuantizerState
@@ -45,6 +46,7 @@ def range_state(quantizer: nn.Module) -> QuantizerState | None:
         averaging_constant=observer.averaging_constant,
         rule=observer.rule,
         eps=observer.eps,
+        known=quantizer._qparams_known,
     )
 
 
@@ -58,7 +60,10 @@ def input_grid(quantizer: FakeQuantizeBase | None) -> InputGrid | None:
     """The grid that values of an active per-tensor ``quantizer`` lie on."""
     if quantizer is None or quantizer.qtype.axis is not None or not quantizer.is_active():
         return None
-    return InputGrid(*quantizer.calculate_qparams(), quantizer.qtype)
+    scale, zero_point = quantizer.calculate_qparams()
+    observer = getattr(quantizer, "activation_post_process", None)
+    always_zero = isinstance(observer, ObserverBase) and observer.zero_point_is_zero
+    return InputGrid(scale, None if always_zero else zero_point, quantizer.qtype)
 
 
 def has_hooks(module: nn.Module) -> bool:

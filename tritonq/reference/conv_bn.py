@@ -105,7 +105,8 @@ def forward(
     if quantizer is None:
         return TailResult((y.relu_() if relu else y).to(c.dtype), result, None)
     observe(y, quantizer, relu)
-    return TailResult(quantize_(y, quantizer, relu).to(c.dtype), result, snapshot(quantizer))
+    frozen = snapshot(quantizer)
+    return TailResult(quantize_(y, frozen, relu).to(c.dtype), result, frozen)
 
 
 def finish(
@@ -118,7 +119,7 @@ def finish(
     bias: Tensor | None,
     norm: BatchNormState,
 ) -> Normalization:
-    """Statistics to slope and shift, and the update of the running statistics; computed in float64.
+    """Statistics to slope and shift, and the update of the running statistics.
 
     Args:
         mean: of the convolution's output.
@@ -131,23 +132,23 @@ def finish(
         norm: see there.
     """
     dtype = ratio.dtype
-    mean64, var64, ratio64 = mean.double(), var.double(), ratio.double()
-    gain = torch.ones_like(ratio) if gamma is None else gamma.detach().abs().to(dtype)
-    squared = ratio64 * ratio64
-    total = var64 + norm.eps * squared
+    squared = ratio * ratio
+    eps_part = squared * norm.eps
+    total = var + eps_part
     inverse_std = total.rsqrt()
-    slope = (gain * inverse_std).to(dtype)
-    shift = -slope.double() * mean64
-    if beta is not None:
-        shift += beta.detach()
-    batch_mean = mean64 / ratio64
+    if gamma is None:
+        gain, slope = torch.ones_like(ratio), inverse_std
+    else:
+        gain = gamma.detach().abs().to(dtype)
+        slope = gain * inverse_std
+    shift = -slope * mean if beta is None else torch.addcmul(beta.detach().to(dtype), slope, mean, value=-1)
+    batch_mean = mean / ratio
     if bias is not None:
         batch_mean += bias.detach()
-    batch_var = var64 / squared * (count / (count - 1))
+    batch_var = (var / squared).mul_(count / (count - 1))
     for running, batch in ((norm.running_mean, batch_mean), (norm.running_var, batch_var)):
-        running.copy_(running + norm.momentum * (batch - running))
-    eps_share = norm.eps * squared / total
-    return Normalization(mean, inverse_std.to(dtype), gain, slope, shift.to(dtype), eps_share.to(dtype))
+        running.add_((batch - running) * norm.momentum)
+    return Normalization(mean, inverse_std, gain, slope, shift, eps_part / total)
 
 
 def backward(

@@ -19,14 +19,14 @@ class QuantizerState(NamedTuple):
         zero_point: int32, as ``scale``; None stands for zero always.
         active: uint8, one element; 0 passes values through.
         qtype: the grid.
-        min_val: float32 running minimum, 0-d or (channels,); None where ranges are kept elsewhere and the qparams are
-            known to be good.
+        min_val: float32 running minimum, 0-d or (channels,); None where ranges are kept elsewhere.
         max_val: as ``min_val``.
         nonfinite_count: int64, 0-d.
         observing: uint8, one element; 0 freezes the range. None: do not observe (eval mode, ranges kept elsewhere).
         averaging_constant: see :func:`tritonq.reference.min_max.update_range`.
         rule: see :func:`tritonq.qparams.range_to_qparams`.
         eps: floor under the scale.
+        known: whether the qparams are known to rest on data; else ``min_val <= max_val`` tells.
     """
 
     scale: Tensor
@@ -40,6 +40,7 @@ class QuantizerState(NamedTuple):
     averaging_constant: float | None = None
     rule: RangeRule = "torch"
     eps: float = 0.0
+    known: bool = False
 
 
 def observe_range(state: QuantizerState, low: Tensor, high: Tensor, nonfinite: Tensor | None = None) -> None:
@@ -72,10 +73,13 @@ def observe_range(state: QuantizerState, low: Tensor, high: Tensor, nonfinite: T
 
 def active_flag(state: QuantizerState) -> bool | Tensor:
     """Whether values are rounded: switched on, and observed. A bool where looking is free, else a 0-d bool tensor."""
-    flag = state.active.view(()) != 0
-    if state.min_val is not None and state.max_val is not None:
-        flag = flag & (state.min_val <= state.max_val).any()
-    return bool(flag) if is_readable(flag) else flag
+    flag = state.active.view(())
+    seen = None
+    if not state.known and state.min_val is not None and state.max_val is not None:
+        seen = (state.min_val <= state.max_val).any()
+    if is_readable(flag):
+        return bool(flag) and (seen is None or bool(seen))
+    return flag != 0 if seen is None else (flag != 0) & seen
 
 
 def snapshot(state: QuantizerState) -> QuantizerState:
@@ -86,6 +90,7 @@ def snapshot(state: QuantizerState) -> QuantizerState:
         None if state.zero_point is None else state.zero_point.clone(),
         torch.tensor([active]) if isinstance(active, bool) else active.view(1),
         state.qtype,
+        known=True,
     )
 
 

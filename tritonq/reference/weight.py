@@ -82,7 +82,13 @@ def folded_codes(
 
 
 def folded_backward(
-    dcodes: Tensor, rows: Tensor, fold: Tensor, unit: Tensor, state: QuantizerState | None, clips: bool
+    dcodes: Tensor,
+    rows: Tensor,
+    fold: Tensor,
+    unit: Tensor,
+    state: QuantizerState | None,
+    clips: bool,
+    scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight and of the fold from that of the codes; ``dcodes`` may be overwritten.
 
@@ -96,6 +102,7 @@ def folded_backward(
         unit: (out,), from the forward (times what the codes were divided by before they were used).
         state: the quantizer as it was in the forward; None where there is none.
         clips: from the forward.
+        scratch: a tensor like ``dcodes`` that may be overwritten.
 
     Returns:
         ``(drows, dfold)`` in the dtype of ``fold``.
@@ -103,7 +110,10 @@ def folded_backward(
     dcodes, rows = dcodes.to(fold.dtype), rows.to(fold.dtype)
     if clips and state is not None:
         dcodes = _straight_through(dcodes, rows, fold, state)
-    dfold = torch.linalg.vecdot(dcodes.flatten(1), rows.flatten(1)) / unit
+    # Fresh memory costs a CPU more than the product that is written to it.
+    usable = scratch is not None and scratch.dtype == dcodes.dtype and scratch.stride() == dcodes.stride()
+    product = torch.mul(dcodes, rows, out=scratch) if usable else dcodes * rows
+    dfold = product.flatten(1).sum(1).div_(unit)
     return dcodes.mul_(_column(fold / unit, rows)), dfold
 
 
