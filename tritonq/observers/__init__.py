@@ -2,6 +2,7 @@
 
 from tritonq.observers.base import ObserverBase, RangeObserver
 from tritonq.observers.histogram import HistogramObserver
+from tritonq.observers.interpolating import InterpolatingHistogramObserver
 from tritonq.observers.min_max import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
@@ -12,6 +13,7 @@ from tritonq.observers.passive import PassiveObserver
 
 __all__ = [
     "HistogramObserver",
+    "InterpolatingHistogramObserver",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",

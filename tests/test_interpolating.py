@@ -1,0 +1,157 @@
+"""The interpolating histogram against torch.ao's observer, batch by batch, and MegEngine's alignment by hand."""
+
+import numpy as np
+import pytest
+import torch
+from torch.ao.quantization import HistogramObserver as TorchHistogramObserver
+
+from tritonq.observers import HistogramObserver, InterpolatingHistogramObserver, MinMaxObserver
+from tritonq.reference.interpolating import greedy_range
+
+
+def sequences():
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(count=4000):
+        return torch.randn(count, generator=generator)
+
+    return {
+        "growing": [normal() * size for size in (1, 1.3, 2, 2.1, 9)],
+        "shrinking": [normal() * size for size in (5, 3, 1, 0.1)],
+        "one_sided": [normal().abs() * size for size in (1, 2, 0.5)],
+        "negative": [-normal().abs() - 1, -normal().abs() * 3 - 0.5],
+        "shifting": [normal() + shift for shift in (0, 3, -8)],
+        "constant": [torch.full((50,), 2.5), torch.full((30,), 2.5)],
+        "zeros": [torch.zeros(50), torch.zeros(30)],
+        "constant_then_not": [torch.full((50,), 2.5), normal(), torch.full((9,), 1.0)],
+        "two_constants": [torch.full((50,), 2.5), torch.full((30,), -1.0)],
+        "outlier": [normal(), torch.cat((normal(), torch.tensor([60.0])))],
+        "uniform": [torch.rand(4000, generator=generator) - 0.3, 2 * torch.rand(4000, generator=generator) - 0.3],
+        "empty": [torch.empty(0), normal(), torch.empty(0)],
+    }
+
+
+SEQUENCES = sequences()
+ARGUMENTS = {
+    "symmetric": {"dtype": torch.qint8, "qscheme": torch.per_tensor_symmetric},
+    "affine": {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine},
+    "reduced": {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine, "reduce_range": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Please use quant_min")
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_as_torch_ao(name, arguments):
+    ours, theirs = InterpolatingHistogramObserver(**arguments), TorchHistogramObserver(**arguments)
+    for batch in SEQUENCES[name]:
+        ours(batch)
+        theirs(batch)
+        assert (float(ours.min_val), float(ours.max_val)) == (float(theirs.min_val), float(theirs.max_val))
+        torch.testing.assert_close(ours.histogram.float(), theirs.histogram, rtol=1e-4, atol=1e-3)
+        if theirs.min_val <= theirs.max_val:
+            (scale, zero_point), (expected, expected_zero) = ours.calculate_qparams(), theirs.calculate_qparams()
+            assert float(scale) == pytest.approx(float(expected), rel=1e-5)
+            assert int(zero_point) == int(expected_zero)
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_megengine_keeps_counts_and_holds_the_range(name):
+    batches = SEQUENCES[name]
+    observer = InterpolatingHistogramObserver(dtype="qint8", rule="megengine", interpolation="megengine")
+    for batch in batches:
+        observer(batch)
+    data = torch.cat(batches)
+    assert float(observer.histogram.sum()) == pytest.approx(len(data))
+    assert observer.min_val <= data.min()
+    assert data.max() <= observer.max_val
+    assert observer.calculate_qparams().scale.isfinite()
+
+
+def test_megengine_alignment_by_hand():
+    """Two bins of 0..1, then 0..3: a new bin takes ceil(3 * 128) slices of 1/256, so the range is just 0..3."""
+    observer = InterpolatingHistogramObserver(2, dtype="qint8", interpolation="megengine")
+    observer(torch.tensor([0.0, 0.1, 0.9, 1.0]))
+    assert observer.histogram.tolist() == [2, 2]
+    observer(torch.tensor([3.0]))
+    assert (float(observer.min_val), float(observer.max_val)) == (0, 3)
+    assert observer.histogram.tolist() == [4, 1]
+    # 0..3 to -0.7..3: (3.7 / 6) * 256 * 2 = 315.7 slices of 3/256 in all, so 158 per bin: 3.703125 wide.
+    observer(torch.tensor([-0.7]))
+    assert float(observer.max_val - observer.min_val) == pytest.approx(158 * 2 * 3 / 256)
+    assert float(observer.min_val) == pytest.approx(-0.7 - (158 * 2 * 3 / 256 - 3.7) / 2)
+    # The old slices start at the 60th of the new range: 98 of the first old bin's 128 stay in the first new bin.
+    assert observer.histogram.tolist() == pytest.approx([4 * 98 / 128 + 1, 4 * 30 / 128 + 1])
+
+
+@pytest.mark.parametrize("name", ["growing", "one_sided", "outlier", "uniform"])
+def test_greedy_search_stops_at_the_first_rise(name):
+    """Against torch.ao's own search over the very same histogram."""
+    theirs = TorchHistogramObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
+    for batch in SEQUENCES[name]:
+        theirs(batch)
+    low, high = theirs._non_linear_param_search()
+    found = greedy_range(theirs.histogram.double(), float(theirs.min_val), float(theirs.max_val), 256)
+    np.testing.assert_allclose(found, (float(low), float(high)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["qint4", "quint4", "qint2", "quint2", "qint1"])
+def test_low_bits(dtype):
+    observer = InterpolatingHistogramObserver(dtype=dtype)
+    for batch in SEQUENCES["growing"]:
+        observer(batch)
+    low, high = observer.search_range()
+    assert observer.min_val <= low < high <= observer.max_val
+    assert high - low < observer.max_val - observer.min_val
+
+
+def test_merge():
+    batches = SEQUENCES["growing"]
+    left, right = InterpolatingHistogramObserver(), InterpolatingHistogramObserver()
+    left(batches[0])
+    right(batches[4])
+    left.merge(right)
+    assert (left.min_val, left.max_val) == (min(b.min() for b in batches[::4]), max(b.max() for b in batches[::4]))
+    assert float(left.histogram.sum()) == pytest.approx(8000)
+    empty = InterpolatingHistogramObserver()
+    empty.merge(right)
+    assert torch.equal(empty.histogram, right.histogram)
+    with pytest.raises(ValueError, match="2048 and 100 bins"):
+        InterpolatingHistogramObserver(100).merge(left)
+    with pytest.raises(TypeError, match="cannot merge a MinMaxObserver"):
+        left.merge(MinMaxObserver())
+
+
+def test_skips_what_is_not_finite():
+    observer = InterpolatingHistogramObserver()
+    observer(torch.tensor([torch.nan, torch.inf]))
+    assert not observer.has_observed()
+    assert observer.calculate_qparams().scale == 1
+    observer(torch.tensor([1.0, 2.0, -torch.inf]))
+    assert (observer.min_val, observer.max_val, observer.nonfinite_count) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bins": 1}, "bins must be an int of at least 2, got 1"),
+        ({"bins": 10.0}, "bins must be an int"),
+        ({"interpolation": "linear"}, "unknown interpolation"),
+        ({"qscheme": torch.per_channel_affine}, "kept per tensor"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        InterpolatingHistogramObserver(**arguments)
+
+
+def test_the_mergeable_histogram_finds_a_like_range():
+    """Different measures of the same data: within a few percent, away from outliers."""
+    for name in ("growing", "uniform"):
+        ours = HistogramObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric, search="l2")
+        theirs = InterpolatingHistogramObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
+        for batch in SEQUENCES[name]:
+            ours(batch)
+            theirs(batch)
+        ratio = ours.calculate_qparams().scale / theirs.calculate_qparams().scale
+        assert 0.75 < float(ratio) < 1.1

@@ -1,0 +1,159 @@
+"""The histogram observer of torch.ao and MegEngine, for those who need their numbers."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from tritonq.backend import implementation
+from tritonq.observers.base import RangeObserver
+from tritonq.process_group import reduce_range, reduce_sums
+from tritonq.qparams import QParams, range_to_qparams
+from tritonq.reference.interpolating import (
+    Interpolation,
+    greedy_range,
+    rebin,
+    rebin_aligned,
+    spike,
+    widened_range,
+)
+
+Range = tuple[float, float]
+
+
+class InterpolatingHistogramObserver(RangeObserver):
+    """A histogram over the running range, re-binned whenever that grows, and a greedy search for the least L2 error.
+
+    What it proposes depends on the order of batches, and it reads values back to the host: :class:`HistogramObserver`
+    does neither. Here for compatibility.
+
+    Args:
+        bins: number of bins, at least 2.
+        *args: see :class:`~tritonq.observers.base.ObserverBase`.
+        interpolation: ``"torch"``: old bins are cut into 16 slices and put where their middles are; ``"megengine"``:
+            into 128, the range being widened until they fit the new bins.
+        **kwargs: see :class:`~tritonq.observers.base.RangeObserver`.
+
+    Attributes:
+        histogram: float64 buffer (bins,) over ``min_val`` .. ``max_val``.
+
+    Raises:
+        ValueError: fewer than 2 bins, an unknown interpolation, or a per-channel scheme.
+
+    Source: torch.ao.quantization.HistogramObserver; MegEngine's HistogramObserver; SEMANTICS section 3.
+
+    Examples:
+        >>> observer = InterpolatingHistogramObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
+        >>> _ = observer(torch.linspace(-1, 1, 1000)), observer(torch.linspace(-2, 3, 1000))
+        >>> float(observer.histogram.sum())
+        2000.0
+    """
+
+    histogram: Tensor
+
+    def __init__(self, bins: int = 2048, *args: Any, interpolation: Interpolation = "torch", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(bins, int) or bins < 2:
+            raise ValueError(f"bins must be an int of at least 2, got {bins!r}")
+        if interpolation not in get_args(Interpolation):
+            raise ValueError(f"unknown interpolation {interpolation!r}; known: {', '.join(get_args(Interpolation))}")
+        if self.qtype.axis is not None:
+            raise ValueError("an interpolating histogram is kept per tensor; HistogramObserver keeps one per channel")
+        self.bins = bins
+        self.interpolation: Interpolation = interpolation
+        self.register_buffer("histogram", torch.zeros(bins, dtype=torch.float64, device=self.device))
+
+    @property
+    def cells(self) -> int:
+        """Codes that the search counts on: torch.ao's those of the dtype, whatever part of them is used."""
+        if self.interpolation == "torch" and isinstance(self.dtype, torch.dtype):
+            return int(2 ** torch.iinfo(self.dtype).bits)
+        return self.qtype.quant_max - self.qtype.quant_min + 1
+
+    def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
+        """See base class; but this observer does read values back."""
+        x = self._checked(x)
+        if enabled is not None and not bool(enabled):
+            return
+        group = self.process_group.resolve()
+        low, high, nonfinite = implementation("min_max", x).min_max(x)
+        if group is not None:
+            low, high = reduce_range(low, high, group)
+        batch = (float(low), float(high))
+        if batch[0] <= batch[1]:
+            limits, kept = self._grown(batch)
+            counts = self._counts(x, limits)
+            if group is not None:
+                (counts,) = reduce_sums([counts], group)
+            self._adopt(kept + counts, limits)
+        self.nonfinite_count.add_(nonfinite)
+        if qparams is not None and bool(self.has_observed()):
+            for target, value in zip(qparams, self.calculate_qparams(), strict=True):
+                target.copy_(value.view_as(target))
+
+    def _grown(self, batch: Range) -> tuple[Range, Tensor]:
+        """The range that holds the running one and ``batch``, and the running counts over it (CPU, float64)."""
+        old, histogram = self._limits(), self.histogram.cpu()
+        new = (min(old[0], batch[0]), max(old[1], batch[1]))
+        if not bool(self.has_observed()) or new == old:
+            return new, histogram
+        if self.interpolation == "megengine" and old[0] < old[1]:
+            new, per_bin, start = widened_range(self.bins, old, new)
+            return new, rebin_aligned(histogram, per_bin, start)
+        return new, rebin(histogram, old, new)
+
+    def _counts(self, x: Tensor, limits: Range) -> Tensor:
+        """The batch's counts over ``limits`` (CPU, float64); equal limits put everything into the middle bin."""
+        if limits[0] == limits[1]:
+            return spike(self.bins, limits[0], limits) * torch.isfinite(x).sum().cpu()
+        counts: Tensor = implementation("histogram", x).linear_histogram(x, self.bins, *limits)
+        return counts.cpu().double()
+
+    def _limits(self) -> Range:
+        return float(self.min_val), float(self.max_val)
+
+    def _adopt(self, histogram: Tensor, limits: Range) -> None:
+        self.histogram.copy_(histogram)
+        self.min_val.fill_(limits[0])
+        self.max_val.fill_(limits[1])
+
+    def over(self, limits: Range) -> Tensor:
+        """The counts over a wider range: float64 (bins,), on the CPU."""
+        if not bool(self.has_observed()):
+            return torch.zeros(self.bins, dtype=torch.float64)
+        return rebin(self.histogram.cpu(), self._limits(), limits)
+
+    def search_range(self) -> tuple[Tensor, Tensor]:
+        """The range that the greedy search proposes: float32, 0-d; the unset range where nothing was seen."""
+        if not bool(self.has_observed()):
+            return self.min_val, self.max_val
+        low, high = greedy_range(self.histogram.cpu(), *self._limits(), self.cells)
+        return torch.full_like(self.min_val, low), torch.full_like(self.max_val, high)
+
+    def calculate_qparams(self) -> QParams:
+        """See base class."""
+        return range_to_qparams(*self.search_range(), self.qtype, rule=self.rule, eps=self.eps)
+
+    def merge(self, other: RangeObserver) -> None:
+        """Add what ``other`` counted, both over their common range.
+
+        Raises:
+            TypeError: ``other`` is no InterpolatingHistogramObserver.
+            ValueError: it has another number of bins; nothing is changed then.
+        """
+        if not isinstance(other, InterpolatingHistogramObserver):
+            raise TypeError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
+        if other.bins != self.bins:
+            raise ValueError(f"cannot merge histograms of {other.bins} and {self.bins} bins")
+        mine, theirs = self._limits(), other._limits()
+        limits = (min(mine[0], theirs[0]), max(mine[1], theirs[1]))
+        if limits[0] <= limits[1]:
+            self._adopt(self.over(limits) + other.over(limits), limits)
+        self.nonfinite_count.add_(other.nonfinite_count)
+
+    def reset_min_max_vals(self) -> None:
+        """Forget everything that was observed."""
+        super().reset_min_max_vals()
+        self.histogram.zero_()

@@ -1,0 +1,128 @@
+"""The histogram whose bins move with the running range, as MegEngine and torch.ao keep it, and their greedy search."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tritonq.reference.search import cell_error
+
+Interpolation = Literal["torch", "megengine"]
+
+# Slices that an old bin is cut into before it is dealt out to new ones.
+TORCH_SLICES, MEGENGINE_SLICES = 16, 128
+# The greedy search trims this share of the counts per step.
+_QUANTILE_STEP = 1e-5
+
+
+def rebin(histogram: Tensor, old: tuple[float, float], new: tuple[float, float], slices: int = TORCH_SLICES) -> Tensor:
+    """Counts over the range ``new``, which contains ``old``: slices of old bins are put where their middles are.
+
+    Args:
+        histogram: float64, (bins,), on the CPU.
+        old: its range; where both ends are equal all counts are one value's.
+        new: the range wanted.
+        slices: slices per old bin.
+
+    Returns:
+        float64, (bins,).
+
+    Source: torch.ao.quantization.HistogramObserver.
+    """
+    bins = len(histogram)
+    if old == new:
+        return histogram.clone()
+    if old[0] == old[1]:
+        return spike(bins, old[0], new) * histogram.sum()
+    # torch's arithmetic, in float32 as there: a middle on a boundary must fall on the same side.
+    size = torch.tensor(old[1] - old[0], dtype=torch.float32) / (bins * slices)
+    middles = torch.linspace(old[0], old[1], bins * slices + 1)[:-1] + 0.5 * size
+    index = torch.bucketize(middles, torch.linspace(new[0], new[1], bins + 1), right=True) - 1
+    return torch.bincount(
+        index.clamp_(0, bins - 1), weights=histogram.repeat_interleave(slices) / slices, minlength=bins
+    )
+
+
+def spike(bins: int, value: float, limits: tuple[float, float]) -> Tensor:
+    """One count at ``value``: float64 (bins,) over ``limits``; in the middle where those are equal."""
+    share = (value - limits[0]) / (limits[1] - limits[0]) if limits[1] > limits[0] else 0.5
+    counts = torch.zeros(bins, dtype=torch.float64)
+    counts[min(int(share * bins), bins - 1)] = 1
+    return counts
+
+
+def widened_range(
+    bins: int, old: tuple[float, float], new: tuple[float, float]
+) -> tuple[tuple[float, float], int, int]:
+    """MegEngine's new range: ``new``, widened evenly until the old slices fit the new bins.
+
+    Returns:
+        The range, the old slices per new bin, and the index of the first old slice among those of the new range.
+    """
+    width = (old[1] - old[0]) / (bins * MEGENGINE_SLICES)
+    per_bin = math.ceil((new[1] - new[0]) / (bins * width))
+    excess = per_bin * bins * width - (new[1] - new[0])
+    low, high = new[0] - excess / 2, new[1] + excess / 2
+    return (low, high), per_bin, round((old[0] - low) / width)
+
+
+def rebin_aligned(histogram: Tensor, per_bin: int, start: int) -> Tensor:
+    """Counts over the range of :func:`widened_range`, float64 (bins,): each slice of an old bin keeps its place."""
+    bins = len(histogram)
+    index = (torch.arange(bins * MEGENGINE_SLICES) + start).div_(per_bin, rounding_mode="floor").clamp_(0, bins - 1)
+    weights = histogram.repeat_interleave(MEGENGINE_SLICES) / MEGENGINE_SLICES
+    return torch.bincount(index, weights=weights, minlength=bins)
+
+
+def greedy_range(histogram: Tensor, low: float, high: float, cells: int) -> tuple[float, float]:
+    """The range at which trimming quantiles first stops lowering the squared error.
+
+    From the end where that frees more bins, 1e-5 of the counts are given up, again and again; the range that is left is
+    cut into ``cells`` equal cells, and the error is the squared distance to their centres, as in
+    :func:`tritonq.reference.search.cell_error`. The search stops at the first rise.
+
+    Args:
+        histogram: float64, (bins,), on the CPU.
+        low: lower edge of the first bin.
+        high: upper edge of the last bin.
+        cells: number of codes.
+
+    Source: caffe2's norm minimization, as in torch.ao and MegEngine; SEMANTICS section 3.
+    """
+    bins = len(histogram)
+    width = (high - low) / bins
+    if width == 0:
+        return low, high
+    below = histogram.cumsum(0).tolist()
+    total = below[-1]
+    edges = torch.arange(bins + 1, dtype=torch.float64)
+    lower, upper, first, last = 0.0, 1.0, 0, bins - 1
+    least = math.inf
+    while lower < upper:
+        next_lower, next_upper = lower + _QUANTILE_STEP, upper - _QUANTILE_STEP
+        left, right = first, last
+        while left < last and below[left] < next_lower * total:
+            left += 1
+        while right > first and below[right] > next_upper * total:
+            right -= 1
+        if left - first > last - right:
+            candidate, lower = (left, last), next_lower
+        else:
+            candidate, upper = (first, right), next_upper
+        if candidate == (first, last):
+            continue
+        error = _window_error(histogram, edges, *candidate, cells)
+        if error > least:
+            break
+        least, (first, last) = error, candidate
+    return low + width * first, low + width * (last + 1)
+
+
+def _window_error(histogram: Tensor, edges: Tensor, first: int, last: int, cells: int) -> float:
+    """Squared error of the window ``first..last``, in units of bins."""
+    step = torch.full((1, 1), (last - first + 1) / cells, dtype=torch.float64)
+    zero = torch.zeros_like(step)
+    return float(cell_error(edges[None], histogram[None], step, first + step / 2, zero, zero + (cells - 1)))
