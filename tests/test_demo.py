@@ -1,0 +1,107 @@
+"""The main job does what the README says, on its real data; and its own folder of images."""
+
+import argparse
+
+import pytest
+import torch
+from PIL import Image
+
+from tritonq.__main__ import main
+from tritonq.demo import run as demo
+from tritonq.demo.data import load_digits, load_folder
+
+
+def arguments(*words):
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args(list(words))
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return demo.run(arguments("--output", str(tmp_path_factory.mktemp("demo"))))
+
+
+def test_qat_reaches_float_accuracy(result):
+    by_name = {stage.name: stage for stage in result.stages}
+    assert by_name["float"].accuracy > 0.97
+    assert by_name["QAT (eval)"].accuracy >= by_name["float"].accuracy - 0.005
+
+
+def test_the_converted_model_is_the_trained_one(result):
+    report = next(stage.report for stage in result.stages if stage.name == "converted")
+    assert report.total.codes > 1e7
+    assert report.total.differing == 0
+    assert report.outputs.differing_predictions == 0
+
+
+def test_onnx_runtime_agrees(result):
+    report = next(stage.report for stage in result.stages if stage.name == "ONNX Runtime")
+    for layer in report.layers:
+        assert layer.fraction <= 0.001, layer
+        assert layer.largest <= 1, layer
+    assert report.outputs.agreement >= 0.999
+    assert result.agrees
+
+
+def test_files(result):
+    files = result.files
+    sizes = {name: path.stat().st_size for name, path in vars(files).items()}
+    assert sizes["converted"] < 0.34 * sizes["float_model"]
+    with Image.open(files.picture) as picture:
+        assert picture.width > 1000
+    state = torch.load(files.converted, weights_only=True)
+    assert state["format"] == "tritonq.converted"
+
+
+def test_the_table_shows_every_stage(result):
+    lines = demo.table(result.stages).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [line.split("  ")[0] for line in lines[2:]] == ["float", "QAT (eval)", "converted", "ONNX Runtime"]
+    assert "0 of 899" in lines[4]
+
+
+def test_digits_hold_out_half():
+    data = load_digits()
+    assert len(data.test_labels) >= 899
+    assert len(data.test_labels) + len(data.train_labels) == 1797
+
+
+def image_folder(root, classes=("ants", "bees"), count=6):
+    generator = torch.Generator().manual_seed(0)
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for k in range(count):
+            pixels = torch.randint(0, 120, (9, 7, 3), generator=generator, dtype=torch.uint8) + 100 * label
+            Image.fromarray(pixels.numpy()).save(root / name / f"{k}.png")
+    return root
+
+
+def test_a_folder_of_images(tmp_path, capsys):
+    folder = image_folder(tmp_path / "insects")
+    (folder / "bees" / "broken.png").write_bytes(b"no image")
+    options = ["--data", str(folder), "--output", str(tmp_path / "out")]
+    status = main(["demo", *options, "--image-size", "16", "--epochs", "2", "--qat-epochs", "2"])
+    printed = capsys.readouterr()
+    assert status == 0, printed
+    assert "insects: 6 images to train with, 6 held out, 2 classes" in printed.out
+    assert "broken.png" in printed.err
+    assert "1 files skipped, 12 images read" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "message"), [(("ants",), 3, "1 class folders"), (("ants", "bees"), 1, "1 readable images")]
+)
+def test_a_folder_that_cannot_be_trained_on(tmp_path, classes, count, message, capsys):
+    folder = image_folder(tmp_path / "few", classes, count)
+    with pytest.raises(ValueError, match=message):
+        load_folder(folder, 8)
+    assert main(["demo", "--data", str(folder), "--output", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_preset_and_missing_folder(tmp_path, capsys):
+    assert main(["demo", "--qconfig", "int7", "--output", str(tmp_path)]) == 1
+    assert "known: tensorrt" in capsys.readouterr().err
+    assert main(["demo", "--data", str(tmp_path / "none"), "--output", str(tmp_path)]) == 1
+    assert "is not a folder" in capsys.readouterr().err
