@@ -285,7 +285,7 @@ def round_half_away(x: Tensor) -> Tensor:
 
     Examples:
         >>> round_half_away(torch.tensor([-2.5, -0.5, 0.49999997, 1.5]))
-        tensor([-3., -1., 0., 2.])
+        tensor([-3., -1.,  0.,  2.])
     """
     whole = torch.trunc(x)
     away = (x - whole).abs().ge_(0.5).copysign_(x)
