@@ -19,8 +19,10 @@ from tritonq.perf.stats import Spread
 _MIN_SAMPLE_S = 2e-3
 _MAX_CALLS = 1000
 
-# Calls before the first estimate: allocators, lazy compilation and caches settle.
+# Calls for the first estimate. Of a step that takes longer than this, one must do: its check was a call already, and a
+# training step on a busy machine takes seconds.
 _WARM_CALLS = 3
+_LONG_S = 0.05
 
 # Input sets beyond this number no longer help: a case whose sets still fit in the cache then is one where calls, not
 # memory, take the time.
@@ -91,9 +93,8 @@ def interleave(
     """
     sample = _cuda_sample if device.type == "cuda" else _cpu_sample
     rotations = {name: _rotation(sets) for name in steps}
-    for name, step in steps.items():
-        sample(step, rotations[name], _WARM_CALLS)
-    estimates = {name: sample(step, rotations[name], _WARM_CALLS) for name, step in steps.items()}
+    warm = {name: 1 if sample(step, rotations[name], 1) > _LONG_S else _WARM_CALLS for name, step in steps.items()}
+    estimates = {name: sample(step, rotations[name], warm[name]) for name, step in steps.items()}
     calls = {name: min(_MAX_CALLS, max(1, math.ceil(_MIN_SAMPLE_S / seconds))) for name, seconds in estimates.items()}
     rounds = budget.rounds(sum(estimates[name] * calls[name] for name in steps))
     times: dict[str, list[float]] = {name: [] for name in steps}

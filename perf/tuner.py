@@ -189,11 +189,12 @@ def _with_parameters(step: Step, kernel: str, parameters: Any) -> Step:
 
 
 def _forget_plans() -> None:
-    """Empty the caches that remember a launch's sizes."""
-    from tritonq.kernels import launch, min_max
-
-    launch.plan.cache_clear()
-    min_max.plan_reduction.cache_clear()
+    """Empty every cache of the kernels' modules: launch sizes are remembered in several of them."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("tritonq.kernels."):
+            for value in vars(module).values():
+                if callable(getattr(value, "cache_clear", None)):
+                    value.cache_clear()
 
 
 def _obstacle(step: Step, inputs: Inputs, expected: tuple[torch.Tensor, ...]) -> str | None:
