@@ -12,6 +12,7 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import DEFAULT_QAT_MAPPING, QATLayer
 from tritonq.prepare.automatic import prepare_automatic
 from tritonq.prepare.eager import prepare_eager, resolve_qconfigs
+from tritonq.prepare.fixed_point import is_fixed_point, prepare_fixed_point
 from tritonq.prepare.fuse import fuse_known_modules, fuse_modules_qat
 from tritonq.prepare.report import LayerRecord
 from tritonq.prepare.snapshot import ModelSnapshot
@@ -74,6 +75,9 @@ def prepare_qat(
     if not inplace:
         model = copy.deepcopy(model)
     qconfigs = resolve_qconfigs(model, qconfig)
+    if is_fixed_point(qconfigs[model]):
+        prepare_fixed_point(model, qconfigs, example_inputs)
+        return model
     if example_inputs is not None:
         prepare_automatic(model, types, qconfigs, example_inputs)
         return model

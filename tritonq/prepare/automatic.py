@@ -18,6 +18,7 @@ from tritonq.prepare.eager import quantize_output, swap
 from tritonq.prepare.forward_graph import (
     ForwardGraph,
     apply_forward,
+    hide_children,
     node_operands,
     sequence_operand,
 )
@@ -35,7 +36,7 @@ from tritonq.prepare.plan import Plan, Quantizer, make_plan
 from tritonq.prepare.recorder import Recorder
 from tritonq.prepare.report import make_report
 from tritonq.prepare.snapshot import ModelSnapshot, preserved_random_state
-from tritonq.prepare.structure import replace_tensors, tensors_in
+from tritonq.prepare.structure import clone_tensors, tensors_in
 from tritonq.qconfig import QConfig
 
 # A prepared model with rounding off computes what the float model did, up to the rounding of folded BatchNorms; far
@@ -114,6 +115,7 @@ class _Editor:
         self._modules = dict(analysis.modules)
         self._quantizers: dict[int, nn.Module] = {}
         self._graphs: dict[str, ForwardGraph] = {}
+        self._added: dict[str, list[str]] = {}
 
     def edit(self) -> None:
         self._erase_relus()
@@ -126,6 +128,10 @@ class _Editor:
         self._add_inputs([quantizer for quantizer in self._plan.quantizers if quantizer.where == "input"])
         for owner, graph in self._graphs.items():
             apply_forward(self._modules[owner], graph.to_data())
+        for owner, names in self._added.items():
+            module = self._modules[owner]
+            if isinstance(module, nn.Sequential):
+                hide_children(module, names)
         for layer in self._plan.layers:
             grid, module = self._plan.inputs.get(layer.name), self._modules[layer.name]
             if grid is not None and isinstance(module, QATLayer):
@@ -149,7 +155,7 @@ class _Editor:
         qconfig = self._qconfigs[owner]
         module = Add(bool(join.relus), qconfig=qconfig) if join.kind == "add" else Cat(join.dim, qconfig=qconfig)
         name = _free_name(owner, join.kind)
-        owner.add_module(name, self._placed(module, join.owner).train(owner.training))
+        self._add_child(join.owner, name, self._placed(module, join.owner).train(owner.training))
         operands = node_operands if join.kind == "add" else sequence_operand
         if join.site is not None:
             self._graph(join.owner).replace(join.site.node, name, operands, join.site.in_place)
@@ -207,9 +213,10 @@ class _Editor:
         owner = self._modules[quantizer.owner]
         if quantizer.where == "output":
             quantize_output(owner, module)
+            self._added.setdefault(quantizer.owner, []).append("activation_post_process")
         elif quantizer.where == "node":
             name = _free_name(owner, f"{quantizer.node}_fake_quant")
-            owner.add_module(name, module.train(owner.training))
+            self._add_child(quantizer.owner, name, module.train(owner.training))
             self._graph(quantizer.owner).insert_after(quantizer.node, name, quantizer.in_place)
         elif quantizer.where == "consumer":
             for name in quantizer.consumers:
@@ -227,8 +234,12 @@ class _Editor:
             path = self._analysis.flow.values[quantizer.value].path
             places.append(input_place(self._model.forward, path, [place.key for place in places]))
         modules = [self._quantizers[id(quantizer)] for quantizer in inputs]
-        self._model.input_fake_quants = InputFakeQuants(places, modules).train(self._model.training)
+        self._add_child("", "input_fake_quants", InputFakeQuants(places, modules).train(self._model.training))
         self._model.register_forward_pre_hook(quantize_inputs_hook, with_kwargs=True)
+
+    def _add_child(self, owner: str, name: str, child: nn.Module) -> None:
+        self._modules[owner].add_module(name, child)
+        self._added.setdefault(owner, []).append(name)
 
     def _placed(self, module: nn.Module, like: str) -> nn.Module:
         """``module`` on the device of the parameters of a module, or of the model where that has none."""
@@ -281,7 +292,8 @@ def _check_same_output(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
                 module.training = False
                 if isinstance(module, FakeQuantizeBase):
                     module.disable_fake_quant()
-            result = model(*replace_tensors(args, Tensor.clone), **replace_tensors(kwargs, Tensor.clone))
+            args, kwargs = clone_tensors(args, kwargs)
+            result = model(*args, **kwargs)
     finally:
         snapshot.restore()
     differing = list(_differences(tensors_in(expected), tensors_in(result)))

@@ -136,8 +136,8 @@ class Dataflow:
 
     def producers(self, call: Call) -> tuple[Call, ...]:
         """The calls whose results a call reads, without repetition, in order of its arguments."""
-        found = (self.producer(value) for value in call.inputs)
-        return tuple(dict.fromkeys(call for call in found if call is not None))
+        found = dict.fromkeys(self.values[value].producer for value in call.inputs)
+        return tuple(self.calls[index] for index in found if index is not None)
 
     def consumers(self, value: int) -> tuple[Call, ...]:
         """The calls that read a value."""

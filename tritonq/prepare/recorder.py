@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from tritonq.prepare.dataflow import Call, Dataflow, Frame, Ref, Source, Value, is_leaf, operation_name
 from tritonq.prepare.snapshot import ModelSnapshot, preserved_random_state, tensor_version
-from tritonq.prepare.structure import Path, describe, replace_tensors, tensors_in
+from tritonq.prepare.structure import Path, clone_tensors, describe, replace_tensors, tensors_in
 
 # What these tell about a tensor does not depend on its elements, so reading it is no dataflow.
 _METADATA_NAMES = """
@@ -98,8 +98,7 @@ class Recorder:
         handles = []
         try:
             with preserved_random_state(self.model), torch.no_grad():
-                # Some models write to their input.
-                args, kwargs = replace_tensors(args, Tensor.clone), replace_tensors(kwargs, Tensor.clone)
+                args, kwargs = clone_tensors(args, kwargs)
                 for path, tensor in [*tensors_in(args), *tensors_in(kwargs)]:
                     self._track(tensor, "input", path=path)
                 for module in self._names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_CONTAINERS = (dict, list, set)
 
 
 class ModelSnapshot:
@@ -32,18 +35,21 @@ class _ModuleState:
         self.module = module
         self.cls = type(module)
         self.attributes = dict(module.__dict__)
-        # The registries (_modules, _parameters, hooks, …) are changed in place, so their contents are kept as well.
-        self.registries = {key: dict(value) for key, value in module.__dict__.items() if isinstance(value, dict)}
+        # Registries (_modules, _parameters, hooks, …) and lists are changed in place: their contents are kept too.
+        self.contents = {key: copy.copy(value) for key, value in vars(module).items() if isinstance(value, _CONTAINERS)}
         self.buffers = [_BufferState(buffer) for buffer in module._buffers.values() if buffer is not None]
 
     def restore(self) -> None:
         self.module.__class__ = self.cls
         self.module.__dict__.clear()
         self.module.__dict__.update(self.attributes)
-        for key, contents in self.registries.items():
-            registry = self.module.__dict__[key]
-            registry.clear()
-            registry.update(contents)
+        for key, contents in self.contents.items():
+            container = self.module.__dict__[key]
+            container.clear()
+            if isinstance(container, list):
+                container.extend(contents)
+            else:
+                container.update(contents)
         for buffer in self.buffers:
             buffer.restore()
 

@@ -71,6 +71,17 @@ def replace_tensors(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
     return item
 
 
+def clone_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with every tensor cloned, once each however often it is passed: a model may write to its input."""
+    clones: dict[int, Tensor] = {}
+
+    def clone(tensor: Tensor) -> Tensor:
+        return clones.setdefault(id(tensor), tensor.clone())
+
+    copied: tuple[tuple[Any, ...], dict[str, Any]] = replace_tensors((args, kwargs), clone)
+    return copied
+
+
 def replace_at(item: Any, path: Path, change: Callable[[Any], Any]) -> Any:
     """A shallow copy of the structure in which the entry at ``path`` went through ``change``.
 

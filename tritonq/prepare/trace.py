@@ -90,8 +90,7 @@ def forward_signature(module: nn.Module) -> inspect.Signature:
 def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
     """Trace ``module.forward`` as it runs in the given mode; children become single calls, parameters attributes.
 
-    The module is left as it is: attributes that its forward sets are discarded, buffers that it would write to are an
-    error.
+    The module is left as it is.
 
     Raises:
         TraceError: control flow that depends on tensors, side effects, contexts such as autocast, or values that
@@ -99,9 +98,7 @@ def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
     """
     if "forward" in vars(module):
         raise TraceError("its forward was replaced on the instance")
-    shadow = copy.copy(module)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        shadow.__dict__[registry] = dict(module.__dict__[registry])
+    shadow = _shadow(module)
     shadow.training = training
     versions = [(buffer, tensor_version(buffer)) for buffer in module.buffers()]
     random_state = random.getstate()
@@ -119,7 +116,37 @@ def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
     if any(tensor_version(buffer) != version for buffer, version in versions):
         raise TraceError("it writes to a buffer")
     _check_attributes(graph, module)
+    _check_side_effects(shadow, module)
     return graph
+
+
+def _shadow(module: nn.Module) -> nn.Module:
+    """A module that shares everything with ``module`` and takes the assignments and appends of its forward."""
+    shadow = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, (dict, list, set)):
+            shadow.__dict__[name] = copy.copy(value)
+    return shadow
+
+
+def _check_side_effects(shadow: nn.Module, module: nn.Module) -> None:
+    before, after = vars(module), vars(shadow)
+    changed = [
+        name
+        for name in {**before, **after}
+        if name != "training" and not _same_contents(before.get(name, shadow), after.get(name, shadow))
+    ]
+    if changed:
+        raise TraceError(f"it changes attributes ({', '.join(sorted(changed))})")
+
+
+def _same_contents(before: Any, after: Any) -> bool:
+    """Whether two attributes are one object, or containers of the same objects."""
+    if isinstance(before, (list, set)) and isinstance(after, (list, set)):
+        return list(map(id, before)) == list(map(id, after))
+    if isinstance(before, dict) and isinstance(after, dict):
+        return {key: id(held) for key, held in before.items()} == {key: id(held) for key, held in after.items()}
+    return before is after
 
 
 class _Tracer(fx.Tracer):

@@ -1,0 +1,348 @@
+"""Which fixed-point format each tensor of a network has: found from the recorded dataflow, before anything is changed.
+
+Tensors that the same values flow through (ReLU, max pooling, flattening, concatenation) form one group. A group that a
+layer or a pooling reads has a format; one that a single addition reads is in units of the sum's format; the groups of
+an addition's and a pooling's inputs share their step with its output, so that one unit is a power of two of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from tritonq.nn import intrinsic
+from tritonq.prepare.analysis import Analysis
+from tritonq.prepare.dataflow import Call, Ref
+from tritonq.prepare.layers import Layer, find_layer
+
+_LAYER_TYPES = (nn.Conv2d, nn.Linear)
+_SWAPPED = frozenset({intrinsic.ConvBn2d})
+_CLIPPED_RELUS = ("relu6", "hardtanh")
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """An average pooling: window (None: the whole image), stride, padding, values per window, shape kept or not."""
+
+    call: Call
+    kernel_size: tuple[int, int] | None
+    stride: tuple[int, int] | None
+    padding: tuple[int, int]
+    area: int
+    keepdim: bool
+
+
+@dataclass
+class Group:
+    """Tensors with one format.
+
+    Attributes:
+        values: the tensors.
+        readers: ``(call, operand)`` of layers, additions and poolings that read one of them, in order of execution.
+        rectified: whether each of these readers comes after a ReLU, so that codes are unsigned.
+        scaled: False where the tensors come from the network's input.
+        has_format: whether some reader rounds them.
+        returned: whether they leave the network as real values.
+    """
+
+    values: set[int] = field(default_factory=set)
+    readers: list[tuple[Call, int]] = field(default_factory=list)
+    rectified: bool = False
+    scaled: bool = True
+    has_format: bool = False
+    returned: bool = False
+
+
+@dataclass
+class Links:
+    """A network's layers, additions and poolings, and the groups of tensors between them.
+
+    Attributes:
+        layers: by the index of the call that a layer begins with.
+        ends: for each layer, addition and pooling, by index of its (first) call, the value that it produces.
+        additions: calls, by index.
+        poolings: by index.
+        groups: by value.
+        relus: calls of clipped ReLUs (ReLU6), whose clipping the learned level takes over.
+    """
+
+    analysis: Analysis
+    layers: dict[int, Layer] = field(default_factory=dict)
+    ends: dict[int, int] = field(default_factory=dict)
+    additions: dict[int, Call] = field(default_factory=dict)
+    poolings: dict[int, Pooling] = field(default_factory=dict)
+    groups: dict[int, Group] = field(default_factory=dict)
+    relus: list[Call] = field(default_factory=list)
+
+    def units(self, group: Group) -> Group | None:
+        """The group whose format's η the values of ``group`` are divided by; None: they are real."""
+        while not group.has_format:
+            if group.returned or not group.readers:
+                return None
+            group = self.groups[self.ends[group.readers[0][0].index]]
+        return group
+
+
+def find_links(analysis: Analysis) -> Links:
+    """Find layers and groups.
+
+    Raises:
+        ValueError: no layer; a layer that is called more than once or whose BatchNorm can't be part of it; an output
+            whose following layer can't be found, or that something reads which has no fixed-point form. The message
+            names the layer.
+    """
+    return _Finder(analysis).find()
+
+
+class _Finder:
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis, self.flow = analysis, analysis.flow
+        self.links = Links(analysis)
+        self.absorbed: dict[int, int] = {}
+
+    def find(self) -> Links:
+        self._find_layers()
+        # Values that some layer contributed to, and values that some layer reads, however far away.
+        self.after = self._spread(self.links.ends.values(), downwards=True)
+        starts = (self.flow.calls[index].inputs[0] for index in self.links.layers)
+        self.before = self._spread(starts, downwards=False)
+        for call in self.flow.calls:
+            self._visit(call)
+        for group in self._groups():
+            self._settle(group)
+        self._check_units()
+        return self.links
+
+    def name_of(self, value: int) -> str:
+        """The layers nearest above a value, for messages."""
+        names: list[str] = []
+        pending, seen = [value], set()
+        while pending:
+            current = pending.pop()
+            call = self.flow.producer(current)
+            if call is None or current in seen:
+                continue
+            seen.add(current)
+            index = self.absorbed.get(call.index, call.index)
+            if index in self.links.layers:
+                names.append(self.links.layers[index].name)
+            else:
+                pending += call.inputs
+        return " and ".join(repr(name) for name in dict.fromkeys(reversed(names))) or "the network's input"
+
+    def _find_layers(self) -> None:
+        for name, module in self.analysis.modules.items():
+            if not isinstance(module, _LAYER_TYPES) or not self.flow.calls_of(name):
+                continue
+            if type(module) not in _LAYER_TYPES:
+                raise ValueError(f"the layer {name!r} is a {type(module).__name__}, which has no fixed-point form")
+            layer, obstacle = find_layer(name, self.analysis, _SWAPPED)
+            if obstacle is not None or layer.remainder:
+                raise ValueError(f"the BatchNorm after layer {name!r} can't become part of it: {obstacle}")
+            if len(layer.calls) != 1:
+                raise ValueError(f"the layer {name!r} is called {len(layer.calls)} times: its format is ambiguous")
+            start, end = layer.calls[0], layer.ends[0]
+            result = self.analysis.value_of(self.flow.calls[end])
+            if result is None or not self.flow.calls[start].inputs:
+                raise ValueError(f"the layer {name!r} doesn't take and return one tensor")
+            self.links.layers[start] = layer
+            self.links.ends[start] = result
+            self._absorb(start, end)
+        if not self.links.layers:
+            raise ValueError(f"{type(self.analysis.model).__name__} has no Conv2d and no Linear layer that is called")
+
+    def _absorb(self, start: int, end: int) -> None:
+        """Everything from a convolution to its BatchNorm is one call."""
+        call = self.flow.calls[end]
+        while call.index != start:
+            self.absorbed[call.index] = start
+            producer = self.flow.producer(call.inputs[0])
+            assert producer is not None, "a BatchNorm that was found by dataflow has a producer"
+            call = producer
+
+    def _spread(self, values: Iterable[int], downwards: bool) -> set[int]:
+        pending, seen = list(values), set()
+        while pending:
+            value = pending.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            if downwards:
+                pending += [out for call in self.flow.consumers(value) for out in call.outputs]
+            else:
+                call = self.flow.producer(value)
+                pending += [] if call is None else call.inputs
+        return {value for value in seen if not self.flow.is_state(value)}
+
+    def _visit(self, call: Call) -> None:
+        """Put a call into the network of groups."""
+        if call.index in self.absorbed:
+            return
+        if call.index in self.links.layers:
+            self._read(call, 0, call.inputs[0])
+            return
+        inputs = [value for value in call.inputs if value in self.after]
+        result = self.analysis.value_of(call)
+        if not inputs or not any(out in self.before for out in call.outputs):
+            return  # before the first layers, or after the last ones: it stays in float
+        where = f"the output of layer {self.name_of(inputs[0])}"
+        if result is None:
+            raise ValueError(f"the layer that follows can't be found: {where} goes through {call.name}")
+        self._check_called_once(call)
+        if call.name == "cat":
+            for value in call.inputs:
+                self._merge(value, result)
+        elif self._is_addition(call):
+            self.links.additions[call.index] = call
+            self.links.ends[call.index] = result
+            for operand, value in enumerate(_operands(call)):
+                self._read(call, operand, value)
+        elif (pooling := self._pooling(call)) is not None:
+            self.links.poolings[call.index] = pooling
+            self.links.ends[call.index] = result
+            self._read(call, 0, inputs[0])
+        elif self._is_relu(call) or self.analysis.keeps_grid(call):
+            self._merge(inputs[0], result)
+        else:
+            raise ValueError(
+                f"the layer that follows can't be found: {where} goes through {call.name}, which has no fixed-point "
+                "form"
+            )
+
+    def _check_called_once(self, call: Call) -> None:
+        if len(self.analysis.calls_like(call)) > 1 and not self.analysis.keeps_grid(call) and not self._is_relu(call):
+            raise ValueError(
+                f"{call.name} in {call.module_name or call.owner or 'the model'!r} runs more than once: the format of "
+                f"the output of layer {self.name_of(call.inputs[0])} is ambiguous"
+            )
+
+    def _is_addition(self, call: Call) -> bool:
+        operands = _operands(call)
+        if call.kind != "function" or call.name != "add" or len(operands) != 2 or call.kwargs.get("alpha", 1) != 1:
+            return False
+        for value in operands:
+            if value not in self.after:
+                raise ValueError(
+                    f"the sum in {call.owner or 'the model'!r} adds something that comes from no layer to the output "
+                    f"of layer {self.name_of(call.inputs[0])}; its scaling factor is unknown"
+                )
+        first, second = (self.flow.values[value].shape for value in operands)
+        return first == second
+
+    def _is_relu(self, call: Call) -> bool:
+        clipped = type(call.target) is nn.ReLU6 or (call.kind == "function" and call.name in _CLIPPED_RELUS)
+        if clipped and not any(call is known for known in self.links.relus):
+            self.links.relus.append(call)
+        return clipped or self.analysis.is_relu(call)
+
+    def _pooling(self, call: Call) -> Pooling | None:
+        shape = self.flow.values[call.inputs[0]].shape
+        result = self.flow.values[call.outputs[0]].shape
+        target = call.target
+        if isinstance(target, nn.AvgPool2d):
+            if target.ceil_mode or target.divisor_override or not (target.count_include_pad or not target.padding):
+                return None
+            size, stride, padding = (_pair(item) for item in (target.kernel_size, target.stride, target.padding))
+            return Pooling(call, size, stride, padding, size[0] * size[1], True)
+        if isinstance(target, nn.AdaptiveAvgPool2d) or call.name == "adaptive_avg_pool2d":
+            if len(shape) != 4 or shape[2] % result[2] or shape[3] % result[3]:
+                return None
+            size = (shape[2] // result[2], shape[3] // result[3])
+            whole = result[2:] == (1, 1)
+            return Pooling(call, None if whole else size, None, (0, 0), size[0] * size[1], True)
+        if call.kind == "function" and call.name == "mean" and len(shape) == 4:
+            axes = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
+            if isinstance(axes, tuple) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]:
+                return Pooling(call, None, None, (0, 0), shape[2] * shape[3], len(result) == 4)
+        return None
+
+    def _read(self, call: Call, operand: int, value: int) -> None:
+        group = self._group(value)
+        group.readers.append((call, operand))
+        group.scaled = group.scaled and value in self.after
+
+    def _group(self, value: int) -> Group:
+        return self.links.groups.setdefault(value, Group({value}))
+
+    def _merge(self, value: int, other: int) -> None:
+        first, second = self._group(value), self._group(other)
+        if first is not second:
+            first.values |= second.values
+            first.readers += second.readers
+            first.scaled = first.scaled and second.scaled
+            for member in second.values:
+                self.links.groups[member] = first
+
+    def _groups(self) -> list[Group]:
+        for value in self.links.ends.values():
+            self._group(value)
+        return list({id(group): group for group in self.links.groups.values()}.values())
+
+    def _settle(self, group: Group) -> None:
+        """Decide what becomes of a group whose readers are known."""
+        group.readers.sort(key=lambda reader: reader[0].index)
+        rectified = [self._is_rectified(_operands(call)[operand]) for call, operand in group.readers]
+        group.rectified = bool(rectified) and all(rectified)
+        additions = [call for call, _ in group.readers if call.index in self.links.additions]
+        group.has_format = len(additions) != len(group.readers) or len(additions) > 1 or group.rectified
+        others = self._other_readers(group)
+        if group.readers and others:
+            raise ValueError(
+                f"the output of layer {self.name_of(min(group.values))} is read by {others[0]} besides its following "
+                "layer; that has no fixed-point form"
+            )
+        group.returned = not group.readers
+        if any(rectified) and not group.rectified:
+            clipped = [call for call in self.links.relus if call.inputs[0] in group.values]
+            if clipped:
+                raise ValueError(
+                    f"the output of layer {self.name_of(min(group.values))} is read both before and after "
+                    f"{clipped[0].name}, whose clipping no format can take over"
+                )
+
+    def _other_readers(self, group: Group) -> list[str]:
+        """What else reads a group's values, or returns them."""
+        known = {call.index for call, _ in group.readers}
+        found = []
+        for value in sorted(group.values):
+            if self.flow.values[value].is_output and group.scaled:
+                found.append("the model's caller")
+            for call in self.flow.consumers(value):
+                inside = self.analysis.value_of(call) in group.values
+                if call.index not in known and not inside and group.scaled and call.outputs:
+                    found.append(call.name)
+        return found
+
+    def _is_rectified(self, value: int) -> bool:
+        call = self.flow.producer(value)
+        if call is None or value not in self.after:
+            return False
+        if call.index in self.links.poolings:
+            return self._is_rectified(call.inputs[0])
+        if value in self.links.ends.values():
+            return False
+        if call.name == "cat":
+            return all(self._is_rectified(part) for part in call.inputs)
+        return self._is_relu(call) or self._is_rectified(call.inputs[0])
+
+    def _check_units(self) -> None:
+        """Additions and poolings need a layer after them; only layers can take a pooling's remaining factor."""
+        for call in (*self.links.additions.values(), *(pooling.call for pooling in self.links.poolings.values())):
+            group = self.links.groups[self.links.ends[call.index]]
+            if self.links.units(group) is None:
+                raise ValueError(
+                    f"the layer that follows {call.name} on the output of layer {self.name_of(call.inputs[0])} can't "
+                    "be found: the network returns it"
+                )
+
+
+def _operands(call: Call) -> tuple[int, ...]:
+    """The tensors that a call takes as arguments of their own (or in a list), in order, repetitions included."""
+    given = (*call.args, *call.kwargs.values())
+    return tuple(item.value for item in given if isinstance(item, Ref)) or call.inputs
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
