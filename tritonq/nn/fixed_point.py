@@ -181,7 +181,8 @@ class FixedPointLayer(nn.Module):
         exact = self.exact_forward(rounded)
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             surrogate = self.fixed_forward(rounded.to(self.weight.dtype)).to(exact.dtype)
-            return _WithGradientOf.apply(exact, surrogate)  # type: ignore[no-untyped-call,no-any-return]
+            # A copy, since the model's own next operation may work in place, which autograd forbids on the result.
+            return cast(Tensor, _WithGradientOf.apply(exact, surrogate)).clone()  # type: ignore[no-untyped-call]
         return exact
 
     def float_forward(self, x: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ class FixedPointAvgPool2d(nn.Module):
         input_format: format of the input.
         observes: whether this layer is the first reader of its input.
         following: format of the layer that reads the output.
+        keepdim: whether the average of a whole image keeps its two axes.
 
     Raises:
         ValueError: no area where the window is the whole image.
@@ -91,6 +92,7 @@ class FixedPointAvgPool2d(nn.Module):
         area: int | None = None,
         observes: bool = True,
         following: ActivationFormat | None = None,
+        keepdim: bool = True,
     ) -> None:
         super().__init__()
         if kernel_size is not None:
@@ -99,7 +101,7 @@ class FixedPointAvgPool2d(nn.Module):
             raise ValueError("an average over the whole image needs area=, the number of values in it")
         self.kernel_size, self.padding = kernel_size, padding
         self.stride = kernel_size if stride is None else stride
-        self.area = area
+        self.area, self.keepdim = area, keepdim
         self.input_format, self.observes = input_format, observes
         self._following: tuple[ActivationFormat | None] = (following,)
 
@@ -116,7 +118,7 @@ class FixedPointAvgPool2d(nn.Module):
     @property
     def remaining_factor(self) -> float:
         """``2^shift / k²``: what is left to be multiplied into the next weights."""
-        return 2.0**self.shift / self.area
+        return remaining_factor(self.area)
 
     def forward(self, x: Tensor) -> Tensor:
         """The mean in phase ``"floating_wo_clip"``, else the mean divided by ``remaining_factor``."""
@@ -136,7 +138,7 @@ class FixedPointAvgPool2d(nn.Module):
     def sum(self, x: Tensor) -> Tensor:
         """The sum over each window."""
         if self.kernel_size is None:
-            return x.sum((2, 3), keepdim=True)
+            return x.sum((2, 3), keepdim=self.keepdim)
         return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding, divisor_override=1)
 
     def extra_repr(self) -> str:
@@ -162,3 +164,8 @@ def pooling_shift(area: int) -> int:
     below = area.bit_length() - 1
     # Nearer to the next power of two where area > 2^(below + 1/2), that is area² > 2^(2 below + 1).
     return below + int(area * area > 2 ** (2 * below + 1))
+
+
+def remaining_factor(area: int) -> float:
+    """``2^round(log2 area) / area``."""
+    return 2.0 ** pooling_shift(area) / area

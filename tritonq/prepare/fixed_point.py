@@ -83,6 +83,7 @@ def _network_inputs(model: nn.Module, links: Links, args: tuple[Any, ...], kwarg
     """What the layers that read no other layer's output get from the example inputs, by name."""
     found: dict[str, Tensor] = {}
     handles = []
+    snapshot = ModelSnapshot(model)
     for index, layer in links.layers.items():
         if not links.groups[links.analysis.flow.calls[index].inputs[0]].scaled:
 
@@ -90,7 +91,6 @@ def _network_inputs(model: nn.Module, links: Links, args: tuple[Any, ...], kwarg
                 found[name] = given[0].detach()
 
             handles.append(links.analysis.modules[layer.name].register_forward_pre_hook(keep))
-    snapshot = ModelSnapshot(model)
     try:
         with preserved_random_state(model), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
