@@ -31,7 +31,7 @@ _ERROR_LENGTH = 160
 
 
 @dataclass(frozen=True)
-class Session:
+class Bench:
     """What all records of one run share.
 
     Attributes:
@@ -71,11 +71,11 @@ def main(args: argparse.Namespace) -> int:
     if device is None:
         print("--device cuda: torch finds no GPU here", file=sys.stderr)
         return 2
-    session = _session(device, args.quick, args.seconds)
+    bench = _bench(device, args.quick, args.seconds)
     folder = (args.out or default_results()) / device_slug(device)
-    label = f"{str(session.environment['commit'])[:7]}{'-dirty' if session.environment['dirty'] else ''}"
+    label = f"{str(bench.environment['commit'])[:7]}{'-dirty' if bench.environment['dirty'] else ''}"
     with records.create(folder, label) as file:
-        written = list(_run_all(cases, session, file))
+        written = list(_run_all(cases, bench, file))
     print(render(written))
     print(f"\nwritten to {file.name}")
     return 0
@@ -95,48 +95,48 @@ def select(cases: Sequence[Case], patterns: Sequence[str], *, quick: bool) -> li
     return [case for case in cases if wanted(case) and (case.quick or not quick)]
 
 
-def run_case(case: Case, session: Session) -> Iterator[Record]:
+def run_case(case: Case, bench: Bench) -> Iterator[Record]:
     """Check, time and describe every implementation of ``case``; one record for each, whatever became of it."""
-    if session.device.type not in case.devices:
-        reason = f"not run: needs {' or '.join(case.devices)}, this run is on {session.device.type}"
+    if bench.device.type not in case.devices:
+        reason = f"not run: needs {' or '.join(case.devices)}, this run is on {bench.device.type}"
         for name, implementation in case.implementations.items():
-            yield _record(case, name, implementation, session, {"status": reason})
+            yield _record(case, name, implementation, bench, {"status": reason})
         return
     # Compiled functions are specialised to a case; without a reset the compiler's limit on recompilation would turn
     # later ones into eager calls, silently.
     torch.compiler.reset()
-    sets = input_sets(case.make_inputs, session.device)
+    sets = input_sets(case.make_inputs, bench.device)
     expected = case.reference(sets[0])
     steps: dict[str, Step] = {}
     status: dict[str, str] = {}
     for name, implementation in case.implementations.items():
-        step, status[name] = _prepare(case, implementation, sets[0], expected, session)
+        step, status[name] = _prepare(case, implementation, sets[0], expected, bench)
         if step is not None:
             steps[name] = step
-    times = interleave(steps, sets, session.device, session.budget) if steps else {}
+    times = interleave(steps, sets, bench.device, bench.budget) if steps else {}
     for name, implementation in case.implementations.items():
         fields: Record = {"status": status[name]}
         if name in times:
-            fields |= _timing(case, times[name], times.get(case.baseline), session.copy)
+            fields |= _timing(case, times[name], times.get(case.baseline), bench.copy)
             if case.memory is not None:
                 fields["memory_bytes"] = case.memory(steps[name], sets[0])
-        yield _record(case, name, implementation, session, fields)
+        yield _record(case, name, implementation, bench, fields)
 
 
-def _run_all(cases: Sequence[Case], session: Session, file: IO[str]) -> Iterator[Record]:
+def _run_all(cases: Sequence[Case], bench: Bench, file: IO[str]) -> Iterator[Record]:
     for case in progress(cases, len(cases), "bench", "case"):
-        for record in run_case(case, session):
+        for record in run_case(case, bench):
             records.write(file, record)
             yield record
 
 
 def _prepare(
-    case: Case, implementation: Implementation, inputs: Inputs, expected: tuple[torch.Tensor, ...], session: Session
+    case: Case, implementation: Implementation, inputs: Inputs, expected: tuple[torch.Tensor, ...], bench: Bench
 ) -> tuple[Step | None, str]:
     """Build and check; the step is None unless the status is ``ok``."""
-    if session.quick and not implementation.quick:
+    if bench.quick and not implementation.quick:
         return None, "not run: left out by --quick"
-    if session.device.type not in implementation.devices:
+    if bench.device.type not in implementation.devices:
         return None, f"not run: needs {' or '.join(implementation.devices)}"
     if importlib.util.find_spec(implementation.module) is None:
         return None, "not installed"
@@ -167,7 +167,7 @@ def _timing(case: Case, times: list[float], baseline: list[float] | None, copy: 
     return fields
 
 
-def _record(case: Case, name: str, implementation: Implementation, session: Session, fields: Record) -> Record:
+def _record(case: Case, name: str, implementation: Implementation, bench: Bench, fields: Record) -> Record:
     return {
         "case": case.name,
         "family": case.family,
@@ -176,17 +176,17 @@ def _record(case: Case, name: str, implementation: Implementation, session: Sess
         "library_version": implementation.library_version(),
         "bytes_moved": case.bytes_moved,
         "operations": case.operations,
-        "copy_bytes_per_s": session.copy.median,
+        "copy_bytes_per_s": bench.copy.median,
         **fields,
-        "quick": session.quick,
+        "quick": bench.quick,
         "time": records.utc_now(),
-        "environment": session.environment,
+        "environment": bench.environment,
     }
 
 
-def _session(device: torch.device, quick: bool, seconds: float | None) -> Session:
+def _bench(device: torch.device, quick: bool, seconds: float | None) -> Bench:
     budget = Budget(seconds or (_QUICK_SECONDS if quick else _FULL_SECONDS))
-    return Session(device, environment(device), budget, quick, copy_bandwidth(device))
+    return Bench(device, environment(device), budget, quick, copy_bandwidth(device))
 
 
 def _device(choice: str) -> torch.device | None:

@@ -41,14 +41,12 @@ def make_case(**changes):
 
 
 @pytest.fixture
-def session(monkeypatch):
-    return runner.Session(
-        CPU, {"device": "toy cpu", "threads": 1}, Budget(0.01), quick=True, copy=Spread(1e9, 1e9, 1e9)
-    )
+def bench():
+    return runner.Bench(CPU, {"device": "toy cpu", "threads": 1}, Budget(0.01), quick=True, copy=Spread(1e9, 1e9, 1e9))
 
 
-def statuses(case, session):
-    return {record["implementation"]: record["status"] for record in runner.run_case(case, session)}
+def statuses(case, bench):
+    return {record["implementation"]: record["status"] for record in runner.run_case(case, bench)}
 
 
 class TestStatistics:
@@ -147,7 +145,7 @@ class TestChecking:
 
 
 class TestRunCase:
-    def test_what_fails_or_is_missing_keeps_its_line(self, session):
+    def test_what_fails_or_is_missing_keeps_its_line(self, bench):
         def broken(inputs):
             raise RuntimeError("no such kernel")
 
@@ -163,7 +161,7 @@ class TestRunCase:
             "gpu only": Implementation(lambda inputs: double, devices=("cuda",)),
             "slow start": Implementation(lambda inputs: double, quick=False),
         }
-        written = list(runner.run_case(make_case(implementations=table), session))
+        written = list(runner.run_case(make_case(implementations=table), bench))
         found = {record["implementation"]: record["status"] for record in written}
         assert found == {
             "plain": "ok",
@@ -180,31 +178,31 @@ class TestRunCase:
             assert name in text
             assert status == "ok" or status in text
 
-    def test_a_peers_own_tolerance_replaces_the_cases(self, session):
+    def test_a_peers_own_tolerance_replaces_the_cases(self, bench):
         loose = Tolerance("test", atol=2.0)
         table = {
             "plain": Implementation(lambda inputs: double),
             "off by one": Implementation(lambda inputs: lambda i: (i["x"] * 2 + 1,), tolerance=loose),
         }
-        assert statuses(make_case(implementations=table), session)["off by one"] == "ok"
+        assert statuses(make_case(implementations=table), bench)["off by one"] == "ok"
 
-    def test_cuda_cases_are_listed_as_not_run(self, session):
-        written = list(runner.run_case(make_case(devices=("cuda",)), session))
+    def test_cuda_cases_are_listed_as_not_run(self, bench):
+        written = list(runner.run_case(make_case(devices=("cuda",)), bench))
         assert [record["status"] for record in written] == ["not run: needs cuda, this run is on cpu"]
         text = render([{**record, "environment": ENVIRONMENT} for record in written])
         assert "toy/double: not run: needs cuda" in text
 
-    def test_no_ratio_without_a_baseline(self, session):
+    def test_no_ratio_without_a_baseline(self, bench):
         table = {
             "plain": Implementation(lambda inputs: lambda i: (i["x"],)),
             "right": Implementation(lambda inputs: double),
         }
-        right = list(runner.run_case(make_case(implementations=table), session))[1]
+        right = list(runner.run_case(make_case(implementations=table), bench))[1]
         assert right["status"] == "ok"
         assert "speed_up" not in right
 
-    def test_bandwidth_and_ratio(self, session):
-        record = next(runner.run_case(make_case(), session))
+    def test_bandwidth_and_ratio(self, bench):
+        record = next(runner.run_case(make_case(), bench))
         assert record["bytes_per_s"] == pytest.approx(8000 / record["median_s"])
         assert record["copy_fraction"] == pytest.approx(record["bytes_per_s"] / 1e9)
         assert record["speed_up"] == 1.0
