@@ -62,12 +62,10 @@ def conv_bn(
         (batch, out, ...), in the dtype of ``x``.
 
     Raises:
-        ValueError: fewer than two values per channel, or a running variance that is negative or not finite (checked
-            on CPU tensors).
+        ValueError: fewer than two values per channel.
 
     Source: DESIGN section 4, SEMANTICS section 4 (approximate mode).
     """
-    check_running_var(step.norm.running_var)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     result: Tensor = _ConvBn.apply(x, weight, bias, gamma, beta, step)  # type: ignore[no-untyped-call]
@@ -76,7 +74,7 @@ def conv_bn(
 
 def check_running_var(running_var: Tensor) -> None:
     """Raise ValueError for a running variance that is negative or not finite; CPU tensors only."""
-    if is_readable(running_var) and not bool(running_var.amin() >= 0) | bool(running_var.amax() == torch.inf):
+    if is_readable(running_var) and not (running_var.amin() >= 0 and running_var.amax() < torch.inf):
         raise ValueError("the BatchNorm's running variance must be finite and not negative")
 
 
@@ -132,7 +130,8 @@ class _ConvBn(torch.autograd.Function):
             rows = step.op.to_rows(weight)
             codes, row_codes = weight, None
             if needs_x:
-                row_codes = fit_codes(*ctx.weights.folded_codes(rows, fold, weight_quantizer)[:2], c.dtype)[0]
+                quantized = ctx.weights.folded_codes(rows, fold, weight_quantizer)
+                row_codes, _ = fit_codes(quantized.codes, quantized.unit, c.dtype)
                 codes = step.op.from_rows(row_codes)
             x = restore(kept) if needs_weight or needs_gamma else kept.values
             dx, dcodes = step.op.backward(dc, x, codes, needs_x, needs_weight or needs_gamma)

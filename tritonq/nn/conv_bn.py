@@ -4,85 +4,105 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.functional.conv_bn import ConvBnStep, conv_bn
+from tritonq.functional.conv_bn import ConvBnStep, check_running_var, conv_bn
 from tritonq.functional.linear_map import LinearMap, MatrixProduct, pad_input
-from tritonq.nn import intrinsic
+from tritonq.nn import folding_modes, intrinsic
 from tritonq.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose2d, check_float_type, conv_arguments, share_parameters
-from tritonq.nn.fusable import has_hooks, input_grid, range_state, warn_if_unobserved
+from tritonq.nn.folding_modes import Mode, check_mode
+from tritonq.nn.fusable import input_grid, range_state, warn_if_unobserved
 from tritonq.nn.linear import Linear
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
-from tritonq.reference.conv_bn import BatchNormState
 from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
 from tritonq.reference.quantizer_state import QuantizerState
 
 
 class QATBatchNormLayer(QATLayer):
-    """A convolution or linear layer whose BatchNorm is part of it: the approximate mode of folding.
+    """A convolution or linear layer whose BatchNorm is part of it.
 
-    Training: ``y = BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)`` from before this step's update, and
-    ``s = 1/σ`` in a channel where γ = 0, so that nothing is divided by zero and γ can leave zero. Eval and frozen:
-    ``y = op(x, FQ_w(W t)) + β + t (b - running_mean)`` with ``t = γ/σ(running_var)``.
+    ``mode`` says how training folds the BatchNorm into the quantized weight; the BatchNorm lives in the child ``bn``:
 
-    The BatchNorm lives in the child ``bn``. Source: torch.ao.nn.intrinsic.qat; SEMANTICS section 4.
+    - ``"approximate"`` (torch.ao's default): ``y = BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)`` from
+      before this step's update, and ``s = 1/σ`` in a channel where γ = 0, so that nothing is divided by zero and γ can
+      leave zero. The fastest: the layer runs once, and saves nothing but its input and the convolution's output.
+    - ``"exact"`` (MegEngine's ``approx=False``): folds the statistics of this batch, weight and bias quantized.
+    - ``"corrected"`` (torch.ao's slow path): folds the updated running variance and rescales to the batch's.
+
+    Eval and frozen, in every mode: ``y = op(x, FQ_w(W t)) + β + t (b - running_mean)`` with ``t = γ/σ(running_var)``.
+
+    Raises:
+        ValueError: an unknown mode; in training, fewer than two values per channel, or a running variance that is
+            negative or not finite.
+
+    Source: torch.ao.nn.intrinsic.qat; SEMANTICS section 4.
     """
 
     bn: nn.modules.batchnorm._BatchNorm
     freeze_bn: bool = False
     # Keep the input for the backward as 8-bit codes where it lies on the grid of a known quantizer.
     save_input_codes: bool = True
+    grouping: tuple[bool, int] = (False, 1)
     _bn_type: ClassVar[type[nn.modules.batchnorm._BatchNorm]]
     _relu: ClassVar[bool]
-    _grouping: tuple[bool, int] = (False, 1)
+    _mode: Mode = "approximate"
 
-    def attach_batch_norm(self, features: int, eps: float, momentum: float | None, freeze_bn: bool) -> None:
+    def attach_batch_norm(
+        self, features: int, eps: float, momentum: float | None, freeze_bn: bool, mode: str = "approximate"
+    ) -> None:
         """Create the child ``bn``; ``freeze_bn`` starts with frozen statistics."""
         self.bn = self._bn_type(features, eps=eps, momentum=momentum)
-        self.freeze_bn = freeze_bn
+        self.mode = check_mode(mode)
+        if freeze_bn:
+            self.freeze_bn_stats()
+
+    @property
+    def mode(self) -> Mode:
+        """How training folds the BatchNorm."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self._mode = check_mode(mode)
 
     def folded_parameters(self) -> tuple[Tensor, Tensor]:
         """Weight and bias with the running statistics folded in."""
-        scale = fold_scale(self._running_var(), self.bn.weight, self.bn.eps)
-        bias = fold_bias(self.bias, cast(Tensor, self.bn.running_mean), scale, self.bn.bias)
-        return scale_out_channels(self.weight, scale, *self._grouping), bias
+        running_mean, running_var = cast(Tensor, self.bn.running_mean), cast(Tensor, self.bn.running_var)
+        scale = fold_scale(running_var, self.bn.weight, self.bn.eps)
+        bias = fold_bias(self.bias, running_mean, scale, self.bn.bias)
+        return scale_out_channels(self.weight, scale, *self.grouping), bias
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer, its BatchNorm, ReLU where there is one, and fake quantization."""
-        if not self._normalises_with_batch():
+        if not self.training:
             return self._quantized_output(self.affine(x, *self.folded_parameters()))
+        check_running_var(cast(Tensor, self.bn.running_var))
+        if self.freeze_bn or not self.bn.training:
+            return self._quantized_output(folding_modes.frozen(self, x))
+        if self._mode != "approximate":
+            fold = folding_modes.exact if self._mode == "exact" else folding_modes.corrected
+            return self._quantized_output(fold(self, x))
         weight_quantizer = range_state(self.weight_fake_quant)
-        plain_weight = isinstance(self.weight_fake_quant, nn.Identity)
-        if (weight_quantizer is None and not plain_weight) or not _is_plain(self.bn):
-            return self._quantized_output(self._approximate(x))
-        return self._fused(x, weight_quantizer)
-
-    def _normalises_with_batch(self) -> bool:
-        return self.training and self.bn.training and not self.freeze_bn
+        if weight_quantizer is None and not isinstance(self.weight_fake_quant, nn.Identity):
+            return self._quantized_output(folding_modes.approximate(self, x))
+        if not folding_modes.is_plain(self.bn):
+            return self._quantized_output(folding_modes.approximate(self, x))
+        return self._one_operator(x, weight_quantizer)
 
     def _quantized_output(self, y: Tensor) -> Tensor:
         return cast(Tensor, self.activation_post_process(F.relu(y) if self._relu else y))
 
-    def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
-        """The input, padded where the map itself cannot, and the layer without weight and bias.
-
-        Raises:
-            ValueError: an input of the wrong number of dimensions.
-        """
-        raise NotImplementedError
-
-    def _fused(self, x: Tensor, weight_quantizer: QuantizerState | None) -> Tensor:
-        """The approximate mode as one operator, with the activation quantizer in it where that is possible."""
+    def _one_operator(self, x: Tensor, weight_quantizer: QuantizerState | None) -> Tensor:
+        """The approximate mode, with the activation quantizer in it where that is possible."""
         x, op = self.as_linear_map(x)
         output_quantizer = range_state(self.activation_post_process)
         if output_quantizer is not None and output_quantizer.qtype.axis is not None:
             output_quantizer = None
         step = ConvBnStep(
             op,
-            batch_norm_state(self.bn),
+            folding_modes.batch_norm_state(self.bn),
             weight_quantizer,
             output_quantizer,
             input_grid(self.input_quantizer) if self.save_input_codes else None,
@@ -94,21 +114,19 @@ class QATBatchNormLayer(QATLayer):
         warn_if_unobserved(self.activation_post_process)
         return y
 
-    def _approximate(self, x: Tensor) -> Tensor:
-        """The same from its parts, for quantizers that no operator can take over."""
-        scale = fold_scale(self._running_var(), self.bn.weight, self.bn.eps)
-        if self.bn.weight is not None:
-            # In a channel with γ = 0 the weight is quantized as if γ were 1; BatchNorm still multiplies by 0.
-            scale = torch.where(self.bn.weight == 0, torch.rsqrt(self._running_var() + self.bn.eps), scale)
-        weight = self.quantized_weight(scale_out_channels(self.weight, scale, *self._grouping))
-        y = self.linear_op(x, weight)
+    def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
+        """The input, padded where the map itself cannot, and the layer without weight and bias.
+
+        Raises:
+            ValueError: an input of the wrong number of dimensions.
+        """
+        raise NotImplementedError
+
+    def along_channels(self, vector: Tensor, y: Tensor) -> Tensor:
+        """A vector per out channel, shaped to broadcast against the output ``y``, in its dtype."""
         shape = [1] * y.dim()
         shape[self._output_axis] = -1
-        y = y / scale.view(shape)
-        return cast(Tensor, self.bn(y if self.bias is None else y + self.bias.view(shape)))
-
-    def _running_var(self) -> Tensor:
-        return cast(Tensor, self.bn.running_var)
+        return vector.to(y.dtype).view(shape)
 
     def freeze_bn_stats(self) -> QATBatchNormLayer:
         """Stop updating the running statistics and normalise with them, in training too."""
@@ -144,12 +162,13 @@ class _ConvBn(QATBatchNormLayer):
         momentum: float | None = 0.1,
         freeze_bn: bool = False,
         qconfig: QConfig | None = None,
+        mode: Mode = "approximate",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, qconfig=qconfig, **kwargs)
         conv = cast(nn.modules.conv._ConvNd, self)
-        self._grouping = (conv.transposed, conv.groups)
-        self.attach_batch_norm(conv.out_channels, eps, momentum, freeze_bn)
+        self.grouping = (conv.transposed, conv.groups)
+        self.attach_batch_norm(conv.out_channels, eps, momentum, freeze_bn, mode)
 
     def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
         """See base class."""
@@ -238,10 +257,11 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
         momentum: float | None = 0.1,
         freeze_bn: bool = False,
         qconfig: QConfig | None = None,
+        mode: Mode = "approximate",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, qconfig=qconfig, **kwargs)
-        self.attach_batch_norm(self.out_features, eps, momentum, freeze_bn)
+        self.attach_batch_norm(self.out_features, eps, momentum, freeze_bn, mode)
 
     def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
         """See base class."""
@@ -257,22 +277,6 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
         qat = cast(LinearBn1d, super().from_float(mod))
         qat.bn = checked_batch_norm(bn)
         return cast(LinearBn1d, qat.train(mod.training))
-
-
-def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:
-    """Buffers and constants of ``bn`` for a training step, which is counted."""
-    running_mean, running_var = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
-    momentum: float | Tensor | None = bn.momentum
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-    if momentum is None:
-        momentum = cast(Tensor, bn.num_batches_tracked).double().reciprocal()
-    return BatchNormState(running_mean, running_var, momentum, bn.eps)
-
-
-def _is_plain(bn: nn.modules.batchnorm._BatchNorm) -> bool:
-    """Whether ``bn`` computes what its buffers say, on this rank alone."""
-    return type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not has_hooks(bn)
 
 
 def checked_batch_norm(bn: nn.Module) -> nn.modules.batchnorm._BatchNorm:

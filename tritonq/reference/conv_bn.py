@@ -145,10 +145,21 @@ def finish(
     batch_mean = mean / ratio
     if bias is not None:
         batch_mean += bias.detach()
-    batch_var = (var / squared).mul_(count / (count - 1))
-    for running, batch in ((norm.running_mean, batch_mean), (norm.running_var, batch_var)):
-        running.add_((batch - running) * norm.momentum)
+    update_running_statistics(norm, batch_mean, var / squared, count)
     return Normalization(mean, inverse_std, gain, slope, shift, eps_part / total)
+
+
+def update_running_statistics(norm: BatchNormState, mean: Tensor, var: Tensor, count: int) -> None:
+    """``r <- r + momentum (batch - r)``, with the unbiased variance.
+
+    Args:
+        norm: the BatchNorm.
+        mean: of this batch.
+        var: biased variance of this batch.
+        count: elements per channel, at least 2.
+    """
+    for running, batch in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
+        running.add_((batch - running) * norm.momentum)
 
 
 def backward(

@@ -1,0 +1,59 @@
+"""Quantizing a bias to 32-bit integers in units of input scale times weight scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.functional.integer import bias_codes
+from tritonq.functional.validate import check_float_tensor, is_readable
+
+
+def quantize_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Round a bias to the grid of the sums that it is added to; gradients pass straight through.
+
+    ``s = input_scale · weight_scale``, ``y = clip(round(bias / s)) · s`` with codes of 32 bits (up to 2^31 - 128, which
+    float32 holds), ties to even, computed in float64 as :func:`tritonq.functional.integer.bias_codes` does.
+
+    Args:
+        bias: (out,) float tensor.
+        input_scale: one element.
+        weight_scale: (out,) or one element.
+
+    Returns:
+        (out,) in the dtype of ``bias``.
+
+    Raises:
+        TypeError: an argument that is not a floating point tensor.
+        ValueError: shapes that do not fit; a product of scales that is not positive and finite (checked on CPU
+            tensors), zero by underflow included.
+
+    Source: SEMANTICS section 4 (FQb); MegEngine.
+
+    Examples:
+        >>> quantize_bias(torch.tensor([0.26, -1.0]), torch.tensor(0.5), torch.tensor([0.2, 0.25]))
+        tensor([ 0.3000, -1.0000])
+    """
+    for name, value in (("bias", bias), ("input_scale", input_scale), ("weight_scale", weight_scale)):
+        check_float_tensor(name, value)
+    if input_scale.numel() != 1:
+        raise ValueError(f"input_scale must have one element, got shape {tuple(input_scale.shape)}")
+    if weight_scale.numel() != 1 and weight_scale.shape != bias.shape:
+        raise ValueError(f"weight_scale must have one element or {tuple(bias.shape)}, got {tuple(weight_scale.shape)}")
+    scale = input_scale.reshape(()) * (weight_scale.reshape(()) if weight_scale.numel() == 1 else weight_scale)
+    if is_readable(scale) and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(f"input_scale * weight_scale must be positive and finite, got {scale.flatten()[:8].tolist()}")
+    result: Tensor = _QuantizeBias.apply(bias, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _QuantizeBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, scale: Tensor) -> Tensor:
+        return (bias_codes(bias, scale).double() * scale.double()).to(bias.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy, None

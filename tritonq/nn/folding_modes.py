@@ -1,0 +1,140 @@
+"""How a training step folds a BatchNorm: the modes that are compositions of differentiable operators.
+
+The approximate mode has an operator of its own, `tritonq.functional.conv_bn`; its composition here serves quantizers
+that the operator can't take over. Formulas: SEMANTICS section 4.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.functional.bias import quantize_bias
+from tritonq.functional.channel_moments import channel_moments
+from tritonq.functional.integer import raise_scale_for_bias
+from tritonq.nn.fusable import has_hooks
+from tritonq.reference.conv_bn import BatchNormState, update_running_statistics
+from tritonq.reference.fold import fold_scale, scale_out_channels
+
+if TYPE_CHECKING:
+    from tritonq.nn.conv_bn import QATBatchNormLayer
+
+Mode = Literal["approximate", "exact", "corrected"]
+_BITS = 8
+
+
+def check_mode(mode: str) -> Mode:
+    """``mode`` if there is such a mode, else ValueError."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"unknown mode {mode!r} of folding a BatchNorm; known: {', '.join(get_args(Mode))}")
+    return cast(Mode, mode)
+
+
+def approximate(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
+    """``BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)``, and ``1/σ`` where γ is zero."""
+    running_var, bn = _running_var(layer), layer.bn
+    scale = fold_scale(running_var, bn.weight, bn.eps)
+    if bn.weight is not None:
+        # In a channel with γ = 0 the weight is quantized as if γ were 1; BatchNorm still multiplies by 0.
+        scale = torch.where(bn.weight == 0, torch.rsqrt(running_var + bn.eps), scale)
+    y = layer.linear_op(x, layer.quantized_weight(scale_out_channels(layer.weight, scale, *layer.grouping)))
+    y = y / layer.along_channels(scale, y)
+    return cast(Tensor, bn(y if layer.bias is None else y + layer.along_channels(layer.bias, y)))
+
+
+def exact(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
+    """Fold the batch's own statistics: ``op(x, FQ_w(W t)) + FQ_b(β - t · mean)`` with ``t = γ/σ(var)``.
+
+    Mean and variance are those of ``op(x, W)``, through which gradients flow: the layer runs twice.
+    """
+    mean, inverse_std, _ = _batch_statistics(layer, x)
+    scale = inverse_std if layer.bn.weight is None else layer.bn.weight * inverse_std
+    weight = layer.quantized_weight(scale_out_channels(layer.weight, scale, *layer.grouping))
+    y = layer.linear_op(x, weight)
+    return y + layer.along_channels(bias_on_grid(layer, _batch_bias(layer, mean, scale)), y)
+
+
+def corrected(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
+    """Fold the updated running variance, then rescale to the batch's: ``op(x, FQ_w(W t)) σ(rv)/σ(var) + bias``.
+
+    ``t = γ/σ(rv)``, and ``bias = β - γ/σ(var) · mean``; the layer runs twice.
+    """
+    mean, inverse_std, _ = _batch_statistics(layer, x)
+    running_var, bn = _running_var(layer), layer.bn
+    fold = fold_scale(running_var, bn.weight, bn.eps)
+    y = layer.linear_op(x, layer.quantized_weight(scale_out_channels(layer.weight, fold, *layer.grouping)))
+    y = y * layer.along_channels(torch.sqrt(running_var + bn.eps) * inverse_std, y)
+    scale = inverse_std if bn.weight is None else bn.weight * inverse_std
+    return y + layer.along_channels(_batch_bias(layer, mean, scale), y)
+
+
+def frozen(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
+    """Fold the running statistics, which stay as they are: ``op(x, FQ_w(W t)) + FQ_b(β + t (b - running_mean))``."""
+    weight, bias = layer.folded_parameters()
+    return layer.linear_op(x, layer.quantized_weight(weight), bias_on_grid(layer, bias))
+
+
+def bias_on_grid(layer: QATBatchNormLayer, bias: Tensor) -> Tensor:
+    """``bias`` in 32-bit codes of input scale × weight scale, where both are symmetric 8-bit grids, switched on.
+
+    A weight scale too small for the bias, as in dead channels, counts as just large enough.
+    """
+    source, quantizer = layer.input_quantizer, layer.weight_fake_quant
+    if not _is_symmetric_int8(source) or not _is_symmetric_int8(quantizer):
+        return bias
+    source, quantizer = cast(FakeQuantizeBase, source), cast(FakeQuantizeBase, quantizer)
+    if not (source.has_qparams() and quantizer.has_qparams()):
+        return bias
+    input_scale, weight_scale = source.calculate_qparams().scale, quantizer.calculate_qparams().scale
+    weight_scale = raise_scale_for_bias(weight_scale.expand(len(bias)), bias, input_scale)
+    rounded = quantize_bias(bias, input_scale, weight_scale)
+    both_on = (source.fake_quant_enabled & quantizer.fake_quant_enabled) != 0
+    return torch.where(both_on, rounded, bias)
+
+
+def _is_symmetric_int8(quantizer: nn.Module | None) -> bool:
+    if not isinstance(quantizer, FakeQuantizeBase):
+        return False
+    if isinstance(quantizer, FakeQuantize) and not quantizer.activation_post_process.zero_point_is_zero:
+        return False
+    return quantizer.qtype.bits == _BITS and quantizer.qtype.fixed_zero_point == 0
+
+
+def _batch_statistics(layer: QATBatchNormLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and ``1/σ`` of ``op(x, W)``, differentiable, and its variance; updates the running statistics."""
+    if not is_plain(layer.bn):
+        raise ValueError(f"this mode of folding needs a plain BatchNorm, got {type(layer.bn).__name__}")
+    c = layer.linear_op(x, layer.weight)
+    mean, var = channel_moments(c)
+    with torch.no_grad():
+        batch_mean = mean if layer.bias is None else mean + layer.bias
+        update_running_statistics(batch_norm_state(layer.bn), batch_mean, var, c.numel() // c.shape[1])
+    return mean, torch.rsqrt(var + layer.bn.eps), var
+
+
+def _batch_bias(layer: QATBatchNormLayer, mean: Tensor, scale: Tensor) -> Tensor:
+    """``β + scale (b - (mean + b))``: the convolution's bias cancels, and gets a gradient of zero."""
+    bias = -scale * mean if layer.bn.bias is None else layer.bn.bias - scale * mean
+    return bias if layer.bias is None else bias + (layer.bias - layer.bias)
+
+
+def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:
+    """Buffers and constants of ``bn`` for a training step, which is counted."""
+    momentum: float | Tensor | None = bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    if momentum is None:
+        momentum = cast(Tensor, bn.num_batches_tracked).double().reciprocal()
+    return BatchNormState(cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var), momentum, bn.eps)
+
+
+def is_plain(bn: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether ``bn`` computes what its buffers say, on this rank alone, and nobody listens."""
+    return type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not has_hooks(bn)
+
+
+def _running_var(layer: QATBatchNormLayer) -> Tensor:
+    return cast(Tensor, layer.bn.running_var)
