@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime.driver import driver
 
 from .layout import Grid, Tile, View, grid, tile_counts, tile_shape
 
@@ -35,18 +36,22 @@ class Parameters(NamedTuple):
     Attributes:
         elements: elements per tile, a power of two.
         max_cols: widest tile, a power of two.
-        warps: warps per program.
+        warps: groups of 32 lanes per program.
     """
 
     elements: int
     max_cols: int
     warps: int
 
+    def num_warps(self, warp_size: int) -> int:
+        """Triton's ``num_warps``: as many lanes on AMD, whose warps have 64."""
+        return max(1, self.warps * 32 // warp_size)
+
 
 def default_parameters(shape_class: str, size_class: str) -> Parameters:
     """Parameters where no table speaks.
 
-    Four warps with 32 elements per lane keep 16 KiB of float32 loads in flight per program and amortise the scale's
+    128 lanes with 32 elements each keep 16 KiB of float32 loads in flight per program and amortise the scale's
     reciprocal. Channels along the columns take narrow, tall tiles: few reciprocals, each used for every row.
     """
     elements = 4096 if size_class == "large" else 1024
@@ -123,6 +128,13 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def warp_size(device: torch.device) -> int:
+    """Lanes per warp. A meta tensor stands for one on the GPU that Triton compiles for."""
+    if device.type == "meta":
+        return int(driver.active.get_current_target().warp_size)
+    return 64 if device.type == "cuda" and torch.version.hip else 32
+
+
 class Plan(NamedTuple):
     """Tile and grid of an elementwise launch over a view."""
 
@@ -130,12 +142,16 @@ class Plan(NamedTuple):
     grid: Grid
 
 
-@lru_cache(maxsize=4096)
 def plan(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> Plan:
     """Tile and grid for one program per tile."""
+    return _plan(kernel, dtype, view, device, warp_size(device))
+
+
+@lru_cache(maxsize=4096)
+def _plan(kernel: str, dtype: torch.dtype, view: View, device: torch.device, warp_size: int) -> Plan:
     chosen = parameters(kernel, dtype, view, device)
     rows, cols = tile_shape(view.sizes, chosen.elements, chosen.max_cols)
-    return Plan(Tile(rows, cols, chosen.warps), grid(tile_counts(view.sizes, rows, cols)))
+    return Plan(Tile(rows, cols, chosen.num_warps(warp_size)), grid(tile_counts(view.sizes, rows, cols)))
 
 
 def device_guard(x: Tensor) -> AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, multiprocessors, parameters
+from .launch import device_guard, multiprocessors, parameters, warp_size
 from .layout import Grid, Split, Tile, View, grid, split, tile_shape, view
 from .qparams import range_to_qparams
 from .tile import program_along
@@ -322,7 +322,7 @@ def _observe(
         assert seen is not None, "a contiguous tensor has at most three dimensions around its channel axis"
     if seen.channels == 0:
         return
-    tile, parts, launch_grid, split_strides, splits = plan_reduction(x.dtype, seen, x.device)
+    tile, parts, launch_grid, split_strides, splits = plan_reduction(x.dtype, seen, x.device, warp_size(x.device))
     partial = None
     if splits > 1:
         partial = torch.empty((2, splits, seen.channels), dtype=torch.float32, device=x.device)
@@ -367,7 +367,7 @@ def _observe(
 
 @lru_cache(maxsize=4096)
 def plan_reduction(
-    dtype: torch.dtype, seen: View, device: torch.device
+    dtype: torch.dtype, seen: View, device: torch.device, warp_size: int
 ) -> tuple[Tile, Split, Grid, tuple[int, int, int], int]:
     """Tile, shares, grid, strides of the partial results over program numbers, and their number per channel."""
     chosen = parameters("min_max", dtype, seen, device)
@@ -379,4 +379,5 @@ def plan_reduction(
         if d != seen.channel:
             strides[d] = splits
             splits *= parts.programs[d]
-    return Tile(rows, cols, chosen.warps), parts, grid(parts.programs), (strides[0], strides[1], strides[2]), splits
+    tile = Tile(rows, cols, chosen.num_warps(warp_size))
+    return tile, parts, grid(parts.programs), (strides[0], strides[1], strides[2]), splits

@@ -67,9 +67,7 @@ def round_to_code(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexp
         return round_to_steps(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING) + zero_point
     else:
         code = _round_any(v, ROUNDING) + zero_point
-        low = tl.full([], QUANT_MIN, tl.float32)
-        high = tl.full([], QUANT_MAX, tl.float32)
-        return tl.clamp(code, low, high, propagate_nan=tl.PropagateNan.ALL)
+        return _clamp(code, QUANT_MIN, QUANT_MAX)
 
 
 @triton.jit
@@ -77,7 +75,7 @@ def round_to_steps(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constex
     """Steps between the zero point and the nearest code: ``code - z``. Arguments as :func:`round_to_code`."""
     if QUANT_MAX - QUANT_MIN < _NARROW_CODES:
         # Integer bounds and a monotone rounding: clamping first gives the same result without adding z per element.
-        v = tl.clamp(v, QUANT_MIN - zero_point, QUANT_MAX - zero_point, propagate_nan=tl.PropagateNan.ALL)
+        v = _clamp(v, QUANT_MIN - zero_point, QUANT_MAX - zero_point)
         return round_half_even(v) if ROUNDING == "half_even" else round_half_away(v)
     else:
         return round_to_code(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING) - zero_point
@@ -92,6 +90,16 @@ def is_inside(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, R
     else:
         code = _round_any(v, ROUNDING) + zero_point
         return (code >= QUANT_MIN) & (code <= QUANT_MAX)
+
+
+@triton.jit
+def _clamp(v, low, high):
+    """``v`` between the bounds; NaN stays.
+
+    Two operations, since triton-viz does not know ``tl.clamp``; they compile to the same two instructions.
+    """
+    v = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tritonq.perf.codegen_cases import CASES, CodegenCase
+from tritonq.perf.codegen_cases import CASES, DTYPES, CodegenCase
 from tritonq.perf.disassembly import main_path, parse_amdgcn, parse_sass
 
 TARGETS = {
@@ -46,8 +46,8 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 class Gpu:
     """What limits a kernel: lane-instructions issued, and bytes moved, per second.
 
-    Every multiprocessor of these generations issues one instruction per clock from each of its four schedulers, for the 32
-    lanes of a warp (NVIDIA CUDA C++ Programming Guide, compute capabilities 8.0, 9.0, 10.0).
+    Every multiprocessor of these generations issues one instruction per clock from each of its four schedulers, for the
+    32 lanes of a warp (NVIDIA CUDA C++ Programming Guide, compute capabilities 8.0, 9.0, 10.0).
     """
 
     name: str
@@ -62,8 +62,8 @@ class Gpu:
         return (instructions / lane_instructions_per_second) / (bytes_moved / self.bandwidth)
 
 
-# Multiprocessors, boost clock (Hz) and memory bandwidth (bytes/s) from NVIDIA's data sheets and architecture papers of the
-# A100 80 GB SXM, the H200 SXM and the B200 SXM.
+# Multiprocessors, boost clock (Hz) and memory bandwidth (bytes/s) from NVIDIA's data sheets and architecture papers of
+# the A100 80 GB SXM, the H200 SXM and the B200 SXM.
 GPUS = (
     Gpu("A100", "cuda:80", 108, 1.41e9, 2.039e12),
     Gpu("H200", "cuda:90", 132, 1.98e9, 4.8e12),
@@ -83,7 +83,7 @@ class Row:
         registers: per lane.
         spill_bytes: registers kept in memory, per lane.
         shared_bytes: per program.
-        narrowest_access: bits; of the main loop or path, for kernels that move the data.
+        access_bits: width of the accesses that move most of the data, on the main path.
         wide_share: part of the data that moves by 128-bit accesses; None for small kernels, as are the next three.
         instructions: per element.
         budget: what is allowed per element on the budget's target, else None.
@@ -97,7 +97,7 @@ class Row:
     registers: int
     spill_bytes: int
     shared_bytes: int
-    narrowest_access: int
+    access_bits: int
     wide_share: float | None = None
     instructions: float | None = None
     budget: float | None = None
@@ -110,9 +110,7 @@ class Row:
         if self.spill_bytes:
             found.append(f"{place}: spills {self.spill_bytes} bytes")
         if self.wide_share is not None and self.wide_share < 1:
-            found.append(
-                f"{place}: only {self.wide_share:.0%} of the data moves by 128-bit accesses (narrowest: {self.narrowest_access})"
-            )
+            found.append(f"{place}: only {self.wide_share:.0%} of the data moves by 128-bit accesses")
         if self.budget is not None and self.instructions is not None and self.instructions > self.budget:
             found.append(f"{place}: {self.instructions:.1f} instructions per element, budget {self.budget:g}")
         return found
@@ -137,7 +135,7 @@ class _AbsentGpu:
 
 @contextmanager
 def compiling_for(target: str) -> Iterator[list[tuple[JITFunction[Any], dict[str, Any], Any]]]:
-    """Inside, launches compile for ``target`` and run nothing; yields a list of (function, keyword arguments, kernel)."""
+    """Inside, launches compile for ``target`` and run nothing; yields their (function, keyword arguments, kernel)."""
     launched: list[tuple[JITFunction[Any], dict[str, Any], Any]] = []
     compile_or_launch = JITFunction.run
 
@@ -155,11 +153,15 @@ def compiling_for(target: str) -> Iterator[list[tuple[JITFunction[Any], dict[str
         driver._active = before
 
 
-def rows(cases: Iterable[CodegenCase] = CASES, targets: Iterable[str] = tuple(TARGETS)) -> Iterator[Row]:
-    """Compile each case for each of its dtypes and for each target, and describe the kernels it launches."""
+def rows(
+    cases: Iterable[CodegenCase] = CASES,
+    targets: Iterable[str] = tuple(TARGETS),
+    dtypes: Collection[torch.dtype] = DTYPES,
+) -> Iterator[Row]:
+    """Compile each case for each target and each of its dtypes, and describe the kernels it launches."""
     budgets = json.loads(BUDGET_FILE.read_text())
     for case in cases:
-        for dtype in case.dtypes:
+        for dtype in (d for d in case.dtypes if d in dtypes):
             for target in targets:
                 with compiling_for(target) as launched:
                     case.call(dtype)
@@ -180,7 +182,7 @@ def _describe(
     registers, spill_bytes, instructions = _read_cuda(kernel) if is_cuda else _read_hip(kernel)
     path = main_path(instructions)
     dtype_name = str(dtype).removeprefix("torch.")
-    common = (case.name, name, dtype_name, target, registers, spill_bytes, kernel.metadata.shared, path.narrowest())
+    common = (case.name, name, dtype_name, target, registers, spill_bytes, kernel.metadata.shared, path.usual_width())
     if name != case.kernel:
         return Row(*common)
     bits = 8 * dtype.itemsize
@@ -248,7 +250,7 @@ def table(report: Iterable[Row]) -> str:
         ]
         lines.append(
             f"{row.case:<40}{row.kernel:<31}{row.dtype:<10}{row.target:<12}{row.registers:>5}{row.spill_bytes:>6}"
-            f"{row.shared_bytes:>7}{row.narrowest_access:>5}{count:>9}{budget:>8}  {', '.join(limits)}"
+            f"{row.shared_bytes:>7}{row.access_bits:>5}{count:>9}{budget:>8}  {', '.join(limits)}"
         )
     return "\n".join(lines)
 

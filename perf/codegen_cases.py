@@ -53,7 +53,6 @@ _WEIGHT = (512, 512, 3, 3)
 # layout: shape, channels_last, axis
 _LAYOUTS: dict[str, tuple[tuple[int, ...], bool, int | None]] = {
     "flat": (_ACTIVATION, False, None),
-    "flat channels_last": (_ACTIVATION, True, None),
     "channels first": (_ACTIVATION, False, 1),
     "channels last": (_ACTIVATION, True, 1),
     "weight": (_WEIGHT, False, 0),
@@ -144,7 +143,9 @@ _FAKE_QUANT = (
 _MIN_MAX = (
     CodegenCase("observe/flat", _observe("flat", QUINT8, "torch"), "observe_kernel", 1, 0, "one read"),
     CodegenCase("observe/weight", _observe("weight", QINT8, "torch"), "observe_kernel", 1, 0, "one read"),
-    CodegenCase("observe/channels last", _observe("channels last", QINT8, "megengine"), "observe_kernel", 1, 0, "one read"),
+    CodegenCase(
+        "observe/channels last", _observe("channels last", QINT8, "megengine"), "observe_kernel", 1, 0, "one read"
+    ),
     CodegenCase(
         "observe/flat torch_v1",
         _observe("flat", QINT8, "torch_v1"),

@@ -1,7 +1,7 @@
 """Read GPU disassembly: which instructions run for every element, and how wide the accesses to memory are.
 
-Works on the text of cuobjdump (NVIDIA) and on AMD assembly. Counts are static: instructions per lane along the path that
-every lane takes, or of one turn of the main loop.
+Works on the text of cuobjdump (NVIDIA) and on AMD assembly. Counts are static: instructions per lane along the path
+that every lane takes, or of one turn of the main loop.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class MainPath:
         """Bits of global memory that one lane moves by accesses of this width."""
         return sum(i.access_bits for i in self.instructions if i.access_bits == width)
 
-    def narrowest(self) -> int:
-        """Width in bits of the narrowest global access; 0 without any."""
-        return min((i.access_bits for i in self.instructions if i.access_bits), default=0)
+    def usual_width(self) -> int:
+        """Width in bits of the accesses that move most of the data; 0 without any."""
+        return max({i.access_bits for i in self.instructions}, key=self.bits_of_width, default=0)
 
 
 _SASS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
@@ -129,8 +129,8 @@ def parse_amdgcn(text: str) -> list[Instruction]:
 def main_path(instructions: Sequence[Instruction]) -> MainPath:
     """The first innermost loop that reads global memory, or else everything that is not rare.
 
-    Rare is what calls a subroutine (a division's slow path), and what only such code reaches. Of several loops the first
-    counts: a kernel puts the usual case before the exceptional one.
+    Rare is what calls a subroutine (a division's slow path), and what only such code reaches. Of several loops the
+    first counts: a kernel puts the usual case before the exceptional one.
     """
     blocks = _blocks(instructions)
     hot = _reachable(instructions, blocks)

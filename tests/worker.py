@@ -1,7 +1,7 @@
-"""A second pytest process that runs single tests on request, since a process that interprets kernels cannot compile them.
+"""A second pytest process that runs tests on request, since a process that interprets kernels cannot compile them.
 
-A test marked ``worker("name")`` runs in the process of that name, with ``TRITON_INTERPRET=1``. Its reports come back one by
-one, so that in the ordinary run it passes or fails like any other test. See `conftest.py`.
+A test marked ``worker("name")`` runs in the process of that name, with ``TRITON_INTERPRET=1``. Its reports come back,
+so that in the ordinary run it passes or fails like any other test. See `conftest.py`.
 """
 
 from __future__ import annotations

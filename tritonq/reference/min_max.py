@@ -22,9 +22,9 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
     channels = () if axis is None else (x.shape[axis],)
     if x.numel() == 0:
         return x.new_full(channels, torch.inf).float(), x.new_full(channels, -torch.inf).float(), _zero_count(x)
-    if axis is not None and x.dim() == 1:
-        x = x.unsqueeze(1)  # an empty list of dimensions would reduce all of them
     kept = None if axis is None else axis % x.dim()
+    if kept is not None and x.dim() == 1:
+        x = x.unsqueeze(1)  # an empty list of dimensions would reduce all of them
     dims = [d for d in range(x.dim()) if d != kept]
     low, high = x.amin(dims), x.amax(dims)
     # NaN and infinities show in the extremes, so that the usual, finite case needs no second look at the data.

@@ -1,0 +1,95 @@
+"""Launch sizes: the function, and tables that override it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tritonq.kernels import launch
+from tritonq.kernels.layout import view
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+GOOD = {"elements": 2048, "max_cols": 256, "warps": 8}
+
+
+def table(**entries: object) -> dict[str, object]:
+    return {"version": 1, "gpu": "NVIDIA H200", "kernels": {"fake_quantize": entries}}
+
+
+def test_table_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "gpu.json", table(**{"float32/flat/large": GOOD}))
+    assert launch.load_table(path) == {"fake_quantize": {"float32/flat/large": launch.Parameters(2048, 256, 8)}}
+
+
+def test_no_table_is_silent(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    assert launch.load_table(tmp_path / "missing.json") == {}
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        {},
+        {"version": 2, "kernels": {}},
+        {"version": 1},
+        {"version": 1, "kernels": []},
+        table(key=[]),
+        table(key={"elements": 2048}),
+        table(key={**GOOD, "stages": 3}),
+        table(key={**GOOD, "warps": 3}),
+        table(key={**GOOD, "warps": 0}),
+        table(key={**GOOD, "elements": "many"}),
+        table(key={**GOOD, "elements": 1.5}),
+    ],
+)
+def test_damaged_table_is_named_and_ignored(content: object, tmp_path: Path) -> None:
+    path = write(tmp_path / "damaged.json", content)
+    with pytest.warns(UserWarning, match=r"damaged\.json"):
+        assert launch.load_table(path) == {}
+
+
+def test_table_overrides_the_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "nvidia_h200.json", table(**{"float32/flat/small": GOOD}))
+    monkeypatch.setattr(launch, "TABLES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
+    launch._parameters.cache_clear()
+    seen = view((64,), ((1,), (1,)), None)
+    assert seen is not None
+    device = torch.device("cuda", 0)
+    assert launch.parameters("fake_quantize", torch.float32, seen, device) == launch.Parameters(**GOOD)
+    default = launch.default_parameters("flat", "small")
+    assert launch.parameters("fake_quantize", torch.float16, seen, device) == default
+    assert launch.parameters("other", torch.float32, seen, device) == default
+    assert launch.parameters("fake_quantize", torch.float32, seen, torch.device("cpu")) == default
+    launch._parameters.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("NVIDIA H200", "nvidia_h200"),
+        ("AMD Instinct MI300X", "amd_instinct_mi300x"),
+        ("NVIDIA A100-SXM4-80GB", "nvidia_a100_sxm4_80gb"),
+    ],
+)
+def test_file_names(name: str, stem: str) -> None:
+    assert launch.gpu_file_stem(name) == stem
+
+
+def test_shipped_tables_are_sound(recwarn: pytest.WarningsRecorder) -> None:
+    for path in launch.TABLES.glob("*.json"):
+        launch.load_table(path)
+    assert not recwarn.list
