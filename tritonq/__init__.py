@@ -2,7 +2,9 @@
 
 from tritonq import nn
 from tritonq.backend import use_backend
+from tritonq.calibration import calibrate, refine_scales
 from tritonq.deploy import convert, export_onnx, load_converted, save_converted, verify
+from tritonq.distributed import sync_observers
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize, set_fixed_point_phase
 from tritonq.functional import (
@@ -26,6 +28,7 @@ from tritonq.learned_fake_quantize import (
 )
 from tritonq.observers import (
     HistogramObserver,
+    InterpolatingHistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
@@ -56,6 +59,7 @@ __all__ = [
     "FakeQuantize",
     "FixedPointFakeQuantize",
     "HistogramObserver",
+    "InterpolatingHistogramObserver",
     "LearnedStepFakeQuantize",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
@@ -65,6 +69,7 @@ __all__ = [
     "QConfig",
     "QuantizedType",
     "TrainedThresholdFakeQuantize",
+    "calibrate",
     "clipped_quantize",
     "convert",
     "default_embedding_qat_qconfig",
@@ -90,10 +95,12 @@ __all__ = [
     "prepare_qat",
     "quantize_bias",
     "range_to_qparams",
+    "refine_scales",
     "save_converted",
     "search_frac_len",
     "set_fixed_point_phase",
     "statistic_frac_len",
+    "sync_observers",
     "trained_threshold_quantize",
     "update_bn_stats",
     "use_backend",

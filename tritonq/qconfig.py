@@ -11,7 +11,9 @@ from torch import nn
 from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
+from tritonq.learned_fake_quantize import TrainedThresholdFakeQuantize
 from tritonq.observers import (
+    InterpolatingHistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
@@ -104,6 +106,18 @@ def _megengine(observer: Any, qtype: QuantizedType, **arguments: Any) -> Factory
     return FakeQuantize.with_args(observer=observer, dtype=qtype, rule="megengine", rounding="half_away", **arguments)
 
 
+def _observing(quantizer: Factory[FakeQuantize]) -> Factory[FakeQuantize]:
+    """The same quantizer, made with its rounding switched off."""
+    return Factory(observe_only, {"quantizer": quantizer})
+
+
+def observe_only(quantizer: Callable[..., FakeQuantize], **arguments: Any) -> FakeQuantize:
+    """A new fake quantizer that observes and does not round, until ``enable_fake_quant`` or ``calibrate``."""
+    made = quantizer(**arguments)
+    made.disable_fake_quant()
+    return made
+
+
 # MegEngine keeps 0.9 of the old range.
 _EMA = {"averaging_constant": 0.1}
 
@@ -127,6 +141,18 @@ PRESETS: dict[str, QConfig] = {
     "megengine_lowbit": QConfig(
         _megengine(MovingAverageMinMaxObserver, QINT4, **_EMA), _megengine(MinMaxObserver, QINT4)
     ),
+    "megengine_sync_ema": QConfig(
+        _megengine(MovingAverageMinMaxObserver, QINT8, process_group="auto", **_EMA),
+        _megengine(MinMaxObserver, QINT8_NARROW),
+    ),
+    "megengine_calibration": QConfig(
+        _observing(_megengine(InterpolatingHistogramObserver, QINT8, interpolation="megengine")),
+        _observing(_megengine(MinMaxObserver, QINT8_NARROW)),
+    ),
+    "megengine_tqt": QConfig(
+        TrainedThresholdFakeQuantize.with_args(dtype=QINT8, rule="megengine"),
+        TrainedThresholdFakeQuantize.with_args(dtype=QINT8_NARROW, rule="megengine"),
+    ),
     "megengine_passive": QConfig(_megengine(PassiveObserver, QINT8), _megengine(PassiveObserver, QINT8_NARROW)),
     # Fixed point: whether an activation is signed follows from the ReLU before it; weights are searched every forward.
     "f8net": QConfig(FixedPointFakeQuantize.with_args(signed=False), FixedPointFakeQuantize.with_args(momentum=1.0)),
@@ -139,7 +165,12 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
 
     - ``"tensorrt"`` (default): activations symmetric int8 with a moving average, weights narrow int8 per channel.
     - ``"megengine_ema"``, ``"megengine_min_max"``: int8 per tensor, ties away from zero, eps 1e-5.
+    - ``"megengine_sync_ema"``: as ``"megengine_ema"``, with ranges over all ranks where torch.distributed is
+      initialised.
     - ``"megengine_lowbit"``: 4 bits both.
+    - ``"megengine_calibration"``: histograms for post-training calibration; nothing is rounded before
+      :func:`tritonq.calibrate` has fixed the ranges.
+    - ``"megengine_tqt"``: trained thresholds.
     - ``"megengine_passive"``: scales are given, not observed.
     - ``"f8net"``: 8-bit fixed point, multiplications by powers of two alone between layers.
 

@@ -34,6 +34,9 @@ def range_state(quantizer: nn.Module) -> QuantizerState | None:
     observer = quantizer.activation_post_process
     if type(observer) not in _RANGE_OBSERVERS or has_hooks(observer) or not isinstance(observer, MinMaxObserver):
         return None
+    if observer.process_group.process_group is not None:
+        # Its range is reduced over ranks between observing and rounding.
+        return None
     return QuantizerState(
         scale=quantizer.scale,
         zero_point=None if observer.zero_point_is_zero else quantizer.zero_point,

@@ -49,6 +49,8 @@ class HistogramObserver(RangeObserver):
     """
 
     histogram: Tensor
+    common_histogram: Tensor
+    common_nonfinite: Tensor
 
     def __init__(
         self,
@@ -71,6 +73,9 @@ class HistogramObserver(RangeObserver):
         self.search: Search = search
         self.percentile = percentile
         self.register_buffer("histogram", self._empty_histogram(self.min_val))
+        # What all ranks hold in common already: a further merge must not add it again.
+        self.register_buffer("common_histogram", torch.zeros_like(self.histogram), persistent=False)
+        self.register_buffer("common_nonfinite", torch.zeros_like(self.nonfinite_count), persistent=False)
 
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
         """See base class."""
@@ -86,10 +91,12 @@ class HistogramObserver(RangeObserver):
             counts, low, high, nonfinite = ops.prefix_histogram(x, self.prefix_bins, self.qtype.axis)
             low, high = reduce_range(low, high, group)
             counts, nonfinite = reduce_sums([counts, nonfinite], group)
-            write_if(enabled, self.histogram, self.histogram + counts)
+            for total in (self.histogram, self.common_histogram):
+                write_if(enabled, total, total + counts)
+            for total in (self.nonfinite_count, self.common_nonfinite):
+                write_if(enabled, total, total + nonfinite)
             write_if(enabled, self.min_val, torch.minimum(self.min_val, low))
             write_if(enabled, self.max_val, torch.maximum(self.max_val, high))
-            write_if(enabled, self.nonfinite_count, self.nonfinite_count + nonfinite)
         if qparams is not None:
             scale, zero_point = self.calculate_qparams()
             write_if(enabled, qparams.scale, scale)
@@ -131,11 +138,30 @@ class HistogramObserver(RangeObserver):
         super().allocate(num_channels)
         if self.histogram.shape[:-1] != self.min_val.shape:
             self.histogram = self._empty_histogram(self.min_val)
+            self.common_histogram = torch.zeros_like(self.histogram)
 
     def reset_min_max_vals(self) -> None:
         """Forget everything that was observed."""
         super().reset_min_max_vals()
-        self.histogram.zero_()
+        for state in (self.histogram, self.common_histogram, self.common_nonfinite):
+            state.zero_()
+
+    def own_counts(self) -> list[Tensor]:
+        """Counts and skipped values that this rank has not shared yet."""
+        return [self.histogram - self.common_histogram, self.nonfinite_count - self.common_nonfinite]
+
+    def add_shared(self, counts: Tensor, nonfinite: Tensor) -> None:
+        """Replace this rank's :meth:`own_counts` by their sums over all ranks."""
+        self.common_histogram.add_(counts)
+        self.common_nonfinite.add_(nonfinite)
+        self.histogram.copy_(self.common_histogram)
+        self.nonfinite_count.copy_(self.common_nonfinite)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Every rank loads the same checkpoint: its counts are common."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.common_histogram.copy_(self.histogram)
+        self.common_nonfinite.copy_(self.nonfinite_count)
 
     def _empty_histogram(self, like: Tensor) -> Tensor:
         return torch.zeros(*like.shape, self.prefix_bins.count, dtype=torch.int64, device=like.device)

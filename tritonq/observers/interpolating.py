@@ -52,6 +52,7 @@ class InterpolatingHistogramObserver(RangeObserver):
     """
 
     histogram: Tensor
+    common_histogram: Tensor
 
     def __init__(self, bins: int = 2048, *args: Any, interpolation: Interpolation = "torch", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -64,6 +65,9 @@ class InterpolatingHistogramObserver(RangeObserver):
         self.bins = bins
         self.interpolation: Interpolation = interpolation
         self.register_buffer("histogram", torch.zeros(bins, dtype=torch.float64, device=self.device))
+        # What all ranks hold in common already, over a range of its own: a further merge must not add it again.
+        self.register_buffer("common_histogram", torch.zeros_like(self.histogram), persistent=False)
+        self._common_limits: Range | None = None
 
     @property
     def cells(self) -> int:
@@ -88,6 +92,8 @@ class InterpolatingHistogramObserver(RangeObserver):
             if group is not None:
                 (counts,) = reduce_sums([counts], group)
             self._adopt(kept + counts, limits)
+            if group is not None:
+                self.mark_common()
         self.nonfinite_count.add_(nonfinite)
         if qparams is not None and bool(self.has_observed()):
             for target, value in zip(qparams, self.calculate_qparams(), strict=True):
@@ -125,6 +131,30 @@ class InterpolatingHistogramObserver(RangeObserver):
             return torch.zeros(self.bins, dtype=torch.float64)
         return rebin(self.histogram.cpu(), self._limits(), limits)
 
+    def own_counts(self, limits: Range) -> Tensor:
+        """What this rank has not shared yet, over ``limits``."""
+        return self.over(limits) - self._common_over(limits)
+
+    def add_shared(self, counts: Tensor, limits: Range) -> None:
+        """Replace this rank's :meth:`own_counts` by their sum over all ranks."""
+        self._adopt(self._common_over(limits) + counts, limits)
+        self.mark_common()
+
+    def mark_common(self) -> None:
+        """All ranks hold the present counts."""
+        self.common_histogram.copy_(self.histogram)
+        self._common_limits = self._limits() if bool(self.has_observed()) else None
+
+    def _common_over(self, limits: Range) -> Tensor:
+        if self._common_limits is None:
+            return torch.zeros(self.bins, dtype=torch.float64)
+        return rebin(self.common_histogram.cpu(), self._common_limits, limits)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Every rank loads the same checkpoint: its counts are common."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.mark_common()
+
     def search_range(self) -> tuple[Tensor, Tensor]:
         """The range that the greedy search proposes: float32, 0-d; the unset range where nothing was seen."""
         if not bool(self.has_observed()):
@@ -157,3 +187,4 @@ class InterpolatingHistogramObserver(RangeObserver):
         """Forget everything that was observed."""
         super().reset_min_max_vals()
         self.histogram.zero_()
+        self.mark_common()

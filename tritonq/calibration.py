@@ -1,0 +1,286 @@
+"""Post-training: observe data without rounding, fix the ranges, and refine the scales (EasyQuant)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.learned_fake_quantize import LearnedFakeQuantize
+from tritonq.nn.qat import QATLayer
+from tritonq.observers import PassiveObserver
+from tritonq.qparams import QParams
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, data: Any) -> nn.Module:
+    """Run every observer over ``data`` without fake quantization, then fix the ranges and switch rounding on.
+
+    The model runs in eval mode (BatchNorm keeps its statistics, weights are observed as they will be deployed); its
+    mode is restored. Afterwards observers are off and fake quantizers on; :func:`tritonq.convert` can follow.
+    Quantizers with trained scales take their first values from what was observed.
+
+    Args:
+        model: a prepared model (:func:`tritonq.prepare_qat`).
+        data: one input tensor, or an iterable of batches: each a tensor, a dict of arguments, or a tuple, of which as
+            many items are used as the model's forward requires (a data loader's labels are not).
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the model has no fake quantizer, ``data`` has no batch, or a quantizer has seen no finite value; the
+            message names each of them. Switches are as before then.
+
+    Source: MegEngine's calibration flow; SEMANTICS section 3.
+
+    Examples:
+        >>> import tritonq
+        >>> model = tritonq.nn.Linear(4, 2, qconfig=tritonq.get_qconfig("megengine_calibration"))
+        >>> calibrate(model, [torch.randn(8, 4) for _ in range(4)]).weight_fake_quant.is_active()
+        True
+    """
+    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizeBase)}
+    if not quantizers:
+        raise ValueError(f"{type(model).__name__} has no fake quantizer: call prepare_qat first")
+    switches = {q: (q.fake_quant_enabled.clone(), q.observer_enabled.clone()) for q in quantizers.values()}
+    try:
+        with _observing(model, quantizers.values()):
+            batches = 0
+            for args, kwargs in model_batches(model, data):
+                model(*args, **kwargs)
+                batches += 1
+        if not batches:
+            raise ValueError("data has no batch")
+        _check_observed(quantizers)
+    except BaseException:
+        for quantizer, (rounding, observing) in switches.items():
+            quantizer.fake_quant_enabled.copy_(rounding)
+            quantizer.observer_enabled.copy_(observing)
+        raise
+    for quantizer in quantizers.values():
+        if isinstance(quantizer, FakeQuantize):
+            quantizer.refresh_qparams()
+        elif isinstance(quantizer, LearnedFakeQuantize):
+            quantizer.initialize()
+        quantizer.disable_observer()
+        quantizer.enable_fake_quant()
+    return model
+
+
+@torch.no_grad()
+def refine_scales(
+    model: nn.Module, data: Any, *, candidates: int = 40, span: tuple[float, float] = (0.8, 1.2)
+) -> dict[str, Tensor]:
+    """Try other scales around each layer's and keep those whose output is most like the float layer's (EasyQuant).
+
+    Weights first, one choice per scale; then activations. The measure is the cosine similarity of the layer's output
+    with and without quantization, for the inputs that the float model gives the layer. A scale stays as it is unless a
+    candidate is better.
+
+    Args:
+        model: a calibrated model; its scales change in place. A PassiveObserver keeps its original scale.
+        data: as for :func:`calibrate`; a few batches are enough, and all layers' inputs are kept while this runs.
+        candidates: scales tried, equally spaced over ``span``.
+        span: smallest and largest candidate, as a multiple of the scale.
+
+    Returns:
+        Quantizer name to the factors chosen, float32, one element or (channels,).
+
+    Raises:
+        ValueError: fewer than one candidate, an empty span or one not above 0, no quantized layer, or no batch.
+
+    Source: Wu et al., "EasyQuant" (2020); SEMANTICS section 3.
+    """
+    if candidates < 1 or not 0 < span[0] < span[1]:
+        raise ValueError(f"candidates must be positive and span ascend above 0, got {candidates} and {span}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QATLayer)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantized layer")
+    factors = torch.linspace(*span, candidates).tolist()
+    chosen: dict[str, Tensor] = {}
+    with _everything_float(model):
+        examples = _layer_examples(model, layers, data)
+        for role in ("weight_fake_quant", "activation_post_process"):
+            for name, layer in layers.items():
+                quantizer = getattr(layer, role)
+                if isinstance(quantizer, FakeQuantizeBase) and quantizer.has_qparams() and examples[name]:
+                    with _rounding(layer, role):
+                        chosen[f"{name}.{role}".lstrip(".")] = _best_factors(layer, quantizer, examples[name], factors)
+    return chosen
+
+
+def model_batches(model: nn.Module, data: Any) -> Iterator[Batch]:
+    """Arguments of ``model`` for each batch of ``data``; see :func:`calibrate`.
+
+    Raises:
+        ValueError: ``data`` is neither a tensor nor iterable.
+    """
+    if not isinstance(data, (Tensor, Iterable)):
+        raise ValueError(f"data must be a tensor or an iterable of batches, got {type(data).__name__}")
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = max(1, sum(p.default is p.empty for p in positional))
+    for batch in [data] if isinstance(data, Tensor) else data:
+        if isinstance(batch, Mapping):
+            yield (), dict(batch)
+        elif isinstance(batch, Sequence):
+            yield tuple(batch[:required]), {}
+        else:
+            yield (batch,), {}
+
+
+def _check_observed(quantizers: dict[str, FakeQuantizeBase]) -> None:
+    unset = [
+        name or type(quantizer).__name__
+        for name, quantizer in quantizers.items()
+        if isinstance(quantizer, (FakeQuantize, LearnedFakeQuantize))
+        and not bool(quantizer.activation_post_process.has_observed())
+    ]
+    if unset:
+        raise ValueError(
+            f"these quantizers saw no finite value, since the data are empty or not finite, or the model does not run "
+            f"them: {', '.join(unset)}"
+        )
+
+
+@contextmanager
+def _modes_restored(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _observing(model: nn.Module, quantizers: Iterable[FakeQuantizeBase]) -> Iterator[None]:
+    """Eval mode for everything but quantizers, which observe and do not round."""
+    with _modes_restored(model):
+        model.eval()
+        hooks = []
+        for quantizer in quantizers:
+            quantizer.disable_fake_quant()
+            quantizer.enable_observer()
+            if isinstance(quantizer, LearnedFakeQuantize):
+                # In training mode it would take its first batch for all the data; in eval it would warn.
+                quantizer._warned = True
+                hooks.append(quantizer.register_forward_pre_hook(lambda module, args: module.observe(args[0])))
+            else:
+                quantizer.train()
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@contextmanager
+def _everything_float(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and no quantizer rounds; each as it was afterwards."""
+    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantizeBase)]
+    switches = [quantizer.fake_quant_enabled.clone() for quantizer in quantizers]
+    with _modes_restored(model):
+        model.eval()
+        for quantizer in quantizers:
+            quantizer.disable_fake_quant()
+        try:
+            yield
+        finally:
+            for quantizer, switch in zip(quantizers, switches, strict=True):
+                quantizer.fake_quant_enabled.copy_(switch)
+
+
+@contextmanager
+def _rounding(layer: QATLayer, role: str) -> Iterator[None]:
+    """The layer's weight rounds, and for the activation's turn its output too."""
+    quantizers = [layer.weight_fake_quant] + ([layer.activation_post_process] if role != "weight_fake_quant" else [])
+    active = [quantizer for quantizer in quantizers if isinstance(quantizer, FakeQuantizeBase)]
+    for quantizer in active:
+        quantizer.enable_fake_quant()
+    try:
+        yield
+    finally:
+        for quantizer in active:
+            quantizer.disable_fake_quant()
+
+
+def _layer_examples(
+    model: nn.Module, layers: dict[str, QATLayer], data: Any
+) -> dict[str, list[tuple[tuple[Any, ...], Tensor]]]:
+    """Each layer's inputs and float outputs, call by call."""
+    examples: dict[str, list[tuple[tuple[Any, ...], Tensor]]] = {name: [] for name in layers}
+
+    def recorder(name: str) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            examples[name].append((args, output.clone()))
+
+        return record
+
+    hooks = [layer.register_forward_hook(recorder(name)) for name, layer in layers.items()]
+    batches = 0
+    try:
+        for args, kwargs in model_batches(model, data):
+            model(*args, **kwargs)
+            batches += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not batches:
+        raise ValueError("data has no batch")
+    return examples
+
+
+def _best_factors(
+    layer: QATLayer,
+    quantizer: FakeQuantizeBase,
+    examples: list[tuple[tuple[Any, ...], Tensor]],
+    factors: list[float],
+) -> Tensor:
+    """The factor of each scale that serves the layer's output best; the quantizer is left with it."""
+    original = QParams(*(value.detach().clone() for value in quantizer.calculate_qparams()))
+    per_channel = original.scale.numel() > 1
+    best = torch.ones_like(original.scale)
+    best_similarity = _similarity(layer, examples, per_channel)
+    for factor in factors:
+        _set_scale(quantizer, QParams(original.scale * factor, original.zero_point))
+        similarity = _similarity(layer, examples, per_channel)
+        better = similarity > best_similarity
+        best_similarity = torch.where(better, similarity, best_similarity)
+        best = torch.where(better, factor, best)
+    _set_scale(quantizer, QParams(original.scale * best, original.zero_point))
+    return best
+
+
+def _similarity(layer: QATLayer, examples: list[tuple[tuple[Any, ...], Tensor]], per_channel: bool) -> Tensor:
+    """Cosine of the layer's present outputs with ``examples``': float64, (1,) or (channels,)."""
+    dot = found = wanted = torch.zeros((), dtype=torch.float64)
+    for args, expected in examples:
+        output = layer(*args)
+        if per_channel:
+            rows = [y.double().movedim(layer._output_axis, 0).flatten(1) for y in (output, expected)]
+        else:
+            rows = [y.double().reshape(1, -1) for y in (output, expected)]
+        dot = dot + (rows[0] * rows[1]).sum(1).cpu()
+        found, wanted = found + rows[0].square().sum(1).cpu(), wanted + rows[1].square().sum(1).cpu()
+    # An output of zeros is as good as any other.
+    return dot / (found * wanted).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _set_scale(quantizer: FakeQuantizeBase, qparams: QParams) -> None:
+    """Make ``quantizer`` use ``qparams``."""
+    if isinstance(quantizer, LearnedFakeQuantize):
+        quantizer.initialize(qparams)
+        return
+    if isinstance(quantizer, FakeQuantize) and isinstance(quantizer.activation_post_process, PassiveObserver):
+        quantizer.activation_post_process.scale = qparams.scale
+    quantizer.scale.copy_(qparams.scale)
+    quantizer.zero_point.copy_(qparams.zero_point)

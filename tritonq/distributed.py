@@ -1,0 +1,88 @@
+"""Observers' statistics over the ranks of a process group, for a whole model at once."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tritonq.fake_quantize import FakeQuantize
+from tritonq.observers import HistogramObserver, InterpolatingHistogramObserver, RangeObserver
+from tritonq.process_group import GroupReference, ProcessGroup, ProcessGroupLike, reduce_sums
+
+
+@torch.no_grad()
+def sync_observers(model: nn.Module, process_group: ProcessGroupLike = "world") -> None:
+    """Give every observer of ``model`` what all ranks' observers have seen, and refresh the scales that follow.
+
+    Ranges become the smallest minimum and the largest maximum; histograms the sum of all ranks' counts, as if one rank
+    had seen everything (to rounding where bins move). Only counts since the last call are added, so that calling it
+    again changes nothing. At most three collectives, however many observers there are. Every rank must call it with the
+    same model; one whose observers have seen nothing takes part.
+
+    Args:
+        model: any module; observers are found wherever they are.
+        process_group: see :class:`~tritonq.process_group.GroupReference`; None does nothing.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised, or a rank has gone.
+        ValueError: a per-channel observer here does not know its number of channels, which comes with data or with
+            ``num_channels``; nothing is sent then.
+    """
+    group = GroupReference(process_group).resolve()
+    if group is None:
+        return
+    observers = [module for module in model.modules() if isinstance(module, RangeObserver)]
+    for observer in observers:
+        if observer.qtype.axis is not None and observer.num_channels is None:
+            raise ValueError(f"{type(observer).__name__} does not know its number of channels: pass num_channels=")
+    if not observers:
+        return
+    ranges = _reduced_ranges(observers, group)
+    mergeable = [observer for observer in observers if isinstance(observer, HistogramObserver)]
+    moving = [observer for observer in observers if isinstance(observer, InterpolatingHistogramObserver)]
+    _add_up(mergeable, group)
+    _add_up_over(moving, [ranges[observer] for observer in moving], group)
+    for observer, (low, high) in ranges.items():
+        observer.min_val.copy_(low)
+        observer.max_val.copy_(high)
+    for quantizer in model.modules():
+        if isinstance(quantizer, FakeQuantize) and isinstance(quantizer.activation_post_process, RangeObserver):
+            quantizer.refresh_qparams()
+
+
+def _reduced_ranges(observers: list[RangeObserver], group: ProcessGroup) -> dict[RangeObserver, tuple[Tensor, Tensor]]:
+    """Each observer's range over all ranks, in one collective; the observers stay as they are."""
+    lows = [observer.min_val.reshape(-1) for observer in observers]
+    highs = [-observer.max_val.reshape(-1) for observer in observers]
+    flat = torch.cat([*lows, *highs])
+    dist.all_reduce(flat, dist.ReduceOp.MIN, group=group)
+    parts = torch.split(flat, [part.numel() for part in (*lows, *highs)])
+    shapes = [observer.min_val.shape for observer in observers]
+    return {
+        observer: (low.view(shape), -high.view(shape))
+        for observer, low, high, shape in zip(
+            observers, parts[: len(observers)], parts[len(observers) :], shapes, strict=True
+        )
+    }
+
+
+def _add_up(observers: list[HistogramObserver], group: ProcessGroup) -> None:
+    """Counts, and the numbers of values skipped, over all ranks."""
+    if observers:
+        sums = reduce_sums([counts for observer in observers for counts in observer.own_counts()], group)
+        for observer, counts, nonfinite in zip(observers, sums[::2], sums[1::2], strict=True):
+            observer.add_shared(counts, nonfinite)
+
+
+def _add_up_over(
+    observers: list[InterpolatingHistogramObserver], ranges: list[tuple[Tensor, Tensor]], group: ProcessGroup
+) -> None:
+    """Counts over the common range."""
+    if observers:
+        limits = [(float(low), float(high)) for low, high in ranges]
+        own = [observer.own_counts(limit) for observer, limit in zip(observers, limits, strict=True)]
+        sums = reduce_sums([counts.to(observers[0].histogram.device) for counts in own], group)
+        for observer, counts, limit in zip(observers, sums, limits, strict=True):
+            if limit[0] <= limit[1]:
+                observer.add_shared(counts.cpu(), limit)
