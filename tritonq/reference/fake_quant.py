@@ -11,6 +11,9 @@ from torch import Tensor
 
 from tritonq.qparams import Rounding, round_half_away
 
+# Ranges of more codes than this reach integers that float32 cannot hold, where the order of additions matters.
+_WIDE_CODES = 2**22
+
 
 def fake_quantize(
     x: Tensor,
@@ -41,11 +44,13 @@ def fake_quantize(
     """
     if _known_off(active):
         return x.clone()
-    scale, zero_point = _broadcast(x, scale, zero_point, axis)
-    y = _unclipped_code(x, scale, zero_point, rounding).clamp_(quant_min, quant_max)
-    if zero_point is not None:
-        y.sub_(zero_point)
-    return _switched(active, y.mul_(scale).to(x.dtype), x)
+    scale, offset = _broadcast(x, scale, zero_point, axis)
+    steps = _steps(x, scale, rounding)
+    if isinstance(offset, Tensor) or quant_max - quant_min >= _WIDE_CODES:
+        steps.add_(offset).clamp_(quant_min, quant_max).sub_(offset)
+    else:
+        steps.clamp_(quant_min - offset, quant_max - offset)
+    return _switched(active, steps.mul_(scale).to(x.dtype), x)
 
 
 def fake_quantize_backward(
@@ -67,10 +72,10 @@ def fake_quantize_backward(
     """
     if _known_off(active):
         return dy
-    scale, zero_point = _broadcast(x, scale, zero_point, axis)
-    code = _unclipped_code(x, scale, zero_point, rounding)
+    scale, offset = _broadcast(x, scale, zero_point, axis)
+    steps = _steps(x, scale, rounding)
     # |code - middle| <= half the range, as 0.0 or 1.0; comparing with NaN gives 0.
-    inside = code.sub_((quant_min + quant_max) / 2).abs_().le_((quant_max - quant_min) / 2)
+    inside = steps.add_(offset).sub_((quant_min + quant_max) / 2).abs_().le_((quant_max - quant_min) / 2)
     return _switched(active, inside.mul_(dy).to(x.dtype), dy)
 
 
@@ -84,8 +89,8 @@ def quantize(
     rounding: Rounding = "half_even",
 ) -> Tensor:
     """The codes ``clamp(round(x/s) + z, quant_min, quant_max)`` as integer-valued floats; arguments as above."""
-    scale, zero_point = _broadcast(x, scale, zero_point, axis)
-    return _unclipped_code(x, scale, zero_point, rounding).clamp_(quant_min, quant_max)
+    scale, offset = _broadcast(x, scale, zero_point, axis)
+    return _steps(x, scale, rounding).add_(offset).clamp_(quant_min, quant_max)
 
 
 def _known_off(active: Tensor | None) -> bool:
@@ -100,17 +105,30 @@ def _switched(active: Tensor | None, on: Tensor, off: Tensor) -> Tensor:
     return torch.where(active.view(()) != 0, on, off)
 
 
-def _broadcast(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None) -> tuple[Tensor, Tensor | None]:
-    """Shape the qparams to broadcast against ``x``, in the dtype of the arithmetic."""
+def _broadcast(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None
+) -> tuple[Tensor, Tensor | float]:
+    """Scale and zero point shaped to broadcast against ``x``, in the dtype of the arithmetic.
+
+    A zero point that can be read and is the same everywhere comes as a number: bounds that are numbers clamp at full
+    speed, and an integer tensor in float arithmetic does not.
+    """
     shape = [1] * x.dim()
     if axis is not None:
         shape[axis] = -1
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return scale.to(dtype).view(shape), None if zero_point is None else zero_point.view(shape)
+    scale = scale.to(dtype).view(shape)
+    if zero_point is None:
+        return scale, 0.0
+    if zero_point.is_cpu and not torch.compiler.is_compiling():
+        if zero_point.numel() == 1:
+            return scale, float(zero_point)
+        if not bool(zero_point.any()):
+            return scale, 0.0
+    return scale, zero_point.to(dtype).view(shape)
 
 
-def _unclipped_code(x: Tensor, scale: Tensor, zero_point: Tensor | None, rounding: Rounding) -> Tensor:
-    """``round(x/s) + z`` in a new tensor of the arithmetic's dtype."""
+def _steps(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
+    """``round(x/s)`` in a new tensor of the arithmetic's dtype."""
     x = x.to(scale.dtype)
-    code = x.mul(scale.reciprocal()).round_() if rounding == "half_even" else round_half_away(x.div(scale))
-    return code if zero_point is None else code.add_(zero_point)
+    return x.mul(scale.reciprocal()).round_() if rounding == "half_even" else round_half_away(x.div(scale))
