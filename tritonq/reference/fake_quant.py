@@ -105,9 +105,7 @@ def _switched(active: Tensor | None, on: Tensor, off: Tensor) -> Tensor:
     return torch.where(active.view(()) != 0, on, off)
 
 
-def _broadcast(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None
-) -> tuple[Tensor, Tensor | float]:
+def _broadcast(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None) -> tuple[Tensor, Tensor | float]:
     """Scale and zero point shaped to broadcast against ``x``, in the dtype of the arithmetic.
 
     A zero point that can be read and is the same everywhere comes as a number: bounds that are numbers clamp at full
