@@ -125,7 +125,7 @@ def test_residual_network_approximates_the_float_network():
     quantized = prepared(copy.deepcopy(model))
     x = torch.randn(16, 2, 12, 12, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        for _ in range(60):  # running statistics and fractional lengths settle
+        for _ in range(20):  # running statistics and fractional lengths settle
             quantized(x)
             model(x)
         got, expected = quantized.eval()(x), model.eval()(x)

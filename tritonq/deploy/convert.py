@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.modules import (
     LAYER_TYPES,
     TABLE_TYPES,
@@ -33,7 +34,8 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
 
     Every quantization-aware layer, its BatchNorm included, becomes one layer of :mod:`tritonq.deploy.modules`; every
     fake quantizer becomes a fixed one; everything else stays, in eval mode, and so do hooks. The result gives the same
-    codes as ``model`` in eval mode, bit for bit, and has no other mode: ``train()`` on it raises RuntimeError.
+    codes as ``model`` in eval mode, bit for bit, and has no other mode: ``train()`` on it raises RuntimeError. A
+    fixed-point network becomes one of integers alone: :mod:`tritonq.deploy.fixed_point`.
 
     Args:
         model: a trained model with quantization-aware layers, in any mode.
@@ -49,6 +51,8 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
         ValueError: nothing to convert, a quantizer that rounds nothing, float64 parameters, a weight or a layer type
             that can't be deployed; the message names the module. ``model`` is then as it was.
     """
+    if has_fixed_point(model):
+        return convert_fixed_point(model, inplace)
     _check(model, allow_unquantized)
     converted = model if inplace else copy.deepcopy(model)
     with torch.no_grad():

@@ -102,6 +102,7 @@ class FixedPointLayer(nn.Module):
         observes: whether this layer is the first reader of its input, which moves the running fractional length.
         input_factor: constant that an average pooling before this layer left to be multiplied into the weight.
         bias_word_len: eval rounds the bias to this many bits at the accumulator's fractional length; None: not at all.
+        raw_output: whether the output isn't rounded before it is read: by an addition.
     """
 
     weight: Tensor
@@ -109,6 +110,7 @@ class FixedPointLayer(nn.Module):
     input_format: ActivationFormat
     weight_fake_quant: FixedPointFakeQuantize
 
+    raw_output: bool = False
     # Axis of the output that out channels run along.
     _output_axis = 1
 

@@ -20,7 +20,11 @@ class FixedPointAdd(nn.Module):
     Attributes:
         formats: the summands' own formats, by position ("0", "1").
         observes: for each summand whether this addition is its first reader.
+        sources: for each summand without a format the module that makes it.
+        raw_output: whether the sum isn't rounded before it is read: by another addition.
     """
+
+    raw_output: bool = False
 
     def __init__(
         self,
@@ -32,6 +36,8 @@ class FixedPointAdd(nn.Module):
         self.formats = nn.ModuleDict({str(i): found for i, found in enumerate(formats) if found is not None})
         self.observes = observes
         self._following: tuple[ActivationFormat | None] = (following,)
+        # In a tuple, so that nn.Module doesn't take them for children.
+        self.sources: tuple[nn.Module | None, nn.Module | None] = (None, None)
 
     @property
     def following(self) -> ActivationFormat | None:
@@ -81,6 +87,8 @@ class FixedPointAvgPool2d(nn.Module):
 
     Source: SEMANTICS section 6.
     """
+
+    raw_output: bool = False
 
     def __init__(
         self,

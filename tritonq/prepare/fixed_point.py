@@ -116,6 +116,7 @@ class _Editor:
         self._modules = dict(links.analysis.modules)
         self._layers: dict[int, FixedPointLayer] = {}
         self._formats: dict[int, ActivationFormat] = {}
+        self._makers: dict[int, nn.Module] = {}
         self._graphs: dict[str, ForwardGraph] = {}
 
     def edit(self) -> None:
@@ -133,6 +134,8 @@ class _Editor:
             self._add(call)
         for pooling in self._links.poolings.values():
             self._pool(pooling)
+        for call in self._links.additions.values():
+            self._find_sources(call)
         for name, module in list(self._modules.items()):
             self._replace_keeping(name, module)
         for call in self._links.relus:
@@ -222,6 +225,7 @@ class _Editor:
         layer.input_format = self._formats[id(group)]
         layer.observes = group.readers[0] == (call, 0)
         layer.set_following(self._units(self._links.ends[index]))
+        self._made(index, layer)
         factors = {self._factor(value) for value in group.values if value in self._links.ends.values()}
         if len(factors) > 1:
             name = self._links.layers[index].name
@@ -248,7 +252,25 @@ class _Editor:
         )
         following = self._units(self._links.ends[call.index])
         made = FixedPointAdd(cast(Any, formats), cast(Any, observes), following)
+        self._made(call.index, made)
         self._insert(call, made, "add", node_operands)
+
+    def _made(self, index: int, module: Any) -> None:
+        """Note what makes a value, and whether the value is rounded before it is read."""
+        value = self._links.ends[index]
+        self._makers[value] = module
+        group = self._links.groups[value]
+        module.raw_output = not group.has_format and not group.returned
+
+    def _find_sources(self, call: Call) -> None:
+        """Tell an addition what makes those summands that nothing rounds."""
+        groups = [self._links.groups[value] for value in _summands(call)]
+        makers = [
+            next((self._makers[value] for value in group.values if value in self._makers), None) for group in groups
+        ]
+        add = cast(FixedPointAdd, self._makers[self._links.ends[call.index]])
+        first, second = (None if group.has_format else made for group, made in zip(groups, makers, strict=True))
+        add.sources = (first, second)
 
     def _pool(self, pooling: Pooling) -> None:
         call = pooling.call
@@ -267,6 +289,7 @@ class _Editor:
             following=self._units(self._links.ends[call.index]),
             keepdim=pooling.keepdim,
         )
+        self._made(call.index, made)
         if call.module_name is not None:
             self._replace(call.module_name, made)
         else:

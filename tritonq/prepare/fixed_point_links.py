@@ -19,6 +19,8 @@ from tritonq.prepare.layers import Layer, find_layer
 
 _LAYER_TYPES = (nn.Conv2d, nn.Linear)
 _SWAPPED = frozenset({intrinsic.ConvBn2d})
+# torch has these for floats alone.
+_ONLY_FLOATS = ("adaptivemaxpool", "reflectionpad", "replicationpad", "circularpad", "upsample", "interpolate")
 _CLIPPED_RELUS = ("relu6", "hardtanh")
 
 
@@ -203,13 +205,21 @@ class _Finder:
             self.links.poolings[call.index] = pooling
             self.links.ends[call.index] = result
             self._read(call, 0, inputs[0])
-        elif self._is_relu(call) or self.analysis.keeps_grid(call):
+        elif self._is_relu(call) or self._passes_codes(call):
             self._merge(inputs[0], result)
         else:
             raise ValueError(
                 f"the layer that follows can't be found: {where} goes through {call.name}, which has no fixed-point "
                 "form"
             )
+
+    def _passes_codes(self, call: Call) -> bool:
+        """Whether a call hands values on unchanged, and does so for integers too."""
+        kind = type(call.target).__name__ if call.kind == "module" else call.name
+        only_floats = kind.lower().replace("_", "").startswith(_ONLY_FLOATS)
+        if call.kind == "function" and call.name == "pad":
+            only_floats = call.kwargs.get("mode", call.args[2] if len(call.args) > 2 else "constant") != "constant"
+        return self.analysis.keeps_grid(call) and not only_floats
 
     def _check_called_once(self, call: Call) -> None:
         if len(self.analysis.calls_like(call)) > 1 and not self.analysis.keeps_grid(call) and not self._is_relu(call):
@@ -286,7 +296,9 @@ class _Finder:
         rectified = [self._is_rectified(_operands(call)[operand]) for call, operand in group.readers]
         group.rectified = bool(rectified) and all(rectified)
         additions = [call for call, _ in group.readers if call.index in self.links.additions]
-        group.has_format = len(additions) != len(group.readers) or len(additions) > 1 or group.rectified
+        makers = [value for value in self.links.ends.values() if value in group.values]
+        shared = len(additions) > 1 or len(makers) > 1
+        group.has_format = len(additions) != len(group.readers) or shared or group.rectified
         others = self._other_readers(group)
         if group.readers and others:
             raise ValueError(

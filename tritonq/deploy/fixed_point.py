@@ -1,0 +1,131 @@
+"""From a trained fixed-point network to one that runs on 8-bit codes, 32-bit accumulators and shifts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.deploy.fixed_point_modules import CodeFormat, IntegerAdd, IntegerAvgPool2d, IntegerLayer, IntegerModule
+from tritonq.deploy.modules import DeployedModule
+from tritonq.nn.fixed_point import ActivationFormat, FixedPointLayer, FixedPointLinear
+from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d
+from tritonq.reference.int8_conv import ACCUMULATOR_MAX
+
+_SIMULATED = (FixedPointLayer, FixedPointAdd, FixedPointAvgPool2d)
+_WORD_LEN = 8
+
+
+def has_fixed_point(model: nn.Module) -> bool:
+    """Whether a model holds fixed-point layers."""
+    return any(isinstance(module, FixedPointLayer) for module in model.modules())
+
+
+@torch.no_grad()
+def convert_fixed_point(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """The integer form of a fixed-point network: codes in, shifts between layers, accumulators out.
+
+    Its outputs equal those of ``model`` in eval mode, and so does every code between.
+
+    Raises:
+        ValueError: formats that never observed anything, are switched off, or wider than 8 bits, float biases, or a
+            model that is converted already. The message names the module; ``model`` is then as it was.
+    """
+    if any(isinstance(module, DeployedModule) for module in model.modules()):
+        raise ValueError("this model is converted already")
+    for name, module in model.named_modules():
+        if isinstance(module, FixedPointLayer):
+            _check(name, module)
+    converted = model if inplace else copy.deepcopy(model)
+    made: dict[nn.Module, IntegerModule] = {}
+    for name, module in converted.named_modules():
+        if isinstance(module, _SIMULATED):
+            made[module] = _integer_form(module, made)
+            made[module].name = name
+    for parent in list(converted.modules()):
+        for child_name, child in parent._modules.items():
+            if child in made:
+                parent._modules[child_name] = made[child]
+    return made.get(converted, converted).eval()
+
+
+def _check(name: str, layer: FixedPointLayer) -> None:
+    source = layer.input_format
+    if not layer.is_integer():
+        why = "never observed anything" if not source.has_qparams() else "is switched off, or its bias is a float"
+        raise ValueError(f"the layer {name!r} {why}: it doesn't compute in integers; train it in phase 'fixed' first")
+    if max(source.word_len, layer.weight_fake_quant.word_len) > _WORD_LEN:
+        raise ValueError(
+            f"the layer {name!r} has words of more than {_WORD_LEN} bits, which 8-bit multipliers can't take"
+        )
+
+
+def _integer_form(module: nn.Module, made: dict[nn.Module, IntegerModule]) -> IntegerModule:
+    if module in made:
+        return made[module]
+    if isinstance(module, FixedPointLayer):
+        return _layer(module)
+    if isinstance(module, FixedPointAdd):
+        return _add(module, made)
+    return _pool(cast(FixedPointAvgPool2d, module))
+
+
+def _layer(layer: FixedPointLayer) -> IntegerLayer:
+    integers = layer.integers()
+    linear = isinstance(layer, FixedPointLinear)
+    conv: Any = layer
+    pairs = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    if not linear:
+        pairs = {name: getattr(conv, name) for name in pairs}
+    weight = integers.weight.to(torch.int8)
+    tensors = {
+        "weight": weight[:, :, None, None] if linear else weight,
+        "bias": integers.bias.to(torch.int32),
+        "frac_len": integers.frac_len.to(torch.int32).clone(),
+    }
+    return IntegerLayer(
+        tensors,
+        pairs,
+        _codes(layer.input_format),
+        _output(layer),
+        encodes=not layer.input_format.scaled,
+        decodes=layer.following is None,
+        linear=linear,
+    )
+
+
+def _add(add: FixedPointAdd, made: dict[nn.Module, IntegerModule]) -> IntegerAdd:
+    following = cast(ActivationFormat, add.following)
+    frac_lens: list[Tensor] = []
+    bounds: list[int] = []
+    for summand in range(2):
+        own, source = add.format_of(summand), add.sources[summand]
+        if own is not None:
+            # Codes of one step count as codes of the sum's format.
+            frac_lens.append(following.rounded_frac_len().clone())
+            bounds.append(_codes(own).largest)
+        elif source is None:
+            raise ValueError("a FixedPointAdd doesn't know what makes its summands; prepare_qat tells it")
+        else:
+            made.setdefault(source, _integer_form(source, made))
+            frac_lens.append(made[source].frac_len)
+            bounds.append(min(cast(Any, made[source]).bound, ACCUMULATOR_MAX))
+    return IntegerAdd((frac_lens[0], frac_lens[1]), (bounds[0], bounds[1]), _output(add))
+
+
+def _pool(pool: FixedPointAvgPool2d) -> IntegerAvgPool2d:
+    if pool.following is None:
+        raise ValueError("an average pooling needs a following layer; prepare_qat finds it")
+    frac_len = pool.following.rounded_frac_len() + pool.shift
+    return IntegerAvgPool2d(pool, frac_len, _codes(pool.input_format), _output(pool))
+
+
+def _output(module: FixedPointLayer | FixedPointAdd | FixedPointAvgPool2d) -> CodeFormat | None:
+    """The codes that leave a module: those of its reader's format; None: accumulators, for a sum or for the caller."""
+    return None if module.following is None or module.raw_output else _codes(module.following)
+
+
+def _codes(source: ActivationFormat) -> CodeFormat:
+    return CodeFormat(int(source.rounded_frac_len()), source.qtype.quant_min, source.qtype.quant_max)

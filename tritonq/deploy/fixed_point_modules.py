@@ -1,0 +1,236 @@
+"""The modules of a converted fixed-point network: 8-bit codes in and out, 32-bit accumulators, shifts.
+
+No floating-point number occurs between the codes of the network's input and those of its output.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.backend import implementation
+from tritonq.deploy.modules import DeployedModule
+from tritonq.nn.fixed_point_joins import FixedPointAvgPool2d
+from tritonq.reference.fixed_point import power_of_two
+from tritonq.reference.int8_conv import ACCUMULATOR_MAX, requantize
+
+
+@dataclass(frozen=True)
+class CodeFormat:
+    """Codes of a tensor: ``value = code * 2^-frac_len``, in units of whatever η.
+
+    Attributes:
+        frac_len: fractional length.
+        quant_min: smallest code.
+        quant_max: largest code.
+    """
+
+    frac_len: int
+    quant_min: int
+    quant_max: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """int8 or uint8."""
+        return torch.int8 if self.quant_min < 0 else torch.uint8
+
+    @property
+    def largest(self) -> int:
+        """The largest absolute code."""
+        return max(-self.quant_min, self.quant_max)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes of real values, ties to even; NaN becomes 0. This is where a network's input becomes integers."""
+        code = (x.double() * 2.0**self.frac_len).round_().clamp_(self.quant_min, self.quant_max)
+        return code.nan_to_num_(nan=0.0).to(self.dtype)
+
+
+class IntegerModule(DeployedModule):
+    """A module that takes codes or accumulators and returns codes or accumulators.
+
+    Attributes:
+        output: the codes that it returns; None: int32 accumulators.
+        frac_len: int32 buffer (channels,) or (1,): fractional lengths of the accumulators.
+        name: where the module is in the network, for messages.
+    """
+
+    frac_len: Tensor
+    output: CodeFormat | None
+    name: str = ""
+
+    @property
+    def shift(self) -> Tensor | None:
+        """How far accumulators are shifted right to become codes; None: they stay accumulators."""
+        return None if self.output is None else self.frac_len - self.output.frac_len
+
+    def rounded(self, total: Tensor, channel_axis: int = 1) -> Tensor:
+        """Codes of accumulators, or the accumulators themselves as int32."""
+        if self.output is None or self.shift is None:
+            return total.clamp(-ACCUMULATOR_MAX, ACCUMULATOR_MAX).to(torch.int32)
+        shape = [1] * total.dim()
+        shape[channel_axis] = -1
+        output = self.output
+        return requantize(total, self.shift.view(shape), output.quant_min, output.quant_max).to(output.dtype)
+
+    def extra_repr(self) -> str:
+        """What comes out."""
+        return "to int32 accumulators" if self.output is None else f"to {self.output}"
+
+
+class IntegerLayer(IntegerModule):
+    """A convolution or product of 8-bit codes: ``clamp(round_half_even((Σ x w + bias) * 2^-shift), lo, hi)``.
+
+    Attributes:
+        weight: int8 buffer, (out, in/groups, kh, kw), for a linear layer (out, in, 1, 1).
+        bias: int32 buffer (out,).
+        saturated: int64 buffer (1,): how many accumulators had to be clamped to ±(2^31 - 1).
+        input: codes of the input.
+        encodes: whether the input is real and becomes codes here: the network's input.
+        decodes: whether the accumulators leave as real values, ``float32(acc) * 2^-frac_len``: the network's output.
+        bound: what no accumulator's absolute value can exceed.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    saturated: Tensor
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        geometry: dict[str, Any],
+        input: CodeFormat,
+        output: CodeFormat | None,
+        *,
+        encodes: bool,
+        decodes: bool,
+        linear: bool,
+    ) -> None:
+        super().__init__()
+        self.keep(**tensors, saturated=torch.zeros(1, dtype=torch.int64, device=tensors["weight"].device))
+        self.geometry, self.input, self.output = geometry, input, output
+        self.encodes, self.decodes, self.linear = encodes, decodes, linear
+        self._warned = False
+        self.read_tensors()
+        self.eval()
+
+    def read_tensors(self) -> None:
+        """See base class."""
+        rows = self.weight.to(torch.int64).abs().flatten(1).sum(1) * self.input.largest
+        self.bound = int((rows + self.bias.to(torch.int64).abs()).max())
+
+    def accumulate(self, codes: Tensor) -> Tensor:
+        """Codes (n, c, h, w) to codes or accumulators (n, out, h', w')."""
+        ops = implementation("int8_conv", codes)
+        low, high, dtype = 0, 0, torch.int32
+        if self.output is not None:
+            low, high, dtype = self.output.quant_min, self.output.quant_max, self.output.dtype
+        saturated = self.saturated if self.bound > ACCUMULATOR_MAX else None
+        result: Tensor = ops.int8_conv2d(
+            codes,
+            self.weight,
+            self.bias,
+            self.shift,
+            **self.geometry,
+            quant_min=low,
+            quant_max=high,
+            out_dtype=dtype,
+            saturated=saturated,
+        )
+        if saturated is not None and saturated.is_cpu:
+            self._report()
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Codes to codes or accumulators; real values at the network's ends."""
+        codes = self.input.encode(x) if self.encodes else x
+        if self.linear:
+            flat = codes.reshape(-1, codes.shape[-1], 1, 1)
+            y = self.accumulate(flat).view(*codes.shape[:-1], -1)
+        else:
+            y = self.accumulate(codes)
+        return self.decode(y) if self.decodes else y
+
+    def decode(self, accumulators: Tensor) -> Tensor:
+        """Real values, rounded to float32 once."""
+        shape = [1] * accumulators.dim()
+        shape[-1 if self.linear else 1] = -1
+        return (accumulators.double() * power_of_two(-self.frac_len, torch.float64).view(shape)).float()
+
+    def _report(self) -> None:
+        if not self._warned and int(self.saturated):
+            self._warned = True
+            warnings.warn(
+                f"{int(self.saturated)} accumulators of {self.name!r} passed 32 bits and were clamped to ±(2^31 - 1)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def extra_repr(self) -> str:
+        """Shape, geometry and what goes in and out."""
+        kind = "linear" if self.linear else f"conv {self.geometry}"
+        ends = (", encodes" if self.encodes else "") + (", decodes" if self.decodes else "")
+        return f"{kind}, weight {tuple(self.weight.shape)}, from {self.input}, {super().extra_repr()}{ends}"
+
+
+class IntegerAdd(IntegerModule):
+    """The sum of two tensors of codes or accumulators, aligned to their finest fractional length by shifting left.
+
+    Attributes:
+        left0: int32 buffer (channels,) or (1,): how far the first summand is shifted; ``left1`` the second.
+        wide: whether the aligned sum may pass 32 bits and is computed in 64.
+    """
+
+    left0: Tensor
+    left1: Tensor
+
+    def __init__(self, frac_lens: tuple[Tensor, Tensor], bounds: tuple[int, int], output: CodeFormat | None) -> None:
+        super().__init__()
+        finest = torch.maximum(frac_lens[0].max(), frac_lens[1].max()).view(1)
+        self.keep(left0=finest - frac_lens[0], left1=finest - frac_lens[1], frac_len=finest)
+        self.output = output
+        lefts = (int(self.left0.max()), int(self.left1.max()))
+        self.bound = sum(bound << left for bound, left in zip(bounds, lefts, strict=True))
+        self.wide = self.bound > ACCUMULATOR_MAX
+        self.eval()
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Two tensors (n, c, ...) of one shape to codes or accumulators."""
+        dtype = torch.int64 if self.wide else torch.int32
+        shape = [1, -1, *[1] * (a.dim() - 2)]
+        total = (a.to(dtype) << self.left0.view(shape)) + (b.to(dtype) << self.left1.view(shape))
+        return self.rounded(total)
+
+
+class IntegerAvgPool2d(IntegerModule):
+    """The sum of each window's codes; dividing it by a power of two is part of its fractional length."""
+
+    def __init__(
+        self, pool: FixedPointAvgPool2d, frac_len: Tensor, input: CodeFormat, output: CodeFormat | None
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.padding = pool.kernel_size, pool.stride, pool.padding
+        self.keepdim, self.area, self.input, self.output = pool.keepdim, pool.area, input, output
+        self.keep(frac_len=frac_len)
+        self.bound = self.area * input.largest
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Codes (n, c, h, w) to codes or accumulators."""
+        if self.kernel_size is None:
+            if x.shape[-1] * x.shape[-2] != self.area:
+                raise ValueError(f"this average was converted for images of {self.area} values, got {tuple(x.shape)}")
+            return self.rounded(x.sum((2, 3), keepdim=self.keepdim, dtype=torch.int32))
+        (down, right), (height, width) = cast("tuple[int, int]", self.stride), self.kernel_size
+        padded = nn.functional.pad(x, (self.padding[1], self.padding[1], self.padding[0], self.padding[0]))
+        windows = padded.unfold(2, height, down).unfold(3, width, right)
+        return self.rounded(windows.sum((4, 5), dtype=torch.int32))
+
+
+def overflow_report(model: nn.Module) -> dict[str, int]:
+    """How many accumulators of each layer were clamped so far, by the layer's name; empty if none was."""
+    counts = {name: int(part.saturated) for name, part in model.named_modules() if isinstance(part, IntegerLayer)}
+    return {name: count for name, count in counts.items() if count}

@@ -1,0 +1,88 @@
+"""Convolutions of 8-bit codes in integers: the specification of `tritonq.kernels.int8_conv` and the CPU path."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Accumulators are 32 bits wide and saturate symmetrically.
+ACCUMULATOR_MAX = 2**31 - 1
+# Far outside of every 8-bit range, and yet 32 bits hold it shifted left by any fractional length.
+_BEYOND_CODES = 2**14
+
+
+def int8_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    quant_min: int,
+    quant_max: int,
+    out_dtype: torch.dtype,
+    saturated: Tensor | None = None,
+) -> Tensor:
+    """``acc = Σ x * weight + bias``; the accumulators, or ``clamp(round_half_even(acc * 2^-shift), lo, hi)``.
+
+    No floating-point number occurs.
+
+    Args:
+        x: int8 or uint8 codes (n, c, h, w).
+        weight: int8 codes (out, c/groups, kh, kw).
+        bias: int32 (out,).
+        shift: int32 (out,), -8..16; None returns the accumulators.
+        stride: (vertical, horizontal), as are padding and dilation.
+        padding: zeros on each side.
+        dilation: between taps.
+        groups: 1, or c (depthwise).
+        quant_min: smallest code of the result.
+        quant_max: largest code of the result.
+        out_dtype: int8, uint8, or int32 for accumulators.
+        saturated: int64 (1,), grows by the number of accumulators that had to be clamped to ±(2^31 - 1). None: no sum
+            can pass 32 bits, which the caller has proven.
+
+    Returns:
+        (n, out, h', w') of ``out_dtype``.
+
+    Source: SEMANTICS section 6.
+    """
+    wide = torch.int32 if saturated is None else torch.int64
+    total = F.conv2d(x.to(wide), _dilated(weight, dilation).to(wide), None, stride, padding, 1, groups)
+    total += bias.to(wide).view(1, -1, 1, 1)
+    if saturated is not None:
+        saturated += (total.abs() > ACCUMULATOR_MAX).sum()
+        total = total.clamp_(-ACCUMULATOR_MAX, ACCUMULATOR_MAX).to(torch.int32)
+    if shift is None:
+        return total
+    return requantize(total, shift.view(1, -1, 1, 1), quant_min, quant_max).to(out_dtype)
+
+
+def _dilated(weight: Tensor, dilation: tuple[int, int]) -> Tensor:
+    """The weight with zeros between its taps: torch dilates convolutions of floats alone."""
+    if tuple(dilation) == (1, 1):
+        return weight
+    sizes = [(size - 1) * step + 1 for size, step in zip(weight.shape[2:], dilation, strict=True)]
+    spread = weight.new_zeros(*weight.shape[:2], *sizes)
+    spread[:, :, :: dilation[0], :: dilation[1]] = weight
+    return spread
+
+
+def requantize(accumulator: Tensor, shift: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """``clamp(round_half_even(accumulator * 2^-shift), quant_min, quant_max)`` by shifts of integers.
+
+    Args:
+        accumulator: int32 or int64, any shape.
+        shift: int32 that broadcasts against it; negative shifts go left, by 16 at most.
+        quant_min: smallest code.
+        quant_max: largest code.
+    """
+    right, left = shift.clamp(min=0).to(accumulator.dtype), (-shift).clamp(min=0).to(accumulator.dtype)
+    code = accumulator >> right
+    rest = accumulator - (code << right)
+    half = (torch.ones_like(right) << right) >> 1
+    code = code + ((rest > half) | ((rest == half) & (right > 0) & (code & 1 == 1)))
+    return (code.clamp(-_BEYOND_CODES, _BEYOND_CODES) << left).clamp(quant_min, quant_max)
