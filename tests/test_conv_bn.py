@@ -1,6 +1,9 @@
 """Training steps of convolution and BatchNorm in the approximate mode, in float64, against torch.ao's modules."""
 
+import copy
+
 import pytest
+import torch
 
 import tritonq
 from conv_bn_cases import GEOMETRIES, assert_same_training, inputs, pair
@@ -30,3 +33,17 @@ def test_with_activation_quantizer(geometry, relu):
     written = WrittenActivation()
     theirs.register_forward_hook(lambda module, args, y: written.train(module.training)(y))
     assert_same_training(theirs, ours, inputs(geometry))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_result_may_be_changed_in_place(channels_last):
+    """An in-place ReLU6 behind the layer, as in MobileNetV2."""
+    torch.manual_seed(0)
+    layer = tritonq.nn.ConvBn2d(3, 6, 3, qconfig=tritonq.get_qconfig())
+    x = torch.randn(2, 3, 8, 8)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    expected = torch.nn.functional.relu6(copy.deepcopy(layer)(x))
+    y = torch.nn.functional.relu6(layer(x), inplace=True)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert layer.weight.grad.abs().sum() > 0

@@ -110,7 +110,7 @@ class _ConvBn(torch.autograd.Function):
                 *_qparams(quantized.state),
                 *_qparams(quantizer),
             )
-        return y  # type: ignore[no-any-return]
+        return _not_a_view(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
@@ -145,6 +145,15 @@ class _ConvBn(torch.autograd.Function):
         dbias = torch.zeros_like(sum_g, dtype=ctx.bias_dtype) if needs_bias else None
         dbeta = sum_g.to(ctx.beta_dtype) if needs_beta else None
         return dx, dweight, dbias, dgamma, dbeta, None
+
+
+def _not_a_view(y: Tensor) -> Tensor:
+    """``y`` on the same memory: autograd refuses in-place changes (an in-place ReLU6, say) of a Function's view."""
+    if not y._is_view():
+        return y
+    return torch.empty(0, dtype=y.dtype, device=y.device).set_(
+        y.untyped_storage(), y.storage_offset(), y.shape, y.stride()
+    )
 
 
 def nonzero_fold(norm: BatchNormState, gamma: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
