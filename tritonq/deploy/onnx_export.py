@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import tempfile
@@ -19,8 +20,9 @@ from tritonq.prepare.structure import tensors_in
 
 Target = Literal["onnxruntime", "tensorrt"]
 
-# Under this key the file says where its codes are, for `verify`.
+# Under these keys the file says, for `verify`, where its codes are and for which target it was written.
 CODES_KEY = "tritonq.codes"
+TARGET_KEY = "tritonq.target"
 OLDEST_OPSET = 18
 
 
@@ -80,16 +82,17 @@ def export_onnx(
     shapes = None if batch is None else _dynamic_shapes(args, kwargs, batch)
     program = _export(traced, args, kwargs, shapes, opset, input_names, output_names)
     _name_codes(program.model)
+    program.model.metadata_props[TARGET_KEY] = target
     _write(program.model_proto, Path(path))
 
 
 def require_onnx(*packages: str) -> None:
     """Raise ImportError, naming the extra, unless the packages can be imported."""
-    import importlib.util
-
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"{', '.join(missing)} is not installed; install the extra: pip install 'tritonq[onnx]'")
+    for name in packages:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"{name} can't be imported; install the extra: pip install 'tritonq[onnx]'") from error
 
 
 def _export(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tritonq.deploy.onnx_export import CODES_KEY, require_onnx
+from tritonq.deploy.onnx_export import CODES_KEY, TARGET_KEY, require_onnx
 from tritonq.prepare.structure import tensors_in
 
 Codes = dict[str, list[Tensor]]
@@ -38,15 +38,16 @@ def onnx_runner(
         raise
     except Exception as error:  # protobuf's own exception types
         raise ValueError(f"{os.fspath(path)} is not an ONNX file") from error
-    listed = next((entry.value for entry in model.metadata_props if entry.key == CODES_KEY), None)
-    if listed is None:
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    if CODES_KEY not in properties:
         raise ValueError(f"{os.fspath(path)} was not written by export_onnx: it does not say where its codes are")
-    entries = json.loads(listed)
-    plain = _session(model.SerializeToString())
+    entries = json.loads(properties[CODES_KEY])
+    target = properties.get(TARGET_KEY)
+    plain = _session(model.SerializeToString(), target)
     output_names = [output.name for output in plain.get_outputs()]
     for entry in entries:
         model.graph.output.append(onnx.helper.make_empty_tensor_value_info(entry["tensor"]))
-    with_codes = _session(model.SerializeToString())
+    with_codes = _session(model.SerializeToString(), target)
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Codes, list[Tensor]]:
         feeds = _feeds(plain, args, kwargs)
@@ -59,10 +60,13 @@ def onnx_runner(
     return run
 
 
-def _session(model: bytes) -> Any:
+def _session(model: bytes, target: str | None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if target != "onnxruntime":
+        # As written: ONNX Runtime's fusions, which quantize float weights beside Q/DQ once more, are not the target's.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

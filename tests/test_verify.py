@@ -1,0 +1,155 @@
+"""verify finds what differs, says where first, and counts right."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from qat_models import images, trained_float_form, trained_residual
+from tritonq.deploy import convert, export_onnx, verify
+from tritonq.prepare import prepare_qat
+
+pytest.importorskip("onnxruntime")
+QUANTIZERS = ["input", "stem", "depthwise", "point", "add", "pooled"]
+
+
+def bump(model, name):
+    """One weight code of one layer, off by one; off by more where that must be seen."""
+    weight = model.get_submodule(name).weight
+    weight[0] = torch.where(weight[0] > 0, weight[0] - 20, weight[0] + 20)
+    return model
+
+
+def test_equal_models():
+    model = trained_residual()
+    report = verify(model, convert(model), images())
+    assert report.agrees()
+    assert report.first_difference is None
+    assert [layer.name for layer in report.layers] == QUANTIZERS
+    assert report.total.codes == sum(layer.codes for layer in report.layers)
+    assert report.outputs.largest == 0
+    assert (report.outputs.elements, report.outputs.predictions, report.outputs.agreement) == (160, 16, 1.0)
+    assert "no code differs" in str(report)
+
+
+@pytest.mark.parametrize("layer", ["stem", "depthwise", "point"])
+def test_the_first_layer_that_differs_is_named(layer):
+    model = trained_residual()
+    report = verify(model, bump(convert(model), layer), images())
+    assert report.first_difference is not None
+    assert report.first_difference.name == layer
+    assert not report.agrees(0.001, 1)
+    assert report.outputs.largest > 0
+    assert f"first difference: {layer}" in str(report)
+
+
+def test_a_layer_without_output_quantizer_shows_in_the_outputs():
+    model = trained_residual()
+    report = verify(model, bump(convert(model), "head"), images())
+    assert report.first_difference is None
+    assert report.outputs.largest > 0
+
+
+def test_differences_are_counted_in_codes():
+    """A quantizer whose zero point moves by 3 shifts the codes that saturate, and none else."""
+    model = nn.Sequential(trained_residual().input)
+    converted = convert(model)
+    scale = float(converted[0].scale)
+    x = torch.tensor([[0.0, 100.0, -100.0, 120.0, 126.0]]) * scale
+    assert verify(model, converted, x).agrees()
+    converted[0].qtype = dataclasses.replace(converted[0].qtype, quant_max=120)
+    report = verify(model, converted, x)
+    (layer,) = report.layers
+    assert (layer.codes, layer.differing, layer.largest, layer.fraction) == (5, 1, 6, 0.2)
+    assert report.agrees(0.2, 6)
+    assert not report.agrees(0.2, 5)
+    assert not report.agrees(0.19, 6)
+
+
+def test_an_onnx_file_of_another_training_differs(tmp_path):
+    model = trained_residual()
+    export_onnx(bump(convert(model), "depthwise"), tmp_path / "m.onnx", images(2))
+    report = verify(model, tmp_path / "m.onnx", images())
+    assert report.first_difference.name == "depthwise"
+    export_onnx(model, str(tmp_path / "m.onnx"), images(2))
+    assert verify(model, str(tmp_path / "m.onnx"), images()).agrees(0.001, 1)
+
+
+def test_every_kind_of_data():
+    model = trained_residual()
+    converted, x = convert(model), images(8)
+    loader = DataLoader(TensorDataset(x, torch.zeros(8)), batch_size=3)
+    for data in (x, [x[:3], x[3:]], [(x,)], [{"x": x}], loader):
+        report = verify(model, converted, data)
+        assert report.agrees()
+        assert (report.layers[0].codes, report.outputs.predictions) == (x.numel(), 8)
+
+
+def test_modes_and_hooks_are_restored():
+    model = trained_residual().train()
+    model.stem.eval()
+    modes = [module.training for module in model.modules()]
+    verify(model, convert(model), images())
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_prepared_models_and_inputs():
+    model = trained_float_form()
+    report = verify(model, convert(model), images())
+    assert report.agrees()
+    assert report.layers[0].name == "input_fake_quants.x"
+
+
+def test_a_module_called_twice_has_two_lines():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return self.conv(torch.relu(self.conv(x)))
+
+    model = prepare_qat(Twice(), example_inputs=images(2)).train()
+    model(images())
+    report = verify(model, convert(model), images())
+    assert report.agrees()
+    assert [layer.name for layer in report.layers if layer.name.startswith("conv")] == ["conv", "conv (call 2)"]
+
+
+def test_nan_on_one_side_alone_is_a_difference():
+    model = trained_residual()
+    x = images()
+    x[0, 0, 0, 0] = torch.nan
+    assert verify(model, convert(model), x).agrees()
+    converted = convert(model)
+    converted.add.register_forward_hook(lambda module, args, output: output * torch.nan)
+    assert verify(model, converted, images()).layers[-1].largest > 255
+
+
+def test_wrong_arguments(tmp_path):
+    model = trained_residual()
+    converted = convert(model)
+    with pytest.raises(ValueError, match="at least one batch"):
+        verify(model, converted, [])
+    with pytest.raises(ValueError, match="must be a tensor or an iterable"):
+        verify(model, converted, 3)
+    converted.extra = converted.stem.activation_post_process
+    del model.depthwise.activation_post_process
+    model.depthwise.activation_post_process = nn.Identity()
+    with pytest.raises(ValueError, match=r"'depthwise\.activation_post_process' that the trained model lacks"):
+        verify(model, converted, images())
+    text = tmp_path / "text.onnx"
+    text.write_text("not a model")
+    with pytest.raises(ValueError, match=r"text\.onnx is not an ONNX file"):
+        verify(model, text, images())
+    with pytest.raises(FileNotFoundError):
+        verify(model, tmp_path / "absent.onnx", images())
+
+
+def test_a_foreign_onnx_file(tmp_path):
+    torch.onnx.export(nn.Linear(3, 2), (torch.randn(2, 3),), tmp_path / "m.onnx", dynamo=True, verbose=False)
+    with pytest.raises(ValueError, match="was not written by export_onnx"):
+        verify(trained_residual(), tmp_path / "m.onnx", images())
