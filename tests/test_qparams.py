@@ -135,5 +135,5 @@ def test_bad_arguments(make, message):
 
 
 def test_codes_must_be_integers():
-    with pytest.raises(TypeError, match="quant_min must be an int, got 0.5"):
+    with pytest.raises(TypeError, match=r"quant_min must be an int, got 0\.5"):
         QuantizedType(0.5, 3)

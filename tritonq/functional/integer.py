@@ -4,8 +4,8 @@
 whatever the order of its terms, so that a quantized model in training's eval mode and its deployed form agree bit for
 bit. The integers are held in floating point: in float32 while no partial sum can reach 2^24, else in float64.
 
-Where the output's grid is known, the accumulator goes onto it in one step, ``round(sum * (multiplier / output_scale))``,
-as integer runtimes requantize: two roundings of a float32 product would move codes at ties.
+Where the output's grid is known, the accumulator goes onto it in one step, as integer runtimes requantize:
+``round(sum * (multiplier / output_scale))``. Two roundings of a float32 product would move codes at ties.
 """
 
 from __future__ import annotations
