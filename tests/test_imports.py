@@ -14,7 +14,7 @@ LAYERS = [
     ("tritonq.__main__", "tritonq.cli", "tritonq.report", "tritonq.plots", "tritonq.demo", "tritonq.perf"),
     ("tritonq.prepare", "tritonq.deploy", "tritonq.calibration", "tritonq.distributed"),
     ("tritonq.nn",),
-    ("tritonq.qconfig",),
+    ("tritonq.qconfig", "tritonq.qconfig_mapping", "tritonq.qconfig_files"),
     ("tritonq.fake_quantize", "tritonq.fixed_point_fake_quantize", "tritonq.learned_fake_quantize"),
     ("tritonq.observers", "tritonq.functional", "tritonq.factory"),
     ("tritonq.reference", "tritonq.kernels", "tritonq.backend"),

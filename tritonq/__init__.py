@@ -52,6 +52,8 @@ from tritonq.qconfig import (
     get_default_qat_qconfig,
     get_qconfig,
 )
+from tritonq.qconfig_files import load_qconfig_mapping, save_qconfig_mapping
+from tritonq.qconfig_mapping import QConfigMapping
 from tritonq.qparams import QuantizedType, range_to_qparams
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "PassiveObserver",
     "PerChannelMinMaxObserver",
     "QConfig",
+    "QConfigMapping",
     "QuantizedType",
     "TrainedThresholdFakeQuantize",
     "calibrate",
@@ -91,12 +94,14 @@ __all__ = [
     "get_qconfig",
     "histogram",
     "load_converted",
+    "load_qconfig_mapping",
     "nn",
     "prepare_qat",
     "quantize_bias",
     "range_to_qparams",
     "refine_scales",
     "save_converted",
+    "save_qconfig_mapping",
     "search_frac_len",
     "set_fixed_point_phase",
     "statistic_frac_len",

@@ -11,6 +11,7 @@ from torch import nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import DEFAULT_QAT_MAPPING, QATLayer
 from tritonq.prepare.automatic import prepare_automatic
+from tritonq.prepare.choice import mapped_qconfigs
 from tritonq.prepare.eager import prepare_eager, resolve_qconfigs
 from tritonq.prepare.fixed_point import is_fixed_point, prepare_fixed_point
 from tritonq.prepare.fuse import fuse_known_modules, fuse_modules_qat
@@ -25,6 +26,7 @@ from tritonq.prepare.switches import (
     update_bn_stats,
 )
 from tritonq.qconfig import DEFAULT_PRESET, QConfig, get_qconfig
+from tritonq.qconfig_mapping import QConfigMapping
 
 
 def prepare_qat(
@@ -32,7 +34,7 @@ def prepare_qat(
     mapping: Mapping[type[nn.Module], type[nn.Module]] | None = None,
     inplace: bool = False,
     *,
-    qconfig: QConfig | None = None,
+    qconfig: QConfig | QConfigMapping | None = None,
     example_inputs: Any = None,
 ) -> nn.Module:
     """Prepare a float model for quantization-aware training.
@@ -46,7 +48,8 @@ def prepare_qat(
         model: a float model. ``qconfig`` attributes of its parts, None included, win over their parents'.
         mapping: float type to quantization-aware type, default ``tritonq.nn.DEFAULT_QAT_MAPPING``.
         inplace: change ``model`` itself instead of a copy; its parameters stay the same objects.
-        qconfig: the qconfig of the model; by default its attribute, and preset "tensorrt" if there is none anywhere.
+        qconfig: the qconfig of the model, or a mapping that chooses one for each layer; by default the model's
+            attribute, and preset "tensorrt" if there is none anywhere.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of named ones.
 
     Returns:
@@ -54,16 +57,16 @@ def prepare_qat(
         :class:`~tritonq.prepare.report.LayerRecord` for each layer of the float model.
 
     Raises:
-        ValueError: no quantizable layer, a model that is prepared already or rejects the example inputs, or, without
-            example inputs, a model in eval mode. ``model`` is then as it was.
+        ValueError: no quantizable layer, a model that is prepared already or rejects the example inputs, a rule of a
+            mapping that fits no module, or, without example inputs, a model in eval mode. ``model`` is then as it was.
         TypeError: a qconfig, mapping or example_inputs of the wrong type.
 
     Source: torch.ao.quantization.prepare_qat; DESIGN section 4.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
-    if qconfig is not None and not isinstance(qconfig, QConfig):
-        raise TypeError(f"qconfig must be a QConfig or None, got {type(qconfig).__qualname__}")
+    if qconfig is not None and not isinstance(qconfig, (QConfig, QConfigMapping)):
+        raise TypeError(f"qconfig must be a QConfig, a QConfigMapping or None, got {type(qconfig).__qualname__}")
     prepared = [name for name, part in model.named_modules() if isinstance(part, (QATLayer, FakeQuantizeBase))]
     if prepared:
         raise ValueError(f"the model is prepared already: {prepared[0]!r} is a quantized layer or a fake quantizer")
@@ -74,7 +77,10 @@ def prepare_qat(
     types = DEFAULT_QAT_MAPPING if mapping is None else dict(mapping)
     if not inplace:
         model = copy.deepcopy(model)
-    qconfigs = resolve_qconfigs(model, qconfig)
+    if isinstance(qconfig, QConfigMapping):
+        qconfigs = mapped_qconfigs(model, qconfig, types, example_inputs)
+    else:
+        qconfigs = resolve_qconfigs(model, qconfig)
     if is_fixed_point(qconfigs[model]):
         prepare_fixed_point(model, qconfigs, example_inputs)
         return model

@@ -1,0 +1,221 @@
+"""Which layer of a model gets which qconfig: by default, by type, by pattern, by name, by place."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from tritonq.qconfig import QConfig
+
+# A rule that leaves layers in float holds None.
+Choice = QConfig | None
+
+
+class Rule(NamedTuple):
+    """A qconfig for whatever ``key`` (a type's name, a pattern, a module's name) fits."""
+
+    key: str
+    qconfig: Choice
+
+
+class Place(NamedTuple):
+    """A qconfig for the first or last layer."""
+
+    qconfig: Choice
+
+
+@dataclass(frozen=True)
+class QConfigMapping:
+    """Chooses a qconfig for each layer of a model; None leaves a layer in float.
+
+    Where several rules fit a module, the strongest wins: its name, or that of the nearest module around it; then first
+    and last layer; the first pattern that fits its name; its type, or that of the nearest module around it; the global
+    qconfig. Each ``set_`` method returns a new mapping: chain the calls, or keep the result. (torch.ao's change the
+    mapping itself.)
+
+    A ``qconfig`` attribute on a module of the model wins over the mapping, as it does over ``prepare_qat(qconfig=…)``.
+
+    Attributes:
+        global_rule: of every module that no other rule fits; None where there is none, which leaves them in float.
+        types: by class name, the full one (``"torch.nn.modules.conv.Conv2d"``) or the bare one (``"Conv2d"``).
+        patterns: by regular expression, which has to match at the beginning of a module's name.
+        names: by module name.
+        first: of the first quantizable layer that the model runs.
+        last: of the last one.
+
+    Source: torch.ao.quantization.QConfigMapping; first and last layer are tritonq's.
+
+    Examples:
+        >>> import tritonq
+        >>> mapping = (
+        ...     tritonq.QConfigMapping()
+        ...     .set_global(tritonq.get_qconfig("tensorrt"))
+        ...     .set_object_type(nn.ConvTranspose2d, None)
+        ...     .set_last_layer(None)
+        ... )
+        >>> mapping.types
+        (Rule(key='torch.nn.modules.conv.ConvTranspose2d', qconfig=None),)
+    """
+
+    global_rule: Place | None = None
+    types: tuple[Rule, ...] = ()
+    patterns: tuple[Rule, ...] = ()
+    names: tuple[Rule, ...] = ()
+    first: Place | None = None
+    last: Place | None = None
+
+    def set_global(self, global_qconfig: Choice) -> QConfigMapping:
+        """The same mapping with this default."""
+        return replace(self, global_rule=Place(_checked(global_qconfig)))
+
+    def set_object_type(self, object_type: type[nn.Module] | str, qconfig: Choice) -> QConfigMapping:
+        """The same mapping with a qconfig for modules of this class (exactly), and for what is inside of them.
+
+        Additions and concatenations follow the module in whose forward they stand.
+
+        Raises:
+            TypeError: neither a module class nor the name of one.
+        """
+        return replace(self, types=_added(self.types, type_name(object_type), qconfig))
+
+    def set_module_name_regex(self, module_name_regex: str, qconfig: Choice) -> QConfigMapping:
+        """The same mapping with a qconfig for the modules whose qualified name the pattern matches (``re.match``).
+
+        Raises:
+            ValueError: not a regular expression.
+        """
+        try:
+            re.compile(module_name_regex)
+        except re.error as error:
+            raise ValueError(f"{module_name_regex!r} is not a regular expression: {error}") from error
+        return replace(self, patterns=_added(self.patterns, module_name_regex, qconfig))
+
+    def set_module_name(self, module_name: str, qconfig: Choice) -> QConfigMapping:
+        """The same mapping with a qconfig for the module of this qualified name and what is inside of it."""
+        if not isinstance(module_name, str) or not module_name:
+            raise ValueError(f"module_name must be a qualified name such as 'layer1.0.conv1', got {module_name!r}")
+        return replace(self, names=_added(self.names, module_name, qconfig))
+
+    def set_first_layer(self, qconfig: Choice) -> QConfigMapping:
+        """The same mapping with a qconfig for the first quantizable layer in order of execution."""
+        return replace(self, first=Place(_checked(qconfig)))
+
+    def set_last_layer(self, qconfig: Choice) -> QConfigMapping:
+        """The same mapping with a qconfig for the last quantizable layer in order of execution."""
+        return replace(self, last=Place(_checked(qconfig)))
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether a rule speaks of the first or last layer."""
+        return self.first is not None or self.last is not None
+
+    def qconfigs(self) -> Iterator[Choice]:
+        """Every qconfig that a rule holds."""
+        yield from (place.qconfig for place in (self.global_rule, self.first, self.last) if place is not None)
+        yield from (rule.qconfig for rule in (*self.names, *self.patterns, *self.types))
+
+    def resolve(self, model: nn.Module, order: tuple[str, str] | None = None) -> dict[nn.Module, Choice]:
+        """The qconfig of every module of ``model``.
+
+        Args:
+            model: the float model.
+            order: names of its first and last quantizable layer.
+
+        Raises:
+            ValueError: a rule that fits no module (the message names near misses), a mapping without rules, or one that
+                speaks of the first or last layer where ``order`` is None.
+        """
+        if not list(self.qconfigs()):
+            raise ValueError("the qconfig mapping has no rule: its set_ methods return a new mapping, keep that")
+        if self.needs_order and order is None:
+            raise ValueError("first and last layer are known from a run of the model: pass example_inputs")
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self._check_rules(modules)
+        ends = () if order is None else zip(order, (self.first, self.last), strict=True)
+        places = {name: place for name, place in ends if place is not None}
+        found: dict[nn.Module, Choice] = {}
+        for name, module in modules.items():
+            if module not in found:
+                found[module] = self._choose(name, modules, places.get(name))
+        return found
+
+    def _choose(self, name: str, modules: dict[str, nn.Module], place: Place | None) -> Choice:
+        names = {rule.key: rule.qconfig for rule in self.names}
+        for parent in _upwards(name):
+            if parent in names:
+                return names[parent]
+        if place is not None:
+            return place.qconfig
+        for rule in self.patterns:
+            if re.match(rule.key, name):
+                return rule.qconfig
+        for parent in _upwards(name):
+            fitting = [rule.qconfig for rule in self.types if _is_type(modules[parent], rule.key)]
+            if fitting:
+                return fitting[-1]
+        return None if self.global_rule is None else self.global_rule.qconfig
+
+    def _check_rules(self, modules: dict[str, nn.Module]) -> None:
+        for rule in self.names:
+            if rule.key not in modules:
+                raise ValueError(f"no module is called {rule.key!r}{_near(rule.key, modules)}")
+        for rule in self.patterns:
+            if not any(re.match(rule.key, name) for name in modules if name):
+                literal = re.sub(r"[\\^$*+?()\[\]{}|]", "", rule.key)
+                raise ValueError(f"the pattern {rule.key!r} matches no module's name{_near(literal, modules)}")
+        kinds = sorted({type(module).__name__ for module in modules.values()})
+        for rule in self.types:
+            if not any(_is_type(module, rule.key) for module in modules.values()):
+                bare = rule.key.rpartition(".")[2]
+                raise ValueError(f"the model has no module of type {rule.key!r}{_near(bare, kinds)}")
+
+
+def type_name(kind: type[nn.Module] | str) -> str:
+    """The full name of a class; names below ``torch.nn`` may be given as users write them.
+
+    Raises:
+        TypeError: neither a module class nor a string.
+    """
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return f"{kind.__module__}.{kind.__qualname__}"
+    if not isinstance(kind, str):
+        raise TypeError(f"object_type must be a module class or its name, got {kind!r}")
+    public = getattr(nn, kind.removeprefix("torch.nn."), None) if kind.startswith("torch.nn.") else None
+    return type_name(public) if isinstance(public, type) and issubclass(public, nn.Module) else kind
+
+
+def _is_type(module: nn.Module, name: str) -> bool:
+    kind = type(module)
+    return name in (kind.__name__, kind.__qualname__, f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _checked(qconfig: Any) -> Choice:
+    if qconfig is not None and not isinstance(qconfig, QConfig):
+        raise TypeError(f"a qconfig must be a QConfig or None, got {type(qconfig).__qualname__}")
+    return qconfig
+
+
+def _added(rules: tuple[Rule, ...], key: str, qconfig: Choice) -> tuple[Rule, ...]:
+    """``rules`` with one more; the place of an earlier one with the same key is kept, as in a dict."""
+    return tuple(Rule(*item) for item in {**dict(rules), key: _checked(qconfig)}.items())
+
+
+def _upwards(name: str) -> Iterator[str]:
+    """A module's name and those of the modules around it, the model's own ("") last."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
+def _near(key: str, known: Iterable[str]) -> str:
+    """The known words most like ``key``, as the end of an error message."""
+    words = [word for word in known if word]
+    near = difflib.get_close_matches(key, words, n=3, cutoff=0.5)
+    near += [word for word in words if key and key in word and word not in near][: 3 - len(near)]
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
