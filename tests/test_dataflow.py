@@ -108,6 +108,23 @@ def test_module_that_returned_its_input_is_one_call(flow):
     assert flow.single_consumer(skip.outputs[0]).name == "add"
 
 
+class ReadsBoth(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout()
+
+    def forward(self, x):
+        return x * 2, self.drop(x).mul(3), x * 4
+
+
+def test_what_a_module_returns_and_what_it_was_given_are_told_apart():
+    """In eval mode dropout returns the very tensor that it was given; in training it does not."""
+    flow = record(ReadsBoth(), (torch.randn(2),))
+    (given,), (returned,) = flow.calls_of("drop")[0].inputs, flow.calls_of("drop")[0].outputs
+    assert names(flow.consumers(given)) == ["mul", "Dropout", "mul"]
+    assert names(flow.consumers(returned)) == ["mul"]
+
+
 def test_owner_and_frames():
     model = nn.Sequential(Residual())
     flow = record(model, (torch.randn(2, 3, 4, 4),))

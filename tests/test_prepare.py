@@ -220,7 +220,8 @@ def test_other_activation_stays_a_float_operation(act):
         ((nn.ConvTranspose2d(4, 4, 2), nn.BatchNorm2d(4)), (2, 4, 3, 3), qnn.ConvTransposeBn2d),
         ((nn.Linear(4, 4), nn.ReLU()), (2, 4), qnn.LinearReLU),
         ((nn.Linear(4, 4), nn.BatchNorm1d(4)), (2, 4), qnn.LinearBn1d),
-        ((nn.Linear(4, 4), nn.BatchNorm1d(3)), (2, 3, 4), qnn.Linear),
+        # this one normalises the middle axis, which is no feature axis, though as long
+        ((nn.Linear(4, 3), nn.BatchNorm1d(3)), (2, 3, 4), qnn.Linear),
     ],
 )
 def test_rows(parts, shape, kind):
@@ -274,6 +275,12 @@ def test_shared_convolution_with_one_norm_is_not_fused():
     assert type(prepared.conv) is qnn.Conv2d
     assert type(prepared.norm) is nn.BatchNorm2d
     assert prepared.conv.input_quantizer is None  # two quantizers feed it
+
+
+def test_norm_of_two_convolutions_is_not_fused():
+    prepared = prepare(lambda m, x: m.norm(m.first(x)) + m.norm(m.second(x)), first=conv(), second=conv(), norm=norm())
+    assert type(prepared.first) is type(prepared.second) is qnn.Conv2d
+    assert type(prepared.norm) is nn.BatchNorm2d
 
 
 def test_shared_module_is_replaced_everywhere():
@@ -380,6 +387,7 @@ def test_one_quantizer_serves_all_readers():
         lambda x: F.pad(x, (1, 1)),
         lambda x: F.interpolate(x, scale_factor=2),
         lambda x: x.reshape(2, 4, -1).view(2, 4, 6, 6),
+        lambda x: x.to(memory_format=torch.channels_last),
     ],
 )
 def test_what_keeps_a_grid_gets_no_quantizer(keep):
@@ -401,6 +409,9 @@ def test_what_keeps_a_grid_gets_no_quantizer(keep):
         lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
         lambda x: x * x.mean((2, 3), keepdim=True),
         lambda x: F.silu(x, inplace=True),
+        lambda x: x.to(torch.float64).to(torch.float32),
+        lambda x: torch.add(x, x, alpha=0.5),
+        lambda x: 0 - x,
     ],
 )
 def test_what_leaves_a_grid_gets_a_quantizer(change):
@@ -631,12 +642,21 @@ def test_hooks_move_with_their_place():
     assert seen == ["before", "after"]
 
 
-def test_hook_between_convolution_and_norm_keeps_them_apart():
-    model = nn.Sequential(conv(), norm())
-    model[0].register_forward_hook(lambda module, args, output: output * 2)
-    prepared = prepare_qat(model, example_inputs=X)
+@pytest.mark.parametrize("where", [0, 1])
+def test_hook_between_convolution_and_norm_keeps_them_apart(where):
+    """Someone listens there, and would hear something else."""
+    model, heard = nn.Sequential(conv(), norm()), []
+    if where == 0:
+        model[0].register_forward_hook(lambda module, args, output: heard.append(output))
+    else:
+        model[1].register_forward_pre_hook(lambda module, args: heard.append(args[0]))
+    prepared = prepare_qat(model, inplace=True, example_inputs=X)
     assert type(prepared[1]) is nn.BatchNorm2d
-    assert_same_when_not_rounding(model, prepared, X)
+    (record,) = [record for record in prepared.tritonq_report if record.name == "1"]
+    assert (record.status, record.reason) == ("float", "hooks stand between the two")
+    heard.clear()
+    prepared(X)
+    assert len(heard) == 1
 
 
 def test_deepcopy_pickle_and_state_dict():
@@ -674,9 +694,25 @@ def test_qconfig_by_attribute():
     assert record.reason == "its qconfig is None"
 
 
+@pytest.mark.parametrize("example", [X, None])
+def test_qconfig_argument_stands_for_the_models_own(example):
+    model = nn.Sequential(conv(), conv())
+    model.qconfig = get_default_qat_qconfig("qnnpack", version=0)
+    model[1].qconfig = None
+    prepared = prepare_qat(model, qconfig=get_qconfig("megengine_lowbit"), example_inputs=example)
+    assert prepared[0].weight_fake_quant.quant_max == 7
+    assert type(prepared[1]) is nn.Conv2d
+
+
 def test_without_qconfig_the_preset_is_tensorrt():
     prepared = prepare_qat(nn.Sequential(conv()), example_inputs=X)
     assert prepared[0].qconfig == get_qconfig("tensorrt")
+
+
+def test_report_tells_two_additions_apart():
+    prepared = prepare(lambda m, x: m.second(m.first(x) + x) + x, first=conv(), second=conv())
+    assert of_type(prepared, qnn.Add) == ["add", "add_1"]
+    assert [record.name for record in prepared.tritonq_report] == ["first", "second", "add", "add_1"]
 
 
 def test_report_names_every_layer():
@@ -799,6 +835,13 @@ def test_eager_flow_respects_none_and_inplace():
     assert prepare_qat(model, inplace=True) is model
     assert type(model[0]) is qnn.Conv2d
     assert type(model[1]) is nn.Conv2d
+
+
+def test_eager_flow_swaps_a_shared_module_once():
+    shared = conv()
+    prepared = prepare_qat(nn.Sequential(nn.Sequential(shared), nn.Sequential(shared)))
+    assert type(prepared[0][0]) is qnn.Conv2d
+    assert prepared[0][0] is prepared[1][0]
 
 
 def test_eager_flow_without_any_qconfig_uses_the_default():

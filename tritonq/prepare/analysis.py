@@ -29,6 +29,8 @@ _KEEPING_NAMES = """
     dropout dropout1d dropout2d dropout3d pixel_shuffle pixel_unshuffle channel_shuffle
 """
 _KEEPING_FUNCTIONS = frozenset(_KEEPING_NAMES.split())
+# These keep a grid unless they change the dtype.
+_CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "cpu", "cuda"})
 
 
 class Analysis:
@@ -39,6 +41,8 @@ class Analysis:
         self.flow = flow
         self._recorded = Recorded.of(model, flow)
         self.modules = self._recorded.modules
+        # Asked now: quantizers will become children of leaves.
+        self.leaves = frozenset(name for name, module in self.modules.items() if is_leaf(module))
         self._forwards: dict[str, ForwardGraph | TraceError] = {}
         self._sites: dict[int, Site] = {}
 
@@ -101,14 +105,18 @@ class Analysis:
             nearest = isinstance(target, nn.Upsample) and target.mode == "nearest"
             zeros = isinstance(target, (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)) and target.value == 0
             # A module that returned its input and did nothing: stochastic depth, which scales in training as Dropout.
-            return isinstance(target, _KEEPING_MODULES) or nearest or zeros or not is_leaf(target)
+            return isinstance(target, _KEEPING_MODULES) or nearest or zeros or call.module_name not in self.leaves
         if call.name == "pad":
             value = call.kwargs.get("value", call.args[3] if len(call.args) > 3 else None)
             return value is None or value == 0
-        if call.name in ("add", "sub"):  # sum() begins with 0 + x
-            return all(argument == 0 for argument in call.args if not isinstance(argument, Ref)) and not call.kwargs
+        if call.name == "add":  # sum() begins with 0 + x
+            constants = [argument for argument in call.args if not isinstance(argument, Ref)]
+            return len(call.args) == 2 and len(constants) == 1 and constants[0] == 0 and not call.kwargs
         if call.name == "interpolate":
             return bool(call.kwargs.get("mode", "nearest") == "nearest")
+        if call.name in _CASTS:
+            value = self.value_of(call)
+            return value is not None and self.flow.values[value].dtype == self.flow.values[call.inputs[0]].dtype
         return call.name in _KEEPING_FUNCTIONS
 
     def _trace(self, owner: str) -> ForwardGraph | TraceError:

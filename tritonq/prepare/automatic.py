@@ -75,10 +75,11 @@ def prepare_automatic(
         raise ValueError(
             f"the model is a single {type(model).__name__}; put it into a container, such as nn.Sequential"
         )
-    report = make_report(analysis, plan)
     snapshot = ModelSnapshot(model)
     try:
-        _Editor(analysis, plan, mapping, qconfigs).edit()
+        editor = _Editor(analysis, plan, mapping, qconfigs)
+        editor.edit()
+        report = make_report(analysis, plan, editor.join_names)
         _check_same_output(model, args, kwargs, recorder.result)
         model.tritonq_report = report  # type: ignore[assignment]
     except BaseException:
@@ -100,7 +101,11 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 class _Editor:
-    """Carries out a plan."""
+    """Carries out a plan.
+
+    Attributes:
+        join_names: qualified names of the modules that joins became.
+    """
 
     def __init__(
         self,
@@ -109,6 +114,7 @@ class _Editor:
         mapping: Mapping[type[nn.Module], type[nn.Module]],
         qconfigs: Mapping[nn.Module, QConfig | None],
     ) -> None:
+        self.join_names: dict[Join, str] = {}
         self._analysis, self._plan = analysis, plan
         self._mapping, self._qconfigs = mapping, qconfigs
         self._model = analysis.model
@@ -160,6 +166,7 @@ class _Editor:
         if join.site is not None:
             self._graph(join.owner).replace(join.site.node, name, operands, join.site.in_place)
         self._quantizers[id(join)] = module.activation_post_process
+        self.join_names[join] = f"{join.owner}.{name}".lstrip(".")
 
     def _add_layer(self, layer: Layer) -> None:
         module = self._modules[layer.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.prepare.analysis import Analysis
-from tritonq.prepare.dataflow import is_leaf
 from tritonq.prepare.joins import Join
 from tritonq.prepare.layers import Layer
 from tritonq.prepare.plan import Plan
@@ -25,8 +25,7 @@ class LayerRecord:
     """What became of one layer.
 
     Attributes:
-        name: qualified name in the float model; for additions and concatenations that of the module they stand in,
-            with the operation.
+        name: qualified name in the float model; for additions and concatenations that of the module made of them.
         kind: class name, or the operation.
         fused_with: names of what it became one layer with.
         status: ``"quantized"`` or ``"float"``.
@@ -40,13 +39,13 @@ class LayerRecord:
     reason: str
 
 
-def make_report(analysis: Analysis, plan: Plan) -> tuple[LayerRecord, ...]:
+def make_report(analysis: Analysis, plan: Plan, join_names: Mapping[Join, str]) -> tuple[LayerRecord, ...]:
     """A record for each layer of the float model, in order of its modules, then one for each addition and the like."""
     calls = analysis.flow.calls
     partners: dict[str, list[str]] = {}
     parts: tuple[Layer | Join, ...] = (*plan.layers, *plan.joins)
     for part in parts:
-        name = part.name if isinstance(part, Layer) else f"{part.owner}.{part.kind}".lstrip(".")
+        name = part.name if isinstance(part, Layer) else join_names[part]
         absorbed = [calls[index].module_name for index in part.relus]
         absorbed.append(part.batch_norm if isinstance(part, Layer) else None)
         for other in dict.fromkeys(other for other in absorbed if other is not None):
@@ -55,7 +54,7 @@ def make_report(analysis: Analysis, plan: Plan) -> tuple[LayerRecord, ...]:
     quantized = {layer.name for layer in plan.layers}
     records = []
     for name, module in analysis.modules.items():
-        if not is_leaf(module) and not isinstance(module, _BatchNorm) and name not in partners:
+        if name not in analysis.leaves and not isinstance(module, _BatchNorm) and name not in partners:
             continue
         if type(module) in (nn.Identity, nn.Sequential):
             continue
@@ -64,7 +63,7 @@ def make_report(analysis: Analysis, plan: Plan) -> tuple[LayerRecord, ...]:
         fused = tuple(partners.get(name, ()))
         records.append(LayerRecord(name, type(module).__name__, fused, "quantized" if whole else "float", reason))
     for join in plan.joins:
-        name = f"{join.owner}.{join.kind}".lstrip(".")
+        name = join_names[join]
         records.append(LayerRecord(name, join.kind, tuple(partners.get(name, ())), "quantized", ""))
     places = {record.name for record in records}
     for name, reason in plan.float_reasons.items():
