@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -139,6 +140,18 @@ class QATBatchNormLayer(QATLayer):
         self.freeze_bn = False
         self.bn.training = self.training
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A frozen layer says so, with a key of its own; others have torch.ao's keys alone."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if self.freeze_bn:
+            destination[f"{prefix}freeze_bn"] = torch.ones(1, dtype=torch.uint8)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Freeze where the checkpoint was frozen; one that does not say leaves the layer as it is."""
+        if state_dict.pop(f"{prefix}freeze_bn", None) is not None:
+            self.freeze_bn_stats()
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
 
     def reset_running_stats(self) -> None:
         """Reset the BatchNorm's running statistics."""
