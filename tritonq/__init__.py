@@ -4,6 +4,7 @@ from tritonq import nn
 from tritonq.backend import use_backend
 from tritonq.calibration import calibrate, refine_scales
 from tritonq.deploy import convert, export_onnx, load_converted, save_converted, verify
+from tritonq.deploy.torch_ao import load_torch_ao_state_dict
 from tritonq.distributed import sync_observers
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize, set_fixed_point_phase
@@ -95,6 +96,7 @@ __all__ = [
     "histogram",
     "load_converted",
     "load_qconfig_mapping",
+    "load_torch_ao_state_dict",
     "nn",
     "prepare_qat",
     "quantize_bias",
