@@ -105,6 +105,20 @@ def test_every_entry_of_torch_ao_mapping_has_a_counterpart():
     assert names <= ours, names - ours
 
 
+def test_every_plain_float_type_of_the_mapping_is_accepted():
+    arguments = {
+        "Linear": (3, 2),
+        "NonDynamicallyQuantizableLinear": (3, 2),
+        "Embedding": (3, 2),
+        "EmbeddingBag": (3, 2),
+    }
+    for float_type, qat_type in DEFAULT_QAT_MAPPING.items():
+        if not issubclass(float_type, nn.Sequential):
+            layer = float_type(*arguments.get(float_type.__name__, (3, 2, 1)))
+            layer.qconfig = tritonq.default_embedding_qat_qconfig if "Embedding" in float_type.__name__ else QCONFIG
+            assert qat_type.from_float(layer).weight is layer.weight
+
+
 @pytest.mark.parametrize("kind", ["Embedding", "EmbeddingBag"])
 def test_embedding_tables_are_quantized_row_by_row(kind):
     torch.manual_seed(0)

@@ -42,7 +42,10 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Linear:
         """The quantization-aware form of ``mod``, whose parameters it shares; errors as in QATConv."""
-        check_float_type(cls, mod, cls._expected_type)
+        # MultiheadAttention's output layer is a Linear by another name.
+        renamed = nn.modules.linear.NonDynamicallyQuantizableLinear
+        also_plain = type(mod) is renamed and cls._expected_type is nn.Linear
+        check_float_type(cls, mod, renamed if also_plain else cls._expected_type)
         linear = cast(nn.Linear, mod[0] if isinstance(mod, intrinsic.FusedModule) else mod)
         qat = cls(
             linear.in_features,
