@@ -56,6 +56,7 @@ from tritonq.qconfig import (
 from tritonq.qconfig_files import load_qconfig_mapping, save_qconfig_mapping
 from tritonq.qconfig_mapping import QConfigMapping
 from tritonq.qparams import QuantizedType, range_to_qparams
+from tritonq.report.summary import summary
 
 __all__ = [
     "ClippedFakeQuantize",
@@ -107,6 +108,7 @@ __all__ = [
     "search_frac_len",
     "set_fixed_point_phase",
     "statistic_frac_len",
+    "summary",
     "sync_observers",
     "trained_threshold_quantize",
     "update_bn_stats",

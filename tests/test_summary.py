@@ -1,0 +1,127 @@
+"""The summary names every layer of a model, with its grid and, where it stayed in float, the reason."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import tritonq
+from qat_models import FloatResidual, images, trained_float_form, trained_residual
+from tritonq import QConfigMapping
+from vision_models import timm_model, torchvision_model, transformers_resnet
+
+QCONFIG = tritonq.get_qconfig("tensorrt")
+
+
+def by_name(report):
+    return {layer.name: layer for layer in report.layers}
+
+
+def test_every_layer_has_a_row():
+    mapping = QConfigMapping().set_global(QCONFIG).set_module_name("point", None)
+    model = tritonq.prepare_qat(FloatResidual(), qconfig=mapping, example_inputs=images(2))
+    report = tritonq.summary(model)
+    rows = by_name(report)
+    assert {"stem.0", "stem.1", "stem.2", "depthwise", "bn", "point", "head", "add"} <= set(rows)
+    assert rows["stem.0"].fused_with == ("stem.2", "stem.1")
+    assert rows["stem.0"].grid == "w -127..127 per channel, y -128..127 (no data yet)"
+    assert (rows["point"].status, rows["point"].reason) == ("float", "its qconfig is None")
+    assert report.absorbed == {"stem.1", "stem.2", "bn"}
+    assert {layer.name for layer in report.quantized} == {"stem.0", "depthwise", "head", "add"}
+    assert {layer.name for layer in report.in_float} == {"point"}
+
+
+def test_the_table():
+    report = tritonq.summary(trained_float_form())
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["layer", "kind", "fused", "with", "grid", "status", "why", "in", "float"]
+    (stem,) = [line for line in lines if line.startswith("stem.0 ")]
+    assert stem.split("  ")[-1] == "quantized"
+    assert "stem.2, stem.1" in stem
+    assert "w -127..127 per channel, y -128..127" in stem
+    assert not [line for line in lines if line.startswith("stem.1")]
+    assert "  input_fake_quants.x  -128..127" in lines
+    assert lines[-1] == (
+        "FloatResidual: 5 layers quantized (3 Conv2d, 1 Linear, 1 add), 3 more fused into them, 0 left in float"
+    )
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_copies_keep_it(copied):
+    model = trained_float_form()
+    assert tritonq.summary(copied(model)) == tritonq.summary(model)
+
+
+def test_switches_show():
+    model = trained_float_form()
+    model.point.activation_post_process.disable_fake_quant()
+    assert by_name(tritonq.summary(model))["point"].grid == "w -127..127 per channel, y -128..127 (off)"
+
+
+def test_a_converted_model_says_what_its_original_said():
+    model = trained_float_form()
+    before, after = tritonq.summary(model), tritonq.summary(tritonq.convert(model))
+    assert before == after
+
+
+def test_a_loaded_converted_model_is_described_by_its_modules(tmp_path):
+    tritonq.save_converted(tritonq.convert(trained_float_form()), tmp_path / "m.pt")
+    rows = by_name(tritonq.summary(tritonq.load_converted(tmp_path / "m.pt", FloatResidual())))
+    assert rows["stem.0"].kind == "QuantizedConv2d"
+    assert rows["stem.0"].grid == "w -127..127 per channel, y -128..127"
+
+
+def test_modules_by_hand_and_the_eager_flow():
+    rows = by_name(tritonq.summary(trained_residual()))
+    assert rows["stem"].kind == "ConvBnReLU2d"
+    assert rows["pool"].reason == "no quantized module took the place of AvgPool2d"
+    model = nn.Sequential(tritonq.nn.QuantStub(), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
+    model[2].qconfig = None
+    rows = by_name(tritonq.summary(tritonq.prepare_qat(model, qconfig=QCONFIG)))
+    assert rows["1"].status == "quantized"
+    assert rows["2"].reason == "its qconfig is None"
+
+
+def test_fixed_point():
+    model = tritonq.prepare_qat(FloatResidual(), qconfig=tritonq.get_qconfig("f8net"), example_inputs=images(2))
+    rows = by_name(tritonq.summary(model))
+    assert rows["stem.0"].status == "quantized"
+    assert "w -127..127" in rows["stem.0"].grid
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(lambda name=name: torchvision_model(name) for name in ("resnet18", "mobilenet_v3_small", "densenet121")),
+        *(lambda name=name: timm_model(name) for name in ("repvgg_a0", "efficientnet_lite0")),
+        transformers_resnet,
+    ],
+    ids=["resnet18", "mobilenet_v3_small", "densenet121", "repvgg_a0", "efficientnet_lite0", "transformers resnet"],
+)
+def test_library_models_hide_nothing(make):
+    torch.manual_seed(0)
+    model = make()
+    names = {name for name, part in model.named_modules() if isinstance(part, (nn.modules.conv._ConvNd, nn.Linear))}
+    report = tritonq.summary(tritonq.prepare_qat(model, qconfig=QCONFIG, example_inputs=torch.randn(1, 3, 32, 32)))
+    rows = by_name(report)
+    assert names <= set(rows)
+    for layer in report.layers:
+        assert (layer.status == "float") == bool(layer.reason), layer
+    for name in names:
+        assert rows[name].grid or rows[name].reason, name
+
+
+def test_it_is_frozen_and_refuses_float_models():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tritonq.summary(trained_residual()).model = "other"
+    with pytest.raises(ValueError, match="FloatResidual is a float model"):
+        tritonq.summary(FloatResidual())
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
+        tritonq.summary("model")

@@ -1,0 +1,207 @@
+"""What became of every layer of a prepared or converted model, as a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTable, Quantizer
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.nn import Add, Cat, Embedding, EmbeddingBag, FloatFunctional, QATLayer
+from tritonq.nn.fixed_point import FixedPointLayer
+from tritonq.observers import ObserverBase
+from tritonq.prepare.dataflow import is_leaf
+from tritonq.prepare.report import LayerRecord
+from tritonq.qparams import QuantizedType
+
+_QUANTIZED = (QATLayer, FixedPointLayer, DeployedModule, Add, Cat, FloatFunctional, Embedding, EmbeddingBag)
+# What a quantizer says about a layer, by the name of the child that holds it.
+_ROLES = {"weight_fake_quant": "w", "activation_post_process": "y", "input_fake_quant": "x"}
+_UNSEEN = " (no data yet)"
+_HEADER = ("layer", "kind", "fused with", "grid", "status", "why in float")
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer.
+
+    Attributes:
+        name: qualified name.
+        kind: class name in the float model, or the operation.
+        fused_with: names of what it became one layer with.
+        grid: codes of its weight (w), output (y) and input (x); "" where it has no quantizer of its own.
+        status: ``"quantized"`` or ``"float"``.
+        reason: why it is in float, or "".
+    """
+
+    name: str
+    kind: str
+    fused_with: tuple[str, ...]
+    grid: str
+    status: Literal["quantized", "float"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What :func:`summary` found; ``print`` it for a table.
+
+    Attributes:
+        model: class name of the model.
+        layers: every layer; what was fused into another follows as a layer of its own.
+        absorbed: names of the layers that are part of another one and have no row of their own in the table.
+        quantizers: further activation quantizers, by name, with their grids.
+    """
+
+    model: str
+    layers: tuple[LayerSummary, ...]
+    absorbed: frozenset[str]
+    quantizers: tuple[tuple[str, str], ...]
+
+    @property
+    def quantized(self) -> tuple[LayerSummary, ...]:
+        """The quantized layers, each with what it absorbed."""
+        return tuple(layer for layer in self._rows() if layer.status == "quantized")
+
+    @property
+    def in_float(self) -> tuple[LayerSummary, ...]:
+        """The layers left in float."""
+        return tuple(layer for layer in self._rows() if layer.status == "float")
+
+    def _rows(self) -> Iterator[LayerSummary]:
+        return (layer for layer in self.layers if layer.name not in self.absorbed)
+
+    def __str__(self) -> str:
+        rows = [_HEADER, *map(_cells, self._rows())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        if self.quantizers:
+            lines += ["", "further tensors on a grid:"]
+            width = max(len(name) for name, _ in self.quantizers)
+            lines += [f"  {name:{width}}  {grid}" for name, grid in self.quantizers]
+        kinds = Counter(layer.kind for layer in self.quantized)
+        parts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        lines += [
+            "",
+            f"{self.model}: {len(self.quantized)} layers quantized ({parts}), {len(self.absorbed)} more fused into "
+            f"them, {len(self.in_float)} left in float",
+        ]
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> ModelSummary:
+    """What became of every layer of a prepared or converted model, and why one was left in float.
+
+    A model prepared with ``example_inputs`` carries a record of it, which copies, pickles and conversion keep. Any
+    other one (torch.ao's flow, quantized modules by hand, ``load_converted``) is described from its modules.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: a float model.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Softmax(1))
+        >>> prepared = tritonq.prepare_qat(model, example_inputs=torch.randn(1, 1, 8, 8))
+        >>> print(str(summary(prepared)).splitlines()[-1])
+        Sequential: 1 layers quantized (1 Conv2d), 2 more fused into them, 1 left in float
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
+    if not any(isinstance(module, (*_QUANTIZED, FakeQuantizeBase)) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is a float model: nothing in it is quantized; call prepare_qat first")
+    modules = dict(model.named_modules())
+    recorded = getattr(model, "tritonq_report", None)
+    records = tuple(recorded) if recorded is not None else tuple(_from_modules(model))
+    layers = tuple(_layer(record, modules.get(record.name)) for record in records)
+    heads = {name for name, module in modules.items() if isinstance(module, _QUANTIZED)}
+    absorbed = frozenset(
+        layer.name
+        for layer in layers
+        if layer.status == "quantized" and layer.fused_with and layer.name not in heads and not layer.grid
+    )
+    shown = {layer.name for layer in layers if layer.grid}
+    return ModelSummary(type(model).__name__, layers, absorbed, tuple(_further(modules, shown)))
+
+
+def describe_grid(qtype: QuantizedType) -> str:
+    """A quantized type in a few words: ``"-127..127 per channel"``."""
+    return f"{qtype.quant_min}..{qtype.quant_max}" + ("" if qtype.axis is None else " per channel")
+
+
+def _cells(layer: LayerSummary) -> tuple[str, ...]:
+    fused = ", ".join(layer.fused_with) or "-"
+    return layer.name, layer.kind, fused, layer.grid or "-", layer.status, layer.reason
+
+
+def _layer(record: LayerRecord, module: nn.Module | None) -> LayerSummary:
+    grid = "" if module is None else _grid(module)
+    return LayerSummary(record.name, record.kind, record.fused_with, grid, record.status, record.reason)
+
+
+def _grid(module: nn.Module) -> str:
+    """The grids of a layer's own quantizers."""
+    parts: dict[str, str] = {}
+    if isinstance(module, QuantizedLayer) and module.grids.weight is not None:
+        parts["w"] = describe_grid(module.grids.weight) + (" per channel" if module.grids.weight.axis is None else "")
+    if isinstance(module, QuantizedTable):
+        parts["w"] = describe_grid(module.qtype)
+    for name, role in _ROLES.items():
+        quantizer = module._modules.get(name)
+        if isinstance(quantizer, (FakeQuantizeBase, Quantizer)):
+            parts[role] = _quantizer_grid(quantizer)
+    for name, child in module.named_children():
+        if name not in _ROLES and isinstance(child, FakeQuantizeBase) and isinstance(module, FixedPointLayer):
+            parts[name] = _quantizer_grid(child)
+    text = ", ".join(f"{role} {grid}" for role, grid in parts.items())
+    if len(parts) > 1 and all(grid.endswith(_UNSEEN) for grid in parts.values()):
+        return text.replace(_UNSEEN, "") + _UNSEEN
+    return text
+
+
+def _quantizer_grid(quantizer: nn.Module) -> str:
+    grid = describe_grid(quantizer.qtype)  # type: ignore[arg-type]
+    if isinstance(quantizer, FakeQuantizeBase):
+        if not bool(quantizer.fake_quant_enabled):
+            return f"{grid} (off)"
+        if not quantizer.has_qparams():
+            return grid + _UNSEEN
+    return grid
+
+
+def _further(modules: dict[str, nn.Module], shown: set[str]) -> Iterator[tuple[str, str]]:
+    """Activation quantizers that no layer's row shows."""
+    outer: set[str] = set()
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        if not isinstance(module, (FakeQuantizeBase, Quantizer)) or parent in outer:
+            continue
+        outer.add(name)
+        if not (child in _ROLES and parent in shown) and child != "weight_fake_quant":
+            owner = parent if child == "activation_post_process" else name
+            yield owner or "the model's output", _quantizer_grid(module)
+
+
+def _from_modules(model: nn.Module) -> Iterator[LayerRecord]:
+    """Records for a model without one, from what its modules are now."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in inside) or isinstance(module, (FakeQuantizeBase, Quantizer)):
+            inside.append(name)
+            continue
+        if isinstance(module, _QUANTIZED):
+            inside.append(name)
+            yield LayerRecord(name, type(module).__name__, (), "quantized", "")
+        elif is_leaf(module) and not isinstance(module, (nn.Identity, ObserverBase)):
+            yield LayerRecord(name, type(module).__name__, (), "float", _reason(module))
+
+
+def _reason(module: nn.Module) -> str:
+    if "qconfig" in vars(module) and vars(module)["qconfig"] is None:
+        return "its qconfig is None"
+    return f"no quantized module took the place of {type(module).__name__}"
