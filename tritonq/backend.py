@@ -16,8 +16,8 @@ from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
 
-# What the kernels load and store. float64 lives on the PyTorch path alone.
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What kernels load and store, codes included. float64 lives on the PyTorch path alone.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
 
 _preferred: ContextVar[Backend] = ContextVar("tritonq_backend", default="auto")
 
@@ -107,7 +107,7 @@ def _obstacle(x: Tensor) -> str | None:
     if not has_triton():
         return "the triton package is not installed"
     if x.dtype not in KERNEL_DTYPES:
-        return f"kernels take float32, float16 and bfloat16, got {x.dtype}"
+        return f"kernels take float32, float16, bfloat16 and 8-bit codes, got {x.dtype}"
     if not x.is_cuda and not (x.device.type == "cpu" and is_interpreting()):
         return f"kernels run on CUDA and HIP tensors, got one on {x.device}"
     return None

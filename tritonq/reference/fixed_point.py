@@ -87,6 +87,9 @@ def frac_len_errors(x: Tensor, quant_min: int, quant_max: int, candidates: int, 
     Returns:
         float64 (candidates,), or (candidates, channels).
     """
+    if x.numel() == 0:
+        shape = (candidates,) if axis is None else (candidates, x.shape[axis])
+        return torch.zeros(shape, dtype=torch.float64, device=x.device)
     rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
     channels, length = rows.shape
     errors = torch.zeros(candidates, channels, dtype=torch.float64, device=x.device)

@@ -1,0 +1,162 @@
+"""Fixed point: rounding by a power of two, and the errors of all fractional lengths in one read.
+
+Functions here have the names, signatures and results of `tritonq.reference.fixed_point`, their specification. Rounding
+to fixed point is fake quantization with a scale of ``2^-frac_len``, and its strict mask is that of a range smaller by
+one code on either side: the kernels are those of `tritonq.kernels.fake_quant`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import fake_quant
+from .launch import device_guard, multiprocessors
+from .layout import View, view
+from .rounding import round_to_steps
+
+# Elements per tile: 16 per lane at four warps, one load of 128 bits for each of float32's lanes in flight four times.
+_BLOCK = 2048
+_WARPS = 4
+# Enough programs for every multiprocessor to hide the latency of its loads. By count, not measured.
+_PROGRAMS_PER_MULTIPROCESSOR = 4
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def frac_len_errors_kernel(
+    x_ptr,  # channels × outer × rows × cols, by strides
+    error_ptr,  # splits × channels × CANDIDATES float64, CANDIDATES contiguous
+    x_channel,
+    x_outer,
+    x_row,
+    x_col,
+    rows,
+    cols,
+    col_tiles,
+    tiles,  # outer × rows × col_tiles
+    channels,
+    splits,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add up a share of one channel: squares in float32, one sum per tile, tiles in float64. Has run on no GPU yet."""
+    channel = tl.program_id(0)
+    split = tl.program_id(1)
+    candidate = tl.arange(0, CANDIDATES)
+    errors = tl.zeros([CANDIDATES], tl.float64)
+    start = x_ptr + channel.to(tl.int64) * x_channel
+    for tile in range(split, tiles, splits):
+        # Two scalar divisions for a tile of BLOCK elements.
+        line = tile // col_tiles
+        col = (tile - line * col_tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        outer = line // rows
+        row = line - outer * rows
+        offset = outer.to(tl.int64) * x_outer + row.to(tl.int64) * x_row
+        x = tl.load(start + offset + col * x_col, mask=col < cols, other=0).to(tl.float32)
+        # 0 is a code of every format: values set to it err nowhere.
+        counts = tl.abs(x) < _INF
+        if QUANT_MIN >= 0:
+            counts = counts & (x > 0)
+        x = tl.where(counts, x, 0.0)
+        for length in tl.static_range(LENGTHS):
+            steps = round_to_steps(x * (2.0**length), 0, QUANT_MIN, QUANT_MAX, "half_even")
+            error = x - steps * (0.5**length)
+            total = tl.sum(error * error).to(tl.float64)
+            errors = tl.where(candidate == length, errors + total, errors)
+    tl.store(error_ptr + (split.to(tl.int64) * channels + channel) * CANDIDATES + candidate, errors)
+
+
+def fixed_point_quantize(
+    x: Tensor,
+    frac_len: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    *,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Round ``x`` to fixed point; strides of the result follow ``torch.empty_like``."""
+    return fake_quant.fake_quantize(x, _scale(frac_len), None, quant_min, quant_max, axis, active=active)
+
+
+def fixed_point_quantize_backward(
+    dy: Tensor,
+    x: Tensor,
+    frac_len: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    *,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Gradient of :func:`fixed_point_quantize`, strictly inside the code range."""
+    return fake_quant.fake_quantize_backward(
+        dy, x, _scale(frac_len), None, quant_min + 1, quant_max - 1, axis, active=active
+    )
+
+
+def _scale(frac_len: Tensor) -> Tensor:
+    """``2^-frac_len`` in float32, by its exponent's bits."""
+    return ((127 - frac_len.to(torch.int32)) << 23).view(torch.float32)
+
+
+def frac_len_errors(x: Tensor, quant_min: int, quant_max: int, candidates: int, axis: int | None = None) -> Tensor:
+    """Sum of squared rounding errors for every fractional length: float64 (candidates,) or (candidates, channels)."""
+    channels = 1 if axis is None else x.shape[axis]
+    if x.numel() == 0:
+        errors = torch.zeros(candidates, channels, dtype=torch.float64, device=x.device)
+        return errors[:, 0] if axis is None else errors
+    seen = view(x.shape, (x.stride(),), axis)
+    if seen is None:
+        x = x.contiguous()
+        seen = view(x.shape, (x.stride(),), axis)
+        assert seen is not None, "a contiguous tensor has at most three dimensions around its channel axis"
+    sizes, strides = _channel_first(seen)
+    block = min(_BLOCK, triton.next_power_of_2(sizes[3]))
+    col_tiles = triton.cdiv(sizes[3], block)
+    tiles = sizes[1] * sizes[2] * col_tiles
+    programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)
+    splits = max(1, min(tiles, programs // channels))
+    width = triton.next_power_of_2(candidates)
+    partial = torch.empty((splits, channels, width), dtype=torch.float64, device=x.device)
+    with device_guard(x):
+        frac_len_errors_kernel[(channels, splits)](
+            x,
+            partial,
+            *strides,
+            sizes[2],
+            sizes[3],
+            col_tiles,
+            tiles,
+            channels,
+            splits,
+            QUANT_MIN=quant_min,
+            QUANT_MAX=quant_max,
+            LENGTHS=candidates,
+            CANDIDATES=width,
+            BLOCK=block,
+            num_warps=_WARPS,
+            enable_fp_fusion=False,
+        )
+    errors = partial.sum(0)[:, :candidates].t()
+    return errors[:, 0] if axis is None else errors
+
+
+def search_frac_len(x: Tensor, quant_min: int, quant_max: int, candidates: int, axis: int | None = None) -> Tensor:
+    """The fractional length of least squared error, the smaller one of equals: int32, 0-d or (channels,)."""
+    return frac_len_errors(x, quant_min, quant_max, candidates, axis).argmin(0).to(torch.int32)
+
+
+def _channel_first(seen: View) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Sizes and strides of (channel, outer, rows, cols), with size-1 axes where the view has none."""
+    sizes, strides = list(seen.sizes), list(seen.strides[0])
+    if seen.channel is None:
+        return (1, *seen.sizes), (0, *seen.strides[0])
+    size, stride = sizes.pop(seen.channel), strides.pop(seen.channel)
+    return (size, 1, sizes[0], sizes[1]), (stride, 0, strides[0], strides[1])

@@ -1,0 +1,264 @@
+"""Convolutions of 8-bit codes as implicit matrix products: int8 dot, int32 accumulators, requantization by shifting.
+
+The function here has the name, signature and results of `tritonq.reference.int8_conv`, its specification.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import device_guard
+
+ACCUMULATOR_MAX = tl.constexpr(2**31 - 1)
+# Far outside of every 8-bit range, and yet 32 bits hold it shifted left by any fractional length.
+_BEYOND_CODES = tl.constexpr(2**14)
+# CUDA's and HIP's limit on the third grid axis, which images lie on.
+_MAX_IMAGES = 65535
+
+
+@triton.jit
+def shift_to_codes(total, shift, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr):
+    """``clamp(round_half_even(total * 2^-shift), QUANT_MIN, QUANT_MAX)`` of integers.
+
+    Args:
+        total: int32 or int64 accumulators.
+        shift: of the same dtype, broadcasts against ``total``; negative shifts go left, by 16 at most.
+        QUANT_MIN: smallest code.
+        QUANT_MAX: largest code.
+    """
+    right = tl.maximum(shift, 0)
+    left = tl.maximum(-shift, 0)
+    code = total >> right
+    rest = total - (code << right)
+    half = ((right * 0 + 1) << right) >> 1
+    up = (rest > half) | ((rest == half) & (right > 0) & ((code & 1) == 1))
+    code = code + up.to(code.dtype)
+    code = tl.minimum(tl.maximum(code, -_BEYOND_CODES), _BEYOND_CODES) << left
+    return tl.minimum(tl.maximum(code, QUANT_MIN), QUANT_MAX)
+
+
+@triton.jit
+def finish(
+    total,  # (pixels, outs) int32 or int64, without bias
+    bias,  # (outs,) of total's dtype
+    shift_ptr,  # (outs,) int32; None: the result is the accumulators
+    saturated_ptr,  # one int64, grows by what was clamped; None: nothing can be
+    out,  # (outs,) channel numbers
+    outs,
+    valid,  # (pixels, outs) which elements exist
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+):
+    """The epilogue: bias, saturation and its count, requantization."""
+    total = total + bias[None, :]
+    if saturated_ptr is not None:
+        over = (tl.abs(total) > ACCUMULATOR_MAX) & valid
+        count = tl.sum(over.to(tl.int64))
+        # An integer sum is the same in any order; the usual one is zero, and then no memory is touched.
+        tl.atomic_add(saturated_ptr, count, mask=count > 0)
+        total = tl.minimum(tl.maximum(total, -ACCUMULATOR_MAX), ACCUMULATOR_MAX)
+    if shift_ptr is None:
+        return total
+    else:
+        shift = tl.load(shift_ptr + out, mask=out < outs, other=0).to(total.dtype)
+        return shift_to_codes(total, shift[None, :], QUANT_MIN, QUANT_MAX)
+
+
+@triton.jit
+def int8_conv_kernel(
+    x_ptr,  # images × channels × height × width codes, by strides
+    weight_ptr,  # outs × channels × KERNEL_H × KERNEL_W int8, by strides
+    bias_ptr,  # (outs,) int32, int64 with saturated_ptr; holds 128 Σ weight where x is unsigned
+    shift_ptr,  # (outs,) int32, or None for accumulators
+    y_ptr,  # images × outs × out_height × out_width, by strides
+    saturated_ptr,  # one int64, or None where no sum can pass 32 bits
+    x_image,
+    x_channel,
+    x_line,
+    x_pixel,
+    w_out,
+    w_channel,
+    w_line,
+    w_pixel,
+    y_image,
+    y_out,
+    y_line,
+    y_pixel,
+    channels,
+    height,
+    width,
+    outs,
+    out_width,
+    pixels,  # out_height × out_width
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    DEPTHWISE: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    PIXELS: tl.constexpr,
+    OUTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """One tile of pixels and out channels of one image. Has run on no GPU yet."""
+    image = tl.program_id(2).to(tl.int64)
+    x_ptr += image * x_image
+    y_ptr += image * y_image
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    out = tl.program_id(1) * OUTS + tl.arange(0, OUTS)
+    # One division per pixel of the tile, outside of the loops.
+    line = pixel // out_width
+    column = pixel - line * out_width
+    WIDE: tl.constexpr = tl.int32 if saturated_ptr is None else tl.int64
+    total = tl.zeros([PIXELS, OUTS], WIDE)
+    for kernel_line in range(KERNEL_H):
+        x_row = line * STRIDE_H + kernel_line * STEP_H - PAD_H
+        for kernel_column in range(KERNEL_W):
+            x_col = column * STRIDE_W + kernel_column * STEP_W - PAD_W
+            inside = (pixel < pixels) & (x_row >= 0) & (x_row < height) & (x_col >= 0) & (x_col < width)
+            place = x_row * x_line + x_col * x_pixel
+            tap = weight_ptr + kernel_line * w_line + kernel_column * w_pixel
+            if DEPTHWISE:
+                codes = tl.load(
+                    x_ptr + place[:, None] + (out // MULTIPLIER)[None, :] * x_channel,
+                    mask=inside[:, None] & (out < outs)[None, :],
+                    other=0,
+                )
+                weight = tl.load(tap + out * w_out, mask=out < outs, other=0)
+                total += codes.to(WIDE) * weight.to(WIDE)[None, :]
+            else:
+                for first in range(0, channels, CHANNELS):
+                    channel = first + tl.arange(0, CHANNELS)
+                    codes = tl.load(
+                        x_ptr + place[:, None] + channel[None, :] * x_channel,
+                        mask=inside[:, None] & (channel < channels)[None, :],
+                        other=0,
+                    )
+                    if UNSIGNED:
+                        # The matrix units multiply signed bytes: code - 128, for which the bias makes up.
+                        codes = (codes.to(tl.int16) - 128).to(tl.int8)
+                    weight = tl.load(
+                        tap + out[None, :] * w_out + channel[:, None] * w_channel,
+                        mask=(out < outs)[None, :] & (channel < channels)[:, None],
+                        other=0,
+                    )
+                    total += tl.dot(codes, weight, out_dtype=tl.int32).to(WIDE)
+    bias = tl.load(bias_ptr + out, mask=out < outs, other=0)
+    valid = (pixel < pixels)[:, None] & (out < outs)[None, :]
+    result = finish(total, bias, shift_ptr, saturated_ptr, out, outs, valid, QUANT_MIN, QUANT_MAX)
+    y = y_ptr + (line * y_line + column * y_pixel)[:, None] + out[None, :] * y_out
+    tl.store(y, result.to(y_ptr.dtype.element_ty), mask=valid)
+
+
+class ConvTile(NamedTuple):
+    """What one program works on: pixels × out channels, in steps of ``channels``; and the warps that share it."""
+
+    pixels: int
+    outs: int
+    channels: int
+    warps: int
+
+
+def conv_tile(pixels: int, outs: int, channels: int, depthwise: bool, wide: bool) -> ConvTile:
+    """Tile sizes: powers of two, at least 16 × 16 × 32, the smallest product of bytes that matrix units take.
+
+    64 × 128 with eight warps keeps 32 int32 accumulators per lane, as 64 × 64 does for 64-bit ones beside them: the
+    largest that spill nothing on any target (`tests/test_fixed_point_codegen.py`). Not measured.
+    """
+    rows = min(64, max(16, triton.next_power_of_2(pixels)))
+    cols = min(64 if wide or channels <= 32 else 128, max(16, triton.next_power_of_2(outs)))
+    if depthwise:
+        return ConvTile(rows, min(cols, 32), 32, 4)
+    return ConvTile(rows, cols, 32 if channels <= 32 else 64, 8 if rows * cols >= 64 * 64 else 4)
+
+
+def int8_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    quant_min: int,
+    quant_max: int,
+    out_dtype: torch.dtype,
+    saturated: Tensor | None = None,
+) -> Tensor:
+    """Convolve codes; the result is channels_last where ``x`` is.
+
+    Raises:
+        ValueError: more images than one grid axis takes.
+    """
+    images, channels, height, width = x.shape
+    outs, _, kernel_h, kernel_w = weight.shape
+    if images > _MAX_IMAGES:
+        raise ValueError(f"a launch takes at most {_MAX_IMAGES} images, got {images}")
+    out_h = (height + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
+    out_w = (width + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    y = torch.empty(
+        (images, outs, out_h, out_w),
+        dtype=out_dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    if y.numel() == 0:
+        return y
+    depthwise = groups > 1
+    unsigned = x.dtype == torch.uint8
+    wide = torch.int32 if saturated is None else torch.int64
+    start = bias.to(wide)
+    if unsigned and not depthwise:
+        start = start + 128 * weight.sum((1, 2, 3), dtype=wide)
+    tile = conv_tile(out_h * out_w, outs, channels, depthwise, saturated is not None)
+    grid = (triton.cdiv(out_h * out_w, tile.pixels), triton.cdiv(outs, tile.outs), images)
+    with device_guard(x):
+        int8_conv_kernel[grid](
+            x,
+            weight,
+            start,
+            None if shift is None else shift.contiguous(),
+            y,
+            saturated,
+            *x.stride(),
+            *weight.stride(),
+            *y.stride(),
+            channels,
+            height,
+            width,
+            outs,
+            out_w,
+            out_h * out_w,
+            STRIDE_H=stride[0],
+            STRIDE_W=stride[1],
+            PAD_H=padding[0],
+            PAD_W=padding[1],
+            STEP_H=dilation[0],
+            STEP_W=dilation[1],
+            KERNEL_H=kernel_h,
+            KERNEL_W=kernel_w,
+            DEPTHWISE=depthwise,
+            MULTIPLIER=outs // channels if depthwise else 1,
+            UNSIGNED=unsigned,
+            QUANT_MIN=quant_min,
+            QUANT_MAX=quant_max,
+            PIXELS=tile.pixels,
+            OUTS=tile.outs,
+            CHANNELS=tile.channels,
+            num_warps=tile.warps,
+        )
+    return y
