@@ -23,6 +23,7 @@ from qat_models import (
 from tritonq import nn as qnn
 from tritonq.deploy import convert, load_converted, save_converted
 from tritonq.deploy.checkpoint import FORMAT, VERSION, _digest
+from tritonq.deploy.modules import DeployedModule
 from vision_models import timm_model, torchvision_model, transformers_resnet
 
 QCONFIG = tritonq.get_qconfig("tensorrt")
@@ -102,6 +103,23 @@ def test_library_models_come_back(make, tmp_path):
         assert (tmp_path / "m.pt").stat().st_size < 0.26 * float_size
 
 
+def test_what_stayed_in_float_is_loaded_as_well(tmp_path):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)
+            self.gain = nn.Parameter(torch.rand(4, 1, 1))
+
+        def forward(self, x):
+            return self.conv(self.norm(x)).sigmoid() * self.gain
+
+    model = train(tritonq.prepare_qat(Mixed(), qconfig=QCONFIG, example_inputs=images(2)))
+    save_converted(convert(model), tmp_path / "m.pt")
+    loaded = load_converted(tmp_path / "m.pt", Mixed())
+    assert torch.equal(loaded(images()), model(images()))
+    assert torch.equal(loaded.norm.running_mean, model.norm.running_mean)
+
+
 def test_handwritten_quantized_models_come_back_too(tmp_path):
     model = convert(trained_residual())
     save_converted(model, tmp_path / "m.pt")
@@ -164,6 +182,15 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
 def test_only_converted_models_are_saved(tmp_path):
     with pytest.raises(ValueError, match="use convert first"):
         save_converted(trained_residual(), tmp_path / "m.pt")
+    assert not os.listdir(tmp_path)
+
+
+def test_deployed_modules_without_a_form_in_files_are_refused(tmp_path):
+    class Other(DeployedModule):
+        pass
+
+    with pytest.raises(ValueError, match="Other has no form"):
+        save_converted(nn.Sequential(convert(trained_residual()), Other()), tmp_path / "m.pt")
     assert not os.listdir(tmp_path)
 
 

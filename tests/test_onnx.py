@@ -13,6 +13,7 @@ import tritonq
 from qat_models import PRESETS, TORCH_PRESETS, FloatResidual, images, train, trained_float_form, trained_residual
 from tritonq import nn as qnn
 from tritonq.deploy import convert, export_onnx, verify
+from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.onnx_export import CODES_KEY
 from vision_models import torchvision_model, transformers_resnet
 
@@ -161,8 +162,8 @@ def test_other_layers_keep_their_codes(name, tmp_path):
         assert report.agrees(MAX_FRACTION, 1), (target, report)
 
 
-def test_zero_points_that_differ_between_channels_still_run(tmp_path):
-    """One-sided channels under torch's fused rule; ONNX Runtime's integer convolution refuses such weights."""
+def test_zero_points_that_differ_between_channels(tmp_path):
+    """One-sided channels under torch's fused rule."""
     qconfig = TORCH_PRESETS["fbgemm_v1"]
     torch.manual_seed(0)
     layer = qnn.Conv2d(2, 4, 1, qconfig=qconfig)
@@ -170,12 +171,13 @@ def test_zero_points_that_differ_between_channels_still_run(tmp_path):
         layer.weight[0].abs_()
         layer.weight[1].abs_().neg_()
     model = Steps(layer, qconfig).train()
-    x = torch.randn(4, 2, 8, 8)
+    x = torch.randn(16, 2, 8, 8)
     model(x)
     model.eval()
     assert convert(model).layer.weight_zero_point.unique().numel() > 1
     export_onnx(model, tmp_path / "m.onnx", x)
-    assert verify(model, tmp_path / "m.onnx", x).agrees(0.005, 1)
+    assert verify(model, tmp_path / "m.onnx", x).agrees(MAX_FRACTION, 1)
+    assert optimised(tmp_path / "m.onnx", tmp_path)["QLinearConv"] == 1
 
 
 def test_ties_at_the_input_round_as_trained(tmp_path):
@@ -292,6 +294,14 @@ def test_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match="can't be exported"):
         export_onnx(model, path, torch.randn(2, 5, 8, 8))
     assert not list(tmp_path.iterdir())
+
+
+def test_deployed_modules_without_a_form_in_onnx_are_refused(tmp_path):
+    class Other(DeployedModule):
+        pass
+
+    with pytest.raises(ValueError, match="Other '1' has no form in ONNX"):
+        export_onnx(nn.Sequential(convert(trained_residual()), Other()), tmp_path / "m.onnx", images(2))
 
 
 def test_named_inputs(tmp_path):

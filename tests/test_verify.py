@@ -53,19 +53,21 @@ def test_a_layer_without_output_quantizer_shows_in_the_outputs():
 
 
 def test_differences_are_counted_in_codes():
-    """A quantizer whose zero point moves by 3 shifts the codes that saturate, and none else."""
+    """A range that ends at 120 cuts 125 and 126 off, and nothing else."""
     model = nn.Sequential(trained_residual().input)
     converted = convert(model)
     scale = float(converted[0].scale)
-    x = torch.tensor([[0.0, 100.0, -100.0, 120.0, 126.0]]) * scale
+    x = torch.tensor([[0.0, 100.0, -100.0, 125.0, 126.0]]) * scale
     assert verify(model, converted, x).agrees()
     converted[0].qtype = dataclasses.replace(converted[0].qtype, quant_max=120)
     report = verify(model, converted, x)
     (layer,) = report.layers
-    assert (layer.codes, layer.differing, layer.largest, layer.fraction) == (5, 1, 6, 0.2)
-    assert report.agrees(0.2, 6)
-    assert not report.agrees(0.2, 5)
-    assert not report.agrees(0.19, 6)
+    assert (layer.codes, layer.differing, layer.largest, layer.fraction) == (5, 2, 6, 0.4)
+    assert report.agrees(0.4, 6)
+    assert not report.agrees(0.4, 5)
+    assert not report.agrees(0.39, 6)
+    (layer,) = verify(model, converted, [x, x[:, :3]]).layers
+    assert (layer.codes, layer.differing, layer.largest) == (8, 2, 6)
 
 
 def test_an_onnx_file_of_another_training_differs(tmp_path):

@@ -79,6 +79,8 @@ def _describe(module: nn.Module) -> Description:
         return {"kind": "inputs", "places": [dataclasses.asdict(place) for place in module.places]}
     if type(module) is nn.Sequential:
         return {"kind": "sequential"}
+    if isinstance(module, DeployedModule):
+        raise ValueError(f"{type(module).__name__} has no form in a file of converted models")
     return {"kind": "module", "type": original_class(module).__name__, "forward": forward_data(module)}
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.modules import (
+    DeployedModule,
     QuantizedConvTranspose2d,
     QuantizedEmbedding,
     QuantizedEmbeddingBag,
@@ -41,8 +42,11 @@ def onnx_form(converted: nn.Module, target: Target) -> nn.Module:
     """A copy of ``converted`` that traces to Q/DQ operators for ``target``.
 
     Raises:
-        ValueError: a quantizer or weight that the target can't represent; the message names it.
+        ValueError: a quantizer, weight or module that the target can't represent; the message names it.
     """
+    for name, module in converted.named_modules():
+        if isinstance(module, DeployedModule) and not isinstance(module, (Quantizer, QuantizedLayer, QuantizedTable)):
+            raise ValueError(f"{type(module).__name__} {name!r} has no form in ONNX")
     model = copy.deepcopy(converted)
     quantizers = {module: name for name, module in model.named_modules() if isinstance(module, Quantizer)}
     traced: dict[nn.Module, nn.Module]
@@ -188,13 +192,10 @@ def _check_weight_for_tensorrt(layer: QuantizedLayer, name: str) -> None:
 def _weight_axis(layer: QuantizedLayer) -> int | None:
     """The axis that the weight's scales run along, as ONNX's Q/DQ can say it; None: no Q/DQ, but arithmetic.
 
-    That is for float weights, for scales of grouped transposed convolutions, which run along two axes, for zero points
-    that differ between channels, which ONNX Runtime's integer convolution refuses, and for codes of more than 8 bits.
+    That is for float weights, for scales of grouped transposed convolutions, which run along two axes, and for codes of
+    more than 8 bits. Zero points may differ between channels: ONNX Runtime's kernels take that (1.31, tried).
     """
-    zero = layer.weight_zero_point
     if layer.weight_scale is None or layer.weight.dtype not in (torch.int8, torch.uint8):
-        return None
-    if zero is not None and bool((zero != zero[0]).any()):
         return None
     if isinstance(layer, QuantizedConvTranspose2d):
         return 1 if layer.groups == 1 else None
