@@ -271,7 +271,7 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
     low = torch.full(shape, torch.inf, dtype=torch.float32, device=x.device)
     high = torch.full(shape, -torch.inf, dtype=torch.float32, device=x.device)
     nonfinite = torch.zeros((), dtype=torch.int64, device=x.device)
-    _observe(x, axis, (low, high, None, None, None, 0.0), nonfinite, None, _NO_GRID)
+    _observe(x, axis, (low, high, None, None, None, 0.0), nonfinite, None, NO_GRID)
     return low, high, nonfinite
 
 
@@ -303,7 +303,7 @@ def observe(
     _observe(x, qtype.axis, state, nonfinite_count, enabled, constants)
 
 
-_NO_GRID = {"QUANT_MIN": 0, "QUANT_MAX": 1, "SYMMETRIC": True, "FIXED_ZERO_POINT": 0, "RULE": "torch"}
+NO_GRID = {"QUANT_MIN": 0, "QUANT_MAX": 1, "SYMMETRIC": True, "FIXED_ZERO_POINT": 0, "RULE": "torch"}
 
 
 def _observe(

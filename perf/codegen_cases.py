@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritonq.kernels import fake_quant, min_max
+from tritonq.bins import FloatPrefixBins
+from tritonq.kernels import fake_quant, histogram, learned_scale, min_max
 from tritonq.qparams import QINT8, QUINT8, QuantizedType, RangeRule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -157,4 +158,55 @@ _MIN_MAX = (
     ),
 )  # fmt: skip
 
-CASES: tuple[CodegenCase, ...] = (*_FAKE_QUANT, *_MIN_MAX)
+
+def _histogram(layout: str) -> Callable[[torch.dtype], object]:
+    shape, channels_last, axis = _LAYOUTS[layout]
+
+    def call(dtype: torch.dtype) -> object:
+        x = meta(*shape, dtype=dtype, channels_last=channels_last)
+        bins = FloatPrefixBins()
+        channels = () if axis is None else (shape[axis],)
+        counts = meta(*channels, bins.count, dtype=torch.int64)
+        low, high = meta(*channels, dtype=torch.float32), meta(*channels, dtype=torch.float32)
+        nonfinite = torch.empty((), dtype=torch.int64, device="meta")
+        return histogram.observe(x, counts, low, high, nonfinite, meta(1, dtype=torch.uint8), bins, axis)
+
+    return call
+
+
+def _learned_scale(layout: str, method: str) -> Callable[[torch.dtype], object]:
+    shape, channels_last, axis = _LAYOUTS[layout]
+
+    def call(dtype: torch.dtype) -> object:
+        x = meta(*shape, dtype=dtype, channels_last=channels_last)
+        scale, zero_point = _qparams(shape, axis)
+        shift = zero_point if method in ("torch", "megengine") else None
+        arguments = (torch.empty_like(x), x, scale, shift, 0, 255, axis, method)
+        return learned_scale.learned_fake_quantize_backward(*arguments)
+
+    return call
+
+
+_HISTOGRAM = tuple(
+    CodegenCase(f"prefix_histogram/{layout}", _histogram(layout), "prefix_histogram_kernel", 1, 0, "histogram")
+    for layout in ("flat", "weight")
+)
+
+_LEARNED_SCALE = tuple(
+    CodegenCase(
+        f"learned_backward/{layout} {method}",
+        _learned_scale(layout, method),
+        "learned_backward_kernel",
+        2,
+        1,
+        budget,
+    )
+    for layout, method, budget in (
+        ("flat", "torch", "two reads, one write, two sums"),
+        ("channels last", "torch", "two reads, one write, two sums"),
+        ("weight", "tqt", "true division"),
+        ("flat", "pact", "two reads, one write, two sums"),
+    )
+)
+
+CASES: tuple[CodegenCase, ...] = (*_FAKE_QUANT, *_MIN_MAX, *_HISTOGRAM, *_LEARNED_SCALE)

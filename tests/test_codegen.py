@@ -38,7 +38,7 @@ def test_compiles_as_it_should(case: CodegenCase, target: str) -> None:
             assert row.instructions is not None
             assert row.instructions > 2
             assert (row.budget is not None) is budgeted
-    if target.startswith("cuda") and case.budget != "true division":
+    if target.startswith("cuda") and case.budget not in ("true division", "histogram"):
         for row in report:
             assert all(share < 1 for share in (row.issue_share or {}).values()), row
 

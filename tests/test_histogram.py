@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tritonq
+from op_tester import LAYOUTS, OpTester, axes
+from tolerances import assert_matches
+from tritonq.backend import implementation
 from tritonq.bins import FloatPrefixBins
 from tritonq.functional import histogram
 from tritonq.observers import HistogramObserver, MinMaxObserver
@@ -242,3 +245,45 @@ def test_linear_histogram_per_channel():
 def test_linear_histogram_bad_arguments(arguments, error):
     with pytest.raises(error):
         histogram(*arguments)
+
+
+class TestKernels(OpTester):
+    """Whatever counts, the counts are the same: every layout, many programs, partial tiles."""
+
+    @pytest.mark.parametrize("layout", ["0-d", "empty", "empty channels", "odd", "channels_last", "sliced", "copied"])
+    def test_prefix_histogram(self, layout, use, device):
+        x = LAYOUTS[layout]()
+        for axis in axes(x)[:3]:
+            found = implementation("histogram", x, use).prefix_histogram(x.to(device), BINS, axis)
+            for actual, expected in zip(found, reference.prefix_histogram(x, BINS, axis), strict=True):
+                assert_matches(actual.cpu(), expected, "histogram")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("mantissa_bits", [0, 4, 8])
+    def test_every_kind_of_value(self, mantissa_bits, dtype, use, device):
+        bins = FloatPrefixBins(mantissa_bits)
+        x = torch.cat((spread(300), CORNERS, torch.zeros(40), spread(200).abs() * 1e-30)).to(dtype)
+        counts, low, high, nonfinite = implementation("histogram", x, use).prefix_histogram(x.to(device), bins)
+        finite = x[torch.isfinite(x)].float()
+        assert torch.equal(counts.cpu(), counted_by_numpy(x, bins))
+        assert (low, high, nonfinite) == (finite.min(), finite.max(), len(x) - len(finite))
+
+    def test_observe_adds_or_does_nothing(self, use, device):
+        x = torch.cat((spread(300), CORNERS)).to(device)
+        ops = implementation("histogram", x, use)
+        counts, low, high, nonfinite = ops.prefix_histogram(x, BINS)
+        state = [counts.clone(), low.clone(), high.clone(), nonfinite.clone()]
+        ops.observe(3 * x, *state, torch.zeros(1, dtype=torch.uint8, device=device), BINS, None)
+        assert all(torch.equal(a, b) for a, b in zip(state, (counts, low, high, nonfinite), strict=True))
+        ops.observe(x, *state, torch.ones(1, dtype=torch.uint8, device=device), BINS, None)
+        assert torch.equal(state[0], 2 * counts)
+        assert torch.equal(state[3], 2 * nonfinite)
+        assert (state[1], state[2]) == (low, high)
+
+    @pytest.mark.parametrize("layout", ["0-d", "empty", "sliced"])
+    def test_linear_histogram(self, layout, use, device):
+        x = LAYOUTS[layout]()
+        for axis in axes(x):
+            for bins, lo, hi in ((10, -1.0, 1.0), (33, -3.3, 4.7)):
+                found = histogram(x.to(device), bins, lo, hi, axis=axis, backend=use)
+                assert torch.equal(found.cpu(), reference.linear_histogram(x, bins, lo, hi, axis))

@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 import tritonq
+from op_tester import LAYOUTS, OpTester, axes
+from tolerances import assert_matches
+from tritonq.backend import implementation
 from tritonq.functional import clipped_quantize, fake_quantize_learnable, trained_threshold_quantize
 from tritonq.learned_fake_quantize import (
     ClippedFakeQuantize,
@@ -16,6 +19,7 @@ from tritonq.learned_fake_quantize import (
 )
 from tritonq.observers import HistogramObserver, MinMaxObserver
 from tritonq.qparams import QParams, QuantizedType
+from tritonq.reference import learned_scale as reference
 
 GRIDS = [(-8, 7), (-127, 127), (0, 3), (-2, 1), (0, 1)]
 
@@ -372,3 +376,60 @@ def test_in_a_qconfig():
     assert layer.weight_fake_quant.scale.shape == (4,)
     assert not torch.equal(layer.weight_fake_quant.scale, before[0])
     assert not torch.equal(layer.activation_post_process.alpha, before[1])
+
+
+class TestKernels(OpTester):
+    @pytest.mark.parametrize(
+        ("method", "layout"),
+        [(method, "odd") for method in FORMULAS]
+        + [("torch", layout) for layout in ("0-d", "empty", "empty channels", "channels_last", "sliced", "copied")],
+    )
+    def test_forward_and_backward(self, method, layout, use, device):
+        x = LAYOUTS[layout]()
+        grid = (0, 7) if method == "pact" else (-8, 7)
+        for axis in axes(x)[:3]:
+            channels = 1 if axis is None else x.shape[axis]
+            generator = torch.Generator().manual_seed(5)
+            parameter = torch.rand(channels, generator=generator) + 0.3
+            shift = torch.randint(0, 5, (channels,), generator=generator, dtype=torch.int32)
+            dy = torch.randn(x.shape, generator=generator)
+            for zero_point in (None, shift) if method in ("torch", "megengine") else (None,):
+                arguments = (parameter, zero_point, *grid, axis, method)
+                moved = [None if a is None else a.to(device) for a in arguments[:2]]
+                ops = implementation("learned_scale", x, use)
+                y = ops.learned_fake_quantize(x.to(device), *moved, *arguments[2:])
+                assert_matches(y.cpu(), reference.learned_fake_quantize(x, *arguments), "fake_quant")
+                found = ops.learned_fake_quantize_backward(dy.to(device), x.to(device), *moved, *arguments[2:])
+                expected = reference.learned_fake_quantize_backward(dy, x, *arguments)
+                assert_matches(found[0].cpu(), expected[0], "grad")
+                for actual, wanted in zip(found[1:], expected[1:], strict=True):
+                    assert_matches(actual.cpu(), wanted, "scale_grad")
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_what_is_not_finite_and_switches(self, dtype, use, device):
+        x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.2, 60.0] * 15).to(dtype)
+        dy = torch.linspace(-1, 1, len(x)).to(dtype)
+        for on in (None, 0, 1):
+            active = None if on is None else torch.full((1,), on, dtype=torch.uint8)
+            for method in FORMULAS:
+                arguments = (torch.tensor([0.5]), None, 0 if method == "pact" else -8, 7, None, method)
+                found = implementation("learned_scale", x, use).learned_fake_quantize_backward(
+                    dy.to(device),
+                    x.to(device),
+                    arguments[0].to(device),
+                    *arguments[1:],
+                    active=None if active is None else active.to(device),
+                )
+                expected = reference.learned_fake_quantize_backward(dy, x, *arguments, active=active)
+                assert_matches(found[0].cpu(), expected[0], "grad")
+                assert_matches(found[1].cpu(), expected[1], "scale_grad")
+
+    def test_same_input_same_bits(self, use, device):
+        x, dy = torch.randn(3, 7, 31, device=device), torch.randn(3, 7, 31, device=device)
+        for axis, channels in ((None, 1), (1, 7)):
+            scale = torch.full((channels,), 0.1, device=device)
+            ops = implementation("learned_scale", x, use)
+            first, again = (
+                ops.learned_fake_quantize_backward(dy, x, scale, None, -8, 7, axis, "torch") for _ in range(2)
+            )
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

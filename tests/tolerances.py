@@ -22,6 +22,8 @@ TOLERANCES = {
     "min_max": Tolerance(
         0, 0, "minimum and maximum are exact in any order, qparams are one formula of IEEE operations"
     ),
+    "histogram": Tolerance(0, 0, "counts are integers, and the minimum and maximum are exact in any order"),
+    "scale_grad": Tolerance(1e-5, 1e-4, "sums of up to a few thousand float32 terms of size 8 in another order"),
     "grad": Tolerance(0, 0, "the gradient is the incoming one, or zero"),
 }
 

@@ -104,7 +104,7 @@ def observe(
 def _by_channel(x: Tensor, axis: int | None) -> Tensor:
     """``x`` as (channels, values), one row per histogram. One histogram needs no order, so no copy where x is dense."""
     if axis is not None:
-        return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+        return x.movedim(axis, 0).reshape(x.shape[axis], x.numel() // max(1, x.shape[axis]))
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     return x.reshape(1, -1)

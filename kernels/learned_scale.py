@@ -1,0 +1,375 @@
+"""Learned scales: forward as fake quantization; backward two reads, one write, and a reduction in a fixed order.
+
+Each program sums its share per channel in registers and stores one partial result; a second, small kernel adds those in
+the order of their numbers: the same input gives the same bits. Functions here have the names and signatures of
+`tritonq.reference.learned_scale`, their specification.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .fake_quant import common_view, fake_quantize
+from .launch import device_guard, plan, warp_size
+from .min_max import plan_reduction
+from .rounding import divide_by_scale, is_inside, round_half_away, round_to_steps
+from .tile import load_per_channel, program_along, tile_indices, tile_mask, tile_offsets
+
+
+@triton.jit
+def learned_terms(x, parameter, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, METHOD: tl.constexpr):
+    """Where the gradient passes, and what each value adds to the parameter's and the zero point's per unit of dy.
+
+    Args:
+        x: float32 block.
+        parameter: float32 that broadcasts against ``x``: the scale; the clipping level for ``"pact"``.
+        zero_point: float32 integer, as ``parameter``, or the constant 0.
+        QUANT_MIN: smallest code.
+        QUANT_MAX: largest code.
+        METHOD: see `tritonq.reference.learned_scale`.
+    """
+    none = tl.zeros(x.shape, tl.float32)
+    if METHOD == "pact":
+        return (x >= 0) & (x < parameter), (x >= parameter).to(tl.float32), none
+    elif METHOD == "torch":
+        v = divide_by_scale(x, parameter, "half_even")
+        inside = is_inside(v, zero_point, QUANT_MIN, QUANT_MAX, "half_even")
+        steps = round_to_steps(v, zero_point, QUANT_MIN, QUANT_MAX, "half_even")
+        per_shift = tl.where(inside, none, none - parameter)
+        return inside, tl.where(inside, steps - v, steps), per_shift
+    elif METHOD == "megengine":
+        v = divide_by_scale(x, parameter, "half_away") + zero_point
+        inside = (v >= QUANT_MIN) & (v <= QUANT_MAX)
+        bounded = tl.minimum(tl.maximum(v, QUANT_MIN), QUANT_MAX)
+        return inside, tl.where(inside, round_half_away(v) - v, bounded), none
+    else:
+        v = divide_by_scale(x, parameter, "half_away")
+        inside = (v >= QUANT_MIN - 0.5) & (v <= QUANT_MAX + 0.5)
+        code = tl.minimum(tl.maximum(round_half_away(v), QUANT_MIN), QUANT_MAX)
+        return inside, tl.where(inside, code - v, code), none
+
+
+@triton.jit
+def learned_share(
+    dy_ptr,  # outer × rows × cols, by strides; as are x and dx
+    x_ptr,
+    dx_ptr,
+    parameter,  # broadcasts against a tile, as does zero_point
+    zero_point,
+    on,  # whether the values are rounded at all
+    dy_outer,
+    dy_row,
+    dy_col,
+    x_outer,
+    x_row,
+    x_col,
+    dx_outer,
+    dx_row,
+    dx_col,
+    outer_from,
+    outer_to,
+    row_from,
+    row_to,
+    col_from,
+    col_to,
+    rows,
+    cols,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    METHOD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Write dx for a share of the tensor; elementwise sums of both parameters' terms over its tiles, (ROWS, COLS)."""
+    of_parameter = tl.zeros([ROWS, COLS], tl.float32)
+    of_shift = tl.zeros([ROWS, COLS], tl.float32)
+    for outer in range(outer_from, outer_to):
+        for row_start in range(row_from, row_to, ROWS):
+            for col_start in range(col_from, col_to, COLS):
+                row = row_start + tl.arange(0, ROWS)[:, None]
+                col = col_start + tl.arange(0, COLS)[None, :]
+                mask = (row < rows) & (col < cols)
+                x = tl.load(x_ptr + (outer * x_outer + row * x_row + col * x_col), mask=mask, other=0).to(tl.float32)
+                dy = tl.load(dy_ptr + (outer * dy_outer + row * dy_row + col * dy_col), mask=mask, other=0)
+                dy = dy.to(tl.float32)
+                inside, per_parameter, per_shift = learned_terms(x, parameter, zero_point, QUANT_MIN, QUANT_MAX, METHOD)
+                counts = mask & (x == x) & on
+                of_parameter += tl.where(counts, per_parameter * dy, 0.0)
+                of_shift += tl.where(counts, per_shift * dy, 0.0)
+                passes = inside | (on == 0)
+                tl.store(
+                    dx_ptr + (outer * dx_outer + row * dx_row + col * dx_col), tl.where(passes, dy, 0.0), mask=mask
+                )
+    return of_parameter, of_shift
+
+
+@triton.jit
+def learned_backward_kernel(
+    dy_ptr,  # outer × rows × cols, by strides
+    x_ptr,  # outer × rows × cols, by strides
+    dx_ptr,  # outer × rows × cols, by strides
+    partial_ptr,  # 2 × splits × channels float32: the parameter's, the zero point's
+    parameter_ptr,  # (channels,) float32, or one element
+    zero_point_ptr,  # as parameter, int32; None stands for zero
+    active_ptr,  # one element, uint8 or bool; 0 copies dy. None counts as 1
+    dy_outer,
+    dy_row,
+    dy_col,
+    x_outer,
+    x_row,
+    x_col,
+    dx_outer,
+    dx_row,
+    dx_col,
+    outers,
+    rows,
+    cols,
+    outer_share,  # what one program takes of each dimension; whole tiles
+    row_share,
+    col_share,
+    split_outer,  # strides of the partial results' first axis over program numbers
+    split_row,
+    split_col,
+    splits,
+    channels,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    METHOD: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Write dx for one share of one tile of channels, and its partial sums. Has run on no GPU yet."""
+    outer_program = program_along(0, FIRST)
+    row_program = program_along(1, FIRST)
+    col_program = program_along(2, FIRST)
+    if WIDE:
+        outer_program = outer_program.to(tl.int64)
+        row_program = row_program.to(tl.int64)
+        col_program = col_program.to(tl.int64)
+    outer_from = outer_program * outer_share
+    row_from = row_program * row_share
+    col_from = col_program * col_share
+    on = True
+    if active_ptr is not None:
+        on = tl.load(active_ptr) != 0
+
+    # A share lies within one tile of channels.
+    its_row = row_from + tl.arange(0, ROWS)
+    its_col = col_from + tl.arange(0, COLS)
+    parameter = load_per_channel(parameter_ptr, outer_from, its_row, its_col, rows, cols, CHANNEL)
+    zero_point = 0
+    if zero_point_ptr is not None:
+        zero_point = load_per_channel(zero_point_ptr, outer_from, its_row, its_col, rows, cols, CHANNEL).to(tl.float32)
+
+    outer_to = tl.minimum(outer_from + outer_share, outers)
+    row_to = tl.minimum(row_from + row_share, rows)
+    col_to = tl.minimum(col_from + col_share, cols)
+    of_parameter, of_shift = learned_share(
+        dy_ptr, x_ptr, dx_ptr, parameter, zero_point, on, dy_outer, dy_row, dy_col, x_outer, x_row, x_col,
+        dx_outer, dx_row, dx_col, outer_from, outer_to, row_from, row_to, col_from, col_to, rows, cols,
+        QUANT_MIN, QUANT_MAX, METHOD, ROWS, COLS,
+    )  # fmt: skip
+
+    if CHANNEL == 1:
+        of_parameter, of_shift = tl.sum(of_parameter, 1), tl.sum(of_shift, 1)
+        channel = row_from + tl.arange(0, ROWS)
+    elif CHANNEL == 2:
+        of_parameter, of_shift = tl.sum(of_parameter, 0), tl.sum(of_shift, 0)
+        channel = col_from + tl.arange(0, COLS)
+    else:
+        of_parameter = tl.sum(tl.sum(of_parameter, 1), 0, keep_dims=True)
+        of_shift = tl.sum(tl.sum(of_shift, 1), 0, keep_dims=True)
+        channel = (outer_program if CHANNEL == 0 else 0) + tl.arange(0, 1)
+    number = outer_program * split_outer + row_program * split_row + col_program * split_col
+    at = number * channels + channel
+    tl.store(partial_ptr + at, of_parameter, mask=channel < channels)
+    tl.store(partial_ptr + splits * channels + at, of_shift, mask=channel < channels)
+
+
+@triton.jit
+def add_partials_kernel(
+    partial_ptr,  # 2 × splits × channels float32
+    parameter_ptr,  # (channels,) float32, written
+    shift_ptr,  # (channels,) float32, written
+    splits,
+    channels,
+    SPLITS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Add the partial results of CHANNELS channels in the order of their numbers. Has run on no GPU yet."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    of_parameter = tl.zeros([SPLITS, CHANNELS], tl.float32)
+    of_shift = tl.zeros([SPLITS, CHANNELS], tl.float32)
+    for start in range(0, splits, SPLITS):
+        part = start + tl.arange(0, SPLITS)[:, None]
+        at = part * channels + channel[None, :]
+        mask = (part < splits) & (channel < channels)[None, :]
+        of_parameter += tl.load(partial_ptr + at, mask=mask, other=0.0)
+        of_shift += tl.load(partial_ptr + splits * channels + at, mask=mask, other=0.0)
+    tl.store(parameter_ptr + channel, tl.sum(of_parameter, 0), mask=channel < channels)
+    tl.store(shift_ptr + channel, tl.sum(of_shift, 0), mask=channel < channels)
+
+
+@triton.jit
+def clip_then_round_kernel(
+    x_ptr,  # outer × rows × cols, by strides
+    y_ptr,  # outer × rows × cols, by strides
+    scale_ptr,  # (channels,) float32, or one element
+    zero_point_ptr,  # as scale, int32
+    active_ptr,  # one element, uint8 or bool; 0 copies x. None counts as 1
+    x_outer,
+    x_row,
+    x_col,
+    y_outer,
+    y_row,
+    y_col,
+    rows,
+    cols,
+    CHANNEL: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """MegEngine's order: ``(round_half_away(clip(x/s + z)) - z) s``, one tile. Has run on no GPU yet."""
+    outer, row, col = tile_indices(ROWS, COLS, FIRST, WIDE)
+    mask = tile_mask(row, col, rows, cols, ROWS)
+    x = tl.load(x_ptr + tile_offsets(outer, row, col, x_outer, x_row, x_col), mask=mask).to(tl.float32)
+    scale = load_per_channel(scale_ptr, outer, row, col, rows, cols, CHANNEL)
+    zero_point = load_per_channel(zero_point_ptr, outer, row, col, rows, cols, CHANNEL).to(tl.float32)
+    v = divide_by_scale(x, scale, "half_away") + zero_point
+    # Comparisons let NaN pass.
+    v = tl.where(v < QUANT_MIN, QUANT_MIN, tl.where(v > QUANT_MAX, QUANT_MAX, v))
+    y = (round_half_away(v) - zero_point) * scale
+    if active_ptr is not None:
+        y = tl.where(tl.load(active_ptr) != 0, y, x)
+    tl.store(y_ptr + tile_offsets(outer, row, col, y_outer, y_row, y_col), y, mask=mask)
+
+
+def learned_fake_quantize(
+    x: Tensor,
+    parameter: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    method: str,
+    *,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Fake quantize ``x``; strides of the result follow ``torch.empty_like``."""
+    if method == "megengine" and zero_point is not None:
+        return _clip_then_round(x, parameter, zero_point, quant_min, quant_max, axis, active)
+    scale = parameter / quant_max if method == "pact" else parameter
+    rounding = "half_even" if method in ("torch", "pact") else "half_away"
+    return fake_quantize(x, scale, zero_point, quant_min, quant_max, axis, rounding, active=active)
+
+
+def learned_fake_quantize_backward(
+    dy: Tensor,
+    x: Tensor,
+    parameter: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    method: str,
+    *,
+    active: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, the parameter and the zero point; the last two float32, shaped as ``parameter``."""
+    dx = torch.empty_like(x)
+    of_parameter, of_shift = (torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2))
+    if dx.numel() == 0:
+        return dx, of_parameter, of_shift
+    (dy, x), seen = common_view((dy, x), dx, axis)
+    tile, parts, launch_grid, split_strides, splits = plan_reduction(x.dtype, seen, x.device, warp_size(x.device))
+    # A channel axis of length 1 leaves a view without channels: one sum, as for one scale.
+    partial = torch.empty((2, splits, seen.channels), dtype=torch.float32, device=x.device)
+    with device_guard(x):
+        learned_backward_kernel[launch_grid.programs](
+            dy,
+            x,
+            dx,
+            partial,
+            parameter.contiguous(),
+            None if zero_point is None else zero_point.contiguous(),
+            active,
+            *seen.strides[0],
+            *seen.strides[1],
+            *seen.strides[2],
+            *seen.sizes,
+            *parts.share,
+            *split_strides,
+            splits,
+            seen.channels,
+            QUANT_MIN=quant_min,
+            QUANT_MAX=quant_max,
+            METHOD=method,
+            CHANNEL=seen.channel,
+            ROWS=tile.rows,
+            COLS=tile.cols,
+            FIRST=launch_grid.first,
+            WIDE=seen.wide,
+            num_warps=tile.warps,
+            enable_fp_fusion=False,
+        )
+        channels = min(triton.next_power_of_2(seen.channels), 32)
+        add_partials_kernel[(triton.cdiv(seen.channels, channels),)](
+            partial,
+            of_parameter,
+            of_shift,
+            splits,
+            seen.channels,
+            SPLITS=min(triton.next_power_of_2(splits), 1024 // channels),
+            CHANNELS=channels,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return dx, of_parameter, of_shift
+
+
+def _clip_then_round(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    active: Tensor | None,
+) -> Tensor:
+    y = torch.empty_like(x)
+    if y.numel() == 0:
+        return y
+    (x,), seen = common_view((x,), y, axis)
+    tile, grid = plan("fake_quantize", x.dtype, seen, x.device)
+    with device_guard(x):
+        clip_then_round_kernel[grid.programs](
+            x,
+            y,
+            scale.contiguous(),
+            zero_point.contiguous(),
+            active,
+            *seen.strides[0],
+            *seen.strides[1],
+            seen.sizes[1],
+            seen.sizes[2],
+            CHANNEL=seen.channel,
+            QUANT_MIN=quant_min,
+            QUANT_MAX=quant_max,
+            ROWS=tile.rows,
+            COLS=tile.cols,
+            FIRST=grid.first,
+            WIDE=seen.wide,
+            num_warps=tile.warps,
+            enable_fp_fusion=False,
+        )
+    return y
