@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tritonq.factory import Factory, WithArgs
 from tritonq.functional.fake_quant import fake_quantize
+from tritonq.functional.recomputation import is_recomputing
 from tritonq.observers import MovingAverageMinMaxObserver, ObserverBase, RangeObserver
 from tritonq.observers.base import FixedDtypeBuffers
 from tritonq.qparams import QParams, QuantizedType
@@ -128,7 +129,7 @@ class FakeQuantize(FakeQuantizeBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe (training only) and fake quantize ``x``; same shape, dtype and memory format."""
-        if self.training:
+        if self.training and not is_recomputing():
             self.observe(x)
         return self.quantize(x)
 
@@ -151,7 +152,11 @@ class FakeQuantize(FakeQuantizeBase):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Fake quantize ``x`` with the present qparams; passes it through while switched off or never observed."""
-        if not self.has_qparams():
+        active = self.fake_quant_enabled
+        if torch.compiler.is_compiling():
+            if not self._qparams_known:
+                active = active * self.activation_post_process.has_observed()
+        elif not self.has_qparams():
             self._warn_once()
             return x
         zero_point = None if self.activation_post_process.zero_point_is_zero else self.zero_point
@@ -164,7 +169,7 @@ class FakeQuantize(FakeQuantizeBase):
             qtype.quant_max,
             qtype.axis,
             qtype.rounding,
-            active=self.fake_quant_enabled,
+            active=active,
         )
 
     def _warn_once(self) -> None:

@@ -18,6 +18,7 @@ from tritonq.functional.fixed_point import (
     search_frac_len,
     statistic_frac_len,
 )
+from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.validate import check_axis
 from tritonq.qparams import QParams, QuantizedType
 from tritonq.reference.fixed_point import power_of_two
@@ -141,7 +142,8 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         if self.phase == "floating_wo_clip":
             return x if self.signed else F.relu(x)
         if self.training:
-            self.observe(x)
+            if not is_recomputing():
+                self.observe(x)
         elif not self.has_qparams():
             self._warn_once()
             return x

@@ -15,6 +15,7 @@ from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.learned_scale import MEGENGINE_FLOOR, StepGradient, learned_fake_quantize
+from tritonq.functional.recomputation import is_recomputing
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase
 from tritonq.qparams import QParams, Rounding
 
@@ -104,7 +105,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake quantize ``x``; the first training batch sets the parameters."""
-        if self.training and not self.has_qparams() and bool(self.observer_enabled):
+        if self.training and not self.has_qparams() and bool(self.observer_enabled) and not is_recomputing():
             self._initialize_from_batch(x.detach())
         if not self.has_qparams():
             if not self._warned:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonq.backend import implementation
+from tritonq.functional.dispatch import implementation
 from tritonq.functional.linear_map import LinearMap
+from tritonq.functional.recomputation import StepMemory, is_recomputing
 from tritonq.functional.saved_input import InputGrid, SavedInput, keep, restore
 from tritonq.reference.conv_bn import BatchNormState, Normalization
 from tritonq.reference.fold import fold_scale
@@ -32,6 +33,7 @@ class ConvBnStep:
         output_quantizer: of the result, per tensor; None leaves it in float.
         input_grid: the grid that the input lies on, where known: the backward then keeps codes of one byte.
         relu: whether there is a ReLU.
+        memory: the layer's, for a recomputation of this step.
     """
 
     op: LinearMap
@@ -40,6 +42,7 @@ class ConvBnStep:
     output_quantizer: QuantizerState | None = None
     input_grid: InputGrid | None = None
     relu: bool = False
+    memory: StepMemory = field(default_factory=StepMemory)
 
 
 def conv_bn(
@@ -89,7 +92,7 @@ class _ConvBn(torch.autograd.Function):
         beta: Tensor | None,
         step: ConvBnStep,
     ) -> Tensor:
-        fold, inverse_std = nonzero_fold(step.norm, gamma, torch.promote_types(x.dtype, torch.float32))
+        fold, inverse_std = _fold_of_step(step, gamma, torch.promote_types(x.dtype, torch.float32))
         ctx.weights, ctx.tail = implementation("weight", x), implementation("conv_bn", x)
         quantized = ctx.weights.quantize_folded(step.op.to_rows(weight), fold, step.weight_quantizer)
         codes, unit = fit_codes(quantized.codes, quantized.unit, x.dtype)
@@ -149,7 +152,7 @@ class _ConvBn(torch.autograd.Function):
 
 def _not_a_view(y: Tensor) -> Tensor:
     """``y`` on the same memory: autograd refuses in-place changes (an in-place ReLU6, say) of a Function's view."""
-    if not y._is_view():
+    if torch.compiler.is_compiling() or not y._is_view():
         return y
     return torch.empty(0, dtype=y.dtype, device=y.device).set_(
         y.untyped_storage(), y.storage_offset(), y.shape, y.stride()
@@ -163,6 +166,16 @@ def nonzero_fold(norm: BatchNormState, gamma: Tensor | None, dtype: torch.dtype)
         return inverse_std, inverse_std
     fold = gamma.detach().to(dtype) * inverse_std
     return torch.where(fold.abs() < _TINY_FOLD, inverse_std, fold), inverse_std
+
+
+def _fold_of_step(step: ConvBnStep, gamma: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`nonzero_fold`; a recomputed step takes what it took before the running variance moved."""
+    if is_recomputing() and step.memory.fold is not None:
+        return step.memory.fold
+    found = nonzero_fold(step.norm, gamma, dtype)
+    if not torch.compiler.is_compiling():
+        step.memory.fold = found
+    return found
 
 
 def _gamma_gradient(

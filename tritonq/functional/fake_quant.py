@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonq.backend import Backend, implementation
+from tritonq.backend import Backend
+from tritonq.functional.dispatch import implementation
 from tritonq.functional.validate import (
     check_axis,
     check_code_arguments,

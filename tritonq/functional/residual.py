@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonq.backend import implementation
+from tritonq.functional.dispatch import implementation
 from tritonq.reference.quantizer_state import QuantizerState
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tritonq.functional.conv_bn import ConvBnStep, check_running_var, conv_bn
 from tritonq.functional.linear_map import LinearMap, MatrixProduct, pad_input
+from tritonq.functional.recomputation import StepMemory
 from tritonq.nn import folding_modes, intrinsic
 from tritonq.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose2d, check_float_type, conv_arguments, share_parameters
 from tritonq.nn.folding_modes import Mode, check_mode
@@ -56,6 +57,7 @@ class QATBatchNormLayer(QATLayer):
         """Create the child ``bn``; ``freeze_bn`` starts with frozen statistics."""
         self.bn = self._bn_type(features, eps=eps, momentum=momentum)
         self.mode = check_mode(mode)
+        self.step_memory = StepMemory()
         if freeze_bn:
             self.freeze_bn_stats()
 
@@ -108,6 +110,7 @@ class QATBatchNormLayer(QATLayer):
             output_quantizer,
             input_grid(self.input_quantizer) if self.save_input_codes else None,
             self._relu,
+            self.step_memory,
         )
         y = conv_bn(x, self.weight, self.bias, self.bn.weight, self.bn.bias, step)
         if output_quantizer is None:

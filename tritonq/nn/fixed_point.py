@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
+from tritonq.functional.recomputation import is_recomputing, normalize_once
 from tritonq.nn import intrinsic
 from tritonq.nn.conv import check_float_type, conv_arguments
 from tritonq.nn.conv_bn import checked_batch_norm
@@ -340,7 +341,7 @@ class FixedPointConvBn2d(_FixedPointConvolution):
 
     def float_forward(self, x: Tensor) -> Tensor:
         """See base class."""
-        return cast(Tensor, self.bn(self.linear_op(x, self.weight, self.bias)))
+        return normalize_once(self.bn, self.linear_op(x, self.weight, self.bias))
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
         """See base class: with the running statistics."""
@@ -371,6 +372,8 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         bn = self.bn
         if count < 2:
             raise ValueError(f"training needs more than 1 value per channel for its statistics, got {count}")
+        if is_recomputing():
+            return
         bn.num_batches_tracked.add_(1)
         factor = 1.0 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
         bn.running_mean += factor * (mean - bn.running_mean)

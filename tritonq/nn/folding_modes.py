@@ -15,6 +15,7 @@ from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.functional.bias import quantize_bias
 from tritonq.functional.channel_moments import channel_moments
 from tritonq.functional.integer import raise_scale_for_bias
+from tritonq.functional.recomputation import is_recomputing, normalize_once
 from tritonq.nn.fusable import has_hooks
 from tritonq.reference.conv_bn import BatchNormState, update_running_statistics
 from tritonq.reference.fold import fold_scale, scale_out_channels
@@ -35,14 +36,14 @@ def check_mode(mode: str) -> Mode:
 
 def approximate(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
     """``BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)``, and ``1/σ`` where γ is zero."""
-    running_var, bn = _running_var(layer), layer.bn
+    running_var, bn = _running_var_of_step(layer), layer.bn
     scale = fold_scale(running_var, bn.weight, bn.eps)
     if bn.weight is not None:
         # In a channel with γ = 0 the weight is quantized as if γ were 1; BatchNorm still multiplies by 0.
         scale = torch.where(bn.weight == 0, torch.rsqrt(running_var + bn.eps), scale)
     y = layer.linear_op(x, layer.quantized_weight(scale_out_channels(layer.weight, scale, *layer.grouping)))
     y = y / layer.along_channels(scale, y)
-    return cast(Tensor, bn(y if layer.bias is None else y + layer.along_channels(layer.bias, y)))
+    return normalize_once(bn, y if layer.bias is None else y + layer.along_channels(layer.bias, y))
 
 
 def exact(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
@@ -122,18 +123,32 @@ def _batch_bias(layer: QATBatchNormLayer, mean: Tensor, scale: Tensor) -> Tensor
 
 
 def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:
-    """Buffers and constants of ``bn`` for a training step, which is counted."""
+    """Buffers and constants of ``bn`` for a training step, which is counted; copies for one that is recomputed."""
+    running_mean, running_var = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
+    if is_recomputing():
+        return BatchNormState(running_mean.clone(), running_var.clone(), 0.0, bn.eps)
     momentum: float | Tensor | None = bn.momentum
     if bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
     if momentum is None:
         momentum = cast(Tensor, bn.num_batches_tracked).double().reciprocal()
-    return BatchNormState(cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var), momentum, bn.eps)
+    return BatchNormState(running_mean, running_var, momentum, bn.eps)
 
 
 def is_plain(bn: nn.modules.batchnorm._BatchNorm) -> bool:
     """Whether ``bn`` computes what its buffers say, on this rank alone, and nobody listens."""
     return type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not has_hooks(bn)
+
+
+def _running_var_of_step(layer: QATBatchNormLayer) -> Tensor:
+    """The running variance before this step moves it; a recomputed step gets what it got the first time."""
+    memory = layer.step_memory
+    if is_recomputing() and memory.running_var is not None:
+        return memory.running_var
+    running_var = _running_var(layer).clone()
+    if not torch.compiler.is_compiling():
+        memory.running_var = running_var
+    return running_var
 
 
 def _running_var(layer: QATBatchNormLayer) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.saved_input import InputGrid
 from tritonq.observers import (
     MinMaxObserver,
@@ -45,7 +47,7 @@ def range_state(quantizer: nn.Module) -> QuantizerState | None:
         min_val=observer.min_val,
         max_val=observer.max_val,
         nonfinite_count=observer.nonfinite_count,
-        observing=quantizer.observer_enabled if quantizer.training else None,
+        observing=quantizer.observer_enabled if quantizer.training and not is_recomputing() else None,
         averaging_constant=observer.averaging_constant,
         rule=observer.rule,
         eps=observer.eps,
@@ -55,13 +57,20 @@ def range_state(quantizer: nn.Module) -> QuantizerState | None:
 
 def warn_if_unobserved(quantizer: nn.Module) -> None:
     """Give the quantizer's own warning where its operator let values pass for want of an observed range."""
+    if torch.compiler.is_compiling():
+        return
     if isinstance(quantizer, FakeQuantize) and not quantizer.has_qparams():
         quantizer._warn_once()
 
 
 def input_grid(quantizer: FakeQuantizeBase | None) -> InputGrid | None:
-    """The grid that values of an active per-tensor ``quantizer`` lie on."""
-    if quantizer is None or quantizer.qtype.axis is not None or not quantizer.is_active():
+    """The grid that values of an active per-tensor ``quantizer`` lie on; None while a graph is traced."""
+    if (
+        quantizer is None
+        or torch.compiler.is_compiling()
+        or quantizer.qtype.axis is not None
+        or not quantizer.is_active()
+    ):
         return None
     scale, zero_point = quantizer.calculate_qparams()
     observer = getattr(quantizer, "activation_post_process", None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.factory import WithArgs
+from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.validate import check_float_tensor, is_readable
 from tritonq.process_group import GroupReference, ProcessGroupLike
 from tritonq.qparams import (
@@ -181,7 +182,8 @@ class RangeObserver(ObserverBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Update the range with ``x`` and return ``x``."""
-        self.observe(x, None, None)
+        if not is_recomputing():
+            self.observe(x, None, None)
         return x
 
     @abstractmethod

@@ -7,8 +7,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from tritonq.backend import implementation
 from tritonq.bins import FloatPrefixBins
+from tritonq.functional.dispatch import implementation
 from tritonq.observers.base import RangeObserver, known_off, write_if
 from tritonq.process_group import reduce_range, reduce_sums
 from tritonq.qparams import QParams, range_to_qparams

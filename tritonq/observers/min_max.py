@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonq.backend import implementation
+from tritonq.functional.dispatch import implementation
 from tritonq.observers.base import RangeObserver, known_off, write_if
 from tritonq.process_group import ProcessGroup, reduce_range
 from tritonq.qparams import QParams

@@ -1,0 +1,50 @@
+"""Gradient checkpointing: a forward that is run again inside a backward repeats the first one and changes no state."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+
+def is_recomputing() -> bool:
+    """Whether this runs inside a backward pass: ``torch.utils.checkpoint`` runs a forward again there.
+
+    Modules then observe nothing and leave running statistics alone. The repeated forward equals the first bit for bit
+    if, between the two, no module of it was called in training mode, switched or loaded: what it finds is then what the
+    first forward left behind. (A step that runs two forwards through one checkpointed layer before their backwards
+    repeats the first with the scales of the second, which move by the observer's averaging constant.)
+    """
+    # A graph that is being traced runs in the forward; a compiler that recomputes parts of it repeats no update.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class StepMemory:
+    """What a layer's last training step found and then changed; empty in copies and pickles.
+
+    Attributes:
+        fold: ``s`` and ``1/σ``, of the running variance before the step.
+        running_var: that variance.
+    """
+
+    def __init__(self) -> None:
+        self.fold: tuple[Tensor, Tensor] | None = None
+        self.running_var: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StepMemory, ()
+
+
+def normalize_once(bn: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    """``bn(x)``; where that is a recomputation, running statistics and their count stay as they are."""
+    if not (is_recomputing() and bn.training):
+        return cast(Tensor, bn(x))
+    momentum = bn.momentum
+    bn.momentum = 0.0
+    try:
+        return cast(Tensor, bn(x))
+    finally:
+        bn.momentum = momentum
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.sub_(1)
