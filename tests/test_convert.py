@@ -93,6 +93,15 @@ def test_half_precision_activations_carry_the_same_codes(dtype):
     assert convert(model).half().layer.multiplier.dtype == torch.float32
 
 
+def test_autocast_changes_no_code():
+    model = trained_residual()
+    converted = convert(model)
+    expected = converted(images())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(converted(images()), expected)
+        assert torch.equal(model(images()), expected)
+
+
 def test_a_model_in_training_mode_is_converted_as_eval_computes_it():
     model = trained_residual()
     expected = model(images())

@@ -103,11 +103,13 @@ def integer_affine(
     Source: DESIGN sections 3 and 4.
     """
     codes = centred_codes(x, layer.input_scale)
-    if layer.sum_bound < _FLOAT32_EXACT and _is_direct(codes.device):
-        total = op(codes, layer.weight.float())
-    else:
-        # float64 also absorbs the fractions that Winograd and FFT algorithms work with: rounding restores the integers.
-        total = op(codes.double(), layer.weight.double()).round_()
+    # Autocast would round the sums to 8 or 11 bits.
+    with torch.autocast(codes.device.type, enabled=False):
+        if layer.sum_bound < _FLOAT32_EXACT and _is_direct(codes.device):
+            total = op(codes, layer.weight.float())
+        else:
+            # float64 also absorbs the fractions of Winograd and FFT algorithms: rounding restores the integers.
+            total = op(codes.double(), layer.weight.double()).round_()
     shape = [1] * total.dim()
     shape[channel_axis] = -1
     if layer.bias is not None:
