@@ -178,7 +178,9 @@ def conv_tile(pixels: int, outs: int, channels: int, depthwise: bool, wide: bool
     largest that spill nothing on any target (`tests/test_fixed_point_codegen.py`). Not measured.
     """
     rows = min(64, max(16, triton.next_power_of_2(pixels)))
-    cols = min(64 if wide or channels <= 32 else 128, max(16, triton.next_power_of_2(outs)))
+    # Few channels leave most of a step masked, and AMD's compiler unrolls what is left until it spills.
+    widest = 32 if channels < 16 else 64 if wide or channels <= 32 else 128
+    cols = min(widest, max(16, triton.next_power_of_2(outs)))
     if depthwise:
         return ConvTile(rows, min(cols, 32), 32, 4)
     return ConvTile(rows, cols, 32 if channels <= 32 else 64, 8 if rows * cols >= 64 * 64 else 4)

@@ -1,0 +1,68 @@
+"""ONNX Runtime runs the export of a fixed-point network with equal codes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from test_fixed_point_integer import digits, overflowing, per_channel, trained  # noqa: F401 - a fixture
+from test_fixed_point_prepare import F8NET, Residual
+from tritonq.demo.model import SmallResNet
+from tritonq.deploy import convert
+from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
+from tritonq.deploy.fixed_point_verify import verify_fixed_point
+
+pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def ran(path, x):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (outputs,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return torch.from_numpy(outputs)
+
+
+@pytest.mark.parametrize("qconfig", [F8NET, per_channel()], ids=["layer", "channel"])
+def test_digits(digits, qconfig, tmp_path):  # noqa: F811
+    torch.manual_seed(1)
+    model = trained(SmallResNet(1, 10, width=8), digits.train_images, digits.train_labels, qconfig)
+    export_fixed_point_onnx(model, tmp_path / "model.onnx", digits.train_images[:2])
+    images = digits.test_images[:300]
+    assert torch.equal(ran(tmp_path / "model.onnx", images), convert(model)(images))
+
+
+def test_every_kind_of_join(tmp_path):
+    torch.manual_seed(2)
+    images = torch.randn(64, 2, 12, 12)
+    model = trained(Residual(), images, torch.randint(0, 3, (64,)))
+    integers = convert(model)
+    export_fixed_point_onnx(integers, tmp_path / "model.onnx", images[:2])
+    # The network ends in a float log-softmax, whose last bits are each runtime's own.
+    torch.testing.assert_close(ran(tmp_path / "model.onnx", images), integers(images), rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    model, x = overflowing()
+    with pytest.raises(ValueError, match="may pass 32 bits"):
+        export_fixed_point_onnx(model, tmp_path / "model.onnx", x)
+    assert not list(tmp_path.iterdir())
+
+
+def test_verification_names_the_layer_that_differs():
+    torch.manual_seed(3)
+    images = torch.randn(64, 2, 12, 12)
+    model = trained(Residual(), images, torch.randint(0, 3, (64,)))
+    integers = convert(model)
+    report = verify_fixed_point(model, integers, images)
+    assert report.agrees()
+    assert report.first_difference is None
+    assert report.total.codes > 10_000
+    broken = copy.deepcopy(integers)
+    broken.a1[0].bias += 40
+    report = verify_fixed_point(model, broken, images)
+    assert report.first_difference.name == "a2.0"
+    with pytest.raises(ValueError, match="different layers"):
+        verify_fixed_point(model, nn.Identity(), images)

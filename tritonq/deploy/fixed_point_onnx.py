@@ -1,0 +1,258 @@
+"""Fixed-point networks as ONNX: integer convolutions and products, requantized by powers of two."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
+from tritonq.deploy.fixed_point_modules import CodeFormat, IntegerAdd, IntegerAvgPool2d, IntegerLayer, IntegerModule
+from tritonq.nn.fixed_point_joins import FixedPointMaxPool2d
+from tritonq.reference.int8_conv import ACCUMULATOR_MAX
+
+_OPSET = 18
+# Both factors as unsigned bytes around this zero point: ONNX Runtime's kernels for signed weights add pairs of products
+# in 16 bits on x86 without VNNI, and saturate.
+_MIDDLE = 128
+_PASSED_ON = (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+def export_fixed_point_onnx(model: nn.Module, path: str | os.PathLike[str], example_input: Tensor) -> None:
+    """Write a fixed-point network, trained or converted, as an ONNX file that ONNX Runtime runs with equal codes.
+
+    Convolutions are ConvInteger, products MatMulInteger, both of unsigned bytes with zero points; accumulators int32.
+    Requantization is ``Clip(Round(float(acc) * 2^-shift))``: the product is exact, Round goes to even, and what float32
+    cannot hold of an accumulator is clipped. Axis 0 of the input stays open.
+
+    Args:
+        model: a network of :func:`tritonq.prepare.prepare_qat` with preset ``"f8net"``, or what ``convert`` made of it.
+        path: file to write (under a temporary name, then renamed).
+        example_input: the network's one input, for the sizes of the other axes.
+
+    Raises:
+        ValueError: something that has no ONNX form here (the message names it), accumulators that may pass 32 bits, or
+            what ``convert`` raises.
+        ImportError: onnx is not installed (the extra ``tritonq[onnx]``).
+    """
+    from tritonq.deploy.onnx_export import require_onnx
+
+    require_onnx("onnx")
+    import onnx
+
+    integers = convert_fixed_point(model) if has_fixed_point(model) else model
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(integers)
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} can't be traced as one graph: {error}") from error
+    module = fx.GraphModule(integers, graph)
+    with torch.no_grad():
+        ShapeProp(module).propagate(example_input)  # type: ignore[no-untyped-call]
+    content = _Writer(module).write()
+    onnx.checker.check_model(content)
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.SerializeToString())
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (IntegerModule, FixedPointMaxPool2d)) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Writer:
+    """Translates a graph node by node."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        import onnx
+
+        self._onnx = onnx
+        self._module = module
+        self._nodes: list[Any] = []
+        self._constants: list[Any] = []
+        self._names: dict[fx.Node, str] = {}
+
+    def write(self) -> Any:
+        helper, types = self._onnx.helper, self._onnx.TensorProto
+        inputs, outputs = [], []
+        for node in self._module.graph.nodes:
+            if node.op == "placeholder":
+                self._names[node] = node.name
+                inputs.append(helper.make_tensor_value_info(node.name, types.FLOAT, ["batch", *_shape(node)[1:]]))
+            elif node.op == "output":
+                result = node.args[0]
+                if not isinstance(result, fx.Node) or _dtype(result) != torch.float32:
+                    raise ValueError("a fixed-point network returns one tensor of real values to be exported")
+                self._emit("Identity", [self._names[result]], name="output")
+                outputs.append(helper.make_tensor_value_info("output", types.FLOAT, ["batch", *_shape(result)[1:]]))
+            else:
+                self._names[node] = self._translate(node)
+        graph = helper.make_graph(self._nodes, "fixed_point", inputs, outputs, self._constants)
+        opsets = [helper.make_opsetid("", _OPSET)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=9, producer_name="tritonq")
+
+    def _translate(self, node: fx.Node) -> str:
+        sources = [self._names[item] for item in node.all_input_nodes]
+        if node.op == "call_module":
+            module = self._module.get_submodule(str(node.target))
+            if isinstance(module, IntegerLayer):
+                return self._layer(module, sources[0])
+            if isinstance(module, IntegerAdd):
+                return self._add(module, sources)
+            if isinstance(module, IntegerAvgPool2d):
+                return self._average(module, sources[0], _shape(node.all_input_nodes[0])[1])
+            if isinstance(module, nn.MaxPool2d):
+                return self._max_pool(module, sources[0], node)
+            if isinstance(module, _PASSED_ON):
+                return sources[0]
+            kind = type(module).__name__.lower()
+        else:
+            kind = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", node.target))
+        kind = kind.rstrip("_")
+        if kind == "relu":
+            return self._relu(sources[0], _dtype(node))
+        if kind in ("flatten", "reshape", "view", "squeeze", "unsqueeze"):
+            shape = self._constant(torch.tensor([-1, *_shape(node)[1:]], dtype=torch.int64))
+            return self._emit("Reshape", [sources[0], shape])
+        if kind == "cat":
+            axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+            return self._emit("Concat", sources, axis=axis)
+        if kind in ("log_softmax", "softmax", "logsoftmax") and _dtype(node) == torch.float32:
+            axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
+            return self._emit("Softmax" if kind == "softmax" else "LogSoftmax", sources, axis=axis)
+        if kind == "dropout":
+            return sources[0]
+        raise ValueError(f"{node.name} ({kind}) has no ONNX form in a fixed-point network")
+
+    def _layer(self, layer: IntegerLayer, source: str) -> str:
+        if layer.bound > ACCUMULATOR_MAX:
+            raise ValueError(f"accumulators of {layer.name!r} may pass 32 bits, where ONNX Runtime would wrap around")
+        if layer.encodes:
+            source = self._encode(source, layer.input)
+        codes, zero = self._unsigned(source, layer.input)
+        weight = (layer.weight.to(torch.int32) + _MIDDLE).to(torch.uint8)
+        middle = self._constant(torch.tensor(_MIDDLE, dtype=torch.uint8))
+        if layer.linear:
+            matrix = self._constant(weight[:, :, 0, 0].t().contiguous())
+            total = self._emit("MatMulInteger", [codes, matrix, zero, middle])
+            shape: tuple[int, ...] = (-1,)
+        else:
+            geometry = layer.geometry
+            total = self._emit(
+                "ConvInteger",
+                [codes, self._constant(weight), zero, middle],
+                strides=list(geometry["stride"]),
+                pads=[*geometry["padding"], *geometry["padding"]],
+                dilations=list(geometry["dilation"]),
+                group=geometry["groups"],
+            )
+            shape = (1, -1, 1, 1)
+        total = self._emit("Add", [total, self._constant(layer.bias.view(shape))])
+        if layer.decodes:
+            return self._scaled(total, layer.frac_len.view(shape))
+        return self._rounded(total, layer, shape)
+
+    def _add(self, add: IntegerAdd, sources: list[str]) -> str:
+        if add.wide:
+            raise ValueError(f"the sum {add.name!r} may pass 32 bits, where ONNX Runtime would wrap around")
+        sources = sources if len(sources) == 2 else [sources[0]] * 2
+        aligned = []
+        for source, left in zip(sources, (add.left0, add.left1), strict=True):
+            whole = self._emit("Cast", [source], to=self._onnx.TensorProto.INT32)
+            factor = self._constant((torch.ones_like(left) << left).view(1, -1, 1, 1))
+            aligned.append(self._emit("Mul", [whole, factor]))
+        return self._rounded(self._emit("Add", aligned), add, (1, -1, 1, 1))
+
+    def _average(self, pool: IntegerAvgPool2d, source: str, channels: int) -> str:
+        if pool.kernel_size is None:
+            whole = self._emit("Cast", [source], to=self._onnx.TensorProto.INT32)
+            axes = self._constant(torch.tensor([2, 3], dtype=torch.int64))
+            total = self._emit("ReduceSum", [whole, axes], keepdims=int(pool.keepdim))
+            return self._rounded(total, pool, (-1,))
+        codes, zero = self._unsigned(source, pool.input)
+        total = self._emit(
+            "ConvInteger",
+            [codes, self._constant(torch.ones(channels, 1, *pool.kernel_size, dtype=torch.uint8)), zero],
+            strides=list(cast("tuple[int, int]", pool.stride)),
+            pads=[*pool.padding, *pool.padding],
+            group=channels,
+        )
+        return self._rounded(total, pool, (-1,))
+
+    def _max_pool(self, pool: nn.MaxPool2d, source: str, node: fx.Node) -> str:
+        if _dtype(node) not in (torch.int8, torch.uint8):
+            raise ValueError(f"{node.name}: ONNX pools codes, not accumulators")
+        pairs = {"kernel_shape": pool.kernel_size, "strides": pool.stride, "dilations": pool.dilation}
+        attributes: dict[str, Any] = {
+            name: [value, value] if isinstance(value, int) else list(value) for name, value in pairs.items()
+        }
+        padding = pool.padding if isinstance(pool.padding, tuple) else (pool.padding, pool.padding)
+        return self._emit("MaxPool", [source], pads=[*padding, *padding], ceil_mode=int(pool.ceil_mode), **attributes)
+
+    def _relu(self, source: str, dtype: torch.dtype) -> str:
+        if dtype == torch.uint8:
+            return source
+        return self._emit("Clip", [source, self._constant(torch.zeros((), dtype=dtype))])
+
+    def _encode(self, source: str, codes: CodeFormat) -> str:
+        steps = self._emit("Mul", [source, self._constant(torch.tensor(2.0**codes.frac_len))])
+        return self._clipped(steps, codes)
+
+    def _rounded(self, total: str, module: IntegerModule, shape: tuple[int, ...]) -> str:
+        """Codes of accumulators, or the accumulators."""
+        if module.output is None or module.shift is None:
+            return total
+        return self._clipped(self._scaled(total, module.shift.view(shape)), module.output)
+
+    def _scaled(self, total: str, shift: Tensor) -> str:
+        real = self._emit("Cast", [total], to=self._onnx.TensorProto.FLOAT)
+        return self._emit("Mul", [real, self._constant(torch.exp2(-shift.double()).float())])
+
+    def _clipped(self, steps: str, codes: CodeFormat) -> str:
+        """Codes of real numbers of steps: ties to even, then the code range."""
+        ends = [self._constant(torch.tensor(float(end))) for end in (codes.quant_min, codes.quant_max)]
+        whole = self._emit("Clip", [self._emit("Round", [steps]), *ends])
+        types = self._onnx.TensorProto
+        return self._emit("Cast", [whole], to=types.INT8 if codes.quant_min < 0 else types.UINT8)
+
+    def _unsigned(self, source: str, codes: CodeFormat) -> tuple[str, str]:
+        """Codes as unsigned bytes, and their zero point."""
+        if codes.quant_min >= 0:
+            return source, self._constant(torch.tensor(0, dtype=torch.uint8))
+        types = self._onnx.TensorProto
+        whole = self._emit("Cast", [source], to=types.INT32)
+        moved = self._emit("Add", [whole, self._constant(torch.tensor(_MIDDLE, dtype=torch.int32))])
+        middle = self._constant(torch.tensor(_MIDDLE, dtype=torch.uint8))
+        return self._emit("Cast", [moved], to=types.UINT8), middle
+
+    def _emit(self, kind: str, inputs: list[str], name: str | None = None, **attributes: Any) -> str:
+        name = f"{kind.lower()}_{len(self._nodes)}" if name is None else name
+        self._nodes.append(self._onnx.helper.make_node(kind, inputs, [name], **attributes))
+        return name
+
+    def _constant(self, values: Tensor) -> str:
+        name = f"constant_{len(self._constants)}"
+        array: Callable[..., Any] = self._onnx.numpy_helper.from_array
+        self._constants.append(array(values.detach().cpu().numpy(), name))
+        return name
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(node.meta["tensor_meta"].shape)
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    return cast(torch.dtype, node.meta["tensor_meta"].dtype)
