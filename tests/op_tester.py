@@ -84,6 +84,7 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "permuted": lambda: _normal(3, 4, 5, 6).permute(2, 0, 3, 1),
     "expanded": lambda: _normal(5, 1).expand(5, 30),
     "many rows": lambda: _normal(70, 3, 4),
+    "many outer": lambda: _normal(11, 2, 70),
     "copied": lambda: _normal(4, 6, 8, 10, 3)[::2, ::2, ::2, ::2],
 }
 

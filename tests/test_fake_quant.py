@@ -100,14 +100,18 @@ class TestFakeQuantize(OpTester):
         y = fake_quantize_per_tensor_affine(x, 1.0, 0, -8, 7, backend=use)
         assert y.tolist() == [-2, -2, 0, 0, 0, 0, 2, 2, 7]
 
-    def test_half_away_divides(self, use: str, device: str) -> None:
-        """x/s is exactly a tie here, x * (1/s) is not."""
-        scale = torch.tensor(0.1)
-        x = (torch.arange(-300, 300) + 0.5).mul(scale)
-        expected = torch.where((x / scale) < 0, -1.0, 1.0) * ((x / scale).abs().double() + 0.5).floor().float()
-        x = x.to(device)
-        codes = implementation("fake_quant", x, use).quantize(x, scale.to(device), None, -128, 127, None, "half_away")
-        assert_matches(codes.cpu(), expected.clamp(-128, 127), "fake_quant")
+    def test_true_division_or_reciprocal(self, use: str, device: str) -> None:
+        """At this scale a third of the ties of x/s are none of x * (1/s)."""
+        scale = torch.tensor(0.973)
+        x = (torch.arange(-140, 140) + 0.5).mul(scale)
+        divided = torch.where(x < 0, -1.0, 1.0) * ((x / scale).abs().double() + 0.5).floor().float()
+        multiplied = (x * (1 / scale)).round()
+        quantize = implementation("fake_quant", x, use).quantize
+        for rounding, expected in (("half_away", divided), ("half_even", multiplied)):
+            codes = quantize(x.to(device), scale.to(device), None, -128, 127, None, rounding)
+            assert_matches(codes.cpu(), expected.clamp(-128, 127), "fake_quant")
+        y = fake_quantize_per_tensor_affine(x.to(device), scale.to(device), 0, -128, 127, backend=use)
+        assert_matches(y.cpu(), torch_op(x, scale, torch.tensor(0), -128, 127, None), "fake_quant")
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision(self, dtype: torch.dtype, use: str, backend: str, device: str) -> None:
@@ -158,7 +162,7 @@ class TestFakeQuantize(OpTester):
         for name, value in {"_WIDE_EXTENT": 1, "_GRID_LIMIT": 8}.items():
             monkeypatch.setattr(layout, name, value)
             clear_plans()
-            for name_of_layout in ("many rows", "channels_last", "vector"):
+            for name_of_layout in ("many rows", "many outer", "channels_last", "vector"):
                 x = LAYOUTS[name_of_layout]().to(device)
                 for axis in axes(x):
                     scale, zero_point = (v.to(device) for v in qparams(x, axis))

@@ -154,6 +154,14 @@ class TestObserve(OpTester):
             observe(x, *state.tensors(), None, QUINT8, None, "torch", 1e-7)
             assert (float(state.min_val), float(state.max_val)) == (low, high)
 
+    @pytest.mark.parametrize(("rule", "zero_point"), [("torch", 0), ("megengine", 1)])
+    def test_zero_point_at_a_tie(self, rule: str, zero_point: int, use: str, device: str) -> None:
+        """The scale is 1 and zero lies half a step above the smallest code."""
+        state = State((), device)
+        x = torch.tensor([-0.5, 254.5], device=device)
+        implementation("min_max", x, use).observe(x, *state.tensors(), None, QUINT8, None, rule, 1e-7)
+        assert (float(state.scale), int(state.zero_point)) == (1.0, zero_point)
+
     def test_switch(self, use: str, device: str) -> None:
         x = LAYOUTS["vector"]().to(device)
         x[3] = math.nan
@@ -192,7 +200,7 @@ class TestObserve(OpTester):
         x[2, 1, 1] = math.nan
         for axis in axes(x):
             expected = reference.min_max(x, axis)
-            for settings in ({}, {"_MIN_ELEMENTS_PER_PROGRAM": 1}, {"_WIDE_EXTENT": 1}):
+            for settings in ({}, {"_MIN_ELEMENTS_PER_PROGRAM": 1, "_FINISH_ELEMENTS": 32}, {"_WIDE_EXTENT": 1}):
                 with pytest.MonkeyPatch.context() as patch:
                     if use == "triton":
                         from tritonq.kernels import layout, min_max
