@@ -2,6 +2,9 @@
 
 from tritonq.deploy.checkpoint import load_converted, save_converted
 from tritonq.deploy.convert import convert
+from tritonq.deploy.fixed_point_modules import overflow_report
+from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
+from tritonq.deploy.fixed_point_verify import verify_fixed_point
 from tritonq.deploy.onnx_export import export_onnx
 from tritonq.deploy.verify import LayerComparison, OutputComparison, VerificationReport, verify
 
@@ -10,8 +13,11 @@ __all__ = [
     "OutputComparison",
     "VerificationReport",
     "convert",
+    "export_fixed_point_onnx",
     "export_onnx",
     "load_converted",
+    "overflow_report",
     "save_converted",
     "verify",
+    "verify_fixed_point",
 ]
