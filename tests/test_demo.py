@@ -8,7 +8,7 @@ from PIL import Image
 
 from tritonq.__main__ import main
 from tritonq.demo import run as demo
-from tritonq.demo.data import load_digits, load_folder
+from tritonq.cli.data import load_digits, load_folder
 
 
 def arguments(*words):

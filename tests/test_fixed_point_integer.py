@@ -37,7 +37,7 @@ def trained(model, images, labels, qconfig=F8NET, steps=2):
 @pytest.fixture(scope="module")
 def digits():
     """scikit-learn's handwritten digits."""
-    from tritonq.demo.data import load_digits
+    from tritonq.cli.data import load_digits
 
     return load_digits()
 

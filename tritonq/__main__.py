@@ -29,6 +29,9 @@ COMMANDS = {
     "demo": Command(
         "tritonq.demo.run", "train a CNN, fine-tune it with QAT, deploy it, and compare all of them", "demo"
     ),
+    "train": Command(
+        "tritonq.cli.train", "quantization-aware training of your own model on a folder of images, with resume", "demo"
+    ),
     "bench": Command(
         "tritonq.perf.runner", "time operators and training steps against other implementations", "report"
     ),

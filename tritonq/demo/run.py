@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tritonq.demo.data import Images, load_digits, load_folder
+from tritonq.cli.data import Images, load_digits, load_folder
 from tritonq.demo.model import SmallResNet
 from tritonq.demo.picture import draw
 from tritonq.demo.training import History, accuracy, logits, train

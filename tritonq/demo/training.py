@@ -9,10 +9,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from tritonq.demo.data import Images
+from tritonq.cli.data import Images
+from tritonq.cli.evaluation import accuracy, logits
+
+__all__ = ["History", "accuracy", "logits", "train"]
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,3 @@ def train(
         losses.append(total / len(data.train_labels))
         progress.set_postfix(loss=f"{losses[-1]:.4f}")
     return History(tuple(losses), tuple(seconds))
-
-
-@torch.no_grad()
-def logits(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
-    """The model's outputs in eval mode."""
-    model.eval()
-    return torch.cat([model(batch) for batch in torch.split(images, batch_size)])
-
-
-def accuracy(outputs: Tensor, labels: Tensor) -> float:
-    """Fraction of rows whose largest entry is the label."""
-    return float((outputs.argmax(1) == labels).float().mean())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -21,6 +20,7 @@ from tritonq.deploy.description import (
     describe_modules,
     difference,
 )
+from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule
 from tritonq.prepare.forward_graph import apply_forward
 from tritonq.prepare.snapshot import ModelSnapshot
@@ -51,18 +51,8 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "state_dict": state,
         "sha256": _digest(modules, state),
     }
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as file:
+        torch.save(content, file)
 
 
 def load_converted(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -219,10 +209,3 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _is_below(name: str, parents: list[str]) -> bool:
     return any(not parent or name.startswith(parent + ".") for parent in parents)
-
-
-def _umask() -> int:
-    """The process's umask, which only setting it can tell."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,15 +1,18 @@
-"""The demo's images: scikit-learn's handwritten digits, or a folder with one sub-folder per class."""
+"""The images that commands train and measure with: scikit-learn's digits, or a folder with one sub-folder per class."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+DIGITS = "digits"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
+_FOLDER_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,48 @@ class Images:
     test_images: Tensor
     test_labels: Tensor
     classes: tuple[str, ...]
+
+    def with_channels(self, channels: int) -> Images:
+        """Grey images with their one channel repeated, as models of colour images read them.
+
+        Raises:
+            ValueError: colour images, which are no grey ones.
+        """
+        have = self.train_images.shape[1]
+        if have == channels:
+            return self
+        if have != 1:
+            raise ValueError(f"{self.name} has {have} channels, which are not {channels}")
+        widened = (images.expand(-1, channels, -1, -1).contiguous() for images in (self.train_images, self.test_images))
+        train, test = widened
+        return replace(self, train_images=train, test_images=test)
+
+    def resized(self, size: int) -> Images:
+        """The images scaled to ``size`` × ``size``, bilinearly."""
+        if self.train_images.shape[-2:] == (size, size):
+            return self
+        train, test = (
+            F.interpolate(images, (size, size), mode="bilinear") for images in (self.train_images, self.test_images)
+        )
+        return replace(self, train_images=train, test_images=test)
+
+
+def load_images(source: str, size: int | None = None, channels: int | None = None) -> Images:
+    """The images called ``"digits"``, or those of a folder.
+
+    Args:
+        source: ``"digits"`` or a folder with one sub-folder per class.
+        size: side to scale to; None: 8 for digits, 32 for a folder.
+        channels: how many the model reads; None: as they come, 1 for digits, 3 for a folder.
+
+    Raises:
+        ValueError: see :func:`load_folder`; a size below 1, or channels that can't be made.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"images have at least one pixel, got size {size}")
+    images = load_digits() if source == DIGITS else load_folder(Path(source), size or _FOLDER_SIZE)
+    images = images if channels is None else images.with_channels(channels)
+    return images if size is None else images.resized(size)
 
 
 def load_digits() -> Images:

@@ -1,0 +1,47 @@
+"""Files that are whole or absent: written under another name, then renamed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A binary file that takes the name ``path`` when the block ends, and vanishes when it raises.
+
+    Whoever is killed in between leaves the old file, and beside it one that :func:`remove_leftovers` finds.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Delete what killed writers of ``path`` left behind."""
+    target = Path(path)
+    for leftover in target.parent.glob(f".{target.name}.*"):
+        leftover.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The process's umask, which only setting it can tell."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
