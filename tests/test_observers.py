@@ -248,3 +248,18 @@ def test_the_backward_uses_the_qparams_of_its_forward():
     quantizer.disable_fake_quant()
     y.sum().backward()
     assert x.grad.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_fake_quantizer_follows_the_scale_it_is_given():
+    """Also in eval mode, with nothing run in training mode before, and through a checkpoint."""
+    quantizer = tritonq.get_qconfig("megengine_passive").activation().eval()
+    quantizer.activation_post_process.set_qparams(torch.tensor([0.5]))
+    x = torch.tensor([0.3, 0.8])
+    assert quantizer(x).tolist() == [0.5, 1.0]
+    quantizer.activation_post_process.scale = torch.tensor([0.25])
+    assert quantizer(x).tolist() == [0.25, 0.75]
+    assert quantizer.is_active()
+    assert quantizer.calculate_qparams().scale.tolist() == [0.25]
+    fresh = tritonq.get_qconfig("megengine_passive").activation().eval()
+    fresh.load_state_dict(quantizer.state_dict())
+    assert fresh(x).tolist() == [0.25, 0.75]

@@ -11,7 +11,7 @@ from torch import Tensor
 from tritonq.factory import Factory, WithArgs
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.recomputation import is_recomputing
-from tritonq.observers import MovingAverageMinMaxObserver, ObserverBase, RangeObserver
+from tritonq.observers import MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
 from tritonq.observers.base import FixedDtypeBuffers
 from tritonq.qparams import QParams, QuantizedType
 
@@ -109,6 +109,7 @@ class FakeQuantize(FakeQuantizeBase):
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", self._initial_zero_point(shape))
         self._qparams_known = False
+        self._revision = 0
         self._warned = False
 
     def _initial_zero_point(self, shape: tuple[int, ...]) -> Tensor:
@@ -123,8 +124,14 @@ class FakeQuantize(FakeQuantizeBase):
 
     def has_qparams(self) -> bool:
         """See base class. Once true it stays true without asking the device again."""
+        observer = self.activation_post_process
+        if isinstance(observer, PassiveObserver) and observer.revision != self._revision:
+            self._revision = observer.revision
+            self.allocate(observer.scale.numel())
+            self.refresh_qparams()
+            self._qparams_known = False
         if not self._qparams_known:
-            self._qparams_known = bool(self.activation_post_process.has_observed())
+            self._qparams_known = bool(observer.has_observed())
         return self._qparams_known
 
     def forward(self, x: Tensor) -> Tensor:

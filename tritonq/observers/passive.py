@@ -34,6 +34,8 @@ class PassiveObserver(ObserverBase):
         self.register_buffer("original_scale", torch.ones(shape, device=self.device))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32, device=self.device))
         self.register_buffer("is_set", torch.zeros((), dtype=torch.bool, device=self.device))
+        # Counts replacements, so that a fake quantizer notices them without reading the device.
+        self.revision = 0
 
     def set_qparams(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Set scale and zero point, once.
@@ -55,6 +57,7 @@ class PassiveObserver(ObserverBase):
         self.original_scale = self.scale.clone()
         self.zero_point = zero_point.to(torch.int32).reshape(self.scale.shape).clone()
         self.is_set.fill_(True)
+        self.revision += 1
 
     @property
     def scale(self) -> Tensor:
@@ -66,6 +69,7 @@ class PassiveObserver(ObserverBase):
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise ValueError(f"scale must be positive and finite, got {scale}")
         self.current_scale = scale.detach().to(self.current_scale).reshape(-1).clone()
+        self.revision += 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``; nothing is observed."""
@@ -78,3 +82,8 @@ class PassiveObserver(ObserverBase):
     def has_observed(self) -> Tensor:
         """See base class."""
         return self.is_set
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A loaded scale counts as a replacement."""
+        self.revision += 1
+        super()._load_from_state_dict(state_dict, prefix, *args)
