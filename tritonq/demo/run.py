@@ -19,7 +19,7 @@ from tritonq.nn import QATLayer
 from tritonq.prepare import disable_observer, freeze_bn_stats, prepare_qat
 from tritonq.qconfig import DEFAULT_PRESET, PRESETS, get_qconfig
 
-_FLOAT_LEARNING_RATE = 0.05
+FLOAT_LEARNING_RATE = 0.05
 _QAT_LEARNING_RATE = 0.005
 # The last QAT epochs train on the ranges and statistics that will be deployed.
 _FROZEN_EPOCHS = 2
@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="where files are written"
     )
     parser.add_argument("--qconfig", default=DEFAULT_PRESET, metavar="NAME", help=f"preset: {', '.join(PRESETS)}")
+    parser.add_argument(
+        "--scheme", choices=("int8", "f8net"), default="int8", help="8-bit codes with scales, or 8-bit fixed point"
+    )
     parser.add_argument("--epochs", type=int, default=20, metavar="N", help="epochs of float training")
     parser.add_argument("--qat-epochs", type=int, default=8, metavar="N", help="epochs of QAT fine-tuning")
 
@@ -90,6 +93,10 @@ class Result:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the demo and print its table; 0 when the deployed models agree with the trained one, else 1."""
+    if arguments.scheme == "f8net":
+        from tritonq.demo import fixed_point
+
+        return fixed_point.main(arguments)
     result = run(arguments)
     print(f"\n{table(result.stages)}\n\nwritten: {', '.join(str(path) for path in vars(result.files).values())}")
     return 0 if result.agrees else 1
@@ -109,7 +116,7 @@ def run(arguments: argparse.Namespace) -> Result:
 
     torch.manual_seed(0)
     model = SmallResNet(data.train_images.shape[1], len(data.classes))
-    float_run = train(model, data, epochs=arguments.epochs, learning_rate=_FLOAT_LEARNING_RATE, label="float")
+    float_run = train(model, data, epochs=arguments.epochs, learning_rate=FLOAT_LEARNING_RATE, label="float")
     torch.save(model.state_dict(), files.float_model)
 
     qat = prepare_qat(model, qconfig=qconfig, example_inputs=example)
