@@ -36,6 +36,8 @@ class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
         super().__init__()
         self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8))
         self.register_buffer("observer_enabled", torch.ones(1, dtype=torch.uint8))
+        # Address and version of the switch when it was last read, and what it was.
+        self._switch_read: tuple[tuple[int, int], bool] | None = None
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Switch rounding on or off."""
@@ -58,8 +60,18 @@ class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
         raise NotImplementedError
 
     def is_active(self) -> bool:
-        """Whether :meth:`forward` rounds (reads a value from the device: for eval and deployment)."""
-        return bool(self.fake_quant_enabled) and self.has_qparams()
+        """Whether :meth:`forward` rounds. Waits for the device only after a switch was thrown."""
+        return self._is_switched_on() and self.has_qparams()
+
+    def _is_switched_on(self) -> bool:
+        """``fake_quant_enabled`` as a bool, read once for each version of the buffer."""
+        switch = self.fake_quant_enabled
+        if switch.is_cpu or switch.is_inference():
+            return bool(switch)
+        version = (switch.data_ptr(), switch._version)
+        if self._switch_read is None or self._switch_read[0] != version:
+            self._switch_read = (version, bool(switch))
+        return self._switch_read[1]
 
     def calculate_qparams(self) -> QParams:
         """The qparams that :meth:`forward` rounds with: what deployment uses."""

@@ -172,10 +172,12 @@ def _fold_of_step(step: ConvBnStep, gamma: Tensor | None, dtype: torch.dtype) ->
     """:func:`nonzero_fold`; a recomputed step takes what it took before the running variance moved."""
     if is_recomputing() and step.memory.fold is not None:
         return step.memory.fold
-    found = nonzero_fold(step.norm, gamma, dtype)
-    if not torch.compiler.is_compiling():
-        step.memory.fold = found
-    return found
+    if torch.compiler.is_compiling():
+        from tritonq.functional.traced import fold
+
+        return fold.nonzero_fold(step.norm, gamma, dtype)
+    step.memory.fold = nonzero_fold(step.norm, gamma, dtype)
+    return step.memory.fold
 
 
 def _gamma_gradient(

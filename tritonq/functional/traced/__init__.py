@@ -3,10 +3,13 @@
 Each is a ``torch.library.custom_op`` that runs what eager code would run on the same tensors (`tritonq.backend`), so
 that a compiled model computes the same bits in them. Convolutions stay visible to the compiler. What is not a tensor
 travels as text, which means the same in every process that finds the graph in the compiler's cache.
+
+Traced are training steps with quantizers over running ranges; layers in eval mode look at their switches on the host,
+and so break the graph.
 """
 
-from tritonq.functional.traced import conv_bn, fake_quant, min_max, residual, weight
+from tritonq.functional.traced import conv_bn, fake_quant, fold, min_max, residual, weight
 
 FAMILIES = ("conv_bn", "fake_quant", "min_max", "residual", "weight")
 
-__all__ = ["FAMILIES", "conv_bn", "fake_quant", "min_max", "residual", "weight"]
+__all__ = ["FAMILIES", "conv_bn", "fake_quant", "fold", "min_max", "residual", "weight"]

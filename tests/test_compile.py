@@ -1,0 +1,138 @@
+"""``torch.compile(fullgraph=True)`` of training steps: no graph break, and the numbers of eager mode."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tritonq
+from qat_models import FloatResidual, images
+from tritonq import nn as qnn
+from tritonq.functional.traced.text import pack, qtype_of, qtype_text, unpack
+from tritonq.qparams import QUANTIZED_TYPES
+from tritonq.reference.quantizer_state import QuantizerState
+from vision_models import torchvision_model
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def prepared(preset: str = "tensorrt") -> nn.Module:
+    torch.manual_seed(0)
+    qconfig = {"fbgemm": tritonq.get_default_qat_qconfig("fbgemm")}.get(preset) or tritonq.get_qconfig(preset)
+    return tritonq.prepare_qat(FloatResidual(), qconfig=qconfig, example_inputs=images(2)).train()
+
+
+def train(model: nn.Module, called, steps: int = 3, channels_last: bool = False) -> list[torch.Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    outputs = []
+    for step in range(steps):
+        x = images(8, seed=step)
+        x = x.to(memory_format=torch.channels_last) if channels_last else x
+        optimizer.zero_grad()
+        outputs.append(called(x))
+        outputs[-1].square().mean().backward()
+        optimizer.step()
+    return outputs
+
+
+def assert_trained_alike(found: nn.Module, expected: nn.Module) -> None:
+    """Switches and counts exactly; the compiler may add up vectors and weights in another order."""
+    others = expected.state_dict()
+    for name, value in found.state_dict().items():
+        torch.testing.assert_close(value, others[name], rtol=1e-4, atol=1e-6, msg=f"{name} differs")
+    for (name, parameter), other in zip(found.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-5, atol=1e-7, msg=f"gradient of {name} differs")
+
+
+@pytest.mark.parametrize(
+    ("preset", "channels_last", "observed"),
+    [("tensorrt", False, False), ("tensorrt", True, True), ("fbgemm", False, True)],
+)
+def test_a_training_step_is_one_graph_and_equals_eager(preset, channels_last, observed):
+    """Also one that nothing was observed before: then the graph holds the question."""
+    model = prepared(preset)
+    if observed:
+        model(images(8, seed=9))
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    eager = copy.deepcopy(model)
+    expected = train(eager, eager, channels_last=channels_last)
+    found = train(model, torch.compile(model, fullgraph=True, backend="aot_eager"), channels_last=channels_last)
+    # The first forward has met the same parameters.
+    assert torch.equal(found[0], expected[0])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2 * float(model.head.activation_post_process.scale))
+    assert_trained_alike(model, eager)
+    assert int(model.stem[0].bn.num_batches_tracked) == 3 + observed
+
+
+def test_switches_work_in_a_compiled_model():
+    """They are tensors: the graph reads them, and is not compiled again."""
+    model = prepared()
+    model(images(8))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    compiled(images(4))
+    graphs = counter.frame_count
+    model.apply(tritonq.disable_observer)
+    before = model.add.activation_post_process.scale.clone()
+    rounded = compiled(10 * images(4))
+    assert torch.equal(model.add.activation_post_process.scale, before)
+    model.apply(tritonq.disable_fake_quant)
+    assert not torch.equal(compiled(10 * images(4)), rounded)
+    assert counter.frame_count == graphs
+
+
+def test_inductor_trains():
+    torch.manual_seed(0)
+    qconfig = tritonq.get_qconfig()
+    model = nn.Sequential(qnn.ConvBnReLU2d(3, 4, 3, qconfig=qconfig), nn.Flatten(), qnn.Linear(144, 2, qconfig=qconfig))
+    model(images(4))
+    eager = copy.deepcopy(model)
+    train(eager, eager, 2)
+    train(model, torch.compile(model, fullgraph=True), 2)
+    assert_trained_alike(model, eager)
+
+
+@pytest.mark.parametrize("name", ["residual", "resnet18"])
+def test_explain_finds_no_graph_break(name):
+    x = torch.randn(2, 3, 32, 32)
+    model = torchvision_model("resnet18") if name == "resnet18" else FloatResidual()
+    model = tritonq.prepare_qat(model, example_inputs=x).train()
+    # In a function, since explain counts a module's input hook, which quantizes the input, as a graph of its own.
+    report = torch._dynamo.explain(lambda x: model(x))(x)
+    assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons
+    assert report.op_count > 10
+
+
+def test_what_cannot_be_traced_says_so():
+    layer = qnn.Linear(3, 2, qconfig=tritonq.get_qconfig("megengine_tqt"))
+    layer(torch.randn(4, 3))
+    with pytest.raises(Exception, match="learned_scale"):
+        torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("qtype", QUANTIZED_TYPES.values(), ids=str)
+@pytest.mark.parametrize("axis", [None, 1])
+def test_types_survive_as_text(qtype, axis):
+    assert qtype_of(qtype_text(qtype.with_axis(axis))) == qtype.with_axis(axis)
+
+
+@pytest.mark.parametrize("missing", [(), ("zero_point",), ("min_val", "max_val", "nonfinite_count", "observing")])
+def test_states_survive_packing(missing):
+    names = ("scale", "zero_point", "active", "min_val", "max_val", "nonfinite_count", "observing")
+    tensors = {name: None if name in missing else torch.tensor([i]) for i, name in enumerate(names)}
+    state = QuantizerState(
+        **tensors, qtype=QUANTIZED_TYPES["qint8"], averaging_constant=0.1, rule="megengine", eps=1e-5, known=True
+    )
+    assert unpack(*pack(state)) == state
+    assert pack(None) == ([], [], "")
+    assert unpack(*pack(None)) is None
