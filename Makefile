@@ -27,7 +27,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 # torchvision, timm and triton-viz come without what they depend on: the first two would bring another build of torch,
-# the third a web server. The tests need none of that.
+# the third a web server. What the tests need of theirs is in the extra.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e '.[dev]'
 	$(PIP_INSTALL) --no-deps torchvision timm triton-viz

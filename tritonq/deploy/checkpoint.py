@@ -19,6 +19,7 @@ from tritonq.deploy.description import (
     build_module,
     describe_modules,
     difference,
+    link_operands,
 )
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule
@@ -139,6 +140,7 @@ def _rebuild(model: nn.Module, entries: list[Description], state: Mapping[str, T
             attach_hooks(placed[entry["name"]], entry)
         if entry.get("forward") is not None:
             apply_forward(placed[entry["name"]], entry["forward"])
+    link_operands(placed, entries)
     root.eval()
     _load_state(root, state)
     return root

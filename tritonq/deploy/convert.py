@@ -20,7 +20,7 @@ from tritonq.deploy.modules import (
     Quantizer,
 )
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.nn import Embedding, EmbeddingBag, QATLayer
+from tritonq.nn import Add, Embedding, EmbeddingBag, QATLayer
 from tritonq.prepare.fuse import move_hooks
 from tritonq.qparams import QuantizedType
 from tritonq.reference.fake_quant import quantize
@@ -57,6 +57,10 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
     converted = model if inplace else copy.deepcopy(model)
     with torch.no_grad():
         replacements = _replacements(converted)
+    for module in converted.modules():
+        if isinstance(module, Add):
+            a, b = (None if source is None else replacements.get(source) for source in module.input_quantizers)
+            module.set_input_quantizers(a, b)
     return swap_modules(converted, replacements).eval()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -48,7 +48,19 @@ def describe_modules(model: nn.Module) -> list[Description]:
             found.append({"name": name, **_describe(module), "hooks": _hooks(module)})
         else:
             found.append({"name": name, "kind": "alias", "of": first})
+    for entry in found:
+        if entry["kind"] == "add":
+            sources = cast(Add, model.get_submodule(entry["name"])).input_quantizers
+            entry["operands"] = [None if source is None else first_names.get(source) for source in sources]
     return found
+
+
+def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) -> None:
+    """Tell rebuilt additions again which quantizers their summands come from."""
+    for entry in entries:
+        if entry["kind"] == "add":
+            a, b = (None if name is None else modules[name] for name in entry["operands"])
+            cast(Add, modules[entry["name"]]).set_input_quantizers(a, b)
 
 
 def _describe(module: nn.Module) -> Description:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.integer import IntegerAffine, OutputGrid, integer_affine, sum_bound
 from tritonq.observers.base import FixedDtypeBuffers
-from tritonq.qparams import QuantizedType
+from tritonq.qparams import QParams, QuantizedType
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -80,6 +80,14 @@ class Quantizer(DeployedModule):
     def read_tensors(self) -> None:
         """See base class."""
         self._has_zero_point = bool(self.zero_point.any())
+
+    def is_active(self) -> bool:
+        """True: it always rounds."""
+        return True
+
+    def calculate_qparams(self) -> QParams:
+        """Its scale and zero point."""
+        return QParams(self.scale, self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; shape and dtype of ``x``."""

@@ -49,6 +49,9 @@ def onnx_form(converted: nn.Module, target: Target) -> nn.Module:
             raise ValueError(f"{type(module).__name__} {name!r} has no form in ONNX")
     model = copy.deepcopy(converted)
     quantizers = {module: name for name, module in model.named_modules() if isinstance(module, Quantizer)}
+    for module in model.modules():
+        if isinstance(module, Add):
+            module.set_input_quantizers(None, None)  # the runtime's own addition takes the place of ours
     traced: dict[nn.Module, nn.Module]
     if target == "onnxruntime":
         _absorb_relus(model, quantizers)

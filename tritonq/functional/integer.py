@@ -122,6 +122,55 @@ def integer_affine(
     return (steps.round_() if output.rounding == "half_even" else round_half_away(steps)).mul_(output.scale)
 
 
+@dataclass(frozen=True)
+class Grid:
+    """A per-tensor grid: values ``(code - zero_point) * scale``.
+
+    Attributes:
+        scale: float32, one element.
+        zero_point: int32, one element.
+        qtype: its codes and rounding.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    qtype: QuantizedType
+
+    @property
+    def offset(self) -> Tensor:
+        """Zero point of the same grid with codes from 0 on, float32."""
+        return (self.zero_point - self.qtype.quant_min).float()
+
+
+def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
+    """``a + b`` on the output's grid, before clipping, in the very steps of an integer runtime's addition.
+
+    With codes u, v from 0 on, offsets z and ratios ``r = scale / output scale``, all float32:
+    ``code = round(fma(u, r_a, fma(v, r_b, z_out - fma(z_a, r_a, r_b z_b))))``. A tie that another order of these
+    operations would turn over goes on into every layer behind it.
+
+    Args:
+        a: float tensor of values on ``grid_a``.
+        b: the same for ``grid_b``; broadcasts against ``a``.
+        grid_a: one summand's grid.
+        grid_b: the other's.
+        output: grid of the quantizer behind the addition (a ReLU between them keeps to it).
+
+    Source: the quantized addition of ONNX Runtime's kernels on x86 and Arm, compared over all pairs of codes.
+    """
+    ratio_a, ratio_b = grid_a.scale / output.scale, grid_b.scale / output.scale
+    fixed = output.offset - _multiply_add(grid_a.offset, ratio_a, grid_b.offset * ratio_b)
+    inner = _multiply_add(centred_codes(b, grid_b.scale) + grid_b.offset, ratio_b, fixed)
+    total = _multiply_add(centred_codes(a, grid_a.scale) + grid_a.offset, ratio_a, inner)
+    rounded = total.round_() if output.qtype.rounding == "half_even" else round_half_away(total)
+    return rounded.sub_(output.offset).mul_(output.scale)
+
+
+def _multiply_add(codes: Tensor, ratio: Tensor, addend: Tensor) -> Tensor:
+    """``codes * ratio + addend``, rounded to float32 once: the product is exact in float64."""
+    return (codes.double() * ratio.double() + addend.double()).float()
+
+
 def _is_direct(device: torch.device) -> bool:
     """Whether float32 convolutions here are sums of products: oneDNN on x86.
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tritonq.functional.integer import Grid, integer_add
 from tritonq.functional.residual import residual_join
 from tritonq.nn.fusable import range_state, warn_if_unobserved
+from tritonq.nn.qat import with_gradient_of
 from tritonq.qconfig import QConfig
+from tritonq.qparams import QParams, QuantizedType
 from tritonq.reference.quantizer_state import QuantizerState
 
 
@@ -21,15 +24,49 @@ class _WithOutputQuantizer(nn.Module):
         self.activation_post_process: nn.Module = nn.Identity() if qconfig is None else qconfig.activation()
 
 
+@runtime_checkable
+class GridSource(Protocol):
+    """Puts values on a grid: a fake quantizer, or what it became in deployment."""
+
+    qtype: QuantizedType
+
+    def is_active(self) -> bool:
+        """Whether it rounds."""
+
+    def calculate_qparams(self) -> QParams:
+        """Scale and zero point."""
+
+
 class Add(_WithOutputQuantizer):
-    """``FQ(relu?(a + b))``: a residual join. Without a qconfig, its output stays in float."""
+    """``FQ(relu?(a + b))``: a residual join. Without a qconfig, its output stays in float.
+
+    In eval mode, with both summands on known grids, it adds as integer runtimes do:
+    :func:`tritonq.functional.integer.integer_add`.
+    """
 
     def __init__(self, relu: bool = False, *, qconfig: QConfig | None = None) -> None:
         super().__init__(qconfig)
         self.relu = relu
+        # A tuple hides the references from nn.Module: the producers own these quantizers and their state.
+        self._input_quantizers: tuple[nn.Module | None, nn.Module | None] = (None, None)
+
+    def set_input_quantizers(self, a: nn.Module | None, b: nn.Module | None) -> None:
+        """Say which quantizers' grids the summands lie on (None: unknown)."""
+        self._input_quantizers = (a, b)
+
+    @property
+    def input_quantizers(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """The quantizers whose grids the summands lie on, where known."""
+        return self._input_quantizers
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Broadcasting sum of two tensors, fake-quantized."""
+        grids = () if self.training else tuple(map(_grid, (*self._input_quantizers, self.activation_post_process)))
+        if grids and None not in grids:
+            total = integer_add(a, b, *cast(tuple[Grid, Grid, Grid], grids)).to(a.dtype)
+            if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+                total = with_gradient_of(total, a + b)
+            return cast(Tensor, self.activation_post_process(F.relu(total) if self.relu else total))
         quantizer = range_state(self.activation_post_process)
         if quantizer is not None and _can_join(a, b, quantizer):
             y = residual_join(a, b, quantizer, self.relu)
@@ -41,6 +78,13 @@ class Add(_WithOutputQuantizer):
     def extra_repr(self) -> str:
         """Whether a ReLU is included."""
         return f"relu={self.relu}"
+
+
+def _grid(quantizer: nn.Module | None) -> Grid | None:
+    """The per-tensor grid that a quantizer puts its values on, or None."""
+    if not isinstance(quantizer, GridSource) or quantizer.qtype.axis is not None or not quantizer.is_active():
+        return None
+    return Grid(*quantizer.calculate_qparams(), quantizer.qtype)
 
 
 def _can_join(a: Tensor, b: Tensor, quantizer: QuantizerState) -> bool:

@@ -109,7 +109,7 @@ class QATLayer(nn.Module):
         exact = integer_affine(x, layer, self.linear_op, self._output_axis, self._output_grid()).to(x.dtype)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             surrogate = self.linear_op(x, self.quantized_weight(weight), bias)
-            return _WithGradientOf.apply(exact, surrogate)  # type: ignore[no-untyped-call,no-any-return]
+            return with_gradient_of(exact, surrogate)
         return exact
 
     def _output_grid(self) -> OutputGrid | None:
@@ -145,6 +145,11 @@ class QATLayer(nn.Module):
             weight_scale=scale,
             weight_zero_point=zero,
         )
+
+
+def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
+    """``value``, with the gradient of ``surrogate``."""
+    return _WithGradientOf.apply(value, surrogate)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _WithGradientOf(torch.autograd.Function):

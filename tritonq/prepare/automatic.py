@@ -144,6 +144,11 @@ class _Editor:
                 quantizer_module = self._quantizers[id(grid)]
                 known = isinstance(quantizer_module, FakeQuantizeBase)
                 module.set_input_quantizer(cast(FakeQuantizeBase, quantizer_module) if known else None)
+        for join, grids in self._plan.operands.items():
+            add = self._model.get_submodule(self.join_names[join])
+            if isinstance(add, Add) and len(grids) == 2:
+                a, b = (None if grid is None else self._quantizers.get(id(grid)) for grid in grids)
+                add.set_input_quantizers(a, b)
 
     def _graph(self, owner: str) -> ForwardGraph:
         if owner not in self._graphs:

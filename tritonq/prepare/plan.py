@@ -54,6 +54,7 @@ class Plan:
         joins: additions and concatenations to make modules of.
         quantizers: further activation quantizers.
         inputs: for each layer, by name, what put its input on a grid; absent where several did or none.
+        operands: for each addition what put its summands on grids, None where several did or none.
         erased: ReLU calls that became part of a layer or join.
         erased_modules: names of ReLU modules all of whose calls did.
         erased_nodes: owner and node of further such calls that can be taken out of a forward.
@@ -64,6 +65,7 @@ class Plan:
     joins: tuple[Join, ...]
     quantizers: tuple[Quantizer, ...]
     inputs: Mapping[str, Grid]
+    operands: Mapping[Join, tuple[Grid | None, ...]]
     erased: frozenset[int]
     erased_modules: tuple[str, ...]
     erased_nodes: tuple[tuple[str, str], ...]
@@ -110,6 +112,7 @@ class _Planner:
             joins=tuple(joins),
             quantizers=tuple(self.quantizers),
             inputs=self._inputs(layers),
+            operands={join: self._operands(join) for join in joins if join.kind == "add"},
             erased=erased,
             erased_modules=modules,
             erased_nodes=nodes,
@@ -270,6 +273,15 @@ class _Planner:
             if grids and grids[0] is not None and all(grid is grids[0] for grid in grids):
                 found[layer.name] = grids[0]
         return found
+
+    def _operands(self, join: Join) -> tuple[Grid | None, ...]:
+        """What put each operand on its grid, where that is the same in every call."""
+        calls = [operands(self.analysis.flow.calls[index], self.analysis) for index in join.calls]
+        found: list[Grid | None] = []
+        for values in zip(*calls, strict=True):
+            grids = [self._grid(value) for value in values]
+            found.append(grids[0] if all(grid is grids[0] for grid in grids) else None)
+        return tuple(found)
 
     def _reads(self, part: Layer | Join) -> list[int]:
         """The values that a layer or join reads on some grid."""

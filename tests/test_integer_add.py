@@ -1,0 +1,112 @@
+"""Additions in eval mode: ONNX Runtime's own, over all pairs of codes, and the links that prepared models keep."""
+
+import copy
+import pickle
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+import tritonq
+from tritonq.functional.integer import Grid, integer_add
+from tritonq.qparams import QuantizedType
+
+
+def runtime_sum(codes, scales, zeros):
+    """ONNX Runtime's quantized addition of two uint8 tensors."""
+    names = [("A", 0), ("B", 1), ("C", 2)]
+    constants = [helper.make_tensor(f"s{name}", TensorProto.FLOAT, [], [scales[k]]) for name, k in names]
+    constants += [helper.make_tensor(f"z{name}", TensorProto.UINT8, [], [zeros[k]]) for name, k in names]
+    node = helper.make_node("QLinearAdd", ["A", "sA", "zA", "B", "sB", "zB", "sC", "zC"], ["C"], domain="com.microsoft")
+    values = [helper.make_tensor_value_info(name, TensorProto.UINT8, [None]) for name, _ in names]
+    graph = helper.make_graph([node], "sum", values[:2], values[2:], constants)
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    onnx.checker.check_model(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"A": codes[0].numpy(), "B": codes[1].numpy()})[0])
+
+
+@pytest.mark.parametrize("zeros", [(0, 0, 0), (128, 128, 128), (128, 128, 0), (3, 77, 17)])
+def test_every_pair_of_codes_as_onnx_runtime_adds_them(zeros):
+    generator = torch.Generator().manual_seed(1)
+    pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256)).to(torch.uint8)
+    codes = [pairs[:, 0].contiguous(), pairs[:, 1].contiguous()]
+    qtype = QuantizedType(0, 255, symmetric=False)
+    for trial in range(20):
+        s = [float(v) for v in torch.rand(2, generator=generator) * 0.04 + 0.01]
+        # Scales in whole ratios make many ties.
+        scales = [*s, s[0] * (1 + trial % 3) if trial % 2 else 1.1 * (s[0] + s[1])]
+        grids = [
+            Grid(torch.tensor([scale]), torch.tensor([zero], dtype=torch.int32), qtype)
+            for scale, zero in zip(scales, zeros, strict=True)
+        ]
+        a, b = ((code.float() - grid.zero_point) * grid.scale for code, grid in zip(codes, grids, strict=False))
+        steps = integer_add(a, b, *grids) / grids[2].scale
+        ours = (steps.round() + zeros[2]).clamp(0, 255).to(torch.uint8)
+        expected = runtime_sum(codes, [float(grid.scale) for grid in grids], zeros)
+        assert torch.equal(ours, expected), trial
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        return torch.relu(x + self.conv2(x))
+
+
+@pytest.fixture
+def prepared():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6)
+    model = tritonq.prepare_qat(Residual(), example_inputs=x)
+    model(x)
+    return model, x
+
+
+def test_preparation_tells_an_addition_where_its_summands_come_from(prepared):
+    model, _ = prepared
+    expected = (model.conv1.activation_post_process, model.conv2.activation_post_process)
+    assert model.add.input_quantizers == expected
+    assert not any("input" in name for name in model.add.state_dict())
+
+
+def test_links_survive_copies_conversion_and_files(prepared, tmp_path):
+    model, x = prepared
+    model.eval()
+    converted = tritonq.convert(model)
+    tritonq.save_converted(converted, tmp_path / "model.pt")
+    loaded = tritonq.load_converted(tmp_path / "model.pt", Residual())
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), converted, copy.deepcopy(converted), loaded]
+    for twin in twins:
+        expected = (twin.conv1.activation_post_process, twin.conv2.activation_post_process)
+        assert twin.add.input_quantizers == expected
+        assert torch.equal(twin(x), model(x))
+
+
+def test_the_gradient_is_that_of_the_sum(prepared):
+    model, x = prepared
+    add = model.eval().add
+    a = model.conv1(model.input_fake_quants["x"](x)).detach().requires_grad_()
+    b = model.conv2(a).detach().requires_grad_()
+    add(a, b).sum().backward()
+    assert torch.equal(a.grad, b.grad)
+    assert set(a.grad.unique().tolist()) <= {0.0, 1.0}
+    assert a.grad.any()
+
+
+def test_a_sum_whose_grids_are_unknown_is_added_in_float(prepared):
+    model, x = prepared
+    add = model.eval().add
+    a = model.conv1(model.input_fake_quants["x"](x))
+    b = model.conv2(a)
+    exact = add(a, b)
+    assert torch.equal(exact, model(x))
+    add.set_input_quantizers(None, None)
+    assert (add(a, b) - exact).abs().max() <= 1.001 * add.activation_post_process.scale
