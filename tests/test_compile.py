@@ -12,6 +12,7 @@ import tritonq
 from qat_models import FloatResidual, images
 from tritonq import nn as qnn
 from tritonq.functional.traced.text import pack, qtype_of, qtype_text, unpack
+from tritonq.nn.conv_bn import QATBatchNormLayer
 from tritonq.qparams import QUANTIZED_TYPES
 from tritonq.reference.quantizer_state import QuantizerState
 from vision_models import torchvision_model
@@ -72,6 +73,21 @@ def test_a_training_step_is_one_graph_and_equals_eager(preset, channels_last, ob
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2 * float(model.head.activation_post_process.scale))
     assert_trained_alike(model, eager)
     assert int(model.stem[0].bn.num_batches_tracked) == 3 + observed
+
+
+@pytest.mark.parametrize(("mode", "bfloat16"), [("approximate", True), ("corrected", False)])
+def test_mixed_precision_and_other_modes_equal_eager(mode, bfloat16):
+    model = prepared()
+    for layer in model.modules():
+        if isinstance(layer, QATBatchNormLayer):
+            layer.mode = mode
+    model(images(8, seed=9))
+    eager = copy.deepcopy(model)
+    for called in (eager, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            y = called(images(8))
+        y.float().square().mean().backward()
+    assert_trained_alike(model, eager)
 
 
 def test_switches_work_in_a_compiled_model():

@@ -39,7 +39,7 @@ def folded_backward(
     scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See the reference; overwrites nothing."""
-    return _folded_backward(dcodes, rows, fold, unit, *pack(state), clips)
+    return _folded_backward(dcodes, rows, fold, unit, *pack(state), clips)  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("tritonq::quantize_folded", mutates_args=("buffers",))
