@@ -32,6 +32,9 @@ COMMANDS = {
     "train": Command(
         "tritonq.cli.train", "quantization-aware training of your own model on a folder of images, with resume", "demo"
     ),
+    "report": Command(
+        "tritonq.report.run", "one page that shows what quantization costs, layer by layer, worst first", "demo"
+    ),
     "bench": Command(
         "tritonq.perf.runner", "time operators and training steps against other implementations", "report"
     ),

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.cli.data import Images, load_digits, load_folder
+from tritonq.cli.models import Recipe, save_training
 from tritonq.demo.model import SmallResNet
 from tritonq.demo.picture import draw
 from tritonq.demo.training import History, accuracy, logits, train
 from tritonq.deploy import VerificationReport, convert, export_onnx, save_converted, verify
 from tritonq.nn import QATLayer
 from tritonq.prepare import disable_observer, freeze_bn_stats, prepare_qat
-from tritonq.qconfig import DEFAULT_PRESET, PRESETS, get_qconfig
+from tritonq.qconfig import DEFAULT_PRESET, PRESETS, QConfig, get_qconfig
+from tritonq.qconfig_files import mapping_to_data
+from tritonq.qconfig_mapping import QConfigMapping
+from tritonq.report.run import DEMO_FILE
 
 FLOAT_LEARNING_RATE = 0.05
 _QAT_LEARNING_RATE = 0.005
@@ -32,6 +36,7 @@ class Files:
     """What a run writes, in one folder."""
 
     float_model: Path
+    qat_model: Path
     converted: Path
     onnx: Path
     picture: Path
@@ -40,7 +45,8 @@ class Files:
     def inside(cls, folder: Path) -> Files:
         """Their names in ``folder``, which is created."""
         folder.mkdir(parents=True, exist_ok=True)
-        return cls(folder / "model.float.pt", folder / "model.int8.pt", folder / "model.onnx", folder / "demo.png")
+        names = ("model.float.pt", DEMO_FILE, "model.int8.pt", "model.onnx", "demo.png")
+        return cls(*(folder / name for name in names))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +127,7 @@ def run(arguments: argparse.Namespace) -> Result:
 
     qat = prepare_qat(model, qconfig=qconfig, example_inputs=example)
     qat_run = fine_tune(qat, data, arguments.qat_epochs)
+    save_training(files.qat_model, _recipe(qconfig, data), {"state_dict": qat.state_dict()})
     converted = convert(qat)
     save_converted(converted, files.converted)
     export_onnx(converted, files.onnx, example)
@@ -139,6 +146,14 @@ def run(arguments: argparse.Namespace) -> Result:
         ),
     )
     return Result(stages, files)
+
+
+def _recipe(qconfig: QConfig, data: Images) -> Recipe:
+    """How `python -m tritonq report` makes this model again."""
+    channels, _, size = data.train_images.shape[1:]
+    arguments = (f"in_channels={channels}", f"classes={len(data.classes)}")
+    mapping = mapping_to_data(QConfigMapping().set_global(qconfig))
+    return Recipe("tritonq.demo.model:SmallResNet", arguments, mapping, channels, size)
 
 
 def fine_tune(qat: nn.Module, data: Images, epochs: int) -> History:

@@ -1,0 +1,248 @@
+"""The report measures what it says, and its page stands alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from torch import nn
+
+import tritonq
+from qat_models import FloatResidual, assert_same_state, images, state_of
+from tritonq.__main__ import main
+from tritonq.cli.data import load_images
+from tritonq.cli.models import Recipe, find_qconfig, save_training
+from tritonq.demo.model import SmallResNet
+from tritonq.qconfig_files import mapping_to_data
+from tritonq.report.drawing import histogram
+from tritonq.report.measure import BINS, MARGIN, measure
+from tritonq.report.page import render
+from tritonq.report.run import DEMO_FILE, DEMO_MODEL
+
+ARGUMENTS = ("in_channels=1", "classes=10", "width=4")
+QCONFIG = mapping_to_data(find_qconfig("tensorrt"))
+RECIPE = Recipe(DEMO_MODEL, ARGUMENTS, QCONFIG, 1, 8)
+
+
+def calibrated():
+    torch.manual_seed(0)
+    model = RECIPE.prepare()
+    return tritonq.calibrate(model, load_images("digits").train_images[::9])
+
+
+@pytest.fixture(scope="module")
+def data():
+    torch.set_num_threads(1)
+    return load_images("digits")
+
+
+@pytest.fixture
+def measured(data):
+    return measure(calibrated(), data.test_images[::20], data.test_labels[::20])
+
+
+def layer_of(measured, name):
+    return next(layer for layer in measured.layers if layer.name == name)
+
+
+def test_layers_are_all_there_worst_first(measured):
+    names = {layer.name for layer in measured.layers}
+    assert names == {
+        *("input_fake_quants.x", "stem.0", "block1.depthwise", "block1.pointwise", "block1.add", "down.0"),
+        *("block2.depthwise", "block2.pointwise", "block2.add", "pool", "head"),
+    }
+    errors = [layer.sensitivity for layer in measured.layers]
+    assert errors == sorted(errors, reverse=True)
+    assert 0 < min(errors) < max(errors) < 1
+    assert layer_of(measured, "input_fake_quants.x").position == 1
+    assert layer_of(measured, "head").position == len(names)
+    assert [tensor.role for tensor in layer_of(measured, "stem.0").tensors] == ["weight", "output"]
+
+
+def test_noise_clipping_and_counts_by_hand(data):
+    model = calibrated().eval()
+    quantizer = model.input_fake_quants.x
+    quantizer.scale.mul_(0.5)  # half of the range that was observed
+    x, scale = data.test_images[::20], float(quantizer.scale)
+    found = layer_of(measure(model, x, data.test_labels[::20]), "input_fake_quants.x").tensors[0]
+    codes = x.double() / scale
+    rounded = codes.round().clamp(-128, 127) * scale
+    sqnr = 10 * math.log10(float(x.double().square().sum() / (x.double() - rounded).square().sum()))
+    assert found.sqnr == pytest.approx(sqnr, abs=1e-3)
+    assert found.clipped == pytest.approx(float(((codes > 127.5) | (codes < -128.5)).double().mean()), abs=1e-6)
+    assert found.clipped > 0.05
+    assert (found.low, found.high) == (float(x.min()), float(x.max()))
+    assert sum(found.counts) == x.numel()
+    assert sum(found.counts[:MARGIN]) + sum(found.counts[MARGIN + BINS :]) == round(found.clipped * x.numel())
+
+
+def test_weights_are_the_folded_ones(measured):
+    model = calibrated().eval()
+    weight = model.stem[0].folded_parameters()[0].detach().double()
+    scale = model.stem[0].weight_fake_quant.scale.double().view(-1, 1, 1, 1)
+    error = weight - (weight / scale).round().clamp(-127, 127) * scale
+    found = layer_of(measured, "stem.0").worst("weight")
+    assert found.sqnr == pytest.approx(10 * math.log10(float(weight.square().sum() / error.square().sum())), abs=1e-2)
+    assert found.clipped == 0
+    assert sum(found.counts[:MARGIN]) == sum(found.counts[MARGIN + BINS :]) == 0
+
+
+def test_a_damaged_layer_comes_first(data):
+    model = calibrated()
+    model.down[0].activation_post_process.scale.mul_(0.02)
+    found = measure(model, data.test_images[::20], data.test_labels[::20])
+    assert found.layers[0].name == "down.0"
+    assert found.layers[0].clipped > 0.3
+    assert found.error == pytest.approx(found.layers[0].sensitivity, rel=0.5)
+    assert "loses" in render(found, "digits", "test")
+
+
+def test_what_is_switched_off_makes_no_error(data):
+    model = calibrated()
+    for name, module in model.named_modules():
+        if isinstance(module, tritonq.FakeQuantize) and not name.startswith("head"):
+            module.disable_fake_quant()
+    found = measure(model, data.test_images[::20], data.test_labels[::20])
+    assert [layer.name for layer in found.layers if layer.sensitivity > 0] == ["head"]
+    assert found.error == pytest.approx(found.layers[0].sensitivity, rel=1e-3)
+
+
+def test_the_model_is_left_as_it_was(data):
+    model = calibrated().train()
+    before = state_of(model)
+    measure(model, data.test_images[:8], data.test_labels[:8])
+    assert_same_state(before, state_of(model))
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (FloatResidual, "call prepare_qat first"),
+        (lambda: tritonq.prepare_qat(FloatResidual(), example_inputs=images(2)), "has observed anything"),
+        (
+            lambda: tritonq.prepare_qat(
+                FloatResidual(), qconfig=tritonq.get_qconfig("f8net"), example_inputs=images(2)
+            ),
+            "of fixed point",
+        ),
+    ],
+)
+def test_models_that_cannot_be_measured(make, message):
+    with pytest.raises(ValueError, match=message):
+        measure(make(), images(4), torch.zeros(4))
+
+
+class Page(HTMLParser):
+    """Every element of a page, and whether each is closed where it should be."""
+
+    VOID = frozenset({"meta", "rect", "circle", "path"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open, self.links, self.ids = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.found.append((tag, attributes))
+        self.links += [value for key, value in attributes.items() if key in ("href", "src", "action", "data")]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def test_the_page_stands_alone_and_can_be_read_aloud(measured):
+    text = render(measured, "digits & letters", "a <model>")
+    page = Page(text)
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert not re.search(r"https?:|@import|url\(|//[a-z]", text)
+    assert "a &lt;model&gt;" in text
+    assert "digits &amp; letters" in text
+    assert page.all("html") == [{"lang": "en"}]
+    assert len(page.ids) == len(set(page.ids))
+    for drawing in page.all("svg"):
+        assert drawing.get("aria-hidden") == "true" or (drawing["role"] == "img" and drawing["aria-label"])
+    assert len(page.all("main")) == len(page.all("h1")) == len(page.all("caption")) == 1
+    assert all(head["scope"] in ("col", "row") for head in page.all("th"))
+    rows = [row["id"] for row in page.all("tr") if "id" in row]
+    assert rows == [f"layer-{layer.position}" for layer in measured.layers]
+    drawn = [drawing for drawing in page.all("svg") if drawing.get("class") == "histogram"]
+    assert len(drawn) == sum(len(layer.tensors) for layer in measured.layers)
+
+
+def test_clipped_values_are_drawn_apart(measured):
+    tensor = layer_of(measured, "input_fake_quants.x").tensors[0]
+    assert 'class="clip"' not in histogram(tensor)
+    counts = list(tensor.counts)
+    counts[MARGIN - 20] = 5
+    assert histogram(tensor.__class__(**{**vars(tensor), "counts": tuple(counts)})).count('class="clip"') == 1
+
+
+def report(*words):
+    return main(["report", *map(str, words)])
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "demo-output"
+    folder.mkdir()
+    save_training(folder / DEMO_FILE, RECIPE, {"state_dict": calibrated().state_dict()})
+    return folder / DEMO_FILE
+
+
+def test_the_demos_output_and_a_checkpoint_give_one_page(checkpoint, tmp_path, capsys):
+    one, other = tmp_path / "one.html", tmp_path / "other.html"
+    assert report(checkpoint.parent, "digits", "--images", 40, "--output", one) == 0
+    assert report(DEMO_MODEL, "digits", "--images", 40, "--checkpoint", checkpoint, "--output", other) == 0
+    assert one.read_text() == other.read_text()
+    assert "40 images" in one.read_text()
+    assert "error from" in capsys.readouterr().out
+
+
+def test_a_factory_alone_is_calibrated(tmp_path):
+    words = [f"--model-arg={word}" for word in ARGUMENTS]
+    assert report(DEMO_MODEL, "digits", *words, "--images", 40, "--output", tmp_path / "r.html") == 0
+    assert "calibrated" in (tmp_path / "r.html").read_text()
+
+
+def test_bad_input_ends_in_one_line(checkpoint, tmp_path, capsys):
+    foreign = tmp_path / "foreign.pt"
+    state = tritonq.prepare_qat(SmallResNet(1, 10, 8), example_inputs=torch.zeros(2, 1, 8, 8)).state_dict()
+    save_training(foreign, RECIPE, {"state_dict": state})
+    code = tmp_path / "code.pt"
+    save_training(code, Recipe("os:getcwd", (), QCONFIG, 1, 8), {"state_dict": state})
+    for words, message in (
+        ([tmp_path, "digits"], "is no output of the demo"),
+        ([DEMO_MODEL, "digits", "--checkpoint", foreign], "of another architecture: 'stem.0.weight' has shape"),
+        ([DEMO_MODEL, "digits", "--checkpoint", code], "was made with os:getcwd"),
+        ([DEMO_MODEL, "digits", "--checkpoint", tmp_path / "none.pt"], "none.pt can't be read"),
+        ([DEMO_MODEL, tmp_path / "none", "--checkpoint", checkpoint], "is not a folder"),
+        ([DEMO_MODEL, "digits", "--images", "0"], "at least one image"),
+    ):
+        assert report(*words, "--output", tmp_path / "r.html") == 1
+        printed = capsys.readouterr().err.strip().splitlines()
+        assert message in printed[-1]
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_layers_in_float_are_listed(data):
+    mapping = tritonq.QConfigMapping().set_global(tritonq.get_qconfig()).set_last_layer(None)
+    model = tritonq.prepare_qat(SmallResNet(1, 10, 4), qconfig=mapping, example_inputs=data.train_images[:2])
+    tritonq.calibrate(model, data.train_images[:32])
+    text = render(measure(model, data.test_images[:8], data.test_labels[:8]), "digits", "test")
+    assert isinstance(model.head, nn.Linear)
+    assert "its qconfig is None" in text
