@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from tritonq.__main__ import main
-from tritonq.demo import run as demo
 from tritonq.cli.data import load_digits, load_folder
+from tritonq.demo import run as demo
 
 
 def arguments(*words):
