@@ -35,6 +35,7 @@ COMMANDS = {
     "report": Command(
         "tritonq.report.run", "one page that shows what quantization costs, layer by layer, worst first", "demo"
     ),
+    "doctor": Command("tritonq.cli.doctor", "versions, GPUs, the backend that runs and why, tuned tables", "report"),
     "bench": Command(
         "tritonq.perf.runner", "time operators and training steps against other implementations", "report"
     ),

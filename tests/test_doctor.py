@@ -1,0 +1,77 @@
+"""`python -m tritonq doctor` says what is there and ends with 1 where something is broken."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+
+import pytest
+import torch
+
+import tritonq
+from tritonq.__main__ import COMMANDS, main
+from tritonq.cli import doctor
+
+launch = pytest.importorskip("tritonq.kernels.launch")
+
+
+def findings():
+    return {(finding.topic, finding.name): finding for finding in doctor.examine()}
+
+
+def test_it_prints_every_topic(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if not line.startswith(" ")] == [
+        *("versions", "devices", "backend", "launch sizes", "no problem found")
+    ]
+    assert torch.__version__ in printed
+
+
+def test_the_backend_and_its_reason():
+    found = findings()["backend", "float32 on cpu"].value
+    assert found == "torch: kernels run on CUDA and HIP tensors, got one on cpu"
+    assert "float64" in findings()["backend", "float64 anywhere"].value
+    with tritonq.use_backend("torch"):
+        assert findings()["backend", "float32 on cpu"].value.startswith("torch: ")
+
+
+def test_missing_and_old_packages(monkeypatch, capsys):
+    real = metadata.version
+
+    def version(name):
+        if name == "onnx":
+            raise metadata.PackageNotFoundError(name)
+        return "2.9.1+cpu" if name == "torch" else real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "onnx" in printed
+    assert "not installed; for export_onnx" in printed
+    assert "2.9.1+cpu  [problem: at least 2.11 is needed]" in printed
+    assert "1 problem found" in printed
+
+
+def test_tables_good_and_damaged(monkeypatch, tmp_path, capsys):
+    content = {"version": launch.TABLE_VERSION, "gpu": "NVIDIA H200", "kernels": {"fake_quantize": {}}}
+    (tmp_path / "nvidia_h200.json").write_text(json.dumps(content))
+    monkeypatch.setattr(launch, "TABLES", tmp_path)
+    assert "for another GPU" in findings()["launch sizes", "nvidia_h200.json"].value
+    (tmp_path / "broken.json").write_text("{")
+    assert main(["doctor"]) == 1
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_versions_compare_as_numbers():
+    assert doctor._numbers("2.13.0+cpu") == (2, 13, 0)
+    assert doctor._numbers("2.9.1") < doctor._numbers("2.11")
+    assert doctor._numbers("3.6rc1") == (3, 6)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert COMMANDS[command].summary.split()[0] in capsys.readouterr().out

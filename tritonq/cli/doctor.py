@@ -1,0 +1,168 @@
+"""What tritonq finds on this machine: versions, GPUs, the backend that calls take and why, tables of launch sizes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from tritonq.backend import has_triton, is_interpreting, select
+
+# Distribution, the oldest version that pyproject.toml allows, what needs it.
+_PACKAGES = (
+    ("tritonq", None, "this package"),
+    ("torch", "2.11", "everything"),
+    ("triton", "3.6", "kernels; without it everything runs on PyTorch"),
+    ("numpy", None, "everything"),
+    ("onnx", None, "export_onnx: pip install 'tritonq[onnx]'"),
+    ("onnxscript", None, "export_onnx: pip install 'tritonq[onnx]'"),
+    ("onnxruntime", None, "verify of ONNX files: pip install 'tritonq[onnx]'"),
+    ("matplotlib", None, "plots: pip install 'tritonq[report]'"),
+    ("tqdm", None, "train, report, bench: pip install 'tritonq[report]'"),
+    ("scikit-learn", None, "the digits: pip install 'tritonq[demo]'"),
+    ("pillow", None, "folders of images: pip install 'tritonq[demo]'"),
+)
+_REQUIRED = ("torch", "numpy")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line.
+
+    Attributes:
+        topic: heading that it stands under.
+        name: what was looked at.
+        value: what was found.
+        problem: why that is wrong, or "".
+    """
+
+    topic: str
+    name: str
+    value: str
+    problem: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``python -m tritonq doctor``: none."""
+    parser.epilog = "Takes no options. Ends with status 1 where something is broken; an extra that is absent is not."
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the findings; 0 unless one is a problem."""
+    findings = list(examine())
+    width = max(len(finding.name) for finding in findings)
+    topic = ""
+    for finding in findings:
+        if finding.topic != topic:
+            topic = finding.topic
+            print(f"{topic}")
+        print(
+            f"  {finding.name:{width}}  {finding.value}"
+            + (f"  [problem: {finding.problem}]" if finding.problem else "")
+        )
+    problems = sum(bool(finding.problem) for finding in findings)
+    print(f"{problems} problem{'s' if problems != 1 else ''} found" if problems else "no problem found")
+    return 1 if problems else 0
+
+
+def examine() -> Iterator[Finding]:
+    """Everything, in the order in which it is printed."""
+    yield from _versions()
+    yield from _devices()
+    yield from _backends()
+    yield from _tables()
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("versions", "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name, least, needed_for in _PACKAGES:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            absent = "required" if name in _REQUIRED else ""
+            yield Finding("versions", name, f"not installed; for {needed_for}", absent)
+            continue
+        old = least is not None and _numbers(version) < _numbers(least)
+        yield Finding("versions", name, version, f"at least {least} is needed" if old else "")
+
+
+def _devices() -> Iterator[Finding]:
+    build = (torch.version.cuda and f"CUDA {torch.version.cuda}") or (torch.version.hip and f"HIP {torch.version.hip}")
+    yield Finding("devices", "torch was built for", build or "CPU alone")
+    yield Finding("devices", "CPU threads", str(torch.get_num_threads()))
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} multiprocessors"
+        yield Finding(
+            "devices", f"cuda:{index}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}"
+        )
+    if not torch.cuda.device_count():
+        yield Finding("devices", "GPU", "none that torch can use")
+
+
+def _backends() -> Iterator[Finding]:
+    if is_interpreting():
+        yield Finding("backend", "TRITON_INTERPRET", "1: kernels run in Triton's interpreter, on CPU tensors, slowly")
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    for device in devices:
+        x = torch.zeros(1, device=device)
+        wrong = "kernels would be faster here" if device != "cpu" and select(x) == "torch" else ""
+        yield Finding("backend", f"float32 on {device}", _choice(x), wrong)
+    yield Finding("backend", "float64 anywhere", _choice(torch.zeros(1, device=devices[-1], dtype=torch.float64)))
+
+
+def _choice(x: Tensor) -> str:
+    """The backend of a call on ``x``, and why it is that one."""
+    chosen = select(x)
+    if chosen == "triton":
+        return "triton: the tensor is on a GPU" if x.is_cuda else "triton: its interpreter is switched on"
+    try:
+        select(x, "triton")
+    except RuntimeError as error:
+        return f"torch: {str(error).partition(': ')[2]}"
+    return "torch: use_backend asks for it"
+
+
+def _tables() -> Iterator[Finding]:
+    if not has_triton() or importlib.util.find_spec("tritonq.kernels") is None:
+        yield Finding("launch sizes", "tables", "not used: no kernels without triton")
+        return
+    from tritonq.kernels.launch import TABLES, gpu_file_stem, load_table
+
+    names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    for name in sorted(names):
+        path = TABLES / f"{gpu_file_stem(name)}.json"
+        if not path.exists():
+            yield Finding(
+                "launch sizes", name, f"no {path.name}: defaults are used; `python -m tritonq tune` makes one"
+            )
+    paths = sorted(TABLES.glob("*.json"))
+    for path in paths:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load_table.cache_clear()
+            table = load_table(path)
+        entries = sum(len(sizes) for sizes in table.values())
+        used = "used here" if path.stem in map(gpu_file_stem, names) else "for another GPU"
+        damaged = str(caught[0].message) if caught else ""
+        yield Finding("launch sizes", path.name, f"{entries} entries for {len(table)} kernels, {used}", damaged)
+    if not paths:
+        yield Finding("launch sizes", "tables", f"none in {TABLES}: defaults are used")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: ``"2.13.0+cpu"`` gives (2, 13, 0)."""
+    numbers = []
+    for part in version.split("+")[0].split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)
