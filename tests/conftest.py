@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from worker import Worker, in_worker
@@ -16,6 +17,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 )
 settings.load_profile("tritonq")
+
+# Sums over threads depend on their number; and tests run side by side, a core each.
+torch.set_num_threads(1)
 
 _workers: dict[str, Worker] = {}
 
