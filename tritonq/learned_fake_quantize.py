@@ -365,7 +365,7 @@ class ClippedFakeQuantize(LearnedFakeQuantize):
 
     Examples:
         >>> quantizer = ClippedFakeQuantize(dtype="quint4")
-        >>> quantizer(torch.tensor([-1.0, 0.5, 3.0]))
+        >>> quantizer(torch.tensor([0.0, 0.65, 3.0])).detach()
         tensor([0.0000, 0.6000, 3.0000])
     """
 
