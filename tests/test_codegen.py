@@ -25,13 +25,26 @@ if is_interpreting():
 _BRIEF = (torch.float32, torch.bfloat16)
 
 
+# What is not as it should be yet, listed in perf/README.md too: a fault that is gone fails the test like a new one.
+_KNOWN_FAULTS = {
+    ("learned_backward/weight tqt", "cuda:80"): "only 67% of the data moves by 128-bit accesses",
+    ("prefix_histogram/flat", "hip:gfx942"): "spills",
+}
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("target", codegen.TARGETS)
 def test_compiles_as_it_should(case: CodegenCase, target: str) -> None:
     budgeted = target == json.loads(codegen.BUDGET_FILE.read_text())["target"]
     report = list(codegen.rows([case], [target], case.dtypes if budgeted else _BRIEF))
     assert {row.kernel for row in report} >= {case.kernel}
-    assert [fault for row in report for fault in row.faults()] == []
+    faults = [fault for row in report for fault in row.faults()]
+    known = _KNOWN_FAULTS.get((case.name, target))
+    if known is not None:
+        assert faults
+        assert [fault for fault in faults if known not in fault] == []
+        return
+    assert faults == []
     for row in report:
         if row.kernel == case.kernel:
             assert row.access_bits == 128
