@@ -8,6 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import tritonq
+from op_tester import OpTester
+from quantizer_states import assert_same_state, quantizer_state
+from tritonq.backend import implementation
+from tritonq.qparams import QINT8, QUINT8
 from tritonq.reference import residual
 
 SHAPES = [(3, 5, 7, 2), (1,), (2, 16), (3, 1, 5), (2, 3, 2, 3, 2), (0, 4), ()]
@@ -130,14 +134,14 @@ def test_saves_one_bit_per_element():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         a, b, _ = tensors((8, 100))
         pair(True)[0](a.requires_grad_(), b)
-    assert sum(t.untyped_storage().nbytes() for t in saved) == 100
+    assert sum(t.untyped_storage().nbytes() for t in saved) == 112
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1001])
 def test_packed_bits_survive(count):
     bits = torch.randint(0, 2, (count,)).float()
     mask = residual.pack(bits)
-    assert mask.numel() == -(-count // 8)
+    assert mask.numel() == 16 * -(-count // 128)
     assert torch.equal((residual.unpack(mask, count) != 0).float(), bits)
 
 
@@ -153,3 +157,48 @@ def test_broadcasting_sums_take_the_long_way():
 def test_without_a_qconfig_it_only_adds():
     a, b, _ = tensors((4, 5))
     assert torch.equal(tritonq.nn.Add(relu=True)(a, b), F.relu(a + b))
+
+
+class TestBackends(OpTester):
+    @pytest.fixture(autouse=True)
+    def short_blocks(self, backend, monkeypatch):
+        if backend == "interpreter":
+            from tritonq.kernels import residual as kernels
+
+            monkeypatch.setattr(kernels, "_BLOCK", 32)
+            monkeypatch.setattr(kernels, "_RANGE_BLOCK", 64)
+
+    @pytest.mark.parametrize("shape", [*SHAPES, (7, 131)], ids=str)
+    @pytest.mark.parametrize(("qtype", "relu"), [(QINT8, True), (QUINT8, False), (None, True)])
+    def test_equals_the_pytorch_path(self, shape, qtype, relu, use, device):
+        mine, other = (None if qtype is None else quantizer_state(qtype, device=device) for _ in range(2))
+        for seed, dtype in ((0, torch.float32), (1, torch.bfloat16), (2, torch.float16)):
+            a, b, dy = (t.to(device) for t in tensors(shape, dtype, seed))
+            if a.numel() > 20:
+                a.view(-1)[[3, 9, 15]] = torch.tensor([torch.nan, torch.inf, -torch.inf], device=device).to(dtype)
+            ops = implementation("residual", a, use)
+            y, mask = ops.forward(a, b, mine, relu)
+            z, expected = residual.forward(a, b, other, relu)
+            # The interpreter truncates where a GPU rounds to bfloat16.
+            close = {"rtol": 2**-7, "atol": 0} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 0}
+            torch.testing.assert_close(y, z, equal_nan=True, **close)
+            assert torch.equal(residual.unpack(mask, a.numel()), residual.unpack(expected, a.numel()))
+            assert torch.equal(ops.backward(dy, mask), residual.backward(dy, expected))
+            if mine is not None:
+                assert_same_state(mine, other)
+
+    def test_layouts(self, use, device):
+        a, b, _ = (t.to(device) for t in tensors((2, 4, 3, 5)))
+        last = a.contiguous(memory_format=torch.channels_last)
+        for p, q in (
+            (last, b),
+            (a, b.contiguous(memory_format=torch.channels_last)),
+            (last, last),
+            (a[:, ::2], b[:, ::2]),
+        ):
+            ops = implementation("residual", p, use)
+            y, mask = ops.forward(p, q, quantizer_state(QINT8, device=device), True)
+            z, expected = residual.forward(p, q, quantizer_state(QINT8, device=device), True)
+            assert torch.equal(y, z)
+            dy = torch.randn_like(y)
+            assert torch.equal(ops.backward(dy, mask), residual.backward(dy, expected))

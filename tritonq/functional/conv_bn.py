@@ -94,8 +94,10 @@ class _ConvBn(torch.autograd.Function):
     ) -> Tensor:
         fold, inverse_std = _fold_of_step(step, gamma, torch.promote_types(x.dtype, torch.float32))
         ctx.weights, ctx.tail = implementation("weight", x), implementation("conv_bn", x)
-        quantized = ctx.weights.quantize_folded(step.op.to_rows(weight), fold, step.weight_quantizer)
-        codes, unit = fit_codes(quantized.codes, quantized.unit, x.dtype)
+        codes, unit, clips, weight_quantizer = ctx.weights.quantize_folded(
+            step.op.to_rows(weight), fold, step.weight_quantizer
+        )
+        codes, unit = fit_codes(codes, unit, x.dtype)
         c = step.op(x, step.op.from_rows(codes))
         del codes
         check_count(c)
@@ -104,16 +106,16 @@ class _ConvBn(torch.autograd.Function):
         )
         if any(ctx.needs_input_grad):
             kept = keep(x, step.input_grid)
-            ctx.step, ctx.clips, ctx.x_dtype = step, quantized.clips, x.dtype
+            ctx.step, ctx.clips, ctx.x_dtype = step, clips, x.dtype
             ctx.bias_dtype, ctx.beta_dtype = (t.dtype if t is not None else None for t in (bias, beta))
             ctx.save_for_backward(
                 *(weight, gamma, c, fold, unit, inverse_std),
                 *kept.tensors,
                 *normalization,
-                *_qparams(quantized.state),
+                *_qparams(weight_quantizer),
                 *_qparams(quantizer),
             )
-        return _not_a_view(y)
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
@@ -133,8 +135,8 @@ class _ConvBn(torch.autograd.Function):
             rows = step.op.to_rows(weight)
             codes, row_codes = weight, None
             if needs_x:
-                quantized = ctx.weights.folded_codes(rows, fold, weight_quantizer)
-                row_codes, _ = fit_codes(quantized.codes, quantized.unit, c.dtype)
+                row_codes, code_unit, *_ = ctx.weights.folded_codes(rows, fold, weight_quantizer)
+                row_codes, _ = fit_codes(row_codes, code_unit, c.dtype)
                 codes = step.op.from_rows(row_codes)
             x = restore(kept) if needs_weight or needs_gamma else kept.values
             dx, dcodes = step.op.backward(dc, x, codes, needs_x, needs_weight or needs_gamma)
@@ -148,15 +150,6 @@ class _ConvBn(torch.autograd.Function):
         dbias = torch.zeros_like(sum_g, dtype=ctx.bias_dtype) if needs_bias else None
         dbeta = sum_g.to(ctx.beta_dtype) if needs_beta else None
         return dx, dweight, dbias, dgamma, dbeta, None
-
-
-def _not_a_view(y: Tensor) -> Tensor:
-    """``y`` on the same memory: autograd refuses in-place changes (an in-place ReLU6, say) of a Function's view."""
-    if torch.compiler.is_compiling() or not y._is_view():
-        return y
-    return torch.empty(0, dtype=y.dtype, device=y.device).set_(
-        y.untyped_storage(), y.storage_offset(), y.shape, y.stride()
-    )
 
 
 def nonzero_fold(norm: BatchNormState, gamma: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -215,4 +208,4 @@ def _with_qparams(state: QuantizerState | None, saved: list[Tensor]) -> Quantize
     if state is None:
         return None
     scale, zero_point, active = saved
-    return QuantizerState(scale, zero_point, active, state.qtype)
+    return QuantizerState(scale, zero_point, active, state.qtype, known=True)

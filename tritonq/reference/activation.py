@@ -69,8 +69,8 @@ def straight_through_(dy: Tensor, y: Tensor, state: QuantizerState | None, relu:
         return dy
     if relu:
         low = max(low, 0.0)
-    # Strictly between the bounds; NaN compares as inside, so that it is moved out first.
-    y.nan_to_num_(torch.inf, torch.inf, -torch.inf)
+    # Strictly between the bounds; NaN compares as inside, so that it is moved out first, and an infinite y in.
+    y.nan_to_num_(-torch.inf, torch.finfo(y.dtype).max, -torch.inf)
     return torch.ops.aten.hardtanh_backward.grad_input(dy, y, low, high, grad_input=y)  # type: ignore[no-any-return]
 
 

@@ -109,6 +109,14 @@ def forward(
     return TailResult(quantize_(y, frozen, relu).to(c.dtype), result, frozen)
 
 
+def apply(c: Tensor, slope: Tensor, shift: Tensor, quantizer: QuantizerState | None, relu: bool) -> Tensor:
+    """``FQ(relu?(slope · c + shift))`` with the quantizer's present qparams: the last pass of :func:`forward`."""
+    c = dense(c)
+    y = affine(c.to(slope.dtype), slope, shift)
+    y = (y.relu_() if relu else y) if quantizer is None else quantize_(y, quantizer, relu)
+    return y.to(c.dtype)
+
+
 def finish(
     mean: Tensor,
     var: Tensor,
@@ -202,17 +210,16 @@ def backward(
 def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance per channel, two passes, and a tensor shaped as ``c`` that may be overwritten."""
     count = max(1, c.numel() // max(1, c.shape[1]))
+    centred = torch.empty_like(c)
     if _channels_are_outer(c):
-        flat = c.flatten(2)
+        flat, out = c.flatten(2), centred.flatten(2)
         mean = flat.sum(2).sum(0) / count
-        centred = flat - mean[:, None]
-        var = torch.linalg.vector_norm(centred, dim=2).square_().sum(0) / count
-        return mean, var, centred.view(c.shape)
-    rows = _rows(c)
+        torch.sub(flat, mean[:, None], out=out)
+        return mean, torch.linalg.vector_norm(out, dim=2).square_().sum(0) / count, centred
+    rows, out = _rows(c), _rows(centred)
     mean = rows.sum(0) / count
-    centred = rows - mean
-    var = torch.mul(centred, centred, out=centred).sum(0) / count
-    return mean, var, _unrows(centred, c)
+    torch.sub(rows, mean, out=out)
+    return mean, torch.mul(out, out, out=out).sum(0) / count, centred
 
 
 def affine(c: Tensor, slope: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:

@@ -12,6 +12,8 @@ from tritonq.reference.activation import observe, quantize_, straight_through_
 from tritonq.reference.quantizer_state import QuantizerState
 
 _BITS = 8
+# Planes start where a kernel can read 128 bits at a time.
+_ALIGNMENT = 16
 
 
 class Join(NamedTuple):
@@ -19,12 +21,12 @@ class Join(NamedTuple):
 
     Attributes:
         y: shaped as the inputs; dense.
-        mask: uint8, ceil(n / 8) of them. The elements of ``y`` in memory order are cut into eight planes of that
-            length; plane i is bit i of every byte. None where every gradient passes.
+        mask: uint8, ceil(n / 8) of them, rounded up to a multiple of 16. The elements of ``y`` in memory order are cut
+            into eight planes of that length; plane i is bit i of every byte.
     """
 
     y: Tensor
-    mask: Tensor | None
+    mask: Tensor
 
 
 def forward(a: Tensor, b: Tensor, quantizer: QuantizerState | None, relu: bool) -> Join:
@@ -65,7 +67,7 @@ def backward(dy: Tensor, mask: Tensor) -> Tensor:
 
 def pack(passes: Tensor) -> Tensor:
     """One bit for each element of a vector of 0.0 and 1.0; see :class:`Join`."""
-    length = -(-passes.numel() // _BITS)
+    length = -(-passes.numel() // (_BITS * _ALIGNMENT)) * _ALIGNMENT
     planes = F.pad(passes, (0, length * _BITS - passes.numel())).view(_BITS, length)
     byte = planes[0].clone()
     for i in range(1, _BITS):

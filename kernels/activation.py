@@ -1,0 +1,239 @@
+"""The end of an operator that computes an activation: observe its range, then ReLU and fake quantization.
+
+The range kernel runs in one program: it merges what other programs found, updates the quantizer's state, and writes
+down the qparams for the passes that follow and for the backward, so that nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .min_max import update_range
+from .rounding import divide_by_scale, round_to_steps
+
+_INF = tl.constexpr(float("inf"))
+_RANGE_BLOCK = 1024
+# What the range rule compiles to where nothing observes.
+_NO_GRID = {"QUANT_MIN": 0, "QUANT_MAX": 1, "SYMMETRIC": True, "FIXED_ZERO_POINT": 0, "RULE": "torch"}
+
+
+@triton.jit
+def quantize_value(
+    y,
+    scale,
+    zero_point,
+    active,
+    RELU: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+):
+    """``FQ(relu?(y))`` of float32 values; ``active`` (a scalar flag, None where there is no quantizer) switches FQ."""
+    if RELU:
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if active is not None:
+        steps = round_to_steps(divide_by_scale(y, scale, ROUNDING), zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
+        y = tl.where(active != 0, steps * scale, y)
+    return y
+
+
+@triton.jit
+def gradient_bounds(zero_point, active, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
+    """What ``y / scale`` lies strictly between where its rounded, unclipped code is in range; scalars.
+
+    Half a code outside the last codes. Where that tie rounds inwards, to an even number of steps, one float further.
+    ``zero_point`` is a float32 scalar or 0. Infinite where ``active`` is 0.
+    """
+    low = tl.full([], QUANT_MIN - 0.5, tl.float32) - zero_point
+    high = tl.full([], QUANT_MAX + 0.5, tl.float32) - zero_point
+    if ROUNDING == "half_even":
+        zero = tl.full([], 0, tl.int32) + zero_point
+        if QUANT_MAX - QUANT_MIN < 2**22:
+            zero = zero.to(tl.int32)
+            low_tie = 1 - (tl.abs(QUANT_MIN - zero) % 2)
+            high_tie = 1 - (tl.abs(QUANT_MAX - zero) % 2)
+        else:
+            # float32 has no fraction bits out there: the bound itself is a code, inside at the low end alone.
+            low_tie = tl.full([], 1, tl.int32)
+            high_tie = tl.full([], 0, tl.int32)
+        # low is negative and high positive: the next float outwards has the next larger bits.
+        low = (low.to(tl.int32, bitcast=True) + low_tie).to(tl.float32, bitcast=True)
+        high = (high.to(tl.int32, bitcast=True) + high_tie).to(tl.float32, bitcast=True)
+    if active is not None:
+        low = tl.where(active != 0, low, -_INF)
+        high = tl.where(active != 0, high, _INF)
+    return low, high
+
+
+@triton.jit
+def gradient_passes(y, scale, low, high, RELU: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr):
+    """Where neither ReLU nor the clip blocks the gradient of :func:`quantize_value`; bounds as above. False at NaN."""
+    if QUANTIZED:
+        v = divide_by_scale(y, scale, ROUNDING)
+        passes = (v > low) & (v < high)
+        if RELU:
+            passes = passes & (y > 0)
+        return passes
+    elif RELU:
+        return y > 0
+    else:
+        return y == y
+
+
+@triton.jit
+def range_kernel(
+    low_ptr,  # (parts,) float32: smallest value of each part; NaN or infinite where the part has such values
+    high_ptr,  # (parts,) float32
+    nonfinite_ptr,  # one int64, grows by `weight` for each part that is not finite
+    observing_ptr,  # one uint8; None or 0 leaves the range as it is
+    switch_ptr,  # one uint8: whether fake quantization is on
+    min_ptr,  # one float32, updated in place
+    max_ptr,
+    scale_ptr,  # one float32, updated in place
+    zero_point_ptr,  # one int32, updated in place
+    scale_out,  # one float32: a copy
+    zero_point_out,  # one int32: a copy
+    active_out,  # one uint8: whether values are to be rounded
+    averaging_constant,
+    eps,
+    parts,
+    weight,
+    RELU: tl.constexpr,
+    KNOWN: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    FIXED_ZERO_POINT: tl.constexpr,
+    RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Merge the parts' ranges into the running one, in one program. Has run on no GPU yet."""
+    observing = 0
+    if observing_ptr is not None:
+        observing = tl.load(observing_ptr).to(tl.int32)
+    if observing != 0:
+        lows = tl.full([BLOCK], _INF, tl.float32)
+        highs = tl.full([BLOCK], -_INF, tl.float32)
+        bad = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, parts, BLOCK):
+            part = start + tl.arange(0, BLOCK)
+            mask = part < parts
+            low = tl.load(low_ptr + part, mask=mask, other=0.0)
+            high = tl.load(high_ptr + part, mask=mask, other=0.0)
+            finite = (tl.abs(low) < _INF) & (tl.abs(high) < _INF)
+            lows = tl.minimum(lows, tl.where(finite & mask, low, _INF))
+            highs = tl.maximum(highs, tl.where(finite & mask, high, -_INF))
+            bad += (mask & (finite == 0)).to(tl.int32)
+        low = tl.min(lows, 0, keep_dims=True)
+        high = tl.max(highs, 0, keep_dims=True)
+        if RELU:
+            some = low <= high
+            low = tl.where(some, tl.maximum(low, 0.0), low)
+            high = tl.where(some, tl.maximum(high, 0.0), high)
+        only = tl.arange(0, 1)
+        update_range(
+            low, high, only, only < 1, min_ptr, max_ptr, scale_ptr, zero_point_ptr, averaging_constant, eps,
+            QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE,
+        )  # fmt: skip
+        tl.store(nonfinite_ptr, tl.load(nonfinite_ptr) + tl.sum(bad).to(tl.int64) * weight)
+        # What one thread stored, all of them read now.
+        tl.debug_barrier()
+    active = tl.load(switch_ptr) != 0
+    if not KNOWN:
+        active = active & (tl.load(min_ptr) <= tl.load(max_ptr))
+    tl.store(scale_out, tl.load(scale_ptr))
+    tl.store(zero_point_out, tl.load(zero_point_ptr))
+    tl.store(active_out, active.to(tl.uint8))
+
+
+def merge_range(low: Tensor, high: Tensor, weight: int, state: Any, relu: bool) -> Any:
+    """Merge the ranges of parts into a quantizer's and return a snapshot of its qparams, all on the device.
+
+    Args:
+        low: (parts,) float32; not finite where a part's values are to be skipped.
+        high: (parts,) float32.
+        weight: values in a part, for the count of those that were skipped.
+        state: a `tritonq.reference.quantizer_state.QuantizerState`, per tensor.
+        relu: whether the quantizer sees ``relu`` of the values.
+    """
+    device = low.device
+    scale = torch.empty(1, dtype=torch.float32, device=device)
+    zero_point = torch.empty(1, dtype=torch.int32, device=device)
+    active = torch.empty(1, dtype=torch.uint8, device=device)
+    present_zero_point = torch.zeros_like(zero_point) if state.zero_point is None else state.zero_point
+    range_kernel[(1,)](
+        low,
+        high,
+        state.nonfinite_count,
+        state.observing,
+        state.active,
+        state.min_val,
+        state.max_val,
+        state.scale,
+        present_zero_point,
+        scale,
+        zero_point,
+        active,
+        state.averaging_constant,
+        state.eps,
+        len(low),
+        weight,
+        RELU=relu,
+        KNOWN=state.known or state.min_val is None,
+        **range_constants(state),
+        BLOCK=min(_RANGE_BLOCK, triton.next_power_of_2(len(low))),
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return state._replace(
+        scale=scale,
+        zero_point=None if state.zero_point is None else zero_point,
+        active=active,
+        min_val=None,
+        max_val=None,
+        nonfinite_count=None,
+        observing=None,
+        known=True,
+    )
+
+
+def range_constants(state: Any) -> dict[str, Any]:
+    """What the range rule of a quantizer's state compiles to; a placeholder where it does not observe."""
+    if state.observing is None:
+        return _NO_GRID
+    qtype = state.qtype
+    return {
+        "QUANT_MIN": qtype.quant_min,
+        "QUANT_MAX": qtype.quant_max,
+        "SYMMETRIC": qtype.symmetric,
+        "FIXED_ZERO_POINT": qtype.fixed_zero_point,
+        "RULE": state.rule,
+    }
+
+
+def quantizer_arguments(state: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Scale, zero point and switch of a snapshot as kernel arguments, with the constants of its grid."""
+    if state is None:
+        return (None, None, None), {"QUANT_MIN": 0, "QUANT_MAX": 1, "ROUNDING": "half_even"}
+    qtype = state.qtype
+    constants = {"QUANT_MIN": qtype.quant_min, "QUANT_MAX": qtype.quant_max, "ROUNDING": qtype.rounding}
+    return (state.scale, state.zero_point, state.active), constants
+
+
+@triton.jit
+def load_quantizer(scale_ptr, zero_point_ptr, active_ptr):
+    """Scale, zero point (float32) and switch of one quantizer; scale 1, zero 0 and None where there is none."""
+    scale = 1.0
+    zero_point = 0
+    active = None
+    if active_ptr is not None:
+        scale = tl.load(scale_ptr)
+        active = tl.load(active_ptr)
+        if zero_point_ptr is not None:
+            zero_point = tl.load(zero_point_ptr).to(tl.float32)
+    return scale, zero_point, active

@@ -1,0 +1,390 @@
+"""The tail of a convolution with BatchNorm: three passes over its output forward, five over it and dy backward.
+
+Forward: one pass reduces each channel to mean, sum of squares, minimum and maximum; two small kernels turn them into
+slope and shift, running statistics, the observer's state and the qparams; one pass applies. Backward: one pass reduces,
+one writes. Two stages in a fixed order, no floating-point atomics: the same input gives the same bits. Functions here
+have the names, signatures and results of `tritonq.reference.conv_bn`, their specification.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import load_quantizer, merge_range, quantize_value, quantizer_arguments
+from .channel_tiles import fma, max_per_channel, min_per_channel, share_bounds, share_channels, spread, sum_per_channel
+from .conv_bn_backward import backward
+from .fake_quant import common_view
+from .launch import device_guard, plan, warp_size
+from .layout import View
+from .min_max import plan_reduction
+from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
+
+__all__ = ["apply", "backward", "forward"]
+
+_INF = tl.constexpr(float("inf"))
+# Rows of the partial results of the statistics pass: centre, mean - centre, M2, minimum, maximum, count. The mean is
+# in two parts because one float32 at an offset of 1000 would round away what sets the shares apart.
+_STATISTICS = 6
+_FINISH_ELEMENTS = 1024
+
+
+@triton.jit
+def scan_statistics(
+    c_ptr,  # outer × rows × cols, by strides
+    centre,  # in c's dtype, broadcasts against a tile: what distances are from, and what missing elements count as
+    c_outer,
+    c_row,
+    c_col,
+    outer_from,
+    outer_to,
+    row_from,
+    row_to,
+    col_from,
+    col_to,
+    rows,
+    cols,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Sums of distances and of their squares, minimum and maximum over the tiles of a share, (ROWS, COLS) each."""
+    about = centre.to(tl.float32)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    squares = tl.zeros([ROWS, COLS], tl.float32)
+    lowest = tl.full([ROWS, COLS], _INF, tl.float32)
+    highest = tl.full([ROWS, COLS], -_INF, tl.float32)
+    for outer in range(outer_from, outer_to):
+        for row_start in range(row_from, row_to, ROWS):
+            for col_start in range(col_from, col_to, COLS):
+                row = row_start + tl.arange(0, ROWS)[:, None]
+                col = col_start + tl.arange(0, COLS)[None, :]
+                mask = (row < rows) & (col < cols)
+                c = tl.load(c_ptr + (outer * c_outer + row * c_row + col * c_col), mask=mask, other=centre)
+                distance = c.to(tl.float32) - about
+                total += distance
+                squares = fma(distance, distance, squares)
+                lowest = tl.minimum(lowest, c.to(tl.float32))
+                highest = tl.maximum(highest, c.to(tl.float32))
+    return total, squares, lowest, highest
+
+
+@triton.jit
+def statistics_kernel(
+    c_ptr,  # outer × rows × cols, by strides
+    partial_ptr,  # 6 × splits × channels float32: centre, mean - centre, M2, minimum, maximum, count
+    c_outer,
+    c_row,
+    c_col,
+    outers,
+    rows,
+    cols,
+    outer_share,
+    row_share,
+    col_share,
+    split_outer,
+    split_row,
+    split_col,
+    splits,
+    channels,
+    CHANNEL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Statistics of one share, about the mean of its first tile, so that offsets cost nothing. No GPU has run it."""
+    outer_from, outer_to, row_from, row_to, col_from, col_to, split = share_bounds(
+        outers, rows, cols, outer_share, row_share, col_share, split_outer, split_row, split_col, FIRST, WIDE
+    )
+    channel, valid = share_channels(outer_from, row_from, col_from, channels, CHANNEL, ROWS, COLS)
+    row = row_from + tl.arange(0, ROWS)[:, None]
+    col = col_from + tl.arange(0, COLS)[None, :]
+    mask = (row < rows) & (col < cols)
+    start = tl.load(c_ptr + (outer_from * c_outer + row * c_row + col * c_col), mask=mask, other=0)
+    present = sum_per_channel(tl.where(mask, 1.0, 0.0), CHANNEL)
+    mean = tl.div_rn(sum_per_channel(start.to(tl.float32), CHANNEL), tl.maximum(present, 1.0))
+    low = min_per_channel(tl.where(mask, start.to(tl.float32), _INF), CHANNEL)
+    high = max_per_channel(tl.where(mask, start.to(tl.float32), -_INF), CHANNEL)
+    # Clamped and in c's own dtype, the centre is a value that may stand for missing elements: its distance is zero, and
+    # it lies between the smallest and the largest. (Comparisons leave a mean of NaN as it is.)
+    mean = tl.where(mean < low, low, mean)
+    mean = tl.where(mean > high, high, mean)
+    substitute = spread(mean, CHANNEL).to(start.dtype)
+
+    total, squares, lowest, highest = scan_statistics(
+        c_ptr, substitute, c_outer, c_row, c_col, outer_from, outer_to, row_from, row_to, col_from, col_to, rows, cols,
+        ROWS, COLS,
+    )  # fmt: skip
+
+    outer_extent = 1 if CHANNEL == 0 else outer_to - outer_from
+    row_extent = 1 if CHANNEL == 1 else row_to - row_from
+    col_extent = 1 if CHANNEL == 2 else col_to - col_from
+    count = (outer_extent * row_extent * col_extent).to(tl.float32)
+    centre = mean.to(c_ptr.dtype.element_ty).to(tl.float32)
+    sums = sum_per_channel(total, CHANNEL)
+    moved = tl.div_rn(sums, tl.zeros_like(sums) + count)
+    second = sum_per_channel(squares, CHANNEL) - sums * moved
+    at = split * channels + channel
+    step = splits * channels
+    tl.store(partial_ptr + at, centre, mask=valid)
+    tl.store(partial_ptr + step + at, moved, mask=valid)
+    # Rounding may leave a negative trace of zero; NaN stays.
+    tl.store(partial_ptr + 2 * step + at, tl.where(second < 0, 0.0, second), mask=valid)
+    tl.store(partial_ptr + 3 * step + at, min_per_channel(lowest, CHANNEL), mask=valid)
+    tl.store(partial_ptr + 4 * step + at, max_per_channel(highest, CHANNEL), mask=valid)
+    tl.store(partial_ptr + 5 * step + at, tl.zeros_like(sums) + count, mask=valid)
+
+
+@triton.jit
+def mean_from(at, step, base, mask):
+    """Means of shares, from ``base``; ``at`` points to their centres, ``step`` elements before the rest of the mean."""
+    centre = tl.load(at, mask=mask, other=0.0)
+    return (centre - base[None, :]) + tl.load(at + step, mask=mask, other=0.0)
+
+
+@triton.jit
+def finish_kernel(
+    partial_ptr,  # 6 × splits × channels float32, of statistics_kernel
+    vectors_ptr,  # 6 × channels float32: mean, 1/std, gain, slope, shift, share of eps
+    range_ptr,  # 2 × channels float32: smallest and largest result before the ReLU; NaN where not finite
+    ratio_ptr,  # (channels,) float32: what c is divided by
+    gamma_ptr,  # (channels,), or None for 1
+    beta_ptr,  # (channels,), or None for 0
+    bias_ptr,  # (channels,), or None for 0
+    running_mean_ptr,  # (channels,), updated in place
+    running_var_ptr,  # (channels,), updated in place
+    momentum_ptr,  # one float32, or None
+    momentum,
+    eps,
+    count,
+    unbias,
+    splits,
+    channels,
+    SPLITS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Merge the shares of CHANNELS channels and derive all that follows from their statistics. No GPU has run it."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    valid = channel < channels
+    step = splits * channels
+    base = tl.load(partial_ptr + channel, mask=valid, other=0.0)
+    moved = tl.zeros([SPLITS, CHANNELS], tl.float32)
+    lowest = tl.full([SPLITS, CHANNELS], _INF, tl.float32)
+    highest = tl.full([SPLITS, CHANNELS], -_INF, tl.float32)
+    for start in range(0, splits, SPLITS):
+        part = start + tl.arange(0, SPLITS)[:, None]
+        mask = (part < splits) & valid[None, :]
+        at = partial_ptr + part * channels + channel[None, :]
+        moved += tl.load(at + 5 * step, mask=mask, other=0.0) * mean_from(at, step, base, mask)
+        lowest = tl.minimum(lowest, tl.load(at + 3 * step, mask=mask, other=_INF))
+        highest = tl.maximum(highest, tl.load(at + 4 * step, mask=mask, other=-_INF))
+    counts = tl.zeros_like(base) + count
+    shifted = tl.div_rn(tl.sum(moved, 0), counts)
+    mean = base + shifted
+    second = tl.zeros([SPLITS, CHANNELS], tl.float32)
+    for start in range(0, splits, SPLITS):
+        part = start + tl.arange(0, SPLITS)[:, None]
+        mask = (part < splits) & valid[None, :]
+        at = partial_ptr + part * channels + channel[None, :]
+        away = mean_from(at, step, base, mask) - shifted[None, :]
+        size = tl.load(at + 5 * step, mask=mask, other=0.0)
+        second += tl.load(at + 2 * step, mask=mask, other=0.0) + size * (away * away)
+    var = tl.div_rn(tl.sum(second, 0), counts)
+
+    ratio = tl.load(ratio_ptr + channel, mask=valid, other=1.0)
+    squared = ratio * ratio
+    eps_part = squared * eps
+    variance = var + eps_part
+    inverse_std = tl.div_rn(1.0, tl.sqrt_rn(variance))
+    gain = tl.zeros_like(mean) + 1.0
+    if gamma_ptr is not None:
+        gain = tl.abs(tl.load(gamma_ptr + channel, mask=valid, other=0.0).to(tl.float32))
+    slope = gain * inverse_std
+    beta = tl.zeros_like(mean)
+    if beta_ptr is not None:
+        beta = tl.load(beta_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    shift = fma(-slope, mean, beta)
+    out = vectors_ptr + channel
+    tl.store(out, mean, mask=valid)
+    tl.store(out + channels, inverse_std, mask=valid)
+    tl.store(out + 2 * channels, gain, mask=valid)
+    tl.store(out + 3 * channels, slope, mask=valid)
+    tl.store(out + 4 * channels, shift, mask=valid)
+    tl.store(out + 5 * channels, tl.div_rn(eps_part, variance), mask=valid)
+
+    # The result is monotone in c, and rounding keeps order: these are its extremes, bit for bit. NaN hides from minimum
+    # and maximum but not from the mean; an infinite mean makes the slope NaN.
+    finite = (tl.abs(mean) < _INF) & (tl.abs(slope) < _INF)
+    nan = float("nan")
+    tl.store(range_ptr + channel, tl.where(finite, fma(tl.min(lowest, 0), slope, shift), nan), mask=valid)
+    tl.store(range_ptr + channels + channel, tl.where(finite, fma(tl.max(highest, 0), slope, shift), nan), mask=valid)
+
+    if momentum_ptr is not None:
+        momentum = tl.load(momentum_ptr)
+    batch_mean = tl.div_rn(mean, ratio)
+    if bias_ptr is not None:
+        batch_mean += tl.load(bias_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    batch_var = tl.div_rn(var, squared) * unbias
+    running_mean = tl.load(running_mean_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    running_var = tl.load(running_var_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    tl.store(running_mean_ptr + channel, running_mean + (batch_mean - running_mean) * momentum, mask=valid)
+    tl.store(running_var_ptr + channel, running_var + (batch_var - running_var) * momentum, mask=valid)
+
+
+@triton.jit
+def apply_kernel(
+    c_ptr,  # outer × rows × cols, by strides
+    y_ptr,  # outer × rows × cols, by strides
+    slope_ptr,  # (channels,) float32
+    shift_ptr,  # (channels,) float32
+    scale_ptr,  # one element each, or None without a quantizer
+    zero_point_ptr,
+    active_ptr,
+    c_outer,
+    c_row,
+    c_col,
+    y_outer,
+    y_row,
+    y_col,
+    rows,
+    cols,
+    CHANNEL: tl.constexpr,
+    RELU: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``FQ(relu?(slope · c + shift))`` of one tile. Has run on no GPU yet."""
+    outer, row, col = tile_indices(ROWS, COLS, FIRST, WIDE)
+    mask = tile_mask(row, col, rows, cols, ROWS)
+    c = tl.load(c_ptr + tile_offsets(outer, row, col, c_outer, c_row, c_col), mask=mask).to(tl.float32)
+    slope = load_per_channel(slope_ptr, outer, row, col, rows, cols, CHANNEL)
+    shift = load_per_channel(shift_ptr, outer, row, col, rows, cols, CHANNEL)
+    scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
+    y = quantize_value(fma(c, slope, shift), scale, zero_point, active, RELU, QUANT_MIN, QUANT_MAX, ROUNDING)
+    tl.store(y_ptr + tile_offsets(outer, row, col, y_outer, y_row, y_col), y, mask=mask)
+
+
+def forward(
+    c: Tensor,
+    ratio: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    bias: Tensor | None,
+    norm: Any,
+    quantizer: Any,
+    relu: bool,
+) -> tuple[Tensor, tuple[Tensor, ...], Any]:
+    """The tail of one training step; the result, the vectors of `Normalization`, and a snapshot of the quantizer."""
+    y = torch.empty_like(c)
+    (c,), seen = common_view((c,), y, 1)
+    vectors, extremes = _statistics(c, seen, ratio, gamma, beta, bias, norm)
+    snapshot = None
+    if quantizer is not None:
+        with device_guard(c):
+            snapshot = merge_range(*extremes, c.numel() // c.shape[1], quantizer, relu)
+    _apply(c, y, seen, vectors[3], vectors[4], snapshot, relu)
+    return y, vectors.unbind(0), snapshot
+
+
+def apply(c: Tensor, slope: Tensor, shift: Tensor, quantizer: Any, relu: bool) -> Tensor:
+    """``FQ(relu?(slope · c + shift))`` with the quantizer's present qparams: the last pass of :func:`forward`."""
+    y = torch.empty_like(c)
+    (c,), seen = common_view((c,), y, 1)
+    _apply(c, y, seen, slope, shift, quantizer, relu)
+    return y
+
+
+def _apply(c: Tensor, y: Tensor, seen: View, slope: Tensor, shift: Tensor, quantizer: Any, relu: bool) -> None:
+    arguments, constants = quantizer_arguments(quantizer)
+    tile, grid = plan("conv_bn_apply", c.dtype, seen, c.device)
+    with device_guard(c):
+        apply_kernel[grid.programs](
+            c,
+            y,
+            slope,
+            shift,
+            *arguments,
+            *seen.strides[0],
+            *seen.strides[1],
+            seen.sizes[1],
+            seen.sizes[2],
+            CHANNEL=seen.channel,
+            RELU=relu,
+            **constants,
+            ROWS=tile.rows,
+            COLS=tile.cols,
+            FIRST=grid.first,
+            WIDE=seen.wide,
+            num_warps=tile.warps,
+            enable_fp_fusion=False,
+        )
+
+
+def _statistics(
+    c: Tensor,
+    seen: View,
+    ratio: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    bias: Tensor | None,
+    norm: Any,
+) -> tuple[Tensor, Tensor]:
+    """The six vectors of `Normalization`, and (2, channels) extremes of the result; updates running statistics."""
+    tile, parts, grid, split_strides, splits = plan_reduction(c.dtype, seen, c.device, warp_size(c.device))
+    channels = c.shape[1]
+    count = c.numel() // channels
+    partial = torch.empty((_STATISTICS, splits, channels), dtype=torch.float32, device=c.device)
+    vectors = torch.empty((6, channels), dtype=torch.float32, device=c.device)
+    extremes = torch.empty((2, channels), dtype=torch.float32, device=c.device)
+    momentum = norm.momentum.float() if isinstance(norm.momentum, Tensor) else None
+    with device_guard(c):
+        statistics_kernel[grid.programs](
+            c,
+            partial,
+            *seen.strides[0],
+            *seen.sizes,
+            *parts.share,
+            *split_strides,
+            splits,
+            channels,
+            CHANNEL=seen.channel,
+            ROWS=tile.rows,
+            COLS=tile.cols,
+            FIRST=grid.first,
+            WIDE=seen.wide,
+            num_warps=tile.warps,
+            enable_fp_fusion=False,
+        )
+        block = min(triton.next_power_of_2(channels), 32)
+        finish_kernel[(triton.cdiv(channels, block),)](
+            partial,
+            vectors,
+            extremes,
+            ratio,
+            gamma,
+            beta,
+            bias,
+            norm.running_mean,
+            norm.running_var,
+            momentum,
+            0.0 if momentum is not None else norm.momentum,
+            norm.eps,
+            float(count),
+            count / (count - 1),
+            splits,
+            channels,
+            SPLITS=min(triton.next_power_of_2(splits), _FINISH_ELEMENTS // block),
+            CHANNELS=block,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return vectors, extremes

@@ -1,0 +1,295 @@
+"""Backward of the tail of a convolution with BatchNorm: one pass reduces, a small kernel finishes, one pass writes.
+
+Nothing is stored for it but the convolution's output: the result before ReLU and clip is computed again in each pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import gradient_bounds, gradient_passes, load_quantizer, quantizer_arguments
+from .channel_tiles import fma, share_bounds, share_channels, spread, sum_per_channel
+from .fake_quant import common_view
+from .launch import device_guard, plan, warp_size
+from .min_max import plan_reduction
+from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
+
+_FINISH_ELEMENTS = 1024
+
+
+@triton.jit
+def scan_gradients(
+    dy_ptr,  # outer × rows × cols, by strides
+    c_ptr,  # outer × rows × cols, by strides
+    mean,  # float32, broadcasts against a tile, as do the next two
+    slope,
+    shift,
+    scale,  # scalars, of the quantizer
+    low,
+    high,
+    dy_outer,
+    dy_row,
+    dy_col,
+    c_outer,
+    c_row,
+    c_col,
+    outer_from,
+    outer_to,
+    row_from,
+    row_to,
+    col_from,
+    col_to,
+    rows,
+    cols,
+    RELU: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Sums of the unblocked gradient, and of its product with ``c - mean``, over a share, (ROWS, COLS) each."""
+    plain = tl.zeros([ROWS, COLS], tl.float32)
+    moment = tl.zeros([ROWS, COLS], tl.float32)
+    for outer in range(outer_from, outer_to):
+        for row_start in range(row_from, row_to, ROWS):
+            for col_start in range(col_from, col_to, COLS):
+                row = row_start + tl.arange(0, ROWS)[:, None]
+                col = col_start + tl.arange(0, COLS)[None, :]
+                mask = (row < rows) & (col < cols)
+                # A missing gradient is zero and adds nothing to either sum.
+                dy = tl.load(dy_ptr + (outer * dy_outer + row * dy_row + col * dy_col), mask=mask, other=0)
+                c = tl.load(c_ptr + (outer * c_outer + row * c_row + col * c_col), mask=mask, other=0).to(tl.float32)
+                g = dy.to(tl.float32)
+                if RELU or QUANTIZED:
+                    passes = gradient_passes(fma(c, slope, shift), scale, low, high, RELU, QUANTIZED, ROUNDING)
+                    g = tl.where(passes, g, 0.0)
+                plain += g
+                moment = fma(g, c - mean, moment)
+    return plain, moment
+
+
+@triton.jit
+def gradient_sums_kernel(
+    dy_ptr,  # outer × rows × cols, by strides
+    c_ptr,  # outer × rows × cols, by strides
+    partial_ptr,  # 2 × splits × channels float32: Σ g, Σ g (c - mean)
+    mean_ptr,  # (channels,) float32
+    slope_ptr,  # (channels,) float32
+    shift_ptr,  # (channels,) float32
+    scale_ptr,  # one element each, or None without a quantizer
+    zero_point_ptr,
+    active_ptr,
+    dy_outer,
+    dy_row,
+    dy_col,
+    c_outer,
+    c_row,
+    c_col,
+    outers,
+    rows,
+    cols,
+    outer_share,
+    row_share,
+    col_share,
+    split_outer,
+    split_row,
+    split_col,
+    splits,
+    channels,
+    CHANNEL: tl.constexpr,
+    RELU: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Sums of the unblocked gradient over one share. Has run on no GPU yet."""
+    outer_from, outer_to, row_from, row_to, col_from, col_to, split = share_bounds(
+        outers, rows, cols, outer_share, row_share, col_share, split_outer, split_row, split_col, FIRST, WIDE
+    )
+    channel, valid = share_channels(outer_from, row_from, col_from, channels, CHANNEL, ROWS, COLS)
+    mean = spread(tl.load(mean_ptr + channel, mask=valid, other=0.0), CHANNEL)
+    slope = spread(tl.load(slope_ptr + channel, mask=valid, other=0.0), CHANNEL)
+    shift = spread(tl.load(shift_ptr + channel, mask=valid, other=0.0), CHANNEL)
+    scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
+    low, high = gradient_bounds(zero_point, active, QUANT_MIN, QUANT_MAX, ROUNDING)
+    QUANTIZED: tl.constexpr = active_ptr is not None
+    plain, moment = scan_gradients(
+        dy_ptr, c_ptr, mean, slope, shift, scale, low, high, dy_outer, dy_row, dy_col, c_outer, c_row, c_col,
+        outer_from, outer_to, row_from, row_to, col_from, col_to, rows, cols, RELU, QUANTIZED, ROUNDING, ROWS, COLS,
+    )  # fmt: skip
+    at = split * channels + channel
+    tl.store(partial_ptr + at, sum_per_channel(plain, CHANNEL), mask=valid)
+    tl.store(partial_ptr + splits * channels + at, sum_per_channel(moment, CHANNEL), mask=valid)
+
+
+@triton.jit
+def finish_gradients_kernel(
+    partial_ptr,  # 2 × splits × channels float32
+    sums_ptr,  # 2 × channels float32: Σ g, Σ g n with n the normalised c
+    pull_ptr,  # 2 × channels float32: dc = slope · g + pull[0] (c - mean) + pull[1]
+    inverse_std_ptr,  # (channels,) float32
+    slope_ptr,  # (channels,) float32
+    count,
+    splits,
+    channels,
+    SPLITS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Merge the shares of CHANNELS channels. Has run on no GPU yet."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    valid = channel < channels
+    plain = tl.zeros([SPLITS, CHANNELS], tl.float32)
+    moment = tl.zeros([SPLITS, CHANNELS], tl.float32)
+    for start in range(0, splits, SPLITS):
+        part = start + tl.arange(0, SPLITS)[:, None]
+        mask = (part < splits) & valid[None, :]
+        at = partial_ptr + part * channels + channel[None, :]
+        plain += tl.load(at, mask=mask, other=0.0)
+        moment += tl.load(at + splits * channels, mask=mask, other=0.0)
+    inverse_std = tl.load(inverse_std_ptr + channel, mask=valid, other=0.0)
+    slope = tl.load(slope_ptr + channel, mask=valid, other=0.0)
+    sum_g = tl.sum(plain, 0)
+    sum_gn = tl.sum(moment, 0) * inverse_std
+    counts = tl.zeros_like(sum_g) - count
+    tl.store(sums_ptr + channel, sum_g, mask=valid)
+    tl.store(sums_ptr + channels + channel, sum_gn, mask=valid)
+    tl.store(pull_ptr + channel, tl.div_rn(slope * inverse_std * sum_gn, counts), mask=valid)
+    tl.store(pull_ptr + channels + channel, tl.div_rn(slope * sum_g, counts), mask=valid)
+
+
+@triton.jit
+def gradient_kernel(
+    dy_ptr,  # outer × rows × cols, by strides
+    c_ptr,  # outer × rows × cols, by strides
+    dc_ptr,  # outer × rows × cols, by strides
+    mean_ptr,  # (channels,) float32, as are the next four
+    slope_ptr,
+    shift_ptr,
+    pull_ptr,
+    offset_ptr,
+    scale_ptr,  # one element each, or None without a quantizer
+    zero_point_ptr,
+    active_ptr,
+    dy_outer,
+    dy_row,
+    dy_col,
+    c_outer,
+    c_row,
+    c_col,
+    dc_outer,
+    dc_row,
+    dc_col,
+    rows,
+    cols,
+    CHANNEL: tl.constexpr,
+    RELU: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``slope · g + pull · (c - mean) + offset`` of one tile. Has run on no GPU yet."""
+    outer, row, col = tile_indices(ROWS, COLS, FIRST, WIDE)
+    mask = tile_mask(row, col, rows, cols, ROWS)
+    g = tl.load(dy_ptr + tile_offsets(outer, row, col, dy_outer, dy_row, dy_col), mask=mask).to(tl.float32)
+    c = tl.load(c_ptr + tile_offsets(outer, row, col, c_outer, c_row, c_col), mask=mask).to(tl.float32)
+    slope = load_per_channel(slope_ptr, outer, row, col, rows, cols, CHANNEL)
+    QUANTIZED: tl.constexpr = active_ptr is not None
+    if RELU or QUANTIZED:
+        shift = load_per_channel(shift_ptr, outer, row, col, rows, cols, CHANNEL)
+        scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
+        low, high = gradient_bounds(zero_point, active, QUANT_MIN, QUANT_MAX, ROUNDING)
+        passes = gradient_passes(fma(c, slope, shift), scale, low, high, RELU, QUANTIZED, ROUNDING)
+        g = tl.where(passes, g, 0.0)
+    mean = load_per_channel(mean_ptr, outer, row, col, rows, cols, CHANNEL)
+    pull = load_per_channel(pull_ptr, outer, row, col, rows, cols, CHANNEL)
+    offset = load_per_channel(offset_ptr, outer, row, col, rows, cols, CHANNEL)
+    dc = fma(g, slope, fma(c - mean, pull, offset))
+    tl.store(dc_ptr + tile_offsets(outer, row, col, dc_outer, dc_row, dc_col), dc, mask=mask)
+
+
+def backward(
+    dy: Tensor, c: Tensor, result: tuple[Tensor, ...], quantizer: Any, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of ``c``; per channel, the sums of the unblocked gradient and of its product with normalised ``c``."""
+    mean, inverse_std, _, slope, shift, _ = result
+    dc = torch.empty_like(c)
+    (dy, c), seen = common_view((dy, c), dc, 1)
+    tile, parts, grid, split_strides, splits = plan_reduction(c.dtype, seen, c.device, warp_size(c.device))
+    channels = c.shape[1]
+    partial = torch.empty((2, splits, channels), dtype=torch.float32, device=c.device)
+    sums = torch.empty((2, channels), dtype=torch.float32, device=c.device)
+    pull = torch.empty_like(sums)
+    arguments, constants = quantizer_arguments(quantizer)
+    shared = {"CHANNEL": seen.channel, "RELU": relu, **constants, "WIDE": seen.wide, "enable_fp_fusion": False}
+    with device_guard(c):
+        gradient_sums_kernel[grid.programs](
+            dy,
+            c,
+            partial,
+            mean,
+            slope,
+            shift,
+            *arguments,
+            *seen.strides[0],
+            *seen.strides[1],
+            *seen.sizes,
+            *parts.share,
+            *split_strides,
+            splits,
+            channels,
+            ROWS=tile.rows,
+            COLS=tile.cols,
+            FIRST=grid.first,
+            num_warps=tile.warps,
+            **shared,
+        )
+        block = min(triton.next_power_of_2(channels), 32)
+        finish_gradients_kernel[(triton.cdiv(channels, block),)](
+            partial,
+            sums,
+            pull,
+            inverse_std,
+            slope,
+            float(c.numel() // channels),
+            splits,
+            channels,
+            SPLITS=min(triton.next_power_of_2(splits), _FINISH_ELEMENTS // block),
+            CHANNELS=block,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+        tile, grid = plan("conv_bn_backward", c.dtype, seen, c.device)
+        gradient_kernel[grid.programs](
+            dy,
+            c,
+            dc,
+            mean,
+            slope,
+            shift,
+            *pull.unbind(0),
+            *arguments,
+            *seen.strides[0],
+            *seen.strides[1],
+            *seen.strides[2],
+            seen.sizes[1],
+            seen.sizes[2],
+            ROWS=tile.rows,
+            COLS=tile.cols,
+            FIRST=grid.first,
+            num_warps=tile.warps,
+            **shared,
+        )
+    return dc, *sums.unbind(0)

@@ -1,0 +1,258 @@
+"""The tail of convolution and BatchNorm on every backend, against the PyTorch path and against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from op_tester import OpTester
+from quantizer_states import assert_same_state, moved, quantizer_state
+from tritonq.backend import implementation
+from tritonq.qparams import QINT4, QINT8, QUINT8
+from tritonq.reference import conv_bn as reference
+from tritonq.reference.conv_bn import BatchNormState
+from tritonq.reference.min_max import min_max
+
+# Elements per channel are multiples of four.
+SHAPES = [(4, 5, 7, 3), (2, 3, 130), (8, 6), (1, 7, 4, 9), (16, 1, 3, 1), (2, 3, 2, 3, 4), (4, 37, 1, 1), (4, 2, 9, 8)]
+QTYPES = {"float": None, "int8": QINT8, "uint8": QUINT8, "int4": QINT4}
+# float32 sums of a few hundred terms in another order, and one rounding more or less in an affine of them.
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def layouts(shape: tuple[int, ...]) -> list[torch.memory_format]:
+    last = {4: [torch.channels_last], 5: [torch.channels_last_3d]}
+    return [torch.contiguous_format, *last.get(len(shape), [])]
+
+
+def exact_input(shape: tuple[int, ...], offset: float = 0.0) -> Tensor:
+    """Each channel holds -3, -1, 1, 3 equally often, shuffled, plus a whole offset: its variance is exactly 5."""
+    generator = torch.Generator().manual_seed(3)
+    count = math.prod(shape) // shape[1]
+    values = torch.tensor([-3.0, -1.0, 1.0, 3.0]).repeat(count // 4)
+    rows = torch.stack([values[torch.randperm(count, generator=generator)] + offset + ch for ch in range(shape[1])])
+    return rows.view(shape[1], shape[0], *shape[2:]).transpose(0, 1).contiguous()
+
+
+class Problem:
+    """Vectors and buffers of one call; two of them start alike."""
+
+    def __init__(self, channels: int, *, exact: bool, device: str, affine: bool = True, bias: bool = True) -> None:
+        generator = torch.Generator().manual_seed(4)
+        sign = torch.tensor([1.0, -1.0]).repeat(channels)[:channels]
+        halves = torch.randint(1, 5, (channels,), generator=generator) / 2
+        vectors = halves if exact else torch.rand(channels, generator=generator) + 0.5
+        self.ratio = (sign if exact else sign * vectors).to(device)
+        self.gamma = (sign * vectors).to(device) if affine else None
+        self.beta = (vectors.flip(0) - 1).to(device) if affine else None
+        self.bias = (vectors - 1).to(device) if bias else None
+        # 5 + 11 is the square of 4: every number of the exact problem is a short binary fraction.
+        eps = 11.0 if exact else 1e-5
+        self.norm = BatchNormState(vectors.to(device).clone(), vectors.to(device).clone(), 0.25, eps)
+
+    def arguments(self) -> tuple[object, ...]:
+        return self.ratio, self.gamma, self.beta, self.bias, self.norm
+
+
+def assert_nearly_codes(actual: Tensor, expected: Tensor, scale: float) -> None:
+    """Equal but for a few values within rounding of a tie, which land on the next code."""
+    difference = (actual.float() - expected.float()).abs()
+    assert float(difference.max()) <= 1.001 * scale + 1e-5 + 0.01 * float(expected.abs().max())
+    assert float((difference > 1e-5 + 0.01 * expected.float().abs()).float().mean()) < 0.02
+
+
+class TestForward(OpTester):
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize(("grid", "relu"), [("float", True), ("int8", False), ("uint8", True), ("int4", False)])
+    def test_apply_is_exact(self, shape: tuple[int, ...], grid: str, relu: bool, use: str, device: str) -> None:
+        """Slopes and shifts are short binary fractions, so that one rounding and two are the same; ties and rails."""
+        for memory_format in layouts(shape):
+            c = exact_input(shape, 1000.0).to(memory_format=memory_format)
+            slope = torch.tensor([0.25, 0.5, 2.0]).repeat(shape[1])[: shape[1]]
+            shift = -slope * (torch.arange(float(shape[1])) + 1000) + 0.5
+            state = None if QTYPES[grid] is None else quantizer_state(QTYPES[grid])._replace(known=True)
+            y = implementation("conv_bn", c, use).apply(
+                c.to(device), slope.to(device), shift.to(device), None if state is None else moved(state, device), relu
+            )
+            z = reference.apply(c, slope, shift, state, relu)
+            assert torch.equal(y.cpu(), z)
+            along = (1, -1, *[1] * (len(shape) - 2))
+            plain = c.double() * slope.view(along).double() + shift.view(along).double()
+            plain = plain.relu() if relu else plain
+            if state is not None:
+                plain = plain.round().clamp(state.qtype.quant_min, state.qtype.quant_max)
+            assert torch.equal(z.double(), plain)
+            assert y.is_contiguous(memory_format=memory_format)
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("offset", [0.0, 1000.0])
+    def test_known_statistics(self, shape: tuple[int, ...], offset: float, use: str, device: str) -> None:
+        """Mean and variance are whole numbers, at an offset too, where squares of float32 sums would lose them."""
+        for memory_format in layouts(shape):
+            c = exact_input(shape, offset).to(device=device, memory_format=memory_format)
+            ours, theirs = (Problem(shape[1], exact=True, device=device) for _ in range(2))
+            mine, other = quantizer_state(QUINT8, device=device), quantizer_state(QUINT8, device=device)
+            for _ in range(2):
+                y, vectors, frozen = implementation("conv_bn", c, use).forward(c, *ours.arguments(), mine, True)
+                z, _, _ = reference.forward(c, *theirs.arguments(), other, True)
+            mean = torch.arange(float(shape[1])) + offset
+            torch.testing.assert_close(vectors[0].cpu(), mean, rtol=2**-22, atol=1e-6)
+            torch.testing.assert_close(vectors[1].cpu(), torch.full((shape[1],), 0.25), rtol=1e-6, atol=0)
+            assert_nearly_codes(y.cpu(), z.cpu(), float(other.scale))
+            torch.testing.assert_close(ours.norm.running_mean, theirs.norm.running_mean, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(ours.norm.running_var, theirs.norm.running_var, rtol=1e-6, atol=0)
+            torch.testing.assert_close(mine.scale, other.scale, rtol=1e-5, atol=0)
+            assert torch.equal(frozen.scale, mine.scale)
+            assert torch.equal(frozen.zero_point, mine.zero_point)
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_random_numbers(self, shape: tuple[int, ...], dtype: torch.dtype, use: str, device: str) -> None:
+        for memory_format in layouts(shape):
+            c = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 5
+            c = c.to(dtype=dtype, memory_format=memory_format)
+            for affine in (True, False):
+                ours = Problem(shape[1], exact=False, device=device, affine=affine, bias=affine)
+                theirs = Problem(shape[1], exact=False, device="cpu", affine=affine, bias=affine)
+                mine, other = quantizer_state(QINT8, device=device), quantizer_state(QINT8)
+                ops = implementation("conv_bn", c, use)
+                y, vectors, _ = ops.forward(c.to(device), *ours.arguments(), mine, True)
+                z, expected, _ = reference.forward(c, *theirs.arguments(), other, True)
+                assert y.dtype == dtype
+                assert_nearly_codes(y.cpu(), z, float(other.scale))
+                for name, a, b in zip(expected._fields, vectors, expected, strict=True):
+                    torch.testing.assert_close(a.cpu(), b, **CLOSE, msg=name)
+                torch.testing.assert_close(mine.scale.cpu(), other.scale, **CLOSE)
+                torch.testing.assert_close(ours.norm.running_var.cpu(), theirs.norm.running_var, **CLOSE)
+
+    @pytest.mark.parametrize("offset", [0.0, 1000.0, -1e5])
+    def test_statistics_at_an_offset(self, offset: float, use: str, device: str) -> None:
+        """Against float64, to what the input's own float32 resolution at that offset allows."""
+        c = torch.randn(8, 5, 11, 13, generator=torch.Generator().manual_seed(0)) + offset
+        problem = Problem(5, exact=False, device=device)
+        _, vectors, _ = implementation("conv_bn", c, use).forward(c.to(device), *problem.arguments(), None, False)
+        mean = c.double().mean((0, 2, 3))
+        var = c.double().var((0, 2, 3), unbiased=False)
+        resolution = max(1e-6, abs(offset) * 2.0**-23)
+        torch.testing.assert_close(vectors[0].cpu().double(), mean, rtol=0, atol=resolution)
+        torch.testing.assert_close(
+            vectors[1].cpu().double(),
+            (var + 1e-5 * problem.ratio.cpu().double() ** 2).rsqrt(),
+            rtol=max(3e-6, 10 * resolution**2),
+            atol=0,
+        )
+
+    @pytest.mark.parametrize("relu", [False, True])
+    @pytest.mark.parametrize("shape", [(4, 5, 7, 3), (8, 6)], ids=str)
+    def test_range_is_that_of_the_output(self, shape: tuple[int, ...], relu: bool, use: str, device: str) -> None:
+        """The range that follows from the channels' extremes is what observing the float output finds, bit for bit."""
+        c = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 2 + 1).to(device)
+        ops = implementation("conv_bn", c, use)
+        state = quantizer_state(QINT8, device=device, averaging=None)
+        ops.forward(c, *Problem(shape[1], exact=False, device=device).arguments(), state, relu)
+        y, _, _ = ops.forward(c, *Problem(shape[1], exact=False, device=device).arguments(), None, relu)
+        low, high, _ = min_max(y.cpu())
+        assert float(state.min_val) == float(low)
+        assert float(state.max_val) == float(high)
+
+    def test_switches(self, use: str, device: str) -> None:
+        c = exact_input((4, 5, 4, 4)).to(device)
+        ops = implementation("conv_bn", c, use)
+        plain, _, _ = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), None, True)
+        cases = {
+            "never observed": quantizer_state(QINT8, device=device, observing=False),
+            "off": quantizer_state(QINT8, device=device, active=False),
+        }
+        for name, state in cases.items():
+            y, _, frozen = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), state, True)
+            assert torch.equal(y, plain), name
+            assert not bool(frozen.active), name
+        assert float(cases["never observed"].min_val) == math.inf
+        assert float(cases["off"].max_val) == float(plain.max())
+        known = cases["never observed"]._replace(known=True)
+        y, _, _ = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), known, True)
+        assert torch.equal(y, plain.round().clamp(0, 127))
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_a_channel_that_is_not_finite_is_not_observed(self, bad: float, use: str, device: str) -> None:
+        c = exact_input((4, 5, 4, 4))
+        c[1, 2, 3, 0] = bad
+        ours, theirs = quantizer_state(QINT8, device=device), quantizer_state(QINT8)
+        y, _, _ = implementation("conv_bn", c, use).forward(
+            c.to(device), *Problem(5, exact=True, device=device).arguments(), ours, False
+        )
+        z, _, _ = reference.forward(c, *Problem(5, exact=True, device="cpu").arguments(), theirs, False)
+        assert torch.equal(y.cpu().isnan(), z.isnan())
+        assert bool(y[:, 2].isnan().all())
+        assert_same_state(ours, theirs)
+        assert int(ours.nonfinite_count) == 64
+
+    def test_cumulative_average_and_half_precision_buffers(self, use: str, device: str) -> None:
+        c = exact_input((4, 5, 4, 4)).to(device)
+        problem = Problem(5, exact=True, device=device)
+        norm = problem.norm._replace(
+            running_mean=torch.zeros(5, dtype=torch.bfloat16, device=device),
+            momentum=torch.tensor(0.5, dtype=torch.float64, device=device),
+        )
+        implementation("conv_bn", c, use).forward(c, problem.ratio, None, None, None, norm, None, False)
+        expected = torch.arange(5.0) / problem.ratio.cpu() / 2
+        assert torch.equal(norm.running_mean.cpu().float(), expected)
+
+
+class TestBackward(OpTester):
+    @pytest.mark.parametrize("shape", SHAPES[:-2], ids=str)
+    @pytest.mark.parametrize(("grid", "relu"), [("float", True), ("int8", False), ("uint8", True), ("int4", False)])
+    def test_equals_the_pytorch_path(
+        self, shape: tuple[int, ...], grid: str, relu: bool, use: str, device: str
+    ) -> None:
+        for memory_format in layouts(shape):
+            c = exact_input(shape, 2.0).to(memory_format=memory_format)
+            dy = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+            qtype = QTYPES[grid]
+            other = None if qtype is None else quantizer_state(qtype, averaging=None)
+            _, vectors, frozen = reference.forward(
+                c, *Problem(shape[1], exact=True, device="cpu").arguments(), other, relu
+            )
+            if frozen is not None:  # a smaller scale, so that something is clipped
+                frozen = frozen._replace(scale=frozen.scale / 2)
+            expected = reference.backward(dy, c, vectors, frozen, relu)
+            found = implementation("conv_bn", c, use).backward(
+                dy.to(device),
+                c.to(device),
+                reference.Normalization(*(v.to(device) for v in vectors)),
+                None if frozen is None else moved(frozen, device),
+                relu,
+            )
+            for actual, wanted in zip(found, expected, strict=True):
+                torch.testing.assert_close(actual.cpu(), wanted, **CLOSE)
+            assert found[0].is_contiguous(memory_format=memory_format)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_low_precision(self, dtype: torch.dtype, use: str, device: str) -> None:
+        c = exact_input((4, 5, 4, 4)).to(dtype)
+        dy = torch.randn(c.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+        problem = Problem(5, exact=True, device="cpu")
+        _, vectors, frozen = reference.forward(c.float(), *problem.arguments(), quantizer_state(QINT8), True)
+        wanted, _, _ = reference.backward(dy.float(), c.float(), vectors, frozen, True)
+        found, _, _ = implementation("conv_bn", c, use).backward(
+            dy.to(device),
+            c.to(device),
+            reference.Normalization(*(v.to(device) for v in vectors)),
+            moved(frozen, device),
+            True,
+        )
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.cpu().float(), wanted, rtol=1e-2, atol=1e-2)
+
+    def test_same_bits_twice(self, use: str, device: str) -> None:
+        c = torch.randn(4, 5, 7, 9, device=device)
+        ops = implementation("conv_bn", c, use)
+        runs = []
+        for _ in range(2):
+            state = quantizer_state(QINT8, device=device)
+            y, vectors, frozen = ops.forward(c, *Problem(5, exact=False, device=device).arguments(), state, True)
+            runs.append((y, *vectors, *ops.backward(y.cos(), c, reference.Normalization(*vectors), frozen, True)))
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

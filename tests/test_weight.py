@@ -1,0 +1,167 @@
+"""Folding, observing and quantizing weights on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import tritonq
+from op_tester import OpTester
+from quantizer_states import assert_same_state, moved, quantizer_state
+from tritonq.backend import implementation
+from tritonq.functional.fake_quant import fake_quantize
+from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QUINT8
+from tritonq.reference import weight as reference
+from tritonq.reference.quantizer_state import QuantizerState
+
+SHAPES = [(5, 3, 3, 3), (7, 130), (1, 1), (33, 2, 1, 1), (3, 2100), (6, 1, 5)]
+QTYPES = {
+    "narrow": QINT8_NARROW.with_axis(0),
+    "int8": QINT8.with_axis(0),
+    "uint8": QUINT8.with_axis(0),
+    "int4 per tensor": QINT4,
+}
+
+
+def problem(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Rows of different sizes, one of them zero, and folds of either sign."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(shape, generator=generator)
+    rows[-1] *= 0 if shape[0] > 1 else 1
+    fold = torch.randn(shape[0], generator=generator)
+    return rows, fold
+
+
+def column(vector: Tensor, rows: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (rows.dim() - 1))
+
+
+class TestWeight(OpTester):
+    @pytest.fixture(autouse=True)
+    def short_tiles(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rows longer than a tile, without long rows."""
+        if backend == "interpreter":
+            from tritonq.kernels import weight
+
+            monkeypatch.setattr(weight, "_MAX_ELEMENTS", 512)
+            monkeypatch.setattr(weight, "_SHARED_ELEMENTS", 128)
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("name", QTYPES)
+    @pytest.mark.parametrize(("rule", "averaging"), [("torch", 1.0), ("megengine", None), ("torch", 0.3)])
+    def test_codes_units_and_state(
+        self, shape: tuple[int, ...], name: str, rule: str, averaging: float | None, use: str, device: str
+    ) -> None:
+        qtype = QTYPES[name]
+        mine = quantizer_state(qtype, shape[0], device=device, averaging=averaging, rule=rule)
+        other = quantizer_state(qtype, shape[0], averaging=averaging, rule=rule)
+        rows, fold = problem(shape)
+        for factor in (1.0, 0.5):
+            codes, unit, _, frozen = implementation("weight", rows, use).quantize_folded(
+                rows.to(device), factor * fold.to(device), mine
+            )
+            expected = reference.quantize_folded(rows, factor * fold, other)
+            assert torch.equal(codes.cpu(), expected.codes)
+            assert torch.equal(unit.cpu(), expected.unit)
+            assert_same_state(mine, other)
+            again, _, _, _ = implementation("weight", rows, use).folded_codes(
+                rows.to(device), factor * fold.to(device), frozen
+            )
+            assert torch.equal(again, codes)
+        # What the op's parts compute, written out.
+        folded = rows * column(0.5 * fold, rows)
+        axis = None if other.scale.numel() == 1 else 0
+        whole = fake_quantize(
+            folded, other.scale, other.zero_point, qtype.quant_min, qtype.quant_max, axis, qtype.rounding
+        )
+        torch.testing.assert_close(codes.cpu() * column(unit.cpu(), rows), whole, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("name", QTYPES)
+    def test_gradients(self, shape: tuple[int, ...], name: str, use: str, device: str) -> None:
+        rows, fold = problem(shape)
+        dcodes = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        ops = implementation("weight", rows, use)
+        other = quantizer_state(QTYPES[name], shape[0])
+        _, unit, clips, frozen = reference.quantize_folded(rows, fold, other)
+        smaller = frozen._replace(scale=frozen.scale * 0.6)  # some codes are clipped
+        for state, known_clips in ((smaller, True), (frozen, clips), (None, False)):
+            _, _, _, snapshot = ops.folded_codes(
+                rows.to(device), fold.to(device), None if state is None else moved(state, device)
+            )
+            found = ops.folded_backward(
+                dcodes.clone().to(device), rows.to(device), fold.to(device), unit.to(device), snapshot, known_clips
+            )
+            drows, dfold = reference.folded_backward(dcodes.clone(), rows, fold, unit, state, known_clips)
+            assert torch.equal(found[0].cpu(), drows)
+            torch.testing.assert_close(found[1].cpu(), dfold, rtol=1e-5, atol=1e-4 / float(unit.min()))
+            if state is smaller and rows.numel() > 100:
+                assert bool((drows == 0).any())
+                assert bool((drows != 0).any())
+
+    def test_switches(self, use: str, device: str) -> None:
+        rows, fold = problem((5, 3, 3, 3))
+        folded = rows * column(fold, rows)
+        for observing, active in ((False, True), (True, False)):
+            state = quantizer_state(QINT8_NARROW.with_axis(0), 5, device=device, observing=observing, active=active)
+            codes, unit, _, frozen = implementation("weight", rows, use).quantize_folded(
+                rows.to(device), fold.to(device), state
+            )
+            assert torch.equal(codes.cpu(), folded)
+            assert bool((unit == 1).all())
+            assert not bool(frozen.active.any())
+            assert bool(torch.isfinite(state.min_val).any()) == observing
+
+    def test_not_finite_values_are_counted(self, use: str, device: str) -> None:
+        rows, fold = problem((5, 3, 3, 3))
+        rows[1, 0, 0, 0], rows[2, 1, 1, 1] = torch.nan, torch.inf
+        mine, other = (
+            quantizer_state(QINT8_NARROW.with_axis(0), 5, device=device),
+            quantizer_state(QINT8_NARROW.with_axis(0), 5),
+        )
+        codes, _, _, _ = implementation("weight", rows, use).quantize_folded(rows.to(device), fold.to(device), mine)
+        expected = reference.quantize_folded(rows, fold, other)
+        assert_same_state(mine, other)
+        assert int(mine.nonfinite_count) == 2
+        torch.testing.assert_close(codes.cpu(), expected.codes, equal_nan=True, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_low_precision_parameters(self, dtype: torch.dtype, use: str, device: str) -> None:
+        rows, fold = problem((5, 3, 3, 3))
+        state = quantizer_state(QINT8_NARROW.with_axis(0), 5, device=device)
+        codes, _, _, _ = implementation("weight", rows, use).quantize_folded(
+            rows.to(device, dtype), fold.to(device), state
+        )
+        expected = reference.quantize_folded(
+            rows.to(dtype).float(), fold, quantizer_state(QINT8_NARROW.with_axis(0), 5)
+        )
+        assert torch.equal(codes.cpu(), expected.codes)
+
+    def test_memoryless_scales_never_clip(self, use: str, device: str) -> None:
+        """So that the CPU path can leave its mask out, and the fold cancels from the codes."""
+        rows, fold = problem((5, 3, 3, 3))
+        fold = fold.sign() * 2.0 ** torch.arange(5.0)
+        state = quantizer_state(QINT8_NARROW.with_axis(0), 5, averaging=1.0)
+        codes, _, clips, _ = reference.quantize_folded(rows, fold, state)
+        assert not clips
+        plain = quantizer_state(QINT8_NARROW.with_axis(0), 5, averaging=1.0)
+        expected, _, _, _ = reference.quantize_folded(rows, fold.sign(), plain)
+        assert torch.equal(codes, expected)
+
+
+def test_the_state_of_a_module_is_updated_as_its_own_forward_would() -> None:
+    """The operator and the module agree on range, scale and codes."""
+    from tritonq.nn.fusable import range_state
+
+    quantizer = tritonq.get_qconfig().weight()
+    quantizer.allocate(5)
+    twin = tritonq.get_qconfig().weight()
+    twin.allocate(5)
+    rows, fold = problem((5, 3, 3, 3))
+    state = range_state(quantizer)
+    assert isinstance(state, QuantizerState)
+    codes, unit, _, _ = reference.quantize_folded(rows, fold, state)
+    assert torch.equal(codes * column(unit, rows), twin(rows * column(fold, rows)))
+    for (name, value), expected in zip(quantizer.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), name
