@@ -20,6 +20,7 @@ from tritonq.nn.fixed_point import FixedPointConv2d, FixedPointConvBn2d, FixedPo
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d, FixedPointMaxPool2d
 from tritonq.nn.linear import Linear, LinearReLU
 from tritonq.nn.qat import QATLayer
+from tritonq.nn.repvgg import QATRepVGGBlock, RepVGGBlock
 
 # What `prepare_qat` swaps, as in torch.ao: float type to quantization-aware type.
 DEFAULT_QAT_MAPPING: dict[type[nn.Module], type[nn.Module]] = {
@@ -43,6 +44,7 @@ DEFAULT_QAT_MAPPING: dict[type[nn.Module], type[nn.Module]] = {
     intrinsic.ConvTransposeBn2d: ConvTransposeBn2d,
     intrinsic.LinearReLU: LinearReLU,
     intrinsic.LinearBn1d: LinearBn1d,
+    RepVGGBlock: QATRepVGGBlock,
 }
 
 __all__ = [
@@ -77,6 +79,8 @@ __all__ = [
     "LinearBn1d",
     "LinearReLU",
     "QATLayer",
+    "QATRepVGGBlock",
     "QuantStub",
+    "RepVGGBlock",
     "intrinsic",
 ]

@@ -17,6 +17,7 @@ from tritonq.functional.channel_moments import channel_moments
 from tritonq.functional.integer import raise_scale_for_bias
 from tritonq.functional.recomputation import is_recomputing, normalize_once
 from tritonq.nn.fusable import has_hooks
+from tritonq.nn.qat import QATLayer
 from tritonq.reference.conv_bn import BatchNormState, update_running_statistics
 from tritonq.reference.fold import fold_scale, scale_out_channels
 
@@ -78,7 +79,7 @@ def frozen(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
     return layer.linear_op(x, layer.quantized_weight(weight), bias_on_grid(layer, bias))
 
 
-def bias_on_grid(layer: QATBatchNormLayer, bias: Tensor) -> Tensor:
+def bias_on_grid(layer: QATLayer, bias: Tensor) -> Tensor:
     """``bias`` in 32-bit codes of input scale × weight scale, where both are symmetric 8-bit grids, switched on.
 
     A weight scale too small for the bias, as in dead channels, counts as just large enough.

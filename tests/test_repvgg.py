@@ -1,0 +1,174 @@
+"""RepVGG: one convolution for three branches, and QAT through them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tritonq
+from conv_bn_cases import randomise
+from tritonq.nn import QATRepVGGBlock, RepVGGBlock
+from written_quantizers import WrittenWeight
+
+CASES = {
+    "identity": {"in_channels": 6, "out_channels": 6},
+    "stride": {"in_channels": 6, "out_channels": 6, "stride": 2},
+    "channels": {"in_channels": 4, "out_channels": 6},
+    "groups": {"in_channels": 6, "out_channels": 6, "groups": 2, "learned_alpha": True},
+    "depthwise": {"in_channels": 6, "out_channels": 6, "groups": 6, "activation": nn.SiLU()},
+    "linear": {"in_channels": 6, "out_channels": 6, "activation": None, "learned_alpha": True},
+}
+WRITTEN = tritonq.QConfig(activation=nn.Identity, weight=tritonq.get_qconfig().weight)
+
+
+def block(name):
+    torch.manual_seed(0)
+    made = RepVGGBlock(**CASES[name]).double()
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            randomise(module)
+    if made.alpha is not None:
+        with torch.no_grad():
+            made.alpha.fill_(0.7)
+    return made
+
+
+def quantized(name, qconfig=WRITTEN):
+    made = block(name)
+    made.qconfig = qconfig
+    return QATRepVGGBlock.from_float(made)
+
+
+def sample(name, batch=2):
+    return torch.randn(batch, CASES[name]["in_channels"], 7, 6, dtype=torch.float64, generator=torch.manual_seed(1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_merged_equals_branches_in_eval(name):
+    made, x = block(name).eval(), sample(name)
+    branches = made.bn3(made.conv3(x)) + made.bn1(made.conv1(x)) * (1 if made.alpha is None else made.alpha)
+    if name in ("identity", "groups", "depthwise", "linear"):
+        branches = branches + made.bn_identity(x)
+    else:
+        assert made.bn_identity is None
+    conv = made.reparametrize()
+    assert conv.kernel_size == (3, 3)
+    torch.testing.assert_close(conv(x), branches, rtol=1e-12, atol=1e-12)
+    activation = CASES[name].get("activation", nn.ReLU())
+    expected = branches if activation is None else activation(branches)
+    torch.testing.assert_close(made(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_qat_quantizes_the_merged_kernel(name):
+    made, x = quantized(name).train(), sample(name)
+    before = {key: value.clone() for key, value in made.state_dict().items() if "running" in key}
+    kernel, bias = block(name).merged_parameters()
+    written = WrittenWeight()(kernel)
+    expected = F.conv2d(x, written, bias, made.stride, 1, groups=made.groups)
+    expected = expected if made.activation is None else made.activation(expected)
+    torch.testing.assert_close(made(x), expected, rtol=1e-10, atol=1e-10)
+    assert (written - kernel).abs().max() > 1e-4
+    assert all(torch.equal(made.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_by_finite_differences(name):
+    """With rounding off, so that differences exist; every branch is reached."""
+    made, x = quantized(name).train(), sample(name, batch=1)
+    made.weight_fake_quant.disable_fake_quant()
+    dy = torch.randn(made(x).shape, dtype=torch.float64)
+
+    def loss():
+        return (made(x) * dy).sum()
+
+    loss().backward()
+    generator = torch.Generator().manual_seed(3)
+    for key, parameter in made.named_parameters():
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        step = 1e-6
+        with torch.no_grad():
+            parameter += step * direction
+            above = loss()
+            parameter -= 2 * step * direction
+            below = loss()
+            parameter += step * direction
+        slope = (parameter.grad * direction).sum()
+        assert slope.abs() > 1e-8, key
+        torch.testing.assert_close(
+            (above - below) / (2 * step), slope, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: k + m
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_straight_through_gradients_equal_the_written_ones(name):
+    made, x = quantized(name).train(), sample(name)
+    twin = block(name)
+    made(x).square().sum().backward()
+    kernel, bias = twin.merged_parameters()
+    y = F.conv2d(x, WrittenWeight()(kernel), bias, twin.stride, 1, groups=twin.groups)
+    twin.activated(y).square().sum().backward()
+    expected = dict(twin.named_parameters())
+    for key, parameter in made.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[key].grad, rtol=1e-10, atol=1e-10)
+
+
+def test_shares_its_branches():
+    made = block("groups")
+    made.qconfig = WRITTEN
+    qat = QATRepVGGBlock.from_float(made)
+    assert qat.conv3.weight is made.conv3.weight
+    assert qat.bn_identity is made.bn_identity
+    assert qat.alpha is made.alpha
+    assert not qat.bn1.training
+    with pytest.raises(TypeError, match="RepVGGBlock"):
+        QATRepVGGBlock.from_float(nn.Conv2d(3, 3, 3))
+    with pytest.raises(TypeError, match="qconfig"):
+        QATRepVGGBlock(3, 3)
+
+
+@pytest.mark.parametrize("name", ["identity", "depthwise"])
+def test_eval_is_close_to_float_and_in_integers_where_the_input_grid_is_known(name):
+    source = tritonq.get_qconfig().activation()
+    x = source(sample(name).float())
+    made = quantized(name, tritonq.get_qconfig()).float()
+    made.set_input_quantizer(source)
+    for _ in range(3):
+        made.train()(x)
+    y = made.eval()(x)
+    reference = block(name).float().eval()(x)
+    assert (y - reference).norm() < 0.05 * reference.norm()
+    assert made.integer_layer(*made.folded_parameters()) is not None
+    scale = made.activation_post_process.scale
+    torch.testing.assert_close(y / scale, (y / scale).round(), rtol=0, atol=1e-4)
+
+
+def test_the_bias_is_on_the_grid_of_the_sums_in_training():
+    source = tritonq.get_qconfig().activation()
+    source(torch.tensor([-2.0, 2.0]))
+    made = quantized("identity").float()
+    x = source(sample("identity").float())
+    plain = copy.deepcopy(made)(x)
+    made.set_input_quantizer(source)
+    assert (made(x) - plain).abs().max() > 0
+
+
+def test_prepare_qat_swaps_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(RepVGGBlock(3, 6, 2), RepVGGBlock(6, 6), nn.Flatten(), nn.Linear(96, 4))
+    x = torch.randn(4, 3, 8, 8)
+    for _ in range(3):
+        model(x)
+    qat = tritonq.prepare_qat(model)
+    assert [type(m) for m in qat][:2] == [QATRepVGGBlock, QATRepVGGBlock]
+    optimizer = torch.optim.SGD(qat.parameters(), lr=0.01)
+    first = None
+    for _ in range(10):
+        loss = F.cross_entropy(qat(x), torch.arange(4))
+        first = first if first is not None else float(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < first

@@ -1,0 +1,212 @@
+"""RepVGG blocks: three branches in training, one convolution in deployment, and QAT of that convolution."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.functional.integer import OutputGrid
+from tritonq.nn.conv import check_float_type
+from tritonq.nn.conv_bn import checked_batch_norm
+from tritonq.nn.folding_modes import bias_on_grid
+from tritonq.nn.qat import QATLayer
+from tritonq.qconfig import QConfig
+from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
+
+_KERNEL = 3
+
+
+class RepVGGBlock(nn.Module):
+    """``act(BN3(conv3x3(x)) + α BN1(conv1x1(x)) + BN_id(x))``, which one 3×3 convolution computes in eval mode.
+
+    The identity branch exists where input and output have the same channels and the stride is 1.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        stride: of both convolutions.
+        groups: of both convolutions.
+        activation: after the sum; None leaves it out. ReLU by default.
+        learned_alpha: whether α is a parameter that starts at 1; else it is 1.
+        eps: of the BatchNorms.
+        momentum: of the BatchNorms.
+
+    Source: SEMANTICS section 5; RepVGG; PaddleDetection (learned α).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        groups: int = 1,
+        *,
+        activation: nn.Module | str | None = "relu",
+        learned_alpha: bool = False,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        place = {"device": device, "dtype": dtype}
+        norm = {"eps": eps, "momentum": momentum, **place}
+        self.in_channels, self.out_channels, self.stride, self.groups = in_channels, out_channels, stride, groups
+        self.conv3 = nn.Conv2d(in_channels, out_channels, _KERNEL, stride, 1, groups=groups, bias=False, **place)
+        self.bn3 = nn.BatchNorm2d(out_channels, **norm)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 1, stride, groups=groups, bias=False, **place)
+        self.bn1 = nn.BatchNorm2d(out_channels, **norm)
+        has_identity = in_channels == out_channels and stride == 1
+        self.bn_identity = nn.BatchNorm2d(out_channels, **norm) if has_identity else None
+        self.alpha = nn.Parameter(torch.ones((), **place)) if learned_alpha else None
+        self.activation = nn.ReLU() if activation == "relu" else cast("nn.Module | None", activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in_channels, h, w) to (batch, out_channels, h', w')."""
+        pointwise = self.bn1(self.conv1(x))
+        y = self.bn3(self.conv3(x)) + (pointwise if self.alpha is None else self.alpha * pointwise)
+        if self.bn_identity is not None:
+            y = y + self.bn_identity(x)
+        return self.activated(y)
+
+    @property
+    def weight(self) -> Tensor:
+        """The 3×3 branch's weight: device and dtype of the block."""
+        return self.conv3.weight
+
+    def activated(self, y: Tensor) -> Tensor:
+        """``y`` after the activation."""
+        return y if self.activation is None else cast(Tensor, self.activation(y))
+
+    def merged_parameters(self) -> tuple[Tensor, Tensor]:
+        """Kernel (out, in/groups, 3, 3) and bias (out,) of the one convolution, differentiable in every branch.
+
+        ``K = t3 K3 + pad(α t1 K1) + t_id I`` and ``B = B3 + α B1 + B_id`` with ``t = γ/σ(running_var)`` and
+        ``B_i = β - running_mean t``.
+        """
+        kernel, bias = _folded(self.conv3.weight, self.bn3)
+        point, point_bias = _folded(self.conv1.weight, self.bn1)
+        if self.alpha is not None:
+            point, point_bias = self.alpha * point, self.alpha * point_bias
+        margin = _KERNEL // 2
+        kernel, bias = kernel + F.pad(point, [margin] * 4), bias + point_bias
+        if self.bn_identity is not None:
+            identity, identity_bias = _folded(self._identity_kernel(), self.bn_identity)
+            kernel, bias = kernel + identity, bias + identity_bias
+        return kernel, bias
+
+    def _identity_kernel(self) -> Tensor:
+        """``I[i, i mod (C/groups), centre] = 1``: what passes its input through."""
+        weight = self.conv3.weight
+        kernel = torch.zeros_like(weight)
+        channel = torch.arange(self.out_channels, device=weight.device)
+        kernel[channel, channel % weight.shape[1], _KERNEL // 2, _KERNEL // 2] = 1
+        return kernel
+
+    def reparametrize(self) -> nn.Conv2d:
+        """One float convolution that computes the branches' sum in eval mode, before the activation."""
+        kernel, bias = self.merged_parameters()
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            _KERNEL,
+            self.stride,
+            1,
+            groups=self.groups,
+            device=kernel.device,
+            dtype=kernel.dtype,
+        )
+        with torch.no_grad():
+            conv.weight.copy_(kernel)
+            cast(Tensor, conv.bias).copy_(bias)
+        return conv
+
+    def extra_repr(self) -> str:
+        """Shape."""
+        return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, groups={self.groups}"
+
+
+class QATRepVGGBlock(QATLayer, RepVGGBlock):
+    """QAT through the branches: each step merges them, with running statistics, and runs one quantized convolution.
+
+    ``y = FQ_a(act(conv(x, FQ_w(K)) + FQ_b(B)))`` with K and B of :meth:`RepVGGBlock.merged_parameters`; gradients reach
+    every branch. The statistics are those of float training: they are not updated.
+
+    Raises:
+        TypeError: no QConfig given.
+        ValueError: a per-channel weight quantizer with ``ch_axis`` other than 0.
+    """
+
+    def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.attach_quantizers(qconfig, self.out_channels)
+
+    @property
+    def bias(self) -> None:  # type: ignore[override]
+        """Branches have no bias of their own."""
+
+    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The merged convolution."""
+        return F.conv2d(x, weight, bias, self.stride, _KERNEL // 2, groups=self.groups)
+
+    def folded_parameters(self) -> tuple[Tensor, Tensor]:
+        """See :meth:`RepVGGBlock.merged_parameters`."""
+        return self.merged_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in_channels, h, w) to (batch, out_channels, h', w'), fake-quantized."""
+        kernel, bias = self.merged_parameters()
+        if self.training:
+            y = self.linear_op(x, self.quantized_weight(kernel), bias_on_grid(self, bias))
+        else:
+            y = self.affine(x, kernel, bias)
+        return cast(Tensor, self.activation_post_process(self.activated(y)))
+
+    def train(self, mode: bool = True) -> QATRepVGGBlock:
+        """Switch mode; the BatchNorms stay in eval mode."""
+        super().train(mode)
+        for bn in (self.bn3, self.bn1, self.bn_identity):
+            if bn is not None:
+                bn.eval()
+        return self
+
+    def _output_grid(self) -> OutputGrid | None:
+        """The output's grid where the activation keeps values on it: the accumulator may then go there at once."""
+        on_grid = self.activation is None or isinstance(self.activation, (nn.ReLU, nn.Identity))
+        return super()._output_grid() if on_grid else None
+
+    @classmethod
+    def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QATRepVGGBlock:
+        """The quantization-aware form of ``mod``, whose branches it shares and whose ``qconfig`` it uses.
+
+        Raises:
+            TypeError: not a :class:`RepVGGBlock`, or no QConfig on it.
+            ValueError: a BatchNorm without running statistics.
+        """
+        check_float_type(cls, mod, RepVGGBlock)
+        block = cast(RepVGGBlock, mod)
+        qat = cls(
+            block.in_channels,
+            block.out_channels,
+            block.stride,
+            block.groups,
+            activation=block.activation,
+            device="meta",
+            qconfig=getattr(mod, "qconfig", None),
+        )
+        for name in ("conv3", "bn3", "conv1", "bn1", "bn_identity", "alpha"):
+            setattr(qat, name, getattr(block, name))
+        for bn in (block.bn3, block.bn1, block.bn_identity):
+            if bn is not None:
+                checked_batch_norm(bn)
+        qat.move_quantizers(block.conv3.weight.device)
+        return qat.train(mod.training)
+
+
+def _folded(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """A branch's kernel and bias with its BatchNorm folded in."""
+    scale = fold_scale(cast(Tensor, bn.running_var), bn.weight, bn.eps)
+    return scale_out_channels(weight, scale), fold_bias(None, cast(Tensor, bn.running_mean), scale, bn.bias)
