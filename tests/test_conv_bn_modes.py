@@ -167,6 +167,7 @@ def test_zero_gamma_in_the_approximate_mode_has_batch_norms_gradient():
 def test_linear():
     torch.manual_seed(0)
     theirs = nniqat.LinearBn1d(5, 7, qconfig=WRITTEN).double()
+    nn.init.normal_(theirs.bias)  # torch.ao's constructor leaves it as the memory was
     ours = tritonq.nn.LinearBn1d(5, 7, qconfig=FLOAT_OUT).double()
     randomise(theirs.bn)
     ours.load_state_dict(theirs.state_dict(), strict=False)

@@ -320,28 +320,32 @@ def test_a_step_memory_is_not_copied():
     assert pickle.loads(pickle.dumps(memory)).fold is None
 
 
-def live_bytes() -> int:
-    """Bytes of every tensor that Python can reach."""
+def live_tensors() -> list[torch.Tensor]:
+    """Every tensor that Python can reach."""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) in TENSORS
-        }
-    return sum(storages.values())
+        return [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
 
 
-TENSORS = (torch.Tensor, nn.Parameter)
+def grown_since(earlier: list[torch.Tensor]) -> tuple[int, int]:
+    """How many tensors there are that were not there earlier, and the bytes of their storages."""
+    known = {id(t) for t in earlier}
+    new = [t for t in live_tensors() if id(t) not in known]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in new}
+    return len(new), sum(storages.values())
 
 
 def test_nothing_grows_over_200_steps():
+    others, found = live_tensors(), []
     model = prepared()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    x, found = images(2), []
+    x = images(2)
     for step in range(201):
         optimizer.zero_grad()
         loss_of(model, x).backward()
         optimizer.step()
         if step in (5, 100, 200):
-            found.append((live_bytes(), len([o for o in gc.get_objects() if type(o) in TENSORS])))
+            found.append(grown_since(others))
+    assert found[0][0] > len(list(model.parameters()))
     assert found[0] == found[1] == found[2]
