@@ -17,7 +17,9 @@ from torch import Tensor
 Backend = Literal["auto", "triton", "torch"]
 
 # What kernels load and store, codes included. float64 lives on the PyTorch path alone.
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
+KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8})
+
+_BACKENDS = frozenset(get_args(Backend))
 
 _preferred: ContextVar[Backend] = ContextVar("tritonq_backend", default="auto")
 
@@ -50,8 +52,12 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
 def is_interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    """Whether Triton runs kernels in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``).
+
+    Asked once: triton decides it for a kernel when the kernel is defined.
+    """
     if not has_triton():
         return False
     from triton import knobs
@@ -87,17 +93,17 @@ def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleTyp
 
     Both hold functions of the same names and signatures.
     """
-    package = "tritonq.kernels" if select(x, backend) == "triton" else "tritonq.reference"
-    return _load(f"{package}.{name}")
+    return _load(select(x, backend), name)
 
 
 @cache
-def _load(module: str) -> ModuleType:
-    return importlib.import_module(module)
+def _load(backend: Literal["triton", "torch"], name: str) -> ModuleType:
+    package = "tritonq.kernels" if backend == "triton" else "tritonq.reference"
+    return importlib.import_module(f"{package}.{name}")
 
 
 def _checked(backend: Backend) -> Backend:
-    if backend not in get_args(Backend):
+    if backend not in _BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(get_args(Backend))}")
     return backend
 
@@ -108,6 +114,6 @@ def _obstacle(x: Tensor) -> str | None:
         return "the triton package is not installed"
     if x.dtype not in KERNEL_DTYPES:
         return f"kernels take float32, float16, bfloat16 and 8-bit codes, got {x.dtype}"
-    if not x.is_cuda and not (x.device.type == "cpu" and is_interpreting()):
+    if not x.is_cuda and not (x.is_cpu and is_interpreting()):
         return f"kernels run on CUDA and HIP tensors, got one on {x.device}"
     return None

@@ -124,6 +124,10 @@ def fake_quantize(
     ``active`` is a one-element uint8 tensor, read on ``x``'s device: 0 passes values and gradients through.
     """
     grid = (quant_min, quant_max, axis, rounding)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        # Going through autograd costs as much as a small tensor's whole arithmetic.
+        y: Tensor = implementation("fake_quant", x, backend).fake_quantize(x, scale, zero_point, *grid, active=active)
+        return y
     result: Tensor = _FakeQuantize.apply(x, scale, zero_point, active, grid, backend)  # type: ignore[no-untyped-call]
     return result
 

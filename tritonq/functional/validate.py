@@ -55,7 +55,7 @@ def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tenso
     if not scale.is_floating_point():
         raise TypeError(f"scale must be floating point, got {scale.dtype}")
     _check_shape_and_device("scale", scale, x, channels)
-    if is_readable(scale) and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+    if is_readable(scale) and not _all_between(scale, 0.0, math.inf):
         raise ValueError(f"scale must be positive and finite, got {scale.detach().flatten()[:8].tolist()}")
     return scale.to(torch.float32)
 
@@ -73,9 +73,19 @@ def check_zero_point(
     if zero_point.dtype not in _INT_DTYPES:
         raise TypeError(f"zero_point must be an integer tensor, got {zero_point.dtype}")
     _check_shape_and_device("zero_point", zero_point, x, channels)
-    if is_readable(zero_point) and not bool(((zero_point >= quant_min) & (zero_point <= quant_max)).all()):
+    if is_readable(zero_point) and not _all_between(zero_point, quant_min - 1, quant_max + 1):
         raise ValueError(f"zero_point must be in {quant_min}..{quant_max}, got {zero_point.flatten()[:8].tolist()}")
     return zero_point.to(torch.int32)
+
+
+def _all_between(values: Tensor, below: float, above: float) -> bool:
+    """Whether every value lies strictly between the two bounds; False with a NaN, True without values."""
+    if values.numel() == 1:
+        return below < float(values) < above
+    if values.numel() == 0:
+        return True
+    least, greatest = torch.aminmax(values.detach())
+    return below < float(least) and float(greatest) < above
 
 
 def is_readable(values: Tensor) -> bool:
