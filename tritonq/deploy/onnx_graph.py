@@ -3,7 +3,8 @@
 ONNX Runtime: activations are uint8 whatever the trained type, shifted so that the smallest code is 0. It fuses
 ``DequantizeLinear → Conv → QuantizeLinear`` into an integer convolution on x86 for uint8 with a Clip behind it, but for
 int8 only without one (1.31, tried). Saturation at 0 then is the lower bound of the range, and the ReLU where one comes
-before the quantizer: ``quantize(relu(y)) = max(z, quantize(y))``. An upper bound below 255 becomes a Clip on codes.
+before the quantizer: ``quantize(relu(y)) = max(z, quantize(y))``. An upper bound below 255 becomes a Clip on codes, and
+so does the 6 of a ReLU6: rounding keeps the order, hence ``quantize(min(y, 6)) = min(quantize(y), quantize(6))``.
 QuantizeLinear divides and rounds half to even. A quantizer that no integer operation runs together with, such as the
 model input's, rounds exactly as trained instead: the quotient is computed before a QuantizeLinear of scale 1.
 
@@ -14,6 +15,7 @@ and a range narrower than int8 becomes a clamp before QuantizeLinear: TensorRT f
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 from typing import cast
 
@@ -34,7 +36,9 @@ from tritonq.deploy.modules import (
 from tritonq.deploy.onnx_export import Target
 from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
 from tritonq.nn import Add, Cat, FloatFunctional
+from tritonq.reference.fake_quant import quantize
 
+_RELU = (0.0, math.inf)
 _REMEDY = 'train with get_qconfig("tensorrt"), or export with target="onnxruntime"'
 
 
@@ -55,6 +59,7 @@ def onnx_form(converted: nn.Module, target: Target) -> nn.Module:
     traced: dict[nn.Module, nn.Module]
     if target == "onnxruntime":
         _absorb_relus(model, quantizers)
+        _absorb_clips(model, quantizers)
         fused = _behind_integers(model)
         traced = {
             module: _uint8_quantizer(module, name, exact=module not in fused) for module, name in quantizers.items()
@@ -78,7 +83,22 @@ def _absorb_relus(model: nn.Module, names: dict[Quantizer, str]) -> None:
             if isinstance(output, Quantizer) and output.qtype.axis is None:
                 module.relu = False
                 exact = not _runs_in_integers(module)
-                module.activation_post_process = _uint8_quantizer(output, names[output], relu=True, exact=exact)
+                module.activation_post_process = _uint8_quantizer(output, names[output], _RELU, exact=exact)
+
+
+def _absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> None:
+    """Replace ReLU6 and its like, where a quantizer is attached to them, by the bounds of its codes."""
+    for module in model.modules():
+        output = module._modules.get("activation_post_process")
+        clips = type(module) in (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+        if clips and isinstance(output, Quantizer) and output.qtype.axis is None:
+            bounds = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else _RELU
+            module.forward = _unchanged
+            module.activation_post_process = _uint8_quantizer(output, names[output], bounds)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _behind_integers(model: nn.Module) -> set[nn.Module]:
@@ -138,10 +158,17 @@ def _round_half_away(x: Tensor) -> Tensor:
     return (whole + (size - whole >= 0.5).float()) * x.sign()
 
 
-def _uint8_quantizer(source: Quantizer, name: str, *, relu: bool = False, exact: bool = False) -> TracedQuantizer:
+def _uint8_quantizer(
+    source: Quantizer, name: str, bounds: tuple[float, float] | None = None, *, exact: bool = False
+) -> TracedQuantizer:
+    """A quantizer whose codes begin at 0, of values that ``bounds`` limit (None: that nothing does)."""
     grid = source.qtype
-    lowest = max(grid.quant_min, int(source.zero_point)) if relu else grid.quant_min
-    largest = grid.quant_max - lowest
+    lowest, highest = grid.quant_min, grid.quant_max
+    if bounds is not None:
+        ends = torch.tensor(bounds, device=source.scale.device)
+        codes = quantize(ends, source.scale, source.zero_point, lowest, highest, None, grid.rounding)
+        lowest, highest = (int(code) for code in codes)
+    largest = highest - lowest
     if largest > 255:
         raise ValueError(
             f"the quantizer {name!r} has the codes {grid.quant_min}..{grid.quant_max}; ONNX Runtime's integer kernels "

@@ -29,6 +29,7 @@ _KEEPING_NAMES = """
     dropout dropout1d dropout2d dropout3d pixel_shuffle pixel_unshuffle channel_shuffle
 """
 _KEEPING_FUNCTIONS = frozenset(_KEEPING_NAMES.split())
+_RANGE_LIMITS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clip"})
 # These keep a grid unless they change the dtype.
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "cpu", "cuda"})
 
@@ -93,6 +94,12 @@ class Analysis:
     def is_relu(self, call: Call) -> bool:
         """Whether a call is a plain ReLU, as a module or a function."""
         return type(call.target) is nn.ReLU or (call.kind == "function" and call.name == "relu")
+
+    def limits_range(self, call: Call) -> bool:
+        """Whether a call clips values to a fixed range and does nothing else: ReLU6, Hardtanh, a clamp, a ReLU."""
+        if isinstance(call.target, nn.Module):
+            return type(call.target) in (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+        return call.name in _RANGE_LIMITS and len(call.inputs) == 1
 
     def keeps_grid(self, call: Call) -> bool:
         """Whether a call returns values of its one tensor input only, so that they stay on its grid."""

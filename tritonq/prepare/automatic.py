@@ -176,6 +176,8 @@ class _Editor:
     def _add_layer(self, layer: Layer) -> None:
         module = self._modules[layer.name]
         qconfig = cast(QConfig, self._qconfigs[module])
+        if layer.name in self._plan.clipped:
+            qconfig = QConfig(nn.Identity, qconfig.weight)
         if len(layer.row) == 1:
             quantized = swap(module, self._mapping[layer.row[0]], qconfig)
         else:

@@ -12,7 +12,10 @@ from tritonq.prepare.analysis import Analysis
 from tritonq.prepare.dataflow import Call, Frame
 from tritonq.prepare.joins import Join, find_joins, operands
 from tritonq.prepare.layers import Layer, find_layer
+from tritonq.prepare.match import Site
 from tritonq.qconfig import QConfig
+
+Where = Literal["input", "output", "node", "consumer"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Quantizer:
         consumers: the layers that read it, for ``"consumer"``.
     """
 
-    where: Literal["input", "output", "node", "consumer"]
+    where: Where
     owner: str
     value: int
     node: str
@@ -39,6 +42,16 @@ class Quantizer:
     qconfig: QConfig
     like: str
     consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a quantizer can stand: as in :class:`Quantizer`, with all values that it then quantizes."""
+
+    where: Where
+    owner: str
+    values: list[int]
+    site: Site | None = None
 
 
 # What gives a tensor its grid.
@@ -51,6 +64,7 @@ class Plan:
 
     Attributes:
         layers: modules to make quantized layers of.
+        clipped: names of layers whose output quantizer stands behind the ReLU6 or the like that alone reads them.
         joins: additions and concatenations to make modules of.
         quantizers: further activation quantizers.
         inputs: for each layer, by name, what put its input on a grid; absent where several did or none.
@@ -62,6 +76,7 @@ class Plan:
     """
 
     layers: tuple[Layer, ...]
+    clipped: frozenset[str]
     joins: tuple[Join, ...]
     quantizers: tuple[Quantizer, ...]
     inputs: Mapping[str, Grid]
@@ -96,8 +111,10 @@ class _Planner:
 
     def plan(self) -> Plan:
         layers = self._layers()
+        clipped = frozenset(layer.name for layer in layers if self._quantized_when_clipped(layer))
         for layer in layers:
-            self._assign(layer.ends, layer)
+            if layer.name not in clipped:
+                self._assign(layer.ends, layer)
         joins = self._relevant(find_joins(self.analysis), layers)
         demands = self._demands(layers, joins)
         # In order of execution: what is downstream of a quantizer that was just placed needs none.
@@ -109,6 +126,7 @@ class _Planner:
         modules, nodes = self._erasures(erased)
         return Plan(
             layers=tuple(layers),
+            clipped=clipped,
             joins=tuple(joins),
             quantizers=tuple(self.quantizers),
             inputs=self._inputs(layers),
@@ -140,6 +158,30 @@ class _Planner:
     def _followers(self, name: str) -> list[str]:
         followers = [self.analysis.follower(call) for call in self.analysis.flow.calls_of(name)]
         return [follower.module_name or follower.owner for follower in followers if follower is not None]
+
+    def _quantized_when_clipped(self, layer: Layer) -> bool:
+        """Put the quantizer of a layer behind the ReLU6 that alone reads it, if there is one and it can stand there.
+
+        Two in a row would round twice, and the first would spend codes on values that are then clipped. Behind SiLU,
+        Hardswish or GELU the layer keeps its own: without one ONNX Runtime would convolve in float.
+        """
+        if not issubclass(layer.row[0], (nn.modules.conv._ConvNd, nn.Linear)):
+            return False
+        ends = [self.analysis.flow.calls[index] for index in layer.ends]
+        clips = [self.analysis.follower(call) for call in ends]
+        values = [None if clip is None else self.analysis.value_of(clip) for clip in clips]
+        found = [value for value in values if value is not None]
+        qconfig = self._qconfig(layer.name)
+        limits = all(clip is not None and self.analysis.limits_range(clip) for clip in clips)
+        if qconfig is None or not found or len(found) < len(ends) or not limits:
+            return False
+        places = [self._place_of(value) for value in found]
+        if any(place.where == "consumer" or not set(place.values) <= set(found) for place in places):
+            return False  # what else comes through there would share the grid
+        for value in found:
+            if value not in self.grids:
+                self._place(value, qconfig, [layer])
+        return True
 
     def _assign(self, calls: tuple[int, ...], grid: Grid) -> None:
         if isinstance(grid, Layer) and issubclass(grid.row[0], (nn.Embedding, nn.EmbeddingBag)):
@@ -187,42 +229,42 @@ class _Planner:
         return demands
 
     def _place(self, root: int, qconfig: QConfig, readers: list[Layer | Join]) -> None:
-        flow, analysis = self.analysis.flow, self.analysis
-        call = flow.producer(root)
-        # Tracing takes time: only where a hook on a module won't do.
-        by_hook = call is not None and call.module_name is not None and self._has_one_place(call)
-        site = None if call is None or by_hook else analysis.site(call)
-        where: Literal["input", "output", "node", "consumer"] = "consumer"
-        owner, values = "", [root]
-        if flow.values[root].source == "input":
-            where = "input"
-        elif call is None or analysis.value_of(call) != root:
-            pass
-        elif call.module_name is not None and site is None:
-            where, owner = "output", call.module_name
-            values = self._results(flow.calls_of(owner))
-        elif site is not None:
-            where, owner = "node", call.owner
-            values = self._results(analysis.calls_at(owner, site.node))
-        elif (container := self._returned_by(root)) is not None:
-            where, owner = "output", container
-            values = self._results(flow.frames_of(owner))
+        place = self._place_of(root)
         layers = tuple(dict.fromkeys(reader.name for reader in readers if isinstance(reader, Layer)))
         first = readers[0]
         quantizer = Quantizer(
-            where=where,
-            owner=owner,
+            where=place.where,
+            owner=place.owner,
             value=root,
-            node=site.node if where == "node" and site is not None else "",
-            in_place=where == "node" and site is not None and site.in_place,
+            node="" if place.site is None else place.site.node,
+            in_place=place.site is not None and place.site.in_place,
             qconfig=qconfig,
             like=first.name if isinstance(first, Layer) else first.owner,
             consumers=layers,
         )
-        if where != "consumer":
-            self.grids.update(dict.fromkeys(values, quantizer))
-        if where != "consumer" or layers:
+        if place.where != "consumer":
+            self.grids.update(dict.fromkeys(place.values, quantizer))
+        if place.where != "consumer" or layers:
             self.quantizers.append(quantizer)
+
+    def _place_of(self, root: int) -> _Place:
+        flow, analysis = self.analysis.flow, self.analysis
+        call = flow.producer(root)
+        if flow.values[root].source == "input":
+            return _Place("input", "", [root])
+        if call is None or analysis.value_of(call) != root:
+            return _Place("consumer", "", [root])
+        # Tracing takes time: only where a hook on a module won't do.
+        by_hook = call.module_name is not None and self._has_one_place(call)
+        site = None if by_hook else analysis.site(call)
+        if site is not None:
+            return _Place("node", call.owner, self._results(analysis.calls_at(call.owner, site.node)), site)
+        if call.module_name is not None:
+            return _Place("output", call.module_name, self._results(flow.calls_of(call.module_name)))
+        container = self._returned_by(root)
+        if container is not None:
+            return _Place("output", container, self._results(flow.frames_of(container)))
+        return _Place("consumer", "", [root])
 
     def _results(self, calls: Iterable[Call | Frame]) -> list[int]:
         values = (self.analysis.value_of(call) for call in calls)

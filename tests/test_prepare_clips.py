@@ -1,0 +1,181 @@
+"""Behind a convolution that a ReLU6 or the like follows there is one quantizer, after the clipping, and none before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tritonq
+from tritonq import nn as qnn
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.prepare import disable_fake_quant, prepare_qat
+
+X = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Convolution, BatchNorm, ``act``, another convolution."""
+
+    def __init__(self, act, bn: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(4, 6, 3, padding=1, bias=not bn)
+        self.norm = nn.BatchNorm2d(6) if bn else None
+        self.act = act
+        self.second = nn.Conv2d(6, 4, 1)
+        # Values far above 6, so that clipping matters.
+        (self.norm or self.first).weight.data.fill_(4.0 if bn else 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.second(self.act(y if self.norm is None else self.norm(y)))
+
+
+def activation_quantizers(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantizeBase) and not name.endswith("weight_fake_quant")
+    ]
+
+
+def trained(model: nn.Module) -> nn.Module:
+    model.train()
+    for _ in range(2):
+        model(X).square().mean().backward()
+    return model.eval()
+
+
+@pytest.mark.parametrize("bn", [True, False])
+@pytest.mark.parametrize(
+    "act",
+    [
+        *(nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(-1, 2), F.relu6, lambda x: F.relu6(x, inplace=True)),
+        *(F.hardtanh, lambda x: x.clamp(0, 6), lambda x: torch.clamp(x, min=0, max=6), lambda x: x.clamp_(0, 6)),
+    ],
+)
+def test_one_quantizer_after_the_clipping(act, bn):
+    model = Net(act, bn)
+    prepared = trained(prepare_qat(model, example_inputs=X))
+    assert type(prepared.first) is (qnn.ConvBn2d if bn else qnn.Conv2d)
+    assert type(prepared.first.activation_post_process) is nn.Identity
+    # The input, the clipped values, the second layer's output.
+    assert len(activation_quantizers(prepared)) == 3
+    grid = prepared.second.input_quantizer
+    assert grid is not None
+    limit = 2.0 if isinstance(act, nn.Hardtanh) and not isinstance(act, nn.ReLU6) else 1.0 if act is F.hardtanh else 6.0
+    assert float(grid.activation_post_process.max_val) == limit
+    converted = tritonq.convert(prepared)
+    assert tritonq.verify(prepared, converted, X).agrees()
+
+
+def test_nothing_is_lost_with_rounding_off():
+    model = Net(nn.ReLU6()).eval()
+    prepared = prepare_qat(model, example_inputs=X)
+    disable_fake_quant(prepared)
+    expected = model(X)
+    assert float(expected.detach().abs().max()) > 0.1
+    torch.testing.assert_close(prepared(X), expected, rtol=1e-5, atol=1e-5)
+
+
+def rows() -> dict[str, tuple[nn.Module, torch.Tensor]]:
+    def with_head(*parts: nn.Module, features: int = 4) -> nn.Module:
+        return nn.Sequential(*parts, nn.Flatten(), nn.Linear(features, 2))
+
+    return {
+        "linear bn": (with_head(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()), torch.randn(8, 4)),
+        "transposed": (with_head(nn.ConvTranspose2d(4, 4, 2), nn.ReLU(), features=36), torch.randn(8, 4, 2, 2)),
+        "transposed bn": (
+            with_head(nn.ConvTranspose2d(4, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), features=36),
+            torch.randn(8, 4, 2, 2),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", rows())
+def test_a_relu_that_no_layer_takes_in_is_quantized_once(name):
+    model, x = rows()[name]
+    prepared = prepare_qat(model, example_inputs=x).train()
+    prepared(x)
+    assert type(prepared[0].activation_post_process) is nn.Identity
+    assert len(activation_quantizers(prepared)) == 3
+    assert prepared[-1].input_quantizer is prepared[len(model) - 3].activation_post_process
+    assert float(prepared[-1].input_quantizer.activation_post_process.min_val) == 0
+    assert tritonq.verify(prepared, tritonq.convert(prepared.eval()), x).agrees()
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.Sigmoid(), nn.LeakyReLU()])
+def test_other_activations_have_a_quantizer_on_either_side(act):
+    """Without the first ONNX Runtime would convolve in float."""
+    prepared = trained(prepare_qat(Net(act), example_inputs=X))
+    assert isinstance(prepared.first.activation_post_process, FakeQuantizeBase)
+    assert prepared.second.input_quantizer is prepared.act.activation_post_process
+    assert len(activation_quantizers(prepared)) == 4
+
+
+class SharedClip(nn.Module):
+    """One ReLU6 in two places of a forward, which branches on its data where ``traceable`` is false."""
+
+    def __init__(self, traceable: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(4, 4, 1) for _ in range(3))
+        self.act, self.traceable = nn.ReLU6(), traceable
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.act(self.second(self.act(self.first(x))) * 2)
+        if not self.traceable and y.sum() > 1e9:
+            raise ValueError("too large")
+        return self.third(y)
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_a_shared_clip_is_quantized_where_that_touches_nothing_else(traceable):
+    prepared = trained(prepare_qat(SharedClip(traceable), example_inputs=X))
+    assert (type(prepared.first.activation_post_process) is nn.Identity) == traceable
+    assert prepared.second.input_quantizer is not prepared.third.input_quantizer or not traceable
+    assert tritonq.verify(prepared, tritonq.convert(prepared), X).agrees()
+
+
+def test_clipped_values_that_others_read_unclipped_keep_both_quantizers():
+    class Both(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            return self.second(self.act(y)) + y[:, :4]
+
+    prepared = prepare_qat(Both(nn.ReLU6(), bn=False), example_inputs=X)
+    assert isinstance(prepared.first.activation_post_process, FakeQuantizeBase)
+
+
+@pytest.mark.parametrize("preset", ["tensorrt", "fbgemm"])
+@pytest.mark.parametrize(
+    "act", [nn.ReLU6(), nn.Hardtanh(-1.0, 2.0), nn.Hardtanh(-2.0, 1.0)], ids=["relu6", "-1..2", "-2..1"]
+)
+def test_onnx_runtime_convolves_in_integers_and_clips_codes(preset, act, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    ort = pytest.importorskip("onnxruntime")
+    qconfig = tritonq.get_qconfig() if preset == "tensorrt" else tritonq.get_default_qat_qconfig("fbgemm")
+    prepared = trained(prepare_qat(Net(act), qconfig=qconfig, example_inputs=X))
+    path = tmp_path / "m.onnx"
+    tritonq.export_onnx(prepared, path, X)
+    assert tritonq.verify(prepared, path, 4 * X).agrees(0.001, 1)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 4
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    assert kinds.count("QLinearConv") == 2
+    assert not {"Conv", "FusedConv", "Relu"} & set(kinds)
+
+
+def test_tensorrt_gets_the_clip_before_its_quantizer(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    prepared = trained(prepare_qat(Net(nn.ReLU6()), example_inputs=X))
+    path = tmp_path / "m.onnx"
+    tritonq.export_onnx(prepared, path, X, target="tensorrt")
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    between = kinds[kinds.index("Conv") + 1 : kinds.index("Conv", kinds.index("Conv") + 1)]
+    assert between[:2] == ["Clip", "QuantizeLinear"]
+    assert tritonq.verify(prepared, path, X).agrees(0.005, 1)
