@@ -6,18 +6,15 @@ Shared by the operators that end in ReLU and fake quantization.
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tritonq.qparams import QuantizedType, round_half_away
+from tritonq.qparams import round_half_away
 from tritonq.reference.fake_quant import fake_quantize
 from tritonq.reference.min_max import min_max
+from tritonq.reference.open_bounds import open_bounds
 from tritonq.reference.quantizer_state import QuantizerState, active_flag, is_readable, observe_range
-
-_Float: TypeAlias = "np.floating[Any]"
 
 
 def observe(y: Tensor, state: QuantizerState, relu: bool) -> None:
@@ -64,7 +61,8 @@ def straight_through_(dy: Tensor, y: Tensor, state: QuantizerState | None, relu:
     low, high = -math.inf, math.inf
     if active is True and state is not None:
         zero = 0 if state.zero_point is None else int(state.zero_point)
-        low, high = open_bounds(float(state.scale), zero, state.qtype, y.dtype)
+        lowest, highest = state.qtype.quant_min - zero, state.qtype.quant_max - zero
+        low, high = open_bounds(float(state.scale), lowest, highest, state.qtype.rounding, y.dtype)
     elif not relu:
         return dy
     if relu:
@@ -72,39 +70,6 @@ def straight_through_(dy: Tensor, y: Tensor, state: QuantizerState | None, relu:
     # Strictly between the bounds; NaN compares as inside, so that it is moved out first, and an infinite y in.
     y.nan_to_num_(-torch.inf, torch.finfo(y.dtype).max, -torch.inf)
     return torch.ops.aten.hardtanh_backward.grad_input(dy, y, low, high, grad_input=y)  # type: ignore[no-any-return]
-
-
-def open_bounds(scale: float, zero_point: int, qtype: QuantizedType, dtype: torch.dtype) -> tuple[float, float]:
-    """The values just outside: the rounded, unclipped code of y is in range exactly where ``low < y < high``.
-
-    Found by stepping from the estimate, in the arithmetic that rounds ``y``.
-    """
-    kind = np.float64 if dtype == torch.float64 else np.float32
-    with np.errstate(over="ignore"):
-        step = kind(scale)
-        low = _outermost(step, qtype.quant_min - zero_point, -np.inf, qtype, kind)
-        high = _outermost(step, qtype.quant_max - zero_point, np.inf, qtype, kind)
-    return float(low), float(high)
-
-
-def _outermost(step: _Float, code: int, outwards: float, qtype: QuantizedType, kind: type[_Float]) -> _Float:
-    """The first value in the direction ``outwards`` whose code lies beyond ``code``."""
-
-    def is_outside(y: _Float) -> bool:
-        if qtype.rounding == "half_even":
-            rounded = np.rint(y * (kind(1) / step))
-        else:
-            size = np.abs(y / step)
-            rounded = np.copysign(np.floor(size) + (size - np.floor(size) >= 0.5), y)
-        return bool(rounded > code) if outwards > 0 else bool(rounded < code)
-
-    half = 0.5 if outwards > 0 else -0.5
-    y: _Float = kind((code + half) * float(step))
-    while not is_outside(y):
-        y = np.nextafter(y, kind(outwards))
-    while is_outside(inwards := np.nextafter(y, kind(-outwards))):
-        y = inwards
-    return y
 
 
 def _masked(dy: Tensor, y: Tensor, state: QuantizerState, relu: bool, active: Tensor) -> Tensor:

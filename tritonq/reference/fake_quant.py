@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from tritonq.qparams import Rounding, round_half_away
+from tritonq.reference.open_bounds import open_bounds, open_bounds_of_codes
+from tritonq.reference.quantizer_state import is_readable
 
 # Ranges of more codes than this reach integers that float32 cannot hold, where the order of additions matters.
 _WIDE_CODES = 2**22
@@ -73,10 +75,19 @@ def fake_quantize_backward(
     if _known_off(active):
         return dy
     scale, offset = _broadcast(x, scale, zero_point, axis)
-    steps = _steps(x, scale, rounding)
-    # |code - middle| <= half the range, as 0.0 or 1.0; comparing with NaN gives 0.
-    inside = steps.add_(offset).sub_((quant_min + quant_max) / 2).abs_().le_((quant_max - quant_min) / 2)
-    return _switched(active, inside.mul_(dy).to(x.dtype), dy)
+    # Strict bounds; a NaN would compare as inside, so that it is made infinite first.
+    if axis is None and not isinstance(offset, Tensor) and is_readable(scale):
+        values = x.to(scale.dtype).nan_to_num(torch.inf, torch.inf, -torch.inf)
+        zero = int(offset)
+        bounds = open_bounds(float(scale), quant_min - zero, quant_max - zero, rounding, scale.dtype)
+    else:
+        values = _steps(x, scale, rounding)
+        if isinstance(offset, Tensor) or offset:
+            values.add_(offset)
+        values.nan_to_num_(torch.inf, torch.inf, -torch.inf)
+        bounds = open_bounds_of_codes(quant_min, quant_max, scale.dtype)
+    dx = torch.ops.aten.hardtanh_backward.grad_input(dy.to(values.dtype), values, *bounds, grad_input=values)
+    return _switched(active, dx.to(x.dtype), dy)
 
 
 def quantize(

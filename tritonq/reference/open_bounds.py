@@ -1,0 +1,58 @@
+"""Where a quantizer's gradient passes, as bounds: comparing with them replaces rounding in a backward pass."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from tritonq.qparams import Rounding
+
+_Float: TypeAlias = "np.floating[Any]"
+
+
+def open_bounds(scale: float, lowest: int, highest: int, rounding: Rounding, dtype: torch.dtype) -> tuple[float, float]:
+    """The values just outside: ``lowest <= round(x / scale) <= highest`` exactly where ``low < x < high``.
+
+    Found by stepping from the estimate, in the arithmetic that rounds ``x``.
+
+    Args:
+        scale: positive.
+        lowest: smallest code, counted from the zero point.
+        highest: largest code, counted from the zero point.
+        rounding: ``"half_even"`` multiplies by the reciprocal of ``scale``, ``"half_away"`` divides.
+        dtype: of ``x`` and the arithmetic: float32 or float64.
+    """
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    with np.errstate(over="ignore"):
+        step = kind(scale)
+        low = _outermost(step, lowest, -np.inf, rounding, kind)
+        high = _outermost(step, highest, np.inf, rounding, kind)
+    return float(low), float(high)
+
+
+def open_bounds_of_codes(quant_min: int, quant_max: int, dtype: torch.dtype) -> tuple[float, float]:
+    """As :func:`open_bounds` for codes that are rounded already, whole numbers in ``dtype``."""
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    return float(np.nextafter(kind(quant_min), kind(-np.inf))), float(np.nextafter(kind(quant_max), kind(np.inf)))
+
+
+def _outermost(step: _Float, code: int, outwards: float, rounding: Rounding, kind: type[_Float]) -> _Float:
+    """The first value in the direction ``outwards`` whose code lies beyond ``code``."""
+
+    def is_outside(x: _Float) -> bool:
+        if rounding == "half_even":
+            rounded = np.rint(x * (kind(1) / step))
+        else:
+            size = np.abs(x / step)
+            rounded = np.copysign(np.floor(size) + (size - np.floor(size) >= 0.5), x)
+        return bool(rounded > code) if outwards > 0 else bool(rounded < code)
+
+    half = 0.5 if outwards > 0 else -0.5
+    x: _Float = kind((code + half) * float(step))
+    while not is_outside(x):
+        x = np.nextafter(x, kind(outwards))
+    while is_outside(inwards := np.nextafter(x, kind(-outwards))):
+        x = inwards
+    return x
