@@ -2,8 +2,6 @@
 
 import copy
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -73,56 +71,6 @@ def assert_inputs_on_their_grids(prepared, *args):
     with torch.no_grad():
         prepared(*args)
     return checked
-
-
-@dataclass
-class Zoo:
-    """A model of a library, and what a hand count of it gives: Conv-BN pairs, quantized layers, additions."""
-
-    make: Callable[[], nn.Module]
-    pairs: int
-    layers: int
-    joins: int
-
-
-ZOO = {
-    # stem, 16 in blocks, 3 shortcuts; 20 convolutions and the head; 8 additions
-    "torchvision_resnet18": Zoo(lambda: vision_models.torchvision_model("resnet18"), 20, 21, 8),
-    "timm_resnet18": Zoo(lambda: vision_models.timm_model("resnet18"), 20, 21, 8),
-    "torchvision_mobilenet_v2": Zoo(lambda: vision_models.torchvision_model("mobilenet_v2"), 52, 53, 10),
-    # 34 pairs, 9 squeeze-and-excite blocks of two plain convolutions, two linear layers
-    "torchvision_mobilenet_v3_small": Zoo(lambda: vision_models.torchvision_model("mobilenet_v3_small"), 34, 54, 6),
-    # stem, 2 in the first block, 45 in fifteen blocks of three, head
-    "timm_efficientnet_lite0": Zoo(lambda: vision_models.timm_model("efficientnet_lite0"), 49, 50, 9),
-    # 22 blocks of a 1×1 and a 3×3 branch, 17 of them with an identity branch that is a BatchNorm alone
-    "timm_repvgg_a0": Zoo(lambda: vision_models.timm_model("repvgg_a0"), 44, 45, 39),
-    # stem, two blocks of two, one of them with a shortcut, and the first stage's block
-    "transformers_resnet": Zoo(vision_models.transformers_resnet, 8, 9, 3),
-    "transformers_resnet_bottleneck": Zoo(lambda: vision_models.transformers_resnet("bottleneck"), 11, 12, 3),
-    "transformers_mobilenet_v2": Zoo(vision_models.transformers_mobilenet_v2, 52, 53, 10),
-}
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_library_model_is_prepared_as_a_hand_count_says(name):
-    torch.manual_seed(0)
-    zoo, x = ZOO[name], torch.randn(2, 3, 64, 64)
-    model = zoo.make()
-    prepared = prepare_qat(model, example_inputs=x[:1])
-    assert type(prepared).__name__ == type(model).__name__
-    pairs = [module for module in prepared.modules() if isinstance(module, qnn.conv_bn.QATBatchNormLayer)]
-    layers = [module for module in prepared.modules() if isinstance(module, qnn.QATLayer)]
-    assert len(pairs) == zoo.pairs
-    assert len(layers) == zoo.layers
-    assert of_type(prepared, nn.Conv2d, nn.Linear) == of_type(prepared, qnn.QATLayer)
-    assert len(of_type(prepared, qnn.Add, qnn.Cat)) == zoo.joins
-    assert all(layer.input_quantizer is not None for layer in layers)
-    assert_same_when_not_rounding(model, prepared, x)
-
-    loss = primary(prepared.train()(x)).square().sum()
-    loss.backward()
-    assert all(parameter.grad is not None for parameter in prepared.parameters())
-    assert len(assert_inputs_on_their_grids(prepared, x)) == zoo.layers
 
 
 def test_quantizers_of_resnet18_are_those_of_a_hand_count():

@@ -26,7 +26,7 @@ _KEEPING_NAMES = """
     flatten unflatten reshape view view_as permute transpose swapaxes swapdims movedim moveaxis t T mT squeeze unsqueeze
     contiguous clone detach getitem select narrow chunk split tensor_split unbind expand expand_as repeat tile flip roll
     max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax
-    dropout dropout1d dropout2d dropout3d pixel_shuffle pixel_unshuffle channel_shuffle
+    dropout dropout1d dropout2d dropout3d cat pixel_shuffle pixel_unshuffle channel_shuffle
 """
 _KEEPING_FUNCTIONS = frozenset(_KEEPING_NAMES.split())
 _RANGE_LIMITS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clip"})

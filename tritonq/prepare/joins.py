@@ -56,7 +56,8 @@ def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
             return ()
     elif call.name == "cat":
         parts = call.args[0] if call.args else call.kwargs.get("tensors")
-        items = parts if isinstance(parts, tuple) and "out" not in call.kwargs else ()
+        # One tensor alone is passed through.
+        items = parts if isinstance(parts, tuple) and len(parts) > 1 and "out" not in call.kwargs else ()
     else:
         return ()
     values = tuple(value for item in items for value in refs_in(item))
