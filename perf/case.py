@@ -44,6 +44,7 @@ class Implementation:
         tolerance: replaces the case's, with its own reason.
         quick: False keeps it out of ``--quick`` (compilers that need tens of seconds).
         devices: device types it can run on.
+        for_check: brings what a step returns into the reference's form; None where it has that. Not timed.
     """
 
     build: Callable[[Inputs], Step]
@@ -52,6 +53,14 @@ class Implementation:
     tolerance: Tolerance | None = None
     quick: bool = True
     devices: tuple[str, ...] = ("cpu", "cuda")
+    for_check: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
+
+    def check(self, step: Step, inputs: Inputs, expected: tuple[Tensor, ...], tolerance: Tolerance) -> str | None:
+        """Say how a step of this implementation differs from ``expected``; ``tolerance`` is the case's."""
+        outputs = step(inputs)
+        if self.for_check is not None:
+            outputs = self.for_check(outputs)
+        return disagreement(outputs, expected, self.tolerance or tolerance)
 
     def library_version(self) -> str | None:
         """Installed version of the library, or None."""

@@ -15,7 +15,7 @@ from typing import IO
 import torch
 
 from tritonq.perf import records
-from tritonq.perf.case import Case, Implementation, Inputs, Step, disagreement
+from tritonq.perf.case import Case, Implementation, Inputs, Step
 from tritonq.perf.cases import all_cases
 from tritonq.perf.machine import SOURCE, device_slug, environment
 from tritonq.perf.measure import Budget, copy_bandwidth, input_sets, interleave
@@ -144,7 +144,7 @@ def _prepare(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             step = implementation.build(inputs)
-            difference = disagreement(step(inputs), expected, implementation.tolerance or case.tolerance)
+            difference = implementation.check(step, inputs, expected, case.tolerance)
     except Exception as error:  # a peer may fail in any way, and the table has to say how
         return None, f"error: {type(error).__name__}: {_one_line(str(error))}"
     return (step, "ok") if difference is None else (None, f"failed check: {difference}")

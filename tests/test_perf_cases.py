@@ -4,6 +4,8 @@ import torch
 from tritonq.perf.case import disagreement
 from tritonq.perf.cases import all_cases
 from tritonq.perf.cases.fake_quant import Problem
+from tritonq.perf.cases.fixed_point import Convolution, Rounding, Search
+from tritonq.perf.cases.learned_scale import Problem as LearnedProblem
 from tritonq.perf.cases.observe import Problem as ObserveProblem
 from tritonq.perf.memory import saved_bytes
 
@@ -15,6 +17,14 @@ SMALL_CASES = [
     Problem((4, 8, 6, 6), torch.bfloat16, None, False, False).case(quick=True, devices=("cpu",)),
     ObserveProblem((4, 8, 6, 6), torch.float32, False, True, True).case(quick=True, devices=("cpu",)),
     ObserveProblem((8, 4, 3, 3), torch.float32, True, False, True).case(quick=True, devices=("cpu",)),
+    LearnedProblem("lsq", (8, 4, 3, 3), 0).case(quick=True, devices=("cpu",)),
+    LearnedProblem("lsq+", (4, 8, 6, 6), None).case(quick=True, devices=("cpu",)),
+    LearnedProblem("tqt", (4, 8, 6, 6), 1, torch.bfloat16).case(quick=True, devices=("cpu",)),
+    LearnedProblem("pact", (4, 8, 6, 6), None).case(quick=True, devices=("cpu",)),
+    Rounding((4, 8, 6, 6), torch.float32, None, True).case(quick=True, devices=("cpu",)),
+    Rounding((8, 4, 3, 3), torch.bfloat16, 0, True).case(quick=True, devices=("cpu",)),
+    Search((4, 8, 6, 6), torch.float32, signed=False).case(quick=True, devices=("cpu",)),
+    Convolution(2, 8, 6, 5, 3).case(quick=True, devices=("cpu",)),
 ]
 
 
@@ -43,14 +53,14 @@ class TestSmallCases:
     def test_tritonq_and_the_baseline_pass_the_check(self, case):
         for name in ("tritonq", case.baseline):
             inputs = inputs_of(case)
-            step = case.implementations[name].build(inputs)
-            tolerance = case.implementations[name].tolerance or case.tolerance
-            assert disagreement(step(inputs), case.reference(inputs), tolerance) is None, name
+            implementation = case.implementations[name]
+            step = implementation.build(inputs)
+            assert implementation.check(step, inputs, case.reference(inputs), case.tolerance) is None, name
 
     def test_the_check_sees_one_code_of_difference(self, case):
         inputs = inputs_of(case)
         expected = case.reference(inputs)
-        shifted = tuple(output + 0.02 for output in expected)
+        shifted = tuple(output + (0.02 if output.is_floating_point() else 1) for output in expected)
         assert disagreement(shifted, expected, case.tolerance) is not None
 
     def test_inputs_are_seeded_and_saturate(self, case):

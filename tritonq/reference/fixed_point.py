@@ -103,9 +103,11 @@ def frac_len_errors(x: Tensor, quant_min: int, quant_max: int, candidates: int, 
 
 def _add_errors(errors: Tensor, block: Tensor, quant_min: int, quant_max: int) -> None:
     """Add the errors of a block (channels, elements) to ``errors`` (candidates, channels)."""
-    # 0 is a code of every format: values set to it err nowhere.
-    counts = torch.isfinite(block) if quant_min < 0 else torch.isfinite(block) & (block > 0)
-    block = torch.where(counts, block, 0)
+    # 0 is a code of every format: values set to it err nowhere. (A mask and `where` would take as long as three
+    # candidates.)
+    block = torch.nan_to_num(block, 0.0, 0.0, 0.0)
+    if quant_min >= 0:
+        block = block.relu_()
     work = torch.empty_like(block)
     for frac_len, total in enumerate(errors):
         torch.mul(block, 2.0**frac_len, out=work)
