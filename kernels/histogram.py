@@ -216,11 +216,6 @@ def prefix_histogram(x: Tensor, bins: Any, axis: int | None = None) -> tuple[Ten
     return counts, low, high, nonfinite
 
 
-def _window(device: torch.device) -> int:
-    """Bins that fit into registers: on warps of 64 lanes 256 of them spill."""
-    return _WINDOW if warp_size(device) == 32 else _WINDOW // 2
-
-
 def observe(
     x: Tensor,
     histogram: Tensor,
@@ -254,7 +249,7 @@ def observe(
             FIRST_PREFIX=bins.first_prefix,
             PER_SIDE=bins.per_side,
             # Several channels would each need a window of their own.
-            WINDOW=_window(x.device) if seen.channel is None else 0,
+            WINDOW=_WINDOW if seen.channel is None else 0,
             CHANNEL=seen.channel,
             ROWS=tile.rows,
             COLS=tile.cols,

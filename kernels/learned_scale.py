@@ -21,7 +21,7 @@ from .tile import load_per_channel, program_along, tile_indices, tile_mask, tile
 
 @triton.jit
 def learned_terms(x, parameter, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, METHOD: tl.constexpr):
-    """Where the gradient passes, and what each value adds to the parameter's and the zero point's per unit of dy.
+    """Where the gradient passes, and what each value adds to the parameter's gradient per unit of dy.
 
     Args:
         x: float32 block.
@@ -31,25 +31,23 @@ def learned_terms(x, parameter, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: 
         QUANT_MAX: largest code.
         METHOD: see `tritonq.reference.learned_scale`.
     """
-    none = tl.zeros(x.shape, tl.float32)
     if METHOD == "pact":
-        return (x >= 0) & (x < parameter), (x >= parameter).to(tl.float32), none
+        return (x >= 0) & (x < parameter), (x >= parameter).to(tl.float32)
     elif METHOD == "torch":
         v = divide_by_scale(x, parameter, "half_even")
         inside = is_inside(v, zero_point, QUANT_MIN, QUANT_MAX, "half_even")
         steps = round_to_steps(v, zero_point, QUANT_MIN, QUANT_MAX, "half_even")
-        per_shift = tl.where(inside, none, none - parameter)
-        return inside, tl.where(inside, steps - v, steps), per_shift
+        return inside, tl.where(inside, steps - v, steps)
     elif METHOD == "megengine":
         v = divide_by_scale(x, parameter, "half_away") + zero_point
         inside = (v >= QUANT_MIN) & (v <= QUANT_MAX)
         bounded = tl.minimum(tl.maximum(v, QUANT_MIN), QUANT_MAX)
-        return inside, tl.where(inside, round_half_away(v) - v, bounded), none
+        return inside, tl.where(inside, round_half_away(v) - v, bounded)
     else:
         v = divide_by_scale(x, parameter, "half_away")
         inside = (v >= QUANT_MIN - 0.5) & (v <= QUANT_MAX + 0.5)
         code = tl.minimum(tl.maximum(round_half_away(v), QUANT_MIN), QUANT_MAX)
-        return inside, tl.where(inside, code - v, code), none
+        return inside, tl.where(inside, code - v, code)
 
 
 @triton.jit
@@ -80,10 +78,11 @@ def learned_share(
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     METHOD: tl.constexpr,
+    SHIFTS: tl.constexpr,  # whether the zero point has a gradient
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Write dx for a share of the tensor; elementwise sums of both parameters' terms over its tiles, (ROWS, COLS)."""
+    """Write dx for a share of the tensor; sums over its tiles, (ROWS, COLS): the parameter's terms, and dy outside."""
     of_parameter = tl.zeros([ROWS, COLS], tl.float32)
     of_shift = tl.zeros([ROWS, COLS], tl.float32)
     for outer in range(outer_from, outer_to):
@@ -95,10 +94,11 @@ def learned_share(
                 x = tl.load(x_ptr + (outer * x_outer + row * x_row + col * x_col), mask=mask, other=0).to(tl.float32)
                 dy = tl.load(dy_ptr + (outer * dy_outer + row * dy_row + col * dy_col), mask=mask, other=0)
                 dy = dy.to(tl.float32)
-                inside, per_parameter, per_shift = learned_terms(x, parameter, zero_point, QUANT_MIN, QUANT_MAX, METHOD)
+                inside, per_parameter = learned_terms(x, parameter, zero_point, QUANT_MIN, QUANT_MAX, METHOD)
                 counts = mask & (x == x) & on
                 of_parameter += tl.where(counts, per_parameter * dy, 0.0)
-                of_shift += tl.where(counts, per_shift * dy, 0.0)
+                if SHIFTS:
+                    of_shift += tl.where(counts & (inside == 0), dy, 0.0)
                 passes = inside | (on == 0)
                 tl.store(
                     dx_ptr + (outer * dx_outer + row * dx_row + col * dx_col), tl.where(passes, dy, 0.0), mask=mask
@@ -111,7 +111,7 @@ def learned_backward_kernel(
     dy_ptr,  # outer × rows × cols, by strides
     x_ptr,  # outer × rows × cols, by strides
     dx_ptr,  # outer × rows × cols, by strides
-    partial_ptr,  # 2 × splits × channels float32: the parameter's, the zero point's
+    partial_ptr,  # 2 × splits × channels float32: the parameter's gradient, Σ dy outside of the codes
     parameter_ptr,  # (channels,) float32, or one element
     zero_point_ptr,  # as parameter, int32; None stands for zero
     active_ptr,  # one element, uint8 or bool; 0 copies dy. None counts as 1
@@ -173,7 +173,7 @@ def learned_backward_kernel(
     of_parameter, of_shift = learned_share(
         dy_ptr, x_ptr, dx_ptr, parameter, zero_point, on, dy_outer, dy_row, dy_col, x_outer, x_row, x_col,
         dx_outer, dx_row, dx_col, outer_from, outer_to, row_from, row_to, col_from, col_to, rows, cols,
-        QUANT_MIN, QUANT_MAX, METHOD, ROWS, COLS,
+        QUANT_MIN, QUANT_MAX, METHOD, METHOD == "torch" and zero_point_ptr is not None, ROWS, COLS,
     )  # fmt: skip
 
     if CHANNEL == 1:
@@ -195,8 +195,9 @@ def learned_backward_kernel(
 @triton.jit
 def add_partials_kernel(
     partial_ptr,  # 2 × splits × channels float32
+    scale_ptr,  # (channels,) float32
     parameter_ptr,  # (channels,) float32, written
-    shift_ptr,  # (channels,) float32, written
+    shift_ptr,  # (channels,) float32, written: -scale Σ dy outside of the codes
     splits,
     channels,
     SPLITS: tl.constexpr,
@@ -213,7 +214,9 @@ def add_partials_kernel(
         of_parameter += tl.load(partial_ptr + at, mask=mask, other=0.0)
         of_shift += tl.load(partial_ptr + splits * channels + at, mask=mask, other=0.0)
     tl.store(parameter_ptr + channel, tl.sum(of_parameter, 0), mask=channel < channels)
-    tl.store(shift_ptr + channel, tl.sum(of_shift, 0), mask=channel < channels)
+    # The scale is loaded here, since the first kernel's loop has no register to spare for it.
+    scale = tl.load(scale_ptr + channel, mask=channel < channels, other=0.0)
+    tl.store(shift_ptr + channel, -scale * tl.sum(of_shift, 0), mask=channel < channels)
 
 
 @triton.jit
@@ -294,13 +297,14 @@ def learned_fake_quantize_backward(
     tile, parts, launch_grid, split_strides, splits = plan_reduction(x.dtype, seen, x.device, warp_size(x.device))
     # A channel axis of length 1 leaves a view without channels: one sum, as for one scale.
     partial = torch.empty((2, splits, seen.channels), dtype=torch.float32, device=x.device)
+    parameter = parameter.contiguous()
     with device_guard(x):
         learned_backward_kernel[launch_grid.programs](
             dy,
             x,
             dx,
             partial,
-            parameter.contiguous(),
+            parameter,
             None if zero_point is None else zero_point.contiguous(),
             active,
             *seen.strides[0],
@@ -325,6 +329,7 @@ def learned_fake_quantize_backward(
         channels = min(triton.next_power_of_2(seen.channels), 32)
         add_partials_kernel[(triton.cdiv(seen.channels, channels),)](
             partial,
+            parameter,
             of_parameter,
             of_shift,
             splits,

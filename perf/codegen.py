@@ -221,14 +221,18 @@ def _read_cuda(kernel: Any) -> tuple[int, int, list[Any]]:
 
 
 def _read_hip(kernel: Any) -> tuple[int, int, list[Any]]:
-    """Registers, spilled bytes and instructions of a compiled HIP kernel."""
+    """Registers, spilled bytes and instructions of a compiled HIP kernel.
+
+    Scalar registers that move into lanes of a vector register count as instructions, not as spills: no memory is read.
+    Those that go on into memory are part of the private segment, as everything is that does.
+    """
     text = kernel.asm["amdgcn"]
     values = {
         key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
-        for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+        for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     }
-    spilled = 4 * (values["vgpr_spill_count"] + values["sgpr_spill_count"])
-    return values["vgpr_count"], max(spilled, values["private_segment_fixed_size"]), parse_amdgcn(text)
+    spilled = max(4 * values["vgpr_spill_count"], values["private_segment_fixed_size"])
+    return values["vgpr_count"], spilled, parse_amdgcn(text)
 
 
 def _dump(*arguments: str) -> str:

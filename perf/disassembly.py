@@ -69,17 +69,19 @@ def parse_sass(text: str) -> list[Instruction]:
     rows = [match.groups() for match in map(_SASS.match, text.splitlines()) if match]
     index = {int(address, 16): i for i, (address, *_) in enumerate(rows)}
     parsed = []
-    for _, predicate, opcode, operands in rows:
+    for i, (_, predicate, opcode, operands) in enumerate(rows):
         stem = opcode.split(".")[0]
         width = _SASS_WIDTH.search(opcode)
         bits = _SASS_BITS[width.group(1)] if width else 32
         jump = re.search(r"\b0x([0-9a-f]+)\s*$", operands.strip()) if stem in ("BRA", "CALL") else None
+        target = index.get(int(jump.group(1), 16)) if jump else None
         parsed.append(
             Instruction(
                 opcode,
-                index.get(int(jump.group(1), 16)) if jump else None,
+                target,
                 stem in ("BRA", "EXIT", "RET") and predicate is None and ", " not in operands,
-                stem == "CALL",
+                # For sm_80, ptxas leaves loops by a "call" over the branch that follows it, the one back.
+                stem == "CALL" and target != i + 2,
                 bits if stem in ("LDG", "STG") else 0,
                 stem == "STG",
                 bits if stem in ("LDL", "STL") else 0,

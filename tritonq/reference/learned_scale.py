@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -35,7 +36,7 @@ def learned_fake_quantize(
     Args:
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
         parameter: one element, or (x.shape[axis],): the scale; with ``"pact"`` the clipping level.
-        zero_point: int32, shaped as ``parameter``; None stands for zero.
+        zero_point: int32, shaped as ``parameter``; None stands for zero, as it must with ``"tqt"`` and ``"pact"``.
         quant_min: smallest code.
         quant_max: largest code.
         axis: axis of ``x`` that ``parameter`` runs along, or None.
@@ -44,8 +45,8 @@ def learned_fake_quantize(
 
     Source: SEMANTICS section 1.
     """
-    if method == "megengine" and zero_point is not None:
-        scale, shift, values = _broadcast(x, parameter, zero_point, axis)
+    scale, shift, values = _broadcast(x, parameter, zero_point, axis)
+    if method == "megengine" and shift is not None:
         code = round_half_away(values.div(scale).add_(shift).clamp_(quant_min, quant_max))
         y = code.sub_(shift).mul_(scale).to(x.dtype)
         return y if active is None else torch.where(active.view(()) != 0, y, x)
@@ -82,53 +83,72 @@ def learned_fake_quantize_backward(
 
     Returns:
         ``(dx, dparameter, dzero_point)``: ``x.dtype``; two in the arithmetic's dtype (float32, or float64), shaped as
-        ``parameter``.
+        ``parameter``. The last one is 0 where ``zero_point`` is None.
     """
     scale, shift, values = _broadcast(x, parameter, zero_point, axis)
-    inside, per_parameter, per_zero_point = _terms(values, scale, shift, quant_min, quant_max, method)
+    inside, terms = _terms(values, scale, shift, quant_min, quant_max, method)
     g = dy.to(values.dtype)
     on = None if active is None else active.view(()) != 0
-    dx = torch.where(inside if on is None else inside | ~on, g, 0).to(x.dtype)
+    dx = inside.mul_(g).to(x.dtype)
+    dx = dx if on is None else torch.where(on, dx, dy)
     sums = []
-    for term in (per_parameter, per_zero_point):
-        total = g.new_zeros(()) if term is None else _sum_to(torch.where(values.isnan(), 0, term * g), scale)
+    for term in terms:
+        total = g.new_zeros(()) if term is None else _sum_to(term.mul_(g), scale)
         total = total.expand(parameter.numel()).view(parameter.shape)
         sums.append(total.clone() if on is None else torch.where(on, total, 0))
     return dx, sums[0], sums[1]
 
 
 def _terms(
-    values: Tensor, scale: Tensor, shift: Tensor, quant_min: int, quant_max: int, method: LearnedScale
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Where the gradient passes, and what each value adds to the parameter's and the zero point's per unit of dy."""
+    values: Tensor, scale: Tensor, shift: Tensor | None, quant_min: int, quant_max: int, method: LearnedScale
+) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    """Where the gradient passes, and what each value adds to the parameter's and the zero point's per unit of dy.
+
+    Masks are 0.0 and 1.0, and 0.0 at NaN: on CPUs `where` takes as long as ten products. A value is inside where its
+    clamp leaves it as it is.
+    """
     if method == "pact":
-        return (values >= 0) & (values < scale), (values >= scale).to(values.dtype), None
+        above = _mask(torch.ge, values, scale)
+        return _mask(torch.ge, values, torch.zeros_like(scale)).sub_(above), (above, None)
+    v = values * scale.reciprocal() if method == "torch" else values / scale
+    position = v.round() if method == "torch" else v
+    if shift is not None:
+        position.add_(shift)
+    reach = 0.5 if method == "tqt" else 0.0
+    bounded = position.clamp(quant_min - reach, quant_max + reach)
+    outside = None
+    if shift is not None and method == "torch":
+        # Not the complement of the mask inside, which NaN would belong to.
+        outside = _mask(torch.ne, bounded, position).sub_(_mask(torch.ne, position, position)).mul_(-scale)
+    inside = _mask(torch.eq, bounded, position)
     if method == "torch":
-        v = values * scale.reciprocal()
-        code = v.round() + shift
-        inside = (code >= quant_min) & (code <= quant_max)
-        steps = code.clamp(quant_min, quant_max) - shift
-        return inside, torch.where(inside, steps - v, steps), torch.where(inside, 0, -scale)
-    v = values / scale
-    if method == "megengine":
-        v = v + shift
-        inside = (v >= quant_min) & (v <= quant_max)
-        return inside, torch.where(inside, round_half_away(v) - v, v.clamp(quant_min, quant_max)), None
-    inside = (v >= quant_min - 0.5) & (v <= quant_max + 0.5)
-    code = round_half_away(v).clamp_(quant_min, quant_max)
-    return inside, torch.where(inside, code - v, code), None
+        code = bounded if shift is None else bounded.sub_(shift)
+    else:
+        code = round_half_away(bounded).clamp_(quant_min, quant_max)
+    return inside, (_less_inside(code, v, inside), outside)
+
+
+def _less_inside(code: Tensor, v: Tensor, inside: Tensor) -> Tensor:
+    """``code - v`` inside, ``code`` outside, 0 at NaN, in place of ``code`` and ``v``."""
+    # Infinity times 0 is NaN.
+    return code.nan_to_num_(0.0).sub_(v.mul_(inside).nan_to_num_(0.0))
+
+
+def _mask(compare: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """The result of a comparison as 0.0 and 1.0 in ``a``'s dtype."""
+    return compare(a, b, out=torch.empty_like(a))
 
 
 def _broadcast(
     x: Tensor, parameter: Tensor, zero_point: Tensor | None, axis: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Parameter and zero point shaped to broadcast against ``x``, and ``x``, all in the dtype of the arithmetic."""
     shape = [1] * x.dim()
     if axis is not None:
         shape[axis] = -1
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     parameter = parameter.to(dtype).view(shape)
-    shift = torch.zeros_like(parameter) if zero_point is None else zero_point.to(dtype).view(shape)
+    shift = None if zero_point is None else zero_point.to(dtype).view(shape)
     return parameter, shift, x.to(dtype)
 
 
