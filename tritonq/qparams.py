@@ -6,6 +6,7 @@ numbers it is deployed with.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -205,19 +206,44 @@ def range_to_qparams(
         raise ValueError(f"unknown range rule {rule!r}; known: {', '.join(get_args(RangeRule))}")
     if min_val.shape != max_val.shape:
         raise ValueError(f"min_val and max_val differ in shape: {tuple(min_val.shape)} and {tuple(max_val.shape)}")
+    if known_ordered(min_val, max_val):
+        # The usual case takes a third of the operators; on a small tensor each costs as much as on a scalar.
+        scale, zero_point = _observed_qparams(min_val.float(), max_val.float(), qtype, rule, eps)
+        return QParams(scale.to(torch.float32), zero_point.to(torch.int32))
     observed = (min_val <= max_val) & torch.isfinite(min_val) & torch.isfinite(max_val)
-    low = torch.where(observed, min_val, 0).float().clamp(max=0)
-    high = torch.where(observed, max_val, 0).float().clamp(min=0)
-    if rule == "torch_v1":
-        scale, zero_point = _torch_v1_qparams(low, high, qtype)
-    else:
-        default_eps = MEGENGINE_EPS if rule == "megengine" else TORCH_EPS
-        scale, zero_point = _linear_qparams(low, high, qtype, rule, default_eps if eps is None else eps)
+    low, high = torch.where(observed, min_val, 0).float(), torch.where(observed, max_val, 0).float()
+    scale, zero_point = _observed_qparams(low, high, qtype, rule, eps)
     unobserved_zero = min(max(qtype.fixed_zero_point or 0, qtype.quant_min), qtype.quant_max)
     return QParams(
         torch.where(observed, scale, 1.0).to(torch.float32),
         torch.where(observed, zero_point, unobserved_zero).to(torch.int32),
     )
+
+
+def known_ordered(low: Tensor, high: Tensor) -> bool:
+    """Whether every range is known to have ``low <= high``, both finite: False where looking costs a synchronisation.
+
+    Args:
+        low: any shape.
+        high: of ``low``'s shape.
+    """
+    if not low.is_cpu or torch.compiler.is_compiling():
+        return False
+    if low.numel() == 1:
+        return -math.inf < float(low) <= float(high) < math.inf
+    if low.numel() == 0:
+        return True
+    return -math.inf < float(low.amin()) and float(high.amax()) < math.inf and bool((low <= high).all())
+
+
+def _observed_qparams(
+    low: Tensor, high: Tensor, qtype: QuantizedType, rule: RangeRule, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of finite ranges, before zero is brought into them."""
+    if rule == "torch_v1":
+        return _torch_v1_qparams(low.clamp(max=0), high.clamp(min=0), qtype)
+    default_eps = MEGENGINE_EPS if rule == "megengine" else TORCH_EPS
+    return _linear_qparams(low, high, qtype, rule, default_eps if eps is None else eps)
 
 
 def _linear_qparams(
@@ -227,8 +253,10 @@ def _linear_qparams(
     codes = qtype.quant_max - qtype.quant_min
     fixed = qtype.fixed_zero_point
     if fixed is not None:
-        scale = (torch.maximum(-low, high) / (codes / 2)).clamp(min=eps)
-        return scale, torch.full_like(scale, fixed)
+        # A range on one side of zero: its other end counts as zero, which clamping brings in.
+        scale = torch.maximum(-low, high).clamp_(min=0).div_(codes / 2).clamp_(min=eps)
+        return scale, torch.full_like(scale, fixed, dtype=torch.int32)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / codes).clamp(min=eps)
     ratio = low / scale
     if rule == "megengine":

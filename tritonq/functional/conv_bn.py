@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +78,7 @@ def conv_bn(
 
 def check_running_var(running_var: Tensor) -> None:
     """Raise ValueError for a running variance that is negative or not finite; CPU tensors only."""
-    if is_readable(running_var) and not (running_var.amin() >= 0 and running_var.amax() < torch.inf):
+    if is_readable(running_var) and not (float(running_var.amin()) >= 0 and float(running_var.amax()) < math.inf):
         raise ValueError("the BatchNorm's running variance must be finite and not negative")
 
 

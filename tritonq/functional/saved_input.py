@@ -96,4 +96,4 @@ def _encode(x: Tensor, grid: InputGrid) -> SavedInput:
 def _is_exact(x: Tensor, steps: Tensor, scale: Tensor) -> bool:
     """Whether ``steps * scale`` is ``x``; not where ``x`` holds NaN."""
     difference = (steps * scale).to(x.dtype).sub_(x)
-    return bool((difference.amax() == 0) & (difference.amin() == 0)) if x.numel() else True
+    return not x.numel() or float(difference.amax()) == 0 == float(difference.amin())

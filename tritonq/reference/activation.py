@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from tritonq.qparams import round_half_away
+from tritonq.qparams import known_ordered, round_half_away
 from tritonq.reference.fake_quant import fake_quantize
 from tritonq.reference.min_max import min_max
 from tritonq.reference.open_bounds import open_bounds
@@ -30,7 +30,10 @@ def observe(y: Tensor, state: QuantizerState, relu: bool) -> None:
     low, high, nonfinite = min_max(y)
     if relu:
         # The extremes of relu(y); a batch without finite values keeps low > high.
-        low, high = torch.where(low <= high, torch.stack((low, high)).clamp(min=0), torch.stack((low, high)))
+        ends = torch.stack((low, high))
+        low, high = (
+            ends.clamp_(min=0) if known_ordered(low, high) else torch.where(low <= high, ends.clamp(min=0), ends)
+        )
     observe_range(state, low, high, nonfinite)
 
 

@@ -8,6 +8,7 @@ section 4. Vectors are (channels,) in the dtype of the arithmetic: float32, or f
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -250,7 +251,7 @@ def _is_channels_last(c: Tensor) -> bool:
 
 def _channels_are_outer(c: Tensor) -> bool:
     """Whether the elements of a channel lie together, for at least a few elements."""
-    return c.is_contiguous() and c.dim() > 2 and c[0, 0].numel() > 1
+    return c.is_contiguous() and math.prod(c.shape[2:]) > 1
 
 
 def _rows(c: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonq.qparams import QuantizedType, RangeRule, range_to_qparams
+from tritonq.qparams import QuantizedType, RangeRule, known_ordered, range_to_qparams
 
 
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,8 +28,8 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
     dims = [d for d in range(x.dim()) if d != kept]
     low, high = x.amin(dims), x.amax(dims)
     # NaN and infinities show in the extremes, so that the usual, finite case needs no second look at the data.
-    # (The branch reads a CPU value; a traced graph always takes the second look instead.)
-    if not torch.compiler.is_compiling() and bool(torch.isfinite(high - low).all()):
+    # (The branch reads CPU values; other devices and traced graphs always take the second look instead.)
+    if known_ordered(low, high):
         return low.float(), high.float(), _zero_count(x)
     finite = torch.isfinite(x)
     low = torch.where(finite, x, torch.inf).amin(dims)
@@ -47,6 +47,10 @@ def update_range(
     """
     if averaging_constant is None:
         return torch.minimum(min_val, low), torch.maximum(max_val, high)
+    if low.dim() == 0 and known_ordered(low, high):
+        if not float(min_val) <= float(max_val):
+            return low, high
+        return min_val + averaging_constant * (low - min_val), max_val + averaging_constant * (high - max_val)
     seen = min_val <= max_val
     new_min = torch.where(seen, min_val + averaging_constant * (low - min_val), low)
     new_max = torch.where(seen, max_val + averaging_constant * (high - max_val), high)

@@ -73,12 +73,13 @@ def observe_range(state: QuantizerState, low: Tensor, high: Tensor, nonfinite: T
 
 def active_flag(state: QuantizerState) -> bool | Tensor:
     """Whether values are rounded: switched on, and observed. A bool where looking is free, else a 0-d bool tensor."""
-    flag = state.active.view(())
+    flag = state.active
     seen = None
     if not state.known and state.min_val is not None and state.max_val is not None:
         seen = (state.min_val <= state.max_val).any()
     if is_readable(flag):
         return bool(flag) and (seen is None or bool(seen))
+    flag = flag.view(())
     return flag != 0 if seen is None else (flag != 0) & seen
 
 

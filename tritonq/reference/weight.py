@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonq.qparams import QuantizedType, round_half_away
+from tritonq.qparams import QuantizedType, known_ordered, round_half_away
 from tritonq.reference.min_max import min_max
 from tritonq.reference.quantizer_state import QuantizerState, active_flag, is_readable, observe_range, snapshot
 
@@ -45,7 +45,7 @@ def quantize_folded(rows: Tensor, fold: Tensor, state: QuantizerState | None) ->
     if state is None:
         return folded_codes(rows, fold, None)
     low, high = _folded_extremes(rows, fold)
-    if is_readable(rows) and bool(torch.isfinite(high - low).all()):
+    if known_ordered(low, high):
         per_tensor = state.qtype.axis is None
         observe_range(state, low.amin() if per_tensor else low, high.amax() if per_tensor else high)
     else:
@@ -145,7 +145,7 @@ def _any_clips(low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor | No
     codes = _divide_and_round(ends, scale, qtype)
     if zero_point is not None:
         codes = codes + zero_point
-    return not bool(((codes >= qtype.quant_min) & (codes <= qtype.quant_max)).all())
+    return not (qtype.quant_min <= float(codes.amin()) and float(codes.amax()) <= qtype.quant_max)
 
 
 def _steps(rows: Tensor, fold: Tensor, scale: Tensor, qtype: QuantizedType) -> Tensor:
