@@ -310,3 +310,13 @@ def test_every_quantized_part_is_a_deployed_module():
     assert "weight=torch.int8, arithmetic=integers" in text
     assert "codes -128..127" in text
     assert isinstance(converted.add.activation_post_process, Quantizer)
+
+
+def test_a_prepared_table_keeps_the_quantizer_of_its_rows():
+    torch.manual_seed(0)
+    codes = torch.tensor([[1, 2], [3, 6]])
+    model = tritonq.prepare_qat(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2)), example_inputs=codes).train()
+    model(codes)
+    converted = convert(model.eval())
+    assert [layer.name for layer in tritonq.verify(model, converted, codes).layers] == ["0", "1"]
+    assert tritonq.verify(model, converted, codes).agrees()

@@ -3,7 +3,7 @@
 from tritonq import nn
 from tritonq.backend import use_backend
 from tritonq.calibration import calibrate, refine_scales
-from tritonq.deploy import convert, export_onnx, load_converted, save_converted, verify
+from tritonq.deploy import convert, export_onnx, export_program, load_converted, save_converted, verify
 from tritonq.deploy.torch_ao import load_torch_ao_state_dict
 from tritonq.distributed import sync_observers
 from tritonq.fake_quantize import FakeQuantize
@@ -84,6 +84,7 @@ __all__ = [
     "enable_fake_quant",
     "enable_observer",
     "export_onnx",
+    "export_program",
     "fake_quantize_learnable",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",

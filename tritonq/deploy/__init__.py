@@ -6,6 +6,7 @@ from tritonq.deploy.fixed_point_modules import overflow_report
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 from tritonq.deploy.fixed_point_verify import verify_fixed_point
 from tritonq.deploy.onnx_export import export_onnx
+from tritonq.deploy.program import export_program
 from tritonq.deploy.verify import LayerComparison, OutputComparison, VerificationReport, verify
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "convert",
     "export_fixed_point_onnx",
     "export_onnx",
+    "export_program",
     "load_converted",
     "overflow_report",
     "save_converted",

@@ -27,6 +27,8 @@ from tritonq.reference.fake_quant import quantize
 
 # The child that `prepare_qat` gives to a layer whose input has no other quantizer; a pre-hook calls it.
 INPUT_QUANTIZER = "input_fake_quant"
+# The one that it gives to a module whose output is quantized by a hook.
+OUTPUT_QUANTIZER = "activation_post_process"
 
 
 def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool = False) -> nn.Module:
@@ -111,6 +113,9 @@ def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
                     replacements[module].add_module(INPUT_QUANTIZER, quantizers.get(own_input, own_input))
             elif isinstance(module, (Embedding, EmbeddingBag)):
                 replacements[module] = _table(module)
+                own_output = module._modules.get(OUTPUT_QUANTIZER)
+                if own_output is not None:
+                    replacements[module].add_module(OUTPUT_QUANTIZER, quantizers.get(own_output, own_output))
         except ValueError as error:
             raise ValueError(f"{name!r} can't be converted: {error}") from error
     return replacements

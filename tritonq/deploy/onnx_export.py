@@ -7,16 +7,16 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tritonq.deploy.convert import convert
+from tritonq.deploy.example_inputs import call_arguments, open_batch
 from tritonq.deploy.modules import DeployedModule
-from tritonq.prepare.structure import tensors_in
 
 Target = Literal["onnxruntime", "tensorrt"]
 
@@ -73,14 +73,10 @@ def export_onnx(
 
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
     traced = onnx_form(deployed, target)
-    args, kwargs = _arguments(example_inputs)
-    batch = _batch_size(args, kwargs) if dynamic_batch else None
-    if batch == 1:
-        # torch.export takes an example of size 1 for a constant.
-        args, kwargs = _map((args, kwargs), lambda x: torch.cat([x, x]) if x.dim() and len(x) == 1 else x)
-        batch = 2
-    shapes = None if batch is None else _dynamic_shapes(args, kwargs, batch)
-    program = _export(traced, args, kwargs, shapes, opset, input_names, output_names)
+    arguments, shapes = call_arguments(example_inputs), None
+    if dynamic_batch:
+        arguments, shapes = open_batch(arguments)
+    program = _export(traced, *arguments, shapes, opset, input_names, output_names)
     _name_codes(program.model)
     program.model.metadata_props[TARGET_KEY] = target
     _write(program.model_proto, Path(path))
@@ -127,39 +123,6 @@ def _export(
             cause = error.__cause__ or error
             hint = "" if shapes is None else "; dynamic_batch=False may help"
             raise ValueError(f"{type(model).__name__} can't be exported{hint}: {cause}") from error
-
-
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
-
-
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    first = next((tensor for _, tensor in tensors_in((args, kwargs)) if tensor.dim()), None)
-    if first is None:
-        raise ValueError("example_inputs hold no tensor with a batch axis")
-    return int(first.shape[0])
-
-
-def _dynamic_shapes(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Any:
-    dim = torch.export.Dim("batch")
-
-    def shape_of(x: Tensor) -> Any:
-        return {0: dim} if x.dim() and x.shape[0] == batch else None
-
-    shapes = _map((args, kwargs), shape_of, other=lambda _: None)
-    return shapes[1] if kwargs and not args else shapes[0]
-
-
-def _map(item: Any, change: Any, other: Any = lambda x: x) -> Any:
-    if isinstance(item, Tensor):
-        return change(item)
-    if isinstance(item, (tuple, list)):
-        return type(item)(_map(child, change, other) for child in item)
-    if isinstance(item, dict):
-        return {key: _map(child, change, other) for key, child in item.items()}
-    return other(item)
 
 
 def _name_codes(model: Any) -> None:

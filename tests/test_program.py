@@ -1,0 +1,112 @@
+"""Programs of ``torch.export``: the converted model's outputs, bit for bit, from a process that knows nothing of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import tritonq
+from qat_models import PRESETS, FloatResidual, images, trained_float_form, trained_residual
+from tritonq.deploy import export_program
+from vision_models import transformers_resnet
+
+
+@pytest.mark.parametrize("preset", ["tensorrt", "fbgemm_v0", "megengine_min_max"])
+@pytest.mark.parametrize("make", [trained_residual, trained_float_form])
+def test_it_computes_what_the_converted_model_does(make, preset, tmp_path):
+    model, path = make(preset), tmp_path / "m.pt2"
+    converted = tritonq.convert(model)
+    returned = export_program(model, path, images(2))
+    loaded = torch.export.load(path)
+    for size in (1, 2, 17):
+        x = images(size, seed=size)
+        expected = converted(x)
+        assert torch.equal(loaded.module()(x), expected)
+        assert torch.equal(returned.module()(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loaded.module()(x), expected)
+
+
+def test_weights_are_integers_and_operators_are_pytorchs():
+    program = export_program(tritonq.convert(trained_residual()), None, images(1))
+    targets = [str(node.target) for module in program.graph_module.modules() for node in module.graph.nodes]
+    assert any("conv2d" in target for target in targets)
+    assert not [target for target in targets if "tritonq" in target]
+    weights = [value for name, value in program.state_dict.items() if name.endswith(".weight")]
+    assert len(weights) == 4
+    assert {weight.dtype for weight in weights} == {torch.int8}
+
+
+def test_another_process_needs_neither_tritonq_nor_the_model(tmp_path):
+    model, x = trained_residual(), images(3)
+    export_program(model, tmp_path / "m.pt2", images(2))
+    torch.save((x, tritonq.convert(model)(x)), tmp_path / "data.pt")
+    code = """
+import sys, torch
+x, expected = torch.load(sys.argv[2])
+found = torch.export.load(sys.argv[1]).module()(x)
+assert torch.equal(found, expected), "the outputs differ"
+assert "tritonq" not in sys.modules
+"""
+    paths = [str(tmp_path / name) for name in ("m.pt2", "data.pt")]
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", code, *paths], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_library_model():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 32, 32)
+    model = tritonq.prepare_qat(transformers_resnet(), example_inputs=x[:1]).train()
+    model(x)
+    converted = tritonq.convert(model.eval())
+    assert torch.equal(export_program(converted, None, x[:1]).module()(x).logits, converted(x).logits)
+
+
+def test_named_inputs_and_a_fixed_batch():
+    model = trained_float_form()
+    expected = tritonq.convert(model)(images(5))
+    assert torch.equal(export_program(model, None, {"x": images(2)}).module()(x=images(5)), expected)
+    fixed = export_program(model, None, images(2), dynamic_batch=False).module()
+    with pytest.raises(Exception, match="size"):
+        fixed(images(5))
+
+
+def test_embeddings():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2))
+    codes = torch.tensor([[1, 2], [3, 6]])
+    model = tritonq.prepare_qat(model, example_inputs=codes).train()
+    model(codes)
+    converted = tritonq.convert(model.eval())
+    assert torch.equal(export_program(converted, None, codes).module()(codes), converted(codes))
+
+
+class Branching(FloatResidual):
+    """Looks at its data, which no graph can."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y if y.sum() < 1e9 else -y
+
+
+def test_what_cannot_be_exported_says_so_and_leaves_no_file(tmp_path):
+    torch.manual_seed(0)
+    model = tritonq.prepare_qat(Branching(), qconfig=PRESETS["tensorrt"], example_inputs=images(2)).train()
+    model(images(4))
+    with pytest.raises(ValueError, match="Branching can't be exported"):
+        export_program(model.eval(), tmp_path / "m.pt2", images(2))
+    with pytest.raises(ValueError, match="no quantization-aware layer"):
+        export_program(FloatResidual(), tmp_path / "m.pt2", images(2))
+    with pytest.raises(ValueError, match="no tensor with a batch axis"):
+        export_program(trained_residual(), tmp_path / "m.pt2", torch.tensor(1.0))
+    fixed = tritonq.prepare_qat(FloatResidual(), qconfig=tritonq.get_qconfig("f8net"), example_inputs=images(2))
+    fixed.train()(images(4))
+    with pytest.raises(ValueError, match=r"has no form in a program of torch\.export"):
+        export_program(fixed.eval(), tmp_path / "m.pt2", images(2))
+    assert not list(tmp_path.iterdir())

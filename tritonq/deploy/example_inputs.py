@@ -1,0 +1,54 @@
+"""Example inputs of the exporters: the arguments that they stand for, and the batch axis in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.prepare.structure import tensors_in
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def call_arguments(example_inputs: Any) -> Arguments:
+    """Positional and named arguments of a call: ``example_inputs`` is a tensor, a tuple of arguments or a dict."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+
+
+def open_batch(arguments: Arguments) -> tuple[Arguments, Any]:
+    """Arguments to trace with, and their ``dynamic_shapes``: axis 0 open where it is as long as the first tensor's.
+
+    A batch of one is doubled, since torch.export takes an example of size 1 for a constant.
+
+    Raises:
+        ValueError: no tensor has a batch axis.
+    """
+    first = next((tensor for _, tensor in tensors_in(arguments) if tensor.dim()), None)
+    if first is None:
+        raise ValueError("example_inputs hold no tensor with a batch axis")
+    batch = int(first.shape[0])
+    if batch == 1:
+        arguments = _map(arguments, lambda x: torch.cat([x, x]) if x.dim() and len(x) == 1 else x)
+        batch = 2
+    dim = torch.export.Dim("batch")
+
+    def shape_of(x: Tensor) -> dict[int, Any] | None:
+        return {0: dim} if x.dim() and x.shape[0] == batch else None
+
+    positional, named = _map(arguments, shape_of, other=lambda _: None)
+    return arguments, named if named and not positional else positional
+
+
+def _map(item: Any, change: Callable[[Tensor], Any], other: Callable[[Any], Any] = lambda x: x) -> Any:
+    if isinstance(item, Tensor):
+        return change(item)
+    if isinstance(item, (tuple, list)):
+        return type(item)(_map(child, change, other) for child in item)
+    if isinstance(item, dict):
+        return {key: _map(child, change, other) for key, child in item.items()}
+    return other(item)

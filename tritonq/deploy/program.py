@@ -1,0 +1,100 @@
+"""Converted models as programs of ``torch.export``: operators of PyTorch alone, loadable without any model code."""
+
+from __future__ import annotations
+
+import copy
+import os
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from tritonq.deploy.convert import convert
+from tritonq.deploy.example_inputs import call_arguments, open_batch
+from tritonq.deploy.files import atomic_file
+from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTable, Quantizer
+from tritonq.functional.integer import OutputGrid, integer_affine
+from tritonq.reference.fake_quant import fake_quantize
+
+
+def export_program(
+    model: nn.Module,
+    path: str | os.PathLike[str] | None,
+    example_inputs: Any,
+    *,
+    dynamic_batch: bool = True,
+) -> ExportedProgram:
+    """Write a quantization-aware or converted model as a program that ``torch.export.load`` reads.
+
+    Its ``module()`` gives the outputs of the converted model bit for bit, under autocast too; it holds the integer
+    weights and operators of PyTorch, so that neither tritonq nor the model's source is needed to run it. Convolutions
+    that are exact in float32 on the machine that exports (oneDNN on x86) run in float32; elsewhere, and where sums
+    may reach 2^24, in float64.
+
+    Args:
+        model: what :func:`tritonq.convert` takes, or returns.
+        path: file to write (under a temporary name, then renamed), ``*.pt2`` by custom; None: write none.
+        example_inputs: a tensor, a tuple of arguments, or a dict of named ones. Their sizes, but for the batch, are
+            those of the program.
+        dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
+
+    Returns:
+        The program.
+
+    Raises:
+        ValueError: a model that torch.export can't trace, a fixed-point one, or what :func:`tritonq.convert` raises.
+        OSError: the file can't be written.
+    """
+    deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
+    traced = _program_form(deployed)
+    arguments, shapes = call_arguments(example_inputs), None
+    if dynamic_batch:
+        arguments, shapes = open_batch(arguments)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(traced, *arguments, dynamic_shapes=shapes)
+    except Exception as error:  # torch.export raises what the model, the tracer and its solver of shapes do
+        hint = "; dynamic_batch=False may help" if dynamic_batch else ""
+        raise ValueError(f"{type(model).__name__} can't be exported{hint}: {error}") from error
+    if path is not None:
+        with atomic_file(path) as file:
+            torch.export.save(program, cast(Any, file))
+    return program
+
+
+def _program_form(converted: nn.Module) -> nn.Module:
+    """A copy of ``converted`` whose layers compute with PyTorch's operators, whatever backend runs here.
+
+    Raises:
+        ValueError: a module without such a form; the message names it.
+    """
+    model = copy.deepcopy(converted)
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            module.forward = partial(_quantize, module)  # type: ignore[method-assign]
+        elif isinstance(module, QuantizedLayer):
+            module.forward = partial(_run_layer, module)  # type: ignore[method-assign]
+        elif isinstance(module, DeployedModule) and not isinstance(module, QuantizedTable):
+            raise ValueError(f"{type(module).__name__} {name!r} has no form in a program of torch.export")
+    return model
+
+
+def _quantize(quantizer: Quantizer, x: Tensor) -> Tensor:
+    q, (scale, zero_point) = quantizer.qtype, quantizer.calculate_qparams()
+    return fake_quantize(x, scale, zero_point, q.quant_min, q.quant_max, q.axis, q.rounding)
+
+
+def _run_layer(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    integers, quantizer = layer.integer_layer(), layer.activation_post_process
+    if integers is None:
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        y = layer.linear_op(x, layer.dequantized_weight(x.dtype), bias)
+    else:
+        grid = None
+        if isinstance(quantizer, Quantizer) and quantizer.qtype.axis is None:
+            grid = OutputGrid(quantizer.scale, quantizer.qtype.rounding)
+        y = integer_affine(x, integers, layer.linear_op, layer._output_axis, grid).to(x.dtype)
+    return cast(Tensor, quantizer(F.relu(y) if layer.relu else y))
