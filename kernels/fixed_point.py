@@ -65,9 +65,10 @@ def frac_len_errors_kernel(
             counts = counts & (x > 0)
         x = tl.where(counts, x, 0.0)
         for length in tl.static_range(LENGTHS):
-            steps = round_to_steps(x * (2.0**length), 0, QUANT_MIN, QUANT_MAX, "half_even")
-            error = x - steps * (0.5**length)
-            total = tl.sum(error * error).to(tl.float64)
+            # In units of this format's step: one product less per value.
+            steps = x * (2.0**length)
+            error = steps - round_to_steps(steps, 0, QUANT_MIN, QUANT_MAX, "half_even")
+            total = tl.sum(error * error).to(tl.float64) * (0.25**length)
             errors = tl.where(candidate == length, errors + total, errors)
     tl.store(error_ptr + (split.to(tl.int64) * channels + channel) * CANDIDATES + candidate, errors)
 
@@ -142,7 +143,6 @@ def frac_len_errors(x: Tensor, quant_min: int, quant_max: int, candidates: int, 
             CANDIDATES=width,
             BLOCK=block,
             num_warps=_WARPS,
-            enable_fp_fusion=False,
         )
     errors = partial.sum(0)[:, :candidates].t()
     return errors[:, 0] if axis is None else errors

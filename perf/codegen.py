@@ -29,7 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tritonq.perf.codegen_cases import CASES, DTYPES, CodegenCase
+from tritonq.perf import codegen_conv_bn, codegen_fixed_point
+from tritonq.perf.codegen_cases import CASES, CodegenCase
 from tritonq.perf.disassembly import main_path, parse_amdgcn, parse_sass
 
 TARGETS = {
@@ -38,6 +39,7 @@ TARGETS = {
     "cuda:100": GPUTarget("cuda", 100, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
+ALL_CASES: tuple[CodegenCase, ...] = (*CASES, *codegen_conv_bn.CASES, *codegen_fixed_point.CASES)
 BUDGET_FILE = Path(__file__).with_name("codegen_budget.json")
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -154,14 +156,14 @@ def compiling_for(target: str) -> Iterator[list[tuple[JITFunction[Any], dict[str
 
 
 def rows(
-    cases: Iterable[CodegenCase] = CASES,
+    cases: Iterable[CodegenCase] = ALL_CASES,
     targets: Iterable[str] = tuple(TARGETS),
-    dtypes: Collection[torch.dtype] = DTYPES,
+    dtypes: Collection[torch.dtype] | None = None,
 ) -> Iterator[Row]:
-    """Compile each case for each target and each of its dtypes, and describe the kernels it launches."""
+    """Compile each case for each target and each of its dtypes (of those in ``dtypes``); describe what it launches."""
     budgets = json.loads(BUDGET_FILE.read_text())
     for case in cases:
-        for dtype in (d for d in case.dtypes if d in dtypes):
+        for dtype in (d for d in case.dtypes if dtypes is None or d in dtypes):
             for target in targets:
                 with compiling_for(target) as launched:
                     case.call(dtype)
@@ -266,9 +268,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernel", default="", metavar="NAME", help="only cases whose name contains NAME")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target (may be repeated)")
     options = parser.parse_args(arguments)
-    cases = [case for case in CASES if options.kernel in case.name]
+    cases = [case for case in ALL_CASES if options.kernel in case.name]
     if not cases:
-        parser.error(f"no case is called {options.kernel!r}; known: {', '.join(case.name for case in CASES)}")
+        parser.error(f"no case is called {options.kernel!r}; known: {', '.join(case.name for case in ALL_CASES)}")
     if knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: an interpreting process cannot compile")
     report = list(rows(cases, options.target or TARGETS))

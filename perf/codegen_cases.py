@@ -1,7 +1,7 @@
 """What the code-generation report compiles: launchers called on meta tensors, exactly as a GPU call would launch them.
 
-A kernel family adds its cases to ``CASES``. Strides, sizes and alignments come from the tensors, tiles from the same
-functions that choose them on a GPU.
+A kernel family adds its cases to ``CASES``, or to a module of its own that `tritonq.perf.codegen` collects. Strides,
+sizes and alignments come from the tensors, tiles from the same functions that choose them on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class CodegenCase:
     Attributes:
         name: ``kernel/layout`` with options.
         call: launches on meta tensors of the given dtype.
-        kernel: the kernel that moves the data; others of the call are small and only checked for spills.
+        kernel: the kernel that moves the data; others of the call are small and only checked for spills. Empty: all of
+            them are.
         reads: tensors of the dtype that each element is read from.
         writes: tensors of the dtype that each element is written to.
         budget: entry of ``codegen_budget.json`` that limits its instructions per element.

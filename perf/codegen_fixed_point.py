@@ -1,0 +1,51 @@
+"""Code-generation cases of fixed point: the search for a fractional length, and convolutions of 8-bit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tritonq.kernels import fixed_point, int8_conv
+from tritonq.perf.codegen_cases import CodegenCase, meta
+
+
+def _search(dtype: torch.dtype) -> object:
+    return fixed_point.frac_len_errors(meta(64, 64, 56, 56, dtype=dtype), 0, 255, 9)
+
+
+def _search_weights(dtype: torch.dtype) -> object:
+    return fixed_point.frac_len_errors(meta(512, 512, 3, 3, dtype=dtype), -127, 127, 8, 0)
+
+
+def conv(channels: int, groups: int, out_dtype: torch.dtype, wide: bool = False) -> Callable[[torch.dtype], object]:
+    """A 3×3 convolution of codes to 128 channels; ``wide`` saturates 64-bit sums."""
+
+    def call(dtype: torch.dtype) -> object:
+        x = meta(8, channels, 28, 28, dtype=dtype, channels_last=True)
+        weight = meta(128, channels // groups, 3, 3, dtype=torch.int8, channels_last=groups == 1)
+        bias, shift = meta(128, dtype=torch.int32), meta(128, dtype=torch.int32)
+        saturated = meta(1, dtype=torch.int64) if wide else None
+        codes = out_dtype != torch.int32
+        arguments = ((1, 1), (1, 1), (1, 1), groups, 0, 255, out_dtype, saturated)
+        return int8_conv.int8_conv2d(x, weight, bias, shift if codes else None, *arguments)
+
+    return call
+
+
+def _conv_case(
+    name: str, call: Callable[[torch.dtype], object], dtypes: tuple[torch.dtype, ...] = (torch.uint8, torch.int8)
+) -> CodegenCase:
+    # Products are bound by the matrix units, not by instructions per element: checked for spills alone.
+    return CodegenCase(f"int8_conv/{name}", call, "", 1, 1, "", dtypes)
+
+
+CASES: tuple[CodegenCase, ...] = (
+    CodegenCase("frac_len_errors/flat", _search, "frac_len_errors_kernel", 1, 0, "nine candidates"),
+    CodegenCase("frac_len_errors/weight", _search_weights, "frac_len_errors_kernel", 1, 0, "nine candidates"),
+    _conv_case("128 channels to codes", conv(128, 1, torch.uint8)),
+    _conv_case("3 channels to codes", conv(3, 1, torch.uint8)),
+    _conv_case("to accumulators", conv(128, 1, torch.int32)),
+    _conv_case("saturating", conv(128, 1, torch.uint8, wide=True), (torch.uint8,)),
+    _conv_case("depthwise", conv(128, 128, torch.uint8)),
+)
