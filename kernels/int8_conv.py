@@ -5,13 +5,12 @@ The function here has the name, signature and results of `tritonq.reference.int8
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .conv_tile import ConvGeometry, conv_tile, empty_output
 from .launch import device_guard
 
 ACCUMULATOR_MAX = tl.constexpr(2**31 - 1)
@@ -162,30 +161,6 @@ def int8_conv_kernel(
     tl.store(y, result.to(y_ptr.dtype.element_ty), mask=valid)
 
 
-class ConvTile(NamedTuple):
-    """What one program works on: pixels × out channels, in steps of ``channels``; and the warps that share it."""
-
-    pixels: int
-    outs: int
-    channels: int
-    warps: int
-
-
-def conv_tile(pixels: int, outs: int, channels: int, depthwise: bool, wide: bool) -> ConvTile:
-    """Tile sizes: powers of two, at least 16 × 16 × 32, the smallest product of bytes that matrix units take.
-
-    64 × 128 with eight warps keeps 32 int32 accumulators per lane, as 64 × 64 does for 64-bit ones beside them: the
-    largest that spill nothing on any target (`tests/test_fixed_point_codegen.py`). Not measured.
-    """
-    rows = min(64, max(16, triton.next_power_of_2(pixels)))
-    # Few channels leave most of a step masked, and AMD's compiler unrolls what is left until it spills.
-    widest = 32 if channels < 16 else 64 if wide or channels <= 32 else 128
-    cols = min(widest, max(16, triton.next_power_of_2(outs)))
-    if depthwise:
-        return ConvTile(rows, min(cols, 32), 32, 4)
-    return ConvTile(rows, cols, 32 if channels <= 32 else 64, 8 if rows * cols >= 64 * 64 else 4)
-
-
 def int8_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -209,15 +184,8 @@ def int8_conv2d(
     outs, _, kernel_h, kernel_w = weight.shape
     if images > _MAX_IMAGES:
         raise ValueError(f"a launch takes at most {_MAX_IMAGES} images, got {images}")
-    out_h = (height + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
-    out_w = (width + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    y = torch.empty(
-        (images, outs, out_h, out_w),
-        dtype=out_dtype,
-        device=x.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )
+    y = empty_output(x, weight, ConvGeometry(stride, padding, dilation, groups), out_dtype)
+    out_h, out_w = y.shape[2:]
     if y.numel() == 0:
         return y
     depthwise = groups > 1
@@ -226,7 +194,9 @@ def int8_conv2d(
     start = bias.to(wide)
     if unsigned and not depthwise:
         start = start + 128 * weight.sum((1, 2, 3), dtype=wide)
-    tile = conv_tile(out_h * out_w, outs, channels, depthwise, saturated is not None)
+    # Accumulators of 64 bits are two registers each.
+    widest = 128 if saturated is None else 64
+    tile = conv_tile(out_h * out_w, outs, channels, depthwise=depthwise, widest=widest)
     grid = (triton.cdiv(out_h * out_w, tile.pixels), triton.cdiv(outs, tile.outs), images)
     with device_guard(x):
         int8_conv_kernel[grid](
@@ -262,5 +232,6 @@ def int8_conv2d(
             OUTS=tile.outs,
             CHANNELS=tile.channels,
             num_warps=tile.warps,
+            num_stages=tile.stages,
         )
     return y

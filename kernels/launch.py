@@ -3,7 +3,10 @@
 A table is ``kernels/tuned/<gpu>.json``, written by ``python -m tritonq tune``::
 
     {"version": 1, "gpu": "NVIDIA H200",
-     "kernels": {"fake_quantize": {"float32/flat/large": {"elements": 4096, "max_cols": 4096, "warps": 4}}}}
+     "kernels": {"fake_quantize": {"float32/flat/large": {"elements": 4096, "max_cols": 4096, "warps": 4}},
+                 "conv2d": {"float16/channels_last/3x3s1/dense/large": "torch"}}}
+
+Where torch has the same operator, an entry may say ``"torch"``: its operator was the faster one.
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from triton.runtime.driver import driver
 
+from .conv_tile import MAX_STAGES, ConvTile
 from .layout import Grid, Tile, View, grid, tile_counts, tile_shape
 
 TABLE_VERSION = 1
@@ -27,7 +31,7 @@ TABLES = Path(__file__).parent / "tuned"
 
 # From here on tiles of 4096 elements make at least 256 programs: one or two for each multiprocessor of a large GPU
 # (H200: 132, MI300X: 304). Below it tiles are small, so that more multiprocessors work. By that count, not measured.
-_LARGE = 2**20
+LARGE = 2**20
 
 
 class Parameters(NamedTuple):
@@ -46,6 +50,14 @@ class Parameters(NamedTuple):
     def num_warps(self, warp_size: int) -> int:
         """Triton's ``num_warps``: as many lanes on AMD, whose warps have 64."""
         return max(1, self.warps * 32 // warp_size)
+
+
+Entry: TypeAlias = "Parameters | ConvTile | Literal['torch']"
+
+# Kernels with entries of their own kind; all others have `Parameters`.
+_ENTRY_TYPES: dict[str, type[Parameters] | type[ConvTile]] = {"conv2d": ConvTile}
+# Kernels that torch has an operator for, which may be the faster one.
+_AGAINST_TORCH = frozenset({"conv2d"})
 
 
 def default_parameters(shape_class: str, size_class: str) -> Parameters:
@@ -67,7 +79,7 @@ def shape_class(view: View) -> str:
 
 def parameters(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> Parameters:
     """Launch parameters of ``kernel`` for this view on this device."""
-    size_class = "large" if view.numel >= _LARGE else "small"
+    size_class = "large" if view.numel >= LARGE else "small"
     index = device.index if device.type == "cuda" else None
     return _parameters(kernel, dtype, shape_class(view), size_class, index)
 
@@ -76,12 +88,16 @@ def parameters(kernel: str, dtype: torch.dtype, view: View, device: torch.device
 def _parameters(
     kernel: str, dtype: torch.dtype, shape_class: str, size_class: str, device_index: int | None
 ) -> Parameters:
-    if device_index is not None:
-        table = load_table(TABLES / f"{gpu_file_stem(torch.cuda.get_device_name(device_index))}.json")
-        tuned = table.get(kernel, {}).get(f"{str(dtype).removeprefix('torch.')}/{shape_class}/{size_class}")
-        if tuned is not None:
-            return tuned
-    return default_parameters(shape_class, size_class)
+    entry = tuned(kernel, f"{str(dtype).removeprefix('torch.')}/{shape_class}/{size_class}", device_index)
+    return entry if isinstance(entry, Parameters) else default_parameters(shape_class, size_class)
+
+
+def tuned(kernel: str, key: str, device_index: int | None) -> Entry | None:
+    """What a GPU's table says about ``kernel`` and a class of shapes; None where it is silent, or without a GPU."""
+    if device_index is None:
+        return None
+    table = load_table(TABLES / f"{gpu_file_stem(torch.cuda.get_device_name(device_index))}.json")
+    return table.get(kernel, {}).get(key)
 
 
 def gpu_file_stem(name: str) -> str:
@@ -90,8 +106,8 @@ def gpu_file_stem(name: str) -> str:
 
 
 @cache
-def load_table(path: Path) -> dict[str, dict[str, Parameters]]:
-    """Kernel name to key to parameters; empty when there is no such file, or, with a warning, when it is damaged."""
+def load_table(path: Path) -> dict[str, dict[str, Entry]]:
+    """Kernel name to key to entry; empty when there is no such file, or, with a warning, when it is damaged."""
     if not path.exists():
         return {}
     try:
@@ -101,19 +117,27 @@ def load_table(path: Path) -> dict[str, dict[str, Parameters]]:
         return {}
 
 
-def _checked_table(content: dict[str, Any]) -> dict[str, dict[str, Parameters]]:
+def _checked_table(content: dict[str, Any]) -> dict[str, dict[str, Entry]]:
     if content["version"] != TABLE_VERSION:
         raise ValueError(f"version {content['version']!r}, expected {TABLE_VERSION}")
-    table = {
-        kernel: {key: Parameters(**values) for key, values in entries.items()}
+    return {
+        kernel: {key: _checked_entry(kernel, key, value) for key, value in entries.items()}
         for kernel, entries in content["kernels"].items()
     }
-    for kernel, entries in table.items():
-        for key, values in entries.items():
-            for name, value in values._asdict().items():
-                if not isinstance(value, int) or value < 1 or value & (value - 1):
-                    raise ValueError(f"{kernel} {key}: {name} must be a power of two, got {value!r}")
-    return table
+
+
+def _checked_entry(kernel: str, key: str, value: Any) -> Entry:
+    if value == "torch" and kernel in _AGAINST_TORCH:
+        return "torch"
+    entry = _ENTRY_TYPES.get(kernel, Parameters)(**value)
+    for name, size in entry._asdict().items():
+        whole = isinstance(size, int) and size >= 1
+        if name == "stages":
+            if not whole or size > MAX_STAGES:
+                raise ValueError(f"{kernel} {key}: stages must be in 1..{MAX_STAGES}, got {size!r}")
+        elif not whole or size & (size - 1):
+            raise ValueError(f"{kernel} {key}: {name} must be a power of two, got {size!r}")
+    return entry
 
 
 # What is assumed where there is no GPU to ask: an H200's.

@@ -32,8 +32,6 @@ _WORTHWHILE = 1.02
 # Seconds per candidate and shape: about a dozen turns with the default.
 _BUDGET = Budget(seconds=0.06, max_rounds=20)
 
-_EXACT = Tolerance("tiles change where elements are computed, not how")
-
 Clock = Callable[[dict[str, Step], Sequence[Inputs], torch.device], float]
 
 
@@ -50,11 +48,12 @@ def main(args: argparse.Namespace) -> int:
         print("tune: torch finds no GPU here", file=sys.stderr)
         return 2
     from tritonq.kernels.launch import TABLES, gpu_file_stem
-    from tritonq.perf.tuning_space import targets
+    from tritonq.perf import tuning_conv2d, tuning_space
 
-    chosen = [target for target in targets() if not args.kernel or target.kernel in args.kernel]
+    targets = [*tuning_space.targets(), *tuning_conv2d.targets()]
+    chosen = [target for target in targets if not args.kernel or target.kernel in args.kernel]
     if not chosen:
-        known = ", ".join(sorted({target.kernel for target in targets()}))
+        known = ", ".join(sorted({target.kernel for target in targets}))
         print(f"tune: no kernel called {', '.join(args.kernel)}; known: {known}", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
@@ -75,20 +74,22 @@ class Result:
     """The outcome of one search.
 
     Attributes:
-        parameters: what to launch with, by field name.
+        parameters: what to launch with, by field name; or ``"torch"``: torch's operator is faster.
         gain: how many times faster than the default, mean over the shapes.
         rejected: candidates that failed their check or could not be launched, and why.
         tried: number of candidates.
     """
 
-    parameters: dict[str, int]
+    parameters: dict[str, int] | str
     gain: float
     tried: int
     rejected: dict[str, str]
 
     def describe(self) -> str:
         """One line for the terminal."""
-        sizes = ", ".join(f"{name} {value}" for name, value in self.parameters.items())
+        sizes = self.parameters
+        if isinstance(sizes, dict):
+            sizes = ", ".join(f"{name} {value}" for name, value in sizes.items())
         return f"{sizes}; {self.gain:.2f}x the default; {self.tried} tried, {len(self.rejected)} rejected"
 
 
@@ -126,17 +127,13 @@ def search(
     """Try every candidate on every shape of ``target``; a candidate that is wrong anywhere is out.
 
     Args:
-        target: a :class:`tritonq.perf.tuning_space.Target`.
+        target: a :class:`tritonq.perf.tuning_space.Target` or what looks like one.
         device: where to run.
         clock: measures a pair of steps; replaced where there is no GPU.
-        options: candidates, by default all for the target's shape class.
+        options: candidates, by default all of the target's.
     """
-    from tritonq.kernels.launch import default_parameters
-    from tritonq.perf.tuning_space import candidates
-
-    _, shapes_class, size_class = target.key.split("/")
-    default = default_parameters(shapes_class, size_class)
-    options = candidates(shapes_class) if options is None else options
+    default = target.default
+    options = target.candidates() if options is None else options
     logs: dict[Any, float] = dict.fromkeys(options, 0.0)
     rejected: dict[str, str] = {}
     for shape in target.shapes:
@@ -145,7 +142,7 @@ def search(
         expected = reference(sets[0])
         for option in list(logs):
             candidate = _with_parameters(step, target.kernel, option)
-            reason = _obstacle(candidate, sets[0], expected)
+            reason = _obstacle(candidate, sets[0], expected, target.tolerance)
             if reason is not None:
                 rejected[str(tuple(option))] = reason
                 del logs[option]
@@ -156,7 +153,7 @@ def search(
     gain = math.exp(logs.get(best, 0.0))
     if gain < _WORTHWHILE:
         best, gain = default, 1.0
-    return Result(dict(best._asdict()), gain, len(options), rejected)
+    return Result(best if isinstance(best, str) else dict(best._asdict()), gain, len(options), rejected)
 
 
 @contextmanager
@@ -164,17 +161,17 @@ def launching_with(kernel: str, parameters: Any) -> Iterator[None]:
     """Make every launch of ``kernel`` in the block use ``parameters``, whatever its table says."""
     from tritonq.kernels import launch
 
-    original = launch._parameters
+    original = launch.tuned
 
     def chosen(name: str, *key: Any) -> Any:
         return parameters if name == kernel else original(name, *key)
 
-    launch._parameters = chosen
+    launch.tuned = chosen
     _forget_plans()
     try:
         yield
     finally:
-        launch._parameters = original
+        launch.tuned = original
         _forget_plans()
 
 
@@ -197,10 +194,10 @@ def _forget_plans() -> None:
                     value.cache_clear()
 
 
-def _obstacle(step: Step, inputs: Inputs, expected: tuple[torch.Tensor, ...]) -> str | None:
+def _obstacle(step: Step, inputs: Inputs, expected: tuple[torch.Tensor, ...], tolerance: Tolerance) -> str | None:
     """Why a candidate is out, or None."""
     try:
-        return disagreement(step(inputs), expected, _EXACT)
+        return disagreement(step(inputs), expected, tolerance)
     except Exception as error:  # too many registers, too much shared memory: the compiler has many ways to refuse
         return f"{type(error).__name__}: {error}"
 
@@ -208,7 +205,7 @@ def _obstacle(step: Step, inputs: Inputs, expected: tuple[torch.Tensor, ...]) ->
 class Table:
     """The file of one GPU, replaced as a whole after every entry, so that an interrupted run loses at most one."""
 
-    def __init__(self, path: Path, header: dict[str, Any], kernels: dict[str, dict[str, dict[str, int]]]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], kernels: dict[str, dict[str, dict[str, int] | str]]) -> None:
         self.path = path
         self.header = header
         self.kernels = kernels

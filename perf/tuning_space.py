@@ -10,12 +10,13 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from tritonq.kernels.launch import Parameters, shape_class
+from tritonq.kernels.launch import Parameters, default_parameters, shape_class
 from tritonq.kernels.layout import view
-from tritonq.perf.case import Inputs, Step
+from tritonq.perf.case import Inputs, Step, Tolerance
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _QUANT_MIN, _QUANT_MAX = -128, 127
+_EXACT = Tolerance("tiles change where elements are computed, not how")
 
 # Below 512 elements a program is all prologue; above 16384 its registers spill.
 _ELEMENTS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -55,6 +56,7 @@ class Target:
         key: ``dtype/shape class/size class``, as the kernels look it up.
         shapes: the inputs that stand for the class; candidates are ranked by the mean over them.
         operation: builds the step that launches the kernel, and the step that specifies it.
+        tolerance: how far a candidate may be from the specification.
     """
 
     kernel: str
@@ -62,6 +64,17 @@ class Target:
     dtype: torch.dtype
     shapes: tuple[Shape, ...]
     operation: Callable[[Shape], tuple[Step, Step]]
+    tolerance: Tolerance = _EXACT
+
+    @property
+    def default(self) -> Parameters:
+        """What is launched where no table speaks."""
+        _, shapes_class, size_class = self.key.split("/")
+        return default_parameters(shapes_class, size_class)
+
+    def candidates(self) -> list[Parameters]:
+        """What is worth trying."""
+        return candidates(self.key.split("/")[1])
 
     def make_inputs(self, shape: Shape, generator: torch.Generator, device: torch.device) -> Inputs:
         """``x``, ``dy``, ``scale`` and ``zero_point`` for one of the shapes."""

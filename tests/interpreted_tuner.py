@@ -7,11 +7,20 @@ from pathlib import Path
 
 import torch
 
-from tritonq.kernels import launch
+from tritonq.kernels import conv2d, launch
+from tritonq.kernels.conv_tile import ConvTile
 from tritonq.kernels.launch import Parameters
 from tritonq.kernels.layout import view
-from tritonq.perf import tuner, tuning_space
+from tritonq.perf import tuner, tuning_conv2d, tuning_space
 from tritonq.perf.tuning_space import Shape, Target
+
+# A convolution that the interpreter is done with soon, tiles for it, and how many times faster each is than torch's.
+SHAPE = tuning_conv2d.ConvShape(1, 5, 5, 6, 3)
+TILES = [ConvTile(16, 16, 16, 4, 1), ConvTile(32, 16, 16, 4, 2)]
+CONVOLUTIONS = {
+    "float32/channels_first/3x3s1/dense/small": [0.9, 1.5],
+    "codes/channels_last/3x3s1/dense/large": [0.5, 1.01],
+}
 
 CPU = torch.device("cpu")
 # Ragged, so that tiles of different sizes meet different edges.
@@ -58,6 +67,16 @@ def wrong_for(option, steps):
     return run, reference
 
 
+def convolution(key, gains_of_candidates, options):
+    """A search for the small convolution ``SHAPE`` in the class ``key``, with made up gains over torch's own."""
+    target = next(target for target in tuning_conv2d.targets() if target.key == key)
+    return tuner.search(replace(target, shapes=(SHAPE,)), CPU, gains(gains_of_candidates), options)
+
+
+def report_of(result):
+    return [result.parameters, result.gain, result.rejected]
+
+
 def main(folder):
     tuner.input_sets = lambda make, device: [make(torch.Generator().manual_seed(0), device)]
     table = tuner.Table.open(folder / "cpu.json", CPU)
@@ -70,6 +89,13 @@ def main(folder):
     honest = target("fake_quantize", "flat")
     broken = replace(honest, operation=lambda shape: wrong_for(OPTIONS[1], honest.operation(shape)))
     result = tuner.search(broken, CPU, gains([1.0, 2.0]), OPTIONS)
+    found = {key: convolution(key, table_of_gains, TILES) for key, table_of_gains in CONVOLUTIONS.items()}
+    for key, outcome in found.items():
+        table.add("conv2d", key, outcome)
+    report["convolutions"] = {key: report_of(outcome) for key, outcome in found.items()}
+    honest_kernel = conv2d.conv2d
+    conv2d.conv2d = lambda *a, tile, **k: honest_kernel(*a, tile=tile, **k) + 3 * (tile == TILES[0])
+    report["wrong convolution"] = report_of(convolution("float32/channels_first/3x3s1/dense/small", [3.0], TILES))
     report["wrong"] = [result.parameters, result.gain, result.rejected]
     print(json.dumps(report))
 

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from tritonq.kernels import launch
+from tritonq.kernels.conv_tile import ConvTile
 from tritonq.kernels.layout import view
 
 
@@ -22,6 +23,9 @@ def write(path: Path, content: object) -> Path:
 GOOD = {"elements": 2048, "max_cols": 256, "warps": 8}
 
 
+GOOD_TILE = {"pixels": 64, "outs": 128, "channels": 32, "warps": 8, "stages": 3}
+
+
 def table(**entries: object) -> dict[str, object]:
     return {"version": 1, "gpu": "NVIDIA H200", "kernels": {"fake_quantize": entries}}
 
@@ -29,6 +33,15 @@ def table(**entries: object) -> dict[str, object]:
 def test_table_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "gpu.json", table(**{"float32/flat/large": GOOD}))
     assert launch.load_table(path) == {"fake_quantize": {"float32/flat/large": launch.Parameters(2048, 256, 8)}}
+
+
+def conv_table(**entries: object) -> dict[str, object]:
+    return {"version": 1, "gpu": "NVIDIA H200", "kernels": {"conv2d": entries}}
+
+
+def test_convolutions_have_tiles_or_leave_it_to_torch(tmp_path: Path) -> None:
+    path = write(tmp_path / "gpu.json", conv_table(a=GOOD_TILE, b="torch"))
+    assert launch.load_table(path) == {"conv2d": {"a": ConvTile(64, 128, 32, 8, 3), "b": "torch"}}
 
 
 def test_no_table_is_silent(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -53,6 +66,15 @@ def test_no_table_is_silent(tmp_path: Path, recwarn: pytest.WarningsRecorder) ->
         table(key={**GOOD, "warps": 0}),
         table(key={**GOOD, "elements": "many"}),
         table(key={**GOOD, "elements": 1.5}),
+        table(key="torch"),
+        table(key=GOOD_TILE),
+        conv_table(key="cudnn"),
+        conv_table(key=GOOD),
+        conv_table(key={**GOOD_TILE, "pixels": 48}),
+        conv_table(key={**GOOD_TILE, "stages": 0}),
+        conv_table(key={**GOOD_TILE, "stages": 9}),
+        conv_table(key={**GOOD_TILE, "stages": "3"}),
+        conv_table(key={name: size for name, size in GOOD_TILE.items() if name != "stages"}),
     ],
 )
 def test_damaged_table_is_named_and_ignored(content: object, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from tritonq.kernels.conv_tile import ConvTile
 from tritonq.kernels.launch import Parameters, load_table
-from tritonq.perf import tuner, tuning_space
+from tritonq.perf import tuner, tuning_conv2d, tuning_space
 
 CPU = torch.device("cpu")
 
@@ -56,9 +57,22 @@ class TestInterpreted:
         assert "differs in 1110 of 1110 elements" in rejected["(512, 64, 2)"]
         assert (parameters["elements"], gain) == (1024, pytest.approx(2.0))
 
+    def test_convolutions_are_compared_with_torch(self, run):
+        tile = {"pixels": 32, "outs": 16, "channels": 16, "warps": 4, "stages": 2}
+        found = run[0]["convolutions"]
+        assert found["float32/channels_first/3x3s1/dense/small"] == [tile, pytest.approx(1.5), {}]
+        # One per cent is within the noise.
+        assert found["codes/channels_last/3x3s1/dense/large"] == ["torch", 1.0, {}]
+        parameters, _, rejected = run[0]["wrong convolution"]
+        assert list(rejected) == ["(16, 16, 16, 4, 1)"]
+        assert "relative distance" in rejected["(16, 16, 16, 4, 1)"]
+        assert parameters == tile
+
     def test_the_kernels_loader_reads_the_table(self, run):
         table = load_table(run[1])
-        assert set(table) == {"fake_quantize", "fake_quantize_backward", "min_max"}
+        assert set(table) == {"conv2d", "fake_quantize", "fake_quantize_backward", "min_max"}
+        assert table["conv2d"]["float32/channels_first/3x3s1/dense/small"] == ConvTile(32, 16, 16, 4, 2)
+        assert table["conv2d"]["codes/channels_last/3x3s1/dense/large"] == "torch"
         assert table["min_max"]["float32/rows/small"] == Parameters(512, 64, 2)
 
 
@@ -91,6 +105,20 @@ class TestSpace:
             for shape in target.shapes:
                 assert shape.shape_class() == shapes_class, target
                 assert (torch.Size(shape.sizes).numel() >= 2**20) == (size_class == "large"), target
+
+    def test_classes_of_convolutions_are_those_of_their_shapes(self):
+        targets = list(tuning_conv2d.targets())
+        assert len({target.key for target in targets}) == len(targets)
+        for target in targets:
+            dtype, layout = target.key.split("/")[:2]
+            assert dtype == ("codes" if target.is_codes else str(target.dtype).removeprefix("torch."))
+            assert (layout == "channels_last") is target.channels_last
+            assert {shape.key(dtype, layout) for shape in target.shapes} == {target.key}
+            tiles = target.candidates()
+            assert len(tiles) == len(set(tiles)) > 10
+        kinds = {tuple(target.key.split("/")[2:4]) for target in targets}
+        assert {"1x1s1", "1x1s2", "3x3s1", "3x3s2", "7x7s2"} <= {kernel for kernel, _ in kinds}
+        assert {"dense", "stem", "grouped", "depthwise"} == {kind for _, kind in kinds}
 
     def test_candidates_are_distinct_powers_of_two(self):
         for shapes_class in ("flat", "rows", "cols"):

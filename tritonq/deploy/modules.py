@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tritonq.functional.conv2d import find_kernel
 from tritonq.functional.fake_quant import fake_quantize
-from tritonq.functional.integer import IntegerAffine, OutputGrid, integer_affine, sum_bound
+from tritonq.functional.integer import BYTE_BITS, IntegerAffine, OutputGrid, integer_affine, sum_bound
+from tritonq.functional.linear_map import Convolution, plain_conv2d
 from tritonq.observers.base import FixedDtypeBuffers
 from tritonq.qparams import QParams, QuantizedType
+from tritonq.reference.conv2d import OutputQuantizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -95,6 +98,12 @@ class Quantizer(DeployedModule):
         zero_point = self.zero_point if self._has_zero_point else None
         return fake_quantize(x, self.scale, zero_point, q.quant_min, q.quant_max, q.axis, q.rounding)
 
+    def fixed(self) -> OutputQuantizer | None:
+        """What an operator needs to round to this grid; None where the module runs: per channel, or with hooks."""
+        if self.qtype.axis is not None or self._forward_hooks or self._forward_pre_hooks:
+            return None
+        return OutputQuantizer(self.scale, self.zero_point if self._has_zero_point else None, None, self.qtype)
+
     def extra_repr(self) -> str:
         """Code range, scale and zero point."""
         if self.scale.numel() == 1:
@@ -115,6 +124,11 @@ class Grids:
 
     weight: QuantizedType | None
     input: QuantizedType | None
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Widths of the codes."""
+        return tuple(grid.bits for grid in (self.weight, self.input) if grid is not None)
 
 
 class QuantizedLayer(DeployedModule):
@@ -224,24 +238,37 @@ class QuantizedLayer(DeployedModule):
             sum_bound=self._sum_bound,
             weight_scale=cast(Tensor, self.weight_scale),
             weight_zero_point=self.weight_zero_point,
+            has_8_bit_codes=max(self.grids.bits) <= BYTE_BITS,
         )
 
-    def affine(self, x: Tensor) -> Tensor:
-        """The convolution or product with its bias, before ReLU and output quantizer."""
-        layer = self.integer_layer()
-        if layer is None:
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return self.linear_op(x, self.dequantized_weight(x.dtype), bias)
-        quantizer = self.activation_post_process
-        output = None
-        if isinstance(quantizer, Quantizer) and quantizer.qtype.axis is None:
-            output = OutputGrid(quantizer.scale, quantizer.qtype.rounding)
-        return integer_affine(x, layer, self.linear_op, self._output_axis, output).to(x.dtype)
+    def plain_conv2d(self) -> Convolution | None:
+        """The layer as a 2-d convolution that a kernel could run, or None."""
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes as the float layer's."""
-        y = self.affine(x)
-        return cast(Tensor, self.activation_post_process(F.relu(y) if self.relu else y))
+        """Shapes as the float layer's. What runs is what runs in a quantization-aware layer's eval mode."""
+        layer, quantizer = self.integer_layer(), self.activation_post_process
+        bias = None if layer is not None or self.bias is None else self.bias.to(x.dtype)
+        kernel = find_kernel(x, self.weight, self.plain_conv2d(), layer)
+        if kernel is None:
+            if layer is None:
+                y = self.linear_op(x, self.dequantized_weight(x.dtype), bias)
+            else:
+                y = integer_affine(x, layer, self.linear_op, self._output_axis, self._output_grid()).to(x.dtype)
+            return cast(Tensor, quantizer(F.relu(y) if self.relu else y))
+        fused = quantizer.fixed() if isinstance(quantizer, Quantizer) else None
+        if layer is None:
+            y = kernel(x, self.dequantized_weight(x.dtype), bias, self.relu, fused)
+        else:
+            y = kernel.integers(x, layer, self._output_grid(), self.relu, fused)
+        return y if fused is not None else cast(Tensor, quantizer(y))
+
+    def _output_grid(self) -> OutputGrid | None:
+        """The grid of the output quantizer, or None where there is none, or one for each channel."""
+        quantizer = self.activation_post_process
+        if not isinstance(quantizer, Quantizer) or quantizer.qtype.axis is not None:
+            return None
+        return OutputGrid(quantizer.scale, quantizer.qtype.rounding)
 
     def extra_repr(self) -> str:
         """Geometry, and what the weight and the arithmetic are."""
@@ -273,6 +300,10 @@ class QuantizedConv2d(_QuantizedConv, nn.Conv2d):  # type: ignore[misc]
     """Conv2d in integers; see :class:`QuantizedLayer`."""
 
     float_type = nn.Conv2d
+
+    def plain_conv2d(self) -> Convolution | None:
+        """See base class."""
+        return plain_conv2d(self)
 
 
 class QuantizedConv3d(_QuantizedConv, nn.Conv3d):  # type: ignore[misc]

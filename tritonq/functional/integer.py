@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 
 from tritonq.qparams import QuantizedType, Rounding, round_half_away
+from tritonq.reference.conv2d import requantize
 
 # Convolution or product of an input and a weight, without bias; the out channel is axis `channel_axis` of the result.
 LinearOp = Callable[[Tensor, Tensor], Tensor]
 
-_FLOAT32_EXACT = 2**24
+# What is stored, and what matrix units multiply exactly, has up to this many bits.
+BYTE_BITS = 8
+# No sum of integers below this is rounded in float32.
+FLOAT32_EXACT = 2**24
 # The largest bias code: float32 holds no integer between this and 2^31.
 _MAX_BIAS_CODE = 2**31 - 128
 
@@ -39,6 +43,7 @@ class IntegerAffine:
         sum_bound: no partial sum of products exceeds this, see :func:`sum_bound`.
         weight_scale: float32 (out,); with ``weight_zero_point`` what deployment stores.
         weight_zero_point: int32 (out,), already subtracted from ``weight``; None: all 0.
+        has_8_bit_codes: whether input and weight both have codes of up to 8 bits.
     """
 
     weight: Tensor
@@ -48,6 +53,7 @@ class IntegerAffine:
     sum_bound: float
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    has_8_bit_codes: bool
 
 
 def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType) -> float:
@@ -105,21 +111,15 @@ def integer_affine(
     codes = centred_codes(x, layer.input_scale)
     # Autocast would round the sums to 8 or 11 bits.
     with torch.autocast(codes.device.type, enabled=False):
-        if layer.sum_bound < _FLOAT32_EXACT and _is_direct(codes.device):
+        if layer.sum_bound < FLOAT32_EXACT and _is_direct(codes.device):
             total = op(codes, layer.weight.float())
         else:
             # float64 also absorbs the fractions of Winograd and FFT algorithms: rounding restores the integers.
             total = op(codes.double(), layer.weight.double()).round_()
-    shape = [1] * total.dim()
-    shape[channel_axis] = -1
-    if layer.bias is not None:
-        # float32 sums of a float32 accumulator and a bias code would round once too often above 2^24.
-        total = (total.double() + layer.bias.view(shape)).float()
-    total = total.float()
     if output is None:
-        return total.mul_(layer.multiplier.view(shape))
-    steps = total.mul_((layer.multiplier / output.scale).view(shape))
-    return (steps.round_() if output.rounding == "half_even" else round_half_away(steps)).mul_(output.scale)
+        return requantize(total, layer.bias, layer.multiplier, None, "half_even", channel_axis)
+    steps_per_code = layer.multiplier / output.scale
+    return requantize(total, layer.bias, steps_per_code, output.scale, output.rounding, channel_axis)
 
 
 @dataclass(frozen=True)

@@ -118,3 +118,10 @@ def pad_input(conv: nn.modules.conv._ConvNd, x: Tensor) -> tuple[Tensor, Convolu
         padding = tuple(reversed(common))
     plain = Convolution(conv.stride, padding, conv.dilation, conv.output_padding, conv.transposed, conv.groups)
     return x, plain
+
+
+def plain_conv2d(conv: nn.Conv2d) -> Convolution | None:
+    """The convolution of a module that pads with zeros, equally on both sides; None where it pads otherwise."""
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return None
+    return Convolution(conv.stride, conv.padding, conv.dilation, (0, 0), False, conv.groups)

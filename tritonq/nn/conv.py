@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tritonq.functional.linear_map import Convolution, plain_conv2d
 from tritonq.nn import intrinsic
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
@@ -36,7 +37,10 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and fake quantize; shapes as the float convolution's."""
-        y = self.affine(x, *self.folded_parameters())
+        weight, bias = self.folded_parameters()
+        if not self.training:
+            return self.eval_output(x, weight, bias, self._relu)
+        y = self.affine(x, weight, bias)
         return cast(Tensor, self.activation_post_process(F.relu(y) if self._relu else y))
 
     @classmethod
@@ -67,6 +71,10 @@ class Conv2d(QATConv, nn.Conv2d):
     """Quantization-aware ``nn.Conv2d``; see :class:`QATConv`."""
 
     _float_type = nn.Conv2d
+
+    def plain_conv2d(self) -> Convolution | None:
+        """See base class."""
+        return plain_conv2d(self)
 
 
 class Conv3d(QATConv, nn.Conv3d):

@@ -80,10 +80,10 @@ class QATBatchNormLayer(QATLayer):
     def forward(self, x: Tensor) -> Tensor:
         """The layer, its BatchNorm, ReLU where there is one, and fake quantization."""
         if not self.training:
-            return self._quantized_output(self.affine(x, *self.folded_parameters()))
+            return self.eval_output(x, *self.folded_parameters(), self._relu)
         check_running_var(cast(Tensor, self.bn.running_var))
         if self.freeze_bn or not self.bn.training:
-            return self._quantized_output(folding_modes.frozen(self, x))
+            return cast(Tensor, self.activation_post_process(folding_modes.frozen(self, x, self._relu)))
         if self._mode != "approximate":
             fold = folding_modes.exact if self._mode == "exact" else folding_modes.corrected
             return self._quantized_output(fold(self, x))

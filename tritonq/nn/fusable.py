@@ -15,6 +15,7 @@ from tritonq.observers import (
     ObserverBase,
     PerChannelMinMaxObserver,
 )
+from tritonq.reference.conv2d import OutputQuantizer
 from tritonq.reference.quantizer_state import QuantizerState
 
 # By exact type: a subclass may observe in another way.
@@ -53,6 +54,19 @@ def range_state(quantizer: nn.Module) -> QuantizerState | None:
         eps=observer.eps,
         known=quantizer._qparams_known,
     )
+
+
+def fixed_quantizer(quantizer: nn.Module) -> OutputQuantizer | None:
+    """What an operator needs to round with a per-tensor FakeQuantize in eval mode, or None: its module runs by itself.
+
+    That is also so before it has observed anything: its module then warns.
+    """
+    if type(quantizer) is not FakeQuantize or quantizer.training or has_hooks(quantizer):
+        return None
+    if quantizer.qtype.axis is not None or not quantizer.has_qparams():
+        return None
+    zero_point = None if quantizer.activation_post_process.zero_point_is_zero else quantizer.zero_point
+    return OutputQuantizer(quantizer.scale, zero_point, quantizer.fake_quant_enabled, quantizer.qtype)
 
 
 def warn_if_unobserved(quantizer: nn.Module) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.conv2d import find_kernel
 from tritonq.functional.integer import (
+    BYTE_BITS,
     IntegerAffine,
     OutputGrid,
     bias_codes,
@@ -17,6 +20,8 @@ from tritonq.functional.integer import (
     raise_scale_for_bias,
     sum_bound,
 )
+from tritonq.functional.linear_map import Convolution
+from tritonq.nn.fusable import fixed_quantizer
 from tritonq.qconfig import QConfig
 from tritonq.reference.fake_quant import quantize
 
@@ -101,12 +106,48 @@ class QATLayer(nn.Module):
         """``weight`` after its fake quantizer, which observes it while training."""
         return self.from_rows(self.weight_fake_quant(self.to_rows(weight)))
 
+    def plain_conv2d(self) -> Convolution | None:
+        """The layer as a 2-d convolution that a kernel could run, or None."""
+        return None
+
+    def linear_relu(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        """``relu?(op(x, weight) + bias)``, differentiable, by the kernel where this GPU's table prefers it."""
+        kernel = find_kernel(x, weight, self.plain_conv2d())
+        if kernel is not None:
+            return kernel(x, weight, bias, relu)
+        y = self.linear_op(x, weight, bias)
+        return F.relu(y) if relu else y
+
+    def eval_output(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        """``FQ_a(relu?(op(x, FQ_w(weight)) + bias))``: what eval mode computes, in one kernel where that is faster."""
+        layer = self.integer_layer(weight, bias)
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if layer is None and needs_grad:
+            y = self.linear_relu(x, self.quantized_weight(weight), bias, relu)
+            return cast(Tensor, self.activation_post_process(y))
+        kernel = find_kernel(x, weight, self.plain_conv2d(), layer)
+        if kernel is None or needs_grad:
+            y = self._affine(x, weight, bias, layer)
+            return cast(Tensor, self.activation_post_process(F.relu(y) if relu else y))
+        quantizer = fixed_quantizer(self.activation_post_process)
+        if layer is None:
+            y = kernel(x, self.quantized_weight(weight), bias, relu, quantizer)
+        else:
+            y = kernel.integers(x, layer, self._output_grid(), relu, quantizer)
+        return y if quantizer is not None else cast(Tensor, self.activation_post_process(y))
+
     def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with ``weight`` fake-quantized: in float while training, in exact integers in eval mode."""
-        layer = None if self.training else self.integer_layer(weight, bias)
+        return self._affine(x, weight, bias, None if self.training else self.integer_layer(weight, bias))
+
+    def _affine(self, x: Tensor, weight: Tensor, bias: Tensor | None, layer: IntegerAffine | None) -> Tensor:
         if layer is None:
             return self.linear_op(x, self.quantized_weight(weight), bias)
-        exact = integer_affine(x, layer, self.linear_op, self._output_axis, self._output_grid()).to(x.dtype)
+        kernel = find_kernel(x, weight, self.plain_conv2d(), layer)
+        if kernel is None:
+            exact = integer_affine(x, layer, self.linear_op, self._output_axis, self._output_grid()).to(x.dtype)
+        else:
+            exact = kernel.integers(x, layer, self._output_grid())
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             surrogate = self.linear_op(x, self.quantized_weight(weight), bias)
             return with_gradient_of(exact, surrogate)
@@ -144,6 +185,7 @@ class QATLayer(nn.Module):
             sum_bound=sum_bound(codes, input_zero, source.qtype),
             weight_scale=scale,
             weight_zero_point=zero,
+            has_8_bit_codes=max(source.qtype.bits, qtype.bits) <= BYTE_BITS,
         )
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.functional.integer import OutputGrid
+from tritonq.functional.linear_map import Convolution
 from tritonq.nn.conv import check_float_type
 from tritonq.nn.conv_bn import checked_batch_norm
 from tritonq.nn.folding_modes import bias_on_grid
@@ -159,11 +160,19 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_channels, h, w) to (batch, out_channels, h', w'), fake-quantized."""
         kernel, bias = self.merged_parameters()
+        plain = self.activation is None or type(self.activation) is nn.ReLU
+        if plain and not self.training:
+            return self.eval_output(x, kernel, bias, relu=self.activation is not None)
         if self.training:
-            y = self.linear_op(x, self.quantized_weight(kernel), bias_on_grid(self, bias))
+            y = self.linear_relu(x, self.quantized_weight(kernel), bias_on_grid(self, bias), relu=False)
         else:
             y = self.affine(x, kernel, bias)
         return cast(Tensor, self.activation_post_process(self.activated(y)))
+
+    def plain_conv2d(self) -> Convolution:
+        """See base class."""
+        margin = (_KERNEL // 2, _KERNEL // 2)
+        return Convolution((self.stride, self.stride), margin, (1, 1), (0, 0), False, self.groups)
 
     def train(self, mode: bool = True) -> QATRepVGGBlock:
         """Switch mode; the BatchNorms stay in eval mode."""

@@ -1,0 +1,371 @@
+"""Folded convolutions as implicit matrix products, with bias, ReLU and fake quantization in the epilogue.
+
+Functions here have the names, signatures and results of `tritonq.reference.conv2d`, their specification, but for the
+order of float sums, and for ``tile``. They run where the table of this GPU says that they beat torch's convolution:
+:func:`tuned_tile`. Integer codes are float16 operands with float32 accumulators: products of codes of up to 9 bits are
+exact, and so are sums below 2^24 (matrix units round no addition that needs at most 24 bits: Fasi et al., Numerical
+behavior of NVIDIA tensor cores, 2021).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.driver import driver
+
+from . import launch
+from .activation import quantize_value
+from .conv_tile import ConvGeometry, ConvTile, conv_tile, empty_output, is_channels_last
+from .rounding import round_half_away, round_half_even_any
+
+# Offsets of elements stay within 32 bits below this.
+_INT32_ELEMENTS = 2**31
+# Below this most of each step is padding, whatever the kernel's size: a class of its own.
+_FEW_CHANNELS = 16
+
+
+@triton.jit
+def requantize(
+    total,  # (pixels, outs) float32 integers below 2^24, without bias
+    bias_ptr,  # (outs,) int32, or None
+    multiplier_ptr,  # (outs,) float32
+    grid_scale_ptr,  # one float32: the result goes onto this grid; None: multiplier alone
+    out,  # (outs,) channel numbers
+    exists,  # (outs,) which of them there are
+    ROUNDING: tl.constexpr,
+):
+    """``float32(total + bias) * multiplier``, or ``round(that) * grid_scale``; float32."""
+    if bias_ptr is not None:
+        # In float32 the sum would be rounded before its only rounding, at 2^24 and above.
+        bias = tl.load(bias_ptr + out, mask=exists, other=0).to(tl.int64)
+        total = (total.to(tl.int64) + bias[None, :]).to(tl.float32)
+    y = total * tl.load(multiplier_ptr + out, mask=exists, other=0.0)[None, :]
+    if grid_scale_ptr is not None:
+        steps = round_half_even_any(y) if ROUNDING == "half_even" else round_half_away(y)
+        y = steps * tl.load(grid_scale_ptr)
+    return y
+
+
+@triton.jit
+def conv2d_kernel(
+    x_ptr,  # images × (groups · channels) × height × width, by strides
+    weight_ptr,  # (groups · outs) × channels × KERNEL_H × KERNEL_W of x's dtype, by strides
+    bias_ptr,  # (groups · outs,) floats; int32 with multiplier_ptr; or None
+    multiplier_ptr,  # (groups · outs,) float32 where x and weight are integer codes; else None
+    grid_scale_ptr,  # one float32, see `requantize`; or None
+    scale_ptr,  # one float32: the output is fake-quantized; None: it is not
+    zero_point_ptr,  # one int32; None stands for zero
+    active_ptr,  # one element, uint8 or bool; 0 leaves the output unrounded. None counts as 1
+    y_ptr,  # images × (groups · outs) × out_height × out_width, by strides
+    x_image,
+    x_channel,
+    x_line,
+    x_pixel,
+    w_out,
+    w_channel,
+    w_line,
+    w_pixel,
+    y_image,
+    y_out,
+    y_line,
+    y_pixel,
+    channels,  # of a group
+    height,
+    width,
+    outs,  # of a group; all of them where DEPTHWISE
+    out_tiles,  # tiles that the outs of a group make
+    out_width,
+    image_pixels,  # out_height × out_width
+    pixels,  # of all images
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    DEPTHWISE: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    RELU: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    PIXELS: tl.constexpr,
+    OUTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """One tile of pixels, of one or several images, and out channels of one group. Has run on no GPU yet."""
+    pixel = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * PIXELS + tl.arange(0, PIXELS)
+    group = tl.program_id(1) // out_tiles
+    place_out = (tl.program_id(1) - group * out_tiles) * OUTS + tl.arange(0, OUTS)
+    exists = place_out < outs
+    out = group * outs + place_out
+    # Two divisions per pixel of the tile, outside of the loop: small images share a tile.
+    image = pixel // image_pixels
+    rest = pixel - image * image_pixels
+    line = rest // out_width
+    column = rest - line * out_width
+    first_line = line * STRIDE_H - PAD_H
+    first_column = column * STRIDE_W - PAD_W
+    corner = image * x_image + first_line * x_line + first_column * x_pixel
+    total = tl.zeros([PIXELS, OUTS], tl.float32)
+    chunks = 1 if DEPTHWISE else tl.cdiv(channels, CHANNELS)
+    # One loop over taps and channels, so that loads of the next tap are on their way too.
+    for step in range(0, KERNEL_H * KERNEL_W * chunks):
+        tap = step // chunks
+        kernel_line = tap // KERNEL_W
+        kernel_column = tap - kernel_line * KERNEL_W
+        x_row = first_line + kernel_line * STEP_H
+        x_col = first_column + kernel_column * STEP_W
+        inside = (pixel < pixels) & (x_row >= 0) & (x_row < height) & (x_col >= 0) & (x_col < width)
+        place = corner + (kernel_line * STEP_H) * x_line + (kernel_column * STEP_W) * x_pixel
+        tap_ptr = weight_ptr + kernel_line * w_line + kernel_column * w_pixel
+        if DEPTHWISE:
+            x = tl.load(
+                x_ptr + place[:, None] + (out // MULTIPLIER)[None, :] * x_channel,
+                mask=inside[:, None] & exists[None, :],
+                other=0.0,
+            )
+            weight = tl.load(tap_ptr + out * w_out, mask=exists, other=0.0)
+            total += x.to(tl.float32) * weight.to(tl.float32)[None, :]
+        else:
+            channel = (step - tap * chunks) * CHANNELS + tl.arange(0, CHANNELS)
+            x = tl.load(
+                x_ptr + place[:, None] + (group * channels + channel)[None, :] * x_channel,
+                mask=inside[:, None] & (channel < channels)[None, :],
+                other=0.0,
+            )
+            weight = tl.load(
+                tap_ptr + out[None, :] * w_out + channel[:, None] * w_channel,
+                mask=exists[None, :] & (channel < channels)[:, None],
+                other=0.0,
+            )
+            total = tl.dot(x, weight, total, input_precision=PRECISION)
+    if multiplier_ptr is not None:
+        y = requantize(total, bias_ptr, multiplier_ptr, grid_scale_ptr, out, exists, ROUNDING)
+    else:
+        y = total
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + out, mask=exists, other=0.0).to(tl.float32)[None, :]
+    # The quantizer sees what a convolution of this dtype would have returned.
+    y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+    scale, zero_point, active = load_output_quantizer(scale_ptr, zero_point_ptr, active_ptr)
+    y = quantize_value(y, scale, zero_point, active, RELU, QUANT_MIN, QUANT_MAX, ROUNDING)
+    y_places = image * y_image + line * y_line + column * y_pixel
+    valid = (pixel < pixels)[:, None] & exists[None, :]
+    tl.store(y_ptr + y_places[:, None] + out[None, :] * y_out, y.to(y_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def load_output_quantizer(scale_ptr, zero_point_ptr, active_ptr):
+    """Scale, zero point (float32) and switch as `quantize_value` takes them; a quantizer without switch is on."""
+    scale = 1.0
+    zero_point = 0
+    active = None
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+        active = tl.full([], 1, tl.int32)
+        if active_ptr is not None:
+            active = tl.load(active_ptr)
+        if zero_point_ptr is not None:
+            zero_point = tl.load(zero_point_ptr).to(tl.float32)
+    return scale, zero_point, active
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    relu: bool = False,
+    quantizer: Any = None,
+    *,
+    tile: ConvTile | None = None,
+) -> Tensor:
+    """Convolve, add the bias, then ReLU and fake quantize; the result is channels_last where ``x`` is."""
+    geometry = ConvGeometry(stride, padding, dilation, groups)
+    y = empty_output(x, weight, geometry, x.dtype)
+    _launch(x, weight, bias, None, None, y, geometry, relu, quantizer, None, tile)
+    return y
+
+
+def integer_conv2d(
+    codes: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor,
+    grid_scale: Tensor | None,
+    rounding: str,
+    dtype: torch.dtype,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    relu: bool = False,
+    quantizer: Any = None,
+    *,
+    tile: ConvTile | None = None,
+) -> Tensor:
+    """Convolve integer codes exactly, requantize, then ReLU and fake quantize."""
+    geometry = ConvGeometry(stride, padding, dilation, groups)
+    codes, weight = codes.to(torch.float16), weight.to(torch.float16)
+    y = empty_output(codes, weight, geometry, dtype)
+    _launch(codes, weight, bias, multiplier, grid_scale, y, geometry, relu, quantizer, rounding, tile)
+    return y
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor | None,
+    grid_scale: Tensor | None,
+    y: Tensor,
+    geometry: ConvGeometry,
+    relu: bool,
+    quantizer: Any,
+    rounding: str | None,
+    tile: ConvTile | None,
+) -> None:
+    if y.numel() == 0:
+        return
+    images, _, height, width = x.shape
+    outs, channels, kernel_h, kernel_w = weight.shape
+    depthwise = channels == 1 and geometry.groups > 1
+    # A copy of little, so that lanes read neighbouring channels of a tap together.
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    groups = 1 if depthwise else geometry.groups
+    pixels = images * y.shape[2] * y.shape[3]
+    if tile is None:
+        tile = _default_tile(x, pixels, outs // groups, channels, depthwise)
+    out_tiles = triton.cdiv(outs // groups, tile.outs)
+    (stride, padding, dilation, _) = geometry
+    qtype = None if quantizer is None else quantizer.qtype
+    with launch.device_guard(x):
+        conv2d_kernel[(triton.cdiv(pixels, tile.pixels), groups * out_tiles)](
+            x,
+            weight,
+            None if bias is None else bias.contiguous(),
+            None if multiplier is None else multiplier.contiguous(),
+            grid_scale,
+            *((None, None, None) if quantizer is None else (quantizer.scale, quantizer.zero_point, quantizer.active)),
+            y,
+            *x.stride(),
+            *weight.stride(),
+            *y.stride(),
+            channels,
+            height,
+            width,
+            outs // groups,
+            out_tiles,
+            y.shape[3],
+            y.shape[2] * y.shape[3],
+            pixels,
+            STRIDE_H=stride[0],
+            STRIDE_W=stride[1],
+            PAD_H=padding[0],
+            PAD_W=padding[1],
+            STEP_H=dilation[0],
+            STEP_W=dilation[1],
+            KERNEL_H=kernel_h,
+            KERNEL_W=kernel_w,
+            DEPTHWISE=depthwise,
+            MULTIPLIER=outs // geometry.groups,
+            RELU=relu,
+            QUANT_MIN=0 if qtype is None else qtype.quant_min,
+            QUANT_MAX=1 if qtype is None else qtype.quant_max,
+            ROUNDING=rounding or ("half_even" if qtype is None else qtype.rounding),
+            PRECISION=input_precision(x, is_codes=multiplier is not None),
+            WIDE=max(_reach(x), _reach(y)) >= _INT32_ELEMENTS,
+            PIXELS=tile.pixels,
+            OUTS=tile.outs,
+            CHANNELS=tile.channels,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            # A product and the sum after it would round once where the quantizer rounds twice.
+            enable_fp_fusion=False,
+        )
+
+
+def _default_tile(x: Tensor, pixels: int, outs: int, channels: int, depthwise: bool) -> ConvTile:
+    """The tile of a launch that nobody tuned."""
+    # Without tf32, float32 products are no work for matrix units, and keep their operands in registers.
+    widest = 128 if x.element_size() < 4 else 64
+    if is_channels_last(x):
+        return conv_tile(pixels, outs, channels, depthwise=depthwise, widest=widest, steps=(16, 64))
+    # Values read one by one need their addresses in registers.
+    return conv_tile(pixels, outs, channels, depthwise=depthwise, widest=widest, steps=(16, 32), stages=2)
+
+
+def _reach(x: Tensor) -> int:
+    """One past the largest offset of an element."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def input_precision(x: Tensor, is_codes: bool) -> str:
+    """``"tf32"`` for float32 values where torch's own convolutions may use it (NVIDIA), else ``"ieee"``."""
+    if x.dtype != torch.float32 or is_codes or torch.backends.cudnn.conv.fp32_precision != "tf32":
+        return "ieee"
+    is_hip = driver.active.get_current_target().backend == "hip" if x.is_meta else torch.version.hip is not None
+    return "ieee" if is_hip else "tf32"
+
+
+def tuned_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, is_codes: bool) -> ConvTile | None:
+    """The tile with which this GPU's table has the kernel beat torch's convolution, or None: torch's is to run."""
+    index = x.device.index if x.is_cuda else None
+    layout = "channels_last" if is_channels_last(x) else "channels_first"
+    dtype = "codes" if is_codes else str(x.dtype).removeprefix("torch.")
+    return _tuned_tile(dtype, layout, tuple(x.shape), tuple(weight.shape), geometry, index)
+
+
+@cache
+def _tuned_tile(
+    dtype: str,
+    layout: str,
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    geometry: ConvGeometry,
+    device_index: int | None,
+) -> ConvTile | None:
+    entry = launch.tuned("conv2d", table_key(dtype, layout, x, weight, geometry), device_index)
+    return entry if isinstance(entry, ConvTile) else None
+
+
+def table_key(dtype: str, layout: str, x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry) -> str:
+    """The class of a convolution, as tables name it: ``"float16/channels_last/3x3s2/dense/large"``.
+
+    The third part is kernel and stride, with ``d2`` behind them for a dilation of 2. Then ``depthwise``, ``grouped``,
+    ``stem`` (fewer than 16 channels) or ``dense``; ``large`` is an output of 2^20 elements or more.
+
+    Args:
+        dtype: of the values, or ``"codes"``.
+        layout: ``"channels_first"`` or ``"channels_last"``.
+        x: shape of the input.
+        weight: shape of the weight.
+        geometry: of the convolution.
+    """
+    stride, padding, dilation, groups = geometry
+    kernel = f"{weight[2]}x{weight[3]}s{_pair(stride)}" + (f"d{_pair(dilation)}" if dilation != (1, 1) else "")
+    kind = "depthwise" if groups > 1 and weight[1] == 1 else "grouped" if groups > 1 else "dense"
+    if kind == "dense" and weight[1] < _FEW_CHANNELS:
+        kind = "stem"
+    elements = x[0] * weight[0]
+    for axis in range(2):
+        reach = dilation[axis] * (weight[axis + 2] - 1)
+        elements *= (x[axis + 2] + 2 * padding[axis] - reach - 1) // stride[axis] + 1
+    return f"{dtype}/{layout}/{kernel}/{kind}/{'large' if elements >= launch.LARGE else 'small'}"
+
+
+def _pair(values: tuple[int, int]) -> str:
+    return str(values[0]) if values[0] == values[1] else f"{values[0]}x{values[1]}"

@@ -1,0 +1,102 @@
+"""What implicit matrix products of convolutions share: sizes of results, and what one program works on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# Steps in flight keep their operands in shared memory, which no GPU has enough of for more.
+MAX_STAGES = 8
+
+
+class ConvTile(NamedTuple):
+    """What one program works on: pixels × out channels, in steps of ``channels``.
+
+    Attributes:
+        pixels: of the output, a power of two.
+        outs: out channels, a power of two.
+        channels: in channels per step, a power of two.
+        warps: groups of lanes that share it, a power of two.
+        stages: steps whose operands are on their way at a time.
+    """
+
+    pixels: int
+    outs: int
+    channels: int
+    warps: int
+    stages: int
+
+
+class ConvGeometry(NamedTuple):
+    """How a 2-d convolution moves over its input: pairs (vertical, horizontal).
+
+    Attributes:
+        stride: between outputs.
+        padding: zeros on each side.
+        dilation: between taps.
+        groups: groups of channels.
+    """
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+def empty_output(x: Tensor, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+    """Memory for a convolution of ``x`` (n, c, h, w) with ``weight`` (out, c/groups, kh, kw), laid out as ``x``.
+
+    ``size = (in + 2 padding - dilation (kernel - 1) - 1) // stride + 1``.
+    """
+    sizes = [
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, padding, dilation in zip(x.shape[2:], weight.shape[2:], *geometry[:3], strict=True)
+    ]
+    return torch.empty(
+        (x.shape[0], weight.shape[0], *sizes),
+        dtype=dtype,
+        device=x.device,
+        memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format,
+    )
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether channels are next to each other in memory, and not just because there is one of something."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def conv_tile(
+    pixels: int,
+    outs: int,
+    channels: int,
+    *,
+    depthwise: bool = False,
+    widest: int = 128,
+    steps: tuple[int, int] = (32, 64),
+    stages: int = 3,
+) -> ConvTile:
+    """Tile sizes where nothing is tuned: powers of two, at least 16 × 16.
+
+    64 × 128 with eight warps keeps 32 accumulators of 32 bits per lane: the largest tile that spills nothing on any
+    target (`tests/test_fixed_point_codegen.py`, `tests/test_conv2d_codegen.py`). Not measured.
+
+    Args:
+        pixels: of the output that programs share out.
+        outs: out channels, of one group.
+        channels: in channels, of one group.
+        depthwise: whether each out channel has one in channel; nothing is a matrix product then.
+        widest: most out channels, where accumulators or operands are wide.
+        steps: fewest and most in channels per step; matrix units take 32 bytes at least, or 16 floats.
+        stages: see :class:`ConvTile`.
+    """
+    rows = min(64, max(16, triton.next_power_of_2(pixels)))
+    # Few channels leave most of a step masked, and AMD's compiler unrolls what is left until it spills.
+    widest = min(widest, 32 if channels < 16 else 64 if channels <= 32 else 128)
+    cols = min(widest, max(16, triton.next_power_of_2(outs)))
+    if depthwise:
+        return ConvTile(rows, min(cols, 32), steps[0], 4, 1)
+    step = min(steps[1], max(steps[0], triton.next_power_of_2(channels)))
+    return ConvTile(rows, cols, step, 8 if rows * cols >= 64 * 64 else 4, stages)

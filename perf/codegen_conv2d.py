@@ -1,0 +1,59 @@
+"""Code-generation cases of the folded convolution: its operands' dtypes, shapes and epilogues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tritonq.kernels import conv2d
+from tritonq.perf.codegen_cases import DTYPES, CodegenCase, meta
+from tritonq.qparams import QINT8, QUINT8, QuantizedType
+from tritonq.reference.conv2d import OutputQuantizer
+
+
+def _quantizer(qtype: QuantizedType) -> OutputQuantizer:
+    zero_point = None if qtype.fixed_zero_point == 0 else meta(1, dtype=torch.int32)
+    return OutputQuantizer(meta(1, dtype=torch.float32), zero_point, meta(1, dtype=torch.uint8), qtype)
+
+
+def _values(
+    channels: int, kernel: int, groups: int = 1, *, outs: int = 128, size: int = 28, channels_last: bool = True
+) -> Callable[[torch.dtype], object]:
+    def call(dtype: torch.dtype) -> object:
+        x = meta(8, channels, size, size, dtype=dtype, channels_last=channels_last)
+        weight = meta(outs, channels // groups, kernel, kernel, dtype=dtype, channels_last=channels_last)
+        geometry = ((1, 1), (kernel // 2, kernel // 2), (1, 1), groups)
+        return conv2d.conv2d(x, weight, meta(outs, dtype=dtype), *geometry, True, _quantizer(QUINT8))
+
+    return call
+
+
+def _codes(channels: int, groups: int = 1) -> Callable[[torch.dtype], object]:
+    def call(dtype: torch.dtype) -> object:
+        codes = meta(8, channels, 28, 28, dtype=torch.float16, channels_last=True)
+        weight = meta(128, channels // groups, 3, 3, dtype=torch.float16, channels_last=True)
+        bias, multiplier = meta(128, dtype=torch.int32), meta(128, dtype=torch.float32)
+        end = (bias, multiplier, meta(1, dtype=torch.float32), "half_even", dtype)
+        return conv2d.integer_conv2d(codes, weight, *end, (1, 1), (1, 1), (1, 1), groups, True, _quantizer(QINT8))
+
+    return call
+
+
+def _case(name: str, call: Callable[[torch.dtype], object], dtypes: tuple[torch.dtype, ...] = DTYPES) -> CodegenCase:
+    # A product is bound by its matrix units, not by instructions per element: checked for spills alone.
+    return CodegenCase(f"conv2d/{name}", call, "", 1, 1, "", dtypes)
+
+
+_BRIEF = (torch.float32, torch.bfloat16)
+
+CASES: tuple[CodegenCase, ...] = (
+    _case("3x3", _values(128, 3)),
+    _case("3x3 channels first", _values(128, 3, channels_last=False), _BRIEF),
+    _case("1x1", _values(256, 1), _BRIEF),
+    _case("7x7 stem", _values(3, 7, outs=64, size=112), _BRIEF),
+    _case("3x3 grouped", _values(128, 3, 32), _BRIEF),
+    _case("3x3 depthwise", _values(128, 3, 128), _BRIEF),
+    _case("3x3 codes", _codes(128), _BRIEF),
+    _case("3x3 codes depthwise", _codes(128, 128), (torch.float32,)),
+)

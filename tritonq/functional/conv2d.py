@@ -1,0 +1,158 @@
+"""Folded convolutions by kernel, where this GPU's table of measurements says that it beats torch's convolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.backend import select
+from tritonq.functional.integer import FLOAT32_EXACT, IntegerAffine, OutputGrid, centred_codes
+from tritonq.functional.linear_map import Convolution
+from tritonq.reference.conv2d import OutputQuantizer
+
+
+@dataclass(frozen=True)
+class ConvKernel:
+    """The kernel for one 2-d convolution, with what it was tuned to.
+
+    Attributes:
+        conv: the convolution.
+        tile: a `tritonq.kernels.conv_tile.ConvTile`.
+    """
+
+    conv: Convolution
+    tile: Any
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        relu: bool = False,
+        quantizer: OutputQuantizer | None = None,
+    ) -> Tensor:
+        """``FQ(relu?(conv(x, weight) + bias))``, differentiable where ``quantizer`` is None.
+
+        Args:
+            x: (n, c, h, w).
+            weight: (out, c/groups, kh, kw), quantized already.
+            bias: (out,), or None.
+            relu: whether there is a ReLU.
+            quantizer: of the output.
+
+        Raises:
+            TypeError: three dtypes that are not one.
+
+        Source: DESIGN section 4; the gradients are torch's.
+        """
+        if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+            got = [str(t.dtype) for t in (x, weight, bias) if t is not None]
+            raise TypeError(f"input, weight and bias must have one dtype, got {', '.join(got)}")
+        if quantizer is not None:
+            return self._run(x, weight, bias, relu, quantizer)
+        y: Tensor = _FoldedConv2d.apply(x, weight, bias, self, relu)  # type: ignore[no-untyped-call]
+        return y
+
+    def integers(
+        self,
+        x: Tensor,
+        layer: IntegerAffine,
+        output: OutputGrid | None,
+        relu: bool = False,
+        quantizer: OutputQuantizer | None = None,
+    ) -> Tensor:
+        """:func:`tritonq.functional.integer.integer_affine` bit for bit, ReLU and fake quantization behind it.
+
+        Args:
+            x: (n, c, h, w) on the layer's input grid.
+            layer: the integers; see :func:`find_kernel` for which it takes.
+            output: the grid that the result goes onto, or None.
+            relu: whether there is a ReLU.
+            quantizer: of the output.
+
+        Returns:
+            (n, out, h', w') in ``x``'s dtype; without gradient.
+        """
+        from tritonq.kernels.conv2d import integer_conv2d
+
+        multiplier = layer.multiplier if output is None else layer.multiplier / output.scale
+        result: Tensor = integer_conv2d(
+            centred_codes(x, layer.input_scale),
+            layer.weight,
+            layer.bias,
+            multiplier,
+            None if output is None else output.scale,
+            "half_even" if output is None else output.rounding,
+            x.dtype,
+            *self._geometry,
+            relu,
+            quantizer,
+            tile=self.tile,
+        )
+        return result
+
+    @property
+    def _geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+        return self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups
+
+    def _run(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, quantizer: OutputQuantizer | None
+    ) -> Tensor:
+        from tritonq.kernels.conv2d import conv2d
+
+        y: Tensor = conv2d(x, weight, bias, *self._geometry, relu, quantizer, tile=self.tile)
+        return y
+
+
+def find_kernel(
+    x: Tensor, weight: Tensor, conv: Convolution | None, layer: IntegerAffine | None = None
+) -> ConvKernel | None:
+    """The kernel that is to run this convolution; None: torch's convolution is.
+
+    That is so where kernels don't run (`tritonq.backend`), where the GPU's table is silent or says ``"torch"``, under
+    autocast of float values, while a graph is traced, and for integers that float16 operands and float32 sums do not
+    hold.
+
+    Args:
+        x: the input.
+        weight: its weight; shape alone matters.
+        conv: the convolution, or None where the layer is not one over two dimensions that pads with zeros.
+        layer: the integers that are convolved instead of values, or None.
+    """
+    if conv is None or x.dim() != 4 or torch.compiler.is_compiling() or select(x) != "triton":
+        return None
+    if layer is None:
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+    elif not layer.has_8_bit_codes or layer.sum_bound >= FLOAT32_EXACT:
+        return None
+    from tritonq.kernels.conv2d import tuned_tile
+    from tritonq.kernels.conv_tile import ConvGeometry
+
+    geometry = ConvGeometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+    tile = tuned_tile(x, weight, geometry, is_codes=layer is not None)
+    return None if tile is None else ConvKernel(conv, tile)
+
+
+class _FoldedConv2d(torch.autograd.Function):
+    """``relu?(conv(x, weight) + bias)``; backward by torch's convolution, ReLU's mask from its result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kernel: ConvKernel, relu: bool) -> Tensor:
+        y = kernel._run(x, weight, bias, relu, None)
+        ctx.save_for_backward(x, weight, y if relu else None)
+        ctx.conv = kernel.conv
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, weight, y = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if y is not None:
+            dy = torch.ops.aten.threshold_backward(dy, y, 0)
+        dx, dw = ctx.conv.backward(dy, x, weight, needs_x, needs_weight)
+        return dx, dw, dy.sum((0, 2, 3)) if needs_bias else None, None, None
