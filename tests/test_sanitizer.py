@@ -99,27 +99,6 @@ def test_min_max(
     min_max.observe(x, *state, *qparams, enabled, QUINT8.with_axis(axis), 0.1, rule, 1e-7)
 
 
-@pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("name", INPUTS)
-@pytest.mark.parametrize("axis", [None])
-@pytest.mark.parametrize("method", ["torch", "megengine", "tqt", "pact"])
-def test_learned_scale(
-    name: str, axis: int | None, method: str, trace: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tritonq.kernels import learned_scale
-
-    traced(trace, learned_scale, monkeypatch)
-    x = INPUTS[name]
-    if axis is not None and axis >= x.dim():
-        return
-    channels = 1 if axis is None else x.shape[axis]
-    zero_point = torch.ones(channels, dtype=torch.int32) if method in ("torch", "megengine") else None
-    arguments = (torch.ones(channels), zero_point, 0, 7, axis, method)
-    active = torch.ones(1, dtype=torch.uint8)
-    learned_scale.learned_fake_quantize(x, *arguments, active=active)
-    learned_scale.learned_fake_quantize_backward(x, x, *arguments, active=active)
-
-
 def _claims_one_column_more(view: Any) -> Any:
     outer, rows, cols = view.sizes
     return view._replace(sizes=(outer, rows, cols + 1))
