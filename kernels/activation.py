@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launcher import Launcher
 from .min_max import update_range
 from .rounding import divide_by_scale, round_to_steps
 
@@ -85,6 +86,7 @@ def gradient_passes(y, scale, low, high, RELU: tl.constexpr, QUANTIZED: tl.const
         return y == y
 
 
+@Launcher
 @triton.jit
 def range_kernel(
     low_ptr,  # (parts,) float32: smallest value of each part; NaN or infinite where the part has such values

@@ -21,6 +21,7 @@ from triton.runtime.driver import driver
 from . import launch
 from .activation import quantize_value
 from .conv_tile import ConvGeometry, ConvTile, conv_tile, empty_output, is_channels_last
+from .launcher import Launcher
 from .rounding import round_half_away, round_half_even_any
 
 # Offsets of elements stay within 32 bits below this.
@@ -51,6 +52,7 @@ def requantize(
     return y
 
 
+@Launcher
 @triton.jit
 def conv2d_kernel(
     x_ptr,  # images × (groups · channels) × height × width, by strides

@@ -20,6 +20,7 @@ from .channel_tiles import fma, max_per_channel, min_per_channel, share_bounds, 
 from .conv_bn_backward import backward
 from .fake_quant import common_view
 from .launch import device_guard, plan, warp_size
+from .launcher import Launcher
 from .layout import View
 from .min_max import plan_reduction
 from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
@@ -72,6 +73,7 @@ def scan_statistics(
     return total, squares, lowest, highest
 
 
+@Launcher
 @triton.jit
 def statistics_kernel(
     c_ptr,  # outer × rows × cols, by strides
@@ -146,6 +148,7 @@ def mean_from(at, step, base, mask):
     return (centre - base[None, :]) + tl.load(at + step, mask=mask, other=0.0)
 
 
+@Launcher
 @triton.jit
 def finish_kernel(
     partial_ptr,  # 6 × splits × channels float32, of statistics_kernel
@@ -235,6 +238,7 @@ def finish_kernel(
     tl.store(running_var_ptr + channel, running_var + (batch_var - running_var) * momentum, mask=valid)
 
 
+@Launcher
 @triton.jit
 def apply_kernel(
     c_ptr,  # outer × rows × cols, by strides

@@ -16,6 +16,7 @@ from .activation import gradient_bounds, gradient_passes, load_quantizer, quanti
 from .channel_tiles import fma, share_bounds, share_channels, spread, sum_per_channel
 from .fake_quant import common_view
 from .launch import device_guard, plan, warp_size
+from .launcher import Launcher
 from .min_max import plan_reduction
 from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
 
@@ -73,6 +74,7 @@ def scan_gradients(
     return plain, moment
 
 
+@Launcher
 @triton.jit
 def gradient_sums_kernel(
     dy_ptr,  # outer × rows × cols, by strides
@@ -131,6 +133,7 @@ def gradient_sums_kernel(
     tl.store(partial_ptr + splits * channels + at, sum_per_channel(moment, CHANNEL), mask=valid)
 
 
+@Launcher
 @triton.jit
 def finish_gradients_kernel(
     partial_ptr,  # 2 × splits × channels float32
@@ -166,6 +169,7 @@ def finish_gradients_kernel(
     tl.store(pull_ptr + channels + channel, tl.div_rn(slope * sum_g, counts), mask=valid)
 
 
+@Launcher
 @triton.jit
 def gradient_kernel(
     dy_ptr,  # outer × rows × cols, by strides

@@ -11,11 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import device_guard, plan
+from .launcher import Launcher
 from .layout import View, view
 from .rounding import divide_by_scale, is_inside, round_to_code, round_to_steps
 from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
 
 
+@Launcher
 @triton.jit
 def fake_quantize_kernel(
     x_ptr,  # outer × rows × cols, by strides
@@ -62,6 +64,7 @@ def fake_quantize_kernel(
     tl.store(y_ptr + y_offsets, y, mask=mask)
 
 
+@Launcher
 @triton.jit
 def fake_quantize_backward_kernel(
     dy_ptr,  # outer × rows × cols, by strides

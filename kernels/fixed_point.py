@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import fake_quant
 from .launch import device_guard, multiprocessors
+from .launcher import Launcher
 from .layout import View, view
 from .rounding import round_to_steps
 
@@ -25,6 +26,7 @@ _PROGRAMS_PER_MULTIPROCESSOR = 4
 _INF = tl.constexpr(float("inf"))
 
 
+@Launcher
 @triton.jit
 def frac_len_errors_kernel(
     x_ptr,  # channels × outer × rows × cols, by strides

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import device_guard, warp_size
+from .launcher import Launcher
 from .layout import View, view
 from .min_max import NO_GRID, finish_kernel, plan_reduction
 from .tile import program_along
@@ -36,6 +37,7 @@ def bin_of(prefix, negative, FIRST_PREFIX: tl.constexpr, PER_SIDE: tl.constexpr)
     return tl.where(negative, PER_SIDE - outward, PER_SIDE + outward)
 
 
+@Launcher
 @triton.jit
 def prefix_histogram_kernel(
     x_ptr,  # outer × rows × cols, by strides
@@ -161,6 +163,7 @@ def prefix_histogram_kernel(
     tl.store(partial_ptr + splits * channels + partial, high, mask=channel < channels)
 
 
+@Launcher
 @triton.jit
 def linear_histogram_kernel(
     x_ptr,  # (channels, length) contiguous

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .conv_tile import ConvGeometry, conv_tile, empty_output
 from .launch import device_guard
+from .launcher import Launcher
 
 ACCUMULATOR_MAX = tl.constexpr(2**31 - 1)
 # Far outside of every 8-bit range, and yet 32 bits hold it shifted left by any fractional length.
@@ -68,6 +69,7 @@ def finish(
         return shift_to_codes(total, shift[None, :], QUANT_MIN, QUANT_MAX)
 
 
+@Launcher
 @triton.jit
 def int8_conv_kernel(
     x_ptr,  # images × channels × height × width codes, by strides

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .fake_quant import common_view, fake_quantize
 from .launch import device_guard, plan, warp_size
+from .launcher import Launcher
 from .min_max import plan_reduction
 from .rounding import divide_by_scale, is_inside, round_half_away, round_to_steps
 from .tile import load_per_channel, program_along, tile_indices, tile_mask, tile_offsets
@@ -106,6 +107,7 @@ def learned_share(
     return of_parameter, of_shift
 
 
+@Launcher
 @triton.jit
 def learned_backward_kernel(
     dy_ptr,  # outer × rows × cols, by strides
@@ -192,6 +194,7 @@ def learned_backward_kernel(
     tl.store(partial_ptr + splits * channels + at, of_shift, mask=channel < channels)
 
 
+@Launcher
 @triton.jit
 def add_partials_kernel(
     partial_ptr,  # 2 × splits × channels float32
@@ -219,6 +222,7 @@ def add_partials_kernel(
     tl.store(shift_ptr + channel, -scale * tl.sum(of_shift, 0), mask=channel < channels)
 
 
+@Launcher
 @triton.jit
 def clip_then_round_kernel(
     x_ptr,  # outer × rows × cols, by strides

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import device_guard, multiprocessors, parameters, warp_size
+from .launcher import Launcher
 from .layout import Grid, Split, Tile, View, grid, split, tile_shape, view
 from .qparams import range_to_qparams
 from .tile import program_along
@@ -118,6 +119,7 @@ def update_range(
         tl.store(zero_point_ptr + channel, zero_point, mask=valid)
 
 
+@Launcher
 @triton.jit
 def observe_kernel(
     x_ptr,  # outer × rows × cols, by strides
@@ -226,6 +228,7 @@ def observe_kernel(
         tl.store(partial_ptr + splits * channels + at, high, mask=valid)
 
 
+@Launcher
 @triton.jit
 def finish_kernel(
     partial_ptr,  # 2 × splits × channels float32: minima, maxima

@@ -21,6 +21,7 @@ from .activation import (
     quantizer_arguments,
 )
 from .launch import device_guard, multiprocessors, warp_size
+from .launcher import Launcher
 
 _INF = tl.constexpr(float("inf"))
 # Planes start on 16 elements, so that every dtype is read 128 bits at a time.
@@ -62,6 +63,7 @@ def scan_sums(a_ptr, b_ptr, start, end, BLOCK: tl.constexpr, FINITE_ONLY: tl.con
     return low, high, bad
 
 
+@Launcher
 @triton.jit
 def join_range_kernel(
     a_ptr,  # (n,)
@@ -94,6 +96,7 @@ def join_range_kernel(
         tl.atomic_add(nonfinite_ptr, skipped.to(tl.int64))
 
 
+@Launcher
 @triton.jit
 def join_kernel(
     a_ptr,  # (n,)
@@ -132,6 +135,7 @@ def join_kernel(
     tl.store(mask_ptr + at, byte.to(tl.uint8), mask=at < plane)
 
 
+@Launcher
 @triton.jit
 def join_backward_kernel(
     dy_ptr,  # (n,)

@@ -17,6 +17,7 @@ from . import min_max
 from .activation import range_constants
 from .channel_tiles import fma
 from .launch import device_guard, warp_size
+from .launcher import Launcher
 from .min_max import update_range
 from .rounding import divide_by_scale, is_inside, round_to_steps
 
@@ -29,6 +30,7 @@ _ELEMENTS_PER_LANE = 8
 _LANES = (128, 1024)
 
 
+@Launcher
 @triton.jit
 def quantize_folded_kernel(
     rows_ptr,  # channels × length, dense
@@ -119,6 +121,7 @@ def quantize_folded_kernel(
             tl.store(codes_ptr + start + at + col, tl.where(active[:, None], steps, folded), mask=more)
 
 
+@Launcher
 @triton.jit
 def folded_backward_kernel(
     dcodes_ptr,  # channels × length, dense

@@ -70,14 +70,24 @@ def stubbed_launches() -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     with (
-        mock.patch("tritonq.backend._obstacle", return_value=None),
+        # Plain functions: calling a mock takes as long as what is timed.
+        mock.patch("tritonq.backend._obstacle", new=lambda x: None),
+        mock.patch("tritonq.kernels.launcher.has_launches", new=lambda value: True),
         mock.patch.object(JITFunction, "run", new=_no_launch),
     ):
         yield
 
 
-def _no_launch(self: object, *args: object, **kwargs: object) -> None:
-    """Stands in for ``JITFunction.run``; plain, since calling a mock costs more than what is timed."""
+class _NoKernel:
+    """Stands in for a compiled kernel."""
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., object]:
+        return _no_launch
+
+
+def _no_launch(*args: object, **kwargs: object) -> _NoKernel:
+    """Stands in for ``JITFunction.run`` and for what launches a compiled kernel."""
+    return _NoKernel()
 
 
 def _operators(device: torch.device) -> dict[str, Operators]:

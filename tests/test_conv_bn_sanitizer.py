@@ -36,7 +36,7 @@ def trace(symbolic_trace: object) -> Callable[[Any], Any]:  # noqa: F811
         symbolic = client.register_for_loop_callback()
         numbers = ForLoopCallbacks(range_wrapper_factory=symbolic.range_wrapper_factory)
         client.register_for_loop_callback = lambda: numbers
-        return triton_viz.trace(client)(kernel)
+        return triton_viz.trace(client)(kernel.function)
 
     return wrap
 

@@ -28,7 +28,7 @@ def trace() -> Callable[[Any], Any]:
     triton_viz = pytest.importorskip("triton_viz")
     from triton_viz.clients import Sanitizer
 
-    return lambda kernel: triton_viz.trace(Sanitizer(abort_on_error=True))(kernel)
+    return lambda kernel: triton_viz.trace(Sanitizer(abort_on_error=True))(kernel.function)
 
 
 @pytest.fixture
