@@ -25,7 +25,7 @@ from tritonq.reference.conv2d import OutputQuantizer
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _CODES = Tolerance("sums of integers are exact in any order")
-_VALUES = Tolerance("sums in another order move a few values over a tie; a wrong tap is at 0.1 or more", distance=0.02)
+_VALUES = Tolerance("sums in another order move a few values over a tie; a missing tap is at 0.3", distance=0.02)
 
 _PIXELS = (32, 64, 128)
 _OUTS = (32, 64, 128)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tritonq.perf.case import disagreement
-from tritonq.perf.cases import all_cases
+from tritonq.perf.cases import all_cases, conv2d
 from tritonq.perf.cases.fake_quant import Problem
 from tritonq.perf.cases.fixed_point import Convolution, Rounding, Search
 from tritonq.perf.cases.learned_scale import Problem as LearnedProblem
@@ -67,6 +67,40 @@ class TestSmallCases:
         first, again, other = inputs_of(case), inputs_of(case), inputs_of(case, seed=1)
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert not torch.equal(first["x"], other["x"])
+
+
+class TestConvolutions:
+    CONV = conv2d.Convolution(2, 6, 7, 4, 3)
+    OPERATOR = conv2d.Operator(CONV, torch.float32, False, ("cpu",)).case()
+    LAYER = conv2d.Layer(CONV, False, ("cpu",)).case()
+
+    @pytest.mark.parametrize("case", [OPERATOR, LAYER], ids=lambda case: case.name)
+    def test_tritonq_and_the_baseline_pass_the_check(self, case):
+        for name in ("tritonq", case.baseline):
+            inputs = inputs_of(case)
+            step = case.implementations[name].build(inputs)
+            assert disagreement(step(inputs), case.reference(inputs), case.tolerance) is None, name
+
+    def test_the_check_sees_a_missing_tap_and_a_missing_batch_norm(self):
+        inputs = inputs_of(self.OPERATOR)
+        expected = self.OPERATOR.reference(inputs)
+        inputs["weight"][:, :, 0, 0] = 0
+        assert disagreement(self.OPERATOR.reference(inputs), expected, self.OPERATOR.tolerance) is not None
+        inputs = inputs_of(self.LAYER)
+        conv, _, relu = conv2d.Layer(self.CONV, False, ("cpu",)).parts()
+        with torch.no_grad():
+            assert disagreement((relu(conv(inputs["x"])),), self.LAYER.reference(inputs), self.LAYER.tolerance)
+
+    def test_some_values_are_clipped(self):
+        inputs = inputs_of(self.OPERATOR)
+        (y,) = self.OPERATOR.reference(inputs)
+        assert (y == y.max()).sum() > 1
+
+    def test_what_must_move_and_be_computed(self):
+        strided = conv2d.Convolution(2, 6, 7, 4, 3, stride=2, groups=2)
+        assert strided.output_elements == 2 * 4 * 4 * 4
+        assert strided.operations == 2 * strided.output_elements * 3 * 9
+        assert strided.bytes_moved(torch.bfloat16) == 2 * (2 * 6 * 49 + 4 * 3 * 9 + strided.output_elements)
 
 
 def test_bytes_that_must_move():

@@ -5,9 +5,19 @@ from __future__ import annotations
 from functools import cache
 
 from tritonq.perf.case import Case
-from tritonq.perf.cases import conv_bn, fake_quant, fixed_point, histogram, learned_scale, observe, residual, train_step
+from tritonq.perf.cases import (
+    conv2d,
+    conv_bn,
+    fake_quant,
+    fixed_point,
+    histogram,
+    learned_scale,
+    observe,
+    residual,
+    train_step,
+)
 
-_FAMILIES = (fake_quant, observe, conv_bn, residual, histogram, learned_scale, fixed_point, train_step)
+_FAMILIES = (fake_quant, observe, conv_bn, conv2d, residual, histogram, learned_scale, fixed_point, train_step)
 
 
 @cache
