@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tritonq
-from qat_models import FloatResidual, images
+from qat_models import FloatResidual, images, trained_float_form
 from tritonq import nn as qnn
 from tritonq.functional.traced.text import pack, qtype_of, qtype_text, unpack
 from tritonq.nn.conv_bn import QATBatchNormLayer
@@ -75,7 +75,7 @@ def test_a_training_step_is_one_graph_and_equals_eager(preset, channels_last, ob
     assert int(model.stem[0].bn.num_batches_tracked) == 3 + observed
 
 
-@pytest.mark.parametrize(("mode", "bfloat16"), [("approximate", True), ("corrected", False)])
+@pytest.mark.parametrize(("mode", "bfloat16"), [("approximate", True), ("corrected", False), ("exact", False)])
 def test_mixed_precision_and_other_modes_equal_eager(mode, bfloat16):
     model = prepared()
     for layer in model.modules():
@@ -129,11 +129,66 @@ def test_explain_finds_no_graph_break(name):
     assert report.op_count > 10
 
 
+WEIGHT = tritonq.get_qconfig().weight
+SYMMETRIC = {"dtype": torch.qint8, "qscheme": torch.per_tensor_symmetric}
+STEP = tritonq.LearnedStepFakeQuantize.with_args
+HISTOGRAM = tritonq.FakeQuantize.with_args(observer=tritonq.HistogramObserver)
+OTHER_QUANTIZERS = {
+    "tqt": tritonq.get_qconfig("megengine_tqt"),
+    "lsq": tritonq.QConfig(
+        STEP(dtype=torch.quint8), STEP(dtype=torch.qint8, qscheme=torch.per_channel_symmetric, ch_axis=0)
+    ),
+    "lsq+": tritonq.QConfig(STEP(dtype=torch.quint8, learn_zero_point=True), WEIGHT),
+    "pact": tritonq.QConfig(tritonq.ClippedFakeQuantize.with_args(dtype="quint8"), WEIGHT),
+    "histogram mse": tritonq.QConfig(HISTOGRAM.with_args(**SYMMETRIC), WEIGHT),
+    "histogram kl": tritonq.QConfig(HISTOGRAM.with_args(search="kl", dtype=torch.quint8), WEIGHT),
+    "fixed point": tritonq.get_qconfig("f8net"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_QUANTIZERS)
+def test_other_quantizers_train_in_one_graph(name):
+    torch.manual_seed(0)
+    model = tritonq.prepare_qat(FloatResidual(), qconfig=OTHER_QUANTIZERS[name], example_inputs=images(2)).train()
+    model(images(8, seed=9))
+    eager = copy.deepcopy(model)
+    outputs = []
+    for called in (eager, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        outputs.append(called(images(8)))
+        outputs[-1].square().mean().backward()
+    assert torch.equal(*outputs)
+    assert_trained_alike(model, eager)
+    learned = [parameter.grad for key, parameter in model.named_parameters() if "fake_quant" in key or "process" in key]
+    assert not learned or any(bool(gradient.any()) for gradient in learned)
+
+
+@pytest.mark.parametrize("preset", ["tensorrt", "fbgemm_v0"])
+def test_a_converted_model_compiles_to_the_same_codes(preset):
+    converted = tritonq.convert(trained_float_form(preset))
+    with torch.no_grad():
+        expected = converted(images(16))
+        for backend in ("aot_eager", "inductor") if preset == "tensorrt" else ("aot_eager",):
+            torch._dynamo.reset()
+            assert torch.equal(torch.compile(converted, fullgraph=True, backend=backend)(images(16)), expected)
+
+
+def test_eval_mode_says_what_to_compile_instead():
+    model = trained_float_form()
+    expected = model(images(4))
+    with pytest.raises(Exception, match=r"compile tritonq\.convert\(model\)"):
+        torch.compile(model, fullgraph=True, backend="eager")(images(4))
+    torch._dynamo.reset()
+    # Where the graph may break it breaks, and eager code runs.
+    assert torch.equal(torch.compile(model, backend="eager")(images(4)), expected)
+
+
 def test_what_cannot_be_traced_says_so():
     layer = qnn.Linear(3, 2, qconfig=tritonq.get_qconfig("megengine_tqt"))
-    layer(torch.randn(4, 3))
-    with pytest.raises(Exception, match="learned_scale"):
+    with pytest.raises(Exception, match="run the model once on a batch"):
         torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(4, 3))
+    quantizer = tritonq.FakeQuantize(observer=tritonq.InterpolatingHistogramObserver)
+    with pytest.raises(Exception, match="HistogramObserver has no such step"):
+        torch.compile(quantizer, fullgraph=True, backend="eager")(torch.randn(4, 3))
 
 
 @pytest.mark.parametrize("qtype", QUANTIZED_TYPES.values(), ids=str)

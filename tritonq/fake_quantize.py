@@ -60,7 +60,16 @@ class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
         raise NotImplementedError
 
     def is_active(self) -> bool:
-        """Whether :meth:`forward` rounds. Waits for the device only after a switch was thrown."""
+        """Whether :meth:`forward` rounds. Waits for the device only after a switch was thrown.
+
+        Raises:
+            NotImplementedError: ``torch.compile`` traces a layer in eval mode, whose arithmetic depends on the answer.
+        """
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "torch.compile traces quantization-aware models in training mode alone; for eval mode compile "
+                "tritonq.convert(model), which gives the same codes"
+            )
         return self._is_switched_on() and self.has_qparams()
 
     def _is_switched_on(self) -> bool:
@@ -159,7 +168,7 @@ class FakeQuantize(FakeQuantizeBase):
             self.allocate(x.shape[self.qtype.axis])
         if isinstance(observer, RangeObserver):
             observer.observe(x, QParams(self.scale, self.zero_point), self.observer_enabled)
-        elif bool(self.observer_enabled):
+        elif not isinstance(observer, PassiveObserver) and bool(self.observer_enabled):
             observer(x.detach())
             self.refresh_qparams()
 

@@ -105,6 +105,11 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake quantize ``x``; the first training batch sets the parameters."""
+        if torch.compiler.is_compiling() and not self._qparams_known:
+            raise NotImplementedError(
+                f"torch.compile can't set the parameters of a {type(self).__name__}: run the model once on a batch, or "
+                "call initialize(), before it is compiled"
+            )
         if self.training and not self.has_qparams() and bool(self.observer_enabled) and not is_recomputing():
             self._initialize_from_batch(x.detach())
         if not self.has_qparams():

@@ -172,11 +172,23 @@ def _multiply_add(codes: Tensor, ratio: Tensor, addend: Tensor) -> Tensor:
 
 
 def _is_direct(device: torch.device) -> bool:
-    """Whether float32 convolutions here are sums of products: oneDNN on x86.
+    """Whether float32 convolutions here are sums of products."""
+    if device.type != "cpu":
+        return False  # cuDNN may choose Winograd, which rounds
+    if not torch.compiler.is_compiling():
+        return cpu_is_direct()
+    # No graph can hold the question.
+    from tritonq.functional.traced import host
 
-    NNPACK (its replacement when switched off), Arm's libraries and cuDNN may choose Winograd, which rounds.
+    return host.CPU_IS_DIRECT
+
+
+def cpu_is_direct() -> bool:
+    """Whether a CPU's float32 convolutions are sums of products: oneDNN's on x86.
+
+    NNPACK (its replacement when switched off) and Arm's libraries may choose Winograd, which rounds.
     """
-    on_x86 = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    on_x86 = platform.machine() in ("x86_64", "AMD64")
     return on_x86 and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)  # type: ignore
 
 

@@ -149,10 +149,12 @@ def _running_var_of_step(layer: QATBatchNormLayer) -> Tensor:
     memory = layer.step_memory
     if is_recomputing() and memory.running_var is not None:
         return memory.running_var
-    running_var = _running_var(layer).clone()
-    if not torch.compiler.is_compiling():
-        memory.running_var = running_var
-    return running_var
+    if torch.compiler.is_compiling():
+        from tritonq.functional.traced import fold
+
+        return fold.remembered(_running_var(layer))
+    memory.running_var = _running_var(layer).clone()
+    return memory.running_var
 
 
 def _running_var(layer: QATBatchNormLayer) -> Tensor:

@@ -104,7 +104,12 @@ class HistogramObserver(RangeObserver):
 
     def search_range(self) -> tuple[Tensor, Tensor]:
         """The range that the search proposes: float32, 0-d or (channels,); the unset range where nothing was seen."""
-        return search_range(
+        find = search_range
+        if torch.compiler.is_compiling():
+            from tritonq.functional.traced import histogram as traced
+
+            find = traced.search_range
+        return find(
             self.histogram,
             self.min_val,
             self.max_val,

@@ -77,7 +77,16 @@ class InterpolatingHistogramObserver(RangeObserver):
         return self.qtype.quant_max - self.qtype.quant_min + 1
 
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
-        """See base class; but this observer does read values back."""
+        """See base class; but this observer does read values back.
+
+        Raises:
+            NotImplementedError: ``torch.compile`` traces the call.
+        """
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "torch.compile can't trace an InterpolatingHistogramObserver, which widens its range on the host; "
+                "HistogramObserver has no such step"
+            )
         x = self._checked(x)
         if enabled is not None and not bool(enabled):
             return

@@ -4,12 +4,34 @@ Each is a ``torch.library.custom_op`` that runs what eager code would run on the
 that a compiled model computes the same bits in them. Convolutions stay visible to the compiler. What is not a tensor
 travels as text, which means the same in every process that finds the graph in the compiler's cache.
 
-Traced are training steps with quantizers over running ranges; layers in eval mode look at their switches on the host,
-and so break the graph.
+Traced are training steps, with quantizers over running ranges, histograms, learned scales (which have seen a batch) and
+fixed point, and converted models. Quantization-aware layers in eval mode look at their switches on the host, and an
+interpolating histogram at its range: they raise NotImplementedError, which says what to compile instead.
 """
 
-from tritonq.functional.traced import conv_bn, fake_quant, fold, min_max, residual, weight
+from tritonq.functional.traced import (
+    conv_bn,
+    fake_quant,
+    fixed_point,
+    fold,
+    histogram,
+    learned_scale,
+    min_max,
+    residual,
+    weight,
+)
 
-FAMILIES = ("conv_bn", "fake_quant", "min_max", "residual", "weight")
+FAMILIES = ("conv_bn", "fake_quant", "fixed_point", "histogram", "learned_scale", "min_max", "residual", "weight")
 
-__all__ = ["FAMILIES", "conv_bn", "fake_quant", "fold", "min_max", "residual", "weight"]
+__all__ = [
+    "FAMILIES",
+    "conv_bn",
+    "fake_quant",
+    "fixed_point",
+    "fold",
+    "histogram",
+    "learned_scale",
+    "min_max",
+    "residual",
+    "weight",
+]

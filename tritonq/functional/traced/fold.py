@@ -1,4 +1,4 @@
-"""The factors that a BatchNorm's running variance gives, for ``torch.compile``."""
+"""A BatchNorm's running variance before the step moves it, and the factors that it gives, for ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,21 @@ def nonzero_fold(norm: BatchNormState, gamma: Tensor | None, dtype: torch.dtype)
     An operator, lest a compiler compute it again in the backward: the step has moved the variance by then.
     """
     return _nonzero_fold(norm.running_var, gamma, norm.eps, dtype)  # type: ignore[no-any-return]
+
+
+def remembered(running_var: Tensor) -> Tensor:
+    """A copy that stays what it is: a compiler would copy again in the backward."""
+    return _remembered(running_var)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("tritonq::remembered", mutates_args=())
+def _remembered(running_var: Tensor) -> Tensor:
+    return running_var.clone()
+
+
+@_remembered.register_fake
+def _(running_var: Tensor) -> Tensor:
+    return torch.empty_like(running_var)
 
 
 @torch.library.custom_op("tritonq::nonzero_fold", mutates_args=())
