@@ -1,17 +1,13 @@
 """ONNX Runtime runs the export of a fixed-point network with equal codes."""
 
-import copy
-
 import pytest
 import torch
-from torch import nn
 
 from test_fixed_point_integer import digits, overflowing, per_channel, trained  # noqa: F401 - a fixture
 from test_fixed_point_prepare import F8NET, Residual
 from tritonq.demo.model import SmallResNet
-from tritonq.deploy import convert
+from tritonq.deploy import convert, verify
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
-from tritonq.deploy.fixed_point_verify import verify_fixed_point
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -32,6 +28,9 @@ def test_digits(digits, qconfig, tmp_path):  # noqa: F811
     export_fixed_point_onnx(model, tmp_path / "model.onnx", digits.train_images[:2])
     images = digits.test_images[:300]
     assert torch.equal(ran(tmp_path / "model.onnx", images), convert(model)(images))
+    report = verify(model, tmp_path / "model.onnx", images)
+    assert report.agrees()
+    assert report.total.codes > 5e5
 
 
 def test_every_kind_of_join(tmp_path):
@@ -49,20 +48,3 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     with pytest.raises(ValueError, match="may pass 32 bits"):
         export_fixed_point_onnx(model, tmp_path / "model.onnx", x)
     assert not list(tmp_path.iterdir())
-
-
-def test_verification_names_the_layer_that_differs():
-    torch.manual_seed(3)
-    images = torch.randn(64, 2, 12, 12)
-    model = trained(Residual(), images, torch.randint(0, 3, (64,)))
-    integers = convert(model)
-    report = verify_fixed_point(model, integers, images)
-    assert report.agrees()
-    assert report.first_difference is None
-    assert report.total.codes > 10_000
-    broken = copy.deepcopy(integers)
-    broken.a1[0].bias += 40
-    report = verify_fixed_point(model, broken, images)
-    assert report.first_difference.name == "a2.0"
-    with pytest.raises(ValueError, match="different layers"):
-        verify_fixed_point(model, nn.Identity(), images)

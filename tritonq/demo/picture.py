@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,15 +10,30 @@ from torch import Tensor
 
 from tritonq.demo.training import History
 from tritonq.nn import QATLayer
+from tritonq.nn.fixed_point import FixedPointLayer
 
 _FLOAT, _QAT, _GRID = "#4c78a8", "#e45756", "#b9b9b9"
 
 
-def draw(path: Path, float_run: History, qat_run: History, layer_name: str, layer: QATLayer) -> None:
-    """Write a PNG with the two loss curves and the weight histogram of one out channel of ``layer``.
+@dataclass(frozen=True)
+class ChannelOnGrid:
+    """The weights of one out channel.
 
-    The channel shown is the one with the largest scale; each bar is one code of its grid.
+    Attributes:
+        codes: integer-valued floats, as they are stored.
+        values: the folded weights that they stand for, before rounding.
+        scale: value of one code.
+        index: number of the channel.
     """
+
+    codes: Tensor
+    values: Tensor
+    scale: float
+    index: int
+
+
+def draw(path: Path, float_run: History, qat_run: History, layer_name: str, channel: ChannelOnGrid) -> None:
+    """Write a PNG with the two loss curves and the weight histogram of one out channel; each bar is one code."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,7 +54,7 @@ def draw(path: Path, float_run: History, qat_run: History, layer_name: str, laye
     left.set(xlabel="epoch", ylabel="training loss (cross entropy)", yscale="log", title="Loss")
     left.legend(frameon=False)
 
-    codes, values, scale, channel = _largest_channel(layer)
+    codes, values, scale = channel.codes, channel.values, channel.scale
     low, high = int(codes.min()) - 1, int(codes.max()) + 1
     right.hist(codes.numpy(), bins=[k - 0.5 for k in range(low, high + 2)], color=_QAT, label="stored codes")
     for code in range(low, high + 1):
@@ -54,7 +70,7 @@ def draw(path: Path, float_run: History, qat_run: History, layer_name: str, laye
     right.set(
         xlabel=f"weight / scale (grid lines: codes; scale {scale:.3g})",
         ylabel="weights per code",
-        title=f"{layer_name}, out channel {channel}",
+        title=f"{layer_name}, out channel {channel.index}",
     )
     right.legend(frameon=False)
     for axes in (left, right):
@@ -64,12 +80,22 @@ def draw(path: Path, float_run: History, qat_run: History, layer_name: str, laye
 
 
 @torch.no_grad()
-def _largest_channel(layer: QATLayer) -> tuple[Tensor, Tensor, float, int]:
-    """Codes, float values, scale and index of the out channel whose weights spread widest."""
-    rows = layer.to_rows(layer.folded_parameters()[0])
-    integers = layer.integer_layer(*layer.folded_parameters())
-    if integers is None:
-        raise ValueError("this layer has no integer form: its input grid is unknown")
-    scales = integers.multiplier / integers.input_scale
-    channel = int(scales.argmax())
-    return layer.to_rows(integers.weight)[channel].flatten(), rows[channel].flatten(), float(scales[channel]), channel
+def widest_channel(layer: QATLayer | FixedPointLayer) -> ChannelOnGrid:
+    """The out channel with the largest scale; of equal ones, that with the largest weight.
+
+    Raises:
+        ValueError: a layer that has no integer form.
+    """
+    if isinstance(layer, FixedPointLayer):
+        integers = layer.integers()
+        codes, values = integers.weight.flatten(1), layer.effective_parameters()[0].flatten(1)
+        scales = torch.exp2(-(integers.frac_len - layer.input_format.rounded_frac_len()).double())
+    else:
+        made = layer.integer_layer(*layer.folded_parameters())
+        if made is None:
+            raise ValueError("this layer has no integer form: its input grid is unknown")
+        codes, values = (layer.to_rows(rows).flatten(1) for rows in (made.weight, layer.folded_parameters()[0]))
+        scales = (made.multiplier / made.input_scale).double()
+    widths = torch.where(scales == scales.max(), values.abs().amax(1).double(), -1)
+    index = int(widths.argmax())
+    return ChannelOnGrid(codes[index].float(), values[index], float(scales[index]), index)

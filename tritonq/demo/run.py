@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from tritonq.cli.data import Images, load_digits, load_folder
 from tritonq.cli.models import Recipe, save_training
 from tritonq.demo.model import SmallResNet
-from tritonq.demo.picture import draw
+from tritonq.demo.picture import draw, widest_channel
 from tritonq.demo.training import History, accuracy, logits, train
 from tritonq.deploy import VerificationReport, convert, export_onnx, save_converted, verify
 from tritonq.nn import QATLayer
+from tritonq.nn.fixed_point import FixedPointLayer
 from tritonq.prepare import disable_observer, freeze_bn_stats, prepare_qat
 from tritonq.qconfig import DEFAULT_PRESET, PRESETS, QConfig, get_qconfig
 from tritonq.qconfig_files import mapping_to_data
@@ -42,10 +43,10 @@ class Files:
     picture: Path
 
     @classmethod
-    def inside(cls, folder: Path) -> Files:
+    def inside(cls, folder: Path, scheme: str = "int8") -> Files:
         """Their names in ``folder``, which is created."""
         folder.mkdir(parents=True, exist_ok=True)
-        names = ("model.float.pt", DEMO_FILE, "model.int8.pt", "model.onnx", "demo.png")
+        names = ("model.float.pt", DEMO_FILE, f"model.{scheme}.pt", "model.onnx", "demo.png")
         return cls(*(folder / name for name in names))
 
 
@@ -89,21 +90,24 @@ class Result:
 
     stages: tuple[Stage, ...]
     files: Files
+    onnx_tolerance: float = _ONNX_MAX_FRACTION
 
     @property
     def agrees(self) -> bool:
-        """No code of the converted model differs; next to none of ONNX Runtime's, and by one at most."""
+        """No code of the converted model differs; at most ``onnx_tolerance`` of ONNX Runtime's, and by one at most."""
         converted, onnx = (stage.report for stage in self.stages if stage.report is not None)
-        return converted.agrees() and onnx.agrees(_ONNX_MAX_FRACTION, max_step=1)
+        return converted.agrees() and onnx.agrees(self.onnx_tolerance, max_step=1)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the demo and print its table; 0 when the deployed models agree with the trained one, else 1."""
     if arguments.scheme == "f8net":
+        # Which uses this module's files, stages and table.
         from tritonq.demo import fixed_point
 
-        return fixed_point.main(arguments)
-    result = run(arguments)
+        result = fixed_point.run(arguments)
+    else:
+        result = run(arguments)
     print(f"\n{table(result.stages)}\n\nwritten: {', '.join(str(path) for path in vars(result.files).values())}")
     return 0 if result.agrees else 1
 
@@ -112,11 +116,7 @@ def run(arguments: argparse.Namespace) -> Result:
     """Train, fine-tune, deploy, verify, draw."""
     qconfig = get_qconfig(arguments.qconfig)
     data = load_digits() if arguments.data is None else load_folder(arguments.data, arguments.image_size)
-    print(
-        f"{data.name}: {len(data.train_labels)} images to train with, {len(data.test_labels)} held out, "
-        f"{len(data.classes)} classes",
-        flush=True,
-    )
+    announce(data)
     files = Files.inside(arguments.output)
     example = data.train_images[:2]
 
@@ -127,11 +127,12 @@ def run(arguments: argparse.Namespace) -> Result:
 
     qat = prepare_qat(model, qconfig=qconfig, example_inputs=example)
     qat_run = fine_tune(qat, data, arguments.qat_epochs)
-    save_training(files.qat_model, _recipe(qconfig, data), {"state_dict": qat.state_dict()})
+    save_training(files.qat_model, demo_recipe(qconfig, data), {"state_dict": qat.state_dict()})
     converted = convert(qat)
     save_converted(converted, files.converted)
     export_onnx(converted, files.onnx, example)
-    draw(files.picture, float_run, qat_run, *_layer_to_draw(qat))
+    name, layer = largest_layer(qat)
+    draw(files.picture, float_run, qat_run, name, widest_channel(layer))
 
     def score(outputs: Tensor) -> float:
         return accuracy(outputs, data.test_labels)
@@ -148,7 +149,16 @@ def run(arguments: argparse.Namespace) -> Result:
     return Result(stages, files)
 
 
-def _recipe(qconfig: QConfig, data: Images) -> Recipe:
+def announce(data: Images) -> None:
+    """Say what there is to train with."""
+    print(
+        f"{data.name}: {len(data.train_labels)} images to train with, {len(data.test_labels)} held out, "
+        f"{len(data.classes)} classes",
+        flush=True,
+    )
+
+
+def demo_recipe(qconfig: QConfig, data: Images) -> Recipe:
     """How `python -m tritonq report` makes this model again."""
     channels, _, size = data.train_images.shape[1:]
     arguments = (f"in_channels={channels}", f"classes={len(data.classes)}")
@@ -201,7 +211,8 @@ def _cells(stage: Stage) -> tuple[str, ...]:
     )
 
 
-def _layer_to_draw(qat: nn.Module) -> tuple[str, QATLayer]:
-    """The quantized layer with the most weights."""
-    layers = [(name, module) for name, module in qat.named_modules() if isinstance(module, QATLayer)]
+def largest_layer(model: nn.Module) -> tuple[str, QATLayer | FixedPointLayer]:
+    """Name and module of the quantized layer with the most weights."""
+    kinds = (QATLayer, FixedPointLayer)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     return max(layers, key=lambda item: item[1].weight.numel())

@@ -4,7 +4,6 @@ from tritonq.deploy.checkpoint import load_converted, save_converted
 from tritonq.deploy.convert import convert
 from tritonq.deploy.fixed_point_modules import overflow_report
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
-from tritonq.deploy.fixed_point_verify import verify_fixed_point
 from tritonq.deploy.onnx_export import export_onnx
 from tritonq.deploy.program import export_program
 from tritonq.deploy.verify import LayerComparison, OutputComparison, VerificationReport, verify
@@ -21,5 +20,4 @@ __all__ = [
     "overflow_report",
     "save_converted",
     "verify",
-    "verify_fixed_point",
 ]

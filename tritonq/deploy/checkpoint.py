@@ -38,7 +38,7 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
     under a temporary name, then renamed: ``path`` never holds half a model. Hooks of the user's are not in it.
 
     Raises:
-        ValueError: ``model`` is not a converted model, or a fixed-point one, which has no form in such files.
+        ValueError: ``model`` is not a converted model.
         OSError: the file can't be written.
     """
     if not any(isinstance(module, DeployedModule) for module in model.modules()):

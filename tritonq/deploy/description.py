@@ -8,6 +8,8 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
+from tritonq.deploy import fixed_point_description
+from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers, integer_difference
 from tritonq.deploy.modules import (
     LAYER_TYPES,
     TABLE_TENSOR_NAMES,
@@ -35,17 +37,19 @@ Description = dict[str, Any]
 T = TypeVar("T")
 
 # Modules that conversion, or preparation before it, may put where the float model has none, or another.
-ADDED = ("quantizer", "inputs", "add", "cat", "identity", "sequential")
+ADDED = ("quantizer", "inputs", "add", "cat", "identity", "sequential", *fixed_point_description.ADDED)
 
 
 def describe_modules(model: nn.Module) -> list[Description]:
     """One description per module name, parents first; a module under a second name refers to its first."""
     first_names: dict[nn.Module, str] = {}
     found = []
+    integers = has_integers(model)
     for name, module in model.named_modules(remove_duplicate=False):
         first = first_names.setdefault(module, name)
         if first == name:
-            found.append({"name": name, **_describe(module), "hooks": _hooks(module)})
+            described = describe_integer(module) if integers else None
+            found.append({"name": name, **(described or _describe(module)), "hooks": _hooks(module)})
         else:
             found.append({"name": name, "kind": "alias", "of": first})
     for entry in found:
@@ -107,6 +111,9 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         KeyError, TypeError: a description that lacks something.
     """
     kind, name = entry["kind"], entry["name"]
+    made_of_integers = build_integer(entry, lambda key: _tensor(tensors, _join(name, key)))
+    if made_of_integers is not None:
+        return made_of_integers
     if kind == "layer":
         cls = _by_name(LAYER_TYPES, entry["type"])
         grids = Grids(_grid_from_data(entry["weight"]), _grid_from_data(entry["input"]))
@@ -146,6 +153,8 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
 def difference(entry: Description, module: nn.Module) -> str | None:
     """How a module of the float model differs from the one that ``entry`` was made from, or None where it fits."""
     kind, here = entry["kind"], original_class(module).__name__
+    if kind in ("integer_layer", "integer_maximum"):
+        return integer_difference(entry, module)
     if kind in ("layer", "table"):
         module = module[0] if isinstance(module, FusedModule) else module
         cls: Any = _by_name({**LAYER_TYPES, **TABLE_TYPES}, entry["type"])

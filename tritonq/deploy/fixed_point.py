@@ -8,7 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.deploy.fixed_point_modules import CodeFormat, IntegerAdd, IntegerAvgPool2d, IntegerLayer, IntegerModule
+from tritonq.deploy.fixed_point_modules import (
+    CodeFormat,
+    IntegerAdd,
+    IntegerAvgPool2d,
+    IntegerLayer,
+    IntegerModule,
+    PoolingWindow,
+)
 from tritonq.deploy.modules import DeployedModule
 from tritonq.nn.fixed_point import ActivationFormat, FixedPointLayer, FixedPointLinear
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d
@@ -119,7 +126,8 @@ def _pool(pool: FixedPointAvgPool2d) -> IntegerAvgPool2d:
     if pool.following is None:
         raise ValueError("an average pooling needs a following layer; prepare_qat finds it")
     frac_len = pool.following.rounded_frac_len() + pool.shift
-    return IntegerAvgPool2d(pool, frac_len, _codes(pool.input_format), _output(pool))
+    window = PoolingWindow(pool.kernel_size, pool.stride, pool.padding, pool.area, pool.keepdim)
+    return IntegerAvgPool2d(window, frac_len, _codes(pool.input_format), _output(pool))
 
 
 def _output(module: FixedPointLayer | FixedPointAdd | FixedPointAvgPool2d) -> CodeFormat | None:

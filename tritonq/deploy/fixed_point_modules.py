@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from tritonq.backend import implementation
 from tritonq.deploy.modules import DeployedModule
-from tritonq.nn.fixed_point_joins import FixedPointAvgPool2d
 from tritonq.reference.fixed_point import power_of_two
 from tritonq.reference.int8_conv import ACCUMULATOR_MAX, requantize
 
@@ -180,6 +179,7 @@ class IntegerAdd(IntegerModule):
     """The sum of two tensors of codes or accumulators, aligned to their finest fractional length by shifting left.
 
     Attributes:
+        bounds: what no summand's absolute value can exceed.
         left0: int32 buffer (channels,) or (1,): how far the first summand is shifted; ``left1`` the second.
         wide: whether the aligned sum may pass 32 bits and is computed in 64.
     """
@@ -191,7 +191,7 @@ class IntegerAdd(IntegerModule):
         super().__init__()
         finest = torch.maximum(frac_lens[0].max(), frac_lens[1].max()).view(1)
         self.keep(left0=finest - frac_lens[0], left1=finest - frac_lens[1], frac_len=finest)
-        self.output = output
+        self.output, self.bounds = output, bounds
         lefts = (int(self.left0.max()), int(self.left1.max()))
         self.bound = sum(bound << left for bound, left in zip(bounds, lefts, strict=True))
         self.wide = self.bound > ACCUMULATOR_MAX
@@ -205,28 +205,45 @@ class IntegerAdd(IntegerModule):
         return self.rounded(total)
 
 
+@dataclass(frozen=True)
+class PoolingWindow:
+    """What an average is taken over.
+
+    Attributes:
+        kernel_size: (height, width); None: the whole image.
+        stride: (vertical, horizontal); None with the whole image.
+        padding: zeros on each side, (vertical, horizontal).
+        area: values in the window.
+        keepdim: whether the average of a whole image keeps its two axes.
+    """
+
+    kernel_size: tuple[int, int] | None
+    stride: tuple[int, int] | None
+    padding: tuple[int, int]
+    area: int
+    keepdim: bool
+
+
 class IntegerAvgPool2d(IntegerModule):
     """The sum of each window's codes; dividing it by a power of two is part of its fractional length."""
 
-    def __init__(
-        self, pool: FixedPointAvgPool2d, frac_len: Tensor, input: CodeFormat, output: CodeFormat | None
-    ) -> None:
+    def __init__(self, window: PoolingWindow, frac_len: Tensor, input: CodeFormat, output: CodeFormat | None) -> None:
         super().__init__()
-        self.kernel_size, self.stride, self.padding = pool.kernel_size, pool.stride, pool.padding
-        self.keepdim, self.area, self.input, self.output = pool.keepdim, pool.area, input, output
+        self.window, self.input, self.output = window, input, output
         self.keep(frac_len=frac_len)
-        self.bound = self.area * input.largest
+        self.bound = window.area * input.largest
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Codes (n, c, h, w) to codes or accumulators."""
-        if self.kernel_size is None:
-            if x.shape[-1] * x.shape[-2] != self.area:
-                raise ValueError(f"this average was converted for images of {self.area} values, got {tuple(x.shape)}")
-            return self.rounded(x.sum((2, 3), keepdim=self.keepdim, dtype=torch.int32))
-        (down, right), (height, width) = cast("tuple[int, int]", self.stride), self.kernel_size
-        padded = nn.functional.pad(x, (self.padding[1], self.padding[1], self.padding[0], self.padding[0]))
-        windows = padded.unfold(2, height, down).unfold(3, width, right)
+        window = self.window
+        if window.kernel_size is None:
+            if x.shape[-1] * x.shape[-2] != window.area:
+                raise ValueError(f"this average was converted for images of {window.area} values, got {tuple(x.shape)}")
+            return self.rounded(x.sum((2, 3), keepdim=window.keepdim, dtype=torch.int32))
+        (down, right), (height, width) = cast("tuple[int, int]", window.stride), window.kernel_size
+        (above, left) = window.padding
+        windows = nn.functional.pad(x, (left, left, above, above)).unfold(2, height, down).unfold(3, width, right)
         return self.rounded(windows.sum((4, 5), dtype=torch.int32))
 
 

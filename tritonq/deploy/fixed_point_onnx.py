@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from tritonq.deploy.files import atomic_file
 from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.fixed_point_modules import CodeFormat, IntegerAdd, IntegerAvgPool2d, IntegerLayer, IntegerModule
 from tritonq.nn.fixed_point_joins import FixedPointMaxPool2d
@@ -41,7 +41,7 @@ def export_fixed_point_onnx(model: nn.Module, path: str | os.PathLike[str], exam
             what ``convert`` raises.
         ImportError: onnx is not installed (the extra ``tritonq[onnx]``).
     """
-    from tritonq.deploy.onnx_export import require_onnx
+    from tritonq.deploy.onnx_export import CODES_KEY, TARGET_KEY, require_onnx
 
     require_onnx("onnx")
     import onnx
@@ -55,17 +55,12 @@ def export_fixed_point_onnx(model: nn.Module, path: str | os.PathLike[str], exam
     module = fx.GraphModule(integers, graph)
     with torch.no_grad():
         ShapeProp(module).propagate(example_input)  # type: ignore[no-untyped-call]
-    content = _Writer(module).write()
+    writer = _Writer(module)
+    content = writer.write()
+    onnx.helper.set_model_props(content, {CODES_KEY: json.dumps(writer.codes), TARGET_KEY: "onnxruntime"})
     onnx.checker.check_model(content)
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.SerializeToString())
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as file:
+        file.write(content.SerializeToString())
 
 
 class _Tracer(fx.Tracer):
@@ -74,11 +69,16 @@ class _Tracer(fx.Tracer):
 
 
 class _Writer:
-    """Translates a graph node by node."""
+    """Translates a graph node by node.
+
+    Attributes:
+        codes: for `verify`, the tensor of codes that each layer reads.
+    """
 
     def __init__(self, module: fx.GraphModule) -> None:
         import onnx
 
+        self.codes: list[dict[str, Any]] = []
         self._onnx = onnx
         self._module = module
         self._nodes: list[Any] = []
@@ -142,6 +142,7 @@ class _Writer:
             raise ValueError(f"accumulators of {layer.name!r} may pass 32 bits, where ONNX Runtime would wrap around")
         if layer.encodes:
             source = self._encode(source, layer.input)
+        self.codes.append({"quantizer": layer.name, "tensor": source, "zero_point": 0, "axis": None})
         codes, zero = self._unsigned(source, layer.input)
         weight = (layer.weight.to(torch.int32) + _MIDDLE).to(torch.uint8)
         middle = self._constant(torch.tensor(_MIDDLE, dtype=torch.uint8))
@@ -177,17 +178,18 @@ class _Writer:
         return self._rounded(self._emit("Add", aligned), add, (1, -1, 1, 1))
 
     def _average(self, pool: IntegerAvgPool2d, source: str, channels: int) -> str:
-        if pool.kernel_size is None:
+        window = pool.window
+        if window.kernel_size is None:
             whole = self._emit("Cast", [source], to=self._onnx.TensorProto.INT32)
             axes = self._constant(torch.tensor([2, 3], dtype=torch.int64))
-            total = self._emit("ReduceSum", [whole, axes], keepdims=int(pool.keepdim))
+            total = self._emit("ReduceSum", [whole, axes], keepdims=int(window.keepdim))
             return self._rounded(total, pool, (-1,))
         codes, zero = self._unsigned(source, pool.input)
         total = self._emit(
             "ConvInteger",
-            [codes, self._constant(torch.ones(channels, 1, *pool.kernel_size, dtype=torch.uint8)), zero],
-            strides=list(cast("tuple[int, int]", pool.stride)),
-            pads=[*pool.padding, *pool.padding],
+            [codes, self._constant(torch.ones(channels, 1, *window.kernel_size, dtype=torch.uint8)), zero],
+            strides=list(cast("tuple[int, int]", window.stride)),
+            pads=[*window.padding, *window.padding],
             group=channels,
         )
         return self._rounded(total, pool, (-1,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import tempfile
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tritonq.deploy.convert import convert
 from tritonq.deploy.example_inputs import call_arguments, open_batch
+from tritonq.deploy.fixed_point import has_fixed_point
+from tritonq.deploy.fixed_point_description import has_integers
+from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 from tritonq.deploy.modules import DeployedModule
 
 Target = Literal["onnxruntime", "tensorrt"]
@@ -45,7 +49,8 @@ def export_onnx(
       (``get_default_qat_qconfig("x86")``).
     - ``"tensorrt"``: float weights through QuantizeLinear and DequantizeLinear, float biases, all zero points 0.
 
-    MegEngine's rounding of ties away from zero becomes ONNX's to even; ties are rare behind a convolution.
+    MegEngine's rounding of ties away from zero becomes ONNX's to even; ties are rare behind a convolution. Fixed-point
+    networks are written by :func:`tritonq.deploy.export_fixed_point_onnx`, which has none of the options below.
 
     Args:
         model: what :func:`tritonq.convert` takes, or returns; float32.
@@ -60,13 +65,20 @@ def export_onnx(
 
     Raises:
         ValueError: an unknown target, an old opset, something the target can't represent (the message names the
-            quantizer), a model that torch can't export, or what :func:`tritonq.convert` raises.
+            quantizer), an option that fixed-point networks lack, a model that torch can't export, or what
+            :func:`tritonq.convert` raises.
         ImportError: onnx or onnxscript is not installed (the extra ``tritonq[onnx]``).
     """
     if target not in get_args(Target):
         raise ValueError(f"unknown target {target!r}; known: {', '.join(get_args(Target))}")
     if opset < OLDEST_OPSET:
         raise ValueError(f"opset must be at least {OLDEST_OPSET}, got {opset}")
+    if has_fixed_point(model) or has_integers(model):
+        options = {"target": target, "opset": opset, "dynamic_batch": dynamic_batch}
+        _export_fixed_point(
+            model, path, example_inputs, {**options, "input_names": input_names, "output_names": output_names}
+        )
+        return
     require_onnx("onnx", "onnxscript")
     # Registers operators with torch, which importing tritonq should not do.
     from tritonq.deploy.onnx_graph import onnx_form
@@ -80,6 +92,28 @@ def export_onnx(
     _name_codes(program.model)
     program.model.metadata_props[TARGET_KEY] = target
     _write(program.model_proto, Path(path))
+
+
+def _export_fixed_point(
+    model: nn.Module, path: str | os.PathLike[str], example_inputs: Any, options: dict[str, Any]
+) -> None:
+    """What :func:`export_onnx` does with a fixed-point network.
+
+    Raises:
+        ValueError: options other than the default ones, or more than one input.
+    """
+    defaults = {key: value.default for key, value in inspect.signature(export_onnx).parameters.items()}
+    given = [f"{key}={value!r}" for key, value in options.items() if value != defaults[key]]
+    if given:
+        raise ValueError(
+            "a fixed-point network is written by export_fixed_point_onnx, for ONNX Runtime, with an open batch axis "
+            f"and names of its own; it has no option {', '.join(given)}"
+        )
+    args, kwargs = call_arguments(example_inputs)
+    inputs = [*args, *kwargs.values()]
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        raise ValueError(f"export_fixed_point_onnx takes one tensor as example, got {len(inputs)} arguments")
+    export_fixed_point_onnx(model, path, inputs[0])
 
 
 def require_onnx(*packages: str) -> None:

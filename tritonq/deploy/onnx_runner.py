@@ -45,16 +45,19 @@ def onnx_runner(
     target = properties.get(TARGET_KEY)
     plain = _session(model.SerializeToString(), target)
     output_names = [output.name for output in plain.get_outputs()]
-    for entry in entries:
-        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(entry["tensor"]))
+    # Layers of a fixed-point network may share their codes.
+    tensors = list(dict.fromkeys(entry["tensor"] for entry in entries))
+    for tensor in tensors:
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(tensor))
     with_codes = _session(model.SerializeToString(), target)
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Codes, list[Tensor]]:
         feeds = _feeds(plain, args, kwargs)
         codes: Codes = {}
-        raw = with_codes.run([entry["tensor"] for entry in entries], feeds)
-        for entry, values in zip(entries, raw, strict=True):
-            codes.setdefault(entry["quantizer"], []).append(_centred(values, entry["zero_point"], entry["axis"]))
+        raw = dict(zip(tensors, with_codes.run(tensors, feeds), strict=True))
+        for entry in entries:
+            values = _centred(raw[entry["tensor"]], entry["zero_point"], entry["axis"])
+            codes.setdefault(entry["quantizer"], []).append(values)
         return codes, [torch.from_numpy(np.array(output)) for output in plain.run(output_names, feeds)]
 
     return run

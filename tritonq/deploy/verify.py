@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritonq.deploy.fixed_point_verify import codes_read, fixed_point_layers
 from tritonq.deploy.modules import Quantizer
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.prepare.structure import tensors_in
@@ -119,7 +120,7 @@ def verify(qat_model: nn.Module, deployed: nn.Module | str | os.PathLike[str], d
     """Run a quantization-aware model in eval mode and its deployed form on the same data, and compare their codes.
 
     Codes are compared at every activation quantizer, in order of execution; what differs in one layer goes on into the
-    layers behind it.
+    layers behind it. In a fixed-point network they are those that each layer reads, under the layer's name.
 
     Args:
         qat_model: the trained model; its mode is restored. A converted model will do as well.
@@ -220,11 +221,15 @@ def _torch_runner(model: nn.Module) -> Runner:
         if isinstance(module, (FakeQuantizeBase, Quantizer)) and not name.endswith("weight_fake_quant")
     }
     active = {n: m for n, m in quantizers.items() if isinstance(m, Quantizer) or m.is_active()}
+    layers = fixed_point_layers(model)
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Codes, list[Tensor]]:
         codes: Codes = {}
-        handles = [module.register_forward_hook(_recorder(codes, name)) for name, module in active.items()]
+        if layers:
+            handles = [layer.register_forward_pre_hook(_reader(codes, name)) for name, layer in layers.items()]
+        else:
+            handles = [module.register_forward_hook(_recorder(codes, name)) for name, module in active.items()]
         try:
             with _eval_mode(model), torch.no_grad():
                 result = model(*_moved(args, device), **_moved(kwargs, device))
@@ -244,6 +249,13 @@ def _recorder(codes: Codes, name: str) -> Callable[[nn.Module, Any, Tensor], Non
         if axis is not None:
             shape[axis] = -1
         codes.setdefault(name, []).append((output.detach().float() / scale.view(shape)).round_().cpu())
+
+    return record
+
+
+def _reader(codes: Codes, name: str) -> Callable[[nn.Module, Any], None]:
+    def record(layer: nn.Module, args: Any) -> None:
+        codes.setdefault(name, []).append(codes_read(layer, args[0].detach()).cpu())
 
     return record
 

@@ -1,0 +1,76 @@
+"""Fixed point from the command line: the main job on real data, training, and what the report says."""
+
+import pytest
+import torch
+from PIL import Image
+
+from test_demo import arguments
+from tritonq.__main__ import main
+from tritonq.cli.models import make_model
+from tritonq.demo import fixed_point
+from tritonq.demo import run as demo
+from tritonq.deploy import load_converted
+
+MODEL = ["tritonq.demo.model:SmallResNet", "digits", "--model-arg", "in_channels=1", "--model-arg", "classes=10"]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("demo"))
+    return fixed_point.run(arguments("--scheme", "f8net", "--output", folder, "--epochs", "5", "--qat-epochs", "2"))
+
+
+def test_fixed_point_reaches_float_accuracy(result):
+    by_name = {stage.name: stage for stage in result.stages}
+    assert by_name["float"].accuracy > 0.97
+    assert by_name["fixed point (eval)"].accuracy >= by_name["float"].accuracy - 0.015
+
+
+def test_no_code_differs_anywhere(result):
+    assert result.agrees
+    for stage in result.stages[2:]:
+        assert stage.report.total.codes > 1e7
+        assert stage.report.total.differing == 0
+        assert stage.report.outputs.largest == 0
+        assert stage.accuracy == result.stages[1].accuracy
+
+
+def test_files(result):
+    files = result.files
+    sizes = {name: path.stat().st_size for name, path in vars(files).items()}
+    assert sizes["converted"] < 0.34 * sizes["float_model"]
+    assert sizes["onnx"] < 0.34 * sizes["float_model"]
+    with Image.open(files.picture) as picture:
+        assert picture.width > 1000
+        assert len(picture.convert("L").getcolors()) > 20
+    model = load_converted(files.converted, make_model(MODEL[0], MODEL[3::2]))
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_the_table_shows_every_stage_and_file(result):
+    lines = demo.table(result.stages).splitlines()
+    assert [line.split("  ")[0] for line in lines[2:]] == ["float", "fixed point (eval)", "integers", "ONNX Runtime"]
+    assert sum("kB" in line for line in lines) == 3
+
+
+def test_a_difference_in_onnx_fails_the_demo(result):
+    onnx = demo.Stage("ONNX Runtime", 1.0, report=off_by_one())
+    assert not demo.Result((*result.stages[:3], onnx), result.files, result.onnx_tolerance).agrees
+
+
+def off_by_one():
+    from tritonq.deploy import LayerComparison, OutputComparison, VerificationReport
+
+    return VerificationReport((LayerComparison("head", 10**7, 1, 1),), OutputComparison(1, 0.0, 0, 0))
+
+
+def test_training_ends_in_integers(tmp_path, capsys):
+    output = ["--qconfig", "f8net", "--epochs", "1", "--output", str(tmp_path)]
+    assert main(["train", *MODEL, *output]) == 0
+    assert "; 0 of 14,901,824 codes differ" in capsys.readouterr().out
+
+
+def test_the_report_says_what_it_cannot_do(result, tmp_path, capsys):
+    assert main(["report", str(result.files.converted.parent), "digits", "--output", str(tmp_path / "r.html")]) == 1
+    assert "is of fixed point, whose layers can't be quantized one at a time" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
