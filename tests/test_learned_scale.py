@@ -175,6 +175,18 @@ def test_what_is_not_finite(method):
     assert parameter.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("method", FORMULAS)
+def test_nan_counts_for_no_gradient(method):
+    x, dy = torch.tensor([0.2, 9.0, -9.0, 1.3, torch.nan]), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    zero_point = torch.tensor([1], dtype=torch.int32) if method in ("torch", "megengine") else None
+    arguments = (torch.tensor([0.5]), zero_point, 0 if method == "pact" else -8, 7, None, method)
+    dirty = reference.learned_fake_quantize_backward(dy, x, *arguments)
+    clean = reference.learned_fake_quantize_backward(dy[:4], x[:4], *arguments)
+    assert torch.equal(dirty[0], torch.cat([clean[0], torch.zeros(1)]))
+    assert torch.equal(dirty[1], clean[1])
+    assert torch.equal(dirty[2], clean[2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_computes_in_float32(dtype):
     x = torch.randn(200).to(dtype)
@@ -412,17 +424,20 @@ class TestKernels(OpTester):
         for on in (None, 0, 1):
             active = None if on is None else torch.full((1,), on, dtype=torch.uint8)
             for method in FORMULAS:
-                arguments = (torch.tensor([0.5]), None, 0 if method == "pact" else -8, 7, None, method)
+                zero_point = torch.tensor([1], dtype=torch.int32) if method in ("torch", "megengine") else None
+                arguments = (torch.tensor([0.5]), zero_point, 0 if method == "pact" else -8, 7, None, method)
                 found = implementation("learned_scale", x, use).learned_fake_quantize_backward(
                     dy.to(device),
                     x.to(device),
                     arguments[0].to(device),
-                    *arguments[1:],
+                    None if zero_point is None else zero_point.to(device),
+                    *arguments[2:],
                     active=None if active is None else active.to(device),
                 )
                 expected = reference.learned_fake_quantize_backward(dy, x, *arguments, active=active)
                 assert_matches(found[0].cpu(), expected[0], "grad")
-                assert_matches(found[1].cpu(), expected[1], "scale_grad")
+                for actual, wanted in zip(found[1:], expected[1:], strict=True):
+                    assert_matches(actual.cpu(), wanted, "scale_grad")
 
     def test_same_input_same_bits(self, use, device):
         x, dy = torch.randn(3, 7, 31, device=device), torch.randn(3, 7, 31, device=device)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tritonq.bins import FloatPrefixBins
-from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QUINT2, QUINT8, QuantizedType, range_to_qparams
+from tritonq.qparams import QINT1, QINT2, QINT4, QINT8, QINT8_NARROW, QUINT2, QUINT8, QuantizedType, range_to_qparams
 from tritonq.reference import search as reference
 from tritonq.reference.fake_quant import fake_quantize
 from tritonq.reference.histogram import prefix_histogram
 
 BINS = FloatPrefixBins()
-TYPES = [QINT8, QINT8_NARROW, QUINT8, QINT4, QUINT2, QuantizedType.of(2), QuantizedType.of(6, symmetric=False)]
+TYPES = [QINT8, QINT8_NARROW, QUINT8, QINT4, QUINT2, QINT2, QINT1, QuantizedType.of(6, symmetric=False)]
 
 
 def data(name):
@@ -83,7 +83,7 @@ def test_error_is_the_integral(qtype, search):
 
 @pytest.mark.parametrize("search", ["mse", "l2"])
 @pytest.mark.parametrize("name", DATA)
-@pytest.mark.parametrize("qtype", [QINT8, QUINT8, QINT4, QUINT2], ids=str)
+@pytest.mark.parametrize("qtype", [QINT8, QUINT8, QINT4, QUINT2, QINT2, QINT1], ids=str)
 def test_no_candidate_of_a_dense_grid_is_much_better(qtype, name, search):
     x = data(name)
     counts, low, high, _ = prefix_histogram(x, BINS)
@@ -107,7 +107,7 @@ def test_no_candidate_of_a_dense_grid_is_much_better(qtype, name, search):
 
 
 @pytest.mark.parametrize("name", ["normal", "relu", "outlier", "heavy", "tiny"])
-@pytest.mark.parametrize("qtype", [QINT8, QUINT8, QINT4, QUINT2], ids=str)
+@pytest.mark.parametrize("qtype", [QINT8, QUINT8, QINT4, QUINT2, QINT2, QINT1], ids=str)
 def test_mse_against_raw_data(qtype, name):
     x = data(name)
 
@@ -165,7 +165,7 @@ def brute_force_kl(counts, levels, stride):
 
 
 @pytest.mark.parametrize("levels", [1, 2, 8, 128])
-@pytest.mark.parametrize("kind", ["smooth", "gaps", "outliers"])
+@pytest.mark.parametrize("kind", ["smooth", "gaps", "outliers", "zeros"])
 def test_kl_against_brute_force(kind, levels):
     generator = np.random.default_rng(5)
     counts = np.histogram(np.abs(generator.standard_normal(20000)), 512, (0, 6))[0]
@@ -174,6 +174,9 @@ def test_kl_against_brute_force(kind, levels):
     if kind == "outliers":
         counts[400:] = 0
         counts[-1] = 3
+    if kind == "zeros":
+        # As behind a ReLU; they would hide what clipping costs.
+        counts[0] = 10**7
     found = reference.kl_threshold(torch.from_numpy(counts)[None].double(), torch.tensor([levels]), levels, 8)
     divergences = brute_force_kl(counts, levels, 8)
     i = round(float(found) * 512)

@@ -27,7 +27,10 @@ class InterpolatingHistogramObserver(RangeObserver):
     """A histogram over the running range, re-binned whenever that grows, and a greedy search for the least L2 error.
 
     What it proposes depends on the order of batches, and it reads values back to the host: :class:`HistogramObserver`
-    does neither. Here for compatibility.
+    does neither. Here for compatibility: the published algorithm asks, after each batch, whether the range has grown,
+    counts between limits that are Python numbers, derives from them how many slices make a bin, and its search goes on
+    in steps of 1e-5 of the counts until an error rises, each step depending on the one before. As tensors alone these
+    steps would all have to be taken, every time.
 
     Args:
         bins: number of bins, at least 2.

@@ -35,8 +35,6 @@ def rebin(histogram: Tensor, old: tuple[float, float], new: tuple[float, float],
     bins = len(histogram)
     if old == new:
         return histogram.clone()
-    if old[0] == old[1]:
-        return spike(bins, old[0], new) * histogram.sum()
     # torch's arithmetic, in float32 as there: a middle on a boundary must fall on the same side.
     size = torch.tensor(old[1] - old[0], dtype=torch.float32) / (bins * slices)
     middles = torch.linspace(old[0], old[1], bins * slices + 1)[:-1] + 0.5 * size
