@@ -16,7 +16,7 @@ from torch import nn
 
 import tritonq
 from tritonq.__main__ import main
-from tritonq.cli.data import load_images
+from tritonq.cli.data import load_examples, load_images
 from tritonq.cli.models import Recipe, find_qconfig, make_model, read_training
 from tritonq.cli.train import Run, Settings
 from tritonq.demo.model import SmallResNet
@@ -129,10 +129,10 @@ def test_a_damaged_checkpoint_is_refused(whole, tmp_path, capsys):
 
 def test_amp_is_on():
     made = Recipe("tritonq.demo.model:SmallResNet", ("in_channels=1", "classes=10", "width=4"), QCONFIG, 1, 8)
-    run = Run(made, Settings("digits", 1, 0, 256, 0.01, 0, "bfloat16"), load_images("digits"), Path("unused"))
+    run = Run(made, Settings("digits", 1, 0, 256, 0.01, 0, "bfloat16"), load_examples("digits"), Path("unused"))
     seen = []
     run.model.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    run._train_step(0, torch.arange(8))
+    run._train_step(*next(iter(run._batches(0))))
     assert seen == [torch.bfloat16]
 
 
@@ -179,11 +179,37 @@ FOLDER = ["--model-arg=in_channels=3", "--model-arg=classes=2", "--model-arg=wid
 def test_a_folder_with_a_corrupt_file(tmp_path, capsys):
     folder = image_folder(tmp_path / "insects")
     (folder / "bees" / "broken.png").write_bytes(b"no image")
+    (folder / "ants" / "cut.png").write_bytes((folder / "ants" / "0.png").read_bytes()[:90])
     words = ["tritonq.demo.model:SmallResNet", folder, *FOLDER, "--batch-size=4", "--output", tmp_path / "out"]
     assert train(*words) == 0
     printed = capsys.readouterr().err
     assert "broken.png" in printed
-    assert "1 files skipped, 12 images read" in printed
+    assert "cut.png" in printed
+    assert "2 files skipped, 12 images read" in printed
+
+
+def test_a_folder_is_read_as_it_is_needed(tmp_path, monkeypatch):
+    folder = image_folder(tmp_path / "insects")
+    whole, lazy = load_images(str(folder), 8), load_examples(str(folder), 8)
+    for one, images, labels in (
+        (lazy.train, whole.train_images, whole.train_labels),
+        (lazy.test, whole.test_images, whole.test_labels),
+    ):
+        assert [one[i][1] for i in range(len(one))] == labels.tolist()
+        torch.testing.assert_close(torch.stack([one[i][0] for i in range(len(one))]), images)
+    held = [value for value in vars(lazy.train).values() if isinstance(value, torch.Tensor)]
+    assert not held
+    assert lazy.classes == whole.classes
+    with pytest.raises(ValueError, match="has 3 channels, which are not 1"):
+        load_examples(str(folder), 8, 1)
+
+
+def test_workers_give_the_same_bits(tmp_path):
+    folder = image_folder(tmp_path / "insects")
+    words = ["tritonq.demo.model:SmallResNet", folder, *FOLDER, "--batch-size=4"]
+    assert train(*words, "--output", tmp_path / "here") == 0
+    assert train(*words, "--workers=2", "--output", tmp_path / "there") == 0
+    assert_same_run(tmp_path / "here", tmp_path / "there")
 
 
 def one_class(root):
@@ -224,6 +250,7 @@ def test_folders_that_cannot_be_trained_on(make, message, tmp_path, capsys):
         ([*DIGITS, "--qconfig=none.json"], "none.json can't be read"),
         ([*DIGITS, "--frozen-epochs=2"], "of 2 epochs fewer can be frozen"),
         ([*DIGITS, "--batch-size=1"], "batch size must be at least 2"),
+        ([*DIGITS, "--workers=-1"], "workers must be at least 0"),
     ],
 )
 def test_bad_arguments_end_in_one_line(words, message, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,8 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritonq.cli.folder import (
+    COLOURS,
+    Examples,
+    LabelledImages,
+    class_names,
+    deal,
+    open_folder,
+    readable_images,
+)
+
 DIGITS = "digits"
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
 _FOLDER_SIZE = 32
 
 
@@ -60,6 +68,37 @@ class Images:
         return replace(self, train_images=train, test_images=test)
 
 
+class TensorImages(LabelledImages):
+    """Images that are held in memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """An image and its label."""
+        return self.images[index], int(self.labels[index])
+
+
+def load_examples(source: str, size: int | None = None, channels: int | None = None) -> Examples:
+    """As :func:`load_images`, but a folder's pixels are read when they are asked for.
+
+    Raises:
+        ValueError: as there.
+    """
+    if source == DIGITS or (size is not None and size < 1):
+        images = load_images(source, size, channels)
+        train = TensorImages(images.train_images, images.train_labels)
+        test = TensorImages(images.test_images, images.test_labels)
+        return Examples(images.name, images.classes, train, test)
+    examples = open_folder(Path(source), size or _FOLDER_SIZE)
+    if channels not in (None, COLOURS):
+        raise ValueError(f"{examples.name} has {COLOURS} channels, which are not {channels}")
+    return examples
+
+
 def load_images(source: str, size: int | None = None, channels: int | None = None) -> Images:
     """The images called ``"digits"``, or those of a folder.
 
@@ -89,52 +128,21 @@ def load_digits() -> Images:
 
 
 def load_folder(folder: Path, size: int) -> Images:
-    """Images in ``folder/<class>/*``, scaled to ``size`` × ``size`` RGB; every second one of a class is held out.
-
-    Files that are no image are named on stderr, counted and skipped.
+    """All images in ``folder/<class>/*`` at once, scaled to ``size`` × ``size`` RGB; every second one is held out.
 
     Raises:
-        ValueError: no such folder, fewer than two classes, or a class with fewer than two readable images.
+        ValueError: see :func:`tritonq.cli.folder.readable_images`.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    class_folders = sorted(path for path in folder.iterdir() if path.is_dir())
-    if len(class_folders) < 2:
-        raise ValueError(f"{folder} holds {len(class_folders)} class folders; training needs at least two")
-    images: list[Tensor] = []
-    labels: list[int] = []
-    skipped = 0
-    for label, class_folder in enumerate(class_folders):
-        before = len(images)
-        for path in sorted(p for p in class_folder.iterdir() if p.suffix.lower() in SUFFIXES):
-            try:
-                with Image.open(path) as image:
-                    pixels = image.convert("RGB").resize((size, size)).tobytes()
-            except (UnidentifiedImageError, OSError) as error:
-                skipped += 1
-                print(f"skipped {path}: {error}", file=sys.stderr)
-                continue
-            flat = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
-            images.append(flat.view(size, size, 3).permute(2, 0, 1).float())
-            labels.append(label)
-        if len(images) - before < 2:
-            raise ValueError(
-                f"class folder {class_folder} holds {len(images) - before} readable images; two are needed"
-            )
-    if skipped:
-        print(f"{skipped} files skipped, {len(images)} images read", file=sys.stderr)
-    names = tuple(path.name for path in class_folders)
+    images, labels, names = [], [], class_names(folder)
+    for _, label, pixels in readable_images(folder, size):
+        images.append(pixels.float())
+        labels.append(label)
     return _split(folder.name, torch.stack(images), torch.tensor(labels), names, seed=0)
 
 
 def _split(name: str, images: Tensor, labels: Tensor, classes: tuple[str, ...], seed: int) -> Images:
-    """Shuffle within each class and deal the images out in turn, test first."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
-    order = order[torch.argsort(labels[order], stable=True)]
-    test, train = order[0::2], order[1::2]
+    """Deal the images out, and normalise them."""
+    train, test = deal(labels, seed)
     mean, std = images[train].mean(), images[train].std()
     images = (images - mean) / std
     return Images(name, images[train], labels[train], images[test], labels[test], classes)

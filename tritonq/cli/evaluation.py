@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,6 +34,15 @@ def logits(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
     """Fraction of rows whose largest entry is the label."""
     return float((outputs.argmax(1) == labels).float().mean())
+
+
+def share_right(model: nn.Module, batches: Iterable[Any]) -> float:
+    """Fraction of images in batches of images and labels whose largest output is the label."""
+    right = count = 0
+    for images, labels in batches:
+        right += int((logits(model, images).argmax(1) == labels).sum())
+        count += len(labels)
+    return right / count
 
 
 def device_of(model: nn.Module) -> torch.device:

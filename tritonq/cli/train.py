@@ -14,10 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tritonq.cli.data import DIGITS, Images, load_images
-from tritonq.cli.evaluation import accuracy, first_tensor, logits
+from tritonq.cli.data import DIGITS, load_examples
+from tritonq.cli.evaluation import first_tensor, logits, share_right
+from tritonq.cli.folder import Examples, LabelledImages
 from tritonq.cli.models import Recipe, add_model_arguments, load_state, read_training, recipe, save_training
 from tritonq.deploy import convert, save_converted, verify
 from tritonq.deploy.files import remove_leftovers
@@ -27,6 +29,7 @@ from tritonq.report.summary import summary
 _AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Reading a loss waits for the device: the progress bar does it once in so many steps.
 _STEPS_PER_DISPLAY = 10
+_BATCH_OF_EVALUATION = 256
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m tritonq train``."""
     parser.epilog = (
         "Example: python -m tritonq train torchvision.models:resnet18 photos --model-arg num_classes=5 "
-        "--weights resnet18.pt --image-size 96. Without --weights, training begins with what the factory gives. All "
-        "images are kept in memory; every second one of each class is held out. A run that was interrupted goes on "
+        "--weights resnet18.pt --image-size 96. Without --weights, training begins with what the factory gives. Files "
+        "are read when they are needed; every second one of each class is held out. A run that was interrupted goes on "
         "with --resume, from its last complete checkpoint, to the same bits."
     )
     parser.add_argument("model", metavar="MODULE:FACTORY", help="what makes the float model, importable from here")
@@ -73,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="last epochs, trained on the ranges and statistics that will be deployed; default a quarter",
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default 32")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that read images ahead; default 0: this one"
+    )
     parser.add_argument("--learning-rate", type=float, default=0.005, metavar="X", help="at the start; default 0.005")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the order of images and of dropout; default 0"
@@ -102,17 +108,20 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.seed,
         arguments.amp,
     )
-    data = load_images(arguments.data, arguments.image_size, arguments.channels)
-    made = recipe(arguments, data.train_images.shape[1:])
+    if arguments.workers < 0:
+        raise ValueError(f"workers must be at least 0, got {arguments.workers}")
+    data = load_examples(arguments.data, arguments.image_size, arguments.channels)
+    made = recipe(arguments, data.train[0][0].shape)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    run = Run(made, settings, data, arguments.output / "last.pt", _device(arguments.device), arguments.weights)
+    path, device = arguments.output / "last.pt", _device(arguments.device)
+    run = Run(made, settings, data, path, device, arguments.weights, arguments.workers)
     if arguments.resume and run.path.exists():
         print(f"resuming at step {run.resume()} of {run.steps}", flush=True)
     elif run.path.exists():
         raise ValueError(f"{run.path} exists: pass --resume to go on from it, or another --output")
     print(str(summary(run.model)).splitlines()[-1], flush=True)
     run.train(arguments.checkpoint_every or run.steps_per_epoch)
-    return _deploy(run.model.cpu(), data, arguments.output)
+    return _deploy(run.model.cpu(), data, arguments.output, arguments.workers)
 
 
 class Run:
@@ -122,12 +131,13 @@ class Run:
         self,
         made: Recipe,
         settings: Settings,
-        data: Images,
+        data: Examples,
         path: Path,
         device: torch.device | None = None,
         weights: Path | None = None,
+        workers: int = 0,
     ) -> None:
-        self.made, self.settings, self.data, self.path = made, settings, data, path
+        self.made, self.settings, self.data, self.path, self.workers = made, settings, data, path, workers
         self.device = torch.device("cpu") if device is None else device
         torch.manual_seed(settings.seed)
         self.model = made.prepare(weights).to(self.device)
@@ -138,7 +148,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales)  # type: ignore[attr-defined]
         self.step = 0
         # A last batch of one image has no statistics: it is left out, another one each epoch.
-        count = len(data.train_labels)
+        count = len(data.train)
         self.steps_per_epoch = max(1, count // settings.batch_size + (count % settings.batch_size > 1))
         self.steps = settings.epochs * self.steps_per_epoch
         self._check_classes()
@@ -147,7 +157,8 @@ class Run:
         classes = len(self.data.classes)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # quantizers that have observed nothing say so
-            answers = logits(self.model, self.data.test_images[:2]).shape
+            images = torch.stack([self.data.test[index][0] for index in range(2)])
+            answers = logits(self.model, images).shape
         if len(answers) != 2 or answers[1] < classes:
             raise ValueError(
                 f"{self.made.model} returns {tuple(answers)} for two images; {self.data.name} needs (2, {classes} or "
@@ -157,28 +168,32 @@ class Run:
     def train(self, checkpoint_every: int, after_step: Callable[[int], None] | None = None) -> None:
         """Train what is left; ``after_step`` is called with the number of steps done."""
         remove_leftovers(self.path)
-        order: Tensor | None = None
         with tqdm(total=self.steps, initial=self.step, desc="QAT", unit="step") as progress:
             while self.step < self.steps:
-                epoch, batch = divmod(self.step, self.steps_per_epoch)
-                if order is None or batch == 0:
-                    order = self._order(epoch)
-                loss = self._train_step(epoch, order[batch * self.settings.batch_size :][: self.settings.batch_size])
-                self.step += 1
-                if self.step % checkpoint_every == 0 or self.step == self.steps:
-                    self.save()
-                if self.step % _STEPS_PER_DISPLAY == 0 or self.step == self.steps:
-                    progress.set_postfix(epoch=epoch + 1, loss=f"{float(loss):.4f}")
-                progress.update()
-                if after_step is not None:
-                    after_step(self.step)
+                epoch = self.step // self.steps_per_epoch
+                for images, labels in self._batches(epoch):
+                    loss = self._train_step(images, labels)
+                    self.step += 1
+                    if self.step % checkpoint_every == 0 or self.step == self.steps:
+                        self.save()
+                    if self.step % _STEPS_PER_DISPLAY == 0 or self.step == self.steps:
+                        progress.set_postfix(epoch=epoch + 1, loss=f"{float(loss):.4f}")
+                    progress.update()
+                    if after_step is not None:
+                        after_step(self.step)
+
+    def _batches(self, epoch: int) -> DataLoader[tuple[Tensor, int]]:
+        """The batches of an epoch that are still to come."""
+        chunks = torch.split(self._order(epoch), self.settings.batch_size)[: self.steps_per_epoch]
+        left = [chunk.tolist() for chunk in chunks[self.step % self.steps_per_epoch :]]
+        return _loader(self.data.train, left, self.workers, self.device)
 
     def _order(self, epoch: int) -> Tensor:
         """The order of images in an epoch: a function of seed and epoch alone."""
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.data.train_labels), generator=generator)
+        return torch.randperm(len(self.data.train), generator=generator)
 
-    def _train_step(self, epoch: int, batch: Tensor) -> Tensor:
+    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         settings = self.settings
         if self.step == (settings.epochs - settings.frozen_epochs) * self.steps_per_epoch:
             disable_observer(self.model)
@@ -186,7 +201,7 @@ class Run:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(self.step, self.steps)
-        images, labels = (t[batch].to(self.device) for t in (self.data.train_images, self.data.train_labels))
+        images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
         dtype = _AMP[settings.amp]
         with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
             loss = F.cross_entropy(first_tensor(self.model(images)).float(), labels)
@@ -236,16 +251,28 @@ def _pairs(made: Recipe, settings: Settings, saved: Recipe, saved_settings: Any)
     return pairs + [(name, value, found.get(name)) for name, value in asdict(settings).items()]
 
 
-def _deploy(model: nn.Module, data: Images, output: Path) -> int:
+def _loader(
+    images: LabelledImages, batches: list[list[int]], workers: int, device: torch.device | None = None
+) -> DataLoader[tuple[Tensor, int]]:
+    """Batches of images, by index. Its own random generator leaves the training's alone."""
+    pinned = device is not None and device.type == "cuda"
+    return DataLoader(
+        images, batch_sampler=batches, num_workers=workers, pin_memory=pinned, generator=torch.Generator()
+    )
+
+
+def _deploy(model: nn.Module, data: Examples, output: Path, workers: int) -> int:
     """Convert, save, compare, print."""
-    trained = accuracy(logits(model, data.test_images), data.test_labels)
+    batches = [chunk.tolist() for chunk in torch.split(torch.arange(len(data.test)), _BATCH_OF_EVALUATION)]
+    held_out = _loader(data.test, batches, workers)
+    trained = share_right(model, held_out)
     converted = convert(model)
     path = output / "model.int8.pt"
     save_converted(converted, path)
-    deployed = accuracy(logits(converted, data.test_images), data.test_labels)
-    report = verify(model, converted, data.test_images)
+    deployed = share_right(converted, held_out)
+    report = verify(model, converted, held_out)
     total = report.total
-    print(f"QAT model (eval)  {trained:.2%} of {len(data.test_labels)} held-out images right")
+    print(f"QAT model (eval)  {trained:.2%} of {len(data.test)} held-out images right")
     print(f"converted         {deployed:.2%}; {total.differing:,} of {total.codes:,} codes differ")
     print(f"written: {path} ({path.stat().st_size / 1000:.1f} kB), {output / 'last.pt'}")
     return 0 if report.agrees() else 1
