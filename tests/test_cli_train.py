@@ -204,6 +204,14 @@ def test_a_folder_is_read_as_it_is_needed(tmp_path, monkeypatch):
         load_examples(str(folder), 8, 1)
 
 
+def test_reading_batches_draws_nothing_from_the_training_s_random_numbers():
+    made = Recipe("tritonq.demo.model:SmallResNet", ("in_channels=1", "classes=10", "width=4"), QCONFIG, 1, 8)
+    run = Run(made, Settings("digits", 1, 0, 256, 0.01, 0, "off"), load_examples("digits"), Path("unused"))
+    before = torch.get_rng_state()
+    assert sum(len(labels) for _, labels in run._batches(0)) == 898
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_workers_give_the_same_bits(tmp_path):
     folder = image_folder(tmp_path / "insects")
     words = ["tritonq.demo.model:SmallResNet", folder, *FOLDER, "--batch-size=4"]
