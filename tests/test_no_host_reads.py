@@ -1,0 +1,101 @@
+"""A training step asks the device nothing, as a CUDA graph of it demands: shown on tensors that have no values to read.
+
+On the meta device every ``.item()``, ``bool(tensor)`` and ``float(tensor)`` raises. The operators run as their fake
+implementations; around them runs the code that runs around kernels, which is chosen by "not on the CPU".
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tritonq
+from qat_models import FloatResidual, images
+from tritonq import backend
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional import traced
+from tritonq.nn.conv_bn import QATBatchNormLayer
+
+WEIGHT = tritonq.get_qconfig().weight
+LEARNED = tritonq.LearnedStepFakeQuantize.with_args
+QCONFIGS = {
+    "tensorrt": tritonq.get_qconfig("tensorrt"),
+    "fbgemm": tritonq.get_default_qat_qconfig("fbgemm"),
+    "megengine_lowbit": tritonq.get_qconfig("megengine_lowbit"),
+    "tqt": tritonq.get_qconfig("megengine_tqt"),
+    "lsq+": tritonq.QConfig(LEARNED(dtype=torch.quint8, learn_zero_point=True), WEIGHT),
+    "pact": tritonq.QConfig(tritonq.ClippedFakeQuantize.with_args(dtype="quint8"), WEIGHT),
+    "histogram": tritonq.QConfig(tritonq.FakeQuantize.with_args(observer=tritonq.HistogramObserver), WEIGHT),
+    "f8net": tritonq.get_qconfig("f8net"),
+}
+
+
+def warmed_up(model: nn.Module) -> nn.Module:
+    """``model`` after a step, on the meta device; a captured step too has warm-up steps before it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(images(8)).sum().backward()
+    model.zero_grad()
+    model.to("meta")
+    for module in model.modules():
+        if isinstance(module, FakeQuantizeBase):
+            # Read once for each time that it is thrown.
+            switch = module.fake_quant_enabled
+            module._switch_read = ((switch.data_ptr(), switch._version), True)
+    return model
+
+
+def train(model: nn.Module, steps: int = 2) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    x, labels = torch.empty(8, 3, 8, 8, device="meta"), torch.empty(8, dtype=torch.int64, device="meta")
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+
+
+@pytest.fixture(autouse=True)
+def _fake_kernels(monkeypatch):
+    monkeypatch.setattr(backend, "implementation", lambda name, x, choice="auto": getattr(traced, name))
+    # Autocast knows no meta device.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=None: False)
+
+
+@pytest.mark.parametrize("mode", ["approximate", "exact", "corrected"])
+@pytest.mark.parametrize("name", QCONFIGS)
+def test_a_training_step_reads_nothing_back(name, mode):
+    torch.manual_seed(0)
+    model = tritonq.prepare_qat(FloatResidual(), qconfig=QCONFIGS[name], example_inputs=images(2)).train()
+    for layer in model.modules():
+        if isinstance(layer, QATBatchNormLayer):
+            layer.mode = mode
+    model = warmed_up(model)
+    train(model)
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters() if p.requires_grad)
+
+
+def test_reading_is_noticed():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.ReLU()).to("meta")
+    train(model)
+    model.register_forward_hook(lambda module, inputs, output: output * bool(output.sum() > 0))
+    with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
+        train(model)
+
+
+def test_launchers_read_nothing_back():
+    """What runs in place of the fakes: no call that waits for a device stands in the kernels' folder."""
+    folder = Path(tritonq.__file__).parent.parent / "kernels"
+    sources = {path.name: path.read_text() for path in folder.glob("*.py")}
+    assert len(sources) > 10
+    found = [
+        (name, call)
+        for name, text in sources.items()
+        for call in (".item()", ".cpu()", ".synchronize()", ".nonzero()")
+        if call in text
+    ]
+    assert not found
