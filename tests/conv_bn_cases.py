@@ -22,6 +22,11 @@ GEOMETRIES = {
         {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
         (4, 4, 5, 6),
     ),
+    "replicate": (
+        "1d",
+        {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 2, "padding_mode": "replicate"},
+        (4, 4, 9),
+    ),
     "same": ("2d", {"in_channels": 4, "out_channels": 6, "kernel_size": (2, 3), "padding": "same"}, (4, 4, 5, 6)),
     "grouped": (
         "2d",
