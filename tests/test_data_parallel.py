@@ -15,6 +15,7 @@ from torch import nn
 
 import tritonq
 from qat_models import FloatResidual, images
+from tritonq.distributed import broadcast_statistics
 from tritonq.nn.conv_bn import QATBatchNormLayer
 from tritonq.observers import RangeObserver
 from tritonq.process_group import GroupReference
@@ -58,11 +59,13 @@ def batch(step: int, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     return (x, labels) if rank is None else (x.chunk(WORLD)[rank], labels.chunk(WORLD)[rank])
 
 
-def train(model: nn.Module, rank: int | None, steps: int = STEPS) -> list[float]:
+def train(model: nn.Module, rank: int | None, steps: int = STEPS, broadcasts: bool = False) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     losses = []
     for step in range(steps):
         x, labels = batch(step, rank)
+        if broadcasts:
+            broadcast_statistics(model)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), labels)
         loss.backward()
@@ -120,7 +123,11 @@ def fsdp_batch_norm(rank):
     return fully_sharded(prepared(FloatResidual, "world"), rank)
 
 
-def fully_sharded(model, rank):
+def fsdp_broadcast(rank):
+    return fully_sharded(prepared(FloatResidual, "world"), rank, broadcasts=True)
+
+
+def fully_sharded(model, rank, broadcasts=False):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -129,14 +136,16 @@ def fully_sharded(model, rank):
         if any(parameter.requires_grad for parameter in child.parameters()):
             fully_shard(child, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    losses = train(model, rank)
+    losses = train(model, rank, broadcasts=broadcasts)
+    if broadcasts:
+        broadcast_statistics(model)
     sharded = [parameter.to_local().numel() < parameter.numel() for parameter in model.parameters()]
     assert any(sharded)
     return state_of(model) | {"losses": losses}
 
 
 # Sharding comes last: with gloo it may abort its process at exit.
-FUNCTIONS = (ddp_plain, ddp_batch_norm, ddp_frozen, ddp_accumulates, fsdp_plain, fsdp_batch_norm)
+FUNCTIONS = (ddp_plain, ddp_batch_norm, ddp_frozen, ddp_accumulates, fsdp_plain, fsdp_batch_norm, fsdp_broadcast)
 
 
 def process(rank, store, functions, folder):
@@ -183,8 +192,10 @@ def is_own(key: str, name: str) -> bool:
     """Whether each rank has its own: a BatchNorm's statistics, and the ranges of weights that are folded with them.
 
     DistributedDataParallel broadcasts rank 0's buffers before each forward, and so what was folded is common there.
-    Sharding broadcasts none, for float models either.
+    Sharding broadcasts none, for float models either, unless `broadcast_statistics` does.
     """
+    if name == "fsdp_broadcast":
+        return False
     of_batch_norm = key.startswith(("stem.0.", "depthwise."))
     folded = name == "fsdp_batch_norm" and "weight_fake_quant" in key
     return of_batch_norm and (".bn.running" in key or folded)
@@ -241,6 +252,23 @@ def test_sharding_trains_as_replication_does(results):
     for key, value in results["ddp_plain"][0].items():
         other = results["fsdp_plain"][0][key]
         torch.testing.assert_close(torch.from_numpy(other), torch.from_numpy(value), rtol=1e-3, atol=1e-5)
+
+
+def test_broadcast_statistics_are_those_of_replication(results):
+    """Rank 0's, before each forward: DistributedDataParallel's arithmetic."""
+    for key, value in results["ddp_batch_norm"][0].items():
+        if "num_batches_tracked" not in key:
+            other = torch.from_numpy(results["fsdp_broadcast"][0][key])
+            torch.testing.assert_close(other, torch.from_numpy(value), rtol=1e-2, atol=1e-4, msg=key)
+
+
+def test_broadcasting_alone_does_nothing():
+    model = prepared(FloatResidual, None)
+    before = state_of(model)
+    broadcast_statistics(model, None)
+    assert all((value == before[name]).all() for name, value in state_of(model).items())
+    with pytest.raises(RuntimeError, match="not initialised"):
+        broadcast_statistics(model)
 
 
 def test_ranks_that_observe_alone_disagree():

@@ -51,6 +51,36 @@ def sync_observers(model: nn.Module, process_group: ProcessGroupLike = "world") 
             quantizer.refresh_qparams()
 
 
+@torch.no_grad()
+def broadcast_statistics(model: nn.Module, process_group: ProcessGroupLike = "world") -> None:
+    """Give every rank the BatchNorm statistics of the group's first rank, in one collective per dtype.
+
+    DistributedDataParallel does so by itself before each forward. Sharded training (FSDP2) leaves each rank its own,
+    for float models too; but weights that are folded with them then differ in scale and codes from rank to rank. Call
+    it before each forward, and after the last step.
+
+    Args:
+        model: any module, the same on every rank.
+        process_group: see :class:`~tritonq.process_group.GroupReference`; None does nothing.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised, or a rank has gone.
+    """
+    group = GroupReference(process_group).resolve()
+    if group is None:
+        return
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            for buffer in module.buffers(recurse=False):
+                found.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in found.values():
+        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        dist.broadcast(flat, group=group, group_src=0)
+        for buffer, value in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
+            buffer.copy_(value.view_as(buffer))
+
+
 def _reduced_ranges(observers: list[RangeObserver], group: ProcessGroup) -> dict[RangeObserver, tuple[Tensor, Tensor]]:
     """Each observer's range over all ranks, in one collective; the observers stay as they are."""
     lows = [observer.min_val.reshape(-1) for observer in observers]
