@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .launch import device_guard, plan
 from .launcher import Launcher
-from .layout import View, view
+from .layout import View, dense_view, view
 from .rounding import divide_by_scale, is_inside, round_to_code, round_to_steps
 from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
 
@@ -238,6 +238,4 @@ def common_view(inputs: tuple[Tensor, ...], out: Tensor, axis: int | None) -> tu
     if seen is not None:
         return inputs, seen
     inputs = tuple(t if t.stride() == out.stride() else torch.empty_like(out, dtype=t.dtype).copy_(t) for t in inputs)
-    seen = view(out.shape, tuple(out.stride() for _ in range(len(inputs) + 1)), axis)
-    assert seen is not None, "a dense tensor has at most three dimensions around its channel axis"
-    return inputs, seen
+    return inputs, dense_view(out.shape, tuple(out.stride() for _ in range(len(inputs) + 1)), axis)

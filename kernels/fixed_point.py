@@ -15,7 +15,8 @@ from torch import Tensor
 from . import fake_quant
 from .launch import device_guard, multiprocessors
 from .launcher import Launcher
-from .layout import View, view
+from .layout import View
+from .min_max import viewed
 from .rounding import round_to_steps
 
 # Elements per tile: 16 per lane at four warps, one load of 128 bits for each of float32's lanes in flight four times.
@@ -115,11 +116,7 @@ def frac_len_errors(x: Tensor, quant_min: int, quant_max: int, candidates: int, 
     if x.numel() == 0:
         errors = torch.zeros(candidates, channels, dtype=torch.float64, device=x.device)
         return errors[:, 0] if axis is None else errors
-    seen = view(x.shape, (x.stride(),), axis)
-    if seen is None:
-        x = x.contiguous()
-        seen = view(x.shape, (x.stride(),), axis)
-        assert seen is not None, "a contiguous tensor has at most three dimensions around its channel axis"
+    x, seen = viewed(x, axis)
     sizes, strides = _channel_first(seen)
     block = min(_BLOCK, triton.next_power_of_2(sizes[3]))
     col_tiles = triton.cdiv(sizes[3], block)

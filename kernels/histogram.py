@@ -15,8 +15,7 @@ from torch import Tensor
 
 from .launch import device_guard, warp_size
 from .launcher import Launcher
-from .layout import View, view
-from .min_max import NO_GRID, finish_kernel, plan_reduction
+from .min_max import NO_GRID, finish_kernel, plan_reduction, viewed
 from .tile import program_along
 
 _INF = tl.constexpr(float("inf"))
@@ -230,7 +229,7 @@ def observe(
     axis: int | None,
 ) -> None:
     """Add ``x`` to a histogram and its range, in place on the device; see the specification."""
-    x, seen = _viewed(x, axis)
+    x, seen = viewed(x, axis)
     if seen.channels == 0 or seen.numel == 0:
         return
     tile, parts, launch_grid, split_strides, splits = plan_reduction(x.dtype, seen, x.device, warp_size(x.device))
@@ -278,12 +277,3 @@ def observe(
             num_warps=4,
             enable_fp_fusion=False,
         )
-
-
-def _viewed(x: Tensor, axis: int | None) -> tuple[Tensor, View]:
-    seen = view(x.shape, (x.stride(),), axis)
-    if seen is None:
-        x = x.contiguous()
-        seen = view(x.shape, (x.stride(),), axis)
-        assert seen is not None, "a contiguous tensor has at most three dimensions around its channel axis"
-    return x, seen

@@ -102,6 +102,18 @@ def view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int
     return View(sizes, triples, channel, _extent(sizes, triples) >= _WIDE_EXTENT)
 
 
+def dense_view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int | None) -> View:
+    """:func:`view` of tensors that share one dense layout: at most three dimensions lie around its channel axis.
+
+    Raises:
+        ValueError: strides that differ, or leave gaps where they can't be folded.
+    """
+    seen = view(shape, strides, axis)
+    if seen is None:
+        raise ValueError(f"a tensor of shape {shape} with strides {strides} is not dense")
+    return seen
+
+
 def _extent(sizes: tuple[int, int, int], strides: Sequence[tuple[int, int, int]]) -> int:
     """The largest index or offset that addressing the view can produce."""
     offsets = [sum((size - 1) * step for size, step in zip(sizes, t, strict=True)) for t in strides]

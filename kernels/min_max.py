@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .launch import device_guard, multiprocessors, parameters, warp_size
 from .launcher import Launcher
-from .layout import Grid, Split, Tile, View, grid, split, tile_shape, view
+from .layout import Grid, Split, Tile, View, dense_view, grid, split, tile_shape, view
 from .qparams import range_to_qparams
 from .tile import program_along
 
@@ -318,11 +318,7 @@ def _observe(
     constants: dict[str, Any],
 ) -> None:
     """Launch one kernel, or two where a channel is shared between programs."""
-    seen = view(x.shape, (x.stride(),), axis)
-    if seen is None:
-        x = x.contiguous()
-        seen = view(x.shape, (x.stride(),), axis)
-        assert seen is not None, "a contiguous tensor has at most three dimensions around its channel axis"
+    x, seen = viewed(x, axis)
     if seen.channels == 0:
         return
     tile, parts, launch_grid, split_strides, splits = plan_reduction(x.dtype, seen, x.device, warp_size(x.device))
@@ -366,6 +362,15 @@ def _observe(
                 num_warps=4,
                 enable_fp_fusion=False,
             )
+
+
+def viewed(x: Tensor, axis: int | None) -> tuple[Tensor, View]:
+    """``x`` and its view; those of a contiguous copy where the strides of ``x`` allow none."""
+    seen = view(x.shape, (x.stride(),), axis)
+    if seen is not None:
+        return x, seen
+    x = x.contiguous()
+    return x, dense_view(x.shape, (x.stride(),), axis)
 
 
 @lru_cache(maxsize=4096)

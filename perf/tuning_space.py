@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tritonq.kernels.launch import Parameters, default_parameters, shape_class
-from tritonq.kernels.layout import view
+from tritonq.kernels.layout import dense_view
 from tritonq.perf.case import Inputs, Step, Tolerance
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,9 +42,7 @@ class Shape:
     def shape_class(self) -> str:
         """How the kernels classify it."""
         strides = self.tensor(torch.float32, torch.Generator(), torch.device("meta")).stride()
-        seen = view(self.sizes, (strides,), self.axis)
-        assert seen is not None
-        return shape_class(seen)
+        return shape_class(dense_view(self.sizes, (strides,), self.axis))
 
 
 @dataclass(frozen=True)

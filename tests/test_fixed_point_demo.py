@@ -1,5 +1,7 @@
 """Fixed point from the command line: the main job on real data, training, and what the report says."""
 
+import math
+
 import pytest
 import torch
 from PIL import Image
@@ -9,7 +11,9 @@ from tritonq.__main__ import main
 from tritonq.cli.models import make_model
 from tritonq.demo import fixed_point
 from tritonq.demo import run as demo
+from tritonq.demo.picture import widest_channel
 from tritonq.deploy import load_converted
+from tritonq.nn import FixedPointLinear
 
 MODEL = ["tritonq.demo.model:SmallResNet", "digits", "--model-arg", "in_channels=1", "--model-arg", "classes=10"]
 
@@ -45,6 +49,16 @@ def test_files(result):
         assert len(picture.convert("L").getcolors()) > 20
     model = load_converted(files.converted, make_model(MODEL[0], MODEL[3::2]))
     assert model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_the_picture_shows_the_widest_channel_on_its_grid():
+    torch.manual_seed(0)
+    layer = FixedPointLinear(50, 7)
+    layer(torch.rand(8, 50))
+    channel = widest_channel(layer.eval())
+    assert channel.index == int(layer.weight.abs().amax(1).argmax()) != 0
+    assert math.log2(channel.scale).is_integer()
+    assert torch.equal(channel.codes, (channel.values / channel.scale).round())
 
 
 def test_the_table_shows_every_stage_and_file(result):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 
@@ -160,9 +161,8 @@ class _Finder:
         call = self.flow.calls[end]
         while call.index != start:
             self.absorbed[call.index] = start
-            producer = self.flow.producer(call.inputs[0])
-            assert producer is not None, "a BatchNorm that was found by dataflow has a producer"
-            call = producer
+            # A BatchNorm that was found by dataflow has a producer.
+            call = cast(Call, self.flow.producer(call.inputs[0]))
 
     def _spread(self, values: Iterable[int], downwards: bool) -> set[int]:
         pending, seen = list(values), set()
