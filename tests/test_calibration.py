@@ -193,6 +193,22 @@ def test_easyquant_by_hand():
     assert layer.weight_fake_quant.is_active()
 
 
+def test_easyquant_leaves_a_scale_that_no_candidate_betters():
+    """Channels whose output is 0 whatever their scale."""
+    quantizer = tritonq.FakeQuantize.with_args(
+        observer=MinMaxObserver, dtype="qint8", qscheme=torch.per_channel_symmetric
+    )
+    layer = tritonq.nn.Linear(6, 3, bias=False, qconfig=tritonq.QConfig(nn.Identity, quantizer))
+    with torch.no_grad():
+        layer.weight[1] = 0
+    x = torch.randn(16, 6)
+    calibrate(layer, [x])
+    scale = layer.weight_fake_quant.scale.clone()
+    chosen = refine_scales(layer, [x])["weight_fake_quant"]
+    assert chosen[1] == 1
+    assert layer.weight_fake_quant.scale[1] == scale[1]
+
+
 def test_easyquant_brings_every_layer_closer():
     model, data = calibrate(small_model(histogram_qconfig()), loader()), loader()
     x = data[0][0]

@@ -14,6 +14,7 @@ from tritonq.demo import run as demo
 from tritonq.demo.picture import widest_channel
 from tritonq.deploy import load_converted
 from tritonq.nn import FixedPointLinear
+from tritonq.qconfig import QConfig, get_qconfig
 
 MODEL = ["tritonq.demo.model:SmallResNet", "digits", "--model-arg", "in_channels=1", "--model-arg", "classes=10"]
 
@@ -51,12 +52,17 @@ def test_files(result):
     assert model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
 
-def test_the_picture_shows_the_widest_channel_on_its_grid():
+@pytest.mark.parametrize("axis", [None, 0])
+def test_the_picture_shows_the_widest_channel_on_its_grid(axis):
     torch.manual_seed(0)
-    layer = FixedPointLinear(50, 7)
+    preset = get_qconfig("f8net")
+    layer = FixedPointLinear(50, 7, qconfig=QConfig(preset.activation, preset.weight.with_args(axis=axis)))
+    with torch.no_grad():
+        layer.weight.mul_(torch.tensor([1.0, 0.1, 9.0, 0.5, 0.2, 9.0, 0.3]).view(-1, 1))
+        layer.weight[5] *= 1.01
     layer(torch.rand(8, 50))
     channel = widest_channel(layer.eval())
-    assert channel.index == int(layer.weight.abs().amax(1).argmax()) != 0
+    assert channel.index == int(layer.weight[[2, 5]].abs().amax(1).argmax()) * 3 + 2
     assert math.log2(channel.scale).is_integer()
     assert torch.equal(channel.codes, (channel.values / channel.scale).round())
 
