@@ -248,3 +248,14 @@ def test_layers_in_float_are_listed(data):
     text = render(measure(model, data.test_images[:8], data.test_labels[:8]), "digits", "test")
     assert isinstance(model.head, nn.Linear)
     assert "its qconfig is None" in text
+
+
+def test_a_layer_whose_quantizer_stands_behind_its_clip_keeps_its_place():
+    torch.manual_seed(0)
+    parts = (nn.Conv2d(1, 4, 3), nn.ReLU6(), nn.Conv2d(4, 4, 3), nn.ReLU6(), nn.Flatten(), nn.Linear(64, 10))
+    x = torch.randn(8, 1, 8, 8)
+    model = tritonq.calibrate(tritonq.prepare_qat(nn.Sequential(*parts), example_inputs=x), x)
+    measured = measure(model, x, torch.arange(8))
+    in_order = sorted(measured.layers, key=lambda layer: layer.position)
+    assert [layer.name for layer in in_order] == ["input_fake_quants.input", "0", "1", "2", "3", "5"]
+    assert [tensor.role for tensor in layer_of(measured, "1").tensors] == ["output"]

@@ -144,6 +144,7 @@ def measure(
     modules = dict(model.named_modules())
     with _everything_float(model):
         tallies, order = _activations(model, quantizers, images)
+        order += [owner for owner in groups if owner not in order]
         expected = logits(model, images)
         few, wanted = images[:sensitivity_images], expected[:sensitivity_images]
         layers = []
@@ -155,8 +156,9 @@ def measure(
                 for role, quantizer in parts.items()
                 if role == "weight" or quantizer in tallies
             ]
-            place = min((order.index(q) for q in parts.values() if q in order), default=len(order))
-            layers.append((place, owner, sensitivity, tuple(sorted(tensors, key=lambda t: _ORDER.index(t.role)))))
+            layers.append(
+                (order.index(owner), owner, sensitivity, tuple(sorted(tensors, key=lambda t: _ORDER.index(t.role))))
+            )
             tick()
         with _enabled(quantizers.values(), switches):
             found = logits(model, images)
@@ -236,9 +238,10 @@ class _Tally:
 
 def _activations(
     model: nn.Module, quantizers: dict[str, FakeQuantizeBase], images: Tensor
-) -> tuple[dict[FakeQuantizeBase, _Tally], list[FakeQuantizeBase]]:
-    """A tally of every activation quantizer that runs, and these in order of their first call."""
+) -> tuple[dict[FakeQuantizeBase, _Tally], list[str]]:
+    """A tally of every activation quantizer that runs, and the owners of quantizers in order of their first results."""
     tallies: dict[FakeQuantizeBase, _Tally] = {}
+    order: dict[str, None] = {}
 
     def watch(module: Any, args: tuple[Any, ...]) -> None:
         if module not in tallies:
@@ -250,12 +253,16 @@ def _activations(
         for name, quantizer in quantizers.items()
         if _owner(name)[1] != "weight"
     ]
+    for owner in {_owner(name)[0] for name in quantizers}:
+        handles.append(
+            model.get_submodule(owner).register_forward_hook(lambda *_, owner=owner: order.setdefault(owner))
+        )
     try:
         logits(model, images)
     finally:
         for handle in handles:
             handle.remove()
-    return tallies, list(tallies)
+    return tallies, list(order)
 
 
 def _weight(layer: nn.Module, quantizer: FakeQuantizeBase) -> TensorMeasure:

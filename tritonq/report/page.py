@@ -161,7 +161,7 @@ def _advice(measured: ModelMeasure) -> str:
             f"Its {clipping.role} loses {_percent(clipping.clipped)} of its values to clipping: the range is too small "
             "for what the trained model does. Let its observer see more batches, or calibrate."
         )
-    elif worst.kind in ("model input", "tensor"):
+    elif worst.worst("weight") is None:
         text += "An observer that searches its range, or a trained scale, may serve it better."
     else:
         rule = escape(f'QConfigMapping().set_global(qconfig).set_module_name("{worst.name}", None)')
