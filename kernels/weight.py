@@ -30,6 +30,95 @@ _ELEMENTS_PER_LANE = 8
 _LANES = (128, 1024)
 
 
+@triton.jit
+def quantize_rows(
+    rows_ptr,
+    codes_ptr,
+    unit_out,
+    scale_out,
+    active_out,
+    zero_point_out,
+    fold,  # (ROWS, 1) float32
+    switch_ptr,
+    observing_ptr,
+    min_ptr,
+    max_ptr,
+    nonfinite_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    averaging_constant,
+    eps,
+    channel,  # (ROWS,) rows of this weight
+    valid,  # (ROWS,) which of them exist
+    length,
+    switch_stride,
+    scale_stride,
+    KNOWN: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    FIXED_ZERO_POINT: tl.constexpr,
+    RULE: tl.constexpr,
+    CODE_MIN: tl.constexpr,
+    CODE_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    COLS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Fold, observe and quantize some rows of a weight; arguments as those of the kernels that call it."""
+    start = channel.to(tl.int64)[:, None] * length
+    col = tl.arange(0, COLS)[None, :]
+    mask = valid[:, None] & (col < length)
+    folded = tl.load(rows_ptr + start + col, mask=mask, other=0.0).to(tl.float32) * fold
+    if observing_ptr is not None and tl.load(observing_ptr) != 0:
+        finite = tl.abs(folded) < _INF
+        low = tl.where(mask & finite, folded, _INF)
+        high = tl.where(mask & finite, folded, -_INF)
+        bad = (mask & (finite == 0)).to(tl.int32)
+        if not WHOLE:
+            for at in range(COLS, length, COLS):
+                more = valid[:, None] & (at + col < length)
+                value = tl.load(rows_ptr + start + at + col, mask=more, other=0.0).to(tl.float32) * fold
+                finite = tl.abs(value) < _INF
+                low = tl.minimum(low, tl.where(more & finite, value, _INF))
+                high = tl.maximum(high, tl.where(more & finite, value, -_INF))
+                bad += (more & (finite == 0)).to(tl.int32)
+        zeros = zero_point_out if zero_point_ptr is None else zero_point_ptr
+        update_range(
+            tl.min(low, 1), tl.max(high, 1), channel, valid, min_ptr, max_ptr, scale_ptr, zeros,
+            averaging_constant, eps, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE,
+        )  # fmt: skip
+        skipped = tl.sum(tl.sum(bad, 1), 0)
+        if skipped > 0:
+            tl.atomic_add(nonfinite_ptr, skipped.to(tl.int64))
+        # What one thread stored, all of them read now.
+        tl.debug_barrier()
+    active = tl.load(switch_ptr + channel * switch_stride, mask=valid, other=0) != 0
+    if not KNOWN:
+        low_seen = tl.load(min_ptr + channel * scale_stride, mask=valid, other=_INF)
+        active = active & (low_seen <= tl.load(max_ptr + channel * scale_stride, mask=valid, other=-_INF))
+    scale = tl.load(scale_ptr + channel * scale_stride, mask=valid, other=1.0)
+    zero_point = 0
+    if zero_point_ptr is not None:
+        zeros = tl.load(zero_point_ptr + channel * scale_stride, mask=valid, other=0)
+        tl.store(zero_point_out + channel, zeros, mask=valid)
+        zero_point = zeros.to(tl.float32)[:, None]
+    tl.store(unit_out + channel, tl.where(active, scale, 1.0), mask=valid)
+    tl.store(scale_out + channel, scale, mask=valid)
+    tl.store(active_out + channel, tl.where(active, 1.0, 0.0), mask=valid)
+
+    steps = round_to_steps(divide_by_scale(folded, scale[:, None], ROUNDING), zero_point, CODE_MIN, CODE_MAX, ROUNDING)
+    tl.store(codes_ptr + start + col, tl.where(active[:, None], steps, folded), mask=mask)
+    if not WHOLE:
+        for at in range(COLS, length, COLS):
+            more = valid[:, None] & (at + col < length)
+            folded = tl.load(rows_ptr + start + at + col, mask=more, other=0.0).to(tl.float32) * fold
+            steps = round_to_steps(
+                divide_by_scale(folded, scale[:, None], ROUNDING), zero_point, CODE_MIN, CODE_MAX, ROUNDING
+            )
+            tl.store(codes_ptr + start + at + col, tl.where(active[:, None], steps, folded), mask=more)
+
+
 @Launcher
 @triton.jit
 def quantize_folded_kernel(
@@ -68,57 +157,12 @@ def quantize_folded_kernel(
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = channel < channels
     fold = tl.load(fold_ptr + channel, mask=valid, other=1.0)[:, None]
-    start = channel.to(tl.int64)[:, None] * length
-    col = tl.arange(0, COLS)[None, :]
-    mask = valid[:, None] & (col < length)
-    folded = tl.load(rows_ptr + start + col, mask=mask, other=0.0).to(tl.float32) * fold
-    if observing_ptr is not None and tl.load(observing_ptr) != 0:
-        finite = tl.abs(folded) < _INF
-        low = tl.where(mask & finite, folded, _INF)
-        high = tl.where(mask & finite, folded, -_INF)
-        bad = (mask & (finite == 0)).to(tl.int32)
-        if not WHOLE:
-            for at in range(COLS, length, COLS):
-                more = valid[:, None] & (at + col < length)
-                value = tl.load(rows_ptr + start + at + col, mask=more, other=0.0).to(tl.float32) * fold
-                finite = tl.abs(value) < _INF
-                low = tl.minimum(low, tl.where(more & finite, value, _INF))
-                high = tl.maximum(high, tl.where(more & finite, value, -_INF))
-                bad += (more & (finite == 0)).to(tl.int32)
-        zeros = zero_point_out if zero_point_ptr is None else zero_point_ptr
-        update_range(
-            tl.min(low, 1), tl.max(high, 1), channel, valid, min_ptr, max_ptr, scale_ptr, zeros,
-            averaging_constant, eps, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE,
-        )  # fmt: skip
-        skipped = tl.sum(tl.sum(bad, 1), 0)
-        if skipped > 0:
-            tl.atomic_add(nonfinite_ptr, skipped.to(tl.int64))
-        # What one thread stored, all of them read now.
-        tl.debug_barrier()
-    active = tl.load(switch_ptr + channel * switch_stride, mask=valid, other=0) != 0
-    if not KNOWN:
-        low_seen = tl.load(min_ptr + channel * scale_stride, mask=valid, other=_INF)
-        active = active & (low_seen <= tl.load(max_ptr + channel * scale_stride, mask=valid, other=-_INF))
-    scale = tl.load(scale_ptr + channel * scale_stride, mask=valid, other=1.0)
-    zero_point = 0
-    if zero_point_ptr is not None:
-        zeros = tl.load(zero_point_ptr + channel * scale_stride, mask=valid, other=0)
-        tl.store(zero_point_out + channel, zeros, mask=valid)
-        zero_point = zeros.to(tl.float32)[:, None]
-    tl.store(vectors_ptr + channel, tl.where(active, scale, 1.0), mask=valid)
-    tl.store(vectors_ptr + channels + channel, scale, mask=valid)
-    tl.store(vectors_ptr + 2 * channels + channel, tl.where(active, 1.0, 0.0), mask=valid)
-
-    steps = round_to_steps(divide_by_scale(folded, scale[:, None], ROUNDING), zero_point, CODE_MIN, CODE_MAX, ROUNDING)
-    tl.store(codes_ptr + start + col, tl.where(active[:, None], steps, folded), mask=mask)
-    if not WHOLE:
-        for at in range(COLS, length, COLS):
-            more = valid[:, None] & (at + col < length)
-            folded = tl.load(rows_ptr + start + at + col, mask=more, other=0.0).to(tl.float32) * fold
-            steps = round_to_steps(
-                divide_by_scale(folded, scale[:, None], ROUNDING), zero_point, CODE_MIN, CODE_MAX, ROUNDING
-            )
-            tl.store(codes_ptr + start + at + col, tl.where(active[:, None], steps, folded), mask=more)
+    quantize_rows(
+        rows_ptr, codes_ptr, vectors_ptr, vectors_ptr + channels, vectors_ptr + 2 * channels, zero_point_out, fold,
+        switch_ptr, observing_ptr, min_ptr, max_ptr, nonfinite_ptr, scale_ptr, zero_point_ptr,
+        averaging_constant, eps, channel, valid, length, switch_stride, scale_stride,
+        KNOWN, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE, CODE_MIN, CODE_MAX, ROUNDING, COLS, WHOLE,
+    )  # fmt: skip
 
 
 @Launcher
@@ -240,7 +284,12 @@ def _quantize(rows: Tensor, fold: Tensor, state: Any) -> tuple[Tensor, Tensor, b
             enable_fp_fusion=False,
         )
     unit, scale, active = vectors.unbind(0)
-    snapshot = state._replace(
+    return codes, unit, True, snapshot(state, scale, active, zero_point)
+
+
+def snapshot(state: Any, scale: Tensor, active: Tensor, zero_point: Tensor) -> Any:
+    """What a backward needs of ``state``, from what a kernel wrote down of it: one value per row."""
+    return state._replace(
         scale=scale,
         zero_point=None if state.zero_point is None else zero_point,
         active=active,
@@ -250,7 +299,6 @@ def _quantize(rows: Tensor, fold: Tensor, state: Any) -> tuple[Tensor, Tensor, b
         observing=None,
         known=True,
     )
-    return codes, unit, True, snapshot
 
 
 def folded_backward(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tritonq.kernels import conv_bn, residual, weight
+from tritonq.kernels import conv_bn, residual, weight, weights_together
 from tritonq.perf.codegen_cases import CodegenCase, meta
 from tritonq.qparams import QINT8, QINT8_NARROW, QUINT8, QuantizedType
 from tritonq.reference.conv_bn import BatchNormState, Normalization
@@ -74,6 +74,14 @@ def _weight_backward(length: int, qtype: QuantizedType) -> Callable[[torch.dtype
     return call
 
 
+def _weights_together(qtype: QuantizedType) -> Callable[[torch.dtype], object]:
+    def call(dtype: torch.dtype) -> object:
+        rows = [meta(512, 4608, dtype=dtype), meta(64, 9, dtype=dtype)]
+        return weights_together.quantize_all(rows, _vector(576), [_state(qtype, 512), _state(qtype, 64)])
+
+    return call
+
+
 def _join(dtype: torch.dtype) -> object:
     a = meta(*_ACTIVATION, dtype=dtype)
     return residual.forward(a, a, _state(QINT8), True)
@@ -130,4 +138,5 @@ WEIGHTS = {
     "1x1": (_weight(64, QINT8.with_axis(0)), _weight_backward(64, QINT8.with_axis(0))),
     "depthwise": (_weight(9, QINT8.with_axis(0)), _weight_backward(9, QINT8.with_axis(0))),
     "long": (_weight(18432, QUINT8.with_axis(0)), _weight_backward(18432, QUINT8.with_axis(0))),
+    "together": (_weights_together(QUINT8.with_axis(0)),),
 }

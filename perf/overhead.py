@@ -71,11 +71,20 @@ def stubbed_launches() -> Iterator[None]:
 
     with (
         # Plain functions: calling a mock takes as long as what is timed.
-        mock.patch("tritonq.backend._obstacle", new=lambda x: None),
-        mock.patch("tritonq.kernels.launcher.has_launches", new=lambda value: True),
+        mock.patch("tritonq.backend._obstacle", new=_no_obstacle),
+        mock.patch("tritonq.kernels.launcher.has_launches", new=_has_launches),
         mock.patch.object(JITFunction, "run", new=_no_launch),
     ):
         yield
+
+
+def _no_obstacle(x: Tensor) -> None:
+    """Stands in for what keeps CPU tensors from kernels."""
+
+
+def _has_launches(value: Tensor) -> bool:
+    """Stands in for what keeps launches on CPU tensors from being remembered."""
+    return True
 
 
 class _NoKernel:

@@ -27,6 +27,7 @@ from tritonq.learned_fake_quantize import (
     LearnedStepFakeQuantize,
     TrainedThresholdFakeQuantize,
 )
+from tritonq.nn.weights_together import quantize_weights_together
 from tritonq.observers import (
     HistogramObserver,
     InterpolatingHistogramObserver,
@@ -102,6 +103,7 @@ __all__ = [
     "nn",
     "prepare_qat",
     "quantize_bias",
+    "quantize_weights_together",
     "range_to_qparams",
     "refine_scales",
     "save_converted",

@@ -76,6 +76,14 @@ class Setting:
         example = self.make_inputs(torch.Generator(device).manual_seed(0), device)["images"]
         return tritonq.prepare_qat(self.float_model(device), example_inputs=(example[:2],))
 
+    def together_model(self, device: torch.device) -> nn.Module:
+        """The same, with all weights quantized in one launch."""
+        import tritonq
+
+        model = self.tritonq_model(device)
+        tritonq.quantize_weights_together(model)
+        return model
+
     def _placed(self, model: nn.Module, device: torch.device) -> nn.Module:
         return model.to(device, memory_format=self._format()).train()
 
@@ -191,6 +199,7 @@ def _implementations(setting: Setting) -> dict[str, Implementation]:
         "torch.compile(torch.ao v0)": Implementation(partial(_compiled, setting, torch_ao(0)), quick=False),
         "torch.compile(torch.ao v1)": Implementation(partial(_compiled, setting, torch_ao(1)), quick=False),
         "torch.compile(tritonq)": tritonq(partial(_compiled, setting, setting.tritonq_model), quick=False),
+        "tritonq, weights together": tritonq(partial(_eager, setting, setting.together_model), devices=("cuda",)),
         "tritonq, CUDA graph": tritonq(graphed, devices=("cuda",)),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from tritonq.functional.saved_input import InputGrid, SavedInput, keep, restore
 from tritonq.reference.conv_bn import BatchNormState, Normalization
 from tritonq.reference.fold import fold_scale
 from tritonq.reference.quantizer_state import QuantizerState, is_readable
+from tritonq.reference.weight import WeightCodes
 
 # float16 holds 2^-24 .. 2^15 exactly; a code has up to 2^8 - 1.
 _HALF_EXPONENTS = (-24, 7)
@@ -44,6 +45,27 @@ class ConvBnStep:
     input_grid: InputGrid | None = None
     relu: bool = False
     memory: StepMemory = field(default_factory=StepMemory)
+
+
+class ReadyWeight(NamedTuple):
+    """A weight that was folded and quantized before its layer's step, and its observer with it.
+
+    Attributes:
+        fold: (out,), see :func:`nonzero_fold`.
+        inverse_std: (out,).
+        codes: of the folded rows.
+        version: of the weight they were made from.
+    """
+
+    fold: Tensor
+    inverse_std: Tensor
+    codes: WeightCodes
+    version: tuple[int, int]
+
+
+def version_of(weight: Tensor) -> tuple[int, int]:
+    """Changes with what ``weight`` holds."""
+    return weight.data_ptr(), weight._version
 
 
 def conv_bn(
@@ -93,11 +115,16 @@ class _ConvBn(torch.autograd.Function):
         beta: Tensor | None,
         step: ConvBnStep,
     ) -> Tensor:
-        fold, inverse_std = _fold_of_step(step, gamma, torch.promote_types(x.dtype, torch.float32))
         ctx.weights, ctx.tail = implementation("weight", x), implementation("conv_bn", x)
-        codes, unit, clips, weight_quantizer = ctx.weights.quantize_folded(
-            step.op.to_rows(weight), fold, step.weight_quantizer
-        )
+        ready = _take_ready(step.memory, weight)
+        if ready is None:
+            fold, inverse_std = _fold_of_step(step, gamma, torch.promote_types(x.dtype, torch.float32))
+            made = ctx.weights.quantize_folded(step.op.to_rows(weight), fold, step.weight_quantizer)
+        else:
+            fold, inverse_std, made, _ = ready
+            step.memory.fold = fold, inverse_std
+        codes, unit, clips, weight_quantizer = made
+        del made, ready
         codes, unit = fit_codes(codes, unit, x.dtype)
         c = step.op(x, step.op.from_rows(codes))
         del codes
@@ -172,6 +199,15 @@ def _fold_of_step(step: ConvBnStep, gamma: Tensor | None, dtype: torch.dtype) ->
         return fold.nonzero_fold(step.norm, gamma, dtype)
     step.memory.fold = nonzero_fold(step.norm, gamma, dtype)
     return step.memory.fold
+
+
+def _take_ready(memory: StepMemory, weight: Tensor) -> ReadyWeight | None:
+    """What was made ready for this step, if it still fits; it serves one step."""
+    if torch.compiler.is_compiling() or is_recomputing() or memory.ready is None:
+        return None
+    ready: ReadyWeight = memory.ready
+    memory.ready = None
+    return ready if ready.version == version_of(weight) else None
 
 
 def _gamma_gradient(

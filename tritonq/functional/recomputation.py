@@ -26,11 +26,13 @@ class StepMemory:
     Attributes:
         fold: ``s`` and ``1/σ``, of the running variance before the step.
         running_var: that variance.
+        ready: the weight, quantized for the coming step (`tritonq.functional.conv_bn.ReadyWeight`), if it was.
     """
 
     def __init__(self) -> None:
         self.fold: tuple[Tensor, Tensor] | None = None
         self.running_var: Tensor | None = None
+        self.ready: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StepMemory, ()

@@ -90,9 +90,15 @@ class QATBatchNormLayer(QATLayer):
         weight_quantizer = range_state(self.weight_fake_quant)
         if weight_quantizer is None and not isinstance(self.weight_fake_quant, nn.Identity):
             return self._quantized_output(folding_modes.approximate(self, x))
-        if not folding_modes.is_plain(self.bn):
+        if not self.trains_in_one_operator:
             return self._quantized_output(folding_modes.approximate(self, x))
         return self._one_operator(x, weight_quantizer)
+
+    @property
+    def trains_in_one_operator(self) -> bool:
+        """Whether a step in the present state is the approximate mode's, with nothing that needs modules of its own."""
+        frozen = not self.training or self.freeze_bn or not self.bn.training
+        return not frozen and self._mode == "approximate" and folding_modes.is_plain(self.bn)
 
     def _quantized_output(self, y: Tensor) -> Tensor:
         return cast(Tensor, self.activation_post_process(F.relu(y) if self._relu else y))

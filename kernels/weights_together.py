@@ -1,0 +1,221 @@
+"""All weights of a model in one launch: a table on the device says where each one lies.
+
+Small layers are bound by launches. Quantizing a weight needs nothing but the weight and its observer's state: one
+launch at the start of a step can do for all of them what `tritonq.kernels.weight` does for one. The function here has
+the name, signature and results of `tritonq.reference.weights_together`, its specification.
+
+A memory sanitizer cannot follow addresses that a kernel reads from memory. What does all accesses, `quantize_rows`, is
+checked by it through the kernel for one weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import range_constants
+from .launch import device_guard, warp_size
+from .launcher import Launcher
+from .weight import quantize_rows, snapshot
+
+# Eight elements for each of 128 lanes; longer rows are read in pieces of it.
+_COLS = 1024
+_LANES = 128
+
+# Columns of the table, int64. Addresses are pointers as numbers.
+_START = tl.constexpr(0)  # the program that has the weight's first row
+_FIRST = tl.constexpr(1)  # where its rows lie among those of all weights
+_LENGTH = tl.constexpr(2)  # elements per row
+_CODES = tl.constexpr(3)  # where its codes start
+_ROWS = tl.constexpr(4)  # addresses from here on
+_SWITCH = tl.constexpr(5)
+_OBSERVING = tl.constexpr(6)
+_MIN = tl.constexpr(7)
+_MAX = tl.constexpr(8)
+_NONFINITE = tl.constexpr(9)
+_SCALE = tl.constexpr(10)
+_ZERO_POINT = tl.constexpr(11)
+_COLUMNS = tl.constexpr(12)
+
+
+@triton.jit
+def address(entry, COLUMN: tl.constexpr, dtype: tl.constexpr):
+    """The pointer in a column of the table."""
+    return tl.load(entry + COLUMN).to(tl.pointer_type(dtype))
+
+
+@Launcher
+@triton.jit
+def quantize_all_kernel(
+    table_ptr,  # weights × _COLUMNS int64
+    owner_ptr,  # (programs,) int32: the weight that a program's row belongs to
+    fold_ptr,  # (rows of all weights,) float32
+    codes_ptr,  # float32, one weight behind the other
+    vectors_ptr,  # 3 × rows of all weights, float32: unit, scale, whether quantization is on
+    zero_point_out,  # (rows of all weights,) int32
+    averaging_constant,
+    eps,
+    total,  # rows of all weights
+    OBSERVES: tl.constexpr,
+    HAS_ZERO_POINT: tl.constexpr,
+    KNOWN: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    FIXED_ZERO_POINT: tl.constexpr,
+    RULE: tl.constexpr,
+    CODE_MIN: tl.constexpr,
+    CODE_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """One row of one weight. Has run on no GPU yet."""
+    program = tl.program_id(0)
+    entry = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * _COLUMNS
+    channel = (program - tl.load(entry + _START)).to(tl.int32) + tl.arange(0, 1)
+    first = tl.load(entry + _FIRST)
+    out = vectors_ptr + first
+    quantize_rows(
+        address(entry, _ROWS, tl.float32),
+        codes_ptr + tl.load(entry + _CODES),
+        out,
+        out + total,
+        out + 2 * total,
+        zero_point_out + first,
+        tl.load(fold_ptr + first + channel)[:, None],
+        address(entry, _SWITCH, tl.uint8),
+        address(entry, _OBSERVING, tl.uint8) if OBSERVES else None,
+        None if KNOWN and not OBSERVES else address(entry, _MIN, tl.float32),
+        None if KNOWN and not OBSERVES else address(entry, _MAX, tl.float32),
+        address(entry, _NONFINITE, tl.int64) if OBSERVES else None,
+        address(entry, _SCALE, tl.float32),
+        address(entry, _ZERO_POINT, tl.int32) if HAS_ZERO_POINT else None,
+        averaging_constant,
+        eps,
+        channel,
+        channel >= 0,
+        tl.load(entry + _LENGTH).to(tl.int32),
+        0,
+        1,
+        KNOWN,
+        QUANT_MIN,
+        QUANT_MAX,
+        SYMMETRIC,
+        FIXED_ZERO_POINT,
+        RULE,
+        CODE_MIN,
+        CODE_MAX,
+        ROUNDING,
+        COLS,
+        False,
+    )
+
+
+def quantize_all(rows: Sequence[Tensor], fold: Tensor, states: Sequence[Any]) -> list[tuple[Tensor, Tensor, bool, Any]]:
+    """Codes, unit, True (something may clip) and a snapshot of the qparams, for every weight.
+
+    One launch for all weights whose quantizers differ in their buffers alone.
+    """
+    rows = [weight.contiguous() for weight in rows]
+    total, device = len(fold), fold.device
+    codes = torch.empty(sum(weight.numel() for weight in rows), dtype=torch.float32, device=device)
+    vectors = torch.empty((3, total), dtype=torch.float32, device=device)
+    zero_points = torch.empty(total, dtype=torch.int32, device=device)
+    kinds: dict[tuple[Any, ...], tuple[Any, list[tuple[int, ...]]]] = {}
+    first = at = 0
+    for weight, state in zip(rows, states, strict=True):
+        _, entries = kinds.setdefault(_kind(state), (state, []))
+        entries.append((len(weight), first, weight[0].numel(), at, *_addresses(weight, state)))
+        first, at = first + len(weight), at + weight.numel()
+    for state, entries in kinds.values():
+        _launch(state, entries, fold, codes, vectors, zero_points)
+    counts = [len(weight) for weight in rows]
+    own_parts = zip(
+        rows,
+        states,
+        codes.split([weight.numel() for weight in rows]),
+        vectors.split(counts, dim=1),
+        zero_points.split(counts),
+        strict=True,
+    )
+    return [
+        (own.view(weight.shape), of_rows[0], True, snapshot(state, *of_rows[1:], zero_point))
+        for weight, state, own, of_rows, zero_point in own_parts
+    ]
+
+
+def _kind(state: Any) -> tuple[Any, ...]:
+    """What has to be equal for two weights to share a launch."""
+    return (
+        state.observing is not None,
+        state.zero_point is not None,
+        bool(state.known or state.min_val is None),
+        state.qtype,
+        tuple(range_constants(state).items()),
+        state.averaging_constant,
+        state.eps,
+    )
+
+
+def _addresses(weight: Tensor, state: Any) -> tuple[int, ...]:
+    """The table's columns from ``_ROWS`` on."""
+    tensors = (
+        *(weight, state.active, state.observing, state.min_val, state.max_val, state.nonfinite_count),
+        *(state.scale, state.zero_point),
+    )
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+@lru_cache(maxsize=64)
+def _table(device: torch.device, entries: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+    """The table and the owners, copied to the device once for all steps in which nothing moved.
+
+    Args:
+        device: of the weights.
+        entries: one per weight of a launch: its number of rows, and its columns from ``_FIRST`` on.
+    """
+    counts = [entry[0] for entry in entries]
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    table = [(start, *entry[1:]) for start, entry in zip(starts, entries, strict=True)]
+    owner = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+    return torch.tensor(table, dtype=torch.int64).to(device), owner.to(device)
+
+
+def _launch(
+    state: Any,
+    entries: list[tuple[int, ...]],
+    fold: Tensor,
+    codes: Tensor,
+    vectors: Tensor,
+    zero_points: Tensor,
+) -> None:
+    """Launch for weights of one kind; ``state`` is any one of theirs."""
+    table, owner = _table(fold.device, tuple(entries))
+    with device_guard(fold):
+        quantize_all_kernel[(len(owner),)](
+            table,
+            owner,
+            fold,
+            codes,
+            vectors,
+            zero_points,
+            state.averaging_constant,
+            state.eps,
+            len(fold),
+            OBSERVES=state.observing is not None,
+            HAS_ZERO_POINT=state.zero_point is not None,
+            KNOWN=state.known or state.min_val is None,
+            **range_constants(state),
+            CODE_MIN=state.qtype.quant_min,
+            CODE_MAX=state.qtype.quant_max,
+            ROUNDING=state.qtype.rounding,
+            COLS=_COLS,
+            num_warps=_LANES // warp_size(fold.device),
+            enable_fp_fusion=False,
+        )

@@ -1,0 +1,96 @@
+"""All folded weights of a model quantized at the start of a step, in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tritonq.backend import implementation, select
+from tritonq.functional.conv_bn import ReadyWeight, nonzero_fold, version_of
+from tritonq.functional.recomputation import is_recomputing
+from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.fusable import range_state
+from tritonq.reference.conv_bn import BatchNormState
+from tritonq.reference.quantizer_state import QuantizerState
+from tritonq.reference.weight import WeightCodes
+
+
+def quantize_weights_together(model: nn.Module) -> RemovableHandle:
+    """Quantize the weights of all Conv-BN layers in one launch, each time ``model`` is called in training mode.
+
+    For small layers, whose steps are bound by launches. Results are the same, bit for bit; only the forward changes, so
+    that gradients still arrive layer by layer. All weights' codes exist at once, four bytes for each weight. Layers
+    that the operator cannot take (another mode of folding, other quantizers, weights that aren't float32 or on a device
+    without kernels) go on by themselves. So does the whole model under ``torch.compile``, in which a launch costs
+    nothing; where parameters are sharded (FSDP2) it must not be used: weights are whole inside of their layers alone.
+
+    Args:
+        model: a model with quantization-aware layers; the hook runs when this module is called, not its parts.
+
+    Returns:
+        A handle whose ``remove()`` undoes it.
+
+    Raises:
+        ValueError: no Conv-BN layer in ``model``.
+
+    Source: DESIGN section 4 (weights). Has launched nothing on a GPU yet.
+    """
+    if not any(isinstance(module, QATBatchNormLayer) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has no quantization-aware layer with BatchNorm: use prepare_qat first"
+        )
+    return model.register_forward_pre_hook(_make_ready)
+
+
+@torch.no_grad()
+def _make_ready(model: nn.Module, args: Any) -> None:
+    if not model.training or torch.compiler.is_compiling() or is_recomputing():
+        return
+    found: dict[torch.device, list[tuple[QATBatchNormLayer, QuantizerState]]] = {}
+    for module in model.modules():
+        if not isinstance(module, QATBatchNormLayer):
+            continue
+        state = _state_of(module)
+        if state is not None:
+            found.setdefault(module.weight.device, []).append((module, state))
+    for of_device in found.values():
+        layers, states = zip(*of_device, strict=True)
+        _make_layers_ready(layers, states)
+
+
+def _make_layers_ready(layers: Sequence[QATBatchNormLayer], states: Sequence[QuantizerState]) -> None:
+    """One launch for layers on one device."""
+    fold, inverse_std = _folds(layers)
+    rows = [layer.to_rows(layer.weight.detach()) for layer in layers]
+    made = implementation("weights_together", rows[0]).quantize_all(rows, fold, states)
+    counts = [len(weight) for weight in rows]
+    parts = zip(layers, torch.split(fold, counts), torch.split(inverse_std, counts), made, strict=True)
+    for layer, own_fold, own_inverse_std, codes in parts:
+        layer.step_memory.ready = ReadyWeight(own_fold, own_inverse_std, WeightCodes(*codes), version_of(layer.weight))
+
+
+def _state_of(layer: QATBatchNormLayer) -> QuantizerState | None:
+    """The state of the layer's weight quantizer if a launch can serve it, else None."""
+    weight = layer.weight
+    if weight.dtype != torch.float32 or not layer.trains_in_one_operator or select(weight) != "triton":
+        return None
+    state = range_state(layer.weight_fake_quant)
+    return state if state is not None and state.qtype.axis is not None else None
+
+
+def _folds(layers: Sequence[QATBatchNormLayer]) -> tuple[Tensor, Tensor]:
+    """:func:`nonzero_fold` of every layer, one behind the other."""
+    if len({layer.bn.eps for layer in layers}) > 1:
+        each = [_folds([layer]) for layer in layers]
+        return torch.cat([fold for fold, _ in each]), torch.cat([inverse_std for _, inverse_std in each])
+    variances = torch.cat([cast(Tensor, layer.bn.running_var).float() for layer in layers])
+    ones = torch.ones_like(variances)
+    gammas: list[Tensor] = [
+        ones[: layer.bn.num_features] if layer.bn.weight is None else layer.bn.weight for layer in layers
+    ]
+    norm = BatchNormState(variances, variances, 0.0, layers[0].bn.eps)
+    return nonzero_fold(norm, torch.cat(gammas), torch.float32)

@@ -1,0 +1,23 @@
+"""Many weights at once, in PyTorch: the specification of `tritonq.kernels.weights_together`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tritonq.reference.quantizer_state import QuantizerState
+from tritonq.reference.weight import WeightCodes, quantize_folded
+
+
+def quantize_all(rows: Sequence[Tensor], fold: Tensor, states: Sequence[QuantizerState]) -> list[WeightCodes]:
+    """:func:`tritonq.reference.weight.quantize_folded` of every weight.
+
+    Args:
+        rows: one (out, ...) per weight, float32.
+        fold: (all out channels,) float32, in the order of ``rows``.
+        states: one per weight, per channel.
+    """
+    folds = torch.split(fold, [len(weight) for weight in rows])
+    return [quantize_folded(*of_one) for of_one in zip(rows, folds, states, strict=True)]
