@@ -37,7 +37,10 @@ def disable_fake_quant(module: nn.Module) -> None:
 
 
 def freeze_bn_stats(module: nn.Module) -> None:
-    """Normalise fused BatchNorms with their running statistics, in training too, and stop updating these."""
+    """Normalise fused BatchNorms with their running statistics, in training too, and stop updating these.
+
+    Fixed-point layers go on training with the statistics of each batch, as F8Net does.
+    """
     for layer in module.modules():
         if isinstance(layer, QATBatchNormLayer):
             layer.freeze_bn_stats()
