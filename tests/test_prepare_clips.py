@@ -71,6 +71,12 @@ def test_one_quantizer_after_the_clipping(act, bn):
     assert tritonq.verify(prepared, converted, X).agrees()
 
 
+def test_the_report_says_whose_quantizer_stands_behind_a_clip():
+    prepared = prepare_qat(Net(nn.ReLU6()), example_inputs=X)
+    (record,) = [record for record in prepared.tritonq_report if record.name == "act"]
+    assert (record.status, record.reason) == ("float", "the quantizer of first stands behind it")
+
+
 def test_nothing_is_lost_with_rounding_off():
     model = Net(nn.ReLU6()).eval()
     prepared = prepare_qat(model, example_inputs=X)

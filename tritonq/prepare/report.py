@@ -93,4 +93,16 @@ def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str
         return "no convolution or linear layer alone precedes it"
     if all(analysis.keeps_grid(call) for call in calls):
         return "it keeps the grid of its input"
+    clipped = _clipped_layer(name, analysis, plan)
+    if clipped is not None:
+        return f"the quantizer of {clipped} stands behind it"
     return f"{type(module).__name__} has no quantized form; what reads it quantizes its result"
+
+
+def _clipped_layer(name: str, analysis: Analysis, plan: Plan) -> str | None:
+    """The layer whose result a ReLU6 or the like clips before it is quantized."""
+    for layer in plan.layers:
+        followers = (analysis.follower(analysis.flow.calls[index]) for index in layer.ends)
+        if layer.name in plan.clipped and any(call is not None and call.module_name == name for call in followers):
+            return layer.name
+    return None
