@@ -95,9 +95,7 @@ outputs = quantized_model(images)
 CHANGES = {
     "from torch.ao.nn.intrinsic.qat import": "from tritonq import",
     "from torch.ao.nn.quantized import": "from tritonq.nn import",
-    "from torch.ao.quantization import (\n    DeQuantStub,\n    QuantStub,\n": (
-        "from tritonq.nn import DeQuantStub, QuantStub\nfrom tritonq import (\n"
-    ),
+    "from torch.ao.quantization import": "from tritonq import",
 }
 
 

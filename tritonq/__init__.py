@@ -5,7 +5,7 @@ from tritonq.backend import use_backend
 from tritonq.calibration import calibrate, refine_scales
 from tritonq.deploy import convert, export_onnx, export_program, load_converted, save_converted, verify
 from tritonq.deploy.torch_ao import load_torch_ao_state_dict
-from tritonq.distributed import sync_observers
+from tritonq.distributed import broadcast_statistics, sync_observers
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize, set_fixed_point_phase
 from tritonq.functional import (
@@ -27,6 +27,7 @@ from tritonq.learned_fake_quantize import (
     LearnedStepFakeQuantize,
     TrainedThresholdFakeQuantize,
 )
+from tritonq.nn import DeQuantStub, QuantStub
 from tritonq.nn.weights_together import quantize_weights_together
 from tritonq.observers import (
     HistogramObserver,
@@ -61,6 +62,7 @@ from tritonq.report.summary import summary
 
 __all__ = [
     "ClippedFakeQuantize",
+    "DeQuantStub",
     "FakeQuantize",
     "FixedPointFakeQuantize",
     "HistogramObserver",
@@ -73,8 +75,10 @@ __all__ = [
     "PerChannelMinMaxObserver",
     "QConfig",
     "QConfigMapping",
+    "QuantStub",
     "QuantizedType",
     "TrainedThresholdFakeQuantize",
+    "broadcast_statistics",
     "calibrate",
     "clipped_quantize",
     "convert",
