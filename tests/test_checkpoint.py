@@ -103,6 +103,15 @@ def test_library_models_come_back(make, tmp_path):
         assert (tmp_path / "m.pt").stat().st_size < 0.26 * float_size
 
 
+def test_tensors_share_storages_in_the_file_and_nowhere_else(saved):
+    model, path = saved
+    state = torch.load(path, weights_only=True)["state_dict"]
+    storages = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
+    assert len(storages) == len({tensor.dtype for tensor in state.values()})
+    loaded = load_converted(path, FloatResidual()).state_dict()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in loaded.values()}) == len(model.state_dict())
+
+
 def test_what_stayed_in_float_is_loaded_as_well(tmp_path):
     class Mixed(nn.Module):
         def __init__(self):

@@ -49,7 +49,7 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "version": VERSION,
         "modules": modules,
-        "state_dict": state,
+        "state_dict": _in_few_storages(state),
         "sha256": _digest(modules, state),
     }
     with atomic_file(path) as file:
@@ -103,7 +103,21 @@ def _read(path: str | os.PathLike[str]) -> Description:
         raise ValueError(f"{os.fspath(path)} is damaged: it lacks modules or state_dict")
     if content.get("sha256") != _digest(modules, state):
         raise ValueError(f"{os.fspath(path)} is damaged: its contents don't match their checksum")
+    content["state_dict"] = {name: tensor.clone() for name, tensor in state.items()}
     return content
+
+
+def _in_few_storages(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors as parts of one storage per dtype: every storage costs a file some 200 bytes."""
+    by_dtype: dict[torch.dtype, list[str]] = {}
+    for name, tensor in state.items():
+        by_dtype.setdefault(tensor.dtype, []).append(name)
+    parts: dict[str, Tensor] = {}
+    for names in by_dtype.values():
+        flat = torch.cat([state[name].reshape(-1) for name in names])
+        for name, part in zip(names, torch.split(flat, [state[name].numel() for name in names]), strict=True):
+            parts[name] = part.view(state[name].shape)
+    return {name: parts[name] for name in state}
 
 
 def _digest(modules: list[Description], state: Mapping[str, Tensor]) -> str:
