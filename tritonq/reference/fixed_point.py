@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tritonq.reference import fake_quant
 
-# Blocks of this many elements stay in a core's cache while every candidate's error is taken from them, and are summed
-# by one thread: the result doesn't depend on the number of threads.
-_BLOCK = 2**15
+# Blocks of this many elements stay in cache while every candidate's error is taken from them.
+_BLOCK = 2**19
+# A sum of so many is one thread's: the result doesn't depend on the number of threads.
+_SUM = 2**15
 
 
 def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -113,7 +114,14 @@ def _add_errors(errors: Tensor, block: Tensor, quant_min: int, quant_max: int) -
         torch.mul(block, 2.0**frac_len, out=work)
         work.round_().clamp_(quant_min, quant_max)
         torch.sub(block, work, alpha=2.0**-frac_len, out=work)
-        total += work.square_().sum(1).double()
+        total += _sum_rows(work.square_())
+
+
+def _sum_rows(block: Tensor) -> Tensor:
+    """Sums of the rows in float64, of parts of them in the block's dtype."""
+    whole = block.shape[1] // _SUM * _SUM
+    parts = block[:, :whole].unflatten(1, (whole // _SUM, _SUM)) if whole else block.new_zeros(len(block), 0, _SUM)
+    return parts.sum(2).double().sum(1) + block[:, whole:].sum(1).double()
 
 
 def search_frac_len(x: Tensor, quant_min: int, quant_max: int, candidates: int, axis: int | None = None) -> Tensor:
