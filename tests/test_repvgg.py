@@ -172,3 +172,81 @@ def test_prepare_qat_swaps_it():
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) < first
+
+
+def network():
+    """Blocks of every kind, found by dataflow; statistics as after training."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        RepVGGBlock(3, 8, 2),
+        RepVGGBlock(8, 8, groups=2, learned_alpha=True),
+        RepVGGBlock(8, 8, activation=nn.SiLU()),
+        RepVGGBlock(8, 6, activation=None),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)),
+    )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            randomise(module)
+    return model
+
+
+IMAGES = torch.randn(16, 3, 12, 12, generator=torch.manual_seed(3))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_prepare_finds_whole_blocks(training):
+    model = network().train(training)
+    expected = network().eval()(IMAGES)
+    keys = set(model.state_dict())
+    qat = tritonq.prepare_qat(model, example_inputs=IMAGES)
+    assert [type(block) for block in qat[:4]] == [QATRepVGGBlock] * 4
+    assert all(block.input_quantizer is not None for block in qat[:4])
+    assert keys <= set(qat.state_dict())
+    records = {record.name: record.status for record in qat.tritonq_report if record.kind in ("RepVGGBlock", "Linear")}
+    assert records == dict.fromkeys(["0", "1", "2", "3", "6"], "quantized")
+    assert not any(record.kind in ("Conv2d", "BatchNorm2d") for record in qat.tritonq_report)
+    tritonq.disable_fake_quant(qat)
+    torch.testing.assert_close(qat.eval()(IMAGES), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_trained_is_deployed(tmp_path):
+    qat = tritonq.prepare_qat(network(), example_inputs=IMAGES).train()
+    optimizer, target = torch.optim.SGD(qat.parameters(), 0.05), torch.randint(5, (16,), generator=torch.manual_seed(4))
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        losses.append(F.cross_entropy(qat(IMAGES), target))
+        losses[-1].backward()
+        assert all(parameter.grad is not None for parameter in qat.parameters())
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    qat.eval()
+    converted = tritonq.convert(copy.deepcopy(qat))
+    assert converted[0].weight.dtype == torch.int8
+    assert torch.equal(converted(IMAGES), qat(IMAGES))
+    assert tritonq.verify(qat, converted, IMAGES).agrees()
+    tritonq.save_converted(converted, tmp_path / "model.pt")
+    loaded = tritonq.load_converted(tmp_path / "model.pt", network())
+    assert torch.equal(loaded(IMAGES), converted(IMAGES))
+    assert isinstance(loaded[2].activation, nn.SiLU)
+    program = tritonq.export_program(converted, tmp_path / "model.pt2", IMAGES)
+    assert torch.equal(program.module()(IMAGES), converted(IMAGES))
+    tritonq.export_onnx(converted, tmp_path / "model.onnx", IMAGES)
+    assert tritonq.verify(qat, tmp_path / "model.onnx", IMAGES).agrees(max_fraction=1e-3, max_step=1)
+
+
+def test_a_block_that_stays_in_float_is_left_alone():
+    mapping = tritonq.QConfigMapping().set_global(tritonq.get_qconfig()).set_module_name("1", None)
+    qat = tritonq.prepare_qat(network(), qconfig=mapping, example_inputs=IMAGES)
+    assert type(qat[1]) is RepVGGBlock
+    assert type(qat[2]) is QATRepVGGBlock
+
+
+def test_a_file_of_other_blocks_is_refused(tmp_path):
+    qat = tritonq.prepare_qat(network(), example_inputs=IMAGES).train()
+    qat(IMAGES)
+    tritonq.save_converted(tritonq.convert(qat.eval()), tmp_path / "model.pt")
+    other = network()
+    other[0] = RepVGGBlock(3, 8, 1)
+    with pytest.raises(ValueError, match=r"'0' differs: .*stride"):
+        tritonq.load_converted(tmp_path / "model.pt", other)

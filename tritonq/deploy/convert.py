@@ -20,7 +20,7 @@ from tritonq.deploy.modules import (
     Quantizer,
 )
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.nn import Add, Embedding, EmbeddingBag, QATLayer
+from tritonq.nn import Add, Embedding, EmbeddingBag, QATLayer, QATRepVGGBlock
 from tritonq.prepare.fuse import move_hooks
 from tritonq.qparams import QuantizedType
 from tritonq.reference.fake_quant import quantize
@@ -128,13 +128,23 @@ def _quantizer(source: FakeQuantizeBase) -> nn.Module:
 
 
 def _layer(layer: QATLayer, output: nn.Module) -> QuantizedLayer:
-    target = next((made for source, made in LAYER_TYPES.items() if isinstance(layer, source)), None)
+    if isinstance(layer, QATRepVGGBlock):
+        # The merged convolution has the shape of its largest branch.
+        plain_relu = type(layer.activation) is nn.ReLU
+        made = _layer_like(layer, layer.conv3, plain_relu, output)
+        made.activation = None if plain_relu or type(layer.activation) is nn.Identity else layer.activation
+        return made
+    return _layer_like(layer, layer, bool(getattr(layer, "_relu", False)), output)
+
+
+def _layer_like(layer: QATLayer, shape: nn.Module, relu: bool, output: nn.Module) -> QuantizedLayer:
+    """The deployed form of ``layer``, whose geometry is that of ``shape``."""
+    target = next((made for source, made in LAYER_TYPES.items() if isinstance(shape, source)), None)
     if target is None:
         known = ", ".join(source.__name__ for source in LAYER_TYPES)
         raise ValueError(f"{type(layer).__name__} is none of {known}")
     weight, bias = layer.folded_parameters()
-    geometry = {name: getattr(layer, name) for name in target.geometry_names}
-    relu = bool(getattr(layer, "_relu", False))
+    geometry = {name: getattr(shape, name) for name in target.geometry_names}
     integers = layer.integer_layer(weight, bias)
     grid = _weight_grid(layer)
     if integers is None:

@@ -21,7 +21,7 @@ from tritonq.deploy.modules import (
     QuantizedTable,
     Quantizer,
 )
-from tritonq.nn import Add, Cat, FloatFunctional
+from tritonq.nn import Add, Cat, FloatFunctional, RepVGGBlock
 from tritonq.nn.intrinsic import FusedModule
 from tritonq.prepare.eager import quantize_output_hook
 from tritonq.prepare.forward_graph import forward_data, original_class
@@ -157,6 +157,7 @@ def difference(entry: Description, module: nn.Module) -> str | None:
         return integer_difference(entry, module)
     if kind in ("layer", "table"):
         module = module[0] if isinstance(module, FusedModule) else module
+        module = module.conv3 if isinstance(module, RepVGGBlock) else module
         cls: Any = _by_name({**LAYER_TYPES, **TABLE_TYPES}, entry["type"])
         if not isinstance(module, cls.float_type):
             return f"{entry['type']} in the file, {here} in the model"

@@ -112,7 +112,7 @@ def _behind_integers(model: nn.Module) -> set[nn.Module]:
 
 def _runs_in_integers(module: nn.Module) -> bool:
     if isinstance(module, QuantizedLayer):
-        return module.multiplier is not None and _weight_axis(module) is not None
+        return module.multiplier is not None and module.activation is None and _weight_axis(module) is not None
     return True
 
 
@@ -244,7 +244,7 @@ def _layer_forward(layer: QuantizedLayer, axis: int | None, x: Tensor) -> Tensor
     if bias is not None and layer.multiplier is not None:
         bias = dequantize(bias, layer.multiplier, None, 0)
     y = layer.linear_op(x, weight, bias)
-    return cast(Tensor, layer.activation_post_process(F.relu(y) if layer.relu else y))
+    return layer.finish(y)
 
 
 def _rewrite_table(table: QuantizedTable, target: Target) -> None:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -16,7 +15,7 @@ from tritonq.deploy.convert import convert
 from tritonq.deploy.example_inputs import call_arguments, open_batch
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTable, Quantizer
-from tritonq.functional.integer import OutputGrid, integer_affine
+from tritonq.functional.integer import integer_affine
 from tritonq.reference.fake_quant import fake_quantize
 
 
@@ -88,13 +87,10 @@ def _quantize(quantizer: Quantizer, x: Tensor) -> Tensor:
 
 
 def _run_layer(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    integers, quantizer = layer.integer_layer(), layer.activation_post_process
+    integers = layer.integer_layer()
     if integers is None:
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         y = layer.linear_op(x, layer.dequantized_weight(x.dtype), bias)
     else:
-        grid = None
-        if isinstance(quantizer, Quantizer) and quantizer.qtype.axis is None:
-            grid = OutputGrid(quantizer.scale, quantizer.qtype.rounding)
-        y = integer_affine(x, integers, layer.linear_op, layer._output_axis, grid).to(x.dtype)
-    return cast(Tensor, quantizer(F.relu(y) if layer.relu else y))
+        y = integer_affine(x, integers, layer.linear_op, layer._output_axis, layer.output_grid()).to(x.dtype)
+    return layer.finish(y)

@@ -184,7 +184,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
 
     def _output_grid(self) -> OutputGrid | None:
         """The output's grid where the activation keeps values on it: the accumulator may then go there at once."""
-        on_grid = self.activation is None or isinstance(self.activation, (nn.ReLU, nn.Identity))
+        on_grid = self.activation is None or type(self.activation) in (nn.ReLU, nn.Identity)
         return super()._output_grid() if on_grid else None
 
     @classmethod

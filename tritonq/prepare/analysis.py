@@ -7,6 +7,7 @@ from functools import cached_property
 
 from torch import nn
 
+from tritonq.nn import RepVGGBlock
 from tritonq.prepare.dataflow import Call, Dataflow, Frame, Ref, is_leaf
 from tritonq.prepare.forward_graph import ForwardGraph
 from tritonq.prepare.match import Recorded, Site, match_frame
@@ -41,7 +42,9 @@ class Analysis:
         self.model = model
         self.flow = flow
         self._recorded = Recorded.of(model, flow)
-        self.modules = self._recorded.modules
+        blocks = tuple(f"{name}." for name, module in self._recorded.modules.items() if type(module) is RepVGGBlock)
+        # What is inside of a RepVGG block is the block's own.
+        self.modules = {name: module for name, module in self._recorded.modules.items() if not name.startswith(blocks)}
         # Asked now: quantizers will become children of leaves.
         self.leaves = frozenset(name for name, module in self.modules.items() if is_leaf(module))
         self._forwards: dict[str, ForwardGraph | TraceError] = {}

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from tritonq.nn import RepVGGBlock
 from tritonq.prepare.structure import Path
 
 Source = Literal["call", "input", "state", "unknown"]
@@ -175,12 +176,12 @@ def refs_in(structure: Any) -> tuple[int, ...]:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module's call is one operation: a module of torch.nn without children, or attention.
+    """Whether a module's call is one operation: a module of torch.nn without children, attention, or a RepVGG block.
 
     A user's class counts where it inherits its forward from torch.nn unchanged. Everything else is looked into, so that
     the functions which it calls are seen.
     """
-    if isinstance(module, (torch.jit.ScriptModule, nn.MultiheadAttention)):
+    if isinstance(module, (torch.jit.ScriptModule, nn.MultiheadAttention)) or type(module) is RepVGGBlock:
         return True
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or next(module.children(), None) is not None:
         return False

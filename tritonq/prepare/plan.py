@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import nn
 
+from tritonq.nn import RepVGGBlock
 from tritonq.prepare.analysis import Analysis
 from tritonq.prepare.dataflow import Call, Frame
 from tritonq.prepare.joins import Join, find_joins, operands
@@ -146,7 +147,7 @@ class _Planner:
                 self.reasons[name] = "its qconfig is None"
             elif not self.analysis.flow.calls_of(name):
                 self.reasons[name] = "the example inputs don't reach it"
-            elif not isinstance(module._parameters.get("weight"), nn.Parameter):
+            elif type(module) is not RepVGGBlock and not isinstance(module._parameters.get("weight"), nn.Parameter):
                 self.reasons[name] = "its weight is computed from other parameters"
             else:
                 layer, obstacle = find_layer(name, self.analysis, self.swapped)

@@ -120,7 +120,7 @@ def _add_errors(errors: Tensor, block: Tensor, quant_min: int, quant_max: int) -
 def _sum_rows(block: Tensor) -> Tensor:
     """Sums of the rows in float64, of parts of them in the block's dtype."""
     whole = block.shape[1] // _SUM * _SUM
-    parts = block[:, :whole].unflatten(1, (whole // _SUM, _SUM)) if whole else block.new_zeros(len(block), 0, _SUM)
+    parts = block[:, :whole].view(len(block), whole // _SUM, _SUM)
     return parts.sum(2).double().sum(1) + block[:, whole:].sum(1).double()
 
 
