@@ -132,7 +132,8 @@ def _layer(layer: QATLayer, output: nn.Module) -> QuantizedLayer:
         # The merged convolution has the shape of its largest branch.
         plain_relu = type(layer.activation) is nn.ReLU
         made = _layer_like(layer, layer.conv3, plain_relu, output)
-        made.activation = None if plain_relu or type(layer.activation) is nn.Identity else layer.activation
+        if not plain_relu and layer.activation is not None and type(layer.activation) is not nn.Identity:
+            made.add_module("activation", layer.activation)
         return made
     return _layer_like(layer, layer, bool(getattr(layer, "_relu", False)), output)
 

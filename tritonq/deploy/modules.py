@@ -151,7 +151,7 @@ class QuantizedLayer(DeployedModule):
         input_zero_point: int32 (1,), or None.
         grids: see :class:`Grids`.
         relu: whether a ReLU follows.
-        activation: another function that follows, before the output quantizer, or None.
+        following: another function that follows, before the output quantizer, or None.
         activation_post_process: the output's :class:`Quantizer`, or an Identity.
     """
 
@@ -162,7 +162,6 @@ class QuantizedLayer(DeployedModule):
     multiplier: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
-    activation: nn.Module | None
     activation_post_process: nn.Module
 
     # The float layer that gives geometry and arithmetic, and the names of its constructor's arguments.
@@ -188,7 +187,6 @@ class QuantizedLayer(DeployedModule):
         self.grids = grids
         self.relu = relu
         self.keep(**{name: tensors.get(name) for name in TENSOR_NAMES})
-        self.register_module("activation", None)
         self.activation_post_process = nn.Identity() if output is None else output
         self.read_tensors()
         self.eval()
@@ -259,25 +257,30 @@ class QuantizedLayer(DeployedModule):
             else:
                 y = integer_affine(x, layer, self.linear_op, self._output_axis, self.output_grid()).to(x.dtype)
             return self.finish(y)
-        fused = quantizer.fixed() if isinstance(quantizer, Quantizer) and self.activation is None else None
+        fused = quantizer.fixed() if isinstance(quantizer, Quantizer) and self.following is None else None
         if layer is None:
             y = kernel(x, self.dequantized_weight(x.dtype), bias, self.relu, fused)
         else:
             y = kernel.integers(x, layer, self.output_grid(), self.relu, fused)
         return y if fused is not None else self.finish(y, relu_done=True)
 
+    @property
+    def following(self) -> nn.Module | None:
+        """The child ``activation``, where there is one."""
+        return self._modules.get("activation")
+
     def finish(self, y: Tensor, relu_done: bool = False) -> Tensor:
         """What follows the convolution or product: ReLU or another function, and the output quantizer."""
         if self.relu and not relu_done:
             y = F.relu(y)
-        if self.activation is not None:
-            y = self.activation(y)
+        if self.following is not None:
+            y = self.following(y)
         return cast(Tensor, self.activation_post_process(y))
 
     def output_grid(self) -> OutputGrid | None:
         """The one grid that the accumulator goes to at once, or None where a function or no such grid follows."""
         quantizer = self.activation_post_process
-        if self.activation is not None or not isinstance(quantizer, Quantizer) or quantizer.qtype.axis is not None:
+        if self.following is not None or not isinstance(quantizer, Quantizer) or quantizer.qtype.axis is not None:
             return None
         return OutputGrid(quantizer.scale, quantizer.qtype.rounding)
 

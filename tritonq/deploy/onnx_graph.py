@@ -112,7 +112,7 @@ def _behind_integers(model: nn.Module) -> set[nn.Module]:
 
 def _runs_in_integers(module: nn.Module) -> bool:
     if isinstance(module, QuantizedLayer):
-        return module.multiplier is not None and module.activation is None and _weight_axis(module) is not None
+        return module.multiplier is not None and module.following is None and _weight_axis(module) is not None
     return True
 
 
