@@ -17,7 +17,7 @@ from torch import nn
 import tritonq
 import tritonq.nn as qnn
 import vision_models
-from test_prepare import assert_inputs_on_their_grids, assert_same_when_not_rounding, primary
+from prepared_nets import assert_inputs_on_their_grids, assert_same_when_not_rounding, primary
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn.conv_bn import QATBatchNormLayer
 
