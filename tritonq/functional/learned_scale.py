@@ -81,11 +81,13 @@ def fake_quantize_learnable(
     _check_parameter("scale", scale, x, channels, positive=method == "torch")
     if method == "megengine":
         scale = scale.abs() + MEGENGINE_FLOOR
-    shift = None
+    shift: Tensor | None = None
+    codes: Tensor | None
     if isinstance(zero_point, Tensor) and zero_point.is_floating_point():
         _check_parameter("zero_point", zero_point, x, channels, positive=False)
-        shift, zero_point = zero_point, zero_point.detach().round().clamp(quant_min, quant_max).to(torch.int32)
-    codes = check_zero_point(zero_point, x, channels, quant_min, quant_max)
+        shift, codes = zero_point, zero_point.detach().round().clamp(quant_min, quant_max).to(torch.int32)
+    else:
+        codes = check_zero_point(zero_point, x, channels, quant_min, quant_max)
     return learned_fake_quantize(
         x, scale, codes, quant_min, quant_max, axis, method, grad_factor, shift=shift, backend=backend
     )

@@ -55,7 +55,10 @@ def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tenso
     if not scale.is_floating_point():
         raise TypeError(f"scale must be floating point, got {scale.dtype}")
     _check_shape_and_device("scale", scale, x, channels)
-    if is_readable(scale) and not _all_between(scale, 0.0, math.inf):
+    if is_readable(scale) and scale.numel():
+        least, greatest = _extremes(scale)
+        if 0 < least <= greatest < math.inf:
+            return scale.to(torch.float32)
         raise ValueError(f"scale must be positive and finite, got {scale.detach().flatten()[:8].tolist()}")
     return scale.to(torch.float32)
 
@@ -63,7 +66,7 @@ def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tenso
 def check_zero_point(
     zero_point: int | Tensor, x: Tensor, channels: int | None, quant_min: int, quant_max: int
 ) -> Tensor | None:
-    """``zero_point`` as an int32 tensor on ``x``'s device, or None for the number 0; checked as the scale is."""
+    """``zero_point`` as an int32 tensor on ``x``'s device, or None if known to be 0; checked as the scale is."""
     if not isinstance(zero_point, Tensor):
         if not isinstance(zero_point, int) or isinstance(zero_point, bool):
             raise TypeError(f"zero_point must be an int or an integer tensor, got {zero_point!r}")
@@ -73,19 +76,21 @@ def check_zero_point(
     if zero_point.dtype not in _INT_DTYPES:
         raise TypeError(f"zero_point must be an integer tensor, got {zero_point.dtype}")
     _check_shape_and_device("zero_point", zero_point, x, channels)
-    if is_readable(zero_point) and not _all_between(zero_point, quant_min - 1, quant_max + 1):
-        raise ValueError(f"zero_point must be in {quant_min}..{quant_max}, got {zero_point.flatten()[:8].tolist()}")
+    if is_readable(zero_point) and zero_point.numel():
+        least, greatest = _extremes(zero_point)
+        if least < quant_min or greatest > quant_max:
+            raise ValueError(f"zero_point must be in {quant_min}..{quant_max}, got {zero_point.flatten()[:8].tolist()}")
+        if least == 0 == greatest:
+            return None
     return zero_point.to(torch.int32)
 
 
-def _all_between(values: Tensor, below: float, above: float) -> bool:
-    """Whether every value lies strictly between the two bounds; False with a NaN, True without values."""
+def _extremes(values: Tensor) -> tuple[float, float]:
+    """The smallest and the largest value; NaN where one is."""
     if values.numel() == 1:
-        return below < float(values) < above
-    if values.numel() == 0:
-        return True
+        return float(values), float(values)
     least, greatest = torch.aminmax(values.detach())
-    return below < float(least) and float(greatest) < above
+    return float(least), float(greatest)
 
 
 def is_readable(values: Tensor) -> bool:

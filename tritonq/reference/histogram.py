@@ -120,7 +120,8 @@ def _count_prefixes(values: Tensor, bins: FloatPrefixBins) -> tuple[Tensor, Tens
         prefix = values.float().view(torch.int32) >> bins.shift
     table = torch.arange(_TURN, dtype=prefix.dtype, device=prefix.device) % _TABLES * (2 * negatives)
     whole = len(prefix) // _TURN * _TURN
-    prefix.add_(negatives)[:whole].view(-1, _TURN).add_(table)
+    prefix[:whole].view(-1, _TURN).add_(table.add_(negatives))
+    prefix[whole:].add_(negatives)
     raw = torch.bincount(prefix, minlength=2 * negatives * _TABLES).view(_TABLES, 2, negatives).sum(0)
     first, last = bins.first_prefix, bins.first_prefix + bins.per_side
     infinite = _INFINITE_EXPONENT << bins.mantissa_bits
