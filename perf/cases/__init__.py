@@ -15,9 +15,13 @@ from tritonq.perf.cases import (
     observe,
     residual,
     train_step,
+    weight_fold,
 )
 
-_FAMILIES = (fake_quant, observe, conv_bn, conv2d, residual, histogram, learned_scale, fixed_point, train_step)
+_FAMILIES = (
+    *(fake_quant, observe, weight_fold, conv_bn, conv2d, residual),
+    *(histogram, learned_scale, fixed_point, train_step),
+)
 
 
 @cache

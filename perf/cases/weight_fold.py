@@ -1,0 +1,150 @@
+"""The weight of a Conv-BN layer in a training step: fold, observe, fake quantize, and the gradients of both factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
+
+_QUANT_MIN, _QUANT_MAX = -128, 127
+
+_SUMS = Tolerance(
+    "the same codes; the fold's gradient is a sum of thousands of products, in another order", atol=1e-3, rtol=1e-4
+)
+_OTHER_RULE = Tolerance(
+    "version 1 has its own rule for symmetric scales, so that every code may differ, and the largest value of a row is "
+    "clipped, with its gradient, in one and not in the other: in a row of nine a distance of 0.2",
+    distance=0.3,
+)
+
+# Fold, range, divide, round, clamp, times the scale; the mask again, two products and a sum.
+_OPERATIONS = 15
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A weight (out, ...), symmetric per channel, whose range is that of the present step."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """``weight_fold/512x512x3x3/float32/forward+backward`` and the like."""
+        return f"weight_fold/{'x'.join(map(str, self.shape))}/float32/forward+backward"
+
+    def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
+        """``weight``, ``fold`` (out,) of either sign, and ``dy``, the gradient of the quantized weight."""
+        fold = torch.rand(self.shape[0], generator=generator, device=device) + 0.5
+        return {
+            "weight": torch.randn(self.shape, generator=generator, device=device).requires_grad_(),
+            "fold": (fold * torch.where(fold > 1, 1, -1)).requires_grad_(),
+            "dy": torch.randn(self.shape, generator=generator, device=device),
+        }
+
+    def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """The quantized weight, and what the straight-through estimator gives weight and fold."""
+        weight, fold = inputs["weight"].detach(), _column(inputs["fold"].detach(), inputs["weight"])
+        folded, dims = weight * fold, tuple(range(1, weight.dim()))
+        scale = (folded.abs().amax(dims, keepdim=True) / ((_QUANT_MAX - _QUANT_MIN) / 2)).clamp(min=1e-7)
+        steps = torch.round(folded * (1.0 / scale))
+        passed = inputs["dy"] * ((steps >= _QUANT_MIN) & (steps <= _QUANT_MAX))
+        return steps.clamp(_QUANT_MIN, _QUANT_MAX) * scale, passed * fold, (passed * weight).sum(dims)
+
+    def case(self, *, quick: bool) -> Case:
+        """Forward one read, one write; backward two reads, one write."""
+        elements = prod(self.shape)
+        return Case(
+            name=self.name,
+            family="weight_fold",
+            make_inputs=self.make_inputs,
+            reference=self.reference,
+            implementations={
+                "tritonq": Implementation(_tritonq, distribution="tritonq", module="tritonq", for_check=_as_values),
+                "torch.ao v0": Implementation(partial(_torch_ao, 0)),
+                "torch.ao v1": Implementation(partial(_torch_ao, 1), tolerance=_OTHER_RULE),
+            },
+            baseline="torch.ao v0",
+            bytes_moved=5 * 4 * elements,
+            operations=_OPERATIONS * elements,
+            tolerance=_SUMS,
+            quick=quick,
+        )
+
+
+def cases() -> Iterator[Case]:
+    """From a depthwise weight to the largest of ResNet-50."""
+    yield Problem((512, 1, 3, 3)).case(quick=False)
+    yield Problem((64, 64, 3, 3)).case(quick=True)
+    yield Problem((512, 512, 3, 3)).case(quick=True)
+    yield Problem((2048, 512, 1, 1)).case(quick=False)
+
+
+def _tritonq(inputs: Inputs) -> Step:
+    """What the Conv-BN operator calls; it convolves with codes, so that it never forms their values."""
+    from tritonq.backend import implementation
+    from tritonq.qparams import TORCH_EPS, QuantizedType
+    from tritonq.reference.quantizer_state import QuantizerState
+
+    channels, device = len(inputs["fold"]), inputs["weight"].device
+    ops = implementation("weight", inputs["weight"])
+    state = QuantizerState(
+        scale=torch.ones(channels, device=device),
+        zero_point=None,
+        active=torch.ones(1, dtype=torch.uint8, device=device),
+        qtype=QuantizedType(_QUANT_MIN, _QUANT_MAX, axis=0),
+        min_val=torch.full((channels,), torch.inf, device=device),
+        max_val=torch.full((channels,), -torch.inf, device=device),
+        nonfinite_count=torch.zeros((), dtype=torch.int64, device=device),
+        observing=torch.ones(1, dtype=torch.uint8, device=device),
+        averaging_constant=1.0,
+        eps=TORCH_EPS,
+    )
+
+    def step(inputs: Inputs) -> tuple[Tensor, ...]:
+        weight, fold = inputs["weight"].detach(), inputs["fold"].detach()
+        codes, unit, clips, frozen = ops.quantize_folded(weight, fold, state)
+        drows, dfold = ops.folded_backward(inputs["dy"] * _column(unit, weight), weight, fold, unit, frozen, clips)
+        return codes, unit, drows, dfold
+
+    return step
+
+
+def _as_values(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    codes, unit, drows, dfold = outputs
+    return codes * _column(unit, codes), drows, dfold
+
+
+def _torch_ao(version: int, inputs: Inputs) -> Step:
+    """The product and the fake quantizer, differentiated by autograd."""
+    from torch.ao.quantization import (
+        FakeQuantize,
+        FusedMovingAvgObsFakeQuantize,
+        MovingAveragePerChannelMinMaxObserver,
+    )
+
+    kind: type[nn.Module] = FakeQuantize if version == 0 else FusedMovingAvgObsFakeQuantize
+    quantizer = kind(
+        MovingAveragePerChannelMinMaxObserver,
+        quant_min=_QUANT_MIN,
+        quant_max=_QUANT_MAX,
+        dtype=torch.qint8,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+        averaging_constant=1.0,
+    ).to(inputs["weight"].device)
+
+    def step(inputs: Inputs) -> tuple[Tensor, ...]:
+        y = quantizer(inputs["weight"] * _column(inputs["fold"], inputs["weight"]))
+        return y, *torch.autograd.grad(y, (inputs["weight"], inputs["fold"]), inputs["dy"])
+
+    return step
+
+
+def _column(vector: Tensor, weight: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (weight.dim() - 1))
