@@ -220,6 +220,11 @@ def range_to_qparams(
     )
 
 
+def is_readable(values: Tensor) -> bool:
+    """Whether looking at the values costs no synchronisation with a device and no break in a traced graph."""
+    return values.is_cpu and not torch.compiler.is_compiling()
+
+
 def known_ordered(low: Tensor, high: Tensor) -> bool:
     """Whether every range is known to have ``low <= high``, both finite: False where looking costs a synchronisation.
 
@@ -227,7 +232,7 @@ def known_ordered(low: Tensor, high: Tensor) -> bool:
         low: any shape.
         high: of ``low``'s shape.
     """
-    if not low.is_cpu or torch.compiler.is_compiling():
+    if not is_readable(low):
         return False
     if low.numel() == 1:
         return -math.inf < float(low) <= float(high) < math.inf

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tritonq.functional.integer import bias_codes
-from tritonq.functional.validate import check_float_tensor, is_readable
+from tritonq.functional.validate import check_float_tensor
+from tritonq.qparams import is_readable
 
 
 def quantize_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:

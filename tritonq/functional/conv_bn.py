@@ -13,9 +13,10 @@ from tritonq.functional.dispatch import implementation
 from tritonq.functional.linear_map import LinearMap
 from tritonq.functional.recomputation import StepMemory, is_recomputing
 from tritonq.functional.saved_input import InputGrid, SavedInput, keep, restore
+from tritonq.qparams import is_readable
 from tritonq.reference.conv_bn import BatchNormState, Normalization
 from tritonq.reference.fold import fold_scale
-from tritonq.reference.quantizer_state import QuantizerState, is_readable
+from tritonq.reference.quantizer_state import QuantizerState
 from tritonq.reference.weight import WeightCodes
 
 # float16 holds 2^-24 .. 2^15 exactly; a code has up to 2^8 - 1.

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tritonq.backend import Backend
 from tritonq.functional.dispatch import implementation
-from tritonq.functional.validate import check_axis, check_float_tensor, is_readable
+from tritonq.functional.validate import check_axis, check_float_tensor
+from tritonq.qparams import is_readable
 
 Statistic = Literal["std", "mean_abs", "rms"]
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tritonq.functional.validate import check_float_tensor, is_readable
+from tritonq.functional.validate import check_float_tensor
+from tritonq.qparams import is_readable
 from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -15,8 +15,8 @@ from tritonq.functional.validate import (
     check_float_tensor,
     check_scale,
     check_zero_point,
-    is_readable,
 )
+from tritonq.qparams import is_readable
 from tritonq.reference.learned_scale import LearnedScale
 
 StepGradient = Literal["torch", "megengine"]

@@ -7,8 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from tritonq.qparams import QuantizedType
-from tritonq.reference.quantizer_state import is_readable
+from tritonq.qparams import QuantizedType, is_readable
 
 _MAX_BITS = 8
 _SHARED = "_tritonq_saved_codes"

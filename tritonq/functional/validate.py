@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tritonq.qparams import check_code_range, check_rounding
+from tritonq.qparams import check_code_range, check_rounding, is_readable
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INT_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
@@ -57,9 +57,8 @@ def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tenso
     _check_shape_and_device("scale", scale, x, channels)
     if is_readable(scale) and scale.numel():
         least, greatest = _extremes(scale)
-        if 0 < least <= greatest < math.inf:
-            return scale.to(torch.float32)
-        raise ValueError(f"scale must be positive and finite, got {scale.detach().flatten()[:8].tolist()}")
+        if not 0 < least <= greatest < math.inf:
+            raise ValueError(f"scale must be positive and finite, got {scale.detach().flatten()[:8].tolist()}")
     return scale.to(torch.float32)
 
 
@@ -91,11 +90,6 @@ def _extremes(values: Tensor) -> tuple[float, float]:
         return float(values), float(values)
     least, greatest = torch.aminmax(values.detach())
     return float(least), float(greatest)
-
-
-def is_readable(values: Tensor) -> bool:
-    """Whether looking at the values costs no synchronisation with a device and no break in a traced graph."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_shape_and_device(name: str, value: Tensor, x: Tensor, channels: int | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tritonq.factory import WithArgs
 from tritonq.functional.recomputation import is_recomputing
-from tritonq.functional.validate import check_float_tensor, is_readable
+from tritonq.functional.validate import check_float_tensor
 from tritonq.process_group import GroupReference, ProcessGroupLike
 from tritonq.qparams import (
     MEGENGINE_EPS,
@@ -21,6 +21,7 @@ from tritonq.qparams import (
     QuantizedType,
     RangeRule,
     Rounding,
+    is_readable,
     range_to_qparams,
 )
 

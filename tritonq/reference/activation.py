@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-from tritonq.qparams import known_ordered, round_half_away
+from tritonq.qparams import is_readable, known_ordered, round_half_away
 from tritonq.reference.fake_quant import fake_quantize
 from tritonq.reference.min_max import min_max
 from tritonq.reference.open_bounds import open_bounds
-from tritonq.reference.quantizer_state import QuantizerState, active_flag, is_readable, observe_range
+from tritonq.reference.quantizer_state import QuantizerState, active_flag, observe_range
 
 
 def observe(y: Tensor, state: QuantizerState, relu: bool) -> None:

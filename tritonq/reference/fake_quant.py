@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonq.qparams import Rounding, round_half_away
+from tritonq.qparams import Rounding, is_readable, round_half_away
 from tritonq.reference.open_bounds import open_bounds, open_bounds_of_codes
-from tritonq.reference.quantizer_state import is_readable
 
 # Ranges of more codes than this reach integers that float32 cannot hold, where the order of additions matters.
 _WIDE_CODES = 2**22
@@ -106,12 +105,12 @@ def quantize(
 
 def _known_off(active: Tensor | None) -> bool:
     """Whether ``active`` is a zero that can be read without synchronising with a device or breaking a graph."""
-    return active is not None and active.is_cpu and not torch.compiler.is_compiling() and not bool(active)
+    return active is not None and is_readable(active) and not bool(active)
 
 
 def _switched(active: Tensor | None, on: Tensor, off: Tensor) -> Tensor:
     """``on`` or ``off`` by a switch that :func:`_known_off` could not read on the host."""
-    if active is None or (active.is_cpu and not torch.compiler.is_compiling()):
+    if active is None or is_readable(active):
         return on
     return torch.where(active.view(()) != 0, on, off)
 
@@ -129,7 +128,7 @@ def _broadcast(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | 
     scale = scale.to(dtype).view(shape)
     if zero_point is None:
         return scale, 0.0
-    if zero_point.is_cpu and not torch.compiler.is_compiling():
+    if is_readable(zero_point):
         if zero_point.numel() == 1:
             return scale, float(zero_point)
         if not bool(zero_point.any()):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonq.qparams import QuantizedType, RangeRule, range_to_qparams
+from tritonq.qparams import QuantizedType, RangeRule, is_readable, range_to_qparams
 from tritonq.reference.min_max import update_range
 
 
@@ -93,11 +93,6 @@ def snapshot(state: QuantizerState) -> QuantizerState:
         state.qtype,
         known=True,
     )
-
-
-def is_readable(values: Tensor) -> bool:
-    """Whether looking at the values costs no synchronisation with a device and no break in a traced graph."""
-    return values.is_cpu and not torch.compiler.is_compiling()
 
 
 def _assign(buffer: Tensor, value: Tensor, enabled: Tensor | None) -> None:

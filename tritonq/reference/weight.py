@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonq.qparams import QuantizedType, known_ordered, round_half_away
+from tritonq.qparams import QuantizedType, is_readable, known_ordered, round_half_away
 from tritonq.reference.min_max import min_max
-from tritonq.reference.quantizer_state import QuantizerState, active_flag, is_readable, observe_range, snapshot
+from tritonq.reference.quantizer_state import QuantizerState, active_flag, observe_range, snapshot
 
 
 class WeightCodes(NamedTuple):
