@@ -9,16 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
-from tritonq.deploy.modules import (
-    LAYER_TYPES,
-    TABLE_TYPES,
-    DeployedModule,
-    Grids,
-    QuantizedEmbedding,
-    QuantizedEmbeddingBag,
-    QuantizedLayer,
-    Quantizer,
-)
+from tritonq.deploy.modules import LAYER_TYPES, DeployedModule, Grids, QuantizedLayer, Quantizer
+from tritonq.deploy.tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbeddingBag
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import Add, Embedding, EmbeddingBag, QATLayer, QATRepVGGBlock
 from tritonq.prepare.fuse import move_hooks

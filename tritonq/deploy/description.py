@@ -10,17 +10,8 @@ from torch import Tensor, nn
 
 from tritonq.deploy import fixed_point_description
 from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers, integer_difference
-from tritonq.deploy.modules import (
-    LAYER_TYPES,
-    TABLE_TENSOR_NAMES,
-    TABLE_TYPES,
-    TENSOR_NAMES,
-    DeployedModule,
-    Grids,
-    QuantizedLayer,
-    QuantizedTable,
-    Quantizer,
-)
+from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, DeployedModule, Grids, QuantizedLayer, Quantizer
+from tritonq.deploy.tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTable
 from tritonq.nn import Add, Cat, FloatFunctional, RepVGGBlock
 from tritonq.nn.intrinsic import FusedModule
 from tritonq.prepare.eager import quantize_output_hook

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonq.prepare.structure import tensors_in
+from tritonq.prepare.structure import replace_tensors, tensors_in
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -33,22 +33,23 @@ def open_batch(arguments: Arguments) -> tuple[Arguments, Any]:
         raise ValueError("example_inputs hold no tensor with a batch axis")
     batch = int(first.shape[0])
     if batch == 1:
-        arguments = _map(arguments, lambda x: torch.cat([x, x]) if x.dim() and len(x) == 1 else x)
+        arguments = replace_tensors(arguments, lambda x: torch.cat([x, x]) if x.dim() and len(x) == 1 else x)
         batch = 2
     dim = torch.export.Dim("batch")
 
     def shape_of(x: Tensor) -> dict[int, Any] | None:
         return {0: dim} if x.dim() and x.shape[0] == batch else None
 
-    positional, named = _map(arguments, shape_of, other=lambda _: None)
+    positional, named = _shapes(arguments, shape_of)
     return arguments, named if named and not positional else positional
 
 
-def _map(item: Any, change: Callable[[Tensor], Any], other: Callable[[Any], Any] = lambda x: x) -> Any:
+def _shapes(item: Any, shape_of: Callable[[Tensor], Any]) -> Any:
+    """The structure of arguments with a shape for each tensor, and None for all that isn't one."""
     if isinstance(item, Tensor):
-        return change(item)
+        return shape_of(item)
     if isinstance(item, (tuple, list)):
-        return type(item)(_map(child, change, other) for child in item)
+        return type(item)(_shapes(child, shape_of) for child in item)
     if isinstance(item, dict):
-        return {key: _map(child, change, other) for key, child in item.items()}
-    return other(item)
+        return {key: _shapes(child, shape_of) for key, child in item.items()}
+    return None

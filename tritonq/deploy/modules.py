@@ -25,11 +25,10 @@ from tritonq.reference.conv2d import OutputQuantizer
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# What a saved file holds per layer and per table.
+# What a saved file holds per layer.
 TENSOR_NAMES = (
     *("weight", "weight_scale", "weight_zero_point", "bias", "multiplier", "input_scale", "input_zero_point"),
 )
-TABLE_TENSOR_NAMES = ("weight", "weight_scale", "weight_zero_point")
 
 
 class DeployedModule(FixedDtypeBuffers):
@@ -179,10 +178,10 @@ class QuantizedLayer(DeployedModule):
     ) -> None:
         # The float constructor sets strides, paddings and the like, which users' code may read; no memory is taken.
         self.float_type.__init__(self, **geometry, bias=False, device="meta")
-        _check_shape("weight", tensors.get("weight"), tuple(self.weight.shape))
+        check_shape("weight", tensors.get("weight"), tuple(self.weight.shape))
         out = (self.to_rows(self.weight).shape[0],)
         for name in ("weight_scale", "weight_zero_point", "bias", "multiplier"):
-            _check_shape(name, tensors.get(name), out)
+            check_shape(name, tensors.get(name), out)
         del self._parameters["weight"], self._parameters["bias"]
         self.grids = grids
         self.relu = relu
@@ -249,20 +248,26 @@ class QuantizedLayer(DeployedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Shapes as the float layer's. What runs is what runs in a quantization-aware layer's eval mode."""
         layer, quantizer = self.integer_layer(), self.activation_post_process
-        bias = None if layer is not None or self.bias is None else self.bias.to(x.dtype)
         kernel = find_kernel(x, self.weight, self.plain_conv2d(), layer)
         if kernel is None:
-            if layer is None:
-                y = self.linear_op(x, self.dequantized_weight(x.dtype), bias)
-            else:
-                y = integer_affine(x, layer, self.linear_op, self._output_axis, self.output_grid()).to(x.dtype)
-            return self.finish(y)
+            return self.run_operators(x, layer)
         fused = quantizer.fixed() if isinstance(quantizer, Quantizer) and self.following is None else None
         if layer is None:
-            y = kernel(x, self.dequantized_weight(x.dtype), bias, self.relu, fused)
+            y = kernel(x, self.dequantized_weight(x.dtype), self._float_bias(x.dtype), self.relu, fused)
         else:
             y = kernel.integers(x, layer, self.output_grid(), self.relu, fused)
         return y if fused is not None else self.finish(y, relu_done=True)
+
+    def run_operators(self, x: Tensor, layer: IntegerAffine | None) -> Tensor:
+        """:meth:`forward` by PyTorch's operators; ``layer`` is :meth:`integer_layer`."""
+        if layer is None:
+            y = self.linear_op(x, self.dequantized_weight(x.dtype), self._float_bias(x.dtype))
+        else:
+            y = integer_affine(x, layer, self.linear_op, self._output_axis, self.output_grid()).to(x.dtype)
+        return self.finish(y)
+
+    def _float_bias(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
 
     @property
     def following(self) -> nn.Module | None:
@@ -362,82 +367,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         return F.linear(x, weight, bias)
 
 
-class QuantizedTable(DeployedModule):
-    """A table of integer rows, each with its scale and zero point.
-
-    Attributes:
-        weight: codes (rows, embedding_dim).
-        weight_scale: float32 (rows,).
-        weight_zero_point: int32 (rows,).
-        qtype: the grid.
-    """
-
-    weight: Tensor
-    weight_scale: Tensor
-    weight_zero_point: Tensor
-
-    float_type: ClassVar[type[nn.Module]]
-    geometry_names: ClassVar[tuple[str, ...]] = (
-        *("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
-    )
-
-    def __init__(self, geometry: dict[str, Any], qtype: QuantizedType, tensors: dict[str, Tensor]) -> None:
-        self.float_type.__init__(self, **geometry, device="meta")
-        _check_shape("weight", tensors["weight"], tuple(self.weight.shape))
-        for name in ("weight_scale", "weight_zero_point"):
-            _check_shape(name, tensors[name], (len(self.weight),))
-        del self._parameters["weight"]
-        self.qtype = qtype
-        self.keep(**{name: tensors[name] for name in TABLE_TENSOR_NAMES})
-        self.eval()
-
-    @property
-    def geometry(self) -> dict[str, Any]:
-        """Arguments of the float layer's constructor."""
-        return {name: getattr(self, name) for name in self.geometry_names}
-
-    def dequantized_weight(self) -> Tensor:
-        """The whole table as float32 values."""
-        return (self.weight - self.weight_zero_point[:, None]).float() * self.weight_scale[:, None]
-
-
-class QuantizedEmbedding(QuantizedTable, nn.Embedding):
-    """``nn.Embedding`` over a table of integers; only the rows that are looked up become float."""
-
-    float_type = nn.Embedding
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Integer indices (...) to float32 (..., embedding_dim)."""
-        if self.max_norm is not None:
-            return F.embedding(input, self.dequantized_weight(), self.padding_idx, self.max_norm, self.norm_type)
-        codes, zero = F.embedding(input, self.weight), self.weight_zero_point[input].unsqueeze(-1)
-        return (codes - zero).float() * self.weight_scale[input].unsqueeze(-1)
-
-
-class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
-    """``nn.EmbeddingBag`` over a table of integers."""
-
-    float_type = nn.EmbeddingBag
-    geometry_names = (*QuantizedTable.geometry_names, "mode", "include_last_offset")
-
-    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Integer indices and bag offsets to float32 (bags, embedding_dim)."""
-        return F.embedding_bag(
-            input,
-            self.dequantized_weight(),
-            offsets,
-            self.max_norm,
-            self.norm_type,
-            self.scale_grad_by_freq,
-            self.mode,
-            self.sparse,
-            per_sample_weights,
-            self.include_last_offset,
-            self.padding_idx,
-        )
-
-
-def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
+def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``tensor`` is None or has the shape ``expected``."""
     if tensor is not None and tuple(tensor.shape) != expected:
         raise ValueError(f"{name} must have the shape {expected}, got {tuple(tensor.shape)}")
 
@@ -446,7 +377,4 @@ def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) ->
 LAYER_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
     cls.float_type: cls
     for cls in (QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedConvTranspose2d, QuantizedLinear)
-}
-TABLE_TYPES: dict[type[nn.Module], type[QuantizedTable]] = {
-    cls.float_type: cls for cls in (QuantizedEmbedding, QuantizedEmbeddingBag)
 }

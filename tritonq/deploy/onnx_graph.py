@@ -24,17 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.deploy.convert import swap_modules
-from tritonq.deploy.modules import (
-    DeployedModule,
-    QuantizedConvTranspose2d,
-    QuantizedEmbedding,
-    QuantizedEmbeddingBag,
-    QuantizedLayer,
-    QuantizedTable,
-    Quantizer,
-)
+from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
 from tritonq.deploy.onnx_export import Target
 from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
+from tritonq.deploy.tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from tritonq.nn import Add, Cat, FloatFunctional
 from tritonq.reference.fake_quant import quantize
 

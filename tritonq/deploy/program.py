@@ -14,8 +14,8 @@ from torch.export import ExportedProgram
 from tritonq.deploy.convert import convert
 from tritonq.deploy.example_inputs import call_arguments, open_batch
 from tritonq.deploy.files import atomic_file
-from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTable, Quantizer
-from tritonq.functional.integer import integer_affine
+from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
+from tritonq.deploy.tables import QuantizedTable
 from tritonq.reference.fake_quant import fake_quantize
 
 
@@ -87,10 +87,4 @@ def _quantize(quantizer: Quantizer, x: Tensor) -> Tensor:
 
 
 def _run_layer(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    integers = layer.integer_layer()
-    if integers is None:
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        y = layer.linear_op(x, layer.dequantized_weight(x.dtype), bias)
-    else:
-        y = integer_affine(x, integers, layer.linear_op, layer._output_axis, layer.output_grid()).to(x.dtype)
-    return layer.finish(y)
+    return layer.run_operators(x, layer.integer_layer())

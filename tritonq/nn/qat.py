@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.functional.conv2d import find_kernel
+from tritonq.functional.conv2d import ConvKernel, find_kernel
 from tritonq.functional.integer import (
     BYTE_BITS,
     IntegerAffine,
@@ -127,7 +127,7 @@ class QATLayer(nn.Module):
             return cast(Tensor, self.activation_post_process(y))
         kernel = find_kernel(x, weight, self.plain_conv2d(), layer)
         if kernel is None or needs_grad:
-            y = self._affine(x, weight, bias, layer)
+            y = self._affine(x, weight, bias, layer, kernel)
             return cast(Tensor, self.activation_post_process(F.relu(y) if relu else y))
         quantizer = fixed_quantizer(self.activation_post_process)
         if layer is None:
@@ -138,12 +138,15 @@ class QATLayer(nn.Module):
 
     def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with ``weight`` fake-quantized: in float while training, in exact integers in eval mode."""
-        return self._affine(x, weight, bias, None if self.training else self.integer_layer(weight, bias))
+        layer = None if self.training else self.integer_layer(weight, bias)
+        kernel = None if layer is None else find_kernel(x, weight, self.plain_conv2d(), layer)
+        return self._affine(x, weight, bias, layer, kernel)
 
-    def _affine(self, x: Tensor, weight: Tensor, bias: Tensor | None, layer: IntegerAffine | None) -> Tensor:
+    def _affine(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, layer: IntegerAffine | None, kernel: ConvKernel | None
+    ) -> Tensor:
         if layer is None:
             return self.linear_op(x, self.quantized_weight(weight), bias)
-        kernel = find_kernel(x, weight, self.plain_conv2d(), layer)
         if kernel is None:
             exact = integer_affine(x, layer, self.linear_op, self._output_axis, self._output_grid()).to(x.dtype)
         else:

@@ -9,7 +9,8 @@ from typing import Literal
 
 from torch import nn
 
-from tritonq.deploy.modules import DeployedModule, QuantizedLayer, QuantizedTable, Quantizer
+from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
+from tritonq.deploy.tables import QuantizedTable
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import Add, Cat, Embedding, EmbeddingBag, FloatFunctional, QATLayer
 from tritonq.nn.fixed_point import FixedPointLayer

@@ -1,0 +1,95 @@
+"""Embedding tables of a converted model: integers, which are looked up as the values they stand for."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.deploy.modules import DeployedModule, check_shape
+from tritonq.qparams import QuantizedType
+
+# What a saved file holds per table.
+TABLE_TENSOR_NAMES = ("weight", "weight_scale", "weight_zero_point")
+
+
+class QuantizedTable(DeployedModule):
+    """A table of integer rows, each with its scale and zero point.
+
+    Attributes:
+        weight: codes (rows, embedding_dim).
+        weight_scale: float32 (rows,).
+        weight_zero_point: int32 (rows,).
+        qtype: the grid.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+
+    float_type: ClassVar[type[nn.Module]]
+    geometry_names: ClassVar[tuple[str, ...]] = (
+        *("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    )
+
+    def __init__(self, geometry: dict[str, Any], qtype: QuantizedType, tensors: dict[str, Tensor]) -> None:
+        self.float_type.__init__(self, **geometry, device="meta")
+        check_shape("weight", tensors["weight"], tuple(self.weight.shape))
+        for name in ("weight_scale", "weight_zero_point"):
+            check_shape(name, tensors[name], (len(self.weight),))
+        del self._parameters["weight"]
+        self.qtype = qtype
+        self.keep(**{name: tensors[name] for name in TABLE_TENSOR_NAMES})
+        self.eval()
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Arguments of the float layer's constructor."""
+        return {name: getattr(self, name) for name in self.geometry_names}
+
+    def dequantized_weight(self) -> Tensor:
+        """The whole table as float32 values."""
+        return (self.weight - self.weight_zero_point[:, None]).float() * self.weight_scale[:, None]
+
+
+class QuantizedEmbedding(QuantizedTable, nn.Embedding):
+    """``nn.Embedding`` over a table of integers; only the rows that are looked up become float."""
+
+    float_type = nn.Embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Integer indices (...) to float32 (..., embedding_dim)."""
+        if self.max_norm is not None:
+            return F.embedding(input, self.dequantized_weight(), self.padding_idx, self.max_norm, self.norm_type)
+        codes, zero = F.embedding(input, self.weight), self.weight_zero_point[input].unsqueeze(-1)
+        return (codes - zero).float() * self.weight_scale[input].unsqueeze(-1)
+
+
+class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
+    """``nn.EmbeddingBag`` over a table of integers."""
+
+    float_type = nn.EmbeddingBag
+    geometry_names = (*QuantizedTable.geometry_names, "mode", "include_last_offset")
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Integer indices and bag offsets to float32 (bags, embedding_dim)."""
+        return F.embedding_bag(
+            input,
+            self.dequantized_weight(),
+            offsets,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.mode,
+            self.sparse,
+            per_sample_weights,
+            self.include_last_offset,
+            self.padding_idx,
+        )
+
+
+# By the float table that a quantization-aware one is derived from.
+TABLE_TYPES: dict[type[nn.Module], type[QuantizedTable]] = {
+    cls.float_type: cls for cls in (QuantizedEmbedding, QuantizedEmbeddingBag)
+}
