@@ -225,9 +225,12 @@ def gradient_kernel(
 
 
 def backward(
-    dy: Tensor, c: Tensor, result: tuple[Tensor, ...], quantizer: Any, relu: bool
+    dy: Tensor, c: Tensor, result: tuple[Tensor, ...], quantizer: Any, relu: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of ``c``; per channel, the sums of the unblocked gradient and of its product with normalised ``c``."""
+    """Gradient of ``c``; per channel, the sums of the unblocked gradient and of its product with normalised ``c``.
+
+    ``out`` is not used: a GPU's allocator hands out again what was freed.
+    """
     mean, inverse_std, _, slope, shift, _ = result
     dc = torch.empty_like(c)
     (dy, c), seen = common_view((dy, c), dc, 1)

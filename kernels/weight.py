@@ -215,8 +215,13 @@ def folded_backward_kernel(
     tl.store(dfold_ptr + channel[:, None], dfold, mask=valid[:, None])
 
 
-def quantize_folded(rows: Tensor, fold: Tensor, state: Any) -> tuple[Tensor, Tensor, bool, Any]:
-    """Fold, observe and quantize: codes, unit, True (something may clip), and a snapshot of the qparams."""
+def quantize_folded(
+    rows: Tensor, fold: Tensor, state: Any, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, bool, Any]:
+    """Fold, observe and quantize: codes, unit, True (something may clip), and a snapshot of the qparams.
+
+    ``out`` is not used: a GPU's allocator hands out again what was freed.
+    """
     if state is not None and state.observing is not None and state.qtype.axis is None:
         # One scale for all rows: every row is read before the first is quantized.
         folded = rows.float() * _column(fold, rows)
@@ -237,8 +242,8 @@ def quantize_folded(rows: Tensor, fold: Tensor, state: Any) -> tuple[Tensor, Ten
     return _quantize(rows, fold, state)
 
 
-def folded_codes(rows: Tensor, fold: Tensor, state: Any, extremes: Any = None) -> tuple[Tensor, Tensor, bool, Any]:
-    """The codes of :func:`quantize_folded` once more, from its snapshot."""
+def folded_codes(rows: Tensor, fold: Tensor, state: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor, bool, Any]:
+    """The codes of :func:`quantize_folded` once more, from its snapshot; ``out`` as there."""
     return _quantize(rows, fold, state if state is None else state._replace(observing=None))
 
 
@@ -308,7 +313,6 @@ def folded_backward(
     unit: Tensor,
     state: Any,
     clips: bool,
-    scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight and of the fold from that of the codes, in float32."""
     rows, dcodes, unit = rows.contiguous(), dcodes.contiguous(), unit.contiguous()

@@ -17,6 +17,7 @@ from tritonq.qparams import is_readable
 from tritonq.reference.conv_bn import BatchNormState, Normalization
 from tritonq.reference.fold import fold_scale
 from tritonq.reference.quantizer_state import QuantizerState
+from tritonq.reference.scratch import borrow
 from tritonq.reference.weight import WeightCodes
 
 # float16 holds 2^-24 .. 2^15 exactly; a code has up to 2^8 - 1.
@@ -120,7 +121,8 @@ class _ConvBn(torch.autograd.Function):
         ready = _take_ready(step.memory, weight)
         if ready is None:
             fold, inverse_std = _fold_of_step(step, gamma, torch.promote_types(x.dtype, torch.float32))
-            made = ctx.weights.quantize_folded(step.op.to_rows(weight), fold, step.weight_quantizer)
+            rows = step.op.to_rows(weight)
+            made = ctx.weights.quantize_folded(rows, fold, step.weight_quantizer, borrow("weight", rows, fold.dtype))
         else:
             fold, inverse_std, made, _ = ready
             step.memory.fold = fold, inverse_std
@@ -158,20 +160,25 @@ class _ConvBn(torch.autograd.Function):
         output_quantizer = _with_qparams(step.output_quantizer, saved[3:])
         needs_x, needs_weight, needs_bias, needs_gamma, needs_beta, _ = ctx.needs_input_grad
 
-        dc, sum_g, sum_gn = ctx.tail.backward(dy, c, normalization, output_quantizer, step.relu)
+        dc, sum_g, sum_gn = ctx.tail.backward(
+            dy, c, normalization, output_quantizer, step.relu, borrow("gradient", c, fold.dtype)
+        )
         dx = dweight = dgamma = dfold = None
         if needs_x or needs_weight or needs_gamma:
             rows = step.op.to_rows(weight)
-            codes, row_codes = weight, None
+            codes = weight
             if needs_x:
-                row_codes, code_unit, *_ = ctx.weights.folded_codes(rows, fold, weight_quantizer)
+                row_codes, code_unit, *_ = ctx.weights.folded_codes(
+                    rows, fold, weight_quantizer, borrow("weight", rows, fold.dtype)
+                )
                 row_codes, _ = fit_codes(row_codes, code_unit, c.dtype)
                 codes = step.op.from_rows(row_codes)
-            x = restore(kept) if needs_weight or needs_gamma else kept.values
-            dx, dcodes = step.op.backward(dc, x, codes, needs_x, needs_weight or needs_gamma)
+            needs_input = needs_weight or needs_gamma
+            x = restore(kept, borrow("input", kept.values, torch.float32)) if needs_input else kept.values
+            dx, dcodes = step.op.backward(dc, x, codes, needs_x, needs_input)
             if dcodes is not None:
                 drows, dfold = ctx.weights.folded_backward(
-                    step.op.to_rows(dcodes), rows, fold, unit, weight_quantizer, ctx.clips, row_codes
+                    step.op.to_rows(dcodes), rows, fold, unit, weight_quantizer, ctx.clips
                 )
                 dweight = step.op.from_rows(drows).to(weight.dtype) if needs_weight else None
         if needs_gamma and dfold is not None:

@@ -70,11 +70,11 @@ def keep(x: Tensor, grid: InputGrid | None) -> SavedInput:
     return saved
 
 
-def restore(saved: SavedInput) -> Tensor:
-    """The tensor that was given to :func:`keep`."""
+def restore(saved: SavedInput, out: Tensor | None = None) -> Tensor:
+    """The tensor that was given to :func:`keep`, written to ``out`` (float32) where that is of use."""
     if saved.scale is None:
         return saved.values
-    steps = saved.values.float()
+    steps = saved.values.float() if out is None else out.copy_(saved.values)
     if saved.shift is not None:
         steps.sub_(saved.shift)
     return steps.mul_(saved.scale).to(saved.dtype)

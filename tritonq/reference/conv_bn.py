@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tritonq.reference.activation import observe, quantize_, straight_through_
 from tritonq.reference.quantizer_state import QuantizerState, snapshot
+from tritonq.reference.scratch import borrow, is_dense
 
 
 class BatchNormState(NamedTuple):
@@ -172,7 +173,12 @@ def update_running_statistics(norm: BatchNormState, mean: Tensor, var: Tensor, c
 
 
 def backward(
-    dy: Tensor, c: Tensor, result: Normalization, quantizer: QuantizerState | None, relu: bool
+    dy: Tensor,
+    c: Tensor,
+    result: Normalization,
+    quantizer: QuantizerState | None,
+    relu: bool,
+    out: Tensor | None = None,
 ) -> TailGradients:
     """Gradient of :func:`forward` with respect to ``c``, and the two sums that those of γ and β are made of.
 
@@ -185,27 +191,40 @@ def backward(
         result: from the forward.
         quantizer: its qparams as they were in the forward.
         relu: as in the forward.
+        out: where the gradient may be written: like ``c``, in the dtype of ``result``.
     """
     c = dense(c)
     wide = c.to(result.mean.dtype)
     dy = _like(dy.to(wide.dtype), wide)
     g = dy
     if relu or quantizer is not None:
-        g = straight_through_(dy, affine(wide, result.slope, result.shift), quantizer, relu)
+        y = affine(wide, result.slope, result.shift, borrow("local", wide))
+        g = straight_through_(dy, y, quantizer, relu)
     if _channels_are_outer(c):
+        sums_only = [out is None, True, True]
         dc, sum_gn, sum_g = torch.ops.aten.native_batch_norm_backward(
-            g, wide, result.gain, None, None, result.mean, result.inverse_std, True, 0.0, [True, True, True]
+            g, wide, result.gain, None, None, result.mean, result.inverse_std, True, 0.0, sums_only
         )
+        if out is not None:
+            pull, offset = _pull_and_offset(result, sum_g, sum_gn, c)
+            centred = torch.sub(wide, _column(result.mean, wide), out=out)
+            dc = affine(centred, pull, offset, centred).addcmul_(g, _column(result.slope, g))
         return TailGradients(dc.to(c.dtype), sum_g, sum_gn)
     # Channels lie innermost: broadcasting vectors is fast, BatchNorm's own backward is not.
     g, flat = _rows(g), _rows(wide)
-    count = len(flat)
-    centred = flat - result.mean
+    centred = torch.sub(flat, result.mean, out=None if out is None else _rows(out))
     sum_g = g.sum(0)
-    sum_gn = (g * centred).sum(0).mul_(result.inverse_std)
-    pull = result.slope * result.inverse_std * sum_gn / -count
-    dc = torch.addcmul(result.slope * sum_g / -count, centred, pull, out=centred).addcmul_(g, result.slope)
+    product = borrow("product", g)
+    sum_gn = torch.mul(g, centred, out=product).sum(0).mul_(result.inverse_std)
+    pull, offset = _pull_and_offset(result, sum_g, sum_gn, c)
+    dc = torch.addcmul(offset, centred, pull, out=centred).addcmul_(g, result.slope)
     return TailGradients(_unrows(dc, c).to(c.dtype), sum_g, sum_gn)
+
+
+def _pull_and_offset(result: Normalization, sum_g: Tensor, sum_gn: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`backward` multiplies ``c - mean`` by, and what it adds, besides ``slope · g``."""
+    share = result.slope / -(c.numel() // c.shape[1])
+    return share * result.inverse_std * sum_gn, share * sum_g
 
 
 def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,15 +257,14 @@ def affine(c: Tensor, slope: Tensor, shift: Tensor, out: Tensor | None = None) -
     return out
 
 
+def _column(vector: Tensor, c: Tensor) -> Tensor:
+    """A vector per channel, shaped to broadcast against ``c``."""
+    return vector.view(-1, *[1] * (c.dim() - 2))
+
+
 def dense(c: Tensor) -> Tensor:
     """``c``, copied only where it is neither contiguous nor channels last."""
-    return c if c.is_contiguous() or _is_channels_last(c) else c.contiguous()
-
-
-def _is_channels_last(c: Tensor) -> bool:
-    if c.dim() not in (4, 5):
-        return False
-    return c.is_contiguous(memory_format=torch.channels_last if c.dim() == 4 else torch.channels_last_3d)
+    return c if is_dense(c) else c.contiguous()
 
 
 def _channels_are_outer(c: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tritonq.qparams import QuantizedType, is_readable, known_ordered, round_half_away
 from tritonq.reference.min_max import min_max
 from tritonq.reference.quantizer_state import QuantizerState, active_flag, observe_range, snapshot
+from tritonq.reference.scratch import borrow
 
 
 class WeightCodes(NamedTuple):
@@ -33,28 +34,33 @@ class WeightCodes(NamedTuple):
     state: QuantizerState | None
 
 
-def quantize_folded(rows: Tensor, fold: Tensor, state: QuantizerState | None) -> WeightCodes:
+def quantize_folded(rows: Tensor, fold: Tensor, state: QuantizerState | None, out: Tensor | None = None) -> WeightCodes:
     """Fold, observe (see :func:`observe_range`), and quantize a weight.
 
     Args:
         rows: (out, ...), any float dtype.
         fold: (out,), in the dtype of the arithmetic.
         state: its quantizer, per channel or per tensor; None leaves the folded weight in float.
+        out: where the codes may be written: shaped as ``rows``, in the dtype of ``fold``.
     """
     rows = rows.to(fold.dtype)
     if state is None:
-        return folded_codes(rows, fold, None)
+        return folded_codes(rows, fold, None, out)
     low, high = _folded_extremes(rows, fold)
     if known_ordered(low, high):
         per_tensor = state.qtype.axis is None
         observe_range(state, low.amin() if per_tensor else low, high.amax() if per_tensor else high)
     else:
         observe_range(state, *min_max(rows * _column(fold, rows), state.qtype.axis))
-    return folded_codes(rows, fold, snapshot(state), (low, high))
+    return folded_codes(rows, fold, snapshot(state), out, (low, high))
 
 
 def folded_codes(
-    rows: Tensor, fold: Tensor, state: QuantizerState | None, extremes: tuple[Tensor, Tensor] | None = None
+    rows: Tensor,
+    fold: Tensor,
+    state: QuantizerState | None,
+    out: Tensor | None = None,
+    extremes: tuple[Tensor, Tensor] | None = None,
 ) -> WeightCodes:
     """Fold and quantize without observing: the codes that :func:`quantize_folded` made, made again.
 
@@ -62,16 +68,17 @@ def folded_codes(
         rows: (out, ...).
         fold: (out,).
         state: its quantizer, or the snapshot that the forward made.
+        out: as for :func:`quantize_folded`.
         extremes: smallest and largest folded value per channel where known: they tell whether anything clips.
     """
     rows = rows.to(fold.dtype)
     active = False if state is None else active_flag(state)
     if active is False or state is None:
-        return WeightCodes(rows * _column(fold, rows), torch.ones_like(fold), False, state)
+        return WeightCodes(torch.mul(rows, _column(fold, rows), out=out), torch.ones_like(fold), False, state)
     scale = state.scale.to(fold.dtype)
     zero_point = state.zero_point
     clips = extremes is None or not is_readable(rows) or _any_clips(*extremes, scale, zero_point, state.qtype)
-    codes = _steps(rows, fold, scale, state.qtype)
+    codes = _steps(rows, fold, scale, state.qtype, out)
     if clips:
         codes = _clamp(codes, zero_point, state.qtype)
     unit = scale.expand(len(rows))
@@ -88,7 +95,6 @@ def folded_backward(
     unit: Tensor,
     state: QuantizerState | None,
     clips: bool,
-    scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight and of the fold from that of the codes; ``dcodes`` may be overwritten.
 
@@ -102,7 +108,6 @@ def folded_backward(
         unit: (out,), from the forward (times what the codes were divided by before they were used).
         state: the quantizer as it was in the forward; None where there is none.
         clips: from the forward.
-        scratch: a tensor like ``dcodes`` that may be overwritten.
 
     Returns:
         ``(drows, dfold)`` in the dtype of ``fold``.
@@ -110,9 +115,7 @@ def folded_backward(
     dcodes, rows = dcodes.to(fold.dtype), rows.to(fold.dtype)
     if clips and state is not None:
         dcodes = _straight_through(dcodes, rows, fold, state)
-    # Fresh memory costs a CPU more than the product that is written to it.
-    usable = scratch is not None and scratch.dtype == dcodes.dtype and scratch.stride() == dcodes.stride()
-    product = torch.mul(dcodes, rows, out=scratch) if usable else dcodes * rows
+    product = torch.mul(dcodes, rows, out=borrow("local", dcodes))
     dfold = product.flatten(1).sum(1).div_(unit)
     return dcodes.mul_(_column(fold / unit, rows)), dfold
 
@@ -123,12 +126,12 @@ def _straight_through(dcodes: Tensor, rows: Tensor, fold: Tensor, state: Quantiz
     if active is False:
         return dcodes
     qtype = state.qtype
-    steps = _steps(rows, fold, state.scale.to(fold.dtype), qtype)
+    steps = _steps(rows, fold, state.scale.to(fold.dtype), qtype, borrow("local", rows))
     if state.zero_point is not None:
         steps = steps.add_(_column(state.zero_point, rows))
     # Strict bounds, half a code outwards: steps are whole.
-    masked = torch.ops.aten.hardtanh_backward(
-        dcodes, steps.nan_to_num_(torch.inf), qtype.quant_min - 0.5, qtype.quant_max + 0.5
+    masked = torch.ops.aten.hardtanh_backward.grad_input(
+        dcodes, steps.nan_to_num_(torch.inf), qtype.quant_min - 0.5, qtype.quant_max + 0.5, grad_input=dcodes
     )
     return masked if active is True else torch.where(active, masked, dcodes)
 
@@ -148,9 +151,9 @@ def _any_clips(low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor | No
     return not (qtype.quant_min <= float(codes.amin()) and float(codes.amax()) <= qtype.quant_max)
 
 
-def _steps(rows: Tensor, fold: Tensor, scale: Tensor, qtype: QuantizedType) -> Tensor:
-    """``round(rows · fold / scale)`` in a new tensor; two roundings before the last, as when the weight is deployed."""
-    return _divide_and_round(rows * _column(fold, rows), _column(scale, rows), qtype)
+def _steps(rows: Tensor, fold: Tensor, scale: Tensor, qtype: QuantizedType, out: Tensor | None) -> Tensor:
+    """``round(rows · fold / scale)``; two roundings before the last, as when the weight is deployed."""
+    return _divide_and_round(torch.mul(rows, _column(fold, rows), out=out), _column(scale, rows), qtype)
 
 
 def _divide_and_round(folded: Tensor, scale: Tensor, qtype: QuantizedType) -> Tensor:

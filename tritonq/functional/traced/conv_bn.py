@@ -36,9 +36,14 @@ def forward(
 
 
 def backward(
-    dy: Tensor, c: Tensor, result: Normalization, quantizer: QuantizerState | None, relu: bool
+    dy: Tensor,
+    c: Tensor,
+    result: Normalization,
+    quantizer: QuantizerState | None,
+    relu: bool,
+    out: Tensor | None = None,
 ) -> TailGradients:
-    """See the reference."""
+    """See the reference; ``out`` is not used."""
     return TailGradients(*_backward(dy, c, list(result), *pack(quantizer), relu))
 
 

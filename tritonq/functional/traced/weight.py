@@ -12,8 +12,8 @@ from tritonq.reference.quantizer_state import QuantizerState
 from tritonq.reference.weight import WeightCodes
 
 
-def quantize_folded(rows: Tensor, fold: Tensor, state: QuantizerState | None) -> WeightCodes:
-    """See the reference; whether anything clips is never known."""
+def quantize_folded(rows: Tensor, fold: Tensor, state: QuantizerState | None, out: Tensor | None = None) -> WeightCodes:
+    """See the reference; ``out`` is not used, and whether anything clips is never known."""
     if state is None:
         return reference.folded_codes(rows, fold, None)
     codes, unit, scale, zero_point, active = _quantize_folded(rows, fold, *pack(state))
@@ -21,8 +21,8 @@ def quantize_folded(rows: Tensor, fold: Tensor, state: QuantizerState | None) ->
     return WeightCodes(codes, unit, True, QuantizerState(scale, zero, active, state.qtype, known=True))
 
 
-def folded_codes(rows: Tensor, fold: Tensor, state: QuantizerState | None) -> WeightCodes:
-    """See the reference."""
+def folded_codes(rows: Tensor, fold: Tensor, state: QuantizerState | None, out: Tensor | None = None) -> WeightCodes:
+    """See the reference; ``out`` is not used."""
     if state is None:
         return reference.folded_codes(rows, fold, None)
     codes, unit = _folded_codes(rows, fold, *pack(state))
@@ -36,7 +36,6 @@ def folded_backward(
     unit: Tensor,
     state: QuantizerState | None,
     clips: bool,
-    scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See the reference; overwrites nothing."""
     return _folded_backward(dcodes, rows, fold, unit, *pack(state), clips)  # type: ignore[no-any-return]

@@ -1,0 +1,64 @@
+"""Memory that operators on the CPU write their temporaries to, again and again.
+
+A large tensor that is allocated comes from the system page by page, at its first write: on a CPU that costs several
+times the arithmetic that fills it. A temporary that is dead before its operator returns is written to memory that was
+there the last time.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+# One slot per role, so that what is alive at the same time never shares one: a quantized weight; the gradient of a
+# convolution's output; a convolution's input, rebuilt; and two that a single function of `tritonq.reference` needs.
+Slot = Literal["weight", "gradient", "input", "local", "product"]
+
+# Below this, memory that was freed a moment ago serves the next request anyhow.
+_LEAST_BYTES = 1 << 19
+
+
+class _Slots(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[Slot, torch.dtype], Tensor] = {}
+
+
+_slots = _Slots()
+
+
+def borrow(slot: Slot, like: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Uninitialised memory for a tensor of ``like``'s shape and strides, or None where allocating is as good.
+
+    What it holds lasts until the next call for the same slot in this thread. Each slot keeps the size of its largest
+    request until the thread ends. None for a tensor that is small, not dense, not an ordinary tensor on a CPU, and
+    while a graph is traced.
+
+    Args:
+        slot: what for.
+        like: a dense tensor.
+        dtype: None takes ``like``'s.
+    """
+    if not like.is_cpu or type(like) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+        return None
+    dtype = like.dtype if dtype is None else dtype
+    count = like.numel()
+    if count * dtype.itemsize < _LEAST_BYTES or not is_dense(like):
+        return None
+    buffer = _slots.buffers.get((slot, dtype))
+    if buffer is None or buffer.numel() < count:
+        # Not of inference mode, even if that is on: the next call may come outside of it.
+        with torch.inference_mode(False):
+            buffer = _slots.buffers[slot, dtype] = torch.empty(count, dtype=dtype)
+    return buffer.as_strided(like.shape, like.stride())
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether ``x`` is contiguous or channels last."""
+    if x.is_contiguous():
+        return True
+    if x.dim() not in (4, 5):
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
