@@ -173,6 +173,7 @@ def range_to_qparams(
     *,
     rule: RangeRule = "torch",
     eps: float | None = None,
+    ordered: bool = False,
 ) -> QParams:
     """Turn a range into scale and zero point; the only place in the project where that happens.
 
@@ -193,6 +194,7 @@ def range_to_qparams(
         qtype: the grid.
         rule: which system's formula.
         eps: floor under the scale; None takes the rule's own.
+        ordered: whether the caller knows that every range was observed and is finite.
 
     Returns:
         Scale as float32 and zero point as int32, shaped like ``min_val``.
@@ -206,7 +208,7 @@ def range_to_qparams(
         raise ValueError(f"unknown range rule {rule!r}; known: {', '.join(get_args(RangeRule))}")
     if min_val.shape != max_val.shape:
         raise ValueError(f"min_val and max_val differ in shape: {tuple(min_val.shape)} and {tuple(max_val.shape)}")
-    if known_ordered(min_val, max_val):
+    if ordered or known_ordered(min_val, max_val):
         # The usual case takes a third of the operators; on a small tensor each costs as much as on a scalar.
         scale, zero_point = _observed_qparams(min_val.float(), max_val.float(), qtype, rule, eps)
         return QParams(scale.to(torch.float32), zero_point.to(torch.int32))

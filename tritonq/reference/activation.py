@@ -10,31 +10,35 @@ import math
 import torch
 from torch import Tensor
 
-from tritonq.qparams import is_readable, known_ordered, round_half_away
+from tritonq.qparams import is_readable, round_half_away
 from tritonq.reference.fake_quant import fake_quantize
-from tritonq.reference.min_max import min_max
+from tritonq.reference.min_max import extremes
 from tritonq.reference.open_bounds import open_bounds
 from tritonq.reference.quantizer_state import QuantizerState, active_flag, observe_range
 
 
-def observe(y: Tensor, state: QuantizerState, relu: bool) -> None:
+def observe(y: Tensor, state: QuantizerState, relu: bool) -> QuantizerState:
     """Update a quantizer's range and qparams with ``relu?(y)``.
 
     Args:
         y: float32 or float64.
         state: per tensor.
         relu: whether the quantizer sees ``relu(y)``.
+
+    Returns:
+        See :func:`tritonq.reference.quantizer_state.observe_range`.
     """
     if state.observing is None or (is_readable(y) and not bool(state.observing)):
-        return
-    low, high, nonfinite = min_max(y)
+        return state
+    low, high, nonfinite = extremes(y)
+    if nonfinite is None:
+        ends = (low.clamp_(min=0), high.clamp_(min=0)) if relu else (low, high)
+        return observe_range(state, *ends, ordered=True)
     if relu:
         # The extremes of relu(y); a batch without finite values keeps low > high.
-        ends = torch.stack((low, high))
-        low, high = (
-            ends.clamp_(min=0) if known_ordered(low, high) else torch.where(low <= high, ends.clamp(min=0), ends)
-        )
-    observe_range(state, low, high, nonfinite)
+        some = low <= high
+        low, high = (torch.where(some, end.clamp(min=0), end) for end in (low, high))
+    return observe_range(state, low, high, nonfinite)
 
 
 def quantize_(y: Tensor, state: QuantizerState, relu: bool) -> Tensor:

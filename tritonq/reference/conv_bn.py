@@ -9,6 +9,7 @@ section 4. Vectors are (channels,) in the dtype of the arithmetic: float32, or f
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -106,8 +107,7 @@ def forward(
     y = affine(wide, result.slope, result.shift, scratch)
     if quantizer is None:
         return TailResult((y.relu_() if relu else y).to(c.dtype), result, None)
-    observe(y, quantizer, relu)
-    frozen = snapshot(quantizer)
+    frozen = snapshot(observe(y, quantizer, relu))
     return TailResult(quantize_(y, frozen, relu).to(c.dtype), result, frozen)
 
 
@@ -250,11 +250,20 @@ def affine(c: Tensor, slope: Tensor, shift: Tensor, out: Tensor | None = None) -
         torch.addcmul(shift, _rows(c), slope, out=_rows(out))
         return out
     # The fastest per-channel affine there is on CPUs, bit for bit addcmul.
-    zero, one, unused = torch.zeros_like(slope), torch.ones_like(slope), slope.new_empty(0)
+    make = _standard_statistics if type(slope) is Tensor else _standard_statistics.__wrapped__
+    mean, var, unused = make(len(slope), slope.dtype, slope.device)
     torch.ops.aten.native_batch_norm.out(
-        c, slope, shift, zero, one, False, 0.0, 0.0, out=out, save_mean=unused, save_invstd=unused
+        c, slope, shift, mean, var, False, 0.0, 0.0, out=out, save_mean=unused, save_invstd=unused
     )
     return out
+
+
+@cache
+def _standard_statistics(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean 0 and variance 1, and a tensor for outputs that there are none of; never written to."""
+    with torch.inference_mode(False):
+        mean, var = torch.zeros(channels, dtype=dtype, device=device), torch.ones(channels, dtype=dtype, device=device)
+        return mean, var, torch.empty(0, dtype=dtype, device=device)
 
 
 def _column(vector: Tensor, c: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,17 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
         ``(low, high, nonfinite)``: float32, float32 and int64, 0-d or (x.shape[axis],) (the count is 0-d always).
         Without a finite value ``low`` is +inf and ``high`` is -inf.
     """
+    low, high, nonfinite = extremes(x, axis)
+    return low, high, _zero_count(x) if nonfinite is None else nonfinite
+
+
+def extremes(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`min_max`, with None for the count where it is known that every value is finite, and that there are some.
+
+    Args:
+        x: see there.
+        axis: see there.
+    """
     channels = () if axis is None else (x.shape[axis],)
     if x.numel() == 0:
         return x.new_full(channels, torch.inf).float(), x.new_full(channels, -torch.inf).float(), _zero_count(x)
@@ -30,7 +43,7 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
     # NaN and infinities show in the extremes, so that the usual, finite case needs no second look at the data.
     # (The branch reads CPU values; other devices and traced graphs always take the second look instead.)
     if known_ordered(low, high):
-        return low.float(), high.float(), _zero_count(x)
+        return low.float(), high.float(), None
     finite = torch.isfinite(x)
     low = torch.where(finite, x, torch.inf).amin(dims)
     high = torch.where(finite, x, -torch.inf).amax(dims)
@@ -56,6 +69,20 @@ def update_range(
     new_max = torch.where(seen, max_val + averaging_constant * (high - max_val), high)
     usable = low <= high
     return torch.where(usable, new_min, min_val), torch.where(usable, new_max, max_val)
+
+
+def merge_range_(low: Tensor, high: Tensor, min_val: Tensor, max_val: Tensor, averaging_constant: float | None) -> None:
+    """:func:`update_range` in place, for tensors on the CPU of which it is known that ``low <= high``, both finite."""
+    if averaging_constant is None:
+        torch.minimum(min_val, low, out=min_val)
+        torch.maximum(max_val, high, out=max_val)
+    elif min_val.numel() and float(min_val.amax()) < math.inf:
+        min_val.add_(torch.sub(low, min_val).mul_(averaging_constant))
+        max_val.add_(torch.sub(high, max_val).mul_(averaging_constant))
+    else:
+        new_min, new_max = update_range(low, high, min_val, max_val, averaging_constant)
+        min_val.copy_(new_min)
+        max_val.copy_(new_max)
 
 
 def observe(
@@ -88,13 +115,17 @@ def observe(
     """
     if enabled is not None and not bool(enabled):
         return
-    low, high, nonfinite = min_max(x, qtype.axis)
-    new_min, new_max = update_range(low, high, min_val, max_val, averaging_constant)
-    min_val.copy_(new_min)
-    max_val.copy_(new_max)
-    nonfinite_count.add_(nonfinite)
+    low, high, nonfinite = extremes(x, qtype.axis)
+    ordered = nonfinite is None
+    if nonfinite is None:
+        merge_range_(low, high, min_val, max_val, averaging_constant)
+    else:
+        new_min, new_max = update_range(low, high, min_val, max_val, averaging_constant)
+        min_val.copy_(new_min)
+        max_val.copy_(new_max)
+        nonfinite_count.add_(nonfinite)
     if scale is not None and zero_point is not None:
-        qparams = range_to_qparams(min_val, max_val, qtype, rule=rule, eps=eps)
+        qparams = range_to_qparams(min_val, max_val, qtype, rule=rule, eps=eps, ordered=ordered)
         scale.copy_(qparams.scale.view_as(scale))
         zero_point.copy_(qparams.zero_point.view_as(zero_point))
 

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from tritonq.qparams import QuantizedType, RangeRule, is_readable, range_to_qparams
-from tritonq.reference.min_max import update_range
+from tritonq.reference.min_max import merge_range_, update_range
+
+
+# Never written to.
+_SWITCH = {value: torch.tensor([value]) for value in (False, True)}
 
 
 class QuantizerState(NamedTuple):
@@ -43,7 +47,9 @@ class QuantizerState(NamedTuple):
     known: bool = False
 
 
-def observe_range(state: QuantizerState, low: Tensor, high: Tensor, nonfinite: Tensor | None = None) -> None:
+def observe_range(
+    state: QuantizerState, low: Tensor, high: Tensor, nonfinite: Tensor | None = None, ordered: bool = False
+) -> QuantizerState:
     """Merge a batch's range into the running one and write the qparams that follow.
 
     Args:
@@ -51,12 +57,20 @@ def observe_range(state: QuantizerState, low: Tensor, high: Tensor, nonfinite: T
         low: smallest finite value of the batch, shaped as ``state.min_val``; +inf where there is none.
         high: largest, or -inf.
         nonfinite: number of values that were skipped; None for zero.
+        ordered: whether ``low <= high``, both finite, is known, and so that nothing was skipped.
+
+    Returns:
+        The state, and that its qparams rest on data where that is known.
     """
     if state.observing is None or state.min_val is None or state.max_val is None:
-        return
+        return state
     if is_readable(state.observing):
         if not bool(state.observing):
-            return
+            return state
+        if ordered:
+            merge_range_(low.float(), high.float(), state.min_val, state.max_val, state.averaging_constant)
+            _write_qparams(state, state.min_val, state.max_val, None, True)
+            return state._replace(known=True)
         enabled = None
     else:
         enabled = state.observing.view(()) != 0
@@ -65,10 +79,8 @@ def observe_range(state: QuantizerState, low: Tensor, high: Tensor, nonfinite: T
     _assign(state.max_val, new_max, enabled)
     if nonfinite is not None and state.nonfinite_count is not None:
         _assign(state.nonfinite_count, state.nonfinite_count + nonfinite, enabled)
-    scale, zero_point = range_to_qparams(state.min_val, state.max_val, state.qtype, rule=state.rule, eps=state.eps)
-    _assign(state.scale, scale.view_as(state.scale), enabled)
-    if state.zero_point is not None:
-        _assign(state.zero_point, zero_point.view_as(state.zero_point), enabled)
+    _write_qparams(state, state.min_val, state.max_val, enabled, False)
+    return state
 
 
 def active_flag(state: QuantizerState) -> bool | Tensor:
@@ -89,10 +101,19 @@ def snapshot(state: QuantizerState) -> QuantizerState:
     return QuantizerState(
         state.scale.clone(),
         None if state.zero_point is None else state.zero_point.clone(),
-        torch.tensor([active]) if isinstance(active, bool) else active.view(1),
+        _SWITCH[active] if isinstance(active, bool) else active.view(1),
         state.qtype,
         known=True,
     )
+
+
+def _write_qparams(
+    state: QuantizerState, min_val: Tensor, max_val: Tensor, enabled: Tensor | None, ordered: bool
+) -> None:
+    qparams = range_to_qparams(min_val, max_val, state.qtype, rule=state.rule, eps=state.eps, ordered=ordered)
+    _assign(state.scale, qparams.scale.view_as(state.scale), enabled)
+    if state.zero_point is not None:
+        _assign(state.zero_point, qparams.zero_point.view_as(state.zero_point), enabled)
 
 
 def _assign(buffer: Tensor, value: Tensor, enabled: Tensor | None) -> None:

@@ -41,7 +41,7 @@ def forward(a: Tensor, b: Tensor, quantizer: QuantizerState | None, relu: bool) 
     wide = torch.promote_types(a.dtype, torch.float32)
     y = a.to(wide) + b.to(wide)
     if quantizer is not None:
-        observe(y, quantizer, relu)
+        quantizer = observe(y, quantizer, relu)
     # Threshold and pack before the sum is overwritten, after the observer moved the thresholds.
     passes = straight_through_(torch.ones_like(y), y.clone(), quantizer, relu)
     mask = pack(in_memory_order(passes))

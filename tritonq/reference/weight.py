@@ -6,12 +6,13 @@ multiplied by before it is quantized.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tritonq.qparams import QuantizedType, is_readable, known_ordered, round_half_away
+from tritonq.qparams import QuantizedType, is_readable, round_half_away
 from tritonq.reference.min_max import min_max
 from tritonq.reference.quantizer_state import QuantizerState, active_flag, observe_range, snapshot
 from tritonq.reference.scratch import borrow
@@ -47,11 +48,14 @@ def quantize_folded(rows: Tensor, fold: Tensor, state: QuantizerState | None, ou
     if state is None:
         return folded_codes(rows, fold, None, out)
     low, high = _folded_extremes(rows, fold)
-    if known_ordered(low, high):
+    # Of one tensor, the smallest value is not above the largest; NaN in either fails.
+    if is_readable(low) and len(low) and -math.inf < float(low.amin()) and float(high.amax()) < math.inf:
         per_tensor = state.qtype.axis is None
-        observe_range(state, low.amin() if per_tensor else low, high.amax() if per_tensor else high)
+        state = observe_range(
+            state, low.amin() if per_tensor else low, high.amax() if per_tensor else high, ordered=True
+        )
     else:
-        observe_range(state, *min_max(rows * _column(fold, rows), state.qtype.axis))
+        state = observe_range(state, *min_max(rows * _column(fold, rows), state.qtype.axis))
     return folded_codes(rows, fold, snapshot(state), out, (low, high))
 
 
@@ -144,11 +148,10 @@ def _folded_extremes(rows: Tensor, fold: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _any_clips(low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor | None, qtype: QuantizedType) -> bool:
-    ends = torch.stack((low, high))
-    codes = _divide_and_round(ends, scale, qtype)
+    low, high = (_divide_and_round(end.clone(), scale, qtype) for end in (low, high))
     if zero_point is not None:
-        codes = codes + zero_point
-    return not (qtype.quant_min <= float(codes.amin()) and float(codes.amax()) <= qtype.quant_max)
+        low, high = low + zero_point, high + zero_point
+    return not (qtype.quant_min <= float(low.amin()) and float(high.amax()) <= qtype.quant_max)
 
 
 def _steps(rows: Tensor, fold: Tensor, scale: Tensor, qtype: QuantizedType, out: Tensor | None) -> Tensor:
