@@ -12,7 +12,7 @@ from torch import Tensor
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.linear_map import LinearMap
 from tritonq.functional.recomputation import StepMemory, is_recomputing
-from tritonq.functional.saved_input import InputGrid, SavedInput, keep, restore
+from tritonq.functional.saved_input import InputGrid, SavedInput, keep, mark, restore
 from tritonq.qparams import is_readable
 from tritonq.reference.conv_bn import BatchNormState, Normalization
 from tritonq.reference.fold import fold_scale
@@ -135,6 +135,8 @@ class _ConvBn(torch.autograd.Function):
         y, normalization, quantizer = ctx.tail.forward(
             c, fold / unit, gamma, beta, bias, step.norm, step.output_quantizer, step.relu
         )
+        if quantizer is not None and is_readable(quantizer.active) and bool(quantizer.active):
+            mark(y, step.output_quantizer.scale)
         if any(ctx.needs_input_grad):
             kept = keep(x, step.input_grid)
             ctx.step, ctx.clips, ctx.x_dtype = step, clips, x.dtype

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from tritonq.qparams import QuantizedType, is_readable
+from tritonq.reference.scratch import borrow
 
 _MAX_BITS = 8
 _SHARED = "_tritonq_saved_codes"
+_MARK = "_tritonq_grid"
 
 
 class InputGrid(NamedTuple):
@@ -56,18 +58,31 @@ class SavedInput(NamedTuple):
 def keep(x: Tensor, grid: InputGrid | None) -> SavedInput:
     """``x`` as codes of ``grid`` if it can be rebuilt from them exactly, else ``x`` itself.
 
-    On a CPU that is verified; elsewhere the grid is trusted. Operators that take the same tensor share its codes.
+    On a CPU that is verified, unless an operator of ours said so (:func:`mark`); elsewhere the grid is trusted.
+    Operators that take the same tensor share its codes.
     """
     if grid is None or not grid.is_compact or x.dtype == torch.float64:
         return SavedInput(x, None, None, x.dtype)
     shared = getattr(x, _SHARED, None)
     if shared is not None and shared[0] is grid.scale and shared[1] == x._version:
         return cast(SavedInput, shared[2])
-    saved = _encode(x, grid)
+    saved = _encode(x, grid, _is_marked(x, grid))
     if saved.scale is not None:
         # An attribute of the tensor lives as long as the tensor, and no longer.
         setattr(x, _SHARED, (grid.scale, x._version, saved))
     return saved
+
+
+def mark(y: Tensor, scale: Tensor) -> None:
+    """Note on ``y`` that its values were rounded to the grid of this ``scale``, a quantizer's buffer."""
+    if is_readable(y) and not y.is_inference():
+        setattr(y, _MARK, (scale, scale._version, y._version))
+
+
+def _is_marked(x: Tensor, grid: InputGrid) -> bool:
+    """Whether ``x`` is as :func:`mark` left it, and the scale has not moved since."""
+    scale, *versions = getattr(x, _MARK, (None,))
+    return scale is grid.scale and versions == [grid.scale._version, x._version]
 
 
 def restore(saved: SavedInput, out: Tensor | None = None) -> Tensor:
@@ -80,10 +95,10 @@ def restore(saved: SavedInput, out: Tensor | None = None) -> Tensor:
     return steps.mul_(saved.scale).to(saved.dtype)
 
 
-def _encode(x: Tensor, grid: InputGrid) -> SavedInput:
+def _encode(x: Tensor, grid: InputGrid, trusted: bool) -> SavedInput:
     scale = grid.scale.clone()
-    steps = (x.float() * scale.reciprocal()).round_()
-    if is_readable(x) and not _is_exact(x, steps, scale):
+    steps = torch.mul(x.float(), scale.reciprocal(), out=borrow("local", x, torch.float32)).round_()
+    if not trusted and is_readable(x) and not _is_exact(x, steps, scale):
         return SavedInput(x, None, None, x.dtype)
     shift = None
     if grid.zero_point is not None:
@@ -94,5 +109,5 @@ def _encode(x: Tensor, grid: InputGrid) -> SavedInput:
 
 def _is_exact(x: Tensor, steps: Tensor, scale: Tensor) -> bool:
     """Whether ``steps * scale`` is ``x``; not where ``x`` holds NaN."""
-    difference = (steps * scale).to(x.dtype).sub_(x)
+    difference = torch.mul(steps, scale, out=borrow("product", steps)).to(x.dtype).sub_(x)
     return not x.numel() or float(difference.amax()) == 0 == float(difference.amin())

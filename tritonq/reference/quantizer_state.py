@@ -10,7 +10,6 @@ from torch import Tensor
 from tritonq.qparams import QuantizedType, RangeRule, is_readable, range_to_qparams
 from tritonq.reference.min_max import merge_range_, update_range
 
-
 # Never written to.
 _SWITCH = {value: torch.tensor([value]) for value in (False, True)}
 
