@@ -1,5 +1,7 @@
 """The end of an operator that computes an activation: observe its range, then ReLU and fake quantization.
 
+The ReLU is one number, CEILING: see `tritonq.reference.activation`.
+
 The range kernel runs in one program: it merges what other programs found, updates the quantizer's state, and writes
 down the qparams for the passes that follow and for the backward, so that nothing waits for the host.
 """
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from .launcher import Launcher
 from .min_max import update_range
-from .rounding import divide_by_scale, round_to_steps
+from .rounding import NARROW_CODES, clamp, divide_by_scale, round_half_away, round_half_even, round_to_steps
 
 _INF = tl.constexpr(float("inf"))
 _RANGE_BLOCK = 1024
@@ -29,26 +31,55 @@ def quantize_value(
     scale,
     zero_point,
     active,
-    RELU: tl.constexpr,
+    CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
 ):
     """``FQ(relu?(y))`` of float32 values; ``active`` (a scalar flag, None where there is no quantizer) switches FQ."""
-    if RELU:
-        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if active is not None:
+    if active is None:
+        return rectify(y, CEILING)
+    elif QUANT_MAX - QUANT_MIN < NARROW_CODES:
+        # Whatever does not depend on y, the switch and the ceiling too, is a scalar: values have no work from it.
+        rounds = active != 0
+        unit = tl.where(rounds, scale, 1.0)
+        low = tl.where(rounds, tl.full([], QUANT_MIN, tl.float32) - zero_point, -_INF)
+        high = tl.where(rounds, tl.full([], QUANT_MAX, tl.float32) - zero_point, _INF)
+        if CEILING is not None:
+            low = tl.maximum(low, 0.0)
+            if CEILING < _INF:
+                # Division and rounding keep order: clipping afterwards, at what becomes of the ceiling, is the same.
+                high = tl.minimum(high, divide_by_scale(tl.full([], CEILING, tl.float32), unit, ROUNDING))
+        v = clamp(divide_by_scale(y, unit, ROUNDING), low, high)
+        return tl.where(rounds, round_half_even(v) if ROUNDING == "half_even" else round_half_away(v), v) * unit
+    else:
+        y = rectify(y, CEILING)
         steps = round_to_steps(divide_by_scale(y, scale, ROUNDING), zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
-        y = tl.where(active != 0, steps * scale, y)
+        return tl.where(active != 0, steps * scale, y)
+
+
+@triton.jit
+def rectify(y, CEILING: tl.constexpr):
+    """``min(max(y, 0), CEILING)``, or ``y`` where there is no ReLU; NaN stays."""
+    if CEILING is not None:
+        y = clamp(y, 0.0, CEILING) if CEILING < _INF else tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return y
 
 
 @triton.jit
-def gradient_bounds(zero_point, active, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
-    """What ``y / scale`` lies strictly between where its rounded, unclipped code is in range; scalars.
+def gradient_bounds(
+    scale,
+    zero_point,
+    active,
+    CEILING: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+):
+    """A unit, and what ``y / unit`` lies strictly between where neither clip nor ceiling blocks the gradient; scalars.
 
-    Half a code outside the last codes. Where that tie rounds inwards, to an even number of steps, one float further.
-    ``zero_point`` is a float32 scalar or 0. Infinite where ``active`` is 0.
+    Half a code outside the last codes, in units of ``scale``. Where that tie rounds inwards, to an even number of
+    steps, one float further. ``zero_point`` is a float32 scalar or 0. Infinite where ``active`` is 0.
     """
     low = tl.full([], QUANT_MIN - 0.5, tl.float32) - zero_point
     high = tl.full([], QUANT_MAX + 0.5, tl.float32) - zero_point
@@ -68,22 +99,32 @@ def gradient_bounds(zero_point, active, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.c
     if active is not None:
         low = tl.where(active != 0, low, -_INF)
         high = tl.where(active != 0, high, _INF)
-    return low, high
+    unit = scale
+    TOP: tl.constexpr = _INF if CEILING is None else CEILING
+    if TOP < _INF:
+        # Division keeps order: what is below a ceiling inside of the last code is inside too, and the other way
+        # round. Values themselves are compared with the ceiling, since several may have its quotient.
+        ceiling = tl.full([], TOP, tl.float32)
+        is_lower = (divide_by_scale(ceiling, scale, ROUNDING) < high) | (high == _INF)
+        unit = tl.where(is_lower, 1.0, scale)
+        high = tl.where(is_lower, ceiling, high)
+    return unit, low, high
 
 
 @triton.jit
-def gradient_passes(y, scale, low, high, RELU: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr):
+def gradient_passes(y, unit, low, high, CEILING: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr):
     """Where neither ReLU nor the clip blocks the gradient of :func:`quantize_value`; bounds as above. False at NaN."""
     if QUANTIZED:
-        v = divide_by_scale(y, scale, ROUNDING)
-        passes = (v > low) & (v < high)
-        if RELU:
-            passes = passes & (y > 0)
-        return passes
-    elif RELU:
-        return y > 0
-    else:
+        v = divide_by_scale(y, unit, ROUNDING)
+        # Zero is on every grid: no positive value lies below the first code. What a lower bound blocks goes where the
+        # upper one blocks it, since two flags per value cost registers.
+        return tl.where((v > low) if CEILING is None else (y > 0), v, _INF) < high
+    elif CEILING is None:
         return y == y
+    elif CEILING < _INF:
+        return (y > 0) & (y < CEILING)
+    else:
+        return y > 0
 
 
 @Launcher
@@ -105,7 +146,7 @@ def range_kernel(
     eps,
     parts,
     weight,
-    RELU: tl.constexpr,
+    CEILING: tl.constexpr,
     KNOWN: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
@@ -133,10 +174,10 @@ def range_kernel(
             bad += (mask & (finite == 0)).to(tl.int32)
         low = tl.min(lows, 0, keep_dims=True)
         high = tl.max(highs, 0, keep_dims=True)
-        if RELU:
+        if CEILING is not None:
             some = low <= high
-            low = tl.where(some, tl.maximum(low, 0.0), low)
-            high = tl.where(some, tl.maximum(high, 0.0), high)
+            low = tl.where(some, tl.minimum(tl.maximum(low, 0.0), CEILING), low)
+            high = tl.where(some, tl.minimum(tl.maximum(high, 0.0), CEILING), high)
         only = tl.arange(0, 1)
         update_range(
             low, high, only, only < 1, min_ptr, max_ptr, scale_ptr, zero_point_ptr, averaging_constant, eps,
@@ -153,7 +194,7 @@ def range_kernel(
     tl.store(active_out, active.to(tl.uint8))
 
 
-def merge_range(low: Tensor, high: Tensor, weight: int, state: Any, relu: bool) -> Any:
+def merge_range(low: Tensor, high: Tensor, weight: int, state: Any, ceiling: float | None) -> Any:
     """Merge the ranges of parts into a quantizer's and return a snapshot of its qparams, all on the device.
 
     Args:
@@ -161,7 +202,7 @@ def merge_range(low: Tensor, high: Tensor, weight: int, state: Any, relu: bool) 
         high: (parts,) float32.
         weight: values in a part, for the count of those that were skipped.
         state: a `tritonq.reference.quantizer_state.QuantizerState`, per tensor.
-        relu: whether the quantizer sees ``relu`` of the values.
+        ceiling: of the ReLU between the values and the quantizer; None without one.
     """
     device = low.device
     scale = torch.empty(1, dtype=torch.float32, device=device)
@@ -185,7 +226,7 @@ def merge_range(low: Tensor, high: Tensor, weight: int, state: Any, relu: bool) 
         state.eps,
         len(low),
         weight,
-        RELU=relu,
+        CEILING=ceiling,
         KNOWN=state.known or state.min_val is None,
         **range_constants(state),
         BLOCK=min(_RANGE_BLOCK, triton.next_power_of_2(len(low))),

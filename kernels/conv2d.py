@@ -94,7 +94,7 @@ def conv2d_kernel(
     KERNEL_W: tl.constexpr,
     DEPTHWISE: tl.constexpr,
     MULTIPLIER: tl.constexpr,
-    RELU: tl.constexpr,
+    CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -160,7 +160,7 @@ def conv2d_kernel(
     # The quantizer sees what a convolution of this dtype would have returned.
     y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
     scale, zero_point, active = load_output_quantizer(scale_ptr, zero_point_ptr, active_ptr)
-    y = quantize_value(y, scale, zero_point, active, RELU, QUANT_MIN, QUANT_MAX, ROUNDING)
+    y = quantize_value(y, scale, zero_point, active, CEILING, QUANT_MIN, QUANT_MAX, ROUNDING)
     y_places = image * y_image + line * y_line + column * y_pixel
     valid = (pixel < pixels)[:, None] & exists[None, :]
     tl.store(y_ptr + y_places[:, None] + out[None, :] * y_out, y.to(y_ptr.dtype.element_ty), mask=valid)
@@ -190,7 +190,7 @@ def conv2d(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
-    relu: bool = False,
+    ceiling: float | None = None,
     quantizer: Any = None,
     *,
     tile: ConvTile | None = None,
@@ -198,7 +198,7 @@ def conv2d(
     """Convolve, add the bias, then ReLU and fake quantize; the result is channels_last where ``x`` is."""
     geometry = ConvGeometry(stride, padding, dilation, groups)
     y = empty_output(x, weight, geometry, x.dtype)
-    _launch(x, weight, bias, None, None, y, geometry, relu, quantizer, None, tile)
+    _launch(x, weight, bias, None, None, y, geometry, ceiling, quantizer, None, tile)
     return y
 
 
@@ -214,7 +214,7 @@ def integer_conv2d(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
-    relu: bool = False,
+    ceiling: float | None = None,
     quantizer: Any = None,
     *,
     tile: ConvTile | None = None,
@@ -223,7 +223,7 @@ def integer_conv2d(
     geometry = ConvGeometry(stride, padding, dilation, groups)
     codes, weight = codes.to(torch.float16), weight.to(torch.float16)
     y = empty_output(codes, weight, geometry, dtype)
-    _launch(codes, weight, bias, multiplier, grid_scale, y, geometry, relu, quantizer, rounding, tile)
+    _launch(codes, weight, bias, multiplier, grid_scale, y, geometry, ceiling, quantizer, rounding, tile)
     return y
 
 
@@ -235,7 +235,7 @@ def _launch(
     grid_scale: Tensor | None,
     y: Tensor,
     geometry: ConvGeometry,
-    relu: bool,
+    ceiling: float | None,
     quantizer: Any,
     rounding: str | None,
     tile: ConvTile | None,
@@ -284,7 +284,8 @@ def _launch(
             KERNEL_W=kernel_w,
             DEPTHWISE=depthwise,
             MULTIPLIER=outs // geometry.groups,
-            RELU=relu,
+            # The ReLU works on values of the output's dtype, and so does its bound.
+            CEILING=None if ceiling is None else float(torch.tensor(ceiling, dtype=y.dtype)),
             QUANT_MIN=0 if qtype is None else qtype.quant_min,
             QUANT_MAX=1 if qtype is None else qtype.quant_max,
             ROUNDING=rounding or ("half_even" if qtype is None else qtype.rounding),

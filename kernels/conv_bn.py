@@ -257,7 +257,7 @@ def apply_kernel(
     rows,
     cols,
     CHANNEL: tl.constexpr,
-    RELU: tl.constexpr,
+    CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -273,7 +273,7 @@ def apply_kernel(
     slope = load_per_channel(slope_ptr, outer, row, col, rows, cols, CHANNEL)
     shift = load_per_channel(shift_ptr, outer, row, col, rows, cols, CHANNEL)
     scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
-    y = quantize_value(fma(c, slope, shift), scale, zero_point, active, RELU, QUANT_MIN, QUANT_MAX, ROUNDING)
+    y = quantize_value(fma(c, slope, shift), scale, zero_point, active, CEILING, QUANT_MIN, QUANT_MAX, ROUNDING)
     tl.store(y_ptr + tile_offsets(outer, row, col, y_outer, y_row, y_col), y, mask=mask)
 
 
@@ -285,7 +285,7 @@ def forward(
     bias: Tensor | None,
     norm: Any,
     quantizer: Any,
-    relu: bool,
+    ceiling: float | None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
     """The tail of one training step; the result, the vectors of `Normalization`, and a snapshot of the quantizer."""
     y = torch.empty_like(c)
@@ -294,20 +294,22 @@ def forward(
     snapshot = None
     if quantizer is not None:
         with device_guard(c):
-            snapshot = merge_range(*extremes, c.numel() // c.shape[1], quantizer, relu)
-    _apply(c, y, seen, vectors[3], vectors[4], snapshot, relu)
+            snapshot = merge_range(*extremes, c.numel() // c.shape[1], quantizer, ceiling)
+    _apply(c, y, seen, vectors[3], vectors[4], snapshot, ceiling)
     return y, vectors.unbind(0), snapshot
 
 
-def apply(c: Tensor, slope: Tensor, shift: Tensor, quantizer: Any, relu: bool) -> Tensor:
+def apply(c: Tensor, slope: Tensor, shift: Tensor, quantizer: Any, ceiling: float | None) -> Tensor:
     """``FQ(relu?(slope · c + shift))`` with the quantizer's present qparams: the last pass of :func:`forward`."""
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)
-    _apply(c, y, seen, slope, shift, quantizer, relu)
+    _apply(c, y, seen, slope, shift, quantizer, ceiling)
     return y
 
 
-def _apply(c: Tensor, y: Tensor, seen: View, slope: Tensor, shift: Tensor, quantizer: Any, relu: bool) -> None:
+def _apply(
+    c: Tensor, y: Tensor, seen: View, slope: Tensor, shift: Tensor, quantizer: Any, ceiling: float | None
+) -> None:
     arguments, constants = quantizer_arguments(quantizer)
     tile, grid = plan("conv_bn_apply", c.dtype, seen, c.device)
     with device_guard(c):
@@ -322,7 +324,7 @@ def _apply(c: Tensor, y: Tensor, seen: View, slope: Tensor, shift: Tensor, quant
             seen.sizes[1],
             seen.sizes[2],
             CHANNEL=seen.channel,
-            RELU=relu,
+            CEILING=ceiling,
             **constants,
             ROWS=tile.rows,
             COLS=tile.cols,

@@ -30,7 +30,7 @@ def scan_gradients(
     mean,  # float32, broadcasts against a tile, as do the next two
     slope,
     shift,
-    scale,  # scalars, of the quantizer
+    unit,  # scalars, of the quantizer and the ReLU
     low,
     high,
     dy_outer,
@@ -47,7 +47,7 @@ def scan_gradients(
     col_to,
     rows,
     cols,
-    RELU: tl.constexpr,
+    CEILING: tl.constexpr,
     QUANTIZED: tl.constexpr,
     ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
@@ -66,8 +66,8 @@ def scan_gradients(
                 dy = tl.load(dy_ptr + (outer * dy_outer + row * dy_row + col * dy_col), mask=mask, other=0)
                 c = tl.load(c_ptr + (outer * c_outer + row * c_row + col * c_col), mask=mask, other=0).to(tl.float32)
                 g = dy.to(tl.float32)
-                if RELU or QUANTIZED:
-                    passes = gradient_passes(fma(c, slope, shift), scale, low, high, RELU, QUANTIZED, ROUNDING)
+                if CEILING is not None or QUANTIZED:
+                    passes = gradient_passes(fma(c, slope, shift), unit, low, high, CEILING, QUANTIZED, ROUNDING)
                     g = tl.where(passes, g, 0.0)
                 plain += g
                 moment = fma(g, c - mean, moment)
@@ -104,7 +104,7 @@ def gradient_sums_kernel(
     splits,
     channels,
     CHANNEL: tl.constexpr,
-    RELU: tl.constexpr,
+    CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -122,11 +122,11 @@ def gradient_sums_kernel(
     slope = spread(tl.load(slope_ptr + channel, mask=valid, other=0.0), CHANNEL)
     shift = spread(tl.load(shift_ptr + channel, mask=valid, other=0.0), CHANNEL)
     scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
-    low, high = gradient_bounds(zero_point, active, QUANT_MIN, QUANT_MAX, ROUNDING)
+    unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANT_MIN, QUANT_MAX, ROUNDING)
     QUANTIZED: tl.constexpr = active_ptr is not None
     plain, moment = scan_gradients(
-        dy_ptr, c_ptr, mean, slope, shift, scale, low, high, dy_outer, dy_row, dy_col, c_outer, c_row, c_col,
-        outer_from, outer_to, row_from, row_to, col_from, col_to, rows, cols, RELU, QUANTIZED, ROUNDING, ROWS, COLS,
+        dy_ptr, c_ptr, mean, slope, shift, unit, low, high, dy_outer, dy_row, dy_col, c_outer, c_row, c_col,
+        outer_from, outer_to, row_from, row_to, col_from, col_to, rows, cols, CEILING, QUANTIZED, ROUNDING, ROWS, COLS,
     )  # fmt: skip
     at = split * channels + channel
     tl.store(partial_ptr + at, sum_per_channel(plain, CHANNEL), mask=valid)
@@ -195,7 +195,7 @@ def gradient_kernel(
     rows,
     cols,
     CHANNEL: tl.constexpr,
-    RELU: tl.constexpr,
+    CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -211,11 +211,11 @@ def gradient_kernel(
     c = tl.load(c_ptr + tile_offsets(outer, row, col, c_outer, c_row, c_col), mask=mask).to(tl.float32)
     slope = load_per_channel(slope_ptr, outer, row, col, rows, cols, CHANNEL)
     QUANTIZED: tl.constexpr = active_ptr is not None
-    if RELU or QUANTIZED:
+    if CEILING is not None or QUANTIZED:
         shift = load_per_channel(shift_ptr, outer, row, col, rows, cols, CHANNEL)
         scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
-        low, high = gradient_bounds(zero_point, active, QUANT_MIN, QUANT_MAX, ROUNDING)
-        passes = gradient_passes(fma(c, slope, shift), scale, low, high, RELU, QUANTIZED, ROUNDING)
+        unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANT_MIN, QUANT_MAX, ROUNDING)
+        passes = gradient_passes(fma(c, slope, shift), unit, low, high, CEILING, QUANTIZED, ROUNDING)
         g = tl.where(passes, g, 0.0)
     mean = load_per_channel(mean_ptr, outer, row, col, rows, cols, CHANNEL)
     pull = load_per_channel(pull_ptr, outer, row, col, rows, cols, CHANNEL)
@@ -225,7 +225,7 @@ def gradient_kernel(
 
 
 def backward(
-    dy: Tensor, c: Tensor, result: tuple[Tensor, ...], quantizer: Any, relu: bool, out: Tensor | None = None
+    dy: Tensor, c: Tensor, result: tuple[Tensor, ...], quantizer: Any, ceiling: float | None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of ``c``; per channel, the sums of the unblocked gradient and of its product with normalised ``c``.
 
@@ -240,7 +240,7 @@ def backward(
     sums = torch.empty((2, channels), dtype=torch.float32, device=c.device)
     pull = torch.empty_like(sums)
     arguments, constants = quantizer_arguments(quantizer)
-    shared = {"CHANNEL": seen.channel, "RELU": relu, **constants, "WIDE": seen.wide, "enable_fp_fusion": False}
+    shared = {"CHANNEL": seen.channel, "CEILING": ceiling, **constants, "WIDE": seen.wide, "enable_fp_fusion": False}
     with device_guard(c):
         gradient_sums_kernel[grid.programs](
             dy,

@@ -108,7 +108,7 @@ def join_kernel(
     active_ptr,
     n,
     plane,
-    RELU: tl.constexpr,
+    CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -120,7 +120,7 @@ def join_kernel(
     program = tl.program_id(0)
     at = (program.to(tl.int64) if WIDE else program) * COLS + tl.arange(0, COLS)
     scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
-    low, high = gradient_bounds(zero_point, active, QUANT_MIN, QUANT_MAX, ROUNDING)
+    unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANT_MIN, QUANT_MAX, ROUNDING)
     QUANTIZED: tl.constexpr = active_ptr is not None
     byte = tl.zeros([COLS], tl.int32)
     for bit in tl.static_range(ROWS):
@@ -128,9 +128,9 @@ def join_kernel(
         mask = (at < plane) & (offsets < n)
         a = tl.load(a_ptr + offsets, mask=mask, other=0).to(tl.float32)
         total = a + tl.load(b_ptr + offsets, mask=mask, other=0).to(tl.float32)
-        y = quantize_value(total, scale, zero_point, active, RELU, QUANT_MIN, QUANT_MAX, ROUNDING)
+        y = quantize_value(total, scale, zero_point, active, CEILING, QUANT_MIN, QUANT_MAX, ROUNDING)
         tl.store(y_ptr + offsets, y, mask=mask)
-        passes = gradient_passes(total, scale, low, high, RELU, QUANTIZED, ROUNDING)
+        passes = gradient_passes(total, unit, low, high, CEILING, QUANTIZED, ROUNDING)
         byte += (mask & passes).to(tl.int32) << bit
     tl.store(mask_ptr + at, byte.to(tl.uint8), mask=at < plane)
 
@@ -158,7 +158,7 @@ def join_backward_kernel(
         tl.store(g_ptr + offsets, tl.where(((byte >> bit) & 1) != 0, dy, 0.0), mask=mask)
 
 
-def forward(a: Tensor, b: Tensor, quantizer: Any, relu: bool) -> tuple[Tensor, Tensor]:
+def forward(a: Tensor, b: Tensor, quantizer: Any, ceiling: float | None) -> tuple[Tensor, Tensor]:
     """``FQ(relu?(a + b))``, dense, and the mask of the gradient."""
     y = torch.empty_like(a)
     # Elements pair up in memory order: both inputs take the result's layout, by a copy where they must.
@@ -169,7 +169,7 @@ def forward(a: Tensor, b: Tensor, quantizer: Any, relu: bool) -> tuple[Tensor, T
     if n == 0:
         return y, mask
     with device_guard(a):
-        snapshot = None if quantizer is None else _observe(a, b, quantizer, relu)
+        snapshot = None if quantizer is None else _observe(a, b, quantizer, ceiling)
         arguments, constants = quantizer_arguments(snapshot)
         join_kernel[(triton.cdiv(plane, _BLOCK),)](
             a,
@@ -179,7 +179,7 @@ def forward(a: Tensor, b: Tensor, quantizer: Any, relu: bool) -> tuple[Tensor, T
             *arguments,
             n,
             plane,
-            RELU=relu,
+            CEILING=ceiling,
             **constants,
             ROWS=_PLANES,
             COLS=_BLOCK,
@@ -211,7 +211,7 @@ def backward(dy: Tensor, mask: Tensor) -> Tensor:
     return g
 
 
-def _observe(a: Tensor, b: Tensor, quantizer: Any, relu: bool) -> Any:
+def _observe(a: Tensor, b: Tensor, quantizer: Any, ceiling: float | None) -> Any:
     """Observe the sums and return a snapshot of the qparams."""
     n = a.numel()
     blocks = triton.cdiv(n, _RANGE_BLOCK)
@@ -234,7 +234,7 @@ def _observe(a: Tensor, b: Tensor, quantizer: Any, relu: bool) -> Any:
             num_warps=_LANES_PER_PROGRAM // warp_size(a.device),
             enable_fp_fusion=False,
         )
-    return merge_range(low, high, 0, quantizer, relu)
+    return merge_range(low, high, 0, quantizer, ceiling)
 
 
 def _is_wide(n: int) -> bool:

@@ -14,7 +14,7 @@ _ROUNDER = tl.constexpr(12582912.0)
 # From here on float32 has no fraction bits.
 _ALL_WHOLE = tl.constexpr(8388608.0)
 # Code ranges that span less than this can be clamped before they are rounded.
-_NARROW_CODES = tl.constexpr(2**22)
+NARROW_CODES = tl.constexpr(2**22)
 
 
 @triton.jit
@@ -63,19 +63,19 @@ def round_to_code(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexp
         QUANT_MAX: largest code.
         ROUNDING: ``"half_even"`` or ``"half_away"``.
     """
-    if QUANT_MAX - QUANT_MIN < _NARROW_CODES:
+    if QUANT_MAX - QUANT_MIN < NARROW_CODES:
         return round_to_steps(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING) + zero_point
     else:
         code = _round_any(v, ROUNDING) + zero_point
-        return _clamp(code, QUANT_MIN, QUANT_MAX)
+        return clamp(code, QUANT_MIN, QUANT_MAX)
 
 
 @triton.jit
 def round_to_steps(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
     """Steps between the zero point and the nearest code: ``code - z``. Arguments as :func:`round_to_code`."""
-    if QUANT_MAX - QUANT_MIN < _NARROW_CODES:
+    if QUANT_MAX - QUANT_MIN < NARROW_CODES:
         # Integer bounds and a monotone rounding: clamping first gives the same result without adding z per element.
-        v = _clamp(v, QUANT_MIN - zero_point, QUANT_MAX - zero_point)
+        v = clamp(v, QUANT_MIN - zero_point, QUANT_MAX - zero_point)
         return round_half_even(v) if ROUNDING == "half_even" else round_half_away(v)
     else:
         return round_to_code(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING) - zero_point
@@ -84,7 +84,7 @@ def round_to_steps(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constex
 @triton.jit
 def is_inside(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
     """Whether ``round(v) + z``, before clipping, is a code; False at NaN. Arguments as :func:`round_to_code`."""
-    if QUANT_MAX - QUANT_MIN < _NARROW_CODES:
+    if QUANT_MAX - QUANT_MIN < NARROW_CODES:
         steps = round_to_steps(v, zero_point, QUANT_MIN - 1, QUANT_MAX + 1, ROUNDING)
         return (steps >= QUANT_MIN - zero_point) & (steps <= QUANT_MAX - zero_point)
     else:
@@ -93,7 +93,7 @@ def is_inside(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, R
 
 
 @triton.jit
-def _clamp(v, low, high):
+def clamp(v, low, high):
     """``v`` between the bounds; NaN stays.
 
     Two operations, since triton-viz does not know ``tl.clamp``; they compile to the same two instructions.

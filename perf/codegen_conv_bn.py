@@ -15,6 +15,8 @@ from tritonq.reference.quantizer_state import QuantizerState
 
 # ResNet-50's second stage; rows of 56 * 56, which no tile divides.
 _ACTIVATION = (256, 64, 56, 56)
+# Of ReLU6: a plain ReLU compiles to less.
+_CEILING = 6.0
 
 
 def _vector(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -43,7 +45,7 @@ def _forward(qtype: QuantizedType, channels_last: bool) -> Callable[[torch.dtype
         c = meta(*_ACTIVATION, dtype=dtype, channels_last=channels_last)
         vector = _vector(c.shape[1])
         norm = BatchNormState(vector, vector, 0.1, 1e-5)
-        return conv_bn.forward(c, vector, vector, vector, vector, norm, _state(qtype), True)
+        return conv_bn.forward(c, vector, vector, vector, vector, norm, _state(qtype), _CEILING)
 
     return call
 
@@ -52,7 +54,7 @@ def _backward(qtype: QuantizedType, channels_last: bool) -> Callable[[torch.dtyp
     def call(dtype: torch.dtype) -> object:
         c = meta(*_ACTIVATION, dtype=dtype, channels_last=channels_last)
         vector = _vector(c.shape[1])
-        return conv_bn.backward(torch.empty_like(c), c, Normalization(*[vector] * 6), _state(qtype), True)
+        return conv_bn.backward(torch.empty_like(c), c, Normalization(*[vector] * 6), _state(qtype), _CEILING)
 
     return call
 
@@ -84,7 +86,7 @@ def _weights_together(qtype: QuantizedType) -> Callable[[torch.dtype], object]:
 
 def _join(dtype: torch.dtype) -> object:
     a = meta(*_ACTIVATION, dtype=dtype)
-    return residual.forward(a, a, _state(QINT8), True)
+    return residual.forward(a, a, _state(QINT8), _CEILING)
 
 
 def _join_backward(dtype: torch.dtype) -> object:

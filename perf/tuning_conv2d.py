@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -166,13 +167,13 @@ def _run_values(conv: Convolution, inputs: Inputs) -> tuple[Tensor, ...]:
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
     kernel = find_kernel(x, weight, conv)
     if kernel is not None:
-        return (kernel(x, weight, bias, True, _quantizer(inputs)),)
+        return (kernel(x, weight, bias, math.inf, _quantizer(inputs)),)
     return _quantized(F.conv2d(x, weight, bias, *_geometry(conv)), inputs)
 
 
 def _specify_values(conv: Convolution, inputs: Inputs) -> tuple[Tensor, ...]:
     x, weight, bias = (inputs[name].double() for name in ("x", "weight", "bias"))
-    y = reference.conv2d(x, weight, bias, *_geometry(conv), True, _quantizer(inputs))
+    y = reference.conv2d(x, weight, bias, *_geometry(conv), math.inf, _quantizer(inputs))
     return (y.to(inputs["x"].dtype),)
 
 
@@ -189,7 +190,7 @@ def _run_codes(conv: Convolution, inputs: Inputs) -> tuple[Tensor, ...]:
     x, layer, grid = inputs["x"], _layer(inputs), OutputGrid(inputs["scale"], "half_even")
     kernel = find_kernel(x, layer.weight, conv, layer)
     if kernel is not None:
-        return (kernel.integers(x, layer, grid, True, _quantizer(inputs)),)
+        return (kernel.integers(x, layer, grid, math.inf, _quantizer(inputs)),)
     return _quantized(integer_affine(x, layer, conv, 1, grid).to(x.dtype), inputs)
 
 
@@ -197,7 +198,7 @@ def _specify_codes(conv: Convolution, inputs: Inputs) -> tuple[Tensor, ...]:
     layer, scale = _layer(inputs), inputs["scale"]
     codes = (inputs["x"] / layer.input_scale).round()
     end = (None, layer.multiplier / scale, scale, "half_even", inputs["x"].dtype)
-    return (reference.integer_conv2d(codes, layer.weight, *end, *_geometry(conv), True, _quantizer(inputs)),)
+    return (reference.integer_conv2d(codes, layer.weight, *end, *_geometry(conv), math.inf, _quantizer(inputs)),)
 
 
 def _geometry(conv: Convolution) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ class Residual(nn.Module):
         self.stem = qnn.ConvBnReLU2d(3, 8, 3, padding=1, qconfig=qconfig)
         self.depthwise = qnn.ConvBnReLU2d(8, 8, 3, padding=1, groups=8, bias=False, qconfig=qconfig)
         self.point = qnn.ConvBn2d(8, 8, 1, qconfig=qconfig)
-        self.add = qnn.Add(relu=True, qconfig=qconfig)
+        self.add = qnn.Add(math.inf, qconfig=qconfig)
         self.pool = nn.AvgPool2d(4)
         self.pooled = qconfig.activation()
         self.head = qnn.Linear(32, 10, qconfig=tritonq.QConfig(nn.Identity, qconfig.weight))

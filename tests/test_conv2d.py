@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -86,15 +87,15 @@ class TestKernel(OpTester):
         bias = steps_of_an_eighth(outs, seed=2) * 3
         # Each kind of convolution meets each of these, in one layout or geometry or another.
         options = [
-            ("int8", True, True),
-            ("uint8", False, False),
-            ("none", True, False),
-            ("off", False, True),
-            ("half_away", False, True),
+            ("int8", 1.3, True),
+            ("uint8", None, False),
+            ("none", math.inf, False),
+            ("off", 0.7, True),
+            ("half_away", None, True),
         ]
         dtypes = [torch.float32, torch.float16, *([torch.bfloat16] if device == "cuda" else [])]
         for index in (turn, turn + 1):
-            quantizer, relu, with_bias = options[index % len(options)]
+            quantizer, ceiling, with_bias = options[index % len(options)]
             dtype = dtypes[(index + index // len(options)) % len(dtypes)]
             given = [tensor.to(device, dtype) for tensor in (x, weight, bias)]
             if channels_last:
@@ -104,13 +105,13 @@ class TestKernel(OpTester):
                 given[2] if with_bias else None,
                 *GEOMETRIES[geometry],
                 groups,
-                relu,
+                ceiling,
                 quantizers(device)[quantizer],
             )
             exact = F.conv2d(
                 x.double(), weight.double(), bias.double() if with_bias else None, *GEOMETRIES[geometry], groups
             )
-            expected = exact.to(dtype).relu() if relu else exact.to(dtype)
+            expected = exact.to(dtype) if ceiling is None else exact.to(dtype).clamp(0, ceiling)
             end = quantizers("cpu")[quantizer]
             if end is not None:
                 q = end.qtype
@@ -149,7 +150,7 @@ class TestKernel(OpTester):
         x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 20, 7, 5), (9, 20, 3, 3)))
         x[0, 3, 2, 1], x[1, 0, 0, 0] = torch.nan, torch.inf
         ops = implementation("conv2d", x.to(device), use)
-        arguments = (None, (1, 1), (1, 1), (1, 1), 1, True)
+        arguments = (None, (1, 1), (1, 1), (1, 1), 1, math.inf)
         y = ops.conv2d(x.to(device), weight.to(device), *arguments)
         assert_matches(y.cpu(), reference.conv2d(x.double(), weight.double(), *arguments).float(), "conv2d")
 
@@ -262,17 +263,17 @@ class TestChoice:
         with pytest.raises(TypeError, match=r"one dtype, got torch.float32, torch.float16"):
             kernel(self.x, self.weight.half(), None)
 
-    @pytest.mark.parametrize("relu", [False, True])
+    @pytest.mark.parametrize("ceiling", [None, math.inf, 1.3])
     @pytest.mark.parametrize("groups", [1, 2, 4])
-    def test_gradients_are_those_of_torch(self, relu: bool, groups: int) -> None:
+    def test_gradients_are_those_of_torch(self, ceiling: float | None, groups: int) -> None:
         from tritonq.kernels.conv_tile import ConvTile
 
         conv = Convolution((2, 1), (1, 1), (1, 2), (0, 0), False, groups)
         values = [self.x, torch.randn(8, 4 // groups, 3, 3), torch.randn(8)]
         mine, other = ([value.clone().requires_grad_() for value in values] for _ in range(2))
-        y = ConvKernel(conv, ConvTile(**TILE))(*mine, relu)
+        y = ConvKernel(conv, ConvTile(**TILE))(*mine, ceiling)
         z = F.conv2d(*other, conv.stride, conv.padding, conv.dilation, groups)
-        z = F.relu(z) if relu else z
+        z = z if ceiling is None else F.hardtanh(z, 0, ceiling)
         assert_matches(y, z, "conv2d")
         dy = torch.randn_like(z)
         y.backward(dy)

@@ -37,7 +37,7 @@ def run(channels: int, outs: int, groups: int, kernel: int, channels_last: bool)
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
     quantizer = OutputQuantizer(one, zero, torch.ones(1, dtype=torch.uint8), QUINT8)
     geometry = ((2, 1), (1, 2), (1, 2), groups)
-    conv2d.conv2d(x, weight, torch.ones(outs), *geometry, True, quantizer)
+    conv2d.conv2d(x, weight, torch.ones(outs), *geometry, 1.5, quantizer)
     bias = torch.ones(outs, dtype=torch.int32)
     conv2d.integer_conv2d(x, weight, bias, torch.ones(outs), one, "half_even", torch.float32, *geometry)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -71,9 +72,9 @@ def test_tail(
     vector = torch.ones(c.shape[1])
     norm = BatchNormState(vector.clone(), vector.clone(), torch.tensor(0.5), 1e-5)
     state = None if qtype is None else quantizer_state(qtype)
-    y, vectors, frozen = conv_bn.forward(c, vector, vector, vector, vector, norm, state, True)
-    conv_bn.backward(y, c, Normalization(*vectors), frozen, True)
-    conv_bn.apply(c, vector, vector, frozen, False)
+    y, vectors, frozen = conv_bn.forward(c, vector, vector, vector, vector, norm, state, 1.5)
+    conv_bn.backward(y, c, Normalization(*vectors), frozen, 1.5)
+    conv_bn.apply(c, vector, vector, frozen, None)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -111,7 +112,7 @@ def test_join(
     monkeypatch.setattr(residual, "_BLOCK", 32)
     monkeypatch.setattr(residual, "_RANGE_BLOCK", 64)
     a = torch.randn(n)
-    y, mask = residual.forward(a, a, None if qtype is None else quantizer_state(qtype), True)
+    y, mask = residual.forward(a, a, None if qtype is None else quantizer_state(qtype), 1.5)
     residual.backward(y, mask)
 
 
@@ -135,13 +136,13 @@ def test_finds_a_planted_access_out_of_bounds(
         monkeypatch.setattr(module, "common_view", dishonest)
     c, vector = torch.randn(2, 5, 33), torch.ones(5)
     with pytest.raises(SystemExit):
-        conv_bn.apply(c, vector, vector, None, True)
+        conv_bn.apply(c, vector, vector, None, math.inf)
     norm = BatchNormState(vector.clone(), vector.clone(), 0.1, 1e-5)
     with pytest.raises(SystemExit):
-        conv_bn.forward(c, vector, None, None, None, norm, None, True)
+        conv_bn.forward(c, vector, None, None, None, norm, None, math.inf)
     with pytest.raises(SystemExit):
-        conv_bn.backward(c, c, Normalization(*[vector] * 6), None, True)
+        conv_bn.backward(c, c, Normalization(*[vector] * 6), None, math.inf)
     with pytest.raises(SystemExit):
-        residual.forward(torch.randn(1000), torch.randn(500), None, True)
+        residual.forward(torch.randn(1000), torch.randn(500), None, math.inf)
     with pytest.raises(SystemExit):
         weight.folded_codes(torch.randn(5, 9), torch.ones(4), quantizer_state(QINT8, 5))

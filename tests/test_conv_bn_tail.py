@@ -19,6 +19,16 @@ from tritonq.reference.min_max import min_max
 # Elements per channel are multiples of four.
 SHAPES = [(4, 5, 7, 3), (2, 3, 130), (8, 6), (1, 7, 4, 9), (16, 1, 3, 1), (2, 3, 2, 3, 4), (4, 37, 1, 1), (4, 2, 9, 8)]
 QTYPES = {"float": None, "int8": QINT8, "uint8": QUINT8, "int4": QINT4}
+# A grid, and the upper bound of the ReLU before it: none, a plain one, and bounds below and beyond the last code.
+ENDS = [
+    ("float", math.inf),
+    ("float", 1.5),
+    ("int8", None),
+    ("int8", 2.5),
+    ("uint8", math.inf),
+    ("int4", None),
+    ("int4", 9.0),
+]
 # float32 sums of a few hundred terms in another order, and one rounding more or less in an affine of them.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
@@ -66,8 +76,10 @@ def assert_nearly_codes(actual: Tensor, expected: Tensor, scale: float) -> None:
 
 class TestForward(OpTester):
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    @pytest.mark.parametrize(("grid", "relu"), [("float", True), ("int8", False), ("uint8", True), ("int4", False)])
-    def test_apply_is_exact(self, shape: tuple[int, ...], grid: str, relu: bool, use: str, device: str) -> None:
+    @pytest.mark.parametrize(("grid", "ceiling"), ENDS)
+    def test_apply_is_exact(
+        self, shape: tuple[int, ...], grid: str, ceiling: float | None, use: str, device: str
+    ) -> None:
         """Slopes and shifts are short binary fractions, so that one rounding and two are the same; ties and rails."""
         for memory_format in layouts(shape):
             c = exact_input(shape, 1000.0).to(memory_format=memory_format)
@@ -75,13 +87,17 @@ class TestForward(OpTester):
             shift = -slope * (torch.arange(float(shape[1])) + 1000) + 0.5
             state = None if QTYPES[grid] is None else quantizer_state(QTYPES[grid])._replace(known=True)
             y = implementation("conv_bn", c, use).apply(
-                c.to(device), slope.to(device), shift.to(device), None if state is None else moved(state, device), relu
+                c.to(device),
+                slope.to(device),
+                shift.to(device),
+                None if state is None else moved(state, device),
+                ceiling,
             )
-            z = reference.apply(c, slope, shift, state, relu)
+            z = reference.apply(c, slope, shift, state, ceiling)
             assert torch.equal(y.cpu(), z)
             along = (1, -1, *[1] * (len(shape) - 2))
             plain = c.double() * slope.view(along).double() + shift.view(along).double()
-            plain = plain.relu() if relu else plain
+            plain = plain if ceiling is None else plain.clamp(0, ceiling)
             if state is not None:
                 plain = plain.round().clamp(state.qtype.quant_min, state.qtype.quant_max)
             assert torch.equal(z.double(), plain)
@@ -96,8 +112,8 @@ class TestForward(OpTester):
             ours, theirs = (Problem(shape[1], exact=True, device=device) for _ in range(2))
             mine, other = quantizer_state(QUINT8, device=device), quantizer_state(QUINT8, device=device)
             for _ in range(2):
-                y, vectors, frozen = implementation("conv_bn", c, use).forward(c, *ours.arguments(), mine, True)
-                z, _, _ = reference.forward(c, *theirs.arguments(), other, True)
+                y, vectors, frozen = implementation("conv_bn", c, use).forward(c, *ours.arguments(), mine, math.inf)
+                z, _, _ = reference.forward(c, *theirs.arguments(), other, math.inf)
             mean = torch.arange(float(shape[1])) + offset
             torch.testing.assert_close(vectors[0].cpu(), mean, rtol=2**-22, atol=1e-6)
             torch.testing.assert_close(vectors[1].cpu(), torch.full((shape[1],), 0.25), rtol=1e-6, atol=0)
@@ -114,13 +130,13 @@ class TestForward(OpTester):
         for memory_format in layouts(shape):
             c = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 5
             c = c.to(dtype=dtype, memory_format=memory_format)
-            for affine in (True, False):
+            for affine, ceiling in ((True, math.inf), (False, 1.5)):
                 ours = Problem(shape[1], exact=False, device=device, affine=affine, bias=affine)
                 theirs = Problem(shape[1], exact=False, device="cpu", affine=affine, bias=affine)
                 mine, other = quantizer_state(QINT8, device=device), quantizer_state(QINT8)
                 ops = implementation("conv_bn", c, use)
-                y, vectors, _ = ops.forward(c.to(device), *ours.arguments(), mine, True)
-                z, expected, _ = reference.forward(c, *theirs.arguments(), other, True)
+                y, vectors, _ = ops.forward(c.to(device), *ours.arguments(), mine, ceiling)
+                z, expected, _ = reference.forward(c, *theirs.arguments(), other, ceiling)
                 assert y.dtype == dtype
                 assert_nearly_codes(y.cpu(), z, float(other.scale))
                 for name, a, b in zip(expected._fields, vectors, expected, strict=True):
@@ -133,7 +149,7 @@ class TestForward(OpTester):
         """Against float64, to what the input's own float32 resolution at that offset allows."""
         c = torch.randn(8, 5, 11, 13, generator=torch.Generator().manual_seed(0)) + offset
         problem = Problem(5, exact=False, device=device)
-        _, vectors, _ = implementation("conv_bn", c, use).forward(c.to(device), *problem.arguments(), None, False)
+        _, vectors, _ = implementation("conv_bn", c, use).forward(c.to(device), *problem.arguments(), None, None)
         mean = c.double().mean((0, 2, 3))
         var = c.double().var((0, 2, 3), unbiased=False)
         resolution = max(1e-6, abs(offset) * 2.0**-23)
@@ -145,15 +161,17 @@ class TestForward(OpTester):
             atol=0,
         )
 
-    @pytest.mark.parametrize("relu", [False, True])
+    @pytest.mark.parametrize("ceiling", [None, math.inf, 1.5])
     @pytest.mark.parametrize("shape", [(4, 5, 7, 3), (8, 6)], ids=str)
-    def test_range_is_that_of_the_output(self, shape: tuple[int, ...], relu: bool, use: str, device: str) -> None:
+    def test_range_is_that_of_the_output(
+        self, shape: tuple[int, ...], ceiling: float | None, use: str, device: str
+    ) -> None:
         """The range that follows from the channels' extremes is what observing the float output finds, bit for bit."""
         c = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 2 + 1).to(device)
         ops = implementation("conv_bn", c, use)
         state = quantizer_state(QINT8, device=device, averaging=None)
-        ops.forward(c, *Problem(shape[1], exact=False, device=device).arguments(), state, relu)
-        y, _, _ = ops.forward(c, *Problem(shape[1], exact=False, device=device).arguments(), None, relu)
+        ops.forward(c, *Problem(shape[1], exact=False, device=device).arguments(), state, ceiling)
+        y, _, _ = ops.forward(c, *Problem(shape[1], exact=False, device=device).arguments(), None, ceiling)
         low, high, _ = min_max(y.cpu())
         assert float(state.min_val) == float(low)
         assert float(state.max_val) == float(high)
@@ -161,19 +179,19 @@ class TestForward(OpTester):
     def test_switches(self, use: str, device: str) -> None:
         c = exact_input((4, 5, 4, 4)).to(device)
         ops = implementation("conv_bn", c, use)
-        plain, _, _ = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), None, True)
+        plain, _, _ = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), None, math.inf)
         cases = {
             "never observed": quantizer_state(QINT8, device=device, observing=False),
             "off": quantizer_state(QINT8, device=device, active=False),
         }
         for name, state in cases.items():
-            y, _, frozen = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), state, True)
+            y, _, frozen = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), state, math.inf)
             assert torch.equal(y, plain), name
             assert not bool(frozen.active), name
         assert float(cases["never observed"].min_val) == math.inf
         assert float(cases["off"].max_val) == float(plain.max())
         known = cases["never observed"]._replace(known=True)
-        y, _, _ = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), known, True)
+        y, _, _ = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), known, math.inf)
         assert torch.equal(y, plain.round().clamp(0, 127))
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -182,9 +200,9 @@ class TestForward(OpTester):
         c[1, 2, 3, 0] = bad
         ours, theirs = quantizer_state(QINT8, device=device), quantizer_state(QINT8)
         y, _, _ = implementation("conv_bn", c, use).forward(
-            c.to(device), *Problem(5, exact=True, device=device).arguments(), ours, False
+            c.to(device), *Problem(5, exact=True, device=device).arguments(), ours, None
         )
-        z, _, _ = reference.forward(c, *Problem(5, exact=True, device="cpu").arguments(), theirs, False)
+        z, _, _ = reference.forward(c, *Problem(5, exact=True, device="cpu").arguments(), theirs, None)
         assert torch.equal(y.cpu().isnan(), z.isnan())
         assert bool(y[:, 2].isnan().all())
         assert_same_state(ours, theirs)
@@ -197,16 +215,16 @@ class TestForward(OpTester):
             running_mean=torch.zeros(5, dtype=torch.bfloat16, device=device),
             momentum=torch.tensor(0.5, dtype=torch.float64, device=device),
         )
-        implementation("conv_bn", c, use).forward(c, problem.ratio, None, None, None, norm, None, False)
+        implementation("conv_bn", c, use).forward(c, problem.ratio, None, None, None, norm, None, None)
         expected = torch.arange(5.0) / problem.ratio.cpu() / 2
         assert torch.equal(norm.running_mean.cpu().float(), expected)
 
 
 class TestBackward(OpTester):
     @pytest.mark.parametrize("shape", SHAPES[:-2], ids=str)
-    @pytest.mark.parametrize(("grid", "relu"), [("float", True), ("int8", False), ("uint8", True), ("int4", False)])
+    @pytest.mark.parametrize(("grid", "ceiling"), ENDS)
     def test_equals_the_pytorch_path(
-        self, shape: tuple[int, ...], grid: str, relu: bool, use: str, device: str
+        self, shape: tuple[int, ...], grid: str, ceiling: float | None, use: str, device: str
     ) -> None:
         for memory_format in layouts(shape):
             c = exact_input(shape, 2.0).to(memory_format=memory_format)
@@ -214,17 +232,17 @@ class TestBackward(OpTester):
             qtype = QTYPES[grid]
             other = None if qtype is None else quantizer_state(qtype, averaging=None)
             _, vectors, frozen = reference.forward(
-                c, *Problem(shape[1], exact=True, device="cpu").arguments(), other, relu
+                c, *Problem(shape[1], exact=True, device="cpu").arguments(), other, ceiling
             )
             if frozen is not None:  # a smaller scale, so that something is clipped
                 frozen = frozen._replace(scale=frozen.scale / 2)
-            expected = reference.backward(dy, c, vectors, frozen, relu)
+            expected = reference.backward(dy, c, vectors, frozen, ceiling)
             found = implementation("conv_bn", c, use).backward(
                 dy.to(device),
                 c.to(device),
                 reference.Normalization(*(v.to(device) for v in vectors)),
                 None if frozen is None else moved(frozen, device),
-                relu,
+                ceiling,
             )
             for actual, wanted in zip(found, expected, strict=True):
                 torch.testing.assert_close(actual.cpu(), wanted, **CLOSE)
@@ -235,14 +253,14 @@ class TestBackward(OpTester):
         c = exact_input((4, 5, 4, 4)).to(dtype)
         dy = torch.randn(c.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
         problem = Problem(5, exact=True, device="cpu")
-        _, vectors, frozen = reference.forward(c.float(), *problem.arguments(), quantizer_state(QINT8), True)
-        wanted, _, _ = reference.backward(dy.float(), c.float(), vectors, frozen, True)
+        _, vectors, frozen = reference.forward(c.float(), *problem.arguments(), quantizer_state(QINT8), math.inf)
+        wanted, _, _ = reference.backward(dy.float(), c.float(), vectors, frozen, math.inf)
         found, _, _ = implementation("conv_bn", c, use).backward(
             dy.to(device),
             c.to(device),
             reference.Normalization(*(v.to(device) for v in vectors)),
             moved(frozen, device),
-            True,
+            math.inf,
         )
         assert found.dtype == dtype
         torch.testing.assert_close(found.cpu().float(), wanted, rtol=1e-2, atol=1e-2)
@@ -253,6 +271,6 @@ class TestBackward(OpTester):
         runs = []
         for _ in range(2):
             state = quantizer_state(QINT8, device=device)
-            y, vectors, frozen = ops.forward(c, *Problem(5, exact=False, device=device).arguments(), state, True)
-            runs.append((y, *vectors, *ops.backward(y.cos(), c, reference.Normalization(*vectors), frozen, True)))
+            y, vectors, frozen = ops.forward(c, *Problem(5, exact=False, device=device).arguments(), state, math.inf)
+            runs.append((y, *vectors, *ops.backward(y.cos(), c, reference.Normalization(*vectors), frozen, math.inf)))
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

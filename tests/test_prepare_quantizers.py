@@ -1,5 +1,7 @@
 """`prepare_qat`: where quantizers go, and what becomes of additions and concatenations."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ def test_quantizers_of_resnet18_are_those_of_a_hand_count():
     assert "layer1.0.add.activation_post_process" in names
     assert "maxpool.activation_post_process" not in names
     assert isinstance(prepared.layer1[0], type(vision_models.torchvision_model("resnet18").layer1[0]))
-    assert prepared.layer1[0].add.relu
+    assert prepared.layer1[0].add.ceiling == math.inf
     assert type(prepared.layer1[0].relu) is nn.Identity
     assert type(prepared.bn1) is nn.Identity
 
@@ -57,7 +59,7 @@ def in_place(m, x):
 def test_addition_becomes_a_module_in_every_spelling(run):
     prepared = prepare(run, first=conv(), second=conv())
     assert of_type(prepared, qnn.Add) == ["add"]
-    assert not prepared.add.relu
+    assert prepared.add.ceiling is None
     assert len(quantizers(prepared)) == 4
 
 
@@ -65,7 +67,7 @@ def test_addition_becomes_a_module_in_every_spelling(run):
 def test_addition_takes_the_relu(act):
     parts = {"act": act} if isinstance(act, nn.Module) else {}
     prepared = prepare(lambda m, x: (m.act if parts else act)(x + m.first(x)), first=conv(), **parts)
-    assert prepared.add.relu
+    assert prepared.add.ceiling == math.inf
     assert not of_type(prepared, nn.ReLU)
 
 

@@ -1,6 +1,7 @@
 """Addition, ReLU, observer and fake quantization as one operator, against its parts."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -16,22 +17,25 @@ from tritonq.reference import residual
 
 SHAPES = [(3, 5, 7, 2), (1,), (2, 16), (3, 1, 5), (2, 3, 2, 3, 2), (0, 4), ()]
 
+# Of the ReLU: none, a plain one, and bounds that no code and that one code (of scale 0.5) lies on.
+CEILINGS = [None, math.inf, 0.7, 1.5]
+
 
 class Parts(nn.Module):
     """The same join with modules of its own for each step."""
 
-    def __init__(self, relu, quantizer):
+    def __init__(self, ceiling, quantizer):
         super().__init__()
-        self.relu, self.quantizer = relu, quantizer
+        self.ceiling, self.quantizer = ceiling, quantizer
 
     def forward(self, a, b):
         total = a + b
-        return self.quantizer(F.relu(total) if self.relu else total)
+        return self.quantizer(total if self.ceiling is None else F.hardtanh(total, 0, self.ceiling))
 
 
-def pair(relu, preset="tensorrt"):
-    join = tritonq.nn.Add(relu, qconfig=tritonq.get_qconfig(preset))
-    return join, Parts(relu, copy.deepcopy(join.activation_post_process))
+def pair(ceiling, preset="tensorrt"):
+    join = tritonq.nn.Add(ceiling, qconfig=tritonq.get_qconfig(preset))
+    return join, Parts(ceiling, copy.deepcopy(join.activation_post_process))
 
 
 def tensors(shape, dtype=torch.float32, seed=0):
@@ -54,29 +58,29 @@ def assert_same_steps(join, parts, batches):
             assert torch.equal(value, expected), name
 
 
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("ceiling", CEILINGS)
 @pytest.mark.parametrize("preset", ["tensorrt", "megengine_ema", "megengine_lowbit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equals_its_parts_bit_for_bit(relu, preset, dtype):
-    join, parts = pair(relu, preset)
+def test_equals_its_parts_bit_for_bit(ceiling, preset, dtype):
+    join, parts = pair(ceiling, preset)
     assert_same_steps(join, parts, [tensors((3, 5, 7, 2), dtype, seed) for seed in range(3)])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("relu", [False, True])
-def test_shapes(shape, relu):
-    assert_same_steps(*pair(relu), [tensors((3, 5)), tensors(shape)])
+@pytest.mark.parametrize("ceiling", CEILINGS)
+def test_shapes(shape, ceiling):
+    assert_same_steps(*pair(ceiling), [tensors((3, 5)), tensors(shape)])
 
 
 def test_affine_quantizer():
     join = tritonq.nn.Add(qconfig=tritonq.get_default_qat_qconfig("fbgemm", version=0))
-    parts = Parts(False, copy.deepcopy(join.activation_post_process))
+    parts = Parts(None, copy.deepcopy(join.activation_post_process))
     assert_same_steps(join, parts, [tensors((4, 9), seed=seed) for seed in range(3)])
 
 
 def test_ties_rails_and_nonfinite_values():
-    for relu in (False, True):
-        join, parts = pair(relu)
+    for ceiling in CEILINGS:
+        join, parts = pair(ceiling)
         for quantizer in (join.activation_post_process, parts.quantizer):
             quantizer(torch.tensor([-63.75, 63.75]))  # scale 0.5
             quantizer.disable_observer()
@@ -89,7 +93,7 @@ def test_ties_rails_and_nonfinite_values():
 
 @pytest.mark.parametrize("switch", ["disable_fake_quant", "disable_observer", "eval"])
 def test_switches(switch):
-    join, parts = pair(True)
+    join, parts = pair(math.inf)
     assert_same_steps(join, parts, [tensors((4, 9))])
     for quantizer in (join.activation_post_process, parts.quantizer):
         getattr(quantizer, switch)()
@@ -106,12 +110,12 @@ def test_layouts_and_strides():
         (a.mT, b.mT, dy.mT),
         (a[:, ::2], b[:, ::2], dy[:, 1::2]),
     ]
-    assert_same_steps(*pair(True), mixed)
+    assert_same_steps(*pair(math.inf), mixed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_rounds_once(dtype):
-    join, _ = pair(True)
+    join, _ = pair(math.inf)
     a, b, dy = tensors((4, 33), dtype)
     wide = copy.deepcopy(join)
     expected = wide(a.float(), b.float()).to(dtype)
@@ -123,7 +127,7 @@ def test_low_precision_rounds_once(dtype):
 
 
 def test_infinite_gradients_are_blocked_not_poisoned():
-    join, _ = pair(True)
+    join, _ = pair(math.inf)
     a = torch.tensor([-1.0, 2.0], requires_grad=True)
     join(a, torch.zeros(2)).backward(torch.tensor([torch.inf, 1.0]))
     assert torch.equal(a.grad, torch.tensor([0.0, 1.0]))
@@ -133,7 +137,7 @@ def test_saves_one_bit_per_element():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         a, b, _ = tensors((8, 100))
-        pair(True)[0](a.requires_grad_(), b)
+        pair(math.inf)[0](a.requires_grad_(), b)
     assert sum(t.untyped_storage().nbytes() for t in saved) == 112
 
 
@@ -146,7 +150,7 @@ def test_packed_bits_survive(count):
 
 
 def test_broadcasting_sums_take_the_long_way():
-    join, parts = pair(True)
+    join, parts = pair(math.inf)
     a, b = torch.randn(4, 5, requires_grad=True), torch.randn(5, requires_grad=True)
     y = join(a, b)
     assert torch.equal(y, parts(a, b))
@@ -156,7 +160,7 @@ def test_broadcasting_sums_take_the_long_way():
 
 def test_without_a_qconfig_it_only_adds():
     a, b, _ = tensors((4, 5))
-    assert torch.equal(tritonq.nn.Add(relu=True)(a, b), F.relu(a + b))
+    assert torch.equal(tritonq.nn.Add(math.inf)(a, b), F.relu(a + b))
 
 
 class TestBackends(OpTester):
@@ -169,16 +173,19 @@ class TestBackends(OpTester):
             monkeypatch.setattr(kernels, "_RANGE_BLOCK", 64)
 
     @pytest.mark.parametrize("shape", [*SHAPES, (7, 131)], ids=str)
-    @pytest.mark.parametrize(("qtype", "relu"), [(QINT8, True), (QUINT8, False), (None, True)])
-    def test_equals_the_pytorch_path(self, shape, qtype, relu, use, device):
+    @pytest.mark.parametrize(
+        ("qtype", "ceiling"),
+        [(QINT8, math.inf), (QINT8, 1.5), (QUINT8, None), (QUINT8, 0.3), (None, math.inf), (None, 1.5)],
+    )
+    def test_equals_the_pytorch_path(self, shape, qtype, ceiling, use, device):
         mine, other = (None if qtype is None else quantizer_state(qtype, device=device) for _ in range(2))
         for seed, dtype in ((0, torch.float32), (1, torch.bfloat16), (2, torch.float16)):
             a, b, dy = (t.to(device) for t in tensors(shape, dtype, seed))
             if a.numel() > 20:
                 a.view(-1)[[3, 9, 15]] = torch.tensor([torch.nan, torch.inf, -torch.inf], device=device).to(dtype)
             ops = implementation("residual", a, use)
-            y, mask = ops.forward(a, b, mine, relu)
-            z, expected = residual.forward(a, b, other, relu)
+            y, mask = ops.forward(a, b, mine, ceiling)
+            z, expected = residual.forward(a, b, other, ceiling)
             # The interpreter truncates where a GPU rounds to bfloat16.
             close = {"rtol": 2**-7, "atol": 0} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 0}
             torch.testing.assert_close(y, z, equal_nan=True, **close)
@@ -197,8 +204,8 @@ class TestBackends(OpTester):
             (a[:, ::2], b[:, ::2]),
         ):
             ops = implementation("residual", p, use)
-            y, mask = ops.forward(p, q, quantizer_state(QINT8, device=device), True)
-            z, expected = residual.forward(p, q, quantizer_state(QINT8, device=device), True)
+            y, mask = ops.forward(p, q, quantizer_state(QINT8, device=device), math.inf)
+            z, expected = residual.forward(p, q, quantizer_state(QINT8, device=device), math.inf)
             assert torch.equal(y, z)
             dy = torch.randn_like(y)
             assert torch.equal(ops.backward(dy, mask), residual.backward(dy, expected))

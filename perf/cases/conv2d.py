@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -138,7 +139,7 @@ class Operator:
 
         def step(inputs: Inputs) -> tuple[Tensor, ...]:
             quantizer = OutputQuantizer(inputs["scale"], None, None, QINT8)
-            return (conv2d(inputs["x"], inputs["weight"], inputs["bias"], *self.conv.geometry, True, quantizer),)
+            return (conv2d(inputs["x"], inputs["weight"], inputs["bias"], *self.conv.geometry, math.inf, quantizer),)
 
         return step
 

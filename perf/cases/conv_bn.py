@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -150,8 +151,8 @@ def _tritonq_tail(inputs: Inputs) -> Step:
 
     def step(inputs: Inputs) -> tuple[Tensor, ...]:
         c, vectors = inputs["c"].detach(), (inputs["fold"], inputs["gamma"], inputs["beta"], None)
-        y, normalization, qparams = tail.forward(c, *vectors, norm, quantizer, True)
-        return y, tail.backward(inputs["dy"], c, normalization, qparams, True)[0]
+        y, normalization, qparams = tail.forward(c, *vectors, norm, quantizer, math.inf)
+        return y, tail.backward(inputs["dy"], c, normalization, qparams, math.inf)[0]
 
     return step
 

@@ -27,7 +27,8 @@ from tritonq.prepare.forward_graph import apply_forward
 from tritonq.prepare.snapshot import ModelSnapshot
 
 FORMAT = "tritonq.converted"
-VERSION = 1
+# Version 1 knew no upper bound of a ReLU.
+VERSION = 2
 
 
 def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -122,15 +122,14 @@ def _quantizer(source: FakeQuantizeBase) -> nn.Module:
 def _layer(layer: QATLayer, output: nn.Module) -> QuantizedLayer:
     if isinstance(layer, QATRepVGGBlock):
         # The merged convolution has the shape of its largest branch.
-        plain_relu = type(layer.activation) is nn.ReLU
-        made = _layer_like(layer, layer.conv3, plain_relu, output)
-        if not plain_relu and layer.activation is not None and type(layer.activation) is not nn.Identity:
+        made = _layer_like(layer, layer.conv3, output)
+        if layer.ceiling is None and layer.activation is not None and type(layer.activation) is not nn.Identity:
             made.add_module("activation", layer.activation)
         return made
-    return _layer_like(layer, layer, bool(getattr(layer, "_relu", False)), output)
+    return _layer_like(layer, layer, output)
 
 
-def _layer_like(layer: QATLayer, shape: nn.Module, relu: bool, output: nn.Module) -> QuantizedLayer:
+def _layer_like(layer: QATLayer, shape: nn.Module, output: nn.Module) -> QuantizedLayer:
     """The deployed form of ``layer``, whose geometry is that of ``shape``."""
     target = next((made for source, made in LAYER_TYPES.items() if isinstance(shape, source)), None)
     if target is None:
@@ -142,7 +141,7 @@ def _layer_like(layer: QATLayer, shape: nn.Module, relu: bool, output: nn.Module
     grid = _weight_grid(layer)
     if integers is None:
         tensors = _float_tensors(layer, weight, bias, grid)
-        return target(geometry, Grids(grid, None), tensors, relu, output)
+        return target(geometry, Grids(grid, None), tensors, layer.ceiling, output)
     source = cast(FakeQuantizeBase, layer.input_quantizer)
     grid = cast(QuantizedType, grid)
     zero = cast(Tensor, integers.weight_zero_point)
@@ -157,7 +156,7 @@ def _layer_like(layer: QATLayer, shape: nn.Module, relu: bool, output: nn.Module
         "input_scale": input_scale.reshape(1).clone(),
         "input_zero_point": input_zero_point.reshape(1).clone(),
     }
-    return target(geometry, Grids(grid, source.qtype), integer_tensors, relu, output)
+    return target(geometry, Grids(grid, source.qtype), integer_tensors, layer.ceiling, output)
 
 
 def _weight_grid(layer: QATLayer) -> QuantizedType | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -64,7 +65,7 @@ def _describe(module: nn.Module) -> Description:
             "kind": "layer",
             "type": module.float_type.__name__,
             "geometry": module.geometry,
-            "relu": module.relu,
+            "ceiling": module.ceiling,
             "weight": _grid_to_data(module.grids.weight),
             "input": _grid_to_data(module.grids.input),
             "tensors": [name for name in TENSOR_NAMES if getattr(module, name) is not None],
@@ -75,7 +76,7 @@ def _describe(module: nn.Module) -> Description:
     if isinstance(module, Quantizer):
         return {"kind": "quantizer", "grid": _grid_to_data(module.qtype)}
     if type(module) is Add:
-        return {"kind": "add", "relu": module.relu}
+        return {"kind": "add", "ceiling": module.ceiling}
     if type(module) is Cat:
         return {"kind": "cat", "dim": module.dim}
     if type(module) is FloatFunctional:
@@ -109,7 +110,7 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         cls = _by_name(LAYER_TYPES, entry["type"])
         grids = Grids(_grid_from_data(entry["weight"]), _grid_from_data(entry["input"]))
         held: dict[str, Tensor | None] = {key: _tensor(tensors, _join(name, key)) for key in entry["tensors"]}
-        return cls(entry["geometry"], grids, held, entry["relu"])
+        return cls(entry["geometry"], grids, held, _ceiling(entry))
     if kind == "table":
         made: Callable[..., DeployedModule] = _by_name(TABLE_TYPES, entry["type"])
         return made(
@@ -123,7 +124,7 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
             raise ValueError(f"the quantizer {name!r} has no grid")
         return Quantizer(grid, _tensor(tensors, _join(name, "scale")), _tensor(tensors, _join(name, "zero_point")))
     if kind == "add":
-        return Add(entry["relu"])
+        return Add(_ceiling(entry))
     if kind == "cat":
         return Cat(entry["dim"])
     if kind == "inputs":
@@ -182,6 +183,14 @@ def _hooks(module: nn.Module) -> list[str]:
         "quantize_output": quantize_output_hook,
     }
     return [name for name, hook in known.items() if hook in registered]
+
+
+def _ceiling(entry: Description) -> float | None:
+    """The upper bound of a ReLU; files of version 1 say whether there is one, without bound."""
+    if "relu" in entry:
+        return math.inf if entry["relu"] else None
+    ceiling: float | None = entry["ceiling"]
+    return ceiling
 
 
 def _grid_to_data(grid: QuantizedType | None) -> Description | None:

@@ -18,8 +18,10 @@ from tritonq.functional.conv2d import find_kernel
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.integer import BYTE_BITS, IntegerAffine, OutputGrid, integer_affine, sum_bound
 from tritonq.functional.linear_map import Convolution, plain_conv2d
+from tritonq.nn.fusable import checked_ceiling, describe_relu
 from tritonq.observers.base import FixedDtypeBuffers
 from tritonq.qparams import QParams, QuantizedType
+from tritonq.reference.activation import rectify
 from tritonq.reference.conv2d import OutputQuantizer
 
 if TYPE_CHECKING:
@@ -149,7 +151,7 @@ class QuantizedLayer(DeployedModule):
         input_scale: float32 (1,), or None.
         input_zero_point: int32 (1,), or None.
         grids: see :class:`Grids`.
-        relu: whether a ReLU follows.
+        ceiling: upper bound of the ReLU that follows, infinity for a plain one; None without a ReLU.
         following: another function that follows, before the output quantizer, or None.
         activation_post_process: the output's :class:`Quantizer`, or an Identity.
     """
@@ -173,7 +175,7 @@ class QuantizedLayer(DeployedModule):
         geometry: dict[str, Any],
         grids: Grids,
         tensors: dict[str, Tensor | None],
-        relu: bool = False,
+        ceiling: float | None = None,
         output: nn.Module | None = None,
     ) -> None:
         # The float constructor sets strides, paddings and the like, which users' code may read; no memory is taken.
@@ -184,7 +186,7 @@ class QuantizedLayer(DeployedModule):
             check_shape(name, tensors.get(name), out)
         del self._parameters["weight"], self._parameters["bias"]
         self.grids = grids
-        self.relu = relu
+        self.ceiling = checked_ceiling(ceiling)
         self.keep(**{name: tensors.get(name) for name in TENSOR_NAMES})
         self.activation_post_process = nn.Identity() if output is None else output
         self.read_tensors()
@@ -253,9 +255,9 @@ class QuantizedLayer(DeployedModule):
             return self.run_operators(x, layer)
         fused = quantizer.fixed() if isinstance(quantizer, Quantizer) and self.following is None else None
         if layer is None:
-            y = kernel(x, self.dequantized_weight(x.dtype), self._float_bias(x.dtype), self.relu, fused)
+            y = kernel(x, self.dequantized_weight(x.dtype), self._float_bias(x.dtype), self.ceiling, fused)
         else:
-            y = kernel.integers(x, layer, self.output_grid(), self.relu, fused)
+            y = kernel.integers(x, layer, self.output_grid(), self.ceiling, fused)
         return y if fused is not None else self.finish(y, relu_done=True)
 
     def run_operators(self, x: Tensor, layer: IntegerAffine | None) -> Tensor:
@@ -276,8 +278,8 @@ class QuantizedLayer(DeployedModule):
 
     def finish(self, y: Tensor, relu_done: bool = False) -> Tensor:
         """What follows the convolution or product: ReLU or another function, and the output quantizer."""
-        if self.relu and not relu_done:
-            y = F.relu(y)
+        if not relu_done:
+            y = rectify(y, self.ceiling)
         if self.following is not None:
             y = self.following(y)
         return cast(Tensor, self.activation_post_process(y))
@@ -292,7 +294,7 @@ class QuantizedLayer(DeployedModule):
     def extra_repr(self) -> str:
         """Geometry, and what the weight and the arithmetic are."""
         with_input = "integers" if self.multiplier is not None else "float, input grid unknown"
-        relu = ", relu" if self.relu else ""
+        relu = "" if self.ceiling is None else f", {describe_relu(self.ceiling)}"
         return f"{super().extra_repr()}{relu}, weight={self.weight.dtype}, arithmetic={with_input}"
 
 

@@ -31,7 +31,6 @@ from tritonq.deploy.tables import QuantizedEmbedding, QuantizedEmbeddingBag, Qua
 from tritonq.nn import Add, Cat, FloatFunctional
 from tritonq.reference.fake_quant import quantize
 
-_RELU = (0.0, math.inf)
 _REMEDY = 'train with get_qconfig("tensorrt"), or export with target="onnxruntime"'
 
 
@@ -71,12 +70,12 @@ def onnx_form(converted: nn.Module, target: Target) -> nn.Module:
 def _absorb_relus(model: nn.Module, names: dict[Quantizer, str]) -> None:
     """Replace ReLUs before a quantizer by the lower bound of its codes."""
     for module in model.modules():
-        if isinstance(module, (QuantizedLayer, Add)) and module.relu:
+        if isinstance(module, (QuantizedLayer, Add)) and module.ceiling is not None:
             output = module.activation_post_process
             if isinstance(output, Quantizer) and output.qtype.axis is None:
-                module.relu = False
+                bounds, module.ceiling = (0.0, module.ceiling), None
                 exact = not _runs_in_integers(module)
-                module.activation_post_process = _uint8_quantizer(output, names[output], _RELU, exact=exact)
+                module.activation_post_process = _uint8_quantizer(output, names[output], bounds, exact=exact)
 
 
 def _absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> None:
@@ -85,7 +84,7 @@ def _absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> None:
         output = module._modules.get("activation_post_process")
         clips = type(module) in (nn.ReLU, nn.ReLU6, nn.Hardtanh)
         if clips and isinstance(output, Quantizer) and output.qtype.axis is None:
-            bounds = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else _RELU
+            bounds = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else (0.0, math.inf)
             module.forward = _unchanged
             module.activation_post_process = _uint8_quantizer(output, names[output], bounds)
 

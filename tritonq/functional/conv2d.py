@@ -11,6 +11,7 @@ from torch import Tensor
 from tritonq.backend import select
 from tritonq.functional.integer import FLOAT32_EXACT, IntegerAffine, OutputGrid, centred_codes
 from tritonq.functional.linear_map import Convolution
+from tritonq.reference.activation import rectify_backward
 from tritonq.reference.conv2d import OutputQuantizer
 
 
@@ -31,7 +32,7 @@ class ConvKernel:
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        relu: bool = False,
+        ceiling: float | None = None,
         quantizer: OutputQuantizer | None = None,
     ) -> Tensor:
         """``FQ(relu?(conv(x, weight) + bias))``, differentiable where ``quantizer`` is None.
@@ -40,7 +41,7 @@ class ConvKernel:
             x: (n, c, h, w).
             weight: (out, c/groups, kh, kw), quantized already.
             bias: (out,), or None.
-            relu: whether there is a ReLU.
+            ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
             quantizer: of the output.
 
         Raises:
@@ -52,8 +53,8 @@ class ConvKernel:
             got = [str(t.dtype) for t in (x, weight, bias) if t is not None]
             raise TypeError(f"input, weight and bias must have one dtype, got {', '.join(got)}")
         if quantizer is not None:
-            return self._run(x, weight, bias, relu, quantizer)
-        y: Tensor = _FoldedConv2d.apply(x, weight, bias, self, relu)  # type: ignore[no-untyped-call]
+            return self._run(x, weight, bias, ceiling, quantizer)
+        y: Tensor = _FoldedConv2d.apply(x, weight, bias, self, ceiling)  # type: ignore[no-untyped-call]
         return y
 
     def integers(
@@ -61,7 +62,7 @@ class ConvKernel:
         x: Tensor,
         layer: IntegerAffine,
         output: OutputGrid | None,
-        relu: bool = False,
+        ceiling: float | None = None,
         quantizer: OutputQuantizer | None = None,
     ) -> Tensor:
         """:func:`tritonq.functional.integer.integer_affine` bit for bit, ReLU and fake quantization behind it.
@@ -70,7 +71,7 @@ class ConvKernel:
             x: (n, c, h, w) on the layer's input grid.
             layer: the integers; see :func:`find_kernel` for which it takes.
             output: the grid that the result goes onto, or None.
-            relu: whether there is a ReLU.
+            ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
             quantizer: of the output.
 
         Returns:
@@ -88,7 +89,7 @@ class ConvKernel:
             "half_even" if output is None else output.rounding,
             x.dtype,
             *self._geometry,
-            relu,
+            ceiling,
             quantizer,
             tile=self.tile,
         )
@@ -99,11 +100,11 @@ class ConvKernel:
         return self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups
 
     def _run(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, quantizer: OutputQuantizer | None
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, ceiling: float | None, quantizer: OutputQuantizer | None
     ) -> Tensor:
         from tritonq.kernels.conv2d import conv2d
 
-        y: Tensor = conv2d(x, weight, bias, *self._geometry, relu, quantizer, tile=self.tile)
+        y: Tensor = conv2d(x, weight, bias, *self._geometry, ceiling, quantizer, tile=self.tile)
         return y
 
 
@@ -141,10 +142,12 @@ class _FoldedConv2d(torch.autograd.Function):
     """``relu?(conv(x, weight) + bias)``; backward by torch's convolution, ReLU's mask from its result."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kernel: ConvKernel, relu: bool) -> Tensor:
-        y = kernel._run(x, weight, bias, relu, None)
-        ctx.save_for_backward(x, weight, y if relu else None)
-        ctx.conv = kernel.conv
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kernel: ConvKernel, ceiling: float | None
+    ) -> Tensor:
+        y = kernel._run(x, weight, bias, ceiling, None)
+        ctx.save_for_backward(x, weight, None if ceiling is None else y)
+        ctx.conv, ctx.ceiling = kernel.conv, ceiling
         return y
 
     @staticmethod
@@ -153,6 +156,6 @@ class _FoldedConv2d(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if y is not None:
-            dy = torch.ops.aten.threshold_backward(dy, y, 0)
+            dy = rectify_backward(dy, y, ctx.ceiling)
         dx, dw = ctx.conv.backward(dy, x, weight, needs_x, needs_weight)
         return dx, dw, dy.sum((0, 2, 3)) if needs_bias else None, None, None

@@ -36,7 +36,7 @@ class ConvBnStep:
         weight_quantizer: of the folded weight's rows; None leaves it in float.
         output_quantizer: of the result, per tensor; None leaves it in float.
         input_grid: the grid that the input lies on, where known: the backward then keeps codes of one byte.
-        relu: whether there is a ReLU.
+        ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
         memory: the layer's, for a recomputation of this step.
     """
 
@@ -45,7 +45,7 @@ class ConvBnStep:
     weight_quantizer: QuantizerState | None = None
     output_quantizer: QuantizerState | None = None
     input_grid: InputGrid | None = None
-    relu: bool = False
+    ceiling: float | None = None
     memory: StepMemory = field(default_factory=StepMemory)
 
 
@@ -133,10 +133,10 @@ class _ConvBn(torch.autograd.Function):
         del codes
         check_count(c)
         y, normalization, quantizer = ctx.tail.forward(
-            c, fold / unit, gamma, beta, bias, step.norm, step.output_quantizer, step.relu
+            c, fold / unit, gamma, beta, bias, step.norm, step.output_quantizer, step.ceiling
         )
-        if quantizer is not None and is_readable(quantizer.active) and bool(quantizer.active):
-            mark(y, step.output_quantizer.scale)
+        if quantizer is not None and step.output_quantizer is not None:
+            mark(y, step.output_quantizer.scale, quantizer.active)
         if any(ctx.needs_input_grad):
             kept = keep(x, step.input_grid)
             ctx.step, ctx.clips, ctx.x_dtype = step, clips, x.dtype
@@ -163,7 +163,7 @@ class _ConvBn(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_gamma, needs_beta, _ = ctx.needs_input_grad
 
         dc, sum_g, sum_gn = ctx.tail.backward(
-            dy, c, normalization, output_quantizer, step.relu, borrow("gradient", c, fold.dtype)
+            dy, c, normalization, output_quantizer, step.ceiling, borrow("gradient", c, fold.dtype)
         )
         dx = dweight = dgamma = dfold = None
         if needs_x or needs_weight or needs_gamma:

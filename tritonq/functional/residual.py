@@ -11,7 +11,7 @@ from tritonq.functional.dispatch import implementation
 from tritonq.reference.quantizer_state import QuantizerState
 
 
-def residual_join(a: Tensor, b: Tensor, quantizer: QuantizerState | None, relu: bool) -> Tensor:
+def residual_join(a: Tensor, b: Tensor, quantizer: QuantizerState | None, ceiling: float | None) -> Tensor:
     """``FQ(relu?(a + b))`` as one operator that saves one bit per element.
 
     Both gradients are that of the result where neither ReLU nor the clip blocks it. The quantizer observes the sum.
@@ -20,20 +20,20 @@ def residual_join(a: Tensor, b: Tensor, quantizer: QuantizerState | None, relu: 
         a: any shape and strides; float32, float16, bfloat16 or float64.
         b: of ``a``'s shape, dtype and device.
         quantizer: per tensor; None leaves the result in float.
-        relu: whether there is a ReLU.
+        ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
 
     Returns:
         Tensor of that shape and dtype. The sum and what follows are float32 (float64 for float64), rounded once.
     """
-    result: Tensor = _ResidualJoin.apply(a, b, quantizer, relu)  # type: ignore[no-untyped-call]
+    result: Tensor = _ResidualJoin.apply(a, b, quantizer, ceiling)  # type: ignore[no-untyped-call]
     return result
 
 
 class _ResidualJoin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, quantizer: QuantizerState | None, relu: bool) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, quantizer: QuantizerState | None, ceiling: float | None) -> Tensor:
         ctx.ops = implementation("residual", a)
-        y, mask = ctx.ops.forward(a, b, quantizer, relu)
+        y, mask = ctx.ops.forward(a, b, quantizer, ceiling)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(mask)
             ctx.strides = y.stride()

@@ -73,9 +73,9 @@ def keep(x: Tensor, grid: InputGrid | None) -> SavedInput:
     return saved
 
 
-def mark(y: Tensor, scale: Tensor) -> None:
-    """Note on ``y`` that its values were rounded to the grid of this ``scale``, a quantizer's buffer."""
-    if is_readable(y) and not y.is_inference():
+def mark(y: Tensor, scale: Tensor, active: Tensor) -> None:
+    """Note on ``y`` that its values were rounded to the grid of this ``scale``, a quantizer's buffer, if ``active``."""
+    if is_readable(y) and bool(active) and not y.is_inference():
         setattr(y, _MARK, (scale, scale._version, y._version))
 
 

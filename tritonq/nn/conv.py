@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, cast
 
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from tritonq.functional.linear_map import Convolution, plain_conv2d
 from tritonq.nn import intrinsic
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
+from tritonq.reference.activation import rectify
 
 
 class QATConv(QATLayer, nn.modules.conv._ConvNd):
@@ -25,7 +27,6 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
 
     _float_type: ClassVar[type[nn.modules.conv._ConvNd]]
     _fused_type: ClassVar[type[intrinsic.FusedModule] | None] = None
-    _relu: ClassVar[bool] = False
 
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,9 +40,9 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
         """Convolve and fake quantize; shapes as the float convolution's."""
         weight, bias = self.folded_parameters()
         if not self.training:
-            return self.eval_output(x, weight, bias, self._relu)
+            return self.eval_output(x, weight, bias, self.ceiling)
         y = self.affine(x, weight, bias)
-        return cast(Tensor, self.activation_post_process(F.relu(y) if self._relu else y))
+        return cast(Tensor, self.activation_post_process(rectify(y, self.ceiling)))
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QATConv:
@@ -87,21 +88,21 @@ class ConvReLU1d(Conv1d):
     """Quantization-aware Conv1d and ReLU; see :class:`QATConv`."""
 
     _fused_type = intrinsic.ConvReLU1d
-    _relu = True
+    ceiling = math.inf
 
 
 class ConvReLU2d(Conv2d):
     """Quantization-aware Conv2d and ReLU; see :class:`QATConv`."""
 
     _fused_type = intrinsic.ConvReLU2d
-    _relu = True
+    ceiling = math.inf
 
 
 class ConvReLU3d(Conv3d):
     """Quantization-aware Conv3d and ReLU; see :class:`QATConv`."""
 
     _fused_type = intrinsic.ConvReLU3d
-    _relu = True
+    ceiling = math.inf
 
 
 class ConvTranspose2d(QATConv, nn.ConvTranspose2d):  # type: ignore[misc]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.functional.conv_bn import ConvBnStep, check_running_var, conv_bn
@@ -18,6 +18,7 @@ from tritonq.nn.fusable import input_grid, range_state, warn_if_unobserved
 from tritonq.nn.linear import Linear
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
+from tritonq.reference.activation import rectify
 from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
 from tritonq.reference.quantizer_state import QuantizerState
 
@@ -48,7 +49,6 @@ class QATBatchNormLayer(QATLayer):
     save_input_codes: bool = True
     grouping: tuple[bool, int] = (False, 1)
     _bn_type: ClassVar[type[nn.modules.batchnorm._BatchNorm]]
-    _relu: ClassVar[bool]
     _mode: Mode = "approximate"
 
     def attach_batch_norm(
@@ -80,10 +80,10 @@ class QATBatchNormLayer(QATLayer):
     def forward(self, x: Tensor) -> Tensor:
         """The layer, its BatchNorm, ReLU where there is one, and fake quantization."""
         if not self.training:
-            return self.eval_output(x, *self.folded_parameters(), self._relu)
+            return self.eval_output(x, *self.folded_parameters(), self.ceiling)
         check_running_var(cast(Tensor, self.bn.running_var))
         if self.freeze_bn or not self.bn.training:
-            return cast(Tensor, self.activation_post_process(folding_modes.frozen(self, x, self._relu)))
+            return cast(Tensor, self.activation_post_process(folding_modes.frozen(self, x)))
         if self._mode != "approximate":
             fold = folding_modes.exact if self._mode == "exact" else folding_modes.corrected
             return self._quantized_output(fold(self, x))
@@ -101,7 +101,7 @@ class QATBatchNormLayer(QATLayer):
         return not frozen and self._mode == "approximate" and folding_modes.is_plain(self.bn)
 
     def _quantized_output(self, y: Tensor) -> Tensor:
-        return cast(Tensor, self.activation_post_process(F.relu(y) if self._relu else y))
+        return cast(Tensor, self.activation_post_process(rectify(y, self.ceiling)))
 
     def _one_operator(self, x: Tensor, weight_quantizer: QuantizerState | None) -> Tensor:
         """The approximate mode, with the activation quantizer in it where that is possible."""
@@ -115,7 +115,7 @@ class QATBatchNormLayer(QATLayer):
             weight_quantizer,
             output_quantizer,
             input_grid(self.input_quantizer) if self.save_input_codes else None,
-            self._relu,
+            self.ceiling,
             self.step_memory,
         )
         y = conv_bn(x, self.weight, self.bias, self.bn.weight, self.bn.bias, step)
@@ -240,21 +240,21 @@ class ConvBnReLU1d(ConvBn1d):
     """Quantization-aware Conv1d, BatchNorm1d and ReLU; see :class:`QATBatchNormLayer`."""
 
     _fused_type = intrinsic.ConvBnReLU1d
-    _relu = True
+    ceiling = math.inf
 
 
 class ConvBnReLU2d(ConvBn2d):
     """Quantization-aware Conv2d, BatchNorm2d and ReLU; see :class:`QATBatchNormLayer`."""
 
     _fused_type = intrinsic.ConvBnReLU2d
-    _relu = True
+    ceiling = math.inf
 
 
 class ConvBnReLU3d(ConvBn3d):
     """Quantization-aware Conv3d, BatchNorm3d and ReLU; see :class:`QATBatchNormLayer`."""
 
     _fused_type = intrinsic.ConvBnReLU3d
-    _relu = True
+    ceiling = math.inf
 
 
 class ConvTransposeBn2d(_ConvBn, ConvTranspose2d):  # type: ignore[misc]

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from tritonq.functional.integer import Grid, integer_add
 from tritonq.functional.residual import residual_join
-from tritonq.nn.fusable import range_state, warn_if_unobserved
+from tritonq.nn.fusable import checked_ceiling, describe_relu, range_state, warn_if_unobserved
 from tritonq.nn.qat import with_gradient_of
 from tritonq.qconfig import QConfig
 from tritonq.qparams import QParams, QuantizedType
+from tritonq.reference.activation import rectify
 from tritonq.reference.quantizer_state import QuantizerState
 
 
@@ -40,13 +41,19 @@ class GridSource(Protocol):
 class Add(_WithOutputQuantizer):
     """``FQ(relu?(a + b))``: a residual join. Without a qconfig, its output stays in float.
 
+    ``ceiling`` is the upper bound of the ReLU: infinity for a plain one, 6 for ReLU6; None leaves it out.
+
     In eval mode, with both summands on known grids, it adds as integer runtimes do:
     :func:`tritonq.functional.integer.integer_add`.
+
+    Raises:
+        TypeError: a ceiling that is not a number.
+        ValueError: one that is not positive.
     """
 
-    def __init__(self, relu: bool = False, *, qconfig: QConfig | None = None) -> None:
+    def __init__(self, ceiling: float | None = None, *, qconfig: QConfig | None = None) -> None:
         super().__init__(qconfig)
-        self.relu = relu
+        self.ceiling = checked_ceiling(ceiling)
         # A tuple hides the references from nn.Module: the producers own these quantizers and their state.
         self._input_quantizers: tuple[nn.Module | None, nn.Module | None] = (None, None)
 
@@ -66,18 +73,18 @@ class Add(_WithOutputQuantizer):
             total = integer_add(a, b, *cast(tuple[Grid, Grid, Grid], grids)).to(a.dtype)
             if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
                 total = with_gradient_of(total, a + b)
-            return cast(Tensor, self.activation_post_process(F.relu(total) if self.relu else total))
+            return cast(Tensor, self.activation_post_process(rectify(total, self.ceiling)))
         quantizer = range_state(self.activation_post_process)
         if quantizer is not None and _can_join(a, b, quantizer):
-            y = residual_join(a, b, quantizer, self.relu)
+            y = residual_join(a, b, quantizer, self.ceiling)
             warn_if_unobserved(self.activation_post_process)
             return y
         total = a + b
-        return cast(Tensor, self.activation_post_process(F.relu(total) if self.relu else total))
+        return cast(Tensor, self.activation_post_process(rectify(total, self.ceiling)))
 
     def extra_repr(self) -> str:
-        """Whether a ReLU is included."""
-        return f"relu={self.relu}"
+        """The ReLU, where there is one."""
+        return describe_relu(self.ceiling)
 
 
 def _grid(quantizer: nn.Module | None) -> Grid | None:

@@ -73,13 +73,13 @@ def corrected(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
     return y + layer.along_channels(_batch_bias(layer, mean, scale), y)
 
 
-def frozen(layer: QATBatchNormLayer, x: Tensor, relu: bool) -> Tensor:
+def frozen(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
     """Fold the running statistics, which stay as they are: ``op(x, FQ_w(W t)) + FQ_b(β + t (b - running_mean))``.
 
     ReLU comes with it: one kernel computes both where it is the faster one.
     """
     weight, bias = layer.folded_parameters()
-    return layer.linear_relu(x, layer.quantized_weight(weight), bias_on_grid(layer, bias), relu)
+    return layer.linear_relu(x, layer.quantized_weight(weight), bias_on_grid(layer, bias), layer.ceiling)
 
 
 def bias_on_grid(layer: QATLayer, bias: Tensor) -> Tensor:

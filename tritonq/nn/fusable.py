@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -90,6 +93,42 @@ def input_grid(quantizer: FakeQuantizeBase | None) -> InputGrid | None:
     observer = getattr(quantizer, "activation_post_process", None)
     always_zero = isinstance(observer, ObserverBase) and observer.zero_point_is_zero
     return InputGrid(scale, None if always_zero else zero_point, quantizer.qtype)
+
+
+def ceiling_of(activation: nn.Module | None) -> float | None:
+    """The upper bound of an activation that is a ReLU, ReLU6 or ``Hardtanh(0, b)``; None for anything else."""
+    if type(activation) is nn.ReLU:
+        return math.inf
+    if type(activation) in (nn.ReLU6, nn.Hardtanh) and isinstance(activation, nn.Hardtanh):
+        return bound_of_clip(activation.min_val, activation.max_val)
+    return None
+
+
+def bound_of_clip(low: object, high: object) -> float | None:
+    """The ceiling of the ReLU that clipping to these bounds is (no upper one: None), or None where it is no ReLU."""
+    numbers = [0.0 if bound is None else bound for bound in (low, high)]
+    if low is None or any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in numbers):
+        return None
+    ceiling = math.inf if high is None else float(cast(float, high))
+    return ceiling if low == 0 and ceiling > 0 else None
+
+
+def checked_ceiling(ceiling: float | None) -> float | None:
+    """``ceiling`` if it can bound a ReLU, else TypeError or ValueError."""
+    if ceiling is None:
+        return None
+    if isinstance(ceiling, bool) or not isinstance(ceiling, (int, float)):
+        raise TypeError(f"ceiling must be a number or None, got {ceiling!r}")
+    if not ceiling > 0:
+        raise ValueError(f"ceiling must be positive, got {ceiling}")
+    return float(ceiling)
+
+
+def describe_relu(ceiling: float | None) -> str:
+    """For a module's ``repr``: ``"relu"``, ``"relu up to 6"``, or nothing."""
+    if ceiling is None:
+        return ""
+    return "relu" if ceiling == math.inf else f"relu up to {ceiling:g}"
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, cast
 
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from tritonq.nn import intrinsic
 from tritonq.nn.conv import check_float_type, share_parameters
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
+from tritonq.reference.activation import rectify
 
 
 class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
@@ -24,7 +26,6 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
 
     _output_axis = -1
     _expected_type: ClassVar[type[nn.Module]] = nn.Linear
-    _relu: ClassVar[bool] = False
 
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -37,7 +38,7 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), fake-quantized."""
         y = self.affine(x, *self.folded_parameters())
-        return cast(Tensor, self.activation_post_process(F.relu(y) if self._relu else y))
+        return cast(Tensor, self.activation_post_process(rectify(y, self.ceiling)))
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Linear:
@@ -62,4 +63,4 @@ class LinearReLU(Linear):
     """Quantization-aware Linear and ReLU; see :class:`Linear`."""
 
     _expected_type = intrinsic.LinearReLU
-    _relu = True
+    ceiling = math.inf

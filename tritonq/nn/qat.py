@@ -6,7 +6,6 @@ from abc import abstractmethod
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
@@ -23,6 +22,7 @@ from tritonq.functional.integer import (
 from tritonq.functional.linear_map import Convolution
 from tritonq.nn.fusable import fixed_quantizer
 from tritonq.qconfig import QConfig
+from tritonq.reference.activation import rectify
 from tritonq.reference.fake_quant import quantize
 
 
@@ -33,6 +33,8 @@ class QATLayer(nn.Module):
         weight_fake_quant: quantizer of the weight (of the folded weight where there is a BatchNorm).
         activation_post_process: quantizer of the output, after ReLU where there is one.
         qconfig: where both came from.
+        ceiling: upper bound of the ReLU between the operation and its quantizer: infinity for a plain one, 6 for ReLU6;
+            None without a ReLU.
     """
 
     weight: Tensor
@@ -40,6 +42,7 @@ class QATLayer(nn.Module):
     qconfig: QConfig
     weight_fake_quant: nn.Module
     activation_post_process: nn.Module
+    ceiling: float | None = None
 
     # Axis of the output that out channels run along.
     _output_axis = 1
@@ -110,30 +113,30 @@ class QATLayer(nn.Module):
         """The layer as a 2-d convolution that a kernel could run, or None."""
         return None
 
-    def linear_relu(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    def linear_relu(self, x: Tensor, weight: Tensor, bias: Tensor | None, ceiling: float | None) -> Tensor:
         """``relu?(op(x, weight) + bias)``, differentiable, by the kernel where this GPU's table prefers it."""
         kernel = find_kernel(x, weight, self.plain_conv2d())
         if kernel is not None:
-            return kernel(x, weight, bias, relu)
+            return kernel(x, weight, bias, ceiling)
         y = self.linear_op(x, weight, bias)
-        return F.relu(y) if relu else y
+        return rectify(y, ceiling)
 
-    def eval_output(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    def eval_output(self, x: Tensor, weight: Tensor, bias: Tensor | None, ceiling: float | None) -> Tensor:
         """``FQ_a(relu?(op(x, FQ_w(weight)) + bias))``: what eval mode computes, in one kernel where that is faster."""
         layer = self.integer_layer(weight, bias)
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         if layer is None and needs_grad:
-            y = self.linear_relu(x, self.quantized_weight(weight), bias, relu)
+            y = self.linear_relu(x, self.quantized_weight(weight), bias, ceiling)
             return cast(Tensor, self.activation_post_process(y))
         kernel = find_kernel(x, weight, self.plain_conv2d(), layer)
         if kernel is None or needs_grad:
             y = self._affine(x, weight, bias, layer, kernel)
-            return cast(Tensor, self.activation_post_process(F.relu(y) if relu else y))
+            return cast(Tensor, self.activation_post_process(rectify(y, ceiling)))
         quantizer = fixed_quantizer(self.activation_post_process)
         if layer is None:
-            y = kernel(x, self.quantized_weight(weight), bias, relu, quantizer)
+            y = kernel(x, self.quantized_weight(weight), bias, ceiling, quantizer)
         else:
-            y = kernel.integers(x, layer, self._output_grid(), relu, quantizer)
+            y = kernel.integers(x, layer, self._output_grid(), ceiling, quantizer)
         return y if quantizer is not None else cast(Tensor, self.activation_post_process(y))
 
     def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

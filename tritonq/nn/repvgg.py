@@ -13,6 +13,7 @@ from tritonq.functional.linear_map import Convolution
 from tritonq.nn.conv import check_float_type
 from tritonq.nn.conv_bn import checked_batch_norm
 from tritonq.nn.folding_modes import bias_on_grid
+from tritonq.nn.fusable import ceiling_of
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
 from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
@@ -144,6 +145,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.attach_quantizers(qconfig, self.out_channels)
+        self.ceiling = ceiling_of(self.activation)
 
     @property
     def bias(self) -> None:  # type: ignore[override]
@@ -160,11 +162,11 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_channels, h, w) to (batch, out_channels, h', w'), fake-quantized."""
         kernel, bias = self.merged_parameters()
-        plain = self.activation is None or type(self.activation) is nn.ReLU
+        plain = self.activation is None or self.ceiling is not None
         if plain and not self.training:
-            return self.eval_output(x, kernel, bias, relu=self.activation is not None)
+            return self.eval_output(x, kernel, bias, self.ceiling)
         if self.training:
-            y = self.linear_relu(x, self.quantized_weight(kernel), bias_on_grid(self, bias), relu=False)
+            y = self.linear_relu(x, self.quantized_weight(kernel), bias_on_grid(self, bias), None)
         else:
             y = self.affine(x, kernel, bias)
         return cast(Tensor, self.activation_post_process(self.activated(y)))
@@ -184,7 +186,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
 
     def _output_grid(self) -> OutputGrid | None:
         """The output's grid where the activation keeps values on it: the accumulator may then go there at once."""
-        on_grid = self.activation is None or type(self.activation) in (nn.ReLU, nn.Identity)
+        on_grid = self.activation is None or self.ceiling is not None or type(self.activation) is nn.Identity
         return super()._output_grid() if on_grid else None
 
     @classmethod

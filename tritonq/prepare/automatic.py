@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -164,7 +165,11 @@ class _Editor:
     def _add_join(self, join: Join) -> None:
         owner = self._modules[join.owner]
         qconfig = self._qconfigs[owner]
-        module = Add(bool(join.relus), qconfig=qconfig) if join.kind == "add" else Cat(join.dim, qconfig=qconfig)
+        module = (
+            Add(math.inf if join.relus else None, qconfig=qconfig)
+            if join.kind == "add"
+            else Cat(join.dim, qconfig=qconfig)
+        )
         name = _free_name(owner, join.kind)
         self._add_child(join.owner, name, self._placed(module, join.owner).train(owner.training))
         operands = node_operands if join.kind == "add" else sequence_operand

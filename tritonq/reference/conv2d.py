@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritonq.qparams import QuantizedType, Rounding, round_half_away
+from tritonq.reference.activation import rectify
 from tritonq.reference.fake_quant import fake_quantize
 
 
@@ -36,7 +37,7 @@ def conv2d(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
-    relu: bool = False,
+    ceiling: float | None = None,
     quantizer: OutputQuantizer | None = None,
 ) -> Tensor:
     """``FQ(relu?(conv(x, weight) + bias))``.
@@ -49,13 +50,13 @@ def conv2d(
         padding: zeros on each side.
         dilation: between taps.
         groups: groups of channels.
-        relu: whether there is a ReLU.
+        ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
         quantizer: of the output; None leaves it as it is.
 
     Returns:
         (n, out, h', w') in ``x``'s dtype. float16 and bfloat16 are rounded once before the quantizer.
     """
-    return _finished(F.conv2d(x, weight, bias, stride, padding, dilation, groups), relu, quantizer)
+    return _finished(F.conv2d(x, weight, bias, stride, padding, dilation, groups), ceiling, quantizer)
 
 
 def integer_conv2d(
@@ -70,7 +71,7 @@ def integer_conv2d(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
-    relu: bool = False,
+    ceiling: float | None = None,
     quantizer: OutputQuantizer | None = None,
 ) -> Tensor:
     """``FQ(relu?(requantize(conv(codes, weight))))`` with an exact sum; geometry and the end as :func:`conv2d`.
@@ -87,13 +88,13 @@ def integer_conv2d(
         padding: zeros on each side.
         dilation: between taps.
         groups: groups of channels.
-        relu: whether there is a ReLU.
+        ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
         quantizer: of the output, or None.
     """
     # Rounding takes back the fractions of Winograd and FFT algorithms.
     total = F.conv2d(codes.double(), weight.double(), None, stride, padding, dilation, groups).round_()
     y = requantize(total, bias, multiplier, grid_scale, rounding, channel_axis=1)
-    return _finished(y.to(dtype), relu, quantizer)
+    return _finished(y.to(dtype), ceiling, quantizer)
 
 
 def requantize(
@@ -128,8 +129,8 @@ def requantize(
     return (y.round_() if rounding == "half_even" else round_half_away(y)).mul_(grid_scale)
 
 
-def _finished(y: Tensor, relu: bool, quantizer: OutputQuantizer | None) -> Tensor:
-    y = F.relu(y) if relu else y
+def _finished(y: Tensor, ceiling: float | None, quantizer: OutputQuantizer | None) -> Tensor:
+    y = rectify(y, ceiling)
     if quantizer is None:
         return y
     scale, zero_point, active, qtype = quantizer

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonq.reference.activation import observe, quantize_, straight_through_
+from tritonq.reference.activation import observe, quantize_, rectify_, straight_through_
 from tritonq.reference.quantizer_state import QuantizerState, snapshot
 from tritonq.reference.scratch import borrow, is_dense
 
@@ -80,7 +80,7 @@ def forward(
     bias: Tensor | None,
     norm: BatchNormState,
     quantizer: QuantizerState | None,
-    relu: bool,
+    ceiling: float | None,
 ) -> TailResult:
     """``FQ(relu?(BN(c / ratio + bias)))`` with the statistics of this batch; updates those of ``norm``.
 
@@ -93,7 +93,7 @@ def forward(
         bias: the convolution's, (channels,) or None; it reaches the running mean alone.
         norm: the BatchNorm.
         quantizer: per tensor; observes and quantizes the result. None leaves it in float.
-        relu: whether there is a ReLU before the quantizer.
+        ceiling: of the ReLU before the quantizer; see :func:`tritonq.reference.activation.rectify`.
 
     Returns:
         The result in the dtype and memory format of ``c``, and what the backward needs.
@@ -106,16 +106,16 @@ def forward(
     result = finish(mean, var, c.numel() // max(1, c.shape[1]), ratio, gamma, beta, bias, norm)
     y = affine(wide, result.slope, result.shift, scratch)
     if quantizer is None:
-        return TailResult((y.relu_() if relu else y).to(c.dtype), result, None)
-    frozen = snapshot(observe(y, quantizer, relu))
-    return TailResult(quantize_(y, frozen, relu).to(c.dtype), result, frozen)
+        return TailResult(rectify_(y, ceiling).to(c.dtype), result, None)
+    frozen = snapshot(observe(y, quantizer, ceiling))
+    return TailResult(quantize_(y, frozen, ceiling).to(c.dtype), result, frozen)
 
 
-def apply(c: Tensor, slope: Tensor, shift: Tensor, quantizer: QuantizerState | None, relu: bool) -> Tensor:
+def apply(c: Tensor, slope: Tensor, shift: Tensor, quantizer: QuantizerState | None, ceiling: float | None) -> Tensor:
     """``FQ(relu?(slope · c + shift))`` with the quantizer's present qparams: the last pass of :func:`forward`."""
     c = dense(c)
     y = affine(c.to(slope.dtype), slope, shift)
-    y = (y.relu_() if relu else y) if quantizer is None else quantize_(y, quantizer, relu)
+    y = rectify_(y, ceiling) if quantizer is None else quantize_(y, quantizer, ceiling)
     return y.to(c.dtype)
 
 
@@ -177,7 +177,7 @@ def backward(
     c: Tensor,
     result: Normalization,
     quantizer: QuantizerState | None,
-    relu: bool,
+    ceiling: float | None,
     out: Tensor | None = None,
 ) -> TailGradients:
     """Gradient of :func:`forward` with respect to ``c``, and the two sums that those of γ and β are made of.
@@ -190,16 +190,16 @@ def backward(
         c: as in the forward.
         result: from the forward.
         quantizer: its qparams as they were in the forward.
-        relu: as in the forward.
+        ceiling: as in the forward.
         out: where the gradient may be written: like ``c``, in the dtype of ``result``.
     """
     c = dense(c)
     wide = c.to(result.mean.dtype)
     dy = _like(dy.to(wide.dtype), wide)
     g = dy
-    if relu or quantizer is not None:
+    if ceiling is not None or quantizer is not None:
         y = affine(wide, result.slope, result.shift, borrow("local", wide))
-        g = straight_through_(dy, y, quantizer, relu)
+        g = straight_through_(dy, y, quantizer, ceiling)
     if _channels_are_outer(c):
         sums_only = [out is None, True, True]
         dc, sum_gn, sum_g = torch.ops.aten.native_batch_norm_backward(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonq.reference.activation import observe, quantize_, straight_through_
+from tritonq.reference.activation import observe, quantize_, rectify_, straight_through_
 from tritonq.reference.quantizer_state import QuantizerState
 
 _BITS = 8
@@ -29,26 +29,23 @@ class Join(NamedTuple):
     mask: Tensor
 
 
-def forward(a: Tensor, b: Tensor, quantizer: QuantizerState | None, relu: bool) -> Join:
+def forward(a: Tensor, b: Tensor, quantizer: QuantizerState | None, ceiling: float | None) -> Join:
     """``FQ(relu?(a + b))``: observes the sum, which is float32, and rounds once to the dtype of the inputs.
 
     Args:
         a: any shape.
         b: of ``a``'s shape and dtype.
         quantizer: per tensor; None leaves the result in float.
-        relu: whether there is a ReLU before the quantizer.
+        ceiling: of the ReLU before the quantizer; see :func:`tritonq.reference.activation.rectify`.
     """
     wide = torch.promote_types(a.dtype, torch.float32)
     y = a.to(wide) + b.to(wide)
     if quantizer is not None:
-        quantizer = observe(y, quantizer, relu)
+        quantizer = observe(y, quantizer, ceiling)
     # Threshold and pack before the sum is overwritten, after the observer moved the thresholds.
-    passes = straight_through_(torch.ones_like(y), y.clone(), quantizer, relu)
+    passes = straight_through_(torch.ones_like(y), y.clone(), quantizer, ceiling)
     mask = pack(in_memory_order(passes))
-    if quantizer is not None:
-        y = quantize_(y, quantizer, relu)
-    elif relu:
-        y.relu_()
+    y = rectify_(y, ceiling) if quantizer is None else quantize_(y, quantizer, ceiling)
     return Join(y.to(a.dtype), mask)
 
 

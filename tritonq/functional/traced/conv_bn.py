@@ -19,14 +19,14 @@ def forward(
     bias: Tensor | None,
     norm: BatchNormState,
     quantizer: QuantizerState | None,
-    relu: bool,
+    ceiling: float | None,
 ) -> TailResult:
     """See the reference."""
     momentum = norm.momentum
     number, tensor = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
     statistics = (norm.running_mean, norm.running_var)
     y, vectors, scale, zero_point, active = _forward(
-        c, ratio, gamma, beta, bias, *statistics, number, tensor, norm.eps, *pack(quantizer), relu
+        c, ratio, gamma, beta, bias, *statistics, number, tensor, norm.eps, *pack(quantizer), ceiling
     )
     normalization = Normalization(*(vectors[i] for i in range(len(Normalization._fields))))
     if quantizer is None:
@@ -40,11 +40,11 @@ def backward(
     c: Tensor,
     result: Normalization,
     quantizer: QuantizerState | None,
-    relu: bool,
+    ceiling: float | None,
     out: Tensor | None = None,
 ) -> TailGradients:
     """See the reference; ``out`` is not used."""
-    return TailGradients(*_backward(dy, c, list(result), *pack(quantizer), relu))
+    return TailGradients(*_backward(dy, c, list(result), *pack(quantizer), ceiling))
 
 
 @torch.library.custom_op("tritonq::conv_bn_forward", mutates_args=("running_mean", "running_var", "buffers"))
@@ -62,11 +62,11 @@ def _forward(
     buffers: list[Tensor],
     switches: list[Tensor],
     text: str,
-    relu: bool,
+    ceiling: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     norm = BatchNormState(running_mean, running_var, momentum if momentum_tensor is None else momentum_tensor, eps)
     state = unpack(buffers, switches, text)
-    y, result, frozen = implementation("conv_bn", c).forward(c, ratio, gamma, beta, bias, norm, state, relu)
+    y, result, frozen = implementation("conv_bn", c).forward(c, ratio, gamma, beta, bias, norm, state, ceiling)
     vectors = torch.stack([vector.to(ratio.dtype) for vector in result])
     return own(y, dense(c), c), vectors, *qparams(frozen, c)
 
@@ -86,7 +86,7 @@ def _(
     buffers: list[Tensor],
     switches: list[Tensor],
     text: str,
-    relu: bool,
+    ceiling: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(dense(c))
     vectors = ratio.new_empty((len(Normalization._fields), *ratio.shape))
@@ -101,11 +101,11 @@ def _backward(
     buffers: list[Tensor],
     switches: list[Tensor],
     text: str,
-    relu: bool,
+    ceiling: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     state = unpack(buffers, switches, text)
     # The reference may overwrite the incoming gradient nowhere, and the convolution's output neither.
-    dc, sum_g, sum_gn = implementation("conv_bn", c).backward(dy, c, Normalization(*vectors), state, relu)
+    dc, sum_g, sum_gn = implementation("conv_bn", c).backward(dy, c, Normalization(*vectors), state, ceiling)
     return own(dc, dense(c), dy, c), sum_g, sum_gn
 
 
@@ -117,6 +117,6 @@ def _(
     buffers: list[Tensor],
     switches: list[Tensor],
     text: str,
-    relu: bool,
+    ceiling: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(dense(c)), torch.empty_like(vectors[0]), torch.empty_like(vectors[0])

@@ -12,9 +12,9 @@ from tritonq.reference.residual import Join
 from tritonq.reference.residual import pack as mask_of
 
 
-def forward(a: Tensor, b: Tensor, quantizer: QuantizerState | None, relu: bool) -> Join:
+def forward(a: Tensor, b: Tensor, quantizer: QuantizerState | None, ceiling: float | None) -> Join:
     """See the reference."""
-    return Join(*_forward(a, b, *pack(quantizer), relu))
+    return Join(*_forward(a, b, *pack(quantizer), ceiling))
 
 
 def backward(dy: Tensor, mask: Tensor) -> Tensor:
@@ -24,15 +24,15 @@ def backward(dy: Tensor, mask: Tensor) -> Tensor:
 
 @torch.library.custom_op("tritonq::residual_forward", mutates_args=("buffers",))
 def _forward(
-    a: Tensor, b: Tensor, buffers: list[Tensor], switches: list[Tensor], text: str, relu: bool
+    a: Tensor, b: Tensor, buffers: list[Tensor], switches: list[Tensor], text: str, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    y, mask = implementation("residual", a).forward(a, b, unpack(buffers, switches, text), relu)
+    y, mask = implementation("residual", a).forward(a, b, unpack(buffers, switches, text), ceiling)
     return y, mask
 
 
 @_forward.register_fake
 def _(
-    a: Tensor, b: Tensor, buffers: list[Tensor], switches: list[Tensor], text: str, relu: bool
+    a: Tensor, b: Tensor, buffers: list[Tensor], switches: list[Tensor], text: str, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(a + b)
     return y, mask_of(y.new_empty(y.numel(), dtype=torch.float32))
