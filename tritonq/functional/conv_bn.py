@@ -136,7 +136,7 @@ class _ConvBn(torch.autograd.Function):
             c, fold / unit, gamma, beta, bias, step.norm, step.output_quantizer, step.ceiling
         )
         if quantizer is not None and step.output_quantizer is not None:
-            mark(y, step.output_quantizer.scale, quantizer.active)
+            mark(y, step.output_quantizer.scale, quantizer)
         if any(ctx.needs_input_grad):
             kept = keep(x, step.input_grid)
             ctx.step, ctx.clips, ctx.x_dtype = step, clips, x.dtype

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonq.functional.dispatch import implementation
+from tritonq.functional.saved_input import mark
 from tritonq.reference.quantizer_state import QuantizerState
 
 
@@ -34,6 +35,8 @@ class _ResidualJoin(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, quantizer: QuantizerState | None, ceiling: float | None) -> Tensor:
         ctx.ops = implementation("residual", a)
         y, mask = ctx.ops.forward(a, b, quantizer, ceiling)
+        if quantizer is not None:
+            mark(y, quantizer.scale, quantizer)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(mask)
             ctx.strides = y.stride()

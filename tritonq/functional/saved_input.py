@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonq.qparams import QuantizedType, is_readable
+from tritonq.reference.quantizer_state import QuantizerState, active_flag
 from tritonq.reference.scratch import borrow
 
 _MAX_BITS = 8
@@ -73,9 +74,15 @@ def keep(x: Tensor, grid: InputGrid | None) -> SavedInput:
     return saved
 
 
-def mark(y: Tensor, scale: Tensor, active: Tensor) -> None:
-    """Note on ``y`` that its values were rounded to the grid of this ``scale``, a quantizer's buffer, if ``active``."""
-    if is_readable(y) and bool(active) and not y.is_inference():
+def mark(y: Tensor, scale: Tensor, state: QuantizerState) -> None:
+    """Note on ``y`` that its values were rounded to the grid of ``scale``, a quantizer's buffer, if it was active.
+
+    Args:
+        y: the operator's result.
+        scale: the buffer.
+        state: the quantizer now, or the snapshot that rounded ``y``.
+    """
+    if is_readable(y) and not y.is_inference() and active_flag(state) is True:
         setattr(y, _MARK, (scale, scale._version, y._version))
 
 
@@ -97,17 +104,23 @@ def restore(saved: SavedInput, out: Tensor | None = None) -> Tensor:
 
 def _encode(x: Tensor, grid: InputGrid, trusted: bool) -> SavedInput:
     scale = grid.scale.clone()
-    steps = torch.mul(x.float(), scale.reciprocal(), out=borrow("local", x, torch.float32)).round_()
-    if not trusted and is_readable(x) and not _is_exact(x, steps, scale):
-        return SavedInput(x, None, None, x.dtype)
-    shift = None
+    codes = torch.mul(x.float(), scale.reciprocal(), out=borrow("local", x, torch.float32)).round_()
+    shift, middle = None, 0
     if grid.zero_point is not None:
-        shift = grid.zero_point - (grid.qtype.quant_min + grid.qtype.quant_max + 1) // 2
-        steps.add_(shift)
-    return SavedInput(steps.to(torch.int8), scale, shift, x.dtype)
+        middle = (grid.qtype.quant_min + grid.qtype.quant_max + 1) // 2
+        shift = grid.zero_point - middle
+        codes.add_(shift)
+    if x.dtype == torch.bfloat16:
+        # Coarser than the grid at its far end, where the nearest step may lie beyond the last one.
+        codes.clamp_(grid.qtype.quant_min - middle, grid.qtype.quant_max - middle)
+    if not trusted and is_readable(x) and not _is_exact(x, codes, shift, scale):
+        return SavedInput(x, None, None, x.dtype)
+    return SavedInput(codes.to(torch.int8), scale, shift, x.dtype)
 
 
-def _is_exact(x: Tensor, steps: Tensor, scale: Tensor) -> bool:
-    """Whether ``steps * scale`` is ``x``; not where ``x`` holds NaN."""
-    difference = torch.mul(steps, scale, out=borrow("product", steps)).to(x.dtype).sub_(x)
+def _is_exact(x: Tensor, codes: Tensor, shift: Tensor | None, scale: Tensor) -> bool:
+    """Whether ``(codes - shift) * scale`` is ``x``; not where ``x`` holds NaN."""
+    out = borrow("product", codes)
+    values = torch.mul(codes, scale, out=out) if shift is None else torch.sub(codes, shift, out=out).mul_(scale)
+    difference = values.to(x.dtype).sub_(x)
     return not x.numel() or float(difference.amax()) == 0 == float(difference.amin())

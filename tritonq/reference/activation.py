@@ -8,6 +8,7 @@ plain one, 6 for ReLU6, b for ``clamp(y, 0, b)``, and None where there is no ReL
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,14 @@ def rectify_backward(dy: Tensor, y: Tensor, ceiling: float) -> Tensor:
     return torch.ops.aten.hardtanh_backward(dy, y, 0.0, top)  # type: ignore[no-any-return]
 
 
-def observe(y: Tensor, state: QuantizerState, ceiling: float | None) -> QuantizerState:
+class Observed(NamedTuple):
+    """A quantizer's state (see `observe_range`), and whether every value it saw is known to be finite."""
+
+    state: QuantizerState
+    finite: bool
+
+
+def observe(y: Tensor, state: QuantizerState, ceiling: float | None) -> Observed:
     """Update a quantizer's range and qparams with ``relu?(y)``.
 
     Args:
@@ -51,20 +59,18 @@ def observe(y: Tensor, state: QuantizerState, ceiling: float | None) -> Quantize
         state: per tensor.
         ceiling: of the ReLU before the quantizer.
 
-    Returns:
-        See :func:`tritonq.reference.quantizer_state.observe_range`.
     """
     if state.observing is None or (is_readable(y) and not bool(state.observing)):
-        return state
+        return Observed(state, False)
     low, high, nonfinite = extremes(y)
     if nonfinite is None:
         ends = (low, high) if ceiling is None else (low.clamp_(0.0, ceiling), high.clamp_(0.0, ceiling))
-        return observe_range(state, *ends, ordered=True)
+        return Observed(observe_range(state, *ends, ordered=True), True)
     if ceiling is not None:
         # The extremes of relu?(y); a batch without finite values keeps low > high.
         some = low <= high
         low, high = (torch.where(some, end.clamp(0.0, ceiling), end) for end in (low, high))
-    return observe_range(state, low, high, nonfinite)
+    return Observed(observe_range(state, low, high, nonfinite), False)
 
 
 def quantize_(y: Tensor, state: QuantizerState, ceiling: float | None) -> Tensor:
@@ -90,8 +96,24 @@ def quantize_(y: Tensor, state: QuantizerState, ceiling: float | None) -> Tensor
     return _steps_(y, scale, qtype.rounding).clamp_(lowest, highest).mul_(scale)
 
 
-def straight_through_(dy: Tensor, y: Tensor, state: QuantizerState | None, ceiling: float | None) -> Tensor:
-    """``dy`` where neither ReLU nor the clip blocks it, else 0; zero at NaN. Overwrites ``y``, which is unrounded."""
+def straight_through_(
+    dy: Tensor,
+    y: Tensor,
+    state: QuantizerState | None,
+    ceiling: float | None,
+    finite: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``dy`` where neither ReLU nor the clip blocks it, else 0; zero at NaN.
+
+    Args:
+        dy: float32 or float64; broadcast to ``y``.
+        y: what is quantized, unrounded; overwritten.
+        state: the quantizer; None for none.
+        ceiling: of the ReLU before it.
+        finite: whether it is known that ``y`` is.
+        out: where to write the result instead of ``y``; a finite ``y`` is then left alone.
+    """
     active = False if state is None else active_flag(state)
     if isinstance(active, Tensor) and state is not None:
         return _masked(dy, y, state, ceiling, active)
@@ -105,8 +127,11 @@ def straight_through_(dy: Tensor, y: Tensor, state: QuantizerState | None, ceili
     if ceiling is not None:
         low, high = max(low, 0.0), min(high, ceiling)
     # Strictly between the bounds; NaN compares as inside, so that it is moved out first, and an infinite y in.
-    y.nan_to_num_(-torch.inf, torch.finfo(y.dtype).max, -torch.inf)
-    return torch.ops.aten.hardtanh_backward.grad_input(dy, y, low, high, grad_input=y)  # type: ignore[no-any-return]
+    if not finite:
+        y.nan_to_num_(-torch.inf, torch.finfo(y.dtype).max, -torch.inf)
+    return torch.ops.aten.hardtanh_backward.grad_input(  # type: ignore[no-any-return]
+        dy, y, low, high, grad_input=y if out is None else out
+    )
 
 
 def _masked(dy: Tensor, y: Tensor, state: QuantizerState, ceiling: float | None, active: Tensor) -> Tensor:

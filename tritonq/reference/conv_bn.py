@@ -107,7 +107,7 @@ def forward(
     y = affine(wide, result.slope, result.shift, scratch)
     if quantizer is None:
         return TailResult(rectify_(y, ceiling).to(c.dtype), result, None)
-    frozen = snapshot(observe(y, quantizer, ceiling))
+    frozen = snapshot(observe(y, quantizer, ceiling).state)
     return TailResult(quantize_(y, frozen, ceiling).to(c.dtype), result, frozen)
 
 
