@@ -1,4 +1,7 @@
-"""``torch.compile(fullgraph=True)`` of training steps: no graph break, and the numbers of eager mode."""
+"""``torch.compile(fullgraph=True)`` of training steps: no graph break, and the numbers of eager mode.
+
+Eval mode has a file of its own, ``test_compile_eval.py``.
+"""
 
 from __future__ import annotations
 
@@ -170,16 +173,6 @@ def test_a_converted_model_compiles_to_the_same_codes(preset):
         for backend in ("aot_eager", "inductor") if preset == "tensorrt" else ("aot_eager",):
             torch._dynamo.reset()
             assert torch.equal(torch.compile(converted, fullgraph=True, backend=backend)(images(16)), expected)
-
-
-def test_eval_mode_says_what_to_compile_instead():
-    model = trained_float_form()
-    expected = model(images(4))
-    with pytest.raises(Exception, match=r"compile tritonq\.convert\(model\)"):
-        torch.compile(model, fullgraph=True, backend="eager")(images(4))
-    torch._dynamo.reset()
-    # Where the graph may break it breaks, and eager code runs.
-    assert torch.equal(torch.compile(model, backend="eager")(images(4)), expected)
 
 
 def test_what_cannot_be_traced_says_so():

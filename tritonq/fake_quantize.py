@@ -36,6 +36,8 @@ class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
         super().__init__()
         self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8))
         self.register_buffer("observer_enabled", torch.ones(1, dtype=torch.uint8))
+        # Whether the qparams are known to rest on data.
+        self._qparams_known = False
         # Address and version of the switch when it was last read, and what it was.
         self._switch_read: tuple[tuple[int, int], bool] | None = None
 
@@ -55,22 +57,24 @@ class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
         """Freeze the range."""
         self.enable_observer(False)
 
+    def rests_on_data(self) -> Tensor:
+        """Whether scale and zero point do: one element, on the device."""
+        raise NotImplementedError(f"a {type(self).__name__} does not say in a tensor whether it has qparams")
+
     def has_qparams(self) -> bool:
-        """Whether scale and zero point rest on data (reads a value from the device)."""
-        raise NotImplementedError
+        """Whether scale and zero point rest on data. Once true it stays true without asking the device again."""
+        if not self._qparams_known:
+            self._qparams_known = bool(self.rests_on_data())
+        return self._qparams_known
 
     def is_active(self) -> bool:
-        """Whether :meth:`forward` rounds. Waits for the device only after a switch was thrown.
-
-        Raises:
-            NotImplementedError: ``torch.compile`` traces a layer in eval mode, whose arithmetic depends on the answer.
-        """
-        if torch.compiler.is_compiling():
-            raise NotImplementedError(
-                "torch.compile traces quantization-aware models in training mode alone; for eval mode compile "
-                "tritonq.convert(model), which gives the same codes"
-            )
+        """Whether :meth:`forward` rounds. Waits for the device only after a switch was thrown."""
         return self._is_switched_on() and self.has_qparams()
+
+    def active_switch(self) -> Tensor:
+        """:meth:`is_active` as a uint8 tensor (1,) on the device, for what may not wait: steps and traced graphs."""
+        known = self._qparams_known if torch.compiler.is_compiling() else self.has_qparams()
+        return self.fake_quant_enabled if known else self.fake_quant_enabled * self.rests_on_data()
 
     def _is_switched_on(self) -> bool:
         """``fake_quant_enabled`` as a bool, read once for each version of the buffer."""
@@ -129,7 +133,6 @@ class FakeQuantize(FakeQuantizeBase):
         shape = (1,) if self.qtype.axis is None else (self.activation_post_process.num_channels or 0,)
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", self._initial_zero_point(shape))
-        self._qparams_known = False
         self._revision = 0
         self._warned = False
 
@@ -143,17 +146,28 @@ class FakeQuantize(FakeQuantizeBase):
             self.scale = self.scale.new_ones(num_channels)
             self.zero_point = self._initial_zero_point((num_channels,)).to(self.scale.device)
 
+    def rests_on_data(self) -> Tensor:
+        """See base class."""
+        return self.activation_post_process.has_observed()
+
     def has_qparams(self) -> bool:
-        """See base class. Once true it stays true without asking the device again."""
+        """See base class."""
+        self._take_given_qparams()
+        return super().has_qparams()
+
+    def active_switch(self) -> Tensor:
+        """See base class."""
+        self._take_given_qparams()
+        return super().active_switch()
+
+    def _take_given_qparams(self) -> None:
+        """Adopt what a PassiveObserver was given since the last call."""
         observer = self.activation_post_process
         if isinstance(observer, PassiveObserver) and observer.revision != self._revision:
             self._revision = observer.revision
             self.allocate(observer.scale.numel())
             self.refresh_qparams()
             self._qparams_known = False
-        if not self._qparams_known:
-            self._qparams_known = bool(observer.has_observed())
-        return self._qparams_known
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe (training only) and fake quantize ``x``; same shape, dtype and memory format."""
@@ -180,13 +194,10 @@ class FakeQuantize(FakeQuantizeBase):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Fake quantize ``x`` with the present qparams; passes it through while switched off or never observed."""
-        active = self.fake_quant_enabled
-        if torch.compiler.is_compiling():
-            if not self._qparams_known:
-                active = active * self.activation_post_process.has_observed()
-        elif not self.has_qparams():
+        if not torch.compiler.is_compiling() and not self.has_qparams():
             self._warn_once()
             return x
+        active = self.active_switch()
         zero_point = None if self.activation_post_process.zero_point_is_zero else self.zero_point
         qtype = self.qtype
         return fake_quantize(

@@ -85,7 +85,6 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         self.qtype = QuantizedType(quant_min, quant_max, symmetric=signed, axis=axis)
         self.word_len, self.signed, self.momentum, self.choice = word_len, signed, momentum, choice
         self.phase: Phase = "fixed"
-        self._observed_known = False
         self._warned = False
         self.register_buffer("observed", torch.zeros(1, dtype=torch.uint8))
         self._make_buffers(1 if axis is None else num_channels or 0)
@@ -119,15 +118,17 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
             raise ValueError(f"this quantizer keeps {self.frac_len.numel()} channels, got {num_channels}")
         self._make_buffers(num_channels)
 
-    def has_qparams(self) -> bool:
-        """See base class. Once true it stays true without asking the device again."""
-        if not self._observed_known:
-            self._observed_known = bool(self.observed)
-        return self._observed_known
+    def rests_on_data(self) -> Tensor:
+        """See base class."""
+        return self.observed
 
     def is_active(self) -> bool:
         """See base class."""
         return self.phase == "fixed" and super().is_active()
+
+    def active_switch(self) -> Tensor:
+        """See base class."""
+        return super().active_switch() if self.phase == "fixed" else torch.zeros_like(self.fake_quant_enabled)
 
     def rounded_frac_len(self) -> Tensor:
         """The running fractional length as eval uses it: int32 ``clamp(round(fl), 0, word_len - signed)``."""
@@ -144,7 +145,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         if self.training:
             if not is_recomputing():
                 self.observe(x)
-        elif not self.has_qparams():
+        elif not torch.compiler.is_compiling() and not self.has_qparams():
             self._warn_once()
             return x
         return self.quantize(x)
@@ -170,22 +171,32 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Round ``x`` with the fractional length of this batch (training), or the running one (eval)."""
-        return self.round_to(x, self.batch_frac_len if self.training else self.rounded_frac_len())
+        if self.training:
+            return self.round_to(x, self.batch_frac_len)
+        seen = None
+        if torch.compiler.is_compiling():
+            # What forward asks on the host, where there is one.
+            seen = self.rests_on_data()
+        return self.round_to(x, self.rounded_frac_len(), seen)
 
-    def round_to(self, x: Tensor, frac_len: Tensor) -> Tensor:
-        """Round ``x`` to fixed point with a given fractional length, or clip it in phase ``"floating"``."""
+    def round_to(self, x: Tensor, frac_len: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Round ``x`` to fixed point with a given fractional length, or clip it in phase ``"floating"``.
+
+        Where a one-element ``seen`` is 0, values pass.
+        """
+        active = self.fake_quant_enabled if seen is None else self.fake_quant_enabled * seen
         if self.phase == "floating":
-            return self._clip(x, frac_len)
-        return quantize_fixed_point(x, frac_len, self.codes, self.qtype.axis, active=self.fake_quant_enabled)
+            return self._clip(x, frac_len, active)
+        return quantize_fixed_point(x, frac_len, self.codes, self.qtype.axis, active=active)
 
-    def _clip(self, x: Tensor, frac_len: Tensor) -> Tensor:
+    def _clip(self, x: Tensor, frac_len: Tensor, active: Tensor) -> Tensor:
         step = power_of_two(-frac_len, torch.float64).to(x.dtype)
         if self.qtype.axis is not None:
             shape = [1] * x.dim()
             shape[self.qtype.axis] = -1
             step = step.view(shape)
         low, high = self.codes
-        return torch.where(self.fake_quant_enabled != 0, torch.clamp(x, low * step, high * step), x)
+        return torch.where(active != 0, torch.clamp(x, low * step, high * step), x)
 
     def _warn_once(self) -> None:
         if not self._warned:
@@ -208,7 +219,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         saved = state_dict.get(prefix + "frac_len")
         if self.qtype.axis is not None and self.frac_len.numel() == 0 and isinstance(saved, Tensor) and saved.numel():
             self._make_buffers(saved.numel())
-        self._observed_known = False
+        self._qparams_known = False
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -51,7 +51,6 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         if self.qtype.rounding != self.rounding:
             raise ValueError(f"{type(self).__name__} rounds {self.rounding}, got rounding={self.qtype.rounding!r}")
         self.register_buffer("initialized", torch.zeros(1, dtype=torch.uint8))
-        self._qparams_known = False
         self._warned = False
 
     @property
@@ -75,11 +74,9 @@ class LearnedFakeQuantize(FakeQuantizeBase):
                 if parameter.numel() != num_channels:
                     parameter.data = parameter.data.new_ones(num_channels)
 
-    def has_qparams(self) -> bool:
-        """See base class. Once true it stays true without asking the device again."""
-        if not self._qparams_known:
-            self._qparams_known = bool(self.initialized)
-        return self._qparams_known
+    def rests_on_data(self) -> Tensor:
+        """See base class."""
+        return self.initialized
 
     def observe(self, x: Tensor) -> None:
         """Let the observer see ``x``; the parameters stay as they are."""

@@ -10,15 +10,18 @@ Where the output's grid is known, the accumulator goes onto it in one step, as i
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tritonq.qparams import QuantizedType, Rounding, round_half_away
 from tritonq.reference.conv2d import requantize
+from tritonq.reference.fake_quant import quantize
 
 # Convolution or product of an input and a weight, without bias; the out channel is axis `channel_axis` of the result.
 LinearOp = Callable[[Tensor, Tensor], Tensor]
@@ -90,6 +93,67 @@ class OutputGrid:
     rounding: Rounding
 
 
+class Rows(Protocol):
+    """How a layer's weight lies: both functions as in `tritonq.functional.linear_map.LinearMap`."""
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """``weight`` with its out channels on axis 0."""
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Inverse of :meth:`to_rows`."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A per-tensor grid, or for a weight one per out channel: values ``(code - zero_point) * scale``.
+
+    Attributes:
+        scale: float32, one element or (out,).
+        zero_point: int32, as ``scale``.
+        qtype: its codes and rounding.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    qtype: QuantizedType
+
+    @property
+    def offset(self) -> Tensor:
+        """Zero point of the same grid with codes from 0 on, float32."""
+        return (self.zero_point - self.qtype.quant_min).float()
+
+
+def to_integers(
+    weight: Tensor, bias: Tensor | None, layout: Rows, source: Grid, grid: Grid, may_wait: bool = True
+) -> IntegerAffine:
+    """A layer in integers.
+
+    Args:
+        weight: the float weight.
+        bias: (out,), or None.
+        layout: of the weight.
+        source: the input's grid.
+        grid: the weight's.
+        may_wait: whether the bound of its sums may be read from the device; if not, it is infinite.
+    """
+    rows = layout.to_rows(weight.float())
+    scale = raise_scale_for_bias(grid.scale.expand(len(rows)), bias, source.scale)
+    zero, qtype = grid.zero_point.expand(len(rows)), grid.qtype
+    codes = quantize(rows, scale, zero, qtype.quant_min, qtype.quant_max, 0, qtype.rounding)
+    codes.sub_(zero.view(-1, *[1] * (codes.dim() - 1)))
+    multiplier = source.scale * scale
+    return IntegerAffine(
+        weight=layout.from_rows(codes),
+        bias=None if bias is None else bias_codes(bias, multiplier),
+        multiplier=multiplier,
+        input_scale=source.scale,
+        sum_bound=sum_bound(codes, source.zero_point, source.qtype) if may_wait else math.inf,
+        weight_scale=scale,
+        weight_zero_point=zero,
+        has_8_bit_codes=max(source.qtype.bits, qtype.bits) <= BYTE_BITS,
+    )
+
+
 def integer_affine(
     x: Tensor, layer: IntegerAffine, op: LinearOp, channel_axis: int, output: OutputGrid | None = None
 ) -> Tensor:
@@ -108,38 +172,26 @@ def integer_affine(
 
     Source: DESIGN sections 3 and 4.
     """
+    return onto_grid(integer_sums(x, layer, op), layer, channel_axis, output)
+
+
+def integer_sums(x: Tensor, layer: IntegerAffine, op: LinearOp) -> Tensor:
+    """``Σ (x_code - x_zero) (w_code - w_zero)``, exact integers held in float32 or float64."""
     codes = centred_codes(x, layer.input_scale)
     # Autocast would round the sums to 8 or 11 bits.
     with torch.autocast(codes.device.type, enabled=False):
         if layer.sum_bound < FLOAT32_EXACT and _is_direct(codes.device):
-            total = op(codes, layer.weight.float())
-        else:
-            # float64 also absorbs the fractions of Winograd and FFT algorithms: rounding restores the integers.
-            total = op(codes.double(), layer.weight.double()).round_()
+            return op(codes, layer.weight.float())
+        # float64 also absorbs the fractions of Winograd and FFT algorithms: rounding restores the integers.
+        return op(codes.double(), layer.weight.double()).round_()
+
+
+def onto_grid(total: Tensor, layer: IntegerAffine, channel_axis: int, output: OutputGrid | None) -> Tensor:
+    """What :func:`integer_affine` makes of the sums; overwrites ``total`` where that is float32."""
     if output is None:
         return requantize(total, layer.bias, layer.multiplier, None, "half_even", channel_axis)
     steps_per_code = layer.multiplier / output.scale
     return requantize(total, layer.bias, steps_per_code, output.scale, output.rounding, channel_axis)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A per-tensor grid: values ``(code - zero_point) * scale``.
-
-    Attributes:
-        scale: float32, one element.
-        zero_point: int32, one element.
-        qtype: its codes and rounding.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-    qtype: QuantizedType
-
-    @property
-    def offset(self) -> Tensor:
-        """Zero point of the same grid with codes from 0 on, float32."""
-        return (self.zero_point - self.qtype.quant_min).float()
 
 
 def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:

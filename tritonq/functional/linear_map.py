@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class LinearMap(Protocol):
     """A map that is linear in its input and in its weight; the out channels lie on axis 1 of the result."""
 
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The result, in ``x``'s dtype; no bias."""
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The result, in ``x``'s dtype, plus ``bias`` (out,)."""
 
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
@@ -52,9 +52,9 @@ class Convolution:
     def _geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool, tuple[int, ...], int]:
         return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
 
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See :class:`LinearMap`."""
-        return torch.ops.aten.convolution(x, weight, None, *self._geometry)  # type: ignore[no-any-return]
+        return torch.ops.aten.convolution(x, weight, bias, *self._geometry)  # type: ignore[no-any-return]
 
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
@@ -79,11 +79,11 @@ class Convolution:
 
 @dataclass(frozen=True)
 class MatrixProduct:
-    """``x @ weight.T`` for (batch, in) and (out, in)."""
+    """``x @ weight.T`` for (..., in) and (out, in); its backward takes (batch, in) alone."""
 
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See :class:`LinearMap`."""
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
 
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.functional.linear_map import Convolution, plain_conv2d
+from tritonq.functional.linear_map import Convolution, LinearMap, pad_input, plain_conv2d
 from tritonq.nn import intrinsic
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
@@ -35,6 +35,10 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
     def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The float convolution, in any padding mode."""
         return self._conv_forward(x, weight, bias)
+
+    def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
+        """See base class."""
+        return pad_input(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and fake quantize; shapes as the float convolution's."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.functional.conv_bn import ConvBnStep, check_running_var, conv_bn
-from tritonq.functional.linear_map import LinearMap, MatrixProduct, pad_input
+from tritonq.functional.linear_map import LinearMap
 from tritonq.functional.recomputation import StepMemory
 from tritonq.nn import folding_modes, intrinsic
 from tritonq.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose2d, check_float_type, conv_arguments, share_parameters
@@ -124,14 +124,6 @@ class QATBatchNormLayer(QATLayer):
         warn_if_unobserved(self.activation_post_process)
         return y
 
-    def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
-        """The input, padded where the map itself cannot, and the layer without weight and bias.
-
-        Raises:
-            ValueError: an input of the wrong number of dimensions.
-        """
-        raise NotImplementedError
-
     def along_channels(self, vector: Tensor, y: Tensor) -> Tensor:
         """A vector per out channel, shaped to broadcast against the output ``y``, in its dtype."""
         shape = [1] * y.dim()
@@ -194,10 +186,11 @@ class _ConvBn(QATBatchNormLayer):
 
     def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
         """See base class."""
-        conv = cast(nn.modules.conv._ConvNd, self)
-        if x.dim() != len(conv.kernel_size) + 2:
-            raise ValueError(f"expected an input of {len(conv.kernel_size) + 2} dimensions, got {tuple(x.shape)}")
-        return pad_input(conv, x)
+        dimensions = len(cast(nn.modules.conv._ConvNd, self).kernel_size) + 2
+        if x.dim() != dimensions:
+            raise ValueError(f"expected an input of {dimensions} dimensions, got {tuple(x.shape)}")
+        # The convolution's: it follows in each subclass.
+        return super().as_linear_map(x)  # type: ignore[safe-super]
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> _ConvBn:
@@ -289,7 +282,7 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
         """See base class."""
         if x.dim() != 2:
             raise ValueError(f"expected an input of shape (batch, features), got {tuple(x.shape)}")
-        return x, MatrixProduct()
+        return super().as_linear_map(x)
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> LinearBn1d:

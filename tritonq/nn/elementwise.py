@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tritonq.functional.integer import Grid, integer_add
 from tritonq.functional.residual import residual_join
-from tritonq.nn.fusable import checked_ceiling, describe_relu, range_state, warn_if_unobserved
+from tritonq.nn.fusable import checked_ceiling, describe_relu, grid_state, range_state, warn_if_unobserved
 from tritonq.nn.qat import with_gradient_of
 from tritonq.qconfig import QConfig
 from tritonq.qparams import QParams, QuantizedType
@@ -68,9 +68,8 @@ class Add(_WithOutputQuantizer):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Broadcasting sum of two tensors, fake-quantized."""
-        grids = () if self.training else tuple(map(_grid, (*self._input_quantizers, self.activation_post_process)))
-        if grids and None not in grids:
-            total = integer_add(a, b, *cast(tuple[Grid, Grid, Grid], grids)).to(a.dtype)
+        total = None if self.training else self._exact_sum(a, b)
+        if total is not None:
             if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
                 total = with_gradient_of(total, a + b)
             return cast(Tensor, self.activation_post_process(rectify(total, self.ceiling)))
@@ -81,6 +80,27 @@ class Add(_WithOutputQuantizer):
             return y
         total = a + b
         return cast(Tensor, self.activation_post_process(rectify(total, self.ceiling)))
+
+    @torch.no_grad()
+    def _exact_sum(self, a: Tensor, b: Tensor) -> Tensor | None:
+        """The sum as integer runtimes compute it, in ``a``'s dtype and without gradient; None where a grid is unknown.
+
+        In a traced graph it is the float sum where a grid turns out to be off when the graph runs.
+        """
+        quantizers = (*self._input_quantizers, self.activation_post_process)
+        if torch.compiler.is_compiling():
+            states = [grid_state(quantizer) for quantizer in quantizers]
+            if any(state is not None for state in states):
+                known = [state for state in states if state is not None and state.qtype.axis is None]
+                if len(known) < len(states):
+                    return None
+                from tritonq.functional.traced import eval_mode
+
+                return eval_mode.add(a, b, *known)
+        grids = tuple(map(_grid, quantizers))
+        if None in grids:
+            return None
+        return integer_add(a, b, *cast(tuple[Grid, Grid, Grid], grids)).to(a.dtype)
 
     def extra_repr(self) -> str:
         """The ReLU, where there is one."""

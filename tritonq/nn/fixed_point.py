@@ -18,7 +18,7 @@ from tritonq.functional.recomputation import is_recomputing, normalize_once
 from tritonq.nn import intrinsic
 from tritonq.nn.conv import check_float_type, conv_arguments
 from tritonq.nn.conv_bn import checked_batch_norm
-from tritonq.nn.qat import _WithGradientOf
+from tritonq.nn.qat import with_gradient_of
 from tritonq.qconfig import QConfig, get_qconfig
 from tritonq.reference.fixed_point import power_of_two
 
@@ -73,7 +73,8 @@ class ActivationFormat(FixedPointFakeQuantize):
         return self(x) if observes or self.phase == "floating_wo_clip" or self._is_unseen() else self.quantize(x)
 
     def _is_unseen(self) -> bool:
-        return not self.training and not self.has_qparams()
+        # A graph can't ask; rounding then asks on the device.
+        return not self.training and not torch.compiler.is_compiling() and not self.has_qparams()
 
     def extra_repr(self) -> str:
         """See base class; and α."""
@@ -182,11 +183,14 @@ class FixedPointLayer(nn.Module):
         if self.training or not self.is_integer():
             return self.fixed_forward(rounded.to(self.weight.dtype))
         exact = self.exact_forward(rounded)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            surrogate = self.fixed_forward(rounded.to(self.weight.dtype)).to(exact.dtype)
-            # A copy, since the model's own next operation may work in place, which autograd forbids on the result.
-            return cast(Tensor, _WithGradientOf.apply(exact, surrogate)).clone()  # type: ignore[no-untyped-call]
-        return exact
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if not needs_grad and not torch.compiler.is_compiling():
+            return exact
+        surrogate = self.fixed_forward(rounded.to(self.weight.dtype)).to(exact.dtype)
+        if torch.compiler.is_compiling():
+            exact = torch.where(self._integer_switch() != 0, exact, surrogate.detach())
+        # A copy, since the model's own next operation may work in place, which autograd forbids on the result.
+        return with_gradient_of(exact, surrogate).clone() if needs_grad else exact
 
     def float_forward(self, x: Tensor) -> Tensor:
         """The float layer."""
@@ -206,10 +210,19 @@ class FixedPointLayer(nn.Module):
         return quantizer.round_to(weight, frac_len)
 
     def is_integer(self) -> bool:
-        """Whether eval computes in integers: both formats round (reads values from the device)."""
-        weights = self.weight_fake_quant
-        on = self.input_format.is_active() and weights.phase == "fixed" and bool(weights.fake_quant_enabled)
-        return on and self.bias_word_len is not None
+        """Whether eval computes in integers: both formats round (reads values from the device).
+
+        In a traced graph: whether that is for :meth:`_integer_switch` to say.
+        """
+        if self.weight_fake_quant.phase != "fixed" or self.bias_word_len is None:
+            return False
+        if torch.compiler.is_compiling():
+            return self.input_format.phase == "fixed"
+        return self.input_format.is_active() and bool(self.weight_fake_quant.fake_quant_enabled)
+
+    def _integer_switch(self) -> Tensor:
+        """The part of :meth:`is_integer` that a graph asks on the device: uint8 (1,)."""
+        return self.input_format.active_switch() * self.weight_fake_quant.fake_quant_enabled
 
     @torch.no_grad()
     def integers(self) -> FixedPointIntegers:

@@ -91,12 +91,10 @@ def bias_on_grid(layer: QATLayer, bias: Tensor) -> Tensor:
     if not _is_symmetric_int8(source) or not _is_symmetric_int8(quantizer):
         return bias
     source, quantizer = cast(FakeQuantizeBase, source), cast(FakeQuantizeBase, quantizer)
-    if not (source.has_qparams() and quantizer.has_qparams()):
-        return bias
+    both_on = (source.active_switch() & quantizer.active_switch()) != 0
     input_scale, weight_scale = source.calculate_qparams().scale, quantizer.calculate_qparams().scale
     weight_scale = raise_scale_for_bias(weight_scale.expand(len(bias)), bias, input_scale)
     rounded = quantize_bias(bias, input_scale, weight_scale)
-    both_on = (source.fake_quant_enabled & quantizer.fake_quant_enabled) != 0
     return torch.where(both_on, rounded, bias)
 
 

@@ -72,6 +72,17 @@ def fixed_quantizer(quantizer: nn.Module) -> OutputQuantizer | None:
     return OutputQuantizer(quantizer.scale, zero_point, quantizer.fake_quant_enabled, quantizer.qtype)
 
 
+def grid_state(quantizer: nn.Module | None) -> QuantizerState | None:
+    """The grid of a fake quantizer and its switch as tensors, which an operator may ask where the host can't; or None.
+
+    Nothing is observed through it.
+    """
+    if not isinstance(quantizer, FakeQuantizeBase):
+        return None
+    active = quantizer.active_switch()
+    return QuantizerState(*quantizer.calculate_qparams(), active, quantizer.qtype, known=True)
+
+
 def warn_if_unobserved(quantizer: nn.Module) -> None:
     """Give the quantizer's own warning where its operator let values pass for want of an observed range."""
     if torch.compiler.is_compiling():

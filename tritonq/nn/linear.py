@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tritonq.functional.linear_map import LinearMap, MatrixProduct
 from tritonq.nn import intrinsic
 from tritonq.nn.conv import check_float_type, share_parameters
 from tritonq.nn.qat import QATLayer
@@ -34,6 +35,10 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
     def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The float product."""
         return F.linear(x, weight, bias)
+
+    def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
+        """See base class."""
+        return x, MatrixProduct()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), fake-quantized."""

@@ -10,20 +10,11 @@ from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.conv2d import ConvKernel, find_kernel
-from tritonq.functional.integer import (
-    BYTE_BITS,
-    IntegerAffine,
-    OutputGrid,
-    bias_codes,
-    integer_affine,
-    raise_scale_for_bias,
-    sum_bound,
-)
-from tritonq.functional.linear_map import Convolution
-from tritonq.nn.fusable import fixed_quantizer
+from tritonq.functional.integer import Grid, IntegerAffine, OutputGrid, integer_affine, to_integers
+from tritonq.functional.linear_map import Convolution, LinearMap
+from tritonq.nn.fusable import fixed_quantizer, grid_state
 from tritonq.qconfig import QConfig
 from tritonq.reference.activation import rectify
-from tritonq.reference.fake_quant import quantize
 
 
 class QATLayer(nn.Module):
@@ -109,6 +100,11 @@ class QATLayer(nn.Module):
         """``weight`` after its fake quantizer, which observes it while training."""
         return self.from_rows(self.weight_fake_quant(self.to_rows(weight)))
 
+    @abstractmethod
+    def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
+        """The input, padded where the map itself cannot, and the layer without weight and bias."""
+        raise NotImplementedError
+
     def plain_conv2d(self) -> Convolution | None:
         """The layer as a 2-d convolution that a kernel could run, or None."""
         return None
@@ -123,6 +119,9 @@ class QATLayer(nn.Module):
 
     def eval_output(self, x: Tensor, weight: Tensor, bias: Tensor | None, ceiling: float | None) -> Tensor:
         """``FQ_a(relu?(op(x, FQ_w(weight)) + bias))``: what eval mode computes, in one kernel where that is faster."""
+        if torch.compiler.is_compiling():
+            y = self._traced_affine(x, weight, bias)
+            return cast(Tensor, self.activation_post_process(rectify(y, ceiling)))
         layer = self.integer_layer(weight, bias)
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         if layer is None and needs_grad:
@@ -141,6 +140,8 @@ class QATLayer(nn.Module):
 
     def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with ``weight`` fake-quantized: in float while training, in exact integers in eval mode."""
+        if torch.compiler.is_compiling() and not self.training:
+            return self._traced_affine(x, weight, bias)
         layer = None if self.training else self.integer_layer(weight, bias)
         kernel = None if layer is None else find_kernel(x, weight, self.plain_conv2d(), layer)
         return self._affine(x, weight, bias, layer, kernel)
@@ -150,19 +151,40 @@ class QATLayer(nn.Module):
     ) -> Tensor:
         if layer is None:
             return self.linear_op(x, self.quantized_weight(weight), bias)
-        if kernel is None:
-            exact = integer_affine(x, layer, self.linear_op, self._output_axis, self._output_grid()).to(x.dtype)
-        else:
-            exact = kernel.integers(x, layer, self._output_grid())
+        with torch.no_grad():
+            if kernel is None:
+                exact = integer_affine(x, layer, self.linear_op, self._output_axis, self._output_grid()).to(x.dtype)
+            else:
+                exact = kernel.integers(x, layer, self._output_grid())
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             surrogate = self.linear_op(x, self.quantized_weight(weight), bias)
             return with_gradient_of(exact, surrogate)
         return exact
 
-    def _output_grid(self) -> OutputGrid | None:
-        """The grid of the output quantizer, or None where there is none that rounds to one grid."""
+    def _traced_affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """:meth:`_affine` in eval mode for ``torch.compile``: whether integers are computed is asked on the device."""
+        source, weights = grid_state(self.input_quantizer), grid_state(self.weight_fake_quant)
+        if source is None or source.qtype.axis is not None or weights is None:
+            return self.linear_op(x, self.quantized_weight(weight), bias)
+        from tritonq.functional.traced import eval_mode
+
+        output = grid_state(self._output_quantizer())
+        padded, op = self.as_linear_map(x)
+        exact = eval_mode.affine(padded, weight, bias, op, self._output_axis, source, weights, output)
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            # The compiler drops the surrogate's own value.
+            return with_gradient_of(exact, self.linear_op(x, self.quantized_weight(weight), bias))
+        return exact
+
+    def _output_quantizer(self) -> FakeQuantizeBase | None:
+        """The quantizer that takes all of the output to one grid, or None."""
         quantizer = self.activation_post_process
-        if not isinstance(quantizer, FakeQuantizeBase) or quantizer.qtype.axis is not None or not quantizer.is_active():
+        return quantizer if isinstance(quantizer, FakeQuantizeBase) and quantizer.qtype.axis is None else None
+
+    def _output_grid(self) -> OutputGrid | None:
+        """The one grid that the output goes onto, or None where there is none, or it is switched off."""
+        quantizer = self._output_quantizer()
+        if quantizer is None or not quantizer.is_active():
             return None
         return OutputGrid(quantizer.calculate_qparams().scale, quantizer.qtype.rounding)
 
@@ -174,25 +196,8 @@ class QATLayer(nn.Module):
             return None
         if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_active():
             return None
-        input_scale, input_zero = source.calculate_qparams()
-        weight_scale, weight_zero = quantizer.calculate_qparams()
-        rows = self.to_rows(weight.float())
-        scale = raise_scale_for_bias(weight_scale.expand(len(rows)), bias, input_scale)
-        zero = weight_zero.expand(len(rows))
-        qtype = quantizer.qtype
-        codes = quantize(rows, scale, zero, qtype.quant_min, qtype.quant_max, 0, qtype.rounding)
-        codes.sub_(zero.view(-1, *[1] * (codes.dim() - 1)))
-        multiplier = input_scale * scale
-        return IntegerAffine(
-            weight=self.from_rows(codes),
-            bias=None if bias is None else bias_codes(bias, multiplier),
-            multiplier=multiplier,
-            input_scale=input_scale,
-            sum_bound=sum_bound(codes, input_zero, source.qtype),
-            weight_scale=scale,
-            weight_zero_point=zero,
-            has_8_bit_codes=max(source.qtype.bits, qtype.bits) <= BYTE_BITS,
-        )
+        source_grid = Grid(*source.calculate_qparams(), source.qtype)
+        return to_integers(weight, bias, self, source_grid, Grid(*quantizer.calculate_qparams(), quantizer.qtype))
 
 
 def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.functional.integer import OutputGrid
+from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.linear_map import Convolution
 from tritonq.nn.conv import check_float_type
 from tritonq.nn.conv_bn import checked_batch_norm
@@ -184,10 +184,14 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
                 bn.eval()
         return self
 
-    def _output_grid(self) -> OutputGrid | None:
-        """The output's grid where the activation keeps values on it: the accumulator may then go there at once."""
+    def as_linear_map(self, x: Tensor) -> tuple[Tensor, Convolution]:
+        """See base class."""
+        return x, self.plain_conv2d()
+
+    def _output_quantizer(self) -> FakeQuantizeBase | None:
+        """See base class: where the activation keeps values on the grid, the accumulator may go there at once."""
         on_grid = self.activation is None or self.ceiling is not None or type(self.activation) is nn.Identity
-        return super()._output_grid() if on_grid else None
+        return super()._output_quantizer() if on_grid else None
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QATRepVGGBlock:

@@ -4,9 +4,11 @@ Each is a ``torch.library.custom_op`` that runs what eager code would run on the
 that a compiled model computes the same bits in them. Convolutions stay visible to the compiler. What is not a tensor
 travels as text, which means the same in every process that finds the graph in the compiler's cache.
 
-Traced are training steps, with quantizers over running ranges, histograms, learned scales (which have seen a batch) and
-fixed point, and converted models. Quantization-aware layers in eval mode look at their switches on the host, and an
-interpolating histogram at its range: they raise NotImplementedError, which says what to compile instead.
+Traced are quantization-aware models in training and in eval mode, with quantizers over running ranges, histograms,
+learned scales (which have seen a batch) and fixed point, and converted models. In eval mode each layer is one call, its
+convolution included: on a CPU that runs what eager mode runs; other devices sum in float64, since to find out which
+kernel can hold the sums would take a look from the host. An interpolating histogram looks at its range there: it raises
+NotImplementedError, which says what to use instead.
 """
 
 from tritonq.functional.traced import (

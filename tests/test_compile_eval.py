@@ -1,0 +1,225 @@
+"""Quantization-aware models in eval mode under ``torch.compile(fullgraph=True)``: eager mode's codes and gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import tritonq
+from qat_models import PRESETS, FloatResidual, images, train
+from test_compile import OTHER_QUANTIZERS
+from tritonq import nn as qnn
+from tritonq.functional.integer import Grid, OutputGrid, integer_add, integer_affine, to_integers
+from tritonq.functional.linear_map import Convolution, MatrixProduct
+from tritonq.functional.traced import eval_mode
+from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.qparams import QUANTIZED_TYPES
+from tritonq.reference.quantizer_state import QuantizerState
+
+QCONFIG = tritonq.get_qconfig()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def prepared(qconfig: tritonq.QConfig = QCONFIG) -> nn.Module:
+    torch.manual_seed(0)
+    return tritonq.prepare_qat(FloatResidual(), qconfig=qconfig, example_inputs=images(2)).train()
+
+
+def compiled(model: nn.Module, backend: str = "aot_eager") -> nn.Module:
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+def gradients(model: nn.Module, called, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    called(x).square().mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_as_in_eager(model: nn.Module, x: torch.Tensor) -> None:
+    """Outputs without and with gradients, and the gradients."""
+    called = compiled(model)
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled):
+            assert torch.equal(called(x), model(x))
+    found, expected = gradients(model, called, x), gradients(model, model, x)
+    assert any(bool(gradient.any()) for gradient in expected.values())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+PRESET_NAMES = ("tensorrt", "fbgemm_v0", "fbgemm_v1", "qnnpack_v0", "megengine_lowbit")
+
+
+@pytest.mark.parametrize("name", [*PRESET_NAMES, *OTHER_QUANTIZERS])
+def test_it_gives_eager_modes_codes_and_gradients(name):
+    qconfig = PRESETS[name] if name in PRESETS else OTHER_QUANTIZERS[name]
+    assert_as_in_eager(train(prepared(qconfig)), images(16))
+
+
+class Geometries(nn.Module):
+    """Layers whose input must be padded first, transposed, grouped, of other dimensions, or with other functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input = QCONFIG.activation()
+        self.reflect = qnn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect", qconfig=QCONFIG)
+        self.same = qnn.ConvBnReLU2d(8, 8, (2, 4), padding="same", groups=4, qconfig=QCONFIG)
+        self.up = qnn.ConvTranspose2d(8, 4, 3, stride=2, output_padding=1, groups=2, qconfig=QCONFIG)
+        self.block = qnn.QATRepVGGBlock(4, 4, activation=nn.SiLU(), qconfig=QCONFIG)
+        self.row = qnn.ConvReLU1d(4, 6, 5, dilation=2, bias=False, qconfig=QCONFIG)
+        self.head = qnn.LinearReLU(12, 5, qconfig=QCONFIG)
+        layers = [self.reflect, self.same, self.up, self.block, self.row, self.head]
+        sources = [self.input, *(layer.activation_post_process for layer in layers)]
+        for layer, source in zip(layers, sources[:-1], strict=True):
+            layer.set_input_quantizer(source)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.block(self.up(self.same(self.reflect(self.input(x)))))
+        x = self.row(x.flatten(2)[..., :20])
+        return self.head(x)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_geometries(channels_last):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 6, 6)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    assert_as_in_eager(train(Geometries(), x), x)
+
+
+def test_evaluation_in_the_middle_of_training():
+    """The same compiled model, whose mode changes: two graphs (and their input hooks), whatever was observed before."""
+    model = prepared()
+    eager = copy.deepcopy(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    called, frames = compiled(model, counter), []
+    for round_ in range(3):
+        for module, function in ((model, called), (eager, eager)):
+            module.train()
+            function(images(8, seed=round_)).sum().backward()
+            module.eval()
+        with torch.no_grad():
+            assert torch.equal(called(images(8)), eager(images(8)))
+        frames.append(counter.frame_count)
+    assert frames == [4, 4, 4]
+    torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize("mode", ["approximate", "exact", "corrected"])
+def test_frozen_statistics_in_training_and_all_modes_in_eval(mode, observed):
+    model = prepared()
+    for layer in model.modules():
+        if isinstance(layer, QATBatchNormLayer):
+            layer.mode = mode
+    if observed:
+        train(model).train()
+    model.apply(tritonq.freeze_bn_stats)
+    eager = copy.deepcopy(model)
+    found, expected = gradients(model, compiled(model), images(8)), gradients(eager, eager, images(8))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-6, atol=0)
+    assert_as_in_eager(model.eval(), images(8))
+
+
+def test_switches_and_ranges_are_asked_on_the_device():
+    """One graph serves all of their states, the state of having observed nothing among them."""
+    model, other = prepared().eval(), train(prepared())
+    counter = CompileCounterWithBackend("aot_eager")
+    called, x = compiled(model, counter), images(4)
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="observed nothing"):
+            expected = copy.deepcopy(model)(x)
+        assert torch.equal(called(x), expected)
+        graphs = counter.frame_count
+        for name, value in other.state_dict().items():
+            model.state_dict()[name].copy_(value)
+        assert torch.equal(called(x), other(x))
+        for part in ("stem.0", "head", "depthwise"):
+            tritonq.disable_fake_quant(other.get_submodule(part))
+            tritonq.disable_fake_quant(model.get_submodule(part))
+            assert torch.equal(called(x), other(x))
+    assert counter.frame_count == graphs
+
+
+def test_a_given_scale_is_taken_up():
+    quantizer = tritonq.get_qconfig("megengine_passive").activation().eval()
+    quantizer.activation_post_process.set_qparams(torch.tensor([0.5]))
+    called, x = compiled(quantizer), torch.tensor([0.3, 0.6])
+    assert called(x).tolist() == [0.5, 0.5]
+    quantizer.activation_post_process.scale = torch.tensor([0.25])
+    assert called(x).tolist() == [0.25, 0.5]
+
+
+def test_inductor_gives_the_same_codes():
+    model = train(prepared())
+    with torch.no_grad():
+        assert torch.equal(compiled(model, "inductor")(images(16)), model(images(16)))
+
+
+def states(active: tuple[int, ...], device: str = "cpu") -> list[QuantizerState]:
+    """Quantizers of an input, a weight (or second summand) and an output."""
+    per_channel = QUANTIZED_TYPES["qint8"].with_axis(0)
+    made = [
+        (torch.tensor([0.02]), torch.tensor([3]), QUANTIZED_TYPES["quint8"]),
+        (torch.tensor([0.01, 0.02]), torch.tensor([0, 0]), per_channel),
+        (torch.tensor([0.05]), torch.tensor([-4]), QUANTIZED_TYPES["qint8"]),
+    ]
+    return [
+        QuantizerState(scale.to(device), zero.int().to(device), torch.tensor([on], dtype=torch.uint8).to(device), qtype)
+        for (scale, zero, qtype), on in zip(made, active, strict=True)
+    ]
+
+
+OP = Convolution((1, 2), (1, 0), (1, 1), (0, 0), False, 2)
+SWITCHES = [(1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)]
+
+
+def affine_arguments(device: str = "cpu"):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randint(0, 256, (2, 4, 5, 6), generator=generator) - 3) * 0.02
+    weight, bias = torch.randn(2, 2, 3, 3, generator=generator), torch.randn(2, generator=generator)
+    return x.to(device), weight.to(device), bias.to(device), OP, 1
+
+
+@pytest.mark.parametrize("active", SWITCHES)
+def test_where_a_device_may_not_be_asked_both_answers_are_computed(active, monkeypatch):
+    x, weight, bias, op, axis = affine_arguments()
+    source, weights, output = states(active)
+    expected = eval_mode.run_affine(x, weight, bias, op, axis, source, weights, output)
+    sums = (x, x.flip(0), source, source._replace(scale=torch.tensor([0.04])), output)
+    expected_sum = eval_mode.run_add(*sums)
+    if active[0] and active[1]:
+        layer = to_integers(weight, bias, op, Grid(*source[:2], source.qtype), Grid(*weights[:2], weights.qtype))
+        grid = OutputGrid(output.scale, "half_even") if active[2] else None
+        assert torch.equal(expected, integer_affine(x, layer, op, axis, grid))
+    if active[0] and active[2]:
+        grids = (Grid(state.scale, state.zero_point, state.qtype) for state in sums[2:])
+        assert torch.equal(expected_sum, integer_add(x, x.flip(0), *grids))
+    monkeypatch.setattr(eval_mode, "is_readable", lambda values: False)
+    assert torch.equal(eval_mode.run_affine(x, weight, bias, op, axis, source, weights, output), expected)
+    assert torch.equal(eval_mode.run_add(*sums), expected_sum)
+
+
+def test_nothing_is_read_back(monkeypatch):
+    """On the meta device, which autocast does not know, there is nothing to read."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    x, weight, bias, op, axis = affine_arguments("meta")
+    source, weights, output = states((1, 1, 1), "meta")
+    assert eval_mode.run_affine(x, weight, bias, op, axis, source, weights, output).shape == (2, 2, 5, 2)
+    assert eval_mode.run_add(x, x, source, source, output).is_meta
+
+
+@pytest.mark.parametrize("op", [OP, Convolution((2,), (1,), (3,), (1,), True, 4), MatrixProduct()])
+def test_operators_survive_as_text(op):
+    assert eval_mode.op_of(eval_mode.op_text(op)) == op
