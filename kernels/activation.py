@@ -16,13 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .launcher import Launcher
-from .min_max import update_range
+from .min_max import NO_GRID, update_range
 from .rounding import NARROW_CODES, clamp, divide_by_scale, round_half_away, round_half_even, round_to_steps
 
 _INF = tl.constexpr(float("inf"))
 _RANGE_BLOCK = 1024
 # What the range rule compiles to where nothing observes.
-_NO_GRID = {"QUANT_MIN": 0, "QUANT_MAX": 1, "SYMMETRIC": True, "FIXED_ZERO_POINT": 0, "RULE": "torch"}
 
 
 @triton.jit
@@ -153,6 +152,7 @@ def range_kernel(
     SYMMETRIC: tl.constexpr,
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
+    COPY_ABOVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Merge the parts' ranges into the running one, in one program. Has run on no GPU yet."""
@@ -181,7 +181,7 @@ def range_kernel(
         only = tl.arange(0, 1)
         update_range(
             low, high, only, only < 1, min_ptr, max_ptr, scale_ptr, zero_point_ptr, averaging_constant, eps,
-            QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE,
+            QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE,
         )  # fmt: skip
         tl.store(nonfinite_ptr, tl.load(nonfinite_ptr) + tl.sum(bad).to(tl.int64) * weight)
         # What one thread stored, all of them read now.
@@ -248,7 +248,7 @@ def merge_range(low: Tensor, high: Tensor, weight: int, state: Any, ceiling: flo
 def range_constants(state: Any) -> dict[str, Any]:
     """What the range rule of a quantizer's state compiles to; a placeholder where it does not observe."""
     if state.observing is None:
-        return _NO_GRID
+        return NO_GRID
     qtype = state.qtype
     return {
         "QUANT_MIN": qtype.quant_min,
@@ -256,6 +256,7 @@ def range_constants(state: Any) -> dict[str, Any]:
         "SYMMETRIC": qtype.symmetric,
         "FIXED_ZERO_POINT": qtype.fixed_zero_point,
         "RULE": state.rule,
+        "COPY_ABOVE": state.copy_above,
     }
 
 

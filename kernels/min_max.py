@@ -95,6 +95,7 @@ def update_range(
     SYMMETRIC: tl.constexpr,
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
+    COPY_ABOVE: tl.constexpr,
 ):
     """Merge a batch's range into the running one and write the qparams that follow."""
     min_val = tl.load(min_ptr + channel, mask=valid, other=_INF)
@@ -104,6 +105,10 @@ def update_range(
         max_val = tl.maximum(max_val, high)
     else:
         seen = min_val <= max_val
+        if COPY_ABOVE is not None:
+            # In float64, where the product is rounded as Python rounds it.
+            magnitude = tl.maximum(-min_val, max_val).to(tl.float64)
+            seen = seen & (tl.maximum(-low, high).to(tl.float64) <= COPY_ABOVE * magnitude)
         usable = low <= high
         new_min = tl.where(seen, min_val + averaging_constant * (low - min_val), low)
         new_max = tl.where(seen, max_val + averaging_constant * (high - max_val), high)
@@ -151,6 +156,7 @@ def observe_kernel(
     SYMMETRIC: tl.constexpr,
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
+    COPY_ABOVE: tl.constexpr,
     CHANNEL: tl.constexpr,
     SINGLE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -215,7 +221,7 @@ def observe_kernel(
     if SINGLE:
         update_range(
             low, high, channel, valid, min_ptr, max_ptr, scale_ptr, zero_point_ptr, averaging_constant, eps,
-            QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE,
+            QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE,
         )  # fmt: skip
     else:
         split_number = (
@@ -246,6 +252,7 @@ def finish_kernel(
     SYMMETRIC: tl.constexpr,
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
+    COPY_ABOVE: tl.constexpr,
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -264,7 +271,7 @@ def finish_kernel(
         high = tl.maximum(high, tl.load(partial_ptr + splits * channels + at, mask=mask, other=-_INF))
     update_range(
         tl.min(low, 0), tl.max(high, 0), channel, valid, min_ptr, max_ptr, scale_ptr, zero_point_ptr,
-        averaging_constant, eps, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE,
+        averaging_constant, eps, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE,
     )  # fmt: skip
 
 
@@ -290,6 +297,7 @@ def observe(
     averaging_constant: float | None,
     rule: str,
     eps: float,
+    copy_above: float | None = None,
 ) -> None:
     """Update a running range with ``x``, and the qparams that follow from it, in place on the device.
 
@@ -301,12 +309,16 @@ def observe(
         "SYMMETRIC": qtype.symmetric,
         "FIXED_ZERO_POINT": qtype.fixed_zero_point,
         "RULE": rule,
+        "COPY_ABOVE": copy_above,
     }
     state = (min_val, max_val, scale, zero_point, averaging_constant, eps)
     _observe(x, qtype.axis, state, nonfinite_count, enabled, constants)
 
 
-NO_GRID = {"QUANT_MIN": 0, "QUANT_MAX": 1, "SYMMETRIC": True, "FIXED_ZERO_POINT": 0, "RULE": "torch"}
+NO_GRID: dict[str, Any] = {
+    **{"QUANT_MIN": 0, "QUANT_MAX": 1, "SYMMETRIC": True, "FIXED_ZERO_POINT": 0, "RULE": "torch"},
+    "COPY_ABOVE": None,
+}
 
 
 def _observe(

@@ -59,6 +59,7 @@ def quantize_rows(
     SYMMETRIC: tl.constexpr,
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
+    COPY_ABOVE: tl.constexpr,
     CODE_MIN: tl.constexpr,
     CODE_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -86,7 +87,7 @@ def quantize_rows(
         zeros = zero_point_out if zero_point_ptr is None else zero_point_ptr
         update_range(
             tl.min(low, 1), tl.max(high, 1), channel, valid, min_ptr, max_ptr, scale_ptr, zeros,
-            averaging_constant, eps, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE,
+            averaging_constant, eps, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE,
         )  # fmt: skip
         skipped = tl.sum(tl.sum(bad, 1), 0)
         if skipped > 0:
@@ -146,6 +147,7 @@ def quantize_folded_kernel(
     SYMMETRIC: tl.constexpr,
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
+    COPY_ABOVE: tl.constexpr,
     CODE_MIN: tl.constexpr,
     CODE_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -161,7 +163,8 @@ def quantize_folded_kernel(
         rows_ptr, codes_ptr, vectors_ptr, vectors_ptr + channels, vectors_ptr + 2 * channels, zero_point_out, fold,
         switch_ptr, observing_ptr, min_ptr, max_ptr, nonfinite_ptr, scale_ptr, zero_point_ptr,
         averaging_constant, eps, channel, valid, length, switch_stride, scale_stride,
-        KNOWN, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE, CODE_MIN, CODE_MAX, ROUNDING, COLS, WHOLE,
+        KNOWN, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE,
+        CODE_MIN, CODE_MAX, ROUNDING, COLS, WHOLE,
     )  # fmt: skip
 
 
@@ -237,6 +240,7 @@ def quantize_folded(
             state.averaging_constant,
             state.rule,
             state.eps,
+            state.copy_above,
         )
         state = state._replace(observing=None)
     return _quantize(rows, fold, state)

@@ -12,6 +12,7 @@ def quantizer_state(
     *,
     device: str = "cpu",
     averaging: float | None = 0.1,
+    copy_above: float | None = 1.2,
     rule: str = "torch",
     observing: bool = True,
     active: bool = True,
@@ -31,6 +32,7 @@ def quantizer_state(
         averaging,
         rule,
         1e-7,
+        copy_above=copy_above,
     )
 
 

@@ -195,7 +195,13 @@ def test_states_survive_packing(missing):
     names = ("scale", "zero_point", "active", "min_val", "max_val", "nonfinite_count", "observing")
     tensors = {name: None if name in missing else torch.tensor([i]) for i, name in enumerate(names)}
     state = QuantizerState(
-        **tensors, qtype=QUANTIZED_TYPES["qint8"], averaging_constant=0.1, rule="megengine", eps=1e-5, known=True
+        **tensors,
+        qtype=QUANTIZED_TYPES["qint8"],
+        averaging_constant=0.1,
+        rule="megengine",
+        eps=1e-5,
+        known=True,
+        copy_above=1.5,
     )
     assert unpack(*pack(state)) == state
     assert pack(None) == ([], [], "")

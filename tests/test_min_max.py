@@ -119,12 +119,13 @@ class TestObserve(OpTester):
             return  # that operator has 8-bit types only; its zero point would not fit int32
         centre = torch.tensor([0.0, 5.0, 0.0, 0.0, -90.0, 0.3])
         batches = [torch.randn(5, 6, 4, generator=generator) * spread[:, None] + centre[:, None] for _ in range(3)]
+        batches[2] *= 1.6  # by which some channels outgrow what was seen before, and others do not
         batches[1][:, 4] = math.nan
         batches[2][0, 0, 0] = math.inf
         for axis in (None, 1):
-            for averaging in (None, 0.1):
+            for averaging, copy_above in ((None, None), (0.1, None), (0.1, 1.5)):
                 ours, theirs = (State(channels_of(batches[0], axis), device) for _ in range(2))
-                arguments = (None, qtype.with_axis(axis), averaging, rule, 1e-7)
+                arguments = (None, qtype.with_axis(axis), averaging, rule, 1e-7, copy_above)
                 for batch in (b.to(device) for b in batches):
                     implementation("min_max", batch, use).observe(batch, *ours.tensors(), *arguments)
                     reference.observe(batch, *theirs.tensors(), *arguments)
@@ -144,6 +145,23 @@ class TestObserve(OpTester):
             observe(x, *state.tensors(), None, QINT8, 0.25, "torch", 1e-7)
             assert (float(state.min_val), float(state.max_val)) == (low, high)
         assert int(state.nonfinite) == 2
+
+    def test_growth_is_followed_at_once(self, use: str, device: str) -> None:
+        """More than ``copy_above`` times the running magnitude is copied, anything after zeros too."""
+        state = State((2,), device)
+        batches = [
+            ([[0.0, 0.0], [-2.0, 1.0]], [0.0, -2.0], [0.0, 1.0]),
+            ([[0.0, 0.1], [0.0, 3.0]], [0.0, -1.5], [0.1, 1.5]),
+            ([[-0.2, 0.0], [0.0, 2.0]], [-0.2, -1.125], [0.0, 1.625]),
+            ([[math.nan, math.inf], [-8.0, 0.0]], [-0.2, -8.0], [0.0, 0.0]),
+        ]
+        for values, low, high in batches:
+            x = torch.tensor(values, device=device)
+            implementation("min_max", x, use).observe(
+                x, *state.tensors(), None, QINT8.with_axis(0), 0.25, "torch", 1e-7, 1.5
+            )
+            assert_matches(state.min_val.cpu(), torch.tensor(low), "min_max")
+            assert_matches(state.max_val.cpu(), torch.tensor(high), "min_max")
 
     def test_running_extremes(self, use: str, device: str) -> None:
         state = State((), device)

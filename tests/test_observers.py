@@ -111,6 +111,9 @@ def test_observers_refuse_bad_arguments(arguments, message):
 def test_observers_refuse_a_bad_averaging_constant_and_scheme():
     with pytest.raises(ValueError, match="in \\(0, 1\\]"):
         tritonq.MovingAverageMinMaxObserver(averaging_constant=0)
+    for bad in (0.5, float("nan")):
+        with pytest.raises(ValueError, match="copy_above must be at least 1"):
+            tritonq.MovingAverageMinMaxObserver(copy_above=bad)
     with pytest.raises(ValueError, match="per-channel qscheme"):
         tritonq.PerChannelMinMaxObserver(qscheme=torch.per_tensor_affine)
     with pytest.raises(TypeError, match="x must be float32"):

@@ -57,7 +57,7 @@ class TestWeight(OpTester):
         mine = quantizer_state(qtype, shape[0], device=device, averaging=averaging, rule=rule)
         other = quantizer_state(qtype, shape[0], averaging=averaging, rule=rule)
         rows, fold = problem(shape)
-        for factor in (1.0, 0.5):
+        for factor in (1.0, 1.3, 0.5):
             codes, unit, _, frozen = implementation("weight", rows, use).quantize_folded(
                 rows.to(device), factor * fold.to(device), mine
             )

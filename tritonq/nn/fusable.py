@@ -56,6 +56,7 @@ def range_state(quantizer: nn.Module) -> QuantizerState | None:
         rule=observer.rule,
         eps=observer.eps,
         known=quantizer._qparams_known,
+        copy_above=observer.copy_above,
     )
 
 

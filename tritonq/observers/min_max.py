@@ -30,6 +30,8 @@ class MinMaxObserver(RangeObserver):
 
     # None: running extremes. A number c: m <- m + c (batch - m).
     averaging_constant: float | None = None
+    # A batch with more than this many times the running magnitude is copied, as the first one is; None: none is.
+    copy_above: float | None = None
 
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
         """See base class; without a process group all of it is one pass."""
@@ -51,6 +53,7 @@ class MinMaxObserver(RangeObserver):
             self.averaging_constant,
             self.rule,
             self.eps,
+            self.copy_above,
         )
 
     def _observe_in_group(
@@ -61,7 +64,8 @@ class MinMaxObserver(RangeObserver):
             return
         low, high, nonfinite = implementation("min_max", x).min_max(x, self.qtype.axis)
         low, high = reduce_range(low, high, group)
-        new_min, new_max = update_range(low, high, self.min_val, self.max_val, self.averaging_constant)
+        running = (self.min_val, self.max_val)
+        new_min, new_max = update_range(low, high, *running, self.averaging_constant, self.copy_above)
         write_if(enabled, self.min_val, new_min)
         write_if(enabled, self.max_val, new_max)
         write_if(enabled, self.nonfinite_count, self.nonfinite_count + nonfinite)
@@ -78,20 +82,35 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
 
     Args:
         averaging_constant: weight of the new batch, in (0, 1].
+        copy_above: a batch whose largest magnitude is more than this many times the running one's, at least 1, is
+            copied too: growth is followed at once, as in a residual branch whose last γ starts at 0. Averaged, the
+            range would lag behind for hundreds of steps and clip what the branch learns. None (torch.ao): never.
         *args: see :class:`~tritonq.observers.base.ObserverBase`.
         **kwargs: see :class:`~tritonq.observers.base.ObserverBase`.
 
     Raises:
-        ValueError: averaging constant outside (0, 1].
+        ValueError: averaging constant outside (0, 1], or ``copy_above`` below 1.
 
     Source: torch.ao.quantization.MovingAverageMinMaxObserver; SEMANTICS section 3.
+
+    Examples:
+        >>> observer = MovingAverageMinMaxObserver(copy_above=1.5)
+        >>> for largest in (0.0, 0.1, 0.12):
+        ...     _ = observer(torch.tensor([largest]))
+        >>> observer.max_val
+        tensor(0.1002)
     """
 
     averaging_constant: float
 
-    def __init__(self, averaging_constant: float = 0.01, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, averaging_constant: float = 0.01, *args: Any, copy_above: float | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._set_averaging_constant(averaging_constant)
+        if copy_above is not None and not copy_above >= 1:
+            raise ValueError(f"copy_above must be at least 1, or None, got {copy_above}")
+        self.copy_above = copy_above
 
     def set_momentum(self, momentum: float) -> None:
         """Set the fraction of the old range that is kept (MegEngine's convention), in [0, 1)."""

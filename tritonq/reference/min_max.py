@@ -51,36 +51,53 @@ def extremes(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor
 
 
 def update_range(
-    low: Tensor, high: Tensor, min_val: Tensor, max_val: Tensor, averaging_constant: float | None
+    low: Tensor,
+    high: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    averaging_constant: float | None,
+    copy_above: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """New running range from a batch's ``low`` and ``high``.
 
     ``averaging_constant`` None: running minimum and maximum. Else ``m + c (low - m)``, where the first batch is
-    copied. A batch without finite values (``low > high``) changes nothing.
+    copied, and so is one whose largest magnitude, ``max(-low, high)``, is more than ``copy_above`` times the running
+    one's (None: none is). A batch without finite values (``low > high``) changes nothing.
     """
     if averaging_constant is None:
         return torch.minimum(min_val, low), torch.maximum(max_val, high)
     if low.dim() == 0 and known_ordered(low, high):
-        if not float(min_val) <= float(max_val):
+        if not float(min_val) <= float(max_val) or _outgrows(low, high, min_val, max_val, copy_above):
             return low, high
         return min_val + averaging_constant * (low - min_val), max_val + averaging_constant * (high - max_val)
     seen = min_val <= max_val
+    if copy_above is not None:
+        # In float64, where the product is rounded as Python rounds it.
+        magnitude = torch.maximum(-min_val, max_val).double()
+        seen = seen & (torch.maximum(-low, high).double() <= copy_above * magnitude)
     new_min = torch.where(seen, min_val + averaging_constant * (low - min_val), low)
     new_max = torch.where(seen, max_val + averaging_constant * (high - max_val), high)
     usable = low <= high
     return torch.where(usable, new_min, min_val), torch.where(usable, new_max, max_val)
 
 
-def merge_range_(low: Tensor, high: Tensor, min_val: Tensor, max_val: Tensor, averaging_constant: float | None) -> None:
+def merge_range_(
+    low: Tensor,
+    high: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    averaging_constant: float | None,
+    copy_above: float | None = None,
+) -> None:
     """:func:`update_range` in place, for tensors on the CPU of which it is known that ``low <= high``, both finite."""
     if averaging_constant is None:
         torch.minimum(min_val, low, out=min_val)
         torch.maximum(max_val, high, out=max_val)
-    elif min_val.numel() and float(min_val.amax()) < math.inf:
+    elif _all_average(low, high, min_val, max_val, copy_above):
         min_val.add_(torch.sub(low, min_val).mul_(averaging_constant))
         max_val.add_(torch.sub(high, max_val).mul_(averaging_constant))
     else:
-        new_min, new_max = update_range(low, high, min_val, max_val, averaging_constant)
+        new_min, new_max = update_range(low, high, min_val, max_val, averaging_constant, copy_above)
         min_val.copy_(new_min)
         max_val.copy_(new_max)
 
@@ -97,6 +114,7 @@ def observe(
     averaging_constant: float | None,
     rule: RangeRule,
     eps: float,
+    copy_above: float | None = None,
 ) -> None:
     """Update a running range with ``x`` and, when given, the qparams that follow from it. All state is in place.
 
@@ -112,15 +130,16 @@ def observe(
         averaging_constant: see :func:`update_range`.
         rule: see :func:`tritonq.qparams.range_to_qparams`.
         eps: floor under the scale.
+        copy_above: see :func:`update_range`.
     """
     if enabled is not None and not bool(enabled):
         return
     low, high, nonfinite = extremes(x, qtype.axis)
     ordered = nonfinite is None
     if nonfinite is None:
-        merge_range_(low, high, min_val, max_val, averaging_constant)
+        merge_range_(low, high, min_val, max_val, averaging_constant, copy_above)
     else:
-        new_min, new_max = update_range(low, high, min_val, max_val, averaging_constant)
+        new_min, new_max = update_range(low, high, min_val, max_val, averaging_constant, copy_above)
         min_val.copy_(new_min)
         max_val.copy_(new_max)
         nonfinite_count.add_(nonfinite)
@@ -128,6 +147,20 @@ def observe(
         qparams = range_to_qparams(min_val, max_val, qtype, rule=rule, eps=eps, ordered=ordered)
         scale.copy_(qparams.scale.view_as(scale))
         zero_point.copy_(qparams.zero_point.view_as(zero_point))
+
+
+def _all_average(low: Tensor, high: Tensor, min_val: Tensor, max_val: Tensor, copy_above: float | None) -> bool:
+    """Whether it is known cheaply that no range is copied: arguments as :func:`merge_range_` has them."""
+    if not min_val.numel() or not float(min_val.amax()) < math.inf:
+        return False
+    return copy_above is None or (min_val.dim() == 0 and not _outgrows(low, high, min_val, max_val, copy_above))
+
+
+def _outgrows(low: Tensor, high: Tensor, min_val: Tensor, max_val: Tensor, copy_above: float | None) -> bool:
+    """Whether a batch's range is to be copied for its size; all are 0-d and can be read."""
+    if copy_above is None:
+        return False
+    return max(-float(low), float(high)) > copy_above * max(-float(min_val), float(max_val))
 
 
 def _zero_count(x: Tensor) -> Tensor:

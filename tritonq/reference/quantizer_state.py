@@ -30,6 +30,7 @@ class QuantizerState(NamedTuple):
         rule: see :func:`tritonq.qparams.range_to_qparams`.
         eps: floor under the scale.
         known: whether the qparams are known to rest on data; else ``min_val <= max_val`` tells.
+        copy_above: see :func:`tritonq.reference.min_max.update_range`.
     """
 
     scale: Tensor
@@ -44,6 +45,7 @@ class QuantizerState(NamedTuple):
     rule: RangeRule = "torch"
     eps: float = 0.0
     known: bool = False
+    copy_above: float | None = None
 
 
 def observe_range(
@@ -67,13 +69,16 @@ def observe_range(
         if not bool(state.observing):
             return state
         if ordered:
-            merge_range_(low.float(), high.float(), state.min_val, state.max_val, state.averaging_constant)
+            running = (state.min_val, state.max_val)
+            merge_range_(low.float(), high.float(), *running, state.averaging_constant, state.copy_above)
             _write_qparams(state, state.min_val, state.max_val, None, True)
             return state._replace(known=True)
         enabled = None
     else:
         enabled = state.observing.view(()) != 0
-    new_min, new_max = update_range(low.float(), high.float(), state.min_val, state.max_val, state.averaging_constant)
+    new_min, new_max = update_range(
+        low.float(), high.float(), state.min_val, state.max_val, state.averaging_constant, state.copy_above
+    )
     _assign(state.min_val, new_min, enabled)
     _assign(state.max_val, new_max, enabled)
     if nonfinite is not None and state.nonfinite_count is not None:

@@ -23,6 +23,7 @@ def observe(
     averaging_constant: float | None,
     rule: RangeRule,
     eps: float,
+    copy_above: float | None = None,
 ) -> None:
     """See the reference."""
     # An observer by itself keeps no qparams: stand-ins take its scale, and tell that there is none.
@@ -39,6 +40,7 @@ def observe(
         averaging_constant,
         rule,
         eps,
+        copy_above=copy_above,
     )
     buffers, switches, text = pack(state)
     _observe(x, buffers[1:] if alone else buffers, switches[1:], text)
@@ -66,6 +68,7 @@ def _observe(x: Tensor, buffers: list[Tensor], enabled: list[Tensor], text: str)
             state.averaging_constant,
             state.rule,
             state.eps,
+            state.copy_above,
         )
 
 

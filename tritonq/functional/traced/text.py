@@ -39,7 +39,7 @@ def pack(state: QuantizerState | None) -> Packed:
     buffers = [state.scale, state.zero_point, state.min_val, state.max_val, state.nonfinite_count]
     switches = [state.active, state.observing]
     present = "".join("0" if tensor is None else "1" for tensor in (*buffers, *switches))
-    constants = f"{state.averaging_constant} {state.rule} {state.eps} {int(state.known)}"
+    constants = f"{state.averaging_constant} {state.rule} {state.eps} {int(state.known)} {state.copy_above}"
     return Packed(
         [tensor for tensor in buffers if tensor is not None],
         [tensor for tensor in switches if tensor is not None],
@@ -72,7 +72,7 @@ def qtype_of(text: str) -> QuantizedType:
 
 @cache
 def _state_constants(text: str) -> tuple[dict[str, bool], dict[str, Any]]:
-    present, averaging, rule, eps, known, qtype = text.split(" ", 5)
+    present, averaging, rule, eps, known, copy_above, qtype = text.split(" ", 6)
     return (
         {name: digit == "1" for name, digit in zip((*_BUFFERS, *_SWITCHES), present, strict=True)},
         {
@@ -80,6 +80,7 @@ def _state_constants(text: str) -> tuple[dict[str, bool], dict[str, Any]]:
             "rule": rule,
             "eps": float(eps),
             "known": known == "1",
+            "copy_above": None if copy_above == _NOTHING else float(copy_above),
             "qtype": qtype_of(qtype),
         },
     )
