@@ -87,6 +87,68 @@ def test_embeddings():
     assert torch.equal(export_program(converted, None, codes).module()(codes), converted(codes))
 
 
+def test_verify_compares_it_code_for_code(tmp_path):
+    """The file and the program, for each rounding."""
+    for preset in ("tensorrt", "fbgemm_v0", "megengine_min_max"):
+        model, path = trained_float_form(preset), tmp_path / "m.pt2"
+        program = export_program(model, path, images(2))
+        data = [images(8), images(3, seed=5)]
+        reference = tritonq.verify(model, tritonq.convert(model), data)
+        for deployed in (path, str(path), program):
+            report = tritonq.verify(model, deployed, data)
+            assert report.agrees()
+            assert report == reference
+            assert report.total.codes > 10_000
+
+
+def test_verify_names_the_first_layer_of_a_program_that_differs():
+    model = trained_residual()
+    program = export_program(model, None, images(2))
+    weight = program.state_dict["depthwise.weight"]
+    weight.view(-1)[0] += 40
+    report = tritonq.verify(model, program, images(8))
+    assert report.first_difference is not None
+    assert report.first_difference.name == "depthwise"
+    assert not report.agrees()
+
+
+class Twice(nn.Module):
+    """A layer that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.relu(self.layer(x)))
+
+
+def test_verify_counts_the_calls_of_a_layer():
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    model = tritonq.prepare_qat(Twice(), example_inputs=x).train()
+    model(x)
+    converted = tritonq.convert(model.eval())
+    report = tritonq.verify(model, export_program(converted, None, x), x)
+    assert report == tritonq.verify(model, converted, x)
+    assert report.agrees()
+
+
+def test_verify_refuses_what_is_no_such_program(tmp_path):
+    model, path = trained_float_form(), tmp_path / "m.pt2"
+    path.write_bytes(b"not a program")
+    with pytest.raises(ValueError, match=r"m\.pt2 is not a program of torch\.export"):
+        tritonq.verify(model, path, images(2))
+    with pytest.raises(FileNotFoundError):
+        tritonq.verify(model, tmp_path / "none.pt2", images(2))
+    with pytest.raises(ValueError, match="has no quantizer"):
+        tritonq.verify(model, torch.export.export(nn.ReLU(), (images(2),)), images(2))
+    with pytest.raises(ValueError, match=r"lacks the quantizer|a quantizer"):
+        tritonq.verify(model, export_program(trained_residual(), None, images(2)), images(2))
+    with pytest.raises(ValueError, match="takes arguments of the structure"):
+        tritonq.verify(model, export_program(model, None, images(2)), [{"x": images(2)}])
+
+
 class Branching(FloatResidual):
     """Looks at its data, which no graph can."""
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from tritonq.deploy.fixed_point_verify import codes_read, fixed_point_layers
 from tritonq.deploy.modules import Quantizer
+from tritonq.deploy.program_runner import PROGRAM_SUFFIX, load_program, program_runner
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.prepare.structure import tensors_in
 
@@ -116,7 +118,9 @@ class VerificationReport:
         return "\n".join(lines)
 
 
-def verify(qat_model: nn.Module, deployed: nn.Module | str | os.PathLike[str], data: Any) -> VerificationReport:
+def verify(
+    qat_model: nn.Module, deployed: nn.Module | ExportedProgram | str | os.PathLike[str], data: Any
+) -> VerificationReport:
     """Run a quantization-aware model in eval mode and its deployed form on the same data, and compare their codes.
 
     Codes are compared at every activation quantizer, in order of execution; what differs in one layer goes on into the
@@ -124,7 +128,8 @@ def verify(qat_model: nn.Module, deployed: nn.Module | str | os.PathLike[str], d
 
     Args:
         qat_model: the trained model; its mode is restored. A converted model will do as well.
-        deployed: a converted model, or the path of a file of :func:`tritonq.export_onnx`, which ONNX Runtime runs.
+        deployed: a converted model; the path of a file of :func:`tritonq.export_onnx`, which ONNX Runtime runs; or a
+            program of :func:`tritonq.export_program`, as such or as the path of a file ``*.pt2``.
         data: one input tensor, or an iterable of batches: each a tensor, a dict of arguments, or a tuple of arguments,
             of which those are used that the model's forward requires (a data loader's labels are not).
 
@@ -135,6 +140,10 @@ def verify(qat_model: nn.Module, deployed: nn.Module | str | os.PathLike[str], d
     run_deployed: Runner
     if isinstance(deployed, nn.Module):
         run_deployed = _torch_runner(deployed)
+    elif isinstance(deployed, ExportedProgram):
+        run_deployed = program_runner(deployed)
+    elif os.fspath(deployed).endswith(PROGRAM_SUFFIX):
+        run_deployed = program_runner(load_program(deployed))
     else:
         from tritonq.deploy.onnx_runner import onnx_runner
 

@@ -1,0 +1,96 @@
+"""Running an exported program of ``torch.export``, with its codes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from tritonq.deploy.modules import Quantizer
+
+Codes = dict[str, list[Tensor]]
+Runner = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Codes, list[Tensor]]]
+
+PROGRAM_SUFFIX = ".pt2"
+# How a node says which module it comes from; the second and later calls of a module are numbered behind this.
+_STACK, _CALL_MARK = "nn_module_stack", "@"
+_QUANTIZER = f"{Quantizer.__module__}.{Quantizer.__qualname__}"
+
+
+def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
+    """The program in a file of :func:`tritonq.export_program`.
+
+    Raises:
+        ValueError: another file.
+        OSError: it can't be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return torch.export.load(file)
+    except OSError:
+        raise
+    except Exception as error:  # torch.export raises what its archive, its schema and json do
+        raise ValueError(f"{os.fspath(path)} is not a program of torch.export") from error
+
+
+def program_runner(program: ExportedProgram) -> Runner:
+    """A function that runs the program, operator by operator, and returns its codes and outputs.
+
+    Raises:
+        ValueError: a program that was not exported from a converted model; when run, arguments of another structure.
+    """
+    module = program.module()
+    interpreter = _CodesInterpreter(module)
+    expected = program.call_spec.in_spec
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Codes, list[Tensor]]:
+        flat, found = pytree.tree_flatten((args, kwargs))
+        if found != expected:
+            raise ValueError(f"the program takes arguments of the structure {expected}, got {found}")
+        device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+        moved = [value.to(device) if isinstance(value, Tensor) else value for value in flat]
+        interpreter.codes = {}
+        with torch.no_grad():
+            result = interpreter.run(*moved, enable_io_processing=False)
+        outputs = [value.detach().cpu() for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
+        return interpreter.codes, outputs
+
+    return run
+
+
+class _CodesInterpreter(fx.Interpreter):
+    """Keeps what each quantizer multiplies by its scale: codes minus zero point, by the quantizer's name."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.codes: Codes = {}
+        self._names = {node: name for node in module.graph.nodes if (name := _rescaling_quantizer(node)) is not None}
+        if not self._names:
+            raise ValueError("this program was not exported from a converted model: it has no quantizer")
+
+    def run_node(self, n: fx.Node) -> Any:
+        """See base class."""
+        if n in self._names:
+            (steps, _), _ = self.fetch_args_kwargs_from_env(n)
+            # Cloned, since the multiplication works in place.
+            self.codes.setdefault(self._names[n], []).append(steps.detach().float().cpu().clone())
+        return super().run_node(n)
+
+
+def _rescaling_quantizer(node: fx.Node) -> str | None:
+    """The name of the quantizer whose codes this node multiplies by their scale, or None."""
+    if node.target is not torch.ops.aten.mul_.Tensor or not node.meta.get(_STACK):
+        return None
+    path, kind = list(node.meta[_STACK].values())[-1]
+    if kind != _QUANTIZER:
+        return None
+    scale = node.args[1]
+    while isinstance(scale, fx.Node) and scale.target in (torch.ops.aten.to.dtype, torch.ops.aten.view.default):
+        scale = scale.args[0]
+    is_buffer = isinstance(scale, fx.Node) and scale.op == "get_attr"
+    return str(path).split(_CALL_MARK)[0] if is_buffer else None
