@@ -16,7 +16,7 @@ from torch import nn
 
 import tritonq
 from tritonq.__main__ import main
-from tritonq.cli.data import load_examples, load_images
+from tritonq.cli.data import load_digits, load_examples, load_folder, stacked
 from tritonq.cli.models import Recipe, find_qconfig, make_model, read_training
 from tritonq.cli.train import Run, Settings
 from tritonq.demo.model import SmallResNet
@@ -63,7 +63,7 @@ def test_a_run_ends_with_a_deployed_model(whole, capsys):
     assert content["step"] == 16
     trained = made.prepare()
     trained.load_state_dict(content["state_dict"])
-    images = load_images("digits").test_images
+    images = load_digits().test_images
     assert torch.equal(model(images), trained.eval()(images))
     assert trained.stem[0].freeze_bn
 
@@ -190,13 +190,15 @@ def test_a_folder_with_a_corrupt_file(tmp_path, capsys):
 
 def test_a_folder_is_read_as_it_is_needed(tmp_path, monkeypatch):
     folder = image_folder(tmp_path / "insects")
-    whole, lazy = load_images(str(folder), 8), load_examples(str(folder), 8)
+    whole, lazy = load_folder(folder, 8), load_examples(str(folder), 8)
     for one, images, labels in (
         (lazy.train, whole.train_images, whole.train_labels),
         (lazy.test, whole.test_images, whole.test_labels),
     ):
         assert [one[i][1] for i in range(len(one))] == labels.tolist()
-        torch.testing.assert_close(torch.stack([one[i][0] for i in range(len(one))]), images)
+        assert torch.equal(torch.stack([one[i][0] for i in range(len(one))]), images)
+    assert abs(float(whole.train_images.mean())) < 1e-6
+    assert abs(float(whole.train_images.std()) - 1) < 1e-6
     held = [value for value in vars(lazy.train).values() if isinstance(value, torch.Tensor)]
     assert not held
     assert lazy.classes == whole.classes
@@ -269,12 +271,12 @@ def test_bad_arguments_end_in_one_line(words, message, tmp_path, capsys):
 
 
 def test_channels_and_size_of_digits():
-    grey, colour = load_images("digits"), load_images("digits", 12, 3)
-    assert colour.train_images.shape[1:] == (3, 12, 12)
-    assert torch.equal(colour.train_images[:, 0], colour.train_images[:, 2])
-    assert torch.equal(colour.train_labels, grey.train_labels)
+    images, labels = stacked(load_examples("digits", 12, 3).train)
+    assert images.shape[1:] == (3, 12, 12)
+    assert torch.equal(images[:, 0], images[:, 2])
+    assert torch.equal(labels, load_digits().train_labels)
     with pytest.raises(ValueError, match="not 2"):
-        colour.with_channels(2)
+        load_digits().with_channels(3).with_channels(2)
 
 
 def test_names_of_qconfigs():

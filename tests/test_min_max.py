@@ -151,9 +151,11 @@ class TestObserve(OpTester):
         state = State((2,), device)
         batches = [
             ([[0.0, 0.0], [-2.0, 1.0]], [0.0, -2.0], [0.0, 1.0]),
-            ([[0.0, 0.1], [0.0, 3.0]], [0.0, -1.5], [0.1, 1.5]),
-            ([[-0.2, 0.0], [0.0, 2.0]], [-0.2, -1.125], [0.0, 1.625]),
-            ([[math.nan, math.inf], [-8.0, 0.0]], [-0.2, -8.0], [0.0, 0.0]),
+            ([[0.0, 0.125], [0.0, 3.0]], [0.0, -1.5], [0.125, 1.5]),
+            ([[-0.25, 0.0], [0.0, 2.0]], [-0.25, -1.125], [0.0, 1.625]),
+            ([[-0.25, 0.125], [0.0, 2.4375]], [-0.25, -0.84375], [0.03125, 1.828125]),
+            ([[-0.25, 0.125], [0.0, 2.75]], [-0.25, 0.0], [0.0546875, 2.75]),
+            ([[math.nan, math.inf], [-8.0, 0.0]], [-0.25, -8.0], [0.0546875, 0.0]),
         ]
         for values, low, high in batches:
             x = torch.tensor(values, device=device)
@@ -162,6 +164,20 @@ class TestObserve(OpTester):
             )
             assert_matches(state.min_val.cpu(), torch.tensor(low), "min_max")
             assert_matches(state.max_val.cpu(), torch.tensor(high), "min_max")
+
+    def test_growth_of_one_range(self, use: str, device: str) -> None:
+        """The magnitude counts, on either side of zero."""
+        state = State((), device)
+        batches = [
+            ([-2.0, 1.0], (-2.0, 1.0)),
+            ([0.0, 3.0], (-1.5, 1.5)),
+            ([-2.25, 0.0], (-1.6875, 1.125)),
+            ([-2.75, 0.5], (-2.75, 0.5)),
+        ]
+        for values, expected in batches:
+            x = torch.tensor(values, device=device)
+            implementation("min_max", x, use).observe(x, *state.tensors(), None, QINT8, 0.25, "torch", 1e-7, 1.5)
+            assert (float(state.min_val), float(state.max_val)) == expected
 
     def test_running_extremes(self, use: str, device: str) -> None:
         state = State((), device)

@@ -8,12 +8,14 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import tritonq
 from qat_models import FloatResidual, assert_same_state, images, state_of
 from tritonq.__main__ import main
-from tritonq.cli.data import load_images
+from tritonq.cli import folder
+from tritonq.cli.data import load_digits
 from tritonq.cli.models import Recipe, find_qconfig, save_training
 from tritonq.demo.model import SmallResNet
 from tritonq.qconfig_files import mapping_to_data
@@ -30,13 +32,13 @@ RECIPE = Recipe(DEMO_MODEL, ARGUMENTS, QCONFIG, 1, 8)
 def calibrated():
     torch.manual_seed(0)
     model = RECIPE.prepare()
-    return tritonq.calibrate(model, load_images("digits").train_images[::9])
+    return tritonq.calibrate(model, load_digits().train_images[::9])
 
 
 @pytest.fixture(scope="module")
 def data():
     torch.set_num_threads(1)
-    return load_images("digits")
+    return load_digits()
 
 
 @pytest.fixture
@@ -200,10 +202,10 @@ def report(*words):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    folder = tmp_path / "demo-output"
-    folder.mkdir()
-    save_training(folder / DEMO_FILE, RECIPE, {"state_dict": calibrated().state_dict()})
-    return folder / DEMO_FILE
+    output = tmp_path / "demo-output"
+    output.mkdir()
+    save_training(output / DEMO_FILE, RECIPE, {"state_dict": calibrated().state_dict()})
+    return output / DEMO_FILE
 
 
 def test_the_demos_output_and_a_checkpoint_give_one_page(checkpoint, tmp_path, capsys):
@@ -219,6 +221,21 @@ def test_a_factory_alone_is_calibrated(tmp_path):
     words = [f"--model-arg={word}" for word in ARGUMENTS]
     assert report(DEMO_MODEL, "digits", *words, "--images", 40, "--output", tmp_path / "r.html") == 0
     assert "calibrated" in (tmp_path / "r.html").read_text()
+
+
+def test_a_folder_s_pixels_are_read_as_they_are_needed(tmp_path, monkeypatch):
+    """All files once for mean and deviation; then those alone that are calibrated with and measured."""
+    for label, name in enumerate(("ants", "bees")):
+        (tmp_path / name).mkdir()
+        for k in range(8):
+            Image.new("RGB", (9, 9), (30 * k, 100 * label, 7)).save(tmp_path / name / f"{k}.png")
+    read, original = [], folder.read_pixels
+    monkeypatch.setattr(folder, "read_pixels", lambda path, size: read.append(path) or original(path, size))
+    words = ["--model-arg=in_channels=3", "--model-arg=classes=2", "--image-size=8", "--images=3"]
+    assert report(DEMO_MODEL, tmp_path, *words, "--output", tmp_path / "r.html") == 0
+    shape_of_the_first = 1
+    assert len(read) == 16 + shape_of_the_first + 3 + 3
+    assert "3 images" in (tmp_path / "r.html").read_text()
 
 
 def test_bad_input_ends_in_one_line(checkpoint, tmp_path, capsys):

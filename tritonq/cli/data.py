@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,15 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonq.cli.folder import (
-    COLOURS,
-    Examples,
-    LabelledImages,
-    class_names,
-    deal,
-    open_folder,
-    readable_images,
-)
+from tritonq.cli.folder import COLOURS, Examples, LabelledImages, deal, open_folder
 
 DIGITS = "digits"
 _FOLDER_SIZE = 32
@@ -83,24 +76,7 @@ class TensorImages(LabelledImages):
 
 
 def load_examples(source: str, size: int | None = None, channels: int | None = None) -> Examples:
-    """As :func:`load_images`, but a folder's pixels are read when they are asked for.
-
-    Raises:
-        ValueError: as there.
-    """
-    if source == DIGITS or (size is not None and size < 1):
-        images = load_images(source, size, channels)
-        train = TensorImages(images.train_images, images.train_labels)
-        test = TensorImages(images.test_images, images.test_labels)
-        return Examples(images.name, images.classes, train, test)
-    examples = open_folder(Path(source), size or _FOLDER_SIZE)
-    if channels not in (None, COLOURS):
-        raise ValueError(f"{examples.name} has {COLOURS} channels, which are not {channels}")
-    return examples
-
-
-def load_images(source: str, size: int | None = None, channels: int | None = None) -> Images:
-    """The images called ``"digits"``, or those of a folder.
+    """The images called ``"digits"``, or those of a folder, whose pixels are read when they are asked for.
 
     Args:
         source: ``"digits"`` or a folder with one sub-folder per class.
@@ -108,13 +84,26 @@ def load_images(source: str, size: int | None = None, channels: int | None = Non
         channels: how many the model reads; None: as they come, 1 for digits, 3 for a folder.
 
     Raises:
-        ValueError: see :func:`load_folder`; a size below 1, or channels that can't be made.
+        ValueError: see :func:`tritonq.cli.folder.open_folder`; a size below 1, or channels that can't be made.
     """
     if size is not None and size < 1:
         raise ValueError(f"images have at least one pixel, got size {size}")
-    images = load_digits() if source == DIGITS else load_folder(Path(source), size or _FOLDER_SIZE)
-    images = images if channels is None else images.with_channels(channels)
-    return images if size is None else images.resized(size)
+    if source == DIGITS:
+        digits = load_digits()
+        digits = digits if channels is None else digits.with_channels(channels)
+        digits = digits if size is None else digits.resized(size)
+        train = TensorImages(digits.train_images, digits.train_labels)
+        return Examples(digits.name, digits.classes, train, TensorImages(digits.test_images, digits.test_labels))
+    examples = open_folder(Path(source), size or _FOLDER_SIZE)
+    if channels not in (None, COLOURS):
+        raise ValueError(f"{examples.name} has {COLOURS} channels, which are not {channels}")
+    return examples
+
+
+def stacked(images: LabelledImages, chosen: Iterable[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Images float32 (n, channels, height, width) and their labels int64 (n,): those chosen, or all."""
+    read = [images[index] for index in (range(len(images)) if chosen is None else chosen)]
+    return torch.stack([image for image, _ in read]), torch.tensor([label for _, label in read])
 
 
 def load_digits() -> Images:
@@ -124,7 +113,10 @@ def load_digits() -> Images:
     digits = bundled()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)
     labels = torch.tensor(digits.target, dtype=torch.int64)
-    return _split("scikit-learn's digits", images, labels, tuple(map(str, range(10))), seed=0)
+    train, test = deal(labels, seed=0)
+    images = (images - images[train].mean()) / images[train].std()
+    classes = tuple(map(str, range(10)))
+    return Images("scikit-learn's digits", images[train], labels[train], images[test], labels[test], classes)
 
 
 def load_folder(folder: Path, size: int) -> Images:
@@ -133,16 +125,5 @@ def load_folder(folder: Path, size: int) -> Images:
     Raises:
         ValueError: see :func:`tritonq.cli.folder.readable_images`.
     """
-    images, labels, names = [], [], class_names(folder)
-    for _, label, pixels in readable_images(folder, size):
-        images.append(pixels.float())
-        labels.append(label)
-    return _split(folder.name, torch.stack(images), torch.tensor(labels), names, seed=0)
-
-
-def _split(name: str, images: Tensor, labels: Tensor, classes: tuple[str, ...], seed: int) -> Images:
-    """Deal the images out, and normalise them."""
-    train, test = deal(labels, seed)
-    mean, std = images[train].mean(), images[train].std()
-    images = (images - mean) / std
-    return Images(name, images[train], labels[train], images[test], labels[test], classes)
+    lazy = open_folder(folder, size)
+    return Images(lazy.name, *stacked(lazy.train), *stacked(lazy.test), lazy.classes)

@@ -17,8 +17,8 @@ Codes = dict[str, list[Tensor]]
 Runner = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Codes, list[Tensor]]]
 
 PROGRAM_SUFFIX = ".pt2"
-# How a node says which module it comes from; the second and later calls of a module are numbered behind this.
-_STACK, _CALL_MARK = "nn_module_stack", "@"
+# Where a node says which modules it comes from: by call their name and class, the innermost last.
+_STACK = "nn_module_stack"
 _QUANTIZER = f"{Quantizer.__module__}.{Quantizer.__qualname__}"
 
 
@@ -93,4 +93,4 @@ def _rescaling_quantizer(node: fx.Node) -> str | None:
     while isinstance(scale, fx.Node) and scale.target in (torch.ops.aten.to.dtype, torch.ops.aten.view.default):
         scale = scale.args[0]
     is_buffer = isinstance(scale, fx.Node) and scale.op == "get_attr"
-    return str(path).split(_CALL_MARK)[0] if is_buffer else None
+    return str(path) if is_buffer else None

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from tritonq.calibration import calibrate
-from tritonq.cli.data import DIGITS, Images, load_images
-from tritonq.cli.models import Recipe, add_model_arguments, load_state, read_training, recipe
+from tritonq.cli.data import DIGITS, load_examples, stacked
+from tritonq.cli.folder import Examples
+from tritonq.cli.models import add_model_arguments, load_state, read_training, recipe
 from tritonq.deploy.files import atomic_file
 from tritonq.report.measure import ModelMeasure, measure
 from tritonq.report.page import render
@@ -19,6 +20,7 @@ from tritonq.report.page import render
 # The checkpoint in the demo's output, and the one model that a checkpoint may name: a file chooses no code to run.
 DEMO_FILE = "model.qat.pt"
 DEMO_MODEL = "tritonq.demo.model:SmallResNet"
+_CALIBRATION_BATCH = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +46,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.images < 1:
         raise ValueError(f"at least one image is needed, got {arguments.images}")
     model, data, origin = _model(arguments)
-    chosen = _sample(len(data.test_labels), arguments.images)
-    images, labels = data.test_images[chosen], data.test_labels[chosen]
+    images, labels = stacked(data.test, _sample(len(data.test), arguments.images))
     with tqdm(desc="measuring", unit="layer", leave=False) as progress:
         measured = measure(model, images, labels, tick=progress.update)
     write(measured, data.name, origin, arguments.output)
@@ -62,7 +63,7 @@ def write(measured: ModelMeasure, data_name: str, origin: str, path: Path) -> No
         file.write(render(measured, data_name, origin).encode())
 
 
-def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Images, str]:
+def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Examples, str]:
     """The prepared model with its ranges, the images as it reads them, and where both come from."""
     path = Path(arguments.model)
     checkpoint = arguments.checkpoint
@@ -75,22 +76,19 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Images, str]:
         named = DEMO_MODEL if path.is_dir() else arguments.model
         if made.model != named:
             raise ValueError(f"{checkpoint} was made with {made.model}, not with {named}")
-        data = _images(arguments.data, made)
+        data = load_examples(arguments.data, made.size, made.channels)
         model = made.prepare()
         load_state(model, content["state_dict"], str(checkpoint))
         return model, data, f"{made.model}, trained, from {checkpoint.name}"
-    data = load_images(arguments.data, arguments.image_size, arguments.channels)
-    made = recipe(arguments, data.train_images.shape[1:])
+    data = load_examples(arguments.data, arguments.image_size, arguments.channels)
+    made = recipe(arguments, data.train[0][0].shape)
     torch.manual_seed(0)
     model = made.prepare()
-    calibrate(model, torch.split(data.train_images[_sample(len(data.train_labels), arguments.images)], 64))
+    chosen = torch.tensor(_sample(len(data.train), arguments.images)).split(_CALIBRATION_BATCH)
+    calibrate(model, (stacked(data.train, batch.tolist())[0] for batch in chosen))
     return model, data, f"{made.model}, as its factory gives it, calibrated"
 
 
-def _images(source: str, made: Recipe) -> Images:
-    return load_images(source, made.size, made.channels)
-
-
-def _sample(count: int, wanted: int) -> Tensor:
+def _sample(count: int, wanted: int) -> list[int]:
     """Some of the images, of all classes: they are sorted by class."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted].tolist()
