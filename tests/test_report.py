@@ -16,13 +16,15 @@ from qat_models import FloatResidual, assert_same_state, images, state_of
 from tritonq.__main__ import main
 from tritonq.cli import folder
 from tritonq.cli.data import load_digits
+from tritonq.cli.evaluation import accuracy, logits
 from tritonq.cli.models import Recipe, find_qconfig, save_training
 from tritonq.demo.model import SmallResNet
 from tritonq.qconfig_files import mapping_to_data
 from tritonq.report.drawing import histogram
-from tritonq.report.measure import BINS, MARGIN, measure
+from tritonq.report.measure import measure
 from tritonq.report.page import render
 from tritonq.report.run import DEMO_FILE, DEMO_MODEL
+from tritonq.report.tally import BINS, MARGIN
 
 ARGUMENTS = ("in_channels=1", "classes=10", "width=4")
 QCONFIG = mapping_to_data(find_qconfig("tensorrt"))
@@ -122,17 +124,18 @@ def test_the_model_is_left_as_it_was(data):
     assert model.training
 
 
+def in_phase(phase):
+    model = tritonq.prepare_qat(FloatResidual(), qconfig=tritonq.get_qconfig("f8net"), example_inputs=images(2))
+    tritonq.set_fixed_point_phase(model, phase)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (FloatResidual, "call prepare_qat first"),
         (lambda: tritonq.prepare_qat(FloatResidual(), example_inputs=images(2)), "has observed anything"),
-        (
-            lambda: tritonq.prepare_qat(
-                FloatResidual(), qconfig=tritonq.get_qconfig("f8net"), example_inputs=images(2)
-            ),
-            "of fixed point",
-        ),
+        (lambda: in_phase("floating"), "in phase 'floating'"),
     ],
 )
 def test_models_that_cannot_be_measured(make, message):
@@ -194,6 +197,64 @@ def test_clipped_values_are_drawn_apart(measured):
     counts = list(tensor.counts)
     counts[MARGIN - 20] = 5
     assert histogram(tensor.__class__(**{**vars(tensor), "counts": tuple(counts)})).count('class="clip"') == 1
+
+
+FIXED = Recipe(DEMO_MODEL, ARGUMENTS, mapping_to_data(find_qconfig("f8net")), 1, 8)
+
+
+@pytest.fixture(scope="module")
+def fixed_point(data):
+    """A fixed-point network that has seen a few batches."""
+    torch.manual_seed(0)
+    model = FIXED.prepare().train()
+    for batch in data.train_images[:320].split(64):
+        model(batch)
+    return model
+
+
+def test_a_fixed_point_network_is_measured_layer_by_layer(fixed_point, data):
+    x, labels = data.test_images[::10], data.test_labels[::10]
+    before = state_of(fixed_point)
+    measured = measure(fixed_point, x, labels, sensitivity_images=len(x))
+    assert_same_state(before, state_of(fixed_point))
+    assert fixed_point.stem[0].input_format.phase == "fixed"
+    sensitivities = [layer.sensitivity for layer in measured.layers]
+    assert 0 < max(sensitivities) < measured.error * 3
+    assert measured.quantized_accuracy == accuracy(logits(fixed_point, x), labels)
+    assert len({layer.name for layer in measured.layers}) == len(measured.layers)
+
+    # One tensor by hand: what the head reads, which a ReLU comes before, and the weight that it multiplies with.
+    head, read = fixed_point.head, []
+    handle = head.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+    tritonq.set_fixed_point_phase(fixed_point, "floating")
+    logits(fixed_point, x)
+    tritonq.set_fixed_point_phase(fixed_point, "fixed")
+    handle.remove()
+    tensors = {tensor.role: tensor for tensor in layer_of(measured, "head").tensors}
+    weight = head.effective_parameters()[0].detach().double()
+    found = {"weight": (weight, head.weight_fake_quant, int(head.weight_fake_quant.choose(weight)))}
+    if "input" in tensors:
+        signal = torch.cat(read).detach().double()
+        signal = signal if head.input_format.signed else signal.relu()
+        found["input"] = (signal, head.input_format, int(head.input_format.rounded_frac_len()))
+    for role, (signal, quantizer, frac_len) in found.items():
+        low, high = quantizer.codes
+        codes = signal * 2.0**frac_len
+        noise = (codes.round().clamp(low, high) * 2.0**-frac_len - signal).square().sum()
+        assert tensors[role].sqnr == pytest.approx(10 * math.log10(float(signal.square().sum() / noise)), abs=1e-3)
+        clipped = ((codes < low - 0.5) | (codes > high + 0.5)).double().mean()
+        assert tensors[role].clipped == pytest.approx(float(clipped), abs=1e-9)
+        assert tensors[role].scale == (2.0**-frac_len, 2.0**-frac_len)
+        assert tensors[role].grid.endswith(f"fraction length {frac_len}")
+
+
+def test_the_page_of_a_fixed_point_network(fixed_point, tmp_path):
+    path, page = tmp_path / "fixed.pt", tmp_path / "r.html"
+    save_training(path, FIXED, {"state_dict": fixed_point.state_dict()})
+    assert report(DEMO_MODEL, "digits", "--images", 40, "--checkpoint", path, "--output", page) == 0
+    text = page.read_text()
+    assert "fraction length" in text
+    assert 'class="histogram"' in text
 
 
 def report(*words):

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from tritonq.report.measure import BINS, MARGIN, LayerMeasure, TensorMeasure
+from tritonq.report.measure import LayerMeasure
+from tritonq.report.tally import BINS, MARGIN, TensorMeasure
 
 _WIDTH, _HEIGHT, _BASE = 180, 46, 12
 # Bars that a histogram is drawn with.

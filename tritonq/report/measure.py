@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,46 +15,16 @@ from tritonq.cli.evaluation import accuracy, logits
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.nn import Embedding, EmbeddingBag, QATLayer
-from tritonq.report.summary import ModelSummary, describe_grid, summary
+from tritonq.nn.fixed_point import FixedPointLayer
+from tritonq.report.summary import ModelSummary, summary
+from tritonq.report.tally import FixedPointTally, Role, Tally, TensorMeasure
 
-Role = Literal["input", "weight", "output"]
 _ROLES: dict[str, Role] = {
     "weight_fake_quant": "weight",
     "activation_post_process": "output",
     "input_fake_quant": "input",
+    "input_format": "input",
 }
-# Bins over the codes of a grid, and on each side of it again half as many; what is farther out counts in the end bins.
-BINS = 256
-MARGIN = 128
-
-
-@dataclass(frozen=True)
-class TensorMeasure:
-    """One quantizer, against the tensor that it rounds as the float model has it.
-
-    Attributes:
-        role: what it quantizes.
-        grid: its codes, in words.
-        scale: smallest and largest scale.
-        sqnr: 10 log10 of signal power over the power of the rounding and clipping error, in dB.
-        clipped: fraction of values outside the grid.
-        low: smallest value.
-        high: largest value.
-        quant_min: smallest code.
-        quant_max: largest code.
-        counts: values by code: ``MARGIN`` bins below the grid, ``BINS`` on it, ``MARGIN`` above it.
-    """
-
-    role: Role
-    grid: str
-    scale: tuple[float, float]
-    sqnr: float
-    clipped: float
-    low: float
-    high: float
-    quant_min: int
-    quant_max: int
-    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -122,7 +91,8 @@ def measure(
 ) -> ModelMeasure:
     """Run a prepared model over images with and without rounding, and with each layer alone rounded.
 
-    Signals are those of the float model: with all rounding off. The model's switches and modes are restored.
+    Signals are those of the float model: with all rounding off. A fixed-point network then still clips to its formats,
+    and what a layer reads counts in units of the layer's scaling factor. The model's switches and modes are restored.
 
     Args:
         model: a prepared classifier whose quantizers have observed data.
@@ -132,7 +102,7 @@ def measure(
         tick: called after each layer.
 
     Raises:
-        ValueError: a model without fake quantizers, one of fixed point, or one that has observed nothing.
+        ValueError: no fake quantizers, none that has observed anything, or one of fixed point in another phase.
     """
     quantizers = dict(_outermost(model))
     _check(model, quantizers)
@@ -142,7 +112,7 @@ def measure(
         groups.setdefault(owner, {})[role] = quantizer
     switches = {q: q.fake_quant_enabled.clone() for q in quantizers.values()}
     modules = dict(model.named_modules())
-    with _everything_float(model):
+    with _nothing_rounded(model):
         tallies, order = _activations(model, quantizers, images)
         order += [owner for owner in groups if owner not in order]
         expected = logits(model, images)
@@ -182,70 +152,16 @@ def measure(
 _ORDER: tuple[Role, ...] = ("input", "weight", "output")
 
 
-class _Tally:
-    """Sums over the batches of one quantizer's tensor."""
-
-    def __init__(self, quantizer: FakeQuantizeBase) -> None:
-        self._quantizer = quantizer
-        qtype = quantizer.qtype
-        self._codes = qtype.quant_max - qtype.quant_min + 1
-        self._signal = self._noise = 0.0
-        self._clipped = self._count = 0
-        self._low, self._high = math.inf, -math.inf
-        self._counts = torch.zeros(BINS + 2 * MARGIN, dtype=torch.int64)
-
-    def add(self, x: Tensor) -> None:
-        """Count a batch, as the quantizer would round it."""
-        quantizer, qtype = self._quantizer, self._quantizer.qtype
-        quantizer.enable_fake_quant()
-        rounded = quantizer.forward(x)
-        quantizer.disable_fake_quant()
-        finite = torch.isfinite(x)
-        values = x[finite].double()
-        if not values.numel():
-            return
-        self._signal += float(values.square().sum())
-        self._noise += float((rounded[finite].double() - values).square().sum())
-        scale, zero_point = quantizer.calculate_qparams()
-        if qtype.axis is not None:
-            shape = [1] * x.dim()
-            shape[qtype.axis] = -1
-            scale, zero_point = scale.view(shape), zero_point.view(shape)
-        codes = (x.float() / scale + zero_point)[finite]
-        self._clipped += int(((codes < qtype.quant_min - 0.5) | (codes > qtype.quant_max + 0.5)).sum())
-        self._count += codes.numel()
-        self._low, self._high = min(self._low, float(values.min())), max(self._high, float(values.max()))
-        bins = ((codes - qtype.quant_min + 0.5) * (BINS / self._codes)).floor_().add_(MARGIN)
-        bins = bins.clamp_(0, BINS + 2 * MARGIN - 1).long()
-        self._counts += torch.bincount(bins.cpu(), minlength=BINS + 2 * MARGIN)
-
-    def measure(self, role: Role) -> TensorMeasure:
-        """What was counted."""
-        scale, qtype = self._quantizer.calculate_qparams().scale, self._quantizer.qtype
-        return TensorMeasure(
-            role=role,
-            grid=describe_grid(qtype),
-            scale=(float(scale.min()), float(scale.max())),
-            sqnr=_decibel(self._signal, self._noise),
-            clipped=self._clipped / max(self._count, 1),
-            low=self._low,
-            high=self._high,
-            quant_min=qtype.quant_min,
-            quant_max=qtype.quant_max,
-            counts=tuple(self._counts.tolist()),
-        )
-
-
 def _activations(
     model: nn.Module, quantizers: dict[str, FakeQuantizeBase], images: Tensor
-) -> tuple[dict[FakeQuantizeBase, _Tally], list[str]]:
+) -> tuple[dict[FakeQuantizeBase, Tally], list[str]]:
     """A tally of every activation quantizer that runs, and the owners of quantizers in order of their first results."""
-    tallies: dict[FakeQuantizeBase, _Tally] = {}
+    tallies: dict[FakeQuantizeBase, Tally] = {}
     order: dict[str, None] = {}
 
     def watch(module: Any, args: tuple[Any, ...]) -> None:
         if module not in tallies:
-            tallies[module] = _Tally(module)
+            tallies[module] = FixedPointTally(module) if isinstance(module, FixedPointFakeQuantize) else Tally(module)
         tallies[module].add(args[0].detach())
 
     handles = [
@@ -267,9 +183,15 @@ def _activations(
 
 def _weight(layer: nn.Module, quantizer: FakeQuantizeBase) -> TensorMeasure:
     """A layer's weight, with its BatchNorm folded in."""
-    rows = layer.to_rows(layer.folded_parameters()[0]) if isinstance(layer, QATLayer) else layer.weight
-    tally = _Tally(quantizer)
-    tally.add(rows.detach())  # type: ignore[operator, union-attr]
+    tally = Tally(quantizer)
+    if isinstance(layer, FixedPointLayer):
+        rows, weight_format = layer.effective_parameters()[0], layer.weight_fake_quant
+        tally = FixedPointTally(weight_format, weight_format.choose(rows))
+    elif isinstance(layer, QATLayer):
+        rows = layer.to_rows(layer.folded_parameters()[0])
+    else:
+        rows = cast(Tensor, layer.weight)
+    tally.add(rows.detach())
     return tally.measure("weight")
 
 
@@ -285,8 +207,8 @@ def _check(model: nn.Module, quantizers: dict[str, FakeQuantizeBase]) -> None:
     if not quantizers:
         raise ValueError(f"{type(model).__name__} has no fake quantizer: call prepare_qat first")
     for name, quantizer in quantizers.items():
-        if isinstance(quantizer, FixedPointFakeQuantize):
-            raise ValueError(f"{name!r} is of fixed point, whose layers can't be quantized one at a time")
+        if isinstance(quantizer, FixedPointFakeQuantize) and quantizer.phase != "fixed":
+            raise ValueError(f"{name!r} is in phase {quantizer.phase!r}: set_fixed_point_phase(model, 'fixed') first")
     if not any(quantizer.is_active() for quantizer in quantizers.values()):
         raise ValueError("no quantizer has observed anything: train the model, load a checkpoint or calibrate it")
 
@@ -309,20 +231,38 @@ def _enabled(quantizers: Any, switches: dict[FakeQuantizeBase, Tensor]) -> Itera
     """These quantizers round, unless they were switched off in the model."""
     chosen = [quantizer for quantizer in quantizers if bool(switches[quantizer])]
     for quantizer in chosen:
-        quantizer.enable_fake_quant()
+        _switch(quantizer, True)
     try:
         yield
     finally:
         for quantizer in chosen:
-            quantizer.disable_fake_quant()
+            _switch(quantizer, False)
+
+
+@contextmanager
+def _nothing_rounded(model: nn.Module) -> Iterator[None]:
+    """Eval mode without rounding; modes and switches as they were afterwards."""
+    formats = [module for module in model.modules() if isinstance(module, FixedPointFakeQuantize)]
+    switches = [quantizer.fake_quant_enabled.clone() for quantizer in formats]
+    with _everything_float(model):
+        for quantizer, switch in zip(formats, switches, strict=True):
+            quantizer.fake_quant_enabled.copy_(switch)
+            _switch(quantizer, False)
+        try:
+            yield
+        finally:
+            for quantizer in formats:
+                _switch(quantizer, True)
+
+
+def _switch(quantizer: FakeQuantizeBase, rounds: bool) -> None:
+    """Fixed point goes on clipping where it does not round: its clamp at 0 is the network's ReLU."""
+    if isinstance(quantizer, FixedPointFakeQuantize):
+        quantizer.phase = "fixed" if rounds else "floating"
+    else:
+        quantizer.enable_fake_quant(rounds)
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
     norm = float(expected.double().norm())
     return float((found.double() - expected.double()).norm()) / norm if norm else 0.0
-
-
-def _decibel(signal: float, noise: float) -> float:
-    if not noise:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf

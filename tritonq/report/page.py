@@ -8,8 +8,9 @@ from html import escape
 from importlib import resources
 
 from tritonq.report.drawing import histogram, noise_by_position, share_bar
-from tritonq.report.measure import LayerMeasure, ModelMeasure, TensorMeasure
+from tritonq.report.measure import LayerMeasure, ModelMeasure
 from tritonq.report.summary import LayerSummary
+from tritonq.report.tally import TensorMeasure
 
 # Above this fraction of clipped values a cell is marked: one in a thousand is what percentile searches leave outside.
 _CLIP_WARNING = 0.001
@@ -40,7 +41,8 @@ _TERMS = (
     ("clipped", "Fraction of the values that lie more than half a step outside the codes of the grid."),
     (
         "scale",
-        "The step of the grid; a span where each channel has its own. For weights it is the weight's, in brackets.",
+        "The step of the grid; a span where each channel has its own. For weights it is the weight's, in brackets. In "
+        "fixed point it is 2 to the power of minus the fraction length, in units of the layer's scaling factor.",
     ),
     (
         "histograms",
@@ -214,8 +216,9 @@ def _noise_cell(tensor: TensorMeasure | None) -> str:
 
 
 def _scale_cell(output: TensorMeasure | None, weight: TensorMeasure | None) -> str:
-    shown = [_span(output.scale)] if output is not None else []
-    shown += [f'<span class="kind">[{_span(weight.scale)}]</span>'] if weight is not None else []
+    shown = [f'<span title="{escape(output.grid)}">{_span(output.scale)}</span>'] if output is not None else []
+    if weight is not None:
+        shown.append(f'<span class="kind" title="{escape(weight.grid)}">[{_span(weight.scale)}]</span>')
     first = output or weight
     return f'<td class="right num" data-sort="{first.scale[1] if first else 0:.9g}">{"".join(shown)}</td>'
 

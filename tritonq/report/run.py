@@ -84,8 +84,9 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Examples, str]:
     made = recipe(arguments, data.train[0][0].shape)
     torch.manual_seed(0)
     model = made.prepare()
-    chosen = torch.tensor(_sample(len(data.train), arguments.images)).split(_CALIBRATION_BATCH)
-    calibrate(model, (stacked(data.train, batch.tolist())[0] for batch in chosen))
+    chosen = _sample(len(data.train), arguments.images)
+    batches = (chosen[start : start + _CALIBRATION_BATCH] for start in range(0, len(chosen), _CALIBRATION_BATCH))
+    calibrate(model, (stacked(data.train, batch)[0] for batch in batches))
     return model, data, f"{made.model}, as its factory gives it, calibrated"
 
 

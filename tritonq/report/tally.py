@@ -1,0 +1,157 @@
+"""Sums over what a quantizer rounds: noise, clipping, range and histogram of one tensor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
+from tritonq.qparams import QParams
+from tritonq.reference.fixed_point import power_of_two
+from tritonq.report.summary import describe_grid
+
+Role = Literal["input", "weight", "output"]
+# Bins over the codes of a grid, and on each side of it again half as many; what is farther out counts in the end bins.
+BINS = 256
+MARGIN = 128
+
+
+@dataclass(frozen=True)
+class TensorMeasure:
+    """One quantizer, against the tensor that it rounds as the float model has it.
+
+    Attributes:
+        role: what it quantizes.
+        grid: its codes, in words.
+        scale: smallest and largest scale.
+        sqnr: 10 log10 of signal power over the power of the rounding and clipping error, in dB.
+        clipped: fraction of values outside the grid.
+        low: smallest value.
+        high: largest value.
+        quant_min: smallest code.
+        quant_max: largest code.
+        counts: values by code: ``MARGIN`` bins below the grid, ``BINS`` on it, ``MARGIN`` above it.
+    """
+
+    role: Role
+    grid: str
+    scale: tuple[float, float]
+    sqnr: float
+    clipped: float
+    low: float
+    high: float
+    quant_min: int
+    quant_max: int
+    counts: tuple[int, ...]
+
+
+class Tally:
+    """Sums over the batches of one quantizer's tensor."""
+
+    def __init__(self, quantizer: FakeQuantizeBase) -> None:
+        self._quantizer = quantizer
+        qtype = quantizer.qtype
+        self._codes = qtype.quant_max - qtype.quant_min + 1
+        self._signal = self._noise = 0.0
+        self._clipped = self._count = 0
+        self._low, self._high = math.inf, -math.inf
+        self._counts = torch.zeros(BINS + 2 * MARGIN, dtype=torch.int64)
+
+    def add(self, x: Tensor) -> None:
+        """Count a batch, as the quantizer would round it."""
+        x, qtype = self._signal_in(x), self._quantizer.qtype
+        rounded = self._rounded(x)
+        finite = torch.isfinite(x)
+        values = x[finite].double()
+        if not values.numel():
+            return
+        self._signal += float(values.square().sum())
+        self._noise += float((rounded[finite].double() - values).square().sum())
+        scale, zero_point = self._qparams()
+        if qtype.axis is not None:
+            shape = [1] * x.dim()
+            shape[qtype.axis] = -1
+            scale, zero_point = scale.view(shape), zero_point.view(shape)
+        codes = (x.float() / scale + zero_point)[finite]
+        self._clipped += int(((codes < qtype.quant_min - 0.5) | (codes > qtype.quant_max + 0.5)).sum())
+        self._count += codes.numel()
+        self._low, self._high = min(self._low, float(values.min())), max(self._high, float(values.max()))
+        bins = ((codes - qtype.quant_min + 0.5) * (BINS / self._codes)).floor_().add_(MARGIN)
+        bins = bins.clamp_(0, BINS + 2 * MARGIN - 1).long()
+        self._counts += torch.bincount(bins.cpu(), minlength=BINS + 2 * MARGIN)
+
+    def _signal_in(self, x: Tensor) -> Tensor:
+        """What the quantizer is to keep of ``x``."""
+        return x
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        quantizer = self._quantizer
+        quantizer.enable_fake_quant()
+        rounded: Tensor = quantizer.forward(x)
+        quantizer.disable_fake_quant()
+        return rounded
+
+    def _qparams(self) -> QParams:
+        return self._quantizer.calculate_qparams()
+
+    def _described(self) -> str:
+        return describe_grid(self._quantizer.qtype)
+
+    def measure(self, role: Role) -> TensorMeasure:
+        """What was counted."""
+        scale, qtype = self._qparams().scale, self._quantizer.qtype
+        return TensorMeasure(
+            role=role,
+            grid=self._described(),
+            scale=(float(scale.min()), float(scale.max())),
+            sqnr=_decibel(self._signal, self._noise),
+            clipped=self._clipped / max(self._count, 1),
+            low=self._low,
+            high=self._high,
+            quant_min=qtype.quant_min,
+            quant_max=qtype.quant_max,
+            counts=tuple(self._counts.tolist()),
+        )
+
+
+class FixedPointTally(Tally):
+    """The same for a fixed-point quantizer, whose clamp at 0, where codes are unsigned, is a ReLU and no clipping.
+
+    Args:
+        quantizer: the quantizer.
+        frac_len: the fractional length that it rounds with; None: that of eval mode.
+    """
+
+    def __init__(self, quantizer: FixedPointFakeQuantize, frac_len: Tensor | None = None) -> None:
+        super().__init__(quantizer)
+        self._format = quantizer
+        self._frac_len = quantizer.rounded_frac_len() if frac_len is None else frac_len
+
+    def _signal_in(self, x: Tensor) -> Tensor:
+        return x if self._format.signed else F.relu(x)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        phase, self._format.phase = self._format.phase, "fixed"
+        rounded = self._format.round_to(x, self._frac_len)
+        self._format.phase = phase
+        return rounded
+
+    def _qparams(self) -> QParams:
+        return QParams(power_of_two(-self._frac_len), torch.zeros_like(self._frac_len))
+
+    def _described(self) -> str:
+        shortest, longest = int(self._frac_len.min()), int(self._frac_len.max())
+        lengths = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
+        return f"{super()._described()}, fraction length {lengths}"
+
+
+def _decibel(signal: float, noise: float) -> float:
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
