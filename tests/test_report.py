@@ -24,7 +24,7 @@ from tritonq.report.drawing import histogram
 from tritonq.report.measure import measure
 from tritonq.report.page import render
 from tritonq.report.run import DEMO_FILE, DEMO_MODEL
-from tritonq.report.tally import BINS, MARGIN
+from tritonq.report.tally import BINS, MARGIN, FixedPointTally
 
 ARGUMENTS = ("in_channels=1", "classes=10", "width=4")
 QCONFIG = mapping_to_data(find_qconfig("tensorrt"))
@@ -223,21 +223,19 @@ def test_a_fixed_point_network_is_measured_layer_by_layer(fixed_point, data):
     assert measured.quantized_accuracy == accuracy(logits(fixed_point, x), labels)
     assert len({layer.name for layer in measured.layers}) == len(measured.layers)
 
-    # One tensor by hand: what the head reads, which a ReLU comes before, and the weight that it multiplies with.
-    head, read = fixed_point.head, []
-    handle = head.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+    # By hand: what a layer reads, and the weight that it multiplies with.
+    layer, read = fixed_point.block1.pointwise, []
+    handle = layer.register_forward_pre_hook(lambda module, given: read.append(given[0]))
     tritonq.set_fixed_point_phase(fixed_point, "floating")
     logits(fixed_point, x)
     tritonq.set_fixed_point_phase(fixed_point, "fixed")
     handle.remove()
-    tensors = {tensor.role: tensor for tensor in layer_of(measured, "head").tensors}
-    weight = head.effective_parameters()[0].detach().double()
-    found = {"weight": (weight, head.weight_fake_quant, int(head.weight_fake_quant.choose(weight)))}
-    if "input" in tensors:
-        signal = torch.cat(read).detach().double()
-        signal = signal if head.input_format.signed else signal.relu()
-        found["input"] = (signal, head.input_format, int(head.input_format.rounded_frac_len()))
-    for role, (signal, quantizer, frac_len) in found.items():
+    weight = layer.effective_parameters()[0].detach().double()
+    tensors = {tensor.role: tensor for tensor in layer_of(measured, "block1.pointwise").tensors}
+    for role, signal, quantizer, frac_len in (
+        ("input", torch.cat(read).double(), layer.input_format, int(layer.input_format.rounded_frac_len())),
+        ("weight", weight, layer.weight_fake_quant, int(layer.weight_fake_quant.choose(weight))),
+    ):
         low, high = quantizer.codes
         codes = signal * 2.0**frac_len
         noise = (codes.round().clamp(low, high) * 2.0**-frac_len - signal).square().sum()
@@ -248,6 +246,19 @@ def test_a_fixed_point_network_is_measured_layer_by_layer(fixed_point, data):
         assert tensors[role].grid.endswith(f"fraction length {frac_len}")
 
 
+def test_the_relu_of_unsigned_fixed_point_is_no_clipping():
+    values = torch.tensor([-3.0, 0.3, 1.0])
+    found = {}
+    for signed in (False, True):
+        quantizer = tritonq.FixedPointFakeQuantize(word_len=4, signed=signed)
+        tally = FixedPointTally(quantizer, torch.tensor([2]))
+        tally.add(values)
+        found[signed] = tally.measure("input")
+    assert (found[False].clipped, found[False].low) == (0.0, 0.0)
+    assert found[False].sqnr == pytest.approx(10 * math.log10((0.09 + 1) / 0.05**2), abs=1e-4)
+    assert (found[True].clipped, found[True].low) == (pytest.approx(1 / 3), -3.0)
+
+
 def test_the_page_of_a_fixed_point_network(fixed_point, tmp_path):
     path, page = tmp_path / "fixed.pt", tmp_path / "r.html"
     save_training(path, FIXED, {"state_dict": fixed_point.state_dict()})
@@ -255,6 +266,14 @@ def test_the_page_of_a_fixed_point_network(fixed_point, tmp_path):
     text = page.read_text()
     assert "fraction length" in text
     assert 'class="histogram"' in text
+    assert "QConfigMapping" not in text
+
+
+def test_fixed_point_without_training_has_no_formats_to_show(tmp_path, capsys):
+    words = [f"--model-arg={word}" for word in ARGUMENTS]
+    assert report(DEMO_MODEL, "digits", *words, "--qconfig", "f8net", "--output", tmp_path / "r.html") == 1
+    assert "is of fixed point: train the network" in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()
 
 
 def report(*words):

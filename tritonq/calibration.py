@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.learned_fake_quantize import LearnedFakeQuantize
 from tritonq.nn.qat import QATLayer
 from tritonq.observers import PassiveObserver
@@ -36,8 +37,9 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: the model has no fake quantizer, ``data`` has no batch, or a quantizer has seen no finite value; the
-            message names each of them. Switches are as before then.
+        ValueError: the model has no fake quantizer, or ones of fixed point, whose formats are found in training alone;
+            ``data`` has no batch; or a quantizer has seen no finite value, and the message names each such. Switches
+            are as before then.
 
     Source: MegEngine's calibration flow; SEMANTICS section 3.
 
@@ -50,6 +52,10 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
     quantizers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizeBase)}
     if not quantizers:
         raise ValueError(f"{type(model).__name__} has no fake quantizer: call prepare_qat first")
+    for name, quantizer in quantizers.items():
+        if isinstance(quantizer, FixedPointFakeQuantize):
+            # Rounding is the network's ReLU, so that it cannot be off; and formats follow at their own pace.
+            raise ValueError(f"{name!r} is of fixed point: train the network, which finds its formats")
     switches = {q: (q.fake_quant_enabled.clone(), q.observer_enabled.clone()) for q in quantizers.values()}
     try:
         with _observing(model, quantizers.values()):

@@ -37,6 +37,7 @@ class LayerMeasure:
         position: place in order of execution, from 1.
         sensitivity: norm of the output's error over the norm of the output, with this layer alone quantized.
         tensors: its quantizers.
+        has_float_form: whether a qconfig of None leaves it in float; not so in a fixed-point network.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerMeasure:
     position: int
     sensitivity: float
     tensors: tuple[TensorMeasure, ...]
+    has_float_form: bool = True
 
     def worst(self, role: Role | None = None) -> TensorMeasure | None:
         """Its noisiest tensor (of one role)."""
@@ -134,7 +136,7 @@ def measure(
             found = logits(model, images)
     layers.sort(key=lambda entry: entry[0])
     measured = [
-        LayerMeasure(owner, _kind(owner, modules), place, sensitivity, tensors)
+        LayerMeasure(owner, _kind(owner, modules), place, sensitivity, tensors, not _is_fixed_point(groups[owner]))
         for place, (_, owner, sensitivity, tensors) in enumerate(layers, 1)
     ]
     return ModelMeasure(
@@ -224,6 +226,10 @@ def _kind(owner: str, modules: dict[str, nn.Module]) -> str:
     if isinstance(module, (QATLayer, Embedding, EmbeddingBag)) or not isinstance(module, FakeQuantizeBase):
         return type(module).__name__
     return "model input" if owner.startswith("input_fake_quants.") else "tensor"
+
+
+def _is_fixed_point(parts: dict[str, FakeQuantizeBase]) -> bool:
+    return any(isinstance(quantizer, FixedPointFakeQuantize) for quantizer in parts.values())
 
 
 @contextmanager

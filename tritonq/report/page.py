@@ -153,12 +153,15 @@ def _advice(measured: ModelMeasure) -> str:
     name = f"<code>{escape(worst.name)}</code>"
     clipping = max(worst.tensors, key=lambda tensor: tensor.clipped, default=None)
     if worst.sensitivity < _DOMINANT * measured.error:
-        return '<p class="advice">No layer stands out: leaving a single one in float would change little.</p>'
+        reason = ": leaving a single one in float would change little" if worst.has_float_form else ""
+        return f'<p class="advice">No layer stands out{reason}.</p>'
     text = (
         f"{name} alone makes an error of {_percent(worst.sensitivity)}; all layers together make "
         f"{_percent(measured.error)}. "
     )
-    if clipping is not None and clipping.clipped > _CLIP_ALARM:
+    if not worst.has_float_form:
+        text += "Its formats are found in training: more of it, with a search for lengths, may serve it better."
+    elif clipping is not None and clipping.clipped > _CLIP_ALARM:
         text += (
             f"Its {clipping.role} loses {_percent(clipping.clipped)} of its values to clipping: the range is too small "
             "for what the trained model does. Let its observer see more batches, or calibrate."
