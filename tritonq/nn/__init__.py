@@ -3,7 +3,16 @@
 from torch import nn
 
 from tritonq.nn import intrinsic
-from tritonq.nn.conv import Conv1d, Conv2d, Conv3d, ConvReLU1d, ConvReLU2d, ConvReLU3d, ConvTranspose2d
+from tritonq.nn.conv import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvReLU1d,
+    ConvReLU2d,
+    ConvReLU3d,
+    ConvTranspose2d,
+    ConvTransposeReLU2d,
+)
 from tritonq.nn.conv_bn import (
     ConvBn1d,
     ConvBn2d,
@@ -12,7 +21,9 @@ from tritonq.nn.conv_bn import (
     ConvBnReLU2d,
     ConvBnReLU3d,
     ConvTransposeBn2d,
+    ConvTransposeBnReLU2d,
     LinearBn1d,
+    LinearBnReLU1d,
 )
 from tritonq.nn.elementwise import Add, Cat, DeQuantStub, FloatFunctional, QuantStub
 from tritonq.nn.embedding import Embedding, EmbeddingBag
@@ -42,8 +53,11 @@ DEFAULT_QAT_MAPPING: dict[type[nn.Module], type[nn.Module]] = {
     intrinsic.ConvReLU2d: ConvReLU2d,
     intrinsic.ConvReLU3d: ConvReLU3d,
     intrinsic.ConvTransposeBn2d: ConvTransposeBn2d,
+    intrinsic.ConvTransposeBnReLU2d: ConvTransposeBnReLU2d,
+    intrinsic.ConvTransposeReLU2d: ConvTransposeReLU2d,
     intrinsic.LinearReLU: LinearReLU,
     intrinsic.LinearBn1d: LinearBn1d,
+    intrinsic.LinearBnReLU1d: LinearBnReLU1d,
     RepVGGBlock: QATRepVGGBlock,
 }
 
@@ -65,6 +79,8 @@ __all__ = [
     "ConvReLU3d",
     "ConvTranspose2d",
     "ConvTransposeBn2d",
+    "ConvTransposeBnReLU2d",
+    "ConvTransposeReLU2d",
     "DeQuantStub",
     "Embedding",
     "EmbeddingBag",
@@ -77,6 +93,7 @@ __all__ = [
     "FloatFunctional",
     "Linear",
     "LinearBn1d",
+    "LinearBnReLU1d",
     "LinearReLU",
     "QATLayer",
     "QATRepVGGBlock",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tritonq.functional.linear_map import Convolution, LinearMap, pad_input, plain_conv2d
 from tritonq.nn import intrinsic
+from tritonq.nn.fusable import ceiling_of
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
 from tritonq.reference.activation import rectify
@@ -17,6 +18,8 @@ from tritonq.reference.activation import rectify
 
 class QATConv(QATLayer, nn.modules.conv._ConvNd):
     """``y = FQ_a(relu?(conv(x, FQ_w(W)) + b))``; the constructor is the float convolution's, plus ``qconfig=``.
+
+    ``relu?`` is the minimum of a ReLU and :attr:`QATLayer.ceiling`.
 
     Raises:
         TypeError: no QConfig given.
@@ -63,6 +66,7 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
         conv = cast(nn.modules.conv._ConvNd, mod[0] if isinstance(mod, intrinsic.FusedModule) else mod)
         qat = cls(**conv_arguments(conv), qconfig=getattr(mod, "qconfig", None))
         share_parameters(qat, conv)
+        take_ceiling(qat, mod)
         return qat.train(mod.training)
 
 
@@ -134,6 +138,13 @@ class ConvTranspose2d(QATConv, nn.ConvTranspose2d):  # type: ignore[misc]
         return grouped.transpose(1, 2).flatten(0, 1)
 
 
+class ConvTransposeReLU2d(ConvTranspose2d):
+    """Quantization-aware ConvTranspose2d and ReLU; see :class:`QATConv`."""
+
+    _fused_type = intrinsic.ConvTransposeReLU2d
+    ceiling = math.inf
+
+
 def check_float_type(cls: type[nn.Module], mod: nn.Module, expected: type[nn.Module]) -> None:
     """Raise TypeError unless ``mod`` is exactly an ``expected``."""
     if type(mod) is not expected:
@@ -152,6 +163,20 @@ def conv_arguments(conv: nn.modules.conv._ConvNd) -> dict[str, Any]:
     if conv.transposed:
         arguments["output_padding"] = conv.output_padding
     return {**arguments, "bias": conv.bias is not None, "device": "meta"}
+
+
+def take_ceiling(qat: QATLayer, row: nn.Module) -> None:
+    """Give ``qat``, where it has a ReLU, the upper bound of the one at the end of the float ``row``.
+
+    Raises:
+        TypeError: the row ends in something else.
+    """
+    if qat.ceiling is None:
+        return
+    activation = cast(nn.Sequential, row)[-1]
+    qat.ceiling = ceiling_of(activation)
+    if qat.ceiling is None:
+        raise TypeError(f"{type(qat).__name__} takes a ReLU, ReLU6 or Hardtanh(0, b), got {activation}")
 
 
 def share_parameters(qat: QATLayer, source: nn.Module) -> None:

@@ -12,7 +12,16 @@ from tritonq.functional.conv_bn import ConvBnStep, check_running_var, conv_bn
 from tritonq.functional.linear_map import LinearMap
 from tritonq.functional.recomputation import StepMemory
 from tritonq.nn import folding_modes, intrinsic
-from tritonq.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose2d, check_float_type, conv_arguments, share_parameters
+from tritonq.nn.conv import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose2d,
+    check_float_type,
+    conv_arguments,
+    share_parameters,
+    take_ceiling,
+)
 from tritonq.nn.folding_modes import Mode, check_mode
 from tritonq.nn.fusable import input_grid, range_state, warn_if_unobserved
 from tritonq.nn.linear import Linear
@@ -205,6 +214,7 @@ class _ConvBn(QATBatchNormLayer):
         qat = cls(**conv_arguments(cast(nn.modules.conv._ConvNd, conv)), qconfig=getattr(mod, "qconfig", None))
         qat.bn = checked_batch_norm(bn)
         share_parameters(qat, conv)
+        take_ceiling(qat, mod)
         return cast(_ConvBn, qat.train(mod.training))
 
 
@@ -253,14 +263,21 @@ class ConvBnReLU3d(ConvBn3d):
 class ConvTransposeBn2d(_ConvBn, ConvTranspose2d):  # type: ignore[misc]
     """Quantization-aware ConvTranspose2d and BatchNorm2d; see :class:`QATBatchNormLayer`."""
 
-    _fused_type = intrinsic.ConvTransposeBn2d
+    _fused_type: ClassVar[type[intrinsic.FusedModule]] = intrinsic.ConvTransposeBn2d
     _bn_type = nn.BatchNorm2d
+
+
+class ConvTransposeBnReLU2d(ConvTransposeBn2d):
+    """Quantization-aware ConvTranspose2d, BatchNorm2d and ReLU; see :class:`QATBatchNormLayer`."""
+
+    _fused_type = intrinsic.ConvTransposeBnReLU2d
+    ceiling = math.inf
 
 
 class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
     """Quantization-aware Linear and BatchNorm1d; see :class:`QATBatchNormLayer`."""
 
-    _expected_type = intrinsic.LinearBn1d
+    _expected_type: ClassVar[type[nn.Module]] = intrinsic.LinearBn1d
     _bn_type = nn.BatchNorm1d
     # BatchNorm1d normalises axis 1, which is the feature axis of the 2-d input that it is used with.
     _output_axis = 1
@@ -292,6 +309,13 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
         qat = cast(LinearBn1d, super().from_float(mod))
         qat.bn = checked_batch_norm(bn)
         return cast(LinearBn1d, qat.train(mod.training))
+
+
+class LinearBnReLU1d(LinearBn1d):
+    """Quantization-aware Linear, BatchNorm1d and ReLU; see :class:`QATBatchNormLayer`."""
+
+    _expected_type = intrinsic.LinearBnReLU1d
+    ceiling = math.inf
 
 
 def checked_batch_norm(bn: nn.Module) -> nn.modules.batchnorm._BatchNorm:

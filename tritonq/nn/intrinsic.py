@@ -1,6 +1,7 @@
 """Float modules in a row that quantization treats as one: what fusion makes and `prepare_qat` swaps.
 
-Each is a Sequential and computes what its parts compute. Source: torch.ao.nn.intrinsic.
+Each is a Sequential and computes what its parts compute. "ReLU" is a ReLU, ReLU6 or ``Hardtanh(0, b)``: the layer that
+takes the row's place gets the upper bound of that activation. Source: torch.ao.nn.intrinsic.
 """
 
 from torch import nn
@@ -54,5 +55,17 @@ class LinearBn1d(FusedModule):
     """Linear, BatchNorm1d."""
 
 
+class LinearBnReLU1d(FusedModule):
+    """Linear, BatchNorm1d, ReLU."""
+
+
 class ConvTransposeBn2d(FusedModule):
     """ConvTranspose2d, BatchNorm2d."""
+
+
+class ConvTransposeBnReLU2d(FusedModule):
+    """ConvTranspose2d, BatchNorm2d, ReLU."""
+
+
+class ConvTransposeReLU2d(FusedModule):
+    """ConvTranspose2d, ReLU."""

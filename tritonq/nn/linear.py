@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tritonq.functional.linear_map import LinearMap, MatrixProduct
 from tritonq.nn import intrinsic
-from tritonq.nn.conv import check_float_type, share_parameters
+from tritonq.nn.conv import check_float_type, share_parameters, take_ceiling
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
 from tritonq.reference.activation import rectify
@@ -61,6 +61,7 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
             qconfig=getattr(mod, "qconfig", None),
         )
         share_parameters(qat, linear)
+        take_ceiling(qat, mod)
         return qat.train(mod.training)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
 from tritonq.nn import RepVGGBlock
+from tritonq.nn.fusable import bound_of_clip, ceiling_of
 from tritonq.prepare.dataflow import Call, Dataflow, Frame, Ref, is_leaf
 from tritonq.prepare.forward_graph import ForwardGraph
 from tritonq.prepare.match import Recorded, Site, match_frame
@@ -30,7 +33,14 @@ _KEEPING_NAMES = """
     dropout dropout1d dropout2d dropout3d cat pixel_shuffle pixel_unshuffle channel_shuffle
 """
 _KEEPING_FUNCTIONS = frozenset(_KEEPING_NAMES.split())
-_RANGE_LIMITS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clip"})
+# Functions that clip values to bounds, which they take by these names, in this order, with these defaults.
+_CLIPS: dict[str, dict[str, float | None]] = {
+    "hardtanh": {"min_val": -1.0, "max_val": 1.0},
+    "clamp": {"min": None, "max": None},
+    "clip": {"min": None, "max": None},
+    "clamp_min": {"min": None},
+}
+_RELUS = {"relu": math.inf, "relu6": 6.0}
 # These keep a grid unless they change the dtype.
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "cpu", "cuda"})
 
@@ -96,13 +106,24 @@ class Analysis:
 
     def is_relu(self, call: Call) -> bool:
         """Whether a call is a plain ReLU, as a module or a function."""
-        return type(call.target) is nn.ReLU or (call.kind == "function" and call.name == "relu")
+        return self.ceiling(call) == math.inf
+
+    def ceiling(self, call: Call) -> float | None:
+        """The upper bound of a ReLU in any spelling (infinity: a plain one), or None for other calls."""
+        if isinstance(call.target, nn.Module):
+            return ceiling_of(call.target)
+        if call.kind != "function" or call.name not in _CLIPS:
+            return _RELUS.get(call.name) if call.kind == "function" else None
+        bounds: dict[str, Any] = dict(_CLIPS[call.name])
+        bounds.update(zip(bounds, [argument for argument in call.args if not isinstance(argument, Ref)], strict=False))
+        bounds.update({name: value for name, value in call.kwargs.items() if name in bounds})
+        return bound_of_clip(*bounds.values()) if len(call.inputs) == 1 else None
 
     def limits_range(self, call: Call) -> bool:
         """Whether a call clips values to a fixed range and does nothing else: ReLU6, Hardtanh, a clamp, a ReLU."""
         if isinstance(call.target, nn.Module):
             return type(call.target) in (nn.ReLU, nn.ReLU6, nn.Hardtanh)
-        return call.name in _RANGE_LIMITS and len(call.inputs) == 1
+        return call.name in (*_CLIPS, *_RELUS) and len(call.inputs) == 1
 
     def keeps_grid(self, call: Call) -> bool:
         """Whether a call returns values of its one tensor input only, so that they stay on its grid."""

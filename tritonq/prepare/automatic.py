@@ -165,11 +165,7 @@ class _Editor:
     def _add_join(self, join: Join) -> None:
         owner = self._modules[join.owner]
         qconfig = self._qconfigs[owner]
-        module = (
-            Add(math.inf if join.relus else None, qconfig=qconfig)
-            if join.kind == "add"
-            else Cat(join.dim, qconfig=qconfig)
-        )
+        module = Add(join.ceiling, qconfig=qconfig) if join.kind == "add" else Cat(join.dim, qconfig=qconfig)
         name = _free_name(owner, join.kind)
         self._add_child(join.owner, name, self._placed(module, join.owner).train(owner.training))
         operands = node_operands if join.kind == "add" else sequence_operand
@@ -197,8 +193,8 @@ class _Editor:
         bn = None if layer.batch_norm is None else self._modules[layer.batch_norm]
         if bn is not None:
             parts.append(_plain_batch_norm(cast(Any, bn), layer.row[1]))
-        if layer.relus:
-            parts.append(nn.ReLU())
+        if layer.ceiling is not None:
+            parts.append(nn.ReLU() if layer.ceiling == math.inf else nn.Hardtanh(0.0, layer.ceiling))
         frozen = bn is not None and module.training and not bn.training
         row = fuse_row(parts)
         quantized = swap(row, self._mapping[type(row)], qconfig)

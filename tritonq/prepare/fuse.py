@@ -10,12 +10,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.nn import intrinsic
+from tritonq.nn.fusable import ceiling_of
 from tritonq.prepare.snapshot import ModelSnapshot
 
 Types = tuple[type[nn.Module], ...]
 FuserMethod = Callable[..., nn.Module]
 
-# Which rows of modules quantization treats as one, and as what.
+# Which rows of modules quantization treats as one, and as what. ReLU stands for ReLU6 and Hardtanh(0, b) too.
 ROWS: dict[Types, type[intrinsic.FusedModule]] = {
     (nn.Conv1d, nn.BatchNorm1d): intrinsic.ConvBn1d,
     (nn.Conv2d, nn.BatchNorm2d): intrinsic.ConvBn2d,
@@ -28,7 +29,10 @@ ROWS: dict[Types, type[intrinsic.FusedModule]] = {
     (nn.Conv3d, nn.ReLU): intrinsic.ConvReLU3d,
     (nn.Linear, nn.ReLU): intrinsic.LinearReLU,
     (nn.Linear, nn.BatchNorm1d): intrinsic.LinearBn1d,
+    (nn.Linear, nn.BatchNorm1d, nn.ReLU): intrinsic.LinearBnReLU1d,
     (nn.ConvTranspose2d, nn.BatchNorm2d): intrinsic.ConvTransposeBn2d,
+    (nn.ConvTranspose2d, nn.BatchNorm2d, nn.ReLU): intrinsic.ConvTransposeBnReLU2d,
+    (nn.ConvTranspose2d, nn.ReLU): intrinsic.ConvTransposeReLU2d,
 }
 
 
@@ -37,8 +41,6 @@ def batch_norm_obstacle(layer: nn.Module, bn: _BatchNorm) -> str | None:
     channels = getattr(layer, "out_channels", getattr(layer, "out_features", None))
     if bn.num_features != channels:
         return f"BatchNorm has {bn.num_features} features for {channels} output channels"
-    if not bn.affine or bn.weight is None:
-        return "BatchNorm has affine=False"
     if bn.running_var is None:
         return "BatchNorm has track_running_stats=False"
     return None
@@ -50,14 +52,14 @@ def fuse_row(parts: Sequence[nn.Module]) -> intrinsic.FusedModule:
     Raises:
         ValueError: no such row exists, or its BatchNorm can't be fused; the message says why.
     """
-    types = tuple(type(part) for part in parts)
+    types = tuple(type(part) if ceiling_of(part) is None else nn.ReLU for part in parts)
     if types not in ROWS:
         known = "; ".join(", ".join(kind.__name__ for kind in row) for row in ROWS)
-        raise ValueError(f"can't fuse {', '.join(kind.__name__ for kind in types)}; known rows: {known}")
+        raise ValueError(f"can't fuse {', '.join(type(part).__name__ for part in parts)}; known rows: {known}")
     for part in parts[1:]:
         obstacle = batch_norm_obstacle(parts[0], part) if isinstance(part, _BatchNorm) else None
         if obstacle is not None:
-            raise ValueError(f"can't fuse {', '.join(kind.__name__ for kind in types)}: {obstacle}")
+            raise ValueError(f"can't fuse {', '.join(type(part).__name__ for part in parts)}: {obstacle}")
     fused = ROWS[types](*parts)
     fused.training = parts[0].training
     return fused

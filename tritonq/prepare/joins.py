@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tritonq.prepare.analysis import Analysis
 from tritonq.prepare.dataflow import Call, Ref, refs_in
 from tritonq.prepare.forward_graph import ForwardGraph
+from tritonq.prepare.layers import relus_after
 from tritonq.prepare.match import Site
 
 
@@ -24,6 +26,7 @@ class Join:
         calls: its calls.
         ends: for each the ReLU that follows it and is absorbed, else the call itself.
         relus: the absorbed ReLU calls.
+        ceiling: their upper bound; None without any.
     """
 
     kind: Literal["add", "cat"]
@@ -34,16 +37,20 @@ class Join:
     calls: tuple[int, ...]
     ends: tuple[int, ...]
     relus: tuple[int, ...]
+    ceiling: float | None
 
 
-def find_joins(analysis: Analysis) -> list[Join]:
-    """Every addition of two computed tensors and every concatenation, once per place."""
+def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
+    """Every addition of two computed tensors and every concatenation, once per place.
+
+    ``kept`` holds the calls of ReLUs that no addition may absorb.
+    """
     joins, seen = [], set()
     for call in analysis.flow.calls:
         place = (call.owner, call.ordinal)
         if call.kind == "function" and place not in seen and operands(call, analysis):
             seen.add(place)
-            joins.append(_join(call, analysis))
+            joins.append(_join(call, analysis, kept))
     return joins
 
 
@@ -66,7 +73,7 @@ def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
     return values if computed and len(values) == len(items) else ()
 
 
-def _join(call: Call, analysis: Analysis) -> Join:
+def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
     calls = analysis.calls_like(call)
     site, reason = analysis.site(call), ""
     # One place in the source may be reached by different calls where a forward branches.
@@ -77,9 +84,8 @@ def _join(call: Call, analysis: Analysis) -> Join:
         graph = analysis.forward(call.owner)
         why = "it differs in training" if isinstance(graph, ForwardGraph) else str(graph)
         reason = f"the forward of {call.owner or 'the model'} can't be edited: {why}"
-    relus = [analysis.follower(other) for other in calls]
-    absorbed = [relu for relu in relus if relu is not None and analysis.is_relu(relu)]
-    has_relu = site is not None and len(absorbed) == len(calls)
+    takes_relu = site is not None and call.name == "add"
+    absorbed, ceiling = relus_after(calls, analysis, kept) if takes_relu else ([], None)
     return Join(
         kind="add" if call.name == "add" else "cat",
         owner=call.owner,
@@ -87,8 +93,9 @@ def _join(call: Call, analysis: Analysis) -> Join:
         reason=reason,
         dim=_dim(call) if call.name == "cat" else 0,
         calls=tuple(other.index for other in calls),
-        ends=tuple(other.index for other in (absorbed if has_relu and call.name == "add" else calls)),
-        relus=tuple(relu.index for relu in absorbed) if has_relu and call.name == "add" else (),
+        ends=tuple(other.index for other in (absorbed or calls)),
+        relus=tuple(relu.index for relu in absorbed),
+        ceiling=ceiling,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,6 +26,7 @@ class Layer:
         calls: its calls.
         ends: for each of these the last call that it absorbs (itself if none).
         relus: the ReLU calls that it absorbs.
+        ceiling: their upper bound; None without any.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Layer:
     calls: tuple[int, ...]
     ends: tuple[int, ...]
     relus: tuple[int, ...]
+    ceiling: float | None
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,13 @@ class _Norm:
     remainder: tuple[str, ...]
 
 
-def find_layer(name: str, analysis: Analysis, swapped: Container[type[nn.Module]]) -> tuple[Layer, str | None]:
+def find_layer(
+    name: str, analysis: Analysis, swapped: Container[type[nn.Module]], kept: Container[int] = ()
+) -> tuple[Layer, str | None]:
     """The layer that begins with the module ``name``, and why a BatchNorm that follows it stays apart (or None).
 
     ``swapped`` holds the float types that have a quantized form: a row is used only if its fused type is one.
+    ``kept`` holds the calls of ReLUs that it must not absorb.
     """
     module = analysis.modules[name]
     row: Types = (type(module),)
@@ -61,11 +66,9 @@ def find_layer(name: str, analysis: Analysis, swapped: Container[type[nn.Module]
         row, ends = (*row, norm.kind), norm.calls
     else:
         norm = None
-    relus = [analysis.follower(call) for call in ends]
-    absorbed = [relu for relu in relus if relu is not None and analysis.is_relu(relu)]
+    absorbed, ceiling = relus_after(ends, analysis, kept)
     has_relu = (
-        bool(calls)
-        and len(absorbed) == len(ends)
+        ceiling is not None
         and ROWS.get((*row, nn.ReLU)) in swapped
         and not any(_has_hooks(relu.target) for relu in absorbed)
         and not _has_hooks(module if norm is None else analysis.modules[norm.name], after=True)
@@ -80,8 +83,22 @@ def find_layer(name: str, analysis: Analysis, swapped: Container[type[nn.Module]
         calls=tuple(call.index for call in calls),
         ends=tuple(call.index for call in ends),
         relus=tuple(relu.index for relu in absorbed) if has_relu else (),
+        ceiling=ceiling if has_relu else None,
     )
     return layer, obstacle
+
+
+def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int]) -> tuple[list[Call], float | None]:
+    """The ReLUs, one after each call, that may become part of what calls, and their upper bound; else none, and None.
+
+    ``kept`` holds the ReLUs that may not.
+    """
+    found = [analysis.follower(call) for call in calls]
+    relus = [relu for relu in found if relu is not None and relu.index not in kept]
+    ceilings = {analysis.ceiling(relu) for relu in relus}
+    if not relus or len(relus) < len(found) or len(ceilings) > 1 or None in ceilings:
+        return [], None
+    return relus, ceilings.pop()
 
 
 def _norm_after(name: str, calls: tuple[Call, ...], analysis: Analysis) -> tuple[_Norm | None, str | None]:
@@ -129,8 +146,9 @@ def _norm_with_activation(owner: str, kind: type[nn.Module], analysis: Analysis)
             return None
         heart, *rest = (flow.calls[index] for _, index in frame.events)
         state = [str(flow.values[value].path[0]) for value in heart.inputs if flow.is_state(value)]
-        own = {id(tensor) for tensor in (*module.parameters(False), *module.buffers(False))}
-        reads_own = len(state) == 4 and all(id(_tensor(analysis.model, name)) in own for name in state)
+        taken = (module.weight, module.bias, module.running_mean, module.running_var)
+        own = {id(tensor) for tensor in taken if tensor is not None}
+        reads_own = len(state) == len(own) and all(id(_tensor(analysis.model, name)) in own for name in state)
         if heart.name != "batch_norm" or not reads_own or heart.inputs[0] not in refs_in(frame.args):
             return None
         last = heart

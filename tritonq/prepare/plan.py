@@ -98,7 +98,14 @@ def make_plan(
         swapped: the float types that have a quantized form.
         qconfigs: the qconfig of each module, None to leave it in float.
     """
-    return _Planner(analysis, swapped, qconfigs).plan()
+    kept: frozenset[int] = frozenset()
+    while True:
+        planner = _Planner(analysis, swapped, qconfigs, kept)
+        plan = planner.plan()
+        stuck = planner.stuck(plan)
+        if not stuck:
+            return plan
+        kept |= stuck
 
 
 @dataclass
@@ -106,6 +113,7 @@ class _Planner:
     analysis: Analysis
     swapped: Container[type[nn.Module]]
     qconfigs: Mapping[nn.Module, QConfig | None]
+    kept: frozenset[int] = frozenset()
     grids: dict[int, Grid] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     quantizers: list[Quantizer] = field(default_factory=list)
@@ -116,7 +124,7 @@ class _Planner:
         for layer in layers:
             if layer.name not in clipped:
                 self._assign(layer.ends, layer)
-        joins = self._relevant(find_joins(self.analysis), layers)
+        joins = self._relevant(find_joins(self.analysis, self.kept), layers)
         demands = self._demands(layers, joins)
         # In order of execution: what is downstream of a quantizer that was just placed needs none.
         for root, (qconfig, readers) in sorted(demands.items()):
@@ -150,7 +158,7 @@ class _Planner:
             elif type(module) is not RepVGGBlock and not isinstance(module._parameters.get("weight"), nn.Parameter):
                 self.reasons[name] = "its weight is computed from other parameters"
             else:
-                layer, obstacle = find_layer(name, self.analysis, self.swapped)
+                layer, obstacle = find_layer(name, self.analysis, self.swapped, self.kept)
                 found.append(layer)
                 if obstacle is not None:
                     self.reasons |= {norm: obstacle for norm in self._followers(name)}
@@ -286,6 +294,19 @@ class _Planner:
             if site is not None and all(other.index in erased for other in at_site):
                 nodes[call.owner, site.node] = None
         return tuple(modules), tuple(nodes)
+
+    def stuck(self, plan: Plan) -> frozenset[int]:
+        """Absorbed calls of ReLU6 and its like that no erasure removes.
+
+        Behind a quantizer a plain ReLU changes nothing, but 6 may lie between two codes.
+        """
+        at_nodes = {call.index for place in plan.erased_nodes for call in self.analysis.calls_at(*place)}
+        calls = (self.analysis.flow.calls[index] for index in plan.erased - at_nodes)
+        return frozenset(
+            call.index
+            for call in calls
+            if not self.analysis.is_relu(call) and call.module_name not in plan.erased_modules
+        )
 
     def _has_one_place(self, call: Call) -> bool:
         """Whether a module is called once per run of its owner, so that its output is one tensor of the model."""
