@@ -120,7 +120,6 @@ def change(**attributes):
         (Net(), ["conv", "relu", "bn"], "can't fuse Conv2d, ReLU, BatchNorm2d; known rows"),
         (Net(), ["conv", "norm"], "no submodule 'norm'"),
         (change(bn=nn.BatchNorm2d(5)), ALL, "5 features for 4 output channels"),
-        (change(bn=nn.BatchNorm2d(4, affine=False)), ALL, "affine=False"),
         (change(bn=nn.BatchNorm2d(4, track_running_stats=False)), ALL, "track_running_stats=False"),
         (change(bn=nn.BatchNorm2d(4).eval()), ALL, "one mode, got train, eval, train"),
     ],

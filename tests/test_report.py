@@ -349,7 +349,8 @@ def test_layers_in_float_are_listed(data):
 
 def test_a_layer_whose_quantizer_stands_behind_its_clip_keeps_its_place():
     torch.manual_seed(0)
-    parts = (nn.Conv2d(1, 4, 3), nn.ReLU6(), nn.Conv2d(4, 4, 3), nn.ReLU6(), nn.Flatten(), nn.Linear(64, 10))
+    clips = nn.Hardtanh(-1, 2), nn.Hardtanh(-1, 2)
+    parts = (nn.Conv2d(1, 4, 3), clips[0], nn.Conv2d(4, 4, 3), clips[1], nn.Flatten(), nn.Linear(64, 10))
     x = torch.randn(8, 1, 8, 8)
     model = tritonq.calibrate(tritonq.prepare_qat(nn.Sequential(*parts), example_inputs=x), x)
     measured = measure(model, x, torch.arange(8))

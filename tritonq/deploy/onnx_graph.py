@@ -5,11 +5,13 @@ ONNX Runtime: activations are uint8 whatever the trained type, shifted so that t
 int8 only without one (1.31, tried). Saturation at 0 then is the lower bound of the range, and the ReLU where one comes
 before the quantizer: ``quantize(relu(y)) = max(z, quantize(y))``. An upper bound below 255 becomes a Clip on codes, and
 so does the 6 of a ReLU6: rounding keeps the order, hence ``quantize(min(y, 6)) = min(quantize(y), quantize(6))``.
+Where the range ends at 255 before that there is no Clip.
 QuantizeLinear divides and rounds half to even. A quantizer that no integer operation runs together with, such as the
 model input's, rounds exactly as trained instead: the quotient is computed before a QuantizeLinear of scale 1.
 
 TensorRT: int8 with zero point 0; float weights between QuantizeLinear and DequantizeLinear; float bias. A ReLU stays,
-and a range narrower than int8 becomes a clamp before QuantizeLinear: TensorRT fuses both into the convolution.
+its upper bound too unless the quantizer saturates before it, and a range narrower than int8 becomes a clamp before
+QuantizeLinear: TensorRT fuses both into the convolution.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ def onnx_form(converted: nn.Module, target: Target) -> nn.Module:
             module: _uint8_quantizer(module, name, exact=module not in fused) for module, name in quantizers.items()
         }
     else:
+        _drop_ceilings(model)
         traced = {module: _int8_quantizer(module, name) for module, name in quantizers.items()}
     model = swap_modules(model, traced)
     for name, module in model.named_modules():
@@ -76,6 +79,16 @@ def _absorb_relus(model: nn.Module, names: dict[Quantizer, str]) -> None:
                 bounds, module.ceiling = (0.0, module.ceiling), None
                 exact = not _runs_in_integers(module)
                 module.activation_post_process = _uint8_quantizer(output, names[output], bounds, exact=exact)
+
+
+def _drop_ceilings(model: nn.Module) -> None:
+    """Leave a plain ReLU where the quantizer behind it saturates no later than the upper bound does."""
+    for module in model.modules():
+        if isinstance(module, (QuantizedLayer, Add)) and module.ceiling is not None:
+            output = module.activation_post_process
+            if isinstance(output, Quantizer) and output.qtype.axis is None:
+                _, highest = _end_codes(output, (0.0, module.ceiling))
+                module.ceiling = math.inf if highest == output.qtype.quant_max else module.ceiling
 
 
 def _absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> None:
@@ -155,11 +168,7 @@ def _uint8_quantizer(
 ) -> TracedQuantizer:
     """A quantizer whose codes begin at 0, of values that ``bounds`` limit (None: that nothing does)."""
     grid = source.qtype
-    lowest, highest = grid.quant_min, grid.quant_max
-    if bounds is not None:
-        ends = torch.tensor(bounds, device=source.scale.device)
-        codes = quantize(ends, source.scale, source.zero_point, lowest, highest, None, grid.rounding)
-        lowest, highest = (int(code) for code in codes)
+    lowest, highest = (grid.quant_min, grid.quant_max) if bounds is None else _end_codes(source, bounds)
     largest = highest - lowest
     if largest > 255:
         raise ValueError(
@@ -167,6 +176,13 @@ def _uint8_quantizer(
             "take at most 8 bits"
         )
     return TracedQuantizer(source, name, (source.zero_point - lowest).to(torch.uint8), 0, largest, exact)
+
+
+def _end_codes(quantizer: Quantizer, bounds: tuple[float, float]) -> tuple[int, int]:
+    """The codes of two values."""
+    ends, grid = torch.tensor(bounds, device=quantizer.scale.device), quantizer.qtype
+    codes = quantize(ends, quantizer.scale, quantizer.zero_point, grid.quant_min, grid.quant_max, None, grid.rounding)
+    return int(codes[0]), int(codes[1])
 
 
 def _int8_quantizer(source: Quantizer, name: str) -> TracedQuantizer:

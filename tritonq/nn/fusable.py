@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import nn
@@ -116,13 +115,12 @@ def ceiling_of(activation: nn.Module | None) -> float | None:
     return None
 
 
-def bound_of_clip(low: object, high: object) -> float | None:
-    """The ceiling of the ReLU that clipping to these bounds is (no upper one: None), or None where it is no ReLU."""
-    numbers = [0.0 if bound is None else bound for bound in (low, high)]
-    if low is None or any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in numbers):
+def bound_of_clip(low: object, high: object = None) -> float | None:
+    """The upper bound of the ReLU that clipping to these bounds is (None: not clipped); None where it is no ReLU."""
+    high = math.inf if high is None else high
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
         return None
-    ceiling = math.inf if high is None else float(cast(float, high))
-    return ceiling if low == 0 and ceiling > 0 else None
+    return float(high) if low == 0 and high > 0 else None
 
 
 def checked_ceiling(ceiling: float | None) -> float | None:

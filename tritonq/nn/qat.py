@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.conv2d import ConvKernel, find_kernel
 from tritonq.functional.integer import Grid, IntegerAffine, OutputGrid, integer_affine, to_integers
 from tritonq.functional.linear_map import Convolution, LinearMap
-from tritonq.nn.fusable import fixed_quantizer, grid_state
+from tritonq.nn.fusable import describe_relu, fixed_quantizer, grid_state
 from tritonq.qconfig import QConfig
 from tritonq.reference.activation import rectify
 
@@ -74,6 +75,11 @@ class QATLayer(nn.Module):
         With it, eval mode computes in exact integers with an int32 bias, as the deployed layer does.
         """
         self._input_quantizer = (quantizer,)
+
+    def extra_repr(self) -> str:
+        """Geometry, and the ReLU where the class's name does not say all of it."""
+        text = super().extra_repr()
+        return text if self.ceiling in (None, math.inf) else f"{text}, {describe_relu(self.ceiling)}"
 
     @property
     def input_quantizer(self) -> FakeQuantizeBase | None:
