@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import NUMBERS, TENSORS, Arithmetic
+
 Rounding = Literal["half_even", "half_away"]
 RangeRule = Literal["torch", "torch_v1", "megengine"]
+_Value = TypeVar("_Value", Tensor, np.float32)
 
 # torch.ao's default eps; MegEngine's floor under every scale.
 TORCH_EPS = torch.finfo(torch.float32).eps
@@ -211,15 +215,27 @@ def range_to_qparams(
     if ordered or known_ordered(min_val, max_val):
         # The usual case takes a third of the operators; on a small tensor each costs as much as on a scalar.
         scale, zero_point = _observed_qparams(min_val.float(), max_val.float(), qtype, rule, eps)
-        return QParams(scale.to(torch.float32), zero_point.to(torch.int32))
+        return QParams(scale.to(torch.float32), _zero_points(zero_point, scale))
     observed = (min_val <= max_val) & torch.isfinite(min_val) & torch.isfinite(max_val)
     low, high = torch.where(observed, min_val, 0).float(), torch.where(observed, max_val, 0).float()
     scale, zero_point = _observed_qparams(low, high, qtype, rule, eps)
     unobserved_zero = min(max(qtype.fixed_zero_point or 0, qtype.quant_min), qtype.quant_max)
     return QParams(
         torch.where(observed, scale, 1.0).to(torch.float32),
-        torch.where(observed, zero_point, unobserved_zero).to(torch.int32),
+        torch.where(observed, _zero_points(zero_point, scale), unobserved_zero).to(torch.int32),
     )
+
+
+def number_to_qparams(
+    min_val: float, max_val: float, qtype: QuantizedType, rule: Literal["torch", "megengine"], eps: float
+) -> tuple[float, int]:
+    """:func:`range_to_qparams` of one finite range with ``min_val <= max_val``, bit for bit, without a tensor.
+
+    On a CPU an operator on one element costs as much as one on a thousand.
+    """
+    with np.errstate(over="ignore"):
+        scale, zero_point = _linear_qparams(np.float32(min_val), np.float32(max_val), qtype, rule, eps)
+    return float(scale), int(zero_point)
 
 
 def is_readable(values: Tensor) -> bool:
@@ -243,10 +259,17 @@ def known_ordered(low: Tensor, high: Tensor) -> bool:
     return -math.inf < float(low.amin()) and float(high.amax()) < math.inf and bool((low <= high).all())
 
 
+def _zero_points(zero_point: Tensor | int, scale: Tensor) -> Tensor:
+    """As int32 in the shape of ``scale``."""
+    if isinstance(zero_point, int):
+        return torch.full_like(scale, zero_point, dtype=torch.int32)
+    return zero_point.to(torch.int32)
+
+
 def _observed_qparams(
     low: Tensor, high: Tensor, qtype: QuantizedType, rule: RangeRule, eps: float | None
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of finite ranges, before zero is brought into them."""
+) -> tuple[Tensor, Tensor | int]:
+    """Scale and zero point of finite ranges, before zero is brought into them; an int for one that is fixed."""
     if rule == "torch_v1":
         return _torch_v1_qparams(low.clamp(max=0), high.clamp(min=0), qtype)
     default_eps = MEGENGINE_EPS if rule == "megengine" else TORCH_EPS
@@ -254,21 +277,25 @@ def _observed_qparams(
 
 
 def _linear_qparams(
-    low: Tensor, high: Tensor, qtype: QuantizedType, rule: RangeRule, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The torch.ao observer rule and MegEngine's, which differ in eps and in the affine zero point alone."""
+    low: _Value, high: _Value, qtype: QuantizedType, rule: RangeRule, eps: float
+) -> tuple[_Value, _Value | int]:
+    """The torch.ao observer rule and MegEngine's, which differ in eps and in the affine zero point alone.
+
+    One formula for tensors and for float32 numbers.
+    """
+    on: Arithmetic = TENSORS if isinstance(low, Tensor) else NUMBERS
     codes = qtype.quant_max - qtype.quant_min
     fixed = qtype.fixed_zero_point
     if fixed is not None:
-        # A range on one side of zero: its other end counts as zero, which clamping brings in.
-        scale = torch.maximum(-low, high).clamp_(min=0).div_(codes / 2).clamp_(min=eps)
-        return scale, torch.full_like(scale, fixed, dtype=torch.int32)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = ((high - low) / codes).clamp(min=eps)
+        # With low <= high, one of the two is not negative: zero is in the range without being brought in.
+        return on.at_least(on.larger(-low, high) / on.constant(codes / 2), eps), fixed
+    low, high = on.at_most(low, 0.0), on.at_least(high, 0.0)
+    scale = on.at_least((high - low) / on.constant(codes), eps)
     ratio = low / scale
     if rule == "megengine":
-        return scale, qtype.quant_min - round_half_away(ratio)
-    return scale, (qtype.quant_min - ratio.round()).clamp(qtype.quant_min, qtype.quant_max)
+        return scale, on.constant(qtype.quant_min) - on.round_half_away(ratio)
+    zero_point = on.constant(qtype.quant_min) - on.round(ratio)
+    return scale, on.at_most(on.at_least(zero_point, qtype.quant_min), qtype.quant_max)
 
 
 # Below this, torch's operator widens the range: its int32 requantization could not represent 1/scale.
@@ -322,7 +349,4 @@ def round_half_away(x: Tensor) -> Tensor:
         >>> round_half_away(torch.tensor([-2.5, -0.5, 0.49999997, 1.5]))
         tensor([-3., -1.,  0.,  2.])
     """
-    # The largest number below 1/2: with 1/2 itself, the largest number below 1/2 would round to 1. Torch's floor is
-    # vectorised on CPUs, its trunc is not.
-    below_half = 0.5 - torch.finfo(x.dtype).eps / 4
-    return x.abs().add_(below_half).floor_().copysign_(x)
+    return TENSORS.round_half_away(x)

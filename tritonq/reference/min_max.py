@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tritonq.qparams import QuantizedType, RangeRule, known_ordered, range_to_qparams
+from tritonq.qparams import QuantizedType, RangeRule, known_ordered, number_to_qparams, range_to_qparams
+
+_Number = TypeVar("_Number", np.float32, np.float64)
+_NUMBERS = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,10 +71,6 @@ def update_range(
     """
     if averaging_constant is None:
         return torch.minimum(min_val, low), torch.maximum(max_val, high)
-    if low.dim() == 0 and known_ordered(low, high):
-        if not float(min_val) <= float(max_val) or _outgrows(low, high, min_val, max_val, copy_above):
-            return low, high
-        return min_val + averaging_constant * (low - min_val), max_val + averaging_constant * (high - max_val)
     seen = min_val <= max_val
     if copy_above is not None:
         # In float64, where the product is rounded as Python rounds it.
@@ -81,25 +82,84 @@ def update_range(
     return torch.where(usable, new_min, min_val), torch.where(usable, new_max, max_val)
 
 
+def update_number(
+    low: _Number,
+    high: _Number,
+    min_val: _Number,
+    max_val: _Number,
+    averaging_constant: float | None,
+    copy_above: float | None = None,
+) -> tuple[_Number, _Number]:
+    """:func:`update_range` of one range as NumPy numbers, bit for bit; ``low <= high``, both finite."""
+    if averaging_constant is None:
+        return min(min_val, low), max(max_val, high)
+    outgrows = copy_above is not None and float(max(-low, high)) > copy_above * float(max(-min_val, max_val))
+    if not min_val <= max_val or outgrows:
+        return low, high
+    constant = type(low)(averaging_constant)
+    return min_val + constant * (low - min_val), max_val + constant * (high - max_val)
+
+
 def merge_range_(
     low: Tensor,
     high: Tensor,
     min_val: Tensor,
     max_val: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    qtype: QuantizedType,
     averaging_constant: float | None,
+    rule: RangeRule,
+    eps: float,
     copy_above: float | None = None,
 ) -> None:
-    """:func:`update_range` in place, for tensors on the CPU of which it is known that ``low <= high``, both finite."""
+    """:func:`update_range` in place, and the qparams that follow.
+
+    For tensors on the CPU of which it is known that ``low <= high``, both finite. Arguments as for :func:`observe`;
+    ``zero_point`` may be None where it is fixed.
+    """
+    if low.dim() == 0 and rule != "torch_v1" and min_val.dtype in _NUMBERS:
+        kind = _NUMBERS[min_val.dtype]
+        ends = (kind(float(low)), kind(float(high)), kind(float(min_val)), kind(float(max_val)))
+        with np.errstate(over="ignore"):
+            new_min, new_max = update_number(*ends, averaging_constant, copy_above)
+        min_val.fill_(float(new_min))
+        max_val.fill_(float(new_max))
+        if scale is not None:
+            number, zero = number_to_qparams(float(new_min), float(new_max), qtype, rule, eps)
+            scale.fill_(number)
+            if zero_point is not None:
+                zero_point.fill_(zero)
+        return
     if averaging_constant is None:
         torch.minimum(min_val, low, out=min_val)
         torch.maximum(max_val, high, out=max_val)
-    elif _all_average(low, high, min_val, max_val, copy_above):
+    elif copy_above is None and min_val.numel() and float(min_val.amax()) < math.inf:
         min_val.add_(torch.sub(low, min_val).mul_(averaging_constant))
         max_val.add_(torch.sub(high, max_val).mul_(averaging_constant))
     else:
         new_min, new_max = update_range(low, high, min_val, max_val, averaging_constant, copy_above)
         min_val.copy_(new_min)
         max_val.copy_(new_max)
+    if scale is not None:
+        write_qparams_(min_val, max_val, scale, zero_point, qtype, rule, eps, ordered=True)
+
+
+def write_qparams_(
+    min_val: Tensor,
+    max_val: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qtype: QuantizedType,
+    rule: RangeRule,
+    eps: float,
+    ordered: bool = False,
+) -> None:
+    """The qparams of a range into a quantizer's buffers; see :func:`tritonq.qparams.range_to_qparams`."""
+    qparams = range_to_qparams(min_val, max_val, qtype, rule=rule, eps=eps, ordered=ordered)
+    scale.copy_(qparams.scale.view_as(scale))
+    if zero_point is not None:
+        zero_point.copy_(qparams.zero_point.view_as(zero_point))
 
 
 def observe(
@@ -135,32 +195,16 @@ def observe(
     if enabled is not None and not bool(enabled):
         return
     low, high, nonfinite = extremes(x, qtype.axis)
-    ordered = nonfinite is None
     if nonfinite is None:
-        merge_range_(low, high, min_val, max_val, averaging_constant, copy_above)
-    else:
-        new_min, new_max = update_range(low, high, min_val, max_val, averaging_constant, copy_above)
-        min_val.copy_(new_min)
-        max_val.copy_(new_max)
-        nonfinite_count.add_(nonfinite)
-    if scale is not None and zero_point is not None:
-        qparams = range_to_qparams(min_val, max_val, qtype, rule=rule, eps=eps, ordered=ordered)
-        scale.copy_(qparams.scale.view_as(scale))
-        zero_point.copy_(qparams.zero_point.view_as(zero_point))
-
-
-def _all_average(low: Tensor, high: Tensor, min_val: Tensor, max_val: Tensor, copy_above: float | None) -> bool:
-    """Whether it is known cheaply that no range is copied: arguments as :func:`merge_range_` has them."""
-    if not min_val.numel() or not float(min_val.amax()) < math.inf:
-        return False
-    return copy_above is None or (min_val.dim() == 0 and not _outgrows(low, high, min_val, max_val, copy_above))
-
-
-def _outgrows(low: Tensor, high: Tensor, min_val: Tensor, max_val: Tensor, copy_above: float | None) -> bool:
-    """Whether a batch's range is to be copied for its size; all are 0-d and can be read."""
-    if copy_above is None:
-        return False
-    return max(-float(low), float(high)) > copy_above * max(-float(min_val), float(max_val))
+        qparams = (scale, zero_point, qtype)
+        merge_range_(low, high, min_val, max_val, *qparams, averaging_constant, rule, eps, copy_above)
+        return
+    new_min, new_max = update_range(low, high, min_val, max_val, averaging_constant, copy_above)
+    min_val.copy_(new_min)
+    max_val.copy_(new_max)
+    nonfinite_count.add_(nonfinite)
+    if scale is not None:
+        write_qparams_(min_val, max_val, scale, zero_point, qtype, rule, eps)
 
 
 def _zero_count(x: Tensor) -> Tensor:

@@ -69,9 +69,10 @@ def observe_range(
         if not bool(state.observing):
             return state
         if ordered:
-            running = (state.min_val, state.max_val)
-            merge_range_(low.float(), high.float(), *running, state.averaging_constant, state.copy_above)
-            _write_qparams(state, state.min_val, state.max_val, None, True)
+            merge_range_(
+                *(low.float(), high.float(), state.min_val, state.max_val, state.scale, state.zero_point, state.qtype),
+                *(state.averaging_constant, state.rule, state.eps, state.copy_above),
+            )
             return state._replace(known=True)
         enabled = None
     else:
@@ -83,7 +84,10 @@ def observe_range(
     _assign(state.max_val, new_max, enabled)
     if nonfinite is not None and state.nonfinite_count is not None:
         _assign(state.nonfinite_count, state.nonfinite_count + nonfinite, enabled)
-    _write_qparams(state, state.min_val, state.max_val, enabled, False)
+    scale, zero_point = range_to_qparams(state.min_val, state.max_val, state.qtype, rule=state.rule, eps=state.eps)
+    _assign(state.scale, scale.view_as(state.scale), enabled)
+    if state.zero_point is not None:
+        _assign(state.zero_point, zero_point.view_as(state.zero_point), enabled)
     return state
 
 
@@ -109,15 +113,6 @@ def snapshot(state: QuantizerState) -> QuantizerState:
         state.qtype,
         known=True,
     )
-
-
-def _write_qparams(
-    state: QuantizerState, min_val: Tensor, max_val: Tensor, enabled: Tensor | None, ordered: bool
-) -> None:
-    qparams = range_to_qparams(min_val, max_val, state.qtype, rule=state.rule, eps=state.eps, ordered=ordered)
-    _assign(state.scale, qparams.scale.view_as(state.scale), enabled)
-    if state.zero_point is not None:
-        _assign(state.zero_point, qparams.zero_point.view_as(state.zero_point), enabled)
 
 
 def _assign(buffer: Tensor, value: Tensor, enabled: Tensor | None) -> None:

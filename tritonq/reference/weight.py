@@ -148,6 +148,12 @@ def _folded_extremes(rows: Tensor, fold: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _any_clips(low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor | None, qtype: QuantizedType) -> bool:
+    if zero_point is None and qtype.rounding == "half_even":
+        # Rounding keeps order, and Python's is half to even.
+        inverse = scale.reciprocal()
+        smallest, largest = float((low * inverse).amin()), float((high * inverse).amax())
+        finite = math.isfinite(smallest) and math.isfinite(largest)
+        return not (finite and qtype.quant_min <= round(smallest) and round(largest) <= qtype.quant_max)
     low, high = (_divide_and_round(end.clone(), scale, qtype) for end in (low, high))
     if zero_point is not None:
         low, high = low + zero_point, high + zero_point

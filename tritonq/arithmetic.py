@@ -1,0 +1,101 @@
+"""Elementary functions of tensors and of single numbers under one name, so that a formula is written once.
+
+On a CPU an operator on a tensor of one element costs as much as one on a thousand: what is one number is computed as a
+NumPy scalar, in the same precision and with the same roundings.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Arithmetic(Protocol):
+    """What a formula needs besides ``+``, ``-``, ``*`` and ``/`` between its values."""
+
+    def constant(self, value: float) -> Any:
+        """A Python number as the other operand of these."""
+
+    def larger(self, x: Any, y: Any) -> Any:
+        """Elementwise, of two values."""
+
+    def at_least(self, x: Any, floor: float) -> Any:
+        """``x``, or ``floor`` where that is larger."""
+
+    def at_most(self, x: Any, ceiling: float) -> Any:
+        """``x``, or ``ceiling`` where that is smaller."""
+
+    def round(self, x: Any) -> Any:
+        """To the nearest integer, ties to even."""
+
+    def round_half_away(self, x: Any) -> Any:
+        """To the nearest integer, ties away from zero."""
+
+
+class Tensors:
+    """Of float tensors."""
+
+    def constant(self, value: float) -> float:
+        """See :class:`Arithmetic`."""
+        return value
+
+    def larger(self, x: Tensor, y: Tensor) -> Tensor:
+        """See :class:`Arithmetic`."""
+        return torch.maximum(x, y)
+
+    def at_least(self, x: Tensor, floor: float) -> Tensor:
+        """See :class:`Arithmetic`."""
+        return x.clamp(min=floor)
+
+    def at_most(self, x: Tensor, ceiling: float) -> Tensor:
+        """See :class:`Arithmetic`."""
+        return x.clamp(max=ceiling)
+
+    def round(self, x: Tensor) -> Tensor:
+        """See :class:`Arithmetic`."""
+        return x.round()
+
+    def round_half_away(self, x: Tensor) -> Tensor:
+        """Exact, unlike ``floor(x + 0.5)``, which rounds 0.49999997 to 1 in float32; NaN and infinities pass."""
+        # The largest number below 1/2: with 1/2 itself, the largest number below 1/2 would round to 1. Torch's floor is
+        # vectorised on CPUs, its trunc is not.
+        below_half = 0.5 - torch.finfo(x.dtype).eps / 4
+        return x.abs().add_(below_half).floor_().copysign_(x)
+
+
+class Numbers:
+    """Of NumPy float32 scalars that are finite."""
+
+    def constant(self, value: float) -> np.float32:
+        """See :class:`Arithmetic`."""
+        number: np.float32 = np.float32(value)
+        return number
+
+    def larger(self, x: np.float32, y: np.float32) -> np.float32:
+        """See :class:`Arithmetic`."""
+        return x if x >= y else y
+
+    def at_least(self, x: np.float32, floor: float) -> np.float32:
+        """See :class:`Arithmetic`."""
+        return self.larger(x, self.constant(floor))
+
+    def at_most(self, x: np.float32, ceiling: float) -> np.float32:
+        """See :class:`Arithmetic`."""
+        top = self.constant(ceiling)
+        return x if x <= top else top
+
+    def round(self, x: np.float32) -> np.float32:
+        """See :class:`Arithmetic`."""
+        return self.constant(np.rint(x))
+
+    def round_half_away(self, x: np.float32) -> np.float32:
+        """See :class:`Arithmetic`."""
+        size = np.abs(x)
+        whole = np.floor(size)
+        return self.constant(np.copysign(whole + (size - whole >= 0.5), x))
+
+
+TENSORS, NUMBERS = Tensors(), Numbers()
