@@ -223,3 +223,20 @@ def test_nothing_is_read_back(monkeypatch):
 @pytest.mark.parametrize("op", [OP, Convolution((2,), (1,), (3,), (1,), True, 4), MatrixProduct()])
 def test_operators_survive_as_text(op):
     assert eval_mode.op_of(eval_mode.op_text(op)) == op
+
+
+def test_a_compiled_model_is_deployed_as_the_model_that_it_wraps(tmp_path):
+    model = train(prepared())
+    called, x = compiled(model), images(8)
+    expected = tritonq.convert(model)
+    converted = tritonq.convert(called)
+    assert list(converted.state_dict()) == list(expected.state_dict())
+    assert str(tritonq.summary(called)) == str(tritonq.summary(model))
+    tritonq.save_converted(compiled(converted), tmp_path / "m.pt")
+    assert torch.equal(tritonq.load_converted(tmp_path / "m.pt", FloatResidual())(x), expected(x))
+    tritonq.export_program(called, tmp_path / "m.pt2", x)
+    tritonq.export_onnx(compiled(converted), tmp_path / "m.onnx", x)
+    for deployed in (converted, compiled(converted), tmp_path / "m.pt2"):
+        assert tritonq.verify(called, deployed, x) == tritonq.verify(model, expected, x)
+    assert tritonq.verify(called, tmp_path / "m.onnx", x).agrees(0.001, 1)
+    assert not called.training

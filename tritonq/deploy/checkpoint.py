@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.description import (
     ADDED,
     Description,
@@ -42,6 +43,7 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: ``model`` is not a converted model.
         OSError: the file can't be written.
     """
+    model = uncompiled(model)
     if not any(isinstance(module, DeployedModule) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is not a converted model: use convert first")
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}

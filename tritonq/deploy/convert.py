@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.modules import LAYER_TYPES, DeployedModule, Grids, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbeddingBag
@@ -32,7 +33,8 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
     fixed-point network becomes one of integers alone: :mod:`tritonq.deploy.fixed_point`.
 
     Args:
-        model: a trained model with quantization-aware layers, in any mode.
+        model: a trained model with quantization-aware layers, in any mode; what ``torch.compile`` made of one counts as
+            the one itself.
         inplace: change ``model`` itself instead of a copy. A model that is itself one layer is replaced all the same:
             use what is returned.
         allow_unquantized: leave in float what a quantizer that has never observed, or that is switched off, leaves in
@@ -45,6 +47,7 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
         ValueError: nothing to convert, a quantizer that rounds nothing, float64 parameters, a weight or a layer type
             that can't be deployed; the message names the module. ``model`` is then as it was.
     """
+    model = uncompiled(model)
     if has_fixed_point(model):
         return convert_fixed_point(model, inplace)
     _check(model, allow_unquantized)

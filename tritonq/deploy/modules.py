@@ -315,12 +315,14 @@ class QuantizedConv1d(_QuantizedConv, nn.Conv1d):  # type: ignore[misc]
     """Conv1d in integers; see :class:`QuantizedLayer`."""
 
     float_type = nn.Conv1d
+    _output_axis = -2
 
 
 class QuantizedConv2d(_QuantizedConv, nn.Conv2d):  # type: ignore[misc]
     """Conv2d in integers; see :class:`QuantizedLayer`."""
 
     float_type = nn.Conv2d
+    _output_axis = -3
 
     def plain_conv2d(self) -> Convolution | None:
         """See base class."""
@@ -331,12 +333,14 @@ class QuantizedConv3d(_QuantizedConv, nn.Conv3d):  # type: ignore[misc]
     """Conv3d in integers; see :class:`QuantizedLayer`."""
 
     float_type = nn.Conv3d
+    _output_axis = -4
 
 
 class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):  # type: ignore[misc]
     """ConvTranspose2d in integers, weight (in, out/groups, kh, kw); see :class:`QuantizedLayer`."""
 
     float_type = nn.ConvTranspose2d
+    _output_axis = -3
     geometry_names = (*_CONV_GEOMETRY, "output_padding")
 
     def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.convert import convert
 from tritonq.deploy.example_inputs import call_arguments, open_batch
 from tritonq.deploy.fixed_point import has_fixed_point
@@ -73,6 +74,7 @@ def export_onnx(
         raise ValueError(f"unknown target {target!r}; known: {', '.join(get_args(Target))}")
     if opset < OLDEST_OPSET:
         raise ValueError(f"opset must be at least {OLDEST_OPSET}, got {opset}")
+    model = uncompiled(model)
     if has_fixed_point(model) or has_integers(model):
         options = {"target": target, "opset": opset, "dynamic_batch": dynamic_batch}
         _export_fixed_point(

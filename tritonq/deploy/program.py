@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.convert import convert
 from tritonq.deploy.example_inputs import call_arguments, open_batch
 from tritonq.deploy.files import atomic_file
@@ -47,6 +48,7 @@ def export_program(
         ValueError: a model that torch.export can't trace, a fixed-point one, or what :func:`tritonq.convert` raises.
         OSError: the file can't be written.
     """
+    model = uncompiled(model)
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
     traced = _program_form(deployed)
     arguments, shapes = call_arguments(example_inputs), None

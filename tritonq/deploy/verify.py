@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.fixed_point_verify import codes_read, fixed_point_layers
 from tritonq.deploy.modules import Quantizer
 from tritonq.deploy.program_runner import PROGRAM_SUFFIX, load_program, program_runner
@@ -137,9 +138,10 @@ def verify(
         ValueError: no data, or a deployed model that was not made from ``qat_model``.
         ImportError: an ONNX file without onnx and onnxruntime (the extra ``tritonq[onnx]``).
     """
+    qat_model = uncompiled(qat_model)
     run_deployed: Runner
     if isinstance(deployed, nn.Module):
-        run_deployed = _torch_runner(deployed)
+        run_deployed = _torch_runner(uncompiled(deployed))
     elif isinstance(deployed, ExportedProgram):
         run_deployed = program_runner(deployed)
     elif os.fspath(deployed).endswith(PROGRAM_SUFFIX):

@@ -54,6 +54,8 @@ class Convolution:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See :class:`LinearMap`."""
+        if x.dim() == len(self.stride) + 1:  # without a batch axis
+            return self(x.unsqueeze(0), weight, bias).squeeze(0)
         return torch.ops.aten.convolution(x, weight, bias, *self._geometry)  # type: ignore[no-any-return]
 
     def backward(

@@ -74,12 +74,14 @@ class Conv1d(QATConv, nn.Conv1d):
     """Quantization-aware ``nn.Conv1d``; see :class:`QATConv`."""
 
     _float_type = nn.Conv1d
+    _output_axis = -2
 
 
 class Conv2d(QATConv, nn.Conv2d):
     """Quantization-aware ``nn.Conv2d``; see :class:`QATConv`."""
 
     _float_type = nn.Conv2d
+    _output_axis = -3
 
     def plain_conv2d(self) -> Convolution | None:
         """See base class."""
@@ -90,6 +92,7 @@ class Conv3d(QATConv, nn.Conv3d):
     """Quantization-aware ``nn.Conv3d``; see :class:`QATConv`."""
 
     _float_type = nn.Conv3d
+    _output_axis = -4
 
 
 class ConvReLU1d(Conv1d):
@@ -117,6 +120,7 @@ class ConvTranspose2d(QATConv, nn.ConvTranspose2d):  # type: ignore[misc]
     """Quantization-aware ``nn.ConvTranspose2d``, with one weight scale per out channel; see :class:`QATConv`."""
 
     _float_type = nn.ConvTranspose2d
+    _output_axis = -3
 
     def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The float transposed convolution."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,8 @@ class QATLayer(nn.Module):
     activation_post_process: nn.Module
     ceiling: float | None = None
 
-    # Axis of the output that out channels run along.
-    _output_axis = 1
+    # Axis of the output that out channels run along; counted from the end, where a batch axis may be missing.
+    _output_axis: ClassVar[int] = 1
 
     def attach_quantizers(self, qconfig: QConfig | None, out_channels: int) -> None:
         """Create the quantizers of ``qconfig`` with buffers of their final shape.

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import nn
 
+from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import QuantizedTable
 from tritonq.fake_quantize import FakeQuantizeBase
@@ -114,6 +115,7 @@ def summary(model: nn.Module) -> ModelSummary:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
+    model = uncompiled(model)
     if not any(isinstance(module, (*_QUANTIZED, FakeQuantizeBase)) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is a float model: nothing in it is quantized; call prepare_qat first")
     modules = dict(model.named_modules())

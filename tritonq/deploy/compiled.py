@@ -1,0 +1,13 @@
+"""Models that ``torch.compile`` wraps."""
+
+from __future__ import annotations
+
+from torch import nn
+
+# torch.compile(model) is a module of one child, by this name, which it shares with the model.
+_ORIGINAL = "_orig_mod"
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that ``torch.compile(model)`` wraps, whose names and structure count; any other model as it is."""
+    return model._modules.get(_ORIGINAL) or model
