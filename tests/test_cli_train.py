@@ -296,6 +296,14 @@ def test_factories_of_the_working_directory_and_methods(tmp_path, monkeypatch):
     assert make_model("my_models_for_this_test:Zoo.small", ["width=narrow"]).out_features == 4
 
 
+def test_a_module_that_fails_when_it_is_imported_is_named(tmp_path, monkeypatch):
+    (tmp_path / "my_broken_models_for_this_test.py").write_text("raise RuntimeError('operator nms does not exist')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ValueError, match="can't be imported: RuntimeError: operator nms does not exist"):
+        make_model("my_broken_models_for_this_test:small")
+
+
 def test_help_says_enough(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["train", "--help"])

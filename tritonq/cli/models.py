@@ -96,8 +96,9 @@ def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:
         sys.path.append(str(Path.cwd()))
     try:
         factory: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"the module {module_name!r} of {spec!r} can't be imported: {error}") from error
+    except Exception as error:  # an import runs the module, which may raise anything
+        reason = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"the module {module_name!r} of {spec!r} can't be imported: {reason}") from error
     for part in factory_name.split("."):
         if not hasattr(factory, part):
             raise ValueError(f"the module {module_name!r} has no {factory_name!r}")
