@@ -132,6 +132,18 @@ def test_frozen_statistics_in_training_and_all_modes_in_eval(mode, observed):
     assert_as_in_eager(model.eval(), images(8))
 
 
+def test_frozen_biases_stay_float_where_nothing_was_observed():
+    """A scale that rests on nothing rounds neither in eager mode nor in a graph."""
+    model = prepared()
+    with torch.no_grad():
+        model.stem[0].bn.bias.uniform_(-0.4, 0.4)
+    model.apply(tritonq.freeze_bn_stats).apply(tritonq.disable_observer)
+    off = copy.deepcopy(model).apply(tritonq.disable_fake_quant)
+    called = compiled(model)
+    with torch.no_grad(), pytest.warns(UserWarning, match="observed nothing"):
+        assert all(torch.equal(function(images(4)), off(images(4))) for function in (called, model))
+
+
 def test_switches_and_ranges_are_asked_on_the_device():
     """One graph serves all of their states, the state of having observed nothing among them."""
     model, other = prepared().eval(), train(prepared())
