@@ -97,6 +97,14 @@ def test_geometries(channels_last):
     assert_as_in_eager(train(Geometries(), x), x)
 
 
+def test_a_fused_relu6():
+    torch.manual_seed(0)
+    parts = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 4, 1), nn.ReLU6())
+    x = 9 * images(8)
+    model = train(tritonq.prepare_qat(nn.Sequential(*parts), example_inputs=x), x)
+    assert_as_in_eager(model, x)
+
+
 def test_evaluation_in_the_middle_of_training():
     """The same compiled model, whose mode changes: two graphs (and their input hooks), whatever was observed before."""
     model = prepared()
