@@ -121,10 +121,36 @@ def test_inductor_trains():
     assert_trained_alike(model, eager)
 
 
-@pytest.mark.parametrize("name", ["residual", "resnet18"])
+class Bounded(nn.Module):
+    """ReLUs with upper bounds behind a convolution with BatchNorm, one without, and an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU6())
+        self.point, self.head = nn.Conv2d(6, 6, 1), nn.Linear(384, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head(nn.functional.relu6(self.point(x).clamp(0, 0.4) + x).flatten(1))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_upper_bounds_of_relus(backend):
+    torch.manual_seed(0)
+    model = tritonq.prepare_qat(Bounded(), example_inputs=images(2)).train()
+    assert [module.ceiling for module in (model.stem[0], model.point, model.add)] == [6.0, 0.4, 6.0]
+    model(images(8, seed=9))
+    eager = copy.deepcopy(model)
+    expected = train(eager, eager, 2)
+    found = train(model, torch.compile(model, fullgraph=True, backend=backend), 2)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2 * float(model.head.activation_post_process.scale))
+    assert_trained_alike(model, eager)
+
+
+@pytest.mark.parametrize("name", ["residual", "resnet18", "mobilenet_v2"])
 def test_explain_finds_no_graph_break(name):
     x = torch.randn(2, 3, 32, 32)
-    model = torchvision_model("resnet18") if name == "resnet18" else FloatResidual()
+    model = FloatResidual() if name == "residual" else torchvision_model(name)
     model = tritonq.prepare_qat(model, example_inputs=x).train()
     # In a function, since explain counts a module's input hook, which quantizes the input, as a graph of its own.
     report = torch._dynamo.explain(lambda x: model(x))(x)
