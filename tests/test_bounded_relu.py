@@ -82,6 +82,16 @@ def trained(model: nn.Module, x: torch.Tensor = X) -> nn.Module:
     return model.eval()
 
 
+def widened(model: nn.Module) -> nn.Module:
+    """``model`` with every activation's range up to 40, where no bound is hidden by the last code."""
+    for quantizer in quantizers(model).values():
+        observer = quantizer.activation_post_process
+        observer.max_val.fill_(40.0)
+        for mine, value in zip((quantizer.scale, quantizer.zero_point), observer.calculate_qparams(), strict=True):
+            mine.copy_(value)
+    return model
+
+
 def assert_prepared(model: nn.Module, count: int) -> nn.Module:
     """``model`` prepared, with so many activation quantizers, and trained two steps; it computes and deploys alike."""
     prepared = prepare_qat(model, example_inputs=X)
@@ -224,8 +234,9 @@ def test_state_dicts_do_not_know_of_it(act):
 
 @pytest.mark.parametrize("block", [Net(nn.ReLU6()), Block(nn.ReLU6()), Net(nn.Hardtanh(0, 1.5), bn=False)])
 def test_converted_files_hold_the_bound(block, tmp_path):
-    prepared = trained(prepare_qat(block, example_inputs=X))
+    prepared = widened(trained(prepare_qat(block, example_inputs=X)))
     converted = tritonq.convert(prepared)
+    assert tritonq.verify(prepared, converted, 4 * X).agrees()
     tritonq.save_converted(converted, tmp_path / "m.pt")
     loaded = tritonq.load_converted(tmp_path / "m.pt", copy.deepcopy(block))
     assert torch.equal(loaded(4 * X), converted(4 * X))
@@ -269,15 +280,20 @@ def test_onnx_runtime_has_no_clip_where_the_codes_end_first(make, act, preset, c
     assert not {"Conv", "FusedConv", "Relu"} & set(kinds)
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("make", [Net, Block])
+def test_a_bound_below_the_last_code_is_exported(make, target, tmp_path):
+    pytest.importorskip("onnxruntime")
+    prepared = widened(trained(prepare_qat(make(nn.Hardtanh(0.0, 1.5)), example_inputs=X)))
+    tritonq.export_onnx(prepared, tmp_path / "m.onnx", X, target=target)
+    assert tritonq.verify(prepared, tmp_path / "m.onnx", 4 * X).agrees(0.005 if target == "tensorrt" else 0.001, 1)
+
+
 @pytest.mark.parametrize(("bound", "kind"), [(40.0, "Relu"), (1.5, "Clip")])
 def test_tensorrt_gets_a_clip_only_where_the_quantizer_ends_above_it(bound, kind, tmp_path):
     pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
-    prepared = trained(prepare_qat(Net(nn.Hardtanh(0.0, bound)), example_inputs=X))
-    quantizer = prepared.first.activation_post_process
-    quantizer.activation_post_process.max_val.fill_(8.0)
-    quantizer.activation_post_process.min_val.fill_(0.0)
-    quantizer.scale.copy_(quantizer.activation_post_process.calculate_qparams()[0])
+    prepared = widened(trained(prepare_qat(Net(nn.Hardtanh(0.0, bound)), example_inputs=X)))
     path = tmp_path / "m.onnx"
     tritonq.export_onnx(prepared, path, X, target="tensorrt")
     kinds = [node.op_type for node in onnx.load(path).graph.node]

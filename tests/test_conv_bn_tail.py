@@ -223,8 +223,9 @@ class TestForward(OpTester):
 class TestBackward(OpTester):
     @pytest.mark.parametrize("shape", SHAPES[:-2], ids=str)
     @pytest.mark.parametrize(("grid", "ceiling"), ENDS)
+    @pytest.mark.parametrize("stretch", [0.5, 2.0])
     def test_equals_the_pytorch_path(
-        self, shape: tuple[int, ...], grid: str, ceiling: float | None, use: str, device: str
+        self, shape: tuple[int, ...], grid: str, ceiling: float | None, stretch: float, use: str, device: str
     ) -> None:
         for memory_format in layouts(shape):
             c = exact_input(shape, 2.0).to(memory_format=memory_format)
@@ -234,8 +235,8 @@ class TestBackward(OpTester):
             _, vectors, frozen = reference.forward(
                 c, *Problem(shape[1], exact=True, device="cpu").arguments(), other, ceiling
             )
-            if frozen is not None:  # a smaller scale, so that something is clipped
-                frozen = frozen._replace(scale=frozen.scale / 2)
+            if frozen is not None:  # another scale, so that either the last code or the ceiling is what clips
+                frozen = frozen._replace(scale=frozen.scale * stretch)
             expected = reference.backward(dy, c, vectors, frozen, ceiling)
             found = implementation("conv_bn", c, use).backward(
                 dy.to(device),
