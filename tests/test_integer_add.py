@@ -1,6 +1,7 @@
 """Additions in eval mode: ONNX Runtime's own, over all pairs of codes, and the links that prepared models keep."""
 
 import copy
+import math
 import pickle
 
 import onnx
@@ -11,8 +12,9 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import tritonq
+from tritonq.deploy.modules import Quantizer
 from tritonq.functional.integer import Grid, integer_add
-from tritonq.qparams import QuantizedType
+from tritonq.qparams import QINT8, QuantizedType
 
 
 def runtime_sum(codes, scales, zeros):
@@ -51,6 +53,29 @@ def test_every_pair_of_codes_as_onnx_runtime_adds_them(zeros):
         assert torch.equal(ours, expected), trial
 
 
+def test_summands_behind_a_relu_as_onnx_runtime_adds_them():
+    """Deployed, they begin at the code of zero, and the roundings of the sum depend on it."""
+    generator = torch.Generator().manual_seed(2)
+    u, v = torch.cartesian_prod(torch.arange(128), torch.arange(256)).unbind(1)
+    turned = 0
+    for _ in range(20):
+        scales = (torch.rand(3, generator=generator) * 0.04 + 0.01).tolist()
+        add = tritonq.nn.Add(math.inf)
+        a, b, add.activation_post_process = (
+            Quantizer(QINT8, torch.tensor([scale]), torch.zeros(1, dtype=torch.int32)) for scale in scales
+        )
+        add.set_input_quantizers(a, b)
+        values = (u * a.scale, (v - 128) * b.scale)
+        expected = runtime_sum([u.to(torch.uint8), v.to(torch.uint8)], scales, (0, 128, 0)).clamp(max=127).int()
+        codes = []
+        for after_relu in ((False, False), (True, False)):
+            add.after_relu = after_relu
+            codes.append((add.eval()(*values) / add.activation_post_process.scale).round().int())
+        assert torch.equal(codes[1], expected)
+        turned += int((codes[0] != expected).sum())
+    assert turned, "these scales have no tie that the offsets turn over"
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
@@ -75,6 +100,28 @@ def test_preparation_tells_an_addition_where_its_summands_come_from(prepared):
     expected = (model.conv1.activation_post_process, model.conv2.activation_post_process)
     assert model.add.input_quantizers == expected
     assert not any("input" in name for name in model.add.state_dict())
+
+
+class TwoBranches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+        self.right, self.pool = nn.Conv2d(3, 4, 1), nn.MaxPool2d(1)
+
+    def forward(self, x):
+        return self.pool(self.left(x)) + self.right(x)
+
+
+def test_additions_know_which_summands_come_out_of_a_relu(tmp_path):
+    x = torch.randn(2, 3, 6, 6)
+    model = tritonq.prepare_qat(TwoBranches(), example_inputs=x)
+    model(x)
+    converted = tritonq.convert(model.eval())
+    tritonq.save_converted(converted, tmp_path / "model.pt")
+    loaded = tritonq.load_converted(tmp_path / "model.pt", TwoBranches())
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), converted, loaded):
+        assert twin.add.after_relu == (True, False)
+        assert torch.equal(twin(x), model(x))
 
 
 def test_links_survive_copies_conversion_and_files(prepared, tmp_path):

@@ -46,6 +46,13 @@ def test_where_allocating_is_as_good():
         assert borrow("local", mode.from_tensor(like)) is None
 
 
+def test_what_is_very_large_is_not_kept(monkeypatch):
+    like = torch.empty(_LARGE)
+    monkeypatch.setattr(scratch, "_MOST_BYTES", like.nbytes)
+    assert borrow("local", like) is not None
+    assert borrow("local", like, torch.float64) is None
+
+
 def test_a_first_call_in_inference_mode_leaves_memory_that_others_can_write():
     def work() -> None:
         like = torch.ones(_LARGE)

@@ -24,6 +24,7 @@ from tritonq.deploy.description import (
 )
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule
+from tritonq.nn.elementwise import note_relus
 from tritonq.prepare.forward_graph import apply_forward
 from tritonq.prepare.snapshot import ModelSnapshot
 
@@ -158,6 +159,7 @@ def _rebuild(model: nn.Module, entries: list[Description], state: Mapping[str, T
         if entry.get("forward") is not None:
             apply_forward(placed[entry["name"]], entry["forward"])
     link_operands(placed, entries)
+    note_relus(root)
     root.eval()
     _load_state(root, state)
     return root

@@ -14,6 +14,7 @@ from tritonq.deploy.modules import LAYER_TYPES, DeployedModule, Grids, Quantized
 from tritonq.deploy.tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbeddingBag
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import Add, Embedding, EmbeddingBag, QATLayer, QATRepVGGBlock
+from tritonq.nn.elementwise import note_relus
 from tritonq.prepare.fuse import move_hooks
 from tritonq.qparams import QuantizedType
 from tritonq.reference.fake_quant import quantize
@@ -58,7 +59,9 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
         if isinstance(module, Add):
             a, b = (None if source is None else replacements.get(source) for source in module.input_quantizers)
             module.set_input_quantizers(a, b)
-    return swap_modules(converted, replacements).eval()
+    converted = swap_modules(converted, replacements).eval()
+    note_relus(converted)
+    return converted
 
 
 def swap_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -74,8 +74,9 @@ def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType)
 def centred_codes(x: Tensor, scale: Tensor) -> Tensor:
     """``round(x / scale)``: code minus zero point of values that lie on a grid, as float32 integers.
 
-    Exact for float32, float16 and bfloat16 carriers of codes of up to 8 bits: each is within half a code of its grid
-    point.
+    Exact for codes of up to 8 bits in float32 and float16, and in bfloat16 up to 128 codes from the zero point, as
+    symmetric 8-bit types are: each is then within half a code of its grid point. Farther out bfloat16 itself, whose
+    numbers may lie almost two codes apart there, merges neighbours; the result is one of them.
     """
     return (x.float() / scale).round_()
 

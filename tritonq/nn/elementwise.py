@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from tritonq.functional.integer import Grid, integer_add
 from tritonq.functional.residual import residual_join
-from tritonq.nn.fusable import checked_ceiling, describe_relu, grid_state, range_state, warn_if_unobserved
+from tritonq.nn.fusable import ceiling_of, checked_ceiling, describe_relu, grid_state, range_state, warn_if_unobserved
 from tritonq.nn.qat import with_gradient_of
 from tritonq.qconfig import QConfig
 from tritonq.qparams import QParams, QuantizedType
@@ -42,6 +44,7 @@ class Add(_WithOutputQuantizer):
     """``FQ(relu?(a + b))``: a residual join. Without a qconfig, its output stays in float.
 
     ``ceiling`` is the upper bound of the ReLU: infinity for a plain one, 6 for ReLU6; None leaves it out.
+    ``after_relu`` says which summands come out of a ReLU and its quantizer, see :func:`note_relus`.
 
     In eval mode, with both summands on known grids, it adds as integer runtimes do:
     :func:`tritonq.functional.integer.integer_add`.
@@ -56,6 +59,7 @@ class Add(_WithOutputQuantizer):
         self.ceiling = checked_ceiling(ceiling)
         # A tuple hides the references from nn.Module: the producers own these quantizers and their state.
         self._input_quantizers: tuple[nn.Module | None, nn.Module | None] = (None, None)
+        self.after_relu: tuple[bool, ...] = (False, False)
 
     def set_input_quantizers(self, a: nn.Module | None, b: nn.Module | None) -> None:
         """Say which quantizers' grids the summands lie on (None: unknown)."""
@@ -88,16 +92,21 @@ class Add(_WithOutputQuantizer):
         In a traced graph it is the float sum where a grid turns out to be off when the graph runs.
         """
         quantizers = (*self._input_quantizers, self.activation_post_process)
+        relus = (*self.after_relu, self.ceiling is not None)
         if torch.compiler.is_compiling():
             states = [grid_state(quantizer) for quantizer in quantizers]
             if any(state is not None for state in states):
-                known = [state for state in states if state is not None and state.qtype.axis is None]
+                known = [
+                    state._replace(qtype=_deployed_type(state.qtype, relu))
+                    for state, relu in zip(states, relus, strict=True)
+                    if state is not None and state.qtype.axis is None
+                ]
                 if len(known) < len(states):
                     return None
                 from tritonq.functional.traced import eval_mode
 
                 return eval_mode.add(a, b, *known)
-        grids = tuple(map(_grid, quantizers))
+        grids = tuple(map(_grid, quantizers, relus))
         if None in grids:
             return None
         return integer_add(a, b, *cast(tuple[Grid, Grid, Grid], grids)).to(a.dtype)
@@ -107,11 +116,35 @@ class Add(_WithOutputQuantizer):
         return describe_relu(self.ceiling)
 
 
-def _grid(quantizer: nn.Module | None) -> Grid | None:
-    """The per-tensor grid that a quantizer puts its values on, or None."""
+def note_relus(model: nn.Module) -> None:
+    """Tell the additions in ``model`` which of their summands come out of a ReLU and its quantizer.
+
+    Deployment stores what comes out of a ReLU from the code of zero on, and an addition's roundings depend on where
+    codes begin.
+    """
+    owners = ((module, module._modules.get("activation_post_process")) for module in model.modules())
+    behind = {
+        id(quantizer)
+        for module, quantizer in owners
+        if quantizer is not None and (getattr(module, "ceiling", None) or ceiling_of(module)) is not None
+    }
+    for module in model.modules():
+        if isinstance(module, Add):
+            module.after_relu = tuple(id(source) in behind for source in module.input_quantizers)
+
+
+@cache
+def _deployed_type(qtype: QuantizedType, relu: bool) -> QuantizedType:
+    """The codes that deployment has for values behind a ReLU: from that of zero on, where the type fixes it."""
+    zero = qtype.fixed_zero_point
+    return qtype if zero is None or not relu else replace(qtype, quant_min=zero, symmetric=False)
+
+
+def _grid(quantizer: nn.Module | None, relu: bool) -> Grid | None:
+    """The per-tensor grid that a quantizer puts its values on, behind a ReLU or not, or None."""
     if not isinstance(quantizer, GridSource) or quantizer.qtype.axis is not None or not quantizer.is_active():
         return None
-    return Grid(*quantizer.calculate_qparams(), quantizer.qtype)
+    return Grid(*quantizer.calculate_qparams(), _deployed_type(quantizer.qtype, relu))
 
 
 def _can_join(a: Tensor, b: Tensor, quantizer: QuantizerState) -> bool:

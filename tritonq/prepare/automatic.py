@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import Add, Cat, QATLayer
 from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.elementwise import note_relus
 from tritonq.prepare.analysis import Analysis
 from tritonq.prepare.eager import quantize_output, swap
 from tritonq.prepare.forward_graph import (
@@ -150,6 +151,7 @@ class _Editor:
             if isinstance(add, Add) and len(grids) == 2:
                 a, b = (None if grid is None else self._quantizers.get(id(grid)) for grid in grids)
                 add.set_input_quantizers(a, b)
+        note_relus(self._model)
 
     def _graph(self, owner: str) -> ForwardGraph:
         if owner not in self._graphs:

@@ -19,6 +19,8 @@ Slot = Literal["weight", "gradient", "input", "local", "product"]
 
 # Below this, memory that was freed a moment ago serves the next request anyhow.
 _LEAST_BYTES = 1 << 19
+# What is larger is not kept from step to step: other parts of the program may need it in between.
+_MOST_BYTES = 1 << 28
 
 
 class _Slots(threading.local):
@@ -33,8 +35,8 @@ def borrow(slot: Slot, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
     """Uninitialised memory for a tensor of ``like``'s shape and strides, or None where allocating is as good.
 
     What it holds lasts until the next call for the same slot in this thread. Each slot keeps the size of its largest
-    request until the thread ends. None for a tensor that is small, not dense, not an ordinary tensor on a CPU, and
-    while a graph is traced.
+    request, at most 256 MiB, until the thread ends. None for a tensor that is small or larger than that, not dense, not
+    an ordinary tensor on a CPU, and while a graph is traced.
 
     Args:
         slot: what for.
@@ -45,7 +47,7 @@ def borrow(slot: Slot, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
         return None
     dtype = like.dtype if dtype is None else dtype
     count = like.numel()
-    if count * dtype.itemsize < _LEAST_BYTES or not is_dense(like):
+    if not _LEAST_BYTES <= count * dtype.itemsize <= _MOST_BYTES or not is_dense(like):
         return None
     buffer = _slots.buffers.get((slot, dtype))
     if buffer is None or buffer.numel() < count:
