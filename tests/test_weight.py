@@ -12,6 +12,7 @@ from quantizer_states import assert_same_state, moved, quantizer_state
 from tritonq.backend import implementation
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QUINT8
+from tritonq.reference import quantizer_state as quantizer_state_module
 from tritonq.reference import weight as reference
 from tritonq.reference.quantizer_state import QuantizerState
 
@@ -165,3 +166,20 @@ def test_the_state_of_a_module_is_updated_as_its_own_forward_would() -> None:
     assert torch.equal(codes * column(unit, rows), twin(rows * column(fold, rows)))
     for (name, value), expected in zip(quantizer.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(value, expected), name
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_gradients_where_the_switch_can_not_be_read(active, monkeypatch):
+    """As on a GPU: both gradients are computed there, and the switch chooses."""
+    shape = (64, 300, 3, 3)  # large enough for scratch memory
+    rows, fold = problem(shape)
+    dcodes = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    state = quantizer_state(QINT8_NARROW.with_axis(0), shape[0])
+    _, unit, _, frozen = reference.quantize_folded(rows, fold, state)
+    frozen = frozen._replace(scale=frozen.scale * 0.6, active=torch.tensor([active]))
+    expected = reference.folded_backward(dcodes.clone(), rows, fold, unit, frozen, True)
+    monkeypatch.setattr(quantizer_state_module, "is_readable", lambda tensor: False)
+    found = reference.folded_backward(dcodes.clone(), rows, fold, unit, frozen, True)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
+    assert bool((found[0] == 0).any()) == active

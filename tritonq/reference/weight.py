@@ -134,8 +134,9 @@ def _straight_through(dcodes: Tensor, rows: Tensor, fold: Tensor, state: Quantiz
     if state.zero_point is not None:
         steps = steps.add_(_column(state.zero_point, rows))
     # Strict bounds, half a code outwards: steps are whole.
+    bounds = (qtype.quant_min - 0.5, qtype.quant_max + 0.5)
     masked = torch.ops.aten.hardtanh_backward.grad_input(
-        dcodes, steps.nan_to_num_(torch.inf), qtype.quant_min - 0.5, qtype.quant_max + 0.5, grad_input=dcodes
+        dcodes, steps.nan_to_num_(torch.inf), *bounds, grad_input=dcodes if active is True else steps
     )
     return masked if active is True else torch.where(active, masked, dcodes)
 
