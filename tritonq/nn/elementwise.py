@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -133,7 +132,6 @@ def note_relus(model: nn.Module) -> None:
             module.after_relu = tuple(id(source) in behind for source in module.input_quantizers)
 
 
-@cache
 def _deployed_type(qtype: QuantizedType, relu: bool) -> QuantizedType:
     """The codes that deployment has for values behind a ReLU: from that of zero on, where the type fixes it."""
     zero = qtype.fixed_zero_point
