@@ -21,7 +21,6 @@ from .rounding import NARROW_CODES, clamp, divide_by_scale, round_half_away, rou
 
 _INF = tl.constexpr(float("inf"))
 _RANGE_BLOCK = 1024
-# What the range rule compiles to where nothing observes.
 
 
 @triton.jit

@@ -315,6 +315,7 @@ def observe(
     _observe(x, qtype.axis, state, nonfinite_count, enabled, constants)
 
 
+# What the range rule compiles to where nothing observes.
 NO_GRID: dict[str, Any] = {
     **{"QUANT_MIN": 0, "QUANT_MAX": 1, "SYMMETRIC": True, "FIXED_ZERO_POINT": 0, "RULE": "torch"},
     "COPY_ABOVE": None,

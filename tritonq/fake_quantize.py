@@ -194,10 +194,13 @@ class FakeQuantize(FakeQuantizeBase):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Fake quantize ``x`` with the present qparams; passes it through while switched off or never observed."""
-        if not torch.compiler.is_compiling() and not self.has_qparams():
+        if torch.compiler.is_compiling():
+            active = self.active_switch()
+        elif self.has_qparams():
+            active = self.fake_quant_enabled
+        else:
             self._warn_once()
             return x
-        active = self.active_switch()
         zero_point = None if self.activation_post_process.zero_point_is_zero else self.zero_point
         qtype = self.qtype
         return fake_quantize(

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tritonq.deploy.codes import Codes, Runner
 from tritonq.deploy.onnx_export import CODES_KEY, TARGET_KEY, require_onnx
 from tritonq.prepare.structure import tensors_in
-
-Codes = dict[str, list[Tensor]]
-Runner = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Codes, list[Tensor]]]
 
 
 def onnx_runner(

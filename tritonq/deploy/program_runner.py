@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +10,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from tritonq.deploy.codes import Codes, Runner
 from tritonq.deploy.modules import Quantizer
-
-Codes = dict[str, list[Tensor]]
-Runner = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Codes, list[Tensor]]]
 
 PROGRAM_SUFFIX = ".pt2"
 # Where a node says which modules it comes from: by call their name and class, the innermost last.

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.deploy.modules import DeployedModule, check_shape
+from tritonq.nn.embedding import embedding_bag
 from tritonq.qparams import QuantizedType
 
 # What a saved file holds per table.
@@ -74,19 +75,7 @@ class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Integer indices and bag offsets to float32 (bags, embedding_dim)."""
-        return F.embedding_bag(
-            input,
-            self.dequantized_weight(),
-            offsets,
-            self.max_norm,
-            self.norm_type,
-            self.scale_grad_by_freq,
-            self.mode,
-            self.sparse,
-            per_sample_weights,
-            self.include_last_offset,
-            self.padding_idx,
-        )
+        return embedding_bag(self, self.dequantized_weight(), input, offsets, per_sample_weights)
 
 
 # By the float table that a quantization-aware one is derived from.

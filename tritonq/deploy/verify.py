@@ -13,16 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from tritonq.deploy.codes import Codes, Runner
 from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.fixed_point_verify import codes_read, fixed_point_layers
 from tritonq.deploy.modules import Quantizer
 from tritonq.deploy.program_runner import PROGRAM_SUFFIX, load_program, program_runner
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.prepare.structure import tensors_in
-
-# A quantizer's codes minus zero points, one tensor per call, by its name in the model.
-Codes = dict[str, list[Tensor]]
-Runner = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Codes, list[Tensor]]]
 
 _QUANTIZER_NAME = "activation_post_process"
 

@@ -71,25 +71,32 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Integer indices and bag offsets to (bags, embedding_dim)."""
-        return F.embedding_bag(
-            input,
-            self.weight_fake_quant(self.weight),
-            offsets,
-            self.max_norm,
-            self.norm_type,
-            self.scale_grad_by_freq,
-            self.mode,
-            self.sparse,
-            per_sample_weights,
-            self.include_last_offset,
-            self.padding_idx,
-        )
+        return embedding_bag(self, self.weight_fake_quant(self.weight), input, offsets, per_sample_weights)
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> EmbeddingBag:
         """The quantization-aware form of ``mod``, whose table it shares; errors as in QATConv."""
         check_float_type(cls, mod, nn.EmbeddingBag)
         return cast(EmbeddingBag, _from_float(cls, mod, ("mode", "include_last_offset", "padding_idx")))
+
+
+def embedding_bag(
+    bag: nn.EmbeddingBag, table: Tensor, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
+) -> Tensor:
+    """What ``bag`` computes, with ``table`` for its weight."""
+    return F.embedding_bag(
+        input,
+        table,
+        offsets,
+        bag.max_norm,
+        bag.norm_type,
+        bag.scale_grad_by_freq,
+        bag.mode,
+        bag.sparse,
+        per_sample_weights,
+        bag.include_last_offset,
+        bag.padding_idx,
+    )
 
 
 def _from_float(cls: type[nn.Module], mod: nn.Module, extra: tuple[str, ...]) -> nn.Module:

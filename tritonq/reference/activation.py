@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonq.qparams import Rounding, is_readable, round_half_away
-from tritonq.reference.fake_quant import fake_quantize
+from tritonq.qparams import is_readable
+from tritonq.reference.fake_quant import fake_quantize, steps_
 from tritonq.reference.min_max import extremes
 from tritonq.reference.open_bounds import open_bounds
 from tritonq.reference.quantizer_state import QuantizerState, active_flag, observe_range
@@ -92,8 +92,8 @@ def quantize_(y: Tensor, state: QuantizerState, ceiling: float | None) -> Tensor
         lowest = max(lowest, 0.0)
         if ceiling < math.inf:
             # Rounding keeps order: to clip the steps at those of the ceiling is to clip the values, one pass less.
-            highest = min(highest, float(_steps_(scale.new_tensor(ceiling), scale, qtype.rounding)))
-    return _steps_(y, scale, qtype.rounding).clamp_(lowest, highest).mul_(scale)
+            highest = min(highest, float(steps_(scale.new_tensor(ceiling), scale, qtype.rounding)))
+    return steps_(y, scale, qtype.rounding).clamp_(lowest, highest).mul_(scale)
 
 
 def straight_through_(
@@ -137,15 +137,10 @@ def straight_through_(
 def _masked(dy: Tensor, y: Tensor, state: QuantizerState, ceiling: float | None, active: Tensor) -> Tensor:
     """:func:`straight_through_` without reading a value: for traced graphs and for other devices."""
     qtype, scale = state.qtype, state.scale.to(y.dtype).view(())
-    steps = _steps_(y.clone(), scale, qtype.rounding)
+    steps = steps_(y.clone(), scale, qtype.rounding)
     code = steps if state.zero_point is None else steps + state.zero_point
     passes = ((code >= qtype.quant_min) & (code <= qtype.quant_max)) | ~active
     if ceiling is not None:
         # An infinite ceiling blocks nothing, an infinite y neither.
         passes = passes & (y > 0) if ceiling == math.inf else passes & (y > 0) & (y < ceiling)
     return torch.where(passes, dy, 0)
-
-
-def _steps_(y: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
-    """``y`` in whole steps of ``scale``; overwrites ``y``."""
-    return y.mul_(scale.reciprocal()).round_() if rounding == "half_even" else round_half_away(y.div_(scale))

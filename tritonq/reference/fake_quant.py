@@ -103,6 +103,11 @@ def quantize(
     return _steps(x, scale, rounding).add_(offset).clamp_(quant_min, quant_max)
 
 
+def steps_(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
+    """``round(x / scale)``; overwrites ``x``, which has the dtype of the arithmetic."""
+    return x.mul_(scale.reciprocal()).round_() if rounding == "half_even" else round_half_away(x.div_(scale))
+
+
 def _known_off(active: Tensor | None) -> bool:
     """Whether ``active`` is a zero that can be read without synchronising with a device or breaking a graph."""
     return active is not None and is_readable(active) and not bool(active)

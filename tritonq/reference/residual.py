@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonq.reference.activation import observe, quantize_, rectify_, straight_through_
 from tritonq.reference.quantizer_state import QuantizerState
-from tritonq.reference.scratch import borrow
+from tritonq.reference.scratch import borrow_or_new
 
 _BITS = 8
 # Planes start where a kernel can read 128 bits at a time.
@@ -57,9 +57,7 @@ def backward(dy: Tensor, mask: Tensor) -> Tensor:
         dy: in the memory order of the forward's result.
         mask: from the forward.
     """
-    bits = borrow("local", dy)
-    if bits is None:
-        bits = torch.empty_like(dy)
+    bits = borrow_or_new("local", dy)
     in_memory_order(bits).copy_(unpack(mask, dy.numel()))
     # Selects, so that an infinite gradient that is blocked becomes 0 and not NaN.
     return torch.ops.aten.threshold_backward(dy, bits, 0)  # type: ignore[no-any-return]
@@ -67,9 +65,7 @@ def backward(dy: Tensor, mask: Tensor) -> Tensor:
 
 def _passes(y: Tensor, quantizer: QuantizerState | None, ceiling: float | None, finite: bool) -> Tensor:
     """1.0 where the gradient passes, else 0.0, strided as ``y``."""
-    one, found = y.new_ones(()), borrow("local", y)
-    if found is None:
-        found = torch.empty_like(y)
+    one, found = y.new_ones(()), borrow_or_new("local", y)
     passes = straight_through_(one, y if finite else found.copy_(y), quantizer, ceiling, finite, found)
     # Where nothing blocks, the gradient comes back as it is: a single one.
     return found.fill_(1) if passes is one else passes

@@ -57,6 +57,12 @@ def borrow(slot: Slot, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
     return buffer.as_strided(like.shape, like.stride())
 
 
+def borrow_or_new(slot: Slot, like: Tensor) -> Tensor:
+    """:func:`borrow`, or a new tensor where that gives None."""
+    borrowed = borrow(slot, like)
+    return torch.empty_like(like) if borrowed is None else borrowed
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether ``x`` is contiguous or channels last."""
     if x.is_contiguous():

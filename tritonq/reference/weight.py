@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonq.qparams import QuantizedType, is_readable, round_half_away
+from tritonq.qparams import QuantizedType, is_readable
+from tritonq.reference.fake_quant import steps_
 from tritonq.reference.min_max import min_max
 from tritonq.reference.quantizer_state import QuantizerState, active_flag, observe_range, snapshot
 from tritonq.reference.scratch import borrow
@@ -155,7 +156,7 @@ def _any_clips(low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor | No
         smallest, largest = float((low * inverse).amin()), float((high * inverse).amax())
         finite = math.isfinite(smallest) and math.isfinite(largest)
         return not (finite and qtype.quant_min <= round(smallest) and round(largest) <= qtype.quant_max)
-    low, high = (_divide_and_round(end.clone(), scale, qtype) for end in (low, high))
+    low, high = (steps_(end.clone(), scale, qtype.rounding) for end in (low, high))
     if zero_point is not None:
         low, high = low + zero_point, high + zero_point
     return not (qtype.quant_min <= float(low.amin()) and float(high.amax()) <= qtype.quant_max)
@@ -163,14 +164,7 @@ def _any_clips(low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor | No
 
 def _steps(rows: Tensor, fold: Tensor, scale: Tensor, qtype: QuantizedType, out: Tensor | None) -> Tensor:
     """``round(rows · fold / scale)``; two roundings before the last, as when the weight is deployed."""
-    return _divide_and_round(torch.mul(rows, _column(fold, rows), out=out), _column(scale, rows), qtype)
-
-
-def _divide_and_round(folded: Tensor, scale: Tensor, qtype: QuantizedType) -> Tensor:
-    """Overwrites ``folded``."""
-    if qtype.rounding == "half_even":
-        return folded.mul_(scale.reciprocal()).round_()
-    return round_half_away(folded.div_(scale))
+    return steps_(torch.mul(rows, _column(fold, rows), out=out), _column(scale, rows), qtype.rounding)
 
 
 def _clamp(steps: Tensor, zero_point: Tensor | None, qtype: QuantizedType) -> Tensor:
