@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +20,7 @@ _REQUIRED = ("schema", "run", "case", "family", "implementation", "status", "env
 
 def utc_now() -> str:
     """The present time, ISO 8601, UTC, to the second."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def create(folder: Path, label: str) -> IO[str]:
@@ -32,7 +32,7 @@ def create(folder: Path, label: str) -> IO[str]:
         OSError: the folder can't be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{label}"
+    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{label}"
     for attempt in range(1, 1000):
         path = folder / (f"{stem}.jsonl" if attempt == 1 else f"{stem}-{attempt}.jsonl")
         try:

@@ -156,7 +156,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         self.allocate(1 if axis is None else x.shape[check_axis(x, axis)])
         if self.choice == "search":
             return search_frac_len(x, self.word_len, self.signed, axis=axis).view(-1)
-        statistic: Statistic = self.choice  # type: ignore[assignment]
+        statistic: Statistic = self.choice
         return statistic_frac_len(x, self.word_len, self.signed, statistic=statistic, axis=axis).view(-1)
 
     @torch.no_grad()

@@ -145,7 +145,7 @@ class Run:
             self.model.parameters(), lr=settings.learning_rate, momentum=0.9, weight_decay=1e-4, nesterov=True
         )
         scales = settings.amp == "float16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales)  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales)
         self.step = 0
         # A last batch of one image has no statistics: it is left out, another one each epoch.
         count = len(data.train)

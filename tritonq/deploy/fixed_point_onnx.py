@@ -54,7 +54,7 @@ def export_fixed_point_onnx(model: nn.Module, path: str | os.PathLike[str], exam
         raise ValueError(f"{type(model).__name__} can't be traced as one graph: {error}") from error
     module = fx.GraphModule(integers, graph)
     with torch.no_grad():
-        ShapeProp(module).propagate(example_input)  # type: ignore[no-untyped-call]
+        ShapeProp(module).propagate(example_input)
     writer = _Writer(module)
     content = writer.write()
     onnx.helper.set_model_props(content, {CODES_KEY: json.dumps(writer.codes), TARGET_KEY: "onnxruntime"})

@@ -25,7 +25,7 @@ from tritonq.reference.activation import rectify
 from tritonq.reference.conv2d import OutputQuantizer
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 # What a saved file holds per layer.
 TENSOR_NAMES = (
@@ -311,14 +311,14 @@ class _QuantizedConv(QuantizedLayer):
         return cast(Tensor, cast(Any, self)._conv_forward(x, weight, bias))
 
 
-class QuantizedConv1d(_QuantizedConv, nn.Conv1d):  # type: ignore[misc]
+class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
     """Conv1d in integers; see :class:`QuantizedLayer`."""
 
     float_type = nn.Conv1d
     _output_axis = -2
 
 
-class QuantizedConv2d(_QuantizedConv, nn.Conv2d):  # type: ignore[misc]
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
     """Conv2d in integers; see :class:`QuantizedLayer`."""
 
     float_type = nn.Conv2d
@@ -329,7 +329,7 @@ class QuantizedConv2d(_QuantizedConv, nn.Conv2d):  # type: ignore[misc]
         return plain_conv2d(self)
 
 
-class QuantizedConv3d(_QuantizedConv, nn.Conv3d):  # type: ignore[misc]
+class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
     """Conv3d in integers; see :class:`QuantizedLayer`."""
 
     float_type = nn.Conv3d

@@ -30,7 +30,7 @@ class _ChannelMoments(torch.autograd.Function):
         return mean, var
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> Tensor:
         c, mean = ctx.saved_tensors
         count = c.numel() // c.shape[1]

@@ -151,7 +151,7 @@ class _ConvBn(torch.autograd.Function):
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         weight, gamma, c, fold, unit, inverse_std = (saved.pop(0) for _ in range(6))

@@ -156,7 +156,7 @@ class _FakeQuantize(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point, active = ctx.saved_tensors
         dx = ctx.ops.fake_quantize_backward(dy, x, scale, zero_point, *ctx.grid, active=active)

@@ -198,7 +198,7 @@ class _FixedPointQuantize(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, frac_len, active = ctx.saved_tensors
         dx = ctx.ops.fixed_point_quantize_backward(dy, x, frac_len, *ctx.codes, ctx.axis, active=active)

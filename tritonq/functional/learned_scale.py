@@ -221,7 +221,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, parameter, zero_point, active = ctx.saved_tensors
         dx, dparameter, dshift = ctx.ops.learned_fake_quantize_backward(

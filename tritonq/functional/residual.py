@@ -43,7 +43,7 @@ class _ResidualJoin(torch.autograd.Function):
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
         if dy.stride() != ctx.strides:

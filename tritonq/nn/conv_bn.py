@@ -153,7 +153,7 @@ class QATBatchNormLayer(QATLayer):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A frozen layer says so, with a key of its own; others have torch.ao's keys alone."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.freeze_bn:
             destination[f"{prefix}freeze_bn"] = torch.ones(1, dtype=torch.uint8)
 
@@ -161,7 +161,7 @@ class QATBatchNormLayer(QATLayer):
         """Freeze where the checkpoint was frozen; one that does not say leaves the layer as it is."""
         if state_dict.pop(f"{prefix}freeze_bn", None) is not None:
             self.freeze_bn_stats()
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_running_stats(self) -> None:
         """Reset the BatchNorm's running statistics."""

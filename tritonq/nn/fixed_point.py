@@ -259,7 +259,7 @@ class FixedPointLayer(nn.Module):
         return self.weight * ratio, None if self.bias is None else self.bias / eta_next
 
 
-class _FixedPointConvolution(FixedPointLayer, nn.Conv2d):  # type: ignore[misc]
+class _FixedPointConvolution(FixedPointLayer, nn.Conv2d):
     """What both fixed-point convolutions share."""
 
     def _check_geometry(self) -> None:

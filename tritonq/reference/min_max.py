@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from tritonq.qparams import QuantizedType, RangeRule, known_ordered, number_to_qparams, range_to_qparams
 
 _Number = TypeVar("_Number", np.float32, np.float64)
-_NUMBERS = {torch.float32: np.float32, torch.float64: np.float64}
+_NUMBERS: dict[torch.dtype, type[Any]] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
