@@ -22,13 +22,13 @@ bench: $(VENV)/.dev
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e '.[demo]'
 	touch $@
 
 # torchvision, timm and triton-viz come without what they depend on: the first two would bring another build of torch,
 # the third a web server. What the tests need of theirs is in the extra.
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e '.[dev]'
 	$(PIP_INSTALL) --no-deps torchvision timm triton-viz
 	touch $@

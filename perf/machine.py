@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from tritonq.version import __version__
+
 SOURCE = Path(__file__).resolve().parent
 
 # Used where the operating system does not tell: larger than the last-level cache of most CPUs.
@@ -54,7 +56,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "tritonq": _version("tritonq"),
+        "tritonq": __version__,
         "commit": commit,
         "dirty": dirty,
     }

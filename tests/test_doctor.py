@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,14 +44,14 @@ def test_missing_and_old_packages(monkeypatch, capsys):
     def version(name):
         if name == "onnx":
             raise metadata.PackageNotFoundError(name)
-        return "2.9.1+cpu" if name == "torch" else real(name)
+        return "3.5.1" if name == "triton" else real(name)
 
     monkeypatch.setattr(metadata, "version", version)
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
     assert "onnx" in printed
     assert "not installed; for export_onnx" in printed
-    assert "2.9.1+cpu  [problem: at least 2.11 is needed]" in printed
+    assert "3.5.1  [problem: at least 3.6 is needed]" in printed
     assert "1 problem found" in printed
 
 
@@ -63,10 +65,27 @@ def test_tables_good_and_damaged(monkeypatch, tmp_path, capsys):
     assert "damaged" in capsys.readouterr().out
 
 
-def test_versions_compare_as_numbers():
-    assert doctor._numbers("2.13.0+cpu") == (2, 13, 0)
-    assert doctor._numbers("2.9.1") < doctor._numbers("2.11")
-    assert doctor._numbers("3.6rc1") == (3, 6)
+@pytest.mark.parametrize(("version", "old"), [("3.6.0", False), ("3.10", False), ("3.5.1", True), ("3.6rc1", True)])
+def test_versions_compare_as_versions(version, old, monkeypatch):
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version if name == "triton" else real(name))
+    assert bool(findings()["versions", "triton"].problem) == old
+
+
+def test_minima_come_from_the_requirements():
+    oldest = doctor._oldest_versions()
+    assert {"torch", "triton"} <= oldest.keys()
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert f"torch>={oldest['torch']}" in project["dependencies"]
+
+
+def test_it_runs_where_only_the_folder_is_on_the_path(monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", absent)
+    assert findings()["versions", "tritonq"].value == tritonq.__version__
+    assert not findings()["versions", "torch"].problem
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -59,6 +59,7 @@ from tritonq.qconfig_files import load_qconfig_mapping, save_qconfig_mapping
 from tritonq.qconfig_mapping import QConfigMapping
 from tritonq.qparams import QuantizedType, range_to_qparams
 from tritonq.report.summary import summary
+from tritonq.version import __version__
 
 __all__ = [
     "ClippedFakeQuantize",
@@ -78,6 +79,7 @@ __all__ = [
     "QuantStub",
     "QuantizedType",
     "TrainedThresholdFakeQuantize",
+    "__version__",
     "broadcast_statistics",
     "calibrate",
     "clipped_quantize",

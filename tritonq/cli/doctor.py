@@ -1,10 +1,11 @@
-"""What tritonq finds on this machine: versions, GPUs, the backend that calls take and why, tables of launch sizes."""
+"""Print what tritonq finds on this machine: versions, GPUs, the backend of calls and its reason, launch tables."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import platform
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,29 +13,30 @@ from importlib import metadata
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from tritonq.backend import has_triton, is_interpreting, select
+from tritonq.version import __version__
 
-# Distribution, the oldest version that pyproject.toml allows, what needs it.
-_PACKAGES = (
-    ("tritonq", None, "this package"),
-    ("torch", "2.11", "everything"),
-    ("triton", "3.6", "kernels; without it everything runs on PyTorch"),
-    ("numpy", None, "everything"),
-    ("onnx", None, "export_onnx: pip install 'tritonq[onnx]'"),
-    ("onnxscript", None, "export_onnx: pip install 'tritonq[onnx]'"),
-    ("onnxruntime", None, "verify of ONNX files: pip install 'tritonq[onnx]'"),
-    ("matplotlib", None, "plots: pip install 'tritonq[report]'"),
-    ("tqdm", None, "train, report, bench: pip install 'tritonq[report]'"),
-    ("scikit-learn", None, "the digits: pip install 'tritonq[demo]'"),
-    ("pillow", None, "folders of images: pip install 'tritonq[demo]'"),
-)
+# Distributions and what needs them. Which versions are required stands in the metadata of tritonq.
+_PACKAGES = {
+    "torch": "everything",
+    "triton": "kernels; without it everything runs on PyTorch",
+    "numpy": "everything",
+    "onnx": "export_onnx: pip install 'tritonq[onnx]'",
+    "onnxscript": "export_onnx: pip install 'tritonq[onnx]'",
+    "onnxruntime": "verify of ONNX files: pip install 'tritonq[onnx]'",
+    "matplotlib": "plots: pip install 'tritonq[report]'",
+    "tqdm": "train, report, bench: pip install 'tritonq[report]'",
+    "scikit-learn": "the digits: pip install 'tritonq[demo]'",
+    "pillow": "folders of images: pip install 'tritonq[demo]'",
+}
 _REQUIRED = ("torch", "numpy")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line.
+    """One line of the output.
 
     Attributes:
         topic: heading that it stands under.
@@ -50,12 +52,12 @@ class Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``python -m tritonq doctor``: none."""
+    """Say in the help of ``python -m tritonq doctor`` that it takes no options."""
     parser.epilog = "Takes no options. Ends with status 1 where something is broken; an extra that is absent is not."
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the findings; 0 unless one is a problem."""
+    """Print the findings; return 1 if one is a problem, else 0."""
     findings = list(examine())
     width = max(len(finding.name) for finding in findings)
     topic = ""
@@ -73,7 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Everything, in the order in which it is printed."""
+    """Yield every finding, in the order in which it is printed."""
     yield from _versions()
     yield from _devices()
     yield from _backends()
@@ -82,20 +84,42 @@ def examine() -> Iterator[Finding]:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name, least, needed_for in _PACKAGES:
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
+    yield Finding("versions", "tritonq", __version__)
+    oldest = _oldest_versions()
+    for name, needed_for in _PACKAGES.items():
+        version = _installed(name)
+        if version is None:
             absent = "required" if name in _REQUIRED else ""
             yield Finding("versions", name, f"not installed; for {needed_for}", absent)
             continue
-        old = least is not None and _numbers(version) < _numbers(least)
+        least = oldest.get(name)
+        old = least is not None and TorchVersion(version) < least
         yield Finding("versions", name, version, f"at least {least} is needed" if old else "")
+
+
+def _installed(name: str) -> str | None:
+    """Return the version of a distribution, or None where it is not installed."""
+    if name == "torch":
+        return str(torch.__version__)  # names the build too ("2.13.0+cpu"), which the metadata of PyPI's wheels do not
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _oldest_versions() -> dict[str, str]:
+    """Return the lower bounds in the requirements of tritonq; empty where only its folder is on the path."""
+    try:
+        requirements = metadata.requires("tritonq") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    bounds = (re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", requirement) for requirement in requirements)
+    return {bound[1]: bound[2] for bound in bounds if bound}
 
 
 def _devices() -> Iterator[Finding]:
     build = (torch.version.cuda and f"CUDA {torch.version.cuda}") or (torch.version.hip and f"HIP {torch.version.hip}")
-    yield Finding("devices", "torch was built for", build or "CPU alone")
+    yield Finding("devices", "torch was built for", build or "CPU only")
     yield Finding("devices", "CPU threads", str(torch.get_num_threads()))
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -119,7 +143,7 @@ def _backends() -> Iterator[Finding]:
 
 
 def _choice(x: Tensor) -> str:
-    """The backend of a call on ``x``, and why it is that one."""
+    """Return the backend of a call on ``x``, and the reason."""
     chosen = select(x)
     if chosen == "triton":
         return "triton: the tensor is on a GPU" if x.is_cuda else "triton: its interpreter is switched on"
@@ -155,14 +179,3 @@ def _tables() -> Iterator[Finding]:
         yield Finding("launch sizes", path.name, f"{entries} entries for {len(table)} kernels, {used}", damaged)
     if not paths:
         yield Finding("launch sizes", "tables", f"none in {TABLES}: defaults are used")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: ``"2.13.0+cpu"`` gives (2, 13, 0)."""
-    numbers = []
-    for part in version.split("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)
