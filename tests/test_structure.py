@@ -1,0 +1,152 @@
+"""No two files import each other, none imports another's private names, and none is over 400 lines.
+
+The lists below hold what broke these rules when they were written down. They only shrink: who mends an entry
+removes it.
+"""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"tritonq": "tritonq", "kernels": "tritonq.kernels", "perf": "tritonq.perf"}
+MOST_LINES = 400
+
+RINGS = {
+    ("tritonq.deploy.fixed_point_onnx", "tritonq.deploy.onnx_export", "tritonq.deploy.onnx_graph"),
+    ("tritonq.demo.fixed_point", "tritonq.demo.run"),
+    (
+        "tritonq.functional.conv_bn",
+        "tritonq.functional.dispatch",
+        "tritonq.functional.traced",
+        "tritonq.functional.traced.fold",
+    ),
+    ("tritonq.functional.integer", "tritonq.functional.traced.host"),
+    ("tritonq.nn.conv_bn", "tritonq.nn.folding_modes"),
+    ("tritonq.perf.cases.fake_quant", "tritonq.perf.cases.fake_quant_peers"),
+    ("tritonq.perf.cases.fixed_point", "tritonq.perf.cases.fixed_point_peers"),
+    ("tritonq.prepare.dataflow", "tritonq.prepare.recorder"),
+}
+PRIVATE_IMPORTS = {
+    ("tests/test_checkpoint.py", "tritonq.deploy.checkpoint._digest"),
+    ("tests/test_plots.py", "tritonq.plots._density"),
+    ("tests/test_plots.py", "tritonq.plots._grid"),
+    ("tritonq/prepare/choice.py", "tritonq.prepare.automatic._arguments"),
+    ("tritonq/prepare/fixed_point.py", "tritonq.prepare.automatic._arguments"),
+    ("tritonq/prepare/fixed_point.py", "tritonq.prepare.automatic._check_same_output"),
+    ("tritonq/prepare/fixed_point.py", "tritonq.prepare.automatic._free_name"),
+    ("tritonq/report/measure.py", "tritonq.calibration._everything_float"),
+}
+LONG_FILES = {
+    "kernels/min_max.py",
+    "tests/test_conv2d.py",
+    "tests/test_forward_graph.py",
+    "tests/test_learned_scale.py",
+    "tritonq/learned_fake_quantize.py",
+    "tritonq/nn/fixed_point.py",
+}
+
+
+def modules():
+    """Module name: path, for every module of the package."""
+    for folder, package in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            yield ".".join((package, *(part for part in parts if part != "__init__"))), path
+
+
+def files():
+    """Every Python file of the repository's folders."""
+    for folder in (*FOLDERS, "tests", "examples", "tools"):
+        yield from (ROOT / folder).rglob("*.py")
+
+
+MODULES = dict(modules())
+
+
+@cache
+def tree(path):
+    return ast.parse(path.read_text())
+
+
+def imported_modules(path):
+    """The project's modules that a file imports anywhere, by what is imported: a package or a module in it."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                if inner in MODULES or node.module in MODULES:
+                    yield inner if inner in MODULES else node.module
+
+
+def rings(edges):
+    """The sets of more than one module in which each imports every other, perhaps by way of others."""
+
+    def reachable(start):
+        seen, pending = set(), [start]
+        while pending:
+            new = edges[pending.pop()] - seen
+            seen |= new
+            pending += new
+        return seen
+
+    reach = {module: reachable(module) for module in edges}
+    return {
+        tuple(sorted(other for other in reach[module] if module in reach[other]))
+        for module in edges
+        if module in reach[module]
+    }
+
+
+def test_rings_are_found():
+    edges = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": set()}
+    assert rings(edges) == {("a", "b", "c")}
+
+
+def test_no_modules_import_each_other():
+    found = rings({module: set(imported_modules(path)) - {module} for module, path in MODULES.items()})
+    assert found - RINGS == set(), "import each other"
+    assert RINGS - found == set(), "mended: remove the entries"
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_imports(path):
+    """Private names of other modules of the project that a file imports."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tritonq":
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name))
+
+
+def private_attributes(path):
+    """Private names that a file reads from modules of the project which it imports."""
+    names = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+        if f"{node.module}.{alias.name}" in MODULES
+    }
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and getattr(node.value, "id", None) in names:
+            yield f"{names[node.value.id]}.{node.attr}"
+
+
+def test_no_file_imports_private_names_of_another():
+    found = {(str(path.relative_to(ROOT)), name) for path in files() for name in private_imports(path)}
+    assert found - PRIVATE_IMPORTS == set(), "import a private name of another file"
+    assert PRIVATE_IMPORTS - found == set(), "mended: remove the entries"
+
+
+def test_no_module_reads_private_names_of_another():
+    assert {module: found for module, path in MODULES.items() if (found := list(private_attributes(path)))} == {}
+
+
+def test_no_file_is_over_400_lines():
+    found = {str(path.relative_to(ROOT)) for path in files() if len(path.read_text().splitlines()) > MOST_LINES}
+    assert found - LONG_FILES == set(), f"over {MOST_LINES} lines: a file has one subject"
+    assert LONG_FILES - found == set(), "mended: remove the entries"
