@@ -1,23 +1,45 @@
 PYTHON ?= python3
+# Processes that run tests: a number, or "auto" for one per core.
+PYTEST_WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench
+.PHONY: help demo test test-quick lint format bench matrix clean
 
-demo: $(VENV)/.demo
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.demo ## train a CNN, fine-tune it with QAT, deploy it, and compare
 	$(BIN)/python -m tritonq demo
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+test: $(VENV)/.dev ## run all tests (PYTEST_WORKERS=2 for two processes)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
 
-lint: $(VENV)/.dev
+# Kept out of the quick tests: what compiles or interprets kernels, starts processes, or trains for more than a few steps.
+SLOW := codegen or sanitizer or compile or cli or demo or trainers or examples or distributed or data_parallel or library
+
+test-quick: $(VENV)/.dev ## run the tests that need no compiler, interpreter, second process or long training
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not worker" -k "not ($(SLOW))"
+
+lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev
+format: $(VENV)/.dev ## format, and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev ## time the quick cases against other implementations
 	$(BIN)/python -m tritonq bench --quick
+
+matrix: ## run the tests under each supported version (hours, some 30 GB) and write COMPATIBILITY.md
+	$(PYTHON) tools/matrix.py
+
+clean: ## remove caches and outputs; .venv and .matrix stay
+	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.*' -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -28,6 +28,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "worker(name): runs in a process of its own, in Triton's interpreter")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the time limit of a worker's test to the worker: ended here, it would end the whole run."""
+    if not in_worker():
+        for item in items:
+            if item.get_closest_marker("worker") is not None:
+                item.add_marker(pytest.mark.timeout(0))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     marker = item.get_closest_marker("worker")
