@@ -30,12 +30,13 @@ def quantize_value(
     zero_point,
     active,
     CEILING: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
 ):
-    """``FQ(relu?(y))`` of float32 values; ``active`` (a scalar flag, None where there is no quantizer) switches FQ."""
-    if active is None:
+    """``FQ(relu?(y))`` of float32 values; FQ where QUANTIZED and the scalar ``active`` is not 0."""
+    if not QUANTIZED:
         return rectify(y, CEILING)
     elif QUANT_MAX - QUANT_MIN < NARROW_CODES:
         # Whatever does not depend on y, the switch and the ceiling too, is a scalar: values have no work from it.
@@ -70,43 +71,47 @@ def gradient_bounds(
     zero_point,
     active,
     CEILING: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
 ):
-    """A unit, and what ``y / unit`` lies strictly between where neither clip nor ceiling blocks the gradient; scalars.
+    """Return ``(unit, low, high)``: the gradient passes exactly where ``low < y / unit < high``; scalars.
 
-    Half a code outside the last codes, in units of ``scale``. Where that tie rounds inwards, to an even number of
-    steps, one float further. ``zero_point`` is a float32 scalar or 0. Infinite where ``active`` is 0.
+    The bounds lie half a code outside the last codes, in units of ``scale``. Where that tie rounds inwards, to an even
+    number of steps, they lie one float further. ``zero_point`` is a float32 scalar or 0. The bounds are infinite where
+    ``active`` is 0. Without QUANTIZED nothing reads them: placeholders.
     """
-    low = tl.full([], QUANT_MIN - 0.5, tl.float32) - zero_point
-    high = tl.full([], QUANT_MAX + 0.5, tl.float32) - zero_point
-    if ROUNDING == "half_even":
-        zero = tl.full([], 0, tl.int32) + zero_point
-        if QUANT_MAX - QUANT_MIN < 2**22:
-            zero = zero.to(tl.int32)
-            low_tie = 1 - (tl.abs(QUANT_MIN - zero) % 2)
-            high_tie = 1 - (tl.abs(QUANT_MAX - zero) % 2)
-        else:
-            # float32 has no fraction bits out there: the bound itself is a code, inside at the low end alone.
-            low_tie = tl.full([], 1, tl.int32)
-            high_tie = tl.full([], 0, tl.int32)
-        # low is negative and high positive: the next float outwards has the next larger bits.
-        low = (low.to(tl.int32, bitcast=True) + low_tie).to(tl.float32, bitcast=True)
-        high = (high.to(tl.int32, bitcast=True) + high_tie).to(tl.float32, bitcast=True)
-    if active is not None:
+    if not QUANTIZED:
+        return 1.0, 0.0, 0.0
+    else:
+        low = tl.full([], QUANT_MIN - 0.5, tl.float32) - zero_point
+        high = tl.full([], QUANT_MAX + 0.5, tl.float32) - zero_point
+        if ROUNDING == "half_even":
+            zero = tl.full([], 0, tl.int32) + zero_point
+            if QUANT_MAX - QUANT_MIN < 2**22:
+                zero = zero.to(tl.int32)
+                low_tie = 1 - (tl.abs(QUANT_MIN - zero) % 2)
+                high_tie = 1 - (tl.abs(QUANT_MAX - zero) % 2)
+            else:
+                # float32 has no fraction bits out there: the bound itself is a code, inside at the low end alone.
+                low_tie = tl.full([], 1, tl.int32)
+                high_tie = tl.full([], 0, tl.int32)
+            # low is negative and high positive: the next float outwards has the next larger bits.
+            low = (low.to(tl.int32, bitcast=True) + low_tie).to(tl.float32, bitcast=True)
+            high = (high.to(tl.int32, bitcast=True) + high_tie).to(tl.float32, bitcast=True)
         low = tl.where(active != 0, low, -_INF)
         high = tl.where(active != 0, high, _INF)
-    unit = scale
-    TOP: tl.constexpr = _INF if CEILING is None else CEILING
-    if TOP < _INF:
-        # Division keeps order: what is below a ceiling inside of the last code is inside too, and the other way
-        # round. Values themselves are compared with the ceiling, since several may have its quotient.
-        ceiling = tl.full([], TOP, tl.float32)
-        is_lower = (divide_by_scale(ceiling, scale, ROUNDING) < high) | (high == _INF)
-        unit = tl.where(is_lower, 1.0, scale)
-        high = tl.where(is_lower, ceiling, high)
-    return unit, low, high
+        unit = scale
+        TOP: tl.constexpr = _INF if CEILING is None else CEILING
+        if TOP < _INF:
+            # Division keeps order: what is below a ceiling inside of the last code is inside too, and the other way
+            # round. Values themselves are compared with the ceiling, since several may have its quotient.
+            ceiling = tl.full([], TOP, tl.float32)
+            is_lower = (divide_by_scale(ceiling, scale, ROUNDING) < high) | (high == _INF)
+            unit = tl.where(is_lower, 1.0, scale)
+            high = tl.where(is_lower, ceiling, high)
+        return unit, low, high
 
 
 @triton.jit
@@ -270,13 +275,18 @@ def quantizer_arguments(state: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @triton.jit
 def load_quantizer(scale_ptr, zero_point_ptr, active_ptr):
-    """Scale, zero point (float32) and switch of one quantizer; scale 1, zero 0 and None where there is none."""
+    """Scale, zero point (float32) and switch of one quantizer; a quantizer without a switch is on.
+
+    Without a quantizer (``scale_ptr`` is None) the results are placeholders. They are numbers, since Triton's compiler
+    refuses a function that returns None among other values.
+    """
     scale = 1.0
     zero_point = 0
-    active = None
-    if active_ptr is not None:
+    active = 1
+    if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-        active = tl.load(active_ptr)
+        if active_ptr is not None:
+            active = tl.load(active_ptr)
         if zero_point_ptr is not None:
             zero_point = tl.load(zero_point_ptr).to(tl.float32)
     return scale, zero_point, active

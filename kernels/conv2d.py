@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from . import launch
-from .activation import quantize_value
+from .activation import load_quantizer, quantize_value
 from .conv_tile import ConvGeometry, ConvTile, conv_tile, empty_output, is_channels_last
 from .launcher import Launcher
 from .rounding import round_half_away, round_half_even_any
@@ -159,27 +159,12 @@ def conv2d_kernel(
             y += tl.load(bias_ptr + out, mask=exists, other=0.0).to(tl.float32)[None, :]
     # The quantizer sees what a convolution of this dtype would have returned.
     y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-    scale, zero_point, active = load_output_quantizer(scale_ptr, zero_point_ptr, active_ptr)
-    y = quantize_value(y, scale, zero_point, active, CEILING, QUANT_MIN, QUANT_MAX, ROUNDING)
+    scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
+    QUANTIZED: tl.constexpr = scale_ptr is not None
+    y = quantize_value(y, scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
     y_places = image * y_image + line * y_line + column * y_pixel
     valid = (pixel < pixels)[:, None] & exists[None, :]
     tl.store(y_ptr + y_places[:, None] + out[None, :] * y_out, y.to(y_ptr.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def load_output_quantizer(scale_ptr, zero_point_ptr, active_ptr):
-    """Scale, zero point (float32) and switch as `quantize_value` takes them; a quantizer without switch is on."""
-    scale = 1.0
-    zero_point = 0
-    active = None
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr)
-        active = tl.full([], 1, tl.int32)
-        if active_ptr is not None:
-            active = tl.load(active_ptr)
-        if zero_point_ptr is not None:
-            zero_point = tl.load(zero_point_ptr).to(tl.float32)
-    return scale, zero_point, active
 
 
 def conv2d(

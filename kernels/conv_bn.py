@@ -273,7 +273,9 @@ def apply_kernel(
     slope = load_per_channel(slope_ptr, outer, row, col, rows, cols, CHANNEL)
     shift = load_per_channel(shift_ptr, outer, row, col, rows, cols, CHANNEL)
     scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
-    y = quantize_value(fma(c, slope, shift), scale, zero_point, active, CEILING, QUANT_MIN, QUANT_MAX, ROUNDING)
+    QUANTIZED: tl.constexpr = scale_ptr is not None
+    y = fma(c, slope, shift)
+    y = quantize_value(y, scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
     tl.store(y_ptr + tile_offsets(outer, row, col, y_outer, y_row, y_col), y, mask=mask)
 
 

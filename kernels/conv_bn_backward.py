@@ -122,8 +122,8 @@ def gradient_sums_kernel(
     slope = spread(tl.load(slope_ptr + channel, mask=valid, other=0.0), CHANNEL)
     shift = spread(tl.load(shift_ptr + channel, mask=valid, other=0.0), CHANNEL)
     scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
-    unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANT_MIN, QUANT_MAX, ROUNDING)
-    QUANTIZED: tl.constexpr = active_ptr is not None
+    QUANTIZED: tl.constexpr = scale_ptr is not None
+    unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
     plain, moment = scan_gradients(
         dy_ptr, c_ptr, mean, slope, shift, unit, low, high, dy_outer, dy_row, dy_col, c_outer, c_row, c_col,
         outer_from, outer_to, row_from, row_to, col_from, col_to, rows, cols, CEILING, QUANTIZED, ROUNDING, ROWS, COLS,
@@ -210,11 +210,11 @@ def gradient_kernel(
     g = tl.load(dy_ptr + tile_offsets(outer, row, col, dy_outer, dy_row, dy_col), mask=mask).to(tl.float32)
     c = tl.load(c_ptr + tile_offsets(outer, row, col, c_outer, c_row, c_col), mask=mask).to(tl.float32)
     slope = load_per_channel(slope_ptr, outer, row, col, rows, cols, CHANNEL)
-    QUANTIZED: tl.constexpr = active_ptr is not None
+    QUANTIZED: tl.constexpr = scale_ptr is not None
     if CEILING is not None or QUANTIZED:
         shift = load_per_channel(shift_ptr, outer, row, col, rows, cols, CHANNEL)
         scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
-        unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANT_MIN, QUANT_MAX, ROUNDING)
+        unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
         passes = gradient_passes(fma(c, slope, shift), unit, low, high, CEILING, QUANTIZED, ROUNDING)
         g = tl.where(passes, g, 0.0)
     mean = load_per_channel(mean_ptr, outer, row, col, rows, cols, CHANNEL)

@@ -120,15 +120,15 @@ def join_kernel(
     program = tl.program_id(0)
     at = (program.to(tl.int64) if WIDE else program) * COLS + tl.arange(0, COLS)
     scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
-    unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANT_MIN, QUANT_MAX, ROUNDING)
-    QUANTIZED: tl.constexpr = active_ptr is not None
+    QUANTIZED: tl.constexpr = scale_ptr is not None
+    unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
     byte = tl.zeros([COLS], tl.int32)
     for bit in tl.static_range(ROWS):
         offsets = bit * plane + at
         mask = (at < plane) & (offsets < n)
         a = tl.load(a_ptr + offsets, mask=mask, other=0).to(tl.float32)
         total = a + tl.load(b_ptr + offsets, mask=mask, other=0).to(tl.float32)
-        y = quantize_value(total, scale, zero_point, active, CEILING, QUANT_MIN, QUANT_MAX, ROUNDING)
+        y = quantize_value(total, scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
         tl.store(y_ptr + offsets, y, mask=mask)
         passes = gradient_passes(total, unit, low, high, CEILING, QUANTIZED, ROUNDING)
         byte += (mask & passes).to(tl.int32) << bit

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from tritonq.backend import is_interpreting
+from tritonq.kernels import conv_bn, residual
 from tritonq.perf import codegen
-from tritonq.perf.codegen_cases import CodegenCase
+from tritonq.perf.codegen_cases import CodegenCase, meta
 from tritonq.perf.codegen_conv_bn import CASES, WEIGHTS
 
 if is_interpreting():
@@ -39,3 +43,22 @@ def test_weights_do_not_spill(name: str, target: str) -> None:
         report = list(codegen.rows([case], [target]))
         assert report
         assert [fault for row in report for fault in row.faults()] == []
+
+
+def _tail(ceiling: float | None) -> None:
+    x, vectors = meta(4, 8, 6, 6, dtype=torch.float32), [meta(8, dtype=torch.float32) for _ in range(6)]
+    conv_bn.apply(x, vectors[0], vectors[1], None, ceiling)
+    conv_bn.backward(x, x, vectors, None, ceiling)
+
+
+def _join(ceiling: float | None) -> None:
+    x = meta(4, 8, 6, 6, dtype=torch.bfloat16)
+    residual.forward(x, x, None, ceiling)
+
+
+@pytest.mark.parametrize("ceiling", [None, math.inf, 6.0])
+@pytest.mark.parametrize("call", [_tail, _join])
+def test_compiles_without_a_quantizer(call: Callable[[float | None], None], ceiling: float | None) -> None:
+    with codegen.compiling_for("cuda:90") as launched:
+        call(ceiling)
+    assert launched
