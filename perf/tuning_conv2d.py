@@ -160,7 +160,7 @@ def _quantizer(inputs: Inputs) -> OutputQuantizer:
 
 
 def _quantized(y: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
-    return (fake_quantize(F.relu(y), inputs["scale"], None, QINT8.quant_min, QINT8.quant_max),)
+    return (fake_quantize(F.relu(y), inputs["scale"], None, QINT8.quant_min, QINT8.quant_max, axis=None),)
 
 
 def _run_values(conv: Convolution, inputs: Inputs) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("triton")
 from tritonq.kernels.conv_tile import ConvTile
 from tritonq.kernels.launch import Parameters, load_table
 from tritonq.perf import tuner, tuning_conv2d, tuning_space
+from tritonq.perf.case import disagreement
 
 CPU = torch.device("cpu")
 
@@ -126,6 +128,29 @@ class TestSpace:
             assert len(found) == len(set(found)) > 10
             assert all(value & (value - 1) == 0 for option in found for value in option)
         assert all(option.max_cols == option.elements for option in tuning_space.candidates("flat"))
+
+
+class TestSteps:
+    """Every step that a search on a GPU runs: small shapes of each class, torch's operators and the specification."""
+
+    @pytest.mark.parametrize("target", list(tuning_conv2d.targets()), ids=lambda target: target.key)
+    def test_torch_convolutions_agree_with_their_specification(self, target):
+        largest = max(target.shapes, key=lambda shape: shape.kernel)
+        groups = min(largest.groups, 8)
+        width = 3 if largest.channels < 16 else 8
+        depth = largest.channels // largest.groups
+        channels = width if largest.groups == 1 else groups * (1 if depth == 1 else 2)
+        small = replace(largest, batch=1, channels=channels, size=9, outs=channels, groups=groups)
+        run, specify = replace(target, shapes=(small,)).operation(small)
+        inputs = target.make_inputs(small, torch.Generator().manual_seed(0), CPU)
+        assert disagreement(run(inputs), specify(inputs), target.tolerance) is None
+
+    @pytest.mark.parametrize("target", list(tuning_space.targets()), ids=lambda target: f"{target.kernel} {target.key}")
+    def test_specifications_run(self, target):
+        small = replace(target.shapes[0], sizes=tuple(min(size, 5) for size in target.shapes[0].sizes))
+        _, specify = target.operation(small)
+        inputs = target.make_inputs(small, torch.Generator().manual_seed(0), CPU)
+        assert all(output.numel() for output in specify(inputs))
 
 
 class TestTable:
