@@ -177,11 +177,13 @@ def folded_backward_kernel(
     dfold_ptr,  # (channels,) float32
     fold_ptr,  # (channels,) float32
     unit_ptr,  # (channels,) float32
-    scale_ptr,  # (channels,) float32, or None: nothing was quantized
-    zero_point_ptr,  # (channels,) int32; None stands for zero
-    active_ptr,  # (channels,), not zero where the row was quantized
+    scale_ptr,  # (channels,) float32 or one element; None: nothing was quantized
+    zero_point_ptr,  # as scale, int32; None stands for zero
+    active_ptr,  # (channels,) or one element, not zero where the row was quantized
     channels,
     length,
+    switch_stride,  # 0 or 1, as the next
+    scale_stride,
     CODE_MIN: tl.constexpr,
     CODE_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -198,10 +200,10 @@ def folded_backward_kernel(
     zero_point = 0
     active = tl.zeros_like(fold) != 0
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + channel, mask=valid, other=1.0)[:, None]
-        active = (tl.load(active_ptr + channel, mask=valid, other=0) != 0)[:, None]
+        scale = tl.load(scale_ptr + channel * scale_stride, mask=valid, other=1.0)[:, None]
+        active = (tl.load(active_ptr + channel * switch_stride, mask=valid, other=0) != 0)[:, None]
         if zero_point_ptr is not None:
-            zero_point = tl.load(zero_point_ptr + channel, mask=valid, other=0).to(tl.float32)[:, None]
+            zero_point = tl.load(zero_point_ptr + channel * scale_stride, mask=valid, other=0).to(tl.float32)[:, None]
     start = channel.to(tl.int64)[:, None] * length
     total = tl.zeros([ROWS, COLS], tl.float32)
     for at in range(0, length, COLS):
@@ -340,6 +342,8 @@ def folded_backward(
             state.active if masked else None,
             channels,
             length,
+            int(masked and state.active.numel() > 1),
+            int(masked and state.scale.numel() > 1),
             CODE_MIN=low,
             CODE_MAX=high,
             ROUNDING=rounding,

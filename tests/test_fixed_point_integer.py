@@ -188,6 +188,32 @@ def test_overflow_saturates_and_is_reported():
     assert overflow_report(integers)["3"] == 4
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_compiled_network_gives_the_codes_of_the_eager_one(channels_last):
+    x = torch.randn(2, 2, 10, 10)
+    model = prepare_qat(Residual(), qconfig=per_channel(), example_inputs=x).train()
+    model(x).sum().backward()
+    integers = convert(model.eval())
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(integers, backend="aot_eager", fullgraph=True)(x), integers(x))
+
+
+def test_overflow_in_a_compiled_network_warns_and_is_counted():
+    model, x = overflowing()
+    integers = convert(model)
+    integers[0].encodes = True
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(integers), backend="aot_eager", fullgraph=True)
+    with pytest.warns(RuntimeWarning) as caught:
+        outputs = compiled(x)
+    told = [str(warning.message).split(" passed", 1)[0] for warning in caught]
+    assert "4 accumulators of a compiled fixed-point network" in told
+    assert overflow_report(compiled._orig_mod)["3"] == 4
+    with pytest.warns(RuntimeWarning, match="clamped"):
+        assert torch.equal(outputs, integers(x))
+
+
 def test_accumulators_of_64_bits_are_those_of_32_where_both_suffice():
     x = torch.randint(0, 256, (1, 4, 5, 5), dtype=torch.uint8)
     weight = torch.randint(-127, 128, (3, 4, 3, 3), dtype=torch.int8)

@@ -101,6 +101,29 @@ class TestWeight(OpTester):
                 assert bool((drows == 0).any())
                 assert bool((drows != 0).any())
 
+    @pytest.mark.parametrize("active", [False, True])
+    def test_snapshots_of_one_element_or_one_per_row_are_the_same(self, active: bool, use: str, device: str) -> None:
+        rows, fold = (tensor.to(device) for tensor in problem((5, 3, 3, 3)))
+        dcodes, unit = torch.ones_like(rows), torch.ones_like(fold)
+        one = moved(
+            QuantizerState(torch.tensor([0.01]), torch.tensor([3], dtype=torch.int32), torch.tensor([active]), QUINT8),
+            device,
+        )
+        per_row = one._replace(
+            scale=one.scale.repeat(5), zero_point=one.zero_point.repeat(5), active=one.active.repeat(5)
+        )
+        ops = implementation("weight", rows, use)
+        drows, dfold = ops.folded_backward(dcodes.clone(), rows, fold, unit, one, True)
+        others = ops.folded_backward(dcodes.clone(), rows, fold, unit, per_row, True)
+        assert torch.equal(drows, others[0])
+        assert torch.equal(dfold, others[1])
+        assert bool((drows == 0).any()) == active
+        assert torch.equal(ops.folded_codes(rows, fold, one)[0], ops.folded_codes(rows, fold, per_row)[0])
+        # A switch of its own for every row.
+        mixed = per_row._replace(active=torch.tensor([True, False, True, False, True], device=device))
+        drows, _ = ops.folded_backward(dcodes.clone(), rows, fold, unit, mixed, True)
+        assert [bool((row == 0).any()) for row in drows[:4]] == [True, False, True, False]
+
     def test_switches(self, use: str, device: str) -> None:
         rows, fold = problem((5, 3, 3, 3))
         folded = rows * column(fold, rows)

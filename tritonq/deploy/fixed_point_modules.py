@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.backend import implementation
 from tritonq.deploy.modules import DeployedModule
+from tritonq.functional.dispatch import implementation
+from tritonq.qparams import is_readable
 from tritonq.reference.fixed_point import power_of_two
 from tritonq.reference.int8_conv import ACCUMULATOR_MAX, requantize
 
@@ -139,7 +140,8 @@ class IntegerLayer(IntegerModule):
             out_dtype=dtype,
             saturated=saturated,
         )
-        if saturated is not None and saturated.is_cpu:
+        # In a compiled graph the operator warns by itself.
+        if saturated is not None and is_readable(saturated):
             self._report()
         return result
 

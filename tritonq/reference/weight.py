@@ -77,7 +77,7 @@ def folded_codes(
         extremes: smallest and largest folded value per channel where known: they tell whether anything clips.
     """
     rows = rows.to(fold.dtype)
-    active = False if state is None else active_flag(state)
+    active = False if state is None else _active(state, rows)
     if active is False or state is None:
         return WeightCodes(torch.mul(rows, _column(fold, rows), out=out), torch.ones_like(fold), False, state)
     scale = state.scale.to(fold.dtype)
@@ -89,7 +89,7 @@ def folded_codes(
     unit = scale.expand(len(rows))
     if active is not True:
         codes = torch.where(active, codes, rows * _column(fold, rows))
-        unit = torch.where(active, unit, 1.0)
+        unit = torch.where(active.flatten(), unit, 1.0)
     return WeightCodes(codes, unit, clips, state)
 
 
@@ -127,7 +127,7 @@ def folded_backward(
 
 def _straight_through(dcodes: Tensor, rows: Tensor, fold: Tensor, state: QuantizerState) -> Tensor:
     """``dcodes`` where the unclipped code is in range, 0 elsewhere."""
-    active = active_flag(state)
+    active = _active(state, rows)
     if active is False:
         return dcodes
     qtype = state.qtype
@@ -140,6 +140,20 @@ def _straight_through(dcodes: Tensor, rows: Tensor, fold: Tensor, state: Quantiz
         dcodes, steps.nan_to_num_(torch.inf), *bounds, grad_input=dcodes if active is True else steps
     )
     return masked if active is True else torch.where(active, masked, dcodes)
+
+
+def _active(state: QuantizerState, rows: Tensor) -> bool | Tensor:
+    """Whether values are rounded: a bool where reading it is free, else a bool tensor that broadcasts against rows.
+
+    A snapshot may hold one switch per row.
+    """
+    if state.active.numel() == 1:
+        return active_flag(state)
+    if is_readable(state.active):
+        number = int(state.active.count_nonzero())
+        if number in (0, len(rows)):
+            return number > 0
+    return _column(state.active != 0, rows)
 
 
 def _folded_extremes(rows: Tensor, fold: Tensor) -> tuple[Tensor, Tensor]:

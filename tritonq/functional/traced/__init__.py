@@ -17,13 +17,24 @@ from tritonq.functional.traced import (
     fixed_point,
     fold,
     histogram,
+    int8_conv,
     learned_scale,
     min_max,
     residual,
     weight,
 )
 
-FAMILIES = ("conv_bn", "fake_quant", "fixed_point", "histogram", "learned_scale", "min_max", "residual", "weight")
+FAMILIES = (
+    "conv_bn",
+    "fake_quant",
+    "fixed_point",
+    "histogram",
+    "int8_conv",
+    "learned_scale",
+    "min_max",
+    "residual",
+    "weight",
+)
 
 __all__ = [
     "FAMILIES",
@@ -32,6 +43,7 @@ __all__ = [
     "fixed_point",
     "fold",
     "histogram",
+    "int8_conv",
     "learned_scale",
     "min_max",
     "residual",

@@ -6,7 +6,7 @@ compute both answers there, or one where looking is free; integers and what foll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import cast
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.integer import Grid, OutputGrid, integer_add, integer_sums, onto_grid, to_integers
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct
-from tritonq.functional.traced.text import own, qtype_of, qtype_text
+from tritonq.functional.traced.text import laid_out_as, own, qtype_of, qtype_text
 from tritonq.qparams import is_readable
 from tritonq.reference.quantizer_state import QuantizerState
 
@@ -75,25 +75,25 @@ def _affine(
 ) -> Tensor:
     source, weights, *output = _unpack(grids, text)
     y = run_affine(x, weight, bias, op_of(op), channel_axis, source, weights, output[0] if output else None)
-    return own(y, _laid_out_as(x, y.shape), x)
+    return own(y, laid_out_as(x, y.shape), x)
 
 
 @_affine.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, grids: list[Tensor], text: str, op: str, channel_axis: int
 ) -> Tensor:
-    return _laid_out_as(x, op_of(op)(x, weight.to(x.dtype)).shape)
+    return laid_out_as(x, op_of(op)(x, weight.to(x.dtype)).shape)
 
 
 @torch.library.custom_op("tritonq::eval_add", mutates_args=())
 def _add(a: Tensor, b: Tensor, grids: list[Tensor], text: str) -> Tensor:
     y = run_add(a, b, *_unpack(grids, text))
-    return own(y, _laid_out_as(a, y.shape), a, b)
+    return own(y, laid_out_as(a, y.shape), a, b)
 
 
 @_add.register_fake
 def _(a: Tensor, b: Tensor, grids: list[Tensor], text: str) -> Tensor:
-    return _laid_out_as(a, (a + b).shape)
+    return laid_out_as(a, (a + b).shape)
 
 
 def run_affine(
@@ -148,14 +148,6 @@ def _chosen(switch: Tensor, on: Callable[[], Tensor], off: Callable[[], Tensor])
 
 def _grid(state: QuantizerState) -> Grid:
     return Grid(state.scale, cast(Tensor, state.zero_point), state.qtype)
-
-
-def _laid_out_as(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """An empty tensor, channels last where ``x`` is, else contiguous."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(x.dim(), torch.contiguous_format)
-    is_last = not x.is_contiguous() and x.is_contiguous(memory_format=last)
-    return x.new_empty(shape).contiguous(memory_format=last if is_last else torch.contiguous_format)
 
 
 def _pack(*states: QuantizerState) -> tuple[list[Tensor], str]:

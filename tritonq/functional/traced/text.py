@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -86,21 +87,36 @@ def _state_constants(text: str) -> tuple[dict[str, bool], dict[str, Any]]:
     )
 
 
-def own(value: Tensor, like: Tensor, *inputs: Tensor) -> Tensor:
-    """``value`` laid out as ``torch.empty_like(like)``, on memory that is none of the inputs'.
+def own(value: Tensor, like: Tensor, *others: Tensor) -> Tensor:
+    """Return ``value`` laid out as ``torch.empty_like(like)``, on memory that none of ``others`` uses.
 
-    What an operator returns must not alias its inputs, and must lie as its fake implementation says.
+    A result of an operator must not alias its inputs or another result, and must lie as its fake implementation says.
     """
     expected = torch.empty_like(like, dtype=value.dtype, device="meta").stride()
-    taken = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    taken = {tensor.untyped_storage().data_ptr() for tensor in others}
     if value.stride() == expected and value.untyped_storage().data_ptr() not in taken:
         return value
     return torch.empty_strided(value.shape, expected, dtype=value.dtype, device=value.device).copy_(value)
 
 
-def qparams(state: QuantizerState | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies of scale, zero point and switch (bool) for the backward; empty tensors stand for what there is not."""
-    scale, zero, active = fake_qparams(state, like)
+def laid_out_as(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return an empty tensor, channels last where ``x`` is, else contiguous."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(x.dim(), torch.contiguous_format)
+    is_last = not x.is_contiguous() and x.is_contiguous(memory_format=last)
+    return x.new_empty(shape).contiguous(memory_format=last if is_last else torch.contiguous_format)
+
+
+def qparams(state: QuantizerState | None, like: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of scale, zero point and switch (bool) for the backward; empty tensors stand for what there is not.
+
+    Args:
+        state: the snapshot that an operator made; None without a quantizer.
+        like: on the device of the result.
+        rows: the number of values of each copy, for a snapshot that may hold one value per row. Which of its tensors
+            have one element, and which one per row, depends on the implementation; the copies do not.
+    """
+    scale, zero, active = fake_qparams(state, like, rows)
     if state is not None:
         scale.copy_(state.scale)
         active.copy_(state.active)
@@ -109,12 +125,13 @@ def qparams(state: QuantizerState | None, like: Tensor) -> tuple[Tensor, Tensor,
     return scale, zero, active
 
 
-def fake_qparams(state: QuantizerState | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fake_qparams(state: QuantizerState | None, like: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Tensors shaped as :func:`qparams` gives them, on the device of ``like``."""
-    shape = (0,) if state is None else state.scale.shape
+    per_row = None if rows is None else (rows,)
+    shape = (0,) if state is None else per_row or state.scale.shape
     has_zero = state is not None and state.zero_point is not None
     return (
         like.new_empty(shape, dtype=torch.float32),
         like.new_empty(shape if has_zero else (0,), dtype=torch.int32),
-        like.new_empty(1, dtype=torch.bool),
+        like.new_empty(per_row or (1,), dtype=torch.bool),
     )

@@ -48,14 +48,14 @@ def _quantize_folded(
     state = unpack(buffers, switches, text)
     codes, unit, _, frozen = implementation("weight", rows).quantize_folded(rows, fold, state)
     unit = unit.clone(memory_format=torch.contiguous_format)
-    return own(codes, rows, rows), unit, *qparams(frozen, rows)
+    return own(codes, rows, rows), unit, *qparams(frozen, rows, len(rows))
 
 
 @_quantize_folded.register_fake
 def _(
     rows: Tensor, fold: Tensor, buffers: list[Tensor], switches: list[Tensor], text: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return *_fake_codes(rows, fold), *fake_qparams(unpack(buffers, switches, text), rows)
+    return *_fake_codes(rows, fold), *fake_qparams(unpack(buffers, switches, text), rows, len(rows))
 
 
 @torch.library.custom_op("tritonq::folded_codes", mutates_args=())

@@ -1,0 +1,165 @@
+"""Every custom operator against its schema and its fake implementation, with kernels and without.
+
+Kernels return other memory than the PyTorch path: views of one buffer, one value per row where PyTorch has one. A
+compiled graph relies on what the fake implementation promises, whichever of the two runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tritonq
+from op_tester import OpTester
+from quantizer_states import quantizer_state
+from tritonq.backend import Backend
+from tritonq.bins import FloatPrefixBins
+from tritonq.functional import traced
+from tritonq.functional.linear_map import Convolution
+from tritonq.functional.traced import eval_mode
+from tritonq.qparams import QINT8, QUINT8, QuantizedType
+from tritonq.reference.conv_bn import BatchNormState
+from tritonq.reference.quantizer_state import QuantizerState
+
+
+class CheckedOperators(TorchDispatchMode):
+    """Apply ``torch.library.opcheck`` to every call of an operator of tritonq."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "tritonq":
+            self.names.add(func.name())
+            torch.library.opcheck(func, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+        return func(*args, **(kwargs or {}))
+
+
+def normal(*shape: int) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    return x.to(torch.get_default_device())
+
+
+def state(qtype: QuantizedType, channels: int = 1) -> QuantizerState:
+    return quantizer_state(qtype, channels, device=str(torch.get_default_device()))
+
+
+def weights(x: Tensor) -> None:
+    rows, fold = normal(6, 5, 3, 3), torch.ones(6)
+    for qtype, channels in ((QINT8.with_axis(0), 6), (QUINT8.with_axis(0), 6), (QINT8, 1), (QUINT8, 1)):
+        codes, unit, clips, frozen = traced.weight.quantize_folded(rows, fold, state(qtype, channels))
+        again, *_ = traced.weight.folded_codes(rows, fold, frozen)
+        assert torch.equal(again, codes)
+        traced.weight.folded_backward(torch.ones_like(codes), rows, fold, unit, frozen, clips)
+
+
+def tails(x: Tensor) -> None:
+    vectors = [torch.ones(x.shape[1]) for _ in range(6)]
+    for quantizer in (None, state(QINT8), state(QUINT8)):
+        norm = BatchNormState(*vectors[:2], 0.1, 1e-5)
+        y, normalization, frozen = traced.conv_bn.forward(x, *vectors[2:], norm, quantizer, math.inf)
+        traced.conv_bn.backward(torch.ones_like(y), x, normalization, frozen, math.inf)
+
+
+def joins(x: Tensor) -> None:
+    for quantizer in (None, state(QUINT8)):
+        y, mask = traced.residual.forward(x, x + 1, quantizer, math.inf)
+        traced.residual.backward(torch.ones_like(y), mask)
+
+
+def elementwise(x: Tensor) -> None:
+    for axis, channels in ((None, 1), (1, x.shape[1])):
+        scale, zero_point = torch.full((channels,), 0.05), torch.zeros(channels, dtype=torch.int32)
+        grid = (-128, 127, axis)
+        traced.fake_quant.fake_quantize(x, scale, zero_point, *grid)
+        traced.fake_quant.fake_quantize_backward(x, x, scale, zero_point, *grid)
+        for method in ("torch", "megengine", "tqt"):
+            zero = None if method == "tqt" else torch.zeros(channels)
+            traced.learned_scale.learned_fake_quantize(x, scale, zero, *grid, method)
+            traced.learned_scale.learned_fake_quantize_backward(x, x, scale, zero, *grid, method)
+        lengths = torch.full((channels,), 4, dtype=torch.int32)
+        traced.fixed_point.fixed_point_quantize(x, lengths, *grid)
+        traced.fixed_point.fixed_point_quantize_backward(x, x, lengths, *grid)
+        traced.fixed_point.search_frac_len(x, -128, 127, 8, axis)
+
+
+def observers(x: Tensor) -> None:
+    bins = FloatPrefixBins()
+    for axis, channels in ((None, 1), (1, x.shape[1])):
+        qtype = QINT8.with_axis(axis)
+        _, _, _, _, low, high, count, observing, *_ = full = state(qtype, channels)
+        zero_point = torch.zeros(channels, dtype=torch.int32)
+        for scale, zero in ((full.scale, zero_point), (None, None)):
+            traced.min_max.observe(x, low, high, count, scale, zero, observing, qtype, 0.1, "torch", 1e-7)
+        traced.min_max.min_max(x, axis)
+        counts, low, high, count = traced.histogram.prefix_histogram(x, bins, axis)
+        traced.histogram.observe(x, counts, low, high, count, observing, bins, axis)
+        traced.histogram.search_range(counts, low, high, bins, qtype, "l2")
+
+
+def integers(x: Tensor) -> None:
+    codes, counter = (x * 20).round().to(torch.int8), torch.zeros(1, dtype=torch.int64)
+    weight, bias = torch.ones(6, x.shape[1], 3, 3, dtype=torch.int8), torch.ones(6, dtype=torch.int32)
+    shift = torch.full((6,), 3, dtype=torch.int32)
+    geometry = ((2, 1), (1, 0), (1, 2), 1)
+    for saturated in (None, counter):
+        ops = traced.int8_conv
+        ops.int8_conv2d(codes, weight, bias, shift, *geometry, -127, 127, torch.int8, saturated)
+        ops.int8_conv2d(codes, weight, bias, None, *geometry, 0, 0, torch.int32, saturated)
+
+
+def folds(x: Tensor) -> None:
+    norm = BatchNormState(torch.zeros(4), torch.ones(4), 0.1, 1e-5)
+    traced.fold.nonzero_fold(norm, torch.ones(4), torch.float32)
+    traced.fold.remembered(norm.running_var)
+
+
+def evaluation(x: Tensor) -> None:
+    zero = torch.zeros(1, dtype=torch.int32)
+    grid = state(QINT8)._replace(zero_point=zero)
+    kernels = state(QINT8.with_axis(0), 6)._replace(zero_point=torch.zeros(6, dtype=torch.int32))
+    x = tritonq.fake_quantize_per_tensor_affine(x, 0.05, 0, -128, 127)
+    op = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
+    weight = normal(6, x.shape[1], 3, 3)
+    for output in (None, grid):
+        eval_mode.affine(x, weight, torch.ones(6), op, 1, grid, kernels, output)
+    eval_mode.add(x, x, grid, grid, grid)
+
+
+CALLS: tuple[Callable[[Tensor], None], ...] = (
+    weights,
+    tails,
+    joins,
+    elementwise,
+    observers,
+    integers,
+    folds,
+    evaluation,
+)
+
+
+class TestTracedOperators(OpTester):
+    @pytest.mark.parametrize("channels_last", [False, True])
+    @pytest.mark.parametrize("call", CALLS)
+    def test_keeps_its_promises(
+        self, call: Callable[[Tensor], None], channels_last: bool, use: Backend, device: str
+    ) -> None:
+        with torch.device(device), tritonq.use_backend(use), CheckedOperators() as checked:
+            x = normal(2, 4, 5, 6)
+            call(x.to(memory_format=torch.channels_last) if channels_last else x)
+        assert checked.names
+
+
+def test_no_operator_is_left_out() -> None:
+    with CheckedOperators() as checked:
+        for call in CALLS:
+            call(normal(2, 4, 5, 6))
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tritonq::")}
+    assert checked.names == registered
