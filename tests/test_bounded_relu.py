@@ -16,7 +16,7 @@ from prepared_nets import assert_same_when_not_rounding, quantizers
 from tritonq import nn as qnn
 from tritonq.nn import intrinsic
 from tritonq.prepare import fuse_modules_qat, prepare_qat
-from tritonq.prepare.forward_graph import EditedForward
+from tritonq.prepare.forwards.edited import EditedForward
 from vision_models import timm_model, torchvision_model
 
 X = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0))

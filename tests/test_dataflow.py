@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import vision_models
-from tritonq.prepare.dataflow import Ref, is_leaf, operation_name, record
+from tritonq.prepare.record.dataflow import Ref
+from tritonq.prepare.record.operations import is_leaf, operation_name
+from tritonq.prepare.record.recorder import record
 
 
 def names(calls):

@@ -13,18 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tritonq.prepare.dataflow import record
-from tritonq.prepare.forward_graph import (
-    EditedForward,
-    ForwardGraph,
-    apply_forward,
-    forward_data,
-    node_operands,
-    original_class,
-    sequence_operand,
-)
-from tritonq.prepare.match import Recorded, match_frame
-from tritonq.prepare.trace import TraceError
+from tritonq.prepare.forwards.edited import EditedForward, apply_forward, forward_data, original_class
+from tritonq.prepare.forwards.graph import ForwardGraph, node_operands, sequence_operand
+from tritonq.prepare.forwards.proof import Recorded, match_frame
+from tritonq.prepare.forwards.trace import TraceError
+from tritonq.prepare.record.recorder import record
 
 
 def traced(model, *args, owner="", **kwargs):

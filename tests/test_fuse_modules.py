@@ -7,7 +7,7 @@ from torch import nn
 import tritonq.nn as qnn
 from tritonq.nn import intrinsic
 from tritonq.prepare import fuse_known_modules, fuse_modules_qat, prepare_qat
-from tritonq.prepare.fuse import ROWS
+from tritonq.prepare.decide.rows import ROWS
 
 
 class Net(nn.Module):

@@ -18,7 +18,7 @@ from prepared_nets import (
 from tritonq.prepare import (
     prepare_qat,
 )
-from tritonq.prepare.forward_graph import EditedForward
+from tritonq.prepare.forwards.edited import EditedForward
 
 
 @pytest.mark.parametrize(

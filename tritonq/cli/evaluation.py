@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonq.prepare.structure import tensors_in
+from tritonq.prepare.record.structure import tensors_in
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -25,8 +25,8 @@ from tritonq.deploy.description import (
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule
 from tritonq.nn.elementwise import note_relus
-from tritonq.prepare.forward_graph import apply_forward
-from tritonq.prepare.snapshot import ModelSnapshot
+from tritonq.prepare.forwards.edited import apply_forward
+from tritonq.prepare.record.snapshot import ModelSnapshot
 
 FORMAT = "tritonq.converted"
 # Version 1 knew no upper bound of a ReLU.

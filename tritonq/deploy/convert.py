@@ -15,7 +15,7 @@ from tritonq.deploy.tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbe
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import Add, Embedding, EmbeddingBag, QATLayer, QATRepVGGBlock
 from tritonq.nn.elementwise import note_relus
-from tritonq.prepare.fuse import move_hooks
+from tritonq.prepare.edit.fuse import move_hooks
 from tritonq.qparams import QuantizedType
 from tritonq.reference.fake_quant import quantize
 

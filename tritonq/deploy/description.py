@@ -15,14 +15,14 @@ from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, DeployedModule, Gr
 from tritonq.deploy.tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTable
 from tritonq.nn import Add, Cat, FloatFunctional, RepVGGBlock
 from tritonq.nn.intrinsic import FusedModule
-from tritonq.prepare.eager import quantize_output_hook
-from tritonq.prepare.forward_graph import forward_data, original_class
-from tritonq.prepare.inputs import (
+from tritonq.prepare.edit.inputs import (
     InputFakeQuants,
     InputPlace,
     quantize_first_argument_hook,
     quantize_inputs_hook,
 )
+from tritonq.prepare.edit.swap import quantize_output_hook
+from tritonq.prepare.forwards.edited import forward_data, original_class
 from tritonq.qparams import QuantizedType
 
 Description = dict[str, Any]

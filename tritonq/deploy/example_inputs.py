@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonq.prepare.structure import replace_tensors, tensors_in
+from tritonq.prepare.record.structure import replace_tensors, tensors_in
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritonq.deploy.codes import Codes, Runner
 from tritonq.deploy.onnx_export import CODES_KEY, TARGET_KEY, require_onnx
-from tritonq.prepare.structure import tensors_in
+from tritonq.prepare.record.structure import tensors_in
 
 
 def onnx_runner(

@@ -19,7 +19,7 @@ from tritonq.deploy.fixed_point_verify import codes_read, fixed_point_layers
 from tritonq.deploy.modules import Quantizer
 from tritonq.deploy.program_runner import PROGRAM_SUFFIX, load_program, program_runner
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.prepare.structure import tensors_in
+from tritonq.prepare.record.structure import tensors_in
 
 _QUANTIZER_NAME = "activation_post_process"
 

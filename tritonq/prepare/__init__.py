@@ -1,4 +1,15 @@
-"""Turning a float model into one for quantization-aware training."""
+"""Turning a float model into one for quantization-aware training.
+
+The folders are the steps, and each imports only those before it:
+
+- ``record/``: what the model did in one run, as calls and the values between them.
+- ``forwards/``: the forward of one module as a graph that is proven to make the recorded calls.
+- ``decide/``: what becomes one layer and where quantizers go; nothing is changed yet.
+- ``edit/``: the decisions carried out, by one editor that can undo them.
+
+``driver.py`` runs the steps in this order, and ``check.py`` compares the result with the float model.
+``python -m tritonq.prepare.explain`` prints them for a model of three lines.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +21,15 @@ from torch import nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import DEFAULT_QAT_MAPPING, QATLayer
-from tritonq.prepare.automatic import prepare_automatic
-from tritonq.prepare.choice import mapped_qconfigs
-from tritonq.prepare.eager import prepare_eager, resolve_qconfigs
-from tritonq.prepare.fixed_point import is_fixed_point, prepare_fixed_point
-from tritonq.prepare.fuse import fuse_known_modules, fuse_modules_qat
-from tritonq.prepare.report import LayerRecord
-from tritonq.prepare.snapshot import ModelSnapshot
+from tritonq.prepare.decide.fixed_point import is_fixed_point
+from tritonq.prepare.decide.layer_records import LayerRecord
+from tritonq.prepare.decide.qconfigs import mapped_qconfigs, resolve_qconfigs
+from tritonq.prepare.driver import prepare_recorded
+from tritonq.prepare.earlier_paths import register_earlier_paths
+from tritonq.prepare.edit.eager import prepare_eager
+from tritonq.prepare.edit.fuse import fuse_known_modules, fuse_modules_qat
+from tritonq.prepare.record.example import record_examples
+from tritonq.prepare.record.snapshot import undone_on_error
 from tritonq.prepare.switches import (
     disable_fake_quant,
     disable_observer,
@@ -27,6 +40,8 @@ from tritonq.prepare.switches import (
 )
 from tritonq.qconfig import DEFAULT_PRESET, QConfig, get_qconfig
 from tritonq.qconfig_mapping import QConfigMapping
+
+register_earlier_paths()
 
 
 def prepare_qat(
@@ -54,14 +69,14 @@ def prepare_qat(
 
     Returns:
         The prepared model. With ``example_inputs`` its ``tritonq_report`` holds a
-        :class:`~tritonq.prepare.report.LayerRecord` for each layer of the float model.
+        :class:`~tritonq.prepare.decide.layer_records.LayerRecord` for each layer of the float model.
 
     Raises:
         ValueError: no quantizable layer, a model that is prepared already or rejects the example inputs, a rule of a
             mapping that fits no module, or, without example inputs, a model in eval mode. ``model`` is then as it was.
         TypeError: a qconfig, mapping or example_inputs of the wrong type.
 
-    Source: torch.ao.quantization.prepare_qat; DESIGN section 4.
+    Source: torch.ao.quantization.prepare_qat.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
@@ -77,22 +92,18 @@ def prepare_qat(
     types = DEFAULT_QAT_MAPPING if mapping is None else dict(mapping)
     if not inplace:
         model = copy.deepcopy(model)
+    recording = None if example_inputs is None else record_examples(model, example_inputs)
     if isinstance(qconfig, QConfigMapping):
-        qconfigs = mapped_qconfigs(model, qconfig, types, example_inputs)
+        qconfigs = mapped_qconfigs(model, qconfig, types, None if recording is None else recording.flow)
     else:
         qconfigs = resolve_qconfigs(model, qconfig)
+    if recording is not None:
+        prepare_recorded(model, types, qconfigs, recording)
+        return model
     if is_fixed_point(qconfigs[model]):
-        prepare_fixed_point(model, qconfigs, example_inputs)
-        return model
-    if example_inputs is not None:
-        prepare_automatic(model, types, qconfigs, example_inputs)
-        return model
-    snapshot = ModelSnapshot(model)
-    try:
+        raise ValueError("fixed point needs example_inputs: a layer's scaling factor depends on the layer that follows")
+    with undone_on_error(model):
         prepare_eager(model, types, qconfigs)
-    except BaseException:
-        snapshot.restore()
-        raise
     return model
 
 

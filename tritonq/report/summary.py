@@ -16,8 +16,8 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import Add, Cat, Embedding, EmbeddingBag, FloatFunctional, QATLayer
 from tritonq.nn.fixed_point import FixedPointLayer
 from tritonq.observers import ObserverBase
-from tritonq.prepare.dataflow import is_leaf
-from tritonq.prepare.report import LayerRecord
+from tritonq.prepare.decide.layer_records import LayerRecord
+from tritonq.prepare.record.operations import is_leaf
 from tritonq.qparams import QuantizedType
 
 _QUANTIZED = (QATLayer, FixedPointLayer, DeployedModule, Add, Cat, FloatFunctional, Embedding, EmbeddingBag)

@@ -30,6 +30,17 @@ class ModelSnapshot:
             state.restore()
 
 
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Put the model back as it was if the block raises."""
+    snapshot = ModelSnapshot(model)
+    try:
+        yield
+    except BaseException:
+        snapshot.restore()
+        raise
+
+
 class _ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -6,11 +6,11 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tritonq.prepare.analysis import Analysis
-from tritonq.prepare.dataflow import Call, Ref, refs_in
-from tritonq.prepare.forward_graph import ForwardGraph
-from tritonq.prepare.layers import relus_after
-from tritonq.prepare.match import Site
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.layers import relus_after
+from tritonq.prepare.forwards.graph import ForwardGraph
+from tritonq.prepare.forwards.proof import Site
+from tritonq.prepare.record.dataflow import Call, Ref, refs_in
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from typing import Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tritonq.prepare.analysis import Analysis
-from tritonq.prepare.joins import Join
-from tritonq.prepare.layers import Layer
-from tritonq.prepare.plan import Plan
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.fixed_point import Links
+from tritonq.prepare.decide.joins import Join
+from tritonq.prepare.decide.layers import Layer
+from tritonq.prepare.decide.plan import Plan
 
 # Functions that have weights, which stay in float: their weights are not a module's own.
 _FUNCTIONS_WITH_WEIGHTS = frozenset(
@@ -39,7 +40,7 @@ class LayerRecord:
     reason: str
 
 
-def make_report(analysis: Analysis, plan: Plan, join_names: Mapping[Join, str]) -> tuple[LayerRecord, ...]:
+def layer_records(analysis: Analysis, plan: Plan, join_names: Mapping[Join, str]) -> tuple[LayerRecord, ...]:
     """A record for each layer of the float model, in order of its modules, then one for each addition and the like."""
     calls = analysis.flow.calls
     partners: dict[str, list[str]] = {}
@@ -74,6 +75,20 @@ def make_report(analysis: Analysis, plan: Plan, join_names: Mapping[Join, str]) 
             name = f"{call.owner}.{call.name}".lstrip(".")
             records.append(LayerRecord(name, call.name, (), "float", "it is a function call, not a module"))
     return tuple(dict.fromkeys(records))
+
+
+def fixed_point_records(links: Links) -> tuple[LayerRecord, ...]:
+    """A record for each layer, addition and average pooling."""
+    records = []
+    for layer in links.layers.values():
+        kind = layer.row[0].__name__
+        fused = () if layer.batch_norm is None else (layer.batch_norm,)
+        records.append(LayerRecord(layer.name, kind, fused, "quantized", ""))
+    calls = [*links.additions.values(), *(pooling.call for pooling in links.poolings.values())]
+    for call in calls:
+        name = call.module_name or f"{call.owner}.{call.name}".lstrip(".")
+        records.append(LayerRecord(name, call.name, (), "quantized", ""))
+    return tuple(records)
 
 
 def _absorbed(name: str, analysis: Analysis, plan: Plan) -> bool:

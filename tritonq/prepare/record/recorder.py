@@ -1,8 +1,11 @@
-"""The run behind :func:`tritonq.prepare.dataflow.record`: hooks on modules, a function mode, tensors by identity."""
+"""Recording a run: hooks on modules and a function mode follow tensors by identity.
+
+Identity leads through modules that no tracer can follow.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -11,18 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tritonq.prepare.dataflow import Call, Dataflow, Frame, Ref, Source, Value, is_leaf, operation_name
-from tritonq.prepare.snapshot import ModelSnapshot, preserved_random_state, tensor_version
-from tritonq.prepare.structure import Path, clone_tensors, describe, replace_tensors, tensors_in
+from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref, Source, Value
+from tritonq.prepare.record.operations import METADATA, is_leaf, operation_name
+from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state, tensor_version
+from tritonq.prepare.record.structure import Path, clone_tensors, describe, replace_tensors, tensors_in
 
-# What these tell about a tensor does not depend on its elements, so reading it is no dataflow.
-_METADATA_NAMES = """
-    size dim ndim shape dtype device layout stride numel nelement len itemsize nbytes element_size storage_offset names
-    requires_grad is_leaf grad_fn grad version get_device data_ptr hash type result_type is_contiguous is_same_size
-    is_floating_point is_complex is_signed is_conj is_neg is_inference is_cuda is_cpu is_meta is_sparse is_quantized
-    is_mkldnn is_mps is_nested is_xpu is_tensor iter
-"""
-METADATA = frozenset(_METADATA_NAMES.split())
+
+def record(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Dataflow:
+    """Run ``model(*args, **kwargs)`` once in eval mode without gradients and record its dataflow.
+
+    Modes, buffers, attributes, hooks and the random state are afterwards what they were, also after an error; the
+    example inputs are not written to.
+
+    Raises:
+        ValueError: the model has parameters that a first run would create.
+        Exception: whatever the model raises on these inputs.
+    """
+    return Recorder(model).run(args, dict(kwargs or {}))
 
 
 @dataclass
@@ -69,7 +77,7 @@ class _OpenValue:
 
 
 class Recorder:
-    """Records one run of one model; see :func:`tritonq.prepare.dataflow.record`.
+    """Records one run of one model; see :func:`record`.
 
     Attributes:
         result: what the model returned.

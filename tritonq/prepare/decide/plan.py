@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from torch import nn
 
 from tritonq.nn import RepVGGBlock
-from tritonq.prepare.analysis import Analysis
-from tritonq.prepare.dataflow import Call, Frame
-from tritonq.prepare.joins import Join, find_joins, operands
-from tritonq.prepare.layers import Layer, find_layer
-from tritonq.prepare.match import Site
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.joins import Join, find_joins, operands
+from tritonq.prepare.decide.layers import Layer, find_layer
+from tritonq.prepare.forwards.proof import Site
+from tritonq.prepare.record.dataflow import Call, Frame
 from tritonq.qconfig import QConfig
 
 Where = Literal["input", "output", "node", "consumer"]
 
 
 @dataclass(frozen=True)
-class Quantizer:
+class PlannedQuantizer:
     """A quantizer for a tensor that no quantized module produces.
 
     Attributes:
@@ -47,7 +47,7 @@ class Quantizer:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a quantizer can stand: as in :class:`Quantizer`, with all values that it then quantizes."""
+    """Where a quantizer can stand: as in :class:`PlannedQuantizer`, with all values that it then quantizes."""
 
     where: Where
     owner: str
@@ -56,7 +56,7 @@ class _Place:
 
 
 # What gives a tensor its grid.
-Grid = Layer | Join | Quantizer
+GridSource: TypeAlias = Layer | Join | PlannedQuantizer
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,47 @@ class Plan:
     layers: tuple[Layer, ...]
     clipped: frozenset[str]
     joins: tuple[Join, ...]
-    quantizers: tuple[Quantizer, ...]
-    inputs: Mapping[str, Grid]
-    operands: Mapping[Join, tuple[Grid | None, ...]]
+    quantizers: tuple[PlannedQuantizer, ...]
+    inputs: Mapping[str, GridSource]
+    operands: Mapping[Join, tuple[GridSource | None, ...]]
     erased: frozenset[int]
     erased_modules: tuple[str, ...]
     erased_nodes: tuple[tuple[str, str], ...]
     float_reasons: Mapping[str, str]
+
+    def __str__(self) -> str:
+        """One line per layer, join, quantizer, erased ReLU and module left in float."""
+        lines = []
+        for layer in self.layers:
+            types = ", ".join(kind.__name__ for kind in layer.row)
+            lines.append(f"layer {layer.name}: {types}; {self._reads(self.inputs.get(layer.name))}")
+        for join in self.joins:
+            grids = " and of ".join(self._source(grid) for grid in self.operands.get(join, ()))
+            relu = "" if join.ceiling is None else " and the ReLU behind it"
+            lines.append(f"join {self._source(join)}{relu}" + (f"; reads the grids of {grids}" if grids else ""))
+        lines += [f"add {self._source(quantizer)}" for quantizer in self.quantizers]
+        lines += [f"erase the ReLU {name}" for name in self.erased_modules]
+        lines += [f"erase {node} in the forward of {owner or 'the model'}" for owner, node in self.erased_nodes]
+        lines += [f"leave {name} in float: {reason}" for name, reason in self.float_reasons.items()]
+        return "\n".join(lines)
+
+    def _reads(self, grid: GridSource | None) -> str:
+        return "no one grid is known for its input" if grid is None else f"reads the grid of {self._source(grid)}"
+
+    def _source(self, grid: GridSource | None) -> str:
+        if grid is None:
+            return "nothing known"
+        if isinstance(grid, Layer):
+            return f"layer {grid.name}"
+        if isinstance(grid, Join):
+            return f"{grid.kind} in the forward of {grid.owner or 'the model'}"
+        places = {
+            "input": f"the quantizer of the model's input v{grid.value}",
+            "output": f"the quantizer of what {grid.owner} returns",
+            "node": f"the quantizer of {grid.node} in the forward of {grid.owner or 'the model'}",
+            "consumer": f"the quantizer of what {', '.join(grid.consumers)} reads",
+        }
+        return places[grid.where]
 
 
 def make_plan(
@@ -114,9 +148,9 @@ class _Planner:
     swapped: Container[type[nn.Module]]
     qconfigs: Mapping[nn.Module, QConfig | None]
     kept: frozenset[int] = frozenset()
-    grids: dict[int, Grid] = field(default_factory=dict)
+    grids: dict[int, GridSource] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    quantizers: list[Quantizer] = field(default_factory=list)
+    quantizers: list[PlannedQuantizer] = field(default_factory=list)
 
     def plan(self) -> Plan:
         layers = self._layers()
@@ -192,7 +226,7 @@ class _Planner:
                 self._place(value, qconfig, [layer])
         return True
 
-    def _assign(self, calls: tuple[int, ...], grid: Grid) -> None:
+    def _assign(self, calls: tuple[int, ...], grid: GridSource) -> None:
         if isinstance(grid, Layer) and issubclass(grid.row[0], (nn.Embedding, nn.EmbeddingBag)):
             return  # rows of a table have no output quantizer
         for index in calls:
@@ -202,26 +236,54 @@ class _Planner:
 
     def _relevant(self, joins: list[Join], layers: list[Layer]) -> list[Join]:
         """The joins that stand between quantized layers, on either side; others are none of our business."""
-        readers = {value for layer in layers for value in self._reads(layer)}
-        waiting = [join for join in joins if join.site is not None and self._qconfig(join.owner) is not None]
+        candidates: list[Join] = []
         for join in joins:
             if join.site is None:
                 self.reasons[f"{join.owner}.{join.kind}".lstrip(".")] = join.reason
-        chosen: list[Join] = []
-        while True:
-            new = [join for join in waiting if join not in chosen and self._touches(join, readers)]
-            if not new:
-                return [join for join in joins if join in chosen]
-            for join in new:
-                self._assign(join.ends, join)
-                readers.update(self._reads(join))
-            chosen += new
+            elif self._qconfig(join.owner) is not None:
+                candidates.append(join)
+        read: dict[int, list[int]] = {}  # for values that a candidate takes its grid from, the candidates
+        made: dict[int, list[int]] = {}  # for values that a candidate returns, the candidates
+        pending: list[int] = []
+        for index, join in enumerate(candidates):
+            sources = {source for value in self._reads(join) for source in self._upwards(value)}
+            if any(source in self.grids for source in sources):
+                pending.append(index)
+            for source in sources:
+                read.setdefault(source, []).append(index)
+            for end in self._end_values(join):
+                made.setdefault(end, []).append(index)
+        for layer in layers:
+            for value in self._reads(layer):
+                pending += [index for source in self._upwards(value) for index in made.get(source, ())]
+        chosen: set[int] = set()
+        while pending:
+            index = pending.pop()
+            if index in chosen:
+                continue
+            chosen.add(index)
+            join = candidates[index]
+            for end in self._end_values(join):
+                pending += read.get(end, ())
+            for value in self._reads(join):
+                pending += [above for source in self._upwards(value) for above in made.get(source, ())]
+        found = [join for index, join in enumerate(candidates) if index in chosen]
+        for join in found:
+            self._assign(join.ends, join)
+        return found
 
-    def _touches(self, join: Join, readers: set[int]) -> bool:
-        if any(self._grid(value) is not None for value in self._reads(join)):
-            return True
-        reached = {self.analysis.value_of(self.analysis.flow.calls[end]) for end in join.ends}
-        return any(self._root(value, stop=reached) in reached for value in readers)
+    def _end_values(self, join: Join) -> list[int]:
+        return self._results(self.analysis.flow.calls[end] for end in join.ends)
+
+    def _upwards(self, value: int) -> Iterator[int]:
+        """A value and those before it whose elements it holds, up to the first on a grid."""
+        yield value
+        while value not in self.grids:
+            call = self.analysis.flow.producer(value)
+            if call is None or not self.analysis.keeps_grid(call):
+                return
+            value = call.inputs[0]
+            yield value
 
     def _demands(self, layers: list[Layer], joins: list[Join]) -> dict[int, tuple[QConfig, list[Layer | Join]]]:
         """The tensors that need a quantizer because something quantized reads them: value, qconfig, readers."""
@@ -241,7 +303,7 @@ class _Planner:
         place = self._place_of(root)
         layers = tuple(dict.fromkeys(reader.name for reader in readers if isinstance(reader, Layer)))
         first = readers[0]
-        quantizer = Quantizer(
+        quantizer = PlannedQuantizer(
             where=place.where,
             owner=place.owner,
             value=root,
@@ -315,33 +377,26 @@ class _Planner:
 
     def _returned_by(self, value: int) -> str | None:
         """The innermost module that returns a value which nothing inside of it reads."""
-        frames = self.analysis.flow.frames
-        for frame in reversed(frames):
-            if self.analysis.value_of(frame) != value or frame.parent is None:
-                continue
-            inside = {other.index for other in frames if self._is_within(other.index, frame.index)}
-            if not any(reader.frame in inside for reader in self.analysis.flow.consumers(value)):
+        flow = self.analysis.flow
+        for frame in reversed(flow.frames_returning(value)):
+            inside = (flow.is_within(reader.frame, frame.index) for reader in flow.consumers(value))
+            if frame.parent is not None and not any(inside):
                 return frame.owner
         return None
 
-    def _is_within(self, frame: int | None, outer: int) -> bool:
-        while frame is not None and frame != outer:
-            frame = self.analysis.flow.frames[frame].parent
-        return frame == outer
-
-    def _inputs(self, layers: list[Layer]) -> dict[str, Grid]:
+    def _inputs(self, layers: list[Layer]) -> dict[str, GridSource]:
         by_consumer = {name: q for q in self.quantizers if q.where == "consumer" for name in q.consumers}
-        found: dict[str, Grid] = {}
+        found: dict[str, GridSource] = {}
         for layer in layers:
             grids = [self._grid(value) or by_consumer.get(layer.name) for value in self._reads(layer)]
             if grids and grids[0] is not None and all(grid is grids[0] for grid in grids):
                 found[layer.name] = grids[0]
         return found
 
-    def _operands(self, join: Join) -> tuple[Grid | None, ...]:
+    def _operands(self, join: Join) -> tuple[GridSource | None, ...]:
         """What put each operand on its grid, where that is the same in every call."""
         calls = [operands(self.analysis.flow.calls[index], self.analysis) for index in join.calls]
-        found: list[Grid | None] = []
+        found: list[GridSource | None] = []
         for values in zip(*calls, strict=True):
             grids = [self._grid(value) for value in values]
             found.append(grids[0] if all(grid is grids[0] for grid in grids) else None)
@@ -356,7 +411,7 @@ class _Planner:
             return []
         return [call.inputs[0] for call in calls if call.inputs]
 
-    def _grid(self, value: int) -> Grid | None:
+    def _grid(self, value: int) -> GridSource | None:
         return self.grids.get(self._root(value))
 
     def _root(self, value: int, stop: Container[int | None] = ()) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from tritonq.prepare.dataflow import Call, Dataflow, Frame, Ref, operation_name, plain_name, refs_in
-from tritonq.prepare.trace import TraceError, bind_frame
+from tritonq.prepare.forwards.trace import TraceError, bind_frame
+from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref, refs_in
+from tritonq.prepare.record.operations import operation_name, plain_name
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from tritonq.nn import RepVGGBlock
 from tritonq.nn.fusable import bound_of_clip, ceiling_of
-from tritonq.prepare.dataflow import Call, Dataflow, Frame, Ref, is_leaf
-from tritonq.prepare.forward_graph import ForwardGraph
-from tritonq.prepare.match import Recorded, Site, match_frame
-from tritonq.prepare.trace import TraceError
+from tritonq.prepare.forwards.graph import ForwardGraph
+from tritonq.prepare.forwards.proof import Recorded, Site, match_frame
+from tritonq.prepare.forwards.trace import TraceError
+from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref
+from tritonq.prepare.record.operations import is_leaf
 
 # Modules and functions whose output holds only values of their input (and zero, which is on every grid).
 _KEEPING_MODULES = (
@@ -59,6 +58,7 @@ class Analysis:
         self.leaves = frozenset(name for name, module in self.modules.items() if is_leaf(module))
         self._forwards: dict[str, ForwardGraph | TraceError] = {}
         self._sites: dict[int, Site] = {}
+        self._calls_at: dict[tuple[str, str], list[Call]] = {}
 
     def value_of(self, call: Call | Frame) -> int | None:
         """The value that a call returns, or None unless it is a single tensor."""
@@ -74,7 +74,7 @@ class Analysis:
         """Every call of the same module, or of the same place in the same forward."""
         if call.module_name is not None:
             return self.flow.calls_of(call.module_name)
-        return tuple(other for other in self._functions_of(call.owner) if other.ordinal == call.ordinal)
+        return tuple(other for other in self.flow.functions_of(call.owner) if other.ordinal == call.ordinal)
 
     def forward(self, owner: str) -> ForwardGraph | TraceError:
         """The forward of a module as a graph that is proven to make the recorded calls, or why there is none."""
@@ -93,11 +93,7 @@ class Analysis:
 
     def calls_at(self, owner: str, node: str) -> tuple[Call, ...]:
         """All recorded calls that one node of a forward made."""
-        return tuple(
-            call
-            for call in self.flow.calls
-            if call.owner == owner and call.index in self._sites and self._sites[call.index].node == node
-        )
+        return tuple(self._calls_at.get((owner, node), ()))
 
     def is_identity(self, call: Call) -> bool:
         """Whether a call does nothing in any mode."""
@@ -154,19 +150,11 @@ class Analysis:
         frames = self.flow.frames_of(owner)
         try:
             graph = ForwardGraph.trace(self.modules[owner], frames)
-            for frame in frames:
-                self._sites.update(match_frame(graph.eval_graph, self._recorded, frame))
+            sites = [match_frame(graph.eval_graph, self._recorded, frame) for frame in frames]
         except TraceError as error:
             return error
+        for found in sites:
+            self._sites.update(found)
+            for index, site in found.items():
+                self._calls_at.setdefault((owner, site.node), []).append(self.flow.calls[index])
         return graph
-
-    @cached_property
-    def _by_owner(self) -> Mapping[str, list[Call]]:
-        found: dict[str, list[Call]] = {}
-        for call in self.flow.calls:
-            if call.kind == "function":
-                found.setdefault(call.owner, []).append(call)
-        return found
-
-    def _functions_of(self, owner: str) -> list[Call]:
-        return self._by_owner.get(owner, [])

@@ -9,9 +9,9 @@ from typing import cast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tritonq.prepare.analysis import Analysis
-from tritonq.prepare.dataflow import Call, refs_in
-from tritonq.prepare.fuse import ROWS, Types, batch_norm_obstacle
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.rows import ROWS, Types, batch_norm_obstacle
+from tritonq.prepare.record.dataflow import Call, refs_in
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from tritonq.prepare.dataflow import Frame, operation_name, refs_in
-from tritonq.prepare.graph_data import check_argument
-from tritonq.prepare.recorder import METADATA
-from tritonq.prepare.snapshot import tensor_version
+from tritonq.prepare.forwards.graph_data import check_argument
+from tritonq.prepare.record.dataflow import Frame, refs_in
+from tritonq.prepare.record.operations import METADATA, operation_name
+from tritonq.prepare.record.snapshot import tensor_version
 
 _NUMBERS = (int, float)
 _CONTAINERS = {dict, list, tuple, torch.Size}

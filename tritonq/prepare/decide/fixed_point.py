@@ -13,16 +13,23 @@ from typing import cast
 
 from torch import nn
 
+from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.nn import intrinsic
-from tritonq.prepare.analysis import Analysis
-from tritonq.prepare.dataflow import Call, Ref
-from tritonq.prepare.layers import Layer, find_layer
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.layers import Layer, find_layer
+from tritonq.prepare.record.dataflow import Call, Ref
+from tritonq.qconfig import QConfig
 
 _LAYER_TYPES = (nn.Conv2d, nn.Linear)
 _SWAPPED = frozenset({intrinsic.ConvBn2d})
 # torch has these for floats alone.
 _ONLY_FLOATS = ("adaptivemaxpool", "reflectionpad", "replicationpad", "circularpad", "upsample", "interpolate")
 _CLIPPED_RELUS = ("relu6", "hardtanh")
+
+
+def is_fixed_point(qconfig: QConfig | None) -> bool:
+    """Whether a qconfig asks for fixed point."""
+    return qconfig is not None and isinstance(qconfig.activation(), FixedPointFakeQuantize)
 
 
 @dataclass(frozen=True)

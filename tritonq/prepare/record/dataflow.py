@@ -1,22 +1,23 @@
-"""What flows where: one run of a model, recorded as calls and the values between them.
+"""The record of one run of a model: its calls, and the values between them.
 
-``record`` runs the model once and follows its tensors by identity, through modules that no tracer can follow. A leaf
-module's call and a torch function called outside any leaf are one :class:`Call` each; a module called twice has two
-calls. Nothing is kept but plain descriptions.
+A leaf module's call and a torch function called outside any leaf are one :class:`Call` each; a module called twice has
+two calls. The record holds plain descriptions only. :func:`tritonq.prepare.record.recorder.record` makes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from tritonq.nn import RepVGGBlock
-from tritonq.prepare.structure import Path
+from tritonq.prepare.record.structure import Path
 
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
 Source = Literal["call", "input", "state", "unknown"]
 
 
@@ -130,6 +131,30 @@ class Dataflow:
     values: tuple[Value, ...]
     frames: tuple[Frame, ...]
 
+    def __str__(self) -> str:
+        """One line per call, in order; ``v3`` is value 3, a parameter or buffer its name."""
+        lines = [
+            f"v{value.index} = {'example input ' if value.source == 'input' else 'unknown '}"
+            + (".".join(map(str, value.path)) or str(value.tensor))
+            for value in self.values
+            if value.source in ("input", "unknown")
+        ]
+        calls = [
+            f"{', '.join(map(self._name, call.outputs))} = {call.module_name or call.name}"
+            f"({', '.join(map(self._name, call.inputs))})"
+            for call in self.calls
+        ]
+        width = max(map(len, calls), default=0)
+        for call, text in zip(self.calls, calls, strict=True):
+            place = f"the forward of {call.owner}" if call.owner else "the model's forward"
+            lines.append(f"{text:{width}}  # call {call.index}: {call.name}, in {place}")
+        returned = [self._name(value.index) for value in self.values if value.is_output]
+        return "\n".join([*lines, f"return {', '.join(returned)}"])
+
+    def _name(self, value: int) -> str:
+        record = self.values[value]
+        return str(record.path[0]) if record.source == "state" else f"v{value}"
+
     def producer(self, value: int) -> Call | None:
         """The call that produced a value; None for inputs, state and unknown values."""
         index = self.values[value].producer
@@ -153,15 +178,45 @@ class Dataflow:
 
     def calls_of(self, module_name: str) -> tuple[Call, ...]:
         """Every call of one leaf module."""
-        return tuple(call for call in self.calls if call.module_name == module_name)
+        return self._calls_by_module.get(module_name, ())
+
+    def functions_of(self, owner: str) -> tuple[Call, ...]:
+        """Every call of a function in the forward of one module."""
+        return self._functions_by_owner.get(owner, ())
 
     def frames_of(self, owner: str) -> tuple[Frame, ...]:
         """Every run of one module that is not a leaf."""
-        return tuple(frame for frame in self.frames if frame.owner == owner)
+        return self._frames_by_owner.get(owner, ())
+
+    def frames_returning(self, value: int) -> tuple[Frame, ...]:
+        """The frames whose result is this one value, in order of their beginning."""
+        return self._frames_by_output.get(value, ())
+
+    def is_within(self, frame: int | None, outer: int) -> bool:
+        """Whether a frame is ``outer`` or was opened, at any depth, inside of it."""
+        while frame is not None and frame != outer:
+            frame = self.frames[frame].parent
+        return frame == outer
 
     def is_state(self, value: int) -> bool:
         """Whether the value is a parameter or buffer."""
         return self.values[value].source == "state"
+
+    @cached_property
+    def _calls_by_module(self) -> Mapping[str, tuple[Call, ...]]:
+        return _grouped((call.module_name, call) for call in self.calls if call.module_name is not None)
+
+    @cached_property
+    def _functions_by_owner(self) -> Mapping[str, tuple[Call, ...]]:
+        return _grouped((call.owner, call) for call in self.calls if call.kind == "function")
+
+    @cached_property
+    def _frames_by_owner(self) -> Mapping[str, tuple[Frame, ...]]:
+        return _grouped((frame.owner, frame) for frame in self.frames)
+
+    @cached_property
+    def _frames_by_output(self) -> Mapping[int, tuple[Frame, ...]]:
+        return _grouped((frame.output.value, frame) for frame in self.frames if isinstance(frame.output, Ref))
 
 
 def refs_in(structure: Any) -> tuple[int, ...]:
@@ -175,71 +230,8 @@ def refs_in(structure: Any) -> tuple[int, ...]:
     return ()
 
 
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module's call is one operation: a module of torch.nn without children, attention, or a RepVGG block.
-
-    A user's class counts where it inherits its forward from torch.nn unchanged. Everything else is looked into, so that
-    the functions which it calls are seen.
-    """
-    if isinstance(module, (torch.jit.ScriptModule, nn.MultiheadAttention)) or type(module) is RepVGGBlock:
-        return True
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or next(module.children(), None) is not None:
-        return False
-    return getattr(type(module).forward, "__module__", "").startswith("torch.nn.modules.")
-
-
-def operation_name(function: Callable[..., Any]) -> str:
-    """A function's name without its spelling: in place, operator, reflected, method or function."""
-    name = str(getattr(function, "__name__", type(function).__name__))
-    if name == "__get__":  # an attribute of Tensor, such as x.T
-        return str(getattr(function, "__self__").__name__)  # noqa: B009 - a method wrapper has no static type
-    if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        name = name.split(".")[0]
-    # The operator module spells += as iadd.
-    return plain_name(name, is_operator=getattr(function, "__module__", None) == "_operator")
-
-
-def plain_name(name: str, is_operator: bool = False) -> str:
-    """``add`` for ``add_``, ``__iadd__``, ``__radd__`` and, among operators, ``iadd``."""
-    bare = name.strip("_")
-    if (is_operator or name.startswith("__")) and bare[:1] in ("i", "r") and bare[1:] in _ARITHMETIC:
-        bare = bare[1:]
-    return _SYNONYMS.get(bare, bare)
-
-
-_ARITHMETIC = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "div",
-        "mod",
-        "pow",
-        "matmul",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-        "concat",
-    ]
-)
-_SYNONYMS = {"truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
-_SYNONYMS |= {"concat": "cat", "concatenate": "cat", "floordiv": "floor_divide", "absolute": "abs", "rsub": "sub"}
-
-
-def record(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Dataflow:
-    """Run ``model(*args, **kwargs)`` once in eval mode without gradients and record its dataflow.
-
-    Modes, buffers, attributes, hooks and the random state are afterwards what they were, also after an error; the
-    example inputs are not written to.
-
-    Raises:
-        ValueError: the model has parameters that a first run would create.
-        Exception: whatever the model raises on these inputs.
-    """
-    from tritonq.prepare.recorder import Recorder
-
-    return Recorder(model).run(args, dict(kwargs or {}))
+def _grouped(pairs: Iterable[tuple[Key, Item]]) -> dict[Key, tuple[Item, ...]]:
+    found: dict[Key, list[Item]] = {}
+    for key, item in pairs:
+        found.setdefault(key, []).append(item)
+    return {key: tuple(items) for key, items in found.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tritonq.prepare.structure import Path, replace_at
+from tritonq.prepare.record.structure import Path, replace_at
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""Which qconfig each module gets: attributes of modules, one for all, or a mapping's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+from torch import nn
+
+from tritonq.prepare.record.dataflow import Dataflow
+from tritonq.qconfig import QConfig
+from tritonq.qconfig_mapping import QConfigMapping
+
+QConfigs = dict[nn.Module, QConfig | None]
+
+
+def resolve_qconfigs(model: nn.Module, qconfig: QConfig | None) -> QConfigs:
+    """The qconfig of every module: its own attribute, else its parent's; ``qconfig`` stands for the model's own.
+
+    Raises:
+        TypeError: a ``qconfig`` attribute that is neither a QConfig nor None.
+    """
+    return _with_attributes(dict.fromkeys(model.modules(), qconfig), model, skip_root=qconfig is not None)
+
+
+def mapped_qconfigs(
+    model: nn.Module, mapping: QConfigMapping, quantizable: Container[type[nn.Module]], flow: Dataflow | None
+) -> QConfigs:
+    """The qconfig of every module: the nearest ``qconfig`` attribute at or above it, else what ``mapping`` says.
+
+    Args:
+        model: the float model.
+        mapping: the rules.
+        quantizable: the float types that have a quantized form.
+        flow: a record of the model; needed for rules about the first and last layer.
+
+    Raises:
+        ValueError: a rule that fits no module, or a model that runs no quantizable layer.
+        TypeError: a ``qconfig`` attribute that is neither a QConfig nor None.
+    """
+    order = None
+    if mapping.needs_order and flow is not None:
+        order = first_and_last(model, quantizable, flow)
+    return _with_attributes(mapping.resolve(model, order), model)
+
+
+def first_and_last(model: nn.Module, quantizable: Container[type[nn.Module]], flow: Dataflow) -> tuple[str, str]:
+    """Names of the first and the last quantizable layer in order of execution.
+
+    Raises:
+        ValueError: the recorded run called no quantizable layer.
+    """
+    layers = [call.module_name for call in flow.calls if type(call.target) in quantizable and call.module_name]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} runs no quantizable layer, so there is no first or last one")
+    return layers[0], layers[-1]
+
+
+def _with_attributes(found: QConfigs, model: nn.Module, skip_root: bool = False) -> QConfigs:
+    """``found``, where the ``qconfig`` attributes of modules win for the module and everything in it."""
+    visited: set[nn.Module] = set()
+
+    def visit(module: nn.Module, name: str, above: tuple[QConfig | None] | None) -> None:
+        if module in visited:
+            return
+        visited.add(module)
+        if hasattr(module, "qconfig") and not (skip_root and module is model):
+            own: Any = module.qconfig
+            if own is not None and not isinstance(own, QConfig):
+                kind = type(own).__qualname__
+                raise TypeError(f"qconfig of {name or 'the model'} must be a QConfig or None, got {kind}")
+            above = (own,)
+        if above is not None:
+            found[module] = above[0]
+        for child_name, child in module.named_children():
+            visit(child, f"{name}.{child_name}".lstrip("."), above)
+
+    visit(model, "", None)
+    return found

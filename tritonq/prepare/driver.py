@@ -1,0 +1,171 @@
+"""`prepare_qat` for a model as it is: record, decide, edit, check."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.fixed_point_fake_quantize import set_fixed_point_phase
+from tritonq.prepare.check import check_same_output
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.fixed_point import Links, find_links, is_fixed_point
+from tritonq.prepare.decide.layer_records import LayerRecord, fixed_point_records, layer_records
+from tritonq.prepare.decide.plan import Plan, make_plan
+from tritonq.prepare.edit.editor import ModelEditor
+from tritonq.prepare.edit.fake_quant import Types, apply_plan
+from tritonq.prepare.edit.fixed_point import build_fixed_point
+from tritonq.prepare.forwards.graph import ForwardGraph
+from tritonq.prepare.record.example import Recording
+from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state
+from tritonq.prepare.record.structure import clone_tensors
+from tritonq.qconfig import QConfig
+
+
+class Scheme(Protocol):
+    """A way to quantize a recorded model: what it decides and how it edits."""
+
+    def layer_names(self) -> list[str]:
+        """Names of the layers that it quantizes."""
+
+    def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
+        """Edit the model, and return what became of each layer."""
+
+    def check(self) -> None:
+        """Raise RuntimeError unless the edited model computes what the float model did."""
+
+
+def prepare_recorded(
+    model: nn.Module, types: Types, qconfigs: Mapping[nn.Module, QConfig | None], recording: Recording
+) -> None:
+    """Prepare a recorded model in place; on any error it is left as it was.
+
+    Args:
+        model: the float model.
+        types: float type to quantization-aware type.
+        qconfigs: the qconfig of each module; that of the model decides between fixed point and fake quantization.
+        recording: a run of the model on its example inputs.
+
+    Raises:
+        ValueError: the model has no layer to quantize, or, in fixed point, a part without a fixed-point form.
+        RuntimeError: the prepared model would not compute what the float model does.
+    """
+    analysis = Analysis(model, recording.flow)
+    scheme: Scheme
+    if is_fixed_point(qconfigs[model]):
+        scheme = FixedPointScheme(analysis, qconfigs, recording)
+    else:
+        scheme = FakeQuantScheme(analysis, types, qconfigs, recording)
+    if "" in scheme.layer_names():
+        raise ValueError(
+            f"the model is a single {type(model).__name__}; put it into a container, such as nn.Sequential"
+        )
+    with ModelEditor(model, analysis.modules, lambda owner: cast(ForwardGraph, analysis.forward(owner))) as editor:
+        records = scheme.edit(editor)
+        scheme.check()
+        model.tritonq_report = records  # type: ignore[assignment]
+
+
+class FakeQuantScheme:
+    """Fake quantization with observed or learned ranges.
+
+    Raises:
+        ValueError: no layer has a quantized form.
+    """
+
+    def __init__(
+        self,
+        analysis: Analysis,
+        types: Types,
+        qconfigs: Mapping[nn.Module, QConfig | None],
+        recording: Recording,
+    ) -> None:
+        self._analysis, self._types, self._qconfigs, self._recording = analysis, types, qconfigs, recording
+        self.plan: Plan = make_plan(analysis, types, qconfigs)
+        if not self.plan.layers:
+            known = ", ".join(sorted(kind.__name__ for kind in types if kind.__module__.startswith("torch.nn")))
+            why = "; ".join(f"{name}: {reason}" for name, reason in list(self.plan.float_reasons.items())[:5])
+            raise ValueError(
+                f"{type(analysis.model).__name__} has no quantizable layer ({known})"
+                + (f"; left in float: {why}" if why else "")
+            )
+
+    def layer_names(self) -> list[str]:
+        """Names of the layers that it quantizes."""
+        return [layer.name for layer in self.plan.layers]
+
+    def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
+        """Carry out the plan."""
+        join_names = apply_plan(editor, self._analysis.flow, self.plan, self._types, self._qconfigs)
+        return layer_records(self._analysis, self.plan, join_names)
+
+    def check(self) -> None:
+        """Compare outputs with rounding off."""
+        check_same_output(self._analysis.model, self._recording)
+
+
+class FixedPointScheme:
+    """Fixed point, as in F8Net.
+
+    Convolutions with their BatchNorms, linear layers, residual additions and average poolings become their fixed-point
+    forms, each with the formats of its inputs and the η of whatever reads its output. ReLUs stay: an unsigned format is
+    one too. A ReLU6 becomes a ReLU, since the learned level clips. The formats of network inputs begin with the
+    fractional length that suits the example inputs, and are signed where these are.
+
+    Raises:
+        ValueError: a part without a fixed-point form: grouped but not depthwise, a following layer that can't be found
+            and the like. The message names the layer.
+
+    Source: F8Net (Jin et al., 2022), section 3.
+    """
+
+    def __init__(self, analysis: Analysis, qconfigs: Mapping[nn.Module, QConfig | None], recording: Recording) -> None:
+        self._analysis, self._qconfigs, self._recording = analysis, qconfigs, recording
+        self.links = find_links(analysis)
+
+    def layer_names(self) -> list[str]:
+        """Names of the layers that it quantizes."""
+        return [layer.name for layer in self.links.layers.values()]
+
+    def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
+        """Build the layers and their formats."""
+        build_fixed_point(editor, self.links, self._qconfigs, _network_inputs(self.links, self._recording))
+        return fixed_point_records(self.links)
+
+    def check(self) -> None:
+        """Compare outputs in the float phase, unless learned levels clip; then switch to fixed point."""
+        model = self._analysis.model
+        set_fixed_point_phase(model, "floating_wo_clip")
+        if not self.links.relus:
+            check_same_output(model, self._recording)
+        set_fixed_point_phase(model, "fixed")
+
+
+def _network_inputs(links: Links, recording: Recording) -> dict[str, Tensor]:
+    """Return what the layers that read no other layer's output get from the example inputs, by name."""
+    model = links.analysis.model
+    found: dict[str, Tensor] = {}
+    handles = []
+    snapshot = ModelSnapshot(model)
+    for index, layer in links.layers.items():
+        if not links.groups[links.analysis.flow.calls[index].inputs[0]].scaled:
+
+            def keep(module: nn.Module, given: tuple[Any, ...], name: str = layer.name) -> None:
+                found[name] = given[0].detach()
+
+            handles.append(links.analysis.modules[layer.name].register_forward_pre_hook(keep))
+    try:
+        with preserved_random_state(model), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for module in model.modules():
+                module.training = False
+            args, kwargs = clone_tensors(recording.args, recording.kwargs)
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        snapshot.restore()
+    return found

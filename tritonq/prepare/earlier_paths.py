@@ -1,0 +1,28 @@
+"""The paths that modules had in version 0.1.0, which models pickled whole name.
+
+``torch.save(model)`` and ``pickle`` store the path of each class and function that they need to load the model again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+# Old name below tritonq.prepare: new one.
+EARLIER_PATHS = {
+    "dataflow": "record.dataflow",
+    "eager": "edit.swap",
+    "forward_graph": "forwards.edited",
+    "fuse": "edit.fuse",
+    "inputs": "edit.inputs",
+    "report": "decide.layer_records",
+    "snapshot": "record.snapshot",
+    "structure": "record.structure",
+}
+
+
+def register_earlier_paths() -> None:
+    """Let the names of 0.1.0 import the modules that hold the same things now."""
+    package = __name__.rpartition(".")[0]
+    for old, new in EARLIER_PATHS.items():
+        sys.modules[f"{package}.{old}"] = importlib.import_module(f"{package}.{new}")

@@ -1,0 +1,1 @@
+"""The decisions carried out on a model, by one editor that can undo them."""

@@ -1,0 +1,58 @@
+"""`prepare_qat` as torch.ao has it: the user writes the stubs and fuses, qconfigs come from attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from tritonq.nn import FloatFunctional, QuantStub
+from tritonq.nn.intrinsic import FusedModule
+from tritonq.prepare.decide.qconfigs import QConfigs
+from tritonq.prepare.edit.swap import quantize_output, swap
+from tritonq.qconfig import QConfig
+
+# Float modules whose outputs torch.ao quantizes in place; the swapped ones have output quantizers of their own.
+QUANTIZED_OUTPUTS: tuple[type[nn.Module], ...] = (
+    QuantStub,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.ELU,
+    nn.Hardswish,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose3d,
+)
+
+
+def prepare_eager(model: nn.Module, mapping: Mapping[type[nn.Module], type[nn.Module]], qconfigs: QConfigs) -> None:
+    """Swap float modules by ``mapping`` and attach output quantizers, in place, as torch.ao's ``prepare_qat`` does."""
+    swapped: dict[nn.Module, nn.Module] = {}
+    for module in list(model.modules()):
+        module.qconfig = qconfigs.get(module)  # type: ignore[assignment]  # torch.ao leaves it there too
+        if isinstance(module, (FusedModule, nn.MultiheadAttention)):
+            continue  # the one is swapped as a whole, the other reads its projection's weight and never calls it
+        for name, child in list(module.named_children()):
+            qconfig, target = qconfigs.get(child), mapping.get(type(child))
+            if child in swapped:
+                module._modules[name] = swapped[child]
+            elif qconfig is not None and target is not None:
+                module._modules[name] = swapped[child] = swap(child, target, qconfig)
+            elif qconfig is not None and isinstance(child, FloatFunctional):
+                child.activation_post_process = _quantizer(qconfig, model)
+            elif qconfig is not None and type(child) in QUANTIZED_OUTPUTS:
+                quantize_output(child, _quantizer(qconfig, model))
+
+
+def _quantizer(qconfig: QConfig, like: nn.Module) -> nn.Module:
+    """A new activation quantizer on the device of a module's parameters."""
+    parameter = next(like.parameters(), None)
+    quantizer = qconfig.activation()
+    return quantizer if parameter is None else quantizer.to(parameter.device)

@@ -1,0 +1,108 @@
+"""The one editor of models: replaces a child, adds a child, rewrites a forward, and undoes all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from torch import nn
+
+from tritonq.prepare.forwards.edited import apply_forward, hide_children
+from tritonq.prepare.forwards.graph import ForwardGraph
+from tritonq.prepare.record.snapshot import ModelSnapshot
+
+
+class ModelEditor:
+    """Edits a model in place. As a context manager it undoes every edit where its block raises.
+
+    Modules are addressed by their names in the float model, before and after they were replaced. Rewritten forwards
+    take effect with :meth:`apply`.
+
+    Args:
+        model: the model.
+        modules: the modules that may be edited, by name.
+        forward: returns the forward of a module, by name, as a graph for editing.
+
+    Attributes:
+        model: the model.
+        modules: what is now in the place of each module.
+    """
+
+    def __init__(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[[str], ForwardGraph]
+    ) -> None:
+        self.model, self.modules = model, dict(modules)
+        self._forward = forward
+        self._snapshot = ModelSnapshot(model)
+        self._graphs: dict[str, ForwardGraph] = {}
+        self._added: dict[str, list[str]] = {}
+        # For each module the places that hold it: parent and attribute.
+        self._places: dict[nn.Module, dict[tuple[nn.Module, str], None]] = {}
+        self._note_children(model)
+
+    def __enter__(self) -> ModelEditor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.undo()
+
+    def undo(self) -> None:
+        """Put the model back as it was when the editor was made."""
+        self._snapshot.restore()
+
+    def replace(self, name: str, new: nn.Module) -> None:
+        """Put a module in the place of another, in its mode, wherever that is a child."""
+        old = self.modules[name]
+        new.training = old.training
+        for parent, attribute in self._places.pop(old, {}):
+            if parent._modules.get(attribute) is not old:
+                continue
+            parent._modules[attribute] = new
+            self._places.setdefault(new, {})[parent, attribute] = None
+        self._note_children(new)
+        self.modules[name] = new
+
+    def add_child(self, owner: str, base: str, child: nn.Module) -> str:
+        """Add a child under the first free name among ``base``, ``base_1`` and so on, in its owner's mode.
+
+        Returns:
+            That name.
+        """
+        module, name, count = self.modules[owner], base, 0
+        while hasattr(module, name):
+            count += 1
+            name = f"{base}_{count}"
+        self.set_child(owner, name, child)
+        return name
+
+    def set_child(self, owner: str, name: str, child: nn.Module) -> None:
+        """Add a child under this name, in its owner's mode."""
+        module = self.modules[owner]
+        module.add_module(name, child.train(module.training))
+        self._places.setdefault(child, {})[module, name] = None
+        self._note_children(child)
+        self._added.setdefault(owner, []).append(name)
+
+    def rewrite(self, owner: str) -> ForwardGraph:
+        """The forward of a module, to be edited; the same graph in every call."""
+        if owner not in self._graphs:
+            self._graphs[owner] = self._forward(owner)
+        return self._graphs[owner]
+
+    def apply(self) -> None:
+        """Put rewritten forwards on their modules, and keep Sequentials from running children that were added."""
+        for owner, graph in self._graphs.items():
+            apply_forward(self.modules[owner], graph.to_data())
+        for owner, names in self._added.items():
+            module = self.modules[owner]
+            if isinstance(module, nn.Sequential):
+                hide_children(module, names)
+
+    def _note_children(self, module: nn.Module) -> None:
+        for parent in module.modules():
+            for attribute, child in parent._modules.items():
+                if child is not None:
+                    self._places.setdefault(child, {})[parent, attribute] = None

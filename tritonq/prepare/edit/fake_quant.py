@@ -1,0 +1,211 @@
+"""Carrying out a plan: quantized layers, joins and quantizers take their places in a model."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.nn import Add, Cat, QATLayer
+from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.elementwise import note_relus
+from tritonq.prepare.decide.joins import Join
+from tritonq.prepare.decide.layers import Layer
+from tritonq.prepare.decide.plan import Plan, PlannedQuantizer
+from tritonq.prepare.edit.editor import ModelEditor
+from tritonq.prepare.edit.fuse import fuse_row, move_hooks
+from tritonq.prepare.edit.inputs import (
+    InputFakeQuants,
+    InputPlace,
+    input_place,
+    quantize_first_argument_hook,
+    quantize_inputs_hook,
+)
+from tritonq.prepare.edit.swap import quantize_output_hook, swap
+from tritonq.prepare.forwards.graph import node_operands, sequence_operand
+from tritonq.prepare.record.dataflow import Dataflow
+from tritonq.qconfig import QConfig
+
+Types = Mapping[type[nn.Module], type[nn.Module]]
+
+
+def apply_plan(
+    editor: ModelEditor, flow: Dataflow, plan: Plan, types: Types, qconfigs: Mapping[nn.Module, QConfig | None]
+) -> dict[Join, str]:
+    """Carry out a plan with an editor.
+
+    Args:
+        editor: edits the model.
+        flow: its record.
+        plan: the plan that was made from it.
+        types: float type to quantization-aware type.
+        qconfigs: the qconfig of each module of the float model.
+
+    Returns:
+        The qualified names of the modules that joins became.
+
+    Raises:
+        ValueError: a name that preparation needs is taken.
+    """
+    work = _PlanWork(editor, flow, plan, types, qconfigs)
+    work.do()
+    return work.join_names
+
+
+class _PlanWork:
+    def __init__(
+        self,
+        editor: ModelEditor,
+        flow: Dataflow,
+        plan: Plan,
+        types: Types,
+        qconfigs: Mapping[nn.Module, QConfig | None],
+    ) -> None:
+        self.join_names: dict[Join, str] = {}
+        self._editor, self._flow, self._plan = editor, flow, plan
+        self._types, self._qconfigs = types, qconfigs
+        self._float_modules = dict(editor.modules)
+        # The quantizer modules, by the identity of what was planned.
+        self._quantizers: dict[int, nn.Module] = {}
+
+    def do(self) -> None:
+        self._erase_relus()
+        for join in self._plan.joins:
+            self._add_join(join)
+        for layer in self._plan.layers:
+            self._add_layer(layer)
+        for quantizer in self._plan.quantizers:
+            self._add_quantizer(quantizer)
+        self._add_inputs([quantizer for quantizer in self._plan.quantizers if quantizer.where == "input"])
+        self._editor.apply()
+        self._link()
+        note_relus(self._editor.model)
+
+    def _erase_relus(self) -> None:
+        for name in self._plan.erased_modules:
+            self._editor.replace(name, nn.Identity())
+        for owner, node in self._plan.erased_nodes:
+            self._editor.rewrite(owner).erase(node)
+
+    def _add_join(self, join: Join) -> None:
+        qconfig = self._qconfigs[self._float_modules[join.owner]]
+        module = Add(join.ceiling, qconfig=qconfig) if join.kind == "add" else Cat(join.dim, qconfig=qconfig)
+        name = self._editor.add_child(join.owner, join.kind, self._placed(module, join.owner))
+        operands = node_operands if join.kind == "add" else sequence_operand
+        if join.site is not None:
+            self._editor.rewrite(join.owner).replace(join.site.node, name, operands, join.site.in_place)
+        self._quantizers[id(join)] = module.activation_post_process
+        self.join_names[join] = f"{join.owner}.{name}".lstrip(".")
+
+    def _add_layer(self, layer: Layer) -> None:
+        module = self._editor.modules[layer.name]
+        qconfig = cast(QConfig, self._qconfigs[module])
+        if layer.name in self._plan.clipped:
+            qconfig = QConfig(nn.Identity, qconfig.weight)
+        if len(layer.row) == 1:
+            quantized = swap(module, self._types[layer.row[0]], qconfig)
+        else:
+            quantized = self._fused(layer, module, qconfig)
+        self._editor.replace(layer.name, quantized)
+        output = getattr(quantized, "activation_post_process", None)
+        if isinstance(output, nn.Module):
+            self._quantizers[id(layer)] = output
+
+    def _fused(self, layer: Layer, module: nn.Module, qconfig: QConfig) -> nn.Module:
+        parts = [module]
+        bn = None if layer.batch_norm is None else self._editor.modules[layer.batch_norm]
+        if bn is not None:
+            parts.append(_plain_batch_norm(cast(Any, bn), layer.row[1]))
+        if layer.ceiling is not None:
+            parts.append(nn.ReLU() if layer.ceiling == math.inf else nn.Hardtanh(0.0, layer.ceiling))
+        frozen = bn is not None and module.training and not bn.training
+        row = fuse_row(parts)
+        quantized = swap(row, self._types[type(row)], qconfig)
+        if bn is None or layer.batch_norm is None:
+            move_hooks(module, module, quantized)
+            return quantized
+        if frozen and isinstance(quantized, QATBatchNormLayer):
+            quantized.freeze_bn_stats()
+        rest = self._remainder(bn, layer)
+        if layer.remainder:
+            move_hooks(module, module, quantized)
+            move_hooks(bn, bn, rest)
+        else:
+            move_hooks(module, bn, quantized)
+        self._editor.replace(layer.batch_norm, rest)
+        return quantized
+
+    def _remainder(self, bn: nn.Module, layer: Layer) -> nn.Module:
+        """Make the module that takes the place of an absorbed BatchNorm.
+
+        It runs the children that the BatchNorm called after normalising.
+        """
+        prefix = f"{layer.batch_norm}."
+        modules = self._editor.modules
+        children = [(name.removeprefix(prefix).replace(".", "_"), modules[name]) for name in layer.remainder]
+        if all(type(child) is nn.Identity for _, child in children):
+            return nn.Identity().train(bn.training)
+        rest = nn.Sequential(OrderedDict(children))
+        rest.training = bn.training
+        return rest
+
+    def _add_quantizer(self, quantizer: PlannedQuantizer) -> None:
+        module = self._placed(quantizer.qconfig.activation(), quantizer.like)
+        self._quantizers[id(quantizer)] = module
+        if quantizer.where == "output":
+            self._editor.set_child(quantizer.owner, "activation_post_process", module)
+            self._editor.modules[quantizer.owner].register_forward_hook(quantize_output_hook, prepend=True)
+        elif quantizer.where == "node":
+            name = self._editor.add_child(quantizer.owner, f"{quantizer.node}_fake_quant", module)
+            self._editor.rewrite(quantizer.owner).insert_after(quantizer.node, name, quantizer.in_place)
+        elif quantizer.where == "consumer":
+            for name in quantizer.consumers:
+                self._editor.set_child(name, "input_fake_quant", module)
+                self._editor.modules[name].register_forward_pre_hook(quantize_first_argument_hook)
+
+    def _add_inputs(self, inputs: list[PlannedQuantizer]) -> None:
+        if not inputs:
+            return
+        model = self._editor.model
+        if hasattr(model, "input_fake_quants"):
+            raise ValueError("the model has an attribute input_fake_quants, which preparation needs")
+        places: list[InputPlace] = []
+        for quantizer in inputs:
+            path = self._flow.values[quantizer.value].path
+            places.append(input_place(model.forward, path, [place.key for place in places]))
+        modules = [self._quantizers[id(quantizer)] for quantizer in inputs]
+        self._editor.set_child("", "input_fake_quants", InputFakeQuants(places, modules))
+        model.register_forward_pre_hook(quantize_inputs_hook, with_kwargs=True)
+
+    def _link(self) -> None:
+        """Tell layers and additions which quantizers put their inputs on grids."""
+        for layer in self._plan.layers:
+            grid, module = self._plan.inputs.get(layer.name), self._editor.modules[layer.name]
+            if grid is not None and isinstance(module, QATLayer):
+                quantizer = self._quantizers[id(grid)]
+                module.set_input_quantizer(quantizer if isinstance(quantizer, FakeQuantizeBase) else None)
+        for join, grids in self._plan.operands.items():
+            add = self._editor.model.get_submodule(self.join_names[join])
+            if isinstance(add, Add) and len(grids) == 2:
+                a, b = (None if grid is None else self._quantizers.get(id(grid)) for grid in grids)
+                add.set_input_quantizers(a, b)
+
+    def _placed(self, module: nn.Module, like: str) -> nn.Module:
+        """Return ``module`` on the device of the parameters of a module, or of the model where that has none."""
+        tensor = next(self._editor.modules[like].parameters(), None)
+        tensor = next(self._editor.model.parameters(), None) if tensor is None else tensor
+        return module if tensor is None else module.to(tensor.device)
+
+
+def _plain_batch_norm(bn: nn.modules.batchnorm._BatchNorm, kind: type[nn.Module]) -> nn.Module:
+    """``bn`` itself if it is a plain BatchNorm, else a plain one with its parameters and statistics."""
+    if type(bn) is kind:
+        return bn
+    plain = kind(bn.num_features, bn.eps, bn.momentum, device="meta")
+    plain._parameters.update({name: bn._parameters[name] for name in plain._parameters})
+    plain._buffers.update({name: bn._buffers[name] for name in plain._buffers})
+    return plain.train(bn.training)

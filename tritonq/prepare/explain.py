@@ -1,0 +1,96 @@
+"""Print how `prepare_qat` sees a model: its record, the plan, the edited forwards.
+
+``python -m tritonq.prepare.explain`` shows them for a model whose forward has three lines; ``docs/prepare.md`` explains
+what it prints.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.nn import DEFAULT_QAT_MAPPING
+from tritonq.observers import ObserverBase
+from tritonq.prepare import prepare_qat
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.plan import make_plan
+from tritonq.prepare.decide.qconfigs import resolve_qconfigs
+from tritonq.prepare.forwards.edited import forward_source
+from tritonq.prepare.record.example import record_examples
+from tritonq.qconfig import DEFAULT_PRESET, QConfig, get_qconfig
+
+
+class ThreeLines(nn.Module):
+    """A convolution with BatchNorm, a residual addition with ReLU, a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.classifier = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return two scores per image."""
+        y = self.norm(self.conv(x))
+        y = F.relu(y + x)
+        return cast(Tensor, self.classifier(y.mean((2, 3))))
+
+
+def explain(model: nn.Module, example_inputs: Any, qconfig: QConfig | None = None) -> str:
+    """Describe the steps of ``prepare_qat`` on a model, which stays as it is.
+
+    Args:
+        model: a float model.
+        example_inputs: as for ``prepare_qat``.
+        qconfig: the qconfig of the model; by default that of the default preset.
+
+    Returns:
+        Four parts of text: the record, the plan, each edited forward, and the modules of the prepared model.
+
+    Raises:
+        ValueError: as ``prepare_qat``.
+
+    Examples:
+        >>> print(explain(ThreeLines(), torch.randn(1, 4, 8, 8)).splitlines()[0])
+        RECORD: one run of ThreeLines on its example inputs
+    """
+    qconfig = get_qconfig(DEFAULT_PRESET) if qconfig is None else qconfig
+    recording = record_examples(model, example_inputs)
+    plan = make_plan(Analysis(model, recording.flow), DEFAULT_QAT_MAPPING, resolve_qconfigs(model, qconfig))
+    prepared = prepare_qat(model, qconfig=qconfig, example_inputs=example_inputs)
+    forwards = [
+        f"{name or 'the model'}, {mode}:\n{source}"
+        for name, module in prepared.named_modules()
+        for mode, source in forward_source(module).items()
+    ]
+    parts = {
+        f"RECORD: one run of {type(model).__name__} on its example inputs": str(recording.flow),
+        "PLAN: what will become of it": str(plan),
+        "FORWARD: what edited modules run now": "\n\n".join(forwards) or "no forward had to be edited",
+        "MODEL: what its modules are now": _outline(prepared),
+    }
+    return "\n\n".join(f"{title}\n\n{textwrap.indent(text, '    ')}" for title, text in parts.items())
+
+
+def _outline(model: nn.Module) -> str:
+    shown = (module for module in model.named_modules() if not isinstance(module[1], ObserverBase))
+    named = [(name, type(module).__name__) for name, module in shown if name]
+    width = max((len(name) for name, _ in named), default=0)
+    return "\n".join(f"{name:{width}}  {kind}" for name, kind in named)
+
+
+def main() -> None:
+    """Print the source of :class:`ThreeLines` and how it is prepared."""
+    torch.manual_seed(0)
+    source = textwrap.indent(inspect.getsource(ThreeLines).rstrip(), "    ")
+    sys.stdout.write(f"SOURCE\n\n{source}\n\n{explain(ThreeLines(), torch.randn(1, 4, 8, 8))}\n")
+
+
+if __name__ == "__main__":
+    main()

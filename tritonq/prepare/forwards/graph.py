@@ -1,0 +1,184 @@
+"""The forward of one module as a graph that can be edited.
+
+The forward becomes a torch.fx graph with the module's children as single calls: one graph, or one per mode where train
+and eval differ. Edits insert calls of new children. The result is plain data;
+:func:`tritonq.prepare.forwards.edited.apply_forward` compiles it and puts it on a module.
+"""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import FunctionType
+from typing import Any
+
+from torch import fx, nn
+
+from tritonq.prepare.forwards.graph_data import GraphData, data_to_graph, graph_to_data
+from tritonq.prepare.forwards.trace import TraceError, classify_arguments, forward_signature, trace
+from tritonq.prepare.record.dataflow import Frame
+
+DATA_VERSION = 1
+ForwardData = dict[str, Any]
+_sources = itertools.count()
+Operands = Callable[[fx.Node], tuple[Any, ...]]
+
+
+class ForwardGraph:
+    """The forward of one module, open for edits. Nodes are named as in the eval graph.
+
+    Attributes:
+        eval_graph: what runs in eval mode.
+    """
+
+    def __init__(self, eval_graph: fx.Graph, train_graph: fx.Graph | None = None) -> None:
+        self.eval_graph = eval_graph
+        self._train_graph = train_graph
+        self._train_names = {} if train_graph is None else _correspondence(eval_graph, train_graph)
+        self._nodes = [{node.name: node for node in graph.nodes} for graph in self.graphs()]
+
+    @classmethod
+    def trace(cls, module: nn.Module, frames: Iterable[Frame]) -> ForwardGraph:
+        """The forward of ``module`` as it was called in the recorded ``frames``.
+
+        Raises:
+            TraceError: no graph can stand for it; the message says why.
+        """
+        arguments = classify_arguments(forward_signature(module), frames)
+        in_eval, in_train = trace(module, arguments, training=False), trace(module, arguments, training=True)
+        try:
+            same = graph_to_data(in_eval) == graph_to_data(in_train)
+            graph = cls(in_eval, None if same else in_train)
+            for copied in graph.graphs():
+                compile_graph(copied, type(module).__name__)
+        except (ValueError, SyntaxError) as error:
+            raise TraceError(str(error)) from error
+        return graph
+
+    @classmethod
+    def from_data(cls, data: ForwardData) -> ForwardGraph:
+        """The graph that :meth:`to_data` described.
+
+        Raises:
+            ValueError: data of another version, or that doesn't describe a forward.
+        """
+        version = data.get("version") if isinstance(data, dict) else None
+        if version != DATA_VERSION:
+            raise ValueError(f"expected forward data of version {DATA_VERSION}, got {version!r}")
+        train = data.get("train")
+        return cls(data_to_graph(data["eval"]), None if train is None else data_to_graph(train))
+
+    def to_data(self) -> ForwardData:
+        """Plain data that JSON can hold: ``{"version", "eval": nodes, "train": nodes or None}``."""
+        train: GraphData | None = None if self._train_graph is None else graph_to_data(self._train_graph)
+        return {"version": DATA_VERSION, "eval": graph_to_data(self.eval_graph), "train": train}
+
+    def can_edit(self, node: str) -> bool:
+        """Whether the node exists in the graphs of both modes."""
+        return self._train_graph is None or node in self._train_names
+
+    def replace(self, node: str, child: str, operands: Operands, in_place: bool = False) -> None:
+        """Replace a node by a call of the child module ``child`` on ``operands(node)``.
+
+        ``in_place`` says that the node overwrites its first operand: later readers of that get the new result.
+        """
+        for graph, found in self._find(node):
+            with graph.inserting_after(found):
+                call = graph.call_module(child, operands(found))
+            _redirect(found, call, in_place)
+            graph.erase_node(found)
+
+    def insert_after(self, node: str, child: str, in_place: bool = False) -> None:
+        """Pass the result of a node through the child module ``child`` on its way to all later readers."""
+        for graph, found in self._find(node):
+            with graph.inserting_after(found):
+                call = graph.call_module(child, (found,))
+            _redirect(found, call, in_place)
+
+    def erase(self, node: str) -> None:
+        """Remove a node; its readers get its first operand instead."""
+        for graph, found in self._find(node):
+            found.replace_all_uses_with(first_operand(found))
+            graph.erase_node(found)
+
+    def graphs(self) -> list[fx.Graph]:
+        """Return the graph of eval mode and, where training differs, that of training."""
+        return [self.eval_graph] if self._train_graph is None else [self.eval_graph, self._train_graph]
+
+    def _find(self, name: str) -> list[tuple[fx.Graph, fx.Node]]:
+        if name not in self._nodes[0]:
+            raise ValueError(f"no node {name!r} in the graph")
+        names = [name, self._train_names.get(name, "")]
+        return [(graph, nodes[here]) for graph, nodes, here in zip(self.graphs(), self._nodes, names, strict=False)]
+
+
+def first_operand(node: fx.Node) -> fx.Node:
+    """The first node that a node reads.
+
+    Raises:
+        ValueError: it reads none.
+    """
+    for argument in (*node.args, *node.kwargs.values()):
+        if isinstance(argument, fx.Node):
+            return argument
+    raise ValueError(f"{node.name} reads no other node")
+
+
+def node_operands(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of a node that are nodes: the operands of an addition."""
+    return tuple(argument for argument in (*node.args, *node.kwargs.values()) if isinstance(argument, fx.Node))
+
+
+def sequence_operand(node: fx.Node) -> tuple[Any, ...]:
+    """The first argument of a node as a whole: the list that a concatenation takes."""
+    return ((*node.args, *node.kwargs.values())[0],)
+
+
+def compile_graph(graph: fx.Graph, name: str) -> FunctionType:
+    """The function that a graph describes, ``forward(self, …)``; ``name`` appears in tracebacks."""
+    code = graph.python_code("self")
+    filename = f"<tritonq forward {next(_sources)} of {name}>"
+    namespace = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), namespace)  # names and functions in it passed the checks of graph_data
+    # So that tracebacks show the source.
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+    return namespace["forward"]  # type: ignore[no-any-return]
+
+
+def _redirect(node: fx.Node, new: fx.Node, in_place: bool) -> None:
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    if in_place:
+        overwritten = first_operand(node)
+        for user in list(overwritten.users):
+            if new < user:
+                user.replace_input_with(overwritten, new)
+
+
+def _correspondence(in_eval: fx.Graph, in_train: fx.Graph) -> dict[str, str]:
+    """For nodes of the eval graph those of the train graph that do the same, by name.
+
+    Same means: same operation on corresponding nodes; else the k-th of its kind where both have equally many.
+    """
+    found: dict[str, str] = {}
+    free: dict[tuple[Any, ...], deque[str]] = {}
+    of_kind: list[dict[Any, list[str]]] = [{}, {}]
+    for node in in_train.nodes:
+        operands = tuple(operand.name for operand in node.all_input_nodes)
+        free.setdefault((_kind(node), operands), deque()).append(node.name)
+        of_kind[1].setdefault(_kind(node), []).append(node.name)
+    for node in in_eval.nodes:
+        same = free.get((_kind(node), tuple(found.get(operand.name) for operand in node.all_input_nodes)))
+        if same:
+            found[node.name] = same.popleft()
+        of_kind[0].setdefault(_kind(node), []).append(node.name)
+    for kind, mine in of_kind[0].items():
+        others = of_kind[1].get(kind, [])
+        if len(mine) == len(others) and not all(name in found for name in mine):
+            found |= dict(zip(mine, others, strict=True))
+    return found
+
+
+def _kind(node: fx.Node) -> tuple[str, Any]:
+    return node.op, node.target

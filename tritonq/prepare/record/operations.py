@@ -1,0 +1,75 @@
+"""Names of operations, and which modules count as one operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tritonq.nn import RepVGGBlock
+
+# What these tell about a tensor does not depend on its elements, so reading it is no dataflow.
+_METADATA_NAMES = """
+    size dim ndim shape dtype device layout stride numel nelement len itemsize nbytes element_size storage_offset names
+    requires_grad is_leaf grad_fn grad version get_device data_ptr hash type result_type is_contiguous is_same_size
+    is_floating_point is_complex is_signed is_conj is_neg is_inference is_cuda is_cpu is_meta is_sparse is_quantized
+    is_mkldnn is_mps is_nested is_xpu is_tensor iter
+"""
+METADATA = frozenset(_METADATA_NAMES.split())
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module's call is one operation: a module of torch.nn without children, attention, or a RepVGG block.
+
+    A user's class counts where it inherits its forward from torch.nn unchanged. Everything else is looked into, so that
+    the functions which it calls are seen.
+    """
+    if isinstance(module, (torch.jit.ScriptModule, nn.MultiheadAttention)) or type(module) is RepVGGBlock:
+        return True
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or next(module.children(), None) is not None:
+        return False
+    return getattr(type(module).forward, "__module__", "").startswith("torch.nn.modules.")
+
+
+def operation_name(function: Callable[..., Any]) -> str:
+    """A function's name without its spelling: in place, operator, reflected, method or function."""
+    name = str(getattr(function, "__name__", type(function).__name__))
+    if name == "__get__":  # an attribute of Tensor, such as x.T
+        return str(getattr(function, "__self__").__name__)  # noqa: B009 - a method wrapper has no static type
+    if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        name = name.split(".")[0]
+    # The operator module spells += as iadd.
+    return plain_name(name, is_operator=getattr(function, "__module__", None) == "_operator")
+
+
+def plain_name(name: str, is_operator: bool = False) -> str:
+    """``add`` for ``add_``, ``__iadd__``, ``__radd__`` and, among operators, ``iadd``."""
+    bare = name.strip("_")
+    if (is_operator or name.startswith("__")) and bare[:1] in ("i", "r") and bare[1:] in _ARITHMETIC:
+        bare = bare[1:]
+    return _SYNONYMS.get(bare, bare)
+
+
+_ARITHMETIC = frozenset(
+    [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "div",
+        "mod",
+        "pow",
+        "matmul",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "concat",
+    ]
+)
+_SYNONYMS = {"truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
+_SYNONYMS |= {"concat": "cat", "concatenate": "cat", "floordiv": "floor_divide", "absolute": "abs", "rsub": "sub"}
