@@ -25,16 +25,11 @@ RINGS = {
     ("tritonq.nn.conv_bn", "tritonq.nn.folding_modes"),
     ("tritonq.perf.cases.fake_quant", "tritonq.perf.cases.fake_quant_peers"),
     ("tritonq.perf.cases.fixed_point", "tritonq.perf.cases.fixed_point_peers"),
-    ("tritonq.prepare.dataflow", "tritonq.prepare.recorder"),
 }
 PRIVATE_IMPORTS = {
     ("tests/test_checkpoint.py", "tritonq.deploy.checkpoint._digest"),
     ("tests/test_plots.py", "tritonq.plots._density"),
     ("tests/test_plots.py", "tritonq.plots._grid"),
-    ("tritonq/prepare/choice.py", "tritonq.prepare.automatic._arguments"),
-    ("tritonq/prepare/fixed_point.py", "tritonq.prepare.automatic._arguments"),
-    ("tritonq/prepare/fixed_point.py", "tritonq.prepare.automatic._check_same_output"),
-    ("tritonq/prepare/fixed_point.py", "tritonq.prepare.automatic._free_name"),
     ("tritonq/report/measure.py", "tritonq.calibration._everything_float"),
 }
 LONG_FILES = {

@@ -14,7 +14,8 @@ from tritonq.prepare.check import check_same_output
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.fixed_point import Links, find_links, is_fixed_point
 from tritonq.prepare.decide.layer_records import LayerRecord, fixed_point_records, layer_records
-from tritonq.prepare.decide.plan import Plan, make_plan
+from tritonq.prepare.decide.plan import Plan
+from tritonq.prepare.decide.planner import make_plan
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.edit.fake_quant import Types, apply_plan
 from tritonq.prepare.edit.fixed_point import build_fixed_point

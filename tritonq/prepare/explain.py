@@ -19,7 +19,7 @@ from tritonq.nn import DEFAULT_QAT_MAPPING
 from tritonq.observers import ObserverBase
 from tritonq.prepare import prepare_qat
 from tritonq.prepare.decide.analysis import Analysis
-from tritonq.prepare.decide.plan import make_plan
+from tritonq.prepare.decide.planner import make_plan
 from tritonq.prepare.decide.qconfigs import resolve_qconfigs
 from tritonq.prepare.forwards.edited import forward_source
 from tritonq.prepare.record.example import record_examples

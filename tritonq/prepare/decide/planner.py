@@ -1,0 +1,337 @@
+"""Making a plan: which layers, joins and quantizers a recorded model gets, before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from tritonq.nn import RepVGGBlock
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.joins import Join, find_joins, operands
+from tritonq.prepare.decide.layers import Layer, find_layer
+from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer, Where
+from tritonq.prepare.forwards.proof import Site
+from tritonq.prepare.record.dataflow import Call, Frame
+from tritonq.qconfig import QConfig
+
+
+def make_plan(
+    analysis: Analysis, swapped: Container[type[nn.Module]], qconfigs: Mapping[nn.Module, QConfig | None]
+) -> Plan:
+    """Decide fusions, joins and quantizers for a recorded model.
+
+    Args:
+        analysis: the model and its record.
+        swapped: the float types that have a quantized form.
+        qconfigs: the qconfig of each module, None to leave it in float.
+    """
+    kept: frozenset[int] = frozenset()
+    while True:
+        planner = _Planner(analysis, swapped, qconfigs, kept)
+        plan = planner.plan()
+        stuck = planner.stuck(plan)
+        if not stuck:
+            return plan
+        kept |= stuck
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a quantizer can stand: as in :class:`PlannedQuantizer`, with all values that it then quantizes."""
+
+    where: Where
+    owner: str
+    values: list[int]
+    site: Site | None = None
+
+
+@dataclass
+class _Planner:
+    analysis: Analysis
+    swapped: Container[type[nn.Module]]
+    qconfigs: Mapping[nn.Module, QConfig | None]
+    kept: frozenset[int] = frozenset()
+    grids: dict[int, GridSource] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    quantizers: list[PlannedQuantizer] = field(default_factory=list)
+
+    def plan(self) -> Plan:
+        layers = self._layers()
+        clipped = frozenset(layer.name for layer in layers if self._quantized_when_clipped(layer))
+        for layer in layers:
+            if layer.name not in clipped:
+                self._assign(layer.ends, layer)
+        joins = self._relevant(find_joins(self.analysis, self.kept), layers)
+        demands = self._demands(layers, joins)
+        # In order of execution: what is downstream of a quantizer that was just placed needs none.
+        for root, (qconfig, readers) in sorted(demands.items()):
+            if self._grid(root) is None:
+                self._place(root, qconfig, readers)
+        parts: tuple[Layer | Join, ...] = (*layers, *joins)
+        erased = frozenset(relu for part in parts for relu in part.relus)
+        modules, nodes = self._erasures(erased)
+        return Plan(
+            layers=tuple(layers),
+            clipped=clipped,
+            joins=tuple(joins),
+            quantizers=tuple(self.quantizers),
+            inputs=self._inputs(layers),
+            operands={join: self._operands(join) for join in joins if join.kind == "add"},
+            erased=erased,
+            erased_modules=modules,
+            erased_nodes=nodes,
+            float_reasons=self.reasons,
+        )
+
+    def _layers(self) -> list[Layer]:
+        found = []
+        for name, module in self.analysis.modules.items():
+            if type(module) not in self.swapped:
+                continue
+            if self.qconfigs[module] is None:
+                self.reasons[name] = "its qconfig is None"
+            elif not self.analysis.flow.calls_of(name):
+                self.reasons[name] = "the example inputs don't reach it"
+            elif type(module) is not RepVGGBlock and not isinstance(module._parameters.get("weight"), nn.Parameter):
+                self.reasons[name] = "its weight is computed from other parameters"
+            else:
+                layer, obstacle = find_layer(name, self.analysis, self.swapped, self.kept)
+                found.append(layer)
+                if obstacle is not None:
+                    self.reasons |= {norm: obstacle for norm in self._followers(name)}
+        return found
+
+    def _followers(self, name: str) -> list[str]:
+        followers = [self.analysis.follower(call) for call in self.analysis.flow.calls_of(name)]
+        return [follower.module_name or follower.owner for follower in followers if follower is not None]
+
+    def _quantized_when_clipped(self, layer: Layer) -> bool:
+        """Put the quantizer of a layer behind the ReLU6 that alone reads it, if there is one and it can stand there.
+
+        Two in a row would round twice, and the first would spend codes on values that are then clipped. Behind SiLU,
+        Hardswish or GELU the layer keeps its own: without one ONNX Runtime would convolve in float.
+        """
+        if not issubclass(layer.row[0], (nn.modules.conv._ConvNd, nn.Linear)):
+            return False
+        ends = [self.analysis.flow.calls[index] for index in layer.ends]
+        clips = [self.analysis.follower(call) for call in ends]
+        values = [None if clip is None else self.analysis.value_of(clip) for clip in clips]
+        found = [value for value in values if value is not None]
+        qconfig = self._qconfig(layer.name)
+        limits = all(clip is not None and self.analysis.limits_range(clip) for clip in clips)
+        if qconfig is None or not found or len(found) < len(ends) or not limits:
+            return False
+        places = [self._place_of(value) for value in found]
+        if any(place.where == "consumer" or not set(place.values) <= set(found) for place in places):
+            return False  # what else comes through there would share the grid
+        for value in found:
+            if value not in self.grids:
+                self._place(value, qconfig, [layer])
+        return True
+
+    def _assign(self, calls: tuple[int, ...], grid: GridSource) -> None:
+        if isinstance(grid, Layer) and issubclass(grid.row[0], (nn.Embedding, nn.EmbeddingBag)):
+            return  # rows of a table have no output quantizer
+        for index in calls:
+            value = self.analysis.value_of(self.analysis.flow.calls[index])
+            if value is not None:
+                self.grids[value] = grid
+
+    def _relevant(self, joins: list[Join], layers: list[Layer]) -> list[Join]:
+        """The joins that stand between quantized layers, on either side; others are none of our business."""
+        candidates: list[Join] = []
+        for join in joins:
+            if join.site is None:
+                self.reasons[f"{join.owner}.{join.kind}".lstrip(".")] = join.reason
+            elif self._qconfig(join.owner) is not None:
+                candidates.append(join)
+        read: dict[int, list[int]] = {}  # for values that a candidate takes its grid from, the candidates
+        made: dict[int, list[int]] = {}  # for values that a candidate returns, the candidates
+        pending: list[int] = []
+        for index, join in enumerate(candidates):
+            sources = {source for value in self._reads(join) for source in self._upwards(value)}
+            if any(source in self.grids for source in sources):
+                pending.append(index)
+            for source in sources:
+                read.setdefault(source, []).append(index)
+            for end in self._end_values(join):
+                made.setdefault(end, []).append(index)
+        for layer in layers:
+            for value in self._reads(layer):
+                pending += [index for source in self._upwards(value) for index in made.get(source, ())]
+        chosen: set[int] = set()
+        while pending:
+            index = pending.pop()
+            if index in chosen:
+                continue
+            chosen.add(index)
+            join = candidates[index]
+            for end in self._end_values(join):
+                pending += read.get(end, ())
+            for value in self._reads(join):
+                pending += [above for source in self._upwards(value) for above in made.get(source, ())]
+        found = [join for index, join in enumerate(candidates) if index in chosen]
+        for join in found:
+            self._assign(join.ends, join)
+        return found
+
+    def _end_values(self, join: Join) -> list[int]:
+        return self._results(self.analysis.flow.calls[end] for end in join.ends)
+
+    def _upwards(self, value: int) -> Iterator[int]:
+        """A value and those before it whose elements it holds, up to the first on a grid."""
+        yield value
+        while value not in self.grids:
+            call = self.analysis.flow.producer(value)
+            if call is None or not self.analysis.keeps_grid(call):
+                return
+            value = call.inputs[0]
+            yield value
+
+    def _demands(self, layers: list[Layer], joins: list[Join]) -> dict[int, tuple[QConfig, list[Layer | Join]]]:
+        """The tensors that need a quantizer because something quantized reads them: value, qconfig, readers."""
+        demands: dict[int, tuple[QConfig, list[Layer | Join]]] = {}
+        parts: tuple[Layer | Join, ...] = (*layers, *joins)
+        for part in parts:
+            qconfig = self._qconfig(part.name if isinstance(part, Layer) else part.owner)
+            for value in self._reads(part):
+                root = self._root(value)
+                record = self.analysis.flow.values[root]
+                if qconfig is None or root in self.grids or not record.dtype.is_floating_point:
+                    continue
+                demands.setdefault(root, (qconfig, []))[1].append(part)
+        return demands
+
+    def _place(self, root: int, qconfig: QConfig, readers: list[Layer | Join]) -> None:
+        place = self._place_of(root)
+        layers = tuple(dict.fromkeys(reader.name for reader in readers if isinstance(reader, Layer)))
+        first = readers[0]
+        quantizer = PlannedQuantizer(
+            where=place.where,
+            owner=place.owner,
+            value=root,
+            node="" if place.site is None else place.site.node,
+            in_place=place.site is not None and place.site.in_place,
+            qconfig=qconfig,
+            like=first.name if isinstance(first, Layer) else first.owner,
+            consumers=layers,
+        )
+        if place.where != "consumer":
+            self.grids.update(dict.fromkeys(place.values, quantizer))
+        if place.where != "consumer" or layers:
+            self.quantizers.append(quantizer)
+
+    def _place_of(self, root: int) -> _Place:
+        flow, analysis = self.analysis.flow, self.analysis
+        call = flow.producer(root)
+        if flow.values[root].source == "input":
+            return _Place("input", "", [root])
+        if call is None or analysis.value_of(call) != root:
+            return _Place("consumer", "", [root])
+        # Tracing takes time: only where a hook on a module won't do.
+        by_hook = call.module_name is not None and self._has_one_place(call)
+        site = None if by_hook else analysis.site(call)
+        if site is not None:
+            return _Place("node", call.owner, self._results(analysis.calls_at(call.owner, site.node)), site)
+        if call.module_name is not None:
+            return _Place("output", call.module_name, self._results(flow.calls_of(call.module_name)))
+        container = self._returned_by(root)
+        if container is not None:
+            return _Place("output", container, self._results(flow.frames_of(container)))
+        return _Place("consumer", "", [root])
+
+    def _results(self, calls: Iterable[Call | Frame]) -> list[int]:
+        values = (self.analysis.value_of(call) for call in calls)
+        return [value for value in values if value is not None]
+
+    def _erasures(self, erased: frozenset[int]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """How absorbed ReLU calls are removed. One that can't be stays, and changes nothing."""
+        analysis = self.analysis
+        modules: dict[str, None] = {}
+        nodes: dict[tuple[str, str], None] = {}
+        for call in (analysis.flow.calls[index] for index in sorted(erased)):
+            name = call.module_name
+            if name is not None and all(other.index in erased for other in analysis.flow.calls_of(name)):
+                modules[name] = None
+                continue
+            site = analysis.site(call)
+            at_site = () if site is None else analysis.calls_at(call.owner, site.node)
+            if site is not None and all(other.index in erased for other in at_site):
+                nodes[call.owner, site.node] = None
+        return tuple(modules), tuple(nodes)
+
+    def stuck(self, plan: Plan) -> frozenset[int]:
+        """Absorbed calls of ReLU6 and its like that no erasure removes.
+
+        Behind a quantizer a plain ReLU changes nothing, but 6 may lie between two codes.
+        """
+        at_nodes = {call.index for place in plan.erased_nodes for call in self.analysis.calls_at(*place)}
+        calls = (self.analysis.flow.calls[index] for index in plan.erased - at_nodes)
+        return frozenset(
+            call.index
+            for call in calls
+            if not self.analysis.is_relu(call) and call.module_name not in plan.erased_modules
+        )
+
+    def _has_one_place(self, call: Call) -> bool:
+        """Whether a module is called once per run of its owner, so that its output is one tensor of the model."""
+        calls = self.analysis.flow.calls_of(str(call.module_name))
+        return len({other.owner for other in calls}) == 1 and len({other.frame for other in calls}) == len(calls)
+
+    def _returned_by(self, value: int) -> str | None:
+        """The innermost module that returns a value which nothing inside of it reads."""
+        flow = self.analysis.flow
+        for frame in reversed(flow.frames_returning(value)):
+            inside = (flow.is_within(reader.frame, frame.index) for reader in flow.consumers(value))
+            if frame.parent is not None and not any(inside):
+                return frame.owner
+        return None
+
+    def _inputs(self, layers: list[Layer]) -> dict[str, GridSource]:
+        by_consumer = {name: q for q in self.quantizers if q.where == "consumer" for name in q.consumers}
+        found: dict[str, GridSource] = {}
+        for layer in layers:
+            grids = [self._grid(value) or by_consumer.get(layer.name) for value in self._reads(layer)]
+            if grids and grids[0] is not None and all(grid is grids[0] for grid in grids):
+                found[layer.name] = grids[0]
+        return found
+
+    def _operands(self, join: Join) -> tuple[GridSource | None, ...]:
+        """What put each operand on its grid, where that is the same in every call."""
+        calls = [operands(self.analysis.flow.calls[index], self.analysis) for index in join.calls]
+        found: list[GridSource | None] = []
+        for values in zip(*calls, strict=True):
+            grids = [self._grid(value) for value in values]
+            found.append(grids[0] if all(grid is grids[0] for grid in grids) else None)
+        return tuple(found)
+
+    def _reads(self, part: Layer | Join) -> list[int]:
+        """The values that a layer or join reads on some grid."""
+        calls = [self.analysis.flow.calls[index] for index in part.calls]
+        if isinstance(part, Join):
+            return [value for call in calls for value in operands(call, self.analysis)]
+        if issubclass(part.row[0], (nn.Embedding, nn.EmbeddingBag)):
+            return []
+        return [call.inputs[0] for call in calls if call.inputs]
+
+    def _grid(self, value: int) -> GridSource | None:
+        return self.grids.get(self._root(value))
+
+    def _root(self, value: int, stop: Container[int | None] = ()) -> int:
+        """Where the values of a tensor were made: up through whatever keeps a grid.
+
+        A ReLU keeps a grid, but a tensor without one is better quantized after it: half of the codes would be lost.
+        """
+        if value in self.grids or value in stop:
+            return value
+        call = self.analysis.flow.producer(value)
+        if call is None or not self.analysis.keeps_grid(call):
+            return value
+        root = self._root(call.inputs[0], stop)
+        has_grid = root in self.grids or root in stop
+        return root if has_grid or not self.analysis.is_relu(call) else value
+
+    def _qconfig(self, name: str) -> QConfig | None:
+        return self.qconfigs[self.analysis.modules[name]]
