@@ -6,7 +6,6 @@ foreign: dense tensors only. The addresses within slices are compared one by one
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -20,12 +19,9 @@ pytestmark = pytest.mark.worker("sanitizer")
 @pytest.fixture(scope="module")
 def trace() -> Callable[[Any], Any]:
     """Wraps a kernel so that an access out of bounds ends in SystemExit."""
-    pytest.importorskip("z3", reason="triton-viz needs z3-solver and anytree")
-    # Importing triton_viz would import its web page, and with it a web server.
-    page = ModuleType("triton_viz.visualizer")
-    page.launch = None  # type: ignore[attr-defined]
-    sys.modules.setdefault("triton_viz.visualizer", page)
-    triton_viz = pytest.importorskip("triton_viz")
+    from sanitizer_library import import_triton_viz
+
+    triton_viz = import_triton_viz()
     from triton_viz.clients import Sanitizer
 
     return lambda kernel: triton_viz.trace(Sanitizer(abort_on_error=True))(kernel.function)
