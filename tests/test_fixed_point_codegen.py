@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+
 from tritonq.backend import is_interpreting
 from tritonq.perf import codegen
 from tritonq.perf.codegen_cases import CodegenCase
@@ -16,9 +18,15 @@ if is_interpreting():
     pytest.skip("an interpreting process cannot compile", allow_module_level=True)
 
 
+# (case, target) that spills 8 bytes under this Triton and nothing under 3.7.
+_SPILLS = {("int8_conv/128 channels to codes", "cuda:100")} if triton.__version__.startswith("3.8.") else set()
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("target", codegen.TARGETS)
-def test_compiles_as_it_should(case: CodegenCase, target: str) -> None:
+def test_compiles_as_it_should(case: CodegenCase, target: str, request: pytest.FixtureRequest) -> None:
+    if (case.name, target) in _SPILLS:
+        request.applymarker(pytest.mark.xfail(reason="Triton 3.8 spills 8 bytes", raises=AssertionError))
     report = list(codegen.rows([case], [target]))
     assert len(report) == len(case.dtypes)
     assert [fault for row in report for fault in row.faults()] == []
