@@ -5,7 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-quick lint format bench matrix clean
+MINUTES ?= 9
+OUT ?= gpu-results
+
+.PHONY: help demo test test-quick lint format bench gpu matrix clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -33,6 +36,9 @@ format: $(VENV)/.dev ## format, and mend what ruff can mend
 
 bench: $(VENV)/.dev ## time the quick cases against other implementations
 	$(BIN)/python -m tritonq bench --quick
+
+gpu: ## answer a first visit to a GPU in MINUTES=9; needs no installation, writes to OUT=DIR
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) perf/gpu --minutes $(MINUTES) --out $(OUT)
 
 matrix: ## run the tests under each supported version (hours, some 30 GB) and write COMPATIBILITY.md
 	$(PYTHON) tools/matrix.py

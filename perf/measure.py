@@ -112,6 +112,50 @@ def interleave(
     return times
 
 
+def captured(step: Step, sets: Sequence[Inputs]) -> Step:
+    """Return a step that replays ``step`` on every set of inputs from one CUDA graph; it takes no inputs itself."""
+    # Compilation is not allowed while capturing.
+    step(sets[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for inputs in sets:
+            step(inputs)
+
+    def replay(_: Inputs) -> tuple[torch.Tensor, ...]:
+        graph.replay()
+        return ()
+
+    return replay
+
+
+def step_times(step: Step, inputs: Inputs, device: torch.device, calls: int) -> tuple[Spread, Spread]:
+    """Time ``calls`` calls of a warm step one by one.
+
+    Returns:
+        Seconds until the device has finished, and seconds until the call has returned: what launching takes. On a CPU
+        the two are the same.
+    """
+    finished, launched = [], []
+    for _ in range(calls):
+        if device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            begin.record()
+            step(inputs)
+            end.record()
+            launched.append(time.perf_counter() - start)
+            end.synchronize()
+            finished.append(begin.elapsed_time(end) * 1e-3)
+        else:
+            start = time.perf_counter()
+            step(inputs)
+            launched.append(time.perf_counter() - start)
+            finished.append(launched[-1])
+    return Spread.of(finished), Spread.of(launched)
+
+
 def copy_bandwidth(device: torch.device) -> Spread:
     """Bytes per second, read plus written, of a copy far larger than any cache of ``device``."""
     size = (1 << 30) if device.type == "cuda" else max(4 * last_level_cache(device), 128 << 20)

@@ -32,9 +32,14 @@ def saved_bytes(step: Step, inputs: Inputs, excluded: Iterable[Tensor]) -> int:
 
 
 def peak_bytes(step: Step, inputs: Inputs, device: torch.device) -> int:
-    """The largest amount of CUDA memory allocated during one call of ``step``; never run on a GPU so far."""
+    """Return the most CUDA memory that one call of ``step`` allocates on top of what is allocated when it starts.
+
+    The model's parameters, optimizer state and present gradients are not counted, nor is anything else that the
+    process holds, such as the other implementations of a case.
+    """
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     step(inputs)
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -21,7 +21,7 @@ import torch
 
 from tritonq.perf.case import Inputs, Step, Tolerance, disagreement
 from tritonq.perf.machine import environment
-from tritonq.perf.measure import Budget, input_sets, interleave
+from tritonq.perf.measure import Budget, captured, input_sets, interleave
 from tritonq.perf.progress import progress
 from tritonq.perf.records import utc_now
 from tritonq.perf.stats import speed_up
@@ -99,26 +99,9 @@ def paired_gain(steps: dict[str, Step], sets: Sequence[Inputs], device: torch.de
     Each is captured in a CUDA graph over all ``sets``, so that the time is the kernel's alone, also where launching
     takes longer than running.
     """
-    graphs = {name: _captured(step, sets) for name, step in steps.items()}
+    graphs = {name: captured(step, sets) for name, step in steps.items()}
     times = interleave(graphs, [{}], device, _BUDGET)
     return speed_up(times["default"], times["candidate"]).median
-
-
-def _captured(step: Step, sets: Sequence[Inputs]) -> Step:
-    """A step that replays ``step`` on every set of inputs; it takes none itself."""
-    # Compilation is not allowed while capturing.
-    step(sets[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for inputs in sets:
-            step(inputs)
-
-    def replay(_: Inputs) -> tuple[torch.Tensor, ...]:
-        graph.replay()
-        return ()
-
-    return replay
 
 
 def search(

@@ -84,6 +84,23 @@ class Setting:
         tritonq.quantize_weights_together(model)
         return model
 
+    def case(self) -> Case:
+        """The table entry. A step is bound by its convolutions, so that bytes say nothing; memory does."""
+        return Case(
+            name=self.name,
+            family="train_step",
+            make_inputs=self.make_inputs,
+            reference=partial(_reference, self),
+            implementations=_implementations(self),
+            baseline="float",
+            bytes_moved=0,
+            operations=0,
+            tolerance=_CLOSE_TO_FLOAT,
+            devices=self.devices,
+            quick=self.quick,
+            memory=_memory,
+        )
+
     def _placed(self, model: nn.Module, device: torch.device) -> nn.Module:
         return model.to(device, memory_format=self._format()).train()
 
@@ -117,7 +134,7 @@ class TrainStep:
 
 
 class GraphedStep:
-    """A training step captured in a CUDA graph once and replayed; never run on a GPU so far."""
+    """A training step captured in a CUDA graph once and replayed."""
 
     def __init__(self, step: TrainStep, inputs: Inputs) -> None:
         self.step = step
@@ -148,36 +165,18 @@ class GraphedStep:
 def cases() -> Iterator[Case]:
     """ResNet-18, MobileNetV2 and ResNet-50; small batches; both layouts."""
     cuda = ("cuda",)
-    yield _case(Setting("resnet18", 16, 96, quick=True))
-    yield _case(Setting("resnet18", 16, 96, channels_last=True))
-    yield _case(Setting("resnet18", 2, 96))
-    yield _case(Setting("mobilenet_v2", 16, 96))
-    yield _case(Setting("mobilenet_v2", 16, 96, channels_last=True))
-    yield _case(Setting("resnet50", 4, 96, devices=("cpu",)))
+    yield Setting("resnet18", 16, 96, quick=True).case()
+    yield Setting("resnet18", 16, 96, channels_last=True).case()
+    yield Setting("resnet18", 2, 96).case()
+    yield Setting("mobilenet_v2", 16, 96).case()
+    yield Setting("mobilenet_v2", 16, 96, channels_last=True).case()
+    yield Setting("resnet50", 4, 96, devices=("cpu",)).case()
     for channels_last in (False, True):
-        yield _case(Setting("resnet18", 256, 224, channels_last, torch.bfloat16, cuda))
-        yield _case(Setting("mobilenet_v2", 256, 224, channels_last, torch.bfloat16, cuda))
-        yield _case(Setting("resnet50", 128, 224, channels_last, torch.bfloat16, cuda))
-    yield _case(Setting("resnet50", 128, 224, devices=cuda))
-    yield _case(Setting("resnet50", 2, 224, True, torch.bfloat16, cuda))
-
-
-def _case(setting: Setting) -> Case:
-    return Case(
-        name=setting.name,
-        family="train_step",
-        make_inputs=setting.make_inputs,
-        reference=partial(_reference, setting),
-        implementations=_implementations(setting),
-        baseline="float",
-        # A step is bound by its convolutions; it has no useful count of bytes.
-        bytes_moved=0,
-        operations=0,
-        tolerance=_CLOSE_TO_FLOAT,
-        devices=setting.devices,
-        quick=setting.quick,
-        memory=_memory,
-    )
+        yield Setting("resnet18", 256, 224, channels_last, torch.bfloat16, cuda).case()
+        yield Setting("mobilenet_v2", 256, 224, channels_last, torch.bfloat16, cuda).case()
+        yield Setting("resnet50", 128, 224, channels_last, torch.bfloat16, cuda).case()
+    yield Setting("resnet50", 128, 224, devices=cuda).case()
+    yield Setting("resnet50", 2, 224, True, torch.bfloat16, cuda).case()
 
 
 def _implementations(setting: Setting) -> dict[str, Implementation]:
@@ -219,7 +218,7 @@ def _reference(setting: Setting, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _memory(step: Step, inputs: Inputs) -> int:
-    """Peak on CUDA; elsewhere what autograd saves."""
+    """Peak above the start on CUDA; elsewhere what autograd saves."""
     device = inputs["images"].device
     if device.type == "cuda":
         return peak_bytes(step, inputs, device)

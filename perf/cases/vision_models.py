@@ -1,7 +1,11 @@
-"""torchvision's models with fixed random weights; nothing is downloaded."""
+"""torchvision's models with fixed random weights; nothing is downloaded.
+
+Without torchvision there are the ResNets of `tritonq.perf.cases.resnet`, which are the same networks.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
 
 import torch
@@ -12,16 +16,24 @@ _OPERATORS = ("nms", "qnms")
 
 def torchvision_model(name: str, num_classes: int) -> nn.Module:
     """A float model, with the same weights in every call."""
-    import_torchvision()
-    from torchvision import models
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        if not has_torchvision():
+            from tritonq.perf.cases.resnet import resnet
+
+            return resnet(name, num_classes)
+        import_torchvision()
+        from torchvision import models
+
         return _without_dropout(models.get_model(name, weights=None, num_classes=num_classes))
 
 
 def quantizable(name: str, num_classes: int) -> nn.Module:
     """The same model as torch.ao needs it: quantization stubs, functional additions, ``fuse_model``."""
+    if not has_torchvision():
+        from tritonq.perf.cases.resnet import resnet
+
+        return resnet(name, num_classes, quantizable=True)
     import_torchvision()
     from torchvision import models
 
@@ -35,6 +47,11 @@ def _without_dropout(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
+
+
+def has_torchvision() -> bool:
+    """Whether torchvision is installed."""
+    return importlib.util.find_spec("torchvision") is not None
 
 
 @cache

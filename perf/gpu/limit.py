@@ -1,0 +1,28 @@
+"""Processes that end when their time is over, with everything that they started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import IO
+
+
+def run_limited(command: Sequence[str], seconds: float, log: IO[bytes]) -> int | None:
+    """Run ``command`` with its output in ``log``; return its exit status, or None where it was stopped.
+
+    The command runs in a process group of its own, which is killed when the command ends, when the time is over, and
+    when the caller is interrupted, so that nothing that it started goes on.
+    """
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

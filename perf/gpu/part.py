@@ -1,0 +1,68 @@
+"""What the parts of a visit share: where they run, how long, and where their findings go."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritonq.perf.gpu.results import RESULTS, append
+
+_ERROR_LENGTH = 400
+
+
+@dataclass
+class Visit:
+    """One part's share of a visit.
+
+    Attributes:
+        part: name of the part that runs.
+        device: where it runs; a CPU tries the code without measuring anything of interest.
+        out: folder of the results.
+        seconds: how long the part may take; what is left of it decides what is still begun.
+        small: small shapes, for a trial.
+    """
+
+    part: str
+    device: torch.device
+    out: Path
+    seconds: float
+    small: bool = False
+    start: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        """Seconds that remain."""
+        return self.seconds - (time.monotonic() - self.start)
+
+    def note(self, name: str, status: str = "ok", **fields: Any) -> None:
+        """Write a finding down at once, and print it."""
+        at = round(time.monotonic() - self.start, 1)
+        append(self.out / RESULTS, {"part": self.part, "name": name, "status": status, **fields, "at_s": at})
+        print(f"{self.part} {name}: {status}", *(f"{key}={value}" for key, value in fields.items()), flush=True)
+
+    @contextmanager
+    def finding(self, name: str) -> Iterator[None]:
+        """Turn an exception of the block into a finding, so that what comes after it still runs."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.note(name, "error", error=f"{type(error).__name__}: {error}"[:_ERROR_LENGTH])
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def has_time_for(self, name: str, seconds: float) -> bool:
+        """Whether ``seconds`` remain; where they don't, that is a finding."""
+        if self.left() >= seconds:
+            return True
+        self.note(name, "not run", reason=f"{self.left():.0f} s were left, it takes about {seconds:.0f}")
+        return False
