@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,8 +14,19 @@ from torch import Tensor
 from tritonq.backend import Backend, has_triton
 
 
+def emulates() -> bool:
+    """Whether this run is one of compiled kernels in the emulator (``make emulate``)."""
+    return os.environ.get("TRITONQ_EMULATE") == "1"
+
+
 def backends() -> list[Any]:
-    """``torch`` always, ``interpreter`` where triton is installed (in its own process), ``cuda`` with a GPU."""
+    """The backends that an operator's tests run on.
+
+    ``torch`` always, ``interpreter`` where triton is installed (in its own process), ``cuda`` with a GPU. ``make
+    emulate`` runs ``emulator`` and nothing else: compiled kernels on CPU tensors.
+    """
+    if emulates():
+        return ["emulator"]
     found: list[Any] = ["torch"]
     if has_triton():
         found.append(pytest.param("interpreter", marks=pytest.mark.worker("interpreter")))
@@ -24,7 +36,14 @@ def backends() -> list[Any]:
 
 
 class OpTester:
-    """Base of an operator's tests: each of them runs once per backend."""
+    """Base of an operator's tests: each of them runs once per backend.
+
+    Attributes:
+        architecture: compute capability that kernels are compiled for where they are emulated; 80 for those with
+            matrix products, since the emulator does not know ``wgmma``.
+    """
+
+    architecture = 90
 
     @pytest.fixture(params=backends())
     def backend(self, request: pytest.FixtureRequest) -> str:
@@ -38,6 +57,17 @@ class OpTester:
     def use(self, backend: str) -> Backend:
         """The ``backend=`` argument."""
         return "torch" if backend == "torch" else "triton"
+
+    @pytest.fixture(autouse=True)
+    def emulated_gpu(self, backend: str) -> Iterator[None]:
+        """CPU tensors run compiled kernels."""
+        if backend != "emulator":
+            yield
+            return
+        from emulator import EmulatedGpu, emulated
+
+        with emulated(EmulatedGpu(self.architecture)):
+            yield
 
     @pytest.fixture(autouse=True)
     def many_programs(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
