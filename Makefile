@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 MINUTES ?= 9
 OUT ?= gpu-results
 
-.PHONY: help demo test test-quick lint format bench gpu matrix clean
+.PHONY: help demo test test-quick emulate lint format bench gpu matrix clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -24,6 +24,25 @@ SLOW := codegen or sanitizer or compile or cli or demo or trainers or examples o
 
 test-quick: $(VENV)/.dev ## run the tests that need no compiler, interpreter, second process or long training
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not worker" -k "not ($(SLOW))"
+
+# The operators' tests, whose kernels Triton compiles for a GPU, and an emulator runs on CPU tensors (tests/emulator).
+OPERATOR_TESTS := $(shell grep -l '(OpTester)' tests/test_*.py)
+ifdef TRITON
+EMULATE_VENV := .venv-triton-$(TRITON)
+else
+EMULATE_VENV := $(VENV)
+endif
+
+emulate: $(EMULATE_VENV)/.dev ## run the operators' tests on emulated GPUs (TRITON=3.6 for another version of Triton)
+	TRITONQ_EMULATE=1 $(EMULATE_VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) -k emulator $(OPERATOR_TESTS)
+
+ifdef TRITON
+$(EMULATE_VENV)/.dev: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(EMULATE_VENV)
+	$(EMULATE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(EMULATE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'triton==$(TRITON).*'
+	touch $@
+endif
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check .

@@ -63,6 +63,8 @@ def quantizers(device: str) -> dict[str, OutputQuantizer | None]:
 
 
 class TestKernel(OpTester):
+    architecture = 80
+
     @pytest.fixture(autouse=True)
     def small_tiles(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Several programs along each axis, several steps, and ragged ends."""

@@ -85,6 +85,8 @@ class TestSearch(OpTester):
 
 
 class TestConvolution(OpTester):
+    architecture = 80
+
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
     @pytest.mark.parametrize(("channels", "outs", "groups"), [(3, 5, 1), (40, 17, 1), (6, 6, 6), (3, 6, 3)])
     @pytest.mark.parametrize("channels_last", [False, True])
