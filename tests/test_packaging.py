@@ -107,6 +107,7 @@ def test_the_metadata(built):
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     assert tools["mypy"]["python_version"] == f"3.{min(minors)}"
     assert tools["ruff"]["target-version"] == f"py3{min(minors)}"
+    assert f"\nversion: {tritonq.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.fixture(scope="module")

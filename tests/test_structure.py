@@ -5,12 +5,16 @@ removes it.
 """
 
 import ast
+import importlib
+import re
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"tritonq": "tritonq", "kernels": "tritonq.kernels", "perf": "tritonq.perf"}
 MOST_LINES = 400
+# Named by documents, made by commands.
+MADE = {".matrix/"}
 
 RINGS = {
     ("tritonq.deploy.fixed_point_onnx", "tritonq.deploy.onnx_export", "tritonq.deploy.onnx_graph"),
@@ -145,3 +149,21 @@ def test_no_file_is_over_400_lines():
     found = {str(path.relative_to(ROOT)) for path in files() if len(path.read_text().splitlines()) > MOST_LINES}
     assert found - LONG_FILES == set(), f"over {MOST_LINES} lines: a file has one subject"
     assert LONG_FILES - found == set(), "mended: remove the entries"
+
+
+def test_public_names_are_those_of_the_list():
+    """Removing a name takes a deprecation first, see CONTRIBUTING.md; a new one is a promise to keep it."""
+    listed = (ROOT / "tests" / "public_names.txt").read_text().split()
+    modules_ = {name.rpartition(".")[0] for name in listed}
+    found = [f"{module}.{name}" for module in modules_ for name in importlib.import_module(module).__all__]
+    assert sorted(listed) == sorted(found)
+    assert all(hasattr(importlib.import_module(module), name) for module, _, name in (n.rpartition(".") for n in found))
+
+
+def test_files_that_the_documents_name_exist():
+    for document in ("CONTRIBUTING.md", "SECURITY.md", "UPGRADING.md"):
+        text = (ROOT / document).read_text()
+        paths = re.findall(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|toml|txt|in))`", text)
+        paths += re.findall(r"\]\(([\w./-]+)\)", text)
+        missing = [path for path in paths if not (ROOT / path).exists() and path not in MADE]
+        assert missing == [], f"{document} names files that are not there"
