@@ -171,9 +171,9 @@ def conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
     groups: int,
     ceiling: float | None = None,
     quantizer: Any = None,
@@ -195,9 +195,9 @@ def integer_conv2d(
     grid_scale: Tensor | None,
     rounding: str,
     dtype: torch.dtype,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
     groups: int,
     ceiling: float | None = None,
     quantizer: Any = None,
@@ -355,5 +355,5 @@ def table_key(dtype: str, layout: str, x: tuple[int, ...], weight: tuple[int, ..
     return f"{dtype}/{layout}/{kernel}/{kind}/{'large' if elements >= launch.LARGE else 'small'}"
 
 
-def _pair(values: tuple[int, int]) -> str:
+def _pair(values: tuple[int, ...]) -> str:
     return str(values[0]) if values[0] == values[1] else f"{values[0]}x{values[1]}"

@@ -40,9 +40,9 @@ class ConvGeometry(NamedTuple):
         groups: groups of channels.
     """
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
 
 
@@ -75,7 +75,7 @@ def conv_tile(
     *,
     depthwise: bool = False,
     widest: int = 128,
-    steps: tuple[int, int] = (32, 64),
+    steps: tuple[int, ...] = (32, 64),
     stages: int = 3,
 ) -> ConvTile:
     """Tile sizes where nothing is tuned: powers of two, at least 16 × 16.

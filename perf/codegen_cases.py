@@ -92,14 +92,14 @@ def _fake_quantize_backward(layout: str) -> Callable[[torch.dtype], object]:
 def _observe(layout: str, qtype: QuantizedType, rule: RangeRule) -> Callable[[torch.dtype], object]:
     shape, channels_last, axis = _LAYOUTS[layout]
 
-    def call(dtype: torch.dtype) -> object:
+    def call(dtype: torch.dtype) -> None:
         x = meta(*shape, dtype=dtype, channels_last=channels_last)
         scale, zero_point = _qparams(shape, axis)
         low, high = torch.empty_like(scale), torch.empty_like(scale)
         count = torch.empty((), dtype=torch.int64, device="meta")
         enabled = meta(1, dtype=torch.uint8)
         typed = qtype.with_axis(axis)
-        return min_max.observe(x, low, high, count, scale, zero_point, enabled, typed, 0.01, rule, 1e-7)
+        min_max.observe(x, low, high, count, scale, zero_point, enabled, typed, 0.01, rule, 1e-7)
 
     return call
 
@@ -163,14 +163,14 @@ _MIN_MAX = (
 def _histogram(layout: str) -> Callable[[torch.dtype], object]:
     shape, channels_last, axis = _LAYOUTS[layout]
 
-    def call(dtype: torch.dtype) -> object:
+    def call(dtype: torch.dtype) -> None:
         x = meta(*shape, dtype=dtype, channels_last=channels_last)
         bins = FloatPrefixBins()
         channels = () if axis is None else (shape[axis],)
         counts = meta(*channels, bins.count, dtype=torch.int64)
         low, high = meta(*channels, dtype=torch.float32), meta(*channels, dtype=torch.float32)
         nonfinite = torch.empty((), dtype=torch.int64, device="meta")
-        return histogram.observe(x, counts, low, high, nonfinite, meta(1, dtype=torch.uint8), bins, axis)
+        histogram.observe(x, counts, low, high, nonfinite, meta(1, dtype=torch.uint8), bins, axis)
 
     return call
 

@@ -49,11 +49,11 @@ class Goal:
         if peer is None:
             return None
         if self.measure == "memory":
-            both = ours.get("memory_bytes"), peer.get("memory_bytes")
-            return both[0] / both[1] if all(both) else None
+            own_bytes, peer_bytes = ours.get("memory_bytes"), peer.get("memory_bytes")
+            return own_bytes / peer_bytes if own_bytes and peer_bytes else None
         if "speed_up" not in ours or "speed_up" not in peer:
             return None
-        faster = ours["speed_up"] / peer["speed_up"]
+        faster: float = ours["speed_up"] / peer["speed_up"]
         return faster if self.measure == "speed-up" else 1 / faster
 
     def is_met(self, value: float) -> bool:
