@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import tritonq
 from tritonq.__main__ import main
-from tritonq.cli.data import load_digits, load_examples, load_folder, stacked
-from tritonq.cli.models import Recipe, find_qconfig, make_model, read_training
-from tritonq.cli.train import Run, Settings
+from tritonq.cli.data import load_digits, open_examples
+from tritonq.cli.divergence import DivergenceError, DivergenceWatch
+from tritonq.cli.evaluation import accuracy, logits
+from tritonq.cli.models import find_qconfig, prepare
+from tritonq.cli.preprocessing import Preprocessing
+from tritonq.cli.settings import Settings
+from tritonq.cli.training import Run, make_optimizer
+from tritonq.cli.training_files import Recipe, read_training
 from tritonq.demo.model import SmallResNet
 from tritonq.qconfig_files import mapping_to_data
 
 MODEL = ["tritonq.demo.model:SmallResNet", "digits", *(f"--model-arg={word}" for word in ("classes=10", "width=4"))]
-DIGITS = [*MODEL, "--model-arg=in_channels=1", "--batch-size=128", "--epochs=2", "--learning-rate=0.05"]
-QCONFIG = mapping_to_data(find_qconfig("tensorrt"))
+SHORT = ["--model-arg=in_channels=1", "--batch-size=128", "--epochs=2", "--learning-rate=0.05", "--no-onnx"]
+DIGITS = [*MODEL, *SHORT]
+FILES = ["best.pt", "last.pt", "log.csv", "model.int8.pt"]
+RECIPE = Recipe(
+    "tritonq.demo.model:SmallResNet",
+    ("in_channels=1", "classes=10", "width=4"),
+    mapping_to_data(find_qconfig("tensorrt")),
+    Preprocessing(8, 8, channels=1),
+)
 
 
 def train(*words):
@@ -56,16 +71,27 @@ def whole(tmp_path_factory):
 
 
 def test_a_run_ends_with_a_deployed_model(whole, capsys):
-    path, checkpoint = whole / "model.int8.pt", whole / "last.pt"
-    assert sorted(os.listdir(whole)) == ["last.pt", "model.int8.pt"]
+    path, checkpoint = whole / "model.int8.pt", whole / "best.pt"
+    assert sorted(os.listdir(whole)) == FILES
     model = tritonq.load_converted(path, SmallResNet(1, 10, 4))
     made, content = read_training(checkpoint)
-    assert content["step"] == 16
-    trained = made.prepare()
+    trained = prepare(made)
     trained.load_state_dict(content["state_dict"])
-    images = load_digits().test_images
-    assert torch.equal(model(images), trained.eval()(images))
+    data = load_digits()
+    assert torch.equal(model(data.test_images), trained.eval()(data.test_images))
+    score = float((model(data.test_images).argmax(1) == data.test_labels).float().mean())
+    assert score == pytest.approx(content["accuracy"])
+    last = state_of(whole)
+    assert last["step"] == 16
+    assert max(epoch["accuracy"] for epoch in last["history"]) == pytest.approx(score)
+    trained.load_state_dict(last["state_dict"])
     assert trained.stem[0].freeze_bn
+
+
+def test_the_log_has_a_row_per_epoch(whole):
+    lines = (whole / "log.csv").read_text().splitlines()
+    assert lines[0] == "epoch,step,learning_rate,loss,accuracy"
+    assert [line.split(",")[:2] for line in lines[1:]] == [["1", "8"], ["2", "16"]]
 
 
 def wait_for_step(process, folder, step):
@@ -96,8 +122,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path):
         assert state_of(tmp_path)["step"] >= step
         (tmp_path / ".last.pt.leftover").write_bytes(b"half")
     assert train(*DIGITS, "--frozen-epochs=1", "--resume", "--output", tmp_path) == 0
-    assert sorted(os.listdir(tmp_path)) == ["last.pt", "model.int8.pt"]
+    assert sorted(os.listdir(tmp_path)) == FILES
     assert_same_run(whole, tmp_path)
+    assert (whole / "log.csv").read_text() == (tmp_path / "log.csv").read_text()
 
 
 def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
@@ -122,14 +149,61 @@ def test_another_run_is_refused(whole, words, message, capsys):
 
 
 def test_a_damaged_checkpoint_is_refused(whole, tmp_path, capsys):
-    (tmp_path / "last.pt").write_bytes((whole / "last.pt").read_bytes()[:-1000])
-    assert train(*DIGITS, "--frozen-epochs=1", "--resume", "--output", tmp_path) == 1
-    assert "last.pt can't be read" in capsys.readouterr().err
+    content = (whole / "last.pt").read_bytes()
+    for damaged in (content[:-1000], b""):
+        (tmp_path / "last.pt").write_bytes(damaged)
+        assert train(*DIGITS, "--frozen-epochs=1", "--resume", "--output", tmp_path) == 1
+        assert "last.pt can't be read" in capsys.readouterr().err
 
 
-def test_amp_is_on():
-    made = Recipe("tritonq.demo.model:SmallResNet", ("in_channels=1", "classes=10", "width=4"), QCONFIG, 1, 8)
-    run = Run(made, Settings("digits", 1, 0, 256, 0.01, 0, "bfloat16"), load_examples("digits"), Path("unused"))
+def test_a_checkpoint_of_which_a_bit_flipped_is_refused(whole, tmp_path):
+    content = torch.load(whole / "last.pt", weights_only=True)
+    content["state_dict"]["head.weight"][0, 0] += 1
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="don't match their checksum"):
+        read_training(tmp_path / "last.pt")
+
+
+def test_a_checkpoint_of_version_1_goes_on(whole, tmp_path, capsys):
+    """It had neither checksum, classes nor history; channels and size were all of its preprocessing."""
+    content = torch.load(whole / "last.pt", weights_only=True)
+    for key in ("sha256", "history", "float_accuracy"):
+        del content[key]
+    recipe = content["recipe"]
+    recipe.update(channels=1, size=8)
+    del recipe["preprocessing"], recipe["classes"]
+    content["version"], content["random"] = 1, {key: content["random"][0][key] for key in ("cpu", "cuda")}
+    content["settings"] = {**content["settings"], "data": "digits"}
+    for key in ("augment", "begin"):
+        del content["settings"][key]
+    torch.save(content, tmp_path / "last.pt")
+    assert train(*DIGITS, "--frozen-epochs=1", "--resume", "--output", tmp_path) == 0
+    assert "resuming at step 16 of 16" in capsys.readouterr().out
+
+
+def test_a_finished_run_can_be_extended(whole, tmp_path, capsys):
+    shutil.copy(whole / "last.pt", tmp_path / "last.pt")
+    words = [*DIGITS, "--resume", "--epochs=4", "--frozen-epochs=1", "--learning-rate=0.02"]
+    assert train(*words, "--output", tmp_path) == 0
+    state = state_of(tmp_path)
+    assert (state["step"], state["settings"]["begin"]) == (32, 2)
+    rates = [epoch["learning_rate"] for epoch in state["history"]]
+    assert rates[2] > rates[3] > 0
+    assert not torch.equal(state["state_dict"]["head.weight"], state_of(whole)["state_dict"]["head.weight"])
+    # Ranges moved again, and were frozen at the end.
+    scale = "stem.0.activation_post_process.scale"
+    assert not torch.equal(state["state_dict"][scale], state_of(whole)["state_dict"][scale])
+    assert not any(v.item() for k, v in state["state_dict"].items() if k.endswith("observer_enabled"))
+
+
+def new_run(folder, amp="off", **options):
+    settings = Settings("", 1, 0, 256, 0.01, 0, amp)
+    data = open_examples("digits", RECIPE.preprocessing)
+    return Run(RECIPE, prepare(RECIPE), settings, data, folder, **options)
+
+
+def test_amp_is_on(tmp_path):
+    run = new_run(tmp_path, "bfloat16")
     seen = []
     run.model.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     run._train_step(*next(iter(run._batches(0))))
@@ -153,7 +227,7 @@ def test_a_qconfig_file_and_float_weights(tmp_path):
     words = ["--qconfig", tmp_path / "q.json", "--weights", tmp_path / "float.pt", "--output", tmp_path, "--epochs=1"]
     assert train(*DIGITS, *words, "--learning-rate=0") == 0
     made, content = read_training(tmp_path / "last.pt")
-    assert isinstance(made.prepare().head, nn.Linear)
+    assert isinstance(prepare(made).head, nn.Linear)
     assert torch.equal(content["state_dict"]["head.weight"], weights.head.weight)
 
 
@@ -163,151 +237,161 @@ def test_weights_of_another_architecture(tmp_path, capsys):
     assert "is of another architecture: 'stem.0.weight' has shape (8, 1, 3, 3) there" in capsys.readouterr().err
 
 
-def image_folder(root, classes=("ants", "bees"), count=6):
-    generator = torch.Generator().manual_seed(0)
-    for label, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for k in range(count):
-            pixels = torch.randint(0, 120, (9, 7, 3), generator=generator, dtype=torch.uint8) + 100 * label
-            Image.fromarray(pixels.numpy()).save(root / name / f"{k}.png")
-    return root
-
-
-FOLDER = ["--model-arg=in_channels=3", "--model-arg=classes=2", "--model-arg=width=4", "--image-size=8", "--epochs=1"]
-
-
-def test_a_folder_with_a_corrupt_file(tmp_path, capsys):
-    folder = image_folder(tmp_path / "insects")
-    (folder / "bees" / "broken.png").write_bytes(b"no image")
-    (folder / "ants" / "cut.png").write_bytes((folder / "ants" / "0.png").read_bytes()[:90])
-    words = ["tritonq.demo.model:SmallResNet", folder, *FOLDER, "--batch-size=4", "--output", tmp_path / "out"]
-    assert train(*words) == 0
-    printed = capsys.readouterr().err
-    assert "broken.png" in printed
-    assert "cut.png" in printed
-    assert "2 files skipped, 12 images read" in printed
-
-
-def test_a_folder_is_read_as_it_is_needed(tmp_path, monkeypatch):
-    folder = image_folder(tmp_path / "insects")
-    whole, lazy = load_folder(folder, 8), load_examples(str(folder), 8)
-    for one, images, labels in (
-        (lazy.train, whole.train_images, whole.train_labels),
-        (lazy.test, whole.test_images, whole.test_labels),
-    ):
-        assert [one[i][1] for i in range(len(one))] == labels.tolist()
-        assert torch.equal(torch.stack([one[i][0] for i in range(len(one))]), images)
-    assert abs(float(whole.train_images.mean())) < 1e-6
-    assert abs(float(whole.train_images.std()) - 1) < 1e-6
-    held = [value for value in vars(lazy.train).values() if isinstance(value, torch.Tensor)]
-    assert not held
-    assert lazy.classes == whole.classes
-    with pytest.raises(ValueError, match="has 3 channels, which are not 1"):
-        load_examples(str(folder), 8, 1)
-
-
-def test_reading_batches_draws_nothing_from_the_training_s_random_numbers():
-    made = Recipe("tritonq.demo.model:SmallResNet", ("in_channels=1", "classes=10", "width=4"), QCONFIG, 1, 8)
-    run = Run(made, Settings("digits", 1, 0, 256, 0.01, 0, "off"), load_examples("digits"), Path("unused"))
+def test_reading_batches_draws_nothing_from_the_training_s_random_numbers(tmp_path):
+    run = new_run(tmp_path)
     before = torch.get_rng_state()
     assert sum(len(labels) for _, labels in run._batches(0)) == 898
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_workers_give_the_same_bits(tmp_path):
-    folder = image_folder(tmp_path / "insects")
-    words = ["tritonq.demo.model:SmallResNet", folder, *FOLDER, "--batch-size=4"]
-    assert train(*words, "--output", tmp_path / "here") == 0
-    assert train(*words, "--workers=2", "--output", tmp_path / "there") == 0
-    assert_same_run(tmp_path / "here", tmp_path / "there")
+def test_patience_ends_a_run_that_gets_no_better(tmp_path, capsys):
+    words = [*DIGITS, "--epochs=9", "--frozen-epochs=1", "--learning-rate=0", "--patience=2"]
+    assert train(*words, "--output", tmp_path) == 0
+    assert "stopped after epoch" in capsys.readouterr().out
+    state = state_of(tmp_path)
+    assert len(state["history"]) < 9
+    assert train(*words, "--resume", "--output", tmp_path) == 0
+    assert state_of(tmp_path)["step"] == state["step"]
 
 
-def one_class(root):
-    return image_folder(root, ("ants",))
-
-
-def empty_class(root):
-    (image_folder(root) / "wasps").mkdir()
-    return root
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (one_class, "holds 1 class folders"),
-        (empty_class, "wasps holds 0 readable"),
-        (lambda root: root, "not a folder"),
-    ],
-)
-def test_folders_that_cannot_be_trained_on(make, message, tmp_path, capsys):
-    folder = make(tmp_path / "images")
-    assert train("tritonq.demo.model:SmallResNet", folder, *FOLDER, "--output", tmp_path / "out") == 1
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["nowhere:f", "digits"], "the module 'nowhere' of 'nowhere:f' can't be imported"),
-        (["torch:f", "digits"], "the module 'torch' has no 'f'"),
-        (["torch", "digits"], "module:factory"),
-        (["torch:ones", "digits", "--model-arg=size=(3,)"], "made a Tensor"),
-        (["torch.nn:Conv2d", "digits"], "refuses its arguments (none)"),
-        (["torch.nn:Conv2d", "digits", "--model-arg", "x"], "KEY=VALUE"),
-        ([*MODEL, "--model-arg=in_channels=3"], "rejects example_inputs"),
-        ([*DIGITS, "--model-arg=classes=3"], "needs (2, 10 or more)"),
-        ([*DIGITS, "--qconfig=int7"], "known: tensorrt"),
-        ([*DIGITS, "--qconfig=none.json"], "none.json can't be read"),
-        ([*DIGITS, "--frozen-epochs=2"], "of 2 epochs fewer can be frozen"),
-        ([*DIGITS, "--batch-size=1"], "batch size must be at least 2"),
-        ([*DIGITS, "--workers=-1"], "workers must be at least 0"),
-    ],
-)
-def test_bad_arguments_end_in_one_line(words, message, tmp_path, capsys):
-    assert train(*words, "--output", tmp_path) == 1
-    printed = capsys.readouterr().err.strip()
-    assert message in printed
-    assert len(printed.splitlines()) == 1
-
-
-def test_channels_and_size_of_digits():
-    images, labels = stacked(load_examples("digits", 12, 3).train)
-    assert images.shape[1:] == (3, 12, 12)
-    assert torch.equal(images[:, 0], images[:, 2])
-    assert torch.equal(labels, load_digits().train_labels)
-    with pytest.raises(ValueError, match="not 2"):
-        load_digits().with_channels(3).with_channels(2)
-
-
-def test_names_of_qconfigs():
-    expected = tritonq.get_default_qat_qconfig("fbgemm", 0)
-    assert find_qconfig("fbgemm-v0").global_rule.qconfig == expected
-    assert find_qconfig("qnnpack").global_rule.qconfig == tritonq.get_default_qat_qconfig("qnnpack", 1)
-
-
-def test_factories_of_the_working_directory_and_methods(tmp_path, monkeypatch):
-    (tmp_path / "my_models_for_this_test.py").write_text(
-        "from torch import nn\nclass Zoo:\n    @staticmethod\n    def small(width='wide'):\n"
-        "        return nn.Linear(2, 3 if width == 'wide' else 4)\n"
+def test_ctrl_c_leaves_a_checkpoint_of_the_last_whole_step(whole, tmp_path):
+    command = [sys.executable, "-m", "tritonq", "train", *DIGITS, "--frozen-epochs=1", "--output", str(tmp_path)]
+    process = subprocess.Popen(
+        [*command, "--checkpoint-every=1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    assert make_model("my_models_for_this_test:Zoo.small").out_features == 3
-    assert make_model("my_models_for_this_test:Zoo.small", ["width=narrow"]).out_features == 4
+    wait_for_step(process, tmp_path, 2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    (line,) = errors.strip().splitlines()
+    step = state_of(tmp_path)["step"]
+    assert line == f"tritonq train: interrupted after step {step} of 16: --resume goes on from there"
+    assert train(*DIGITS, "--frozen-epochs=1", "--resume", "--output", tmp_path) == 0
+    assert_same_run(whole, tmp_path)
 
 
-def test_a_module_that_fails_when_it_is_imported_is_named(tmp_path, monkeypatch):
-    (tmp_path / "my_broken_models_for_this_test.py").write_text("raise RuntimeError('operator nms does not exist')\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    with pytest.raises(ValueError, match="can't be imported: RuntimeError: operator nms does not exist"):
-        make_model("my_broken_models_for_this_test:small")
+def finite(folder, name="last.pt"):
+    state = read_training(folder / name)[1]["state_dict"]
+    return all(torch.isfinite(t).all() for k, t in state.items() if t.is_floating_point() and "_val" not in k)
 
 
-def test_help_says_enough(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["train", "--help"])
-    assert exit_.value.code == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    for words in ("Example:", "--resume", "tensorrt", "module:factory", "held out"):
-        assert words.lower() in printed.lower()
+@pytest.mark.parametrize("amp", ["off", "float16"])
+def test_a_loss_that_is_not_finite_stops_the_run(amp, tmp_path, capsys):
+    words = [*DIGITS, "--learning-rate=1e30", "--checkpoint-every=1", "--amp", amp]
+    assert train(*words, "--output", tmp_path) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    place = "(: the first layer whose output|, but gradients are not finite: that of) "
+    assert re.search(rf"step \d+: the loss is [\w.+]+{place}.*'\w+", line), line
+    assert finite(tmp_path)
+    assert state_of(tmp_path)["step"] < 4
+
+
+class Trap(SmallResNet):
+    """Divides by 0 before its second block, from the step on that a test chooses."""
+
+    steps_left = 10**9
+
+    def forward(self, x):
+        x = self.down(self.block1(self.stem(x)))
+        if self.training:
+            type(self).steps_left -= 1
+            if type(self).steps_left <= 0:
+                x = x / 0
+        return self.head(self.pool(self.block2(x)).flatten(1))
+
+
+def test_weights_stay_those_before_the_step_that_failed(tmp_path, monkeypatch):
+    model = prepare(replace(RECIPE, model=f"{__name__}:Trap", model_arguments=RECIPE.model_arguments))
+    monkeypatch.setattr(Trap, "steps_left", 3)
+    settings = Settings("", 4, 0, 256, 0.01, 0, "off")
+    run = Run(RECIPE, model, settings, open_examples("digits", RECIPE.preprocessing), tmp_path)
+    batches = iter(run._batches(0))
+    for _ in range(2):
+        run._train_step(*next(batches))
+        run.step += 1
+    before = model.head.weight.detach().clone()
+    with pytest.raises(DivergenceError, match=r"step 3: the loss is nan: the first layer whose output is .* 'block2"):
+        run._train_step(*next(batches))
+    assert torch.equal(model.head.weight, before)
+
+
+def test_a_step_after_the_one_that_failed_changes_nothing_either():
+    """On a GPU it runs before the host learns of the failure."""
+    torch.manual_seed(0)
+    model, watch = nn.Linear(2, 3), DivergenceWatch(torch.device("cpu"))
+    optimizer = make_optimizer(model, 0.1)
+
+    def loss_of(model, images, labels):
+        return nn.functional.cross_entropy(model(images), labels)
+
+    before = []
+    for step, value in enumerate((1.0, math.nan, 2.0), 1):
+        before.append(model.weight.detach().clone())
+        images, labels = torch.full((4, 2), value), torch.arange(4) % 3
+        optimizer.zero_grad()
+        loss = loss_of(model, images, labels)
+        loss.backward()
+        watch.note(step, images, labels, loss, model.parameters())
+        optimizer.found_inf = watch.failed
+        optimizer.step()
+    assert not torch.equal(before[0], before[1])
+    assert torch.equal(before[1], before[2])
+    assert torch.equal(before[1], model.weight)
+    with pytest.raises(DivergenceError, match="step 2: the loss is nan: its images hold values that are not finite"):
+        watch.check(model, loss_of, late=False)
+
+
+def test_a_weight_that_overflows_is_not_saved(tmp_path):
+    run = new_run(tmp_path)
+    run.save()
+    with torch.no_grad():
+        run.model.head.weight[0, 0] = math.inf
+    with pytest.raises(DivergenceError, match=r"'head.weight' is not finite"):
+        run.save()
+    assert finite(tmp_path)
+
+
+def test_a_full_disk_loses_nothing(whole, tmp_path):
+    """Files may grow to 40 kB and no further: checkpoints can't be written, and the old one stays whole."""
+    shutil.copy(whole / "last.pt", tmp_path / "last.pt")
+    before = (tmp_path / "last.pt").read_bytes()
+    code = (
+        "import resource, sys\nfrom tritonq.__main__ import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\nsys.exit(main(sys.argv[1:]))"
+    )
+    words = [*DIGITS, "--resume", "--epochs=3", "--frozen-epochs=0", "--output", str(tmp_path)]
+    process = subprocess.run([sys.executable, "-c", code, "train", *words], capture_output=True, text=True, check=False)
+    assert process.returncode == 1, process.stderr
+    assert "File too large" in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".last*"))
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_two_processes_train_one_model(tmp_path):
+    words = ["tritonq", "train", *DIGITS, "--frozen-epochs=1", "--output", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.run(
+        [sys.executable, *TORCHRUN, *words], capture_output=True, text=True, check=False, env=environment, timeout=150
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.count("epoch 2: ") == 1
+    assert "0 of" in process.stdout
+    assert sorted(os.listdir(tmp_path)) == FILES
+    state = state_of(tmp_path)
+    assert (state["step"], len(state["random"])) == (14, 2)  # the last two of 898 images are too few for two processes
+    trained = prepare(RECIPE)
+    trained.load_state_dict(read_training(tmp_path / "best.pt")[1]["state_dict"])
+    data = load_digits()
+    score = accuracy(logits(trained, data.test_images), data.test_labels)
+    assert score == pytest.approx(
+        read_training(tmp_path / "best.pt")[1]["accuracy"]
+    )  # every process measured one model

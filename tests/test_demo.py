@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from tritonq.__main__ import main
-from tritonq.cli.data import load_digits, load_folder
+from tritonq.cli.data import load_digits, open_examples
+from tritonq.cli.preprocessing import Preprocessing
 from tritonq.demo import run as demo
 
 
@@ -95,7 +96,7 @@ def test_a_folder_of_images(tmp_path, capsys):
 def test_a_folder_that_cannot_be_trained_on(tmp_path, classes, count, message, capsys):
     folder = image_folder(tmp_path / "few", classes, count)
     with pytest.raises(ValueError, match=message):
-        load_folder(folder, 8)
+        open_examples(str(folder), Preprocessing(8, 8))
     assert main(["demo", "--data", str(folder), "--output", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
 

@@ -17,7 +17,9 @@ from tritonq.__main__ import main
 from tritonq.cli import folder
 from tritonq.cli.data import load_digits
 from tritonq.cli.evaluation import accuracy, logits
-from tritonq.cli.models import Recipe, find_qconfig, save_training
+from tritonq.cli.models import find_qconfig, prepare
+from tritonq.cli.preprocessing import Preprocessing
+from tritonq.cli.training_files import Recipe, save_training
 from tritonq.demo.model import SmallResNet
 from tritonq.qconfig_files import mapping_to_data
 from tritonq.report.drawing import histogram
@@ -28,12 +30,12 @@ from tritonq.report.tally import BINS, MARGIN, FixedPointTally
 
 ARGUMENTS = ("in_channels=1", "classes=10", "width=4")
 QCONFIG = mapping_to_data(find_qconfig("tensorrt"))
-RECIPE = Recipe(DEMO_MODEL, ARGUMENTS, QCONFIG, 1, 8)
+RECIPE = Recipe(DEMO_MODEL, ARGUMENTS, QCONFIG, Preprocessing(8, 8, channels=1))
 
 
 def calibrated():
     torch.manual_seed(0)
-    model = RECIPE.prepare()
+    model = prepare(RECIPE)
     return tritonq.calibrate(model, load_digits().train_images[::9])
 
 
@@ -199,14 +201,14 @@ def test_clipped_values_are_drawn_apart(measured):
     assert histogram(tensor.__class__(**{**vars(tensor), "counts": tuple(counts)})).count('class="clip"') == 1
 
 
-FIXED = Recipe(DEMO_MODEL, ARGUMENTS, mapping_to_data(find_qconfig("f8net")), 1, 8)
+FIXED = Recipe(DEMO_MODEL, ARGUMENTS, mapping_to_data(find_qconfig("f8net")), Preprocessing(8, 8, channels=1))
 
 
 @pytest.fixture(scope="module")
 def fixed_point(data):
     """A fixed-point network that has seen a few batches."""
     torch.manual_seed(0)
-    model = FIXED.prepare().train()
+    model = prepare(FIXED).train()
     for batch in data.train_images[:320].split(64):
         model(batch)
     return model
@@ -309,12 +311,11 @@ def test_a_folder_s_pixels_are_read_as_they_are_needed(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         for k in range(8):
             Image.new("RGB", (9, 9), (30 * k, 100 * label, 7)).save(tmp_path / name / f"{k}.png")
-    read, original = [], folder.read_pixels
-    monkeypatch.setattr(folder, "read_pixels", lambda path, size: read.append(path) or original(path, size))
+    read, original = [], folder.decode
+    monkeypatch.setattr(folder, "decode", lambda path, *content: read.append(path) or original(path, *content))
     words = ["--model-arg=in_channels=3", "--model-arg=classes=2", "--image-size=8", "--images=3"]
     assert report(DEMO_MODEL, tmp_path, *words, "--output", tmp_path / "r.html") == 0
-    shape_of_the_first = 1
-    assert len(read) == 16 + shape_of_the_first + 3 + 3
+    assert len(read) == 16 + 3 + 3
     assert "3 images" in (tmp_path / "r.html").read_text()
 
 
@@ -323,7 +324,7 @@ def test_bad_input_ends_in_one_line(checkpoint, tmp_path, capsys):
     state = tritonq.prepare_qat(SmallResNet(1, 10, 8), example_inputs=torch.zeros(2, 1, 8, 8)).state_dict()
     save_training(foreign, RECIPE, {"state_dict": state})
     code = tmp_path / "code.pt"
-    save_training(code, Recipe("os:getcwd", (), QCONFIG, 1, 8), {"state_dict": state})
+    save_training(code, Recipe("os:getcwd", (), QCONFIG, Preprocessing(8, 8, channels=1)), {"state_dict": state})
     for words, message in (
         ([tmp_path, "digits"], "is no output of the demo"),
         ([DEMO_MODEL, "digits", "--checkpoint", foreign], "of another architecture: 'stem.0.weight' has shape"),

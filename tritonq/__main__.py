@@ -6,8 +6,16 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
+
+import torch
+
+import tritonq
+
+# What shells expect of a process that Ctrl-C ended.
+_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -43,22 +51,59 @@ COMMANDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status, 2 for a usage error, 1 for a failure that is reported in one line."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of every option that has one worth showing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, []):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def build_parser(words: Sequence[str] = (), every_command: bool = False) -> argparse.ArgumentParser:
+    """The parser, with the options of the command that ``words`` begin with, or of every command that can be imported.
+
+    Raises:
+        SystemExit: what that command needs is not installed.
+    """
     parser = argparse.ArgumentParser(prog="tritonq", description="Quantization-aware training for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"tritonq {tritonq.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.summary, description=command.summary)
+        subparser = commands.add_parser(
+            name, help=command.summary, description=command.summary, formatter_class=_HelpFormatter
+        )
         if words[:1] == [name]:
-            module = _import(name, command)
-            module.add_arguments(subparser)
-    chosen = parser.parse_args(words)
+            _import(name, command).add_arguments(subparser)
+        elif every_command:
+            with suppress(SystemExit):
+                _import(name, command).add_arguments(subparser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status.
+
+    2 is a usage error, 1 a failure that is reported in one line, 130 an interruption.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = build_parser(words).parse_args(words)
     try:
         return int(_import(chosen.command, COMMANDS[chosen.command]).main(chosen))
-    except (ValueError, TypeError) as error:
-        print(f"tritonq {chosen.command}: {error}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"tritonq {chosen.command}: {str(error) or 'interrupted'}", file=sys.stderr)
+        return int(getattr(error, "status", _INTERRUPTED))
+    except (ValueError, TypeError, OSError, torch.OutOfMemoryError) as error:
+        print(f"tritonq {chosen.command}: {_in_one_line(error)}", file=sys.stderr)
         return 1
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the device has too little memory, smaller batches need less: {str(error).splitlines()[0]}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _import(name: str, command: Command) -> ModuleType:

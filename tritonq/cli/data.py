@@ -2,67 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import argparse
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonq.cli.folder import COLOURS, Examples, LabelledImages, deal, open_folder
+from tritonq.cli.folder import FileImages, ImageFile, LabelledImages, deal, find_layout, moments, readable_images
+from tritonq.cli.preprocessing import Preprocessing
 
 DIGITS = "digits"
-_FOLDER_SIZE = 32
+_DIGITS_NAME = "scikit-learn's digits"
+# Digits have 17 grey levels, 0 to 16.
+_DARKEST_DIGIT = 16
 
 
 @dataclass(frozen=True)
-class Images:
-    """Images split into training and test set, normalised to mean 0 and deviation 1 by the training set.
+class Examples:
+    """What a model is trained on and measured with.
 
     Attributes:
         name: where they come from.
-        train_images: float32 (n, channels, height, width).
-        train_labels: int64 (n,).
-        test_images: as ``train_images``.
-        test_labels: as ``train_labels``.
         classes: class names by label.
+        preprocessing: how they are scaled, mean and deviation included.
+        train: images to train with.
+        test: images held out.
+        fingerprint: of the contents of all images, their labels and their order, wherever the files lie.
     """
 
     name: str
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
     classes: tuple[str, ...]
-
-    def with_channels(self, channels: int) -> Images:
-        """Grey images with their one channel repeated, as models of colour images read them.
-
-        Raises:
-            ValueError: colour images, which are no grey ones.
-        """
-        have = self.train_images.shape[1]
-        if have == channels:
-            return self
-        if have != 1:
-            raise ValueError(f"{self.name} has {have} channels, which are not {channels}")
-        widened = (images.expand(-1, channels, -1, -1).contiguous() for images in (self.train_images, self.test_images))
-        train, test = widened
-        return replace(self, train_images=train, test_images=test)
-
-    def resized(self, size: int) -> Images:
-        """The images scaled to ``size`` × ``size``, bilinearly."""
-        if self.train_images.shape[-2:] == (size, size):
-            return self
-        train, test = (
-            F.interpolate(images, (size, size), mode="bilinear") for images in (self.train_images, self.test_images)
-        )
-        return replace(self, train_images=train, test_images=test)
+    preprocessing: Preprocessing
+    train: LabelledImages
+    test: LabelledImages
+    fingerprint: str
 
 
 class TensorImages(LabelledImages):
-    """Images that are held in memory."""
+    """Images that are held in memory.
+
+    Attributes:
+        images: float32 (n, channels, height, width), as the model reads them.
+        labels: int64 (n,).
+    """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -75,29 +61,101 @@ class TensorImages(LabelledImages):
         return self.images[index], int(self.labels[index])
 
 
-def load_examples(source: str, size: int | None = None, channels: int | None = None) -> Examples:
+@dataclass(frozen=True)
+class Images:
+    """All of :class:`Examples` in memory.
+
+    Attributes:
+        name: where they come from.
+        classes: class names by label.
+        preprocessing: how they were scaled.
+        train_images: float32 (n, channels, height, width).
+        train_labels: int64 (n,).
+        test_images: as ``train_images``.
+        test_labels: as ``train_labels``.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The images, and which of them are held out."""
+    parser.add_argument("data", metavar="DATA", help=_DATA_HELP)
+    parser.add_argument(
+        "--validation",
+        metavar="DIR|FRACTION",
+        default="0.5",
+        help="folder of the images held out, or the share of DATA that is; ignored for DATA with train and val in it",
+    )
+
+
+_DATA_HELP = (
+    f'a folder with one sub-folder of images per class, or with train and val that have such, or "{DIGITS}"; '
+    "hidden folders are left out"
+)
+
+
+def class_names(source: str, validation: str = "0.5") -> tuple[str, ...]:
+    """The classes that :func:`open_examples` will find; no image is read.
+
+    Raises:
+        ValueError: see :func:`~tritonq.cli.folder.find_layout`.
+    """
+    folder, _ = _validation(validation)
+    return tuple(map(str, range(10))) if source == DIGITS else find_layout(Path(source), folder).classes
+
+
+def open_examples(source: str, preprocessing: Preprocessing, validation: str = "0.5", workers: int = 0) -> Examples:
     """The images called ``"digits"``, or those of a folder, whose pixels are read when they are asked for.
+
+    Each file is read once, to tell whether it can be, for its checksum and for mean and deviation.
 
     Args:
         source: ``"digits"`` or a folder with one sub-folder per class.
-        size: side to scale to; None: 8 for digits, 32 for a folder.
-        channels: how many the model reads; None: as they come, 1 for digits, 3 for a folder.
+        preprocessing: how they are scaled; without a mean it takes the training images' own.
+        validation: a folder of the same classes, or the share that is held out.
+        workers: threads that read files; 0: one per processor.
 
     Raises:
-        ValueError: see :func:`tritonq.cli.folder.open_folder`; a size below 1, or channels that can't be made.
+        ValueError: see :func:`~tritonq.cli.folder.readable_images`; channels that can't be made.
     """
-    if size is not None and size < 1:
-        raise ValueError(f"images have at least one pixel, got size {size}")
+    folder, share = _validation(validation)
     if source == DIGITS:
-        digits = load_digits()
-        digits = digits if channels is None else digits.with_channels(channels)
-        digits = digits if size is None else digits.resized(size)
-        train = TensorImages(digits.train_images, digits.train_labels)
-        return Examples(digits.name, digits.classes, train, TensorImages(digits.test_images, digits.test_labels))
-    examples = open_folder(Path(source), size or _FOLDER_SIZE)
-    if channels not in (None, COLOURS):
-        raise ValueError(f"{examples.name} has {COLOURS} channels, which are not {channels}")
-    return examples
+        return _digits(preprocessing, share)
+    layout = find_layout(Path(source), folder)
+    files = readable_images(layout.train, layout.classes, preprocessing, workers, 2 if layout.validation is None else 1)
+    if layout.validation is None:
+        train, test = (
+            [files[index] for index in part.tolist()]
+            for part in deal(torch.tensor([file.label for file in files]), seed=0, share=share)
+        )
+    else:
+        train = files
+        test = readable_images(layout.validation, layout.classes, preprocessing, workers, 0)
+    _check_parts(layout.classes, train, test)
+    preprocessing = preprocessing.with_moments(*moments(train))
+    trained, held_out = (
+        FileImages([file.path for file in part], [file.label for file in part], preprocessing) for part in (train, test)
+    )
+    fingerprint = _fingerprint(layout.classes, train, test)
+    return Examples(Path(source).name, layout.classes, preprocessing, trained, held_out, fingerprint)
+
+
+def load_digits(preprocessing: Preprocessing | None = None) -> Images:
+    """scikit-learn's 1,797 handwritten 8×8 digits: 898 to train with, 899 held out. Nothing is downloaded."""
+    return in_memory(_digits(Preprocessing(8, 8, channels=1) if preprocessing is None else preprocessing, 0.5))
+
+
+def in_memory(examples: Examples) -> Images:
+    """Read everything."""
+    parts = (*stacked(examples.train), *stacked(examples.test))
+    return Images(examples.name, examples.classes, examples.preprocessing, *parts)
 
 
 def stacked(images: LabelledImages, chosen: Iterable[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -106,24 +164,45 @@ def stacked(images: LabelledImages, chosen: Iterable[int] | None = None) -> tupl
     return torch.stack([image for image, _ in read]), torch.tensor([label for _, label in read])
 
 
-def load_digits() -> Images:
-    """scikit-learn's 1,797 handwritten 8×8 digits: 898 to train with, 899 held out. Nothing is downloaded."""
+def _digits(preprocessing: Preprocessing, share: float) -> Examples:
     from sklearn.datasets import load_digits as bundled
 
     digits = bundled()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / _DARKEST_DIGIT
     labels = torch.tensor(digits.target, dtype=torch.int64)
-    train, test = deal(labels, seed=0)
-    images = (images - images[train].mean()) / images[train].std()
+    train, test = deal(labels, 0, share)
+    preprocessing = preprocessing.with_moments(float(images[train].mean()), float(images[train].std()))
+    images = preprocessing.normalised(images.expand(-1, preprocessing.channels, -1, -1))
+    if images.shape[-1] != preprocessing.size:
+        images = F.interpolate(images, (preprocessing.size, preprocessing.size), mode="bilinear")
     classes = tuple(map(str, range(10)))
-    return Images("scikit-learn's digits", images[train], labels[train], images[test], labels[test], classes)
+    fingerprint = f"{_DIGITS_NAME}, {len(test)} held out"
+    trained, held_out = (TensorImages(images[part].contiguous(), labels[part]) for part in (train, test))
+    return Examples(_DIGITS_NAME, classes, preprocessing, trained, held_out, fingerprint)
 
 
-def load_folder(folder: Path, size: int) -> Images:
-    """All images in ``folder/<class>/*`` at once, scaled to ``size`` × ``size`` RGB; every second one is held out.
+def _validation(text: str) -> tuple[Path | None, float]:
+    try:
+        share = float(text)
+    except ValueError:
+        return Path(text), 0.0
+    if not 0 < share < 1:
+        raise ValueError(f"the share of images that is held out lies between 0 and 1, got {text}")
+    return None, share
 
-    Raises:
-        ValueError: see :func:`tritonq.cli.folder.readable_images`.
-    """
-    lazy = open_folder(folder, size)
-    return Images(lazy.name, *stacked(lazy.train), *stacked(lazy.test), lazy.classes)
+
+def _check_parts(classes: Sequence[str], train: Sequence[ImageFile], test: Sequence[ImageFile]) -> None:
+    have = {file.label for file in train}
+    without = [name for label, name in enumerate(classes) if label not in have]
+    if without:
+        raise ValueError(f"no image of class {without[0]!r} is left to train with: hold fewer out with --validation")
+    if not test:
+        raise ValueError("no image is held out: there is nothing to measure accuracy with")
+
+
+def _fingerprint(classes: Sequence[str], *parts: Sequence[ImageFile]) -> str:
+    digest = hashlib.sha256("\n".join(classes).encode())
+    for part in parts:
+        digest.update(b"\n\n")
+        digest.update("\n".join(f"{file.label} {file.digest}" for file in part).encode())
+    return digest.hexdigest()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from tritonq.cli.folder import LabelledImages
+from tritonq.cli.interrupts import leave_to_parent
 from tritonq.prepare.record.structure import tensors_in
+
+BATCH_OF_EVALUATION = 256
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -23,7 +28,7 @@ def first_tensor(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+def logits(model: nn.Module, images: Tensor, batch_size: int = BATCH_OF_EVALUATION) -> Tensor:
     """The model's outputs in eval mode, on the CPU; batches go to the device of its tensors."""
     model.eval()
     device = device_of(model)
@@ -36,13 +41,42 @@ def accuracy(outputs: Tensor, labels: Tensor) -> float:
     return float((outputs.argmax(1) == labels).float().mean())
 
 
-def share_right(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Fraction of images in batches of images and labels whose largest output is the label."""
+def count_right(answer: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> tuple[int, int]:
+    """How many images are answered with their label, and how many there are."""
     right = count = 0
     for images, labels in batches:
-        right += int((logits(model, images).argmax(1) == labels).sum())
+        right += int((answer(images).argmax(1) == labels).sum())
         count += len(labels)
+    return right, count
+
+
+def share_right(model: nn.Module, batches: Iterable[Any]) -> float:
+    """Fraction of images in batches of images and labels whose largest output is the label."""
+    right, count = count_right(lambda images: logits(model, images), batches)
     return right / count
+
+
+def batches_of(
+    images: LabelledImages,
+    batches: list[list[int]],
+    workers: int,
+    device: torch.device | None = None,
+) -> DataLoader[tuple[Tensor, int]]:
+    """Batches of images, by index. Its own random generator leaves the training's alone."""
+    return DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=device is not None and device.type == "cuda",
+        generator=torch.Generator(),
+        worker_init_fn=leave_to_parent,
+    )
+
+
+def in_order(images: LabelledImages, workers: int, rank: int = 0, ranks: int = 1) -> DataLoader[tuple[Tensor, int]]:
+    """All images once, or every ``ranks``-th of them."""
+    chunks = torch.split(torch.arange(rank, len(images), ranks), BATCH_OF_EVALUATION)
+    return batches_of(images, [chunk.tolist() for chunk in chunks if len(chunk)], workers)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+import os
 import sys
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
-COLOURS = 3
+from tritonq.cli.augment import Augmentation
+from tritonq.cli.image_files import SUFFIXES, UnreadableImageError, decode
+from tritonq.cli.preprocessing import Preprocessing
+
+_TRAIN = "train"
+# In this order: the first that is there is used.
+_VALIDATION = ("val", "valid", "validation", "test")
+_FILES_AT_A_TIME = 256
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
@@ -23,22 +35,15 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         """How many."""
 
+    def augmented(self, augmentation: Augmentation, seed: int) -> LabelledImages:
+        """The same images, changed at random as a function of ``seed`` and their index.
 
-@dataclass(frozen=True)
-class Examples:
-    """What a model is trained on and measured with.
-
-    Attributes:
-        name: where they come from.
-        classes: class names by label.
-        train: normalised to mean 0 and deviation 1.
-        test: normalised likewise.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    train: LabelledImages
-    test: LabelledImages
+        Raises:
+            ValueError: images that have no augmentation.
+        """
+        if augmentation:
+            raise ValueError(f"{type(self).__name__} can't be augmented: --augment is for folders of images")
+        return self
 
 
 class FileImages(LabelledImages):
@@ -47,107 +52,186 @@ class FileImages(LabelledImages):
     Attributes:
         paths: the files.
         labels: of each.
-        size: side to scale to.
-        mean: of the pixels 0..255, which becomes 0.
-        std: their deviation, which becomes 1.
+        preprocessing: how they are scaled.
+        augmentation: how they are changed before that.
+        seed: of the changes.
     """
 
-    def __init__(self, paths: list[Path], labels: list[int], size: int, mean: float, std: float) -> None:
-        self.paths, self.labels, self.size, self.mean, self.std = paths, labels, size, mean, std
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        labels: Sequence[int],
+        preprocessing: Preprocessing,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.paths, self.labels, self.preprocessing = paths, labels, preprocessing
+        self.augmentation, self.seed = augmentation, seed
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """An image and its label."""
-        return (read_pixels(self.paths[index], self.size).float() - self.mean) / self.std, self.labels[index]
+        """An image and its label.
+
+        Raises:
+            UnreadableImageError: the file was readable when the folder was opened, and is no more.
+        """
+        path = self.paths[index]
+        try:
+            image = decode(path)
+        except UnreadableImageError as error:
+            raise UnreadableImageError(f"{path} can't be read any more: {error}") from error
+        if self.augmentation:
+            pixels = self.augmentation.pixels(image, self.preprocessing, (self.seed, index))
+        else:
+            pixels = self.preprocessing.pixels(image)
+        return self.preprocessing.normalised(pixels), self.labels[index]
+
+    def augmented(self, augmentation: Augmentation, seed: int) -> FileImages:
+        """See base class."""
+        return FileImages(self.paths, self.labels, self.preprocessing, augmentation, seed)
 
 
-def open_folder(folder: Path, size: int) -> Examples:
-    """The images in ``folder/<class>/*``, scaled to ``size`` × ``size`` RGB; every second one of a class is held out.
+@dataclass(frozen=True)
+class ImageFile:
+    """One readable image of a folder.
 
-    Each file is read once to tell whether it can be, and for mean and deviation; no pixels are kept.
+    Attributes:
+        path: the file.
+        label: index of its class.
+        digest: SHA-256 of its bytes.
+        count: how many values its preprocessed pixels have.
+        total: their sum.
+        squares: sum of their squares.
+    """
+
+    path: Path
+    label: int
+    digest: str
+    count: int
+    total: int
+    squares: int
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """Where a data set's images are.
+
+    Attributes:
+        train: folder with one sub-folder per class.
+        validation: another one, or None: images are held out from ``train``.
+        classes: names of the sub-folders, sorted.
+    """
+
+    train: Path
+    validation: Path | None
+    classes: tuple[str, ...]
+
+
+def find_layout(folder: Path, validation: Path | None = None) -> FolderLayout:
+    """Tell a folder of classes from one with ``train`` and ``val``; hidden folders are no classes. No image is read.
 
     Raises:
-        ValueError: see :func:`readable_images`.
+        ValueError: no such folder, fewer than two classes, or validation classes that training has not.
     """
-    paths: list[Path] = []
-    labels: list[int] = []
-    sums: list[tuple[int, int]] = []
-    for path, label, pixels in readable_images(folder, size):
-        paths.append(path)
-        labels.append(label)
-        wide = pixels.long()
-        sums.append((int(wide.sum()), int(wide.square().sum())))
-    train, test = deal(torch.tensor(labels), seed=0)
-    count = len(train) * COLOURS * size * size
-    total, squares = (sum(sums[index][moment] for index in train.tolist()) for moment in (0, 1))
-    mean = total / count
-    std = max((squares / count - mean**2) * count / (count - 1), 1e-12) ** 0.5
-
-    def part(indices: Tensor) -> FileImages:
-        chosen = indices.tolist()
-        return FileImages([paths[i] for i in chosen], [labels[i] for i in chosen], size, mean, std)
-
-    return Examples(folder.name, class_names(folder), part(train), part(test))
+    names = _folders(folder)
+    held_out = [name for name in _VALIDATION if name in names]
+    if _TRAIN in names and held_out and set(names) <= {_TRAIN, *_VALIDATION}:
+        if validation is None:
+            validation = folder / held_out[0]
+        folder = folder / _TRAIN
+        names = _folders(folder)
+    if len(names) < 2:
+        raise ValueError(f"{folder} holds {len(names)} class folders; training needs at least two")
+    if validation is not None and (foreign := sorted(set(_folders(validation)) - set(names))):
+        raise ValueError(f"{validation} has a class {foreign[0]!r} that {folder} has not")
+    return FolderLayout(folder, validation, names)
 
 
-def readable_images(folder: Path, size: int) -> Iterator[tuple[Path, int, Tensor]]:
-    """Path, label and pixels of every image in ``folder/<class>/*``, sorted.
+def readable_images(
+    folder: Path, classes: Sequence[str], preprocessing: Preprocessing, workers: int = 0, least: int = 2
+) -> list[ImageFile]:
+    """Read every image in ``folder/<class>/``, at any depth, sorted; no pixels are kept.
 
     Files that are no image are named on stderr, counted and skipped.
 
+    Args:
+        folder: the folder.
+        classes: names of its sub-folders; a file's label is the index of its class.
+        preprocessing: gives the pixels that are summed up.
+        workers: threads that read; 0: one per processor.
+        least: how many images a class must have.
+
     Raises:
-        ValueError: no such folder, fewer than two classes, or a class with fewer than two readable images.
+        ValueError: a class with fewer readable images.
     """
-    skipped = read = 0
-    for label, name in enumerate(class_names(folder)):
-        before = read
-        for path in sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES):
-            try:
-                pixels = read_pixels(path, size)
-            except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of them for damaged files
-                skipped += 1
-                print(f"skipped {path}: {error}", file=sys.stderr)
-                continue
-            read += 1
-            yield path, label, pixels
-        if read - before < 2:
-            raise ValueError(f"class folder {folder / name} holds {read - before} readable images; two are needed")
+    paths = [(path, label) for label, name in enumerate(classes) for path in _image_paths(folder / name)]
+    found: list[ImageFile] = []
+    skipped = 0
+
+    def look(item: tuple[Path, int]) -> ImageFile | str:
+        return _look(*item, preprocessing)
+
+    bar = tqdm(total=len(paths), desc=f"reading {folder.name}", unit="image", leave=False, disable=None)
+    with ThreadPoolExecutor(workers or os.cpu_count()) as readers, bar:
+        for start in range(0, len(paths), _FILES_AT_A_TIME):
+            for outcome in readers.map(look, paths[start : start + _FILES_AT_A_TIME]):
+                bar.update()
+                if isinstance(outcome, ImageFile):
+                    found.append(outcome)
+                else:
+                    skipped += 1
+                    bar.write(outcome, file=sys.stderr)
+    counts = [0] * len(classes)
+    for file in found:
+        counts[file.label] += 1
+    for name, count in zip(classes, counts, strict=True):
+        if count < least:
+            raise ValueError(f"class folder {folder / name} holds {count} readable images; {least} are needed")
     if skipped:
-        print(f"{skipped} files skipped, {read} images read", file=sys.stderr)
+        print(f"{skipped} files skipped, {len(found)} images read", file=sys.stderr)
+    return found
 
 
-def class_names(folder: Path) -> tuple[str, ...]:
-    """The sub-folders of ``folder``, sorted.
-
-    Raises:
-        ValueError: no such folder, or fewer than two classes.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-    if len(names) < 2:
-        raise ValueError(f"{folder} holds {len(names)} class folders; training needs at least two")
-    return names
+def moments(files: Sequence[ImageFile]) -> tuple[float, float]:
+    """Mean and deviation of all pixels of all files, as fractions of 255."""
+    count = sum(file.count for file in files)
+    mean = sum(file.total for file in files) / count
+    variance = (sum(file.squares for file in files) / count - mean**2) * count / max(count - 1, 1)
+    return mean / 255, max(variance, 1e-12) ** 0.5 / 255
 
 
-def read_pixels(path: Path, size: int) -> Tensor:
-    """An image file, scaled: uint8 (3, size, size).
-
-    Raises:
-        OSError, SyntaxError, ValueError: it holds no whole image.
-    """
-    from PIL import Image
-
-    with Image.open(path) as image:
-        pixels = image.convert("RGB").resize((size, size)).tobytes()
-    flat = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
-    return flat.view(size, size, COLOURS).permute(2, 0, 1)
-
-
-def deal(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def deal(labels: Tensor, seed: int, share: float = 0.5) -> tuple[Tensor, Tensor]:
     """Indices to train with and to hold out: shuffled within each class and dealt out in turn, held out first."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[torch.argsort(labels[order], stable=True)]
-    return order[1::2], order[0::2]
+    # Rounded, since 3 · 0.1 is not 0.3.
+    dealt = [math.ceil(round(position * share, 9)) for position in range(len(labels) + 1)]
+    held_out = torch.tensor([after > before for before, after in pairwise(dealt)], dtype=torch.bool)
+    return order[~held_out], order[held_out]
+
+
+def _look(path: Path, label: int, preprocessing: Preprocessing) -> ImageFile | str:
+    """What is to be known of a file, or why it is skipped."""
+    try:
+        content = path.read_bytes()
+        pixels = preprocessing.pixels(decode(path, content)).long()
+    except (OSError, UnreadableImageError) as error:
+        return f"skipped {path}: {error}"
+    digest = hashlib.sha256(content).hexdigest()
+    return ImageFile(path, label, digest, pixels.numel(), int(pixels.sum()), int(pixels.square().sum()))
+
+
+def _folders(folder: Path) -> tuple[str, ...]:
+    """The names of the sub-folders, sorted, without hidden ones such as ``.ipynb_checkpoints``."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+
+
+def _image_paths(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in SUFFIXES and not hidden and not path.is_dir():
+            yield path

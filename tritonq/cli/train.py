@@ -1,282 +1,198 @@
-"""Quantization-aware training of a user's classifier, from its factory to the deployed file."""
+"""Quantization-aware training of a user's classifier, from its factory to the deployed files."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+import copy
+import sys
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch import nn
 
-from tritonq.cli.data import DIGITS, load_examples
-from tritonq.cli.evaluation import first_tensor, logits, share_right
-from tritonq.cli.folder import Examples, LabelledImages
-from tritonq.cli.models import Recipe, add_model_arguments, load_state, read_training, recipe, save_training
-from tritonq.deploy import convert, save_converted, verify
-from tritonq.deploy.files import remove_leftovers
-from tritonq.prepare import disable_observer, freeze_bn_stats
+from tritonq.cli.augment import OWN, TORCHVISION, Augmentation
+from tritonq.cli.data import DIGITS, Examples, add_data_arguments, class_names, open_examples
+from tritonq.cli.deployment import Deployed, deploy
+from tritonq.cli.evaluation import count_right, in_order, logits
+from tritonq.cli.models import add_model_arguments, find_device, find_qconfig, make_model, prepare
+from tritonq.cli.paths import writable_folder
+from tritonq.cli.preprocessing import add_preprocessing_arguments, choose_preprocessing
+from tritonq.cli.processes import Processes, join, leave
+from tritonq.cli.settings import AMP, Settings
+from tritonq.cli.training import Run
+from tritonq.cli.training_files import Recipe, load_state, load_weights, read_training
+from tritonq.cli.training_log import TensorBoard
+from tritonq.prepare import update_bn_stats
+from tritonq.qconfig_files import mapping_to_data
 from tritonq.report.summary import summary
 
-_AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Reading a loss waits for the device: the progress bar does it once in so many steps.
-_STEPS_PER_DISPLAY = 10
-_BATCH_OF_EVALUATION = 256
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the numbers of a run, besides the model: a resumed run must have the same."""
-
-    data: str
-    epochs: int
-    frozen_epochs: int
-    batch_size: int
-    learning_rate: float
-    seed: int
-    amp: str
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("frozen_epochs", 0), ("batch_size", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name.replace('_', ' ')} must be at least {least}, got {getattr(self, name)}")
-        if self.frozen_epochs >= self.epochs:
-            raise ValueError(f"of {self.epochs} epochs fewer can be frozen, got {self.frozen_epochs}")
-
-    def learning_rate_at(self, step: int, steps: int) -> float:
-        """Half a cosine from the learning rate to 0."""
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+# A float model that is hardly better than guessing was given another preprocessing, or no weights.
+_NEAR_CHANCE = 1.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m tritonq train``."""
     parser.epilog = (
         "Example: python -m tritonq train torchvision.models:resnet18 photos --model-arg num_classes=5 "
-        "--weights resnet18.pt --image-size 96. Without --weights, training begins with what the factory gives. Files "
-        "are read when they are needed; every second one of each class is held out. A run that was interrupted goes on "
-        "with --resume, from its last complete checkpoint, to the same bits."
+        "--weights resnet18.pt --preprocessing torchvision --image-size 96. Without --weights, training begins with "
+        "what the factory gives. Files are read when they are needed; without --validation every second one of each "
+        "class is held out. A run that was interrupted goes on with --resume, from its last complete checkpoint, to "
+        "the same bits; a finished one with --resume and more --epochs. On several GPUs: torchrun --nproc-per-node 4 "
+        "-m tritonq train …, where Ctrl-C goes back to the last checkpoint."
     )
-    parser.add_argument("model", metavar="MODULE:FACTORY", help="what makes the float model, importable from here")
-    parser.add_argument("data", metavar="DATA", help=f'a folder with one sub-folder of images per class, or "{DIGITS}"')
+    parser.add_argument("model", metavar="MODULE:FACTORY", help="makes the float model, importable from here")
+    add_data_arguments(parser)
     add_model_arguments(parser)
+    add_preprocessing_arguments(parser)
     parser.add_argument("--weights", type=Path, metavar="FILE", help="state dict of the trained float model")
-    parser.add_argument("--epochs", type=int, default=8, metavar="N", help="default 8")
+    parser.add_argument("--epochs", type=int, default=8, metavar="N", help="how many in all")
     parser.add_argument(
         "--frozen-epochs",
         type=int,
         metavar="N",
         help="last epochs, trained on the ranges and statistics that will be deployed; default a quarter",
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default 32")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images per step, of all GPUs together")
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that read images ahead; default 0: this one"
+        "--workers", type=int, default=0, metavar="N", help="processes that read images ahead; 0: this one reads"
     )
-    parser.add_argument("--learning-rate", type=float, default=0.005, metavar="X", help="at the start; default 0.005")
+    parser.add_argument("--learning-rate", type=float, default=0.005, metavar="X", help="at the start")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the order of images and of dropout; default 0"
+        "--augment",
+        default="none",
+        metavar="NAMES",
+        help=f"random changes of training images, with commas between: {', '.join(OWN)}; with torchvision "
+        f"{', '.join(TORCHVISION)}",
     )
-    parser.add_argument(
-        "--amp", choices=list(_AMP), default="off", help="autocast; float16 scales gradients; default off"
-    )
-    parser.add_argument("--device", metavar="NAME", help="default cuda where there is one, else cpu")
-    parser.add_argument(
-        "--output", type=Path, default=Path("train-output"), metavar="DIR", help="where files go; default train-output"
-    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of images and of dropout")
+    parser.add_argument("--amp", choices=list(AMP), default="off", help="autocast; float16 scales gradients")
+    parser.add_argument("--device", metavar="NAME", help="cuda where there is one, else cpu, if not given")
+    parser.add_argument("--output", type=Path, default=Path("train-output"), metavar="DIR", help="where files go")
     parser.add_argument("--resume", action="store_true", help="go on from DIR/last.pt, or begin where there is none")
     parser.add_argument(
-        "--checkpoint-every", type=int, metavar="STEPS", help="write DIR/last.pt so often; default once per epoch"
+        "--checkpoint-every", type=int, metavar="STEPS", help="write DIR/last.pt so often, besides once per epoch"
     )
+    parser.add_argument("--patience", type=int, metavar="N", help="stop after N epochs without a better accuracy")
+    parser.add_argument("--deploy", choices=get_args(Deployed), default="best", help="which epoch's model is deployed")
+    parser.add_argument("--no-onnx", action="store_true", help="write no DIR/model.onnx")
+    parser.add_argument("--tensorboard", action="store_true", help="log to DIR/tensorboard too (extra tensorboard)")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Train, convert, verify, and print how each form of the model does; 0 when the converted model agrees."""
+    try:
+        return _main(arguments)
+    finally:
+        leave()
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    """Everything that can be wrong without an image is found before the first is read."""
     frozen = arguments.epochs // 4 if arguments.frozen_epochs is None else arguments.frozen_epochs
     settings = Settings(
-        arguments.data,
+        "",
         arguments.epochs,
         frozen,
         arguments.batch_size,
         arguments.learning_rate,
         arguments.seed,
         arguments.amp,
+        str(Augmentation.named(arguments.augment)),
     )
-    if arguments.workers < 0:
-        raise ValueError(f"workers must be at least 0, got {arguments.workers}")
-    data = load_examples(arguments.data, arguments.image_size, arguments.channels)
-    made = recipe(arguments, data.train[0][0].shape)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path, device = arguments.output / "last.pt", _device(arguments.device)
-    run = Run(made, settings, data, path, device, arguments.weights, arguments.workers)
-    if arguments.resume and run.path.exists():
-        print(f"resuming at step {run.resume()} of {run.steps}", flush=True)
-    elif run.path.exists():
-        raise ValueError(f"{run.path} exists: pass --resume to go on from it, or another --output")
-    print(str(summary(run.model)).splitlines()[-1], flush=True)
+    for name, least in (("workers", 0), ("patience", 1), ("checkpoint_every", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name.replace('_', ' ')} must be at least {least}, got {value}")
+    qconfig = mapping_to_data(find_qconfig(arguments.qconfig))
+    processes, device = join(find_device(arguments.device))
+    torch.manual_seed(settings.seed)
+    model = make_model(arguments.model, arguments.model_arg)
+    if arguments.weights is not None:
+        load_weights(model, arguments.weights)
+    preprocessing = choose_preprocessing(arguments, model, arguments.data == DIGITS)
+    classes = class_names(arguments.data, arguments.validation)
+    made = Recipe(arguments.model, tuple(arguments.model_arg), qconfig, preprocessing, classes)
+    _check_classes(model, made)
+    trainable = prepare(made, copy.deepcopy(model))
+    path = arguments.output / "last.pt"
+    if processes.is_first:
+        writable_folder(arguments.output)
+    resumes = arguments.resume and path.exists()
+    if path.exists() and not resumes:
+        raise ValueError(f"{path} exists: pass --resume to go on from it, or another --output")
+    saved = read_training(path)[1] if resumes else {}
+    board = TensorBoard(arguments.output / "tensorboard") if arguments.tensorboard and processes.is_first else None
+
+    data = open_examples(arguments.data, preprocessing, arguments.validation, arguments.workers)
+    made = Recipe(made.model, made.model_arguments, qconfig, data.preprocessing, data.classes)
+    settings = Settings(**{**vars(settings), "data": data.fingerprint})
+    float_accuracy = saved.get("float_accuracy")
+    if processes.is_first:
+        counts = f"{len(data.train)} images to train with, {len(data.test)} held out, {len(data.classes)} classes"
+        print(f"{data.name}: {counts}; {data.preprocessing}", flush=True)
+    if float_accuracy is None:
+        float_accuracy = _float_accuracy(model.to(device), data, arguments.workers, processes)
+    if processes.is_first:
+        _tell_float_accuracy(float_accuracy, data, arguments.weights)
+    run = Run(
+        made,
+        trainable.to(device),
+        settings,
+        data,
+        arguments.output,
+        workers=arguments.workers,
+        patience=arguments.patience,
+        processes=processes,
+        board=board,
+        float_accuracy=float_accuracy,
+    )
+    if resumes:
+        step = run.resume()
+        print(f"resuming at step {step} of {run.steps}", flush=True)
+    if processes.is_first:
+        print(str(summary(run.model)).splitlines()[-1], flush=True)
     run.train(arguments.checkpoint_every or run.steps_per_epoch)
-    return _deploy(run.model.cpu(), data, arguments.output, arguments.workers)
+    if not processes.is_first:
+        return 0
+    if run.stopped:
+        print(f"stopped after epoch {run.history[-1].epoch}: no better accuracy for {run.patience} epochs", flush=True)
+    best = run.best
+    if arguments.deploy == "best" and best is not None and best is not run.history[-1]:
+        update_bn_stats(run.model)  # a state dict says only of frozen layers that they are
+        load_state(run.model, read_training(run.best_path)[1]["state_dict"], str(run.best_path))
+        print(f"deployed is epoch {best.epoch}, the best; --deploy last takes the last", flush=True)
+    return deploy(run.model.cpu(), made, data, arguments.output, arguments.workers, onnx=not arguments.no_onnx)
 
 
-class Run:
-    """One training run: everything that a checkpoint must hold for it to go on as if it had not stopped."""
-
-    def __init__(
-        self,
-        made: Recipe,
-        settings: Settings,
-        data: Examples,
-        path: Path,
-        device: torch.device | None = None,
-        weights: Path | None = None,
-        workers: int = 0,
-    ) -> None:
-        self.made, self.settings, self.data, self.path, self.workers = made, settings, data, path, workers
-        self.device = torch.device("cpu") if device is None else device
-        torch.manual_seed(settings.seed)
-        self.model = made.prepare(weights).to(self.device)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=settings.learning_rate, momentum=0.9, weight_decay=1e-4, nesterov=True
+def _check_classes(model: nn.Module, made: Recipe) -> None:
+    classes = len(made.classes)
+    try:
+        answers = logits(model, made.preprocessing.example()).shape
+    except Exception as error:  # a user's forward may raise anything
+        shape = tuple(made.preprocessing.example().shape)
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{made.model} rejects images of shape {shape}: {reason}") from error
+    if len(answers) != 2 or answers[1] < classes:
+        raise ValueError(
+            f"{made.model} returns {tuple(answers)} for two images; the data need (2, {classes} or more): pass the "
+            "number of classes with --model-arg"
         )
-        scales = settings.amp == "float16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales)
-        self.step = 0
-        # A last batch of one image has no statistics: it is left out, another one each epoch.
-        count = len(data.train)
-        self.steps_per_epoch = max(1, count // settings.batch_size + (count % settings.batch_size > 1))
-        self.steps = settings.epochs * self.steps_per_epoch
-        self._check_classes()
-
-    def _check_classes(self) -> None:
-        classes = len(self.data.classes)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # quantizers that have observed nothing say so
-            images = torch.stack([self.data.test[index][0] for index in range(2)])
-            answers = logits(self.model, images).shape
-        if len(answers) != 2 or answers[1] < classes:
-            raise ValueError(
-                f"{self.made.model} returns {tuple(answers)} for two images; {self.data.name} needs (2, {classes} or "
-                "more): pass the number of classes with --model-arg"
-            )
-
-    def train(self, checkpoint_every: int, after_step: Callable[[int], None] | None = None) -> None:
-        """Train what is left; ``after_step`` is called with the number of steps done."""
-        remove_leftovers(self.path)
-        with tqdm(total=self.steps, initial=self.step, desc="QAT", unit="step") as progress:
-            while self.step < self.steps:
-                epoch = self.step // self.steps_per_epoch
-                for images, labels in self._batches(epoch):
-                    loss = self._train_step(images, labels)
-                    self.step += 1
-                    if self.step % checkpoint_every == 0 or self.step == self.steps:
-                        self.save()
-                    if self.step % _STEPS_PER_DISPLAY == 0 or self.step == self.steps:
-                        progress.set_postfix(epoch=epoch + 1, loss=f"{float(loss):.4f}")
-                    progress.update()
-                    if after_step is not None:
-                        after_step(self.step)
-
-    def _batches(self, epoch: int) -> DataLoader[tuple[Tensor, int]]:
-        """The batches of an epoch that are still to come."""
-        chunks = torch.split(self._order(epoch), self.settings.batch_size)[: self.steps_per_epoch]
-        left = [chunk.tolist() for chunk in chunks[self.step % self.steps_per_epoch :]]
-        return _loader(self.data.train, left, self.workers, self.device)
-
-    def _order(self, epoch: int) -> Tensor:
-        """The order of images in an epoch: a function of seed and epoch alone."""
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.data.train), generator=generator)
-
-    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        settings = self.settings
-        if self.step == (settings.epochs - settings.frozen_epochs) * self.steps_per_epoch:
-            disable_observer(self.model)
-            freeze_bn_stats(self.model)
-        self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(self.step, self.steps)
-        images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
-        dtype = _AMP[settings.amp]
-        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
-            loss = F.cross_entropy(first_tensor(self.model(images)).float(), labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return loss.detach()
-
-    def save(self) -> None:
-        """Write the checkpoint."""
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        state = {
-            "settings": asdict(self.settings),
-            "step": self.step,
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
-        }
-        save_training(self.path, self.made, state)
-
-    def resume(self) -> int:
-        """Take up the checkpoint's state; returns its step.
-
-        Raises:
-            ValueError: a damaged checkpoint, one of another run or of another architecture.
-        """
-        made, content = read_training(self.path)
-        for name, mine, saved in _pairs(self.made, self.settings, made, content.get("settings")):
-            if mine != saved:
-                raise ValueError(f"{self.path} is of another run: its {name} is {saved!r}, not {mine!r}")
-        load_state(self.model, content["state_dict"], str(self.path))
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        torch.set_rng_state(content["random"]["cpu"])
-        if content["random"]["cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(content["random"]["cuda"], self.device)
-        self.step = int(content["step"])
-        return self.step
 
 
-def _pairs(made: Recipe, settings: Settings, saved: Recipe, saved_settings: Any) -> list[tuple[str, Any, Any]]:
-    """Name, present value and saved value of everything that must not change."""
-    found = saved_settings if isinstance(saved_settings, dict) else {}
-    pairs = [(name, value, asdict(saved)[name]) for name, value in asdict(made).items()]
-    return pairs + [(name, value, found.get(name)) for name, value in asdict(settings).items()]
+def _float_accuracy(model: nn.Module, data: Examples, workers: int, processes: Processes) -> float:
+    held_out = in_order(data.test, workers, processes.rank, processes.count)
+    right, count = processes.summed(*count_right(lambda images: logits(model, images), held_out))
+    return right / count
 
 
-def _loader(
-    images: LabelledImages, batches: list[list[int]], workers: int, device: torch.device | None = None
-) -> DataLoader[tuple[Tensor, int]]:
-    """Batches of images, by index. Its own random generator leaves the training's alone."""
-    pinned = device is not None and device.type == "cuda"
-    return DataLoader(
-        images, batch_sampler=batches, num_workers=workers, pin_memory=pinned, generator=torch.Generator()
-    )
-
-
-def _deploy(model: nn.Module, data: Examples, output: Path, workers: int) -> int:
-    """Convert, save, compare, print."""
-    batches = [chunk.tolist() for chunk in torch.split(torch.arange(len(data.test)), _BATCH_OF_EVALUATION)]
-    held_out = _loader(data.test, batches, workers)
-    trained = share_right(model, held_out)
-    converted = convert(model)
-    path = output / "model.int8.pt"
-    save_converted(converted, path)
-    deployed = share_right(converted, held_out)
-    report = verify(model, converted, held_out)
-    total = report.total
-    print(f"QAT model (eval)  {trained:.2%} of {len(data.test)} held-out images right")
-    print(f"converted         {deployed:.2%}; {total.differing:,} of {total.codes:,} codes differ")
-    print(f"written: {path} ({path.stat().st_size / 1000:.1f} kB), {output / 'last.pt'}")
-    return 0 if report.agrees() else 1
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+def _tell_float_accuracy(accuracy: float, data: Examples, weights: Path | None) -> None:
+    origin = f"with {weights}" if weights is not None else "as its factory gives it"
+    print(f"float model: accuracy {accuracy:.2%} on the held-out images, {origin}", flush=True)
+    if weights is not None and accuracy < _NEAR_CHANCE / len(data.classes):
+        print(
+            "tritonq train: that is hardly better than guessing: was the float model trained with other preprocessing? "
+            "See --preprocessing, --mean, --std, --crop, --image-size, or with another order of classes?",
+            file=sys.stderr,
+            flush=True,
+        )

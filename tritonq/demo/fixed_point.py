@@ -7,8 +7,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from tritonq.cli.data import load_digits, load_folder
-from tritonq.cli.models import save_training
+from tritonq.cli.training_files import save_training
 from tritonq.demo.model import SmallResNet
 from tritonq.demo.picture import draw, widest_channel
 from tritonq.demo.run import (
@@ -19,6 +18,7 @@ from tritonq.demo.run import (
     announce,
     demo_recipe,
     largest_layer,
+    load_images,
     onnx_logits,
 )
 from tritonq.demo.training import accuracy, logits, train
@@ -33,7 +33,7 @@ _EXAMPLES = 64
 
 def run(arguments: argparse.Namespace) -> Result:
     """Train in float, fine-tune in fixed point, convert, save, export, compare, draw."""
-    data = load_digits() if arguments.data is None else load_folder(arguments.data, arguments.image_size)
+    data = load_images(arguments)
     announce(data)
     files = Files.inside(arguments.output, "f8net")
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tritonq.cli.data import Images, load_digits, load_folder
-from tritonq.cli.models import Recipe, save_training
+from tritonq.cli.data import DIGITS, Images, in_memory, open_examples
+from tritonq.cli.preprocessing import Preprocessing
+from tritonq.cli.training_files import Recipe, save_training
 from tritonq.demo.model import SmallResNet
 from tritonq.demo.picture import draw, widest_channel
 from tritonq.demo.training import History, accuracy, logits, train
@@ -115,7 +116,7 @@ def main(arguments: argparse.Namespace) -> int:
 def run(arguments: argparse.Namespace) -> Result:
     """Train, fine-tune, deploy, verify, draw."""
     qconfig = get_qconfig(arguments.qconfig)
-    data = load_digits() if arguments.data is None else load_folder(arguments.data, arguments.image_size)
+    data = load_images(arguments)
     announce(data)
     files = Files.inside(arguments.output)
     example = data.train_images[:2]
@@ -149,6 +150,13 @@ def run(arguments: argparse.Namespace) -> Result:
     return Result(stages, files)
 
 
+def load_images(arguments: argparse.Namespace) -> Images:
+    """The digits, or the folder that ``--data`` names."""
+    size = 8 if arguments.data is None else arguments.image_size
+    preprocessing = Preprocessing(size, size, channels=1 if arguments.data is None else 3)
+    return in_memory(open_examples(str(arguments.data or DIGITS), preprocessing))
+
+
 def announce(data: Images) -> None:
     """Say what there is to train with."""
     print(
@@ -160,10 +168,9 @@ def announce(data: Images) -> None:
 
 def demo_recipe(qconfig: QConfig, data: Images) -> Recipe:
     """How `python -m tritonq report` makes this model again."""
-    channels, _, size = data.train_images.shape[1:]
-    arguments = (f"in_channels={channels}", f"classes={len(data.classes)}")
+    arguments = (f"in_channels={data.preprocessing.channels}", f"classes={len(data.classes)}")
     mapping = mapping_to_data(QConfigMapping().set_global(qconfig))
-    return Recipe("tritonq.demo.model:SmallResNet", arguments, mapping, channels, size)
+    return Recipe("tritonq.demo.model:SmallResNet", arguments, mapping, data.preprocessing, data.classes)
 
 
 def fine_tune(qat: nn.Module, data: Images, epochs: int) -> History:

@@ -50,7 +50,7 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     generator = torch.Generator().manual_seed(0)
     losses, seconds = [], []
-    progress = tqdm(range(epochs), desc=label, unit="epoch")
+    progress = tqdm(range(epochs), desc=label, unit="epoch", disable=None)
     for epoch in progress:
         if before_epoch is not None:
             before_epoch(epoch)

@@ -1,6 +1,6 @@
 """From a trained model to one that runs elsewhere: conversion, files, ONNX, and the proof that the numbers agree."""
 
-from tritonq.deploy.checkpoint import load_converted, save_converted
+from tritonq.deploy.checkpoint import load_converted, load_metadata, save_converted
 from tritonq.deploy.convert import convert
 from tritonq.deploy.fixed_point_modules import overflow_report
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
@@ -17,6 +17,7 @@ __all__ = [
     "export_onnx",
     "export_program",
     "load_converted",
+    "load_metadata",
     "overflow_report",
     "save_converted",
     "verify",

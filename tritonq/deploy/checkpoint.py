@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +33,24 @@ FORMAT = "tritonq.converted"
 VERSION = 2
 
 
-def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_converted(
+    model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None
+) -> None:
     """Write a converted model to one file that ``torch.load(path, weights_only=True)`` reads.
 
     The file is a dict: ``format``, ``version``, ``modules`` (one description per module, plain data), ``state_dict``
-    (weights in int8) and ``sha256`` of the last two (torch's reader does not check its own checksums). It is written
-    under a temporary name, then renamed: ``path`` never holds half a model. Hooks of the user's are not in it.
+    (weights in int8), ``metadata`` where it is given, and ``sha256`` of the last three (torch's reader does not check
+    its own checksums). It is written under a temporary name, then renamed: ``path`` never holds half a model. Hooks of
+    the user's are not in it.
+
+    Args:
+        model: a converted model.
+        path: file to write.
+        metadata: what else a reader must know (preprocessing, class names), as data that JSON can hold;
+            :func:`load_metadata` reads it.
 
     Raises:
-        ValueError: ``model`` is not a converted model.
+        ValueError: ``model`` is not a converted model, or ``metadata`` is not plain data.
         OSError: the file can't be written.
     """
     model = uncompiled(model)
@@ -54,8 +63,10 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "version": VERSION,
         "modules": modules,
         "state_dict": _in_few_storages(state),
-        "sha256": _digest(modules, state),
+        "sha256": _digest(modules, state, metadata),
     }
+    if metadata is not None:
+        content["metadata"] = dict(metadata)
     with atomic_file(path) as file:
         torch.save(content, file)
 
@@ -91,6 +102,16 @@ def load_converted(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         raise
 
 
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the metadata of a file of :func:`save_converted`; empty where it has none.
+
+    Raises:
+        ValueError: a file that is damaged, of another kind or of a newer version.
+        OSError: the file can't be read.
+    """
+    return dict(_read(path).get("metadata") or {})
+
+
 def _read(path: str | os.PathLike[str]) -> Description:
     with Path(path).open("rb") as file:
         try:
@@ -105,7 +126,7 @@ def _read(path: str | os.PathLike[str]) -> Description:
     modules, state = content.get("modules"), content.get("state_dict")
     if not isinstance(modules, list) or not isinstance(state, dict):
         raise ValueError(f"{os.fspath(path)} is damaged: it lacks modules or state_dict")
-    if content.get("sha256") != _digest(modules, state):
+    if content.get("sha256") != _digest(modules, state, content.get("metadata")):
         raise ValueError(f"{os.fspath(path)} is damaged: its contents don't match their checksum")
     content["state_dict"] = {name: tensor.clone() for name, tensor in state.items()}
     return content
@@ -124,8 +145,13 @@ def _in_few_storages(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: parts[name] for name in state}
 
 
-def _digest(modules: list[Description], state: Mapping[str, Tensor]) -> str:
+def _digest(modules: list[Description], state: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> str:
     digest = hashlib.sha256(json.dumps(modules, sort_keys=True).encode())
+    if metadata is not None:
+        try:
+            digest.update(json.dumps(metadata, sort_keys=True).encode())
+        except TypeError as error:
+            raise ValueError(f"metadata must be data that JSON can hold: {error}") from error
     for name in sorted(state):
         tensor = state[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -6,7 +6,6 @@ import importlib
 import inspect
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.convert import convert
 from tritonq.deploy.example_inputs import call_arguments, open_batch
+from tritonq.deploy.files import atomic_file
 from tritonq.deploy.fixed_point import has_fixed_point
 from tritonq.deploy.fixed_point_description import has_integers
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
@@ -184,12 +184,5 @@ def _write(proto: Any, target: Path) -> None:
     import onnx
 
     onnx.checker.check_model(proto, full_check=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(proto.SerializeToString())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(target) as file:
+        file.write(proto.SerializeToString())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from tritonq.calibration import _everything_float
 from tritonq.cli.evaluation import accuracy, logits
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.nn import Embedding, EmbeddingBag, QATLayer
 from tritonq.nn.fixed_point import FixedPointLayer
+from tritonq.qparams import QParams
 from tritonq.report.summary import ModelSummary, summary
 from tritonq.report.tally import FixedPointTally, Role, Tally, TensorMeasure
 
@@ -38,6 +39,7 @@ class LayerMeasure:
         sensitivity: norm of the output's error over the norm of the output, with this layer alone quantized.
         tensors: its quantizers.
         has_float_form: whether a qconfig of None leaves it in float; not so in a fixed-point network.
+        unclipped: its sensitivity with ranges that hold every value; None: not tried.
     """
 
     name: str
@@ -46,6 +48,7 @@ class LayerMeasure:
     sensitivity: float
     tensors: tuple[TensorMeasure, ...]
     has_float_form: bool = True
+    unclipped: float | None = None
 
     def worst(self, role: Role | None = None) -> TensorMeasure | None:
         """Its noisiest tensor (of one role)."""
@@ -71,6 +74,7 @@ class ModelMeasure:
         float_accuracy: without rounding.
         quantized_accuracy: with it.
         summary: what became of every layer.
+        error_without_worst: the error with the first of the layers in float and all others quantized.
     """
 
     model: str
@@ -81,6 +85,7 @@ class ModelMeasure:
     float_accuracy: float
     quantized_accuracy: float
     summary: ModelSummary
+    error_without_worst: float = 0.0
 
 
 @torch.no_grad()
@@ -89,9 +94,11 @@ def measure(
     images: Tensor,
     labels: Tensor,
     sensitivity_images: int = 64,
-    tick: Callable[[], object] = lambda: None,
+    tick: Callable[[int, int], object] = lambda done, total: None,
 ) -> ModelMeasure:
     """Run a prepared model over images with and without rounding, and with each layer alone rounded.
+
+    What the layer that costs most would gain by wider ranges, and the model by leaving it in float, is tried as well.
 
     Signals are those of the float model: with all rounding off. A fixed-point network then still clips to its formats,
     and what a layer reads counts in units of the layer's scaling factor. The model's switches and modes are restored.
@@ -101,14 +108,14 @@ def measure(
         images: (n, channels, height, width).
         labels: (n,), for the accuracies.
         sensitivity_images: the first of them, with which each layer alone is tried.
-        tick: called after each layer.
+        tick: called after each layer with how many are done, of how many.
 
     Raises:
         ValueError: no fake quantizers, none that has observed anything, or one of fixed point in another phase.
     """
     quantizers = dict(_outermost(model))
     _check(model, quantizers)
-    groups: dict[str, dict[str, FakeQuantizeBase]] = {}
+    groups: dict[str, dict[Role, FakeQuantizeBase]] = {}
     for name, quantizer in quantizers.items():
         owner, role = _owner(name)
         groups.setdefault(owner, {})[role] = quantizer
@@ -123,20 +130,31 @@ def measure(
         for owner, parts in groups.items():
             with _enabled(parts.values(), switches):
                 sensitivity = _relative(logits(model, few), wanted)
-            tensors = [
-                _weight(modules[owner], quantizer) if role == "weight" else tallies[quantizer].measure(role)  # type: ignore[arg-type]
-                for role, quantizer in parts.items()
-                if role == "weight" or quantizer in tallies
-            ]
+            if "weight" in parts:
+                tallies[parts["weight"]] = _weight(modules[owner], parts["weight"])
+            tensors = [tallies[quantizer].measure(role) for role, quantizer in parts.items() if quantizer in tallies]
             layers.append(
                 (order.index(owner), owner, sensitivity, tuple(sorted(tensors, key=lambda t: _ORDER.index(t.role))))
             )
-            tick()
+            tick(len(layers), len(groups))
+        worst = max(layers, key=lambda entry: entry[2])[1]
+        with _enabled(groups[worst].values(), switches), _nothing_clipped(groups[worst].values(), tallies) as tried:
+            unclipped = _relative(logits(model, few), wanted) if tried else None
+        with _enabled([q for q in quantizers.values() if q not in groups[worst].values()], switches):
+            error_without_worst = _relative(logits(model, images), expected)
         with _enabled(quantizers.values(), switches):
             found = logits(model, images)
     layers.sort(key=lambda entry: entry[0])
     measured = [
-        LayerMeasure(owner, _kind(owner, modules), place, sensitivity, tensors, not _is_fixed_point(groups[owner]))
+        LayerMeasure(
+            owner,
+            _kind(owner, modules),
+            place,
+            sensitivity,
+            tensors,
+            not _is_fixed_point(groups[owner]),
+            unclipped if owner == worst else None,
+        )
         for place, (_, owner, sensitivity, tensors) in enumerate(layers, 1)
     ]
     return ModelMeasure(
@@ -148,6 +166,7 @@ def measure(
         float_accuracy=accuracy(expected, labels),
         quantized_accuracy=accuracy(found, labels),
         summary=summary(model),
+        error_without_worst=error_without_worst,
     )
 
 
@@ -183,8 +202,8 @@ def _activations(
     return tallies, list(order)
 
 
-def _weight(layer: nn.Module, quantizer: FakeQuantizeBase) -> TensorMeasure:
-    """A layer's weight, with its BatchNorm folded in."""
+def _weight(layer: nn.Module, quantizer: FakeQuantizeBase) -> Tally:
+    """A tally of a layer's weight, with its BatchNorm folded in."""
     tally = Tally(quantizer)
     if isinstance(layer, FixedPointLayer):
         rows, weight_format = layer.effective_parameters()[0], layer.weight_fake_quant
@@ -194,7 +213,7 @@ def _weight(layer: nn.Module, quantizer: FakeQuantizeBase) -> TensorMeasure:
     else:
         rows = cast(Tensor, layer.weight)
     tally.add(rows.detach())
-    return tally.measure("weight")
+    return tally
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, FakeQuantizeBase]]:
@@ -228,7 +247,7 @@ def _kind(owner: str, modules: dict[str, nn.Module]) -> str:
     return "model input" if owner.startswith("input_fake_quants.") else "tensor"
 
 
-def _is_fixed_point(parts: dict[str, FakeQuantizeBase]) -> bool:
+def _is_fixed_point(parts: dict[Role, FakeQuantizeBase]) -> bool:
     return any(isinstance(quantizer, FixedPointFakeQuantize) for quantizer in parts.values())
 
 
@@ -243,6 +262,30 @@ def _enabled(quantizers: Any, switches: dict[FakeQuantizeBase, Tensor]) -> Itera
     finally:
         for quantizer in chosen:
             _switch(quantizer, False)
+
+
+@contextmanager
+def _nothing_clipped(
+    quantizers: Iterable[FakeQuantizeBase], tallies: dict[FakeQuantizeBase, Tally]
+) -> Iterator[list[FakeQuantizeBase]]:
+    """Ranges that hold every value, where a quantizer clips and its range is a buffer; which ones, for the block."""
+    widened = []
+    for quantizer in quantizers:
+        tally = tallies.get(quantizer)
+        if not isinstance(quantizer, FakeQuantize) or tally is None or not tally.measure("output").clipped:
+            continue
+        widest = tally.widest_qparams()
+        if widest is not None:
+            before = QParams(quantizer.scale.clone(), quantizer.zero_point.clone())
+            quantizer.scale.copy_(widest.scale)
+            quantizer.zero_point.copy_(widest.zero_point)
+            widened.append((quantizer, before))
+    try:
+        yield [quantizer for quantizer, _ in widened]
+    finally:
+        for quantizer, before in widened:
+            quantizer.scale.copy_(before.scale)
+            quantizer.zero_point.copy_(before.zero_point)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,10 +11,13 @@ from torch import nn
 from tqdm import tqdm
 
 from tritonq.calibration import calibrate
-from tritonq.cli.data import DIGITS, load_examples, stacked
-from tritonq.cli.folder import Examples
-from tritonq.cli.models import add_model_arguments, load_state, read_training, recipe
+from tritonq.cli.data import DIGITS, Examples, add_data_arguments, class_names, open_examples, stacked
+from tritonq.cli.models import add_model_arguments, find_qconfig, make_model, prepare
+from tritonq.cli.paths import writable_file
+from tritonq.cli.preprocessing import add_preprocessing_arguments, choose_preprocessing
+from tritonq.cli.training_files import Recipe, load_state, load_weights, read_training
 from tritonq.deploy.files import atomic_file
+from tritonq.qconfig_files import mapping_to_data
 from tritonq.report.measure import ModelMeasure, measure
 from tritonq.report.page import render
 
@@ -21,34 +25,42 @@ from tritonq.report.page import render
 DEMO_FILE = "model.qat.pt"
 DEMO_MODEL = "tritonq.demo.model:SmallResNet"
 _CALIBRATION_BATCH = 64
+_CLASSES_SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m tritonq report``."""
     parser.epilog = (
         "Example: python -m tritonq report torchvision.models:resnet18 photos --model-arg num_classes=5 --checkpoint "
-        "train-output/last.pt. With a checkpoint of `tritonq train`, qconfig, image size and factory arguments are its "
-        "own. Without one the factory's model is calibrated on the training half of the images. For the demo's output: "
-        "python -m tritonq report demo-output digits."
+        "train-output/best.pt. With a checkpoint of `tritonq train`, qconfig, preprocessing and factory arguments are "
+        "its own. Without one the factory's model, with --weights if given, is calibrated on the training images. For "
+        "the demo's output: python -m tritonq report demo-output digits."
     )
     parser.add_argument("model", metavar="MODEL", help="module:factory of the float model, or the demo's output folder")
-    parser.add_argument("data", metavar="DATA", help=f'a folder with one sub-folder of images per class, or "{DIGITS}"')
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="checkpoint of `tritonq train`")
+    add_data_arguments(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", type=Path, metavar="FILE", help="checkpoint of `tritonq train`")
+    source.add_argument("--weights", type=Path, metavar="FILE", help="state dict of the float model, to be calibrated")
     add_model_arguments(parser)
-    parser.add_argument("--images", type=int, default=256, metavar="N", help="held-out images to measure; default 256")
-    parser.add_argument(
-        "--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page; default report.html"
-    )
+    add_preprocessing_arguments(parser)
+    parser.add_argument("--images", type=int, default=256, metavar="N", help="held-out images to measure")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure, write the page, and name the worst layers."""
     if arguments.images < 1:
         raise ValueError(f"at least one image is needed, got {arguments.images}")
+    writable_file(arguments.output)
     model, data, origin = _model(arguments)
     images, labels = stacked(data.test, _sample(len(data.test), arguments.images))
-    with tqdm(desc="measuring", unit="layer", leave=False) as progress:
-        measured = measure(model, images, labels, tick=progress.update)
+    with tqdm(desc="measuring", unit="layer", leave=False, disable=None) as progress:
+
+        def tick(done: int, total: int) -> None:
+            progress.total = total
+            progress.update(done - progress.n)
+
+        measured = measure(model, images, labels, tick=tick)
     write(measured, data.name, origin, arguments.output)
     print(f"accuracy {measured.float_accuracy:.2%} without rounding, {measured.quantized_accuracy:.2%} with it")
     for layer in measured.layers[:3]:
@@ -76,18 +88,31 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Examples, str]:
         named = DEMO_MODEL if path.is_dir() else arguments.model
         if made.model != named:
             raise ValueError(f"{checkpoint} was made with {made.model}, not with {named}")
-        data = load_examples(arguments.data, made.size, made.channels)
-        model = made.prepare()
+        model = prepare(made)
         load_state(model, content["state_dict"], str(checkpoint))
+        data = open_examples(arguments.data, made.preprocessing, arguments.validation)
+        if made.classes and data.classes != made.classes:
+            raise ValueError(f"{checkpoint} knows the classes {_listed(made.classes)}, not {_listed(data.classes)}")
         return model, data, f"{made.model}, trained, from {checkpoint.name}"
-    data = load_examples(arguments.data, arguments.image_size, arguments.channels)
-    made = recipe(arguments, data.train[0][0].shape)
     torch.manual_seed(0)
-    model = made.prepare()
+    model = make_model(arguments.model, arguments.model_arg)
+    if arguments.weights is not None:
+        load_weights(model, arguments.weights)
+    qconfig = mapping_to_data(find_qconfig(arguments.qconfig))
+    preprocessing = choose_preprocessing(arguments, model, arguments.data == DIGITS)
+    classes = class_names(arguments.data, arguments.validation)
+    model = prepare(Recipe(arguments.model, tuple(arguments.model_arg), qconfig, preprocessing, classes), model)
+    data = open_examples(arguments.data, preprocessing, arguments.validation)
     chosen = _sample(len(data.train), arguments.images)
     batches = (chosen[start : start + _CALIBRATION_BATCH] for start in range(0, len(chosen), _CALIBRATION_BATCH))
     calibrate(model, (stacked(data.train, batch)[0] for batch in batches))
-    return model, data, f"{made.model}, as its factory gives it, calibrated"
+    origin = "as its factory gives it" if arguments.weights is None else f"with {arguments.weights.name}"
+    return model, data, f"{arguments.model}, {origin}, calibrated"
+
+
+def _listed(classes: Sequence[str]) -> str:
+    shown = ", ".join(classes[:_CLASSES_SHOWN])
+    return f"{shown} …" if len(classes) > _CLASSES_SHOWN else shown
 
 
 def _sample(count: int, wanted: int) -> list[int]:

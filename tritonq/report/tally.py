@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
-from tritonq.qparams import QParams
+from tritonq.qparams import QParams, range_to_qparams
 from tritonq.reference.fixed_point import power_of_two
 from tritonq.report.summary import describe_grid
 
@@ -60,7 +60,9 @@ class Tally:
         self._codes = qtype.quant_max - qtype.quant_min + 1
         self._signal = self._noise = 0.0
         self._clipped = self._count = 0
-        self._low, self._high = math.inf, -math.inf
+        # One element, or one per channel.
+        self._low: Tensor | None = None
+        self._high: Tensor | None = None
         self._counts = torch.zeros(BINS + 2 * MARGIN, dtype=torch.int64)
 
     def add(self, x: Tensor) -> None:
@@ -81,10 +83,25 @@ class Tally:
         codes = (x.float() / scale + zero_point)[finite]
         self._clipped += int(((codes < qtype.quant_min - 0.5) | (codes > qtype.quant_max + 0.5)).sum())
         self._count += codes.numel()
-        self._low, self._high = min(self._low, float(values.min())), max(self._high, float(values.max()))
+        self._extend_range(x.float(), finite)
         bins = ((codes - qtype.quant_min + 0.5) * (BINS / self._codes)).floor_().add_(MARGIN)
         bins = bins.clamp_(0, BINS + 2 * MARGIN - 1).long()
         self._counts += torch.bincount(bins.cpu(), minlength=BINS + 2 * MARGIN)
+
+    def _extend_range(self, x: Tensor, finite: Tensor) -> None:
+        low, high = (torch.where(finite, x, bound) for bound in (math.inf, -math.inf))
+        axis = self._quantizer.qtype.axis
+        rest = tuple(dim for dim in range(x.dim()) if axis is None or dim != axis % x.dim())
+        low, high = (low.amin(rest), high.amax(rest)) if rest else (low, high)
+        self._low = low if self._low is None else torch.minimum(self._low, low)
+        self._high = high if self._high is None else torch.maximum(self._high, high)
+
+    def widest_qparams(self) -> QParams | None:
+        """Scale and zero point with which nothing is clipped, shaped as the quantizer's; None: it saw nothing."""
+        if self._low is None or self._high is None:
+            return None
+        low, high = (bound.reshape(self._qparams().scale.shape) for bound in (self._low, self._high))
+        return range_to_qparams(low, high, self._quantizer.qtype)
 
     def _signal_in(self, x: Tensor) -> Tensor:
         """What the quantizer is to keep of ``x``."""
@@ -112,8 +129,8 @@ class Tally:
             scale=(float(scale.min()), float(scale.max())),
             sqnr=_decibel(self._signal, self._noise),
             clipped=self._clipped / max(self._count, 1),
-            low=self._low,
-            high=self._high,
+            low=math.inf if self._low is None else float(self._low.min()),
+            high=-math.inf if self._high is None else float(self._high.max()),
             quant_min=qtype.quant_min,
             quant_max=qtype.quant_max,
             counts=tuple(self._counts.tolist()),

@@ -1,0 +1,26 @@
+"""Small folders of images for the tests of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+
+def image_folder(root: Path, classes: tuple[str, ...] = ("ants", "bees"), count: int = 6) -> Path:
+    """One sub-folder per class; pixels are random, and brighter from class to class."""
+    generator = torch.Generator().manual_seed(0)
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for k in range(count):
+            pixels = torch.randint(0, 120, (9, 7, 3), generator=generator, dtype=torch.uint8) + 100 * (label % 2)
+            Image.fromarray(pixels.numpy()).save(root / name / f"{k}.png")
+    return root
+
+
+FOLDER_MODEL = [
+    "tritonq.demo.model:SmallResNet",
+    *(f"--model-arg={word}" for word in ("in_channels=3", "classes=2", "width=4")),
+    *("--image-size=8", "--batch-size=4", "--epochs=1", "--no-onnx"),
+]

@@ -1,0 +1,212 @@
+"""Everyday mistakes on the command line end in one line, before any image is read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tritonq
+from image_folders import FOLDER_MODEL, image_folder
+from tritonq.__main__ import main
+from tritonq.cli.models import find_qconfig, make_model
+
+MODEL = [
+    "tritonq.demo.model:SmallResNet",
+    "digits",
+    *(f"--model-arg={word}" for word in ("classes=10", "width=4")),
+]
+DIGITS = [*MODEL, "--model-arg=in_channels=1"]
+
+
+def train(*words):
+    return main(["train", *map(str, words)])
+
+
+def one_line(capsys):
+    printed = capsys.readouterr()
+    (line,) = printed.err.strip().splitlines()
+    return line
+
+
+def one_class(root):
+    return image_folder(root, ("ants",))
+
+
+def empty_class(root):
+    (image_folder(root) / "wasps").mkdir()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (one_class, "holds 1 class folders"),
+        (empty_class, "wasps holds 0 readable"),
+        (lambda root: root, "not a folder"),
+    ],
+)
+def test_folders_that_cannot_be_trained_on(make, message, tmp_path, capsys):
+    folder = make(tmp_path / "images")
+    assert train(FOLDER_MODEL[0], folder, *FOLDER_MODEL[1:], "--model-arg=classes=3", "--output", tmp_path / "out") == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere:f", "digits"], "the module 'nowhere' of 'nowhere:f' can't be imported"),
+        (["torch:f", "digits"], "the module 'torch' has no 'f'"),
+        (["torch", "digits"], "module:factory"),
+        (["torch:ones", "digits", "--model-arg=size=(3,)"], "made a Tensor"),
+        (["torch.nn:Conv2d", "digits"], "refuses its arguments (none)"),
+        (["torch.nn:Conv2d", "digits", "--model-arg", "x"], "KEY=VALUE"),
+        ([*MODEL, "--model-arg=in_channels=3"], "rejects images of shape (2, 1, 8, 8)"),
+        ([*DIGITS, "--model-arg=classes=3"], "need (2, 10 or more)"),
+        ([*DIGITS, "--qconfig=int7"], "known: tensorrt"),
+        ([*DIGITS, "--qconfig=none.json"], "none.json can't be read"),
+        ([*DIGITS, "--epochs=2", "--frozen-epochs=2"], "of 2 epochs fewer can be frozen"),
+        ([*DIGITS, "--batch-size=1"], "batch size must be at least 2"),
+        ([*DIGITS, "--workers=-1"], "workers must be at least 0"),
+        ([*DIGITS, "--patience=0"], "patience must be at least 1"),
+        ([*DIGITS, "--checkpoint-every=0"], "checkpoint every must be at least 1"),
+        ([*DIGITS, "--learning-rate=nan"], "learning rate must be a number from 0"),
+        ([*DIGITS, "--validation=1.5"], "lies between 0 and 1, got 1.5"),
+        ([*DIGITS, "--augment=flop"], "unknown augmentation 'flop'; known: none, flip, crop"),
+        ([*DIGITS, "--augment=flip"], "can't be augmented"),
+        ([*DIGITS, "--device=gpu"], "'gpu' is no device that torch knows"),
+        ([*DIGITS, "--device=cuda:99"], "can't be used here"),
+        ([*DIGITS, "--preprocessing=model"], "has no preprocessing of its own"),
+        ([*DIGITS, "--mean=0.5"], "--mean and --std go together"),
+        ([*DIGITS, "--mean=0,0,0", "--std=1"], "mean has 3 values, images have 1 channels"),
+        ([*DIGITS, "--mean=0", "--std=0"], "std must be above 0"),
+        ([*DIGITS, "--resize=4"], "--resize is at least --image-size"),
+        ([*DIGITS, "--weights=none.pt"], "none.pt can't be read"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(words, message, tmp_path, capsys):
+    assert train(*words, "--output", tmp_path) == 1
+    printed = capsys.readouterr().err.strip()
+    assert message in printed
+    assert len(printed.splitlines()) == 1
+
+
+def raises():
+    raise RuntimeError("no such config")
+
+
+def test_a_factory_that_raises(tmp_path, capsys):
+    assert train(f"{__name__}:raises", "digits", "--output", tmp_path) == 1
+    assert one_line(capsys).endswith("raises raised RuntimeError: no such config")
+
+
+@pytest.mark.parametrize("command", ["train", "report"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nowhere:f"],
+        [*FOLDER_MODEL[:-4], "--qconfig=tensort"],
+        [*FOLDER_MODEL[:-4], "--model-arg=width=no"],
+        [*FOLDER_MODEL[:-4], "--weights=none.pt"],
+    ],
+)
+def test_typos_are_found_before_an_image_is_read(command, words, tmp_path, capsys):
+    folder = image_folder(tmp_path / "insects")
+    (folder / "ants" / "broken.png").write_bytes(b"no image")
+    assert main([command, words[0], str(folder), *words[1:], "--output", str(tmp_path / "out")]) == 1
+    assert "broken" not in one_line(capsys)
+
+
+def test_output_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert train(*DIGITS, "--output", tmp_path / "file") == 1
+    assert one_line(capsys) == f"tritonq train: {tmp_path / 'file'}: File exists"
+    for target, message in ((tmp_path / "none" / "r.html", "make it first"), (tmp_path, "is a folder")):
+        assert main(["report", *DIGITS, "--output", str(target)]) == 1
+        assert message in one_line(capsys)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert train(*DIGITS, "--output", tmp_path) == 1
+    assert "Permission denied" in one_line(capsys)
+    tmp_path.chmod(0o700)
+
+
+def test_ctrl_c_outside_of_training(tmp_path, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tritonq.cli.train.open_examples", interrupt)
+    assert train(*DIGITS, "--output", tmp_path) == 130
+    assert one_line(capsys) == "tritonq train: interrupted"
+
+
+def test_too_little_memory(tmp_path, capsys, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore lines")
+
+    monkeypatch.setattr("tritonq.cli.train.open_examples", fail)
+    assert train(*DIGITS, "--output", tmp_path) == 1
+    assert "smaller batches need less: CUDA out of memory" in one_line(capsys)
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.strip() == f"tritonq {tritonq.__version__}"
+
+
+def test_bars_are_drawn_on_terminals_alone(tmp_path):
+    words = [*DIGITS, "--epochs=1", "--batch-size=449", "--no-onnx", "--output", str(tmp_path / "out")]
+    process = subprocess.run([sys.executable, "-m", "tritonq", "train", *words], capture_output=True, check=True)
+    assert process.stderr == b""
+    assert b"\r" not in process.stdout
+
+
+def test_names_of_qconfigs():
+    expected = tritonq.get_default_qat_qconfig("fbgemm", 0)
+    assert find_qconfig("fbgemm-v0").global_rule.qconfig == expected
+    assert find_qconfig("qnnpack").global_rule.qconfig == tritonq.get_default_qat_qconfig("qnnpack", 1)
+
+
+def test_factories_of_the_working_directory_and_methods(tmp_path, monkeypatch):
+    (tmp_path / "my_models_for_this_test.py").write_text(
+        "from torch import nn\nclass Zoo:\n    @staticmethod\n    def small(width='wide'):\n"
+        "        return nn.Linear(2, 3 if width == 'wide' else 4)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert make_model("my_models_for_this_test:Zoo.small").out_features == 3
+    assert make_model("my_models_for_this_test:Zoo.small", ["width=narrow"]).out_features == 4
+
+
+def test_a_module_that_fails_when_it_is_imported_is_named(tmp_path, monkeypatch):
+    (tmp_path / "my_broken_models_for_this_test.py").write_text("raise RuntimeError('operator nms does not exist')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ValueError, match="can't be imported: RuntimeError: operator nms does not exist"):
+        make_model("my_broken_models_for_this_test:small")
+
+
+def test_help_says_enough(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--help"])
+    assert exit_.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in ("Example:", "--resume", "tensorrt", "module:factory", "held out", "(default: 0.005)"):
+        assert words.lower() in printed.lower()
+    assert "default: None" not in printed
+
+
+def test_the_demo_s_help_shows_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "epochs of float training (default: 20)" in printed
+    assert "(default: demo-output)" in printed

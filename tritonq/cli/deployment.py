@@ -1,0 +1,100 @@
+"""The files at the end of a run, with preprocessing and class names in each, and how each form of the model does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.cli.data import Examples
+from tritonq.cli.evaluation import count_right, in_order, share_right
+from tritonq.cli.preprocessing import preprocessing_to_data
+from tritonq.cli.training_files import Recipe
+from tritonq.deploy import convert, export_onnx, save_converted, verify
+from tritonq.deploy.files import atomic_file
+
+Deployed = Literal["best", "last"]
+# The key of an ONNX file's metadata that holds the same as the int8 file's.
+METADATA_KEY = "tritonq.metadata"
+
+
+def deploy(model: nn.Module, made: Recipe, data: Examples, output: Path, workers: int, onnx: bool = True) -> int:
+    """Convert, write, compare, print; 0 when the converted model agrees with the trained one."""
+    held_out = in_order(data.test, workers)
+    trained = share_right(model, held_out)
+    print(f"QAT model (eval)  {trained:.2%} of {len(data.test)} held-out images right", flush=True)
+    converted = convert(model)
+    path = output / "model.int8.pt"
+    save_converted(converted, path, metadata=metadata(made))
+    deployed = share_right(converted, held_out)
+    report = verify(model, converted, held_out)
+    total = report.total
+    print(f"converted (int8)  {deployed:.2%}; {total.differing:,} of {total.codes:,} codes differ", flush=True)
+    written = [path]
+    if onnx:
+        onnx_path = output / "model.onnx"
+        try:
+            write_onnx(converted, made, onnx_path)
+        except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0]
+            print(f"ONNX Runtime      no {onnx_path.name}: {reason}", flush=True)
+        else:
+            right, count = count_right(onnx_session(onnx_path), held_out)
+            print(f"ONNX Runtime      {right / count:.2%}", flush=True)
+            written.append(onnx_path)
+    sizes = ", ".join(f"{file} ({file.stat().st_size / 1000:.1f} kB)" for file in written)
+    print(f"written: {sizes}, {output / 'last.pt'}, {output / 'best.pt'}, {output / 'log.csv'}")
+    return 0 if report.agrees() else 1
+
+
+def metadata(made: Recipe) -> dict[str, Any]:
+    """What who feeds the model must know: plain data."""
+    return {
+        "model": made.model,
+        "model_arguments": list(made.model_arguments),
+        "preprocessing": preprocessing_to_data(made.preprocessing),
+        "classes": list(made.classes),
+    }
+
+
+def write_onnx(model: nn.Module, made: Recipe, path: Path, **options: Any) -> None:
+    """Export, with :func:`metadata` in the file.
+
+    Raises:
+        ImportError: onnx is not installed.
+        ValueError: the model has no form in ONNX.
+    """
+    import onnx
+
+    export_onnx(model, path, made.preprocessing.example(), **options)
+    loaded = onnx.load(path)
+    entry = loaded.metadata_props.add()
+    entry.key, entry.value = METADATA_KEY, json.dumps(metadata(made))
+    with atomic_file(path) as file:
+        file.write(loaded.SerializeToString())
+
+
+def onnx_session(path: Path) -> Callable[[Tensor], Tensor]:
+    """A function from images to logits, run by ONNX Runtime.
+
+    Raises:
+        ImportError: it is not installed.
+        ValueError: it can't run the file.
+    """
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # it has a dozen types of its own, which share no base
+        raise ValueError(f"{path} can't be run: {' '.join(str(error).split())}") from error
+    name = session.get_inputs()[0].name
+
+    def answer(images: Tensor) -> Tensor:
+        outputs = session.run(None, {name: images.numpy()})
+        return torch.from_numpy(outputs[0])
+
+    return answer

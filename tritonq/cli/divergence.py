@@ -1,0 +1,157 @@
+"""Training that diverges: noticed on the device, read by the host a step late, stopped before anything is lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tritonq.prepare.record.structure import tensors_in
+
+_STATISTICS = ("running_mean", "running_var")
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+class DivergenceError(ValueError):
+    """A loss, a gradient or a weight that is not finite; the message names the step and where it began."""
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """A step whose outcome is on its way to the host: whether it failed, and its loss."""
+
+    step: int
+    images: Tensor
+    labels: Tensor
+    outcome: Tensor
+    arrived: torch.cuda.Event | None
+
+    def read(self) -> tuple[bool, float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        failed, loss = self.outcome.tolist()
+        return bool(failed), loss
+
+
+class DivergenceWatch:
+    """Whether all steps so far had a finite loss and finite gradients.
+
+    ``failed`` stays 1 from the first bad step on. As ``found_inf`` of a fused optimizer it keeps the weights as they
+    were before that step, without the host; of a GPU's steps the host reads the outcome while the next one runs.
+
+    Args:
+        device: where the model is.
+        gradients_may_overflow: gradients are scaled for float16, so that infinite ones are no fault.
+        shared: whether processes train together; one that fails stops all.
+
+    Attributes:
+        failed: float32 (1,), on the device.
+    """
+
+    def __init__(self, device: torch.device, gradients_may_overflow: bool = False, shared: bool = False) -> None:
+        self.failed = torch.zeros(1, device=device)
+        self._gradients_may_overflow, self._shared = gradients_may_overflow, shared
+        self._noted: list[_Noted] = []
+
+    def note(self, step: int, images: Tensor, labels: Tensor, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
+        """Take down the outcome of a step, counted from 1, before the optimizer changes anything. No host read."""
+        norm = loss.detach().float()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if gradients and not self._gradients_may_overflow:
+            # The largest magnitude: a sum of squares overflows where gradients do not.
+            norm = norm + nn.utils.get_total_norm(gradients, norm_type=math.inf)
+        torch.maximum(self.failed, (~torch.isfinite(norm)).float().view(1), out=self.failed)
+        if self._shared:
+            dist.all_reduce(self.failed, dist.ReduceOp.MAX)
+        outcome = torch.cat([self.failed, loss.detach().float().view(1)])
+        arrived = None
+        if outcome.is_cuda:
+            host = torch.empty(2, pin_memory=True)
+            host.copy_(outcome, non_blocking=True)
+            outcome, arrived = host, torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        self._noted.append(_Noted(step, images, labels, outcome, arrived))
+
+    def check(self, model: nn.Module, loss: Loss, late: bool = True) -> None:
+        """Raise if a step failed: any but the newest, which a GPU may still run; any at all unless ``late``.
+
+        Raises:
+            DivergenceError: the first that did.
+        """
+        while len(self._noted) > int(late and self.failed.is_cuda):
+            noted = self._noted.pop(0)
+            failed, value = noted.read()
+            if failed:
+                raise DivergenceError(f"step {noted.step}: {_cause(model, loss, noted, value)}")
+
+
+def check_finite(model: nn.Module, step: int) -> None:
+    """Raise if a parameter or a BatchNorm statistic is not finite; for moments when the host waits anyway.
+
+    Raises:
+        DivergenceError: the first one.
+    """
+    names, sums = [], []
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        kept = isinstance(tensor, nn.Parameter) or name.endswith(_STATISTICS)
+        if kept and tensor.is_floating_point():
+            names.append(name)
+            sums.append(torch.isfinite(tensor).all())
+    if not sums:
+        return
+    finite = torch.stack(sums).tolist()
+    if not all(finite):
+        raise DivergenceError(f"after step {step} {names[finite.index(False)]!r} is not finite, though the loss was")
+
+
+def _cause(model: nn.Module, loss: Loss, noted: _Noted, value: float) -> str:
+    """Run the step again, whose weights are still there, and see where it goes wrong."""
+    said = f"the loss is {value:.4g}"
+    _mend_statistics(model)
+    images, labels = noted.images, noted.labels
+    if not bool(torch.isfinite(images).all()):
+        return f"{said}: its images hold values that are not finite"
+    bad = _not_finite_gradients(model)
+    found: list[str] = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def look(module: nn.Module, args: object, output: object) -> None:
+        if not found and not all(bool(torch.isfinite(t).all()) for _, t in tensors_in(output) if t.is_floating_point()):
+            found.append(names[module] or type(model).__name__)
+
+    handles = [module.register_forward_hook(look) for module in model.modules()]
+    try:
+        model.zero_grad(set_to_none=True)
+        loss(model, images, labels).backward()  # type: ignore[no-untyped-call]
+    except ValueError as error:  # layers that check what they are given
+        return f"{said}: {error}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return f"{said}: the first layer whose output is not finite is {found[0]!r}"
+    bad = bad or _not_finite_gradients(model)
+    if bad:
+        return f"{said}, but gradients are not finite: that of {bad[-1]!r} is the first on the way back"
+    return said
+
+
+def _not_finite_gradients(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+    ]
+
+
+@torch.no_grad()
+def _mend_statistics(model: nn.Module) -> None:
+    """BatchNorm statistics as new where the failed step spoiled them, so that the model can run once more."""
+    for name, buffer in model.named_buffers():
+        if name.endswith(_STATISTICS):
+            buffer.copy_(torch.where(torch.isfinite(buffer), buffer, float(name.endswith("var"))))

@@ -1,0 +1,61 @@
+"""Image files of every common kind as 8-bit pixels, or one line that says why not."""
+
+from __future__ import annotations
+
+import warnings
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+# Pillow's modes of one channel with more than 8 bits.
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
+_DEEPEST = 65535
+
+
+class UnreadableImageError(ValueError):
+    """A file that holds no whole image, or one whose values have no known range."""
+
+
+def decode(path: Path, content: bytes | None = None) -> Image:
+    """The image in a file, in 8 bits per channel.
+
+    Grey images of 16 bits keep their whole range: 0 … 65535 becomes 0 … 255.
+
+    Args:
+        path: the file.
+        content: its bytes, where they were read already.
+
+    Raises:
+        UnreadableImageError: the file is gone, damaged, too large, or holds floating-point values.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path if content is None else BytesIO(content)) as image:
+                image.load()
+                return _in_eight_bits(image)
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(f"too large: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of them for damaged files
+        raise UnreadableImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _in_eight_bits(image: Image) -> Image:
+    from PIL import Image
+
+    if image.mode in _DEEP_MODES:
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > _DEEPEST:
+            raise ValueError(f"values from {values.min()} to {values.max()} are no image of 16 bits")
+        return Image.fromarray(((values * 255 + _DEEPEST // 2) // _DEEPEST).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range: save the image with 8 or 16 bits")
+    return image.copy()

@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM between steps: the step that runs is finished, and its checkpoint written, before the run ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that was told to stop, and did after a whole step.
+
+    Attributes:
+        status: what shells expect of a process that this signal ended.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + number
+
+
+class Interruptions:
+    """A block in which the first SIGINT or SIGTERM is noted, and a second one interrupts as ever.
+
+    Outside of the main thread, where Python has no signals, nothing is noted.
+
+    Attributes:
+        received: number of the signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interruptions:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+def leave_to_parent(worker: int) -> None:
+    """For processes that read images: Ctrl-C reaches them too, but when they end is their parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

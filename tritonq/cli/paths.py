@@ -1,0 +1,40 @@
+"""Places for output, tried before any work is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tritonq.deploy.files import atomic_file, remove_leftovers
+
+_PROBE = "tritonq-probe"
+
+
+def writable_folder(folder: Path) -> Path:
+    """The folder, which is made where it is missing.
+
+    Raises:
+        OSError: it is a file, or nothing can be written there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with atomic_file(folder / _PROBE) as file:
+            file.write(b"tritonq")
+    finally:
+        (folder / _PROBE).unlink(missing_ok=True)
+        remove_leftovers(folder / _PROBE)
+    return folder
+
+
+def writable_file(path: Path) -> Path:
+    """The path of a file that can be written.
+
+    Raises:
+        ValueError: it is a folder, or its folder does not exist.
+        OSError: nothing can be written there.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is no folder: make it first")
+    writable_folder(path.parent)
+    return path

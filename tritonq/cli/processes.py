@@ -1,0 +1,67 @@
+"""Several processes that train one model, as `torchrun` starts them; or one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together.
+
+    Attributes:
+        rank: its number.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def together(self) -> bool:
+        """Whether there are others."""
+        return self.count > 1
+
+    def gathered(self, item: Any) -> list[Any]:
+        """Every process's item, by rank."""
+        if not self.together:
+            return [item]
+        items: list[Any] = [None] * self.count
+        dist.all_gather_object(items, item)
+        return items
+
+    def summed(self, *numbers: int) -> list[int]:
+        """Sums over all processes."""
+        return [sum(column) for column in zip(*self.gathered(numbers), strict=True)]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.together:
+            dist.barrier()
+
+
+def join(device: torch.device) -> tuple[Processes, torch.device]:
+    """Join the processes that torchrun started, each with a GPU of its own; alone, nothing happens."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return Processes(), device
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", dist.get_node_local_rank())
+        torch.cuda.set_device(device)
+    return Processes(dist.get_rank(), dist.get_world_size()), device
+
+
+def leave() -> None:
+    """End what :func:`join` began."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

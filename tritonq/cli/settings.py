@@ -1,0 +1,51 @@
+"""What decides the numbers of a training run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the numbers of a run, besides the model: a resumed run must have the same.
+
+    Attributes:
+        data: fingerprint of the images.
+        epochs: how many in all.
+        frozen_epochs: the last of them, trained with ranges and statistics frozen.
+        batch_size: images per step, of all processes together.
+        learning_rate: at the start.
+        seed: of the order of images, of augmentation and of dropout.
+        amp: key of ``AMP``.
+        augment: names of :class:`~tritonq.cli.augment.Augmentation`.
+        begin: the epoch at which the present schedule began: 0, or where a finished run was extended.
+    """
+
+    data: str
+    epochs: int
+    frozen_epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    amp: str
+    augment: str = "none"
+    begin: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("frozen_epochs", 0), ("batch_size", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name.replace('_', ' ')} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"learning rate must be a number from 0, got {self.learning_rate}")
+        if self.frozen_epochs >= self.epochs:
+            raise ValueError(f"of {self.epochs} epochs fewer can be frozen, got {self.frozen_epochs}")
+
+    def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
+        """Half a cosine from the learning rate to 0."""
+        first, last = self.begin * steps_per_epoch, self.epochs * steps_per_epoch
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - first) / (last - first)))

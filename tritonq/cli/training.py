@@ -1,0 +1,366 @@
+"""The training loop of `tritonq train`: interrupted at any moment, it goes on to the same bits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from tritonq.cli.augment import Augmentation
+from tritonq.cli.data import Examples
+from tritonq.cli.divergence import DivergenceWatch, check_finite
+from tritonq.cli.evaluation import batches_of, count_right, first_tensor, in_order, logits
+from tritonq.cli.image_files import UnreadableImageError
+from tritonq.cli.interrupts import Interrupted, Interruptions
+from tritonq.cli.processes import Processes
+from tritonq.cli.settings import AMP, Settings
+from tritonq.cli.training_files import Recipe, load_state, read_training, recipe_to_data, save_training
+from tritonq.cli.training_log import Epoch, TensorBoard, history_from_data, write_csv
+from tritonq.deploy.files import remove_leftovers
+from tritonq.distributed import broadcast_statistics, sync_observers
+from tritonq.prepare import disable_observer, enable_observer, freeze_bn_stats, update_bn_stats
+
+# The progress bar reads a loss, which waits for the device, once in so many steps.
+_STEPS_PER_DISPLAY = 10
+
+
+class Run:
+    """One training run: everything that a checkpoint must hold for it to go on as if it had not stopped.
+
+    Args:
+        made: what the model was made with.
+        model: the prepared model.
+        settings: see there.
+        data: images.
+        folder: where ``last.pt``, ``best.pt`` and ``log.csv`` go.
+        workers: processes that read images.
+        patience: stop after so many epochs without a better accuracy; None: never.
+        processes: this one and others.
+        board: further log.
+        float_accuracy: of the model before it was prepared, to be kept with the rest.
+    """
+
+    def __init__(
+        self,
+        made: Recipe,
+        model: nn.Module,
+        settings: Settings,
+        data: Examples,
+        folder: Path,
+        *,
+        workers: int = 0,
+        patience: int | None = None,
+        processes: Processes | None = None,
+        board: TensorBoard | None = None,
+        float_accuracy: float | None = None,
+    ) -> None:
+        self.made, self.model, self.settings, self.data, self.folder = made, model, settings, data, folder
+        self.workers, self.patience, self.board, self.float_accuracy = workers, patience, board, float_accuracy
+        self.processes = Processes() if processes is None else processes
+        self.device = next(model.parameters()).device
+        self.path, self.best_path = folder / "last.pt", folder / "best.pt"
+        self.augmentation = Augmentation.named(settings.augment)
+        self.data.train.augmented(self.augmentation, settings.seed)
+        self.optimizer = make_optimizer(model, settings.learning_rate)
+        scales = settings.amp == "float16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales)
+        self.watch = DivergenceWatch(self.device, scales, self.processes.together)
+        self.step = 0
+        self.history: list[Epoch] = []
+        self.stopped = False
+        self.saved_step: int | None = None
+        # Sum of the losses of this epoch's images, on the device.
+        self.loss_sum = torch.zeros((), device=self.device)
+        # A last batch of one image per process has no statistics: it is left out, another one each epoch.
+        count, size = len(data.train), settings.batch_size
+        if size < 2 * self.processes.count:
+            raise ValueError(f"batch size {size} gives {self.processes.count} processes less than two images each")
+        self.steps_per_epoch = max(1, count // size + (count % size >= 2 * self.processes.count))
+        self._parallel = self._wrapped()
+
+    @property
+    def steps(self) -> int:
+        """How many there are in all."""
+        return self.settings.epochs * self.steps_per_epoch
+
+    @property
+    def best(self) -> Epoch | None:
+        """The epoch with the best accuracy, the last of several."""
+        return max(self.history, key=lambda epoch: (epoch.accuracy, epoch.epoch), default=None)
+
+    def train(self, checkpoint_every: int) -> None:
+        """Train what is left, with a checkpoint so often and after each epoch.
+
+        Raises:
+            DivergenceError: a loss, gradient or weight is not finite; the last checkpoint is of before.
+            Interrupted: by a signal, after a step and its checkpoint.
+            UnreadableImageError: a file vanished; all steps before are in the checkpoint.
+        """
+        if self.processes.is_first:
+            remove_leftovers(self.path)
+            remove_leftovers(self.best_path)
+        hidden = None if self.processes.is_first else True
+        bar = tqdm(total=self.steps, initial=self.step, desc="QAT", unit="step", leave=False, disable=hidden)
+        with bar, Interruptions() as signals:
+            while self.step < self.steps and not self.stopped:
+                epoch = self.step // self.steps_per_epoch
+                for images, labels in self._until_one_vanishes(self._batches(epoch)):
+                    loss = self._train_step(images, labels)
+                    self.step += 1
+                    ends = self.step % self.steps_per_epoch == 0
+                    if ends:
+                        self._tell(bar, self._end_epoch(epoch + 1))
+                    if ends or self.step % checkpoint_every == 0:
+                        self.save(last=self.step == self.steps or self.stopped)
+                    if not bar.disable and (ends or self.step % _STEPS_PER_DISPLAY == 0):
+                        bar.set_postfix(epoch=epoch + 1, loss=f"{float(loss):.4f}")
+                    bar.update()
+                    if signals.received is not None and not self.processes.together:
+                        self._leave(signals.received)
+
+    def _tell(self, bar: tqdm[Any], done: Epoch) -> None:
+        if self.processes.is_first:
+            best = " (the best so far)" if self.best is done else ""
+            bar.write(f"{done}{best}", file=sys.stdout)
+            sys.stdout.flush()
+
+    def _until_one_vanishes(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches; where a file can't be read any more, what was trained is saved first."""
+        try:
+            yield from batches
+        except UnreadableImageError as error:
+            if not self.processes.together:
+                self.save(last=True)
+            # From a worker process comes its traceback, whose last line begins with the class.
+            reason = str(error).strip().splitlines()[-1].rpartition(f"{UnreadableImageError.__name__}: ")[2]
+            raise UnreadableImageError(
+                f"{reason}; step {self.saved_step} is saved, from which --resume goes on"
+            ) from error
+
+    def _leave(self, number: int) -> None:
+        if self.step < self.steps and not self.stopped:
+            self.save(last=True)
+            raise Interrupted(
+                f"interrupted after step {self.step} of {self.steps}: --resume goes on from there", number
+            )
+
+    def _batches(self, epoch: int) -> DataLoader[tuple[Tensor, int]]:
+        """The batches of an epoch that are still to come; of each, this process's share."""
+        chunks = torch.split(self._order(epoch), self.settings.batch_size)[: self.steps_per_epoch]
+        first, step = self.processes.rank, self.processes.count
+        left = [chunk[first::step].tolist() for chunk in chunks[self.step % self.steps_per_epoch :]]
+        images = self.data.train.augmented(self.augmentation, self._epoch_seed(epoch))
+        return batches_of(images, left, self.workers, self.device)
+
+    def _order(self, epoch: int) -> Tensor:
+        """The order of images in an epoch: a function of seed and epoch alone."""
+        generator = torch.Generator().manual_seed(self._epoch_seed(epoch))
+        return torch.randperm(len(self.data.train), generator=generator)
+
+    def _epoch_seed(self, epoch: int) -> int:
+        return self.settings.seed * 1_000_003 + epoch
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        settings = self.settings
+        if self.step == (settings.epochs - settings.frozen_epochs) * self.steps_per_epoch:
+            disable_observer(self.model)
+            freeze_bn_stats(self.model)
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate_at(self.step, self.steps_per_epoch)
+        images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
+        try:
+            loss = self._loss(self._parallel, images, labels)
+        except ValueError:  # such as of layers that check their statistics
+            check_finite(self.model, self.step)
+            raise
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        loss = loss.detach()
+        self.watch.note(self.step + 1, images, labels, loss, self.model.parameters())
+        if not self.scaler.is_enabled():
+            # A fused optimizer leaves the weights alone where this is 1; a scaler sets it by itself.
+            self.optimizer.found_inf = self.watch.failed  # type: ignore[attr-defined]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.watch.check(self.model, self._loss)
+        self.loss_sum += loss.float() * len(labels)
+        return loss
+
+    def _loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        dtype = AMP[self.settings.amp]
+        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
+            return F.cross_entropy(first_tensor(model(images)).float(), labels)
+
+    def _end_epoch(self, number: int) -> Epoch:
+        """Measure, and note."""
+        self.watch.check(self.model, self._loss, late=False)
+        if self.processes.together:
+            broadcast_statistics(self.model)
+            sync_observers(self.model)
+        held_out = in_order(self.data.test, self.workers, self.processes.rank, self.processes.count)
+        right, count = self.processes.summed(*count_right(lambda images: logits(self.model, images), held_out))
+        total = sum(self.processes.gathered(float(self.loss_sum)))
+        seen = min(self.steps_per_epoch * self.settings.batch_size, len(self.data.train))
+        rate = self.settings.learning_rate_at(self.step - 1, self.steps_per_epoch)
+        done = Epoch(number, self.step, rate, total / seen, right / count)
+        self.history.append(done)
+        self.loss_sum.zero_()
+        self.stopped = self._has_waited()
+        if self.processes.is_first:
+            if self.board is not None:
+                self.board.add(done)
+            _kept(lambda: write_csv(self.folder / "log.csv", self.history))
+            if self.best is done:
+                check_finite(self.model, self.step)
+                state = {"step": self.step, "state_dict": self.model.state_dict(), "accuracy": done.accuracy}
+                _kept(lambda: save_training(self.best_path, self.made, state))
+        return done
+
+    def _has_waited(self) -> bool:
+        """Whether the accuracy has not risen for as many epochs as patience allows."""
+        if self.patience is None or self.best is None:
+            return False
+        first_best = next(epoch for epoch in self.history if epoch.accuracy == self.best.accuracy)
+        return self.history[-1].epoch - first_best.epoch >= self.patience
+
+    def save(self, last: bool = False) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            DivergenceError: there is something in it that is not finite; the one before stays.
+            OSError: it can't be written and is the last one; before that a line says so, and the next one is tried.
+        """
+        self.watch.check(self.model, self._loss, late=False)
+        check_finite(self.model, self.step)
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        random = self.processes.gathered({"cpu": torch.get_rng_state(), "cuda": cuda, "loss_sum": float(self.loss_sum)})
+        if not self.processes.is_first:
+            return
+        state = {
+            "settings": asdict(self.settings),
+            "step": self.step,
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random,
+            "history": [asdict(epoch) for epoch in self.history],
+            "float_accuracy": self.float_accuracy,
+        }
+        if last:
+            save_training(self.path, self.made, state)
+        elif not _kept(lambda: save_training(self.path, self.made, state)):
+            return
+        self.saved_step = self.step
+
+    def resume(self) -> int:
+        """Take up the checkpoint's state; returns its step. A finished run may be given more epochs.
+
+        Raises:
+            ValueError: a damaged checkpoint, one of another run or of another architecture.
+        """
+        made, content = read_training(self.path)
+        saved = content.get("settings")
+        saved = saved if isinstance(saved, dict) else {}
+        step, finished = int(content["step"]), int(saved.get("epochs", 0))
+        extends = step == finished * self.steps_per_epoch and self.settings.epochs > finished
+        begin = finished if extends else saved.get("begin", 0)
+        self.settings = replace(self.settings, begin=begin)
+        given_anew = {"epochs", "frozen_epochs", "learning_rate", "begin"} if extends else set[str]()
+        for name, mine, theirs in _pairs(self.made, self.settings, made, saved, content["version"]):
+            if mine != theirs and name not in given_anew:
+                raise ValueError(f"{self.path} is of another run: its {name} is {_shown(name, theirs, mine)}")
+        if extends and self.settings.epochs - self.settings.frozen_epochs < finished:
+            raise ValueError(f"{finished} epochs are done: of {self.settings.epochs} fewer can be frozen")
+        load_state(self.model, content["state_dict"], str(self.path))
+        self.optimizer.load_state_dict(content["optimizer"])
+        _begin_momentum(self.optimizer)
+        self.scaler.load_state_dict(content["scaler"])
+        self._resume_random(content["random"])
+        self.history = history_from_data(content.get("history", []))
+        self.float_accuracy = content.get("float_accuracy", self.float_accuracy)
+        self.step = self.saved_step = step
+        self.stopped = self._has_waited()
+        if extends:
+            enable_observer(self.model)
+            update_bn_stats(self.model)
+        return self.step
+
+    def _resume_random(self, states: Any) -> None:
+        """Random numbers go on where they were; with another number of processes they begin anew."""
+        states = [states] if isinstance(states, dict) else states
+        if len(states) != self.processes.count:
+            torch.manual_seed(self._epoch_seed(self.step) + self.processes.rank)
+            return
+        state = states[self.processes.rank]
+        torch.set_rng_state(state["cpu"])
+        if state["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+        self.loss_sum.fill_(state.get("loss_sum", 0.0))
+
+    def _wrapped(self) -> nn.Module:
+        if not self.processes.together:
+            return self.model
+        if self.processes.rank:
+            torch.manual_seed(self.settings.seed + self.processes.rank)  # dropout differs from process to process
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(self.model, device_ids=devices)
+
+
+def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """SGD with momentum. It is fused, since a fused optimizer can skip a step on the device."""
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=1e-4, nesterov=True, fused=True
+    )
+    _begin_momentum(optimizer)
+    return optimizer
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Momentum of 0 where there is none yet, with which a first step is what it is without.
+
+    If a fused optimizer skips its first step, it leaves momentum undefined.
+    """
+    for group in optimizer.param_groups:
+        group["fused"] = True
+        for parameter in group["params"]:
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _kept(write: Callable[[], object]) -> bool:
+    """Write a file that training can do without for now; where that fails, say so in one line."""
+    try:
+        write()
+    except OSError as error:
+        print(f"tritonq train: {error}; training goes on", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def _pairs(
+    made: Recipe, settings: Settings, saved: Recipe, saved_settings: dict[str, Any], version: int
+) -> Sequence[tuple[str, Any, Any]]:
+    """Name, present value and saved value of everything that must not change."""
+    mine, theirs = recipe_to_data(made), recipe_to_data(saved)
+    known = asdict(settings)
+    if version == 1:  # which knew the folder's name, and nothing of these
+        mine, theirs = ({k: v for k, v in d.items() if k not in ("preprocessing", "classes")} for d in (mine, theirs))
+        known = {name: value for name, value in known.items() if name in saved_settings and name != "data"}
+    pairs = [(name, value, theirs[name]) for name, value in mine.items()]
+    return [(name, value, saved_settings.get(name)) for name, value in known.items()] + pairs
+
+
+def _shown(name: str, theirs: Any, mine: Any) -> str:
+    if name == "data":
+        return "that of other images: the files, their classes or the share held out have changed"
+    return f"{theirs!r}, not {mine!r}"

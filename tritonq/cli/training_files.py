@@ -1,0 +1,178 @@
+"""The checkpoints of a training run: tensors and plain data with a checksum, whole or absent, that choose no code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.cli.preprocessing import Preprocessing, preprocessing_from_data, preprocessing_to_data
+from tritonq.deploy.files import atomic_file
+
+FORMAT = "tritonq.training"
+# Version 1 had no checksum, no class names, and of the preprocessing only channels and size.
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make a prepared model and its inputs: plain data, so that a checkpoint holds it.
+
+    Attributes:
+        model: ``"module:factory"``.
+        model_arguments: ``KEY=VALUE``, values as Python literals.
+        qconfig: a qconfig mapping as :func:`~tritonq.qconfig_files.mapping_to_data` gives it.
+        preprocessing: how images are scaled.
+        classes: names by label.
+    """
+
+    model: str
+    model_arguments: tuple[str, ...]
+    qconfig: dict[str, Any]
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] = ()
+
+
+def recipe_to_data(made: Recipe) -> dict[str, Any]:
+    """Plain data."""
+    return {**asdict(made), "preprocessing": preprocessing_to_data(made.preprocessing)}
+
+
+def recipe_from_data(data: Any) -> Recipe:
+    """What :func:`recipe_to_data` wrote, or what version 1 of the format held.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(data, Mapping) and "size" in data:
+        size, channels = data["size"], data["channels"]
+        others = {key: value for key, value in data.items() if key not in ("size", "channels")}
+        data = {**others, "preprocessing": preprocessing_to_data(Preprocessing(size, size, channels=channels))}
+        data["classes"] = ()
+    if not isinstance(data, Mapping) or set(data) != {field.name for field in fields(Recipe)}:
+        raise ValueError("its recipe is not one")
+    preprocessing = preprocessing_from_data(data["preprocessing"])
+    listed = {name: tuple(data[name]) for name in ("model_arguments", "classes")}
+    return Recipe(**{**data, **listed, "preprocessing": preprocessing})
+
+
+def save_training(path: Path, made: Recipe, state: dict[str, Any]) -> None:
+    """Write a checkpoint: ``recipe``, whatever ``state`` holds, ``"state_dict"`` among it, and a SHA-256 of all.
+
+    Raises:
+        OSError: the file can't be written; an older one is then as it was.
+    """
+    content = {"format": FORMAT, "version": VERSION, "recipe": recipe_to_data(made), **state}
+    content["sha256"] = _digest(content)
+    try:
+        with atomic_file(path) as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # torch's writer hides the reason
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} can't be written: {_first_line(reason)}") from error
+
+
+def read_training(path: Path) -> tuple[Recipe, dict[str, Any]]:
+    """A checkpoint of :func:`save_training`.
+
+    Raises:
+        ValueError: no such file, a damaged one, or one of another kind.
+    """
+    content = read_tensors(path)
+    version = content.get("version")
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path} is no checkpoint of `tritonq train`")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise ValueError(f"{path} has version {version}; this tritonq reads versions up to {VERSION}")
+    if version > 1:
+        checksum = content.pop("sha256", None)
+        if checksum != _digest(content):
+            raise ValueError(f"{path} is damaged: its contents don't match their checksum")
+    try:
+        return recipe_from_data(content["recipe"]), content
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def is_training_file(content: Mapping[str, Any]) -> bool:
+    """Whether what :func:`read_tensors` read is a checkpoint of :func:`save_training`."""
+    return content.get("format") == FORMAT
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """A file of tensors and plain data.
+
+    Raises:
+        ValueError: it can't be read, or holds something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for files that are not its own
+        raise ValueError(f"{path} can't be read: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a float state dict, or the one under ``"state_dict"`` or ``"model"`` of a file; tensors alone are read.
+
+    Raises:
+        ValueError: a file that can't be read, or weights of another architecture; the message names the first tensor.
+    """
+    content = read_tensors(path)
+    if is_training_file(content):
+        raise ValueError(f"{path} is a checkpoint of `tritonq train`, not the weights of a float model")
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    load_state(model, content, os.fspath(path))
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Load a state dict into a model of the same architecture.
+
+    Raises:
+        ValueError: the first tensor that does not fit; the model is then as it was.
+    """
+    expected = model.state_dict()
+    for name, tensor in expected.items():
+        if name not in state:
+            raise ValueError(f"{where} is of another architecture: it lacks {name!r}")
+        if isinstance(tensor, Tensor) and state[name].shape != tensor.shape and tensor.numel():
+            shapes = f"{tuple(state[name].shape)} there, {tuple(tensor.shape)} in the model"
+            raise ValueError(f"{where} is of another architecture: {name!r} has shape {shapes}")
+    for name in state:
+        if name not in expected and not name.endswith(".freeze_bn"):
+            raise ValueError(f"{where} is of another architecture: the model has no {name!r}")
+    model.load_state_dict(state)
+
+
+def _digest(content: Any) -> str:
+    digest = hashlib.sha256()
+    pending = [content]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, Tensor):
+            digest.update(f"tensor {item.dtype} {tuple(item.shape)}".encode())
+            digest.update(item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(item, Mapping):
+            digest.update(f"mapping {len(item)}".encode())
+            pending += [entry for pair in item.items() for entry in pair]
+        elif isinstance(item, (list, tuple)):
+            digest.update(f"sequence {len(item)}".encode())
+            pending += item
+        else:
+            digest.update(f"{type(item).__name__} {item!r}".encode())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

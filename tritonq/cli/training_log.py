@@ -1,0 +1,70 @@
+"""What happened in each epoch: a line on the screen, a CSV file, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from tritonq.deploy.files import atomic_file
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch.
+
+    Attributes:
+        epoch: its number, from 1.
+        step: how many steps were done at its end.
+        learning_rate: of its last step.
+        loss: mean over its images.
+        accuracy: of the model in eval mode, on the held-out images.
+    """
+
+    epoch: int
+    step: int
+    learning_rate: float
+    loss: float
+    accuracy: float
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}: loss {self.loss:.4f}, accuracy {self.accuracy:.2%} on the held-out images"
+
+
+def write_csv(path: Path, history: Sequence[Epoch]) -> None:
+    """All epochs, one per row; whole or not at all, so that a run that goes on repeats none."""
+    text = StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(epoch) for epoch in history)
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def history_from_data(data: Any) -> list[Epoch]:
+    """Epochs from a checkpoint."""
+    return [Epoch(**row) for row in data]
+
+
+class TensorBoard:
+    """Loss, accuracy and learning rate for TensorBoard.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("--tensorboard needs tensorboard: pip install 'tritonq[tensorboard]'") from error
+        self._writer: Any = SummaryWriter(folder)
+
+    def add(self, epoch: Epoch) -> None:
+        """Write one epoch."""
+        for name in ("loss", "accuracy", "learning_rate"):
+            self._writer.add_scalar(name, getattr(epoch, name), epoch.epoch)
+        self._writer.flush()

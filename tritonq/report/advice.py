@@ -1,0 +1,79 @@
+"""What to do about the layer that costs most, decided by errors that were measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tritonq.report.measure import LayerMeasure, ModelMeasure
+
+# Rounding that changes less is the price of int8, not a fault.
+_WELL_AGREEMENT = 0.99
+_WELL_ACCURACY_LOSS = 0.005
+# A layer that alone makes this much of the error of the whole model is named.
+_DOMINANT = 0.5
+# Wider ranges are advised where they take away at least a fifth of the layer's error.
+_WORTHWHILE = 0.8
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A sentence or two.
+
+    Attributes:
+        layer: name of the layer that the text begins with, or "".
+        text: what follows.
+        code: what to write, or "".
+    """
+
+    layer: str
+    text: str
+    code: str = ""
+
+
+def advise(measured: ModelMeasure) -> Advice:
+    """Say whether anything is to be done, and what."""
+    if not measured.layers or not measured.error:
+        return Advice("", "All is well: rounding changes nothing.")
+    accuracies = f"{percent(measured.float_accuracy)} without rounding, {percent(measured.quantized_accuracy)} with it"
+    if (
+        measured.agreement >= _WELL_AGREEMENT
+        and measured.quantized_accuracy >= measured.float_accuracy - _WELL_ACCURACY_LOSS
+    ):
+        agree = percent(measured.agreement)
+        return Advice("", f"All is well: {agree} of the predictions stay the same; accuracy is {accuracies}.")
+    worst = measured.layers[0]
+    if worst.sensitivity < _DOMINANT * measured.error:
+        reason = ": leaving a single one in float would change little" if worst.has_float_form else ""
+        return Advice("", f"No layer stands out{reason}.")
+    return _about(worst, measured)
+
+
+def percent(fraction: float) -> str:
+    """A fraction as a percentage, with a third decimal below 0.1 %."""
+    value = 100 * fraction
+    return f"{value:.3f} %" if 0 < value < 0.1 else f"{value:.2f} %"
+
+
+def _about(worst: LayerMeasure, measured: ModelMeasure) -> Advice:
+    text = (
+        f" alone makes an error of {percent(worst.sensitivity)}; all layers together make {percent(measured.error)}. "
+    )
+    if not worst.has_float_form:
+        text += "Its formats are found in training: more of it, with a search for lengths, may serve it better."
+        return Advice(worst.name, text)
+    clipping = max(worst.tensors, key=lambda tensor: tensor.clipped, default=None)
+    if clipping is not None and worst.unclipped is not None and worst.unclipped < _WORTHWHILE * worst.sensitivity:
+        text += (
+            f"Its {clipping.role} loses {percent(clipping.clipped)} of its values to clipping; with ranges that hold "
+            f"every value it would make {percent(worst.unclipped)}. Let its observer see more batches, or calibrate."
+        )
+        return Advice(worst.name, text)
+    if worst.unclipped is not None:
+        text += f"Clipping is not the reason: wider ranges would make {percent(worst.unclipped)}. "
+    text += f"With it in float all others would make {percent(measured.error_without_worst)}."
+    if worst.worst("weight") is None:
+        return Advice(
+            worst.name, f"{text} An observer that searches its range, or a trained scale, may serve it better."
+        )
+    rule = f'QConfigMapping().set_global(qconfig).set_module_name("{worst.name}", None)'
+    return Advice(worst.name, f"{text} To leave it in float:", rule)
