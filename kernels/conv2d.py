@@ -10,7 +10,6 @@ behavior of NVIDIA tensor cores, 2021).
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -22,6 +21,7 @@ from . import launch
 from .activation import load_quantizer, quantize_value
 from .conv_tile import ConvGeometry, ConvTile, conv_tile, empty_output, is_channels_last
 from .launcher import Launcher
+from .quantized import Grid, grid_pointers
 from .rounding import round_half_away, round_half_even_any
 
 # Offsets of elements stay within 32 bits below this.
@@ -176,14 +176,14 @@ def conv2d(
     dilation: tuple[int, ...],
     groups: int,
     ceiling: float | None = None,
-    quantizer: Any = None,
+    grid: Grid | None = None,
     *,
     tile: ConvTile | None = None,
 ) -> Tensor:
     """Convolve, add the bias, then ReLU and fake quantize; the result is channels_last where ``x`` is."""
     geometry = ConvGeometry(stride, padding, dilation, groups)
     y = empty_output(x, weight, geometry, x.dtype)
-    _launch(x, weight, bias, None, None, y, geometry, ceiling, quantizer, None, tile)
+    _launch(x, weight, bias, None, None, y, geometry, ceiling, grid, tile)
     return y
 
 
@@ -192,15 +192,14 @@ def integer_conv2d(
     weight: Tensor,
     bias: Tensor | None,
     multiplier: Tensor,
-    grid_scale: Tensor | None,
-    rounding: str,
+    onto: Grid | None,
     dtype: torch.dtype,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
     ceiling: float | None = None,
-    quantizer: Any = None,
+    grid: Grid | None = None,
     *,
     tile: ConvTile | None = None,
 ) -> Tensor:
@@ -208,7 +207,7 @@ def integer_conv2d(
     geometry = ConvGeometry(stride, padding, dilation, groups)
     codes, weight = codes.to(torch.float16), weight.to(torch.float16)
     y = empty_output(codes, weight, geometry, dtype)
-    _launch(codes, weight, bias, multiplier, grid_scale, y, geometry, ceiling, quantizer, rounding, tile)
+    _launch(codes, weight, bias, multiplier, onto, y, geometry, ceiling, grid, tile)
     return y
 
 
@@ -217,12 +216,11 @@ def _launch(
     weight: Tensor,
     bias: Tensor | None,
     multiplier: Tensor | None,
-    grid_scale: Tensor | None,
+    onto: Grid | None,
     y: Tensor,
     geometry: ConvGeometry,
     ceiling: float | None,
-    quantizer: Any,
-    rounding: str | None,
+    grid: Grid | None,
     tile: ConvTile | None,
 ) -> None:
     if y.numel() == 0:
@@ -238,15 +236,16 @@ def _launch(
         tile = _default_tile(x, pixels, outs // groups, channels, depthwise)
     out_tiles = triton.cdiv(outs // groups, tile.outs)
     (stride, padding, dilation, _) = geometry
-    qtype = None if quantizer is None else quantizer.qtype
+    qtype = None if grid is None else grid.qtype
+    rounds = grid if onto is None else onto
     with launch.device_guard(x):
         conv2d_kernel[(triton.cdiv(pixels, tile.pixels), groups * out_tiles)](
             x,
             weight,
             None if bias is None else bias.contiguous(),
             None if multiplier is None else multiplier.contiguous(),
-            grid_scale,
-            *((None, None, None) if quantizer is None else (quantizer.scale, quantizer.zero_point, quantizer.active)),
+            None if onto is None else onto.scale,
+            *((None, None, None) if grid is None else grid_pointers(grid)),
             y,
             *x.stride(),
             *weight.stride(),
@@ -273,7 +272,7 @@ def _launch(
             CEILING=None if ceiling is None else float(torch.tensor(ceiling, dtype=y.dtype)),
             QUANT_MIN=0 if qtype is None else qtype.quant_min,
             QUANT_MAX=1 if qtype is None else qtype.quant_max,
-            ROUNDING=rounding or ("half_even" if qtype is None else qtype.rounding),
+            ROUNDING="half_even" if rounds is None else rounds.qtype.rounding,
             PRECISION=input_precision(x, is_codes=multiplier is not None),
             WIDE=max(_reach(x), _reach(y)) >= _INT32_ELEMENTS,
             PIXELS=tile.pixels,

@@ -13,6 +13,7 @@ from torch import Tensor
 from .launch import device_guard, plan
 from .launcher import Launcher
 from .layout import View, dense_view, view
+from .quantized import Grid, grid_pointers
 from .rounding import divide_by_scale, is_inside, round_to_code, round_to_steps
 from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
 
@@ -112,123 +113,73 @@ def fake_quantize_backward_kernel(
     tl.store(dx_ptr + dx_offsets, tl.where(passes, dy, 0.0), mask=mask)
 
 
-def fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-    rounding: str = "half_even",
-    *,
-    active: Tensor | None = None,
-) -> Tensor:
+def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """Fake quantize ``x``; strides of the result follow ``torch.empty_like``."""
     y = torch.empty_like(x)
-    _forward(x, y, scale, zero_point, active, quant_min, quant_max, axis, rounding, codes=False)
+    _forward(x, y, grid, codes=False)
     return y
 
 
-def quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-    rounding: str = "half_even",
-) -> Tensor:
-    """The codes of ``x`` as integer-valued float32."""
+def quantize(x: Tensor, grid: Grid) -> Tensor:
+    """Return the codes of ``x`` as integer-valued float32."""
     codes = torch.empty_like(x, dtype=torch.float32)
-    _forward(x, codes, scale, zero_point, None, quant_min, quant_max, axis, rounding, codes=True)
+    _forward(x, codes, grid, codes=True)
     return codes
 
 
-def fake_quantize_backward(
-    dy: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-    rounding: str = "half_even",
-    *,
-    active: Tensor | None = None,
-) -> Tensor:
+def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool = False) -> Tensor:
     """Straight-through gradient of :func:`fake_quantize`; strides of the result follow ``torch.empty_like(x)``."""
     dx = torch.empty_like(x)
     if dx.numel() == 0:
         return dx
-    (dy, x), seen = common_view((dy, x), dx, axis)
-    tile, grid = plan("fake_quantize_backward", x.dtype, seen, x.device)
+    qtype = grid.qtype
+    (dy, x), seen = common_view((dy, x), dx, qtype.axis)
+    tile, launch = plan("fake_quantize_backward", x.dtype, seen, x.device)
     with device_guard(x):
-        fake_quantize_backward_kernel[grid.programs](
+        fake_quantize_backward_kernel[launch.programs](
             dy,
             x,
             dx,
-            scale.contiguous(),
-            None if zero_point is None else zero_point.contiguous(),
-            active,
+            *grid_pointers(grid),
             *seen.strides[0],
             *seen.strides[1],
             *seen.strides[2],
             seen.sizes[1],
             seen.sizes[2],
-            CHANNEL=seen.channel,
-            QUANT_MIN=quant_min,
-            QUANT_MAX=quant_max,
-            ROUNDING=rounding,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            FIRST=grid.first,
-            WIDE=seen.wide,
+            QUANT_MIN=qtype.quant_min + blocks_ends,
+            QUANT_MAX=qtype.quant_max - blocks_ends,
+            ROUNDING=qtype.rounding,
             SAME_STRIDES=seen.same_strides,
-            num_warps=tile.warps,
-            enable_fp_fusion=False,
+            **seen.constants(tile, launch),
         )
     return dx
 
 
-def _forward(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    active: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None,
-    rounding: str,
-    codes: bool,
-) -> None:
+def _forward(x: Tensor, y: Tensor, grid: Grid, codes: bool) -> None:
+    """Write fake quantized values, or codes whatever the switch says."""
     if y.numel() == 0:
         return
-    (x,), seen = common_view((x,), y, axis)
-    tile, grid = plan("fake_quantize", x.dtype, seen, x.device)
+    qtype = grid.qtype
+    (x,), seen = common_view((x,), y, qtype.axis)
+    tile, launch = plan("fake_quantize", x.dtype, seen, x.device)
+    scale, zero_point, enabled = grid_pointers(grid)
     with device_guard(x):
-        fake_quantize_kernel[grid.programs](
+        fake_quantize_kernel[launch.programs](
             x,
             y,
-            scale.contiguous(),
-            None if zero_point is None else zero_point.contiguous(),
-            active,
+            scale,
+            zero_point,
+            None if codes else enabled,
             *seen.strides[0],
             *seen.strides[1],
             seen.sizes[1],
             seen.sizes[2],
-            CHANNEL=seen.channel,
-            QUANT_MIN=quant_min,
-            QUANT_MAX=quant_max,
-            ROUNDING=rounding,
+            QUANT_MIN=qtype.quant_min,
+            QUANT_MAX=qtype.quant_max,
+            ROUNDING=qtype.rounding,
             CODES=codes,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            FIRST=grid.first,
-            WIDE=seen.wide,
             SAME_STRIDES=seen.same_strides,
-            num_warps=tile.warps,
-            enable_fp_fusion=False,
+            **seen.constants(tile, launch),
         )
 
 

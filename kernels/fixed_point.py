@@ -1,8 +1,8 @@
-"""Fixed point: rounding by a power of two, and the errors of all fractional lengths in one read.
+"""Fixed point: the errors of all fractional lengths in one read.
 
 Functions here have the names, signatures and results of `tritonq.reference.fixed_point`, their specification. Rounding
-to fixed point is fake quantization with a scale of ``2^-frac_len``, and its strict mask is that of a range smaller by
-one code on either side: the kernels are those of `tritonq.kernels.fake_quant`.
+to fixed point is fake quantization with a scale of ``2^-frac_len``: its kernels are those of
+`tritonq.kernels.fake_quant`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import fake_quant
 from .launch import device_guard, multiprocessors
 from .launcher import Launcher
 from .layout import View
 from .min_max import viewed
+from .quantized import QuantizedType
 from .rounding import round_to_steps
 
 # Elements per tile: 16 per lane at four warps, one load of 128 bits for each of float32's lanes in flight four times.
@@ -76,42 +76,9 @@ def frac_len_errors_kernel(
     tl.store(error_ptr + (split.to(tl.int64) * channels + channel) * CANDIDATES + candidate, errors)
 
 
-def fixed_point_quantize(
-    x: Tensor,
-    frac_len: Tensor,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-    *,
-    active: Tensor | None = None,
-) -> Tensor:
-    """Round ``x`` to fixed point; strides of the result follow ``torch.empty_like``."""
-    return fake_quant.fake_quantize(x, _scale(frac_len), None, quant_min, quant_max, axis, active=active)
-
-
-def fixed_point_quantize_backward(
-    dy: Tensor,
-    x: Tensor,
-    frac_len: Tensor,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-    *,
-    active: Tensor | None = None,
-) -> Tensor:
-    """Gradient of :func:`fixed_point_quantize`, strictly inside the code range."""
-    return fake_quant.fake_quantize_backward(
-        dy, x, _scale(frac_len), None, quant_min + 1, quant_max - 1, axis, active=active
-    )
-
-
-def _scale(frac_len: Tensor) -> Tensor:
-    """``2^-frac_len`` in float32, by its exponent's bits."""
-    return ((127 - frac_len.to(torch.int32)) << 23).view(torch.float32)
-
-
-def frac_len_errors(x: Tensor, quant_min: int, quant_max: int, candidates: int, axis: int | None = None) -> Tensor:
+def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
     """Sum of squared rounding errors for every fractional length: float64 (candidates,) or (candidates, channels)."""
+    axis = qtype.axis
     channels = 1 if axis is None else x.shape[axis]
     if x.numel() == 0:
         errors = torch.zeros(candidates, channels, dtype=torch.float64, device=x.device)
@@ -136,8 +103,8 @@ def frac_len_errors(x: Tensor, quant_min: int, quant_max: int, candidates: int, 
             tiles,
             channels,
             splits,
-            QUANT_MIN=quant_min,
-            QUANT_MAX=quant_max,
+            QUANT_MIN=qtype.quant_min,
+            QUANT_MAX=qtype.quant_max,
             LENGTHS=candidates,
             CANDIDATES=width,
             BLOCK=block,
@@ -147,9 +114,9 @@ def frac_len_errors(x: Tensor, quant_min: int, quant_max: int, candidates: int, 
     return errors[:, 0] if axis is None else errors
 
 
-def search_frac_len(x: Tensor, quant_min: int, quant_max: int, candidates: int, axis: int | None = None) -> Tensor:
+def search_frac_len(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
     """The fractional length of least squared error, the smaller one of equals: int32, 0-d or (channels,)."""
-    return frac_len_errors(x, quant_min, quant_max, candidates, axis).argmin(0).to(torch.int32)
+    return frac_len_errors(x, qtype, candidates).argmin(0).to(torch.int32)
 
 
 def _channel_first(seen: View) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:

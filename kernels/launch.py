@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from .conv_tile import MAX_STAGES, ConvTile
-from .layout import Grid, Tile, View, grid, tile_counts, tile_shape
+from .layout import LaunchGrid, Tile, View, launch_grid, tile_counts, tile_shape
 
 TABLE_VERSION = 1
 TABLES = Path(__file__).parent / "tuned"
@@ -163,7 +163,7 @@ class Plan(NamedTuple):
     """Tile and grid of an elementwise launch over a view."""
 
     tile: Tile
-    grid: Grid
+    grid: LaunchGrid
 
 
 def plan(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> Plan:
@@ -175,7 +175,7 @@ def plan(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> P
 def _plan(kernel: str, dtype: torch.dtype, view: View, device: torch.device, warp_size: int) -> Plan:
     chosen = parameters(kernel, dtype, view, device)
     rows, cols = tile_shape(view.sizes, chosen.elements, chosen.max_cols)
-    return Plan(Tile(rows, cols, chosen.num_warps(warp_size)), grid(tile_counts(view.sizes, rows, cols)))
+    return Plan(Tile(rows, cols, chosen.num_warps(warp_size)), launch_grid(tile_counts(view.sizes, rows, cols)))
 
 
 def device_guard(x: Tensor) -> AbstractContextManager[Any]:

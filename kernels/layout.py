@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Index arithmetic stays 32-bit below this extent; the slack covers the masked lanes of a last, partial tile.
 _WIDE_EXTENT = 2**31 - 2**16
@@ -49,6 +49,18 @@ class View(NamedTuple):
         """Number of channels; 1 without a channel dimension."""
         return 1 if self.channel is None else self.sizes[self.channel]
 
+    def constants(self, tile: Tile, grid: LaunchGrid) -> dict[str, Any]:
+        """Return the constants of a kernel that takes one tile of this view at a time, and its options."""
+        return {
+            "CHANNEL": self.channel,
+            "ROWS": tile.rows,
+            "COLS": tile.cols,
+            "FIRST": grid.first,
+            "WIDE": self.wide,
+            "num_warps": tile.warps,
+            "enable_fp_fusion": False,
+        }
+
 
 class Tile(NamedTuple):
     """What one program works on: powers of two, and the warps that share it."""
@@ -58,8 +70,8 @@ class Tile(NamedTuple):
     warps: int
 
 
-class Grid(NamedTuple):
-    """Programs along each grid axis, and which dimension of the view lies on the first, unlimited one."""
+class LaunchGrid(NamedTuple):
+    """Programs along each axis of a launch, and which dimension of the view lies on the first, unlimited one."""
 
     programs: tuple[int, int, int]
     first: int
@@ -142,7 +154,7 @@ def tile_shape(sizes: tuple[int, int, int], elements: int, max_cols: int) -> tup
     return min(_power_of_two(rows), elements // best), best
 
 
-def grid(programs: tuple[int, int, int]) -> Grid:
+def launch_grid(programs: tuple[int, int, int]) -> LaunchGrid:
     """Columns on the first grid axis, rows on the second, outer on the third.
 
     Where rows or outer pass the limit of their axis they trade places with the columns. (A second dimension cannot pass
@@ -161,7 +173,7 @@ def grid(programs: tuple[int, int, int]) -> Grid:
     axes[0], axes[2 - first] = axes[2 - first], axes[0]
     if max(axes[1], axes[2]) > _GRID_LIMIT:
         raise ValueError(f"a launch takes at most {_GRID_LIMIT} programs on its later axes, got {programs}")
-    return Grid((axes[0], axes[1], axes[2]), first)
+    return LaunchGrid((axes[0], axes[1], axes[2]), first)
 
 
 def tile_counts(sizes: tuple[int, int, int], rows: int, cols: int) -> tuple[int, int, int]:

@@ -7,6 +7,8 @@ the order of their numbers: the same input gives the same bits. Functions here h
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from .fake_quant import common_view, fake_quantize
 from .launch import device_guard, plan, warp_size
 from .launcher import Launcher
 from .min_max import plan_reduction
+from .quantized import Grid, grid_pointers
 from .rounding import divide_by_scale, is_inside, round_half_away, round_to_steps
 from .tile import load_per_channel, program_along, tile_indices, tile_mask, tile_offsets
 
@@ -261,56 +264,36 @@ def clip_then_round_kernel(
     tl.store(y_ptr + tile_offsets(outer, row, col, y_outer, y_row, y_col), y, mask=mask)
 
 
-def learned_fake_quantize(
-    x: Tensor,
-    parameter: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None,
-    method: str,
-    *,
-    active: Tensor | None = None,
-) -> Tensor:
+def learned_fake_quantize(x: Tensor, grid: Grid, method: str) -> Tensor:
     """Fake quantize ``x``; strides of the result follow ``torch.empty_like``."""
-    if method == "megengine" and zero_point is not None:
-        return _clip_then_round(x, parameter, zero_point, quant_min, quant_max, axis, active)
-    scale = parameter / quant_max if method == "pact" else parameter
-    rounding = "half_even" if method in ("torch", "pact") else "half_away"
-    return fake_quantize(x, scale, zero_point, quant_min, quant_max, axis, rounding, active=active)
+    if method == "megengine" and grid.zero_point is not None:
+        return _clip_then_round(x, grid)
+    if method == "pact":
+        grid = replace(grid, scale=grid.scale / grid.qtype.quant_max)
+    return fake_quantize(x, grid)
 
 
-def learned_fake_quantize_backward(
-    dy: Tensor,
-    x: Tensor,
-    parameter: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None,
-    method: str,
-    *,
-    active: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, the parameter and the zero point; the last two float32, shaped as ``parameter``."""
+def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, the parameter and the zero point; the last two float32, shaped as ``grid.scale``."""
     dx = torch.empty_like(x)
-    of_parameter, of_shift = (torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2))
+    of_parameter, of_shift = (torch.zeros_like(grid.scale, dtype=torch.float32) for _ in range(2))
     if dx.numel() == 0:
         return dx, of_parameter, of_shift
-    (dy, x), seen = common_view((dy, x), dx, axis)
-    tile, parts, launch_grid, split_strides, splits = plan_reduction(x.dtype, seen, x.device, warp_size(x.device))
+    qtype = grid.qtype
+    (dy, x), seen = common_view((dy, x), dx, qtype.axis)
+    tile, parts, launch, split_strides, splits = plan_reduction(x.dtype, seen, x.device, warp_size(x.device))
     # A channel axis of length 1 leaves a view without channels: one sum, as for one scale.
     partial = torch.empty((2, splits, seen.channels), dtype=torch.float32, device=x.device)
-    parameter = parameter.contiguous()
+    parameter, zero_point, enabled = grid_pointers(grid)
     with device_guard(x):
-        learned_backward_kernel[launch_grid.programs](
+        learned_backward_kernel[launch.programs](
             dy,
             x,
             dx,
             partial,
             parameter,
-            None if zero_point is None else zero_point.contiguous(),
-            active,
+            zero_point,
+            enabled,
             *seen.strides[0],
             *seen.strides[1],
             *seen.strides[2],
@@ -319,16 +302,10 @@ def learned_fake_quantize_backward(
             *split_strides,
             splits,
             seen.channels,
-            QUANT_MIN=quant_min,
-            QUANT_MAX=quant_max,
+            QUANT_MIN=qtype.quant_min,
+            QUANT_MAX=qtype.quant_max,
             METHOD=method,
-            CHANNEL=seen.channel,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            FIRST=launch_grid.first,
-            WIDE=seen.wide,
-            num_warps=tile.warps,
-            enable_fp_fusion=False,
+            **seen.constants(tile, launch),
         )
         channels = min(triton.next_power_of_2(seen.channels), 32)
         add_partials_kernel[(triton.cdiv(seen.channels, channels),)](
@@ -346,39 +323,24 @@ def learned_fake_quantize_backward(
     return dx, of_parameter, of_shift
 
 
-def _clip_then_round(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None,
-    active: Tensor | None,
-) -> Tensor:
+def _clip_then_round(x: Tensor, grid: Grid) -> Tensor:
+    """MegEngine's order of clipping and rounding, which matters where there is a zero point."""
     y = torch.empty_like(x)
     if y.numel() == 0:
         return y
-    (x,), seen = common_view((x,), y, axis)
-    tile, grid = plan("fake_quantize", x.dtype, seen, x.device)
+    (x,), seen = common_view((x,), y, grid.qtype.axis)
+    tile, launch = plan("fake_quantize", x.dtype, seen, x.device)
     with device_guard(x):
-        clip_then_round_kernel[grid.programs](
+        clip_then_round_kernel[launch.programs](
             x,
             y,
-            scale.contiguous(),
-            zero_point.contiguous(),
-            active,
+            *grid_pointers(grid),
             *seen.strides[0],
             *seen.strides[1],
             seen.sizes[1],
             seen.sizes[2],
-            CHANNEL=seen.channel,
-            QUANT_MIN=quant_min,
-            QUANT_MAX=quant_max,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            FIRST=grid.first,
-            WIDE=seen.wide,
-            num_warps=tile.warps,
-            enable_fp_fusion=False,
+            QUANT_MIN=grid.qtype.quant_min,
+            QUANT_MAX=grid.qtype.quant_max,
+            **seen.constants(tile, launch),
         )
     return y

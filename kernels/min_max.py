@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .launch import device_guard, multiprocessors, parameters, warp_size
 from .launcher import Launcher
-from .layout import Grid, Split, Tile, View, dense_view, grid, split, tile_shape, view
+from .layout import LaunchGrid, Split, Tile, View, dense_view, launch_grid, split, tile_shape, view
 from .qparams import range_to_qparams
 from .tile import program_along
 
@@ -334,12 +334,12 @@ def _observe(
     x, seen = viewed(x, axis)
     if seen.channels == 0:
         return
-    tile, parts, launch_grid, split_strides, splits = plan_reduction(x.dtype, seen, x.device, warp_size(x.device))
+    tile, parts, launch, split_strides, splits = plan_reduction(x.dtype, seen, x.device, warp_size(x.device))
     partial = None
     if splits > 1:
         partial = torch.empty((2, splits, seen.channels), dtype=torch.float32, device=x.device)
     with device_guard(x):
-        observe_kernel[launch_grid.programs](
+        observe_kernel[launch.programs](
             x,
             partial,
             enabled,
@@ -352,14 +352,8 @@ def _observe(
             splits,
             seen.channels,
             **constants,
-            CHANNEL=seen.channel,
             SINGLE=splits == 1,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            FIRST=launch_grid.first,
-            WIDE=seen.wide,
-            num_warps=tile.warps,
-            enable_fp_fusion=False,
+            **seen.constants(tile, launch),
         )
         if splits > 1:
             channels = min(triton.next_power_of_2(seen.channels), 32)
@@ -389,7 +383,7 @@ def viewed(x: Tensor, axis: int | None) -> tuple[Tensor, View]:
 @lru_cache(maxsize=4096)
 def plan_reduction(
     dtype: torch.dtype, seen: View, device: torch.device, warp_size: int
-) -> tuple[Tile, Split, Grid, tuple[int, int, int], int]:
+) -> tuple[Tile, Split, LaunchGrid, tuple[int, int, int], int]:
     """Tile, shares, grid, strides of the partial results over program numbers, and their number per channel."""
     chosen = parameters("min_max", dtype, seen, device)
     rows, cols = tile_shape(seen.sizes, min(chosen.elements, _MAX_ELEMENTS), chosen.max_cols)
@@ -401,4 +395,4 @@ def plan_reduction(
             strides[d] = splits
             splits *= parts.programs[d]
     tile = Tile(rows, cols, chosen.num_warps(warp_size))
-    return tile, parts, grid(parts.programs), (strides[0], strides[1], strides[2]), splits
+    return tile, parts, launch_grid(parts.programs), (strides[0], strides[1], strides[2]), splits

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tritonq.bins import FloatPrefixBins
+from tritonq.grid import Grid
 from tritonq.kernels import fake_quant, histogram, learned_scale, min_max
-from tritonq.qparams import QINT8, QUINT8, QuantizedType, RangeRule
+from tritonq.qparams import QINT8, QUINT8, QuantizedType, RangeRule, Rounding
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -67,14 +68,15 @@ def _qparams(shape: tuple[int, ...], axis: int | None) -> tuple[Tensor, Tensor]:
 
 
 def _fake_quantize(
-    layout: str, *, rounding: str = "half_even", switched: bool = False
+    layout: str, *, rounding: Rounding = "half_even", switched: bool = False
 ) -> Callable[[torch.dtype], object]:
     shape, channels_last, axis = _LAYOUTS[layout]
 
     def call(dtype: torch.dtype) -> object:
         x = meta(*shape, dtype=dtype, channels_last=channels_last)
         active = meta(1, dtype=torch.uint8) if switched else None
-        return fake_quant.fake_quantize(x, *_qparams(shape, axis), 0, 255, axis, rounding, active=active)
+        qtype = QuantizedType(0, 255, False, axis, rounding)
+        return fake_quant.fake_quantize(x, Grid(*_qparams(shape, axis), qtype, active))
 
     return call
 
@@ -84,7 +86,8 @@ def _fake_quantize_backward(layout: str) -> Callable[[torch.dtype], object]:
 
     def call(dtype: torch.dtype) -> object:
         x = meta(*shape, dtype=dtype, channels_last=channels_last)
-        return fake_quant.fake_quantize_backward(torch.empty_like(x), x, *_qparams(shape, axis), 0, 255, axis)
+        grid = Grid(*_qparams(shape, axis), QUINT8.with_axis(axis))
+        return fake_quant.fake_quantize_backward(torch.empty_like(x), x, grid)
 
     return call
 
@@ -182,8 +185,8 @@ def _learned_scale(layout: str, method: str) -> Callable[[torch.dtype], object]:
         x = meta(*shape, dtype=dtype, channels_last=channels_last)
         scale, zero_point = _qparams(shape, axis)
         shift = zero_point if method in ("torch", "megengine") else None
-        arguments = (torch.empty_like(x), x, scale, shift, 0, 255, axis, method)
-        return learned_scale.learned_fake_quantize_backward(*arguments)
+        grid = Grid(scale, shift, QUINT8.with_axis(axis))
+        return learned_scale.learned_fake_quantize_backward(torch.empty_like(x), x, grid, method)
 
     return call
 

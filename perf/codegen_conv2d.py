@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 import torch
 
+from tritonq.grid import Grid
 from tritonq.kernels import conv2d
 from tritonq.perf.codegen_cases import DTYPES, CodegenCase, meta
 from tritonq.qparams import QINT8, QUINT8, QuantizedType
-from tritonq.reference.conv2d import OutputQuantizer
 
 # Of ReLU6: a plain ReLU compiles to less.
 _CEILING = 6.0
 
 
-def _quantizer(qtype: QuantizedType) -> OutputQuantizer:
+def _grid(qtype: QuantizedType) -> Grid:
     zero_point = None if qtype.fixed_zero_point == 0 else meta(1, dtype=torch.int32)
-    return OutputQuantizer(meta(1, dtype=torch.float32), zero_point, meta(1, dtype=torch.uint8), qtype)
+    return Grid(meta(1, dtype=torch.float32), zero_point, qtype, meta(1, dtype=torch.uint8))
 
 
 def _values(
@@ -27,7 +27,7 @@ def _values(
         x = meta(8, channels, size, size, dtype=dtype, channels_last=channels_last)
         weight = meta(outs, channels // groups, kernel, kernel, dtype=dtype, channels_last=channels_last)
         geometry = ((1, 1), (kernel // 2, kernel // 2), (1, 1), groups)
-        return conv2d.conv2d(x, weight, meta(outs, dtype=dtype), *geometry, _CEILING, _quantizer(QUINT8))
+        return conv2d.conv2d(x, weight, meta(outs, dtype=dtype), *geometry, _CEILING, _grid(QUINT8))
 
     return call
 
@@ -37,8 +37,8 @@ def _codes(channels: int, groups: int = 1) -> Callable[[torch.dtype], object]:
         codes = meta(8, channels, 28, 28, dtype=torch.float16, channels_last=True)
         weight = meta(128, channels // groups, 3, 3, dtype=torch.float16, channels_last=True)
         bias, multiplier = meta(128, dtype=torch.int32), meta(128, dtype=torch.float32)
-        end = (bias, multiplier, meta(1, dtype=torch.float32), "half_even", dtype)
-        return conv2d.integer_conv2d(codes, weight, *end, (1, 1), (1, 1), (1, 1), groups, _CEILING, _quantizer(QINT8))
+        end = (bias, multiplier, _grid(QINT8), dtype)
+        return conv2d.integer_conv2d(codes, weight, *end, (1, 1), (1, 1), (1, 1), groups, _CEILING, _grid(QINT8))
 
     return call
 

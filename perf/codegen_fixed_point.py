@@ -8,14 +8,15 @@ import torch
 
 from tritonq.kernels import fixed_point, int8_conv
 from tritonq.perf.codegen_cases import CodegenCase, meta
+from tritonq.qparams import QINT8_NARROW, QUINT8
 
 
 def _search(dtype: torch.dtype) -> object:
-    return fixed_point.frac_len_errors(meta(64, 64, 56, 56, dtype=dtype), 0, 255, 9)
+    return fixed_point.frac_len_errors(meta(64, 64, 56, 56, dtype=dtype), QUINT8, 9)
 
 
 def _search_weights(dtype: torch.dtype) -> object:
-    return fixed_point.frac_len_errors(meta(512, 512, 3, 3, dtype=dtype), -127, 127, 8, 0)
+    return fixed_point.frac_len_errors(meta(512, 512, 3, 3, dtype=dtype), QINT8_NARROW.with_axis(0), 8)
 
 
 def conv(channels: int, groups: int, out_dtype: torch.dtype, wide: bool = False) -> Callable[[torch.dtype], object]:

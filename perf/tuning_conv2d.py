@@ -14,14 +14,14 @@ from torch import Tensor
 
 from tritonq.functional.conv2d import find_kernel
 from tritonq.functional.fake_quant import fake_quantize
-from tritonq.functional.integer import IntegerAffine, OutputGrid, integer_affine
+from tritonq.functional.integer import IntegerAffine, integer_affine
 from tritonq.functional.linear_map import Convolution
+from tritonq.grid import Grid
 from tritonq.kernels.conv2d import table_key
 from tritonq.kernels.conv_tile import ConvGeometry, ConvTile
 from tritonq.perf.case import Inputs, Step, Tolerance
 from tritonq.qparams import QINT8
 from tritonq.reference import conv2d as reference
-from tritonq.reference.conv2d import OutputQuantizer
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -155,25 +155,25 @@ def targets() -> Iterator[ConvTarget]:
             yield ConvTarget(key, dtype, is_codes, channels_last, shapes)
 
 
-def _quantizer(inputs: Inputs) -> OutputQuantizer:
-    return OutputQuantizer(inputs["scale"], None, None, QINT8)
+def _grid(inputs: Inputs) -> Grid:
+    return Grid(inputs["scale"], None, QINT8)
 
 
 def _quantized(y: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
-    return (fake_quantize(F.relu(y), inputs["scale"], None, QINT8.quant_min, QINT8.quant_max, axis=None),)
+    return (fake_quantize(F.relu(y), _grid(inputs)),)
 
 
 def _run_values(conv: Convolution, inputs: Inputs) -> tuple[Tensor, ...]:
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
     kernel = find_kernel(x, weight, conv)
     if kernel is not None:
-        return (kernel(x, weight, bias, math.inf, _quantizer(inputs)),)
+        return (kernel(x, weight, bias, math.inf, _grid(inputs)),)
     return _quantized(F.conv2d(x, weight, bias, *_geometry(conv)), inputs)
 
 
 def _specify_values(conv: Convolution, inputs: Inputs) -> tuple[Tensor, ...]:
     x, weight, bias = (inputs[name].double() for name in ("x", "weight", "bias"))
-    y = reference.conv2d(x, weight, bias, *_geometry(conv), math.inf, _quantizer(inputs))
+    y = reference.conv2d(x, weight, bias, *_geometry(conv), math.inf, _grid(inputs))
     return (y.to(inputs["x"].dtype),)
 
 
@@ -187,18 +187,18 @@ def _layer(inputs: Inputs) -> IntegerAffine:
 
 
 def _run_codes(conv: Convolution, inputs: Inputs) -> tuple[Tensor, ...]:
-    x, layer, grid = inputs["x"], _layer(inputs), OutputGrid(inputs["scale"], "half_even")
+    x, layer, grid = inputs["x"], _layer(inputs), _grid(inputs)
     kernel = find_kernel(x, layer.weight, conv, layer)
     if kernel is not None:
-        return (kernel.integers(x, layer, grid, math.inf, _quantizer(inputs)),)
+        return (kernel.integers(x, layer, grid, math.inf, _grid(inputs)),)
     return _quantized(integer_affine(x, layer, conv, 1, grid).to(x.dtype), inputs)
 
 
 def _specify_codes(conv: Convolution, inputs: Inputs) -> tuple[Tensor, ...]:
     layer, scale = _layer(inputs), inputs["scale"]
     codes = (inputs["x"] / layer.input_scale).round()
-    end = (None, layer.multiplier / scale, scale, "half_even", inputs["x"].dtype)
-    return (reference.integer_conv2d(codes, layer.weight, *end, *_geometry(conv), math.inf, _quantizer(inputs)),)
+    end = (None, layer.multiplier / scale, _grid(inputs), inputs["x"].dtype)
+    return (reference.integer_conv2d(codes, layer.weight, *end, *_geometry(conv), math.inf, _grid(inputs)),)
 
 
 def _geometry(conv: Convolution) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ import tritonq
 from qat_models import PRESETS, FloatResidual, images, train
 from test_compile import OTHER_QUANTIZERS
 from tritonq import nn as qnn
-from tritonq.functional.integer import Grid, OutputGrid, integer_add, integer_affine, to_integers
-from tritonq.functional.linear_map import Convolution, MatrixProduct
-from tritonq.functional.traced import eval_mode
+from tritonq.functional.integer import integer_add, integer_affine, to_integers
+from tritonq.functional.linear_map import Convolution
+from tritonq.functional.traced import eval_mode, parts
+from tritonq.grid import Grid
 from tritonq.nn.conv_bn import QATBatchNormLayer
 from tritonq.qparams import QUANTIZED_TYPES
-from tritonq.reference.quantizer_state import QuantizerState
 
 QCONFIG = tritonq.get_qconfig()
 
@@ -187,8 +188,8 @@ def test_inductor_gives_the_same_codes():
         assert torch.equal(compiled(model, "inductor")(images(16)), model(images(16)))
 
 
-def states(active: tuple[int, ...], device: str = "cpu") -> list[QuantizerState]:
-    """Quantizers of an input, a weight (or second summand) and an output."""
+def grids(active: tuple[int, ...], device: str = "cpu") -> list[Grid]:
+    """Grids of an input, a weight (or second summand) and an output."""
     per_channel = QUANTIZED_TYPES["qint8"].with_axis(0)
     made = [
         (torch.tensor([0.02]), torch.tensor([3]), QUANTIZED_TYPES["quint8"]),
@@ -196,7 +197,7 @@ def states(active: tuple[int, ...], device: str = "cpu") -> list[QuantizerState]
         (torch.tensor([0.05]), torch.tensor([-4]), QUANTIZED_TYPES["qint8"]),
     ]
     return [
-        QuantizerState(scale.to(device), zero.int().to(device), torch.tensor([on], dtype=torch.uint8).to(device), qtype)
+        Grid(scale.to(device), zero.int().to(device), qtype, torch.tensor([on], dtype=torch.uint8).to(device))
         for (scale, zero, qtype), on in zip(made, active, strict=True)
     ]
 
@@ -215,17 +216,15 @@ def affine_arguments(device: str = "cpu"):
 @pytest.mark.parametrize("active", SWITCHES)
 def test_where_a_device_may_not_be_asked_both_answers_are_computed(active, monkeypatch):
     x, weight, bias, op, axis = affine_arguments()
-    source, weights, output = states(active)
+    source, weights, output = grids(active)
     expected = eval_mode.run_affine(x, weight, bias, op, axis, source, weights, output)
-    sums = (x, x.flip(0), source, source._replace(scale=torch.tensor([0.04])), output)
+    sums = (x, x.flip(0), source, replace(source, scale=torch.tensor([0.04])), output)
     expected_sum = eval_mode.run_add(*sums)
     if active[0] and active[1]:
-        layer = to_integers(weight, bias, op, Grid(*source[:2], source.qtype), Grid(*weights[:2], weights.qtype))
-        grid = OutputGrid(output.scale, "half_even") if active[2] else None
-        assert torch.equal(expected, integer_affine(x, layer, op, axis, grid))
+        layer = to_integers(weight, bias, op, source, weights)
+        assert torch.equal(expected, integer_affine(x, layer, op, axis, output if active[2] else None))
     if active[0] and active[2]:
-        grids = (Grid(state.scale, state.zero_point, state.qtype) for state in sums[2:])
-        assert torch.equal(expected_sum, integer_add(x, x.flip(0), *grids))
+        assert torch.equal(expected_sum, integer_add(*sums))
     monkeypatch.setattr(eval_mode, "is_readable", lambda values: False)
     assert torch.equal(eval_mode.run_affine(x, weight, bias, op, axis, source, weights, output), expected)
     assert torch.equal(eval_mode.run_add(*sums), expected_sum)
@@ -235,14 +234,15 @@ def test_nothing_is_read_back(monkeypatch):
     """On the meta device, which autocast does not know, there is nothing to read."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     x, weight, bias, op, axis = affine_arguments("meta")
-    source, weights, output = states((1, 1, 1), "meta")
+    source, weights, output = grids((1, 1, 1), "meta")
     assert eval_mode.run_affine(x, weight, bias, op, axis, source, weights, output).shape == (2, 2, 5, 2)
     assert eval_mode.run_add(x, x, source, source, output).is_meta
 
 
-@pytest.mark.parametrize("op", [OP, Convolution((2,), (1,), (3,), (1,), True, 4), MatrixProduct()])
-def test_operators_survive_as_text(op):
-    assert eval_mode.op_of(eval_mode.op_text(op)) == op
+@pytest.mark.parametrize("conv", [OP, Convolution((2,), (1,), (3,), (1,), True, 4), None])
+def test_convolutions_survive_as_plain_arguments(conv):
+    described = [("conv", parts.describe("conv", Convolution | None))]
+    assert parts.rebuild_all(described, parts.flatten_all(described, {"conv": conv})) == {"conv": conv}
 
 
 def test_a_compiled_model_is_deployed_as_the_model_that_it_wraps(tmp_path):

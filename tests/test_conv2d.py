@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 
 import tritonq
+from grids import grid_of
 from op_tester import OpTester
 from tolerances import assert_matches
 from tritonq.backend import implementation
 from tritonq.functional.conv2d import ConvKernel, find_kernel
 from tritonq.functional.integer import IntegerAffine
 from tritonq.functional.linear_map import Convolution
+from tritonq.grid import Grid
 from tritonq.qparams import QINT8, QUINT8, QuantizedType
 from tritonq.reference import conv2d as reference
-from tritonq.reference.conv2d import OutputQuantizer
 from tritonq.reference.fake_quant import fake_quantize
 
 # channels, outs, groups, kernel
@@ -49,16 +50,16 @@ def steps_of_an_eighth(*shape: int, seed: int, dtype: torch.dtype = torch.float3
     return (torch.randint(-16, 17, shape, generator=generator) / 8).to(dtype)
 
 
-def quantizers(device: str) -> dict[str, OutputQuantizer | None]:
+def quantizers(device: str) -> dict[str, Grid | None]:
     scale, zero_point = torch.tensor([0.3], device=device), torch.tensor([3], dtype=torch.int32, device=device)
     on, off = (torch.tensor([value], dtype=torch.uint8, device=device) for value in (1, 0))
     away = QuantizedType(-7, 7, symmetric=True, rounding="half_away")
     return {
         "none": None,
-        "int8": OutputQuantizer(scale, None, on, QINT8),
-        "uint8": OutputQuantizer(scale, zero_point, None, QUINT8),
-        "off": OutputQuantizer(scale, zero_point, off, QUINT8),
-        "half_away": OutputQuantizer(scale / 0.3, None, on, away),
+        "int8": Grid(scale, None, QINT8, on),
+        "uint8": Grid(scale, zero_point, QUINT8),
+        "off": Grid(scale, zero_point, QUINT8, off),
+        "half_away": Grid(scale / 0.3, None, away, on),
     }
 
 
@@ -116,10 +117,7 @@ class TestKernel(OpTester):
             expected = exact.to(dtype) if ceiling is None else exact.to(dtype).clamp(0, ceiling)
             end = quantizers("cpu")[quantizer]
             if end is not None:
-                q = end.qtype
-                expected = fake_quantize(
-                    expected, end.scale, end.zero_point, q.quant_min, q.quant_max, None, q.rounding, active=end.active
-                )
+                expected = fake_quantize(expected, end)
             assert y.dtype == dtype
             # Memory format of x, wherever the two differ in memory at all.
             assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -140,12 +138,15 @@ class TestKernel(OpTester):
         for index, (rounding, grid, bias) in enumerate(
             (("half_even", 0.5, small), ("half_away", 0.5, small), ("half_even", None, large), ("half_even", 0.5, None))
         ):
-            scale = None if grid is None else torch.tensor([grid])
-            arguments = [codes, weight, bias, multiplier, scale]
+            arguments = [codes, weight, bias, multiplier]
             given = [None if value is None else value.to(device) for value in arguments]
-            end = (rounding, torch.float32, (1, 2), (1, 1), (1, 1), groups, 40.3 if index == 1 else None)
-            y = ops.integer_conv2d(*given, *end)
-            assert torch.equal(y.cpu(), reference.integer_conv2d(*arguments, *end))
+            here, there = (
+                None if grid is None else grid_of(torch.tensor([grid], device=where), None, -8, 7, rounding=rounding)
+                for where in (device, "cpu")
+            )
+            end = (torch.float32, (1, 2), (1, 1), (1, 1), groups, 40.3 if index == 1 else None)
+            y = ops.integer_conv2d(*given, here, *end)
+            assert torch.equal(y.cpu(), reference.integer_conv2d(*arguments, there, *end))
 
     def test_real_values(self, use: str, device: str) -> None:
         generator = torch.Generator().manual_seed(0)

@@ -10,8 +10,8 @@ import torch
 
 from test_conv_bn_sanitizer import symbolic_trace, trace  # noqa: F401 (fixtures)
 from test_sanitizer import traced
+from tritonq.grid import Grid
 from tritonq.qparams import QUINT8
-from tritonq.reference.conv2d import OutputQuantizer
 
 pytestmark = pytest.mark.worker("sanitizer")
 
@@ -35,11 +35,11 @@ def run(channels: int, outs: int, groups: int, kernel: int, channels_last: bool)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     weight = torch.randn(outs, channels // groups, kernel, kernel)
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-    quantizer = OutputQuantizer(one, zero, torch.ones(1, dtype=torch.uint8), QUINT8)
+    grid = Grid(one, zero, QUINT8, torch.ones(1, dtype=torch.uint8))
     geometry = ((2, 1), (1, 2), (1, 2), groups)
-    conv2d.conv2d(x, weight, torch.ones(outs), *geometry, 1.5, quantizer)
+    conv2d.conv2d(x, weight, torch.ones(outs), *geometry, 1.5, grid)
     bias = torch.ones(outs, dtype=torch.int32)
-    conv2d.integer_conv2d(x, weight, bias, torch.ones(outs), one, "half_even", torch.float32, *geometry)
+    conv2d.integer_conv2d(x, weight, bias, torch.ones(outs), Grid(one, None, QUINT8), torch.float32, *geometry)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from grids import grid_of
 from op_tester import LAYOUTS, OpTester, axes, clear_plans, strided_tensors
 from tolerances import assert_matches
 from tritonq import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
@@ -76,12 +78,12 @@ class TestFakeQuantize(OpTester):
             for zero_point in (None, 0, high // 3):
                 s = torch.tensor(scale, device=device)
                 z = None if zero_point is None else torch.tensor(zero_point, dtype=torch.int32, device=device)
-                arguments = (s, z, low, high, None, rounding)
-                expected = reference.fake_quantize(x, *arguments)
-                assert_matches(ops.fake_quantize(x, *arguments), expected, "fake_quant")
-                assert_matches(ops.quantize(x, *arguments), reference.quantize(x, *arguments), "fake_quant")
-                dx = ops.fake_quantize_backward(torch.ones_like(x), x, *arguments)
-                assert_matches(dx, reference.fake_quantize_backward(torch.ones_like(x), x, *arguments), "grad")
+                grid = grid_of(s, z, low, high, None, rounding)
+                expected = reference.fake_quantize(x, grid)
+                assert_matches(ops.fake_quantize(x, grid), expected, "fake_quant")
+                assert_matches(ops.quantize(x, grid), reference.quantize(x, grid), "fake_quant")
+                dx = ops.fake_quantize_backward(torch.ones_like(x), x, grid)
+                assert_matches(dx, reference.fake_quantize_backward(torch.ones_like(x), x, grid), "grad")
                 assert bool(expected[0].isnan())
                 assert dx[0] == 0
                 offset = zero_point or 0
@@ -108,7 +110,7 @@ class TestFakeQuantize(OpTester):
         multiplied = (x * (1 / scale)).round()
         quantize = implementation("fake_quant", x, use).quantize
         for rounding, expected in (("half_away", divided), ("half_even", multiplied)):
-            codes = quantize(x.to(device), scale.to(device), None, -128, 127, None, rounding)
+            codes = quantize(x.to(device), grid_of(scale.to(device), None, -128, 127, None, rounding))
             assert_matches(codes.cpu(), expected.clamp(-128, 127), "fake_quant")
         y = fake_quantize_per_tensor_affine(x.to(device), scale.to(device), 0, -128, 127, backend=use)
         assert_matches(y.cpu(), torch_op(x, scale, torch.tensor(0), -128, 127, None), "fake_quant")
@@ -119,14 +121,15 @@ class TestFakeQuantize(OpTester):
         x = torch.linspace(-3, 3, 501).to(dtype).to(device)
         ops = implementation("fake_quant", x, use)
         scale, zero_point = torch.tensor(0.1, device=device), torch.tensor(3, dtype=torch.int32, device=device)
-        wide = reference.quantize(x.float(), scale, zero_point, -8, 7)
-        assert_matches(ops.quantize(x, scale, zero_point, -8, 7), wide, "fake_quant")
+        grid = grid_of(scale, zero_point, -8, 7)
+        wide = reference.quantize(x.float(), grid)
+        assert_matches(ops.quantize(x, grid), wide, "fake_quant")
         if backend == "interpreter" and dtype == torch.bfloat16:
             return
-        y = ops.fake_quantize(x, scale, zero_point, -8, 7)
-        assert_matches(y, reference.fake_quantize(x.float(), scale, zero_point, -8, 7).to(dtype), "fake_quant")
-        dx = ops.fake_quantize_backward(x, x, scale, zero_point, -8, 7)
-        expected = reference.fake_quantize_backward(x.float(), x.float(), scale, zero_point, -8, 7)
+        y = ops.fake_quantize(x, grid)
+        assert_matches(y, reference.fake_quantize(x.float(), grid).to(dtype), "fake_quant")
+        dx = ops.fake_quantize_backward(x, x, grid)
+        expected = reference.fake_quantize_backward(x.float(), x.float(), grid)
         assert_matches(dx, expected.to(dtype), "grad")
 
     def test_switch(self, use: str, device: str) -> None:
@@ -136,11 +139,12 @@ class TestFakeQuantize(OpTester):
         scale = torch.tensor([0.5], device=device)
         for dtype in (torch.uint8, torch.bool):
             for on in (0, 1):
-                active = torch.tensor([on], dtype=dtype, device=device)
-                y = ops.fake_quantize(x, scale, None, -8, 7, active=active)
-                dx = ops.fake_quantize_backward(dy, x, scale, None, -8, 7, active=active)
-                assert_matches(y, reference.fake_quantize(x, scale, None, -8, 7) if on else x, "fake_quant")
-                assert_matches(dx, reference.fake_quantize_backward(dy, x, scale, None, -8, 7) if on else dy, "grad")
+                always = grid_of(scale, None, -8, 7)
+                switched = replace(always, enabled=torch.tensor([on], dtype=dtype, device=device))
+                y = ops.fake_quantize(x, switched)
+                dx = ops.fake_quantize_backward(dy, x, switched)
+                assert_matches(y, reference.fake_quantize(x, always) if on else x, "fake_quant")
+                assert_matches(dx, reference.fake_quantize_backward(dy, x, always) if on else dy, "grad")
                 assert y.data_ptr() != x.data_ptr()
 
     def test_incoming_gradient_of_another_layout(self, use: str, device: str) -> None:
@@ -148,8 +152,9 @@ class TestFakeQuantize(OpTester):
         scale, zero_point = (value.to(device) for value in qparams(x, 1))
         ops = implementation("fake_quant", x, use)
         for dy in (torch.ones((), device=device).expand(x.shape), torch.randn(x.shape, device=device)):
-            dx = ops.fake_quantize_backward(dy, x, scale, zero_point, -8, 7, 1)
-            assert_matches(dx, reference.fake_quantize_backward(dy, x, scale, zero_point, -8, 7, 1), "grad")
+            grid = grid_of(scale, zero_point, -8, 7, 1)
+            dx = ops.fake_quantize_backward(dy, x, grid)
+            assert_matches(dx, reference.fake_quantize_backward(dy, x, grid), "grad")
 
     def test_wide_offsets_and_grids_that_trade_axes(
         self, use: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
@@ -166,9 +171,9 @@ class TestFakeQuantize(OpTester):
                 x = LAYOUTS[name_of_layout]().to(device)
                 for axis in axes(x):
                     scale, zero_point = (v.to(device) for v in qparams(x, axis))
-                    arguments = (scale, zero_point, -8, 7, axis)
-                    y = implementation("fake_quant", x, use).fake_quantize(x, *arguments)
-                    assert_matches(y, reference.fake_quantize(x, *arguments), "fake_quant")
+                    grid = grid_of(scale, zero_point, -8, 7, axis)
+                    y = implementation("fake_quant", x, use).fake_quantize(x, grid)
+                    assert_matches(y, reference.fake_quantize(x, grid), "fake_quant")
             monkeypatch.undo()
             clear_plans()
 
@@ -180,12 +185,12 @@ class TestFakeQuantize(OpTester):
         x = x.to(device)
         scale, zero_point = (value.to(device) for value in qparams(x, axis, low, high))
         scale = scale * data.draw(st.sampled_from([1.0, 0.5 / 0.11, 1e-3, 1e4]))
-        arguments = (scale, zero_point, low, high, axis, rounding)
+        grid = grid_of(scale, zero_point, low, high, axis, rounding)
         ops = implementation("fake_quant", x, use)
-        y = ops.fake_quantize(x, *arguments)
-        assert_matches(y, reference.fake_quantize(x, *arguments), "fake_quant")
-        dx = ops.fake_quantize_backward(x, x, *arguments)
-        assert_matches(dx, reference.fake_quantize_backward(x, x, *arguments), "grad")
+        y = ops.fake_quantize(x, grid)
+        assert_matches(y, reference.fake_quantize(x, grid), "fake_quant")
+        dx = ops.fake_quantize_backward(x, x, grid)
+        assert_matches(dx, reference.fake_quantize_backward(x, x, grid), "grad")
         if rounding == "half_even":
             assert_matches(y.contiguous(), torch_op(x, scale, zero_point, low, high, axis), "fake_quant")
 

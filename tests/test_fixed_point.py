@@ -13,6 +13,7 @@ from tritonq.functional.fixed_point import (
     search_frac_len,
     statistic_frac_len,
 )
+from tritonq.qparams import QINT8_NARROW
 from tritonq.reference.fixed_point import frac_len_errors, power_of_two
 
 FORMATS = [(8, True), (8, False), (2, True), (2, False), (5, True), (16, True), (16, False)]
@@ -121,7 +122,7 @@ def test_search_per_channel_and_across_blocks():
     found = search_frac_len(x, axis=0)
     assert found.dtype == torch.int32
     assert torch.equal(found, search_frac_len(x.T, axis=1))
-    errors = frac_len_errors(x, -127, 127, 8, 0)
+    errors = frac_len_errors(x, QINT8_NARROW.with_axis(0), 8)
     naive = torch.stack([(x - fixed_point_quantize(x, k)).double().square().sum(1) for k in range(8)])
     torch.testing.assert_close(errors, naive, rtol=1e-6, atol=0)
     assert found.tolist() == naive.argmin(0).tolist()
@@ -139,7 +140,7 @@ def test_search_does_not_depend_on_threads():
     sums = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        sums.append(frac_len_errors(x, -127, 127, 8))
+        sums.append(frac_len_errors(x, QINT8_NARROW, 8))
     torch.set_num_threads(threads)
     assert torch.equal(*sums)
 

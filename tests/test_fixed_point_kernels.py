@@ -8,6 +8,10 @@ import torch
 from op_tester import LAYOUTS, OpTester, axes
 from tritonq import fixed_point_quantize, search_frac_len
 from tritonq.backend import implementation
+from tritonq.functional.fixed_point import fixed_point_type
+from tritonq.grid import Grid
+from tritonq.qparams import QuantizedType
+from tritonq.reference import fake_quant
 from tritonq.reference import fixed_point as reference
 from tritonq.reference import int8_conv as conv_reference
 
@@ -26,13 +30,14 @@ class TestFixedPointQuantize(OpTester):
         for axis in axes(LAYOUTS[layout]()):
             x = LAYOUTS[layout]().to(device)
             lengths = frac_lens(x, axis, 7).to(device)
-            expected = reference.fixed_point_quantize(x, lengths, -127, 127, axis)
+            grid = Grid(reference.power_of_two(-lengths), None, fixed_point_type(8, True, axis))
+            expected = fake_quant.fake_quantize(x, grid)
             given = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
             y = fixed_point_quantize(given, lengths, axis=axis, backend=use)
             assert torch.equal(y, expected)
             dy = torch.arange(1.0, y.numel() + 1, device=device).view(y.shape)
             y.backward(dy)
-            assert torch.equal(given.grad, reference.fixed_point_quantize_backward(dy, x, lengths, -127, 127, axis))
+            assert torch.equal(given.grad, fake_quant.fake_quantize_backward(dy, x, grid, blocks_ends=True))
 
     @pytest.mark.parametrize(("word_len", "signed"), FORMATS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -48,10 +53,11 @@ class TestFixedPointQuantize(OpTester):
         y = fixed_point_quantize(x, frac_len, word_len, signed, backend=use)
         y.sum().backward()
         lengths = torch.tensor([frac_len], dtype=torch.int32, device=device)
-        expected = reference.fixed_point_quantize(x.detach(), lengths, low, high)
+        grid = Grid(reference.power_of_two(-lengths), None, QuantizedType(low, high))
+        expected = fake_quant.fake_quantize(x.detach(), grid)
         assert torch.equal(y.nan_to_num(7), expected.nan_to_num(7))
         ones = torch.ones_like(expected)
-        assert torch.equal(x.grad, reference.fixed_point_quantize_backward(ones, x.detach(), lengths, low, high))
+        assert torch.equal(x.grad, fake_quant.fake_quantize_backward(ones, x.detach(), grid, blocks_ends=True))
 
 
 class TestSearch(OpTester):
@@ -71,12 +77,13 @@ class TestSearch(OpTester):
         ops = implementation("fixed_point", x, use)
         for axis in (None, 0):
             for low, high, count in ((-127, 127, 8), (0, 255, 9)):
-                errors = ops.frac_len_errors(x, low, high, count, axis)
+                qtype = QuantizedType(low, high, axis=axis)
+                errors = ops.frac_len_errors(x, qtype, count)
                 assert errors.dtype == torch.float64
-                expected = reference.frac_len_errors(x, low, high, count, axis)
+                expected = reference.frac_len_errors(x, qtype, count)
                 # float32 squares, added in another order.
                 torch.testing.assert_close(errors, expected, rtol=1e-6, atol=0)
-                assert torch.equal(errors, ops.frac_len_errors(x, low, high, count, axis))
+                assert torch.equal(errors, ops.frac_len_errors(x, qtype, count))
 
     def test_ties_go_to_the_smaller(self, use: str, device: str) -> None:
         x = torch.tensor([0.25, -1.5, 8.75], device=device)

@@ -18,7 +18,9 @@ LAYERS = [
     ("tritonq.fake_quantize", "tritonq.fixed_point_fake_quantize", "tritonq.learned_fake_quantize"),
     ("tritonq.observers", "tritonq.functional", "tritonq.factory"),
     ("tritonq.reference", "tritonq.kernels", "tritonq.backend"),
-    ("tritonq.qparams", "tritonq.arithmetic", "tritonq.bins", "tritonq.process_group", "tritonq.version"),
+    ("tritonq.grid",),
+    ("tritonq.qparams", "tritonq.granularity", "tritonq.arithmetic", "tritonq.bins", "tritonq.process_group"),
+    ("tritonq.version",),
 ]
 # The one place that may read torch.ao checkpoints.
 TORCH_AO_READER = "tritonq.deploy.torch_ao"

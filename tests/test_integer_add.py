@@ -13,7 +13,8 @@ from torch import nn
 
 import tritonq
 from tritonq.deploy.modules import Quantizer
-from tritonq.functional.integer import Grid, integer_add
+from tritonq.functional.integer import integer_add
+from tritonq.grid import Grid
 from tritonq.qparams import QINT8, QuantizedType
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from grids import grid_of
 from tritonq.backend import has_triton, is_interpreting
 
 if not has_triton() or is_interpreting():
@@ -78,7 +79,7 @@ def plain(launch):
 def quantize(x, axis=None):
     channels = 1 if axis is None else x.shape[axis]
     scale, zero_point = torch.full((channels,), 0.1), torch.zeros(channels, dtype=torch.int32)
-    return fake_quant.fake_quantize_backward(x, x, scale, zero_point, -8, 7, axis)
+    return fake_quant.fake_quantize_backward(x, x, grid_of(scale, zero_point, -8, 7, axis))
 
 
 def observe(x):

@@ -14,7 +14,7 @@ from op_tester import LAYOUTS, axes, strided_tensors
 
 pytest.importorskip("triton")
 
-from tritonq.kernels.layout import Split, View, grid, split, tile_counts, tile_shape, view
+from tritonq.kernels.layout import Split, View, launch_grid, split, tile_counts, tile_shape, view
 
 
 def seen(x: Tensor, axis: int | None = None) -> View | None:
@@ -129,7 +129,7 @@ def test_tiles_and_grids(sizes: tuple[int, int, int], max_cols: int) -> None:
     programs = tile_counts(sizes, rows, cols)
     assert programs[1] * rows >= sizes[1] > (programs[1] - 1) * rows
     assert programs[2] * cols >= sizes[2] > (programs[2] - 1) * cols
-    placed = grid(programs)
+    placed = launch_grid(programs)
     assert sorted(placed.programs) == sorted(programs)
     assert placed.programs[0] < 2**31
     assert max(placed.programs[1:]) <= 65535
@@ -150,7 +150,7 @@ def test_tiles_waste_little() -> None:
 
 def test_grid_too_large() -> None:
     with pytest.raises(ValueError, match="65535"):
-        grid((70000, 70000, 70000))
+        launch_grid((70000, 70000, 70000))
 
 
 @given(sizes=sizes_of_views, channel=st.sampled_from([None, 0, 1, 2]), target=st.integers(1, 2000))

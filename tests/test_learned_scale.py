@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tritonq
+from grids import grid_of
 from op_tester import LAYOUTS, OpTester, axes
 from tolerances import assert_matches
 from tritonq.backend import implementation
@@ -175,13 +176,19 @@ def test_what_is_not_finite(method):
     assert parameter.grad.isfinite().all()
 
 
+def learned_grid(scale, zero_point, low, high, axis, method, enabled=None):
+    """A grid that rounds as the method does."""
+    rounding = "half_even" if method in ("torch", "pact") else "half_away"
+    return grid_of(scale, zero_point, low, high, axis, rounding, enabled)
+
+
 @pytest.mark.parametrize("method", FORMULAS)
 def test_nan_counts_for_no_gradient(method):
     x, dy = torch.tensor([0.2, 9.0, -9.0, 1.3, torch.nan]), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
     zero_point = torch.tensor([1], dtype=torch.int32) if method in ("torch", "megengine") else None
-    arguments = (torch.tensor([0.5]), zero_point, 0 if method == "pact" else -8, 7, None, method)
-    dirty = reference.learned_fake_quantize_backward(dy, x, *arguments)
-    clean = reference.learned_fake_quantize_backward(dy[:4], x[:4], *arguments)
+    grid = learned_grid(torch.tensor([0.5]), zero_point, 0 if method == "pact" else -8, 7, None, method)
+    dirty = reference.learned_fake_quantize_backward(dy, x, grid, method)
+    clean = reference.learned_fake_quantize_backward(dy[:4], x[:4], grid, method)
     assert torch.equal(dirty[0], torch.cat([clean[0], torch.zeros(1)]))
     assert torch.equal(dirty[1], clean[1])
     assert torch.equal(dirty[2], clean[2])
@@ -398,7 +405,7 @@ class TestKernels(OpTester):
     )
     def test_forward_and_backward(self, method, layout, use, device):
         x = LAYOUTS[layout]()
-        grid = (0, 7) if method == "pact" else (-8, 7)
+        codes = (0, 7) if method == "pact" else (-8, 7)
         for axis in axes(x)[:3]:
             channels = 1 if axis is None else x.shape[axis]
             generator = torch.Generator().manual_seed(5)
@@ -406,13 +413,15 @@ class TestKernels(OpTester):
             shift = torch.randint(0, 5, (channels,), generator=generator, dtype=torch.int32)
             dy = torch.randn(x.shape, generator=generator)
             for zero_point in (None, shift) if method in ("torch", "megengine") else (None,):
-                arguments = (parameter, zero_point, *grid, axis, method)
-                moved = [None if a is None else a.to(device) for a in arguments[:2]]
+                there = learned_grid(parameter, zero_point, *codes, axis, method)
+                here = learned_grid(
+                    *(None if a is None else a.to(device) for a in (parameter, zero_point)), *codes, axis, method
+                )
                 ops = implementation("learned_scale", x, use)
-                y = ops.learned_fake_quantize(x.to(device), *moved, *arguments[2:])
-                assert_matches(y.cpu(), reference.learned_fake_quantize(x, *arguments), "fake_quant")
-                found = ops.learned_fake_quantize_backward(dy.to(device), x.to(device), *moved, *arguments[2:])
-                expected = reference.learned_fake_quantize_backward(dy, x, *arguments)
+                y = ops.learned_fake_quantize(x.to(device), here, method)
+                assert_matches(y.cpu(), reference.learned_fake_quantize(x, there, method), "fake_quant")
+                found = ops.learned_fake_quantize_backward(dy.to(device), x.to(device), here, method)
+                expected = reference.learned_fake_quantize_backward(dy, x, there, method)
                 assert_matches(found[0].cpu(), expected[0], "grad")
                 for actual, wanted in zip(found[1:], expected[1:], strict=True):
                     assert_matches(actual.cpu(), wanted, "scale_grad")
@@ -425,16 +434,15 @@ class TestKernels(OpTester):
             active = None if on is None else torch.full((1,), on, dtype=torch.uint8)
             for method in FORMULAS:
                 zero_point = torch.tensor([1], dtype=torch.int32) if method in ("torch", "megengine") else None
-                arguments = (torch.tensor([0.5]), zero_point, 0 if method == "pact" else -8, 7, None, method)
-                found = implementation("learned_scale", x, use).learned_fake_quantize_backward(
-                    dy.to(device),
-                    x.to(device),
-                    arguments[0].to(device),
-                    None if zero_point is None else zero_point.to(device),
-                    *arguments[2:],
-                    active=None if active is None else active.to(device),
+                tensors = (torch.tensor([0.5]), zero_point, active)
+                there, here = (
+                    learned_grid(scale, zero, 0 if method == "pact" else -8, 7, None, method, enabled)
+                    for scale, zero, enabled in (tensors, [None if t is None else t.to(device) for t in tensors])
                 )
-                expected = reference.learned_fake_quantize_backward(dy, x, *arguments, active=active)
+                found = implementation("learned_scale", x, use).learned_fake_quantize_backward(
+                    dy.to(device), x.to(device), here, method
+                )
+                expected = reference.learned_fake_quantize_backward(dy, x, there, method)
                 assert_matches(found[0].cpu(), expected[0], "grad")
                 for actual, wanted in zip(found[1:], expected[1:], strict=True):
                     assert_matches(actual.cpu(), wanted, "scale_grad")
@@ -445,6 +453,7 @@ class TestKernels(OpTester):
             scale = torch.full((channels,), 0.1, device=device)
             ops = implementation("learned_scale", x, use)
             first, again = (
-                ops.learned_fake_quantize_backward(dy, x, scale, None, -8, 7, axis, "torch") for _ in range(2)
+                ops.learned_fake_quantize_backward(dy, x, learned_grid(scale, None, -8, 7, axis, "torch"), "torch")
+                for _ in range(2)
             )
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

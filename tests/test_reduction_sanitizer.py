@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from grids import grid_of
 from test_conv_bn_sanitizer import trace  # noqa: F401 (a fixture: loops nest here too)
 from test_sanitizer import INPUTS, small_tiles, traced  # noqa: F401 (a fixture)
 from test_sanitizer import trace as symbolic_trace  # noqa: F401 (a fixture)
 from tritonq.bins import FloatPrefixBins
+from tritonq.qparams import QINT8_NARROW
 
 pytestmark = pytest.mark.worker("sanitizer")
 
@@ -42,10 +44,9 @@ def test_learned_scale(
     x = with_axis(name, axis)
     channels = 1 if axis is None else x.shape[axis]
     zero_point = torch.ones(channels, dtype=torch.int32) if method in ("torch", "megengine") else None
-    arguments = (torch.ones(channels), zero_point, 0, 7, axis, method)
-    active = torch.ones(1, dtype=torch.uint8)
-    learned_scale.learned_fake_quantize(x, *arguments, active=active)
-    learned_scale.learned_fake_quantize_backward(x, x, *arguments, active=active)
+    grid = grid_of(torch.ones(channels), zero_point, 0, 7, axis, enabled=torch.ones(1, dtype=torch.uint8))
+    learned_scale.learned_fake_quantize(x, grid, method)
+    learned_scale.learned_fake_quantize_backward(x, x, grid, method)
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_search_of_fractional_lengths(
 
     traced(trace, fixed_point, monkeypatch)
     monkeypatch.setattr(fixed_point, "_BLOCK", 16)
-    fixed_point.frac_len_errors(with_axis(name, axis), -127, 127, 8, axis)
+    fixed_point.frac_len_errors(with_axis(name, axis), QINT8_NARROW.with_axis(axis), 8)
 
 
 def convolve(groups: int, saturated: bool, x_channels: int = 6) -> None:
@@ -145,10 +146,10 @@ def test_finds_a_planted_access_out_of_bounds(
     monkeypatch.setattr(learned_scale, "common_view", dishonest)
     x = torch.randn(65)
     with pytest.raises(SystemExit):
-        fixed_point.frac_len_errors(x, -127, 127, 8)
+        fixed_point.frac_len_errors(x, QINT8_NARROW, 8)
     with pytest.raises(SystemExit):
         histogram.prefix_histogram(x, FloatPrefixBins())
     with pytest.raises(SystemExit):
-        learned_scale.learned_fake_quantize_backward(x, x, torch.ones(1), None, 0, 7, None, "torch")
+        learned_scale.learned_fake_quantize_backward(x, x, grid_of(torch.ones(1), None, 0, 7), "torch")
     with pytest.raises(SystemExit):
         convolve(6, False, x_channels=5)

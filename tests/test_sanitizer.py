@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from grids import grid_of
+
 pytestmark = pytest.mark.worker("sanitizer")
 
 
@@ -67,11 +69,11 @@ def test_fake_quant(name: str, axis: int | None, trace: Callable[[Any], Any], mo
     if axis is not None and axis >= x.dim():
         return
     channels = 1 if axis is None else x.shape[axis]
-    arguments = (torch.ones(channels), torch.ones(channels, dtype=torch.int32), -8, 7, axis)
-    active = torch.ones(1, dtype=torch.uint8)
-    fake_quant.fake_quantize(x, *arguments, active=active)
-    fake_quant.quantize(x, *arguments, "half_away")
-    fake_quant.fake_quantize_backward(x, x, *arguments, active=active)
+    qparams = (torch.ones(channels), torch.ones(channels, dtype=torch.int32))
+    grid = grid_of(*qparams, -8, 7, axis, enabled=torch.ones(1, dtype=torch.uint8))
+    fake_quant.fake_quantize(x, grid)
+    fake_quant.quantize(x, grid_of(*qparams, -8, 7, axis, "half_away"))
+    fake_quant.fake_quantize_backward(x, x, grid)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -108,7 +110,7 @@ def test_finds_a_planted_access_out_of_bounds(trace: Callable[[Any], Any], monke
     traced(trace, fake_quant, monkeypatch)
     traced(trace, min_max, monkeypatch)
     x = torch.randn(65)
-    fake_quant.fake_quantize(x, torch.ones(1), None, -8, 7)
+    fake_quant.fake_quantize(x, grid_of(torch.ones(1), None, -8, 7))
     min_max.min_max(x)
 
     honest, view = fake_quant.common_view, min_max.view
@@ -122,4 +124,4 @@ def test_finds_a_planted_access_out_of_bounds(trace: Callable[[Any], Any], monke
 
     monkeypatch.setattr(fake_quant, "common_view", dishonest)
     with pytest.raises(SystemExit):
-        fake_quant.fake_quantize(x, torch.ones(1), None, -8, 7)
+        fake_quant.fake_quantize(x, grid_of(torch.ones(1), None, -8, 7))

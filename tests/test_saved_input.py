@@ -7,7 +7,8 @@ import torch
 from quantizer_states import quantizer_state
 from tritonq.functional import saved_input
 from tritonq.functional.residual import residual_join
-from tritonq.functional.saved_input import InputGrid, keep, mark, restore
+from tritonq.functional.saved_input import keep, mark, restore
+from tritonq.grid import Grid
 from tritonq.qparams import QINT8, QUINT8
 
 
@@ -16,7 +17,7 @@ def on_grid(qtype, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     scale, zero = torch.tensor([0.0173]), torch.tensor([3], dtype=torch.int32)
     codes = torch.randint(qtype.quant_min, qtype.quant_max + 1, (4, 6, 5, 7), generator=generator)
-    return ((codes - zero) * scale).to(dtype), InputGrid(scale, zero, qtype)
+    return ((codes - zero) * scale).to(dtype), Grid(scale, zero, qtype)
 
 
 def seen(qtype):
@@ -92,6 +93,6 @@ def test_a_residual_join_marks_its_result(verified):
     state = quantizer_state(QINT8)
     a, b = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     y = residual_join(a.requires_grad_(), b, state, None)
-    kept = keep(y, InputGrid(state.scale, state.zero_point, QINT8))
+    kept = keep(y, Grid(state.scale, state.zero_point, QINT8))
     assert not verified
     assert torch.equal(restore(kept), y)

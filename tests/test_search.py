@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tritonq.bins import FloatPrefixBins
+from tritonq.grid import Grid
 from tritonq.qparams import QINT1, QINT2, QINT4, QINT8, QINT8_NARROW, QUINT2, QUINT8, QuantizedType, range_to_qparams
 from tritonq.reference import search as reference
 from tritonq.reference.fake_quant import fake_quantize
@@ -113,7 +114,7 @@ def test_mse_against_raw_data(qtype, name):
 
     def error(lo, hi):
         scale, zero_point = range_to_qparams(lo, hi, qtype)
-        y = fake_quantize(x, scale, zero_point, qtype.quant_min, qtype.quant_max)
+        y = fake_quantize(x, Grid(scale, zero_point, qtype))
         return float((y.double() - x.double()).square().mean())
 
     down = [2 ** (-step / 16) for step in range(0, 96, 2)]
@@ -201,10 +202,7 @@ def test_a_single_value(value, qtype, search):
     if search == "percentile":
         assert lo == hi == x[0]
     if search == "mse":
-        y, plain = (
-            fake_quantize(x, *range_to_qparams(*ends, qtype), qtype.quant_min, qtype.quant_max)
-            for ends in ((lo, hi), (x[0], x[0]))
-        )
+        y, plain = (fake_quantize(x, Grid(*range_to_qparams(*ends, qtype), qtype)) for ends in ((lo, hi), (x[0], x[0])))
         # The bin of the value is not the value: it reaches 2^-20 beyond.
         assert (y - x).abs().max() <= (plain - x).abs().max() + 2.0**-20 * abs(value)
 

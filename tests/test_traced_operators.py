@@ -23,6 +23,7 @@ from tritonq.bins import FloatPrefixBins
 from tritonq.functional import traced
 from tritonq.functional.linear_map import Convolution
 from tritonq.functional.traced import eval_mode
+from tritonq.grid import Grid
 from tritonq.qparams import QINT8, QUINT8, QuantizedType
 from tritonq.reference.conv_bn import BatchNormState
 from tritonq.reference.quantizer_state import QuantizerState
@@ -77,17 +78,20 @@ def joins(x: Tensor) -> None:
 def elementwise(x: Tensor) -> None:
     for axis, channels in ((None, 1), (1, x.shape[1])):
         scale, zero_point = torch.full((channels,), 0.05), torch.zeros(channels, dtype=torch.int32)
-        grid = (-128, 127, axis)
-        traced.fake_quant.fake_quantize(x, scale, zero_point, *grid)
-        traced.fake_quant.fake_quantize_backward(x, x, scale, zero_point, *grid)
+        qtype, enabled = QINT8.with_axis(axis), torch.ones(1, dtype=torch.uint8)
+        for grid in (Grid(scale, zero_point, qtype), Grid(scale, None, qtype, enabled)):
+            ops = traced.FAMILIES["fake_quant"]
+            ops.fake_quantize(x, grid)
+            ops.quantize(x, grid)
+            ops.fake_quantize_backward(x, x, grid)
         for method in ("torch", "megengine", "tqt"):
-            zero = None if method == "tqt" else torch.zeros(channels)
-            traced.learned_scale.learned_fake_quantize(x, scale, zero, *grid, method)
-            traced.learned_scale.learned_fake_quantize_backward(x, x, scale, zero, *grid, method)
-        lengths = torch.full((channels,), 4, dtype=torch.int32)
-        traced.fixed_point.fixed_point_quantize(x, lengths, *grid)
-        traced.fixed_point.fixed_point_quantize_backward(x, x, lengths, *grid)
-        traced.fixed_point.search_frac_len(x, -128, 127, 8, axis)
+            ops = traced.FAMILIES["learned_scale"]
+            grid = Grid(scale, None if method == "tqt" else zero_point, qtype)
+            ops.learned_fake_quantize(x, grid, method)
+            ops.learned_fake_quantize_backward(x, x, grid, method)
+        ops = traced.FAMILIES["fixed_point"]
+        ops.frac_len_errors(x, qtype, 8)
+        ops.search_frac_len(x, qtype, 8)
 
 
 def observers(x: Tensor) -> None:
@@ -123,8 +127,9 @@ def folds(x: Tensor) -> None:
 
 def evaluation(x: Tensor) -> None:
     zero = torch.zeros(1, dtype=torch.int32)
-    grid = state(QINT8)._replace(zero_point=zero)
-    kernels = state(QINT8.with_axis(0), 6)._replace(zero_point=torch.zeros(6, dtype=torch.int32))
+    enabled = torch.ones(1, dtype=torch.uint8)
+    grid = Grid(torch.full((1,), 0.05), zero, QINT8, enabled)
+    kernels = Grid(torch.full((6,), 0.05), torch.zeros(6, dtype=torch.int32), QINT8.with_axis(0), enabled)
     x = tritonq.fake_quantize_per_tensor_affine(x, 0.05, 0, -128, 127)
     op = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
     weight = normal(6, x.shape[1], 3, 3)

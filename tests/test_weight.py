@@ -11,6 +11,7 @@ from op_tester import OpTester
 from quantizer_states import assert_same_state, moved, quantizer_state
 from tritonq.backend import implementation
 from tritonq.functional.fake_quant import fake_quantize
+from tritonq.grid import Grid
 from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QUINT8
 from tritonq.reference import quantizer_state as quantizer_state_module
 from tritonq.reference import weight as reference
@@ -73,9 +74,7 @@ class TestWeight(OpTester):
         # What the op's parts compute, written out.
         folded = rows * column(0.5 * fold, rows)
         axis = None if other.scale.numel() == 1 else 0
-        whole = fake_quantize(
-            folded, other.scale, other.zero_point, qtype.quant_min, qtype.quant_max, axis, qtype.rounding
-        )
+        whole = fake_quantize(folded, Grid(other.scale, other.zero_point, qtype.with_axis(axis)))
         torch.testing.assert_close(codes.cpu() * column(unit.cpu(), rows), whole, rtol=0, atol=0)
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -46,7 +46,7 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
     Examples:
         >>> import tritonq
         >>> model = tritonq.nn.Linear(4, 2, qconfig=tritonq.get_qconfig("megengine_calibration"))
-        >>> calibrate(model, [torch.randn(8, 4) for _ in range(4)]).weight_fake_quant.is_active()
+        >>> calibrate(model, [torch.randn(8, 4) for _ in range(4)]).weight_fake_quant.is_enabled_on_host()
         True
     """
     quantizers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizeBase)}

@@ -11,6 +11,7 @@ from torch import Tensor
 from tritonq.factory import Factory, WithArgs
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.recomputation import is_recomputing
+from tritonq.grid import Grid
 from tritonq.observers import MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
 from tritonq.observers.base import FixedDtypeBuffers
 from tritonq.qparams import QParams, QuantizedType
@@ -67,14 +68,29 @@ class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
             self._qparams_known = bool(self.rests_on_data())
         return self._qparams_known
 
-    def is_active(self) -> bool:
-        """Whether :meth:`forward` rounds. Waits for the device only after a switch was thrown."""
+    def is_enabled_on_host(self) -> bool:
+        """Whether :meth:`forward` rounds. Synchronises with the device only after a switch was thrown."""
         return self._is_switched_on() and self.has_qparams()
 
-    def active_switch(self) -> Tensor:
-        """:meth:`is_active` as a uint8 tensor (1,) on the device, for what may not wait: steps and traced graphs."""
+    def enabled_on_device(self) -> Tensor:
+        """Return :meth:`is_enabled_on_host` as a uint8 tensor (1,) on the device, for steps and traced graphs."""
         known = self._qparams_known if torch.compiler.is_compiling() else self.has_qparams()
         return self.fake_quant_enabled if known else self.fake_quant_enabled * self.rests_on_data()
+
+    def is_active(self) -> bool:
+        """Return :meth:`is_enabled_on_host`: an older name."""
+        return self.is_enabled_on_host()
+
+    def active_switch(self) -> Tensor:
+        """Return :meth:`enabled_on_device`: an older name."""
+        return self.enabled_on_device()
+
+    def grid(self) -> Grid:
+        """Return the grid that :meth:`forward` rounds to, with its switch on the device. Observes nothing."""
+        scale, zero_point = self.calculate_qparams()
+        observer = getattr(self, "activation_post_process", None)
+        is_zero = isinstance(observer, ObserverBase) and observer.zero_point_is_zero
+        return Grid(scale, None if is_zero else zero_point, self.qtype, self.enabled_on_device())
 
     def _is_switched_on(self) -> bool:
         """``fake_quant_enabled`` as a bool, read once for each version of the buffer."""
@@ -155,10 +171,10 @@ class FakeQuantize(FakeQuantizeBase):
         self._take_given_qparams()
         return super().has_qparams()
 
-    def active_switch(self) -> Tensor:
+    def enabled_on_device(self) -> Tensor:
         """See base class."""
         self._take_given_qparams()
-        return super().active_switch()
+        return super().enabled_on_device()
 
     def _take_given_qparams(self) -> None:
         """Adopt what a PassiveObserver was given since the last call."""
@@ -195,24 +211,14 @@ class FakeQuantize(FakeQuantizeBase):
     def quantize(self, x: Tensor) -> Tensor:
         """Fake quantize ``x`` with the present qparams; passes it through while switched off or never observed."""
         if torch.compiler.is_compiling():
-            active = self.active_switch()
+            active = self.enabled_on_device()
         elif self.has_qparams():
             active = self.fake_quant_enabled
         else:
             self._warn_once()
             return x
         zero_point = None if self.activation_post_process.zero_point_is_zero else self.zero_point
-        qtype = self.qtype
-        return fake_quantize(
-            x,
-            self.scale,
-            zero_point,
-            qtype.quant_min,
-            qtype.quant_max,
-            qtype.axis,
-            qtype.rounding,
-            active=active,
-        )
+        return fake_quantize(x, Grid(self.scale, zero_point, self.qtype, active))
 
     def _warn_once(self) -> None:
         if not self._warned:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.fixed_point import (
     Statistic,
-    fixed_point_range,
+    fixed_point_type,
     largest_frac_len,
     quantize_fixed_point,
     search_frac_len,
@@ -20,7 +20,7 @@ from tritonq.functional.fixed_point import (
 )
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.validate import check_axis
-from tritonq.qparams import QParams, QuantizedType
+from tritonq.qparams import QParams
 from tritonq.reference.fixed_point import power_of_two
 
 Phase = Literal["fixed", "floating", "floating_wo_clip"]
@@ -77,12 +77,11 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         num_channels: int | None = None,
     ) -> None:
         super().__init__()
-        quant_min, quant_max = fixed_point_range(word_len, signed)
+        self.qtype = fixed_point_type(word_len, signed, axis)
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be in 0..1, got {momentum}")
         if choice not in get_args(Choice):
             raise ValueError(f"unknown choice {choice!r}; known: {', '.join(get_args(Choice))}")
-        self.qtype = QuantizedType(quant_min, quant_max, symmetric=signed, axis=axis)
         self.word_len, self.signed, self.momentum, self.choice = word_len, signed, momentum, choice
         self.phase: Phase = "fixed"
         self._warned = False
@@ -122,13 +121,13 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         """See base class."""
         return self.observed
 
-    def is_active(self) -> bool:
+    def is_enabled_on_host(self) -> bool:
         """See base class."""
-        return self.phase == "fixed" and super().is_active()
+        return self.phase == "fixed" and super().is_enabled_on_host()
 
-    def active_switch(self) -> Tensor:
+    def enabled_on_device(self) -> Tensor:
         """See base class."""
-        return super().active_switch() if self.phase == "fixed" else torch.zeros_like(self.fake_quant_enabled)
+        return super().enabled_on_device() if self.phase == "fixed" else torch.zeros_like(self.fake_quant_enabled)
 
     def rounded_frac_len(self) -> Tensor:
         """The running fractional length as eval uses it: int32 ``clamp(round(fl), 0, word_len - signed)``."""
@@ -187,14 +186,12 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         active = self.fake_quant_enabled if seen is None else self.fake_quant_enabled * seen
         if self.phase == "floating":
             return self._clip(x, frac_len, active)
-        return quantize_fixed_point(x, frac_len, self.codes, self.qtype.axis, active=active)
+        return quantize_fixed_point(x, frac_len, self.qtype, enabled=active)
 
     def _clip(self, x: Tensor, frac_len: Tensor, active: Tensor) -> Tensor:
         step = power_of_two(-frac_len, torch.float64).to(x.dtype)
         if self.qtype.axis is not None:
-            shape = [1] * x.dim()
-            shape[self.qtype.axis] = -1
-            step = step.view(shape)
+            step = self.qtype.granularity.align(step, x.dim())
         low, high = self.codes
         return torch.where(active != 0, torch.clamp(x, low * step, high * step), x)
 

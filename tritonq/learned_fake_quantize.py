@@ -16,6 +16,7 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.learned_scale import MEGENGINE_FLOOR, StepGradient, learned_fake_quantize
 from tritonq.functional.recomputation import is_recomputing
+from tritonq.grid import Grid
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase
 from tritonq.qparams import QParams, Rounding
 
@@ -257,31 +258,12 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         if self.method == "megengine" and codes is not None and not self.training:
             # Clipping before rounding turns ties over where z is not 0. Deployment rounds first; eval agrees with it.
             scale = scale.detach()
-            return fake_quantize(
-                x,
-                scale,
-                codes,
-                qtype.quant_min,
-                qtype.quant_max,
-                qtype.axis,
-                qtype.rounding,
-                active=self.fake_quant_enabled,
-            )
+            return fake_quantize(x, Grid(scale, codes, qtype, self.fake_quant_enabled))
         factor = self.grad_factor
         if factor is None:
             factor = 1 / math.sqrt(max(1, x.numel() / max(1, scale.numel()) * max(1, qtype.quant_max)))
-        return learned_fake_quantize(
-            x,
-            scale,
-            codes,
-            qtype.quant_min,
-            qtype.quant_max,
-            qtype.axis,
-            self.method,
-            factor,
-            shift=shift,
-            active=self.fake_quant_enabled,
-        )
+        grid = Grid(scale, codes, qtype, self.fake_quant_enabled)
+        return learned_fake_quantize(x, grid, self.method, factor, shift=shift)
 
 
 class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
@@ -339,10 +321,8 @@ class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
         self.log2_threshold.copy_(torch.log2(qparams.scale).view_as(self.log2_threshold))
 
     def _rounded(self, x: Tensor) -> Tensor:
-        qtype, scale = self.qtype, torch.exp2(self.log2_threshold)
-        return learned_fake_quantize(
-            x, scale, None, qtype.quant_min, qtype.quant_max, qtype.axis, "tqt", active=self.fake_quant_enabled
-        )
+        grid = Grid(torch.exp2(self.log2_threshold), None, self.qtype, self.fake_quant_enabled)
+        return learned_fake_quantize(x, grid, "tqt")
 
 
 class ClippedFakeQuantize(LearnedFakeQuantize):
@@ -403,10 +383,8 @@ class ClippedFakeQuantize(LearnedFakeQuantize):
         self.alpha.copy_(top.view_as(self.alpha))
 
     def _rounded(self, x: Tensor) -> Tensor:
-        qtype, alpha = self.qtype, self._positive_alpha()
-        return learned_fake_quantize(
-            x, alpha, None, 0, qtype.quant_max, qtype.axis, "pact", active=self.fake_quant_enabled
-        )
+        grid = Grid(self._positive_alpha(), None, self.qtype, self.fake_quant_enabled)
+        return learned_fake_quantize(x, grid, "pact")
 
 
 def _floored(parameter: Tensor, floor: float) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tritonq.arithmetic import NUMBERS, TENSORS, Arithmetic
+from tritonq.granularity import Granularity
 
 Rounding = Literal["half_even", "half_away"]
 RangeRule = Literal["torch", "torch_v1", "megengine"]
@@ -124,6 +125,11 @@ class QuantizedType:
         if not self.symmetric:
             return None
         return 0 if self.signed else (self.quant_min + self.quant_max + 1) // 2
+
+    @property
+    def granularity(self) -> Granularity:
+        """Which elements of a tensor share a scale."""
+        return Granularity(self.axis)
 
     @property
     def storage_dtype(self) -> torch.dtype:

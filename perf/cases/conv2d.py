@@ -132,14 +132,14 @@ class Operator:
 
     def _tritonq(self, inputs: Inputs) -> Step:
         from tritonq.backend import implementation
+        from tritonq.grid import Grid
         from tritonq.qparams import QINT8
-        from tritonq.reference.conv2d import OutputQuantizer
 
         conv2d = implementation("conv2d", inputs["x"]).conv2d
 
         def step(inputs: Inputs) -> tuple[Tensor, ...]:
-            quantizer = OutputQuantizer(inputs["scale"], None, None, QINT8)
-            return (conv2d(inputs["x"], inputs["weight"], inputs["bias"], *self.conv.geometry, math.inf, quantizer),)
+            grid = Grid(inputs["scale"], None, QINT8)
+            return (conv2d(inputs["x"], inputs["weight"], inputs["bias"], *self.conv.geometry, math.inf, grid),)
 
         return step
 

@@ -13,6 +13,7 @@ from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.modules import LAYER_TYPES, DeployedModule, Grids, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbeddingBag
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.grid import Grid
 from tritonq.nn import Add, Embedding, EmbeddingBag, QATLayer, QATRepVGGBlock
 from tritonq.nn.elementwise import note_relus
 from tritonq.prepare.edit.fuse import move_hooks
@@ -84,7 +85,7 @@ def _check(model: nn.Module, allow_unquantized: bool) -> None:
             f"{type(model).__name__} has no quantization-aware layer and no fake quantizer: use prepare_qat first"
         )
     for name, module in model.named_modules():
-        if isinstance(module, FakeQuantizeBase) and not module.is_active() and not allow_unquantized:
+        if isinstance(module, FakeQuantizeBase) and not module.is_enabled_on_host() and not allow_unquantized:
             why = "has never observed anything" if bool(module.fake_quant_enabled) else "is switched off"
             raise ValueError(
                 f"the quantizer {name!r} {why}, so the model that was trained does not round there; train or calibrate "
@@ -121,7 +122,9 @@ def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 def _quantizer(source: FakeQuantizeBase) -> nn.Module:
     return (
-        Quantizer(source.qtype, *map(torch.clone, source.calculate_qparams())) if source.is_active() else nn.Identity()
+        Quantizer(source.qtype, *map(torch.clone, source.calculate_qparams()))
+        if source.is_enabled_on_host()
+        else nn.Identity()
     )
 
 
@@ -172,7 +175,7 @@ def _weight_grid(layer: QATLayer) -> QuantizedType | None:
         return None
     if not isinstance(quantizer, FakeQuantizeBase):
         raise ValueError(f"a weight quantizer of type {type(quantizer).__name__} has no grid")
-    return quantizer.qtype if quantizer.is_active() else None
+    return quantizer.qtype if quantizer.is_enabled_on_host() else None
 
 
 def _float_tensors(
@@ -191,7 +194,7 @@ def _table(table: Embedding | EmbeddingBag) -> nn.Module:
     target: Any = TABLE_TYPES[nn.Embedding if isinstance(table, nn.Embedding) else nn.EmbeddingBag]
     geometry = {name: getattr(table, name) for name in target.geometry_names}
     quantizer = table.weight_fake_quant
-    if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_active():
+    if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
         kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
         return kind(**geometry, _weight=table.weight.detach().clone())
     codes, scale, zero = _codes(table.weight, quantizer)
@@ -206,7 +209,7 @@ def _codes(rows: Tensor, quantizer: FakeQuantizeBase) -> tuple[Tensor, Tensor, T
     if qtype.axis not in (None, 0):
         raise ValueError(f"its weight quantizer keeps one scale per index of axis {qtype.axis}, not per row")
     scale, zero = (values.reshape(-1).expand(len(rows)).clone() for values in quantizer.calculate_qparams())
-    codes = quantize(rows.float(), scale, zero, qtype.quant_min, qtype.quant_max, 0, qtype.rounding)
+    codes = quantize(rows.float(), Grid(scale, zero, qtype.with_axis(0)))
     return codes.to(qtype.storage_dtype), scale, zero
 
 

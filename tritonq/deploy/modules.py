@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from tritonq.functional.conv2d import find_kernel
 from tritonq.functional.fake_quant import fake_quantize
-from tritonq.functional.integer import BYTE_BITS, IntegerAffine, OutputGrid, integer_affine, sum_bound
+from tritonq.functional.integer import BYTE_BITS, IntegerAffine, integer_affine, sum_bound
 from tritonq.functional.linear_map import Convolution, plain_conv2d
+from tritonq.grid import Grid
 from tritonq.nn.fusable import checked_ceiling, describe_relu
 from tritonq.observers.base import FixedDtypeBuffers
 from tritonq.qparams import QParams, QuantizedType
 from tritonq.reference.activation import rectify
-from tritonq.reference.conv2d import OutputQuantizer
 
 if TYPE_CHECKING:
     from typing import Self
@@ -85,8 +85,8 @@ class Quantizer(DeployedModule):
         """See base class."""
         self._has_zero_point = bool(self.zero_point.any())
 
-    def is_active(self) -> bool:
-        """True: it always rounds."""
+    def is_enabled_on_host(self) -> bool:
+        """Return True: it always rounds. Reads nothing."""
         return True
 
     def calculate_qparams(self) -> QParams:
@@ -95,15 +95,17 @@ class Quantizer(DeployedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; shape and dtype of ``x``."""
-        q = self.qtype
-        zero_point = self.zero_point if self._has_zero_point else None
-        return fake_quantize(x, self.scale, zero_point, q.quant_min, q.quant_max, q.axis, q.rounding)
+        return fake_quantize(x, self.grid())
 
-    def fixed(self) -> OutputQuantizer | None:
-        """What an operator needs to round to this grid; None where the module runs: per channel, or with hooks."""
+    def grid(self) -> Grid:
+        """Return the grid, which is always on."""
+        return Grid(self.scale, self.zero_point if self._has_zero_point else None, self.qtype)
+
+    def fused_grid(self) -> Grid | None:
+        """Return the grid for an operator that rounds to it; None where the module runs: per channel, or with hooks."""
         if self.qtype.axis is not None or self._forward_hooks or self._forward_pre_hooks:
             return None
-        return OutputQuantizer(self.scale, self.zero_point if self._has_zero_point else None, None, self.qtype)
+        return self.grid()
 
     def extra_repr(self) -> str:
         """Code range, scale and zero point."""
@@ -253,7 +255,7 @@ class QuantizedLayer(DeployedModule):
         kernel = find_kernel(x, self.weight, self.plain_conv2d(), layer)
         if kernel is None:
             return self.run_operators(x, layer)
-        fused = quantizer.fixed() if isinstance(quantizer, Quantizer) and self.following is None else None
+        fused = quantizer.fused_grid() if isinstance(quantizer, Quantizer) and self.following is None else None
         if layer is None:
             y = kernel(x, self.dequantized_weight(x.dtype), self._float_bias(x.dtype), self.ceiling, fused)
         else:
@@ -284,12 +286,12 @@ class QuantizedLayer(DeployedModule):
             y = self.following(y)
         return cast(Tensor, self.activation_post_process(y))
 
-    def output_grid(self) -> OutputGrid | None:
+    def output_grid(self) -> Grid | None:
         """The one grid that the accumulator goes to at once, or None where a function or no such grid follows."""
         quantizer = self.activation_post_process
         if self.following is not None or not isinstance(quantizer, Quantizer) or quantizer.qtype.axis is not None:
             return None
-        return OutputGrid(quantizer.scale, quantizer.qtype.rounding)
+        return quantizer.grid()
 
     def extra_repr(self) -> str:
         """Geometry, and what the weight and the arithmetic are."""

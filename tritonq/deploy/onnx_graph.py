@@ -180,8 +180,7 @@ def _uint8_quantizer(
 
 def _end_codes(quantizer: Quantizer, bounds: tuple[float, float]) -> tuple[int, int]:
     """The codes of two values."""
-    ends, grid = torch.tensor(bounds, device=quantizer.scale.device), quantizer.qtype
-    codes = quantize(ends, quantizer.scale, quantizer.zero_point, grid.quant_min, grid.quant_max, None, grid.rounding)
+    codes = quantize(torch.tensor(bounds, device=quantizer.scale.device), quantizer.grid())
     return int(codes[0]), int(codes[1])
 
 

@@ -17,6 +17,7 @@ from tritonq.deploy.example_inputs import call_arguments, open_batch
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import QuantizedTable
+from tritonq.grid import Grid
 from tritonq.reference.fake_quant import fake_quantize
 
 
@@ -84,8 +85,7 @@ def _program_form(converted: nn.Module) -> nn.Module:
 
 
 def _quantize(quantizer: Quantizer, x: Tensor) -> Tensor:
-    q, (scale, zero_point) = quantizer.qtype, quantizer.calculate_qparams()
-    return fake_quantize(x, scale, zero_point, q.quant_min, q.quant_max, q.axis, q.rounding)
+    return fake_quantize(x, Grid(*quantizer.calculate_qparams(), quantizer.qtype))
 
 
 def _run_layer(layer: QuantizedLayer, x: Tensor) -> Tensor:

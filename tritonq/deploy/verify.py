@@ -228,7 +228,7 @@ def _torch_runner(model: nn.Module) -> Runner:
         for name, module in model.named_modules()
         if isinstance(module, (FakeQuantizeBase, Quantizer)) and not name.endswith("weight_fake_quant")
     }
-    active = {n: m for n, m in quantizers.items() if isinstance(m, Quantizer) or m.is_active()}
+    active = {n: m for n, m in quantizers.items() if isinstance(m, Quantizer) or m.is_enabled_on_host()}
     layers = fixed_point_layers(model)
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tritonq.backend import select
-from tritonq.functional.integer import FLOAT32_EXACT, IntegerAffine, OutputGrid, centred_codes
+from tritonq.functional.integer import FLOAT32_EXACT, IntegerAffine, centred_codes
 from tritonq.functional.linear_map import Convolution
+from tritonq.grid import Grid
 from tritonq.reference.activation import rectify_backward
-from tritonq.reference.conv2d import OutputQuantizer
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class ConvKernel:
         weight: Tensor,
         bias: Tensor | None,
         ceiling: float | None = None,
-        quantizer: OutputQuantizer | None = None,
+        grid: Grid | None = None,
     ) -> Tensor:
-        """``FQ(relu?(conv(x, weight) + bias))``, differentiable where ``quantizer`` is None.
+        """``FQ(relu?(conv(x, weight) + bias))``, differentiable where ``grid`` is None.
 
         Args:
             x: (n, c, h, w).
             weight: (out, c/groups, kh, kw), quantized already.
             bias: (out,), or None.
             ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
-            quantizer: of the output.
+            grid: of the output.
 
         Raises:
             TypeError: three dtypes that are not one.
@@ -52,8 +52,8 @@ class ConvKernel:
         if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
             got = [str(t.dtype) for t in (x, weight, bias) if t is not None]
             raise TypeError(f"input, weight and bias must have one dtype, got {', '.join(got)}")
-        if quantizer is not None:
-            return self._run(x, weight, bias, ceiling, quantizer)
+        if grid is not None:
+            return self._run(x, weight, bias, ceiling, grid)
         y: Tensor = _FoldedConv2d.apply(x, weight, bias, self, ceiling)  # type: ignore[no-untyped-call]
         return y
 
@@ -61,9 +61,9 @@ class ConvKernel:
         self,
         x: Tensor,
         layer: IntegerAffine,
-        output: OutputGrid | None,
+        output: Grid | None,
         ceiling: float | None = None,
-        quantizer: OutputQuantizer | None = None,
+        grid: Grid | None = None,
     ) -> Tensor:
         """:func:`tritonq.functional.integer.integer_affine` bit for bit, ReLU and fake quantization behind it.
 
@@ -72,7 +72,7 @@ class ConvKernel:
             layer: the integers; see :func:`find_kernel` for which it takes.
             output: the grid that the result goes onto, or None.
             ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
-            quantizer: of the output.
+            grid: of the output.
 
         Returns:
             (n, out, h', w') in ``x``'s dtype; without gradient.
@@ -85,12 +85,11 @@ class ConvKernel:
             layer.weight,
             layer.bias,
             multiplier,
-            None if output is None else output.scale,
-            "half_even" if output is None else output.rounding,
+            output,
             x.dtype,
             *self._geometry,
             ceiling,
-            quantizer,
+            grid,
             tile=self.tile,
         )
         return result
@@ -99,12 +98,10 @@ class ConvKernel:
     def _geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
         return self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups
 
-    def _run(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, ceiling: float | None, quantizer: OutputQuantizer | None
-    ) -> Tensor:
+    def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None, ceiling: float | None, grid: Grid | None) -> Tensor:
         from tritonq.kernels.conv2d import conv2d
 
-        y: Tensor = conv2d(x, weight, bias, *self._geometry, ceiling, quantizer, tile=self.tile)
+        y: Tensor = conv2d(x, weight, bias, *self._geometry, ceiling, grid, tile=self.tile)
         return y
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.linear_map import LinearMap
 from tritonq.functional.recomputation import StepMemory, is_recomputing
-from tritonq.functional.saved_input import InputGrid, SavedInput, keep, mark, restore
+from tritonq.functional.saved_input import SavedInput, keep, mark, restore
+from tritonq.grid import Grid
 from tritonq.qparams import is_readable
 from tritonq.reference.conv_bn import BatchNormState, Normalization
 from tritonq.reference.fold import fold_scale
@@ -44,7 +45,7 @@ class ConvBnStep:
     norm: BatchNormState
     weight_quantizer: QuantizerState | None = None
     output_quantizer: QuantizerState | None = None
-    input_grid: InputGrid | None = None
+    input_grid: Grid | None = None
     ceiling: float | None = None
     memory: StepMemory = field(default_factory=StepMemory)
 

@@ -29,5 +29,4 @@ def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleTyp
         raise NotImplementedError(f"torch.compile traces backend='auto' alone (see use_backend), got {backend!r}")
     if name not in traced.FAMILIES:
         raise NotImplementedError(f"torch.compile can't trace {name} yet; disable compilation of what calls it")
-    module: ModuleType = getattr(traced, name)
-    return module
+    return traced.FAMILIES[name]

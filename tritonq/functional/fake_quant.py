@@ -11,12 +11,12 @@ from tritonq.backend import Backend
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.validate import (
     check_axis,
-    check_code_arguments,
     check_float_tensor,
     check_scale,
     check_zero_point,
 )
-from tritonq.qparams import Rounding
+from tritonq.grid import Grid
+from tritonq.qparams import QuantizedType, Rounding
 
 
 def fake_quantize_per_tensor_affine(
@@ -59,11 +59,7 @@ def fake_quantize_per_tensor_affine(
         >>> fake_quantize_per_tensor_affine(torch.tensor([-1.0, 0.26, 9.0]), 0.5, 0, -8, 7)
         tensor([-1.0000,  0.5000,  3.5000])
     """
-    check_float_tensor("x", x)
-    check_code_arguments(quant_min, quant_max, rounding)
-    scale = check_scale(scale, x, None)
-    checked = check_zero_point(zero_point, x, None, quant_min, quant_max)
-    return fake_quantize(x, scale, checked, quant_min, quant_max, None, rounding, backend)
+    return fake_quantize(x, _checked_grid(x, scale, zero_point, None, quant_min, quant_max, rounding), backend)
 
 
 def fake_quantize_per_channel_affine(
@@ -100,64 +96,57 @@ def fake_quantize_per_channel_affine(
         tensor([[0.9000, 0.9000],
                 [0.8000, 0.8000]])
     """
-    check_float_tensor("x", x)
-    check_code_arguments(quant_min, quant_max, rounding)
-    axis = check_axis(x, axis)
-    scale = check_scale(scale, x, x.shape[axis])
-    checked = check_zero_point(zero_point, x, x.shape[axis], quant_min, quant_max)
-    return fake_quantize(x, scale, checked, quant_min, quant_max, axis, rounding, backend)
+    return fake_quantize(x, _checked_grid(x, scale, zero_point, axis, quant_min, quant_max, rounding), backend)
 
 
-def fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None,
-    rounding: Rounding = "half_even",
-    backend: Backend = "auto",
-    active: Tensor | None = None,
-) -> Tensor:
-    """The op behind both public functions, for arguments that are known to be right (modules call it).
+def fake_quantize(x: Tensor, grid: Grid, backend: Backend = "auto", blocks_ends: bool = False) -> Tensor:
+    """Round ``x`` to a grid that is known to be right: the operator behind both public functions and the modules.
 
-    ``active`` is a one-element uint8 tensor, read on ``x``'s device: 0 passes values and gradients through.
+    The switch of ``grid`` is read on ``x``'s device: while it is 0, values and gradients pass. ``blocks_ends``: whether
+    the first and the last code block the gradient too.
     """
-    grid = (quant_min, quant_max, axis, rounding)
     if not (x.requires_grad and torch.is_grad_enabled()):
         # Going through autograd costs as much as a small tensor's whole arithmetic.
-        y: Tensor = implementation("fake_quant", x, backend).fake_quantize(x, scale, zero_point, *grid, active=active)
+        y: Tensor = implementation("fake_quant", x, backend).fake_quantize(x, grid)
         return y
-    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, active, grid, backend)  # type: ignore[no-untyped-call]
+    result: Tensor = _FakeQuantize.apply(x, grid, backend, blocks_ends)  # type: ignore[no-untyped-call]
     return result
 
 
+def _checked_grid(
+    x: Tensor,
+    scale: float | Tensor,
+    zero_point: int | Tensor,
+    axis: int | None,
+    quant_min: int,
+    quant_max: int,
+    rounding: Rounding,
+) -> Grid:
+    """Return the grid that a public function's arguments describe, or raise what its docstring says."""
+    check_float_tensor("x", x)
+    qtype = QuantizedType(quant_min, quant_max, False, None if axis is None else check_axis(x, axis), rounding)
+    channels = None if qtype.axis is None else x.shape[qtype.axis]
+    scale = check_scale(scale, x, channels)
+    return Grid(scale, check_zero_point(zero_point, x, channels, quant_min, quant_max), qtype)
+
+
 class _FakeQuantize(torch.autograd.Function):
-    """Saves ``x`` and the qparams alone: the backward recomputes its mask."""
+    """Saves ``x`` and the grid alone: the backward recomputes its mask."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        active: Tensor | None,
-        grid: tuple[int, int, int | None, Rounding],
-        backend: Backend,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, grid: Grid, backend: Backend, blocks_ends: bool) -> Tensor:
+        ctx.ops, ctx.qtype, ctx.blocks_ends = implementation("fake_quant", x, backend), grid.qtype, blocks_ends
         if ctx.needs_input_grad[0]:
             # A running observer overwrites its qparams in place, and a switch may be thrown between forward and
             # backward: the backward keeps this step's own copies.
-            state = (None if value is None else value.clone() for value in (scale, zero_point, active))
-            ctx.save_for_backward(x, *state)
-        ctx.grid = grid
-        ctx.ops = implementation("fake_quant", x, backend)
-        y: Tensor = ctx.ops.fake_quantize(x, scale, zero_point, *grid, active=active)
+            kept = grid.copy()
+            ctx.save_for_backward(x, kept.scale, kept.zero_point, kept.enabled)
+        y: Tensor = ctx.ops.fake_quantize(x, grid)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero_point, active = ctx.saved_tensors
-        dx = ctx.ops.fake_quantize_backward(dy, x, scale, zero_point, *ctx.grid, active=active)
-        return dx, None, None, None, None, None
+        x, scale, zero_point, enabled = ctx.saved_tensors
+        grid = Grid(scale, zero_point, ctx.qtype, enabled)
+        return ctx.ops.fake_quantize_backward(dy, x, grid, ctx.blocks_ends), None, None, None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from tritonq.backend import Backend
 from tritonq.functional.dispatch import implementation
+from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.validate import check_axis, check_float_tensor
-from tritonq.qparams import is_readable
+from tritonq.grid import Grid
+from tritonq.qparams import QuantizedType, is_readable
+from tritonq.reference.fixed_point import power_of_two
 
 Statistic = Literal["std", "mean_abs", "rms"]
 
@@ -28,6 +31,11 @@ def fixed_point_range(word_len: int, signed: bool) -> tuple[int, int]:
     if not isinstance(word_len, int) or isinstance(word_len, bool) or word_len not in _WORD_LENGTHS:
         raise ValueError(f"word_len must be an integer in 2..16, got {word_len!r}")
     return (-(2 ** (word_len - 1)) + 1, 2 ** (word_len - 1) - 1) if signed else (0, 2**word_len - 1)
+
+
+def fixed_point_type(word_len: int, signed: bool, axis: int | None = None) -> QuantizedType:
+    """Return the codes of :func:`fixed_point_range` with one fractional length per index of ``axis``."""
+    return QuantizedType(*fixed_point_range(word_len, signed), symmetric=signed, axis=axis)
 
 
 def largest_frac_len(word_len: int, signed: bool) -> int:
@@ -76,24 +84,17 @@ def fixed_point_quantize(
     check_float_tensor("x", x)
     axis = None if axis is None else check_axis(x, axis)
     checked = _check_frac_len(frac_len, x, word_len, signed, axis)
-    return quantize_fixed_point(x, checked, fixed_point_range(word_len, signed), axis, backend)
+    return quantize_fixed_point(x, checked, fixed_point_type(word_len, signed, axis), backend)
 
 
 def quantize_fixed_point(
-    x: Tensor,
-    frac_len: Tensor,
-    codes: tuple[int, int],
-    axis: int | None = None,
-    backend: Backend = "auto",
-    active: Tensor | None = None,
+    x: Tensor, frac_len: Tensor, qtype: QuantizedType, backend: Backend = "auto", enabled: Tensor | None = None
 ) -> Tensor:
-    """The op behind :func:`fixed_point_quantize`, for arguments that are known to be right.
+    """Round ``x`` as :func:`fixed_point_quantize` does, with arguments that are known to be right.
 
-    ``codes`` are the smallest and the largest code; ``active``, a one-element uint8 tensor, passes values and gradients
-    through where it is 0.
+    ``enabled``, a one-element uint8 tensor, passes values and gradients through where it is 0.
     """
-    result: Tensor = _FixedPointQuantize.apply(x, frac_len, active, codes, axis, backend)  # type: ignore[no-untyped-call]
-    return result
+    return fake_quantize(x, Grid(power_of_two(-frac_len), None, qtype, enabled), backend, blocks_ends=True)
 
 
 def search_frac_len(
@@ -127,9 +128,8 @@ def search_frac_len(
     """
     check_float_tensor("x", x)
     axis = None if axis is None else check_axis(x, axis)
-    codes = fixed_point_range(word_len, signed)
-    ops = implementation("fixed_point", x, backend)
-    found: Tensor = ops.search_frac_len(x.detach(), *codes, largest_frac_len(word_len, signed) + 1, axis)
+    qtype, candidates = fixed_point_type(word_len, signed, axis), largest_frac_len(word_len, signed) + 1
+    found: Tensor = implementation("fixed_point", x, backend).search_frac_len(x.detach(), qtype, candidates)
     return found
 
 
@@ -174,35 +174,6 @@ def statistic_frac_len(
     exponent = torch.frexp(numerator / metric).exponent - 1
     largest = largest_frac_len(word_len, signed)
     return torch.where(metric > 0, exponent.clamp(0, largest), largest).to(torch.int32)
-
-
-class _FixedPointQuantize(torch.autograd.Function):
-    """Saves ``x`` and the fractional length alone: the backward recomputes its mask."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        frac_len: Tensor,
-        active: Tensor | None,
-        codes: tuple[int, int],
-        axis: int | None,
-        backend: Backend,
-    ) -> Tensor:
-        if ctx.needs_input_grad[0]:
-            # A running fractional length and a switch change in place: the backward keeps this step's own.
-            ctx.save_for_backward(x, frac_len.clone(), None if active is None else active.clone())
-        ctx.codes, ctx.axis = codes, axis
-        ctx.ops = implementation("fixed_point", x, backend)
-        y: Tensor = ctx.ops.fixed_point_quantize(x, frac_len, *codes, axis, active=active)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, frac_len, active = ctx.saved_tensors
-        dx = ctx.ops.fixed_point_quantize_backward(dy, x, frac_len, *ctx.codes, ctx.axis, active=active)
-        return dx, None, None, None, None, None
 
 
 def _check_frac_len(frac_len: int | Tensor, x: Tensor, word_len: int, signed: bool, axis: int | None) -> Tensor:

@@ -19,7 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tritonq.qparams import QuantizedType, Rounding, round_half_away
+from tritonq.grid import Grid
+from tritonq.qparams import QuantizedType, round_half_away
 from tritonq.reference.conv2d import requantize
 from tritonq.reference.fake_quant import quantize
 
@@ -81,19 +82,6 @@ def centred_codes(x: Tensor, scale: Tensor) -> Tensor:
     return (x.float() / scale).round_()
 
 
-@dataclass(frozen=True)
-class OutputGrid:
-    """The per-tensor grid that a layer's output goes onto.
-
-    Attributes:
-        scale: float32, one element.
-        rounding: how its quantizer rounds.
-    """
-
-    scale: Tensor
-    rounding: Rounding
-
-
 class Rows(Protocol):
     """How a layer's weight lies: both functions as in `tritonq.functional.linear_map.LinearMap`."""
 
@@ -102,26 +90,6 @@ class Rows(Protocol):
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """Inverse of :meth:`to_rows`."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A per-tensor grid, or for a weight one per out channel: values ``(code - zero_point) * scale``.
-
-    Attributes:
-        scale: float32, one element or (out,).
-        zero_point: int32, as ``scale``.
-        qtype: its codes and rounding.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-    qtype: QuantizedType
-
-    @property
-    def offset(self) -> Tensor:
-        """Zero point of the same grid with codes from 0 on, float32."""
-        return (self.zero_point - self.qtype.quant_min).float()
 
 
 def to_integers(
@@ -139,8 +107,8 @@ def to_integers(
     """
     rows = layout.to_rows(weight.float())
     scale = raise_scale_for_bias(grid.scale.expand(len(rows)), bias, source.scale)
-    zero, qtype = grid.zero_point.expand(len(rows)), grid.qtype
-    codes = quantize(rows, scale, zero, qtype.quant_min, qtype.quant_max, 0, qtype.rounding)
+    zero, qtype = _zero_point(grid).expand(len(rows)), grid.qtype
+    codes = quantize(rows, Grid(scale, zero, qtype.with_axis(0)))
     codes.sub_(zero.view(-1, *[1] * (codes.dim() - 1)))
     multiplier = source.scale * scale
     return IntegerAffine(
@@ -148,7 +116,7 @@ def to_integers(
         bias=None if bias is None else bias_codes(bias, multiplier),
         multiplier=multiplier,
         input_scale=source.scale,
-        sum_bound=sum_bound(codes, source.zero_point, source.qtype) if may_wait else math.inf,
+        sum_bound=sum_bound(codes, _zero_point(source), source.qtype) if may_wait else math.inf,
         weight_scale=scale,
         weight_zero_point=zero,
         has_8_bit_codes=max(source.qtype.bits, qtype.bits) <= BYTE_BITS,
@@ -156,7 +124,7 @@ def to_integers(
 
 
 def integer_affine(
-    x: Tensor, layer: IntegerAffine, op: LinearOp, channel_axis: int, output: OutputGrid | None = None
+    x: Tensor, layer: IntegerAffine, op: LinearOp, channel_axis: int, output: Grid | None = None
 ) -> Tensor:
     """Run ``layer`` exactly on an input that lies on its input grid.
 
@@ -187,12 +155,12 @@ def integer_sums(x: Tensor, layer: IntegerAffine, op: LinearOp) -> Tensor:
         return op(codes.double(), layer.weight.double()).round_()
 
 
-def onto_grid(total: Tensor, layer: IntegerAffine, channel_axis: int, output: OutputGrid | None) -> Tensor:
+def onto_grid(total: Tensor, layer: IntegerAffine, channel_axis: int, output: Grid | None) -> Tensor:
     """What :func:`integer_affine` makes of the sums; overwrites ``total`` where that is float32."""
     if output is None:
-        return requantize(total, layer.bias, layer.multiplier, None, "half_even", channel_axis)
+        return requantize(total, layer.bias, layer.multiplier, None, channel_axis)
     steps_per_code = layer.multiplier / output.scale
-    return requantize(total, layer.bias, steps_per_code, output.scale, output.rounding, channel_axis)
+    return requantize(total, layer.bias, steps_per_code, output, channel_axis)
 
 
 def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
@@ -212,11 +180,23 @@ def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) 
     Source: the quantized addition of ONNX Runtime's kernels on x86 and Arm, compared over all pairs of codes.
     """
     ratio_a, ratio_b = grid_a.scale / output.scale, grid_b.scale / output.scale
-    fixed = output.offset - _multiply_add(grid_a.offset, ratio_a, grid_b.offset * ratio_b)
-    inner = _multiply_add(centred_codes(b, grid_b.scale) + grid_b.offset, ratio_b, fixed)
-    total = _multiply_add(centred_codes(a, grid_a.scale) + grid_a.offset, ratio_a, inner)
+    offset_a, offset_b, offset = (_offset(grid) for grid in (grid_a, grid_b, output))
+    fixed = offset - _multiply_add(offset_a, ratio_a, offset_b * ratio_b)
+    inner = _multiply_add(centred_codes(b, grid_b.scale) + offset_b, ratio_b, fixed)
+    total = _multiply_add(centred_codes(a, grid_a.scale) + offset_a, ratio_a, inner)
     rounded = total.round_() if output.qtype.rounding == "half_even" else round_half_away(total)
-    return rounded.sub_(output.offset).mul_(output.scale)
+    return rounded.sub_(offset).mul_(output.scale)
+
+
+def _offset(grid: Grid) -> Tensor:
+    """Return the zero point of the same grid with codes from 0 on, float32."""
+    if grid.zero_point is None:
+        return torch.full_like(grid.scale, -grid.qtype.quant_min)
+    return (grid.zero_point - grid.qtype.quant_min).float()
+
+
+def _zero_point(grid: Grid) -> Tensor:
+    return torch.zeros_like(grid.scale, dtype=torch.int32) if grid.zero_point is None else grid.zero_point
 
 
 def _multiply_add(codes: Tensor, ratio: Tensor, addend: Tensor) -> Tensor:

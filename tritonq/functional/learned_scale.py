@@ -11,12 +11,12 @@ from tritonq.backend import Backend
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.validate import (
     check_axis,
-    check_code_arguments,
     check_float_tensor,
     check_scale,
     check_zero_point,
 )
-from tritonq.qparams import is_readable
+from tritonq.grid import Grid
+from tritonq.qparams import QuantizedType, check_code_range, is_readable
 from tritonq.reference.learned_scale import LearnedScale
 
 StepGradient = Literal["torch", "megengine"]
@@ -74,10 +74,11 @@ def fake_quantize_learnable(
         tensor([6.8000])
     """
     check_float_tensor("x", x)
-    check_code_arguments(quant_min, quant_max, "half_even")
+    check_code_range(quant_min, quant_max)
     if method not in get_args(StepGradient):
         raise ValueError(f"unknown method {method!r}; known: {', '.join(get_args(StepGradient))}")
     axis, channels = _axis_and_channels(x, axis)
+    qtype = QuantizedType(quant_min, quant_max, False, axis, "half_away" if method == "megengine" else "half_even")
     _check_parameter("scale", scale, x, channels, positive=method == "torch")
     if method == "megengine":
         scale = scale.abs() + MEGENGINE_FLOOR
@@ -88,9 +89,7 @@ def fake_quantize_learnable(
         shift, codes = zero_point, zero_point.detach().round().clamp(quant_min, quant_max).to(torch.int32)
     else:
         codes = check_zero_point(zero_point, x, channels, quant_min, quant_max)
-    return learned_fake_quantize(
-        x, scale, codes, quant_min, quant_max, axis, method, grad_factor, shift=shift, backend=backend
-    )
+    return learned_fake_quantize(x, Grid(scale, codes, qtype), method, grad_factor, shift=shift, backend=backend)
 
 
 def trained_threshold_quantize(
@@ -128,11 +127,11 @@ def trained_threshold_quantize(
         tensor([ 0.5000, -4.0000])
     """
     check_float_tensor("x", x)
-    check_code_arguments(quant_min, quant_max, "half_away")
+    check_code_range(quant_min, quant_max)
     axis, channels = _axis_and_channels(x, axis)
+    qtype = QuantizedType(quant_min, quant_max, False, axis, "half_away")
     _check_parameter("log2_threshold", log2_threshold, x, channels, positive=False)
-    scale = torch.exp2(log2_threshold)
-    return learned_fake_quantize(x, scale, None, quant_min, quant_max, axis, "tqt", backend=backend)
+    return learned_fake_quantize(x, Grid(torch.exp2(log2_threshold), None, qtype), "tqt", backend=backend)
 
 
 def clipped_quantize(
@@ -163,41 +162,42 @@ def clipped_quantize(
         tensor([0., 0., 3.])
     """
     check_float_tensor("x", x)
-    check_code_arguments(0, quant_max, "half_even")
+    check_code_range(0, quant_max)
     axis, channels = _axis_and_channels(x, axis)
     _check_parameter("alpha", alpha, x, channels, positive=True)
-    return learned_fake_quantize(x, alpha, None, 0, quant_max, axis, "pact", backend=backend)
+    grid = Grid(alpha, None, QuantizedType(0, quant_max, False, axis))
+    return learned_fake_quantize(x, grid, "pact", backend=backend)
 
 
 def learned_fake_quantize(
     x: Tensor,
-    parameter: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None,
+    grid: Grid,
     method: LearnedScale,
     grad_factor: float = 1.0,
     *,
     shift: Tensor | None = None,
-    active: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The op behind the public functions, for arguments that are known to be right (modules call it).
+    """Fake quantize with a grid whose scale receives a gradient: the operator behind public functions and modules.
 
-    ``shift`` is the zero point that receives a gradient; ``zero_point`` its int32 value. ``active`` as in
-    :func:`tritonq.functional.fake_quant.fake_quantize`.
+    Args:
+        x: any float dtype.
+        grid: known to be right; see :func:`tritonq.reference.learned_scale.learned_fake_quantize`.
+        method: see there.
+        grad_factor: multiplies the gradients of scale and zero point.
+        shift: the zero point that receives a gradient; the grid has its int32 value.
+        backend: see `tritonq.backend`.
     """
-    arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
-    grid = (quant_min, quant_max, axis, method)
+    parameter = grid.scale.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    constant = Grid(parameter.detach(), grid.zero_point, grid.qtype, grid.enabled)
     result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
-        x, parameter.to(arithmetic), shift, zero_point, active, grid, grad_factor, backend
+        x, parameter, shift, constant, method, grad_factor, backend
     )
     return result
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
-    """Saves ``x``, the parameter and the zero point; codes and masks are recomputed."""
+    """Saves ``x`` and the grid; codes and masks are recomputed. ``parameter`` is the grid's scale."""
 
     @staticmethod
     def forward(
@@ -205,33 +205,31 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         x: Tensor,
         parameter: Tensor,
         shift: Tensor | None,
-        zero_point: Tensor | None,
-        active: Tensor | None,
-        grid: tuple[int, int, int | None, LearnedScale],
+        grid: Grid,
+        method: LearnedScale,
         grad_factor: float,
         backend: Backend,
     ) -> Tensor:
         # A switch may be thrown, and an optimizer may step, between forward and backward.
-        state = (None if value is None else value.detach().clone() for value in (parameter, zero_point, active))
-        ctx.save_for_backward(x, *state)
-        ctx.grid, ctx.grad_factor = grid, grad_factor
+        kept = grid.copy()
+        ctx.save_for_backward(x, kept.scale, kept.zero_point, kept.enabled)
+        ctx.qtype, ctx.method, ctx.grad_factor = grid.qtype, method, grad_factor
         ctx.shift_like = None if shift is None else (shift.shape, shift.dtype)
         ctx.ops = implementation("learned_scale", x, backend)
-        y: Tensor = ctx.ops.learned_fake_quantize(x, parameter, zero_point, *grid, active=active)
+        y: Tensor = ctx.ops.learned_fake_quantize(x, grid, method)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, parameter, zero_point, active = ctx.saved_tensors
-        dx, dparameter, dshift = ctx.ops.learned_fake_quantize_backward(
-            dy, x, parameter, zero_point, *ctx.grid, active=active
-        )
-        dparameter = dparameter.to(parameter.dtype).mul_(ctx.grad_factor)
-        if ctx.shift_like is not None:
-            shape, dtype = ctx.shift_like
-            dshift = dshift.view(shape).to(dtype).mul_(ctx.grad_factor)
-        return dx, dparameter, dshift if ctx.shift_like is not None else None, None, None, None, None, None
+        x, scale, zero_point, enabled = ctx.saved_tensors
+        grid = Grid(scale, zero_point, ctx.qtype, enabled)
+        dx, dparameter, dshift = ctx.ops.learned_fake_quantize_backward(dy, x, grid, ctx.method)
+        dparameter = dparameter.to(scale.dtype).mul_(ctx.grad_factor)
+        if ctx.shift_like is None:
+            return dx, dparameter, None, None, None, None, None
+        shape, dtype = ctx.shift_like
+        return dx, dparameter, dshift.view(shape).to(dtype).mul_(ctx.grad_factor), None, None, None, None
 
 
 def _axis_and_channels(x: Tensor, axis: int | None) -> tuple[int | None, int | None]:

@@ -7,32 +7,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from tritonq.qparams import QuantizedType, is_readable
+from tritonq.grid import Grid
+from tritonq.qparams import is_readable
 from tritonq.reference.quantizer_state import QuantizerState, active_flag
 from tritonq.reference.scratch import borrow
 
 _MAX_BITS = 8
 _SHARED = "_tritonq_saved_codes"
 _MARK = "_tritonq_grid"
-
-
-class InputGrid(NamedTuple):
-    """The grid that a tensor lies on: its values are ``(code - zero_point) * scale``.
-
-    Attributes:
-        scale: float32, one element.
-        zero_point: int32, one element; None stands for zero.
-        qtype: the codes.
-    """
-
-    scale: Tensor
-    zero_point: Tensor | None
-    qtype: QuantizedType
-
-    @property
-    def is_compact(self) -> bool:
-        """Whether a code takes one byte."""
-        return self.qtype.bits <= _MAX_BITS and self.qtype.axis is None
 
 
 class SavedInput(NamedTuple):
@@ -56,13 +38,13 @@ class SavedInput(NamedTuple):
         return self.values, self.scale, self.shift
 
 
-def keep(x: Tensor, grid: InputGrid | None) -> SavedInput:
+def keep(x: Tensor, grid: Grid | None) -> SavedInput:
     """``x`` as codes of ``grid`` if it can be rebuilt from them exactly, else ``x`` itself.
 
     On a CPU that is verified, unless an operator of ours said so (:func:`mark`); elsewhere the grid is trusted.
     Operators that take the same tensor share its codes.
     """
-    if grid is None or not grid.is_compact or x.dtype == torch.float64:
+    if grid is None or not _is_compact(grid) or x.dtype == torch.float64:
         return SavedInput(x, None, None, x.dtype)
     shared = getattr(x, _SHARED, None)
     if shared is not None and shared[0] is grid.scale and shared[1] == x._version:
@@ -72,6 +54,11 @@ def keep(x: Tensor, grid: InputGrid | None) -> SavedInput:
         # An attribute of the tensor lives as long as the tensor, and no longer.
         setattr(x, _SHARED, (grid.scale, x._version, saved))
     return saved
+
+
+def _is_compact(grid: Grid) -> bool:
+    """Whether a code takes one byte, and one scale serves all."""
+    return grid.qtype.bits <= _MAX_BITS and grid.qtype.axis is None
 
 
 def mark(y: Tensor, scale: Tensor, state: QuantizerState) -> None:
@@ -86,7 +73,7 @@ def mark(y: Tensor, scale: Tensor, state: QuantizerState) -> None:
         setattr(y, _MARK, (scale, scale._version, y._version))
 
 
-def _is_marked(x: Tensor, grid: InputGrid) -> bool:
+def _is_marked(x: Tensor, grid: Grid) -> bool:
     """Whether ``x`` is as :func:`mark` left it, and the scale has not moved since."""
     scale, *versions = getattr(x, _MARK, (None,))
     return scale is grid.scale and versions == [grid.scale._version, x._version]
@@ -102,7 +89,7 @@ def restore(saved: SavedInput, out: Tensor | None = None) -> Tensor:
     return steps.mul_(saved.scale).to(saved.dtype)
 
 
-def _encode(x: Tensor, grid: InputGrid, trusted: bool) -> SavedInput:
+def _encode(x: Tensor, grid: Grid, trusted: bool) -> SavedInput:
     scale = grid.scale.clone()
     codes = torch.mul(x.float(), scale.reciprocal(), out=borrow("local", x, torch.float32)).round_()
     shift, middle = None, 0

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tritonq.qparams import check_code_range, check_rounding, is_readable
+from tritonq.qparams import is_readable
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INT_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
@@ -29,12 +29,6 @@ def check_axis(x: Tensor, axis: int) -> int:
     if not -x.dim() <= axis < x.dim():
         raise ValueError(f"axis {axis} is out of range for a tensor of {x.dim()} dimensions {tuple(x.shape)}")
     return axis % x.dim()
-
-
-def check_code_arguments(quant_min: int, quant_max: int, rounding: str) -> None:
-    """Raise unless code range and rounding mode are usable."""
-    check_code_range(quant_min, quant_max)
-    check_rounding(rounding)
 
 
 def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tensor:

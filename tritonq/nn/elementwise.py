@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.functional.integer import Grid, integer_add
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.integer import integer_add
 from tritonq.functional.residual import residual_join
-from tritonq.nn.fusable import ceiling_of, checked_ceiling, describe_relu, grid_state, range_state, warn_if_unobserved
+from tritonq.grid import Grid
+from tritonq.nn.fusable import ceiling_of, checked_ceiling, describe_relu, range_state, warn_if_unobserved
 from tritonq.nn.qat import with_gradient_of
 from tritonq.qconfig import QConfig
-from tritonq.qparams import QParams, QuantizedType
+from tritonq.qparams import QuantizedType
 from tritonq.reference.activation import rectify
 from tritonq.reference.quantizer_state import QuantizerState
 
@@ -32,11 +34,11 @@ class GridSource(Protocol):
 
     qtype: QuantizedType
 
-    def is_active(self) -> bool:
-        """Whether it rounds."""
+    def is_enabled_on_host(self) -> bool:
+        """Whether it rounds. May synchronise with the device."""
 
-    def calculate_qparams(self) -> QParams:
-        """Scale and zero point."""
+    def grid(self) -> Grid:
+        """Return the grid, with its switch on the device."""
 
 
 class Add(_WithOutputQuantizer):
@@ -93,22 +95,21 @@ class Add(_WithOutputQuantizer):
         quantizers = (*self._input_quantizers, self.activation_post_process)
         relus = (*self.after_relu, self.ceiling is not None)
         if torch.compiler.is_compiling():
-            states = [grid_state(quantizer) for quantizer in quantizers]
-            if any(state is not None for state in states):
-                known = [
-                    state._replace(qtype=_deployed_type(state.qtype, relu))
-                    for state, relu in zip(states, relus, strict=True)
-                    if state is not None and state.qtype.axis is None
-                ]
-                if len(known) < len(states):
+            trained = [quantizer for quantizer in quantizers if isinstance(quantizer, FakeQuantizeBase)]
+            if trained:
+                if len(trained) < len(quantizers) or any(quantizer.qtype.axis is not None for quantizer in trained):
                     return None
                 from tritonq.functional.traced import eval_mode
 
-                return eval_mode.add(a, b, *known)
-        grids = tuple(map(_grid, quantizers, relus))
-        if None in grids:
+                grids = [_deployed(quantizer.grid(), relu) for quantizer, relu in zip(trained, relus, strict=True)]
+                return eval_mode.add(a, b, *grids)
+        sources = [cast(GridSource, quantizer) for quantizer in quantizers if isinstance(quantizer, GridSource)]
+        if len(sources) < len(quantizers):
             return None
-        return integer_add(a, b, *cast(tuple[Grid, Grid, Grid], grids)).to(a.dtype)
+        if any(source.qtype.axis is not None or not source.is_enabled_on_host() for source in sources):
+            return None
+        grids = [_deployed(source.grid(), relu) for source, relu in zip(sources, relus, strict=True)]
+        return integer_add(a, b, *grids).to(a.dtype)
 
     def extra_repr(self) -> str:
         """The ReLU, where there is one."""
@@ -132,17 +133,12 @@ def note_relus(model: nn.Module) -> None:
             module.after_relu = tuple(id(source) in behind for source in module.input_quantizers)
 
 
-def _deployed_type(qtype: QuantizedType, relu: bool) -> QuantizedType:
-    """The codes that deployment has for values behind a ReLU: from that of zero on, where the type fixes it."""
-    zero = qtype.fixed_zero_point
-    return qtype if zero is None or not relu else replace(qtype, quant_min=zero, symmetric=False)
-
-
-def _grid(quantizer: nn.Module | None, relu: bool) -> Grid | None:
-    """The per-tensor grid that a quantizer puts its values on, behind a ReLU or not, or None."""
-    if not isinstance(quantizer, GridSource) or quantizer.qtype.axis is not None or not quantizer.is_active():
-        return None
-    return Grid(*quantizer.calculate_qparams(), _deployed_type(quantizer.qtype, relu))
+def _deployed(grid: Grid, relu: bool) -> Grid:
+    """Return the grid with the codes that deployment has: behind a ReLU from that of zero on, if the type fixes it."""
+    zero = grid.qtype.fixed_zero_point
+    if zero is None or not relu:
+        return grid
+    return Grid(grid.scale, grid.zero_point, replace(grid.qtype, quant_min=zero, symmetric=False), grid.enabled)
 
 
 def _can_join(a: Tensor, b: Tensor, quantizer: QuantizerState) -> bool:

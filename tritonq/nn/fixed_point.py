@@ -218,11 +218,11 @@ class FixedPointLayer(nn.Module):
             return False
         if torch.compiler.is_compiling():
             return self.input_format.phase == "fixed"
-        return self.input_format.is_active() and bool(self.weight_fake_quant.fake_quant_enabled)
+        return self.input_format.is_enabled_on_host() and bool(self.weight_fake_quant.fake_quant_enabled)
 
     def _integer_switch(self) -> Tensor:
         """The part of :meth:`is_integer` that a graph asks on the device: uint8 (1,)."""
-        return self.input_format.active_switch() * self.weight_fake_quant.fake_quant_enabled
+        return self.input_format.enabled_on_device() * self.weight_fake_quant.fake_quant_enabled
 
     @torch.no_grad()
     def integers(self) -> FixedPointIntegers:

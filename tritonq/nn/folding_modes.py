@@ -91,7 +91,7 @@ def bias_on_grid(layer: QATLayer, bias: Tensor) -> Tensor:
     if not _is_symmetric_int8(source) or not _is_symmetric_int8(quantizer):
         return bias
     source, quantizer = cast(FakeQuantizeBase, source), cast(FakeQuantizeBase, quantizer)
-    both_on = (source.active_switch() & quantizer.active_switch()) != 0
+    both_on = (source.enabled_on_device() & quantizer.enabled_on_device()) != 0
     input_scale, weight_scale = source.calculate_qparams().scale, quantizer.calculate_qparams().scale
     weight_scale = raise_scale_for_bias(weight_scale.expand(len(bias)), bias, input_scale)
     rounded = quantize_bias(bias, input_scale, weight_scale)

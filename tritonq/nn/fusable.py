@@ -9,15 +9,13 @@ from torch import nn
 
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
-from tritonq.functional.saved_input import InputGrid
+from tritonq.grid import Grid
 from tritonq.observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
-    ObserverBase,
     PerChannelMinMaxObserver,
 )
-from tritonq.reference.conv2d import OutputQuantizer
 from tritonq.reference.quantizer_state import QuantizerState
 
 # By exact type: a subclass may observe in another way.
@@ -59,28 +57,14 @@ def range_state(quantizer: nn.Module) -> QuantizerState | None:
     )
 
 
-def fixed_quantizer(quantizer: nn.Module) -> OutputQuantizer | None:
-    """What an operator needs to round with a per-tensor FakeQuantize in eval mode, or None: its module runs by itself.
+def fixed_grid(quantizer: nn.Module) -> Grid | None:
+    """Return the grid of a per-tensor FakeQuantize in eval mode, for an operator that rounds to it.
 
-    That is also so before it has observed anything: its module then warns.
+    None: the module runs by itself. That is also so before it has observed anything: it then warns.
     """
     if type(quantizer) is not FakeQuantize or quantizer.training or has_hooks(quantizer):
         return None
-    if quantizer.qtype.axis is not None or not quantizer.has_qparams():
-        return None
-    zero_point = None if quantizer.activation_post_process.zero_point_is_zero else quantizer.zero_point
-    return OutputQuantizer(quantizer.scale, zero_point, quantizer.fake_quant_enabled, quantizer.qtype)
-
-
-def grid_state(quantizer: nn.Module | None) -> QuantizerState | None:
-    """The grid of a fake quantizer and its switch as tensors, which an operator may ask where the host can't; or None.
-
-    Nothing is observed through it.
-    """
-    if not isinstance(quantizer, FakeQuantizeBase):
-        return None
-    active = quantizer.active_switch()
-    return QuantizerState(*quantizer.calculate_qparams(), active, quantizer.qtype, known=True)
+    return quantizer.grid() if quantizer.qtype.axis is None and quantizer.has_qparams() else None
 
 
 def warn_if_unobserved(quantizer: nn.Module) -> None:
@@ -91,19 +75,11 @@ def warn_if_unobserved(quantizer: nn.Module) -> None:
         quantizer._warn_once()
 
 
-def input_grid(quantizer: FakeQuantizeBase | None) -> InputGrid | None:
-    """The grid that values of an active per-tensor ``quantizer`` lie on; None while a graph is traced."""
-    if (
-        quantizer is None
-        or torch.compiler.is_compiling()
-        or quantizer.qtype.axis is not None
-        or not quantizer.is_active()
-    ):
+def input_grid(quantizer: FakeQuantizeBase | None) -> Grid | None:
+    """Return the grid that values of a per-tensor ``quantizer`` lie on; None while it is off or a graph is traced."""
+    if quantizer is None or torch.compiler.is_compiling() or quantizer.qtype.axis is not None:
         return None
-    scale, zero_point = quantizer.calculate_qparams()
-    observer = getattr(quantizer, "activation_post_process", None)
-    always_zero = isinstance(observer, ObserverBase) and observer.zero_point_is_zero
-    return InputGrid(scale, None if always_zero else zero_point, quantizer.qtype)
+    return quantizer.grid() if quantizer.is_enabled_on_host() else None
 
 
 def ceiling_of(activation: nn.Module | None) -> float | None:

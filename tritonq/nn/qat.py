@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.conv2d import ConvKernel, find_kernel
-from tritonq.functional.integer import Grid, IntegerAffine, OutputGrid, integer_affine, to_integers
+from tritonq.functional.integer import IntegerAffine, integer_affine, to_integers
 from tritonq.functional.linear_map import Convolution, LinearMap
-from tritonq.nn.fusable import describe_relu, fixed_quantizer, grid_state
+from tritonq.grid import Grid
+from tritonq.nn.fusable import describe_relu, fixed_grid
 from tritonq.qconfig import QConfig
 from tritonq.reference.activation import rectify
 
@@ -137,7 +138,7 @@ class QATLayer(nn.Module):
         if kernel is None or needs_grad:
             y = self._affine(x, weight, bias, layer, kernel)
             return cast(Tensor, self.activation_post_process(rectify(y, ceiling)))
-        quantizer = fixed_quantizer(self.activation_post_process)
+        quantizer = fixed_grid(self.activation_post_process)
         if layer is None:
             y = kernel(x, self.quantized_weight(weight), bias, ceiling, quantizer)
         else:
@@ -169,14 +170,15 @@ class QATLayer(nn.Module):
 
     def _traced_affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """:meth:`_affine` in eval mode for ``torch.compile``: whether integers are computed is asked on the device."""
-        source, weights = grid_state(self.input_quantizer), grid_state(self.weight_fake_quant)
-        if source is None or source.qtype.axis is not None or weights is None:
+        source, quantizer = self.input_quantizer, self.weight_fake_quant
+        if source is None or source.qtype.axis is not None or not isinstance(quantizer, FakeQuantizeBase):
             return self.linear_op(x, self.quantized_weight(weight), bias)
         from tritonq.functional.traced import eval_mode
 
-        output = grid_state(self._output_quantizer())
+        output = self._output_quantizer()
         padded, op = self.as_linear_map(x)
-        exact = eval_mode.affine(padded, weight, bias, op, self._output_axis, source, weights, output)
+        grids = (source.grid(), quantizer.grid(), None if output is None else output.grid())
+        exact = eval_mode.affine(padded, weight, bias, op, self._output_axis, *grids)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             # The compiler drops the surrogate's own value.
             return with_gradient_of(exact, self.linear_op(x, self.quantized_weight(weight), bias))
@@ -187,23 +189,22 @@ class QATLayer(nn.Module):
         quantizer = self.activation_post_process
         return quantizer if isinstance(quantizer, FakeQuantizeBase) and quantizer.qtype.axis is None else None
 
-    def _output_grid(self) -> OutputGrid | None:
+    def _output_grid(self) -> Grid | None:
         """The one grid that the output goes onto, or None where there is none, or it is switched off."""
         quantizer = self._output_quantizer()
-        if quantizer is None or not quantizer.is_active():
+        if quantizer is None or not quantizer.is_enabled_on_host():
             return None
-        return OutputGrid(quantizer.calculate_qparams().scale, quantizer.qtype.rounding)
+        return quantizer.grid()
 
     @torch.no_grad()
     def integer_layer(self, weight: Tensor, bias: Tensor | None) -> IntegerAffine | None:
         """This layer in integers, or None where input grid or weight grid are unknown or switched off."""
         source, quantizer = self.input_quantizer, self.weight_fake_quant
-        if source is None or source.qtype.axis is not None or not source.is_active():
+        if source is None or source.qtype.axis is not None or not source.is_enabled_on_host():
             return None
-        if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_active():
+        if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
             return None
-        source_grid = Grid(*source.calculate_qparams(), source.qtype)
-        return to_integers(weight, bias, self, source_grid, Grid(*quantizer.calculate_qparams(), quantizer.qtype))
+        return to_integers(weight, bias, self, source.grid(), quantizer.grid())
 
 
 def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:

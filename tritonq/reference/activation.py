@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritonq.grid import Grid
 from tritonq.qparams import is_readable
 from tritonq.reference.fake_quant import fake_quantize, steps_
 from tritonq.reference.min_max import extremes
@@ -80,10 +81,7 @@ def quantize_(y: Tensor, state: QuantizerState, ceiling: float | None) -> Tensor
         return rectify_(y, ceiling)
     if active is not True:
         y = rectify_(y, ceiling)
-        qtype = state.qtype
-        rounded = fake_quantize(
-            y, state.scale, state.zero_point, qtype.quant_min, qtype.quant_max, None, qtype.rounding
-        )
+        rounded = fake_quantize(y, Grid(state.scale, state.zero_point, state.qtype))
         return torch.where(active, rounded, y)
     scale, qtype = state.scale.to(y.dtype).view(()), state.qtype
     zero = 0 if state.zero_point is None else int(state.zero_point)

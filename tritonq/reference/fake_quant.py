@@ -9,98 +9,96 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tritonq.grid import Grid
 from tritonq.qparams import Rounding, is_readable, round_half_away
 from tritonq.reference.open_bounds import open_bounds, open_bounds_of_codes
+from tritonq.reference.operator import Like, operator
 
 # Ranges of more codes than this reach integers that float32 cannot hold, where the order of additions matters.
 _WIDE_CODES = 2**22
 
 
-def fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-    rounding: Rounding = "half_even",
-    *,
-    active: Tensor | None = None,
-) -> Tensor:
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that operators on tensors of ``dtype`` compute in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@operator(returns=Like("x"))
+def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``, computed in float32 and rounded once to ``x.dtype``.
 
-    ``x/s`` is ``x * (1/s)`` for half_even and a true division for half_away. NaN stays NaN, infinities saturate.
+    ``x/s`` is ``x * (1/s)`` for half_even and a true division for half_away. NaN stays NaN, infinities saturate. While
+    the grid is switched off, ``x`` comes back as it is, copied.
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
-        scale: float32; one element, or (x.shape[axis],) with ``axis``.
-        zero_point: int32, shaped as ``scale``; None stands for zero everywhere.
-        quant_min: smallest code.
-        quant_max: largest code.
-        axis: axis of ``x`` that ``scale`` runs along, or None.
-        rounding: see :class:`tritonq.qparams.QuantizedType`.
-        active: uint8, one element; 0 returns ``x`` as it is. None counts as 1.
+        grid: its scales lie along ``grid.qtype.axis`` of ``x``.
 
-    Source: SEMANTICS section 1.
+    Source: torch.fake_quantize_per_tensor_affine; MegEngine quantization.utils.
     """
-    if _known_off(active):
+    enabled = grid.enabled_flag()
+    if enabled is False:
         return x.clone()
-    scale, offset = _broadcast(x, scale, zero_point, axis)
-    steps = _steps(x, scale, rounding)
-    if isinstance(offset, Tensor) or quant_max - quant_min >= _WIDE_CODES:
-        steps.add_(offset).clamp_(quant_min, quant_max).sub_(offset)
+    qtype = grid.qtype
+    scale, offset = _broadcast(x, grid)
+    steps = _steps(x, scale, qtype.rounding)
+    if isinstance(offset, Tensor) or qtype.quant_max - qtype.quant_min >= _WIDE_CODES:
+        steps.add_(offset).clamp_(qtype.quant_min, qtype.quant_max).sub_(offset)
     else:
-        steps.clamp_(quant_min - offset, quant_max - offset)
-    return _switched(active, steps.mul_(scale).to(x.dtype), x)
+        steps.clamp_(qtype.quant_min - offset, qtype.quant_max - offset)
+    y = steps.mul_(scale).to(x.dtype)
+    return y if enabled is True else torch.where(enabled, y, x)
 
 
-def fake_quantize_backward(
-    dy: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-    rounding: Rounding = "half_even",
-    *,
-    active: Tensor | None = None,
-) -> Tensor:
+@operator(returns=Like("x"))
+def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool = False) -> Tensor:
     """Straight-through gradient: ``dy`` where the rounded, unclipped code lies in the range, 0 elsewhere and at NaN.
 
-    Shapes and dtypes as in :func:`fake_quantize`; the mask is recomputed from ``x``. Where ``active`` is 0
-    it is ``dy``. Returns ``x.dtype``.
+    The mask is recomputed from ``x``. While the grid is switched off the gradient is ``dy``.
+
+    Args:
+        dy: gradient of the result, shaped as ``x``.
+        x: as in :func:`fake_quantize`.
+        grid: as it was there.
+        blocks_ends: whether the first and the last code block the gradient, as what lies beyond them does.
+
+    Returns:
+        Tensor of ``x``'s shape and dtype.
     """
-    if _known_off(active):
+    enabled = grid.enabled_flag()
+    if enabled is False:
         return dy
-    scale, offset = _broadcast(x, scale, zero_point, axis)
+    scale, offset = _broadcast(x, grid)
+    low, high = grid.qtype.quant_min + blocks_ends, grid.qtype.quant_max - blocks_ends
     # Strict bounds; a NaN would compare as inside, so that it is made infinite first.
-    if axis is None and not isinstance(offset, Tensor) and is_readable(scale):
+    if grid.qtype.axis is None and not isinstance(offset, Tensor) and is_readable(scale):
         values = x.to(scale.dtype).nan_to_num(torch.inf, torch.inf, -torch.inf)
         zero = int(offset)
-        bounds = open_bounds(float(scale), quant_min - zero, quant_max - zero, rounding, scale.dtype)
+        bounds = open_bounds(float(scale), low - zero, high - zero, grid.qtype.rounding, scale.dtype)
     else:
-        values = _steps(x, scale, rounding)
+        values = _steps(x, scale, grid.qtype.rounding)
         if isinstance(offset, Tensor) or offset:
             values.add_(offset)
         values.nan_to_num_(torch.inf, torch.inf, -torch.inf)
-        bounds = open_bounds_of_codes(quant_min, quant_max, scale.dtype)
+        bounds = open_bounds_of_codes(low, high, scale.dtype)
     dx = torch.ops.aten.hardtanh_backward.grad_input(dy.to(values.dtype), values, *bounds, grad_input=values)
-    return _switched(active, dx.to(x.dtype), dy)
+    dx = dx.to(x.dtype)
+    return dx if enabled is True else torch.where(enabled, dx, dy)
 
 
-def quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-    rounding: Rounding = "half_even",
-) -> Tensor:
-    """The codes ``clamp(round(x/s) + z, quant_min, quant_max)`` as integer-valued floats; arguments as above."""
-    scale, offset = _broadcast(x, scale, zero_point, axis)
-    return _steps(x, scale, rounding).add_(offset).clamp_(quant_min, quant_max)
+@operator(returns=Like("x", arithmetic_dtype))
+def quantize(x: Tensor, grid: Grid) -> Tensor:
+    """Return ``clamp(round(x/s) + z, quant_min, quant_max)`` as integer-valued floats, whatever the switch says.
+
+    Args:
+        x: as in :func:`fake_quantize`.
+        grid: as there.
+
+    Returns:
+        float32 tensor of ``x``'s shape; float64 for a float64 ``x``.
+    """
+    scale, offset = _broadcast(x, grid)
+    return _steps(x, scale, grid.qtype.rounding).add_(offset).clamp_(grid.qtype.quant_min, grid.qtype.quant_max)
 
 
 def steps_(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
@@ -108,29 +106,15 @@ def steps_(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
     return x.mul_(scale.reciprocal()).round_() if rounding == "half_even" else round_half_away(x.div_(scale))
 
 
-def _known_off(active: Tensor | None) -> bool:
-    """Whether ``active`` is a zero that can be read without synchronising with a device or breaking a graph."""
-    return active is not None and is_readable(active) and not bool(active)
-
-
-def _switched(active: Tensor | None, on: Tensor, off: Tensor) -> Tensor:
-    """``on`` or ``off`` by a switch that :func:`_known_off` could not read on the host."""
-    if active is None or is_readable(active):
-        return on
-    return torch.where(active.view(()) != 0, on, off)
-
-
-def _broadcast(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None) -> tuple[Tensor, Tensor | float]:
-    """Scale and zero point shaped to broadcast against ``x``, in the dtype of the arithmetic.
+def _broadcast(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | float]:
+    """Return scale and zero point shaped to broadcast against ``x``, in the dtype of the arithmetic.
 
     A zero point that can be read and is the same everywhere comes as a number: bounds that are numbers clamp at full
     speed, and an integer tensor in float arithmetic does not.
     """
-    shape = [1] * x.dim()
-    if axis is not None:
-        shape[axis] = -1
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scale = scale.to(dtype).view(shape)
+    align, zero_point = grid.granularity.align, grid.zero_point
+    dtype = arithmetic_dtype(x.dtype)
+    scale = align(grid.scale.to(dtype), x.dim())
     if zero_point is None:
         return scale, 0.0
     if is_readable(zero_point):
@@ -138,7 +122,7 @@ def _broadcast(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | 
             return scale, float(zero_point)
         if not bool(zero_point.any()):
             return scale, 0.0
-    return scale, zero_point.to(dtype).view(shape)
+    return scale, align(zero_point.to(dtype), x.dim())
 
 
 def _steps(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:

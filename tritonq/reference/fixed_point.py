@@ -1,15 +1,19 @@
 """Fixed point in PyTorch: the specification of `tritonq.kernels.fixed_point` and the CPU path.
 
-A format is a code range and a number of fraction bits: ``value = code * 2^-frac_len``. Multiplying by a power of two is
-exact, so every backend gives the same bits.
+A format is a code range and a number of fraction bits: ``value = code * 2^-frac_len``. Rounding to it is fake
+quantization with that scale, `tritonq.reference.fake_quant`. Multiplying by a power of two is exact, so every backend
+gives the same bits.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from tritonq.reference import fake_quant
+from tritonq.qparams import QuantizedType
+from tritonq.reference.operator import New, operator
 
 # Blocks of this many elements stay in cache while every candidate's error is taken from them.
 _BLOCK = 2**19
@@ -29,50 +33,12 @@ def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
-def fixed_point_quantize(
-    x: Tensor,
-    frac_len: Tensor,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-    *,
-    active: Tensor | None = None,
-) -> Tensor:
-    """``clamp(round_half_even(x * 2^fl), quant_min, quant_max) * 2^-fl``; NaN stays NaN, infinities saturate.
-
-    Args:
-        x: any shape; float16, bfloat16, float32 or float64.
-        frac_len: integers; one element, or (x.shape[axis],) with ``axis``.
-        quant_min: smallest code.
-        quant_max: largest code.
-        axis: axis of ``x`` that ``frac_len`` runs along, or None.
-        active: uint8, one element; 0 returns ``x`` as it is. None counts as 1.
-
-    Source: SEMANTICS section 6.
-    """
-    return fake_quant.fake_quantize(x, power_of_two(-frac_len), None, quant_min, quant_max, axis, active=active)
+def _candidate_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
+    return (arguments["candidates"], *arguments["qtype"].granularity.scale_shape(arguments["x"].shape))
 
 
-def fixed_point_quantize_backward(
-    dy: Tensor,
-    x: Tensor,
-    frac_len: Tensor,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-    *,
-    active: Tensor | None = None,
-) -> Tensor:
-    """``dy`` where the rounded code lies strictly inside the code range, 0 on its ends and beyond.
-
-    Shapes and dtypes as in :func:`fixed_point_quantize`.
-    """
-    # Strictly inside one range of integers is inside the next smaller one.
-    scale = power_of_two(-frac_len)
-    return fake_quant.fake_quantize_backward(dy, x, scale, None, quant_min + 1, quant_max - 1, axis, active=active)
-
-
-def frac_len_errors(x: Tensor, quant_min: int, quant_max: int, candidates: int, axis: int | None = None) -> Tensor:
+@operator(returns=New(_candidate_shape, "x", torch.float64))
+def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
     """Sum of squared rounding errors for every fractional length from 0 to ``candidates - 1``, in one read of ``x``.
 
     Values that are not finite count for none, nor do negative ones in an unsigned format: they would err alike under
@@ -80,16 +46,15 @@ def frac_len_errors(x: Tensor, quant_min: int, quant_max: int, candidates: int, 
 
     Args:
         x: any shape; float16, bfloat16, float32 (squares in float32, sums over blocks in float64) or float64.
-        quant_min: smallest code.
-        quant_max: largest code.
+        qtype: the codes, and the channel axis if there is one.
         candidates: how many.
-        axis: channel axis, or None.
 
     Returns:
         float64 (candidates,), or (candidates, channels).
     """
+    axis = qtype.axis
     if x.numel() == 0:
-        shape = (candidates,) if axis is None else (candidates, x.shape[axis])
+        shape = (candidates, *qtype.granularity.scale_shape(x.shape))
         return torch.zeros(shape, dtype=torch.float64, device=x.device)
     rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
     channels, length = rows.shape
@@ -98,21 +63,21 @@ def frac_len_errors(x: Tensor, quant_min: int, quant_max: int, candidates: int, 
         band = slice(first, first + height)
         for start in range(0, length, _BLOCK):
             block = rows[band, start : start + _BLOCK]
-            _add_errors(errors[:, band], block if x.dtype == torch.float64 else block.float(), quant_min, quant_max)
+            _add_errors(errors[:, band], block if x.dtype == torch.float64 else block.float(), qtype)
     return errors[:, 0] if axis is None else errors
 
 
-def _add_errors(errors: Tensor, block: Tensor, quant_min: int, quant_max: int) -> None:
+def _add_errors(errors: Tensor, block: Tensor, qtype: QuantizedType) -> None:
     """Add the errors of a block (channels, elements) to ``errors`` (candidates, channels)."""
     # 0 is a code of every format: values set to it err nowhere. (A mask and `where` would take as long as three
     # candidates.)
     block = torch.nan_to_num(block, 0.0, 0.0, 0.0)
-    if quant_min >= 0:
+    if not qtype.signed:
         block = block.relu_()
     work = torch.empty_like(block)
     for frac_len, total in enumerate(errors):
         torch.mul(block, 2.0**frac_len, out=work)
-        work.round_().clamp_(quant_min, quant_max)
+        work.round_().clamp_(qtype.quant_min, qtype.quant_max)
         torch.sub(block, work, alpha=2.0**-frac_len, out=work)
         total += _sum_rows(work.square_())
 
@@ -124,9 +89,10 @@ def _sum_rows(block: Tensor) -> Tensor:
     return parts.sum(2).double().sum(1) + block[:, whole:].sum(1).double()
 
 
-def search_frac_len(x: Tensor, quant_min: int, quant_max: int, candidates: int, axis: int | None = None) -> Tensor:
-    """The fractional length of least squared error, the smaller one of equals: int32, 0-d or (channels,).
+@operator(returns=New(lambda of: of["qtype"].granularity.scale_shape(of["x"].shape), "x", torch.int32))
+def search_frac_len(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
+    """Return the fractional length of least squared error, the smaller one of equals: int32, 0-d or (channels,).
 
     Arguments as :func:`frac_len_errors`.
     """
-    return frac_len_errors(x, quant_min, quant_max, candidates, axis).argmin(0).to(torch.int32)
+    return frac_len_errors(x, qtype, candidates).argmin(0).to(torch.int32)

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from tritonq.qparams import round_half_away
-from tritonq.reference.fake_quant import fake_quantize
+from tritonq.grid import Grid
+from tritonq.qparams import QuantizedType, round_half_away
+from tritonq.reference.fake_quant import arithmetic_dtype, fake_quantize
+from tritonq.reference.operator import Like, operator
 
 # Which published gradient: torch's learnable operators (LSQ, LSQ+), MegEngine's LSQ, TQT, PACT.
 LearnedScale = Literal["torch", "megengine", "tqt", "pact"]
 
 
-def learned_fake_quantize(
-    x: Tensor,
-    parameter: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None,
-    method: LearnedScale,
-    *,
-    active: Tensor | None = None,
-) -> Tensor:
+@operator(returns=Like("x"))
+def learned_fake_quantize(x: Tensor, grid: Grid, method: LearnedScale) -> Tensor:
     """``(code - z) * s`` in float32, rounded once to ``x.dtype``; the code depends on ``method``.
 
     - ``"torch"``: ``clip(round_half_even(x * (1/s)) + z)``.
@@ -35,37 +29,27 @@ def learned_fake_quantize(
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
-        parameter: one element, or (x.shape[axis],): the scale; with ``"pact"`` the clipping level.
-        zero_point: int32, shaped as ``parameter``; None stands for zero, as it must with ``"tqt"`` and ``"pact"``.
-        quant_min: smallest code.
-        quant_max: largest code.
-        axis: axis of ``x`` that ``parameter`` runs along, or None.
+        grid: its scale is the learned parameter; with ``"pact"`` the clipping level. It has no zero point with
+            ``"tqt"`` and ``"pact"``, and rounds as ``method`` does.
         method: see above.
-        active: uint8, one element; 0 returns ``x`` as it is. None counts as 1.
 
-    Source: SEMANTICS section 1.
+    Source: torch._fake_quantize_learnable_per_tensor_affine; MegEngine's LSQ; Jain et al. (2020); Choi et al. (2018).
     """
-    scale, shift, values = _broadcast(x, parameter, zero_point, axis)
-    if method == "megengine" and shift is not None:
-        code = round_half_away(values.div(scale).add_(shift).clamp_(quant_min, quant_max))
-        y = code.sub_(shift).mul_(scale).to(x.dtype)
-        return y if active is None else torch.where(active.view(()) != 0, y, x)
-    scale = parameter / quant_max if method == "pact" else parameter
-    rounding: Literal["half_even", "half_away"] = "half_even" if method in ("torch", "pact") else "half_away"
-    return fake_quantize(x, scale, zero_point, quant_min, quant_max, axis, rounding, active=active)
+    if method == "megengine" and grid.zero_point is not None:
+        scale, shift, values = _broadcast(x, grid)
+        code = values.div(scale).add_(cast(Tensor, shift)).clamp_(grid.qtype.quant_min, grid.qtype.quant_max)
+        y = round_half_away(code).sub_(cast(Tensor, shift)).mul_(scale).to(x.dtype)
+        return y if grid.enabled is None else torch.where(grid.enabled_on_device(), y, x)
+    if method == "pact":
+        grid = replace(grid, scale=grid.scale / grid.qtype.quant_max)
+    return fake_quantize(x, grid)
 
 
+@operator(
+    returns=(Like("x"), Like("grid.scale", arithmetic_dtype), Like("grid.scale", arithmetic_dtype)),
+)
 def learned_fake_quantize_backward(
-    dy: Tensor,
-    x: Tensor,
-    parameter: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None,
-    method: LearnedScale,
-    *,
-    active: Tensor | None = None,
+    dy: Tensor, x: Tensor, grid: Grid, method: LearnedScale
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`learned_fake_quantize`; shapes and dtypes as there.
 
@@ -79,28 +63,29 @@ def learned_fake_quantize_backward(
       ``ds = Σ dy {code - v inside | code outside}``; the threshold's gradient is ``ds s ln 2``.
     - ``"pact"``: inside where ``0 <= x < parameter``; ``dparameter = Σ dy {1 where x >= parameter}``.
 
-    ``dx = dy`` inside, else 0. Where x is NaN every gradient is 0. Where ``active`` is 0, ``dx = dy``, the others 0.
+    ``dx = dy`` inside, else 0. Where x is NaN every gradient is 0. While the grid is
+    switched off, ``dx = dy`` and the others are 0.
 
     Returns:
         ``(dx, dparameter, dzero_point)``: ``x.dtype``; two in the arithmetic's dtype (float32, or float64), shaped as
-        ``parameter``. The last one is 0 where ``zero_point`` is None.
+        ``grid.scale``. The last one is 0 where the grid has no zero point.
     """
-    scale, shift, values = _broadcast(x, parameter, zero_point, axis)
-    inside, terms = _terms(values, scale, shift, quant_min, quant_max, method)
+    scale, shift, values = _broadcast(x, grid)
+    inside, terms = _terms(values, scale, shift, grid.qtype, method)
     g = dy.to(values.dtype)
-    on = None if active is None else active.view(()) != 0
+    on = None if grid.enabled is None else grid.enabled_on_device()
     dx = inside.mul_(g).to(x.dtype)
     dx = dx if on is None else torch.where(on, dx, dy)
     sums = []
     for term in terms:
         total = g.new_zeros(()) if term is None else _sum_to(term.mul_(g), scale)
-        total = total.expand(parameter.numel()).view(parameter.shape)
+        total = total.expand(grid.scale.numel()).view(grid.scale.shape)
         sums.append(total.clone() if on is None else torch.where(on, total, 0))
     return dx, sums[0], sums[1]
 
 
 def _terms(
-    values: Tensor, scale: Tensor, shift: Tensor | None, quant_min: int, quant_max: int, method: LearnedScale
+    values: Tensor, scale: Tensor, shift: Tensor | None, qtype: QuantizedType, method: LearnedScale
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
     """Where the gradient passes, and what each value adds to the parameter's and the zero point's per unit of dy.
 
@@ -115,7 +100,7 @@ def _terms(
     if shift is not None:
         position.add_(shift)
     reach = 0.5 if method == "tqt" else 0.0
-    bounded = position.clamp(quant_min - reach, quant_max + reach)
+    bounded = position.clamp(qtype.quant_min - reach, qtype.quant_max + reach)
     outside = None
     if shift is not None and method == "torch":
         # Not the complement of the mask inside, which NaN would belong to.
@@ -124,7 +109,7 @@ def _terms(
     if method == "torch":
         code = bounded if shift is None else bounded.sub_(shift)
     else:
-        code = round_half_away(bounded).clamp_(quant_min, quant_max)
+        code = round_half_away(bounded).clamp_(qtype.quant_min, qtype.quant_max)
     return inside, (_less_inside(code, v, inside), outside)
 
 
@@ -139,17 +124,11 @@ def _mask(compare: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
     return compare(a, b, out=torch.empty_like(a))
 
 
-def _broadcast(
-    x: Tensor, parameter: Tensor, zero_point: Tensor | None, axis: int | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Parameter and zero point shaped to broadcast against ``x``, and ``x``, all in the dtype of the arithmetic."""
-    shape = [1] * x.dim()
-    if axis is not None:
-        shape[axis] = -1
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    parameter = parameter.to(dtype).view(shape)
-    shift = None if zero_point is None else zero_point.to(dtype).view(shape)
-    return parameter, shift, x.to(dtype)
+def _broadcast(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return scale and zero point shaped to broadcast against ``x``, and ``x``, all in the dtype of the arithmetic."""
+    align, dtype = grid.granularity.align, arithmetic_dtype(x.dtype)
+    shift = None if grid.zero_point is None else align(grid.zero_point.to(dtype), x.dim())
+    return align(grid.scale.to(dtype), x.dim()), shift, x.to(dtype)
 
 
 def _sum_to(terms: Tensor, like: Tensor) -> Tensor:

@@ -230,7 +230,7 @@ def _check(model: nn.Module, quantizers: dict[str, FakeQuantizeBase]) -> None:
     for name, quantizer in quantizers.items():
         if isinstance(quantizer, FixedPointFakeQuantize) and quantizer.phase != "fixed":
             raise ValueError(f"{name!r} is in phase {quantizer.phase!r}: set_fixed_point_phase(model, 'fixed') first")
-    if not any(quantizer.is_active() for quantizer in quantizers.values()):
+    if not any(quantizer.is_enabled_on_host() for quantizer in quantizers.values()):
         raise ValueError("no quantizer has observed anything: train the model, load a checkpoint or calibrate it")
 
 

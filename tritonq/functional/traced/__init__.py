@@ -1,8 +1,7 @@
 """The operators as ``torch.compile`` sees them: opaque calls, with the names and signatures of `tritonq.reference`.
 
 Each is a ``torch.library.custom_op`` that runs what eager code would run on the same tensors (`tritonq.backend`), so
-that a compiled model computes the same bits in them. Convolutions stay visible to the compiler. What is not a tensor
-travels as text, which means the same in every process that finds the graph in the compiler's cache.
+that a compiled model computes the same bits in them. Convolutions stay visible to the compiler.
 
 Traced are quantization-aware models in training and in eval mode, with quantizers over running ranges, histograms,
 learned scales (which have seen a batch) and fixed point, and converted models. In eval mode each layer is one call, its
@@ -11,41 +10,19 @@ kernel can hold the sums would take a look from the host. An interpolating histo
 NotImplementedError, which says what to use instead.
 """
 
-from tritonq.functional.traced import (
-    conv_bn,
-    fake_quant,
-    fixed_point,
-    fold,
-    histogram,
-    int8_conv,
-    learned_scale,
-    min_max,
-    residual,
-    weight,
-)
+from types import ModuleType
 
-FAMILIES = (
-    "conv_bn",
-    "fake_quant",
-    "fixed_point",
-    "histogram",
-    "int8_conv",
-    "learned_scale",
-    "min_max",
-    "residual",
-    "weight",
-)
+from tritonq.functional.traced import conv_bn, histogram, int8_conv, min_max, residual, weight
+from tritonq.functional.traced.build import traced_families
 
-__all__ = [
-    "FAMILIES",
-    "conv_bn",
-    "fake_quant",
-    "fixed_point",
-    "fold",
-    "histogram",
-    "int8_conv",
-    "learned_scale",
-    "min_max",
-    "residual",
-    "weight",
-]
+FAMILIES: dict[str, ModuleType] = {
+    **{
+        "conv_bn": conv_bn,
+        "histogram": histogram,
+        "int8_conv": int8_conv,
+        "min_max": min_max,
+        "residual": residual,
+        "weight": weight,
+    },
+    **traced_families(),
+}

@@ -1,0 +1,80 @@
+"""Makes the traced form of an operator from the signature of its reference.
+
+``torch.library`` operators take neither dataclasses nor named tuples. Each structure becomes its fields, one argument
+per field, and is built again when the operator runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from tritonq.backend import implementation
+from tritonq.functional.traced import parts, results
+from tritonq.reference.operator import OperatorSpec, operators_by_family
+
+
+def traced_families() -> dict[str, ModuleType]:
+    """Return a module with the traced form of each operator, for each module of `tritonq.reference` that has some."""
+    families = {}
+    for family, operators in operators_by_family().items():
+        families[family] = ModuleType(f"{__package__}.{family}", f"`tritonq.reference.{family}` for torch.compile.")
+        for name, function in operators.items():
+            choose = partial(_implementation, family, name)
+            setattr(families[family], name, traced_operator(f"{family}_{name}", function, choose))
+    return families
+
+
+def traced_operator(
+    name: str, reference: Callable[..., Any], choose: Callable[[Tensor], Callable[..., Any]] | None = None
+) -> Callable[..., Any]:
+    """Register the operator ``tritonq::<name>``; return a function with the parameters of ``reference`` that calls it.
+
+    Args:
+        name: of the operator.
+        reference: a function marked by :func:`tritonq.reference.operator.operator`.
+        choose: called with the first tensor when the operator runs; returns what runs. None runs ``reference``.
+    """
+    spec: OperatorSpec = reference.operator  # type: ignore[attr-defined]
+    signature, hints = inspect.signature(reference), get_type_hints(reference)
+    parameters = [parameter for name, parameter in signature.parameters.items() if name not in spec.scratch]
+    described = tuple((p.name, parts.describe(p.name, hints[p.name])) for p in parameters)
+    defaults = {p.name: p.default for p in parameters}
+    positions = {name: i for i, name in enumerate(signature.parameters) if name in defaults}
+
+    def run(*flat: Any) -> Any:
+        tensors = [tensor for value in flat for tensor in (value if isinstance(value, list) else [value])]
+        tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+        arguments = parts.rebuild_all(described, flat)
+        result = (reference if choose is None else choose(tensors[0]))(**arguments)
+        return results.pack(results.own(spec.returns, result, arguments, tensors))
+
+    def fake(*flat: Any) -> Any:
+        return results.pack(results.prototypes(spec.returns, parts.rebuild_all(described, flat)))
+
+    mutated = [name.replace(".", "_") for name in spec.mutates]
+    schema = f"({parts.schema(described, mutated)}) -> {results.schema(spec.returns)}"
+    call = torch.library.custom_op(f"tritonq::{name}", run, mutates_args=mutated, schema=schema)
+    call.register_fake(fake)
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        arguments = {
+            name: args[i] if i < len(args) else kwargs.get(name, defaults[name]) for name, i in positions.items()
+        }
+        return results.restore(spec.returns, arguments, call(*parts.flatten_all(described, arguments)))
+
+    traced.__name__, traced.__doc__ = reference.__name__, reference.__doc__
+    traced.__signature__ = signature  # type: ignore[attr-defined]
+    return traced
+
+
+def _implementation(family: str, function: str, x: Tensor) -> Callable[..., Any]:
+    """Return what eager code would run on ``x``."""
+    chosen: Callable[..., Any] = getattr(implementation(family, x), function)
+    return chosen

@@ -1,0 +1,155 @@
+"""Results of operators as the tensors that ``torch.library`` returns, and back.
+
+A result is described by a template: itself, with :class:`~tritonq.reference.operator.Like`,
+:class:`~tritonq.reference.operator.New` or :class:`~tritonq.reference.operator.CopyOf` for tensors and grids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.grid import Grid
+from tritonq.reference.operator import CopyOf, Like, New
+
+# A grid is returned as scale, zero point and switch; empty tensors stand for what it has not.
+_GRID_TENSORS = 3
+
+
+def schema(template: Any) -> str:
+    """Return the results of a schema."""
+    count = sum(_GRID_TENSORS if isinstance(leaf, CopyOf) else 1 for leaf in _leaves(template))
+    return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+
+
+def pack(tensors: list[Tensor]) -> Any:
+    """Return the tensors as an operator returns them."""
+    if not tensors:
+        return None
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def prototypes(template: Any, arguments: dict[str, Any]) -> list[Tensor]:
+    """Return empty tensors laid out as the results will be."""
+    found: list[Tensor] = []
+    for leaf in _leaves(template):
+        if isinstance(leaf, CopyOf):
+            found.extend(_empty_grid(leaf, arguments))
+        elif isinstance(leaf, Like):
+            like = _like(leaf, arguments)
+            dtype = leaf.dtype if leaf.dtype is None or isinstance(leaf.dtype, torch.dtype) else leaf.dtype(like.dtype)
+            found.append(torch.empty_like(like, dtype=dtype))
+        else:
+            source = lookup(leaf.argument, arguments)
+            shape = tuple(leaf.shape(arguments))
+            made = source.new_empty(shape, dtype=leaf.dtype or source.dtype)
+            found.append(made.contiguous(memory_format=_format(leaf, source, len(shape))))
+    return found
+
+
+def own(template: Any, result: Any, arguments: dict[str, Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors of ``result``, laid out as :func:`prototypes` says, on memory that is none of the inputs'."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    found: list[Tensor] = []
+    for leaf, value in zip(_leaves(template), _values(template, result), strict=True):
+        if isinstance(leaf, CopyOf):
+            empty = _empty_grid(leaf, arguments)
+            if value is not None:
+                _copy_grid(value, *empty)
+            found.extend(empty)
+            continue
+        if isinstance(leaf, Like):
+            expected = torch.empty_like(_like(leaf, arguments), device="meta").stride()
+        else:
+            layout = _format(leaf, lookup(leaf.argument, arguments), value.dim())
+            expected = torch.empty(value.shape, device="meta", memory_format=layout).stride()
+        if value.stride() != expected or value.untyped_storage().data_ptr() in taken:
+            value = torch.empty_strided(value.shape, expected, dtype=value.dtype, device=value.device).copy_(value)
+        # Results must not share memory with each other either.
+        taken.add(value.untyped_storage().data_ptr())
+        found.append(value)
+    return found
+
+
+def restore(template: Any, arguments: dict[str, Any], outputs: Any) -> Any:
+    """Return the result as the reference returns it, from what the operator returned."""
+    if outputs is None:
+        return None
+    tensors = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    return _restore(template, arguments, tensors)
+
+
+def lookup(name: str, arguments: dict[str, Any]) -> Any:
+    """Return an argument, or a field of one: ``"grid.scale"``."""
+    first, *fields = name.split(".")
+    value = arguments[first]
+    for field in fields:
+        value = getattr(value, field)
+    return value
+
+
+def _format(leaf: New, source: Tensor, dimensions: int) -> torch.memory_format:
+    """Return how a new result lies in memory."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(dimensions, torch.contiguous_format)
+    keeps = leaf.keeps_format and source.dim() == dimensions and not source.is_contiguous()
+    return last if keeps and source.is_contiguous(memory_format=last) else torch.contiguous_format
+
+
+def _like(leaf: Like, arguments: dict[str, Any]) -> Tensor:
+    value: Tensor = lookup(leaf.argument, arguments)
+    return value if leaf.prepare is None else leaf.prepare(value)
+
+
+def _leaves(template: Any) -> Iterator[Like | New | CopyOf]:
+    if isinstance(template, (Like, New, CopyOf)):
+        yield template
+    elif isinstance(template, tuple):
+        for each in template:
+            yield from _leaves(each)
+
+
+def _values(template: Any, result: Any) -> Iterator[Any]:
+    """Return the parts of ``result`` that :func:`_leaves` describes."""
+    if isinstance(template, (Like, New, CopyOf)):
+        yield result
+    elif isinstance(template, tuple):
+        for each, value in zip(template, result, strict=True):
+            yield from _values(each, value)
+
+
+def _restore(template: Any, arguments: dict[str, Any], tensors: list[Tensor]) -> Any:
+    """Take the first tensors off the list for each leaf."""
+    if isinstance(template, CopyOf):
+        scale, zero_point, enabled = tensors.pop(0), tensors.pop(0), tensors.pop(0)
+        grid = arguments[template.argument]
+        if grid is None:
+            return None
+        return Grid(scale, None if grid.zero_point is None else zero_point, grid.qtype, enabled)
+    if isinstance(template, (Like, New)):
+        return tensors.pop(0)
+    if not isinstance(template, tuple):
+        return template
+    parts = [_restore(each, arguments, tensors) for each in template]
+    return type(template)(*parts) if hasattr(template, "_fields") else tuple(parts)
+
+
+def _empty_grid(leaf: CopyOf, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    grid: Grid | None = arguments[leaf.argument]
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    shape = (0,) if grid is None else tuple(grid.scale.shape)
+    has_zero_point = grid is not None and grid.zero_point is not None
+    return (
+        torch.empty(shape, dtype=torch.float32, device=device),
+        torch.empty(shape if has_zero_point else (0,), dtype=torch.int32, device=device),
+        torch.empty(1, dtype=torch.bool, device=device),
+    )
+
+
+def _copy_grid(grid: Grid, scale: Tensor, zero_point: Tensor, enabled: Tensor) -> None:
+    scale.copy_(grid.scale)
+    enabled.copy_(grid.enabled_on_device())
+    if grid.zero_point is not None:
+        zero_point.copy_(grid.zero_point)

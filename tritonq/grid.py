@@ -1,0 +1,98 @@
+"""The one type for a grid that may be switched on, and the one for what observing updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tritonq.granularity import Granularity
+from tritonq.qparams import QuantizedType, RangeRule, is_readable
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The values that a quantized tensor can take, and the switch that says whether tensors are rounded to them.
+
+    ``value = (code - zero_point) * scale`` for every code of ``qtype``. Operators take grids; modules build them from
+    their buffers, which operators that observe update in place.
+
+    Attributes:
+        scale: float32; one element, or one per scale of ``granularity``.
+        zero_point: int32, as ``scale``; None stands for zero everywhere.
+        qtype: which codes there are, which elements share a scale, and how values are rounded.
+        enabled: uint8, one element on the device of ``scale``; 0 passes values through. None: always on.
+
+    Examples:
+        >>> from tritonq.qparams import QINT4
+        >>> grid = Grid(torch.tensor([0.5]), None, QINT4, torch.zeros(1, dtype=torch.uint8))
+        >>> grid.granularity, grid.is_enabled_on_host()
+        (Granularity(axis=None), False)
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+    qtype: QuantizedType
+    enabled: Tensor | None = None
+
+    @property
+    def granularity(self) -> Granularity:
+        """Which elements share a scale."""
+        return self.qtype.granularity
+
+    def is_enabled_on_host(self) -> bool:
+        """Read the switch on the host. Synchronises with the device where the switch is not on the CPU."""
+        return self.enabled is None or bool(self.enabled)
+
+    def enabled_on_device(self) -> Tensor:
+        """Return the switch as a 0-d bool tensor. Never synchronises."""
+        if self.enabled is None:
+            return torch.ones((), dtype=torch.bool, device=self.scale.device)
+        return self.enabled.view(()) != 0
+
+    def enabled_flag(self) -> bool | Tensor:
+        """Return the switch as a bool where reading it is free, else as :meth:`enabled_on_device`."""
+        if self.enabled is None or is_readable(self.enabled):
+            return self.is_enabled_on_host()
+        return self.enabled_on_device()
+
+    def copy(self) -> Grid:
+        """Return a grid of copies, for a later backward: observers and switches change buffers in place."""
+        return Grid(
+            self.scale.clone(),
+            None if self.zero_point is None else self.zero_point.clone(),
+            self.qtype,
+            None if self.enabled is None else self.enabled.clone(),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RangeStatistics:
+    """The running range behind a grid, and how a batch changes it. Operators update the tensors in place.
+
+    Attributes:
+        min_val: float32 running minimum, 0-d or (channels,); +inf before the first batch.
+        max_val: running maximum, as ``min_val``; -inf before the first batch.
+        nonfinite_count: int64, 0-d; grows by the number of values that were skipped.
+        granularity: which elements share a range.
+        enabled: uint8, one element; 0 leaves range and grid as they are. None: always on.
+        frozen: whether the range is only read, to tell whether anything was observed.
+        averaging_constant: see :func:`tritonq.reference.min_max.update_range`.
+        copy_above: see :func:`tritonq.reference.min_max.update_range`.
+        rule: see :func:`tritonq.qparams.range_to_qparams`.
+        eps: floor under the scale.
+        has_data: whether the host knows that something was observed. If not, ``min_val <= max_val`` tells.
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+    nonfinite_count: Tensor
+    granularity: Granularity
+    enabled: Tensor | None = None
+    frozen: bool = False
+    averaging_constant: float | None = None
+    copy_above: float | None = None
+    rule: RangeRule = "torch"
+    eps: float = 0.0
+    has_data: bool = False
