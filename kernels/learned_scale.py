@@ -7,8 +7,6 @@ the order of their numbers: the same input gives the same bits. Functions here h
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -269,7 +267,7 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: str) -> Tensor:
     if method == "megengine" and grid.zero_point is not None:
         return _clip_then_round(x, grid)
     if method == "pact":
-        grid = replace(grid, scale=grid.scale / grid.qtype.quant_max)
+        grid = grid.with_scale(grid.scale / grid.qtype.quant_max)
     return fake_quantize(x, grid)
 
 

@@ -1,4 +1,4 @@
-"""The quantized tensors' types as launchers read them: `tritonq.grid` holds the classes that have these attributes."""
+"""Quantized types and grids as launchers read them: the attributes of the classes in `tritonq.qparams` and `.grid`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,28 @@ from torch import Tensor
 class QuantizedType(Protocol):
     """See `tritonq.qparams.QuantizedType`."""
 
-    quant_min: int
-    quant_max: int
-    axis: int | None
-    rounding: str
+    @property
+    def quant_min(self) -> int: ...
+    @property
+    def quant_max(self) -> int: ...
+    @property
+    def axis(self) -> int | None: ...
+    @property
+    def rounding(self) -> str: ...
 
 
 class Grid(Protocol):
     """See `tritonq.grid.Grid`."""
 
-    scale: Tensor
-    zero_point: Tensor | None
-    qtype: QuantizedType
-    enabled: Tensor | None
+    @property
+    def scale(self) -> Tensor: ...
+    @property
+    def zero_point(self) -> Tensor | None: ...
+    @property
+    def qtype(self) -> QuantizedType: ...
+    @property
+    def enabled(self) -> Tensor | None: ...
+    def with_scale(self, scale: Tensor) -> Grid: ...
 
 
 def grid_pointers(grid: Grid) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -10,12 +10,12 @@ import torch
 pytest.importorskip("triton")
 
 from tritonq.backend import is_interpreting
+from tritonq.grid import Grid
 from tritonq.kernels import conv2d
 from tritonq.perf import codegen
 from tritonq.perf.codegen_cases import CodegenCase, meta
 from tritonq.perf.codegen_conv2d import CASES
 from tritonq.qparams import QINT8
-from tritonq.reference.conv2d import OutputQuantizer
 
 if is_interpreting():
     pytest.skip("an interpreting process cannot compile", allow_module_level=True)
@@ -55,7 +55,7 @@ def test_precision_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("quantized", [False, True])
 def test_compiles_without_a_quantizer_or_its_switch(ceiling: float | None, quantized: bool) -> None:
     x, weight = meta(4, 8, 6, 6, dtype=torch.float32), meta(16, 8, 3, 3, dtype=torch.float32)
-    quantizer = OutputQuantizer(meta(1, dtype=torch.float32), None, None, QINT8) if quantized else None
+    grid = Grid(meta(1, dtype=torch.float32), None, QINT8) if quantized else None
     with codegen.compiling_for("cuda:90") as launched:
-        conv2d.conv2d(x, weight, None, (1, 1), (1, 1), (1, 1), 1, ceiling, quantizer)
+        conv2d.conv2d(x, weight, None, (1, 1), (1, 1), (1, 1), 1, ceiling, grid)
     assert len(launched) == 1

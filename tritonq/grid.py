@@ -57,6 +57,10 @@ class Grid:
             return self.is_enabled_on_host()
         return self.enabled_on_device()
 
+    def with_scale(self, scale: Tensor) -> Grid:
+        """Return the grid with another scale."""
+        return Grid(scale, self.zero_point, self.qtype, self.enabled)
+
     def copy(self) -> Grid:
         """Return a grid of copies, for a later backward: observers and switches change buffers in place."""
         return Grid(

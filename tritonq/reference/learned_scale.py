@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal, cast
 
 import torch
@@ -41,7 +40,7 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: LearnedScale) -> Tensor
         y = round_half_away(code).sub_(cast(Tensor, shift)).mul_(scale).to(x.dtype)
         return y if grid.enabled is None else torch.where(grid.enabled_on_device(), y, x)
     if method == "pact":
-        grid = replace(grid, scale=grid.scale / grid.qtype.quant_max)
+        grid = grid.with_scale(grid.scale / grid.qtype.quant_max)
     return fake_quantize(x, grid)
 
 
