@@ -11,27 +11,43 @@ class QuantizedType(Protocol):
     """See `tritonq.qparams.QuantizedType`."""
 
     @property
-    def quant_min(self) -> int: ...
+    def quant_min(self) -> int:
+        """Smallest code."""
+
     @property
-    def quant_max(self) -> int: ...
+    def quant_max(self) -> int:
+        """Largest code."""
+
     @property
-    def axis(self) -> int | None: ...
+    def axis(self) -> int | None:
+        """Axis that scales run along, or None."""
+
     @property
-    def rounding(self) -> str: ...
+    def rounding(self) -> str:
+        """``"half_even"`` or ``"half_away"``."""
 
 
 class Grid(Protocol):
     """See `tritonq.grid.Grid`."""
 
     @property
-    def scale(self) -> Tensor: ...
+    def scale(self) -> Tensor:
+        """float32: one element, or (channels,)."""
+
     @property
-    def zero_point(self) -> Tensor | None: ...
+    def zero_point(self) -> Tensor | None:
+        """int32, as the scale; None stands for zero."""
+
     @property
-    def qtype(self) -> QuantizedType: ...
+    def qtype(self) -> QuantizedType:
+        """Codes, axis and rounding."""
+
     @property
-    def enabled(self) -> Tensor | None: ...
-    def with_scale(self, scale: Tensor) -> Grid: ...
+    def enabled(self) -> Tensor | None:
+        """One element; 0 passes values through. None: always on."""
+
+    def with_scale(self, scale: Tensor) -> Grid:
+        """Return the grid with another scale."""
 
 
 def grid_pointers(grid: Grid) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -19,12 +19,6 @@ MADE = {".matrix/"}
 RINGS = {
     ("tritonq.deploy.fixed_point_onnx", "tritonq.deploy.onnx_export", "tritonq.deploy.onnx_graph"),
     ("tritonq.demo.fixed_point", "tritonq.demo.run"),
-    (
-        "tritonq.functional.conv_bn",
-        "tritonq.functional.dispatch",
-        "tritonq.functional.traced",
-        "tritonq.functional.traced.fold",
-    ),
     ("tritonq.functional.integer", "tritonq.functional.traced.host"),
     ("tritonq.nn.conv_bn", "tritonq.nn.folding_modes"),
     ("tritonq.perf.cases.fake_quant", "tritonq.perf.cases.fake_quant_peers"),
@@ -37,11 +31,9 @@ PRIVATE_IMPORTS = {
     ("tritonq/report/measure.py", "tritonq.calibration._everything_float"),
 }
 LONG_FILES = {
-    "kernels/min_max.py",
     "tests/test_conv2d.py",
     "tests/test_forward_graph.py",
     "tests/test_learned_scale.py",
-    "tritonq/learned_fake_quantize.py",
     "tritonq/nn/fixed_point.py",
 }
 

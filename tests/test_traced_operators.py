@@ -120,9 +120,10 @@ def integers(x: Tensor) -> None:
 
 
 def folds(x: Tensor) -> None:
-    norm = BatchNormState(torch.zeros(4), torch.ones(4), 0.1, 1e-5)
-    traced.fold.nonzero_fold(norm, torch.ones(4), torch.float32)
-    traced.fold.remembered(norm.running_var)
+    ops = traced.FAMILIES["fold"]
+    for gamma in (torch.ones(4), None):
+        ops.nonzero_fold(torch.ones(4), gamma, 1e-5, torch.float32)
+    ops.remembered(torch.ones(4))
 
 
 def evaluation(x: Tensor) -> None:

@@ -16,15 +16,13 @@ from tritonq.functional.saved_input import SavedInput, keep, mark, restore
 from tritonq.grid import Grid
 from tritonq.qparams import is_readable
 from tritonq.reference.conv_bn import BatchNormState, Normalization
-from tritonq.reference.fold import fold_scale
+from tritonq.reference.fold import TINY_FOLD, nonzero_fold
 from tritonq.reference.quantizer_state import QuantizerState
 from tritonq.reference.scratch import borrow
 from tritonq.reference.weight import WeightCodes
 
 # float16 holds 2^-24 .. 2^15 exactly; a code has up to 2^8 - 1.
 _HALF_EXPONENTS = (-24, 7)
-# Below this a fold counts as zero, so that squares of its ratio to the smallest scale stay normal in float32.
-_TINY_FOLD = 1e-12
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class ReadyWeight(NamedTuple):
     """A weight that was folded and quantized before its layer's step, and its observer with it.
 
     Attributes:
-        fold: (out,), see :func:`nonzero_fold`.
+        fold: (out,), see :func:`tritonq.reference.fold.nonzero_fold`.
         inverse_std: (out,).
         codes: of the folded rows.
         version: of the weight they were made from.
@@ -121,7 +119,7 @@ class _ConvBn(torch.autograd.Function):
         ctx.weights, ctx.tail = implementation("weight", x), implementation("conv_bn", x)
         ready = _take_ready(step.memory, weight)
         if ready is None:
-            fold, inverse_std = _fold_of_step(step, gamma, torch.promote_types(x.dtype, torch.float32))
+            fold, inverse_std = _fold_of_step(x, gamma, step)
             rows = step.op.to_rows(weight)
             made = ctx.weights.quantize_folded(rows, fold, step.weight_quantizer, borrow("weight", rows, fold.dtype))
         else:
@@ -191,24 +189,15 @@ class _ConvBn(torch.autograd.Function):
         return dx, dweight, dbias, dgamma, dbeta, None
 
 
-def nonzero_fold(norm: BatchNormState, gamma: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``s = γ/σ(running_var)``, or ``1/σ`` where that is zero, and ``1/σ``: (channels,), in ``dtype``."""
-    inverse_std = fold_scale(norm.running_var.to(dtype), None, norm.eps)
-    if gamma is None:
-        return inverse_std, inverse_std
-    fold = gamma.detach().to(dtype) * inverse_std
-    return torch.where(fold.abs() < _TINY_FOLD, inverse_std, fold), inverse_std
-
-
-def _fold_of_step(step: ConvBnStep, gamma: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _fold_of_step(x: Tensor, gamma: Tensor | None, step: ConvBnStep) -> tuple[Tensor, Tensor]:
     """:func:`nonzero_fold`; a recomputed step takes what it took before the running variance moved."""
     if is_recomputing() and step.memory.fold is not None:
         return step.memory.fold
+    running_var, dtype = step.norm.running_var, torch.promote_types(x.dtype, torch.float32)
     if torch.compiler.is_compiling():
-        from tritonq.functional.traced import fold
-
-        return fold.nonzero_fold(step.norm, gamma, dtype)
-    step.memory.fold = nonzero_fold(step.norm, gamma, dtype)
+        fold: tuple[Tensor, Tensor] = implementation("fold", x).nonzero_fold(running_var, gamma, step.norm.eps, dtype)
+        return fold
+    step.memory.fold = nonzero_fold(running_var, gamma, step.norm.eps, dtype)
     return step.memory.fold
 
 
@@ -227,7 +216,7 @@ def _gamma_gradient(
     """``dγ = Σ g x̂ + (dfold - (γ/s) Σ g x̂ · eps_share) / σ``, without the bracket where γ is zero."""
     direct = sum_gn * fold.sign()
     through_fold = dfold * inverse_std - direct * eps_share
-    live = (gamma.detach() * inverse_std).abs() >= _TINY_FOLD
+    live = (gamma.detach() * inverse_std).abs() >= TINY_FOLD
     return torch.where(live, direct + through_fold, direct).to(gamma.dtype)
 
 

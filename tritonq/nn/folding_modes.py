@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.functional.bias import quantize_bias
 from tritonq.functional.channel_moments import channel_moments
+from tritonq.functional.dispatch import implementation
 from tritonq.functional.integer import raise_scale_for_bias
 from tritonq.functional.recomputation import is_recomputing, normalize_once
 from tritonq.nn.fusable import has_hooks
@@ -148,9 +149,9 @@ def _running_var_of_step(layer: QATBatchNormLayer) -> Tensor:
     if is_recomputing() and memory.running_var is not None:
         return memory.running_var
     if torch.compiler.is_compiling():
-        from tritonq.functional.traced import fold
-
-        return fold.remembered(_running_var(layer))
+        running_var = _running_var(layer)
+        copy: Tensor = implementation("fold", running_var).remembered(running_var)
+        return copy
     memory.running_var = _running_var(layer).clone()
     return memory.running_var
 

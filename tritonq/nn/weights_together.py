@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tritonq.backend import implementation, select
-from tritonq.functional.conv_bn import ReadyWeight, nonzero_fold, version_of
+from tritonq.functional.conv_bn import ReadyWeight, version_of
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.nn.conv_bn import QATBatchNormLayer
 from tritonq.nn.fusable import range_state
-from tritonq.reference.conv_bn import BatchNormState
+from tritonq.reference.fold import nonzero_fold
 from tritonq.reference.quantizer_state import QuantizerState
 from tritonq.reference.weight import WeightCodes
 
@@ -92,5 +92,4 @@ def _folds(layers: Sequence[QATBatchNormLayer]) -> tuple[Tensor, Tensor]:
     gammas: list[Tensor] = [
         ones[: layer.bn.num_features] if layer.bn.weight is None else layer.bn.weight for layer in layers
     ]
-    norm = BatchNormState(variances, variances, 0.0, layers[0].bn.eps)
-    return nonzero_fold(norm, torch.cat(gammas), torch.float32)
+    return nonzero_fold(variances, torch.cat(gammas), layers[0].bn.eps, torch.float32)

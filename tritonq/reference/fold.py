@@ -5,11 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tritonq.reference.operator import Like, operator
+
+# Below this a fold counts as zero, so that squares of its ratio to the smallest scale stay normal in float32.
+TINY_FOLD = 1e-12
+
 
 def fold_scale(running_var: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
     """``t = γ / sqrt(running_var + eps)`` per channel; a missing γ counts as 1."""
     inverse = torch.rsqrt(running_var + eps)
     return inverse if gamma is None else gamma * inverse
+
+
+@operator(returns=(Like("running_var", "dtype"), Like("running_var", "dtype")), has_kernel=False)
+def nonzero_fold(running_var: Tensor, gamma: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return ``s = γ/σ(running_var)``, or ``1/σ`` where that is zero, and ``1/σ``: (channels,), in ``dtype``.
+
+    A training step calls it as an operator: a compiler would compute it again in the backward pass, after the running
+    variance has changed.
+    """
+    inverse_std = fold_scale(running_var.to(dtype), None, eps)
+    if gamma is None:
+        return inverse_std, inverse_std
+    fold = gamma.detach().to(dtype) * inverse_std
+    return torch.where(fold.abs() < TINY_FOLD, inverse_std, fold), inverse_std
+
+
+@operator(returns=Like("running_var"), has_kernel=False)
+def remembered(running_var: Tensor) -> Tensor:
+    """Return a copy. An operator for the reason that :func:`nonzero_fold` is one."""
+    return running_var.clone()
 
 
 def fold_bias(bias: Tensor | None, running_mean: Tensor, scale: Tensor, beta: Tensor | None) -> Tensor:

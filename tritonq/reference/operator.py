@@ -24,12 +24,12 @@ class Like:
 
     Attributes:
         argument: name of a tensor parameter, or of a tensor in a structure: ``"grid.scale"``.
-        dtype: of the result, or a function of the argument's dtype; None takes the argument's.
+        dtype: of the result, the parameter that gives it, or a function of the argument's dtype; None: the argument's.
         prepare: applied to the argument first.
     """
 
     argument: str
-    dtype: torch.dtype | Callable[[torch.dtype], torch.dtype] | None = None
+    dtype: torch.dtype | str | Callable[[torch.dtype], torch.dtype] | None = None
     prepare: Callable[[Tensor], Tensor] | None = None
 
 
@@ -64,10 +64,11 @@ class OperatorSpec:
     returns: Any
     mutates: tuple[str, ...]
     scratch: tuple[str, ...]
+    has_kernel: bool
 
 
 def operator(
-    returns: Any = None, mutates: tuple[str, ...] = (), scratch: tuple[str, ...] = ()
+    returns: Any = None, mutates: tuple[str, ...] = (), scratch: tuple[str, ...] = (), has_kernel: bool = True
 ) -> Callable[[_Function], _Function]:
     """Mark a function as an operator.
 
@@ -76,10 +77,11 @@ def operator(
             grid. All else in it stands in the traced result as it is.
         mutates: tensors that are updated in place, by name: ``"statistics.min_val"``.
         scratch: parameters that only say where results may be written. Traced graphs leave them out.
+        has_kernel: whether `tritonq.kernels` has it too; if not, the reference runs on every device.
     """
 
     def mark(function: _Function) -> _Function:
-        function.operator = OperatorSpec(returns, mutates, scratch)  # type: ignore[attr-defined]
+        function.operator = OperatorSpec(returns, mutates, scratch, has_kernel)  # type: ignore[attr-defined]
         return function
 
     return mark

@@ -26,7 +26,8 @@ def traced_families() -> dict[str, ModuleType]:
     for family, operators in operators_by_family().items():
         families[family] = ModuleType(f"{__package__}.{family}", f"`tritonq.reference.{family}` for torch.compile.")
         for name, function in operators.items():
-            choose = partial(_implementation, family, name)
+            has_kernel = function.operator.has_kernel  # type: ignore[attr-defined]
+            choose = partial(_implementation, family, name) if has_kernel else None
             setattr(families[family], name, traced_operator(f"{family}_{name}", function, choose))
     return families
 

@@ -40,7 +40,8 @@ def prototypes(template: Any, arguments: dict[str, Any]) -> list[Tensor]:
             found.extend(_empty_grid(leaf, arguments))
         elif isinstance(leaf, Like):
             like = _like(leaf, arguments)
-            dtype = leaf.dtype if leaf.dtype is None or isinstance(leaf.dtype, torch.dtype) else leaf.dtype(like.dtype)
+            dtype = arguments[leaf.dtype] if isinstance(leaf.dtype, str) else leaf.dtype
+            dtype = dtype if dtype is None or isinstance(dtype, torch.dtype) else dtype(like.dtype)
             found.append(torch.empty_like(like, dtype=dtype))
         else:
             source = lookup(leaf.argument, arguments)
