@@ -56,13 +56,15 @@ MODULES = dict(modules())
 
 
 @cache
-def tree(path):
-    return ast.parse(path.read_text())
+def nodes(path):
+    """The imports of a file, and where it reads attributes."""
+    kinds = (ast.Import, ast.ImportFrom, ast.Attribute)
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
 
 
 def imported_modules(path):
     """The project's modules that a file imports anywhere, by what is imported: a package or a module in it."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -108,7 +110,7 @@ def is_private(name):
 
 def private_imports(path):
     """Private names of other modules of the project that a file imports."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tritonq":
             yield from (f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name))
 
@@ -117,12 +119,12 @@ def private_attributes(path):
     """Private names that a file reads from modules of the project which it imports."""
     names = {
         alias.asname or alias.name: f"{node.module}.{alias.name}"
-        for node in ast.walk(tree(path))
+        for node in nodes(path)
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
         if f"{node.module}.{alias.name}" in MODULES
     }
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Attribute) and is_private(node.attr) and getattr(node.value, "id", None) in names:
             yield f"{names[node.value.id]}.{node.attr}"
 
