@@ -1,14 +1,19 @@
 """Inputs kept for the backward as 8-bit codes: only where they can be rebuilt exactly, and without looking where an
 operator has just rounded them."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
+import tritonq
 from quantizer_states import quantizer_state
 from tritonq.functional import saved_input
 from tritonq.functional.residual import residual_join
 from tritonq.functional.saved_input import keep, mark, restore
 from tritonq.grid import Grid
+from tritonq.nn.conv_bn import QATBatchNormLayer
 from tritonq.qparams import QINT8, QUINT8
 
 
@@ -96,3 +101,60 @@ def test_a_residual_join_marks_its_result(verified):
     kept = keep(y, Grid(state.scale, state.zero_point, QINT8))
     assert not verified
     assert torch.equal(restore(kept), y)
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """As on a GPU, where looking at values waits for the device."""
+    monkeypatch.setattr(saved_input, "is_readable", lambda tensor: False)
+
+
+def test_where_nothing_can_be_read_only_marked_inputs_become_codes(unreadable, verified):
+    x, grid = on_grid(QINT8)
+    assert keep(x, grid).values is x
+    mark(x, grid.scale, seen(QINT8))
+    assert torch.equal(restore(keep(x, grid)), x)
+    pooled = torch.nn.functional.max_pool2d(x, 2)
+    assert keep(pooled, grid).values is pooled
+    assert not verified
+
+
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize("hooked", ["quantizer", "layer"])
+def test_what_a_hook_makes_of_a_quantized_tensor_is_kept_itself(hooked, readable, monkeypatch):
+    """Else the gradient of the next layer's weight would be that of another input."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(saved_input, "is_readable", lambda tensor: readable)
+    model = tritonq.prepare_qat(
+        nn.Sequential(*(m for _ in range(2) for m in (nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)))),
+        example_inputs=torch.randn(2, 4, 5, 5),
+    ).train()
+    layers = [module for module in model.modules() if isinstance(module, QATBatchNormLayer)]
+    source = layers[0].activation_post_process if hooked == "quantizer" else layers[0]
+    model(torch.randn(2, 4, 5, 5))
+    scale = layers[0].activation_post_process.scale
+    source.register_forward_hook(lambda module, given, y: y + 0.3 * scale)
+    gradients = []
+    for saves_codes in (True, False):
+        copied = copy.deepcopy(model)
+        for layer in copied.modules():
+            if isinstance(layer, QATBatchNormLayer):
+                layer.save_input_codes = saves_codes
+        copied(torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+        gradients.append([parameter.grad for parameter in copied.parameters()])
+    for mine, expected in zip(*gradients, strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_a_chain_of_layers_keeps_codes_where_nothing_can_be_read(unreadable):
+    torch.manual_seed(0)
+    float_model = nn.Sequential(
+        *(m for _ in range(3) for m in (nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()))
+    )
+    x = torch.randn(2, 4, 5, 5)
+    model = tritonq.prepare_qat(float_model, example_inputs=x).train()
+    model(x)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.dtype) or t, lambda t: t):
+        model(x)
+    assert saved.count(torch.int8) == 3

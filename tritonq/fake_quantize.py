@@ -11,10 +11,12 @@ from torch import Tensor
 from tritonq.factory import Factory, WithArgs
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.recomputation import is_recomputing
+from tritonq.functional.saved_input import mark
 from tritonq.grid import Grid
 from tritonq.observers import MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
 from tritonq.observers.base import FixedDtypeBuffers
 from tritonq.qparams import QParams, QuantizedType
+from tritonq.reference.quantizer_state import QuantizerState
 
 
 class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
@@ -218,7 +220,10 @@ class FakeQuantize(FakeQuantizeBase):
             self._warn_once()
             return x
         zero_point = None if self.activation_post_process.zero_point_is_zero else self.zero_point
-        return fake_quantize(x, Grid(self.scale, zero_point, self.qtype, active))
+        y = fake_quantize(x, Grid(self.scale, zero_point, self.qtype, active))
+        if self.qtype.axis is None:
+            mark(y, self.scale, QuantizerState(self.scale, zero_point, active, self.qtype, known=True))
+        return y
 
     def _warn_once(self) -> None:
         if not self._warned:

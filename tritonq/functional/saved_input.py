@@ -41,15 +41,19 @@ class SavedInput(NamedTuple):
 def keep(x: Tensor, grid: Grid | None) -> SavedInput:
     """``x`` as codes of ``grid`` if it can be rebuilt from them exactly, else ``x`` itself.
 
-    On a CPU that is verified, unless an operator of ours said so (:func:`mark`); elsewhere the grid is trusted.
-    Operators that take the same tensor share its codes.
+    A tensor that a quantizer has just rounded is known to lie on its grid (:func:`mark`). Any other tensor, such as one
+    that a hook changed, is compared with its codes on a CPU, and kept itself elsewhere, where the comparison would wait
+    for the device. Operators that take the same tensor share its codes.
     """
     if grid is None or not _is_compact(grid) or x.dtype == torch.float64:
         return SavedInput(x, None, None, x.dtype)
     shared = getattr(x, _SHARED, None)
     if shared is not None and shared[0] is grid.scale and shared[1] == x._version:
         return cast(SavedInput, shared[2])
-    saved = _encode(x, grid, _is_marked(x, grid))
+    marked = _is_marked(x, grid)
+    if not marked and not is_readable(x):
+        return SavedInput(x, None, None, x.dtype)
+    saved = _encode(x, grid, marked)
     if saved.scale is not None:
         # An attribute of the tensor lives as long as the tensor, and no longer.
         setattr(x, _SHARED, (grid.scale, x._version, saved))
@@ -64,12 +68,17 @@ def _is_compact(grid: Grid) -> bool:
 def mark(y: Tensor, scale: Tensor, state: QuantizerState) -> None:
     """Note on ``y`` that its values were rounded to the grid of ``scale``, a quantizer's buffer, if it was active.
 
+    Where the switch can't be read without waiting for a device, the note is made all the same: :func:`keep` is given a
+    grid only while its quantizer is active.
+
     Args:
         y: the operator's result.
         scale: the buffer.
         state: the quantizer now, or the snapshot that rounded ``y``.
     """
-    if is_readable(y) and not y.is_inference() and active_flag(state) is True:
+    if torch.compiler.is_compiling() or y.is_inference():
+        return
+    if not is_readable(y) or active_flag(state) is True:
         setattr(y, _MARK, (scale, scale._version, y._version))
 
 
@@ -100,7 +109,7 @@ def _encode(x: Tensor, grid: Grid, trusted: bool) -> SavedInput:
     if x.dtype == torch.bfloat16:
         # Coarser than the grid at its far end, where the nearest step may lie beyond the last one.
         codes.clamp_(grid.qtype.quant_min - middle, grid.qtype.quant_max - middle)
-    if not trusted and is_readable(x) and not _is_exact(x, codes, shift, scale):
+    if not trusted and not _is_exact(x, codes, shift, scale):
         return SavedInput(x, None, None, x.dtype)
     return SavedInput(codes.to(torch.int8), scale, shift, x.dtype)
 
