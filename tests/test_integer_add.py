@@ -65,12 +65,13 @@ def test_summands_behind_a_relu_as_onnx_runtime_adds_them():
         a, b, add.activation_post_process = (
             Quantizer(QINT8, torch.tensor([scale]), torch.zeros(1, dtype=torch.int32)) for scale in scales
         )
-        add.set_input_quantizers(a, b)
+        relu = nn.ReLU()
+        relu.activation_post_process = a
         values = (u * a.scale, (v - 128) * b.scale)
         expected = runtime_sum([u.to(torch.uint8), v.to(torch.uint8)], scales, (0, 128, 0)).clamp(max=127).int()
         codes = []
-        for after_relu in ((False, False), (True, False)):
-            add.after_relu = after_relu
+        for producer in (a, relu):
+            add.set_producers(producer, b)
             codes.append((add.eval()(*values) / add.activation_post_process.scale).round().int())
         assert torch.equal(codes[1], expected)
         turned += int((codes[0] != expected).sum())

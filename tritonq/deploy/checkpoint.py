@@ -24,7 +24,6 @@ from tritonq.deploy.description import (
 )
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule
-from tritonq.nn.elementwise import note_relus
 from tritonq.prepare.forwards.edited import apply_forward
 from tritonq.prepare.record.snapshot import ModelSnapshot
 
@@ -185,7 +184,6 @@ def _rebuild(model: nn.Module, entries: list[Description], state: Mapping[str, T
         if entry.get("forward") is not None:
             apply_forward(placed[entry["name"]], entry["forward"])
     link_operands(placed, entries)
-    note_relus(root)
     root.eval()
     _load_state(root, state)
     return root

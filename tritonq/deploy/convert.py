@@ -15,7 +15,6 @@ from tritonq.deploy.tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbe
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.grid import Grid
 from tritonq.nn import Add, Embedding, EmbeddingBag, QATLayer, QATRepVGGBlock
-from tritonq.nn.elementwise import note_relus
 from tritonq.prepare.edit.fuse import move_hooks
 from tritonq.qparams import QuantizedType
 from tritonq.reference.fake_quant import quantize
@@ -58,11 +57,8 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
         replacements = _replacements(converted)
     for module in converted.modules():
         if isinstance(module, Add):
-            a, b = (None if source is None else replacements.get(source) for source in module.input_quantizers)
-            module.set_input_quantizers(a, b)
-    converted = swap_modules(converted, replacements).eval()
-    note_relus(converted)
-    return converted
+            module.replace_producers(replacements)
+    return swap_modules(converted, replacements).eval()
 
 
 def swap_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:

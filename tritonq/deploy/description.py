@@ -55,8 +55,14 @@ def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) 
     """Tell rebuilt additions again which quantizers their summands come from."""
     for entry in entries:
         if entry["kind"] == "add":
-            a, b = (None if name is None else modules[name] for name in entry["operands"])
-            cast(Add, modules[entry["name"]]).set_input_quantizers(a, b)
+            a, b = (None if name is None else _producer(modules, name) for name in entry["operands"])
+            cast(Add, modules[entry["name"]]).set_producers(a, b)
+
+
+def _producer(modules: Mapping[str, nn.Module], quantizer: str) -> nn.Module:
+    """The module whose output a quantizer takes to its grid: its owner, or the quantizer where it has another name."""
+    owner, _, child = quantizer.rpartition(".")
+    return modules[owner] if child == "activation_post_process" else modules[quantizer]
 
 
 def _describe(module: nn.Module) -> Description:

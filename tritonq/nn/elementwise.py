@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,14 @@ from tritonq.functional.residual import residual_join
 from tritonq.grid import Grid
 from tritonq.nn.fusable import ceiling_of, checked_ceiling, describe_relu, range_state, warn_if_unobserved
 from tritonq.nn.qat import with_gradient_of
+from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig
 from tritonq.qparams import QuantizedType
 from tritonq.reference.activation import rectify
 from tritonq.reference.quantizer_state import QuantizerState
 
 
-class _WithOutputQuantizer(nn.Module):
+class _WithOutputQuantizer(ReferringModule):
     def __init__(self, qconfig: QConfig | None = None) -> None:
         super().__init__()
         self.activation_post_process: nn.Module = nn.Identity() if qconfig is None else qconfig.activation()
@@ -45,8 +46,6 @@ class Add(_WithOutputQuantizer):
     """``FQ(relu?(a + b))``: a residual join. Without a qconfig, its output stays in float.
 
     ``ceiling`` is the upper bound of the ReLU: infinity for a plain one, 6 for ReLU6; None leaves it out.
-    ``after_relu`` says which summands come out of a ReLU and its quantizer, see :func:`note_relus`.
-
     In eval mode, with both summands on known grids, it adds as integer runtimes do:
     :func:`tritonq.functional.integer.integer_add`.
 
@@ -58,18 +57,54 @@ class Add(_WithOutputQuantizer):
     def __init__(self, ceiling: float | None = None, *, qconfig: QConfig | None = None) -> None:
         super().__init__(qconfig)
         self.ceiling = checked_ceiling(ceiling)
-        # A tuple hides the references from nn.Module: the producers own these quantizers and their state.
-        self._input_quantizers: tuple[nn.Module | None, nn.Module | None] = (None, None)
-        self.after_relu: tuple[bool, ...] = (False, False)
+        self._producers: tuple[Reference[nn.Module], ...] = (Reference(), Reference())
+        # In models that version 0.1.0 pickled, which hold quantizers and no producers: see `after_relu`.
+        self._pickled_after_relu: tuple[bool, ...] | None = None
+
+    def set_producers(self, a: nn.Module | None, b: nn.Module | None) -> None:
+        """Set the modules that put the summands on their grids (None: unknown).
+
+        A producer is a module with a quantizer of its output in the child ``activation_post_process``, or a quantizer.
+        """
+        self._producers, self._pickled_after_relu = (Reference(a), Reference(b)), None
 
     def set_input_quantizers(self, a: nn.Module | None, b: nn.Module | None) -> None:
-        """Say which quantizers' grids the summands lie on (None: unknown)."""
-        self._input_quantizers = (a, b)
+        """Set the quantizers whose grids the summands lie on (None: unknown), where these aren't behind a ReLU."""
+        self.set_producers(a, b)
+
+    def replace_producers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
+        """Refer to what took the place of a producer in the model, where something did."""
+        self._producers = tuple(
+            Reference(None if held.module is None else replacements.get(held.module, held.module))
+            for held in self._producers
+        )
 
     @property
-    def input_quantizers(self) -> tuple[nn.Module | None, nn.Module | None]:
+    def producers(self) -> tuple[nn.Module | None, ...]:
+        """The modules that put the summands on their grids, where known."""
+        return tuple(held.module for held in self._producers)
+
+    @property
+    def input_quantizers(self) -> tuple[nn.Module | None, ...]:
         """The quantizers whose grids the summands lie on, where known."""
-        return self._input_quantizers
+        return tuple(_quantizer_of(producer) for producer in self.producers)
+
+    @property
+    def after_relu(self) -> tuple[bool, ...]:
+        """Whether each summand comes out of a ReLU and the quantizer behind it.
+
+        Deployment stores such values from the code of zero on, and an addition's roundings depend on where codes begin.
+        """
+        if self._pickled_after_relu is not None:
+            return self._pickled_after_relu
+        return tuple(_ends_in_relu(producer) for producer in self.producers)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_producers" not in state:
+            quantizers = state.pop("_input_quantizers")
+            held = {"_producers": tuple(map(Reference, quantizers)), "_pickled_after_relu": state.pop("after_relu")}
+            state = {**state, **held}
+        super().__setstate__(state)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Broadcasting sum of two tensors, fake-quantized."""
@@ -92,7 +127,7 @@ class Add(_WithOutputQuantizer):
 
         In a traced graph it is the float sum where a grid turns out to be off when the graph runs.
         """
-        quantizers = (*self._input_quantizers, self.activation_post_process)
+        quantizers = (*self.input_quantizers, self.activation_post_process)
         relus = (*self.after_relu, self.ceiling is not None)
         if torch.compiler.is_compiling():
             trained = [quantizer for quantizer in quantizers if isinstance(quantizer, FakeQuantizeBase)]
@@ -116,21 +151,17 @@ class Add(_WithOutputQuantizer):
         return describe_relu(self.ceiling)
 
 
-def note_relus(model: nn.Module) -> None:
-    """Tell the additions in ``model`` which of their summands come out of a ReLU and its quantizer.
+def _quantizer_of(producer: nn.Module | None) -> nn.Module | None:
+    """The quantizer of a producer's output, which may be the producer."""
+    if producer is None or isinstance(producer, GridSource):
+        return producer
+    return producer._modules.get("activation_post_process")
 
-    Deployment stores what comes out of a ReLU from the code of zero on, and an addition's roundings depend on where
-    codes begin.
-    """
-    owners = ((module, module._modules.get("activation_post_process")) for module in model.modules())
-    behind = {
-        id(quantizer)
-        for module, quantizer in owners
-        if quantizer is not None and (getattr(module, "ceiling", None) or ceiling_of(module)) is not None
-    }
-    for module in model.modules():
-        if isinstance(module, Add):
-            module.after_relu = tuple(id(source) in behind for source in module.input_quantizers)
+
+def _ends_in_relu(producer: nn.Module | None) -> bool:
+    """Whether the output of a producer went through a ReLU before its quantizer."""
+    ceiling = getattr(producer, "ceiling", None)
+    return ceiling is not None or ceiling_of(producer) is not None
 
 
 def _deployed(grid: Grid, relu: bool) -> Grid:

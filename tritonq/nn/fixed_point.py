@@ -19,6 +19,7 @@ from tritonq.nn import intrinsic
 from tritonq.nn.conv import check_float_type, conv_arguments
 from tritonq.nn.conv_bn import checked_batch_norm
 from tritonq.nn.qat import with_gradient_of
+from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig, get_qconfig
 from tritonq.reference.fixed_point import power_of_two
 
@@ -95,7 +96,7 @@ class FixedPointIntegers(NamedTuple):
     frac_len: Tensor
 
 
-class FixedPointLayer(nn.Module):
+class FixedPointLayer(ReferringModule):
     """A linear operation on fixed-point input with a fixed-point weight.
 
     Attributes:
@@ -113,6 +114,7 @@ class FixedPointLayer(nn.Module):
     weight_fake_quant: FixedPointFakeQuantize
 
     raw_output: bool = False
+    _references = ("_following",)
     # Axis of the output that out channels run along.
     _output_axis = 1
 
@@ -140,7 +142,7 @@ class FixedPointLayer(nn.Module):
         self.observes = True
         self.input_factor = 1.0
         self.bias_word_len = bias_word_len
-        self._following: tuple[ActivationFormat | None] = (None,)
+        self._following: Reference[ActivationFormat] = Reference()
         if self.weight.device.type != "meta":
             self.move_formats(self.weight.device)
 
@@ -152,12 +154,11 @@ class FixedPointLayer(nn.Module):
     @property
     def following(self) -> ActivationFormat | None:
         """The format of the layer that reads this layer's output; None: the output is real."""
-        return self._following[0]
+        return self._following.module
 
     def set_following(self, following: FixedPointLayer | ActivationFormat | None) -> None:
         """Say who reads the output, whose η this layer divides by (None: nobody, the output is the network's)."""
-        # A tuple hides the reference from nn.Module: the format belongs to its reader.
-        self._following = (following.input_format if isinstance(following, FixedPointLayer) else following,)
+        self._following = Reference(following.input_format if isinstance(following, FixedPointLayer) else following)
 
     def eta_next(self) -> Tensor:
         """The scaling factor of the following layer, 1 where there is none."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.nn.fixed_point import ActivationFormat
+from tritonq.nn.reference import Reference, ReferringModule
 
 
-class FixedPointAdd(nn.Module):
+class FixedPointAdd(ReferringModule):
     """``a + b`` with both summands in units of the η of the layer that reads the sum.
 
     A summand that some layer reads too, or that went through a ReLU, has a format of its own: it is rounded to that,
@@ -20,11 +21,11 @@ class FixedPointAdd(nn.Module):
     Attributes:
         formats: the summands' own formats, by position ("0", "1").
         observes: for each summand whether this addition is its first reader.
-        sources: for each summand without a format the module that makes it.
         raw_output: whether the sum isn't rounded before it is read: by another addition.
     """
 
     raw_output: bool = False
+    _references = ("_following",)
 
     def __init__(
         self,
@@ -35,14 +36,28 @@ class FixedPointAdd(nn.Module):
         super().__init__()
         self.formats = nn.ModuleDict({str(i): found for i, found in enumerate(formats) if found is not None})
         self.observes = observes
-        self._following: tuple[ActivationFormat | None] = (following,)
-        # In a tuple, so that nn.Module doesn't take them for children.
-        self.sources: tuple[nn.Module | None, nn.Module | None] = (None, None)
+        self._following = Reference(following)
+        self._sources: tuple[Reference[nn.Module], Reference[nn.Module]] = (Reference(), Reference())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_sources" not in state:  # pickled by version 0.1.0
+            state["_sources"] = tuple(map(Reference, state.pop("sources")))
+        super().__setstate__(state)
 
     @property
     def following(self) -> ActivationFormat | None:
         """The format of whatever reads the sum; None: the sum is real."""
-        return self._following[0]
+        return self._following.module
+
+    @property
+    def sources(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """For each summand without a format the module that makes it."""
+        a, b = self._sources
+        return a.module, b.module
+
+    def set_sources(self, a: nn.Module | None, b: nn.Module | None) -> None:
+        """Set the modules that make the summands without a format."""
+        self._sources = (Reference(a), Reference(b))
 
     def format_of(self, summand: int) -> ActivationFormat | None:
         """The summand's own format, if it has one."""
@@ -63,7 +78,7 @@ class FixedPointAdd(nn.Module):
         return rounded * own.power_between(following).to(rounded.dtype)
 
 
-class FixedPointAvgPool2d(nn.Module):
+class FixedPointAvgPool2d(ReferringModule):
     """Average pooling of fixed-point values: a sum and a shift.
 
     ``y = Σ xq / 2^round(log2 k²) · η/η_following``, k² values per window; both factors are powers of two, since this
@@ -89,6 +104,7 @@ class FixedPointAvgPool2d(nn.Module):
     """
 
     raw_output: bool = False
+    _references = ("_following",)
 
     def __init__(
         self,
@@ -111,12 +127,12 @@ class FixedPointAvgPool2d(nn.Module):
         self.stride = kernel_size if stride is None else stride
         self.area, self.keepdim = area, keepdim
         self.input_format, self.observes = input_format, observes
-        self._following: tuple[ActivationFormat | None] = (following,)
+        self._following = Reference(following)
 
     @property
     def following(self) -> ActivationFormat | None:
         """The format of the layer that reads the output; None: the output is real."""
-        return self._following[0]
+        return self._following.module
 
     @property
     def shift(self) -> int:

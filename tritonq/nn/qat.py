@@ -15,11 +15,12 @@ from tritonq.functional.integer import IntegerAffine, integer_affine, to_integer
 from tritonq.functional.linear_map import Convolution, LinearMap
 from tritonq.grid import Grid
 from tritonq.nn.fusable import describe_relu, fixed_grid
+from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig
 from tritonq.reference.activation import rectify
 
 
-class QATLayer(nn.Module):
+class QATLayer(ReferringModule):
     """A linear operation with a fake-quantized weight and a fake-quantized output.
 
     Attributes:
@@ -37,6 +38,7 @@ class QATLayer(nn.Module):
     activation_post_process: nn.Module
     ceiling: float | None = None
 
+    _references = ("_input_quantizer",)
     # Axis of the output that out channels run along; counted from the end, where a batch axis may be missing.
     _output_axis: ClassVar[int] = 1
 
@@ -52,8 +54,7 @@ class QATLayer(nn.Module):
         self.qconfig = qconfig
         self.weight_fake_quant = qconfig.weight()
         self.activation_post_process = qconfig.activation()
-        # A tuple hides the reference from nn.Module: the producer owns that quantizer and its state.
-        self._input_quantizer: tuple[FakeQuantizeBase | None] = (None,)
+        self._input_quantizer: Reference[FakeQuantizeBase] = Reference()
         axis = _axis(self.weight_fake_quant)
         if axis is not None:
             if axis != 0:
@@ -75,7 +76,7 @@ class QATLayer(nn.Module):
 
         With it, eval mode computes in exact integers with an int32 bias, as the deployed layer does.
         """
-        self._input_quantizer = (quantizer,)
+        self._input_quantizer = Reference(quantizer)
 
     def extra_repr(self) -> str:
         """Geometry, and the ReLU where the class's name does not say all of it."""
@@ -85,7 +86,7 @@ class QATLayer(nn.Module):
     @property
     def input_quantizer(self) -> FakeQuantizeBase | None:
         """The quantizer whose grid this layer's input lies on, where known."""
-        return self._input_quantizer[0]
+        return self._input_quantizer.module
 
     @abstractmethod
     def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

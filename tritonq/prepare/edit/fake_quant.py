@@ -12,10 +12,9 @@ from torch import nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import Add, Cat, QATLayer
 from tritonq.nn.conv_bn import QATBatchNormLayer
-from tritonq.nn.elementwise import note_relus
 from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
-from tritonq.prepare.decide.plan import Plan, PlannedQuantizer
+from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
 from tritonq.prepare.edit.inputs import (
@@ -83,7 +82,6 @@ class _PlanWork:
         self._add_inputs([quantizer for quantizer in self._plan.quantizers if quantizer.where == "input"])
         self._editor.apply()
         self._link()
-        note_relus(self._editor.model)
 
     def _erase_relus(self) -> None:
         for name in self._plan.erased_modules:
@@ -191,8 +189,15 @@ class _PlanWork:
         for join, grids in self._plan.operands.items():
             add = self._editor.model.get_submodule(self.join_names[join])
             if isinstance(add, Add) and len(grids) == 2:
-                a, b = (None if grid is None else self._quantizers.get(id(grid)) for grid in grids)
-                add.set_input_quantizers(a, b)
+                add.set_producers(*(None if grid is None else self._producer(grid) for grid in grids))
+
+    def _producer(self, grid: GridSource) -> nn.Module:
+        """Return the module whose output lies on a planned grid: it, or the quantizer where no module's output does."""
+        if isinstance(grid, Join):
+            return self._editor.model.get_submodule(self.join_names[grid])
+        if isinstance(grid, Layer):
+            return self._editor.modules[grid.name]
+        return self._editor.modules[grid.owner] if grid.where == "output" else self._quantizers[id(grid)]
 
     def _placed(self, module: nn.Module, like: str) -> nn.Module:
         """Return ``module`` on the device of the parameters of a module, or of the model where that has none."""

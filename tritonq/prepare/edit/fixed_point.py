@@ -209,7 +209,7 @@ class _Builder:
         ]
         add = cast(FixedPointAdd, self._makers[self._links.ends[call.index]])
         first, second = (None if group.has_format else made for group, made in zip(groups, makers, strict=True))
-        add.sources = (first, second)
+        add.set_sources(first, second)
 
     def _pool(self, pooling: Pooling) -> None:
         call = pooling.call
