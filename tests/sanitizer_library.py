@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("triton")
+
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
