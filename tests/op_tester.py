@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -83,6 +84,11 @@ class OpTester:
         clear_plans()
         yield
         clear_plans()
+
+
+def operators(family: str, use: str) -> Any:
+    """The module whose functions run ``backend=use``, for tensors that the test has moved to its device."""
+    return importlib.import_module(f"tritonq.{'reference' if use == 'torch' else 'kernels'}.{family}")
 
 
 def clear_plans() -> None:

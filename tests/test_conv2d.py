@@ -14,9 +14,8 @@ import torch.nn.functional as F
 
 import tritonq
 from grids import grid_of
-from op_tester import OpTester
+from op_tester import OpTester, operators
 from tolerances import assert_matches
-from tritonq.backend import implementation
 from tritonq.functional.conv2d import ConvKernel, find_kernel
 from tritonq.functional.integer import IntegerAffine
 from tritonq.functional.linear_map import Convolution
@@ -67,6 +66,11 @@ class TestKernel(OpTester):
     architecture = 80
 
     @pytest.fixture(autouse=True)
+    def float32_products(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As the specification's; a GPU may use tf32 otherwise."""
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+    @pytest.fixture(autouse=True)
     def small_tiles(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Several programs along each axis, several steps, and ragged ends."""
         if backend == "interpreter":
@@ -84,7 +88,7 @@ class TestKernel(OpTester):
         self, name: str, turn: int, geometry: str, channels_last: bool, use: str, device: str
     ) -> None:
         channels, outs, groups, kernel = CONVOLUTIONS[name]
-        ops = implementation("conv2d", torch.empty(0, device=device), use)
+        ops = operators("conv2d", use)
         x = steps_of_an_eighth(2, channels, 5, 6, seed=0)
         weight = steps_of_an_eighth(outs, channels // groups, *kernel, seed=1)
         bias = steps_of_an_eighth(outs, seed=2) * 3
@@ -134,7 +138,7 @@ class TestKernel(OpTester):
         small = torch.randint(-999, 999, (outs,), generator=generator).int()
         # Quarters make ties.
         multiplier = torch.tensor([0.25, 0.37]).repeat(outs)[:outs]
-        ops = implementation("conv2d", codes.to(device), use)
+        ops = operators("conv2d", use)
         for index, (rounding, grid, bias) in enumerate(
             (("half_even", 0.5, small), ("half_away", 0.5, small), ("half_even", None, large), ("half_even", 0.5, None))
         ):
@@ -152,14 +156,14 @@ class TestKernel(OpTester):
         generator = torch.Generator().manual_seed(0)
         x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 20, 7, 5), (9, 20, 3, 3)))
         x[0, 3, 2, 1], x[1, 0, 0, 0] = torch.nan, torch.inf
-        ops = implementation("conv2d", x.to(device), use)
+        ops = operators("conv2d", use)
         arguments = (None, (1, 1), (1, 1), (1, 1), 1, math.inf)
         y = ops.conv2d(x.to(device), weight.to(device), *arguments)
         assert_matches(y.cpu(), reference.conv2d(x.double(), weight.double(), *arguments).float(), "conv2d")
 
     def test_slices_and_nothing(self, use: str, device: str) -> None:
         x, weight = steps_of_an_eighth(2, 8, 9, 11, seed=0), steps_of_an_eighth(6, 4, 3, 3, seed=1)
-        ops = implementation("conv2d", x.to(device), use)
+        ops = operators("conv2d", use)
         arguments = (None, (1, 1), (0, 0), (1, 1), 1)
         sliced = x.to(device)[:, ::2, 1:, ::2]
         expected = reference.conv2d(x[:, ::2, 1:, ::2].double(), weight.double(), *arguments).float()
@@ -172,7 +176,7 @@ class TestKernel(OpTester):
     def test_same_bits_twice(self, use: str, device: str) -> None:
         generator = torch.Generator().manual_seed(0)
         x, weight = (torch.randn(s, generator=generator).to(device) for s in ((1, 33, 6, 6), (5, 33, 3, 3)))
-        ops = implementation("conv2d", x, use)
+        ops = operators("conv2d", use)
         first, again = (ops.conv2d(x, weight, None, (1, 1), (1, 1), (1, 1), 1) for _ in range(2))
         assert torch.equal(first, again)
 

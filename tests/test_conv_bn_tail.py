@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from op_tester import OpTester
+from op_tester import OpTester, operators
 from quantizer_states import assert_same_state, moved, quantizer_state
-from tritonq.backend import implementation
 from tritonq.qparams import QINT4, QINT8, QUINT8
 from tritonq.reference import conv_bn as reference
 from tritonq.reference.conv_bn import BatchNormState
@@ -94,7 +93,7 @@ class TestForward(OpTester):
             slope = torch.tensor([0.25, 0.5, 2.0]).repeat(shape[1])[: shape[1]]
             shift = -slope * (torch.arange(float(shape[1])) + 1000) + 0.5
             state = None if QTYPES[grid] is None else quantizer_state(QTYPES[grid])._replace(known=True)
-            y = implementation("conv_bn", c, use).apply(
+            y = operators("conv_bn", use).apply(
                 c.to(device),
                 slope.to(device),
                 shift.to(device),
@@ -120,12 +119,14 @@ class TestForward(OpTester):
             ours, theirs = (Problem(shape[1], exact=True, device=device) for _ in range(2))
             mine, other = quantizer_state(QUINT8, device=device), quantizer_state(QUINT8, device=device)
             for _ in range(2):
-                y, vectors, frozen = implementation("conv_bn", c, use).forward(c, *ours.arguments(), mine, math.inf)
+                y, vectors, frozen = operators("conv_bn", use).forward(c, *ours.arguments(), mine, math.inf)
                 z, _, _ = reference.forward(c, *theirs.arguments(), other, math.inf)
             mean = torch.arange(float(shape[1])) + offset
             torch.testing.assert_close(vectors[0].cpu(), mean, rtol=2**-22, atol=1e-6)
             torch.testing.assert_close(vectors[1].cpu(), torch.full((shape[1],), 0.25), rtol=1e-6, atol=0)
-            exact, _, _ = reference.forward(c, *Problem(shape[1], exact=True, device=device).arguments(), None, math.inf)
+            exact, _, _ = reference.forward(
+                c, *Problem(shape[1], exact=True, device=device).arguments(), None, math.inf
+            )
             assert_codes_but_for_ties(y.cpu(), z.cpu(), exact.cpu(), float(other.scale))
             torch.testing.assert_close(ours.norm.running_mean, theirs.norm.running_mean, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(ours.norm.running_var, theirs.norm.running_var, rtol=1e-6, atol=0)
@@ -143,7 +144,7 @@ class TestForward(OpTester):
                 ours = Problem(shape[1], exact=False, device=device, affine=affine, bias=affine)
                 theirs = Problem(shape[1], exact=False, device="cpu", affine=affine, bias=affine)
                 mine, other = quantizer_state(QINT8, device=device), quantizer_state(QINT8)
-                ops = implementation("conv_bn", c, use)
+                ops = operators("conv_bn", use)
                 y, vectors, _ = ops.forward(c.to(device), *ours.arguments(), mine, ceiling)
                 z, expected, _ = reference.forward(c, *theirs.arguments(), other, ceiling)
                 assert y.dtype == dtype
@@ -158,7 +159,7 @@ class TestForward(OpTester):
         """Against float64, to what the input's own float32 resolution at that offset allows."""
         c = torch.randn(8, 5, 11, 13, generator=torch.Generator().manual_seed(0)) + offset
         problem = Problem(5, exact=False, device=device)
-        _, vectors, _ = implementation("conv_bn", c, use).forward(c.to(device), *problem.arguments(), None, None)
+        _, vectors, _ = operators("conv_bn", use).forward(c.to(device), *problem.arguments(), None, None)
         mean = c.double().mean((0, 2, 3))
         var = c.double().var((0, 2, 3), unbiased=False)
         resolution = max(1e-6, abs(offset) * 2.0**-23)
@@ -177,7 +178,7 @@ class TestForward(OpTester):
     ) -> None:
         """The range that follows from the channels' extremes is what observing the float output finds, bit for bit."""
         c = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 2 + 1).to(device)
-        ops = implementation("conv_bn", c, use)
+        ops = operators("conv_bn", use)
         state = quantizer_state(QINT8, device=device, averaging=None)
         ops.forward(c, *Problem(shape[1], exact=False, device=device).arguments(), state, ceiling)
         y, _, _ = ops.forward(c, *Problem(shape[1], exact=False, device=device).arguments(), None, ceiling)
@@ -187,7 +188,7 @@ class TestForward(OpTester):
 
     def test_switches(self, use: str, device: str) -> None:
         c = exact_input((4, 5, 4, 4)).to(device)
-        ops = implementation("conv_bn", c, use)
+        ops = operators("conv_bn", use)
         plain, _, _ = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), None, math.inf)
         cases = {
             "never observed": quantizer_state(QINT8, device=device, observing=False),
@@ -208,7 +209,7 @@ class TestForward(OpTester):
         c = exact_input((4, 5, 4, 4))
         c[1, 2, 3, 0] = bad
         ours, theirs = quantizer_state(QINT8, device=device), quantizer_state(QINT8)
-        y, _, _ = implementation("conv_bn", c, use).forward(
+        y, _, _ = operators("conv_bn", use).forward(
             c.to(device), *Problem(5, exact=True, device=device).arguments(), ours, None
         )
         z, _, _ = reference.forward(c, *Problem(5, exact=True, device="cpu").arguments(), theirs, None)
@@ -224,7 +225,7 @@ class TestForward(OpTester):
             running_mean=torch.zeros(5, dtype=torch.bfloat16, device=device),
             momentum=torch.tensor(0.5, dtype=torch.float64, device=device),
         )
-        implementation("conv_bn", c, use).forward(c, problem.ratio, None, None, None, norm, None, None)
+        operators("conv_bn", use).forward(c, problem.ratio, None, None, None, norm, None, None)
         expected = torch.arange(5.0) / problem.ratio.cpu() / 2
         assert torch.equal(norm.running_mean.cpu().float(), expected)
 
@@ -247,7 +248,7 @@ class TestBackward(OpTester):
             if frozen is not None:  # another scale, so that either the last code or the ceiling is what clips
                 frozen = frozen._replace(scale=frozen.scale * stretch)
             expected = reference.backward(dy, c, vectors, frozen, ceiling)
-            found = implementation("conv_bn", c, use).backward(
+            found = operators("conv_bn", use).backward(
                 dy.to(device),
                 c.to(device),
                 reference.Normalization(*(v.to(device) for v in vectors)),
@@ -265,7 +266,7 @@ class TestBackward(OpTester):
         problem = Problem(5, exact=True, device="cpu")
         _, vectors, frozen = reference.forward(c.float(), *problem.arguments(), quantizer_state(QINT8), math.inf)
         wanted, _, _ = reference.backward(dy.float(), c.float(), vectors, frozen, math.inf)
-        found, _, _ = implementation("conv_bn", c, use).backward(
+        found, _, _ = operators("conv_bn", use).backward(
             dy.to(device),
             c.to(device),
             reference.Normalization(*(v.to(device) for v in vectors)),
@@ -277,7 +278,7 @@ class TestBackward(OpTester):
 
     def test_same_bits_twice(self, use: str, device: str) -> None:
         c = torch.randn(4, 5, 7, 9, device=device)
-        ops = implementation("conv_bn", c, use)
+        ops = operators("conv_bn", use)
         runs = []
         for _ in range(2):
             state = quantizer_state(QINT8, device=device)

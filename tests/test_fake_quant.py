@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grids import grid_of
-from op_tester import LAYOUTS, OpTester, axes, clear_plans, strided_tensors
+from op_tester import LAYOUTS, OpTester, axes, clear_plans, operators, strided_tensors
 from tolerances import assert_matches
 from tritonq import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
-from tritonq.backend import has_triton, implementation
+from tritonq.backend import has_triton
 from tritonq.reference import fake_quant as reference
 
 SPECIAL = [
@@ -73,7 +73,7 @@ class TestFakeQuantize(OpTester):
     def test_special_values(self, bounds: tuple[int, int], rounding: str, use: str, device: str) -> None:
         low, high = bounds
         x = torch.tensor(SPECIAL, device=device)
-        ops = implementation("fake_quant", x, use)
+        ops = operators("fake_quant", use)
         for scale in (1.0, 0.1, 3e-5):
             for zero_point in (None, 0, high // 3):
                 s = torch.tensor(scale, device=device)
@@ -108,7 +108,7 @@ class TestFakeQuantize(OpTester):
         x = (torch.arange(-140, 140) + 0.5).mul(scale)
         divided = torch.where(x < 0, -1.0, 1.0) * ((x / scale).abs().double() + 0.5).floor().float()
         multiplied = (x * (1 / scale)).round()
-        quantize = implementation("fake_quant", x, use).quantize
+        quantize = operators("fake_quant", use).quantize
         for rounding, expected in (("half_away", divided), ("half_even", multiplied)):
             codes = quantize(x.to(device), grid_of(scale.to(device), None, -128, 127, None, rounding))
             assert_matches(codes.cpu(), expected.clamp(-128, 127), "fake_quant")
@@ -119,7 +119,7 @@ class TestFakeQuantize(OpTester):
     def test_half_precision(self, dtype: torch.dtype, use: str, backend: str, device: str) -> None:
         """Arithmetic in float32, one rounding on store. The interpreter truncates to bfloat16: there, codes alone."""
         x = torch.linspace(-3, 3, 501).to(dtype).to(device)
-        ops = implementation("fake_quant", x, use)
+        ops = operators("fake_quant", use)
         scale, zero_point = torch.tensor(0.1, device=device), torch.tensor(3, dtype=torch.int32, device=device)
         grid = grid_of(scale, zero_point, -8, 7)
         wide = reference.quantize(x.float(), grid)
@@ -135,7 +135,7 @@ class TestFakeQuantize(OpTester):
     def test_switch(self, use: str, device: str) -> None:
         x = torch.tensor([-9.0, 0.3, math.nan, 5.0], device=device)
         dy = torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
-        ops = implementation("fake_quant", x, use)
+        ops = operators("fake_quant", use)
         scale = torch.tensor([0.5], device=device)
         for dtype in (torch.uint8, torch.bool):
             for on in (0, 1):
@@ -150,7 +150,7 @@ class TestFakeQuantize(OpTester):
     def test_incoming_gradient_of_another_layout(self, use: str, device: str) -> None:
         x = LAYOUTS["channels_last"]().to(device)
         scale, zero_point = (value.to(device) for value in qparams(x, 1))
-        ops = implementation("fake_quant", x, use)
+        ops = operators("fake_quant", use)
         for dy in (torch.ones((), device=device).expand(x.shape), torch.randn(x.shape, device=device)):
             grid = grid_of(scale, zero_point, -8, 7, 1)
             dx = ops.fake_quantize_backward(dy, x, grid)
@@ -172,7 +172,7 @@ class TestFakeQuantize(OpTester):
                 for axis in axes(x):
                     scale, zero_point = (v.to(device) for v in qparams(x, axis))
                     grid = grid_of(scale, zero_point, -8, 7, axis)
-                    y = implementation("fake_quant", x, use).fake_quantize(x, grid)
+                    y = operators("fake_quant", use).fake_quantize(x, grid)
                     assert_matches(y, reference.fake_quantize(x, grid), "fake_quant")
             monkeypatch.undo()
             clear_plans()
@@ -186,7 +186,7 @@ class TestFakeQuantize(OpTester):
         scale, zero_point = (value.to(device) for value in qparams(x, axis, low, high))
         scale = scale * data.draw(st.sampled_from([1.0, 0.5 / 0.11, 1e-3, 1e4]))
         grid = grid_of(scale, zero_point, low, high, axis, rounding)
-        ops = implementation("fake_quant", x, use)
+        ops = operators("fake_quant", use)
         y = ops.fake_quantize(x, grid)
         assert_matches(y, reference.fake_quantize(x, grid), "fake_quant")
         dx = ops.fake_quantize_backward(x, x, grid)

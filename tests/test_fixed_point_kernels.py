@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from op_tester import LAYOUTS, OpTester, axes
+from op_tester import LAYOUTS, OpTester, axes, operators
 from tritonq import fixed_point_quantize, search_frac_len
-from tritonq.backend import implementation
 from tritonq.functional.fixed_point import fixed_point_type
 from tritonq.grid import Grid
 from tritonq.qparams import QuantizedType
@@ -74,7 +73,7 @@ class TestSearch(OpTester):
         x[:, ::7] = float("nan")
         x[:, 1::7] = float("inf")
         x = x.to(device)
-        ops = implementation("fixed_point", x, use)
+        ops = operators("fixed_point", use)
         for axis in (None, 0):
             for low, high, count in ((-127, 127, 8), (0, 255, 9)):
                 qtype = QuantizedType(low, high, axis=axis)
@@ -107,7 +106,7 @@ class TestConvolution(OpTester):
         weight = torch.randint(-127, 128, (outs, channels // groups, 3, 2), generator=generator).to(device, torch.int8)
         bias = torch.randint(-3000, 3000, (outs,), generator=generator).to(device, torch.int32)
         shift = (torch.arange(outs, dtype=torch.int32) % 12 - 1).to(device)
-        conv = implementation("int8_conv", x, use).int8_conv2d
+        conv = operators("int8_conv", use).int8_conv2d
         for geometry in (((1, 1), (1, 1), (1, 1)), ((2, 1), (0, 1), (1, 2))):
             for out in ((None, 0, 0, torch.int32), (shift, 0, 255, torch.uint8), (shift, -127, 127, torch.int8)):
                 arguments = (x, weight, bias, out[0], *geometry, groups, *out[1:])
@@ -122,7 +121,7 @@ class TestConvolution(OpTester):
         bias = torch.tensor([2**31 - 900, -(2**31) + 900, 0, 2**31 - 1], dtype=torch.int32, device=device)
         counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2)]
         arguments = (x, weight, bias, None, (1, 1), (1, 1), (1, 1), groups, 0, 0, torch.int32)
-        result = implementation("int8_conv", x, use).int8_conv2d(*arguments, saturated=counts[0])
+        result = operators("int8_conv", use).int8_conv2d(*arguments, saturated=counts[0])
         assert torch.equal(result, conv_reference.int8_conv2d(*arguments, saturated=counts[1]))
         assert torch.equal(*counts)
         assert int(counts[0]) > 50
@@ -132,5 +131,5 @@ class TestConvolution(OpTester):
         x = torch.zeros(0, 3, 4, 4, dtype=torch.int8, device=device)
         weight = torch.zeros(2, 3, 1, 1, dtype=torch.int8, device=device)
         bias = torch.zeros(2, dtype=torch.int32, device=device)
-        conv = implementation("int8_conv", x, use).int8_conv2d
+        conv = operators("int8_conv", use).int8_conv2d
         assert conv(x, weight, bias, None, (1, 1), (0, 0), (1, 1), 1, 0, 0, torch.int32).shape == (0, 2, 4, 4)

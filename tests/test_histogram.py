@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tritonq
-from op_tester import LAYOUTS, OpTester, axes
+from op_tester import LAYOUTS, OpTester, axes, operators
 from tolerances import assert_matches
-from tritonq.backend import implementation
 from tritonq.bins import FloatPrefixBins
 from tritonq.functional import histogram
 from tritonq.observers import HistogramObserver, MinMaxObserver
@@ -254,7 +253,7 @@ class TestKernels(OpTester):
     def test_prefix_histogram(self, layout, use, device):
         x = LAYOUTS[layout]()
         for axis in axes(x)[:3]:
-            found = implementation("histogram", x, use).prefix_histogram(x.to(device), BINS, axis)
+            found = operators("histogram", use).prefix_histogram(x.to(device), BINS, axis)
             for actual, expected in zip(found, reference.prefix_histogram(x, BINS, axis), strict=True):
                 assert_matches(actual.cpu(), expected, "histogram")
 
@@ -263,14 +262,14 @@ class TestKernels(OpTester):
     def test_every_kind_of_value(self, mantissa_bits, dtype, use, device):
         bins = FloatPrefixBins(mantissa_bits)
         x = torch.cat((spread(300), CORNERS, torch.zeros(40), spread(200).abs() * 1e-30)).to(dtype)
-        counts, low, high, nonfinite = implementation("histogram", x, use).prefix_histogram(x.to(device), bins)
+        counts, low, high, nonfinite = operators("histogram", use).prefix_histogram(x.to(device), bins)
         finite = x[torch.isfinite(x)].float()
         assert torch.equal(counts.cpu(), counted_by_numpy(x, bins))
         assert (low, high, nonfinite) == (finite.min(), finite.max(), len(x) - len(finite))
 
     def test_observe_adds_or_does_nothing(self, use, device):
         x = torch.cat((spread(300), CORNERS)).to(device)
-        ops = implementation("histogram", x, use)
+        ops = operators("histogram", use)
         counts, low, high, nonfinite = ops.prefix_histogram(x, BINS)
         state = [counts.clone(), low.clone(), high.clone(), nonfinite.clone()]
         ops.observe(3 * x, *state, torch.zeros(1, dtype=torch.uint8, device=device), BINS, None)

@@ -9,9 +9,8 @@ from torch import nn
 
 import tritonq
 from grids import grid_of
-from op_tester import LAYOUTS, OpTester, axes
+from op_tester import LAYOUTS, OpTester, axes, operators
 from tolerances import assert_matches
-from tritonq.backend import implementation
 from tritonq.functional import clipped_quantize, fake_quantize_learnable, trained_threshold_quantize
 from tritonq.learned_fake_quantize import (
     ClippedFakeQuantize,
@@ -417,7 +416,7 @@ class TestKernels(OpTester):
                 here = learned_grid(
                     *(None if a is None else a.to(device) for a in (parameter, zero_point)), *codes, axis, method
                 )
-                ops = implementation("learned_scale", x, use)
+                ops = operators("learned_scale", use)
                 y = ops.learned_fake_quantize(x.to(device), here, method)
                 assert_matches(y.cpu(), reference.learned_fake_quantize(x, there, method), "fake_quant")
                 found = ops.learned_fake_quantize_backward(dy.to(device), x.to(device), here, method)
@@ -439,7 +438,7 @@ class TestKernels(OpTester):
                     learned_grid(scale, zero, 0 if method == "pact" else -8, 7, None, method, enabled)
                     for scale, zero, enabled in (tensors, [None if t is None else t.to(device) for t in tensors])
                 )
-                found = implementation("learned_scale", x, use).learned_fake_quantize_backward(
+                found = operators("learned_scale", use).learned_fake_quantize_backward(
                     dy.to(device), x.to(device), here, method
                 )
                 expected = reference.learned_fake_quantize_backward(dy, x, there, method)
@@ -451,7 +450,7 @@ class TestKernels(OpTester):
         x, dy = torch.randn(3, 7, 31, device=device), torch.randn(3, 7, 31, device=device)
         for axis, channels in ((None, 1), (1, 7)):
             scale = torch.full((channels,), 0.1, device=device)
-            ops = implementation("learned_scale", x, use)
+            ops = operators("learned_scale", use)
             first, again = (
                 ops.learned_fake_quantize_backward(dy, x, learned_grid(scale, None, -8, 7, axis, "torch"), "torch")
                 for _ in range(2)

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from op_tester import LAYOUTS, OpTester, axes, clear_plans, strided_tensors
+from op_tester import LAYOUTS, OpTester, axes, clear_plans, operators, strided_tensors
 from tolerances import assert_matches
-from tritonq.backend import implementation
 from tritonq.qparams import QINT1, QINT8, QINT8_NARROW, QINT32, QUINT8, QuantizedType, range_to_qparams
 from tritonq.reference import min_max as reference
 
@@ -52,7 +51,7 @@ class TestMinMax(OpTester):
         for axis in axes(LAYOUTS[layout]()):
             # Off zero, so that a missing element taken for zero would show.
             for x in (LAYOUTS[layout]() + 100, LAYOUTS[layout]() - 100):
-                low, high, count = implementation("min_max", x, use).min_max(x.to(device), axis)
+                low, high, count = operators("min_max", use).min_max(x.to(device), axis)
                 if x.numel():
                     expected_low, expected_high, _ = extremes_by_hand(x, axis)
                     assert_matches(low.cpu(), expected_low, "min_max")
@@ -69,7 +68,7 @@ class TestMinMax(OpTester):
             flat = x.view(-1) if x.is_contiguous() else x.permute(0, *range(2, x.dim()), 1).reshape(-1)
             for i, value in enumerate(BAD * 3):
                 flat[i * 7 % flat.numel()] = value
-            low, high, count = implementation("min_max", x, use).min_max(x.to(device), axis)
+            low, high, count = operators("min_max", use).min_max(x.to(device), axis)
             expected_low, expected_high, expected_count = extremes_by_hand(x, axis)
             assert_matches(low.cpu(), expected_low, "min_max")
             assert_matches(high.cpu(), expected_high, "min_max")
@@ -79,7 +78,7 @@ class TestMinMax(OpTester):
     def test_nothing_finite(self, bad: float, use: str, device: str) -> None:
         x = torch.full((3, 40), bad, device=device)
         for axis in (None, 0, 1):
-            low, high, count = implementation("min_max", x, use).min_max(x, axis)
+            low, high, count = operators("min_max", use).min_max(x, axis)
             assert bool((low == math.inf).all())
             assert bool((high == -math.inf).all())
             assert int(count) == 120
@@ -89,7 +88,7 @@ class TestMinMax(OpTester):
         x = LAYOUTS["odd"]().to(dtype)
         x[0, 0, 0, 0] = math.nan
         for axis in axes(x):
-            found = implementation("min_max", x, use).min_max(x.to(device), axis)
+            found = operators("min_max", use).min_max(x.to(device), axis)
             for actual, expected in zip(found, extremes_by_hand(x, axis), strict=True):
                 assert_matches(actual.cpu(), torch.as_tensor(expected), "min_max")
 
@@ -99,7 +98,7 @@ class TestMinMax(OpTester):
         x = x + data.draw(st.sampled_from([0.0, 1e3, -1e3]))
         for value in data.draw(st.lists(st.sampled_from(BAD), max_size=2)):
             x = torch.where(torch.arange(x.numel()).view(x.shape) % 11 == 3, value, x)
-        found = implementation("min_max", x, use).min_max(x.to(device), axis)
+        found = operators("min_max", use).min_max(x.to(device), axis)
         for actual, expected in zip(found, reference.min_max(x, axis), strict=True):
             assert_matches(actual.cpu(), expected, "min_max")
 
@@ -127,7 +126,7 @@ class TestObserve(OpTester):
                 ours, theirs = (State(channels_of(batches[0], axis), device) for _ in range(2))
                 arguments = (None, qtype.with_axis(axis), averaging, rule, 1e-7, copy_above)
                 for batch in (b.to(device) for b in batches):
-                    implementation("min_max", batch, use).observe(batch, *ours.tensors(), *arguments)
+                    operators("min_max", use).observe(batch, *ours.tensors(), *arguments)
                     reference.observe(batch, *theirs.tensors(), *arguments)
                     for actual, expected in zip(ours.tensors(), theirs.tensors(), strict=True):
                         assert_matches(actual, expected, "min_max")
@@ -141,7 +140,7 @@ class TestObserve(OpTester):
         state = State((), device)
         for values, low, high in (([1.0, 3.0], 1.0, 3.0), ([math.nan, math.inf], 1.0, 3.0), ([-1.0, 5.0], 0.5, 3.5)):
             x = torch.tensor(values, device=device)
-            observe = implementation("min_max", x, use).observe
+            observe = operators("min_max", use).observe
             observe(x, *state.tensors(), None, QINT8, 0.25, "torch", 1e-7)
             assert (float(state.min_val), float(state.max_val)) == (low, high)
         assert int(state.nonfinite) == 2
@@ -159,9 +158,7 @@ class TestObserve(OpTester):
         ]
         for values, low, high in batches:
             x = torch.tensor(values, device=device)
-            implementation("min_max", x, use).observe(
-                x, *state.tensors(), None, QINT8.with_axis(0), 0.25, "torch", 1e-7, 1.5
-            )
+            operators("min_max", use).observe(x, *state.tensors(), None, QINT8.with_axis(0), 0.25, "torch", 1e-7, 1.5)
             assert_matches(state.min_val.cpu(), torch.tensor(low), "min_max")
             assert_matches(state.max_val.cpu(), torch.tensor(high), "min_max")
 
@@ -176,7 +173,7 @@ class TestObserve(OpTester):
         ]
         for values, expected in batches:
             x = torch.tensor(values, device=device)
-            implementation("min_max", x, use).observe(x, *state.tensors(), None, QINT8, 0.25, "torch", 1e-7, 1.5)
+            operators("min_max", use).observe(x, *state.tensors(), None, QINT8, 0.25, "torch", 1e-7, 1.5)
             assert (float(state.min_val), float(state.max_val)) == expected
 
     def test_running_extremes(self, use: str, device: str) -> None:
@@ -184,7 +181,7 @@ class TestObserve(OpTester):
         batches = [([1.0, 3.0], 1.0, 3.0), ([math.nan], 1.0, 3.0), ([2.0, 7.0], 1.0, 7.0), ([-4.0], -4.0, 7.0)]
         for values, low, high in batches:
             x = torch.tensor(values, device=device)
-            observe = implementation("min_max", x, use).observe
+            observe = operators("min_max", use).observe
             observe(x, *state.tensors(), None, QUINT8, None, "torch", 1e-7)
             assert (float(state.min_val), float(state.max_val)) == (low, high)
 
@@ -193,13 +190,13 @@ class TestObserve(OpTester):
         """The scale is 1 and zero lies half a step above the smallest code."""
         state = State((), device)
         x = torch.tensor([-0.5, 254.5], device=device)
-        implementation("min_max", x, use).observe(x, *state.tensors(), None, QUINT8, None, rule, 1e-7)
+        operators("min_max", use).observe(x, *state.tensors(), None, QUINT8, None, rule, 1e-7)
         assert (float(state.scale), int(state.zero_point)) == (1.0, zero_point)
 
     def test_switch(self, use: str, device: str) -> None:
         x = LAYOUTS["vector"]().to(device)
         x[3] = math.nan
-        observe = implementation("min_max", x, use).observe
+        observe = operators("min_max", use).observe
         off, on, always = (State((), device) for _ in range(3))
         observe(x, *off.tensors(), torch.tensor([0], dtype=torch.uint8, device=device), QINT8, None, "torch", 1e-7)
         observe(x, *on.tensors(), torch.tensor([1], dtype=torch.uint8, device=device), QINT8, None, "torch", 1e-7)
@@ -214,7 +211,7 @@ class TestObserve(OpTester):
         for axis in axes(x):
             state = State(channels_of(x, axis), device)
             kept = (state.min_val, state.max_val, state.nonfinite)
-            observe = implementation("min_max", x, use).observe
+            observe = operators("min_max", use).observe
             observe(x, *kept, None, None, None, QINT8.with_axis(axis), None, "torch", 1e-7)
             for actual, expected in zip(kept, reference.min_max(x, axis), strict=True):
                 assert_matches(actual, expected, "min_max")
@@ -223,7 +220,7 @@ class TestObserve(OpTester):
         for averaging in (None, 0.1):
             state = State((3,), device)
             x = torch.zeros(3, 0, device=device)
-            observe = implementation("min_max", x, use).observe
+            observe = operators("min_max", use).observe
             observe(x, *state.tensors(), None, QINT8.with_axis(0), averaging, "torch", 1e-7)
             for actual, expected in zip(state.tensors(), State((3,), device).tensors(), strict=True):
                 assert_matches(actual, expected, "min_max")
@@ -242,6 +239,6 @@ class TestObserve(OpTester):
                         for name, value in settings.items():
                             patch.setattr(layout if hasattr(layout, name) else min_max, name, value)
                         clear_plans()
-                    found = implementation("min_max", x, use).min_max(x, axis)
+                    found = operators("min_max", use).min_max(x, axis)
                 for actual, wanted in zip(found, expected, strict=True):
                     assert_matches(actual, wanted, "min_max")

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import tritonq
-from op_tester import OpTester
+from op_tester import OpTester, operators
 from quantizer_states import assert_same_state, quantizer_state
-from tritonq.backend import implementation
 from tritonq.qparams import QINT8, QUINT8
 from tritonq.reference import residual
 
@@ -183,7 +182,7 @@ class TestBackends(OpTester):
             a, b, dy = (t.to(device) for t in tensors(shape, dtype, seed))
             if a.numel() > 20:
                 a.view(-1)[[3, 9, 15]] = torch.tensor([torch.nan, torch.inf, -torch.inf], device=device).to(dtype)
-            ops = implementation("residual", a, use)
+            ops = operators("residual", use)
             y, mask = ops.forward(a, b, mine, ceiling)
             z, expected = residual.forward(a, b, other, ceiling)
             # The interpreter truncates where a GPU rounds to bfloat16.
@@ -203,7 +202,7 @@ class TestBackends(OpTester):
             (last, last),
             (a[:, ::2], b[:, ::2]),
         ):
-            ops = implementation("residual", p, use)
+            ops = operators("residual", use)
             y, mask = ops.forward(p, q, quantizer_state(QINT8, device=device), math.inf)
             z, expected = residual.forward(p, q, quantizer_state(QINT8, device=device), math.inf)
             assert torch.equal(y, z)

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 import tritonq
-from op_tester import OpTester
+from op_tester import OpTester, operators
 from quantizer_states import assert_same_state, moved, quantizer_state
-from tritonq.backend import implementation
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.grid import Grid
 from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QUINT8
@@ -60,16 +59,14 @@ class TestWeight(OpTester):
         other = quantizer_state(qtype, shape[0], averaging=averaging, rule=rule)
         rows, fold = problem(shape)
         for factor in (1.0, 1.3, 0.5):
-            codes, unit, _, frozen = implementation("weight", rows, use).quantize_folded(
+            codes, unit, _, frozen = operators("weight", use).quantize_folded(
                 rows.to(device), factor * fold.to(device), mine
             )
             expected = reference.quantize_folded(rows, factor * fold, other)
             assert torch.equal(codes.cpu(), expected.codes)
             assert torch.equal(unit.cpu(), expected.unit)
             assert_same_state(mine, other)
-            again, _, _, _ = implementation("weight", rows, use).folded_codes(
-                rows.to(device), factor * fold.to(device), frozen
-            )
+            again, _, _, _ = operators("weight", use).folded_codes(rows.to(device), factor * fold.to(device), frozen)
             assert torch.equal(again, codes)
         # What the op's parts compute, written out.
         folded = rows * column(0.5 * fold, rows)
@@ -82,7 +79,7 @@ class TestWeight(OpTester):
     def test_gradients(self, shape: tuple[int, ...], name: str, use: str, device: str) -> None:
         rows, fold = problem(shape)
         dcodes = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        ops = implementation("weight", rows, use)
+        ops = operators("weight", use)
         other = quantizer_state(QTYPES[name], shape[0])
         _, unit, clips, frozen = reference.quantize_folded(rows, fold, other)
         smaller = frozen._replace(scale=frozen.scale * 0.6)  # some codes are clipped
@@ -111,7 +108,7 @@ class TestWeight(OpTester):
         per_row = one._replace(
             scale=one.scale.repeat(5), zero_point=one.zero_point.repeat(5), active=one.active.repeat(5)
         )
-        ops = implementation("weight", rows, use)
+        ops = operators("weight", use)
         drows, dfold = ops.folded_backward(dcodes.clone(), rows, fold, unit, one, True)
         others = ops.folded_backward(dcodes.clone(), rows, fold, unit, per_row, True)
         assert torch.equal(drows, others[0])
@@ -128,9 +125,7 @@ class TestWeight(OpTester):
         folded = rows * column(fold, rows)
         for observing, active in ((False, True), (True, False)):
             state = quantizer_state(QINT8_NARROW.with_axis(0), 5, device=device, observing=observing, active=active)
-            codes, unit, _, frozen = implementation("weight", rows, use).quantize_folded(
-                rows.to(device), fold.to(device), state
-            )
+            codes, unit, _, frozen = operators("weight", use).quantize_folded(rows.to(device), fold.to(device), state)
             assert torch.equal(codes.cpu(), folded)
             assert bool((unit == 1).all())
             assert not bool(frozen.active.any())
@@ -143,7 +138,7 @@ class TestWeight(OpTester):
             quantizer_state(QINT8_NARROW.with_axis(0), 5, device=device),
             quantizer_state(QINT8_NARROW.with_axis(0), 5),
         )
-        codes, _, _, _ = implementation("weight", rows, use).quantize_folded(rows.to(device), fold.to(device), mine)
+        codes, _, _, _ = operators("weight", use).quantize_folded(rows.to(device), fold.to(device), mine)
         expected = reference.quantize_folded(rows, fold, other)
         assert_same_state(mine, other)
         assert int(mine.nonfinite_count) == 2
@@ -153,9 +148,7 @@ class TestWeight(OpTester):
     def test_low_precision_parameters(self, dtype: torch.dtype, use: str, device: str) -> None:
         rows, fold = problem((5, 3, 3, 3))
         state = quantizer_state(QINT8_NARROW.with_axis(0), 5, device=device)
-        codes, _, _, _ = implementation("weight", rows, use).quantize_folded(
-            rows.to(device, dtype), fold.to(device), state
-        )
+        codes, _, _, _ = operators("weight", use).quantize_folded(rows.to(device, dtype), fold.to(device), state)
         expected = reference.quantize_folded(
             rows.to(dtype).float(), fold, quantizer_state(QINT8_NARROW.with_axis(0), 5)
         )

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tritonq
-from op_tester import OpTester
+from op_tester import OpTester, operators
 from quantizer_states import assert_same_state, moved, quantizer_state
-from tritonq.backend import implementation
 from tritonq.qparams import QINT4, QINT8_NARROW, QUINT8, QuantizedType
 from tritonq.reference import weight as reference
 from tritonq.reference.quantizer_state import QuantizerState
@@ -50,7 +49,7 @@ class TestWeightsTogether(OpTester):
         rows, fold = problem(device)
         rows[0][1, 0, 0, 0] = torch.nan
         for factor in (1.0, 0.5):
-            found = implementation("weights_together", rows[0], use).quantize_all(
+            found = operators("weights_together", use).quantize_all(
                 [weight.to(device) for weight in rows], factor * fold.to(device), mine
             )
             folds = (factor * fold).split([len(weight) for weight in rows])
@@ -70,7 +69,7 @@ class TestWeightsTogether(OpTester):
         off, qtypes = {switch: False}, [QINT8_NARROW, QINT4, QINT4, QINT8_NARROW, QINT4]
         mine, others = states(qtypes, device=device, **off), states(qtypes, **off)
         rows, fold = problem(device)
-        found = implementation("weights_together", rows[0], use).quantize_all(
+        found = operators("weights_together", use).quantize_all(
             [weight.to(device) for weight in rows], fold.to(device), mine
         )
         folds = fold.split([len(weight) for weight in rows])
@@ -87,7 +86,7 @@ class TestWeightsTogether(OpTester):
         ]
         rows, fold = problem(device)
         fold *= 10  # beyond the codes of four bits
-        found = implementation("weights_together", rows[0], use).quantize_all(
+        found = operators("weights_together", use).quantize_all(
             [weight.to(device) for weight in rows], fold.to(device), fixed
         )
         folds = fold.split([len(weight) for weight in rows])
