@@ -45,6 +45,7 @@ class Implementation:
         quick: False keeps it out of ``--quick`` (compilers that need tens of seconds).
         devices: device types it can run on.
         for_check: brings what a step returns into the reference's form; None where it has that. Not timed.
+        leaves_out: which parts of what tritonq does it doesn't do, or does otherwise; one line, shown with its time.
     """
 
     build: Callable[[Inputs], Step]
@@ -54,6 +55,7 @@ class Implementation:
     quick: bool = True
     devices: tuple[str, ...] = ("cpu", "cuda")
     for_check: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
+    leaves_out: str = ""
 
     def check(self, step: Step, inputs: Inputs, expected: tuple[Tensor, ...], tolerance: Tolerance) -> str | None:
         """Say how a step of this implementation differs from ``expected``; ``tolerance`` is the case's."""

@@ -25,7 +25,9 @@ def render(written: Sequence[Record]) -> str:
             idle.append(f"  {case}: {rows[0]['status']}")
         else:
             timed = [_cells(row) for row in rows if "median_s" in row]
-            blocks.append("\n".join([_title(rows[0]), *_aligned([_COLUMNS, *timed]), *_untimed(rows)]))
+            blocks.append(
+                "\n".join([_title(rows[0]), *_aligned([_COLUMNS, *timed]), *_differences(rows), *_untimed(rows)])
+            )
     if idle:
         blocks.append("\n".join(["not run:", *idle]))
     return "\n\n".join(blocks)
@@ -69,6 +71,15 @@ def _cells(record: Record) -> tuple[str, ...]:
         f"{fraction:.0%}" if fraction else "",
         f"{memory / 2**20:.1f} MiB" if memory is not None else "",
     )
+
+
+def _differences(rows: Iterable[Record]) -> list[str]:
+    """One line per timed implementation that does less than tritonq, or something else."""
+    return [
+        f"  {row['implementation']} differs: {row['leaves_out']}"
+        for row in rows
+        if "median_s" in row and row.get("leaves_out")
+    ]
 
 
 def _untimed(rows: Iterable[Record]) -> list[str]:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from tritonq.perf.case import disagreement
 from tritonq.perf.cases import all_cases, conv2d
@@ -7,6 +8,8 @@ from tritonq.perf.cases.fake_quant import Problem
 from tritonq.perf.cases.fixed_point import Convolution, Rounding, Search
 from tritonq.perf.cases.learned_scale import Problem as LearnedProblem
 from tritonq.perf.cases.observe import Problem as ObserveProblem
+from tritonq.perf.cases.train_step import Setting, TrainStep
+from tritonq.perf.cases.train_step_peers import PEERS, Peer
 from tritonq.perf.memory import saved_bytes
 
 CPU = torch.device("cpu")
@@ -131,3 +134,39 @@ class TestSavedBytes:
         # x for the weight's gradient; exp saves its result, and the product two views of the same.
         assert saved_bytes(step, {}, [weight]) == x.nbytes + x.nbytes
         assert saved_bytes(step, {}, []) == 2 * x.nbytes + weight.nbytes
+
+
+class TestPeersOfTrainingSteps:
+    def test_each_says_what_it_leaves_out(self):
+        case = Setting("resnet18", 2, 32).case()
+        for name in PEERS:
+            implementation = case.implementations[name]
+            assert implementation.leaves_out
+            assert "\n" not in implementation.leaves_out
+
+    def test_a_peer_gets_the_float_model_and_the_images(self):
+        setting = Setting("resnet18", 2, 32, channels_last=True)
+        received = []
+
+        def make(model, images):
+            received.append((model, images))
+            return nn.Sequential(model)
+
+        peer = Peer("toy", "toy", make, "everything")
+        model = setting.peer_model(peer, CPU)
+        ((inner, images),) = received
+        assert images.shape == (2, 3, 32, 32)
+        assert inner.training
+        expected = setting.float_model(CPU).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in inner.state_dict().items())
+        assert TrainStep(model, None).last.shape == (10, 512)
+
+    @pytest.mark.parametrize("name", PEERS)
+    def test_a_step_where_it_is_installed(self, name):
+        """Trains the model, whatever its results; the check is the benchmark's."""
+        case = Setting("resnet18", 4, 64).case()
+        pytest.importorskip(case.implementations[name].module)
+        inputs = inputs_of(case)
+        logits, last, _ = case.implementations[name].build(inputs)(inputs)
+        assert logits.shape == (4, 10)
+        assert last.isfinite().all()

@@ -12,6 +12,7 @@ from tritonq.perf.runner import default_results
 def record(implementation, **changes):
     environment = {"device": "toy cpu", "device_type": "cpu", "threads": 2, "commit": "0123456789"}
     fields = {"run": "20260101T000000Z-abc", "case": "toy/a", "implementation": implementation, "median_s": 1.0}
+    fields["status"] = "ok"
     return {**fields, "environment": environment, **changes}
 
 
@@ -22,6 +23,8 @@ def test_goals_name_cases_and_implementations_that_exist(goal):
     assert goal.device_type in case.devices
     if goal.measure == "copy":
         assert case.bytes_moved
+    elif goal.measure == "every peer":
+        assert set(goals.TRAINING_PEERS) <= set(case.implementations)
     else:
         assert goal.peer in case.implementations
     if goal.measure == "memory":
@@ -60,6 +63,29 @@ def test_table(monkeypatch):
         "| fast | 1.50x | no | toy cpu, 2 threads | 0123456 |",
         "| gpu | not measured | | cuda | |",
     ]
+
+
+class TestEveryPeer:
+    GOAL = Goal("ahead", "toy/a", "every peer", 1.0)
+
+    def rows(self, monkeypatch, **changed):
+        monkeypatch.setattr(goals, "GOALS", (self.GOAL,))
+        peers = {name: {"speed_up": 0.5} for name in goals.TRAINING_PEERS} | changed
+        found = [record("tritonq", speed_up=0.8), *(record(name, **{"status": "ok", **f}) for name, f in peers.items())]
+        return goals.render(found).splitlines()[2]
+
+    def test_the_fastest_peer_decides(self, monkeypatch):
+        assert "| 1.60x | yes |" in self.rows(monkeypatch)
+        assert "| 0.89x | no |" in self.rows(monkeypatch, AIMET={"speed_up": 0.9})
+
+    @pytest.mark.parametrize("status", ["not installed", "error: no such layer", "failed check: output 0"])
+    def test_one_that_was_not_timed_leaves_it_open(self, monkeypatch, status):
+        assert "not measured" in self.rows(monkeypatch, Brevitas={"status": status})
+
+    def test_one_without_a_record_leaves_it_open(self, monkeypatch):
+        monkeypatch.setattr(goals, "TRAINING_PEERS", ("torch.ao v0",))
+        monkeypatch.setattr(goals, "GOALS", (self.GOAL,))
+        assert "not measured" in goals.render([record("tritonq", speed_up=0.8)])
 
 
 def test_the_readme_shows_what_the_committed_results_say():

@@ -348,3 +348,16 @@ class TestCommand:
 
 def test_durations_are_readable():
     assert [duration(s) for s in (1.5, 0.0123, 4.56e-5, 3e-8)] == ["1.5 s", "12.3 ms", "45.6 µs", "0.03 µs"]
+
+
+def test_what_an_implementation_leaves_out_stands_below_its_time(bench):
+    partial = Implementation(lambda inputs: double, leaves_out="BatchNorm stays in float")
+    absent = Implementation(lambda inputs: double, leaves_out="everything", module="no_such_module")
+    case = make_case(implementations={"plain": Implementation(lambda inputs: double), "p": partial, "q": absent})
+    found = list(runner.run_case(case, bench))
+    for row in found:
+        row["environment"] = {**bench.environment, "torch": "2", "triton": None, "python": "3", "commit": "0"}
+        row["environment"] |= {"dirty": False, "driver": None}
+    lines = render(found).splitlines()
+    assert "  p differs: BatchNorm stays in float" in lines
+    assert not [line for line in lines if "everything" in line]

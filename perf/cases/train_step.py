@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
+from tritonq.perf.cases.train_step_peers import PEERS, Peer, peer_model
 from tritonq.perf.cases.vision_models import quantizable, torchvision_model
 from tritonq.perf.memory import peak_bytes, saved_bytes
 
@@ -84,6 +85,12 @@ class Setting:
         tritonq.quantize_weights_together(model)
         return model
 
+    def peer_model(self, peer: Peer, device: torch.device) -> nn.Module:
+        """The float model as another library trains it; images of the first seed serve as its example."""
+        images = self.make_inputs(torch.Generator(device).manual_seed(0), device)["images"]
+        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return peer_model(peer, self.float_model(device), images)
+
     def case(self) -> Case:
         """The table entry. A step is bound by its convolutions, so that bytes say nothing; memory does."""
         return Case(
@@ -120,7 +127,8 @@ class TrainStep:
         self.forward = self.model
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=_LEARNING_RATE, momentum=0.9)
         self.first = next(weight for weight in self.model.parameters() if weight.dim() == 4)
-        self.last = [weight for weight in self.model.parameters() if weight.dim() == 2][-1]
+        # Quantizers may have parameters of two dimensions too, one value per row.
+        self.last = [weight for weight in self.model.parameters() if weight.dim() == 2 and weight.shape[1] > 1][-1]
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
         images, labels = inputs["images"], inputs["labels"]
@@ -189,11 +197,22 @@ def _implementations(setting: Setting) -> dict[str, Implementation]:
     def graphed(inputs: Inputs) -> Step:
         return GraphedStep(_eager(setting, setting.tritonq_model, inputs), inputs)
 
+    def peer(library: Peer) -> Implementation:
+        return Implementation(
+            partial(_eager, setting, partial(setting.peer_model, library)),
+            distribution=library.distribution,
+            module=library.module,
+            devices=library.devices,
+            quick=False,
+            leaves_out=library.leaves_out,
+        )
+
     return {
         "float": Implementation(partial(_eager, setting, setting.float_model)),
         "torch.ao v0": Implementation(partial(_eager, setting, torch_ao(0))),
         "torch.ao v1": Implementation(partial(_eager, setting, torch_ao(1))),
         "tritonq": tritonq(partial(_eager, setting, setting.tritonq_model)),
+        **{name: peer(library) for name, library in PEERS.items()},
         "torch.compile(float)": Implementation(partial(_compiled, setting, setting.float_model), quick=False),
         "torch.compile(torch.ao v0)": Implementation(partial(_compiled, setting, torch_ao(0)), quick=False),
         "torch.compile(torch.ao v1)": Implementation(partial(_compiled, setting, torch_ao(1)), quick=False),

@@ -1,0 +1,116 @@
+"""Training steps of other libraries, each prepared as its own documentation says, and what each leaves out.
+
+A maker receives a float model and example images, and returns the model that is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.perf.cases.vision_models import has_torchvision, import_torchvision
+
+Maker = Callable[[nn.Module, Tensor], nn.Module]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library that quantizes a whole model for training.
+
+    Attributes:
+        distribution: name in the package index.
+        module: top-level module whose absence means "not installed".
+        make: prepares a model.
+        leaves_out: which parts of tritonq's default preset its model doesn't do, or does otherwise; one line.
+        devices: where it runs.
+    """
+
+    distribution: str
+    module: str
+    make: Maker
+    leaves_out: str
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+def peer_model(peer: Peer, model: nn.Module, images: Tensor) -> nn.Module:
+    """Return ``model`` as ``peer`` trains it; torchvision, which some import, is imported in a way that can't fail."""
+    if has_torchvision():
+        import_torchvision()
+    return peer.make(model, images)
+
+
+def _pt2e(model: nn.Module, images: Tensor) -> nn.Module:
+    """Export, annotate by the quantizer for x86, prepare; Conv and BatchNorm are folded in every step."""
+    from torchao.quantization.pt2e import move_exported_model_to_train
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer
+
+    exported: Any = torch.export.export(model, (images,), strict=True).module()
+    quantizer = x86_inductor_quantizer.X86InductorQuantizer()
+    quantizer.set_global(x86_inductor_quantizer.get_default_x86_inductor_quantization_config(is_qat=True))
+    return move_exported_model_to_train(prepare_qat_pt2e(exported, quantizer))
+
+
+def _modelopt(model: nn.Module, images: Tensor) -> nn.Module:
+    """Insert quantizers, and fix their ranges by one batch."""
+    import modelopt.torch.quantization as mtq
+
+    def calibrate(quantized: nn.Module) -> None:
+        # By the batch's statistics, as in training: the running ones of a new model say nothing.
+        quantized.train()
+        quantized(images)
+
+    return mtq.quantize(model, mtq.INT8_DEFAULT_CFG, calibrate).train()
+
+
+def _brevitas(model: nn.Module, images: Tensor) -> nn.Module:
+    """Trace, and replace layers by quantized ones."""
+    from brevitas.graph.quantize import preprocess_for_quantize, quantize
+
+    # Merged, a BatchNorm would no longer normalize by the batch, and another model would be trained.
+    traced = preprocess_for_quantize(model, merge_bn=False, equalize_merge_bias=False)
+    return quantize(traced).train()
+
+
+def _aimet(model: nn.Module, images: Tensor) -> nn.Module:
+    """Wrap every layer, and compute the ranges by one batch."""
+    from aimet_torch import QuantizationSimModel
+
+    simulation = QuantizationSimModel(model.eval(), images)
+
+    def calibrate(quantized: nn.Module, *_: object) -> None:
+        quantized.train()
+        with torch.no_grad():
+            quantized(images)
+
+    simulation.compute_encodings(calibrate)
+    return simulation.model.train()
+
+
+PEERS = {
+    "torchao PT2E": Peer(
+        "torchao", "torchao", _pt2e, "affine uint8 activations; shapes are fixed by the exported example"
+    ),
+    "Model-Optimizer": Peer(
+        "nvidia-modelopt",
+        "modelopt",
+        _modelopt,
+        "BatchNorm stays a layer of its own, in float; ranges are fixed before training; additions are in float",
+    ),
+    "Brevitas": Peer(
+        "brevitas",
+        "brevitas",
+        _brevitas,
+        "BatchNorm stays a layer of its own, in float, between a convolution's output quantizer and the next",
+    ),
+    "AIMET": Peer(
+        "aimet-torch",
+        "aimet_torch",
+        _aimet,
+        "BatchNorm stays a layer of its own; ranges are fixed before training, and learned",
+    ),
+}
