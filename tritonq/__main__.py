@@ -40,6 +40,9 @@ COMMANDS = {
     "train": Command(
         "tritonq.cli.train", "quantization-aware training of your own model on a folder of images, with resume", "demo"
     ),
+    "predict": Command("tritonq.cli.predict", "the classes of image files, by any model that train wrote", "demo"),
+    "evaluate": Command("tritonq.cli.evaluate", "how often a model is right on a folder of images", "demo"),
+    "export": Command("tritonq.cli.export", "write ONNX, int8 and .pt2 files from a checkpoint", "demo"),
     "report": Command(
         "tritonq.report.run", "one page that shows what quantization costs, layer by layer, worst first", "demo"
     ),

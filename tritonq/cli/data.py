@@ -95,6 +95,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_data_option(parser: argparse.ArgumentParser, name: str, purpose: str) -> None:
+    """Images that only some uses of a command need."""
+    parser.add_argument(name, metavar="DATA", help=f"{purpose}: {_DATA_HELP}")
+
+
 _DATA_HELP = (
     f'a folder with one sub-folder of images per class, or with train and val that have such, or "{DIGITS}"; '
     "hidden folders are left out"

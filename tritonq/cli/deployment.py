@@ -43,7 +43,7 @@ def deploy(model: nn.Module, made: Recipe, data: Examples, output: Path, workers
             reason = str(error).strip().splitlines()[0]
             print(f"ONNX Runtime      no {onnx_path.name}: {reason}", flush=True)
         else:
-            right, count = count_right(onnx_session(onnx_path), held_out)
+            right, count = count_right(onnx_session(onnx_path)[0], held_out)
             print(f"ONNX Runtime      {right / count:.2%}", flush=True)
             written.append(onnx_path)
     sizes = ", ".join(f"{file} ({file.stat().st_size / 1000:.1f} kB)" for file in written)
@@ -78,8 +78,8 @@ def write_onnx(model: nn.Module, made: Recipe, path: Path, **options: Any) -> No
         file.write(loaded.SerializeToString())
 
 
-def onnx_session(path: Path) -> Callable[[Tensor], Tensor]:
-    """A function from images to logits, run by ONNX Runtime.
+def onnx_session(path: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, str]]:
+    """A function from images to logits, run by ONNX Runtime, and the file's metadata.
 
     Raises:
         ImportError: it is not installed.
@@ -87,6 +87,8 @@ def onnx_session(path: Path) -> Callable[[Tensor], Tensor]:
     """
     import onnxruntime
 
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # it has a dozen types of its own, which share no base
@@ -97,4 +99,4 @@ def onnx_session(path: Path) -> Callable[[Tensor], Tensor]:
         outputs = session.run(None, {name: images.numpy()})
         return torch.from_numpy(outputs[0])
 
-    return answer
+    return answer, dict(session.get_modelmeta().custom_metadata_map)

@@ -22,8 +22,8 @@ from tritonq.qconfig_mapping import QConfigMapping
 TORCH_BACKENDS = ("fbgemm", "x86", "qnnpack", "onednn")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, qconfig: bool = True) -> None:
-    """The options that every command with a user's model has."""
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every command with a user's factory has."""
     parser.add_argument(
         "--model-arg",
         action="append",
@@ -31,14 +31,17 @@ def add_model_arguments(parser: argparse.ArgumentParser, qconfig: bool = True) -
         metavar="KEY=VALUE",
         help="argument of the factory, as a Python literal or a word; may be repeated: --model-arg num_classes=10",
     )
-    if qconfig:
-        parser.add_argument(
-            "--qconfig",
-            default=DEFAULT_PRESET,
-            metavar="NAME|FILE.json",
-            help=f"preset ({', '.join((*PRESETS, *TORCH_BACKENDS))}; torch.ao's first arithmetic as in fbgemm-v0), or "
-            "a file of tritonq.save_qconfig_mapping",
-        )
+
+
+def add_qconfig_argument(parser: argparse.ArgumentParser, prefix: str = "") -> None:
+    """The option of commands that prepare a model."""
+    parser.add_argument(
+        "--qconfig",
+        default=DEFAULT_PRESET,
+        metavar="NAME|FILE.json",
+        help=f"{prefix}preset ({', '.join((*PRESETS, *TORCH_BACKENDS))}; torch.ao's first arithmetic as in fbgemm-v0), "
+        "or a file of tritonq.save_qconfig_mapping",
+    )
 
 
 def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:

@@ -163,6 +163,13 @@ def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--std", type=_numbers, metavar="R,G,B", help="deviation likewise; 0,0,0 and 1,1,1: pixels/255")
 
 
+def given_options(arguments: argparse.Namespace) -> list[str]:
+    """Which of the options were given."""
+    names = ("image_size", "channels", "crop", "resize", "interpolation", "mean", "std")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
+    return given + (["--preprocessing"] if arguments.preprocessing != "auto" else [])
+
+
 def choose_preprocessing(arguments: argparse.Namespace, model: nn.Module, digits: bool = False) -> Preprocessing:
     """What the options ask for; mean and deviation stay empty where they are to be the training images' own.
 

@@ -15,7 +15,7 @@ from tritonq.cli.augment import OWN, TORCHVISION, Augmentation
 from tritonq.cli.data import DIGITS, Examples, add_data_arguments, class_names, open_examples
 from tritonq.cli.deployment import Deployed, deploy
 from tritonq.cli.evaluation import count_right, in_order, logits
-from tritonq.cli.models import add_model_arguments, find_device, find_qconfig, make_model, prepare
+from tritonq.cli.models import add_model_arguments, add_qconfig_argument, find_device, find_qconfig, make_model, prepare
 from tritonq.cli.paths import writable_folder
 from tritonq.cli.preprocessing import add_preprocessing_arguments, choose_preprocessing
 from tritonq.cli.processes import Processes, join, leave
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODULE:FACTORY", help="makes the float model, importable from here")
     add_data_arguments(parser)
     add_model_arguments(parser)
+    add_qconfig_argument(parser)
     add_preprocessing_arguments(parser)
     parser.add_argument("--weights", type=Path, metavar="FILE", help="state dict of the trained float model")
     parser.add_argument("--epochs", type=int, default=8, metavar="N", help="how many in all")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from tritonq.calibration import calibrate
 from tritonq.cli.data import DIGITS, Examples, add_data_arguments, class_names, open_examples, stacked
-from tritonq.cli.models import add_model_arguments, find_qconfig, make_model, prepare
+from tritonq.cli.models import add_model_arguments, add_qconfig_argument, find_qconfig, make_model, prepare
 from tritonq.cli.paths import writable_file
 from tritonq.cli.preprocessing import add_preprocessing_arguments, choose_preprocessing
 from tritonq.cli.training_files import Recipe, load_state, load_weights, read_training
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="checkpoint of `tritonq train`")
     source.add_argument("--weights", type=Path, metavar="FILE", help="state dict of the float model, to be calibrated")
     add_model_arguments(parser)
+    add_qconfig_argument(parser)
     add_preprocessing_arguments(parser)
     parser.add_argument("--images", type=int, default=256, metavar="N", help="held-out images to measure")
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page")

@@ -1,0 +1,175 @@
+"""`predict`, `evaluate` and `export` on everything that `train` writes, and on factories with weights."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import tritonq
+from image_folders import FOLDER_MODEL, image_folder
+from tritonq.__main__ import main
+from tritonq.cli.training_files import read_training
+from tritonq.demo.model import SmallResNet
+
+FACTORY = FOLDER_MODEL[0]
+ARGUMENTS = [word for word in FOLDER_MODEL if word.startswith("--model-arg")]
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on two classes that are told apart easily, and its images."""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.set_num_threads(1)
+    images = image_folder(folder / "insects", count=12)
+    words = [word for word in FOLDER_MODEL if word not in ("--no-onnx", "--epochs=1")]
+    words += ["--epochs=6", "--learning-rate=0.1", "--augment=flip"]
+    assert run("train", FACTORY, images, *words[1:], "--output", folder / "out") == 0
+    return folder
+
+
+def test_every_file_holds_preprocessing_and_classes(trained):
+    out = trained / "out"
+    expected = read_training(out / "best.pt")[0]
+    assert expected.classes == ("ants", "bees")
+    assert len(expected.preprocessing.mean) == len(expected.preprocessing.std) == 3
+    assert read_training(out / "last.pt")[0] == expected
+    metadata = tritonq.deploy.load_metadata(out / "model.int8.pt")
+    assert metadata["classes"] == ["ants", "bees"]
+    assert metadata["preprocessing"]["mean"] == list(expected.preprocessing.mean)
+    properties = {entry.key: entry.value for entry in onnx.load(out / "model.onnx").metadata_props}
+    assert json.loads(properties["tritonq.metadata"]) == metadata
+
+
+FORMS = ["best.pt", "last.pt", "model.int8.pt", "model.onnx"]
+
+
+def named(trained, form):
+    path = trained / "out" / form
+    return [path] if form.endswith(".onnx") else [FACTORY, "--checkpoint", path]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_predictions(trained, form, capsys):
+    photos = [trained / "insects" / name / "0.png" for name in ("ants", "bees")]
+    model, *options = named(trained, form)
+    assert run("predict", model, *photos, *options, "--json", "--top=5") == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [entry["classes"][0]["class"] for entry in found] == ["ants", "bees"]
+    for entry in found:
+        assert sum(choice["probability"] for choice in entry["classes"]) == pytest.approx(1)
+    assert run("predict", model, trained / "insects", *options) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 24
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_accuracy(trained, form, capsys):
+    model, *options = named(trained, form)
+    assert run("evaluate", model, trained / "insects", *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "100.00% of 12 images right" in lines[0]
+    assert lines[1].strip() == "100.00% of 6 images of ants"
+
+
+def test_classes_are_known_by_name(trained, tmp_path, capsys):
+    image_folder(tmp_path / "more", ("aphids", "bees"))
+    assert run("evaluate", trained / "out" / "model.onnx", tmp_path / "more") == 1
+    assert "the model knows no class 'aphids'; it knows ants, bees" in capsys.readouterr().err
+    # Dark ants, bright bees: in folders of the other name all are wrong.
+    image_folder(tmp_path / "wrong", ("bees", "ants"))
+    assert run("evaluate", trained / "out" / "model.onnx", tmp_path / "wrong", "--part=all") == 0
+    assert ": 0.00% of 12 images right" in capsys.readouterr().out
+
+
+def test_files_that_cannot_be_read_are_named_and_others_answered(trained, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    good = trained / "insects" / "ants" / "1.png"
+    assert run("predict", trained / "out" / "model.onnx", tmp_path / "broken.png", good) == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{good}: ants")
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"tritonq predict: {tmp_path / 'broken.png'}: ")
+
+
+def test_exports_of_a_checkpoint(trained, tmp_path, capsys):
+    out = trained / "out"
+    for name, source in (("a.onnx", "best.pt"), ("a.pt", "best.pt"), ("a.pt2", "last.pt"), ("b.onnx", "model.int8.pt")):
+        assert run("export", FACTORY, tmp_path / name, "--checkpoint", out / source) == 0
+    photo = trained / "insects" / "bees" / "0.png"
+    capsys.readouterr()
+    said = []
+    for model in ([tmp_path / "a.onnx"], [tmp_path / "b.onnx"], [FACTORY, "--checkpoint", tmp_path / "a.pt"]):
+        assert run("predict", model[0], photo, *model[1:]) == 0
+        said.append(capsys.readouterr().out)
+    assert len(set(said)) == 1
+    assert ": bees" in said[0]
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    assert program(torch.zeros(2, 3, 8, 8)).shape == (2, 2)
+
+
+def test_a_float_model_is_calibrated(trained, tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save(SmallResNet(3, 2, 4).state_dict(), tmp_path / "float.pt")
+    words = [FACTORY, tmp_path / "c.onnx", *ARGUMENTS, "--checkpoint", tmp_path / "float.pt", "--image-size=8"]
+    assert run("export", *words) == 1
+    assert "is a float model: train it, or calibrate it with --calibrate DATA" in capsys.readouterr().err
+    assert run("export", *words, "--calibrate", trained / "insects", "--target=tensorrt") == 0
+    session = onnxruntime.InferenceSession(tmp_path / "c.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: torch.zeros(1, 3, 8, 8).numpy()})
+    assert logits.shape == (1, 2)
+    assert run("evaluate", tmp_path / "c.onnx", trained / "insects") == 0
+
+
+def test_digits_with_any_factory(capsys):
+    words = ["--model-arg=in_channels=1", "--model-arg=classes=10", "--model-arg=width=4"]
+    assert run("evaluate", FACTORY, "digits", *words) == 0
+    assert "as its factory gives it: " in capsys.readouterr().out
+
+
+def test_mistakes_end_in_one_line(trained, tmp_path, capsys):
+    out, photo = trained / "out", trained / "insects" / "ants" / "0.png"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    for words, message in (
+        (["predict", out / "best.pt", photo], f"holds no code: name its model's factory ({FACTORY} says the file)"),
+        (["predict", "torch.nn:Conv2d", photo, "--checkpoint", out / "best.pt"], f"was made with {FACTORY}, not with"),
+        (["predict", "torch.nn:Conv2d", photo, "--checkpoint", out / "model.int8.pt"], f"was made with {FACTORY}, not"),
+        (["predict", FACTORY, photo, *ARGUMENTS], "nothing says how the model's images are scaled"),
+        (["predict", out / "model.onnx", photo, "--mean=0", "--std=1"], "leave out --mean, --std"),
+        (["predict", out / "model.onnx", photo, "--checkpoint", out / "best.pt"], "leave out --checkpoint"),
+        (["predict", out / "model.onnx", tmp_path / "none.png"], "none.png does not exist"),
+        (["predict", out / "model.onnx", tmp_path / "empty"], "empty holds no image"),
+        (["predict", out / "model.onnx", photo, "--top=0"], "at least one class is shown"),
+        (["predict", tmp_path / "none.onnx", photo], "none.onnx does not exist"),
+        (["predict", tmp_path / "bad.onnx", photo], "bad.onnx can't be run"),
+        (["evaluate", out / "model.onnx", tmp_path / "none"], "is not a folder"),
+        (
+            ["export", FACTORY, tmp_path / "x.tflite", "--checkpoint", out / "best.pt"],
+            "ends in none of .onnx, .pt",
+        ),
+        (["export", FACTORY, tmp_path / "none" / "x.pt", "--checkpoint", out / "best.pt"], "make it first"),
+        (["export", out / "model.onnx", tmp_path / "x.pt"], "can't be exported again"),
+        (["export", FACTORY, tmp_path / "x.pt", "--checkpoint", out / "best.pt", "--calibrate", "x"], "has its ranges"),
+    ):
+        assert run(*words) == 1, words
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert message in line
+        assert line.startswith(f"tritonq {words[0]}: ")
+
+
+def test_damaged_metadata_is_noticed(trained, tmp_path):
+    content = torch.load(trained / "out" / "model.int8.pt", weights_only=True)
+    content["metadata"]["classes"] = ["bees", "ants"]
+    torch.save(content, tmp_path / "swapped.pt")
+    with pytest.raises(ValueError, match="don't match their checksum"):
+        tritonq.deploy.load_metadata(tmp_path / "swapped.pt")
+    model = tritonq.load_converted(trained / "out" / "model.int8.pt", SmallResNet(3, 2, 4))
+    with pytest.raises(ValueError, match="must be data that JSON can hold"):
+        tritonq.save_converted(model, tmp_path / "x.pt", metadata={"a": object()})

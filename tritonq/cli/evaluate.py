@@ -1,0 +1,69 @@
+"""How often a model is right, in any form that `train` wrote."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import chain
+
+import torch
+from tqdm import tqdm
+
+from tritonq.cli.data import Examples, add_data_arguments, class_names, open_examples
+from tritonq.cli.evaluation import in_order
+from tritonq.cli.trained import Trained, add_trained_arguments, open_trained
+
+_PARTS = ("held-out", "train", "all")
+_CLASSES_SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``python -m tritonq evaluate``."""
+    parser.epilog = (
+        "Example: python -m tritonq evaluate train-output/model.onnx photos. The images that `train` held out are held "
+        "out here too, if DATA and --validation are the same; --part all takes every image of a folder of its own."
+    )
+    add_trained_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument("--part", choices=_PARTS, default="held-out", help="which of the images")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images ahead")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the accuracy, of all classes together and of each."""
+    names = class_names(arguments.data, arguments.validation)
+    trained = open_trained(arguments, arguments.data)
+    labels = _labels(trained, names)
+    data = open_examples(arguments.data, trained.preprocessing, arguments.validation, arguments.workers)
+    right, count = _score(trained, data, labels, arguments.part, arguments.workers)
+    total = int(count.sum())
+    print(f"{trained.title}: {int(right.sum()) / total:.2%} of {total} images right")
+    shown = [(name, int(right[k]), int(count[k])) for k, name in enumerate(names) if count[k]]
+    for name, hits, images in sorted(shown, key=lambda row: row[1] / row[2])[:_CLASSES_SHOWN]:
+        print(f"  {hits / images:7.2%} of {images} images of {name}")
+    if len(shown) > _CLASSES_SHOWN:
+        print(f"  and {len(shown) - _CLASSES_SHOWN} classes that do better")
+    return 0
+
+
+def _labels(trained: Trained, names: tuple[str, ...]) -> torch.Tensor:
+    """The model's label of each class of the data: by name, where the model knows names."""
+    if not trained.classes:
+        return torch.arange(len(names))
+    foreign = [name for name in names if name not in trained.classes]
+    if foreign:
+        raise ValueError(f"the model knows no class {foreign[0]!r}; it knows {', '.join(trained.classes[:10])}")
+    return torch.tensor([trained.classes.index(name) for name in names])
+
+
+def _score(
+    trained: Trained, data: Examples, labels: torch.Tensor, part: str, workers: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many images of each class are answered rightly, and how many there are."""
+    parts = {"held-out": [data.test], "train": [data.train], "all": [data.train, data.test]}[part]
+    right, count = (torch.zeros(len(labels), dtype=torch.int64) for _ in range(2))
+    batches = chain.from_iterable(in_order(images, workers) for images in parts)
+    for batch, wanted in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None):
+        hits = trained.answer(batch).argmax(1) == labels[wanted]
+        count += torch.bincount(wanted, minlength=len(labels))
+        right += torch.bincount(wanted[hits], minlength=len(labels))
+    return right, count

@@ -1,0 +1,188 @@
+"""Whatever `train` wrote, or a factory with weights, as something that answers images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.cli.data import DIGITS
+from tritonq.cli.deployment import METADATA_KEY, onnx_session
+from tritonq.cli.evaluation import logits
+from tritonq.cli.models import add_model_arguments, make_model, prepare
+from tritonq.cli.preprocessing import (
+    Preprocessing,
+    add_preprocessing_arguments,
+    choose_preprocessing,
+    given_options,
+    preprocessing_from_data,
+)
+from tritonq.cli.training_files import (
+    Recipe,
+    is_training_file,
+    load_state,
+    load_weights,
+    read_tensors,
+    read_training,
+)
+from tritonq.deploy import load_converted, load_metadata
+from tritonq.deploy.checkpoint import FORMAT as CONVERTED
+
+ONNX_SUFFIX = ".onnx"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with all that is needed to feed it.
+
+    Attributes:
+        title: what it is, in words.
+        answer: from images float32 (n, channels, size, size) to logits (n, classes).
+        preprocessing: how images are scaled; without a mean it is the training images' own.
+        classes: names by label; empty where no file says them.
+        recipe: how the model was made.
+        model: the module, in eval mode; None for an ONNX file.
+        form: which form of the model it is.
+    """
+
+    title: str
+    answer: Callable[[Tensor], Tensor]
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    recipe: Recipe
+    model: nn.Module | None
+    form: str
+
+    def name_of(self, label: int) -> str:
+        """The name of a class, or its number."""
+        return self.classes[label] if label < len(self.classes) else str(label)
+
+
+def add_trained_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, its file, and how images are scaled where no file says so."""
+    parser.add_argument("model", metavar="MODEL", help="module:factory of the float model, or an .onnx file")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="best.pt, last.pt or model.int8.pt of `tritonq train`, or weights of the float model; without one, the "
+        "model is what its factory gives",
+    )
+    add_model_arguments(parser)
+    add_preprocessing_arguments(parser)
+
+
+def open_trained(arguments: argparse.Namespace, data: str | None = None) -> Trained:
+    """The model that the options name. A file chooses no code to run: the factory is always named by the user.
+
+    Args:
+        arguments: of :func:`add_trained_arguments`.
+        data: the images that it is to answer, where they are known: digits are scaled in their own way.
+
+    Raises:
+        ValueError: files that can't be read or don't fit the factory, or preprocessing that is given twice.
+    """
+    spec, checkpoint, digits = arguments.model, arguments.checkpoint, data == DIGITS
+    if spec.endswith(ONNX_SUFFIX):
+        if checkpoint is not None:
+            raise ValueError(f"{spec} holds its weights: leave out --checkpoint")
+        return _from_onnx(Path(spec), arguments, digits)
+    if Path(spec).is_file():
+        raise ValueError(
+            f"{spec} holds no code: name its model's factory{_factory_in(Path(spec))}, and the file with --checkpoint"
+        )
+    if checkpoint is None:
+        return _float(arguments, digits, f"{spec}, as its factory gives it")
+    content = read_tensors(checkpoint)
+    if is_training_file(content):
+        return _from_training(checkpoint, arguments, digits)
+    if content.get("format") == CONVERTED:
+        return _from_converted(checkpoint, arguments, digits)
+    return _float(arguments, digits, f"{spec} in float, with {checkpoint}", checkpoint)
+
+
+def _from_training(path: Path, arguments: argparse.Namespace, digits: bool) -> Trained:
+    made, content = read_training(path)
+    _check_factory(path, made.model, arguments.model)
+    model = prepare(made)
+    load_state(model, content["state_dict"], str(path))
+    preprocessing = _own(path, arguments, made.preprocessing if made.preprocessing.mean else None, model, digits)
+    title = f"{made.model}, quantization-aware, from {path}"
+    return _module(title, model, preprocessing, made.classes, made, "qat")
+
+
+def _from_converted(path: Path, arguments: argparse.Namespace, digits: bool) -> Trained:
+    metadata = load_metadata(path)
+    if metadata:
+        _check_factory(path, metadata.get("model"), arguments.model)
+    words = arguments.model_arg or list(metadata.get("model_arguments", ()))
+    model = make_model(arguments.model, words)
+    preprocessing = _own(path, arguments, _preprocessing_in(metadata, path), model, digits)
+    model = load_converted(path, model)
+    made = Recipe(arguments.model, tuple(words), {}, preprocessing, tuple(metadata.get("classes", ())))
+    return _module(f"{arguments.model}, int8, from {path}", model, preprocessing, made.classes, made, "int8")
+
+
+def _float(arguments: argparse.Namespace, digits: bool, title: str, weights: Path | None = None) -> Trained:
+    model = make_model(arguments.model, arguments.model_arg)
+    if weights is not None:
+        load_weights(model, weights)
+    preprocessing = choose_preprocessing(arguments, model, digits)
+    made = Recipe(arguments.model, tuple(arguments.model_arg), {}, preprocessing)
+    return _module(title, model, preprocessing, (), made, "float")
+
+
+def _from_onnx(path: Path, arguments: argparse.Namespace, digits: bool) -> Trained:
+    answer, properties = onnx_session(path)
+    metadata = json.loads(properties.get(METADATA_KEY, "{}"))
+    preprocessing = _own(path, arguments, _preprocessing_in(metadata, path), nn.Identity(), digits)
+    classes = tuple(metadata.get("classes", ()))
+    made = Recipe(metadata.get("model", ""), tuple(metadata.get("model_arguments", ())), {}, preprocessing, classes)
+    return Trained(f"{path}, in ONNX Runtime", answer, preprocessing, classes, made, None, "onnx")
+
+
+def _module(
+    title: str, model: nn.Module, preprocessing: Preprocessing, classes: tuple[str, ...], made: Recipe, form: str
+) -> Trained:
+    return Trained(title, lambda images: logits(model, images), preprocessing, classes, made, model.eval(), form)
+
+
+def _own(
+    path: Path, arguments: argparse.Namespace, own: Preprocessing | None, model: nn.Module, digits: bool
+) -> Preprocessing:
+    """The preprocessing that a file holds; where it holds none, that of the options."""
+    given = given_options(arguments)
+    if own is None:
+        return choose_preprocessing(arguments, model, digits)
+    if given:
+        raise ValueError(f"{path} says how its images are scaled: leave out {', '.join(given)}")
+    return own
+
+
+def _preprocessing_in(metadata: Mapping[str, Any], path: Path) -> Preprocessing | None:
+    if "preprocessing" not in metadata:
+        return None
+    try:
+        return preprocessing_from_data(metadata["preprocessing"])
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _check_factory(path: Path, saved: str | None, given: str) -> None:
+    if saved != given:
+        raise ValueError(f"{path} was made with {saved}, not with {given}")
+
+
+def _factory_in(path: Path) -> str:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        named = content.get("recipe", content.get("metadata", {})).get("model")
+    except Exception:  # a hint that can't be given
+        return ""
+    return f" ({named} says the file)" if isinstance(named, str) else ""
