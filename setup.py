@@ -19,7 +19,7 @@ from setuptools.command.build_py import build_py
 # Package: folder.
 FOLDERS = {"tritonq": "tritonq", "tritonq.kernels": "kernels", "tritonq.perf": "perf"}
 # Modules of perf that are run from the repository by who develops tritonq; the wheel goes without them.
-DEVELOPER_MODULES = ("codegen*", "disassembly", "goals", "plot")
+DEVELOPER_MODULES = ("codegen*", "disassembly", "goals", "plot", "predict")
 
 
 # Links in the folder of tritonq.

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from triton.compiler.compiler import CompiledKernel
+from triton.runtime.driver import driver
+
+from .architectures import warn_if_untested
 
 # Triton compiles another kernel where a pointer is not a multiple of this many bytes.
 _ALIGNMENT = 16
@@ -49,6 +52,9 @@ class Launcher:
             return
         kernel = self.function[grid](*args, **constants)
         if key is not None:
+            if torch.cuda.is_initialized():
+                target = driver.active.get_current_target()
+                warn_if_untested(f"{target.backend}:{target.arch}")
             if len(self._entries) >= _MAX_ENTRIES:
                 self._entries.clear()
             # Options such as num_warps are no parameters: they went into the compiled kernel.

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -70,9 +70,10 @@ class Gpu:
 
 
 # Multiprocessors, boost clock (Hz) and memory bandwidth (bytes/s) from NVIDIA's data sheets and architecture papers of
-# the A100 80 GB SXM, the H200 SXM and the B200 SXM.
+# the A100 80 GB SXM, the H100 SXM, the H200 SXM and the B200 SXM.
 GPUS = (
     Gpu("A100", "cuda:80", 108, 1.41e9, 2.039e12),
+    Gpu("H100", "cuda:90", 132, 1.98e9, 3.35e12),
     Gpu("H200", "cuda:90", 132, 1.98e9, 4.8e12),
     Gpu("B200", "cuda:100", 148, 1.965e9, 8.0e12),
 )
@@ -123,6 +124,24 @@ class Row:
         return found
 
 
+class Launch(NamedTuple):
+    """One launch that was compiled.
+
+    Attributes:
+        function: the kernel's source.
+        kwargs: its keyword arguments, launch options included.
+        kernel: what it was compiled to.
+        grid: programs along each axis.
+        elements: of the largest tensor among its arguments.
+    """
+
+    function: JITFunction[Any]
+    kwargs: dict[str, Any]
+    kernel: Any
+    grid: tuple[int, ...]
+    elements: int
+
+
 class _AbsentGpu:
     """Stands in for Triton's driver: names a target, and is never asked to launch."""
 
@@ -141,14 +160,15 @@ class _AbsentGpu:
 
 
 @contextmanager
-def compiling_for(target: str) -> Iterator[list[tuple[JITFunction[Any], dict[str, Any], Any]]]:
-    """Inside, launches compile for ``target`` and run nothing; yields their (function, keyword arguments, kernel)."""
-    launched: list[tuple[JITFunction[Any], dict[str, Any], Any]] = []
+def compiling_for(target: str) -> Iterator[list[Launch]]:
+    """Inside, launches compile for ``target`` and run nothing; yields the list that they are added to."""
+    launched: list[Launch] = []
     compile_or_launch = JITFunction.run
 
     def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = compile_or_launch(self, *args, grid=grid, warmup=True, **kwargs)
-        launched.append((self, kwargs, kernel))
+        elements = max((value.numel() for value in args if isinstance(value, torch.Tensor)), default=0)
+        launched.append(Launch(self, kwargs, kernel, grid, elements))
         return kernel
 
     before = driver._active
@@ -172,8 +192,9 @@ def rows(
             for target in targets:
                 with compiling_for(target) as launched:
                     case.call(dtype)
-                for function, kwargs, kernel in launched:
-                    yield _describe(case, dtype, target, function.__name__, kwargs, kernel, budgets)
+                for launch in launched:
+                    name = launch.function.__name__
+                    yield _describe(case, dtype, target, name, launch.kwargs, launch.kernel, budgets)
 
 
 def _describe(
@@ -186,7 +207,7 @@ def _describe(
     budgets: dict[str, Any],
 ) -> Row:
     is_cuda = TARGETS[target].backend == "cuda"
-    registers, spill_bytes, instructions = _read_cuda(kernel) if is_cuda else _read_hip(kernel)
+    registers, spill_bytes, instructions = read_cuda(kernel) if is_cuda else _read_hip(kernel)
     path = main_path(instructions)
     dtype_name = str(dtype).removeprefix("torch.")
     common = (case.name, name, dtype_name, target, registers, spill_bytes, kernel.metadata.shared, path.usual_width())
@@ -213,7 +234,7 @@ def _describe(
     )
 
 
-def _read_cuda(kernel: Any) -> tuple[int, int, list[Any]]:
+def read_cuda(kernel: Any) -> tuple[int, int, list[Any]]:
     """Registers, spilled bytes and instructions of a compiled CUDA kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])

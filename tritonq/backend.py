@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
-from types import ModuleType
-from typing import Literal, get_args
+from functools import cache, wraps
+from types import FunctionType, ModuleType
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -91,9 +92,33 @@ def select(x: Tensor, backend: Backend = "auto") -> Literal["triton", "torch"]:
 def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleType:
     """The module that implements op family ``name`` for ``x``: ``tritonq.kernels`` or ``tritonq.reference``.
 
-    Both hold functions of the same names and signatures.
+    Both hold functions of the same names and signatures. While a profiler runs, each call of one is a range of the
+    profile, ``"tritonq.fake_quant.fake_quantize (triton)"`` for example.
     """
-    return _load(select(x, backend), name)
+    chosen = select(x, backend)
+    module = _load(chosen, name)
+    # The flag is torch's own, read where it records operators; reading it costs nothing that shows.
+    return _ranged(chosen, name) if profiler._is_profiler_enabled else module
+
+
+@cache
+def _ranged(backend: Literal["triton", "torch"], name: str) -> ModuleType:
+    """Return a copy of the module whose functions are ranges of a profile."""
+    module = _load(backend, name)
+    copy = ModuleType(module.__name__, module.__doc__)
+    for key, value in vars(module).items():
+        is_operator = isinstance(value, FunctionType) and not key.startswith("_")
+        setattr(copy, key, _in_range(value, f"tritonq.{name}.{key} ({backend})") if is_operator else value)
+    return copy
+
+
+def _in_range(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+    @wraps(function)
+    def ranged(*args: Any, **kwargs: Any) -> Any:
+        with profiler.record_function(label):
+            return function(*args, **kwargs)
+
+    return ranged
 
 
 @cache

@@ -1,0 +1,20 @@
+"""The GPU architectures that the kernels' machine code is tested for."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+# Every kernel is compiled for these in the tests: registers, spills, width of accesses, instructions.
+TESTED = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+
+
+@cache
+def warn_if_untested(architecture: str) -> None:
+    """Warn, once per architecture and process, where no test has looked at what the kernels compile to."""
+    if architecture not in TESTED:
+        warnings.warn(
+            f"no test compiles tritonq's kernels for {architecture} (tested: {', '.join(TESTED)}): run the operators' "
+            "tests here by `python -m tritonq.perf.gpu --parts smoke,tests`, and report what fails",
+            stacklevel=2,
+        )

@@ -1,0 +1,210 @@
+"""Predicted time of every kernel on GPUs that are not here, written down so that a measurement can find it wrong.
+
+    python -m tritonq.perf.predict            # print the table
+    python -m tritonq.perf.predict --write    # put it into perf/PREDICTIONS.md
+
+The time of a kernel is the longest of three, times what its last, partly filled wave of programs costs, plus the start:
+
+- memory: bytes read and written, at the share of the memory's rate that a copy reaches;
+- latency, by Little's law: bytes read, over the bytes in flight divided by the latency of a load. In flight are, on
+  each multiprocessor, the largest group of loads that a lane issues without arithmetic in between, on as many lanes as
+  registers and shared memory admit and the launch has;
+- issue: instructions of all lanes, at one warp instruction per clock and scheduler.
+
+Source: Little, "A proof for the queuing formula L = λW", 1961; its use for GPUs: Volkov, "Better performance at lower
+occupancy", 2010.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tritonq.perf.codegen import ALL_CASES, GPUS, Gpu, Launch, compiling_for, read_cuda
+from tritonq.perf.codegen_cases import CodegenCase
+from tritonq.perf.disassembly import Instruction, main_path
+
+TABLE = Path(__file__).with_name("PREDICTIONS.md")
+TARGET = "cuda:90"
+
+# Assumed, not measured. A load that misses the caches of a busy H100 takes some 600 to 700 ns.
+LATENCY = 650e-9
+# Of the memory's rate, what a copy reaches.
+COPY_SHARE = 0.9
+# From one kernel of a CUDA graph to the next.
+START = 2e-6
+
+# Per multiprocessor of compute capability 9.0 (NVIDIA CUDA C++ Programming Guide).
+_REGISTERS, _LANES, _PROGRAMS, _SHARED_BYTES = 65536, 2048, 32, 233472
+# Registers are given out by eight to a lane; a program takes a KiB of shared memory besides its own.
+_REGISTER_STEP, _SHARED_OVERHEAD = 8, 1024
+_WARP = 32
+_ARITHMETIC = re.compile(r"^(FADD|FFMA|FMUL|FMNMX|FSETP|FSEL|HADD2|HFMA2|HMUL2|HMNMX2|F2F|F2FP|I2F|F2I|PRMT|IMAD)\b")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One launch, as far as its time depends on it.
+
+    Attributes:
+        programs: in the grid.
+        warps: per program.
+        registers: per lane.
+        shared_bytes: per program.
+        in_flight: bytes that one lane has in flight at a time.
+        instructions: of one lane, for one element.
+        elements: number of elements.
+        bytes_read: from memory.
+        bytes_written: to memory.
+    """
+
+    programs: int
+    warps: int
+    registers: int
+    shared_bytes: int
+    in_flight: int
+    instructions: float
+    elements: int
+    bytes_read: int
+    bytes_written: int
+
+    def resident(self, multiprocessors: int) -> int:
+        """Programs on one multiprocessor at a time, limited by what each takes and by how many there are."""
+        lanes = self.warps * _WARP
+        registers = math.ceil(max(self.registers, 1) / _REGISTER_STEP) * _REGISTER_STEP * lanes
+        limits = [_REGISTERS // registers, _LANES // lanes, _PROGRAMS, math.ceil(self.programs / multiprocessors)]
+        if self.shared_bytes:
+            limits.append(_SHARED_BYTES // (self.shared_bytes + _SHARED_OVERHEAD))
+        return max(1, min(limits))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted seconds of one launch on one GPU, what bounds it, and the share of a copy's rate that it reaches."""
+
+    seconds: float
+    bound: str
+    share_of_copy: float
+    in_flight_per_multiprocessor: int
+
+
+def predict(work: Work, gpu: Gpu) -> Prediction:
+    """Apply the three bounds to ``work`` on ``gpu``."""
+    resident = work.resident(gpu.multiprocessors)
+    busy = min(gpu.multiprocessors, work.programs)
+    in_flight = resident * work.warps * _WARP * work.in_flight
+    moved = work.bytes_read + work.bytes_written
+    copy_rate = COPY_SHARE * gpu.bandwidth
+    times = {
+        "memory": moved / copy_rate,
+        "latency": work.bytes_read * LATENCY / (in_flight * busy) if in_flight else 0.0,
+        "issue": work.instructions * work.elements / (busy * gpu.clock * 4 * _WARP),
+    }
+    bound = max(times, key=lambda name: times[name])
+    waves = work.programs / (resident * busy)
+    # Programs of the last wave take as long as a full one, unless memory was the limit: then they have more of it each.
+    tail = math.ceil(waves) / waves if bound != "memory" else 1.0
+    seconds = times[bound] * tail + START
+    return Prediction(seconds, bound, moved / seconds / copy_rate, in_flight)
+
+
+def bytes_in_flight(instructions: Sequence[Instruction]) -> int:
+    """Bytes of the largest group of loads of one lane that no arithmetic interrupts."""
+    largest = group = 0
+    for instruction in instructions:
+        if instruction.access_bits and not instruction.stores:
+            group += instruction.access_bits // 8
+            largest = max(largest, group)
+        elif _ARITHMETIC.match(instruction.opcode):
+            group = 0
+    return largest
+
+
+def predictions(cases: Iterable[CodegenCase] = ALL_CASES) -> Iterator[tuple[str, str, Work]]:
+    """Compile each case for sm_90; yield case, dtype and work of the kernel that moves its data."""
+    for case in cases:
+        for dtype in (d for d in case.dtypes if d != torch.float16):
+            with compiling_for(TARGET) as launched:
+                case.call(dtype)
+            for launch in launched:
+                if launch.function.__name__ == case.kernel:
+                    yield case.name, str(dtype).removeprefix("torch."), work_of(case, dtype, launch)
+
+
+def work_of(case: CodegenCase, dtype: torch.dtype, launch: Launch) -> Work:
+    """Read a launch's work off its arguments and its machine code."""
+    registers, _, instructions = read_cuda(launch.kernel)
+    path = main_path(instructions)
+    warps = launch.kernel.metadata.num_warps
+    bits = 8 * dtype.itemsize
+    if path.is_loop:
+        per_turn = path.bits(stores=False) / (bits * case.reads)
+    else:
+        per_turn = launch.kwargs["ROWS"] * launch.kwargs["COLS"] / (_WARP * warps)
+    return Work(
+        programs=math.prod(launch.grid),
+        warps=warps,
+        registers=registers,
+        shared_bytes=launch.kernel.metadata.shared,
+        in_flight=bytes_in_flight(path.instructions),
+        instructions=len(path.instructions) / per_turn,
+        elements=launch.elements,
+        bytes_read=launch.elements * dtype.itemsize * case.reads,
+        bytes_written=launch.elements * dtype.itemsize * case.writes,
+    )
+
+
+def render(found: Iterable[tuple[str, str, Work]], gpus: Sequence[Gpu]) -> str:
+    """The table in Markdown."""
+    names = [gpu.name for gpu in gpus]
+    heads = [f"{name} {what}" for name in names for what in ("µs", "of copy", "bound")]
+    columns = ["case", "dtype", "programs", "KiB in flight", *heads, "measured"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for name, dtype, work in found:
+        each = [predict(work, gpu) for gpu in gpus]
+        cells = [name, dtype, str(work.programs), f"{each[0].in_flight_per_multiprocessor / 1024:.0f}"]
+        for prediction in each:
+            cells += [f"{prediction.seconds * 1e6:.0f}", f"{prediction.share_of_copy:.0%}", prediction.bound]
+        lines.append(f"| {' | '.join([*cells, ''])} |")
+    return "\n".join(lines) + "\n"
+
+
+_HEAD = """# Predictions, written before a GPU has answered
+
+Written by `python -m tritonq.perf.predict --write` from what the kernels compile to for sm_90; see `perf/predict.py`
+for the model. Assumed: {latency:.0f} ns per load, {share:.0%} of the memory's rate for a copy, {start:.0f} µs from one
+kernel to the next. No number here was measured. `python -m tritonq.perf.gpu --parts kernels` measures the operators on
+a GPU; where a kernel is off by more than a quarter, the model or the kernel has something to explain. "KiB in flight"
+is per multiprocessor: Little's law asks for {needed}.
+
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table, or write it."""
+    parser = argparse.ArgumentParser(prog="python -m tritonq.perf.predict", description="Predict times of kernels.")
+    parser.add_argument("--write", action="store_true", help=f"write the table into {TABLE.name}")
+    parser.add_argument("--case", default="", metavar="NAME", help="only cases whose name contains NAME")
+    options = parser.parse_args(argv)
+    gpus = [gpu for gpu in GPUS if gpu.target == TARGET]
+    needed = " and ".join(
+        f"{gpu.bandwidth * COPY_SHARE * LATENCY / gpu.multiprocessors / 1024:.0f} on the {gpu.name}" for gpu in gpus
+    )
+    head = _HEAD.format(latency=LATENCY * 1e9, share=COPY_SHARE, start=START * 1e6, needed=needed)
+    table = render(predictions([case for case in ALL_CASES if options.case in case.name]), gpus)
+    if options.write:
+        TABLE.write_text(head + table, encoding="utf-8")
+    else:
+        print(table, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
