@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -96,8 +97,22 @@ class Result:
     @property
     def agrees(self) -> bool:
         """No code of the converted model differs; at most ``onnx_tolerance`` of ONNX Runtime's, and by one at most."""
-        converted, onnx = (stage.report for stage in self.stages if stage.report is not None)
-        return converted.agrees() and onnx.agrees(self.onnx_tolerance, max_step=1)
+        return self.disagreement is None
+
+    @property
+    def disagreement(self) -> str | None:
+        """Which form disagrees with the trained model, where, and what is allowed, or None."""
+        converted, onnx = (stage for stage in self.stages if stage.report is not None)
+        for stage, fraction, step in ((converted, 0.0, 0), (onnx, self.onnx_tolerance, 1)):
+            report = cast(VerificationReport, stage.report)
+            if not report.agrees(fraction, max_step=step):
+                worst = next(layer for layer in report.layers if layer.fraction > fraction or layer.largest > step)
+                allowed = f"{fraction:.1%} of a layer's codes, by {step} at most" if fraction else "none"
+                return (
+                    f"{stage.name} disagrees with the trained model: {worst.differing:,} of {worst.codes:,} codes of "
+                    f"{worst.name or 'the output'} differ, by up to {worst.largest}; allowed: {allowed}"
+                )
+        return None
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -110,7 +125,10 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         result = run(arguments)
     print(f"\n{table(result.stages)}\n\nwritten: {', '.join(str(path) for path in vars(result.files).values())}")
-    return 0 if result.agrees else 1
+    if result.disagreement is None:
+        return 0
+    print(f"\nFAILED: {result.disagreement}")
+    return 1
 
 
 def run(arguments: argparse.Namespace) -> Result:

@@ -28,8 +28,8 @@ from tritonq.prepare.forwards.edited import apply_forward
 from tritonq.prepare.record.snapshot import ModelSnapshot
 
 FORMAT = "tritonq.converted"
-# Version 1 knew no upper bound of a ReLU.
-VERSION = 2
+# Version 1 knew no upper bound of a ReLU, version 2 no pools and means in integers.
+VERSION = 3
 
 
 def save_converted(

@@ -13,7 +13,8 @@ from tritonq.deploy import fixed_point_description
 from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers, integer_difference
 from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, DeployedModule, Grids, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTable
-from tritonq.nn import Add, Cat, FloatFunctional, RepVGGBlock
+from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, RepVGGBlock
+from tritonq.nn.averages import POOL_TYPES
 from tritonq.nn.intrinsic import FusedModule
 from tritonq.prepare.edit.inputs import (
     InputFakeQuants,
@@ -24,12 +25,18 @@ from tritonq.prepare.edit.inputs import (
 from tritonq.prepare.edit.swap import quantize_output_hook
 from tritonq.prepare.forwards.edited import forward_data, original_class
 from tritonq.qparams import QuantizedType
+from tritonq.reference.averages import averaging_from_data, averaging_to_data
 
 Description = dict[str, Any]
 T = TypeVar("T")
 
 # Modules that conversion, or preparation before it, may put where the float model has none, or another.
-ADDED = ("quantizer", "inputs", "add", "cat", "identity", "sequential", *fixed_point_description.ADDED)
+_LINKED = ("add", "average", "pool")  # which know the quantizers of the tensors that they read
+_FLOAT_TYPES = (*LAYER_TYPES, *TABLE_TYPES, *POOL_TYPES)
+_POOL_GEOMETRY = (
+    *("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override", "output_size"),
+)
+ADDED = ("quantizer", "inputs", "add", "cat", "average", "identity", "sequential", *fixed_point_description.ADDED)
 
 
 def describe_modules(model: nn.Module) -> list[Description]:
@@ -45,18 +52,21 @@ def describe_modules(model: nn.Module) -> list[Description]:
         else:
             found.append({"name": name, "kind": "alias", "of": first})
     for entry in found:
-        if entry["kind"] == "add":
-            sources = cast(Add, model.get_submodule(entry["name"])).input_quantizers
+        if entry["kind"] in _LINKED:
+            sources = cast(Add | AverageLayer, model.get_submodule(entry["name"])).linked_quantizers
             entry["operands"] = [None if source is None else first_names.get(source) for source in sources]
     return found
 
 
 def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) -> None:
-    """Tell rebuilt additions again which quantizers their summands come from."""
+    """Tell rebuilt additions and means again which quantizers' grids they read and write."""
     for entry in entries:
         if entry["kind"] == "add":
             a, b = (None if name is None else _producer(modules, name) for name in entry["operands"])
             cast(Add, modules[entry["name"]]).set_producers(a, b)
+        elif entry["kind"] in _LINKED:
+            a, b = (None if name is None else modules[name] for name in entry["operands"])
+            cast(AverageLayer, modules[entry["name"]]).set_quantizers(a, b)
 
 
 def _producer(modules: Mapping[str, nn.Module], quantizer: str) -> nn.Module:
@@ -83,6 +93,12 @@ def _describe(module: nn.Module) -> Description:
         return {"kind": "quantizer", "grid": _grid_to_data(module.qtype)}
     if type(module) is Add:
         return {"kind": "add", "ceiling": module.ceiling}
+    if type(module) is Average:
+        return {"kind": "average", "averaging": averaging_to_data(module.averaging)}
+    if isinstance(module, AverageLayer):
+        pool = next(source for source, made in POOL_TYPES.items() if type(module) is made)
+        geometry = {key: getattr(module, key) for key in _POOL_GEOMETRY if hasattr(module, key)}
+        return {"kind": "pool", "type": pool.__name__, "geometry": geometry}
     if type(module) is Cat:
         return {"kind": "cat", "dim": module.dim}
     if type(module) is FloatFunctional:
@@ -131,6 +147,11 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         return Quantizer(grid, _tensor(tensors, _join(name, "scale")), _tensor(tensors, _join(name, "zero_point")))
     if kind == "add":
         return Add(_ceiling(entry))
+    if kind == "average":
+        return Average(averaging_from_data(entry["averaging"]))
+    if kind == "pool":
+        pool: nn.Module = _by_name(POOL_TYPES, entry["type"])(**entry["geometry"])
+        return pool
     if kind == "cat":
         return Cat(entry["dim"])
     if kind == "inputs":
@@ -153,11 +174,10 @@ def difference(entry: Description, module: nn.Module) -> str | None:
     kind, here = entry["kind"], original_class(module).__name__
     if kind in ("integer_layer", "integer_maximum"):
         return integer_difference(entry, module)
-    if kind in ("layer", "table"):
+    if kind in ("layer", "table", "pool"):
         module = module[0] if isinstance(module, FusedModule) else module
         module = module.conv3 if isinstance(module, RepVGGBlock) else module
-        cls: Any = _by_name({**LAYER_TYPES, **TABLE_TYPES}, entry["type"])
-        if not isinstance(module, cls.float_type):
+        if not isinstance(module, _by_name({cls: cls for cls in _FLOAT_TYPES}, entry["type"])):
             return f"{entry['type']} in the file, {here} in the model"
         for key, saved in entry["geometry"].items():
             if getattr(module, key) != saved:

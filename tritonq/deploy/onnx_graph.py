@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
+from tritonq.deploy.onnx_averages import grids_of, rewrite_average
 from tritonq.deploy.onnx_export import Target
-from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
+from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize, round_half_away
 from tritonq.deploy.tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
-from tritonq.nn import Add, Cat, FloatFunctional
+from tritonq.nn import Add, AverageLayer, Cat, FloatFunctional
 from tritonq.reference.fake_quant import quantize
 
 _REMEDY = 'train with get_qconfig("tensorrt"), or export with target="onnxruntime"'
@@ -58,6 +59,7 @@ def onnx_form(converted: nn.Module, target: Target) -> nn.Module:
         traced = {
             module: _uint8_quantizer(module, name, exact=module not in fused) for module, name in quantizers.items()
         }
+        traced |= _rewrite_averages(model, quantizers)
     else:
         _drop_ceilings(model)
         traced = {module: _int8_quantizer(module, name) for module, name in quantizers.items()}
@@ -68,6 +70,18 @@ def onnx_form(converted: nn.Module, target: Target) -> nn.Module:
         elif isinstance(module, QuantizedTable):
             _rewrite_table(module, target)
     return model
+
+
+def _rewrite_averages(model: nn.Module, names: dict[Quantizer, str]) -> dict[nn.Module, nn.Module]:
+    """Let pools and means with known grids add codes; return what takes the place of their quantizers."""
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules():
+        grids = grids_of(module) if isinstance(module, AverageLayer) else None
+        if grids is not None:
+            output = grids[1]
+            rewrite_average(cast(AverageLayer, module), name, _uint8_quantizer(output, names[output]))
+            replaced[output] = nn.Identity()
+    return replaced
 
 
 def _absorb_relus(model: nn.Module, names: dict[Quantizer, str]) -> None:
@@ -145,22 +159,15 @@ class TracedQuantizer(nn.Module):
         self.register_buffer("inverse", self.scale.reciprocal())
         self.clamp: tuple[float, float] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Quantize and dequantize ``x``."""
+    def forward(self, x: Tensor, in_steps: bool = False) -> Tensor:
+        """Quantize and dequantize ``x``, which is divided by the scale already where it comes ``in_steps``."""
         if self.clamp is not None:
             x = x.clamp(*self.clamp)
-        if self.exact:
-            x = x * self.inverse if self.rounding == "half_even" else _round_half_away(x / self.scale)
-        bounds = self.quant_min, self.quant_max
-        y: Tensor = quantize_dequantize(x, self.scale, self.zero_point, *bounds, self.axis, self.exact, self.name)
+        if self.exact and not in_steps:
+            x = x * self.inverse if self.rounding == "half_even" else round_half_away(x / self.scale)
+        bounds, divided = (self.quant_min, self.quant_max), self.exact or in_steps
+        y: Tensor = quantize_dequantize(x, self.scale, self.zero_point, *bounds, self.axis, divided, self.name)
         return y
-
-
-def _round_half_away(x: Tensor) -> Tensor:
-    """As :func:`tritonq.qparams.round_half_away`, of operators that ONNX has."""
-    size = x.abs()
-    whole = size.floor()
-    return (whole + (size - whole >= 0.5).float()) * x.sign()
 
 
 def _uint8_quantizer(

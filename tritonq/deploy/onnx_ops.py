@@ -1,7 +1,7 @@
 """Operators that stand for QuantizeLinear and DequantizeLinear while torch.export traces, and their translation.
 
 torch's own exporter translates ``fake_quantize_*`` for three code ranges, and leaves weights in float. Importing this
-file registers ``tritonq::quantize_dequantize`` and ``tritonq::dequantize`` with torch.
+file registers ``tritonq::quantize_dequantize``, ``tritonq::dequantize`` and ``tritonq::global_average`` with torch.
 """
 
 from __future__ import annotations
@@ -70,8 +70,26 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Ten
     return torch.empty_like(codes, dtype=torch.float32)
 
 
+@torch.library.custom_op("tritonq::global_average", mutates_args=())
+def global_average(x: Tensor) -> Tensor:
+    """Return the means over all axes behind the first two, (n, c, 1, ...), of ``x`` (n, c, ...)."""
+    return x.mean(tuple(range(2, x.dim())), keepdim=True)
+
+
+@global_average.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.mean(tuple(range(2, x.dim())), keepdim=True)
+
+
+def round_half_away(x: Tensor) -> Tensor:
+    """As :func:`tritonq.qparams.round_half_away`, of operators that ONNX has."""
+    size = x.abs()
+    whole = size.floor()
+    return (whole + (size - whole >= 0.5).float()) * x.sign()
+
+
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The ``custom_translation_table`` of ``torch.onnx.export`` for both operators."""
+    """The ``custom_translation_table`` of ``torch.onnx.export`` for these operators."""
     from onnxscript import opset18 as op
 
     def bound(value: int, limit: int, dtype: Any) -> Any:
@@ -101,8 +119,12 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def translate_dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
         return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
 
+    def translate_global_average(x: Any) -> Any:
+        return op.GlobalAveragePool(x)
+
     table: Any = torch.ops.tritonq
     return {
+        table.global_average.default: translate_global_average,
         table.quantize_dequantize.default: translate_quantize_dequantize,
         table.dequantize.default: translate_dequantize,
     }

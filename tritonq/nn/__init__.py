@@ -3,6 +3,16 @@
 from torch import nn
 
 from tritonq.nn import intrinsic
+from tritonq.nn.averages import (
+    AdaptiveAvgPool1d,
+    AdaptiveAvgPool2d,
+    AdaptiveAvgPool3d,
+    Average,
+    AverageLayer,
+    AvgPool1d,
+    AvgPool2d,
+    AvgPool3d,
+)
 from tritonq.nn.conv import (
     Conv1d,
     Conv2d,
@@ -63,7 +73,15 @@ DEFAULT_QAT_MAPPING: dict[type[nn.Module], type[nn.Module]] = {
 
 __all__ = [
     "DEFAULT_QAT_MAPPING",
+    "AdaptiveAvgPool1d",
+    "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool3d",
     "Add",
+    "Average",
+    "AverageLayer",
+    "AvgPool1d",
+    "AvgPool2d",
+    "AvgPool3d",
     "Cat",
     "Conv1d",
     "Conv2d",

@@ -90,6 +90,11 @@ class Add(_WithOutputQuantizer):
         return tuple(_quantizer_of(producer) for producer in self.producers)
 
     @property
+    def linked_quantizers(self) -> tuple[nn.Module | None, ...]:
+        """The quantizers of other modules that a saved file names."""
+        return self.input_quantizers
+
+    @property
     def after_relu(self) -> tuple[bool, ...]:
         """Whether each summand comes out of a ReLU and the quantizer behind it.
 

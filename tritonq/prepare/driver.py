@@ -100,8 +100,8 @@ class FakeQuantScheme:
 
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
         """Carry out the plan."""
-        join_names = apply_plan(editor, self._analysis.flow, self.plan, self._types, self._qconfigs)
-        return layer_records(self._analysis, self.plan, join_names)
+        names = apply_plan(editor, self._analysis.flow, self.plan, self._types, self._qconfigs)
+        return layer_records(self._analysis, self.plan, *names)
 
     def check(self) -> None:
         """Compare outputs with rounding off."""

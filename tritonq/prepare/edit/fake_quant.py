@@ -10,7 +10,8 @@ from typing import Any, cast
 from torch import nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.nn import Add, Cat, QATLayer
+from tritonq.nn import Add, Average, AverageLayer, Cat, QATLayer
+from tritonq.nn.averages import POOL_TYPES
 from tritonq.nn.conv_bn import QATBatchNormLayer
 from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
@@ -25,7 +26,7 @@ from tritonq.prepare.edit.inputs import (
     quantize_inputs_hook,
 )
 from tritonq.prepare.edit.swap import quantize_output_hook, swap
-from tritonq.prepare.forwards.graph import node_operands, sequence_operand
+from tritonq.prepare.forwards.graph import first_operand, node_operands, sequence_operand
 from tritonq.prepare.record.dataflow import Dataflow
 from tritonq.qconfig import QConfig
 
@@ -34,7 +35,7 @@ Types = Mapping[type[nn.Module], type[nn.Module]]
 
 def apply_plan(
     editor: ModelEditor, flow: Dataflow, plan: Plan, types: Types, qconfigs: Mapping[nn.Module, QConfig | None]
-) -> dict[Join, str]:
+) -> tuple[dict[Join, str], dict[int, str]]:
     """Carry out a plan with an editor.
 
     Args:
@@ -45,14 +46,15 @@ def apply_plan(
         qconfigs: the qconfig of each module of the float model.
 
     Returns:
-        The qualified names of the modules that joins became.
+        The qualified names of the modules that joins became, and of those that means in a forward became, by the value
+        that these return.
 
     Raises:
         ValueError: a name that preparation needs is taken.
     """
     work = _PlanWork(editor, flow, plan, types, qconfigs)
     work.do()
-    return work.join_names
+    return work.join_names, work.average_names
 
 
 class _PlanWork:
@@ -65,11 +67,13 @@ class _PlanWork:
         qconfigs: Mapping[nn.Module, QConfig | None],
     ) -> None:
         self.join_names: dict[Join, str] = {}
+        self.average_names: dict[int, str] = {}
         self._editor, self._flow, self._plan = editor, flow, plan
         self._types, self._qconfigs = types, qconfigs
         self._float_modules = dict(editor.modules)
         # The quantizer modules, by the identity of what was planned.
         self._quantizers: dict[int, nn.Module] = {}
+        self._averages: dict[int, tuple[AverageLayer, nn.Module]] = {}
 
     def do(self) -> None:
         self._erase_relus()
@@ -154,16 +158,38 @@ class _PlanWork:
     def _add_quantizer(self, quantizer: PlannedQuantizer) -> None:
         module = self._placed(quantizer.qconfig.activation(), quantizer.like)
         self._quantizers[id(quantizer)] = module
-        if quantizer.where == "output":
+        if quantizer.where == "output" and quantizer.value in self._plan.averages:
+            self._replace_pool(quantizer, module)
+        elif quantizer.where == "output":
             self._editor.set_child(quantizer.owner, "activation_post_process", module)
             self._editor.modules[quantizer.owner].register_forward_hook(quantize_output_hook, prepend=True)
         elif quantizer.where == "node":
             name = self._editor.add_child(quantizer.owner, f"{quantizer.node}_fake_quant", module)
             self._editor.rewrite(quantizer.owner).insert_after(quantizer.node, name, quantizer.in_place)
+            if quantizer.value in self._plan.averages:
+                self._add_average(quantizer, module)
         elif quantizer.where == "consumer":
             for name in quantizer.consumers:
                 self._editor.set_child(name, "input_fake_quant", module)
                 self._editor.modules[name].register_forward_pre_hook(quantize_first_argument_hook)
+
+    def _replace_pool(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
+        """Give a pool its quantized form, which runs its quantizer itself."""
+        pool = self._editor.modules[quantizer.owner]
+        quantized = POOL_TYPES[type(pool)].from_float(pool)
+        quantized.activation_post_process = own.train(pool.training)
+        move_hooks(pool, pool, quantized)
+        self._editor.replace(quantizer.owner, quantized)
+        self._averages[quantizer.value] = (quantized, own)
+
+    def _add_average(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
+        """Make a module of the mean at a node, behind which its quantizer stands."""
+        average = self._plan.averages[quantizer.value]
+        made = Average(average.averaging)
+        name = self._editor.add_child(quantizer.owner, self._flow.calls[average.calls[0]].name.lower(), made)
+        self._editor.rewrite(quantizer.owner).replace(quantizer.node, name, lambda node: (first_operand(node),))
+        self._averages[quantizer.value] = (made, own)
+        self.average_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
 
     def _add_inputs(self, inputs: list[PlannedQuantizer]) -> None:
         if not inputs:
@@ -180,7 +206,9 @@ class _PlanWork:
         model.register_forward_pre_hook(quantize_inputs_hook, with_kwargs=True)
 
     def _link(self) -> None:
-        """Tell layers and additions which quantizers put their inputs on grids."""
+        """Tell layers, means and additions which quantizers put their inputs on grids."""
+        for value, (mean, own) in self._averages.items():
+            mean.set_quantizers(self._quantizers.get(id(self._plan.averages[value].source)), own)
         for layer in self._plan.layers:
             grid, module = self._plan.inputs.get(layer.name), self._editor.modules[layer.name]
             if grid is not None and isinstance(module, QATLayer):

@@ -79,6 +79,10 @@ class ForwardGraph:
         """Whether the node exists in the graphs of both modes."""
         return self._train_graph is None or node in self._train_names
 
+    def has_constant_arguments(self, node: str) -> bool:
+        """Whether a node reads one other node: its further arguments are constants."""
+        return all(len(found.all_input_nodes) == 1 for _, found in self._find(node))
+
     def replace(self, node: str, child: str, operands: Operands, in_place: bool = False) -> None:
         """Replace a node by a call of the child module ``child`` on ``operands(node)``.
 

@@ -1,0 +1,160 @@
+"""Pools and means give the codes of exact arithmetic in eval, converted, saved, in ONNX Runtime and as a program."""
+
+from fractions import Fraction
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tritonq
+from tritonq.functional.averages import integer_average
+from tritonq.grid import Grid
+from tritonq.qparams import QuantizedType
+from tritonq.reference.averages import AdaptiveAverage, AxesAverage, WindowAverage, exact_sums
+
+SHAPE = (2, 3, 7, 5)
+AVERAGINGS = [
+    AxesAverage((2, 3)),
+    AxesAverage((-1,), keepdim=True),
+    AxesAverage(None),
+    WindowAverage((2, 2), (2, 2), (0, 0)),
+    WindowAverage((3, 3), (2, 2), (1, 1)),
+    WindowAverage((3, 2), (2, 1), (1, 1), count_include_pad=False),
+    WindowAverage((3, 3), (2, 2), (1, 0), ceil_mode=True),
+    WindowAverage((3, 3), (2, 2), (1, 1), ceil_mode=True, count_include_pad=False),
+    WindowAverage((2, 2), (2, 2), (0, 0), divisor_override=3),
+    AdaptiveAverage((1, 1)),
+    AdaptiveAverage((3, None)),
+    AdaptiveAverage((4, 3)),
+]
+
+
+def window_members(averaging, shape):
+    """For each result the positions that it adds up: the operation's own gradient says which."""
+    x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    y = averaging(x)
+    for index in range(y.numel()):
+        (gradient,) = torch.autograd.grad(y.flatten()[index], x, retain_graph=True)
+        yield gradient.flatten().nonzero().flatten(), gradient.max()
+
+
+@pytest.mark.parametrize("averaging", AVERAGINGS, ids=repr)
+def test_codes_are_those_of_fractions(averaging):
+    """Scales are chosen so that many means lie between two codes."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, SHAPE, generator=generator)
+    members = list(window_members(averaging, SHAPE))
+    count = round(1 / float(members[0][1]))
+    scale, output_scale = torch.tensor([0.5 * count]), torch.tensor([1.0])
+    zero, grid = torch.zeros(1, dtype=torch.int32), QuantizedType.of(8)
+    found = integer_average(codes * scale, averaging, Grid(scale, zero, grid), Grid(output_scale, zero, grid))
+    flat, ties = codes.flatten(), 0
+    for value, (places, weight) in zip(found.flatten().tolist(), members, strict=True):
+        exact = Fraction(int(flat[places].sum())) * Fraction(count, 2) / round(1 / float(weight))
+        ties += exact.denominator == 2
+        assert value == round(exact)
+    assert ties > 0
+
+
+def test_sums_beyond_float32_are_exact():
+    codes = torch.full((1, 1, 300, 301), 255.0)
+    codes[0, 0, 0, 0] = 254
+    for averaging in (AxesAverage((2, 3)), AdaptiveAverage((1, 1)), WindowAverage((300, 301), (1, 1), (0, 0))):
+        assert exact_sums(codes, averaging, 255).item() == 255 * 300 * 301 - 1
+
+
+class Net(nn.Module):
+    """Conv-ReLU, something that averages, another convolution."""
+
+    def __init__(self, average):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.pool = average if isinstance(average, nn.Module) else None
+        self.average = None if isinstance(average, nn.Module) else average
+
+    def forward(self, x):
+        y = F.relu(self.conv(x))
+        return self.head(self.average(y) if self.pool is None else self.pool(y))
+
+
+AVERAGES = {
+    "pool": lambda: nn.AdaptiveAvgPool2d(1),
+    "mean": lambda: lambda y: y.mean((2, 3), keepdim=True),
+    "mean of one axis": lambda: lambda y: torch.mean(y, dim=-1, keepdim=True),
+    "mean without axes kept": lambda: lambda y: y.mean([2, 3])[:, :, None, None],
+    "window of the input's size": lambda: lambda y: F.avg_pool2d(y, y.shape[2:]),
+    "windows": lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+    "function": lambda: lambda y: F.avg_pool2d(y, 2),
+    "sizes that don't divide": lambda: nn.AdaptiveAvgPool2d((3, 4)),
+}
+
+
+def trained(average, preset="tensorrt"):
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 14, 10)
+    net = Net(AVERAGES[average]())
+    qat = tritonq.prepare_qat(net, qconfig=tritonq.get_qconfig(preset), example_inputs=x[:2]).train()
+    qat(x).square().mean().backward()
+    return qat.eval(), x
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_every_form_gives_the_same_codes(average, tmp_path):
+    qat, x = trained(average)
+    assert sum(isinstance(module, tritonq.nn.AverageLayer) for module in qat.modules()) == 1
+    int8 = tritonq.convert(qat)
+    tritonq.save_converted(int8, tmp_path / "model.pt")
+    loaded = tritonq.load_converted(tmp_path / "model.pt", Net(AVERAGES[average]()))
+    tritonq.export_onnx(int8, tmp_path / "model.onnx", x[:2])
+    tritonq.export_program(int8, tmp_path / "model.pt2", x[:2])
+    for form in (int8, loaded, tmp_path / "model.onnx", tmp_path / "model.pt2"):
+        assert tritonq.verify(qat, form, x).total.differing == 0
+    with torch.no_grad():
+        expected = int8(x)
+        assert torch.equal(int8(x.contiguous(memory_format=torch.channels_last)), expected)
+        assert torch.equal(int8(x[:1]), expected[:1])
+        if average in ("pool", "windows", "sizes that don't divide"):
+            assert torch.equal(int8(x[0]), expected[0])
+
+
+@pytest.mark.parametrize("average", ["pool", "mean", "mean without axes kept"])
+def test_a_global_pool_is_one_integer_node(average, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    qat, x = trained(average)
+    tritonq.export_onnx(qat, tmp_path / "model.onnx", x[:2])
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 4
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("QLinearGlobalAveragePool") == 1
+    assert "ReduceMean" not in kinds
+
+
+def test_ties_away_from_zero_stay_so(tmp_path):
+    qat, x = trained("windows", "megengine_ema")
+    tritonq.export_onnx(qat, tmp_path / "model.onnx", x[:2])
+    assert tritonq.verify(qat, tmp_path / "model.onnx", x).total.differing == 0
+
+
+def test_gradient_in_eval_is_that_of_the_mean():
+    qat, _ = trained("pool")
+    grids = [Grid(torch.tensor([s]), torch.zeros(1, dtype=torch.int32), QuantizedType.of(8)) for s in (0.1, 0.1)]
+    codes = torch.randint(0, 100, (1, 8, 4, 4)).float().mul(0.1)
+    exact = integer_average(codes, AdaptiveAverage((1, 1)), *grids)
+    assert (exact - codes.mean((2, 3), keepdim=True)).abs().max() <= 0.05001
+    features = torch.rand(2, 8, 4, 4, requires_grad=True)
+    qat.pool(features).sum().backward()
+    assert torch.allclose(features.grad, torch.full_like(features, 1 / 16))
+
+
+def test_compiled_eval_gives_the_same_codes():
+    qat, x = trained("windows")
+    with torch.no_grad():
+        assert torch.equal(torch.compile(qat, backend="aot_eager")(x), qat(x))
+
+
+def test_names_in_the_state_dict_stay():
+    assert "pool.activation_post_process.scale" in trained("pool")[0].state_dict()
+    assert "mean_fake_quant.scale" in {key.removeprefix("average.") for key in trained("mean")[0].state_dict()}

@@ -1,0 +1,168 @@
+"""Pools and means as ONNX operators that give the trained codes.
+
+ONNX Runtime runs ``DequantizeLinear → GlobalAveragePool → QuantizeLinear`` as QLinearGlobalAveragePool, whose formula
+is the one that was trained. Its other pools add floats in an order of their own, so the file adds whole numbers for
+them: ``Round(mean · N / s_in)`` is the sum of the codes, which goes on by the same formula.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import partial
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.deploy.modules import Quantizer
+from tritonq.deploy.onnx_ops import global_average, round_half_away
+from tritonq.nn import AverageLayer
+from tritonq.reference.averages import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
+
+# A float32 mean of this many values, whatever the order of its terms, is off by less than half a code of its sum.
+_FEW_TERMS = 128
+# Sums of 8-bit codes over fewer elements stay below 2^22: a float32 mean, times their number, gives them back.
+_MANY_TERMS = 2**14
+
+_CODES = 255
+_EXACT_FLOAT32 = 2**24
+_POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+class StepsQuantizer(Protocol):
+    """A quantizer as one operator that also takes values divided by its scale already."""
+
+    def __call__(self, x: Tensor, in_steps: bool = False) -> Tensor:
+        """Quantize and dequantize."""
+
+
+def grids_of(layer: AverageLayer) -> tuple[Quantizer, Quantizer] | None:
+    """Return the quantizers of a layer's input and output; None where it computes in float."""
+    source, output = layer.input_quantizer, layer.output_quantizer
+    if not isinstance(source, Quantizer) or not isinstance(output, Quantizer):
+        return None
+    return None if source.qtype.axis is not None or output.qtype.axis is not None else (source, output)
+
+
+def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> None:
+    """Let a layer add codes for ONNX Runtime.
+
+    Args:
+        layer: one with known grids.
+        name: what to call it in a warning.
+        quantizer: its output's, a :class:`StepsQuantizer`.
+    """
+    source, output = cast(tuple[Quantizer, Quantizer], grids_of(layer))
+    layer.register_buffer("input_scale", source.scale.reshape(()))
+    layer.register_buffer("output_scale", output.scale.reshape(()))
+    layer.activation_post_process = nn.Identity()
+    layer.add_module("traced_quantizer", quantizer)
+    layer.forward = partial(_forward, layer, name, output.qtype.rounding == "half_away")  # type: ignore[method-assign]
+
+
+def _forward(layer: Any, name: str, half_away: bool, x: Tensor) -> Tensor:
+    averaging, quantizer = cast(Averaging, layer.averaging), cast(StepsQuantizer, layer.traced_quantizer)
+    if not half_away and _is_global(averaging, x):
+        y = quantizer(global_average(x))
+        keeps = not isinstance(averaging, AxesAverage) or averaging.keepdim
+        return y if keeps else y.flatten(1)
+    sums = _sums(averaging, x, layer.input_scale)
+    if sums is None:
+        warnings.warn(
+            f"{name}: its windows are of open size or too large: the ONNX file computes this mean in float, and "
+            "codes may differ by one where a mean lies between two of them",
+            stacklevel=2,
+        )
+        return quantizer(averaging(x))
+    divisors: Any = averaging.divisors(tuple(x.shape))
+    steps = sums.float() * (layer.input_scale / (layer.output_scale * divisors))
+    return quantizer(round_half_away(steps) if half_away else steps, in_steps=True)
+
+
+def _is_global(averaging: Averaging, x: Tensor) -> bool:
+    """Whether a mean is over all axes behind batch and channels."""
+    spatial = tuple(range(2, x.dim()))
+    if not spatial:
+        return False
+    if isinstance(averaging, AxesAverage):
+        axes = spatial if averaging.axes is None else sorted(axis % x.dim() for axis in averaging.axes)
+        return averaging.axes is not None and tuple(axes) == spatial
+    if isinstance(averaging, AdaptiveAverage):
+        return averaging.output_size == (1,) * len(spatial)
+    if not isinstance(averaging, WindowAverage) or any(averaging.padding) or averaging.divisor_override is not None:
+        return False
+    return _is_static(x) and averaging.kernel_size == tuple(x.shape[2:])
+
+
+def _sums(averaging: Averaging, x: Tensor, scale: Tensor) -> Tensor | None:
+    """Return the sums of codes behind the means of values on a grid; None where no operators give them exactly."""
+    if isinstance(averaging, AxesAverage):
+        return _sums_over_axes(averaging, x, scale)
+    if not _is_static(x) and not _is_regular(averaging):
+        return None
+    if isinstance(averaging, AdaptiveAverage):
+        if averaging.divides(tuple(x.shape)):
+            sizes = x.shape[-len(averaging.output_size) :]
+            outs = zip(sizes, averaging.output_size, strict=True)
+            kernel = tuple(size if out == 1 else 1 if out is None else size // out for size, out in outs)
+            averaging = WindowAverage(kernel, kernel, (0,) * len(kernel))
+        else:
+            return _sums_by_matrices(averaging, x, scale)
+    return _sums_of_windows(cast(WindowAverage, averaging), x, scale)
+
+
+def _sums_over_axes(averaging: AxesAverage, x: Tensor, scale: Tensor) -> Tensor:
+    axes = tuple(range(x.dim())) if averaging.axes is None else averaging.axes
+    codes = (x / scale).round()
+    static = all(isinstance(x.shape[axis], int) for axis in axes)
+    # A sum of whole numbers is exact in any order.
+    large = not static or _CODES * math.prod(x.shape[axis] for axis in axes) >= _EXACT_FLOAT32
+    return (codes.double() if large else codes).sum(axes, averaging.keepdim)
+
+
+def _sums_of_windows(window: WindowAverage, x: Tensor, scale: Tensor) -> Tensor | None:
+    elements = math.prod(window.kernel_size)
+    if elements >= _MANY_TERMS:
+        return None
+    values, factor = (x, elements / scale) if elements <= _FEW_TERMS else ((x / scale).round(), elements)
+    rank = len(window.kernel_size)
+    pads: list[int] = []
+    for size, kernel, stride, before in zip(
+        x.shape[-rank:], window.kernel_size, window.stride, window.padding, strict=True
+    ):
+        after = before
+        if window.ceil_mode:
+            last = (window.windows(size, kernel, stride, before) - 1) * stride + kernel
+            after = max(last - size - before, 0)
+        pads = [before, after, *pads]
+    if any(pads):
+        values = F.pad(values, pads)
+    means: Tensor = _POOLS[rank](values, window.kernel_size, window.stride)
+    return (means * factor).round()
+
+
+def _sums_by_matrices(adaptive: AdaptiveAverage, x: Tensor, scale: Tensor) -> Tensor | None:
+    if adaptive.terms(tuple(x.shape)) * _CODES >= _EXACT_FLOAT32:
+        return None
+    sums = (x / scale).round()
+    first = x.dim() - len(adaptive.output_size)
+    for axis, bounds in enumerate(adaptive.bounds(tuple(x.shape)), first):
+        member = torch.zeros(x.shape[axis], len(bounds))
+        for index, (start, end) in enumerate(bounds):
+            member[start:end, index] = 1
+        sums = (sums.movedim(axis, -1) @ member.to(x.device)).movedim(-1, axis)
+    return sums
+
+
+def _is_static(x: Tensor) -> bool:
+    return all(isinstance(size, int) for size in x.shape[2:])
+
+
+def _is_regular(averaging: Averaging) -> bool:
+    """Whether each window has as many elements as any other, whatever the size of the input."""
+    if not isinstance(averaging, WindowAverage) or averaging.ceil_mode:
+        return False
+    counts_all = averaging.count_include_pad or not any(averaging.padding)
+    return counts_all or averaging.divisor_override is not None

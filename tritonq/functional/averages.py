@@ -1,0 +1,42 @@
+"""Means of quantized tensors in exact integers: average pools, global pools, means over axes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonq.functional.integer import centred_codes
+from tritonq.grid import Grid
+from tritonq.reference.averages import Averaging, exact_sums, requantize_sums
+
+
+def integer_average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tensor:
+    """Return the means of values on a grid, on the output's grid, before clipping to its codes.
+
+    ``round(fl(Σ) · fl(s_in / fl(s_out · N))) · s_out`` with Σ the exact sum of codes minus zero point, N what it is
+    divided by, and fl rounding to float32. The order of the terms changes nothing, nor does the memory format.
+
+    Args:
+        x: float tensor of values ``(code - zero_point) * s_in``.
+        averaging: the operation.
+        source: the input's grid, per tensor.
+        output: grid of the quantizer behind the operation, per tensor.
+
+    Returns:
+        float32, without gradient.
+
+    Source: QLinearGlobalAveragePool of ONNX Runtime.
+
+    Examples:
+        >>> from tritonq.qparams import QuantizedType
+        >>> from tritonq.reference.averages import AxesAverage
+        >>> codes = QuantizedType.of(8)
+        >>> grids = [Grid(torch.tensor([scale]), None, codes) for scale in (0.5, 0.25)]
+        >>> integer_average(torch.tensor([[0.5, 1.0, 1.5, 2.5]]), AxesAverage((1,)), *grids)  # 5.5 steps: a tie
+        tensor([1.5000])
+    """
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        codes = centred_codes(x, source.scale)
+        sums = exact_sums(codes, averaging, source.qtype.quant_max - source.qtype.quant_min)
+        divisors = averaging.divisors(x.shape)
+        return requantize_sums(sums, source.scale, output.scale, divisors, output.qtype.rounding)

@@ -1,0 +1,157 @@
+"""Which recorded calls are means: average pools, as modules or functions, and means over axes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tritonq.nn.averages import POOL_TYPES, averaging_of
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.forwards.graph import ForwardGraph
+from tritonq.prepare.record.dataflow import Call, Ref
+from tritonq.reference.averages import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
+
+
+@dataclass(frozen=True)
+class PlannedAverage:
+    """A pool or mean whose result goes from one grid to another.
+
+    Attributes:
+        averaging: the operation.
+        source: what put its input on a grid.
+        calls: its calls.
+    """
+
+    averaging: Averaging
+    source: object
+    calls: tuple[int, ...]
+
+
+class Place(Protocol):
+    """Where a quantizer stands, as in `tritonq.prepare.decide.plan.PlannedQuantizer`."""
+
+    @property
+    def where(self) -> str:
+        """``"output"``, ``"node"`` or another."""
+
+    @property
+    def owner(self) -> str:
+        """The module."""
+
+    @property
+    def node(self) -> str:
+        """The node in its forward."""
+
+
+def find_average(place: Place, analysis: Analysis, grid_of: Callable[[int], object]) -> PlannedAverage | None:
+    """Return the mean behind which a quantizer stands; None where there is none, or not one in all calls.
+
+    ``grid_of`` tells what put a value on a grid.
+    """
+    flow = analysis.flow
+    if place.where == "output" and type(analysis.modules[place.owner]) in POOL_TYPES:
+        calls, fixed = flow.calls_of(place.owner), True
+    elif place.where == "node":
+        calls, graph = analysis.calls_at(place.owner, place.node), analysis.forward(place.owner)
+        fixed = isinstance(graph, ForwardGraph) and graph.has_constant_arguments(place.node)
+    else:
+        return None
+    if not calls or not all(call.inputs for call in calls):
+        return None
+    averaging, *others = {averaging_of_call(call, flow.values[call.inputs[0]].shape, fixed) for call in calls}
+    source = grid_of(calls[0].inputs[0])
+    if averaging is None or others or source is None or any(grid_of(call.inputs[0]) is not source for call in calls):
+        return None
+    return PlannedAverage(averaging, source, tuple(call.index for call in calls))
+
+
+def averaging_of_call(call: Call, shape: tuple[int, ...], has_fixed_arguments: bool = True) -> Averaging | None:
+    """Return the mean that a call computes, or None where it computes something else.
+
+    Args:
+        call: any recorded call.
+        shape: of the tensor that it reads.
+        has_fixed_arguments: whether its other arguments are constants; else they may follow the size of the input, and
+            only a window over all of it is known to do so.
+    """
+    if call.kind == "module":
+        return averaging_of(call.target)  # type: ignore[arg-type]
+    reader = _READERS.get(call.name)
+    if reader is None or len(call.inputs) != 1:
+        return None
+    try:
+        bound = inspect.signature(reader).bind(*call.args, **call.kwargs)
+        found: Averaging | None = reader(*bound.args, **bound.kwargs)
+    except (TypeError, ValueError):
+        return None
+    if found is None or has_fixed_arguments:
+        return found
+    return _whole(found, shape)
+
+
+def _mean(input: Ref, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Averaging | None:
+    if dtype is not None or isinstance(dim, Ref):
+        return None
+    axes = None if dim is None or dim == () else tuple(dim) if isinstance(dim, Sequence) else (int(dim),)
+    return AxesAverage(axes, bool(keepdim))
+
+
+def _axis_names(function: Callable[..., Averaging | None]) -> Callable[..., Averaging | None]:
+    """Accept NumPy's names of a mean's arguments, as torch does."""
+
+    def renamed(*args: Any, **kwargs: Any) -> Averaging | None:
+        names = {"axis": "dim", "keepdims": "keepdim"}
+        return function(*args, **{names.get(name, name): value for name, value in kwargs.items()})
+
+    return renamed
+
+
+def _window(rank: int) -> Callable[..., Averaging | None]:
+    def average(
+        input: Ref,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Averaging | None:
+        kernel = _per_axis(kernel_size, rank)
+        # Without a stride, or with an empty one, windows stand side by side.
+        step = kernel if stride in (None, ()) else _per_axis(stride, rank)
+        return WindowAverage(
+            kernel, step, _per_axis(padding, rank), bool(ceil_mode), bool(count_include_pad), divisor_override
+        )
+
+    return average
+
+
+def _adaptive(rank: int) -> Callable[..., Averaging | None]:
+    def average(input: Ref, output_size: Any) -> Averaging | None:
+        return AdaptiveAverage(_per_axis(output_size, rank))
+
+    return average
+
+
+_READERS: Mapping[str, Callable[..., Averaging | None]] = {
+    "mean": _axis_names(_mean),
+    **{f"avg_pool{rank}d": _window(rank) for rank in (1, 2, 3)},
+    **{f"adaptive_avg_pool{rank}d": _adaptive(rank) for rank in (1, 2, 3)},
+}
+
+
+def _per_axis(value: Any, rank: int) -> tuple[Any, ...]:
+    entries = tuple(value) if isinstance(value, Sequence) else (value,)
+    if len(entries) not in (1, rank) or not all(entry is None or isinstance(entry, int) for entry in entries):
+        raise ValueError(f"expected 1 or {rank} whole numbers, got {value!r}")
+    return entries * rank if len(entries) == 1 else entries
+
+
+def _whole(averaging: Averaging, shape: tuple[int, ...]) -> Averaging | None:
+    """Return a window over the whole input as one that follows the input's size; None for any other."""
+    if not isinstance(averaging, WindowAverage) or any(averaging.padding) or averaging.divisor_override is not None:
+        return None
+    rank = len(averaging.kernel_size)
+    return AdaptiveAverage((1,) * rank) if averaging.kernel_size == tuple(shape[-rank:]) else None

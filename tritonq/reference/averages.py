@@ -1,0 +1,244 @@
+"""Means of codes: which elements each result is the mean of, and the exact sum behind it.
+
+A float mean depends on the order in which its terms are added. A sum of codes does not, so that the code of a mean is
+the same whoever computes it: ``code = round(fl(Σ) · fl(s_in / fl(s_out · N)))``, Σ being the sum of codes minus zero
+point over N elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritonq.qparams import Rounding, round_half_away
+
+# A mean of whole numbers in float32, times their count, is off by less than a half while the sum stays below this.
+_FLOAT32_SUM = 2**22
+
+_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_ADAPTIVE_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+class Averaging(Protocol):
+    """An operation each of whose results is a sum of elements (and zeros of a padding) divided by a number."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the means of a float tensor, as torch computes them."""
+
+    def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
+        """Return what the sums are divided by: one number, or float32 that broadcasts against the result.
+
+        Args:
+            shape: of the input.
+        """
+
+    def terms(self, shape: tuple[int, ...]) -> int:
+        """Return the largest number of elements in one sum."""
+
+
+@dataclass(frozen=True)
+class AxesAverage:
+    """``x.mean(axes, keepdim)``.
+
+    Attributes:
+        axes: the axes; None: all of them.
+        keepdim: whether they stay, with size 1.
+    """
+
+    axes: tuple[int, ...] | None
+    keepdim: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the mean over the axes."""
+        return x.mean(self.axes, self.keepdim)
+
+    def divisors(self, shape: tuple[int, ...]) -> int:
+        """Return the number of elements along the axes."""
+        return math.prod(shape if self.axes is None else (shape[axis] for axis in self.axes))
+
+    def terms(self, shape: tuple[int, ...]) -> int:
+        """Return the number of elements along the axes."""
+        return self.divisors(shape)
+
+
+@dataclass(frozen=True)
+class WindowAverage:
+    """Average pooling over windows: ``avg_pool1d``, ``avg_pool2d``, ``avg_pool3d``; one entry per axis.
+
+    Attributes:
+        kernel_size: of the window.
+        stride: between windows.
+        padding: zeros at either end.
+        ceil_mode: whether a last window may reach beyond the padded input.
+        count_include_pad: whether zeros of the padding count as elements.
+        divisor_override: what to divide by instead of the number of elements; None: that number.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+    divisor_override: int | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the mean of each window."""
+        rank = len(self.kernel_size)
+        arguments: list[Any] = [self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad]
+        if rank > 1:
+            arguments.append(self.divisor_override)
+        return _POOLS[rank](x, *arguments)
+
+    def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
+        """Return the number of elements of each window, padding included or not."""
+        if self.divisor_override is not None:
+            return self.divisor_override
+        if not self.ceil_mode and (self.count_include_pad or not any(self.padding)):
+            return math.prod(self.kernel_size)
+        axes = zip(shape[-len(self.kernel_size) :], self.kernel_size, self.stride, self.padding, strict=True)
+        return _outer([self._along(*axis) for axis in axes])
+
+    def terms(self, shape: tuple[int, ...]) -> int:
+        """Return the size of the window."""
+        return max(math.prod(self.kernel_size), abs(self.divisor_override or 0))
+
+    def windows(self, size: int, kernel: int, stride: int, padding: int) -> int:
+        """Return how many windows there are along an axis of ``size`` elements."""
+        span = size + 2 * padding - kernel
+        count = (-(-span // stride) if self.ceil_mode else span // stride) + 1
+        # The last window has to begin inside of the input or of the padding before it.
+        return count - 1 if self.ceil_mode and (count - 1) * stride >= size + padding else count
+
+    def _along(self, size: int, kernel: int, stride: int, padding: int) -> list[int]:
+        found = []
+        for index in range(self.windows(size, kernel, stride, padding)):
+            start = index * stride - padding
+            end = min(start + kernel, size + padding)
+            found.append(end - start if self.count_include_pad else min(end, size) - max(start, 0))
+        return found
+
+
+@dataclass(frozen=True)
+class AdaptiveAverage:
+    """Average pooling to a given size: ``adaptive_avg_pool1d``, ``adaptive_avg_pool2d``, ``adaptive_avg_pool3d``.
+
+    Attributes:
+        output_size: one entry per axis; None: that of the input.
+    """
+
+    output_size: tuple[int | None, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the mean of each window."""
+        sizes = [size if out is None else out for size, out in self._axes(x.shape[-len(self.output_size) :])]
+        result: Tensor = _ADAPTIVE_POOLS[len(sizes)](x, sizes)  # type: ignore[arg-type]
+        return result
+
+    def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
+        """Return the number of elements of each window; one number where the sizes divide those of the input."""
+        sizes = shape[-len(self.output_size) :]
+        if self.divides(shape):
+            return math.prod(size // (size if out is None else out) for size, out in self._axes(sizes))
+        return _outer([[end - start for start, end in _bounds(size, out)] for size, out in self._axes(sizes)])
+
+    def terms(self, shape: tuple[int, ...]) -> int:
+        """Return the number of elements of the largest window."""
+        return math.prod(
+            max(end - start for start, end in _bounds(size, out))
+            for size, out in self._axes(shape[-len(self.output_size) :])
+        )
+
+    def divides(self, shape: tuple[int, ...]) -> bool:
+        """Whether all windows are of one size."""
+        return all(out in (None, 1) or size % out == 0 for size, out in self._axes(shape[-len(self.output_size) :]))
+
+    def bounds(self, shape: tuple[int, ...]) -> list[list[tuple[int, int]]]:
+        """Return for each axis the first and the one past the last element of each window."""
+        return [_bounds(size, out) for size, out in self._axes(shape[-len(self.output_size) :])]
+
+    def _axes(self, sizes: tuple[int, ...]) -> list[tuple[int, int | None]]:
+        return list(zip(sizes, self.output_size, strict=True))
+
+
+_KINDS: dict[str, Callable[..., Averaging]] = {
+    "axes": AxesAverage,
+    "window": WindowAverage,
+    "adaptive": AdaptiveAverage,
+}
+
+
+def averaging_to_data(averaging: Averaging) -> dict[str, Any]:
+    """Return an operation as plain data."""
+    kind = next(name for name, made in _KINDS.items() if type(averaging) is made)
+    return {"kind": kind, **{name: _plain(value) for name, value in vars(averaging).items()}}
+
+
+def averaging_from_data(data: Mapping[str, Any]) -> Averaging:
+    """Return the operation that :func:`averaging_to_data` described.
+
+    Raises:
+        KeyError, TypeError: data that describes none.
+    """
+    fields = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in data.items()}
+    kind: Any = fields.pop("kind")
+    return _KINDS[kind](**fields)
+
+
+def exact_sums(codes: Tensor, averaging: Averaging, largest: int) -> Tensor:
+    """Return the sums of whole numbers behind the means that ``averaging`` takes of them.
+
+    Args:
+        codes: float32, whole numbers.
+        averaging: the operation.
+        largest: no code is larger in magnitude.
+
+    Returns:
+        float32 or float64 in the shape of the means; whole numbers, the same in every memory format.
+    """
+    exact = codes if largest * averaging.terms(codes.shape) < _FLOAT32_SUM else codes.double()
+    divisors = averaging.divisors(codes.shape)
+    if isinstance(divisors, Tensor):
+        divisors = divisors.to(exact.device)
+    return (averaging(exact) * divisors).round_()
+
+
+def average_steps(sums: Tensor, scale: Tensor, output_scale: Tensor, divisors: int | Tensor) -> Tensor:
+    """Return the means in steps of the output's scale, before rounding: ``fl(fl(Σ) · fl(s_in / fl(s_out · N)))``.
+
+    Source: QLinearGlobalAveragePool of ONNX Runtime.
+    """
+    return sums.float() * (scale / (output_scale * divisors))
+
+
+def requantize_sums(
+    sums: Tensor, scale: Tensor, output_scale: Tensor, divisors: int | Tensor, rounding: Rounding
+) -> Tensor:
+    """Return the means on the output's grid, float32, before clipping to its codes."""
+    if isinstance(divisors, Tensor):
+        divisors = divisors.to(sums.device)
+    steps = average_steps(sums, scale, output_scale, divisors)
+    rounded = steps.round_() if rounding == "half_even" else round_half_away(steps)
+    return rounded.mul_(output_scale)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _bounds(size: int, out: int | None) -> list[tuple[int, int]]:
+    out = size if out is None else out
+    return [(index * size // out, -(-(index + 1) * size // out)) for index in range(out)]
+
+
+def _outer(counts: list[list[int]]) -> Tensor:
+    """Return the products of one count per axis, float32."""
+    result = torch.ones(())
+    for count in counts:
+        result = result.unsqueeze(-1) * torch.tensor(count, dtype=torch.float32)
+    return result
