@@ -144,7 +144,7 @@ def test_gradient_in_eval_is_that_of_the_mean():
     codes = torch.randint(0, 100, (1, 8, 4, 4)).float().mul(0.1)
     exact = integer_average(codes, AdaptiveAverage((1, 1)), *grids)
     assert (exact - codes.mean((2, 3), keepdim=True)).abs().max() <= 0.05001
-    features = torch.rand(2, 8, 4, 4, requires_grad=True)
+    features = torch.rand(2, 8, 4, 4).mul(1e-3).requires_grad_()
     qat.pool(features).sum().backward()
     assert torch.allclose(features.grad, torch.full_like(features, 1 / 16))
 
