@@ -20,23 +20,32 @@ from tritonq import backend
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional import traced
 from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.qconfig import PRESETS
 
 WEIGHT = tritonq.get_qconfig().weight
 LEARNED = tritonq.LearnedStepFakeQuantize.with_args
 QCONFIGS = {
-    "tensorrt": tritonq.get_qconfig("tensorrt"),
+    **PRESETS,
     "fbgemm": tritonq.get_default_qat_qconfig("fbgemm"),
-    "megengine_lowbit": tritonq.get_qconfig("megengine_lowbit"),
-    "tqt": tritonq.get_qconfig("megengine_tqt"),
+    "fbgemm_v0": tritonq.get_default_qat_qconfig("fbgemm", 0),
     "lsq+": tritonq.QConfig(LEARNED(dtype=torch.quint8, learn_zero_point=True), WEIGHT),
     "pact": tritonq.QConfig(tritonq.ClippedFakeQuantize.with_args(dtype="quint8"), WEIGHT),
     "histogram": tritonq.QConfig(tritonq.FakeQuantize.with_args(observer=tritonq.HistogramObserver), WEIGHT),
-    "f8net": tritonq.get_qconfig("f8net"),
+}
+
+# Steps that can't be captured yet.
+READS = {
+    "megengine_calibration": pytest.mark.xfail(
+        raises=RuntimeError, strict=True, reason="an interpolating histogram reads its range on the host"
+    )
 }
 
 
 def warmed_up(model: nn.Module) -> nn.Module:
     """``model`` after a step, on the meta device; a captured step too has warm-up steps before it."""
+    for module in model.modules():
+        if isinstance(module, tritonq.PassiveObserver):
+            module.set_qparams(torch.full_like(module.scale, 0.05))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model(images(8)).sum().backward()
@@ -61,13 +70,13 @@ def train(model: nn.Module, steps: int = 2) -> None:
 
 @pytest.fixture(autouse=True)
 def _fake_kernels(monkeypatch):
-    monkeypatch.setattr(backend, "implementation", lambda name, x, choice="auto": getattr(traced, name))
+    monkeypatch.setattr(backend, "implementation", lambda name, x, choice="auto": traced.FAMILIES[name])
     # Autocast knows no meta device.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=None: False)
 
 
 @pytest.mark.parametrize("mode", ["approximate", "exact", "corrected"])
-@pytest.mark.parametrize("name", QCONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=READS.get(name, ())) for name in QCONFIGS])
 def test_a_training_step_reads_nothing_back(name, mode):
     torch.manual_seed(0)
     model = tritonq.prepare_qat(FloatResidual(), qconfig=QCONFIGS[name], example_inputs=images(2)).train()
