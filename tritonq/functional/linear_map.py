@@ -28,7 +28,8 @@ class LinearMap(Protocol):
         """Inverse of :meth:`to_rows`."""
 
 
-@dataclass(frozen=True)
+# Compared by identity: torch.compile of torch 2.11 hashes an instance before it has attributes.
+@dataclass(frozen=True, eq=False)
 class Convolution:
     """A convolution of one to three dimensions that pads with zeros, equally on both sides.
 
