@@ -1,0 +1,75 @@
+"""The results under other versions: how they are written, and that they are not older than the project's version."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+import tritonq
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    spec = importlib.util.spec_from_file_location("matrix", ROOT / "tools" / "matrix.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["matrix"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["matrix"]
+
+
+def test_the_table_is_not_older_than_the_project(matrix):
+    """Fails when the version changes: run `make matrix`, or the rows that matter, before the release."""
+    rows = matrix.read(matrix.TABLE.read_text())
+    assert {row["row"] for row in rows} >= {"oldest", "newest"}
+    assert {row["row"]: row["tritonq"] for row in rows} == {row["row"]: tritonq.__version__ for row in rows}
+    assert {row["row"]: row["failed"] for row in rows} == {row["row"]: "0" for row in rows}
+
+
+def test_rows_replace_their_pins(matrix):
+    oldest = next(row for row in matrix.ROWS if row.name == "oldest")
+    lines = matrix.constraints_of(oldest).splitlines()
+    assert {"torch==2.11.0", "triton==3.6.0", "torchvision==0.26.0"} <= set(lines)
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    assert len(lines) == len(pinned)
+    assert len(set(lines) - set(pinned)) == 3
+
+
+def test_the_oldest_row_has_the_oldest_versions_that_are_promised(matrix):
+    oldest = next(row for row in matrix.ROWS if row.name == "oldest")
+    text = (ROOT / "pyproject.toml").read_text()
+    for name in ("torch", "triton"):
+        assert f'"{name}>={oldest.pins[name].removesuffix(".0")}' in text
+
+
+def test_a_written_table_is_read_again(matrix, tmp_path, monkeypatch):
+    monkeypatch.setattr(matrix, "TABLE", tmp_path / "table.md")
+    matrix.TABLE.write_text("# Title\n\nText.\n\n| row | tritonq |\n| --- | --- |\n")
+    rows = [{name: f"{name} of {row}" for name in matrix.COLUMNS} | {"row": row} for row in ("newest", "pinned")]
+    matrix.write(rows)
+    assert matrix.TABLE.read_text().startswith("# Title\n\nText.\n\n| row | tritonq |")
+    assert matrix.read(matrix.TABLE.read_text()) == rows[::-1], "in the order of the rows"
+    matrix.write([rows[0]])
+    assert matrix.read(matrix.TABLE.read_text()) == [rows[0]]
+
+
+def test_reports_are_summed(matrix, tmp_path, monkeypatch):
+    monkeypatch.setattr(matrix, "versions", lambda python: {"torch": "2.14.1"})
+    monkeypatch.setattr(matrix, "all_files", lambda: ["test_a.py", "test_b.py", "test_c.py"])
+    reports = tmp_path / "reports"
+    reports.mkdir()
+    suite = '<testsuites><testsuite tests="{}" failures="{}" errors="0" skipped="2"/></testsuites>'
+    (reports / "test_a.xml").write_text(suite.format(10, 1))
+    (reports / "test_b.xml").write_text(suite.format(5, 0))
+    (reports / "test_removed.xml").write_text(suite.format(100, 100))
+    cells = matrix.summarize(matrix.ROWS[0], tmp_path)
+    assert {name: cells[name] for name in ("files", "passed", "skipped", "failed", "torch")} == {
+        "files": "2 of 3",
+        "passed": "10",
+        "skipped": "4",
+        "failed": "1",
+        "torch": "2.14.1",
+    }
