@@ -102,3 +102,16 @@ def test_a_kernel_is_read_off_its_machine_code() -> None:
     assert work.bytes_read == work.bytes_written == 4 * elements
     assert work.programs * 4096 == pytest.approx(elements, rel=0.01)
     assert work.in_flight >= 16
+
+
+def test_the_committed_table_has_every_kernel_that_moves_data() -> None:
+    lines = predict.TABLE.read_text(encoding="utf-8").splitlines()
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines if line.startswith("| ")}
+    wanted = {
+        (case.name, str(dtype).removeprefix("torch."))
+        for case in ALL_CASES
+        if case.kernel
+        for dtype in case.dtypes
+        if dtype != torch.float16
+    }
+    assert wanted <= rows, "run python -m tritonq.perf.predict --write"
