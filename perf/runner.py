@@ -26,6 +26,8 @@ from tritonq.perf.table import render
 
 # Seconds of timing per case; with building, checking and warming, --quick stays below three minutes on two cores.
 _QUICK_SECONDS, _FULL_SECONDS = 2.0, 4.0
+# Building, checking and warming take about as long again as timing.
+_BUILD_SHARE = 2.0
 
 _ERROR_LENGTH = 160
 
@@ -71,6 +73,7 @@ def main(args: argparse.Namespace) -> int:
     if device is None:
         print("--device cuda: torch finds no GPU here", file=sys.stderr)
         return 2
+    print(_announcement(cases, device, args.quick, _seconds(args.quick, args.seconds)), flush=True)
     bench = _bench(device, args.quick, args.seconds)
     folder = (args.out or default_results()) / device_slug(device)
     label = f"{str(bench.environment['commit'])[:7]}{'-dirty' if bench.environment['dirty'] else ''}"
@@ -186,8 +189,22 @@ def _record(case: Case, name: str, implementation: Implementation, bench: Bench,
 
 
 def _bench(device: torch.device, quick: bool, seconds: float | None) -> Bench:
-    budget = Budget(seconds or (_QUICK_SECONDS if quick else _FULL_SECONDS))
+    budget = Budget(_seconds(quick, seconds))
     return Bench(device, environment(device), budget, quick, copy_bandwidth(device))
+
+
+def _seconds(quick: bool, given: float | None) -> float:
+    return given or (_QUICK_SECONDS if quick else _FULL_SECONDS)
+
+
+def _announcement(cases: Sequence[Case], device: torch.device, quick: bool, seconds: float) -> str:
+    """Say what will run, and for how long."""
+    here = [case for case in cases if device.type in case.devices]
+    minutes = len(here) * seconds * _BUILD_SHARE / 60
+    others = f"; {len(cases) - len(here)} need another device" if len(here) < len(cases) else ""
+    shorter = "" if quick else "; --quick runs fewer, --case PATTERN the chosen ones"
+    named = ", ".join(sorted({case.name.partition("/")[0] for case in here}))
+    return f"{len(here)} cases on {device}, about {max(1, round(minutes))} min{others}{shorter}: {named}"
 
 
 def _device(choice: str) -> torch.device | None:

@@ -358,3 +358,12 @@ def test_a_layer_whose_quantizer_stands_behind_its_clip_keeps_its_place():
     in_order = sorted(measured.layers, key=lambda layer: layer.position)
     assert [layer.name for layer in in_order] == ["input_fake_quants.input", "0", "1", "2", "3", "5"]
     assert [tensor.role for tensor in layer_of(measured, "1").tensors] == ["output"]
+
+
+def test_weights_of_a_float_model(tmp_path):
+    words = [f"--model-arg={word}" for word in ARGUMENTS]
+    torch.manual_seed(3)
+    torch.save(SmallResNet(1, 10, 4).state_dict(), tmp_path / "float.pt")
+    words += ["--weights", tmp_path / "float.pt", "--images", 40, "--output", tmp_path / "r.html"]
+    assert report(DEMO_MODEL, "digits", *words) == 0
+    assert "with float.pt, calibrated" in (tmp_path / "r.html").read_text()

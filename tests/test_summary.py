@@ -125,3 +125,14 @@ def test_it_is_frozen_and_refuses_float_models():
         tritonq.summary(FloatResidual())
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         tritonq.summary("model")
+
+
+def test_notebooks_show_a_table():
+    mapping = QConfigMapping().set_global(QCONFIG).set_module_name("point", None)
+    report = tritonq.summary(tritonq.prepare_qat(FloatResidual(), qconfig=mapping, example_inputs=images(2)))
+    page = report._repr_html_()
+    assert page.count("<tr>") == len(str(report).split("further")[0].strip().splitlines()) - 1
+    assert "its qconfig is None" in page
+    assert str(report).splitlines()[-1] in page
+    hostile = dataclasses.replace(report, model="<script>")
+    assert "<script>" not in hostile._repr_html_()

@@ -47,6 +47,7 @@ COMMANDS = {
         "tritonq.report.run", "one page that shows what quantization costs, layer by layer, worst first", "demo"
     ),
     "doctor": Command("tritonq.cli.doctor", "versions, GPUs, the backend that runs and why, tuned tables", "report"),
+    "completion": Command("tritonq.cli.completion", "print a script for a shell's completion", "demo"),
     "bench": Command(
         "tritonq.perf.runner", "time operators and training steps against other implementations", "report"
     ),

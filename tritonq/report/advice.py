@@ -9,6 +9,9 @@ from tritonq.report.measure import LayerMeasure, ModelMeasure
 # Rounding that changes less is the price of int8, not a fault.
 _WELL_AGREEMENT = 0.99
 _WELL_ACCURACY_LOSS = 0.005
+_WELL_ERROR = 0.1
+# Below this only predictions that were undecided change.
+_NEGLIGIBLE_ERROR = 0.01
 # A layer that alone makes this much of the error of the whole model is named.
 _DOMINANT = 0.5
 # Wider ranges are advised where they take away at least a fifth of the layer's error.
@@ -35,12 +38,14 @@ def advise(measured: ModelMeasure) -> Advice:
     if not measured.layers or not measured.error:
         return Advice("", "All is well: rounding changes nothing.")
     accuracies = f"{percent(measured.float_accuracy)} without rounding, {percent(measured.quantized_accuracy)} with it"
-    if (
+    keeps_answers = (
         measured.agreement >= _WELL_AGREEMENT
         and measured.quantized_accuracy >= measured.float_accuracy - _WELL_ACCURACY_LOSS
-    ):
+    )
+    if measured.error <= _NEGLIGIBLE_ERROR or (keeps_answers and measured.error <= _WELL_ERROR):
         agree = percent(measured.agreement)
-        return Advice("", f"All is well: {agree} of the predictions stay the same; accuracy is {accuracies}.")
+        text = f"All is well: the output's error is {percent(measured.error)}, {agree} of the predictions stay the same"
+        return Advice("", f"{text}; accuracy is {accuracies}.")
     worst = measured.layers[0]
     if worst.sensitivity < _DOMINANT * measured.error:
         reason = ": leaving a single one in float would change little" if worst.has_float_form else ""

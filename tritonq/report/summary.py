@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html import escape
 from typing import Literal
 
 from torch import nn
@@ -87,14 +88,27 @@ class ModelSummary:
             lines += ["", "further tensors on a grid:"]
             width = max(len(name) for name, _ in self.quantizers)
             lines += [f"  {name:{width}}  {grid}" for name, grid in self.quantizers]
+        return "\n".join([*lines, "", self._in_a_line()])
+
+    def _repr_html_(self) -> str:
+        """The table as notebooks show it."""
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in _HEADER)
+        rows = "".join(
+            "<tr>" + "".join(f'<td style="text-align: left">{escape(cell)}</td>' for cell in _cells(layer)) + "</tr>"
+            for layer in self._rows()
+        )
+        further = "".join(f"<li><code>{escape(name)}</code> {escape(grid)}</li>" for name, grid in self.quantizers)
+        listed = f"<p>further tensors on a grid:</p><ul>{further}</ul>" if further else ""
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return f"{table}{listed}<p>{escape(self._in_a_line())}</p>"
+
+    def _in_a_line(self) -> str:
         kinds = Counter(layer.kind for layer in self.quantized)
         parts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        lines += [
-            "",
+        return (
             f"{self.model}: {len(self.quantized)} layers quantized ({parts}), {len(self.absorbed)} more fused into "
-            f"them, {len(self.in_float)} left in float",
-        ]
-        return "\n".join(lines)
+            f"them, {len(self.in_float)} left in float"
+        )
 
 
 def summary(model: nn.Module) -> ModelSummary:
