@@ -8,15 +8,14 @@ down the qparams for the passes that follow and for the backward, so that nothin
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launcher import Launcher
-from .min_max import NO_GRID, update_range
+from .min_max import update_range
+from .quantized import Grid, RangeStatistics, has_data, observing_switch, range_constants, switch_of
 from .rounding import NARROW_CODES, clamp, divide_by_scale, round_half_away, round_half_even, round_to_steps
 
 _INF = tl.constexpr(float("inf"))
@@ -198,79 +197,49 @@ def range_kernel(
     tl.store(active_out, active.to(tl.uint8))
 
 
-def merge_range(low: Tensor, high: Tensor, weight: int, state: Any, ceiling: float | None) -> Any:
-    """Merge the ranges of parts into a quantizer's and return a snapshot of its qparams, all on the device.
+def merge_range(
+    low: Tensor, high: Tensor, weight: int, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None
+) -> Grid:
+    """Merge the ranges of parts into a running one and return a snapshot of the grid, all on the device.
 
     Args:
         low: (parts,) float32; not finite where a part's values are to be skipped.
         high: (parts,) float32.
         weight: values in a part, for the count of those that were skipped.
-        state: a `tritonq.reference.quantizer_state.QuantizerState`, per tensor.
+        grid: per tensor.
+        statistics: the running range; None observes nothing.
         ceiling: of the ReLU between the values and the quantizer; None without one.
     """
     device = low.device
     scale = torch.empty(1, dtype=torch.float32, device=device)
     zero_point = torch.empty(1, dtype=torch.int32, device=device)
-    active = torch.empty(1, dtype=torch.uint8, device=device)
-    present_zero_point = torch.zeros_like(zero_point) if state.zero_point is None else state.zero_point
+    enabled = torch.empty(1, dtype=torch.uint8, device=device)
+    present_zero_point = torch.zeros_like(zero_point) if grid.zero_point is None else grid.zero_point
     range_kernel[(1,)](
         low,
         high,
-        state.nonfinite_count,
-        state.observing,
-        state.active,
-        state.min_val,
-        state.max_val,
-        state.scale,
+        None if statistics is None else statistics.nonfinite_count,
+        observing_switch(statistics),
+        switch_of(grid),
+        None if statistics is None else statistics.min_val,
+        None if statistics is None else statistics.max_val,
+        grid.scale,
         present_zero_point,
         scale,
         zero_point,
-        active,
-        state.averaging_constant,
-        state.eps,
+        enabled,
+        None if statistics is None else statistics.averaging_constant,
+        0.0 if statistics is None else statistics.eps,
         len(low),
         weight,
         CEILING=ceiling,
-        KNOWN=state.known or state.min_val is None,
-        **range_constants(state),
+        KNOWN=has_data(statistics),
+        **range_constants(grid, statistics),
         BLOCK=min(_RANGE_BLOCK, triton.next_power_of_2(len(low))),
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return state._replace(
-        scale=scale,
-        zero_point=None if state.zero_point is None else zero_point,
-        active=active,
-        min_val=None,
-        max_val=None,
-        nonfinite_count=None,
-        observing=None,
-        known=True,
-    )
-
-
-def range_constants(state: Any) -> dict[str, Any]:
-    """What the range rule of a quantizer's state compiles to; a placeholder where it does not observe."""
-    if state.observing is None:
-        return NO_GRID
-    qtype = state.qtype
-    return {
-        "QUANT_MIN": qtype.quant_min,
-        "QUANT_MAX": qtype.quant_max,
-        "SYMMETRIC": qtype.symmetric,
-        "FIXED_ZERO_POINT": qtype.fixed_zero_point,
-        "RULE": state.rule,
-        "COPY_ABOVE": state.copy_above,
-    }
-
-
-def quantizer_arguments(state: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Scale, zero point and switch of a snapshot as kernel arguments, with the constants of its grid."""
-    if state is None:
-        return (None, None, None), {"QUANT_MIN": 0, "QUANT_MAX": 1, "ROUNDING": "half_even"}
-    qtype = state.qtype
-    constants = {"QUANT_MIN": qtype.quant_min, "QUANT_MAX": qtype.quant_max, "ROUNDING": qtype.rounding}
-    return (state.scale, state.zero_point, state.active), constants
+    return grid.with_buffers(scale, None if grid.zero_point is None else zero_point, enabled)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import load_quantizer, merge_range, quantize_value, quantizer_arguments
+from .activation import load_quantizer, merge_range, quantize_value
 from .channel_tiles import fma, max_per_channel, min_per_channel, share_bounds, share_channels, spread, sum_per_channel
 from .conv_bn_backward import backward
 from .fake_quant import common_view
@@ -23,6 +23,7 @@ from .launch import device_guard, plan, warp_size
 from .launcher import Launcher
 from .layout import View
 from .min_max import plan_reduction
+from .quantized import Grid, RangeStatistics, grid_constants, grid_pointers
 from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
 
 __all__ = ["apply", "backward", "forward"]
@@ -286,54 +287,48 @@ def forward(
     beta: Tensor | None,
     bias: Tensor | None,
     norm: Any,
-    quantizer: Any,
+    grid: Grid | None,
+    statistics: RangeStatistics | None,
     ceiling: float | None,
-) -> tuple[Tensor, tuple[Tensor, ...], Any]:
-    """The tail of one training step; the result, the vectors of `Normalization`, and a snapshot of the quantizer."""
+) -> tuple[Tensor, tuple[Tensor, ...], Grid | None]:
+    """The tail of one training step; the result, the vectors of `Normalization`, and a snapshot of the grid."""
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)
     vectors, extremes = _statistics(c, seen, ratio, gamma, beta, bias, norm)
     snapshot = None
-    if quantizer is not None:
+    if grid is not None:
         with device_guard(c):
-            snapshot = merge_range(*extremes, c.numel() // c.shape[1], quantizer, ceiling)
+            snapshot = merge_range(*extremes, c.numel() // c.shape[1], grid, statistics, ceiling)
     _apply(c, y, seen, vectors[3], vectors[4], snapshot, ceiling)
     return y, vectors.unbind(0), snapshot
 
 
-def apply(c: Tensor, slope: Tensor, shift: Tensor, quantizer: Any, ceiling: float | None) -> Tensor:
-    """``FQ(relu?(slope · c + shift))`` with the quantizer's present qparams: the last pass of :func:`forward`."""
+def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
+    """``FQ(relu?(slope · c + shift))``: the last pass of :func:`forward`."""
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)
-    _apply(c, y, seen, slope, shift, quantizer, ceiling)
+    _apply(c, y, seen, slope, shift, grid, ceiling)
     return y
 
 
 def _apply(
-    c: Tensor, y: Tensor, seen: View, slope: Tensor, shift: Tensor, quantizer: Any, ceiling: float | None
+    c: Tensor, y: Tensor, seen: View, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None
 ) -> None:
-    arguments, constants = quantizer_arguments(quantizer)
-    tile, grid = plan("conv_bn_apply", c.dtype, seen, c.device)
+    tile, launch = plan("conv_bn_apply", c.dtype, seen, c.device)
     with device_guard(c):
-        apply_kernel[grid.programs](
+        apply_kernel[launch.programs](
             c,
             y,
             slope,
             shift,
-            *arguments,
+            *grid_pointers(grid),
             *seen.strides[0],
             *seen.strides[1],
             seen.sizes[1],
             seen.sizes[2],
-            CHANNEL=seen.channel,
             CEILING=ceiling,
-            **constants,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            FIRST=grid.first,
-            WIDE=seen.wide,
-            num_warps=tile.warps,
-            enable_fp_fusion=False,
+            **grid_constants(grid),
+            **seen.constants(tile, launch),
         )
 
 
@@ -347,7 +342,7 @@ def _statistics(
     norm: Any,
 ) -> tuple[Tensor, Tensor]:
     """The six vectors of `Normalization`, and (2, channels) extremes of the result; updates running statistics."""
-    tile, parts, grid, split_strides, splits = plan_reduction(c.dtype, seen, c.device, warp_size(c.device))
+    tile, parts, launch, split_strides, splits = plan_reduction(c.dtype, seen, c.device, warp_size(c.device))
     channels = c.shape[1]
     count = c.numel() // channels
     partial = torch.empty((_STATISTICS, splits, channels), dtype=torch.float32, device=c.device)
@@ -355,7 +350,7 @@ def _statistics(
     extremes = torch.empty((2, channels), dtype=torch.float32, device=c.device)
     momentum = norm.momentum.float() if isinstance(norm.momentum, Tensor) else None
     with device_guard(c):
-        statistics_kernel[grid.programs](
+        statistics_kernel[launch.programs](
             c,
             partial,
             *seen.strides[0],
@@ -364,13 +359,7 @@ def _statistics(
             *split_strides,
             splits,
             channels,
-            CHANNEL=seen.channel,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            FIRST=grid.first,
-            WIDE=seen.wide,
-            num_warps=tile.warps,
-            enable_fp_fusion=False,
+            **seen.constants(tile, launch),
         )
         block = min(triton.next_power_of_2(channels), 32)
         finish_kernel[(triton.cdiv(channels, block),)](

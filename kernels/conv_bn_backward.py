@@ -5,19 +5,18 @@ Nothing is stored for it but the convolution's output: the result before ReLU an
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import gradient_bounds, gradient_passes, load_quantizer, quantizer_arguments
+from .activation import gradient_bounds, gradient_passes, load_quantizer
 from .channel_tiles import fma, share_bounds, share_channels, spread, sum_per_channel
 from .fake_quant import common_view
 from .launch import device_guard, plan, warp_size
 from .launcher import Launcher
 from .min_max import plan_reduction
+from .quantized import Grid, grid_constants, grid_pointers
 from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
 
 _FINISH_ELEMENTS = 1024
@@ -225,7 +224,12 @@ def gradient_kernel(
 
 
 def backward(
-    dy: Tensor, c: Tensor, result: tuple[Tensor, ...], quantizer: Any, ceiling: float | None, out: Tensor | None = None
+    dy: Tensor,
+    c: Tensor,
+    result: tuple[Tensor, ...],
+    grid: Grid | None,
+    ceiling: float | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of ``c``; per channel, the sums of the unblocked gradient and of its product with normalised ``c``.
 
@@ -234,22 +238,21 @@ def backward(
     mean, inverse_std, _, slope, shift, _ = result
     dc = torch.empty_like(c)
     (dy, c), seen = common_view((dy, c), dc, 1)
-    tile, parts, grid, split_strides, splits = plan_reduction(c.dtype, seen, c.device, warp_size(c.device))
+    tile, parts, launch, split_strides, splits = plan_reduction(c.dtype, seen, c.device, warp_size(c.device))
     channels = c.shape[1]
     partial = torch.empty((2, splits, channels), dtype=torch.float32, device=c.device)
     sums = torch.empty((2, channels), dtype=torch.float32, device=c.device)
     pull = torch.empty_like(sums)
-    arguments, constants = quantizer_arguments(quantizer)
-    shared = {"CHANNEL": seen.channel, "CEILING": ceiling, **constants, "WIDE": seen.wide, "enable_fp_fusion": False}
+    shared = {"CEILING": ceiling, **grid_constants(grid)}
     with device_guard(c):
-        gradient_sums_kernel[grid.programs](
+        gradient_sums_kernel[launch.programs](
             dy,
             c,
             partial,
             mean,
             slope,
             shift,
-            *arguments,
+            *grid_pointers(grid),
             *seen.strides[0],
             *seen.strides[1],
             *seen.sizes,
@@ -257,11 +260,8 @@ def backward(
             *split_strides,
             splits,
             channels,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            FIRST=grid.first,
-            num_warps=tile.warps,
             **shared,
+            **seen.constants(tile, launch),
         )
         block = min(triton.next_power_of_2(channels), 32)
         finish_gradients_kernel[(triton.cdiv(channels, block),)](
@@ -278,8 +278,8 @@ def backward(
             num_warps=4,
             enable_fp_fusion=False,
         )
-        tile, grid = plan("conv_bn_backward", c.dtype, seen, c.device)
-        gradient_kernel[grid.programs](
+        tile, launch = plan("conv_bn_backward", c.dtype, seen, c.device)
+        gradient_kernel[launch.programs](
             dy,
             c,
             dc,
@@ -287,16 +287,13 @@ def backward(
             slope,
             shift,
             *pull.unbind(0),
-            *arguments,
+            *grid_pointers(grid),
             *seen.strides[0],
             *seen.strides[1],
             *seen.strides[2],
             seen.sizes[1],
             seen.sizes[2],
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            FIRST=grid.first,
-            num_warps=tile.warps,
             **shared,
+            **seen.constants(tile, launch),
         )
     return dc, *sums.unbind(0)

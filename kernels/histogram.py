@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .launch import device_guard, warp_size
 from .launcher import Launcher
-from .min_max import NO_GRID, finish_kernel, plan_reduction, viewed
+from .min_max import finish_kernel, plan_reduction, viewed
+from .quantized import NO_RANGE
 from .tile import program_along
 
 _INF = tl.constexpr(float("inf"))
@@ -271,7 +272,7 @@ def observe(
             0.0,
             splits,
             seen.channels,
-            **NO_GRID,
+            **NO_RANGE,
             SPLITS=min(triton.next_power_of_2(splits), 1024 // channels),
             CHANNELS=channels,
             num_warps=4,

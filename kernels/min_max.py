@@ -19,6 +19,7 @@ from .launch import device_guard, multiprocessors, parameters, warp_size
 from .launcher import Launcher
 from .layout import LaunchGrid, Split, Tile, View, dense_view, launch_grid, split, tile_shape, view
 from .qparams import range_to_qparams
+from .quantized import NO_RANGE, Grid, RangeStatistics, range_constants
 from .tile import program_along
 
 _INF = tl.constexpr(float("inf"))
@@ -281,45 +282,24 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
     low = torch.full(shape, torch.inf, dtype=torch.float32, device=x.device)
     high = torch.full(shape, -torch.inf, dtype=torch.float32, device=x.device)
     nonfinite = torch.zeros((), dtype=torch.int64, device=x.device)
-    _observe(x, axis, (low, high, None, None, None, 0.0), nonfinite, None, NO_GRID)
+    _observe(x, axis, (low, high, None, None, None, 0.0), nonfinite, None, NO_RANGE)
     return low, high, nonfinite
 
 
-def observe(
-    x: Tensor,
-    min_val: Tensor,
-    max_val: Tensor,
-    nonfinite_count: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    enabled: Tensor | None,
-    qtype: Any,
-    averaging_constant: float | None,
-    rule: str,
-    eps: float,
-    copy_above: float | None = None,
-) -> None:
-    """Update a running range with ``x``, and the qparams that follow from it, in place on the device.
-
-    ``qtype`` is a `tritonq.qparams.QuantizedType`; see the specification for the rest.
-    """
-    constants = {
-        "QUANT_MIN": qtype.quant_min,
-        "QUANT_MAX": qtype.quant_max,
-        "SYMMETRIC": qtype.symmetric,
-        "FIXED_ZERO_POINT": qtype.fixed_zero_point,
-        "RULE": rule,
-        "COPY_ABOVE": copy_above,
-    }
-    state = (min_val, max_val, scale, zero_point, averaging_constant, eps)
-    _observe(x, qtype.axis, state, nonfinite_count, enabled, constants)
-
-
-# What the range rule compiles to where nothing observes.
-NO_GRID: dict[str, Any] = {
-    **{"QUANT_MIN": 0, "QUANT_MAX": 1, "SYMMETRIC": True, "FIXED_ZERO_POINT": 0, "RULE": "torch"},
-    "COPY_ABOVE": None,
-}
+def observe(x: Tensor, statistics: RangeStatistics, grid: Grid | None = None) -> None:
+    """Update a running range with ``x``, and the grid that follows from it, in place on the device."""
+    if statistics.frozen:
+        return
+    scale, zero_point, constants = None, None, NO_RANGE
+    if grid is not None:
+        constants = range_constants(grid, statistics)
+        scale, zero_point = grid.scale, grid.zero_point
+        if zero_point is None:
+            zero_point = torch.empty_like(scale, dtype=torch.int32)
+    constants = {**constants, "COPY_ABOVE": statistics.copy_above, "RULE": statistics.rule}
+    ends = (statistics.min_val, statistics.max_val)
+    state = (*ends, scale, zero_point, statistics.averaging_constant, statistics.eps)
+    _observe(x, statistics.granularity.axis, state, statistics.nonfinite_count, statistics.enabled, constants)
 
 
 def _observe(

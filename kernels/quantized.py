@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +22,14 @@ class QuantizedType(Protocol):
     @property
     def axis(self) -> int | None:
         """Axis that scales run along, or None."""
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the type fixes the zero point."""
+
+    @property
+    def fixed_zero_point(self) -> int | None:
+        """The zero point that the type fixes, or None."""
 
     @property
     def rounding(self) -> str:
@@ -46,11 +55,120 @@ class Grid(Protocol):
     def enabled(self) -> Tensor | None:
         """One element; 0 passes values through. None: always on."""
 
+    def with_buffers(self, scale: Tensor, zero_point: Tensor | None, enabled: Tensor | None) -> Grid:
+        """Return a grid of the same type with other tensors."""
+
     def with_scale(self, scale: Tensor) -> Grid:
         """Return the grid with another scale."""
 
 
-def grid_pointers(grid: Grid) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return scale, zero point and switch as kernels load them: without gaps."""
+class Granularity(Protocol):
+    """See `tritonq.granularity.Granularity`."""
+
+    @property
+    def axis(self) -> int | None:
+        """Axis that ranges run along, or None."""
+
+
+class RangeStatistics(Protocol):
+    """See `tritonq.grid.RangeStatistics`."""
+
+    @property
+    def min_val(self) -> Tensor:
+        """float32: 0-d or (channels,)."""
+
+    @property
+    def max_val(self) -> Tensor:
+        """As the minimum."""
+
+    @property
+    def nonfinite_count(self) -> Tensor:
+        """int64, 0-d."""
+
+    @property
+    def granularity(self) -> Granularity:
+        """Which elements share a range."""
+
+    @property
+    def enabled(self) -> Tensor | None:
+        """One element; 0 leaves the range as it is. None: always on."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the range is only read."""
+
+    @property
+    def averaging_constant(self) -> float | None:
+        """Weight of the new batch; None keeps running extremes."""
+
+    @property
+    def copy_above(self) -> float | None:
+        """Growth from which on a batch's range is copied, or None."""
+
+    @property
+    def rule(self) -> str:
+        """How a range becomes scale and zero point."""
+
+    @property
+    def eps(self) -> float:
+        """Floor under the scale."""
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the host knows that something was observed."""
+
+
+# What the range rule compiles to where nothing observes.
+NO_RANGE: dict[str, Any] = {
+    **{"QUANT_MIN": 0, "QUANT_MAX": 1, "SYMMETRIC": True, "FIXED_ZERO_POINT": 0, "RULE": "torch"},
+    "COPY_ABOVE": None,
+}
+
+
+def grid_pointers(grid: Grid | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return scale, zero point and switch as kernels load them, without gaps; None for what there is not."""
+    if grid is None:
+        return None, None, None
     zero_point = grid.zero_point
     return grid.scale.contiguous(), None if zero_point is None else zero_point.contiguous(), grid.enabled
+
+
+def grid_constants(grid: Grid | None) -> dict[str, Any]:
+    """Return the constants of a kernel that rounds to the grid; placeholders without one."""
+    if grid is None:
+        return {"QUANT_MIN": 0, "QUANT_MAX": 1, "ROUNDING": "half_even"}
+    return {"QUANT_MIN": grid.qtype.quant_min, "QUANT_MAX": grid.qtype.quant_max, "ROUNDING": grid.qtype.rounding}
+
+
+def switch_of(grid: Grid) -> Tensor:
+    """Return the switch of a grid, for kernels that need one."""
+    return torch.ones(1, dtype=torch.uint8, device=grid.scale.device) if grid.enabled is None else grid.enabled
+
+
+def observing_switch(statistics: RangeStatistics | None) -> Tensor | None:
+    """Return the switch of a range that kernels update; None where they don't."""
+    if statistics is None or statistics.frozen:
+        return None
+    if statistics.enabled is None:
+        return torch.ones(1, dtype=torch.uint8, device=statistics.min_val.device)
+    return statistics.enabled
+
+
+def has_data(statistics: RangeStatistics | None) -> bool:
+    """Whether a grid is known to rest on observed values; if not, its range tells."""
+    return statistics is None or statistics.has_data
+
+
+def range_constants(grid: Grid | None, statistics: RangeStatistics | None) -> dict[str, Any]:
+    """Return what the range rule compiles to; placeholders where nothing is observed."""
+    if grid is None or statistics is None or statistics.frozen:
+        return NO_RANGE
+    qtype = grid.qtype
+    return {
+        "QUANT_MIN": qtype.quant_min,
+        "QUANT_MAX": qtype.quant_max,
+        "SYMMETRIC": qtype.symmetric,
+        "FIXED_ZERO_POINT": qtype.fixed_zero_point,
+        "RULE": statistics.rule,
+        "COPY_ABOVE": statistics.copy_above,
+    }

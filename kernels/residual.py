@@ -5,8 +5,6 @@ Functions here have the names, signatures and results of `tritonq.reference.resi
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -18,10 +16,10 @@ from .activation import (
     load_quantizer,
     merge_range,
     quantize_value,
-    quantizer_arguments,
 )
 from .launch import device_guard, multiprocessors, warp_size
 from .launcher import Launcher
+from .quantized import Grid, RangeStatistics, grid_constants, grid_pointers, observing_switch
 
 _INF = tl.constexpr(float("inf"))
 # Planes start on 16 elements, so that every dtype is read 128 bits at a time.
@@ -158,7 +156,9 @@ def join_backward_kernel(
         tl.store(g_ptr + offsets, tl.where(((byte >> bit) & 1) != 0, dy, 0.0), mask=mask)
 
 
-def forward(a: Tensor, b: Tensor, quantizer: Any, ceiling: float | None) -> tuple[Tensor, Tensor]:
+def forward(
+    a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
+) -> tuple[Tensor, Tensor]:
     """``FQ(relu?(a + b))``, dense, and the mask of the gradient."""
     y = torch.empty_like(a)
     # Elements pair up in memory order: both inputs take the result's layout, by a copy where they must.
@@ -169,18 +169,17 @@ def forward(a: Tensor, b: Tensor, quantizer: Any, ceiling: float | None) -> tupl
     if n == 0:
         return y, mask
     with device_guard(a):
-        snapshot = None if quantizer is None else _observe(a, b, quantizer, ceiling)
-        arguments, constants = quantizer_arguments(snapshot)
+        snapshot = None if grid is None else _observe(a, b, grid, statistics, ceiling)
         join_kernel[(triton.cdiv(plane, _BLOCK),)](
             a,
             b,
             y,
             mask,
-            *arguments,
+            *grid_pointers(snapshot),
             n,
             plane,
             CEILING=ceiling,
-            **constants,
+            **grid_constants(snapshot),
             ROWS=_PLANES,
             COLS=_BLOCK,
             WIDE=_is_wide(n),
@@ -211,22 +210,23 @@ def backward(dy: Tensor, mask: Tensor) -> Tensor:
     return g
 
 
-def _observe(a: Tensor, b: Tensor, quantizer: Any, ceiling: float | None) -> Any:
-    """Observe the sums and return a snapshot of the qparams."""
+def _observe(a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Grid:
+    """Observe the sums and return a snapshot of the grid."""
     n = a.numel()
     blocks = triton.cdiv(n, _RANGE_BLOCK)
     programs = min(blocks, _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(a.device))
     share = triton.cdiv(blocks, programs) * _RANGE_BLOCK
     programs = triton.cdiv(n, share)
     low, high = torch.empty((2, programs), dtype=torch.float32, device=a.device).unbind(0)
-    if quantizer.observing is not None:
+    observing = observing_switch(statistics)
+    if statistics is not None and observing is not None:
         join_range_kernel[(programs,)](
             a,
             b,
             low,
             high,
-            quantizer.nonfinite_count,
-            quantizer.observing,
+            statistics.nonfinite_count,
+            observing,
             n,
             share,
             BLOCK=_RANGE_BLOCK,
@@ -234,7 +234,7 @@ def _observe(a: Tensor, b: Tensor, quantizer: Any, ceiling: float | None) -> Any
             num_warps=_LANES_PER_PROGRAM // warp_size(a.device),
             enable_fp_fusion=False,
         )
-    return merge_range(low, high, 0, quantizer, ceiling)
+    return merge_range(low, high, 0, grid, statistics, ceiling)
 
 
 def _is_wide(n: int) -> bool:

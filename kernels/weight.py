@@ -6,19 +6,26 @@ Functions here have the names, signatures and results of `tritonq.reference.weig
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import min_max
-from .activation import range_constants
 from .channel_tiles import fma
 from .launch import device_guard, warp_size
 from .launcher import Launcher
 from .min_max import update_range
+from .quantized import (
+    Grid,
+    RangeStatistics,
+    grid_constants,
+    grid_pointers,
+    has_data,
+    observing_switch,
+    range_constants,
+    switch_of,
+)
 from .rounding import divide_by_scale, is_inside, round_to_steps
 
 _INF = tl.constexpr(float("inf"))
@@ -221,47 +228,45 @@ def folded_backward_kernel(
 
 
 def quantize_folded(
-    rows: Tensor, fold: Tensor, state: Any, out: Tensor | None = None
-) -> tuple[Tensor, Tensor, bool, Any]:
-    """Fold, observe and quantize: codes, unit, True (something may clip), and a snapshot of the qparams.
+    rows: Tensor, fold: Tensor, grid: Grid | None, statistics: RangeStatistics | None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, bool, Grid | None]:
+    """Fold, observe and quantize: codes, unit, True (something may clip), and a snapshot of the grid.
 
     ``out`` is not used: a GPU's allocator hands out again what was freed.
     """
-    if state is not None and state.observing is not None and state.qtype.axis is None:
+    observes = statistics is not None and not statistics.frozen
+    if grid is not None and statistics is not None and observes and grid.qtype.axis is None:
         # One scale for all rows: every row is read before the first is quantized.
-        folded = rows.float() * _column(fold, rows)
-        min_max.observe(
-            folded,
-            state.min_val,
-            state.max_val,
-            state.nonfinite_count,
-            state.scale,
-            torch.empty_like(state.scale, dtype=torch.int32) if state.zero_point is None else state.zero_point,
-            state.observing,
-            state.qtype,
-            state.averaging_constant,
-            state.rule,
-            state.eps,
-            state.copy_above,
-        )
-        state = state._replace(observing=None)
-    return _quantize(rows, fold, state)
+        min_max.observe(rows.float() * _column(fold, rows), statistics, grid)
+        return _quantize(rows, fold, grid, statistics, observes=False)
+    return _quantize(rows, fold, grid, statistics, observes=observes)
 
 
-def folded_codes(rows: Tensor, fold: Tensor, state: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor, bool, Any]:
-    """The codes of :func:`quantize_folded` once more, from its snapshot; ``out`` as there."""
-    return _quantize(rows, fold, state if state is None else state._replace(observing=None))
+def folded_codes(
+    rows: Tensor,
+    fold: Tensor,
+    grid: Grid | None,
+    out: Tensor | None = None,
+    extremes: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, bool, Grid | None]:
+    """Return the codes of :func:`quantize_folded` once more, from its snapshot; ``out`` and ``extremes`` are unused."""
+    return _quantize(rows, fold, grid, None, observes=False)
 
 
-def _quantize(rows: Tensor, fold: Tensor, state: Any) -> tuple[Tensor, Tensor, bool, Any]:
-    if state is None:
+def _quantize(
+    rows: Tensor, fold: Tensor, grid: Grid | None, statistics: RangeStatistics | None, observes: bool
+) -> tuple[Tensor, Tensor, bool, Grid | None]:
+    if grid is None:
         return rows.float() * _column(fold, rows), torch.ones_like(fold), False, None
     rows = rows.contiguous()
     channels, length = rows.shape[0], rows[0].numel()
     codes = torch.empty_like(rows, dtype=torch.float32)
     vectors = torch.empty((3, channels), dtype=torch.float32, device=rows.device)
     zero_point = torch.empty_like(fold, dtype=torch.int32)
-    qtype = state.qtype
+    qtype, switch = grid.qtype, switch_of(grid)
+    range_tensors: tuple[Tensor | None, ...] = (None, None, None)
+    if statistics is not None:
+        range_tensors = (statistics.min_val, statistics.max_val, statistics.nonfinite_count)
     row_block, col_block = _tile(length)
     with device_guard(rows):
         quantize_folded_kernel[(triton.cdiv(channels, row_block),)](
@@ -269,22 +274,20 @@ def _quantize(rows: Tensor, fold: Tensor, state: Any) -> tuple[Tensor, Tensor, b
             codes,
             vectors,
             fold,
-            state.active,
-            state.observing,
-            state.min_val,
-            state.max_val,
-            state.nonfinite_count,
-            state.scale,
-            state.zero_point,
+            switch,
+            observing_switch(statistics) if observes else None,
+            *range_tensors,
+            grid.scale,
+            grid.zero_point,
             zero_point,
-            state.averaging_constant,
-            state.eps,
+            None if statistics is None else statistics.averaging_constant,
+            0.0 if statistics is None else statistics.eps,
             channels,
             length,
-            int(state.active.numel() > 1),
-            int(state.scale.numel() > 1),
-            KNOWN=state.known or state.min_val is None,
-            **range_constants(state),
+            int(switch.numel() > 1),
+            int(grid.scale.numel() > 1),
+            KNOWN=has_data(statistics),
+            **range_constants(grid, statistics if observes else None),
             CODE_MIN=qtype.quant_min,
             CODE_MAX=qtype.quant_max,
             ROUNDING=qtype.rounding,
@@ -295,21 +298,7 @@ def _quantize(rows: Tensor, fold: Tensor, state: Any) -> tuple[Tensor, Tensor, b
             enable_fp_fusion=False,
         )
     unit, scale, active = vectors.unbind(0)
-    return codes, unit, True, snapshot(state, scale, active, zero_point)
-
-
-def snapshot(state: Any, scale: Tensor, active: Tensor, zero_point: Tensor) -> Any:
-    """What a backward needs of ``state``, from what a kernel wrote down of it: one value per row."""
-    return state._replace(
-        scale=scale,
-        zero_point=None if state.zero_point is None else zero_point,
-        active=active,
-        min_val=None,
-        max_val=None,
-        nonfinite_count=None,
-        observing=None,
-        known=True,
-    )
+    return codes, unit, True, grid.with_buffers(scale, None if grid.zero_point is None else zero_point, active)
 
 
 def folded_backward(
@@ -317,17 +306,16 @@ def folded_backward(
     rows: Tensor,
     fold: Tensor,
     unit: Tensor,
-    state: Any,
+    grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight and of the fold from that of the codes, in float32."""
     rows, dcodes, unit = rows.contiguous(), dcodes.contiguous(), unit.contiguous()
     channels, length = rows.shape[0], rows[0].numel()
     drows, dfold = torch.empty_like(rows, dtype=torch.float32), torch.empty_like(fold)
-    masked = state is not None and clips
-    low, high, rounding = (0, 1, "half_even")
-    if masked:
-        low, high, rounding = state.qtype.quant_min, state.qtype.quant_max, state.qtype.rounding
+    masked = grid if clips else None
+    scale, zero_point, switch = grid_pointers(masked)
+    constants = grid_constants(masked)
     row_block, col_block = _tile(length, _MAX_ELEMENTS // 4)
     with device_guard(rows):
         folded_backward_kernel[(triton.cdiv(channels, row_block),)](
@@ -337,16 +325,16 @@ def folded_backward(
             dfold,
             fold,
             unit,
-            state.scale if masked else None,
-            state.zero_point if masked else None,
-            state.active if masked else None,
+            scale,
+            zero_point,
+            switch,
             channels,
             length,
-            int(masked and state.active.numel() > 1),
-            int(masked and state.scale.numel() > 1),
-            CODE_MIN=low,
-            CODE_MAX=high,
-            ROUNDING=rounding,
+            int(switch is not None and switch.numel() > 1),
+            int(scale is not None and scale.numel() > 1),
+            CODE_MIN=constants["QUANT_MIN"],
+            CODE_MAX=constants["QUANT_MAX"],
+            ROUNDING=constants["ROUNDING"],
             ROWS=row_block,
             COLS=col_block,
             num_warps=_lanes(row_block * col_block) // warp_size(rows.device),

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import range_constants
 from .launch import device_guard, warp_size
 from .launcher import Launcher
-from .weight import quantize_rows, snapshot
+from .quantized import Grid, RangeStatistics, has_data, observing_switch, range_constants
+from .weight import quantize_rows
 
 # Eight elements for each of 128 lanes; longer rows are read in pieces of it.
 _COLS = 1024
@@ -42,6 +42,10 @@ _NONFINITE = tl.constexpr(9)
 _SCALE = tl.constexpr(10)
 _ZERO_POINT = tl.constexpr(11)
 _COLUMNS = tl.constexpr(12)
+
+
+# A grid with its running range, both with switches.
+_Quantizer = tuple[Grid, RangeStatistics | None]
 
 
 @triton.jit
@@ -119,8 +123,10 @@ def quantize_all_kernel(
     )
 
 
-def quantize_all(rows: Sequence[Tensor], fold: Tensor, states: Sequence[Any]) -> list[tuple[Tensor, Tensor, bool, Any]]:
-    """Codes, unit, True (something may clip) and a snapshot of the qparams, for every weight.
+def quantize_all(
+    rows: Sequence[Tensor], fold: Tensor, grids: Sequence[Grid], statistics: Sequence[RangeStatistics | None]
+) -> list[tuple[Tensor, Tensor, bool, Grid]]:
+    """Codes, unit, True (something may clip) and a snapshot of the grid, for every weight.
 
     One launch for all weights whose quantizers differ in their buffers alone.
     """
@@ -129,48 +135,54 @@ def quantize_all(rows: Sequence[Tensor], fold: Tensor, states: Sequence[Any]) ->
     codes = torch.empty(sum(weight.numel() for weight in rows), dtype=torch.float32, device=device)
     vectors = torch.empty((3, total), dtype=torch.float32, device=device)
     zero_points = torch.empty(total, dtype=torch.int32, device=device)
-    kinds: dict[tuple[Any, ...], tuple[Any, list[tuple[int, ...]]]] = {}
+    kinds: dict[tuple[Any, ...], tuple[_Quantizer, list[tuple[int, ...]]]] = {}
     first = at = 0
-    for weight, state in zip(rows, states, strict=True):
-        _, entries = kinds.setdefault(_kind(state), (state, []))
-        entries.append((len(weight), first, weight[0].numel(), at, *_addresses(weight, state)))
+    for weight, *quantizer in zip(rows, grids, statistics, strict=True):
+        _, entries = kinds.setdefault(_kind(*quantizer), (tuple(quantizer), []))
+        entries.append((len(weight), first, weight[0].numel(), at, *_addresses(weight, *quantizer)))
         first, at = first + len(weight), at + weight.numel()
-    for state, entries in kinds.values():
-        _launch(state, entries, fold, codes, vectors, zero_points)
+    for quantizer, entries in kinds.values():
+        _launch(quantizer, entries, fold, codes, vectors, zero_points)
     counts = [len(weight) for weight in rows]
     own_parts = zip(
         rows,
-        states,
+        grids,
         codes.split([weight.numel() for weight in rows]),
         vectors.split(counts, dim=1),
         zero_points.split(counts),
         strict=True,
     )
     return [
-        (own.view(weight.shape), of_rows[0], True, snapshot(state, *of_rows[1:], zero_point))
-        for weight, state, own, of_rows, zero_point in own_parts
+        (
+            own.view(weight.shape),
+            unit,
+            True,
+            grid.with_buffers(scale, zero_point if grid.zero_point is not None else None, active),
+        )
+        for weight, grid, own, (unit, scale, active), zero_point in own_parts
     ]
 
 
-def _kind(state: Any) -> tuple[Any, ...]:
+def _kind(grid: Grid, statistics: RangeStatistics | None) -> tuple[Any, ...]:
     """What has to be equal for two weights to share a launch."""
     return (
-        state.observing is not None,
-        state.zero_point is not None,
-        bool(state.known or state.min_val is None),
-        state.qtype,
-        tuple(range_constants(state).items()),
-        state.averaging_constant,
-        state.eps,
+        observing_switch(statistics) is not None,
+        grid.zero_point is not None,
+        has_data(statistics),
+        grid.qtype,
+        tuple(range_constants(grid, statistics).items()),
+        None if statistics is None else statistics.averaging_constant,
+        None if statistics is None else statistics.eps,
     )
 
 
-def _addresses(weight: Tensor, state: Any) -> tuple[int, ...]:
+def _addresses(weight: Tensor, grid: Grid, statistics: RangeStatistics | None) -> tuple[int, ...]:
     """The table's columns from ``_ROWS`` on."""
-    tensors = (
-        *(weight, state.active, state.observing, state.min_val, state.max_val, state.nonfinite_count),
-        *(state.scale, state.zero_point),
-    )
+    range_tensors: tuple[Tensor | None, ...] = (None, None, None)
+    if statistics is not None:
+        range_tensors = (statistics.min_val, statistics.max_val, statistics.nonfinite_count)
+    switches = (grid.enabled, None if statistics is None or statistics.frozen else statistics.enabled)
+    tensors = (weight, *switches, *range_tensors, grid.scale, grid.zero_point)
     return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
@@ -190,14 +202,15 @@ def _table(device: torch.device, entries: tuple[tuple[int, ...], ...]) -> tuple[
 
 
 def _launch(
-    state: Any,
+    quantizer: _Quantizer,
     entries: list[tuple[int, ...]],
     fold: Tensor,
     codes: Tensor,
     vectors: Tensor,
     zero_points: Tensor,
 ) -> None:
-    """Launch for weights of one kind; ``state`` is any one of theirs."""
+    """Launch for weights of one kind; ``quantizer`` is any one of theirs."""
+    grid, statistics = quantizer
     table, owner = _table(fold.device, tuple(entries))
     with device_guard(fold):
         quantize_all_kernel[(len(owner),)](
@@ -207,16 +220,16 @@ def _launch(
             codes,
             vectors,
             zero_points,
-            state.averaging_constant,
-            state.eps,
+            None if statistics is None else statistics.averaging_constant,
+            0.0 if statistics is None else statistics.eps,
             len(fold),
-            OBSERVES=state.observing is not None,
-            HAS_ZERO_POINT=state.zero_point is not None,
-            KNOWN=state.known or state.min_val is None,
-            **range_constants(state),
-            CODE_MIN=state.qtype.quant_min,
-            CODE_MAX=state.qtype.quant_max,
-            ROUNDING=state.qtype.rounding,
+            OBSERVES=observing_switch(statistics) is not None,
+            HAS_ZERO_POINT=grid.zero_point is not None,
+            KNOWN=has_data(statistics),
+            **range_constants(grid, statistics),
+            CODE_MIN=grid.qtype.quant_min,
+            CODE_MAX=grid.qtype.quant_max,
+            ROUNDING=grid.qtype.rounding,
             COLS=_COLS,
             num_warps=_LANES // warp_size(fold.device),
             enable_fp_fusion=False,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tritonq.bins import FloatPrefixBins
-from tritonq.grid import Grid
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.kernels import fake_quant, histogram, learned_scale, min_max
 from tritonq.qparams import QINT8, QUINT8, QuantizedType, RangeRule, Rounding
 
@@ -102,7 +102,10 @@ def _observe(layout: str, qtype: QuantizedType, rule: RangeRule) -> Callable[[to
         count = torch.empty((), dtype=torch.int64, device="meta")
         enabled = meta(1, dtype=torch.uint8)
         typed = qtype.with_axis(axis)
-        min_max.observe(x, low, high, count, scale, zero_point, enabled, typed, 0.01, rule, 1e-7)
+        statistics = RangeStatistics(
+            low, high, count, typed.granularity, enabled, averaging_constant=0.01, rule=rule, eps=1e-7
+        )
+        min_max.observe(x, statistics, Grid(scale, zero_point, typed))
 
     return call
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.kernels import conv_bn, residual, weight, weights_together
 from tritonq.perf.codegen_cases import CodegenCase, meta
 from tritonq.qparams import QINT8, QINT8_NARROW, QUINT8, QuantizedType
 from tritonq.reference.conv_bn import BatchNormState, Normalization
-from tritonq.reference.quantizer_state import QuantizerState
 
 # ResNet-50's second stage; rows of 56 * 56, which no tile divides.
 _ACTIVATION = (256, 64, 56, 56)
@@ -23,20 +23,17 @@ def _vector(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return meta(channels, dtype=dtype)
 
 
-def _state(qtype: QuantizedType, channels: int = 1) -> QuantizerState:
+def _state(qtype: QuantizedType, channels: int = 1) -> tuple[Grid, RangeStatistics]:
     shape = (channels,) if qtype.axis is not None else ()
-    return QuantizerState(
-        _vector(channels),
-        None if qtype.fixed_zero_point == 0 else _vector(channels, torch.int32),
-        meta(1, dtype=torch.uint8),
-        qtype,
+    zero_point = None if qtype.fixed_zero_point == 0 else _vector(channels, torch.int32)
+    return Grid(_vector(channels), zero_point, qtype, meta(1, dtype=torch.uint8)), RangeStatistics(
         torch.empty(shape, device="meta"),
         torch.empty(shape, device="meta"),
         torch.empty((), dtype=torch.int64, device="meta"),
+        qtype.granularity,
         meta(1, dtype=torch.uint8),
-        0.01,
-        "torch",
-        1e-7,
+        averaging_constant=0.01,
+        eps=1e-7,
     )
 
 
@@ -45,7 +42,7 @@ def _forward(qtype: QuantizedType, channels_last: bool) -> Callable[[torch.dtype
         c = meta(*_ACTIVATION, dtype=dtype, channels_last=channels_last)
         vector = _vector(c.shape[1])
         norm = BatchNormState(vector, vector, 0.1, 1e-5)
-        return conv_bn.forward(c, vector, vector, vector, vector, norm, _state(qtype), _CEILING)
+        return conv_bn.forward(c, vector, vector, vector, vector, norm, *_state(qtype), _CEILING)
 
     return call
 
@@ -54,7 +51,7 @@ def _backward(qtype: QuantizedType, channels_last: bool) -> Callable[[torch.dtyp
     def call(dtype: torch.dtype) -> object:
         c = meta(*_ACTIVATION, dtype=dtype, channels_last=channels_last)
         vector = _vector(c.shape[1])
-        return conv_bn.backward(torch.empty_like(c), c, Normalization(*[vector] * 6), _state(qtype), _CEILING)
+        return conv_bn.backward(torch.empty_like(c), c, Normalization(*[vector] * 6), _state(qtype)[0], _CEILING)
 
     return call
 
@@ -62,16 +59,16 @@ def _backward(qtype: QuantizedType, channels_last: bool) -> Callable[[torch.dtyp
 def _weight(length: int, qtype: QuantizedType) -> Callable[[torch.dtype], object]:
     def call(dtype: torch.dtype) -> object:
         rows = meta(512, length, dtype=dtype)
-        return weight.quantize_folded(rows, _vector(512), _state(qtype, 512))
+        return weight.quantize_folded(rows, _vector(512), *_state(qtype, 512))
 
     return call
 
 
 def _weight_backward(length: int, qtype: QuantizedType) -> Callable[[torch.dtype], object]:
     def call(dtype: torch.dtype) -> object:
-        rows, state = meta(512, length, dtype=dtype), _state(qtype, 512)
-        active = _vector(512, torch.uint8)
-        return weight.folded_backward(rows, rows, _vector(512), _vector(512), state._replace(active=active), True)
+        rows, (grid, _) = meta(512, length, dtype=dtype), _state(qtype, 512)
+        per_row = grid.with_buffers(grid.scale, grid.zero_point, _vector(512, torch.uint8))
+        return weight.folded_backward(rows, rows, _vector(512), _vector(512), per_row, True)
 
     return call
 
@@ -79,14 +76,15 @@ def _weight_backward(length: int, qtype: QuantizedType) -> Callable[[torch.dtype
 def _weights_together(qtype: QuantizedType) -> Callable[[torch.dtype], object]:
     def call(dtype: torch.dtype) -> object:
         rows = [meta(512, 4608, dtype=dtype), meta(64, 9, dtype=dtype)]
-        return weights_together.quantize_all(rows, _vector(576), [_state(qtype, 512), _state(qtype, 64)])
+        (one, one_range), (other, other_range) = _state(qtype, 512), _state(qtype, 64)
+        return weights_together.quantize_all(rows, _vector(576), [one, other], [one_range, other_range])
 
     return call
 
 
 def _join(dtype: torch.dtype) -> object:
     a = meta(*_ACTIVATION, dtype=dtype)
-    return residual.forward(a, a, _state(QINT8), _CEILING)
+    return residual.forward(a, a, *_state(QINT8), _CEILING)
 
 
 def _join_backward(dtype: torch.dtype) -> object:

@@ -1,9 +1,34 @@
-"""Quantizer states as operators take them, in pairs that start alike."""
+"""Quantizers as operators take them, a grid and its range, in pairs that start alike."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import QuantizedType
-from tritonq.reference.quantizer_state import QuantizerState
+
+Part = TypeVar("Part", Grid, RangeStatistics)
+# What operators take where there is no quantizer.
+NO_QUANTIZER = (None, None)
+
+
+class QuantizerState(NamedTuple):
+    """A grid, and the running range behind it."""
+
+    grid: Grid
+    statistics: RangeStatistics
+
+    def with_range(self, **changes: Any) -> QuantizerState:
+        """Change fields of the range."""
+        return QuantizerState(self.grid, replace(self.statistics, **changes))
+
+    def with_grid(self, **changes: Any) -> QuantizerState:
+        """Change fields of the grid."""
+        return QuantizerState(replace(self.grid, **changes), self.statistics)
 
 
 def quantizer_state(
@@ -20,32 +45,43 @@ def quantizer_state(
     """A quantizer that has seen nothing yet."""
     shape = () if qtype.axis is None else (channels,)
     count = 1 if qtype.axis is None else channels
-    return QuantizerState(
+    grid = Grid(
         torch.ones(count, device=device),
         None if qtype.fixed_zero_point == 0 else torch.zeros(count, dtype=torch.int32, device=device),
-        torch.tensor([active], dtype=torch.uint8, device=device),
         qtype,
+        torch.tensor([active], dtype=torch.uint8, device=device),
+    )
+    statistics = RangeStatistics(
         torch.full(shape, torch.inf, device=device),
         torch.full(shape, -torch.inf, device=device),
         torch.zeros((), dtype=torch.int64, device=device),
+        qtype.granularity,
         torch.tensor([observing], dtype=torch.uint8, device=device),
-        averaging,
-        rule,
-        1e-7,
+        averaging_constant=averaging,
         copy_above=copy_above,
+        rule=rule,
+        eps=1e-7,
     )
+    return QuantizerState(grid, statistics)
 
 
-def moved(state: QuantizerState, device: str) -> QuantizerState:
+def moved(part: Part, device: str) -> Part:
     """The same with its tensors on ``device``."""
-    return QuantizerState(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in state))
+    tensors = {field.name: getattr(part, field.name) for field in fields(part)}
+    return replace(part, **{name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)})
+
+
+def moved_state(state: QuantizerState, device: str) -> QuantizerState:
+    """The same with its tensors on ``device``."""
+    return QuantizerState(moved(state.grid, device), moved(state.statistics, device))
 
 
 def assert_same_state(actual: QuantizerState, expected: QuantizerState) -> None:
     """Range, count and qparams are equal bit for bit."""
-    actual, expected = moved(actual, "cpu"), moved(expected, "cpu")
-    for name in ("min_val", "max_val", "nonfinite_count", "scale", "zero_point"):
-        mine, other = getattr(actual, name), getattr(expected, name)
+    actual, expected = moved_state(actual, "cpu"), moved_state(expected, "cpu")
+    names = [(1, "min_val"), (1, "max_val"), (1, "nonfinite_count"), (0, "scale"), (0, "zero_point")]
+    for part, name in names:
+        mine, other = getattr(actual[part], name), getattr(expected[part], name)
         assert (mine is None) == (other is None)
         if mine is not None:
             assert torch.equal(mine, other), (name, mine, other)

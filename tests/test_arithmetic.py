@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tritonq.arithmetic import NUMBERS, TENSORS
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import QINT8, QINT8_NARROW, QUINT4, QUINT8, number_to_qparams, range_to_qparams
 from tritonq.reference.min_max import merge_range_, update_number, update_range
 
@@ -86,7 +87,9 @@ def test_merging_one_range_equals_merging_a_channel(dtype, rule):
     def merged(shape):
         state = [torch.full(shape, value).to(dtype) for value in (-0.1, 2.0)]
         qparams = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-        merge_range_(low.view(shape), high.view(shape), *state, *qparams, qtype, 0.1, rule, 1e-7)
+        count = torch.zeros((), dtype=torch.int64)
+        statistics = RangeStatistics(*state, count, qtype.granularity, averaging_constant=0.1, rule=rule, eps=1e-7)
+        merge_range_(low.view(shape), high.view(shape), statistics, Grid(*qparams, qtype))
         return [*state, *qparams]
 
     for one, channel in zip(merged(()), merged((1,)), strict=True):

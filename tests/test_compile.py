@@ -14,10 +14,10 @@ from torch import nn
 import tritonq
 from qat_models import FloatResidual, images, trained_float_form
 from tritonq import nn as qnn
-from tritonq.functional.traced.text import pack, qtype_of, qtype_text, unpack
+from tritonq.functional.traced import parts
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn.conv_bn import QATBatchNormLayer
 from tritonq.qparams import QUANTIZED_TYPES
-from tritonq.reference.quantizer_state import QuantizerState
 from vision_models import torchvision_model
 
 
@@ -210,25 +210,23 @@ def test_what_cannot_be_traced_says_so():
         torch.compile(quantizer, fullgraph=True, backend="eager")(torch.randn(4, 3))
 
 
-@pytest.mark.parametrize("qtype", QUANTIZED_TYPES.values(), ids=str)
+@pytest.mark.parametrize("missing", [(), ("zero_point",), ("enabled",)])
 @pytest.mark.parametrize("axis", [None, 1])
-def test_types_survive_as_text(qtype, axis):
-    assert qtype_of(qtype_text(qtype.with_axis(axis))) == qtype.with_axis(axis)
+def test_structures_survive_as_plain_arguments(missing, axis):
+    qtype, one = QUANTIZED_TYPES["qint8"].with_axis(axis), torch.ones(1)
+    zero_point, enabled = (None if name in missing else one for name in ("zero_point", "enabled"))
+    grid = Grid(one, zero_point, qtype, enabled)
+    statistics = RangeStatistics(one, one, one, qtype.granularity, None, True, 0.1, 1.5, "megengine", 1e-5, True)
+    for value, kind in ((grid, Grid | None), (None, Grid | None), (statistics, RangeStatistics)):
+        described = [("value", parts.describe("value", kind))]
+        (found,) = parts.rebuild_all(described, parts.flatten_all(described, {"value": value})).values()
+        assert type(found) is type(value)
+        if value is not None:
+            assert vars(found) == vars(value)
 
 
-@pytest.mark.parametrize("missing", [(), ("zero_point",), ("min_val", "max_val", "nonfinite_count", "observing")])
-def test_states_survive_packing(missing):
-    names = ("scale", "zero_point", "active", "min_val", "max_val", "nonfinite_count", "observing")
-    tensors = {name: None if name in missing else torch.tensor([i]) for i, name in enumerate(names)}
-    state = QuantizerState(
-        **tensors,
-        qtype=QUANTIZED_TYPES["qint8"],
-        averaging_constant=0.1,
-        rule="megengine",
-        eps=1e-5,
-        known=True,
-        copy_above=1.5,
-    )
-    assert unpack(*pack(state)) == state
-    assert pack(None) == ([], [], "")
-    assert unpack(*pack(None)) is None
+def test_a_type_that_no_plain_argument_stands_for_is_refused():
+    with pytest.raises(TypeError, match="x: an operator can't take"):
+        parts.describe("x", dict[str, int])
+    with pytest.raises(ValueError, match="y"):
+        parts.schema([("x", parts.describe("x", torch.Tensor))], ["y"])

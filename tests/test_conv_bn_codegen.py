@@ -53,7 +53,7 @@ def _tail(ceiling: float | None) -> None:
 
 def _join(ceiling: float | None) -> None:
     x = meta(4, 8, 6, 6, dtype=torch.bfloat16)
-    residual.forward(x, x, None, ceiling)
+    residual.forward(x, x, None, None, ceiling)
 
 
 @pytest.mark.parametrize("ceiling", [None, math.inf, 6.0])

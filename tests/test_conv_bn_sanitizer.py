@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantizer_states import quantizer_state
+from quantizer_states import NO_QUANTIZER, quantizer_state
 from test_sanitizer import small_tiles, traced  # noqa: F401 (a fixture)
 from test_sanitizer import trace as symbolic_trace  # noqa: F401 (a fixture)
 from tritonq.qparams import QINT8, QUINT8, QuantizedType
@@ -71,8 +71,8 @@ def test_tail(
     c = INPUTS[name]
     vector = torch.ones(c.shape[1])
     norm = BatchNormState(vector.clone(), vector.clone(), torch.tensor(0.5), 1e-5)
-    state = None if qtype is None else quantizer_state(qtype)
-    y, vectors, frozen = conv_bn.forward(c, vector, vector, vector, vector, norm, state, 1.5)
+    state = NO_QUANTIZER if qtype is None else quantizer_state(qtype)
+    y, vectors, frozen = conv_bn.forward(c, vector, vector, vector, vector, norm, *state, 1.5)
     conv_bn.backward(y, c, Normalization(*vectors), frozen, 1.5)
     conv_bn.apply(c, vector, vector, frozen, None)
 
@@ -92,7 +92,7 @@ def test_weight(
         traced(trace, module, monkeypatch)
     monkeypatch.setattr(weight, "_MAX_ELEMENTS", 256)
     rows, fold = torch.randn(shape), torch.ones(shape[0])
-    codes, unit, _, frozen = weight.quantize_folded(rows, fold, quantizer_state(qtype, shape[0]))
+    codes, unit, _, frozen = weight.quantize_folded(rows, fold, *quantizer_state(qtype, shape[0]))
     weight.folded_backward(codes, rows, fold, unit, frozen, True)
     weight.folded_backward(codes, rows, fold, unit, None, False)
 
@@ -112,7 +112,7 @@ def test_join(
     monkeypatch.setattr(residual, "_BLOCK", 32)
     monkeypatch.setattr(residual, "_RANGE_BLOCK", 64)
     a = torch.randn(n)
-    y, mask = residual.forward(a, a, None if qtype is None else quantizer_state(qtype), 1.5)
+    y, mask = residual.forward(a, a, *(NO_QUANTIZER if qtype is None else quantizer_state(qtype)), 1.5)
     residual.backward(y, mask)
 
 
@@ -145,4 +145,4 @@ def test_finds_a_planted_access_out_of_bounds(
     with pytest.raises(SystemExit):
         residual.forward(torch.randn(1000), torch.randn(500), None, math.inf)
     with pytest.raises(SystemExit):
-        weight.folded_codes(torch.randn(5, 9), torch.ones(4), quantizer_state(QINT8, 5))
+        weight.folded_codes(torch.randn(5, 9), torch.ones(4), quantizer_state(QINT8, 5).grid)

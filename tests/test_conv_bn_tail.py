@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from op_tester import OpTester, operators
-from quantizer_states import assert_same_state, moved, quantizer_state
+from quantizer_states import NO_QUANTIZER, assert_same_state, moved, quantizer_state
 from tritonq.qparams import QINT4, QINT8, QUINT8
 from tritonq.reference import conv_bn as reference
 from tritonq.reference.conv_bn import BatchNormState
@@ -92,7 +92,7 @@ class TestForward(OpTester):
             c = exact_input(shape, 1000.0).to(memory_format=memory_format)
             slope = torch.tensor([0.25, 0.5, 2.0]).repeat(shape[1])[: shape[1]]
             shift = -slope * (torch.arange(float(shape[1])) + 1000) + 0.5
-            state = None if QTYPES[grid] is None else quantizer_state(QTYPES[grid])._replace(known=True)
+            state = None if QTYPES[grid] is None else quantizer_state(QTYPES[grid]).grid
             y = operators("conv_bn", use).apply(
                 c.to(device),
                 slope.to(device),
@@ -119,20 +119,20 @@ class TestForward(OpTester):
             ours, theirs = (Problem(shape[1], exact=True, device=device) for _ in range(2))
             mine, other = quantizer_state(QUINT8, device=device), quantizer_state(QUINT8, device=device)
             for _ in range(2):
-                y, vectors, frozen = operators("conv_bn", use).forward(c, *ours.arguments(), mine, math.inf)
-                z, _, _ = reference.forward(c, *theirs.arguments(), other, math.inf)
+                y, vectors, frozen = operators("conv_bn", use).forward(c, *ours.arguments(), *mine, math.inf)
+                z, _, _ = reference.forward(c, *theirs.arguments(), *other, math.inf)
             mean = torch.arange(float(shape[1])) + offset
             torch.testing.assert_close(vectors[0].cpu(), mean, rtol=2**-22, atol=1e-6)
             torch.testing.assert_close(vectors[1].cpu(), torch.full((shape[1],), 0.25), rtol=1e-6, atol=0)
             exact, _, _ = reference.forward(
-                c, *Problem(shape[1], exact=True, device=device).arguments(), None, math.inf
+                c, *Problem(shape[1], exact=True, device=device).arguments(), None, None, math.inf
             )
-            assert_codes_but_for_ties(y.cpu(), z.cpu(), exact.cpu(), float(other.scale))
+            assert_codes_but_for_ties(y.cpu(), z.cpu(), exact.cpu(), float(other.grid.scale))
             torch.testing.assert_close(ours.norm.running_mean, theirs.norm.running_mean, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(ours.norm.running_var, theirs.norm.running_var, rtol=1e-6, atol=0)
-            torch.testing.assert_close(mine.scale, other.scale, rtol=1e-5, atol=0)
-            assert torch.equal(frozen.scale, mine.scale)
-            assert torch.equal(frozen.zero_point, mine.zero_point)
+            torch.testing.assert_close(mine.grid.scale, other.grid.scale, rtol=1e-5, atol=0)
+            assert torch.equal(frozen.scale, mine.grid.scale)
+            assert torch.equal(frozen.zero_point, mine.grid.zero_point)
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -145,13 +145,13 @@ class TestForward(OpTester):
                 theirs = Problem(shape[1], exact=False, device="cpu", affine=affine, bias=affine)
                 mine, other = quantizer_state(QINT8, device=device), quantizer_state(QINT8)
                 ops = operators("conv_bn", use)
-                y, vectors, _ = ops.forward(c.to(device), *ours.arguments(), mine, ceiling)
-                z, expected, _ = reference.forward(c, *theirs.arguments(), other, ceiling)
+                y, vectors, _ = ops.forward(c.to(device), *ours.arguments(), *mine, ceiling)
+                z, expected, _ = reference.forward(c, *theirs.arguments(), *other, ceiling)
                 assert y.dtype == dtype
-                assert_nearly_codes(y.cpu(), z, float(other.scale))
+                assert_nearly_codes(y.cpu(), z, float(other.grid.scale))
                 for name, a, b in zip(expected._fields, vectors, expected, strict=True):
                     torch.testing.assert_close(a.cpu(), b, **CLOSE, msg=name)
-                torch.testing.assert_close(mine.scale.cpu(), other.scale, **CLOSE)
+                torch.testing.assert_close(mine.grid.scale.cpu(), other.grid.scale, **CLOSE)
                 torch.testing.assert_close(ours.norm.running_var.cpu(), theirs.norm.running_var, **CLOSE)
 
     @pytest.mark.parametrize("offset", [0.0, 1000.0, -1e5])
@@ -159,7 +159,7 @@ class TestForward(OpTester):
         """Against float64, to what the input's own float32 resolution at that offset allows."""
         c = torch.randn(8, 5, 11, 13, generator=torch.Generator().manual_seed(0)) + offset
         problem = Problem(5, exact=False, device=device)
-        _, vectors, _ = operators("conv_bn", use).forward(c.to(device), *problem.arguments(), None, None)
+        _, vectors, _ = operators("conv_bn", use).forward(c.to(device), *problem.arguments(), None, None, None)
         mean = c.double().mean((0, 2, 3))
         var = c.double().var((0, 2, 3), unbiased=False)
         resolution = max(1e-6, abs(offset) * 2.0**-23)
@@ -180,28 +180,28 @@ class TestForward(OpTester):
         c = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 2 + 1).to(device)
         ops = operators("conv_bn", use)
         state = quantizer_state(QINT8, device=device, averaging=None)
-        ops.forward(c, *Problem(shape[1], exact=False, device=device).arguments(), state, ceiling)
-        y, _, _ = ops.forward(c, *Problem(shape[1], exact=False, device=device).arguments(), None, ceiling)
+        ops.forward(c, *Problem(shape[1], exact=False, device=device).arguments(), *state, ceiling)
+        y, _, _ = ops.forward(c, *Problem(shape[1], exact=False, device=device).arguments(), None, None, ceiling)
         low, high, _ = min_max(y.cpu())
-        assert float(state.min_val) == float(low)
-        assert float(state.max_val) == float(high)
+        assert float(state.statistics.min_val) == float(low)
+        assert float(state.statistics.max_val) == float(high)
 
     def test_switches(self, use: str, device: str) -> None:
         c = exact_input((4, 5, 4, 4)).to(device)
         ops = operators("conv_bn", use)
-        plain, _, _ = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), None, math.inf)
+        plain, _, _ = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), None, None, math.inf)
         cases = {
             "never observed": quantizer_state(QINT8, device=device, observing=False),
             "off": quantizer_state(QINT8, device=device, active=False),
         }
         for name, state in cases.items():
-            y, _, frozen = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), state, math.inf)
+            y, _, frozen = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), *state, math.inf)
             assert torch.equal(y, plain), name
-            assert not bool(frozen.active), name
-        assert float(cases["never observed"].min_val) == math.inf
-        assert float(cases["off"].max_val) == float(plain.max())
-        known = cases["never observed"]._replace(known=True)
-        y, _, _ = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), known, math.inf)
+            assert not bool(frozen.enabled), name
+        assert float(cases["never observed"].statistics.min_val) == math.inf
+        assert float(cases["off"].statistics.max_val) == float(plain.max())
+        known = cases["never observed"].with_range(has_data=True)
+        y, _, _ = ops.forward(c, *Problem(5, exact=True, device=device).arguments(), *known, math.inf)
         assert torch.equal(y, plain.round().clamp(0, 127))
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -210,13 +210,13 @@ class TestForward(OpTester):
         c[1, 2, 3, 0] = bad
         ours, theirs = quantizer_state(QINT8, device=device), quantizer_state(QINT8)
         y, _, _ = operators("conv_bn", use).forward(
-            c.to(device), *Problem(5, exact=True, device=device).arguments(), ours, None
+            c.to(device), *Problem(5, exact=True, device=device).arguments(), *ours, None
         )
-        z, _, _ = reference.forward(c, *Problem(5, exact=True, device="cpu").arguments(), theirs, None)
+        z, _, _ = reference.forward(c, *Problem(5, exact=True, device="cpu").arguments(), *theirs, None)
         assert torch.equal(y.cpu().isnan(), z.isnan())
         assert bool(y[:, 2].isnan().all())
         assert_same_state(ours, theirs)
-        assert int(ours.nonfinite_count) == 64
+        assert int(ours.statistics.nonfinite_count) == 64
 
     def test_cumulative_average_and_half_precision_buffers(self, use: str, device: str) -> None:
         c = exact_input((4, 5, 4, 4)).to(device)
@@ -241,12 +241,12 @@ class TestBackward(OpTester):
             c = exact_input(shape, 2.0).to(memory_format=memory_format)
             dy = torch.randn(shape, generator=torch.Generator().manual_seed(5))
             qtype = QTYPES[grid]
-            other = None if qtype is None else quantizer_state(qtype, averaging=None)
+            other = NO_QUANTIZER if qtype is None else quantizer_state(qtype, averaging=None)
             _, vectors, frozen = reference.forward(
-                c, *Problem(shape[1], exact=True, device="cpu").arguments(), other, ceiling
+                c, *Problem(shape[1], exact=True, device="cpu").arguments(), *other, ceiling
             )
             if frozen is not None:  # another scale, so that either the last code or the ceiling is what clips
-                frozen = frozen._replace(scale=frozen.scale * stretch)
+                frozen = frozen.with_scale(frozen.scale * stretch)
             expected = reference.backward(dy, c, vectors, frozen, ceiling)
             found = operators("conv_bn", use).backward(
                 dy.to(device),
@@ -264,7 +264,7 @@ class TestBackward(OpTester):
         c = exact_input((4, 5, 4, 4)).to(dtype)
         dy = torch.randn(c.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
         problem = Problem(5, exact=True, device="cpu")
-        _, vectors, frozen = reference.forward(c.float(), *problem.arguments(), quantizer_state(QINT8), math.inf)
+        _, vectors, frozen = reference.forward(c.float(), *problem.arguments(), *quantizer_state(QINT8), math.inf)
         wanted, _, _ = reference.backward(dy.float(), c.float(), vectors, frozen, math.inf)
         found, _, _ = operators("conv_bn", use).backward(
             dy.to(device),
@@ -282,6 +282,6 @@ class TestBackward(OpTester):
         runs = []
         for _ in range(2):
             state = quantizer_state(QINT8, device=device)
-            y, vectors, frozen = ops.forward(c, *Problem(5, exact=False, device=device).arguments(), state, math.inf)
+            y, vectors, frozen = ops.forward(c, *Problem(5, exact=False, device=device).arguments(), *state, math.inf)
             runs.append((y, *vectors, *ops.backward(y.cos(), c, reference.Normalization(*vectors), frozen, math.inf)))
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

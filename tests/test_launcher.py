@@ -5,6 +5,7 @@ import torch
 
 from grids import grid_of
 from tritonq.backend import has_triton, is_interpreting
+from tritonq.grid import Grid, RangeStatistics
 
 if not has_triton() or is_interpreting():
     pytest.skip("needs a compiling Triton", allow_module_level=True)
@@ -85,7 +86,8 @@ def quantize(x, axis=None):
 def observe(x):
     scale, zero_point, count = torch.ones(1), torch.zeros(1, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
     low, high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
-    min_max.observe(x, low, high, count, scale, zero_point, None, QUINT8, 0.01, "torch", 1e-7)
+    statistics = RangeStatistics(low, high, count, QUINT8.granularity, averaging_constant=0.01, eps=1e-7)
+    min_max.observe(x, statistics, Grid(scale, zero_point, QUINT8))
 
 
 def launched(recorder, kernel, *args, **constants):

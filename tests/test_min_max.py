@@ -12,7 +12,8 @@ from torch import Tensor
 
 from op_tester import LAYOUTS, OpTester, axes, clear_plans, operators, strided_tensors
 from tolerances import assert_matches
-from tritonq.qparams import QINT1, QINT8, QINT8_NARROW, QINT32, QUINT8, QuantizedType, range_to_qparams
+from tritonq.grid import Grid, RangeStatistics
+from tritonq.qparams import QINT1, QINT8, QINT8_NARROW, QINT32, QUINT8, QuantizedType, RangeRule, range_to_qparams
 from tritonq.reference import min_max as reference
 
 BAD = (math.nan, math.inf, -math.inf)
@@ -30,6 +31,21 @@ class State:
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.min_val, self.max_val, self.nonfinite, self.scale, self.zero_point
+
+    def observed(
+        self,
+        enabled: Tensor | None,
+        qtype: QuantizedType,
+        averaging: float | None,
+        rule: RangeRule,
+        eps: float,
+        copy_above: float | None = None,
+    ) -> tuple[RangeStatistics, Grid]:
+        """What the operator takes besides the batch."""
+        switches = (qtype.granularity, enabled, False)
+        constants = (averaging, copy_above, rule, eps)
+        statistics = RangeStatistics(self.min_val, self.max_val, self.nonfinite, *switches, *constants)
+        return statistics, Grid(self.scale, self.zero_point, qtype)
 
 
 def channels_of(x: Tensor, axis: int | None) -> tuple[int, ...]:
@@ -126,8 +142,8 @@ class TestObserve(OpTester):
                 ours, theirs = (State(channels_of(batches[0], axis), device) for _ in range(2))
                 arguments = (None, qtype.with_axis(axis), averaging, rule, 1e-7, copy_above)
                 for batch in (b.to(device) for b in batches):
-                    operators("min_max", use).observe(batch, *ours.tensors(), *arguments)
-                    reference.observe(batch, *theirs.tensors(), *arguments)
+                    operators("min_max", use).observe(batch, *ours.observed(*arguments))
+                    reference.observe(batch, *theirs.observed(*arguments))
                     for actual, expected in zip(ours.tensors(), theirs.tensors(), strict=True):
                         assert_matches(actual, expected, "min_max")
                 assert int(ours.nonfinite) == 21
@@ -141,7 +157,7 @@ class TestObserve(OpTester):
         for values, low, high in (([1.0, 3.0], 1.0, 3.0), ([math.nan, math.inf], 1.0, 3.0), ([-1.0, 5.0], 0.5, 3.5)):
             x = torch.tensor(values, device=device)
             observe = operators("min_max", use).observe
-            observe(x, *state.tensors(), None, QINT8, 0.25, "torch", 1e-7)
+            observe(x, *state.observed(None, QINT8, 0.25, "torch", 1e-7))
             assert (float(state.min_val), float(state.max_val)) == (low, high)
         assert int(state.nonfinite) == 2
 
@@ -158,7 +174,7 @@ class TestObserve(OpTester):
         ]
         for values, low, high in batches:
             x = torch.tensor(values, device=device)
-            operators("min_max", use).observe(x, *state.tensors(), None, QINT8.with_axis(0), 0.25, "torch", 1e-7, 1.5)
+            operators("min_max", use).observe(x, *state.observed(None, QINT8.with_axis(0), 0.25, "torch", 1e-7, 1.5))
             assert_matches(state.min_val.cpu(), torch.tensor(low), "min_max")
             assert_matches(state.max_val.cpu(), torch.tensor(high), "min_max")
 
@@ -173,7 +189,7 @@ class TestObserve(OpTester):
         ]
         for values, expected in batches:
             x = torch.tensor(values, device=device)
-            operators("min_max", use).observe(x, *state.tensors(), None, QINT8, 0.25, "torch", 1e-7, 1.5)
+            operators("min_max", use).observe(x, *state.observed(None, QINT8, 0.25, "torch", 1e-7, 1.5))
             assert (float(state.min_val), float(state.max_val)) == expected
 
     def test_running_extremes(self, use: str, device: str) -> None:
@@ -182,7 +198,7 @@ class TestObserve(OpTester):
         for values, low, high in batches:
             x = torch.tensor(values, device=device)
             observe = operators("min_max", use).observe
-            observe(x, *state.tensors(), None, QUINT8, None, "torch", 1e-7)
+            observe(x, *state.observed(None, QUINT8, None, "torch", 1e-7))
             assert (float(state.min_val), float(state.max_val)) == (low, high)
 
     @pytest.mark.parametrize(("rule", "zero_point"), [("torch", 0), ("megengine", 1)])
@@ -190,7 +206,7 @@ class TestObserve(OpTester):
         """The scale is 1 and zero lies half a step above the smallest code."""
         state = State((), device)
         x = torch.tensor([-0.5, 254.5], device=device)
-        operators("min_max", use).observe(x, *state.tensors(), None, QUINT8, None, rule, 1e-7)
+        operators("min_max", use).observe(x, *state.observed(None, QUINT8, None, rule, 1e-7))
         assert (float(state.scale), int(state.zero_point)) == (1.0, zero_point)
 
     def test_switch(self, use: str, device: str) -> None:
@@ -198,9 +214,9 @@ class TestObserve(OpTester):
         x[3] = math.nan
         observe = operators("min_max", use).observe
         off, on, always = (State((), device) for _ in range(3))
-        observe(x, *off.tensors(), torch.tensor([0], dtype=torch.uint8, device=device), QINT8, None, "torch", 1e-7)
-        observe(x, *on.tensors(), torch.tensor([1], dtype=torch.uint8, device=device), QINT8, None, "torch", 1e-7)
-        observe(x, *always.tensors(), None, QINT8, None, "torch", 1e-7)
+        observe(x, *off.observed(torch.tensor([0], dtype=torch.uint8, device=device), QINT8, None, "torch", 1e-7))
+        observe(x, *on.observed(torch.tensor([1], dtype=torch.uint8, device=device), QINT8, None, "torch", 1e-7))
+        observe(x, *always.observed(None, QINT8, None, "torch", 1e-7))
         for actual, expected in zip(off.tensors(), State((), device).tensors(), strict=True):
             assert_matches(actual, expected, "min_max")
         for actual, expected in zip(on.tensors(), always.tensors(), strict=True):
@@ -221,7 +237,7 @@ class TestObserve(OpTester):
             state = State((3,), device)
             x = torch.zeros(3, 0, device=device)
             observe = operators("min_max", use).observe
-            observe(x, *state.tensors(), None, QINT8.with_axis(0), averaging, "torch", 1e-7)
+            observe(x, *state.observed(None, QINT8.with_axis(0), averaging, "torch", 1e-7))
             for actual, expected in zip(state.tensors(), State((3,), device).tensors(), strict=True):
                 assert_matches(actual, expected, "min_max")
 

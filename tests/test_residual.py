@@ -10,7 +10,7 @@ from torch import nn
 
 import tritonq
 from op_tester import OpTester, operators
-from quantizer_states import assert_same_state, quantizer_state
+from quantizer_states import NO_QUANTIZER, assert_same_state, quantizer_state
 from tritonq.qparams import QINT8, QUINT8
 from tritonq.reference import residual
 
@@ -177,20 +177,20 @@ class TestBackends(OpTester):
         [(QINT8, math.inf), (QINT8, 1.5), (QUINT8, None), (QUINT8, 0.3), (None, math.inf), (None, 1.5)],
     )
     def test_equals_the_pytorch_path(self, shape, qtype, ceiling, use, device):
-        mine, other = (None if qtype is None else quantizer_state(qtype, device=device) for _ in range(2))
+        mine, other = (NO_QUANTIZER if qtype is None else quantizer_state(qtype, device=device) for _ in range(2))
         for seed, dtype in ((0, torch.float32), (1, torch.bfloat16), (2, torch.float16)):
             a, b, dy = (t.to(device) for t in tensors(shape, dtype, seed))
             if a.numel() > 20:
                 a.view(-1)[[3, 9, 15]] = torch.tensor([torch.nan, torch.inf, -torch.inf], device=device).to(dtype)
             ops = operators("residual", use)
-            y, mask = ops.forward(a, b, mine, ceiling)
-            z, expected = residual.forward(a, b, other, ceiling)
+            y, mask = ops.forward(a, b, *mine, ceiling)
+            z, expected = residual.forward(a, b, *other, ceiling)
             # The interpreter truncates where a GPU rounds to bfloat16.
             close = {"rtol": 2**-7, "atol": 0} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 0}
             torch.testing.assert_close(y, z, equal_nan=True, **close)
             assert torch.equal(residual.unpack(mask, a.numel()), residual.unpack(expected, a.numel()))
             assert torch.equal(ops.backward(dy, mask), residual.backward(dy, expected))
-            if mine is not None:
+            if qtype is not None:
                 assert_same_state(mine, other)
 
     def test_layouts(self, use, device):
@@ -203,8 +203,8 @@ class TestBackends(OpTester):
             (a[:, ::2], b[:, ::2]),
         ):
             ops = operators("residual", use)
-            y, mask = ops.forward(p, q, quantizer_state(QINT8, device=device), math.inf)
-            z, expected = residual.forward(p, q, quantizer_state(QINT8, device=device), math.inf)
+            y, mask = ops.forward(p, q, *quantizer_state(QINT8, device=device), math.inf)
+            z, expected = residual.forward(p, q, *quantizer_state(QINT8, device=device), math.inf)
             assert torch.equal(y, z)
             dy = torch.randn_like(y)
             assert torch.equal(ops.backward(dy, mask), residual.backward(dy, expected))

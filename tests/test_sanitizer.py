@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from grids import grid_of
+from tritonq.grid import Grid, RangeStatistics
 
 pytestmark = pytest.mark.worker("sanitizer")
 
@@ -94,7 +95,9 @@ def test_min_max(
     state = (torch.zeros(channels), torch.zeros(channels), torch.zeros((), dtype=torch.int64))
     qparams = (torch.zeros(channels), torch.zeros(channels, dtype=torch.int32))
     enabled = torch.ones(1, dtype=torch.uint8)
-    min_max.observe(x, *state, *qparams, enabled, QUINT8.with_axis(axis), 0.1, rule, 1e-7)
+    qtype = QUINT8.with_axis(axis)
+    statistics = RangeStatistics(*state, qtype.granularity, enabled, averaging_constant=0.1, rule=rule, eps=1e-7)
+    min_max.observe(x, statistics, Grid(*qparams, qtype))
 
 
 def _claims_one_column_more(view: Any) -> Any:

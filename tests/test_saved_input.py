@@ -27,7 +27,7 @@ def on_grid(qtype, dtype=torch.float32, seed=0):
 
 def seen(qtype):
     """A quantizer whose qparams rest on data."""
-    return quantizer_state(qtype)._replace(known=True)
+    return quantizer_state(qtype).with_range(has_data=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -36,7 +36,7 @@ def seen(qtype):
 def test_codes_rebuild_the_input_exactly(qtype, dtype, marked):
     x, grid = on_grid(qtype, dtype)
     if marked:
-        mark(x, grid.scale, seen(qtype))
+        mark(x, grid.scale, *seen(qtype))
     kept = keep(x, grid)
     assert kept.values.dtype == torch.int8
     assert torch.equal(restore(kept), x)
@@ -62,7 +62,7 @@ def verified(monkeypatch):
 
 def test_a_marked_input_is_trusted(verified):
     x, grid = on_grid(QINT8)
-    mark(x, grid.scale, seen(QINT8))
+    mark(x, grid.scale, *seen(QINT8))
     keep(x, grid)
     assert not verified
     keep(x.clone(), grid)
@@ -71,15 +71,15 @@ def test_a_marked_input_is_trusted(verified):
 
 def test_a_mark_does_not_outlive_the_values_or_the_scale(verified):
     x, grid = on_grid(QINT8)
-    mark(x, grid.scale, seen(QINT8))
+    mark(x, grid.scale, *seen(QINT8))
     x[0, 0, 0, 0] += 0.4 * grid.scale.item()
     assert keep(x, grid).values is x
     x, grid = on_grid(QINT8)
-    mark(x, grid.scale, seen(QINT8))
+    mark(x, grid.scale, *seen(QINT8))
     grid.scale.mul_(1.01)
     assert keep(x, grid).values is x
     x, grid = on_grid(QINT8)
-    mark(x, grid.scale.clone(), seen(QINT8))
+    mark(x, grid.scale.clone(), *seen(QINT8))
     keep(x, grid)
     assert len(verified) == 3
 
@@ -87,9 +87,9 @@ def test_a_mark_does_not_outlive_the_values_or_the_scale(verified):
 def test_a_quantizer_that_is_off_marks_nothing(verified):
     x, grid = on_grid(QINT8)
     state = seen(QINT8)
-    mark(x, grid.scale, state._replace(active=torch.zeros(1, dtype=torch.uint8)))
-    unobserved = state._replace(known=False, min_val=torch.tensor(torch.inf), max_val=torch.tensor(-torch.inf))
-    mark(x, grid.scale, unobserved)
+    mark(x, grid.scale, *state.with_grid(enabled=torch.zeros(1, dtype=torch.uint8)))
+    unobserved = state.with_range(has_data=False, min_val=torch.tensor(torch.inf), max_val=torch.tensor(-torch.inf))
+    mark(x, grid.scale, *unobserved)
     keep(x, grid)
     assert len(verified) == 1
 
@@ -97,8 +97,8 @@ def test_a_quantizer_that_is_off_marks_nothing(verified):
 def test_a_residual_join_marks_its_result(verified):
     state = quantizer_state(QINT8)
     a, b = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    y = residual_join(a.requires_grad_(), b, state, None)
-    kept = keep(y, Grid(state.scale, state.zero_point, QINT8))
+    y = residual_join(a.requires_grad_(), b, *state, None)
+    kept = keep(y, state.grid)
     assert not verified
     assert torch.equal(restore(kept), y)
 

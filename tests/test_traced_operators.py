@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonq
 from op_tester import OpTester
-from quantizer_states import quantizer_state
+from quantizer_states import NO_QUANTIZER, QuantizerState, quantizer_state
 from tritonq.backend import Backend
 from tritonq.bins import FloatPrefixBins
 from tritonq.functional import traced
@@ -26,7 +26,6 @@ from tritonq.functional.traced import eval_mode
 from tritonq.grid import Grid
 from tritonq.qparams import QINT8, QUINT8, QuantizedType
 from tritonq.reference.conv_bn import BatchNormState
-from tritonq.reference.quantizer_state import QuantizerState
 
 
 class CheckedOperators(TorchDispatchMode):
@@ -53,26 +52,28 @@ def state(qtype: QuantizedType, channels: int = 1) -> QuantizerState:
 
 
 def weights(x: Tensor) -> None:
-    rows, fold = normal(6, 5, 3, 3), torch.ones(6)
+    ops, rows, fold = traced.FAMILIES["weight"], normal(6, 5, 3, 3), torch.ones(6)
     for qtype, channels in ((QINT8.with_axis(0), 6), (QUINT8.with_axis(0), 6), (QINT8, 1), (QUINT8, 1)):
-        codes, unit, clips, frozen = traced.weight.quantize_folded(rows, fold, state(qtype, channels))
-        again, *_ = traced.weight.folded_codes(rows, fold, frozen)
+        codes, unit, clips, frozen = ops.quantize_folded(rows, fold, *state(qtype, channels))
+        again, *_ = ops.folded_codes(rows, fold, frozen)
         assert torch.equal(again, codes)
-        traced.weight.folded_backward(torch.ones_like(codes), rows, fold, unit, frozen, clips)
+        ops.folded_backward(torch.ones_like(codes), rows, fold, unit, frozen, clips)
 
 
 def tails(x: Tensor) -> None:
-    vectors = [torch.ones(x.shape[1]) for _ in range(6)]
-    for quantizer in (None, state(QINT8), state(QUINT8)):
+    ops, vectors = traced.FAMILIES["conv_bn"], [torch.ones(x.shape[1]) for _ in range(6)]
+    for quantizer in (NO_QUANTIZER, state(QINT8), state(QUINT8)):
         norm = BatchNormState(*vectors[:2], 0.1, 1e-5)
-        y, normalization, frozen = traced.conv_bn.forward(x, *vectors[2:], norm, quantizer, math.inf)
-        traced.conv_bn.backward(torch.ones_like(y), x, normalization, frozen, math.inf)
+        y, normalization, frozen = ops.forward(x, *vectors[2:], norm, *quantizer, math.inf)
+        ops.backward(torch.ones_like(y), x, normalization, frozen, math.inf)
+        ops.apply(x, *vectors[:2], frozen, None)
 
 
 def joins(x: Tensor) -> None:
-    for quantizer in (None, state(QUINT8)):
-        y, mask = traced.residual.forward(x, x + 1, quantizer, math.inf)
-        traced.residual.backward(torch.ones_like(y), mask)
+    ops = traced.FAMILIES["residual"]
+    for quantizer in (NO_QUANTIZER, state(QUINT8)):
+        y, mask = ops.forward(x, x + 1, *quantizer, math.inf)
+        ops.backward(torch.ones_like(y), mask)
 
 
 def elementwise(x: Tensor) -> None:
@@ -98,14 +99,14 @@ def observers(x: Tensor) -> None:
     bins = FloatPrefixBins()
     for axis, channels in ((None, 1), (1, x.shape[1])):
         qtype = QINT8.with_axis(axis)
-        _, _, _, _, low, high, count, observing, *_ = full = state(qtype, channels)
-        zero_point = torch.zeros(channels, dtype=torch.int32)
-        for scale, zero in ((full.scale, zero_point), (None, None)):
-            traced.min_max.observe(x, low, high, count, scale, zero, observing, qtype, 0.1, "torch", 1e-7)
-        traced.min_max.min_max(x, axis)
-        counts, low, high, count = traced.histogram.prefix_histogram(x, bins, axis)
-        traced.histogram.observe(x, counts, low, high, count, observing, bins, axis)
-        traced.histogram.search_range(counts, low, high, bins, qtype, "l2")
+        grid, statistics = state(qtype, channels)
+        for written in (grid, None):
+            traced.FAMILIES["min_max"].observe(x, statistics, written)
+        traced.FAMILIES["min_max"].min_max(x, axis)
+        ops = traced.FAMILIES["histogram"]
+        counts, low, high, count = ops.prefix_histogram(x, bins, axis)
+        ops.observe(x, counts, low, high, count, statistics.enabled, bins, axis)
+        traced.FAMILIES["search"].search_range(counts, low, high, bins, qtype, "l2")
 
 
 def integers(x: Tensor) -> None:
@@ -114,7 +115,7 @@ def integers(x: Tensor) -> None:
     shift = torch.full((6,), 3, dtype=torch.int32)
     geometry = ((2, 1), (1, 0), (1, 2), 1)
     for saturated in (None, counter):
-        ops = traced.int8_conv
+        ops = traced.FAMILIES["int8_conv"]
         ops.int8_conv2d(codes, weight, bias, shift, *geometry, -127, 127, torch.int8, saturated)
         ops.int8_conv2d(codes, weight, bias, None, *geometry, 0, 0, torch.int32, saturated)
 

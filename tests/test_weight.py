@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,12 +11,11 @@ from torch import Tensor
 import tritonq
 from op_tester import OpTester, operators
 from quantizer_states import assert_same_state, moved, quantizer_state
+from tritonq import grid as grid_module
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.grid import Grid
 from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QUINT8
-from tritonq.reference import quantizer_state as quantizer_state_module
 from tritonq.reference import weight as reference
-from tritonq.reference.quantizer_state import QuantizerState
 
 SHAPES = [(5, 3, 3, 3), (7, 130), (1, 1), (33, 2, 1, 1), (3, 2100), (6, 1, 5)]
 QTYPES = {
@@ -60,9 +61,9 @@ class TestWeight(OpTester):
         rows, fold = problem(shape)
         for factor in (1.0, 1.3, 0.5):
             codes, unit, _, frozen = operators("weight", use).quantize_folded(
-                rows.to(device), factor * fold.to(device), mine
+                rows.to(device), factor * fold.to(device), *mine
             )
-            expected = reference.quantize_folded(rows, factor * fold, other)
+            expected = reference.quantize_folded(rows, factor * fold, *other)
             assert torch.equal(codes.cpu(), expected.codes)
             assert torch.equal(unit.cpu(), expected.unit)
             assert_same_state(mine, other)
@@ -70,8 +71,8 @@ class TestWeight(OpTester):
             assert torch.equal(again, codes)
         # What the op's parts compute, written out.
         folded = rows * column(0.5 * fold, rows)
-        axis = None if other.scale.numel() == 1 else 0
-        whole = fake_quantize(folded, Grid(other.scale, other.zero_point, qtype.with_axis(axis)))
+        axis = None if other.grid.scale.numel() == 1 else 0
+        whole = fake_quantize(folded, Grid(other.grid.scale, other.grid.zero_point, qtype.with_axis(axis)))
         torch.testing.assert_close(codes.cpu() * column(unit.cpu(), rows), whole, rtol=0, atol=0)
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -81,8 +82,8 @@ class TestWeight(OpTester):
         dcodes = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         ops = operators("weight", use)
         other = quantizer_state(QTYPES[name], shape[0])
-        _, unit, clips, frozen = reference.quantize_folded(rows, fold, other)
-        smaller = frozen._replace(scale=frozen.scale * 0.6)  # some codes are clipped
+        _, unit, clips, frozen = reference.quantize_folded(rows, fold, *other)
+        smaller = frozen.with_scale(frozen.scale * 0.6)  # some codes are clipped
         for state, known_clips in ((smaller, True), (frozen, clips), (None, False)):
             _, _, _, snapshot = ops.folded_codes(
                 rows.to(device), fold.to(device), None if state is None else moved(state, device)
@@ -102,12 +103,10 @@ class TestWeight(OpTester):
         rows, fold = (tensor.to(device) for tensor in problem((5, 3, 3, 3)))
         dcodes, unit = torch.ones_like(rows), torch.ones_like(fold)
         one = moved(
-            QuantizerState(torch.tensor([0.01]), torch.tensor([3], dtype=torch.int32), torch.tensor([active]), QUINT8),
+            Grid(torch.tensor([0.01]), torch.tensor([3], dtype=torch.int32), QUINT8, torch.tensor([active])),
             device,
         )
-        per_row = one._replace(
-            scale=one.scale.repeat(5), zero_point=one.zero_point.repeat(5), active=one.active.repeat(5)
-        )
+        per_row = one.with_buffers(one.scale.repeat(5), one.zero_point.repeat(5), one.enabled.repeat(5))
         ops = operators("weight", use)
         drows, dfold = ops.folded_backward(dcodes.clone(), rows, fold, unit, one, True)
         others = ops.folded_backward(dcodes.clone(), rows, fold, unit, per_row, True)
@@ -116,7 +115,7 @@ class TestWeight(OpTester):
         assert bool((drows == 0).any()) == active
         assert torch.equal(ops.folded_codes(rows, fold, one)[0], ops.folded_codes(rows, fold, per_row)[0])
         # A switch of its own for every row.
-        mixed = per_row._replace(active=torch.tensor([True, False, True, False, True], device=device))
+        mixed = replace(per_row, enabled=torch.tensor([True, False, True, False, True], device=device))
         drows, _ = ops.folded_backward(dcodes.clone(), rows, fold, unit, mixed, True)
         assert [bool((row == 0).any()) for row in drows[:4]] == [True, False, True, False]
 
@@ -125,11 +124,11 @@ class TestWeight(OpTester):
         folded = rows * column(fold, rows)
         for observing, active in ((False, True), (True, False)):
             state = quantizer_state(QINT8_NARROW.with_axis(0), 5, device=device, observing=observing, active=active)
-            codes, unit, _, frozen = operators("weight", use).quantize_folded(rows.to(device), fold.to(device), state)
+            codes, unit, _, frozen = operators("weight", use).quantize_folded(rows.to(device), fold.to(device), *state)
             assert torch.equal(codes.cpu(), folded)
             assert bool((unit == 1).all())
-            assert not bool(frozen.active.any())
-            assert bool(torch.isfinite(state.min_val).any()) == observing
+            assert not bool(frozen.enabled.any())
+            assert bool(torch.isfinite(state.statistics.min_val).any()) == observing
 
     def test_not_finite_values_are_counted(self, use: str, device: str) -> None:
         rows, fold = problem((5, 3, 3, 3))
@@ -138,19 +137,19 @@ class TestWeight(OpTester):
             quantizer_state(QINT8_NARROW.with_axis(0), 5, device=device),
             quantizer_state(QINT8_NARROW.with_axis(0), 5),
         )
-        codes, _, _, _ = operators("weight", use).quantize_folded(rows.to(device), fold.to(device), mine)
-        expected = reference.quantize_folded(rows, fold, other)
+        codes, _, _, _ = operators("weight", use).quantize_folded(rows.to(device), fold.to(device), *mine)
+        expected = reference.quantize_folded(rows, fold, *other)
         assert_same_state(mine, other)
-        assert int(mine.nonfinite_count) == 2
+        assert int(mine.statistics.nonfinite_count) == 2
         torch.testing.assert_close(codes.cpu(), expected.codes, equal_nan=True, rtol=0, atol=0)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_low_precision_parameters(self, dtype: torch.dtype, use: str, device: str) -> None:
         rows, fold = problem((5, 3, 3, 3))
         state = quantizer_state(QINT8_NARROW.with_axis(0), 5, device=device)
-        codes, _, _, _ = operators("weight", use).quantize_folded(rows.to(device, dtype), fold.to(device), state)
+        codes, _, _, _ = operators("weight", use).quantize_folded(rows.to(device, dtype), fold.to(device), *state)
         expected = reference.quantize_folded(
-            rows.to(dtype).float(), fold, quantizer_state(QINT8_NARROW.with_axis(0), 5)
+            rows.to(dtype).float(), fold, *quantizer_state(QINT8_NARROW.with_axis(0), 5)
         )
         assert torch.equal(codes.cpu(), expected.codes)
 
@@ -159,7 +158,7 @@ class TestWeight(OpTester):
         rows, fold = problem((5, 3, 3, 3))
         fold = fold.sign() * 2.0 ** torch.arange(5.0)
         state = quantizer_state(QINT8_NARROW.with_axis(0), 5, averaging=1.0)
-        codes, _, clips, _ = reference.quantize_folded(rows, fold, state)
+        codes, _, clips, _ = reference.quantize_folded(rows, fold, *state)
         assert not clips
         plain = quantizer_state(QINT8_NARROW.with_axis(0), 5, averaging=1.0)
         expected, _, _, _ = reference.quantize_folded(rows, fold.sign(), plain)
@@ -168,16 +167,16 @@ class TestWeight(OpTester):
 
 def test_the_state_of_a_module_is_updated_as_its_own_forward_would() -> None:
     """The operator and the module agree on range, scale and codes."""
-    from tritonq.nn.fusable import range_state
+    from tritonq.nn.fusable import observed_grid
 
     quantizer = tritonq.get_qconfig().weight()
     quantizer.allocate(5)
     twin = tritonq.get_qconfig().weight()
     twin.allocate(5)
     rows, fold = problem((5, 3, 3, 3))
-    state = range_state(quantizer)
-    assert isinstance(state, QuantizerState)
-    codes, unit, _, _ = reference.quantize_folded(rows, fold, state)
+    state = observed_grid(quantizer)
+    assert state is not None
+    codes, unit, _, _ = reference.quantize_folded(rows, fold, *state)
     assert torch.equal(codes * column(unit, rows), twin(rows * column(fold, rows)))
     for (name, value), expected in zip(quantizer.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(value, expected), name
@@ -190,10 +189,10 @@ def test_gradients_where_the_switch_can_not_be_read(active, monkeypatch):
     rows, fold = problem(shape)
     dcodes = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     state = quantizer_state(QINT8_NARROW.with_axis(0), shape[0])
-    _, unit, _, frozen = reference.quantize_folded(rows, fold, state)
-    frozen = frozen._replace(scale=frozen.scale * 0.6, active=torch.tensor([active]))
+    _, unit, _, frozen = reference.quantize_folded(rows, fold, *state)
+    frozen = frozen.with_buffers(frozen.scale * 0.6, None, torch.tensor([active]))
     expected = reference.folded_backward(dcodes.clone(), rows, fold, unit, frozen, True)
-    monkeypatch.setattr(quantizer_state_module, "is_readable", lambda tensor: False)
+    monkeypatch.setattr(grid_module, "is_readable", lambda tensor: False)
     found = reference.folded_backward(dcodes.clone(), rows, fold, unit, frozen, True)
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine, theirs)

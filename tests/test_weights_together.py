@@ -12,10 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonq
 from op_tester import OpTester, operators
-from quantizer_states import assert_same_state, moved, quantizer_state
+from quantizer_states import QuantizerState, assert_same_state, moved_state, quantizer_state
 from tritonq.qparams import QINT4, QINT8_NARROW, QUINT8, QuantizedType
 from tritonq.reference import weight as reference
-from tritonq.reference.quantizer_state import QuantizerState
 
 SHAPES = [(5, 3, 3, 3), (4, 1100), (1, 1), (33, 2, 1, 1), (3, 130)]
 
@@ -33,9 +32,10 @@ def states(qtypes: list[QuantizedType], **changes: object) -> list[QuantizerStat
     ]
     counts = [shape[0] for shape in SHAPES]
     low, high, scale = (
-        torch.cat([getattr(state, name) for state in made]).split(counts) for name in ("min_val", "max_val", "scale")
+        torch.cat([getattr(state[part], name) for state in made]).split(counts)
+        for part, name in ((1, "min_val"), (1, "max_val"), (0, "scale"))
     )
-    return [state._replace(min_val=low[i], max_val=high[i], scale=scale[i]) for i, state in enumerate(made)]
+    return [state.with_range(min_val=low[i], max_val=high[i]).with_grid(scale=scale[i]) for i, state in enumerate(made)]
 
 
 class TestWeightsTogether(OpTester):
@@ -50,19 +50,19 @@ class TestWeightsTogether(OpTester):
         rows[0][1, 0, 0, 0] = torch.nan
         for factor in (1.0, 0.5):
             found = operators("weights_together", use).quantize_all(
-                [weight.to(device) for weight in rows], factor * fold.to(device), mine
+                [weight.to(device) for weight in rows], factor * fold.to(device), *zip(*mine, strict=True)
             )
             folds = (factor * fold).split([len(weight) for weight in rows])
             for weight, of_one, own, other, (codes, unit, _, frozen) in zip(
                 rows, folds, mine, others, found, strict=True
             ):
-                expected = reference.quantize_folded(weight, of_one, other)
+                expected = reference.quantize_folded(weight, of_one, *other)
                 assert torch.equal(codes.cpu().nan_to_num(99), expected.codes.nan_to_num(99))
                 assert torch.equal(unit.cpu(), expected.unit)
                 assert_same_state(own, other)
-                assert torch.equal(frozen.scale.cpu(), other.scale)
-                if other.zero_point is not None:
-                    assert torch.equal(frozen.zero_point.cpu(), other.zero_point)
+                assert torch.equal(frozen.scale.cpu(), other.grid.scale)
+                if other.grid.zero_point is not None:
+                    assert torch.equal(frozen.zero_point.cpu(), other.grid.zero_point)
 
     @pytest.mark.parametrize("switch", ["observing", "active"])
     def test_switches(self, switch: str, use: str, device: str) -> None:
@@ -70,28 +70,28 @@ class TestWeightsTogether(OpTester):
         mine, others = states(qtypes, device=device, **off), states(qtypes, **off)
         rows, fold = problem(device)
         found = operators("weights_together", use).quantize_all(
-            [weight.to(device) for weight in rows], fold.to(device), mine
+            [weight.to(device) for weight in rows], fold.to(device), *zip(*mine, strict=True)
         )
         folds = fold.split([len(weight) for weight in rows])
         for weight, of_one, own, other, (codes, unit, _, _) in zip(rows, folds, mine, others, found, strict=True):
-            expected = reference.quantize_folded(weight, of_one, other)
+            expected = reference.quantize_folded(weight, of_one, *other)
             assert torch.equal(codes.cpu(), expected.codes)
             assert torch.equal(unit.cpu(), expected.unit)
             assert_same_state(own, other)
 
     def test_grids_that_do_not_observe(self, use: str, device: str) -> None:
         fixed = [
-            state._replace(observing=None, known=True)
+            state.with_range(frozen=True, has_data=True)
             for state in states([QINT8_NARROW, QINT4, QUINT8, QINT8_NARROW, QINT4], device=device)
         ]
         rows, fold = problem(device)
         fold *= 10  # beyond the codes of four bits
         found = operators("weights_together", use).quantize_all(
-            [weight.to(device) for weight in rows], fold.to(device), fixed
+            [weight.to(device) for weight in rows], fold.to(device), *zip(*fixed, strict=True)
         )
         folds = fold.split([len(weight) for weight in rows])
         for weight, of_one, state, (codes, _, _, _) in zip(rows, folds, fixed, found, strict=True):
-            expected = reference.quantize_folded(weight, of_one, moved(state, "cpu"))
+            expected = reference.quantize_folded(weight, of_one, *moved_state(state, "cpu"))
             assert torch.equal(codes.cpu(), expected.codes)
 
 

@@ -16,7 +16,6 @@ from tritonq.grid import Grid
 from tritonq.observers import MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
 from tritonq.observers.base import FixedDtypeBuffers
 from tritonq.qparams import QParams, QuantizedType
-from tritonq.reference.quantizer_state import QuantizerState
 
 
 class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
@@ -220,9 +219,10 @@ class FakeQuantize(FakeQuantizeBase):
             self._warn_once()
             return x
         zero_point = None if self.activation_post_process.zero_point_is_zero else self.zero_point
-        y = fake_quantize(x, Grid(self.scale, zero_point, self.qtype, active))
+        grid = Grid(self.scale, zero_point, self.qtype, active)
+        y = fake_quantize(x, grid)
         if self.qtype.axis is None:
-            mark(y, self.scale, QuantizerState(self.scale, zero_point, active, self.qtype, known=True))
+            mark(y, self.scale, grid)
         return y
 
     def _warn_once(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,10 @@ class Grid:
         """Return the grid with another scale."""
         return Grid(scale, self.zero_point, self.qtype, self.enabled)
 
+    def with_buffers(self, scale: Tensor, zero_point: Tensor | None, enabled: Tensor | None) -> Grid:
+        """Return a grid of the same type with other tensors. Kernels write one scale and switch per row of a weight."""
+        return Grid(scale, zero_point, self.qtype, enabled)
+
     def copy(self) -> Grid:
         """Return a grid of copies, for a later backward: observers and switches change buffers in place."""
         return Grid(
@@ -100,3 +104,7 @@ class RangeStatistics:
     rule: RangeRule = "torch"
     eps: float = 0.0
     has_data: bool = False
+
+    def with_data(self) -> RangeStatistics:
+        """Return the statistics as they are once something was observed."""
+        return self if self.has_data else replace(self, has_data=True)

@@ -151,7 +151,7 @@ def _tritonq_tail(inputs: Inputs) -> Step:
 
     def step(inputs: Inputs) -> tuple[Tensor, ...]:
         c, vectors = inputs["c"].detach(), (inputs["fold"], inputs["gamma"], inputs["beta"], None)
-        y, normalization, qparams = tail.forward(c, *vectors, norm, quantizer, math.inf)
+        y, normalization, qparams = tail.forward(c, *vectors, norm, *quantizer, math.inf)
         return y, tail.backward(inputs["dy"], c, normalization, qparams, math.inf)[0]
 
     return step

@@ -8,30 +8,30 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from tritonq.reference.quantizer_state import QuantizerState
+    from tritonq.grid import Grid, RangeStatistics
 
 # Both sides: affine, per tensor, codes 0..255, moving average with torch.ao's constant.
 STEPS = 255
 _AVERAGING_CONSTANT = 0.01
 
 
-def activation_state(device: torch.device) -> QuantizerState:
-    """The state of an activation quantizer that has observed nothing."""
+def activation_state(device: torch.device) -> tuple[Grid, RangeStatistics]:
+    """Return grid and range of an activation quantizer that has observed nothing."""
+    from tritonq.grid import Grid, RangeStatistics
     from tritonq.qparams import TORCH_EPS, QuantizedType
-    from tritonq.reference.quantizer_state import QuantizerState
 
     def filled(value: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full(shape, value, dtype=dtype, device=device)
 
-    return QuantizerState(
-        scale=filled(1.0, 1),
-        zero_point=filled(0, 1, dtype=torch.int32),
-        active=filled(1, 1, dtype=torch.uint8),
-        qtype=QuantizedType(0, STEPS, symmetric=False),
-        min_val=filled(torch.inf),
-        max_val=filled(-torch.inf),
-        nonfinite_count=filled(0, dtype=torch.int64),
-        observing=filled(1, 1, dtype=torch.uint8),
+    qtype = QuantizedType(0, STEPS, symmetric=False)
+    return Grid(
+        filled(1.0, 1), filled(0, 1, dtype=torch.int32), qtype, filled(1, 1, dtype=torch.uint8)
+    ), RangeStatistics(
+        filled(torch.inf),
+        filled(-torch.inf),
+        filled(0, dtype=torch.int64),
+        qtype.granularity,
+        filled(1, 1, dtype=torch.uint8),
         averaging_constant=_AVERAGING_CONSTANT,
         eps=TORCH_EPS,
     )

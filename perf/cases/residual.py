@@ -99,7 +99,7 @@ def _tritonq(inputs: Inputs) -> Operator:
     from tritonq.functional.residual import residual_join
 
     state = activation_state(inputs["a"].device)
-    return lambda a, b: residual_join(a, b, state, math.inf)
+    return lambda a, b: residual_join(a, b, *state, math.inf)
 
 
 def _ao(version: int, inputs: Inputs) -> Operator:

@@ -88,27 +88,26 @@ def cases() -> Iterator[Case]:
 def _tritonq(inputs: Inputs) -> Step:
     """What the Conv-BN operator calls; it convolves with codes, so that it never forms their values."""
     from tritonq.backend import implementation
+    from tritonq.grid import Grid, RangeStatistics
     from tritonq.qparams import TORCH_EPS, QuantizedType
-    from tritonq.reference.quantizer_state import QuantizerState
 
     channels, device = len(inputs["fold"]), inputs["weight"].device
     ops = implementation("weight", inputs["weight"])
-    state = QuantizerState(
-        scale=torch.ones(channels, device=device),
-        zero_point=None,
-        active=torch.ones(1, dtype=torch.uint8, device=device),
-        qtype=QuantizedType(_QUANT_MIN, _QUANT_MAX, axis=0),
-        min_val=torch.full((channels,), torch.inf, device=device),
-        max_val=torch.full((channels,), -torch.inf, device=device),
-        nonfinite_count=torch.zeros((), dtype=torch.int64, device=device),
-        observing=torch.ones(1, dtype=torch.uint8, device=device),
+    qtype, on = QuantizedType(_QUANT_MIN, _QUANT_MAX, axis=0), torch.ones(1, dtype=torch.uint8, device=device)
+    grid = Grid(torch.ones(channels, device=device), None, qtype, on)
+    statistics = RangeStatistics(
+        torch.full((channels,), torch.inf, device=device),
+        torch.full((channels,), -torch.inf, device=device),
+        torch.zeros((), dtype=torch.int64, device=device),
+        qtype.granularity,
+        on.clone(),
         averaging_constant=1.0,
         eps=TORCH_EPS,
     )
 
     def step(inputs: Inputs) -> tuple[Tensor, ...]:
         weight, fold = inputs["weight"].detach(), inputs["fold"].detach()
-        codes, unit, clips, frozen = ops.quantize_folded(weight, fold, state)
+        codes, unit, clips, frozen = ops.quantize_folded(weight, fold, grid, statistics)
         drows, dfold = ops.folded_backward(inputs["dy"] * _column(unit, weight), weight, fold, unit, frozen, clips)
         return codes, unit, drows, dfold
 

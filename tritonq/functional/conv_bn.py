@@ -13,11 +13,10 @@ from tritonq.functional.dispatch import implementation
 from tritonq.functional.linear_map import LinearMap
 from tritonq.functional.recomputation import StepMemory, is_recomputing
 from tritonq.functional.saved_input import SavedInput, keep, mark, restore
-from tritonq.grid import Grid
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import is_readable
 from tritonq.reference.conv_bn import BatchNormState, Normalization
 from tritonq.reference.fold import TINY_FOLD, nonzero_fold
-from tritonq.reference.quantizer_state import QuantizerState
 from tritonq.reference.scratch import borrow
 from tritonq.reference.weight import WeightCodes
 
@@ -32,8 +31,10 @@ class ConvBnStep:
     Attributes:
         op: the convolution or product.
         norm: the BatchNorm.
-        weight_quantizer: of the folded weight's rows; None leaves it in float.
-        output_quantizer: of the result, per tensor; None leaves it in float.
+        weight_grid: of the folded weight's rows; None leaves it in float.
+        weight_statistics: the range behind it; None observes nothing.
+        output_grid: of the result, per tensor; None leaves it in float.
+        output_statistics: the range behind it; None observes nothing.
         input_grid: the grid that the input lies on, where known: the backward then keeps codes of one byte.
         ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
         memory: the layer's, for a recomputation of this step.
@@ -41,8 +42,10 @@ class ConvBnStep:
 
     op: LinearMap
     norm: BatchNormState
-    weight_quantizer: QuantizerState | None = None
-    output_quantizer: QuantizerState | None = None
+    weight_grid: Grid | None = None
+    weight_statistics: RangeStatistics | None = None
+    output_grid: Grid | None = None
+    output_statistics: RangeStatistics | None = None
     input_grid: Grid | None = None
     ceiling: float | None = None
     memory: StepMemory = field(default_factory=StepMemory)
@@ -121,21 +124,24 @@ class _ConvBn(torch.autograd.Function):
         if ready is None:
             fold, inverse_std = _fold_of_step(x, gamma, step)
             rows = step.op.to_rows(weight)
-            made = ctx.weights.quantize_folded(rows, fold, step.weight_quantizer, borrow("weight", rows, fold.dtype))
+            made = ctx.weights.quantize_folded(
+                rows, fold, step.weight_grid, step.weight_statistics, borrow("weight", rows, fold.dtype)
+            )
         else:
             fold, inverse_std, made, _ = ready
             step.memory.fold = fold, inverse_std
-        codes, unit, clips, weight_quantizer = made
+        codes, unit, clips, weight_grid = made
         del made, ready
         codes, unit = fit_codes(codes, unit, x.dtype)
         c = step.op(x, step.op.from_rows(codes))
         del codes
         check_count(c)
-        y, normalization, quantizer = ctx.tail.forward(
-            c, fold / unit, gamma, beta, bias, step.norm, step.output_quantizer, step.ceiling
+        y, normalization, output_grid = ctx.tail.forward(
+            *(c, fold / unit, gamma, beta, bias, step.norm),
+            *(step.output_grid, step.output_statistics, step.ceiling),
         )
-        if quantizer is not None and step.output_quantizer is not None:
-            mark(y, step.output_quantizer.scale, quantizer)
+        if output_grid is not None and step.output_grid is not None:
+            mark(y, step.output_grid.scale, output_grid)
         if any(ctx.needs_input_grad):
             kept = keep(x, step.input_grid)
             ctx.step, ctx.clips, ctx.x_dtype = step, clips, x.dtype
@@ -144,8 +150,8 @@ class _ConvBn(torch.autograd.Function):
                 *(weight, gamma, c, fold, unit, inverse_std),
                 *kept.tensors,
                 *normalization,
-                *_qparams(weight_quantizer),
-                *_qparams(quantizer),
+                *_tensors(weight_grid),
+                *_tensors(output_grid),
             )
         return y  # type: ignore[no-any-return]
 
@@ -157,12 +163,14 @@ class _ConvBn(torch.autograd.Function):
         kept = SavedInput(saved.pop(0), saved.pop(0), saved.pop(0), ctx.x_dtype)
         normalization = Normalization(*(saved.pop(0) for _ in range(6)))
         step: ConvBnStep = ctx.step
-        weight_quantizer = _with_qparams(step.weight_quantizer, saved[:3])
-        output_quantizer = _with_qparams(step.output_quantizer, saved[3:])
+        weight_grid, output_grid = (
+            _with_tensors(step.weight_grid, saved[:3]),
+            _with_tensors(step.output_grid, saved[3:]),
+        )
         needs_x, needs_weight, needs_bias, needs_gamma, needs_beta, _ = ctx.needs_input_grad
 
         dc, sum_g, sum_gn = ctx.tail.backward(
-            dy, c, normalization, output_quantizer, step.ceiling, borrow("gradient", c, fold.dtype)
+            dy, c, normalization, output_grid, step.ceiling, borrow("gradient", c, fold.dtype)
         )
         dx = dweight = dgamma = dfold = None
         if needs_x or needs_weight or needs_gamma:
@@ -170,7 +178,7 @@ class _ConvBn(torch.autograd.Function):
             codes = weight
             if needs_x:
                 row_codes, code_unit, *_ = ctx.weights.folded_codes(
-                    rows, fold, weight_quantizer, borrow("weight", rows, fold.dtype)
+                    rows, fold, weight_grid, borrow("weight", rows, fold.dtype)
                 )
                 row_codes, _ = fit_codes(row_codes, code_unit, c.dtype)
                 codes = step.op.from_rows(row_codes)
@@ -179,7 +187,7 @@ class _ConvBn(torch.autograd.Function):
             dx, dcodes = step.op.backward(dc, x, codes, needs_x, needs_input)
             if dcodes is not None:
                 drows, dfold = ctx.weights.folded_backward(
-                    step.op.to_rows(dcodes), rows, fold, unit, weight_quantizer, ctx.clips
+                    step.op.to_rows(dcodes), rows, fold, unit, weight_grid, ctx.clips
                 )
                 dweight = step.op.from_rows(drows).to(weight.dtype) if needs_weight else None
         if needs_gamma and dfold is not None:
@@ -237,12 +245,9 @@ def check_count(c: Tensor) -> None:
         raise ValueError(f"expected more than one value per channel when training, got an output of {tuple(c.shape)}")
 
 
-def _qparams(state: QuantizerState | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return (None, None, None) if state is None else (state.scale, state.zero_point, state.active)
+def _tensors(grid: Grid | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if grid is None else (grid.scale, grid.zero_point, grid.enabled)
 
 
-def _with_qparams(state: QuantizerState | None, saved: list[Tensor]) -> QuantizerState | None:
-    if state is None:
-        return None
-    scale, zero_point, active = saved
-    return QuantizerState(scale, zero_point, active, state.qtype, known=True)
+def _with_tensors(grid: Grid | None, saved: list[Tensor]) -> Grid | None:
+    return None if grid is None else grid.with_buffers(*saved)

@@ -7,9 +7,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from tritonq.grid import Grid
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import is_readable
-from tritonq.reference.quantizer_state import QuantizerState, active_flag
+from tritonq.reference.ranges import settled
 from tritonq.reference.scratch import borrow
 
 _MAX_BITS = 8
@@ -65,7 +65,7 @@ def _is_compact(grid: Grid) -> bool:
     return grid.qtype.bits <= _MAX_BITS and grid.qtype.axis is None
 
 
-def mark(y: Tensor, scale: Tensor, state: QuantizerState) -> None:
+def mark(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatistics | None = None) -> None:
     """Note on ``y`` that its values were rounded to the grid of ``scale``, a quantizer's buffer, if it was active.
 
     Where the switch can't be read without waiting for a device, the note is made all the same: :func:`keep` is given a
@@ -74,11 +74,12 @@ def mark(y: Tensor, scale: Tensor, state: QuantizerState) -> None:
     Args:
         y: the operator's result.
         scale: the buffer.
-        state: the quantizer now, or the snapshot that rounded ``y``.
+        grid: of the quantizer now, or the snapshot that rounded ``y``.
+        statistics: the range behind it; None for a snapshot.
     """
     if torch.compiler.is_compiling() or y.is_inference():
         return
-    if not is_readable(y) or active_flag(state) is True:
+    if not is_readable(y) or settled(grid, statistics).enabled_flag() is True:
         setattr(y, _MARK, (scale, scale._version, y._version))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tritonq.functional.conv_bn import ConvBnStep, check_running_var, conv_bn
 from tritonq.functional.linear_map import LinearMap
 from tritonq.functional.recomputation import StepMemory
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn import folding_modes, intrinsic
 from tritonq.nn.conv import (
     Conv1d,
@@ -23,13 +24,12 @@ from tritonq.nn.conv import (
     take_ceiling,
 )
 from tritonq.nn.folding_modes import Mode, check_mode
-from tritonq.nn.fusable import input_grid, range_state, warn_if_unobserved
+from tritonq.nn.fusable import input_grid, observed_grid, warn_if_unobserved
 from tritonq.nn.linear import Linear
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
 from tritonq.reference.activation import rectify
 from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
-from tritonq.reference.quantizer_state import QuantizerState
 
 
 class QATBatchNormLayer(QATLayer):
@@ -96,7 +96,7 @@ class QATBatchNormLayer(QATLayer):
         if self._mode != "approximate":
             fold = folding_modes.exact if self._mode == "exact" else folding_modes.corrected
             return self._quantized_output(fold(self, x))
-        weight_quantizer = range_state(self.weight_fake_quant)
+        weight_quantizer = observed_grid(self.weight_fake_quant)
         if weight_quantizer is None and not isinstance(self.weight_fake_quant, nn.Identity):
             return self._quantized_output(folding_modes.approximate(self, x))
         if not self.trains_in_one_operator:
@@ -112,23 +112,27 @@ class QATBatchNormLayer(QATLayer):
     def _quantized_output(self, y: Tensor) -> Tensor:
         return cast(Tensor, self.activation_post_process(rectify(y, self.ceiling)))
 
-    def _one_operator(self, x: Tensor, weight_quantizer: QuantizerState | None) -> Tensor:
+    def _one_operator(self, x: Tensor, weight: tuple[Grid, RangeStatistics] | None) -> Tensor:
         """The approximate mode, with the activation quantizer in it where that is possible."""
         x, op = self.as_linear_map(x)
-        output_quantizer = range_state(self.activation_post_process)
-        if output_quantizer is not None and output_quantizer.qtype.axis is not None:
-            output_quantizer = None
+        output = observed_grid(self.activation_post_process)
+        if output is not None and output[0].qtype.axis is not None:
+            output = None
+        weight_grid, weight_statistics = weight or (None, None)
+        output_grid, output_statistics = output or (None, None)
         step = ConvBnStep(
             op,
             folding_modes.batch_norm_state(self.bn),
-            weight_quantizer,
-            output_quantizer,
+            weight_grid,
+            weight_statistics,
+            output_grid,
+            output_statistics,
             input_grid(self.input_quantizer) if self.save_input_codes else None,
             self.ceiling,
             self.step_memory,
         )
         y = conv_bn(x, self.weight, self.bias, self.bn.weight, self.bn.bias, step)
-        if output_quantizer is None:
+        if output is None:
             return cast(Tensor, self.activation_post_process(y))
         warn_if_unobserved(self.activation_post_process)
         return y

@@ -14,13 +14,12 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.integer import integer_add
 from tritonq.functional.residual import residual_join
 from tritonq.grid import Grid
-from tritonq.nn.fusable import ceiling_of, checked_ceiling, describe_relu, range_state, warn_if_unobserved
+from tritonq.nn.fusable import ceiling_of, checked_ceiling, describe_relu, observed_grid, warn_if_unobserved
 from tritonq.nn.qat import with_gradient_of
 from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig
 from tritonq.qparams import QuantizedType
 from tritonq.reference.activation import rectify
-from tritonq.reference.quantizer_state import QuantizerState
 
 
 class _WithOutputQuantizer(ReferringModule):
@@ -118,9 +117,9 @@ class Add(_WithOutputQuantizer):
             if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
                 total = with_gradient_of(total, a + b)
             return cast(Tensor, self.activation_post_process(rectify(total, self.ceiling)))
-        quantizer = range_state(self.activation_post_process)
-        if quantizer is not None and _can_join(a, b, quantizer):
-            y = residual_join(a, b, quantizer, self.ceiling)
+        observed = observed_grid(self.activation_post_process)
+        if observed is not None and _can_join(a, b, observed[0]):
+            y = residual_join(a, b, *observed, self.ceiling)
             warn_if_unobserved(self.activation_post_process)
             return y
         total = a + b
@@ -177,10 +176,10 @@ def _deployed(grid: Grid, relu: bool) -> Grid:
     return Grid(grid.scale, grid.zero_point, replace(grid.qtype, quant_min=zero, symmetric=False), grid.enabled)
 
 
-def _can_join(a: Tensor, b: Tensor, quantizer: QuantizerState) -> bool:
+def _can_join(a: Tensor, b: Tensor, grid: Grid) -> bool:
     """Whether one operator does it: two float tensors alike, one scale for all."""
     alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.is_floating_point()
-    return alike and quantizer.qtype.axis is None
+    return alike and grid.qtype.axis is None
 
 
 class Cat(_WithOutputQuantizer):

@@ -9,14 +9,13 @@ from torch import nn
 
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
-from tritonq.grid import Grid
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
     PerChannelMinMaxObserver,
 )
-from tritonq.reference.quantizer_state import QuantizerState
 
 # By exact type: a subclass may observe in another way.
 _RANGE_OBSERVERS = (
@@ -27,10 +26,11 @@ _RANGE_OBSERVERS = (
 )
 
 
-def range_state(quantizer: nn.Module) -> QuantizerState | None:
-    """The state of a FakeQuantize over running ranges, or None: its module must then run by itself.
+def observed_grid(quantizer: nn.Module) -> tuple[Grid, RangeStatistics] | None:
+    """Return grid and range of a FakeQuantize over running ranges; None: its module must run by itself.
 
-    The quantizer observes as it would in its own forward. Modules with hooks run by themselves, so that hooks run.
+    The operator that takes them observes as the module would in its own forward. Modules with hooks run by themselves,
+    so that hooks run.
     """
     if type(quantizer) is not FakeQuantize or has_hooks(quantizer):
         return None
@@ -40,20 +40,11 @@ def range_state(quantizer: nn.Module) -> QuantizerState | None:
     if observer.process_group.process_group is not None:
         # Its range is reduced over ranks between observing and rounding.
         return None
-    return QuantizerState(
-        scale=quantizer.scale,
-        zero_point=None if observer.zero_point_is_zero else quantizer.zero_point,
-        active=quantizer.fake_quant_enabled,
-        qtype=quantizer.qtype,
-        min_val=observer.min_val,
-        max_val=observer.max_val,
-        nonfinite_count=observer.nonfinite_count,
-        observing=quantizer.observer_enabled if quantizer.training and not is_recomputing() else None,
-        averaging_constant=observer.averaging_constant,
-        rule=observer.rule,
-        eps=observer.eps,
-        known=quantizer._qparams_known,
-        copy_above=observer.copy_above,
+    zero_point = None if observer.zero_point_is_zero else quantizer.zero_point
+    return Grid(quantizer.scale, zero_point, quantizer.qtype, quantizer.fake_quant_enabled), observer.statistics(
+        quantizer.observer_enabled,
+        frozen=not quantizer.training or is_recomputing(),
+        has_data=quantizer._qparams_known,
     )
 
 

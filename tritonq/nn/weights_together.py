@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 from tritonq.backend import implementation, select
 from tritonq.functional.conv_bn import ReadyWeight, version_of
 from tritonq.functional.recomputation import is_recomputing
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn.conv_bn import QATBatchNormLayer
-from tritonq.nn.fusable import range_state
+from tritonq.nn.fusable import observed_grid
 from tritonq.reference.fold import nonzero_fold
-from tritonq.reference.quantizer_state import QuantizerState
 from tritonq.reference.weight import WeightCodes
 
 
@@ -50,36 +50,37 @@ def quantize_weights_together(model: nn.Module) -> RemovableHandle:
 def _make_ready(model: nn.Module, args: Any) -> None:
     if not model.training or torch.compiler.is_compiling() or is_recomputing():
         return
-    found: dict[torch.device, list[tuple[QATBatchNormLayer, QuantizerState]]] = {}
+    found: dict[torch.device, list[tuple[QATBatchNormLayer, Grid, RangeStatistics]]] = {}
     for module in model.modules():
         if not isinstance(module, QATBatchNormLayer):
             continue
-        state = _state_of(module)
-        if state is not None:
-            found.setdefault(module.weight.device, []).append((module, state))
+        observed = _observed_grid_of(module)
+        if observed is not None:
+            found.setdefault(module.weight.device, []).append((module, *observed))
     for of_device in found.values():
-        layers, states = zip(*of_device, strict=True)
-        _make_layers_ready(layers, states)
+        _make_layers_ready(*zip(*of_device, strict=True))
 
 
-def _make_layers_ready(layers: Sequence[QATBatchNormLayer], states: Sequence[QuantizerState]) -> None:
+def _make_layers_ready(
+    layers: Sequence[QATBatchNormLayer], grids: Sequence[Grid], statistics: Sequence[RangeStatistics]
+) -> None:
     """One launch for layers on one device."""
     fold, inverse_std = _folds(layers)
     rows = [layer.to_rows(layer.weight.detach()) for layer in layers]
-    made = implementation("weights_together", rows[0]).quantize_all(rows, fold, states)
+    made = implementation("weights_together", rows[0]).quantize_all(rows, fold, grids, statistics)
     counts = [len(weight) for weight in rows]
     parts = zip(layers, torch.split(fold, counts), torch.split(inverse_std, counts), made, strict=True)
     for layer, own_fold, own_inverse_std, codes in parts:
         layer.step_memory.ready = ReadyWeight(own_fold, own_inverse_std, WeightCodes(*codes), version_of(layer.weight))
 
 
-def _state_of(layer: QATBatchNormLayer) -> QuantizerState | None:
-    """The state of the layer's weight quantizer if a launch can serve it, else None."""
+def _observed_grid_of(layer: QATBatchNormLayer) -> tuple[Grid, RangeStatistics] | None:
+    """Return grid and range of the layer's weight quantizer if a launch can serve it, else None."""
     weight = layer.weight
     if weight.dtype != torch.float32 or not layer.trains_in_one_operator or select(weight) != "triton":
         return None
-    state = range_state(layer.weight_fake_quant)
-    return state if state is not None and state.qtype.axis is not None else None
+    observed = observed_grid(layer.weight_fake_quant)
+    return observed if observed is not None and observed[0].qtype.axis is not None else None
 
 
 def _folds(layers: Sequence[QATBatchNormLayer]) -> tuple[Tensor, Tensor]:

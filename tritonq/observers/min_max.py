@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonq.functional.dispatch import implementation
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.observers.base import RangeObserver, known_off, write_if
 from tritonq.process_group import ProcessGroup, reduce_range
 from tritonq.qparams import QParams
@@ -40,20 +41,29 @@ class MinMaxObserver(RangeObserver):
         if group is not None:
             self._observe_in_group(x, qparams, enabled, group)
             return
-        scale, zero_point = (None, None) if qparams is None else qparams
-        implementation("min_max", x).observe(
-            x,
+        grid = None if qparams is None else Grid(*qparams, self.qtype)
+        implementation("min_max", x).observe(x, self.statistics(enabled), grid)
+
+    def statistics(self, enabled: Tensor | None, frozen: bool = False, has_data: bool = False) -> RangeStatistics:
+        """Return the range, and how a batch changes it, as operators take it.
+
+        Args:
+            enabled: one element, or None for always.
+            frozen: whether the range is only read.
+            has_data: whether it is known that something was observed.
+        """
+        return RangeStatistics(
             self.min_val,
             self.max_val,
             self.nonfinite_count,
-            scale,
-            zero_point,
+            self.qtype.granularity,
             enabled,
-            self.qtype,
+            frozen,
             self.averaging_constant,
+            self.copy_above,
             self.rule,
             self.eps,
-            self.copy_above,
+            has_data,
         )
 
     def _observe_in_group(

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonq.grid import Grid
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import is_readable
 from tritonq.reference.fake_quant import fake_quantize, steps_
 from tritonq.reference.min_max import extremes
 from tritonq.reference.open_bounds import open_bounds
-from tritonq.reference.quantizer_state import QuantizerState, active_flag, observe_range
+from tritonq.reference.ranges import observe_range
 
 
 def rectify(y: Tensor, ceiling: float | None) -> Tensor:
@@ -46,45 +46,47 @@ def rectify_backward(dy: Tensor, y: Tensor, ceiling: float) -> Tensor:
 
 
 class Observed(NamedTuple):
-    """A quantizer's state (see `observe_range`), and whether every value it saw is known to be finite."""
+    """What is known of a range (see `observe_range`), and whether every value is known to be finite."""
 
-    state: QuantizerState
+    statistics: RangeStatistics | None
     finite: bool
 
 
-def observe(y: Tensor, state: QuantizerState, ceiling: float | None) -> Observed:
-    """Update a quantizer's range and qparams with ``relu?(y)``.
+def observe(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Observed:
+    """Update a range, and the grid that follows from it, with ``relu?(y)``.
 
     Args:
         y: float32 or float64.
-        state: per tensor.
+        grid: per tensor.
+        statistics: its range; None observes nothing.
         ceiling: of the ReLU before the quantizer.
 
     """
-    if state.observing is None or (is_readable(y) and not bool(state.observing)):
-        return Observed(state, False)
+    if statistics is None or statistics.frozen:
+        return Observed(statistics, False)
+    if is_readable(y) and statistics.enabled is not None and not bool(statistics.enabled):
+        return Observed(statistics, False)
     low, high, nonfinite = extremes(y)
     if nonfinite is None:
         ends = (low, high) if ceiling is None else (low.clamp_(0.0, ceiling), high.clamp_(0.0, ceiling))
-        return Observed(observe_range(state, *ends, ordered=True), True)
+        return Observed(observe_range(grid, statistics, *ends, ordered=True), True)
     if ceiling is not None:
         # The extremes of relu?(y); a batch without finite values keeps low > high.
         some = low <= high
         low, high = (torch.where(some, end.clamp(0.0, ceiling), end) for end in (low, high))
-    return Observed(observe_range(state, low, high, nonfinite), False)
+    return Observed(observe_range(grid, statistics, low, high, nonfinite), False)
 
 
-def quantize_(y: Tensor, state: QuantizerState, ceiling: float | None) -> Tensor:
-    """``FQ(relu?(y))`` with the present qparams; overwrites ``y``."""
-    active = active_flag(state)
-    if active is False:
+def quantize_(y: Tensor, grid: Grid, ceiling: float | None) -> Tensor:
+    """``FQ(relu?(y))``; overwrites ``y``."""
+    enabled = grid.enabled_flag()
+    if enabled is False:
         return rectify_(y, ceiling)
-    if active is not True:
+    if enabled is not True:
         y = rectify_(y, ceiling)
-        rounded = fake_quantize(y, Grid(state.scale, state.zero_point, state.qtype))
-        return torch.where(active, rounded, y)
-    scale, qtype = state.scale.to(y.dtype).view(()), state.qtype
-    zero = 0 if state.zero_point is None else int(state.zero_point)
+        return torch.where(enabled, fake_quantize(y, grid.with_buffers(grid.scale, grid.zero_point, None)), y)
+    scale, qtype = grid.scale.to(y.dtype).view(()), grid.qtype
+    zero = 0 if grid.zero_point is None else int(grid.zero_point)
     lowest, highest = float(qtype.quant_min - zero), float(qtype.quant_max - zero)
     if ceiling is not None:
         lowest = max(lowest, 0.0)
@@ -97,7 +99,7 @@ def quantize_(y: Tensor, state: QuantizerState, ceiling: float | None) -> Tensor
 def straight_through_(
     dy: Tensor,
     y: Tensor,
-    state: QuantizerState | None,
+    grid: Grid | None,
     ceiling: float | None,
     finite: bool = False,
     out: Tensor | None = None,
@@ -107,19 +109,19 @@ def straight_through_(
     Args:
         dy: float32 or float64; broadcast to ``y``.
         y: what is quantized, unrounded; overwritten.
-        state: the quantizer; None for none.
+        grid: of the quantizer; None for none.
         ceiling: of the ReLU before it.
         finite: whether it is known that ``y`` is.
         out: where to write the result instead of ``y``; a finite ``y`` is then left alone.
     """
-    active = False if state is None else active_flag(state)
-    if isinstance(active, Tensor) and state is not None:
-        return _masked(dy, y, state, ceiling, active)
+    enabled = False if grid is None else grid.enabled_flag()
+    if isinstance(enabled, Tensor) and grid is not None:
+        return _masked(dy, y, grid, ceiling, enabled)
     low, high = -math.inf, math.inf
-    if active is True and state is not None:
-        zero = 0 if state.zero_point is None else int(state.zero_point)
-        lowest, highest = state.qtype.quant_min - zero, state.qtype.quant_max - zero
-        low, high = open_bounds(float(state.scale), lowest, highest, state.qtype.rounding, y.dtype)
+    if enabled is True and grid is not None:
+        zero = 0 if grid.zero_point is None else int(grid.zero_point)
+        lowest, highest = grid.qtype.quant_min - zero, grid.qtype.quant_max - zero
+        low, high = open_bounds(float(grid.scale), lowest, highest, grid.qtype.rounding, y.dtype)
     elif ceiling is None:
         return dy
     if ceiling is not None:
@@ -132,12 +134,12 @@ def straight_through_(
     )
 
 
-def _masked(dy: Tensor, y: Tensor, state: QuantizerState, ceiling: float | None, active: Tensor) -> Tensor:
+def _masked(dy: Tensor, y: Tensor, grid: Grid, ceiling: float | None, enabled: Tensor) -> Tensor:
     """:func:`straight_through_` without reading a value: for traced graphs and for other devices."""
-    qtype, scale = state.qtype, state.scale.to(y.dtype).view(())
+    qtype, scale = grid.qtype, grid.scale.to(y.dtype).view(())
     steps = steps_(y.clone(), scale, qtype.rounding)
-    code = steps if state.zero_point is None else steps + state.zero_point
-    passes = ((code >= qtype.quant_min) & (code <= qtype.quant_max)) | ~active
+    code = steps if grid.zero_point is None else steps + grid.zero_point
+    passes = ((code >= qtype.quant_min) & (code <= qtype.quant_max)) | ~enabled
     if ceiling is not None:
         # An infinite ceiling blocks nothing, an infinite y neither.
         passes = passes & (y > 0) if ceiling == math.inf else passes & (y > 0) & (y < ceiling)

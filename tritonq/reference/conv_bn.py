@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.reference.activation import observe, quantize_, rectify_, straight_through_
-from tritonq.reference.quantizer_state import QuantizerState, snapshot
+from tritonq.reference.operator import CopyOf, Like, operator
+from tritonq.reference.ranges import OBSERVED, snapshot
 from tritonq.reference.scratch import borrow, is_dense
 
 
@@ -57,11 +59,11 @@ class Normalization(NamedTuple):
 
 
 class TailResult(NamedTuple):
-    """The result, and what its backward needs: the normalisation, and the quantizer's qparams as they are now."""
+    """The result, and what its backward needs: the normalisation, and the quantizer's grid as it is now."""
 
     y: Tensor
     normalization: Normalization
-    quantizer: QuantizerState | None
+    grid: Grid | None
 
 
 class TailGradients(NamedTuple):
@@ -72,6 +74,16 @@ class TailGradients(NamedTuple):
     sum_g_normalized: Tensor
 
 
+_OUTPUT: Any = Like("c", prepare=lambda c: dense(c))
+_VECTOR: Any = Like("ratio")
+_SUM: Any = Like("result.mean")
+_SNAPSHOT: Any = CopyOf("grid")
+
+
+@operator(
+    returns=TailResult(_OUTPUT, Normalization(*[_VECTOR] * len(Normalization._fields)), _SNAPSHOT),
+    mutates=("norm.running_mean", "norm.running_var", *OBSERVED),
+)
 def forward(
     c: Tensor,
     ratio: Tensor,
@@ -79,7 +91,8 @@ def forward(
     beta: Tensor | None,
     bias: Tensor | None,
     norm: BatchNormState,
-    quantizer: QuantizerState | None,
+    grid: Grid | None,
+    statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> TailResult:
     """``FQ(relu?(BN(c / ratio + bias)))`` with the statistics of this batch; updates those of ``norm``.
@@ -92,7 +105,8 @@ def forward(
         beta: (channels,) or None, for 0.
         bias: the convolution's, (channels,) or None; it reaches the running mean alone.
         norm: the BatchNorm.
-        quantizer: per tensor; observes and quantizes the result. None leaves it in float.
+        grid: per tensor; the result is rounded to it. None leaves it in float.
+        statistics: the range behind the grid, which the result updates; None observes nothing.
         ceiling: of the ReLU before the quantizer; see :func:`tritonq.reference.activation.rectify`.
 
     Returns:
@@ -105,17 +119,18 @@ def forward(
     mean, var, scratch = moments(wide)
     result = finish(mean, var, c.numel() // max(1, c.shape[1]), ratio, gamma, beta, bias, norm)
     y = affine(wide, result.slope, result.shift, scratch)
-    if quantizer is None:
+    if grid is None:
         return TailResult(rectify_(y, ceiling).to(c.dtype), result, None)
-    frozen = snapshot(observe(y, quantizer, ceiling).state)
+    frozen = snapshot(grid, observe(y, grid, statistics, ceiling).statistics)
     return TailResult(quantize_(y, frozen, ceiling).to(c.dtype), result, frozen)
 
 
-def apply(c: Tensor, slope: Tensor, shift: Tensor, quantizer: QuantizerState | None, ceiling: float | None) -> Tensor:
-    """``FQ(relu?(slope · c + shift))`` with the quantizer's present qparams: the last pass of :func:`forward`."""
+@operator(returns=_OUTPUT)
+def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
+    """``FQ(relu?(slope · c + shift))``: the last pass of :func:`forward`."""
     c = dense(c)
     y = affine(c.to(slope.dtype), slope, shift)
-    y = rectify_(y, ceiling) if quantizer is None else quantize_(y, quantizer, ceiling)
+    y = rectify_(y, ceiling) if grid is None else quantize_(y, grid, ceiling)
     return y.to(c.dtype)
 
 
@@ -172,11 +187,15 @@ def update_running_statistics(norm: BatchNormState, mean: Tensor, var: Tensor, c
         running.add_((batch - running) * norm.momentum)
 
 
+@operator(
+    returns=TailGradients(_OUTPUT, _SUM, _SUM),
+    scratch=("out",),
+)
 def backward(
     dy: Tensor,
     c: Tensor,
     result: Normalization,
-    quantizer: QuantizerState | None,
+    grid: Grid | None,
     ceiling: float | None,
     out: Tensor | None = None,
 ) -> TailGradients:
@@ -189,7 +208,7 @@ def backward(
         dy: gradient of the result.
         c: as in the forward.
         result: from the forward.
-        quantizer: its qparams as they were in the forward.
+        grid: as it was in the forward.
         ceiling: as in the forward.
         out: where the gradient may be written: like ``c``, in the dtype of ``result``.
     """
@@ -197,9 +216,9 @@ def backward(
     wide = c.to(result.mean.dtype)
     dy = _like(dy.to(wide.dtype), wide)
     g = dy
-    if ceiling is not None or quantizer is not None:
+    if ceiling is not None or grid is not None:
         y = affine(wide, result.slope, result.shift, borrow("local", wide))
-        g = straight_through_(dy, y, quantizer, ceiling)
+        g = straight_through_(dy, y, grid, ceiling)
     if _channels_are_outer(c):
         sums_only = [out is None, True, True]
         dc, sum_gn, sum_g = torch.ops.aten.native_batch_norm_backward(

@@ -5,11 +5,15 @@ Counting is `torch.bincount` on small integers; it is several times faster than 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tritonq.bins import FloatPrefixBins
+from tritonq.granularity import Granularity
 from tritonq.reference.min_max import min_max
+from tritonq.reference.operator import New, operator
 
 # The exponent field of NaN and the infinities.
 _INFINITE_EXPONENT = 255
@@ -46,6 +50,24 @@ def linear_histogram(x: Tensor, bins: int, lo: float, hi: float, axis: int | Non
     return counts.reshape(-1) if axis is None else counts.contiguous()
 
 
+def _counts_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
+    return (*_range_shape(arguments), arguments["bins"].count)
+
+
+def _range_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
+    return Granularity(arguments["axis"]).scale_shape(arguments["x"].shape)
+
+
+_RANGE = New(_range_shape, "x", torch.float32)
+
+
+@operator(
+    returns=(
+        New(_counts_shape, "x", torch.int64),
+        *(_RANGE, _RANGE),
+        New(lambda arguments: (), "x", torch.int64),
+    )
+)
 def prefix_histogram(
     x: Tensor, bins: FloatPrefixBins, axis: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,6 +88,7 @@ def prefix_histogram(
     return counts, low, high, nonfinite
 
 
+@operator(mutates=("histogram", "min_val", "max_val", "nonfinite_count"))
 def observe(
     x: Tensor,
     histogram: Tensor,

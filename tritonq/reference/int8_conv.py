@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tritonq.reference.operator import New, operator
 
 # Accumulators are 32 bits wide and saturate symmetrically.
 ACCUMULATOR_MAX = 2**31 - 1
@@ -12,6 +16,17 @@ ACCUMULATOR_MAX = 2**31 - 1
 _BEYOND_CODES = 2**14
 
 
+def _output_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
+    x, weight = arguments["x"], arguments["weight"]
+    geometry = zip(*(arguments[name] for name in ("stride", "padding", "dilation")), strict=True)
+    sizes = (
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, (stride, padding, dilation) in zip(x.shape[2:], weight.shape[2:], geometry, strict=True)
+    )
+    return (x.shape[0], weight.shape[0], *sizes)
+
+
+@operator(returns=New(_output_shape, "x", "out_dtype", keeps_format=True), mutates=("saturated",))
 def int8_conv2d(
     x: Tensor,
     weight: Tensor,

@@ -9,12 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tritonq.qparams import QuantizedType, RangeRule, known_ordered, number_to_qparams, range_to_qparams
+from tritonq.granularity import Granularity
+from tritonq.grid import Grid, RangeStatistics
+from tritonq.qparams import known_ordered, number_to_qparams, range_to_qparams
+from tritonq.reference.operator import New, operator
 
 _Number = TypeVar("_Number", np.float32, np.float64)
 _NUMBERS: dict[torch.dtype, type[Any]] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
+def _range_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
+    return Granularity(arguments["axis"]).scale_shape(arguments["x"].shape)
+
+
+_RANGE = New(_range_shape, "x", torch.float32)
+
+
+@operator(returns=(_RANGE, _RANGE, New(lambda arguments: (), "x", torch.int64)))
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Smallest and largest finite value, and how many values are not finite.
 
@@ -100,24 +111,14 @@ def update_number(
     return min_val + constant * (low - min_val), max_val + constant * (high - max_val)
 
 
-def merge_range_(
-    low: Tensor,
-    high: Tensor,
-    min_val: Tensor,
-    max_val: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    qtype: QuantizedType,
-    averaging_constant: float | None,
-    rule: RangeRule,
-    eps: float,
-    copy_above: float | None = None,
-) -> None:
-    """:func:`update_range` in place, and the qparams that follow.
+def merge_range_(low: Tensor, high: Tensor, statistics: RangeStatistics, grid: Grid | None) -> None:
+    """:func:`update_range` in place, and the scale and zero point that follow.
 
-    For tensors on the CPU of which it is known that ``low <= high``, both finite. Arguments as for :func:`observe`;
-    ``zero_point`` may be None where it is fixed.
+    For tensors on the CPU of which it is known that ``low <= high``, both finite. ``grid.zero_point`` may be None where
+    the type fixes it.
     """
+    min_val, max_val, rule = statistics.min_val, statistics.max_val, statistics.rule
+    averaging_constant, copy_above = statistics.averaging_constant, statistics.copy_above
     if low.dim() == 0 and rule != "torch_v1" and min_val.dtype in _NUMBERS:
         kind = _NUMBERS[min_val.dtype]
         ends = (kind(float(low)), kind(float(high)), kind(float(min_val)), kind(float(max_val)))
@@ -125,11 +126,11 @@ def merge_range_(
             new_min, new_max = update_number(*ends, averaging_constant, copy_above)
         min_val.fill_(float(new_min))
         max_val.fill_(float(new_max))
-        if scale is not None:
-            number, zero = number_to_qparams(float(new_min), float(new_max), qtype, rule, eps)
-            scale.fill_(number)
-            if zero_point is not None:
-                zero_point.fill_(zero)
+        if grid is not None:
+            number, zero = number_to_qparams(float(new_min), float(new_max), grid.qtype, rule, statistics.eps)
+            grid.scale.fill_(number)
+            if grid.zero_point is not None:
+                grid.zero_point.fill_(zero)
         return
     if averaging_constant is None:
         torch.minimum(min_val, low, out=min_val)
@@ -141,70 +142,43 @@ def merge_range_(
         new_min, new_max = update_range(low, high, min_val, max_val, averaging_constant, copy_above)
         min_val.copy_(new_min)
         max_val.copy_(new_max)
-    if scale is not None:
-        write_qparams_(min_val, max_val, scale, zero_point, qtype, rule, eps, ordered=True)
+    if grid is not None:
+        write_qparams_(statistics, grid, ordered=True)
 
 
-def write_qparams_(
-    min_val: Tensor,
-    max_val: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    qtype: QuantizedType,
-    rule: RangeRule,
-    eps: float,
-    ordered: bool = False,
-) -> None:
-    """The qparams of a range into a quantizer's buffers; see :func:`tritonq.qparams.range_to_qparams`."""
-    qparams = range_to_qparams(min_val, max_val, qtype, rule=rule, eps=eps, ordered=ordered)
-    scale.copy_(qparams.scale.view_as(scale))
-    if zero_point is not None:
-        zero_point.copy_(qparams.zero_point.view_as(zero_point))
+def write_qparams_(statistics: RangeStatistics, grid: Grid, ordered: bool = False) -> None:
+    """Write the scale and zero point of a range into a grid; see :func:`tritonq.qparams.range_to_qparams`."""
+    ends = (statistics.min_val, statistics.max_val)
+    qparams = range_to_qparams(*ends, grid.qtype, rule=statistics.rule, eps=statistics.eps, ordered=ordered)
+    grid.scale.copy_(qparams.scale.view_as(grid.scale))
+    if grid.zero_point is not None:
+        grid.zero_point.copy_(qparams.zero_point.view_as(grid.zero_point))
 
 
-def observe(
-    x: Tensor,
-    min_val: Tensor,
-    max_val: Tensor,
-    nonfinite_count: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    enabled: Tensor | None,
-    qtype: QuantizedType,
-    averaging_constant: float | None,
-    rule: RangeRule,
-    eps: float,
-    copy_above: float | None = None,
-) -> None:
-    """Update a running range with ``x`` and, when given, the qparams that follow from it. All state is in place.
+@operator(
+    mutates=("statistics.min_val", "statistics.max_val", "statistics.nonfinite_count", "grid.scale", "grid.zero_point")
+)
+def observe(x: Tensor, statistics: RangeStatistics, grid: Grid | None = None) -> None:
+    """Update a running range with ``x`` and, when given, the grid that follows from it. All state is in place.
 
     Args:
-        x: the batch; ranges are kept along ``qtype.axis``.
-        min_val: float32, 0-d or (channels,), +inf before the first batch.
-        max_val: as ``min_val``, -inf before the first batch.
-        nonfinite_count: int64, 0-d; grows by the number of values skipped.
-        scale: float32, one element or (channels,), or None to keep ranges only.
-        zero_point: int32, as ``scale``.
-        enabled: uint8, one element; 0 makes the call do nothing. None counts as 1.
-        qtype: the grid for the qparams.
-        averaging_constant: see :func:`update_range`.
-        rule: see :func:`tritonq.qparams.range_to_qparams`.
-        eps: floor under the scale.
-        copy_above: see :func:`update_range`.
+        x: the batch.
+        statistics: the range; its switch, where it is 0, makes the call do nothing.
+        grid: scale and zero point are written; None keeps ranges only.
     """
-    if enabled is not None and not bool(enabled):
+    if statistics.frozen or (statistics.enabled is not None and not bool(statistics.enabled)):
         return
-    low, high, nonfinite = extremes(x, qtype.axis)
+    low, high, nonfinite = extremes(x, statistics.granularity.axis)
     if nonfinite is None:
-        qparams = (scale, zero_point, qtype)
-        merge_range_(low, high, min_val, max_val, *qparams, averaging_constant, rule, eps, copy_above)
+        merge_range_(low, high, statistics, grid)
         return
-    new_min, new_max = update_range(low, high, min_val, max_val, averaging_constant, copy_above)
-    min_val.copy_(new_min)
-    max_val.copy_(new_max)
-    nonfinite_count.add_(nonfinite)
-    if scale is not None:
-        write_qparams_(min_val, max_val, scale, zero_point, qtype, rule, eps)
+    running = (statistics.min_val, statistics.max_val)
+    new_min, new_max = update_range(low, high, *running, statistics.averaging_constant, statistics.copy_above)
+    statistics.min_val.copy_(new_min)
+    statistics.max_val.copy_(new_max)
+    statistics.nonfinite_count.add_(nonfinite)
+    if grid is not None:
+        write_qparams_(statistics, grid)
 
 
 def _zero_count(x: Tensor) -> Tensor:

@@ -40,19 +40,33 @@ class New:
     Attributes:
         shape: called with the operator's arguments by name.
         argument: name of a tensor parameter, for the device and where ``dtype`` is None the dtype.
-        dtype: of the result.
+        dtype: of the result, or the parameter that gives it.
         keeps_format: whether the result lies channels last where the argument does.
     """
 
     shape: Callable[[dict[str, Any]], tuple[int, ...]]
     argument: str
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
     keeps_format: bool = False
 
 
 @dataclass(frozen=True)
 class CopyOf:
-    """A result that is the grid given as ``argument``, as it is when the operator returns; None where that is None."""
+    """A result that is the grid given as ``argument``, as it is when the operator returns; None where that is None.
+
+    Attributes:
+        argument: name of the parameter.
+        shape: of scale, zero point and switch, called with the operator's arguments by name; None: the grid's own, and
+            one element for the switch.
+    """
+
+    argument: str
+    shape: Callable[[dict[str, Any]], tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Given:
+    """A result that is an argument itself."""
 
     argument: str
 
@@ -65,23 +79,29 @@ class OperatorSpec:
     mutates: tuple[str, ...]
     scratch: tuple[str, ...]
     has_kernel: bool
+    overwrites: tuple[str, ...]
 
 
 def operator(
-    returns: Any = None, mutates: tuple[str, ...] = (), scratch: tuple[str, ...] = (), has_kernel: bool = True
+    returns: Any = None,
+    mutates: tuple[str, ...] = (),
+    scratch: tuple[str, ...] = (),
+    has_kernel: bool = True,
+    overwrites: tuple[str, ...] = (),
 ) -> Callable[[_Function], _Function]:
     """Mark a function as an operator.
 
     Args:
-        returns: shaped as the result, with :class:`Like`, :class:`New` or :class:`CopyOf` in place of each tensor or
-            grid. All else in it stands in the traced result as it is.
+        returns: shaped as the result, with :class:`Like`, :class:`New`, :class:`CopyOf` or :class:`Given` in place of
+            each tensor or grid. All else in it stands in the traced result as it is.
         mutates: tensors that are updated in place, by name: ``"statistics.min_val"``.
         scratch: parameters that only say where results may be written. Traced graphs leave them out.
         has_kernel: whether `tritonq.kernels` has it too; if not, the reference runs on every device.
+        overwrites: tensors that may be used as memory for results. Traced graphs hand over copies.
     """
 
     def mark(function: _Function) -> _Function:
-        function.operator = OperatorSpec(returns, mutates, scratch, has_kernel)  # type: ignore[attr-defined]
+        function.operator = OperatorSpec(returns, mutates, scratch, has_kernel, overwrites)  # type: ignore[attr-defined]
         return function
 
     return mark

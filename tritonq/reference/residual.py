@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.reference.activation import observe, quantize_, rectify_, straight_through_
-from tritonq.reference.quantizer_state import QuantizerState
+from tritonq.reference.operator import Like, New, operator
+from tritonq.reference.ranges import OBSERVED, settled
 from tritonq.reference.scratch import borrow_or_new
 
 _BITS = 8
@@ -30,26 +32,34 @@ class Join(NamedTuple):
     mask: Tensor
 
 
-def forward(a: Tensor, b: Tensor, quantizer: QuantizerState | None, ceiling: float | None) -> Join:
+_RESULT: Any = Like("a")
+_MASK: Any = New(lambda arguments: (mask_length(arguments["a"].numel()),), "a", torch.uint8)
+
+
+@operator(returns=Join(_RESULT, _MASK), mutates=OBSERVED)
+def forward(a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None) -> Join:
     """``FQ(relu?(a + b))``: observes the sum, which is float32, and rounds once to the dtype of the inputs.
 
     Args:
         a: any shape.
         b: of ``a``'s shape and dtype.
-        quantizer: per tensor; None leaves the result in float.
+        grid: per tensor; None leaves the result in float.
+        statistics: the range behind the grid, which the sum updates; None observes nothing.
         ceiling: of the ReLU before the quantizer; see :func:`tritonq.reference.activation.rectify`.
     """
     wide = torch.promote_types(a.dtype, torch.float32)
     y = a.to(wide) + b.to(wide)
     finite = False
-    if quantizer is not None:
-        quantizer, finite = observe(y, quantizer, ceiling)
+    if grid is not None:
+        statistics, finite = observe(y, grid, statistics, ceiling)
+        grid = settled(grid, statistics)
     # Threshold and pack before the sum is overwritten, after the observer moved the thresholds.
-    mask = pack(in_memory_order(_passes(y, quantizer, ceiling, finite)))
-    y = rectify_(y, ceiling) if quantizer is None else quantize_(y, quantizer, ceiling)
+    mask = pack(in_memory_order(_passes(y, grid, ceiling, finite)))
+    y = rectify_(y, ceiling) if grid is None else quantize_(y, grid, ceiling)
     return Join(y.to(a.dtype), mask)
 
 
+@operator(returns=Like("dy"))
 def backward(dy: Tensor, mask: Tensor) -> Tensor:
     """``dy`` where the mask's bit is set, else 0: the gradient of both inputs.
 
@@ -63,17 +73,22 @@ def backward(dy: Tensor, mask: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(dy, bits, 0)  # type: ignore[no-any-return]
 
 
-def _passes(y: Tensor, quantizer: QuantizerState | None, ceiling: float | None, finite: bool) -> Tensor:
+def _passes(y: Tensor, grid: Grid | None, ceiling: float | None, finite: bool) -> Tensor:
     """1.0 where the gradient passes, else 0.0, strided as ``y``."""
     one, found = y.new_ones(()), borrow_or_new("local", y)
-    passes = straight_through_(one, y if finite else found.copy_(y), quantizer, ceiling, finite, found)
+    passes = straight_through_(one, y if finite else found.copy_(y), grid, ceiling, finite, found)
     # Where nothing blocks, the gradient comes back as it is: a single one.
     return found.fill_(1) if passes is one else passes
 
 
+def mask_length(count: int) -> int:
+    """Return the number of bytes that hold one bit for each of ``count`` elements; see :class:`Join`."""
+    return -(-count // (_BITS * _ALIGNMENT)) * _ALIGNMENT
+
+
 def pack(passes: Tensor) -> Tensor:
     """One bit for each element of a vector of 0.0 and 1.0; see :class:`Join`."""
-    length = -(-passes.numel() // (_BITS * _ALIGNMENT)) * _ALIGNMENT
+    length = mask_length(passes.numel())
     # By way of int8, which float converts to eight times as fast as to uint8.
     bits = passes.to(torch.int8).view(torch.uint8)
     planes = F.pad(bits, (0, length * _BITS - passes.numel())).view(_BITS, length)

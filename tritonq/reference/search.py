@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tritonq.bins import FloatPrefixBins
 from tritonq.qparams import QuantizedType, RangeRule, range_to_qparams
+from tritonq.reference.operator import Like, operator
 
 Search = Literal["l2", "mse", "percentile", "kl"]
 
@@ -36,6 +37,7 @@ _BEYOND = 2.0**-20
 _TINY = torch.finfo(torch.float64).tiny
 
 
+@operator(returns=(Like("low"), Like("low")), has_kernel=False)
 def search_range(
     counts: Tensor,
     low: Tensor,

@@ -7,15 +7,17 @@ multiplied by before it is quantized.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import QuantizedType, is_readable
 from tritonq.reference.fake_quant import steps_
 from tritonq.reference.min_max import min_max
-from tritonq.reference.quantizer_state import QuantizerState, active_flag, observe_range, snapshot
+from tritonq.reference.operator import CopyOf, Given, Like, New, operator
+from tritonq.reference.ranges import OBSERVED, observe_range, snapshot
 from tritonq.reference.scratch import borrow
 
 
@@ -27,43 +29,60 @@ class WeightCodes(NamedTuple):
             folded weight itself where quantization is off.
         unit: (out,) in the dtype of ``codes``: what one code stands for; 1 where quantization is off.
         clips: whether some value lay outside the code range, so that its gradient is zero; True where not known.
-        state: the quantizer's qparams as they are now, for the backward; None where there is no quantizer.
+        grid: the quantizer's, as it is now, for the backward; None where there is no quantizer.
     """
 
     codes: Tensor
     unit: Tensor
     clips: bool
-    state: QuantizerState | None
+    grid: Grid | None
 
 
-def quantize_folded(rows: Tensor, fold: Tensor, state: QuantizerState | None, out: Tensor | None = None) -> WeightCodes:
+_CODES: Any = Like("rows", "fold")
+_UNIT: Any = New(lambda arguments: (len(arguments["rows"]),), "fold")
+_SNAPSHOT: Any = CopyOf("grid", lambda arguments: (len(arguments["rows"]),))
+_GRID: Any = Given("grid")
+
+
+@operator(
+    returns=WeightCodes(_CODES, _UNIT, True, _SNAPSHOT),
+    mutates=OBSERVED,
+    scratch=("out",),
+)
+def quantize_folded(
+    rows: Tensor,
+    fold: Tensor,
+    grid: Grid | None,
+    statistics: RangeStatistics | None,
+    out: Tensor | None = None,
+) -> WeightCodes:
     """Fold, observe (see :func:`observe_range`), and quantize a weight.
 
     Args:
         rows: (out, ...), any float dtype.
         fold: (out,), in the dtype of the arithmetic.
-        state: its quantizer, per channel or per tensor; None leaves the folded weight in float.
+        grid: per channel or per tensor; None leaves the folded weight in float.
+        statistics: the range behind the grid; None observes nothing.
         out: where the codes may be written: shaped as ``rows``, in the dtype of ``fold``.
     """
     rows = rows.to(fold.dtype)
-    if state is None:
+    if grid is None:
         return folded_codes(rows, fold, None, out)
     low, high = _folded_extremes(rows, fold)
     # Of one tensor, the smallest value is not above the largest; NaN in either fails.
     if is_readable(low) and len(low) and -math.inf < float(low.amin()) and float(high.amax()) < math.inf:
-        per_tensor = state.qtype.axis is None
-        state = observe_range(
-            state, low.amin() if per_tensor else low, high.amax() if per_tensor else high, ordered=True
-        )
+        ends = (low.amin(), high.amax()) if grid.granularity.is_per_tensor else (low, high)
+        statistics = observe_range(grid, statistics, *ends, ordered=True)
     else:
-        state = observe_range(state, *min_max(rows * _column(fold, rows), state.qtype.axis))
-    return folded_codes(rows, fold, snapshot(state), out, (low, high))
+        statistics = observe_range(grid, statistics, *min_max(rows * _column(fold, rows), grid.qtype.axis))
+    return folded_codes(rows, fold, snapshot(grid, statistics), out, (low, high))
 
 
+@operator(returns=WeightCodes(_CODES, _UNIT, True, _GRID), scratch=("out", "extremes"))
 def folded_codes(
     rows: Tensor,
     fold: Tensor,
-    state: QuantizerState | None,
+    grid: Grid | None,
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> WeightCodes:
@@ -72,33 +91,33 @@ def folded_codes(
     Args:
         rows: (out, ...).
         fold: (out,).
-        state: its quantizer, or the snapshot that the forward made.
+        grid: the snapshot that the forward made.
         out: as for :func:`quantize_folded`.
         extremes: smallest and largest folded value per channel where known: they tell whether anything clips.
     """
     rows = rows.to(fold.dtype)
-    active = False if state is None else _active(state, rows)
-    if active is False or state is None:
-        return WeightCodes(torch.mul(rows, _column(fold, rows), out=out), torch.ones_like(fold), False, state)
-    scale = state.scale.to(fold.dtype)
-    zero_point = state.zero_point
-    clips = extremes is None or not is_readable(rows) or _any_clips(*extremes, scale, zero_point, state.qtype)
-    codes = _steps(rows, fold, scale, state.qtype, out)
+    enabled = False if grid is None else _enabled(grid, rows)
+    if enabled is False or grid is None:
+        return WeightCodes(torch.mul(rows, _column(fold, rows), out=out), torch.ones_like(fold), False, grid)
+    scale, zero_point, qtype = grid.scale.to(fold.dtype), grid.zero_point, grid.qtype
+    clips = extremes is None or not is_readable(rows) or _any_clips(*extremes, scale, zero_point, qtype)
+    codes = _steps(rows, fold, scale, qtype, out)
     if clips:
-        codes = _clamp(codes, zero_point, state.qtype)
+        codes = _clamp(codes, zero_point, qtype)
     unit = scale.expand(len(rows))
-    if active is not True:
-        codes = torch.where(active, codes, rows * _column(fold, rows))
-        unit = torch.where(active.flatten(), unit, 1.0)
-    return WeightCodes(codes, unit, clips, state)
+    if enabled is not True:
+        codes = torch.where(enabled, codes, rows * _column(fold, rows))
+        unit = torch.where(enabled.flatten(), unit, 1.0)
+    return WeightCodes(codes, unit, clips, grid)
 
 
+@operator(returns=(_CODES, Like("fold")), overwrites=("dcodes",))
 def folded_backward(
     dcodes: Tensor,
     rows: Tensor,
     fold: Tensor,
     unit: Tensor,
-    state: QuantizerState | None,
+    grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight and of the fold from that of the codes; ``dcodes`` may be overwritten.
@@ -111,49 +130,49 @@ def folded_backward(
         rows: the weight.
         fold: (out,).
         unit: (out,), from the forward (times what the codes were divided by before they were used).
-        state: the quantizer as it was in the forward; None where there is none.
+        grid: as it was in the forward; None where there is none.
         clips: from the forward.
 
     Returns:
         ``(drows, dfold)`` in the dtype of ``fold``.
     """
     dcodes, rows = dcodes.to(fold.dtype), rows.to(fold.dtype)
-    if clips and state is not None:
-        dcodes = _straight_through(dcodes, rows, fold, state)
+    if clips and grid is not None:
+        dcodes = _straight_through(dcodes, rows, fold, grid)
     product = torch.mul(dcodes, rows, out=borrow("local", dcodes))
     dfold = product.flatten(1).sum(1).div_(unit)
     return dcodes.mul_(_column(fold / unit, rows)), dfold
 
 
-def _straight_through(dcodes: Tensor, rows: Tensor, fold: Tensor, state: QuantizerState) -> Tensor:
+def _straight_through(dcodes: Tensor, rows: Tensor, fold: Tensor, grid: Grid) -> Tensor:
     """``dcodes`` where the unclipped code is in range, 0 elsewhere."""
-    active = _active(state, rows)
-    if active is False:
+    enabled = _enabled(grid, rows)
+    if enabled is False:
         return dcodes
-    qtype = state.qtype
-    steps = _steps(rows, fold, state.scale.to(fold.dtype), qtype, borrow("local", rows))
-    if state.zero_point is not None:
-        steps = steps.add_(_column(state.zero_point, rows))
+    qtype = grid.qtype
+    steps = _steps(rows, fold, grid.scale.to(fold.dtype), qtype, borrow("local", rows))
+    if grid.zero_point is not None:
+        steps = steps.add_(_column(grid.zero_point, rows))
     # Strict bounds, half a code outwards: steps are whole.
     bounds = (qtype.quant_min - 0.5, qtype.quant_max + 0.5)
     masked = torch.ops.aten.hardtanh_backward.grad_input(
-        dcodes, steps.nan_to_num_(torch.inf), *bounds, grad_input=dcodes if active is True else steps
+        dcodes, steps.nan_to_num_(torch.inf), *bounds, grad_input=dcodes if enabled is True else steps
     )
-    return masked if active is True else torch.where(active, masked, dcodes)
+    return masked if enabled is True else torch.where(enabled, masked, dcodes)
 
 
-def _active(state: QuantizerState, rows: Tensor) -> bool | Tensor:
+def _enabled(grid: Grid, rows: Tensor) -> bool | Tensor:
     """Whether values are rounded: a bool where reading it is free, else a bool tensor that broadcasts against rows.
 
     A snapshot may hold one switch per row.
     """
-    if state.active.numel() == 1:
-        return active_flag(state)
-    if is_readable(state.active):
-        number = int(state.active.count_nonzero())
+    if grid.enabled is None or grid.enabled.numel() == 1:
+        return grid.enabled_flag()
+    if is_readable(grid.enabled):
+        number = int(grid.enabled.count_nonzero())
         if number in (0, len(rows)):
             return number > 0
-    return _column(state.active != 0, rows)
+    return _column(grid.enabled != 0, rows)
 
 
 def _folded_extremes(rows: Tensor, fold: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,17 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tritonq.reference.quantizer_state import QuantizerState
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.reference.weight import WeightCodes, quantize_folded
 
 
-def quantize_all(rows: Sequence[Tensor], fold: Tensor, states: Sequence[QuantizerState]) -> list[WeightCodes]:
+def quantize_all(
+    rows: Sequence[Tensor], fold: Tensor, grids: Sequence[Grid], statistics: Sequence[RangeStatistics | None]
+) -> list[WeightCodes]:
     """:func:`tritonq.reference.weight.quantize_folded` of every weight.
 
     Args:
         rows: one (out, ...) per weight, float32.
         fold: (all out channels,) float32, in the order of ``rows``.
-        states: one per weight, per channel.
+        grids: one per weight, per channel.
+        statistics: one per weight, as for :func:`~tritonq.reference.weight.quantize_folded`.
     """
     folds = torch.split(fold, [len(weight) for weight in rows])
-    return [quantize_folded(*of_one) for of_one in zip(rows, folds, states, strict=True)]
+    return [quantize_folded(*of_one) for of_one in zip(rows, folds, grids, statistics, strict=True)]

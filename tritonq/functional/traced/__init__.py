@@ -10,19 +10,7 @@ kernel can hold the sums would take a look from the host. An interpolating histo
 NotImplementedError, which says what to use instead.
 """
 
-from types import ModuleType
-
-from tritonq.functional.traced import conv_bn, histogram, int8_conv, min_max, residual, weight
 from tritonq.functional.traced.build import traced_families
+from tritonq.functional.traced.int8_conv import warning_int8_conv2d
 
-FAMILIES: dict[str, ModuleType] = {
-    **{
-        "conv_bn": conv_bn,
-        "histogram": histogram,
-        "int8_conv": int8_conv,
-        "min_max": min_max,
-        "residual": residual,
-        "weight": weight,
-    },
-    **traced_families(),
-}
+FAMILIES = traced_families({"int8_conv_int8_conv2d": warning_int8_conv2d})

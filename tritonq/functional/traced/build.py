@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, TypeAlias, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,22 +19,26 @@ from tritonq.backend import implementation
 from tritonq.functional.traced import parts, results
 from tritonq.reference.operator import OperatorSpec, operators_by_family
 
+# Called with the first tensor when an operator runs; returns the function that runs.
+Choice: TypeAlias = Callable[[Tensor], Callable[..., Any]]
 
-def traced_families() -> dict[str, ModuleType]:
-    """Return a module with the traced form of each operator, for each module of `tritonq.reference` that has some."""
+
+def traced_families(choices: dict[str, Choice]) -> dict[str, ModuleType]:
+    """Return a module with the traced form of each operator, for each module of `tritonq.reference` that has some.
+
+    ``choices``: what runs instead of what eager code would run, by the name of the operator.
+    """
     families = {}
     for family, operators in operators_by_family().items():
         families[family] = ModuleType(f"{__package__}.{family}", f"`tritonq.reference.{family}` for torch.compile.")
         for name, function in operators.items():
             has_kernel = function.operator.has_kernel  # type: ignore[attr-defined]
-            choose = partial(_implementation, family, name) if has_kernel else None
+            choose = choices.get(f"{family}_{name}", partial(_implementation, family, name) if has_kernel else None)
             setattr(families[family], name, traced_operator(f"{family}_{name}", function, choose))
     return families
 
 
-def traced_operator(
-    name: str, reference: Callable[..., Any], choose: Callable[[Tensor], Callable[..., Any]] | None = None
-) -> Callable[..., Any]:
+def traced_operator(name: str, reference: Callable[..., Any], choose: Choice | None = None) -> Callable[..., Any]:
     """Register the operator ``tritonq::<name>``; return a function with the parameters of ``reference`` that calls it.
 
     Args:
@@ -53,6 +57,7 @@ def traced_operator(
         tensors = [tensor for value in flat for tensor in (value if isinstance(value, list) else [value])]
         tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
         arguments = parts.rebuild_all(described, flat)
+        arguments.update({name: arguments[name].clone() for name in spec.overwrites})
         result = (reference if choose is None else choose(tensors[0]))(**arguments)
         return results.pack(results.own(spec.returns, result, arguments, tensors))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tritonq.grid import Grid
-from tritonq.reference.operator import CopyOf, Like, New
+from tritonq.reference.operator import CopyOf, Given, Like, New
 
 # A grid is returned as scale, zero point and switch; empty tensors stand for what it has not.
 _GRID_TENSORS = 3
@@ -40,13 +40,11 @@ def prototypes(template: Any, arguments: dict[str, Any]) -> list[Tensor]:
             found.extend(_empty_grid(leaf, arguments))
         elif isinstance(leaf, Like):
             like = _like(leaf, arguments)
-            dtype = arguments[leaf.dtype] if isinstance(leaf.dtype, str) else leaf.dtype
-            dtype = dtype if dtype is None or isinstance(dtype, torch.dtype) else dtype(like.dtype)
-            found.append(torch.empty_like(like, dtype=dtype))
+            found.append(torch.empty_like(like, dtype=_dtype(leaf, like, arguments)))
         else:
             source = lookup(leaf.argument, arguments)
             shape = tuple(leaf.shape(arguments))
-            made = source.new_empty(shape, dtype=leaf.dtype or source.dtype)
+            made = source.new_empty(shape, dtype=_dtype(leaf, source, arguments))
             found.append(made.contiguous(memory_format=_format(leaf, source, len(shape))))
     return found
 
@@ -92,6 +90,16 @@ def lookup(name: str, arguments: dict[str, Any]) -> Any:
     return value
 
 
+def _dtype(leaf: Like | New, source: Tensor, arguments: dict[str, Any]) -> torch.dtype:
+    """Return the dtype of a result."""
+    dtype: Any = arguments[leaf.dtype] if isinstance(leaf.dtype, str) else leaf.dtype
+    if dtype is None:
+        return source.dtype
+    if isinstance(dtype, Tensor):
+        return dtype.dtype
+    return dtype if isinstance(dtype, torch.dtype) else dtype(source.dtype)
+
+
 def _format(leaf: New, source: Tensor, dimensions: int) -> torch.memory_format:
     """Return how a new result lies in memory."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(dimensions, torch.contiguous_format)
@@ -131,6 +139,8 @@ def _restore(template: Any, arguments: dict[str, Any], tensors: list[Tensor]) ->
         return Grid(scale, None if grid.zero_point is None else zero_point, grid.qtype, enabled)
     if isinstance(template, (Like, New)):
         return tensors.pop(0)
+    if isinstance(template, Given):
+        return arguments[template.argument]
     if not isinstance(template, tuple):
         return template
     parts = [_restore(each, arguments, tensors) for each in template]
@@ -140,17 +150,18 @@ def _restore(template: Any, arguments: dict[str, Any], tensors: list[Tensor]) ->
 def _empty_grid(leaf: CopyOf, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     grid: Grid | None = arguments[leaf.argument]
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    shape = (0,) if grid is None else tuple(grid.scale.shape)
+    given = None if leaf.shape is None else leaf.shape(arguments)
+    shape = (0,) if grid is None else given or tuple(grid.scale.shape)
     has_zero_point = grid is not None and grid.zero_point is not None
     return (
         torch.empty(shape, dtype=torch.float32, device=device),
         torch.empty(shape if has_zero_point else (0,), dtype=torch.int32, device=device),
-        torch.empty(1, dtype=torch.bool, device=device),
+        torch.empty(given or (1,), dtype=torch.bool, device=device),
     )
 
 
 def _copy_grid(grid: Grid, scale: Tensor, zero_point: Tensor, enabled: Tensor) -> None:
     scale.copy_(grid.scale)
-    enabled.copy_(grid.enabled_on_device())
+    enabled.copy_(torch.ones_like(enabled) if grid.enabled is None else grid.enabled)
     if grid.zero_point is not None:
         zero_point.copy_(grid.zero_point)

@@ -1,0 +1,88 @@
+"""What operators that observe and quantize do with a grid and the running range behind it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonq.grid import Grid, RangeStatistics
+from tritonq.qparams import is_readable, range_to_qparams
+from tritonq.reference.min_max import merge_range_, update_range
+
+# Tensors that such an operator updates in place.
+OBSERVED = (
+    *("statistics.min_val", "statistics.max_val", "statistics.nonfinite_count"),
+    *("grid.scale", "grid.zero_point"),
+)
+# Never written to.
+_SWITCH = {value: torch.tensor([value]) for value in (False, True)}
+
+
+def observe_range(
+    grid: Grid,
+    statistics: RangeStatistics | None,
+    low: Tensor,
+    high: Tensor,
+    nonfinite: Tensor | None = None,
+    ordered: bool = False,
+) -> RangeStatistics | None:
+    """Merge a batch's range into the running one and write the scale and zero point that follow.
+
+    Args:
+        grid: its tensors are written.
+        statistics: the running range; nothing happens while it is frozen, switched off or None.
+        low: smallest finite value of the batch, shaped as ``statistics.min_val``; +inf where there is none.
+        high: largest, or -inf.
+        nonfinite: number of values that were skipped; None for zero.
+        ordered: whether ``low <= high``, both finite, is known, and so that nothing was skipped.
+
+    Returns:
+        The statistics, with ``has_data`` where that is known now.
+    """
+    if statistics is None or statistics.frozen:
+        return statistics
+    enabled = None
+    if statistics.enabled is None or is_readable(statistics.enabled):
+        if statistics.enabled is not None and not bool(statistics.enabled):
+            return statistics
+        if ordered:
+            merge_range_(low.float(), high.float(), statistics, grid)
+            return statistics.with_data()
+    else:
+        enabled = statistics.enabled.view(()) != 0
+    running = (statistics.min_val, statistics.max_val)
+    new_min, new_max = update_range(
+        low.float(), high.float(), *running, statistics.averaging_constant, statistics.copy_above
+    )
+    _assign(statistics.min_val, new_min, enabled)
+    _assign(statistics.max_val, new_max, enabled)
+    if nonfinite is not None:
+        _assign(statistics.nonfinite_count, statistics.nonfinite_count + nonfinite, enabled)
+    scale, zero_point = range_to_qparams(*running, grid.qtype, rule=statistics.rule, eps=statistics.eps)
+    _assign(grid.scale, scale.view_as(grid.scale), enabled)
+    if grid.zero_point is not None:
+        _assign(grid.zero_point, zero_point.view_as(grid.zero_point), enabled)
+    return statistics
+
+
+def settled(grid: Grid, statistics: RangeStatistics | None) -> Grid:
+    """Return the grid with a switch that is on only where something was observed.
+
+    The switch is a CPU tensor where its value is known without synchronising with a device.
+    """
+    flag = grid.enabled_flag()
+    if statistics is not None and not statistics.has_data:
+        seen = (statistics.min_val <= statistics.max_val).any()
+        flag = (flag and bool(seen)) if isinstance(flag, bool) and is_readable(seen) else seen & flag
+    return grid.with_buffers(grid.scale, grid.zero_point, _SWITCH[flag] if isinstance(flag, bool) else flag.view(1))
+
+
+def snapshot(grid: Grid, statistics: RangeStatistics | None) -> Grid:
+    """Return :func:`settled` with copies, for a later backward: observers and switches change buffers in place."""
+    grid = settled(grid, statistics)
+    zero_point = None if grid.zero_point is None else grid.zero_point.clone()
+    return grid.with_buffers(grid.scale.clone(), zero_point, grid.enabled)
+
+
+def _assign(buffer: Tensor, value: Tensor, enabled: Tensor | None) -> None:
+    buffer.copy_(value if enabled is None else torch.where(enabled, value, buffer))
