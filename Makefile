@@ -20,7 +20,7 @@ test: $(VENV)/.dev ## run all tests (PYTEST_WORKERS=2 for two processes)
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
 
 # Kept out of the quick tests: what compiles or interprets kernels, starts processes, or trains for more than a few steps.
-SLOW := codegen or sanitizer or compile or cli or demo or trainers or examples or distributed or data_parallel or library
+SLOW := codegen or launches or emulator or sanitizer or compile or cli or demo or trainers or examples or distributed or data_parallel or library
 
 test-quick: $(VENV)/.dev ## run the tests that need no compiler, interpreter, second process or long training
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not worker" -k "not ($(SLOW))"
