@@ -23,7 +23,14 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"tritonq": "tritonq", "kernels": "tritonq/kernels", "perf": "tritonq/perf"}
 # What the wheel goes without: modules that only developers run, and what they read.
 FOR_DEVELOPERS = (
-    *("perf/codegen*.py", "perf/disassembly.py", "perf/goals.py", "perf/plot.py", "perf/codegen_budget.json"),
+    *(
+        "perf/codegen*.py",
+        "perf/disassembly.py",
+        "perf/goals.py",
+        "perf/plot.py",
+        "perf/predict.py",
+        "perf/codegen_budget.json",
+    ),
     *("perf/README.md", "perf/results/*", "perf/pictures/*"),
 )
 
