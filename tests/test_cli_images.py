@@ -259,3 +259,31 @@ def test_workers_give_the_same_bits(tmp_path):
         assert train_on(folder, tmp_path / output, "--augment=flip,crop", "--workers", workers) == 0
     one, other = (read_training(tmp_path / output / "last.pt")[1]["state_dict"] for output in ("here", "there"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Brightness(nn.Module):
+    """Images are bees if their mean is close to 0.62, which is that of bright ones as long as pixels go from 0 to 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Conv2d(3, 1, 1, bias=False)
+        nn.init.constant_(self.mean.weight, 1 / 3)
+
+    def forward(self, x):
+        distance = (self.mean(x).mean((2, 3)) - 0.62).abs()
+        return torch.cat([distance, 0 * distance + 0.15], 1)
+
+
+def test_a_better_scaling_is_named(tmp_path, capsys):
+    folder = image_folder(tmp_path / "insects")
+    torch.save(Brightness().state_dict(), tmp_path / "float.pt")
+    words = [f"{__name__}:Brightness", folder, "--image-size=8", "--batch-size=4", "--epochs=1", "--no-onnx"]
+    words += ["--weights", tmp_path / "float.pt"]
+    assert train(*words, "--output", tmp_path / "out") == 0
+    printed = capsys.readouterr()
+    assert "float model: accuracy 50.00%" in printed.out
+    assert "with --mean 0 --std 1 the float model has 100.00% of 6 held-out images right" in printed.err
+    assert train(*words, "--mean=0", "--std=1", "--output", tmp_path / "other") == 0
+    printed = capsys.readouterr()
+    assert "float model: accuracy 100.00%" in printed.out
+    assert not printed.err

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from tritonq.cli.augment import OWN, TORCHVISION, Augmentation
-from tritonq.cli.data import DIGITS, Examples, add_data_arguments, class_names, open_examples
+from tritonq.cli.data import DIGITS, Examples, add_data_arguments, class_names, open_examples, stacked
 from tritonq.cli.deployment import Deployed, deploy
-from tritonq.cli.evaluation import count_right, in_order, logits
+from tritonq.cli.evaluation import accuracy, count_right, in_order, logits
 from tritonq.cli.models import add_model_arguments, add_qconfig_argument, find_device, find_qconfig, make_model, prepare
 from tritonq.cli.paths import writable_folder
 from tritonq.cli.preprocessing import add_preprocessing_arguments, choose_preprocessing
@@ -27,6 +27,10 @@ from tritonq.prepare import update_bn_stats
 from tritonq.qconfig_files import mapping_to_data
 from tritonq.report.summary import summary
 
+# Mean and deviation that float models are often trained with; tried where the user gave none.
+_USUAL_SCALING = (("0", "1"), ("0.5", "0.5"), ("0.485,0.456,0.406", "0.229,0.224,0.225"))
+_IMAGES_TRIED = 256
+_CLEARLY_BETTER = 0.05
 # A float model that is hardly better than guessing was given another preprocessing, or no weights.
 _NEAR_CHANCE = 1.5
 
@@ -136,6 +140,8 @@ def _main(arguments: argparse.Namespace) -> int:
         float_accuracy = _float_accuracy(model.to(device), data, arguments.workers, processes)
     if processes.is_first:
         _tell_float_accuracy(float_accuracy, data, arguments.weights)
+        if arguments.weights is not None and not preprocessing.mean and not resumes:
+            _tell_better_scaling(model, data)
     run = Run(
         made,
         trainable.to(device),
@@ -187,13 +193,36 @@ def _float_accuracy(model: nn.Module, data: Examples, workers: int, processes: P
     return right / count
 
 
-def _tell_float_accuracy(accuracy: float, data: Examples, weights: Path | None) -> None:
+def _tell_float_accuracy(share: float, data: Examples, weights: Path | None) -> None:
     origin = f"with {weights}" if weights is not None else "as its factory gives it"
-    print(f"float model: accuracy {accuracy:.2%} on the held-out images, {origin}", flush=True)
-    if weights is not None and accuracy < _NEAR_CHANCE / len(data.classes):
+    print(f"float model: accuracy {share:.2%} on the held-out images, {origin}", flush=True)
+    if weights is not None and share < _NEAR_CHANCE / len(data.classes):
         print(
             "tritonq train: that is hardly better than guessing: was the float model trained with other preprocessing? "
             "See --preprocessing, --mean, --std, --crop, --image-size, or with another order of classes?",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _tell_better_scaling(model: nn.Module, data: Examples) -> None:
+    """Say where the float model does clearly better with a mean and deviation other than the training images' own."""
+    count = len(data.test)
+    chosen = torch.linspace(0, count - 1, min(count, _IMAGES_TRIED)).long().tolist()
+    images, labels = stacked(data.test, chosen)
+    channels = images.shape[1]
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.preprocessing.mean, data.preprocessing.std))
+    scores = {("", ""): accuracy(logits(model, images), labels)}
+    for words in _USUAL_SCALING:
+        values = [tuple(map(float, word.split(","))) for word in words]
+        if all(len(value) in (1, channels) for value in values):
+            other_mean, other_std = (torch.tensor(value).view(-1, 1, 1) for value in values)
+            scores[words] = accuracy(logits(model, (images * std + mean - other_mean) / other_std), labels)
+    best = max(scores, key=lambda words: scores[words])
+    if scores[best] > scores["", ""] + _CLEARLY_BETTER:
+        print(
+            f"tritonq train: with --mean {best[0]} --std {best[1]} the float model has {scores[best]:.2%} of "
+            f"{len(chosen)} held-out images right, without {scores['', '']:.2%}: begin again with them",
             file=sys.stderr,
             flush=True,
         )
