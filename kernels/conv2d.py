@@ -9,8 +9,6 @@ behavior of NVIDIA tensor cores, 2021).
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -316,7 +314,7 @@ def tuned_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, is_codes: bool
     return _tuned_tile(dtype, layout, tuple(x.shape), tuple(weight.shape), geometry, index)
 
 
-@cache
+@launch.planned("conv2d")
 def _tuned_tile(
     dtype: str,
     layout: str,

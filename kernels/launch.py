@@ -14,9 +14,12 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import cache, lru_cache, wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -56,6 +59,8 @@ Entry: TypeAlias = "Parameters | ConvTile | Literal['torch']"
 
 # Kernels with entries of their own kind; all others have `Parameters`.
 _ENTRY_TYPES: dict[str, type[Parameters] | type[ConvTile]] = {"conv2d": ConvTile}
+# Stands for all kernels without entries of their own kind.
+EVERY_KERNEL = "*"
 # Kernels that torch has an operator for, which may be the faster one.
 _AGAINST_TORCH = frozenset({"conv2d"})
 
@@ -77,10 +82,60 @@ def shape_class(view: View) -> str:
     return "flat" if view.channel is None and view.sizes[0] == view.sizes[1] == 1 else "rows"
 
 
+_OVERRIDES: ContextVar[Mapping[str, Entry]] = ContextVar("overrides", default=MappingProxyType({}))
+
+
+@contextmanager
+def override(kernel: str, entry: Entry) -> Iterator[None]:
+    """Launch ``kernel`` with ``entry`` in the block, whatever its GPU's table has.
+
+    Blocks nest, and each thread has its own. What is remembered per launch is remembered per override, too.
+
+    Args:
+        kernel: its name in tables, or :data:`EVERY_KERNEL`: all kernels with :class:`Parameters`.
+        entry: as in a table.
+    """
+    token = _OVERRIDES.set(MappingProxyType({**_OVERRIDES.get(), kernel: entry}))
+    try:
+        yield
+    finally:
+        _OVERRIDES.reset(token)
+
+
+def overridden(kernel: str) -> Entry | None:
+    """The entry that :func:`override` gives ``kernel`` here, or None."""
+    overrides = _OVERRIDES.get()
+    if not overrides:
+        return None
+    everywhere = None if kernel in _ENTRY_TYPES else overrides.get(EVERY_KERNEL)
+    return overrides.get(kernel, everywhere)
+
+
+def planned(kernel: str) -> Callable[[Callable[..., Any]], Any]:
+    """Remember what a function returns for its arguments while ``kernel`` has the same override."""
+
+    def remember(function: Callable[..., Any]) -> Any:
+        @lru_cache(maxsize=4096)
+        def plans(override: Entry | None, *arguments: Any) -> Any:
+            return function(*arguments)
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            return plans(overridden(kernel), *arguments)
+
+        call.cache_clear = plans.cache_clear  # type: ignore[attr-defined]
+        return call
+
+    return remember
+
+
 def parameters(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> Parameters:
     """Launch parameters of ``kernel`` for this view on this device."""
     size_class = "large" if view.numel >= LARGE else "small"
     index = device.index if device.type == "cuda" else None
+    override = overridden(kernel)
+    if isinstance(override, Parameters):
+        return override
     return _parameters(kernel, dtype, shape_class(view), size_class, index)
 
 
@@ -93,7 +148,10 @@ def _parameters(
 
 
 def tuned(kernel: str, key: str, device_index: int | None) -> Entry | None:
-    """What a GPU's table says about ``kernel`` and a class of shapes; None where it is silent, or without a GPU."""
+    """Return the override of ``kernel``, or its GPU's entry for a class of shapes; None where there is neither."""
+    override = overridden(kernel)
+    if override is not None:
+        return override
     if device_index is None:
         return None
     table = load_table(TABLES / f"{gpu_file_stem(torch.cuda.get_device_name(device_index))}.json")
@@ -168,11 +226,13 @@ class Plan(NamedTuple):
 
 def plan(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> Plan:
     """Tile and grid for one program per tile."""
-    return _plan(kernel, dtype, view, device, warp_size(device))
+    return _plan(overridden(kernel), kernel, dtype, view, device, warp_size(device))
 
 
 @lru_cache(maxsize=4096)
-def _plan(kernel: str, dtype: torch.dtype, view: View, device: torch.device, warp_size: int) -> Plan:
+def _plan(
+    override: Entry | None, kernel: str, dtype: torch.dtype, view: View, device: torch.device, warp_size: int
+) -> Plan:
     chosen = parameters(kernel, dtype, view, device)
     rows, cols = tile_shape(view.sizes, chosen.elements, chosen.max_cols)
     return Plan(Tile(rows, cols, chosen.num_warps(warp_size)), launch_grid(tile_counts(view.sizes, rows, cols)))

@@ -7,7 +7,6 @@ of `tritonq.reference.min_max`, their specification.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, multiprocessors, parameters, warp_size
+from .launch import device_guard, multiprocessors, parameters, planned, warp_size
 from .launcher import Launcher
 from .layout import LaunchGrid, Split, Tile, View, dense_view, launch_grid, split, tile_shape, view
 from .qparams import range_to_qparams
@@ -360,7 +359,7 @@ def viewed(x: Tensor, axis: int | None) -> tuple[Tensor, View]:
     return x, dense_view(x.shape, (x.stride(),), axis)
 
 
-@lru_cache(maxsize=4096)
+@planned("min_max")
 def plan_reduction(
     dtype: torch.dtype, seen: View, device: torch.device, warp_size: int
 ) -> tuple[Tile, Split, LaunchGrid, tuple[int, int, int], int]:

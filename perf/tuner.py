@@ -11,8 +11,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,42 +138,15 @@ def search(
     return Result(best if isinstance(best, str) else dict(best._asdict()), gain, len(options), rejected)
 
 
-@contextmanager
-def launching_with(kernel: str, parameters: Any) -> Iterator[None]:
-    """Make every launch of ``kernel`` in the block use ``parameters``, whatever its table says."""
-    from tritonq.kernels import launch
-
-    original = launch.tuned
-
-    def chosen(name: str, *key: Any) -> Any:
-        return parameters if name == kernel else original(name, *key)
-
-    launch.tuned = chosen
-    _forget_plans()
-    try:
-        yield
-    finally:
-        launch.tuned = original
-        _forget_plans()
-
-
 def _with_parameters(step: Step, kernel: str, parameters: Any) -> Step:
     """``step`` with launch parameters of its own."""
+    from tritonq.kernels import launch
 
     def run(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        with launching_with(kernel, parameters):
+        with launch.override(kernel, parameters):
             return step(inputs)
 
     return run
-
-
-def _forget_plans() -> None:
-    """Empty every cache of the kernels' modules: launch sizes are remembered in several of them."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("tritonq.kernels."):
-            for value in vars(module).values():
-                if callable(getattr(value, "cache_clear", None)):
-                    value.cache_clear()
 
 
 def _obstacle(step: Step, inputs: Inputs, expected: tuple[torch.Tensor, ...], tolerance: Tolerance) -> str | None:

@@ -78,11 +78,10 @@ class OpTester:
             return
         from tritonq.kernels import launch, min_max
 
-        small = launch.Parameters(elements=64, max_cols=32, warps=4)
-        monkeypatch.setattr(launch, "default_parameters", lambda *_: small)
         monkeypatch.setattr(min_max, "_MIN_ELEMENTS_PER_PROGRAM", 100)
         clear_plans()
-        yield
+        with launch.override(launch.EVERY_KERNEL, launch.Parameters(elements=64, max_cols=32, warps=4)):
+            yield
         clear_plans()
 
 
@@ -92,7 +91,7 @@ def operators(family: str, use: str) -> Any:
 
 
 def clear_plans() -> None:
-    """Forget launch sizes that were planned under other settings."""
+    """Forget what was planned under other settings."""
     from tritonq.kernels import launch, layout, min_max
 
     for cached in (launch._plan, launch._parameters, min_max.plan_reduction, layout.view):

@@ -20,7 +20,10 @@ LAYERS = [
     ("tritonq.reference", "tritonq.kernels", "tritonq.backend"),
     ("tritonq.grid",),
     ("tritonq.qparams", "tritonq.granularity", "tritonq.arithmetic", "tritonq.bins", "tritonq.process_group"),
-    ("tritonq.version",),
+    (
+        "tritonq.version",
+        "tritonq.warn_once",
+    ),
 ]
 # The one place that may read torch.ao checkpoints.
 TORCH_AO_READER = "tritonq.deploy.torch_ao"

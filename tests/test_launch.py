@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,40 @@ def test_table_overrides_the_function(tmp_path: Path, monkeypatch: pytest.Monkey
 )
 def test_file_names(name: str, stem: str) -> None:
     assert launch.gpu_file_stem(name) == stem
+
+
+def tile_of(kernel: str = "fake_quantize") -> tuple[int, ...]:
+    seen = view((64, 64), ((64, 1),), None)
+    assert seen is not None
+    return tuple(launch.plan(kernel, torch.float32, seen, torch.device("cpu")).tile)
+
+
+def test_an_override_counts_in_its_block_alone() -> None:
+    default, other = tile_of(), tile_of("min_max")
+    with launch.override("fake_quantize", launch.Parameters(512, 64, 2)):
+        assert tile_of() == (1, 64, 2)
+        assert tile_of("min_max") == other
+        with launch.override("fake_quantize", launch.Parameters(256, 64, 1)):
+            assert tile_of() == (1, 64, 1)
+        assert tile_of() == (1, 64, 2)
+        seen: list[tuple[int, ...]] = []
+        thread = threading.Thread(target=lambda: seen.append(tile_of()))
+        thread.start()
+        thread.join()
+        assert seen == [default]
+    with pytest.raises(ZeroDivisionError), launch.override("fake_quantize", launch.Parameters(512, 64, 2)):
+        _ = 1 / 0
+    assert tile_of() == default
+
+
+def test_an_override_of_every_kernel_leaves_convolutions_alone() -> None:
+    small = launch.Parameters(512, 64, 2)
+    with launch.override(launch.EVERY_KERNEL, small), launch.override("min_max", launch.Parameters(256, 64, 1)):
+        assert tile_of() == (1, 64, 2)
+        assert launch.overridden("min_max") == launch.Parameters(256, 64, 1)
+        assert launch.overridden("conv2d") is None
+    with launch.override("conv2d", "torch"):
+        assert launch.overridden("conv2d") == "torch"
 
 
 def test_shipped_tables_are_sound(recwarn: pytest.WarningsRecorder) -> None:

@@ -36,10 +36,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from op_tester import clear_plans
     from tritonq.kernels import launch, min_max
 
-    monkeypatch.setattr(launch, "default_parameters", lambda *_: launch.Parameters(64, 32, 4))
     monkeypatch.setattr(min_max, "_MIN_ELEMENTS_PER_PROGRAM", 50)
     clear_plans()
-    yield
+    with launch.override(launch.EVERY_KERNEL, launch.Parameters(64, 32, 4)):
+        yield
     clear_plans()
 
 

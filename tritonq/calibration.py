@@ -16,6 +16,7 @@ from tritonq.learned_fake_quantize import LearnedFakeQuantize
 from tritonq.nn.qat import QATLayer
 from tritonq.observers import PassiveObserver
 from tritonq.qparams import QParams
+from tritonq.warn_once import silence
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -178,7 +179,7 @@ def _observing(model: nn.Module, quantizers: Iterable[FakeQuantizeBase]) -> Iter
             quantizer.enable_observer()
             if isinstance(quantizer, LearnedFakeQuantize):
                 # In training mode it would take its first batch for all the data; in eval it would warn.
-                quantizer._warned = True
+                silence(quantizer)
                 hooks.append(quantizer.register_forward_pre_hook(lambda module, args: module.observe(args[0])))
             else:
                 quantizer.train()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from tritonq.grid import Grid
 from tritonq.observers import MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
 from tritonq.observers.base import FixedDtypeBuffers
 from tritonq.qparams import QParams, QuantizedType
+from tritonq.warn_once import warn_once
 
 
 class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
@@ -151,7 +151,6 @@ class FakeQuantize(FakeQuantizeBase):
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", self._initial_zero_point(shape))
         self._revision = 0
-        self._warned = False
 
     def _initial_zero_point(self, shape: tuple[int, ...]) -> Tensor:
         return torch.full(shape, max(self.qtype.fixed_zero_point or 0, self.qtype.quant_min), dtype=torch.int32)
@@ -216,7 +215,7 @@ class FakeQuantize(FakeQuantizeBase):
         elif self.has_qparams():
             active = self.fake_quant_enabled
         else:
-            self._warn_once()
+            self.warn_unobserved()
             return x
         zero_point = None if self.activation_post_process.zero_point_is_zero else self.zero_point
         grid = Grid(self.scale, zero_point, self.qtype, active)
@@ -225,14 +224,14 @@ class FakeQuantize(FakeQuantizeBase):
             mark(y, self.scale, grid)
         return y
 
-    def _warn_once(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "a FakeQuantize that has observed nothing passes its input through; run it in training mode with its "
-                "observer enabled, or load a checkpoint",
-                stacklevel=4,
-            )
+    def warn_unobserved(self) -> None:
+        """Warn, the first time, that values pass because nothing was observed."""
+        warn_once(
+            self,
+            "a FakeQuantize that has observed nothing passes its input through; run it in training mode with its "
+            "observer enabled, or load a checkpoint",
+            stacklevel=4,
+        )
 
     @property
     def quant_min(self) -> int:

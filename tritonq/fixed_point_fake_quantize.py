@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,6 +21,7 @@ from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.validate import check_axis
 from tritonq.qparams import QParams
 from tritonq.reference.fixed_point import power_of_two
+from tritonq.warn_once import warn_once
 
 Phase = Literal["fixed", "floating", "floating_wo_clip"]
 Choice = Literal["search", "std", "mean_abs", "rms"]
@@ -84,7 +84,6 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
             raise ValueError(f"unknown choice {choice!r}; known: {', '.join(get_args(Choice))}")
         self.word_len, self.signed, self.momentum, self.choice = word_len, signed, momentum, choice
         self.phase: Phase = "fixed"
-        self._warned = False
         self.register_buffer("observed", torch.zeros(1, dtype=torch.uint8))
         self._make_buffers(1 if axis is None else num_channels or 0)
 
@@ -145,7 +144,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
             if not is_recomputing():
                 self.observe(x)
         elif not torch.compiler.is_compiling() and not self.has_qparams():
-            self._warn_once()
+            self._warn_unobserved()
             return x
         return self.quantize(x)
 
@@ -195,14 +194,13 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         low, high = self.codes
         return torch.where(active != 0, torch.clamp(x, low * step, high * step), x)
 
-    def _warn_once(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "a FixedPointFakeQuantize that has observed nothing passes its input through; run it in training mode "
-                "with its observer enabled, or load a checkpoint",
-                stacklevel=3,
-            )
+    def _warn_unobserved(self) -> None:
+        warn_once(
+            self,
+            "a FixedPointFakeQuantize that has observed nothing passes its input through; run it in training mode "
+            "with its observer enabled, or load a checkpoint",
+            stacklevel=3,
+        )
 
     def extra_repr(self) -> str:
         """Format, fractional length and phase."""

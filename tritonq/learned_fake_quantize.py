@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -19,6 +18,7 @@ from tritonq.functional.recomputation import is_recomputing
 from tritonq.grid import Grid
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase
 from tritonq.qparams import QParams, Rounding
+from tritonq.warn_once import warn_once
 
 Initialization = Literal["observer", "lsq"]
 
@@ -52,7 +52,6 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         if self.qtype.rounding != self.rounding:
             raise ValueError(f"{type(self).__name__} rounds {self.rounding}, got rounding={self.qtype.rounding!r}")
         self.register_buffer("initialized", torch.zeros(1, dtype=torch.uint8))
-        self._warned = False
 
     @property
     def _channels(self) -> int:
@@ -111,13 +110,12 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         if self.training and not self.has_qparams() and bool(self.observer_enabled) and not is_recomputing():
             self._initialize_from_batch(x.detach())
         if not self.has_qparams():
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"a {type(self).__name__} without parameters passes its input through; run it in training mode "
-                    "with its observer enabled, call initialize(), or load a checkpoint",
-                    stacklevel=3,
-                )
+            warn_once(
+                self,
+                f"a {type(self).__name__} without parameters passes its input through; run it in training mode "
+                "with its observer enabled, call initialize(), or load a checkpoint",
+                stacklevel=3,
+            )
             return x
         return self._rounded(x)
 

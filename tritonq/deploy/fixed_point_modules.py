@@ -5,7 +5,6 @@ No floating-point number occurs between the codes of the network's input and tho
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from tritonq.functional.dispatch import implementation
 from tritonq.qparams import is_readable
 from tritonq.reference.fixed_point import power_of_two
 from tritonq.reference.int8_conv import ACCUMULATOR_MAX, requantize
+from tritonq.warn_once import warn_once
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,6 @@ class IntegerLayer(IntegerModule):
         self.keep(**tensors, saturated=torch.zeros(1, dtype=torch.int64, device=tensors["weight"].device))
         self.geometry, self.input, self.output = geometry, input, output
         self.encodes, self.decodes, self.linear = encodes, decodes, linear
-        self._warned = False
         self.read_tensors()
         self.eval()
 
@@ -162,9 +161,9 @@ class IntegerLayer(IntegerModule):
         return (accumulators.double() * power_of_two(-self.frac_len, torch.float64).view(shape)).float()
 
     def _report(self) -> None:
-        if not self._warned and int(self.saturated):
-            self._warned = True
-            warnings.warn(
+        if int(self.saturated):
+            warn_once(
+                self,
                 f"{int(self.saturated)} accumulators of {self.name!r} passed 32 bits and were clamped to ±(2^31 - 1)",
                 RuntimeWarning,
                 stacklevel=3,

@@ -7,14 +7,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from tritonq.functional.marks import codes_of, is_rounded, mark_codes, mark_rounded
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import is_readable
 from tritonq.reference.ranges import settled
 from tritonq.reference.scratch import borrow
 
 _MAX_BITS = 8
-_SHARED = "_tritonq_saved_codes"
-_MARK = "_tritonq_grid"
 
 
 class SavedInput(NamedTuple):
@@ -47,16 +46,15 @@ def keep(x: Tensor, grid: Grid | None) -> SavedInput:
     """
     if grid is None or not _is_compact(grid) or x.dtype == torch.float64:
         return SavedInput(x, None, None, x.dtype)
-    shared = getattr(x, _SHARED, None)
-    if shared is not None and shared[0] is grid.scale and shared[1] == x._version:
-        return cast(SavedInput, shared[2])
-    marked = _is_marked(x, grid)
+    shared = codes_of(x, grid.scale)
+    if shared is not None:
+        return cast(SavedInput, shared)
+    marked = is_rounded(x, grid.scale)
     if not marked and not is_readable(x):
         return SavedInput(x, None, None, x.dtype)
     saved = _encode(x, grid, marked)
     if saved.scale is not None:
-        # An attribute of the tensor lives as long as the tensor, and no longer.
-        setattr(x, _SHARED, (grid.scale, x._version, saved))
+        mark_codes(x, grid.scale, saved)
     return saved
 
 
@@ -80,13 +78,7 @@ def mark(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatistics | Non
     if torch.compiler.is_compiling() or y.is_inference():
         return
     if not is_readable(y) or settled(grid, statistics).enabled_flag() is True:
-        setattr(y, _MARK, (scale, scale._version, y._version))
-
-
-def _is_marked(x: Tensor, grid: Grid) -> bool:
-    """Whether ``x`` is as :func:`mark` left it, and the scale has not moved since."""
-    scale, *versions = getattr(x, _MARK, (None,))
-    return scale is grid.scale and versions == [grid.scale._version, x._version]
+        mark_rounded(y, scale)
 
 
 def restore(saved: SavedInput, out: Tensor | None = None) -> Tensor:

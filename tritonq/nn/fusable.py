@@ -63,7 +63,7 @@ def warn_if_unobserved(quantizer: nn.Module) -> None:
     if torch.compiler.is_compiling():
         return
     if isinstance(quantizer, FakeQuantize) and not quantizer.has_qparams():
-        quantizer._warn_once()
+        quantizer.warn_unobserved()
 
 
 def input_grid(quantizer: FakeQuantizeBase | None) -> Grid | None:

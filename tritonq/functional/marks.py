@@ -1,0 +1,36 @@
+"""Marks on tensors: what one operator knows of a tensor, for the operators that read it later.
+
+A mark is an attribute of the Python tensor. It lives as long as that object: views, copies and pickles have none. Each
+mark holds the versions of what it was made from, and counts only while nothing has changed them in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+_ROUNDED = "_tritonq_grid"
+_CODES = "_tritonq_saved_codes"
+
+
+def mark_rounded(y: Tensor, scale: Tensor) -> None:
+    """Note on ``y`` that its values were rounded to the grid of ``scale``, a quantizer's buffer."""
+    setattr(y, _ROUNDED, (scale, scale._version, y._version))
+
+
+def is_rounded(x: Tensor, scale: Tensor) -> bool:
+    """Whether ``x`` is as :func:`mark_rounded` found it with this very ``scale``, which has not moved since."""
+    marked, *versions = getattr(x, _ROUNDED, (None,))
+    return marked is scale and versions == [scale._version, x._version]
+
+
+def mark_codes(x: Tensor, scale: Tensor, codes: Any) -> None:
+    """Note on ``x`` what it was kept as for a backward, on the grid of ``scale``."""
+    setattr(x, _CODES, (scale, x._version, codes))
+
+
+def codes_of(x: Tensor, scale: Tensor) -> Any:
+    """Return what :func:`mark_codes` noted for this ``scale``; None where ``x`` has changed since, or has no mark."""
+    marked, version, codes = getattr(x, _CODES, (None, None, None))
+    return codes if marked is scale and version == x._version else None

@@ -1,0 +1,28 @@
+"""Warnings that each module gives once."""
+
+from __future__ import annotations
+
+import warnings
+
+_FLAG = "_warned"
+
+
+def warn_once(owner: object, text: str, category: type[Warning] = UserWarning, stacklevel: int = 1) -> None:
+    """Warn unless ``owner`` has warned before.
+
+    The memory is an attribute of ``owner`` and lives as long; copies and pickles of ``owner`` carry it along.
+
+    Args:
+        owner: the module that warns.
+        text: the warning.
+        category: of the warning.
+        stacklevel: as in ``warnings.warn``, counted from the caller.
+    """
+    if not getattr(owner, _FLAG, False):
+        silence(owner)
+        warnings.warn(text, category, stacklevel=stacklevel + 1)
+
+
+def silence(owner: object) -> None:
+    """Let ``owner`` give no warning of :func:`warn_once` from now on."""
+    setattr(owner, _FLAG, True)
