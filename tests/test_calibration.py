@@ -119,7 +119,7 @@ def test_learned_scales_start_from_all_the_data():
     small, large = torch.rand(2, 3, 6, 6), 10 * torch.rand(2, 3, 6, 6)
     calibrate(layer, [small, large])
     with torch.no_grad():
-        float_output = torch.relu(layer.linear_op(large, layer.weight, layer.bias))
+        float_output = torch.relu(layer.linear_map(large, layer.weight, layer.bias))
     assert float(layer.activation_post_process.alpha) == pytest.approx(float(float_output.max()), rel=1e-5)
     weight = layer.weight.detach()
     expected = range_to_qparams(weight.min(), weight.max(), layer.weight_fake_quant.qtype).scale

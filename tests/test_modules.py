@@ -168,7 +168,7 @@ QCONFIGS = {
 def integers_by_hand(layer, x, source):
     """The layer in int64, straight from the definition: no library convolution of floats takes part."""
     weight, bias = layer.folded_parameters()
-    rows = layer.to_rows(weight.double())
+    rows = layer.linear_map.to_rows(weight.double())
     wq, shape = layer.weight_fake_quant, (-1, *[1] * (weight.dim() - 1))
     scale, zero = (v.expand(len(rows)).view(shape) for v in wq.calculate_qparams())
     ratio = rows.float() / scale if wq.qtype.rounding == "half_away" else rows.float() * (1 / scale)
@@ -176,10 +176,10 @@ def integers_by_hand(layer, x, source):
     codes = (rounded + zero).clamp(wq.quant_min, wq.quant_max) - zero
     multiplier = source.scale * scale.flatten()
     inputs = (x.double() / source.scale.double()).round()
-    total = layer.linear_op(inputs, layer.from_rows(codes.double()), None)
+    total = layer.linear_map(inputs, layer.linear_map.from_rows(codes.double()), None)
     assert total.frac().abs().max() < 1e-6
     view = [1] * total.dim()
-    view[layer._output_axis] = -1
+    view[layer.linear_map.output_axis] = -1
     total = total.round()
     if bias is not None:
         total = total + (bias.double() / multiplier.double()).round().view(view)

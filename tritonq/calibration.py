@@ -273,7 +273,7 @@ def _similarity(layer: QATLayer, examples: list[tuple[tuple[Any, ...], Tensor]],
     for args, expected in examples:
         output = layer(*args)
         if per_channel:
-            rows = [y.double().movedim(layer._output_axis, 0).flatten(1) for y in (output, expected)]
+            rows = [y.double().movedim(layer.linear_map.output_axis, 0).flatten(1) for y in (output, expected)]
         else:
             rows = [y.double().reshape(1, -1) for y in (output, expected)]
         dot = dot + (rows[0] * rows[1]).sum(1).cpu()

@@ -94,7 +94,9 @@ def widest_channel(layer: QATLayer | FixedPointLayer) -> ChannelOnGrid:
         made = layer.integer_layer(*layer.folded_parameters())
         if made is None:
             raise ValueError("this layer has no integer form: its input grid is unknown")
-        codes, values = (layer.to_rows(rows).flatten(1) for rows in (made.weight, layer.folded_parameters()[0]))
+        codes, values = (
+            layer.linear_map.to_rows(rows).flatten(1) for rows in (made.weight, layer.folded_parameters()[0])
+        )
         scales = (made.multiplier / made.input_scale).double()
     widths = torch.where(scales == scales.max(), values.abs().amax(1).double(), -1)
     index = int(widths.argmax())

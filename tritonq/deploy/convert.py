@@ -152,10 +152,10 @@ def _layer_like(layer: QATLayer, shape: nn.Module, output: nn.Module) -> Quantiz
     source = cast(FakeQuantizeBase, layer.input_quantizer)
     grid = cast(QuantizedType, grid)
     zero = cast(Tensor, integers.weight_zero_point)
-    rows = layer.to_rows(integers.weight) + zero.view(-1, *[1] * (integers.weight.dim() - 1))
+    rows = layer.linear_map.to_rows(integers.weight) + zero.view(-1, *[1] * (integers.weight.dim() - 1))
     input_scale, input_zero_point = source.calculate_qparams()
     integer_tensors = {
-        "weight": layer.from_rows(rows).to(grid.storage_dtype),
+        "weight": layer.linear_map.from_rows(rows).to(grid.storage_dtype),
         "weight_scale": integers.weight_scale.clone(),
         "weight_zero_point": _unless_zero(zero.clone()),
         "bias": integers.bias,
@@ -183,9 +183,14 @@ def _float_tensors(
     bias = None if bias is None else bias.clone()
     if grid is None:
         return {"weight": weight.clone(), "bias": bias}
-    codes, scale, zero = _codes(layer.to_rows(weight), cast(FakeQuantizeBase, layer.weight_fake_quant))
+    codes, scale, zero = _codes(layer.linear_map.to_rows(weight), cast(FakeQuantizeBase, layer.weight_fake_quant))
     zero_point = _unless_zero(zero)
-    return {"weight": layer.from_rows(codes), "weight_scale": scale, "weight_zero_point": zero_point, "bias": bias}
+    return {
+        "weight": layer.linear_map.from_rows(codes),
+        "weight_scale": scale,
+        "weight_zero_point": zero_point,
+        "bias": bias,
+    }
 
 
 def _table(table: Embedding | EmbeddingBag) -> nn.Module:

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.functional.conv2d import find_kernel
+from tritonq.functional.conv2d import find_kernel, run_integer_layer
 from tritonq.functional.fake_quant import fake_quantize
-from tritonq.functional.integer import BYTE_BITS, IntegerAffine, integer_affine, sum_bound
-from tritonq.functional.linear_map import Convolution, plain_conv2d
+from tritonq.functional.integer import BYTE_BITS, IntegerAffine, sum_bound
+from tritonq.functional.linear_map import LinearMap, linear_map_of
 from tritonq.grid import Grid
 from tritonq.nn.fusable import checked_ceiling, describe_relu
 from tritonq.observers.base import FixedDtypeBuffers
@@ -170,7 +169,6 @@ class QuantizedLayer(DeployedModule):
     # The float layer that gives geometry and arithmetic, and the names of its constructor's arguments.
     float_type: ClassVar[type[nn.Module]]
     geometry_names: ClassVar[tuple[str, ...]]
-    _output_axis: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -183,7 +181,7 @@ class QuantizedLayer(DeployedModule):
         # The float constructor sets strides, paddings and the like, which users' code may read; no memory is taken.
         self.float_type.__init__(self, **geometry, bias=False, device="meta")
         check_shape("weight", tensors.get("weight"), tuple(self.weight.shape))
-        out = (self.to_rows(self.weight).shape[0],)
+        out = (self.linear_map.to_rows(self.weight).shape[0],)
         for name in ("weight_scale", "weight_zero_point", "bias", "multiplier"):
             check_shape(name, tensors.get(name), out)
         del self._parameters["weight"], self._parameters["bias"]
@@ -198,7 +196,7 @@ class QuantizedLayer(DeployedModule):
         """See base class."""
         self._sum_bound = 0.0
         if self.input_zero_point is not None and self.grids.input is not None:
-            rows = self.to_rows(self.centred_weight())
+            rows = self.linear_map.to_rows(self.centred_weight())
             self._sum_bound = sum_bound(rows, self.input_zero_point, self.grids.input)
 
     @property
@@ -206,13 +204,10 @@ class QuantizedLayer(DeployedModule):
         """Arguments of the float layer's constructor."""
         return {name: getattr(self, name) for name in self.geometry_names}
 
-    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The float convolution or product."""
-        raise NotImplementedError
-
-    def to_rows(self, weight: Tensor) -> Tensor:
-        """``weight`` with its out channels on axis 0."""
-        return weight
+    @property
+    def linear_map(self) -> LinearMap:
+        """What the layer does with its input and its weight."""
+        return linear_map_of(self)
 
     def along_out_channels(self, values: Tensor) -> Tensor:
         """Values per out channel, shaped to broadcast against the weight."""
@@ -245,14 +240,10 @@ class QuantizedLayer(DeployedModule):
             has_8_bit_codes=max(self.grids.bits) <= BYTE_BITS,
         )
 
-    def plain_conv2d(self) -> Convolution | None:
-        """The layer as a 2-d convolution that a kernel could run, or None."""
-        return None
-
     def forward(self, x: Tensor) -> Tensor:
         """Shapes as the float layer's. What runs is what runs in a quantization-aware layer's eval mode."""
         layer, quantizer = self.integer_layer(), self.activation_post_process
-        kernel = find_kernel(x, self.weight, self.plain_conv2d(), layer)
+        kernel = find_kernel(x, self.weight, self.linear_map.conv2d, layer)
         if kernel is None:
             return self.run_operators(x, layer)
         fused = quantizer.fused_grid() if isinstance(quantizer, Quantizer) and self.following is None else None
@@ -265,9 +256,9 @@ class QuantizedLayer(DeployedModule):
     def run_operators(self, x: Tensor, layer: IntegerAffine | None) -> Tensor:
         """:meth:`forward` by PyTorch's operators; ``layer`` is :meth:`integer_layer`."""
         if layer is None:
-            y = self.linear_op(x, self.dequantized_weight(x.dtype), self._float_bias(x.dtype))
+            y = self.linear_map(x, self.dequantized_weight(x.dtype), self._float_bias(x.dtype))
         else:
-            y = integer_affine(x, layer, self.linear_op, self._output_axis, self.output_grid()).to(x.dtype)
+            y = run_integer_layer(x, layer, self.linear_map, self.output_grid(), None)
         return self.finish(y)
 
     def _float_bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -308,54 +299,30 @@ _CONV_GEOMETRY = (
 class _QuantizedConv(QuantizedLayer):
     geometry_names = _CONV_GEOMETRY
 
-    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The float convolution, in any padding mode."""
-        return cast(Tensor, cast(Any, self)._conv_forward(x, weight, bias))
-
 
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
     """Conv1d in integers; see :class:`QuantizedLayer`."""
 
     float_type = nn.Conv1d
-    _output_axis = -2
 
 
 class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
     """Conv2d in integers; see :class:`QuantizedLayer`."""
 
     float_type = nn.Conv2d
-    _output_axis = -3
-
-    def plain_conv2d(self) -> Convolution | None:
-        """See base class."""
-        return plain_conv2d(self)
 
 
 class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
     """Conv3d in integers; see :class:`QuantizedLayer`."""
 
     float_type = nn.Conv3d
-    _output_axis = -4
 
 
 class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):  # type: ignore[misc]
     """ConvTranspose2d in integers, weight (in, out/groups, kh, kw); see :class:`QuantizedLayer`."""
 
     float_type = nn.ConvTranspose2d
-    _output_axis = -3
     geometry_names = (*_CONV_GEOMETRY, "output_padding")
-
-    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The float transposed convolution."""
-        padding = cast(tuple[int, int], self.padding)
-        return F.conv_transpose2d(
-            x, weight, bias, self.stride, padding, self.output_padding, self.groups, self.dilation
-        )
-
-    def to_rows(self, weight: Tensor) -> Tensor:
-        """(in, out/groups, kh, kw) to (out, in/groups, kh, kw)."""
-        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
-        return grouped.transpose(1, 2).flatten(0, 1)
 
     def along_out_channels(self, values: Tensor) -> Tensor:
         """See base class: out channel ``g * out/groups + j`` meets the weight in rows of group g, column j."""
@@ -368,11 +335,6 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
 
     float_type = nn.Linear
     geometry_names = ("in_features", "out_features")
-    _output_axis = -1
-
-    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The float product."""
-        return F.linear(x, weight, bias)
 
 
 def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:

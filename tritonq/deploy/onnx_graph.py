@@ -257,7 +257,7 @@ def _layer_forward(layer: QuantizedLayer, axis: int | None, x: Tensor) -> Tensor
     bias = layer.bias
     if bias is not None and layer.multiplier is not None:
         bias = dequantize(bias, layer.multiplier, None, 0)
-    y = layer.linear_op(x, weight, bias)
+    y = layer.linear_map(x, weight, bias)
     return layer.finish(y)
 
 

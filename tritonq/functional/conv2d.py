@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tritonq.backend import select
-from tritonq.functional.integer import FLOAT32_EXACT, IntegerAffine, centred_codes
-from tritonq.functional.linear_map import Convolution
+from tritonq.functional.integer import FLOAT32_EXACT, IntegerAffine, centred_codes, integer_affine
+from tritonq.functional.linear_map import Convolution, LinearMap
 from tritonq.grid import Grid
 from tritonq.reference.activation import rectify_backward
 
@@ -133,6 +133,23 @@ def find_kernel(
     geometry = ConvGeometry(conv.stride, conv.padding, conv.dilation, conv.groups)
     tile = tuned_tile(x, weight, geometry, is_codes=layer is not None)
     return None if tile is None else ConvKernel(conv, tile)
+
+
+def run_integer_layer(
+    x: Tensor, layer: IntegerAffine, op: LinearMap, output: Grid | None, kernel: ConvKernel | None
+) -> Tensor:
+    """Run ``layer`` exactly, in ``x``'s dtype: the integer arithmetic of eval mode and of converted layers.
+
+    Args:
+        x: float tensor on the layer's input grid.
+        layer: the integers.
+        op: the convolution or product.
+        output: the grid that the accumulator goes onto, or None.
+        kernel: what :func:`find_kernel` found, or None: torch's operators.
+    """
+    if kernel is not None:
+        return kernel.integers(x, layer, output)
+    return integer_affine(x, layer, op, op.output_axis, output).to(x.dtype)
 
 
 class _FoldedConv2d(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tritonq.functional.dispatch import implementation
-from tritonq.functional.linear_map import LinearMap
+from tritonq.functional.linear_map import DifferentiableMap
 from tritonq.functional.recomputation import StepMemory, is_recomputing
 from tritonq.functional.saved_input import SavedInput, keep, mark, restore
 from tritonq.grid import Grid, RangeStatistics
@@ -40,7 +40,7 @@ class ConvBnStep:
         memory: the layer's, for a recomputation of this step.
     """
 
-    op: LinearMap
+    op: DifferentiableMap
     norm: BatchNormState
     weight_grid: Grid | None = None
     weight_statistics: RangeStatistics | None = None

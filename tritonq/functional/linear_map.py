@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,21 +12,36 @@ from torch import Tensor, nn
 
 
 class LinearMap(Protocol):
-    """A map that is linear in its input and in its weight; the out channels lie on axis 1 of the result."""
+    """A map that is linear in its input and in its weight."""
+
+    @property
+    def output_axis(self) -> int:
+        """Axis of the result that out channels lie on, counted from the end: a batch axis may be missing."""
+
+    @property
+    def conv2d(self) -> Convolution | None:
+        """This map as a 2-d convolution that a kernel could run, or None."""
+
+    def padded(self, x: Tensor) -> tuple[Tensor, DifferentiableMap]:
+        """Return ``x``, padded where an operator's own padding can't, and the map that remains."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The result, in ``x``'s dtype, plus ``bias`` (out,)."""
-
-    def backward(
-        self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of input and weight, None where not needed. Only the shape of what isn't needed matters."""
 
     def to_rows(self, weight: Tensor) -> Tensor:
         """``weight`` with its out channels on axis 0."""
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """Inverse of :meth:`to_rows`."""
+
+
+class DifferentiableMap(LinearMap, Protocol):
+    """A linear map whose gradients an operator can compute."""
+
+    def backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of input and weight, None where not needed. Only the shape of what isn't needed matters."""
 
 
 # Compared by identity: torch.compile of torch 2.11 hashes an instance before it has attributes.
@@ -53,16 +69,32 @@ class Convolution:
     def _geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool, tuple[int, ...], int]:
         return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    @property
+    def output_axis(self) -> int:
         """See :class:`LinearMap`."""
-        if x.dim() == len(self.stride) + 1:  # without a batch axis
-            return self(x.unsqueeze(0), weight, bias).squeeze(0)
-        return torch.ops.aten.convolution(x, weight, bias, *self._geometry)  # type: ignore[no-any-return]
+        return -len(self.stride) - 1
+
+    @property
+    def conv2d(self) -> Convolution | None:
+        """See :class:`LinearMap`."""
+        return self if len(self.stride) == 2 and not self.transposed else None
+
+    def padded(self, x: Tensor) -> tuple[Tensor, Convolution]:
+        """See :class:`LinearMap`."""
+        return x, self
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See :class:`LinearMap`. These are the functions that autocast knows."""
+        dimension = len(self.stride) - 1
+        if self.transposed:
+            arguments = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+            return _TRANSPOSED[dimension](x, weight, bias, *arguments)
+        return _CONVOLUTIONS[dimension](x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """See :class:`LinearMap`."""
+        """See :class:`DifferentiableMap`."""
         mask = [needs_x, needs_weight, False]
         dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *self._geometry, mask)
         return dx, dw
@@ -80,9 +112,60 @@ class Convolution:
         return grouped.transpose(1, 2).flatten(0, 1)
 
 
+_CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedConvolution:
+    """A convolution that pads otherwise: by reflecting and the like, or unequally on both sides.
+
+    Attributes:
+        conv: the convolution of the padded input.
+        pad: values on each side, last axis first, as in ``torch.nn.functional.pad``.
+        pad_mode: as there.
+    """
+
+    conv: Convolution
+    pad: tuple[int, ...]
+    pad_mode: str
+
+    @property
+    def output_axis(self) -> int:
+        """See :class:`LinearMap`."""
+        return self.conv.output_axis
+
+    @property
+    def conv2d(self) -> None:
+        """None: a kernel pads with zeros, equally on both sides."""
+
+    def padded(self, x: Tensor) -> tuple[Tensor, Convolution]:
+        """See :class:`LinearMap`."""
+        return F.pad(x, self.pad, self.pad_mode), self.conv
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See :class:`LinearMap`."""
+        return self.conv(F.pad(x, self.pad, self.pad_mode), weight, bias)
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """See :class:`LinearMap`."""
+        return self.conv.to_rows(weight)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """See :class:`LinearMap`."""
+        return self.conv.from_rows(rows)
+
+
 @dataclass(frozen=True)
 class MatrixProduct:
     """``x @ weight.T`` for (..., in) and (out, in); its backward takes (batch, in) alone."""
+
+    output_axis: ClassVar[int] = -1
+    conv2d: ClassVar[None] = None
+
+    def padded(self, x: Tensor) -> tuple[Tensor, MatrixProduct]:
+        """See :class:`LinearMap`."""
+        return x, self
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See :class:`LinearMap`."""
@@ -103,28 +186,20 @@ class MatrixProduct:
         return rows
 
 
-def pad_input(conv: nn.modules.conv._ConvNd, x: Tensor) -> tuple[Tensor, Convolution]:
-    """``x`` padded where the convolution's own padding cannot do it, and the convolution that remains.
-
-    That is so for reflecting, replicating and circular padding, and for ``padding="same"`` with an odd total.
-    """
+def linear_map_of(layer: nn.Module) -> LinearMap:
+    """Return what a layer derived from torch's convolutions or ``nn.Linear`` does with its input and its weight."""
+    if isinstance(layer, nn.Linear):
+        return MatrixProduct()
+    conv = cast(nn.modules.conv._ConvNd, layer)
     padding = conv.padding
+    if conv.padding_mode == "zeros" and not isinstance(padding, str):
+        return Convolution(conv.stride, padding, conv.dilation, conv.output_padding, conv.transposed, conv.groups)
+    pairs, mode = conv._reversed_padding_repeated_twice, str(conv.padding_mode)
     if conv.padding_mode != "zeros":
-        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-        padding = (0,) * len(conv.kernel_size)
-    elif isinstance(padding, str):
-        pairs = conv._reversed_padding_repeated_twice
-        befores, afters = pairs[0::2], pairs[1::2]
-        common = [min(before, after) for before, after in zip(befores, afters, strict=True)]
-        if befores != afters:
-            x = F.pad(x, [side - common[i // 2] for i, side in enumerate(pairs)])
-        padding = tuple(reversed(common))
+        common, rest = [0] * len(conv.kernel_size), pairs
+    else:
+        common = [min(before, after) for before, after in zip(pairs[0::2], pairs[1::2], strict=True)]
+        rest, mode = [side - common[i // 2] for i, side in enumerate(pairs)], "constant"
+    padding = tuple(reversed(common))
     plain = Convolution(conv.stride, padding, conv.dilation, conv.output_padding, conv.transposed, conv.groups)
-    return x, plain
-
-
-def plain_conv2d(conv: nn.Conv2d) -> Convolution | None:
-    """The convolution of a module that pads with zeros, equally on both sides; None where it pads otherwise."""
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return None
-    return Convolution(conv.stride, conv.padding, conv.dilation, (0, 0), False, conv.groups)
+    return PaddedConvolution(plain, tuple(rest), mode) if any(rest) else plain

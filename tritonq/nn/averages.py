@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.averages import integer_average
 from tritonq.nn.elementwise import GridSource
-from tritonq.nn.qat import with_gradient_of
+from tritonq.nn.eval_mode import with_gradient_of
 from tritonq.nn.reference import Reference
 from tritonq.qconfig import QConfig
 from tritonq.reference.averages import AdaptiveAverage, Averaging, WindowAverage

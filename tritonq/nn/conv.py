@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.functional.linear_map import Convolution, LinearMap, pad_input, plain_conv2d
 from tritonq.nn import intrinsic
+from tritonq.nn.eval_mode import PATHS
 from tritonq.nn.fusable import ceiling_of
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
-from tritonq.reference.activation import rectify
 
 
 class QATConv(QATLayer, nn.modules.conv._ConvNd):
@@ -30,26 +28,11 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
 
     _float_type: ClassVar[type[nn.modules.conv._ConvNd]]
     _fused_type: ClassVar[type[intrinsic.FusedModule] | None] = None
+    paths = PATHS
 
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.attach_quantizers(qconfig, self.out_channels)
-
-    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The float convolution, in any padding mode."""
-        return self._conv_forward(x, weight, bias)
-
-    def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
-        """See base class."""
-        return pad_input(self, x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve and fake quantize; shapes as the float convolution's."""
-        weight, bias = self.folded_parameters()
-        if not self.training:
-            return self.eval_output(x, weight, bias, self.ceiling)
-        y = self.affine(x, weight, bias)
-        return cast(Tensor, self.activation_post_process(rectify(y, self.ceiling)))
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QATConv:
@@ -74,25 +57,18 @@ class Conv1d(QATConv, nn.Conv1d):
     """Quantization-aware ``nn.Conv1d``; see :class:`QATConv`."""
 
     _float_type = nn.Conv1d
-    _output_axis = -2
 
 
 class Conv2d(QATConv, nn.Conv2d):
     """Quantization-aware ``nn.Conv2d``; see :class:`QATConv`."""
 
     _float_type = nn.Conv2d
-    _output_axis = -3
-
-    def plain_conv2d(self) -> Convolution | None:
-        """See base class."""
-        return plain_conv2d(self)
 
 
 class Conv3d(QATConv, nn.Conv3d):
     """Quantization-aware ``nn.Conv3d``; see :class:`QATConv`."""
 
     _float_type = nn.Conv3d
-    _output_axis = -4
 
 
 class ConvReLU1d(Conv1d):
@@ -120,26 +96,6 @@ class ConvTranspose2d(QATConv, nn.ConvTranspose2d):  # type: ignore[misc]
     """Quantization-aware ``nn.ConvTranspose2d``, with one weight scale per out channel; see :class:`QATConv`."""
 
     _float_type = nn.ConvTranspose2d
-    _output_axis = -3
-
-    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The float transposed convolution."""
-        padding = cast(tuple[int, int], self.padding)
-        return F.conv_transpose2d(
-            x, weight, bias, self.stride, padding, self.output_padding, self.groups, self.dilation
-        )
-
-    def to_rows(self, weight: Tensor) -> Tensor:
-        """(in, out/groups, kh, kw) to (out, in/groups, kh, kw)."""
-        return self._swap_channels(weight)
-
-    def from_rows(self, rows: Tensor) -> Tensor:
-        """(out, in/groups, kh, kw) to (in, out/groups, kh, kw)."""
-        return self._swap_channels(rows)
-
-    def _swap_channels(self, weight: Tensor) -> Tensor:
-        grouped = weight.reshape(self.groups, weight.shape[0] // self.groups, *weight.shape[1:])
-        return grouped.transpose(1, 2).flatten(0, 1)
 
 
 class ConvTransposeReLU2d(ConvTranspose2d):

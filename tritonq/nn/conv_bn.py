@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from tritonq.functional.conv_bn import ConvBnStep, check_running_var, conv_bn
-from tritonq.functional.linear_map import LinearMap
+from tritonq.functional.conv_bn import check_running_var
 from tritonq.functional.recomputation import StepMemory
-from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn import folding_modes, intrinsic
 from tritonq.nn.conv import (
     Conv1d,
@@ -23,12 +23,12 @@ from tritonq.nn.conv import (
     share_parameters,
     take_ceiling,
 )
-from tritonq.nn.folding_modes import Mode, check_mode
-from tritonq.nn.fusable import input_grid, observed_grid, warn_if_unobserved
+from tritonq.nn.eval_mode import PATHS
+from tritonq.nn.fusable import observed_grid
 from tritonq.nn.linear import Linear
+from tritonq.nn.paths import LayerState, Mode, Path, check_mode, choose_path
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
-from tritonq.reference.activation import rectify
 from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
 
 
@@ -59,6 +59,7 @@ class QATBatchNormLayer(QATLayer):
     grouping: tuple[bool, int] = (False, 1)
     _bn_type: ClassVar[type[nn.modules.batchnorm._BatchNorm]]
     _mode: Mode = "approximate"
+    paths: ClassVar[dict[Path, Callable[..., Tensor]]] = {**PATHS, **folding_modes.PATHS}
 
     def attach_batch_norm(
         self, features: int, eps: float, momentum: float | None, freeze_bn: bool, mode: str = "approximate"
@@ -86,61 +87,38 @@ class QATBatchNormLayer(QATLayer):
         bias = fold_bias(self.bias, running_mean, scale, self.bn.bias)
         return scale_out_channels(self.weight, scale, *self.grouping), bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer, its BatchNorm, ReLU where there is one, and fake quantization."""
-        if not self.training:
-            return self.eval_output(x, *self.folded_parameters(), self.ceiling)
-        check_running_var(cast(Tensor, self.bn.running_var))
-        if self.freeze_bn or not self.bn.training:
-            return cast(Tensor, self.activation_post_process(folding_modes.frozen(self, x)))
-        if self._mode != "approximate":
-            fold = folding_modes.exact if self._mode == "exact" else folding_modes.corrected
-            return self._quantized_output(fold(self, x))
-        weight_quantizer = observed_grid(self.weight_fake_quant)
-        if weight_quantizer is None and not isinstance(self.weight_fake_quant, nn.Identity):
-            return self._quantized_output(folding_modes.approximate(self, x))
-        if not self.trains_in_one_operator:
-            return self._quantized_output(folding_modes.approximate(self, x))
-        return self._one_operator(x, weight_quantizer)
+    def path_state(self) -> LayerState:
+        """See base class."""
+        frozen = self.freeze_bn or not self.bn.training
+        fits = self.training and not frozen and self._mode == "approximate" and self._fits_operator()
+        return replace(super().path_state(), mode=self._mode, frozen=frozen, fits_operator=fits)
+
+    def _fits_operator(self) -> bool:
+        quantizer = self.weight_fake_quant
+        rounds = isinstance(quantizer, nn.Identity) or observed_grid(quantizer) is not None
+        return rounds and folding_modes.is_plain(self.bn)
 
     @property
     def trains_in_one_operator(self) -> bool:
-        """Whether a step in the present state is the approximate mode's, with nothing that needs modules of its own."""
-        frozen = not self.training or self.freeze_bn or not self.bn.training
-        return not frozen and self._mode == "approximate" and folding_modes.is_plain(self.bn)
+        """Whether a step in the present state is one operator's."""
+        return choose_path(self.path_state()) == "train_operator"
 
-    def _quantized_output(self, y: Tensor) -> Tensor:
-        return cast(Tensor, self.activation_post_process(rectify(y, self.ceiling)))
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer, its BatchNorm, ReLU where there is one, and fake quantization."""
+        if self.training:
+            check_running_var(cast(Tensor, self.bn.running_var))
+        return super().forward(x)
 
-    def _one_operator(self, x: Tensor, weight: tuple[Grid, RangeStatistics] | None) -> Tensor:
-        """The approximate mode, with the activation quantizer in it where that is possible."""
-        x, op = self.as_linear_map(x)
-        output = observed_grid(self.activation_post_process)
-        if output is not None and output[0].qtype.axis is not None:
-            output = None
-        weight_grid, weight_statistics = weight or (None, None)
-        output_grid, output_statistics = output or (None, None)
-        step = ConvBnStep(
-            op,
-            folding_modes.batch_norm_state(self.bn),
-            weight_grid,
-            weight_statistics,
-            output_grid,
-            output_statistics,
-            input_grid(self.input_quantizer) if self.save_input_codes else None,
-            self.ceiling,
-            self.step_memory,
-        )
-        y = conv_bn(x, self.weight, self.bias, self.bn.weight, self.bn.bias, step)
-        if output is None:
-            return cast(Tensor, self.activation_post_process(y))
-        warn_if_unobserved(self.activation_post_process)
-        return y
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless ``x`` is a batch."""
+        expected = len(cast(nn.modules.conv._ConvNd, self).kernel_size) + 2
+        if x.dim() != expected:
+            raise ValueError(f"expected an input of {expected} dimensions, got {tuple(x.shape)}")
 
     def along_channels(self, vector: Tensor, y: Tensor) -> Tensor:
         """A vector per out channel, shaped to broadcast against the output ``y``, in its dtype."""
         shape = [1] * y.dim()
-        shape[self._output_axis] = -1
+        shape[self.linear_map.output_axis] = -1
         return vector.to(y.dtype).view(shape)
 
     def freeze_bn_stats(self) -> QATBatchNormLayer:
@@ -196,14 +174,6 @@ class _ConvBn(QATBatchNormLayer):
         conv = cast(nn.modules.conv._ConvNd, self)
         self.grouping = (conv.transposed, conv.groups)
         self.attach_batch_norm(conv.out_channels, eps, momentum, freeze_bn, mode)
-
-    def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
-        """See base class."""
-        dimensions = len(cast(nn.modules.conv._ConvNd, self).kernel_size) + 2
-        if x.dim() != dimensions:
-            raise ValueError(f"expected an input of {dimensions} dimensions, got {tuple(x.shape)}")
-        # The convolution's: it follows in each subclass.
-        return super().as_linear_map(x)  # type: ignore[safe-super]
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> _ConvBn:
@@ -283,8 +253,6 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
 
     _expected_type: ClassVar[type[nn.Module]] = intrinsic.LinearBn1d
     _bn_type = nn.BatchNorm1d
-    # BatchNorm1d normalises axis 1, which is the feature axis of the 2-d input that it is used with.
-    _output_axis = 1
 
     def __init__(
         self,
@@ -299,11 +267,10 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
         super().__init__(*args, qconfig=qconfig, **kwargs)
         self.attach_batch_norm(self.out_features, eps, momentum, freeze_bn, mode)
 
-    def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
+    def check_input(self, x: Tensor) -> None:
         """See base class."""
         if x.dim() != 2:
             raise ValueError(f"expected an input of shape (batch, features), got {tuple(x.shape)}")
-        return super().as_linear_map(x)
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> LinearBn1d:

@@ -14,8 +14,8 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.integer import integer_add
 from tritonq.functional.residual import residual_join
 from tritonq.grid import Grid
+from tritonq.nn.eval_mode import with_gradient_of
 from tritonq.nn.fusable import ceiling_of, checked_ceiling, describe_relu, observed_grid, warn_if_unobserved
-from tritonq.nn.qat import with_gradient_of
 from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig
 from tritonq.qparams import QuantizedType

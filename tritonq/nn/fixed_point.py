@@ -10,15 +10,15 @@ from abc import abstractmethod
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
+from tritonq.functional.linear_map import LinearMap, linear_map_of
 from tritonq.functional.recomputation import is_recomputing, normalize_once
 from tritonq.nn import intrinsic
 from tritonq.nn.conv import check_float_type, conv_arguments
 from tritonq.nn.conv_bn import checked_batch_norm
-from tritonq.nn.qat import with_gradient_of
+from tritonq.nn.eval_mode import with_gradient_of
 from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig, get_qconfig
 from tritonq.reference.fixed_point import power_of_two
@@ -115,8 +115,6 @@ class FixedPointLayer(ReferringModule):
 
     raw_output: bool = False
     _references = ("_following",)
-    # Axis of the output that out channels run along.
-    _output_axis = 1
 
     def attach_formats(self, qconfig: QConfig | None, signed_input: bool, bias_word_len: int | None) -> None:
         """Create the formats that ``qconfig`` describes; None takes the preset ``"f8net"``.
@@ -165,9 +163,10 @@ class FixedPointLayer(ReferringModule):
         following = self.following
         return self.weight.new_ones(()) if following is None else following.eta().to(self.weight.dtype)
 
-    @abstractmethod
-    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The convolution or product, of floats or of integers."""
+    @property
+    def linear_map(self) -> LinearMap:
+        """What the layer does with its input and its weight."""
+        return linear_map_of(self)
 
     @abstractmethod
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
@@ -195,12 +194,12 @@ class FixedPointLayer(ReferringModule):
 
     def float_forward(self, x: Tensor) -> Tensor:
         """The float layer."""
-        return self.linear_op(x, self.weight, self.bias)
+        return self.linear_map(x, self.weight, self.bias)
 
     def fixed_forward(self, x: Tensor) -> Tensor:
         """The layer on rounded input, with its weight rounded, differentiable."""
         weight, bias = self.effective_parameters()
-        return self.linear_op(x, self.rounded_weight(weight), bias)
+        return self.linear_map(x, self.rounded_weight(weight), bias)
 
     def rounded_weight(self, weight: Tensor) -> Tensor:
         """``weight`` in fixed point, with the fractional length that suits it now."""
@@ -248,8 +247,8 @@ class FixedPointLayer(ReferringModule):
         layer = self.integers()
         codes = x.double() * power_of_two(self.input_format.rounded_frac_len(), torch.float64)
         shape = [1] * codes.dim()
-        shape[self._output_axis] = -1
-        total = self.linear_op(codes, layer.weight) + layer.bias.view(shape)
+        shape[self.linear_map.output_axis] = -1
+        total = self.linear_map(codes, layer.weight) + layer.bias.view(shape)
         y = total.clamp_(-ACCUMULATOR_MAX, ACCUMULATOR_MAX) * power_of_two(-layer.frac_len, torch.float64).view(shape)
         return y if self.following is not None else y.to(self.weight.dtype)
 
@@ -274,10 +273,6 @@ class _FixedPointConvolution(FixedPointLayer, nn.Conv2d):
         if pairs[0::2] != pairs[1::2]:
             raise ValueError(f"padding={self.padding!r} pads unequally for kernel size {self.kernel_size}")
         self.padding = tuple(reversed(pairs[0::2]))
-
-    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See base class."""
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class FixedPointConv2d(_FixedPointConvolution):
@@ -355,7 +350,7 @@ class FixedPointConvBn2d(_FixedPointConvolution):
 
     def float_forward(self, x: Tensor) -> Tensor:
         """See base class."""
-        return normalize_once(self.bn, self.linear_op(x, self.weight, self.bias))
+        return normalize_once(self.bn, self.linear_map(x, self.weight, self.bias))
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
         """See base class: with the running statistics."""
@@ -366,11 +361,11 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         if not (self.training and self.bn.training):
             return super().fixed_forward(x)
         eta = self.input_format.eta().to(x.dtype) * self.input_factor
-        y = self.linear_op(x * eta, self.weight, self.bias)
+        y = self.linear_map(x * eta, self.weight, self.bias)
         var, mean = torch.var_mean(y, (0, 2, 3), unbiased=False)
         self._update_running(mean, var, y.numel() // y.shape[1])
         weight, bias = self._normalised_parameters(mean, var)
-        return self.linear_op(x, self.rounded_weight(weight), bias)
+        return self.linear_map(x, self.rounded_weight(weight), bias)
 
     def _normalised_parameters(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """``γ/σ(var) · W η/η_next`` and ``(β + γ(b - mean)/σ(var)) / η_next``."""
@@ -416,8 +411,6 @@ class FixedPointConvBn2d(_FixedPointConvolution):
 class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
     """``y = xq FQ(W η/η_next)^T + b/η_next``; ``nn.Linear``'s constructor and the keywords of FixedPointConvBn2d."""
 
-    _output_axis = -1
-
     def __init__(
         self,
         *args: Any,
@@ -428,10 +421,6 @@ class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
     ) -> None:
         super().__init__(*args, **kwargs)
         self.attach_formats(qconfig, signed_input, bias_word_len)
-
-    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See base class."""
-        return F.linear(x, weight, bias)
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
         """See base class."""

@@ -6,7 +6,8 @@ that the operator can't take over. Formulas: SEMANTICS section 4.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.functional.bias import quantize_bias
 from tritonq.functional.channel_moments import channel_moments
+from tritonq.functional.conv_bn import ConvBnStep, conv_bn
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.integer import raise_scale_for_bias
 from tritonq.functional.recomputation import is_recomputing, normalize_once
-from tritonq.nn.fusable import has_hooks
+from tritonq.nn.eval_mode import linear_relu
+from tritonq.nn.fusable import has_hooks, input_grid, observed_grid, warn_if_unobserved
+from tritonq.nn.paths import Path
 from tritonq.nn.qat import QATLayer
 from tritonq.reference.conv_bn import BatchNormState, update_running_statistics
 from tritonq.reference.fold import fold_scale, scale_out_channels
@@ -25,15 +29,34 @@ from tritonq.reference.fold import fold_scale, scale_out_channels
 if TYPE_CHECKING:
     from tritonq.nn.conv_bn import QATBatchNormLayer
 
-Mode = Literal["approximate", "exact", "corrected"]
 _BITS = 8
 
 
-def check_mode(mode: str) -> Mode:
-    """``mode`` if there is such a mode, else ValueError."""
-    if mode not in get_args(Mode):
-        raise ValueError(f"unknown mode {mode!r} of folding a BatchNorm; known: {', '.join(get_args(Mode))}")
-    return cast(Mode, mode)
+def one_operator(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
+    """The approximate mode in one operator, with the activation quantizer in it where that is possible."""
+    layer.check_input(x)
+    x, op = layer.linear_map.padded(x)
+    output = observed_grid(layer.activation_post_process)
+    if output is not None and output[0].qtype.axis is not None:
+        output = None
+    weight_grid, weight_statistics = observed_grid(layer.weight_fake_quant) or (None, None)
+    output_grid, output_statistics = output or (None, None)
+    step = ConvBnStep(
+        op,
+        batch_norm_state(layer.bn),
+        weight_grid,
+        weight_statistics,
+        output_grid,
+        output_statistics,
+        input_grid(layer.input_quantizer) if layer.save_input_codes else None,
+        layer.ceiling,
+        layer.step_memory,
+    )
+    y = conv_bn(x, layer.weight, layer.bias, layer.bn.weight, layer.bn.bias, step)
+    if output is None:
+        return cast(Tensor, layer.activation_post_process(y))
+    warn_if_unobserved(layer.activation_post_process)
+    return y
 
 
 def approximate(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
@@ -43,9 +66,10 @@ def approximate(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
     if bn.weight is not None:
         # In a channel with γ = 0 the weight is quantized as if γ were 1; BatchNorm still multiplies by 0.
         scale = torch.where(bn.weight == 0, torch.rsqrt(running_var + bn.eps), scale)
-    y = layer.linear_op(x, layer.quantized_weight(scale_out_channels(layer.weight, scale, *layer.grouping)))
+    y = layer.linear_map(x, layer.quantized_weight(scale_out_channels(layer.weight, scale, *layer.grouping)))
     y = y / layer.along_channels(scale, y)
-    return normalize_once(bn, y if layer.bias is None else y + layer.along_channels(layer.bias, y))
+    y = normalize_once(bn, y if layer.bias is None else y + layer.along_channels(layer.bias, y))
+    return layer.quantized_output(y)
 
 
 def exact(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
@@ -56,8 +80,9 @@ def exact(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
     mean, inverse_std, _ = _batch_statistics(layer, x)
     scale = inverse_std if layer.bn.weight is None else layer.bn.weight * inverse_std
     weight = layer.quantized_weight(scale_out_channels(layer.weight, scale, *layer.grouping))
-    y = layer.linear_op(x, weight)
-    return y + layer.along_channels(bias_on_grid(layer, _batch_bias(layer, mean, scale)), y)
+    y = layer.linear_map(x, weight)
+    bias = bias_on_grid(layer, _batch_bias(layer, mean, scale))
+    return layer.quantized_output(y + layer.along_channels(bias, y))
 
 
 def corrected(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
@@ -68,19 +93,29 @@ def corrected(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
     mean, inverse_std, _ = _batch_statistics(layer, x)
     running_var, bn = _running_var(layer), layer.bn
     fold = fold_scale(running_var, bn.weight, bn.eps)
-    y = layer.linear_op(x, layer.quantized_weight(scale_out_channels(layer.weight, fold, *layer.grouping)))
+    y = layer.linear_map(x, layer.quantized_weight(scale_out_channels(layer.weight, fold, *layer.grouping)))
     y = y * layer.along_channels(torch.sqrt(running_var + bn.eps) * inverse_std, y)
     scale = inverse_std if bn.weight is None else bn.weight * inverse_std
-    return y + layer.along_channels(_batch_bias(layer, mean, scale), y)
+    return layer.quantized_output(y + layer.along_channels(_batch_bias(layer, mean, scale), y))
 
 
 def frozen(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
     """Fold the running statistics, which stay as they are: ``op(x, FQ_w(W t)) + FQ_b(β + t (b - running_mean))``.
 
-    ReLU comes with it: one kernel computes both where it is the faster one.
+    One kernel computes it with its ReLU where it is the faster one.
     """
     weight, bias = layer.folded_parameters()
-    return layer.linear_relu(x, layer.quantized_weight(weight), bias_on_grid(layer, bias), layer.ceiling)
+    y = linear_relu(layer, x, layer.quantized_weight(weight), bias_on_grid(layer, bias), layer.ceiling)
+    return cast(Tensor, layer.activation_post_process(y))
+
+
+PATHS: dict[Path, Callable[..., Tensor]] = {
+    "train_frozen": frozen,
+    "train_operator": one_operator,
+    "train_approximate": approximate,
+    "train_exact": exact,
+    "train_corrected": corrected,
+}
 
 
 def bias_on_grid(layer: QATLayer, bias: Tensor) -> Tensor:
@@ -111,7 +146,7 @@ def _batch_statistics(layer: QATBatchNormLayer, x: Tensor) -> tuple[Tensor, Tens
     """Mean and ``1/σ`` of ``op(x, W)``, differentiable, and its variance; updates the running statistics."""
     if not is_plain(layer.bn):
         raise ValueError(f"this mode of folding needs a plain BatchNorm, got {type(layer.bn).__name__}")
-    c = layer.linear_op(x, layer.weight)
+    c = layer.linear_map(x, layer.weight)
     mean, var = channel_moments(c)
     with torch.no_grad():
         batch_mean = mean if layer.bias is None else mean + layer.bias

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar, cast
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from tritonq.functional.linear_map import LinearMap, MatrixProduct
 from tritonq.nn import intrinsic
 from tritonq.nn.conv import check_float_type, share_parameters, take_ceiling
+from tritonq.nn.eval_mode import PATHS
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
-from tritonq.reference.activation import rectify
 
 
 class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
@@ -25,25 +23,12 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
     Source: torch.ao.nn.qat.Linear.
     """
 
-    _output_axis = -1
     _expected_type: ClassVar[type[nn.Module]] = nn.Linear
+    paths = PATHS
 
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.attach_quantizers(qconfig, self.out_features)
-
-    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The float product."""
-        return F.linear(x, weight, bias)
-
-    def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
-        """See base class."""
-        return x, MatrixProduct()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features), fake-quantized."""
-        y = self.affine(x, *self.folded_parameters())
-        return cast(Tensor, self.activation_post_process(rectify(y, self.ceiling)))
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Linear:

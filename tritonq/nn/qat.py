@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from typing import Any, ClassVar, cast
+from collections.abc import Callable
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.functional.conv2d import ConvKernel, find_kernel
-from tritonq.functional.integer import IntegerAffine, integer_affine, to_integers
-from tritonq.functional.linear_map import Convolution, LinearMap
+from tritonq.functional.integer import IntegerAffine, to_integers
+from tritonq.functional.linear_map import LinearMap, linear_map_of
 from tritonq.grid import Grid
-from tritonq.nn.fusable import describe_relu, fixed_grid
+from tritonq.nn.fusable import describe_relu
+from tritonq.nn.paths import LayerState, Path, choose_path
 from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig
 from tritonq.reference.activation import rectify
@@ -39,8 +39,8 @@ class QATLayer(ReferringModule):
     ceiling: float | None = None
 
     _references = ("_input_quantizer",)
-    # Axis of the output that out channels run along; counted from the end, where a batch axis may be missing.
-    _output_axis: ClassVar[int] = 1
+    # The computation of each path that layers of the class take.
+    paths: ClassVar[dict[Path, Callable[..., Tensor]]]
 
     def attach_quantizers(self, qconfig: QConfig | None, out_channels: int) -> None:
         """Create the quantizers of ``qconfig`` with buffers of their final shape.
@@ -88,111 +88,58 @@ class QATLayer(ReferringModule):
         """The quantizer whose grid this layer's input lies on, where known."""
         return self._input_quantizer.module
 
-    @abstractmethod
-    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The float convolution or product."""
+    @property
+    def linear_map(self) -> LinearMap:
+        """What the layer does with its input and its weight."""
+        return linear_map_of(self)
 
     def folded_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that eval mode and deployment use: the float ones, with any BatchNorm folded in."""
         return self.weight, self.bias
 
-    def to_rows(self, weight: Tensor) -> Tensor:
-        """``weight`` with its out channels on axis 0, as quantizers see it."""
-        return weight
-
-    def from_rows(self, rows: Tensor) -> Tensor:
-        """Inverse of :meth:`to_rows`."""
-        return rows
-
     def quantized_weight(self, weight: Tensor) -> Tensor:
         """``weight`` after its fake quantizer, which observes it while training."""
-        return self.from_rows(self.weight_fake_quant(self.to_rows(weight)))
+        op = self.linear_map
+        return op.from_rows(self.weight_fake_quant(op.to_rows(weight)))
 
-    @abstractmethod
-    def as_linear_map(self, x: Tensor) -> tuple[Tensor, LinearMap]:
-        """The input, padded where the map itself cannot, and the layer without weight and bias."""
-        raise NotImplementedError
+    def path_state(self) -> LayerState:
+        """What decides which path :meth:`forward` takes."""
+        tracing = torch.compiler.is_compiling()
+        knows_grids = not (self.training or tracing) and self._knows_grids()
+        return LayerState(self.training, tracing, knows_grids)
 
-    def plain_conv2d(self) -> Convolution | None:
-        """The layer as a 2-d convolution that a kernel could run, or None."""
-        return None
+    def forward(self, x: Tensor) -> Tensor:
+        """The operation, what follows it, and fake quantization; shapes as the float layer's."""
+        return self.paths[choose_path(self.path_state())](self, x)
 
-    def linear_relu(self, x: Tensor, weight: Tensor, bias: Tensor | None, ceiling: float | None) -> Tensor:
-        """``relu?(op(x, weight) + bias)``, differentiable, by the kernel where this GPU's table prefers it."""
-        kernel = find_kernel(x, weight, self.plain_conv2d())
-        if kernel is not None:
-            return kernel(x, weight, bias, ceiling)
-        y = self.linear_op(x, weight, bias)
-        return rectify(y, ceiling)
+    def rectified(self, y: Tensor) -> Tensor:
+        """``y`` after what stands between the operation and the output's quantizer: a ReLU, or nothing."""
+        return rectify(y, self.ceiling)
 
-    def eval_output(self, x: Tensor, weight: Tensor, bias: Tensor | None, ceiling: float | None) -> Tensor:
-        """``FQ_a(relu?(op(x, FQ_w(weight)) + bias))``: what eval mode computes, in one kernel where that is faster."""
-        if torch.compiler.is_compiling():
-            y = self._traced_affine(x, weight, bias)
-            return cast(Tensor, self.activation_post_process(rectify(y, ceiling)))
-        layer = self.integer_layer(weight, bias)
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        if layer is None and needs_grad:
-            y = self.linear_relu(x, self.quantized_weight(weight), bias, ceiling)
-            return cast(Tensor, self.activation_post_process(y))
-        kernel = find_kernel(x, weight, self.plain_conv2d(), layer)
-        if kernel is None or needs_grad:
-            y = self._affine(x, weight, bias, layer, kernel)
-            return cast(Tensor, self.activation_post_process(rectify(y, ceiling)))
-        quantizer = fixed_grid(self.activation_post_process)
-        if layer is None:
-            y = kernel(x, self.quantized_weight(weight), bias, ceiling, quantizer)
-        else:
-            y = kernel.integers(x, layer, self._output_grid(), ceiling, quantizer)
-        return y if quantizer is not None else cast(Tensor, self.activation_post_process(y))
+    @property
+    def ends_in_ceiling(self) -> bool:
+        """Whether :attr:`ceiling` is all of what :meth:`rectified` does, so that a kernel can do it."""
+        return True
 
-    def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer with ``weight`` fake-quantized: in float while training, in exact integers in eval mode."""
-        if torch.compiler.is_compiling() and not self.training:
-            return self._traced_affine(x, weight, bias)
-        layer = None if self.training else self.integer_layer(weight, bias)
-        kernel = None if layer is None else find_kernel(x, weight, self.plain_conv2d(), layer)
-        return self._affine(x, weight, bias, layer, kernel)
+    def quantized_output(self, y: Tensor) -> Tensor:
+        """The layer's output from the operation's."""
+        return cast(Tensor, self.activation_post_process(self.rectified(y)))
 
-    def _affine(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, layer: IntegerAffine | None, kernel: ConvKernel | None
-    ) -> Tensor:
-        if layer is None:
-            return self.linear_op(x, self.quantized_weight(weight), bias)
-        with torch.no_grad():
-            if kernel is None:
-                exact = integer_affine(x, layer, self.linear_op, self._output_axis, self._output_grid()).to(x.dtype)
-            else:
-                exact = kernel.integers(x, layer, self._output_grid())
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            surrogate = self.linear_op(x, self.quantized_weight(weight), bias)
-            return with_gradient_of(exact, surrogate)
-        return exact
-
-    def _traced_affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """:meth:`_affine` in eval mode for ``torch.compile``: whether integers are computed is asked on the device."""
+    def _knows_grids(self) -> bool:
+        """Whether input and weight have grids that are switched on; may synchronise with a device."""
         source, quantizer = self.input_quantizer, self.weight_fake_quant
-        if source is None or source.qtype.axis is not None or not isinstance(quantizer, FakeQuantizeBase):
-            return self.linear_op(x, self.quantized_weight(weight), bias)
-        from tritonq.functional.traced import eval_mode
+        if source is None or source.qtype.axis is not None or not source.is_enabled_on_host():
+            return False
+        return isinstance(quantizer, FakeQuantizeBase) and quantizer.is_enabled_on_host()
 
-        output = self._output_quantizer()
-        padded, op = self.as_linear_map(x)
-        grids = (source.grid(), quantizer.grid(), None if output is None else output.grid())
-        exact = eval_mode.affine(padded, weight, bias, op, self._output_axis, *grids)
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            # The compiler drops the surrogate's own value.
-            return with_gradient_of(exact, self.linear_op(x, self.quantized_weight(weight), bias))
-        return exact
-
-    def _output_quantizer(self) -> FakeQuantizeBase | None:
+    def output_quantizer(self) -> FakeQuantizeBase | None:
         """The quantizer that takes all of the output to one grid, or None."""
         quantizer = self.activation_post_process
         return quantizer if isinstance(quantizer, FakeQuantizeBase) and quantizer.qtype.axis is None else None
 
-    def _output_grid(self) -> Grid | None:
+    def output_grid(self) -> Grid | None:
         """The one grid that the output goes onto, or None where there is none, or it is switched off."""
-        quantizer = self._output_quantizer()
+        quantizer = self.output_quantizer()
         if quantizer is None or not quantizer.is_enabled_on_host():
             return None
         return quantizer.grid()
@@ -200,29 +147,10 @@ class QATLayer(ReferringModule):
     @torch.no_grad()
     def integer_layer(self, weight: Tensor, bias: Tensor | None) -> IntegerAffine | None:
         """This layer in integers, or None where input grid or weight grid are unknown or switched off."""
-        source, quantizer = self.input_quantizer, self.weight_fake_quant
-        if source is None or source.qtype.axis is not None or not source.is_enabled_on_host():
+        if not self._knows_grids():
             return None
-        if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
-            return None
-        return to_integers(weight, bias, self, source.grid(), quantizer.grid())
-
-
-def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
-    """``value``, with the gradient of ``surrogate``."""
-    return _WithGradientOf.apply(value, surrogate)  # type: ignore[no-untyped-call,no-any-return]
-
-
-class _WithGradientOf(torch.autograd.Function):
-    """The value of the first argument, the gradient of the second."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
-        return None, dy
+        source, quantizer = cast(FakeQuantizeBase, self.input_quantizer), cast(FakeQuantizeBase, self.weight_fake_quant)
+        return to_integers(weight, bias, self.linear_map, source.grid(), quantizer.grid())
 
 
 def _axis(quantizer: nn.Module) -> int | None:

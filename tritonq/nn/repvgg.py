@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,13 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.linear_map import Convolution
 from tritonq.nn.conv import check_float_type
 from tritonq.nn.conv_bn import checked_batch_norm
+from tritonq.nn.eval_mode import PATHS, linear_relu
 from tritonq.nn.folding_modes import bias_on_grid
 from tritonq.nn.fusable import ceiling_of
+from tritonq.nn.paths import Path
 from tritonq.nn.qat import QATLayer
 from tritonq.qconfig import QConfig
+from tritonq.reference.activation import rectify
 from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
 
 _KERNEL = 3
@@ -131,6 +135,13 @@ class RepVGGBlock(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, groups={self.groups}"
 
 
+def _train(block: QATRepVGGBlock, x: Tensor) -> Tensor:
+    """Run the merged convolution, its bias on the grid of its accumulator."""
+    kernel, bias = block.merged_parameters()
+    y = linear_relu(block, x, block.quantized_weight(kernel), bias_on_grid(block, bias), None)
+    return block.quantized_output(y)
+
+
 class QATRepVGGBlock(QATLayer, RepVGGBlock):
     """QAT through the branches: each step merges them, with running statistics, and runs one quantized convolution.
 
@@ -142,6 +153,8 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
         ValueError: a per-channel weight quantizer with ``ch_axis`` other than 0.
     """
 
+    paths: ClassVar[dict[Path, Callable[..., Tensor]]] = {**PATHS, "train": _train}
+
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.attach_quantizers(qconfig, self.out_channels)
@@ -151,30 +164,24 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
     def bias(self) -> None:  # type: ignore[override]
         """Branches have no bias of their own."""
 
-    def linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    @property
+    def linear_map(self) -> Convolution:
         """The merged convolution."""
-        return F.conv2d(x, weight, bias, self.stride, _KERNEL // 2, groups=self.groups)
+        margin = (_KERNEL // 2, _KERNEL // 2)
+        return Convolution((self.stride, self.stride), margin, (1, 1), (0, 0), False, self.groups)
 
     def folded_parameters(self) -> tuple[Tensor, Tensor]:
         """See :meth:`RepVGGBlock.merged_parameters`."""
         return self.merged_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, in_channels, h, w) to (batch, out_channels, h', w'), fake-quantized."""
-        kernel, bias = self.merged_parameters()
-        plain = self.activation is None or self.ceiling is not None
-        if plain and not self.training:
-            return self.eval_output(x, kernel, bias, self.ceiling)
-        if self.training:
-            y = self.linear_relu(x, self.quantized_weight(kernel), bias_on_grid(self, bias), None)
-        else:
-            y = self.affine(x, kernel, bias)
-        return cast(Tensor, self.activation_post_process(self.activated(y)))
-
-    def plain_conv2d(self) -> Convolution:
+    @property
+    def ends_in_ceiling(self) -> bool:
         """See base class."""
-        margin = (_KERNEL // 2, _KERNEL // 2)
-        return Convolution((self.stride, self.stride), margin, (1, 1), (0, 0), False, self.groups)
+        return self.activation is None or self.ceiling is not None
+
+    def rectified(self, y: Tensor) -> Tensor:
+        """See base class: the activation, in training, where hooks may listen to it; in eval a ReLU is the ceiling."""
+        return rectify(y, self.ceiling) if self.ends_in_ceiling and not self.training else self.activated(y)
 
     def train(self, mode: bool = True) -> QATRepVGGBlock:
         """Switch mode; the BatchNorms stay in eval mode."""
@@ -184,14 +191,10 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
                 bn.eval()
         return self
 
-    def as_linear_map(self, x: Tensor) -> tuple[Tensor, Convolution]:
-        """See base class."""
-        return x, self.plain_conv2d()
-
-    def _output_quantizer(self) -> FakeQuantizeBase | None:
+    def output_quantizer(self) -> FakeQuantizeBase | None:
         """See base class: where the activation keeps values on the grid, the accumulator may go there at once."""
         on_grid = self.activation is None or self.ceiling is not None or type(self.activation) is nn.Identity
-        return super()._output_quantizer() if on_grid else None
+        return super().output_quantizer() if on_grid else None
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QATRepVGGBlock:

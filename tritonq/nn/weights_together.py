@@ -66,7 +66,7 @@ def _make_layers_ready(
 ) -> None:
     """One launch for layers on one device."""
     fold, inverse_std = _folds(layers)
-    rows = [layer.to_rows(layer.weight.detach()) for layer in layers]
+    rows = [layer.linear_map.to_rows(layer.weight.detach()) for layer in layers]
     made = implementation("weights_together", rows[0]).quantize_all(rows, fold, grids, statistics)
     counts = [len(weight) for weight in rows]
     parts = zip(layers, torch.split(fold, counts), torch.split(inverse_std, counts), made, strict=True)

@@ -1,0 +1,106 @@
+"""What a quantization-aware layer computes in training without a BatchNorm, and in eval mode; `paths` chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.conv2d import find_kernel, run_integer_layer
+from tritonq.functional.integer import IntegerAffine
+from tritonq.nn.fusable import fixed_grid
+from tritonq.nn.paths import Path
+from tritonq.nn.qat import QATLayer
+from tritonq.reference.activation import rectify
+
+
+def train(layer: QATLayer, x: Tensor) -> Tensor:
+    """``FQ_a(relu?(op(x, FQ_w(weight)) + bias))`` in float."""
+    weight, bias = layer.folded_parameters()
+    return layer.quantized_output(layer.linear_map(x, layer.quantized_weight(weight), bias))
+
+
+def eval_float(layer: QATLayer, x: Tensor) -> Tensor:
+    """The same with the running statistics, in one kernel where this GPU's table prefers it."""
+    weight, bias = layer.folded_parameters()
+    op, quantized = layer.linear_map, layer.quantized_weight(weight)
+    kernel = find_kernel(x, weight, op.conv2d) if layer.ends_in_ceiling else None
+    if kernel is None:
+        return layer.quantized_output(op(x, quantized, bias))
+    output = None if _needs_grad(x, weight) else fixed_grid(layer.activation_post_process)
+    y = kernel(x, quantized, bias, layer.ceiling, output)
+    return y if output is not None else cast(Tensor, layer.activation_post_process(y))
+
+
+def eval_integers(layer: QATLayer, x: Tensor) -> Tensor:
+    """The layer in exact integers; where a gradient is needed, with that of the layer in float."""
+    weight, bias = layer.folded_parameters()
+    op, integers = layer.linear_map, cast(IntegerAffine, layer.integer_layer(weight, bias))
+    needs_grad = _needs_grad(x, weight)
+    kernel = find_kernel(x, weight, op.conv2d, integers)
+    if kernel is not None and layer.ends_in_ceiling and not needs_grad:
+        output = fixed_grid(layer.activation_post_process)
+        y = kernel.integers(x, integers, layer.output_grid(), layer.ceiling, output)
+        return y if output is not None else cast(Tensor, layer.activation_post_process(y))
+    with torch.no_grad():
+        y = run_integer_layer(x, integers, op, layer.output_grid(), kernel)
+    if needs_grad:
+        y = with_gradient_of(y, op(x, layer.quantized_weight(weight), bias))
+    return layer.quantized_output(y)
+
+
+def eval_traced(layer: QATLayer, x: Tensor) -> Tensor:
+    """Either of the two, in a graph that reads on the device whether grids are switched on."""
+    weight, bias = layer.folded_parameters()
+    op, source, quantizer = layer.linear_map, layer.input_quantizer, layer.weight_fake_quant
+    if source is None or source.qtype.axis is not None or not isinstance(quantizer, FakeQuantizeBase):
+        return layer.quantized_output(op(x, layer.quantized_weight(weight), bias))
+    from tritonq.functional.traced import eval_mode
+
+    output = layer.output_quantizer()
+    padded, plain = op.padded(x)
+    grids = (source.grid(), quantizer.grid(), None if output is None else output.grid())
+    y = eval_mode.affine(padded, weight, bias, plain, op.output_axis, *grids)
+    if _needs_grad(x, weight):
+        # The compiler drops the surrogate's own value.
+        y = with_gradient_of(y, op(x, layer.quantized_weight(weight), bias))
+    return layer.quantized_output(y)
+
+
+PATHS: dict[Path, Callable[..., Tensor]] = {
+    "train": train,
+    "eval_traced": eval_traced,
+    "eval_integers": eval_integers,
+    "eval_float": eval_float,
+}
+
+
+def linear_relu(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None, ceiling: float | None) -> Tensor:
+    """``relu?(op(x, weight) + bias)``, differentiable, by the kernel where this GPU's table prefers it."""
+    op = layer.linear_map
+    kernel = find_kernel(x, weight, op.conv2d)
+    return rectify(op(x, weight, bias), ceiling) if kernel is None else kernel(x, weight, bias, ceiling)
+
+
+def _needs_grad(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+
+
+def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
+    """``value``, with the gradient of ``surrogate``."""
+    return _WithGradientOf.apply(value, surrogate)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _WithGradientOf(torch.autograd.Function):
+    """The value of the first argument, the gradient of the second."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+        return None, dy

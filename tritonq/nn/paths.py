@@ -1,0 +1,80 @@
+"""Which computation a layer's forward is: decided here, from the layer's state alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+Mode = Literal["approximate", "exact", "corrected"]
+
+Path = Literal[
+    "train",
+    "train_frozen",
+    "train_operator",
+    "train_approximate",
+    "train_exact",
+    "train_corrected",
+    "eval_traced",
+    "eval_integers",
+    "eval_float",
+]
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What decides about a layer's path.
+
+    Attributes:
+        training: whether the layer is in training mode.
+        tracing: whether ``torch.compile`` traces it.
+        knows_grids: whether input and weight have per-tensor or per-channel grids that are switched on; read in eager
+            eval mode alone, where reading a switch may synchronise with a device.
+        mode: how training folds its BatchNorm; None without a BatchNorm.
+        frozen: whether its BatchNorm normalises with running statistics in training too.
+        fits_operator: whether one operator can do a training step in the approximate mode: it has both quantizers'
+            arithmetic and the BatchNorm's, and nothing listens to their modules.
+    """
+
+    training: bool
+    tracing: bool = False
+    knows_grids: bool = False
+    mode: Mode | None = None
+    frozen: bool = False
+    fits_operator: bool = False
+
+
+def choose_path(state: LayerState) -> Path:
+    """Return the path of a layer in this state.
+
+    - ``"train"``: without a BatchNorm: the weight is rounded, and the layer runs in float.
+    - ``"train_frozen"``: the running statistics are folded into weight and bias.
+    - ``"train_operator"``, ``"train_approximate"``: the approximate mode, in one operator or from several.
+    - ``"train_exact"``, ``"train_corrected"``: the other modes.
+    - ``"eval_traced"``: a graph that reads on the device whether grids are switched on.
+    - ``"eval_integers"``: exact integers, as the converted layer.
+    - ``"eval_float"``: the weight is rounded, and the layer runs in float.
+    """
+    if not state.training:
+        if state.tracing:
+            return "eval_traced"
+        return "eval_integers" if state.knows_grids else "eval_float"
+    if state.mode is None:
+        return "train"
+    if state.frozen:
+        return "train_frozen"
+    if state.mode == "exact":
+        return "train_exact"
+    if state.mode == "corrected":
+        return "train_corrected"
+    return "train_operator" if state.fits_operator else "train_approximate"
+
+
+def check_mode(mode: str) -> Mode:
+    """Return ``mode`` if there is such a mode of folding a BatchNorm.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"unknown mode {mode!r} of folding a BatchNorm; known: {', '.join(get_args(Mode))}")
+    return cast(Mode, mode)
