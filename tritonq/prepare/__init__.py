@@ -51,12 +51,14 @@ def prepare_qat(
     *,
     qconfig: QConfig | QConfigMapping | None = None,
     example_inputs: Any = None,
+    training_inputs: Any = None,
 ) -> nn.Module:
     """Prepare a float model for quantization-aware training.
 
-    With ``example_inputs`` the model needs no stubs and no fusion: one run on them, in eval mode, tells what becomes
-    one layer (convolution, BatchNorm, ReLU and the like) and where activations are quantized. The result is called
-    exactly like the model, in the mode it was in. Without them it is torch.ao's eager flow: modules are swapped by
+    With ``example_inputs`` the model needs no stubs and no fusion: two runs on them, in eval mode and in training mode,
+    tell what becomes one layer (convolution, BatchNorm, ReLU and the like) and where activations are quantized. Only
+    what both runs fuse is fused, and layers that one of them leaves out stay in float. The result is called exactly
+    like the model, in the mode it was in. Without them it is torch.ao's eager flow: modules are swapped by
     ``mapping``, outputs quantized, stubs and ``fuse_modules_qat`` are the user's.
 
     Args:
@@ -66,6 +68,9 @@ def prepare_qat(
         qconfig: the qconfig of the model, or a mapping that chooses one for each layer; by default the model's
             attribute, and preset "tensorrt" if there is none anywhere.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of named ones.
+        training_inputs: the same for the run in training mode, where that needs others, such as targets. Without them
+            a module whose training forward fails on ``example_inputs`` runs in eval mode in that run, and a line of the
+            log (logger ``tritonq``) says so.
 
     Returns:
         The prepared model. With ``example_inputs`` its ``tritonq_report`` holds a
@@ -92,9 +97,9 @@ def prepare_qat(
     types = DEFAULT_QAT_MAPPING if mapping is None else dict(mapping)
     if not inplace:
         model = copy.deepcopy(model)
-    recording = None if example_inputs is None else record_examples(model, example_inputs)
+    recording = None if example_inputs is None else record_examples(model, example_inputs, training_inputs)
     if isinstance(qconfig, QConfigMapping):
-        qconfigs = mapped_qconfigs(model, qconfig, types, None if recording is None else recording.flow)
+        qconfigs = mapped_qconfigs(model, qconfig, types, None if recording is None else recording.in_eval.flow)
     else:
         qconfigs = resolve_qconfigs(model, qconfig)
     if recording is not None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.prepare.record.example import Recording
+from tritonq.prepare.record.example import Run
+from tritonq.prepare.record.recorder import SEED
 from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state
 from tritonq.prepare.record.structure import clone_tensors, tensors_in
 
@@ -20,30 +22,40 @@ _SAME_OUTPUT = {torch.float16: 0.1, torch.bfloat16: 0.3}
 _SAME_OUTPUT_DEFAULT = 1e-3
 
 
-def check_same_output(model: nn.Module, recording: Recording) -> None:
-    """Run the prepared model once with rounding off and compare with what the float model returned.
+def check_same_output(model: nn.Module, run: Run) -> None:
+    """Repeat a recorded run with the prepared model and rounding off, and compare what both returned.
 
     Raises:
-        RuntimeError: they differ by more than rounding errors.
+        RuntimeError: they differ by more than rounding errors, or the prepared model fails.
     """
+    mode = "training" if run.in_training else "eval"
     snapshot = ModelSnapshot(model)
     try:
-        with preserved_random_state(model), torch.no_grad(), warnings.catch_warnings():
+        with preserved_random_state(model, SEED), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # quantizers that have observed nothing say so
-            for module in model.modules():
-                module.training = False
-                if isinstance(module, FakeQuantizeBase):
-                    module.disable_fake_quant()
-            args, kwargs = clone_tensors(recording.args, recording.kwargs)
+            _set_modes(model, run)
+            args, kwargs = clone_tensors(run.args, run.kwargs)
             result = model(*args, **kwargs)
+            differing = next(iter(_differences(tensors_in(run.result), tensors_in(result))), None)
+    except Exception as error:
+        differing = f"{type(error).__name__}: {error}"
     finally:
         snapshot.restore()
-    differing = list(_differences(tensors_in(recording.result), tensors_in(result)))
-    if differing:
+    if differing is not None:
         raise RuntimeError(
-            f"the prepared {type(model).__name__} would not compute what the float model does ({differing[0]}); the "
-            "model is as it was. Please report this model; a qconfig of None on its parts narrows the cause down"
+            f"the prepared {type(model).__name__} would not compute in {mode} mode what the float model does "
+            f"({differing}); the model is as it was. Please report this model; a qconfig of None on its parts narrows "
+            "the cause down"
         )
+
+
+def _set_modes(model: nn.Module, run: Run) -> None:
+    """Give modules the modes of a recorded run, BatchNorms eval mode, and switch rounding and observation off."""
+    for name, module in model.named_modules():
+        module.training = run.modes.get(name, run.in_training) and not isinstance(module, _BatchNorm)
+        if isinstance(module, FakeQuantizeBase):
+            module.disable_fake_quant()
+            module.disable_observer()
 
 
 def _differences(expected: Iterable[Any], got: Iterable[Any]) -> Iterable[str]:

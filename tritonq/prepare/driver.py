@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
@@ -24,6 +25,8 @@ from tritonq.prepare.record.example import Recording
 from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state
 from tritonq.prepare.record.structure import clone_tensors
 from tritonq.qconfig import QConfig
+
+_log = logging.getLogger("tritonq")
 
 
 class Scheme(Protocol):
@@ -48,17 +51,19 @@ def prepare_recorded(
         model: the float model.
         types: float type to quantization-aware type.
         qconfigs: the qconfig of each module; that of the model decides between fixed point and fake quantization.
-        recording: a run of the model on its example inputs.
+        recording: runs of the model on its example inputs.
 
     Raises:
         ValueError: the model has no layer to quantize, or, in fixed point, a part without a fixed-point form.
         RuntimeError: the prepared model would not compute what the float model does.
     """
-    analysis = Analysis(model, recording.flow)
+    _tell_obstacle(type(model).__name__, recording)
     scheme: Scheme
     if is_fixed_point(qconfigs[model]):
+        analysis = Analysis(model, recording.in_eval.flow)
         scheme = FixedPointScheme(analysis, qconfigs, recording)
     else:
+        analysis = Analysis(model, recording.flow, recording.held)
         scheme = FakeQuantScheme(analysis, types, qconfigs, recording)
     if "" in scheme.layer_names():
         raise ValueError(
@@ -68,6 +73,23 @@ def prepare_recorded(
         records = scheme.edit(editor)
         scheme.check()
         model.tritonq_report = records  # type: ignore[assignment]
+
+
+def _tell_obstacle(name: str, recording: Recording) -> None:
+    if recording.in_training is None:
+        _log.warning(
+            "%s does not run in training mode on example_inputs (%s); its run in eval mode decides. Pass "
+            "training_inputs= to record training too",
+            name,
+            recording.obstacle,
+        )
+    elif recording.held:
+        _log.warning(
+            "in training mode %s does not run on example_inputs (%s); it was recorded in eval mode. Pass "
+            "training_inputs= to record training too",
+            ", ".join(repr(held) if held else name for held in sorted(recording.held)),
+            recording.obstacle,
+        )
 
 
 class FakeQuantScheme:
@@ -86,7 +108,7 @@ class FakeQuantScheme:
     ) -> None:
         self._analysis, self._types, self._qconfigs, self._recording = analysis, types, qconfigs, recording
         self.plan: Plan = make_plan(analysis, types, qconfigs)
-        if not self.plan.layers:
+        if not self.plan.layers and not self.plan.single_mode:
             known = ", ".join(sorted(kind.__name__ for kind in types if kind.__module__.startswith("torch.nn")))
             why = "; ".join(f"{name}: {reason}" for name, reason in list(self.plan.float_reasons.items())[:5])
             raise ValueError(
@@ -104,8 +126,9 @@ class FakeQuantScheme:
         return layer_records(self._analysis, self.plan, *names)
 
     def check(self) -> None:
-        """Compare outputs with rounding off."""
-        check_same_output(self._analysis.model, self._recording)
+        """Compare the outputs of each recorded run with rounding off."""
+        for run in self._recording.runs:
+            check_same_output(self._analysis.model, run)
 
 
 class FixedPointScheme:
@@ -141,7 +164,8 @@ class FixedPointScheme:
         model = self._analysis.model
         set_fixed_point_phase(model, "floating_wo_clip")
         if not self.links.relus:
-            check_same_output(model, self._recording)
+            for run in self._recording.runs:
+                check_same_output(model, run)
         set_fixed_point_phase(model, "fixed")
 
 
@@ -163,7 +187,7 @@ def _network_inputs(links: Links, recording: Recording) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             for module in model.modules():
                 module.training = False
-            args, kwargs = clone_tensors(recording.args, recording.kwargs)
+            args, kwargs = clone_tensors(recording.in_eval.args, recording.in_eval.kwargs)
             model(*args, **kwargs)
     finally:
         for handle in handles:

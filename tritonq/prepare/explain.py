@@ -62,7 +62,8 @@ def explain(model: nn.Module, example_inputs: Any, qconfig: QConfig | None = Non
     """
     qconfig = get_qconfig(DEFAULT_PRESET) if qconfig is None else qconfig
     recording = record_examples(model, example_inputs)
-    plan = make_plan(Analysis(model, recording.flow), DEFAULT_QAT_MAPPING, resolve_qconfigs(model, qconfig))
+    analysis = Analysis(model, recording.flow, recording.held)
+    plan = make_plan(analysis, DEFAULT_QAT_MAPPING, resolve_qconfigs(model, qconfig))
     prepared = prepare_qat(model, qconfig=qconfig, example_inputs=example_inputs)
     forwards = [
         f"{name or 'the model'}, {mode}:\n{source}"
@@ -70,7 +71,7 @@ def explain(model: nn.Module, example_inputs: Any, qconfig: QConfig | None = Non
         for mode, source in forward_source(module).items()
     ]
     parts = {
-        f"RECORD: one run of {type(model).__name__} on its example inputs": str(recording.flow),
+        f"RECORD: one run of {type(model).__name__} on its example inputs": str(recording.in_eval.flow),
         "PLAN: what will become of it": str(plan),
         "FORWARD: what edited modules run now": "\n\n".join(forwards) or "no forward had to be edited",
         "MODEL: what its modules are now": _outline(prepared),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Iterable
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from tritonq.nn import RepVGGBlock
 from tritonq.nn.fusable import bound_of_clip, ceiling_of
 from tritonq.prepare.forwards.graph import ForwardGraph
+from tritonq.prepare.forwards.mode import reads_mode
 from tritonq.prepare.forwards.proof import Recorded, Site, match_frame
 from tritonq.prepare.forwards.trace import TraceError
 from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref
@@ -45,11 +47,20 @@ _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "cpu", "cuda"}
 
 
 class Analysis:
-    """A model, the record of a run of it, and what follows from both."""
+    """A model, the record of one or two runs of it, and what follows from them.
 
-    def __init__(self, model: nn.Module, flow: Dataflow) -> None:
+    With two runs (eval mode and training mode) each module and each place in a forward has the calls of both.
+
+    Args:
+        model: the model.
+        flow: the record.
+        held: names of modules whose own forward the second run ran in eval mode.
+    """
+
+    def __init__(self, model: nn.Module, flow: Dataflow, held: Container[str] = ()) -> None:
         self.model = model
         self.flow = flow
+        self._held = held
         self._recorded = Recorded.of(model, flow)
         blocks = tuple(f"{name}." for name, module in self._recorded.modules.items() if type(module) is RepVGGBlock)
         # What is inside of a RepVGG block is the block's own.
@@ -74,7 +85,12 @@ class Analysis:
         """Every call of the same module, or of the same place in the same forward."""
         if call.module_name is not None:
             return self.flow.calls_of(call.module_name)
-        return tuple(other for other in self.flow.functions_of(call.owner) if other.ordinal == call.ordinal)
+        functions = self.flow.functions_of(call.owner)
+        alike = {other.index: other for other in functions if (other.run, other.ordinal) == (call.run, call.ordinal)}
+        site = self.site(call)
+        if site is not None:
+            alike |= {other.index: other for other in self.calls_at(call.owner, site.node)}
+        return tuple(alike[index] for index in sorted(alike))
 
     def forward(self, owner: str) -> ForwardGraph | TraceError:
         """The forward of a module as a graph that is proven to make the recorded calls, or why there is none."""
@@ -94,6 +110,28 @@ class Analysis:
     def calls_at(self, owner: str, node: str) -> tuple[Call, ...]:
         """All recorded calls that one node of a forward made."""
         return tuple(self._calls_at.get((owner, node), ()))
+
+    def runs_in_all_modes(self, calls: Iterable[Call | Frame]) -> bool:
+        """Whether every recorded run made one of the calls; a training mode that could not be recorded is trusted."""
+        return {call.run for call in calls} == set(range(self.flow.runs))
+
+    def missing_mode(self, calls: Iterable[Call | Frame]) -> str:
+        """Why calls that were not made in every run stay in float."""
+        if {call.run for call in calls} == {0}:
+            return "it runs in eval mode only, so that training would not teach its range"
+        return "it runs in training mode only, and would not be deployed"
+
+    def may_fuse_in(self, owner: str) -> bool:
+        """Whether what follows a call in the forward of ``owner`` is known for training too.
+
+        It was recorded in training mode, or the forward does not depend on the mode.
+        """
+        if self.flow.runs > 1 and owner not in self._held:
+            return True
+        if not reads_mode(type(self.modules[owner])):
+            return True
+        graph = self.forward(owner)
+        return isinstance(graph, ForwardGraph) and not graph.differs_in_training
 
     def is_identity(self, call: Call) -> bool:
         """Whether a call does nothing in any mode."""
@@ -150,11 +188,13 @@ class Analysis:
         frames = self.flow.frames_of(owner)
         try:
             graph = ForwardGraph.trace(self.modules[owner], frames)
-            sites = [match_frame(graph.eval_graph, self._recorded, frame) for frame in frames]
+            sites = [match_frame(graph.graph_of(frame.training), self._recorded, frame) for frame in frames]
         except TraceError as error:
             return error
-        for found in sites:
-            self._sites.update(found)
+        for frame, found in zip(frames, sites, strict=True):
             for index, site in found.items():
-                self._calls_at.setdefault((owner, site.node), []).append(self.flow.calls[index])
+                node = graph.eval_name(site.node, frame.training)
+                if node is not None:
+                    self._sites[index] = Site(node, site.in_place)
+                    self._calls_at.setdefault((owner, node), []).append(self.flow.calls[index])
         return graph

@@ -45,12 +45,12 @@ def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
 
     ``kept`` holds the calls of ReLUs that no addition may absorb.
     """
-    joins, seen = [], set()
+    joins: list[Join] = []
+    seen: set[int] = set()
     for call in analysis.flow.calls:
-        place = (call.owner, call.ordinal)
-        if call.kind == "function" and place not in seen and operands(call, analysis):
-            seen.add(place)
+        if call.kind == "function" and call.index not in seen and operands(call, analysis):
             joins.append(_join(call, analysis, kept))
+            seen.update(joins[-1].calls)
     return joins
 
 
@@ -84,6 +84,8 @@ def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
         graph = analysis.forward(call.owner)
         why = "it differs in training" if isinstance(graph, ForwardGraph) else str(graph)
         reason = f"the forward of {call.owner or 'the model'} can't be edited: {why}"
+    elif not analysis.runs_in_all_modes(calls):
+        site, reason = None, analysis.missing_mode(calls)
     takes_relu = site is not None and call.name == "add"
     absorbed, ceiling = relus_after(calls, analysis, kept) if takes_relu else ([], None)
     return Join(

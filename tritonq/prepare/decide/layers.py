@@ -98,6 +98,8 @@ def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int])
     ceilings = {analysis.ceiling(relu) for relu in relus}
     if not relus or len(relus) < len(found) or len(ceilings) > 1 or None in ceilings:
         return [], None
+    if not all(map(analysis.may_fuse_in, {call.owner for call in (*calls, *relus)})):
+        return [], None
     return relus, ceilings.pop()
 
 
@@ -112,6 +114,8 @@ def _norm_after(name: str, calls: tuple[Call, ...], analysis: Analysis) -> tuple
         return None, f"{name} is not followed by the same BatchNorm in each call"
     if {call.index for call in norm.calls} != {follower.index for follower in followers if follower is not None}:
         return None, f"{norm.name} normalises more than the output of {name}"
+    if not all(map(analysis.may_fuse_in, {call.owner for call in (*calls, *norm.calls)} - {norm.name})):
+        return None, "the forward depends on the mode and could not be recorded in training"
     layer, bn = analysis.modules[name], analysis.modules[norm.name]
     obstacle = batch_norm_obstacle(layer, cast(_BatchNorm, bn))
     if obstacle is None and isinstance(layer, nn.Linear):

@@ -59,7 +59,8 @@ class Plan:
         erased: ReLU calls that became part of a layer or join.
         erased_modules: names of ReLU modules all of whose calls did.
         erased_nodes: owner and node of further such calls that can be taken out of a forward.
-        float_reasons: for modules left in float, by name, why.
+        float_reasons: for modules and joins left in float, by name, why.
+        single_mode: names of layers left in float since they run in eval mode alone, or in training mode alone.
     """
 
     layers: tuple[Layer, ...]
@@ -73,6 +74,7 @@ class Plan:
     erased_modules: tuple[str, ...]
     erased_nodes: tuple[tuple[str, str], ...]
     float_reasons: Mapping[str, str]
+    single_mode: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         """One line per layer, join, quantizer, erased ReLU and module left in float."""

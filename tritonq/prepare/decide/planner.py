@@ -56,6 +56,7 @@ class _Planner:
     kept: frozenset[int] = frozenset()
     grids: dict[int, GridSource] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    single_mode: set[str] = field(default_factory=set)
     quantizers: list[PlannedQuantizer] = field(default_factory=list)
 
     def plan(self) -> Plan:
@@ -85,6 +86,7 @@ class _Planner:
             erased_modules=modules,
             erased_nodes=nodes,
             float_reasons=self.reasons,
+            single_mode=frozenset(self.single_mode),
         )
 
     def _layers(self) -> list[Layer]:
@@ -96,6 +98,9 @@ class _Planner:
                 self.reasons[name] = "its qconfig is None"
             elif not self.analysis.flow.calls_of(name):
                 self.reasons[name] = "the example inputs don't reach it"
+            elif not self.analysis.runs_in_all_modes(self.analysis.flow.calls_of(name)):
+                self.reasons[name] = self.analysis.missing_mode(self.analysis.flow.calls_of(name))
+                self.single_mode.add(name)
             elif type(module) is not RepVGGBlock and not isinstance(module._parameters.get("weight"), nn.Parameter):
                 self.reasons[name] = "its weight is computed from other parameters"
             else:
@@ -226,10 +231,19 @@ class _Planner:
             self.quantizers.append(quantizer)
 
     def _place_of(self, root: int) -> _Place:
+        """Where a quantizer of a value can stand: where the value is made, if every run makes it there."""
+        place = self._origin_of(root)
+        flow = self.analysis.flow
+        runs = {flow.values[value].run for value in place.values}
+        return place if len(runs) == flow.runs else _Place("consumer", "", [root])
+
+    def _origin_of(self, root: int) -> _Place:
         flow, analysis = self.analysis.flow, self.analysis
         call = flow.producer(root)
         if flow.values[root].source == "input":
-            return _Place("input", "", [root])
+            path = flow.values[root].path
+            same = [value.index for value in flow.values if value.source == "input" and value.path == path]
+            return _Place("input", "", same)
         if call is None or analysis.value_of(call) != root:
             return _Place("consumer", "", [root])
         # Tracing takes time: only where a hook on a module won't do.

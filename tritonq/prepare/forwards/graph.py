@@ -37,6 +37,7 @@ class ForwardGraph:
         self.eval_graph = eval_graph
         self._train_graph = train_graph
         self._train_names = {} if train_graph is None else _correspondence(eval_graph, train_graph)
+        self._eval_names = {train: name for name, train in self._train_names.items()}
         self._nodes = [{node.name: node for node in graph.nodes} for graph in self.graphs()]
 
     @classmethod
@@ -74,6 +75,21 @@ class ForwardGraph:
         """Plain data that JSON can hold: ``{"version", "eval": nodes, "train": nodes or None}``."""
         train: GraphData | None = None if self._train_graph is None else graph_to_data(self._train_graph)
         return {"version": DATA_VERSION, "eval": graph_to_data(self.eval_graph), "train": train}
+
+    def graph_of(self, training: bool) -> fx.Graph:
+        """The graph of one mode."""
+        return self.eval_graph if self._train_graph is None or not training else self._train_graph
+
+    def eval_name(self, node: str, training: bool) -> str | None:
+        """The name in the eval graph of a node of one mode's graph, or None if only training has it."""
+        if self._train_graph is None or not training:
+            return node
+        return self._eval_names.get(node)
+
+    @property
+    def differs_in_training(self) -> bool:
+        """Whether training runs another graph than eval mode."""
+        return self._train_graph is not None
 
     def can_edit(self, node: str) -> bool:
         """Whether the node exists in the graphs of both modes."""

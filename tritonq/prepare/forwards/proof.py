@@ -34,19 +34,19 @@ class Recorded:
     Attributes:
         flow: the record.
         modules: the model's modules by qualified name.
-        state: the values of parameters and buffers, by the id of the tensor.
+        state: the values of parameters and buffers, by run and the id of the tensor.
     """
 
     flow: Dataflow
     modules: Mapping[str, nn.Module]
-    state: Mapping[int, Ref]
+    state: Mapping[tuple[int, int], Ref]
 
     @classmethod
     def of(cls, model: nn.Module, flow: Dataflow) -> Recorded:
         """Look up the modules and tensors that a record names."""
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         held = [value for value in flow.values if value.source == "state"]
-        state = {id(tensors[str(value.path[0])]): Ref(value.index) for value in held}
+        state = {(value.run, id(tensors[str(value.path[0])])): Ref(value.index) for value in held}
         return cls(flow, dict(model.named_modules()), state)
 
 
@@ -84,7 +84,7 @@ class _Follower:
                 self._results[node] = arguments.get(str(node.target).lstrip("*"))
             elif node.op == "get_attr":
                 tensor = _attribute(self._owner, str(node.target))
-                self._results[node] = self._recorded.state.get(id(tensor), _NoTensor())
+                self._results[node] = self._recorded.state.get((self._frame.run, id(tensor)), _NoTensor())
             elif node.op == "call_module":
                 self._results[node] = self._module(node)
             elif node.op == "output":

@@ -7,7 +7,7 @@ two calls. The record holds plain descriptions only. :func:`tritonq.prepare.reco
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -43,6 +43,7 @@ class Value:
         dtype: dtype at the time.
         consumers: indices of the calls that read it, in order.
         output_paths: where the model's output holds it.
+        run: as in :class:`Call`.
     """
 
     index: int
@@ -54,6 +55,7 @@ class Value:
     dtype: torch.dtype
     consumers: tuple[int, ...]
     output_paths: tuple[Path, ...]
+    run: int = 0
 
     @property
     def is_output(self) -> bool:
@@ -82,6 +84,7 @@ class Call:
         inputs: values read, in order of the arguments.
         outputs: values produced, including those of tensors that it changed in place.
         writes: what in-place changes replaced, as pairs of values (before, after).
+        run: the run that made it: 0, or 1 for the second of two that :meth:`Dataflow.joined` put together.
     """
 
     index: int
@@ -98,6 +101,7 @@ class Call:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     writes: tuple[tuple[int, int], ...] = ()
+    run: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ class Frame:
         kwargs: named arguments, tensors as ``Ref``.
         output: the result, tensors as ``Ref``.
         events: what it called, in order: ``("call", index)`` or ``("frame", index)``.
+        training: the mode that the module was in.
+        run: as in :class:`Call`.
     """
 
     index: int
@@ -121,15 +127,90 @@ class Frame:
     kwargs: Mapping[str, Any]
     output: Any
     events: tuple[tuple[Literal["call", "frame"], int], ...]
+    training: bool = False
+    run: int = 0
 
 
 @dataclass(frozen=True)
 class Dataflow:
-    """The record of one run."""
+    """The record of one run, or of two that were put together.
+
+    Attributes:
+        calls: all calls, in order of execution.
+        values: all values, in the order in which they were made.
+        frames: all runs of forwards, in order of their beginning.
+        runs: how many runs it holds.
+    """
 
     calls: tuple[Call, ...]
     values: tuple[Value, ...]
     frames: tuple[Frame, ...]
+    runs: int = 1
+
+    def joined(self, other: Dataflow) -> Dataflow:
+        """Return the record of this run and of another run of the same model, as though it were called twice.
+
+        What holds for every call of a module, or for every reader of its result, then holds in both runs.
+        """
+        calls, values, frames = len(self.calls), len(self.values), len(self.frames)
+        tensors = 1 + max((value.tensor for value in self.values), default=-1)
+
+        def shifted(item: Any) -> Any:
+            if isinstance(item, Ref):
+                return Ref(item.value + values)
+            if isinstance(item, tuple):
+                return tuple(map(shifted, item))
+            return {key: shifted(child) for key, child in item.items()} if isinstance(item, dict) else item
+
+        def by(amount: int, indices: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(index + amount for index in indices)
+
+        more_calls = [
+            replace(
+                call,
+                index=call.index + calls,
+                frame=call.frame + frames,
+                args=shifted(call.args),
+                kwargs=shifted(call.kwargs),
+                output=shifted(call.output),
+                inputs=by(values, call.inputs),
+                outputs=by(values, call.outputs),
+                writes=tuple((before + values, after + values) for before, after in call.writes),
+                run=self.runs,
+            )
+            for call in other.calls
+        ]
+        more_values = [
+            replace(
+                value,
+                index=value.index + values,
+                producer=None if value.producer is None else value.producer + calls,
+                tensor=value.tensor + tensors,
+                consumers=by(calls, value.consumers),
+                run=self.runs,
+            )
+            for value in other.values
+        ]
+        more_frames = [
+            replace(
+                frame,
+                index=frame.index + frames,
+                parent=None if frame.parent is None else frame.parent + frames,
+                args=shifted(frame.args),
+                kwargs=shifted(frame.kwargs),
+                output=shifted(frame.output),
+                events=tuple((kind, index + (calls if kind == "call" else frames)) for kind, index in frame.events),
+                run=self.runs,
+            )
+            for frame in other.frames
+        ]
+        return Dataflow(
+            (*self.calls, *more_calls), (*self.values, *more_values), (*self.frames, *more_frames), self.runs + 1
+        )
+
+    def runs_of(self, module_name: str) -> set[int]:
+        """The runs that called a module, as a leaf or not."""
+        return {call.run for call in self.calls_of(module_name)} | {frame.run for frame in self.frames_of(module_name)}
 
     def __str__(self) -> str:
         """One line per call, in order; ``v3`` is value 3, a parameter or buffer its name."""

@@ -1,4 +1,4 @@
-"""The recorded run of a model on its example inputs."""
+"""The recorded runs of a model on its example inputs: one in eval mode, one in training mode."""
 
 from __future__ import annotations
 
@@ -7,47 +7,166 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.prepare.record.dataflow import Dataflow
+from tritonq.prepare.record.operations import is_leaf
 from tritonq.prepare.record.recorder import Recorder
+from tritonq.prepare.record.snapshot import ModelSnapshot
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+# A training forward that fails is tried again with the module that failed in eval mode, at most so many times.
+_ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
-class Recording:
-    """A run of a model, and what it was called with.
+class Run:
+    """One run of a model, and what it was called with.
 
     Attributes:
         flow: its dataflow.
         args: positional arguments.
         kwargs: named arguments.
         result: what the model returned.
+        modes: whether each module, by name, ran in training mode.
     """
 
     flow: Dataflow
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
+    modes: Mapping[str, bool]
+
+    @property
+    def in_training(self) -> bool:
+        """Whether modules ran in training mode."""
+        return any(self.modes.values())
 
 
-def record_examples(model: nn.Module, example_inputs: Any) -> Recording:
-    """Run a model once on its example inputs, in eval mode and without gradients, and record it.
+@dataclass(frozen=True)
+class Recording:
+    """The runs of a model.
+
+    Attributes:
+        in_eval: the run in eval mode.
+        in_training: the run in training mode, or None where the model can't run so on its example inputs.
+        held: names of modules whose own forward ran in eval mode in the second run, since it fails in training.
+        obstacle: why the training forward could not run, or not all of it; else "".
+    """
+
+    in_eval: Run
+    in_training: Run | None
+    held: frozenset[str] = frozenset()
+    obstacle: str = ""
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The runs that took place."""
+        return (self.in_eval,) if self.in_training is None else (self.in_eval, self.in_training)
+
+    @property
+    def flow(self) -> Dataflow:
+        """The record of all runs."""
+        flow = self.in_eval.flow
+        return flow if self.in_training is None else flow.joined(self.in_training.flow)
+
+
+def record_examples(model: nn.Module, example_inputs: Any, training_inputs: Any = None) -> Recording:
+    """Run a model in eval mode and in training mode, without gradients, and record both.
+
+    BatchNorms run with their running statistics, so that a batch of one will do. A module whose forward fails in
+    training (a detector without targets) runs in eval mode, its children still in training mode.
+
+    Args:
+        model: the model, left as it is. Where it is in training mode, submodules in eval mode stay so.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of named ones.
+        training_inputs: the same for the training run; by default ``example_inputs``.
 
     Raises:
-        ValueError: the model rejects them.
-        TypeError: they are neither a tensor nor a tuple nor a dict.
+        ValueError: the model rejects ``example_inputs`` in eval mode, or ``training_inputs`` in training mode.
+        TypeError: inputs of another type.
     """
     args, kwargs = example_arguments(example_inputs)
     recorder = Recorder(model)
     try:
         flow = recorder.run(args, kwargs)
     except Exception as error:
-        raise ValueError(f"{type(model).__name__} rejects example_inputs: {type(error).__name__}: {error}") from error
-    return Recording(flow, args, kwargs, recorder.result)
+        raise ValueError(f"{type(model).__name__} rejects example_inputs: {_text(error)}") from error
+    in_eval = Run(flow, args, kwargs, recorder.result, {name: False for name, _ in model.named_modules()})
+    passing = frozenset(
+        str(call.module_name) for call in flow.calls if isinstance(call.target, nn.Module) and not is_leaf(call.target)
+    )
+    if training_inputs is None:
+        return _with_training(model, in_eval, passing)
+    args, kwargs = example_arguments(training_inputs, "training_inputs")
+    modes = training_modes(model)
+    try:
+        in_training = _run(model, modes, args, kwargs, passing)
+    except _ForwardError as failure:
+        text = _text(failure.error)
+        raise ValueError(f"{type(model).__name__} rejects training_inputs in training mode: {text}") from failure.error
+    return Recording(in_eval, in_training)
 
 
-def example_arguments(example_inputs: Any) -> Arguments:
+class _ForwardError(Exception):
+    """A training forward raised ``error`` in the module ``where``."""
+
+    def __init__(self, error: Exception, where: nn.Module | None) -> None:
+        super().__init__(str(error))
+        self.error, self.where = error, where
+
+
+def _with_training(model: nn.Module, in_eval: Run, passing: frozenset[str]) -> Recording:
+    """Record a run in training mode as far as the model allows one."""
+    modes, names = training_modes(model), {module: name for name, module in model.named_modules()}
+    held: set[str] = set()
+    obstacle = ""
+    for _ in range(_ATTEMPTS):
+        try:
+            run = _run(model, modes, in_eval.args, in_eval.kwargs, passing)
+        except _ForwardError as failure:
+            obstacle = obstacle or _text(failure.error)
+            if failure.where is None:
+                break
+            modes[failure.where] = False
+            held.add(names[failure.where])
+        else:
+            return Recording(in_eval, run, frozenset(held), obstacle)
+    return Recording(in_eval, None, frozenset(), obstacle)
+
+
+def _run(
+    model: nn.Module,
+    modes: Mapping[nn.Module, bool],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    passing: frozenset[str],
+) -> Run:
+    recorder = Recorder(model, modes, passing)
+    try:
+        flow = recorder.run(args, kwargs)
+    except Exception as error:
+        raise _ForwardError(error, recorder.failed_in()) from error
+    by_name = {name: modes[module] for name, module in model.named_modules(remove_duplicate=False)}
+    return Run(flow, args, kwargs, recorder.result, by_name)
+
+
+def training_modes(model: nn.Module) -> dict[nn.Module, bool]:
+    """The modes that a model's modules have when it trains, but for BatchNorms, which are in eval mode here."""
+    snapshot = ModelSnapshot(model)
+    try:
+        if not model.training:
+            model.train()
+        return {module: module.training and not isinstance(module, _BatchNorm) for module in model.modules()}
+    finally:
+        snapshot.restore()
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def example_arguments(example_inputs: Any, name: str = "example_inputs") -> Arguments:
     """Positional and named arguments: of a tensor, a sequence of positional arguments or a mapping of named ones.
 
     Raises:
@@ -60,6 +179,6 @@ def example_arguments(example_inputs: Any) -> Arguments:
     if isinstance(example_inputs, Mapping) and all(isinstance(key, str) for key in example_inputs):
         return (), dict(example_inputs)
     raise TypeError(
-        "example_inputs must be a tensor, a tuple of positional arguments or a dict of named ones, got "
+        f"{name} must be a tensor, a tuple of positional arguments or a dict of named ones, got "
         f"{type(example_inputs).__qualname__}"
     )

@@ -5,7 +5,7 @@ Identity leads through modules that no tracer can follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -18,6 +18,9 @@ from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref, Source, 
 from tritonq.prepare.record.operations import METADATA, is_leaf, operation_name
 from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state, tensor_version
 from tritonq.prepare.record.structure import Path, clone_tensors, describe, replace_tensors, tensors_in
+
+# Runs that are compared draw the same random numbers.
+SEED = 0
 
 
 def record(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Dataflow:
@@ -79,11 +82,18 @@ class _OpenValue:
 class Recorder:
     """Records one run of one model; see :func:`record`.
 
+    Args:
+        model: the model.
+        modes: which modules run in training mode; by default none.
+        passing: names of modules that returned their input in another run; their calls count as one operation here.
+
     Attributes:
         result: what the model returned.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, modes: Mapping[nn.Module, bool] | None = None, passing: Container[str] = ()
+    ) -> None:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if nn.parameter.is_lazy(tensor):
                 raise ValueError(f"{name} has no shape before a first forward; run the model once, then prepare it")
@@ -99,18 +109,25 @@ class Recorder:
         self._stack: list[_OpenFrame] = []
         self._module_calls: dict[nn.Module, int] = {}
         self._paused = False
+        self._modes = dict.fromkeys(self._names, False) if modes is None else dict(modes)
+        self._passing = passing
+
+    def failed_in(self) -> nn.Module | None:
+        """The innermost module in training mode whose forward was running when the run was given up, or None."""
+        running = (frame.module for frame in reversed(self._stack))
+        return next((module for module in running if module is not None and self._modes[module]), None)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
         """Run the model and return what happened."""
         snapshot = ModelSnapshot(self.model)
         handles = []
         try:
-            with preserved_random_state(self.model), torch.no_grad():
+            with preserved_random_state(self.model, SEED), torch.no_grad():
                 args, kwargs = clone_tensors(args, kwargs)
                 for path, tensor in [*tensors_in(args), *tensors_in(kwargs)]:
                     self._track(tensor, "input", path=path)
                 for module in self._names:
-                    module.training = False
+                    module.training = self._modes[module]
                     # Innermost: what users' own hooks compute belongs to the caller.
                     handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                     handles.append(module.register_forward_hook(self._leave, with_kwargs=True, prepend=True))
@@ -205,7 +222,7 @@ class Recorder:
         return result
 
     def _push(self, module: nn.Module | None, owner: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leaf = module is not None and is_leaf(module)
+        leaf = module is not None and (is_leaf(module) or owner in self._passing)
         parent = self._stack[-1] if self._stack else None
         index = len(self._frames) + sum(not frame.leaf for frame in self._stack)
         inputs = _unique_tensors((args, kwargs))
@@ -223,6 +240,7 @@ class Recorder:
             frame.kwargs,
             self._describe(result),
             tuple(frame.events),
+            frame.module is not None and self._modes[frame.module],
         )
         if self._stack:
             self._stack[-1].events.append(("frame", frame.index))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,13 +85,22 @@ def tensor_version(tensor: Tensor) -> int:
 
 
 @contextmanager
-def preserved_random_state(model: nn.Module) -> Iterator[None]:
-    """Restore Python's and torch's random state (CPU, and the GPUs that hold the model) on leaving."""
+def preserved_random_state(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Restore the random state of Python, NumPy and torch (CPU, and the GPUs that hold the model) on leaving.
+
+    With ``seed`` the block begins with that seed, so that two blocks draw the same numbers.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
     state: Any = random.getstate()
+    numpy_state = np.random.get_state()
     with torch.random.fork_rng(devices=devices):
         try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
             yield
         finally:
             random.setstate(state)
+            np.random.set_state(numpy_state)
