@@ -196,13 +196,12 @@ class Untraceable(nn.Module):
         return self.second(y)
 
 
-def test_addition_that_no_graph_reaches_stays_float_and_its_reader_quantizes():
+def test_addition_that_no_graph_reaches_is_answered_where_it_happens():
     prepared = prepare(lambda m, x: m.block(x), block=Untraceable())
-    assert not of_type(prepared, qnn.Add)
-    assert prepared.block.second.input_quantizer is prepared.block.second.input_fake_quant
-    (record,) = [record for record in prepared.tritonq_report if record.kind == "add"]
-    assert (record.name, record.status) == ("block.add", "float")
-    assert "control flow" in record.reason
+    assert of_type(prepared, qnn.Add) == ["block.add"]
+    assert prepared.block.second.input_quantizer is prepared.block.add.activation_post_process
+    with pytest.raises(ValueError, match="too large"):  # the branch is still there
+        prepared(torch.full_like(X, 1e12))
 
 
 class Doubles(nn.Module):

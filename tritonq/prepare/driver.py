@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tritonq.fixed_point_fake_quantize import set_fixed_point_phase
 from tritonq.prepare.check import check_same_output
-from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.analysis import Analysis, EditableForward
 from tritonq.prepare.decide.fixed_point import Links, find_links, is_fixed_point
 from tritonq.prepare.decide.layer_records import LayerRecord, fixed_point_records, layer_records
 from tritonq.prepare.decide.plan import Plan
@@ -20,7 +20,6 @@ from tritonq.prepare.decide.planner import make_plan
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.edit.fake_quant import Types, apply_plan
 from tritonq.prepare.edit.fixed_point import build_fixed_point
-from tritonq.prepare.forwards.graph import ForwardGraph
 from tritonq.prepare.record.example import Recording
 from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state
 from tritonq.prepare.record.structure import clone_tensors
@@ -69,7 +68,7 @@ def prepare_recorded(
         raise ValueError(
             f"the model is a single {type(model).__name__}; put it into a container, such as nn.Sequential"
         )
-    with ModelEditor(model, analysis.modules, lambda owner: cast(ForwardGraph, analysis.forward(owner))) as editor:
+    with ModelEditor(model, analysis.modules, lambda owner: cast(EditableForward, analysis.forward(owner))) as editor:
         records = scheme.edit(editor)
         scheme.check()
         model.tritonq_report = records  # type: ignore[assignment]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from tritonq.nn import RepVGGBlock
 from tritonq.nn.fusable import bound_of_clip, ceiling_of
+from tritonq.prepare.forwards.answered import AnsweredForward
+from tritonq.prepare.forwards.branches import frozen_branch
 from tritonq.prepare.forwards.graph import ForwardGraph
 from tritonq.prepare.forwards.mode import reads_mode
 from tritonq.prepare.forwards.proof import Recorded, Site, match_frame
@@ -46,6 +48,9 @@ _RELUS = {"relu": math.inf, "relu6": 6.0}
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "cpu", "cuda"})
 
 
+EditableForward: TypeAlias = ForwardGraph | AnsweredForward
+
+
 class Analysis:
     """A model, the record of one or two runs of it, and what follows from them.
 
@@ -67,7 +72,9 @@ class Analysis:
         self.modules = {name: module for name, module in self._recorded.modules.items() if not name.startswith(blocks)}
         # Asked now: quantizers will become children of leaves.
         self.leaves = frozenset(name for name, module in self.modules.items() if is_leaf(module))
-        self._forwards: dict[str, ForwardGraph | TraceError] = {}
+        self._forwards: dict[str, EditableForward | TraceError] = {}
+        # Names of graph nodes for calls that are answered all the same: children are named after them.
+        self._labels: dict[int, str] = {}
         self._sites: dict[int, Site] = {}
         self._calls_at: dict[tuple[str, str], list[Call]] = {}
 
@@ -92,17 +99,23 @@ class Analysis:
             alike |= {other.index: other for other in self.calls_at(call.owner, site.node)}
         return tuple(alike[index] for index in sorted(alike))
 
-    def forward(self, owner: str) -> ForwardGraph | TraceError:
-        """The forward of a module as a graph that is proven to make the recorded calls, or why there is none."""
+    def forward(self, owner: str) -> EditableForward | TraceError:
+        """The forward of a module, to be edited, or why it can't be.
+
+        It is a graph where that is proven to be the forward: it makes the recorded calls, and has no other branches.
+        Otherwise the forward keeps running itself, and its calls can be answered.
+        """
         if owner not in self._forwards:
-            self._forwards[owner] = self._trace(owner)
+            self._forwards[owner] = self._editable(owner)
         return self._forwards[owner]
 
     def site(self, call: Call) -> Site | None:
         """Where the forward of its owner makes a call, if that forward can be edited there."""
-        graph = self.forward(call.owner)
+        forward = self.forward(call.owner)
         site = self._sites.get(call.index)
-        if isinstance(graph, TraceError) or site is None or not graph.can_edit(site.node):
+        if isinstance(forward, TraceError) or site is None:
+            return None
+        if isinstance(forward, ForwardGraph) and not forward.can_edit(site.node):
             return None
         # More than one write means that a view of the overwritten tensor lives on.
         return None if site.in_place and len(call.writes) > 1 else site
@@ -184,6 +197,30 @@ class Analysis:
             return value is not None and self.flow.values[value].dtype == self.flow.values[call.inputs[0]].dtype
         return call.name in _KEEPING_FUNCTIONS
 
+    def _editable(self, owner: str) -> EditableForward | TraceError:
+        found = self._trace(owner)
+        if isinstance(found, ForwardGraph):
+            return found
+        module, frames = self.modules[owner], self.flow.frames_of(owner)
+        if "forward" in vars(module) or not frames:
+            return found
+        for frame in frames:
+            calls = (self.flow.calls[index] for kind, index in frame.events if kind == "call")
+            for call in calls:
+                if call.place and (not call.writes or self._rebinds(call)):
+                    self._note_site(owner, call, Site(call.place, False, self._labels.get(call.index, call.name)))
+        return AnsweredForward(str(found))
+
+    def _rebinds(self, call: Call) -> bool:
+        """Whether the result of a call in place is what the source goes on with: ``x += y``, or a plain ReLU."""
+        if len(call.writes) > 1:
+            return False
+        return getattr(call.target, "__name__", "") == "__iadd__" or self.is_relu(call)
+
+    def _note_site(self, owner: str, call: Call, site: Site) -> None:
+        self._sites[call.index] = site
+        self._calls_at.setdefault((owner, site.node), []).append(call)
+
     def _trace(self, owner: str) -> ForwardGraph | TraceError:
         frames = self.flow.frames_of(owner)
         try:
@@ -191,10 +228,16 @@ class Analysis:
             sites = [match_frame(graph.graph_of(frame.training), self._recorded, frame) for frame in frames]
         except TraceError as error:
             return error
-        for frame, found in zip(frames, sites, strict=True):
-            for index, site in found.items():
-                node = graph.eval_name(site.node, frame.training)
-                if node is not None:
-                    self._sites[index] = Site(node, site.in_place)
-                    self._calls_at.setdefault((owner, node), []).append(self.flow.calls[index])
+        named = [
+            (self.flow.calls[index], Site(node, site.in_place, node))
+            for frame, found in zip(frames, sites, strict=True)
+            for index, site in found.items()
+            if (node := graph.eval_name(site.node, frame.training)) is not None
+        ]
+        branch = frozen_branch(self.modules[owner])
+        if branch is not None:
+            self._labels.update({call.index: site.node for call, site in named})
+            return TraceError(f"its trace has one branch of {branch}")
+        for call, site in named:
+            self._note_site(owner, call, site)
         return graph

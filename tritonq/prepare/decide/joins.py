@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.layers import relus_after
+from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.graph import ForwardGraph
 from tritonq.prepare.forwards.proof import Site
 from tritonq.prepare.record.dataflow import Call, Ref, refs_in
@@ -83,6 +84,8 @@ def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
     elif site is None:
         graph = analysis.forward(call.owner)
         why = "it differs in training" if isinstance(graph, ForwardGraph) else str(graph)
+        if isinstance(graph, AnsweredForward):
+            why = "it changes a tensor in place"
         reason = f"the forward of {call.owner or 'the model'} can't be edited: {why}"
     elif not analysis.runs_in_all_modes(calls):
         site, reason = None, analysis.missing_mode(calls)

@@ -24,6 +24,7 @@ class PlannedQuantizer:
         owner: see ``where``.
         value: one recorded value that it quantizes.
         node: see ``where``.
+        label: what the quantizer of a node is named after.
         in_place: whether that node overwrites its first operand.
         qconfig: whose activation quantizer it is.
         like: name of a layer that reads it, and on whose device it lives.
@@ -34,6 +35,7 @@ class PlannedQuantizer:
     owner: str
     value: int
     node: str
+    label: str
     in_place: bool
     qconfig: QConfig
     like: str
@@ -107,7 +109,7 @@ class Plan:
         places = {
             "input": f"the quantizer of the model's input v{grid.value}",
             "output": f"the quantizer of what {grid.owner} returns",
-            "node": f"the quantizer of {grid.node} in the forward of {grid.owner or 'the model'}",
+            "node": f"the quantizer of {grid.label} in the forward of {grid.owner or 'the model'}",
             "consumer": f"the quantizer of what {', '.join(grid.consumers)} reads",
         }
         return places[grid.where]

@@ -13,6 +13,7 @@ from tritonq.prepare.decide.averages import PlannedAverage, find_average
 from tritonq.prepare.decide.joins import Join, find_joins, operands
 from tritonq.prepare.decide.layers import Layer, find_layer
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer, Where
+from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.proof import Site
 from tritonq.prepare.record.dataflow import Call, Frame
 from tritonq.qconfig import QConfig
@@ -220,6 +221,7 @@ class _Planner:
             owner=place.owner,
             value=root,
             node="" if place.site is None else place.site.node,
+            label="" if place.site is None else place.site.label,
             in_place=place.site is not None and place.site.in_place,
             qconfig=qconfig,
             like=first.name if isinstance(first, Layer) else first.owner,
@@ -249,6 +251,9 @@ class _Planner:
         # Tracing takes time: only where a hook on a module won't do.
         by_hook = call.module_name is not None and self._has_one_place(call)
         site = None if by_hook else analysis.site(call)
+        if site is not None and isinstance(analysis.forward(call.owner), AnsweredForward):
+            # Its other branches return tensors too: a quantizer of what the module returns sees them all.
+            site = None if self._returned_by(root) == call.owner else site
         if site is not None:
             return _Place("node", call.owner, self._results(analysis.calls_at(call.owner, site.node)), site)
         if call.module_name is not None:

@@ -7,8 +7,8 @@ from types import TracebackType
 
 from torch import nn
 
+from tritonq.prepare.decide.analysis import EditableForward
 from tritonq.prepare.forwards.edited import apply_forward, hide_children
-from tritonq.prepare.forwards.graph import ForwardGraph
 from tritonq.prepare.record.snapshot import ModelSnapshot
 
 
@@ -21,7 +21,7 @@ class ModelEditor:
     Args:
         model: the model.
         modules: the modules that may be edited, by name.
-        forward: returns the forward of a module, by name, as a graph for editing.
+        forward: returns the forward of a module, by name, for editing.
 
     Attributes:
         model: the model.
@@ -29,12 +29,12 @@ class ModelEditor:
     """
 
     def __init__(
-        self, model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[[str], ForwardGraph]
+        self, model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[[str], EditableForward]
     ) -> None:
         self.model, self.modules = model, dict(modules)
         self._forward = forward
         self._snapshot = ModelSnapshot(model)
-        self._graphs: dict[str, ForwardGraph] = {}
+        self._graphs: dict[str, EditableForward] = {}
         self._added: dict[str, list[str]] = {}
         # For each module the places that hold it: parent and attribute.
         self._places: dict[nn.Module, dict[tuple[nn.Module, str], None]] = {}
@@ -86,8 +86,8 @@ class ModelEditor:
         self._note_children(child)
         self._added.setdefault(owner, []).append(name)
 
-    def rewrite(self, owner: str) -> ForwardGraph:
-        """The forward of a module, to be edited; the same graph in every call."""
+    def rewrite(self, owner: str) -> EditableForward:
+        """The forward of a module, to be edited; the same object in every call."""
         if owner not in self._graphs:
             self._graphs[owner] = self._forward(owner)
         return self._graphs[owner]

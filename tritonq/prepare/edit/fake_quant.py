@@ -164,7 +164,7 @@ class _PlanWork:
             self._editor.set_child(quantizer.owner, "activation_post_process", module)
             self._editor.modules[quantizer.owner].register_forward_hook(quantize_output_hook, prepend=True)
         elif quantizer.where == "node":
-            name = self._editor.add_child(quantizer.owner, f"{quantizer.node}_fake_quant", module)
+            name = self._editor.add_child(quantizer.owner, f"{quantizer.label}_fake_quant", module)
             self._editor.rewrite(quantizer.owner).insert_after(quantizer.node, name, quantizer.in_place)
             if quantizer.value in self._plan.averages:
                 self._add_average(quantizer, module)

@@ -20,7 +20,7 @@ from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
 from tritonq.prepare.edit.swap import from_float
-from tritonq.prepare.forwards.graph import Operands, first_operand, node_operands
+from tritonq.prepare.forwards.graph import Operands, first_node, node_operands
 from tritonq.prepare.record.dataflow import Call
 from tritonq.qconfig import QConfig
 
@@ -232,7 +232,7 @@ class _Builder:
         if call.module_name is not None:
             self._editor.replace(call.module_name, made)
         else:
-            self._insert(call, made, "avg_pool", lambda node: (first_operand(node),))
+            self._insert(call, made, "avg_pool", first_node)
 
     def _insert(self, call: Call, made: nn.Module, name: str, operands: Operands) -> None:
         """Call ``made`` in the forward of the call's owner, in place of the call."""
@@ -255,7 +255,7 @@ class _Builder:
 
     def _replace_relu(self, call: Call) -> None:
         if call.module_name is None:
-            self._insert(call, nn.ReLU(), "relu", lambda node: (first_operand(node),))
+            self._insert(call, nn.ReLU(), "relu", first_node)
         elif self._editor.modules[call.module_name] is call.target:
             self._editor.replace(call.module_name, nn.ReLU())
 

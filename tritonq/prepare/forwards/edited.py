@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
+from tritonq.prepare.forwards.answered import answering, check_answers
 from tritonq.prepare.forwards.graph import DATA_VERSION, ForwardData, ForwardGraph, compile_graph
 
 
@@ -42,6 +43,13 @@ def forward_source(module: nn.Module) -> dict[str, str]:
     The modes are ``"eval"`` and ``"train"``, or ``"eval and train"`` where both run the same.
     """
     data = forward_data(module)
+    if data is not None and "answers" in data:
+        told = {"replace": "self.{child}({operands})", "after": "self.{child}(…)", "erase": "its first operand"}
+        lines = [
+            f"{place} -> {told[kind].format(child=child, operands=operands)}"
+            for place, (kind, child, operands) in data["answers"].items()
+        ]
+        return {"its own forward, with these calls answered": "\n".join(lines)}
     if data is None or data["eval"] is None:
         return {}
     sources = [graph.python_code("self").src.strip() for graph in ForwardGraph.from_data(data).graphs()]
@@ -61,9 +69,12 @@ def apply_forward(module: nn.Module, data: ForwardData, hidden: Iterable[str] = 
     """
     names = sorted({*data.get("hidden", ()), *hidden}) if isinstance(data, dict) else []
     plain: ForwardData = {"version": DATA_VERSION, "eval": None, "train": None, "hidden": names}
-    if not isinstance(data, dict) or data.get("eval") is not None or data.get("version") != DATA_VERSION:
+    children = dict(module.named_modules(remove_duplicate=False))
+    if isinstance(data, dict) and "answers" in data:
+        check_answers(data["answers"], children, type(module).__name__)
+        plain |= {"version": ANSWERS_VERSION, "answers": data["answers"]}
+    elif not isinstance(data, dict) or data.get("eval") is not None or data.get("version") != DATA_VERSION:
         graph = ForwardGraph.from_data(data)
-        children = dict(module.named_modules(remove_duplicate=False))
         for node in itertools.chain.from_iterable(part.nodes for part in graph.graphs()):
             if node.op == "call_module" and node.target not in children:
                 raise ValueError(
@@ -83,6 +94,8 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return module._tritonq_class if isinstance(module, EditedForward) else type(module)
 
 
+# Data of this version names answered calls; the earlier one knows graphs alone.
+ANSWERS_VERSION = 2
 # Modules of one class with equal forwards share the class, and so what torch.compile makes of it.
 _classes: WeakValueDictionary[tuple[type, str], type[nn.Module]] = WeakValueDictionary()
 
@@ -102,6 +115,10 @@ def _edited_class(original: type[nn.Module], encoded: str) -> type[nn.Module]:
     if data["eval"] is not None:
         forwards = [compile_graph(part, original.__name__) for part in ForwardGraph.from_data(data).graphs()]
         forward = forwards[0] if len(forwards) == 1 else _by_mode(*forwards)
+        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+        namespace["forward"] = forward
+    elif "answers" in data:
+        forward = answering(original.forward, data["answers"])
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
         namespace["forward"] = forward
     if data["hidden"] and issubclass(original, nn.Sequential):

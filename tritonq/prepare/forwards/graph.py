@@ -151,6 +151,11 @@ def node_operands(node: fx.Node) -> tuple[Any, ...]:
     return tuple(argument for argument in (*node.args, *node.kwargs.values()) if isinstance(argument, fx.Node))
 
 
+def first_node(node: fx.Node) -> tuple[Any, ...]:
+    """The first node that a node reads, as the one operand."""
+    return (first_operand(node),)
+
+
 def sequence_operand(node: fx.Node) -> tuple[Any, ...]:
     """The first argument of a node as a whole: the list that a concatenation takes."""
     return ((*node.args, *node.kwargs.values())[0],)

@@ -19,12 +19,14 @@ class Site:
     """Where a call is made in a traced forward.
 
     Attributes:
-        node: name of the node in the eval graph.
+        node: name of the node in the eval graph, or the place of an answered call.
         in_place: whether the node overwrites its first operand.
+        label: what a new child for it is named after.
     """
 
     node: str
     in_place: bool
+    label: str = ""
 
 
 @dataclass(frozen=True)

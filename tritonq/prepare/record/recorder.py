@@ -5,6 +5,7 @@ Identity leads through modules that no tracer can follow.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref, Source, Value
 from tritonq.prepare.record.operations import METADATA, is_leaf, operation_name
+from tritonq.prepare.record.place import calling_place
 from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state, tensor_version
 from tritonq.prepare.record.structure import Path, clone_tensors, describe, replace_tensors, tensors_in
 
@@ -63,6 +65,8 @@ class _OpenFrame:
     inputs: list[Tensor]
     events: list[tuple[Literal["call", "frame"], int]] = field(default_factory=list)
     functions: int = 0
+    # How often each place in the source has called a function.
+    places: dict[str, int] = field(default_factory=dict)
     # Whether this stands for a leaf: nothing inside is recorded.
     leaf: bool = False
 
@@ -153,10 +157,17 @@ class Recorder:
         )
         return Dataflow(tuple(self._calls), values, tuple(self._frames[i] for i in sorted(self._frames)))
 
-    def call_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a torch function, and record it unless it is part of a leaf or reads no elements."""
+    def call_function(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], place: str = ""
+    ) -> Any:
+        """Run a torch function, and record it unless it is part of a leaf or reads no elements.
+
+        ``place`` is where the source calls it.
+        """
         if self._paused or not self._stack or self._stack[-1].leaf:
             return function(*args, **kwargs)
+        places = self._stack[-1].places
+        occurrence = places[place] = places.get(place, -1) + 1
         name = operation_name(function)
         inputs = _unique_tensors((args, kwargs))
         described = self._describe(args), self._describe(kwargs)
@@ -180,6 +191,7 @@ class Recorder:
             output=None,
             inputs=tuple(values),
             outputs=(),
+            place=f"{place}#{occurrence}" if place else "",
         )
         frame.functions += 1
         return self._finish(call, inputs, result)
@@ -362,7 +374,7 @@ class _FunctionRecorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return self._recorder.call_function(func, args, kwargs or {})
+        return self._recorder.call_function(func, args, kwargs or {}, calling_place(sys._getframe(1)))
 
 
 def _unique_tensors(item: Any) -> list[Tensor]:

@@ -1,0 +1,294 @@
+"""Forwards that no graph stands for keep all their branches; modules answer their additions and concatenations."""
+
+import copy
+import io
+import threading
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tritonq
+import tritonq.nn as qnn
+from prepared_nets import FOLDING, X, conv, of_type, primary
+from tritonq.prepare import disable_fake_quant, prepare_qat
+from tritonq.prepare.forwards.branches import frozen_branch
+from tritonq.prepare.forwards.edited import apply_forward, forward_data
+
+
+class Chunks(nn.Module):
+    """A list of chunks that grows (YOLOv8's C2f), an addition in a loop, a ReLU behind the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = conv(), nn.Conv2d(6, 4, 1)
+        self.inner = nn.ModuleList([nn.Conv2d(2, 2, 3, padding=1)])
+
+    def forward(self, x):
+        parts = list(self.first(x).chunk(2, 1))
+        parts.extend(module(parts[-1]) for module in self.inner)
+        for _ in range(2):
+            parts[0] = parts[0] + parts[1]
+        return F.relu(self.last(torch.cat(parts, 1)) + x)
+
+
+class Targets(nn.Module):
+    """Takes a dict with targets or images alone (Ultralytics)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = conv(), conv()
+
+    def forward(self, x):
+        if isinstance(x, dict):
+            return self(x["image"]).square().mean()
+        return self.head(x + self.conv(x))
+
+
+class ListArgument(nn.Module):
+    """Takes a tensor or a list, and is called with a list of one (timm's SelecSLS)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = conv(), conv(), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        if not isinstance(x, list):
+            x = [x]
+        y = self.conv1(x[0])
+        return [self.conv3(torch.cat([y, self.conv2(y)], 1)), *x[1:]]
+
+
+class TakesList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = ListArgument()
+
+    def forward(self, x):
+        return self.block([x])[0]
+
+
+class Constants(nn.Module):
+    """Constants in `**kwargs`, a tuple of ints, an early return."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x, size=(6, 6), **options):
+        if options.get("skip"):
+            return x
+        y = self.conv(x) + x
+        return F.interpolate(y, size) if tuple(y.shape[2:]) != tuple(size) else y
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    features: tuple
+
+
+class Features(nn.Module):
+    """A loop over feature maps, and a dataclass as result."""
+
+    def __init__(self):
+        super().__init__()
+        self.levels, self.lateral = nn.ModuleList([conv(), conv()]), conv()
+
+    def forward(self, x):
+        features = []
+        for level in self.levels:
+            x = level(x)
+            features.append(x)
+        total = features[0]
+        for feature in features[1:]:
+            total = self.lateral(total) + feature
+        return Output(total, tuple(features))
+
+
+MODELS = {
+    "chunks": (Chunks, 4),
+    "targets": (Targets, 1),
+    "list": (TakesList, 1),
+    "constants": (Constants, 1),
+    "features": (Features, 1),
+}
+
+
+def prepared_model(name):
+    torch.manual_seed(0)
+    make, joins = MODELS[name]
+    model = make()
+    prepared = prepare_qat(model, example_inputs=X)
+    assert len(of_type(prepared, qnn.Add, qnn.Cat)) == joins
+    assert all(record.status == "quantized" for record in prepared.tritonq_report if record.kind in ("add", "cat"))
+    return model, prepared
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("training", [True, False])
+def test_joins_are_modules_and_the_forward_computes_the_same(name, training):
+    model, prepared = prepared_model(name)
+    exact = copy.deepcopy(prepared).train(training)
+    disable_fake_quant(exact)
+    x = torch.randn(3, 4, 6, 6)
+    expected, got = primary(model.train(training)(x)), primary(exact(x))
+    torch.testing.assert_close(got, expected, rtol=0, atol=FOLDING * float(expected.detach().abs().max()))
+    seen = []
+    for module in prepared.modules():
+        if isinstance(module, (qnn.Add, qnn.Cat)):
+            module.register_forward_hook(lambda module, *_: seen.append(module))
+    prepared(x)
+    assert len(seen) == MODELS[name][1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_trains_converts_and_is_saved(name, tmp_path):
+    _, prepared = prepared_model(name)
+    prepared.train()
+    primary(prepared(X)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in prepared.parameters())
+    prepared.eval()
+    expected = primary(prepared(X))
+    file = io.BytesIO()
+    torch.save(prepared, file)
+    file.seek(0)
+    converted = tritonq.convert(prepared)
+    tritonq.save_converted(converted, tmp_path / "model.pt")
+    same = [
+        copy.deepcopy(prepared),
+        torch.load(file, weights_only=False),
+        converted,
+        tritonq.load_converted(tmp_path / "model.pt", MODELS[name][0]()),
+    ]
+    for other in same:
+        assert torch.equal(primary(other(X)), expected)
+
+
+@pytest.mark.parametrize("name", ["chunks", "list", "constants"])
+@pytest.mark.parametrize("training", [True, False])
+def test_it_compiles_in_one_graph(name, training):
+    _, prepared = prepared_model(name)
+    prepared.train()(X)
+    tritonq.disable_observer(prepared.train(training))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(copy.deepcopy(prepared), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(X), prepared(X), rtol=1e-5, atol=1e-5)
+    prepared.eval()
+    exported = torch.export.export(tritonq.convert(prepared), (X,)).module()
+    assert torch.equal(exported(X), prepared(X))
+
+
+def test_threads_do_not_share_a_run():
+    _, prepared = prepared_model("chunks")
+    prepared.train()(X)
+    prepared.eval()
+    inputs = [torch.randn(2, 4, 6, 6) for _ in range(4)]
+    expected = [prepared(x) for x in inputs]
+    got = [None] * 4
+
+    def run(index):
+        for _ in range(5):
+            got[index] = prepared(inputs[index])
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_every_branch_is_still_there():
+    _, prepared = prepared_model("targets")
+    assert prepared.train()({"image": X}).dim() == 0
+    _, prepared = prepared_model("constants")
+    disable_fake_quant(prepared)
+    assert torch.equal(prepared(X, skip=True), X)
+    assert prepared(X, size=(3, 3)).shape[2:] == (3, 3)
+    _, prepared = prepared_model("list")
+    assert len(prepared.block([X, X])) == 2
+    assert len(prepared.block(X)) == 1
+
+
+class Inside(nn.Module):
+    """A block within a block of its own class: their calls stand at the same place in the source."""
+
+    def __init__(self, inner=None):
+        super().__init__()
+        self.conv, self.inner = conv(), inner
+
+    def forward(self, x, last=None):
+        y = self.conv(x) if self.inner is None else self.inner(x)
+        if last is not None:
+            return y
+        return y + x
+
+
+def test_blocks_within_blocks_of_their_class_answer_their_own_calls():
+    torch.manual_seed(0)
+    model = nn.Sequential(Inside(Inside()), conv())
+    prepared = prepare_qat(model, example_inputs=X)
+    assert of_type(prepared, qnn.Add) == ["0.inner.add", "0.add"]
+    seen = []
+    for name, module in prepared.named_modules():
+        if isinstance(module, qnn.Add):
+            module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    prepared(X)
+    assert seen == ["0.inner.add", "0.add"]
+
+
+@pytest.mark.parametrize("answer", [["delete", "", ""], ["replace", "other", "tensors"], ["replace", "conv"], "conv"])
+def test_damaged_answers_are_refused(answer):
+    data = {"version": 2, "eval": None, "train": None, "hidden": [], "answers": {"module:forward:1#0": answer}}
+    with pytest.raises(ValueError, match=r"not an answer|doesn't have"):
+        apply_forward(Inside(), data)
+
+
+def on_an_argument(self, x, flag=None):
+    return x if flag is None else x + 1
+
+
+def on_the_module(self, x):
+    return x if self.flag is None and len(self.sizes) == 2 else x + 1
+
+
+def never_reached(self, x):
+    return x if not self.sizes and x.sum() > 0 else x + 1
+
+
+def by_a_helper(self, x):
+    return on_an_argument(self, x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "condition"),
+    [
+        (on_an_argument, "`flag is None`"),
+        (on_the_module, None),
+        (never_reached, None),
+        (by_a_helper, "`flag is None`"),
+        (lambda self, x: x + 1, None),
+        (lambda self, x: x if isinstance(x, torch.Tensor) else x[0], "`isinstance(x, torch.Tensor)`"),
+    ],
+)
+def test_conditions_that_another_call_may_decide_otherwise_are_found(forward, condition):
+    module = type("Module", (nn.Module,), {"forward": forward, "flag": None, "sizes": (1, 2)})()
+    assert frozen_branch(module) == condition
+
+
+def test_forward_without_such_conditions_stays_a_graph():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.skip = conv(), None
+
+        def forward(self, x):
+            return self.conv(x) + (x if self.skip is None else self.skip(x))
+
+    assert forward_data(prepare_qat(Sum(), example_inputs=X))["eval"] is not None
+    assert "answers" in forward_data(prepared_model("targets")[1])

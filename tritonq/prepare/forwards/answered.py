@@ -1,0 +1,141 @@
+"""Forwards that run as their author wrote them while modules answer some of their calls.
+
+A graph has the branches of one run. Where a forward may take others, it keeps running itself, in a
+``TorchFunctionMode`` that hands the recorded calls, known by their place in the source, to modules. Any other call runs
+as written.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tritonq.prepare.forwards.graph import Operands, first_node, node_operands, sequence_operand
+from tritonq.prepare.record.place import calling_place, traced_places
+
+# How a call is answered: [what to do, child, operands].
+Answer = list[str]
+Answers = Mapping[str, Answer]
+_OPERANDS: dict[Operands, str] = {node_operands: "tensors", sequence_operand: "sequence", first_node: "first"}
+
+
+class AnsweredForward:
+    """Edits of a forward that keeps its branches; the interface is that of ``ForwardGraph``.
+
+    A call is named by its place, as :class:`~tritonq.prepare.record.dataflow.Call` has it.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason
+        self._answers: dict[str, Answer] = {}
+
+    def replace(self, node: str, child: str, operands: Operands, in_place: bool = False) -> None:
+        """Let the child module answer a call, given its operands."""
+        self._answers[node] = ["replace", child, _OPERANDS[operands]]
+
+    def insert_after(self, node: str, child: str, in_place: bool = False) -> None:
+        """Pass the result of a call through the child module."""
+        self._answers[node] = ["after", child, ""]
+
+    def erase(self, node: str) -> None:
+        """Let a call return its first operand."""
+        self._answers[node] = ["erase", "", "first"]
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data that JSON can hold."""
+        return {"answers": dict(self._answers)}
+
+
+def check_answers(answers: Any, children: Iterable[str], owner: str) -> None:
+    """Raise unless ``answers`` is what :meth:`AnsweredForward.to_data` makes and calls only these children.
+
+    Raises:
+        ValueError: anything else.
+    """
+    known = set(children)
+    if not isinstance(answers, Mapping):
+        raise ValueError(f"answers of a forward must be a mapping of places, got {type(answers).__qualname__}")
+    for place, answer in answers.items():
+        well_formed = isinstance(answer, list) and len(answer) == 3 and answer[0] in ("replace", "after", "erase")
+        if not well_formed or answer[2] not in (*_OPERANDS.values(), ""):
+            raise ValueError(f"not an answer to a call: {place!r}: {answer!r}")
+        if answer[0] != "erase" and answer[1] not in known:
+            raise ValueError(f"the forward calls the child {answer[1]!r}, which {owner} doesn't have")
+
+
+def answering(original: Callable[..., Any], answers: Answers) -> Callable[..., Any]:
+    """Return a forward that runs ``original`` and answers the calls in ``answers`` with children of its module."""
+    places = frozenset(key.rpartition("#")[0] for key in answers)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with Answering(self, answers, places):
+            return original(self, *args, **kwargs)
+
+    return forward
+
+
+class Answering(TorchFunctionMode):
+    """Answers the recorded calls of one run of a forward. One object serves one run, so threads do not share it."""
+
+    def __init__(self, owner: nn.Module, answers: Answers, places: frozenset[str]) -> None:
+        super().__init__()
+        self._owner, self._answers, self._places = owner, answers, places
+        self._counts: dict[str, int] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        place = _traced_place() if torch.compiler.is_dynamo_compiling() else _running_place()
+        if place not in self._places:
+            return func(*args, **kwargs)
+        count = self._counts.get(place, 0)
+        self._counts[place] = count + 1
+        answer = self._answers.get(f"{place}#{count}")
+        if answer is None:
+            return func(*args, **kwargs)
+        kind, child, operands = answer
+        if kind == "after":
+            return getattr(self._owner, child)(func(*args, **kwargs))
+        given = (*args, *kwargs.values())
+        if operands == "sequence":
+            return getattr(self._owner, child)(given[0])
+        tensors = [item for item in given if isinstance(item, Tensor)]
+        if kind == "erase":
+            return tensors[0]
+        return getattr(self._owner, child)(*(tensors[:1] if operands == "first" else tensors))
+
+
+_HANDLER = Answering.__torch_function__.__code__
+_MODULE_CALL = getattr(nn.Module, "_call_impl").__code__  # noqa: B009 - a private method of torch
+_FORWARD = next(code for code in answering.__code__.co_consts if getattr(code, "co_name", "") == "forward")
+
+
+def _running_place() -> str:
+    """The place that called, or "" where a module inside of the answered forward did."""
+    caller: FrameType | None = sys._getframe(2)
+    frame = caller
+    while frame is not None and frame.f_code is not _FORWARD:
+        if frame.f_code is _HANDLER or frame.f_code is _MODULE_CALL:
+            return ""
+        frame = frame.f_back
+    return calling_place(caller)
+
+
+def _place_in_trace() -> str:
+    """The same while ``torch.compile`` traces: the innermost translator is the mode's, the next one its caller's."""
+    places = traced_places()
+    return "" if len(places) < 2 or places[1][0] is _HANDLER else places[1][1]
+
+
+_traced_place: Callable[[], str] = torch.compiler.assume_constant_result(_place_in_trace)  # type: ignore[no-untyped-call]

@@ -1,0 +1,119 @@
+"""Whether a trace can have left out a branch of a forward."""
+
+from __future__ import annotations
+
+import ast
+import dis
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+# Calls whose result is the same in every call of one module in one mode, where their arguments are.
+_FIXED_CALLS = frozenset({"torch.jit.is_scripting", "hasattr", "getattr", "len", "isinstance"})
+_CONDITIONAL = (ast.If, ast.IfExp, ast.While, ast.Assert)
+
+
+def frozen_branch(module: nn.Module) -> str | None:
+    """Return a condition in the source of a module's forward that another call may decide otherwise, or None.
+
+    Conditions on the module alone (``self.downsample is not None``, ``self.training``) are decided once for each mode.
+    The methods and functions that the forward calls are read too. Where there is no source, a conditional jump counts.
+    """
+    pending: list[Any] = [type(module).forward]
+    seen: set[CodeType] = set()
+    while pending:
+        function = inspect.unwrap(pending.pop())
+        if not isinstance(function, FunctionType) or function.__code__ in seen or _is_of_torch(function):
+            continue
+        seen.add(function.__code__)
+        tree = _source_tree(function)
+        if tree is None:
+            if _has_jumps(function.__code__):
+                return "a forward without source"
+            continue
+        varying = {*function.__code__.co_varnames, *function.__code__.co_freevars} - {"self"}
+        for condition in _conditions(tree):
+            if not _is_fixed(condition, varying, {**function.__globals__, "self": module}):
+                return f"`{ast.unparse(condition).splitlines()[0]}`"
+        pending += _called(tree, module, function)
+    return None
+
+
+def _is_of_torch(function: FunctionType) -> bool:
+    return (function.__module__ or "").partition(".")[0] == "torch"
+
+
+@cache
+def _source_tree(function: FunctionType) -> ast.AST | None:
+    try:
+        tree: ast.AST = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None
+    if function.__name__ != "<lambda>":
+        return tree
+    # The source of a lambda is the whole statement that holds it.
+    code = function.__code__
+    names = list(code.co_varnames[: code.co_argcount])
+    lambdas = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
+    alike = [node for node in lambdas if [argument.arg for argument in node.args.args] == names]
+    return ast.Module([ast.Expr(node) for node in alike], []) if alike else None
+
+
+def _has_jumps(code: CodeType) -> bool:
+    return any("JUMP" in step.opname and "IF" in step.opname for step in dis.get_instructions(code))
+
+
+def _conditions(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.walk(tree):
+        if isinstance(node, _CONDITIONAL):
+            yield node.test
+        elif isinstance(node, ast.comprehension):
+            yield from node.ifs
+        elif isinstance(node, (ast.BoolOp, ast.Try, ast.Match)):
+            yield node
+
+
+def _is_fixed(condition: ast.AST, varying: set[str], names: dict[str, Any]) -> bool:
+    """Whether a condition reads no argument or local variable but ``self``, as far as it is evaluated."""
+    if isinstance(condition, ast.BoolOp):
+        for operand in condition.values:
+            if not _is_fixed(operand, varying, names):
+                return False
+            decides = isinstance(condition.op, ast.Or)
+            if _value(operand, names) is decides:
+                return True  # what follows is never read
+        return True
+    nodes = list(ast.walk(condition))
+    if isinstance(condition, (ast.Try, ast.Match)):
+        return False
+    if any(isinstance(node, ast.Call) and ast.unparse(node.func) not in _FIXED_CALLS for node in nodes):
+        return False
+    return not any(isinstance(node, ast.Name) and node.id in varying for node in nodes)
+
+
+def _value(operand: ast.expr, names: dict[str, Any]) -> bool | None:
+    """Return whether a fixed operand is true, or None where that depends on the mode or can't be told."""
+    text = ast.unparse(operand)
+    try:
+        return None if "training" in text else bool(eval(text, names))
+    except Exception:
+        return None
+
+
+def _called(tree: ast.AST, module: nn.Module, function: FunctionType) -> Iterator[Any]:
+    """The methods of the module, and the functions, that a source names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            if isinstance(node.value, ast.Name) and node.value.id == "self":
+                yield vars(module).get(node.attr)
+                yield getattr(inspect.getattr_static(type(module), node.attr, None), "__func__", None)
+                yield inspect.getattr_static(type(module), node.attr, None)
+            elif isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "super":
+                yield from (vars(base).get(node.attr) for base in type(module).__mro__[1:])
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            yield function.__globals__.get(node.func.id)

@@ -1,0 +1,46 @@
+"""Where in the source a torch function is called: the code object and the instruction in it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+
+_TORCH = Path(torch.__file__).parent
+# Python functions of torch that hand their call on: the place is that of their caller.
+_WRAPPERS = ("_tensor.py", "functional.py", "overrides.py", "_jit_internal.py", "nn/functional.py", "utils/_device.py")
+_WRAPPER_FILES = frozenset(str(_TORCH / name) for name in _WRAPPERS)
+
+
+def calling_place(frame: FrameType | None) -> str:
+    """Return the place that a frame calls from, past wrappers of torch, as ``"module:function:instruction"``."""
+    while frame is not None and frame.f_code.co_filename in _WRAPPER_FILES:
+        frame = frame.f_back
+    return "" if frame is None else place_name(frame.f_globals, frame.f_code, frame.f_lasti)
+
+
+def place_name(module: dict[str, Any], code: CodeType, instruction: int) -> str:
+    """Name an instruction of a function of a module, without paths and lines, which change between machines."""
+    return f"{module.get('__name__', '')}:{code.co_qualname}:{instruction}"
+
+
+def traced_places() -> list[tuple[CodeType, str]]:
+    """Return the places that ``torch.compile`` is tracing, the innermost first, each with its code object.
+
+    Called while Dynamo traces: its translators stand on Python's own stack.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+
+    found: dict[int, tuple[CodeType, str]] = {}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        translator = frame.f_locals.get("self")
+        if isinstance(translator, InstructionTranslatorBase) and id(translator) not in found:
+            offset = translator.current_instruction.offset
+            place = place_name(translator.f_globals, translator.f_code, -1 if offset is None else offset)
+            found[id(translator)] = (translator.f_code, place)
+        frame = frame.f_back
+    return [item for item in found.values() if item[0].co_filename not in _WRAPPER_FILES]
