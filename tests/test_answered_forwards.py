@@ -215,6 +215,30 @@ def test_every_branch_is_still_there():
     assert len(prepared.block(X)) == 1
 
 
+class Pooled(nn.Module):
+    """A mean over all of an image, whose window is read from its input; it may be left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = conv(), nn.Linear(4, 2)
+
+    def forward(self, x, pool=True):
+        y = self.conv(x)
+        if not pool:
+            return y
+        return self.head(F.avg_pool2d(y, y.shape[2:]).flatten(1))
+
+
+def test_mean_is_answered_by_a_module_and_its_quantizer():
+    prepared = prepare_qat(Pooled(), example_inputs=X).train()
+    prepared(X)
+    assert of_type(prepared, qnn.Average) == ["avg_pool2d"]
+    prepared.eval()
+    assert prepared(X, pool=False).dim() == 4
+    assert prepared.avg_pool2d_fake_quant.has_qparams()
+    assert torch.equal(tritonq.convert(prepared)(X), prepared(X))
+
+
 class Inside(nn.Module):
     """A block within a block of its own class: their calls stand at the same place in the source."""
 
@@ -242,7 +266,9 @@ def test_blocks_within_blocks_of_their_class_answer_their_own_calls():
     assert seen == ["0.inner.add", "0.add"]
 
 
-@pytest.mark.parametrize("answer", [["delete", "", ""], ["replace", "other", "tensors"], ["replace", "conv"], "conv"])
+@pytest.mark.parametrize(
+    "answer", [["delete", "", "", ""], ["replace", "other", "tensors", ""], ["run", "", "", "other"], ["run"], "conv"]
+)
 def test_damaged_answers_are_refused(answer):
     data = {"version": 2, "eval": None, "train": None, "hidden": [], "answers": {"module:forward:1#0": answer}}
     with pytest.raises(ValueError, match=r"not an answer|doesn't have"):

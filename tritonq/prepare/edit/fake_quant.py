@@ -26,7 +26,7 @@ from tritonq.prepare.edit.inputs import (
     quantize_inputs_hook,
 )
 from tritonq.prepare.edit.swap import quantize_output_hook, swap
-from tritonq.prepare.forwards.graph import first_operand, node_operands, sequence_operand
+from tritonq.prepare.forwards.graph import first_node, node_operands, sequence_operand
 from tritonq.prepare.record.dataflow import Dataflow
 from tritonq.qconfig import QConfig
 
@@ -187,7 +187,7 @@ class _PlanWork:
         average = self._plan.averages[quantizer.value]
         made = Average(average.averaging)
         name = self._editor.add_child(quantizer.owner, self._flow.calls[average.calls[0]].name.lower(), made)
-        self._editor.rewrite(quantizer.owner).replace(quantizer.node, name, lambda node: (first_operand(node),))
+        self._editor.rewrite(quantizer.owner).replace(quantizer.node, name, first_node)
         self._averages[quantizer.value] = (made, own)
         self.average_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
 

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from tritonq.prepare.forwards.graph import Operands, first_node, node_operands, sequence_operand
 from tritonq.prepare.record.place import calling_place, traced_places
 
-# How a call is answered: [what to do, child, operands].
+# How a call is answered: "run" as written, "replace" or "erase"; the child that replaces it; that child's operands; the
+# child that the result goes through. Empty where there is none.
 Answer = list[str]
 Answers = Mapping[str, Answer]
 _OPERANDS: dict[Operands, str] = {node_operands: "tensors", sequence_operand: "sequence", first_node: "first"}
@@ -37,15 +38,18 @@ class AnsweredForward:
 
     def replace(self, node: str, child: str, operands: Operands, in_place: bool = False) -> None:
         """Let the child module answer a call, given its operands."""
-        self._answers[node] = ["replace", child, _OPERANDS[operands]]
+        self._answer(node)[:3] = ["replace", child, _OPERANDS[operands]]
 
     def insert_after(self, node: str, child: str, in_place: bool = False) -> None:
         """Pass the result of a call through the child module."""
-        self._answers[node] = ["after", child, ""]
+        self._answer(node)[3] = child
 
     def erase(self, node: str) -> None:
         """Let a call return its first operand."""
-        self._answers[node] = ["erase", "", "first"]
+        self._answer(node)[:3] = ["erase", "", "first"]
+
+    def _answer(self, node: str) -> Answer:
+        return self._answers.setdefault(node, ["run", "", "", ""])
 
     def to_data(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""
@@ -62,11 +66,12 @@ def check_answers(answers: Any, children: Iterable[str], owner: str) -> None:
     if not isinstance(answers, Mapping):
         raise ValueError(f"answers of a forward must be a mapping of places, got {type(answers).__qualname__}")
     for place, answer in answers.items():
-        well_formed = isinstance(answer, list) and len(answer) == 3 and answer[0] in ("replace", "after", "erase")
+        well_formed = isinstance(answer, list) and len(answer) == 4 and answer[0] in ("run", "replace", "erase")
         if not well_formed or answer[2] not in (*_OPERANDS.values(), ""):
             raise ValueError(f"not an answer to a call: {place!r}: {answer!r}")
-        if answer[0] != "erase" and answer[1] not in known:
-            raise ValueError(f"the forward calls the child {answer[1]!r}, which {owner} doesn't have")
+        for child in answer[1::2]:
+            if child and child not in known:
+                raise ValueError(f"the forward calls the child {child!r}, which {owner} doesn't have")
 
 
 def answering(original: Callable[..., Any], answers: Answers) -> Callable[..., Any]:
@@ -104,14 +109,16 @@ class Answering(TorchFunctionMode):
         answer = self._answers.get(f"{place}#{count}")
         if answer is None:
             return func(*args, **kwargs)
-        kind, child, operands = answer
-        if kind == "after":
-            return getattr(self._owner, child)(func(*args, **kwargs))
-        given = (*args, *kwargs.values())
+        kind, child, operands, then = answer
+        result = func(*args, **kwargs) if kind == "run" else self._replaced(child, operands, (*args, *kwargs.values()))
+        return getattr(self._owner, then)(result) if then else result
+
+    def _replaced(self, child: str, operands: str, given: tuple[Any, ...]) -> Any:
+        """What the child makes of the operands of a call, or the first one where no child replaces it."""
         if operands == "sequence":
             return getattr(self._owner, child)(given[0])
         tensors = [item for item in given if isinstance(item, Tensor)]
-        if kind == "erase":
+        if not child:
             return tensors[0]
         return getattr(self._owner, child)(*(tensors[:1] if operands == "first" else tensors))
 

@@ -44,10 +44,10 @@ def forward_source(module: nn.Module) -> dict[str, str]:
     """
     data = forward_data(module)
     if data is not None and "answers" in data:
-        told = {"replace": "self.{child}({operands})", "after": "self.{child}(…)", "erase": "its first operand"}
+        told = {"run": "as written", "replace": "self.{child}({operands})", "erase": "its first operand"}
         lines = [
-            f"{place} -> {told[kind].format(child=child, operands=operands)}"
-            for place, (kind, child, operands) in data["answers"].items()
+            f"{place} -> {told[kind].format(child=child, operands=operands)}" + (f", then self.{then}" if then else "")
+            for place, (kind, child, operands, then) in data["answers"].items()
         ]
         return {"its own forward, with these calls answered": "\n".join(lines)}
     if data is None or data["eval"] is None:
