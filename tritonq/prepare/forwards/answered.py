@@ -101,7 +101,7 @@ class Answering(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        place = _traced_place() if torch.compiler.is_dynamo_compiling() else _running_place()
+        place = _place_in_trace() if torch.compiler.is_dynamo_compiling() else _running_place()
         if place not in self._places:
             return func(*args, **kwargs)
         count = self._counts.get(place, 0)
@@ -145,4 +145,5 @@ def _place_in_trace() -> str:
     return "" if len(places) < 2 or places[1][0] is _HANDLER else places[1][1]
 
 
-_traced_place: Callable[[], str] = torch.compiler.assume_constant_result(_place_in_trace)  # type: ignore[no-untyped-call]
+# As torch.compiler.assume_constant_result does, which imports all of Dynamo.
+_place_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
