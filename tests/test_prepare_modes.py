@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 
 import pytest
 import torch
@@ -244,3 +245,35 @@ def test_modules_that_stay_in_eval_mode_are_recorded_so():
             return self.body(x)
 
     assert type(prepare_qat(Frozen().eval(), example_inputs=X).body.conv) is qnn.ConvReLU2d
+
+
+def test_what_stays_in_float_unasked_is_told_once(caplog):
+    model = nn.Sequential(Net(decoder, body=conv(), decode=nn.Conv2d(4, 1, 1)))
+    with (
+        caplog.at_level(logging.INFO, "tritonq"),
+        pytest.warns(UserWarning, match=r"0\.decode.*eval mode only") as told,
+    ):
+        prepare_qat(model, example_inputs=X)
+    assert len([warning for warning in told if "prepare_qat leaves" in str(warning.message)]) == 1
+    assert "Sequential: quantized 1 of 2 layers, 0 of 1 joins" in caplog.messages
+    with pytest.raises(ValueError, match=r"0\.decode.*strict=True"):
+        prepare_qat(model, example_inputs=X, strict=True, inplace=True)
+    assert type(model[0].body) is nn.Conv2d
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare_qat(model, example_inputs=X, warn=False)
+        model[0].decode.qconfig = None
+        prepare_qat(nn.Sequential(conv(), norm()), example_inputs=X, strict=True)
+
+
+def test_part_of_attention_has_its_true_reason():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+    prepared = prepare_qat(Attends(), example_inputs=torch.randn(1, 3, 4), warn=False)
+    assert reasons(prepared)["attention.out_proj"].startswith("it is part of attention, a MultiheadAttention")

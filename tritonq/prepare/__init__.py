@@ -52,6 +52,8 @@ def prepare_qat(
     qconfig: QConfig | QConfigMapping | None = None,
     example_inputs: Any = None,
     training_inputs: Any = None,
+    strict: bool = False,
+    warn: bool = True,
 ) -> nn.Module:
     """Prepare a float model for quantization-aware training.
 
@@ -71,6 +73,9 @@ def prepare_qat(
         training_inputs: the same for the run in training mode, where that needs others, such as targets. Without them
             a module whose training forward fails on ``example_inputs`` runs in eval mode in that run, and a line of the
             log (logger ``tritonq``) says so.
+        strict: raise where a layer with weights, an addition or a concatenation stays in float unasked. A qconfig of
+            None asks for it. Needs ``example_inputs``.
+        warn: warn of these, with names and reasons.
 
     Returns:
         The prepared model. With ``example_inputs`` its ``tritonq_report`` holds a
@@ -103,7 +108,7 @@ def prepare_qat(
     else:
         qconfigs = resolve_qconfigs(model, qconfig)
     if recording is not None:
-        prepare_recorded(model, types, qconfigs, recording)
+        prepare_recorded(model, types, qconfigs, recording, warn, strict)
         return model
     if is_fixed_point(qconfigs[model]):
         raise ValueError("fixed point needs example_inputs: a layer's scaling factor depends on the layer that follows")

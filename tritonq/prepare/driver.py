@@ -23,6 +23,7 @@ from tritonq.prepare.edit.fixed_point import build_fixed_point
 from tritonq.prepare.record.example import Recording
 from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state
 from tritonq.prepare.record.structure import clone_tensors
+from tritonq.prepare.told import tell
 from tritonq.qconfig import QConfig
 
 _log = logging.getLogger("tritonq")
@@ -42,7 +43,12 @@ class Scheme(Protocol):
 
 
 def prepare_recorded(
-    model: nn.Module, types: Types, qconfigs: Mapping[nn.Module, QConfig | None], recording: Recording
+    model: nn.Module,
+    types: Types,
+    qconfigs: Mapping[nn.Module, QConfig | None],
+    recording: Recording,
+    warn: bool = True,
+    strict: bool = False,
 ) -> None:
     """Prepare a recorded model in place; on any error it is left as it was.
 
@@ -51,6 +57,8 @@ def prepare_recorded(
         types: float type to quantization-aware type.
         qconfigs: the qconfig of each module; that of the model decides between fixed point and fake quantization.
         recording: runs of the model on its example inputs.
+        warn: whether to warn of layers and joins that stay in float unasked.
+        strict: whether these are an error.
 
     Raises:
         ValueError: the model has no layer to quantize, or, in fixed point, a part without a fixed-point form.
@@ -71,6 +79,7 @@ def prepare_recorded(
     with ModelEditor(model, analysis.modules, lambda owner: cast(EditableForward, analysis.forward(owner))) as editor:
         records = scheme.edit(editor)
         scheme.check()
+        tell(model, analysis.modules, records, warn, strict)
         model.tritonq_report = records  # type: ignore[assignment]
 
 

@@ -16,7 +16,7 @@ from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import Plan
 
 # Functions that have weights, which stay in float: their weights are not a module's own.
-_FUNCTIONS_WITH_WEIGHTS = frozenset(
+FUNCTIONS_WITH_WEIGHTS = frozenset(
     f"{kind}{rank}" for kind in ("conv", "conv_transpose") for rank in ("1d", "2d", "3d")
 ) | {"linear", "bilinear", "embedding", "embedding_bag"}
 
@@ -77,7 +77,7 @@ def layer_records(
         if name not in places:
             records.append(LayerRecord(name, name.rpartition(".")[2], (), "float", reason))
     for call in calls:
-        if call.kind == "function" and call.name in _FUNCTIONS_WITH_WEIGHTS:
+        if call.kind == "function" and call.name in FUNCTIONS_WITH_WEIGHTS:
             name = f"{call.owner}.{call.name}".lstrip(".")
             records.append(LayerRecord(name, call.name, (), "float", "it is a function call, not a module"))
     return tuple(dict.fromkeys(records))

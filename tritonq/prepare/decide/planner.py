@@ -18,6 +18,8 @@ from tritonq.prepare.forwards.proof import Site
 from tritonq.prepare.record.dataflow import Call, Frame
 from tritonq.qconfig import QConfig
 
+NO_QCONFIG = "its qconfig is None"
+
 
 def make_plan(
     analysis: Analysis, swapped: Container[type[nn.Module]], qconfigs: Mapping[nn.Module, QConfig | None]
@@ -96,9 +98,9 @@ class _Planner:
             if type(module) not in self.swapped:
                 continue
             if self.qconfigs[module] is None:
-                self.reasons[name] = "its qconfig is None"
+                self.reasons[name] = NO_QCONFIG
             elif not self.analysis.flow.calls_of(name):
-                self.reasons[name] = "the example inputs don't reach it"
+                self.reasons[name] = self._unreached(name)
             elif not self.analysis.runs_in_all_modes(self.analysis.flow.calls_of(name)):
                 self.reasons[name] = self.analysis.missing_mode(self.analysis.flow.calls_of(name))
                 self.single_mode.add(name)
@@ -110,6 +112,15 @@ class _Planner:
                 if obstacle is not None:
                     self.reasons |= {norm: obstacle for norm in self._followers(name)}
         return found
+
+    def _unreached(self, name: str) -> str:
+        """Why no call of a module was recorded."""
+        parts = name.split(".")
+        outer = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+        whole = next((module for module in outer if self.analysis.flow.calls_of(module)), None)
+        if whole is None:
+            return "the example inputs don't reach it"
+        return f"it is part of {whole}, a {type(self.analysis.modules[whole]).__name__} without a quantized form"
 
     def _followers(self, name: str) -> list[str]:
         followers = [self.analysis.follower(call) for call in self.analysis.flow.calls_of(name)]
