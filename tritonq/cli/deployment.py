@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from tritonq.cli.preprocessing import preprocessing_to_data
 from tritonq.cli.training_files import Recipe
 from tritonq.deploy import convert, export_onnx, save_converted, verify
 from tritonq.deploy.files import atomic_file
+from tritonq.deploy.onnx_session import open_session
 
 Deployed = Literal["best", "last"]
 # The key of an ONNX file's metadata that holds the same as the int8 file's.
@@ -85,12 +87,11 @@ def onnx_session(path: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, str]
         ImportError: it is not installed.
         ValueError: it can't run the file.
     """
-    import onnxruntime
-
+    importlib.import_module("onnxruntime")
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = open_session(path)
     except Exception as error:  # it has a dozen types of its own, which share no base
         raise ValueError(f"{path} can't be run: {' '.join(str(error).split())}") from error
     name = session.get_inputs()[0].name

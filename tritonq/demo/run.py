@@ -18,6 +18,7 @@ from tritonq.demo.model import SmallResNet
 from tritonq.demo.picture import draw, widest_channel
 from tritonq.demo.training import History, accuracy, logits, train
 from tritonq.deploy import VerificationReport, convert, export_onnx, save_converted, verify
+from tritonq.deploy.onnx_session import open_session
 from tritonq.nn import QATLayer
 from tritonq.nn.fixed_point import FixedPointLayer
 from tritonq.prepare import disable_observer, freeze_bn_stats, prepare_qat
@@ -204,9 +205,7 @@ def fine_tune(qat: nn.Module, data: Images, epochs: int) -> History:
 
 def onnx_logits(path: Path, images: Tensor) -> Tensor:
     """What ONNX Runtime computes from the file."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     (outputs,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     return torch.from_numpy(outputs)
 

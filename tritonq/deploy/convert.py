@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
@@ -45,10 +46,12 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
         The converted model.
 
     Raises:
-        ValueError: nothing to convert, a quantizer that rounds nothing, float64 parameters, a weight or a layer type
-            that can't be deployed; the message names the module. ``model`` is then as it was.
+        ValueError: nothing to convert, a weight, BatchNorm statistic or range that is not finite, a quantizer that
+            rounds nothing, float64 parameters, a weight or a layer type that can't be deployed; the message names the
+            module. ``model`` is then as it was.
     """
     model = uncompiled(model)
+    _check_finite(model)
     if has_fixed_point(model):
         return convert_fixed_point(model, inplace)
     _check(model, allow_unquantized)
@@ -93,6 +96,23 @@ def _check(model: nn.Module, allow_unquantized: bool) -> None:
             raise ValueError(
                 f"{name!r} has float64 parameters; deployed arithmetic is float32: call model.float() first"
             )
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raise ValueError, naming module and tensor, unless weights, BatchNorm statistics and scales are finite."""
+    for name, module in model.named_modules():
+        held: list[tuple[str, Tensor]] = list(module.named_parameters(recurse=False))
+        if isinstance(module, _BatchNorm):
+            held += module.named_buffers(recurse=False)
+        if isinstance(module, FakeQuantizeBase) and module.is_enabled_on_host():
+            held.append(("scale", module.calculate_qparams().scale))
+        for key, tensor in held:
+            bad = int((~tensor.isfinite()).sum()) if tensor.is_floating_point() else 0
+            if bad:
+                raise ValueError(
+                    f"{f'{name}.{key}'.lstrip('.')!r} holds NaN or infinity in {bad} of {tensor.numel()} elements: the "
+                    "training diverged, and integers have no such values"
+                )
 
 
 def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:

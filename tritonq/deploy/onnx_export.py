@@ -22,6 +22,8 @@ from tritonq.deploy.fixed_point import has_fixed_point
 from tritonq.deploy.fixed_point_description import has_integers
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 from tritonq.deploy.modules import DeployedModule
+from tritonq.deploy.onnx_files import forget_source, separate_zero_points
+from tritonq.prepare.record.structure import tensors_in
 
 Target = Literal["onnxruntime", "tensorrt"]
 
@@ -82,6 +84,7 @@ def export_onnx(
         )
         return
     require_onnx("onnx", "onnxscript")
+    _check_float32(model, example_inputs)
     # Registers operators with torch, which importing tritonq should not do.
     from tritonq.deploy.onnx_graph import onnx_form
 
@@ -116,6 +119,18 @@ def _export_fixed_point(
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         raise ValueError(f"export_fixed_point_onnx takes one tensor as example, got {len(inputs)} arguments")
     export_fixed_point_onnx(model, path, inputs[0])
+
+
+def _check_float32(model: nn.Module, example_inputs: Any) -> None:
+    """Raise ValueError unless parameters and example inputs are float32 where they are floating point."""
+    held: list[tuple[str, Tensor]] = [(f"the parameter {name!r}", tensor) for name, tensor in model.named_parameters()]
+    held += [("an example input", tensor) for _, tensor in tensors_in(call_arguments(example_inputs))]
+    for what, tensor in held:
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(
+                f"ONNX files are float32, and {what} is {tensor.dtype}: "
+                "call model.float() and pass float32 example_inputs"
+            )
 
 
 def require_onnx(*packages: str) -> None:
@@ -183,6 +198,8 @@ def _name_codes(model: Any) -> None:
 def _write(proto: Any, target: Path) -> None:
     import onnx
 
+    forget_source(proto)
+    separate_zero_points(proto)
     onnx.checker.check_model(proto, full_check=True)
     with atomic_file(target) as file:
         file.write(proto.SerializeToString())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tritonq.deploy.codes import Codes, Runner
 from tritonq.deploy.onnx_export import CODES_KEY, TARGET_KEY, require_onnx
+from tritonq.deploy.onnx_session import open_session
 from tritonq.prepare.record.structure import tensors_in
 
 
@@ -69,7 +70,7 @@ def _session(model: bytes, target: str | None) -> Any:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return open_session(model, options)
 
 
 def _feeds(session: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from tritonq.deploy.compiled import uncompiled
@@ -61,10 +61,20 @@ def export_program(
     except Exception as error:  # torch.export raises what the model, the tracer and its solver of shapes do
         hint = "; dynamic_batch=False may help" if dynamic_batch else ""
         raise ValueError(f"{type(model).__name__} can't be exported{hint}: {error}") from error
+    _forget_source(program)
     if path is not None:
         with atomic_file(path) as file:
             torch.export.save(program, cast(Any, file))
     return program
+
+
+def _forget_source(program: ExportedProgram) -> None:
+    """Drop what torch.export notes beside the program: the example inputs, and stack traces with paths and source."""
+    program.example_inputs = None
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
 
 
 def _program_form(converted: nn.Module) -> nn.Module:

@@ -1,0 +1,56 @@
+"""Exported files hold what runs and nothing else, and models that can't be deployed are refused by name."""
+
+import io
+import zipfile
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import tritonq
+
+
+def trained():
+    torch.manual_seed(0)
+    images = torch.randn(64, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.ReLU())
+    qat = tritonq.prepare_qat(model, example_inputs=images[:2]).train()
+    qat(images)
+    return qat.eval(), images
+
+
+@pytest.mark.parametrize("name", ["0.weight", "0.bn.weight", "0.bn.running_var", "3.bias"])
+def test_convert_names_what_is_not_finite(name):
+    qat, _ = trained()
+    qat.state_dict()[name].flatten()[0] = float("nan")
+    with pytest.raises(ValueError, match=name):
+        tritonq.convert(qat)
+
+
+def test_onnx_files_hold_no_source_and_no_shared_zero_point(tmp_path):
+    qat, images = trained()
+    tritonq.export_onnx(qat, tmp_path / "model.onnx", images[:2])
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert not any(item.metadata_props for item in (*graph.node, *graph.value_info))
+    constants = {tensor.name for tensor in graph.initializer}
+    weights = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
+    zero_points = [node.input[2] for node in weights if len(node.input) > 2]
+    assert len(zero_points) == len(set(zero_points)) == 2
+
+
+def test_programs_hold_no_example_and_no_stack_traces():
+    qat, images = trained()
+    file = io.BytesIO()
+    program = tritonq.export_program(qat, None, images[:2])
+    torch.export.save(program, file)
+    assert program.example_inputs is None
+    assert images[0].numpy().tobytes() not in file.getvalue()
+    with zipfile.ZipFile(file) as archive:
+        assert not any(b".py" in archive.read(name) for name in archive.namelist() if name.endswith("model.json"))
+
+
+def test_half_precision_is_told(tmp_path):
+    qat, images = trained()
+    with pytest.raises(ValueError, match="float32"):
+        tritonq.export_onnx(qat.half(), tmp_path / "model.onnx", images[:2].half())

@@ -1,0 +1,43 @@
+"""What is mended in an ONNX file after torch's exporter made it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+
+def forget_source(proto: Any) -> None:
+    """Drop the exporter's notes on nodes and values: stack traces, absolute paths and lines of source code."""
+    graph = proto.graph
+    for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+
+
+def separate_zero_points(proto: Any) -> None:
+    """Give each quantized weight a zero point of its own.
+
+    ONNX Runtime's option ``session.x64quantprecision``, which CPUs of x86 without VNNI need, rewrites weights and zero
+    points one layer at a time, and fails where two layers share one.
+    """
+    graph = proto.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    uses = Counter(name for node in graph.node for name in node.input)
+    taken = set(constants)
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear" or len(node.input) < 3 or node.input[0] not in constants:
+            continue
+        shared = node.input[2]
+        if shared not in constants or uses[shared] < 2:
+            continue
+        name = f"{node.input[0]}.zero_point"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        copied = graph.initializer.add()
+        copied.CopyFrom(constants[shared])
+        copied.name = name
+        node.input[2] = name
+        uses[shared] -= 1
