@@ -42,7 +42,7 @@ def rewrite(path, change):
     """The file with its contents changed and its checksum made right again."""
     content = torch.load(path, weights_only=True)
     change(content)
-    content["sha256"] = _digest(content["modules"], content["state_dict"])
+    content["sha256"] = _digest(content["modules"], content["state_dict"], content.get("metadata"))
     torch.save(content, path)
 
 
