@@ -37,14 +37,23 @@ def run(arguments: argparse.Namespace) -> Result:
     announce(data)
     files = Files.inside(arguments.output, "f8net")
 
-    torch.manual_seed(0)
+    torch.manual_seed(arguments.seed)
     model = SmallResNet(data.train_images.shape[1], len(data.classes))
-    float_run = train(model, data, epochs=arguments.epochs, learning_rate=FLOAT_LEARNING_RATE, label="float")
+    float_run = train(
+        model, data, epochs=arguments.epochs, learning_rate=FLOAT_LEARNING_RATE, label="float", seed=arguments.seed
+    )
     torch.save(model.state_dict(), files.float_model)
 
     qconfig = get_qconfig("f8net")
     trained = prepare_qat(model, qconfig=qconfig, example_inputs=data.train_images[:_EXAMPLES])
-    fixed_run = train(trained, data, epochs=arguments.qat_epochs, learning_rate=_LEARNING_RATE, label="fixed point")
+    fixed_run = train(
+        trained,
+        data,
+        epochs=arguments.qat_epochs,
+        learning_rate=_LEARNING_RATE,
+        label="fixed point",
+        seed=arguments.seed,
+    )
     save_training(files.qat_model, demo_recipe(qconfig, data), {"state_dict": trained.state_dict()})
     integers = convert(trained)
     save_converted(integers, files.converted)

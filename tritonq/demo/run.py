@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--epochs", type=int, default=20, metavar="N", help="epochs of float training")
     parser.add_argument("--qat-epochs", type=int, default=8, metavar="N", help="epochs of QAT fine-tuning")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first weights and the images' order")
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,15 @@ def run(arguments: argparse.Namespace) -> Result:
     files = Files.inside(arguments.output)
     example = data.train_images[:2]
 
-    torch.manual_seed(0)
+    torch.manual_seed(arguments.seed)
     model = SmallResNet(data.train_images.shape[1], len(data.classes))
-    float_run = train(model, data, epochs=arguments.epochs, learning_rate=FLOAT_LEARNING_RATE, label="float")
+    float_run = train(
+        model, data, epochs=arguments.epochs, learning_rate=FLOAT_LEARNING_RATE, label="float", seed=arguments.seed
+    )
     torch.save(model.state_dict(), files.float_model)
 
     qat = prepare_qat(model, qconfig=qconfig, example_inputs=example)
-    qat_run = fine_tune(qat, data, arguments.qat_epochs)
+    qat_run = fine_tune(qat, data, arguments.qat_epochs, arguments.seed)
     save_training(files.qat_model, demo_recipe(qconfig, data), {"state_dict": qat.state_dict()})
     converted = convert(qat)
     save_converted(converted, files.converted)
@@ -192,7 +195,7 @@ def demo_recipe(qconfig: QConfig, data: Images) -> Recipe:
     return Recipe("tritonq.demo.model:SmallResNet", arguments, mapping, data.preprocessing, data.classes)
 
 
-def fine_tune(qat: nn.Module, data: Images, epochs: int) -> History:
+def fine_tune(qat: nn.Module, data: Images, epochs: int, seed: int) -> History:
     """Train with fake quantization; ranges and BatchNorm statistics are frozen for the last epochs."""
 
     def freeze(epoch: int) -> None:
@@ -200,7 +203,9 @@ def fine_tune(qat: nn.Module, data: Images, epochs: int) -> History:
             disable_observer(qat)
             freeze_bn_stats(qat)
 
-    return train(qat, data, epochs=epochs, learning_rate=_QAT_LEARNING_RATE, label="QAT", before_epoch=freeze)
+    return train(
+        qat, data, epochs=epochs, learning_rate=_QAT_LEARNING_RATE, label="QAT", seed=seed, before_epoch=freeze
+    )
 
 
 def onnx_logits(path: Path, images: Tensor) -> Tensor:

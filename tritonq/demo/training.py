@@ -39,16 +39,17 @@ def train(
     learning_rate: float,
     label: str,
     batch_size: int = 32,
+    seed: int = 0,
     before_epoch: Callable[[int], None] | None = None,
 ) -> History:
-    """SGD with momentum and a cosine schedule, each epoch over the training set in a new order.
+    """SGD with momentum and a cosine schedule, each epoch over the training set in a new order, which ``seed`` gives.
 
     ``before_epoch`` is called with the epoch's index, to freeze what is to be frozen.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
     batches = -(-len(data.train_labels) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     losses, seconds = [], []
     progress = tqdm(range(epochs), desc=label, unit="epoch", disable=None)
     for epoch in progress:
