@@ -1,14 +1,17 @@
 """Exported files hold what runs and nothing else, and models that can't be deployed are refused by name."""
 
+import contextlib
 import io
 import zipfile
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 import tritonq
+from tritonq.deploy import onnx_session
 
 
 def trained():
@@ -54,3 +57,18 @@ def test_half_precision_is_told(tmp_path):
     qat, images = trained()
     with pytest.raises(ValueError, match="float32"):
         tritonq.export_onnx(qat.half(), tmp_path / "model.onnx", images[:2].half())
+
+
+def test_sessions_on_x86_without_vnni_ask_for_exact_sums(tmp_path, monkeypatch):
+    qat, images = trained()
+    path = tmp_path / "model.onnx"
+    tritonq.export_onnx(qat, path, images[:2])
+    for saturates, entries in ((False, []), (True, ["1"])):
+        monkeypatch.setattr(onnx_session, "products_saturate", lambda answer=saturates: answer)
+        options = onnxruntime.SessionOptions()
+        onnx_session.open_session(path, options)
+        found = []
+        with contextlib.suppress(RuntimeError):  # no such entry
+            found.append(options.get_session_config_entry("session.x64quantprecision"))
+        assert found == entries
+    assert tritonq.verify(qat, path, images).total.differing == 0

@@ -25,7 +25,7 @@ def test_it_prints_every_topic(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert [line for line in printed.splitlines() if not line.startswith(" ")] == [
-        *("versions", "devices", "backend", "launch sizes", "no problem found")
+        *("versions", "devices", "backend", "ONNX Runtime", "launch sizes", "no problem found")
     ]
     assert torch.__version__ in printed
 
@@ -36,6 +36,12 @@ def test_the_backend_and_its_reason():
     assert "float64" in findings()["backend", "float64 anywhere"].value
     with tritonq.use_backend("torch"):
         assert findings()["backend", "float32 on cpu"].value.startswith("torch: ")
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_what_int8_sums_need(saturates, monkeypatch):
+    monkeypatch.setattr(doctor, "products_saturate", lambda: saturates)
+    assert ("session.x64quantprecision" in findings()["ONNX Runtime", "int8 sums on cpu"].value) == saturates
 
 
 def test_missing_and_old_packages(monkeypatch, capsys):

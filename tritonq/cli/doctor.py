@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from tritonq.backend import has_triton, is_interpreting, select
+from tritonq.deploy.onnx_session import products_saturate
 from tritonq.version import __version__
 
 # Distributions and what needs them. Which versions are required stands in the metadata of tritonq.
@@ -79,6 +80,7 @@ def examine() -> Iterator[Finding]:
     yield from _versions()
     yield from _devices()
     yield from _backends()
+    yield from _engines()
     yield from _tables()
 
 
@@ -140,6 +142,14 @@ def _backends() -> Iterator[Finding]:
         wrong = "kernels would be faster here" if device != "cpu" and select(x) == "torch" else ""
         yield Finding("backend", f"float32 on {device}", _choice(x), wrong)
     yield Finding("backend", "float64 anywhere", _choice(torch.zeros(1, device=devices[-1], dtype=torch.float64)))
+
+
+def _engines() -> Iterator[Finding]:
+    """Whether ONNX Runtime's integer sums are exact on this CPU as they are, or with which option."""
+    exact = "exact"
+    if products_saturate():
+        exact = 'x86 without VNNI: exact only where the session\'s option "session.x64quantprecision" is "1"'
+    yield Finding("ONNX Runtime", "int8 sums on cpu", exact)
 
 
 def _choice(x: Tensor) -> str:

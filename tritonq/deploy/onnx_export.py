@@ -48,7 +48,8 @@ def export_onnx(
 
     - ``"onnxruntime"``: integer weights and int32 biases as initialisers with DequantizeLinear; activations as uint8,
       which is what ONNX Runtime turns into integer convolutions on x86 and Arm, signed trained codes shifted by their
-      minimum. On x86 without VNNI its int8 kernels saturate 16-bit sums: train with 7-bit activations there
+      minimum. On x86 without VNNI its int8 kernels saturate 16-bit sums: set the session's option
+      ``session.x64quantprecision`` to "1" there, as tritonq's own sessions do, or train with 7-bit activations
       (``get_default_qat_qconfig("x86")``).
     - ``"tensorrt"``: float weights through QuantizeLinear and DequantizeLinear, float biases, all zero points 0.
 
