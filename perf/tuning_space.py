@@ -10,9 +10,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from tritonq.grid import Grid
 from tritonq.kernels.launch import Parameters, default_parameters, shape_class
 from tritonq.kernels.layout import dense_view
 from tritonq.perf.case import Inputs, Step, Tolerance
+from tritonq.qparams import QuantizedType
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _QUANT_MIN, _QUANT_MAX = -128, 127
@@ -107,7 +109,7 @@ def candidates(shapes_class: str) -> list[Parameters]:
 def _fake_quantize(shape: Shape) -> tuple[Step, Step]:
     def run(implementation: str, inputs: Inputs) -> tuple[Tensor, ...]:
         operation = _implementation(implementation, "fake_quant").fake_quantize
-        return (operation(inputs["x"], inputs["scale"], inputs["zero_point"], _QUANT_MIN, _QUANT_MAX, shape.axis),)
+        return (operation(inputs["x"], _grid(inputs, shape)),)
 
     return partial(run, "kernels"), partial(run, "reference")
 
@@ -115,10 +117,14 @@ def _fake_quantize(shape: Shape) -> tuple[Step, Step]:
 def _fake_quantize_backward(shape: Shape) -> tuple[Step, Step]:
     def run(implementation: str, inputs: Inputs) -> tuple[Tensor, ...]:
         operation = _implementation(implementation, "fake_quant").fake_quantize_backward
-        qparams = inputs["scale"], inputs["zero_point"], _QUANT_MIN, _QUANT_MAX
-        return (operation(inputs["dy"], inputs["x"], *qparams, shape.axis),)
+        return (operation(inputs["dy"], inputs["x"], _grid(inputs, shape)),)
 
     return partial(run, "kernels"), partial(run, "reference")
+
+
+def _grid(inputs: Inputs, shape: Shape) -> Grid:
+    qtype = QuantizedType(_QUANT_MIN, _QUANT_MAX, symmetric=False, axis=shape.axis)
+    return Grid(inputs["scale"], inputs["zero_point"], qtype)
 
 
 def _min_max(shape: Shape) -> tuple[Step, Step]:
