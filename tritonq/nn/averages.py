@@ -94,9 +94,10 @@ class AverageLayer(nn.Module):
         if source.qtype.axis is not None or output.qtype.axis is not None:
             return None
         if torch.compiler.is_compiling() and isinstance(source, FakeQuantizeBase):
-            grids = source.grid(), output.grid()
-            is_on = grids[0].enabled_on_device() & grids[1].enabled_on_device()
-            return torch.where(is_on, integer_average(x, self.averaging, *grids), self.averaging(x.detach()))
+            # Imported here, so that its operators are registered when something is compiled, and not before.
+            from tritonq.functional.traced import eval_mode
+
+            return eval_mode.average(x, self.averaging, source.grid(), output.grid())
         if not source.is_enabled_on_host() or not output.is_enabled_on_host():
             return None
         return integer_average(x, self.averaging, source.grid(), output.grid())

@@ -136,9 +136,13 @@ class AdaptiveAverage:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the mean of each window."""
-        sizes = [size if out is None else out for size, out in self._axes(x.shape[-len(self.output_size) :])]
+        sizes = self.sizes(x.shape)
         result: Tensor = _ADAPTIVE_POOLS[len(sizes)](x, sizes)  # type: ignore[arg-type]
         return result
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the size of the result along each pooled axis, for an input of ``shape``."""
+        return tuple([size if out is None else out for size, out in self._axes(shape[-len(self.output_size) :])])
 
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
         """Return the number of elements of each window; one number where the sizes divide those of the input."""

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonq.functional.averages import integer_average
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.integer import integer_add, integer_sums, onto_grid, to_integers
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct
 from tritonq.functional.traced.build import traced_operator
 from tritonq.grid import Grid
 from tritonq.qparams import is_readable
+from tritonq.reference.averages import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
 from tritonq.reference.operator import New, operator
 
 
@@ -67,6 +69,25 @@ def add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tenso
         In ``a``'s dtype; without gradient.
     """
     result: Tensor = _add(a.detach(), b.detach(), grid_a, grid_b, output)
+    return result
+
+
+def average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tensor:
+    """Return the means of ``x``, in exact integers while both grids are switched on: :func:`integer_average`.
+
+    Args:
+        x: float tensor on the grid of ``source``.
+        averaging: the operation.
+        source: grid of the input, per tensor.
+        output: grid of the quantizer behind the operation, per tensor.
+
+    Returns:
+        In ``x``'s dtype; without gradient.
+    """
+    axes = averaging if isinstance(averaging, AxesAverage) else None
+    window = averaging if isinstance(averaging, WindowAverage) else None
+    sizes = averaging.sizes(x.shape) if isinstance(averaging, AdaptiveAverage) else None
+    result: Tensor = _average(x.detach(), axes, window, sizes, source, output)
     return result
 
 
@@ -126,6 +147,33 @@ def run_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> T
     )
 
 
+def _averaging(arguments: dict[str, Any]) -> Averaging:
+    axes, window, sizes = arguments["axes"], arguments["window"], arguments["sizes"]
+    return AdaptiveAverage(sizes) if sizes is not None else axes if window is None else window
+
+
+def _average_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(_averaging(arguments)(arguments["x"]).shape)
+
+
+@operator(returns=New(_average_shape, "x", keeps_format=True))
+def run_average(
+    x: Tensor,
+    axes: AxesAverage | None,
+    window: WindowAverage | None,
+    sizes: tuple[int, ...] | None,
+    source: Grid,
+    output: Grid,
+) -> Tensor:
+    """Do what :func:`average` does when it runs; one of ``axes``, ``window`` and adaptive ``sizes`` is not None."""
+    averaging = _averaging({"axes": axes, "window": window, "sizes": sizes})
+    return _chosen(
+        (source, output),
+        lambda: integer_average(x, averaging, source, output).to(x.dtype),
+        lambda: averaging(x),
+    )
+
+
 def _chosen(grids: tuple[Grid, ...], on: Callable[[], Tensor], off: Callable[[], Tensor]) -> Tensor:
     """Return ``on()`` if all grids are switched on, else ``off()``.
 
@@ -137,3 +185,4 @@ def _chosen(grids: tuple[Grid, ...], on: Callable[[], Tensor], off: Callable[[],
 
 
 _affine, _add = traced_operator("eval_affine", run_affine), traced_operator("eval_add", run_add)
+_average = traced_operator("eval_average", run_average)
