@@ -72,3 +72,27 @@ def test_sessions_on_x86_without_vnni_ask_for_exact_sums(tmp_path, monkeypatch):
             found.append(options.get_session_config_entry("session.x64quantprecision"))
         assert found == entries
     assert tritonq.verify(qat, path, images).total.differing == 0
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_bias_and_products_together_fit_32_bits(sign, tmp_path):
+    """Alone the bias fits, and so do the products; their sum would wrap in an integer engine."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(64, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    images = torch.rand(16, 64, 4, 4)
+    with torch.no_grad():
+        model[0].weight[0] = sign * 1e-3
+    qat = tritonq.prepare_qat(model, qconfig=tritonq.get_qconfig("tensorrt"), example_inputs=images[:2]).train()
+    qat(images)
+    layer = qat.get_submodule("0")
+    with torch.no_grad():
+        layer.bias[0] = sign * 0.9999 * 2**31 * layer.integer_layer(layer.weight, layer.bias).multiplier[0]
+    qat(images)
+    converted = tritonq.convert(qat.eval())
+    weight, bias = (getattr(converted.get_submodule("0"), name)[0].double() for name in ("weight", "bias"))
+    assert float(bias.abs()) > 0.99 * 2**31
+    assert float(bias.abs() + 128 * weight.abs().sum()) < 2**31
+    path = tmp_path / "model.onnx"
+    tritonq.export_onnx(converted, path, images[:2])
+    assert tritonq.verify(qat, converted, images).total.differing == 0
+    assert tritonq.verify(qat, path, images).total.differing == 0

@@ -33,6 +33,8 @@ BYTE_BITS = 8
 FLOAT32_EXACT = 2**24
 # The largest bias code: float32 holds no integer between this and 2^31.
 _MAX_BIAS_CODE = 2**31 - 128
+# What bias and products may add up to: half of that is left for the rounding of the scale to float32.
+_MAX_SUM = 2**31 - 512
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,14 @@ def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType)
     """
     if rows.numel() == 0:
         return 0.0
-    zero = input_zero_point.double()
-    largest_input = torch.maximum(zero - input_type.quant_min, input_type.quant_max - zero).max()
+    largest_input = _largest_code(input_zero_point, input_type).max()
     return float(rows.double().abs().flatten(1).sum(1).max() * largest_input)
+
+
+def _largest_code(zero_point: Tensor, qtype: QuantizedType) -> Tensor:
+    """Return the largest magnitude of code minus zero point, float64, shaped as ``zero_point``."""
+    zero = zero_point.double()
+    return torch.maximum(zero - qtype.quant_min, qtype.quant_max - zero)
 
 
 def centred_codes(x: Tensor, scale: Tensor) -> Tensor:
@@ -106,8 +113,8 @@ def to_integers(
         may_wait: whether the bound of its sums may be read from the device; if not, it is infinite.
     """
     rows = layout.to_rows(weight.float())
-    scale = raise_scale_for_bias(grid.scale.expand(len(rows)), bias, source.scale)
     zero, qtype = _zero_point(grid).expand(len(rows)), grid.qtype
+    scale = _raise_scale_for_sums(grid.scale.expand(len(rows)), zero, qtype, rows, bias, source)
     codes = quantize(rows, Grid(scale, zero, qtype.with_axis(0)))
     codes.sub_(zero.view(-1, *[1] * (codes.dim() - 1)))
     multiplier = source.scale * scale
@@ -229,6 +236,29 @@ def bias_codes(bias: Tensor, multiplier: Tensor) -> Tensor:
     """``round(bias / multiplier)`` as int32, in double precision; the caller made sure that it fits."""
     codes = (bias.double() / multiplier.double()).round()
     return codes.clamp(-_MAX_BIAS_CODE, _MAX_BIAS_CODE).to(torch.int32)
+
+
+def _raise_scale_for_sums(
+    scale: Tensor, zero_point: Tensor, qtype: QuantizedType, rows: Tensor, bias: Tensor | None, source: Grid
+) -> Tensor:
+    """Raise the weight scale in channels whose bias and sum of products together might pass 31 bits.
+
+    With input scale s, n weights w and input codes up to c, such a channel's scale becomes
+    ``(|b| / s + c Σ|w|) / (2^31 - 128 - n c / 2)``: rounding adds half a code to each weight at most.
+    """
+    if rows[:1].numel() == 0:
+        return raise_scale_for_bias(scale, bias, source.scale)
+    magnitudes = rows.detach().abs().flatten(1)
+    largest = _largest_code(_zero_point(source), source.qtype)
+    # A code is at most twice the weight over its scale as well, so that half the room is always enough for both.
+    room = (_MAX_SUM - largest * (magnitudes.shape[1] / 2)).clamp(min=_MAX_SUM / 2)
+    constant = 0.0 if bias is None else bias.detach().abs().double() / source.scale.double()
+    clipped = torch.minimum(magnitudes, (scale * _largest_code(zero_point, qtype).float()).unsqueeze(1))
+    fits = constant + largest * clipped.sum(1, dtype=torch.float64) <= room * scale.double()
+    needed = (constant + largest * magnitudes.sum(1, dtype=torch.float64)) / room
+    # One step up in float32, so that rounding cannot take the quotient back over the limit.
+    raised = torch.nextafter(needed.float(), torch.full_like(needed, math.inf, dtype=torch.float32))
+    return torch.where(fits, scale, raised.to(scale.dtype))
 
 
 def raise_scale_for_bias(weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
