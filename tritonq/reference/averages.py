@@ -60,7 +60,7 @@ class AxesAverage:
 
     def divisors(self, shape: tuple[int, ...]) -> int:
         """Return the number of elements along the axes."""
-        return math.prod(shape if self.axes is None else (shape[axis] for axis in self.axes))
+        return math.prod(shape if self.axes is None else [shape[axis] for axis in self.axes])
 
     def terms(self, shape: tuple[int, ...]) -> int:
         """Return the number of elements along the axes."""
