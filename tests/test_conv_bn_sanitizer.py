@@ -139,10 +139,10 @@ def test_finds_a_planted_access_out_of_bounds(
         conv_bn.apply(c, vector, vector, None, math.inf)
     norm = BatchNormState(vector.clone(), vector.clone(), 0.1, 1e-5)
     with pytest.raises(SystemExit):
-        conv_bn.forward(c, vector, None, None, None, norm, None, math.inf)
+        conv_bn.forward(c, vector, None, None, None, norm, None, None, math.inf)
     with pytest.raises(SystemExit):
         conv_bn.backward(c, c, Normalization(*[vector] * 6), None, math.inf)
     with pytest.raises(SystemExit):
-        residual.forward(torch.randn(1000), torch.randn(500), None, math.inf)
+        residual.forward(torch.randn(1000), torch.randn(500), None, None, math.inf)
     with pytest.raises(SystemExit):
         weight.folded_codes(torch.randn(5, 9), torch.ones(4), quantizer_state(QINT8, 5).grid)
