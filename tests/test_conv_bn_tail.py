@@ -225,7 +225,7 @@ class TestForward(OpTester):
             running_mean=torch.zeros(5, dtype=torch.bfloat16, device=device),
             momentum=torch.tensor(0.5, dtype=torch.float64, device=device),
         )
-        operators("conv_bn", use).forward(c, problem.ratio, None, None, None, norm, None, None)
+        operators("conv_bn", use).forward(c, problem.ratio, None, None, None, norm, None, None, None)
         expected = torch.arange(5.0) / problem.ratio.cpu() / 2
         assert torch.equal(norm.running_mean.cpu().float(), expected)
 
