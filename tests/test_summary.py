@@ -32,7 +32,7 @@ def test_every_layer_has_a_row():
     assert rows["stem.0"].grid == "w -127..127 per channel, y -128..127 (no data yet)"
     assert (rows["point"].status, rows["point"].reason) == ("float", "its qconfig is None")
     assert report.absorbed == {"stem.1", "stem.2", "bn"}
-    assert {layer.name for layer in report.quantized} == {"stem.0", "depthwise", "head", "add"}
+    assert {layer.name for layer in report.quantized} == {"stem.0", "depthwise", "head", "add", "mean"}
     assert {layer.name for layer in report.in_float} == {"point"}
 
 
@@ -47,7 +47,7 @@ def test_the_table():
     assert not [line for line in lines if line.startswith("stem.1")]
     assert "  input_fake_quants.x  -128..127" in lines
     assert lines[-1] == (
-        "FloatResidual: 5 layers quantized (3 Conv2d, 1 Linear, 1 add), 3 more fused into them, 0 left in float"
+        "FloatResidual: 6 layers quantized (3 Conv2d, 1 Linear, 1 add, 1 mean), 3 more fused into them, 0 left in float"
     )
 
 
