@@ -25,6 +25,7 @@ from tritonq.functional.linear_map import Convolution
 from tritonq.functional.traced import eval_mode
 from tritonq.grid import Grid
 from tritonq.qparams import QINT8, QUINT8, QuantizedType
+from tritonq.reference.averages import AdaptiveAverage, AxesAverage, WindowAverage
 from tritonq.reference.conv_bn import BatchNormState
 
 
@@ -138,6 +139,18 @@ def evaluation(x: Tensor) -> None:
     for output in (None, grid):
         eval_mode.affine(x, weight, torch.ones(6), op, 1, grid, kernels, output)
     eval_mode.add(x, x, grid, grid, grid)
+    for averaging in (AxesAverage((2, 3)), WindowAverage((2, 2), (1, 1), (0, 0)), AdaptiveAverage((2, 3))):
+        eval_mode.average(x, averaging, grid, grid)
+
+
+def exports(x: Tensor) -> None:
+    # Imported here: it registers operators.
+    from tritonq.deploy import onnx_ops
+
+    scale, zero = torch.tensor(0.05), torch.tensor(0, dtype=torch.int8)
+    onnx_ops.quantize_dequantize(x, scale, zero, -128, 127, 0, False, "")
+    onnx_ops.dequantize(x.to(torch.int8), scale, zero, 0)
+    onnx_ops.global_average(x)
 
 
 CALLS: tuple[Callable[[Tensor], None], ...] = (
@@ -149,6 +162,7 @@ CALLS: tuple[Callable[[Tensor], None], ...] = (
     integers,
     folds,
     evaluation,
+    exports,
 )
 
 

@@ -108,6 +108,8 @@ def emulated(gpu: EmulatedGpu) -> Iterator[EmulatedGpu]:
     try:
         with (
             patch.object(CUDABackend, "make_cubin", lambda self, ptx, *rest: ptx.encode()),
+            # Triton's cache on disk is keyed by this: what is compiled for the emulator has no machine code.
+            patch.object(CUDABackend, "hash", lambda self: f"emulated-{self.target.arch}"),
             patch.object(backend, "is_interpreting", lambda: True),
             patch.object(launcher, "has_launches", lambda value: not value.is_meta),
         ):
