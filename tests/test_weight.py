@@ -161,7 +161,7 @@ class TestWeight(OpTester):
         codes, _, clips, _ = reference.quantize_folded(rows, fold, *state)
         assert not clips
         plain = quantizer_state(QINT8_NARROW.with_axis(0), 5, averaging=1.0)
-        expected, _, _, _ = reference.quantize_folded(rows, fold.sign(), plain)
+        expected, _, _, _ = reference.quantize_folded(rows, fold.sign(), *plain)
         assert torch.equal(codes, expected)
 
 
