@@ -37,7 +37,9 @@ def run(visit: Visit, tests: Path = SOURCE.parent / "tests", keyword: str = "cud
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", __name__, "-k", keyword]
     if importlib.util.find_spec("xdist") is not None and len(files) > 1:
         command += ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"]
-    environment = {**os.environ, _FILE: str(visit.out / RESULTS), _PART: visit.part}
+    # What a pytest around this one told its workers is not for the one that starts here.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**kept, _FILE: str(visit.out / RESULTS), _PART: visit.part}
     # Not in the checkout itself, whose folder ``tritonq`` lacks the kernels and would be imported.
     with subprocess.Popen([*command, *map(str, files)], cwd=tests, env=environment) as process:
         try:
