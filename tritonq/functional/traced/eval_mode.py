@@ -7,7 +7,7 @@ compute both answers there, or one where reading is free; integers and what foll
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -147,13 +147,14 @@ def run_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> T
     )
 
 
-def _averaging(arguments: dict[str, Any]) -> Averaging:
-    axes, window, sizes = arguments["axes"], arguments["window"], arguments["sizes"]
-    return AdaptiveAverage(sizes) if sizes is not None else axes if window is None else window
+def _averaging(axes: AxesAverage | None, window: WindowAverage | None, sizes: tuple[int, ...] | None) -> Averaging:
+    """Return the operation of which two of three forms are None."""
+    return cast(Averaging, axes or window) if sizes is None else AdaptiveAverage(sizes)
 
 
 def _average_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(_averaging(arguments)(arguments["x"]).shape)
+    averaging = _averaging(arguments["axes"], arguments["window"], arguments["sizes"])
+    return tuple(averaging(arguments["x"]).shape)
 
 
 @operator(returns=New(_average_shape, "x", keeps_format=True))
@@ -166,7 +167,7 @@ def run_average(
     output: Grid,
 ) -> Tensor:
     """Do what :func:`average` does when it runs; one of ``axes``, ``window`` and adaptive ``sizes`` is not None."""
-    averaging = _averaging({"axes": axes, "window": window, "sizes": sizes})
+    averaging = _averaging(axes, window, sizes)
     return _chosen(
         (source, output),
         lambda: integer_average(x, averaging, source, output).to(x.dtype),
