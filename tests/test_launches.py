@@ -162,10 +162,13 @@ def large() -> None:
 
 
 def weights_together() -> None:
+    # A parameter without storage, which the search for the tensors behind the table of addresses must pass over.
+    bystander = nn.LazyLinear(1)
     for qconfig in (PRESETS["tensorrt"], TORCH_AO["fbgemm_v0"]):
         model = prepared(qconfig)
         tritonq.quantize_weights_together(model)
         train(model, image())
+    assert bystander.has_uninitialized_params()
 
 
 def tuned_convolutions() -> None:

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
@@ -147,8 +148,8 @@ def _add_what_it_points_to(memory: GlobalMemory, table: Tensor) -> None:
         return
     addresses = table.flatten().numpy()
     for found in gc.get_objects():
-        # Not isinstance, which would ask proxies for what they stand for.
-        if issubclass(type(found), Tensor) and found.device.type == "cpu" and found.layout == torch.strided:
+        # By type: isinstance asks proxies for what they stand for, and an uninitialized parameter has no storage.
+        if type(found) in (Tensor, Parameter) and found.device.type == "cpu" and found.layout == torch.strided:
             storage = found.untyped_storage()
             start = storage.data_ptr()
             if ((addresses >= start) & (addresses < start + storage.nbytes())).any():
