@@ -22,7 +22,15 @@ from .tile import load_per_channel, program_along, tile_indices, tile_mask, tile
 
 
 @triton.jit
-def learned_terms(x, parameter, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, METHOD: tl.constexpr):
+def learned_terms(
+    x,
+    parameter,
+    zero_point,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    METHOD: tl.constexpr,
+):
     """Where the gradient passes, and what each value adds to the parameter's gradient per unit of dy.
 
     Args:
@@ -31,14 +39,15 @@ def learned_terms(x, parameter, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: 
         zero_point: float32 integer, as ``parameter``, or the constant 0.
         QUANT_MIN: smallest code.
         QUANT_MAX: largest code.
+        ROUNDING: of ties; ``"torch"`` alone has a choice.
         METHOD: see `tritonq.reference.learned_scale`.
     """
     if METHOD == "pact":
         return (x >= 0) & (x < parameter), (x >= parameter).to(tl.float32)
     elif METHOD == "torch":
-        v = divide_by_scale(x, parameter, "half_even")
-        inside = is_inside(v, zero_point, QUANT_MIN, QUANT_MAX, "half_even")
-        steps = round_to_steps(v, zero_point, QUANT_MIN, QUANT_MAX, "half_even")
+        v = divide_by_scale(x, parameter, ROUNDING)
+        inside = is_inside(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
+        steps = round_to_steps(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
         return inside, tl.where(inside, steps - v, steps)
     elif METHOD == "megengine":
         v = divide_by_scale(x, parameter, "half_away") + zero_point
@@ -79,6 +88,7 @@ def learned_share(
     cols,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
     METHOD: tl.constexpr,
     SHIFTS: tl.constexpr,  # whether the zero point has a gradient
     ROWS: tl.constexpr,
@@ -96,7 +106,7 @@ def learned_share(
                 x = tl.load(x_ptr + (outer * x_outer + row * x_row + col * x_col), mask=mask, other=0).to(tl.float32)
                 dy = tl.load(dy_ptr + (outer * dy_outer + row * dy_row + col * dy_col), mask=mask, other=0)
                 dy = dy.to(tl.float32)
-                inside, per_parameter = learned_terms(x, parameter, zero_point, QUANT_MIN, QUANT_MAX, METHOD)
+                inside, per_parameter = learned_terms(x, parameter, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING, METHOD)
                 counts = mask & (x == x) & on
                 of_parameter += tl.where(counts, per_parameter * dy, 0.0)
                 if SHIFTS:
@@ -140,6 +150,7 @@ def learned_backward_kernel(
     channels,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
     METHOD: tl.constexpr,
     CHANNEL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -176,7 +187,7 @@ def learned_backward_kernel(
     of_parameter, of_shift = learned_share(
         dy_ptr, x_ptr, dx_ptr, parameter, zero_point, on, dy_outer, dy_row, dy_col, x_outer, x_row, x_col,
         dx_outer, dx_row, dx_col, outer_from, outer_to, row_from, row_to, col_from, col_to, rows, cols,
-        QUANT_MIN, QUANT_MAX, METHOD, METHOD == "torch" and zero_point_ptr is not None, ROWS, COLS,
+        QUANT_MIN, QUANT_MAX, ROUNDING, METHOD, METHOD == "torch" and zero_point_ptr is not None, ROWS, COLS,
     )  # fmt: skip
 
     if CHANNEL == 1:
@@ -302,6 +313,7 @@ def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: st
             seen.channels,
             QUANT_MIN=qtype.quant_min,
             QUANT_MAX=qtype.quant_max,
+            ROUNDING=qtype.rounding,
             METHOD=method,
             **seen.constants(tile, launch),
         )

@@ -15,7 +15,12 @@ LAYERS = [
     ("tritonq.prepare", "tritonq.deploy", "tritonq.calibration", "tritonq.distributed"),
     ("tritonq.nn",),
     ("tritonq.qconfig", "tritonq.qconfig_mapping", "tritonq.qconfig_files"),
-    ("tritonq.fake_quantize", "tritonq.fixed_point_fake_quantize", "tritonq.learned_fake_quantize"),
+    (
+        "tritonq.fake_quantize",
+        "tritonq.fixed_point_fake_quantize",
+        "tritonq.learned_base",
+        "tritonq.learned_fake_quantize",
+    ),
     ("tritonq.observers", "tritonq.functional", "tritonq.factory"),
     ("tritonq.reference", "tritonq.kernels", "tritonq.backend"),
     ("tritonq.grid",),

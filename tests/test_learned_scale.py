@@ -278,6 +278,7 @@ def test_per_channel(kind):
     y.square().sum().backward()
     for channel in range(4):
         alone = kind(MinMaxObserver, dtype="qint8")
+        alone.batch_axis = None
         z = alone(weight[channel])
         z.square().sum().backward()
         assert torch.equal(y[channel], z)
@@ -310,6 +311,58 @@ def test_first_values():
     quantizer = ClippedFakeQuantize(dtype="quint4")
     quantizer(x.relu())
     assert float(quantizer.alpha) == pytest.approx(2)
+
+
+def test_lsq_counts_the_values_of_one_sample():
+    """N of Esser et al.: the weights, or the features, that share a scale."""
+    x = torch.linspace(-3, 3, 2 * 3 * 20).view(2, 3, 20)
+    for batch_axis, values in ((0, 60), (None, 120)):
+        quantizers = [LearnedStepFakeQuantize(dtype="qint4", grad_factor=factor) for factor in (None, 1.0)]
+        for quantizer in quantizers:
+            quantizer.batch_axis = batch_axis
+            quantizer(x).square().sum().backward()
+        ours, plain = (quantizer.scale.grad for quantizer in quantizers)
+        torch.testing.assert_close(ours, plain / math.sqrt(values * 7))
+    layer = tritonq.nn.Conv2d(3, 4, 1, qconfig=tritonq.QConfig(*(LearnedStepFakeQuantize,) * 2))
+    assert (layer.weight_fake_quant.batch_axis, layer.activation_post_process.batch_axis) == (None, 0)
+
+
+def test_lsq_plus_moves_the_zero_point_as_its_offset():
+    """Bhalgat et al. train the offset ``b = -s z``, whose gradient is the sum of dy over what is clipped."""
+    x = torch.cat([torch.linspace(-2, 1, 40), torch.tensor([5.0, 6.0])]).view(1, -1)
+    quantizer = LearnedStepFakeQuantize(dtype="quint4", learn_zero_point=True)
+    quantizer.initialize(QParams(torch.tensor([0.1]), torch.tensor([10])))
+    y = quantizer(x)
+    dy = torch.linspace(1, 2, 42)[None]
+    y.backward(dy)
+    clipped = (x / 0.1).round() != (y.detach() / 0.1).round()
+    offset_gradient = dy[clipped].sum() / math.sqrt(42 * 15)
+    torch.testing.assert_close(quantizer.zero_point.grad, -offset_gradient.view(1) / 0.1)
+
+
+def test_lsq_initialisation_of_all_batches_and_its_zero_point():
+    """`calibrate` takes the mean size over all it saw, and codes still begin at the smallest value."""
+    batches = [torch.rand(8, 5) * size - 1 for size in (2, 4)]
+    quantizer = LearnedStepFakeQuantize(MinMaxObserver, dtype="quint4", init="lsq")
+    model = nn.Sequential(quantizer)
+    tritonq.calibrate(model, batches)
+    scale = 2 * float(torch.cat(batches).abs().mean()) / math.sqrt(15)
+    assert float(quantizer.scale) == pytest.approx(scale)
+    lowest = min(float(batch.min()) for batch in batches)
+    assert abs(int(quantizer.zero_point) - -lowest / scale) < 1
+
+
+@pytest.mark.parametrize("kind", [TrainedThresholdFakeQuantize, ClippedFakeQuantize])
+def test_unsigned_schemes(kind):
+    x = torch.linspace(0, 3, 13)
+    quantizer = kind(dtype="quint4")
+    quantizer(x)
+    assert float(quantizer.scale) == pytest.approx(3 / 15)
+    assert int(quantizer.zero_point) == 0
+    with pytest.warns(UserWarning, match=f"{kind.__name__} of .* sets what is below zero to 0, and its values go down"):
+        kind(dtype="quint4")(x - 1)
+    with pytest.warns(UserWarning, match="below zero"):
+        tritonq.calibrate(nn.Sequential(kind(dtype="quint4")), [x - 1])
 
 
 def test_a_batch_without_finite_values_sets_nothing():
@@ -363,7 +416,11 @@ def test_scale_survives_what_optimizers_and_casts_do():
         (lambda: LearnedStepFakeQuantize(init="random"), "unknown init"),
         (lambda: LearnedStepFakeQuantize(dtype="qint8", learn_zero_point=True), "affine types"),
         (lambda: LearnedStepFakeQuantize(dtype="quint8", learn_zero_point=True, method="megengine"), "affine types"),
-        (lambda: TrainedThresholdFakeQuantize(dtype="quint8"), "zero point 0"),
+        (
+            lambda: TrainedThresholdFakeQuantize(dtype=QuantizedType(0, 255, rounding="half_away")),
+            "zero point 0",
+        ),
+        (lambda: TrainedThresholdFakeQuantize(dtype=QuantizedType.of(8)), "rounds half_away, got rounding='half_even'"),
         (lambda: ClippedFakeQuantize(dtype="qint8"), "codes start at 0"),
         (lambda: ClippedFakeQuantize(dtype=QuantizedType.of(8, signed=False)), "codes start at 0"),
     ],
@@ -445,6 +502,29 @@ class TestKernels(OpTester):
                 assert_matches(found[0].cpu(), expected[0], "grad")
                 for actual, wanted in zip(found[1:], expected[1:], strict=True):
                     assert_matches(actual.cpu(), wanted, "scale_grad")
+
+    def test_torch_gradient_with_ties_away(self, use, device):
+        """Ties among inner codes, between the outermost code and what is clipped, and beside a zero point."""
+        x = torch.arange(-21, 20) * 0.25
+        dy = torch.linspace(-1, 1, len(x))
+        zero_point = torch.tensor([2], dtype=torch.int32)
+        there, here = (
+            grid_of(torch.tensor([0.5], device=place), zero_point.to(place), -8, 7, None, "half_away")
+            for place in ("cpu", device)
+        )
+        v = x / 0.5
+        code = torch.sign(v) * (v.abs() + 0.5).floor() + 2
+        inside = (code >= -8) & (code <= 7)
+        ops = operators("learned_scale", use)
+        y = ops.learned_fake_quantize(x.to(device), here, "torch").cpu()
+        assert torch.equal(y, (code.clamp(-8, 7) - 2) * 0.5)
+        found = [grad.cpu() for grad in ops.learned_fake_quantize_backward(dy.to(device), x.to(device), here, "torch")]
+        assert torch.equal(found[0], torch.where(inside, dy, 0))
+        terms = torch.where(inside, code - 2 - v, code.clamp(-8, 7) - 2)
+        assert_matches(found[1], (terms * dy).sum().view(1), "scale_grad")
+        expected = reference.learned_fake_quantize_backward(dy, x, there, "torch")
+        for actual, wanted in zip(found[1:], expected[1:], strict=True):
+            assert_matches(actual, wanted, "scale_grad")
 
     def test_same_input_same_bits(self, use, device):
         x, dy = torch.randn(3, 7, 31, device=device), torch.randn(3, 7, 31, device=device)

@@ -266,3 +266,31 @@ def test_a_fake_quantizer_follows_the_scale_it_is_given():
     fresh = tritonq.get_qconfig("megengine_passive").activation().eval()
     fresh.load_state_dict(quantizer.state_dict())
     assert fresh(x).tolist() == [0.25, 0.75]
+
+
+@pytest.mark.parametrize(
+    "kind", [tritonq.MinMaxObserver, tritonq.PerChannelMinMaxObserver, tritonq.HistogramObserver, tritonq.FakeQuantize]
+)
+def test_a_quantized_type_is_taken_whole(kind):
+    axis = 1 if kind is tritonq.PerChannelMinMaxObserver else None
+    qtype = tritonq.QuantizedType(-7, 6, symmetric=False, axis=axis, rounding="half_away")
+    given = {"ch_axis": 1} if axis == 1 else {}
+    assert kind(dtype=qtype, **given).qtype == qtype
+    other = torch.per_tensor_affine if axis == 1 else torch.per_channel_affine
+    for argument in (
+        {"rounding": "half_even"},
+        {"reduce_range": True},
+        {"qscheme": other},
+        {"qscheme": torch.per_channel_symmetric if axis == 1 else torch.per_tensor_symmetric},
+        *([{"ch_axis": 2}] if axis == 1 else []),
+    ):
+        with pytest.raises(ValueError, match=r"contradicts|per-channel observer needs"):
+            kind(dtype=qtype, **{**given, **argument})
+
+
+def test_a_per_channel_observer_needs_a_type_with_an_axis():
+    with pytest.raises(ValueError, match="needs a type with an axis"):
+        tritonq.PerChannelMinMaxObserver(dtype=tritonq.QuantizedType.of(4))
+    observer = tritonq.PerChannelMinMaxObserver(dtype=tritonq.QuantizedType.of(4, axis=2))
+    observer(torch.zeros(2, 3, 4))
+    assert observer.min_val.shape == (4,)

@@ -215,3 +215,18 @@ def test_a_file_that_is_not_json(tmp_path):
     (tmp_path / "q.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         tritonq.load_qconfig_mapping(tmp_path / "q.json")
+
+
+def test_files_of_version_0_1_0_hold_types_whose_rounding_stood_beside_them(tmp_path):
+    qtype = {"quant_min": -8, "quant_max": 7, "symmetric": True, "axis": None, "rounding": "half_even"}
+    activation = {
+        "class": "FakeQuantize",
+        "arguments": {"dtype": {"quantized_type": qtype}, "rounding": "half_away", "rule": "megengine"},
+    }
+    weight = {"class": "TrainedThresholdFakeQuantize", "arguments": {"dtype": {"quantized_type": qtype}}}
+    file = tmp_path / "mapping.json"
+    data = {"format": "tritonq.qconfig_mapping", "version": 1, "global": {"activation": activation, "weight": weight}}
+    file.write_text(json.dumps(data))
+    qconfig = tritonq.load_qconfig_mapping(file).global_rule.qconfig
+    for made in (qconfig.activation(), qconfig.weight()):
+        assert made.qtype == tritonq.QuantizedType(-8, 7, rounding="half_away")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
-from tritonq.learned_fake_quantize import LearnedFakeQuantize
+from tritonq.learned_base import LearnedFakeQuantize
 from tritonq.nn.qat import QATLayer
 from tritonq.observers import PassiveObserver
 from tritonq.qparams import QParams

@@ -33,6 +33,8 @@ class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
     fake_quant_enabled: Tensor
     observer_enabled: Tensor
     qtype: QuantizedType
+    # Axis of the input that counts samples; None for weights. Layers set it for the quantizers of their weights.
+    batch_axis: int | None = 0
 
     def __init__(self) -> None:
         super().__init__()

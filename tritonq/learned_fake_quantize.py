@@ -3,153 +3,20 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from tritonq.factory import Factory
-from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.learned_scale import MEGENGINE_FLOOR, StepGradient, learned_fake_quantize
-from tritonq.functional.recomputation import is_recomputing
 from tritonq.grid import Grid
+from tritonq.learned_base import LearnedFakeQuantize, floored
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase
-from tritonq.qparams import QParams, Rounding
-from tritonq.warn_once import warn_once
+from tritonq.qparams import QParams
 
 Initialization = Literal["observer", "lsq"]
-
-
-class LearnedFakeQuantize(FakeQuantizeBase):
-    """What trained quantizers share: float32 parameters, and an observer that gives them their first values.
-
-    The parameters are set from the first training batch, or by :meth:`initialize` from what the observer has seen by
-    then (after :func:`tritonq.calibrate`). Until then values pass through, with one warning.
-
-    Attributes:
-        activation_post_process: the observer.
-        initialized: uint8 buffer (1,).
-    """
-
-    initialized: Tensor
-    rounding: Rounding = "half_even"
-
-    def __init__(
-        self,
-        observer: type[ObserverBase] | Factory[ObserverBase],
-        quant_min: int | None,
-        quant_max: int | None,
-        **observer_kwargs: Any,
-    ) -> None:
-        super().__init__()
-        if quant_min is not None or quant_max is not None:
-            observer_kwargs.update(quant_min=quant_min, quant_max=quant_max)
-        self.activation_post_process = observer(**{"rounding": self.rounding, **observer_kwargs})
-        self.qtype = self.activation_post_process.qtype
-        if self.qtype.rounding != self.rounding:
-            raise ValueError(f"{type(self).__name__} rounds {self.rounding}, got rounding={self.qtype.rounding!r}")
-        self.register_buffer("initialized", torch.zeros(1, dtype=torch.uint8))
-
-    @property
-    def _channels(self) -> int:
-        """Length of the parameters; 0 per channel while unknown."""
-        return 1 if self.qtype.axis is None else self.activation_post_process.num_channels or 0
-
-    @abstractmethod
-    def _write(self, qparams: QParams) -> None:
-        """Set the parameters to what ``qparams`` say."""
-
-    @abstractmethod
-    def _rounded(self, x: Tensor) -> Tensor:
-        """``x`` fake quantized by the present parameters."""
-
-    def allocate(self, num_channels: int) -> None:
-        """Give per-channel parameters their final length; they stay the same objects, so optimizers keep them."""
-        self.activation_post_process.allocate(num_channels)
-        if self.qtype.axis is not None:
-            for parameter in self.parameters():
-                if parameter.numel() != num_channels:
-                    parameter.data = parameter.data.new_ones(num_channels)
-
-    def rests_on_data(self) -> Tensor:
-        """See base class."""
-        return self.initialized
-
-    def observe(self, x: Tensor) -> None:
-        """Let the observer see ``x``; the parameters stay as they are."""
-        if self.qtype.axis is not None:
-            self.allocate(x.shape[self.qtype.axis])
-        self.activation_post_process(x.detach())
-
-    @torch.no_grad()
-    def initialize(self, qparams: QParams | None = None) -> None:
-        """Set the parameters from ``qparams``, or from what the observer has seen.
-
-        Raises:
-            ValueError: no qparams given, and the observer has seen nothing.
-        """
-        if qparams is None:
-            if not bool(self.activation_post_process.has_observed()):
-                raise ValueError(f"the observer of this {type(self).__name__} has seen no finite value")
-            qparams = self.activation_post_process.calculate_qparams()
-        if self.qtype.axis is not None:
-            self.allocate(qparams.scale.numel())
-        self._write(qparams)
-        self.initialized.fill_(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake quantize ``x``; the first training batch sets the parameters."""
-        if torch.compiler.is_compiling() and not self._qparams_known:
-            raise NotImplementedError(
-                f"torch.compile can't set the parameters of a {type(self).__name__}: run the model once on a batch, or "
-                "call initialize(), before it is compiled"
-            )
-        if self.training and not self.has_qparams() and bool(self.observer_enabled) and not is_recomputing():
-            self._initialize_from_batch(x.detach())
-        if not self.has_qparams():
-            warn_once(
-                self,
-                f"a {type(self).__name__} without parameters passes its input through; run it in training mode "
-                "with its observer enabled, call initialize(), or load a checkpoint",
-                stacklevel=3,
-            )
-            return x
-        return self._rounded(x)
-
-    def _initialize_from_batch(self, x: Tensor) -> None:
-        """What :meth:`forward` does with the first training batch; one without a finite value changes nothing."""
-        self.observe(x)
-        if bool(self.activation_post_process.has_observed()):
-            self.initialize()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedFakeQuantize:
-        """Parameters, like buffers, stay float32 in a model of any dtype."""
-        before = {name: parameter.data for name, parameter in self._parameters.items() if parameter is not None}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            parameter = self._parameters[name]
-            if parameter is not None and parameter.dtype != old.dtype:
-                parameter.data = old.to(parameter.device)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Adopt the channel count of a checkpoint where none was known, and ask anew whether parameters are set."""
-        for name in self._parameters:
-            saved = state_dict.get(prefix + name)
-            if self.qtype.axis is not None and self._channels == 0 and isinstance(saved, Tensor) and saved.numel():
-                self.allocate(saved.numel())
-        self._qparams_known = False
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self) -> str:
-        """Grid and switches."""
-        return (
-            f"{self.qtype}, initialized={bool(self.initialized)}, fake_quant={bool(self.fake_quant_enabled)}, "
-            f"observer={bool(self.observer_enabled)}"
-        )
 
 
 class LearnedStepFakeQuantize(LearnedFakeQuantize):
@@ -163,9 +30,12 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         quant_min: smallest code; needs ``quant_max``.
         quant_max: largest code.
         method: ``"torch"`` or ``"megengine"`` (``s = |scale| + 1e-5``, ties away from zero).
-        init: ``"observer"``, or ``"lsq"`` for ``2 mean|x| / sqrt(quant_max)`` of the first batch.
+        init: ``"observer"``, or ``"lsq"`` for ``s = 2 mean|x| / sqrt(quant_max)`` of the first batch, or of all that
+            :func:`tritonq.calibrate` saw.
         learn_zero_point: train the zero point too (affine types, method ``"torch"``).
-        grad_factor: factor of the scale's gradient; None takes LSQ's ``1/sqrt(values per scale * quant_max)``.
+        grad_factor: factor of the gradients of scale and zero point. None takes the papers': LSQ's
+            ``1/sqrt(N quant_max)``, where N counts the values that share a scale, of one sample for activations; and
+            the zero point moves as LSQ+'s offset ``-s z`` would, which multiplies its gradient by ``1/s²``.
         **observer_kwargs: passed to the observer (dtype, qscheme, ch_axis, num_channels, eps ...).
 
     Attributes:
@@ -202,7 +72,7 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
             raise ValueError(f"unknown method {method!r}; known: {', '.join(get_args(StepGradient))}")
         if init not in get_args(Initialization):
             raise ValueError(f"unknown init {init!r}; known: {', '.join(get_args(Initialization))}")
-        self.rounding = "half_away" if method == "megengine" else "half_even"
+        self.rounding = "half_away" if method == "megengine" else None
         super().__init__(observer, quant_min, quant_max, **observer_kwargs)
         if learn_zero_point and (self.qtype.symmetric or method == "megengine"):
             raise ValueError("a zero point is trained for affine types with method='torch' only")
@@ -210,6 +80,8 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         self.init: Initialization = init
         self.grad_factor = grad_factor
         self.learn_zero_point = learn_zero_point
+        # Until the parameters are set: the sum of the sizes that were observed, and their number.
+        self._sizes: tuple[Tensor, Tensor] | None = None
         self.scale = nn.Parameter(torch.ones(self._channels))
         if learn_zero_point:
             self.zero_point = nn.Parameter(torch.zeros(self._channels))
@@ -230,27 +102,43 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
     def _positive_scale(self) -> Tensor:
         if self.method == "megengine":
             return self.scale.abs() + MEGENGINE_FLOOR
-        return _floored(self.scale, self.activation_post_process.eps)
+        return floored(self.scale, self.activation_post_process.eps)
 
     def _write(self, qparams: QParams) -> None:
         floor = MEGENGINE_FLOOR if self.method == "megengine" else 0.0
         self.scale.copy_((qparams.scale.view_as(self.scale) - floor).clamp(min=0))
         self.zero_point.copy_(qparams.zero_point.view_as(self.zero_point))
 
-    def _initialize_from_batch(self, x: Tensor) -> None:
-        super()._initialize_from_batch(x)
-        if self.init == "lsq" and bool(self.initialized):
-            finite = torch.where(torch.isfinite(x), x, 0).float().abs()
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """See base class; with ``init="lsq"`` sizes of values are averaged too."""
+        super().observe(x)
+        if self.init == "lsq":
             axes = [axis for axis in range(x.dim()) if axis != self.qtype.axis]
-            mean = finite.mean(axes) if axes else finite
-            with torch.no_grad():
-                scale = (2 / math.sqrt(max(1, self.qtype.quant_max)) * mean).clamp(min=self.activation_post_process.eps)
-                self.scale.copy_(scale.view_as(self.scale))
+            finite = torch.isfinite(x)
+            sizes = torch.where(finite, x, 0).abs().sum(axes, dtype=torch.float64)
+            total, count = (0, 0) if self._sizes is None else self._sizes
+            self._sizes = (total + sizes, count + finite.sum(axes))
+
+    @torch.no_grad()
+    def initialize(self, qparams: QParams | None = None) -> None:
+        """See base class; with ``init="lsq"`` the scale follows from the mean size of what was observed."""
+        super().initialize(qparams)
+        sizes, self._sizes = self._sizes, None
+        if qparams is not None or sizes is None:
+            return
+        low = (self.qtype.quant_min - self.zero_point) * self.scale
+        mean = (sizes[0] / sizes[1].clamp(min=1)).float()
+        scale = (2 / math.sqrt(max(1, self.qtype.quant_max)) * mean).clamp(min=self.activation_post_process.eps)
+        self.scale.copy_(scale.view_as(self.scale))
+        if not self.qtype.symmetric:
+            zero_point = (self.qtype.quant_min - low / self.scale).round_()
+            self.zero_point.copy_(zero_point.clamp_(self.qtype.quant_min, self.qtype.quant_max))
 
     def _rounded(self, x: Tensor) -> Tensor:
         qtype, codes = self.qtype, None
-        shift = self.zero_point if self.learn_zero_point else None
         scale = self._positive_scale()
+        shift = self._trained_zero_point(scale.detach()) if self.learn_zero_point else None
         if qtype.fixed_zero_point != 0:
             codes = self.zero_point.detach().round().clamp(qtype.quant_min, qtype.quant_max).to(torch.int32)
         if self.method == "megengine" and codes is not None and not self.training:
@@ -259,13 +147,26 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
             return fake_quantize(x, Grid(scale, codes, qtype, self.fake_quant_enabled))
         factor = self.grad_factor
         if factor is None:
-            factor = 1 / math.sqrt(max(1, x.numel() / max(1, scale.numel()) * max(1, qtype.quant_max)))
+            factor = 1 / math.sqrt(max(1, self._values_per_scale(x) * max(1, qtype.quant_max)))
         grid = Grid(scale, codes, qtype, self.fake_quant_enabled)
         return learned_fake_quantize(x, grid, self.method, factor, shift=shift)
 
+    def _values_per_scale(self, x: Tensor) -> float:
+        """Return LSQ's N: how many values share a scale, of one sample where ``x`` is a batch."""
+        has_samples = x.dim() > 1 and self.batch_axis is not None and self.qtype.axis != self.batch_axis
+        samples = x.shape[cast(int, self.batch_axis)] if has_samples else 1
+        return x.numel() / max(1, samples * self.scale.numel())
+
+    def _trained_zero_point(self, scale: Tensor) -> Tensor:
+        """Return the zero point, whose gradient is what training the offset ``-s z`` comes to."""
+        if self.grad_factor is not None:
+            return self.zero_point
+        fixed = self.zero_point.detach()
+        return fixed + (self.zero_point - fixed) * scale.square().reciprocal()
+
 
 class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
-    """Fake quantization with scale ``2^t``, where t is trained (TQT); symmetric types.
+    """Fake quantization with scale ``2^t``, where t is trained (TQT): signed, or unsigned behind a ReLU.
 
     Formula and gradient: :func:`tritonq.functional.trained_threshold_quantize`.
 
@@ -279,7 +180,8 @@ class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
         log2_threshold: float32 parameter t, (1,) or (channels,).
 
     Raises:
-        ValueError: a type whose zero point is not 0.
+        ValueError: a type that does not allow a zero point of 0: neither symmetric and signed, nor affine with codes
+            from 0 on.
 
     Source: SEMANTICS section 1; Jain et al. (2020); MegEngine's TQT.
 
@@ -301,8 +203,11 @@ class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
     ) -> None:
         observer_kwargs.setdefault("dtype", "qint8")
         super().__init__(observer, quant_min, quant_max, **observer_kwargs)
-        if self.qtype.fixed_zero_point != 0:
-            raise ValueError(f"trained thresholds have zero point 0, which {self.qtype} does not")
+        if self.qtype.fixed_zero_point != 0 and (self.qtype.symmetric or self.qtype.quant_min != 0):
+            raise ValueError(
+                f"trained thresholds have zero point 0, which {self.qtype} does not: use a symmetric signed type, or "
+                'behind a ReLU an affine one whose codes start at 0 ("quint8")'
+            )
         self.log2_threshold = nn.Parameter(torch.zeros(self._channels))
 
     @property
@@ -316,7 +221,8 @@ class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
         return torch.zeros_like(self.log2_threshold, dtype=torch.int32)
 
     def _write(self, qparams: QParams) -> None:
-        self.log2_threshold.copy_(torch.log2(qparams.scale).view_as(self.log2_threshold))
+        scale = qparams.scale if self.qtype.symmetric else self._top(qparams) / self.qtype.quant_max
+        self.log2_threshold.copy_(torch.log2(scale).view_as(self.log2_threshold))
 
     def _rounded(self, x: Tensor) -> Tensor:
         grid = Grid(torch.exp2(self.log2_threshold), None, self.qtype, self.fake_quant_enabled)
@@ -373,19 +279,11 @@ class ClippedFakeQuantize(LearnedFakeQuantize):
         return torch.zeros_like(self.alpha, dtype=torch.int32)
 
     def _positive_alpha(self) -> Tensor:
-        return _floored(self.alpha, self.activation_post_process.eps * self.qtype.quant_max)
+        return floored(self.alpha, self.activation_post_process.eps * self.qtype.quant_max)
 
     def _write(self, qparams: QParams) -> None:
-        # The top of the observed grid; values below zero are clipped anyway.
-        top = qparams.scale * (self.qtype.quant_max - qparams.zero_point)
-        self.alpha.copy_(top.view_as(self.alpha))
+        self.alpha.copy_(self._top(qparams).view_as(self.alpha))
 
     def _rounded(self, x: Tensor) -> Tensor:
         grid = Grid(self._positive_alpha(), None, self.qtype, self.fake_quant_enabled)
         return learned_fake_quantize(x, grid, "pact")
-
-
-def _floored(parameter: Tensor, floor: float) -> Tensor:
-    """The parameter, or ``floor`` where that is larger; the gradient passes, or a parameter would stay at its floor."""
-    fixed = parameter.detach()
-    return fixed.clamp(min=floor) + (parameter - fixed)

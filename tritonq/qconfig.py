@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +104,11 @@ def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
 
 def _megengine(observer: Any, qtype: QuantizedType, **arguments: Any) -> Factory[FakeQuantize]:
     """A fake quantizer with MegEngine's arithmetic: its range rule, ties away from zero."""
-    return FakeQuantize.with_args(observer=observer, dtype=qtype, rule="megengine", rounding="half_away", **arguments)
+    return FakeQuantize.with_args(observer=observer, dtype=_ties_away(qtype), rule="megengine", **arguments)
+
+
+def _ties_away(qtype: QuantizedType) -> QuantizedType:
+    return replace(qtype, rounding="half_away")
 
 
 def _observing(quantizer: Factory[FakeQuantize]) -> Factory[FakeQuantize]:
@@ -154,8 +159,8 @@ PRESETS: dict[str, QConfig] = {
         _observing(_megengine(MinMaxObserver, QINT8_NARROW)),
     ),
     "megengine_tqt": QConfig(
-        TrainedThresholdFakeQuantize.with_args(dtype=QINT8, rule="megengine"),
-        TrainedThresholdFakeQuantize.with_args(dtype=QINT8_NARROW, rule="megengine"),
+        TrainedThresholdFakeQuantize.with_args(dtype=_ties_away(QINT8), rule="megengine"),
+        TrainedThresholdFakeQuantize.with_args(dtype=_ties_away(QINT8_NARROW), rule="megengine"),
     ),
     "megengine_passive": QConfig(_megengine(PassiveObserver, QINT8), _megengine(PassiveObserver, QINT8_NARROW)),
     # Fixed point: whether an activation is signed follows from the ReLU before it; weights are searched every forward.

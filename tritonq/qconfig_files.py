@@ -226,4 +226,15 @@ def _factory(data: dict[str, Any], where: str) -> Any:
         return _MAKERS[name]
     if not isinstance(arguments, dict):
         raise ValueError(f"the arguments of {where} must be an object, got {arguments!r}")
-    return Factory(_MAKERS[name], {key: _value_from_data(item, f"{key} of {where}") for key, item in arguments.items()})
+    values = {key: _value_from_data(item, f"{key} of {where}") for key, item in arguments.items()}
+    return Factory(_MAKERS[name], _with_rounding_in_type(_MAKERS[name], values))
+
+
+def _with_rounding_in_type(make: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Put ``rounding`` into the type beside it: files of version 0.1.0 hold types whose own rounding did not count."""
+    qtype = arguments.get("dtype")
+    rounding = arguments.get("rounding", getattr(make, "rounding", None))
+    if not isinstance(qtype, QuantizedType) or rounding is None:
+        return arguments
+    rest = {key: value for key, value in arguments.items() if key != "rounding"}
+    return {**rest, "dtype": dataclasses.replace(qtype, rounding=rounding)}

@@ -144,6 +144,10 @@ class QuantizedType:
         """The same grid with one scale per index of ``axis`` (None: one scale per tensor)."""
         return replace(self, axis=axis)
 
+    def with_codes(self, quant_min: int, quant_max: int) -> QuantizedType:
+        """Return the same grid with other codes."""
+        return replace(self, quant_min=quant_min, quant_max=quant_max)
+
 
 QINT8 = QuantizedType.of(8)
 QINT8_NARROW = QuantizedType.of(8, narrow=True)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantize
+from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.nn.conv import check_float_type
 from tritonq.qconfig import QConfig
 
@@ -21,6 +21,8 @@ class _QATTable(nn.Module):
             raise TypeError(f"{type(self).__name__} needs qconfig=QConfig(...), got {qconfig!r}")
         self.qconfig = qconfig
         self.weight_fake_quant = qconfig.weight()
+        if isinstance(self.weight_fake_quant, FakeQuantizeBase):
+            self.weight_fake_quant.batch_axis = None
         if isinstance(self.weight_fake_quant, FakeQuantize):
             self.weight_fake_quant.allocate(rows)
 

@@ -53,6 +53,8 @@ class QATLayer(ReferringModule):
             raise TypeError(f"{type(self).__name__} needs qconfig=QConfig(...), got {qconfig!r}")
         self.qconfig = qconfig
         self.weight_fake_quant = qconfig.weight()
+        if isinstance(self.weight_fake_quant, FakeQuantizeBase):
+            self.weight_fake_quant.batch_axis = None
         self.activation_post_process = qconfig.activation()
         self._input_quantizer: Reference[FakeQuantizeBase] = Reference()
         axis = _axis(self.weight_fake_quant)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,27 +55,28 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
     Args:
         dtype: ``torch.qint8``, ``torch.quint8`` and their plain integer twins, ``torch.qint32``, a
             :class:`~tritonq.qparams.QuantizedType`, or one of its names (``"qint8_narrow"``, ``"qint4"`` ...).
-        qscheme: ``torch.per_tensor_affine``, ``torch.per_tensor_symmetric`` or their per-channel twins. Ignored
-            where ``dtype`` is a QuantizedType, which says it itself.
+        qscheme: ``torch.per_tensor_affine`` (None means it), ``torch.per_tensor_symmetric`` or their per-channel
+            twins. A QuantizedType says it itself.
         reduce_range: halve the code range, as torch.ao does for kernels that would overflow.
         quant_min: smallest code; needs ``quant_max``.
         quant_max: largest code.
         factory_kwargs: ``device`` for the buffers.
         eps: floor under the scale; None takes the rule's own (torch 1.19e-7, MegEngine 1e-5).
         is_dynamic: accepted for torch.ao's sake; only False is supported.
-        ch_axis: channel axis for per-channel schemes.
-        rounding: see QuantizedType.
+        ch_axis: channel axis for per-channel schemes; None means 0, or the axis of a QuantizedType.
+        rounding: see QuantizedType; None means ``"half_even"``, or what a QuantizedType says.
         rule: see :func:`tritonq.qparams.range_to_qparams`.
         num_channels: length of the per-channel buffers, when known; else it is taken from the first tensor.
 
     Raises:
-        ValueError: an unknown dtype or qscheme, an empty or half-given code range, ``is_dynamic=True``.
+        ValueError: an unknown dtype or qscheme, an empty or half-given code range, ``is_dynamic=True``, or an argument
+            that contradicts the QuantizedType given.
     """
 
     def __init__(
         self,
         dtype: torch.dtype | QuantizedType | str = torch.quint8,
-        qscheme: torch.qscheme = torch.per_tensor_affine,
+        qscheme: torch.qscheme | None = None,
         reduce_range: bool = False,
         quant_min: int | None = None,
         quant_max: int | None = None,
@@ -82,8 +84,8 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
         eps: float | None = None,
         is_dynamic: bool = False,
         *,
-        ch_axis: int = 0,
-        rounding: Rounding = "half_even",
+        ch_axis: int | None = None,
+        rounding: Rounding | None = None,
         rule: RangeRule = "torch",
         num_channels: int | None = None,
     ) -> None:
@@ -258,29 +260,30 @@ def known_off(enabled: Tensor | None) -> bool:
 
 def quantized_type(
     dtype: torch.dtype | QuantizedType | str,
-    qscheme: torch.qscheme,
+    qscheme: torch.qscheme | None,
     reduce_range: bool,
     quant_min: int | None,
     quant_max: int | None,
-    ch_axis: int,
-    rounding: Rounding,
+    ch_axis: int | None,
+    rounding: Rounding | None,
 ) -> QuantizedType:
     """The quantized type that torch.ao's observer arguments describe; errors as :class:`ObserverBase` states."""
     if (quant_min is None) != (quant_max is None):
         raise ValueError(f"quant_min and quant_max go together, got {quant_min} and {quant_max}")
-    if qscheme not in _QSCHEMES:
+    if qscheme is not None and qscheme not in _QSCHEMES:
         raise ValueError(
             f"unsupported qscheme {qscheme}: zero points are integers here; known: {', '.join(map(str, _QSCHEMES))}"
         )
-    axis = ch_axis if qscheme in _PER_CHANNEL else None
+    if isinstance(dtype, QuantizedType):
+        _check_agreement(dtype, qscheme, reduce_range, ch_axis, rounding)
+        return dtype if quant_min is None or quant_max is None else dtype.with_codes(quant_min, quant_max)
+    axis = (ch_axis or 0) if qscheme in _PER_CHANNEL else None
+    rounding = "half_even" if rounding is None else rounding
     if isinstance(dtype, str):
         if dtype not in QUANTIZED_TYPES:
             raise ValueError(f"unknown quantized type {dtype!r}; known: {', '.join(QUANTIZED_TYPES)}")
-        dtype = QUANTIZED_TYPES[dtype].with_axis(axis)
-    if isinstance(dtype, QuantizedType):
-        if quant_min is not None and quant_max is not None:
-            return QuantizedType(quant_min, quant_max, dtype.symmetric, dtype.axis, dtype.rounding)
-        return QuantizedType(dtype.quant_min, dtype.quant_max, dtype.symmetric, dtype.axis, rounding)
+        named = replace(QUANTIZED_TYPES[dtype], axis=axis, rounding=rounding)
+        return named if quant_min is None or quant_max is None else named.with_codes(quant_min, quant_max)
     signed = dtype in _SIGNED_DTYPES
     if not signed and dtype not in _UNSIGNED_DTYPES:
         known = ", ".join(map(str, (*_SIGNED_DTYPES, *_UNSIGNED_DTYPES)))
@@ -294,6 +297,32 @@ def quantized_type(
     if reduce_range:
         low, high = low // 2, high // 2
     return QuantizedType(low, high, qscheme in _SYMMETRIC, axis, rounding)
+
+
+def _check_agreement(
+    qtype: QuantizedType,
+    qscheme: torch.qscheme | None,
+    reduce_range: bool,
+    ch_axis: int | None,
+    rounding: Rounding | None,
+) -> None:
+    """Raise where an argument contradicts a type that was given whole."""
+    if qscheme is not None and (qscheme in _PER_CHANNEL) != (qtype.axis is not None):
+        raise ValueError(
+            f"qscheme={qscheme} contradicts dtype={qtype}: give the type an axis (with_axis), or name it by a string"
+            if qtype.axis is None
+            else f"qscheme={qscheme} contradicts dtype={qtype}, which has an axis"
+        )
+    if qscheme is not None and (qscheme in _SYMMETRIC) != qtype.symmetric:
+        raise ValueError(f"qscheme={qscheme} contradicts dtype={qtype}, whose symmetric is {qtype.symmetric}")
+    if ch_axis is not None and qtype.axis is not None and ch_axis != qtype.axis:
+        raise ValueError(f"ch_axis={ch_axis} contradicts dtype={qtype}")
+    if reduce_range:
+        raise ValueError(
+            f"reduce_range=True contradicts dtype={qtype}, which says its codes; make a type of fewer codes"
+        )
+    if rounding is not None and rounding != qtype.rounding:
+        raise ValueError(f"rounding={rounding!r} contradicts dtype={qtype}")
 
 
 def _short(values: Tensor) -> str:

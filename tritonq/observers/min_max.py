@@ -11,7 +11,7 @@ from tritonq.functional.dispatch import implementation
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.observers.base import RangeObserver, known_off, write_if
 from tritonq.process_group import ProcessGroup, reduce_range
-from tritonq.qparams import QParams
+from tritonq.qparams import QParams, QuantizedType
 from tritonq.reference.min_max import update_range
 
 
@@ -132,25 +132,29 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
         self.averaging_constant = averaging_constant
 
 
-def _per_channel(ch_axis: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a per-channel observer: torch.ao's defaults, and a per-tensor scheme is refused."""
-    kwargs.setdefault("qscheme", torch.per_channel_affine)
-    if kwargs["qscheme"] not in (torch.per_channel_affine, torch.per_channel_symmetric):
-        raise ValueError(f"a per-channel observer needs a per-channel qscheme, got {kwargs['qscheme']}")
-    return {**kwargs, "ch_axis": ch_axis}
+def _per_channel(ch_axis: int | None, dtype: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a per-channel observer: torch.ao's defaults, and a per-tensor scheme is refused."""
+    if isinstance(dtype, QuantizedType):
+        if dtype.axis is None:
+            raise ValueError(f"a per-channel observer needs a type with an axis, got {dtype}: use with_axis")
+        return {**kwargs, "dtype": dtype, "ch_axis": ch_axis}
+    qscheme = kwargs.get("qscheme") or torch.per_channel_affine
+    if qscheme not in (torch.per_channel_affine, torch.per_channel_symmetric):
+        raise ValueError(f"a per-channel observer needs a per-channel qscheme, got {qscheme}")
+    return {**kwargs, "dtype": dtype, "qscheme": qscheme, "ch_axis": ch_axis}
 
 
 class PerChannelMinMaxObserver(MinMaxObserver):
     """:class:`MinMaxObserver` with one range per index of ``ch_axis``."""
 
-    def __init__(self, ch_axis: int = 0, dtype: Any = torch.quint8, **kwargs: Any) -> None:
-        super().__init__(dtype, **_per_channel(ch_axis, kwargs))
+    def __init__(self, ch_axis: int | None = None, dtype: Any = torch.quint8, **kwargs: Any) -> None:
+        super().__init__(**_per_channel(ch_axis, dtype, kwargs))
 
 
 class MovingAveragePerChannelMinMaxObserver(MovingAverageMinMaxObserver):
     """:class:`MovingAverageMinMaxObserver` with one range per index of ``ch_axis``."""
 
     def __init__(
-        self, averaging_constant: float = 0.01, ch_axis: int = 0, dtype: Any = torch.quint8, **kwargs: Any
+        self, averaging_constant: float = 0.01, ch_axis: int | None = None, dtype: Any = torch.quint8, **kwargs: Any
     ) -> None:
-        super().__init__(averaging_constant, dtype, **_per_channel(ch_axis, kwargs))
+        super().__init__(averaging_constant, **_per_channel(ch_axis, dtype, kwargs))

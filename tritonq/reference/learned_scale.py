@@ -21,7 +21,7 @@ LearnedScale = Literal["torch", "megengine", "tqt", "pact"]
 def learned_fake_quantize(x: Tensor, grid: Grid, method: LearnedScale) -> Tensor:
     """``(code - z) * s`` in float32, rounded once to ``x.dtype``; the code depends on ``method``.
 
-    - ``"torch"``: ``clip(round_half_even(x * (1/s)) + z)``.
+    - ``"torch"``: ``clip(round(x/s) + z)``, with ``round(x/s)`` as the grid's type rounds.
     - ``"megengine"``: ``round_half_away(clip(x/s + z))``.
     - ``"tqt"``: ``clip(round_half_away(x/s))``.
     - ``"pact"``: ``clip(round_half_even(x * (1/s)))`` with ``s = parameter / quant_max``.
@@ -94,8 +94,11 @@ def _terms(
     if method == "pact":
         above = _mask(torch.ge, values, scale)
         return _mask(torch.ge, values, torch.zeros_like(scale)).sub_(above), (above, None)
-    v = values * scale.reciprocal() if method == "torch" else values / scale
-    position = v.round() if method == "torch" else v
+    halves_to_even = method == "torch" and qtype.rounding == "half_even"
+    v = values * scale.reciprocal() if halves_to_even else values / scale
+    position = v
+    if method == "torch":
+        position = v.round() if halves_to_even else round_half_away(v)
     if shift is not None:
         position.add_(shift)
     reach = 0.5 if method == "tqt" else 0.0

@@ -1,0 +1,168 @@
+"""What fake quantizers with trained parameters share."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.factory import Factory
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.recomputation import is_recomputing
+from tritonq.observers import ObserverBase
+from tritonq.qparams import QParams, QuantizedType, Rounding
+from tritonq.warn_once import warn_once
+
+
+class LearnedFakeQuantize(FakeQuantizeBase):
+    """What trained quantizers share: float32 parameters, and an observer that gives them their first values.
+
+    The parameters are set from the first training batch, or by :meth:`initialize` from what the observer has seen by
+    then (after :func:`tritonq.calibrate`). Until then values pass through, with one warning.
+
+    Attributes:
+        activation_post_process: the observer.
+        initialized: uint8 buffer (1,).
+    """
+
+    initialized: Tensor
+    # How ties are rounded, where the scheme fixes it.
+    rounding: Rounding | None = None
+
+    def __init__(
+        self,
+        observer: type[ObserverBase] | Factory[ObserverBase],
+        quant_min: int | None,
+        quant_max: int | None,
+        **observer_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if quant_min is not None or quant_max is not None:
+            observer_kwargs.update(quant_min=quant_min, quant_max=quant_max)
+        given = observer_kwargs.get("dtype")
+        if self.rounding is not None and not isinstance(given, QuantizedType):
+            observer_kwargs.setdefault("rounding", self.rounding)
+        self.activation_post_process = observer(**observer_kwargs)
+        self.qtype = self.activation_post_process.qtype
+        if self.rounding not in (None, self.qtype.rounding):
+            raise ValueError(f"{type(self).__name__} rounds {self.rounding}, got rounding={self.qtype.rounding!r}")
+        self.register_buffer("initialized", torch.zeros(1, dtype=torch.uint8))
+
+    @property
+    def _channels(self) -> int:
+        """Length of the parameters; 0 per channel while unknown."""
+        return 1 if self.qtype.axis is None else self.activation_post_process.num_channels or 0
+
+    @abstractmethod
+    def _write(self, qparams: QParams) -> None:
+        """Set the parameters to what ``qparams`` say."""
+
+    @abstractmethod
+    def _rounded(self, x: Tensor) -> Tensor:
+        """``x`` fake quantized by the present parameters."""
+
+    def allocate(self, num_channels: int) -> None:
+        """Give per-channel parameters their final length; they stay the same objects, so optimizers keep them."""
+        self.activation_post_process.allocate(num_channels)
+        if self.qtype.axis is not None:
+            for parameter in self.parameters():
+                if parameter.numel() != num_channels:
+                    parameter.data = parameter.data.new_ones(num_channels)
+
+    def rests_on_data(self) -> Tensor:
+        """See base class."""
+        return self.initialized
+
+    def observe(self, x: Tensor) -> None:
+        """Let the observer see ``x``; the parameters stay as they are."""
+        if self.qtype.axis is not None:
+            self.allocate(x.shape[self.qtype.axis])
+        self.activation_post_process(x.detach())
+
+    @torch.no_grad()
+    def initialize(self, qparams: QParams | None = None) -> None:
+        """Set the parameters from ``qparams``, or from what the observer has seen.
+
+        Raises:
+            ValueError: no qparams given, and the observer has seen nothing.
+        """
+        if qparams is None:
+            if not bool(self.activation_post_process.has_observed()):
+                raise ValueError(f"the observer of this {type(self).__name__} has seen no finite value")
+            qparams = self.activation_post_process.calculate_qparams()
+        if self.qtype.axis is not None:
+            self.allocate(qparams.scale.numel())
+        self._write(qparams)
+        self.initialized.fill_(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake quantize ``x``; the first training batch sets the parameters."""
+        if torch.compiler.is_compiling() and not self._qparams_known:
+            raise NotImplementedError(
+                f"torch.compile can't set the parameters of a {type(self).__name__}: run the model once on a batch, or "
+                "call initialize(), before it is compiled"
+            )
+        if self.training and not self.has_qparams() and bool(self.observer_enabled) and not is_recomputing():
+            self._initialize_from_batch(x.detach())
+        if not self.has_qparams():
+            warn_once(
+                self,
+                f"a {type(self).__name__} without parameters passes its input through; run it in training mode "
+                "with its observer enabled, call initialize(), or load a checkpoint",
+                stacklevel=3,
+            )
+            return x
+        return self._rounded(x)
+
+    def _initialize_from_batch(self, x: Tensor) -> None:
+        """What :meth:`forward` does with the first training batch; one without a finite value changes nothing."""
+        self.observe(x)
+        if bool(self.activation_post_process.has_observed()):
+            self.initialize()
+
+    def _top(self, qparams: QParams) -> Tensor:
+        """Return the largest value of a grid, at least one step; warn where values below zero were seen."""
+        if bool((qparams.zero_point > self.qtype.quant_min).any()):
+            lowest = float((qparams.scale * (self.qtype.quant_min - qparams.zero_point)).min())
+            warnings.warn(
+                f"a {type(self).__name__} of {self.qtype} sets what is below zero to 0, and its values go down to "
+                f"{lowest:.3g}: use it behind a ReLU, and a signed type elsewhere",
+                stacklevel=4,
+            )
+        return qparams.scale * (self.qtype.quant_max - qparams.zero_point).clamp(min=1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedFakeQuantize:
+        """Parameters, like buffers, stay float32 in a model of any dtype."""
+        before = {name: parameter.data for name, parameter in self._parameters.items() if parameter is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            parameter = self._parameters[name]
+            if parameter is not None and parameter.dtype != old.dtype:
+                parameter.data = old.to(parameter.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Adopt the channel count of a checkpoint where none was known, and ask anew whether parameters are set."""
+        for name in self._parameters:
+            saved = state_dict.get(prefix + name)
+            if self.qtype.axis is not None and self._channels == 0 and isinstance(saved, Tensor) and saved.numel():
+                self.allocate(saved.numel())
+        self._qparams_known = False
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Grid and switches."""
+        return (
+            f"{self.qtype}, initialized={bool(self.initialized)}, fake_quant={bool(self.fake_quant_enabled)}, "
+            f"observer={bool(self.observer_enabled)}"
+        )
+
+
+def floored(parameter: Tensor, floor: float) -> Tensor:
+    """The parameter, or ``floor`` where that is larger; the gradient passes, or a parameter would stay at its floor."""
+    fixed = parameter.detach()
+    return fixed.clamp(min=floor) + (parameter - fixed)
