@@ -15,7 +15,8 @@ from tritonq.deploy.modules import LAYER_TYPES, DeployedModule, Grids, Quantized
 from tritonq.deploy.tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbeddingBag
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.grid import Grid
-from tritonq.nn import Add, AverageLayer, Embedding, EmbeddingBag, QATLayer, QATRepVGGBlock
+from tritonq.nn import Add, Embedding, EmbeddingBag, QATLayer, QATRepVGGBlock
+from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.edit.fuse import move_hooks
 from tritonq.qparams import QuantizedType
 from tritonq.reference.fake_quant import quantize
@@ -61,7 +62,7 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
     for module in converted.modules():
         if isinstance(module, Add):
             module.replace_producers(replacements)
-        elif isinstance(module, AverageLayer):
+        elif isinstance(module, UnaryLayer):
             module.replace_quantizers(replacements)
     return swap_modules(converted, replacements).eval()
 

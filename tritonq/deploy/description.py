@@ -16,6 +16,7 @@ from tritonq.deploy.tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTabl
 from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, RepVGGBlock
 from tritonq.nn.averages import POOL_TYPES
 from tritonq.nn.intrinsic import FusedModule
+from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.edit.inputs import (
     InputFakeQuants,
     InputPlace,
@@ -53,7 +54,7 @@ def describe_modules(model: nn.Module) -> list[Description]:
             found.append({"name": name, "kind": "alias", "of": first})
     for entry in found:
         if entry["kind"] in _LINKED:
-            sources = cast(Add | AverageLayer, model.get_submodule(entry["name"])).linked_quantizers
+            sources = cast(Add | UnaryLayer, model.get_submodule(entry["name"])).linked_quantizers
             entry["operands"] = [None if source is None else first_names.get(source) for source in sources]
     return found
 
@@ -66,7 +67,7 @@ def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) 
             cast(Add, modules[entry["name"]]).set_producers(a, b)
         elif entry["kind"] in _LINKED:
             a, b = (None if name is None else modules[name] for name in entry["operands"])
-            cast(AverageLayer, modules[entry["name"]]).set_quantizers(a, b)
+            cast(UnaryLayer, modules[entry["name"]]).set_quantizers(a, b)
 
 
 def _producer(modules: Mapping[str, nn.Module], quantizer: str) -> nn.Module:

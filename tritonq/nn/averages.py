@@ -3,104 +3,43 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.averages import integer_average
-from tritonq.nn.elementwise import GridSource
-from tritonq.nn.eval_mode import with_gradient_of
-from tritonq.nn.reference import Reference
+from tritonq.grid import Grid
+from tritonq.nn.unary import UnaryLayer
 from tritonq.qconfig import QConfig
 from tritonq.reference.averages import AdaptiveAverage, Averaging, WindowAverage
 
 
-class AverageLayer(nn.Module):
+class AverageLayer(UnaryLayer):
     """``FQ(mean)``, where every result is the mean of some elements of the input.
 
     In eval mode, with the grids of input and output known, the codes of the input are added in integers:
     :func:`tritonq.functional.averages.integer_average`. Everywhere else the mean is torch's.
-
-    Attributes:
-        activation_post_process: quantizer of the output; an Identity where another module quantizes it.
     """
-
-    activation_post_process: nn.Module
-
-    def attach_quantizers(self, qconfig: QConfig | None) -> None:
-        """Create the output's quantizer; None: the output stays in float, or another module quantizes it."""
-        self.activation_post_process = nn.Identity() if qconfig is None else qconfig.activation()
-        self._source: Reference[nn.Module] = Reference()
-        self._output: Reference[nn.Module] = Reference()
-
-    def set_quantizers(self, source: nn.Module | None, output: nn.Module | None = None) -> None:
-        """Say which quantizer's grid the input lies on (None: unknown).
-
-        ``output`` is the quantizer that reads this module's result, and alone does, where the module has none itself.
-        """
-        self._source, self._output = Reference(source), Reference(output)
-
-    def replace_quantizers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
-        """Refer to what took the place of a quantizer in the model."""
-        found = [None if held is None else replacements.get(held, held) for held in self.linked_quantizers]
-        self.set_quantizers(*found)
-
-    @property
-    def linked_quantizers(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """The quantizers of input and output, where known; what a saved file names."""
-        return self.input_quantizer, self.output_quantizer
-
-    @property
-    def input_quantizer(self) -> nn.Module | None:
-        """The quantizer whose grid the input lies on, where known."""
-        return self._source.module
-
-    @property
-    def output_quantizer(self) -> nn.Module | None:
-        """The quantizer of the result: the module's own, or the one that follows it; None: neither."""
-        own = self.activation_post_process
-        return self._output.module if type(own) is nn.Identity else own
 
     @property
     @abstractmethod
     def averaging(self) -> Averaging:
         """The operation without quantizers."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the fake-quantized means of ``x``; shapes as torch has them."""
-        return cast(Tensor, self.activation_post_process(self._means(x)))
+    def compute(self, x: Tensor) -> Tensor:
+        """See base class."""
+        return self.averaging(x)
 
-    def _means(self, x: Tensor) -> Tensor:
-        if self.training:
-            return self.averaging(x)
-        exact = self._exact_means(x)
-        if exact is None:
-            return self.averaging(x)
-        exact = exact.to(x.dtype)
-        needs_grad = torch.is_grad_enabled() and x.requires_grad
-        return with_gradient_of(exact, self.averaging(x)) if needs_grad else exact
+    def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
+        """See base class."""
+        return integer_average(x, self.averaging, source, output)
 
-    def _exact_means(self, x: Tensor) -> Tensor | None:
-        """Return the means as integer runtimes compute them, without gradient; None where a grid is unknown.
+    def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
+        """See base class."""
+        # Imported here, so that its operators are registered when something is compiled, and not before.
+        from tritonq.functional.traced import eval_mode
 
-        In a traced graph they are the float means where a grid turns out to be off when the graph runs.
-        """
-        source, output = self.input_quantizer, self.output_quantizer
-        if not isinstance(source, GridSource) or not isinstance(output, GridSource):
-            return None
-        if source.qtype.axis is not None or output.qtype.axis is not None:
-            return None
-        if torch.compiler.is_compiling() and isinstance(source, FakeQuantizeBase):
-            # Imported here, so that its operators are registered when something is compiled, and not before.
-            from tritonq.functional.traced import eval_mode
-
-            return eval_mode.average(x, self.averaging, source.grid(), output.grid())
-        if not source.is_enabled_on_host() or not output.is_enabled_on_host():
-            return None
-        return integer_average(x, self.averaging, source.grid(), output.grid())
+        return eval_mode.average(x, self.averaging, source, output)
 
 
 class Average(AverageLayer):

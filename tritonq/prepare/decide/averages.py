@@ -4,67 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from tritonq.nn.averages import POOL_TYPES, averaging_of
-from tritonq.prepare.decide.analysis import Analysis
-from tritonq.prepare.forwards.graph import ForwardGraph
+from tritonq.nn.averages import averaging_of
 from tritonq.prepare.record.dataflow import Call, Ref
 from tritonq.reference.averages import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
-
-
-@dataclass(frozen=True)
-class PlannedAverage:
-    """A pool or mean whose result goes from one grid to another.
-
-    Attributes:
-        averaging: the operation.
-        source: what put its input on a grid.
-        calls: its calls.
-    """
-
-    averaging: Averaging
-    source: object
-    calls: tuple[int, ...]
-
-
-class Place(Protocol):
-    """Where a quantizer stands, as in `tritonq.prepare.decide.plan.PlannedQuantizer`."""
-
-    @property
-    def where(self) -> str:
-        """``"output"``, ``"node"`` or another."""
-
-    @property
-    def owner(self) -> str:
-        """The module."""
-
-    @property
-    def node(self) -> str:
-        """The node in its forward."""
-
-
-def find_average(place: Place, analysis: Analysis, grid_of: Callable[[int], object]) -> PlannedAverage | None:
-    """Return the mean behind which a quantizer stands; None where there is none, or not one in all calls.
-
-    ``grid_of`` tells what put a value on a grid.
-    """
-    flow = analysis.flow
-    if place.where == "output" and type(analysis.modules[place.owner]) in POOL_TYPES:
-        calls, fixed = flow.calls_of(place.owner), True
-    elif place.where == "node":
-        calls, graph = analysis.calls_at(place.owner, place.node), analysis.forward(place.owner)
-        fixed = isinstance(graph, ForwardGraph) and graph.has_constant_arguments(place.node)
-    else:
-        return None
-    if not calls or not all(call.inputs for call in calls):
-        return None
-    averaging, *others = {averaging_of_call(call, flow.values[call.inputs[0]].shape, fixed) for call in calls}
-    source = grid_of(calls[0].inputs[0])
-    if averaging is None or others or source is None or any(grid_of(call.inputs[0]) is not source for call in calls):
-        return None
-    return PlannedAverage(averaging, source, tuple(call.index for call in calls))
 
 
 def averaging_of_call(call: Call, shape: tuple[int, ...], has_fixed_arguments: bool = True) -> Averaging | None:

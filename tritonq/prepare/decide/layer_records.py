@@ -41,7 +41,7 @@ class LayerRecord:
 
 
 def layer_records(
-    analysis: Analysis, plan: Plan, join_names: Mapping[Join, str], average_names: Mapping[int, str]
+    analysis: Analysis, plan: Plan, join_names: Mapping[Join, str], unary_names: Mapping[int, str]
 ) -> tuple[LayerRecord, ...]:
     """A record for each layer of the float model, in order of its modules, then one for each addition and the like."""
     calls = analysis.flow.calls
@@ -55,7 +55,7 @@ def layer_records(
             partners.setdefault(name, []).append(other)
             partners.setdefault(other, []).append(name)
     quantized = {layer.name for layer in plan.layers}
-    quantized |= {place.owner for place in plan.quantizers if place.value in plan.averages and place.where == "output"}
+    quantized |= {place.owner for place in plan.quantizers if place.value in plan.unary and place.where == "output"}
     records = []
     for name, module in analysis.modules.items():
         if name not in analysis.leaves and not isinstance(module, _BatchNorm) and name not in partners:
@@ -69,8 +69,8 @@ def layer_records(
     for join in plan.joins:
         name = join_names[join]
         records.append(LayerRecord(name, join.kind, tuple(partners.get(name, ())), "quantized", ""))
-    for value, name in average_names.items():
-        kind = calls[plan.averages[value].calls[0]].name
+    for value, name in unary_names.items():
+        kind = calls[plan.unary[value].calls[0]].name
         records.append(LayerRecord(name, kind, (), "quantized", ""))
     places = {record.name for record in records}
     for name, reason in plan.float_reasons.items():

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from tritonq.prepare.decide.averages import PlannedAverage
 from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
+from tritonq.prepare.decide.unary import PlannedUnary
 from tritonq.qconfig import QConfig
 
 Where = Literal["input", "output", "node", "consumer"]
@@ -57,7 +57,7 @@ class Plan:
         quantizers: further activation quantizers.
         inputs: for each layer, by name, what put its input on a grid; absent where several did or none.
         operands: for each addition what put its summands on grids, None where several did or none.
-        averages: pools and means that can be computed in integers, by the value that their quantizer takes.
+        unary: operations of one tensor that can be computed on codes, by the value that their quantizer takes.
         erased: ReLU calls that became part of a layer or join.
         erased_modules: names of ReLU modules all of whose calls did.
         erased_nodes: owner and node of further such calls that can be taken out of a forward.
@@ -71,7 +71,7 @@ class Plan:
     quantizers: tuple[PlannedQuantizer, ...]
     inputs: Mapping[str, GridSource]
     operands: Mapping[Join, tuple[GridSource | None, ...]]
-    averages: Mapping[int, PlannedAverage]
+    unary: Mapping[int, PlannedUnary]
     erased: frozenset[int]
     erased_modules: tuple[str, ...]
     erased_nodes: tuple[tuple[str, str], ...]
@@ -89,8 +89,8 @@ class Plan:
             relu = "" if join.ceiling is None else " and the ReLU behind it"
             lines.append(f"join {self._source(join)}{relu}" + (f"; reads the grids of {grids}" if grids else ""))
         for quantizer in self.quantizers:
-            average = ", of a mean in integers" if quantizer.value in self.averages else ""
-            lines.append(f"add {self._source(quantizer)}{average}")
+            on_codes = ", of an operation on codes" if quantizer.value in self.unary else ""
+            lines.append(f"add {self._source(quantizer)}{on_codes}")
         lines += [f"erase the ReLU {name}" for name in self.erased_modules]
         lines += [f"erase {node} in the forward of {owner or 'the model'}" for owner, node in self.erased_nodes]
         lines += [f"leave {name} in float: {reason}" for name, reason in self.float_reasons.items()]

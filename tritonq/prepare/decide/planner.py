@@ -9,10 +9,10 @@ from torch import nn
 
 from tritonq.nn import RepVGGBlock
 from tritonq.prepare.decide.analysis import Analysis
-from tritonq.prepare.decide.averages import PlannedAverage, find_average
 from tritonq.prepare.decide.joins import Join, find_joins, operands
 from tritonq.prepare.decide.layers import Layer, find_layer
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer, Where
+from tritonq.prepare.decide.unary import PlannedUnary, find_unary
 from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.proof import Site
 from tritonq.prepare.record.dataflow import Call, Frame
@@ -84,7 +84,7 @@ class _Planner:
             quantizers=tuple(self.quantizers),
             inputs=self._inputs(layers),
             operands={join: self._operands(join) for join in joins if join.kind == "add"},
-            averages=self._averages(),
+            unary=self._unary(),
             erased=erased,
             erased_modules=modules,
             erased_nodes=nodes,
@@ -339,9 +339,9 @@ class _Planner:
             found.append(grids[0] if all(grid is grids[0] for grid in grids) else None)
         return tuple(found)
 
-    def _averages(self) -> dict[int, PlannedAverage]:
-        found = ((place, find_average(place, self.analysis, self._grid)) for place in self.quantizers)
-        return {place.value: average for place, average in found if average is not None}
+    def _unary(self) -> dict[int, PlannedUnary]:
+        found = ((place, find_unary(place, self.analysis, self._grid)) for place in self.quantizers)
+        return {place.value: operation for place, operation in found if operation is not None}
 
     def _reads(self, part: Layer | Join) -> list[int]:
         """The values that a layer or join reads on some grid."""

@@ -10,12 +10,13 @@ from typing import Any, cast
 from torch import nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.nn import Add, Average, AverageLayer, Cat, QATLayer
-from tritonq.nn.averages import POOL_TYPES
+from tritonq.nn import Add, Cat, QATLayer
 from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
+from tritonq.prepare.decide.unary import QUANTIZED_FORMS, layer_for
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
 from tritonq.prepare.edit.inputs import (
@@ -46,15 +47,15 @@ def apply_plan(
         qconfigs: the qconfig of each module of the float model.
 
     Returns:
-        The qualified names of the modules that joins became, and of those that means in a forward became, by the value
-        that these return.
+        The qualified names of the modules that joins became, and of those that operations of one tensor in a forward
+        became, by the value that these return.
 
     Raises:
         ValueError: a name that preparation needs is taken.
     """
     work = _PlanWork(editor, flow, plan, types, qconfigs)
     work.do()
-    return work.join_names, work.average_names
+    return work.join_names, work.unary_names
 
 
 class _PlanWork:
@@ -67,13 +68,13 @@ class _PlanWork:
         qconfigs: Mapping[nn.Module, QConfig | None],
     ) -> None:
         self.join_names: dict[Join, str] = {}
-        self.average_names: dict[int, str] = {}
+        self.unary_names: dict[int, str] = {}
         self._editor, self._flow, self._plan = editor, flow, plan
         self._types, self._qconfigs = types, qconfigs
         self._float_modules = dict(editor.modules)
         # The quantizer modules, by the identity of what was planned.
         self._quantizers: dict[int, nn.Module] = {}
-        self._averages: dict[int, tuple[AverageLayer, nn.Module]] = {}
+        self._unary: dict[int, tuple[UnaryLayer, nn.Module]] = {}
 
     def do(self) -> None:
         self._erase_relus()
@@ -158,38 +159,38 @@ class _PlanWork:
     def _add_quantizer(self, quantizer: PlannedQuantizer) -> None:
         module = self._placed(quantizer.qconfig.activation(), quantizer.like)
         self._quantizers[id(quantizer)] = module
-        if quantizer.where == "output" and quantizer.value in self._plan.averages:
-            self._replace_pool(quantizer, module)
+        if quantizer.where == "output" and quantizer.value in self._plan.unary:
+            self._replace_unary(quantizer, module)
         elif quantizer.where == "output":
             self._editor.set_child(quantizer.owner, "activation_post_process", module)
             self._editor.modules[quantizer.owner].register_forward_hook(quantize_output_hook, prepend=True)
         elif quantizer.where == "node":
             name = self._editor.add_child(quantizer.owner, f"{quantizer.label}_fake_quant", module)
             self._editor.rewrite(quantizer.owner).insert_after(quantizer.node, name, quantizer.in_place)
-            if quantizer.value in self._plan.averages:
-                self._add_average(quantizer, module)
+            if quantizer.value in self._plan.unary:
+                self._add_unary(quantizer, module)
         elif quantizer.where == "consumer":
             for name in quantizer.consumers:
                 self._editor.set_child(name, "input_fake_quant", module)
                 self._editor.modules[name].register_forward_pre_hook(quantize_first_argument_hook)
 
-    def _replace_pool(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
-        """Give a pool its quantized form, which runs its quantizer itself."""
-        pool = self._editor.modules[quantizer.owner]
-        quantized = POOL_TYPES[type(pool)].from_float(pool)
-        quantized.activation_post_process = own.train(pool.training)
-        move_hooks(pool, pool, quantized)
+    def _replace_unary(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
+        """Give a pool or the like its quantized form, which runs its quantizer itself."""
+        module = self._editor.modules[quantizer.owner]
+        quantized: UnaryLayer = QUANTIZED_FORMS[type(module)].from_float(module)
+        quantized.activation_post_process = own.train(module.training)
+        move_hooks(module, module, quantized)
         self._editor.replace(quantizer.owner, quantized)
-        self._averages[quantizer.value] = (quantized, own)
+        self._unary[quantizer.value] = (quantized, own)
 
-    def _add_average(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
-        """Make a module of the mean at a node, behind which its quantizer stands."""
-        average = self._plan.averages[quantizer.value]
-        made = Average(average.averaging)
-        name = self._editor.add_child(quantizer.owner, self._flow.calls[average.calls[0]].name.lower(), made)
+    def _add_unary(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
+        """Make a module of the operation at a node, behind which its quantizer stands."""
+        planned = self._plan.unary[quantizer.value]
+        made = layer_for(planned.operation)
+        name = self._editor.add_child(quantizer.owner, self._flow.calls[planned.calls[0]].name.lower(), made)
         self._editor.rewrite(quantizer.owner).replace(quantizer.node, name, first_node)
-        self._averages[quantizer.value] = (made, own)
-        self.average_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
+        self._unary[quantizer.value] = (made, own)
+        self.unary_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
 
     def _add_inputs(self, inputs: list[PlannedQuantizer]) -> None:
         if not inputs:
@@ -206,9 +207,9 @@ class _PlanWork:
         model.register_forward_pre_hook(quantize_inputs_hook, with_kwargs=True)
 
     def _link(self) -> None:
-        """Tell layers, means and additions which quantizers put their inputs on grids."""
-        for value, (mean, own) in self._averages.items():
-            mean.set_quantizers(self._quantizers.get(id(self._plan.averages[value].source)), own)
+        """Tell layers, operations of one tensor and additions which quantizers put their inputs on grids."""
+        for value, (unary, own) in self._unary.items():
+            unary.set_quantizers(self._quantizers.get(id(self._plan.unary[value].source)), own)
         for layer in self._plan.layers:
             grid, module = self._plan.inputs.get(layer.name), self._editor.modules[layer.name]
             if grid is not None and isinstance(module, QATLayer):

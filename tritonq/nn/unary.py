@@ -1,0 +1,109 @@
+"""Operations of one tensor between two grids: what means, and functions of one tensor, have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.grid import Grid
+from tritonq.nn.elementwise import GridSource
+from tritonq.nn.eval_mode import with_gradient_of
+from tritonq.nn.reference import Reference
+from tritonq.qconfig import QConfig
+
+
+class UnaryLayer(nn.Module):
+    """``FQ(f(x))`` for an operation f of one tensor.
+
+    In eval mode, with the grids of input and output known, the codes of the result are computed from those of the input
+    (:meth:`exact`). Everywhere else the operation is torch's (:meth:`compute`).
+
+    Attributes:
+        activation_post_process: quantizer of the output; an Identity where another module quantizes it.
+    """
+
+    activation_post_process: nn.Module
+
+    def attach_quantizers(self, qconfig: QConfig | None) -> None:
+        """Create the output's quantizer; None: the output stays in float, or another module quantizes it."""
+        self.activation_post_process = nn.Identity() if qconfig is None else qconfig.activation()
+        self._source: Reference[nn.Module] = Reference()
+        self._output: Reference[nn.Module] = Reference()
+
+    def set_quantizers(self, source: nn.Module | None, output: nn.Module | None = None) -> None:
+        """Say which quantizer's grid the input lies on (None: unknown).
+
+        ``output`` is the quantizer that reads this module's result, and alone does, where the module has none itself.
+        """
+        self._source, self._output = Reference(source), Reference(output)
+
+    def replace_quantizers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
+        """Refer to what took the place of a quantizer in the model."""
+        found = [None if held is None else replacements.get(held, held) for held in self.linked_quantizers]
+        self.set_quantizers(*found)
+
+    @property
+    def linked_quantizers(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """The quantizers of input and output, where known; what a saved file names."""
+        return self.input_quantizer, self.output_quantizer
+
+    @property
+    def input_quantizer(self) -> nn.Module | None:
+        """The quantizer whose grid the input lies on, where known."""
+        return self._source.module
+
+    @property
+    def output_quantizer(self) -> nn.Module | None:
+        """The quantizer of the result: the module's own, or the one that follows it; None: neither."""
+        own = self.activation_post_process
+        return self._output.module if type(own) is nn.Identity else own
+
+    @abstractmethod
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the operation's result in float, as torch computes it."""
+
+    @abstractmethod
+    def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
+        """Return the result as integer runtimes compute it: float32 on the output's grid, before clipping.
+
+        Args:
+            x: float tensor of values on the grid of ``source``.
+            source: the input's grid, per tensor.
+            output: grid of the quantizer behind the operation, per tensor.
+        """
+
+    @abstractmethod
+    def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
+        """Return :meth:`exact` while both grids are switched on, else :meth:`compute`, for ``torch.compile``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the fake-quantized result; shapes as torch has them."""
+        return cast(Tensor, self.activation_post_process(self._result(x)))
+
+    def _result(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.compute(x)
+        exact = self._exact_result(x)
+        if exact is None:
+            return self.compute(x)
+        exact = exact.to(x.dtype)
+        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        return with_gradient_of(exact, self.compute(x)) if needs_grad else exact
+
+    def _exact_result(self, x: Tensor) -> Tensor | None:
+        """Return the result as integer runtimes compute it, without gradient; None where a grid is unknown."""
+        source, output = self.input_quantizer, self.output_quantizer
+        if not isinstance(source, GridSource) or not isinstance(output, GridSource):
+            return None
+        if source.qtype.axis is not None or output.qtype.axis is not None:
+            return None
+        if torch.compiler.is_compiling() and isinstance(source, FakeQuantizeBase):
+            return self.traced(x, source.grid(), output.grid())
+        if not source.is_enabled_on_host() or not output.is_enabled_on_host():
+            return None
+        return self.exact(x, source.grid(), output.grid())

@@ -1,0 +1,95 @@
+"""Which operations of one tensor become modules that compute on codes: those behind which a quantizer stands.
+
+To add a kind, add what recognises its calls to ``_READERS``, its module to :func:`layer_for` and, where a module of
+torch.nn is of that kind, its quantized form to ``QUANTIZED_FORMS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from torch import nn
+
+from tritonq.nn import Average
+from tritonq.nn.averages import POOL_TYPES
+from tritonq.nn.unary import UnaryLayer
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.averages import averaging_of_call
+from tritonq.prepare.forwards.graph import ForwardGraph
+from tritonq.prepare.record.dataflow import Call
+from tritonq.reference.averages import Averaging
+
+# What a call computes, without quantizers: hashable, equal where two calls compute the same.
+Operation: TypeAlias = Averaging
+# The operation of a call, given the shape of what it reads and whether its other arguments are constants.
+Reader: TypeAlias = Callable[[Call, tuple[int, ...], bool], Operation | None]
+
+_READERS: tuple[Reader, ...] = (averaging_of_call,)
+
+# What takes the place of a module, by its exact type; made by ``from_float``.
+QUANTIZED_FORMS: Mapping[type[nn.Module], Any] = {**POOL_TYPES}
+
+
+def layer_for(operation: Operation) -> UnaryLayer:
+    """Return the module of an operation in a forward; it has no quantizer of its own."""
+    return Average(operation)
+
+
+@dataclass(frozen=True)
+class PlannedUnary:
+    """An operation of one tensor whose result goes from one grid to another.
+
+    Attributes:
+        operation: the operation.
+        source: what put its input on a grid.
+        calls: its calls.
+    """
+
+    operation: Operation
+    source: object
+    calls: tuple[int, ...]
+
+
+class Place(Protocol):
+    """Where a quantizer stands, as in `tritonq.prepare.decide.plan.PlannedQuantizer`."""
+
+    @property
+    def where(self) -> str:
+        """``"output"``, ``"node"`` or another."""
+
+    @property
+    def owner(self) -> str:
+        """The module."""
+
+    @property
+    def node(self) -> str:
+        """The node in its forward."""
+
+
+def find_unary(place: Place, analysis: Analysis, grid_of: Callable[[int], object]) -> PlannedUnary | None:
+    """Return the operation behind which a quantizer stands; None where there is none, or not one in all calls.
+
+    ``grid_of`` tells what put a value on a grid.
+    """
+    flow = analysis.flow
+    if place.where == "output" and type(analysis.modules[place.owner]) in QUANTIZED_FORMS:
+        calls, fixed = flow.calls_of(place.owner), True
+    elif place.where == "node":
+        calls, graph = analysis.calls_at(place.owner, place.node), analysis.forward(place.owner)
+        fixed = isinstance(graph, ForwardGraph) and graph.has_constant_arguments(place.node)
+    else:
+        return None
+    if not calls or not all(call.inputs for call in calls):
+        return None
+    operation, *others = {_operation_of(call, flow.values[call.inputs[0]].shape, fixed) for call in calls}
+    source = grid_of(calls[0].inputs[0])
+    if operation is None or others or source is None or any(grid_of(call.inputs[0]) is not source for call in calls):
+        return None
+    return PlannedUnary(operation, source, tuple(call.index for call in calls))
+
+
+def _operation_of(call: Call, shape: tuple[int, ...], has_fixed_arguments: bool) -> Operation | None:
+    found = (reader(call, shape, has_fixed_arguments) for reader in _READERS)
+    return next((operation for operation in found if operation is not None), None)
