@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
@@ -175,7 +176,8 @@ def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:
 
 def is_plain(bn: nn.modules.batchnorm._BatchNorm) -> bool:
     """Whether ``bn`` computes what its buffers say, on this rank alone, and nobody listens."""
-    return type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not has_hooks(bn)
+    alone = isinstance(bn, nn.SyncBatchNorm) and not (dist.is_available() and dist.is_initialized())
+    return (alone or type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and not has_hooks(bn)
 
 
 def _running_var_of_step(layer: QATBatchNormLayer) -> Tensor:

@@ -148,7 +148,7 @@ class _Finder:
                 continue
             if type(module) not in _LAYER_TYPES:
                 raise ValueError(f"the layer {name!r} is a {type(module).__name__}, which has no fixed-point form")
-            layer, obstacle = find_layer(name, self.analysis, _SWAPPED)
+            layer, obstacle = find_layer(name, type(module), self.analysis, _SWAPPED)
             if layer.batch_norm is not None and self.analysis.modules[layer.batch_norm].weight is None:
                 obstacle = "it has affine=False"
             if obstacle is not None or layer.remainder:

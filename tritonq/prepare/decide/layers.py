@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.rows import ROWS, Types, batch_norm_obstacle
 from tritonq.prepare.record.dataflow import Call, refs_in
+from tritonq.prepare.record.float_types import float_type
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Layer:
 
     Attributes:
         name: qualified name of the module.
-        row: types of the parts, the key into ``ROWS`` if there is more than one.
+        row: float types of the parts, the key into ``ROWS`` if there is more than one. A part may be of a class that
+            inherits its computation from that type.
         batch_norm: name of the BatchNorm that becomes part of it.
         remainder: names of the modules that a BatchNorm containing its activation leaves behind.
         calls: its calls.
@@ -50,15 +52,19 @@ class _Norm:
 
 
 def find_layer(
-    name: str, analysis: Analysis, swapped: Container[type[nn.Module]], kept: Container[int] = ()
+    name: str,
+    kind: type[nn.Module],
+    analysis: Analysis,
+    swapped: Container[type[nn.Module]],
+    kept: Container[int] = (),
 ) -> tuple[Layer, str | None]:
     """The layer that begins with the module ``name``, and why a BatchNorm that follows it stays apart (or None).
 
-    ``swapped`` holds the float types that have a quantized form: a row is used only if its fused type is one.
-    ``kept`` holds the calls of ReLUs that it must not absorb.
+    ``kind`` is the float type that the module computes as. ``swapped`` holds the float types that have a quantized
+    form: a row is used only if its fused type is one. ``kept`` holds the calls of ReLUs that it must not absorb.
     """
     module = analysis.modules[name]
-    row: Types = (type(module),)
+    row: Types = (kind,)
     calls = analysis.flow.calls_of(name)
     ends = calls
     norm, obstacle = _norm_after(name, calls, analysis)
@@ -129,15 +135,24 @@ def _norm_after(name: str, calls: tuple[Call, ...], analysis: Analysis) -> tuple
 def _norm_of(call: Call, analysis: Analysis) -> _Norm | None:
     """The BatchNorm that a call is, or is the heart of."""
     if call.kind == "module":
-        kind = type(call.target)
-        if call.module_name is None or kind not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        kind = _norm_type(call, analysis)
+        if call.module_name is None or kind is None:
             return None
         return _Norm(call.module_name, kind, analysis.flow.calls_of(call.module_name), ())
     owner = analysis.modules[call.owner]
-    kinds = [kind for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(owner, kind)]
+    kinds = [kind for kind in _NORMS if isinstance(owner, kind)]
     if call.name != "batch_norm" or not kinds:
         return None
     return _norm_with_activation(call.owner, kinds[0], analysis)
+
+
+def _norm_type(call: Call, analysis: Analysis) -> type[nn.Module] | None:
+    """The plain BatchNorm that a module's call computes as; a SyncBatchNorm that of its input's dimensions."""
+    module = cast(nn.Module, call.target)
+    if float_type(module, (nn.SyncBatchNorm,)) is not None:
+        dimensions = len(analysis.flow.values[call.inputs[0]].shape)
+        return _NORM_OF_DIMENSIONS.get(dimensions)
+    return float_type(module, _NORMS)
 
 
 def _norm_with_activation(owner: str, kind: type[nn.Module], analysis: Analysis) -> _Norm | None:
@@ -165,6 +180,10 @@ def _norm_with_activation(owner: str, kind: type[nn.Module], analysis: Analysis)
         hearts.append(heart)
         chains.add(tuple(str(call.module_name) for call in rest))
     return _Norm(owner, kind, tuple(hearts), chains.pop()) if len(chains) == 1 else None
+
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORM_OF_DIMENSIONS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 def _has_hooks(module: object, before: bool = False, after: bool = False) -> bool:

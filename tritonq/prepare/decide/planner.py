@@ -16,6 +16,7 @@ from tritonq.prepare.decide.unary import PlannedUnary, find_unary
 from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.proof import Site
 from tritonq.prepare.record.dataflow import Call, Frame
+from tritonq.prepare.record.float_types import float_type, has_own_parameters
 from tritonq.qconfig import QConfig
 
 NO_QCONFIG = "its qconfig is None"
@@ -95,7 +96,8 @@ class _Planner:
     def _layers(self) -> list[Layer]:
         found = []
         for name, module in self.analysis.modules.items():
-            if type(module) not in self.swapped:
+            kind = float_type(module, self.swapped)
+            if kind is None:
                 continue
             if self.qconfigs[module] is None:
                 self.reasons[name] = NO_QCONFIG
@@ -104,10 +106,10 @@ class _Planner:
             elif not self.analysis.runs_in_all_modes(self.analysis.flow.calls_of(name)):
                 self.reasons[name] = self.analysis.missing_mode(self.analysis.flow.calls_of(name))
                 self.single_mode.add(name)
-            elif type(module) is not RepVGGBlock and not isinstance(module._parameters.get("weight"), nn.Parameter):
+            elif kind is not RepVGGBlock and not has_own_parameters(module):
                 self.reasons[name] = "its weight is computed from other parameters"
             else:
-                layer, obstacle = find_layer(name, self.analysis, self.swapped, self.kept)
+                layer, obstacle = find_layer(name, kind, self.analysis, self.swapped, self.kept)
                 found.append(layer)
                 if obstacle is not None:
                     self.reasons |= {norm: obstacle for norm in self._followers(name)}

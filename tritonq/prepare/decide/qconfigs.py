@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from tritonq.prepare.record.dataflow import Dataflow
+from tritonq.prepare.record.float_types import float_type
 from tritonq.qconfig import QConfig
 from tritonq.qconfig_mapping import QConfigMapping
 
@@ -50,7 +51,11 @@ def first_and_last(model: nn.Module, quantizable: Container[type[nn.Module]], fl
     Raises:
         ValueError: the recorded run called no quantizable layer.
     """
-    layers = [call.module_name for call in flow.calls if type(call.target) in quantizable and call.module_name]
+    layers = [
+        call.module_name
+        for call in flow.calls
+        if isinstance(call.target, nn.Module) and float_type(call.target, quantizable) and call.module_name
+    ]
     if not layers:
         raise ValueError(f"{type(model).__name__} runs no quantizable layer, so there is no first or last one")
     return layers[0], layers[-1]

@@ -26,7 +26,7 @@ from tritonq.prepare.edit.inputs import (
     quantize_first_argument_hook,
     quantize_inputs_hook,
 )
-from tritonq.prepare.edit.swap import quantize_output_hook, swap
+from tritonq.prepare.edit.swap import keep_attributes, plain_form, quantize_output_hook, swap
 from tritonq.prepare.forwards.graph import first_node, node_operands, sequence_operand
 from tritonq.prepare.record.dataflow import Dataflow
 from tritonq.qconfig import QConfig
@@ -110,7 +110,7 @@ class _PlanWork:
         if layer.name in self._plan.clipped:
             qconfig = QConfig(nn.Identity, qconfig.weight)
         if len(layer.row) == 1:
-            quantized = swap(module, self._types[layer.row[0]], qconfig)
+            quantized = swap(module, self._types[layer.row[0]], qconfig, layer.row[0])
         else:
             quantized = self._fused(layer, module, qconfig)
         self._editor.replace(layer.name, quantized)
@@ -119,15 +119,16 @@ class _PlanWork:
             self._quantizers[id(layer)] = output
 
     def _fused(self, layer: Layer, module: nn.Module, qconfig: QConfig) -> nn.Module:
-        parts = [module]
+        parts = [plain_form(module, layer.row[0])]
         bn = None if layer.batch_norm is None else self._editor.modules[layer.batch_norm]
         if bn is not None:
             parts.append(_plain_batch_norm(cast(Any, bn), layer.row[1]))
         if layer.ceiling is not None:
             parts.append(nn.ReLU() if layer.ceiling == math.inf else nn.Hardtanh(0.0, layer.ceiling))
         frozen = bn is not None and module.training and not bn.training
-        row = fuse_row(parts)
+        row = fuse_row(parts, layer.row)
         quantized = swap(row, self._types[type(row)], qconfig)
+        keep_attributes(module, quantized)
         if bn is None or layer.batch_norm is None:
             move_hooks(module, module, quantized)
             return quantized
@@ -236,8 +237,8 @@ class _PlanWork:
 
 
 def _plain_batch_norm(bn: nn.modules.batchnorm._BatchNorm, kind: type[nn.Module]) -> nn.Module:
-    """``bn`` itself if it is a plain BatchNorm, else a plain one with its parameters and statistics."""
-    if type(bn) is kind:
+    """``bn`` itself if it is a plain or synchronized BatchNorm, else a plain one with its state."""
+    if type(bn) is kind or isinstance(bn, nn.SyncBatchNorm):
         return bn
     plain = kind(bn.num_features, bn.eps, bn.momentum, device="meta")
     plain._parameters.update({name: bn._parameters[name] for name in plain._parameters})

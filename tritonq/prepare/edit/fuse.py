@@ -17,13 +17,15 @@ from tritonq.prepare.record.snapshot import undone_on_error
 FuserMethod = Callable[..., nn.Module]
 
 
-def fuse_row(parts: Sequence[nn.Module]) -> intrinsic.FusedModule:
+def fuse_row(parts: Sequence[nn.Module], types: Types | None = None) -> intrinsic.FusedModule:
     """The fused float module of a row such as Conv2d, BatchNorm2d, ReLU, in the mode of its first part.
+
+    ``types`` are the types that the parts stand for, by default their own.
 
     Raises:
         ValueError: no such row exists, or its BatchNorm can't be fused; the message says why.
     """
-    types = tuple(type(part) if ceiling_of(part) is None else nn.ReLU for part in parts)
+    types = types or tuple(type(part) if ceiling_of(part) is None else nn.ReLU for part in parts)
     if types not in ROWS:
         known = "; ".join(", ".join(kind.__name__ for kind in row) for row in ROWS)
         raise ValueError(f"can't fuse {', '.join(type(part).__name__ for part in parts)}; known rows: {known}")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tritonq.nn import RepVGGBlock
+from tritonq.prepare.record.float_types import inherits_computation, torch_base
 
 # What these tell about a tensor does not depend on its elements, so reading it is no dataflow.
 _METADATA_NAMES = """
@@ -30,7 +31,8 @@ def is_leaf(module: nn.Module) -> bool:
         return True
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or next(module.children(), None) is not None:
         return False
-    return getattr(type(module).forward, "__module__", "").startswith("torch.nn.modules.")
+    base = torch_base(type(module))
+    return base not in (None, nn.Module) and inherits_computation(type(module), base)
 
 
 def operation_name(function: Callable[..., Any]) -> str:
