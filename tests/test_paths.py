@@ -87,5 +87,5 @@ def test_a_layer_takes_the_path_that_was_chosen(kind, monkeypatch):
     for training in (True, False):
         layer.train(training)
         path = path_of(layer)
-        monkeypatch.setitem(layer.paths, path, lambda layer, x, path=path: path)
+        monkeypatch.setitem(layer.paths, path, lambda layer, x, weight, bias, path=path: path)
         assert layer(torch.randn(2, 3, 6, 6)) == path

@@ -240,8 +240,11 @@ class QuantizedLayer(DeployedModule):
             has_8_bit_codes=max(self.grids.bits) <= BYTE_BITS,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shapes as the float layer's. What runs is what runs in a quantization-aware layer's eval mode."""
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Shapes as the float layer's. What runs is what runs in a quantization-aware layer's eval mode.
+
+        ``weight`` and ``bias`` are those that a layer whose weight was computed is given; its codes are fixed now.
+        """
         layer, quantizer = self.integer_layer(), self.activation_post_process
         kernel = find_kernel(x, self.weight, self.linear_map.conv2d, layer)
         if kernel is None:

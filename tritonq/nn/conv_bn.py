@@ -80,12 +80,13 @@ class QATBatchNormLayer(QATLayer):
     def mode(self, mode: Mode) -> None:
         self._mode = check_mode(mode)
 
-    def folded_parameters(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias with the running statistics folded in."""
+    def folded_parameters(self, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weight and bias with the running statistics folded in; see base class."""
+        weight, bias = super().folded_parameters(weight, bias)
         running_mean, running_var = cast(Tensor, self.bn.running_mean), cast(Tensor, self.bn.running_var)
         scale = fold_scale(running_var, self.bn.weight, self.bn.eps)
-        bias = fold_bias(self.bias, running_mean, scale, self.bn.bias)
-        return scale_out_channels(self.weight, scale, *self.grouping), bias
+        folded_bias = fold_bias(bias, running_mean, scale, self.bn.bias)
+        return scale_out_channels(weight, scale, *self.grouping), folded_bias
 
     def path_state(self) -> LayerState:
         """See base class."""
@@ -103,11 +104,11 @@ class QATBatchNormLayer(QATLayer):
         """Whether a step in the present state is one operator's."""
         return choose_path(self.path_state()) == "train_operator"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer, its BatchNorm, ReLU where there is one, and fake quantization."""
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """The layer, its BatchNorm, ReLU where there is one, and fake quantization; see base class."""
         if self.training:
             check_running_var(cast(Tensor, self.bn.running_var))
-        return super().forward(x)
+        return super().forward(x, weight, bias)
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError unless ``x`` is a batch."""

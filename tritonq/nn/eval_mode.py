@@ -17,15 +17,15 @@ from tritonq.nn.qat import QATLayer
 from tritonq.reference.activation import rectify
 
 
-def train(layer: QATLayer, x: Tensor) -> Tensor:
+def train(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``FQ_a(relu?(op(x, FQ_w(weight)) + bias))`` in float."""
-    weight, bias = layer.folded_parameters()
+    weight, bias = layer.folded_parameters(weight, bias)
     return layer.quantized_output(layer.linear_map(x, layer.quantized_weight(weight), bias))
 
 
-def eval_float(layer: QATLayer, x: Tensor) -> Tensor:
+def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same with the running statistics, in one kernel where this GPU's table prefers it."""
-    weight, bias = layer.folded_parameters()
+    weight, bias = layer.folded_parameters(weight, bias)
     op, quantized = layer.linear_map, layer.quantized_weight(weight)
     kernel = find_kernel(x, weight, op.conv2d) if layer.ends_in_ceiling else None
     if kernel is None:
@@ -35,9 +35,9 @@ def eval_float(layer: QATLayer, x: Tensor) -> Tensor:
     return y if output is not None else cast(Tensor, layer.activation_post_process(y))
 
 
-def eval_integers(layer: QATLayer, x: Tensor) -> Tensor:
+def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer in exact integers; where a gradient is needed, with that of the layer in float."""
-    weight, bias = layer.folded_parameters()
+    weight, bias = layer.folded_parameters(weight, bias)
     op, integers = layer.linear_map, cast(IntegerAffine, layer.integer_layer(weight, bias))
     needs_grad = _needs_grad(x, weight)
     kernel = find_kernel(x, weight, op.conv2d, integers)
@@ -52,9 +52,9 @@ def eval_integers(layer: QATLayer, x: Tensor) -> Tensor:
     return layer.quantized_output(y)
 
 
-def eval_traced(layer: QATLayer, x: Tensor) -> Tensor:
+def eval_traced(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Either of the two, in a graph that reads on the device whether grids are switched on."""
-    weight, bias = layer.folded_parameters()
+    weight, bias = layer.folded_parameters(weight, bias)
     op, source, quantizer = layer.linear_map, layer.input_quantizer, layer.weight_fake_quant
     if source is None or source.qtype.axis is not None or not isinstance(quantizer, FakeQuantizeBase):
         return layer.quantized_output(op(x, layer.quantized_weight(weight), bias))

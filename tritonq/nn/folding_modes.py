@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _BITS = 8
 
 
-def one_operator(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
+def one_operator(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The approximate mode in one operator, with the activation quantizer in it where that is possible."""
     layer.check_input(x)
     x, op = layer.linear_map.padded(x)
@@ -53,60 +53,59 @@ def one_operator(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
         layer.ceiling,
         layer.step_memory,
     )
-    y = conv_bn(x, layer.weight, layer.bias, layer.bn.weight, layer.bn.bias, step)
+    y = conv_bn(x, weight, bias, layer.bn.weight, layer.bn.bias, step)
     if output is None:
         return cast(Tensor, layer.activation_post_process(y))
     warn_if_unobserved(layer.activation_post_process)
     return y
 
 
-def approximate(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
+def approximate(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)``, and ``1/σ`` where γ is zero."""
     running_var, bn = _running_var_of_step(layer), layer.bn
     scale = fold_scale(running_var, bn.weight, bn.eps)
     if bn.weight is not None:
         # In a channel with γ = 0 the weight is quantized as if γ were 1; BatchNorm still multiplies by 0.
         scale = torch.where(bn.weight == 0, torch.rsqrt(running_var + bn.eps), scale)
-    y = layer.linear_map(x, layer.quantized_weight(scale_out_channels(layer.weight, scale, *layer.grouping)))
+    y = layer.linear_map(x, layer.quantized_weight(scale_out_channels(weight, scale, *layer.grouping)))
     y = y / layer.along_channels(scale, y)
-    y = normalize_once(bn, y if layer.bias is None else y + layer.along_channels(layer.bias, y))
+    y = normalize_once(bn, y if bias is None else y + layer.along_channels(bias, y))
     return layer.quantized_output(y)
 
 
-def exact(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
+def exact(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Fold the batch's own statistics: ``op(x, FQ_w(W t)) + FQ_b(β - t · mean)`` with ``t = γ/σ(var)``.
 
     Mean and variance are those of ``op(x, W)``, through which gradients flow: the layer runs twice.
     """
-    mean, inverse_std, _ = _batch_statistics(layer, x)
+    mean, inverse_std, _ = _batch_statistics(layer, x, weight, bias)
     scale = inverse_std if layer.bn.weight is None else layer.bn.weight * inverse_std
-    weight = layer.quantized_weight(scale_out_channels(layer.weight, scale, *layer.grouping))
-    y = layer.linear_map(x, weight)
-    bias = bias_on_grid(layer, _batch_bias(layer, mean, scale))
-    return layer.quantized_output(y + layer.along_channels(bias, y))
+    y = layer.linear_map(x, layer.quantized_weight(scale_out_channels(weight, scale, *layer.grouping)))
+    on_grid = bias_on_grid(layer, _batch_bias(layer, bias, mean, scale))
+    return layer.quantized_output(y + layer.along_channels(on_grid, y))
 
 
-def corrected(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
+def corrected(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Fold the updated running variance, then rescale to the batch's: ``op(x, FQ_w(W t)) σ(rv)/σ(var) + bias``.
 
     ``t = γ/σ(rv)``, and ``bias = β - γ/σ(var) · mean``; the layer runs twice.
     """
-    mean, inverse_std, _ = _batch_statistics(layer, x)
+    mean, inverse_std, _ = _batch_statistics(layer, x, weight, bias)
     running_var, bn = _running_var(layer), layer.bn
     fold = fold_scale(running_var, bn.weight, bn.eps)
-    y = layer.linear_map(x, layer.quantized_weight(scale_out_channels(layer.weight, fold, *layer.grouping)))
+    y = layer.linear_map(x, layer.quantized_weight(scale_out_channels(weight, fold, *layer.grouping)))
     y = y * layer.along_channels(torch.sqrt(running_var + bn.eps) * inverse_std, y)
     scale = inverse_std if bn.weight is None else bn.weight * inverse_std
-    return layer.quantized_output(y + layer.along_channels(_batch_bias(layer, mean, scale), y))
+    return layer.quantized_output(y + layer.along_channels(_batch_bias(layer, bias, mean, scale), y))
 
 
-def frozen(layer: QATBatchNormLayer, x: Tensor) -> Tensor:
+def frozen(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Fold the running statistics, which stay as they are: ``op(x, FQ_w(W t)) + FQ_b(β + t (b - running_mean))``.
 
     One kernel computes it with its ReLU where it is the faster one.
     """
-    weight, bias = layer.folded_parameters()
-    y = linear_relu(layer, x, layer.quantized_weight(weight), bias_on_grid(layer, bias), layer.ceiling)
+    folded, folded_bias = layer.folded_parameters(weight, bias)
+    y = linear_relu(layer, x, layer.quantized_weight(folded), bias_on_grid(layer, folded_bias), layer.ceiling)
     return cast(Tensor, layer.activation_post_process(y))
 
 
@@ -143,22 +142,24 @@ def _is_symmetric_int8(quantizer: nn.Module | None) -> bool:
     return quantizer.qtype.bits == _BITS and quantizer.qtype.fixed_zero_point == 0
 
 
-def _batch_statistics(layer: QATBatchNormLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _batch_statistics(
+    layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and ``1/σ`` of ``op(x, W)``, differentiable, and its variance; updates the running statistics."""
     if not is_plain(layer.bn):
         raise ValueError(f"this mode of folding needs a plain BatchNorm, got {type(layer.bn).__name__}")
-    c = layer.linear_map(x, layer.weight)
+    c = layer.linear_map(x, weight)
     mean, var = channel_moments(c)
     with torch.no_grad():
-        batch_mean = mean if layer.bias is None else mean + layer.bias
+        batch_mean = mean if bias is None else mean + bias
         update_running_statistics(batch_norm_state(layer.bn), batch_mean, var, c.numel() // c.shape[1])
     return mean, torch.rsqrt(var + layer.bn.eps), var
 
 
-def _batch_bias(layer: QATBatchNormLayer, mean: Tensor, scale: Tensor) -> Tensor:
+def _batch_bias(layer: QATBatchNormLayer, bias: Tensor | None, mean: Tensor, scale: Tensor) -> Tensor:
     """``β + scale (b - (mean + b))``: the convolution's bias cancels, and gets a gradient of zero."""
-    bias = -scale * mean if layer.bn.bias is None else layer.bn.bias - scale * mean
-    return bias if layer.bias is None else bias + (layer.bias - layer.bias)
+    shift = -scale * mean if layer.bn.bias is None else layer.bn.bias - scale * mean
+    return shift if bias is None else shift + (bias - bias)
 
 
 def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:

@@ -13,6 +13,7 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.integer import IntegerAffine, to_integers
 from tritonq.functional.linear_map import LinearMap, linear_map_of
 from tritonq.grid import Grid
+from tritonq.nn.computed import ComputedParameters
 from tritonq.nn.fusable import describe_relu
 from tritonq.nn.paths import LayerState, Path, choose_path
 from tritonq.nn.reference import Reference, ReferringModule
@@ -37,6 +38,9 @@ class QATLayer(ReferringModule):
     weight_fake_quant: nn.Module
     activation_post_process: nn.Module
     ceiling: float | None = None
+
+    # Evaluates weight and bias where they are no parameters of the layer's own.
+    computed: ComputedParameters | None = None
 
     _references = ("_input_quantizer",)
     # The computation of each path that layers of the class take.
@@ -95,9 +99,24 @@ class QATLayer(ReferringModule):
         """What the layer does with its input and its weight."""
         return linear_map_of(self)
 
-    def folded_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias that eval mode and deployment use: the float ones, with any BatchNorm folded in."""
-        return self.weight, self.bias
+    def float_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias before folding and quantization: the layer's own, or what is computed of other parameters."""
+        return (self.weight, self.bias) if self.computed is None else self.computed()
+
+    def take_computed(self, computed: ComputedParameters) -> None:
+        """Go without weight and bias of its own: :meth:`forward` is given them, and ``computed`` evaluates them."""
+        self._parameters.pop("weight")
+        self._parameters.pop("bias")
+        self.computed = computed
+
+    def folded_parameters(
+        self, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias that eval mode and deployment use, with any BatchNorm folded in.
+
+        They are made of ``weight`` and ``bias``, by default :meth:`float_parameters`.
+        """
+        return self.float_parameters() if weight is None else (weight, bias)
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
         """``weight`` after its fake quantizer, which observes it while training."""
@@ -110,9 +129,14 @@ class QATLayer(ReferringModule):
         knows_grids = not (self.training or tracing) and self._knows_grids()
         return LayerState(self.training, tracing, knows_grids)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The operation, what follows it, and fake quantization; shapes as the float layer's."""
-        return self.paths[choose_path(self.path_state())](self, x)
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """The operation, what follows it, and fake quantization; shapes as the float layer's.
+
+        ``weight`` and ``bias`` are those of a layer whose weight is computed elsewhere, in each step anew.
+        """
+        if weight is None:
+            weight, bias = self.float_parameters()
+        return self.paths[choose_path(self.path_state())](self, x, weight, bias)
 
     def rectified(self, y: Tensor) -> Tensor:
         """``y`` after what stands between the operation and the output's quantizer: a ReLU, or nothing."""

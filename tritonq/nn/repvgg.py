@@ -135,10 +135,9 @@ class RepVGGBlock(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, groups={self.groups}"
 
 
-def _train(block: QATRepVGGBlock, x: Tensor) -> Tensor:
+def _train(block: QATRepVGGBlock, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run the merged convolution, its bias on the grid of its accumulator."""
-    kernel, bias = block.merged_parameters()
-    y = linear_relu(block, x, block.quantized_weight(kernel), bias_on_grid(block, bias), None)
+    y = linear_relu(block, x, block.quantized_weight(weight), bias_on_grid(block, cast(Tensor, bias)), None)
     return block.quantized_output(y)
 
 
@@ -170,7 +169,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
         margin = (_KERNEL // 2, _KERNEL // 2)
         return Convolution((self.stride, self.stride), margin, (1, 1), (0, 0), False, self.groups)
 
-    def folded_parameters(self) -> tuple[Tensor, Tensor]:
+    def float_parameters(self) -> tuple[Tensor, Tensor]:
         """See :meth:`RepVGGBlock.merged_parameters`."""
         return self.merged_parameters()
 

@@ -52,7 +52,7 @@ def _make_ready(model: nn.Module, args: Any) -> None:
         return
     found: dict[torch.device, list[tuple[QATBatchNormLayer, Grid, RangeStatistics]]] = {}
     for module in model.modules():
-        if not isinstance(module, QATBatchNormLayer):
+        if not isinstance(module, QATBatchNormLayer) or module.computed is not None:
             continue
         observed = _observed_grid_of(module)
         if observed is not None:
