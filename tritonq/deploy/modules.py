@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from tritonq.functional.codes import can_use_codes
 from tritonq.functional.conv2d import find_kernel, run_integer_layer
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.integer import BYTE_BITS, IntegerAffine, sum_bound
+from tritonq.functional.integer_kernels import PackedLayer, pack, run_packed
 from tritonq.functional.linear_map import LinearMap, linear_map_of
+from tritonq.functional.memo import Memo
 from tritonq.grid import Grid
 from tritonq.nn.fusable import checked_ceiling, describe_relu
 from tritonq.observers.base import FixedDtypeBuffers
@@ -187,6 +190,7 @@ class QuantizedLayer(DeployedModule):
         del self._parameters["weight"], self._parameters["bias"]
         self.grids = grids
         self.ceiling = checked_ceiling(ceiling)
+        self._packed: Memo[PackedLayer | None] = Memo()
         self.keep(**{name: tensors.get(name) for name in TENSOR_NAMES})
         self.activation_post_process = nn.Identity() if output is None else output
         self.read_tensors()
@@ -245,6 +249,10 @@ class QuantizedLayer(DeployedModule):
 
         ``weight`` and ``bias`` are those that a layer whose weight was computed is given; its codes are fixed now.
         """
+        if can_use_codes(x) and self.multiplier is not None:
+            y = self._run_packed(x)
+            if y is not None:
+                return y
         layer, quantizer = self.integer_layer(), self.activation_post_process
         kernel = find_kernel(x, self.weight, self.linear_map.conv2d, layer)
         if kernel is None:
@@ -255,6 +263,31 @@ class QuantizedLayer(DeployedModule):
         else:
             y = kernel.integers(x, layer, self.output_grid(), self.ceiling, fused)
         return y if fused is not None else self.finish(y, relu_done=True)
+
+    def _run_packed(self, x: Tensor) -> Tensor | None:
+        """:meth:`forward` by torch's integer kernels; None where these can't run it."""
+        quantizer = self.activation_post_process
+        grid = None if quantizer._forward_pre_hooks else self.output_grid()
+        held = tuple([self._buffers[name] for name in TENSOR_NAMES])
+        qtype = None
+        if grid is not None:
+            held, qtype = (*held, grid.scale, grid.zero_point), grid.qtype
+        key = (self.ceiling, self.grids, qtype, [vars(self)[name] for name in self.geometry_names])
+        packed = self._packed.get(held, lambda: self._pack(grid), key)
+        y = None if packed is None else run_packed(x, packed)
+        if y is None:
+            return None
+        if grid is None:
+            return self.finish(y)
+        # Who listens to the quantizer's results is told.
+        return cast(Tensor, quantizer(y)) if quantizer._forward_hooks else y
+
+    def _pack(self, output: Grid | None) -> PackedLayer | None:
+        layer, qtype = self.integer_layer(), self.grids.input
+        if layer is None or qtype is None:
+            return None
+        source = Grid(layer.input_scale, self.input_zero_point, qtype)
+        return pack(layer, self.linear_map, source, output, self.ceiling)
 
     def run_operators(self, x: Tensor, layer: IntegerAffine | None) -> Tensor:
         """:meth:`forward` by PyTorch's operators; ``layer`` is :meth:`integer_layer`."""

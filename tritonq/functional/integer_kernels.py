@@ -1,0 +1,277 @@
+"""Layers in integers by the 8-bit kernels that torch ships for x86 CPUs: the codes of `integer`, in less time.
+
+oneDNN multiplies uint8 input codes by int8 weight codes and adds in int32. Its float32 result with scale 1 is
+``float32(Σ + bias)``, from which the formula of `integer` goes on. Rounding to the output's codes follows in
+`codes.rounded_codes`: oneDNN's own requantization rounds after the scale and again after the bias, which moves codes
+near ties.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritonq.functional.codes import HostGrid, give_codes, host_grid, memory_format_of, rounded_codes, take_codes
+from tritonq.functional.integer import FLOAT32_EXACT, IntegerAffine
+from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct, PaddedConvolution
+from tritonq.grid import Grid
+from tritonq.reference.fake_quant import quantize
+
+# ``(input codes, bias or None, whether a ReLU follows) -> float32 sums``.
+_Sums = Callable[[Tensor, Tensor | None, bool], Tensor]
+
+_LARGEST_INPUT_CODE = 255
+_MAX_SUM = 2**31
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayer:
+    """A layer whose weight lies as torch's integer kernels read it.
+
+    Attributes:
+        source: grid of the input.
+        sums: the kernel.
+        bias: float32 (out,), added by the kernel; or None.
+        parts: kernels whose results add up to that of ``sums``, none of which float32 rounds; empty where float32 does
+            not round the result of ``sums``.
+        exact_bias: int32 (out,), added to the results of ``parts``; or None.
+        steps: float32, shaped to broadcast against the sums: makes steps of the output's scale of them, or values.
+        output: grid of the result; None: values.
+        rectifies: whether a ReLU stands between the layer and ``output``.
+        largest_code: of the result, where a ceiling bounds it; None: that of ``output``.
+    """
+
+    source: HostGrid
+    sums: _Sums
+    bias: Tensor | None
+    parts: tuple[_Sums, ...]
+    exact_bias: Tensor | None
+    steps: Tensor
+    output: HostGrid | None
+    rectifies: bool
+    largest_code: int | None
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """Return the output's codes, uint8 counted from 0; float32 values where there is no output grid.
+
+        Args:
+            codes: uint8 codes of the input, counted from 0; not empty.
+        """
+        total = self.sums(codes, self.bias, self.rectifies and not self.parts)
+        if self.parts and not self._is_exact(total):
+            total = self._exact_sums(codes)
+        total.mul_(self.steps)
+        if self.output is None:
+            return total
+        low = self.output.zero if self.rectifies and self.parts else 0
+        return rounded_codes(total, self.output, low, self.largest_code)
+
+    def _is_exact(self, total: Tensor) -> bool:
+        """Whether no sum was rounded: the sums without the bias stay below 2^24."""
+        if self.bias is None and self.exact_bias is not None:
+            return False
+        reach = FLOAT32_EXACT - 1 - (0.0 if self.bias is None else float(self.bias.abs().max()))
+        least, most = torch.aminmax(total)
+        return -reach < float(least) and float(most) < reach
+
+    def _exact_sums(self, codes: Tensor) -> Tensor:
+        total = self.parts[0](codes, None, False).double()
+        for part in self.parts[1:]:
+            total += part(codes, None, False)
+        if self.exact_bias is not None:
+            total += self.exact_bias.view(self.steps.shape)
+        return total.float()
+
+
+def run_packed(x: Tensor, layer: PackedLayer) -> Tensor | None:
+    """Run a layer on a tensor that `codes.can_use_codes` accepts; None where its values don't lie on the input's grid.
+
+    Returns:
+        Values on the output's grid, which carry their codes; plain float32 values where there is no output grid. They
+        are channels_last where ``x`` is, else contiguous.
+    """
+    codes = take_codes(x, layer.source) if x.numel() else None
+    if codes is None:
+        return None
+    result = layer(codes)
+    if layer.output is not None:
+        return give_codes(result, layer.output, x)
+    return result.contiguous(memory_format=memory_format_of(x))
+
+
+def pack(
+    layer: IntegerAffine, op: LinearMap, source: Grid, output: Grid | None, ceiling: float | None
+) -> PackedLayer | None:
+    """Prepare a layer for torch's integer kernels; None where they can't run it.
+
+    They run convolutions of one to three dimensions (not transposed, padded with zeros) and matrix products on x86 CPUs
+    whose 8-bit products don't saturate, with inputs of up to 256 codes and weights of 8 bits.
+
+    Args:
+        layer: the integers.
+        op: the convolution or product.
+        source: grid of the input, per tensor.
+        output: grid behind the layer, per tensor, or None.
+        ceiling: of the ReLU before ``output``, see :func:`tritonq.reference.activation.rectify`; None: none.
+    """
+    weight = layer.weight
+    if not weight.is_cpu or not has_integer_kernels() or not weight.numel():
+        return None
+    on_host, target = host_grid(source), None if output is None else host_grid(output)
+    make = _kernel_of(op)
+    if make is None or on_host is None or (output is not None and target is None):
+        return None
+    least, most = (float(bound) for bound in torch.aminmax(weight))
+    steps = layer.multiplier if output is None else layer.multiplier / output.scale
+    # NaN, of a training that diverged, fails each comparison.
+    if not (least >= -128 and most <= 127 and layer.sum_bound < _MAX_SUM and bool(steps.isfinite().all())):
+        return None
+    codes = weight.to(torch.int8)
+    zero, bias, exact = on_host.zero, layer.bias, layer.sum_bound < FLOAT32_EXACT
+    if exact and zero and not _pads(op):
+        sums = codes.flatten(1).sum(1, dtype=torch.int32)
+        magnitudes = codes.flatten(1).abs().sum(1, dtype=torch.int32)
+        if int(magnitudes.max()) * _LARGEST_INPUT_CODE < FLOAT32_EXACT:
+            # Without a zero point the kernel is faster.
+            bias, zero = (0 if bias is None else bias) - zero * sums, 0
+    fits = bias is None or int(bias.abs().max()) <= FLOAT32_EXACT
+    exact = exact and fits
+    largest = None
+    if output is not None and ceiling is not None:
+        zero_code = output.qtype.quant_min
+        largest = int(quantize(torch.tensor([ceiling]), output)) - zero_code
+    return PackedLayer(
+        source=on_host,
+        sums=make(codes, zero),
+        bias=None if bias is None or not fits else bias.float(),
+        parts=() if exact else _parts(codes, layer, lambda part: make(part, zero)),
+        exact_bias=bias,
+        steps=steps.view(-1, *[1] * (-1 - op.output_axis)),
+        output=target,
+        rectifies=output is not None and ceiling is not None,
+        largest_code=largest,
+    )
+
+
+def _parts(codes: Tensor, layer: IntegerAffine, make: Callable[[Tensor], _Sums]) -> tuple[_Sums, ...]:
+    """Return kernels for parts of the weight, enough of them that float32 rounds no sum."""
+    rows = codes.flatten(1)
+    largest_input = layer.sum_bound / max(1, int(rows.int().abs().sum(1).max()))
+    count = 1
+    while True:
+        pieces = rows.int().abs().tensor_split(count, dim=1)
+        if max(int(piece.sum(1).max()) for piece in pieces) * largest_input < FLOAT32_EXACT - 1:
+            break
+        count += 1
+    made, start = [], 0
+    for piece in pieces:
+        part = torch.zeros_like(rows)
+        part[:, start : start + piece.shape[1]] = rows[:, start : start + piece.shape[1]]
+        made.append(make(part.view(codes.shape)))
+        start += piece.shape[1]
+    return tuple(made)
+
+
+def _pads(op: LinearMap) -> bool:
+    return isinstance(op, PaddedConvolution) or (isinstance(op, Convolution) and any(op.padding))
+
+
+def _kernel_of(op: LinearMap) -> Callable[[Tensor, int], _Sums] | None:
+    """Return what makes a kernel of int8 weight codes and the input's zero point; None: there is none."""
+    if isinstance(op, MatrixProduct):
+        return _product
+    if isinstance(op, Convolution):
+        return None if op.transposed else partial(_convolution, op)
+    if isinstance(op, PaddedConvolution) and op.pad_mode == "constant" and not op.conv.transposed:
+        return partial(_padded_convolution, op)
+    return None
+
+
+def _product(weight: Tensor, zero: int) -> _Sums:
+    packed, scales, zeros = torch.ops.onednn.qlinear_prepack(weight, None), *_unit_scales(len(weight))
+    run = torch.ops.onednn.qlinear_pointwise.default
+
+    def sums(codes: Tensor, bias: Tensor | None, rectifies: bool) -> Tensor:
+        after = "relu" if rectifies else "none"
+        result: Tensor = run(
+            codes.contiguous(), 1.0, zero, packed, scales, zeros, bias, 1.0, 0, torch.float32, after, [], ""
+        )
+        return result
+
+    return sums
+
+
+def _convolution(conv: Convolution, weight: Tensor, zero: int) -> _Sums:
+    scales, zeros = _unit_scales(len(weight))
+    geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+    packed = torch.ops.onednn.qconv_prepack(weight, scales, 1.0, zero, *geometry, None)
+    rank, run = len(conv.stride), _convolutions()[len(conv.stride)]
+
+    def sums(codes: Tensor, bias: Tensor | None, rectifies: bool) -> Tensor:
+        batch = codes if codes.dim() == rank + 2 else codes.unsqueeze(0)
+        batch = batch.contiguous(memory_format=_FORMATS.get(batch.dim(), torch.contiguous_format))
+        after = "relu" if rectifies and rank < 3 else "none"  # the kernel of three dimensions has no ReLU
+        result: Tensor = run(
+            batch, 1.0, zero, packed, scales, zeros, bias, *geometry, 1.0, 0, torch.float32, after, [], ""
+        )
+        if rectifies and rank == 3:
+            result.relu_()
+        return result if batch.dim() == codes.dim() else result.squeeze(0)
+
+    return sums
+
+
+def _padded_convolution(op: PaddedConvolution, weight: Tensor, zero: int) -> _Sums:
+    inner = _convolution(op.conv, weight, zero)
+    return lambda codes, bias, rectifies: inner(F.pad(codes, op.pad, value=zero), bias, rectifies)
+
+
+@cache
+def _convolutions() -> dict[int, Any]:
+    ops = torch.ops.onednn
+    return {1: ops.qconv1d_pointwise.default, 2: ops.qconv2d_pointwise.default, 3: ops.qconv3d_pointwise.default}
+
+
+def _unit_scales(channels: int) -> tuple[Tensor, Tensor]:
+    return torch.ones(channels), torch.zeros(channels, dtype=torch.int64)
+
+
+def has_integer_kernels() -> bool:
+    """Whether torch's 8-bit kernels run here and give exact sums."""
+    return bool(torch.backends.mkldnn.enabled) and _kernels_are_exact()
+
+
+@cache
+def _kernels_are_exact() -> bool:
+    """Whether 8-bit products are added without saturating: x86 CPUs with VNNI, AMX or their like. Tried once.
+
+    Without them, pairs of products are added in 16 bits: 2 · 255 · 127 saturates there.
+    """
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    channels = 32
+    dense, depthwise = torch.full((channels, channels, 3, 3), 127), torch.full((channels, 1, 3, 3), 127)
+    plain = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
+    cases: list[tuple[LinearMap, Tensor, tuple[int, ...]]] = [
+        (plain, dense, (1, channels, 5, 5)),
+        (replace(plain, padding=(0, 0)), dense[:, :, :1, :1], (1, channels, 5, 5)),
+        (replace(plain, groups=channels), depthwise, (1, channels, 5, 5)),
+        (MatrixProduct(), dense[:, :, 0, 0], (2, channels)),
+    ]
+    try:
+        for op, weight, shape in cases:
+            codes, make = torch.full(shape, 255, dtype=torch.uint8), cast(Any, _kernel_of(op))
+            found = make(weight.to(torch.int8).contiguous(), 0)(codes, None, False)
+            if not torch.equal(found, op(codes.float(), weight.float())):
+                return False
+    except (AttributeError, RuntimeError):  # a torch without these operators, or built without oneDNN
+        return False
+    return True
