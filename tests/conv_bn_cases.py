@@ -10,7 +10,7 @@ from written_quantizers import WrittenActivation, WrittenWeight
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 WRITTEN = TorchQConfig(activation=WrittenActivation, weight=WrittenWeight)
-FLOAT_OUT = tritonq.QConfig(activation=nn.Identity, weight=tritonq.get_qconfig().weight)
+FLOAT_OUT = tritonq.QConfig(activation=nn.Identity, weight=tritonq.get_qconfig("tensorrt").weight)
 
 GEOMETRIES = {
     "1d": ("1d", {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "stride": 2, "padding": 1}, (4, 4, 9)),

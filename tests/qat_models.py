@@ -17,7 +17,8 @@ TORCH_PRESETS = {
     for version in (0, 1)
 }
 OBSERVED_PRESETS = {
-    name: tritonq.get_qconfig(name) for name in ("tensorrt", "megengine_ema", "megengine_min_max", "megengine_lowbit")
+    name: tritonq.get_qconfig(name)
+    for name in ("onnxruntime", "tensorrt", "megengine_ema", "megengine_min_max", "megengine_lowbit")
 }
 PRESETS = {**TORCH_PRESETS, **OBSERVED_PRESETS}
 

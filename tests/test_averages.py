@@ -91,7 +91,7 @@ AVERAGES = {
 }
 
 
-def trained(average, preset="tensorrt"):
+def trained(average, preset="onnxruntime"):
     torch.manual_seed(0)
     x = torch.randn(32, 3, 14, 10)
     net = Net(AVERAGES[average]())

@@ -167,7 +167,7 @@ def test_the_eager_flow_takes_it_too():
 
 @pytest.mark.parametrize("made", [intrinsic.ConvReLU2d(nn.Conv2d(1, 1, 1), nn.SiLU())])
 def test_a_row_that_ends_in_something_else_is_refused(made):
-    made.qconfig = tritonq.get_qconfig()
+    made.qconfig = tritonq.get_qconfig("tensorrt")
     with pytest.raises(TypeError, match=r"takes a ReLU, ReLU6 or Hardtanh\(0, b\), got SiLU"):
         qnn.ConvReLU2d.from_float(made)
 
@@ -268,10 +268,10 @@ def kinds_in(path, folder, optimise: bool) -> collections.Counter:
 @pytest.mark.parametrize("make", [Net, Block])
 def test_onnx_runtime_has_no_clip_where_the_codes_end_first(make, act, preset, clips, tmp_path):
     pytest.importorskip("onnxruntime")
-    qconfig = tritonq.get_qconfig() if preset == "tensorrt" else tritonq.get_default_qat_qconfig("qnnpack")
+    qconfig = tritonq.get_qconfig("tensorrt") if preset == "tensorrt" else tritonq.get_default_qat_qconfig("qnnpack")
     prepared = trained(prepare_qat(make(act), qconfig=qconfig, example_inputs=X))
     path = tmp_path / "m.onnx"
-    tritonq.export_onnx(prepared, path, X)
+    tritonq.export_onnx(prepared, path, X, target="onnxruntime")
     assert tritonq.verify(prepared, path, 4 * X).agrees(0.001, 1)
     assert kinds_in(path, tmp_path, optimise=False)["Clip"] == clips
     kinds = kinds_in(path, tmp_path, optimise=True)
@@ -284,7 +284,8 @@ def test_onnx_runtime_has_no_clip_where_the_codes_end_first(make, act, preset, c
 @pytest.mark.parametrize("make", [Net, Block])
 def test_a_bound_below_the_last_code_is_exported(make, target, tmp_path):
     pytest.importorskip("onnxruntime")
-    prepared = widened(trained(prepare_qat(make(nn.Hardtanh(0.0, 1.5)), example_inputs=X)))
+    qconfig = tritonq.get_qconfig(target)
+    prepared = widened(trained(prepare_qat(make(nn.Hardtanh(0.0, 1.5)), qconfig=qconfig, example_inputs=X)))
     tritonq.export_onnx(prepared, tmp_path / "m.onnx", X, target=target)
     assert tritonq.verify(prepared, tmp_path / "m.onnx", 4 * X).agrees(0.005 if target == "tensorrt" else 0.001, 1)
 
@@ -293,7 +294,8 @@ def test_a_bound_below_the_last_code_is_exported(make, target, tmp_path):
 def test_tensorrt_gets_a_clip_only_where_the_quantizer_ends_above_it(bound, kind, tmp_path):
     pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
-    prepared = widened(trained(prepare_qat(Net(nn.Hardtanh(0.0, bound)), example_inputs=X)))
+    qconfig = tritonq.get_qconfig("tensorrt")
+    prepared = widened(trained(prepare_qat(Net(nn.Hardtanh(0.0, bound)), qconfig=qconfig, example_inputs=X)))
     path = tmp_path / "m.onnx"
     tritonq.export_onnx(prepared, path, X, target="tensorrt")
     kinds = [node.op_type for node in onnx.load(path).graph.node]

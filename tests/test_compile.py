@@ -112,7 +112,7 @@ def test_switches_work_in_a_compiled_model():
 
 def test_inductor_trains():
     torch.manual_seed(0)
-    qconfig = tritonq.get_qconfig()
+    qconfig = tritonq.get_qconfig("tensorrt")
     model = nn.Sequential(qnn.ConvBnReLU2d(3, 4, 3, qconfig=qconfig), nn.Flatten(), qnn.Linear(144, 2, qconfig=qconfig))
     model(images(4))
     eager = copy.deepcopy(model)
@@ -158,7 +158,7 @@ def test_explain_finds_no_graph_break(name):
     assert report.op_count > 10
 
 
-WEIGHT = tritonq.get_qconfig().weight
+WEIGHT = tritonq.get_qconfig("tensorrt").weight
 SYMMETRIC = {"dtype": torch.qint8, "qscheme": torch.per_tensor_symmetric}
 STEP = tritonq.LearnedStepFakeQuantize.with_args
 HISTOGRAM = tritonq.FakeQuantize.with_args(observer=tritonq.HistogramObserver)

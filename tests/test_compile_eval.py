@@ -22,7 +22,7 @@ from tritonq.grid import Grid
 from tritonq.nn.conv_bn import QATBatchNormLayer
 from tritonq.qparams import QUANTIZED_TYPES
 
-QCONFIG = tritonq.get_qconfig()
+QCONFIG = tritonq.get_qconfig("tensorrt")
 
 
 @pytest.fixture(autouse=True)

@@ -322,7 +322,7 @@ EVERY_KIND = {f"{kind}/channels_first/3x3s1/stem/small": TILE for kind in ("floa
 def trained(kind: str, **arguments: object) -> torch.nn.Module:
     """A model of a QuantStub and one layer, after three training steps."""
     torch.manual_seed(0)
-    qconfig = tritonq.get_qconfig()
+    qconfig = tritonq.get_qconfig("tensorrt")
     if kind == "Conv2d":
         layers = [torch.nn.Conv2d(4, 6, 3, padding=1)]
     elif kind == "RepVGGBlock":

@@ -30,7 +30,7 @@ def test_cumulative_average():
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("geometry", ["1d", "2d", "one pixel"])
 def test_with_activation_quantizer(geometry, relu):
-    theirs, ours = pair(geometry, relu=relu, qconfig=tritonq.get_qconfig())
+    theirs, ours = pair(geometry, relu=relu, qconfig=tritonq.get_qconfig("tensorrt"))
     written = WrittenActivation()
     theirs.register_forward_hook(lambda module, args, y: written.train(module.training)(y))
     assert_same_training(theirs, ours, inputs(geometry))
@@ -45,7 +45,7 @@ def test_with_activation_quantizer(geometry, relu):
 def test_a_relu_with_an_upper_bound(geometry, channels_last, ceiling, mode, quantized):
     """Against the same layer without ReLU, with hardtanh and fake quantization written behind it."""
     theirs = pair(geometry, relu=False, mode=mode)[0 if mode == "approximate" else 1]
-    _, ours = pair(geometry, relu=True, qconfig=tritonq.get_qconfig() if quantized else FLOAT_OUT, mode=mode)
+    _, ours = pair(geometry, relu=True, qconfig=tritonq.get_qconfig("tensorrt") if quantized else FLOAT_OUT, mode=mode)
     ours.ceiling = ceiling
     written = WrittenActivation()
 
@@ -61,7 +61,7 @@ def test_a_relu_with_an_upper_bound(geometry, channels_last, ceiling, mode, quan
 def test_the_result_may_be_changed_in_place(channels_last):
     """An in-place ReLU6 behind the layer, as in MobileNetV2."""
     torch.manual_seed(0)
-    layer = tritonq.nn.ConvBn2d(3, 6, 3, qconfig=tritonq.get_qconfig())
+    layer = tritonq.nn.ConvBn2d(3, 6, 3, qconfig=tritonq.get_qconfig("tensorrt"))
     x = torch.randn(2, 3, 8, 8)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     expected = torch.nn.functional.relu6(copy.deepcopy(layer)(x))

@@ -100,7 +100,7 @@ def test_exact_equals_its_formula(geometry, bias, affine, relu):
 
 @pytest.mark.parametrize("geometry", ["2d", "grouped"])
 def test_exact_with_a_quantized_bias(geometry):
-    grid = tritonq.get_qconfig().activation()
+    grid = tritonq.get_qconfig("tensorrt").activation()
     grid(torch.tensor([-2.0, 2.0]))
     batches = [grid(x.float()).double() for x in inputs(geometry)]
     written, ours = exact_pair(geometry, grid=grid)
@@ -132,7 +132,7 @@ def test_modes_differ():
 @pytest.mark.parametrize("freeze", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_zero_gamma_is_finite_and_can_leave_zero(mode, freeze):
-    _, ours = pair("2d", relu=False, qconfig=tritonq.get_qconfig(), mode=mode)
+    _, ours = pair("2d", relu=False, qconfig=tritonq.get_qconfig("tensorrt"), mode=mode)
     with torch.no_grad():
         ours.bn.weight[::2] = 0
     if freeze:

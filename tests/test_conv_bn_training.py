@@ -78,8 +78,8 @@ def test_cumulative_average_in_the_modes_that_run_twice(mode):
 @pytest.mark.parametrize("relu", [False, True])
 def test_the_composition_equals_the_operator(geometry, relu):
     """Where someone listens to the BatchNorm, the approximate mode is composed of modules; γ is zero in one channel."""
-    _, ours = pair(geometry, relu=relu, qconfig=tritonq.get_qconfig())
-    _, composed = pair(geometry, relu=relu, qconfig=tritonq.get_qconfig())
+    _, ours = pair(geometry, relu=relu, qconfig=tritonq.get_qconfig("tensorrt"))
+    _, composed = pair(geometry, relu=relu, qconfig=tritonq.get_qconfig("tensorrt"))
     calls = []
     composed.bn.register_forward_hook(lambda *_: calls.append(1))
     for layer in (ours, composed):
@@ -90,7 +90,7 @@ def test_the_composition_equals_the_operator(geometry, relu):
 
 
 def test_frozen_training_quantizes_the_bias():
-    grid = tritonq.get_qconfig().activation()
+    grid = tritonq.get_qconfig("tensorrt").activation()
     grid(torch.tensor([-2.0, 2.0]))
     _, ours = pair("2d", relu=False)
     ours.freeze_bn_stats().set_input_quantizer(grid)

@@ -28,6 +28,7 @@ LAYERS = [
     (
         "tritonq.version",
         "tritonq.warn_once",
+        "tritonq.targets",
     ),
 ]
 # The one place that may read torch.ao checkpoints.

@@ -22,7 +22,7 @@ from tritonq.functional import traced
 from tritonq.nn.conv_bn import QATBatchNormLayer
 from tritonq.qconfig import PRESETS
 
-WEIGHT = tritonq.get_qconfig().weight
+WEIGHT = tritonq.get_qconfig("tensorrt").weight
 LEARNED = tritonq.LearnedStepFakeQuantize.with_args
 QCONFIGS = {
     **PRESETS,

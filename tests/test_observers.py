@@ -146,12 +146,15 @@ def test_fake_quantize_equals_torch_ao_presets(backend, version):
 
 
 def test_presets_by_name():
-    assert tritonq.get_qconfig() == tritonq.get_qconfig("tensorrt")
-    weight = tritonq.get_qconfig().weight()
+    assert tritonq.get_qconfig() == tritonq.get_qconfig("onnxruntime")
+    weight = tritonq.get_qconfig("tensorrt").weight()
     assert (weight.quant_min, weight.quant_max, weight.ch_axis) == (-127, 127, 0)
     lowbit = tritonq.get_qconfig("megengine_lowbit").activation()
     assert (lowbit.quant_min, lowbit.quant_max) == (-8, 7)
-    with pytest.raises(ValueError, match="unknown preset 'int7'; known: tensorrt, megengine_min_max"):
+    with pytest.raises(
+        ValueError,
+        match="unknown preset 'int7'; known: onnxruntime, tensorrt, megengine_min_max",
+    ):
         tritonq.get_qconfig("int7")
     with pytest.raises(ValueError, match="known: fbgemm, x86"):
         tritonq.get_default_qat_qconfig("tpu")
@@ -201,7 +204,7 @@ def test_a_quantizer_that_never_observed_passes_through_with_one_warning():
 
 @pytest.mark.parametrize("convert", [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double])
 def test_qparams_keep_their_dtype(convert):
-    quantizer = tritonq.get_qconfig().weight(num_channels=3)
+    quantizer = tritonq.get_qconfig("tensorrt").weight(num_channels=3)
     quantizer(torch.randn(3, 4))
     before = copy.deepcopy(quantizer.state_dict())
     convert(quantizer)
@@ -211,7 +214,7 @@ def test_qparams_keep_their_dtype(convert):
 
 
 def test_buffers_have_their_final_shape_from_construction():
-    fresh = tritonq.get_qconfig().weight(num_channels=3)
+    fresh = tritonq.get_qconfig("tensorrt").weight(num_channels=3)
     used = copy.deepcopy(fresh)
     used(torch.randn(3, 4))
     fresh.load_state_dict(used.state_dict())
@@ -220,9 +223,9 @@ def test_buffers_have_their_final_shape_from_construction():
 
 
 def test_a_per_channel_quantizer_adopts_the_length_of_data_or_checkpoint():
-    used = tritonq.get_qconfig().weight()
+    used = tritonq.get_qconfig("tensorrt").weight()
     used(torch.randn(3, 4))
-    late = tritonq.get_qconfig().weight()
+    late = tritonq.get_qconfig("tensorrt").weight()
     late.load_state_dict(used.state_dict())
     assert torch.equal(late.scale, used.scale)
     with pytest.raises(ValueError, match="keeps 3 channels along axis 0, got 5"):

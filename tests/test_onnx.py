@@ -184,7 +184,7 @@ def test_ties_at_the_input_round_as_trained(tmp_path):
     """Inputs in units of half a code: ties everywhere, which MegEngine rounds away from zero and ONNX to even."""
     for preset in ("megengine_ema", "tensorrt"):
         model = trained_residual(preset)
-        export_onnx(model, tmp_path / "m.onnx", images(2))
+        export_onnx(model, tmp_path / "m.onnx", images(2), target="onnxruntime")
         halves = torch.randint(-40, 40, (16, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 2
         x = halves * model.input.scale
         report = verify(model, tmp_path / "m.onnx", x)
@@ -266,21 +266,24 @@ def test_tensorrt_takes_every_symmetric_preset(exported, preset):
     assert verify(model, path, images(32)).agrees(0.005, 1)
 
 
-@pytest.mark.parametrize("preset", ["fbgemm_v0", "qnnpack_v1", "onednn_v0"])
-def test_tensorrt_refuses_zero_points(preset, tmp_path):
-    with pytest.raises(ValueError, match=r"zero points of 0 alone; the quantizer 'input' has \d+.*tensorrt"):
-        export_onnx(trained_residual(preset), tmp_path / "m.onnx", images(2), target="tensorrt")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("preset", ["fbgemm_v0", "qnnpack_v1", "onnxruntime"])
+def test_tensorrt_runs_in_float_what_its_integers_cannot_hold(exported, preset):
+    with pytest.warns(UserWarning, match=r"zero points of 0 alone; it will run in float: stem[,.].*tensorrt"):
+        model, path = exported(preset, "tensorrt")
+    # Behind a ReLU the seven bits of fbgemm fit.
+    assert bool(nodes(path, "QuantizeLinear")) == (preset == "fbgemm_v0")
+    assert verify(model, path, images(32)).agrees(0.005, 1)
 
 
-def test_codes_wider_than_eight_bits_are_refused(tmp_path):
+def test_codes_wider_than_eight_bits(tmp_path):
     qtype = tritonq.QuantizedType.of(12)
     qconfig = tritonq.QConfig(tritonq.FakeQuantize.with_args(dtype=qtype), SYMMETRIC.weight)
     model = train(Steps(qnn.Conv2d(3, 4, 1, qconfig=qconfig), qconfig), images(4))
     with pytest.raises(ValueError, match=r"'input' has the codes -2048\.\.2047.*at most 8 bits"):
         export_onnx(model, tmp_path / "m.onnx", images(2))
-    with pytest.raises(ValueError, match="TensorRT takes int8 codes; the quantizer 'input'"):
+    with pytest.warns(UserWarning, match="it will run in float: layer"):
         export_onnx(model, tmp_path / "m.onnx", images(2), target="tensorrt")
+    assert verify(model, tmp_path / "m.onnx", images(32)).agrees(0.005, 1)
 
 
 def test_wrong_arguments(tmp_path):
@@ -328,7 +331,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 import torch, tritonq
 from tritonq.deploy import export_onnx
-layer = tritonq.nn.Conv2d(3, 4, 1, qconfig=tritonq.get_qconfig())
+layer = tritonq.nn.Conv2d(3, 4, 1, qconfig=tritonq.get_qconfig("tensorrt"))
 layer(torch.randn(2, 3, 4, 4))
 calls = lambda: export_onnx(layer, "m.onnx", torch.randn(2, 3, 4, 4)), lambda: tritonq.verify(layer, "m.onnx", [])
 for call in calls:

@@ -141,7 +141,7 @@ import tritonq
 
 model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
 images = torch.randn(4, 3, 8, 8)
-qat = tritonq.prepare_qat(model, qconfig=tritonq.get_qconfig(), example_inputs=images)
+qat = tritonq.prepare_qat(model, qconfig=tritonq.get_qconfig("tensorrt"), example_inputs=images)
 qat.train()
 qat(images).sum().backward()
 qat.eval()

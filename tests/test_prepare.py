@@ -146,9 +146,9 @@ def test_qconfig_argument_stands_for_the_models_own(example):
     assert type(prepared[1]) is nn.Conv2d
 
 
-def test_without_qconfig_the_preset_is_tensorrt():
+def test_without_qconfig_the_preset_is_onnxruntime():
     prepared = prepare_qat(nn.Sequential(conv()), example_inputs=X)
-    assert prepared[0].qconfig == get_qconfig("tensorrt")
+    assert prepared[0].qconfig == get_qconfig("onnxruntime")
 
 
 def test_report_tells_two_additions_apart():
@@ -287,7 +287,7 @@ def test_eager_flow_swaps_a_shared_module_once():
 
 def test_eager_flow_without_any_qconfig_uses_the_default():
     prepared = prepare_qat(nn.Sequential(conv()))
-    assert prepared[0].qconfig == get_qconfig("tensorrt")
+    assert prepared[0].qconfig == get_qconfig("onnxruntime")
 
 
 def test_eager_flow_needs_a_qconfig_of_the_right_type():

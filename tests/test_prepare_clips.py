@@ -133,10 +133,10 @@ def test_clipped_values_that_others_read_unclipped_keep_both_quantizers():
 def test_onnx_runtime_convolves_in_integers_and_clips_codes(preset, act, tmp_path):
     onnx = pytest.importorskip("onnx")
     ort = pytest.importorskip("onnxruntime")
-    qconfig = tritonq.get_qconfig() if preset == "tensorrt" else tritonq.get_default_qat_qconfig("fbgemm")
+    qconfig = tritonq.get_qconfig("tensorrt") if preset == "tensorrt" else tritonq.get_default_qat_qconfig("fbgemm")
     prepared = trained(prepare_qat(Net(act), qconfig=qconfig, example_inputs=X))
     path = tmp_path / "m.onnx"
-    tritonq.export_onnx(prepared, path, X)
+    tritonq.export_onnx(prepared, path, X, target="onnxruntime")
     assert tritonq.verify(prepared, path, 4 * X).agrees(0.001, 1)
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -150,7 +150,8 @@ def test_onnx_runtime_convolves_in_integers_and_clips_codes(preset, act, tmp_pat
 def test_tensorrt_gets_the_clip_before_its_quantizer(tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    prepared = trained(prepare_qat(Net(nn.Hardtanh(-1, 2)), example_inputs=X))
+    qconfig = tritonq.get_qconfig("tensorrt")
+    prepared = trained(prepare_qat(Net(nn.Hardtanh(-1, 2)), qconfig=qconfig, example_inputs=X))
     path = tmp_path / "m.onnx"
     tritonq.export_onnx(prepared, path, X, target="tensorrt")
     kinds = [node.op_type for node in onnx.load(path).graph.node]

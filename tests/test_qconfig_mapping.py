@@ -184,7 +184,7 @@ UNKNOWN = {"dtype": {"dtype": "x"}}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"global": {"preset": "int7"}}, "global names an unknown preset .*known: tensorrt"),
+        ({"global": {"preset": "int7"}}, "global names an unknown preset .*known: onnxruntime, tensorrt"),
         ({"global": {"preset": "fbgemm", "version": 2}}, "unknown preset"),
         ({"global": {"activation": {"class": "os.system"}, "weight": IDENTITY}}, "class 'os.system'; known: Clip"),
         ({"global": {"activation": IDENTITY}}, "fields activation and weight"),

@@ -340,7 +340,7 @@ def test_bad_input_ends_in_one_line(checkpoint, tmp_path, capsys):
 
 
 def test_layers_in_float_are_listed(data):
-    mapping = tritonq.QConfigMapping().set_global(tritonq.get_qconfig()).set_last_layer(None)
+    mapping = tritonq.QConfigMapping().set_global(tritonq.get_qconfig("tensorrt")).set_last_layer(None)
     model = tritonq.prepare_qat(SmallResNet(1, 10, 4), qconfig=mapping, example_inputs=data.train_images[:2])
     tritonq.calibrate(model, data.train_images[:32])
     text = render(measure(model, data.test_images[:8], data.test_labels[:8]), "digits", "test")

@@ -20,7 +20,7 @@ CASES = {
     "depthwise": {"in_channels": 6, "out_channels": 6, "groups": 6, "activation": nn.SiLU()},
     "linear": {"in_channels": 6, "out_channels": 6, "activation": None, "learned_alpha": True},
 }
-WRITTEN = tritonq.QConfig(activation=nn.Identity, weight=tritonq.get_qconfig().weight)
+WRITTEN = tritonq.QConfig(activation=nn.Identity, weight=tritonq.get_qconfig("tensorrt").weight)
 
 
 def block(name):
@@ -131,9 +131,9 @@ def test_shares_its_branches():
 
 @pytest.mark.parametrize("name", ["identity", "depthwise"])
 def test_eval_is_close_to_float_and_in_integers_where_the_input_grid_is_known(name):
-    source = tritonq.get_qconfig().activation()
+    source = tritonq.get_qconfig("tensorrt").activation()
     x = source(sample(name).float())
-    made = quantized(name, tritonq.get_qconfig()).float()
+    made = quantized(name, tritonq.get_qconfig("tensorrt")).float()
     made.set_input_quantizer(source)
     for _ in range(3):
         made.train()(x)
@@ -146,7 +146,7 @@ def test_eval_is_close_to_float_and_in_integers_where_the_input_grid_is_known(na
 
 
 def test_the_bias_is_on_the_grid_of_the_sums_in_training():
-    source = tritonq.get_qconfig().activation()
+    source = tritonq.get_qconfig("tensorrt").activation()
     source(torch.tensor([-2.0, 2.0]))
     made = quantized("identity").float()
     x = source(sample("identity").float())
@@ -236,7 +236,7 @@ def test_what_was_trained_is_deployed(tmp_path):
 
 
 def test_a_block_that_stays_in_float_is_left_alone():
-    mapping = tritonq.QConfigMapping().set_global(tritonq.get_qconfig()).set_module_name("1", None)
+    mapping = tritonq.QConfigMapping().set_global(tritonq.get_qconfig("tensorrt")).set_module_name("1", None)
     qat = tritonq.prepare_qat(network(), qconfig=mapping, example_inputs=IMAGES)
     assert type(qat[1]) is RepVGGBlock
     assert type(qat[2]) is QATRepVGGBlock

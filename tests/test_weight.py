@@ -169,9 +169,9 @@ def test_the_state_of_a_module_is_updated_as_its_own_forward_would() -> None:
     """The operator and the module agree on range, scale and codes."""
     from tritonq.nn.fusable import observed_grid
 
-    quantizer = tritonq.get_qconfig().weight()
+    quantizer = tritonq.get_qconfig("tensorrt").weight()
     quantizer.allocate(5)
-    twin = tritonq.get_qconfig().weight()
+    twin = tritonq.get_qconfig("tensorrt").weight()
     twin.allocate(5)
     rows, fold = problem((5, 3, 3, 3))
     state = observed_grid(quantizer)

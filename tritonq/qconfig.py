@@ -1,4 +1,4 @@
-"""Which quantizers a layer gets: QConfig, torch.ao's presets and those of other systems, by name."""
+"""Which quantizers a layer gets: QConfig, presets for engines, torch.ao's presets and those of other systems."""
 
 from __future__ import annotations
 
@@ -21,20 +21,31 @@ from tritonq.observers import (
     PassiveObserver,
     PerChannelMinMaxObserver,
 )
-from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QuantizedType, RangeRule
+from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QUINT8, QuantizedType, RangeRule
+from tritonq.targets import Target, find_target
 
 
 class QConfig(NamedTuple):
-    """Factories of the fake quantizers for a layer's output and for its weight.
+    """Factories of the fake quantizers for a layer's output and for its weight, and the engine that they are made for.
 
     Each call of a factory, such as ``FakeQuantize.with_args(...)``, gives a new instance. ``nn.Identity`` as a factory
-    leaves that side in float.
+    leaves that side in float. ``target`` names one of :data:`tritonq.targets.TARGETS`: it says where a model is rounded
+    and which file ``export_onnx`` writes; None stands for ONNX Runtime.
 
-    Source: torch.ao.quantization.QConfig.
+    Source: torch.ao.quantization.QConfig; the target is tritonq's.
     """
 
     activation: Callable[..., nn.Module]
     weight: Callable[..., nn.Module]
+    target: str | None = None
+
+    def find_target(self) -> Target:
+        """Return the target.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        return find_target(self.target)
 
 
 # torch.ao's weight quantizers: moving averages, as there, signed 8 bits.
@@ -62,12 +73,13 @@ default_embedding_fake_quant = FakeQuantize.with_args(
 _V1: dict[str, RangeRule] = {"rule": "torch_v1"}
 
 
-def _torch_preset(reduce_range: bool, per_channel: bool, version: int) -> QConfig:
+def _torch_preset(backend: str, version: int) -> QConfig:
+    reduce_range, per_channel = _TORCH_BACKENDS[backend]
     activation = default_fake_quant.with_args(reduce_range=reduce_range)
     weight = default_per_channel_weight_fake_quant if per_channel else default_weight_fake_quant
     if version == 1:
-        return QConfig(activation.with_args(**_V1), weight.with_args(**_V1))
-    return QConfig(activation, weight)
+        return QConfig(activation.with_args(**_V1), weight.with_args(**_V1), backend)
+    return QConfig(activation, weight, backend)
 
 
 # Deployment engine: (reduce_range of activations, weights per channel).
@@ -77,6 +89,7 @@ _TORCH_BACKENDS = {
     "qnnpack": (False, False),
     "onednn": (False, True),
 }
+TORCH_BACKENDS = tuple(_TORCH_BACKENDS)
 
 
 def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
@@ -98,8 +111,7 @@ def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(_TORCH_BACKENDS)}")
     if version not in (0, 1):
         raise ValueError(f"version must be 0 or 1, got {version}")
-    reduce_range, per_channel = _TORCH_BACKENDS[backend]
-    return _torch_preset(reduce_range, per_channel, version)
+    return _torch_preset(backend, version)
 
 
 def _megengine(observer: Any, qtype: QuantizedType, **arguments: Any) -> Factory[FakeQuantize]:
@@ -130,18 +142,28 @@ _EMA = {"averaging_constant": 0.1}
 # differ by less.
 _COPY_ABOVE = 1.5
 
+# One scale per output channel, no code -128; the range is that of the present weight, with no memory of larger ones.
+_NARROW_WEIGHT = FakeQuantize.with_args(
+    observer=MovingAveragePerChannelMinMaxObserver,
+    dtype="qint8_narrow",
+    qscheme=torch.per_channel_symmetric,
+    averaging_constant=1.0,
+    ch_axis=0,
+)
+
 PRESETS: dict[str, QConfig] = {
-    # What TensorRT runs: zero points of 0, one scale per output channel, no code -128 in weights; a weight's range is
-    # that of the present weight, with no memory of larger ones. An activation's range follows growth at once.
+    # Products of unsigned activations and signed weights run fastest on CPUs. Zero is in every range: behind a ReLU the
+    # zero point is 0, and all 256 codes are used. An activation's range follows growth at once.
+    "onnxruntime": QConfig(
+        FakeQuantize.with_args(observer=MovingAverageMinMaxObserver, dtype=QUINT8, copy_above=_COPY_ABOVE),
+        _NARROW_WEIGHT,
+        "onnxruntime",
+    ),
+    # Zero points of 0, in activations too.
     "tensorrt": QConfig(
         FakeQuantize.with_args(observer=MovingAverageMinMaxObserver, dtype=QINT8, copy_above=_COPY_ABOVE),
-        FakeQuantize.with_args(
-            observer=MovingAveragePerChannelMinMaxObserver,
-            dtype="qint8_narrow",
-            qscheme=torch.per_channel_symmetric,
-            averaging_constant=1.0,
-            ch_axis=0,
-        ),
+        _NARROW_WEIGHT,
+        "tensorrt",
     ),
     "megengine_min_max": QConfig(_megengine(MinMaxObserver, QINT8), _megengine(MinMaxObserver, QINT8_NARROW)),
     "megengine_ema": QConfig(
@@ -166,14 +188,15 @@ PRESETS: dict[str, QConfig] = {
     # Fixed point: whether an activation is signed follows from the ReLU before it; weights are searched every forward.
     "f8net": QConfig(FixedPointFakeQuantize.with_args(signed=False), FixedPointFakeQuantize.with_args(momentum=1.0)),
 }
-DEFAULT_PRESET = "tensorrt"
+DEFAULT_PRESET = "onnxruntime"
 
 
 def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     """A preset by name.
 
-    - ``"tensorrt"`` (default): activations symmetric int8 with a moving average that follows growth at once
-      (``copy_above``), weights narrow int8 per channel.
+    - ``"onnxruntime"`` (default): activations unsigned 8-bit with a zero point (0 behind a ReLU) and a moving average
+      that follows growth at once (``copy_above``), weights symmetric narrow int8 per channel.
+    - ``"tensorrt"``: the same with symmetric int8 activations; a function behind a layer is computed before rounding.
     - ``"megengine_ema"``, ``"megengine_min_max"``: int8 per tensor, ties away from zero, eps 1e-5.
     - ``"megengine_sync_ema"``: as ``"megengine_ema"``, with ranges over all ranks where torch.distributed is
       initialised.
@@ -186,11 +209,10 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
-
-    Source: DESIGN section 2, SEMANTICS section 2.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        hint = f"get_default_qat_qconfig has torch.ao's {', '.join(TORCH_BACKENDS)}"
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}; {hint}")
     return PRESETS[name]
 
 

@@ -17,9 +17,10 @@ from tritonq import learned_fake_quantize, observers
 from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
-from tritonq.qconfig import PRESETS, QConfig, get_default_qat_qconfig, observe_only
+from tritonq.qconfig import PRESETS, TORCH_BACKENDS, QConfig, get_default_qat_qconfig, observe_only
 from tritonq.qconfig_mapping import Choice, Place, QConfigMapping, Rule
 from tritonq.qparams import QuantizedType
+from tritonq.targets import find_target
 
 FORMAT = "tritonq.qconfig_mapping"
 VERSION = 1
@@ -37,7 +38,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
         nn.Identity,
     )
 }
-_TORCH_BACKENDS = ("fbgemm", "x86", "qnnpack", "onednn")
+_FACTORIES = ("activation", "weight")
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _QSCHEMES = {
     str(value): value
@@ -136,11 +137,12 @@ def _qconfig_to_data(qconfig: Choice, where: str) -> Any:
     for name, preset in PRESETS.items():
         if qconfig == preset:
             return {"preset": name}
-    for name in _TORCH_BACKENDS:
+    for name in TORCH_BACKENDS:
         for version in (0, 1):
             if qconfig == get_default_qat_qconfig(name, version):
                 return {"preset": name, "version": version}
-    return {field: _value_to_data(getattr(qconfig, field), f"{field} of {where}") for field in QConfig._fields}
+    data = {field: _value_to_data(getattr(qconfig, field), f"{field} of {where}") for field in _FACTORIES}
+    return data if qconfig.target is None else {**data, "target": qconfig.target}
 
 
 def _qconfig_from_data(data: Any, where: str) -> Choice:
@@ -150,9 +152,14 @@ def _qconfig_from_data(data: Any, where: str) -> Choice:
         raise ValueError(f"{where} must be null, a preset or a pair of factories, got {data!r}")
     if "preset" in data:
         return _preset(data, where)
-    if sorted(data) != sorted(QConfig._fields):
-        raise ValueError(f"{where} must have the fields {' and '.join(QConfig._fields)}, got {sorted(data)}")
-    factories = {field: _value_from_data(data[field], f"{field} of {where}") for field in QConfig._fields}
+    if sorted({*data} - {"target"}) != sorted(_FACTORIES):
+        raise ValueError(f"{where} must have the fields {' and '.join(_FACTORIES)}, got {sorted(data)}")
+    target = data.get("target")
+    try:
+        find_target(target)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the target of {where} is none: {error}") from error
+    factories = {field: _value_from_data(data[field], f"{field} of {where}") for field in _FACTORIES}
     for field, factory in factories.items():
         if not callable(factory):
             raise ValueError(f"{field} of {where} must name a class, got {data[field]!r}")
@@ -162,16 +169,16 @@ def _qconfig_from_data(data: Any, where: str) -> Choice:
             raise ValueError(f"{field} of {where} can't be made: {error}") from error
         if not isinstance(made, nn.Module) or isinstance(made, observers.ObserverBase):
             raise ValueError(f"{field} of {where} must make a fake quantizer, got {type(made).__name__}")
-    return QConfig(**factories)
+    return QConfig(**factories, target=target)
 
 
 def _preset(data: dict[str, Any], where: str) -> QConfig:
     name, rest = data["preset"], {key: value for key, value in data.items() if key != "preset"}
     if name in PRESETS and not rest:
         return PRESETS[name]
-    if name in _TORCH_BACKENDS and set(rest) <= {"version"} and rest.get("version", 1) in (0, 1):
+    if name in TORCH_BACKENDS and set(rest) <= {"version"} and rest.get("version", 1) in (0, 1):
         return get_default_qat_qconfig(name, **rest)
-    known = ", ".join((*PRESETS, *(f"{backend} (version 0 or 1)" for backend in _TORCH_BACKENDS)))
+    known = ", ".join((*PRESETS, *(f"{backend} (version 0 or 1)" for backend in TORCH_BACKENDS)))
     raise ValueError(f"{where} names an unknown preset {data!r}; known: {known}")
 
 

@@ -75,7 +75,9 @@ class Setting:
         import tritonq
 
         example = self.make_inputs(torch.Generator(device).manual_seed(0), device)["images"]
-        return tritonq.prepare_qat(self.float_model(device), example_inputs=(example[:2],))
+        # The preset that all measurements of steps were made with.
+        qconfig = tritonq.get_qconfig("tensorrt")
+        return tritonq.prepare_qat(self.float_model(device), qconfig=qconfig, example_inputs=(example[:2],))
 
     def together_model(self, device: torch.device) -> nn.Module:
         """The same, with all weights quantized in one launch."""

@@ -40,7 +40,8 @@ def deploy(model: nn.Module, made: Recipe, data: Examples, output: Path, workers
     if onnx:
         onnx_path = output / "model.onnx"
         try:
-            write_onnx(converted, made, onnx_path)
+            # Whatever the preset's target: ONNX Runtime runs the file here and in `predict`.
+            write_onnx(converted, made, onnx_path, target="onnxruntime")
         except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
             reason = str(error).strip().splitlines()[0]
             print(f"ONNX Runtime      no {onnx_path.name}: {reason}", flush=True)

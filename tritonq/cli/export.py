@@ -17,8 +17,8 @@ from tritonq.cli.paths import writable_file
 from tritonq.cli.trained import ONNX_SUFFIX, Trained, add_trained_arguments, open_trained
 from tritonq.cli.training_files import Recipe
 from tritonq.deploy import convert, export_program, save_converted
-from tritonq.deploy.onnx_export import Target
 from tritonq.qconfig_files import mapping_to_data
+from tritonq.targets import OnnxForm
 
 _PROGRAM_SUFFIX = ".pt2"
 _INT8_SUFFIX = ".pt"
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trained_arguments(parser)
     parser.add_argument("output", type=Path, metavar="FILE", help=f"file to write, ending in {', '.join(_SUFFIXES)}")
     add_qconfig_argument(parser, "for --calibrate: ")
-    parser.add_argument("--target", choices=get_args(Target), default="onnxruntime", help="whose ONNX file it is")
+    parser.add_argument(
+        "--target", choices=get_args(OnnxForm), help="whose ONNX file it is, by default that of the preset's target"
+    )
     add_data_option(parser, "--calibrate", "images to calibrate a float model with")
     parser.add_argument("--images", type=int, default=256, metavar="N", help="how many to calibrate with")
 

@@ -15,11 +15,9 @@ from torch import nn
 
 from tritonq.cli.training_files import Recipe
 from tritonq.prepare import prepare_qat
-from tritonq.qconfig import DEFAULT_PRESET, PRESETS, get_default_qat_qconfig, get_qconfig
+from tritonq.qconfig import DEFAULT_PRESET, PRESETS, TORCH_BACKENDS, get_default_qat_qconfig, get_qconfig
 from tritonq.qconfig_files import load_qconfig_mapping, mapping_from_data
 from tritonq.qconfig_mapping import QConfigMapping
-
-TORCH_BACKENDS = ("fbgemm", "x86", "qnnpack", "onednn")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace) -> Result:
     save_training(files.qat_model, demo_recipe(qconfig, data), {"state_dict": qat.state_dict()})
     converted = convert(qat)
     save_converted(converted, files.converted)
-    export_onnx(converted, files.onnx, example)
+    export_onnx(converted, files.onnx, example, target="onnxruntime")  # which runs it below, whatever the preset
     name, layer = largest_layer(qat)
     draw(files.picture, float_run, qat_run, name, widest_channel(layer))
 

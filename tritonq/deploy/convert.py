@@ -125,7 +125,8 @@ def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
         try:
             if isinstance(module, QATLayer):
                 output = module.activation_post_process
-                replacements[module] = _layer(module, quantizers.get(output, output))
+                made = replacements[module] = _layer(module, quantizers.get(output, output))
+                made.target = module.qconfig.target
                 own_input = module._modules.get(INPUT_QUANTIZER)
                 if own_input is not None:
                     replacements[module].add_module(INPUT_QUANTIZER, quantizers.get(own_input, own_input))
@@ -224,6 +225,7 @@ def _table(table: Embedding | EmbeddingBag) -> nn.Module:
     codes, scale, zero = _codes(table.weight, quantizer)
     tensors = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero}
     made: QuantizedEmbedding | QuantizedEmbeddingBag = target(geometry, quantizer.qtype, tensors)
+    made.target = table.qconfig.target
     return made
 
 

@@ -86,10 +86,12 @@ def _describe(module: nn.Module) -> Description:
             "weight": _grid_to_data(module.grids.weight),
             "input": _grid_to_data(module.grids.input),
             "tensors": [name for name in TENSOR_NAMES if getattr(module, name) is not None],
+            "target": module.target,
         }
     if isinstance(module, QuantizedTable):
         grid = _grid_to_data(module.qtype)
-        return {"kind": "table", "type": module.float_type.__name__, "geometry": module.geometry, "weight": grid}
+        described = {"kind": "table", "type": module.float_type.__name__, "geometry": module.geometry, "weight": grid}
+        return {**described, "target": module.target}
     if isinstance(module, Quantizer):
         return {"kind": "quantizer", "grid": _grid_to_data(module.qtype)}
     if type(module) is Add:
@@ -133,14 +135,18 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         cls = _by_name(LAYER_TYPES, entry["type"])
         grids = Grids(_grid_from_data(entry["weight"]), _grid_from_data(entry["input"]))
         held: dict[str, Tensor | None] = {key: _tensor(tensors, _join(name, key)) for key in entry["tensors"]}
-        return cls(entry["geometry"], grids, held, _ceiling(entry))
+        layer = cls(entry["geometry"], grids, held, _ceiling(entry))
+        layer.target = entry.get("target")  # files of versions before 0.2 don't say it
+        return layer
     if kind == "table":
-        made: Callable[..., DeployedModule] = _by_name(TABLE_TYPES, entry["type"])
-        return made(
+        make: Callable[..., QuantizedTable] = _by_name(TABLE_TYPES, entry["type"])
+        table = make(
             entry["geometry"],
             _grid_from_data(entry["weight"]),
             {key: _tensor(tensors, _join(name, key)) for key in TABLE_TENSOR_NAMES},
         )
+        table.target = entry.get("target")
+        return table
     if kind == "quantizer":
         grid = _grid_from_data(entry["grid"])
         if grid is None:

@@ -158,6 +158,7 @@ class QuantizedLayer(DeployedModule):
         ceiling: upper bound of the ReLU that follows, infinity for a plain one; None without a ReLU.
         following: another function that follows, before the output quantizer, or None.
         activation_post_process: the output's :class:`Quantizer`, or an Identity.
+        target: name of the engine that it was prepared for, one of :data:`tritonq.targets.TARGETS`; None: unknown.
     """
 
     weight: Tensor
@@ -168,6 +169,7 @@ class QuantizedLayer(DeployedModule):
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     activation_post_process: nn.Module
+    target: str | None = None
 
     # The float layer that gives geometry and arithmetic, and the names of its constructor's arguments.
     float_type: ClassVar[type[nn.Module]]

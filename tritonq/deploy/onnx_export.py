@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,7 @@ from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.onnx_files import forget_source, separate_zero_points
 from tritonq.prepare.record.structure import tensors_in
-
-Target = Literal["onnxruntime", "tensorrt"]
+from tritonq.targets import OnnxForm, onnx_form_of
 
 # Under these keys the file says, for `verify`, where its codes are and for which target it was written.
 CODES_KEY = "tritonq.codes"
@@ -38,7 +37,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     example_inputs: Any,
     *,
-    target: Target = "onnxruntime",
+    target: OnnxForm | None = None,
     opset: int = OLDEST_OPSET,
     dynamic_batch: bool = True,
     input_names: Sequence[str] | None = None,
@@ -51,7 +50,8 @@ def export_onnx(
       minimum. On x86 without VNNI its int8 kernels saturate 16-bit sums: set the session's option
       ``session.x64quantprecision`` to "1" there, as tritonq's own sessions do, or train with 7-bit activations
       (``get_default_qat_qconfig("x86")``).
-    - ``"tensorrt"``: float weights through QuantizeLinear and DequantizeLinear, float biases, all zero points 0.
+    - ``"tensorrt"``: float weights through QuantizeLinear and DequantizeLinear, float biases, all zero points 0. What
+      TensorRT's integers can't hold is written as float arithmetic; a warning names the layers that it runs in float.
 
     MegEngine's rounding of ties away from zero becomes ONNX's to even; ties are rare behind a convolution. Fixed-point
     networks are written by :func:`tritonq.deploy.export_fixed_point_onnx`, which has none of the options below.
@@ -61,20 +61,20 @@ def export_onnx(
         path: file to write (under a temporary name, then renamed).
         example_inputs: a tensor, a tuple of arguments, or a dict of named ones. Their sizes, but for the batch, are
             those of the file.
-        target: ``"onnxruntime"`` or ``"tensorrt"``.
+        target: ``"onnxruntime"`` or ``"tensorrt"``; None: what the preset of the model was made for.
         opset: at least 18.
         dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
         input_names: names of the inputs; by default those of the forward's arguments.
         output_names: names of the outputs.
 
     Raises:
-        ValueError: an unknown target, an old opset, something the target can't represent (the message names the
-            quantizer), an option that fixed-point networks lack, a model that torch can't export, or what
-            :func:`tritonq.convert` raises.
+        ValueError: an unknown target, or none for layers of several; an old opset; something the target can't represent
+            (the message names the quantizer); an option that fixed-point networks lack; a model that torch can't
+            export; or what :func:`tritonq.convert` raises.
         ImportError: onnx or onnxscript is not installed (the extra ``tritonq[onnx]``).
     """
-    if target not in get_args(Target):
-        raise ValueError(f"unknown target {target!r}; known: {', '.join(get_args(Target))}")
+    if target is not None and target not in get_args(OnnxForm):
+        raise ValueError(f"unknown target {target!r}; known: {', '.join(get_args(OnnxForm))}")
     if opset < OLDEST_OPSET:
         raise ValueError(f"opset must be at least {OLDEST_OPSET}, got {opset}")
     model = uncompiled(model)
@@ -90,6 +90,7 @@ def export_onnx(
     from tritonq.deploy.onnx_graph import onnx_form
 
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
+    target = onnx_form_of(deployed.modules()) if target is None else target
     traced = onnx_form(deployed, target)
     arguments, shapes = call_arguments(example_inputs), None
     if dynamic_batch:
@@ -190,9 +191,12 @@ def _name_codes(model: Any) -> None:
         earlier = sum(entry["quantizer"] == quantizer for entry in found)
         codes.name = f"{quantizer}.codes" + (f".{earlier}" if earlier else "")
         reader = codes.uses()[0].node
-        zero_point = reader.inputs[2].const_value.numpy()
-        axis = reader.attributes["axis"].as_int() if zero_point.ndim else None
-        found.append({"quantizer": quantizer, "tensor": codes.name, "zero_point": zero_point.tolist(), "axis": axis})
+        if reader.op_type == "DequantizeLinear":
+            zero_point = reader.inputs[2].const_value.numpy()
+            zero, axis = zero_point.tolist(), reader.attributes["axis"].as_int() if zero_point.ndim else None
+        else:  # codes in float, from which the exporter subtracts a zero point unless that is 0
+            zero, axis = float(reader.inputs[1].const_value.numpy()) if reader.op_type == "Sub" else 0, None
+        found.append({"quantizer": quantizer, "tensor": codes.name, "zero_point": zero, "axis": axis})
     model.metadata_props[CODES_KEY] = json.dumps(found)
 
 

@@ -11,7 +11,7 @@ model input's, rounds exactly as trained instead: the quotient is computed befor
 
 TensorRT: int8 with zero point 0; float weights between QuantizeLinear and DequantizeLinear; float bias. A ReLU stays,
 its upper bound too unless the quantizer saturates before it, and a range narrower than int8 becomes a clamp before
-QuantizeLinear: TensorRT fuses both into the convolution.
+QuantizeLinear: TensorRT fuses both into the convolution. What its integers can't hold is written as float arithmetic.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from torch import Tensor, nn
 from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
 from tritonq.deploy.onnx_averages import grids_of, rewrite_average
-from tritonq.deploy.onnx_export import Target
-from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize, round_half_away
+from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
+from tritonq.deploy.onnx_quantizers import end_codes, uint8_quantizer
+from tritonq.deploy.onnx_tensorrt import int8_quantizer, runs_in_float, tell_float_layers
 from tritonq.deploy.tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from tritonq.nn import Add, AverageLayer, Cat, FloatFunctional
-from tritonq.reference.fake_quant import quantize
-
-_REMEDY = 'train with get_qconfig("tensorrt"), or export with target="onnxruntime"'
+from tritonq.targets import OnnxForm
 
 
-def onnx_form(converted: nn.Module, target: Target) -> nn.Module:
+def onnx_form(converted: nn.Module, target: OnnxForm) -> nn.Module:
     """A copy of ``converted`` that traces to Q/DQ operators for ``target``.
 
     Raises:
@@ -57,16 +56,17 @@ def onnx_form(converted: nn.Module, target: Target) -> nn.Module:
         _absorb_clips(model, quantizers)
         fused = _behind_integers(model)
         traced = {
-            module: _uint8_quantizer(module, name, exact=module not in fused) for module, name in quantizers.items()
+            module: uint8_quantizer(module, name, exact=module not in fused) for module, name in quantizers.items()
         }
         traced |= _rewrite_averages(model, quantizers)
     else:
         _drop_ceilings(model)
-        traced = {module: _int8_quantizer(module, name) for module, name in quantizers.items()}
+        tell_float_layers(model)
+        traced = {module: int8_quantizer(module, name) for module, name in quantizers.items()}
     model = swap_modules(model, traced)
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, QuantizedLayer):
-            _rewrite_layer(module, name, target)
+            _rewrite_layer(module, target)
         elif isinstance(module, QuantizedTable):
             _rewrite_table(module, target)
     return model
@@ -79,7 +79,7 @@ def _rewrite_averages(model: nn.Module, names: dict[Quantizer, str]) -> dict[nn.
         grids = grids_of(module) if isinstance(module, AverageLayer) else None
         if grids is not None:
             output = grids[1]
-            rewrite_average(cast(AverageLayer, module), name, _uint8_quantizer(output, names[output]))
+            rewrite_average(cast(AverageLayer, module), name, uint8_quantizer(output, names[output]))
             replaced[output] = nn.Identity()
     return replaced
 
@@ -92,7 +92,7 @@ def _absorb_relus(model: nn.Module, names: dict[Quantizer, str]) -> None:
             if isinstance(output, Quantizer) and output.qtype.axis is None:
                 bounds, module.ceiling = (0.0, module.ceiling), None
                 exact = not _runs_in_integers(module)
-                module.activation_post_process = _uint8_quantizer(output, names[output], bounds, exact=exact)
+                module.activation_post_process = uint8_quantizer(output, names[output], bounds, exact=exact)
 
 
 def _drop_ceilings(model: nn.Module) -> None:
@@ -101,7 +101,7 @@ def _drop_ceilings(model: nn.Module) -> None:
         if isinstance(module, (QuantizedLayer, Add)) and module.ceiling is not None:
             output = module.activation_post_process
             if isinstance(output, Quantizer) and output.qtype.axis is None:
-                _, highest = _end_codes(output, (0.0, module.ceiling))
+                _, highest = end_codes(output, (0.0, module.ceiling))
                 module.ceiling = math.inf if highest == output.qtype.quant_max else module.ceiling
 
 
@@ -113,7 +113,7 @@ def _absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> None:
         if clips and isinstance(output, Quantizer) and output.qtype.axis is None:
             bounds = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else (0.0, math.inf)
             module.forward = _unchanged
-            module.activation_post_process = _uint8_quantizer(output, names[output], bounds)
+            module.activation_post_process = uint8_quantizer(output, names[output], bounds)
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -135,86 +135,13 @@ def _runs_in_integers(module: nn.Module) -> bool:
     return True
 
 
-class TracedQuantizer(nn.Module):
-    """A quantizer as one operator; ``codes`` runs from ``quant_min`` to ``quant_max`` in the zero point's dtype."""
-
-    scale: Tensor
-    zero_point: Tensor
-
-    inverse: Tensor
-
-    def __init__(
-        self, source: Quantizer, name: str, zero_point: Tensor, quant_min: int, quant_max: int, exact: bool = False
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.exact = exact and source.qtype.axis is None
-        self.rounding = source.qtype.rounding
-        self.quant_min, self.quant_max = quant_min, quant_max
-        self.axis = 0 if source.qtype.axis is None else source.qtype.axis
-        # ONNX tells per tensor from per channel by the number of dimensions.
-        shape = () if source.qtype.axis is None else (-1,)
-        self.register_buffer("scale", source.scale.reshape(shape))
-        self.register_buffer("zero_point", zero_point.reshape(shape))
-        self.register_buffer("inverse", self.scale.reciprocal())
-        self.clamp: tuple[float, float] | None = None
-
-    def forward(self, x: Tensor, in_steps: bool = False) -> Tensor:
-        """Quantize and dequantize ``x``, which is divided by the scale already where it comes ``in_steps``."""
-        if self.clamp is not None:
-            x = x.clamp(*self.clamp)
-        if self.exact and not in_steps:
-            x = x * self.inverse if self.rounding == "half_even" else round_half_away(x / self.scale)
-        bounds, divided = (self.quant_min, self.quant_max), self.exact or in_steps
-        y: Tensor = quantize_dequantize(x, self.scale, self.zero_point, *bounds, self.axis, divided, self.name)
-        return y
-
-
-def _uint8_quantizer(
-    source: Quantizer, name: str, bounds: tuple[float, float] | None = None, *, exact: bool = False
-) -> TracedQuantizer:
-    """A quantizer whose codes begin at 0, of values that ``bounds`` limit (None: that nothing does)."""
-    grid = source.qtype
-    lowest, highest = (grid.quant_min, grid.quant_max) if bounds is None else _end_codes(source, bounds)
-    largest = highest - lowest
-    if largest > 255:
-        raise ValueError(
-            f"the quantizer {name!r} has the codes {grid.quant_min}..{grid.quant_max}; ONNX Runtime's integer kernels "
-            "take at most 8 bits"
-        )
-    return TracedQuantizer(source, name, (source.zero_point - lowest).to(torch.uint8), 0, largest, exact)
-
-
-def _end_codes(quantizer: Quantizer, bounds: tuple[float, float]) -> tuple[int, int]:
-    """The codes of two values."""
-    codes = quantize(torch.tensor(bounds, device=quantizer.scale.device), quantizer.grid())
-    return int(codes[0]), int(codes[1])
-
-
-def _int8_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
-    low, high = source.qtype.quant_min, source.qtype.quant_max
-    if bool(source.zero_point.any()):
-        raise ValueError(
-            f"TensorRT takes zero points of 0 alone; the quantizer {name!r} has {_short(source.zero_point)}: {_REMEDY}"
-        )
-    if low < -128 or high > 127:
-        raise ValueError(f"TensorRT takes int8 codes; the quantizer {name!r} has the codes {low}..{high}: {_REMEDY}")
-    traced = TracedQuantizer(source, name, source.zero_point.to(torch.int8), -128, 127)
-    if (low, high) != (-128, 127):
-        if source.qtype.axis is not None:
-            raise ValueError(f"the quantizer {name!r} has a range narrower than int8 per channel")
-        scale = float(source.scale)
-        traced.clamp = (low * scale, high * scale)
-    return traced
-
-
-def _rewrite_layer(layer: QuantizedLayer, name: str, target: Target) -> None:
-    if target == "tensorrt" and layer.weight_scale is not None:
-        _check_weight_for_tensorrt(layer, name)
-    if target == "tensorrt" and layer.multiplier is not None and layer.bias is not None:
-        layer.bias = (layer.bias.double() * layer.multiplier.double()).float()
-        layer.multiplier = None
+def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
     axis = _weight_axis(layer)
+    if target == "tensorrt":
+        axis = None if runs_in_float(layer) else axis
+        if layer.multiplier is not None and layer.bias is not None:
+            layer.bias = (layer.bias.double() * layer.multiplier.double()).float()
+            layer.multiplier = None
     if target == "tensorrt" and axis is not None:
         # Values on the grid: TensorRT's QuantizeLinear gives the trained codes back.
         layer.weight = layer.dequantized_weight(torch.float32)
@@ -223,14 +150,6 @@ def _rewrite_layer(layer: QuantizedLayer, name: str, target: Target) -> None:
         scale = cast(Tensor, layer.weight_scale)
         layer.weight_zero_point = torch.zeros_like(scale, dtype=dtype) if zero is None else zero.to(dtype)
     layer.forward = partial(_layer_forward, layer, axis)  # type: ignore[method-assign]
-
-
-def _check_weight_for_tensorrt(layer: QuantizedLayer, name: str) -> None:
-    if layer.weight_zero_point is not None:
-        zero = _short(layer.weight_zero_point)
-        raise ValueError(f"TensorRT takes zero points of 0 alone; the weight of {name!r} has {zero}: {_REMEDY}")
-    if layer.weight.dtype != torch.int8:
-        raise ValueError(f"TensorRT takes int8 weights; the codes of {name!r} are {layer.weight.dtype}: {_REMEDY}")
 
 
 def _weight_axis(layer: QuantizedLayer) -> int | None:
@@ -261,7 +180,7 @@ def _layer_forward(layer: QuantizedLayer, axis: int | None, x: Tensor) -> Tensor
     return layer.finish(y)
 
 
-def _rewrite_table(table: QuantizedTable, target: Target) -> None:
+def _rewrite_table(table: QuantizedTable, target: OnnxForm) -> None:
     if target == "tensorrt" or table.weight.dtype not in (torch.int8, torch.uint8):
         table.weight = table.dequantized_weight()
     else:
@@ -281,8 +200,3 @@ def _table_values(table: QuantizedTable) -> Tensor:
 
 def _embedding_forward(table: QuantizedEmbedding, input: Tensor) -> Tensor:
     return F.embedding(input, _table_values(table), table.padding_idx)
-
-
-def _short(values: Tensor) -> str:
-    found = sorted(set(values.tolist()))
-    return str(found[0]) if len(found) == 1 else f"{found[0]}..{found[-1]}"

@@ -32,7 +32,8 @@ def quantize_dequantize(
     Args:
         x: float32.
         scale: float32, 0-d or (x.shape[axis],).
-        zero_point: int8 or uint8, as ``scale``; its dtype is that of the codes.
+        zero_point: int8 or uint8, as ``scale``; its dtype is that of the codes. float32, 0-d: the file computes with
+            floating-point operators.
         quant_min: smallest code, in the dtype's range.
         quant_max: largest code.
         axis: what ``scale`` runs along, if it is not 0-d.
@@ -106,6 +107,12 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         quantizer: str,
     ) -> Any:
         dtype = zero_point.dtype.numpy()
+        if dtype.kind == "f":
+            bounds = (op.Constant(value_float=float(value)) for value in (quant_min, quant_max))
+            steps = op.Round(x if divided else op.Div(x, scale))
+            codes = op.Clip(op.Add(steps, zero_point), *bounds)
+            codes.metadata_props[QUANTIZER_KEY] = quantizer
+            return op.Mul(op.Sub(codes, zero_point), scale)
         low, high = (-128, 127) if dtype.kind == "i" else (0, 255)
         step = op.Constant(value_float=1.0) if divided else scale
         codes = op.QuantizeLinear(x, step, zero_point, axis=axis)

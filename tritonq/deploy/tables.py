@@ -23,11 +23,13 @@ class QuantizedTable(DeployedModule):
         weight_scale: float32 (rows,).
         weight_zero_point: int32 (rows,).
         qtype: the grid.
+        target: name of the engine that it was prepared for, one of :data:`tritonq.targets.TARGETS`; None: unknown.
     """
 
     weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
+    target: str | None = None
 
     float_type: ClassVar[type[nn.Module]]
     geometry_names: ClassVar[tuple[str, ...]] = (

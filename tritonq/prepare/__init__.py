@@ -68,7 +68,7 @@ def prepare_qat(
         mapping: float type to quantization-aware type, default ``tritonq.nn.DEFAULT_QAT_MAPPING``.
         inplace: change ``model`` itself instead of a copy; its parameters stay the same objects.
         qconfig: the qconfig of the model, or a mapping that chooses one for each layer; by default the model's
-            attribute, and preset "tensorrt" if there is none anywhere.
+            attribute, and preset "onnxruntime" if there is none anywhere.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of named ones.
         training_inputs: the same for the run in training mode, where that needs others, such as targets. Without them
             a module whose training forward fails on ``example_inputs`` runs in eval mode in that run, and a line of the

@@ -108,7 +108,7 @@ class _PlanWork:
         module = self._editor.modules[layer.name]
         qconfig = cast(QConfig, self._qconfigs[module])
         if layer.name in self._plan.clipped:
-            qconfig = QConfig(nn.Identity, qconfig.weight)
+            qconfig = qconfig._replace(activation=nn.Identity)
         if len(layer.row) == 1:
             quantized = swap(module, self._types[layer.row[0]], qconfig, layer.row[0])
         else:

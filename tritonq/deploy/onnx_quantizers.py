@@ -1,0 +1,70 @@
+"""Quantizers of a model that is traced for an ONNX file: each is one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.deploy.modules import Quantizer
+from tritonq.deploy.onnx_ops import quantize_dequantize, round_half_away
+from tritonq.reference.fake_quant import quantize
+
+
+class TracedQuantizer(nn.Module):
+    """A quantizer as one operator; ``codes`` runs from ``quant_min`` to ``quant_max`` in the zero point's dtype."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    inverse: Tensor
+
+    def __init__(
+        self, source: Quantizer, name: str, zero_point: Tensor, quant_min: int, quant_max: int, exact: bool = False
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.exact = exact and source.qtype.axis is None
+        self.rounding = source.qtype.rounding
+        self.quant_min, self.quant_max = quant_min, quant_max
+        self.axis = 0 if source.qtype.axis is None else source.qtype.axis
+        # ONNX tells per tensor from per channel by the number of dimensions.
+        shape = () if source.qtype.axis is None else (-1,)
+        self.register_buffer("scale", source.scale.reshape(shape))
+        self.register_buffer("zero_point", zero_point.reshape(shape))
+        self.register_buffer("inverse", self.scale.reciprocal())
+        self.clamp: tuple[float, float] | None = None
+
+    def forward(self, x: Tensor, in_steps: bool = False) -> Tensor:
+        """Quantize and dequantize ``x``, which is divided by the scale already where it comes ``in_steps``."""
+        if self.clamp is not None:
+            x = x.clamp(*self.clamp)
+        if self.exact and not in_steps:
+            x = x * self.inverse if self.rounding == "half_even" else round_half_away(x / self.scale)
+        bounds, divided = (self.quant_min, self.quant_max), self.exact or in_steps
+        y: Tensor = quantize_dequantize(x, self.scale, self.zero_point, *bounds, self.axis, divided, self.name)
+        return y
+
+
+def uint8_quantizer(
+    source: Quantizer, name: str, bounds: tuple[float, float] | None = None, *, exact: bool = False
+) -> TracedQuantizer:
+    """Return a quantizer whose codes begin at 0, of values that ``bounds`` limit (None: that nothing does).
+
+    Raises:
+        ValueError: more than 8 bits.
+    """
+    grid = source.qtype
+    lowest, highest = (grid.quant_min, grid.quant_max) if bounds is None else end_codes(source, bounds)
+    largest = highest - lowest
+    if largest > 255:
+        raise ValueError(
+            f"the quantizer {name!r} has the codes {grid.quant_min}..{grid.quant_max}; ONNX Runtime's integer kernels "
+            "take at most 8 bits"
+        )
+    return TracedQuantizer(source, name, (source.zero_point - lowest).to(torch.uint8), 0, largest, exact)
+
+
+def end_codes(quantizer: Quantizer, bounds: tuple[float, float]) -> tuple[int, int]:
+    """Return the codes of two values."""
+    codes = quantize(torch.tensor(bounds, device=quantizer.scale.device), quantizer.grid())
+    return int(codes[0]), int(codes[1])

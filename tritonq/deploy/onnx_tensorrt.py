@@ -1,0 +1,67 @@
+"""What TensorRT's integers can hold, and float arithmetic for the rest.
+
+TensorRT takes signed 8-bit codes with a zero point of 0, in activations and in weights. A quantizer with another grid
+is written as float operators that give the trained values, and a layer behind one as a float layer.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from tritonq.deploy.modules import QuantizedLayer, Quantizer
+from tritonq.deploy.onnx_quantizers import TracedQuantizer
+from tritonq.qparams import QuantizedType
+
+_REMEDY = 'train with get_qconfig("tensorrt")'
+_LOW, _HIGH = -128, 127
+
+
+def int8_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
+    """Return a quantizer with int8 codes, or one of float arithmetic where these can't hold its codes.
+
+    Raises:
+        ValueError: a grid per channel that TensorRT has no form for.
+    """
+    low, high = source.qtype.quant_min, source.qtype.quant_max
+    fits = _fits(source.qtype, source.zero_point)
+    if source.qtype.axis is not None and (not fits or (low, high) != (_LOW, _HIGH)):
+        raise ValueError(
+            f"TensorRT has no form for the quantizer {name!r}, one grid per channel with codes {low}..{high}: {_REMEDY}"
+        )
+    if not fits:
+        return TracedQuantizer(source, name, source.zero_point.float(), low, high, exact=True)
+    traced = TracedQuantizer(source, name, source.zero_point.to(torch.int8), _LOW, _HIGH)
+    if (low, high) != (_LOW, _HIGH):
+        scale = float(source.scale)
+        traced.clamp = (low * scale, high * scale)
+    return traced
+
+
+def runs_in_float(layer: QuantizedLayer) -> bool:
+    """Whether TensorRT's integers can't hold the codes of a layer's weight, or of its input where these are known."""
+    if layer.weight_scale is None:
+        return False
+    weight_fits = layer.weight_zero_point is None and layer.weight.dtype == torch.int8
+    if layer.grids.input is None or layer.input_zero_point is None:
+        return not weight_fits
+    return not (weight_fits and _fits(layer.grids.input, layer.input_zero_point))
+
+
+def tell_float_layers(model: nn.Module) -> None:
+    """Warn of the layers of a converted model that TensorRT will run in float."""
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, QuantizedLayer) and runs_in_float(module)
+    ]
+    if names:
+        warnings.warn(
+            f"TensorRT takes int8 codes with zero points of 0 alone; it will run in float: {', '.join(names)}. For "
+            f"integers {_REMEDY}",
+            stacklevel=4,
+        )
+
+
+def _fits(grid: QuantizedType, zero_point: torch.Tensor) -> bool:
+    return grid.quant_min >= _LOW and grid.quant_max <= _HIGH and not bool(zero_point.any())

@@ -1,0 +1,76 @@
+"""The engines that presets are made for: what a model for each of them does, and which file it is written as."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+OnnxForm = Literal["onnxruntime", "tensorrt"]
+"""The forms that `export_onnx` writes."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """An engine, and what training must know of it.
+
+    Attributes:
+        name: what presets call it.
+        onnx: form of its ONNX files.
+        fuses_functions: whether it runs a layer and the function behind it (SiLU, Hardswish and the like) as one
+            operation in float, so that the layer's own result is not rounded; else it computes the function on codes,
+            and rounds before and after.
+    """
+
+    name: str
+    onnx: OnnxForm
+    fuses_functions: bool = False
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("onnxruntime", "onnxruntime"),
+        Target("tensorrt", "tensorrt", fuses_functions=True),
+        # torch.ao's engines run on CPUs; ONNX Runtime runs their models with the same numbers.
+        *(Target(name, "onnxruntime") for name in ("fbgemm", "x86", "qnnpack", "onednn")),
+    )
+}
+DEFAULT_TARGET = "onnxruntime"
+
+
+def find_target(name: str | None) -> Target:
+    """Return a target by its name; None: the default one.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    if name is None:
+        name = DEFAULT_TARGET
+    if name not in TARGETS:
+        raise ValueError(f"unknown target {name!r}; known: {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def onnx_form_of(modules: Iterable[nn.Module]) -> OnnxForm:
+    """Return the form of the ONNX file that the layers among ``modules`` were prepared for.
+
+    A quantization-aware layer holds its preset as ``qconfig``, a converted layer the name of the target as ``target``.
+    Without a layer that knows its target it is the default one's.
+
+    Raises:
+        ValueError: layers that were prepared for targets with different files.
+    """
+    names = {name for name in map(_target_name, modules) if name is not None}
+    forms: set[OnnxForm] = {find_target(name).onnx for name in names}
+    if len(forms) > 1:
+        raise ValueError(f"layers were prepared for different targets ({', '.join(sorted(names))}): pass target=")
+    return forms.pop() if forms else find_target(None).onnx
+
+
+def _target_name(module: Any) -> str | None:
+    qconfig = getattr(module, "qconfig", None)
+    name = getattr(module, "target", None) if qconfig is None else getattr(qconfig, "target", None)
+    return name if isinstance(name, str) and name in TARGETS else None
