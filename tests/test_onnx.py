@@ -14,7 +14,7 @@ from qat_models import PRESETS, TORCH_PRESETS, FloatResidual, images, train, tra
 from tritonq import nn as qnn
 from tritonq.deploy import convert, export_onnx, verify
 from tritonq.deploy.modules import DeployedModule
-from tritonq.deploy.onnx_export import CODES_KEY
+from tritonq.deploy.onnx_files import CODES_KEY
 from vision_models import torchvision_model, transformers_resnet
 
 onnx = pytest.importorskip("onnx")

@@ -17,7 +17,6 @@ MOST_LINES = 400
 MADE = {".matrix/"}
 
 RINGS = {
-    ("tritonq.deploy.fixed_point_onnx", "tritonq.deploy.onnx_export", "tritonq.deploy.onnx_graph"),
     ("tritonq.demo.fixed_point", "tritonq.demo.run"),
     ("tritonq.functional.integer", "tritonq.functional.traced.host"),
     ("tritonq.nn.conv_bn", "tritonq.nn.folding_modes"),

@@ -14,6 +14,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.fixed_point_modules import CodeFormat, IntegerAdd, IntegerAvgPool2d, IntegerLayer, IntegerModule
+from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, require_onnx
 from tritonq.nn.fixed_point_joins import FixedPointMaxPool2d
 from tritonq.reference.int8_conv import ACCUMULATOR_MAX
 
@@ -41,8 +42,6 @@ def export_fixed_point_onnx(model: nn.Module, path: str | os.PathLike[str], exam
             what ``convert`` raises.
         ImportError: onnx is not installed (the extra ``tritonq[onnx]``).
     """
-    from tritonq.deploy.onnx_export import CODES_KEY, TARGET_KEY, require_onnx
-
     require_onnx("onnx")
     import onnx
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import os
@@ -22,13 +21,10 @@ from tritonq.deploy.fixed_point import has_fixed_point
 from tritonq.deploy.fixed_point_description import has_integers
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 from tritonq.deploy.modules import DeployedModule
-from tritonq.deploy.onnx_files import forget_source, separate_zero_points
+from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, forget_source, require_onnx, separate_zero_points
 from tritonq.prepare.record.structure import tensors_in
 from tritonq.targets import OnnxForm, onnx_form_of
 
-# Under these keys the file says, for `verify`, where its codes are and for which target it was written.
-CODES_KEY = "tritonq.codes"
-TARGET_KEY = "tritonq.target"
 OLDEST_OPSET = 18
 
 
@@ -133,15 +129,6 @@ def _check_float32(model: nn.Module, example_inputs: Any) -> None:
                 f"ONNX files are float32, and {what} is {tensor.dtype}: "
                 "call model.float() and pass float32 example_inputs"
             )
-
-
-def require_onnx(*packages: str) -> None:
-    """Raise ImportError, naming the extra, unless the packages can be imported."""
-    for name in packages:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ImportError(f"{name} can't be imported; install the extra: pip install 'tritonq[onnx]'") from error
 
 
 def _export(

@@ -1,9 +1,23 @@
-"""What is mended in an ONNX file after torch's exporter made it."""
+"""What ONNX files of all kinds have in common, and what is mended after torch's exporter made one."""
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from typing import Any
+
+# Under these keys a file says, for `verify`, where its codes are and for which target it was written.
+CODES_KEY = "tritonq.codes"
+TARGET_KEY = "tritonq.target"
+
+
+def require_onnx(*packages: str) -> None:
+    """Raise ImportError, naming the extra, unless the packages can be imported."""
+    for name in packages:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"{name} can't be imported; install the extra: pip install 'tritonq[onnx]'") from error
 
 
 def forget_source(proto: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tritonq.deploy.codes import Codes, Runner
-from tritonq.deploy.onnx_export import CODES_KEY, TARGET_KEY, require_onnx
+from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, require_onnx
 from tritonq.deploy.onnx_session import open_session
 from tritonq.prepare.record.structure import tensors_in
 
