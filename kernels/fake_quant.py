@@ -23,6 +23,7 @@ from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
 def fake_quantize_kernel(
     x_ptr,  # outer × rows × cols, by strides
     y_ptr,  # outer × rows × cols, by strides; float32 with CODES
+    mask_ptr,  # as y, uint8: where the gradient passes; None leaves it out
     scale_ptr,  # (channels,) float32, or one element
     zero_point_ptr,  # as scale, int32; None stands for zero
     active_ptr,  # one element, uint8 or bool; 0 copies x. None counts as 1
@@ -63,6 +64,11 @@ def fake_quantize_kernel(
         y = tl.where(tl.load(active_ptr) != 0, y, x)
     y_offsets = x_offsets if SAME_STRIDES else tile_offsets(outer, row, col, y_outer, y_row, y_col)
     tl.store(y_ptr + y_offsets, y, mask=mask)
+    if mask_ptr is not None:
+        passes = is_inside(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
+        if active_ptr is not None:
+            passes = passes | (tl.load(active_ptr) == 0)
+        tl.store(mask_ptr + y_offsets, passes.to(tl.uint8), mask=mask)
 
 
 @Launcher
@@ -120,6 +126,13 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     return y
 
 
+def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Fake quantize ``x``, and say where the gradient passes; strides of both follow ``torch.empty_like``."""
+    y, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+    _forward(x, y, grid, codes=False, mask=mask)
+    return y, mask
+
+
 def quantize(x: Tensor, grid: Grid) -> Tensor:
     """Return the codes of ``x`` as integer-valued float32."""
     codes = torch.empty_like(x, dtype=torch.float32)
@@ -155,8 +168,8 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
     return dx
 
 
-def _forward(x: Tensor, y: Tensor, grid: Grid, codes: bool) -> None:
-    """Write fake quantized values, or codes whatever the switch says."""
+def _forward(x: Tensor, y: Tensor, grid: Grid, codes: bool, mask: Tensor | None = None) -> None:
+    """Write fake quantized values and their mask, or codes whatever the switch says."""
     if y.numel() == 0:
         return
     qtype = grid.qtype
@@ -167,6 +180,7 @@ def _forward(x: Tensor, y: Tensor, grid: Grid, codes: bool) -> None:
         fake_quantize_kernel[launch.programs](
             x,
             y,
+            None if mask is None else mask.view(torch.uint8),
             scale,
             zero_point,
             None if codes else enabled,

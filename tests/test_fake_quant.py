@@ -84,6 +84,9 @@ class TestFakeQuantize(OpTester):
                 assert_matches(ops.quantize(x, grid), reference.quantize(x, grid), "fake_quant")
                 dx = ops.fake_quantize_backward(torch.ones_like(x), x, grid)
                 assert_matches(dx, reference.fake_quantize_backward(torch.ones_like(x), x, grid), "grad")
+                y, mask = ops.fake_quantize_with_mask(x, grid)
+                assert_matches(y, expected, "fake_quant")
+                assert torch.equal(mask, dx != 0)
                 assert bool(expected[0].isnan())
                 assert dx[0] == 0
                 offset = zero_point or 0
@@ -143,9 +146,25 @@ class TestFakeQuantize(OpTester):
                 switched = replace(always, enabled=torch.tensor([on], dtype=dtype, device=device))
                 y = ops.fake_quantize(x, switched)
                 dx = ops.fake_quantize_backward(dy, x, switched)
+                masked, mask = ops.fake_quantize_with_mask(x, switched)
+                assert_matches(masked, y, "fake_quant")
+                assert mask.tolist() == ([False, True, False, False] if on else [True] * 4)
                 assert_matches(y, reference.fake_quantize(x, always) if on else x, "fake_quant")
                 assert_matches(dx, reference.fake_quantize_backward(dy, x, always) if on else dy, "grad")
                 assert y.data_ptr() != x.data_ptr()
+
+    @pytest.mark.parametrize("layout", ["odd", "0-d", "empty", "channels_last", "sliced", "copied"])
+    def test_with_mask(self, layout: str, use: str, device: str) -> None:
+        x = LAYOUTS[layout]().to(device)
+        ops = operators("fake_quant", use)
+        for axis in axes(x)[:3]:
+            scale, zero_point = (value.to(device) for value in qparams(x, axis))
+            grid = grid_of(scale, zero_point, -8, 7, axis)
+            y, mask = ops.fake_quantize_with_mask(x, grid)
+            assert_matches(y, reference.fake_quantize(x, grid), "fake_quant")
+            assert mask.dtype == torch.bool
+            assert torch.equal(mask, reference.fake_quantize_backward(torch.ones_like(x), x, grid) != 0)
+            assert mask.stride() == y.stride()
 
     def test_incoming_gradient_of_another_layout(self, use: str, device: str) -> None:
         x = LAYOUTS["channels_last"]().to(device)

@@ -20,6 +20,7 @@ LAYERS = [
         "tritonq.fixed_point_fake_quantize",
         "tritonq.learned_base",
         "tritonq.learned_fake_quantize",
+        "tritonq.torch_operators",
     ),
     ("tritonq.observers", "tritonq.functional", "tritonq.factory"),
     ("tritonq.reference", "tritonq.kernels", "tritonq.backend"),

@@ -22,7 +22,8 @@ pytest.importorskip("triton")
 import tritonq
 from launch_log import LaunchLog, kernels
 from tritonq import nn as qnn
-from tritonq.backend import is_interpreting
+from tritonq.backend import implementation, is_interpreting
+from tritonq.grid import Grid
 from tritonq.kernels import conv2d, layout
 from tritonq.kernels.conv_tile import ConvTile
 from tritonq.kernels.launcher import Launcher
@@ -207,8 +208,13 @@ def _functions(dtype: torch.dtype) -> None:
             tritonq.fake_quantize_per_channel_affine(
                 x, scale, zero_point, axis, -128, 127, rounding=rounding
             ).sum().backward()
+    ties_away = tritonq.QuantizedType.of(8, rounding="half_away")
+    tritonq.LearnedStepFakeQuantize(dtype=ties_away)(first).sum().backward()
     for x, axis in ((first, None), (first, 1), (last, 1)):
         channels = 1 if axis is None else x.shape[axis]
+        for switch in (None, torch.ones(1, dtype=torch.uint8)):
+            grid = Grid(torch.full((channels,), 0.1), None, tritonq.QuantizedType(0, 255, False, axis), switch)
+            implementation("fake_quant", x).fake_quantize_with_mask(x.detach(), grid)
         scale = torch.full((channels,), 0.1, requires_grad=True)
         zero_point = torch.zeros(channels, requires_grad=True)
         for method in ("torch", "megengine"):

@@ -73,6 +73,7 @@ def test_fake_quant(name: str, axis: int | None, trace: Callable[[Any], Any], mo
     qparams = (torch.ones(channels), torch.ones(channels, dtype=torch.int32))
     grid = grid_of(*qparams, -8, 7, axis, enabled=torch.ones(1, dtype=torch.uint8))
     fake_quant.fake_quantize(x, grid)
+    fake_quant.fake_quantize_with_mask(x, grid)
     fake_quant.quantize(x, grid_of(*qparams, -8, 7, axis, "half_away"))
     fake_quant.fake_quantize_backward(x, x, grid)
 

@@ -85,6 +85,7 @@ def elementwise(x: Tensor) -> None:
             ops = traced.FAMILIES["fake_quant"]
             ops.fake_quantize(x, grid)
             ops.quantize(x, grid)
+            ops.fake_quantize_with_mask(x, grid)
             ops.fake_quantize_backward(x, x, grid)
         for method in ("torch", "megengine", "tqt"):
             ops = traced.FAMILIES["learned_scale"]

@@ -59,6 +59,7 @@ from tritonq.qconfig_files import load_qconfig_mapping, save_qconfig_mapping
 from tritonq.qconfig_mapping import QConfigMapping
 from tritonq.qparams import QuantizedType, range_to_qparams
 from tritonq.report.summary import summary
+from tritonq.torch_operators import use_in_torch
 from tritonq.version import __version__
 
 __all__ = [
@@ -122,5 +123,6 @@ __all__ = [
     "trained_threshold_quantize",
     "update_bn_stats",
     "use_backend",
+    "use_in_torch",
     "verify",
 ]

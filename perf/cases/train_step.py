@@ -143,6 +143,16 @@ class TrainStep:
         return logits.detach().float(), self.last.grad, self.first.grad.norm()
 
 
+class StepInTorch(TrainStep):
+    """The same with tritonq behind torch's operators; entering and leaving takes half a millisecond of it."""
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        import tritonq
+
+        with tritonq.use_in_torch():
+            return super().__call__(inputs)
+
+
 class GraphedStep:
     """A training step captured in a CUDA graph once and replayed."""
 
@@ -213,6 +223,8 @@ def _implementations(setting: Setting) -> dict[str, Implementation]:
         "float": Implementation(partial(_eager, setting, setting.float_model)),
         "torch.ao v0": Implementation(partial(_eager, setting, torch_ao(0))),
         "torch.ao v1": Implementation(partial(_eager, setting, torch_ao(1))),
+        "torch.ao v0, use_in_torch": tritonq(partial(_in_torch, setting, torch_ao(0)), quick=False),
+        "torch.ao v1, use_in_torch": tritonq(partial(_in_torch, setting, torch_ao(1)), quick=False),
         "tritonq": tritonq(partial(_eager, setting, setting.tritonq_model)),
         **{name: peer(library) for name, library in PEERS.items()},
         "torch.compile(float)": Implementation(partial(_compiled, setting, setting.float_model), quick=False),
@@ -226,6 +238,10 @@ def _implementations(setting: Setting) -> dict[str, Implementation]:
 
 def _eager(setting: Setting, make: Callable[[torch.device], nn.Module], inputs: Inputs) -> TrainStep:
     return TrainStep(make(inputs["images"].device), setting.autocast)
+
+
+def _in_torch(setting: Setting, make: Callable[[torch.device], nn.Module], inputs: Inputs) -> TrainStep:
+    return StepInTorch(make(inputs["images"].device), setting.autocast)
 
 
 def _compiled(setting: Setting, make: Callable[[torch.device], nn.Module], inputs: Inputs) -> TrainStep:

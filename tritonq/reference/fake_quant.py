@@ -50,6 +50,36 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     return y if enabled is True else torch.where(enabled, y, x)
 
 
+@operator(returns=(Like("x"), Like("x", torch.bool)))
+def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """:func:`fake_quantize`, and where its gradient passes, for a backward that is given no ``x``.
+
+    Args:
+        x: as there.
+        grid: as there.
+
+    Returns:
+        ``(y, mask)``: ``x.dtype``, and bool: whether the rounded, unclipped code lies in the range; False at NaN. While
+        the grid is switched off the mask is True.
+
+    Source: torch's ``fake_quantize_per_tensor_affine_cachemask``.
+    """
+    enabled = grid.enabled_flag()
+    if enabled is False:
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
+    scale, offset = _broadcast(x, grid)
+    codes = _steps(x, scale, grid.qtype.rounding)
+    if isinstance(offset, Tensor) or offset:
+        codes.add_(offset)
+    bounded = codes.clamp(grid.qtype.quant_min, grid.qtype.quant_max)
+    # A value is inside where its clamp leaves it as it is; NaN differs from itself.
+    mask = bounded == codes
+    if isinstance(offset, Tensor) or offset:
+        bounded.sub_(offset)
+    y = bounded.mul_(scale).to(x.dtype)
+    return (y, mask) if enabled is True else (torch.where(enabled, y, x), mask | ~enabled)
+
+
 @operator(returns=Like("x"))
 def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool = False) -> Tensor:
     """Straight-through gradient: ``dy`` where the rounded, unclipped code lies in the range, 0 elsewhere and at NaN.
