@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .constants import INF
 from .launcher import Launcher
 from .min_max import update_range
 from .quantized import Grid, RangeStatistics, has_data, observing_switch, range_constants, switch_of
 from .rounding import NARROW_CODES, clamp, divide_by_scale, round_half_away, round_half_even, round_to_steps
 
-_INF = tl.constexpr(float("inf"))
 _RANGE_BLOCK = 1024
 
 
@@ -41,11 +41,11 @@ def quantize_value(
         # Whatever does not depend on y, the switch and the ceiling too, is a scalar: values have no work from it.
         rounds = active != 0
         unit = tl.where(rounds, scale, 1.0)
-        low = tl.where(rounds, tl.full([], QUANT_MIN, tl.float32) - zero_point, -_INF)
-        high = tl.where(rounds, tl.full([], QUANT_MAX, tl.float32) - zero_point, _INF)
+        low = tl.where(rounds, tl.full([], QUANT_MIN, tl.float32) - zero_point, -INF)
+        high = tl.where(rounds, tl.full([], QUANT_MAX, tl.float32) - zero_point, INF)
         if CEILING is not None:
             low = tl.maximum(low, 0.0)
-            if CEILING < _INF:
+            if CEILING < INF:
                 # Division and rounding keep order: clipping afterwards, at what becomes of the ceiling, is the same.
                 high = tl.minimum(high, divide_by_scale(tl.full([], CEILING, tl.float32), unit, ROUNDING))
         v = clamp(divide_by_scale(y, unit, ROUNDING), low, high)
@@ -60,7 +60,7 @@ def quantize_value(
 def rectify(y, CEILING: tl.constexpr):
     """``min(max(y, 0), CEILING)``, or ``y`` where there is no ReLU; NaN stays."""
     if CEILING is not None:
-        y = clamp(y, 0.0, CEILING) if CEILING < _INF else tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = clamp(y, 0.0, CEILING) if CEILING < INF else tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return y
 
 
@@ -99,15 +99,15 @@ def gradient_bounds(
             # low is negative and high positive: the next float outwards has the next larger bits.
             low = (low.to(tl.int32, bitcast=True) + low_tie).to(tl.float32, bitcast=True)
             high = (high.to(tl.int32, bitcast=True) + high_tie).to(tl.float32, bitcast=True)
-        low = tl.where(active != 0, low, -_INF)
-        high = tl.where(active != 0, high, _INF)
+        low = tl.where(active != 0, low, -INF)
+        high = tl.where(active != 0, high, INF)
         unit = scale
-        TOP: tl.constexpr = _INF if CEILING is None else CEILING
-        if TOP < _INF:
+        TOP: tl.constexpr = INF if CEILING is None else CEILING
+        if TOP < INF:
             # Division keeps order: what is below a ceiling inside of the last code is inside too, and the other way
             # round. Values themselves are compared with the ceiling, since several may have its quotient.
             ceiling = tl.full([], TOP, tl.float32)
-            is_lower = (divide_by_scale(ceiling, scale, ROUNDING) < high) | (high == _INF)
+            is_lower = (divide_by_scale(ceiling, scale, ROUNDING) < high) | (high == INF)
             unit = tl.where(is_lower, 1.0, scale)
             high = tl.where(is_lower, ceiling, high)
         return unit, low, high
@@ -120,10 +120,10 @@ def gradient_passes(y, unit, low, high, CEILING: tl.constexpr, QUANTIZED: tl.con
         v = divide_by_scale(y, unit, ROUNDING)
         # Zero is on every grid: no positive value lies below the first code. What a lower bound blocks goes where the
         # upper one blocks it, since two flags per value cost registers.
-        return tl.where((v > low) if CEILING is None else (y > 0), v, _INF) < high
+        return tl.where((v > low) if CEILING is None else (y > 0), v, INF) < high
     elif CEILING is None:
         return y == y
-    elif CEILING < _INF:
+    elif CEILING < INF:
         return (y > 0) & (y < CEILING)
     else:
         return y > 0
@@ -140,9 +140,9 @@ def range_kernel(
     min_ptr,  # one float32, updated in place
     max_ptr,
     scale_ptr,  # one float32, updated in place
-    zero_point_ptr,  # one int32, updated in place
+    zero_point_ptr,  # one int32, updated in place; None stands for zero
     scale_out,  # one float32: a copy
-    zero_point_out,  # one int32: a copy
+    zero_point_out,  # one int32: a copy; None without a zero point
     active_out,  # one uint8: whether values are to be rounded
     averaging_constant,
     eps,
@@ -163,17 +163,17 @@ def range_kernel(
     if observing_ptr is not None:
         observing = tl.load(observing_ptr).to(tl.int32)
     if observing != 0:
-        lows = tl.full([BLOCK], _INF, tl.float32)
-        highs = tl.full([BLOCK], -_INF, tl.float32)
+        lows = tl.full([BLOCK], INF, tl.float32)
+        highs = tl.full([BLOCK], -INF, tl.float32)
         bad = tl.zeros([BLOCK], tl.int32)
         for start in range(0, parts, BLOCK):
             part = start + tl.arange(0, BLOCK)
             mask = part < parts
             low = tl.load(low_ptr + part, mask=mask, other=0.0)
             high = tl.load(high_ptr + part, mask=mask, other=0.0)
-            finite = (tl.abs(low) < _INF) & (tl.abs(high) < _INF)
-            lows = tl.minimum(lows, tl.where(finite & mask, low, _INF))
-            highs = tl.maximum(highs, tl.where(finite & mask, high, -_INF))
+            finite = (tl.abs(low) < INF) & (tl.abs(high) < INF)
+            lows = tl.minimum(lows, tl.where(finite & mask, low, INF))
+            highs = tl.maximum(highs, tl.where(finite & mask, high, -INF))
             bad += (mask & (finite == 0)).to(tl.int32)
         low = tl.min(lows, 0, keep_dims=True)
         high = tl.max(highs, 0, keep_dims=True)
@@ -193,7 +193,8 @@ def range_kernel(
     if not KNOWN:
         active = active & (tl.load(min_ptr) <= tl.load(max_ptr))
     tl.store(scale_out, tl.load(scale_ptr))
-    tl.store(zero_point_out, tl.load(zero_point_ptr))
+    if zero_point_ptr is not None:
+        tl.store(zero_point_out, tl.load(zero_point_ptr))
     tl.store(active_out, active.to(tl.uint8))
 
 
@@ -212,9 +213,8 @@ def merge_range(
     """
     device = low.device
     scale = torch.empty(1, dtype=torch.float32, device=device)
-    zero_point = torch.empty(1, dtype=torch.int32, device=device)
+    zero_point = None if grid.zero_point is None else torch.empty(1, dtype=torch.int32, device=device)
     enabled = torch.empty(1, dtype=torch.uint8, device=device)
-    present_zero_point = torch.zeros_like(zero_point) if grid.zero_point is None else grid.zero_point
     range_kernel[(1,)](
         low,
         high,
@@ -224,7 +224,7 @@ def merge_range(
         None if statistics is None else statistics.min_val,
         None if statistics is None else statistics.max_val,
         grid.scale,
-        present_zero_point,
+        grid.zero_point,
         scale,
         zero_point,
         enabled,
@@ -239,7 +239,7 @@ def merge_range(
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return grid.with_buffers(scale, None if grid.zero_point is None else zero_point, enabled)
+    return grid.with_buffers(scale, zero_point, enabled)
 
 
 @triton.jit

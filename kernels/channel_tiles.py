@@ -1,6 +1,6 @@
 """Device functions for reductions over all dimensions but the channels, and for tiles with per-channel vectors.
 
-A program takes one share of an (outer, rows, cols) view, as `tritonq.kernels.min_max.plan_reduction` cuts it.
+A program takes one share of an (outer, rows, cols) view, as `tritonq.kernels.reduction` cuts it.
 """
 
 from __future__ import annotations
@@ -12,49 +12,64 @@ from .tile import program_along
 
 
 @triton.jit
-def share_bounds(
-    outers,
-    rows,
-    cols,
-    outer_share,
-    row_share,
-    col_share,
-    split_outer,
-    split_row,
-    split_col,
-    FIRST: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """From and to along each dimension of this program's share, and the number of its split."""
+def share_bounds(sizes, share, split_strides, FIRST: tl.constexpr, WIDE: tl.constexpr):
+    """Return where this program's share starts and ends along (outer, rows, cols), and the number of its split.
+
+    Args:
+        sizes: of the view.
+        share: what one program takes of each dimension, whole tiles.
+        split_strides: of the partial results' first axis over program numbers along each dimension.
+        FIRST: the dimension on the launch's first axis.
+        WIDE: whether offsets need 64 bits.
+    """
     outer_program = program_along(0, FIRST)
     row_program = program_along(1, FIRST)
     col_program = program_along(2, FIRST)
-    split = outer_program * split_outer + row_program * split_row + col_program * split_col
+    split = outer_program * split_strides[0] + row_program * split_strides[1] + col_program * split_strides[2]
     if WIDE:
         outer_program = outer_program.to(tl.int64)
         row_program = row_program.to(tl.int64)
         col_program = col_program.to(tl.int64)
-    outer_from = outer_program * outer_share
-    row_from = row_program * row_share
-    col_from = col_program * col_share
-    outer_to = tl.minimum(outer_from + outer_share, outers)
-    row_to = tl.minimum(row_from + row_share, rows)
-    col_to = tl.minimum(col_from + col_share, cols)
-    return outer_from, outer_to, row_from, row_to, col_from, col_to, split
+    outer_start = outer_program * share[0]
+    row_start = row_program * share[1]
+    col_start = col_program * share[2]
+    outer_end = tl.minimum(outer_start + share[0], sizes[0])
+    row_end = tl.minimum(row_start + share[1], sizes[1])
+    col_end = tl.minimum(col_start + share[2], sizes[2])
+    return (outer_start, row_start, col_start), (outer_end, row_end, col_end), split
 
 
 @triton.jit
-def share_channels(
-    outer_from, row_from, col_from, channels, CHANNEL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """The channels of a share, (ROWS,), (COLS,) or (1,), and which of them exist."""
+def share_channels(start, channels, CHANNEL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return the channels of the share that begins at ``start``, (ROWS,), (COLS,) or (1,), and which of them exist."""
     if CHANNEL == 1:
-        channel = row_from + tl.arange(0, ROWS)
+        channel = start[1] + tl.arange(0, ROWS)
     elif CHANNEL == 2:
-        channel = col_from + tl.arange(0, COLS)
+        channel = start[2] + tl.arange(0, COLS)
     else:
-        channel = (outer_from if CHANNEL == 0 else 0) + tl.arange(0, 1)
+        channel = (start[0] if CHANNEL == 0 else 0) + tl.arange(0, 1)
     return channel, channel < channels
+
+
+@triton.jit
+def share_tile(outer, row_start, col_start, sizes, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return the place of one tile of a share, (outer, (ROWS, 1), (1, COLS)), and which of its elements exist."""
+    row = row_start + tl.arange(0, ROWS)[:, None]
+    col = col_start + tl.arange(0, COLS)[None, :]
+    return (outer, row, col), (row < sizes[1]) & (col < sizes[2])
+
+
+@triton.jit
+def share_offsets(place, strides):
+    """Offsets of the elements of a share's tile in a tensor of these strides."""
+    return place[0] * strides[0] + place[1] * strides[1] + place[2] * strides[2]
+
+
+@triton.jit
+def partial_tile(start, channel, valid, splits, channels, SPLITS: tl.constexpr):
+    """Offsets of SPLITS partial results of some channels, from number ``start`` on, and which of them exist."""
+    part = start + tl.arange(0, SPLITS)[:, None]
+    return part * channels + channel[None, :], (part < splits) & valid[None, :]
 
 
 @triton.jit
@@ -91,7 +106,12 @@ def min_per_channel(tile, CHANNEL: tl.constexpr):
 @triton.jit
 def max_per_channel(tile, CHANNEL: tl.constexpr):
     """The largest of a tile, shaped as the channels of its share; NaN may be lost."""
-    return -min_per_channel(-tile, CHANNEL)
+    if CHANNEL == 1:
+        return tl.max(tile, 1)
+    elif CHANNEL == 2:
+        return tl.max(tile, 0)
+    else:
+        return tl.max(tl.max(tile, 1), 0, keep_dims=True)
 
 
 @triton.jit

@@ -54,7 +54,7 @@ def requantize(
 @triton.jit
 def conv2d_kernel(
     x_ptr,  # images × (groups · channels) × height × width, by strides
-    weight_ptr,  # (groups · outs) × channels × KERNEL_H × KERNEL_W of x's dtype, by strides
+    weight_ptr,  # (groups · outs) × channels × KERNEL of x's dtype, by strides
     bias_ptr,  # (groups · outs,) floats; int32 with multiplier_ptr; or None
     multiplier_ptr,  # (groups · outs,) float32 where x and weight are integer codes; else None
     grid_scale_ptr,  # one float32, see `requantize`; or None
@@ -62,18 +62,9 @@ def conv2d_kernel(
     zero_point_ptr,  # one int32; None stands for zero
     active_ptr,  # one element, uint8 or bool; 0 leaves the output unrounded. None counts as 1
     y_ptr,  # images × (groups · outs) × out_height × out_width, by strides
-    x_image,
-    x_channel,
-    x_line,
-    x_pixel,
-    w_out,
-    w_channel,
-    w_line,
-    w_pixel,
-    y_image,
-    y_out,
-    y_line,
-    y_pixel,
+    x_strides,
+    weight_strides,
+    y_strides,
     channels,  # of a group
     height,
     width,
@@ -82,14 +73,10 @@ def conv2d_kernel(
     out_width,
     image_pixels,  # out_height × out_width
     pixels,  # of all images
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    STEP_H: tl.constexpr,
-    STEP_W: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
+    STRIDE: tl.constexpr,  # (vertical, horizontal), as are the next three
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    KERNEL: tl.constexpr,
     DEPTHWISE: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     CEILING: tl.constexpr,
@@ -113,38 +100,38 @@ def conv2d_kernel(
     rest = pixel - image * image_pixels
     line = rest // out_width
     column = rest - line * out_width
-    first_line = line * STRIDE_H - PAD_H
-    first_column = column * STRIDE_W - PAD_W
-    corner = image * x_image + first_line * x_line + first_column * x_pixel
+    first_line = line * STRIDE[0] - PADDING[0]
+    first_column = column * STRIDE[1] - PADDING[1]
+    corner = image * x_strides[0] + first_line * x_strides[2] + first_column * x_strides[3]
     total = tl.zeros([PIXELS, OUTS], tl.float32)
     chunks = 1 if DEPTHWISE else tl.cdiv(channels, CHANNELS)
     # One loop over taps and channels, so that loads of the next tap are on their way too.
-    for step in range(0, KERNEL_H * KERNEL_W * chunks):
+    for step in range(0, KERNEL[0] * KERNEL[1] * chunks):
         tap = step // chunks
-        kernel_line = tap // KERNEL_W
-        kernel_column = tap - kernel_line * KERNEL_W
-        x_row = first_line + kernel_line * STEP_H
-        x_col = first_column + kernel_column * STEP_W
+        kernel_line = tap // KERNEL[1]
+        kernel_column = tap - kernel_line * KERNEL[1]
+        x_row = first_line + kernel_line * DILATION[0]
+        x_col = first_column + kernel_column * DILATION[1]
         inside = (pixel < pixels) & (x_row >= 0) & (x_row < height) & (x_col >= 0) & (x_col < width)
-        place = corner + (kernel_line * STEP_H) * x_line + (kernel_column * STEP_W) * x_pixel
-        tap_ptr = weight_ptr + kernel_line * w_line + kernel_column * w_pixel
+        place = corner + (kernel_line * DILATION[0]) * x_strides[2] + (kernel_column * DILATION[1]) * x_strides[3]
+        tap_ptr = weight_ptr + kernel_line * weight_strides[2] + kernel_column * weight_strides[3]
         if DEPTHWISE:
             x = tl.load(
-                x_ptr + place[:, None] + (out // MULTIPLIER)[None, :] * x_channel,
+                x_ptr + place[:, None] + (out // MULTIPLIER)[None, :] * x_strides[1],
                 mask=inside[:, None] & exists[None, :],
                 other=0.0,
             )
-            weight = tl.load(tap_ptr + out * w_out, mask=exists, other=0.0)
+            weight = tl.load(tap_ptr + out * weight_strides[0], mask=exists, other=0.0)
             total += x.to(tl.float32) * weight.to(tl.float32)[None, :]
         else:
             channel = (step - tap * chunks) * CHANNELS + tl.arange(0, CHANNELS)
             x = tl.load(
-                x_ptr + place[:, None] + (group * channels + channel)[None, :] * x_channel,
+                x_ptr + place[:, None] + (group * channels + channel)[None, :] * x_strides[1],
                 mask=inside[:, None] & (channel < channels)[None, :],
                 other=0.0,
             )
             weight = tl.load(
-                tap_ptr + out[None, :] * w_out + channel[:, None] * w_channel,
+                tap_ptr + out[None, :] * weight_strides[0] + channel[:, None] * weight_strides[1],
                 mask=exists[None, :] & (channel < channels)[:, None],
                 other=0.0,
             )
@@ -160,9 +147,9 @@ def conv2d_kernel(
     scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
     QUANTIZED: tl.constexpr = scale_ptr is not None
     y = quantize_value(y, scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
-    y_places = image * y_image + line * y_line + column * y_pixel
+    y_places = image * y_strides[0] + line * y_strides[2] + column * y_strides[3]
     valid = (pixel < pixels)[:, None] & exists[None, :]
-    tl.store(y_ptr + y_places[:, None] + out[None, :] * y_out, y.to(y_ptr.dtype.element_ty), mask=valid)
+    tl.store(y_ptr + y_places[:, None] + out[None, :] * y_strides[1], y.to(y_ptr.dtype.element_ty), mask=valid)
 
 
 def conv2d(
@@ -245,9 +232,9 @@ def _launch(
             None if onto is None else onto.scale,
             *((None, None, None) if grid is None else grid_pointers(grid)),
             y,
-            *x.stride(),
-            *weight.stride(),
-            *y.stride(),
+            x.stride(),
+            weight.stride(),
+            y.stride(),
             channels,
             height,
             width,
@@ -256,14 +243,10 @@ def _launch(
             y.shape[3],
             y.shape[2] * y.shape[3],
             pixels,
-            STRIDE_H=stride[0],
-            STRIDE_W=stride[1],
-            PAD_H=padding[0],
-            PAD_W=padding[1],
-            STEP_H=dilation[0],
-            STEP_W=dilation[1],
-            KERNEL_H=kernel_h,
-            KERNEL_W=kernel_w,
+            STRIDE=stride,
+            PADDING=padding,
+            DILATION=dilation,
+            KERNEL=(kernel_h, kernel_w),
             DEPTHWISE=depthwise,
             MULTIPLIER=outs // geometry.groups,
             # The ReLU works on values of the output's dtype, and so does its bound.

@@ -16,40 +16,43 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import load_quantizer, merge_range, quantize_value
-from .channel_tiles import fma, max_per_channel, min_per_channel, share_bounds, share_channels, spread, sum_per_channel
+from .channel_tiles import (
+    fma,
+    max_per_channel,
+    min_per_channel,
+    partial_tile,
+    share_bounds,
+    share_channels,
+    share_offsets,
+    share_tile,
+    spread,
+    sum_per_channel,
+)
+from .constants import INF
 from .conv_bn_backward import backward
 from .fake_quant import common_view
-from .launch import device_guard, plan, warp_size
+from .launch import device_guard, plan
 from .launcher import Launcher
 from .layout import View
-from .min_max import plan_reduction
 from .quantized import Grid, RangeStatistics, grid_constants, grid_pointers
+from .reduction import plan_reduction
 from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
 
 __all__ = ["apply", "backward", "forward"]
 
-_INF = tl.constexpr(float("inf"))
 # Rows of the partial results of the statistics pass: centre, mean - centre, M2, minimum, maximum, count. The mean is
 # in two parts because one float32 at an offset of 1000 would round away what sets the shares apart.
 _STATISTICS = 6
-_FINISH_ELEMENTS = 1024
 
 
 @triton.jit
 def scan_statistics(
     c_ptr,  # outer × rows × cols, by strides
     centre,  # in c's dtype, broadcasts against a tile: what distances are from, and what missing elements count as
-    c_outer,
-    c_row,
-    c_col,
-    outer_from,
-    outer_to,
-    row_from,
-    row_to,
-    col_from,
-    col_to,
-    rows,
-    cols,
+    c_strides,
+    start,  # of the share along (outer, rows, cols), as is its end
+    end,
+    sizes,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -57,15 +60,13 @@ def scan_statistics(
     about = centre.to(tl.float32)
     total = tl.zeros([ROWS, COLS], tl.float32)
     squares = tl.zeros([ROWS, COLS], tl.float32)
-    lowest = tl.full([ROWS, COLS], _INF, tl.float32)
-    highest = tl.full([ROWS, COLS], -_INF, tl.float32)
-    for outer in range(outer_from, outer_to):
-        for row_start in range(row_from, row_to, ROWS):
-            for col_start in range(col_from, col_to, COLS):
-                row = row_start + tl.arange(0, ROWS)[:, None]
-                col = col_start + tl.arange(0, COLS)[None, :]
-                mask = (row < rows) & (col < cols)
-                c = tl.load(c_ptr + (outer * c_outer + row * c_row + col * c_col), mask=mask, other=centre)
+    lowest = tl.full([ROWS, COLS], INF, tl.float32)
+    highest = tl.full([ROWS, COLS], -INF, tl.float32)
+    for outer in range(start[0], end[0]):
+        for row in range(start[1], end[1], ROWS):
+            for col in range(start[2], end[2], COLS):
+                place, mask = share_tile(outer, row, col, sizes, ROWS, COLS)
+                c = tl.load(c_ptr + share_offsets(place, c_strides), mask=mask, other=centre)
                 distance = c.to(tl.float32) - about
                 total += distance
                 squares = fma(distance, distance, squares)
@@ -79,18 +80,10 @@ def scan_statistics(
 def statistics_kernel(
     c_ptr,  # outer × rows × cols, by strides
     partial_ptr,  # 6 × splits × channels float32: centre, mean - centre, M2, minimum, maximum, count
-    c_outer,
-    c_row,
-    c_col,
-    outers,
-    rows,
-    cols,
-    outer_share,
-    row_share,
-    col_share,
-    split_outer,
-    split_row,
-    split_col,
+    c_strides,
+    sizes,
+    share,  # see `share_bounds`, as for the next
+    split_strides,
     splits,
     channels,
     CHANNEL: tl.constexpr,
@@ -100,32 +93,25 @@ def statistics_kernel(
     WIDE: tl.constexpr,
 ):
     """Statistics of one share, about the mean of its first tile, so that offsets cost nothing. No GPU has run it."""
-    outer_from, outer_to, row_from, row_to, col_from, col_to, split = share_bounds(
-        outers, rows, cols, outer_share, row_share, col_share, split_outer, split_row, split_col, FIRST, WIDE
-    )
-    channel, valid = share_channels(outer_from, row_from, col_from, channels, CHANNEL, ROWS, COLS)
-    row = row_from + tl.arange(0, ROWS)[:, None]
-    col = col_from + tl.arange(0, COLS)[None, :]
-    mask = (row < rows) & (col < cols)
-    start = tl.load(c_ptr + (outer_from * c_outer + row * c_row + col * c_col), mask=mask, other=0)
+    start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
+    channel, valid = share_channels(start, channels, CHANNEL, ROWS, COLS)
+    place, mask = share_tile(start[0], start[1], start[2], sizes, ROWS, COLS)
+    first = tl.load(c_ptr + share_offsets(place, c_strides), mask=mask, other=0)
     present = sum_per_channel(tl.where(mask, 1.0, 0.0), CHANNEL)
-    mean = tl.div_rn(sum_per_channel(start.to(tl.float32), CHANNEL), tl.maximum(present, 1.0))
-    low = min_per_channel(tl.where(mask, start.to(tl.float32), _INF), CHANNEL)
-    high = max_per_channel(tl.where(mask, start.to(tl.float32), -_INF), CHANNEL)
+    mean = tl.div_rn(sum_per_channel(first.to(tl.float32), CHANNEL), tl.maximum(present, 1.0))
+    low = min_per_channel(tl.where(mask, first.to(tl.float32), INF), CHANNEL)
+    high = max_per_channel(tl.where(mask, first.to(tl.float32), -INF), CHANNEL)
     # Clamped and in c's own dtype, the centre is a value that may stand for missing elements: its distance is zero, and
     # it lies between the smallest and the largest. (Comparisons leave a mean of NaN as it is.)
     mean = tl.where(mean < low, low, mean)
     mean = tl.where(mean > high, high, mean)
-    substitute = spread(mean, CHANNEL).to(start.dtype)
+    substitute = spread(mean, CHANNEL).to(first.dtype)
 
-    total, squares, lowest, highest = scan_statistics(
-        c_ptr, substitute, c_outer, c_row, c_col, outer_from, outer_to, row_from, row_to, col_from, col_to, rows, cols,
-        ROWS, COLS,
-    )  # fmt: skip
+    total, squares, lowest, highest = scan_statistics(c_ptr, substitute, c_strides, start, end, sizes, ROWS, COLS)
 
-    outer_extent = 1 if CHANNEL == 0 else outer_to - outer_from
-    row_extent = 1 if CHANNEL == 1 else row_to - row_from
-    col_extent = 1 if CHANNEL == 2 else col_to - col_from
+    outer_extent = 1 if CHANNEL == 0 else end[0] - start[0]
+    row_extent = 1 if CHANNEL == 1 else end[1] - start[1]
+    col_extent = 1 if CHANNEL == 2 else end[2] - start[2]
     count = (outer_extent * row_extent * col_extent).to(tl.float32)
     centre = mean.to(c_ptr.dtype.element_ty).to(tl.float32)
     sums = sum_per_channel(total, CHANNEL)
@@ -177,23 +163,21 @@ def finish_kernel(
     step = splits * channels
     base = tl.load(partial_ptr + channel, mask=valid, other=0.0)
     moved = tl.zeros([SPLITS, CHANNELS], tl.float32)
-    lowest = tl.full([SPLITS, CHANNELS], _INF, tl.float32)
-    highest = tl.full([SPLITS, CHANNELS], -_INF, tl.float32)
+    lowest = tl.full([SPLITS, CHANNELS], INF, tl.float32)
+    highest = tl.full([SPLITS, CHANNELS], -INF, tl.float32)
     for start in range(0, splits, SPLITS):
-        part = start + tl.arange(0, SPLITS)[:, None]
-        mask = (part < splits) & valid[None, :]
-        at = partial_ptr + part * channels + channel[None, :]
+        part, mask = partial_tile(start, channel, valid, splits, channels, SPLITS)
+        at = partial_ptr + part
         moved += tl.load(at + 5 * step, mask=mask, other=0.0) * mean_from(at, step, base, mask)
-        lowest = tl.minimum(lowest, tl.load(at + 3 * step, mask=mask, other=_INF))
-        highest = tl.maximum(highest, tl.load(at + 4 * step, mask=mask, other=-_INF))
+        lowest = tl.minimum(lowest, tl.load(at + 3 * step, mask=mask, other=INF))
+        highest = tl.maximum(highest, tl.load(at + 4 * step, mask=mask, other=-INF))
     counts = tl.zeros_like(base) + count
     shifted = tl.div_rn(tl.sum(moved, 0), counts)
     mean = base + shifted
     second = tl.zeros([SPLITS, CHANNELS], tl.float32)
     for start in range(0, splits, SPLITS):
-        part = start + tl.arange(0, SPLITS)[:, None]
-        mask = (part < splits) & valid[None, :]
-        at = partial_ptr + part * channels + channel[None, :]
+        part, mask = partial_tile(start, channel, valid, splits, channels, SPLITS)
+        at = partial_ptr + part
         away = mean_from(at, step, base, mask) - shifted[None, :]
         size = tl.load(at + 5 * step, mask=mask, other=0.0)
         second += tl.load(at + 2 * step, mask=mask, other=0.0) + size * (away * away)
@@ -222,7 +206,7 @@ def finish_kernel(
 
     # The result is monotone in c, and rounding keeps order: these are its extremes, bit for bit. NaN hides from minimum
     # and maximum but not from the mean; an infinite mean makes the slope NaN.
-    finite = (tl.abs(mean) < _INF) & (tl.abs(slope) < _INF)
+    finite = (tl.abs(mean) < INF) & (tl.abs(slope) < INF)
     nan = float("nan")
     tl.store(range_ptr + channel, tl.where(finite, fma(tl.min(lowest, 0), slope, shift), nan), mask=valid)
     tl.store(range_ptr + channels + channel, tl.where(finite, fma(tl.max(highest, 0), slope, shift), nan), mask=valid)
@@ -249,14 +233,9 @@ def apply_kernel(
     scale_ptr,  # one element each, or None without a quantizer
     zero_point_ptr,
     active_ptr,
-    c_outer,
-    c_row,
-    c_col,
-    y_outer,
-    y_row,
-    y_col,
-    rows,
-    cols,
+    c_strides,
+    y_strides,
+    sizes,
     CHANNEL: tl.constexpr,
     CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
@@ -268,16 +247,16 @@ def apply_kernel(
     WIDE: tl.constexpr,
 ):
     """``FQ(relu?(slope · c + shift))`` of one tile. Has run on no GPU yet."""
-    outer, row, col = tile_indices(ROWS, COLS, FIRST, WIDE)
-    mask = tile_mask(row, col, rows, cols, ROWS)
-    c = tl.load(c_ptr + tile_offsets(outer, row, col, c_outer, c_row, c_col), mask=mask).to(tl.float32)
-    slope = load_per_channel(slope_ptr, outer, row, col, rows, cols, CHANNEL)
-    shift = load_per_channel(shift_ptr, outer, row, col, rows, cols, CHANNEL)
+    place = tile_indices(ROWS, COLS, FIRST, WIDE)
+    mask = tile_mask(place, sizes, ROWS)
+    c = tl.load(c_ptr + tile_offsets(place, c_strides), mask=mask).to(tl.float32)
+    slope = load_per_channel(slope_ptr, place, sizes, CHANNEL)
+    shift = load_per_channel(shift_ptr, place, sizes, CHANNEL)
     scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
     QUANTIZED: tl.constexpr = scale_ptr is not None
     y = fma(c, slope, shift)
     y = quantize_value(y, scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
-    tl.store(y_ptr + tile_offsets(outer, row, col, y_outer, y_row, y_col), y, mask=mask)
+    tl.store(y_ptr + tile_offsets(place, y_strides), y, mask=mask)
 
 
 def forward(
@@ -322,10 +301,8 @@ def _apply(
             slope,
             shift,
             *grid_pointers(grid),
-            *seen.strides[0],
-            *seen.strides[1],
-            seen.sizes[1],
-            seen.sizes[2],
+            *seen.strides,
+            seen.sizes,
             CEILING=ceiling,
             **grid_constants(grid),
             **seen.constants(tile, launch),
@@ -342,27 +319,22 @@ def _statistics(
     norm: Any,
 ) -> tuple[Tensor, Tensor]:
     """The six vectors of `Normalization`, and (2, channels) extremes of the result; updates running statistics."""
-    tile, parts, launch, split_strides, splits = plan_reduction(c.dtype, seen, c.device, warp_size(c.device))
+    shares = plan_reduction(c, seen)
     channels = c.shape[1]
     count = c.numel() // channels
-    partial = torch.empty((_STATISTICS, splits, channels), dtype=torch.float32, device=c.device)
+    partial = shares.partial(_STATISTICS, c.device)
     vectors = torch.empty((6, channels), dtype=torch.float32, device=c.device)
     extremes = torch.empty((2, channels), dtype=torch.float32, device=c.device)
     momentum = norm.momentum.float() if isinstance(norm.momentum, Tensor) else None
     with device_guard(c):
-        statistics_kernel[launch.programs](
+        statistics_kernel[shares.grid.programs](
             c,
             partial,
-            *seen.strides[0],
-            *seen.sizes,
-            *parts.share,
-            *split_strides,
-            splits,
-            channels,
-            **seen.constants(tile, launch),
+            seen.strides[0],
+            *shares.arguments,
+            **shares.constants,
         )
-        block = min(triton.next_power_of_2(channels), 32)
-        finish_kernel[(triton.cdiv(channels, block),)](
+        finish_kernel[shares.joining_programs](
             partial,
             vectors,
             extremes,
@@ -377,11 +349,8 @@ def _statistics(
             norm.eps,
             float(count),
             count / (count - 1),
-            splits,
+            shares.splits,
             channels,
-            SPLITS=min(triton.next_power_of_2(splits), _FINISH_ELEMENTS // block),
-            CHANNELS=block,
-            num_warps=4,
-            enable_fp_fusion=False,
+            **shares.joining_constants,
         )
     return vectors, extremes

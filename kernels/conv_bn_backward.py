@@ -11,15 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import gradient_bounds, gradient_passes, load_quantizer
-from .channel_tiles import fma, share_bounds, share_channels, spread, sum_per_channel
+from .channel_tiles import (
+    fma,
+    partial_tile,
+    share_bounds,
+    share_channels,
+    share_offsets,
+    share_tile,
+    spread,
+    sum_per_channel,
+)
 from .fake_quant import common_view
-from .launch import device_guard, plan, warp_size
+from .launch import device_guard, plan
 from .launcher import Launcher
-from .min_max import plan_reduction
 from .quantized import Grid, grid_constants, grid_pointers
+from .reduction import plan_reduction
 from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
-
-_FINISH_ELEMENTS = 1024
 
 
 @triton.jit
@@ -32,20 +39,11 @@ def scan_gradients(
     unit,  # scalars, of the quantizer and the ReLU
     low,
     high,
-    dy_outer,
-    dy_row,
-    dy_col,
-    c_outer,
-    c_row,
-    c_col,
-    outer_from,
-    outer_to,
-    row_from,
-    row_to,
-    col_from,
-    col_to,
-    rows,
-    cols,
+    dy_strides,
+    c_strides,
+    start,  # of the share along (outer, rows, cols), as is its end
+    end,
+    sizes,
     CEILING: tl.constexpr,
     QUANTIZED: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -55,15 +53,13 @@ def scan_gradients(
     """Sums of the unblocked gradient, and of its product with ``c - mean``, over a share, (ROWS, COLS) each."""
     plain = tl.zeros([ROWS, COLS], tl.float32)
     moment = tl.zeros([ROWS, COLS], tl.float32)
-    for outer in range(outer_from, outer_to):
-        for row_start in range(row_from, row_to, ROWS):
-            for col_start in range(col_from, col_to, COLS):
-                row = row_start + tl.arange(0, ROWS)[:, None]
-                col = col_start + tl.arange(0, COLS)[None, :]
-                mask = (row < rows) & (col < cols)
+    for outer in range(start[0], end[0]):
+        for row in range(start[1], end[1], ROWS):
+            for col in range(start[2], end[2], COLS):
+                place, mask = share_tile(outer, row, col, sizes, ROWS, COLS)
                 # A missing gradient is zero and adds nothing to either sum.
-                dy = tl.load(dy_ptr + (outer * dy_outer + row * dy_row + col * dy_col), mask=mask, other=0)
-                c = tl.load(c_ptr + (outer * c_outer + row * c_row + col * c_col), mask=mask, other=0).to(tl.float32)
+                dy = tl.load(dy_ptr + share_offsets(place, dy_strides), mask=mask, other=0)
+                c = tl.load(c_ptr + share_offsets(place, c_strides), mask=mask, other=0).to(tl.float32)
                 g = dy.to(tl.float32)
                 if CEILING is not None or QUANTIZED:
                     passes = gradient_passes(fma(c, slope, shift), unit, low, high, CEILING, QUANTIZED, ROUNDING)
@@ -85,21 +81,11 @@ def gradient_sums_kernel(
     scale_ptr,  # one element each, or None without a quantizer
     zero_point_ptr,
     active_ptr,
-    dy_outer,
-    dy_row,
-    dy_col,
-    c_outer,
-    c_row,
-    c_col,
-    outers,
-    rows,
-    cols,
-    outer_share,
-    row_share,
-    col_share,
-    split_outer,
-    split_row,
-    split_col,
+    dy_strides,
+    c_strides,
+    sizes,
+    share,  # see `share_bounds`, as for the next
+    split_strides,
     splits,
     channels,
     CHANNEL: tl.constexpr,
@@ -113,10 +99,8 @@ def gradient_sums_kernel(
     WIDE: tl.constexpr,
 ):
     """Sums of the unblocked gradient over one share. Has run on no GPU yet."""
-    outer_from, outer_to, row_from, row_to, col_from, col_to, split = share_bounds(
-        outers, rows, cols, outer_share, row_share, col_share, split_outer, split_row, split_col, FIRST, WIDE
-    )
-    channel, valid = share_channels(outer_from, row_from, col_from, channels, CHANNEL, ROWS, COLS)
+    start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
+    channel, valid = share_channels(start, channels, CHANNEL, ROWS, COLS)
     mean = spread(tl.load(mean_ptr + channel, mask=valid, other=0.0), CHANNEL)
     slope = spread(tl.load(slope_ptr + channel, mask=valid, other=0.0), CHANNEL)
     shift = spread(tl.load(shift_ptr + channel, mask=valid, other=0.0), CHANNEL)
@@ -124,8 +108,8 @@ def gradient_sums_kernel(
     QUANTIZED: tl.constexpr = scale_ptr is not None
     unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
     plain, moment = scan_gradients(
-        dy_ptr, c_ptr, mean, slope, shift, unit, low, high, dy_outer, dy_row, dy_col, c_outer, c_row, c_col,
-        outer_from, outer_to, row_from, row_to, col_from, col_to, rows, cols, CEILING, QUANTIZED, ROUNDING, ROWS, COLS,
+        dy_ptr, c_ptr, mean, slope, shift, unit, low, high, dy_strides, c_strides, start, end, sizes,
+        CEILING, QUANTIZED, ROUNDING, ROWS, COLS,
     )  # fmt: skip
     at = split * channels + channel
     tl.store(partial_ptr + at, sum_per_channel(plain, CHANNEL), mask=valid)
@@ -152,11 +136,9 @@ def finish_gradients_kernel(
     plain = tl.zeros([SPLITS, CHANNELS], tl.float32)
     moment = tl.zeros([SPLITS, CHANNELS], tl.float32)
     for start in range(0, splits, SPLITS):
-        part = start + tl.arange(0, SPLITS)[:, None]
-        mask = (part < splits) & valid[None, :]
-        at = partial_ptr + part * channels + channel[None, :]
-        plain += tl.load(at, mask=mask, other=0.0)
-        moment += tl.load(at + splits * channels, mask=mask, other=0.0)
+        part, mask = partial_tile(start, channel, valid, splits, channels, SPLITS)
+        plain += tl.load(partial_ptr + part, mask=mask, other=0.0)
+        moment += tl.load(partial_ptr + splits * channels + part, mask=mask, other=0.0)
     inverse_std = tl.load(inverse_std_ptr + channel, mask=valid, other=0.0)
     slope = tl.load(slope_ptr + channel, mask=valid, other=0.0)
     sum_g = tl.sum(plain, 0)
@@ -182,17 +164,10 @@ def gradient_kernel(
     scale_ptr,  # one element each, or None without a quantizer
     zero_point_ptr,
     active_ptr,
-    dy_outer,
-    dy_row,
-    dy_col,
-    c_outer,
-    c_row,
-    c_col,
-    dc_outer,
-    dc_row,
-    dc_col,
-    rows,
-    cols,
+    dy_strides,
+    c_strides,
+    dc_strides,
+    sizes,
     CHANNEL: tl.constexpr,
     CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
@@ -204,23 +179,23 @@ def gradient_kernel(
     WIDE: tl.constexpr,
 ):
     """``slope · g + pull · (c - mean) + offset`` of one tile. Has run on no GPU yet."""
-    outer, row, col = tile_indices(ROWS, COLS, FIRST, WIDE)
-    mask = tile_mask(row, col, rows, cols, ROWS)
-    g = tl.load(dy_ptr + tile_offsets(outer, row, col, dy_outer, dy_row, dy_col), mask=mask).to(tl.float32)
-    c = tl.load(c_ptr + tile_offsets(outer, row, col, c_outer, c_row, c_col), mask=mask).to(tl.float32)
-    slope = load_per_channel(slope_ptr, outer, row, col, rows, cols, CHANNEL)
+    place = tile_indices(ROWS, COLS, FIRST, WIDE)
+    mask = tile_mask(place, sizes, ROWS)
+    g = tl.load(dy_ptr + tile_offsets(place, dy_strides), mask=mask).to(tl.float32)
+    c = tl.load(c_ptr + tile_offsets(place, c_strides), mask=mask).to(tl.float32)
+    slope = load_per_channel(slope_ptr, place, sizes, CHANNEL)
     QUANTIZED: tl.constexpr = scale_ptr is not None
     if CEILING is not None or QUANTIZED:
-        shift = load_per_channel(shift_ptr, outer, row, col, rows, cols, CHANNEL)
+        shift = load_per_channel(shift_ptr, place, sizes, CHANNEL)
         scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
         unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
         passes = gradient_passes(fma(c, slope, shift), unit, low, high, CEILING, QUANTIZED, ROUNDING)
         g = tl.where(passes, g, 0.0)
-    mean = load_per_channel(mean_ptr, outer, row, col, rows, cols, CHANNEL)
-    pull = load_per_channel(pull_ptr, outer, row, col, rows, cols, CHANNEL)
-    offset = load_per_channel(offset_ptr, outer, row, col, rows, cols, CHANNEL)
+    mean = load_per_channel(mean_ptr, place, sizes, CHANNEL)
+    pull = load_per_channel(pull_ptr, place, sizes, CHANNEL)
+    offset = load_per_channel(offset_ptr, place, sizes, CHANNEL)
     dc = fma(g, slope, fma(c - mean, pull, offset))
-    tl.store(dc_ptr + tile_offsets(outer, row, col, dc_outer, dc_row, dc_col), dc, mask=mask)
+    tl.store(dc_ptr + tile_offsets(place, dc_strides), dc, mask=mask)
 
 
 def backward(
@@ -238,14 +213,14 @@ def backward(
     mean, inverse_std, _, slope, shift, _ = result
     dc = torch.empty_like(c)
     (dy, c), seen = common_view((dy, c), dc, 1)
-    tile, parts, launch, split_strides, splits = plan_reduction(c.dtype, seen, c.device, warp_size(c.device))
+    shares = plan_reduction(c, seen)
     channels = c.shape[1]
-    partial = torch.empty((2, splits, channels), dtype=torch.float32, device=c.device)
+    partial = shares.partial(2, c.device)
     sums = torch.empty((2, channels), dtype=torch.float32, device=c.device)
     pull = torch.empty_like(sums)
     shared = {"CEILING": ceiling, **grid_constants(grid)}
     with device_guard(c):
-        gradient_sums_kernel[launch.programs](
+        gradient_sums_kernel[shares.grid.programs](
             dy,
             c,
             partial,
@@ -253,30 +228,21 @@ def backward(
             slope,
             shift,
             *grid_pointers(grid),
-            *seen.strides[0],
-            *seen.strides[1],
-            *seen.sizes,
-            *parts.share,
-            *split_strides,
-            splits,
-            channels,
+            *seen.strides[:2],
+            *shares.arguments,
             **shared,
-            **seen.constants(tile, launch),
+            **shares.constants,
         )
-        block = min(triton.next_power_of_2(channels), 32)
-        finish_gradients_kernel[(triton.cdiv(channels, block),)](
+        finish_gradients_kernel[shares.joining_programs](
             partial,
             sums,
             pull,
             inverse_std,
             slope,
             float(c.numel() // channels),
-            splits,
+            shares.splits,
             channels,
-            SPLITS=min(triton.next_power_of_2(splits), _FINISH_ELEMENTS // block),
-            CHANNELS=block,
-            num_warps=4,
-            enable_fp_fusion=False,
+            **shares.joining_constants,
         )
         tile, launch = plan("conv_bn_backward", c.dtype, seen, c.device)
         gradient_kernel[launch.programs](
@@ -288,11 +254,8 @@ def backward(
             shift,
             *pull.unbind(0),
             *grid_pointers(grid),
-            *seen.strides[0],
-            *seen.strides[1],
-            *seen.strides[2],
-            seen.sizes[1],
-            seen.sizes[2],
+            *seen.strides,
+            seen.sizes,
             **shared,
             **seen.constants(tile, launch),
         )

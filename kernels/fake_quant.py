@@ -27,14 +27,9 @@ def fake_quantize_kernel(
     scale_ptr,  # (channels,) float32, or one element
     zero_point_ptr,  # as scale, int32; None stands for zero
     active_ptr,  # one element, uint8 or bool; 0 copies x. None counts as 1
-    x_outer,
-    x_row,
-    x_col,
-    y_outer,
-    y_row,
-    y_col,
-    rows,
-    cols,
+    x_strides,
+    y_strides,
+    sizes,
     CHANNEL: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
@@ -47,14 +42,14 @@ def fake_quantize_kernel(
     SAME_STRIDES: tl.constexpr,  # every tensor has x's strides, so that offsets are computed once
 ):
     """Fake quantize one tile, or write its codes. Has run on no GPU yet."""
-    outer, row, col = tile_indices(ROWS, COLS, FIRST, WIDE)
-    mask = tile_mask(row, col, rows, cols, ROWS)
-    x_offsets = tile_offsets(outer, row, col, x_outer, x_row, x_col)
+    place = tile_indices(ROWS, COLS, FIRST, WIDE)
+    mask = tile_mask(place, sizes, ROWS)
+    x_offsets = tile_offsets(place, x_strides)
     x = tl.load(x_ptr + x_offsets, mask=mask).to(tl.float32)
-    scale = load_per_channel(scale_ptr, outer, row, col, rows, cols, CHANNEL)
+    scale = load_per_channel(scale_ptr, place, sizes, CHANNEL)
     zero_point = 0
     if zero_point_ptr is not None:
-        zero_point = load_per_channel(zero_point_ptr, outer, row, col, rows, cols, CHANNEL).to(tl.float32)
+        zero_point = load_per_channel(zero_point_ptr, place, sizes, CHANNEL).to(tl.float32)
     v = divide_by_scale(x, scale, ROUNDING)
     if CODES:
         y = round_to_code(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
@@ -62,7 +57,7 @@ def fake_quantize_kernel(
         y = round_to_steps(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING) * scale
     if active_ptr is not None:
         y = tl.where(tl.load(active_ptr) != 0, y, x)
-    y_offsets = x_offsets if SAME_STRIDES else tile_offsets(outer, row, col, y_outer, y_row, y_col)
+    y_offsets = x_offsets if SAME_STRIDES else tile_offsets(place, y_strides)
     tl.store(y_ptr + y_offsets, y, mask=mask)
     if mask_ptr is not None:
         passes = is_inside(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
@@ -80,17 +75,10 @@ def fake_quantize_backward_kernel(
     scale_ptr,  # (channels,) float32, or one element
     zero_point_ptr,  # as scale, int32; None stands for zero
     active_ptr,  # one element, uint8 or bool; 0 copies dy. None counts as 1
-    dy_outer,
-    dy_row,
-    dy_col,
-    x_outer,
-    x_row,
-    x_col,
-    dx_outer,
-    dx_row,
-    dx_col,
-    rows,
-    cols,
+    dy_strides,
+    x_strides,
+    dx_strides,
+    sizes,
     CHANNEL: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
@@ -102,20 +90,20 @@ def fake_quantize_backward_kernel(
     SAME_STRIDES: tl.constexpr,  # every tensor has x's strides, so that offsets are computed once
 ):
     """Pass the gradient of one tile where the code, recomputed from x, lies in range. Has run on no GPU yet."""
-    outer, row, col = tile_indices(ROWS, COLS, FIRST, WIDE)
-    mask = tile_mask(row, col, rows, cols, ROWS)
-    x_offsets = tile_offsets(outer, row, col, x_outer, x_row, x_col)
+    place = tile_indices(ROWS, COLS, FIRST, WIDE)
+    mask = tile_mask(place, sizes, ROWS)
+    x_offsets = tile_offsets(place, x_strides)
     x = tl.load(x_ptr + x_offsets, mask=mask).to(tl.float32)
-    dy_offsets = x_offsets if SAME_STRIDES else tile_offsets(outer, row, col, dy_outer, dy_row, dy_col)
+    dy_offsets = x_offsets if SAME_STRIDES else tile_offsets(place, dy_strides)
     dy = tl.load(dy_ptr + dy_offsets, mask=mask).to(tl.float32)
-    scale = load_per_channel(scale_ptr, outer, row, col, rows, cols, CHANNEL)
+    scale = load_per_channel(scale_ptr, place, sizes, CHANNEL)
     zero_point = 0
     if zero_point_ptr is not None:
-        zero_point = load_per_channel(zero_point_ptr, outer, row, col, rows, cols, CHANNEL).to(tl.float32)
+        zero_point = load_per_channel(zero_point_ptr, place, sizes, CHANNEL).to(tl.float32)
     passes = is_inside(divide_by_scale(x, scale, ROUNDING), zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
     if active_ptr is not None:
         passes = passes | (tl.load(active_ptr) == 0)
-    dx_offsets = x_offsets if SAME_STRIDES else tile_offsets(outer, row, col, dx_outer, dx_row, dx_col)
+    dx_offsets = x_offsets if SAME_STRIDES else tile_offsets(place, dx_strides)
     tl.store(dx_ptr + dx_offsets, tl.where(passes, dy, 0.0), mask=mask)
 
 
@@ -154,11 +142,8 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
             x,
             dx,
             *grid_pointers(grid),
-            *seen.strides[0],
-            *seen.strides[1],
-            *seen.strides[2],
-            seen.sizes[1],
-            seen.sizes[2],
+            *seen.strides,
+            seen.sizes,
             QUANT_MIN=qtype.quant_min + blocks_ends,
             QUANT_MAX=qtype.quant_max - blocks_ends,
             ROUNDING=qtype.rounding,
@@ -184,10 +169,8 @@ def _forward(x: Tensor, y: Tensor, grid: Grid, codes: bool, mask: Tensor | None 
             scale,
             zero_point,
             None if codes else enabled,
-            *seen.strides[0],
-            *seen.strides[1],
-            seen.sizes[1],
-            seen.sizes[2],
+            *seen.strides,
+            seen.sizes,
             QUANT_MIN=qtype.quant_min,
             QUANT_MAX=qtype.quant_max,
             ROUNDING=qtype.rounding,

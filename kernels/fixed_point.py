@@ -12,19 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, multiprocessors
+from .constants import INF
+from .launch import device_guard, programs_that_fill
 from .launcher import Launcher
 from .layout import View
-from .min_max import viewed
 from .quantized import QuantizedType
+from .reduction import viewed
 from .rounding import round_to_steps
 
 # Elements per tile: 16 per lane at four warps, one load of 128 bits for each of float32's lanes in flight four times.
 _BLOCK = 2048
 _WARPS = 4
-# Enough programs for every multiprocessor to hide the latency of its loads. By count, not measured.
-_PROGRAMS_PER_MULTIPROCESSOR = 4
-_INF = tl.constexpr(float("inf"))
 
 
 @Launcher
@@ -32,10 +30,7 @@ _INF = tl.constexpr(float("inf"))
 def frac_len_errors_kernel(
     x_ptr,  # channels × outer × rows × cols, by strides
     error_ptr,  # splits × channels × CANDIDATES float64, CANDIDATES contiguous
-    x_channel,
-    x_outer,
-    x_row,
-    x_col,
+    x_strides,
     rows,
     cols,
     col_tiles,
@@ -53,17 +48,17 @@ def frac_len_errors_kernel(
     split = tl.program_id(1)
     candidate = tl.arange(0, CANDIDATES)
     errors = tl.zeros([CANDIDATES], tl.float64)
-    start = x_ptr + channel.to(tl.int64) * x_channel
+    start = x_ptr + channel.to(tl.int64) * x_strides[0]
     for tile in range(split, tiles, splits):
         # Two scalar divisions for a tile of BLOCK elements.
         line = tile // col_tiles
         col = (tile - line * col_tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         outer = line // rows
         row = line - outer * rows
-        offset = outer.to(tl.int64) * x_outer + row.to(tl.int64) * x_row
-        x = tl.load(start + offset + col * x_col, mask=col < cols, other=0).to(tl.float32)
+        offset = outer.to(tl.int64) * x_strides[1] + row.to(tl.int64) * x_strides[2]
+        x = tl.load(start + offset + col * x_strides[3], mask=col < cols, other=0).to(tl.float32)
         # 0 is a code of every format: values set to it err nowhere.
-        counts = tl.abs(x) < _INF
+        counts = tl.abs(x) < INF
         if QUANT_MIN >= 0:
             counts = counts & (x > 0)
         x = tl.where(counts, x, 0.0)
@@ -88,15 +83,14 @@ def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
     block = min(_BLOCK, triton.next_power_of_2(sizes[3]))
     col_tiles = triton.cdiv(sizes[3], block)
     tiles = sizes[1] * sizes[2] * col_tiles
-    programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)
-    splits = max(1, min(tiles, programs // channels))
+    splits = max(1, min(tiles, programs_that_fill(x.device) // channels))
     width = triton.next_power_of_2(candidates)
     partial = torch.empty((splits, channels, width), dtype=torch.float64, device=x.device)
     with device_guard(x):
         frac_len_errors_kernel[(channels, splits)](
             x,
             partial,
-            *strides,
+            strides,
             sizes[2],
             sizes[3],
             col_tiles,

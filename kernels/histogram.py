@@ -13,13 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, warp_size
+from .channel_tiles import (
+    max_per_channel,
+    min_per_channel,
+    share_bounds,
+    share_channels,
+    share_offsets,
+    share_tile,
+)
+from .constants import INF
+from .launch import device_guard
 from .launcher import Launcher
-from .min_max import finish_kernel, plan_reduction, viewed
+from .min_max import finish_kernel
 from .quantized import NO_RANGE
-from .tile import program_along
+from .reduction import plan_reduction, viewed
 
-_INF = tl.constexpr(float("inf"))
 _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
 # The magnitude bits of infinity; NaN is above.
 _INFINITE_BITS = tl.constexpr(0x7F800000)
@@ -45,18 +53,10 @@ def prefix_histogram_kernel(
     partial_ptr,  # 2 × splits × channels float32: minima, maxima
     enabled_ptr,  # one uint8, 0 ends the kernel; None counts as 1
     nonfinite_ptr,  # one int64, added to
-    x_outer,
-    x_row,
-    x_col,
-    outers,
-    rows,
-    cols,
-    outer_share,  # what one program takes of each dimension; whole tiles
-    row_share,
-    col_share,
-    split_outer,  # strides of the partial results' first axis over program numbers
-    split_row,
-    split_col,
+    x_strides,
+    sizes,
+    share,  # see `share_bounds`, as for the next
+    split_strides,
     splits,
     channels,
     SHIFT: tl.constexpr,
@@ -72,56 +72,41 @@ def prefix_histogram_kernel(
     """Count one share of one tile of channels, and reduce its range. Has run on no GPU yet."""
     if enabled_ptr is not None and tl.load(enabled_ptr) == 0:
         return
-    outer_program = program_along(0, FIRST)
-    row_program = program_along(1, FIRST)
-    col_program = program_along(2, FIRST)
-    if WIDE:
-        outer_program = outer_program.to(tl.int64)
-        row_program = row_program.to(tl.int64)
-        col_program = col_program.to(tl.int64)
-    outer_from = outer_program * outer_share
-    row_from = row_program * row_share
-    col_from = col_program * col_share
-    outer_to = tl.minimum(outer_from + outer_share, outers)
-    row_to = tl.minimum(row_from + row_share, rows)
-    col_to = tl.minimum(col_from + col_share, cols)
+    start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
 
-    low = tl.full([ROWS, COLS], _INF, tl.float32)
-    high = tl.full([ROWS, COLS], -_INF, tl.float32)
+    low = tl.full([ROWS, COLS], INF, tl.float32)
+    high = tl.full([ROWS, COLS], -INF, tl.float32)
     skipped = tl.zeros([ROWS, COLS], tl.int32)
     HALF: tl.constexpr = WINDOW // 2
     base = 0
     if WINDOW:
         counts = tl.zeros([WINDOW], tl.int32)
-        row = row_from + tl.arange(0, ROWS)[:, None]
-        col = col_from + tl.arange(0, COLS)[None, :]
-        mask = (row < row_to) & (col < col_to) & (outer_from < outer_to)
-        x = tl.load(x_ptr + (outer_from * x_outer + row * x_row + col * x_col), mask=mask, other=0).to(tl.float32)
+        place, mask = share_tile(start[0], start[1], start[2], end, ROWS, COLS)
+        mask = mask & (start[0] < end[0])
+        x = tl.load(x_ptr + share_offsets(place, x_strides), mask=mask, other=0).to(tl.float32)
         bits = x.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS
         largest = tl.max(tl.max(tl.where(bits < _INFINITE_BITS, bits, 0), 1), 0)
         # The window ends with the octave of the largest value.
         base = (((largest >> 23) + 1) << (23 - SHIFT)) - HALF
 
-    for outer in range(outer_from, outer_to):
-        for row_start in range(row_from, row_to, ROWS):
-            for col_start in range(col_from, col_to, COLS):
-                row = row_start + tl.arange(0, ROWS)[:, None]
-                col = col_start + tl.arange(0, COLS)[None, :]
-                mask = (row < rows) & (col < cols)
-                x = tl.load(x_ptr + (outer * x_outer + row * x_row + col * x_col), mask=mask, other=0).to(tl.float32)
+    for outer in range(start[0], end[0]):
+        for row in range(start[1], end[1], ROWS):
+            for col in range(start[2], end[2], COLS):
+                place, mask = share_tile(outer, row, col, sizes, ROWS, COLS)
+                x = tl.load(x_ptr + share_offsets(place, x_strides), mask=mask, other=0).to(tl.float32)
                 bits = x.to(tl.int32, bitcast=True)
                 negative = bits < 0
                 magnitude = bits & _MAGNITUDE_BITS
                 finite = mask & (magnitude < _INFINITE_BITS)
-                low = tl.minimum(low, tl.where(finite, x, _INF))
-                high = tl.maximum(high, tl.where(finite, x, -_INF))
+                low = tl.minimum(low, tl.where(finite, x, INF))
+                high = tl.maximum(high, tl.where(finite, x, -INF))
                 skipped += (mask & (magnitude >= _INFINITE_BITS)).to(tl.int32)
                 prefix = magnitude >> SHIFT
                 alone = finite
                 if WINDOW:
-                    place = prefix - base
-                    inside = finite & (place >= 0) & (place < HALF)
-                    index = tl.where(inside, tl.where(negative, place + HALF, place), 0)
+                    slot = prefix - base
+                    inside = finite & (slot >= 0) & (slot < HALF)
+                    index = tl.where(inside, tl.where(negative, slot + HALF, slot), 0)
                     counts += tl.histogram(
                         tl.reshape(index, [ROWS * COLS]), WINDOW, mask=tl.reshape(inside, [ROWS * COLS])
                     )
@@ -129,38 +114,23 @@ def prefix_histogram_kernel(
                     alone = finite & (inside == 0) & (magnitude != 0)
                     zeros = tl.sum(tl.sum((finite & (inside == 0) & (magnitude == 0)).to(tl.int64), 1), 0)
                     tl.atomic_add(histogram_ptr + PER_SIDE, zeros, mask=zeros > 0)
-                at = bin_of(prefix, negative, FIRST_PREFIX, PER_SIDE)
+                number = bin_of(prefix, negative, FIRST_PREFIX, PER_SIDE)
                 if CHANNEL is not None:
-                    channel = outer if CHANNEL == 0 else (row if CHANNEL == 1 else col)
-                    at += channel * (2 * PER_SIDE + 1)
-                tl.atomic_add(histogram_ptr + at, tl.full([ROWS, COLS], 1, tl.int64), mask=alone)
+                    number += place[CHANNEL] * (2 * PER_SIDE + 1)
+                tl.atomic_add(histogram_ptr + number, tl.full([ROWS, COLS], 1, tl.int64), mask=alone)
 
     if WINDOW:
-        place = tl.arange(0, WINDOW)
-        prefix = base + (place & (HALF - 1))
-        at = bin_of(prefix, place >= HALF, FIRST_PREFIX, PER_SIDE)
-        tl.atomic_add(histogram_ptr + at, counts.to(tl.int64), mask=counts > 0)
+        slot = tl.arange(0, WINDOW)
+        prefix = base + (slot & (HALF - 1))
+        number = bin_of(prefix, slot >= HALF, FIRST_PREFIX, PER_SIDE)
+        tl.atomic_add(histogram_ptr + number, counts.to(tl.int64), mask=counts > 0)
     total_skipped = tl.sum(tl.sum(skipped, 1), 0)
     tl.atomic_add(nonfinite_ptr, total_skipped.to(tl.int64), mask=total_skipped > 0)
 
-    if CHANNEL == 1:
-        low, high = tl.min(low, 1), tl.max(high, 1)
-        channel = row_from + tl.arange(0, ROWS)
-    elif CHANNEL == 2:
-        low, high = tl.min(low, 0), tl.max(high, 0)
-        channel = col_from + tl.arange(0, COLS)
-    else:
-        low = tl.min(tl.min(low, 1), 0, keep_dims=True)
-        high = tl.max(tl.max(high, 1), 0, keep_dims=True)
-        channel = (outer_program if CHANNEL == 0 else 0) + tl.arange(0, 1)
-    split_number = (
-        program_along(0, FIRST) * split_outer
-        + program_along(1, FIRST) * split_row
-        + program_along(2, FIRST) * split_col
-    )
-    partial = split_number * channels + channel
-    tl.store(partial_ptr + partial, low, mask=channel < channels)
-    tl.store(partial_ptr + splits * channels + partial, high, mask=channel < channels)
+    channel, valid = share_channels(start, channels, CHANNEL, ROWS, COLS)
+    own = split * channels + channel
+    tl.store(partial_ptr + own, min_per_channel(low, CHANNEL), mask=valid)
+    tl.store(partial_ptr + splits * channels + own, max_per_channel(high, CHANNEL), mask=valid)
 
 
 @Launcher
@@ -233,35 +203,25 @@ def observe(
     x, seen = viewed(x, axis)
     if seen.channels == 0 or seen.numel == 0:
         return
-    tile, parts, launch_grid, split_strides, splits = plan_reduction(x.dtype, seen, x.device, warp_size(x.device))
-    partial = torch.empty((2, splits, seen.channels), dtype=torch.float32, device=x.device)
+    shares = plan_reduction(x, seen)
+    partial = shares.partial(2, x.device)
     with device_guard(x):
-        prefix_histogram_kernel[launch_grid.programs](
+        prefix_histogram_kernel[shares.grid.programs](
             x,
             histogram,
             partial,
             enabled,
             nonfinite_count,
-            *seen.strides[0],
-            *seen.sizes,
-            *parts.share,
-            *split_strides,
-            splits,
-            seen.channels,
+            *seen.strides,
+            *shares.arguments,
             SHIFT=bins.shift,
             FIRST_PREFIX=bins.first_prefix,
             PER_SIDE=bins.per_side,
             # Several channels would each need a window of their own.
             WINDOW=_WINDOW if seen.channel is None else 0,
-            CHANNEL=seen.channel,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            FIRST=launch_grid.first,
-            WIDE=seen.wide,
-            num_warps=tile.warps,
+            **shares.constants,
         )
-        channels = min(triton.next_power_of_2(seen.channels), 32)
-        finish_kernel[(triton.cdiv(seen.channels, channels),)](
+        finish_kernel[shares.joining_programs](
             partial,
             enabled,
             min_val,
@@ -270,11 +230,8 @@ def observe(
             None,
             None,
             0.0,
-            splits,
-            seen.channels,
+            shares.splits,
+            shares.channels,
             **NO_RANGE,
-            SPLITS=min(triton.next_power_of_2(splits), 1024 // channels),
-            CHANNELS=channels,
-            num_warps=4,
-            enable_fp_fusion=False,
+            **shares.joining_constants,
         )

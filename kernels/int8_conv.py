@@ -73,37 +73,24 @@ def finish(
 @triton.jit
 def int8_conv_kernel(
     x_ptr,  # images × channels × height × width codes, by strides
-    weight_ptr,  # outs × channels × KERNEL_H × KERNEL_W int8, by strides
+    weight_ptr,  # outs × channels × KERNEL int8, by strides
     bias_ptr,  # (outs,) int32, int64 with saturated_ptr; holds 128 Σ weight where x is unsigned
     shift_ptr,  # (outs,) int32, or None for accumulators
     y_ptr,  # images × outs × out_height × out_width, by strides
     saturated_ptr,  # one int64, or None where no sum can pass 32 bits
-    x_image,
-    x_channel,
-    x_line,
-    x_pixel,
-    w_out,
-    w_channel,
-    w_line,
-    w_pixel,
-    y_image,
-    y_out,
-    y_line,
-    y_pixel,
+    x_strides,
+    weight_strides,
+    y_strides,
     channels,
     height,
     width,
     outs,
     out_width,
     pixels,  # out_height × out_width
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    STEP_H: tl.constexpr,
-    STEP_W: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
+    STRIDE: tl.constexpr,  # (vertical, horizontal), as are the next three
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    KERNEL: tl.constexpr,
     DEPTHWISE: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     UNSIGNED: tl.constexpr,
@@ -115,8 +102,8 @@ def int8_conv_kernel(
 ):
     """One tile of pixels and out channels of one image. Has run on no GPU yet."""
     image = tl.program_id(2).to(tl.int64)
-    x_ptr += image * x_image
-    y_ptr += image * y_image
+    x_ptr += image * x_strides[0]
+    y_ptr += image * y_strides[0]
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     out = tl.program_id(1) * OUTS + tl.arange(0, OUTS)
     # One division per pixel of the tile, outside of the loops.
@@ -124,26 +111,26 @@ def int8_conv_kernel(
     column = pixel - line * out_width
     WIDE: tl.constexpr = tl.int32 if saturated_ptr is None else tl.int64
     total = tl.zeros([PIXELS, OUTS], WIDE)
-    for kernel_line in range(KERNEL_H):
-        x_row = line * STRIDE_H + kernel_line * STEP_H - PAD_H
-        for kernel_column in range(KERNEL_W):
-            x_col = column * STRIDE_W + kernel_column * STEP_W - PAD_W
+    for kernel_line in range(KERNEL[0]):
+        x_row = line * STRIDE[0] + kernel_line * DILATION[0] - PADDING[0]
+        for kernel_column in range(KERNEL[1]):
+            x_col = column * STRIDE[1] + kernel_column * DILATION[1] - PADDING[1]
             inside = (pixel < pixels) & (x_row >= 0) & (x_row < height) & (x_col >= 0) & (x_col < width)
-            place = x_row * x_line + x_col * x_pixel
-            tap = weight_ptr + kernel_line * w_line + kernel_column * w_pixel
+            place = x_row * x_strides[2] + x_col * x_strides[3]
+            tap = weight_ptr + kernel_line * weight_strides[2] + kernel_column * weight_strides[3]
             if DEPTHWISE:
                 codes = tl.load(
-                    x_ptr + place[:, None] + (out // MULTIPLIER)[None, :] * x_channel,
+                    x_ptr + place[:, None] + (out // MULTIPLIER)[None, :] * x_strides[1],
                     mask=inside[:, None] & (out < outs)[None, :],
                     other=0,
                 )
-                weight = tl.load(tap + out * w_out, mask=out < outs, other=0)
+                weight = tl.load(tap + out * weight_strides[0], mask=out < outs, other=0)
                 total += codes.to(WIDE) * weight.to(WIDE)[None, :]
             else:
                 for first in range(0, channels, CHANNELS):
                     channel = first + tl.arange(0, CHANNELS)
                     codes = tl.load(
-                        x_ptr + place[:, None] + channel[None, :] * x_channel,
+                        x_ptr + place[:, None] + channel[None, :] * x_strides[1],
                         mask=inside[:, None] & (channel < channels)[None, :],
                         other=0,
                     )
@@ -151,7 +138,7 @@ def int8_conv_kernel(
                         # The matrix units multiply signed bytes: code - 128, for which the bias makes up.
                         codes = (codes.to(tl.int16) - 128).to(tl.int8)
                     weight = tl.load(
-                        tap + out[None, :] * w_out + channel[:, None] * w_channel,
+                        tap + out[None, :] * weight_strides[0] + channel[:, None] * weight_strides[1],
                         mask=(out < outs)[None, :] & (channel < channels)[:, None],
                         other=0,
                     )
@@ -159,7 +146,7 @@ def int8_conv_kernel(
     bias = tl.load(bias_ptr + out, mask=out < outs, other=0)
     valid = (pixel < pixels)[:, None] & (out < outs)[None, :]
     result = finish(total, bias, shift_ptr, saturated_ptr, out, outs, valid, QUANT_MIN, QUANT_MAX)
-    y = y_ptr + (line * y_line + column * y_pixel)[:, None] + out[None, :] * y_out
+    y = y_ptr + (line * y_strides[2] + column * y_strides[3])[:, None] + out[None, :] * y_strides[1]
     tl.store(y, result.to(y_ptr.dtype.element_ty), mask=valid)
 
 
@@ -208,23 +195,19 @@ def int8_conv2d(
             None if shift is None else shift.contiguous(),
             y,
             saturated,
-            *x.stride(),
-            *weight.stride(),
-            *y.stride(),
+            x.stride(),
+            weight.stride(),
+            y.stride(),
             channels,
             height,
             width,
             outs,
             out_w,
             out_h * out_w,
-            STRIDE_H=stride[0],
-            STRIDE_W=stride[1],
-            PAD_H=padding[0],
-            PAD_W=padding[1],
-            STEP_H=dilation[0],
-            STEP_W=dilation[1],
-            KERNEL_H=kernel_h,
-            KERNEL_W=kernel_w,
+            STRIDE=stride,
+            PADDING=padding,
+            DILATION=dilation,
+            KERNEL=(kernel_h, kernel_w),
             DEPTHWISE=depthwise,
             MULTIPLIER=outs // channels if depthwise else 1,
             UNSIGNED=unsigned,

@@ -210,6 +210,15 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+# Enough for every multiprocessor to hide the latency of its loads. By count, not measured.
+_PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+def programs_that_fill(device: torch.device) -> int:
+    """How many programs of a reduction keep the device busy: more would only make more partial results."""
+    return _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
+
+
 def warp_size(device: torch.device) -> int:
     """Lanes per warp. A meta tensor stands for one on the GPU that Triton compiles for."""
     if device.type == "meta":

@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .channel_tiles import partial_tile, share_bounds, share_channels, share_offsets, share_tile, sum_per_channel
 from .fake_quant import common_view, fake_quantize
-from .launch import device_guard, plan, warp_size
+from .launch import device_guard, plan
 from .launcher import Launcher
-from .min_max import plan_reduction
 from .quantized import Grid, grid_pointers
+from .reduction import plan_reduction
 from .rounding import divide_by_scale, is_inside, round_half_away, round_to_steps
-from .tile import load_per_channel, program_along, tile_indices, tile_mask, tile_offsets
+from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
 
 
 @triton.jit
@@ -69,23 +70,12 @@ def learned_share(
     parameter,  # broadcasts against a tile, as does zero_point
     zero_point,
     on,  # whether the values are rounded at all
-    dy_outer,
-    dy_row,
-    dy_col,
-    x_outer,
-    x_row,
-    x_col,
-    dx_outer,
-    dx_row,
-    dx_col,
-    outer_from,
-    outer_to,
-    row_from,
-    row_to,
-    col_from,
-    col_to,
-    rows,
-    cols,
+    dy_strides,
+    x_strides,
+    dx_strides,
+    start,  # of the share along (outer, rows, cols), as is its end
+    end,
+    sizes,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -97,14 +87,12 @@ def learned_share(
     """Write dx for a share of the tensor; sums over its tiles, (ROWS, COLS): the parameter's terms, and dy outside."""
     of_parameter = tl.zeros([ROWS, COLS], tl.float32)
     of_shift = tl.zeros([ROWS, COLS], tl.float32)
-    for outer in range(outer_from, outer_to):
-        for row_start in range(row_from, row_to, ROWS):
-            for col_start in range(col_from, col_to, COLS):
-                row = row_start + tl.arange(0, ROWS)[:, None]
-                col = col_start + tl.arange(0, COLS)[None, :]
-                mask = (row < rows) & (col < cols)
-                x = tl.load(x_ptr + (outer * x_outer + row * x_row + col * x_col), mask=mask, other=0).to(tl.float32)
-                dy = tl.load(dy_ptr + (outer * dy_outer + row * dy_row + col * dy_col), mask=mask, other=0)
+    for outer in range(start[0], end[0]):
+        for row in range(start[1], end[1], ROWS):
+            for col in range(start[2], end[2], COLS):
+                place, mask = share_tile(outer, row, col, sizes, ROWS, COLS)
+                x = tl.load(x_ptr + share_offsets(place, x_strides), mask=mask, other=0).to(tl.float32)
+                dy = tl.load(dy_ptr + share_offsets(place, dy_strides), mask=mask, other=0)
                 dy = dy.to(tl.float32)
                 inside, per_parameter = learned_terms(x, parameter, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING, METHOD)
                 counts = mask & (x == x) & on
@@ -112,9 +100,7 @@ def learned_share(
                 if SHIFTS:
                     of_shift += tl.where(counts & (inside == 0), dy, 0.0)
                 passes = inside | (on == 0)
-                tl.store(
-                    dx_ptr + (outer * dx_outer + row * dx_row + col * dx_col), tl.where(passes, dy, 0.0), mask=mask
-                )
+                tl.store(dx_ptr + share_offsets(place, dx_strides), tl.where(passes, dy, 0.0), mask=mask)
     return of_parameter, of_shift
 
 
@@ -128,24 +114,12 @@ def learned_backward_kernel(
     parameter_ptr,  # (channels,) float32, or one element
     zero_point_ptr,  # as parameter, int32; None stands for zero
     active_ptr,  # one element, uint8 or bool; 0 copies dy. None counts as 1
-    dy_outer,
-    dy_row,
-    dy_col,
-    x_outer,
-    x_row,
-    x_col,
-    dx_outer,
-    dx_row,
-    dx_col,
-    outers,
-    rows,
-    cols,
-    outer_share,  # what one program takes of each dimension; whole tiles
-    row_share,
-    col_share,
-    split_outer,  # strides of the partial results' first axis over program numbers
-    split_row,
-    split_col,
+    dy_strides,
+    x_strides,
+    dx_strides,
+    sizes,
+    share,  # see `share_bounds`, as for the next
+    split_strides,
     splits,
     channels,
     QUANT_MIN: tl.constexpr,
@@ -159,51 +133,27 @@ def learned_backward_kernel(
     WIDE: tl.constexpr,
 ):
     """Write dx for one share of one tile of channels, and its partial sums. Has run on no GPU yet."""
-    outer_program = program_along(0, FIRST)
-    row_program = program_along(1, FIRST)
-    col_program = program_along(2, FIRST)
-    if WIDE:
-        outer_program = outer_program.to(tl.int64)
-        row_program = row_program.to(tl.int64)
-        col_program = col_program.to(tl.int64)
-    outer_from = outer_program * outer_share
-    row_from = row_program * row_share
-    col_from = col_program * col_share
+    start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
     on = True
     if active_ptr is not None:
         on = tl.load(active_ptr) != 0
 
     # A share lies within one tile of channels.
-    its_row = row_from + tl.arange(0, ROWS)
-    its_col = col_from + tl.arange(0, COLS)
-    parameter = load_per_channel(parameter_ptr, outer_from, its_row, its_col, rows, cols, CHANNEL)
+    place = (start[0], start[1] + tl.arange(0, ROWS), start[2] + tl.arange(0, COLS))
+    parameter = load_per_channel(parameter_ptr, place, sizes, CHANNEL)
     zero_point = 0
     if zero_point_ptr is not None:
-        zero_point = load_per_channel(zero_point_ptr, outer_from, its_row, its_col, rows, cols, CHANNEL).to(tl.float32)
+        zero_point = load_per_channel(zero_point_ptr, place, sizes, CHANNEL).to(tl.float32)
 
-    outer_to = tl.minimum(outer_from + outer_share, outers)
-    row_to = tl.minimum(row_from + row_share, rows)
-    col_to = tl.minimum(col_from + col_share, cols)
     of_parameter, of_shift = learned_share(
-        dy_ptr, x_ptr, dx_ptr, parameter, zero_point, on, dy_outer, dy_row, dy_col, x_outer, x_row, x_col,
-        dx_outer, dx_row, dx_col, outer_from, outer_to, row_from, row_to, col_from, col_to, rows, cols,
+        dy_ptr, x_ptr, dx_ptr, parameter, zero_point, on, dy_strides, x_strides, dx_strides, start, end, sizes,
         QUANT_MIN, QUANT_MAX, ROUNDING, METHOD, METHOD == "torch" and zero_point_ptr is not None, ROWS, COLS,
     )  # fmt: skip
 
-    if CHANNEL == 1:
-        of_parameter, of_shift = tl.sum(of_parameter, 1), tl.sum(of_shift, 1)
-        channel = row_from + tl.arange(0, ROWS)
-    elif CHANNEL == 2:
-        of_parameter, of_shift = tl.sum(of_parameter, 0), tl.sum(of_shift, 0)
-        channel = col_from + tl.arange(0, COLS)
-    else:
-        of_parameter = tl.sum(tl.sum(of_parameter, 1), 0, keep_dims=True)
-        of_shift = tl.sum(tl.sum(of_shift, 1), 0, keep_dims=True)
-        channel = (outer_program if CHANNEL == 0 else 0) + tl.arange(0, 1)
-    number = outer_program * split_outer + row_program * split_row + col_program * split_col
-    at = number * channels + channel
-    tl.store(partial_ptr + at, of_parameter, mask=channel < channels)
-    tl.store(partial_ptr + splits * channels + at, of_shift, mask=channel < channels)
+    channel, valid = share_channels(start, channels, CHANNEL, ROWS, COLS)
+    own = split * channels + channel
+    tl.store(partial_ptr + own, sum_per_channel(of_parameter, CHANNEL), mask=valid)
+    tl.store(partial_ptr + splits * channels + own, sum_per_channel(of_shift, CHANNEL), mask=valid)
 
 
 @Launcher
@@ -220,18 +170,17 @@ def add_partials_kernel(
 ):
     """Add the partial results of CHANNELS channels in the order of their numbers. Has run on no GPU yet."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    valid = channel < channels
     of_parameter = tl.zeros([SPLITS, CHANNELS], tl.float32)
     of_shift = tl.zeros([SPLITS, CHANNELS], tl.float32)
     for start in range(0, splits, SPLITS):
-        part = start + tl.arange(0, SPLITS)[:, None]
-        at = part * channels + channel[None, :]
-        mask = (part < splits) & (channel < channels)[None, :]
-        of_parameter += tl.load(partial_ptr + at, mask=mask, other=0.0)
-        of_shift += tl.load(partial_ptr + splits * channels + at, mask=mask, other=0.0)
-    tl.store(parameter_ptr + channel, tl.sum(of_parameter, 0), mask=channel < channels)
+        part, mask = partial_tile(start, channel, valid, splits, channels, SPLITS)
+        of_parameter += tl.load(partial_ptr + part, mask=mask, other=0.0)
+        of_shift += tl.load(partial_ptr + splits * channels + part, mask=mask, other=0.0)
+    tl.store(parameter_ptr + channel, tl.sum(of_parameter, 0), mask=valid)
     # The scale is loaded here, since the first kernel's loop has no register to spare for it.
-    scale = tl.load(scale_ptr + channel, mask=channel < channels, other=0.0)
-    tl.store(shift_ptr + channel, -scale * tl.sum(of_shift, 0), mask=channel < channels)
+    scale = tl.load(scale_ptr + channel, mask=valid, other=0.0)
+    tl.store(shift_ptr + channel, -scale * tl.sum(of_shift, 0), mask=valid)
 
 
 @Launcher
@@ -242,14 +191,9 @@ def clip_then_round_kernel(
     scale_ptr,  # (channels,) float32, or one element
     zero_point_ptr,  # as scale, int32
     active_ptr,  # one element, uint8 or bool; 0 copies x. None counts as 1
-    x_outer,
-    x_row,
-    x_col,
-    y_outer,
-    y_row,
-    y_col,
-    rows,
-    cols,
+    x_strides,
+    y_strides,
+    sizes,
     CHANNEL: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
@@ -259,18 +203,18 @@ def clip_then_round_kernel(
     WIDE: tl.constexpr,
 ):
     """MegEngine's order: ``(round_half_away(clip(x/s + z)) - z) s``, one tile. Has run on no GPU yet."""
-    outer, row, col = tile_indices(ROWS, COLS, FIRST, WIDE)
-    mask = tile_mask(row, col, rows, cols, ROWS)
-    x = tl.load(x_ptr + tile_offsets(outer, row, col, x_outer, x_row, x_col), mask=mask).to(tl.float32)
-    scale = load_per_channel(scale_ptr, outer, row, col, rows, cols, CHANNEL)
-    zero_point = load_per_channel(zero_point_ptr, outer, row, col, rows, cols, CHANNEL).to(tl.float32)
+    place = tile_indices(ROWS, COLS, FIRST, WIDE)
+    mask = tile_mask(place, sizes, ROWS)
+    x = tl.load(x_ptr + tile_offsets(place, x_strides), mask=mask).to(tl.float32)
+    scale = load_per_channel(scale_ptr, place, sizes, CHANNEL)
+    zero_point = load_per_channel(zero_point_ptr, place, sizes, CHANNEL).to(tl.float32)
     v = divide_by_scale(x, scale, "half_away") + zero_point
     # Comparisons let NaN pass.
     v = tl.where(v < QUANT_MIN, QUANT_MIN, tl.where(v > QUANT_MAX, QUANT_MAX, v))
     y = (round_half_away(v) - zero_point) * scale
     if active_ptr is not None:
         y = tl.where(tl.load(active_ptr) != 0, y, x)
-    tl.store(y_ptr + tile_offsets(outer, row, col, y_outer, y_row, y_col), y, mask=mask)
+    tl.store(y_ptr + tile_offsets(place, y_strides), y, mask=mask)
 
 
 def learned_fake_quantize(x: Tensor, grid: Grid, method: str) -> Tensor:
@@ -290,12 +234,11 @@ def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: st
         return dx, of_parameter, of_shift
     qtype = grid.qtype
     (dy, x), seen = common_view((dy, x), dx, qtype.axis)
-    tile, parts, launch, split_strides, splits = plan_reduction(x.dtype, seen, x.device, warp_size(x.device))
-    # A channel axis of length 1 leaves a view without channels: one sum, as for one scale.
-    partial = torch.empty((2, splits, seen.channels), dtype=torch.float32, device=x.device)
+    shares = plan_reduction(x, seen)
+    partial = shares.partial(2, x.device)
     parameter, zero_point, enabled = grid_pointers(grid)
     with device_guard(x):
-        learned_backward_kernel[launch.programs](
+        learned_backward_kernel[shares.grid.programs](
             dy,
             x,
             dx,
@@ -303,32 +246,22 @@ def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: st
             parameter,
             zero_point,
             enabled,
-            *seen.strides[0],
-            *seen.strides[1],
-            *seen.strides[2],
-            *seen.sizes,
-            *parts.share,
-            *split_strides,
-            splits,
-            seen.channels,
+            *seen.strides,
+            *shares.arguments,
             QUANT_MIN=qtype.quant_min,
             QUANT_MAX=qtype.quant_max,
             ROUNDING=qtype.rounding,
             METHOD=method,
-            **seen.constants(tile, launch),
+            **shares.constants,
         )
-        channels = min(triton.next_power_of_2(seen.channels), 32)
-        add_partials_kernel[(triton.cdiv(seen.channels, channels),)](
+        add_partials_kernel[shares.joining_programs](
             partial,
             parameter,
             of_parameter,
             of_shift,
-            splits,
-            seen.channels,
-            SPLITS=min(triton.next_power_of_2(splits), 1024 // channels),
-            CHANNELS=channels,
-            num_warps=4,
-            enable_fp_fusion=False,
+            shares.splits,
+            shares.channels,
+            **shares.joining_constants,
         )
     return dx, of_parameter, of_shift
 
@@ -345,10 +278,8 @@ def _clip_then_round(x: Tensor, grid: Grid) -> Tensor:
             x,
             y,
             *grid_pointers(grid),
-            *seen.strides[0],
-            *seen.strides[1],
-            seen.sizes[1],
-            seen.sizes[2],
+            *seen.strides,
+            seen.sizes,
             QUANT_MIN=grid.qtype.quant_min,
             QUANT_MAX=grid.qtype.quant_max,
             **seen.constants(tile, launch),

@@ -17,11 +17,11 @@ from .activation import (
     merge_range,
     quantize_value,
 )
-from .launch import device_guard, multiprocessors, warp_size
+from .constants import INF
+from .launch import device_guard, programs_that_fill, warp_size
 from .launcher import Launcher
 from .quantized import Grid, RangeStatistics, grid_constants, grid_pointers, observing_switch
 
-_INF = tl.constexpr(float("inf"))
 # Planes start on 16 elements, so that every dtype is read 128 bits at a time.
 _ALIGNMENT = 16
 # Planes of a mask: one for each bit of a byte.
@@ -30,7 +30,6 @@ _PLANES = 8
 _BLOCK = 1024
 _LANES_PER_PROGRAM = 128
 _RANGE_BLOCK = 2048
-_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 @triton.jit
@@ -39,8 +38,8 @@ def scan_sums(a_ptr, b_ptr, start, end, BLOCK: tl.constexpr, FINITE_ONLY: tl.con
 
     Without FINITE_ONLY nothing is skipped and NaN propagates.
     """
-    low = tl.full([BLOCK], _INF, tl.float32)
-    high = tl.full([BLOCK], -_INF, tl.float32)
+    low = tl.full([BLOCK], INF, tl.float32)
+    high = tl.full([BLOCK], -INF, tl.float32)
     bad = tl.zeros([BLOCK], tl.int32)
     # Stands in for missing elements.
     first_a = tl.load(a_ptr + start)
@@ -51,9 +50,9 @@ def scan_sums(a_ptr, b_ptr, start, end, BLOCK: tl.constexpr, FINITE_ONLY: tl.con
         a = tl.load(a_ptr + offsets, mask=mask, other=first_a).to(tl.float32)
         total = a + tl.load(b_ptr + offsets, mask=mask, other=first_b).to(tl.float32)
         if FINITE_ONLY:
-            finite = tl.abs(total) < _INF
-            low = tl.minimum(low, tl.where(finite, total, _INF))
-            high = tl.maximum(high, tl.where(finite, total, -_INF))
+            finite = tl.abs(total) < INF
+            low = tl.minimum(low, tl.where(finite, total, INF))
+            high = tl.maximum(high, tl.where(finite, total, -INF))
             bad += (mask & (finite == 0)).to(tl.int32)
         else:
             low = tl.minimum(low, total, propagate_nan=tl.PropagateNan.ALL)
@@ -83,7 +82,7 @@ def join_range_kernel(
     end = tl.minimum(start + share, n)
     low, high, _ = scan_sums(a_ptr, b_ptr, start, end, BLOCK, False)
     skipped = 0
-    if tl.max(((tl.abs(low) < _INF) & (tl.abs(high) < _INF) & (low == low)).to(tl.int32) ^ 1, 0) > 0:
+    if tl.max(((tl.abs(low) < INF) & (tl.abs(high) < INF) & (low == low)).to(tl.int32) ^ 1, 0) > 0:
         # Rare: a sum is NaN or infinite. Read the share again and leave those out.
         low, high, bad = scan_sums(a_ptr, b_ptr, start, end, BLOCK, True)
         skipped = tl.sum(bad, 0)
@@ -214,7 +213,7 @@ def _observe(a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics | Non
     """Observe the sums and return a snapshot of the grid."""
     n = a.numel()
     blocks = triton.cdiv(n, _RANGE_BLOCK)
-    programs = min(blocks, _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(a.device))
+    programs = min(blocks, programs_that_fill(a.device))
     share = triton.cdiv(blocks, programs) * _RANGE_BLOCK
     programs = triton.cdiv(n, share)
     low, high = torch.empty((2, programs), dtype=torch.float32, device=a.device).unbind(0)

@@ -24,7 +24,7 @@ def tile_indices(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``outer`` (scalar), ``row`` (ROWS,) and ``col`` (COLS,) of this program; 64-bit when WIDE."""
+    """Return the place of this program: ``outer`` (scalar), ``row`` (ROWS,), ``col`` (COLS,); 64-bit when WIDE."""
     outer = program_along(0, FIRST)
     row_tile = program_along(1, FIRST)
     col_tile = program_along(2, FIRST)
@@ -38,38 +38,38 @@ def tile_indices(
 
 
 @triton.jit
-def tile_mask(row, col, rows, cols, ROWS: tl.constexpr):
+def tile_mask(place, sizes, ROWS: tl.constexpr):
     """Which elements of the tile exist. One row per tile needs no row mask: the grid holds no row beyond the last."""
+    _, row, col = place
     if ROWS == 1:
-        return (col < cols)[None, :]
+        return (col < sizes[2])[None, :]
     else:
-        return (row < rows)[:, None] & (col < cols)[None, :]
+        return (row < sizes[1])[:, None] & (col < sizes[2])[None, :]
 
 
 @triton.jit
-def tile_offsets(outer, row, col, outer_stride, row_stride, col_stride):
+def tile_offsets(place, strides):
     """(ROWS, COLS) offsets of the tile's elements in a tensor of these strides."""
-    return outer * outer_stride + (row * row_stride)[:, None] + (col * col_stride)[None, :]
+    outer, row, col = place
+    return outer * strides[0] + (row * strides[1])[:, None] + (col * strides[2])[None, :]
 
 
 @triton.jit
-def load_per_channel(ptr, outer, row, col, rows, cols, CHANNEL: tl.constexpr):
+def load_per_channel(ptr, place, sizes, CHANNEL: tl.constexpr):
     """One value per channel of the tile, shaped to broadcast against it.
 
     Args:
         ptr: (channels,), or one element where CHANNEL is None.
-        outer: from :func:`tile_indices`, as are ``row`` and ``col``.
-        row: (ROWS,).
-        col: (COLS,).
-        rows: number of rows in the view.
-        cols: number of columns in the view.
+        place: of the tile, from :func:`tile_indices`.
+        sizes: (outer, rows, cols) of the view.
         CHANNEL: dimension of the view that carries the channels: 0, 1, 2 or None.
     """
+    outer, row, col = place
     if CHANNEL is None:
         return tl.load(ptr)
     elif CHANNEL == 0:
         return tl.load(ptr + outer)
     elif CHANNEL == 1:
-        return tl.load(ptr + row, mask=row < rows, other=1)[:, None]
+        return tl.load(ptr + row, mask=row < sizes[1], other=1)[:, None]
     else:
-        return tl.load(ptr + col, mask=col < cols, other=1)[None, :]
+        return tl.load(ptr + col, mask=col < sizes[2], other=1)[None, :]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import min_max
 from .channel_tiles import fma
+from .constants import INF
 from .launch import device_guard, warp_size
 from .launcher import Launcher
 from .min_max import update_range
@@ -28,7 +29,6 @@ from .quantized import (
 )
 from .rounding import divide_by_scale, is_inside, round_to_steps
 
-_INF = tl.constexpr(float("inf"))
 # A tile of 8192 float32 takes 8 registers in each of 1024 lanes; longer rows are read in pieces of it.
 _MAX_ELEMENTS = 8192
 # Short rows share a program, up to this many elements.
@@ -79,21 +79,20 @@ def quantize_rows(
     mask = valid[:, None] & (col < length)
     folded = tl.load(rows_ptr + start + col, mask=mask, other=0.0).to(tl.float32) * fold
     if observing_ptr is not None and tl.load(observing_ptr) != 0:
-        finite = tl.abs(folded) < _INF
-        low = tl.where(mask & finite, folded, _INF)
-        high = tl.where(mask & finite, folded, -_INF)
+        finite = tl.abs(folded) < INF
+        low = tl.where(mask & finite, folded, INF)
+        high = tl.where(mask & finite, folded, -INF)
         bad = (mask & (finite == 0)).to(tl.int32)
         if not WHOLE:
             for at in range(COLS, length, COLS):
                 more = valid[:, None] & (at + col < length)
                 value = tl.load(rows_ptr + start + at + col, mask=more, other=0.0).to(tl.float32) * fold
-                finite = tl.abs(value) < _INF
-                low = tl.minimum(low, tl.where(more & finite, value, _INF))
-                high = tl.maximum(high, tl.where(more & finite, value, -_INF))
+                finite = tl.abs(value) < INF
+                low = tl.minimum(low, tl.where(more & finite, value, INF))
+                high = tl.maximum(high, tl.where(more & finite, value, -INF))
                 bad += (more & (finite == 0)).to(tl.int32)
-        zeros = zero_point_out if zero_point_ptr is None else zero_point_ptr
         update_range(
-            tl.min(low, 1), tl.max(high, 1), channel, valid, min_ptr, max_ptr, scale_ptr, zeros,
+            tl.min(low, 1), tl.max(high, 1), channel, valid, min_ptr, max_ptr, scale_ptr, zero_point_ptr,
             averaging_constant, eps, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE,
         )  # fmt: skip
         skipped = tl.sum(tl.sum(bad, 1), 0)
@@ -103,8 +102,8 @@ def quantize_rows(
         tl.debug_barrier()
     active = tl.load(switch_ptr + channel * switch_stride, mask=valid, other=0) != 0
     if not KNOWN:
-        low_seen = tl.load(min_ptr + channel * scale_stride, mask=valid, other=_INF)
-        active = active & (low_seen <= tl.load(max_ptr + channel * scale_stride, mask=valid, other=-_INF))
+        low_seen = tl.load(min_ptr + channel * scale_stride, mask=valid, other=INF)
+        active = active & (low_seen <= tl.load(max_ptr + channel * scale_stride, mask=valid, other=-INF))
     scale = tl.load(scale_ptr + channel * scale_stride, mask=valid, other=1.0)
     zero_point = 0
     if zero_point_ptr is not None:

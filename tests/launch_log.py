@@ -23,8 +23,8 @@ Variant = tuple[tuple[str, Any], ...]
 # What says how large a launch is. Kernels are compiled for it, too, but read the same lines of code.
 _SIZES = frozenset(
     {"ROWS", "COLS", "FIRST", "BLOCK", "SPLITS", "CHANNELS", "PIXELS", "OUTS", "CANDIDATES", "LENGTHS", "PER_SIDE",
-     "FIRST_PREFIX", "SHIFT", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "STEP_H", "STEP_W", "KERNEL_H", "KERNEL_W",
-     "MULTIPLIER", "num_warps", "num_stages"}
+     "FIRST_PREFIX", "SHIFT", "STRIDE", "PADDING", "DILATION", "KERNEL", "MULTIPLIER",
+     "num_warps", "num_stages"}
 )  # fmt: skip
 # Families with matrix products: the emulator does not know sm_90's.
 _MATRICES = frozenset({"conv2d_kernel", "int8_conv_kernel"})

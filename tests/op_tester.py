@@ -76,9 +76,9 @@ class OpTester:
         if backend != "interpreter":
             yield
             return
-        from tritonq.kernels import launch, min_max
+        from tritonq.kernels import launch, reduction
 
-        monkeypatch.setattr(min_max, "_MIN_ELEMENTS_PER_PROGRAM", 100)
+        monkeypatch.setattr(reduction, "_MIN_ELEMENTS_PER_PROGRAM", 100)
         clear_plans()
         with launch.override(launch.EVERY_KERNEL, launch.Parameters(elements=64, max_cols=32, warps=4)):
             yield
@@ -92,9 +92,9 @@ def operators(family: str, use: str) -> Any:
 
 def clear_plans() -> None:
     """Forget what was planned under other settings."""
-    from tritonq.kernels import launch, layout, min_max
+    from tritonq.kernels import launch, layout, reduction
 
-    for cached in (launch._plan, launch._parameters, min_max.plan_reduction, layout.view):
+    for cached in (launch._plan, launch._parameters, reduction.planned_reduction, layout.view):
         cached.cache_clear()
 
 

@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from emulator import EmulatedGpu, EmulatorError, GlobalMemory, Program, emulated, launch
+from emulator import EmulatedGpu, EmulatorError, GlobalMemory, Launch, Program, emulated
+from emulator import run as run_launch
 from tritonq.backend import is_interpreting
 
 if is_interpreting():
@@ -44,7 +45,7 @@ def run(body: str, *tensors: Tensor, threads: int = 32, blocks: int = 1, shared:
     for tensor in tensors:
         memory.add(tensor.data_ptr(), tensor.numel() * tensor.element_size())
     addresses = {f"param_{number}": tensor.data_ptr() for number, tensor in enumerate(tensors)}
-    launch(Program.parse(text), (blocks, 1, 1), addresses, shared, memory)
+    run_launch(Launch(Program.parse(text), (blocks, 1, 1), addresses, shared, memory))
 
 
 # Writes each thread's number to its element of the first tensor.

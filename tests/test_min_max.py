@@ -247,13 +247,13 @@ class TestObserve(OpTester):
         x[2, 1, 1] = math.nan
         for axis in axes(x):
             expected = reference.min_max(x, axis)
-            for settings in ({}, {"_MIN_ELEMENTS_PER_PROGRAM": 1, "_FINISH_ELEMENTS": 32}, {"_WIDE_EXTENT": 1}):
+            for settings in ({}, {"_MIN_ELEMENTS_PER_PROGRAM": 1, "_JOINED_ELEMENTS": 32}, {"_WIDE_EXTENT": 1}):
                 with pytest.MonkeyPatch.context() as patch:
                     if use == "triton":
-                        from tritonq.kernels import layout, min_max
+                        from tritonq.kernels import layout, reduction
 
                         for name, value in settings.items():
-                            patch.setattr(layout if hasattr(layout, name) else min_max, name, value)
+                            patch.setattr(layout if hasattr(layout, name) else reduction, name, value)
                         clear_plans()
                     found = operators("min_max", use).min_max(x, axis)
                 for actual, wanted in zip(found, expected, strict=True):

@@ -126,7 +126,7 @@ def test_finds_a_planted_access_out_of_bounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Views that claim one column too many, and a weight with more channels than the image."""
-    from tritonq.kernels import fixed_point, histogram, int8_conv, learned_scale, min_max
+    from tritonq.kernels import fixed_point, histogram, int8_conv, learned_scale, reduction
 
     for module in (fixed_point, histogram, int8_conv, learned_scale):
         traced(trace, module, monkeypatch)
@@ -135,8 +135,8 @@ def test_finds_a_planted_access_out_of_bounds(
         outer, rows, cols = seen.sizes
         return seen._replace(sizes=(outer, rows, cols + 1))
 
-    honest_view = min_max.view
-    monkeypatch.setattr(min_max, "view", lambda *arguments: wider(honest_view(*arguments)))
+    honest_view = reduction.view
+    monkeypatch.setattr(reduction, "view", lambda *arguments: wider(honest_view(*arguments)))
     honest_common = learned_scale.common_view
 
     def dishonest(*arguments: Any) -> Any:

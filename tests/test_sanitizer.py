@@ -34,9 +34,9 @@ def trace() -> Callable[[Any], Any]:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several programs and partial tiles on small tensors."""
     from op_tester import clear_plans
-    from tritonq.kernels import launch, min_max
+    from tritonq.kernels import launch, reduction
 
-    monkeypatch.setattr(min_max, "_MIN_ELEMENTS_PER_PROGRAM", 50)
+    monkeypatch.setattr(reduction, "_MIN_ELEMENTS_PER_PROGRAM", 50)
     clear_plans()
     with launch.override(launch.EVERY_KERNEL, launch.Parameters(64, 32, 4)):
         yield
@@ -109,7 +109,7 @@ def _claims_one_column_more(view: Any) -> Any:
 @pytest.mark.usefixtures("small_tiles")
 def test_finds_a_planted_access_out_of_bounds(trace: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A view that claims one column too many must be caught, or the tests above prove nothing."""
-    from tritonq.kernels import fake_quant, min_max
+    from tritonq.kernels import fake_quant, min_max, reduction
 
     traced(trace, fake_quant, monkeypatch)
     traced(trace, min_max, monkeypatch)
@@ -117,8 +117,8 @@ def test_finds_a_planted_access_out_of_bounds(trace: Callable[[Any], Any], monke
     fake_quant.fake_quantize(x, grid_of(torch.ones(1), None, -8, 7))
     min_max.min_max(x)
 
-    honest, view = fake_quant.common_view, min_max.view
-    monkeypatch.setattr(min_max, "view", lambda *arguments: _claims_one_column_more(view(*arguments)))
+    honest, view = fake_quant.common_view, reduction.view
+    monkeypatch.setattr(reduction, "view", lambda *arguments: _claims_one_column_more(view(*arguments)))
     with pytest.raises(SystemExit):
         min_max.min_max(x)
 

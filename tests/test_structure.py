@@ -1,4 +1,4 @@
-"""No two files import each other, none imports another's private names, and none is over 400 lines.
+"""No two files import each other, none imports private names of another, none is long; kernels take few values.
 
 The lists below hold what broke these rules when they were written down. They only shrink: who mends an entry
 removes it.
@@ -13,6 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"tritonq": "tritonq", "kernels": "tritonq.kernels", "perf": "tritonq.perf"}
 MOST_LINES = 400
+# Parameters of a jitted function besides constants. A tuple of strides or sizes is one.
+MOST_VALUES = 30
 # Named by documents, made by commands.
 MADE = {".matrix/"}
 
@@ -142,6 +144,21 @@ def test_no_file_is_over_400_lines():
     found = {str(path.relative_to(ROOT)) for path in files() if len(path.read_text().splitlines()) > MOST_LINES}
     assert found - LONG_FILES == set(), f"over {MOST_LINES} lines: a file has one subject"
     assert LONG_FILES - found == set(), "mended: remove the entries"
+
+
+def jitted(path):
+    """Each function of a file that Triton compiles, and its parameters besides constants."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
+            values = [a.arg for a in node.args.args if "constexpr" not in ast.unparse(a.annotation or ast.Constant(0))]
+            yield node.name, values
+
+
+def test_no_jitted_function_takes_many_values():
+    found = {name: len(values) for path in (ROOT / "kernels").glob("*.py") for name, values in jitted(path)}
+    assert len(found) > 40
+    too_long = {name: count for name, count in found.items() if count > MOST_VALUES}
+    assert too_long == {}, f"more than {MOST_VALUES} parameters besides constants: pass tuples"
 
 
 def test_public_names_are_those_of_the_list():

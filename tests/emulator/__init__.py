@@ -15,8 +15,9 @@ Instructions as in NVIDIA's PTX ISA, version 8.7.
 
 from emulator.driver import EmulatedGpu, emulated
 from emulator.faults import EmulatorError
-from emulator.launch import launch
+from emulator.launch import run
 from emulator.memory import GlobalMemory
 from emulator.ptx import Program
+from emulator.threads import Launch
 
-__all__ = ["EmulatedGpu", "EmulatorError", "GlobalMemory", "Program", "emulated", "launch"]
+__all__ = ["EmulatedGpu", "EmulatorError", "GlobalMemory", "Launch", "Program", "emulated", "run"]

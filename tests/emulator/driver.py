@@ -18,9 +18,10 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 
 from emulator.faults import EmulatorError
-from emulator.launch import launch as run_launch
+from emulator.launch import run
 from emulator.memory import GlobalMemory
 from emulator.ptx import Program
+from emulator.threads import Launch
 from tritonq import backend
 from tritonq.kernels import launcher
 
@@ -96,7 +97,7 @@ class EmulatedGpu:
             if 0 in grid:
                 return
             parameters = dict(zip(program.parameters, [*values, *[0] * missing], strict=True))
-            run_launch(program, grid, parameters, metadata.shared, memory, check_races=self.check_races)
+            run(Launch(program, grid, parameters, metadata.shared, memory), check_races=self.check_races)
 
         return launch
 
@@ -119,12 +120,12 @@ def emulated(gpu: EmulatedGpu) -> Iterator[EmulatedGpu]:
         driver._active = before
 
 
-def _arguments(types: tuple[tuple[str, str], ...], args: tuple[Any, ...]) -> tuple[list[int], GlobalMemory]:
+def _arguments(types: tuple[tuple[str, Any], ...], args: tuple[Any, ...]) -> tuple[list[int], GlobalMemory]:
     """Words of the arguments that are passed, and the memory that they lead to."""
     if len(args) != len(types):
         raise EmulatorError(f"{len(args)} arguments for {len(types)} of the signature")
     memory, values = GlobalMemory(), []
-    for (name, type_name), value in zip(types, args, strict=True):
+    for name, type_name, value in _flat(types, args):
         if type_name == "constexpr":
             continue
         if type_name[0] == "*":
@@ -135,6 +136,15 @@ def _arguments(types: tuple[tuple[str, str], ...], args: tuple[Any, ...]) -> tup
         else:
             values.append(_number(name, type_name, value))
     return values, memory
+
+
+def _flat(types: tuple[tuple[str, Any], ...], args: tuple[Any, ...]) -> Iterator[tuple[str, str, Any]]:
+    """Name, type and value of each argument; those of a tuple one by one, as Triton passes them."""
+    for (name, type_name), value in zip(types, args, strict=True):
+        if isinstance(type_name, tuple):
+            yield from _flat(tuple((f"{name}[{i}]", part) for i, part in enumerate(type_name)), value)
+        else:
+            yield name, type_name, value
 
 
 def _add(memory: GlobalMemory, tensor: Tensor) -> None:

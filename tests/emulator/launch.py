@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from emulator.faults import EmulatorError
 from emulator.machine import Machine
-from emulator.memory import GlobalMemory
-from emulator.ptx import Program
-from emulator.threads import WARP
+from emulator.threads import WARP, Launch
 
 
-def launch(
-    program: Program,
-    grid: tuple[int, int, int],
-    parameters: Mapping[str, int],
-    shared_bytes: int,
-    memory: GlobalMemory,
-    *,
-    check_races: bool = True,
-) -> None:
+def run(launch: Launch, *, check_races: bool = True) -> None:
     """Run a kernel.
 
     A race that may be harmless is one if no order of warps changes a bit of memory: the first warp up to the next
     barrier first, or the last.
 
     Args:
-        program: the kernel.
-        grid: blocks along each axis.
-        parameters: word of each parameter.
-        shared_bytes: shared memory of a block.
-        memory: what the launch may touch.
+        launch: the kernel and what it is given.
         check_races: whether races are looked for.
 
     Raises:
         EmulatorError: an access out of bounds or misaligned, a barrier in divergent code, a race, or an instruction
             that is not known.
     """
+    program, memory = launch.program, launch.memory
     before = memory.copy() if check_races else []
-    races = Machine(program, grid, parameters, shared_bytes, memory, check_races=check_races).run()
+    races = Machine(launch, check_races=check_races).run()
     if not races:
         return
     told = f"{program.name}: {'; '.join(race.text for race in races)}"
@@ -50,6 +35,6 @@ def launch(
     forwards = range(program.threads // WARP)
     for order in (forwards, forwards[::-1]):
         memory.restore(before)
-        Machine(program, grid, parameters, shared_bytes, memory, check_races=False, order=order).run()
+        Machine(launch, check_races=False, order=order).run()
         if not all(np.array_equal(mine, theirs) for mine, theirs in zip(memory.copy(), after, strict=True)):
             raise EmulatorError(f"{told}, and the order of warps changes the result: is a barrier missing?")

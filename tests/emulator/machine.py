@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from emulator import arithmetic, conversion, logic, matrices, movement, warps
 from emulator.faults import EmulatorError
-from emulator.memory import GlobalMemory
-from emulator.ptx import Instruction, Program
+from emulator.ptx import Instruction
 from emulator.races import Race
-from emulator.threads import WARP, Threads
+from emulator.threads import WARP, Launch, Threads
 from emulator.words import Words
 
 # More than any kernel of the tests takes, each for all threads that are there.
@@ -36,18 +35,8 @@ class Machine:
     them again. With an ``order`` of warps, each warp of a block runs by itself up to the next barrier instead.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        grid: tuple[int, int, int],
-        parameters: Mapping[str, int],
-        shared_bytes: int,
-        memory: GlobalMemory,
-        *,
-        check_races: bool = True,
-        order: Sequence[int] | None = None,
-    ) -> None:
-        self.threads = Threads(program, grid, parameters, shared_bytes, memory, check_races=check_races)
+    def __init__(self, launch: Launch, *, check_races: bool = True, order: Sequence[int] | None = None) -> None:
+        self.threads = Threads(launch, check_races=check_races)
         self._order = order
         self._steps = 0
 

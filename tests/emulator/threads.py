@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +17,25 @@ WARP = 32
 # What a register holds that no instruction wrote: compilers leave some of them undefined.
 _POISON = 0xA5A5A5A5A5A5A5A5
 _AXES = "xyz"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one launch of a kernel is given.
+
+    Attributes:
+        program: the kernel.
+        grid: blocks along each axis.
+        parameters: word of each parameter.
+        shared_bytes: shared memory of a block.
+        memory: what the launch may touch.
+    """
+
+    program: Program
+    grid: tuple[int, int, int]
+    parameters: Mapping[str, int]
+    shared_bytes: int
+    memory: GlobalMemory
 
 
 class Threads:
@@ -34,28 +54,19 @@ class Threads:
         epoch: (blocks,) how many barriers each block has passed.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        grid: tuple[int, int, int],
-        parameters: Mapping[str, int],
-        shared_bytes: int,
-        memory: GlobalMemory,
-        *,
-        check_races: bool = True,
-    ) -> None:
-        self.program, self.grid, self.memory = program, grid, memory
-        self.per_block = program.threads
-        self.blocks = grid[0] * grid[1] * grid[2]
+    def __init__(self, launch: Launch, *, check_races: bool = True) -> None:
+        self.program, self.grid, self.memory = launch.program, launch.grid, launch.memory
+        self.per_block = self.program.threads
+        self.blocks = self.grid[0] * self.grid[1] * self.grid[2]
         self.count = self.blocks * self.per_block
         numbers = np.arange(self.count)
         self.everyone = numbers
         self.block = numbers // self.per_block
         self.lane = numbers % WARP
-        self.shared = SharedMemory(self.blocks, shared_bytes)
+        self.shared = SharedMemory(self.blocks, launch.shared_bytes)
         self.log = AccessLog(self.per_block) if check_races else None
         self.epoch = np.zeros(self.blocks, np.int64)
-        self.parameters = parameters
+        self.parameters = launch.parameters
         self._registers: dict[str, Words] = {}
         self._constants: dict[tuple[str, int], Words] = {}
         self._special = self._special_registers()

@@ -1,0 +1,110 @@
+"""Reductions over all dimensions but the channels: how programs share one, and what joins their partial results.
+
+A program takes one share of an (outer, rows, cols) view and stores one partial result per channel; a second, small
+kernel joins those in the order of their numbers. The device functions are in `tritonq.kernels.channel_tiles`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .launch import parameters, planned, programs_that_fill, warp_size
+from .layout import LaunchGrid, Tile, View, dense_view, launch_grid, split, tile_shape, view
+
+# Eight elements per lane: the compiler unrolls the loop itself, with loads in flight and 52 registers at most. Larger
+# tiles made it spill (perf/codegen.py).
+_MAX_ELEMENTS = 1024
+# A program that reads less than this costs more than its partial result saves. By loads in flight, not measured.
+_MIN_ELEMENTS_PER_PROGRAM = 8192
+# Partial results that one program of the second kernel holds at a time, of at most so many channels.
+_JOINED_ELEMENTS = 1024
+_JOINED_CHANNELS = 32
+
+
+class Reduction(NamedTuple):
+    """How programs share a reduction.
+
+    Attributes:
+        view: of the tensor.
+        tile: what a program reads at a time.
+        share: elements that a program takes along each dimension of the view: whole tiles.
+        grid: programs of the first kernel.
+        split_strides: of the partial results' first axis over program numbers along each dimension.
+        splits: partial results per channel.
+    """
+
+    view: View
+    tile: Tile
+    share: tuple[int, int, int]
+    grid: LaunchGrid
+    split_strides: tuple[int, int, int]
+    splits: int
+
+    @property
+    def channels(self) -> int:
+        """Channels of the view; a channel axis of length 1 leaves a view without channels: one result, as for none."""
+        return self.view.channels
+
+    @property
+    def arguments(self) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int], int, int]:
+        """What kernels take as ``sizes, share, split_strides, splits, channels``."""
+        return self.view.sizes, self.share, self.split_strides, self.splits, self.channels
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Constants and options of the first kernel."""
+        return self.view.constants(self.tile, self.grid)
+
+    def partial(self, results: int, device: torch.device) -> Tensor:
+        """Return memory for partial results: float32, (results, splits, channels)."""
+        return torch.empty((results, self.splits, self.channels), dtype=torch.float32, device=device)
+
+    @property
+    def joining_programs(self) -> tuple[int]:
+        """Programs of the second kernel: each joins the partial results of CHANNELS channels."""
+        return (triton.cdiv(self.channels, self.joining_constants["CHANNELS"]),)
+
+    @property
+    def joining_constants(self) -> dict[str, Any]:
+        """Constants and options of the second kernel."""
+        channels = min(triton.next_power_of_2(self.channels), _JOINED_CHANNELS)
+        return {
+            "SPLITS": min(triton.next_power_of_2(self.splits), _JOINED_ELEMENTS // channels),
+            "CHANNELS": channels,
+            "num_warps": 4,
+            "enable_fp_fusion": False,
+        }
+
+
+def viewed(x: Tensor, axis: int | None) -> tuple[Tensor, View]:
+    """Return ``x`` and its view, or a contiguous copy and its view where the strides of ``x`` allow none."""
+    seen = view(x.shape, (x.stride(),), axis)
+    if seen is not None:
+        return x, seen
+    x = x.contiguous()
+    return x, dense_view(x.shape, (x.stride(),), axis)
+
+
+def plan_reduction(x: Tensor, seen: View) -> Reduction:
+    """Share the reduction of a tensor with this view out to the programs of its device."""
+    shares: Reduction = planned_reduction(x.dtype, seen, x.device, warp_size(x.device))
+    return shares
+
+
+@planned("min_max")
+def planned_reduction(dtype: torch.dtype, seen: View, device: torch.device, warp_size: int) -> Reduction:
+    """:func:`plan_reduction` by what it depends on."""
+    chosen = parameters("min_max", dtype, seen, device)
+    rows, cols = tile_shape(seen.sizes, min(chosen.elements, _MAX_ELEMENTS), chosen.max_cols)
+    parts = split(seen.sizes, seen.channel, (1, rows, cols), programs_that_fill(device), _MIN_ELEMENTS_PER_PROGRAM)
+    strides, splits = [0, 0, 0], 1
+    for d in (2, 1, 0):
+        if d != seen.channel:
+            strides[d] = splits
+            splits *= parts.programs[d]
+    tile = Tile(rows, cols, chosen.num_warps(warp_size))
+    return Reduction(seen, tile, parts.share, launch_grid(parts.programs), (strides[0], strides[1], strides[2]), splits)
