@@ -1,13 +1,19 @@
 """What counts as a layer is the computation: subclasses, computed weights, functions, every kind of BatchNorm."""
 
+import copy
+import warnings
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import tritonq
 import tritonq.nn as qnn
 from prepared_nets import assert_same_when_not_rounding
 from tritonq.prepare import prepare_qat
+from tritonq.prepare.record.snapshot import copied
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -15,7 +21,7 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 def trained(model, x=X, steps=2):
     """Prepare a model, train it for some steps, and check its outputs, gradients and conversion on the way."""
     prepared = prepare_qat(model, example_inputs=x, strict=True)
-    assert_same_when_not_rounding(model, prepared, x)
+    assert_same_when_not_rounding(copied(model), prepared, x)
     prepared.train()
     optimizer = torch.optim.SGD(prepared.parameters(), 0.01)
     for _ in range(steps):
@@ -77,3 +83,131 @@ def test_a_class_that_overrides_its_convolution_is_no_plain_layer():
 
     prepared = prepare_qat(nn.Sequential(Scaled(3, 4, 1), nn.Conv2d(4, 4, 1)), example_inputs=X, warn=False)
     assert type(prepared[0]) is not qnn.Conv2d
+
+
+def same_padding(self, x):
+    return F.conv2d(F.pad(x, [0, 1, 0, 1]), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def dynamic_padding(self, x):
+    extra = max((-(-x.shape[-1] // 2) - 1) * 2 + 3 - x.shape[-1], 0)
+    if extra > 0:
+        x = F.pad(x, [0, extra, 0, extra])
+    return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def standardized(self, x):
+    weight = F.batch_norm(
+        self.weight.reshape(1, self.out_channels, -1), None, None, training=True, momentum=0.0, eps=1e-6
+    ).reshape_as(self.weight)
+    return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def masked_in_place(self, x):
+    weight = self.weight.clone()
+    weight[:, :, 0, 0] = 0
+    return F.conv2d(input=x, weight=weight, bias=self.bias, stride=self.stride, padding=self.padding)
+
+
+def convolution(forward):
+    return type("Own", (nn.Conv2d,), {"forward": forward})
+
+
+def network(make, x=X):
+    """Two convolutions of a kind with BatchNorms, of one size before and behind, and a classifier."""
+    torch.manual_seed(0)
+    layers = []
+    for inputs in (3, 8):
+        layers += [make(inputs, 8), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize("forward", [same_padding, dynamic_padding, standardized, masked_in_place])
+def test_convolutions_with_forwards_of_their_own_are_layers(forward, tmp_path):
+    kind = convolution(forward)
+    model = network(lambda inputs, outputs: kind(inputs, outputs, 3, stride=2, padding=1, bias=inputs == 3))
+    prepared, converted = trained(copy.deepcopy(model))
+    assert type(prepared[0].conv2d) is type(prepared[3].conv2d) is qnn.ConvBnReLU2d
+    assert rows(prepared)["0.conv2d"] == ("conv2d", "quantized")
+    assert not [name for name, _ in converted.named_parameters() if "weight" in name]
+    path = tmp_path / "converted.pt"
+    tritonq.save_converted(converted, path)
+    loaded = tritonq.load_converted(path, copy.deepcopy(model))
+    with torch.no_grad():
+        assert torch.equal(loaded(X), converted(X))
+
+
+def masks(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def old_weight_norm(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize(
+    "change", [masks, old_weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm]
+)
+def test_computed_weights_train_and_are_fixed_at_conversion(change):
+    model = network(lambda inputs, outputs: nn.Conv2d(inputs, outputs, 3, padding=1))
+    for index in (0, 3, 8):
+        change(model[index])
+    prepared, converted = trained(model)
+    assert type(prepared[3].conv2d) is qnn.ConvBnReLU2d
+    assert type(prepared[8].linear) is qnn.Linear
+    assert not list(converted.parameters())
+    again = copy.deepcopy(prepared)
+    with torch.no_grad():
+        assert torch.equal(again(X), prepared(X))
+
+
+def test_spectral_norm_iterates_once_per_step():
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(3, 8, 3)))
+    prepared = prepare_qat(model, example_inputs=X).train()
+    model.train()(X), prepared(X)
+    torch.testing.assert_close(prepared[0].parametrizations.weight[0]._u, model[0].parametrizations.weight[0]._u)
+
+
+class TwoWeights(nn.Module):
+    """Convolves and multiplies by functions, with parameters of its own and a table of constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel, self.matrix = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Parameter(torch.randn(5, 4))
+        self.register_buffer("table", torch.randn(6, 5))
+        self.embed = nn.Linear(5, 5)
+
+    def forward(self, x):
+        y = F.relu(F.conv2d(x, self.kernel, padding=1))
+        return F.linear(y.mean((2, 3)), self.matrix) + self.embed(self.table).sum(0)
+
+
+def test_functions_with_parameters_are_layers_and_constants_are_left_alone():
+    prepared = prepare_qat(TwoWeights(), example_inputs=X, strict=True)
+    found = rows(prepared)
+    assert found["conv2d"] == ("conv2d", "quantized")
+    assert found["linear"] == ("linear", "quantized")
+    assert found["embed"] == ("Linear", "float")
+    assert type(prepared.conv2d) is qnn.ConvReLU2d
+    assert "add" not in found
+
+
+class Conditional(nn.Module):
+    """Convolves with a weight that the input chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = nn.Parameter(torch.randn(2, 4, 3, 1, 1))
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        share = torch.sigmoid(x.mean())
+        return self.head(F.conv2d(x, share * self.kernels[0] + (1 - share) * self.kernels[1]))
+
+
+def test_weights_that_depend_on_the_input_stay_in_float_and_are_told():
+    prepared = prepare_qat(Conditional(), example_inputs=X, warn=False)
+    reasons = {record.name: record.reason for record in prepared.tritonq_report if record.status == "float"}
+    assert reasons["conv2d"] == "its weight depends on the model's input"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.compiled import uncompiled
+from tritonq.deploy.computed import stand_in
 from tritonq.deploy.description import (
     ADDED,
     Description,
@@ -183,6 +184,8 @@ def _rebuild(model: nn.Module, entries: list[Description], state: Mapping[str, T
             attach_hooks(placed[entry["name"]], entry)
         if entry.get("forward") is not None:
             apply_forward(placed[entry["name"]], entry["forward"])
+        for tensor in entry.get("stand_ins", ()):
+            stand_in(placed[entry["name"]], tensor)
     link_operands(placed, entries)
     root.eval()
     _load_state(root, state)
@@ -200,7 +203,7 @@ def _check_architecture(model: nn.Module, entries: list[Description]) -> None:
             continue
         module = _counterpart(here, name, entries)
         if module is None:
-            if kind not in ADDED:
+            if kind not in ADDED and not entry.get("takes_weight"):
                 raise ValueError(f"the module {name!r} ({entry.get('type', kind)}) is missing in the model")
         else:
             found = difference(entry, module)

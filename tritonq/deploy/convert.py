@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.deploy.compiled import uncompiled
+from tritonq.deploy.computed import drop_computations
 from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.modules import LAYER_TYPES, DeployedModule, Grids, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbeddingBag
@@ -18,6 +18,7 @@ from tritonq.grid import Grid
 from tritonq.nn import Add, Embedding, EmbeddingBag, QATLayer, QATRepVGGBlock
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.edit.fuse import move_hooks
+from tritonq.prepare.record.snapshot import copied
 from tritonq.qparams import QuantizedType
 from tritonq.reference.fake_quant import quantize
 
@@ -56,7 +57,8 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
     if has_fixed_point(model):
         return convert_fixed_point(model, inplace)
     _check(model, allow_unquantized)
-    converted = model if inplace else copy.deepcopy(model)
+    converted = model if inplace else copied(model)
+    computed = [layer.computed for layer in converted.modules() if isinstance(layer, QATLayer) and layer.computed]
     with torch.no_grad():
         replacements = _replacements(converted)
     for module in converted.modules():
@@ -64,7 +66,9 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
             module.replace_producers(replacements)
         elif isinstance(module, UnaryLayer):
             module.replace_quantizers(replacements)
-    return swap_modules(converted, replacements).eval()
+    converted = swap_modules(converted, replacements).eval()
+    drop_computations(converted, computed)
+    return converted
 
 
 def swap_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -93,10 +97,15 @@ def _check(model: nn.Module, allow_unquantized: bool) -> None:
                 f"the quantizer {name!r} {why}, so the model that was trained does not round there; train or calibrate "
                 "it, or pass allow_unquantized=True to leave that tensor in float"
             )
-        if isinstance(module, (QATLayer, Embedding, EmbeddingBag)) and module.weight.dtype == torch.float64:
+        if isinstance(module, (QATLayer, Embedding, EmbeddingBag)) and _weight_dtype(module) == torch.float64:
             raise ValueError(
                 f"{name!r} has float64 parameters; deployed arithmetic is float32: call model.float() first"
             )
+
+
+def _weight_dtype(layer: QATLayer | Embedding | EmbeddingBag) -> torch.dtype:
+    with torch.no_grad():
+        return layer.float_parameters()[0].dtype if isinstance(layer, QATLayer) else layer.weight.dtype
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -155,7 +164,9 @@ def _layer(layer: QATLayer, output: nn.Module) -> QuantizedLayer:
         if layer.ceiling is None and layer.activation is not None and type(layer.activation) is not nn.Identity:
             made.add_module("activation", layer.activation)
         return made
-    return _layer_like(layer, layer, output)
+    made = _layer_like(layer, layer, output)
+    made.takes_weight = layer.computed is not None
+    return made
 
 
 def _layer_like(layer: QATLayer, shape: nn.Module, output: nn.Module) -> QuantizedLayer:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 
 from tritonq.deploy import fixed_point_description
+from tritonq.deploy.computed import stand_ins
 from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers, integer_difference
 from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, DeployedModule, Grids, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTable
@@ -87,6 +88,7 @@ def _describe(module: nn.Module) -> Description:
             "input": _grid_to_data(module.grids.input),
             "tensors": [name for name in TENSOR_NAMES if getattr(module, name) is not None],
             "target": module.target,
+            **({"takes_weight": True} if module.takes_weight else {}),
         }
     if isinstance(module, QuantizedTable):
         grid = _grid_to_data(module.qtype)
@@ -114,7 +116,8 @@ def _describe(module: nn.Module) -> Description:
         return {"kind": "sequential"}
     if isinstance(module, DeployedModule):
         raise ValueError(f"{type(module).__name__} has no form in a file of converted models")
-    return {"kind": "module", "type": original_class(module).__name__, "forward": forward_data(module)}
+    found = {"kind": "module", "type": original_class(module).__name__, "forward": forward_data(module)}
+    return {**found, "stand_ins": stand_ins(module)} if stand_ins(module) else found
 
 
 def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module | None:
@@ -137,6 +140,7 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         held: dict[str, Tensor | None] = {key: _tensor(tensors, _join(name, key)) for key in entry["tensors"]}
         layer = cls(entry["geometry"], grids, held, _ceiling(entry))
         layer.target = entry.get("target")  # files of versions before 0.2 don't say it
+        layer.takes_weight = bool(entry.get("takes_weight"))
         return layer
     if kind == "table":
         make: Callable[..., QuantizedTable] = _by_name(TABLE_TYPES, entry["type"])

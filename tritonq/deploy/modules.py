@@ -171,6 +171,9 @@ class QuantizedLayer(DeployedModule):
     activation_post_process: nn.Module
     target: str | None = None
 
+    # Whether the layer was a function in a forward, which may go on giving it a weight.
+    takes_weight: bool = False
+
     # The float layer that gives geometry and arithmetic, and the names of its constructor's arguments.
     float_type: ClassVar[type[nn.Module]]
     geometry_names: ClassVar[tuple[str, ...]]

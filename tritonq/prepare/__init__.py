@@ -13,7 +13,6 @@ The folders are the steps, and each imports only those before it:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +28,7 @@ from tritonq.prepare.earlier_paths import register_earlier_paths
 from tritonq.prepare.edit.eager import prepare_eager
 from tritonq.prepare.edit.fuse import fuse_known_modules, fuse_modules_qat
 from tritonq.prepare.record.example import record_examples
-from tritonq.prepare.record.snapshot import undone_on_error
+from tritonq.prepare.record.snapshot import copied, undone_on_error
 from tritonq.prepare.switches import (
     disable_fake_quant,
     disable_observer,
@@ -101,7 +100,7 @@ def prepare_qat(
         qconfig = get_qconfig(DEFAULT_PRESET)
     types = DEFAULT_QAT_MAPPING if mapping is None else dict(mapping)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     recording = None if example_inputs is None else record_examples(model, example_inputs, training_inputs)
     if isinstance(qconfig, QConfigMapping):
         qconfigs = mapped_qconfigs(model, qconfig, types, None if recording is None else recording.in_eval.flow)

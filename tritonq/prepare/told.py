@@ -8,13 +8,16 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from tritonq.prepare.decide.layer_records import FUNCTIONS_WITH_WEIGHTS, LayerRecord
-from tritonq.prepare.decide.planner import NO_QCONFIG
+from tritonq.prepare.decide.find_layers import NO_QCONFIG
+from tritonq.prepare.decide.function_layers import CONSTANT_INPUT, FUNCTIONS_WITH_WEIGHTS
+from tritonq.prepare.decide.layer_records import LayerRecord
 
 _log = logging.getLogger("tritonq")
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
 _JOINS = ("add", "cat")
 _NAMES_PER_REASON = 5
+# Reasons that were asked for, or that leave nothing to quantize.
+_BY_DESIGN = (NO_QCONFIG, CONSTANT_INPUT)
 
 
 def tell(
@@ -36,7 +39,7 @@ def tell(
     _log.info(
         "%s: quantized %d of %d layers, %d of %d joins", name, quantized[0], len(layers), quantized[1], len(joins)
     )
-    unasked = [record for record in (*layers, *joins) if record.status == "float" and record.reason != NO_QCONFIG]
+    unasked = [record for record in (*layers, *joins) if record.status == "float" and record.reason not in _BY_DESIGN]
     if not unasked or not (warn or strict):
         return
     by_reason: dict[str, list[str]] = {}

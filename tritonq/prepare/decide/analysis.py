@@ -10,6 +10,7 @@ from torch import nn
 
 from tritonq.nn import RepVGGBlock
 from tritonq.nn.fusable import bound_of_clip, ceiling_of
+from tritonq.prepare.decide.constants import Constants
 from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.branches import frozen_branch
 from tritonq.prepare.forwards.graph import ForwardGraph
@@ -65,6 +66,7 @@ class Analysis:
     def __init__(self, model: nn.Module, flow: Dataflow, held: Container[str] = ()) -> None:
         self.model = model
         self.flow = flow
+        self.constants = Constants(model, flow)
         self._held = held
         self._recorded = Recorded.of(model, flow)
         blocks = tuple(f"{name}." for name, module in self._recorded.modules.items() if type(module) is RepVGGBlock)

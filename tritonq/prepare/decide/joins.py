@@ -70,8 +70,10 @@ def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
         return ()
     values = tuple(value for item in items for value in refs_in(item))
     records = [analysis.flow.values[value] for value in values]
-    computed = all(record.dtype.is_floating_point and record.source != "state" for record in records)
-    return values if computed and len(values) == len(items) else ()
+    constant = [value in analysis.constants.values for value in values]
+    computed = not (all(constant) if call.name == "cat" else any(constant))
+    floating = all(record.dtype.is_floating_point for record in records)
+    return values if computed and floating and len(values) == len(items) else ()
 
 
 def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:

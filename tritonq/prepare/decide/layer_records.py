@@ -15,11 +15,6 @@ from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import Plan
 
-# Functions that have weights, which stay in float: their weights are not a module's own.
-FUNCTIONS_WITH_WEIGHTS = frozenset(
-    f"{kind}{rank}" for kind in ("conv", "conv_transpose") for rank in ("1d", "2d", "3d")
-) | {"linear", "bilinear", "embedding", "embedding_bag"}
-
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -66,6 +61,10 @@ def layer_records(
         reason = "" if whole else _reason(name, module, analysis, plan)
         fused = tuple(partners.get(name, ()))
         records.append(LayerRecord(name, type(module).__name__, fused, "quantized" if whole else "float", reason))
+    for layer in plan.layers:
+        if layer.function is not None:
+            kind, fused = layer.function.calls[0].name, tuple(partners.get(layer.name, ()))
+            records.append(LayerRecord(layer.name, kind, fused, "quantized", ""))
     for join in plan.joins:
         name = join_names[join]
         records.append(LayerRecord(name, join.kind, tuple(partners.get(name, ())), "quantized", ""))
@@ -75,11 +74,8 @@ def layer_records(
     places = {record.name for record in records}
     for name, reason in plan.float_reasons.items():
         if name not in places:
-            records.append(LayerRecord(name, name.rpartition(".")[2], (), "float", reason))
-    for call in calls:
-        if call.kind == "function" and call.name in FUNCTIONS_WITH_WEIGHTS:
-            name = f"{call.owner}.{call.name}".lstrip(".")
-            records.append(LayerRecord(name, call.name, (), "float", "it is a function call, not a module"))
+            kind = plan.float_functions.get(name, name.rpartition(".")[2])
+            records.append(LayerRecord(name, kind, (), "float", reason))
     return tuple(dict.fromkeys(records))
 
 

@@ -10,17 +10,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.prepare.decide.analysis import Analysis
-from tritonq.prepare.decide.rows import ROWS, Types, batch_norm_obstacle
+from tritonq.prepare.decide.function_layers import FunctionLayer
+from tritonq.prepare.decide.rows import ROWS, Types, batch_norm_obstacle, out_channels
 from tritonq.prepare.record.dataflow import Call, refs_in
 from tritonq.prepare.record.float_types import float_type
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A module that becomes a quantized layer, with what it absorbs.
+    """A module, or a function with weights, that becomes a quantized layer, with what it absorbs.
 
     Attributes:
-        name: qualified name of the module.
+        name: qualified name of the module; of a function that of the child which will do it.
         row: float types of the parts, the key into ``ROWS`` if there is more than one. A part may be of a class that
             inherits its computation from that type.
         batch_norm: name of the BatchNorm that becomes part of it.
@@ -29,6 +30,7 @@ class Layer:
         ends: for each of these the last call that it absorbs (itself if none).
         relus: the ReLU calls that it absorbs.
         ceiling: their upper bound; None without any.
+        function: what is known of the function; None for a module.
     """
 
     name: str
@@ -39,6 +41,12 @@ class Layer:
     ends: tuple[int, ...]
     relus: tuple[int, ...]
     ceiling: float | None
+    function: FunctionLayer | None = None
+
+    @property
+    def home(self) -> str:
+        """Name of the float module whose qconfig and device the layer has."""
+        return self.name if self.function is None else self.function.owner
 
 
 @dataclass(frozen=True)
@@ -57,17 +65,20 @@ def find_layer(
     analysis: Analysis,
     swapped: Container[type[nn.Module]],
     kept: Container[int] = (),
+    function: FunctionLayer | None = None,
 ) -> tuple[Layer, str | None]:
     """The layer that begins with the module ``name``, and why a BatchNorm that follows it stays apart (or None).
 
     ``kind`` is the float type that the module computes as. ``swapped`` holds the float types that have a quantized
     form: a row is used only if its fused type is one. ``kept`` holds the calls of ReLUs that it must not absorb.
+    ``function`` is given where the layer is no module.
     """
-    module = analysis.modules[name]
+    module = analysis.modules[name if function is None else function.owner]
+    channels = out_channels(module) if function is None else _channels(function)
     row: Types = (kind,)
-    calls = analysis.flow.calls_of(name)
+    calls = analysis.flow.calls_of(name) if function is None else function.calls
     ends = calls
-    norm, obstacle = _norm_after(name, calls, analysis)
+    norm, obstacle = _norm_after(_Start(name, kind, module, channels, calls), analysis)
     if norm is not None and ROWS.get((*row, norm.kind)) in swapped:
         row, ends = (*row, norm.kind), norm.calls
     else:
@@ -90,8 +101,25 @@ def find_layer(
         ends=tuple(call.index for call in ends),
         relus=tuple(relu.index for relu in absorbed) if has_relu else (),
         ceiling=ceiling if has_relu else None,
+        function=function,
     )
     return layer, obstacle
+
+
+def _channels(function: FunctionLayer) -> int:
+    name = "out_features" if function.kind is nn.Linear else "out_channels"
+    return int(function.geometry[name])
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a layer begins with: a convolution or product."""
+
+    name: str
+    kind: type[nn.Module]
+    module: nn.Module
+    channels: int | None
+    calls: tuple[Call, ...]
 
 
 def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int]) -> tuple[list[Call], float | None]:
@@ -109,8 +137,9 @@ def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int])
     return relus, ceilings.pop()
 
 
-def _norm_after(name: str, calls: tuple[Call, ...], analysis: Analysis) -> tuple[_Norm | None, str | None]:
+def _norm_after(start: _Start, analysis: Analysis) -> tuple[_Norm | None, str | None]:
     """The BatchNorm that alone reads every call's result and reads nothing else, or why it can't be absorbed."""
+    name, calls = start.name, start.calls
     followers = [analysis.follower(call) for call in calls]
     norms = [None if follower is None else _norm_of(follower, analysis) for follower in followers]
     if not norms or norms[0] is None:
@@ -122,12 +151,12 @@ def _norm_after(name: str, calls: tuple[Call, ...], analysis: Analysis) -> tuple
         return None, f"{norm.name} normalises more than the output of {name}"
     if not all(map(analysis.may_fuse_in, {call.owner for call in (*calls, *norm.calls)} - {norm.name})):
         return None, "the forward depends on the mode and could not be recorded in training"
-    layer, bn = analysis.modules[name], analysis.modules[norm.name]
-    obstacle = batch_norm_obstacle(layer, cast(_BatchNorm, bn))
-    if obstacle is None and isinstance(layer, nn.Linear):
+    bn = analysis.modules[norm.name]
+    obstacle = batch_norm_obstacle(start.channels, cast(_BatchNorm, bn))
+    if obstacle is None and issubclass(start.kind, nn.Linear):
         ranks = {len(analysis.flow.values[call.inputs[0]].shape) for call in norm.calls}
         obstacle = None if ranks == {2} else "BatchNorm1d of a linear layer normalises another axis than the features"
-    if obstacle is None and (_has_hooks(layer, after=True) or _has_hooks(bn, before=True)):
+    if obstacle is None and (_has_hooks(start.module, after=True) or _has_hooks(bn, before=True)):
         obstacle = "hooks stand between the two"
     return (norm, None) if obstacle is None else (None, obstacle)
 

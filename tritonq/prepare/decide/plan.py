@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from tritonq.prepare.decide.joins import Join
@@ -63,6 +63,8 @@ class Plan:
         erased_nodes: owner and node of further such calls that can be taken out of a forward.
         float_reasons: for modules and joins left in float, by name, why.
         single_mode: names of layers left in float since they run in eval mode alone, or in training mode alone.
+        float_functions: by name, which function each of the functions with weights left in float is.
+        exclusive_state: names of parameters and buffers that nothing reads but weights of layers computed of them.
     """
 
     layers: tuple[Layer, ...]
@@ -77,6 +79,8 @@ class Plan:
     erased_nodes: tuple[tuple[str, str], ...]
     float_reasons: Mapping[str, str]
     single_mode: frozenset[str] = frozenset()
+    exclusive_state: frozenset[str] = frozenset()
+    float_functions: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """One line per layer, join, quantizer, erased ReLU and module left in float."""

@@ -7,19 +7,17 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from tritonq.nn import RepVGGBlock
 from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.find_layers import LayerSearch
+from tritonq.prepare.decide.function_layers import weights_of
 from tritonq.prepare.decide.joins import Join, find_joins, operands
-from tritonq.prepare.decide.layers import Layer, find_layer
+from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer, Where
 from tritonq.prepare.decide.unary import PlannedUnary, find_unary
 from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.proof import Site
 from tritonq.prepare.record.dataflow import Call, Frame
-from tritonq.prepare.record.float_types import float_type, has_own_parameters
 from tritonq.qconfig import QConfig
-
-NO_QCONFIG = "its qconfig is None"
 
 
 def make_plan(
@@ -61,6 +59,7 @@ class _Planner:
     grids: dict[int, GridSource] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     single_mode: set[str] = field(default_factory=set)
+    float_functions: dict[str, str] = field(default_factory=dict)
     quantizers: list[PlannedQuantizer] = field(default_factory=list)
 
     def plan(self) -> Plan:
@@ -91,42 +90,22 @@ class _Planner:
             erased_nodes=nodes,
             float_reasons=self.reasons,
             single_mode=frozenset(self.single_mode),
+            float_functions=self.float_functions,
+            exclusive_state=self._exclusive_state(layers),
         )
 
+    def _exclusive_state(self, layers: list[Layer]) -> frozenset[str]:
+        functions = [layer.function for layer in layers if layer.function is not None]
+        ends = [end for function in functions for end in weights_of(function)]
+        return self.analysis.constants.exclusive(ends) if ends else frozenset()
+
     def _layers(self) -> list[Layer]:
-        found = []
-        for name, module in self.analysis.modules.items():
-            kind = float_type(module, self.swapped)
-            if kind is None:
-                continue
-            if self.qconfigs[module] is None:
-                self.reasons[name] = NO_QCONFIG
-            elif not self.analysis.flow.calls_of(name):
-                self.reasons[name] = self._unreached(name)
-            elif not self.analysis.runs_in_all_modes(self.analysis.flow.calls_of(name)):
-                self.reasons[name] = self.analysis.missing_mode(self.analysis.flow.calls_of(name))
-                self.single_mode.add(name)
-            elif kind is not RepVGGBlock and not has_own_parameters(module):
-                self.reasons[name] = "its weight is computed from other parameters"
-            else:
-                layer, obstacle = find_layer(name, kind, self.analysis, self.swapped, self.kept)
-                found.append(layer)
-                if obstacle is not None:
-                    self.reasons |= {norm: obstacle for norm in self._followers(name)}
+        search = LayerSearch(self.analysis, self.swapped, self.qconfigs, self.kept)
+        found = search.layers()
+        self.reasons |= search.reasons
+        self.single_mode |= search.single_mode
+        self.float_functions |= search.float_functions
         return found
-
-    def _unreached(self, name: str) -> str:
-        """Why no call of a module was recorded."""
-        parts = name.split(".")
-        outer = (".".join(parts[:depth]) for depth in range(1, len(parts)))
-        whole = next((module for module in outer if self.analysis.flow.calls_of(module)), None)
-        if whole is None:
-            return "the example inputs don't reach it"
-        return f"it is part of {whole}, a {type(self.analysis.modules[whole]).__name__} without a quantized form"
-
-    def _followers(self, name: str) -> list[str]:
-        followers = [self.analysis.follower(call) for call in self.analysis.flow.calls_of(name)]
-        return [follower.module_name or follower.owner for follower in followers if follower is not None]
 
     def _quantized_when_clipped(self, layer: Layer) -> bool:
         """Put the quantizer of a layer behind the ReLU6 that alone reads it, if there is one and it can stand there.
@@ -140,7 +119,7 @@ class _Planner:
         clips = [self.analysis.follower(call) for call in ends]
         values = [None if clip is None else self.analysis.value_of(clip) for clip in clips]
         found = [value for value in values if value is not None]
-        qconfig = self._qconfig(layer.name)
+        qconfig = self._qconfig(layer.home)
         limits = all(clip is not None and self.analysis.limits_range(clip) for clip in clips)
         if qconfig is None or not found or len(found) < len(ends) or not limits:
             return False
@@ -216,11 +195,12 @@ class _Planner:
         demands: dict[int, tuple[QConfig, list[Layer | Join]]] = {}
         parts: tuple[Layer | Join, ...] = (*layers, *joins)
         for part in parts:
-            qconfig = self._qconfig(part.name if isinstance(part, Layer) else part.owner)
+            qconfig = self._qconfig(part.home if isinstance(part, Layer) else part.owner)
             for value in self._reads(part):
                 root = self._root(value)
                 record = self.analysis.flow.values[root]
-                if qconfig is None or root in self.grids or not record.dtype.is_floating_point:
+                is_constant = root in self.analysis.constants.values
+                if qconfig is None or root in self.grids or not record.dtype.is_floating_point or is_constant:
                     continue
                 demands.setdefault(root, (qconfig, []))[1].append(part)
         return demands

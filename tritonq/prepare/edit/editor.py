@@ -25,7 +25,7 @@ class ModelEditor:
 
     Attributes:
         model: the model.
-        modules: what is now in the place of each module.
+        modules: what is now in the place of each module, and added children.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class ModelEditor:
         """Add a child under this name, in its owner's mode."""
         module = self.modules[owner]
         module.add_module(name, child.train(module.training))
+        self.modules[f"{owner}.{name}".lstrip(".")] = child
         self._places.setdefault(child, {})[module, name] = None
         self._note_children(child)
         self._added.setdefault(owner, []).append(name)

@@ -18,6 +18,7 @@ from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
 from tritonq.prepare.decide.unary import QUANTIZED_FORMS, layer_for
 from tritonq.prepare.edit.editor import ModelEditor
+from tritonq.prepare.edit.function_layers import computed_parameters, float_layer
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
 from tritonq.prepare.edit.inputs import (
     InputFakeQuants,
@@ -27,7 +28,7 @@ from tritonq.prepare.edit.inputs import (
     quantize_inputs_hook,
 )
 from tritonq.prepare.edit.swap import keep_attributes, plain_form, quantize_output_hook, swap
-from tritonq.prepare.forwards.graph import first_node, node_operands, sequence_operand
+from tritonq.prepare.forwards.graph import first_node, layer_operands, node_operands, sequence_operand
 from tritonq.prepare.record.dataflow import Dataflow
 from tritonq.qconfig import QConfig
 
@@ -105,15 +106,22 @@ class _PlanWork:
         self.join_names[join] = f"{join.owner}.{name}".lstrip(".")
 
     def _add_layer(self, layer: Layer) -> None:
-        module = self._editor.modules[layer.name]
+        module = self._editor.modules[layer.home]
         qconfig = cast(QConfig, self._qconfigs[module])
+        if layer.function is not None:
+            module = float_layer(layer.function, self._editor.model, module.training)
         if layer.name in self._plan.clipped:
             qconfig = qconfig._replace(activation=nn.Identity)
         if len(layer.row) == 1:
             quantized = swap(module, self._types[layer.row[0]], qconfig, layer.row[0])
         else:
             quantized = self._fused(layer, module, qconfig)
-        self._editor.replace(layer.name, quantized)
+        if layer.function is None:
+            self._editor.replace(layer.name, quantized)
+        else:
+            self._editor.set_child(layer.function.owner, layer.function.child, quantized)
+            forward = self._editor.rewrite(layer.function.owner)
+            forward.replace(layer.function.site.node, layer.function.child, layer_operands)
         output = getattr(quantized, "activation_post_process", None)
         if isinstance(output, nn.Module):
             self._quantizers[id(layer)] = output
@@ -211,7 +219,11 @@ class _PlanWork:
         """Tell layers, operations of one tensor and additions which quantizers put their inputs on grids."""
         for value, (unary, own) in self._unary.items():
             unary.set_quantizers(self._quantizers.get(id(self._plan.unary[value].source)), own)
+        exclusive = self._plan.exclusive_state
         for layer in self._plan.layers:
+            if layer.function is not None:
+                computed = computed_parameters(layer.function, self._editor.model, exclusive)
+                cast(QATLayer, self._editor.modules[layer.name]).take_computed(computed)
             grid, module = self._plan.inputs.get(layer.name), self._editor.modules[layer.name]
             if grid is not None and isinstance(module, QATLayer):
                 quantizer = self._quantizers[id(grid)]

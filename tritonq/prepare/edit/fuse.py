@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.nn import intrinsic
 from tritonq.nn.fusable import ceiling_of
-from tritonq.prepare.decide.rows import ROWS, Types, batch_norm_obstacle
+from tritonq.prepare.decide.rows import ROWS, Types, batch_norm_obstacle, out_channels
 from tritonq.prepare.record.snapshot import undone_on_error
 
 FuserMethod = Callable[..., nn.Module]
@@ -30,7 +30,7 @@ def fuse_row(parts: Sequence[nn.Module], types: Types | None = None) -> intrinsi
         known = "; ".join(", ".join(kind.__name__ for kind in row) for row in ROWS)
         raise ValueError(f"can't fuse {', '.join(type(part).__name__ for part in parts)}; known rows: {known}")
     for part in parts[1:]:
-        obstacle = batch_norm_obstacle(parts[0], part) if isinstance(part, _BatchNorm) else None
+        obstacle = batch_norm_obstacle(out_channels(parts[0]), part) if isinstance(part, _BatchNorm) else None
         if obstacle is not None:
             raise ValueError(f"can't fuse {', '.join(type(part).__name__ for part in parts)}: {obstacle}")
     fused = ROWS[types](*parts)

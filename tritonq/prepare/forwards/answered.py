@@ -16,14 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tritonq.prepare.forwards.graph import Operands, first_node, node_operands, sequence_operand
+from tritonq.prepare.forwards.graph import (
+    Operands,
+    first_node,
+    layer_arguments,
+    layer_operands,
+    node_operands,
+    sequence_operand,
+)
 from tritonq.prepare.record.place import calling_place, traced_places
 
 # How a call is answered: "run" as written, "replace" or "erase"; the child that replaces it; that child's operands; the
 # child that the result goes through. Empty where there is none.
 Answer = list[str]
 Answers = Mapping[str, Answer]
-_OPERANDS: dict[Operands, str] = {node_operands: "tensors", sequence_operand: "sequence", first_node: "first"}
+_OPERANDS: dict[Operands, str] = {
+    node_operands: "tensors",
+    sequence_operand: "sequence",
+    first_node: "first",
+    layer_operands: "layer",
+}
 
 
 class AnsweredForward:
@@ -110,11 +122,14 @@ class Answering(TorchFunctionMode):
         if answer is None:
             return func(*args, **kwargs)
         kind, child, operands, then = answer
-        result = func(*args, **kwargs) if kind == "run" else self._replaced(child, operands, (*args, *kwargs.values()))
+        result = func(*args, **kwargs) if kind == "run" else self._replaced(child, operands, args, kwargs)
         return getattr(self._owner, then)(result) if then else result
 
-    def _replaced(self, child: str, operands: str, given: tuple[Any, ...]) -> Any:
+    def _replaced(self, child: str, operands: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the child makes of the operands of a call, or the first one where no child replaces it."""
+        if operands == "layer":
+            return getattr(self._owner, child)(*layer_arguments(args, kwargs))
+        given = (*args, *kwargs.values())
         if operands == "sequence":
             return getattr(self._owner, child)(given[0])
         tensors = [item for item in given if isinstance(item, Tensor)]

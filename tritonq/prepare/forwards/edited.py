@@ -12,7 +12,7 @@ from types import FunctionType
 from typing import Any
 from weakref import WeakValueDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from tritonq.prepare.forwards.answered import answering, check_answers
 from tritonq.prepare.forwards.graph import DATA_VERSION, ForwardData, ForwardGraph, compile_graph
@@ -28,8 +28,19 @@ class EditedForward:
         reduced = super().__reduce_ex__(protocol)
         # The class is made at run time, so a pickle (and deepcopy) names what it was made from.
         if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return (_rebuild, (self._tritonq_class, self._tritonq_forward), *reduced[2:])
+            state = _without_graphs(reduced[2])
+            return (_rebuild, (self._tritonq_class, self._tritonq_forward), state, *reduced[3:])
         return reduced
+
+
+def _without_graphs(state: Any) -> Any:
+    """A module's state, where tensors that a forward left on it are detached: copies and files refuse others."""
+    if not isinstance(state, dict):
+        return state
+    return {
+        name: value.detach() if isinstance(value, Tensor) and value.grad_fn is not None else value
+        for name, value in state.items()
+    }
 
 
 def forward_data(module: nn.Module) -> ForwardData | None:

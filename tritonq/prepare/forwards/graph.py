@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import linecache
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -99,6 +99,10 @@ class ForwardGraph:
         """Whether a node reads one other node: its further arguments are constants."""
         return all(len(found.all_input_nodes) == 1 for _, found in self._find(node))
 
+    def has_fixed_geometry(self, node: str) -> bool:
+        """Whether a convolution or product reads nothing that was computed but input, weight and bias."""
+        return all(set(found.all_input_nodes) <= set(layer_operands(found)) for _, found in self._find(node))
+
     def replace(self, node: str, child: str, operands: Operands, in_place: bool = False) -> None:
         """Replace a node by a call of the child module ``child`` on ``operands(node)``.
 
@@ -154,6 +158,17 @@ def node_operands(node: fx.Node) -> tuple[Any, ...]:
 def first_node(node: fx.Node) -> tuple[Any, ...]:
     """The first node that a node reads, as the one operand."""
     return (first_operand(node),)
+
+
+def layer_operands(node: fx.Node) -> tuple[Any, ...]:
+    """Input, weight and bias of a convolution or product."""
+    return layer_arguments(node.args, node.kwargs)
+
+
+def layer_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Input, weight and bias among the arguments of a convolution or product."""
+    given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+    return given["input"], given["weight"], given.get("bias")
 
 
 def sequence_operand(node: fx.Node) -> tuple[Any, ...]:

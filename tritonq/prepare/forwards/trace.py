@@ -122,7 +122,9 @@ def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
 
 def _shadow(module: nn.Module) -> nn.Module:
     """A module that shares everything with ``module`` and takes the assignments and appends of its forward."""
-    shadow = copy.copy(module)
+    # Not copy.copy, which classes may refuse, as parametrized modules do.
+    shadow = type(module).__new__(type(module))
+    shadow.__dict__.update(vars(module))
     for name, value in vars(module).items():
         if isinstance(value, (dict, list, set)):
             shadow.__dict__[name] = copy.copy(value)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tritonq.nn import RepVGGBlock
-from tritonq.prepare.record.float_types import inherits_computation, torch_base
+from tritonq.prepare.record.float_types import has_own_parameters, inherits_computation, torch_base
 
 # What these tell about a tensor does not depend on its elements, so reading it is no dataflow.
 _METADATA_NAMES = """
@@ -24,15 +24,22 @@ METADATA = frozenset(_METADATA_NAMES.split())
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module's call is one operation: a module of torch.nn without children, attention, or a RepVGG block.
 
-    A user's class counts where it inherits its forward from torch.nn unchanged. Everything else is looked into, so that
-    the functions which it calls are seen.
+    A user's class counts where it inherits its forward from torch.nn unchanged, and its weight is a parameter of its
+    own. Everything else is looked into, so that the functions which it calls are seen.
     """
     if isinstance(module, (torch.jit.ScriptModule, nn.MultiheadAttention)) or type(module) is RepVGGBlock:
         return True
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or next(module.children(), None) is not None:
         return False
+    if not has_own_weight(module):
+        return False
     base = torch_base(type(module))
     return base not in (None, nn.Module) and inherits_computation(type(module), base)
+
+
+def has_own_weight(module: nn.Module) -> bool:
+    """Whether a module is no convolution or linear layer whose weight or bias something computes."""
+    return not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or has_own_parameters(module)
 
 
 def operation_name(function: Callable[..., Any]) -> str:

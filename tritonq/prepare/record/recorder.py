@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref, Source, Value
-from tritonq.prepare.record.operations import METADATA, is_leaf, operation_name
+from tritonq.prepare.record.operations import METADATA, has_own_weight, is_leaf, operation_name
 from tritonq.prepare.record.place import calling_place
 from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state, tensor_version
 from tritonq.prepare.record.structure import Path, clone_tensors, describe, replace_tensors, tensors_in
@@ -132,8 +132,9 @@ class Recorder:
                     self._track(tensor, "input", path=path)
                 for module in self._names:
                     module.training = self._modes[module]
-                    # Innermost: what users' own hooks compute belongs to the caller.
-                    handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                    # Innermost: what users' own hooks compute belongs to the caller, unless it is a weight.
+                    first = not has_own_weight(module)
+                    handles.append(module.register_forward_pre_hook(self._enter, prepend=first, with_kwargs=True))
                     handles.append(module.register_forward_hook(self._leave, with_kwargs=True, prepend=True))
                 if is_leaf(self.model):
                     self._push(None, "", args, kwargs)

@@ -42,6 +42,19 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a model, also where modules hold results of computations, which tensors refuse to copy.
+
+    Pruning masks and ``weight_norm`` of old leave the computed weight on the module; forwards may leave activations.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
 class _ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -1,0 +1,67 @@
+"""What a converted model no longer needs where a layer's weight was computed: the computation and its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx, nn
+
+from tritonq.deploy.modules import QuantizedLayer
+from tritonq.nn.computed import ComputedParameters
+from tritonq.prepare.forwards.edited import apply_forward, forward_data
+from tritonq.prepare.forwards.graph import ForwardGraph
+
+
+def drop_computations(model: nn.Module, computed: Iterable[ComputedParameters]) -> None:
+    """Take the computation of weights out of forwards, and put stand-ins in the place of what it read.
+
+    Layers with fixed codes ignore the weight that they are given. A forward that is a graph loses what computed it; any
+    other one goes on computing with stand-ins, which costs nothing.
+    """
+    for module in model.modules():
+        data = forward_data(module)
+        if data is None or data.get("eval") is None:
+            continue
+        graph = ForwardGraph.from_data(data)
+        dropped = [_drop_arguments(part, module) for part in graph.graphs()]
+        if any(dropped):
+            apply_forward(module, {**data, **graph.to_data()})
+    for parameters in computed:
+        for entry in parameters.state:
+            if entry.exclusive and entry.module.module is not None:
+                stand_in(entry.module.module, entry.name)
+
+
+def stand_in(module: nn.Module, name: str) -> None:
+    """Put a tensor without memory, of the same shape and type, in the place of a parameter or buffer."""
+    tensor: Tensor | None = module._parameters.pop(name, None)
+    if tensor is None:
+        tensor = module._buffers.pop(name, None)
+        module._non_persistent_buffers_set.discard(name)
+    if tensor is not None:
+        module.__dict__[name] = torch.empty_like(tensor, device="meta", requires_grad=False)
+
+
+def stand_ins(module: nn.Module) -> list[str]:
+    """Names of the stand-ins that a module holds."""
+    return [name for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
+
+
+def _drop_arguments(graph: fx.Graph, module: nn.Module) -> bool:
+    """Call converted layers with their input alone; return whether any call had more."""
+    unused: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op != "call_module" or len(node.args) < 2:
+            continue
+        if isinstance(module.get_submodule(str(node.target)), QuantizedLayer):
+            unused += node.all_input_nodes[1:]
+            node.args = node.args[:1]
+    found = bool(unused)
+    while unused:
+        node = unused.pop()
+        if node.users or node.op == "placeholder" or node.graph is not graph or node._erased:
+            continue
+        unused += node.all_input_nodes
+        graph.erase_node(node)
+    return found

@@ -1,0 +1,123 @@
+"""All layers of a recorded model that get a quantized form, and why others do not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.function_layers import (
+    CONSTANT_INPUT,
+    FUNCTIONS,
+    FUNCTIONS_WITH_WEIGHTS,
+    FunctionLayer,
+    find_function_layer,
+)
+from tritonq.prepare.decide.layers import Layer, find_layer
+from tritonq.prepare.record.dataflow import Call
+from tritonq.prepare.record.float_types import float_type
+from tritonq.qconfig import QConfig
+
+NO_QCONFIG = "its qconfig is None"
+
+
+@dataclass
+class LayerSearch:
+    """Finds the layers of a model: modules, and functions with weights.
+
+    Args:
+        analysis: the model and its record.
+        swapped: the float types that have a quantized form.
+        qconfigs: the qconfig of each module, None to leave it in float.
+        kept: the calls of ReLUs that no layer may absorb.
+
+    Attributes:
+        reasons: by name, why a layer stays in float, or a BatchNorm apart.
+        single_mode: names of layers left in float since they run in one mode alone.
+        float_functions: by name, which function each of the functions left in float is.
+    """
+
+    analysis: Analysis
+    swapped: Container[type[nn.Module]]
+    qconfigs: Mapping[nn.Module, QConfig | None]
+    kept: frozenset[int]
+    reasons: dict[str, str] = field(default_factory=dict)
+    single_mode: set[str] = field(default_factory=set)
+    float_functions: dict[str, str] = field(default_factory=dict)
+
+    def layers(self) -> list[Layer]:
+        """Find all layers, modules first."""
+        return [*self._modules(), *self._functions()]
+
+    def _modules(self) -> list[Layer]:
+        found = []
+        for name, module in self.analysis.modules.items():
+            kind, calls = float_type(module, self.swapped), self.analysis.flow.calls_of(name)
+            if kind is None or (self.analysis.flow.frames_of(name) and not calls):
+                continue
+            if self.qconfigs[module] is None:
+                self.reasons[name] = NO_QCONFIG
+            elif not calls:
+                self.reasons[name] = self._unreached(name)
+            elif not self.analysis.runs_in_all_modes(calls):
+                self.reasons[name] = self.analysis.missing_mode(calls)
+                self.single_mode.add(name)
+            elif all(call.inputs and self.analysis.constants.values.issuperset(call.inputs) for call in calls):
+                self.reasons[name] = CONSTANT_INPUT
+            else:
+                layer, obstacle = find_layer(name, kind, self.analysis, self.swapped, self.kept)
+                found.append(layer)
+                self._note(layer, obstacle)
+        return found
+
+    def _functions(self) -> list[Layer]:
+        found: list[Layer] = []
+        seen: set[int] = set()
+        taken: set[str] = set()
+        for call in self.analysis.flow.calls:
+            if call.kind != "function" or call.name not in FUNCTIONS_WITH_WEIGHTS or call.index in seen:
+                continue
+            child = self._free_child(call, taken)
+            name = f"{call.owner}.{child}".lstrip(".")
+            taken.add(name)
+            seen.update(other.index for other in self.analysis.calls_like(call))
+            function = self._function(call, child)
+            if isinstance(function, str):
+                self.reasons[name], self.float_functions[name] = function, call.name
+                continue
+            layer, obstacle = find_layer(name, function.kind, self.analysis, self.swapped, self.kept, function)
+            found.append(layer)
+            self._note(layer, obstacle)
+        return found
+
+    def _function(self, call: Call, child: str) -> FunctionLayer | str:
+        """The layer that a function is, or why it stays in float."""
+        if self.qconfigs[self.analysis.modules[call.owner]] is None:
+            return NO_QCONFIG
+        if FUNCTIONS.get(call.name) not in self.swapped:
+            return f"{call.name} has no quantized form"
+        return find_function_layer(call, child, self.analysis)
+
+    def _free_child(self, call: Call, taken: Container[str]) -> str:
+        """The first name among ``conv2d``, ``conv2d_1`` and so on that nothing in the calling module has."""
+        module, prefix = self.analysis.modules[call.owner], f"{call.owner}." if call.owner else ""
+        names = (f"{call.name}_{count}" if count else call.name for count in itertools.count())
+        return next(name for name in names if not hasattr(module, name) and prefix + name not in taken)
+
+    def _note(self, layer: Layer, obstacle: str | None) -> None:
+        """Note why the BatchNorm behind a layer stays apart."""
+        followers = [self.analysis.follower(self.analysis.flow.calls[index]) for index in layer.calls]
+        if obstacle is not None:
+            self.reasons |= {found.module_name or found.owner: obstacle for found in followers if found is not None}
+
+    def _unreached(self, name: str) -> str:
+        """Why no call of a module was recorded."""
+        parts = name.split(".")
+        outer = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+        whole = next((module for module in outer if self.analysis.flow.calls_of(module)), None)
+        if whole is None:
+            return "the example inputs don't reach it"
+        return f"it is part of {whole}, a {type(self.analysis.modules[whole]).__name__} without a quantized form"

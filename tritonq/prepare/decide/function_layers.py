@@ -1,0 +1,154 @@
+"""Layers that a forward calls as functions: convolutions and products whose weight follows from parameters alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.constants import PlannedProgram
+from tritonq.prepare.forwards.graph import ForwardGraph
+from tritonq.prepare.forwards.proof import Site
+from tritonq.prepare.forwards.trace import TraceError
+from tritonq.prepare.record.dataflow import Call, Ref
+
+# The float layer that computes what a function does.
+FUNCTIONS: dict[str, type[nn.Module]] = {
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+    "conv_transpose2d": nn.ConvTranspose2d,
+    "linear": nn.Linear,
+}
+# With further functions that have weights and no quantized form.
+FUNCTIONS_WITH_WEIGHTS = frozenset(
+    {*FUNCTIONS, "conv_transpose1d", "conv_transpose3d", "bilinear", "embedding", "embedding_bag"}
+)
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_LINEAR = ("input", "weight", "bias")
+_DEFAULTS: dict[str, Any] = {
+    "bias": None,
+    "stride": 1,
+    "padding": 0,
+    "output_padding": 0,
+    "dilation": 1,
+    "groups": 1,
+}
+
+
+@dataclass(frozen=True)
+class FunctionLayer:
+    """A convolution or product at one place in a forward.
+
+    Attributes:
+        owner: name of the module in whose forward it is called.
+        child: name of the child that will do it.
+        kind: the float layer that computes the same.
+        site: where it is called.
+        geometry: arguments of that layer's constructor.
+        calls: its calls.
+        program: how its weight, and its bias where it has one, follow from parameters and buffers.
+        exclusive: names of these parameters and buffers that nothing else reads.
+    """
+
+    owner: str
+    child: str
+    kind: type[nn.Module]
+    site: Site
+    geometry: Mapping[str, Any]
+    calls: tuple[Call, ...]
+    program: PlannedProgram
+
+    @property
+    def name(self) -> str:
+        """Qualified name of the child."""
+        return f"{self.owner}.{self.child}".lstrip(".")
+
+
+def arguments_of(call: Call) -> dict[str, Any]:
+    """The arguments of a convolution or product by name, with defaults filled in; tensors as ``Ref``."""
+    names = _LINEAR if call.name == "linear" else _TRANSPOSED if "transpose" in call.name else _CONV
+    defaults = {name: _DEFAULTS[name] for name in names[2:]}
+    return {**defaults, **dict(zip(names, call.args, strict=False)), **call.kwargs}
+
+
+def find_function_layer(call: Call, child: str, analysis: Analysis) -> FunctionLayer | str:
+    """The layer that a call of a convolution or product is, or why it stays in float."""
+    calls = analysis.calls_like(call)
+    if any(other.name != call.name for other in calls):
+        return "its forward does different things in different calls"
+    given = [arguments_of(other) for other in calls]
+    for arguments in given:
+        weight, bias = arguments["weight"], arguments["bias"]
+        tensors = [item for item in (weight, bias) if item is not None]
+        if not all(isinstance(item, Ref) and item.value in analysis.constants.values for item in tensors):
+            return "its weight depends on the model's input"
+        if not isinstance(arguments["input"], Ref):
+            return "it reads no tensor"
+    if all(arguments["input"].value in analysis.constants.values for arguments in given):
+        return CONSTANT_INPUT
+    if not analysis.runs_in_all_modes(calls):
+        return analysis.missing_mode(calls)
+    site = analysis.site(call)
+    if site is None or any(analysis.site(other) != site for other in calls):
+        forward = analysis.forward(call.owner)
+        why = str(forward) if isinstance(forward, TraceError) else "it differs in training"
+        return f"the forward of {call.owner or 'the model'} can't be edited: {why}"
+    forward = analysis.forward(call.owner)
+    if isinstance(forward, ForwardGraph) and not forward.has_fixed_geometry(site.node):
+        return "its stride, padding or the like are computed in its forward"
+    geometries = [_geometry(call, arguments, analysis) for arguments in given]
+    if any(geometry != geometries[0] for geometry in geometries):
+        return "its stride, padding or the like differ between calls"
+    program = analysis.constants.program(_weights(given[0]))
+    if program is None or not program.state:
+        return "its weight is computed by code that can't be repeated"
+    first = [arguments for arguments, other in zip(given, calls, strict=True) if other.run == calls[0].run]
+    names = {analysis.constants.state_names(_weights(arguments)) for arguments in first}
+    if len(names) > 1:
+        return "its weight is another one in each call"
+    return FunctionLayer(call.owner, child, FUNCTIONS[call.name], site, geometries[0], calls, program)
+
+
+# Why what reads constants only is left alone: its result is a constant too.
+CONSTANT_INPUT = "it reads nothing but parameters, so that its result is a constant"
+
+
+def _weights(arguments: Mapping[str, Any]) -> list[int]:
+    return [arguments[name].value for name in ("weight", "bias") if arguments[name] is not None]
+
+
+def weights_of(layer: FunctionLayer) -> list[tuple[int, int]]:
+    """The values of weights and biases of a layer, each with the index of the call that reads it."""
+    return [(value, call.index) for call in layer.calls for value in _weights(arguments_of(call))]
+
+
+def _geometry(call: Call, arguments: Mapping[str, Any], analysis: Analysis) -> dict[str, Any]:
+    shape = analysis.flow.values[arguments["weight"].value].shape
+    has_bias = arguments["bias"] is not None
+    if call.name == "linear":
+        return {"in_features": shape[1], "out_features": shape[0], "bias": has_bias}
+    rank, groups = len(shape) - 2, arguments["groups"]
+    numbers = {
+        name: value if isinstance(value, str) else _per_axis(value, rank)
+        for name, value in arguments.items()
+        if name in ("stride", "padding", "dilation", "output_padding")
+    }
+    transposed = "transpose" in call.name
+    return {
+        "in_channels": shape[0] if transposed else shape[1] * groups,
+        "out_channels": shape[1] * groups if transposed else shape[0],
+        "kernel_size": tuple(shape[2:]),
+        "groups": groups,
+        "bias": has_bias,
+        **numbers,
+    }
+
+
+def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
+    numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return numbers * rank if len(numbers) == 1 else numbers
