@@ -10,7 +10,8 @@ from torch import nn
 
 from tritonq.deploy.modules import Grids, QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedLinear, Quantizer
 from tritonq.functional import integer_kernels
-from tritonq.functional.codes import can_use_codes, give_codes, host_grid, rounded_codes, take_codes
+from tritonq.functional.codes import can_use_codes, give_codes, rounded_codes, take_codes
+from tritonq.functional.host_grid import host_grid
 from tritonq.grid import Grid
 from tritonq.qparams import QuantizedType
 

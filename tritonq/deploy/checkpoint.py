@@ -25,6 +25,7 @@ from tritonq.deploy.description import (
 )
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule
+from tritonq.functional.codes import carry_codes
 from tritonq.prepare.forwards.edited import apply_forward
 from tritonq.prepare.record.snapshot import ModelSnapshot
 
@@ -189,7 +190,7 @@ def _rebuild(model: nn.Module, entries: list[Description], state: Mapping[str, T
     link_operands(placed, entries)
     root.eval()
     _load_state(root, state)
-    return root
+    return root if isinstance(root, DeployedModule) else carry_codes(root)
 
 
 def _check_architecture(model: nn.Module, entries: list[Description]) -> None:

@@ -14,6 +14,7 @@ from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.modules import LAYER_TYPES, DeployedModule, Grids, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbeddingBag
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.codes import carry_codes
 from tritonq.grid import Grid
 from tritonq.nn import Add, Embedding, EmbeddingBag, QATLayer, QATRepVGGBlock
 from tritonq.nn.unary import UnaryLayer
@@ -68,7 +69,8 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
             module.replace_quantizers(replacements)
     converted = swap_modules(converted, replacements).eval()
     drop_computations(converted, computed)
-    return converted
+    # A single layer has nothing to carry codes to.
+    return converted if isinstance(converted, DeployedModule) else carry_codes(converted)
 
 
 def swap_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.functional.codes import can_use_codes
+from tritonq.functional.codes import can_use_codes, quantize_to_codes
 from tritonq.functional.conv2d import find_kernel, run_integer_layer
 from tritonq.functional.fake_quant import fake_quantize
+from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.integer import BYTE_BITS, IntegerAffine, sum_bound
 from tritonq.functional.integer_kernels import PackedLayer, pack, run_packed
 from tritonq.functional.linear_map import LinearMap, linear_map_of
@@ -79,6 +80,7 @@ class Quantizer(DeployedModule):
     def __init__(self, qtype: QuantizedType, scale: Tensor, zero_point: Tensor) -> None:
         super().__init__()
         self.qtype = qtype
+        self._on_host: Memo[HostGrid | None] = Memo()
         self.keep(scale=scale.reshape(-1), zero_point=zero_point.reshape(-1))
         self.read_tensors()
         self.eval()
@@ -97,6 +99,11 @@ class Quantizer(DeployedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; shape and dtype of ``x``."""
+        if can_use_codes(x):
+            grid = self._on_host.get((self.scale, self.zero_point), lambda: host_grid(self.grid()), self.qtype)
+            y = None if grid is None else quantize_to_codes(x, grid)
+            if y is not None:
+                return y
         return fake_quantize(x, self.grid())
 
     def grid(self) -> Grid:

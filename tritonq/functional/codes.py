@@ -1,56 +1,75 @@
 """How quantized tensors travel between the modules of a model in eval mode: as codes, beside or instead of values.
 
-A module that computes on codes calls two functions:
+A module that computes on codes does three things::
 
-- :func:`take_codes` gives the codes of its input: those the input carries, or new ones made from its values.
-- :func:`give_codes` makes the module's result from codes: a float tensor that carries them.
+    if can_use_codes(x):  # else it computes on float values
+        codes = take_codes(x, source)  # those the input carries, or new ones made from its values
+        if codes is not None:
+            return give_codes(table[codes.long()], output, like=x)  # a float tensor that carries its codes
 
-Codes are uint8 and count from 0: ``code - quant_min``. Values are ``(code - zero_point) * scale`` as ever. Both
-functions answer None where codes can't be used (see :func:`can_use_codes`): the module then computes on float values.
+Codes are uint8 and count from 0: ``code - quant_min``. Values are ``(code - zero_point) * scale`` as ever; ``source``
+and ``output`` are what `host_grid` makes of the grids, best once for each version of their tensors (`memo.Memo`).
+
+Inside a converted model :func:`give_codes` makes no values at all: the tensor holds codes until somebody reads it (see
+`coded_tensor`). :func:`carry_codes` says which call of which module that is: its results are ordinary tensors again.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
 from functools import cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from tritonq.backend import select
-from tritonq.grid import Grid
+from tritonq.functional.coded_tensor import CodedTensor, coded_like, memory_format_of
+from tritonq.functional.host_grid import HostGrid
 from tritonq.qparams import round_half_away
 
 _MAX_CODES = 256
 _MARK = "_tritonq_codes"
 
 
-class HostGrid(NamedTuple):
-    """A grid of one scale and up to 256 codes, as numbers on the host.
+class _Calls(threading.local):
+    """How many calls of modules that carry codes are under way in this thread."""
 
-    Attributes:
-        scale: the float32 scale.
-        zero: the code of the value 0, counted from the smallest code on: ``zero_point - quant_min``.
-        largest: the largest code, counted likewise: ``quant_max - quant_min``.
-        half_even: whether ties go to the even code; else away from zero.
+    depth = 0
+
+
+_calls = _Calls()
+
+
+def carry_codes(model: nn.Module) -> nn.Module:
+    """Let tensors between the modules of ``model`` be held as codes during its calls; returns ``model``.
+
+    Two hooks, which copies and pickles of the model have too, open and close such a call. What the model returns are
+    ordinary float tensors.
     """
-
-    scale: float
-    zero: int
-    largest: int
-    half_even: bool
+    model.register_forward_pre_hook(open_call_hook, prepend=True)
+    model.register_forward_hook(close_call_hook, always_call=True)
+    return model
 
 
-def host_grid(grid: Grid) -> HostGrid | None:
-    """Read a grid on the host; None for one with several scales or more than 256 codes, or off the CPU."""
-    qtype = grid.qtype
-    if qtype.axis is not None or qtype.quant_max - qtype.quant_min >= _MAX_CODES or not grid.scale.is_cpu:
+def open_call_hook(module: nn.Module, args: Any) -> None:
+    """Begin a call of a model that carries codes."""
+    if not torch.compiler.is_compiling():
+        _calls.depth += 1
+
+
+def close_call_hook(module: nn.Module, args: Any, result: Any) -> Any:
+    """End it; results become ordinary tensors."""
+    if torch.compiler.is_compiling():
         return None
-    zero = 0 if grid.zero_point is None else int(grid.zero_point)
-    return HostGrid(
-        float(grid.scale), zero - qtype.quant_min, qtype.quant_max - qtype.quant_min, qtype.rounding == "half_even"
-    )
+    _calls.depth = max(0, _calls.depth - 1)
+    return tree_map(_ordinary, result)
+
+
+def _ordinary(x: Any) -> Any:
+    return x.as_float() if type(x) is CodedTensor else x
 
 
 def can_use_codes(x: Tensor) -> bool:
@@ -60,10 +79,8 @@ def can_use_codes(x: Tensor) -> bool:
     operators: no ``torch.compile``, ``torch.jit.trace``, ``torch.func`` and no dispatch mode.
     """
     return (
-        type(x) is Tensor
-        and x.dtype is torch.float32
-        and x.is_cpu
-        and not (x.requires_grad and torch.is_grad_enabled())
+        (type(x) is CodedTensor or (type(x) is Tensor and x.dtype is torch.float32 and x.is_cpu))
+        and not (torch.is_grad_enabled() and x.requires_grad)
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
@@ -79,6 +96,11 @@ def take_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
         x: a tensor that :func:`can_use_codes` accepts. Values between two codes go to the nearer one.
         grid: where its values lie.
     """
+    if type(x) is CodedTensor:
+        held = x.codes
+        if held is not None and x.grid == grid:
+            return held
+        x = x.to_float()
     carried = getattr(x, _MARK, None)
     if carried is not None and carried[0] == grid and carried[1] == x._version:
         codes: Tensor = carried[2]
@@ -89,11 +111,15 @@ def take_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
 def give_codes(codes: Tensor, grid: HostGrid, like: Tensor) -> Tensor:
     """Return the float tensor that the codes stand for; it carries them for the next :func:`take_codes`.
 
+    Inside a model that :func:`carry_codes` prepared, its values are made when somebody reads them.
+
     Args:
         codes: uint8, up to ``grid.largest``; not changed any more.
         grid: their grid.
         like: the module's input. The result is channels_last where that is, else contiguous; the codes may differ.
     """
+    if _calls.depth:
+        return coded_like(codes, like, grid)
     values = codes.to(torch.float32, memory_format=memory_format_of(like))
     if grid.zero:
         values.sub_(grid.zero)
@@ -103,14 +129,22 @@ def give_codes(codes: Tensor, grid: HostGrid, like: Tensor) -> Tensor:
     return values
 
 
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Return the format that results of operators on ``x`` have: channels_last where ``x`` is, else contiguous."""
-    if not x.is_contiguous():
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-            return torch.channels_last_3d
-    return torch.contiguous_format
+def quantize_to_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
+    """Round a tensor to ``grid``, as `fake_quantize` does; None where it holds NaN, which has no code.
+
+    Args:
+        x: a tensor that :func:`can_use_codes` accepts.
+        grid: the grid.
+    """
+    if type(x) is CodedTensor:
+        if x.codes is not None and x.grid == grid:
+            return x
+        x = x.to_float()
+    if not x.numel() or bool(torch.aminmax(x)[0].isnan()):
+        return None
+    scale = torch.tensor(grid.scale)
+    steps = x.mul(scale.reciprocal()) if grid.half_even else x.div(scale)
+    return give_codes(rounded_codes(steps, grid), grid, x)
 
 
 def rounded_codes(steps: Tensor, grid: HostGrid, low: int = 0, high: int | None = None) -> Tensor:

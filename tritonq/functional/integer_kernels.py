@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonq.functional.codes import HostGrid, give_codes, host_grid, memory_format_of, rounded_codes, take_codes
+from tritonq.functional.coded_tensor import memory_format_of
+from tritonq.functional.codes import give_codes, rounded_codes, take_codes
+from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.integer import FLOAT32_EXACT, IntegerAffine
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct, PaddedConvolution
 from tritonq.grid import Grid

@@ -1,0 +1,64 @@
+"""Max-pools of codes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def max_pool_codes(
+    codes: Tensor,
+    kernel_size: int | list[int],
+    stride: int | list[int] | None = None,
+    padding: int | list[int] = 0,
+    dilation: int | list[int] = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Return what ``F.max_pool2d`` gives: one axis after the other, whole slices at a time.
+
+    torch's own pool of uint8 tensors takes small ones alone, element by element.
+
+    Args:
+        codes: uint8 (..., h, w); any memory format.
+        kernel_size: as in torch, as are the others.
+        stride: None: that of the kernel.
+        padding: of code 0, which no code lies below.
+        dilation: between elements of a window.
+        ceil_mode: whether a last window may reach beyond the padded input.
+    """
+    stride = kernel_size if stride is None or stride == [] else stride
+    for axis in (0, 1):
+        size, step, pad, spread = (_entry(value, axis) for value in (kernel_size, stride, padding, dilation))
+        codes = _along(codes, axis - 2, size, step, pad, spread, ceil_mode)
+    return codes
+
+
+def _entry(value: int | list[int], axis: int) -> int:
+    if isinstance(value, int):
+        return value
+    return value[axis] if len(value) == 2 else value[0]
+
+
+def _along(codes: Tensor, axis: int, size: int, step: int, pad: int, spread: int, ceil_mode: bool) -> Tensor:
+    length = codes.shape[axis]
+    span = length + 2 * pad - spread * (size - 1) - 1
+    count = (-(-span // step) if ceil_mode else span // step) + 1
+    if ceil_mode and (count - 1) * step >= length + pad:
+        count -= 1  # the last window has to begin inside of the input or of the padding before it
+    after = max(0, (count - 1) * step + spread * (size - 1) + 1 - length - pad)
+    if pad or after:
+        codes = F.pad(codes, (pad, after) if axis == -1 else (0, 0, pad, after))
+    ends = [index * spread + (count - 1) * step + 1 for index in range(size)]
+    parts = [
+        codes[..., end - (count - 1) * step - 1 : end : step]
+        if axis == -1
+        else codes[..., end - (count - 1) * step - 1 : end : step, :]
+        for end in ends
+    ]
+    if size == 1:
+        return parts[0]
+    result = torch.maximum(parts[0], parts[1])
+    for part in parts[2:]:
+        torch.maximum(result, part, out=result)
+    return result
