@@ -158,8 +158,9 @@ def rounded_codes(steps: Tensor, grid: HostGrid, low: int = 0, high: int | None 
     """
     high = grid.largest if high is None else min(high, grid.largest)
     if grid.half_even and has_one_pass_rounding():
-        codes = _round_in_one_pass(steps, grid.zero)
-        # That has clipped to 0 and 255.
+        # torch adds the zero point before it rounds, which moves ties.
+        codes = _round_in_one_pass(steps.round_() if grid.zero else steps, grid.zero)
+        # Now clipped to 0 and 255.
         if low > 0:
             codes.clamp_(min=low)
         return codes if high >= _MAX_CODES - 1 else codes.clamp_(max=high)
@@ -169,12 +170,13 @@ def rounded_codes(steps: Tensor, grid: HostGrid, low: int = 0, high: int | None 
 
 @cache
 def has_one_pass_rounding() -> bool:
-    """Whether torch rounds float32 to uint8 in one pass, ties to even before the zero point is added.
+    """Whether torch rounds float32 to uint8 in one pass, ties to even.
 
-    Tried once on ties, with and without a zero point, in lengths that fill vectors and that don't.
+    Tried once on ties without a zero point and on whole numbers with one, in lengths that fill vectors and that don't.
     """
-    ties = torch.arange(-300, 600, dtype=torch.float32).div_(2)
-    cases = [(ties[:length], zero) for length in (900, 773, 5) for zero in (0, 3, 128)]
+    halves = torch.arange(-300, 600, dtype=torch.float32).div_(2)
+    cases = [(halves.round() if zero else halves, zero) for zero in (0, 3, 128)]
+    cases += [(steps[:773], zero) for steps, zero in cases]
     with warnings.catch_warnings():
         # torch 2.13 says, once, that it means to drop its quantized tensors; `rounded_codes` does without them then.
         warnings.simplefilter("ignore", UserWarning)
