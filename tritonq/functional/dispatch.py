@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 import torch
@@ -22,6 +23,17 @@ def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleTyp
     """
     if not torch.compiler.is_compiling():
         return choice.implementation(name, x, backend)
+    return _traced(name, backend)
+
+
+def without_kernel(name: str) -> ModuleType:
+    """The module of an op family that has no kernel: the reference runs on every device, traced in a traced graph."""
+    if torch.compiler.is_compiling():
+        return _traced(name, "auto")
+    return importlib.import_module(f"tritonq.reference.{name}")
+
+
+def _traced(name: str, backend: Backend) -> ModuleType:
     # Imported here, so that the operators are registered when something is compiled, and not before.
     from tritonq.functional import traced
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType, round_half_away
+from tritonq.qparams import QuantizedType
 from tritonq.reference.conv2d import requantize
 from tritonq.reference.fake_quant import quantize
 
@@ -170,45 +170,8 @@ def onto_grid(total: Tensor, layer: IntegerAffine, channel_axis: int, output: Gr
     return requantize(total, layer.bias, steps_per_code, output, channel_axis)
 
 
-def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """``a + b`` on the output's grid, before clipping, in the very steps of an integer runtime's addition.
-
-    With codes u, v from 0 on, offsets z and ratios ``r = scale / output scale``, all float32:
-    ``code = round(fma(u, r_a, fma(v, r_b, z_out - fma(z_a, r_a, r_b z_b))))``. A tie that another order of these
-    operations would turn over goes on into every layer behind it.
-
-    Args:
-        a: float tensor of values on ``grid_a``.
-        b: the same for ``grid_b``; broadcasts against ``a``.
-        grid_a: one summand's grid.
-        grid_b: the other's.
-        output: grid of the quantizer behind the addition (a ReLU between them keeps to it).
-
-    Source: the quantized addition of ONNX Runtime's kernels on x86 and Arm, compared over all pairs of codes.
-    """
-    ratio_a, ratio_b = grid_a.scale / output.scale, grid_b.scale / output.scale
-    offset_a, offset_b, offset = (_offset(grid) for grid in (grid_a, grid_b, output))
-    fixed = offset - _multiply_add(offset_a, ratio_a, offset_b * ratio_b)
-    inner = _multiply_add(centred_codes(b, grid_b.scale) + offset_b, ratio_b, fixed)
-    total = _multiply_add(centred_codes(a, grid_a.scale) + offset_a, ratio_a, inner)
-    rounded = total.round_() if output.qtype.rounding == "half_even" else round_half_away(total)
-    return rounded.sub_(offset).mul_(output.scale)
-
-
-def _offset(grid: Grid) -> Tensor:
-    """Return the zero point of the same grid with codes from 0 on, float32."""
-    if grid.zero_point is None:
-        return torch.full_like(grid.scale, -grid.qtype.quant_min)
-    return (grid.zero_point - grid.qtype.quant_min).float()
-
-
 def _zero_point(grid: Grid) -> Tensor:
     return torch.zeros_like(grid.scale, dtype=torch.int32) if grid.zero_point is None else grid.zero_point
-
-
-def _multiply_add(codes: Tensor, ratio: Tensor, addend: Tensor) -> Tensor:
-    """``codes * ratio + addend``, rounded to float32 once: the product is exact in float64."""
-    return (codes.double() * ratio.double() + addend.double()).float()
 
 
 def _is_direct(device: torch.device) -> bool:

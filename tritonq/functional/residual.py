@@ -1,4 +1,4 @@
-"""Residual joins as a differentiable function."""
+"""Sums, products and concatenations that are rounded, as differentiable functions that save one bit per element."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonq.functional.dispatch import implementation
-from tritonq.functional.saved_input import mark
+from tritonq.functional.dispatch import implementation, without_kernel
+from tritonq.functional.saved_input import SavedInput, keep, mark, restore
 from tritonq.grid import Grid, RangeStatistics
 
 
@@ -43,8 +43,7 @@ class _ResidualJoin(torch.autograd.Function):
         statistics: RangeStatistics | None,
         ceiling: float | None,
     ) -> Tensor:
-        ctx.ops = implementation("residual", a)
-        y, mask = ctx.ops.forward(a, b, grid, statistics, ceiling)
+        y, mask = implementation("residual", a).forward(a, b, grid, statistics, ceiling)
         if grid is not None:
             mark(y, grid.scale, grid, statistics)
         if any(ctx.needs_input_grad):
@@ -55,8 +54,117 @@ class _ResidualJoin(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (mask,) = ctx.saved_tensors
-        if dy.stride() != ctx.strides:
-            dy = torch.empty_strided(dy.shape, ctx.strides, dtype=dy.dtype, device=dy.device).copy_(dy)
-        g = ctx.ops.backward(dy, mask)
+        g = _passed(dy, *ctx.saved_tensors, ctx.strides)
         return (g if ctx.needs_input_grad[0] else None), (g if ctx.needs_input_grad[1] else None), None, None, None
+
+
+def rounded_result(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Tensor:
+    """``FQ(relu?(y))`` of a tensor that was just computed, as one operator that saves one bit per element.
+
+    Args:
+        y: any shape and strides; float32, float16, bfloat16 or float64.
+        grid: per tensor.
+        statistics: the range behind the grid, which ``y`` updates; None observes nothing.
+        ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
+    """
+    result: Tensor = _Rounded.apply(y, grid, statistics, ceiling)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Tensor:
+        wide = y.to(torch.promote_types(y.dtype, torch.float32), copy=True)
+        result, mask = without_kernel("rounded").forward(wide, grid, statistics, ceiling)
+        result = result.to(y.dtype)
+        mark(result, grid.scale, grid, statistics)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(mask)
+            ctx.strides = result.stride()
+        return result  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _passed(dy, *ctx.saved_tensors, ctx.strides), None, None, None
+
+
+def rounded_product(
+    a: Tensor,
+    b: Tensor,
+    grid_a: Grid | None,
+    grid_b: Grid | None,
+    grid: Grid,
+    statistics: RangeStatistics | None,
+    ceiling: float | None,
+) -> Tensor:
+    """``FQ(relu?(a * b))``; saves one bit per result, and factors that lie on a grid of up to 8 bits as their codes.
+
+    Args:
+        a: any shape and strides; float32, float16, bfloat16 or float64.
+        b: broadcasts against ``a``; on its device.
+        grid_a: grid of the quantizer that rounded ``a``; None: unknown.
+        grid_b: the same for ``b``.
+        grid: of the result, per tensor.
+        statistics: the range behind the grid, which the product updates; None observes nothing.
+        ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
+
+    Returns:
+        In the dtype that torch's product has; computed in float32 (float64 for float64), rounded once.
+    """
+    result: Tensor = _RoundedProduct.apply(a, b, grid_a, grid_b, grid, statistics, ceiling)  # type: ignore
+    return result
+
+
+class _RoundedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        grid_a: Grid | None,
+        grid_b: Grid | None,
+        grid: Grid,
+        statistics: RangeStatistics | None,
+        ceiling: float | None,
+    ) -> Tensor:
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        result, mask = without_kernel("rounded").forward(a.to(wide) * b.to(wide), grid, statistics, ceiling)
+        result = result.to(dtype)
+        mark(result, grid.scale, grid, statistics)
+        of_a, of_b = ctx.needs_input_grad[:2]
+        saved_a = keep(a, grid_a) if of_b else None
+        saved_b = keep(b, grid_b) if of_a else None
+        if of_a or of_b:
+            ctx.save_for_backward(mask, *_tensors(saved_a), *_tensors(saved_b))
+            ctx.strides, ctx.shapes, ctx.dtypes = result.stride(), (a.shape, b.shape), (a.dtype, b.dtype)
+        return result  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        mask, *saved = ctx.saved_tensors
+        g = _passed(dy, mask, ctx.strides)
+        needs_a, needs_b = ctx.needs_input_grad[:2]
+        (shape_a, shape_b), (dtype_a, dtype_b) = ctx.shapes, ctx.dtypes
+        saved_a, saved_b = saved[:_SAVED], saved[_SAVED:]
+        da = (g * restore(SavedInput(*saved_b, dtype_b))).sum_to_size(shape_a).to(dtype_a) if needs_a else None
+        db = (g * restore(SavedInput(*saved_a, dtype_a))).sum_to_size(shape_b).to(dtype_b) if needs_b else None
+        return da, db, None, None, None, None, None
+
+
+# A saved factor is this many tensors.
+_SAVED = 3
+
+
+def _tensors(saved: SavedInput | None) -> tuple[Tensor | None, ...]:
+    return (None,) * _SAVED if saved is None else saved.tensors
+
+
+def _passed(dy: Tensor, mask: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The gradient of a result where neither ReLU nor the clip blocked it, else 0; the result lay by ``strides``."""
+    if dy.stride() != strides:
+        dy = torch.empty_strided(dy.shape, strides, dtype=dy.dtype, device=dy.device).copy_(dy)
+    result: Tensor = implementation("residual", dy).backward(dy, mask)
+    return result

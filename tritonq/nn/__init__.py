@@ -35,13 +35,14 @@ from tritonq.nn.conv_bn import (
     LinearBn1d,
     LinearBnReLU1d,
 )
-from tritonq.nn.elementwise import Add, Cat, DeQuantStub, FloatFunctional, QuantStub
+from tritonq.nn.elementwise import Add, Cat, DeQuantStub, FloatFunctional, Joint, Mul, QuantStub, Sub
 from tritonq.nn.embedding import Embedding, EmbeddingBag
 from tritonq.nn.fixed_point import FixedPointConv2d, FixedPointConvBn2d, FixedPointLinear
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d, FixedPointMaxPool2d
 from tritonq.nn.linear import Linear, LinearReLU
 from tritonq.nn.qat import QATLayer
 from tritonq.nn.repvgg import QATRepVGGBlock, RepVGGBlock
+from tritonq.nn.unary import UnaryLayer
 
 # What `prepare_qat` swaps, as in torch.ao: float type to quantization-aware type.
 DEFAULT_QAT_MAPPING: dict[type[nn.Module], type[nn.Module]] = {
@@ -109,13 +110,17 @@ __all__ = [
     "FixedPointLinear",
     "FixedPointMaxPool2d",
     "FloatFunctional",
+    "Joint",
     "Linear",
     "LinearBn1d",
     "LinearBnReLU1d",
     "LinearReLU",
+    "Mul",
     "QATLayer",
     "QATRepVGGBlock",
     "QuantStub",
     "RepVGGBlock",
+    "Sub",
+    "UnaryLayer",
     "intrinsic",
 ]

@@ -1,21 +1,28 @@
-"""Additions and concatenations with a quantizer of their own, and torch.ao's stubs."""
+"""Sums, differences, products and concatenations with a quantizer of their own, and torch.ao's stubs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.functional.integer import integer_add
-from tritonq.functional.residual import residual_join
-from tritonq.grid import Grid
+from tritonq.functional.integer_joins import JoinKind, float_join, integer_concatenation, integer_join
+from tritonq.functional.residual import residual_join, rounded_product, rounded_result
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn.eval_mode import with_gradient_of
-from tritonq.nn.fusable import ceiling_of, checked_ceiling, describe_relu, observed_grid, warn_if_unobserved
+from tritonq.nn.fusable import (
+    ceiling_of,
+    checked_ceiling,
+    describe_relu,
+    input_grid,
+    observed_grid,
+    warn_if_unobserved,
+)
 from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig
 from tritonq.qparams import QuantizedType
@@ -41,17 +48,22 @@ class GridSource(Protocol):
         """Return the grid, with its switch on the device."""
 
 
-class Add(_WithOutputQuantizer):
-    """``FQ(relu?(a + b))``: a residual join. Without a qconfig, its output stays in float.
+class Joint(_WithOutputQuantizer):
+    """``FQ(relu?(f(a, b)))`` for an operation f of two tensors. Without a qconfig, its output stays in float.
 
     ``ceiling`` is the upper bound of the ReLU: infinity for a plain one, 6 for ReLU6; None leaves it out.
-    In eval mode, with both summands on known grids, it adds as integer runtimes do:
-    :func:`tritonq.functional.integer.integer_add`.
+    In eval mode, with both operands on known grids, it computes as integer runtimes do:
+    :func:`tritonq.functional.integer_joins.integer_join`.
+
+    Attributes:
+        kind: of the operation.
 
     Raises:
         TypeError: a ceiling that is not a number.
         ValueError: one that is not positive.
     """
+
+    kind: ClassVar[JoinKind]
 
     def __init__(self, ceiling: float | None = None, *, qconfig: QConfig | None = None) -> None:
         super().__init__(qconfig)
@@ -61,14 +73,14 @@ class Add(_WithOutputQuantizer):
         self._pickled_after_relu: tuple[bool, ...] | None = None
 
     def set_producers(self, a: nn.Module | None, b: nn.Module | None) -> None:
-        """Set the modules that put the summands on their grids (None: unknown).
+        """Set the modules that put the operands on their grids (None: unknown).
 
         A producer is a module with a quantizer of its output in the child ``activation_post_process``, or a quantizer.
         """
         self._producers, self._pickled_after_relu = (Reference(a), Reference(b)), None
 
     def set_input_quantizers(self, a: nn.Module | None, b: nn.Module | None) -> None:
-        """Set the quantizers whose grids the summands lie on (None: unknown), where these aren't behind a ReLU."""
+        """Set the quantizers whose grids the operands lie on (None: unknown), where these aren't behind a ReLU."""
         self.set_producers(a, b)
 
     def replace_producers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -80,12 +92,12 @@ class Add(_WithOutputQuantizer):
 
     @property
     def producers(self) -> tuple[nn.Module | None, ...]:
-        """The modules that put the summands on their grids, where known."""
+        """The modules that put the operands on their grids, where known."""
         return tuple(held.module for held in self._producers)
 
     @property
     def input_quantizers(self) -> tuple[nn.Module | None, ...]:
-        """The quantizers whose grids the summands lie on, where known."""
+        """The quantizers whose grids the operands lie on, where known."""
         return tuple(_quantizer_of(producer) for producer in self.producers)
 
     @property
@@ -95,7 +107,7 @@ class Add(_WithOutputQuantizer):
 
     @property
     def after_relu(self) -> tuple[bool, ...]:
-        """Whether each summand comes out of a ReLU and the quantizer behind it.
+        """Whether each operand comes out of a ReLU and the quantizer behind it.
 
         Deployment stores such values from the code of zero on, and an addition's roundings depend on where codes begin.
         """
@@ -111,25 +123,30 @@ class Add(_WithOutputQuantizer):
         super().__setstate__(state)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Broadcasting sum of two tensors, fake-quantized."""
-        total = None if self.training else self._exact_sum(a, b)
-        if total is not None:
+        """Operate on two tensors, which broadcast, and fake-quantize the result."""
+        exact = None if self.training else self._exact(a, b)
+        if exact is not None:
             if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-                total = with_gradient_of(total, a + b)
-            return cast(Tensor, self.activation_post_process(rectify(total, self.ceiling)))
+                exact = with_gradient_of(exact, float_join(self.kind, a, b))
+            return cast(Tensor, self.activation_post_process(rectify(exact, self.ceiling)))
         observed = observed_grid(self.activation_post_process)
-        if observed is not None and _can_join(a, b, observed[0]):
-            y = residual_join(a, b, *observed, self.ceiling)
+        if observed is not None and _has_operator(a, b, observed[0]):
+            y = self._rounded(a, b, *observed)
             warn_if_unobserved(self.activation_post_process)
             return y
-        total = a + b
-        return cast(Tensor, self.activation_post_process(rectify(total, self.ceiling)))
+        return cast(Tensor, self.activation_post_process(rectify(float_join(self.kind, a, b), self.ceiling)))
+
+    def _rounded(self, a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics) -> Tensor:
+        """Do in one operator what operation, ReLU and quantizer do in training."""
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return rounded_result(float_join(self.kind, a, b), grid, statistics, self.ceiling)
+        return residual_join(a, b, grid, statistics, self.ceiling)
 
     @torch.no_grad()
-    def _exact_sum(self, a: Tensor, b: Tensor) -> Tensor | None:
-        """The sum as integer runtimes compute it, in ``a``'s dtype and without gradient; None where a grid is unknown.
+    def _exact(self, a: Tensor, b: Tensor) -> Tensor | None:
+        """The result as integer runtimes compute it, without gradient; None where a grid is unknown.
 
-        In a traced graph it is the float sum where a grid turns out to be off when the graph runs.
+        In a traced graph it is the float result where a grid turns out to be off when the graph runs.
         """
         quantizers = (*self.input_quantizers, self.activation_post_process)
         relus = (*self.after_relu, self.ceiling is not None)
@@ -141,18 +158,49 @@ class Add(_WithOutputQuantizer):
                 from tritonq.functional.traced import eval_mode
 
                 grids = [_deployed(quantizer.grid(), relu) for quantizer, relu in zip(trained, relus, strict=True)]
-                return eval_mode.add(a, b, *grids)
+                return eval_mode.join(self.kind, a, b, *grids)
         sources = [cast(GridSource, quantizer) for quantizer in quantizers if isinstance(quantizer, GridSource)]
         if len(sources) < len(quantizers):
             return None
         if any(source.qtype.axis is not None or not source.is_enabled_on_host() for source in sources):
             return None
         grids = [_deployed(source.grid(), relu) for source, relu in zip(sources, relus, strict=True)]
-        return integer_add(a, b, *grids).to(a.dtype)
+        return integer_join(self.kind, a, b, *grids).to(a.dtype)
 
     def extra_repr(self) -> str:
         """The ReLU, where there is one."""
         return describe_relu(self.ceiling)
+
+
+class Add(Joint):
+    """``FQ(relu?(a + b))``: a residual join; see :class:`Joint`."""
+
+    kind = "add"
+
+
+class Sub(Joint):
+    """``FQ(relu?(a - b))``; see :class:`Joint`."""
+
+    kind = "sub"
+
+    def _rounded(self, a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics) -> Tensor:
+        return (
+            super()._rounded(a, -b, grid, statistics)
+            if a.shape == b.shape
+            else super()._rounded(a, b, grid, statistics)
+        )
+
+
+class Mul(Joint):
+    """``FQ(relu?(a * b))``, such as the gate of squeeze-and-excitation; see :class:`Joint`."""
+
+    kind = "mul"
+
+    def _rounded(self, a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics) -> Tensor:
+        sources = [
+            quantizer if isinstance(quantizer, FakeQuantizeBase) else None for quantizer in self.input_quantizers
+        ]
+        return rounded_product(a, b, *map(input_grid, sources), grid, statistics, self.ceiling)
 
 
 def _quantizer_of(producer: nn.Module | None) -> nn.Module | None:
@@ -176,14 +224,17 @@ def _deployed(grid: Grid, relu: bool) -> Grid:
     return Grid(grid.scale, grid.zero_point, replace(grid.qtype, quant_min=zero, symmetric=False), grid.enabled)
 
 
-def _can_join(a: Tensor, b: Tensor, grid: Grid) -> bool:
-    """Whether one operator does it: two float tensors alike, one scale for all."""
-    alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.is_floating_point()
-    return alike and grid.qtype.axis is None
+def _has_operator(a: Tensor, b: Tensor, grid: Grid) -> bool:
+    """Whether one operator does it: two float tensors on one device, one scale for all."""
+    return a.device == b.device and a.is_floating_point() and b.is_floating_point() and grid.qtype.axis is None
 
 
 class Cat(_WithOutputQuantizer):
-    """``FQ(cat(tensors, dim))``: all parts on one grid. Without a qconfig, its output stays in float."""
+    """``FQ(cat(tensors, dim))``: all parts on one grid. Without a qconfig, its output stays in float.
+
+    In eval mode values are taken to the grid as integer runtimes do:
+    :func:`tritonq.functional.integer_joins.integer_concatenation`.
+    """
 
     def __init__(self, dim: int = 0, *, qconfig: QConfig | None = None) -> None:
         super().__init__(qconfig)
@@ -191,7 +242,35 @@ class Cat(_WithOutputQuantizer):
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenation along ``dim``, fake-quantized."""
-        return cast(Tensor, self.activation_post_process(torch.cat(tuple(tensors), self.dim)))
+        tensors = tuple(tensors)
+        exact = None if self.training else self._exact(tensors)
+        if exact is not None:
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+                exact = with_gradient_of(exact, torch.cat(tensors, self.dim))
+            return cast(Tensor, self.activation_post_process(exact))
+        y, observed = torch.cat(tensors, self.dim), observed_grid(self.activation_post_process)
+        if observed is None or observed[0].qtype.axis is not None or not y.is_floating_point():
+            return cast(Tensor, self.activation_post_process(y))
+        y = rounded_result(y, *observed, None)
+        warn_if_unobserved(self.activation_post_process)
+        return y
+
+    @torch.no_grad()
+    def _exact(self, tensors: tuple[Tensor, ...]) -> Tensor | None:
+        """The values on the output's grid as integer runtimes round them, without gradient; None without such a grid.
+
+        In a traced graph they stay as they are where the grid turns out to be off when the graph runs.
+        """
+        output = self.activation_post_process
+        if not isinstance(output, GridSource) or output.qtype.axis is not None:
+            return None
+        if torch.compiler.is_compiling() and isinstance(output, FakeQuantizeBase):
+            from tritonq.functional.traced import eval_mode
+
+            return eval_mode.on_grid(torch.cat(tensors, self.dim), output.grid())
+        if not output.is_enabled_on_host():
+            return None
+        return integer_concatenation(tensors, self.dim, output.grid()).to(tensors[0].dtype)
 
     def extra_repr(self) -> str:
         """The axis."""

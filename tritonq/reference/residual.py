@@ -48,7 +48,12 @@ def forward(a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics
         ceiling: of the ReLU before the quantizer; see :func:`tritonq.reference.activation.rectify`.
     """
     wide = torch.promote_types(a.dtype, torch.float32)
-    y = a.to(wide) + b.to(wide)
+    y, mask = rounded(a.to(wide) + b.to(wide), grid, statistics, ceiling)
+    return Join(y.to(a.dtype), mask)
+
+
+def rounded(y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None) -> Join:
+    """``FQ(relu?(y))`` and its mask, with ``y`` observed; ``y`` is dense, float32 or float64, and overwritten."""
     finite = False
     if grid is not None:
         statistics, finite = observe(y, grid, statistics, ceiling)
@@ -56,7 +61,7 @@ def forward(a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics
     # Threshold and pack before the sum is overwritten, after the observer moved the thresholds.
     mask = pack(in_memory_order(_passes(y, grid, ceiling, finite)))
     y = rectify_(y, ceiling) if grid is None else quantize_(y, grid, ceiling)
-    return Join(y.to(a.dtype), mask)
+    return Join(y, mask)
 
 
 @operator(returns=Like("dy"))

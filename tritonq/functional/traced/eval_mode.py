@@ -14,13 +14,14 @@ from torch import Tensor
 
 from tritonq.functional.averages import integer_average
 from tritonq.functional.fake_quant import fake_quantize
-from tritonq.functional.integer import integer_add, integer_sums, onto_grid, to_integers
+from tritonq.functional.integer import integer_sums, onto_grid, to_integers
+from tritonq.functional.integer_joins import JoinKind, divided, float_join, integer_join
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct
 from tritonq.functional.traced.build import traced_operator
 from tritonq.grid import Grid
 from tritonq.qparams import is_readable
 from tritonq.reference.averages import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
-from tritonq.reference.operator import New, operator
+from tritonq.reference.operator import Like, New, operator
 
 
 def affine(
@@ -55,20 +56,27 @@ def affine(
     return result
 
 
-def add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """``a + b``, as integer runtimes add while all three grids are switched on: :func:`integer_add`.
+def join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
+    """``a + b`` or the like, as integer runtimes compute it while all three grids are on: :func:`integer_join`.
 
     Args:
+        kind: which operation.
         a: float tensor on ``grid_a``.
         b: the same for ``grid_b``; broadcasts against ``a``.
-        grid_a: grid of a summand, per tensor.
+        grid_a: grid of an operand, per tensor.
         grid_b: the other's.
-        output: grid of the quantizer behind the addition.
+        output: grid of the quantizer behind the operation.
 
     Returns:
         In ``a``'s dtype; without gradient.
     """
-    result: Tensor = _add(a.detach(), b.detach(), grid_a, grid_b, output)
+    result: Tensor = _join(kind, a.detach(), b.detach(), grid_a, grid_b, output)
+    return result
+
+
+def on_grid(x: Tensor, output: Grid) -> Tensor:
+    """``round(x / s) · s`` in ``x``'s dtype while the grid is switched on, else ``x``; without gradient."""
+    result: Tensor = _on_grid(x.detach(), output)
     return result
 
 
@@ -138,13 +146,19 @@ def run_affine(
 
 
 @operator(returns=New(_sum_shape, "a", keeps_format=True))
-def run_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Do what :func:`add` does when it runs."""
+def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
+    """Do what :func:`join` does when it runs."""
     return _chosen(
         (grid_a, grid_b, output),
-        lambda: integer_add(a, b, grid_a, grid_b, output).to(a.dtype),
-        lambda: (a + b).to(a.dtype),
+        lambda: integer_join(kind, a, b, grid_a, grid_b, output).to(a.dtype),
+        lambda: float_join(kind, a, b).to(a.dtype),
     )
+
+
+@operator(returns=Like("x"))
+def run_on_grid(x: Tensor, output: Grid) -> Tensor:
+    """Do what :func:`on_grid` does when it runs."""
+    return _chosen((output,), lambda: divided(x, output).to(x.dtype), lambda: x.clone())
 
 
 def _averaging(axes: AxesAverage | None, window: WindowAverage | None, sizes: tuple[int, ...] | None) -> Averaging:
@@ -185,5 +199,6 @@ def _chosen(grids: tuple[Grid, ...], on: Callable[[], Tensor], off: Callable[[],
     return torch.where(torch.stack([grid.enabled_on_device() for grid in grids]).all(), on(), off())
 
 
-_affine, _add = traced_operator("eval_affine", run_affine), traced_operator("eval_add", run_add)
+_affine, _join = traced_operator("eval_affine", run_affine), traced_operator("eval_join", run_join)
+_on_grid = traced_operator("eval_on_grid", run_on_grid)
 _average = traced_operator("eval_average", run_average)

@@ -1,0 +1,152 @@
+"""Sums, differences, products and concatenations of quantized tensors, in the very steps of an integer runtime.
+
+A tie that another order of these operations would turn over goes on into every layer behind it. The formulas are those
+of ONNX Runtime's kernels on x86 and Arm, compared over all pairs of codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tritonq.functional.integer import centred_codes
+from tritonq.grid import Grid
+from tritonq.qparams import round_half_away
+
+# Operations of two tensors, element by element with broadcasting.
+JoinKind = Literal["add", "sub", "mul"]
+
+
+def float_join(kind: JoinKind, a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a + b``, ``a - b`` or ``a * b`` as torch computes it."""
+    result: Tensor = _IN_FLOAT[kind](a, b)
+    return result
+
+
+def integer_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
+    """Return ``a + b``, ``a - b`` or ``a * b`` on the output's grid, before clipping.
+
+    Args:
+        kind: ``"add"`` (:func:`integer_add`), ``"sub"`` (:func:`integer_subtract`) or ``"mul"``
+            (:func:`integer_multiply`).
+        a: float tensor of values on ``grid_a``.
+        b: the same for ``grid_b``; broadcasts against ``a``.
+        grid_a: one operand's grid, per tensor.
+        grid_b: the other's.
+        output: grid of the quantizer behind the operation (a ReLU between them keeps to it).
+
+    Returns:
+        float32, without gradient.
+    """
+    with torch.no_grad():
+        return _IN_INTEGERS[kind](a, b, grid_a, grid_b, output)
+
+
+def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
+    """``a + b`` on the output's grid, before clipping; arguments as for :func:`integer_join`.
+
+    With codes u, v from 0 on, offsets z and ratios ``r = scale / output scale``, all float32:
+    ``code = round(fma(u, r_a, fma(v, r_b, z_out - fma(z_a, r_a, r_b z_b))))``. A summand that is broadcast to the shape
+    of the other one counts as the second; so does the first of two that hold one element.
+
+    Source: QLinearAdd of ONNX Runtime.
+    """
+    if is_second(a, b):
+        a, b, grid_a, grid_b = b, a, grid_b, grid_a
+    ratio_a, ratio_b = grid_a.scale / output.scale, grid_b.scale / output.scale
+    offset_a, offset_b, offset = (_offset(grid) for grid in (grid_a, grid_b, output))
+    fixed = offset - _multiply_add(offset_a, ratio_a, offset_b * ratio_b)
+    inner = _multiply_add(centred_codes(b, grid_b.scale) + offset_b, ratio_b, fixed)
+    total = _multiply_add(centred_codes(a, grid_a.scale) + offset_a, ratio_a, inner)
+    return _rounded(total, output).sub_(offset).mul_(output.scale)
+
+
+def integer_subtract(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
+    """``a - b`` on the output's grid, before clipping: :func:`integer_add` of ``-b``, whose scale is negative.
+
+    Source: QLinearAdd of ONNX Runtime, which has no subtraction and takes negative scales.
+    """
+    return integer_add(a, -b, grid_a, grid_b.with_scale(-grid_b.scale), output)
+
+
+def integer_multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
+    """``a * b`` on the output's grid, before clipping; arguments as for :func:`integer_join`.
+
+    With u, v the codes minus zero points and z the output's offset, all float32:
+    ``code = round(fl(fl(u v · fl(fl(s_a s_b) / s_out)) + z))``.
+
+    Source: QLinearMul of ONNX Runtime.
+
+    Examples:
+        >>> from tritonq.qparams import QINT8
+        >>> grids = [Grid(torch.tensor([scale]), None, QINT8) for scale in (0.5, 0.25, 0.5)]
+        >>> integer_multiply(torch.tensor([1.5, 2.5]), torch.tensor([0.5, 0.5]), *grids)  # 1.5 and 2.5 steps: ties
+        tensor([1., 1.])
+    """
+    steps_per_code = grid_a.scale * grid_b.scale / output.scale
+    offset = _offset(output)
+    steps = (centred_codes(a, grid_a.scale) * centred_codes(b, grid_b.scale)).mul_(steps_per_code).add_(offset)
+    return _rounded(steps, output).sub_(offset).mul_(output.scale)
+
+
+def integer_concatenation(tensors: tuple[Tensor, ...], dim: int, output: Grid) -> Tensor:
+    """Return the concatenation along ``dim`` on the output's grid, before clipping: ``round(x / s) · s``.
+
+    Training multiplies by 1 / s, which rounds some ties to the other side.
+
+    Args:
+        tensors: float tensors of values on grids, of shapes that torch.cat takes.
+        dim: the axis.
+        output: grid of the quantizer behind it, per tensor.
+
+    Returns:
+        float32, without gradient.
+
+    Source: QLinearConcat of ONNX Runtime.
+    """
+    with torch.no_grad():
+        return divided(torch.cat(tensors, dim), output)
+
+
+def divided(x: Tensor, output: Grid) -> Tensor:
+    """``round(x / s) · s`` in float32: on the grid as QuantizeLinear takes values there, before clipping."""
+    return _rounded(x.float() / output.scale, output).mul_(output.scale)
+
+
+def is_second(a: Tensor, b: Tensor) -> bool:
+    """Whether the first of two summands is the one that a runtime adds last.
+
+    It is broadcast to the shape of the other one, or both hold one element.
+    """
+    if a.shape == b.shape:
+        return a.numel() == 1
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    return a.shape != shape and b.shape == shape
+
+
+_IN_FLOAT: Mapping[str, Callable[..., Tensor]] = {"add": torch.add, "sub": torch.sub, "mul": torch.mul}
+_IN_INTEGERS: Mapping[str, Callable[..., Tensor]] = {
+    "add": integer_add,
+    "sub": integer_subtract,
+    "mul": integer_multiply,
+}
+
+
+def _rounded(steps: Tensor, output: Grid) -> Tensor:
+    """``round(steps)``; overwrites them."""
+    return steps.round_() if output.qtype.rounding == "half_even" else round_half_away(steps)
+
+
+def _offset(grid: Grid) -> Tensor:
+    """Return the zero point of the same grid with codes from 0 on, float32."""
+    if grid.zero_point is None:
+        return torch.full_like(grid.scale, -grid.qtype.quant_min)
+    return (grid.zero_point - grid.qtype.quant_min).float()
+
+
+def _multiply_add(codes: Tensor, ratio: Tensor, addend: Tensor) -> Tensor:
+    """``codes * ratio + addend``, rounded to float32 once: the product is exact in float64."""
+    return (codes.double() * ratio.double() + addend.double()).float()

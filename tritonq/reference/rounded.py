@@ -1,0 +1,29 @@
+"""Results of any operation, observed and rounded, with one bit per element for the backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.grid import Grid, RangeStatistics
+from tritonq.reference.operator import Like, New, operator
+from tritonq.reference.ranges import OBSERVED
+from tritonq.reference.residual import Join, mask_length, rounded
+
+_MASK: Any = New(lambda arguments: (mask_length(arguments["y"].numel()),), "y", torch.uint8)
+_RESULT: Any = Like("y")
+
+
+@operator(returns=Join(_RESULT, _MASK), mutates=OBSERVED, has_kernel=False, overwrites=("y",))
+def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Join:
+    """``FQ(relu?(y))``: observes ``y`` and rounds it.
+
+    Args:
+        y: float32 or float64, dense; overwritten.
+        grid: per tensor.
+        statistics: the range behind the grid, which ``y`` updates; None observes nothing.
+        ceiling: of the ReLU before the quantizer; see :func:`tritonq.reference.activation.rectify`.
+    """
+    return rounded(y, grid, statistics, ceiling)
