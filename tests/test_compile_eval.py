@@ -15,7 +15,8 @@ import tritonq
 from qat_models import PRESETS, FloatResidual, images, train
 from test_compile import OTHER_QUANTIZERS
 from tritonq import nn as qnn
-from tritonq.functional.integer import integer_add, integer_affine, to_integers
+from tritonq.functional.integer import integer_affine, to_integers
+from tritonq.functional.integer_joins import integer_add
 from tritonq.functional.linear_map import Convolution
 from tritonq.functional.traced import eval_mode, parts
 from tritonq.grid import Grid
@@ -219,7 +220,7 @@ def test_where_a_device_may_not_be_asked_both_answers_are_computed(active, monke
     source, weights, output = grids(active)
     expected = eval_mode.run_affine(x, weight, bias, op, axis, source, weights, output)
     sums = (x, x.flip(0), source, replace(source, scale=torch.tensor([0.04])), output)
-    expected_sum = eval_mode.run_add(*sums)
+    expected_sum = eval_mode.run_join("add", *sums)
     if active[0] and active[1]:
         layer = to_integers(weight, bias, op, source, weights)
         assert torch.equal(expected, integer_affine(x, layer, op, axis, output if active[2] else None))
@@ -227,7 +228,7 @@ def test_where_a_device_may_not_be_asked_both_answers_are_computed(active, monke
         assert torch.equal(expected_sum, integer_add(*sums))
     monkeypatch.setattr(eval_mode, "is_readable", lambda values: False)
     assert torch.equal(eval_mode.run_affine(x, weight, bias, op, axis, source, weights, output), expected)
-    assert torch.equal(eval_mode.run_add(*sums), expected_sum)
+    assert torch.equal(eval_mode.run_join("add", *sums), expected_sum)
 
 
 def test_nothing_is_read_back(monkeypatch):
@@ -236,7 +237,7 @@ def test_nothing_is_read_back(monkeypatch):
     x, weight, bias, op, axis = affine_arguments("meta")
     source, weights, output = grids((1, 1, 1), "meta")
     assert eval_mode.run_affine(x, weight, bias, op, axis, source, weights, output).shape == (2, 2, 5, 2)
-    assert eval_mode.run_add(x, x, source, source, output).is_meta
+    assert eval_mode.run_join("add", x, x, source, source, output).is_meta
 
 
 @pytest.mark.parametrize("conv", [OP, Convolution((2,), (1,), (3,), (1,), True, 4), None])

@@ -13,7 +13,7 @@ from torch import nn
 
 import tritonq
 from tritonq.deploy.modules import Quantizer
-from tritonq.functional.integer import integer_add
+from tritonq.functional.integer_joins import integer_add
 from tritonq.grid import Grid
 from tritonq.qparams import QINT8, QuantizedType
 

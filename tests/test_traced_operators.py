@@ -75,6 +75,7 @@ def joins(x: Tensor) -> None:
     for quantizer in (NO_QUANTIZER, state(QUINT8)):
         y, mask = ops.forward(x, x + 1, *quantizer, math.inf)
         ops.backward(torch.ones_like(y), mask)
+    traced.FAMILIES["rounded"].forward(x, *state(QUINT8), None)
 
 
 def elementwise(x: Tensor) -> None:
@@ -139,7 +140,8 @@ def evaluation(x: Tensor) -> None:
     weight = normal(6, x.shape[1], 3, 3)
     for output in (None, grid):
         eval_mode.affine(x, weight, torch.ones(6), op, 1, grid, kernels, output)
-    eval_mode.add(x, x, grid, grid, grid)
+    eval_mode.join("add", x, x, grid, grid, grid)
+    eval_mode.on_grid(x, grid)
     for averaging in (AxesAverage((2, 3)), WindowAverage((2, 2), (1, 1), (0, 0)), AdaptiveAverage((2, 3))):
         eval_mode.average(x, averaging, grid, grid)
 
@@ -152,6 +154,7 @@ def exports(x: Tensor) -> None:
     onnx_ops.quantize_dequantize(x, scale, zero, -128, 127, 0, False, "")
     onnx_ops.dequantize(x.to(torch.int8), scale, zero, 0)
     onnx_ops.global_average(x)
+    onnx_ops.negate_codes(x, scale, -scale, zero)
 
 
 CALLS: tuple[Callable[[Tensor], None], ...] = (

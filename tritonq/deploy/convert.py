@@ -16,7 +16,7 @@ from tritonq.deploy.tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbe
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.codes import carry_codes
 from tritonq.grid import Grid
-from tritonq.nn import Add, Embedding, EmbeddingBag, QATLayer, QATRepVGGBlock
+from tritonq.nn import Embedding, EmbeddingBag, Joint, QATLayer, QATRepVGGBlock
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.edit.fuse import move_hooks
 from tritonq.prepare.record.snapshot import copied
@@ -63,7 +63,7 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
     with torch.no_grad():
         replacements = _replacements(converted)
     for module in converted.modules():
-        if isinstance(module, Add):
+        if isinstance(module, Joint):
             module.replace_producers(replacements)
         elif isinstance(module, UnaryLayer):
             module.replace_quantizers(replacements)

@@ -14,7 +14,7 @@ from tritonq.deploy.computed import stand_ins
 from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers, integer_difference
 from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, DeployedModule, Grids, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTable
-from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, RepVGGBlock
+from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, Mul, RepVGGBlock, Sub
 from tritonq.nn.averages import POOL_TYPES
 from tritonq.nn.intrinsic import FusedModule
 from tritonq.nn.unary import UnaryLayer
@@ -33,12 +33,13 @@ Description = dict[str, Any]
 T = TypeVar("T")
 
 # Modules that conversion, or preparation before it, may put where the float model has none, or another.
-_LINKED = ("add", "average", "pool")  # which know the quantizers of the tensors that they read
+_JOINTS: dict[str, type[Joint]] = {cls.kind: cls for cls in (Add, Sub, Mul)}
+_LINKED = (*_JOINTS, "average", "pool")  # which know the quantizers of the tensors that they read
 _FLOAT_TYPES = (*LAYER_TYPES, *TABLE_TYPES, *POOL_TYPES)
 _POOL_GEOMETRY = (
     *("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override", "output_size"),
 )
-ADDED = ("quantizer", "inputs", "add", "cat", "average", "identity", "sequential", *fixed_point_description.ADDED)
+ADDED = ("quantizer", "inputs", *_JOINTS, "cat", "average", "identity", "sequential", *fixed_point_description.ADDED)
 
 
 def describe_modules(model: nn.Module) -> list[Description]:
@@ -55,17 +56,17 @@ def describe_modules(model: nn.Module) -> list[Description]:
             found.append({"name": name, "kind": "alias", "of": first})
     for entry in found:
         if entry["kind"] in _LINKED:
-            sources = cast(Add | UnaryLayer, model.get_submodule(entry["name"])).linked_quantizers
+            sources = cast(Joint | UnaryLayer, model.get_submodule(entry["name"])).linked_quantizers
             entry["operands"] = [None if source is None else first_names.get(source) for source in sources]
     return found
 
 
 def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) -> None:
-    """Tell rebuilt additions and means again which quantizers' grids they read and write."""
+    """Tell rebuilt joins and means again which quantizers' grids they read and write."""
     for entry in entries:
-        if entry["kind"] == "add":
+        if entry["kind"] in _JOINTS:
             a, b = (None if name is None else _producer(modules, name) for name in entry["operands"])
-            cast(Add, modules[entry["name"]]).set_producers(a, b)
+            cast(Joint, modules[entry["name"]]).set_producers(a, b)
         elif entry["kind"] in _LINKED:
             a, b = (None if name is None else modules[name] for name in entry["operands"])
             cast(UnaryLayer, modules[entry["name"]]).set_quantizers(a, b)
@@ -96,8 +97,8 @@ def _describe(module: nn.Module) -> Description:
         return {**described, "target": module.target}
     if isinstance(module, Quantizer):
         return {"kind": "quantizer", "grid": _grid_to_data(module.qtype)}
-    if type(module) is Add:
-        return {"kind": "add", "ceiling": module.ceiling}
+    if isinstance(module, Joint):
+        return {"kind": module.kind, "ceiling": module.ceiling}
     if type(module) is Average:
         return {"kind": "average", "averaging": averaging_to_data(module.averaging)}
     if isinstance(module, AverageLayer):
@@ -156,8 +157,8 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         if grid is None:
             raise ValueError(f"the quantizer {name!r} has no grid")
         return Quantizer(grid, _tensor(tensors, _join(name, "scale")), _tensor(tensors, _join(name, "zero_point")))
-    if kind == "add":
-        return Add(_ceiling(entry))
+    if kind in _JOINTS:
+        return _JOINTS[kind](_ceiling(entry))
     if kind == "average":
         return Average(averaging_from_data(entry["averaging"]))
     if kind == "pool":

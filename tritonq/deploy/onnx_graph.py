@@ -28,12 +28,15 @@ from torch import Tensor, nn
 from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
 from tritonq.deploy.onnx_averages import grids_of, rewrite_average
+from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
-from tritonq.deploy.onnx_quantizers import end_codes, uint8_quantizer
+from tritonq.deploy.onnx_quantizers import TracedQuantizer, end_codes, uint8_quantizer
 from tritonq.deploy.onnx_tensorrt import int8_quantizer, runs_in_float, tell_float_layers
 from tritonq.deploy.tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
-from tritonq.nn import Add, AverageLayer, Cat, FloatFunctional
+from tritonq.nn import AverageLayer, Cat, FloatFunctional, Joint
 from tritonq.targets import OnnxForm
+
+_OUTPUT = "activation_post_process"
 
 
 def onnx_form(converted: nn.Module, target: OnnxForm) -> nn.Module:
@@ -47,9 +50,7 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> nn.Module:
             raise ValueError(f"{type(module).__name__} {name!r} has no form in ONNX")
     model = copy.deepcopy(converted)
     quantizers = {module: name for name, module in model.named_modules() if isinstance(module, Quantizer)}
-    for module in model.modules():
-        if isinstance(module, Add):
-            module.set_input_quantizers(None, None)  # the runtime's own addition takes the place of ours
+    joins = [module for module in model.modules() if isinstance(module, Joint)]
     traced: dict[nn.Module, nn.Module]
     if target == "onnxruntime":
         _absorb_relus(model, quantizers)
@@ -63,7 +64,12 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> nn.Module:
         _drop_ceilings(model)
         tell_float_layers(model)
         traced = {module: int8_quantizer(module, name) for module, name in quantizers.items()}
+    for join in joins:
+        join.replace_producers(traced)
     model = swap_modules(model, traced)
+    for join in joins:
+        subtrahend = _traced_quantizer(join.producers[1]) if target == "onnxruntime" else None
+        rewrite_join(join, subtrahend)
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
             _rewrite_layer(module, target)
@@ -87,7 +93,7 @@ def _rewrite_averages(model: nn.Module, names: dict[Quantizer, str]) -> dict[nn.
 def _absorb_relus(model: nn.Module, names: dict[Quantizer, str]) -> None:
     """Replace ReLUs before a quantizer by the lower bound of its codes."""
     for module in model.modules():
-        if isinstance(module, (QuantizedLayer, Add)) and module.ceiling is not None:
+        if isinstance(module, (QuantizedLayer, Joint)) and module.ceiling is not None:
             output = module.activation_post_process
             if isinstance(output, Quantizer) and output.qtype.axis is None:
                 bounds, module.ceiling = (0.0, module.ceiling), None
@@ -98,7 +104,7 @@ def _absorb_relus(model: nn.Module, names: dict[Quantizer, str]) -> None:
 def _drop_ceilings(model: nn.Module) -> None:
     """Leave a plain ReLU where the quantizer behind it saturates no later than the upper bound does."""
     for module in model.modules():
-        if isinstance(module, (QuantizedLayer, Add)) and module.ceiling is not None:
+        if isinstance(module, (QuantizedLayer, Joint)) and module.ceiling is not None:
             output = module.activation_post_process
             if isinstance(output, Quantizer) and output.qtype.axis is None:
                 _, highest = end_codes(output, (0.0, module.ceiling))
@@ -120,12 +126,18 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
+def _traced_quantizer(producer: nn.Module | None) -> TracedQuantizer | None:
+    """The quantizer of what a module returns, or the one that it is."""
+    found = producer if producer is None or isinstance(producer, TracedQuantizer) else producer._modules.get(_OUTPUT)
+    return found if isinstance(found, TracedQuantizer) else None
+
+
 def _behind_integers(model: nn.Module) -> set[nn.Module]:
     """Quantizers of operations that ONNX Runtime runs in integers together with the quantizer."""
     return {
         module.activation_post_process
         for module in model.modules()
-        if isinstance(module, (QuantizedLayer, Add, Cat, FloatFunctional)) and _runs_in_integers(module)
+        if isinstance(module, (QuantizedLayer, Joint, Cat, FloatFunctional)) and _runs_in_integers(module)
     }
 
 

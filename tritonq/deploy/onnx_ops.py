@@ -1,7 +1,7 @@
 """Operators that stand for QuantizeLinear and DequantizeLinear while torch.export traces, and their translation.
 
 torch's own exporter translates ``fake_quantize_*`` for three code ranges, and leaves weights in float. Importing this
-file registers ``tritonq::quantize_dequantize``, ``tritonq::dequantize`` and ``tritonq::global_average`` with torch.
+file registers ``tritonq::quantize_dequantize``, ``tritonq::dequantize`` and others with torch.
 """
 
 from __future__ import annotations
@@ -82,6 +82,24 @@ def _(x: Tensor) -> Tensor:
     return x.mean(tuple(range(2, x.dim())), keepdim=True)
 
 
+@torch.library.custom_op("tritonq::negate_codes", mutates_args=())
+def negate_codes(x: Tensor, scale: Tensor, negative_scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return ``-x`` of values on a grid: their codes with the negative scale.
+
+    Args:
+        x: float32 on the grid.
+        scale: float32, 0-d.
+        negative_scale: ``-scale``.
+        zero_point: int8 or uint8, 0-d.
+    """
+    return -x
+
+
+@negate_codes.register_fake
+def _(x: Tensor, scale: Tensor, negative_scale: Tensor, zero_point: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 def round_half_away(x: Tensor) -> Tensor:
     """As :func:`tritonq.qparams.round_half_away`, of operators that ONNX has."""
     size = x.abs()
@@ -129,8 +147,12 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def translate_global_average(x: Any) -> Any:
         return op.GlobalAveragePool(x)
 
+    def translate_negate_codes(x: Any, scale: Any, negative_scale: Any, zero_point: Any) -> Any:
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), negative_scale, zero_point)
+
     table: Any = torch.ops.tritonq
     return {
+        table.negate_codes.default: translate_negate_codes,
         table.global_average.default: translate_global_average,
         table.quantize_dequantize.default: translate_quantize_dequantize,
         table.dequantize.default: translate_dequantize,

@@ -123,8 +123,8 @@ def is_second(a: Tensor, b: Tensor) -> bool:
     """
     if a.shape == b.shape:
         return a.numel() == 1
-    shape = torch.broadcast_shapes(a.shape, b.shape)
-    return a.shape != shape and b.shape == shape
+    shape = tuple(torch.broadcast_shapes(a.shape, b.shape))  # type: ignore[no-untyped-call]
+    return tuple(a.shape) != shape == tuple(b.shape)
 
 
 _IN_FLOAT: Mapping[str, Callable[..., Tensor]] = {"add": torch.add, "sub": torch.sub, "mul": torch.mul}

@@ -54,7 +54,7 @@ class _ResidualJoin(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        g = _passed(dy, *ctx.saved_tensors, ctx.strides)
+        g = _passed(dy, ctx.saved_tensors[0], ctx.strides)
         return (g if ctx.needs_input_grad[0] else None), (g if ctx.needs_input_grad[1] else None), None, None, None
 
 
@@ -86,7 +86,7 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _passed(dy, *ctx.saved_tensors, ctx.strides), None, None, None
+        return _passed(dy, ctx.saved_tensors[0], ctx.strides), None, None, None
 
 
 def rounded_product(
@@ -148,9 +148,12 @@ class _RoundedProduct(torch.autograd.Function):
         g = _passed(dy, mask, ctx.strides)
         needs_a, needs_b = ctx.needs_input_grad[:2]
         (shape_a, shape_b), (dtype_a, dtype_b) = ctx.shapes, ctx.dtypes
-        saved_a, saved_b = saved[:_SAVED], saved[_SAVED:]
-        da = (g * restore(SavedInput(*saved_b, dtype_b))).sum_to_size(shape_a).to(dtype_a) if needs_a else None
-        db = (g * restore(SavedInput(*saved_a, dtype_a))).sum_to_size(shape_b).to(dtype_b) if needs_b else None
+        (a, scale_a, shift_a), (b, scale_b, shift_b) = saved[:_SAVED], saved[_SAVED:]
+        da = db = None
+        if needs_a:
+            da = (g * restore(SavedInput(b, scale_b, shift_b, dtype_b))).sum_to_size(shape_a).to(dtype_a)
+        if needs_b:
+            db = (g * restore(SavedInput(a, scale_a, shift_a, dtype_a))).sum_to_size(shape_b).to(dtype_b)
         return da, db, None, None, None, None, None
 
 

@@ -140,7 +140,7 @@ class Joint(_WithOutputQuantizer):
         """Do in one operator what operation, ReLU and quantizer do in training."""
         if a.shape != b.shape or a.dtype != b.dtype:
             return rounded_result(float_join(self.kind, a, b), grid, statistics, self.ceiling)
-        return residual_join(a, b, grid, statistics, self.ceiling)
+        return residual_join(a, -b if self.kind == "sub" else b, grid, statistics, self.ceiling)
 
     @torch.no_grad()
     def _exact(self, a: Tensor, b: Tensor) -> Tensor | None:
@@ -183,13 +183,6 @@ class Sub(Joint):
 
     kind = "sub"
 
-    def _rounded(self, a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics) -> Tensor:
-        return (
-            super()._rounded(a, -b, grid, statistics)
-            if a.shape == b.shape
-            else super()._rounded(a, b, grid, statistics)
-        )
-
 
 class Mul(Joint):
     """``FQ(relu?(a * b))``, such as the gate of squeeze-and-excitation; see :class:`Joint`."""
@@ -197,10 +190,11 @@ class Mul(Joint):
     kind = "mul"
 
     def _rounded(self, a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics) -> Tensor:
-        sources = [
-            quantizer if isinstance(quantizer, FakeQuantizeBase) else None for quantizer in self.input_quantizers
-        ]
-        return rounded_product(a, b, *map(input_grid, sources), grid, statistics, self.ceiling)
+        grid_a, grid_b = (
+            input_grid(quantizer if isinstance(quantizer, FakeQuantizeBase) else None)
+            for quantizer in self.input_quantizers
+        )
+        return rounded_product(a, b, grid_a, grid_b, grid, statistics, self.ceiling)
 
 
 def _quantizer_of(producer: nn.Module | None) -> nn.Module | None:

@@ -10,11 +10,11 @@ from torch import nn
 
 from tritonq.prepare.decide.find_layers import NO_QCONFIG
 from tritonq.prepare.decide.function_layers import CONSTANT_INPUT, FUNCTIONS_WITH_WEIGHTS
+from tritonq.prepare.decide.joins import KINDS
 from tritonq.prepare.decide.layer_records import LayerRecord
 
 _log = logging.getLogger("tritonq")
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
-_JOINS = ("add", "cat")
 _NAMES_PER_REASON = 5
 # Reasons that were asked for, or that leave nothing to quantize.
 _BY_DESIGN = (NO_QCONFIG, CONSTANT_INPUT)
@@ -33,7 +33,7 @@ def tell(
         for record in records
         if isinstance(float_modules.get(record.name), _WEIGHTED) or record.kind in FUNCTIONS_WITH_WEIGHTS
     ]
-    joins = [record for record in records if record.kind in _JOINS]
+    joins = [record for record in records if record.kind in KINDS]
     quantized = [sum(record.status == "quantized" for record in part) for part in (layers, joins)]
     name = type(model).__name__
     _log.info(

@@ -14,7 +14,7 @@ from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import QuantizedTable
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.nn import Add, Cat, Embedding, EmbeddingBag, FloatFunctional, QATLayer
+from tritonq.nn import Cat, Embedding, EmbeddingBag, FloatFunctional, Joint, QATLayer
 from tritonq.nn.fixed_point import FixedPointLayer
 from tritonq.nn.unary import UnaryLayer
 from tritonq.observers import ObserverBase
@@ -22,7 +22,7 @@ from tritonq.prepare.decide.layer_records import LayerRecord
 from tritonq.prepare.record.operations import is_leaf
 from tritonq.qparams import QuantizedType
 
-_JOINS = (Add, Cat, FloatFunctional, UnaryLayer)
+_JOINS = (Joint, Cat, FloatFunctional, UnaryLayer)
 _QUANTIZED = (QATLayer, FixedPointLayer, DeployedModule, Embedding, EmbeddingBag, *_JOINS)
 # What a quantizer says about a layer, by the name of the child that holds it.
 _ROLES = {"weight_fake_quant": "w", "activation_post_process": "y", "input_fake_quant": "x"}

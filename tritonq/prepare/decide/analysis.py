@@ -47,7 +47,8 @@ _CLIPS: dict[str, dict[str, float | None]] = {
 _RELUS = {"relu": math.inf, "relu6": 6.0}
 # These keep a grid unless they change the dtype.
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "cpu", "cuda"})
-
+# In place, these give the name on the left their result.
+_REBINDING = frozenset({"__iadd__", "__isub__", "__imul__"})
 
 EditableForward: TypeAlias = ForwardGraph | AnsweredForward
 
@@ -214,10 +215,10 @@ class Analysis:
         return AnsweredForward(str(found))
 
     def _rebinds(self, call: Call) -> bool:
-        """Whether the result of a call in place is what the source goes on with: ``x += y``, or a plain ReLU."""
+        """Whether the result of a call in place is what the source goes on with: ``x *= y``, or a plain ReLU."""
         if len(call.writes) > 1:
             return False
-        return getattr(call.target, "__name__", "") == "__iadd__" or self.is_relu(call)
+        return getattr(call.target, "__name__", "") in _REBINDING or self.is_relu(call)
 
     def _note_site(self, owner: str, call: Call, site: Site) -> None:
         self._sites[call.index] = site

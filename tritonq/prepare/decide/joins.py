@@ -1,28 +1,35 @@
-"""Additions and concatenations that get a quantizer of their own."""
+"""Additions, subtractions, products and concatenations that get a quantizer of their own.
+
+To add a kind, add how its calls are read, and its module, to ``KINDS``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
+from torch import nn
+
+from tritonq.nn import Add, Cat, Mul, Sub
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.layers import relus_after
 from tritonq.prepare.forwards.answered import AnsweredForward
-from tritonq.prepare.forwards.graph import ForwardGraph
+from tritonq.prepare.forwards.graph import ForwardGraph, Operands, node_operands, sequence_operand
 from tritonq.prepare.forwards.proof import Site
 from tritonq.prepare.record.dataflow import Call, Ref, refs_in
+from tritonq.qconfig import QConfig
 
 
 @dataclass(frozen=True)
 class Join:
-    """An addition or concatenation of tensors, at one place in one forward.
+    """An operation of several tensors, at one place in one forward.
 
     Attributes:
-        kind: ``"add"`` or ``"cat"``.
+        kind: key into ``KINDS``.
         owner: module in whose forward it stands.
-        site: where, or None if that forward can't be edited.
-        reason: why not, or "".
+        site: where, or None if it stays in float.
+        reason: why, or "".
         dim: axis of a concatenation.
         calls: its calls.
         ends: for each the ReLU that follows it and is absorbed, else the call itself.
@@ -30,7 +37,7 @@ class Join:
         ceiling: their upper bound; None without any.
     """
 
-    kind: Literal["add", "cat"]
+    kind: str
     owner: str
     site: Site | None
     reason: str
@@ -40,39 +47,100 @@ class Join:
     relus: tuple[int, ...]
     ceiling: float | None
 
+    @property
+    def is_pairwise(self) -> bool:
+        """Whether it has two operands, whose grids its module is told, and takes a ReLU."""
+        return KINDS[self.kind].is_pairwise
+
+    @property
+    def operands(self) -> Operands:
+        """What its module takes of a node."""
+        return node_operands if self.is_pairwise else sequence_operand
+
+    def module(self, qconfig: QConfig | None) -> nn.Module:
+        """Return the module that takes its place."""
+        return KINDS[self.kind].module(self, qconfig)
+
+
+# The recorded operands of a call, and what keeps it from becoming a module, or "".
+Reading: TypeAlias = "tuple[tuple[Any, ...], str]"
+
+
+@dataclass(frozen=True)
+class JoinKind:
+    """One kind of join.
+
+    Attributes:
+        read: reads a call.
+        module: makes the module that takes its place.
+        is_pairwise: as in :class:`Join`.
+        in_training_alone: whether a call that only training makes counts. Products there are dropout and the like.
+    """
+
+    read: Callable[[Call], Reading]
+    module: Callable[[Join, QConfig | None], nn.Module]
+    is_pairwise: bool = True
+    in_training_alone: bool = True
+
+
+def _pair(call: Call) -> Reading:
+    """Read a call of two operands; one with a number is none."""
+    named = ("input", "other")
+    items = (*call.args, *(value for key, value in call.kwargs.items() if key in named))
+    tensors = tuple(item for item in items if isinstance(item, Ref))
+    if len(tensors) != 2:
+        return (), ""
+    if len(items) > 2:
+        return tensors, "it takes a third argument"
+    further = [f"{key}={_short(value)}" for key, value in call.kwargs.items() if key not in named and value != 1]
+    if getattr(call.target, "__name__", "").strip("_") == "rsub":
+        further.append("its operands in reverse order")
+    return tensors, f"it takes {', '.join(further)}" if further else ""
+
+
+def _sequence(call: Call) -> Reading:
+    """Read a call of a sequence of tensors; a sequence of one is passed through."""
+    parts = call.args[0] if call.args else call.kwargs.get("tensors")
+    if not isinstance(parts, tuple) or len(parts) < 2:
+        return (), ""
+    return parts, "it takes out=" if "out" in call.kwargs else ""
+
+
+KINDS: Mapping[str, JoinKind] = {
+    "add": JoinKind(_pair, lambda join, qconfig: Add(join.ceiling, qconfig=qconfig)),
+    "sub": JoinKind(_pair, lambda join, qconfig: Sub(join.ceiling, qconfig=qconfig), in_training_alone=False),
+    "mul": JoinKind(_pair, lambda join, qconfig: Mul(join.ceiling, qconfig=qconfig), in_training_alone=False),
+    "cat": JoinKind(_sequence, lambda join, qconfig: Cat(join.dim, qconfig=qconfig), is_pairwise=False),
+}
+
 
 def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
-    """Every addition of two computed tensors and every concatenation, once per place.
+    """Every operation of several computed tensors that is of one of the ``KINDS``, once per place.
 
-    ``kept`` holds the calls of ReLUs that no addition may absorb.
+    ``kept`` holds the calls of ReLUs that none may absorb.
     """
     joins: list[Join] = []
     seen: set[int] = set()
     for call in analysis.flow.calls:
-        if call.kind == "function" and call.index not in seen and operands(call, analysis):
-            joins.append(_join(call, analysis, kept))
-            seen.update(joins[-1].calls)
+        if call.index in seen or not operands(call, analysis):
+            continue
+        join = _join(call, analysis, kept)
+        seen.update(join.calls)
+        in_training_alone = {analysis.flow.calls[index].run for index in join.calls} == {1}
+        if KINDS[join.kind].in_training_alone or not in_training_alone:
+            joins.append(join)
     return joins
 
 
 def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
-    """The values that an addition or concatenation joins; empty for anything else, and for sums with constants."""
-    if call.name == "add":
-        items = tuple(call.args) + tuple(value for key, value in call.kwargs.items() if key in ("input", "other"))
-        extra = [key for key, value in call.kwargs.items() if key not in ("input", "other") and value != 1]
-        if len(items) != 2 or extra or not all(isinstance(item, Ref) for item in items):
-            return ()
-    elif call.name == "cat":
-        parts = call.args[0] if call.args else call.kwargs.get("tensors")
-        # One tensor alone is passed through.
-        items = parts if isinstance(parts, tuple) and len(parts) > 1 and "out" not in call.kwargs else ()
-    else:
+    """The values that a join reads on some grid; empty for any other call, and where one operand is a constant."""
+    if call.kind != "function" or call.name not in KINDS:
         return ()
+    items, _ = KINDS[call.name].read(call)
     values = tuple(value for item in items for value in refs_in(item))
-    records = [analysis.flow.values[value] for value in values]
     constant = [value in analysis.constants.values for value in values]
     computed = not (all(constant) if call.name == "cat" else any(constant))
-    floating = all(record.dtype.is_floating_point for record in records)
+    floating = all(analysis.flow.values[value].dtype.is_floating_point for value in values)
     return values if computed and floating and len(values) == len(items) else ()
 
 
@@ -81,8 +149,11 @@ def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
     site, reason = analysis.site(call), ""
     # One place in the source may be reached by different calls where a forward branches.
     alike = all(other.name == call.name and operands(other, analysis) for other in calls)
+    obstacles = [obstacle for other in calls if alike and (obstacle := KINDS[other.name].read(other)[1])]
     if not alike or (site is not None and any(analysis.site(other) != site for other in calls)):
         site, reason = None, "its forward does different things in different calls"
+    elif obstacles:
+        site, reason = None, obstacles[0]
     elif site is None:
         graph = analysis.forward(call.owner)
         why = "it differs in training" if isinstance(graph, ForwardGraph) else str(graph)
@@ -91,10 +162,10 @@ def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
         reason = f"the forward of {call.owner or 'the model'} can't be edited: {why}"
     elif not analysis.runs_in_all_modes(calls):
         site, reason = None, analysis.missing_mode(calls)
-    takes_relu = site is not None and call.name == "add"
+    takes_relu = site is not None and KINDS[call.name].is_pairwise
     absorbed, ceiling = relus_after(calls, analysis, kept) if takes_relu else ([], None)
     return Join(
-        kind="add" if call.name == "add" else "cat",
+        kind=call.name,
         owner=call.owner,
         site=site,
         reason=reason,
@@ -109,3 +180,7 @@ def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
 def _dim(call: Call) -> int:
     dim: Any = call.kwargs.get("dim", call.kwargs.get("axis", call.args[1] if len(call.args) > 1 else 0))
     return int(dim)
+
+
+def _short(value: Any) -> str:
+    return "a tensor" if isinstance(value, Ref) else repr(value)

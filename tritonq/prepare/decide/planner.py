@@ -83,7 +83,7 @@ class _Planner:
             joins=tuple(joins),
             quantizers=tuple(self.quantizers),
             inputs=self._inputs(layers),
-            operands={join: self._operands(join) for join in joins if join.kind == "add"},
+            operands={join: self._operands(join) for join in joins if join.is_pairwise},
             unary=self._unary(),
             erased=erased,
             erased_modules=modules,
@@ -140,13 +140,11 @@ class _Planner:
                 self.grids[value] = grid
 
     def _relevant(self, joins: list[Join], layers: list[Layer]) -> list[Join]:
-        """The joins that stand between quantized layers, on either side; others are none of our business."""
-        candidates: list[Join] = []
-        for join in joins:
-            if join.site is None:
-                self.reasons[f"{join.owner}.{join.kind}".lstrip(".")] = join.reason
-            elif self._qconfig(join.owner) is not None:
-                candidates.append(join)
+        """The joins that stand between quantized layers, on either side; others are none of our business.
+
+        One that can't become a module stays in float, and the reason is noted.
+        """
+        candidates = [join for join in joins if self._qconfig(join.owner) is not None]
         read: dict[int, list[int]] = {}  # for values that a candidate takes its grid from, the candidates
         made: dict[int, list[int]] = {}  # for values that a candidate returns, the candidates
         pending: list[int] = []
@@ -166,8 +164,11 @@ class _Planner:
             index = pending.pop()
             if index in chosen:
                 continue
-            chosen.add(index)
             join = candidates[index]
+            if join.site is None:
+                self.reasons[f"{join.owner}.{join.kind}".lstrip(".")] = join.reason
+                continue
+            chosen.add(index)
             for end in self._end_values(join):
                 pending += read.get(end, ())
             for value in self._reads(join):

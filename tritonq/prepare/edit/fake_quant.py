@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.nn import Add, Cat, QATLayer
+from tritonq.nn import Joint, QATLayer
 from tritonq.nn.conv_bn import QATBatchNormLayer
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.decide.joins import Join
@@ -28,7 +28,7 @@ from tritonq.prepare.edit.inputs import (
     quantize_inputs_hook,
 )
 from tritonq.prepare.edit.swap import keep_attributes, plain_form, quantize_output_hook, swap
-from tritonq.prepare.forwards.graph import first_node, layer_operands, node_operands, sequence_operand
+from tritonq.prepare.forwards.graph import first_node, layer_operands
 from tritonq.prepare.record.dataflow import Dataflow
 from tritonq.qconfig import QConfig
 
@@ -97,12 +97,11 @@ class _PlanWork:
 
     def _add_join(self, join: Join) -> None:
         qconfig = self._qconfigs[self._float_modules[join.owner]]
-        module = Add(join.ceiling, qconfig=qconfig) if join.kind == "add" else Cat(join.dim, qconfig=qconfig)
+        module = join.module(qconfig)
         name = self._editor.add_child(join.owner, join.kind, self._placed(module, join.owner))
-        operands = node_operands if join.kind == "add" else sequence_operand
         if join.site is not None:
-            self._editor.rewrite(join.owner).replace(join.site.node, name, operands, join.site.in_place)
-        self._quantizers[id(join)] = module.activation_post_process
+            self._editor.rewrite(join.owner).replace(join.site.node, name, join.operands, join.site.in_place)
+        self._quantizers[id(join)] = cast(nn.Module, module.activation_post_process)
         self.join_names[join] = f"{join.owner}.{name}".lstrip(".")
 
     def _add_layer(self, layer: Layer) -> None:
@@ -216,7 +215,7 @@ class _PlanWork:
         model.register_forward_pre_hook(quantize_inputs_hook, with_kwargs=True)
 
     def _link(self) -> None:
-        """Tell layers, operations of one tensor and additions which quantizers put their inputs on grids."""
+        """Tell layers, operations of one tensor and joins which quantizers put their inputs on grids."""
         for value, (unary, own) in self._unary.items():
             unary.set_quantizers(self._quantizers.get(id(self._plan.unary[value].source)), own)
         exclusive = self._plan.exclusive_state
@@ -229,9 +228,9 @@ class _PlanWork:
                 quantizer = self._quantizers[id(grid)]
                 module.set_input_quantizer(quantizer if isinstance(quantizer, FakeQuantizeBase) else None)
         for join, grids in self._plan.operands.items():
-            add = self._editor.model.get_submodule(self.join_names[join])
-            if isinstance(add, Add) and len(grids) == 2:
-                add.set_producers(*(None if grid is None else self._producer(grid) for grid in grids))
+            module = self._editor.model.get_submodule(self.join_names[join])
+            if isinstance(module, Joint) and len(grids) == 2:
+                module.set_producers(*(None if grid is None else self._producer(grid) for grid in grids))
 
     def _producer(self, grid: GridSource) -> nn.Module:
         """Return the module whose output lies on a planned grid: it, or the quantizer where no module's output does."""

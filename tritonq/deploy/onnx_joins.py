@@ -1,0 +1,42 @@
+"""Sums, differences and products as ONNX operators that give the trained codes.
+
+ONNX Runtime runs ``DequantizeLinear → Add → QuantizeLinear`` as QLinearAdd and the same with Mul as QLinearMul. It has
+no integer subtraction: a difference is the sum with a second DequantizeLinear of the subtrahend's codes, whose scale is
+negative.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from tritonq.deploy.onnx_ops import negate_codes
+from tritonq.functional.integer_joins import float_join, is_second
+from tritonq.nn import Joint
+from tritonq.reference.activation import rectify
+
+
+def rewrite_join(join: Joint, subtrahend: nn.Module | None) -> None:
+    """Let a join trace to operators that ONNX Runtime computes as the join does in eval mode.
+
+    Args:
+        join: the join.
+        subtrahend: the traced quantizer of a difference's second operand; None: the difference stays one, in float.
+    """
+    if join.kind == "sub" and subtrahend is not None:
+        scale, zero_point = cast(Tensor, subtrahend.scale), cast(Tensor, subtrahend.zero_point)
+        join.register_buffer("scale", scale)
+        join.register_buffer("negative_scale", -scale)
+        join.register_buffer("zero_point", zero_point)
+    join.forward = partial(_forward, join, subtrahend is not None)  # type: ignore[method-assign]
+
+
+def _forward(join: Any, negates: bool, a: Tensor, b: Tensor) -> Tensor:
+    kind = join.kind
+    if kind == "sub" and negates:
+        kind, b = "add", negate_codes(b, join.scale, join.negative_scale, join.zero_point)
+    if kind == "add" and is_second(a, b):
+        a, b = b, a
+    return cast(Tensor, join.activation_post_process(rectify(float_join(kind, a, b), join.ceiling)))
