@@ -79,7 +79,8 @@ def select(x: Tensor, backend: Backend = "auto") -> Literal["triton", "torch"]:
     choice = _checked(backend)
     if choice == "auto":
         choice = _preferred.get()
-    if choice == "torch":
+    # Without a look at the tensor's dtype, and without a message: operators on a CPU ask this hundreds of times a step.
+    if choice == "torch" or (choice == "auto" and x.is_cpu and not is_interpreting()):
         return "torch"
     obstacle = _obstacle(x)
     if obstacle is None:

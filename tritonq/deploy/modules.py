@@ -278,8 +278,9 @@ class QuantizedLayer(DeployedModule):
 
     def _run_packed(self, x: Tensor) -> Tensor | None:
         """:meth:`forward` by torch's integer kernels; None where these can't run it."""
-        quantizer = self.activation_post_process
-        grid = None if quantizer._forward_pre_hooks else self.output_grid()
+        quantizer, grid = self.activation_post_process, self.output_grid()
+        if quantizer._forward_pre_hooks:
+            return None
         held = tuple([self._buffers[name] for name in TENSOR_NAMES])
         qtype = None
         if grid is not None:

@@ -78,9 +78,13 @@ def can_use_codes(x: Tensor) -> bool:
     That is so for float32 tensors on the CPU that need no gradient, while nothing traces, transforms or watches the
     operators: no ``torch.compile``, ``torch.jit.trace``, ``torch.func`` and no dispatch mode.
     """
+    if type(x) is CodedTensor:
+        held = x.codes
+        x = x.to_float() if held is None else held
+    elif type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu:
+        return False
     return (
-        (type(x) is CodedTensor or (type(x) is Tensor and x.dtype is torch.float32 and x.is_cpu))
-        and not (torch.is_grad_enabled() and x.requires_grad)
+        not (torch.is_grad_enabled() and x.requires_grad)
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -64,6 +64,15 @@ class Memo(Generic[T]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Memo, ())
+
+
+def held_tensors(module: nn.Module) -> list[Tensor | None]:
+    """Return the parameters and buffers of a module and its descendants, where these are few and asked for often."""
+    found = [*module._parameters.values(), *module._buffers.values()]
+    for child in module._modules.values():
+        if child is not None:
+            found += held_tensors(child)
+    return found
 
 
 def _versions(tensors: tuple[Tensor | None, ...]) -> list[int] | None:

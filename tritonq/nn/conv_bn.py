@@ -88,6 +88,10 @@ class QATBatchNormLayer(QATLayer):
         folded_bias = fold_bias(bias, running_mean, scale, self.bn.bias)
         return scale_out_channels(weight, scale, *self.grouping), folded_bias
 
+    def eval_key(self) -> tuple[Any, ...]:
+        """See base class."""
+        return (*super().eval_key(), self.bn.eps)
+
     def path_state(self) -> LayerState:
         """See base class."""
         frozen = self.freeze_bn or not self.bn.training

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.codes import can_use_codes
 from tritonq.functional.conv2d import find_kernel, run_integer_layer
 from tritonq.functional.integer import IntegerAffine
+from tritonq.functional.integer_kernels import PackedLayer, pack, run_packed
+from tritonq.functional.memo import held_tensors
 from tritonq.nn.fusable import fixed_grid
 from tritonq.nn.paths import Path
 from tritonq.nn.qat import QATLayer
@@ -37,6 +40,10 @@ def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) 
 
 def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer in exact integers; where a gradient is needed, with that of the layer in float."""
+    if can_use_codes(x):
+        packed = _run_packed(layer, x, weight, bias)
+        if packed is not None:
+            return packed
     weight, bias = layer.folded_parameters(weight, bias)
     op, integers = layer.linear_map, cast(IntegerAffine, layer.integer_layer(weight, bias))
     needs_grad = _needs_grad(x, weight)
@@ -50,6 +57,33 @@ def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | Non
     if needs_grad:
         y = with_gradient_of(y, op(x, layer.quantized_weight(weight), bias))
     return layer.quantized_output(y)
+
+
+def _run_packed(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """:func:`eval_integers` by torch's integer kernels; None where these can't run it, or a gradient is needed."""
+    source, quantizer = cast(FakeQuantizeBase, layer.input_quantizer), layer.activation_post_process
+    held = (weight, bias, *held_tensors(layer), *held_tensors(source))
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in held):
+        return None
+    output = layer.output_grid()
+    if output is not None and (quantizer._forward_pre_hooks or not layer.ends_in_ceiling):
+        return None
+
+    def make() -> PackedLayer | None:
+        integers = cast(IntegerAffine, layer.integer_layer(*layer.folded_parameters(weight, bias)))
+        return pack(integers, layer.linear_map, source.grid(), output, layer.ceiling)
+
+    # Averages of weights are often written through `data`, which leaves the tensor's version as it was.
+    sums = [float(tensor.sum()) for tensor in held if tensor is not None and tensor.dim() > 1]
+    key = (sums, layer.eval_key(), None if output is None else output.qtype)
+    packed = layer.packed.get(held, make, key)
+    y = None if packed is None else run_packed(x, packed)
+    if y is None:
+        return None
+    if output is None:
+        return layer.quantized_output(y)
+    # Who listens to the quantizer's results is told.
+    return cast(Tensor, quantizer(y)) if quantizer._forward_hooks else y
 
 
 def eval_traced(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

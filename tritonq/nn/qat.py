@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.integer import IntegerAffine, to_integers
+from tritonq.functional.integer_kernels import PackedLayer
 from tritonq.functional.linear_map import LinearMap, linear_map_of
+from tritonq.functional.memo import Memo
 from tritonq.grid import Grid
 from tritonq.nn.computed import ComputedParameters
 from tritonq.nn.fusable import describe_relu
@@ -19,6 +21,12 @@ from tritonq.nn.paths import LayerState, Path, choose_path
 from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig
 from tritonq.reference.activation import rectify
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
 class QATLayer(ReferringModule):
@@ -150,6 +158,22 @@ class QATLayer(ReferringModule):
     def quantized_output(self, y: Tensor) -> Tensor:
         """The layer's output from the operation's."""
         return cast(Tensor, self.activation_post_process(self.rectified(y)))
+
+    @property
+    def packed(self) -> Memo[PackedLayer | None]:
+        """The layer as torch's integer kernels run it; derived, and part of no copy."""
+        found: Memo[PackedLayer | None] = self.__dict__.setdefault("_packed", Memo())
+        return found
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch mode; what eval derives of weights takes no memory in training."""
+        self.packed.clear()
+        return super().train(mode)
+
+    def eval_key(self) -> tuple[Any, ...]:
+        """What the layer's integers depend on, beside tensors."""
+        types = [getattr(held, "qtype", None) for held in (self.input_quantizer, self.weight_fake_quant)]
+        return (self.ceiling, types, [vars(self).get(name) for name in _GEOMETRY])
 
     def _knows_grids(self) -> bool:
         """Whether input and weight have grids that are switched on; may synchronise with a device."""
