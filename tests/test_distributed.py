@@ -235,8 +235,45 @@ def test_a_group_of_ones_own(results):
     assert results(2)["real_group_is_kept_by_copies"] == [1.0, 1.0]
 
 
+IMAGES = torch.randn(6, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 7).view(6, 1, 1, 1)
+SHARES = ((0, 2), (2, 6))
+
+
+def synchronized():
+    """A prepared model that had SyncBatchNorm before; its ranges are another subject, and off."""
+    torch.manual_seed(0)
+    conv, head = nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 1, bias=False)
+    model = nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), head, nn.BatchNorm2d(4))
+    qat = tritonq.prepare_qat(nn.SyncBatchNorm.convert_sync_batchnorm(model), example_inputs=IMAGES).train()
+    tritonq.disable_fake_quant(qat)
+    return qat
+
+
+def synchronized_step(images):
+    """Gradients of a sum, so that those of ranks add up to those of the whole batch, and statistics."""
+    qat = synchronized()
+    qat(images).square().sum().backward()
+    statistics = [tensor for name, tensor in qat.state_dict().items() if "running" in name or "tracked" in name]
+    return [parameter.grad for parameter in qat.parameters()], statistics
+
+
+def train_synchronized(rank):
+    gradients, statistics = synchronized_step(IMAGES[slice(*SHARES[rank])])
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+    return [tensor.numpy() for tensor in (*gradients, *statistics)]
+
+
+def test_synchronized_batch_norm_trains_as_one_process(results):
+    gradients, statistics = synchronized_step(IMAGES)
+    for found in results(2)["train_synchronized"]:
+        assert isinstance(found, list), found
+        for got, expected in zip(found, (*gradients, *statistics), strict=True):
+            torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-3, atol=1e-3)
+
+
 IN_ANY_WORLD = (observe_together, observe_alone_then_sync)
-IN_PAIRS = (train_a_quantizer, length_unknown, real_group_is_kept_by_copies)
+IN_PAIRS = (train_a_quantizer, length_unknown, real_group_is_kept_by_copies, train_synchronized)
 
 
 @pytest.fixture(scope="module")

@@ -211,3 +211,77 @@ def test_weights_that_depend_on_the_input_stay_in_float_and_are_told():
     prepared = prepare_qat(Conditional(), example_inputs=X, warn=False)
     reasons = {record.name: record.reason for record in prepared.tritonq_report if record.status == "float"}
     assert reasons["conv2d"] == "its weight depends on the model's input"
+
+
+class Frozen(nn.Module):
+    """Statistics and parameters are buffers; how a toolkit computes with them is in the subclasses."""
+
+    def __init__(self, channels):
+        super().__init__()
+        generator = torch.Generator().manual_seed(channels)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels, generator=generator) + 0.5)
+
+    def columns(self):
+        return (getattr(self, name).reshape(1, -1, 1, 1) for name in ("weight", "bias", "running_mean", "running_var"))
+
+
+class ByFactor(Frozen):
+    def forward(self, x):
+        weight, bias, mean, var = self.columns()
+        scale = weight * (var + 1e-5).rsqrt()
+        return x * scale.to(x.dtype) + (bias - mean * scale)
+
+
+class ByFunction(Frozen):
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=1e-3)
+
+
+class ByHand(Frozen):
+    def forward(self, x):
+        weight, bias, mean, var = self.columns()
+        return 2 * ((x - mean) / torch.sqrt(var + 1e-5)) * weight + bias
+
+
+@pytest.mark.parametrize("norm", [ByFactor, ByFunction, ByHand])
+def test_frozen_norms_are_folded_and_stay_frozen(norm):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    prepared, _ = trained(model)
+    assert type(prepared[0]) is qnn.ConvBnReLU2d
+    assert type(prepared[1]) is nn.Identity
+    assert "add" not in rows(prepared)
+    before = copy.deepcopy(prepared[0].bn.state_dict())
+    prepared[0].update_bn_stats()
+    prepared.train()(X)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in prepared[0].bn.state_dict().items())
+
+
+class Trainable(nn.Module):
+    """A factor per channel that trains is no frozen norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+def test_factors_that_train_are_not_folded():
+    prepared = prepare_qat(nn.Sequential(nn.Conv2d(3, 8, 3), Trainable(), nn.Conv2d(8, 4, 1)), example_inputs=X)
+    assert type(prepared[0]) is qnn.Conv2d
+    assert type(prepared[1]) is not nn.Identity
+
+
+def test_batch_norms_without_running_statistics_stay_and_are_told():
+    norm = nn.BatchNorm2d(8, track_running_stats=False)
+    prepared = prepare_qat(nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 4, 1)), example_inputs=X)
+    reasons = {record.name: record.reason for record in prepared.tritonq_report if record.status == "float"}
+    assert reasons["1"] == "BatchNorm has track_running_stats=False"
+
+
+def test_batch_norms_without_parameters_are_folded():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    prepared, _ = trained(model)
+    assert type(prepared[0]) is qnn.ConvBnReLU2d

@@ -177,7 +177,7 @@ def _weight_axis(layer: QuantizedLayer) -> int | None:
     return 0
 
 
-def _layer_forward(layer: QuantizedLayer, axis: int | None, x: Tensor) -> Tensor:
+def _layer_forward(layer: QuantizedLayer, axis: int | None, x: Tensor, *computed: Tensor | None) -> Tensor:
     scale, zero = layer.weight_scale, layer.weight_zero_point
     if axis is None:
         weight = layer.dequantized_weight(torch.float32)

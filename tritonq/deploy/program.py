@@ -98,5 +98,5 @@ def _quantize(quantizer: Quantizer, x: Tensor) -> Tensor:
     return fake_quantize(x, Grid(*quantizer.calculate_qparams(), quantizer.qtype))
 
 
-def _run_layer(layer: QuantizedLayer, x: Tensor) -> Tensor:
+def _run_layer(layer: QuantizedLayer, x: Tensor, *computed: Tensor | None) -> Tensor:
     return layer.run_operators(x, layer.integer_layer())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tritonq.functional.conv_bn import check_running_var
 from tritonq.functional.recomputation import StepMemory
 from tritonq.nn import folding_modes, intrinsic
+from tritonq.nn.batch_norm import FrozenBatchNorm
 from tritonq.nn.conv import (
     Conv1d,
     Conv2d,
@@ -133,7 +134,9 @@ class QATBatchNormLayer(QATLayer):
         return self
 
     def update_bn_stats(self) -> QATBatchNormLayer:
-        """Undo :meth:`freeze_bn_stats`."""
+        """Undo :meth:`freeze_bn_stats`; a BatchNorm that was frozen in the float model stays so."""
+        if isinstance(self.bn, FrozenBatchNorm):
+            return self
         self.freeze_bn = False
         self.bn.training = self.training
         return self

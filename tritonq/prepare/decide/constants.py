@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import nn
@@ -33,6 +33,10 @@ class PlannedProgram:
     state: Mapping[int, str]
     calls: tuple[Call, ...]
     results: tuple[int, ...]
+
+    def only(self, result: int) -> PlannedProgram:
+        """The program for one of the results."""
+        return replace(self, results=(result,))
 
 
 class Constants:

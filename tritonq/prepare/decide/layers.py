@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.frozen_norms import FrozenNorm, find_frozen_norm
 from tritonq.prepare.decide.function_layers import FunctionLayer
 from tritonq.prepare.decide.rows import ROWS, Types, batch_norm_obstacle, out_channels
 from tritonq.prepare.record.dataflow import Call, refs_in
@@ -31,6 +32,7 @@ class Layer:
         relus: the ReLU calls that it absorbs.
         ceiling: their upper bound; None without any.
         function: what is known of the function; None for a module.
+        frozen: what its BatchNorm does, where that is no BatchNorm of torch but has fixed numbers.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Layer:
     relus: tuple[int, ...]
     ceiling: float | None
     function: FunctionLayer | None = None
+    frozen: FrozenNorm | None = None
 
     @property
     def home(self) -> str:
@@ -57,6 +60,11 @@ class _Norm:
     kind: type[nn.Module]
     calls: tuple[Call, ...]
     remainder: tuple[str, ...]
+    frozen: FrozenNorm | None = None
+
+    @property
+    def ends(self) -> tuple[Call, ...]:
+        return self.calls if self.frozen is None else self.frozen.ends
 
 
 def find_layer(
@@ -80,7 +88,7 @@ def find_layer(
     ends = calls
     norm, obstacle = _norm_after(_Start(name, kind, module, channels, calls), analysis)
     if norm is not None and ROWS.get((*row, norm.kind)) in swapped:
-        row, ends = (*row, norm.kind), norm.calls
+        row, ends = (*row, norm.kind), norm.ends
     else:
         norm = None
     absorbed, ceiling = relus_after(ends, analysis, kept)
@@ -102,6 +110,7 @@ def find_layer(
         relus=tuple(relu.index for relu in absorbed) if has_relu else (),
         ceiling=ceiling if has_relu else None,
         function=function,
+        frozen=None if norm is None else norm.frozen,
     )
     return layer, obstacle
 
@@ -152,7 +161,10 @@ def _norm_after(start: _Start, analysis: Analysis) -> tuple[_Norm | None, str | 
     if not all(map(analysis.may_fuse_in, {call.owner for call in (*calls, *norm.calls)} - {norm.name})):
         return None, "the forward depends on the mode and could not be recorded in training"
     bn = analysis.modules[norm.name]
-    obstacle = batch_norm_obstacle(start.channels, cast(_BatchNorm, bn))
+    if norm.frozen is None:
+        obstacle = batch_norm_obstacle(start.channels, cast(_BatchNorm, bn))
+    else:
+        obstacle = None if norm.frozen.channels == start.channels else f"{norm.name} normalises another axis"
     if obstacle is None and issubclass(start.kind, nn.Linear):
         ranks = {len(analysis.flow.values[call.inputs[0]].shape) for call in norm.calls}
         obstacle = None if ranks == {2} else "BatchNorm1d of a linear layer normalises another axis than the features"
@@ -170,7 +182,11 @@ def _norm_of(call: Call, analysis: Analysis) -> _Norm | None:
         return _Norm(call.module_name, kind, analysis.flow.calls_of(call.module_name), ())
     owner = analysis.modules[call.owner]
     kinds = [kind for kind in _NORMS if isinstance(owner, kind)]
-    if call.name != "batch_norm" or not kinds:
+    if not kinds:
+        frozen = find_frozen_norm(call.owner, analysis)
+        kind = None if frozen is None else _NORM_OF_DIMENSIONS.get(frozen.dimensions)
+        return None if frozen is None or kind is None else _Norm(call.owner, kind, frozen.starts, (), frozen)
+    if call.name != "batch_norm":
         return None
     return _norm_with_activation(call.owner, kinds[0], analysis)
 

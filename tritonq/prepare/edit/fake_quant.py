@@ -17,6 +17,7 @@ from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
 from tritonq.prepare.decide.unary import QUANTIZED_FORMS, layer_for
+from tritonq.prepare.edit.batch_norms import frozen_batch_norm, plain_batch_norm
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.edit.function_layers import computed_parameters, float_layer
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
@@ -128,11 +129,13 @@ class _PlanWork:
     def _fused(self, layer: Layer, module: nn.Module, qconfig: QConfig) -> nn.Module:
         parts = [plain_form(module, layer.row[0])]
         bn = None if layer.batch_norm is None else self._editor.modules[layer.batch_norm]
-        if bn is not None:
-            parts.append(_plain_batch_norm(cast(Any, bn), layer.row[1]))
+        if layer.frozen is not None:
+            parts.append(frozen_batch_norm(layer.frozen, self._editor.model))
+        elif bn is not None:
+            parts.append(plain_batch_norm(cast(Any, bn), layer.row[1]))
         if layer.ceiling is not None:
             parts.append(nn.ReLU() if layer.ceiling == math.inf else nn.Hardtanh(0.0, layer.ceiling))
-        frozen = bn is not None and module.training and not bn.training
+        frozen = layer.frozen is not None or (bn is not None and module.training and not bn.training)
         row = fuse_row(parts, layer.row)
         quantized = swap(row, self._types[type(row)], qconfig)
         keep_attributes(module, quantized)
@@ -221,7 +224,7 @@ class _PlanWork:
         exclusive = self._plan.exclusive_state
         for layer in self._plan.layers:
             if layer.function is not None:
-                computed = computed_parameters(layer.function, self._editor.model, exclusive)
+                computed = computed_parameters(layer.function.program, self._editor.model, exclusive)
                 cast(QATLayer, self._editor.modules[layer.name]).take_computed(computed)
             grid, module = self._plan.inputs.get(layer.name), self._editor.modules[layer.name]
             if grid is not None and isinstance(module, QATLayer):
@@ -245,13 +248,3 @@ class _PlanWork:
         tensor = next(self._editor.modules[like].parameters(), None)
         tensor = next(self._editor.model.parameters(), None) if tensor is None else tensor
         return module if tensor is None else module.to(tensor.device)
-
-
-def _plain_batch_norm(bn: nn.modules.batchnorm._BatchNorm, kind: type[nn.Module]) -> nn.Module:
-    """``bn`` itself if it is a plain or synchronized BatchNorm, else a plain one with its state."""
-    if type(bn) is kind or isinstance(bn, nn.SyncBatchNorm):
-        return bn
-    plain = kind(bn.num_features, bn.eps, bn.momentum, device="meta")
-    plain._parameters.update({name: bn._parameters[name] for name in plain._parameters})
-    plain._buffers.update({name: bn._buffers[name] for name in plain._buffers})
-    return plain.train(bn.training)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tritonq.nn.computed import ComputedParameters, Slot, StateSlot, Step
 from tritonq.nn.reference import Reference
+from tritonq.prepare.decide.constants import PlannedProgram
 from tritonq.prepare.decide.function_layers import FunctionLayer
 from tritonq.prepare.record.dataflow import Call, Ref
 
@@ -21,12 +22,13 @@ def float_layer(function: FunctionLayer, model: nn.Module, training: bool) -> nn
     return made
 
 
-def computed_parameters(function: FunctionLayer, model: nn.Module, exclusive: Container[str]) -> ComputedParameters:
+def computed_parameters(
+    program: PlannedProgram, model: nn.Module, exclusive: Container[str] = ()
+) -> ComputedParameters:
     """How weight and bias follow from the state of ``model``, whose modules are in their final places.
 
     ``exclusive`` holds the names of parameters and buffers that nothing else reads.
     """
-    program = function.program
     state = []
     for value, name in program.state.items():
         owner, _, own_name = name.rpartition(".")

@@ -1,0 +1,120 @@
+"""BatchNorms that are parts of quantized layers: one with fixed numbers, and one whose statistics ranks share."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class FrozenBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """``weight · x + bias`` per channel, with fixed numbers: no mode and no step changes them.
+
+    Its running mean is 0 and its running variance 1, so that folding it multiplies by ``weight``.
+
+    Args:
+        weight: factors, (channels,).
+        bias: summands, (channels,).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__(len(weight), eps=0.0, affine=False, device=weight.device, dtype=weight.dtype)
+        for name, values in (("weight", weight), ("bias", bias)):
+            self._parameters.pop(name)
+            self.register_buffer(name, values.detach().clone())
+        self.training = False
+
+    def train(self, mode: bool = True) -> FrozenBatchNorm:
+        """Stay in eval mode."""
+        return super().train(False)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Take any number of dimensions."""
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """torch's SyncBatchNorm, which here also works on CPUs, over gloo.
+
+    In training mean and variance are those of all ranks' batches together, whose sizes may differ, and gradients are
+    those of one process that saw them all. Source: torch.nn.SyncBatchNorm.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise by channel; shape and dtype of ``input``."""
+        group = self._group() if self.training and input.device.type == "cpu" else None
+        if group is None:
+            return super().forward(input)
+        self._check_input_dim(input)
+        momentum = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(self.num_batches_tracked) if momentum is None else momentum
+        running = (self.running_mean, self.running_var, float(momentum or 0.0))
+        result = _Synchronized.apply(input, self.weight, self.bias, running, self.eps, group)  # type: ignore[no-untyped-call]
+        return cast(Tensor, result)
+
+    def _group(self) -> Any:
+        """The group to share statistics with, or None where this rank is alone."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
+
+
+class _Synchronized(torch.autograd.Function):
+    """``γ (x - μ) / sqrt(var + eps) + β`` with mean and biased variance of all ranks; updates running statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: tuple[Tensor | None, Tensor | None, float],
+        eps: float,
+        group: Any,
+    ) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+        count = wide.new_full((1,), x.numel() // x.shape[1])
+        total = wide.sum(axes)
+        mean = total / count.clamp(min=1)
+        squares = (wide - mean.view(shape)).square().sum(axes)
+        own = torch.cat([count, mean, squares])
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, own, group=group)
+        counts, means, deviations = torch.split(torch.stack(gathered), [1, len(mean), len(mean)], dim=1)
+        number = counts.sum()
+        mean = (counts * means).sum(0) / number
+        var = (deviations + counts * (means - mean).square()).sum(0) / number
+        running_mean, running_var, momentum = running
+        if running_mean is not None and running_var is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * number / (number - 1).clamp(min=1)).to(running_var.dtype), momentum)
+        inverse_std = torch.rsqrt(var + eps)
+        scale = inverse_std if weight is None else inverse_std * weight
+        y = (wide - mean.view(shape)) * scale.view(shape)
+        ctx.group, ctx.number = group, number
+        ctx.save_for_backward(x, weight, mean, inverse_std)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        shifted: Tensor = y if bias is None else y + bias.view(shape)
+        return shifted.to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse_std = ctx.saved_tensors
+        axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+        g = dy.to(mean.dtype)
+        normalised = (x.to(mean.dtype) - mean.view(shape)) * inverse_std.view(shape)
+        sums = torch.stack([g.sum(axes), (g * normalised).sum(axes)])
+        own = sums.clone()
+        dist.all_reduce(sums, group=ctx.group)
+        scale = inverse_std if weight is None else inverse_std * weight
+        centred = g - (sums[0] / ctx.number).view(shape) - normalised * (sums[1] / ctx.number).view(shape)
+        dx = (scale.view(shape) * centred).to(x.dtype)
+        dweight = None if weight is None else own[1].to(weight.dtype)
+        dbias = None if ctx.bias_dtype is None else own[0].to(ctx.bias_dtype)
+        return dx, dweight, dbias, None, None, None

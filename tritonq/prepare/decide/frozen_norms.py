@@ -1,0 +1,139 @@
+"""Modules that normalise by channel with fixed numbers: FrozenBatchNorm2d of every toolkit, and whatever is like it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.constants import PlannedProgram
+from tritonq.prepare.record.dataflow import Call, Frame, Ref, refs_in
+
+Operation = Literal["add", "sub", "mul", "div", "reversed_sub", "batch_norm"]
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_ELEMENTWISE = ("add", "sub", "mul", "div")
+# These keep values as they are, where they keep the dtype.
+_PASSING = ("to", "type_as", "float", "contiguous")
+
+
+@dataclass(frozen=True)
+class AffineStep:
+    """One operation on each channel.
+
+    Attributes:
+        operation: which one; ``"reversed_sub"`` subtracts from the operand.
+        number: the operand, where that is a number; epsilon of a BatchNorm.
+        operands: how the operands are computed, where they are tensors: one, or those of a BatchNorm.
+        roles: what the operands are, for a BatchNorm.
+    """
+
+    operation: Operation
+    number: float = 0.0
+    operands: PlannedProgram | None = None
+    roles: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FrozenNorm:
+    """A module that multiplies and shifts each channel by constants.
+
+    Attributes:
+        channels: how many.
+        dimensions: of its input.
+        steps: the operations, in order.
+        starts: for each run of the module its first operation.
+        ends: for each run its last.
+    """
+
+    channels: int
+    dimensions: int
+    steps: tuple[AffineStep, ...]
+    starts: tuple[Call, ...]
+    ends: tuple[Call, ...]
+
+
+def find_frozen_norm(owner: str, analysis: Analysis) -> FrozenNorm | None:
+    """The frozen norm that a module is, or None where it computes something else, or with parameters that train."""
+    frames = analysis.flow.frames_of(owner)
+    if not frames or next(analysis.modules[owner].children(), None) is not None:
+        return None
+    found = [chain for chain in (_chain(frame, analysis) for frame in frames) if chain]
+    if len(found) < len(frames) or len({tuple(call.name for call in chain) for chain in found}) > 1:
+        return None
+    shape = analysis.flow.values[found[0][0].inputs[0]].shape if found[0][0].inputs else ()
+    steps = [_step(call, analysis) for call in found[0] if call.name not in _PASSING]
+    if len(shape) < 2 or any(step is None for step in steps) or not any(step and step.operands for step in steps):
+        return None
+    starts, ends = tuple(chain[0] for chain in found), tuple(chain[-1] for chain in found)
+    return FrozenNorm(shape[1], len(shape), tuple(step for step in steps if step is not None), starts, ends)
+
+
+def _chain(frame: Frame, analysis: Analysis) -> list[Call] | None:
+    """The calls that lead from the only tensor that a forward was given to what it returned; constants aside."""
+    flow, constants = analysis.flow, analysis.constants.values
+    given = set(refs_in((*frame.args, *frame.kwargs.values()))) - constants
+    if len(given) != 1:
+        return None
+    value, chain = given.pop(), list[Call]()
+    for kind, index in frame.events:
+        if kind != "call":
+            return None
+        call = flow.calls[index]
+        if constants.issuperset(call.outputs):
+            continue
+        result = analysis.value_of(call)
+        if set(call.inputs) - constants != {value} or result is None or call.writes or call.kind != "function":
+            return None
+        chain.append(call)
+        value = result
+    return chain if analysis.value_of(frame) == value else None
+
+
+def _step(call: Call, analysis: Analysis) -> AffineStep | None:
+    """What a call does to each channel, or None where it does more, or with a tensor that training changes."""
+    if call.name == "batch_norm":
+        given = {**dict(zip(_BATCH_NORM, call.args, strict=False)), **call.kwargs}
+        roles = tuple(name for name in _BATCH_NORM[1:5] if isinstance(given.get(name), Ref))
+        operands = _program(analysis, [given[role].value for role in roles])
+        if given.get("training") or operands is None or not {"running_mean", "running_var"} <= set(roles):
+            return None
+        return AffineStep("batch_norm", float(given.get("eps", 1e-5)), operands, roles)
+    if call.name not in _ELEMENTWISE or len(call.args) != 2 or call.kwargs:
+        return None
+    constants = analysis.constants.values
+    moving = [isinstance(item, Ref) and item.value not in constants for item in call.args]
+    operand = call.args[1 if moving[0] else 0]
+    operation: Operation = "reversed_sub" if call.name == "sub" and moving[1] else call.name  # type: ignore[assignment]
+    if all(moving) or (call.name == "div" and moving[1]):
+        return None
+    if isinstance(operand, (int, float)):
+        return AffineStep(operation, float(operand))
+    if not isinstance(operand, Ref) or not _is_per_channel(call, operand.value, analysis):
+        return None
+    program = _program(analysis, [operand.value])
+    return None if program is None else AffineStep(operation, operands=program)
+
+
+def _is_per_channel(call: Call, operand: int, analysis: Analysis) -> bool:
+    """Whether an operand has one value for each channel, or one for all."""
+    result = analysis.value_of(call)
+    shape = analysis.flow.values[operand].shape
+    whole = () if result is None else analysis.flow.values[result].shape
+    padded = (*[1] * (len(whole) - len(shape)), *shape)
+    return len(padded) == len(whole) and all(size == 1 for axis, size in enumerate(padded) if axis != 1)
+
+
+def _program(analysis: Analysis, values: list[int]) -> PlannedProgram | None:
+    """How constants follow from buffers and parameters that do not train, or None."""
+    program = analysis.constants.program(values)
+    if program is None:
+        return None
+    tensors = (_tensor(analysis.model, name) for name in program.state.values())
+    return None if any(isinstance(tensor, nn.Parameter) and tensor.requires_grad for tensor in tensors) else program
+
+
+def _tensor(model: nn.Module, path: str) -> object:
+    parent, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(parent), name)
