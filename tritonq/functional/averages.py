@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tritonq.functional.codes import rounded_codes
+from tritonq.functional.host_grid import HostGrid
 from tritonq.functional.integer import centred_codes
 from tritonq.grid import Grid
-from tritonq.reference.averages import Averaging, exact_sums, requantize_sums
+from tritonq.reference.averages import Averaging, average_steps, exact_sums, requantize_sums
 
 
 def integer_average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tensor:
@@ -40,3 +42,23 @@ def integer_average(x: Tensor, averaging: Averaging, source: Grid, output: Grid)
         sums = exact_sums(codes, averaging, source.qtype.quant_max - source.qtype.quant_min)
         divisors = averaging.divisors(x.shape)
         return requantize_sums(sums, source.scale, output.scale, divisors, output.qtype.rounding)
+
+
+def average_codes(codes: Tensor, averaging: Averaging, source: HostGrid, output: HostGrid) -> Tensor:
+    """Return the codes of the means of codes: :func:`integer_average`, clipped.
+
+    Args:
+        codes: uint8 codes of the input, counted from 0.
+        averaging: the operation.
+        source: the input's grid.
+        output: the result's.
+
+    Returns:
+        uint8, counted from 0.
+    """
+    values = codes.to(torch.float32)
+    if source.zero:
+        values.sub_(source.zero)
+    sums, divisors = exact_sums(values, averaging, source.largest), averaging.divisors(codes.shape)
+    steps = average_steps(sums, torch.tensor(source.scale), torch.tensor(output.scale), divisors)
+    return rounded_codes(steps, output)

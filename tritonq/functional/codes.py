@@ -124,7 +124,8 @@ def give_codes(codes: Tensor, grid: HostGrid, like: Tensor) -> Tensor:
     """
     if _calls.depth:
         return coded_like(codes, like, grid)
-    values = codes.to(torch.float32, memory_format=memory_format_of(like))
+    form = memory_format_of(like) if codes.dim() == like.dim() else torch.contiguous_format
+    values = codes.to(torch.float32, memory_format=form)
     if grid.zero:
         values.sub_(grid.zero)
     values.mul_(grid.scale)

@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tritonq.functional.averages import integer_average
+from tritonq.functional.averages import average_codes, integer_average
+from tritonq.functional.host_grid import HostGrid
 from tritonq.grid import Grid
 from tritonq.nn.unary import UnaryLayer
 from tritonq.qconfig import QConfig
@@ -33,6 +34,10 @@ class AverageLayer(UnaryLayer):
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """See base class."""
         return integer_average(x, self.averaging, source, output)
+
+    def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
+        """See base class."""
+        return average_codes(codes, self.averaging, source, output)
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """See base class."""

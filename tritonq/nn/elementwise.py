@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeGuard, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.coded_joins import CodedJoin, coded_join
+from tritonq.functional.codes import can_use_codes, give_codes, take_codes
 from tritonq.functional.integer_joins import JoinKind, float_join, integer_concatenation, integer_join
+from tritonq.functional.memo import Memo
 from tritonq.functional.residual import residual_join, rounded_product, rounded_result
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn.eval_mode import with_gradient_of
@@ -46,6 +49,15 @@ class GridSource(Protocol):
 
     def grid(self) -> Grid:
         """Return the grid, with its switch on the device."""
+
+
+def is_grid_source(module: object) -> TypeGuard[GridSource]:
+    """Whether ``module`` is a :class:`GridSource`; faster than ``isinstance`` of a protocol."""
+    return callable(getattr(type(module), "is_enabled_on_host", None)) and callable(getattr(type(module), "grid", None))
+
+
+def _joint_shape(a: Tensor, b: Tensor) -> torch.Size:
+    return torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class Joint(_WithOutputQuantizer):
@@ -124,6 +136,10 @@ class Joint(_WithOutputQuantizer):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Operate on two tensors, which broadcast, and fake-quantize the result."""
+        if not self.training and can_use_codes(a) and can_use_codes(b):
+            y = self._on_codes(a, b)
+            if y is not None:
+                return y
         exact = None if self.training else self._exact(a, b)
         if exact is not None:
             if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
@@ -141,6 +157,41 @@ class Joint(_WithOutputQuantizer):
         if a.shape != b.shape or a.dtype != b.dtype:
             return rounded_result(float_join(self.kind, a, b), grid, statistics, self.ceiling)
         return residual_join(a, -b if self.kind == "sub" else b, grid, statistics, self.ceiling)
+
+    def _on_codes(self, a: Tensor, b: Tensor) -> Tensor | None:
+        """The quantized result from the operands' codes; None where these can't be used."""
+        quantizers, own = (*self.input_quantizers, self.activation_post_process), self.activation_post_process
+        if own._forward_pre_hooks or not a.numel() or not all(is_grid_source(quantizer) for quantizer in quantizers):
+            return None
+        sources = [cast(GridSource, quantizer) for quantizer in quantizers]
+        if any(source.qtype.axis is not None or not source.is_enabled_on_host() for source in sources):
+            return None
+        # A sum's operands are added in an order that depends on which one is broadcast.
+        if not (a.shape == b.shape and a.numel() > 1 if self.kind != "mul" else a.shape == _joint_shape(a, b)):
+            return None
+        first, second, output = (source.grid() for source in sources)
+        relus = (*self.after_relu, self.ceiling is not None)
+
+        def prepare() -> CodedJoin | None:
+            grids = (first, second, output)
+            deployed = [_deployed(grid, relu) for grid, relu in zip(grids, relus, strict=True)]
+            return coded_join(self.kind, grids, deployed, self.ceiling)
+
+        held = tuple([tensor for grid in (first, second, output) for tensor in (grid.scale, grid.zero_point)])
+        key = (self.kind, self.ceiling, relus, [source.qtype for source in sources])
+        join = self._coded.get(held, prepare, key)
+        codes = None if join is None else (take_codes(a, join.a), take_codes(b, join.b))
+        if join is None or codes is None or codes[0] is None or codes[1] is None:
+            return None
+        y = give_codes(join(codes[0], codes[1]), join.output, a)
+        # Who listens to the quantizer's results is told.
+        return cast(Tensor, own(y)) if own._forward_hooks else y
+
+    @property
+    def _coded(self) -> Memo[CodedJoin | None]:
+        """The operation on codes; derived, and part of no copy."""
+        found: Memo[CodedJoin | None] = self.__dict__.setdefault("_coded_join", Memo())
+        return found
 
     @torch.no_grad()
     def _exact(self, a: Tensor, b: Tensor) -> Tensor | None:

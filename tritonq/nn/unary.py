@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.codes import can_use_codes, give_codes, take_codes
+from tritonq.functional.host_grid import HostGrid, host_grid
+from tritonq.functional.memo import Memo
 from tritonq.grid import Grid
-from tritonq.nn.elementwise import GridSource
+from tritonq.nn.elementwise import is_grid_source
 from tritonq.nn.eval_mode import with_gradient_of
 from tritonq.nn.reference import Reference
 from tritonq.qconfig import QConfig
@@ -85,6 +88,16 @@ class UnaryLayer(nn.Module):
         """Return the fake-quantized result; shapes as torch has them."""
         return cast(Tensor, self.activation_post_process(self._result(x)))
 
+    def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
+        """Return the codes of the result, clipped; None where :meth:`exact` is the only way.
+
+        Args:
+            codes: uint8 codes of the input, counted from 0.
+            source: the input's grid.
+            output: the result's.
+        """
+        return None
+
     def _result(self, x: Tensor) -> Tensor:
         if self.training:
             return self.compute(x)
@@ -98,7 +111,7 @@ class UnaryLayer(nn.Module):
     def _exact_result(self, x: Tensor) -> Tensor | None:
         """Return the result as integer runtimes compute it, without gradient; None where a grid is unknown."""
         source, output = self.input_quantizer, self.output_quantizer
-        if not isinstance(source, GridSource) or not isinstance(output, GridSource):
+        if not is_grid_source(source) or not is_grid_source(output):
             return None
         if source.qtype.axis is not None or output.qtype.axis is not None:
             return None
@@ -106,4 +119,19 @@ class UnaryLayer(nn.Module):
             return self.traced(x, source.grid(), output.grid())
         if not source.is_enabled_on_host() or not output.is_enabled_on_host():
             return None
-        return self.exact(x, source.grid(), output.grid())
+        grids = source.grid(), output.grid()
+        if can_use_codes(x) and x.numel():
+            y = self._on_codes(x, *grids)
+            if y is not None:
+                return y
+        return self.exact(x, *grids)
+
+    def _on_codes(self, x: Tensor, source: Grid, output: Grid) -> Tensor | None:
+        held = (source.scale, source.zero_point, output.scale, output.zero_point)
+        memo: Memo[tuple[HostGrid | None, HostGrid | None]] = self.__dict__.setdefault("_host_grids", Memo())
+        one, other = memo.get(held, lambda: (host_grid(source), host_grid(output)), (source.qtype, output.qtype))
+        codes = None if one is None or other is None else take_codes(x, one)
+        if one is None or other is None or codes is None:
+            return None
+        result = self.exact_codes(codes, one, other)
+        return None if result is None else give_codes(result, other, x)

@@ -1,0 +1,112 @@
+"""Sums, products and means of codes are those of the formula, over all pairs of codes."""
+
+import pytest
+import torch
+from torch import nn
+
+from tritonq import nn as qnn
+from tritonq.deploy.modules import Quantizer
+from tritonq.functional import coded_joins
+from tritonq.functional.codes import give_codes, take_codes
+from tritonq.functional.host_grid import host_grid
+from tritonq.qparams import QuantizedType
+from tritonq.reference.averages import AxesAverage
+
+UNSIGNED, SIGNED = QuantizedType(0, 255, False), QuantizedType(-128, 127)
+KINDS = {"add": qnn.Add, "sub": qnn.Sub, "mul": qnn.Mul}
+# Scales of the operands and the result; some make ties.
+SCALES = [(0.5, 0.25, 0.5), (0.1, 0.07, 0.13), (0.031, 0.0072, 0.02), (1.0, 3.0, 2.0)]
+
+
+def quantizer(qtype, scale, zero=0):
+    return Quantizer(qtype, torch.tensor([scale]), torch.tensor([zero], dtype=torch.int32))
+
+
+def producer(quantizer, ceiling):
+    """A layer whose output lies on a grid, behind a ReLU or not."""
+    layer = nn.Identity()
+    layer.activation_post_process, layer.ceiling = quantizer, ceiling
+    return layer
+
+
+def all_pairs(one, other):
+    a, b = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    grids = [host_grid(one.grid()), host_grid(other.grid())]
+    # Lengths that fill no vector.
+    return [
+        give_codes(codes.to(torch.uint8).reshape(1, -1, 16)[:, :-1], grid, torch.empty(0))
+        for codes, grid in zip((a, b), grids, strict=True)
+    ]
+
+
+def by_formula(module, inputs, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("tritonq.nn.elementwise.can_use_codes", lambda x: False)
+        patch.setattr("tritonq.nn.unary.can_use_codes", lambda x: False)
+        return module(*inputs)
+
+
+@pytest.mark.parametrize("ceiling", [None, float("inf"), 6.0])
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_join_equals_formula(kind, signed, scales, ceiling, monkeypatch):
+    types = [(SIGNED, 0)] * 3 if signed else [(UNSIGNED, 7), (UNSIGNED, 130), (UNSIGNED, 0 if ceiling else 101)]
+    a, b, output = (quantizer(qtype, scale, zero) for (qtype, zero), scale in zip(types, scales, strict=True))
+    join = KINDS[kind](ceiling).eval()
+    join.activation_post_process = output
+    after_relu = signed and kind == "add"
+    join.set_producers(producer(a, float("inf") if after_relu else None), b)
+    inputs = all_pairs(a, b)
+    if after_relu:
+        inputs[0] = inputs[0].relu()
+    expected, found = by_formula(join, inputs, monkeypatch), join(*inputs)
+    assert join._coded._value is not None
+    assert torch.equal(expected, found)
+    assert torch.equal(take_codes(found, host_grid(output.grid())), take_codes(expected, host_grid(output.grid())))
+    output.scale.mul_(2)
+    assert torch.equal(by_formula(join, inputs, monkeypatch), join(*inputs))
+
+
+def test_a_gate_broadcasts(monkeypatch):
+    a, b, output = (quantizer(UNSIGNED, scale, 9) for scale in SCALES[1])
+    gate = qnn.Mul().eval()
+    gate.activation_post_process = output
+    gate.set_producers(a, b)
+    inputs = a(torch.randn(2, 4, 5, 5) * 3), b(torch.randn(2, 4, 1, 1) * 3)
+    assert torch.equal(by_formula(gate, inputs, monkeypatch), gate(*inputs))
+    assert gate._coded._value is not None
+    assert torch.equal(by_formula(gate, inputs[::-1], monkeypatch), gate(*inputs[::-1]))
+
+
+def test_without_fused_addition_sums_take_the_formula(monkeypatch):
+    monkeypatch.setattr(coded_joins, "adds_fused", lambda: False)
+    a, b, output = (quantizer(UNSIGNED, scale, 9) for scale in SCALES[1])
+    join = qnn.Add().eval()
+    join.activation_post_process = output
+    join.set_producers(a, b)
+    inputs = all_pairs(a, b)
+    assert torch.equal(by_formula(join, inputs, monkeypatch), join(*inputs))
+    assert join._coded._value is None
+
+
+@pytest.mark.parametrize("types", [(UNSIGNED, 30), (SIGNED, 0)])
+@pytest.mark.parametrize("pool", [qnn.AvgPool2d(3, 2, 1, ceil_mode=True), qnn.AdaptiveAvgPool2d(1)])
+def test_average_equals_formula(pool, types, monkeypatch):
+    source, output = quantizer(types[0], 0.1, types[1]), quantizer(types[0], 0.031, types[1])
+    pool.set_quantizers(source)
+    pool.activation_post_process = output
+    pool.eval()
+    x = source(torch.randn(3, 5, 8, 8) * 5)
+    called = []
+    exact_codes = type(pool).exact_codes
+    monkeypatch.setattr(type(pool), "exact_codes", lambda *args: called.append(1) or exact_codes(*args))
+    assert torch.equal(by_formula(pool, (x,), monkeypatch), pool(x))
+    assert called
+
+
+def test_a_mean_over_axes_of_a_channels_last_tensor(monkeypatch):
+    mean = qnn.Average(AxesAverage((2, 3))).eval()
+    mean.set_quantizers(quantizer(SIGNED, 0.1), quantizer(SIGNED, 0.03))
+    x = quantizer(SIGNED, 0.1)(torch.randn(3, 5, 8, 8).contiguous(memory_format=torch.channels_last))
+    assert torch.equal(quantizer(SIGNED, 0.03)(by_formula(mean, (x,), monkeypatch)), mean(x))

@@ -1,0 +1,116 @@
+"""Sums, differences and products of codes: `integer_joins`, bit for bit, without a tensor in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tritonq.functional.codes import rounded_codes
+from tritonq.functional.host_grid import HostGrid, host_grid
+from tritonq.functional.integer_joins import JoinKind
+from tritonq.grid import Grid
+from tritonq.reference.fake_quant import quantize
+
+
+@dataclass(frozen=True, eq=False)
+class CodedJoin:
+    """An operation of two tensors of codes, each counted from 0 on its own grid.
+
+    Attributes:
+        kind: of the operation.
+        a: grid of the first operand.
+        b: grid of the second one.
+        output: grid of the result.
+        starts: of both operands and the result: what a runtime counts codes from, in codes counted from 0. That is the
+            code of zero behind a ReLU whose type fixes it, else 0.
+        ratios: both operands' scales over the output's, float32; one number for a product.
+        fixed: float32, 0-d; see `integer_joins.integer_add`.
+        limits: smallest and largest code of the result.
+    """
+
+    kind: JoinKind
+    a: HostGrid
+    b: HostGrid
+    output: HostGrid
+    starts: tuple[int, int, int]
+    ratios: tuple[float, ...]
+    fixed: Tensor
+    limits: tuple[int, int]
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the result's codes.
+
+        Args:
+            a: uint8 codes.
+            b: uint8 codes; of the same shape, for a product of one that broadcasts to the shape of ``a``.
+        """
+        start_a, start_b, start = self.starts
+        if self.kind == "mul":
+            total = _floats(a, self.a.zero).mul_(_floats(b, self.b.zero)).mul_(self.ratios[0]).add_(self.fixed)
+        else:
+            total = torch.add(self.fixed, _floats(b, start_b), alpha=self.ratios[1])
+            total = torch.add(total, _floats(a, start_a), alpha=self.ratios[0], out=total)
+        counted = HostGrid(self.output.scale, start, self.output.largest, self.output.half_even)
+        return rounded_codes(total, counted, *self.limits)
+
+
+def coded_join(
+    kind: JoinKind, grids: tuple[Grid, Grid, Grid], deployed: list[Grid], ceiling: float | None
+) -> CodedJoin | None:
+    """Prepare an operation on codes; None where codes can't be used.
+
+    Args:
+        kind: of the operation.
+        grids: of both operands and of the result, per tensor.
+        deployed: the same with the codes that deployment has.
+        ceiling: of the ReLU before the result's quantizer, see :func:`tritonq.reference.activation.rectify`.
+    """
+    found = [host_grid(grid) for grid in grids]
+    if kind != "mul" and not adds_fused():
+        return None
+    a, b, output = found
+    if a is None or b is None or output is None:
+        return None
+    starts = [grid.qtype.quant_min - full.qtype.quant_min for grid, full in zip(deployed, grids, strict=True)]
+    offsets = [float(one.zero - start) for one, start in zip((a, b, output), starts, strict=True)]
+    scale_a, scale_b, scale = (grid.scale.view(()) for grid in grids)
+    if kind == "mul":
+        ratios: tuple[float, ...] = (float(scale_a * scale_b / scale),)
+        fixed = torch.tensor(offsets[2])
+    else:
+        ratio_a, ratio_b = scale_a / scale, (-scale_b if kind == "sub" else scale_b) / scale
+        ratios = float(ratio_a), float(ratio_b)
+        inner = offsets[0] * ratio_a.double() + (offsets[1] * ratio_b).double()
+        fixed = torch.tensor(offsets[2]) - inner.float()
+    if not all(math.isfinite(ratio) for ratio in ratios):
+        return None
+    low, high = 0, output.largest
+    if ceiling is not None:
+        low, high = output.zero, int(quantize(torch.tensor([ceiling]), grids[2])) - grids[2].qtype.quant_min
+    return CodedJoin(kind, a, b, output, (starts[0], starts[1], starts[2]), ratios, fixed, (low, high))
+
+
+def _floats(codes: Tensor, zero: int) -> Tensor:
+    values = codes.to(torch.float32)
+    return values.sub_(zero) if zero else values
+
+
+@cache
+def adds_fused() -> bool:
+    """Whether ``torch.add(x, y, alpha=r)`` rounds ``x + r * y`` once here, as with fused multiply-add. Tried once."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 256, (1003,), generator=generator).float()
+    addend = torch.randn(1003, generator=generator) * 64
+    for ratio in (0.7310585, -1.3333334, 0.0123456):
+        exact = y.double() * float(torch.tensor(ratio))
+        for x in (addend, addend[0]):
+            for length in (1003, 7, 1):
+                once = ((x if x.dim() == 0 else x[:length]).double() + exact[:length]).float()
+                found = torch.add(x if x.dim() == 0 else x[:length], y[:length], alpha=ratio)
+                if not torch.equal(found, once):
+                    return False
+    return True
