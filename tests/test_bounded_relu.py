@@ -201,7 +201,7 @@ def test_it_stays_where_it_can_not_be_removed(traceable):
     """Behind a quantizer it would clip between two codes; a plain ReLU changes nothing there."""
     prepared = trained(prepare_qat(Shared(traceable), example_inputs=X))
     assert prepared.first.ceiling == (6.0 if traceable else None)
-    assert type(prepared.act) is nn.ReLU6
+    assert isinstance(prepared.act, nn.ReLU6)
     assert hasattr(prepared, "add") == traceable
     if traceable:
         assert prepared.add.ceiling == 6.0

@@ -309,7 +309,7 @@ def of_other_shape(content):
 
 def with_code(content):
     for entry in content["modules"]:
-        if entry.get("forward"):
+        if (entry.get("forward") or {}).get("eval"):
             entry["forward"]["eval"][1].update(op="call_function", target="os.system")
 
 

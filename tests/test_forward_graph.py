@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tritonq.prepare.forwards.edited import EditedForward, apply_forward, forward_data, original_class
+from tritonq.nn.original_class import original_class
+from tritonq.prepare.forwards.edited import EditedForward, apply_forward, forward_data
 from tritonq.prepare.forwards.graph import ForwardGraph, node_operands, sequence_operand
 from tritonq.prepare.forwards.proof import Recorded, match_frame
 from tritonq.prepare.forwards.trace import TraceError

@@ -18,6 +18,7 @@ from prepared_nets import (
     quantizers,
 )
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.nn.original_class import original_class
 from tritonq.prepare import (
     prepare_qat,
 )
@@ -28,7 +29,7 @@ def test_quantizers_of_resnet18_are_those_of_a_hand_count():
     names = quantizers(prepared)
     # 20 convolutions and the head, 8 additions, the input, the pooled features
     assert len(names) == 31
-    assert "input_fake_quants.x" in names
+    assert "conv1.input_fake_quant" in names
     assert "avgpool.activation_post_process" in names
     assert "layer1.0.add.activation_post_process" in names
     assert "maxpool.activation_post_process" not in names
@@ -107,7 +108,7 @@ def test_one_quantizer_serves_all_readers():
     prepared = prepare(
         lambda m, x: m.first(m.pool(x)) + m.second(m.pool(x)).mul(2), first=conv(), second=conv(), pool=nn.Identity()
     )
-    assert prepared.first.input_quantizer is prepared.second.input_quantizer is prepared.input_fake_quants["x"]
+    assert prepared.first.input_quantizer is prepared.second.input_quantizer is prepared.first.input_fake_quant
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_inputs_are_quantized_however_they_are_passed(how):
     model, depth = TwoInputs(), torch.randn(2, 4, 6, 6)
     example = {"image": X, "extra": {"depth": depth}} if how == "dict" else (X, {"depth": depth})
     prepared = prepare_qat(model, example_inputs=example)
-    assert sorted(prepared.input_fake_quants) == ["extra_depth", "image"]
+    assert prepared.first.input_fake_quant is not prepared.second.input_fake_quant
     call = {
         "position": lambda: prepared(X, {"depth": depth}),
         "name": lambda: prepared(extra={"depth": depth}, image=X),
@@ -267,8 +268,8 @@ def test_inputs_are_quantized_however_they_are_passed(how):
     }[how]
     call()
     for quantizer, tensor in (
-        (prepared.input_fake_quants["image"], X),
-        (prepared.input_fake_quants["extra_depth"], depth),
+        (prepared.first.input_fake_quant, X),
+        (prepared.second.input_fake_quant, depth),
     ):
         assert float(quantizer.activation_post_process.max_val) == float(tensor.max())
     with pytest.raises(ValueError, match="argument scale was"):
@@ -278,7 +279,7 @@ def test_inputs_are_quantized_however_they_are_passed(how):
 def test_integer_input_is_left_alone():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
     prepared = prepare_qat(model, example_inputs=torch.tensor([[1, 2]]))
-    assert not hasattr(prepared, "input_fake_quants")
-    assert type(prepared[0]) is qnn.Embedding
+    assert sorted(quantizers(prepared)) == ["0.activation_post_process", "1.activation_post_process"]
+    assert original_class(prepared[0]) is qnn.Embedding
     assert prepared[1].input_quantizer is prepared[0].activation_post_process
     prepared(torch.tensor([[3, 4]])).sum().backward()

@@ -108,11 +108,11 @@ def test_the_editor_undoes_everything():
         with ModelEditor(model, names, lambda owner: ForwardGraph.trace(names[owner], flow.frames_of(owner))) as editor:
             editor.replace("act", nn.Identity())
             assert isinstance(model.again, nn.Identity)  # wherever it is a child
-            name = editor.add_child("", "conv", Net(lambda self, a, b: a * b))
+            name = editor.add_child(model, "conv", Net(lambda self, a, b: a * b))
             assert name == "conv_1"
             model.conv_1.forward = lambda a, b: a * b
             editor.rewrite("").replace("add", name, node_operands)
-            editor.add_child("tail", "extra", nn.Tanh())
+            editor.add_child(model.tail, "extra", nn.Tanh())
             editor.apply()
             torch.testing.assert_close(model(x), (model.conv(x) * x).relu())  # a Sequential does not run what was added
             assert len(model.tail) == 1

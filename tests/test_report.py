@@ -57,25 +57,25 @@ def layer_of(measured, name):
 def test_layers_are_all_there_worst_first(measured):
     names = {layer.name for layer in measured.layers}
     assert names == {
-        *("input_fake_quants.x", "stem.0", "block1.depthwise", "block1.pointwise", "block1.add", "down.0"),
+        *("stem.0", "block1.depthwise", "block1.pointwise", "block1.add", "down.0"),
         *("block2.depthwise", "block2.pointwise", "block2.add", "pool", "head"),
     }
     errors = [layer.sensitivity for layer in measured.layers]
     assert errors == sorted(errors, reverse=True)
     assert 0 < min(errors) < max(errors) < 1
-    assert layer_of(measured, "input_fake_quants.x").position == 1
+    assert layer_of(measured, "stem.0").position == 1
     assert layer_of(measured, "head").position == len(names)
-    assert [tensor.role for tensor in layer_of(measured, "stem.0").tensors] == ["weight", "output"]
+    assert [tensor.role for tensor in layer_of(measured, "stem.0").tensors] == ["input", "weight", "output"]
 
 
 def test_noise_clipping_and_counts_by_hand(data):
     model = calibrated().eval()
-    quantizer = model.input_fake_quants.x
+    quantizer = model.stem[0].input_fake_quant
     quantizer.scale.mul_(0.5)  # half of the range that was observed
     # Digits have 17 grey levels: noise puts values everywhere, close to the ends of the range too.
     x = data.test_images[::20] + 0.1 * torch.randn(45, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     scale = float(quantizer.scale)
-    found = layer_of(measure(model, x, data.test_labels[::20]), "input_fake_quants.x").tensors[0]
+    found = layer_of(measure(model, x, data.test_labels[::20]), "stem.0").tensors[0]
     codes = x.double() / scale
     rounded = codes.round().clamp(-128, 127) * scale
     sqnr = 10 * math.log10(float(x.double().square().sum() / (x.double() - rounded).square().sum()))
@@ -194,7 +194,7 @@ def test_the_page_stands_alone_and_can_be_read_aloud(measured):
 
 
 def test_clipped_values_are_drawn_apart(measured):
-    tensor = layer_of(measured, "input_fake_quants.x").tensors[0]
+    tensor = layer_of(measured, "stem.0").tensors[0]
     assert 'class="clip"' not in histogram(tensor)
     counts = list(tensor.counts)
     counts[MARGIN - 20] = 5
@@ -356,7 +356,7 @@ def test_a_layer_whose_quantizer_stands_behind_its_clip_keeps_its_place():
     model = tritonq.calibrate(tritonq.prepare_qat(nn.Sequential(*parts), example_inputs=x), x)
     measured = measure(model, x, torch.arange(8))
     in_order = sorted(measured.layers, key=lambda layer: layer.position)
-    assert [layer.name for layer in in_order] == ["input_fake_quants.input", "0", "1", "2", "3", "5"]
+    assert [layer.name for layer in in_order] == ["0", "1", "2", "3", "5"]
     assert [tensor.role for tensor in layer_of(measured, "1").tensors] == ["output"]
 
 

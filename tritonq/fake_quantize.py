@@ -187,9 +187,12 @@ class FakeQuantize(FakeQuantizeBase):
             self.refresh_qparams()
             self._qparams_known = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Observe (training only) and fake quantize ``x``; same shape, dtype and memory format."""
-        if self.training and not is_recomputing():
+    def forward(self, x: Tensor, observe: bool = True) -> Tensor:
+        """Observe (training only) and fake quantize ``x``; same shape, dtype and memory format.
+
+        ``observe=False`` leaves the range alone: another call of this quantizer observes the same tensor.
+        """
+        if observe and self.training and not is_recomputing():
             self.observe(x)
         return self.quantize(x)
 

@@ -17,21 +17,22 @@ from tritonq.deploy.computed import stand_in
 from tritonq.deploy.description import (
     ADDED,
     Description,
-    attach_hooks,
     build_module,
     describe_modules,
+    described_forward,
     difference,
     link_operands,
 )
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule
 from tritonq.functional.codes import carry_codes
+from tritonq.prepare.edit.earlier_inputs import replace_hooks
 from tritonq.prepare.forwards.edited import apply_forward
 from tritonq.prepare.record.snapshot import ModelSnapshot
 
 FORMAT = "tritonq.converted"
-# Version 1 knew no upper bound of a ReLU, version 2 no pools and means in integers.
-VERSION = 3
+# Version 1 knew no upper bound of a ReLU, version 2 no pools and means in integers, version 3 named hooks.
+VERSION = 4
 
 
 def save_converted(
@@ -58,6 +59,7 @@ def save_converted(
     if not any(isinstance(module, DeployedModule) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is not a converted model: use convert first")
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    replace_hooks(model)
     modules = describe_modules(model)
     content = {
         "format": FORMAT,
@@ -182,9 +184,9 @@ def _rebuild(model: nn.Module, entries: list[Description], state: Mapping[str, T
         placed[name] = made
     for entry in entries:
         if entry["kind"] != "alias":
-            attach_hooks(placed[entry["name"]], entry)
-        if entry.get("forward") is not None:
-            apply_forward(placed[entry["name"]], entry["forward"])
+            forward = described_forward(entry, entries)
+            if forward is not None:
+                apply_forward(placed[entry["name"]], forward)
         for tensor in entry.get("stand_ins", ()):
             stand_in(placed[entry["name"]], tensor)
     link_operands(placed, entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -17,16 +18,14 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.codes import carry_codes
 from tritonq.grid import Grid
 from tritonq.nn import Embedding, EmbeddingBag, Joint, QATLayer, QATRepVGGBlock
+from tritonq.nn.own_input import INPUT_QUANTIZER
 from tritonq.nn.unary import UnaryLayer
+from tritonq.prepare.edit.earlier_inputs import replace_hooks
 from tritonq.prepare.edit.fuse import move_hooks
+from tritonq.prepare.forwards.edited import apply_forward, quantizer_names, quantizing_part
 from tritonq.prepare.record.snapshot import copied
 from tritonq.qparams import QuantizedType
 from tritonq.reference.fake_quant import quantize
-
-# The child that `prepare_qat` gives to a layer whose input has no other quantizer; a pre-hook calls it.
-INPUT_QUANTIZER = "input_fake_quant"
-# The one that it gives to a module whose output is quantized by a hook.
-OUTPUT_QUANTIZER = "activation_post_process"
 
 
 def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool = False) -> nn.Module:
@@ -59,6 +58,7 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
         return convert_fixed_point(model, inplace)
     _check(model, allow_unquantized)
     converted = model if inplace else copied(model)
+    replace_hooks(converted)
     computed = [layer.computed for layer in converted.modules() if isinstance(layer, QATLayer) and layer.computed]
     with torch.no_grad():
         replacements = _replacements(converted)
@@ -138,17 +138,27 @@ def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
                 output = module.activation_post_process
                 made = replacements[module] = _layer(module, quantizers.get(output, output))
                 made.target = module.qconfig.target
-                own_input = module._modules.get(INPUT_QUANTIZER)
-                if own_input is not None:
-                    replacements[module].add_module(INPUT_QUANTIZER, quantizers.get(own_input, own_input))
             elif isinstance(module, (Embedding, EmbeddingBag)):
                 replacements[module] = _table(module)
-                own_output = module._modules.get(OUTPUT_QUANTIZER)
-                if own_output is not None:
-                    replacements[module].add_module(OUTPUT_QUANTIZER, quantizers.get(own_output, own_output))
         except ValueError as error:
             raise ValueError(f"{name!r} can't be converted: {error}") from error
+    for module, replacement in replacements.items():
+        own_input = module._modules.get(INPUT_QUANTIZER)
+        if own_input is not None:
+            replacement.add_module(INPUT_QUANTIZER, quantizers.get(own_input, own_input))
+        _keep_quantizers(module, replacement, quantizers)
     return replacements
+
+
+def _keep_quantizers(module: nn.Module, made: nn.Module, quantizers: Mapping[nn.Module, nn.Module]) -> None:
+    """Let what replaces a module quantize the arguments and results that the module's forward does."""
+    data = quantizing_part(module)
+    if data is None:
+        return
+    for name in quantizer_names(data):
+        child = module._modules[name]
+        made.add_module(name, quantizers.get(child, child))  # type: ignore[arg-type]
+    apply_forward(made, data, quantizer_names(data))
 
 
 def _quantizer(source: FakeQuantizeBase) -> nn.Module:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tritonq.deploy import fixed_point_description
 from tritonq.deploy.computed import stand_ins
@@ -17,15 +17,11 @@ from tritonq.deploy.tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTabl
 from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, Mul, RepVGGBlock, Sub
 from tritonq.nn.averages import POOL_TYPES
 from tritonq.nn.intrinsic import FusedModule
+from tritonq.nn.original_class import original_class
 from tritonq.nn.unary import UnaryLayer
-from tritonq.prepare.edit.inputs import (
-    InputFakeQuants,
-    InputPlace,
-    quantize_first_argument_hook,
-    quantize_inputs_hook,
-)
-from tritonq.prepare.edit.swap import quantize_output_hook
-from tritonq.prepare.forwards.edited import forward_data, original_class
+from tritonq.prepare.edit.earlier_inputs import INPUTS, InputFakeQuants, InputPlace, hooked_forward
+from tritonq.prepare.forwards.edited import forward_data
+from tritonq.prepare.forwards.graph import ForwardData
 from tritonq.qparams import QuantizedType
 from tritonq.reference.averages import averaging_from_data, averaging_to_data
 
@@ -51,7 +47,7 @@ def describe_modules(model: nn.Module) -> list[Description]:
         first = first_names.setdefault(module, name)
         if first == name:
             described = describe_integer(module) if integers else None
-            found.append({"name": name, **(described or _describe(module)), "hooks": _hooks(module)})
+            found.append({"name": name, **(described or _describe(module)), "forward": forward_data(module)})
         else:
             found.append({"name": name, "kind": "alias", "of": first})
     for entry in found:
@@ -70,6 +66,11 @@ def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) 
         elif entry["kind"] in _LINKED:
             a, b = (None if name is None else modules[name] for name in entry["operands"])
             cast(UnaryLayer, modules[entry["name"]]).set_quantizers(a, b)
+
+
+def _class_name(module: nn.Module) -> str:
+    """The name of a module's class; torch.fx names its classes after what was traced, or not."""
+    return fx.GraphModule.__name__ if isinstance(module, fx.GraphModule) else original_class(module).__name__
 
 
 def _producer(modules: Mapping[str, nn.Module], quantizer: str) -> nn.Module:
@@ -99,17 +100,18 @@ def _describe(module: nn.Module) -> Description:
         return {"kind": "quantizer", "grid": _grid_to_data(module.qtype)}
     if isinstance(module, Joint):
         return {"kind": module.kind, "ceiling": module.ceiling}
-    if type(module) is Average:
-        return {"kind": "average", "averaging": averaging_to_data(module.averaging)}
+    kind = original_class(module)
+    if kind is Average:
+        return {"kind": "average", "averaging": averaging_to_data(cast(Average, module).averaging)}
     if isinstance(module, AverageLayer):
-        pool = next(source for source, made in POOL_TYPES.items() if type(module) is made)
+        pool = next(source for source, made in POOL_TYPES.items() if kind is made)
         geometry = {key: getattr(module, key) for key in _POOL_GEOMETRY if hasattr(module, key)}
         return {"kind": "pool", "type": pool.__name__, "geometry": geometry}
-    if type(module) is Cat:
+    if kind is Cat:
         return {"kind": "cat", "dim": module.dim}
-    if type(module) is FloatFunctional:
+    if kind is FloatFunctional:
         return {"kind": "functional"}
-    if type(module) is nn.Identity:
+    if kind is nn.Identity:
         return {"kind": "identity"}
     if isinstance(module, InputFakeQuants):
         return {"kind": "inputs", "places": [dataclasses.asdict(place) for place in module.places]}
@@ -117,7 +119,7 @@ def _describe(module: nn.Module) -> Description:
         return {"kind": "sequential"}
     if isinstance(module, DeployedModule):
         raise ValueError(f"{type(module).__name__} has no form in a file of converted models")
-    found = {"kind": "module", "type": original_class(module).__name__, "forward": forward_data(module)}
+    found = {"kind": "module", "type": _class_name(module)}
     return {**found, "stand_ins": stand_ins(module)} if stand_ins(module) else found
 
 
@@ -167,7 +169,7 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
     if kind == "cat":
         return Cat(entry["dim"])
     if kind == "inputs":
-        places = [InputPlace(**{**place, "path": tuple(place["path"])}) for place in entry["places"]]
+        places = [_place_from_data(place) for place in entry["places"]]
         return InputFakeQuants(places, [nn.Identity() for _ in places])
     plain: dict[str, Callable[[], nn.Module]] = {
         "functional": FloatFunctional,
@@ -183,7 +185,7 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
 
 def difference(entry: Description, module: nn.Module) -> str | None:
     """How a module of the float model differs from the one that ``entry`` was made from, or None where it fits."""
-    kind, here = entry["kind"], original_class(module).__name__
+    kind, here = entry["kind"], _class_name(module)
     if kind in ("integer_layer", "integer_maximum"):
         return integer_difference(entry, module)
     if kind in ("layer", "table", "pool"):
@@ -199,28 +201,21 @@ def difference(entry: Description, module: nn.Module) -> str | None:
     return None
 
 
-def attach_hooks(module: nn.Module, entry: Description) -> None:
-    """Register the hooks through which a module calls the quantizers that preparation gave it."""
-    for hook in entry["hooks"]:
-        if hook == "quantize_output":
-            module.register_forward_hook(quantize_output_hook, prepend=True)
-        elif hook == "quantize_inputs":
-            module.register_forward_pre_hook(quantize_inputs_hook, with_kwargs=True)
-        elif hook == "quantize_first_argument":
-            module.register_forward_pre_hook(quantize_first_argument_hook)
-        else:
-            raise ValueError(f"unknown hook {hook!r}")
+def described_forward(entry: Description, entries: list[Description]) -> ForwardData | None:
+    """The forward of a module as ``apply_forward`` takes it, or None where it is the class's own.
+
+    Files of version 0.1.0 (format 2 and earlier) name hooks, which are part of the forward now.
+    """
+    data: ForwardData | None = entry.get("forward")
+    if not entry.get("hooks"):
+        return data
+    inputs = _join(entry["name"], INPUTS)
+    places = next((other["places"] for other in entries if other["name"] == inputs and other["kind"] == "inputs"), ())
+    return hooked_forward(data, entry["hooks"], [_place_from_data(place) for place in places])
 
 
-def _hooks(module: nn.Module) -> list[str]:
-    """The hooks of preparation; those of users are code, which a file does not hold."""
-    registered = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    known = {
-        "quantize_inputs": quantize_inputs_hook,
-        "quantize_first_argument": quantize_first_argument_hook,
-        "quantize_output": quantize_output_hook,
-    }
-    return [name for name, hook in known.items() if hook in registered]
+def _place_from_data(place: Mapping[str, Any]) -> InputPlace:
+    return InputPlace(**{**place, "path": tuple(place["path"])})
 
 
 def _ceiling(entry: Description) -> float | None:

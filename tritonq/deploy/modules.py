@@ -23,6 +23,7 @@ from tritonq.functional.linear_map import LinearMap, linear_map_of
 from tritonq.functional.memo import Memo
 from tritonq.grid import Grid
 from tritonq.nn.fusable import checked_ceiling, describe_relu
+from tritonq.nn.own_input import QuantizesInput
 from tritonq.observers.base import FixedDtypeBuffers
 from tritonq.qparams import QParams, QuantizedType
 from tritonq.reference.activation import rectify
@@ -143,7 +144,7 @@ class Grids:
         return tuple(grid.bits for grid in (self.weight, self.input) if grid is not None)
 
 
-class QuantizedLayer(DeployedModule):
+class QuantizedLayer(QuantizesInput, DeployedModule):
     """A convolution or linear layer with integer weights, as its subclasses with torch's names.
 
     ``y = relu?((Σ (x_code - x_zero)(w_code - w_zero) + bias_code) * multiplier)``, exact up to the multiplication, then
@@ -261,10 +262,10 @@ class QuantizedLayer(DeployedModule):
 
         ``weight`` and ``bias`` are those that a layer whose weight was computed is given; its codes are fixed now.
         """
-        if can_use_codes(x) and self.multiplier is not None:
-            y = self._run_packed(x)
-            if y is not None:
-                return y
+        x = self.quantized_input(x)
+        y = self._run_packed(x) if can_use_codes(x) and self.multiplier is not None else None
+        if y is not None:
+            return y
         layer, quantizer = self.integer_layer(), self.activation_post_process
         kernel = find_kernel(x, self.weight, self.linear_map.conv2d, layer)
         if kernel is None:

@@ -34,6 +34,8 @@ from tritonq.deploy.onnx_quantizers import TracedQuantizer, end_codes, uint8_qua
 from tritonq.deploy.onnx_tensorrt import int8_quantizer, runs_in_float, tell_float_layers
 from tritonq.deploy.tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from tritonq.nn import AverageLayer, Cat, FloatFunctional, Joint
+from tritonq.nn.original_class import original_class
+from tritonq.prepare.forwards.edited import set_inner_forward
 from tritonq.targets import OnnxForm
 
 _OUTPUT = "activation_post_process"
@@ -115,10 +117,10 @@ def _absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> None:
     """Replace ReLU6 and its like, where a quantizer is attached to them, by the bounds of its codes."""
     for module in model.modules():
         output = module._modules.get("activation_post_process")
-        clips = type(module) in (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+        clips = original_class(module) in (nn.ReLU, nn.ReLU6, nn.Hardtanh)
         if clips and isinstance(output, Quantizer) and output.qtype.axis is None:
             bounds = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else (0.0, math.inf)
-            module.forward = _unchanged
+            set_inner_forward(module, _unchanged)
             module.activation_post_process = uint8_quantizer(output, names[output], bounds)
 
 
@@ -188,7 +190,7 @@ def _layer_forward(layer: QuantizedLayer, axis: int | None, x: Tensor, *computed
     bias = layer.bias
     if bias is not None and layer.multiplier is not None:
         bias = dequantize(bias, layer.multiplier, None, 0)
-    y = layer.linear_map(x, weight, bias)
+    y = layer.linear_map(layer.quantized_input(x), weight, bias)
     return layer.finish(y)
 
 
@@ -198,7 +200,7 @@ def _rewrite_table(table: QuantizedTable, target: OnnxForm) -> None:
     else:
         table.weight_zero_point = table.weight_zero_point.to(table.weight.dtype)
     if isinstance(table, QuantizedEmbedding):
-        table.forward = partial(_embedding_forward, table)  # type: ignore[method-assign]
+        set_inner_forward(table, partial(_embedding_forward, table))
     elif isinstance(table, QuantizedEmbeddingBag):
         table.dequantized_weight = partial(_table_values, table)  # type: ignore[method-assign]
 

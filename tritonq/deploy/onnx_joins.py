@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tritonq.deploy.onnx_ops import negate_codes
 from tritonq.functional.integer_joins import float_join, is_second
 from tritonq.nn import Joint
+from tritonq.prepare.forwards.edited import set_inner_forward
 from tritonq.reference.activation import rectify
 
 
@@ -30,7 +31,7 @@ def rewrite_join(join: Joint, subtrahend: nn.Module | None) -> None:
         join.register_buffer("scale", scale)
         join.register_buffer("negative_scale", -scale)
         join.register_buffer("zero_point", zero_point)
-    join.forward = partial(_forward, join, subtrahend is not None)  # type: ignore[method-assign]
+    set_inner_forward(join, partial(_forward, join, subtrahend is not None))
 
 
 def _forward(join: Any, negates: bool, a: Tensor, b: Tensor) -> Tensor:

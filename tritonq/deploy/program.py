@@ -99,4 +99,4 @@ def _quantize(quantizer: Quantizer, x: Tensor) -> Tensor:
 
 
 def _run_layer(layer: QuantizedLayer, x: Tensor, *computed: Tensor | None) -> Tensor:
-    return layer.run_operators(x, layer.integer_layer())
+    return layer.run_operators(layer.quantized_input(x), layer.integer_layer())

@@ -19,6 +19,7 @@ from tritonq.deploy.fixed_point_verify import codes_read, fixed_point_layers
 from tritonq.deploy.modules import Quantizer
 from tritonq.deploy.program_runner import PROGRAM_SUFFIX, load_program, program_runner
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.prepare.edit.earlier_inputs import earlier_names
 from tritonq.prepare.record.structure import tensors_in
 
 _QUANTIZER_NAME = "activation_post_process"
@@ -148,27 +149,40 @@ def verify(
 
         run_deployed = onnx_runner(deployed)
     run_reference = _torch_runner(qat_model)
-    tally = _Tally()
+    tally = _Tally(earlier_names(qat_model))
     for args, kwargs in _batches(qat_model, data):
         tally.add(run_reference(args, kwargs), run_deployed(args, kwargs))
     return tally.report()
 
 
 class _Tally:
-    """Sums over batches."""
+    """Sums over batches.
 
-    def __init__(self) -> None:
+    Args:
+        earlier: what files of version 0.1.0 call quantizers, by their names in the trained model.
+    """
+
+    def __init__(self, earlier: Mapping[str, str]) -> None:
+        self._earlier = earlier
         self._layers: dict[str, LayerComparison] = {}
         self._outputs: OutputComparison | None = None
 
     def add(self, reference: tuple[Codes, list[Tensor]], deployed: tuple[Codes, list[Tensor]]) -> None:
         (expected, expected_outputs), (found, found_outputs) = reference, deployed
+        for name, earlier in self._earlier.items():
+            if name in expected and earlier in found:
+                # It ran once for all who read the tensor.
+                found = {**found, name: found[earlier] * len(expected[name])}
+        found = {name: calls for name, calls in found.items() if name not in self._earlier.values()}
         for quantizer in found:
             if quantizer not in expected:
                 raise ValueError(f"the deployed model has a quantizer {quantizer!r} that the trained model lacks")
         for quantizer, calls in expected.items():
             if quantizer not in found:
                 raise ValueError(f"the deployed model lacks the quantizer {quantizer!r} of the trained model")
+            if len(calls) != len(found[quantizer]):
+                # An exporter merges what several readers of a tensor do with one quantizer.
+                calls, found = _without_repeats(calls), {**found, quantizer: _without_repeats(found[quantizer])}
             if len(calls) != len(found[quantizer]):
                 counts = f"{len(calls)} times in the trained model, {len(found[quantizer])} times in the deployed one"
                 raise ValueError(f"the quantizer {quantizer!r} runs {counts}")
@@ -181,6 +195,10 @@ class _Tally:
         if self._outputs is None:
             raise ValueError("verify needs at least one batch of data")
         return VerificationReport(tuple(self._layers.values()), self._outputs)
+
+
+def _without_repeats(calls: list[Tensor]) -> list[Tensor]:
+    return [call for index, call in enumerate(calls) if not any(torch.equal(call, other) for other in calls[:index])]
 
 
 def _compare_codes(name: str, one: Tensor, other: Tensor) -> LayerComparison:

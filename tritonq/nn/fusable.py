@@ -10,6 +10,7 @@ from torch import nn
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.grid import Grid, RangeStatistics
+from tritonq.nn.original_class import original_class
 from tritonq.observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
@@ -75,9 +76,10 @@ def input_grid(quantizer: FakeQuantizeBase | None) -> Grid | None:
 
 def ceiling_of(activation: nn.Module | None) -> float | None:
     """The upper bound of an activation that is a ReLU, ReLU6 or ``Hardtanh(0, b)``; None for anything else."""
-    if type(activation) is nn.ReLU:
+    kind = original_class(activation)
+    if kind is nn.ReLU:
         return math.inf
-    if type(activation) in (nn.ReLU6, nn.Hardtanh) and isinstance(activation, nn.Hardtanh):
+    if kind in (nn.ReLU6, nn.Hardtanh) and isinstance(activation, nn.Hardtanh):
         return bound_of_clip(activation.min_val, activation.max_val)
     return None
 

@@ -17,6 +17,7 @@ from tritonq.functional.memo import Memo
 from tritonq.grid import Grid
 from tritonq.nn.computed import ComputedParameters
 from tritonq.nn.fusable import describe_relu
+from tritonq.nn.own_input import QuantizesInput
 from tritonq.nn.paths import LayerState, Path, choose_path
 from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
-class QATLayer(ReferringModule):
+class QATLayer(QuantizesInput, ReferringModule):
     """A linear operation with a fake-quantized weight and a fake-quantized output.
 
     Attributes:
         weight_fake_quant: quantizer of the weight (of the folded weight where there is a BatchNorm).
         activation_post_process: quantizer of the output, after ReLU where there is one.
+        input_fake_quant: quantizer of the input, only where nothing before the layer quantizes that.
         qconfig: where both came from.
         ceiling: upper bound of the ReLU between the operation and its quantizer: infinity for a plain one, 6 for ReLU6;
             None without a ReLU.
@@ -144,7 +146,7 @@ class QATLayer(ReferringModule):
         """
         if weight is None:
             weight, bias = self.float_parameters()
-        return self.paths[choose_path(self.path_state())](self, x, weight, bias)
+        return self.paths[choose_path(self.path_state())](self, self.quantized_input(x), weight, bias)
 
     def rectified(self, y: Tensor) -> Tensor:
         """``y`` after what stands between the operation and the output's quantizer: a ReLU, or nothing."""

@@ -11,10 +11,10 @@ import sys
 # Old name below tritonq.prepare: new one.
 EARLIER_PATHS = {
     "dataflow": "record.dataflow",
-    "eager": "edit.swap",
+    "eager": "edit.earlier_inputs",
     "forward_graph": "forwards.edited",
     "fuse": "edit.fuse",
-    "inputs": "edit.inputs",
+    "inputs": "edit.earlier_inputs",
     "report": "decide.layer_records",
     "snapshot": "record.snapshot",
     "structure": "record.structure",

@@ -244,7 +244,7 @@ def _kind(owner: str, modules: dict[str, nn.Module]) -> str:
     module = modules[owner]
     if isinstance(module, (QATLayer, Embedding, EmbeddingBag)) or not isinstance(module, FakeQuantizeBase):
         return type(module).__name__
-    return "model input" if owner.startswith("input_fake_quants.") else "tensor"
+    return "tensor"
 
 
 def _is_fixed_point(parts: dict[Role, FakeQuantizeBase]) -> bool:

@@ -8,10 +8,12 @@ from typing import Literal, TypeAlias
 
 from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
+from tritonq.prepare.decide.readers import Reader
 from tritonq.prepare.decide.unary import PlannedUnary
+from tritonq.prepare.record.structure import Path
 from tritonq.qconfig import QConfig
 
-Where = Literal["input", "output", "node", "consumer"]
+Where = Literal["output", "node", "consumer"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class PlannedQuantizer:
     """A quantizer for a tensor that no quantized module produces.
 
     Attributes:
-        where: ``"input"``, a model input; ``"output"``, what the module ``owner`` returns; ``"node"``, the result of a
-            node in the forward of ``owner``; ``"consumer"``, what the layers ``consumers`` read.
+        where: ``"output"``, what the module ``owner`` returns; ``"node"``, the result of a node in the forward of
+            ``owner``; ``"consumer"``, what the layers and joins ``consumers`` read, such as an input of the model.
         owner: see ``where``.
         value: one recorded value that it quantizes.
         node: see ``where``.
@@ -28,7 +30,8 @@ class PlannedQuantizer:
         in_place: whether that node overwrites its first operand.
         qconfig: whose activation quantizer it is.
         like: name of a layer that reads it, and on whose device it lives.
-        consumers: the layers that read it, for ``"consumer"``.
+        consumers: what reads it, for ``"consumer"``.
+        input_path: keys that lead to it in the arguments of the model, for inputs.
     """
 
     where: Where
@@ -39,7 +42,8 @@ class PlannedQuantizer:
     in_place: bool
     qconfig: QConfig
     like: str
-    consumers: tuple[str, ...]
+    consumers: tuple[Reader, ...] = ()
+    input_path: Path = ()
 
 
 # What gives a tensor its grid.
@@ -110,10 +114,10 @@ class Plan:
             return f"layer {grid.name}"
         if isinstance(grid, Join):
             return f"{grid.kind} in the forward of {grid.owner or 'the model'}"
+        consumers = " and ".join(dict.fromkeys(reader.name for reader in grid.consumers))
         places = {
-            "input": f"the quantizer of the model's input v{grid.value}",
             "output": f"the quantizer of what {grid.owner} returns",
             "node": f"the quantizer of {grid.label} in the forward of {grid.owner or 'the model'}",
-            "consumer": f"the quantizer of what {', '.join(grid.consumers)} reads",
+            "consumer": f"the quantizer of v{grid.value} in its readers: {consumers}",
         }
         return places[grid.where]

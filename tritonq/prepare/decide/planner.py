@@ -13,6 +13,7 @@ from tritonq.prepare.decide.function_layers import weights_of
 from tritonq.prepare.decide.joins import Join, find_joins, operands
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer, Where
+from tritonq.prepare.decide.readers import Reading, SharedReading, share_readings
 from tritonq.prepare.decide.unary import PlannedUnary, find_unary
 from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.proof import Site
@@ -61,6 +62,8 @@ class _Planner:
     single_mode: set[str] = field(default_factory=set)
     float_functions: dict[str, str] = field(default_factory=dict)
     quantizers: list[PlannedQuantizer] = field(default_factory=list)
+    # Those that stand where layers and joins read them, by reader and operand.
+    at_readers: dict[tuple[int, int], PlannedQuantizer] = field(default_factory=dict)
 
     def plan(self) -> Plan:
         layers = self._layers()
@@ -70,10 +73,13 @@ class _Planner:
                 self._assign(layer.ends, layer)
         joins = self._relevant(find_joins(self.analysis, self.kept), layers)
         demands = self._demands(layers, joins)
+        at_readers: list[Reading] = []
         # In order of execution: what is downstream of a quantizer that was just placed needs none.
-        for root, (qconfig, readers) in sorted(demands.items()):
-            if self._grid(root) is None:
-                self._place(root, qconfig, readers)
+        for root, readings in sorted(demands.items()):
+            if self._grid(root) is None and not self._place(root, readings[0]):
+                at_readers += readings
+        for shared in share_readings(at_readers):
+            self._place_at_readers(shared)
         parts: tuple[Layer | Join, ...] = (*layers, *joins)
         erased = frozenset(relu for part in parts for relu in part.relus)
         modules, nodes = self._erasures(erased)
@@ -128,7 +134,7 @@ class _Planner:
             return False  # what else comes through there would share the grid
         for value in found:
             if value not in self.grids:
-                self._place(value, qconfig, [layer])
+                self._place(value, Reading(layer, 0, value, layer.calls[0], qconfig))
         return True
 
     def _assign(self, calls: tuple[int, ...], grid: GridSource) -> None:
@@ -191,25 +197,31 @@ class _Planner:
             value = call.inputs[0]
             yield value
 
-    def _demands(self, layers: list[Layer], joins: list[Join]) -> dict[int, tuple[QConfig, list[Layer | Join]]]:
-        """The tensors that need a quantizer because something quantized reads them: value, qconfig, readers."""
-        demands: dict[int, tuple[QConfig, list[Layer | Join]]] = {}
+    def _demands(self, layers: list[Layer], joins: list[Join]) -> dict[int, list[Reading]]:
+        """The tensors that need a quantizer because something quantized reads them, with all who do."""
+        demands: dict[int, list[Reading]] = {}
         parts: tuple[Layer | Join, ...] = (*layers, *joins)
         for part in parts:
             qconfig = self._qconfig(part.home if isinstance(part, Layer) else part.owner)
-            for value in self._reads(part):
+            for call, operand, value in self._operands_read(part):
                 root = self._root(value)
                 record = self.analysis.flow.values[root]
                 is_constant = root in self.analysis.constants.values
                 if qconfig is None or root in self.grids or not record.dtype.is_floating_point or is_constant:
                     continue
-                demands.setdefault(root, (qconfig, []))[1].append(part)
+                demands.setdefault(root, []).append(Reading(part, operand, self._unwrapped(value), call, qconfig))
         return demands
 
-    def _place(self, root: int, qconfig: QConfig, readers: list[Layer | Join]) -> None:
+    def _unwrapped(self, value: int) -> int:
+        """The value that identities hand on as this one."""
+        call = self.analysis.flow.producer(value)
+        return self._unwrapped(call.inputs[0]) if call is not None and self.analysis.is_identity(call) else value
+
+    def _place(self, root: int, reading: Reading) -> bool:
+        """Place a quantizer where a value is made; False where it has to stand where the value is read."""
         place = self._place_of(root)
-        layers = tuple(dict.fromkeys(reader.name for reader in readers if isinstance(reader, Layer)))
-        first = readers[0]
+        if place.where == "consumer":
+            return False
         quantizer = PlannedQuantizer(
             where=place.where,
             owner=place.owner,
@@ -217,14 +229,30 @@ class _Planner:
             node="" if place.site is None else place.site.node,
             label="" if place.site is None else place.site.label,
             in_place=place.site is not None and place.site.in_place,
-            qconfig=qconfig,
-            like=first.name if isinstance(first, Layer) else first.owner,
-            consumers=layers,
+            qconfig=reading.qconfig,
+            like=reading.part.home if isinstance(reading.part, Layer) else reading.part.owner,
         )
-        if place.where != "consumer":
-            self.grids.update(dict.fromkeys(place.values, quantizer))
-        if place.where != "consumer" or layers:
-            self.quantizers.append(quantizer)
+        self.grids.update(dict.fromkeys(place.values, quantizer))
+        self.quantizers.append(quantizer)
+        return True
+
+    def _place_at_readers(self, shared: SharedReading) -> None:
+        first = shared.readers[0].part
+        record = self.analysis.flow.values[self._root(shared.value)]
+        quantizer = PlannedQuantizer(
+            where="consumer",
+            owner="",
+            value=shared.value,
+            node="",
+            label="",
+            in_place=False,
+            qconfig=shared.qconfig,
+            like=first.home if isinstance(first, Layer) else first.owner,
+            consumers=shared.readers,
+            input_path=record.path if record.source == "input" else (),
+        )
+        self.quantizers.append(quantizer)
+        self.at_readers |= {(id(reader.part), reader.operand): quantizer for reader in shared.readers}
 
     def _place_of(self, root: int) -> _Place:
         """Where a quantizer of a value can stand: where the value is made, if every run makes it there."""
@@ -236,10 +264,6 @@ class _Planner:
     def _origin_of(self, root: int) -> _Place:
         flow, analysis = self.analysis.flow, self.analysis
         call = flow.producer(root)
-        if flow.values[root].source == "input":
-            path = flow.values[root].path
-            same = [value.index for value in flow.values if value.source == "input" and value.path == path]
-            return _Place("input", "", same)
         if call is None or analysis.value_of(call) != root:
             return _Place("consumer", "", [root])
         # Tracing takes time: only where a hook on a module won't do.
@@ -305,22 +329,26 @@ class _Planner:
         return None
 
     def _inputs(self, layers: list[Layer]) -> dict[str, GridSource]:
-        by_consumer = {name: q for q in self.quantizers if q.where == "consumer" for name in q.consumers}
         found: dict[str, GridSource] = {}
         for layer in layers:
-            grids = [self._grid(value) or by_consumer.get(layer.name) for value in self._reads(layer)]
+            grids = [self._grid_read(layer, operand, value) for _, operand, value in self._operands_read(layer)]
             if grids and grids[0] is not None and all(grid is grids[0] for grid in grids):
                 found[layer.name] = grids[0]
         return found
 
     def _operands(self, join: Join) -> tuple[GridSource | None, ...]:
         """What put each operand on its grid, where that is the same in every call."""
-        calls = [operands(self.analysis.flow.calls[index], self.analysis) for index in join.calls]
-        found: list[GridSource | None] = []
-        for values in zip(*calls, strict=True):
-            grids = [self._grid(value) for value in values]
-            found.append(grids[0] if all(grid is grids[0] for grid in grids) else None)
-        return tuple(found)
+        by_operand: dict[int, list[GridSource | None]] = {}
+        for _, operand, value in self._operands_read(join):
+            by_operand.setdefault(operand, []).append(self._grid_read(join, operand, value))
+        return tuple(
+            grids[0] if all(grid is grids[0] for grid in grids) else None for _, grids in sorted(by_operand.items())
+        )
+
+    def _grid_read(self, part: Layer | Join, operand: int, value: int) -> GridSource | None:
+        """What puts a value that a layer or join reads on a grid: a quantizer of its own, or one before it."""
+        own = self.at_readers.get((id(part), operand))
+        return self._grid(value) if own is None else own
 
     def _unary(self) -> dict[int, PlannedUnary]:
         found = ((place, find_unary(place, self.analysis, self._grid)) for place in self.quantizers)
@@ -328,12 +356,16 @@ class _Planner:
 
     def _reads(self, part: Layer | Join) -> list[int]:
         """The values that a layer or join reads on some grid."""
+        return [value for _, _, value in self._operands_read(part)]
+
+    def _operands_read(self, part: Layer | Join) -> list[tuple[int, int, int]]:
+        """The values that a layer or join reads on some grid: call, operand, value."""
         calls = [self.analysis.flow.calls[index] for index in part.calls]
         if isinstance(part, Join):
-            return [value for call in calls for value in operands(call, self.analysis)]
+            return [(call.index, *item) for call in calls for item in enumerate(operands(call, self.analysis))]
         if issubclass(part.row[0], (nn.Embedding, nn.EmbeddingBag)):
             return []
-        return [call.inputs[0] for call in calls if call.inputs]
+        return [(call.index, 0, call.inputs[0]) for call in calls if call.inputs]
 
     def _grid(self, value: int) -> GridSource | None:
         return self.grids.get(self._root(value))

@@ -8,7 +8,9 @@ from types import TracebackType
 from torch import nn
 
 from tritonq.prepare.decide.analysis import EditableForward
-from tritonq.prepare.forwards.edited import apply_forward, hide_children
+from tritonq.prepare.forwards.edited import apply_forward, quantizing_data
+from tritonq.prepare.forwards.graph import ForwardData
+from tritonq.prepare.forwards.quantized import Read
 from tritonq.prepare.record.snapshot import ModelSnapshot
 
 
@@ -35,7 +37,9 @@ class ModelEditor:
         self._forward = forward
         self._snapshot = ModelSnapshot(model)
         self._graphs: dict[str, EditableForward] = {}
-        self._added: dict[str, list[str]] = {}
+        self._added: dict[nn.Module, list[str]] = {}
+        self._reads: dict[nn.Module, list[Read]] = {}
+        self._returns: dict[nn.Module, str] = {}
         # For each module the places that hold it: parent and attribute.
         self._places: dict[nn.Module, dict[tuple[nn.Module, str], None]] = {}
         self._note_children(model)
@@ -65,27 +69,35 @@ class ModelEditor:
         self._note_children(new)
         self.modules[name] = new
 
-    def add_child(self, owner: str, base: str, child: nn.Module) -> str:
+    def add_child(self, owner: nn.Module, base: str, child: nn.Module) -> str:
         """Add a child under the first free name among ``base``, ``base_1`` and so on, in its owner's mode.
+
+        Code that walks the children of ``owner`` will not meet it.
 
         Returns:
             That name.
         """
-        module, name, count = self.modules[owner], base, 0
-        while hasattr(module, name):
+        name, count = base, 0
+        while hasattr(owner, name):
             count += 1
             name = f"{base}_{count}"
         self.set_child(owner, name, child)
+        self._added.setdefault(owner, []).append(name)
         return name
 
-    def set_child(self, owner: str, name: str, child: nn.Module) -> None:
-        """Add a child under this name, in its owner's mode."""
-        module = self.modules[owner]
-        module.add_module(name, child.train(module.training))
-        self.modules[f"{owner}.{name}".lstrip(".")] = child
-        self._places.setdefault(child, {})[module, name] = None
+    def set_child(self, owner: nn.Module, name: str, child: nn.Module) -> None:
+        """Add a child under this name, in its owner's mode, as one of its ``children()``."""
+        owner.add_module(name, child.train(owner.training))
+        self._places.setdefault(child, {})[owner, name] = None
         self._note_children(child)
-        self._added.setdefault(owner, []).append(name)
+
+    def quantize_argument(self, module: nn.Module, read: Read) -> None:
+        """Let a module quantize an argument before its forward begins."""
+        self._reads.setdefault(module, []).append(read)
+
+    def quantize_result(self, module: nn.Module, child: str) -> None:
+        """Let a module quantize what its forward returns, with this child."""
+        self._returns[module] = child
 
     def rewrite(self, owner: str) -> EditableForward:
         """The forward of a module, to be edited; the same object in every call."""
@@ -94,13 +106,11 @@ class ModelEditor:
         return self._graphs[owner]
 
     def apply(self) -> None:
-        """Put rewritten forwards on their modules, and keep Sequentials from running children that were added."""
-        for owner, graph in self._graphs.items():
-            apply_forward(self.modules[owner], graph.to_data())
-        for owner, names in self._added.items():
-            module = self.modules[owner]
-            if isinstance(module, nn.Sequential):
-                hide_children(module, names)
+        """Put edited forwards on their modules, and hide children that were added from code that walks children."""
+        graphs = {self.modules[owner]: graph.to_data() for owner, graph in self._graphs.items()}
+        for module in dict.fromkeys([*graphs, *self._reads, *self._returns, *self._added]):
+            data: ForwardData = quantizing_data(self._reads.get(module, ()), self._returns.get(module))
+            apply_forward(module, data | graphs.get(module, {}), self._added.get(module, ()))
 
     def _note_children(self, module: nn.Module) -> None:
         for parent in module.modules():

@@ -12,25 +12,23 @@ from torch import nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import Joint, QATLayer
 from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.own_input import INPUT_QUANTIZER, QuantizesInput
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
+from tritonq.prepare.decide.readers import Reader
 from tritonq.prepare.decide.unary import QUANTIZED_FORMS, layer_for
 from tritonq.prepare.edit.batch_norms import frozen_batch_norm, plain_batch_norm
+from tritonq.prepare.edit.earlier_inputs import note_earlier_names
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.edit.function_layers import computed_parameters, float_layer
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
-from tritonq.prepare.edit.inputs import (
-    InputFakeQuants,
-    InputPlace,
-    input_place,
-    quantize_first_argument_hook,
-    quantize_inputs_hook,
-)
-from tritonq.prepare.edit.swap import keep_attributes, plain_form, quantize_output_hook, swap
+from tritonq.prepare.edit.swap import keep_attributes, plain_form, swap
 from tritonq.prepare.forwards.graph import first_node, layer_operands
+from tritonq.prepare.forwards.quantized import Read
 from tritonq.prepare.record.dataflow import Dataflow
+from tritonq.prepare.record.structure import Path
 from tritonq.qconfig import QConfig
 
 Types = Mapping[type[nn.Module], type[nn.Module]]
@@ -77,6 +75,8 @@ class _PlanWork:
         # The quantizer modules, by the identity of what was planned.
         self._quantizers: dict[int, nn.Module] = {}
         self._unary: dict[int, tuple[UnaryLayer, nn.Module]] = {}
+        # For each input of the model the names of the quantizer that its readers share.
+        self._input_names: dict[Path, list[str]] = {}
 
     def do(self) -> None:
         self._erase_relus()
@@ -86,9 +86,9 @@ class _PlanWork:
             self._add_layer(layer)
         for quantizer in self._plan.quantizers:
             self._add_quantizer(quantizer)
-        self._add_inputs([quantizer for quantizer in self._plan.quantizers if quantizer.where == "input"])
         self._editor.apply()
         self._link()
+        note_earlier_names(self._editor.model, self._input_names)
 
     def _erase_relus(self) -> None:
         for name in self._plan.erased_modules:
@@ -99,7 +99,8 @@ class _PlanWork:
     def _add_join(self, join: Join) -> None:
         qconfig = self._qconfigs[self._float_modules[join.owner]]
         module = join.module(qconfig)
-        name = self._editor.add_child(join.owner, join.kind, self._placed(module, join.owner))
+        owner = self._editor.modules[join.owner]
+        name = self._editor.add_child(owner, join.kind, self._placed(module, join.owner))
         if join.site is not None:
             self._editor.rewrite(join.owner).replace(join.site.node, name, join.operands, join.site.in_place)
         self._quantizers[id(join)] = cast(nn.Module, module.activation_post_process)
@@ -119,7 +120,9 @@ class _PlanWork:
         if layer.function is None:
             self._editor.replace(layer.name, quantized)
         else:
-            self._editor.set_child(layer.function.owner, layer.function.child, quantized)
+            owner = self._editor.modules[layer.function.owner]
+            self._editor.add_child(owner, layer.function.child, quantized)
+            self._editor.modules[layer.name] = quantized
             forward = self._editor.rewrite(layer.function.owner)
             forward.replace(layer.function.site.node, layer.function.child, layer_operands)
         output = getattr(quantized, "activation_post_process", None)
@@ -173,17 +176,40 @@ class _PlanWork:
         if quantizer.where == "output" and quantizer.value in self._plan.unary:
             self._replace_unary(quantizer, module)
         elif quantizer.where == "output":
-            self._editor.set_child(quantizer.owner, "activation_post_process", module)
-            self._editor.modules[quantizer.owner].register_forward_hook(quantize_output_hook, prepend=True)
+            owner = self._editor.modules[quantizer.owner]
+            self._editor.quantize_result(owner, self._editor.add_child(owner, "activation_post_process", module))
         elif quantizer.where == "node":
-            name = self._editor.add_child(quantizer.owner, f"{quantizer.label}_fake_quant", module)
+            owner = self._editor.modules[quantizer.owner]
+            name = self._editor.add_child(owner, f"{quantizer.label}_fake_quant", module)
             self._editor.rewrite(quantizer.owner).insert_after(quantizer.node, name, quantizer.in_place)
             if quantizer.value in self._plan.unary:
                 self._add_unary(quantizer, module)
         elif quantizer.where == "consumer":
-            for name in quantizer.consumers:
-                self._editor.set_child(name, "input_fake_quant", module)
-                self._editor.modules[name].register_forward_pre_hook(quantize_first_argument_hook)
+            for reader in quantizer.consumers:
+                self._add_to_reader(reader, quantizer, module)
+
+    def _add_to_reader(self, reader: Reader, quantizer: PlannedQuantizer, module: nn.Module) -> None:
+        """Let a layer or join quantize what it reads."""
+        part = reader.part
+        owner_name = part.name if isinstance(part, Layer) else self.join_names[part]
+        owner = self._made(part)
+        if isinstance(owner, QuantizesInput):
+            child = INPUT_QUANTIZER
+            self._editor.set_child(owner, child, module)
+            owner.observes_input = reader.observes
+        else:
+            child = self._editor.add_child(owner, f"{INPUT_QUANTIZER}_{reader.operand}", module)
+            is_list = isinstance(part, Join) and part.kind == "cat"
+            position, path = (0, (reader.operand,)) if is_list else (reader.operand, ())
+            self._editor.quantize_argument(owner, Read(child, position, None, path, reader.observes))
+        if quantizer.input_path:
+            self._input_names.setdefault(quantizer.input_path, []).append(f"{owner_name}.{child}")
+
+    def _made(self, part: Layer | Join) -> nn.Module:
+        """What a layer or join became."""
+        if isinstance(part, Layer):
+            return self._editor.modules[part.name]
+        return self._editor.model.get_submodule(self.join_names[part])
 
     def _replace_unary(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
         """Give a pool or the like its quantized form, which runs its quantizer itself."""
@@ -198,24 +224,11 @@ class _PlanWork:
         """Make a module of the operation at a node, behind which its quantizer stands."""
         planned = self._plan.unary[quantizer.value]
         made = layer_for(planned.operation)
-        name = self._editor.add_child(quantizer.owner, self._flow.calls[planned.calls[0]].name.lower(), made)
+        owner = self._editor.modules[quantizer.owner]
+        name = self._editor.add_child(owner, self._flow.calls[planned.calls[0]].name.lower(), made)
         self._editor.rewrite(quantizer.owner).replace(quantizer.node, name, first_node)
         self._unary[quantizer.value] = (made, own)
         self.unary_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
-
-    def _add_inputs(self, inputs: list[PlannedQuantizer]) -> None:
-        if not inputs:
-            return
-        model = self._editor.model
-        if hasattr(model, "input_fake_quants"):
-            raise ValueError("the model has an attribute input_fake_quants, which preparation needs")
-        places: list[InputPlace] = []
-        for quantizer in inputs:
-            path = self._flow.values[quantizer.value].path
-            places.append(input_place(model.forward, path, [place.key for place in places]))
-        modules = [self._quantizers[id(quantizer)] for quantizer in inputs]
-        self._editor.set_child("", "input_fake_quants", InputFakeQuants(places, modules))
-        model.register_forward_pre_hook(quantize_inputs_hook, with_kwargs=True)
 
     def _link(self) -> None:
         """Tell layers, operations of one tensor and joins which quantizers put their inputs on grids."""
@@ -231,16 +244,14 @@ class _PlanWork:
                 quantizer = self._quantizers[id(grid)]
                 module.set_input_quantizer(quantizer if isinstance(quantizer, FakeQuantizeBase) else None)
         for join, grids in self._plan.operands.items():
-            module = self._editor.model.get_submodule(self.join_names[join])
+            module = self._made(join)
             if isinstance(module, Joint) and len(grids) == 2:
                 module.set_producers(*(None if grid is None else self._producer(grid) for grid in grids))
 
     def _producer(self, grid: GridSource) -> nn.Module:
         """Return the module whose output lies on a planned grid: it, or the quantizer where no module's output does."""
-        if isinstance(grid, Join):
-            return self._editor.model.get_submodule(self.join_names[grid])
-        if isinstance(grid, Layer):
-            return self._editor.modules[grid.name]
+        if isinstance(grid, (Join, Layer)):
+            return self._made(grid)
         return self._editor.modules[grid.owner] if grid.where == "output" else self._quantizers[id(grid)]
 
     def _placed(self, module: nn.Module, like: str) -> nn.Module:

@@ -241,7 +241,7 @@ class _Builder:
             graph = self._analysis.forward(call.owner)
             reason = f": {graph}" if isinstance(graph, Exception) else ""
             raise ValueError(f"the forward of {call.owner or 'the model'!r} can't be edited at its {call.name}{reason}")
-        child = self._editor.add_child(call.owner, name, made)
+        child = self._editor.add_child(self._editor.modules[call.owner], name, made)
         self._editor.rewrite(call.owner).replace(site.node, child, operands, site.in_place)
 
     def _replace_max_pool(self, name: str, module: nn.Module) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tritonq.prepare.edit.fuse import move_hooks
+from tritonq.prepare.forwards.edited import apply_forward, quantizing_data
 from tritonq.prepare.record.float_types import torch_base
 from tritonq.qconfig import QConfig
 
@@ -70,11 +71,6 @@ def from_float(target: type[nn.Module], module: nn.Module, qconfig: QConfig) -> 
 
 def quantize_output(module: nn.Module, quantizer: nn.Module) -> None:
     """Pass the output of a module through ``quantizer``, its new child ``activation_post_process``."""
-    module.add_module("activation_post_process", quantizer.train(module.training))
-    module.register_forward_hook(quantize_output_hook, prepend=True)
-
-
-def quantize_output_hook(module: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor:
-    """Forward hook: fake quantize what the module returns."""
-    quantized: Tensor = module.activation_post_process(output)  # type: ignore[operator]
-    return quantized
+    name = "activation_post_process"
+    module.add_module(name, quantizer.train(module.training))
+    apply_forward(module, quantizing_data(returns=name))

@@ -6,19 +6,23 @@ import copyreg
 import inspect
 import itertools
 import json
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import FunctionType
 from typing import Any
 from weakref import WeakValueDictionary
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from tritonq.nn.original_class import original_class
 from tritonq.prepare.forwards.answered import answering, check_answers
-from tritonq.prepare.forwards.graph import DATA_VERSION, ForwardData, ForwardGraph, compile_graph
+from tritonq.prepare.forwards.graph import DATA_VERSION, QUANTIZING_VERSION, ForwardData, ForwardGraph, compile_graph
+from tritonq.prepare.forwards.graph_module import read_graph, write_graph
+from tritonq.prepare.forwards.hidden import HidesChildren, container_methods
+from tritonq.prepare.forwards.quantized import Read, quantizing
 
 
-class EditedForward:
+class EditedForward(HidesChildren):
     """Mixin of the classes that carry an edited forward; each is a subclass of the module's own class."""
 
     _tritonq_class: type[nn.Module]
@@ -45,6 +49,8 @@ def _without_graphs(state: Any) -> Any:
 
 def forward_data(module: nn.Module) -> ForwardData | None:
     """The plain data of a module's edited forward, or None where the forward is the class's own."""
+    if isinstance(module, fx.GraphModule):
+        return read_graph(module)
     return json.loads(module._tritonq_forward) if isinstance(module, EditedForward) else None
 
 
@@ -63,46 +69,99 @@ def forward_source(module: nn.Module) -> dict[str, str]:
         return {"its own forward, with these calls answered": "\n".join(lines)}
     if data is None or data["eval"] is None:
         return {}
-    sources = [graph.python_code("self").src.strip() for graph in ForwardGraph.from_data(data).graphs()]
+    graphs = ForwardGraph.from_data(data).graphs()
+    sources = [graph.python_code("self").src.strip() for graph in graphs]
     return {"eval and train": sources[0]} if len(sources) == 1 else dict(zip(("eval", "train"), sources, strict=True))
 
 
 def apply_forward(module: nn.Module, data: ForwardData, hidden: Iterable[str] = ()) -> None:
     """Give ``module`` the forward that ``data`` describes, in place; its type stays a subclass of its class.
 
+    A ``torch.fx.GraphModule`` gets the edited graph for its own: its copies hold what its graph calls, and no more.
+
     Args:
         module: the module.
-        data: from :meth:`ForwardGraph.to_data` or :func:`forward_data`.
-        hidden: children that a Sequential should not run, count or index, besides those that ``data`` names.
+        data: from :meth:`ForwardGraph.to_data` or :func:`forward_data`, or from :func:`quantizing_data`.
+        hidden: children that are not among the module's ``children()``, and that a container does not run, count or
+            index, besides those that ``data`` names.
 
     Raises:
         ValueError: data that doesn't describe a forward, or one that calls children which ``module`` doesn't have.
     """
-    names = sorted({*data.get("hidden", ()), *hidden}) if isinstance(data, dict) else []
-    plain: ForwardData = {"version": DATA_VERSION, "eval": None, "train": None, "hidden": names}
-    children = dict(module.named_modules(remove_duplicate=False))
-    if isinstance(data, dict) and "answers" in data:
-        check_answers(data["answers"], children, type(module).__name__)
-        plain |= {"version": ANSWERS_VERSION, "answers": data["answers"]}
-    elif not isinstance(data, dict) or data.get("eval") is not None or data.get("version") != DATA_VERSION:
-        graph = ForwardGraph.from_data(data)
-        for node in itertools.chain.from_iterable(part.nodes for part in graph.graphs()):
-            if node.op == "call_module" and node.target not in children:
-                raise ValueError(
-                    f"the forward calls the child {node.target!r}, which {type(module).__name__} doesn't have"
-                )
-        plain |= graph.to_data()
+    plain = _checked(module, data)
+    if isinstance(module, fx.GraphModule):
+        write_graph(module, plain)
+        return
+    plain["hidden"] = sorted({*plain["hidden"], *hidden})
     module.__class__ = _edited_class(original_class(module), json.dumps(plain, sort_keys=True))
 
 
-def hide_children(module: nn.Sequential, names: Iterable[str]) -> None:
-    """Let a Sequential hold children that it does not run, count or index: quantizers that hooks call."""
-    apply_forward(module, forward_data(module) or {"version": DATA_VERSION, "eval": None}, names)
+def quantizing_data(reads: Iterable[Read] = (), returns: str | None = None) -> ForwardData:
+    """Return the data of a forward that is the class's own but for quantized arguments and results."""
+    return {
+        "version": QUANTIZING_VERSION,
+        "eval": None,
+        "reads": [read.to_data() for read in reads],
+        "returns": returns,
+    }
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module as its author wrote it, also after its forward was edited."""
-    return module._tritonq_class if isinstance(module, EditedForward) else type(module)
+def quantizing_part(module: nn.Module) -> ForwardData | None:
+    """Return the data of the quantized arguments and results of a module's forward, or None where it has none."""
+    data = forward_data(module) or {}
+    if not data.get("reads") and data.get("returns") is None:
+        return None
+    return {"version": QUANTIZING_VERSION, "eval": None, "reads": data["reads"], "returns": data["returns"]}
+
+
+def set_inner_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let a module run ``forward`` in place of its own; it goes on quantizing arguments and results.
+
+    For copies that are traced: pickles and deep copies of the module do not hold the forward.
+    """
+    data = quantizing_part(module)
+    if data is None:
+        module.forward = forward
+        return
+
+    def inner(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    reads = [Read.from_data(read) for read in data["reads"]]
+    module.forward = partial(quantizing(inner, reads, data["returns"]), module)
+
+
+def quantizer_names(data: ForwardData) -> list[str]:
+    """Return the names of the children that quantize arguments and results in a forward."""
+    returns = [] if data.get("returns") is None else [data["returns"]]
+    return [*(Read.from_data(read).child for read in data.get("reads", ())), *returns]
+
+
+def _checked(module: nn.Module, data: Any) -> ForwardData:
+    """The data of a forward with every key, and nothing that the module can't run."""
+    version = data.get("version", DATA_VERSION) if isinstance(data, dict) else None
+    if version not in (DATA_VERSION, ANSWERS_VERSION, QUANTIZING_VERSION):
+        raise ValueError(f"expected forward data of version {QUANTIZING_VERSION} or earlier, got {version!r}")
+    owner = type(module).__name__
+    children = dict(module.named_modules(remove_duplicate=False))
+    plain: ForwardData = {"version": DATA_VERSION, "eval": None, "train": None, "hidden": list(data.get("hidden", ()))}
+    called: list[str] = []
+    if "answers" in data:
+        check_answers(data["answers"], children, owner)
+        plain |= {"version": ANSWERS_VERSION, "answers": data["answers"]}
+    elif data.get("eval") is not None:
+        graph = ForwardGraph.from_data(data)
+        nodes = itertools.chain.from_iterable(part.nodes for part in graph.graphs())
+        called += [str(node.target) for node in nodes if node.op == "call_module"]
+        plain |= graph.to_data()
+    reads, returns = [Read.from_data(read) for read in data.get("reads") or ()], data.get("returns")
+    if reads or returns is not None:
+        plain |= {"version": QUANTIZING_VERSION, "reads": [read.to_data() for read in reads], "returns": returns}
+        called += quantizer_names(plain)
+    for child in called:
+        if child not in children:
+            raise ValueError(f"the forward calls the child {child!r}, which {owner} doesn't have")
+    return plain
 
 
 # Data of this version names answered calls; the earlier one knows graphs alone.
@@ -123,17 +182,21 @@ def _edited_class(original: type[nn.Module], encoded: str) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
+    forward: Callable[..., Any] | None = None
     if data["eval"] is not None:
-        forwards = [compile_graph(part, original.__name__) for part in ForwardGraph.from_data(data).graphs()]
+        graph = ForwardGraph.from_data(data)
+        forwards = [compile_graph(part, original.__name__) for part in graph.graphs()]
         forward = forwards[0] if len(forwards) == 1 else _by_mode(*forwards)
-        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
-        namespace["forward"] = forward
     elif "answers" in data:
         forward = answering(original.forward, data["answers"])
+    if data["version"] == QUANTIZING_VERSION:
+        reads = [Read.from_data(read) for read in data["reads"]]
+        forward = quantizing(forward or original.forward, reads, data["returns"])
+    if forward is not None:
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
         namespace["forward"] = forward
-    if data["hidden"] and issubclass(original, nn.Sequential):
-        namespace |= _sequence_without(frozenset(data["hidden"]))
+    hidden = frozenset(data["hidden"])
+    namespace |= {"_tritonq_hidden": hidden, **container_methods(original, hidden)}
     metaclass: Any = type(original)
     made: type[nn.Module] = metaclass(original.__name__, (EditedForward, original), namespace)
     _classes[original, encoded] = made
@@ -145,22 +208,6 @@ def _by_mode(in_eval: FunctionType, in_train: FunctionType) -> Callable[..., Any
         return in_train(self, *args, **kwargs) if self.training else in_eval(self, *args, **kwargs)
 
     return forward
-
-
-def _sequence_without(hidden: frozenset[str]) -> dict[str, Callable[..., Any]]:
-    """What makes a Sequential a sequence, without some of its children."""
-
-    def visible(self: nn.Sequential) -> nn.Sequential:
-        return nn.Sequential(OrderedDict((name, child) for name, child in self._modules.items() if name not in hidden))
-
-    def iterate(self: nn.Sequential) -> Any:
-        return iter([child for name, child in self._modules.items() if name not in hidden])
-
-    return {
-        "__iter__": iterate,
-        "__len__": lambda self: len(self._modules) - len(hidden),
-        "__getitem__": lambda self, index: visible(self)[index],
-    }
 
 
 def _rebuild(original: type[nn.Module], encoded: str) -> nn.Module:

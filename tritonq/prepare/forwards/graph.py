@@ -21,6 +21,8 @@ from tritonq.prepare.forwards.trace import TraceError, classify_arguments, forwa
 from tritonq.prepare.record.dataflow import Frame
 
 DATA_VERSION = 1
+# Data of this version names quantized arguments and results, around a graph or without one.
+QUANTIZING_VERSION = 3
 ForwardData = dict[str, Any]
 _sources = itertools.count()
 Operands = Callable[[fx.Node], tuple[Any, ...]]
@@ -66,7 +68,7 @@ class ForwardGraph:
             ValueError: data of another version, or that doesn't describe a forward.
         """
         version = data.get("version") if isinstance(data, dict) else None
-        if version != DATA_VERSION:
+        if version not in (DATA_VERSION, QUANTIZING_VERSION):
             raise ValueError(f"expected forward data of version {DATA_VERSION}, got {version!r}")
         train = data.get("train")
         return cls(data_to_graph(data["eval"]), None if train is None else data_to_graph(train))

@@ -98,6 +98,8 @@ def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
     """
     if "forward" in vars(module):
         raise TraceError("its forward was replaced on the instance")
+    if isinstance(module, fx.GraphModule):
+        return _own_graph(module)
     shadow = _shadow(module)
     shadow.training = training
     versions = [(buffer, tensor_version(buffer)) for buffer in module.buffers()]
@@ -117,6 +119,16 @@ def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
         raise TraceError("it writes to a buffer")
     _check_attributes(graph, module)
     _check_side_effects(shadow, module)
+    return graph
+
+
+def _own_graph(module: fx.GraphModule) -> fx.Graph:
+    """A copy of a GraphModule's graph, which is its forward in either mode."""
+    if type(module.graph._codegen) is not fx.graph.CodeGen:
+        raise TraceError("its graph takes and returns structures in a way of its own, as those of torch.export do")
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    _check_attributes(graph, module)
     return graph
 
 

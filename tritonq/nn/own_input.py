@@ -1,0 +1,37 @@
+"""Layers that own the quantizer of the tensor that they read."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from tritonq.fake_quantize import FakeQuantize
+
+# The child's name.
+INPUT_QUANTIZER = "input_fake_quant"
+
+
+def quantize_read(quantizer: nn.Module, x: Tensor, observes: bool) -> Tensor:
+    """Return ``quantizer(x)``; without ``observes`` the range stays, since another reader of ``x`` observes it."""
+    # A quantizer with a forward of its own decides itself.
+    if not observes and type(quantizer).forward is FakeQuantize.forward:
+        return cast(Tensor, quantizer(x, observe=False))
+    return cast(Tensor, quantizer(x))
+
+
+class QuantizesInput(nn.Module):
+    """A layer that rounds what it reads with its child ``input_fake_quant``, where it has one.
+
+    The layers that read a tensor which no quantized module makes, such as an input of the model, share the child.
+
+    Attributes:
+        observes_input: whether this layer's calls observe; where several share the child, those of one layer do.
+    """
+
+    observes_input: bool = True
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """``x`` as the layer's operation reads it."""
+        quantizer = self._modules.get(INPUT_QUANTIZER)
+        return x if quantizer is None else quantize_read(quantizer, x, self.observes_input)

@@ -1,0 +1,176 @@
+"""What version 0.1.0 did by hooks, for its files: quantizers of inputs hung on the model, others on their modules.
+
+Pickled models name the classes and functions here. State dicts name the quantizers of inputs after the model's
+parameters, converted files say which hooks a module has.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tritonq.prepare.forwards.edited import apply_forward, forward_data, quantizing_data
+from tritonq.prepare.forwards.graph import ForwardData
+from tritonq.prepare.forwards.quantized import Read
+from tritonq.prepare.record.structure import Path
+
+INPUTS = "input_fake_quants"
+_NAMES = "tritonq_earlier_names"
+
+
+@dataclass(frozen=True)
+class InputPlace:
+    """Where a model receives a tensor.
+
+    Attributes:
+        key: name of its quantizer.
+        position: index among the positional arguments, None if it is passed by name only.
+        name: parameter name, None if it is passed by position only.
+        path: keys that lead from the argument to the tensor; empty if the argument is the tensor.
+    """
+
+    key: str
+    position: int | None
+    name: str | None
+    path: Path
+
+    @property
+    def read(self) -> Read:
+        """The argument as a forward reads it."""
+        return Read(f"{INPUTS}.{self.key}", self.position, self.name, self.path)
+
+
+class InputFakeQuants(nn.ModuleDict):
+    """The quantizers of a model's inputs by parameter name, with the places of these inputs."""
+
+    def __init__(self, places: Iterable[InputPlace], quantizers: Iterable[nn.Module]) -> None:
+        self.places = tuple(places)
+        super().__init__({place.key: quantizer for place, quantizer in zip(self.places, quantizers, strict=True)})
+
+
+def input_place(forward: Any, path: Path, taken: Iterable[str]) -> InputPlace:
+    """The place of the input that ``path`` leads to: a position or parameter name first, then keys."""
+    names = list(inspect.signature(forward).parameters.values())
+    position: int | None = None
+    name: str | None = None
+    if isinstance(path[0], int):
+        position = path[0]
+        if position < len(names) and names[position].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            name = names[position].name
+    else:
+        name = path[0]
+        by_name = [parameter.name for parameter in names if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        position = by_name.index(name) if name in by_name else None
+    key = re.sub(r"\W", "_", "_".join(str(part) for part in (name or f"input_{position}", *path[1:])))
+    while key in set(taken) or hasattr(nn.ModuleDict, key):
+        key += "_"
+    return InputPlace(key, position, name, path[1:])
+
+
+def note_earlier_names(model: nn.Module, names: Mapping[Path, Sequence[str]]) -> None:
+    """Let a prepared model load state dicts of version 0.1.0.
+
+    Args:
+        model: the model.
+        names: for each input, by its place in the arguments, what the quantizers of its readers are called.
+    """
+    earlier: dict[str, str] = {}
+    keys: list[str] = []
+    for path, quantizers in names.items():
+        keys.append(input_place(model.forward, path, keys).key)
+        earlier |= dict.fromkeys(quantizers, f"{INPUTS}.{keys[-1]}")
+    if earlier:
+        setattr(model, _NAMES, earlier)
+        model.register_load_state_dict_pre_hook(_rename_keys)  # type: ignore[no-untyped-call]
+
+
+def earlier_names(model: nn.Module) -> dict[str, str]:
+    """Return what version 0.1.0 called the quantizers of a model's inputs, by their names today."""
+    return dict(getattr(model, _NAMES, {}))
+
+
+def _rename_keys(model: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Move the entries of the quantizers of inputs to where these are today."""
+    taken: set[str] = set()
+    for name, earlier in earlier_names(model).items():
+        old = f"{prefix}{earlier}."
+        for key in [key for key in state_dict if key.startswith(old)]:
+            state_dict[f"{prefix}{name}.{key.removeprefix(old)}"] = state_dict[key]
+            taken.add(key)
+    for key in taken:
+        del state_dict[key]
+
+
+def quantize_inputs_hook(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook: fake quantize the model's inputs."""
+    for place in module.input_fake_quants.places:  # type: ignore[union-attr]
+        args, kwargs = place.read.quantized(module, args, kwargs)
+    return args, kwargs
+
+
+def quantize_first_argument_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook: nothing. Layers quantize what they read with their child ``input_fake_quant`` themselves."""
+
+
+def quantize_output_hook(module: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor:
+    """Forward hook: fake quantize what the module returns."""
+    quantized: Tensor = module.activation_post_process(output)  # type: ignore[operator]
+    return quantized
+
+
+_HOOKS: dict[Any, str] = {
+    quantize_inputs_hook: "quantize_inputs",
+    quantize_first_argument_hook: "quantize_first_argument",
+    quantize_output_hook: "quantize_output",
+}
+
+
+def replace_hooks(model: nn.Module) -> None:
+    """Let the modules of a model that version 0.1.0 pickled quantize in their forwards, not by hooks."""
+    for module in list(model.modules()):
+        found: list[str] = []
+        for registry in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(registry.items()):
+                if hook in _HOOKS:
+                    found.append(_HOOKS[hook])
+                    del registry[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+        if found:
+            inputs = module._modules.get(INPUTS)
+            places = inputs.places if isinstance(inputs, InputFakeQuants) else ()
+            apply_forward(module, hooked_forward(forward_data(module), found, places))
+
+
+def hooked_forward(data: ForwardData | None, hooks: Iterable[str], places: Iterable[InputPlace]) -> ForwardData:
+    """The forward that does what a module did with these hooks.
+
+    Args:
+        data: the module's edited forward, None for its own.
+        hooks: what files of version 0.1.0 call them.
+        places: those of the model's inputs.
+
+    Raises:
+        ValueError: an unknown hook.
+    """
+    reads: list[Read] = []
+    returns = None
+    for hook in hooks:
+        if hook == "quantize_inputs":
+            reads += [place.read for place in places]
+        elif hook == "quantize_output":
+            returns = "activation_post_process"
+        elif hook != "quantize_first_argument":  # layers do that themselves
+            raise ValueError(f"unknown hook {hook!r}")
+    hidden = {*(data or {}).get("hidden", ()), *({INPUTS} if "quantize_inputs" in hooks else ())}
+    return {**(data or {}), **quantizing_data(reads, returns), **_graphs(data), "hidden": sorted(hidden)}
+
+
+def _graphs(data: ForwardData | None) -> ForwardData:
+    return {} if data is None else {key: data[key] for key in ("eval", "train") if key in data}

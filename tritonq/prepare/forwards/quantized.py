@@ -1,0 +1,90 @@
+"""Forwards whose arguments and results go through quantizers that the module has as children."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from torch import Tensor, nn
+
+from tritonq.nn.own_input import quantize_read
+from tritonq.prepare.record.structure import Path, replace_at
+
+
+@dataclass(frozen=True)
+class Read:
+    """An argument of a forward that is quantized before the forward begins.
+
+    Attributes:
+        child: the quantizer, by its name below the module.
+        position: index among the positional arguments, None if it is passed by name only.
+        name: parameter name, None if it is passed by position only.
+        path: keys that lead from the argument to the tensor; empty if the argument is the tensor.
+        observes: whether this place observes the tensor in training; where several modules read one tensor, one does.
+    """
+
+    child: str
+    position: int | None = 0
+    name: str | None = None
+    path: Path = ()
+    observes: bool = True
+
+    def quantized(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call of the module's forward, with this one quantized."""
+        quantizer = reduce(getattr, self.child.split("."), module)
+
+        def change(item: Any) -> Any:
+            return _quantized(item, quantizer, self.observes)
+
+        if self.name is not None and self.name in kwargs:
+            return args, {**kwargs, self.name: replace_at(kwargs[self.name], self.path, change)}
+        if self.position is not None and self.position < len(args):
+            return replace_at(args, (self.position, *self.path), change), dict(kwargs)
+        return args, dict(kwargs)
+
+    def to_data(self) -> list[Any]:
+        """Plain data that JSON can hold."""
+        return [self.child, self.position, self.name, list(self.path), self.observes]
+
+    @classmethod
+    def from_data(cls, data: Any) -> Read:
+        """What :meth:`to_data` described.
+
+        Raises:
+            ValueError: data that doesn't describe one.
+        """
+        kinds: tuple[Any, ...] = (str, (int, type(None)), (str, type(None)), list, bool)
+        fits = isinstance(data, list) and len(data) == len(kinds)
+        if not fits or not all(isinstance(item, kind) for item, kind in zip(data, kinds, strict=True)):
+            raise ValueError(f"not an argument to quantize: {data!r}")
+        child, position, name, path, observes = data
+        return cls(child, position, name, tuple(path), observes)
+
+
+def quantizing(inner: Callable[..., Any], reads: Iterable[Read], returns: str | None) -> Callable[..., Any]:
+    """Return a forward that runs ``inner`` on quantized arguments and quantizes what it returns.
+
+    Args:
+        inner: the forward, called with the module first.
+        reads: the arguments.
+        returns: the child that quantizes the result, None to return that as it is.
+    """
+    places = tuple(reads)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for read in places:
+            args, kwargs = read.quantized(self, args, kwargs)
+        result = inner(self, *args, **kwargs)
+        return result if returns is None else _quantized(result, getattr(self, returns), True)
+
+    return forward
+
+
+def _quantized(item: Any, quantizer: nn.Module, observes: bool) -> Any:
+    if not isinstance(item, Tensor) or not item.is_floating_point():
+        return item
+    return quantize_read(quantizer, item, observes)
