@@ -18,7 +18,7 @@ from setuptools.command.build_py import build_py
 
 # Package: folder.
 FOLDERS = {"tritonq": "tritonq", "tritonq.kernels": "kernels", "tritonq.perf": "perf"}
-# Modules of perf that are run from the repository by who develops tritonq; the wheel goes without them.
+# Modules and packages of perf that are run from the repository by who develops tritonq; the wheel goes without them.
 DEVELOPER_MODULES = ("codegen*", "disassembly", "goals", "plot", "predict")
 
 
@@ -31,7 +31,7 @@ def packages() -> list[str]:
     return [
         name
         for package, folder in FOLDERS.items()
-        for name in (package, *(f"{package}.{inner}" for inner in find_packages(folder, exclude=LINKS)))
+        for name in (package, *(f"{package}.{inner}" for inner in find_packages(folder, exclude=(*LINKS, "codegen*"))))
     ]
 
 

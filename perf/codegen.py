@@ -29,8 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tritonq.perf import codegen_conv2d, codegen_conv_bn, codegen_fixed_point
-from tritonq.perf.codegen_cases import CASES, CodegenCase
+from tritonq.perf.codegen_case import CodegenCase
+from tritonq.perf.codegen_cases import all_cases
 from tritonq.perf.disassembly import main_path, parse_amdgcn, parse_sass
 
 TARGETS = {
@@ -39,12 +39,7 @@ TARGETS = {
     "cuda:100": GPUTarget("cuda", 100, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
-ALL_CASES: tuple[CodegenCase, ...] = (
-    *CASES,
-    *codegen_conv_bn.CASES,
-    *codegen_conv2d.CASES,
-    *codegen_fixed_point.CASES,
-)
+ALL_CASES = all_cases()
 BUDGET_FILE = Path(__file__).with_name("codegen_budget.json")
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 

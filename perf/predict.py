@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from tritonq.perf.codegen import ALL_CASES, GPUS, Gpu, Launch, compiling_for, read_cuda
-from tritonq.perf.codegen_cases import CodegenCase
+from tritonq.perf.codegen_case import CodegenCase
 from tritonq.perf.disassembly import Instruction, main_path
 
 TABLE = Path(__file__).with_name("PREDICTIONS.md")

@@ -15,32 +15,48 @@ import triton.language as tl
 
 from tritonq.backend import is_interpreting
 from tritonq.perf import codegen
-from tritonq.perf.codegen_cases import CASES, CodegenCase, meta
+from tritonq.perf.codegen_case import CodegenCase, meta
 from tritonq.perf.disassembly import main_path, parse_amdgcn, parse_sass
 
 if is_interpreting():
     pytest.skip("an interpreting process cannot compile", allow_module_level=True)
 
-# float16 compiles like bfloat16 but for the conversions: it is left to the budget's target, which also sees the counts.
-_BRIEF = (torch.float32, torch.bfloat16)
+BUDGETED = json.loads(codegen.BUDGET_FILE.read_text())["target"]
+# Cases of these budgets are bound by instructions, not by memory.
+BOUND_BY_INSTRUCTIONS = ("true division", "histogram", "nine candidates")
+# (case, target) that spills 8 bytes under this Triton and nothing under 3.7.
+SPILLS = {("int8_conv/128 channels to codes", "cuda:100")} if triton.__version__.startswith("3.8.") else set()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def dtypes(case: CodegenCase, target: str) -> tuple[torch.dtype, ...]:
+    """What a case is compiled for here; ``python -m tritonq.perf.codegen`` compiles it for all of its dtypes.
+
+    float16 compiles like bfloat16 but for the conversions. Where a kernel moves data, other targets than the budget's
+    compile bfloat16 alone, which takes the most registers: twice as many elements per 128 bits.
+    """
+    if target == BUDGETED and case.name.endswith("flat"):
+        return case.dtypes
+    if target != BUDGETED and case.kernel and torch.bfloat16 in case.dtypes:
+        return (torch.bfloat16,)
+    return tuple(dtype for dtype in case.dtypes if dtype != torch.float16)
+
+
+@pytest.mark.parametrize("case", codegen.ALL_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("target", codegen.TARGETS)
-def test_compiles_as_it_should(case: CodegenCase, target: str) -> None:
-    budgeted = target == json.loads(codegen.BUDGET_FILE.read_text())["target"]
-    report = list(codegen.rows([case], [target], case.dtypes if budgeted else _BRIEF))
-    assert {row.kernel for row in report} >= {case.kernel}
-    faults = [fault for row in report for fault in row.faults()]
-    assert faults == []
-    for row in report:
-        if row.kernel == case.kernel:
-            assert row.access_bits == 128
-            assert row.instructions is not None
-            assert row.instructions > 2
-            assert (row.budget is not None) is budgeted
-    if target.startswith("cuda") and case.budget not in ("true division", "histogram"):
-        for row in report:
+def test_compiles_as_it_should(case: CodegenCase, target: str, request: pytest.FixtureRequest) -> None:
+    if (case.name, target) in SPILLS:
+        request.applymarker(pytest.mark.xfail(reason="Triton 3.8 spills 8 bytes", raises=AssertionError))
+    report = list(codegen.rows([case], [target], dtypes(case, target)))
+    assert report
+    assert [fault for row in report for fault in row.faults()] == []
+    measured = [row for row in report if case.kernel and row.kernel == case.kernel]
+    assert len(measured) == (len(dtypes(case, target)) if case.kernel else 0)
+    for row in measured:
+        assert row.access_bits == 128
+        assert row.instructions is not None
+        assert row.instructions > 2
+        assert (row.budget is not None) is (target == BUDGETED)
+        if case.budget not in BOUND_BY_INSTRUCTIONS:
             assert all(share < 1 for share in (row.issue_share or {}).values()), row
 
 

@@ -5,9 +5,10 @@ from torch import nn
 from tritonq.perf.case import disagreement
 from tritonq.perf.cases import all_cases, conv2d
 from tritonq.perf.cases.fake_quant import Problem
-from tritonq.perf.cases.fixed_point import Convolution, Rounding, Search
+from tritonq.perf.cases.fixed_point import Rounding, Search
+from tritonq.perf.cases.int8_conv import Convolution
 from tritonq.perf.cases.learned_scale import Problem as LearnedProblem
-from tritonq.perf.cases.observe import Problem as ObserveProblem
+from tritonq.perf.cases.min_max import Problem as ObserveProblem
 from tritonq.perf.cases.train_step import Setting, TrainStep
 from tritonq.perf.cases.train_step_peers import PEERS, Peer
 from tritonq.perf.memory import saved_bytes

@@ -23,7 +23,6 @@ RINGS = {
     ("tritonq.functional.integer", "tritonq.functional.traced.host"),
     ("tritonq.nn.conv_bn", "tritonq.nn.folding_modes"),
     ("tritonq.perf.cases.fake_quant", "tritonq.perf.cases.fake_quant_peers"),
-    ("tritonq.perf.cases.fixed_point", "tritonq.perf.cases.fixed_point_peers"),
 }
 PRIVATE_IMPORTS = {
     ("tests/test_checkpoint.py", "tritonq.deploy.checkpoint._digest"),

@@ -1,37 +1,31 @@
-"""The table of cases, one module per family of operators."""
+"""The cases, one module per family of operators, and one for whole training steps."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
 from functools import cache
 
 from tritonq.perf.case import Case
-from tritonq.perf.cases import (
-    conv2d,
-    conv_bn,
-    fake_quant,
-    fixed_point,
-    histogram,
-    learned_scale,
-    observe,
-    residual,
-    train_step,
-    weight_fold,
-)
 
-_FAMILIES = (
-    *(fake_quant, observe, weight_fold, conv_bn, conv2d, residual),
-    *(histogram, learned_scale, fixed_point, train_step),
-)
+
+@cache
+def families() -> dict[str, Callable[[], Iterator[Case]]]:
+    """Return the function ``cases`` of each module that has one, by the module's name; no list names the modules."""
+    names = [entry.name for entry in pkgutil.iter_modules(__path__)]
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+    return {name: module.cases for name, module in modules.items() if hasattr(module, "cases")}
 
 
 @cache
 def all_cases() -> tuple[Case, ...]:
-    """Every case, in the order of the families.
+    """Every case, family by family.
 
     Raises:
         ValueError: two cases share a name, so that their results could not be told apart.
     """
-    cases = tuple(case for family in _FAMILIES for case in family.cases())
+    cases = tuple(case for make in families().values() for case in make())
     names = [case.name for case in cases]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

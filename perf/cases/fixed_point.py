@@ -1,24 +1,22 @@
-"""Fixed point: rounding with its strict mask, the choice of the fractional length, and convolutions of 8-bit codes."""
+"""Fixed point: rounding with its strict mask, and the choice of the fractional length.
+
+F8Net's code is not a package: its quantizer and its search are written here from their formulas (Jin et al., F8Net:
+Fixed-Point 8-bit Only Multiplication for Network Quantization, 2022).
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from math import prod
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tritonq.perf.case import Case, Inputs, Tolerance
-from tritonq.perf.cases.fixed_point_peers import (
-    conv_implementations,
-    quantize_implementations,
-    search_implementations,
-)
+from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
 
+_COMPILER = Tolerance("a compiler may keep bfloat16 intermediates, or not", atol=1e-6, rtol=1e-2, fraction=3e-3)
 _EXACT = Tolerance("multiplying by a power of two is exact, so there is one result")
 
 # round, clamp, two products; the backward compares twice and selects. One candidate of a search adds a difference, a
@@ -34,7 +32,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def cases() -> Iterator[Case]:
-    """Rounding and searches of activations and weights; convolutions of a ResNet-50."""
+    """Rounding and searches of activations and weights."""
     for dtype in _DTYPES:
         quick = dtype == torch.float32
         for backward in (False, True):
@@ -48,12 +46,6 @@ def cases() -> Iterator[Case]:
         yield Search(_CPU_ACTIVATION, dtype, signed=False).case(quick=False, devices=("cpu",))
         for shape in _CUDA_ACTIVATIONS:
             yield Search(shape, dtype, signed=False).case(quick=False, devices=("cuda",))
-    yield Convolution(8, 64, 28, 64, 3).case(quick=True, devices=_BOTH)
-    yield Convolution(8, 64, 28, 256, 1).case(quick=False, devices=_BOTH)
-    yield Convolution(8, 128, 28, 128, 3, depthwise=True).case(quick=False, devices=_BOTH)
-    for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
-        yield Convolution(256, channels, size, channels, 3).case(quick=False, devices=("cuda",))
-        yield Convolution(256, channels, size, 4 * channels, 1).case(quick=False, devices=("cuda",))
 
 
 def _name(*parts: object) -> str:
@@ -121,7 +113,7 @@ class Rounding:
             family="fixed_point",
             make_inputs=self.make_inputs,
             reference=self.reference,
-            implementations=quantize_implementations(self),
+            implementations=_quantize_implementations(self),
             baseline="f8net",
             bytes_moved=(5 if self.backward else 2) * elements * self.dtype.itemsize,
             operations=(_FORWARD_OPERATIONS + (_BACKWARD_OPERATIONS if self.backward else 0)) * elements,
@@ -173,7 +165,7 @@ class Search:
             family="fixed_point",
             make_inputs=self.make_inputs,
             reference=self.reference,
-            implementations=search_implementations(self),
+            implementations=_search_implementations(self),
             baseline="f8net",
             bytes_moved=elements * self.dtype.itemsize,
             operations=_CANDIDATE_OPERATIONS * len(self.candidates) * elements,
@@ -183,80 +175,100 @@ class Search:
         )
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """One layer of the integer network: codes to codes, ``same`` padding, channels_last as its kernel likes it.
+def _quantize_implementations(problem: Rounding) -> dict[str, Implementation]:
+    """tritonq; F8Net's autograd function; torch's operator, whose mask is not strict, so that it only goes forward."""
+    table = {
+        "tritonq": Implementation(lambda _: _tritonq_quantize(problem), distribution="tritonq", module="tritonq"),
+        "f8net": Implementation(lambda inputs: _f8net_quantize(problem, inputs, compiled=False)),
+        "torch.compile(f8net)": Implementation(
+            lambda inputs: _f8net_quantize(problem, inputs, compiled=True), tolerance=_COMPILER, quick=False
+        ),
+    }
+    if not problem.backward:
+        table["torch"] = Implementation(lambda inputs: _torch_quantize(problem, inputs))
+    return table
 
-    Attributes:
-        images: batch size.
-        channels: of the input.
-        size: height and width.
-        outs: out channels.
-        kernel: its height and width.
-        depthwise: one filter per channel.
-    """
 
-    images: int
-    channels: int
-    size: int
-    outs: int
-    kernel: int
-    depthwise: bool = False
+def _search_implementations(problem: Search) -> dict[str, Implementation]:
+    """One read in tritonq, and pass after pass in F8Net."""
+    return {
+        "tritonq": Implementation(lambda _: _tritonq_search(problem), distribution="tritonq", module="tritonq"),
+        "f8net": Implementation(lambda _: _f8net_search(problem)),
+    }
 
-    @property
-    def groups(self) -> int:
-        """Groups of the convolution."""
-        return self.channels if self.depthwise else 1
 
-    @property
-    def products(self) -> int:
-        """Multiplications per output."""
-        return self.channels // self.groups * self.kernel**2
+def _with_gradient(problem: Rounding, quantize: Any) -> Step:
+    """``quantize`` maps inputs to y; the step returns the gradient of x too where the problem asks for it."""
 
-    @property
-    def shift(self) -> int:
-        """How far sums are shifted right: their deviation becomes about 96 codes.
+    def forward(inputs: Inputs) -> tuple[Tensor, ...]:
+        return (quantize(inputs),)
 
-        A product of such codes has a deviation of 73 · 147; those of sums grow with the root of their number.
-        """
-        return round(math.log2(73 * 147 * self.products**0.5 / 96))
+    def forward_backward(inputs: Inputs) -> tuple[Tensor, ...]:
+        y = quantize(inputs)
+        return y, *torch.autograd.grad(y, inputs["x"], inputs["dy"])
 
-    def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``x`` uint8, ``weight`` int8, ``bias`` int32, ``shift`` int32 (out,): a tenth of the results saturates."""
-        last = torch.channels_last
-        integers = partial(torch.randint, generator=generator, device=device)
-        shape = (self.outs, self.channels // self.groups, self.kernel, self.kernel)
-        return {
-            "x": integers(0, 256, (self.images, self.channels, self.size, self.size), dtype=torch.uint8).contiguous(
-                memory_format=last
-            ),
-            "weight": integers(-127, 128, shape, dtype=torch.int8).contiguous(memory_format=last),
-            "bias": integers(0, 64 << self.shift, (self.outs,), dtype=torch.int32),
-            "shift": torch.full((self.outs,), self.shift, dtype=torch.int32, device=device),
-        }
+    return forward_backward if problem.backward else forward
 
-    def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """``clamp(round((Σ x w + bias) 2^-shift), 0, 255)`` in float64, which holds every sum."""
-        x, weight, bias = (inputs[name].double() for name in ("x", "weight", "bias"))
-        total = F.conv2d(x, weight, bias, padding=self.kernel // 2, groups=self.groups)
-        return ((total * torch.exp2(-inputs["shift"].double()).view(1, -1, 1, 1)).round().clamp(0, 255).byte(),)
 
-    def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """The table entry: codes in, codes out, weights once."""
-        pixels = self.images * self.size**2
-        weights = self.outs * self.products
-        kind = "depthwise" if self.depthwise else f"{self.kernel}x{self.kernel}"
-        shape = _dims((self.images, self.channels, self.size, self.size))
-        return Case(
-            name=_name("int8_conv", kind, shape, f"{self.outs}out"),
-            family="fixed_point",
-            make_inputs=self.make_inputs,
-            reference=self.reference,
-            implementations=conv_implementations(self),
-            baseline="float convolution",
-            bytes_moved=pixels * (self.channels + self.outs) + weights,
-            operations=2 * pixels * weights,
-            tolerance=Tolerance("integers: one result"),
-            devices=devices,
-            quick=quick,
-        )
+def _tritonq_quantize(problem: Rounding) -> Step:
+    import tritonq
+
+    return _with_gradient(
+        problem, lambda inputs: tritonq.fixed_point_quantize(inputs["x"], inputs["frac_len"], axis=problem.axis)
+    )
+
+
+class _FixQuant(torch.autograd.Function):
+    """F8Net's quantizer: it keeps the mask of the codes strictly inside for its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, powers: Tensor, low: int, high: int) -> Tensor:
+        codes = (x * powers).round().clamp(low, high)
+        ctx.save_for_backward((codes > low) & (codes < high))
+        return (codes / powers).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return dy * ctx.saved_tensors[0], None, None, None
+
+
+def _f8net_quantize(problem: Rounding, inputs: Inputs, *, compiled: bool) -> Step:
+    powers, low, high = problem.powers(inputs), problem.quant_min, problem.quant_max
+
+    def quantize(x: Tensor) -> Tensor:
+        y: Tensor = _FixQuant.apply(x, powers, low, high)  # type: ignore[no-untyped-call]
+        return y
+
+    called = torch.compile(quantize, dynamic=False) if compiled else quantize
+    return _with_gradient(problem, lambda inputs: called(inputs["x"]))
+
+
+def _torch_quantize(problem: Rounding, inputs: Inputs) -> Step:
+    limits = (problem.quant_min, problem.quant_max)
+    scale = torch.exp2(-inputs["frac_len"].float())
+    zero_point = torch.zeros_like(inputs["frac_len"])
+    if problem.axis is None:
+        return lambda inputs: (torch.fake_quantize_per_tensor_affine(inputs["x"], scale, zero_point, *limits),)
+    axis = problem.axis
+    return lambda inputs: (torch.fake_quantize_per_channel_affine(inputs["x"], scale, zero_point, axis, *limits),)
+
+
+def _tritonq_search(problem: Search) -> Step:
+    import tritonq
+
+    return lambda inputs: (tritonq.search_frac_len(inputs["x"], signed=problem.signed),)
+
+
+def _f8net_search(problem: Search) -> Step:
+    """One quantized copy and one mean of squares for every candidate, then the least of them."""
+    low, high = problem.codes
+
+    def search(inputs: Inputs) -> tuple[Tensor, ...]:
+        x = inputs["x"].float()
+        errors = []
+        for length in problem.candidates:
+            rounded = (x * 2.0**length).round().clamp(low, high) / 2.0**length
+            errors.append((rounded - x).square().mean().sqrt())
+        return (torch.stack(errors).argmin().int(),)
+
+    return search

@@ -2,55 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from tritonq.grid import Grid
 from tritonq.kernels import conv2d
-from tritonq.perf.codegen_cases import DTYPES, CodegenCase, meta
-from tritonq.qparams import QINT8, QUINT8, QuantizedType
+from tritonq.perf.codegen_case import DTYPES, Call, CodegenCase, meta, meta_grid
+from tritonq.qparams import QINT8, QUINT8
 
 # Of ReLU6: a plain ReLU compiles to less.
 _CEILING = 6.0
 
 
-def _grid(qtype: QuantizedType) -> Grid:
-    zero_point = None if qtype.fixed_zero_point == 0 else meta(1, dtype=torch.int32)
-    return Grid(meta(1, dtype=torch.float32), zero_point, qtype, meta(1, dtype=torch.uint8))
-
-
 def _values(
     channels: int, kernel: int, groups: int = 1, *, outs: int = 128, size: int = 28, channels_last: bool = True
-) -> Callable[[torch.dtype], object]:
+) -> Call:
     def call(dtype: torch.dtype) -> object:
         x = meta(8, channels, size, size, dtype=dtype, channels_last=channels_last)
         weight = meta(outs, channels // groups, kernel, kernel, dtype=dtype, channels_last=channels_last)
         geometry = ((1, 1), (kernel // 2, kernel // 2), (1, 1), groups)
-        return conv2d.conv2d(x, weight, meta(outs, dtype=dtype), *geometry, _CEILING, _grid(QUINT8))
+        return conv2d.conv2d(x, weight, meta(outs, dtype=dtype), *geometry, _CEILING, meta_grid(QUINT8))
 
     return call
 
 
-def _codes(channels: int, groups: int = 1) -> Callable[[torch.dtype], object]:
+def _codes(channels: int, groups: int = 1) -> Call:
     def call(dtype: torch.dtype) -> object:
         codes = meta(8, channels, 28, 28, dtype=torch.float16, channels_last=True)
         weight = meta(128, channels // groups, 3, 3, dtype=torch.float16, channels_last=True)
         bias, multiplier = meta(128, dtype=torch.int32), meta(128, dtype=torch.float32)
-        end = (bias, multiplier, _grid(QINT8), dtype)
-        return conv2d.integer_conv2d(codes, weight, *end, (1, 1), (1, 1), (1, 1), groups, _CEILING, _grid(QINT8))
+        end = (bias, multiplier, meta_grid(QINT8), dtype)
+        return conv2d.integer_conv2d(codes, weight, *end, (1, 1), (1, 1), (1, 1), groups, _CEILING, meta_grid(QINT8))
 
     return call
 
 
-def _case(name: str, call: Callable[[torch.dtype], object], dtypes: tuple[torch.dtype, ...] = DTYPES) -> CodegenCase:
+def _case(name: str, call: Call, dtypes: tuple[torch.dtype, ...] = DTYPES) -> CodegenCase:
     # A product is bound by its matrix units, not by instructions per element: checked for spills alone.
-    return CodegenCase(f"conv2d/{name}", call, "", 1, 1, "", dtypes)
+    return CodegenCase(f"conv2d/{name}", call, dtypes=dtypes)
 
 
 _BRIEF = (torch.float32, torch.bfloat16)
 
-CASES: tuple[CodegenCase, ...] = (
+CASES = (
     _case("3x3", _values(128, 3)),
     _case("3x3 channels first", _values(128, 3, channels_last=False), _BRIEF),
     _case("1x1", _values(256, 1), _BRIEF),

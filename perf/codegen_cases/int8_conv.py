@@ -1,25 +1,14 @@
-"""Code-generation cases of fixed point: the search for a fractional length, and convolutions of 8-bit codes."""
+"""Code-generation cases of convolutions of 8-bit codes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from tritonq.kernels import fixed_point, int8_conv
-from tritonq.perf.codegen_cases import CodegenCase, meta
-from tritonq.qparams import QINT8_NARROW, QUINT8
+from tritonq.kernels import int8_conv
+from tritonq.perf.codegen_case import Call, CodegenCase, meta
 
 
-def _search(dtype: torch.dtype) -> object:
-    return fixed_point.frac_len_errors(meta(64, 64, 56, 56, dtype=dtype), QUINT8, 9)
-
-
-def _search_weights(dtype: torch.dtype) -> object:
-    return fixed_point.frac_len_errors(meta(512, 512, 3, 3, dtype=dtype), QINT8_NARROW.with_axis(0), 8)
-
-
-def conv(channels: int, groups: int, out_dtype: torch.dtype, wide: bool = False) -> Callable[[torch.dtype], object]:
+def conv(channels: int, groups: int, out_dtype: torch.dtype, wide: bool = False) -> Call:
     """A 3×3 convolution of codes to 128 channels; ``wide`` saturates 64-bit sums."""
 
     def call(dtype: torch.dtype) -> object:
@@ -34,16 +23,12 @@ def conv(channels: int, groups: int, out_dtype: torch.dtype, wide: bool = False)
     return call
 
 
-def _conv_case(
-    name: str, call: Callable[[torch.dtype], object], dtypes: tuple[torch.dtype, ...] = (torch.uint8, torch.int8)
-) -> CodegenCase:
+def _conv_case(name: str, call: Call, dtypes: tuple[torch.dtype, ...] = (torch.uint8, torch.int8)) -> CodegenCase:
     # Products are bound by the matrix units, not by instructions per element: checked for spills alone.
-    return CodegenCase(f"int8_conv/{name}", call, "", 1, 1, "", dtypes)
+    return CodegenCase(f"int8_conv/{name}", call, dtypes=dtypes)
 
 
-CASES: tuple[CodegenCase, ...] = (
-    CodegenCase("frac_len_errors/flat", _search, "frac_len_errors_kernel", 1, 0, "nine candidates"),
-    CodegenCase("frac_len_errors/weight", _search_weights, "frac_len_errors_kernel", 1, 0, "nine candidates"),
+CASES = (
     _conv_case("128 channels to codes", conv(128, 1, torch.uint8)),
     _conv_case("3 channels to codes", conv(3, 1, torch.uint8)),
     _conv_case("to accumulators", conv(128, 1, torch.int32)),

@@ -1,0 +1,73 @@
+"""Code-generation cases of the tail of a convolution with BatchNorm."""
+
+from __future__ import annotations
+
+import torch
+
+from tritonq.kernels import conv_bn
+from tritonq.perf.codegen_case import Call, CodegenCase, meta, meta_grid, meta_range
+from tritonq.qparams import QINT8, QUINT8, QuantizedType
+from tritonq.reference.conv_bn import BatchNormState, Normalization
+
+# ResNet-50's second stage; rows of 56 * 56, which no tile divides.
+_ACTIVATION = (256, 64, 56, 56)
+# Of ReLU6: a plain ReLU compiles to less.
+_CEILING = 6.0
+
+
+def _forward(qtype: QuantizedType, channels_last: bool) -> Call:
+    def call(dtype: torch.dtype) -> object:
+        c = meta(*_ACTIVATION, dtype=dtype, channels_last=channels_last)
+        vector = meta(c.shape[1])
+        norm = BatchNormState(vector, vector, 0.1, 1e-5)
+        return conv_bn.forward(c, vector, vector, vector, vector, norm, meta_grid(qtype), meta_range(qtype), _CEILING)
+
+    return call
+
+
+def _backward(qtype: QuantizedType, channels_last: bool) -> Call:
+    def call(dtype: torch.dtype) -> object:
+        c = meta(*_ACTIVATION, dtype=dtype, channels_last=channels_last)
+        vector = meta(c.shape[1])
+        return conv_bn.backward(torch.empty_like(c), c, Normalization(*[vector] * 6), meta_grid(qtype), _CEILING)
+
+    return call
+
+
+_LAYOUTS = (("channels first", False), ("channels last", True))
+_GRIDS = (("int8", QINT8), ("uint8", QUINT8))
+
+CASES = (
+    *(
+        case
+        for layout, last in _LAYOUTS
+        for grid, qtype in _GRIDS
+        for case in (
+            CodegenCase(f"conv_bn/{layout} {grid}", _forward(qtype, last), "apply_kernel", 1, 1, "one read, one write"),
+            CodegenCase(
+                f"conv_bn_statistics/{layout} {grid}",
+                _forward(qtype, last),
+                "statistics_kernel",
+                1,
+                0,
+                "one read, one write",
+            ),
+            CodegenCase(
+                f"conv_bn_backward/{layout} {grid}",
+                _backward(qtype, last),
+                "gradient_kernel",
+                2,
+                1,
+                "two reads, one write",
+            ),
+            CodegenCase(
+                f"conv_bn_sums/{layout} {grid}",
+                _backward(qtype, last),
+                "gradient_sums_kernel",
+                2,
+                0,
+                "two reads, one write",
+            ),
+        )
+    ),
+)
