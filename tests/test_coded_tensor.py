@@ -236,3 +236,13 @@ def test_nan_in_the_input_stays_nan(models):
         expected, found = model(x)["scores"], converted(x)["scores"]
     assert torch.equal(expected.isnan(), found.isnan())
     assert torch.equal(expected[1], found[1])
+
+
+def test_conversion_in_inference_mode_packs_once(models, monkeypatch):
+    model, _ = models
+    with torch.inference_mode():
+        converted = tritonq.convert(model)
+        x = torch.randn(2, 3, 8, 8)
+        expected = converted(x)["scores"]
+        monkeypatch.setattr("tritonq.deploy.modules.pack", lambda *args: pytest.fail("a weight was packed again"))
+        assert torch.equal(converted(x)["scores"], expected)

@@ -143,6 +143,13 @@ def test_memory_format_follows_the_input(name, monkeypatch):
     assert torch.equal(by_formula(layer, x, monkeypatch), found)
 
 
+def test_inputs_of_many_sizes(monkeypatch):
+    layer, _ = make_layer("3x3 strided", "affine")
+    for size in [*range(3, 14), 3]:
+        x = quantizer(*ENDS["affine"][0], scale=0.03)(torch.randn(2, 8, size, size) * 3)
+        assert torch.equal(by_formula(layer, x, monkeypatch), layer(x))
+
+
 def test_packed_weight_follows_its_sources():
     layer, x = make_layer("3x3 strided", "affine")
     before = layer(x)

@@ -54,8 +54,14 @@ class DeployedModule(FixedDtypeBuffers):
         return super().train(False)
 
     def keep(self, **tensors: Tensor | None) -> None:
-        """Hold tensors as buffers, detached and in the memory format they have."""
+        """Hold tensors as buffers, detached and in the memory format they have.
+
+        Tensors of inference mode are copied: they have no version, by which `memo.Memo` tells whether they changed.
+        """
         for name, tensor in tensors.items():
+            if tensor is not None and tensor.is_inference():
+                with torch.inference_mode(False):
+                    tensor = tensor.clone()
             self.register_buffer(name, None if tensor is None else tensor.detach())
 
     def read_tensors(self) -> None:
@@ -263,7 +269,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         ``weight`` and ``bias`` are those that a layer whose weight was computed is given; its codes are fixed now.
         """
         x = self.quantized_input(x)
-        y = self._run_packed(x) if can_use_codes(x) and self.multiplier is not None else None
+        y = self._run_packed(x) if self._buffers["multiplier"] is not None and can_use_codes(x) else None
         if y is not None:
             return y
         layer, quantizer = self.integer_layer(), self.activation_post_process
@@ -279,29 +285,27 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
 
     def _run_packed(self, x: Tensor) -> Tensor | None:
         """:meth:`forward` by torch's integer kernels; None where these can't run it."""
-        quantizer, grid = self.activation_post_process, self.output_grid()
+        quantizer = cast(nn.Module, self._modules["activation_post_process"])
         if quantizer._forward_pre_hooks:
             return None
-        held = tuple([self._buffers[name] for name in TENSOR_NAMES])
-        qtype = None
-        if grid is not None:
-            held, qtype = (*held, grid.scale, grid.zero_point), grid.qtype
-        key = (self.ceiling, self.grids, qtype, [vars(self)[name] for name in self.geometry_names])
-        packed = self._packed.get(held, lambda: self._pack(grid), key)
+        held = (*self._buffers.values(), *quantizer._buffers.values())
+        own = self.__dict__
+        key = (self.ceiling, self.grids, quantizer, len(self._modules), [own[name] for name in self.geometry_names])
+        packed = self._packed.get(held, self._pack, key)
         y = None if packed is None else run_packed(x, packed)
-        if y is None:
+        if y is None or packed is None:
             return None
-        if grid is None:
+        if packed.output is None:
             return self.finish(y)
         # Who listens to the quantizer's results is told.
         return cast(Tensor, quantizer(y)) if quantizer._forward_hooks else y
 
-    def _pack(self, output: Grid | None) -> PackedLayer | None:
+    def _pack(self) -> PackedLayer | None:
         layer, qtype = self.integer_layer(), self.grids.input
         if layer is None or qtype is None:
             return None
         source = Grid(layer.input_scale, self.input_zero_point, qtype)
-        return pack(layer, self.linear_map, source, output, self.ceiling)
+        return pack(layer, self.linear_map, source, self.output_grid(), self.ceiling)
 
     def run_operators(self, x: Tensor, layer: IntegerAffine | None) -> Tensor:
         """:meth:`forward` by PyTorch's operators; ``layer`` is :meth:`integer_layer`."""

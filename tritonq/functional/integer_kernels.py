@@ -31,6 +31,8 @@ _Sums = Callable[[Tensor, Tensor | None, bool], Tensor]
 
 _LARGEST_INPUT_CODE = 255
 _MAX_SUM = 2**31
+# For how many sizes of inputs a layer keeps its weight in order.
+_MAX_SIZES = 8
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -214,15 +216,21 @@ def _product(weight: Tensor, zero: int) -> _Sums:
 def _convolution(conv: Convolution, weight: Tensor, zero: int) -> _Sums:
     scales, zeros = _unit_scales(len(weight))
     geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
-    packed = torch.ops.onednn.qconv_prepack(weight, scales, 1.0, zero, *geometry, None)
+    # By the input's sizes: oneDNN would put a weight that lies otherwise in order in each call, at ten times the cost.
+    packed: dict[torch.Size, Tensor] = {}
     rank, run = len(conv.stride), _convolutions()[len(conv.stride)]
 
     def sums(codes: Tensor, bias: Tensor | None, rectifies: bool) -> Tensor:
         batch = codes if codes.dim() == rank + 2 else codes.unsqueeze(0)
         batch = batch.contiguous(memory_format=_FORMATS.get(batch.dim(), torch.contiguous_format))
+        sizes = batch.shape[1:]
+        if sizes not in packed:
+            if len(packed) == _MAX_SIZES:
+                packed.clear()
+            packed[sizes] = torch.ops.onednn.qconv_prepack(weight, scales, 1.0, zero, *geometry, list(batch.shape))
         after = "relu" if rectifies and rank < 3 else "none"  # the kernel of three dimensions has no ReLU
         result: Tensor = run(
-            batch, 1.0, zero, packed, scales, zeros, bias, *geometry, 1.0, 0, torch.float32, after, [], ""
+            batch, 1.0, zero, packed[sizes], scales, zeros, bias, *geometry, 1.0, 0, torch.float32, after, [], ""
         )
         if rectifies and rank == 3:
             result.relu_()

@@ -48,18 +48,10 @@ class Memo(Generic[T]):
             make: makes the value.
             key: whatever else the value depends on; compared with ``==``.
         """
-        versions = _versions(tensors)
         held = self._tensors
-        if (
-            held is None
-            or versions is None
-            or versions != self._versions
-            or key != self._key
-            or len(held) != len(tensors)
-            or any(one is not other for one, other in zip(held, tensors, strict=True))
-        ):
+        if held is None or key != self._key or not _unchanged(tensors, held, self._versions):
             self._value = make()
-            self._tensors, self._versions, self._key = tensors, versions or [], key
+            self._tensors, self._versions, self._key = tensors, _versions(tensors), key
         return self._value  # type: ignore[return-value]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -75,8 +67,18 @@ def held_tensors(module: nn.Module) -> list[Tensor | None]:
     return found
 
 
-def _versions(tensors: tuple[Tensor | None, ...]) -> list[int] | None:
+def _unchanged(tensors: tuple[Tensor | None, ...], held: tuple[Tensor | None, ...], versions: list[int]) -> bool:
+    if len(tensors) != len(held) or not versions:
+        return False
+    for index, tensor in enumerate(tensors):
+        if tensor is not held[index] or (tensor is not None and tensor._version != versions[index]):
+            return False
+    return True
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    """Return a version for each tensor; none at all where one is an inference tensor, which has none."""
     try:
         return [-1 if tensor is None else tensor._version for tensor in tensors]
-    except RuntimeError:  # an inference tensor
-        return None
+    except RuntimeError:
+        return []

@@ -14,7 +14,7 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.coded_joins import CodedJoin, coded_join
 from tritonq.functional.codes import can_use_codes, give_codes, take_codes
 from tritonq.functional.integer_joins import JoinKind, float_join, integer_concatenation, integer_join
-from tritonq.functional.memo import Memo
+from tritonq.functional.memo import Memo, held_tensors
 from tritonq.functional.residual import residual_join, rounded_product, rounded_result
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn.eval_mode import with_gradient_of
@@ -160,25 +160,28 @@ class Joint(_WithOutputQuantizer):
 
     def _on_codes(self, a: Tensor, b: Tensor) -> Tensor | None:
         """The quantized result from the operands' codes; None where these can't be used."""
-        quantizers, own = (*self.input_quantizers, self.activation_post_process), self.activation_post_process
-        if own._forward_pre_hooks or not a.numel() or not all(is_grid_source(quantizer) for quantizer in quantizers):
+        own, producers = self.activation_post_process, self.producers
+        quantizers = [*map(_quantizer_of, producers), own]
+        if own._forward_pre_hooks or not a.numel():
             return None
-        sources = [cast(GridSource, quantizer) for quantizer in quantizers]
+        sources = [quantizer for quantizer in quantizers if is_grid_source(quantizer)]
+        if len(sources) < len(quantizers):
+            return None
         if any(source.qtype.axis is not None or not source.is_enabled_on_host() for source in sources):
             return None
         # A sum's operands are added in an order that depends on which one is broadcast.
         if not (a.shape == b.shape and a.numel() > 1 if self.kind != "mul" else a.shape == _joint_shape(a, b)):
             return None
-        first, second, output = (source.grid() for source in sources)
-        relus = (*self.after_relu, self.ceiling is not None)
 
         def prepare() -> CodedJoin | None:
-            grids = (first, second, output)
-            deployed = [_deployed(grid, relu) for grid, relu in zip(grids, relus, strict=True)]
-            return coded_join(self.kind, grids, deployed, self.ceiling)
+            first, second, output = (source.grid() for source in sources)
+            relus = (*self.after_relu, self.ceiling is not None)
+            deployed = [_deployed(grid, relu) for grid, relu in zip((first, second, output), relus, strict=True)]
+            return coded_join(self.kind, (first, second, output), deployed, self.ceiling)
 
-        held = tuple([tensor for grid in (first, second, output) for tensor in (grid.scale, grid.zero_point)])
-        key = (self.kind, self.ceiling, relus, [source.qtype for source in sources])
+        held = tuple([tensor for source in sources for tensor in held_tensors(cast(nn.Module, source))])
+        ceilings = [None if producer is None else vars(producer).get("ceiling") for producer in producers]
+        key = (self.kind, self.ceiling, producers, ceilings, [source.qtype for source in sources])
         join = self._coded.get(held, prepare, key)
         codes = None if join is None else (take_codes(a, join.a), take_codes(b, join.b))
         if join is None or codes is None or codes[0] is None or codes[1] is None:
