@@ -8,15 +8,15 @@ and so yields the same bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from tritonq.functional.codes import can_use_codes, quantize_to_codes
+from tritonq.deploy.quantizer import DeployedModule as DeployedModule
+from tritonq.deploy.quantizer import Quantizer as Quantizer
+from tritonq.functional.codes import can_use_codes
 from tritonq.functional.conv2d import find_kernel, run_integer_layer
-from tritonq.functional.fake_quant import fake_quantize
-from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.integer import BYTE_BITS, IntegerAffine, sum_bound
 from tritonq.functional.integer_kernels import PackedLayer, pack, run_packed
 from tritonq.functional.linear_map import LinearMap, linear_map_of
@@ -24,112 +24,13 @@ from tritonq.functional.memo import Memo
 from tritonq.grid import Grid
 from tritonq.nn.fusable import checked_ceiling, describe_relu
 from tritonq.nn.own_input import QuantizesInput
-from tritonq.observers.base import FixedDtypeBuffers
-from tritonq.qparams import QParams, QuantizedType
+from tritonq.qparams import QuantizedType
 from tritonq.reference.activation import rectify
-
-if TYPE_CHECKING:
-    from typing import Self
 
 # What a saved file holds per layer.
 TENSOR_NAMES = (
     *("weight", "weight_scale", "weight_zero_point", "bias", "multiplier", "input_scale", "input_zero_point"),
 )
-
-
-class DeployedModule(FixedDtypeBuffers):
-    """A module of a converted model. It has one mode, eval, and refuses to be trained.
-
-    Ignoring ``train()`` instead would switch on the dropout and BatchNorm layers that stayed in float, in silence.
-    """
-
-    def train(self, mode: bool = True) -> Self:
-        """Accept ``train(False)`` alone.
-
-        Raises:
-            RuntimeError: ``mode`` is true.
-        """
-        if mode:
-            raise RuntimeError("a converted model only runs in eval mode; train the model that it was converted from")
-        return super().train(False)
-
-    def keep(self, **tensors: Tensor | None) -> None:
-        """Hold tensors as buffers, detached and in the memory format they have.
-
-        Tensors of inference mode are copied: they have no version, by which `memo.Memo` tells whether they changed.
-        """
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.is_inference():
-                with torch.inference_mode(False):
-                    tensor = tensor.clone()
-            self.register_buffer(name, None if tensor is None else tensor.detach())
-
-    def read_tensors(self) -> None:
-        """Derive from the buffers what forward would otherwise ask the device for, again after each load."""
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self.read_tensors()
-
-
-class Quantizer(DeployedModule):
-    """Rounds values to one fixed grid: what is left of a fake quantizer.
-
-    Attributes:
-        scale: float32, (1,) or (channels,).
-        zero_point: int32, as ``scale``.
-        qtype: the grid.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, qtype: QuantizedType, scale: Tensor, zero_point: Tensor) -> None:
-        super().__init__()
-        self.qtype = qtype
-        self._on_host: Memo[HostGrid | None] = Memo()
-        self.keep(scale=scale.reshape(-1), zero_point=zero_point.reshape(-1))
-        self.read_tensors()
-        self.eval()
-
-    def read_tensors(self) -> None:
-        """See base class."""
-        self._has_zero_point = bool(self.zero_point.any())
-
-    def is_enabled_on_host(self) -> bool:
-        """Return True: it always rounds. Reads nothing."""
-        return True
-
-    def calculate_qparams(self) -> QParams:
-        """Its scale and zero point."""
-        return QParams(self.scale, self.zero_point)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; shape and dtype of ``x``."""
-        if can_use_codes(x):
-            grid = self._on_host.get((self.scale, self.zero_point), lambda: host_grid(self.grid()), self.qtype)
-            y = None if grid is None else quantize_to_codes(x, grid)
-            if y is not None:
-                return y
-        return fake_quantize(x, self.grid())
-
-    def grid(self) -> Grid:
-        """Return the grid, which is always on."""
-        return Grid(self.scale, self.zero_point if self._has_zero_point else None, self.qtype)
-
-    def fused_grid(self) -> Grid | None:
-        """Return the grid for an operator that rounds to it; None where the module runs: per channel, or with hooks."""
-        if self.qtype.axis is not None or self._forward_hooks or self._forward_pre_hooks:
-            return None
-        return self.grid()
-
-    def extra_repr(self) -> str:
-        """Code range, scale and zero point."""
-        if self.scale.numel() == 1:
-            grid = f"scale={self.scale.item():.6g}, zero_point={int(self.zero_point)}"
-        else:
-            grid = f"{self.scale.numel()} scales along axis {self.qtype.axis}"
-        return f"codes {self.qtype.quant_min}..{self.qtype.quant_max}, {grid}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,114 @@
+"""What all modules of a converted model have in common, and what is left of a fake quantizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tritonq.functional.codes import can_use_codes, quantize_to_codes
+from tritonq.functional.fake_quant import fake_quantize
+from tritonq.functional.host_grid import HostGrid, host_grid
+from tritonq.functional.memo import Memo
+from tritonq.grid import Grid
+from tritonq.observers.base import FixedDtypeBuffers
+from tritonq.qparams import QParams, QuantizedType
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class DeployedModule(FixedDtypeBuffers):
+    """A module of a converted model. It has one mode, eval, and refuses to be trained.
+
+    Ignoring ``train()`` instead would switch on the dropout and BatchNorm layers that stayed in float, in silence.
+    """
+
+    def train(self, mode: bool = True) -> Self:
+        """Accept ``train(False)`` alone.
+
+        Raises:
+            RuntimeError: ``mode`` is true.
+        """
+        if mode:
+            raise RuntimeError("a converted model only runs in eval mode; train the model that it was converted from")
+        return super().train(False)
+
+    def keep(self, **tensors: Tensor | None) -> None:
+        """Hold tensors as buffers, detached and in the memory format they have.
+
+        Tensors of inference mode are copied: they have no version, by which `memo.Memo` tells whether they changed.
+        """
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.is_inference():
+                with torch.inference_mode(False):
+                    tensor = tensor.clone()
+            self.register_buffer(name, None if tensor is None else tensor.detach())
+
+    def read_tensors(self) -> None:
+        """Derive from the buffers what forward would otherwise ask the device for, again after each load."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.read_tensors()
+
+
+class Quantizer(DeployedModule):
+    """Rounds values to one fixed grid: what is left of a fake quantizer.
+
+    Attributes:
+        scale: float32, (1,) or (channels,).
+        zero_point: int32, as ``scale``.
+        qtype: the grid.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, qtype: QuantizedType, scale: Tensor, zero_point: Tensor) -> None:
+        super().__init__()
+        self.qtype = qtype
+        self._on_host: Memo[HostGrid | None] = Memo()
+        self.keep(scale=scale.reshape(-1), zero_point=zero_point.reshape(-1))
+        self.read_tensors()
+        self.eval()
+
+    def read_tensors(self) -> None:
+        """See base class."""
+        self._has_zero_point = bool(self.zero_point.any())
+
+    def is_enabled_on_host(self) -> bool:
+        """Return True: it always rounds. Reads nothing."""
+        return True
+
+    def calculate_qparams(self) -> QParams:
+        """Its scale and zero point."""
+        return QParams(self.scale, self.zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; shape and dtype of ``x``."""
+        if can_use_codes(x):
+            grid = self._on_host.get((self.scale, self.zero_point), lambda: host_grid(self.grid()), self.qtype)
+            y = None if grid is None else quantize_to_codes(x, grid)
+            if y is not None:
+                return y
+        return fake_quantize(x, self.grid())
+
+    def grid(self) -> Grid:
+        """Return the grid, which is always on."""
+        return Grid(self.scale, self.zero_point if self._has_zero_point else None, self.qtype)
+
+    def fused_grid(self) -> Grid | None:
+        """Return the grid for an operator that rounds to it; None where the module runs: per channel, or with hooks."""
+        if self.qtype.axis is not None or self._forward_hooks or self._forward_pre_hooks:
+            return None
+        return self.grid()
+
+    def extra_repr(self) -> str:
+        """Code range, scale and zero point."""
+        if self.scale.numel() == 1:
+            grid = f"scale={self.scale.item():.6g}, zero_point={int(self.zero_point)}"
+        else:
+            grid = f"{self.scale.numel()} scales along axis {self.qtype.axis}"
+        return f"codes {self.qtype.quant_min}..{self.qtype.quant_max}, {grid}"
