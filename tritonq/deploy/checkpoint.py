@@ -31,7 +31,8 @@ from tritonq.prepare.forwards.edited import apply_forward
 from tritonq.prepare.record.snapshot import ModelSnapshot
 
 FORMAT = "tritonq.converted"
-# Version 1 knew no upper bound of a ReLU, version 2 no pools and means in integers, version 3 named hooks.
+# Version 1 knew no upper bound of a ReLU, version 2 no pools and means in integers, version 3 named hooks and knew no
+# functions by table.
 VERSION = 4
 
 

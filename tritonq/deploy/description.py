@@ -16,6 +16,7 @@ from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, DeployedModule, Gr
 from tritonq.deploy.tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTable
 from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, Mul, RepVGGBlock, Sub
 from tritonq.nn.averages import POOL_TYPES
+from tritonq.nn.functions import FunctionLayer, PReLU, function_of
 from tritonq.nn.intrinsic import FusedModule
 from tritonq.nn.original_class import original_class
 from tritonq.nn.unary import UnaryLayer
@@ -24,18 +25,22 @@ from tritonq.prepare.forwards.edited import forward_data
 from tritonq.prepare.forwards.graph import ForwardData
 from tritonq.qparams import QuantizedType
 from tritonq.reference.averages import averaging_from_data, averaging_to_data
+from tritonq.reference.functions import function_from_data, function_to_data
 
 Description = dict[str, Any]
 T = TypeVar("T")
 
 # Modules that conversion, or preparation before it, may put where the float model has none, or another.
 _JOINTS: dict[str, type[Joint]] = {cls.kind: cls for cls in (Add, Sub, Mul)}
-_LINKED = (*_JOINTS, "average", "pool")  # which know the quantizers of the tensors that they read
+_LINKED = (*_JOINTS, "average", "pool", "function", "prelu")  # which know the quantizers of the tensors that they read
 _FLOAT_TYPES = (*LAYER_TYPES, *TABLE_TYPES, *POOL_TYPES)
 _POOL_GEOMETRY = (
     *("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override", "output_size"),
 )
-ADDED = ("quantizer", "inputs", *_JOINTS, "cat", "average", "identity", "sequential", *fixed_point_description.ADDED)
+ADDED = (
+    *("quantizer", "inputs", *_JOINTS, "cat", "average", "function", "identity", "sequential"),
+    *fixed_point_description.ADDED,
+)
 
 
 def describe_modules(model: nn.Module) -> list[Description]:
@@ -101,6 +106,10 @@ def _describe(module: nn.Module) -> Description:
     if isinstance(module, Joint):
         return {"kind": module.kind, "ceiling": module.ceiling}
     kind = original_class(module)
+    if isinstance(module, FunctionLayer):
+        return {"kind": "function", "type": module.source_type, "function": function_to_data(module.function)}
+    if isinstance(module, PReLU):
+        return {"kind": "prelu", "num_parameters": module.num_parameters}
     if kind is Average:
         return {"kind": "average", "averaging": averaging_to_data(cast(Average, module).averaging)}
     if isinstance(module, AverageLayer):
@@ -163,6 +172,10 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         return _JOINTS[kind](_ceiling(entry))
     if kind == "average":
         return Average(averaging_from_data(entry["averaging"]))
+    if kind == "function":
+        return FunctionLayer(function_from_data(entry["function"]), source_type=entry["type"])
+    if kind == "prelu":
+        return PReLU(entry["num_parameters"])
     if kind == "pool":
         pool: nn.Module = _by_name(POOL_TYPES, entry["type"])(**entry["geometry"])
         return pool
@@ -196,6 +209,12 @@ def difference(entry: Description, module: nn.Module) -> str | None:
         for key, saved in entry["geometry"].items():
             if getattr(module, key) != saved:
                 return f"{entry['type']} with {key}={saved} in the file, {key}={getattr(module, key)} in the model"
+    elif kind == "function" and entry["type"] != here:
+        return f"{entry['type']} in the file, {here} in the model"
+    elif kind == "function" and function_of(module) != function_from_data(entry["function"]):
+        return f"{here} of other arguments in the file: {entry['function']}"
+    elif kind == "prelu" and not isinstance(module, nn.PReLU):
+        return f"PReLU in the file, {here} in the model"
     elif kind == "module" and entry["type"] != here:
         return f"{entry['type']} in the file, {here} in the model"
     return None

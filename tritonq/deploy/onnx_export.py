@@ -22,6 +22,7 @@ from tritonq.deploy.fixed_point_description import has_integers
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, forget_source, require_onnx, separate_zero_points
+from tritonq.deploy.onnx_functions import CodeTable, check_functions
 from tritonq.prepare.record.structure import tensors_in
 from tritonq.targets import OnnxForm, onnx_form_of
 
@@ -87,14 +88,14 @@ def export_onnx(
 
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
     target = onnx_form_of(deployed.modules()) if target is None else target
-    traced = onnx_form(deployed, target)
+    traced, tables = onnx_form(deployed, target)
     arguments, shapes = call_arguments(example_inputs), None
     if dynamic_batch:
         arguments, shapes = open_batch(arguments)
     program = _export(traced, *arguments, shapes, opset, input_names, output_names)
     _name_codes(program.model)
     program.model.metadata_props[TARGET_KEY] = target
-    _write(program.model_proto, Path(path))
+    _write(program.model_proto, Path(path), tables)
 
 
 def _export_fixed_point(
@@ -187,10 +188,14 @@ def _name_codes(model: Any) -> None:
     model.metadata_props[CODES_KEY] = json.dumps(found)
 
 
-def _write(proto: Any, target: Path) -> None:
+def _write(proto: Any, target: Path, tables: list[CodeTable]) -> None:
     import onnx
 
     forget_source(proto)
+    codes: dict[str, list[str]] = {}
+    for entry in json.loads(next(entry.value for entry in proto.metadata_props if entry.key == CODES_KEY)):
+        codes.setdefault(entry["quantizer"], []).append(entry["tensor"])
+    check_functions(proto, tables, codes)
     separate_zero_points(proto)
     onnx.checker.check_model(proto, full_check=True)
     with atomic_file(target) as file:

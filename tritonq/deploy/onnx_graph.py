@@ -28,12 +28,14 @@ from torch import Tensor, nn
 from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
 from tritonq.deploy.onnx_averages import grids_of, rewrite_average
+from tritonq.deploy.onnx_functions import CodeTable, code_table, function_grids, rewrite_function
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
 from tritonq.deploy.onnx_quantizers import TracedQuantizer, end_codes, uint8_quantizer
 from tritonq.deploy.onnx_tensorrt import int8_quantizer, runs_in_float, tell_float_layers
 from tritonq.deploy.tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from tritonq.nn import AverageLayer, Cat, FloatFunctional, Joint
+from tritonq.nn.functions import FunctionLayer, PReLU
 from tritonq.nn.original_class import original_class
 from tritonq.prepare.forwards.edited import set_inner_forward
 from tritonq.targets import OnnxForm
@@ -41,8 +43,8 @@ from tritonq.targets import OnnxForm
 _OUTPUT = "activation_post_process"
 
 
-def onnx_form(converted: nn.Module, target: OnnxForm) -> nn.Module:
-    """A copy of ``converted`` that traces to Q/DQ operators for ``target``.
+def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[CodeTable]]:
+    """Return a copy of ``converted`` that traces to Q/DQ operators for ``target``, and the tables of its functions.
 
     Raises:
         ValueError: a quantizer, weight or module that the target can't represent; the message names it.
@@ -54,6 +56,7 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> nn.Module:
     quantizers = {module: name for name, module in model.named_modules() if isinstance(module, Quantizer)}
     joins = [module for module in model.modules() if isinstance(module, Joint)]
     traced: dict[nn.Module, nn.Module]
+    functions: list[tuple[FunctionLayer, str, str]] = []
     if target == "onnxruntime":
         _absorb_relus(model, quantizers)
         _absorb_clips(model, quantizers)
@@ -62,12 +65,16 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> nn.Module:
             module: uint8_quantizer(module, name, exact=module not in fused) for module, name in quantizers.items()
         }
         traced |= _rewrite_averages(model, quantizers)
+        functions = _rewrite_functions(model, quantizers, traced)
     else:
         _drop_ceilings(model)
         tell_float_layers(model)
         traced = {module: int8_quantizer(module, name) for module, name in quantizers.items()}
     for join in joins:
         join.replace_producers(traced)
+    for module in model.modules():
+        if isinstance(module, (FunctionLayer, PReLU)):
+            module.replace_quantizers(traced)
     model = swap_modules(model, traced)
     for join in joins:
         subtrahend = _traced_quantizer(join.producers[1]) if target == "onnxruntime" else None
@@ -77,7 +84,25 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> nn.Module:
             _rewrite_layer(module, target)
         elif isinstance(module, QuantizedTable):
             _rewrite_table(module, target)
-    return model
+    ends = {module.name: module for module in model.modules() if isinstance(module, TracedQuantizer)}
+    known = [found for found in functions if found[1] in ends and found[2] in ends]
+    return model, [code_table(layer, ends[source], ends[output]) for layer, source, output in known]
+
+
+def _rewrite_functions(
+    model: nn.Module, names: dict[Quantizer, str], traced: dict[nn.Module, nn.Module]
+) -> list[tuple[FunctionLayer, str, str]]:
+    """Let functions with known grids be traced in float; return each with the names of the quantizers around it."""
+    found: list[tuple[FunctionLayer, str, str]] = []
+    for module in model.modules():
+        grids = function_grids(module) if isinstance(module, (FunctionLayer, PReLU)) else None
+        if grids is not None:
+            source, output = grids
+            rewrite_function(cast(FunctionLayer, module), output, uint8_quantizer(output, names[output]))
+            traced[output] = nn.Identity()
+            if isinstance(module, FunctionLayer):
+                found.append((module, names[source], names[output]))
+    return found
 
 
 def _rewrite_averages(model: nn.Module, names: dict[Quantizer, str]) -> dict[nn.Module, nn.Module]:

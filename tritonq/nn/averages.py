@@ -55,6 +55,7 @@ class Average(AverageLayer):
         qconfig: quantizer of the output; None: none of its own.
 
     Examples:
+        >>> import torch
         >>> from tritonq.reference.averages import AxesAverage
         >>> Average(AxesAverage((2, 3)))(torch.ones(1, 4, 5, 5)).shape
         torch.Size([1, 4])

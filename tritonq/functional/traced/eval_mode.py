@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tritonq.functional.averages import integer_average
 from tritonq.functional.fake_quant import fake_quantize
+from tritonq.functional.functions import integer_function
 from tritonq.functional.integer import integer_sums, onto_grid, to_integers
 from tritonq.functional.integer_joins import JoinKind, divided, float_join, integer_join
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct
@@ -21,6 +22,7 @@ from tritonq.functional.traced.build import traced_operator
 from tritonq.grid import Grid
 from tritonq.qparams import is_readable
 from tritonq.reference.averages import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
+from tritonq.reference.functions import Function
 from tritonq.reference.operator import Like, New, operator
 
 
@@ -96,6 +98,22 @@ def average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tens
     window = averaging if isinstance(averaging, WindowAverage) else None
     sizes = averaging.sizes(x.shape) if isinstance(averaging, AdaptiveAverage) else None
     result: Tensor = _average(x.detach(), axes, window, sizes, source, output)
+    return result
+
+
+def function(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
+    """Return a function of ``x``, by its table while both grids are switched on: :func:`integer_function`.
+
+    Args:
+        x: float tensor on the grid of ``source``.
+        function: the function.
+        source: grid of the input, per tensor.
+        output: grid of the quantizer behind the function, per tensor.
+
+    Returns:
+        In ``x``'s dtype; without gradient.
+    """
+    result: Tensor = _function(x.detach(), function, source, output)
     return result
 
 
@@ -189,6 +207,16 @@ def run_average(
     )
 
 
+@operator(returns=Like("x"))
+def run_function(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
+    """Do what :func:`function` does when it runs."""
+    return _chosen(
+        (source, output),
+        lambda: integer_function(x, function, source, output).to(x.dtype),
+        lambda: function(x),
+    )
+
+
 def _chosen(grids: tuple[Grid, ...], on: Callable[[], Tensor], off: Callable[[], Tensor]) -> Tensor:
     """Return ``on()`` if all grids are switched on, else ``off()``.
 
@@ -202,3 +230,4 @@ def _chosen(grids: tuple[Grid, ...], on: Callable[[], Tensor], off: Callable[[],
 _affine, _join = traced_operator("eval_affine", run_affine), traced_operator("eval_join", run_join)
 _on_grid = traced_operator("eval_on_grid", run_on_grid)
 _average = traced_operator("eval_average", run_average)
+_function = traced_operator("eval_function", run_function)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -10,14 +10,14 @@ from torch import nn
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.find_layers import LayerSearch
 from tritonq.prepare.decide.function_layers import weights_of
+from tritonq.prepare.decide.functions import is_function
 from tritonq.prepare.decide.joins import Join, find_joins, operands
 from tritonq.prepare.decide.layers import Layer
-from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer, Where
+from tritonq.prepare.decide.places import place_of, results
+from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
 from tritonq.prepare.decide.readers import Reading, SharedReading, share_readings
-from tritonq.prepare.decide.unary import PlannedUnary, find_unary
-from tritonq.prepare.forwards.answered import AnsweredForward
-from tritonq.prepare.forwards.proof import Site
-from tritonq.prepare.record.dataflow import Call, Frame
+from tritonq.prepare.decide.unary import PlannedUnary, find_unary, operands_of_unary
+from tritonq.prepare.record.dataflow import Call
 from tritonq.qconfig import QConfig
 
 
@@ -39,16 +39,6 @@ def make_plan(
         if not stuck:
             return plan
         kept |= stuck
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a quantizer can stand: as in :class:`PlannedQuantizer`, with all values that it then quantizes."""
-
-    where: Where
-    owner: str
-    values: list[int]
-    site: Site | None = None
 
 
 @dataclass
@@ -80,6 +70,7 @@ class _Planner:
                 at_readers += readings
         for shared in share_readings(at_readers):
             self._place_at_readers(shared)
+        self._quantize_between()
         parts: tuple[Layer | Join, ...] = (*layers, *joins)
         erased = frozenset(relu for part in parts for relu in part.relus)
         modules, nodes = self._erasures(erased)
@@ -116,8 +107,9 @@ class _Planner:
     def _quantized_when_clipped(self, layer: Layer) -> bool:
         """Put the quantizer of a layer behind the ReLU6 that alone reads it, if there is one and it can stand there.
 
-        Two in a row would round twice, and the first would spend codes on values that are then clipped. Behind SiLU,
-        Hardswish or GELU the layer keeps its own: without one ONNX Runtime would convolve in float.
+        Two in a row would round twice, and the first would spend codes on values that are then clipped. The same holds
+        for SiLU, Hardswish, GELU and the like where the target computes them together with the layer. Elsewhere the
+        layer keeps its own quantizer: without one ONNX Runtime would convolve in float.
         """
         if not issubclass(layer.row[0], (nn.modules.conv._ConvNd, nn.Linear)):
             return False
@@ -126,16 +118,22 @@ class _Planner:
         values = [None if clip is None else self.analysis.value_of(clip) for clip in clips]
         found = [value for value in values if value is not None]
         qconfig = self._qconfig(layer.home)
-        limits = all(clip is not None and self.analysis.limits_range(clip) for clip in clips)
-        if qconfig is None or not found or len(found) < len(ends) or not limits:
+        if qconfig is None or not found or len(found) < len(ends):
             return False
-        places = [self._place_of(value) for value in found]
+        fuses = qconfig.find_target().fuses_functions
+        if not all(clip is not None and self._joins_layer(clip, fuses) for clip in clips):
+            return False
+        places = [place_of(value, self.analysis) for value in found]
         if any(place.where == "consumer" or not set(place.values) <= set(found) for place in places):
             return False  # what else comes through there would share the grid
         for value in found:
             if value not in self.grids:
                 self._place(value, Reading(layer, 0, value, layer.calls[0], qconfig))
         return True
+
+    def _joins_layer(self, call: Call, fuses_functions: bool) -> bool:
+        """Whether the target computes a call together with the layer before it, without rounding in between."""
+        return self.analysis.limits_range(call) or (fuses_functions and is_function(call))
 
     def _assign(self, calls: tuple[int, ...], grid: GridSource) -> None:
         if isinstance(grid, Layer) and issubclass(grid.row[0], (nn.Embedding, nn.EmbeddingBag)):
@@ -185,7 +183,7 @@ class _Planner:
         return found
 
     def _end_values(self, join: Join) -> list[int]:
-        return self._results(self.analysis.flow.calls[end] for end in join.ends)
+        return results((self.analysis.flow.calls[end] for end in join.ends), self.analysis)
 
     def _upwards(self, value: int) -> Iterator[int]:
         """A value and those before it whose elements it holds, up to the first on a grid."""
@@ -219,7 +217,11 @@ class _Planner:
 
     def _place(self, root: int, reading: Reading) -> bool:
         """Place a quantizer where a value is made; False where it has to stand where the value is read."""
-        place = self._place_of(root)
+        like = reading.part.home if isinstance(reading.part, Layer) else reading.part.owner
+        return self._place_where_made(root, reading.qconfig, like)
+
+    def _place_where_made(self, root: int, qconfig: QConfig, like: str) -> bool:
+        place = place_of(root, self.analysis)
         if place.where == "consumer":
             return False
         quantizer = PlannedQuantizer(
@@ -229,8 +231,8 @@ class _Planner:
             node="" if place.site is None else place.site.node,
             label="" if place.site is None else place.site.label,
             in_place=place.site is not None and place.site.in_place,
-            qconfig=reading.qconfig,
-            like=reading.part.home if isinstance(reading.part, Layer) else reading.part.owner,
+            qconfig=qconfig,
+            like=like,
         )
         self.grids.update(dict.fromkeys(place.values, quantizer))
         self.quantizers.append(quantizer)
@@ -254,36 +256,22 @@ class _Planner:
         self.quantizers.append(quantizer)
         self.at_readers |= {(id(reader.part), reader.operand): quantizer for reader in shared.readers}
 
-    def _place_of(self, root: int) -> _Place:
-        """Where a quantizer of a value can stand: where the value is made, if every run makes it there."""
-        place = self._origin_of(root)
-        flow = self.analysis.flow
-        runs = {flow.values[value].run for value in place.values}
-        return place if len(runs) == flow.runs else _Place("consumer", "", [root])
+    def _quantize_between(self) -> None:
+        """Place a quantizer behind each function that stands between a grid and an operation whose result has one.
 
-    def _origin_of(self, root: int) -> _Place:
-        flow, analysis = self.analysis.flow, self.analysis
-        call = flow.producer(root)
-        if call is None or analysis.value_of(call) != root:
-            return _Place("consumer", "", [root])
-        # Tracing takes time: only where a hook on a module won't do.
-        by_hook = call.module_name is not None and self._has_one_place(call)
-        site = None if by_hook else analysis.site(call)
-        if site is not None and isinstance(analysis.forward(call.owner), AnsweredForward):
-            # Its other branches return tensors too: a quantizer of what the module returns sees them all.
-            site = None if self._returned_by(root) == call.owner else site
-        if site is not None:
-            return _Place("node", call.owner, self._results(analysis.calls_at(call.owner, site.node)), site)
-        if call.module_name is not None:
-            return _Place("output", call.module_name, self._results(flow.calls_of(call.module_name)))
-        container = self._returned_by(root)
-        if container is not None:
-            return _Place("output", container, self._results(flow.frames_of(container)))
-        return _Place("consumer", "", [root])
-
-    def _results(self, calls: Iterable[Call | Frame]) -> list[int]:
-        values = (self.analysis.value_of(call) for call in calls)
-        return [value for value in values if value is not None]
+        Such an operation of one tensor (the mean behind a Hardswish, say) can then be computed on codes.
+        """
+        pending = list(self.quantizers)
+        while pending:
+            reader = pending.pop()
+            for value in operands_of_unary(reader, self.analysis):
+                root = self._root(value)
+                call = self.analysis.flow.producer(root)
+                if root in self.grids or call is None or not is_function(call):
+                    continue
+                on_grid = self._grid(call.inputs[0]) is not None
+                if on_grid and self._place_where_made(root, reader.qconfig, reader.like):
+                    pending.append(self.quantizers[-1])
 
     def _erasures(self, erased: frozenset[int]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
         """How absorbed ReLU calls are removed. One that can't be stays, and changes nothing."""
@@ -313,20 +301,6 @@ class _Planner:
             for call in calls
             if not self.analysis.is_relu(call) and call.module_name not in plan.erased_modules
         )
-
-    def _has_one_place(self, call: Call) -> bool:
-        """Whether a module is called once per run of its owner, so that its output is one tensor of the model."""
-        calls = self.analysis.flow.calls_of(str(call.module_name))
-        return len({other.owner for other in calls}) == 1 and len({other.frame for other in calls}) == len(calls)
-
-    def _returned_by(self, value: int) -> str | None:
-        """The innermost module that returns a value which nothing inside of it reads."""
-        flow = self.analysis.flow
-        for frame in reversed(flow.frames_returning(value)):
-            inside = (flow.is_within(reader.frame, frame.index) for reader in flow.consumers(value))
-            if frame.parent is not None and not any(inside):
-                return frame.owner
-        return None
 
     def _inputs(self, layers: list[Layer]) -> dict[str, GridSource]:
         found: dict[str, GridSource] = {}

@@ -14,26 +14,38 @@ from torch import nn
 
 from tritonq.nn import Average
 from tritonq.nn.averages import POOL_TYPES
+from tritonq.nn.functions import FUNCTION_MODULES, FunctionLayer, PReLU
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.averages import averaging_of_call
+from tritonq.prepare.decide.functions import function_of_call, prelu_of_call
 from tritonq.prepare.forwards.graph import ForwardGraph
 from tritonq.prepare.record.dataflow import Call
 from tritonq.reference.averages import Averaging
+from tritonq.reference.functions import Function
 
 # What a call computes, without quantizers: hashable, equal where two calls compute the same.
-Operation: TypeAlias = Averaging
+# A PReLU, whose slope is a parameter of its module, is told by its class.
+Operation: TypeAlias = Averaging | Function | type[nn.PReLU]
 # The operation of a call, given the shape of what it reads and whether its other arguments are constants.
 Reader: TypeAlias = Callable[[Call, tuple[int, ...], bool], Operation | None]
 
-_READERS: tuple[Reader, ...] = (averaging_of_call,)
+_READERS: tuple[Reader, ...] = (averaging_of_call, function_of_call, prelu_of_call)
 
 # What takes the place of a module, by its exact type; made by ``from_float``.
-QUANTIZED_FORMS: Mapping[type[nn.Module], Any] = {**POOL_TYPES}
+QUANTIZED_FORMS: Mapping[type[nn.Module], Any] = {
+    **POOL_TYPES,
+    **dict.fromkeys(FUNCTION_MODULES, FunctionLayer),
+    nn.PReLU: PReLU,
+}
 
 
 def layer_for(operation: Operation) -> UnaryLayer:
     """Return the module of an operation in a forward; it has no quantizer of its own."""
+    if isinstance(operation, Function):
+        return FunctionLayer(operation)
+    if isinstance(operation, type):
+        raise TypeError("a PReLU is a module already")
     return Average(operation)
 
 
@@ -43,7 +55,7 @@ class PlannedUnary:
 
     Attributes:
         operation: the operation.
-        source: what put its input on a grid.
+        source: what put its input on a grid; None for a function of values on none.
         calls: its calls.
     """
 
@@ -74,20 +86,41 @@ def find_unary(place: Place, analysis: Analysis, grid_of: Callable[[int], object
     ``grid_of`` tells what put a value on a grid.
     """
     flow = analysis.flow
+    found = _calls_at(place, analysis)
+    if found is None:
+        return None
+    calls, fixed = found
+    operation, *others = {_operation_of(call, flow.values[call.inputs[0]].shape, fixed) for call in calls}
+    if operation is None or others:
+        return None
+    source = grid_of(calls[0].inputs[0])
+    if any(grid_of(call.inputs[0]) is not source for call in calls):
+        source = None
+    # Without a grid a function is computed in float, but still keeps less for the backward than with a quantizer apart.
+    if source is None and not isinstance(operation, Function):
+        return None
+    return PlannedUnary(operation, source, tuple(call.index for call in calls))
+
+
+def operands_of_unary(place: Place, analysis: Analysis) -> tuple[int, ...]:
+    """Return the values that the operation of one tensor reads behind which a quantizer stands; empty without one."""
+    calls, fixed = _calls_at(place, analysis) or ((), False)
+    shapes = analysis.flow.values
+    if not all(_operation_of(call, shapes[call.inputs[0]].shape, fixed) is not None for call in calls):
+        return ()
+    return tuple(dict.fromkeys(call.inputs[0] for call in calls))
+
+
+def _calls_at(place: Place, analysis: Analysis) -> tuple[tuple[Call, ...], bool] | None:
+    """Return the calls behind which a quantizer stands, and whether their other arguments are constants."""
     if place.where == "output" and type(analysis.modules[place.owner]) in QUANTIZED_FORMS:
-        calls, fixed = flow.calls_of(place.owner), True
+        calls, fixed = analysis.flow.calls_of(place.owner), True
     elif place.where == "node":
         calls, graph = analysis.calls_at(place.owner, place.node), analysis.forward(place.owner)
         fixed = isinstance(graph, ForwardGraph) and graph.has_constant_arguments(place.node)
     else:
         return None
-    if not calls or not all(call.inputs for call in calls):
-        return None
-    operation, *others = {_operation_of(call, flow.values[call.inputs[0]].shape, fixed) for call in calls}
-    source = grid_of(calls[0].inputs[0])
-    if operation is None or others or source is None or any(grid_of(call.inputs[0]) is not source for call in calls):
-        return None
-    return PlannedUnary(operation, source, tuple(call.index for call in calls))
+    return (calls, fixed) if calls and all(call.inputs for call in calls) else None
 
 
 def _operation_of(call: Call, shape: tuple[int, ...], has_fixed_arguments: bool) -> Operation | None:

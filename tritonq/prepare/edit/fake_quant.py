@@ -18,7 +18,7 @@ from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
 from tritonq.prepare.decide.readers import Reader
-from tritonq.prepare.decide.unary import QUANTIZED_FORMS, layer_for
+from tritonq.prepare.decide.unary import QUANTIZED_FORMS, Operation, layer_for
 from tritonq.prepare.edit.batch_norms import frozen_batch_norm, plain_batch_norm
 from tritonq.prepare.edit.earlier_inputs import note_earlier_names
 from tritonq.prepare.edit.editor import ModelEditor
@@ -30,6 +30,7 @@ from tritonq.prepare.forwards.quantized import Read
 from tritonq.prepare.record.dataflow import Dataflow
 from tritonq.prepare.record.structure import Path
 from tritonq.qconfig import QConfig
+from tritonq.reference.functions import Function
 
 Types = Mapping[type[nn.Module], type[nn.Module]]
 
@@ -178,6 +179,8 @@ class _PlanWork:
         elif quantizer.where == "output":
             owner = self._editor.modules[quantizer.owner]
             self._editor.quantize_result(owner, self._editor.add_child(owner, "activation_post_process", module))
+        elif quantizer.where == "node" and isinstance(self._operation_at(quantizer), Function):
+            self._add_function(quantizer, module)
         elif quantizer.where == "node":
             owner = self._editor.modules[quantizer.owner]
             name = self._editor.add_child(owner, f"{quantizer.label}_fake_quant", module)
@@ -227,6 +230,21 @@ class _PlanWork:
         owner = self._editor.modules[quantizer.owner]
         name = self._editor.add_child(owner, self._flow.calls[planned.calls[0]].name.lower(), made)
         self._editor.rewrite(quantizer.owner).replace(quantizer.node, name, first_node)
+        self._unary[quantizer.value] = (made, own)
+        self.unary_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
+
+    def _operation_at(self, quantizer: PlannedQuantizer) -> Operation | None:
+        planned = self._plan.unary.get(quantizer.value)
+        return None if planned is None else planned.operation
+
+    def _add_function(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
+        """Make a module of the function at a node, which runs its quantizer: it then keeps less for the backward."""
+        planned = self._plan.unary[quantizer.value]
+        made = layer_for(planned.operation)
+        owner = self._editor.modules[quantizer.owner]
+        self._editor.add_child(owner, f"{quantizer.label}_fake_quant", own)
+        name = self._editor.add_child(owner, self._flow.calls[planned.calls[0]].name.lower(), made)
+        self._editor.rewrite(quantizer.owner).replace(quantizer.node, name, first_node, quantizer.in_place)
         self._unary[quantizer.value] = (made, own)
         self.unary_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
 

@@ -1,0 +1,260 @@
+"""Functions of one tensor: one table of codes in eval mode, converted models, ONNX files and programs."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tritonq
+from tritonq.deploy import onnx_functions
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.nn.functions import FUNCTION_MODULES, FunctionLayer, PReLU, function_of
+from tritonq.reference.functions import DEFINITIONS, Function
+
+X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+QCONFIG = tritonq.get_qconfig("onnxruntime")
+ARGUMENTS = {"leaky_relu": (0.1,), "elu": (1.0,), "softplus": (1.0, 20.0)}
+FUNCTIONS = [Function(name, ARGUMENTS.get(name, ())) for name in DEFINITIONS]
+MODULES = [*(kind() for kind in FUNCTION_MODULES), nn.GELU("tanh"), nn.PReLU(8), nn.PReLU()]
+CALLS = {
+    "F.silu": F.silu,
+    "torch.sigmoid": torch.sigmoid,
+    "method": lambda x: x.sigmoid(),
+    "F.hardswish": F.hardswish,
+    "F.leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "keyword": lambda x: F.gelu(x, approximate="tanh"),
+    "in place": lambda x: F.silu(x, inplace=True),
+}
+
+
+class AllFunctions(nn.Module):
+    """One input on a grid, and every function of it, each with a grid of its own."""
+
+    def __init__(self, qconfig):
+        super().__init__()
+        self.input = qconfig.activation()
+        made = [FunctionLayer(function, qconfig=qconfig) for function in FUNCTIONS]
+        self.layers = nn.ModuleList([*made, PReLU(qconfig=qconfig)])
+        self.conv = tritonq.nn.Conv2d(1, 1, 1, qconfig=qconfig)  # what convert needs
+        for layer in self.layers:
+            layer.set_quantizers(self.input)
+
+    def forward(self, x):
+        x = self.input(x)
+        return (self.conv(x), *(layer(x) for layer in self.layers))
+
+
+def every_code(quantizer):
+    """Return a batch of one image that holds the value of each of the 256 codes."""
+    codes = torch.arange(256.0) + quantizer.qtype.quant_min - quantizer.zero_point
+    return (codes * quantizer.scale).view(1, 1, 16, 16)
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "megengine_ema"])
+def all_functions(request, tmp_path_factory):
+    """A model whose scales are powers of two, so that results lie on ties, and its file."""
+    model = AllFunctions(tritonq.get_qconfig(request.param)).train()
+    model(torch.linspace(-6, 6, 256).view(1, 1, 16, 16))
+    for module in model.modules():
+        if isinstance(module, FakeQuantizeBase) and module.qtype.axis is None:
+            module.scale.copy_(2.0 ** torch.ceil(torch.log2(module.scale)))
+    model.eval()
+    path = tmp_path_factory.mktemp("functions") / "m.onnx"
+    x = every_code(model.input)
+    pytest.importorskip("onnxruntime")
+    tritonq.export_onnx(model, path, x, dynamic_batch=False)
+    return model, path, x
+
+
+def test_every_form_gives_the_same_codes(all_functions):
+    model, path, x = all_functions
+    converted = tritonq.convert(model)
+    forms = {
+        "converted": converted,
+        "ONNX": path,
+        "program": tritonq.export_program(converted, None, x, dynamic_batch=False),
+    }
+    for name, form in forms.items():
+        report = tritonq.verify(model, form, x)
+        assert len(report.layers) == 2 + len(model.layers)
+        assert report.agrees(), f"{name}: {report}"
+
+
+def test_codes_are_those_of_the_float32_formula(all_functions):
+    model, _, x = all_functions
+    for layer in model.layers[:-1]:
+        quantizer = layer.activation_post_process
+        steps = layer.function.deployed(x) / quantizer.scale
+        rounded = (
+            steps.round() if quantizer.qtype.rounding == "half_even" else (steps.abs() + 0.5).floor() * steps.sign()
+        )
+        codes = (rounded + quantizer.zero_point).clamp(quantizer.quant_min, quantizer.quant_max)
+        assert torch.equal(layer(x), (codes - quantizer.zero_point) * quantizer.scale), layer
+        wide = x.expand(3, 5, -1, -1).contiguous(memory_format=torch.channels_last)
+        assert torch.equal(layer(wide), layer(x).expand(3, 5, -1, -1))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.name)
+def test_float32_formulas_are_torchs_but_for_rounding(function):
+    x = torch.linspace(-8, 8, 1001)
+    assert torch.allclose(function.deployed(x), function(x), rtol=1e-5, atol=1e-6)
+
+
+def test_nan_stays_nan(all_functions):
+    model, _, _ = all_functions
+    assert model.layers[0](torch.tensor([math.nan, 1.0])).isnan().tolist() == [True, False]
+
+
+class Net(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.first, self.bn, self.act = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), act
+        self.second = nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        return self.second(self.act(self.bn(self.first(x))))
+
+
+def net(act):
+    torch.manual_seed(0)
+    if isinstance(act, nn.Module):
+        return Net(act)
+
+    class Written(Net):
+        def forward(self, x):
+            return self.second(act(self.bn(self.first(x))))
+
+    return Written(None)
+
+
+def prepared(model, preset="onnxruntime"):
+    return tritonq.prepare_qat(model, qconfig=tritonq.get_qconfig(preset), example_inputs=X)
+
+
+def activation_quantizers(model):
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantizeBase) and "weight" not in name and "input" not in name
+    ]
+
+
+@pytest.mark.parametrize("act", [*MODULES, *CALLS.values()], ids=[*(repr(module) for module in MODULES), *CALLS])
+def test_preparation_finds_it(act, tmp_path):
+    model = prepared(net(act)).train()
+    (layer,) = (module for module in model.modules() if isinstance(module, (FunctionLayer, PReLU)))
+    assert layer.input_quantizer is model.first.activation_post_process
+    if isinstance(act, nn.Module) and not isinstance(act, nn.PReLU):
+        assert layer.function == function_of(act)
+    model(X).sum().backward()
+    assert model.first.weight.grad.isfinite().all()
+    model.eval()
+    converted = tritonq.convert(model)
+    tritonq.save_converted(converted, tmp_path / "m.pt")
+    loaded = tritonq.load_converted(tmp_path / "m.pt", net(copy.deepcopy(act)))
+    for form in (converted, loaded):
+        for x in (X, X.to(memory_format=torch.channels_last)):
+            assert tritonq.verify(model, form, x).agrees()
+
+
+def test_a_file_does_not_fit_another_function(tmp_path):
+    converted = tritonq.convert(prepared(net(nn.SiLU())).eval(), allow_unquantized=True)
+    tritonq.save_converted(converted, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="'act' differs: SiLU in the file, Mish in the model"):
+        tritonq.load_converted(tmp_path / "m.pt", net(nn.Mish()))
+
+
+def test_tensorrt_rounds_after_the_function_alone():
+    assert activation_quantizers(prepared(net(nn.SiLU()), "tensorrt")) == [
+        "act.activation_post_process",
+        "second.activation_post_process",
+    ]
+    assert activation_quantizers(prepared(net(F.silu), "tensorrt")) == [
+        "second.activation_post_process",
+        "silu_fake_quant",
+    ]
+    assert activation_quantizers(prepared(net(nn.SiLU())))[0] == "first.activation_post_process"
+
+
+def test_a_function_between_a_layer_and_a_mean_is_rounded():
+    class Pooled(Net):
+        def forward(self, x):
+            return self.second(F.hardswish(self.first(x)).mean((2, 3), keepdim=True).expand(-1, -1, 3, 3))
+
+    model = prepared(Pooled(None))
+    assert model.mean.input_quantizer is model.hardswish_fake_quant
+
+
+def saved_bytes(model, x):
+    sizes = {}
+
+    def note(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = model(x)
+    return sum(sizes.values()), y
+
+
+@pytest.mark.parametrize("preset", ["onnxruntime", "tensorrt"])
+def test_training_saves_no_more_than_float_training(preset):
+    def model():
+        convs = [nn.Conv2d(n_in, 8, 3, bias=False) for n_in in (3, 8)]
+        return nn.Sequential(convs[0], nn.BatchNorm2d(8), nn.SiLU(), convs[1], nn.BatchNorm2d(8))
+
+    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    quantized, twin = prepared(model(), preset).train(), model().train()
+    quantized(x)
+    assert saved_bytes(quantized, x)[0] <= saved_bytes(twin, x)[0]
+
+
+def test_gradients_are_those_of_function_and_quantizer():
+    layer = FunctionLayer(Function("silu"), qconfig=QCONFIG).train()
+    twin = copy.deepcopy(layer.activation_post_process)
+    # Switch the observer on and off, and rounding too: the range is narrower than the last batch.
+    for step, x in enumerate((X, 3 * X, X)):
+        if step == 1:
+            layer.apply(tritonq.disable_observer)
+            twin.disable_observer()
+        if step == 2:
+            layer.apply(tritonq.disable_fake_quant)
+            twin.disable_fake_quant()
+        a, b = (x.clone().requires_grad_() for _ in range(2))
+        y, expected = layer(a), twin(F.silu(b))
+        y.backward(X)
+        expected.backward(X)
+        assert torch.equal(y, expected)
+        assert torch.equal(a.grad, b.grad)
+        assert torch.equal(layer.activation_post_process.scale, twin.scale)
+
+
+def test_compiled_models_give_the_same_codes():
+    model = prepared(net(F.hardswish)).train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(X).sum().backward()
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(compiled(X), model(X))
+
+
+def test_a_code_that_the_engine_rounds_otherwise_is_read_from_a_table(tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    model = prepared(net(nn.Tanh())).train()
+    model(X)
+    model.eval()
+    tritonq.export_onnx(model, tmp_path / "m.onnx", X)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert "Tanh" in kinds
+    assert "Gather" not in kinds
+    run = onnx_functions.run_function
+    monkeypatch.setattr(onnx_functions, "run_function", lambda *arguments: run(*arguments) ^ 1)
+    tritonq.export_onnx(model, tmp_path / "m.onnx", X)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert "Tanh" not in kinds
+    assert "Gather" in kinds
+    assert tritonq.verify(model, tmp_path / "m.onnx", X).agrees()

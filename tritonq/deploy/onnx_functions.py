@@ -1,0 +1,210 @@
+"""Functions of one tensor as ONNX operators between DequantizeLinear and QuantizeLinear, which give the trained codes.
+
+ONNX Runtime computes them in float32, and approximates exponentials: at a tie its last bit may decide otherwise. So
+each function of a file is run there on every code. Where a code differs, the file holds a table, as Cast and Gather.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tritonq.deploy.modules import Quantizer
+from tritonq.deploy.onnx_ops import round_half_away
+from tritonq.deploy.onnx_quantizers import TracedQuantizer
+from tritonq.grid import Grid
+from tritonq.nn.functions import FunctionLayer, PReLU
+from tritonq.qparams import QuantizedType
+from tritonq.reference.functions import function_table
+
+# What a function consists of in a file, beside the quantizers around it.
+_OPERATOR_NAMES = """
+    Abs Add Cast Clip Constant DequantizeLinear Div Elu Erf Exp Floor Gelu GreaterOrEqual HardSigmoid HardSwish Identity
+    LeakyRelu Less Mish Mul Neg Pow QuantizeLinear Sigmoid Sign Softplus Sub Tanh Where
+"""
+_OPERATORS = frozenset(_OPERATOR_NAMES.split())
+
+
+class StepsQuantizer(Protocol):
+    """A quantizer as one operator that also takes values divided by its scale already."""
+
+    def __call__(self, x: Tensor, in_steps: bool = False) -> Tensor:
+        """Quantize and dequantize."""
+
+
+@dataclass(frozen=True)
+class CodeTable:
+    """What a function makes of each code of its input, in the codes of a file.
+
+    Attributes:
+        source: name of the quantizer of the input.
+        output: name of the quantizer of the result.
+        codes: uint8, from the smallest code of the input on.
+    """
+
+    source: str
+    output: str
+    codes: Any
+
+
+def function_grids(layer: FunctionLayer | PReLU) -> tuple[Quantizer, Quantizer] | None:
+    """Return the quantizers of a layer's input and output; None where it computes in float."""
+    source, output = layer.input_quantizer, layer.output_quantizer
+    if not isinstance(source, Quantizer) or not isinstance(output, Quantizer):
+        return None
+    return None if source.qtype.axis is not None or output.qtype.axis is not None else (source, output)
+
+
+def rewrite_function(layer: FunctionLayer | PReLU, output: Quantizer, quantizer: nn.Module) -> None:
+    """Let a layer be traced as its function in float, and its quantizer as QuantizeLinear, which divides.
+
+    Args:
+        layer: one with known grids.
+        output: its output's quantizer.
+        quantizer: the traced form of that, a :class:`StepsQuantizer`.
+    """
+    layer.activation_post_process = nn.Identity()
+    layer.add_module("traced_quantizer", quantizer)
+    layer.register_buffer("output_scale", output.scale.reshape(()))
+    layer.forward = partial(_forward, layer, output.qtype.rounding == "half_away")  # type: ignore[method-assign]
+
+
+def _forward(layer: Any, half_away: bool, x: Tensor) -> Tensor:
+    y, quantizer = layer.compute(x), cast(StepsQuantizer, layer.traced_quantizer)
+    return quantizer(round_half_away(y / layer.output_scale), in_steps=True) if half_away else quantizer(y)
+
+
+def code_table(layer: FunctionLayer, source: TracedQuantizer, output: TracedQuantizer) -> CodeTable:
+    """Return the trained codes of a function, in those of the traced quantizers around it."""
+    grids = []
+    for end in (source, output):
+        qtype = QuantizedType(end.quant_min, end.quant_max, False, None, end.rounding)
+        grids.append(Grid(end.scale, end.zero_point.int(), qtype))
+    with torch.no_grad():
+        codes = (function_table(layer.function, *grids) / output.scale).round() + output.zero_point
+    return CodeTable(source.name, output.name, codes.clamp(0, output.quant_max).cpu().numpy().astype(np.uint8))
+
+
+def check_functions(proto: Any, tables: list[CodeTable], codes: dict[str, list[str]]) -> None:
+    """Run each function of a file in ONNX Runtime on every code; put a table where one differs from the trained code.
+
+    Without ONNX Runtime nothing is checked.
+
+    Args:
+        proto: the file's content, which is changed.
+        tables: the trained codes.
+        codes: for each quantizer the names of the tensors that hold its codes.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        return
+    producers = {name: node for node in proto.graph.node for name in node.output}
+    initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for table in tables:
+        for result in codes.get(table.output, ()):
+            found = _between(result, set(codes.get(table.source, ())), producers, initializers)
+            if found is None:
+                continue
+            source, nodes, constants = found
+            if not np.array_equal(run_function(source, result, nodes, constants, len(table.codes)), table.codes):
+                _put_table(proto, source, result, producers[result], table.codes)
+
+
+def _between(
+    result: str, sources: set[str], producers: dict[str, Any], initializers: dict[str, Any]
+) -> tuple[str, list[Any], list[Any]] | None:
+    """Return the tensor among ``sources`` that a result is a function of, the nodes between, and their constants.
+
+    None where other tensors or operators than those of a function stand between.
+    """
+    source, nodes, constants = None, [], []
+    pending, seen = [result], set()
+    while pending:
+        name = pending.pop()
+        if name in seen or not name:
+            continue
+        seen.add(name)
+        if name in sources:
+            if source not in (None, name):
+                return None
+            source = name
+        elif name in initializers:
+            constants.append(initializers[name])
+        elif name not in producers or producers[name].op_type not in _OPERATORS:
+            return None
+        else:
+            nodes.append(producers[name])
+            pending += producers[name].input
+    return None if source is None else (source, nodes, constants)
+
+
+def run_function(source: str, result: str, nodes: list[Any], constants: list[Any], count: int) -> Any:
+    """Return what ONNX Runtime makes of the codes from 0 up to ``count``."""
+    import onnx
+
+    from tritonq.deploy.onnx_session import open_session
+
+    shape, kind = [count], onnx.TensorProto.UINT8
+    # A node that several readers share is found several times; nodes are found from the last to the first.
+    unique = {node.output[0]: node for node in nodes}
+    graph = onnx.helper.make_graph(
+        _in_order(list(unique.values()), {source, *(constant.name for constant in constants)}),
+        "function",
+        [onnx.helper.make_tensor_value_info(source, kind, shape)],
+        [onnx.helper.make_tensor_value_info(result, kind, shape)],
+        constants,
+    )
+    opset = onnx.helper.make_opsetid("", 20)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9)
+    session = open_session(model.SerializeToString())
+    return session.run(None, {source: np.arange(count, dtype=np.uint8)})[0]
+
+
+def _in_order(nodes: list[Any], known: set[str]) -> list[Any]:
+    """Return nodes sorted so that each stands behind what it reads."""
+    ordered: list[Any] = []
+    while nodes:
+        ready = [node for node in nodes if all(not name or name in known for name in node.input)]
+        if not ready:
+            raise ValueError(f"the nodes {[node.name for node in nodes]} read what none of them makes")
+        ordered += ready
+        known |= {name for node in ready for name in node.output}
+        nodes = [node for node in nodes if not any(node is other for other in ready)]
+    return ordered
+
+
+def _put_table(proto: Any, source: str, result: str, node: Any, codes: Any) -> None:
+    """Let a tensor be read from a table at the codes of another; nodes that nothing reads any more are removed."""
+    import onnx
+
+    graph = proto.graph
+    table, index = f"{result}.table", f"{result}.index"
+    graph.initializer.append(onnx.numpy_helper.from_array(codes, table))
+    made = [
+        onnx.helper.make_node("Cast", [source], [index], to=onnx.TensorProto.INT32),
+        onnx.helper.make_node("Gather", [table, index], [result]),
+    ]
+    position = next(place for place, other in enumerate(graph.node) if other is node or other == node)
+    del graph.node[position]
+    for offset, new in enumerate(made):
+        graph.node.insert(position + offset, new)
+    _drop_unread(graph)
+
+
+def _drop_unread(graph: Any) -> None:
+    outputs = {value.name for value in graph.output}
+    while True:
+        read = {name for node in graph.node for name in node.input} | outputs
+        unread = [node for node in graph.node if not any(name in read for name in node.output)]
+        if not unread:
+            break
+        for node in unread:
+            graph.node.remove(node)
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

@@ -1,0 +1,81 @@
+"""Functions of one tensor: by table between two grids, and fake-quantized with little saved for the backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.functional.dispatch import implementation
+from tritonq.functional.saved_input import SavedInput, keep, mark, restore
+from tritonq.grid import Grid
+from tritonq.reference.functions import Function, look_up
+
+
+def integer_function(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
+    """Return a function of values on a grid, on the output's grid, before clipping to its codes.
+
+    ``round(f(fl((code - z) · s_in)) / s_out) · s_out`` with f in float32, in the order of operations in which ONNX
+    Runtime computes it. A table holds the result of every code, so that it is the same in every memory format.
+
+    Args:
+        x: float tensor of values ``(code - zero_point) * s_in``.
+        function: the function.
+        source: the input's grid, per tensor.
+        output: grid of the quantizer behind the function, per tensor.
+
+    Returns:
+        float32, without gradient.
+
+    Examples:
+        >>> from tritonq.qparams import QuantizedType
+        >>> codes = QuantizedType.of(8)
+        >>> grids = [Grid(torch.tensor([scale]), None, codes) for scale in (0.5, 0.25)]
+        >>> integer_function(torch.tensor([-4.0, 0.5, 3.0]), Function("hardswish"), *grids)
+        tensor([-0.0000, 0.2500, 3.0000])
+    """
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return look_up(x, function, source, output)
+
+
+def quantized_function(x: Tensor, y: Tensor, function: Function, source: Grid | None, output: Grid) -> Tensor:
+    """``FQ(f(x))``, of which the backward computes ``f(x)`` again instead of keeping it.
+
+    Args:
+        x: any shape and strides; float32, float16, bfloat16 or float64.
+        y: ``function(x)``, without gradient.
+        function: the function.
+        source: the grid that ``x`` lies on, whose codes are kept for the backward; None: ``x`` itself is.
+        output: per tensor.
+
+    Returns:
+        Tensor of ``x``'s shape and dtype.
+    """
+    result: Tensor = _QuantizedFunction.apply(x, y, function, source, output)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _QuantizedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, function: Function, source: Grid | None, output: Grid) -> Tensor:
+        ctx.ops, ctx.qtype, ctx.function = implementation("fake_quant", y), output.qtype, function
+        if ctx.needs_input_grad[0]:
+            kept, saved = output.copy(), keep(x, source)
+            ctx.dtype = saved.dtype
+            ctx.save_for_backward(*saved.tensors, kept.scale, kept.zero_point, kept.enabled)
+        result: Tensor = ctx.ops.fake_quantize(y, output)
+        mark(result, output.scale, output)
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        values, input_scale, shift, *grid = ctx.saved_tensors
+        scale, zero_point, enabled = grid
+        x = restore(SavedInput(values, input_scale, shift, ctx.dtype)).detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.function(x)
+        dy = ctx.ops.fake_quantize_backward(dy, y.detach(), Grid(scale, zero_point, ctx.qtype, enabled), False)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        return dx, None, None, None, None

@@ -1,0 +1,150 @@
+"""SiLU, Hardswish, sigmoid and other functions of one tensor with an output on a grid of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.functional.functions import integer_function, quantized_function
+from tritonq.functional.recomputation import is_recomputing
+from tritonq.grid import Grid
+from tritonq.nn.fusable import input_grid, observed_grid
+from tritonq.nn.unary import UnaryLayer
+from tritonq.qconfig import QConfig
+from tritonq.reference.functions import Function, onto_output
+
+
+class FunctionLayer(UnaryLayer):
+    """``FQ(f(x))`` for a function of one tensor: what `prepare_qat` makes of ``nn.SiLU()`` or ``F.hardswish(x)``.
+
+    In eval mode, with the grids of input and output known, a table gives the result of each code:
+    :func:`tritonq.functional.functions.integer_function`. Everywhere else the function is torch's.
+
+    A layer without a quantizer of its own runs the one that :meth:`set_quantizers` names: a function in a forward has
+    its quantizer beside it, under the name that it had before functions were modules.
+
+    Args:
+        function: the function.
+        qconfig: quantizer of the output; None: none of its own.
+        source_type: name of the class of torch.nn in whose place the module stands; None: it stands for a function.
+
+    Examples:
+        >>> FunctionLayer(Function("hardswish"))(torch.tensor([-4.0, 1.0, 3.0]))
+        tensor([-0.0000, 0.6667, 3.0000])
+    """
+
+    def __init__(self, function: Function, *, qconfig: QConfig | None = None, source_type: str | None = None) -> None:
+        super().__init__()
+        self.function, self.source_type = function, source_type
+        self.attach_quantizers(qconfig)
+
+    @classmethod
+    def from_float(cls, module: nn.Module, qconfig: QConfig | None = None) -> FunctionLayer:
+        """Return the quantized form of a module of torch.nn, in its mode; hooks are not moved.
+
+        Raises:
+            TypeError: a module that is none of :data:`FUNCTION_MODULES`.
+        """
+        function = function_of(module)
+        if function is None:
+            raise TypeError(f"{type(module).__name__} is no function of one tensor that has a quantized form")
+        return cls(function, qconfig=qconfig, source_type=type(module).__name__).train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the fake-quantized function of ``x``; same shape."""
+        quantizer = self.output_quantizer
+        if quantizer is None:
+            return self.compute(x)
+        observed = observed_grid(quantizer) if self.training else None
+        if observed is None or observed[0].qtype.axis is not None or torch.compiler.is_compiling():
+            return cast(Tensor, quantizer(self._result(x)))
+        return self._train(x, cast(FakeQuantize, quantizer))
+
+    def _train(self, x: Tensor, quantizer: FakeQuantize) -> Tensor:
+        """Do what the function and its quantizer do, and keep ``x`` alone for the backward."""
+        with torch.no_grad():
+            y = self.function(x)
+            if not is_recomputing():
+                quantizer.observe(y)
+        if not quantizer.has_qparams():
+            return quantizer.quantize(self.function(x))
+        source = self.input_quantizer
+        known = input_grid(source) if isinstance(source, FakeQuantizeBase) else None
+        return quantized_function(x, y, self.function, known, quantizer.grid())
+
+    def compute(self, x: Tensor) -> Tensor:
+        """See base class."""
+        return self.function(x)
+
+    def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
+        """See base class."""
+        return integer_function(x, self.function, source, output)
+
+    def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
+        """See base class."""
+        # Imported here, so that its operators are registered when something is compiled, and not before.
+        from tritonq.functional.traced import eval_mode
+
+        return eval_mode.function(x, self.function, source, output)
+
+    def extra_repr(self) -> str:
+        """Return name and arguments of the function."""
+        return ", ".join((self.function.name, *(f"{argument:g}" for argument in self.function.arguments)))
+
+
+class PReLU(UnaryLayer, nn.PReLU):
+    """PReLU with an output quantizer: ``FQ(max(0, x) + weight · min(0, x))``.
+
+    In eval mode, with the grids of input and output known, products and quotients are float32 as in ONNX Runtime.
+    """
+
+    def __init__(self, num_parameters: int = 1, *, qconfig: QConfig | None = None) -> None:
+        super().__init__(num_parameters)
+        self.attach_quantizers(qconfig)
+
+    @classmethod
+    def from_float(cls, module: nn.PReLU, qconfig: QConfig | None = None) -> PReLU:
+        """Return the quantized form of an ``nn.PReLU`` with its weight, in its mode; hooks are not moved."""
+        made = cls(module.num_parameters, qconfig=qconfig)
+        made.weight = module.weight
+        return made.train(module.training)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """See base class."""
+        return F.prelu(x, self.weight.to(x.dtype))
+
+    def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
+        """See base class."""
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            values = (x.float() / source.scale).round_().mul_(source.scale)
+            return onto_output(F.prelu(values, self.weight.float()), output)
+
+    def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
+        """See base class."""
+        return self.compute(x)
+
+
+# What each module of torch.nn computes.
+FUNCTION_MODULES: Mapping[type[nn.Module], Callable[[Any], Function]] = {
+    nn.Sigmoid: lambda module: Function("sigmoid"),
+    nn.Tanh: lambda module: Function("tanh"),
+    nn.SiLU: lambda module: Function("silu"),
+    nn.Hardsigmoid: lambda module: Function("hardsigmoid"),
+    nn.Hardswish: lambda module: Function("hardswish"),
+    nn.GELU: lambda module: Function("tanh_gelu" if module.approximate == "tanh" else "gelu"),
+    nn.LeakyReLU: lambda module: Function("leaky_relu", (float(module.negative_slope),)),
+    nn.ELU: lambda module: Function("elu", (float(module.alpha),)),
+    nn.Softplus: lambda module: Function("softplus", (float(module.beta), float(module.threshold))),
+    nn.Mish: lambda module: Function("mish"),
+}
+
+
+def function_of(module: object) -> Function | None:
+    """Return the function that a module of torch.nn computes; None for any other module."""
+    made = FUNCTION_MODULES.get(type(module))  # type: ignore[arg-type]
+    return None if made is None else made(module)

@@ -1,0 +1,77 @@
+"""Which recorded calls are functions of one tensor: modules, functions and methods."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from tritonq.nn.functions import function_of
+from tritonq.prepare.record.dataflow import Call, Ref
+from tritonq.reference.functions import Function
+
+
+def function_of_call(call: Call, shape: tuple[int, ...] = (), has_fixed_arguments: bool = True) -> Function | None:
+    """Return the function that a call computes, or None where it computes something else.
+
+    Args:
+        call: any recorded call.
+        shape: of the tensor that it reads, on which no function depends.
+        has_fixed_arguments: as for means; slopes and the like are taken for constants wherever a forward has them.
+    """
+    if call.kind == "module":
+        return function_of(call.target)
+    reader = _READERS.get(call.name)
+    if reader is None or len(call.inputs) != 1:
+        return None
+    try:
+        bound = inspect.signature(reader).bind(*call.args, **call.kwargs)
+        return reader(*bound.args, **bound.kwargs)
+    except (TypeError, ValueError):
+        return None
+
+
+def is_function(call: Call) -> bool:
+    """Whether a call is a function of one tensor, a PReLU included."""
+    return function_of_call(call) is not None or prelu_of_call(call) is not None
+
+
+def prelu_of_call(call: Call, shape: tuple[int, ...] = (), has_fixed_arguments: bool = True) -> type[nn.PReLU] | None:
+    """Return ``nn.PReLU`` where a call is one of such a module, else None; arguments as :func:`function_of_call`."""
+    return nn.PReLU if type(call.target) is nn.PReLU else None
+
+
+def _plain(name: str) -> Callable[..., Function]:
+    def read(input: Ref, inplace: bool = False) -> Function:
+        return Function(name)
+
+    return read
+
+
+def _gelu(input: Ref, approximate: str = "none") -> Function:
+    return Function("tanh_gelu" if approximate == "tanh" else "gelu")
+
+
+def _leaky_relu(input: Ref, negative_slope: Any = 0.01, inplace: bool = False) -> Function:
+    return Function("leaky_relu", (float(negative_slope),))
+
+
+def _elu(input: Ref, alpha: Any = 1.0, inplace: bool = False) -> Function:
+    return Function("elu", (float(alpha),))
+
+
+def _softplus(input: Ref, beta: Any = 1.0, threshold: Any = 20.0) -> Function:
+    return Function("softplus", (float(beta), float(threshold)))
+
+
+_NAMES = ("sigmoid", "tanh", "silu", "hardsigmoid", "hardswish", "mish")
+_READERS: Mapping[str, Callable[..., Function]] = {
+    **{name: _plain(name) for name in _NAMES},
+    "expit": _plain("sigmoid"),
+    "gelu": _gelu,
+    "leaky_relu": _leaky_relu,
+    "elu": _elu,
+    "softplus": _softplus,
+}

@@ -1,0 +1,79 @@
+"""Where a quantizer of a recorded value can stand: behind the module or node that makes it, or where it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.plan import Where
+from tritonq.prepare.forwards.answered import AnsweredForward
+from tritonq.prepare.forwards.proof import Site
+from tritonq.prepare.record.dataflow import Call, Frame
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a quantizer can stand, with all values that it then quantizes.
+
+    Attributes:
+        where: as in :class:`tritonq.prepare.decide.plan.PlannedQuantizer`.
+        owner: the same.
+        values: the values.
+        site: the node, for ``"node"``.
+    """
+
+    where: Where
+    owner: str
+    values: list[int]
+    site: Site | None = None
+
+
+def place_of(root: int, analysis: Analysis) -> Origin:
+    """Return where a quantizer of a value can stand: where the value is made, if every run makes it there."""
+    place = _origin_of(root, analysis)
+    runs = {analysis.flow.values[value].run for value in place.values}
+    return place if len(runs) == analysis.flow.runs else Origin("consumer", "", [root])
+
+
+def results(calls: Iterable[Call | Frame], analysis: Analysis) -> list[int]:
+    """Return the values that calls return, where each is a single tensor."""
+    values = (analysis.value_of(call) for call in calls)
+    return [value for value in values if value is not None]
+
+
+def _origin_of(root: int, analysis: Analysis) -> Origin:
+    flow = analysis.flow
+    call = flow.producer(root)
+    if call is None or analysis.value_of(call) != root:
+        return Origin("consumer", "", [root])
+    # Tracing takes time: only where the module's own result won't do.
+    by_module = call.module_name is not None and _has_one_place(call, analysis)
+    site = None if by_module else analysis.site(call)
+    if site is not None and isinstance(analysis.forward(call.owner), AnsweredForward):
+        # Its other branches return tensors too: a quantizer of what the module returns sees them all.
+        site = None if _returned_by(root, analysis) == call.owner else site
+    if site is not None:
+        return Origin("node", call.owner, results(analysis.calls_at(call.owner, site.node), analysis), site)
+    if call.module_name is not None:
+        return Origin("output", call.module_name, results(flow.calls_of(call.module_name), analysis))
+    container = _returned_by(root, analysis)
+    if container is not None:
+        return Origin("output", container, results(flow.frames_of(container), analysis))
+    return Origin("consumer", "", [root])
+
+
+def _has_one_place(call: Call, analysis: Analysis) -> bool:
+    """Whether a module is called once per run of its owner, so that its output is one tensor of the model."""
+    calls = analysis.flow.calls_of(str(call.module_name))
+    return len({other.owner for other in calls}) == 1 and len({other.frame for other in calls}) == len(calls)
+
+
+def _returned_by(value: int, analysis: Analysis) -> str | None:
+    """The innermost module that returns a value which nothing inside of it reads."""
+    flow = analysis.flow
+    for frame in reversed(flow.frames_returning(value)):
+        inside = (flow.is_within(reader.frame, frame.index) for reader in flow.consumers(value))
+        if frame.parent is not None and not any(inside):
+            return frame.owner
+    return None
