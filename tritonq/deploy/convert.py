@@ -18,6 +18,7 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.codes import carry_codes
 from tritonq.grid import Grid
 from tritonq.nn import Embedding, EmbeddingBag, Joint, QATLayer, QATRepVGGBlock
+from tritonq.nn.one_sided import warn_of_weight_zero_points
 from tritonq.nn.own_input import INPUT_QUANTIZER
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.edit.earlier_inputs import replace_hooks
@@ -69,8 +70,16 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
             module.replace_quantizers(replacements)
     converted = swap_modules(converted, replacements).eval()
     drop_computations(converted, computed)
+    warn_of_weight_zero_points(_with_own_zero_points(converted), stacklevel=2)
     # A single layer has nothing to carry codes to.
     return converted if isinstance(converted, DeployedModule) else carry_codes(converted)
+
+
+def _with_own_zero_points(converted: nn.Module) -> list[str]:
+    """Return the names of layers whose weight zero points differ between channels."""
+    layers = [(name, module) for name, module in converted.named_modules() if isinstance(module, QuantizedLayer)]
+    zeros = [(name, layer.weight_zero_point) for name, layer in layers]
+    return [name for name, zero in zeros if zero is not None and int(zero.min()) != int(zero.max())]
 
 
 def swap_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -20,6 +20,7 @@ from torch import nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import DEFAULT_QAT_MAPPING, QATLayer
+from tritonq.nn.one_sided import one_sided_layers, warn_of_weight_zero_points
 from tritonq.prepare.decide.fixed_point import is_fixed_point
 from tritonq.prepare.decide.layer_records import LayerRecord
 from tritonq.prepare.decide.qconfigs import mapped_qconfigs, resolve_qconfigs
@@ -74,7 +75,8 @@ def prepare_qat(
             log (logger ``tritonq``) says so.
         strict: raise where a layer with weights, an addition or a concatenation stays in float unasked. A qconfig of
             None asks for it. Needs ``example_inputs``.
-        warn: warn of these, with names and reasons.
+        warn: warn of these, with names and reasons, and of filters that torch.ao's version 1 gives zero points which
+            engines don't run fast.
 
     Returns:
         The prepared model. With ``example_inputs`` its ``tritonq_report`` holds a
@@ -108,11 +110,15 @@ def prepare_qat(
         qconfigs = resolve_qconfigs(model, qconfig)
     if recording is not None:
         prepare_recorded(model, types, qconfigs, recording, warn, strict)
+        if warn:
+            warn_of_weight_zero_points(one_sided_layers(model), stacklevel=2)
         return model
     if is_fixed_point(qconfigs[model]):
         raise ValueError("fixed point needs example_inputs: a layer's scaling factor depends on the layer that follows")
     with undone_on_error(model):
         prepare_eager(model, types, qconfigs)
+    if warn:
+        warn_of_weight_zero_points(one_sided_layers(model), stacklevel=2)
     return model
 
 

@@ -1,0 +1,43 @@
+"""Weights whose channels get zero points of their own, which engines run slowly or not at all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from tritonq.fake_quantize import FakeQuantize
+from tritonq.nn.qat import QATLayer
+
+
+@torch.no_grad()
+def one_sided_layers(model: nn.Module) -> list[str]:
+    """Return the names of layers some of whose filters have values of one sign, under a rule that is then affine.
+
+    That is ``rule="torch_v1"``, torch.ao's fused operator: it gives a symmetric type a zero point where a channel's
+    values are all positive or all negative.
+    """
+    return [name for name, layer in model.named_modules() if isinstance(layer, QATLayer) and _is_one_sided(layer)]
+
+
+def _is_one_sided(layer: QATLayer) -> bool:
+    quantizer = layer.weight_fake_quant
+    if not isinstance(quantizer, FakeQuantize) or quantizer.qtype.axis is None or not quantizer.qtype.symmetric:
+        return False
+    if getattr(quantizer.activation_post_process, "rule", None) != "torch_v1":
+        return False
+    rows = layer.linear_map.to_rows(layer.float_parameters()[0]).flatten(1)
+    return not rows.is_meta and bool(((rows.amin(1) >= 0) | (rows.amax(1) <= 0)).any())
+
+
+def warn_of_weight_zero_points(names: Sequence[str], stacklevel: int) -> None:
+    """Warn, if there are any, of layers whose weight zero points differ between channels, and say what to do."""
+    if names:
+        warnings.warn(
+            f"weight zero points differ between channels in {', '.join(names)}: torch.ao's version 1 gives one to each "
+            "filter of one sign. ONNX Runtime 1.18 to 1.26 fails at the first run of such layers, later versions run "
+            'them slower than float, OpenVINO in float; get_qconfig("onnxruntime") has symmetric weights',
+            stacklevel=stacklevel + 1,
+        )
