@@ -74,7 +74,23 @@ _FORWARD, _BOTH = "forward", "forward+backward"
 _RESNET18 = "train_step/resnet18/16x3x96x96/float32"
 _RESNET50 = "train_step/resnet50/128x3x224x224/amp-bfloat16/channels_last"
 _MOBILENET = "train_step/mobilenet_v2/16x3x96x96/float32"
+_EVALUATE = {
+    "ResNet-18": "evaluate/resnet18/8x3x128x128/float32",
+    "MobileNetV2": "evaluate/mobilenet_v2/8x3x128x128/float32",
+}
 _LARGE = "256x64x64x64/float32"
+
+
+def _evaluation(model: str, case: str, bound: float) -> tuple[Goal, ...]:
+    """Return the goals of one model in eval mode: converted, and quantization-aware."""
+    qat = "tritonq, QAT in eval"
+    return (
+        Goal(f"{model} converted: at most {bound:g}x float's time in eval", case, "time", bound, "float"),
+        Goal("the same, channels last", f"{case}/channels_last", "time", bound, "float"),
+        Goal(f"{model}, QAT in eval: at most 1.3x float's time", case, "time", 1.3, "float", ours=qat),
+        Goal("the same, channels last", f"{case}/channels_last", "time", 1.3, "float", ours=qat),
+    )
+
 
 GOALS: tuple[Goal, ...] = (
     Goal(
@@ -93,6 +109,8 @@ GOALS: tuple[Goal, ...] = (
     Goal("the same, channels last", f"{_RESNET18}/channels_last", "every peer", 1.0),
     Goal("MobileNetV2 step: faster than every peer", _MOBILENET, "every peer", 1.0),
     Goal("the same, channels last", f"{_MOBILENET}/channels_last", "every peer", 1.0),
+    *_evaluation("ResNet-18", _EVALUATE["ResNet-18"], 0.31),
+    *_evaluation("MobileNetV2", _EVALUATE["MobileNetV2"], 0.46),
     Goal(
         "histogram observer with search: 3x torch.ao's",
         "histogram/observe+search/16x64x56x56/float32",

@@ -1,0 +1,142 @@
+"""Whole models in eval mode: float, quantization-aware, and converted; what everyone times first after `convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
+from tritonq.perf.cases.vision_models import quantizable, torchvision_model
+
+_CLASSES = 10
+# Batches in training mode: enough for the statistics of batches that are all alike.
+_STEPS = 2
+
+_CLOSE_TO_FLOAT = Tolerance(
+    "the reference is the float model, and 8-bit noise moves the logits of a network with random weights, in "
+    "torch.ao's MobileNetV2 by 0.7; a result of chance is at distance 1.4",
+    distance=0.9,
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and the batch that it classifies."""
+
+    model: str
+    batch: int
+    size: int
+    channels_last: bool = False
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """``evaluate/resnet18/8x3x128x128/float32`` and the like."""
+        parts = ["evaluate", self.model, f"{self.batch}x3x{self.size}x{self.size}", "float32"]
+        return "/".join(parts + (["channels_last"] if self.channels_last else []))
+
+    def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
+        """``images`` (batch, 3, size, size), normal."""
+        images = torch.randn(self.batch, 3, self.size, self.size, generator=generator, device=device)
+        return {"images": images.contiguous(memory_format=self._format())}
+
+    def float_model(self, images: Tensor) -> nn.Module:
+        """The same weights every time, with statistics of ``images``."""
+        return self._seen(self._placed(_normalised(torchvision_model(self.model, num_classes=_CLASSES))), images)
+
+    def qat_model(self, images: Tensor) -> nn.Module:
+        """The same, prepared with the default preset."""
+        import tritonq
+
+        model = self._placed(_normalised(torchvision_model(self.model, num_classes=_CLASSES)))
+        return self._seen(tritonq.prepare_qat(model, example_inputs=(images[:2],)), images)
+
+    def converted_model(self, images: Tensor) -> nn.Module:
+        """The same, converted."""
+        import tritonq
+
+        return tritonq.convert(self.qat_model(images))
+
+    def torch_ao_model(self, images: Tensor) -> nn.Module:
+        """torch.ao's converted model, in the form that torch.ao needs, for its x86 engine."""
+        from torch.ao.quantization import convert, get_default_qat_qconfig, prepare_qat
+
+        model = _normalised(quantizable(self.model, num_classes=_CLASSES))
+        model.load_state_dict(torchvision_model(self.model, num_classes=_CLASSES).state_dict())
+        model.train().fuse_model(is_qat=True)
+        model.qconfig = get_default_qat_qconfig("x86")
+        return convert(self._seen(prepare_qat(self._placed(model)), images))
+
+    def case(self) -> Case:
+        """The table entry; bound by arithmetic as much as by bytes."""
+        return Case(
+            name=self.name,
+            family="evaluate",
+            make_inputs=self.make_inputs,
+            reference=lambda inputs: _step(self.float_model, inputs)(inputs),
+            implementations=_implementations(self),
+            baseline="float",
+            bytes_moved=0,
+            operations=0,
+            tolerance=_CLOSE_TO_FLOAT,
+            devices=("cpu",),
+            quick=self.quick,
+        )
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        return model.to(memory_format=self._format())
+
+    def _seen(self, model: nn.Module, images: Tensor) -> nn.Module:
+        """Take statistics and ranges of ``images``; return the model in eval mode."""
+        with torch.no_grad():
+            for _ in range(_STEPS):
+                model.train()(images)
+        return model.eval()
+
+    def _format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+def cases() -> Iterator[Case]:
+    """ResNet-18 and MobileNetV2, in both layouts."""
+    for model in ("resnet18", "mobilenet_v2"):
+        for channels_last in (False, True):
+            yield Setting(model, 8, 128, channels_last).case()
+    yield Setting("resnet18", 2, 64, quick=True).case()
+
+
+def _implementations(setting: Setting) -> dict[str, Implementation]:
+    def tritonq(make: Callable[[Tensor], nn.Module]) -> Implementation:
+        return Implementation(partial(_step, make), distribution="tritonq", module="tritonq")
+
+    return {
+        "float": Implementation(partial(_step, setting.float_model)),
+        "torch.ao": Implementation(
+            partial(_step, setting.torch_ao_model),
+            leaves_out="its codes differ from those of its model in eval mode; needs a model written for it",
+        ),
+        "tritonq": tritonq(setting.converted_model),
+        "tritonq, QAT in eval": tritonq(setting.qat_model),
+    }
+
+
+def _step(make: Callable[[Tensor], nn.Module], inputs: Inputs) -> Step:
+    model = make(inputs["images"])
+
+    def step(inputs: Inputs) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (model(inputs["images"]),)
+
+    return step
+
+
+def _normalised(model: nn.Module) -> nn.Module:
+    """Let running statistics be those of the last batch."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    return model
