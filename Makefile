@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 MINUTES ?= 9
 OUT ?= gpu-results
 
-.PHONY: help demo test test-quick emulate lint format bench gpu matrix clean
+.PHONY: help demo test test-quick emulate lint format bench gpu matrix zoo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -62,7 +62,16 @@ gpu: ## answer a first visit to a GPU in MINUTES=9; needs no installation, write
 matrix: ## run the tests under each supported version (hours, some 30 GB) and write COMPATIBILITY.md
 	$(PYTHON) tools/matrix.py
 
-clean: ## remove caches and outputs; .venv and .matrix stay
+# An environment of its own, since Ultralytics and torchvision's detectors need a newer torch; ZOO="--only timm/" for some.
+zoo: .zoo/.installed ## try prepare_qat and what follows on 120 models of seven libraries (hours) and write ZOO.md
+	.zoo/bin/python tools/zoo.py $(ZOO)
+
+.zoo/.installed: tools/zoo-requirements.txt pyproject.toml
+	$(PYTHON) -m venv .zoo
+	.zoo/bin/python -m pip install --quiet --disable-pip-version-check -r tools/zoo-requirements.txt -e '.[onnx]'
+	touch $@
+
+clean: ## remove caches and outputs; .venv, .matrix and .zoo stay
 	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.*' -type d -prune -exec rm -rf {} +
 

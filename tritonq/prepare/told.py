@@ -28,12 +28,7 @@ def tell(
     Raises:
         ValueError: one is, and ``strict`` is True.
     """
-    layers = [
-        record
-        for record in records
-        if isinstance(float_modules.get(record.name), _WEIGHTED) or record.kind in FUNCTIONS_WITH_WEIGHTS
-    ]
-    joins = [record for record in records if record.kind in KINDS]
+    layers, joins = layers_and_joins(float_modules, records)
     quantized = [sum(record.status == "quantized" for record in part) for part in (layers, joins)]
     name = type(model).__name__
     _log.info(
@@ -50,6 +45,18 @@ def tell(
     if strict:
         raise ValueError(f"{text}. With strict=True nothing may stay so unasked: a qconfig of None asks for it")
     warnings.warn(f"{text}. tritonq.summary lists them; a qconfig of None or warn=False silences this", stacklevel=4)
+
+
+def layers_and_joins(
+    float_modules: Mapping[str, nn.Module], records: Sequence[LayerRecord]
+) -> tuple[list[LayerRecord], list[LayerRecord]]:
+    """The records of layers with weights, and those of operations on two tensors."""
+    layers = [
+        record
+        for record in records
+        if isinstance(float_modules.get(record.name), _WEIGHTED) or record.kind in FUNCTIONS_WITH_WEIGHTS
+    ]
+    return layers, [record for record in records if record.kind in KINDS]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,0 +1,60 @@
+"""`make zoo`: the list of models, and the table of their results; the models themselves are not tried here."""
+
+import json
+import sys
+from pathlib import Path
+
+from vision_models import import_torchvision
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import zoo
+import zoo_models
+from zoo_stages import STAGES
+
+PASSED = {
+    "name": "timm/resnet18",
+    "parameters": 1234,
+    "stages": dict.fromkeys(STAGES, "ok"),
+    "layers": [21, 21],
+    "joins": [8, 8],
+    "in_float": [],
+}
+
+
+def test_enough_models_of_enough_libraries():
+    names = zoo_models.names()
+    assert len(names) == len(set(names)) >= 120
+    assert len(zoo_models.LIBRARIES) >= 6
+
+
+def test_the_table_tells_what_failed_and_what_stays_in_float():
+    stages = {**PASSED["stages"], "training output": "skipped: the float model raises ValueError", "ONNX": "too large"}
+    in_float = [[f"part{index}", "it differs in training"] for index in range(5)]
+    other = {**PASSED, "name": "timm/other", "stages": stages, "layers": [16, 21], "in_float": in_float}
+    text = zoo.table([PASSED, other])
+    assert (
+        f"2 of {len(zoo_models.names())} models tried: 1 pass every stage, 1 have no layer with weights in float."
+        in text
+    )
+    assert "| timm/resnet18 | 1,234 | 21/21 | 8/8 |" + " ✓ |" * len(STAGES) + " 0 |" in text
+    assert "- timm/other, ONNX: too large" in text
+    assert "- timm/other: part0, part1, part2 and 2 more in float: it differs in training" in text
+    assert zoo.failed(other) == ["ONNX"]
+
+
+def test_a_model_that_ends_its_process_is_a_result_and_not_tried_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "RESULTS", tmp_path)
+    monkeypatch.setattr(zoo, "TABLE", tmp_path / "ZOO.md")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    for tried in (True, False):
+        monkeypatch.setattr(sys, "argv", ["zoo.py", "--only", "timm/resnet18"])
+        zoo.main()
+        assert ("failed" in capsys.readouterr().out) == tried
+    result = json.loads((tmp_path / "timm--resnet18.json").read_text())
+    assert result["stages"] == {"prepare": "exit status 1"}
+    assert "timm/resnet18" in (tmp_path / "ZOO.md").read_text()
+
+
+def test_models_are_built_by_name():
+    import_torchvision()
+    assert zoo_models.example("timm/resnet18").inputs.shape == (2, 3, 64, 64)
