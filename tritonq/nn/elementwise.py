@@ -253,8 +253,8 @@ class Mul(Joint):
 
 def _quantizer_of(producer: nn.Module | None) -> nn.Module | None:
     """The quantizer of a producer's output, which may be the producer."""
-    if producer is None or isinstance(producer, GridSource):
-        return producer
+    if producer is None or is_grid_source(producer):
+        return cast("nn.Module | None", producer)
     return producer._modules.get("activation_post_process")
 
 

@@ -62,25 +62,28 @@ def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | Non
 def _run_packed(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """:func:`eval_integers` by torch's integer kernels; None where these can't run it, or a gradient is needed."""
     source, quantizer = cast(FakeQuantizeBase, layer.input_quantizer), layer.activation_post_process
-    held = (weight, bias, *held_tensors(layer), *held_tensors(source))
+    held = (*held_tensors(layer), *held_tensors(source))
+    if weight is not layer._parameters.get("weight"):  # computed of other parameters
+        held = (weight, bias, *held)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in held):
         return None
-    output = layer.output_grid()
-    if output is not None and (quantizer._forward_pre_hooks or not layer.ends_in_ceiling):
+    output = layer.output_quantizer()
+    is_rounded = output is not None and output.is_enabled_on_host()
+    if is_rounded and (quantizer._forward_pre_hooks or not layer.ends_in_ceiling):
         return None
 
     def make() -> PackedLayer | None:
         integers = cast(IntegerAffine, layer.integer_layer(*layer.folded_parameters(weight, bias)))
-        return pack(integers, layer.linear_map, source.grid(), output, layer.ceiling)
+        return pack(integers, layer.linear_map, source.grid(), layer.output_grid(), layer.ceiling)
 
     # Averages of weights are often written through `data`, which leaves the tensor's version as it was.
     sums = [float(tensor.sum()) for tensor in held if tensor is not None and tensor.dim() > 1]
-    key = (sums, layer.eval_key(), None if output is None else output.qtype)
+    key = (sums, layer.eval_key(), is_rounded, quantizer, getattr(output, "qtype", None))
     packed = layer.packed.get(held, make, key)
     y = None if packed is None else run_packed(x, packed)
     if y is None:
         return None
-    if output is None:
+    if not is_rounded:
         return layer.quantized_output(y)
     # Who listens to the quantizer's results is told.
     return cast(Tensor, quantizer(y)) if quantizer._forward_hooks else y
