@@ -168,7 +168,8 @@ def range_constants(grid: Grid | None, statistics: RangeStatistics | None) -> di
         "QUANT_MIN": qtype.quant_min,
         "QUANT_MAX": qtype.quant_max,
         "SYMMETRIC": qtype.symmetric,
-        "FIXED_ZERO_POINT": qtype.fixed_zero_point,
+        # MegEngine's symmetric types all use 0.
+        "FIXED_ZERO_POINT": 0 if qtype.symmetric and statistics.rule == "megengine" else qtype.fixed_zero_point,
         "RULE": statistics.rule,
         "COPY_ABOVE": statistics.copy_above,
     }

@@ -49,6 +49,15 @@ def test_values_and_strict_mask(word_len, signed, dtype):
         assert x.grad.tolist() == [3.0 * inside for _, inside in expected]
 
 
+def test_whole_numbers_may_be_floats():
+    """F8Net holds fractional lengths in float tensors."""
+    x = torch.tensor([[0.3, -1.0], [0.3, -1.0]])
+    floats, integers = (
+        fixed_point_quantize(x, torch.tensor([3, 1], dtype=d), axis=0) for d in (torch.float32, torch.int32)
+    )
+    assert torch.equal(floats, integers)
+
+
 def test_nan_stays_with_zero_gradient():
     x = torch.tensor([math.nan, 0.5], requires_grad=True)
     y = fixed_point_quantize(x, 3)
@@ -181,7 +190,8 @@ X = torch.ones(2, 3)
         ({"frac_len": 9, "signed": False}, "0..8"),
         ({"frac_len": 2.0}, "integer"),
         ({"frac_len": True}, "integer"),
-        ({"frac_len": torch.tensor([1.5])}, "integers"),
+        ({"frac_len": torch.tensor([1.5])}, "whole numbers"),
+        ({"frac_len": torch.tensor([True])}, "whole numbers"),
         ({"frac_len": torch.tensor([8])}, "0..7"),
         ({"frac_len": torch.tensor([1, 2])}, "shape"),
         ({"frac_len": torch.tensor([1, 2]), "axis": 1}, "shape"),

@@ -229,6 +229,19 @@ def test_float_phases():
     )
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_floating_stops_the_gradient_at_both_bounds(signed):
+    """F8Net's masks are strict: ``|x| < bound``, and without a sign ``0 < x < bound``."""
+    quantizer = FixedPointFakeQuantize(8, signed)
+    set_fixed_point_phase(quantizer, "floating")
+    quantizer.disable_observer()
+    largest = 127 if signed else 255
+    codes = torch.tensor([0.0, largest, -largest, largest / 2, largest + 1, torch.nan])
+    x = (codes / 2.0 ** int(quantizer.rounded_frac_len())).requires_grad_()
+    quantizer(x).nan_to_num().sum().backward()
+    assert x.grad.tolist() == [float(signed), 0, 0, 1, 0, 0]
+
+
 def test_floating_clips_and_does_not_round():
     conv, following = trained()
     for module in (conv, following):

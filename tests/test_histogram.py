@@ -141,7 +141,7 @@ def test_observes_and_rounds_in_a_training_step(qtype, search):
     assert len(y.unique()) <= quantizer.qtype.quant_max - quantizer.qtype.quant_min + 1
     assert (y - x).square().mean() < x.square().mean()
     scale, zero_point = quantizer.activation_post_process.calculate_qparams()
-    assert torch.equal(quantizer.scale[0], scale)
+    assert torch.equal(quantizer.scale, scale)
     assert torch.equal(quantizer.zero_point[0], zero_point)
 
 

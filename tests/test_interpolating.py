@@ -155,3 +155,21 @@ def test_the_mergeable_histogram_finds_a_like_range():
             theirs(batch)
         ratio = ours.calculate_qparams().scale / theirs.calculate_qparams().scale
         assert 0.75 < float(ratio) < 1.1
+
+
+def test_upsample_rate():
+    """Old bins are cut into as many slices as the argument says."""
+    data = [torch.linspace(-1, 1, 500), torch.linspace(-1.7, 2.9, 500)]
+    arguments = {"bins": 64, "dtype": "qint8", "interpolation": "megengine"}
+    observers = {}
+    for rate in (None, 128, 3):
+        observers[rate] = InterpolatingHistogramObserver(**arguments, upsample_rate=rate)
+        for x in data:
+            observers[rate](x)
+    assert torch.equal(observers[None].histogram, observers[128].histogram)
+    assert not torch.equal(observers[None].histogram, observers[3].histogram)
+    width = 2 / (64 * 3)
+    size = float(observers[3].max_val - observers[3].min_val) / 64 / width
+    assert size == pytest.approx(round(size)), "new bins are whole numbers of slices"
+    with pytest.raises(ValueError, match="upsample_rate"):
+        InterpolatingHistogramObserver(upsample_rate=0)

@@ -5,6 +5,7 @@ import io
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.ao import quantization as ao
@@ -76,6 +77,57 @@ def test_momentum_is_the_kept_fraction():
     assert float(observer.max_val) == 5.0
 
 
+def test_megengines_momentum_counts_one_update_later():
+    """MegEngine copies the momentum in use at the end of each forward; its largest value keeps the range."""
+    observer = tritonq.MovingAverageMinMaxObserver(dtype="qint8", rule="megengine", averaging_constant=0.1)
+    found = []
+    for value, momentum in ((1.0, None), (2.0, None), (4.0, 0.5), (8.0, 1.0), (16.0, None), (32.0, None)):
+        if momentum is not None:
+            observer.set_momentum(momentum)
+        observer(torch.tensor([0.0, value]))
+        found.append(float(observer.max_val))
+    # Kept: 0.9, 0.9, then a half from the fourth batch on, then all.
+    assert found == pytest.approx([1.0, 1.1, 1.39, 4.695, 4.695, 4.695])
+    with pytest.raises(ValueError, match="momentum must be in"):
+        observer.set_momentum(1.5)
+    with pytest.raises(ValueError, match="averaging_constant must be in"):
+        tritonq.MovingAverageMinMaxObserver().set_momentum(1.0)
+
+
+def test_megengines_symmetric_unsigned_codes_count_from_zero():
+    qtype = tritonq.QuantizedType(0, 255, symmetric=True, rounding="half_away")
+    quantizer = tritonq.FakeQuantize(tritonq.MinMaxObserver, dtype=qtype, rule="megengine")
+    y = quantizer(torch.tensor([-1.0, 0.0, 0.5, 1.9, 1.98]))
+    scale = 1.98 / 127.5
+    assert int(quantizer.zero_point) == 0
+    torch.testing.assert_close(y, torch.tensor([0.0, 0.0, 32 * scale, 122 * scale, 128 * scale]), atol=1e-5, rtol=0)
+    assert int(tritonq.FakeQuantize(tritonq.MinMaxObserver, dtype=qtype).zero_point) == 128
+
+
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.quint8, torch.int16, torch.int32, torch.quint4x2])
+def test_reduce_range_is_torch_aos(dtype):
+    ours, theirs = (kind(dtype=dtype, reduce_range=True) for kind in (tritonq.MinMaxObserver, ao.MinMaxObserver))
+    assert (ours.quant_min, ours.quant_max) == (theirs.quant_min, theirs.quant_max)
+
+
+def test_qparams_and_buffers_are_torch_aos():
+    for ours, theirs in (
+        (tritonq.MinMaxObserver(), ao.MinMaxObserver()),
+        (tritonq.HistogramObserver(), ao.HistogramObserver()),
+        (tritonq.PerChannelMinMaxObserver(), ao.PerChannelMinMaxObserver()),
+    ):
+        before = ours.min_val
+        for observer in (ours, theirs):
+            observer(torch.linspace(-1, 2, 12).view(4, 3))
+        shapes = [[value.shape for value in observer.calculate_qparams()] for observer in (ours, theirs)]
+        assert shapes[0] == shapes[1]
+        assert ours.min_val is before, "DDP and nn.DataParallel hold buffers"
+    quantizer = tritonq.FakeQuantize(tritonq.PerChannelMinMaxObserver, qscheme=torch.per_channel_affine)
+    before = (quantizer.scale, quantizer.zero_point)
+    quantizer(torch.randn(4, 3))
+    assert all(a is b for a, b in zip(before, (quantizer.scale, quantizer.zero_point), strict=True))
+
+
 def test_passive_observer():
     observer = tritonq.PassiveObserver(dtype="qint8")
     assert not observer.has_observed()
@@ -84,8 +136,10 @@ def test_passive_observer():
     observer.scale = torch.tensor([0.25])
     assert observer.calculate_qparams().scale.tolist() == [0.25]
     assert observer.original_scale.tolist() == [0.5]
-    with pytest.raises(ValueError, match="already called"):
-        observer.set_qparams(torch.tensor([1.0]))
+    observer.set_qparams(np.array([2.0]))
+    assert (observer.scale.tolist(), observer.original_scale.tolist()) == ([2.0], [2.0])
+    observer.scale = 0.125
+    assert observer.scale.tolist() == [0.125]
     with pytest.raises(ValueError, match="positive and finite"):
         observer.scale = torch.tensor([0.0])
     with pytest.raises(ValueError, match="zero point 0, got"):

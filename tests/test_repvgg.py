@@ -45,6 +45,27 @@ def sample(name, batch=2):
     return torch.randn(batch, CASES[name]["in_channels"], 7, 6, dtype=torch.float64, generator=torch.manual_seed(1))
 
 
+def test_identity_branch_and_activations_by_name():
+    """PaddleDetection's blocks have no identity branch, and name their activations."""
+    assert RepVGGBlock(6, 6).bn_identity is not None
+    assert RepVGGBlock(6, 6, identity=False).bn_identity is None
+    without = RepVGGBlock(6, 6, identity=False, activation="silu")
+    assert type(without.activation) is nn.SiLU
+    without.qconfig = WRITTEN
+    assert QATRepVGGBlock.from_float(without).bn_identity is None
+    for arguments, error, message in (
+        ((6, 4, 1, 1, "relu", True), TypeError, "positional"),
+        ((6, 4), ValueError, "as many channels in as out"),
+        ((6, 6, 2), ValueError, "stride 1"),
+    ):
+        with pytest.raises(error, match=message):
+            RepVGGBlock(*arguments, identity=True)
+    with pytest.raises(ValueError, match="unknown activation 'selu'; known: relu"):
+        RepVGGBlock(6, 6, activation="selu")
+    with pytest.raises(TypeError, match="activation must be a module"):
+        RepVGGBlock(6, 6, activation=3)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_merged_equals_branches_in_eval(name):
     made, x = block(name).eval(), sample(name)

@@ -155,14 +155,17 @@ class FakeQuantize(FakeQuantizeBase):
         self._revision = 0
 
     def _initial_zero_point(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.full(shape, max(self.qtype.fixed_zero_point or 0, self.qtype.quant_min), dtype=torch.int32)
+        return torch.full(
+            shape, max(self.activation_post_process.fixed_zero_point or 0, self.qtype.quant_min), dtype=torch.int32
+        )
 
     def allocate(self, num_channels: int) -> None:
         """Give per-channel buffers their final length; a no-op per tensor or when they have it."""
         self.activation_post_process.allocate(num_channels)
         if self.qtype.axis is not None and self.scale.numel() != num_channels:
-            self.scale = self.scale.new_ones(num_channels)
-            self.zero_point = self._initial_zero_point((num_channels,)).to(self.scale.device)
+            # The same objects, which others may hold: DDP lists buffers, nn.DataParallel copies from them.
+            self.scale.resize_(num_channels).fill_(1)
+            self.zero_point.resize_(num_channels).copy_(self._initial_zero_point((num_channels,)))
 
     def rests_on_data(self) -> Tensor:
         """See base class."""

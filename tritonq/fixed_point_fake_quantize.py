@@ -192,7 +192,10 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         if self.qtype.axis is not None:
             step = self.qtype.granularity.align(step, x.dim())
         low, high = self.codes
-        return torch.where(active != 0, torch.clamp(x, low * step, high * step), x)
+        bounds = (low * step, high * step)
+        # The gradient stops at both bounds too; that of torch.clamp does not.
+        clipped = torch.where((x > bounds[0]) & (x < bounds[1]), x, torch.clamp(x.detach(), *bounds))
+        return torch.where(active != 0, clipped, x)
 
     def _warn_unobserved(self) -> None:
         warn_once(

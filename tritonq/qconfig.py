@@ -48,6 +48,17 @@ class QConfig(NamedTuple):
         return find_target(self.target)
 
 
+def describe_wrong_qconfig(found: object) -> str:
+    """Say what was found in the place of a QConfig, for an error's text."""
+    kind = type(found)
+    if kind.__name__ == "QConfig":
+        return (
+            f"{kind.__module__}.QConfig, which makes that library's quantizers: use tritonq.get_default_qat_qconfig "
+            "for the same numbers, or tritonq.QConfig"
+        )
+    return "None" if found is None else kind.__qualname__
+
+
 # torch.ao's weight quantizers: moving averages, as there, signed 8 bits.
 _TORCH_WEIGHT = {"dtype": torch.qint8, "quant_min": -128, "quant_max": 127}
 default_per_channel_weight_fake_quant = FakeQuantize.with_args(
@@ -216,5 +227,6 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     return PRESETS[name]
 
 
-default_qat_qconfig = get_default_qat_qconfig("x86", version=0)
+# torch.ao's object of this name: weights per tensor, unlike those of the x86 preset.
+default_qat_qconfig = QConfig(default_fake_quant, default_weight_fake_quant)
 default_embedding_qat_qconfig = QConfig(activation=nn.Identity, weight=default_embedding_fake_quant)

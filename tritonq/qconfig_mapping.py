@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from tritonq.qconfig import QConfig
+from tritonq.qconfig import QConfig, describe_wrong_qconfig
 
 # A rule that leaves layers in float holds None.
 Choice = QConfig | None
@@ -196,7 +196,7 @@ def _is_type(module: nn.Module, name: str) -> bool:
 
 def _checked(qconfig: Any) -> Choice:
     if qconfig is not None and not isinstance(qconfig, QConfig):
-        raise TypeError(f"a qconfig must be a QConfig or None, got {type(qconfig).__qualname__}")
+        raise TypeError(f"a qconfig must be a QConfig or None, got {describe_wrong_qconfig(qconfig)}")
     return qconfig
 
 

@@ -173,6 +173,12 @@ QUANTIZED_TYPES: dict[str, QuantizedType] = {
 }
 
 
+def fixed_zero_point(qtype: QuantizedType, rule: RangeRule) -> int | None:
+    """Return the zero point that type and rule decide alone, else None: MegEngine's symmetric types all use 0."""
+    fixed = qtype.fixed_zero_point
+    return 0 if rule == "megengine" and fixed is not None else fixed
+
+
 class QParams(NamedTuple):
     """Scale (float32) and zero point (int32), 0-d per tensor or of shape (channels,)."""
 
@@ -195,7 +201,8 @@ def range_to_qparams(
 
     - ``"torch"`` (torch.ao observers): symmetric ``s = max(max(-m, M) / (q/2), eps)`` with the type's fixed zero
       point; affine ``s = max((M - m)/q, eps)``, ``z = clamp(quant_min - round_half_even(m/s), quant_min, quant_max)``.
-    - ``"megengine"``: the same scales with eps 1e-5; affine ``z = quant_min - round_half_away(m/s)``, not clamped.
+    - ``"megengine"``: the same scales with eps 1e-5; symmetric ``z = 0``, for unsigned codes too; affine
+      ``z = quant_min - round_half_away(m/s)``, not clamped.
     - ``"torch_v1"`` (torch's fused observe and fake-quantize operator): see :func:`_torch_v1_qparams`. It ignores
       eps, and exists so that such checkpoints can be reproduced.
 
@@ -229,7 +236,7 @@ def range_to_qparams(
     observed = (min_val <= max_val) & torch.isfinite(min_val) & torch.isfinite(max_val)
     low, high = torch.where(observed, min_val, 0).float(), torch.where(observed, max_val, 0).float()
     scale, zero_point = _observed_qparams(low, high, qtype, rule, eps)
-    unobserved_zero = min(max(qtype.fixed_zero_point or 0, qtype.quant_min), qtype.quant_max)
+    unobserved_zero = min(max(fixed_zero_point(qtype, rule) or 0, qtype.quant_min), qtype.quant_max)
     return QParams(
         torch.where(observed, scale, 1.0).to(torch.float32),
         torch.where(observed, _zero_points(zero_point, scale), unobserved_zero).to(torch.int32),
@@ -295,7 +302,7 @@ def _linear_qparams(
     """
     on: Arithmetic = TENSORS if isinstance(low, Tensor) else NUMBERS
     codes = qtype.quant_max - qtype.quant_min
-    fixed = qtype.fixed_zero_point
+    fixed = fixed_zero_point(qtype, rule)
     if fixed is not None:
         # With low <= high, one of the two is not negative: zero is in the range without being brought in.
         return on.at_least(on.larger(-low, high) / on.constant(codes / 2), eps), fixed

@@ -60,8 +60,9 @@ def fixed_point_quantize(
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
-        frac_len: fraction bits, 0..word_len - signed; an int, or an integer tensor on ``x``'s device of one element, or
-            (x.shape[axis],) with ``axis``. Values of CUDA tensors are not checked, since that would synchronise.
+        frac_len: fraction bits, 0..word_len - signed; an int, or a tensor of whole numbers, integers or floats, on
+            ``x``'s device, of one element, or (x.shape[axis],) with ``axis``. Values of CUDA tensors are not checked,
+            since that would synchronise.
         word_len: bits of a code, 2..16.
         signed: whether codes have a sign.
         axis: axis of ``x`` that ``frac_len`` runs along, or None.
@@ -185,8 +186,10 @@ def _check_frac_len(frac_len: int | Tensor, x: Tensor, word_len: int, signed: bo
         if not isinstance(frac_len, int) or isinstance(frac_len, bool):
             raise ValueError(f"frac_len must be an integer in 0..{largest}, got {frac_len!r}")
         frac_len = torch.full(shape, frac_len, dtype=torch.int32, device=x.device)
-    elif frac_len.is_floating_point() or frac_len.is_complex() or frac_len.dtype == torch.bool:
-        raise ValueError(f"frac_len must hold integers, got {frac_len.dtype}")
+    elif frac_len.is_complex() or frac_len.dtype == torch.bool:
+        raise ValueError(f"frac_len must hold whole numbers, got {frac_len.dtype}")
+    elif frac_len.is_floating_point() and is_readable(frac_len) and not bool((frac_len == frac_len.round()).all()):
+        raise ValueError(f"frac_len must hold whole numbers, got {frac_len.flatten()[:8].tolist()}")
     if frac_len.device != x.device:
         raise ValueError(f"frac_len is on {frac_len.device}, the input on {x.device}")
     if frac_len.numel() != shape[0] or frac_len.dim() > 1 or (axis is not None and frac_len.dim() != 1):

@@ -25,8 +25,8 @@ class FoldedConv(NamedTuple):
 def fold_conv_bn(
     weight: Tensor,
     bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     eps: float,
@@ -35,14 +35,14 @@ def fold_conv_bn(
 ) -> FoldedConv:
     """Fold a BatchNorm's running statistics and affine into the convolution before it.
 
-    ``W' = W t``, ``b' = β + (b - running_mean) t`` with ``t = γ / sqrt(running_var + eps)``; a missing γ, β or b counts
-    as 1, 0 or 0. Differentiable in weight, bias, γ and β.
+    ``W' = W t``, ``b' = β + (b - running_mean) t`` with ``t = γ / sqrt(running_var + eps)``; a missing mean, variance,
+    γ, β or b counts as 0, 1, 1, 0 or 0. Differentiable in weight, bias, γ and β.
 
     Args:
         weight: (out, in/groups, ...), or (in, out/groups, ...) when ``transposed``.
         bias: (out,) or None.
-        running_mean: (out,).
-        running_var: (out,), not negative.
+        running_mean: (out,) or None.
+        running_var: (out,), not negative, or None.
         gamma: (out,) or None.
         beta: (out,) or None.
         eps: added to the variance.
@@ -54,7 +54,11 @@ def fold_conv_bn(
         ValueError: vectors of the wrong length, or a running variance that is negative or not finite (checked on CPU
             tensors, where looking is free).
 
-    Source: SEMANTICS section 5.
+    Source: MegEngine's fold_weight_bias, which takes no mean and no variance too.
+
+    Examples:
+        >>> fold_conv_bn(torch.ones(1, 1, 1, 1), None, torch.ones(1), torch.full((1,), 3.0), None, None, 1.0)
+        FoldedConv(weight=tensor([[[[0.5000]]]]), bias=tensor([-0.5000]))
     """
     check_float_tensor("weight", weight)
     out_channels = weight.shape[1] * groups if transposed else weight.shape[0]
@@ -62,6 +66,8 @@ def fold_conv_bn(
     for name, vector in vectors.items():
         if vector is not None and tuple(vector.shape) != (out_channels,):
             raise ValueError(f"{name} must have shape ({out_channels},), got {tuple(vector.shape)}")
+    running_mean = weight.new_zeros(out_channels) if running_mean is None else running_mean
+    running_var = weight.new_ones(out_channels) if running_var is None else running_var
     if is_readable(running_var) and not bool((torch.isfinite(running_var) & (running_var >= 0)).all()):
         raise ValueError("running_var must be finite and not negative")
     scale = fold_scale(running_var, gamma, eps)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tritonq.nn import intrinsic
 from tritonq.nn.eval_mode import PATHS
 from tritonq.nn.fusable import ceiling_of
-from tritonq.nn.qat import QATLayer
+from tritonq.nn.qat import QATLayer, without_qconfig
 from tritonq.qconfig import QConfig
 
 
@@ -31,6 +31,7 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
     paths = PATHS
 
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
+        args, qconfig = without_qconfig(args, qconfig)
         super().__init__(*args, **kwargs)
         self.attach_quantizers(qconfig, self.out_channels)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from tritonq.nn.conv import (
     Conv2d,
     Conv3d,
     ConvTranspose2d,
+    QATConv,
     check_float_type,
     conv_arguments,
     share_parameters,
@@ -28,7 +30,7 @@ from tritonq.nn.eval_mode import PATHS
 from tritonq.nn.fusable import observed_grid
 from tritonq.nn.linear import Linear
 from tritonq.nn.paths import LayerState, Mode, Path, check_mode, choose_path
-from tritonq.nn.qat import QATLayer
+from tritonq.nn.qat import QATLayer, without_qconfig
 from tritonq.qconfig import QConfig
 from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
 
@@ -166,7 +168,10 @@ class QATBatchNormLayer(QATLayer):
 
 
 class _ConvBn(QATBatchNormLayer):
-    """Constructor and `from_float` of the convolutions below."""
+    """Constructor and `from_float` of the convolutions below.
+
+    As torch.ao's: no bias by default, and eps, momentum, freeze_bn and qconfig behind ``padding_mode``.
+    """
 
     def __init__(
         self,
@@ -178,6 +183,11 @@ class _ConvBn(QATBatchNormLayer):
         mode: Mode = "approximate",
         **kwargs: Any,
     ) -> None:
+        float_type = cast(QATConv, self)._float_type
+        args, qconfig = without_qconfig(args, qconfig)
+        args, (eps, momentum, freeze_bn) = _split_arguments(args, float_type, (eps, momentum, freeze_bn))
+        if len(args) <= _names_of(float_type).index("bias"):
+            kwargs.setdefault("bias", False)
         super().__init__(*args, qconfig=qconfig, **kwargs)
         conv = cast(nn.modules.conv._ConvNd, self)
         self.grouping = (conv.transposed, conv.groups)
@@ -272,6 +282,8 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
         mode: Mode = "approximate",
         **kwargs: Any,
     ) -> None:
+        args, qconfig = without_qconfig(args, qconfig)
+        args, (eps, momentum, freeze_bn) = _split_arguments(args, nn.Linear, (eps, momentum, freeze_bn))
         super().__init__(*args, qconfig=qconfig, **kwargs)
         self.attach_batch_norm(self.out_features, eps, momentum, freeze_bn, mode)
 
@@ -302,3 +314,24 @@ def checked_batch_norm(bn: nn.Module) -> nn.modules.batchnorm._BatchNorm:
     if getattr(bn, "running_var", None) is None:
         raise ValueError("a BatchNorm with track_running_stats=False has no statistics to fold into a convolution")
     return cast(nn.modules.batchnorm._BatchNorm, bn)
+
+
+def _names_of(kind: type[nn.Module]) -> list[str]:
+    """Names of the float layer's positional arguments, without device and dtype."""
+    names = list(inspect.signature(kind.__init__).parameters)[1:]
+    return [name for name in names if name not in ("device", "dtype")]
+
+
+def _split_arguments(
+    args: tuple[Any, ...], kind: type[nn.Module], defaults: tuple[float, float | None, bool]
+) -> tuple[tuple[Any, ...], tuple[float, float | None, bool]]:
+    """Split positional arguments into the float layer's and eps, momentum and freeze_bn, which follow them.
+
+    Raises:
+        TypeError: more than these.
+    """
+    count = len(_names_of(kind))
+    given = args[count:]
+    if len(given) > len(defaults):
+        raise TypeError(f"expected at most {count + len(defaults)} positional arguments and qconfig, got {len(args)}")
+    return args[:count], (*given, *defaults[len(given) :])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.nn.conv import check_float_type
+from tritonq.nn.qat import check_qconfig, without_qconfig
 from tritonq.qconfig import QConfig
 
 
@@ -17,9 +18,7 @@ class _QATTable(nn.Module):
 
     def attach_quantizer(self, qconfig: QConfig | None, rows: int) -> None:
         """Create the weight quantizer of ``qconfig``."""
-        if not isinstance(qconfig, QConfig):
-            raise TypeError(f"{type(self).__name__} needs qconfig=QConfig(...), got {qconfig!r}")
-        self.qconfig = qconfig
+        self.qconfig = qconfig = check_qconfig(self, qconfig)
         self.weight_fake_quant = qconfig.weight()
         if isinstance(self.weight_fake_quant, FakeQuantizeBase):
             self.weight_fake_quant.batch_axis = None
@@ -39,6 +38,7 @@ class Embedding(_QATTable, nn.Embedding):
     """
 
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
+        args, qconfig = without_qconfig(args, qconfig)
         super().__init__(*args, **kwargs)
         self.attach_quantizer(qconfig, self.num_embeddings)
 
@@ -68,6 +68,7 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
     """
 
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
+        args, qconfig = without_qconfig(args, qconfig)
         super().__init__(*args, **kwargs)
         self.attach_quantizer(qconfig, self.num_embeddings)
 

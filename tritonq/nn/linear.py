@@ -10,7 +10,7 @@ from torch import nn
 from tritonq.nn import intrinsic
 from tritonq.nn.conv import check_float_type, share_parameters, take_ceiling
 from tritonq.nn.eval_mode import PATHS
-from tritonq.nn.qat import QATLayer
+from tritonq.nn.qat import QATLayer, without_qconfig
 from tritonq.qconfig import QConfig
 
 
@@ -27,6 +27,7 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
     paths = PATHS
 
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
+        args, qconfig = without_qconfig(args, qconfig)
         super().__init__(*args, **kwargs)
         self.attach_quantizers(qconfig, self.out_features)
 

@@ -20,7 +20,7 @@ from tritonq.nn.fusable import describe_relu
 from tritonq.nn.own_input import QuantizesInput
 from tritonq.nn.paths import LayerState, Path, choose_path
 from tritonq.nn.reference import Reference, ReferringModule
-from tritonq.qconfig import QConfig
+from tritonq.qconfig import QConfig, describe_wrong_qconfig
 from tritonq.reference.activation import rectify
 
 if TYPE_CHECKING:
@@ -63,9 +63,7 @@ class QATLayer(QuantizesInput, ReferringModule):
             TypeError: no QConfig.
             ValueError: a weight quantizer whose channel axis is not the layer's out-channel axis.
         """
-        if not isinstance(qconfig, QConfig):
-            raise TypeError(f"{type(self).__name__} needs qconfig=QConfig(...), got {qconfig!r}")
-        self.qconfig = qconfig
+        self.qconfig = qconfig = check_qconfig(self, qconfig)
         self.weight_fake_quant = qconfig.weight()
         if isinstance(self.weight_fake_quant, FakeQuantizeBase):
             self.weight_fake_quant.batch_axis = None
@@ -203,6 +201,31 @@ class QATLayer(QuantizesInput, ReferringModule):
             return None
         source, quantizer = cast(FakeQuantizeBase, self.input_quantizer), cast(FakeQuantizeBase, self.weight_fake_quant)
         return to_integers(weight, bias, self.linear_map, source.grid(), quantizer.grid())
+
+
+def without_qconfig(args: tuple[Any, ...], qconfig: QConfig | None) -> tuple[tuple[Any, ...], QConfig | None]:
+    """Take a QConfig out of a constructor's positional arguments, among which torch.ao's have it.
+
+    Raises:
+        TypeError: it is given by name too.
+    """
+    places = [index for index, value in enumerate(args) if isinstance(value, QConfig)]
+    if not places:
+        return args, qconfig
+    if qconfig is not None:
+        raise TypeError("qconfig is given twice, by position and by name")
+    return (*args[: places[0]], *args[places[0] + 1 :]), args[places[0]]
+
+
+def check_qconfig(layer: nn.Module, qconfig: object) -> QConfig:
+    """Return ``qconfig`` if it is tritonq's.
+
+    Raises:
+        TypeError: something else; the message says where a class of the same name comes from.
+    """
+    if not isinstance(qconfig, QConfig):
+        raise TypeError(f"{type(layer).__name__} needs qconfig=QConfig(...), got {describe_wrong_qconfig(qconfig)}")
+    return qconfig
 
 
 def _axis(quantizer: nn.Module) -> int | None:

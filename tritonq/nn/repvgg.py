@@ -28,19 +28,26 @@ _KERNEL = 3
 class RepVGGBlock(nn.Module):
     """``act(BN3(conv3x3(x)) + α BN1(conv1x1(x)) + BN_id(x))``, which one 3×3 convolution computes in eval mode.
 
-    The identity branch exists where input and output have the same channels and the stride is 1.
+    The identity branch needs as many channels in as out, and stride 1.
 
     Args:
         in_channels: of the input.
         out_channels: of the output.
         stride: of both convolutions.
         groups: of both convolutions.
-        activation: after the sum; None leaves it out. ReLU by default.
+        activation: after the sum: a module, a name ("relu", "relu6", "silu", "swish", "gelu", "hardswish",
+            "leaky_relu", "sigmoid"), or None for none.
+        identity: whether there is an identity branch; None: where the shapes allow it. PaddleDetection's blocks have
+            none.
         learned_alpha: whether α is a parameter that starts at 1; else it is 1.
         eps: of the BatchNorms.
         momentum: of the BatchNorms.
 
-    Source: SEMANTICS section 5; RepVGG; PaddleDetection (learned α).
+    Raises:
+        ValueError: an unknown name of an activation, or an identity branch where the shapes don't allow it.
+        TypeError: an activation that is neither a module nor a name.
+
+    Source: Ding et al. (2021), "RepVGG"; PaddleDetection (learned α).
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class RepVGGBlock(nn.Module):
         groups: int = 1,
         *,
         activation: nn.Module | str | None = "relu",
+        identity: bool | None = None,
         learned_alpha: bool = False,
         eps: float = 1e-5,
         momentum: float = 0.1,
@@ -65,10 +73,16 @@ class RepVGGBlock(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels, **norm)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 1, stride, groups=groups, bias=False, **place)
         self.bn1 = nn.BatchNorm2d(out_channels, **norm)
-        has_identity = in_channels == out_channels and stride == 1
+        fits = in_channels == out_channels and stride == 1
+        if identity and not fits:
+            raise ValueError(
+                f"an identity branch needs as many channels in as out, and stride 1; got {in_channels}, {out_channels} "
+                f"and stride {stride}"
+            )
+        has_identity = fits if identity is None else identity
         self.bn_identity = nn.BatchNorm2d(out_channels, **norm) if has_identity else None
         self.alpha = nn.Parameter(torch.ones((), **place)) if learned_alpha else None
-        self.activation = nn.ReLU() if activation == "relu" else cast("nn.Module | None", activation)
+        self.activation = _activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_channels, h, w) to (batch, out_channels, h', w')."""
@@ -211,6 +225,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
             block.stride,
             block.groups,
             activation=block.activation,
+            identity=block.bn_identity is not None,
             device="meta",
             qconfig=getattr(mod, "qconfig", None),
         )
@@ -221,6 +236,29 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
                 checked_batch_norm(bn)
         qat.move_quantizers(block.conv3.weight.device)
         return qat.train(mod.training)
+
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "gelu": nn.GELU,
+    "hardswish": nn.Hardswish,
+    "leaky_relu": nn.LeakyReLU,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+def _activation(given: nn.Module | str | None) -> nn.Module | None:
+    """Return the activation that a module or a name stands for."""
+    if isinstance(given, str):
+        if given not in _ACTIVATIONS:
+            raise ValueError(f"unknown activation {given!r}; known: {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[given]()
+    if given is not None and not isinstance(given, nn.Module):
+        raise TypeError(f"activation must be a module, a name or None, got {type(given).__name__}")
+    return given
 
 
 def _folded(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from tritonq.qparams import (
     QuantizedType,
     RangeRule,
     Rounding,
+    fixed_zero_point,
     is_readable,
     range_to_qparams,
 )
@@ -30,6 +31,8 @@ _PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
 _SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 _QSCHEMES = (torch.per_tensor_affine, torch.per_tensor_symmetric, *_PER_CHANNEL)
 _SIGNED_DTYPES = {torch.qint8: 8, torch.int8: 8, torch.int16: 16, torch.qint32: 32, torch.int32: 32}
+# torch.ao halves the range of 8-bit types alone.
+_REDUCIBLE_BITS = 8
 _UNSIGNED_DTYPES = {torch.quint8: 8, torch.uint8: 8, torch.quint4x2: 4}
 
 
@@ -57,7 +60,7 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
             :class:`~tritonq.qparams.QuantizedType`, or one of its names (``"qint8_narrow"``, ``"qint4"`` ...).
         qscheme: ``torch.per_tensor_affine`` (None means it), ``torch.per_tensor_symmetric`` or their per-channel
             twins. A QuantizedType says it itself.
-        reduce_range: halve the code range, as torch.ao does for kernels that would overflow.
+        reduce_range: halve the code range of an 8-bit type, as torch.ao does for kernels that would overflow.
         quant_min: smallest code; needs ``quant_max``.
         quant_max: largest code.
         factory_kwargs: ``device`` for the buffers.
@@ -125,7 +128,12 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
     def zero_point_is_zero(self) -> bool:
         """Whether every zero point that this observer can propose is 0."""
         # torch's fused operator turns a one-sided symmetric range into an affine one.
-        return self.qtype.fixed_zero_point == 0 and self.rule != "torch_v1"
+        return self.fixed_zero_point == 0 and self.rule != "torch_v1"
+
+    @property
+    def fixed_zero_point(self) -> int | None:
+        """The zero point that the type and the rule decide alone, or None."""
+        return fixed_zero_point(self.qtype, self.rule)
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +141,7 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
 
     @abstractmethod
     def calculate_qparams(self) -> QParams:
-        """Scale (float32) and zero point (int32) that follow from what was observed so far."""
+        """Scale (float32) and zero point (int32) that follow from what was observed so far: (1,) or (channels,)."""
 
     @abstractmethod
     def has_observed(self) -> Tensor:
@@ -180,8 +188,9 @@ class RangeObserver(ObserverBase):
                 f"this observer keeps {self.num_channels} channels along axis {self.qtype.axis}, got {num_channels}"
             )
         self.num_channels = num_channels
-        self.min_val = self.min_val.new_full((num_channels,), torch.inf)
-        self.max_val = self.max_val.new_full((num_channels,), -torch.inf)
+        # The same objects, which others may hold: DDP lists buffers, nn.DataParallel copies from them.
+        self.min_val.resize_(num_channels).fill_(torch.inf)
+        self.max_val.resize_(num_channels).fill_(-torch.inf)
 
     def forward(self, x: Tensor) -> Tensor:
         """Update the range with ``x`` and return ``x``."""
@@ -219,9 +228,14 @@ class RangeObserver(ObserverBase):
             self.allocate(x.shape[self.qtype.axis])
         return x
 
+    def search_range(self) -> tuple[Tensor, Tensor]:
+        """Return the range that scale and zero point follow from: float32, 0-d or (channels,)."""
+        return self.min_val, self.max_val
+
     def calculate_qparams(self) -> QParams:
         """See base class."""
-        return range_to_qparams(self.min_val, self.max_val, self.qtype, rule=self.rule, eps=self.eps)
+        low, high = (end.reshape(-1) for end in self.search_range())
+        return range_to_qparams(low, high, self.qtype, rule=self.rule, eps=self.eps)
 
     def has_observed(self) -> Tensor:
         """See base class."""
@@ -294,7 +308,7 @@ def quantized_type(
         raise ValueError(
             f"quant_min..quant_max = {low}..{high} does not fit {dtype} ({full.quant_min}..{full.quant_max})"
         )
-    if reduce_range:
+    if reduce_range and full.bits == _REDUCIBLE_BITS:
         low, high = low // 2, high // 2
     return QuantizedType(low, high, qscheme in _SYMMETRIC, axis, rounding)
 

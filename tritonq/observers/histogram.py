@@ -11,7 +11,7 @@ from tritonq.bins import FloatPrefixBins
 from tritonq.functional.dispatch import implementation
 from tritonq.observers.base import RangeObserver, known_off, write_if
 from tritonq.process_group import reduce_range, reduce_sums
-from tritonq.qparams import QParams, range_to_qparams
+from tritonq.qparams import QParams
 from tritonq.reference.search import KL_BINS, Search, search_range
 
 
@@ -119,10 +119,6 @@ class HistogramObserver(RangeObserver):
             self.eps,
             self.percentile,
         )
-
-    def calculate_qparams(self) -> QParams:
-        """See base class."""
-        return range_to_qparams(*self.search_range(), self.qtype, rule=self.rule, eps=self.eps)
 
     def merge(self, other: RangeObserver) -> None:
         """Add what ``other`` observed: as if this observer had seen both observers' values.

@@ -10,8 +10,10 @@ from torch import Tensor
 from tritonq.backend import implementation
 from tritonq.observers.base import RangeObserver
 from tritonq.process_group import reduce_range, reduce_sums
-from tritonq.qparams import QParams, range_to_qparams
+from tritonq.qparams import QParams
 from tritonq.reference.interpolating import (
+    MEGENGINE_SLICES,
+    TORCH_SLICES,
     Interpolation,
     greedy_range,
     rebin,
@@ -35,15 +37,16 @@ class InterpolatingHistogramObserver(RangeObserver):
     Args:
         bins: number of bins, at least 2.
         *args: see :class:`~tritonq.observers.base.ObserverBase`.
-        interpolation: ``"torch"``: old bins are cut into 16 slices and put where their middles are; ``"megengine"``:
-            into 128, the range being widened until they fit the new bins.
+        interpolation: ``"torch"``: slices of old bins are put where their middles are; ``"megengine"``: the range is
+            widened until they fit the new bins.
+        upsample_rate: slices that an old bin is cut into; None: 16 with ``"torch"``, 128 with ``"megengine"``.
         **kwargs: see :class:`~tritonq.observers.base.RangeObserver`.
 
     Attributes:
         histogram: float64 buffer (bins,) over ``min_val`` .. ``max_val``.
 
     Raises:
-        ValueError: fewer than 2 bins, an unknown interpolation, or a per-channel scheme.
+        ValueError: fewer than 2 bins, an unknown interpolation, an upsampling rate below 1, or a per-channel scheme.
 
     Source: torch.ao.quantization.HistogramObserver; MegEngine's HistogramObserver; SEMANTICS section 3.
 
@@ -57,7 +60,14 @@ class InterpolatingHistogramObserver(RangeObserver):
     histogram: Tensor
     common_histogram: Tensor
 
-    def __init__(self, bins: int = 2048, *args: Any, interpolation: Interpolation = "torch", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        bins: int = 2048,
+        *args: Any,
+        interpolation: Interpolation = "torch",
+        upsample_rate: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(bins, int) or bins < 2:
             raise ValueError(f"bins must be an int of at least 2, got {bins!r}")
@@ -65,6 +75,11 @@ class InterpolatingHistogramObserver(RangeObserver):
             raise ValueError(f"unknown interpolation {interpolation!r}; known: {', '.join(get_args(Interpolation))}")
         if self.qtype.axis is not None:
             raise ValueError("an interpolating histogram is kept per tensor; HistogramObserver keeps one per channel")
+        if upsample_rate is None:
+            upsample_rate = MEGENGINE_SLICES if interpolation == "megengine" else TORCH_SLICES
+        if not isinstance(upsample_rate, int) or upsample_rate < 1:
+            raise ValueError(f"upsample_rate must be an int of at least 1, got {upsample_rate!r}")
+        self.upsample_rate = upsample_rate
         self.bins = bins
         self.interpolation: Interpolation = interpolation
         self.register_buffer("histogram", torch.zeros(bins, dtype=torch.float64, device=self.device))
@@ -118,9 +133,9 @@ class InterpolatingHistogramObserver(RangeObserver):
         if not bool(self.has_observed()) or new == old:
             return new, histogram
         if self.interpolation == "megengine" and old[0] < old[1]:
-            new, per_bin, start = widened_range(self.bins, old, new)
-            return new, rebin_aligned(histogram, per_bin, start)
-        return new, rebin(histogram, old, new)
+            new, per_bin, start = widened_range(self.bins, old, new, self.upsample_rate)
+            return new, rebin_aligned(histogram, per_bin, start, self.upsample_rate)
+        return new, rebin(histogram, old, new, self.upsample_rate)
 
     def _counts(self, x: Tensor, limits: Range) -> Tensor:
         """The batch's counts over ``limits`` (CPU, float64); equal limits put everything into the middle bin."""
@@ -141,7 +156,7 @@ class InterpolatingHistogramObserver(RangeObserver):
         """The counts over a wider range: float64 (bins,), on the CPU."""
         if not bool(self.has_observed()):
             return torch.zeros(self.bins, dtype=torch.float64)
-        return rebin(self.histogram.cpu(), self._limits(), limits)
+        return rebin(self.histogram.cpu(), self._limits(), limits, self.upsample_rate)
 
     def own_counts(self, limits: Range) -> Tensor:
         """What this rank has not shared yet, over ``limits``."""
@@ -160,7 +175,7 @@ class InterpolatingHistogramObserver(RangeObserver):
     def _common_over(self, limits: Range) -> Tensor:
         if self._common_limits is None:
             return torch.zeros(self.bins, dtype=torch.float64)
-        return rebin(self.common_histogram.cpu(), self._common_limits, limits)
+        return rebin(self.common_histogram.cpu(), self._common_limits, limits, self.upsample_rate)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Every rank loads the same checkpoint: its counts are common."""
@@ -173,10 +188,6 @@ class InterpolatingHistogramObserver(RangeObserver):
             return self.min_val, self.max_val
         low, high = greedy_range(self.histogram.cpu(), *self._limits(), self.cells)
         return torch.full_like(self.min_val, low), torch.full_like(self.max_val, high)
-
-    def calculate_qparams(self) -> QParams:
-        """See base class."""
-        return range_to_qparams(*self.search_range(), self.qtype, rule=self.rule, eps=self.eps)
 
     def merge(self, other: RangeObserver) -> None:
         """Add what ``other`` counted, both over their common range.

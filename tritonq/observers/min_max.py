@@ -112,6 +112,8 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
     """
 
     averaging_constant: float
+    # What MegEngine's `set_momentum` was given since the last update.
+    _later_constant: float | None = None
 
     def __init__(
         self, averaging_constant: float = 0.01, *args: Any, copy_above: float | None = None, **kwargs: Any
@@ -123,8 +125,23 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
         self.copy_above = copy_above
 
     def set_momentum(self, momentum: float) -> None:
-        """Set the fraction of the old range that is kept (MegEngine's convention), in [0, 1)."""
-        self._set_averaging_constant(1.0 - momentum)
+        """Set the fraction of the old range that is kept (MegEngine's convention), in [0, 1).
+
+        With ``rule="megengine"`` as there: it counts from the update after the next one on, and may be 1, which keeps
+        the range.
+        """
+        if self.rule != "megengine":
+            self._set_averaging_constant(1.0 - momentum)
+            return
+        if not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"momentum must be in [0, 1], got {momentum}")
+        self._later_constant = 1.0 - momentum
+
+    def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
+        """See base class."""
+        super().observe(x, qparams, enabled)
+        if self._later_constant is not None and not known_off(enabled):
+            self.averaging_constant, self._later_constant = self._later_constant, None
 
     def _set_averaging_constant(self, averaging_constant: float) -> None:
         if not 0.0 < averaging_constant <= 1.0:

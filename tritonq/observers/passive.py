@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tritonq.observers.base import ObserverBase
 from tritonq.qparams import QParams
 
+ArrayLike = Tensor | np.ndarray | float
+
 
 class PassiveObserver(ObserverBase):
-    """Holds qparams that come from elsewhere: ``set_qparams`` once, then ``scale`` may be replaced.
+    """Holds qparams that come from elsewhere; ``scale`` alone may be replaced later.
 
     Attributes:
         scale: float32 buffer, one element or (channels,).
         zero_point: int32 buffer, as ``scale``.
-        original_scale: the scale that ``set_qparams`` was given.
+        original_scale: the scale that ``set_qparams`` was given last.
 
     Source: MegEngine's PassiveObserver; SEMANTICS section 3.
     """
@@ -37,18 +40,18 @@ class PassiveObserver(ObserverBase):
         # Counts replacements, so that a fake quantizer notices them without reading the device.
         self.revision = 0
 
-    def set_qparams(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Set scale and zero point, once.
+    def set_qparams(self, scale: ArrayLike, zero_point: ArrayLike | None = None) -> None:
+        """Set scale and zero point: tensors, NumPy arrays or numbers.
 
         Raises:
-            ValueError: set before, a scale that is not positive and finite, a zero point outside the code range, or one
+            ValueError: a scale that is not positive and finite, a zero point outside the code range, or one
                 that is not the type's fixed one.
         """
-        if bool(self.is_set):
-            raise ValueError("set_qparams was already called; assign `scale` to replace the scale alone")
-        fixed = self.qtype.fixed_zero_point
+        scale = torch.as_tensor(scale)
+        fixed = self.fixed_zero_point
         if zero_point is None:
             zero_point = torch.full_like(scale, fixed or 0, dtype=torch.int32)
+        zero_point = torch.as_tensor(zero_point)
         if bool(((zero_point < self.quant_min) | (zero_point > self.quant_max)).any()):
             raise ValueError(f"zero_point must be in {self.quant_min}..{self.quant_max}, got {zero_point}")
         if fixed is not None and bool((zero_point != fixed).any()):
@@ -65,7 +68,8 @@ class PassiveObserver(ObserverBase):
         return self.current_scale
 
     @scale.setter
-    def scale(self, scale: Tensor) -> None:
+    def scale(self, scale: ArrayLike) -> None:
+        scale = torch.as_tensor(scale)
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise ValueError(f"scale must be positive and finite, got {scale}")
         self.current_scale = scale.detach().to(self.current_scale).reshape(-1).clone()

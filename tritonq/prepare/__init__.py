@@ -38,7 +38,7 @@ from tritonq.prepare.switches import (
     freeze_bn_stats,
     update_bn_stats,
 )
-from tritonq.qconfig import DEFAULT_PRESET, QConfig, get_qconfig
+from tritonq.qconfig import DEFAULT_PRESET, QConfig, describe_wrong_qconfig, get_qconfig
 from tritonq.qconfig_mapping import QConfigMapping
 
 register_earlier_paths()
@@ -92,7 +92,7 @@ def prepare_qat(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
     if qconfig is not None and not isinstance(qconfig, (QConfig, QConfigMapping)):
-        raise TypeError(f"qconfig must be a QConfig, a QConfigMapping or None, got {type(qconfig).__qualname__}")
+        raise TypeError(f"qconfig must be a QConfig, a QConfigMapping or None, got {describe_wrong_qconfig(qconfig)}")
     prepared = [name for name, part in model.named_modules() if isinstance(part, (QATLayer, FakeQuantizeBase))]
     if prepared:
         raise ValueError(f"the model is prepared already: {prepared[0]!r} is a quantized layer or a fake quantizer")

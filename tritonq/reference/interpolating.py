@@ -53,25 +53,25 @@ def spike(bins: int, value: float, limits: tuple[float, float]) -> Tensor:
 
 
 def widened_range(
-    bins: int, old: tuple[float, float], new: tuple[float, float]
+    bins: int, old: tuple[float, float], new: tuple[float, float], slices: int = MEGENGINE_SLICES
 ) -> tuple[tuple[float, float], int, int]:
     """MegEngine's new range: ``new``, widened evenly until the old slices fit the new bins.
 
     Returns:
         The range, the old slices per new bin, and the index of the first old slice among those of the new range.
     """
-    width = (old[1] - old[0]) / (bins * MEGENGINE_SLICES)
+    width = (old[1] - old[0]) / (bins * slices)
     per_bin = math.ceil((new[1] - new[0]) / (bins * width))
     excess = per_bin * bins * width - (new[1] - new[0])
     low, high = new[0] - excess / 2, new[1] + excess / 2
     return (low, high), per_bin, round((old[0] - low) / width)
 
 
-def rebin_aligned(histogram: Tensor, per_bin: int, start: int) -> Tensor:
+def rebin_aligned(histogram: Tensor, per_bin: int, start: int, slices: int = MEGENGINE_SLICES) -> Tensor:
     """Counts over the range of :func:`widened_range`, float64 (bins,): each slice of an old bin keeps its place."""
     bins = len(histogram)
-    index = (torch.arange(bins * MEGENGINE_SLICES) + start).div_(per_bin, rounding_mode="floor").clamp_(0, bins - 1)
-    weights = histogram.repeat_interleave(MEGENGINE_SLICES) / MEGENGINE_SLICES
+    index = (torch.arange(bins * slices) + start).div_(per_bin, rounding_mode="floor").clamp_(0, bins - 1)
+    weights = histogram.repeat_interleave(slices) / slices
     return torch.bincount(index, weights=weights, minlength=bins)
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
+import torch
 from torch import nn
 
+from tritonq.fake_quantize import FakeQuantize
 from tritonq.nn import FloatFunctional, QuantStub
 from tritonq.nn.intrinsic import FusedModule
+from tritonq.observers import PassiveObserver
 from tritonq.prepare.decide.qconfigs import QConfigs
 from tritonq.prepare.edit.swap import quantize_output, swap
 from tritonq.qconfig import QConfig
+from tritonq.qparams import QUINT8
 
 # Float modules whose outputs torch.ao quantizes in place; the swapped ones have output quantizers of their own.
 QUANTIZED_OUTPUTS: tuple[type[nn.Module], ...] = (
@@ -31,6 +36,14 @@ QUANTIZED_OUTPUTS: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose3d,
 )
 
+# Outputs whose range is known: scale and zero point of their 8-bit grid, as in torch.ao.
+FIXED_OUTPUTS: dict[type[nn.Module], tuple[float, int]] = {
+    nn.Sigmoid: (1 / 256, 0),
+    nn.Hardsigmoid: (1 / 256, 0),
+    nn.Softmax: (1 / 256, 0),
+    nn.Tanh: (2 / 256, 128),
+}
+
 
 def prepare_eager(model: nn.Module, mapping: Mapping[type[nn.Module], type[nn.Module]], qconfigs: QConfigs) -> None:
     """Swap float modules by ``mapping`` and attach output quantizers, in place, as torch.ao's ``prepare_qat`` does."""
@@ -49,10 +62,22 @@ def prepare_eager(model: nn.Module, mapping: Mapping[type[nn.Module], type[nn.Mo
                 child.activation_post_process = _quantizer(qconfig, model)
             elif qconfig is not None and type(child) in QUANTIZED_OUTPUTS:
                 quantize_output(child, _quantizer(qconfig, model))
+            elif qconfig is not None and type(child) in FIXED_OUTPUTS:
+                quantize_output(child, _on_device_of(model, _fixed_quantizer(*FIXED_OUTPUTS[type(child)])))
 
 
 def _quantizer(qconfig: QConfig, like: nn.Module) -> nn.Module:
-    """A new activation quantizer on the device of a module's parameters."""
+    """Return a new activation quantizer on the device of a module's parameters."""
+    return _on_device_of(like, qconfig.activation())
+
+
+def _fixed_quantizer(scale: float, zero_point: int) -> FakeQuantize:
+    quantizer = FakeQuantize(PassiveObserver, dtype=QUINT8)
+    observer = cast(PassiveObserver, quantizer.activation_post_process)
+    observer.set_qparams(scale, torch.tensor([zero_point], dtype=torch.int32))
+    return quantizer
+
+
+def _on_device_of(like: nn.Module, quantizer: nn.Module) -> nn.Module:
     parameter = next(like.parameters(), None)
-    quantizer = qconfig.activation()
     return quantizer if parameter is None else quantizer.to(parameter.device)
