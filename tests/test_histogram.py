@@ -142,7 +142,7 @@ def test_observes_and_rounds_in_a_training_step(qtype, search):
     assert (y - x).square().mean() < x.square().mean()
     scale, zero_point = quantizer.activation_post_process.calculate_qparams()
     assert torch.equal(quantizer.scale, scale)
-    assert torch.equal(quantizer.zero_point[0], zero_point)
+    assert torch.equal(quantizer.zero_point, zero_point)
 
 
 def test_per_channel_ranges():

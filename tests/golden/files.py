@@ -60,7 +60,7 @@ def mapping() -> tritonq.QConfigMapping:
 
 def frozen_layer() -> nn.Module:
     """Return a layer with a frozen BatchNorm, which its state dict says."""
-    return fill(tritonq.nn.ConvBnReLU2d(3, 4, 3, qconfig=qconfig_of("tensorrt")))
+    return fill(tritonq.nn.ConvBnReLU2d(3, 4, 3, bias=True, qconfig=qconfig_of("tensorrt")))
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ class Behind(nn.Module):
         return self.layer(self.quantizer(x))
 
 
-_CONV = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1}
+_CONV = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1, "bias": True}
 _IMAGE, _LINE, _VOLUME = (4, 4, 5, 6), (4, 4, 9), (2, 4, 3, 4, 3)
 
 _LAYERS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], tuple[int, ...]]] = {
