@@ -170,7 +170,7 @@ class QATBatchNormLayer(QATLayer):
 class _ConvBn(QATBatchNormLayer):
     """Constructor and `from_float` of the convolutions below.
 
-    As torch.ao's: no bias by default, and eps, momentum, freeze_bn and qconfig behind ``padding_mode``.
+    As torch.ao's: no bias by default (transposed ones, which torch.ao lacks, have one), and eps, momentum, freeze_bn and qconfig behind ``padding_mode``.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class _ConvBn(QATBatchNormLayer):
         float_type = cast(QATConv, self)._float_type
         args, qconfig = without_qconfig(args, qconfig)
         args, (eps, momentum, freeze_bn) = _split_arguments(args, float_type, (eps, momentum, freeze_bn))
-        if len(args) <= _names_of(float_type).index("bias"):
+        if len(args) <= _names_of(float_type).index("bias") and not issubclass(float_type, nn.ConvTranspose2d):
             kwargs.setdefault("bias", False)
         super().__init__(*args, qconfig=qconfig, **kwargs)
         conv = cast(nn.modules.conv._ConvNd, self)
