@@ -64,6 +64,18 @@ class FloatResidual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class FloatPair(nn.Module):
+    """Conv-BN-ReLU and a head: two layers, where compiling more of them would only take longer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Linear(36, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stem(x).flatten(1))
+
+
 def images(count: int = 16, seed: int = 1) -> torch.Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 

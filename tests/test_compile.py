@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 import tritonq
-from qat_models import FloatResidual, images, trained_float_form
+from qat_models import FloatPair, FloatResidual, images, trained_float_form
 from tritonq import nn as qnn
 from tritonq.functional.traced import parts
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn.conv_bn import QATBatchNormLayer
 from tritonq.qparams import QUANTIZED_TYPES
-from vision_models import torchvision_model
+from vision_models import torchvision_model, torchvision_residual_network
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +28,10 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def prepared(preset: str = "tensorrt") -> nn.Module:
+def prepared(preset: str = "tensorrt", kind: type[nn.Module] = FloatResidual) -> nn.Module:
     torch.manual_seed(0)
     qconfig = {"fbgemm": tritonq.get_default_qat_qconfig("fbgemm")}.get(preset) or tritonq.get_qconfig(preset)
-    return tritonq.prepare_qat(FloatResidual(), qconfig=qconfig, example_inputs=images(2)).train()
+    return tritonq.prepare_qat(kind(), qconfig=qconfig, example_inputs=images(2)).train()
 
 
 def train(model: nn.Module, called, steps: int = 3, channels_last: bool = False) -> list[torch.Tensor]:
@@ -80,7 +80,7 @@ def test_a_training_step_is_one_graph_and_equals_eager(preset, channels_last, ob
 
 @pytest.mark.parametrize(("mode", "bfloat16"), [("approximate", True), ("corrected", False), ("exact", False)])
 def test_mixed_precision_and_other_modes_equal_eager(mode, bfloat16):
-    model = prepared()
+    model = prepared(kind=FloatPair)
     for layer in model.modules():
         if isinstance(layer, QATBatchNormLayer):
             layer.mode = mode
@@ -147,11 +147,18 @@ def test_upper_bounds_of_relus(backend):
     assert_trained_alike(model, eager)
 
 
-@pytest.mark.parametrize("name", ["residual", "resnet18", "mobilenet_v2"])
+# One block of each kind: a graph of more of them breaks nowhere else, and takes minutes to trace.
+NETWORKS = {
+    "residual": FloatResidual,
+    "resnet": lambda: torchvision_residual_network([1, 1, 1, 1]),
+    "mobilenet_v2": lambda: torchvision_model("mobilenet_v2", inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]]),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_explain_finds_no_graph_break(name):
     x = torch.randn(2, 3, 32, 32)
-    model = FloatResidual() if name == "residual" else torchvision_model(name)
-    model = tritonq.prepare_qat(model, example_inputs=x).train()
+    model = tritonq.prepare_qat(NETWORKS[name](), example_inputs=x).train()
     # In a function, since explain counts a module's input hook, which quantizes the input, as a graph of its own.
     report = torch._dynamo.explain(lambda x: model(x))(x)
     assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons
@@ -178,7 +185,7 @@ OTHER_QUANTIZERS = {
 @pytest.mark.parametrize("name", OTHER_QUANTIZERS)
 def test_other_quantizers_train_in_one_graph(name):
     torch.manual_seed(0)
-    model = tritonq.prepare_qat(FloatResidual(), qconfig=OTHER_QUANTIZERS[name], example_inputs=images(2)).train()
+    model = tritonq.prepare_qat(FloatPair(), qconfig=OTHER_QUANTIZERS[name], example_inputs=images(2)).train()
     model(images(8, seed=9))
     eager = copy.deepcopy(model)
     outputs = []

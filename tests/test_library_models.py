@@ -35,6 +35,7 @@ class Zoo:
         layers: convolutions and linear layers.
         joins: additions and concatenations.
         listed: whether it also trains and goes to ONNX Runtime here; others differ from one of those in little.
+        make_small: builds a model of the same blocks, but fewer, for training and ONNX Runtime; None: ``make``.
     """
 
     make: Callable[[], nn.Module]
@@ -42,6 +43,7 @@ class Zoo:
     layers: int
     joins: int
     listed: bool = True
+    make_small: Callable[[], nn.Module] | None = None
 
 
 ZOO = {
@@ -51,7 +53,13 @@ ZOO = {
     "torchvision_mobilenet_v3_small": Zoo(lambda: vision_models.torchvision_model("mobilenet_v3_small"), 34, 54, 6),
     # The stem, and the first of two convolutions in each of 58 layers; 3 transitions and the head; concatenated is the
     # input of each layer but the first of its block, and the output of each of 4 blocks
-    "torchvision_densenet121": Zoo(lambda: vision_models.torchvision_model("densenet121"), 59, 121, 54 + 4),
+    "torchvision_densenet121": Zoo(
+        lambda: vision_models.torchvision_model("densenet121"),
+        59,
+        121,
+        54 + 4,
+        make_small=lambda: vision_models.torchvision_dense_network((2, 2, 2, 2)),
+    ),
     "torchvision_mobilenet_v2": Zoo(lambda: vision_models.torchvision_model("mobilenet_v2"), 52, 53, 10, False),
     "timm_resnet18": Zoo(lambda: vision_models.timm_model("resnet18"), 20, 21, 8),
     # 22 blocks of a 1×1 and a 3×3 branch, 17 of them with an identity branch that is a BatchNorm alone
@@ -151,7 +159,8 @@ class Trained:
 @cache
 def trained(name: str) -> Trained:
     torch.manual_seed(0)
-    model, images, labels = ZOO[name].make(), torch.randn(8, 3, 32, 32), torch.arange(8) % 4
+    zoo = ZOO[name]
+    model, images, labels = (zoo.make_small or zoo.make)(), torch.randn(8, 3, 32, 32), torch.arange(8) % 4
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = 0.5  # or ten steps would leave eval mode with the statistics of the construction

@@ -41,6 +41,12 @@ def test_weights_are_integers_and_operators_are_pytorchs():
     assert {weight.dtype for weight in weights} == {torch.int8}
 
 
+def test_a_list_is_positional_arguments_as_it_is_to_prepare_qat():
+    converted, x = tritonq.convert(trained_residual()), images(2)
+    program = export_program(converted, None, [x], dynamic_batch=False)
+    assert torch.equal(program.module()(x), converted(x))
+
+
 def test_another_process_needs_neither_tritonq_nor_the_model(tmp_path):
     model, x = trained_residual(), images(3)
     export_program(model, tmp_path / "m.pt2", images(2))

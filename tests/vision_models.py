@@ -39,6 +39,22 @@ def torchvision_model(name: str, **arguments: object) -> nn.Module:
     return models.get_model(name, weights=None, num_classes=10, **arguments)
 
 
+def torchvision_residual_network(depths: list[int]) -> nn.Module:
+    """A torchvision ResNet of basic blocks, with ten classes and random weights."""
+    import_torchvision()
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    return ResNet(BasicBlock, depths, num_classes=10)
+
+
+def torchvision_dense_network(depths: tuple[int, ...]) -> nn.Module:
+    """A torchvision DenseNet with so many layers in each block, ten classes and random weights."""
+    import_torchvision()
+    from torchvision.models import DenseNet
+
+    return DenseNet(block_config=depths, num_classes=10)
+
+
 def timm_model(name: str, **arguments: object) -> nn.Module:
     """A timm model with ten classes and random weights."""
     import_torchvision()

@@ -1,23 +1,15 @@
-"""Example inputs of the exporters: the arguments that they stand for, and the batch axis in them."""
+"""The batch axis in the example inputs of the exporters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tritonq.prepare.record.example import Arguments
 from tritonq.prepare.record.structure import replace_tensors, tensors_in
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def call_arguments(example_inputs: Any) -> Arguments:
-    """Positional and named arguments of a call: ``example_inputs`` is a tensor, a tuple of arguments or a dict."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
 
 
 def open_batch(arguments: Arguments) -> tuple[Arguments, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.convert import convert
-from tritonq.deploy.example_inputs import call_arguments, open_batch
+from tritonq.deploy.example_inputs import open_batch
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.fixed_point import has_fixed_point
 from tritonq.deploy.fixed_point_description import has_integers
@@ -23,6 +23,7 @@ from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, forget_source, require_onnx, separate_zero_points
 from tritonq.deploy.onnx_functions import CodeTable, check_functions
+from tritonq.prepare.record.example import example_arguments
 from tritonq.prepare.record.structure import tensors_in
 from tritonq.targets import OnnxForm, onnx_form_of
 
@@ -56,7 +57,7 @@ def export_onnx(
     Args:
         model: what :func:`tritonq.convert` takes, or returns; float32.
         path: file to write (under a temporary name, then renamed).
-        example_inputs: a tensor, a tuple of arguments, or a dict of named ones. Their sizes, but for the batch, are
+        example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones. Sizes, but for the batch, are
             those of the file.
         target: ``"onnxruntime"`` or ``"tensorrt"``; None: what the preset of the model was made for.
         opset: at least 18.
@@ -89,7 +90,7 @@ def export_onnx(
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
     target = onnx_form_of(deployed.modules()) if target is None else target
     traced, tables = onnx_form(deployed, target)
-    arguments, shapes = call_arguments(example_inputs), None
+    arguments, shapes = example_arguments(example_inputs), None
     if dynamic_batch:
         arguments, shapes = open_batch(arguments)
     program = _export(traced, *arguments, shapes, opset, input_names, output_names)
@@ -113,7 +114,7 @@ def _export_fixed_point(
             "a fixed-point network is written by export_fixed_point_onnx, for ONNX Runtime, with an open batch axis "
             f"and names of its own; it has no option {', '.join(given)}"
         )
-    args, kwargs = call_arguments(example_inputs)
+    args, kwargs = example_arguments(example_inputs)
     inputs = [*args, *kwargs.values()]
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         raise ValueError(f"export_fixed_point_onnx takes one tensor as example, got {len(inputs)} arguments")
@@ -123,7 +124,7 @@ def _export_fixed_point(
 def _check_float32(model: nn.Module, example_inputs: Any) -> None:
     """Raise ValueError unless parameters and example inputs are float32 where they are floating point."""
     held: list[tuple[str, Tensor]] = [(f"the parameter {name!r}", tensor) for name, tensor in model.named_parameters()]
-    held += [("an example input", tensor) for _, tensor in tensors_in(call_arguments(example_inputs))]
+    held += [("an example input", tensor) for _, tensor in tensors_in(example_arguments(example_inputs))]
     for what, tensor in held:
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ValueError(

@@ -13,11 +13,12 @@ from torch.export import ExportedProgram
 
 from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.convert import convert
-from tritonq.deploy.example_inputs import call_arguments, open_batch
+from tritonq.deploy.example_inputs import open_batch
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import QuantizedTable
 from tritonq.grid import Grid
+from tritonq.prepare.record.example import example_arguments
 from tritonq.reference.fake_quant import fake_quantize
 
 
@@ -38,7 +39,7 @@ def export_program(
     Args:
         model: what :func:`tritonq.convert` takes, or returns.
         path: file to write (under a temporary name, then renamed), ``*.pt2`` by custom; None: write none.
-        example_inputs: a tensor, a tuple of arguments, or a dict of named ones. Their sizes, but for the batch, are
+        example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones. Sizes, but for the batch, are
             those of the program.
         dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
 
@@ -52,7 +53,7 @@ def export_program(
     model = uncompiled(model)
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
     traced = _program_form(deployed)
-    arguments, shapes = call_arguments(example_inputs), None
+    arguments, shapes = example_arguments(example_inputs), None
     if dynamic_batch:
         arguments, shapes = open_batch(arguments)
     try:
