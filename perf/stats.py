@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """The ``q`` quantile with linear interpolation between order statistics; ``q`` in [0, 1].
-
-    Examples:
-        >>> quantile([4.0, 1.0, 3.0, 2.0], 0.5)
-        2.5
-    """
-    if not values:
-        raise ValueError("no values to take a quantile of")
-    if not 0 <= q <= 1:
-        raise ValueError(f"a quantile lies in [0, 1], got {q}")
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    below, above = math.floor(position), math.ceil(position)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -34,7 +18,19 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        return cls(quantile(values, 0.5), quantile(values, 0.2), quantile(values, 0.8))
+        """The spread of some values.
+
+        Raises:
+            ValueError: no values.
+
+        Examples:
+            >>> Spread.of([4.0, 1.0, 3.0, 2.0]).median
+            2.5
+        """
+        if not values:
+            raise ValueError("no values to take a spread of")
+        p20, median, p80 = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
+        return cls(median, p20, p80)
 
 
 def speed_up(baseline: Sequence[float], other: Sequence[float]) -> Spread:

@@ -9,7 +9,7 @@ import torch
 from tritonq.perf import records, runner
 from tritonq.perf.case import Case, Implementation, Tolerance, disagreement
 from tritonq.perf.measure import Budget, input_sets, interleave, schedule
-from tritonq.perf.stats import Spread, quantile, speed_up
+from tritonq.perf.stats import Spread, speed_up
 from tritonq.perf.table import duration, render
 
 CPU = torch.device("cpu")
@@ -51,14 +51,14 @@ def statuses(case, bench):
 
 class TestStatistics:
     def test_quantiles_interpolate(self):
-        assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
-        assert quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
-        assert quantile([0.0, 10.0], 0.2) == pytest.approx(2.0)
-        assert quantile([7.0], 0.8) == 7.0
+        assert Spread.of([3.0, 1.0, 2.0]).median == 2.0
+        assert Spread.of([4.0, 1.0, 3.0, 2.0]).median == 2.5
+        assert Spread.of([0.0, 10.0]).p20 == pytest.approx(2.0)
+        assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
 
     def test_no_values(self):
         with pytest.raises(ValueError, match="no values"):
-            quantile([], 0.5)
+            Spread.of([])
 
     def test_spread_ignores_an_outlier(self):
         assert Spread.of([1.0, 1.0, 1.0, 1.0, 1.0, 100.0]).median == 1.0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tritonq.observers import HistogramObserver, InterpolatingHistogramObserver
-from tritonq.plots import _density, _grid, plot_histogram
+from tritonq.plots import densities_of, grid_points, plot_histogram
 from tritonq.qparams import QParams, QuantizedType
 
 pytest.importorskip("matplotlib")
@@ -29,14 +29,14 @@ def test_writes_a_png(kind, dtype, tmp_path):
 @pytest.mark.parametrize("kind", [HistogramObserver, InterpolatingHistogramObserver])
 def test_densities_add_up(kind):
     observer = filled(kind)
-    edges, density = _density(observer, None)
+    edges, density = densities_of(observer, None)
     assert float((edges.diff() * density).sum()) == pytest.approx(1)
     assert float(edges[0]) == pytest.approx(float(observer.min_val), rel=1e-5)
     assert float(edges[-1]) == pytest.approx(9, rel=1e-5)
 
 
-def test_grid():
-    points = _grid(QParams(torch.tensor(0.5), torch.tensor(1)), QuantizedType(0, 3, symmetric=False))
+def testgrid_points():
+    points = grid_points(QParams(torch.tensor(0.5), torch.tensor(1)), QuantizedType(0, 3, symmetric=False))
     assert points.tolist() == [-0.5, 0, 0.5, 1]
 
 

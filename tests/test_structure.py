@@ -26,8 +26,6 @@ RINGS = {
 }
 PRIVATE_IMPORTS = {
     ("tests/test_checkpoint.py", "tritonq.deploy.checkpoint._digest"),
-    ("tests/test_plots.py", "tritonq.plots._density"),
-    ("tests/test_plots.py", "tritonq.plots._grid"),
     ("tritonq/report/measure.py", "tritonq.calibration._everything_float"),
 }
 LONG_FILES = {

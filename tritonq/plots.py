@@ -47,10 +47,10 @@ def plot_histogram(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    edges, density = _density(observer, channel)
+    edges, density = densities_of(observer, channel)
     lo, hi = (_select(end, channel) for end in observer.search_range())
     scale, zero_point = (_select(value, channel) for value in observer.calculate_qparams())
-    points = _grid(QParams(scale, zero_point), observer.qtype)
+    points = grid_points(QParams(scale, zero_point), observer.qtype)
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     whole, chosen = figure.subplots(2, 1)
@@ -91,7 +91,7 @@ def plot_histogram(
     figure.savefig(path, dpi=120)
 
 
-def _density(
+def densities_of(
     observer: HistogramObserver | InterpolatingHistogramObserver, channel: int | None
 ) -> tuple[Tensor, Tensor]:
     """Edges, float64 (n + 1,), and densities (n,) on the CPU."""
@@ -119,7 +119,7 @@ def _select(values: Tensor, channel: int | None) -> Tensor:
     return values.reshape(()) if channel is None else values[channel]
 
 
-def _grid(qparams: QParams, qtype: QuantizedType) -> Tensor:
+def grid_points(qparams: QParams, qtype: QuantizedType) -> Tensor:
     """The value of every code, ascending, float64; at most 2^12 of them."""
     step = max(1, (qtype.quant_max - qtype.quant_min) // 2**12)
     codes = torch.arange(qtype.quant_min, qtype.quant_max + 1, step, dtype=torch.float64)

@@ -20,7 +20,7 @@ class HistogramObserver(RangeObserver):
 
     The bins are :class:`~tritonq.bins.FloatPrefixBins`; counts are exact integers, so the state depends on the values
     alone: not on their order, their batches or their ranks. The extremes are exact. It is cheap enough for every
-    training step.
+    training step. :func:`tritonq.plots.plot_histogram` draws the counts, the range and the grid.
 
     Args:
         bins: bins on both sides of zero together, a power of two in 128..32768; 2048 tells 16 steps per octave apart.
