@@ -115,7 +115,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         notes += _notes(result)
     passed = sum(not failed(result) for result in results)
     whole = sum(result.get("layers", (0, 1))[0] == result.get("layers", (0, 1))[1] for result in results)
-    text = f"{len(results)} of {len(zoo_models.names())} models tried: {passed} pass every stage, {whole} have no layer with weights in float.\n"
+    text = f"{len(results)} of {len(zoo_models.names())} models tried: {passed} pass every stage, "
+    text += f"{whole} have no layer with weights in float.\n"
     return "\n".join([text, *lines, "", "## What failed and what stays in float", "", *notes, ""])
 
 

@@ -170,7 +170,8 @@ class QATBatchNormLayer(QATLayer):
 class _ConvBn(QATBatchNormLayer):
     """Constructor and `from_float` of the convolutions below.
 
-    As torch.ao's: no bias by default (transposed ones, which torch.ao lacks, have one), and eps, momentum, freeze_bn and qconfig behind ``padding_mode``.
+    As torch.ao's: no bias by default (transposed ones, which torch.ao lacks, have one), and eps, momentum, freeze_bn
+    and qconfig behind ``padding_mode``.
     """
 
     def __init__(
