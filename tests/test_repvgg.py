@@ -259,8 +259,8 @@ def test_what_was_trained_is_deployed(tmp_path):
 def test_a_block_that_stays_in_float_is_left_alone():
     mapping = tritonq.QConfigMapping().set_global(tritonq.get_qconfig("tensorrt")).set_module_name("1", None)
     qat = tritonq.prepare_qat(network(), qconfig=mapping, example_inputs=IMAGES)
-    assert type(qat[1]) is RepVGGBlock
-    assert type(qat[2]) is QATRepVGGBlock
+    assert isinstance(qat[1], RepVGGBlock)
+    assert isinstance(qat[2], QATRepVGGBlock)
 
 
 def test_a_file_of_other_blocks_is_refused(tmp_path):

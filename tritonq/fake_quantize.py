@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.saved_input import mark
 from tritonq.grid import Grid
-from tritonq.observers import MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
+from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
 from tritonq.observers.base import FixedDtypeBuffers
 from tritonq.qparams import QParams, QuantizedType
 from tritonq.warn_once import warn_once
+
+# Averages of scales and of the ranges that they follow from differ by rounding errors.
+_AVERAGING_ERROR = 1e-3
 
 
 class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
@@ -35,6 +39,8 @@ class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
     qtype: QuantizedType
     # Axis of the input that counts samples; None for weights. Layers set it for the quantizers of their weights.
     batch_axis: int | None = 0
+    # The scale that the example inputs of `prepare_qat` gave, until a training batch replaces it; then None.
+    _beginning: Tensor | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,6 +85,10 @@ class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
         """Return :meth:`is_enabled_on_host` as a uint8 tensor (1,) on the device, for steps and traced graphs."""
         known = self._qparams_known if torch.compiler.is_compiling() else self.has_qparams()
         return self.fake_quant_enabled if known else self.fake_quant_enabled * self.rests_on_data()
+
+    def rests_on_examples(self) -> bool:
+        """Whether scale and zero point rest on the example inputs of ``prepare_qat`` alone: no batch trained them."""
+        return self._beginning is not None and torch.equal(self._beginning, self.scale.detach().cpu())
 
     def is_active(self) -> bool:
         """Return :meth:`is_enabled_on_host`: an older name."""
@@ -167,9 +177,39 @@ class FakeQuantize(FakeQuantizeBase):
             self.scale.resize_(num_channels).fill_(1)
             self.zero_point.resize_(num_channels).copy_(self._initial_zero_point((num_channels,)))
 
+    # Addresses and versions of range, scale and zero point when they were last compared.
+    _averages_read: tuple[tuple[int, int], ...] | None = None
+
     def rests_on_data(self) -> Tensor:
         """See base class."""
         return self.activation_post_process.has_observed()
+
+    @torch.no_grad()
+    def begin_with(self, state: Mapping[str, Tensor]) -> None:
+        """Take scale, zero point and range from a run on example inputs, until the first training batch replaces them.
+
+        So a model has finite ranges from the start, which averages of models (EMA, SWA) can hold.
+
+        Args:
+            state: the quantizer's buffers after that run, by name.
+        """
+        self.allocate(state["scale"].numel())
+        for name, buffer in self.named_buffers():
+            if name in state:
+                buffer.copy_(state[name])
+        self._beginning = self.scale.detach().cpu().clone()
+        self._qparams_known = False
+
+    @torch.no_grad()
+    def begin_anew(self) -> None:
+        """Forget what example inputs gave; a no-op once training has begun, and while the observer is off."""
+        if self._beginning is None or (not torch.compiler.is_compiling() and not bool(self.observer_enabled)):
+            return
+        observer = self.activation_post_process
+        if isinstance(observer, RangeObserver):
+            observer.reset_min_max_vals()
+        self._qparams_known = False
+        self._beginning = None
 
     def has_qparams(self) -> bool:
         """See base class."""
@@ -204,11 +244,36 @@ class FakeQuantize(FakeQuantizeBase):
         observer = self.activation_post_process
         if self.qtype.axis is not None and self.scale.numel() == 0:
             self.allocate(x.shape[self.qtype.axis])
+        self.begin_anew()
         if isinstance(observer, RangeObserver):
             observer.observe(x, QParams(self.scale, self.zero_point), self.observer_enabled)
         elif not isinstance(observer, PassiveObserver) and bool(self.observer_enabled):
             observer(x.detach())
             self.refresh_qparams()
+
+    def calculate_qparams(self) -> QParams:
+        """See base class."""
+        self._follow_average()
+        return super().calculate_qparams()
+
+    @torch.no_grad()
+    def _follow_average(self) -> None:
+        """Round to the grid of an averaged range: who averages models leaves integers such as zero points behind."""
+        observer = self.activation_post_process
+        if self.training or torch.compiler.is_compiling() or not isinstance(observer, MinMaxObserver):
+            return
+        held = (self.scale, self.zero_point, observer.min_val, observer.max_val)
+        if any(tensor.is_inference() for tensor in held):
+            return
+        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in held)
+        if versions == self._averages_read:
+            return
+        scale, zero_point = (value.view_as(self.scale) for value in observer.calculate_qparams())
+        # A scale that does not follow from the range was set by hand, and stays.
+        follows = bool(observer.has_observed()) and torch.allclose(scale, self.scale, rtol=_AVERAGING_ERROR, atol=0.0)
+        if follows and not torch.equal(zero_point, self.zero_point):
+            self.refresh_qparams()
+        self._averages_read = tuple((tensor.data_ptr(), tensor._version) for tensor in held)
 
     def refresh_qparams(self) -> None:
         """Recompute scale and zero point from the observer's state."""
@@ -221,6 +286,7 @@ class FakeQuantize(FakeQuantizeBase):
         if torch.compiler.is_compiling():
             active = self.enabled_on_device()
         elif self.has_qparams():
+            self._follow_average()
             active = self.fake_quant_enabled
         else:
             self.warn_unobserved()
@@ -287,6 +353,7 @@ class FakeQuantize(FakeQuantizeBase):
         if self.qtype.axis is not None and self.scale.numel() == 0 and isinstance(saved, Tensor) and saved.numel():
             self.allocate(saved.numel())
         self._qparams_known = False
+        self._beginning = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

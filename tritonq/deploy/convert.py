@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -58,6 +59,7 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
     if has_fixed_point(model):
         return convert_fixed_point(model, inplace)
     _check(model, allow_unquantized)
+    _warn_if_untrained(model)
     converted = model if inplace else copied(model)
     replace_hooks(converted)
     computed = [layer.computed for layer in converted.modules() if isinstance(layer, QATLayer) and layer.computed]
@@ -112,6 +114,18 @@ def _check(model: nn.Module, allow_unquantized: bool) -> None:
             raise ValueError(
                 f"{name!r} has float64 parameters; deployed arithmetic is float32: call model.float() first"
             )
+
+
+def _warn_if_untrained(model: nn.Module) -> None:
+    named = ((name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantizeBase))
+    untrained = [name for name, quantizer in named if quantizer.rests_on_examples()]
+    if untrained:
+        shown = ", ".join(untrained[:3]) + (" and others" if len(untrained) > 3 else "")
+        warnings.warn(
+            f"no training step reached {len(untrained)} quantizers ({shown}): their ranges are those of prepare_qat's "
+            "example inputs",
+            stacklevel=3,
+        )
 
 
 def _weight_dtype(layer: QATLayer | Embedding | EmbeddingBag) -> torch.dtype:

@@ -41,6 +41,8 @@ def observed_grid(quantizer: nn.Module) -> tuple[Grid, RangeStatistics] | None:
     if observer.process_group.process_group is not None:
         # Its range is reduced over ranks between observing and rounding.
         return None
+    if quantizer.training and not is_recomputing():
+        quantizer.begin_anew()
     zero_point = None if observer.zero_point_is_zero else quantizer.zero_point
     return Grid(quantizer.scale, zero_point, quantizer.qtype, quantizer.fake_quant_enabled), observer.statistics(
         quantizer.observer_enabled,

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.observers import RangeObserver
 from tritonq.prepare.record.example import Run
 from tritonq.prepare.record.recorder import SEED
 from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state
 from tritonq.prepare.record.structure import clone_tensors, tensors_in
+from tritonq.process_group import GroupReference
 
 # A prepared model with rounding off computes what the float model did, up to the rounding of folded BatchNorms; far
 # more than that means that something else changed. Relative to the largest output.
 _SAME_OUTPUT = {torch.float16: 0.1, torch.bfloat16: 0.3}
 _SAME_OUTPUT_DEFAULT = 1e-3
+# Buffers of a quantizer that say what it does, not what it saw.
+_SWITCHES = ("fake_quant_enabled", "observer_enabled")
+
+
+Ranges = dict[FakeQuantize, dict[str, Tensor]]
 
 
 def check_same_output(model: nn.Module, run: Run) -> None:
@@ -47,6 +54,54 @@ def check_same_output(model: nn.Module, run: Run) -> None:
             f"({differing}); the model is as it was. Please report this model; a qconfig of None on its parts narrows "
             "the cause down"
         )
+
+
+def first_ranges(model: nn.Module, runs: Sequence[Run]) -> Ranges:
+    """Repeat the last recorded run as training would begin, without rounding.
+
+    BatchNorms normalise with the batch, or with their running statistics where that is too small.
+
+    Returns:
+        What the quantizers that observed something then held in their buffers.
+    """
+    found: Ranges = {}
+    for normalise_batch in (True, False):
+        snapshot = ModelSnapshot(model)
+        try:
+            with preserved_random_state(model, SEED), torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                _set_training(model, runs[-1], normalise_batch)
+                args, kwargs = clone_tensors(runs[-1].args, runs[-1].kwargs)
+                model(*args, **kwargs)
+                found = _ranges(model)
+        except Exception:
+            continue
+        finally:
+            snapshot.restore()
+        break
+    return found
+
+
+def _set_training(model: nn.Module, run: Run, normalise_batch: bool) -> None:
+    """Switch to training, but for modules that the run left in eval mode; quantizers observe and do not round."""
+    model.train(run.in_training)
+    for name, module in model.named_modules():
+        if (isinstance(module, _BatchNorm) and not normalise_batch) or not run.modes.get(name, True):
+            module.training = False
+        if isinstance(module, FakeQuantizeBase):
+            module.disable_fake_quant()
+            module.training = isinstance(module, FakeQuantize)
+        if isinstance(module, RangeObserver):
+            module.process_group = GroupReference(None)  # other ranks may prepare no model now
+
+
+def _ranges(model: nn.Module) -> Ranges:
+    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
+    return {
+        quantizer: {name: buffer.clone() for name, buffer in quantizer.named_buffers() if name not in _SWITCHES}
+        for quantizer in quantizers
+        if isinstance(quantizer.activation_post_process, RangeObserver) and bool(quantizer.rests_on_data())
+    }
 
 
 def _set_modes(model: nn.Module, run: Run) -> None:

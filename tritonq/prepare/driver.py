@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.fixed_point_fake_quantize import set_fixed_point_phase
-from tritonq.prepare.check import check_same_output
+from tritonq.prepare.check import check_same_output, first_ranges
 from tritonq.prepare.decide.analysis import Analysis, EditableForward
 from tritonq.prepare.decide.fixed_point import Links, find_links, is_fixed_point
 from tritonq.prepare.decide.layer_records import LayerRecord, fixed_point_records, layer_records
@@ -134,9 +134,11 @@ class FakeQuantScheme:
         return layer_records(self._analysis, self.plan, *names)
 
     def check(self) -> None:
-        """Compare the outputs of each recorded run with rounding off."""
+        """Compare the outputs of each recorded run with rounding off; ranges begin at what the runs saw."""
         for run in self._recording.runs:
             check_same_output(self._analysis.model, run)
+        for quantizer, state in first_ranges(self._analysis.model, self._recording.runs).items():
+            quantizer.begin_with(state)
 
 
 class FixedPointScheme:

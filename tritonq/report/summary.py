@@ -188,7 +188,7 @@ def _quantizer_grid(quantizer: nn.Module) -> str:
     if isinstance(quantizer, FakeQuantizeBase):
         if not bool(quantizer.fake_quant_enabled):
             return f"{grid} (off)"
-        if not quantizer.has_qparams():
+        if not quantizer.has_qparams() or quantizer.rests_on_examples():
             return grid + _UNSEEN
     return grid
 

@@ -1,0 +1,147 @@
+"""Averages of prepared models (EMA as timm and YOLO trainers keep it, SWA), made before the first step."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import tritonq
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.observers import RangeObserver
+
+IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+DECAY = 0.99
+
+
+def prepared(preset="onnxruntime"):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Softplus(), nn.Flatten(), nn.Linear(288, 4)
+    )
+    return tritonq.prepare_qat(model.train(), qconfig=tritonq.get_qconfig(preset), example_inputs=IMAGES[:2])
+
+
+def every_entry(average, model):
+    """As timm's ModelEmaV2 does, with integers too."""
+    for mine, its in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        mine.copy_(DECAY * mine + (1 - DECAY) * its)
+
+
+def float_entries(average, model):
+    """As Ultralytics' ModelEMA does."""
+    new = model.state_dict()
+    for name, mine in average.state_dict().items():
+        if mine.is_floating_point():
+            mine.mul_(DECAY).add_(new[name], alpha=1 - DECAY)
+
+
+def torch_own(average, model):
+    average.update_parameters(model)
+
+
+KINDS = {
+    "every entry": (copy.deepcopy, every_entry),
+    "float entries": (copy.deepcopy, float_entries),
+    "AveragedModel": (
+        lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True),
+        torch_own,
+    ),
+    "SWA": (lambda model: AveragedModel(model, use_buffers=True), torch_own),
+}
+
+
+def ranges(model):
+    """The lengths of all ranges of activations."""
+    return torch.stack(
+        [
+            module.max_val - module.min_val
+            for name, module in model.named_modules()
+            if isinstance(module, RangeObserver) and module.qtype.axis is None
+        ]
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_average_from_before_the_first_step_is_quantized_and_converts(kind):
+    make, update = KINDS[kind]
+    model = prepared()
+    average = make(model).eval().requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-5)
+    for _ in range(200 if kind != "SWA" else 20):
+        optimizer.zero_grad()
+        model(IMAGES).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            update(average, model)
+    torch.testing.assert_close(ranges(average), ranges(model), rtol=0.05, atol=0)
+    for module in average.modules():
+        if isinstance(module, FakeQuantizeBase):
+            assert module.is_enabled_on_host()
+            expected = module.activation_post_process.calculate_qparams()
+            torch.testing.assert_close(module.calculate_qparams().scale, expected.scale.view(-1), rtol=0.02, atol=0)
+            assert torch.equal(module.calculate_qparams().zero_point, expected.zero_point.view(-1))
+    unrounded = copy.deepcopy(average)
+    tritonq.disable_fake_quant(unrounded)
+    assert not torch.equal(average(IMAGES), unrounded(IMAGES))
+    inner = average.module if isinstance(average, AveragedModel) else average
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        converted = tritonq.convert(inner)
+    assert tritonq.verify(inner, converted, IMAGES).agrees()
+
+
+@pytest.mark.parametrize(
+    "through", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_the_first_training_batch_replaces_what_the_example_inputs_gave(through):
+    model = prepared() if through is None else through(prepared())
+    fresh = prepared()
+    for module in fresh.modules():
+        if isinstance(module, FakeQuantizeBase):
+            module.begin_anew()
+    for trained in (model, fresh):
+        trained(3 * IMAGES).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
+
+
+def test_state_is_finite_from_the_start_and_a_loaded_one_goes_on():
+    model = prepared()
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    model(IMAGES).sum().backward()
+    other = prepared()
+    other.load_state_dict(model.state_dict())
+    for trained in (model, other):
+        trained(1.2 * IMAGES).sum().backward()
+    torch.testing.assert_close(ranges(model), ranges(other), rtol=0, atol=0)
+
+
+def test_converting_a_model_that_no_step_trained_warns():
+    model = prepared().eval()
+    with pytest.warns(UserWarning, match=r"no training step reached 6 quantizers \(0\.weight_fake_quant"):
+        converted = tritonq.convert(model)
+    assert tritonq.verify(model, converted, IMAGES).agrees()
+    calibrated = tritonq.calibrate(model, IMAGES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tritonq.convert(calibrated)
+
+
+def test_an_observer_that_is_off_keeps_what_the_example_inputs_gave():
+    model = prepared()
+    before = ranges(model)
+    tritonq.disable_observer(model)
+    model(3 * IMAGES)
+    assert torch.equal(ranges(model), before)
+
+
+def test_a_scale_that_was_set_by_hand_stays():
+    model = prepared()
+    model(IMAGES)
+    quantizer = model.eval()[0].input_fake_quant
+    scale = quantizer.scale.mul_(0.5).clone()
+    model(IMAGES)
+    assert torch.equal(quantizer.calculate_qparams().scale, scale)
