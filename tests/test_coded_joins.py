@@ -7,10 +7,13 @@ from torch import nn
 from tritonq import nn as qnn
 from tritonq.deploy.modules import Quantizer
 from tritonq.functional import coded_joins
+from tritonq.functional.coded_tensor import memory_format_of
 from tritonq.functional.codes import give_codes, take_codes
 from tritonq.functional.host_grid import host_grid
+from tritonq.nn.functions import FunctionLayer
 from tritonq.qparams import QuantizedType
 from tritonq.reference.averages import AxesAverage
+from tritonq.reference.functions import Function
 
 UNSIGNED, SIGNED = QuantizedType(0, 255, False), QuantizedType(-128, 127)
 KINDS = {"add": qnn.Add, "sub": qnn.Sub, "mul": qnn.Mul}
@@ -103,6 +106,20 @@ def test_average_equals_formula(pool, types, monkeypatch):
     monkeypatch.setattr(type(pool), "exact_codes", lambda *args: called.append(1) or exact_codes(*args))
     assert torch.equal(by_formula(pool, (x,), monkeypatch), pool(x))
     assert called
+
+
+@pytest.mark.parametrize("types", [(UNSIGNED, 90), (SIGNED, 0), (QuantizedType(-8, 7, rounding="half_away"), 0)])
+@pytest.mark.parametrize("function", [Function("hardswish"), Function("silu"), Function("leaky_relu", (0.1,))])
+def test_function_equals_formula(function, types, monkeypatch):
+    source, output = quantizer(types[0], 0.1, types[1]), quantizer(types[0], 0.043, types[1])
+    layer = FunctionLayer(function).eval()
+    layer.set_quantizers(source, output)
+    x = source(torch.randn(3, 5, 8, 8).mul_(5).contiguous(memory_format=torch.channels_last))
+    for values in (x, x[:, :, ::2, 1:]):
+        expected, found = by_formula(layer, (values,), monkeypatch), layer(values)
+        assert torch.equal(expected, found)
+        assert take_codes(found, host_grid(output.grid())) is not None
+        assert found.is_contiguous(memory_format=memory_format_of(values))
 
 
 def test_a_mean_over_axes_of_a_channels_last_tensor(monkeypatch):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from tritonq.grid import Grid
+from tritonq.qparams import QuantizedType
 
 _MAX_CODES = 256
 
@@ -23,6 +26,11 @@ class HostGrid(NamedTuple):
     zero: int
     largest: int
     half_even: bool
+
+    def to_grid(self) -> Grid:
+        """Return the same grid in tensors, its codes counted from 0."""
+        qtype = QuantizedType(0, self.largest, False, rounding="half_even" if self.half_even else "half_away")
+        return Grid(torch.tensor([self.scale]), torch.tensor([self.zero], dtype=torch.int32), qtype)
 
 
 def host_grid(grid: Grid) -> HostGrid | None:

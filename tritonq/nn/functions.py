@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
-from tritonq.functional.functions import integer_function, quantized_function
+from tritonq.functional.functions import function_codes, integer_function, quantized_function
+from tritonq.functional.host_grid import HostGrid
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.grid import Grid
 from tritonq.nn.fusable import input_grid, observed_grid
@@ -84,6 +85,10 @@ class FunctionLayer(UnaryLayer):
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """See base class."""
         return integer_function(x, self.function, source, output)
+
+    def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
+        """See base class."""
+        return function_codes(codes, self.function, source, output)
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """See base class."""
