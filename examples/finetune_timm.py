@@ -37,7 +37,7 @@ def main(options: argparse.Namespace) -> None:
     example = next(iter(test))[0][:2]
     model = tritonq.prepare_qat(model, qconfig=choose_qconfigs(model), example_inputs=example).to(device)
     print(str(tritonq.summary(model)).splitlines()[-1])
-    optimizer = torch.optim.SGD(model.parameters(), options.learning_rate, momentum=0.9, weight_decay=1e-5)
+    optimizer = torch.optim.SGD(tritonq.parameter_groups(model, options.learning_rate, 1e-5), momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(train))
     for epoch in range(options.epochs):
         model.train()

@@ -48,7 +48,7 @@ def main(options: argparse.Namespace) -> None:
     model = tritonq.prepare_qat(model, example_inputs=next(iter(val))[0][:2])
     model = model.to(device, memory_format=torch.channels_last)
     parallel = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(parallel.parameters(), options.lr, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(tritonq.parameter_groups(parallel, options.lr, 1e-4), momentum=0.9)
     for epoch in range(options.epochs):
         train.sampler.set_epoch(epoch)
         model.train()

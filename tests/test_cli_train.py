@@ -174,6 +174,9 @@ def test_a_checkpoint_of_version_1_goes_on(whole, tmp_path, capsys):
     del recipe["preprocessing"], recipe["classes"]
     content["version"], content["random"] = 1, {key: content["random"][0][key] for key in ("cpu", "cuda")}
     content["settings"] = {**content["settings"], "data": "digits"}
+    # All parameters were in one group.
+    groups = content["optimizer"]["param_groups"]
+    content["optimizer"]["param_groups"] = [{**groups[0], "params": [i for group in groups for i in group["params"]]}]
     for key in ("augment", "begin"):
         del content["settings"][key]
     torch.save(content, tmp_path / "last.pt")

@@ -20,6 +20,7 @@ LAYERS = [
         "tritonq.fixed_point_fake_quantize",
         "tritonq.learned_base",
         "tritonq.learned_fake_quantize",
+        "tritonq.parameter_groups",
         "tritonq.torch_operators",
     ),
     ("tritonq.observers", "tritonq.functional", "tritonq.factory"),

@@ -38,6 +38,7 @@ from tritonq.observers import (
     PassiveObserver,
     PerChannelMinMaxObserver,
 )
+from tritonq.parameter_groups import parameter_groups
 from tritonq.prepare import (
     disable_fake_quant,
     disable_observer,
@@ -108,6 +109,7 @@ __all__ = [
     "load_qconfig_mapping",
     "load_torch_ao_state_dict",
     "nn",
+    "parameter_groups",
     "prepare_qat",
     "quantize_bias",
     "quantize_weights_together",

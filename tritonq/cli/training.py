@@ -27,10 +27,12 @@ from tritonq.cli.training_files import Recipe, load_state, read_training, recipe
 from tritonq.cli.training_log import Epoch, TensorBoard, history_from_data, write_csv
 from tritonq.deploy.files import remove_leftovers
 from tritonq.distributed import broadcast_statistics, sync_observers
+from tritonq.parameter_groups import parameter_groups
 from tritonq.prepare import disable_observer, enable_observer, freeze_bn_stats, update_bn_stats
 
 # The progress bar reads a loss, which waits for the device, once in so many steps.
 _STEPS_PER_DISPLAY = 10
+_WEIGHT_DECAY = 1e-4
 
 
 class Run:
@@ -282,6 +284,8 @@ class Run:
         if extends and self.settings.epochs - self.settings.frozen_epochs < finished:
             raise ValueError(f"{finished} epochs are done: of {self.settings.epochs} fewer can be frozen")
         load_state(self.model, content["state_dict"], str(self.path))
+        if len(content["optimizer"]["param_groups"]) < len(self.optimizer.param_groups):
+            self.optimizer = make_optimizer(self.model, self.settings.learning_rate, one_group=True)
         self.optimizer.load_state_dict(content["optimizer"])
         _begin_momentum(self.optimizer)
         self.scaler.load_state_dict(content["scaler"])
@@ -316,11 +320,15 @@ class Run:
         return nn.parallel.DistributedDataParallel(self.model, device_ids=devices)
 
 
-def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """SGD with momentum. It is fused, since a fused optimizer can skip a step on the device."""
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=1e-4, nesterov=True, fused=True
-    )
+def make_optimizer(model: nn.Module, learning_rate: float, one_group: bool = False) -> torch.optim.Optimizer:
+    """Make an SGD with momentum. It is fused, since a fused optimizer can skip a step on the device.
+
+    ``one_group``: as version 0.1.0 trained, where all parameters decay.
+    """
+    groups = parameter_groups(model, learning_rate, _WEIGHT_DECAY)
+    if one_group:
+        groups = [{"params": list(model.parameters()), "lr": learning_rate, "weight_decay": _WEIGHT_DECAY}]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)
     _begin_momentum(optimizer)
     return optimizer
 
