@@ -6,34 +6,77 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tritonq.prepare.record.example import Arguments
+from tritonq.prepare.record.snapshot import preserved_random_state
 from tritonq.prepare.record.structure import replace_tensors, tensors_in
 
+# How many axes a tensor has that may have sizes: those behind batch and channels.
+_RANKS = range(3, 6)
 
-def open_batch(arguments: Arguments) -> tuple[Arguments, Any]:
-    """Arguments to trace with, and their ``dynamic_shapes``: axis 0 open where it is as long as the first tensor's.
+
+def open_axes(arguments: Arguments, batch: bool, sizes: bool) -> tuple[Arguments, Any]:
+    """Arguments to trace with, and their ``dynamic_shapes``; None for these where no axis is open.
 
     A batch of one is doubled, since torch.export takes an example of size 1 for a constant.
+
+    Args:
+        arguments: the example.
+        batch: whether axis 0 is open where it is as long as the first tensor's.
+        sizes: whether the axes behind the first two are open, in tensors with 3 to 5 axes.
 
     Raises:
         ValueError: no tensor has a batch axis.
     """
+    if not batch and not sizes:
+        return arguments, None
     first = next((tensor for _, tensor in tensors_in(arguments) if tensor.dim()), None)
     if first is None:
         raise ValueError("example_inputs hold no tensor with a batch axis")
-    batch = int(first.shape[0])
-    if batch == 1:
+    count = int(first.shape[0])
+    if batch and count == 1:
         arguments = replace_tensors(arguments, lambda x: torch.cat([x, x]) if x.dim() and len(x) == 1 else x)
-        batch = 2
+        count = 2
     dim = torch.export.Dim("batch")
 
     def shape_of(x: Tensor) -> dict[int, Any] | None:
-        return {0: dim} if x.dim() and x.shape[0] == batch else None
+        found: dict[int, Any] = {0: dim} if batch and x.dim() and x.shape[0] == count else {}
+        if sizes:
+            # Which sizes a model takes (multiples of 32, say), torch.export finds out.
+            found |= dict.fromkeys(_size_axes(x), torch.export.Dim.AUTO)
+        return found or None
 
     positional, named = _shapes(arguments, shape_of)
     return arguments, named if named and not positional else positional
+
+
+def check_sizes(model: nn.Module, arguments: Arguments) -> None:
+    """Raise ValueError unless a model runs on inputs of twice the height and width, too."""
+    args, kwargs = replace_tensors(arguments, _doubled)
+    try:
+        with torch.no_grad(), preserved_random_state(model):
+            model(*args, **kwargs)
+    except Exception as error:  # whatever a user's forward raises
+        raise ValueError(
+            f"{type(model).__name__} runs on the sizes of example_inputs alone ({error}): export it with "
+            "dynamic_sizes=False"
+        ) from error
+
+
+def _doubled(x: Tensor) -> Tensor:
+    for axis in _size_axes(x):
+        x = torch.cat([x, x], axis)
+    return x
+
+
+def _size_axes(x: Tensor) -> range:
+    return range(2, x.dim()) if x.dim() in _RANKS else range(0)
+
+
+def open_batch(arguments: Arguments) -> tuple[Arguments, Any]:
+    """Return :func:`open_axes` with the batch axis open and no other."""
+    return open_axes(arguments, True, False)
 
 
 def _shapes(item: Any, shape_of: Callable[[Tensor], Any]) -> Any:

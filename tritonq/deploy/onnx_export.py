@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.convert import convert
-from tritonq.deploy.example_inputs import open_batch
+from tritonq.deploy.example_inputs import check_sizes, open_axes
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.fixed_point import has_fixed_point
 from tritonq.deploy.fixed_point_description import has_integers
@@ -23,6 +23,7 @@ from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, forget_source, require_onnx, separate_zero_points
 from tritonq.deploy.onnx_functions import CodeTable, check_functions
+from tritonq.deploy.onnx_outputs import name_outputs, output_paths
 from tritonq.prepare.record.example import example_arguments
 from tritonq.prepare.record.structure import tensors_in
 from tritonq.targets import OnnxForm, onnx_form_of
@@ -38,6 +39,7 @@ def export_onnx(
     target: OnnxForm | None = None,
     opset: int = OLDEST_OPSET,
     dynamic_batch: bool = True,
+    dynamic_sizes: bool = False,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
 ) -> None:
@@ -62,13 +64,16 @@ def export_onnx(
         target: ``"onnxruntime"`` or ``"tensorrt"``; None: what the preset of the model was made for.
         opset: at least 18.
         dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
+        dynamic_sizes: leave height and width of the inputs open (all axes behind the first two of tensors with 3 to 5
+            axes), for fully convolutional networks.
         input_names: names of the inputs; by default those of the forward's arguments.
-        output_names: names of the outputs.
+        output_names: names of the outputs; by default ``"output"`` for one tensor, ``"output_0"`` and so on for
+            several, and the keys of a dict or the fields of a dataclass.
 
     Raises:
         ValueError: an unknown target, or none for layers of several; an old opset; something the target can't represent
             (the message names the quantizer); an option that fixed-point networks lack; a model that torch can't
-            export; or what :func:`tritonq.convert` raises.
+            export, or not with open sizes; or what :func:`tritonq.convert` raises.
         ImportError: onnx or onnxscript is not installed (the extra ``tritonq[onnx]``).
     """
     if target is not None and target not in get_args(OnnxForm):
@@ -77,7 +82,7 @@ def export_onnx(
         raise ValueError(f"opset must be at least {OLDEST_OPSET}, got {opset}")
     model = uncompiled(model)
     if has_fixed_point(model) or has_integers(model):
-        options = {"target": target, "opset": opset, "dynamic_batch": dynamic_batch}
+        options = {"target": target, "opset": opset, "dynamic_batch": dynamic_batch, "dynamic_sizes": dynamic_sizes}
         _export_fixed_point(
             model, path, example_inputs, {**options, "input_names": input_names, "output_names": output_names}
         )
@@ -89,11 +94,13 @@ def export_onnx(
 
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
     target = onnx_form_of(deployed.modules()) if target is None else target
+    if dynamic_sizes:
+        check_sizes(deployed, example_arguments(example_inputs))
     traced, tables = onnx_form(deployed, target)
-    arguments, shapes = example_arguments(example_inputs), None
-    if dynamic_batch:
-        arguments, shapes = open_batch(arguments)
+    arguments, shapes = open_axes(example_arguments(example_inputs), dynamic_batch, dynamic_sizes)
     program = _export(traced, *arguments, shapes, opset, input_names, output_names)
+    if output_names is None:
+        name_outputs(program.model, output_paths(deployed, *arguments))
     _name_codes(program.model)
     program.model.metadata_props[TARGET_KEY] = target
     _write(program.model_proto, Path(path), tables)

@@ -1,0 +1,67 @@
+"""Names of an ONNX file's outputs, and inputs whose height and width are open."""
+
+import pytest
+import torch
+from torch import nn
+
+import tritonq
+from tritonq.deploy.onnx_outputs import output_name
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def trained(model):
+    torch.manual_seed(0)
+    model = tritonq.prepare_qat(model, example_inputs=X).train()
+    model(X)
+    return tritonq.convert(model.eval())
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return {"boxes": y, "scores": [y.mean((2, 3)), y.amax((2, 3))], "x": y.sum(1)}
+
+
+def test_outputs_are_called_as_the_model_calls_them(tmp_path):
+    model, path = trained(Heads()), tmp_path / "m.onnx"
+    tritonq.export_onnx(model, path, X)
+    # An output and an input can't share a name.
+    assert [value.name for value in onnx.load(path).graph.output] == ["boxes", "scores_0", "scores_1", "output_x"]
+    assert tritonq.verify(model, path, X).agrees()
+    tritonq.export_onnx(model, path, X, output_names=["a", "b", "c", "d"])
+    assert [value.name for value in onnx.load(path).graph.output] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [((), "output"), ((1,), "output_1"), (("a-b", 0), "a_b_0"), (("aux", "out"), "aux_out")]
+)
+def test_output_names(path, name):
+    assert output_name(path) == name
+
+
+def test_open_sizes(tmp_path):
+    middle = (nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.SiLU(), nn.Upsample(scale_factor=2))
+    model = trained(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *middle, nn.Conv2d(8, 4, 1)))
+    path = tmp_path / "m.onnx"
+    tritonq.export_onnx(model, path, X, dynamic_sizes=True)
+    shape = onnx.load(path).graph.input[0].type.tensor_type.shape
+    assert [dim.dim_value for dim in shape.dim] == [0, 3, 0, 0]
+    for sizes in ((1, 3, 24, 40), (2, 3, 16, 16)):
+        assert tritonq.verify(model, path, torch.randn(sizes)).agrees()
+    tritonq.export_onnx(model, path, X, dynamic_sizes=True, dynamic_batch=False)
+    shape = onnx.load(path).graph.input[0].type.tensor_type.shape
+    assert [dim.dim_value for dim in shape.dim] == [2, 3, 0, 0]
+
+
+def test_sizes_that_are_fixed_are_told(tmp_path):
+    model = trained(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 14 * 14, 3)))
+    with pytest.raises(ValueError, match=r"Sequential runs on the sizes of example_inputs alone .*dynamic_sizes=False"):
+        tritonq.export_onnx(model, tmp_path / "m.onnx", X, dynamic_sizes=True)
+    assert not list(tmp_path.iterdir())
