@@ -122,6 +122,24 @@ def test_function_equals_formula(function, types, monkeypatch):
         assert found.is_contiguous(memory_format=memory_format_of(values))
 
 
+@pytest.mark.parametrize("rounding", ["half_even", "half_away"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_concatenation_equals_formula(channels_last, rounding, monkeypatch):
+    qtype = QuantizedType(0, 255, False, rounding=rounding)
+    sources = [quantizer(qtype, scale, 99) for scale in (0.5, 0.25, 0.125, 0.031)]
+    cat = qnn.Cat(1).eval()
+    cat.activation_post_process = quantizer(qtype, 0.25, 99)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    parts = [source(torch.randn(2, 3, 8, 8).mul_(20).contiguous(memory_format=form)) for source in sources]
+    expected, found = by_formula(cat, (parts,), monkeypatch), cat(parts)
+    assert torch.equal(expected, found)
+    assert found.stride() == expected.stride()
+    called = []
+    monkeypatch.setattr("tritonq.nn.elementwise.integer_concatenation", lambda *args: called.append(1))
+    cat(parts)
+    assert not called
+
+
 def test_a_mean_over_axes_of_a_channels_last_tensor(monkeypatch):
     mean = qnn.Average(AxesAverage((2, 3))).eval()
     mean.set_quantizers(quantizer(SIGNED, 0.1), quantizer(SIGNED, 0.03))

@@ -93,6 +93,15 @@ def can_use_codes(x: Tensor) -> bool:
     )
 
 
+def carried_codes(x: Tensor) -> tuple[Tensor, HostGrid] | None:
+    """Return the codes that a tensor carries, and their grid; None where it carries none."""
+    if type(x) is CodedTensor:
+        held = x.codes
+        return None if held is None else (held, x.grid)
+    carried = getattr(x, _MARK, None)
+    return None if carried is None or carried[1] != x._version else (carried[2], carried[0])
+
+
 def take_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
     """Return the codes of ``x`` on ``grid``, uint8; None where a value lies beyond the grid's ends or is NaN.
 
@@ -100,15 +109,11 @@ def take_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
         x: a tensor that :func:`can_use_codes` accepts. Values between two codes go to the nearer one.
         grid: where its values lie.
     """
+    carried = carried_codes(x)
+    if carried is not None and carried[1] == grid:
+        return carried[0]
     if type(x) is CodedTensor:
-        held = x.codes
-        if held is not None and x.grid == grid:
-            return held
         x = x.to_float()
-    carried = getattr(x, _MARK, None)
-    if carried is not None and carried[0] == grid and carried[1] == x._version:
-        codes: Tensor = carried[2]
-        return codes
     return _encode(x, grid)
 
 

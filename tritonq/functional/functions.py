@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tritonq.functional.coded_tensor import memory_format_of
-from tritonq.functional.codes import rounded_codes
+from tritonq.functional.codes import carried_codes, give_codes, rounded_codes
 from tritonq.functional.dispatch import implementation
-from tritonq.functional.host_grid import HostGrid
+from tritonq.functional.host_grid import HostGrid, host_grid
+from tritonq.functional.integer_joins import divided
 from tritonq.functional.saved_input import SavedInput, keep, mark, restore
 from tritonq.grid import Grid
 from tritonq.reference.functions import Function, look_up
@@ -55,18 +56,49 @@ def function_codes(codes: Tensor, function: Function, source: HostGrid, output: 
     Returns:
         uint8, counted from 0, in the shape and order of ``codes``.
     """
+    return _looked_up(codes, _table(function, source, output))
+
+
+def concatenated_codes(tensors: tuple[Tensor, ...], dim: int, output: Grid) -> Tensor | None:
+    """Return `integer_joins.integer_concatenation`, clipped, of tensors that carry codes; None where one doesn't.
+
+    Args:
+        tensors: what `codes.can_use_codes` accepts.
+        dim: the axis.
+        output: grid of the quantizer behind the concatenation, per tensor.
+    """
+    target, parts = host_grid(output), []
+    for x in tensors:
+        carried = carried_codes(x)
+        if carried is None or target is None:
+            return None
+        codes, source = carried
+        parts.append(codes if source == target else _looked_up(codes, _requantized(source, target)))
+    return None if target is None else give_codes(torch.cat(parts, dim), target, tensors[0])
+
+
+def _looked_up(codes: Tensor, table: Tensor) -> Tensor:
     dense = codes.contiguous(memory_format=memory_format_of(codes))
     # One axis in the order of memory: torch looks up along one axis five times as fast.
     flat = dense.as_strided((dense.numel(),), (1,), dense.storage_offset())
-    found = _table(function, source, output).index_select(0, flat.int())
-    return found.as_strided(dense.shape, dense.stride())
+    return table.index_select(0, flat.int()).as_strided(dense.shape, dense.stride())
+
+
+def _values(grid: HostGrid) -> Tensor:
+    """Return the value of each code."""
+    return torch.arange(grid.largest + 1).sub_(grid.zero) * torch.tensor(grid.scale)
+
+
+@lru_cache(maxsize=1024)
+def _requantized(source: HostGrid, output: HostGrid) -> Tensor:
+    """Return the code on ``output`` for each code on ``source``."""
+    return rounded_codes(divided(_values(source), output.to_grid()) / torch.tensor(output.scale), output)
 
 
 @lru_cache(maxsize=1024)
 def _table(function: Function, source: HostGrid, output: HostGrid) -> Tensor:
     """Return the code of the result for each code of the input."""
-    values = torch.arange(source.largest + 1).sub_(source.zero) * torch.tensor(source.scale)
-    result = integer_function(values, function, source.to_grid(), output.to_grid())
+    result = integer_function(_values(source), function, source.to_grid(), output.to_grid())
     return rounded_codes(result / torch.tensor(output.scale), output)
 
 

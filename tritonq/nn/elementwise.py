@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.coded_joins import CodedJoin, coded_join
 from tritonq.functional.codes import can_use_codes, give_codes, take_codes
+from tritonq.functional.functions import concatenated_codes
 from tritonq.functional.integer_joins import JoinKind, float_join, integer_concatenation, integer_join
 from tritonq.functional.memo import Memo, held_tensors
 from tritonq.functional.residual import residual_join, rounded_product, rounded_result
@@ -318,7 +319,12 @@ class Cat(_WithOutputQuantizer):
             return eval_mode.on_grid(torch.cat(tensors, self.dim), output.grid())
         if not output.is_enabled_on_host():
             return None
-        return integer_concatenation(tensors, self.dim, output.grid()).to(tensors[0].dtype)
+        grid = output.grid()
+        if all(map(can_use_codes, tensors)):
+            joined = concatenated_codes(tensors, self.dim, grid)
+            if joined is not None:
+                return joined
+        return integer_concatenation(tensors, self.dim, grid).to(tensors[0].dtype)
 
     def extra_repr(self) -> str:
         """The axis."""
