@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import threading
 import warnings
 from dataclasses import dataclass
@@ -318,3 +319,36 @@ def test_forward_without_such_conditions_stays_a_graph():
 
     assert forward_data(prepare_qat(Sum(), example_inputs=X))["eval"] is not None
     assert "answers" in forward_data(prepared_model("targets")[1])
+
+
+def test_places_are_lines_and_columns_which_other_versions_of_python_share():
+    _, prepared = prepared_model("chunks")
+    places = [place for data in map(forward_data, prepared.modules()) for place in (data or {}).get("answers", ())]
+    assert places
+    assert all(re.fullmatch(r"[\w.]+:[\w.<>]+:\d+\.\d+-\d+\.\d+#\d+", place) for place in places)
+
+
+class EarlyReturn(nn.Module):
+    """Adds unless it is told to stop."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = conv(), conv()
+
+    def forward(self, x, stop=False):
+        y = self.first(x)
+        if stop:
+            return y
+        return self.second(y) + x
+
+
+def test_a_recorded_call_that_never_comes_is_told_once():
+    prepared = tritonq.prepare_qat(EarlyReturn(), example_inputs=X).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared(X)
+    with pytest.warns(UserWarning, match=r"1 calls of the forward of EarlyReturn .* did not come \(add\)"):
+        prepared(X, stop=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared(X, stop=True)

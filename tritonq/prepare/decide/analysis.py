@@ -207,12 +207,14 @@ class Analysis:
         module, frames = self.modules[owner], self.flow.frames_of(owner)
         if "forward" in vars(module) or not frames:
             return found
+        answered = AnsweredForward(str(found))
         for frame in frames:
             calls = (self.flow.calls[index] for kind, index in frame.events if kind == "call")
             for call in calls:
                 if call.place and (not call.writes or self._rebinds(call)):
                     self._note_site(owner, call, Site(call.place, False, self._labels.get(call.index, call.name)))
-        return AnsweredForward(str(found))
+                    answered.expect(call.place, frame.training)
+        return answered
 
     def _rebinds(self, call: Call) -> bool:
         """Whether the result of a call in place is what the source goes on with: ``x *= y``, or a plain ReLU."""

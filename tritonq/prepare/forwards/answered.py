@@ -8,7 +8,8 @@ as written.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -47,6 +48,11 @@ class AnsweredForward:
     def __init__(self, reason: str = "") -> None:
         self.reason = reason
         self._answers: dict[str, Answer] = {}
+        self._expected: dict[bool, set[str]] = {False: set(), True: set()}
+
+    def expect(self, node: str, training: bool) -> None:
+        """Note that the forward made a call when it was recorded in this mode."""
+        self._expected[training].add(node)
 
     def replace(self, node: str, child: str, operands: Operands, in_place: bool = False) -> None:
         """Let the child module answer a call, given its operands."""
@@ -64,8 +70,10 @@ class AnsweredForward:
         return self._answers.setdefault(node, ["run", "", "", ""])
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data that JSON can hold."""
-        return {"answers": dict(self._answers)}
+        """Plain data that JSON can hold: the answers, and which of their calls each mode is expected to make."""
+        modes = {"eval": self._expected[False], "train": self._expected[True]}
+        expected = {mode: sorted(places & self._answers.keys()) for mode, places in modes.items()}
+        return {"answers": dict(self._answers), "expected": expected}
 
 
 def check_answers(answers: Any, children: Iterable[str], owner: str) -> None:
@@ -86,13 +94,25 @@ def check_answers(answers: Any, children: Iterable[str], owner: str) -> None:
                 raise ValueError(f"the forward calls the child {child!r}, which {owner} doesn't have")
 
 
-def answering(original: Callable[..., Any], answers: Answers) -> Callable[..., Any]:
-    """Return a forward that runs ``original`` and answers the calls in ``answers`` with children of its module."""
+def answering(
+    original: Callable[..., Any], answers: Answers, expected: Mapping[str, Sequence[str]] | None = None
+) -> Callable[..., Any]:
+    """Return a forward that runs ``original`` and answers the calls in ``answers`` with children of its module.
+
+    It warns once where a call does not come that ``expected`` names for the mode.
+    """
     places = frozenset(key.rpartition("#")[0] for key in answers)
+    expected = expected or {}
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with Answering(self, answers, places):
-            return original(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            with Answering(self, answers, places):
+                return original(self, *args, **kwargs)
+        mode = Answering(self, answers, places)
+        with mode:
+            result = original(self, *args, **kwargs)
+        mode.tell_missing(expected.get("train" if self.training else "eval", ()))
+        return result
 
     return forward
 
@@ -125,6 +145,23 @@ class Answering(TorchFunctionMode):
         result = func(*args, **kwargs) if kind == "run" else self._replaced(child, operands, args, kwargs)
         return getattr(self._owner, then)(result) if then else result
 
+    def tell_missing(self, expected: Sequence[str]) -> None:
+        """Warn, once per module, of recorded calls that this run did not make."""
+        missing = []
+        for key in expected:
+            place, _, occurrence = key.rpartition("#")
+            if self._counts.get(place, 0) <= int(occurrence):
+                missing.append(key)
+        if missing and not getattr(self._owner, _TOLD, False):
+            setattr(self._owner, _TOLD, True)
+            children = sorted({child for key in missing for child in self._answers[key][1::2] if child})
+            what = f" ({', '.join(children)})" if children else ""
+            warnings.warn(
+                f"{len(missing)} calls of the forward of {type(self._owner).__name__} that prepare_qat recorded did "
+                f"not come{what}: it took another branch, which runs in float, or its source is another one now",
+                stacklevel=2,
+            )
+
     def _replaced(self, child: str, operands: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the child makes of the operands of a call, or the first one where no child replaces it."""
         if operands == "layer":
@@ -138,6 +175,7 @@ class Answering(TorchFunctionMode):
         return getattr(self._owner, child)(*(tensors[:1] if operands == "first" else tensors))
 
 
+_TOLD = "_tritonq_told_missing"
 _HANDLER = Answering.__torch_function__.__code__
 _MODULE_CALL = getattr(nn.Module, "_call_impl").__code__  # noqa: B009 - a private method of torch
 _FORWARD = next(code for code in answering.__code__.co_consts if getattr(code, "co_name", "") == "forward")

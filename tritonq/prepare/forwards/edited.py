@@ -148,7 +148,7 @@ def _checked(module: nn.Module, data: Any) -> ForwardData:
     called: list[str] = []
     if "answers" in data:
         check_answers(data["answers"], children, owner)
-        plain |= {"version": ANSWERS_VERSION, "answers": data["answers"]}
+        plain |= {"version": ANSWERS_VERSION, "answers": data["answers"], "expected": data.get("expected", {})}
     elif data.get("eval") is not None:
         graph = ForwardGraph.from_data(data)
         nodes = itertools.chain.from_iterable(part.nodes for part in graph.graphs())
@@ -188,7 +188,7 @@ def _edited_class(original: type[nn.Module], encoded: str) -> type[nn.Module]:
         forwards = [compile_graph(part, original.__name__) for part in graph.graphs()]
         forward = forwards[0] if len(forwards) == 1 else _by_mode(*forwards)
     elif "answers" in data:
-        forward = answering(original.forward, data["answers"])
+        forward = answering(original.forward, data["answers"], data.get("expected"))
     if data["version"] == QUANTIZING_VERSION:
         reads = [Read.from_data(read) for read in data["reads"]]
         forward = quantizing(forward or original.forward, reads, data["returns"])

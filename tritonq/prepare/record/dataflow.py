@@ -85,7 +85,7 @@ class Call:
         outputs: values produced, including those of tensors that it changed in place.
         writes: what in-place changes replaced, as pairs of values (before, after).
         place: for a function where the source calls it, and how often that place had called one in the same frame:
-            ``"module:function:instruction#occurrence"``.
+            ``"module:function:position#occurrence"``.
         run: the run that made it: 0, or 1 for the second of two that :meth:`Dataflow.joined` put together.
     """
 

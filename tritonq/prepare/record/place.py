@@ -1,4 +1,4 @@
-"""Where in the source a torch function is called: the code object and the instruction in it."""
+"""Where in the source a torch function is called: the function, and the lines and columns in it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,41 @@ _WRAPPER_FILES = frozenset(str(_TORCH / name) for name in _WRAPPERS)
 
 
 def calling_place(frame: FrameType | None) -> str:
-    """Return the place that a frame calls from, past wrappers of torch, as ``"module:function:instruction"``."""
+    """Return the place that a frame calls from, past wrappers of torch, as ``"module:function:position"``."""
     while frame is not None and frame.f_code.co_filename in _WRAPPER_FILES:
         frame = frame.f_back
     return "" if frame is None else place_name(frame.f_globals, frame.f_code, frame.f_lasti)
 
 
 def place_name(module: dict[str, Any], code: CodeType, instruction: int) -> str:
-    """Name an instruction of a function of a module, without paths and lines, which change between machines."""
-    return f"{module.get('__name__', '')}:{code.co_qualname}:{instruction}"
+    """Name an instruction of a function of a module by its lines and columns in the function's source.
+
+    These are the same in every version of Python, other than the offset of an instruction, which stands for them where
+    Python keeps no positions (``-X no_debug_ranges``).
+    """
+    known, index = _positions(code), instruction // _UNIT
+    # A compiler makes instructions that the source does not have.
+    line, end, column, end_column = known[index] if 0 <= index < len(known) else (None, None, None, None)
+    where = f"@{instruction}"
+    if None not in (line, end, column, end_column):
+        first = code.co_firstlineno
+        where = f"{line - first}.{column}-{end - first}.{end_column}"  # type: ignore[operator]
+    return f"{module.get('__name__', '')}:{code.co_qualname}:{where}"
+
+
+_Position = tuple[int | None, int | None, int | None, int | None]
+# Bytes of an instruction.
+_UNIT = 2
+# By the identity of a code object, which is kept: comparing code objects takes longer than what this saves.
+_known: dict[int, tuple[CodeType, list[_Position]]] = {}
+
+
+def _positions(code: CodeType) -> list[_Position]:
+    """First line, last line, first column and last column of each instruction."""
+    known = _known.get(id(code))
+    if known is None:
+        known = _known[id(code)] = code, list(code.co_positions())
+    return known[1]
 
 
 def traced_places() -> list[tuple[CodeType, str]]:
