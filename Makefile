@@ -25,8 +25,8 @@ SLOW := codegen or launches or emulator or sanitizer or compile or cli or demo o
 test-quick: $(VENV)/.dev ## run the tests that need no compiler, interpreter, second process or long training
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not worker" -k "not ($(SLOW))"
 
-# The operators' tests, whose kernels Triton compiles for a GPU, and an emulator runs on CPU tensors (tests/emulator).
-OPERATOR_TESTS := $(shell grep -l '(OpTester)' tests/test_*.py)
+# The operators' tests, whose kernels Triton compiles for a GPU, and an emulator runs on CPU tensors (tests/support/emulator).
+OPERATOR_TESTS := $(shell grep -l '(OpTester)' tests/*/test_*.py)
 ifdef TRITON
 EMULATE_VENV := .venv-triton-$(TRITON)
 else

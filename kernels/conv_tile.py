@@ -81,7 +81,7 @@ def conv_tile(
     """Tile sizes where nothing is tuned: powers of two, at least 16 × 16.
 
     64 × 128 with eight warps keeps 32 accumulators of 32 bits per lane: the largest tile that spills nothing on any
-    target (`tests/test_codegen.py`). Not measured.
+    target (`tests/operators/test_codegen.py`). Not measured.
 
     Args:
         pixels: of the output that programs share out.

@@ -91,7 +91,7 @@ def main() -> int:
 
 def all_files() -> list[str]:
     """Return the names of the files of tests."""
-    return sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
+    return sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
 
 
 def build(row: Row, folder: Path) -> None:
@@ -148,9 +148,8 @@ def run(folder: Path, files: Iterable[str], workers: int, go_on: bool) -> None:
             return
         command = [str(folder / "bin" / "python"), "-m", "pytest", f"--junitxml={report}", "-p", "no:cacheprovider"]
         with report.with_suffix(".log").open("w") as log:
-            done = subprocess.run(
-                [*command, f"tests/{name}"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False
-            )
+            path = next((ROOT / "tests").rglob(name))
+            done = subprocess.run([*command, str(path)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
         if not report.exists():
             print(f"matrix: {name} ended with {done.returncode} and no report, see {log.name}", flush=True)
 

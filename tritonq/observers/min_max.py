@@ -26,7 +26,7 @@ class MinMaxObserver(RangeObserver):
         >>> observer = MinMaxObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
         >>> _ = observer(torch.tensor([-1.0, 2.0, torch.nan]))
         >>> observer.calculate_qparams().scale, int(observer.nonfinite_count)
-        (tensor(0.0157), 1)
+        (tensor([0.0157]), 1)
     """
 
     # None: running extremes. A number c: m <- m + c (batch - m).

@@ -10,7 +10,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 FOLDERS = {"tritonq": "tritonq", "kernels": "tritonq.kernels", "perf": "tritonq.perf"}
 MOST_LINES = 400
 # Parameters of a jitted function besides constants. A tuple of strides or sizes is one.
@@ -25,13 +25,13 @@ RINGS = {
     ("tritonq.perf.cases.fake_quant", "tritonq.perf.cases.fake_quant_peers"),
 }
 PRIVATE_IMPORTS = {
-    ("tests/test_checkpoint.py", "tritonq.deploy.checkpoint._digest"),
+    ("tests/deploy/test_checkpoint.py", "tritonq.deploy.checkpoint._digest"),
     ("tritonq/report/measure.py", "tritonq.calibration._everything_float"),
 }
 LONG_FILES = {
-    "tests/test_conv2d.py",
-    "tests/test_forward_graph.py",
-    "tests/test_learned_scale.py",
+    "tests/operators/test_conv2d.py",
+    "tests/prepare/test_forward_graph.py",
+    "tests/operators/test_learned_scale.py",
     "tritonq/nn/fixed_point.py",
 }
 

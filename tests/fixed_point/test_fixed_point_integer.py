@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_fixed_point_prepare import F8NET, Residual
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from test_fixed_point_prepare import F8NET, Residual
 from tritonq import get_qconfig
 from tritonq.demo.model import SmallResNet
 from tritonq.deploy import convert

@@ -8,7 +8,7 @@ import pytest
 
 import tritonq
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")

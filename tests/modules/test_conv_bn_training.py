@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_conv_bn_modes import MODES
 from torch import nn
 
 import tritonq
 from conv_bn_cases import FLOAT_OUT, TOLERANCE, assert_same_training, inputs, pair, randomise
-from test_conv_bn_modes import MODES
 from written_quantizers import WrittenWeight, straight_through
 
 

@@ -16,13 +16,13 @@ from PIL import Image
 import tritonq
 from vision_models import timm_model, torchvision_model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def run(example, *words, cwd, launcher=()):
     """What an example prints."""
-    script = [str(ROOT / "tests" / "run_example.py"), str(ROOT / "examples" / example)]
+    script = [str(ROOT / "tests" / "support" / "run_example.py"), str(ROOT / "examples" / example)]
     process = subprocess.Popen(
         [sys.executable, *launcher, *script, *map(str, words)],
         cwd=cwd,

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from PIL import Image
-
 from test_demo import arguments
+
 from tritonq.__main__ import main
 from tritonq.cli.models import make_model
 from tritonq.demo import fixed_point

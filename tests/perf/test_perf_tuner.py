@@ -33,7 +33,7 @@ def forget():
 def run(tmp_path_factory):
     """What the interpreted tuner reported, and the table it wrote."""
     folder = tmp_path_factory.mktemp("tuned")
-    script = Path(__file__).with_name("interpreted_tuner.py")
+    script = Path(__file__).parent.parent / "support" / "interpreted_tuner.py"
     command = [sys.executable, str(script), str(folder)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

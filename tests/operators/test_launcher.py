@@ -104,7 +104,7 @@ CONSTANTS = {
 
 
 def arguments(x, size=4096):
-    return x, torch.empty_like(x), torch.ones(1), None, None, (0, 0, 1), (0, 0, 1), (1, 1, size)
+    return x, torch.empty_like(x), None, torch.ones(1), None, None, (0, 0, 1), (0, 0, 1), (1, 1, size)
 
 
 @pytest.mark.parametrize("name", ["dtype", "alignment", "number", "constant", "option"])

@@ -24,7 +24,7 @@ from tritonq.perf.gpu.part import Visit
 from tritonq.perf.memory import peak_bytes
 from tritonq.perf.stats import Spread
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-
-from grids import grid_of
 from test_conv_bn_sanitizer import trace  # noqa: F401 (a fixture: loops nest here too)
 from test_sanitizer import INPUTS, small_tiles, traced  # noqa: F401 (a fixture)
 from test_sanitizer import trace as symbolic_trace  # noqa: F401 (a fixture)
+
+from grids import grid_of
 from tritonq.bins import FloatPrefixBins
 from tritonq.qparams import QINT8_NARROW
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-
 from test_conv_bn_sanitizer import symbolic_trace, trace  # noqa: F401 (fixtures)
 from test_sanitizer import traced
+
 from tritonq.grid import Grid
 from tritonq.qparams import QUINT8
 

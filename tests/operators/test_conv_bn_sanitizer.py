@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-
-from quantizer_states import NO_QUANTIZER, quantizer_state
 from test_sanitizer import small_tiles, traced  # noqa: F401 (a fixture)
 from test_sanitizer import trace as symbolic_trace  # noqa: F401 (a fixture)
+
+from quantizer_states import NO_QUANTIZER, quantizer_state
 from tritonq.qparams import QINT8, QUINT8, QuantizedType
 from tritonq.reference.conv_bn import BatchNormState, Normalization
 

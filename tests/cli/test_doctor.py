@@ -81,7 +81,7 @@ def test_versions_compare_as_versions(version, old, monkeypatch):
 def test_minima_come_from_the_requirements():
     oldest = doctor._oldest_versions()
     assert {"torch", "triton"} <= oldest.keys()
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parent.parent.parent / "pyproject.toml").read_text())["project"]
     assert f"torch>={oldest['torch']}" in project["dependencies"]
 
 

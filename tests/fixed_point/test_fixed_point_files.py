@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from test_fixed_point_integer import overflowing, trained
+from test_fixed_point_prepare import F8NET, Residual
 from torch import nn
 
 import tritonq
-from test_fixed_point_integer import overflowing, trained
-from test_fixed_point_prepare import F8NET, Residual
 from tritonq.deploy import convert, export_onnx, load_converted, save_converted, verify
 from tritonq.prepare import prepare_qat
 

@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path):
     for step in (3, 9):
         process = subprocess.Popen(
             [*command, "--resume", "--checkpoint-every=1"],
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parent.parent.parent,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -28,8 +28,8 @@ from tritonq.perf import cases, codegen
 from tritonq.perf.codegen_cases import cases_by_family
 from tritonq.reference.operator import operators_by_family
 
-ROOT = Path(__file__).parent.parent
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parent.parent.parent
+TESTS = ROOT / "tests"
 
 
 def functions(module: ModuleType) -> set[str]:

@@ -9,7 +9,7 @@ import tritonq
 from golden.files import MODELS, PICKLED, frozen_layer, inputs, load, mapping, results_of
 from golden.models import prepared
 
-VERSIONS = sorted(folder for folder in (Path(__file__).parent / "data").iterdir() if folder.is_dir())
+VERSIONS = sorted(folder for folder in (Path(__file__).parent.parent / "data").iterdir() if folder.is_dir())
 pytestmark = pytest.mark.parametrize("folder", VERSIONS, ids=[folder.name for folder in VERSIONS])
 
 

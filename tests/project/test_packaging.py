@@ -18,7 +18,7 @@ import torch
 
 import tritonq
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 # Folder of the repository: folder of the wheel.
 FOLDERS = {"tritonq": "tritonq", "kernels": "tritonq/kernels", "perf": "tritonq/perf"}
 # What the wheel goes without: modules that only developers run, and what they read.

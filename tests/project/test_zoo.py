@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vision_models import import_torchvision
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import zoo
 import zoo_models
 from zoo_stages import STAGES

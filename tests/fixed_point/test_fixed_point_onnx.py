@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-
 from test_fixed_point_integer import digits, overflowing, per_channel, trained  # noqa: F401 - a fixture
 from test_fixed_point_prepare import F8NET, Residual
+
 from tritonq.demo.model import SmallResNet
 from tritonq.deploy import convert, verify
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx

@@ -10,7 +10,7 @@ import pytest
 
 import tritonq
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 MODULES = [
     ".".join(("tritonq", *path.relative_to(ROOT / "tritonq").with_suffix("").parts)).removesuffix(".__init__")
     for path in sorted((ROOT / "tritonq").rglob("*.py"))

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_compile import OTHER_QUANTIZERS
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tritonq
 from qat_models import PRESETS, FloatPair, FloatResidual, images, train
-from test_compile import OTHER_QUANTIZERS
 from tritonq import nn as qnn
 from tritonq.functional.integer import integer_affine, to_integers
 from tritonq.functional.integer_joins import integer_add

@@ -16,7 +16,7 @@ from tritonq.prepare import prepare_qat
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.explain import ThreeLines, explain
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 FOLDERS = ["record", "forwards", "decide", "edit"]
 # What 0.1.0 put into pickles of whole models.
 PICKLED = {

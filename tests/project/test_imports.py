@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 # Each module belongs to the first layer whose prefix fits; a module imports its own layer and later ones.
 LAYERS = [
