@@ -46,11 +46,14 @@ class CodedJoin:
 
         Args:
             a: uint8 codes.
-            b: uint8 codes; of the same shape, for a product of one that broadcasts to the shape of ``a``.
+            b: uint8 codes of the same shape; for a product one may broadcast to the shape of the other.
         """
         start_a, start_b, start = self.starts
         if self.kind == "mul":
-            total = _floats(a, self.a.zero).mul_(_floats(b, self.b.zero)).mul_(self.ratios[0]).add_(self.fixed)
+            whole, other = _floats(a, self.a.zero), _floats(b, self.b.zero)
+            if whole.numel() < other.numel():
+                whole, other = other, whole
+            total = whole.mul_(other).mul_(self.ratios[0]).add_(self.fixed)
         else:
             total = torch.add(self.fixed, _floats(b, start_b), alpha=self.ratios[1])
             total = torch.add(total, _floats(a, start_a), alpha=self.ratios[0], out=total)

@@ -170,8 +170,9 @@ class Joint(_WithOutputQuantizer):
             return None
         if any(source.qtype.axis is not None or not source.is_enabled_on_host() for source in sources):
             return None
-        # A sum's operands are added in an order that depends on which one is broadcast.
-        if not (a.shape == b.shape and a.numel() > 1 if self.kind != "mul" else a.shape == _joint_shape(a, b)):
+        # A sum's operands are added in an order that depends on which one is broadcast; those of a product commute.
+        whole = a if a.numel() >= b.numel() else b
+        if not (a.shape == b.shape and a.numel() > 1 if self.kind != "mul" else whole.shape == _joint_shape(a, b)):
             return None
 
         def prepare() -> CodedJoin | None:
@@ -187,7 +188,7 @@ class Joint(_WithOutputQuantizer):
         codes = None if join is None else (take_codes(a, join.a), take_codes(b, join.b))
         if join is None or codes is None or codes[0] is None or codes[1] is None:
             return None
-        y = give_codes(join(codes[0], codes[1]), join.output, a)
+        y = give_codes(join(codes[0], codes[1]), join.output, whole)
         # Who listens to the quantizer's results is told.
         return cast(Tensor, own(y)) if own._forward_hooks else y
 
