@@ -22,6 +22,7 @@ from tritonq.deploy.fixed_point_description import has_integers
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, forget_source, require_onnx, separate_zero_points
+from tritonq.deploy.onnx_float_layers import tell_float_convolutions
 from tritonq.deploy.onnx_functions import CodeTable, check_functions
 from tritonq.deploy.onnx_outputs import name_outputs, output_paths
 from tritonq.prepare.record.example import example_arguments
@@ -103,7 +104,10 @@ def export_onnx(
         name_outputs(program.model, output_paths(deployed, *arguments))
     _name_codes(program.model)
     program.model.metadata_props[TARGET_KEY] = target
-    _write(program.model_proto, Path(path), tables)
+    proto = program.model_proto
+    _write(proto, Path(path), tables)
+    if target == "onnxruntime":
+        tell_float_convolutions(proto)
 
 
 def _export_fixed_point(
