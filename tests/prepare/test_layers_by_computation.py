@@ -285,3 +285,15 @@ def test_batch_norms_without_parameters_are_folded():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.Conv2d(8, 4, 1))
     prepared, _ = trained(model)
     assert type(prepared[0]) is qnn.ConvBnReLU2d
+
+
+def padding_by_size(self, x):
+    padding = 1 if x.shape[-1] > 4 else 0
+    return F.conv2d(x, self.weight, self.bias, self.stride, padding=padding, dilation=self.dilation)
+
+
+def test_another_geometry_than_recorded_is_an_error():
+    prepared = prepare_qat(nn.Sequential(convolution(padding_by_size)(3, 4, 3)), example_inputs=X).train()
+    prepared(X)
+    with pytest.raises(ValueError, match=r"recorded with padding=\(1, 1\) and is called with 0"):
+        prepared(X[..., :4, :4])
