@@ -1,3 +1,5 @@
+"""The goals say what the committed results say, and the results are the newest of each case."""
+
 import dataclasses
 
 import pytest
@@ -14,6 +16,15 @@ def record(implementation, **changes):
     fields = {"run": "20260101T000000Z-abc", "case": "toy/a", "implementation": implementation, "median_s": 1.0}
     fields["status"] = "ok"
     return {**fields, "environment": environment, **changes}
+
+
+def test_every_committed_file_holds_the_newest_run_of_some_case():
+    """Remove what a newer run replaces: measurements would make the repository grow for ever."""
+    newest = {record["run"] for record in records.latest(records.read_folder(default_results()))}
+    files = sorted(default_results().rglob("*.jsonl"))
+    assert files
+    replaced = [path.name for path in files if not {record["run"] for record in records.read(path)} & newest]
+    assert replaced == []
 
 
 @pytest.mark.parametrize("goal", GOALS, ids=lambda goal: goal.says)
