@@ -283,7 +283,8 @@ def _reach(x: Tensor) -> int:
 
 def input_precision(x: Tensor, is_codes: bool) -> str:
     """``"tf32"`` for float32 values where torch's own convolutions may use it (NVIDIA), else ``"ieee"``."""
-    if x.dtype != torch.float32 or is_codes or torch.backends.cudnn.conv.fp32_precision != "tf32":
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    if x.dtype != torch.float32 or is_codes or convolutions.fp32_precision != "tf32":
         return "ieee"
     is_hip = driver.active.get_current_target().backend == "hip" if x.is_meta else torch.version.hip is not None
     return "ieee" if is_hip else "tf32"
@@ -294,7 +295,8 @@ def tuned_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, is_codes: bool
     index = x.device.index if x.is_cuda else None
     layout = "channels_last" if is_channels_last(x) else "channels_first"
     dtype = "codes" if is_codes else str(x.dtype).removeprefix("torch.")
-    return _tuned_tile(dtype, layout, tuple(x.shape), tuple(weight.shape), geometry, index)
+    tile: ConvTile | None = _tuned_tile(dtype, layout, tuple(x.shape), tuple(weight.shape), geometry, index)
+    return tile
 
 
 @launch.planned("conv2d")

@@ -112,7 +112,7 @@ def statistics_kernel(
     outer_extent = 1 if CHANNEL == 0 else end[0] - start[0]
     row_extent = 1 if CHANNEL == 1 else end[1] - start[1]
     col_extent = 1 if CHANNEL == 2 else end[2] - start[2]
-    count = (outer_extent * row_extent * col_extent).to(tl.float32)
+    count = (outer_extent * row_extent * col_extent).to(tl.float32)  # type: ignore[union-attr]
     centre = mean.to(c_ptr.dtype.element_ty).to(tl.float32)
     sums = sum_per_channel(total, CHANNEL)
     moved = tl.div_rn(sums, tl.zeros_like(sums) + count)
@@ -277,7 +277,8 @@ def forward(
     snapshot = None
     if grid is not None:
         with device_guard(c):
-            snapshot = merge_range(*extremes, c.numel() // c.shape[1], grid, statistics, ceiling)
+            low, high = extremes
+            snapshot = merge_range(low, high, c.numel() // c.shape[1], grid, statistics, ceiling)
     _apply(c, y, seen, vectors[3], vectors[4], snapshot, ceiling)
     return y, vectors.unbind(0), snapshot
 

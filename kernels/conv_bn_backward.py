@@ -259,4 +259,5 @@ def backward(
             **shared,
             **seen.constants(tile, launch),
         )
-    return dc, *sums.unbind(0)
+    plain, moment = sums
+    return dc, plain, moment

@@ -90,7 +90,7 @@ def join_range_kernel(
     tl.store(low_ptr + program, tl.min(low, 0))
     tl.store(high_ptr + program, tl.max(high, 0))
     if skipped > 0:
-        tl.atomic_add(nonfinite_ptr, skipped.to(tl.int64))
+        tl.atomic_add(nonfinite_ptr, skipped.to(tl.int64))  # type: ignore[attr-defined]
 
 
 @Launcher

@@ -137,8 +137,8 @@ def quantize_all(
     zero_points = torch.empty(total, dtype=torch.int32, device=device)
     kinds: dict[tuple[Any, ...], tuple[_Quantizer, list[tuple[int, ...]]]] = {}
     first = at = 0
-    for weight, *quantizer in zip(rows, grids, statistics, strict=True):
-        _, entries = kinds.setdefault(_kind(*quantizer), (tuple(quantizer), []))
+    for weight, quantizer in zip(rows, zip(grids, statistics, strict=True), strict=True):
+        _, entries = kinds.setdefault(_kind(*quantizer), (quantizer, []))
         entries.append((len(weight), first, weight[0].numel(), at, *_addresses(weight, *quantizer)))
         first, at = first + len(weight), at + weight.numel()
     for quantizer, entries in kinds.values():
