@@ -64,7 +64,9 @@ def try_model(name: str, seconds: int) -> dict[str, Any]:
         why = f"more than {seconds} s"
     if not path.exists():
         path.write_text(json.dumps({"name": name, "stages": {"prepare": why}}))
-    return read(name) or {}
+    result = {**json.loads(path.read_text()), "commit": _commit()}
+    path.write_text(json.dumps(result))
+    return result
 
 
 def read(name: str) -> dict[str, Any] | None:
@@ -137,13 +139,16 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
 def write_table() -> None:
     """Write ZOO.md from the results that there are."""
     results = [found for found in map(read, zoo_models.names()) if found is not None]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    commits = ", ".join(sorted({str(result.get("commit", "?")) for result in results}))
     versions = ", ".join(f"{package} {_version(package)}" for package in PACKAGES)
-    made = f"tritonq {_version('tritonq')} at {commit.stdout.strip()}, {datetime.date.today()}; {versions}."
+    made = f"tritonq {_version('tritonq')} at {commits}, {datetime.date.today()}; {versions}."
     head = f"# Models of other people\n\n{_HEAD}\n\n{made}\n\n"
     TABLE.write_text(head + table(results))
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
 
 
 def _version(package: str) -> str:

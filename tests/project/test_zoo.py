@@ -52,6 +52,7 @@ def test_a_model_that_ends_its_process_is_a_result_and_not_tried_again(tmp_path,
         assert ("failed" in capsys.readouterr().out) == tried
     result = json.loads((tmp_path / "timm--resnet18.json").read_text())
     assert result["stages"] == {"prepare": "exit status 1"}
+    assert result["commit"]
     assert "timm/resnet18" in (tmp_path / "ZOO.md").read_text()
 
 
