@@ -24,6 +24,7 @@ from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, forget_source, require_onnx, separate_zero_points
 from tritonq.deploy.onnx_float_layers import tell_float_convolutions
 from tritonq.deploy.onnx_functions import CodeTable, check_functions
+from tritonq.deploy.onnx_moves import quantize_behind_moves
 from tritonq.deploy.onnx_outputs import name_outputs, output_paths
 from tritonq.prepare.record.example import example_arguments
 from tritonq.prepare.record.structure import tensors_in
@@ -103,6 +104,8 @@ def export_onnx(
     if output_names is None:
         name_outputs(program.model, output_paths(deployed, *arguments))
     _name_codes(program.model)
+    if target == "onnxruntime":
+        quantize_behind_moves(program.model.graph)
     program.model.metadata_props[TARGET_KEY] = target
     proto = program.model_proto
     _write(proto, Path(path), tables)

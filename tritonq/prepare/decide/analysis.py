@@ -6,6 +6,7 @@ import math
 from collections.abc import Container, Iterable
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from tritonq.nn import RepVGGBlock
@@ -33,6 +34,8 @@ _KEEPING_MODULES = (
 _KEEPING_NAMES = """
     flatten unflatten reshape view view_as permute transpose swapaxes swapdims movedim moveaxis t T mT squeeze unsqueeze
     contiguous clone detach getitem select narrow chunk split tensor_split unbind expand expand_as repeat tile flip roll
+    repeat_interleave stack index_select gather take_along_dim fliplr flipud rot90 unfold atleast_3d ravel
+    split_with_sizes unsafe_chunk unsafe_split hsplit vsplit dsplit broadcast_to
     max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax
     dropout dropout1d dropout2d dropout3d cat pixel_shuffle pixel_unshuffle channel_shuffle
 """
@@ -47,6 +50,7 @@ _CLIPS: dict[str, dict[str, float | None]] = {
 _RELUS = {"relu": math.inf, "relu6": 6.0}
 # These keep a grid unless they change the dtype.
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "cpu", "cuda"})
+_NEAREST = ("nearest", "nearest-exact")
 # In place, these give the name on the left their result.
 _REBINDING = frozenset({"__iadd__", "__isub__", "__imul__"})
 
@@ -178,12 +182,13 @@ class Analysis:
     def keeps_grid(self, call: Call) -> bool:
         """Whether a call returns values of its one tensor input only, so that they stay on its grid."""
         target = call.target
-        if len([value for value in call.inputs if not self.flow.is_state(value)]) != 1 or len(call.inputs) != 1:
+        moved, *indices = call.inputs or (None,)
+        if moved is None or self.flow.is_state(moved) or not all(map(self._is_index, indices)):
             return False
         if self.is_relu(call):
             return True
         if isinstance(target, nn.Module):
-            nearest = isinstance(target, nn.Upsample) and target.mode == "nearest"
+            nearest = isinstance(target, nn.Upsample) and target.mode in _NEAREST
             zeros = isinstance(target, (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)) and target.value == 0
             # A module that returned its input and did nothing: stochastic depth, which scales in training as Dropout.
             return isinstance(target, _KEEPING_MODULES) or nearest or zeros or call.module_name not in self.leaves
@@ -194,11 +199,16 @@ class Analysis:
             constants = [argument for argument in call.args if not isinstance(argument, Ref)]
             return len(call.args) == 2 and len(constants) == 1 and constants[0] == 0 and not call.kwargs
         if call.name == "interpolate":
-            return bool(call.kwargs.get("mode", "nearest") == "nearest")
+            return call.kwargs.get("mode", call.args[3] if len(call.args) > 3 else "nearest") in _NEAREST
         if call.name in _CASTS:
             value = self.value_of(call)
             return value is not None and self.flow.values[value].dtype == self.flow.values[call.inputs[0]].dtype
         return call.name in _KEEPING_FUNCTIONS
+
+    def _is_index(self, value: int) -> bool:
+        """Whether a value says which elements are moved: whole numbers."""
+        record = self.flow.values[value]
+        return not record.dtype.is_floating_point and not record.dtype.is_complex and record.dtype != torch.bool
 
     def _editable(self, owner: str) -> EditableForward | TraceError:
         found = self._trace(owner)

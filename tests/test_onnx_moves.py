@@ -1,0 +1,105 @@
+"""Layers behind operations that move values, and modules called several times, run in integers in ONNX Runtime."""
+
+from collections import Counter
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tritonq
+
+
+def optimised(path, folder):
+    """How often each operator occurs in the graph that ONNX Runtime makes of a file."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(folder / "optimised.onnx"), 4
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node)
+
+
+def exported(net, folder):
+    """The kinds of nodes of a trained model's file, after every code in it was compared."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 12, 12)
+    qat = tritonq.prepare_qat(net, example_inputs=x[:2], strict=True).train()
+    qat(x).square().mean().backward()
+    int8 = tritonq.convert(qat.eval())
+    tritonq.export_onnx(int8, folder / "model.onnx", x[:2])
+    assert tritonq.verify(qat, int8, x).total.differing == 0
+    assert tritonq.verify(qat, folder / "model.onnx", x).total.differing == 0
+    return optimised(folder / "model.onnx", folder)
+
+
+def shuffle(x):
+    return x.view(x.shape[0], 2, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+
+
+# Each takes 8 channels and returns as many as are given.
+MOVES = [
+    [
+        (lambda x: x.chunk(2, 1)[0], 4),
+        (lambda x: x.split([3, 5], 1)[1], 5),
+        (lambda x: x[:, [0, 2, 7]], 3),
+        (shuffle, 8),
+        (lambda x: x.roll((1, 2), (2, 3)), 8),
+        (lambda x: x.repeat(1, 2, 1, 1), 16),
+        (lambda x: torch.stack([x, x], 2).flatten(1, 2), 16),
+        (lambda x: x.index_select(1, torch.tensor([1, 3, 5])), 3),
+        (lambda x: x.transpose(2, 3).flip(2), 8),
+    ],
+    [
+        (nn.Upsample(scale_factor=2), 8),
+        (nn.MaxPool2d(3, 2, 1), 8),
+        (nn.PixelUnshuffle(2), 32),
+        (nn.PixelShuffle(2), 2),
+        (nn.ReflectionPad2d(1), 8),
+        (lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), 8),
+        (lambda x: F.pad(x, (1, 0, 0, 1)), 8),
+        (lambda x: x.amax(2, keepdim=True).expand(-1, -1, 9, -1), 8),
+    ],
+]
+
+
+class Chain(nn.Module):
+    def __init__(self, moves):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.layers = nn.ModuleList([nn.Conv2d(channels, 8, 1) for _, channels in moves])
+        self.moves = [move for move, _ in moves]
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        for move, layer in zip(self.moves, self.layers, strict=True):
+            x = F.relu(layer(move(x)))
+        return x
+
+
+@pytest.mark.parametrize("moves", MOVES)
+def test_layers_behind_moves_see_codes(moves, tmp_path):
+    kinds = exported(Chain(moves), tmp_path)
+    assert (kinds["QLinearConv"], kinds["Conv"] + kinds["FusedConv"]) == (1 + len(moves), 0)
+
+
+class Calls(nn.Module):
+    """A module called twice, a convolution read raw and through its ReLU, and a ReLU in a loop with a test."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.twice, self.head = (nn.Conv2d(c, 8, 1) for c in (3, 8, 8, 8))
+
+    def forward(self, x):
+        for layer in (self.a, self.b):
+            x = layer(x)
+            if x.shape[1] == 8:
+                x = F.relu(x)
+        x = self.twice(x)
+        return self.head(self.twice(F.relu(x) + x))
+
+
+def test_modules_called_twice_and_relus_that_stay_cost_no_float_island(tmp_path):
+    kinds = exported(Calls(), tmp_path)
+    assert (kinds["QLinearConv"], kinds["QLinearAdd"]) == (5, 1)
+    assert kinds["Conv"] + kinds["FusedConv"] + kinds["Relu"] == 0

@@ -1,0 +1,128 @@
+"""Operations that move values, in an ONNX graph: their results are quantized once more, so that layers see codes.
+
+ONNX Runtime runs a convolution in integers where DequantizeLinear feeds it. With a Slice, Split, Resize or the like
+between the two it runs in float. A second pair of QuantizeLinear and DequantizeLinear behind these, of the same scale
+and zero point, changes no code; ONNX Runtime then moves codes, or at least computes the layer in integers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Their results hold elements of their first input, or of all inputs (Concat), and nothing else.
+_MOVING = frozenset(
+    [
+        *("Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "MaxPool"),
+        *("Pad", "ReduceMax", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose"),
+        "Unsqueeze",
+    ]
+)
+# What computes on codes where DequantizeLinear feeds it and QuantizeLinear follows.
+_READERS = frozenset(
+    [
+        *("Add", "Concat", "Conv", "ConvTranspose", "Gemm", "GlobalAveragePool", "LeakyRelu", "MatMul", "Mul"),
+        *("Sigmoid", "Softmax"),
+    ]
+)
+# A scale and a zero point, as numbers.
+_Grid = tuple[float, int]
+
+
+def quantize_behind_moves(graph: Any) -> None:
+    """Repeat QuantizeLinear and DequantizeLinear behind what moves values between DequantizeLinear and a layer.
+
+    A ReLU there becomes a Clip on codes, or nothing where no code lies below that of zero.
+
+    Args:
+        graph: an ``onnx_ir.Graph``; changed in place.
+    """
+    nodes = list(graph)
+    pairs: dict[Any, Any] = {}  # by value on a grid, the DequantizeLinear whose grid it is
+    for node in nodes:
+        if _grid_of(node) is not None:
+            pairs[node.outputs[0]] = node
+        elif node.op_type == "Relu" and node.inputs[0] in pairs:
+            pairs[node.outputs[0]] = pairs[node.inputs[0]]
+        elif _moves(node) and (source := _common_source(node, pairs)) is not None:
+            pairs.update(dict.fromkeys(node.outputs if node.op_type == "Split" else node.outputs[:1], source))
+    wanted: set[Any] = set()
+    for node in reversed(nodes):
+        if node.op_type in _READERS or not wanted.isdisjoint(node.outputs):
+            wanted.update(value for value in node.inputs if value in pairs)
+    for node in nodes:
+        for value in node.outputs:
+            if value in wanted and _grid_of(node) is None:
+                _requantize(graph, node, value, pairs[value])
+
+
+def _grid_of(node: Any) -> _Grid | None:
+    """The grid of activations that a DequantizeLinear reads codes of; None for weights and other nodes."""
+    if node.op_type != "DequantizeLinear" or node.inputs[0].producer() is None or len(node.inputs) < 3:
+        return None
+    scale, zero_point = (_constant(value) for value in node.inputs[1:3])
+    if scale is None or zero_point is None or scale.ndim != 0:
+        return None
+    return float(scale), int(zero_point)
+
+
+def _constant(value: Any) -> Any:
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def _moves(node: Any) -> bool:
+    """Whether a node returns elements of what it reads; padding by zero counts, since zero is on every grid."""
+    if node.op_type not in _MOVING:
+        return False
+    if node.op_type == "Resize":
+        mode = node.attributes.get("mode")
+        return mode is None or mode.as_string() == "nearest"
+    if node.op_type == "Pad":
+        mode = node.attributes.get("mode")
+        fill = node.inputs[2] if len(node.inputs) > 2 else None
+        constant = mode is None or mode.as_string() == "constant"
+        return not constant or fill is None or bool((found := _constant(fill)) is not None and found == 0)
+    return True
+
+
+def _common_source(node: Any, pairs: dict[Any, Any]) -> Any:
+    """The DequantizeLinear whose grid all that a node moves lies on, or None."""
+    if node.op_type == "Concat":
+        sources = [pairs.get(value) for value in node.inputs]
+        grids = {None if source is None else _grid_of(source) for source in sources}
+        followed = [user.op_type for user, _ in node.outputs[0].uses()]
+        return sources[0] if len(grids) == 1 and None not in grids and followed != ["QuantizeLinear"] else None
+    return pairs.get(node.inputs[0])
+
+
+def _requantize(graph: Any, node: Any, value: Any, source: Any) -> None:
+    """Put a pair behind ``value``, which ``node`` makes, for all its readers."""
+    import onnx_ir as ir
+
+    _, scale, zero_point = source.inputs
+    readers = list(value.uses())
+    before = node.inputs[0].producer()
+    if node.op_type == "Relu" and before is not None and before.op_type == "DequantizeLinear":
+        codes = before.inputs[0]
+        if _grid_of(source)[1] == 0 and codes.dtype == ir.DataType.UINT8:  # type: ignore[index]
+            _replace(readers, node.inputs[0])
+            _remove_unused(graph, node)
+            return
+        first = ir.node("Clip", [codes, zero_point])
+    else:
+        first = ir.node("QuantizeLinear", [value, scale, zero_point])
+    second = ir.node("DequantizeLinear", [first.outputs[0], scale, zero_point])
+    first.outputs[0].dtype, second.outputs[0].dtype = source.inputs[0].dtype, value.dtype
+    first.outputs[0].shape, second.outputs[0].shape = value.shape, value.shape
+    graph.insert_after(node, [first, second])
+    _replace(readers, second.outputs[0])
+    _remove_unused(graph, node)
+
+
+def _remove_unused(graph: Any, node: Any) -> None:
+    if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+        graph.remove(node, safe=True)
+
+
+def _replace(readers: list[Any], new: Any) -> None:
+    for reader, index in readers:
+        reader.replace_input_with(index, new)
