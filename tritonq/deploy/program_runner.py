@@ -89,5 +89,8 @@ def _rescaling_quantizer(node: fx.Node) -> str | None:
     scale = node.args[1]
     while isinstance(scale, fx.Node) and scale.target in (torch.ops.aten.to.dtype, torch.ops.aten.view.default):
         scale = scale.args[0]
-    is_buffer = isinstance(scale, fx.Node) and scale.op == "get_attr"
-    return str(path) if is_buffer else None
+    if not isinstance(scale, fx.Node) or scale.op != "get_attr":
+        return None
+    # The stack's path is cut short where layers share a quantizer; the buffer's is then one of several names.
+    owner = str(scale.target).rpartition(".")[0]
+    return owner if owner.endswith(f".{path}") else str(path)
