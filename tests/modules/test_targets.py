@@ -112,3 +112,29 @@ def test_another_target_names_the_layers_that_it_runs_in_float(tmp_path):
     report = tritonq.verify(model, tmp_path / "m.onnx", torch.randn(64, 3, 8, 8))
     assert len(report.layers) == 4
     assert report.agrees(0.005, 1), report
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool, self.head = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.pool(torch.relu(self.conv(x))).flatten(1))
+
+
+class Meaned(Pooled):
+    def forward(self, x):
+        return self.head(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [Pooled, Meaned])
+def test_tensorrt_gets_global_pools_without_an_axes_input(kind, tmp_path):
+    torch.manual_seed(0)
+    model = tritonq.prepare_qat(kind(), qconfig=tritonq.get_qconfig("tensorrt"), example_inputs=X).train()
+    model(X)
+    tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", X)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert "GlobalAveragePool" in kinds
+    assert "ReduceMean" not in kinds
+    assert tritonq.verify(model, tmp_path / "m.onnx", X).agrees(0.01, 1)

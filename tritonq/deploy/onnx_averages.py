@@ -62,6 +62,22 @@ def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> Non
     layer.forward = partial(_forward, layer, name, output.qtype.rounding == "half_away")  # type: ignore[method-assign]
 
 
+def rewrite_global_average(layer: AverageLayer) -> None:
+    """Let a layer be traced in float, as GlobalAveragePool where its mean is over all axes behind batch and channels.
+
+    TensorRT 8 does not read the axes of a ReduceMean of opset 18, which are an input, and reduces over all axes.
+    """
+    layer.set_quantizers(None)
+    layer.compute = partial(_global_mean, layer.averaging)  # type: ignore[method-assign]
+
+
+def _global_mean(averaging: Averaging, x: Tensor) -> Tensor:
+    if not _is_global(averaging, x):
+        return averaging(x)
+    y: Tensor = global_average(x)
+    return y if not isinstance(averaging, AxesAverage) or averaging.keepdim else y.flatten(1)
+
+
 def _forward(layer: Any, name: str, half_away: bool, x: Tensor) -> Tensor:
     averaging, quantizer = cast(Averaging, layer.averaging), cast(StepsQuantizer, layer.traced_quantizer)
     if not half_away and _is_global(averaging, x):

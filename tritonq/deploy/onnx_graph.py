@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
-from tritonq.deploy.onnx_averages import grids_of, rewrite_average
+from tritonq.deploy.onnx_averages import grids_of, rewrite_average, rewrite_global_average
 from tritonq.deploy.onnx_functions import CodeTable, code_table, function_grids, rewrite_function
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
@@ -69,6 +69,9 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
     else:
         _drop_ceilings(model)
         tell_float_layers(model)
+        for module in model.modules():
+            if isinstance(module, AverageLayer):
+                rewrite_global_average(module)
         traced = {module: int8_quantizer(module, name) for module, name in quantizers.items()}
     for join in joins:
         join.replace_producers(traced)
