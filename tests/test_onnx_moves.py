@@ -103,3 +103,14 @@ def test_modules_called_twice_and_relus_that_stay_cost_no_float_island(tmp_path)
     kinds = exported(Calls(), tmp_path)
     assert (kinds["QLinearConv"], kinds["QLinearAdd"]) == (5, 1)
     assert kinds["Conv"] + kinds["FusedConv"] + kinds["Relu"] == 0
+
+
+def test_a_convolution_left_in_float_stays_in_float(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+    mapping = tritonq.QConfigMapping().set_global(tritonq.get_qconfig("onnxruntime")).set_module_name("1", None)
+    x = torch.randn(2, 3, 8, 8)
+    qat = tritonq.prepare_qat(net, qconfig=mapping, example_inputs=x).train()
+    qat(x)
+    tritonq.export_onnx(qat.eval(), tmp_path / "model.onnx", x)
+    kinds = optimised(tmp_path / "model.onnx", tmp_path)
+    assert (kinds["QLinearConv"], kinds["Conv"] + kinds["FusedConv"]) == (2, 1)

@@ -31,7 +31,9 @@ class TracedQuantizer(nn.Module):
         shape = () if source.qtype.axis is None else (-1,)
         self.register_buffer("scale", source.scale.reshape(shape))
         self.register_buffer("zero_point", zero_point.reshape(shape))
-        self.register_buffer("inverse", self.scale.reciprocal())
+        # One axis, not none: ONNX Runtime would multiply it into the weights of a float convolution before, and then
+        # quantize these.
+        self.register_buffer("inverse", self.scale.reciprocal().reshape(-1))
         self.clamp: tuple[float, float] | None = None
 
     def forward(self, x: Tensor, in_steps: bool = False) -> Tensor:
@@ -39,7 +41,8 @@ class TracedQuantizer(nn.Module):
         if self.clamp is not None:
             x = x.clamp(*self.clamp)
         if self.exact and not in_steps:
-            x = x * self.inverse if self.rounding == "half_even" else round_half_away(x / self.scale)
+            inverse = self.inverse if x.dim() else self.inverse.reshape(())
+            x = x * inverse if self.rounding == "half_even" else round_half_away(x / self.scale)
         bounds, divided = (self.quant_min, self.quant_max), self.exact or in_steps
         y: Tensor = quantize_dequantize(x, self.scale, self.zero_point, *bounds, self.axis, divided, self.name)
         return y
