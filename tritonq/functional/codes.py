@@ -78,6 +78,8 @@ def can_use_codes(x: Tensor) -> bool:
     That is so for float32 tensors on the CPU that need no gradient, while nothing traces, transforms or watches the
     operators: no ``torch.compile``, ``torch.jit.trace``, ``torch.func`` and no dispatch mode.
     """
+    if torch.compiler.is_compiling():
+        return False
     if type(x) is CodedTensor:
         held = x.codes
         x = x.to_float() if held is None else held
@@ -85,7 +87,6 @@ def can_use_codes(x: Tensor) -> bool:
         return False
     return (
         not (torch.is_grad_enabled() and x.requires_grad)
-        and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
