@@ -330,3 +330,13 @@ def test_training_step_equals_the_float_models_when_nothing_is_rounded():
     torch.testing.assert_close(prepared.conv.bn.running_var, model.norm.running_var)
     torch.testing.assert_close(prepared.conv.weight.grad, model.conv.weight.grad)
     torch.testing.assert_close(prepared.conv.bn.weight.grad, model.norm.weight.grad)
+
+
+@pytest.mark.parametrize("preset", ["onnxruntime", "megengine_tqt", "megengine_passive", "f8net"])
+def test_preparation_leaves_running_statistics_alone(preset):
+    """Runs that record and check the model, also in training mode, are undone: batch_norm does not count its writes."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2)).train()
+    before = (model[1].running_mean.clone(), model[1].running_var.clone())
+    prepared = prepare_qat(model, qconfig=get_qconfig(preset), example_inputs=torch.rand(4, 3, 8, 8) + 1)
+    (norm,) = (module for module in prepared.modules() if isinstance(module, nn.BatchNorm2d))
+    assert all(torch.equal(a, b) for a, b in zip(before, (norm.running_mean, norm.running_var), strict=True))

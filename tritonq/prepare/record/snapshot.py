@@ -86,8 +86,9 @@ class _BufferState:
         self.value = buffer.detach().clone()
 
     def restore(self) -> None:
-        # The version counter tells, without a device synchronisation, whether anything was written.
-        if tensor_version(self.buffer) != self.version:
+        # Not every operator that writes counts it in the version: batch_norm does not for running statistics.
+        is_known = self.buffer.is_meta or self.buffer.is_inference()
+        if tensor_version(self.buffer) != self.version or not (is_known or torch.equal(self.buffer, self.value)):
             with torch.no_grad():
                 self.buffer.copy_(self.value)
 
