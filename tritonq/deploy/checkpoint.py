@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.computed import stand_in
 from tritonq.deploy.description import (
     ADDED,
@@ -26,6 +25,7 @@ from tritonq.deploy.description import (
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule
 from tritonq.functional.codes import carry_codes
+from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.edit.earlier_inputs import replace_hooks
 from tritonq.prepare.forwards.edited import apply_forward
 from tritonq.prepare.record.snapshot import ModelSnapshot

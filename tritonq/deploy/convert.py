@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.computed import drop_computations
 from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.modules import LAYER_TYPES, DeployedModule, Grids, QuantizedLayer, Quantizer
@@ -19,6 +18,7 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.codes import carry_codes
 from tritonq.grid import Grid
 from tritonq.nn import Embedding, EmbeddingBag, Joint, QATLayer, QATRepVGGBlock
+from tritonq.nn.compiled import uncompiled
 from tritonq.nn.one_sided import warn_of_weight_zero_points
 from tritonq.nn.own_input import INPUT_QUANTIZER
 from tritonq.nn.unary import UnaryLayer

@@ -13,7 +13,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.convert import convert
 from tritonq.deploy.example_inputs import check_sizes, open_axes
 from tritonq.deploy.files import atomic_file
@@ -26,6 +25,7 @@ from tritonq.deploy.onnx_float_layers import tell_float_convolutions
 from tritonq.deploy.onnx_functions import CodeTable, check_functions
 from tritonq.deploy.onnx_moves import quantize_behind_moves
 from tritonq.deploy.onnx_outputs import name_outputs, output_paths
+from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.record.example import example_arguments
 from tritonq.prepare.record.structure import tensors_in
 from tritonq.targets import OnnxForm, onnx_form_of
@@ -135,8 +135,26 @@ def _export_fixed_point(
     export_fixed_point_onnx(model, path, inputs[0])
 
 
+def _is_autocast(forward: Any) -> bool:
+    """Whether a function is one that ``torch.autocast`` wrapped, possibly in other wrappers."""
+    while forward is not None:
+        if getattr(getattr(forward, "__code__", None), "co_name", "") == "decorate_autocast":
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
+
+
 def _check_float32(model: nn.Module, example_inputs: Any) -> None:
-    """Raise ValueError unless parameters and example inputs are float32 where they are floating point."""
+    """Raise ValueError unless parameters and example inputs are float32 where they are floating point.
+
+    A forward that autocast wraps computes in another type whatever these are.
+    """
+    for name, module in model.named_modules():
+        if _is_autocast(vars(module).get("forward")):
+            raise ValueError(
+                f"the forward of {name or type(module).__name__!r} is wrapped in autocast, and integers need float32: "
+                "unwrap it (accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False)), then export"
+            )
     held: list[tuple[str, Tensor]] = [(f"the parameter {name!r}", tensor) for name, tensor in model.named_parameters()]
     held += [("an example input", tensor) for _, tensor in tensors_in(example_arguments(example_inputs))]
     for what, tensor in held:

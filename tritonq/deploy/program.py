@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.convert import convert
 from tritonq.deploy.example_inputs import open_batch
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import QuantizedTable
 from tritonq.grid import Grid
+from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.record.example import example_arguments
 from tritonq.reference.fake_quant import fake_quantize
 

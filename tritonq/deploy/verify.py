@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tritonq.deploy.codes import Codes, Runner
-from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.fixed_point_verify import codes_read, fixed_point_layers
 from tritonq.deploy.modules import Quantizer
 from tritonq.deploy.program_runner import PROGRAM_SUFFIX, load_program, program_runner
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.edit.earlier_inputs import earlier_names
 from tritonq.prepare.record.structure import tensors_in
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import DEFAULT_QAT_MAPPING, QATLayer
+from tritonq.nn.compiled import uncompile_children, uncompiled
 from tritonq.nn.one_sided import one_sided_layers, warn_of_weight_zero_points
 from tritonq.prepare.decide.fixed_point import is_fixed_point
 from tritonq.prepare.decide.layer_records import LayerRecord
@@ -64,7 +65,8 @@ def prepare_qat(
     ``mapping``, outputs quantized, stubs and ``fuse_modules_qat`` are the user's.
 
     Args:
-        model: a float model. ``qconfig`` attributes of its parts, None included, win over their parents'.
+        model: a float model. ``qconfig`` attributes of its parts, None included, win over their parents'. Of what
+            ``torch.compile`` made, the module inside is prepared: compile the result.
         mapping: float type to quantization-aware type, default ``tritonq.nn.DEFAULT_QAT_MAPPING``.
         inplace: change ``model`` itself instead of a copy; its parameters stay the same objects.
         qconfig: the qconfig of the model, or a mapping that chooses one for each layer; by default the model's
@@ -93,6 +95,7 @@ def prepare_qat(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
     if qconfig is not None and not isinstance(qconfig, (QConfig, QConfigMapping)):
         raise TypeError(f"qconfig must be a QConfig, a QConfigMapping or None, got {describe_wrong_qconfig(qconfig)}")
+    model = uncompiled(model)
     prepared = [name for name, part in model.named_modules() if isinstance(part, (QATLayer, FakeQuantizeBase))]
     if prepared:
         raise ValueError(f"the model is prepared already: {prepared[0]!r} is a quantized layer or a fake quantizer")
@@ -103,6 +106,7 @@ def prepare_qat(
     types = DEFAULT_QAT_MAPPING if mapping is None else dict(mapping)
     if not inplace:
         model = copied(model)
+    uncompile_children(model)
     recording = None if example_inputs is None else record_examples(model, example_inputs, training_inputs)
     if isinstance(qconfig, QConfigMapping):
         qconfigs = mapped_qconfigs(model, qconfig, types, None if recording is None else recording.in_eval.flow)

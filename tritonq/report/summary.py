@@ -10,11 +10,11 @@ from typing import Literal
 
 from torch import nn
 
-from tritonq.deploy.compiled import uncompiled
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import QuantizedTable
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import Cat, Embedding, EmbeddingBag, FloatFunctional, Joint, QATLayer
+from tritonq.nn.compiled import uncompiled
 from tritonq.nn.fixed_point import FixedPointLayer
 from tritonq.nn.unary import UnaryLayer
 from tritonq.observers import ObserverBase
