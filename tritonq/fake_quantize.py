@@ -145,6 +145,8 @@ class FakeQuantize(FakeQuantizeBase):
         tensor([-2.0000,  0.5000,  1.0000])
     """
 
+    begins: Tensor
+
     def __init__(
         self,
         observer: type[ObserverBase] | Factory[ObserverBase] = MovingAverageMinMaxObserver,
@@ -160,6 +162,8 @@ class FakeQuantize(FakeQuantizeBase):
         self.qtype = self.activation_post_process.qtype
         # Per channel the length may come later, from the first tensor or a checkpoint.
         shape = (1,) if self.qtype.axis is None else (self.activation_post_process.num_channels or 0,)
+        # 1 while scale and range are those of example inputs, which the first training batch replaces.
+        self.register_buffer("begins", torch.zeros(1, dtype=torch.uint8), persistent=False)
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", self._initial_zero_point(shape))
         self._revision = 0
@@ -198,17 +202,27 @@ class FakeQuantize(FakeQuantizeBase):
             if name in state:
                 buffer.copy_(state[name])
         self._beginning = self.scale.detach().cpu().clone()
+        self.begins.fill_(1)
         self._qparams_known = False
 
     @torch.no_grad()
     def begin_anew(self) -> None:
         """Forget what example inputs gave; a no-op once training has begun, and while the observer is off."""
-        if self._beginning is None or (not torch.compiler.is_compiling() and not bool(self.observer_enabled)):
-            return
         observer = self.activation_post_process
-        if isinstance(observer, RangeObserver):
-            observer.reset_min_max_vals()
-        self._qparams_known = False
+        if torch.compiler.is_compiling():
+            # The flag, not the attribute, on which a graph would depend: it would be traced anew after its first step.
+            now = (self.begins != 0) & (self.observer_enabled != 0)
+            if isinstance(observer, RangeObserver):
+                observer.reset_where(now.view(()))
+            self.begins.copy_(torch.where(now, 0, self.begins))
+            return
+        if self._beginning is None or not bool(self.observer_enabled):
+            return
+        if bool(self.begins):
+            if isinstance(observer, RangeObserver):
+                observer.reset_min_max_vals()
+            self._qparams_known = False
+            self.begins.zero_()
         self._beginning = None
 
     def has_qparams(self) -> bool:
@@ -354,6 +368,7 @@ class FakeQuantize(FakeQuantizeBase):
             self.allocate(saved.numel())
         self._qparams_known = False
         self._beginning = None
+        self.begins.zero_()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -245,9 +245,17 @@ class RangeObserver(ObserverBase):
 
     def reset_min_max_vals(self) -> None:
         """Forget everything that was observed."""
-        self.min_val.fill_(torch.inf)
-        self.max_val.fill_(-torch.inf)
-        self.nonfinite_count.zero_()
+        for buffer, empty in self.empty_state():
+            buffer.fill_(empty)
+
+    def reset_where(self, flag: Tensor) -> None:
+        """Forget everything where ``flag``, a 0-d bool tensor, is set; without a look from the host."""
+        for buffer, empty in self.empty_state():
+            buffer.copy_(torch.where(flag, empty, buffer))
+
+    def empty_state(self) -> list[tuple[Tensor, float]]:
+        """Return the buffers that observation changes, and what they hold before it."""
+        return [(self.min_val, torch.inf), (self.max_val, -torch.inf), (self.nonfinite_count, 0)]
 
     def extra_repr(self) -> str:
         """The range."""

@@ -140,11 +140,10 @@ class HistogramObserver(RangeObserver):
             self.histogram = self._empty_histogram(self.min_val)
             self.common_histogram = torch.zeros_like(self.histogram)
 
-    def reset_min_max_vals(self) -> None:
-        """Forget everything that was observed."""
-        super().reset_min_max_vals()
-        for state in (self.histogram, self.common_histogram, self.common_nonfinite):
-            state.zero_()
+    def empty_state(self) -> list[tuple[Tensor, float]]:
+        """See base class."""
+        counts = (self.histogram, self.common_histogram, self.common_nonfinite)
+        return [*super().empty_state(), *((count, 0) for count in counts)]
 
     def own_counts(self) -> list[Tensor]:
         """Counts and skipped values that this rank has not shared yet."""

@@ -209,5 +209,8 @@ class InterpolatingHistogramObserver(RangeObserver):
     def reset_min_max_vals(self) -> None:
         """Forget everything that was observed."""
         super().reset_min_max_vals()
-        self.histogram.zero_()
         self.mark_common()
+
+    def empty_state(self) -> list[tuple[Tensor, float]]:
+        """See base class."""
+        return [*super().empty_state(), (self.histogram, 0)]
