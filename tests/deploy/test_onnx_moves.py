@@ -84,7 +84,7 @@ def test_layers_behind_moves_see_codes(moves, tmp_path):
 
 
 class Calls(nn.Module):
-    """A module called twice, a convolution read raw and through its ReLU, and a ReLU in a loop with a test."""
+    """A module called twice on one grid, a convolution read raw and through its ReLU, and a ReLU in a loop with a test."""
 
     def __init__(self):
         super().__init__()
@@ -95,14 +95,29 @@ class Calls(nn.Module):
             x = layer(x)
             if x.shape[1] == 8:
                 x = F.relu(x)
-        x = self.twice(x)
-        return self.head(self.twice(F.relu(x) + x))
+        x = self.twice(x) + self.twice(F.max_pool2d(x, 3, 1, 1))
+        return self.head(F.relu(x) + x)
 
 
 def test_modules_called_twice_and_relus_that_stay_cost_no_float_island(tmp_path):
     kinds = exported(Calls(), tmp_path)
-    assert (kinds["QLinearConv"], kinds["QLinearAdd"]) == (5, 1)
+    assert (kinds["QLinearConv"], kinds["QLinearAdd"]) == (5, 2)
     assert kinds["Conv"] + kinds["FusedConv"] + kinds["Relu"] == 0
+
+
+class TwoGrids(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.twice(self.twice(self.first(x)))
+
+
+def test_a_module_called_on_two_grids_runs_in_float(tmp_path):
+    """Its one bias can't lie on both grids of sums: codes are right, but the file has float convolutions."""
+    kinds = exported(TwoGrids(), tmp_path)
+    assert (kinds["QLinearConv"], kinds["Conv"] + kinds["FusedConv"]) == (1, 2)
 
 
 def test_a_convolution_left_in_float_stays_in_float(tmp_path):

@@ -15,7 +15,7 @@ from tritonq.prepare.decide.joins import Join, find_joins, operands
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.places import place_of, results
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
-from tritonq.prepare.decide.readers import Reader, Reading, SharedReading, share_readings
+from tritonq.prepare.decide.readers import Reading, SharedReading, share_readings
 from tritonq.prepare.decide.unary import PlannedUnary, find_unary, operands_of_unary
 from tritonq.prepare.record.dataflow import Call
 from tritonq.qconfig import QConfig
@@ -70,9 +70,8 @@ class _Planner:
                 at_readers += readings
         for shared in share_readings(at_readers):
             self._place_at_readers(shared)
-        parts: tuple[Layer | Join, ...] = (*layers, *joins)
-        self._unite_grids(parts)
         self._quantize_between()
+        parts: tuple[Layer | Join, ...] = (*layers, *joins)
         erased = frozenset(relu for part in parts for relu in part.relus)
         modules, nodes = self._erasures(erased)
         return Plan(
@@ -256,18 +255,6 @@ class _Planner:
         )
         self.quantizers.append(quantizer)
         self.at_readers |= {(id(reader.part), reader.operand): quantizer for reader in shared.readers}
-
-    def _unite_grids(self, parts: tuple[Layer | Join, ...]) -> None:
-        """Let parts quantize an operand that lies on different grids in different calls: then there is one grid."""
-        for part in parts:
-            qconfig = self._qconfig(part.home if isinstance(part, Layer) else part.owner)
-            found: dict[int, dict[int, int]] = {}  # by operand and grid, a value
-            for _, operand, value in self._operands_read(part):
-                found.setdefault(operand, {})[id(self._grid_read(part, operand, value))] = value
-            for operand, by_grid in found.items():
-                if qconfig is not None and len(by_grid) > 1 and id(None) not in by_grid:
-                    value = min(by_grid.values())
-                    self._place_at_readers(SharedReading(value, qconfig, (Reader(part, operand, True),)))
 
     def _quantize_between(self) -> None:
         """Place a quantizer behind each function that stands between a grid and an operation whose result has one.
