@@ -66,7 +66,7 @@ def test_folders_that_cannot_be_trained_on(make, message, tmp_path, capsys):
         (["torch.nn:Conv2d", "digits", "--model-arg", "x"], "KEY=VALUE"),
         ([*MODEL, "--model-arg=in_channels=3"], "rejects images of shape (2, 1, 8, 8)"),
         ([*DIGITS, "--model-arg=classes=3"], "need (2, 10 or more)"),
-        ([*DIGITS, "--qconfig=int7"], "known: tensorrt"),
+        ([*DIGITS, "--qconfig=int7"], "known: onnxruntime, tensorrt"),
         ([*DIGITS, "--qconfig=none.json"], "none.json can't be read"),
         ([*DIGITS, "--epochs=2", "--frozen-epochs=2"], "of 2 epochs fewer can be frozen"),
         ([*DIGITS, "--batch-size=1"], "batch size must be at least 2"),

@@ -37,7 +37,7 @@ FILES = ["best.pt", "last.pt", "log.csv", "model.int8.pt"]
 RECIPE = Recipe(
     "tritonq.demo.model:SmallResNet",
     ("in_channels=1", "classes=10", "width=4"),
-    mapping_to_data(find_qconfig("tensorrt")),
+    mapping_to_data(find_qconfig("onnxruntime")),
     Preprocessing(8, 8, channels=1),
 )
 

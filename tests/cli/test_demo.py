@@ -103,6 +103,6 @@ def test_a_folder_that_cannot_be_trained_on(tmp_path, classes, count, message, c
 
 def test_unknown_preset_and_missing_folder(tmp_path, capsys):
     assert main(["demo", "--qconfig", "int7", "--output", str(tmp_path)]) == 1
-    assert "known: tensorrt" in capsys.readouterr().err
+    assert "known: onnxruntime, tensorrt" in capsys.readouterr().err
     assert main(["demo", "--data", str(tmp_path / "none"), "--output", str(tmp_path)]) == 1
     assert "is not a folder" in capsys.readouterr().err

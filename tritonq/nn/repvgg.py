@@ -206,7 +206,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
 
     def output_quantizer(self) -> FakeQuantizeBase | None:
         """See base class: where the activation keeps values on the grid, the accumulator may go there at once."""
-        on_grid = self.activation is None or self.ceiling is not None or type(self.activation) is nn.Identity
+        on_grid = self.activation is None or self.ceiling is not None or isinstance(self.activation, nn.Identity)
         return super().output_quantizer() if on_grid else None
 
     @classmethod

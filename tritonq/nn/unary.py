@@ -64,7 +64,8 @@ class UnaryLayer(nn.Module):
     def output_quantizer(self) -> nn.Module | None:
         """The quantizer of the result: the module's own, or the one that follows it; None: neither."""
         own = self.activation_post_process
-        return self._output.module if type(own) is nn.Identity else own
+        # Not by type: while torch.export traces, modules have classes of its own.
+        return self._output.module if isinstance(own, nn.Identity) else own
 
     @abstractmethod
     def compute(self, x: Tensor) -> Tensor:
