@@ -84,7 +84,7 @@ def test_layers_behind_moves_see_codes(moves, tmp_path):
 
 
 class Calls(nn.Module):
-    """A module called twice on one grid, a convolution read raw and through its ReLU, and a ReLU in a loop with a test."""
+    """A module called twice on one grid, a convolution read raw and through its ReLU, a ReLU in a loop with a test."""
 
     def __init__(self):
         super().__init__()
