@@ -27,6 +27,7 @@ from tritonq.grid import Grid
 from tritonq.qparams import QINT8, QUINT8, QuantizedType
 from tritonq.reference.averages import AdaptiveAverage, AxesAverage, WindowAverage
 from tritonq.reference.conv_bn import BatchNormState
+from tritonq.reference.functions import Function
 
 
 class CheckedOperators(TorchDispatchMode):
@@ -144,6 +145,7 @@ def evaluation(x: Tensor) -> None:
     eval_mode.on_grid(x, grid)
     for averaging in (AxesAverage((2, 3)), WindowAverage((2, 2), (1, 1), (0, 0)), AdaptiveAverage((2, 3))):
         eval_mode.average(x, averaging, grid, grid)
+    eval_mode.function(x, Function("silu"), grid, grid)
 
 
 def exports(x: Tensor) -> None:

@@ -15,6 +15,7 @@ from prepared_nets import (
     prepare,
     quantizers,
 )
+from tritonq.nn.functions import FunctionLayer
 from tritonq.prepare import (
     prepare_qat,
 )
@@ -43,12 +44,12 @@ def test_relu_is_fused_in_every_spelling(relu):
 
 
 @pytest.mark.parametrize("act", [nn.SiLU(), nn.Hardswish(), nn.GELU()])
-def test_other_activation_stays_a_float_operation(act):
+def test_another_activation_becomes_a_layer_of_its_own(act):
     prepared = prepare(
         lambda m, x: m.second(m.act(m.norm(m.conv(x)))), conv=conv(), norm=norm(), act=act, second=conv()
     )
     assert type(prepared.conv) is qnn.ConvBn2d
-    assert type(prepared.act) is type(act)
+    assert isinstance(prepared.act, FunctionLayer)
     assert prepared.second.input_quantizer is prepared.act.activation_post_process
 
 
@@ -75,13 +76,13 @@ def test_rows(parts, shape, kind):
 def test_no_fusion_where_someone_else_reads_the_convolution():
     prepared = prepare(lambda m, x: (lambda y: m.norm(y) * y)(m.conv(x)), conv=conv(), norm=norm())
     assert type(prepared.conv) is qnn.Conv2d
-    assert type(prepared.norm) is nn.BatchNorm2d
+    assert isinstance(prepared.norm, nn.BatchNorm2d)
 
 
 def test_no_fusion_where_the_model_returns_the_convolution():
     model = Net(lambda m, x: (lambda y: {"feature": y, "out": m.norm(y)})(m.conv(x)), conv=conv(), norm=norm())
     prepared = prepare_qat(model, example_inputs=X)
-    assert type(prepared.norm) is nn.BatchNorm2d
+    assert isinstance(prepared.norm, nn.BatchNorm2d)
     assert list(prepared(X)) == ["feature", "out"]
 
 
@@ -102,7 +103,7 @@ def test_nothing_is_fused_across_what_may_act_in_training():
 
     prepared = prepare(lambda m, x: m.norm(m.drop(m.conv(x))), conv=conv(), norm=norm(), drop=StochasticDepth())
     assert type(prepared.conv) is qnn.Conv2d
-    assert type(prepared.norm) is nn.BatchNorm2d
+    assert isinstance(prepared.norm, nn.BatchNorm2d)
 
 
 def test_shared_pair_is_fused_once():
@@ -114,14 +115,15 @@ def test_shared_pair_is_fused_once():
 def test_shared_convolution_with_one_norm_is_not_fused():
     prepared = prepare(lambda m, x: m.conv(m.norm(m.conv(x))), conv=conv(), norm=norm())
     assert type(prepared.conv) is qnn.Conv2d
-    assert type(prepared.norm) is nn.BatchNorm2d
-    assert prepared.conv.input_quantizer is None  # two quantizers feed it
+    assert isinstance(prepared.norm, nn.BatchNorm2d)
+    # It quantizes what it reads itself: the model's input, and what the norm returns.
+    assert prepared.conv.input_quantizer is prepared.conv.input_fake_quant
 
 
 def test_norm_of_two_convolutions_is_not_fused():
     prepared = prepare(lambda m, x: m.norm(m.first(x)) + m.norm(m.second(x)), first=conv(), second=conv(), norm=norm())
     assert type(prepared.first) is type(prepared.second) is qnn.Conv2d
-    assert type(prepared.norm) is nn.BatchNorm2d
+    assert isinstance(prepared.norm, nn.BatchNorm2d)
 
 
 def test_shared_module_is_replaced_everywhere():
@@ -173,7 +175,7 @@ def test_norm_that_contains_its_activation(act, rest):
 def test_norm_that_contains_its_activation_alone_stays():
     prepared = prepare(lambda m, x: m.conv(m.norm(x)), conv=conv(), norm=NormAct(4, nn.ReLU()))
     assert isinstance(prepared.norm, NormAct)
-    assert type(prepared.norm.act) is nn.ReLU
+    assert isinstance(prepared.norm.act, nn.ReLU)
 
 
 def test_norm_act_shares_parameters_and_statistics():

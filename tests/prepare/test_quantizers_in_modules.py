@@ -23,11 +23,11 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.second, self.third = conv(), conv(), conv()
-        self.softplus, self.head = nn.Softplus(), nn.Linear(4, 2)
+        self.softsign, self.head = nn.Softsign(), nn.Linear(4, 2)
 
     def forward(self, x):
         y = self.first(x) + self.second(x) + x
-        return self.head(self.third(self.softplus(y)).mean((2, 3)))
+        return self.head(self.third(self.softsign(y)).mean((2, 3)))
 
 
 class Items(nn.ModuleDict):
@@ -143,7 +143,7 @@ def test_parts_of_the_input_have_quantizers_of_their_own():
 def test_code_that_walks_children_meets_those_of_the_float_model():
     model, _ = prepared(Net())
     assert [name for name, _ in model.named_children()] == [name for name, _ in Net().named_children()]
-    assert list(model.softplus.children()) == []
+    assert list(model.softsign.children()) == []
     hidden = model.add
     model.eval()
     assert not hidden.training
