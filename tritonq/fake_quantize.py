@@ -168,6 +168,12 @@ class FakeQuantize(FakeQuantizeBase):
         self.register_buffer("zero_point", self._initial_zero_point(shape))
         self._revision = 0
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give models that version 0.1.0 pickled the flag, which they had not."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "begins" not in self._buffers:
+            self.register_buffer("begins", torch.zeros_like(self.fake_quant_enabled), persistent=False)
+
     def _initial_zero_point(self, shape: tuple[int, ...]) -> Tensor:
         return torch.full(
             shape, max(self.activation_post_process.fixed_zero_point or 0, self.qtype.quant_min), dtype=torch.int32

@@ -351,3 +351,13 @@ def test_a_per_channel_observer_needs_a_type_with_an_axis():
     observer = tritonq.PerChannelMinMaxObserver(dtype=tritonq.QuantizedType.of(4, axis=2))
     observer(torch.zeros(2, 3, 4))
     assert observer.min_val.shape == (4,)
+
+
+def test_a_quantizer_pickled_before_there_was_a_flag_goes_on():
+    """Version 0.1.0 pickled quantizers without ``begins``."""
+    quantizer = tritonq.FakeQuantize()
+    quantizer(torch.linspace(-1, 1, 9))
+    del quantizer._buffers["begins"]
+    loaded = pickle.loads(pickle.dumps(quantizer))
+    loaded.load_state_dict(quantizer.state_dict())
+    assert torch.equal(loaded(torch.linspace(-1, 1, 9)), quantizer(torch.linspace(-1, 1, 9)))
