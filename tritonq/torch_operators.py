@@ -177,81 +177,39 @@ def _masked_per_channel(own: Any) -> Callable[..., Any]:
     return kernel
 
 
-def _learnable_per_tensor(own: Any) -> Callable[..., Any]:
-    def kernel(
-        keys: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        quant_min: int,
-        quant_max: int,
-        grad_factor: float = 1.0,
-    ) -> Any:
-        grid = _learned_grid(x, scale, zero_point, None, quant_min, quant_max)
-        if grid is None:
-            return own.call_boxed(keys, x, scale, zero_point, quant_min, quant_max, grad_factor)
-        return implementation("learned_scale", x).learned_fake_quantize(x, grid, "torch")
+def _learnable(per_channel: bool) -> Callable[[Any], Callable[..., Any]]:
+    def make(own: Any) -> Callable[..., Any]:
+        def kernel(keys: Any, x: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> Any:
+            axis, codes, grad_factor = _learned_arguments(rest, per_channel)
+            grid = _learned_grid(x, scale, zero_point, axis, *codes)
+            if grid is None:
+                return own.call_boxed(keys, x, scale, zero_point, *rest[:per_channel], *codes, grad_factor)
+            return implementation("learned_scale", x).learned_fake_quantize(x, grid, "torch")
 
-    return kernel
+        return kernel
+
+    return make
 
 
-def _learnable_per_channel(own: Any) -> Callable[..., Any]:
-    def kernel(
-        keys: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        axis: int,
-        quant_min: int,
-        quant_max: int,
-        grad_factor: float = 1.0,
-    ) -> Any:
-        grid = _learned_grid(x, scale, zero_point, axis, quant_min, quant_max)
-        if grid is None:
-            return own.call_boxed(keys, x, scale, zero_point, axis, quant_min, quant_max, grad_factor)
-        return implementation("learned_scale", x).learned_fake_quantize(x, grid, "torch")
+def _learnable_backward(per_channel: bool) -> Callable[[Any], Callable[..., Any]]:
+    def make(own: Any) -> Callable[..., Any]:
+        def kernel(keys: Any, dy: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> Any:
+            axis, codes, grad_factor = _learned_arguments(rest, per_channel)
+            grid = _learned_grid(x, scale, zero_point, axis, *codes)
+            # Of one negative zero point torch's backward takes another integer than its forward.
+            if grid is None or (not per_channel and float(zero_point) < 0):
+                return own.call_boxed(keys, dy, x, scale, zero_point, *rest[:per_channel], *codes, grad_factor)
+            return _learned_gradients(dy, x, grid, scale, zero_point, grad_factor)
 
-    return kernel
+        return kernel
+
+    return make
 
 
-def _learnable_per_tensor_backward(own: Any) -> Callable[..., Any]:
-    def kernel(
-        keys: Any,
-        dy: Tensor,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        quant_min: int,
-        quant_max: int,
-        grad_factor: float = 1.0,
-    ) -> Any:
-        grid = _learned_grid(x, scale, zero_point, None, quant_min, quant_max)
-        # Of a negative zero point torch's backward takes another integer than its forward.
-        if grid is None or float(zero_point) < 0:
-            return own.call_boxed(keys, dy, x, scale, zero_point, quant_min, quant_max, grad_factor)
-        return _learned_gradients(dy, x, grid, scale, zero_point, grad_factor)
-
-    return kernel
-
-
-def _learnable_per_channel_backward(own: Any) -> Callable[..., Any]:
-    def kernel(
-        keys: Any,
-        dy: Tensor,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        axis: int,
-        quant_min: int,
-        quant_max: int,
-        grad_factor: float = 1.0,
-    ) -> Any:
-        grid = _learned_grid(x, scale, zero_point, axis, quant_min, quant_max)
-        if grid is None:
-            return own.call_boxed(keys, dy, x, scale, zero_point, axis, quant_min, quant_max, grad_factor)
-        return _learned_gradients(dy, x, grid, scale, zero_point, grad_factor)
-
-    return kernel
+def _learned_arguments(rest: tuple[Any, ...], per_channel: bool) -> tuple[int | None, tuple[int, int], float]:
+    """Return axis, codes and gradient factor, which is 1 unless given."""
+    quant_min, quant_max, *given = rest[per_channel:]
+    return rest[0] if per_channel else None, (quant_min, quant_max), given[0] if given else 1.0
 
 
 def _learned_grid(
@@ -337,9 +295,9 @@ _IMPLEMENTATIONS: dict[str, Callable[[Any], Callable[..., Any]]] = {
     "fake_quantize_per_tensor_affine_cachemask": _masked_per_tensor,
     "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams": _masked_per_tensor_of_tensors,
     "fake_quantize_per_channel_affine_cachemask": _masked_per_channel,
-    "_fake_quantize_learnable_per_tensor_affine": _learnable_per_tensor,
-    "_fake_quantize_learnable_per_tensor_affine_backward": _learnable_per_tensor_backward,
-    "_fake_quantize_learnable_per_channel_affine": _learnable_per_channel,
-    "_fake_quantize_learnable_per_channel_affine_backward": _learnable_per_channel_backward,
+    "_fake_quantize_learnable_per_tensor_affine": _learnable(per_channel=False),
+    "_fake_quantize_learnable_per_tensor_affine_backward": _learnable_backward(per_channel=False),
+    "_fake_quantize_learnable_per_channel_affine": _learnable(per_channel=True),
+    "_fake_quantize_learnable_per_channel_affine_backward": _learnable_backward(per_channel=True),
     "_fused_moving_avg_obs_fq_helper": _fused_helper,
 }

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tritonq
-from qat_models import PRESETS, FloatPair, FloatResidual, images, train
+from qat_models import PRESETS, FloatPair, FloatResidual, images, train, without_ranges
 from tritonq import nn as qnn
 from tritonq.functional.integer import integer_affine, to_integers
 from tritonq.functional.integer_joins import integer_add
@@ -144,14 +144,6 @@ def test_frozen_statistics_in_training_and_all_modes_in_eval(mode, observed):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-6, atol=0)
     assert_as_in_eager(model.eval(), images(8), modes=(True,))
-
-
-def without_ranges(model):
-    """Take from a prepared model the ranges that its example inputs gave."""
-    for module in model.modules():
-        if isinstance(module, tritonq.FakeQuantize):
-            module.begin_anew()
-    return model
 
 
 def test_frozen_biases_stay_float_where_nothing_was_observed():

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 import tritonq
-from qat_models import FloatResidual, assert_same_state, images, state_of
+from qat_models import FloatResidual, assert_same_state, images, state_of, without_ranges
 from tritonq.__main__ import main
 from tritonq.cli import folder
 from tritonq.cli.data import load_digits
@@ -129,14 +129,6 @@ def test_the_model_is_left_as_it_was(data):
 def in_phase(phase):
     model = tritonq.prepare_qat(FloatResidual(), qconfig=tritonq.get_qconfig("f8net"), example_inputs=images(2))
     tritonq.set_fixed_point_phase(model, phase)
-    return model
-
-
-def without_ranges(model):
-    """Take from a prepared model the ranges that its example inputs gave."""
-    for module in model.modules():
-        if isinstance(module, tritonq.FakeQuantize):
-            module.begin_anew()
     return model
 
 

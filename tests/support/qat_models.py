@@ -119,3 +119,11 @@ def assert_same_state(before: dict[str, object], after: dict[str, object]) -> No
     tensors, others = before["tensors"], after["tensors"]
     assert list(tensors) == list(others)
     assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+def without_ranges(model: nn.Module) -> nn.Module:
+    """Take from a prepared model the ranges that its example inputs gave."""
+    for module in model.modules():
+        if isinstance(module, tritonq.FakeQuantize):
+            module.begin_anew()
+    return model
