@@ -32,12 +32,17 @@ class QConfig(NamedTuple):
     leaves that side in float. ``target`` names one of :data:`tritonq.targets.TARGETS`: it says where a model is rounded
     and which file ``export_onnx`` writes; None stands for ONNX Runtime.
 
-    Source: torch.ao.quantization.QConfig; the target is tritonq's.
+    ``round_summands=False`` rounds a layer's result that an addition alone reads behind the addition only, with the
+    sum. That costs less accuracy at few bits; ONNX Runtime then computes the layer in float, TensorRT fuses it with the
+    addition. It holds where ``prepare_qat`` is given example inputs.
+
+    Source: torch.ao.quantization.QConfig; target and round_summands are tritonq's.
     """
 
     activation: Callable[..., nn.Module]
     weight: Callable[..., nn.Module]
     target: str | None = None
+    round_summands: bool = True
 
     def find_target(self) -> Target:
         """Return the target.

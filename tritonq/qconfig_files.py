@@ -39,6 +39,8 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     )
 }
 _FACTORIES = ("activation", "weight")
+# The other fields of a qconfig, and what they are where a file does not say.
+_OPTIONS = QConfig._field_defaults
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _QSCHEMES = {
     str(value): value
@@ -86,7 +88,7 @@ def load_qconfig_mapping(path: str | os.PathLike[str]) -> QConfigMapping:
 def mapping_to_data(mapping: QConfigMapping) -> dict[str, Any]:
     """The mapping as plain data; errors as :func:`save_qconfig_mapping`."""
     data: dict[str, Any] = {"format": FORMAT, "version": VERSION}
-    for field in ("global_rule", "first", "last"):
+    for field in _KEYS:
         place: Place | None = getattr(mapping, field)
         if place is not None:
             data[_KEYS[field]] = _qconfig_to_data(place.qconfig, _KEYS[field])
@@ -123,7 +125,7 @@ def mapping_from_data(data: Any) -> QConfigMapping:
     return mapping
 
 
-_KEYS = {"global_rule": "global", "first": "first", "last": "last"}
+_KEYS = {"global_rule": "global", "first": "first", "last": "last", "inputs": "inputs"}
 _SETTERS: dict[str, Callable[[QConfigMapping, str, Choice], QConfigMapping]] = {
     "types": QConfigMapping.set_object_type,
     "patterns": QConfigMapping.set_module_name_regex,
@@ -142,7 +144,7 @@ def _qconfig_to_data(qconfig: Choice, where: str) -> Any:
             if qconfig == get_default_qat_qconfig(name, version):
                 return {"preset": name, "version": version}
     data = {field: _value_to_data(getattr(qconfig, field), f"{field} of {where}") for field in _FACTORIES}
-    return data if qconfig.target is None else {**data, "target": qconfig.target}
+    return data | {field: getattr(qconfig, field) for field in _OPTIONS if getattr(qconfig, field) != _OPTIONS[field]}
 
 
 def _qconfig_from_data(data: Any, where: str) -> Choice:
@@ -152,13 +154,15 @@ def _qconfig_from_data(data: Any, where: str) -> Choice:
         raise ValueError(f"{where} must be null, a preset or a pair of factories, got {data!r}")
     if "preset" in data:
         return _preset(data, where)
-    if sorted({*data} - {"target"}) != sorted(_FACTORIES):
+    if sorted({*data} - {*_OPTIONS}) != sorted(_FACTORIES):
         raise ValueError(f"{where} must have the fields {' and '.join(_FACTORIES)}, got {sorted(data)}")
-    target = data.get("target")
+    options = {field: data[field] for field in _OPTIONS if field in data}
     try:
-        find_target(target)
+        find_target(options.get("target"))
     except (TypeError, ValueError) as error:
         raise ValueError(f"the target of {where} is none: {error}") from error
+    if not isinstance(options.get("round_summands", True), bool):
+        raise ValueError(f"round_summands of {where} must be true or false, got {options['round_summands']!r}")
     factories = {field: _value_from_data(data[field], f"{field} of {where}") for field in _FACTORIES}
     for field, factory in factories.items():
         if not callable(factory):
@@ -169,7 +173,7 @@ def _qconfig_from_data(data: Any, where: str) -> Choice:
             raise ValueError(f"{field} of {where} can't be made: {error}") from error
         if not isinstance(made, nn.Module) or isinstance(made, observers.ObserverBase):
             raise ValueError(f"{field} of {where} must make a fake quantizer, got {type(made).__name__}")
-    return QConfig(**factories, target=target)
+    return QConfig(**factories, **options)
 
 
 def _preset(data: dict[str, Any], where: str) -> QConfig:

@@ -24,7 +24,7 @@ class Rule(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A qconfig for the first or last layer."""
+    """A qconfig for the first or last layer, or for the model's inputs."""
 
     qconfig: Choice
 
@@ -47,8 +47,9 @@ class QConfigMapping:
         names: by module name.
         first: of the first quantizable layer that the model runs.
         last: of the last one.
+        inputs: its activation quantizer is that of the model's inputs; None where each input has that of its reader.
 
-    Source: torch.ao.quantization.QConfigMapping; first and last layer are tritonq's.
+    Source: torch.ao.quantization.QConfigMapping; first and last layer and inputs are tritonq's.
 
     Examples:
         >>> import tritonq
@@ -68,6 +69,7 @@ class QConfigMapping:
     names: tuple[Rule, ...] = ()
     first: Place | None = None
     last: Place | None = None
+    inputs: Place | None = None
 
     def set_global(self, global_qconfig: Choice) -> QConfigMapping:
         """The same mapping with this default."""
@@ -109,6 +111,19 @@ class QConfigMapping:
         """The same mapping with a qconfig for the last quantizable layer in order of execution."""
         return replace(self, last=Place(_checked(qconfig)))
 
+    def set_input(self, qconfig: Choice) -> QConfigMapping:
+        """The same mapping with a qconfig whose activation quantizer the model's inputs get, and whatever moves them.
+
+        None leaves them in float, and with them the layers that read them. Without this rule an input is quantized as
+        the results of the layer that reads it first, or, where that leaves its results in float, as those of the model.
+
+        Examples:
+            >>> import tritonq
+            >>> four_bits = tritonq.get_qconfig("megengine_lowbit")
+            >>> mapping = tritonq.QConfigMapping().set_global(four_bits).set_input(tritonq.get_qconfig())
+        """
+        return replace(self, inputs=Place(_checked(qconfig)))
+
     @property
     def needs_order(self) -> bool:
         """Whether a rule speaks of the first or last layer."""
@@ -116,7 +131,8 @@ class QConfigMapping:
 
     def qconfigs(self) -> Iterator[Choice]:
         """Every qconfig that a rule holds."""
-        yield from (place.qconfig for place in (self.global_rule, self.first, self.last) if place is not None)
+        places = (self.global_rule, self.first, self.last, self.inputs)
+        yield from (place.qconfig for place in places if place is not None)
         yield from (rule.qconfig for rule in (*self.names, *self.patterns, *self.types))
 
     def resolve(self, model: nn.Module, order: tuple[str, str] | None = None) -> dict[nn.Module, Choice]:

@@ -113,7 +113,8 @@ def prepare_qat(
     else:
         qconfigs = resolve_qconfigs(model, qconfig)
     if recording is not None:
-        prepare_recorded(model, types, qconfigs, recording, warn, strict)
+        inputs = qconfig.inputs if isinstance(qconfig, QConfigMapping) else None
+        prepare_recorded(model, types, qconfigs, recording, warn, strict, inputs)
         if warn:
             warn_of_weight_zero_points(one_sided_layers(model), stacklevel=2)
         return model

@@ -25,6 +25,7 @@ from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_stat
 from tritonq.prepare.record.structure import clone_tensors
 from tritonq.prepare.told import tell
 from tritonq.qconfig import QConfig
+from tritonq.qconfig_mapping import Place
 
 _log = logging.getLogger("tritonq")
 
@@ -49,6 +50,7 @@ def prepare_recorded(
     recording: Recording,
     warn: bool = True,
     strict: bool = False,
+    inputs: Place | None = None,
 ) -> None:
     """Prepare a recorded model in place; on any error it is left as it was.
 
@@ -59,19 +61,23 @@ def prepare_recorded(
         recording: runs of the model on its example inputs.
         warn: whether to warn of layers and joins that stay in float unasked.
         strict: whether these are an error.
+        inputs: a mapping's rule for inputs of the model; None without one.
 
     Raises:
-        ValueError: the model has no layer to quantize, or, in fixed point, a part without a fixed-point form.
+        ValueError: the model has no layer to quantize, or, in fixed point, a part without a fixed-point form or a rule
+            for inputs.
         RuntimeError: the prepared model would not compute what the float model does.
     """
     _tell_obstacle(type(model).__name__, recording)
     scheme: Scheme
     if is_fixed_point(qconfigs[model]):
+        if inputs is not None:
+            raise ValueError("fixed point finds the formats of inputs itself: leave set_input out")
         analysis = Analysis(model, recording.in_eval.flow)
         scheme = FixedPointScheme(analysis, qconfigs, recording)
     else:
         analysis = Analysis(model, recording.flow, recording.held)
-        scheme = FakeQuantScheme(analysis, types, qconfigs, recording)
+        scheme = FakeQuantScheme(analysis, types, qconfigs, recording, inputs)
     if "" in scheme.layer_names():
         raise ValueError(
             f"the model is a single {type(model).__name__}; put it into a container, such as nn.Sequential"
@@ -113,9 +119,10 @@ class FakeQuantScheme:
         types: Types,
         qconfigs: Mapping[nn.Module, QConfig | None],
         recording: Recording,
+        inputs: Place | None = None,
     ) -> None:
         self._analysis, self._types, self._qconfigs, self._recording = analysis, types, qconfigs, recording
-        self.plan: Plan = make_plan(analysis, types, qconfigs)
+        self.plan: Plan = make_plan(analysis, types, qconfigs, inputs)
         if not self.plan.layers and not self.plan.single_mode:
             known = ", ".join(sorted(kind.__name__ for kind in types if kind.__module__.startswith("torch.nn")))
             why = "; ".join(f"{name}: {reason}" for name, reason in list(self.plan.float_reasons.items())[:5])

@@ -38,7 +38,8 @@ class LayerSummary:
         name: qualified name.
         kind: class name in the float model, or the operation.
         fused_with: names of what it became one layer with.
-        grid: codes of its weight (w), output (y) and input (x); "" where it has no quantizer of its own.
+        grid: codes of its weight (w), output (y) and input (x); "" where it has no quantizer of its own. A layer that
+            computes in float, since its input lies on no known grid, says ``x float``.
         status: ``"quantized"`` or ``"float"``.
         reason: why it is in float, or "".
     """
@@ -174,6 +175,8 @@ def _grid(module: nn.Module) -> str:
         quantizer = module._modules.get(name)
         if isinstance(quantizer, (FakeQuantizeBase, Quantizer)):
             parts[role] = _quantizer_grid(quantizer)
+    if "x" not in parts and _reads_float(module):
+        parts["x"] = "float"
     for name, child in module.named_children():
         if name not in _ROLES and isinstance(child, FakeQuantizeBase) and isinstance(module, FixedPointLayer):
             parts[name] = _quantizer_grid(child)
@@ -181,6 +184,13 @@ def _grid(module: nn.Module) -> str:
     if len(parts) > 1 and all(grid.endswith(_UNSEEN) for grid in parts.values()):
         return text.replace(_UNSEEN, "") + _UNSEEN
     return text
+
+
+def _reads_float(module: nn.Module) -> bool:
+    """Whether a layer with a quantized weight computes in float, since its input lies on no known grid."""
+    if isinstance(module, QuantizedLayer):
+        return module.grids.weight is not None and module.grids.input is None
+    return isinstance(module, QATLayer) and module.input_quantizer is None
 
 
 def _quantizer_grid(quantizer: nn.Module) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from tritonq.prepare.decide.activations import ActivationChoice
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.find_layers import LayerSearch
 from tritonq.prepare.decide.function_layers import weights_of
@@ -19,10 +20,14 @@ from tritonq.prepare.decide.readers import Reading, SharedReading, share_reading
 from tritonq.prepare.decide.unary import PlannedUnary, find_unary, operands_of_unary
 from tritonq.prepare.record.dataflow import Call
 from tritonq.qconfig import QConfig
+from tritonq.qconfig_mapping import Place
 
 
 def make_plan(
-    analysis: Analysis, swapped: Container[type[nn.Module]], qconfigs: Mapping[nn.Module, QConfig | None]
+    analysis: Analysis,
+    swapped: Container[type[nn.Module]],
+    qconfigs: Mapping[nn.Module, QConfig | None],
+    inputs: Place | None = None,
 ) -> Plan:
     """Decide fusions, joins and quantizers for a recorded model.
 
@@ -30,10 +35,12 @@ def make_plan(
         analysis: the model and its record.
         swapped: the float types that have a quantized form.
         qconfigs: the qconfig of each module, None to leave it in float.
+        inputs: the rule for inputs of the model; None without one.
     """
+    activations = ActivationChoice(analysis, qconfigs, inputs)
     kept: frozenset[int] = frozenset()
     while True:
-        planner = _Planner(analysis, swapped, qconfigs, kept)
+        planner = _Planner(analysis, swapped, qconfigs, activations, kept)
         plan = planner.plan()
         stuck = planner.stuck(plan)
         if not stuck:
@@ -46,12 +53,15 @@ class _Planner:
     analysis: Analysis
     swapped: Container[type[nn.Module]]
     qconfigs: Mapping[nn.Module, QConfig | None]
+    activations: ActivationChoice
     kept: frozenset[int] = frozenset()
     grids: dict[int, GridSource] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     single_mode: set[str] = field(default_factory=set)
     float_functions: dict[str, str] = field(default_factory=dict)
     quantizers: list[PlannedQuantizer] = field(default_factory=list)
+    # Results of layers that are rounded with the sum that they enter.
+    unrounded: set[int] = field(default_factory=set)
     # Those that stand where layers and joins read them, by reader and operand.
     at_readers: dict[tuple[int, int], PlannedQuantizer] = field(default_factory=dict)
 
@@ -62,6 +72,7 @@ class _Planner:
             if layer.name not in clipped:
                 self._assign(layer.ends, layer)
         joins = self._relevant(find_joins(self.analysis, self.kept), layers)
+        summands = frozenset(layer.name for layer in layers if self._rounded_with_a_sum(layer, joins))
         demands = self._demands(layers, joins)
         at_readers: list[Reading] = []
         # In order of execution: what is downstream of a quantizer that was just placed needs none.
@@ -77,6 +88,7 @@ class _Planner:
         return Plan(
             layers=tuple(layers),
             clipped=clipped,
+            summands=summands,
             joins=tuple(joins),
             quantizers=tuple(self.quantizers),
             inputs=self._inputs(layers),
@@ -134,6 +146,28 @@ class _Planner:
     def _joins_layer(self, call: Call, fuses_functions: bool) -> bool:
         """Whether the target computes a call together with the layer before it, without rounding in between."""
         return self.analysis.limits_range(call) or (fuses_functions and is_function(call))
+
+    def _rounded_with_a_sum(self, layer: Layer, joins: list[Join]) -> bool:
+        """Leave a layer's result unrounded where additions alone read it, and its qconfig wants one rounding behind."""
+        qconfig = self._qconfig(layer.home)
+        if qconfig is None or qconfig.round_summands:
+            return False
+        additions = {call for join in joins if join.kind == "add" for call in join.calls}
+        values = results((self.analysis.flow.calls[end] for end in layer.ends), self.analysis)
+        if len(values) < len(layer.ends) or not all(self._reader_moved_to(value) in additions for value in values):
+            return False
+        for value in values:
+            self.grids.pop(value, None)
+        self.unrounded.update(values)
+        return True
+
+    def _reader_moved_to(self, value: int) -> int | None:
+        """The call that alone reads a value, looking through calls that keep its grid; None if there are several."""
+        reader = self.analysis.flow.single_consumer(value)
+        moved = None if reader is None else self.analysis.value_of(reader)
+        if reader is None or moved is None or not self.analysis.keeps_grid(reader):
+            return None if reader is None else reader.index
+        return self._reader_moved_to(moved)
 
     def _assign(self, calls: tuple[int, ...], grid: GridSource) -> None:
         if isinstance(grid, Layer) and issubclass(grid.row[0], (nn.Embedding, nn.EmbeddingBag)):
@@ -207,7 +241,9 @@ class _Planner:
                 is_constant = root in self.analysis.constants.values
                 if qconfig is None or root in self.grids or not record.dtype.is_floating_point or is_constant:
                     continue
-                demands.setdefault(root, []).append(Reading(part, operand, self._unwrapped(value), call, qconfig))
+                chosen = None if root in self.unrounded else self.activations.choose(root, qconfig)
+                if chosen is not None:
+                    demands.setdefault(root, []).append(Reading(part, operand, self._unwrapped(value), call, chosen))
         return demands
 
     def _unwrapped(self, value: int) -> int:

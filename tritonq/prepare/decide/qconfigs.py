@@ -36,9 +36,12 @@ def mapped_qconfigs(
         flow: a record of the model; needed for rules about the first and last layer.
 
     Raises:
-        ValueError: a rule that fits no module, or a model that runs no quantizable layer.
+        ValueError: a rule that fits no module, one for inputs without a record, or a model that runs no quantizable
+            layer.
         TypeError: a ``qconfig`` attribute that is neither a QConfig nor None.
     """
+    if mapping.inputs is not None and flow is None:
+        raise ValueError("the model's inputs are known from a run of it: pass example_inputs")
     order = None
     if mapping.needs_order and flow is not None:
         order = first_and_last(model, quantizable, flow)

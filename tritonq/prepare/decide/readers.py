@@ -19,7 +19,7 @@ class Reading:
         operand: which of the tensors that it reads.
         value: the recorded value.
         call: index of the call.
-        qconfig: that of the layer or join.
+        qconfig: whose activation quantizer the tensor gets.
     """
 
     part: Layer | Join

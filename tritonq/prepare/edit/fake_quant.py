@@ -112,7 +112,7 @@ class _PlanWork:
         qconfig = cast(QConfig, self._qconfigs[module])
         if layer.function is not None:
             module = float_layer(layer.function, self._editor.model, module.training)
-        if layer.name in self._plan.clipped:
+        if layer.name in self._plan.clipped | self._plan.summands:
             qconfig = qconfig._replace(activation=nn.Identity)
         if len(layer.row) == 1:
             quantized = swap(module, self._types[layer.row[0]], qconfig, layer.row[0])
