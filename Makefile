@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 MINUTES ?= 9
 OUT ?= gpu-results
 
-.PHONY: help demo test test-quick emulate lint format bench gpu matrix zoo clean
+.PHONY: help demo test test-quick emulate lint format docs bench gpu matrix zoo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -53,6 +53,10 @@ format: $(VENV)/.dev ## format, and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs ## build the documentation into docs/_build/html; a broken link or reference is an error
+	$(BIN)/python -m sphinx -q --fail-on-warning -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 bench: $(VENV)/.dev ## time the quick cases against other implementations
 	$(BIN)/python -m tritonq bench --quick
 
@@ -72,7 +76,7 @@ zoo: .zoo/.installed ## try prepare_qat and what follows on 120 models of seven 
 	touch $@
 
 clean: ## remove caches and outputs; .venv, .matrix and .zoo stay
-	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info demo-output docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.*' -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -80,6 +84,10 @@ $(BIN)/python:
 
 $(VENV)/.demo: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e '.[demo]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e '.[docs]'
 	touch $@
 
 # torchvision, timm and triton-viz come without what they depend on: the first two would bring another build of torch,

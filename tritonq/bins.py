@@ -33,7 +33,7 @@ class FloatPrefixBins:
     Raises:
         ValueError: mantissa bits out of range, or an empty window or one beyond float32's exponents (-126..128).
 
-    Source: DESIGN section 4.
+    Source: docs/numbers.md, "Histograms".
 
     Examples:
         >>> bins = FloatPrefixBins(mantissa_bits=1, min_exponent=0, max_exponent=2)

@@ -42,7 +42,7 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
             ``data`` has no batch; or a quantizer has seen no finite value, and the message names each such. Switches
             are as before then.
 
-    Source: MegEngine's calibration flow; SEMANTICS section 3.
+    Source: MegEngine's calibration flow; docs/calibration.md.
 
     Examples:
         >>> import tritonq
@@ -104,7 +104,7 @@ def refine_scales(
     Raises:
         ValueError: fewer than one candidate, an empty span or one not above 0, no quantized layer, or no batch.
 
-    Source: Wu et al., "EasyQuant" (2020); SEMANTICS section 3.
+    Source: Wu et al., "EasyQuant" (2020); docs/numbers.md, "Scales by similarity".
     """
     if candidates < 1 or not 0 < span[0] < span[1]:
         raise ValueError(f"candidates must be positive and span ascend above 0, got {candidates} and {span}")

@@ -137,7 +137,7 @@ class FakeQuantize(FakeQuantizeBase):
     Raises:
         ValueError: see :class:`~tritonq.observers.base.ObserverBase`.
 
-    Source: torch.ao.quantization.FakeQuantize; SEMANTICS sections 1 to 3.
+    Source: torch.ao.quantization.FakeQuantize; docs/numbers.md, "Fake quantization".
 
     Examples:
         >>> quantizer = FakeQuantize(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric, quant_min=-4, quant_max=4)

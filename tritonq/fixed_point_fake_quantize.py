@@ -52,7 +52,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
     Raises:
         ValueError: a word length outside 2..16, a momentum outside 0..1, an unknown choice.
 
-    Source: SEMANTICS section 6.
+    Source: docs/fixed-point.md.
 
     Examples:
         >>> quantizer = FixedPointFakeQuantize(word_len=4)
@@ -230,7 +230,7 @@ def set_fixed_point_phase(module: nn.Module, phase: Phase) -> None:
     Raises:
         ValueError: an unknown phase.
 
-    Source: SEMANTICS section 6.
+    Source: docs/fixed-point.md.
     """
     if phase not in get_args(Phase):
         raise ValueError(f"unknown phase {phase!r}; known: {', '.join(get_args(Phase))}")

@@ -45,7 +45,8 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
     Raises:
         ValueError: unknown method or init, or a trained zero point for a symmetric type or MegEngine's method.
 
-    Source: SEMANTICS section 1; Esser et al. (2020); Bhalgat et al. (2020); torch.ao's _LearnableFakeQuantize.
+    Source: docs/numbers.md, "Learned scales"; Esser et al. (2020); Bhalgat et al. (2020); torch.ao's
+        _LearnableFakeQuantize.
 
     Examples:
         >>> quantizer = LearnedStepFakeQuantize(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
@@ -183,7 +184,7 @@ class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
         ValueError: a type that does not allow a zero point of 0: neither symmetric and signed, nor affine with codes
             from 0 on.
 
-    Source: SEMANTICS section 1; Jain et al. (2020); MegEngine's TQT.
+    Source: docs/numbers.md, "Learned scales"; Jain et al. (2020); MegEngine's TQT.
 
     Examples:
         >>> quantizer = TrainedThresholdFakeQuantize(dtype="qint8")
@@ -247,7 +248,7 @@ class ClippedFakeQuantize(LearnedFakeQuantize):
     Raises:
         ValueError: a type that is symmetric, or whose smallest code is not 0.
 
-    Source: SEMANTICS section 1; Choi et al. (2018).
+    Source: docs/numbers.md, "Learned scales"; Choi et al. (2018).
 
     Examples:
         >>> quantizer = ClippedFakeQuantize(dtype="quint4")

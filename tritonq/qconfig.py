@@ -121,7 +121,7 @@ def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
     Raises:
         ValueError: unknown backend or version.
 
-    Source: torch.ao.quantization.get_default_qat_qconfig; SEMANTICS section 2.
+    Source: torch.ao.quantization.get_default_qat_qconfig; docs/numbers.md, "From a range to a scale".
     """
     if backend not in _TORCH_BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(_TORCH_BACKENDS)}")

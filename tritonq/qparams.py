@@ -159,7 +159,7 @@ QUINT2 = QuantizedType.of(2, signed=False, symmetric=False)
 QINT1 = QuantizedType.of(1, signed=False, symmetric=False)
 QINT32 = QuantizedType.of(32)
 
-# The names of SEMANTICS' dtype table (MegEngine's), for presets and saved files.
+# MegEngine's names of types, for presets and saved files.
 QUANTIZED_TYPES: dict[str, QuantizedType] = {
     "qint8": QINT8,
     "qint8_narrow": QINT8_NARROW,
@@ -203,8 +203,8 @@ def range_to_qparams(
       point; affine ``s = max((M - m)/q, eps)``, ``z = clamp(quant_min - round_half_even(m/s), quant_min, quant_max)``.
     - ``"megengine"``: the same scales with eps 1e-5; symmetric ``z = 0``, for unsigned codes too; affine
       ``z = quant_min - round_half_away(m/s)``, not clamped.
-    - ``"torch_v1"`` (torch's fused observe and fake-quantize operator): see :func:`_torch_v1_qparams`. It ignores
-      eps, and exists so that such checkpoints can be reproduced.
+    - ``"torch_v1"`` (torch's fused observe and fake-quantize operator): symmetric
+      ``s = max(|m|/128, M/127)``. It ignores eps, and exists so that such checkpoints can be reproduced.
 
     A range that was never observed (``min_val > max_val``) or is not finite gives ``s = 1``, ``z = 0`` clamped into
     the code range.
@@ -223,7 +223,7 @@ def range_to_qparams(
     Raises:
         ValueError: unknown rule, or ranges of different shapes.
 
-    Source: SEMANTICS section 2; torch.ao.quantization.observer; MegEngine quantization.utils.
+    Source: docs/numbers.md, "From a range to a scale"; torch.ao.quantization.observer; MegEngine quantization.utils.
     """
     if rule not in get_args(RangeRule):
         raise ValueError(f"unknown range rule {rule!r}; known: {', '.join(get_args(RangeRule))}")

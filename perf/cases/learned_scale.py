@@ -100,7 +100,7 @@ class Problem:
         return inputs | {name: values[name].requires_grad_(name in self.learned) for name in used}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The formulas of SEMANTICS section 1 in float32, with sums in float64."""
+        """The formulas of docs/numbers.md, "Learned scales" in float32, with sums in float64."""
         x, dy = inputs["x"].detach().float(), inputs["dy"]
         given = {name: self.broadcast(inputs[name].detach()) for name in inputs if name not in ("x", "dy")}
         y, inside, terms = _TERMS[self.method](x, given, self.codes)

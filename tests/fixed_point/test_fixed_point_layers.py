@@ -18,7 +18,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 class Rounded(torch.autograd.Function):
-    """fix_quant of SEMANTICS 6: the specification's forward and strict mask, for one power of two per row or in all."""
+    """fix_quant of docs/fixed-point.md: forward and strict mask, for one power of two per row or in all."""
 
     @staticmethod
     def forward(ctx, x, power, low, high):

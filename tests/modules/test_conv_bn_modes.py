@@ -1,4 +1,4 @@
-"""The modes of folding, in float64, against torch.ao's modules and against SEMANTICS 4 written out."""
+"""The modes of folding, in float64, against torch.ao's modules and against docs/conv-bn.md written out."""
 
 import copy
 
@@ -28,7 +28,7 @@ VARIANTS = [(True, True, True), (False, True, False), (True, False, True)]
 
 
 class WrittenExact(nn.Module):
-    """SEMANTICS 4, exact: the batch's statistics are folded; the bias goes to ``grid`` where there is one."""
+    """docs/conv-bn.md, exact: the batch's statistics are folded; the bias goes to ``grid`` where there is one."""
 
     def __init__(self, conv, bn, relu, grid=None):
         super().__init__()

@@ -12,7 +12,7 @@ from written_quantizers import WrittenWeight, straight_through
 
 
 class WrittenTransposed(nn.Module):
-    """SEMANTICS 4 for a transposed convolution, whose out channels lie on the second axis of its weight."""
+    """docs/conv-bn.md for a transposed convolution, whose out channels lie on the second axis of its weight."""
 
     def __init__(self, layer, mode):
         super().__init__()

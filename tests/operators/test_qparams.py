@@ -1,4 +1,4 @@
-"""Ranges to scale and zero point: torch's own functions, and SEMANTICS worked by hand."""
+"""Ranges to scale and zero point: torch's own functions, and docs/numbers.md worked by hand."""
 
 import pytest
 import torch

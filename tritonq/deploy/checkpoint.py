@@ -50,7 +50,7 @@ def save_converted(
         model: a converted model.
         path: file to write.
         metadata: what else a reader must know (preprocessing, class names), as data that JSON can hold;
-            :func:`load_metadata` reads it.
+            :func:`~tritonq.deploy.load_metadata` reads it.
 
     Raises:
         ValueError: ``model`` is not a converted model, or ``metadata`` is not plain data.

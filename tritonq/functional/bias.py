@@ -31,7 +31,7 @@ def quantize_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Te
         ValueError: shapes that do not fit; a product of scales that is not positive and finite (checked on CPU
             tensors), zero by underflow included.
 
-    Source: SEMANTICS section 4 (FQb); MegEngine.
+    Source: docs/conv-bn.md, "Biases"; MegEngine.
 
     Examples:
         >>> quantize_bias(torch.tensor([0.26, -1.0]), torch.tensor(0.5), torch.tensor([0.2, 0.25]))

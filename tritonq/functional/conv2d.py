@@ -47,7 +47,7 @@ class ConvKernel:
         Raises:
             TypeError: three dtypes that are not one.
 
-        Source: DESIGN section 4; the gradients are torch's.
+        Source: docs/integers.md, "Linear layers"; the gradients are torch's.
         """
         if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
             got = [str(t.dtype) for t in (x, weight, bias) if t is not None]

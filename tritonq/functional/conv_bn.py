@@ -94,7 +94,7 @@ def conv_bn(
     Raises:
         ValueError: fewer than two values per channel.
 
-    Source: DESIGN section 4, SEMANTICS section 4 (approximate mode).
+    Source: docs/conv-bn.md, "The tail of a step".
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))

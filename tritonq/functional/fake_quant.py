@@ -53,7 +53,7 @@ def fake_quantize_per_tensor_affine(
         ValueError: empty code range, zero point outside it, scale not positive and finite, other device or shape.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
-    Source: SEMANTICS section 1.
+    Source: docs/numbers.md, "Fake quantization".
 
     Examples:
         >>> fake_quantize_per_tensor_affine(torch.tensor([-1.0, 0.26, 9.0]), 0.5, 0, -8, 7)
@@ -88,7 +88,7 @@ def fake_quantize_per_channel_affine(
     Raises:
         ValueError: also for an axis out of range, or qparams whose length is not ``x.shape[axis]``.
 
-    Source: SEMANTICS section 1.
+    Source: docs/numbers.md, "Fake quantization".
 
     Examples:
         >>> x, zero = torch.ones(2, 2), torch.zeros(2, dtype=torch.int32)

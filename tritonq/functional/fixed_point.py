@@ -18,7 +18,7 @@ from tritonq.reference.fixed_point import power_of_two
 Statistic = Literal["std", "mean_abs", "rms"]
 
 _WORD_LENGTHS = range(2, 17)
-# Eight-bit numerators of the statistic-based choice, (signed, unsigned). Source: SEMANTICS section 6.
+# Eight-bit numerators of the statistic-based choice, (signed, unsigned). Source: docs/fixed-point.md.
 _NUMERATORS: dict[str, tuple[float, float]] = {"std": (40, 70), "mean_abs": (30, 30), "rms": (40, 50)}
 
 
@@ -76,7 +76,7 @@ def fixed_point_quantize(
         ValueError: word length or fractional length out of range or not an integer, a wrong axis, shape or device.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
-    Source: SEMANTICS section 6 (F8Net's fix_quant).
+    Source: docs/fixed-point.md (F8Net's fix_quant).
 
     Examples:
         >>> fixed_point_quantize(torch.tensor([-1.0, 0.3, 0.375, 40.0]), 2)
@@ -121,7 +121,7 @@ def search_frac_len(
         ValueError: a word length or an axis out of range.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
-    Source: SEMANTICS section 6.
+    Source: docs/fixed-point.md.
 
     Examples:
         >>> search_frac_len(torch.tensor([0.5, -1.25, 3.0]))
@@ -157,7 +157,7 @@ def statistic_frac_len(
         TypeError: ``x`` is no float tensor.
         ValueError: an unknown statistic, a word length or an axis out of range.
 
-    Source: SEMANTICS section 6.
+    Source: docs/fixed-point.md.
     """
     check_float_tensor("x", x)
     axis = None if axis is None else check_axis(x, axis)

@@ -85,7 +85,7 @@ def fuse_conv_bn(conv: nn.Module, bn: nn.Module) -> nn.Module:
         TypeError: not a convolution, or not a BatchNorm.
         ValueError: a BatchNorm without running statistics or of another number of channels.
 
-    Source: SEMANTICS section 5; torch.nn.utils.fusion.
+    Source: docs/conv-bn.md, "Folding"; torch.nn.utils.fusion.
     """
     if not isinstance(conv, nn.modules.conv._ConvNd):
         raise TypeError(f"expected a convolution, got {type(conv).__name__}")

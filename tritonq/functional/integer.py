@@ -146,7 +146,7 @@ def integer_affine(
         float32 tensor ``accumulator * multiplier``, the accumulator rounded to float32 once; with ``output`` on its
         grid, before clipping: the quantizer finds its codes there and clips them.
 
-    Source: DESIGN sections 3 and 4.
+    Source: docs/integers.md, "Linear layers".
     """
     return onto_grid(integer_sums(x, layer, op), layer, channel_axis, output)
 

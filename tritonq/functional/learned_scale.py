@@ -65,7 +65,8 @@ def fake_quantize_learnable(
         ValueError: empty code range, wrong shape or device, a scale that is not positive and finite, unknown method.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
-    Source: SEMANTICS section 1; Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al., "LSQ+" (2020).
+    Source: docs/numbers.md, "Learned scales"; Esser et al., "Learned Step Size Quantization" (2020);
+        Bhalgat et al., "LSQ+" (2020).
 
     Examples:
         >>> scale = torch.tensor([0.5], requires_grad=True)
@@ -120,7 +121,7 @@ def trained_threshold_quantize(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`fake_quantize_learnable`.
 
-    Source: SEMANTICS section 1; Jain et al., "Trained Quantization Thresholds" (2020); MegEngine's TQT.
+    Source: docs/numbers.md, "Learned scales"; Jain et al., "Trained Quantization Thresholds" (2020); MegEngine's TQT.
 
     Examples:
         >>> trained_threshold_quantize(torch.tensor([0.6, -9.0]), torch.tensor(-1.0), -8, 7)
@@ -155,7 +156,7 @@ def clipped_quantize(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`fake_quantize_learnable`.
 
-    Source: SEMANTICS section 1; Choi et al., "PACT: Parameterized Clipping Activation" (2018).
+    Source: docs/numbers.md, "Learned scales"; Choi et al., "PACT: Parameterized Clipping Activation" (2018).
 
     Examples:
         >>> clipped_quantize(torch.tensor([-1.0, 0.4, 5.0]), torch.tensor(3.0), 3)

@@ -52,7 +52,7 @@ class QATBatchNormLayer(QATLayer):
         ValueError: an unknown mode; in training, fewer than two values per channel, or a running variance that is
             negative or not finite.
 
-    Source: torch.ao.nn.intrinsic.qat; SEMANTICS section 4.
+    Source: torch.ao.nn.intrinsic.qat; docs/conv-bn.md, "Modes of training".
     """
 
     bn: nn.modules.batchnorm._BatchNorm

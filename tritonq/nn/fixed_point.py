@@ -43,7 +43,7 @@ class ActivationFormat(FixedPointFakeQuantize):
         alpha: parameter (1,), initially 8. Formats may share it; their values then differ by powers of two alone.
         levels: what α is divided by; shared with α.
 
-    Source: SEMANTICS section 6.
+    Source: docs/fixed-point.md.
     """
 
     alpha: nn.Parameter
@@ -329,7 +329,7 @@ class FixedPointConvBn2d(_FixedPointConvolution):
     Raises:
         ValueError: grouped but not depthwise, unequal or non-zero padding, a qconfig that isn't fixed point.
 
-    Source: SEMANTICS section 6.
+    Source: docs/fixed-point.md.
     """
 
     def __init__(

@@ -100,7 +100,7 @@ class FixedPointAvgPool2d(ReferringModule):
 
     Shapes: (n, c, h, w) to (n, c, h', w').
 
-    Source: SEMANTICS section 6.
+    Source: docs/fixed-point.md.
     """
 
     raw_output: bool = False

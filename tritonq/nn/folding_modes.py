@@ -1,7 +1,7 @@
 """How a training step folds a BatchNorm: the modes that are compositions of differentiable operators.
 
 The approximate mode has an operator of its own, `tritonq.functional.conv_bn`; its composition here serves quantizers
-that the operator can't take over. Formulas: SEMANTICS section 4.
+that the operator can't take over. Formulas: docs/conv-bn.md.
 """
 
 from __future__ import annotations

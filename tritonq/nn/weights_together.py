@@ -37,7 +37,7 @@ def quantize_weights_together(model: nn.Module) -> RemovableHandle:
     Raises:
         ValueError: no Conv-BN layer in ``model``.
 
-    Source: DESIGN section 4 (weights). Has launched nothing on a GPU yet.
+    Source: docs/conv-bn.md, "Modes of training".
     """
     if not any(isinstance(module, QATBatchNormLayer) for module in model.modules()):
         raise ValueError(

@@ -39,7 +39,7 @@ class HistogramObserver(RangeObserver):
         ValueError: bins or mantissa bits out of range, an unknown search, a percentile outside (50, 100], or
             ``search="kl"`` for a type of more than 11 bits.
 
-    Source: DESIGN section 4; torch.ao.quantization.HistogramObserver for the arguments.
+    Source: docs/numbers.md, "Histograms"; torch.ao.quantization.HistogramObserver for the arguments.
 
     Examples:
         >>> observer = HistogramObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric, search="percentile")

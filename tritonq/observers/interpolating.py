@@ -48,7 +48,7 @@ class InterpolatingHistogramObserver(RangeObserver):
     Raises:
         ValueError: fewer than 2 bins, an unknown interpolation, an upsampling rate below 1, or a per-channel scheme.
 
-    Source: torch.ao.quantization.HistogramObserver; MegEngine's HistogramObserver; SEMANTICS section 3.
+    Source: torch.ao.quantization.HistogramObserver; MegEngine's HistogramObserver; docs/numbers.md, "Histograms".
 
     Examples:
         >>> observer = InterpolatingHistogramObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)

@@ -20,7 +20,7 @@ class MinMaxObserver(RangeObserver):
 
     Non-finite values are skipped and counted. Arguments: :class:`~tritonq.observers.base.ObserverBase`.
 
-    Source: torch.ao.quantization.MinMaxObserver; SEMANTICS section 3.
+    Source: torch.ao.quantization.MinMaxObserver; docs/numbers.md, "Observers".
 
     Examples:
         >>> observer = MinMaxObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
@@ -101,7 +101,7 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
     Raises:
         ValueError: averaging constant outside (0, 1], or ``copy_above`` below 1.
 
-    Source: torch.ao.quantization.MovingAverageMinMaxObserver; SEMANTICS section 3.
+    Source: torch.ao.quantization.MovingAverageMinMaxObserver; docs/numbers.md, "Observers".
 
     Examples:
         >>> observer = MovingAverageMinMaxObserver(copy_above=1.5)

@@ -22,7 +22,7 @@ class PassiveObserver(ObserverBase):
         zero_point: int32 buffer, as ``scale``.
         original_scale: the scale that ``set_qparams`` was given last.
 
-    Source: MegEngine's PassiveObserver; SEMANTICS section 3.
+    Source: MegEngine's PassiveObserver; docs/numbers.md, "Observers".
     """
 
     current_scale: Tensor

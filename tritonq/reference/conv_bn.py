@@ -2,8 +2,9 @@
 
 What follows the convolution in the approximate mode of folding (divide by the fold, add the bias, normalise with the
 batch's statistics, ReLU, observe, fake quantize) is affine per channel until the ReLU. So it takes the statistics of
-the convolution's output and one more pass, and saves nothing but that output and a few vectors. Derivation: DESIGN
-section 4. Vectors are (channels,) in the dtype of the arithmetic: float32, or float64 for a float64 input.
+the convolution's output and one more pass, and saves nothing but that output and a few vectors. Derivation:
+docs/conv-bn.md, "The tail of a step". Vectors are (channels,) in the dtype of the arithmetic: float32, or float64 for a
+float64 input.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def forward(
     Returns:
         The result in the dtype and memory format of ``c``, and what the backward needs.
 
-    Source: DESIGN section 4, SEMANTICS section 4 (approximate mode).
+    Source: docs/conv-bn.md, "The tail of a step".
     """
     c = dense(c)
     wide = c.to(ratio.dtype)

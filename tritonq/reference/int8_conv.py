@@ -63,7 +63,7 @@ def int8_conv2d(
     Returns:
         (n, out, h', w') of ``out_dtype``.
 
-    Source: SEMANTICS section 6.
+    Source: docs/fixed-point.md.
     """
     wide = torch.int32 if saturated is None else torch.int64
     total = F.conv2d(x.to(wide), _dilated(weight, dilation).to(wide), None, stride, padding, 1, groups)

@@ -88,7 +88,7 @@ def greedy_range(histogram: Tensor, low: float, high: float, cells: int) -> tupl
         high: upper edge of the last bin.
         cells: number of codes.
 
-    Source: caffe2's norm minimization, as in torch.ao and MegEngine; SEMANTICS section 3.
+    Source: caffe2's norm minimization, as in torch.ao and MegEngine; docs/numbers.md, "Histograms".
     """
     bins = len(histogram)
     width = (high - low) / bins

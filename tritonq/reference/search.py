@@ -71,7 +71,8 @@ def search_range(
     Returns:
         ``(lo, hi)`` shaped and typed like ``low``; ``low`` and ``high`` themselves where nothing was counted.
 
-    Source: SEMANTICS section 3; torch.ao.quantization.HistogramObserver; NVIDIA, "8-bit inference with TensorRT", 2017.
+    Source: docs/numbers.md, "Histograms"; torch.ao.quantization.HistogramObserver;
+        NVIDIA, "8-bit inference with TensorRT", 2017.
     """
     if counts.dim() == 1:
         lo, hi = search_range(counts[None], low[None], high[None], bins, qtype, search, rule, eps, percentile)

@@ -82,7 +82,7 @@ def fuse_modules_qat(
         model: the model that holds the modules.
         modules_to_fuse: one row of names, or a list of rows.
         inplace: change ``model`` itself instead of a copy.
-        fuser_func: makes the replacements of one row; see :func:`fuse_known_modules`.
+        fuser_func: makes the replacements of one row; see :func:`~tritonq.prepare.edit.fuse.fuse_known_modules`.
         fuse_custom_config_dict: ``{"additional_fuser_method_mapping": {types: fuser method}}``.
 
     Returns:
