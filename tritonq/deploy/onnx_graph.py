@@ -149,7 +149,8 @@ def _absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> None:
         if clips and isinstance(output, Quantizer) and output.qtype.axis is None:
             bounds = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else (0.0, math.inf)
             set_inner_forward(module, _unchanged)
-            module.activation_post_process = uint8_quantizer(output, names[output], bounds)
+            # Dividing at once: ONNX Runtime would quantize the weights of a float layer before QuantizeLinear.
+            module.activation_post_process = uint8_quantizer(output, names[output], bounds, exact=True)
 
 
 def _unchanged(x: Tensor) -> Tensor:
