@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ from tritonq.observers import (
 from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QUINT8, QuantizedType, RangeRule
 from tritonq.targets import Target, find_target
 
+# How training folds a BatchNorm into the quantized weight; `tritonq.nn.conv_bn.QATBatchNormLayer` explains each.
+Folding = Literal["approximate", "exact", "corrected", "scale"]
+
 
 class QConfig(NamedTuple):
     """Factories of the fake quantizers for a layer's output and for its weight, and the engine that they are made for.
@@ -36,13 +39,17 @@ class QConfig(NamedTuple):
     sum. That costs less accuracy at few bits; ONNX Runtime then computes the layer in float, TensorRT fuses it with the
     addition. It holds where ``prepare_qat`` is given example inputs.
 
-    Source: torch.ao.quantization.QConfig; target and round_summands are tritonq's.
+    ``folding`` is how layers with a BatchNorm fold it in training (``"scale"`` suits trained scales, see
+    :class:`tritonq.nn.conv_bn.QATBatchNormLayer`); None means ``"approximate"``.
+
+    Source: torch.ao.quantization.QConfig; target, round_summands and folding are tritonq's.
     """
 
     activation: Callable[..., nn.Module]
     weight: Callable[..., nn.Module]
     target: str | None = None
     round_summands: bool = True
+    folding: Folding | None = None
 
     def find_target(self) -> Target:
         """Return the target.

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from tritonq import learned_fake_quantize, observers
 from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
-from tritonq.qconfig import PRESETS, TORCH_BACKENDS, QConfig, get_default_qat_qconfig, observe_only
+from tritonq.qconfig import PRESETS, TORCH_BACKENDS, Folding, QConfig, get_default_qat_qconfig, observe_only
 from tritonq.qconfig_mapping import Choice, Place, QConfigMapping, Rule
 from tritonq.qparams import QuantizedType
 from tritonq.targets import find_target
@@ -163,6 +163,9 @@ def _qconfig_from_data(data: Any, where: str) -> Choice:
         raise ValueError(f"the target of {where} is none: {error}") from error
     if not isinstance(options.get("round_summands", True), bool):
         raise ValueError(f"round_summands of {where} must be true or false, got {options['round_summands']!r}")
+    if options.get("folding") not in (None, *get_args(Folding)):
+        known = ", ".join(get_args(Folding))
+        raise ValueError(f"folding of {where} must be null or one of {known}, got {options['folding']!r}")
     factories = {field: _value_from_data(data[field], f"{field} of {where}") for field in _FACTORIES}
     for field, factory in factories.items():
         if not callable(factory):

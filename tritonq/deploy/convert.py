@@ -251,7 +251,7 @@ def _float_tensors(
     bias = None if bias is None else bias.clone()
     if grid is None:
         return {"weight": weight.clone(), "bias": bias}
-    codes, scale, zero = _codes(layer.linear_map.to_rows(weight), cast(FakeQuantizeBase, layer.weight_fake_quant))
+    codes, scale, zero = _codes(layer.linear_map.to_rows(weight), layer.weight_grid())
     zero_point = _unless_zero(zero)
     return {
         "weight": layer.linear_map.from_rows(codes),
@@ -268,19 +268,20 @@ def _table(table: Embedding | EmbeddingBag) -> nn.Module:
     if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
         kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
         return kind(**geometry, _weight=table.weight.detach().clone())
-    codes, scale, zero = _codes(table.weight, quantizer)
+    codes, scale, zero = _codes(table.weight, quantizer.grid())
     tensors = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero}
     made: QuantizedEmbedding | QuantizedEmbeddingBag = target(geometry, quantizer.qtype, tensors)
     made.target = table.qconfig.target
     return made
 
 
-def _codes(rows: Tensor, quantizer: FakeQuantizeBase) -> tuple[Tensor, Tensor, Tensor]:
+def _codes(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Integer codes of ``rows`` (out, ...), and their scale and zero point per row."""
-    qtype = quantizer.qtype
+    qtype = grid.qtype
     if qtype.axis not in (None, 0):
         raise ValueError(f"its weight quantizer keeps one scale per index of axis {qtype.axis}, not per row")
-    scale, zero = (values.reshape(-1).expand(len(rows)).clone() for values in quantizer.calculate_qparams())
+    zeros = torch.zeros_like(grid.scale, dtype=torch.int32) if grid.zero_point is None else grid.zero_point
+    scale, zero = (values.detach().reshape(-1).expand(len(rows)).clone() for values in (grid.scale, zeros))
     codes = quantize(rows.float(), Grid(scale, zero, qtype.with_axis(0)))
     return codes.to(qtype.storage_dtype), scale, zero
 

@@ -11,8 +11,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.conv_bn import check_running_var
+from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.recomputation import StepMemory
+from tritonq.grid import Grid
 from tritonq.nn import folding_modes, intrinsic
 from tritonq.nn.batch_norm import FrozenBatchNorm
 from tritonq.nn.conv import (
@@ -32,7 +35,11 @@ from tritonq.nn.linear import Linear
 from tritonq.nn.paths import LayerState, Mode, Path, check_mode, choose_path
 from tritonq.nn.qat import QATLayer, without_qconfig
 from tritonq.qconfig import QConfig
+from tritonq.qparams import TORCH_EPS
 from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
+
+# Of a channel whose γ is 0: its codes are 0, whatever the scale is.
+_LEAST_SCALE = TORCH_EPS
 
 
 class QATBatchNormLayer(QATLayer):
@@ -45,14 +52,20 @@ class QATBatchNormLayer(QATLayer):
       leave zero. The fastest: the layer runs once, and saves nothing but its input and the convolution's output.
     - ``"exact"`` (MegEngine's ``approx=False``): folds the statistics of this batch, weight and bias quantized.
     - ``"corrected"`` (torch.ao's slow path): folds the updated running variance and rescales to the batch's.
+    - ``"scale"``: ``y = BN(op(x, u FQ_w(u W; s_w)) + b)`` with ``u = sign(γ)``. The weight is rounded as it is, and
+      deployment folds the BatchNorm into the scale, ``s_w |t|``. In the other modes each step's statistics move ``W s``
+      against a trained scale, so that codes flip, and running statistics are averages over other weights than the
+      deployed ones; at 2 bits that costs points of accuracy. For symmetric types.
 
-    Eval and frozen, in every mode: ``y = op(x, FQ_w(W t)) + β + t (b - running_mean)`` with ``t = γ/σ(running_var)``.
+    Eval and frozen, in every other mode: ``y = op(x, FQ_w(W t)) + β + t (b - running_mean)``, ``t = γ/σ(running_var)``;
+    in mode ``"scale"`` the grid of ``W t`` has the scale ``s_w |t|``.
 
     Raises:
-        ValueError: an unknown mode; in training, fewer than two values per channel, or a running variance that is
-            negative or not finite.
+        ValueError: an unknown mode, or ``"scale"`` for a weight with zero points; in training, fewer than two values
+            per channel, or a running variance that is negative or not finite.
 
-    Source: torch.ao.nn.intrinsic.qat; docs/conv-bn.md, "Modes of training".
+    Source: torch.ao.nn.intrinsic.qat; docs/conv-bn.md, "Modes of training"; "scale" is Esser et al. (2020), LSQ, whose
+        weights are rounded before BatchNorm.
     """
 
     bn: nn.modules.batchnorm._BatchNorm
@@ -65,11 +78,11 @@ class QATBatchNormLayer(QATLayer):
     paths: ClassVar[dict[Path, Callable[..., Tensor]]] = {**PATHS, **folding_modes.PATHS}
 
     def attach_batch_norm(
-        self, features: int, eps: float, momentum: float | None, freeze_bn: bool, mode: str = "approximate"
+        self, features: int, eps: float, momentum: float | None, freeze_bn: bool, mode: str | None = None
     ) -> None:
-        """Create the child ``bn``; ``freeze_bn`` starts with frozen statistics."""
+        """Create the child ``bn``; ``freeze_bn`` starts with frozen statistics. Mode None is that of the qconfig."""
         self.bn = self._bn_type(features, eps=eps, momentum=momentum)
-        self.mode = check_mode(mode)
+        self.mode = check_mode(mode or self.qconfig.folding or "approximate")
         self.step_memory = StepMemory()
         if freeze_bn:
             self.freeze_bn_stats()
@@ -81,19 +94,52 @@ class QATBatchNormLayer(QATLayer):
 
     @mode.setter
     def mode(self, mode: Mode) -> None:
-        self._mode = check_mode(mode)
+        mode = check_mode(mode)
+        qtype = getattr(self.weight_fake_quant, "qtype", None)
+        if mode == "scale" and qtype is not None and qtype.fixed_zero_point != 0:
+            raise ValueError(f"a BatchNorm folds into the scale of a symmetric signed weight, got {qtype}")
+        self._mode = mode
+
+    def quantized_folded_weight(self, folded: Tensor) -> Tensor:
+        """See base class."""
+        quantizer = self.weight_fake_quant
+        if self._mode != "scale" or isinstance(quantizer, nn.Identity):
+            return super().quantized_folded_weight(folded)
+        if isinstance(quantizer, FakeQuantizeBase) and quantizer.is_enabled_on_host():
+            op = self.linear_map
+            return op.from_rows(fake_quantize(op.to_rows(folded), self.weight_grid()))
+        scale = self._fold().abs()
+        unfolded = scale_out_channels(folded, torch.where(scale == 0, 0, 1 / scale), *self.grouping)
+        # It may observe, as in calibration; a module that is no fake quantizer of tritonq's may round, too.
+        return scale_out_channels(self.quantized_weight(unfolded), scale, *self.grouping)
+
+    def weight_grid(self) -> Grid:
+        """See base class; in mode "scale" one scale per channel."""
+        grid = super().weight_grid()
+        if self._mode != "scale":
+            return grid
+        scale = (grid.scale.detach() * self._fold().detach().abs()).clamp(min=_LEAST_SCALE)
+        return Grid(scale, None, grid.qtype.with_axis(0), grid.enabled)
+
+    def weight_to_quantize(self) -> Tensor:
+        """See base class."""
+        if self._mode != "scale":
+            return super().weight_to_quantize()
+        return scale_out_channels(self.float_parameters()[0], folding_modes.gamma_signs(self), *self.grouping)
+
+    def _fold(self) -> Tensor:
+        return fold_scale(cast(Tensor, self.bn.running_var), self.bn.weight, self.bn.eps)
 
     def folded_parameters(self, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weight and bias with the running statistics folded in; see base class."""
         weight, bias = super().folded_parameters(weight, bias)
-        running_mean, running_var = cast(Tensor, self.bn.running_mean), cast(Tensor, self.bn.running_var)
-        scale = fold_scale(running_var, self.bn.weight, self.bn.eps)
+        running_mean, scale = cast(Tensor, self.bn.running_mean), self._fold()
         folded_bias = fold_bias(bias, running_mean, scale, self.bn.bias)
         return scale_out_channels(weight, scale, *self.grouping), folded_bias
 
     def eval_key(self) -> tuple[Any, ...]:
         """See base class."""
-        return (*super().eval_key(), self.bn.eps)
+        return (*super().eval_key(), self.bn.eps, self._mode)
 
     def path_state(self) -> LayerState:
         """See base class."""
@@ -181,7 +227,7 @@ class _ConvBn(QATBatchNormLayer):
         momentum: float | None = 0.1,
         freeze_bn: bool = False,
         qconfig: QConfig | None = None,
-        mode: Mode = "approximate",
+        mode: Mode | None = None,
         **kwargs: Any,
     ) -> None:
         float_type = cast(QATConv, self)._float_type
@@ -280,7 +326,7 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
         momentum: float | None = 0.1,
         freeze_bn: bool = False,
         qconfig: QConfig | None = None,
-        mode: Mode = "approximate",
+        mode: Mode | None = None,
         **kwargs: Any,
     ) -> None:
         args, qconfig = without_qconfig(args, qconfig)

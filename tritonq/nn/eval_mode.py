@@ -29,7 +29,7 @@ def train(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same with the running statistics, in one kernel where this GPU's table prefers it."""
     weight, bias = layer.folded_parameters(weight, bias)
-    op, quantized = layer.linear_map, layer.quantized_weight(weight)
+    op, quantized = layer.linear_map, layer.quantized_folded_weight(weight)
     kernel = find_kernel(x, weight, op.conv2d) if layer.ends_in_ceiling else None
     if kernel is None:
         return layer.quantized_output(op(x, quantized, bias))
@@ -55,7 +55,7 @@ def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | Non
     with torch.no_grad():
         y = run_integer_layer(x, integers, op, layer.output_grid(), kernel)
     if needs_grad:
-        y = with_gradient_of(y, op(x, layer.quantized_weight(weight), bias))
+        y = with_gradient_of(y, op(x, layer.quantized_folded_weight(weight), bias))
     return layer.quantized_output(y)
 
 
@@ -94,16 +94,16 @@ def eval_traced(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
     weight, bias = layer.folded_parameters(weight, bias)
     op, source, quantizer = layer.linear_map, layer.input_quantizer, layer.weight_fake_quant
     if source is None or source.qtype.axis is not None or not isinstance(quantizer, FakeQuantizeBase):
-        return layer.quantized_output(op(x, layer.quantized_weight(weight), bias))
+        return layer.quantized_output(op(x, layer.quantized_folded_weight(weight), bias))
     from tritonq.functional.traced import eval_mode
 
     output = layer.output_quantizer()
     padded, plain = op.padded(x)
-    grids = (source.grid(), quantizer.grid(), None if output is None else output.grid())
+    grids = (source.grid(), layer.weight_grid(), None if output is None else output.grid())
     y = eval_mode.affine(padded, weight, bias, plain, op.output_axis, *grids)
     if _needs_grad(x, weight):
         # The compiler drops the surrogate's own value.
-        y = with_gradient_of(y, op(x, layer.quantized_weight(weight), bias))
+        y = with_gradient_of(y, op(x, layer.quantized_folded_weight(weight), bias))
     return layer.quantized_output(y)
 
 

@@ -105,8 +105,30 @@ def frozen(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | N
     One kernel computes it with its ReLU where it is the faster one.
     """
     folded, folded_bias = layer.folded_parameters(weight, bias)
-    y = linear_relu(layer, x, layer.quantized_weight(folded), bias_on_grid(layer, folded_bias), layer.ceiling)
+    rounded = scaled_weight(layer, weight) if layer.mode == "scale" else layer.quantized_weight(folded)
+    y = linear_relu(layer, x, rounded, bias_on_grid(layer, folded_bias), layer.ceiling)
     return cast(Tensor, layer.activation_post_process(y))
+
+
+def in_scale(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``BN(op(x, u FQ_w(u W)) + b)`` with ``u`` the sign of γ: the weight's codes do not depend on the statistics."""
+    signs = gamma_signs(layer)
+    rounded = layer.quantized_weight(scale_out_channels(weight, signs, *layer.grouping))
+    y = layer.linear_map(x, scale_out_channels(rounded, signs, *layer.grouping), bias)
+    return layer.quantized_output(normalize_once(layer.bn, y))
+
+
+def scaled_weight(layer: QATBatchNormLayer, weight: Tensor) -> Tensor:
+    """Return ``|t| FQ_w(u W)`` with ``t = γ/σ(running_var)`` and ``u`` the sign of γ."""
+    rounded = layer.quantized_weight(scale_out_channels(weight, gamma_signs(layer), *layer.grouping))
+    scale = fold_scale(_running_var(layer), layer.bn.weight, layer.bn.eps)
+    return scale_out_channels(rounded, scale.abs(), *layer.grouping)
+
+
+def gamma_signs(layer: QATBatchNormLayer) -> Tensor:
+    """Return the sign of γ per channel, 1 where it is 0 or missing: in the dtype of the running variance."""
+    gamma = _running_var(layer) if layer.bn.weight is None else layer.bn.weight.detach()
+    return torch.where(gamma < 0, -1.0, 1.0).to(gamma.dtype)
 
 
 PATHS: dict[Path, Callable[..., Tensor]] = {
@@ -115,6 +137,7 @@ PATHS: dict[Path, Callable[..., Tensor]] = {
     "train_approximate": approximate,
     "train_exact": exact,
     "train_corrected": corrected,
+    "train_scale": in_scale,
 }
 
 
@@ -128,7 +151,7 @@ def bias_on_grid(layer: QATLayer, bias: Tensor) -> Tensor:
         return bias
     source, quantizer = cast(FakeQuantizeBase, source), cast(FakeQuantizeBase, quantizer)
     both_on = (source.enabled_on_device() & quantizer.enabled_on_device()) != 0
-    input_scale, weight_scale = source.calculate_qparams().scale, quantizer.calculate_qparams().scale
+    input_scale, weight_scale = source.calculate_qparams().scale, layer.weight_grid().scale
     weight_scale = raise_scale_for_bias(weight_scale.expand(len(bias)), bias, input_scale)
     rounded = quantize_bias(bias, input_scale, weight_scale)
     return torch.where(both_on, rounded, bias)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
-Mode = Literal["approximate", "exact", "corrected"]
+from tritonq.qconfig import Folding
+
+Mode = Folding
 
 Path = Literal[
     "train",
@@ -14,6 +16,7 @@ Path = Literal[
     "train_approximate",
     "train_exact",
     "train_corrected",
+    "train_scale",
     "eval_traced",
     "eval_integers",
     "eval_float",
@@ -49,7 +52,7 @@ def choose_path(state: LayerState) -> Path:
     - ``"train"``: without a BatchNorm: the weight is rounded, and the layer runs in float.
     - ``"train_frozen"``: the running statistics are folded into weight and bias.
     - ``"train_operator"``, ``"train_approximate"``: the approximate mode, in one operator or from several.
-    - ``"train_exact"``, ``"train_corrected"``: the other modes.
+    - ``"train_exact"``, ``"train_corrected"``, ``"train_scale"``: the other modes.
     - ``"eval_traced"``: a graph that reads on the device whether grids are switched on.
     - ``"eval_integers"``: exact integers, as the converted layer.
     - ``"eval_float"``: the weight is rounded, and the layer runs in float.
@@ -66,6 +69,8 @@ def choose_path(state: LayerState) -> Path:
         return "train_exact"
     if state.mode == "corrected":
         return "train_corrected"
+    if state.mode == "scale":
+        return "train_scale"
     return "train_operator" if state.fits_operator else "train_approximate"
 
 

@@ -131,6 +131,18 @@ class QATLayer(QuantizesInput, ReferringModule):
         op = self.linear_map
         return op.from_rows(self.weight_fake_quant(op.to_rows(weight)))
 
+    def quantized_folded_weight(self, folded: Tensor) -> Tensor:
+        """What eval mode makes of the weight that :meth:`folded_parameters` gives: as rounded in deployment."""
+        return self.quantized_weight(folded)
+
+    def weight_grid(self) -> Grid:
+        """The grid, with its switch, that the weight of :meth:`folded_parameters` is deployed on."""
+        return cast(FakeQuantizeBase, self.weight_fake_quant).grid()
+
+    def weight_to_quantize(self) -> Tensor:
+        """The present weight as its quantizer sees it in training."""
+        return self.folded_parameters()[0]
+
     def path_state(self) -> LayerState:
         """What decides which path :meth:`forward` takes."""
         tracing = torch.compiler.is_compiling()
@@ -199,8 +211,8 @@ class QATLayer(QuantizesInput, ReferringModule):
         """This layer in integers, or None where input grid or weight grid are unknown or switched off."""
         if not self._knows_grids():
             return None
-        source, quantizer = cast(FakeQuantizeBase, self.input_quantizer), cast(FakeQuantizeBase, self.weight_fake_quant)
-        return to_integers(weight, bias, self.linear_map, source.grid(), quantizer.grid())
+        source = cast(FakeQuantizeBase, self.input_quantizer)
+        return to_integers(weight, bias, self.linear_map, source.grid(), self.weight_grid())
 
 
 def without_qconfig(args: tuple[Any, ...], qconfig: QConfig | None) -> tuple[tuple[Any, ...], QConfig | None]:

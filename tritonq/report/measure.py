@@ -209,7 +209,7 @@ def _weight(layer: nn.Module, quantizer: FakeQuantizeBase) -> Tally:
         rows, weight_format = layer.effective_parameters()[0], layer.weight_fake_quant
         tally = FixedPointTally(weight_format, weight_format.choose(rows))
     elif isinstance(layer, QATLayer):
-        rows = layer.linear_map.to_rows(layer.folded_parameters()[0])
+        rows = layer.linear_map.to_rows(layer.weight_to_quantize())
     else:
         rows = cast(Tensor, layer.weight)
     tally.add(rows.detach())
