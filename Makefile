@@ -16,17 +16,19 @@ help: ## list the targets
 demo: $(VENV)/.demo ## train a CNN, fine-tune it with QAT, deploy it, and compare
 	$(BIN)/python -m tritonq demo
 
+# A process that interprets kernels can't compile them, so that the tests of kernels are runs of their own (tests/conftest.py).
 test: $(VENV)/.dev ## run all tests (PYTEST_WORKERS=2 for two processes)
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --kernels=interpreter tests/operators
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --kernels=sanitizer tests/operators
 
-# Kept out of the quick tests: what compiles or interprets kernels, starts processes, or trains for more than a few steps.
+# Kept out of the quick tests: what compiles kernels, starts processes, or trains for more than a few steps.
 SLOW := codegen or launches or emulator or sanitizer or compile or cli or demo or trainers or examples or distributed or data_parallel or library
 
 test-quick: $(VENV)/.dev ## run the tests that need no compiler, interpreter, second process or long training
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not worker" -k "not ($(SLOW))"
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -k "not ($(SLOW))"
 
-# The operators' tests, whose kernels Triton compiles for a GPU, and an emulator runs on CPU tensors (tests/support/emulator).
-OPERATOR_TESTS := $(shell grep -l '(OpTester)' tests/*/test_*.py)
+# Triton compiles kernels for a GPU, and an emulator runs them on CPU tensors (tests/support/emulator).
 ifdef TRITON
 EMULATE_VENV := .venv-triton-$(TRITON)
 else
@@ -34,7 +36,7 @@ EMULATE_VENV := $(VENV)
 endif
 
 emulate: $(EMULATE_VENV)/.dev ## run the operators' tests on emulated GPUs (TRITON=3.6 for another version of Triton)
-	TRITONQ_EMULATE=1 $(EMULATE_VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) -k emulator $(OPERATOR_TESTS)
+	$(EMULATE_VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --kernels=emulator tests/operators
 
 ifdef TRITON
 $(EMULATE_VENV)/.dev: pyproject.toml setup.py constraints.txt

@@ -1,12 +1,14 @@
-"""Which process runs a test, and how hypothesis looks for examples."""
+"""Which tests run where kernels are interpreted, and how hypothesis looks for examples."""
 
 from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-from worker import Worker, in_worker
 
 # The same examples on every run, and no clock: the interpreter takes seconds where a GPU takes microseconds.
 settings.register_profile(
@@ -21,39 +23,46 @@ settings.load_profile("tritonq")
 # Sums over threads depend on their number; and tests run side by side, a core each.
 torch.set_num_threads(1)
 
-_workers: dict[str, Worker] = {}
+# A process that interprets kernels can't compile them, and one whose interpreter the sanitizer watches does nothing
+# else: each has a run of pytest of its own. Which run a test belongs to, its marker says.
+_RUNS = {
+    "compiled": "kernels are compiled, or not launched",
+    "interpreter": "Triton's interpreter runs the kernels",
+    "sanitizer": "the interpreter runs the kernels, and triton-viz checks every access",
+    "emulator": "kernels are compiled, and an emulated GPU runs them on CPU tensors",
+}
+_OPERATORS = Path(__file__).parent / "operators"
+_run = "compiled"
+_in_other_runs: Counter[str] = Counter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "; ".join(f"{name}: {meaning}" for name, meaning in _RUNS.items())
+    parser.addoption("--kernels", choices=list(_RUNS), default="compiled", help=f"the tests to run ({what})")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "worker(name): runs in a process of its own, in Triton's interpreter")
+    global _run
+    _run = config.getoption("--kernels")
+    if _run in ("interpreter", "sanitizer"):
+        os.environ["TRITON_INTERPRET"] = "1"
+    for name, meaning in list(_RUNS.items())[1:]:
+        config.addinivalue_line("markers", f"{name}: runs under --kernels={name}, where {meaning}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the time limit of a worker's test to the worker: ended here, it would end the whole run."""
-    if not in_worker():
-        for item in items:
-            if item.get_closest_marker("worker") is not None:
-                item.add_marker(pytest.mark.timeout(0))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what runs in another run."""
+    if lost := [item.nodeid for item in items if _run_of(item) != "compiled" and item.path.parent != _OPERATORS]:
+        raise pytest.UsageError(f"other runs look in {_OPERATORS.name}/ only, and miss {lost[0]}")
+    elsewhere = [item for item in items if _run_of(item) != _run]
+    _in_other_runs.update(map(_run_of, elsewhere))
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if _run_of(item) == _run]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    marker = item.get_closest_marker("worker")
-    if marker is None or in_worker():
-        return None
-    name = marker.args[0]
-    if name not in _workers:
-        _workers[name] = Worker(item.config)
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in _workers[name].run(item):
-        item.ihook.pytest_runtest_logreport(report=report)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    # The test before this one left up what the two share: classes and modules.
-    item.session._setupstate.teardown_exact(nextitem)
-    return True
+def pytest_report_collectionfinish() -> list[str]:
+    return [f"{number} of these tests run under --kernels={name}" for name, number in sorted(_in_other_runs.items())]
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    for worker in _workers.values():
-        worker.stop()
-    _workers.clear()
+def _run_of(item: pytest.Item) -> str:
+    return next((name for name in _RUNS if item.get_closest_marker(name) is not None), "compiled")

@@ -30,6 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "COMPATIBILITY.md"
 # The order of the table's columns.
+# The runs of pytest that make up the suite (`make test`); all but the first are of operators' tests.
+RUNS = ("compiled", "interpreter", "sanitizer")
 COLUMNS = tuple(
     ["row", "tritonq", "commit", "date", "Python", "torch", "triton", "numpy", "files", "passed", "skipped", "failed"]
 )
@@ -143,15 +145,20 @@ def run(folder: Path, files: Iterable[str], workers: int, go_on: bool) -> None:
     reports.mkdir(exist_ok=True)
 
     def run_file(name: str) -> None:
-        report = reports / f"{Path(name).stem}.xml"
+        path = next((ROOT / "tests").rglob(name))
+        for kernels in RUNS if path.parent.name == "operators" else RUNS[:1]:
+            run_once(path, kernels)
+
+    def run_once(path: Path, kernels: str) -> None:
+        report = reports / f"{path.stem}-{kernels}.xml"
         if report.exists():
             return
         command = [str(folder / "bin" / "python"), "-m", "pytest", f"--junitxml={report}", "-p", "no:cacheprovider"]
+        command += [f"--kernels={kernels}", str(path)]
         with report.with_suffix(".log").open("w") as log:
-            path = next((ROOT / "tests").rglob(name))
-            done = subprocess.run([*command, str(path)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
+            done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
         if not report.exists():
-            print(f"matrix: {name} ended with {done.returncode} and no report, see {log.name}", flush=True)
+            print(f"matrix: {path.name} ended with {done.returncode} and no report, see {log.name}", flush=True)
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(run_file, files))
@@ -160,7 +167,7 @@ def run(folder: Path, files: Iterable[str], workers: int, go_on: bool) -> None:
 def summarize(row: Row, folder: Path) -> dict[str, str]:
     """Return the cells of a row of the table, from the reports in an environment's folder."""
     names = all_files()
-    reports = [path for path in (folder / "reports").glob("*.xml") if f"{path.stem}.py" in names]
+    reports = [path for path in (folder / "reports").glob("*.xml") if _file_of(path) in names]
     counts = [suite.attrib for report in reports for suite in ElementTree.parse(report).iter("testsuite")]
     total, failures, errors, skipped = (
         sum(int(count[name]) for count in counts) for name in ("tests", "failures", "errors", "skipped")
@@ -170,11 +177,15 @@ def summarize(row: Row, folder: Path) -> dict[str, str]:
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         **versions(folder / "bin" / "python"),
-        "files": f"{len(reports)} of {len(names)}",
+        "files": f"{len({_file_of(path) for path in reports})} of {len(names)}",
         "passed": str(total - failures - errors - skipped),
         "skipped": str(skipped),
         "failed": str(failures + errors),
     }
+
+
+def _file_of(report: Path) -> str:
+    return f"{report.stem.partition('-')[0]}.py"
 
 
 def versions(python: Path) -> dict[str, str]:

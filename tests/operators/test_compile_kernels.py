@@ -23,7 +23,7 @@ def step(model: nn.Module, called: nn.Module, x: Tensor) -> Tensor:
     return y.detach()
 
 
-@pytest.mark.worker("interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("preset", _PRESETS)
 def test_a_compiled_step_equals_the_eager_one(preset: str) -> None:
     torch._dynamo.reset()

@@ -232,7 +232,7 @@ def integer_layer(bits_fit: bool = True, bound: float = 1e6) -> IntegerAffine:
     return IntegerAffine(torch.ones(6, 4, 3, 3), None, one, one[:1], bound, one, None, bits_fit)
 
 
-@pytest.mark.worker("interpreter")
+@pytest.mark.interpreter
 class TestChoice:
     x = torch.randn(2, 4, 5, 5)
     weight = torch.randn(6, 4, 3, 3)
@@ -354,7 +354,7 @@ def layer_of(model: torch.nn.Module) -> torch.nn.Module:
 KINDS = ["Conv2d", "ConvBnReLU2d", "RepVGGBlock"]
 
 
-@pytest.mark.worker("interpreter")
+@pytest.mark.interpreter
 class TestLayers:
     x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(9))
 

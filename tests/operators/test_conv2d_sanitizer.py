@@ -13,7 +13,7 @@ from test_sanitizer import traced
 from tritonq.grid import Grid
 from tritonq.qparams import QUINT8
 
-pytestmark = pytest.mark.worker("sanitizer")
+pytestmark = pytest.mark.sanitizer
 
 # channels, outs, groups, kernel
 CONVOLUTIONS = [(5, 3, 1, 3), (19, 18, 1, 1), (6, 4, 2, 2), (5, 10, 5, 3)]

@@ -15,7 +15,7 @@ from quantizer_states import NO_QUANTIZER, quantizer_state
 from tritonq.qparams import QINT8, QUINT8, QuantizedType
 from tritonq.reference.conv_bn import BatchNormState, Normalization
 
-pytestmark = pytest.mark.worker("sanitizer")
+pytestmark = pytest.mark.sanitizer
 
 INPUTS = {
     "odd": torch.randn(3, 5, 7),

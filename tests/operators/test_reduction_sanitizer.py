@@ -15,7 +15,7 @@ from grids import grid_of
 from tritonq.bins import FloatPrefixBins
 from tritonq.qparams import QINT8_NARROW
 
-pytestmark = pytest.mark.worker("sanitizer")
+pytestmark = pytest.mark.sanitizer
 
 Trace = Callable[[Any], Any]
 

@@ -16,7 +16,7 @@ import torch
 from grids import grid_of
 from tritonq.grid import Grid, RangeStatistics
 
-pytestmark = pytest.mark.worker("sanitizer")
+pytestmark = pytest.mark.sanitizer
 
 
 @pytest.fixture(scope="module")

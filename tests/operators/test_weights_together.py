@@ -141,7 +141,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
-@pytest.mark.worker("interpreter")
+@pytest.mark.interpreter
 class TestModel:
     def test_trains_to_the_same_bits_with_one_launch_per_step(self, launches: Counter[str]) -> None:
         mine, other = network(), network()

@@ -62,14 +62,15 @@ def test_reports_are_summed(matrix, tmp_path, monkeypatch):
     reports = tmp_path / "reports"
     reports.mkdir()
     suite = '<testsuites><testsuite tests="{}" failures="{}" errors="0" skipped="2"/></testsuites>'
-    (reports / "test_a.xml").write_text(suite.format(10, 1))
-    (reports / "test_b.xml").write_text(suite.format(5, 0))
-    (reports / "test_removed.xml").write_text(suite.format(100, 100))
+    (reports / "test_a-compiled.xml").write_text(suite.format(7, 0))
+    (reports / "test_a-interpreter.xml").write_text(suite.format(3, 1))
+    (reports / "test_b-compiled.xml").write_text(suite.format(5, 0))
+    (reports / "test_removed-compiled.xml").write_text(suite.format(100, 100))
     cells = matrix.summarize(matrix.ROWS[0], tmp_path)
     assert {name: cells[name] for name in ("files", "passed", "skipped", "failed", "torch")} == {
         "files": "2 of 3",
-        "passed": "10",
-        "skipped": "4",
+        "passed": "8",
+        "skipped": "6",
         "failed": "1",
         "torch": "2.14.1",
     }

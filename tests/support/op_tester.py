@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,22 +14,15 @@ from torch import Tensor
 from tritonq.backend import Backend, has_triton
 
 
-def emulates() -> bool:
-    """Whether this run is one of compiled kernels in the emulator (``make emulate``)."""
-    return os.environ.get("TRITONQ_EMULATE") == "1"
-
-
 def backends() -> list[Any]:
     """The backends that an operator's tests run on.
 
-    ``torch`` always, ``interpreter`` where triton is installed (in its own process), ``cuda`` with a GPU. ``make
-    emulate`` runs ``emulator`` and nothing else: compiled kernels on CPU tensors.
+    ``torch`` always, ``cuda`` with a GPU; where triton is installed, ``interpreter`` and ``emulator`` in runs of their
+    own (``--kernels``, see `conftest.py`).
     """
-    if emulates():
-        return ["emulator"]
     found: list[Any] = ["torch"]
     if has_triton():
-        found.append(pytest.param("interpreter", marks=pytest.mark.worker("interpreter")))
+        found += [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("interpreter", "emulator")]
         if torch.cuda.is_available():
             found.append("cuda")
     return found
