@@ -24,7 +24,7 @@ from tritonq.observers import (
 from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QUINT8, QuantizedType, RangeRule
 from tritonq.targets import Target, find_target
 
-# How training folds a BatchNorm into the quantized weight; `tritonq.nn.conv_bn.QATBatchNormLayer` explains each.
+# How training folds a BatchNorm into the quantized weight; see `tritonq.nn.batch_norm_layer.QATBatchNormLayer`.
 Folding = Literal["approximate", "exact", "corrected", "scale"]
 
 
@@ -40,7 +40,7 @@ class QConfig(NamedTuple):
     addition. It holds where ``prepare_qat`` is given example inputs.
 
     ``folding`` is how layers with a BatchNorm fold it in training (``"scale"`` suits trained scales, see
-    :class:`tritonq.nn.conv_bn.QATBatchNormLayer`); None means ``"approximate"``.
+    :class:`tritonq.nn.batch_norm_layer.QATBatchNormLayer`); None means ``"approximate"``.
 
     Source: torch.ao.quantization.QConfig; target, round_summands and folding are tritonq's.
     """

@@ -16,7 +16,7 @@ from qat_models import FloatPair, FloatResidual, images, trained_float_form
 from tritonq import nn as qnn
 from tritonq.functional.traced import parts
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.qparams import QUANTIZED_TYPES
 from vision_models import torchvision_model, torchvision_residual_network
 

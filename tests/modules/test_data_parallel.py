@@ -16,7 +16,7 @@ from torch import nn
 import tritonq
 from qat_models import FloatResidual, images
 from tritonq.distributed import broadcast_statistics
-from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.observers import RangeObserver
 from tritonq.process_group import GroupReference
 

@@ -19,7 +19,7 @@ from qat_models import FloatResidual, images
 from tritonq import backend
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional import traced
-from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.qconfig import PRESETS
 
 WEIGHT = tritonq.get_qconfig("tensorrt").weight

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import tritonq
-from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from vision_models import torchvision_model
 
 SHAPE = (16, 3, 96, 96)

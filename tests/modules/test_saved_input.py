@@ -13,7 +13,7 @@ from tritonq.functional import saved_input
 from tritonq.functional.residual import residual_join
 from tritonq.functional.saved_input import keep, mark, restore
 from tritonq.grid import Grid
-from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.qparams import QINT8, QUINT8
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import tritonq
 from qat_models import FloatResidual, images
 from tritonq.functional.recomputation import StepMemory
-from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 
 LABELS = torch.arange(8) % 4
 

@@ -27,7 +27,7 @@ from tritonq.grid import Grid
 from tritonq.kernels import conv2d, layout
 from tritonq.kernels.conv_tile import ConvTile
 from tritonq.kernels.launcher import Launcher
-from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.qconfig import PRESETS
 
 if is_interpreting():

@@ -19,7 +19,7 @@ import tritonq.nn as qnn
 import vision_models
 from prepared_nets import assert_inputs_on_their_grids, assert_same_when_not_rounding, primary
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 
 STEPS = 10
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)

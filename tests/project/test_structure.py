@@ -21,7 +21,7 @@ MADE = {".matrix/"}
 RINGS = {
     ("tritonq.demo.fixed_point", "tritonq.demo.run"),
     ("tritonq.functional.integer", "tritonq.functional.traced.host"),
-    ("tritonq.nn.conv_bn", "tritonq.nn.folding_modes"),
+    ("tritonq.nn.batch_norm_layer", "tritonq.nn.folding_modes"),
     ("tritonq.perf.cases.fake_quant", "tritonq.perf.cases.fake_quant_peers"),
 }
 PRIVATE_IMPORTS = {

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.functional.conv_bn import check_running_var
-from tritonq.functional.fake_quant import fake_quantize
-from tritonq.functional.recomputation import StepMemory
-from tritonq.grid import Grid
-from tritonq.nn import folding_modes, intrinsic
-from tritonq.nn.batch_norm import FrozenBatchNorm
+from tritonq.nn import intrinsic
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.conv import (
     Conv1d,
     Conv2d,
@@ -29,188 +21,10 @@ from tritonq.nn.conv import (
     share_parameters,
     take_ceiling,
 )
-from tritonq.nn.eval_mode import PATHS
-from tritonq.nn.fusable import observed_grid
 from tritonq.nn.linear import Linear
-from tritonq.nn.paths import LayerState, Mode, Path, check_mode, choose_path
-from tritonq.nn.qat import QATLayer, without_qconfig
+from tritonq.nn.paths import Mode
+from tritonq.nn.qat import without_qconfig
 from tritonq.qconfig import QConfig
-from tritonq.qparams import TORCH_EPS
-from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
-
-# Of a channel whose γ is 0: its codes are 0, whatever the scale is.
-_LEAST_SCALE = TORCH_EPS
-
-
-class QATBatchNormLayer(QATLayer):
-    """A convolution or linear layer whose BatchNorm is part of it.
-
-    ``mode`` says how training folds the BatchNorm into the quantized weight; the BatchNorm lives in the child ``bn``:
-
-    - ``"approximate"`` (torch.ao's default): ``y = BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)`` from
-      before this step's update, and ``s = 1/σ`` in a channel where γ = 0, so that nothing is divided by zero and γ can
-      leave zero. The fastest: the layer runs once, and saves nothing but its input and the convolution's output.
-    - ``"exact"`` (MegEngine's ``approx=False``): folds the statistics of this batch, weight and bias quantized.
-    - ``"corrected"`` (torch.ao's slow path): folds the updated running variance and rescales to the batch's.
-    - ``"scale"``: ``y = BN(op(x, u FQ_w(u W; s_w)) + b)`` with ``u = sign(γ)``. The weight is rounded as it is, and
-      deployment folds the BatchNorm into the scale, ``s_w |t|``. In the other modes each step's statistics move ``W s``
-      against a trained scale, so that codes flip, and running statistics are averages over other weights than the
-      deployed ones; at 2 bits that costs points of accuracy. For symmetric types.
-
-    Eval and frozen, in every other mode: ``y = op(x, FQ_w(W t)) + β + t (b - running_mean)``, ``t = γ/σ(running_var)``;
-    in mode ``"scale"`` the grid of ``W t`` has the scale ``s_w |t|``.
-
-    Raises:
-        ValueError: an unknown mode, or ``"scale"`` for a weight with zero points; in training, fewer than two values
-            per channel, or a running variance that is negative or not finite.
-
-    Source: torch.ao.nn.intrinsic.qat; docs/conv-bn.md, "Modes of training"; "scale" is Esser et al. (2020), LSQ, whose
-        weights are rounded before BatchNorm.
-    """
-
-    bn: nn.modules.batchnorm._BatchNorm
-    freeze_bn: bool = False
-    # Keep the input for the backward as 8-bit codes where it lies on the grid of a known quantizer.
-    save_input_codes: bool = True
-    grouping: tuple[bool, int] = (False, 1)
-    _bn_type: ClassVar[type[nn.modules.batchnorm._BatchNorm]]
-    _mode: Mode = "approximate"
-    paths: ClassVar[dict[Path, Callable[..., Tensor]]] = {**PATHS, **folding_modes.PATHS}
-
-    def attach_batch_norm(
-        self, features: int, eps: float, momentum: float | None, freeze_bn: bool, mode: str | None = None
-    ) -> None:
-        """Create the child ``bn``; ``freeze_bn`` starts with frozen statistics. Mode None is that of the qconfig."""
-        self.bn = self._bn_type(features, eps=eps, momentum=momentum)
-        self.mode = check_mode(mode or self.qconfig.folding or "approximate")
-        self.step_memory = StepMemory()
-        if freeze_bn:
-            self.freeze_bn_stats()
-
-    @property
-    def mode(self) -> Mode:
-        """How training folds the BatchNorm."""
-        return self._mode
-
-    @mode.setter
-    def mode(self, mode: Mode) -> None:
-        mode = check_mode(mode)
-        qtype = getattr(self.weight_fake_quant, "qtype", None)
-        if mode == "scale" and qtype is not None and qtype.fixed_zero_point != 0:
-            raise ValueError(f"a BatchNorm folds into the scale of a symmetric signed weight, got {qtype}")
-        self._mode = mode
-
-    def quantized_folded_weight(self, folded: Tensor) -> Tensor:
-        """See base class."""
-        quantizer = self.weight_fake_quant
-        if self._mode != "scale" or isinstance(quantizer, nn.Identity):
-            return super().quantized_folded_weight(folded)
-        if isinstance(quantizer, FakeQuantizeBase) and quantizer.is_enabled_on_host():
-            op = self.linear_map
-            return op.from_rows(fake_quantize(op.to_rows(folded), self.weight_grid()))
-        scale = self._fold().abs()
-        unfolded = scale_out_channels(folded, torch.where(scale == 0, 0, 1 / scale), *self.grouping)
-        # It may observe, as in calibration; a module that is no fake quantizer of tritonq's may round, too.
-        return scale_out_channels(self.quantized_weight(unfolded), scale, *self.grouping)
-
-    def weight_grid(self) -> Grid:
-        """See base class; in mode "scale" one scale per channel."""
-        grid = super().weight_grid()
-        if self._mode != "scale":
-            return grid
-        scale = (grid.scale.detach() * self._fold().detach().abs()).clamp(min=_LEAST_SCALE)
-        return Grid(scale, None, grid.qtype.with_axis(0), grid.enabled)
-
-    def weight_to_quantize(self) -> Tensor:
-        """See base class."""
-        if self._mode != "scale":
-            return super().weight_to_quantize()
-        return scale_out_channels(self.float_parameters()[0], folding_modes.gamma_signs(self), *self.grouping)
-
-    def _fold(self) -> Tensor:
-        return fold_scale(cast(Tensor, self.bn.running_var), self.bn.weight, self.bn.eps)
-
-    def folded_parameters(self, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weight and bias with the running statistics folded in; see base class."""
-        weight, bias = super().folded_parameters(weight, bias)
-        running_mean, scale = cast(Tensor, self.bn.running_mean), self._fold()
-        folded_bias = fold_bias(bias, running_mean, scale, self.bn.bias)
-        return scale_out_channels(weight, scale, *self.grouping), folded_bias
-
-    def eval_key(self) -> tuple[Any, ...]:
-        """See base class."""
-        return (*super().eval_key(), self.bn.eps, self._mode)
-
-    def path_state(self) -> LayerState:
-        """See base class."""
-        frozen = self.freeze_bn or not self.bn.training
-        fits = self.training and not frozen and self._mode == "approximate" and self._fits_operator()
-        return replace(super().path_state(), mode=self._mode, frozen=frozen, fits_operator=fits)
-
-    def _fits_operator(self) -> bool:
-        quantizer = self.weight_fake_quant
-        rounds = isinstance(quantizer, nn.Identity) or observed_grid(quantizer) is not None
-        return rounds and folding_modes.is_plain(self.bn)
-
-    @property
-    def trains_in_one_operator(self) -> bool:
-        """Whether a step in the present state is one operator's."""
-        return choose_path(self.path_state()) == "train_operator"
-
-    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """The layer, its BatchNorm, ReLU where there is one, and fake quantization; see base class."""
-        if self.training:
-            check_running_var(cast(Tensor, self.bn.running_var))
-        return super().forward(x, weight, bias)
-
-    def check_input(self, x: Tensor) -> None:
-        """Raise ValueError unless ``x`` is a batch."""
-        expected = len(cast(nn.modules.conv._ConvNd, self).kernel_size) + 2
-        if x.dim() != expected:
-            raise ValueError(f"expected an input of {expected} dimensions, got {tuple(x.shape)}")
-
-    def along_channels(self, vector: Tensor, y: Tensor) -> Tensor:
-        """A vector per out channel, shaped to broadcast against the output ``y``, in its dtype."""
-        shape = [1] * y.dim()
-        shape[self.linear_map.output_axis] = -1
-        return vector.to(y.dtype).view(shape)
-
-    def freeze_bn_stats(self) -> QATBatchNormLayer:
-        """Stop updating the running statistics and normalise with them, in training too."""
-        self.freeze_bn = True
-        self.bn.training = False
-        return self
-
-    def update_bn_stats(self) -> QATBatchNormLayer:
-        """Undo :meth:`freeze_bn_stats`; a BatchNorm that was frozen in the float model stays so."""
-        if isinstance(self.bn, FrozenBatchNorm):
-            return self
-        self.freeze_bn = False
-        self.bn.training = self.training
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """A frozen layer says so, with a key of its own; others have torch.ao's keys alone."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.freeze_bn:
-            destination[f"{prefix}freeze_bn"] = torch.ones(1, dtype=torch.uint8)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Freeze where the checkpoint was frozen; one that does not say leaves the layer as it is."""
-        if state_dict.pop(f"{prefix}freeze_bn", None) is not None:
-            self.freeze_bn_stats()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def reset_running_stats(self) -> None:
-        """Reset the BatchNorm's running statistics."""
-        self.bn.reset_running_stats()
-
-    def train(self, mode: bool = True) -> QATBatchNormLayer:
-        """Switch mode; a frozen BatchNorm stays in eval mode."""
-        super().train(mode)
-        if self.freeze_bn:
-            self.bn.training = False
-        return self
 
 
 class _ConvBn(QATBatchNormLayer):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar, Protocol, TypeGuard, cast, runtime_checkable
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,48 +19,30 @@ from tritonq.functional.residual import residual_join, rounded_product, rounded_
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn.eval_mode import with_gradient_of
 from tritonq.nn.fusable import (
-    ceiling_of,
     checked_ceiling,
     describe_relu,
     input_grid,
     observed_grid,
     warn_if_unobserved,
 )
-from tritonq.nn.reference import Reference, ReferringModule
+from tritonq.nn.output_quantizer import (
+    GridSource,
+    WithOutputQuantizer,
+    deployed_grid,
+    ends_in_relu,
+    is_grid_source,
+    quantizer_of,
+)
+from tritonq.nn.reference import Reference
 from tritonq.qconfig import QConfig
-from tritonq.qparams import QuantizedType
 from tritonq.reference.activation import rectify
-
-
-class _WithOutputQuantizer(ReferringModule):
-    def __init__(self, qconfig: QConfig | None = None) -> None:
-        super().__init__()
-        self.activation_post_process: nn.Module = nn.Identity() if qconfig is None else qconfig.activation()
-
-
-@runtime_checkable
-class GridSource(Protocol):
-    """Puts values on a grid: a fake quantizer, or what it became in deployment."""
-
-    qtype: QuantizedType
-
-    def is_enabled_on_host(self) -> bool:
-        """Whether it rounds. May synchronise with the device."""
-
-    def grid(self) -> Grid:
-        """Return the grid, with its switch on the device."""
-
-
-def is_grid_source(module: object) -> TypeGuard[GridSource]:
-    """Whether ``module`` is a :class:`GridSource`; faster than ``isinstance`` of a protocol."""
-    return callable(getattr(type(module), "is_enabled_on_host", None)) and callable(getattr(type(module), "grid", None))
 
 
 def _joint_shape(a: Tensor, b: Tensor) -> torch.Size:
     return torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call,no-any-return]
 
 
-class Joint(_WithOutputQuantizer):
+class Joint(WithOutputQuantizer):
     """``FQ(relu?(f(a, b)))`` for an operation f of two tensors. Without a qconfig, its output stays in float.
 
     ``ceiling`` is the upper bound of the ReLU: infinity for a plain one, 6 for ReLU6; None leaves it out.
@@ -111,7 +92,7 @@ class Joint(_WithOutputQuantizer):
     @property
     def input_quantizers(self) -> tuple[nn.Module | None, ...]:
         """The quantizers whose grids the operands lie on, where known."""
-        return tuple(_quantizer_of(producer) for producer in self.producers)
+        return tuple(quantizer_of(producer) for producer in self.producers)
 
     @property
     def linked_quantizers(self) -> tuple[nn.Module | None, ...]:
@@ -126,7 +107,7 @@ class Joint(_WithOutputQuantizer):
         """
         if self._pickled_after_relu is not None:
             return self._pickled_after_relu
-        return tuple(_ends_in_relu(producer) for producer in self.producers)
+        return tuple(ends_in_relu(producer) for producer in self.producers)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_producers" not in state:
@@ -162,7 +143,7 @@ class Joint(_WithOutputQuantizer):
     def _on_codes(self, a: Tensor, b: Tensor) -> Tensor | None:
         """The quantized result from the operands' codes; None where these can't be used."""
         own, producers = self.activation_post_process, self.producers
-        quantizers = [*map(_quantizer_of, producers), own]
+        quantizers = [*map(quantizer_of, producers), own]
         if own._forward_pre_hooks or not a.numel():
             return None
         sources = [quantizer for quantizer in quantizers if is_grid_source(quantizer)]
@@ -178,7 +159,7 @@ class Joint(_WithOutputQuantizer):
         def prepare() -> CodedJoin | None:
             first, second, output = (source.grid() for source in sources)
             relus = (*self.after_relu, self.ceiling is not None)
-            deployed = [_deployed(grid, relu) for grid, relu in zip((first, second, output), relus, strict=True)]
+            deployed = [deployed_grid(grid, relu) for grid, relu in zip((first, second, output), relus, strict=True)]
             return coded_join(self.kind, (first, second, output), deployed, self.ceiling)
 
         held = tuple([tensor for source in sources for tensor in held_tensors(cast(nn.Module, source))])
@@ -213,14 +194,14 @@ class Joint(_WithOutputQuantizer):
                     return None
                 from tritonq.functional.traced import eval_mode
 
-                grids = [_deployed(quantizer.grid(), relu) for quantizer, relu in zip(trained, relus, strict=True)]
+                grids = [deployed_grid(quantizer.grid(), relu) for quantizer, relu in zip(trained, relus, strict=True)]
                 return eval_mode.join(self.kind, a, b, *grids)
         sources = [cast(GridSource, quantizer) for quantizer in quantizers if isinstance(quantizer, GridSource)]
         if len(sources) < len(quantizers):
             return None
         if any(source.qtype.axis is not None or not source.is_enabled_on_host() for source in sources):
             return None
-        grids = [_deployed(source.grid(), relu) for source, relu in zip(sources, relus, strict=True)]
+        grids = [deployed_grid(source.grid(), relu) for source, relu in zip(sources, relus, strict=True)]
         return integer_join(self.kind, a, b, *grids).to(a.dtype)
 
     def extra_repr(self) -> str:
@@ -253,33 +234,12 @@ class Mul(Joint):
         return rounded_product(a, b, grid_a, grid_b, grid, statistics, self.ceiling)
 
 
-def _quantizer_of(producer: nn.Module | None) -> nn.Module | None:
-    """The quantizer of a producer's output, which may be the producer."""
-    if producer is None or is_grid_source(producer):
-        return cast("nn.Module | None", producer)
-    return producer._modules.get("activation_post_process")
-
-
-def _ends_in_relu(producer: nn.Module | None) -> bool:
-    """Whether the output of a producer went through a ReLU before its quantizer."""
-    ceiling = getattr(producer, "ceiling", None)
-    return ceiling is not None or ceiling_of(producer) is not None
-
-
-def _deployed(grid: Grid, relu: bool) -> Grid:
-    """Return the grid with the codes that deployment has: behind a ReLU from that of zero on, if the type fixes it."""
-    zero = grid.qtype.fixed_zero_point
-    if zero is None or not relu:
-        return grid
-    return Grid(grid.scale, grid.zero_point, replace(grid.qtype, quant_min=zero, symmetric=False), grid.enabled)
-
-
 def _has_operator(a: Tensor, b: Tensor, grid: Grid) -> bool:
     """Whether one operator does it: two float tensors on one device, one scale for all."""
     return a.device == b.device and a.is_floating_point() and b.is_floating_point() and grid.qtype.axis is None
 
 
-class Cat(_WithOutputQuantizer):
+class Cat(WithOutputQuantizer):
     """``FQ(cat(tensors, dim))``: all parts on one grid. Without a qconfig, its output stays in float.
 
     In eval mode values are taken to the grid as integer runtimes do:
@@ -349,7 +309,7 @@ class DeQuantStub(QuantStub):
     """Marks where a tensor leaves the quantized part. Source: torch.ao."""
 
 
-class FloatFunctional(_WithOutputQuantizer):
+class FloatFunctional(WithOutputQuantizer):
     """torch.ao's module form of tensor arithmetic: each method's result passes ``activation_post_process``.
 
     Source: torch.ao.nn.quantized.FloatFunctional.

@@ -28,7 +28,7 @@ from tritonq.reference.conv_bn import BatchNormState, update_running_statistics
 from tritonq.reference.fold import fold_scale, scale_out_channels
 
 if TYPE_CHECKING:
-    from tritonq.nn.conv_bn import QATBatchNormLayer
+    from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 
 _BITS = 8
 

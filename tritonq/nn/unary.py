@@ -14,8 +14,8 @@ from tritonq.functional.codes import can_use_codes, give_codes, take_codes
 from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.memo import Memo
 from tritonq.grid import Grid
-from tritonq.nn.elementwise import is_grid_source
 from tritonq.nn.eval_mode import with_gradient_of
+from tritonq.nn.output_quantizer import is_grid_source
 from tritonq.nn.reference import Reference
 from tritonq.qconfig import QConfig
 

@@ -13,7 +13,7 @@ from tritonq.backend import implementation, select
 from tritonq.functional.conv_bn import ReadyWeight, version_of
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.fusable import observed_grid
 from tritonq.reference.fold import nonzero_fold
 from tritonq.reference.weight import WeightCodes

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 
 
 def enable_observer(module: nn.Module) -> None:

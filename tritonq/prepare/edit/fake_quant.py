@@ -11,7 +11,7 @@ from torch import nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import Joint, QATLayer
-from tritonq.nn.conv_bn import QATBatchNormLayer
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.own_input import INPUT_QUANTIZER, QuantizesInput
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.decide.joins import Join
