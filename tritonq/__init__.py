@@ -1,6 +1,7 @@
 """tritonq: quantization-aware training at the speed of float training, deployed to the numbers it was trained with."""
 
 from tritonq import nn
+from tritonq.accuracy.reestimation import reestimate_batch_norm
 from tritonq.backend import use_backend
 from tritonq.calibration import calibrate, refine_scales
 from tritonq.deploy import convert, export_onnx, export_program, load_converted, save_converted, verify
@@ -49,6 +50,7 @@ from tritonq.prepare import (
     prepare_qat,
     update_bn_stats,
 )
+from tritonq.preset_mappings import get_qconfig_mapping
 from tritonq.qconfig import (
     QConfig,
     default_embedding_qat_qconfig,
@@ -104,6 +106,7 @@ __all__ = [
     "fuse_modules_qat",
     "get_default_qat_qconfig",
     "get_qconfig",
+    "get_qconfig_mapping",
     "histogram",
     "load_converted",
     "load_qconfig_mapping",
@@ -114,6 +117,7 @@ __all__ = [
     "quantize_bias",
     "quantize_weights_together",
     "range_to_qparams",
+    "reestimate_batch_norm",
     "refine_scales",
     "save_converted",
     "save_qconfig_mapping",

@@ -30,8 +30,9 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         quant_min: smallest code; needs ``quant_max``.
         quant_max: largest code.
         method: ``"torch"`` or ``"megengine"`` (``s = |scale| + 1e-5``, ties away from zero).
-        init: ``"observer"``, or ``"lsq"`` for ``s = 2 mean|x| / sqrt(quant_max)`` of the first batch, or of all that
-            :func:`tritonq.calibrate` saw.
+        init: ``"observer"``, or ``"lsq"`` for ``s = 2 mean|x| / sqrt(q)`` of the first batch, or of all that
+            :func:`tritonq.calibrate` saw. q is the largest code, counted from the zero point, to its farther side where
+            the type is affine; the zero point is the observer's, so that each side keeps its share of the codes.
         learn_zero_point: train the zero point too (affine types, method ``"torch"``).
         grad_factor: factor of the gradients of scale and zero point. None takes the papers': LSQ's
             ``1/sqrt(N quant_max)``, where N counts the values that share a scale, of one sample for activations; and
@@ -128,13 +129,11 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         sizes, self._sizes = self._sizes, None
         if qparams is not None or sizes is None:
             return
-        low = (self.qtype.quant_min - self.zero_point) * self.scale
-        mean = (sizes[0] / sizes[1].clamp(min=1)).float()
-        scale = (2 / math.sqrt(max(1, self.qtype.quant_max)) * mean).clamp(min=self.activation_post_process.eps)
-        self.scale.copy_(scale.view_as(self.scale))
-        if not self.qtype.symmetric:
-            zero_point = (self.qtype.quant_min - low / self.scale).round_()
-            self.zero_point.copy_(zero_point.clamp_(self.qtype.quant_min, self.qtype.quant_max))
+        mean = (sizes[0] / sizes[1].clamp(min=1)).float().view_as(self.scale)
+        above, below = self.qtype.quant_max - self.zero_point, self.zero_point - self.qtype.quant_min
+        largest = above if self.qtype.symmetric else torch.maximum(above, below)
+        scale = 2 * mean / largest.clamp(min=1).sqrt()
+        self.scale.copy_(scale.clamp(min=self.activation_post_process.eps))
 
     def _rounded(self, x: Tensor) -> Tensor:
         qtype, codes = self.qtype, None

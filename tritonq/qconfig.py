@@ -12,7 +12,7 @@ from torch import nn
 from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
-from tritonq.learned_fake_quantize import TrainedThresholdFakeQuantize
+from tritonq.learned_fake_quantize import LearnedStepFakeQuantize, TrainedThresholdFakeQuantize
 from tritonq.observers import (
     InterpolatingHistogramObserver,
     MinMaxObserver,
@@ -174,6 +174,22 @@ _NARROW_WEIGHT = FakeQuantize.with_args(
     ch_axis=0,
 )
 
+
+def _learned_step(weight_bits: int, activation_bits: int) -> QConfig:
+    """LSQ: a trained scale per output channel and per activation, weights rounded before their BatchNorm."""
+    step = LearnedStepFakeQuantize.with_args(init="lsq")
+    return QConfig(
+        step.with_args(dtype=QuantizedType.of(activation_bits, signed=False, symmetric=False)),
+        step.with_args(dtype=QuantizedType.of(weight_bits, axis=0)),
+        "onnxruntime",
+        round_summands=False,
+        folding="scale",
+    )
+
+
+# Bits of weights and activations.
+_LEARNED_STEP_WIDTHS = ((8, 8), (4, 8), (4, 4), (3, 3), (2, 4), (2, 2))
+
 PRESETS: dict[str, QConfig] = {
     # Products of unsigned activations and signed weights run fastest on CPUs. Zero is in every range: behind a ReLU the
     # zero point is 0, and all 256 codes are used. An activation's range follows growth at once.
@@ -210,6 +226,10 @@ PRESETS: dict[str, QConfig] = {
     "megengine_passive": QConfig(_megengine(PassiveObserver, QINT8), _megengine(PassiveObserver, QINT8_NARROW)),
     # Fixed point: whether an activation is signed follows from the ReLU before it; weights are searched every forward.
     "f8net": QConfig(FixedPointFakeQuantize.with_args(signed=False), FixedPointFakeQuantize.with_args(momentum=1.0)),
+    **{
+        f"lsq_w{weights}a{activations}": _learned_step(weights, activations)
+        for weights, activations in _LEARNED_STEP_WIDTHS
+    },
 }
 DEFAULT_PRESET = "onnxruntime"
 
@@ -229,6 +249,9 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     - ``"megengine_tqt"``: trained thresholds.
     - ``"megengine_passive"``: scales are given, not observed.
     - ``"f8net"``: 8-bit fixed point, multiplications by powers of two alone between layers.
+    - ``"lsq_w8a8"``, ``"lsq_w4a8"``, ``"lsq_w4a4"``, ``"lsq_w3a3"``, ``"lsq_w2a4"``, ``"lsq_w2a2"``: trained scales
+      (LSQ) for weights and activations of so many bits, which begin as the paper's; additions are rounded behind
+      alone. First and last layer and inputs want 8 bits: :func:`tritonq.get_qconfig_mapping` gives the mapping.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.

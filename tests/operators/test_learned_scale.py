@@ -346,10 +346,18 @@ def test_lsq_initialisation_of_all_batches_and_its_zero_point():
     quantizer = LearnedStepFakeQuantize(MinMaxObserver, dtype="quint4", init="lsq")
     model = nn.Sequential(quantizer)
     tritonq.calibrate(model, batches)
-    scale = 2 * float(torch.cat(batches).abs().mean()) / math.sqrt(15)
+    values = torch.cat(batches)
+    zero_point = round(15 * float(-values.min() / (values.max() - values.min())))
+    assert int(quantizer.zero_point) == zero_point
+    scale = 2 * float(values.abs().mean()) / math.sqrt(max(zero_point, 15 - zero_point))
     assert float(quantizer.scale) == pytest.approx(scale)
-    lowest = min(float(batch.min()) for batch in batches)
-    assert abs(int(quantizer.zero_point) - -lowest / scale) < 1
+
+
+def test_lsq_initialisation_leaves_codes_above_zero():
+    """Of a heavy-tailed signed batch a range from its low end would take all four codes for what is below 0."""
+    x = torch.cat([torch.linspace(-1, 1, 99), torch.tensor([-9.0, 9.0])])
+    quantizer = LearnedStepFakeQuantize(dtype="quint2", init="lsq")
+    assert (quantizer(x) > 0).any()
 
 
 @pytest.mark.parametrize("kind", [TrainedThresholdFakeQuantize, ClippedFakeQuantize])

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent.parent
 # Each module belongs to the first layer whose prefix fits; a module imports its own layer and later ones.
 LAYERS = [
     ("tritonq.__main__", "tritonq.cli", "tritonq.report", "tritonq.plots", "tritonq.demo", "tritonq.perf"),
+    ("tritonq.accuracy",),
     ("tritonq.prepare", "tritonq.deploy", "tritonq.calibration", "tritonq.distributed"),
     ("tritonq.nn",),
-    ("tritonq.qconfig", "tritonq.qconfig_mapping", "tritonq.qconfig_files"),
+    ("tritonq.qconfig", "tritonq.qconfig_mapping", "tritonq.qconfig_files", "tritonq.preset_mappings"),
     (
         "tritonq.fake_quantize",
         "tritonq.fixed_point_fake_quantize",

@@ -15,7 +15,8 @@ from torch import nn
 
 from tritonq.cli.training_files import Recipe
 from tritonq.prepare import prepare_qat
-from tritonq.qconfig import DEFAULT_PRESET, PRESETS, TORCH_BACKENDS, get_default_qat_qconfig, get_qconfig
+from tritonq.preset_mappings import get_qconfig_mapping
+from tritonq.qconfig import DEFAULT_PRESET, PRESETS, TORCH_BACKENDS, get_default_qat_qconfig
 from tritonq.qconfig_files import load_qconfig_mapping, mapping_from_data
 from tritonq.qconfig_mapping import QConfigMapping
 
@@ -103,7 +104,7 @@ def find_qconfig(name: str) -> QConfigMapping:
     if backend in TORCH_BACKENDS and version in ("", "0", "1"):
         return QConfigMapping().set_global(get_default_qat_qconfig(backend, int(version or 1)))
     if name in PRESETS:
-        return QConfigMapping().set_global(get_qconfig(name))
+        return get_qconfig_mapping(name)
     raise ValueError(f"unknown preset {name!r}; known: {', '.join((*PRESETS, *TORCH_BACKENDS))}, or a .json file")
 
 

@@ -1,0 +1,1 @@
+"""What wins back accuracy: before training, after it, and instead of it."""
