@@ -10,6 +10,7 @@ from tritonq.__main__ import main
 from tritonq.cli.data import load_digits, open_examples
 from tritonq.cli.preprocessing import Preprocessing
 from tritonq.demo import run as demo
+from tritonq.deploy import LayerComparison, OutputComparison, VerificationReport
 
 
 def arguments(*words):
@@ -38,11 +39,31 @@ def test_the_converted_model_is_the_trained_one(result):
 
 def test_onnx_runtime_agrees(result):
     report = next(stage.report for stage in result.stages if stage.name == "ONNX Runtime")
-    for layer in report.layers:
-        assert layer.fraction <= 0.001, layer
-        assert layer.largest <= 1, layer
+    assert report.agrees(), report
     assert report.outputs.agreement >= 0.999
     assert result.agrees
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (LayerComparison("stem", 9000, 2, 1), "2 of 9,000 codes of stem differ, by up to 1; allowed: none"),
+        (
+            LayerComparison("bn", 9, 2, 3, ("Softmax",)),
+            "2 of 9 codes of bn differ, by up to 3; allowed: differences of 1, since Softmax adds in no defined order",
+        ),
+    ],
+)
+def test_the_demo_says_what_disagrees(layer, message, tmp_path, monkeypatch, capsys):
+    outputs = OutputComparison(1, 0.0, 1, 0)
+    good = VerificationReport((LayerComparison("input", 9000, 0, 0),), outputs)
+    bad = VerificationReport((*good.layers, layer, LayerComparison("head", 9000, 9, 9)), outputs)
+    stages = [demo.Stage(name, 1.0, report=report) for name, report in (("converted", good), ("ONNX Runtime", bad))]
+    monkeypatch.setattr(demo, "run", lambda _: demo.Result(tuple(stages), demo.Files.inside(tmp_path)))
+    assert demo.main(arguments()) == 1
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == f"FAILED: ONNX Runtime disagrees with the trained model: {message}"
+    )
 
 
 def test_files(result):

@@ -75,7 +75,7 @@ def test_the_table_shows_every_stage_and_file(result):
 
 def test_a_difference_in_onnx_fails_the_demo(result):
     onnx = demo.Stage("ONNX Runtime", 1.0, report=off_by_one())
-    assert not demo.Result((*result.stages[:3], onnx), result.files, result.onnx_tolerance).agrees
+    assert not demo.Result((*result.stages[:3], onnx), result.files).agrees
 
 
 def off_by_one():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import tritonq
-from tritonq.deploy.onnx_outputs import output_name
+from tritonq.deploy.outputs import output_name
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

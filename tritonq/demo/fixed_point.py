@@ -77,4 +77,4 @@ def run(arguments: argparse.Namespace) -> Result:
         ),
     )
     # Integers are integers everywhere.
-    return Result(stages, files, onnx_tolerance=0.0)
+    return Result(stages, files)

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from tritonq.demo.model import SmallResNet
 from tritonq.demo.picture import draw, widest_channel
 from tritonq.demo.training import History, accuracy, logits, train
 from tritonq.deploy import VerificationReport, convert, export_onnx, save_converted, verify
+from tritonq.deploy.comparisons import ISLAND_STEP
 from tritonq.deploy.onnx_session import open_session
 from tritonq.nn import QATLayer
 from tritonq.nn.fixed_point import FixedPointLayer
@@ -31,8 +31,6 @@ FLOAT_LEARNING_RATE = 0.05
 _QAT_LEARNING_RATE = 0.005
 # The last QAT epochs train on the ranges and statistics that will be deployed.
 _FROZEN_EPOCHS = 2
-# What ONNX Runtime may round differently: its requantization multiplies by one factor where tritonq multiplies by two.
-_ONNX_MAX_FRACTION = 0.001
 
 
 @dataclass(frozen=True)
@@ -94,22 +92,21 @@ class Result:
 
     stages: tuple[Stage, ...]
     files: Files
-    onnx_tolerance: float = _ONNX_MAX_FRACTION
 
     @property
     def agrees(self) -> bool:
-        """No code of the converted model differs; at most ``onnx_tolerance`` of ONNX Runtime's, and by one at most."""
+        """Whether no code of a deployed form differs."""
         return self.disagreement is None
 
     @property
     def disagreement(self) -> str | None:
         """Which form disagrees with the trained model, where, and what is allowed, or None."""
-        converted, onnx = (stage for stage in self.stages if stage.report is not None)
-        for stage, fraction, step in ((converted, 0.0, 0), (onnx, self.onnx_tolerance, 1)):
-            report = cast(VerificationReport, stage.report)
-            if not report.agrees(fraction, max_step=step):
-                worst = next(layer for layer in report.layers if layer.fraction > fraction or layer.largest > step)
-                allowed = f"{fraction:.1%} of a layer's codes, by {step} at most" if fraction else "none"
+        for stage in self.stages:
+            worst = None if stage.report is None else stage.report.first_beyond()
+            if worst is not None:
+                allowed = "none"
+                if worst.island:
+                    allowed = f"differences of {ISLAND_STEP}, since {', '.join(worst.island)} adds in no defined order"
                 return (
                     f"{stage.name} disagrees with the trained model: {worst.differing:,} of {worst.codes:,} codes of "
                     f"{worst.name or 'the output'} differ, by up to {worst.largest}; allowed: {allowed}"

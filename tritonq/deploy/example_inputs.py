@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,18 +17,22 @@ from tritonq.prepare.record.structure import replace_tensors, tensors_in
 _RANKS = range(3, 6)
 
 
-def open_axes(arguments: Arguments, batch: bool, sizes: bool) -> tuple[Arguments, Any]:
+def open_axes(
+    forward: Callable[..., Any], arguments: Arguments, batch: bool, sizes: bool
+) -> tuple[Arguments, dict[str, Any] | None]:
     """Arguments to trace with, and their ``dynamic_shapes``; None for these where no axis is open.
 
     A batch of one is doubled, since torch.export takes an example of size 1 for a constant.
 
     Args:
+        forward: what is traced; the names of its parameters are the keys of the shapes.
         arguments: the example.
         batch: whether axis 0 is open where it is as long as the first tensor's.
         sizes: whether the axes behind the first two are open, in tensors with 3 to 5 axes.
 
     Raises:
         ValueError: no tensor has a batch axis.
+        TypeError: arguments that the forward does not take.
     """
     if not batch and not sizes:
         return arguments, None
@@ -47,8 +52,32 @@ def open_axes(arguments: Arguments, batch: bool, sizes: bool) -> tuple[Arguments
             found |= dict.fromkeys(_size_axes(x), torch.export.Dim.AUTO)
         return found or None
 
-    positional, named = _shapes(arguments, shape_of)
-    return arguments, named if named and not positional else positional
+    args, kwargs = arguments
+    bound = inspect.signature(forward).bind(*args, **kwargs).arguments
+    return arguments, {name: _shapes(value, shape_of) for name, value in bound.items()}
+
+
+def name_keywords(traced: nn.Module, names: Iterable[str]) -> None:
+    """Name the arguments that a forward takes by ``**kwargs`` as parameters: torch.export has no shapes for them.
+
+    Args:
+        traced: a model that is traced; changed in place.
+        names: of the named arguments that it is called with.
+    """
+    forward = traced.forward
+    signature = inspect.signature(forward)
+    parameters = list(signature.parameters.values())
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    added = [name for name in names if name not in signature.parameters]
+    known += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in added]
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    named.__signature__ = signature.replace(parameters=known)  # type: ignore[attr-defined]
+    traced.forward = named
 
 
 def check_sizes(model: nn.Module, arguments: Arguments) -> None:
@@ -72,11 +101,6 @@ def _doubled(x: Tensor) -> Tensor:
 
 def _size_axes(x: Tensor) -> range:
     return range(2, x.dim()) if x.dim() in _RANKS else range(0)
-
-
-def open_batch(arguments: Arguments) -> tuple[Arguments, Any]:
-    """Return :func:`open_axes` with the batch axis open and no other."""
-    return open_axes(arguments, True, False)
 
 
 def _shapes(item: Any, shape_of: Callable[[Tensor], Any]) -> Any:

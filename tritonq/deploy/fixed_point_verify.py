@@ -25,3 +25,11 @@ def codes_read(layer: Any, x: Tensor) -> Tensor:
     source = layer.input_format
     codes: Tensor = source.quantize(x).double() * power_of_two(source.rounded_frac_len(), torch.float64)
     return codes.float()
+
+
+def value_of_codes(layer: Any, codes: Tensor) -> Tensor:
+    """What a layer would have to be given to read these codes, which :func:`codes_read` returns."""
+    if isinstance(layer, IntegerLayer):
+        return codes * 2.0**-layer.input.frac_len if layer.encodes else codes.to(layer.input.dtype)
+    frac_len = layer.input_format.rounded_frac_len()
+    return (codes.double() / power_of_two(frac_len, torch.float64)).float()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.convert import convert
-from tritonq.deploy.example_inputs import check_sizes, open_axes
+from tritonq.deploy.example_inputs import check_sizes, name_keywords, open_axes
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.fixed_point import has_fixed_point
 from tritonq.deploy.fixed_point_description import has_integers
@@ -24,7 +24,7 @@ from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, forget_source, requ
 from tritonq.deploy.onnx_float_layers import tell_float_convolutions
 from tritonq.deploy.onnx_functions import CodeTable, check_functions
 from tritonq.deploy.onnx_moves import quantize_behind_moves
-from tritonq.deploy.onnx_outputs import name_outputs, output_paths
+from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return_tensors_alone
 from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.record.example import example_arguments
 from tritonq.prepare.record.structure import tensors_in
@@ -70,7 +70,7 @@ def export_onnx(
             axes), for fully convolutional networks.
         input_names: names of the inputs; by default those of the forward's arguments.
         output_names: names of the outputs; by default ``"output"`` for one tensor, ``"output_0"`` and so on for
-            several, and the keys of a dict or the fields of a dataclass.
+            several, and the keys of a dict or the fields of a dataclass. Text and numbers in a result are left out.
 
     Raises:
         ValueError: an unknown target, or none for layers of several; an old opset; something the target can't represent
@@ -99,10 +99,14 @@ def export_onnx(
     if dynamic_sizes:
         check_sizes(deployed, example_arguments(example_inputs))
     traced, tables = onnx_form(deployed, target)
-    arguments, shapes = open_axes(example_arguments(example_inputs), dynamic_batch, dynamic_sizes)
+    arguments = example_arguments(example_inputs)
+    name_keywords(traced, arguments[1])
+    arguments, shapes = open_axes(traced.forward, arguments, dynamic_batch, dynamic_sizes)
+    result = result_of(deployed, *arguments)
+    return_tensors_alone(traced, result)
     program = _export(traced, *arguments, shapes, opset, input_names, output_names)
     if output_names is None:
-        name_outputs(program.model, output_paths(deployed, *arguments))
+        name_outputs(program.model, output_paths(result))
     _name_codes(program.model)
     if target == "onnxruntime":
         quantize_behind_moves(program.model.graph)

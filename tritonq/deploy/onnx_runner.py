@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tritonq.deploy.codes import Codes, Runner
+from tritonq.deploy.codes import Codes, GivenCodes, Runner
 from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, require_onnx
+from tritonq.deploy.onnx_layers_apart import find_islands, given_name, separated
 from tritonq.deploy.onnx_session import open_session
 from tritonq.prepare.record.structure import tensors_in
 
 
-def onnx_runner(
-    path: str | os.PathLike[str],
-) -> Runner:
-    """A function that runs the file and returns its codes and outputs.
+def onnx_runner(path: str | os.PathLike[str]) -> tuple[Runner, dict[str, tuple[str, ...]]]:
+    """Return a function that runs the file and returns its codes and outputs, and the file's islands.
 
     The outputs come from the file as it is, the codes from a second session, over a copy in memory that returns them.
+    Given codes are read by a third, over a copy in which readers of codes read inputs.
 
     Raises:
         ValueError: not an ONNX file, or not one of :func:`tritonq.export_onnx`.
@@ -41,24 +42,84 @@ def onnx_runner(
         raise ValueError(f"{os.fspath(path)} was not written by export_onnx: it does not say where its codes are")
     entries = json.loads(properties[CODES_KEY])
     target = properties.get(TARGET_KEY)
-    plain = _session(model.SerializeToString(), target)
-    output_names = [output.name for output in plain.get_outputs()]
     # Layers of a fixed-point network may share their codes.
     tensors = list(dict.fromkeys(entry["tensor"] for entry in entries))
-    for tensor in tensors:
-        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(tensor))
-    with_codes = _session(model.SerializeToString(), target)
+    islands = find_islands(model.graph, tensors, target)
+    return _Runner(model, entries, tensors, target), {
+        entry["quantizer"]: islands[entry["tensor"]] for entry in entries if islands[entry["tensor"]]
+    }
 
-    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Codes, list[Tensor]]:
-        feeds = _feeds(plain, args, kwargs)
+
+class _Runner:
+    """A file, run by ONNX Runtime."""
+
+    def __init__(self, model: Any, entries: list[dict[str, Any]], tensors: list[str], target: str | None) -> None:
+        self._model, self._entries, self._tensors, self._target = model, entries, tensors, target
+        self._plain = _session(model.SerializeToString(), target)
+        self._with_codes = self._plain if not tensors else _session(_returning(model, tensors), target)
+        self._separated: Any = None
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], given: GivenCodes | None = None
+    ) -> tuple[Codes, list[Tensor]]:
+        """See :class:`tritonq.deploy.codes.Runner`; with given codes no outputs are made."""
+        feeds = _feeds(self._plain, args, kwargs)
+        raw = self._run_for_codes(self._with_codes, feeds)
+        if given is None:
+            outputs = self._plain.run([output.name for output in self._plain.get_outputs()], feeds)
+            return self._codes(raw), [torch.from_numpy(np.array(output)) for output in outputs]
+        if self._separated is None:
+            kinds = {name: (values.dtype, values.ndim) for name, values in raw.items()}
+            self._separated = _session(separated(self._model, kinds), self._target)
+        for name, values in self._raw_codes(given, raw).items():
+            feeds[given_name(name)] = values
+        wanted = {entry.name for entry in self._separated.get_inputs()}
+        feeds = {name: values for name, values in feeds.items() if name in wanted}
+        return self._codes(self._run_for_codes(self._separated, feeds)), []
+
+    def _run_for_codes(self, session: Any, feeds: dict[str, Any]) -> dict[str, Any]:
+        # ONNX Runtime takes an empty list for all outputs.
+        values = session.run(self._tensors, feeds) if self._tensors else []
+        return dict(zip(self._tensors, values, strict=True))
+
+    def _codes(self, raw: dict[str, Any]) -> Codes:
         codes: Codes = {}
-        raw = dict(zip(tensors, with_codes.run(tensors, feeds), strict=True))
-        for entry in entries:
-            values = _centred(raw[entry["tensor"]], entry["zero_point"], entry["axis"])
-            codes.setdefault(entry["quantizer"], []).append(values)
-        return codes, [torch.from_numpy(np.array(output)) for output in plain.run(output_names, feeds)]
+        for entry in self._entries:
+            values = raw[entry["tensor"]]
+            centred = values.astype(np.int32) - _zero_point(entry, values.ndim)
+            codes.setdefault(entry["quantizer"], []).append(torch.from_numpy(centred).float())
+        return codes
 
-    return run
+    def _raw_codes(self, given: GivenCodes, raw: dict[str, Any]) -> dict[str, Any]:
+        """Given codes as the file holds them; its own where there are none, or where they stand for NaN."""
+        made, calls = dict(raw), Counter[str]()
+        for entry in self._entries:
+            quantizer, own = entry["quantizer"], raw[entry["tensor"]]
+            known = given.get(quantizer, ())
+            other = known[calls[quantizer]] if calls[quantizer] < len(known) else None
+            calls[quantizer] += 1
+            if other is None:
+                continue
+            codes = other.numpy().reshape(own.shape) + _zero_point(entry, own.ndim)
+            if own.dtype.kind != "f":
+                info = np.iinfo(own.dtype)
+                codes = np.where(np.isnan(codes), own, codes).clip(info.min, info.max)
+            made[entry["tensor"]] = codes.astype(own.dtype)
+        return made
+
+
+def _returning(model: Any, tensors: list[str]) -> bytes:
+    """The file's content, with these tensors as further outputs."""
+    import onnx
+
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    present = {output.name for output in copied.graph.output}
+    copied.graph.output.extend(
+        onnx.helper.make_empty_tensor_value_info(name) for name in tensors if name not in present
+    )
+    content: bytes = copied.SerializeToString()
+    return content
 
 
 def _session(model: bytes, target: str | None) -> Any:
@@ -81,10 +142,10 @@ def _feeds(session: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
 
 
-def _centred(codes: Any, zero_point: Any, axis: int | None) -> Tensor:
-    zero = np.asarray(zero_point, dtype=np.int32)
-    if axis is not None:
-        shape = [1] * codes.ndim
-        shape[axis] = -1
+def _zero_point(entry: dict[str, Any], dimensions: int) -> Any:
+    zero = np.asarray(entry["zero_point"], dtype=np.int32)
+    if entry["axis"] is not None:
+        shape = [1] * dimensions
+        shape[entry["axis"]] = -1
         zero = zero.reshape(shape)
-    return torch.from_numpy(codes.astype(np.int32) - zero).float()
+    return zero

@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from tritonq.deploy.convert import convert
-from tritonq.deploy.example_inputs import open_batch
+from tritonq.deploy.example_inputs import name_keywords, open_axes
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
+from tritonq.deploy.outputs import result_of, return_no_text
 from tritonq.deploy.tables import QuantizedTable
 from tritonq.grid import Grid
 from tritonq.nn.compiled import uncompiled
@@ -54,8 +55,10 @@ def export_program(
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
     traced = _program_form(deployed)
     arguments, shapes = example_arguments(example_inputs), None
+    name_keywords(traced, arguments[1])
     if dynamic_batch:
-        arguments, shapes = open_batch(arguments)
+        arguments, shapes = open_axes(traced.forward, arguments, True, False)
+    return_no_text(traced, result_of(deployed, *arguments))
     try:
         with torch.no_grad():
             program = torch.export.export(traced, *arguments, dynamic_shapes=shapes)

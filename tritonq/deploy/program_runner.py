@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from tritonq.deploy.codes import Codes, Runner
+from tritonq.deploy.codes import Codes, GivenCodes, Runner, take_given
 from tritonq.deploy.modules import Quantizer
 
 PROGRAM_SUFFIX = ".pt2"
@@ -39,19 +39,21 @@ def program_runner(program: ExportedProgram) -> Runner:
     """A function that runs the program, operator by operator, and returns its codes and outputs.
 
     Raises:
-        ValueError: a program that was not exported from a converted model; when run, arguments of another structure.
+        ValueError: when run, arguments of another structure.
     """
     module = program.module()
     interpreter = _CodesInterpreter(module)
     expected = program.call_spec.in_spec
 
-    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Codes, list[Tensor]]:
+    def run(
+        args: tuple[Any, ...], kwargs: dict[str, Any], given: GivenCodes | None = None
+    ) -> tuple[Codes, list[Tensor]]:
         flat, found = pytree.tree_flatten((args, kwargs))
         if found != expected:
             raise ValueError(f"the program takes arguments of the structure {expected}, got {found}")
         device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
         moved = [value.to(device) if isinstance(value, Tensor) else value for value in flat]
-        interpreter.codes = {}
+        interpreter.codes, interpreter.given = {}, given or {}
         with torch.no_grad():
             result = interpreter.run(*moved, enable_io_processing=False)
         outputs = [value.detach().cpu() for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
@@ -66,16 +68,18 @@ class _CodesInterpreter(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.codes: Codes = {}
+        self.given: GivenCodes = {}
         self._names = {node: name for node in module.graph.nodes if (name := _rescaling_quantizer(node)) is not None}
-        if not self._names:
-            raise ValueError("this program was not exported from a converted model: it has no quantizer")
 
     def run_node(self, n: fx.Node) -> Any:
         """See base class."""
         if n in self._names:
             (steps, _), _ = self.fetch_args_kwargs_from_env(n)
             # Cloned, since the multiplication works in place.
-            self.codes.setdefault(self._names[n], []).append(steps.detach().float().cpu().clone())
+            own = steps.detach().float().cpu().clone()
+            other = take_given(self.given, self.codes, self._names[n], own)
+            if other is not None:
+                steps.copy_(other)
         return super().run_node(n)
 
 

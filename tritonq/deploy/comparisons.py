@@ -1,0 +1,177 @@
+"""How the codes and outputs of two forms of a model differ, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# How many codes an operation without a defined order of its sums may be off.
+ISLAND_STEP = 1
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """How the codes of one quantizer differ.
+
+    Attributes:
+        name: the module whose output it quantizes; the second and later calls of one module are numbered.
+        codes: how many codes were compared.
+        differing: how many differ.
+        largest: by how many codes at most.
+        island: operators between the codes that the layer reads and those it makes, whose sums have no defined order
+            (softmax, LayerNorm, a layer in float): there one code may differ. Empty: none may.
+    """
+
+    name: str
+    codes: int
+    differing: int
+    largest: int
+    island: tuple[str, ...] = ()
+
+    @property
+    def fraction(self) -> float:
+        """``differing / codes``."""
+        return self.differing / max(self.codes, 1)
+
+    def is_within(self, max_fraction: float, max_step: int) -> bool:
+        """Whether at most ``max_fraction`` of the codes differ, by ``max_step`` at most; in an island any, by one."""
+        if self.island and self.largest <= ISLAND_STEP:
+            return True
+        return self.fraction <= max_fraction and self.largest <= max_step
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """How the model's outputs differ.
+
+    Attributes:
+        elements: how many numbers were compared.
+        largest: largest absolute difference (NaN where one side alone is NaN).
+        predictions: rows of outputs of shape (batch, classes, ...): places where a largest class exists.
+        differing_predictions: in how many of them the largest class is another one.
+    """
+
+    elements: int
+    largest: float
+    predictions: int
+    differing_predictions: int
+
+    @property
+    def agreement(self) -> float:
+        """Fraction of predictions that are the same."""
+        return 1.0 - self.differing_predictions / max(self.predictions, 1)
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What :func:`verify` found; ``print`` it for a table.
+
+    Attributes:
+        layers: one comparison per quantizer and call, in the order in which the model runs them.
+        outputs: the model's outputs, all together.
+    """
+
+    layers: tuple[LayerComparison, ...]
+    outputs: OutputComparison
+
+    @property
+    def first_difference(self) -> LayerComparison | None:
+        """The first layer with a code that differs, or None."""
+        return next((layer for layer in self.layers if layer.differing), None)
+
+    @property
+    def total(self) -> LayerComparison:
+        """All layers together."""
+        return LayerComparison(
+            "all layers",
+            sum(layer.codes for layer in self.layers),
+            sum(layer.differing for layer in self.layers),
+            max((layer.largest for layer in self.layers), default=0),
+        )
+
+    def agrees(self, max_fraction: float = 0.0, max_step: int = 0) -> bool:
+        """Whether in every layer at most ``max_fraction`` of the codes differ, by at most ``max_step``.
+
+        In islands one code is allowed, as often as it differs.
+        """
+        return self.first_beyond(max_fraction, max_step) is None
+
+    def first_beyond(self, max_fraction: float = 0.0, max_step: int = 0) -> LayerComparison | None:
+        """The first layer that differs by more than :meth:`agrees` allows, or None."""
+        return next((layer for layer in self.layers if not layer.is_within(max_fraction, max_step)), None)
+
+    def __str__(self) -> str:
+        width = max(len(layer.name) for layer in (*self.layers, self.total))
+        lines = [f"{'layer':{width}}  {'codes':>12}  {'differing':>10}  {'fraction':>9}  {'by at most':>10}"]
+        lines += [
+            f"{layer.name:{width}}  {layer.codes:>12,}  {layer.differing:>10,}  {layer.fraction:>9.4%}  "
+            f"{layer.largest:>10}" + (f"  island: {', '.join(layer.island)}" if layer.island else "")
+            for layer in (*self.layers, self.total)
+        ]
+        if any(layer.island for layer in self.layers):
+            lines.append("island: these operators add floats in no defined order; one code may differ")
+        first, outputs = self.first_difference, self.outputs
+        lines.append("no code differs" if first is None else f"first difference: {first.name}")
+        lines.append(
+            f"outputs: {outputs.elements:,} numbers, largest difference {outputs.largest:.3g}; "
+            f"{outputs.differing_predictions:,} of {outputs.predictions:,} predictions differ"
+        )
+        return "\n".join(lines)
+
+
+def compare_codes(name: str, one: Tensor, other: Tensor, island: tuple[str, ...] = ()) -> LayerComparison:
+    """Compare the codes of one layer.
+
+    Raises:
+        ValueError: other shapes.
+    """
+    if [size for size in one.shape if size != 1] == [size for size in other.shape if size != 1]:
+        other = other.reshape(one.shape)  # a file may hold the codes of a mean before its axes are dropped
+    if one.shape != other.shape:
+        raise ValueError(f"the codes of {name!r} have shape {tuple(one.shape)} and {tuple(other.shape)}")
+    # NaN has no code; one on one side alone is the largest difference there is.
+    steps = torch.where(one.isnan() & other.isnan(), 0.0, (one - other).abs()).nan_to_num(nan=2.0**31)
+    largest = int(steps.max()) if steps.numel() else 0
+    return LayerComparison(name, one.numel(), int(torch.count_nonzero(steps)), largest, island)
+
+
+def add_layers(one: LayerComparison | None, other: LayerComparison) -> LayerComparison:
+    """Return the comparison of one layer over two batches."""
+    if one is None:
+        return other
+    return LayerComparison(
+        other.name,
+        one.codes + other.codes,
+        one.differing + other.differing,
+        max(one.largest, other.largest),
+        other.island,
+    )
+
+
+def add_outputs(sum_: OutputComparison | None, expected: list[Tensor], found: list[Tensor]) -> OutputComparison:
+    """Return a comparison of outputs with that of another batch added.
+
+    Raises:
+        ValueError: outputs of other shapes, or more or fewer.
+    """
+    if [tuple(t.shape) for t in expected] != [tuple(t.shape) for t in found]:
+        shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, found)]
+        raise ValueError(f"the outputs have the shapes {shapes[0]} and {shapes[1]}")
+    result = sum_ or OutputComparison(0, 0.0, 0, 0)
+    for one, other in zip(expected, found, strict=True):
+        distance = torch.where(one == other, 0.0, (one.double() - other.double()).abs())
+        distance = distance.masked_fill(one.isnan() & other.isnan(), 0.0)
+        largest = float(distance.max()) if distance.numel() else 0.0
+        predictions = differing = 0
+        if one.dim() >= 2 and one.numel() and one.is_floating_point():
+            classes = one.argmax(1), other.argmax(1)
+            predictions, differing = classes[0].numel(), int((classes[0] != classes[1]).sum())
+        result = OutputComparison(
+            result.elements + one.numel(),
+            max(result.largest, largest) if largest == largest else largest,
+            result.predictions + predictions,
+            result.differing_predictions + differing,
+        )
+    return result

@@ -1,0 +1,140 @@
+"""The layers of an ONNX file one by one: each reads codes that it is given, and what lies between codes is named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+# Operators whose results follow from their inputs alone: they move or choose elements, or compute each one by one
+# operation that IEEE 754 rounds, or by a function that the exporter compares on all codes.
+_NAMES = """
+    Abs Add And ArgMax ArgMin Cast CastLike Ceil Clip Compress Concat Constant ConstantOfShape
+    DepthToSpace DequantizeLinear Div Dropout Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements
+    GatherND
+    Gelu Greater GreaterOrEqual HardSigmoid HardSwish Identity IsNaN LeakyRelu Less LessOrEqual Max MaxPool Min Mish Mod
+    Mul Neg NonZero Not OneHot Or PRelu Pad Pow QuantizeLinear Range Reciprocal ReduceMax ReduceMin Relu Reshape Round
+    ScatterElements ScatterND Shape Sigmoid Sign Size Slice Softplus SpaceToDepth Split Sqrt Squeeze Sub Sum Tanh Tile
+    TopK Transpose Trilu Unsqueeze Upsample Where Xor
+"""
+_DEFINED = frozenset(_NAMES.split())
+# Sums of products: whole numbers where both operands are codes and the result becomes codes at once.
+_PRODUCTS = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
+_INTEGER_OPERATORS = frozenset(["ConvInteger", "MatMulInteger", "BitShift"])
+# Between whole numbers and a sum of them these may stand.
+_KEEPING = frozenset(["Cast", "Identity", "Pad", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
+
+
+def given_name(tensor: str) -> str:
+    """The input that takes the place of a tensor of codes in :func:`separated`."""
+    return f"{tensor}.given"
+
+
+def separated(model: Any, kinds: Mapping[str, tuple[Any, int]]) -> bytes:
+    """Return a file in which readers of codes read inputs, and which returns the codes that its layers make.
+
+    Args:
+        model: an ``onnx.ModelProto``; it is left alone.
+        kinds: dtype and number of dimensions of each tensor of codes.
+    """
+    import onnx
+
+    types = {value.name: value for value in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    graph = made.graph
+    _read_inputs(graph, frozenset(kinds))
+    del graph.output[:]
+    for name, (dtype, dimensions) in kinds.items():
+        kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+        shape = [None] * dimensions
+        if name in types and types[name].type.tensor_type.HasField("shape"):
+            found = types[name].type.tensor_type.shape.dim
+            shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in found]
+        graph.input.append(onnx.helper.make_tensor_value_info(given_name(name), kind, shape))
+        graph.output.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+    content: bytes = made.SerializeToString()
+    return content
+
+
+def _read_inputs(graph: Any, names: frozenset[str]) -> None:
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in names:
+                node.input[index] = given_name(name)
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _read_inputs(attribute.g, names)
+
+
+def find_islands(graph: Any, tensors: Sequence[str], target: str | None) -> dict[str, tuple[str, ...]]:
+    """Return for each tensor of codes the operators before it whose result depends on the order of float sums.
+
+    Args:
+        graph: an ``onnx.GraphProto``.
+        tensors: names of codes.
+        target: whom the file was written for; ONNX Runtime computes products of codes in integers.
+    """
+    search = _Search(graph, frozenset(tensors), target == "onnxruntime")
+    return {name: search.before(name) for name in tensors}
+
+
+class _Search:
+    def __init__(self, graph: Any, codes: frozenset[str], has_integer_products: bool) -> None:
+        self._codes, self._has_integer_products = codes, has_integer_products
+        self._producers = {name: node for node in graph.node for name in node.output}
+        self._readers: dict[str, list[Any]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
+
+    def before(self, codes: str) -> tuple[str, ...]:
+        """The operators without a defined order that lead to these codes, each once."""
+        return tuple(sorted({node.op_type for node in self._between(codes) if not self._is_defined(node)}))
+
+    def _between(self, result: str) -> Iterator[Any]:
+        """The nodes that lead to codes from other codes, from inputs and constants."""
+        pending, seen = [result], set()
+        while pending:
+            node = self._producers.get(pending.pop())
+            if node is None or node.output[0] in seen:
+                continue
+            seen.add(node.output[0])
+            yield node
+            pending += [name for name in node.input if name not in self._codes]
+
+    def _is_defined(self, node: Any) -> bool:
+        kind = node.op_type
+        if kind in _DEFINED or kind in _INTEGER_OPERATORS:
+            return True
+        if kind == "Resize":
+            modes = [attribute.s for attribute in node.attribute if attribute.name == "mode"]
+            return modes in ([], [b"nearest"])
+        if kind in ("ReduceSum", "CumSum") or (kind == "MatMul" and self._is_whole(node.input[0])):
+            return self._is_whole(node.input[0])
+        if kind == "AveragePool":
+            # The exporter multiplies the mean by its number of terms and rounds: the sum of codes.
+            following = [reader.op_type for name in self._after(node, "Mul") for reader in self._readers.get(name, ())]
+            return following == ["Round"]
+        followed = [reader.op_type for reader in self._readers.get(node.output[0], ())] == ["QuantizeLinear"]
+        if kind == "GlobalAveragePool":
+            return followed and self._is_dequantized(node.input[0])
+        if kind in _PRODUCTS:
+            operands = all(self._is_dequantized(name) for name in node.input[:2])
+            return self._has_integer_products and kind != "ConvTranspose" and operands and followed
+        return False
+
+    def _after(self, node: Any, kind: str) -> list[str]:
+        """What readers of this kind make of a node's result."""
+        return [reader.output[0] for reader in self._readers.get(node.output[0], ()) if reader.op_type == kind]
+
+    def _is_whole(self, name: str) -> bool:
+        node = self._producers.get(name)
+        while node is not None and node.op_type in _KEEPING:
+            node = self._producers.get(node.input[0])
+        return node is not None and (node.op_type == "Round" or node.op_type in _INTEGER_OPERATORS)
+
+    def _is_dequantized(self, name: str) -> bool:
+        node = self._producers.get(name)
+        while node is not None and node.op_type in _KEEPING:  # a weight may be transposed
+            node = self._producers.get(node.input[0])
+        return node is not None and node.op_type == "DequantizeLinear"

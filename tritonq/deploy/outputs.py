@@ -1,0 +1,106 @@
+"""Outputs of exported files: their names, the keys under which the model returns them, and results with no tensor."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import wraps
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.prepare.record.snapshot import preserved_random_state
+from tritonq.prepare.record.structure import Path, children_of, tensors_in
+
+_DEFAULT = "output"
+
+
+def result_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a model and return its result, and leave the random state as it was."""
+    with torch.no_grad(), preserved_random_state(model):
+        return model(*args, **kwargs)
+
+
+def output_paths(result: Any) -> list[Path]:
+    """Return for each tensor of a result the keys that lead to it."""
+    return [path for path, _ in tensors_in(result)]
+
+
+def return_tensors_alone(traced: nn.Module, result: Any) -> None:
+    """Let a model that is traced return its tensors alone, where its result holds text or numbers beside them."""
+    if not any(not isinstance(leaf, (Tensor, NoneType)) for leaf in _leaves(result)):
+        return
+    forward = traced.forward
+
+    @wraps(forward)
+    def tensors_alone(*args: Any, **kwargs: Any) -> Any:
+        tensors = [tensor for _, tensor in tensors_in(forward(*args, **kwargs))]
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+    traced.forward = tensors_alone
+
+
+def return_no_text(traced: nn.Module, result: Any) -> None:
+    """Let a model that is traced return None in the place of text, which torch writes to a file but can't load."""
+    if not any(isinstance(leaf, str) for leaf in _leaves(result)):
+        return
+    warnings.warn("the program returns None in the place of text, which torch.export can't load", stacklevel=3)
+    forward = traced.forward
+
+    @wraps(forward)
+    def no_text(*args: Any, **kwargs: Any) -> Any:
+        return _without_text(forward(*args, **kwargs))
+
+    traced.forward = no_text
+
+
+def _leaves(item: Any) -> Iterator[Any]:
+    children = None if isinstance(item, Tensor) else children_of(item)
+    if children is None:
+        yield item
+    else:
+        for _, child in children:
+            yield from _leaves(child)
+
+
+def _without_text(item: Any) -> Any:
+    if isinstance(item, str):
+        return None
+    if type(item) in (tuple, list):
+        return type(item)(_without_text(child) for child in item)
+    if type(item) is dict:
+        return {key: _without_text(child) for key, child in item.items()}
+    if isinstance(item, tuple) and hasattr(item, "_fields"):
+        return type(item)(*(_without_text(child) for child in item))
+    return item
+
+
+def output_name(path: Path) -> str:
+    """Return the name of an output.
+
+    Examples:
+        >>> output_name(()), output_name((1,)), output_name(("boxes",)), output_name(("scores", 0))
+        ('output', 'output_1', 'boxes', 'scores_0')
+    """
+    parts = path if path and isinstance(path[0], str) else (_DEFAULT, *path)
+    return re.sub(r"\W", "_", "_".join(map(str, parts)))
+
+
+def name_outputs(model: Any, paths: Sequence[Path]) -> None:
+    """Name the outputs of an exported model, unless the exporter counts them otherwise than :func:`output_paths`.
+
+    A tensor that is an input too, or an output twice, keeps its name.
+    """
+    outputs = list(model.graph.outputs)
+    if len(outputs) != len(paths):
+        return
+    taken = {value.name for value in model.graph.inputs}
+    for value, path in zip(outputs, paths, strict=True):
+        name = output_name(path)
+        if value.name in taken:
+            continue
+        value.name = name if name not in taken else f"{_DEFAULT}_{name}"
+        taken.add(value.name)

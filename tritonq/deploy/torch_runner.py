@@ -1,0 +1,91 @@
+"""Running a model of this process in eval mode, with its codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.deploy.codes import Codes, GivenCodes, Runner, take_given
+from tritonq.deploy.fixed_point_verify import codes_read, fixed_point_layers, value_of_codes
+from tritonq.deploy.modules import Quantizer
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.prepare.record.structure import tensors_in
+
+
+def torch_runner(model: nn.Module) -> Runner:
+    """Return a function that runs a model; its mode and hooks are as before afterwards."""
+    quantizers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (FakeQuantizeBase, Quantizer)) and not name.endswith("weight_fake_quant")
+    }
+    active = {n: m for n, m in quantizers.items() if isinstance(m, Quantizer) or m.is_enabled_on_host()}
+    layers = fixed_point_layers(model)
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+
+    def run(
+        args: tuple[Any, ...], kwargs: dict[str, Any], given: GivenCodes | None = None
+    ) -> tuple[Codes, list[Tensor]]:
+        codes: Codes = {}
+        given = given or {}
+        if layers:
+            handles = [layer.register_forward_pre_hook(_reader(codes, name, given)) for name, layer in layers.items()]
+        else:
+            handles = [m.register_forward_hook(_recorder(codes, name, given)) for name, m in active.items()]
+        try:
+            with _eval_mode(model), torch.no_grad():
+                result = model(*_moved(args, device), **_moved(kwargs, device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return codes, [tensor.detach().cpu() for _, tensor in tensors_in(result)]
+
+    return run
+
+
+def _recorder(codes: Codes, name: str, given: GivenCodes) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+    def record(module: Any, args: Any, output: Tensor) -> Tensor | None:
+        scale = module.calculate_qparams().scale if isinstance(module, FakeQuantizeBase) else module.scale
+        axis = module.qtype.axis
+        shape = [1] * output.dim()
+        if axis is not None:
+            shape[axis] = -1
+        scale = scale.view(shape)
+        own = (output.detach().float() / scale).round_().cpu()
+        other = take_given(given, codes, name, own)
+        return None if other is None else (other.to(output.device) * scale).to(output.dtype)
+
+    return record
+
+
+def _reader(codes: Codes, name: str, given: GivenCodes) -> Callable[[nn.Module, Any], Any]:
+    def record(layer: nn.Module, args: Any) -> Any:
+        own = codes_read(layer, args[0].detach()).cpu()
+        other = take_given(given, codes, name, own)
+        return None if other is None else (value_of_codes(layer, other.to(args[0].device)), *args[1:])
+
+    return record
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for every module, and each module's own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _moved(item: Any, device: torch.device) -> Any:
+    if isinstance(item, dict):
+        return {key: _moved(value, device) for key, value in item.items()}
+    if isinstance(item, tuple):
+        return tuple(_moved(value, device) for value in item)
+    return item.to(device) if isinstance(item, Tensor) else item
