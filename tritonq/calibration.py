@@ -105,6 +105,14 @@ def refine_scales(
         ValueError: fewer than one candidate, an empty span or one not above 0, no quantized layer, or no batch.
 
     Source: Wu et al., "EasyQuant" (2020); docs/numbers.md, "Scales by similarity".
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> x = torch.randn(8, 4)
+        >>> prepared = tritonq.calibrate(tritonq.prepare_qat(model, example_inputs=x), [x])
+        >>> sorted(refine_scales(prepared, [x]))
+        ['0.activation_post_process', '0.weight_fake_quant']
     """
     if candidates < 1 or not 0 < span[0] < span[1]:
         raise ValueError(f"candidates must be positive and span ascend above 0, got {candidates} and {span}")

@@ -28,6 +28,18 @@ def sync_observers(model: nn.Module, process_group: ProcessGroupLike = "world") 
         RuntimeError: torch.distributed is not initialised, or a rank has gone.
         ValueError: a per-channel observer here does not know its number of channels, which comes with data or with
             ``num_channels``; nothing is sent then.
+
+    Examples:
+        >>> import tempfile, torch, tritonq
+        >>> import torch.distributed as dist
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        ...     observer = tritonq.MinMaxObserver()
+        ...     _ = observer(torch.tensor([3.0]))
+        ...     sync_observers(observer)
+        ...     dist.destroy_process_group()
+        >>> observer.max_val
+        tensor(3.)
     """
     group = GroupReference(process_group).resolve()
     if group is None:
@@ -65,6 +77,14 @@ def broadcast_statistics(model: nn.Module, process_group: ProcessGroupLike = "wo
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or a rank has gone.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> import torch.distributed as dist
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        ...     broadcast_statistics(torch.nn.BatchNorm2d(4))
+        ...     dist.destroy_process_group()
     """
     group = GroupReference(process_group).resolve()
     if group is None:

@@ -231,6 +231,13 @@ def set_fixed_point_phase(module: nn.Module, phase: Phase) -> None:
         ValueError: an unknown phase.
 
     Source: docs/fixed-point.md.
+
+    Examples:
+        >>> import tritonq
+        >>> layer = tritonq.nn.FixedPointLinear(3, 2, qconfig=tritonq.get_qconfig("f8net"))
+        >>> set_fixed_point_phase(layer, "floating")
+        >>> layer.weight_fake_quant.phase
+        'floating'
     """
     if phase not in get_args(Phase):
         raise ValueError(f"unknown phase {phase!r}; known: {', '.join(get_args(Phase))}")

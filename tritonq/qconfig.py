@@ -43,6 +43,13 @@ class QConfig(NamedTuple):
     :class:`tritonq.nn.batch_norm_layer.QATBatchNormLayer`); None means ``"approximate"``.
 
     Source: torch.ao.quantization.QConfig; target, round_summands and folding are tritonq's.
+
+    Examples:
+        >>> import tritonq
+        >>> eight = tritonq.FakeQuantize.with_args(dtype="qint8")
+        >>> qconfig = tritonq.QConfig(activation=nn.Identity, weight=eight)
+        >>> qconfig.weight().qtype.bits, qconfig.target
+        (8, None)
     """
 
     activation: Callable[..., nn.Module]
@@ -129,6 +136,10 @@ def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
         ValueError: unknown backend or version.
 
     Source: torch.ao.quantization.get_default_qat_qconfig; docs/numbers.md, "From a range to a scale".
+
+    Examples:
+        >>> get_default_qat_qconfig("x86").activation().qtype
+        QuantizedType(quant_min=0, quant_max=127, symmetric=False, axis=None, rounding='half_even')
     """
     if backend not in _TORCH_BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(_TORCH_BACKENDS)}")
@@ -255,6 +266,12 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
+
+    Examples:
+        >>> get_qconfig("tensorrt").target, get_qconfig("tensorrt").activation().qtype.symmetric
+        ('tensorrt', True)
+        >>> get_qconfig().activation().qtype.quant_max
+        255
     """
     if name not in PRESETS:
         hint = f"get_default_qat_qconfig has torch.ao's {', '.join(TORCH_BACKENDS)}"

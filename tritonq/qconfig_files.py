@@ -61,6 +61,14 @@ def save_qconfig_mapping(mapping: QConfigMapping, path: str | os.PathLike[str]) 
         ValueError: a qconfig that JSON can't hold: a factory that is no class of tritonq's made by ``with_args``, or an
             argument that is not plain; the message says which.
         OSError: the file can't be written.
+
+    Examples:
+        >>> import tempfile, tritonq
+        >>> mapping = tritonq.QConfigMapping().set_global(tritonq.get_qconfig("tensorrt")).set_last_layer(None)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_qconfig_mapping(mapping, f"{folder}/mapping.json")
+        ...     load_qconfig_mapping(f"{folder}/mapping.json") == mapping
+        True
     """
     if not isinstance(mapping, QConfigMapping):
         raise TypeError(f"mapping must be a QConfigMapping, got {type(mapping).__qualname__}")
@@ -74,6 +82,14 @@ def load_qconfig_mapping(path: str | os.PathLike[str]) -> QConfigMapping:
     Raises:
         ValueError: not such a file, a newer version, an unknown preset, class or field; the message says where.
         OSError: the file can't be read.
+
+    Examples:
+        >>> import pathlib, tempfile, tritonq
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "mapping.json")
+        ...     tritonq.save_qconfig_mapping(tritonq.QConfigMapping().set_last_layer(None), path)
+        ...     load_qconfig_mapping(path).last
+        Place(qconfig=None)
     """
     try:
         data = json.loads(Path(path).read_text())

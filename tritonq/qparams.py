@@ -224,6 +224,12 @@ def range_to_qparams(
         ValueError: unknown rule, or ranges of different shapes.
 
     Source: docs/numbers.md, "From a range to a scale"; torch.ao.quantization.observer; MegEngine quantization.utils.
+
+    Examples:
+        >>> qtype = QuantizedType(0, 255, symmetric=False)
+        >>> scale, zero_point = range_to_qparams(torch.tensor(-1.0), torch.tensor(4.1), qtype)
+        >>> round(float(scale), 4), int(zero_point)
+        (0.02, 50)
     """
     if rule not in get_args(RangeRule):
         raise ValueError(f"unknown range rule {rule!r}; known: {', '.join(get_args(RangeRule))}")

@@ -3,6 +3,8 @@
 import ast
 import doctest
 import importlib
+import inspect
+import pydoc
 import re
 from pathlib import Path
 
@@ -23,6 +25,24 @@ def test_docstring_examples(name):
     results = doctest.testmod(importlib.import_module(name))
     assert results.attempted
     assert not results.failed
+
+
+def public_objects():
+    """Each public name and what it stands for, without modules and plain data, whose examples are in docs/api."""
+    for name in (ROOT / "tests" / "public_names.txt").read_text().split():
+        found = pydoc.locate(name)
+        if inspect.isclass(found) or inspect.isfunction(found):
+            yield name, found
+
+
+def test_public_names_have_examples():
+    """In a docstring of their own, which `test_docstring_examples` runs."""
+    found = dict(public_objects())
+    assert len(found) > 110
+    assert [
+        name for name, thing in found.items() if ">>>" not in (vars(thing).get("__doc__", thing.__doc__) or "")
+    ] == []
+    assert {thing.__module__ for thing in found.values()} <= set(MODULES)
 
 
 def python_blocks(text):

@@ -55,6 +55,18 @@ def save_converted(
     Raises:
         ValueError: ``model`` is not a converted model, or ``metadata`` is not plain data.
         OSError: the file can't be written.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch, tritonq
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        >>> x = torch.randn(4, 3, 8, 8)
+        >>> qat = tritonq.prepare_qat(model, example_inputs=x).train()
+        >>> _ = qat(x)                         # training steps
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_converted(tritonq.convert(qat), f"{folder}/model.pt", metadata={"classes": ["ant", "bee"]})
+        ...     load_metadata(f"{folder}/model.pt")
+        {'classes': ['ant', 'bee']}
     """
     model = uncompiled(model)
     if not any(isinstance(module, DeployedModule) for module in model.modules()):
@@ -90,6 +102,19 @@ def load_converted(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         ValueError: a file that is damaged, of another kind or of a newer version, or a model of another architecture
             (the message names the first module that differs). ``model`` is then as it was.
         OSError: the file can't be read.
+
+    Examples:
+        >>> import copy, tempfile
+        >>> import torch, tritonq
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        >>> x = torch.randn(4, 3, 8, 8)
+        >>> qat = tritonq.prepare_qat(model, example_inputs=x).train()
+        >>> _ = qat(x)                         # training steps
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tritonq.save_converted(tritonq.convert(qat), f"{folder}/model.pt")
+        ...     int8 = load_converted(f"{folder}/model.pt", copy.deepcopy(model))
+        >>> torch.equal(int8(x), qat.eval()(x))
+        True
     """
     content = _read(path)
     snapshot = ModelSnapshot(model)

@@ -53,6 +53,16 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
         ValueError: nothing to convert, a weight, BatchNorm statistic or range that is not finite, a quantizer that
             rounds nothing, float64 parameters, a weight or a layer type that can't be deployed; the message names the
             module. ``model`` is then as it was.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        >>> x = torch.randn(4, 3, 8, 8)
+        >>> qat = tritonq.prepare_qat(model, example_inputs=x).train()
+        >>> _ = qat(x)                         # training steps
+        >>> int8 = convert(qat)
+        >>> int8[0].weight.dtype, torch.equal(int8(x), qat.eval()(x))
+        (torch.int8, True)
     """
     model = uncompiled(model)
     _check_finite(model)

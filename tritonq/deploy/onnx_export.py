@@ -77,6 +77,18 @@ def export_onnx(
             (the message names the quantizer); an option that fixed-point networks lack; a model that torch can't
             export, or not with open sizes; or what :func:`tritonq.convert` raises.
         ImportError: onnx or onnxscript is not installed (the extra ``tritonq[onnx]``).
+
+    Examples:
+        >>> import os, tempfile
+        >>> import torch, tritonq
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        >>> x = torch.randn(4, 3, 8, 8)
+        >>> qat = tritonq.prepare_qat(model, example_inputs=x).train()
+        >>> _ = qat(x)                         # training steps
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_onnx(qat.eval(), f"{folder}/model.onnx", x)
+        ...     os.listdir(folder)
+        ['model.onnx']
     """
     if target is not None and target not in get_args(OnnxForm):
         raise ValueError(f"unknown target {target!r}; known: {', '.join(get_args(OnnxForm))}")

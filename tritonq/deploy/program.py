@@ -50,6 +50,16 @@ def export_program(
     Raises:
         ValueError: a model that torch.export can't trace, a fixed-point one, or what :func:`tritonq.convert` raises.
         OSError: the file can't be written.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        >>> x = torch.randn(4, 3, 8, 8)
+        >>> qat = tritonq.prepare_qat(model, example_inputs=x).train()
+        >>> _ = qat(x)                         # training steps
+        >>> program = export_program(qat.eval(), None, x)
+        >>> torch.equal(program.module()(x), qat(x))
+        True
     """
     model = uncompiled(model)
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)

@@ -74,6 +74,15 @@ def load_torch_ao_state_dict(model: nn.Module, state_dict: Mapping[str, Any] | s
 
     Source: the `_load_from_state_dict` methods of torch.ao.quantization.observer, torch.ao.quantization.fake_quantize
         and torch.ao.nn.intrinsic.qat.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> linear = torch.nn.Sequential(torch.nn.Linear(3, 2)).train()
+        >>> linear.qconfig = tritonq.get_default_qat_qconfig()
+        >>> qat = tritonq.prepare_qat(linear)
+        >>> _ = qat(torch.randn(4, 3))
+        >>> print(load_torch_ao_state_dict(qat, qat.state_dict()))    # torch.ao's has the same keys
+        16 tensors loaded, 0 not mapped, 0 not in the file
     """
     if not any(isinstance(module, (QATLayer, FakeQuantizeBase)) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is not prepared: call prepare_qat first")

@@ -49,6 +49,15 @@ def verify(
     Raises:
         ValueError: no data, or a deployed model that was not made from ``qat_model``.
         ImportError: an ONNX file without onnx and onnxruntime (the extra ``tritonq[onnx]``).
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        >>> x = torch.randn(4, 3, 8, 8)
+        >>> qat = tritonq.prepare_qat(model, example_inputs=x).train()
+        >>> _ = qat(x)                         # training steps
+        >>> print(str(verify(qat, tritonq.convert(qat), x)).splitlines()[-2])
+        no code differs
     """
     qat_model = uncompiled(qat_model)
     run_deployed, islands = _deployed_runner(deployed)

@@ -158,6 +158,10 @@ def statistic_frac_len(
         ValueError: an unknown statistic, a word length or an axis out of range.
 
     Source: docs/fixed-point.md.
+
+    Examples:
+        >>> [int(statistic_frac_len(torch.tensor([-size, size]), statistic="rms")) for size in (1.0, 20.0)]
+        [5, 1]
     """
     check_float_tensor("x", x)
     axis = None if axis is None else check_axis(x, axis)

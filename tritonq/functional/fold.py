@@ -86,6 +86,13 @@ def fuse_conv_bn(conv: nn.Module, bn: nn.Module) -> nn.Module:
         ValueError: a BatchNorm without running statistics or of another number of channels.
 
     Source: docs/conv-bn.md, "Folding"; torch.nn.utils.fusion.
+
+    Examples:
+        >>> import torch
+        >>> conv, bn = torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4).eval()
+        >>> x = torch.randn(2, 3, 5, 5)
+        >>> torch.allclose(fuse_conv_bn(conv, bn)(x), bn(conv(x)), atol=1e-6)
+        True
     """
     if not isinstance(conv, nn.modules.conv._ConvNd):
         raise TypeError(f"expected a convolution, got {type(conv).__name__}")

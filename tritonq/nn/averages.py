@@ -20,6 +20,13 @@ class AverageLayer(UnaryLayer):
 
     In eval mode, with the grids of input and output known, the codes of the input are added in integers:
     :func:`tritonq.functional.averages.integer_average`. Everywhere else the mean is torch's.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.AvgPool2d(2), torch.nn.Conv2d(2, 2, 1))
+        >>> qat = tritonq.prepare_qat(model, example_inputs=torch.randn(2, 1, 4, 4))
+        >>> type(qat[1]).__name__, isinstance(qat[1], tritonq.nn.AverageLayer)
+        ('AvgPool2d', True)
     """
 
     @property
@@ -110,27 +117,63 @@ class _AdaptivePool(_Pool):
 
 
 class AvgPool1d(_WindowPool, nn.AvgPool1d):
-    """AvgPool1d with an output quantizer; see :class:`AverageLayer`."""
+    """AvgPool1d with an output quantizer; see :class:`AverageLayer`.
+
+    Examples:
+        >>> import torch
+        >>> AvgPool1d(2)(torch.ones(2, 3, 8)).shape
+        torch.Size([2, 3, 4])
+    """
 
 
 class AvgPool2d(_WindowPool, nn.AvgPool2d):
-    """AvgPool2d with an output quantizer; see :class:`AverageLayer`."""
+    """AvgPool2d with an output quantizer; see :class:`AverageLayer`.
+
+    Examples:
+        >>> import torch
+        >>> AvgPool2d(2)(torch.ones(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 4, 4])
+    """
 
 
 class AvgPool3d(_WindowPool, nn.AvgPool3d):
-    """AvgPool3d with an output quantizer; see :class:`AverageLayer`."""
+    """AvgPool3d with an output quantizer; see :class:`AverageLayer`.
+
+    Examples:
+        >>> import torch
+        >>> AvgPool3d(2)(torch.ones(2, 3, 4, 4, 4)).shape
+        torch.Size([2, 3, 2, 2, 2])
+    """
 
 
 class AdaptiveAvgPool1d(_AdaptivePool, nn.AdaptiveAvgPool1d):
-    """AdaptiveAvgPool1d with an output quantizer; see :class:`AverageLayer`."""
+    """AdaptiveAvgPool1d with an output quantizer; see :class:`AverageLayer`.
+
+    Examples:
+        >>> import torch
+        >>> AdaptiveAvgPool1d(1)(torch.ones(2, 3, 8)).shape
+        torch.Size([2, 3, 1])
+    """
 
 
 class AdaptiveAvgPool2d(_AdaptivePool, nn.AdaptiveAvgPool2d):
-    """AdaptiveAvgPool2d with an output quantizer; see :class:`AverageLayer`."""
+    """AdaptiveAvgPool2d with an output quantizer; see :class:`AverageLayer`.
+
+    Examples:
+        >>> import torch
+        >>> AdaptiveAvgPool2d(1)(torch.ones(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 1, 1])
+    """
 
 
 class AdaptiveAvgPool3d(_AdaptivePool, nn.AdaptiveAvgPool3d):
-    """AdaptiveAvgPool3d with an output quantizer; see :class:`AverageLayer`."""
+    """AdaptiveAvgPool3d with an output quantizer; see :class:`AverageLayer`.
+
+    Examples:
+        >>> import torch
+        >>> AdaptiveAvgPool3d(1)(torch.ones(2, 3, 4, 4, 4)).shape
+        torch.Size([2, 3, 1, 1, 1])
+    """
 
 
 # By the float pool that each is derived from.

@@ -55,52 +55,109 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
 
 
 class Conv1d(QATConv, nn.Conv1d):
-    """Quantization-aware ``nn.Conv1d``; see :class:`QATConv`."""
+    """Quantization-aware ``nn.Conv1d``; see :class:`QATConv`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.Conv1d(2, 4, 3, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 10)).shape
+        torch.Size([8, 4, 8])
+    """
 
     _float_type = nn.Conv1d
 
 
 class Conv2d(QATConv, nn.Conv2d):
-    """Quantization-aware ``nn.Conv2d``; see :class:`QATConv`."""
+    """Quantization-aware ``nn.Conv2d``; see :class:`QATConv`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.Conv2d(2, 4, 3, padding=1, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 6, 6)).shape
+        torch.Size([8, 4, 6, 6])
+    """
 
     _float_type = nn.Conv2d
 
 
 class Conv3d(QATConv, nn.Conv3d):
-    """Quantization-aware ``nn.Conv3d``; see :class:`QATConv`."""
+    """Quantization-aware ``nn.Conv3d``; see :class:`QATConv`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.Conv3d(2, 4, 3, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(2, 2, 5, 5, 5)).shape
+        torch.Size([2, 4, 3, 3, 3])
+    """
 
     _float_type = nn.Conv3d
 
 
 class ConvReLU1d(Conv1d):
-    """Quantization-aware Conv1d and ReLU; see :class:`QATConv`."""
+    """Quantization-aware Conv1d and ReLU; see :class:`QATConv`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvReLU1d(2, 4, 3, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 10)).shape
+        torch.Size([8, 4, 8])
+    """
 
     _fused_type = intrinsic.ConvReLU1d
     ceiling = math.inf
 
 
 class ConvReLU2d(Conv2d):
-    """Quantization-aware Conv2d and ReLU; see :class:`QATConv`."""
+    """Quantization-aware Conv2d and ReLU; see :class:`QATConv`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvReLU2d(2, 4, 3, qconfig=tritonq.get_qconfig())
+        >>> y = layer(torch.randn(8, 2, 6, 6))
+        >>> y.shape, bool((y >= 0).all()), len(y.unique()) <= 256
+        (torch.Size([8, 4, 4, 4]), True, True)
+    """
 
     _fused_type = intrinsic.ConvReLU2d
     ceiling = math.inf
 
 
 class ConvReLU3d(Conv3d):
-    """Quantization-aware Conv3d and ReLU; see :class:`QATConv`."""
+    """Quantization-aware Conv3d and ReLU; see :class:`QATConv`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvReLU3d(2, 4, 3, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(2, 2, 5, 5, 5)).shape
+        torch.Size([2, 4, 3, 3, 3])
+    """
 
     _fused_type = intrinsic.ConvReLU3d
     ceiling = math.inf
 
 
 class ConvTranspose2d(QATConv, nn.ConvTranspose2d):  # type: ignore[misc]
-    """Quantization-aware ``nn.ConvTranspose2d``, with one weight scale per out channel; see :class:`QATConv`."""
+    """Quantization-aware ``nn.ConvTranspose2d``, with one weight scale per out channel; see :class:`QATConv`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvTranspose2d(2, 4, 2, stride=2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 3, 3)).shape
+        torch.Size([8, 4, 6, 6])
+    """
 
     _float_type = nn.ConvTranspose2d
 
 
 class ConvTransposeReLU2d(ConvTranspose2d):
-    """Quantization-aware ConvTranspose2d and ReLU; see :class:`QATConv`."""
+    """Quantization-aware ConvTranspose2d and ReLU; see :class:`QATConv`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvTransposeReLU2d(2, 4, 2, stride=2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 3, 3)).shape
+        torch.Size([8, 4, 6, 6])
+    """
 
     _fused_type = intrinsic.ConvTransposeReLU2d
     ceiling = math.inf

@@ -72,63 +72,128 @@ class _ConvBn(QATBatchNormLayer):
 
 
 class ConvBn1d(_ConvBn, Conv1d):  # type: ignore[misc]
-    """Quantization-aware Conv1d and BatchNorm1d; see :class:`QATBatchNormLayer`."""
+    """Quantization-aware Conv1d and BatchNorm1d; see :class:`QATBatchNormLayer`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvBn1d(2, 4, 3, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 10)).shape
+        torch.Size([8, 4, 8])
+    """
 
     _fused_type: ClassVar[type[intrinsic.FusedModule]] = intrinsic.ConvBn1d
     _bn_type = nn.BatchNorm1d
 
 
 class ConvBn2d(_ConvBn, Conv2d):  # type: ignore[misc]
-    """Quantization-aware Conv2d and BatchNorm2d; see :class:`QATBatchNormLayer`."""
+    """Quantization-aware Conv2d and BatchNorm2d; see :class:`QATBatchNormLayer`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvBn2d(2, 4, 3, mode="exact", qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 6, 6)).shape
+        torch.Size([8, 4, 4, 4])
+        >>> layer.bn.num_features, layer.mode
+        (4, 'exact')
+    """
 
     _fused_type: ClassVar[type[intrinsic.FusedModule]] = intrinsic.ConvBn2d
     _bn_type = nn.BatchNorm2d
 
 
 class ConvBn3d(_ConvBn, Conv3d):  # type: ignore[misc]
-    """Quantization-aware Conv3d and BatchNorm3d; see :class:`QATBatchNormLayer`."""
+    """Quantization-aware Conv3d and BatchNorm3d; see :class:`QATBatchNormLayer`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvBn3d(2, 4, 3, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(2, 2, 5, 5, 5)).shape
+        torch.Size([2, 4, 3, 3, 3])
+    """
 
     _fused_type: ClassVar[type[intrinsic.FusedModule]] = intrinsic.ConvBn3d
     _bn_type = nn.BatchNorm3d
 
 
 class ConvBnReLU1d(ConvBn1d):
-    """Quantization-aware Conv1d, BatchNorm1d and ReLU; see :class:`QATBatchNormLayer`."""
+    """Quantization-aware Conv1d, BatchNorm1d and ReLU; see :class:`QATBatchNormLayer`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvBnReLU1d(2, 4, 3, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 10)).shape
+        torch.Size([8, 4, 8])
+    """
 
     _fused_type = intrinsic.ConvBnReLU1d
     ceiling = math.inf
 
 
 class ConvBnReLU2d(ConvBn2d):
-    """Quantization-aware Conv2d, BatchNorm2d and ReLU; see :class:`QATBatchNormLayer`."""
+    """Quantization-aware Conv2d, BatchNorm2d and ReLU; see :class:`QATBatchNormLayer`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvBnReLU2d(2, 4, 3, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 6, 6)).shape
+        torch.Size([8, 4, 4, 4])
+    """
 
     _fused_type = intrinsic.ConvBnReLU2d
     ceiling = math.inf
 
 
 class ConvBnReLU3d(ConvBn3d):
-    """Quantization-aware Conv3d, BatchNorm3d and ReLU; see :class:`QATBatchNormLayer`."""
+    """Quantization-aware Conv3d, BatchNorm3d and ReLU; see :class:`QATBatchNormLayer`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvBnReLU3d(2, 4, 3, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(2, 2, 5, 5, 5)).shape
+        torch.Size([2, 4, 3, 3, 3])
+    """
 
     _fused_type = intrinsic.ConvBnReLU3d
     ceiling = math.inf
 
 
 class ConvTransposeBn2d(_ConvBn, ConvTranspose2d):  # type: ignore[misc]
-    """Quantization-aware ConvTranspose2d and BatchNorm2d; see :class:`QATBatchNormLayer`."""
+    """Quantization-aware ConvTranspose2d and BatchNorm2d; see :class:`QATBatchNormLayer`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvTransposeBn2d(2, 4, 2, stride=2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 3, 3)).shape
+        torch.Size([8, 4, 6, 6])
+    """
 
     _fused_type: ClassVar[type[intrinsic.FusedModule]] = intrinsic.ConvTransposeBn2d
     _bn_type = nn.BatchNorm2d
 
 
 class ConvTransposeBnReLU2d(ConvTransposeBn2d):
-    """Quantization-aware ConvTranspose2d, BatchNorm2d and ReLU; see :class:`QATBatchNormLayer`."""
+    """Quantization-aware ConvTranspose2d, BatchNorm2d and ReLU; see :class:`QATBatchNormLayer`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvTransposeBnReLU2d(2, 4, 2, stride=2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 2, 3, 3)).shape
+        torch.Size([8, 4, 6, 6])
+    """
 
     _fused_type = intrinsic.ConvTransposeBnReLU2d
     ceiling = math.inf
 
 
 class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
-    """Quantization-aware Linear and BatchNorm1d; see :class:`QATBatchNormLayer`."""
+    """Quantization-aware Linear and BatchNorm1d; see :class:`QATBatchNormLayer`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.LinearBn1d(3, 2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 3)).shape
+        torch.Size([8, 2])
+    """
 
     _expected_type: ClassVar[type[nn.Module]] = intrinsic.LinearBn1d
     _bn_type = nn.BatchNorm1d
@@ -164,7 +229,14 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
 
 
 class LinearBnReLU1d(LinearBn1d):
-    """Quantization-aware Linear, BatchNorm1d and ReLU; see :class:`QATBatchNormLayer`."""
+    """Quantization-aware Linear, BatchNorm1d and ReLU; see :class:`QATBatchNormLayer`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.LinearBnReLU1d(3, 2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 3)).shape
+        torch.Size([8, 2])
+    """
 
     _expected_type = intrinsic.LinearBnReLU1d
     ceiling = math.inf

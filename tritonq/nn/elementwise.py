@@ -55,6 +55,11 @@ class Joint(WithOutputQuantizer):
     Raises:
         TypeError: a ceiling that is not a number.
         ValueError: one that is not positive.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> issubclass(tritonq.nn.Add, tritonq.nn.Joint), tritonq.nn.Mul(6).extra_repr()
+        (True, 'relu up to 6')
     """
 
     kind: ClassVar[JoinKind]
@@ -210,19 +215,38 @@ class Joint(WithOutputQuantizer):
 
 
 class Add(Joint):
-    """``FQ(relu?(a + b))``: a residual join; see :class:`Joint`."""
+    """``FQ(relu?(a + b))``: a residual join; see :class:`Joint`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> add = tritonq.nn.Add(float("inf"), qconfig=tritonq.get_qconfig())
+        >>> add(torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 1.0]]))
+        tensor([[1.5000, 0.0000]])
+    """
 
     kind = "add"
 
 
 class Sub(Joint):
-    """``FQ(relu?(a - b))``; see :class:`Joint`."""
+    """``FQ(relu?(a - b))``; see :class:`Joint`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> tritonq.nn.Sub()(torch.tensor([1.0]), torch.tensor([0.25]))
+        tensor([0.7500])
+    """
 
     kind = "sub"
 
 
 class Mul(Joint):
-    """``FQ(relu?(a * b))``, such as the gate of squeeze-and-excitation; see :class:`Joint`."""
+    """``FQ(relu?(a * b))``, such as the gate of squeeze-and-excitation; see :class:`Joint`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> tritonq.nn.Mul()(torch.tensor([2.0]), torch.tensor([0.25]))
+        tensor([0.5000])
+    """
 
     kind = "mul"
 
@@ -244,6 +268,12 @@ class Cat(WithOutputQuantizer):
 
     In eval mode values are taken to the grid as integer runtimes do:
     :func:`tritonq.functional.integer_joins.integer_concatenation`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> cat = tritonq.nn.Cat(1, qconfig=tritonq.get_qconfig())
+        >>> cat([torch.rand(2, 3), torch.rand(2, 1)]).shape
+        torch.Size([2, 4])
     """
 
     def __init__(self, dim: int = 0, *, qconfig: QConfig | None = None) -> None:
@@ -293,7 +323,12 @@ class Cat(WithOutputQuantizer):
 
 
 class QuantStub(nn.Module):
-    """Marks where a tensor enters the quantized part: `prepare_qat` puts a quantizer here. Source: torch.ao."""
+    """Marks where a tensor enters the quantized part: `prepare_qat` puts a quantizer here. Source: torch.ao.
+
+    Examples:
+        >>> QuantStub()(torch.ones(1))
+        tensor([1.])
+    """
 
     def __init__(self, qconfig: QConfig | None = None) -> None:
         super().__init__()
@@ -306,13 +341,22 @@ class QuantStub(nn.Module):
 
 
 class DeQuantStub(QuantStub):
-    """Marks where a tensor leaves the quantized part. Source: torch.ao."""
+    """Marks where a tensor leaves the quantized part. Source: torch.ao.
+
+    Examples:
+        >>> DeQuantStub()(torch.ones(1))
+        tensor([1.])
+    """
 
 
 class FloatFunctional(WithOutputQuantizer):
     """torch.ao's module form of tensor arithmetic: each method's result passes ``activation_post_process``.
 
     Source: torch.ao.nn.quantized.FloatFunctional.
+
+    Examples:
+        >>> FloatFunctional().add_relu(torch.tensor([1.0, -3.0]), torch.tensor([1.0, 1.0]))
+        tensor([2., 0.])
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -35,6 +35,12 @@ class Embedding(_QATTable, nn.Embedding):
         TypeError: no QConfig given.
 
     Source: torch.ao.nn.qat.Embedding.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> table = tritonq.nn.Embedding(10, 4, qconfig=tritonq.default_embedding_qat_qconfig)
+        >>> table(torch.tensor([1, 7])).shape, table.weight_fake_quant.scale.shape
+        (torch.Size([2, 4]), torch.Size([10]))
     """
 
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
@@ -65,6 +71,12 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
     """``nn.EmbeddingBag`` over a fake-quantized table; as :class:`Embedding`.
 
     Source: torch.ao.nn.qat.EmbeddingBag.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> table = tritonq.nn.EmbeddingBag(10, 4, mode="sum", qconfig=tritonq.default_embedding_qat_qconfig)
+        >>> table(torch.tensor([[1, 7], [2, 2]])).shape
+        torch.Size([2, 4])
     """
 
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:

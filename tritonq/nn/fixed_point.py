@@ -276,7 +276,14 @@ class _FixedPointConvolution(FixedPointLayer, nn.Conv2d):
 
 
 class FixedPointConv2d(_FixedPointConvolution):
-    """``y = conv(xq, FQ(W η/η_next)) + b/η_next``; ``nn.Conv2d``'s constructor and FixedPointConvBn2d's keywords."""
+    """``y = conv(xq, FQ(W η/η_next)) + b/η_next``; ``nn.Conv2d``'s constructor and FixedPointConvBn2d's keywords.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.FixedPointConv2d(2, 4, 3, signed_input=True, qconfig=tritonq.get_qconfig("f8net"))
+        >>> layer(torch.randn(8, 2, 6, 6)).shape
+        torch.Size([8, 4, 4, 4])
+    """
 
     def __init__(
         self,
@@ -330,6 +337,13 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         ValueError: grouped but not depthwise, unequal or non-zero padding, a qconfig that isn't fixed point.
 
     Source: docs/fixed-point.md.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> qconfig = tritonq.get_qconfig("f8net")
+        >>> layer = tritonq.nn.FixedPointConvBn2d(2, 4, 3, bias=False, signed_input=True, qconfig=qconfig)
+        >>> layer(torch.randn(8, 2, 6, 6)).shape, layer.bn.num_features
+        (torch.Size([8, 4, 4, 4]), 4)
     """
 
     def __init__(
@@ -409,7 +423,14 @@ class FixedPointConvBn2d(_FixedPointConvolution):
 
 
 class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
-    """``y = xq FQ(W η/η_next)^T + b/η_next``; ``nn.Linear``'s constructor and the keywords of FixedPointConvBn2d."""
+    """``y = xq FQ(W η/η_next)^T + b/η_next``; ``nn.Linear``'s constructor and the keywords of FixedPointConvBn2d.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.FixedPointLinear(3, 2, signed_input=True, qconfig=tritonq.get_qconfig("f8net"))
+        >>> layer(torch.randn(8, 3)).shape
+        torch.Size([8, 2])
+    """
 
     def __init__(
         self,

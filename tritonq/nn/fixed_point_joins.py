@@ -22,6 +22,11 @@ class FixedPointAdd(ReferringModule):
         formats: the summands' own formats, by position ("0", "1").
         observes: for each summand whether this addition is its first reader.
         raw_output: whether the sum isn't rounded before it is read: by another addition.
+
+    Examples:
+        >>> import torch
+        >>> FixedPointAdd()(torch.tensor([0.5]), torch.tensor([0.25]))
+        tensor([0.7500])
     """
 
     raw_output: bool = False
@@ -101,6 +106,13 @@ class FixedPointAvgPool2d(ReferringModule):
     Shapes: (n, c, h, w) to (n, c, h', w').
 
     Source: docs/fixed-point.md.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> following = tritonq.nn.FixedPointLinear(2, 2, qconfig=tritonq.get_qconfig("f8net"))
+        >>> pool = FixedPointAvgPool2d((2, 2), input_format=following.input_format)
+        >>> pool(torch.rand(1, 2, 4, 4)).shape
+        torch.Size([1, 2, 2, 2])
     """
 
     raw_output: bool = False
@@ -172,7 +184,13 @@ class FixedPointAvgPool2d(ReferringModule):
 
 
 class FixedPointMaxPool2d(nn.MaxPool2d):
-    """Max pooling of values or of integer codes: rounding is monotone, so the largest code is the largest value's."""
+    """Max pooling of values or of integer codes: rounding is monotone, so the largest code is the largest value's.
+
+    Examples:
+        >>> import torch
+        >>> FixedPointMaxPool2d(2)(torch.arange(4.0).view(1, 1, 2, 2))
+        tensor([[[[3.]]]])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.MaxPool2d``; integers too."""

@@ -21,6 +21,14 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
         TypeError: no QConfig given.
 
     Source: torch.ao.nn.qat.Linear.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.Linear(3, 2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 3)).shape
+        torch.Size([8, 2])
+        >>> layer.weight_fake_quant.scale.shape
+        torch.Size([2])
     """
 
     _expected_type: ClassVar[type[nn.Module]] = nn.Linear
@@ -52,7 +60,14 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
 
 
 class LinearReLU(Linear):
-    """Quantization-aware Linear and ReLU; see :class:`Linear`."""
+    """Quantization-aware Linear and ReLU; see :class:`Linear`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.LinearReLU(3, 2, qconfig=tritonq.get_qconfig())
+        >>> layer(torch.randn(8, 3)).shape
+        torch.Size([8, 2])
+    """
 
     _expected_type = intrinsic.LinearReLU
     ceiling = math.inf

@@ -40,6 +40,14 @@ class QATLayer(QuantizesInput, ReferringModule):
         qconfig: where both came from.
         ceiling: upper bound of the ReLU between the operation and its quantizer: infinity for a plain one, 6 for ReLU6;
             None without a ReLU.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = tritonq.prepare_qat(torch.nn.Sequential(torch.nn.Linear(3, 2)), example_inputs=torch.randn(4, 3))
+        >>> [name for name, module in model.named_modules() if isinstance(module, tritonq.nn.QATLayer)]
+        ['0']
+        >>> model[0].weight_fake_quant.qtype.bits, model[0].ceiling
+        (8, None)
     """
 
     weight: Tensor

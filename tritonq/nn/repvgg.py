@@ -48,6 +48,13 @@ class RepVGGBlock(nn.Module):
         TypeError: an activation that is neither a module nor a name.
 
     Source: Ding et al. (2021), "RepVGG"; PaddleDetection (learned α).
+
+    Examples:
+        >>> import torch
+        >>> block = RepVGGBlock(4, 4).eval()
+        >>> x = torch.randn(2, 4, 6, 6)
+        >>> torch.allclose(block.activation(block.reparametrize()(x)), block(x), atol=1e-5)
+        True
     """
 
     def __init__(
@@ -164,6 +171,13 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
     Raises:
         TypeError: no QConfig given.
         ValueError: a per-channel weight quantizer with ``ch_axis`` other than 0.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = torch.nn.Sequential(tritonq.nn.RepVGGBlock(4, 4))
+        >>> qat = tritonq.prepare_qat(model, example_inputs=torch.randn(2, 4, 6, 6))
+        >>> type(qat[0]).__name__
+        'QATRepVGGBlock'
     """
 
     paths: ClassVar[dict[Path, Callable[..., Tensor]]] = {**PATHS, "train": _train}

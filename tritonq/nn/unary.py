@@ -28,6 +28,13 @@ class UnaryLayer(nn.Module):
 
     Attributes:
         activation_post_process: quantizer of the output; an Identity where another module quantizes it.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.SiLU(), torch.nn.Conv2d(2, 2, 1))
+        >>> qat = tritonq.prepare_qat(model, example_inputs=torch.randn(2, 1, 4, 4))
+        >>> isinstance(qat[1], tritonq.nn.UnaryLayer)
+        True
     """
 
     activation_post_process: nn.Module

@@ -38,6 +38,14 @@ def quantize_weights_together(model: nn.Module) -> RemovableHandle:
         ValueError: no Conv-BN layer in ``model``.
 
     Source: docs/conv-bn.md, "Modes of training".
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = torch.nn.Sequential(tritonq.nn.ConvBn2d(3, 4, 1, qconfig=tritonq.get_qconfig()))
+        >>> handle = quantize_weights_together(model)
+        >>> model(torch.randn(2, 3, 4, 4)).shape
+        torch.Size([2, 4, 4, 4])
+        >>> handle.remove()
     """
     if not any(isinstance(module, QATBatchNormLayer) for module in model.modules()):
         raise ValueError(

@@ -74,6 +74,13 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
     Raises:
         ValueError: an unknown dtype or qscheme, an empty or half-given code range, ``is_dynamic=True``, or an argument
             that contradicts the QuantizedType given.
+
+    Examples:
+        >>> import tritonq
+        >>> issubclass(tritonq.MinMaxObserver, ObserverBase)
+        True
+        >>> tritonq.MinMaxObserver(dtype="qint4").quant_min
+        -8
     """
 
     def __init__(
@@ -165,6 +172,16 @@ class RangeObserver(ObserverBase):
         process_group: the ranks whose batches make up one observation: None (this rank alone), ``"world"``, ``"auto"``
             (the world where torch.distributed is initialised), or a group.
         **kwargs: see :class:`ObserverBase`.
+
+    Examples:
+        >>> class LastBatch(RangeObserver):
+        ...     def observe(self, x, qparams, enabled):
+        ...         self.min_val.copy_(x.detach().min())
+        ...         self.max_val.copy_(x.detach().max())
+        >>> observer = LastBatch(quant_min=0, quant_max=255)
+        >>> _ = observer(torch.tensor([-1.0, 4.1]))
+        >>> observer.calculate_qparams().scale
+        tensor([0.0200])
     """
 
     min_val: Tensor

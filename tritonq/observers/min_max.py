@@ -162,14 +162,29 @@ def _per_channel(ch_axis: int | None, dtype: Any, kwargs: dict[str, Any]) -> dic
 
 
 class PerChannelMinMaxObserver(MinMaxObserver):
-    """:class:`MinMaxObserver` with one range per index of ``ch_axis``."""
+    """:class:`MinMaxObserver` with one range per index of ``ch_axis``.
+
+    Examples:
+        >>> observer = PerChannelMinMaxObserver(dtype=torch.qint8, qscheme=torch.per_channel_symmetric)
+        >>> _ = observer(torch.tensor([[-1.0, 0.5], [2.0, 4.0]]))
+        >>> observer.min_val, observer.max_val
+        (tensor([-1.,  2.]), tensor([0.5000, 4.0000]))
+    """
 
     def __init__(self, ch_axis: int | None = None, dtype: Any = torch.quint8, **kwargs: Any) -> None:
         super().__init__(**_per_channel(ch_axis, dtype, kwargs))
 
 
 class MovingAveragePerChannelMinMaxObserver(MovingAverageMinMaxObserver):
-    """:class:`MovingAverageMinMaxObserver` with one range per index of ``ch_axis``."""
+    """:class:`MovingAverageMinMaxObserver` with one range per index of ``ch_axis``.
+
+    Examples:
+        >>> observer = MovingAveragePerChannelMinMaxObserver(averaging_constant=0.5, qscheme=torch.per_channel_affine)
+        >>> for largest in (1.0, 3.0):
+        ...     _ = observer(torch.tensor([[0.0, largest]]))
+        >>> observer.max_val
+        tensor([2.])
+    """
 
     def __init__(
         self, averaging_constant: float = 0.01, ch_axis: int | None = None, dtype: Any = torch.quint8, **kwargs: Any

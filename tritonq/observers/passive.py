@@ -23,6 +23,12 @@ class PassiveObserver(ObserverBase):
         original_scale: the scale that ``set_qparams`` was given last.
 
     Source: MegEngine's PassiveObserver; docs/numbers.md, "Observers".
+
+    Examples:
+        >>> observer = PassiveObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
+        >>> observer.set_qparams(0.25)
+        >>> observer.calculate_qparams()
+        QParams(scale=tensor([0.2500]), zero_point=tensor([0], dtype=torch.int32))
     """
 
     current_scale: Tensor

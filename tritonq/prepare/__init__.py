@@ -90,6 +90,16 @@ def prepare_qat(
         TypeError: a qconfig, mapping or example_inputs of the wrong type.
 
     Source: torch.ao.quantization.prepare_qat.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> qat = tritonq.prepare_qat(model, example_inputs=torch.randn(2, 3, 8, 8))
+        >>> [type(module).__name__ for module in qat]
+        ['ConvBnReLU2d', 'Identity', 'Identity', 'Flatten', 'Linear']
+        >>> qat[0].weight is model[0].weight   # a copy was prepared
+        False
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")

@@ -13,25 +13,57 @@ from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 
 
 def enable_observer(module: nn.Module) -> None:
-    """Let fake quantizers update their ranges in training."""
+    """Let fake quantizers update their ranges in training.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvBn2d(3, 4, 1, qconfig=tritonq.get_qconfig())
+        >>> enable_observer(layer)
+        >>> layer.activation_post_process.observer_enabled
+        tensor([1], dtype=torch.uint8)
+    """
     for quantizer in _quantizers(module):
         quantizer.enable_observer()
 
 
 def disable_observer(module: nn.Module) -> None:
-    """Freeze the ranges of fake quantizers."""
+    """Freeze the ranges of fake quantizers.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvBn2d(3, 4, 1, qconfig=tritonq.get_qconfig())
+        >>> disable_observer(layer)
+        >>> layer.activation_post_process.observer_enabled
+        tensor([0], dtype=torch.uint8)
+    """
     for quantizer in _quantizers(module):
         quantizer.disable_observer()
 
 
 def enable_fake_quant(module: nn.Module) -> None:
-    """Let fake quantizers round."""
+    """Let fake quantizers round.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvBn2d(3, 4, 1, qconfig=tritonq.get_qconfig())
+        >>> enable_fake_quant(layer)
+        >>> layer.weight_fake_quant.fake_quant_enabled
+        tensor([1], dtype=torch.uint8)
+    """
     for quantizer in _quantizers(module):
         quantizer.enable_fake_quant()
 
 
 def disable_fake_quant(module: nn.Module) -> None:
-    """Let values pass fake quantizers unrounded."""
+    """Let values pass fake quantizers unrounded.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvBn2d(3, 4, 1, qconfig=tritonq.get_qconfig())
+        >>> disable_fake_quant(layer)
+        >>> layer.weight_fake_quant.fake_quant_enabled
+        tensor([0], dtype=torch.uint8)
+    """
     for quantizer in _quantizers(module):
         quantizer.disable_fake_quant()
 
@@ -40,6 +72,14 @@ def freeze_bn_stats(module: nn.Module) -> None:
     """Normalise fused BatchNorms with their running statistics, in training too, and stop updating these.
 
     Fixed-point layers go on training with the statistics of each batch, as F8Net does.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvBn2d(3, 4, 1, qconfig=tritonq.get_qconfig())
+        >>> freeze_bn_stats(layer)
+        >>> _ = layer.train()(torch.randn(2, 3, 4, 4))
+        >>> layer.bn.running_mean
+        tensor([0., 0., 0., 0.])
     """
     for layer in module.modules():
         if isinstance(layer, QATBatchNormLayer):
@@ -47,7 +87,16 @@ def freeze_bn_stats(module: nn.Module) -> None:
 
 
 def update_bn_stats(module: nn.Module) -> None:
-    """Undo :func:`freeze_bn_stats`."""
+    """Undo :func:`freeze_bn_stats`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> layer = tritonq.nn.ConvBn2d(3, 4, 1, qconfig=tritonq.get_qconfig())
+        >>> freeze_bn_stats(layer)
+        >>> update_bn_stats(layer)
+        >>> layer.bn.training
+        True
+    """
     for layer in module.modules():
         if isinstance(layer, QATBatchNormLayer):
             layer.update_bn_stats()

@@ -93,6 +93,12 @@ def fuse_modules_qat(
             then as it was.
 
     Source: torch.ao.quantization.fuse_modules_qat.
+
+    Examples:
+        >>> import tritonq
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).train()
+        >>> [type(module).__name__ for module in tritonq.fuse_modules_qat(model, [["0", "1", "2"]])]
+        ['ConvBnReLU2d', 'Identity', 'Identity']
     """
     custom = (fuse_custom_config_dict or {}).get("additional_fuser_method_mapping", {})
     is_one_row = all(isinstance(item, str) for item in modules_to_fuse)
