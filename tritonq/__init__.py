@@ -1,6 +1,7 @@
 """tritonq: quantization-aware training at the speed of float training, deployed to the numbers it was trained with."""
 
-from tritonq import nn
+from tritonq import acceleration, nn
+from tritonq.acceleration import accelerate, restore
 from tritonq.accuracy.reestimation import reestimate_batch_norm
 from tritonq.backend import use_backend
 from tritonq.calibration import calibrate, refine_scales
@@ -84,6 +85,8 @@ __all__ = [
     "QuantizedType",
     "TrainedThresholdFakeQuantize",
     "__version__",
+    "accelerate",
+    "acceleration",
     "broadcast_statistics",
     "calibrate",
     "clipped_quantize",
@@ -119,6 +122,7 @@ __all__ = [
     "range_to_qparams",
     "reestimate_batch_norm",
     "refine_scales",
+    "restore",
     "save_converted",
     "save_qconfig_mapping",
     "search_frac_len",

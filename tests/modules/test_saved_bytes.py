@@ -2,30 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
 
 import tritonq
+from saved_bytes import saved_bytes
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from vision_models import torchvision_model
 
 SHAPE = (16, 3, 96, 96)
-
-
-def saved_bytes(model, x):
-    """Bytes of the distinct tensors that autograd keeps, parameters aside."""
-    kept = {}
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), t)  # holding on to it keeps its address its own
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = nn.functional.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.int64))
-    del loss
-    return sum(size for size, _ in kept.values())
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 LAYERS = [
     ("tritonq.__main__", "tritonq.cli", "tritonq.report", "tritonq.plots", "tritonq.demo", "tritonq.perf"),
     ("tritonq.accuracy",),
-    ("tritonq.prepare", "tritonq.deploy", "tritonq.calibration", "tritonq.distributed"),
+    ("tritonq.prepare", "tritonq.deploy", "tritonq.calibration", "tritonq.distributed", "tritonq.acceleration"),
     ("tritonq.nn",),
     ("tritonq.qconfig", "tritonq.qconfig_mapping", "tritonq.qconfig_files", "tritonq.preset_mappings"),
     (
@@ -34,8 +34,8 @@ LAYERS = [
         "tritonq.targets",
     ),
 ]
-# The one place that may read torch.ao checkpoints.
-TORCH_AO_READER = "tritonq.deploy.torch_ao"
+# The one place that may read torch.ao checkpoints, and the one that accelerates its modules.
+TORCH_AO_READERS = {"tritonq.deploy.torch_ao", "tritonq.acceleration.torch_ao"}
 
 
 def modules():
@@ -90,7 +90,7 @@ def test_kernels_import_torch_triton_and_themselves(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_torch_ao_is_not_imported(module):
-    if module != TORCH_AO_READER:
+    if module not in TORCH_AO_READERS:
         assert not [name for name in imported(module) if name.startswith("torch.ao")]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 _ROUNDED = "_tritonq_grid"
 _CODES = "_tritonq_saved_codes"
+_SOURCE = "_tritonq_source"
 
 
 def mark_rounded(y: Tensor, scale: Tensor) -> None:
@@ -34,3 +35,14 @@ def codes_of(x: Tensor, scale: Tensor) -> Any:
     """Return what :func:`mark_codes` noted for this ``scale``; None where ``x`` has changed since, or has no mark."""
     marked, version, codes = getattr(x, _CODES, (None, None, None))
     return codes if marked is scale and version == x._version else None
+
+
+def mark_source(y: Tensor, grid: Any) -> None:
+    """Note on ``y`` which grid its quantizer rounds to, for layers that know no quantizer of their input."""
+    setattr(y, _SOURCE, (grid, y._version))
+
+
+def source_of(x: Tensor) -> Any:
+    """Return the grid that :func:`mark_source` noted; None where ``x`` has changed since, or has no mark."""
+    grid, version = getattr(x, _SOURCE, (None, None))
+    return grid if version == x._version else None

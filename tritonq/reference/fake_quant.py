@@ -131,9 +131,14 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
     return _steps(x, scale, grid.qtype.rounding).add_(offset).clamp_(grid.qtype.quant_min, grid.qtype.quant_max)
 
 
+def reciprocal(scale: Tensor) -> Tensor:
+    """``1/s`` rounded to float32, in the dtype of ``scale``: torch rounds float64 tensors with that reciprocal too."""
+    return scale.float().reciprocal().to(scale.dtype)
+
+
 def steps_(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
     """``round(x / scale)``; overwrites ``x``, which has the dtype of the arithmetic."""
-    return x.mul_(scale.reciprocal()).round_() if rounding == "half_even" else round_half_away(x.div_(scale))
+    return x.mul_(reciprocal(scale)).round_() if rounding == "half_even" else round_half_away(x.div_(scale))
 
 
 def _broadcast(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | float]:
@@ -158,4 +163,4 @@ def _broadcast(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | float]:
 def _steps(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
     """``round(x/s)`` in a new tensor of the arithmetic's dtype."""
     x = x.to(scale.dtype)
-    return x.mul(scale.reciprocal()).round_() if rounding == "half_even" else round_half_away(x.div(scale))
+    return x.mul(reciprocal(scale)).round_() if rounding == "half_even" else round_half_away(x.div(scale))

@@ -21,7 +21,7 @@ def open_bounds(scale: float, lowest: int, highest: int, rounding: Rounding, dty
         scale: positive.
         lowest: smallest code, counted from the zero point.
         highest: largest code, counted from the zero point.
-        rounding: ``"half_even"`` multiplies by the reciprocal of ``scale``, ``"half_away"`` divides.
+        rounding: ``"half_even"`` multiplies by the float32 reciprocal of ``scale``, ``"half_away"`` divides.
         dtype: of ``x`` and the arithmetic: float32 or float64.
     """
     kind = np.float64 if dtype == torch.float64 else np.float32
@@ -40,17 +40,19 @@ def open_bounds_of_codes(quant_min: int, quant_max: int, dtype: torch.dtype) -> 
 
 def _outermost(step: _Float, code: int, outwards: float, rounding: Rounding, kind: type[_Float]) -> _Float:
     """The first value in the direction ``outwards`` whose code lies beyond ``code``."""
+    inverse = kind(np.float32(1) / np.float32(step))
 
     def is_outside(x: _Float) -> bool:
         if rounding == "half_even":
-            rounded = np.rint(x * (kind(1) / step))
+            rounded = np.rint(x * inverse)
         else:
             size = np.abs(x / step)
             rounded = np.copysign(np.floor(size) + (size - np.floor(size) >= 0.5), x)
         return bool(rounded > code) if outwards > 0 else bool(rounded < code)
 
     half = 0.5 if outwards > 0 else -0.5
-    x: _Float = kind((code + half) * float(step))
+    is_product = rounding == "half_even" and 0 < inverse < np.inf
+    x: _Float = kind((code + half) / float(inverse) if is_product else (code + half) * float(step))
     while not is_outside(x):
         x = np.nextafter(x, kind(outwards))
     while is_outside(inwards := np.nextafter(x, kind(-outwards))):

@@ -1,0 +1,242 @@
+"""`accelerate` and `restore` of models that torch.ao's eager mode prepared, against the same models untouched."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.ao import quantization as ao
+from torch.ao.quantization import _learnable_fake_quantize as learnable
+from torch.profiler import ProfilerActivity, profile
+
+import tritonq
+from saved_bytes import saved_bytes
+from torch_ao_nets import in_float64, prepared
+from tritonq.acceleration import report_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SLOW = "_enable_slow_path_for_better_numerical_stability"
+
+
+def qconfig(backend="x86", version=0):
+    return ao.get_default_qat_qconfig(backend, version)
+
+
+def learned():
+    weight = learnable._LearnableFakeQuantize.with_args(
+        observer=ao.PerChannelMinMaxObserver,
+        quant_min=-128,
+        quant_max=127,
+        dtype=torch.qint8,
+        qscheme=torch.per_tensor_symmetric,
+        scale=0.05,
+        zero_point=0.0,
+        use_grad_scaling=True,
+    ).with_args(observer=ao.MovingAverageMinMaxObserver)
+    return ao.QConfig(activation=qconfig().activation, weight=weight)
+
+
+def images(step, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def step_of(model, optimizer, step, dtype=torch.float32):
+    optimizer.zero_grad()
+    result = model(images(step, dtype))
+    result.square().mean().backward()
+    optimizer.step()
+    return result.detach()
+
+
+def assert_same_training(theirs, ours, dtype=torch.float64, steps=10, tolerance=1e-10):
+    """Train both; outputs, and in the end parameters, statistics and ranges agree, and so does eval mode."""
+    optimizers = [torch.optim.SGD(model.parameters(), 0.05, momentum=0.9) for model in (theirs, ours)]
+    for step in range(steps):
+        results = [
+            step_of(model, optimizer, step, dtype) for model, optimizer in zip((theirs, ours), optimizers, strict=True)
+        ]
+        torch.testing.assert_close(*results, rtol=0, atol=tolerance)
+    assert_same_state(theirs, ours, tolerance)
+    theirs.eval(), ours.eval()
+    torch.testing.assert_close(theirs(images(99, dtype)), ours(images(99, dtype)), rtol=0, atol=tolerance)
+
+
+def assert_same_state(theirs, ours, tolerance):
+    expected, state = theirs.state_dict(), ours.state_dict()
+    assert list(state) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            state[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("setting", ["x86", "qnnpack", "slow", "frozen", "ranges"])
+def test_ten_steps_in_float64(setting):
+    extremes = ao.FakeQuantize.with_args(observer=ao.MinMaxObserver, quant_min=0, quant_max=255)
+    chosen = qconfig("qnnpack" if setting == "qnnpack" else "x86")
+    model = in_float64(prepared(chosen if setting != "ranges" else ao.QConfig(extremes, chosen.weight)))
+    if setting == "slow":
+        for module in model.modules():
+            if hasattr(module, SLOW):
+                setattr(module, SLOW, True)
+    if setting == "frozen":
+        model(images(0, torch.float64))
+        model.apply(torch.ao.nn.intrinsic.qat.freeze_bn_stats)
+    ours = tritonq.accelerate(model)
+    assert not report_of(ours).left_alone
+    assert_same_training(model, ours, steps=4 if setting in ("slow", "ranges") else 10)
+
+
+def test_the_fused_quantizers_of_version_1():
+    # torch's fused operator takes no float64: one step in float32, before a tie can part the two.
+    model = prepared(qconfig(version=1))
+    ours = tritonq.accelerate(model)
+    results = [each(images(0)) for each in (model, ours)]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+    assert_same_state(model, ours, 1e-5)
+
+
+def test_learned_scales():
+    model = prepared(learned())
+    for each in model.modules():
+        if isinstance(each, learnable._LearnableFakeQuantize):
+            each.enable_param_learning()
+    ours = tritonq.accelerate(model)
+    assert not report_of(ours).left_alone
+    for each in (model, ours):
+        each(images(0)).square().mean().backward()
+    theirs = dict(model.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad is None) == (theirs[name].grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_convert_after_restore_gives_what_it_would_have_given(version):
+    model = prepared(qconfig("fbgemm", version))
+    ours = tritonq.accelerate(model)
+    for each in (model, ours):
+        each(images(0))
+    state = {name: value.clone() for name, value in ours.state_dict().items()}
+    restored = tritonq.restore(ours)
+    assert restored is ours
+    assert [type(module) for module in ours.modules()] == [type(module) for module in model.modules()]
+    for theirs, module in zip(model.modules(), ours.modules(), strict=True):
+        assert list(module._forward_hooks.values()) == list(theirs._forward_hooks.values())
+        assert not [name for name in module.__dict__ if name.startswith("_tritonq")]
+    model.load_state_dict(state)
+    converted = [ao.convert(each.eval()) for each in (model, ours)]
+    assert torch.equal(converted[0](images(1)), converted[1](images(1)))
+
+
+def test_no_operator_of_torch_quantizes():
+    model = tritonq.accelerate(prepared(qconfig()))
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        model(images(0)).sum().backward()
+    names = {event.key for event in recorded.key_averages()}
+    assert not [name for name in names if name.startswith("aten::") and "fake_quant" in name]
+
+
+def test_saves_less_than_half():
+    model = prepared(qconfig())
+    ours = tritonq.accelerate(model)
+    theirs, own = (saved_bytes(each, images(0)) for each in (model, ours))
+    assert own < 0.5 * theirs
+
+
+def test_inplace_keeps_every_object():
+    model = prepared(qconfig())
+    before = [*model.modules()], [*model.parameters()], [*model.buffers()]
+    ours = tritonq.accelerate(model, inplace=True)
+    assert ours is model
+    after = [*ours.modules()], [*ours.parameters()], [*ours.buffers()]
+    assert all(a is b for old, new in zip(before, after, strict=True) for a, b in zip(old, new, strict=True))
+
+
+def test_switches_and_the_librarys_own_functions_work():
+    model = prepared(qconfig())
+    ours = tritonq.accelerate(model)
+    for each in (model, ours):
+        each(images(0))
+        each.apply(ao.disable_observer)
+    ranges = {name: value.clone() for name, value in ours.state_dict().items() if name.endswith("max_val")}
+    model(images(1)), ours(images(1))
+    assert all(torch.equal(ours.state_dict()[name], value) for name, value in ranges.items())
+    for each in (model, ours):
+        each.apply(ao.disable_fake_quant).eval()
+    torch.testing.assert_close(model(images(2)), ours(images(2)), rtol=1e-5, atol=1e-6)
+
+
+def test_copies_and_pickles_stay_accelerated():
+    ours = tritonq.accelerate(prepared(qconfig()))
+    ours(images(0))
+    ours.apply(ao.disable_observer)  # which goes on in eval mode
+    for module in ours.modules():
+        vars(module).pop("qconfig", None)  # torch.ao's own can't be pickled
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    for each in (copy.deepcopy(ours), torch.load(file, weights_only=False)):
+        assert [type(module) for module in each.modules()] == [type(module) for module in ours.modules()]
+        assert torch.equal(each.eval()(images(1)), ours.eval()(images(1)))
+        tritonq.restore(each)
+
+
+class OwnFakeQuantize(ao.FakeQuantize):
+    def forward(self, x):
+        return super().forward(x) * 1
+
+
+def test_what_is_not_known_is_left_alone_and_named():
+    chosen = qconfig()
+    model = prepared(ao.QConfig(chosen.activation, OwnFakeQuantize.with_args(**chosen.weight.p.keywords)))
+    with pytest.warns(UserWarning, match=r"conv\.weight_fake_quant \(OwnFakeQuantize\): a class of its own"):
+        ours = tritonq.accelerate(model)
+    left = {row.name for row in report_of(ours).left_alone}
+    assert {"conv.weight_fake_quant", "conv"} <= left
+    assert "join" not in left
+    assert "a class of its own" in str(report_of(ours))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(model(images(0)), ours(images(0)))
+
+
+def test_a_channel_without_gain_trains():
+    model = prepared(qconfig())
+    with torch.no_grad():
+        model.conv.bn.weight[0] = 0
+    ours = tritonq.accelerate(model)
+    ours(images(0)).square().mean().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in ours.parameters() if parameter.grad is not None)
+
+
+def test_a_hook_on_a_layer_sees_the_rounded_result():
+    seen = []
+    model = prepared(qconfig())
+    model.conv.register_forward_hook(lambda module, inputs, result: seen.append(result))
+    ours = tritonq.accelerate(model)
+    for each in (model, ours):
+        each(images(0))
+    torch.testing.assert_close(*seen)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_mistakes_leave_the_model_as_it_was(inplace):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    with pytest.raises(ValueError, match=r"no library .* prepared this model .* Conv2d, ReLU, Sequential"):
+        tritonq.accelerate(plain, inplace)
+    with pytest.raises(ValueError, match="not accelerated"):
+        tritonq.restore(plain)
+    with pytest.raises(TypeError, match="got int"):
+        tritonq.accelerate(3)
+    ours = tritonq.accelerate(prepared(qconfig()), inplace)
+    kinds = [type(module) for module in ours.modules()]
+    with pytest.raises(ValueError, match="accelerated already"):
+        tritonq.accelerate(ours, inplace)
+    assert kinds == [type(module) for module in ours.modules()]

@@ -1,0 +1,108 @@
+"""Models that other libraries prepared for quantization-aware training, with tritonq's operators inside."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from types import ModuleType
+
+from torch import nn
+
+from tritonq.acceleration import eager
+from tritonq.acceleration.report import AccelerationReport, Row
+
+__all__ = ["AccelerationReport", "Row", "accelerate", "report_of", "restore"]
+
+_LOGGER = logging.getLogger("tritonq")
+_REPORT = "_tritonq_acceleration"
+_LIBRARIES: tuple[ModuleType, ...] = (eager,)
+
+
+def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Let tritonq's operators compute a model that another library prepared for quantization-aware training.
+
+    Parameters, buffers, modules, hooks and the keys of the state dict stay as they are, so optimizers, averages and
+    checkpoints go on. Numbers stay the library's, up to the order of float sums: its scales, its ranges, its switches,
+    in training and in eval mode. Two things differ on purpose: a channel whose BatchNorm weight is 0 trains on (the
+    libraries divide by it), and values that are not finite are left out of running ranges.
+
+    What is not known is left to the library, and named: one line in the log (logger ``tritonq``) tells how many parts
+    tritonq computes, a warning names the others, and :func:`tritonq.acceleration.report_of` has the table.
+
+    Known: torch.ao's eager mode.
+
+    Args:
+        model: as the library's ``prepare`` returned it, in training or eval mode, trained or not.
+        inplace: change ``model`` itself; else a deep copy.
+
+    Returns:
+        The model. Give it to :func:`restore` before the library converts or exports it.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: nobody prepared the model, it is accelerated already, or the library's version is not known. The
+            model stays as it was.
+
+    Examples:
+        >>> import torch, torch.ao.quantization as ao
+        >>> model = torch.nn.Sequential(ao.QuantStub(), torch.nn.Conv2d(3, 4, 3)).train()
+        >>> model.qconfig = ao.get_default_qat_qconfig("x86")
+        >>> model = tritonq.accelerate(ao.prepare_qat(model))
+        >>> print(tritonq.acceleration.report_of(model).left_alone)
+        []
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate needs a torch.nn.Module, got {type(model).__name__}")
+    if report_of(model) is not None or any(library.is_accelerated(model) for library in _LIBRARIES):
+        raise ValueError("this model is accelerated already; tritonq.restore(model) undoes it")
+    found = [library for library in _LIBRARIES if library.finds(model)]
+    if not found:
+        classes = sorted({type(module).__name__ for module in model.modules()})
+        raise ValueError(
+            "no library that accelerate knows prepared this model for quantization-aware training; its modules are "
+            + ", ".join(classes[:8] + ["…"] * (len(classes) > 8))
+        )
+    model = model if inplace else copy.deepcopy(model)
+    reports = [library.accelerate(model) for library in found]
+    report = AccelerationReport(
+        ", ".join(each.library for each in reports),
+        [row for each in reports for row in each.rows],
+        [fault for each in reports for fault in each.faults],
+    )
+    object.__setattr__(model, _REPORT, report)
+    _tell(report)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`accelerate`, in place: the library's own modules, with what they have learned since.
+
+    After it the library converts, lowers and exports the model as it would have.
+
+    Raises:
+        ValueError: the model is not accelerated.
+    """
+    if not any(library.is_accelerated(model) for library in _LIBRARIES):
+        raise ValueError("this model is not accelerated")
+    for library in _LIBRARIES:
+        library.restore(model)
+    model.__dict__.pop(_REPORT, None)
+    return model
+
+
+def report_of(model: nn.Module) -> AccelerationReport | None:
+    """Return what :func:`accelerate` did to ``model``; None where it did nothing."""
+    report: AccelerationReport | None = model.__dict__.get(_REPORT)
+    return report
+
+
+def _tell(report: AccelerationReport) -> None:
+    left = report.left_alone
+    _LOGGER.info("accelerate: %d of %d parts run by tritonq", len(report.rows) - len(left), len(report.rows))
+    if left:
+        named = "; ".join(f"{row.name} ({row.kind}): {row.reason}" for row in left[:8])
+        more = f"; and {len(left) - 8} more" if len(left) > 8 else ""
+        warnings.warn(f"accelerate leaves to {report.library}: {named}{more}", UserWarning, stacklevel=3)
+    for fault in report.faults:
+        warnings.warn(fault, UserWarning, stacklevel=3)

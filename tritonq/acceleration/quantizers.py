@@ -1,0 +1,289 @@
+"""Fake quantizers of torch.ao and torchao as grids and ranges, which tritonq's operators take.
+
+The modules keep their buffers and parameters; what does not change in training is read once, by :func:`attach`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.functional.dispatch import implementation
+from tritonq.functional.fake_quant import fake_quantize
+from tritonq.functional.learned_scale import learned_fake_quantize
+from tritonq.functional.marks import mark_source
+from tritonq.functional.recomputation import is_recomputing
+from tritonq.functional.residual import rounded_result
+from tritonq.functional.saved_input import mark
+from tritonq.grid import Grid, RangeStatistics
+from tritonq.qparams import QuantizedType, RangeRule, fixed_zero_point
+from tritonq.reference.activation import rectify
+
+_LIBRARIES = ("torch.ao.quantization.", "torchao.quantization.pt2e.")
+_SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+_PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
+_PER_TENSOR = (torch.per_tensor_symmetric, torch.per_tensor_affine)
+# Observers whose state is a running range, and whether they average.
+_RANGES = {
+    "MinMaxObserver": False,
+    "PerChannelMinMaxObserver": False,
+    "MovingAverageMinMaxObserver": True,
+    "MovingAveragePerChannelMinMaxObserver": True,
+}
+_ATTRIBUTE = "_tritonq_scheme"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a fake quantizer of another library computes, beside its tensors.
+
+    Attributes:
+        kind: ``"range"`` follows a running range, ``"learned"`` trains its scale, ``"observed"`` lets the library's
+            own observer find scale and zero point, ``"fixed"`` keeps them.
+        qtype: codes and axis.
+        rule: how a range becomes scale and zero point.
+        eps: floor under the scale.
+        averaging_constant: weight of a new batch in the range; None for running extremes.
+    """
+
+    kind: Literal["range", "learned", "observed", "fixed"]
+    qtype: QuantizedType
+    rule: RangeRule = "torch"
+    eps: float = 0.0
+    averaging_constant: float | None = None
+
+
+class State(NamedTuple):
+    """What an operator takes of a quantizer: its grid, and the range behind it, if it observes one."""
+
+    grid: Grid
+    statistics: RangeStatistics | None
+
+
+def is_fake_quantizer(module: nn.Module) -> bool:
+    """Whether ``module`` is a fake quantizer of torch.ao or torchao, of any kind."""
+    names = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith(_LIBRARIES)}
+    return "FakeQuantizeBase" in names
+
+
+def attach(quantizer: nn.Module) -> str | None:
+    """Note on ``quantizer`` what it computes; return why that is not known, and note nothing, where it is not."""
+    scheme = _scheme(quantizer)
+    if isinstance(scheme, str):
+        return scheme
+    object.__setattr__(quantizer, _ATTRIBUTE, scheme)
+    return None
+
+
+def detach(quantizer: nn.Module) -> None:
+    """Undo :func:`attach`."""
+    quantizer.__dict__.pop(_ATTRIBUTE, None)
+
+
+def is_attached(quantizer: nn.Module | None) -> bool:
+    """Whether tritonq's operators know what ``quantizer`` computes."""
+    return quantizer is not None and _ATTRIBUTE in quantizer.__dict__
+
+
+def scheme_of(quantizer: nn.Module) -> Scheme:
+    """Return what :func:`attach` noted."""
+    return cast(Scheme, quantizer.__dict__[_ATTRIBUTE])
+
+
+def unknown_reason(quantizer: nn.Module) -> str | None:
+    """Return why tritonq does not compute as ``quantizer`` does, or None where it does."""
+    scheme = _scheme(quantizer)
+    return scheme if isinstance(scheme, str) else None
+
+
+def _scheme(quantizer: nn.Module) -> Scheme | str:
+    kind = getattr(type(quantizer), "library_class", type(quantizer))
+    if not kind.__module__.startswith(_LIBRARIES):
+        return f"a class of its own, {kind.__module__}.{kind.__name__}"
+    held: Any = quantizer
+    observer = held.activation_post_process
+    observer_name = type(observer).__name__ if type(observer).__module__.startswith(_LIBRARIES) else ""
+    if getattr(held, "is_dynamic", False):
+        return "dynamic quantization"
+    if held.qscheme not in _PER_CHANNEL + _PER_TENSOR:
+        return f"qscheme {held.qscheme}"
+    if quantizer._forward_hooks or quantizer._forward_pre_hooks or observer._forward_hooks:
+        return "hooks on the quantizer, which an operator would skip"
+    low, high = int(held.quant_min), int(held.quant_max)
+    if kind.__name__ != "_LearnableFakeQuantize" and hasattr(observer, "quant_min"):
+        low, high = int(observer.quant_min), int(observer.quant_max)
+    qtype = _qtype(low, high, held.qscheme in _SYMMETRIC, held.ch_axis if held.qscheme in _PER_CHANNEL else None)
+    if kind.__name__ == "_LearnableFakeQuantize":
+        return Scheme("learned", qtype, eps=float(held.eps))
+    if kind.__name__ == "FixedQParamsFakeQuantize":
+        return Scheme("fixed", qtype)
+    if kind.__name__ not in ("FakeQuantize", "FusedMovingAvgObsFakeQuantize"):
+        return f"an unknown kind of fake quantizer, {kind.__name__}"
+    is_fused = kind.__name__ == "FusedMovingAvgObsFakeQuantize"
+    if observer_name not in _RANGES:
+        return "a fused quantizer over another observer" if is_fused else Scheme("observed", qtype)
+    if not is_fused and qtype.symmetric and _torch_zero_point(observer) != fixed_zero_point(qtype, "torch"):
+        return f"a symmetric range with zero point {_torch_zero_point(observer)} on codes {low} to {high}"
+    averaging = float(observer.averaging_constant) if _RANGES[observer_name] else None
+    rule: tuple[RangeRule, float] = ("torch_v1", 0.0) if is_fused else ("torch", float(observer.eps))
+    return Scheme("range", qtype, *rule, averaging)
+
+
+@lru_cache(maxsize=256)
+def _qtype(low: int, high: int, symmetric: bool, axis: int | None) -> QuantizedType:
+    return QuantizedType(low, high, symmetric, axis)
+
+
+def _torch_zero_point(observer: Any) -> int:
+    """Return the zero point that the library gives a symmetric range."""
+    if observer.dtype not in (torch.quint8, torch.uint8):
+        return 2**15 if observer.dtype == torch.uint16 else 0
+    return (observer.quant_min + observer.quant_max) // 2 if observer.has_customized_qrange else 128
+
+
+def can_compute(quantizer: nn.Module, x: Tensor) -> bool:
+    """Whether buffers have the dtypes that tritonq's operators take; casting a whole model changes them."""
+    held: Any = quantizer
+    if not is_attached(quantizer):
+        return False
+    if scheme_of(quantizer).kind == "learned":
+        return bool(held.scale.dtype == held.zero_point.dtype == torch.float32)
+    return bool(held.scale.dtype == torch.float32 and held.zero_point.dtype == torch.int32 and x.numel() > 0)
+
+
+def state(quantizer: nn.Module, x: Tensor) -> State | None:
+    """Return grid and range for an operator that rounds ``x``; None where the quantizer must run by itself.
+
+    A quantizer per channel gets buffers of ``x``'s channels if it has none yet. Only one that follows a range, or
+    whose grid is fixed, can be part of an operator.
+    """
+    scheme = scheme_of(quantizer)
+    if scheme.kind not in ("range", "fixed") or not can_compute(quantizer, x):
+        return None
+    held: Any = quantizer
+    if scheme.kind == "range":
+        _allocate(held, scheme.qtype.axis, x)
+    # With a fixed zero point of 0 there is none to add; torch's fused operator gives one-sided ranges one.
+    is_zero = scheme.rule != "torch_v1" and scheme.kind == "range" and fixed_zero_point(scheme.qtype, "torch") == 0
+    zero_point = None if is_zero and scheme.qtype.symmetric else held.zero_point.view(-1)
+    grid = Grid(held.scale, zero_point, scheme.qtype, held.fake_quant_enabled.to(torch.uint8))
+    return State(grid, _statistics(held, scheme) if scheme.kind == "range" else None)
+
+
+def _statistics(quantizer: Any, scheme: Scheme) -> RangeStatistics:
+    observer = quantizer.activation_post_process
+    shape = () if scheme.qtype.axis is None else (-1,)
+    return RangeStatistics(
+        observer.min_val.view(shape),
+        observer.max_val.view(shape),
+        torch.zeros((), dtype=torch.int64, device=observer.min_val.device),
+        scheme.qtype.granularity,
+        quantizer.observer_enabled.to(torch.uint8),
+        frozen=is_recomputing(),
+        averaging_constant=scheme.averaging_constant,
+        rule=scheme.rule,
+        eps=scheme.eps,
+        # The libraries round with whatever scale there is, observed or not.
+        has_data=True,
+    )
+
+
+def _allocate(quantizer: Any, axis: int | None, x: Tensor) -> None:
+    """Give buffers per channel their length, as the library does with the first batch."""
+    if axis is None:
+        return
+    channels, observer = x.shape[axis], quantizer.activation_post_process
+    if observer.min_val.numel() == 0:
+        observer.min_val.resize_(channels).fill_(torch.inf)
+        observer.max_val.resize_(channels).fill_(-torch.inf)
+    if quantizer.scale.numel() != channels:
+        quantizer.scale.resize_(channels).fill_(1)
+        quantizer.zero_point.resize_(channels).zero_()
+
+
+def quantize(quantizer: nn.Module, x: Tensor) -> Tensor:
+    """Observe and round ``x`` as ``quantizer`` does; what it keeps for the backward is ``x``."""
+    scheme = scheme_of(quantizer)
+    if scheme.kind == "learned":
+        return _quantize_learned(quantizer, scheme, x)
+    if scheme.kind == "observed":
+        return _quantize_observed(quantizer, scheme, x)
+    known = state(quantizer, x)
+    if known is None:
+        raise RuntimeError(f"a {type(quantizer).__name__} has buffers that no operator takes")
+    grid, statistics = known
+    if statistics is not None:
+        implementation("min_max", x).observe(x.detach(), statistics, grid)
+    return marked(fake_quantize(x, grid), grid)
+
+
+def quantize_rectified(quantizer: nn.Module, y: Tensor, ceiling: float | None) -> Tensor:
+    """Observe and round ``relu?(y)`` of a tensor that was just computed; keeps one bit per element where it can.
+
+    ``ceiling``: see :func:`tritonq.reference.activation.rectify`.
+    """
+    known = state(quantizer, y) if scheme_of(quantizer).kind in ("range", "fixed") else None
+    if known is None or known.grid.qtype.axis is not None or not (torch.is_grad_enabled() and y.requires_grad):
+        return quantize(quantizer, rectify(y, ceiling))
+    return marked(rounded_result(y, known.grid, known.statistics, ceiling), known.grid)
+
+
+def marked(y: Tensor, grid: Grid) -> Tensor:
+    """Return ``y`` with the note that it was rounded to ``grid``, from which a layer behind it saves codes."""
+    if y.dtype == torch.float64 and grid.qtype.axis is None:
+        return cast(Tensor, _Float32Values.apply(y, grid.enabled))  # type: ignore[no-untyped-call]
+    if grid.qtype.axis is None and not torch.compiler.is_compiling():
+        mark(y, grid.scale, grid)
+        mark_source(y, grid)
+    return y
+
+
+class _Float32Values(torch.autograd.Function):
+    """What torch's operator per tensor makes of float64: values of float32, with the gradient as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, enabled: Tensor) -> Tensor:
+        return torch.where(enabled != 0, y.float().double(), y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy, None
+
+
+def _quantize_observed(quantizer: Any, scheme: Scheme, x: Tensor) -> Tensor:
+    """Let the library's observer find scale and zero point, as its FakeQuantize does, and round."""
+    if bool(quantizer.observer_enabled) and not is_recomputing():
+        quantizer.activation_post_process(x.detach())
+        scale, zero_point = quantizer.calculate_qparams()
+        for buffer, value in ((quantizer.scale, scale), (quantizer.zero_point, zero_point)):
+            if buffer.shape != value.shape:
+                buffer.resize_(value.shape)
+            buffer.copy_(value)
+    enabled = quantizer.fake_quant_enabled.to(torch.uint8)
+    grid = Grid(quantizer.scale, quantizer.zero_point.view(-1), scheme.qtype, enabled)
+    return marked(fake_quantize(x, grid), grid)
+
+
+def _quantize_learned(quantizer: Any, scheme: Scheme, x: Tensor) -> Tensor:
+    """``_LearnableFakeQuantize``: scale and zero point of the observer until learning is on, then trained."""
+    scale, zero_point = quantizer.scale, quantizer.zero_point
+    with torch.no_grad():
+        if bool(quantizer.static_enabled):
+            if not is_recomputing():
+                quantizer.activation_post_process(x.detach())
+            found, zero = quantizer.activation_post_process.calculate_qparams()
+            scale.data.copy_(found)
+            zero_point.data.copy_(zero)
+        else:
+            scale.data.clamp_(min=scheme.eps)
+        if scheme.qtype.symmetric and bool(quantizer.fake_quant_enabled):
+            zero_point.data.zero_()
+    low, high = scheme.qtype.quant_min, scheme.qtype.quant_max
+    factor = (x.numel() * high) ** -0.5 if quantizer.use_grad_scaling else 1.0
+    codes = zero_point.detach().round().clamp(low, high).to(torch.int32).view(-1)
+    grid = Grid(scale, codes, scheme.qtype, quantizer.fake_quant_enabled)
+    return learned_fake_quantize(x, grid, "torch", factor, shift=zero_point)

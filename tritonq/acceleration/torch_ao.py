@@ -1,0 +1,262 @@
+"""Modules of torch.ao's eager quantization-aware training, with tritonq's operators in their forward.
+
+Each class here inherits from the library's and replaces its forward alone: an instance changes its class and stays the
+same object, with the same parameters, buffers, hooks and state dict.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.ao.nn import qat
+from torch.ao.nn.intrinsic import qat as intrinsic
+from torch.ao.nn.quantized import FloatFunctional
+from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
+from torch.ao.quantization.fake_quantize import (
+    FakeQuantize,
+    FixedQParamsFakeQuantize,
+    FusedMovingAvgObsFakeQuantize,
+)
+
+from tritonq.acceleration.layers import HOOK, RELU, BatchNorm, Layer, add, affine, normalized
+from tritonq.acceleration.quantizers import can_compute, is_attached, quantize
+from tritonq.functional.linear_map import linear_map_of
+from tritonq.functional.recomputation import StepMemory
+from tritonq.nn.folding_modes import batch_norm_state, is_plain
+
+
+def run_quantizer(self: Any, x: Tensor) -> Tensor:
+    """Observe and round ``x``; as the library does where a cast changed the dtype of the quantizer's buffers."""
+    return quantize(self, x) if can_compute(self, x) else cast(Tensor, self.library_class.forward(self, x))
+
+
+def run_layer(self: Any, x: Tensor) -> Tensor:
+    """Return what the library's layer returns, and what its observer hook makes of that where it was taken over."""
+    layer = _description(self, x)
+    if layer is None:
+        y = self.library_class.forward(self, x)
+        return cast(Tensor, self.activation_post_process(y) if HOOK in self.__dict__ else y)
+    norm = _batch_norm(self)
+    if norm is None:
+        return affine(layer, x, self.weight, self.bias)
+    return normalized(layer, x, self.weight, self.bias, norm)
+
+
+def _description(held: Any, x: Tensor) -> Layer | None:
+    """Return what ``held`` is, for an operator; None where it must run by itself."""
+    output = held.activation_post_process if HOOK in held.__dict__ else None
+    known = all(can_compute(each, x) for each in (held.weight_fake_quant, output) if each is not None)
+    if not known or ("bn" in held._modules and not is_plain(held.bn)):
+        return None
+    memory = held.__dict__.setdefault("_tritonq_memory", StepMemory())
+    grouping = (getattr(held, "transposed", False), getattr(held, "groups", 1))
+    return Layer(linear_map_of(held), held.weight_fake_quant, output, held.ceiling, grouping, memory)
+
+
+def _batch_norm(held: Any) -> BatchNorm | None:
+    """Return the BatchNorm in ``held``, whose batches are counted."""
+    if "bn" not in held._modules:
+        return None
+    bn = held.bn
+    training, momentum = bn.training, bn.momentum
+    corrected = getattr(held, "_enable_slow_path_for_better_numerical_stability", False)
+    if training:
+        momentum = batch_norm_state(bn).momentum
+    return BatchNorm(*(bn.weight, bn.bias, bn.running_mean, bn.running_var, momentum, bn.eps, training, corrected))
+
+
+class AcceleratedFakeQuantize(FakeQuantize):
+    """``FakeQuantize`` by tritonq's operators."""
+
+    library_class = FakeQuantize
+    forward: Any = run_quantizer
+
+
+class AcceleratedFusedFakeQuantize(FusedMovingAvgObsFakeQuantize):
+    """``FusedMovingAvgObsFakeQuantize`` by tritonq's operators."""
+
+    library_class = FusedMovingAvgObsFakeQuantize
+    forward: Any = run_quantizer
+
+
+class AcceleratedFixedFakeQuantize(FixedQParamsFakeQuantize):
+    """``FixedQParamsFakeQuantize`` by tritonq's operators."""
+
+    library_class = FixedQParamsFakeQuantize
+    forward: Any = run_quantizer
+
+
+class AcceleratedLearnableFakeQuantize(_LearnableFakeQuantize):
+    """``_LearnableFakeQuantize`` by tritonq's operators."""
+
+    library_class = _LearnableFakeQuantize
+    forward: Any = run_quantizer
+
+
+class AcceleratedConv1d(qat.Conv1d):
+    """``qat.Conv1d`` by tritonq's operators."""
+
+    library_class = qat.Conv1d
+    forward: Any = run_layer
+    ceiling = None
+
+
+class AcceleratedConv2d(qat.Conv2d):
+    """``qat.Conv2d`` by tritonq's operators."""
+
+    library_class = qat.Conv2d
+    forward: Any = run_layer
+    ceiling = None
+
+
+class AcceleratedConv3d(qat.Conv3d):
+    """``qat.Conv3d`` by tritonq's operators."""
+
+    library_class = qat.Conv3d
+    forward: Any = run_layer
+    ceiling = None
+
+
+class AcceleratedLinear(qat.Linear):
+    """``qat.Linear`` by tritonq's operators."""
+
+    library_class = qat.Linear
+    forward: Any = run_layer
+    ceiling = None
+
+
+class AcceleratedConvReLU1d(intrinsic.ConvReLU1d):
+    """``intrinsic.qat.ConvReLU1d`` by tritonq's operators."""
+
+    library_class = intrinsic.ConvReLU1d
+    forward: Any = run_layer
+    ceiling = RELU
+
+
+class AcceleratedConvReLU2d(intrinsic.ConvReLU2d):
+    """``intrinsic.qat.ConvReLU2d`` by tritonq's operators."""
+
+    library_class = intrinsic.ConvReLU2d
+    forward: Any = run_layer
+    ceiling = RELU
+
+
+class AcceleratedConvReLU3d(intrinsic.ConvReLU3d):
+    """``intrinsic.qat.ConvReLU3d`` by tritonq's operators."""
+
+    library_class = intrinsic.ConvReLU3d
+    forward: Any = run_layer
+    ceiling = RELU
+
+
+class AcceleratedLinearReLU(intrinsic.LinearReLU):
+    """``intrinsic.qat.LinearReLU`` by tritonq's operators."""
+
+    library_class = intrinsic.LinearReLU
+    forward: Any = run_layer
+    ceiling = RELU
+
+
+class AcceleratedConvBn1d(intrinsic.ConvBn1d):
+    """``intrinsic.qat.ConvBn1d`` by tritonq's operators."""
+
+    library_class = intrinsic.ConvBn1d
+    forward: Any = run_layer
+    ceiling = None
+
+
+class AcceleratedConvBn2d(intrinsic.ConvBn2d):
+    """``intrinsic.qat.ConvBn2d`` by tritonq's operators."""
+
+    library_class = intrinsic.ConvBn2d
+    forward: Any = run_layer
+    ceiling = None
+
+
+class AcceleratedConvBn3d(intrinsic.ConvBn3d):
+    """``intrinsic.qat.ConvBn3d`` by tritonq's operators."""
+
+    library_class = intrinsic.ConvBn3d
+    forward: Any = run_layer
+    ceiling = None
+
+
+class AcceleratedConvBnReLU1d(intrinsic.ConvBnReLU1d):
+    """``intrinsic.qat.ConvBnReLU1d`` by tritonq's operators."""
+
+    library_class = intrinsic.ConvBnReLU1d
+    forward: Any = run_layer
+    ceiling = RELU
+
+
+class AcceleratedConvBnReLU2d(intrinsic.ConvBnReLU2d):
+    """``intrinsic.qat.ConvBnReLU2d`` by tritonq's operators."""
+
+    library_class = intrinsic.ConvBnReLU2d
+    forward: Any = run_layer
+    ceiling = RELU
+
+
+class AcceleratedConvBnReLU3d(intrinsic.ConvBnReLU3d):
+    """``intrinsic.qat.ConvBnReLU3d`` by tritonq's operators."""
+
+    library_class = intrinsic.ConvBnReLU3d
+    forward: Any = run_layer
+    ceiling = RELU
+
+
+class AcceleratedLinearBn1d(intrinsic.LinearBn1d):
+    """``intrinsic.qat.LinearBn1d`` by tritonq's operators."""
+
+    library_class = intrinsic.LinearBn1d
+    forward: Any = run_layer
+    ceiling = None
+
+
+class AcceleratedFloatFunctional(FloatFunctional):
+    """``FloatFunctional`` whose additions are one operator with their quantizer."""
+
+    library_class = FloatFunctional
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the rounded sum."""
+        return self._sum(x, y, None)
+
+    def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the rounded ReLU of the sum."""
+        return self._sum(x, y, RELU)
+
+    def _sum(self, x: Tensor, y: Tensor, ceiling: float | None) -> Tensor:
+        quantizer = self.activation_post_process
+        if is_attached(quantizer) and can_compute(quantizer, x):
+            return add(x, y, quantizer, ceiling)
+        return super().add(x, y) if ceiling is None else super().add_relu(x, y)
+
+
+# The class that takes the place of each class of the library.
+CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    kind.library_class: kind
+    for kind in (
+        AcceleratedFakeQuantize,
+        AcceleratedFusedFakeQuantize,
+        AcceleratedFixedFakeQuantize,
+        AcceleratedLearnableFakeQuantize,
+        AcceleratedConv1d,
+        AcceleratedConv2d,
+        AcceleratedConv3d,
+        AcceleratedLinear,
+        AcceleratedConvReLU1d,
+        AcceleratedConvReLU2d,
+        AcceleratedConvReLU3d,
+        AcceleratedLinearReLU,
+        AcceleratedConvBn1d,
+        AcceleratedConvBn2d,
+        AcceleratedConvBn3d,
+        AcceleratedConvBnReLU1d,
+        AcceleratedConvBnReLU2d,
+        AcceleratedConvBnReLU3d,
+        AcceleratedLinearBn1d,
+        AcceleratedFloatFunctional,
+    )
+}
