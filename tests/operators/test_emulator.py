@@ -122,6 +122,14 @@ class TestOrder:
         with pytest.raises(EmulatorError, match="a barrier that not every thread of the block arrives at"):
             run(body, torch.zeros(1), threads=64)
 
+    def test_threads_wait_at_a_barrier_for_those_behind_it(self) -> None:
+        """Triton's compiler puts what few threads run behind the loop that they come back to."""
+        x = torch.zeros(64, dtype=torch.int32)
+        away = "setp.lt.s32 %p1, %r0, 40; @%p1 bra $L__away;\n$L__back: bar.sync 0;"
+        detour = "bra $L__end;\n$L__away: mov.b32 %r2, %r2; bra $L__back;\n$L__end: mov.b32 %r2, 0;"
+        run(EXCHANGE.format(barrier=away) + detour, x, threads=64, shared=256)
+        assert torch.equal(x, torch.arange(64, dtype=torch.int32).flip(0))
+
     def test_a_race_between_warps_that_write_different_values(self) -> None:
         with pytest.raises(EmulatorError, match="race between warps of a block at 1 global locations"):
             run("st.global.b32 [ %rd0 + 0 ], { %r0 };", torch.zeros(1), threads=64)

@@ -69,7 +69,11 @@ class Machine:
                 groups[place + 1] = some
 
     def _run_groups(self, groups: dict[int, Words], *, stops: bool) -> dict[int, Words]:
-        """Run threads by their next instruction; with ``stops`` up to barriers, and return who waits there."""
+        """Run threads by their next instruction; with ``stops`` up to barriers, and return who waits there.
+
+        Without ``stops``, threads wait at a barrier while others of their block run code that stands behind it and
+        leads back.
+        """
         instructions = self.threads.program.instructions
         waiting: dict[int, Words] = {}
         while groups:
@@ -84,9 +88,12 @@ class Machine:
                 if self._steps > _MAX_STEPS:
                     raise EmulatorError(f"{self.threads.program.name}: does not end")
                 instruction = instructions[number]
-                if stops and _is_barrier(instruction):
+                if _is_barrier(instruction):
                     _join(waiting, number, active)
-                    break
+                    active = active[:0] if stops else self.threads.of_whole_blocks(waiting[number])
+                    waiting[number] = np.setdiff1d(waiting[number], active, assume_unique=True)
+                    if len(active) == 0:
+                        break
                 chosen = self._chosen(instruction, active)
                 if instruction.name == "bra":
                     self._branch(groups, number, instruction, active, chosen)
@@ -98,6 +105,10 @@ class Machine:
                 elif len(chosen):
                     self._execute(instruction, chosen)
                 number += 1
+        if not stops:
+            for number, some in waiting.items():
+                if len(some):
+                    self._execute(instructions[number], some)
         return waiting
 
     def _chosen(self, instruction: Instruction, active: Words) -> Words:

@@ -126,6 +126,11 @@ class Threads:
             blocks = self.block[threads]
             self.log.add(space, kind, addresses, size, threads, blocks, self.epoch[blocks], words)
 
+    def of_whole_blocks(self, threads: Words) -> Words:
+        """Those of the threads whose block is complete among them."""
+        blocks, counts = np.unique(self.block[threads], return_counts=True)
+        return threads[np.isin(self.block[threads], blocks[counts == self.per_block])]
+
     def arrive(self, threads: Words) -> None:
         """Pass a barrier.
 
