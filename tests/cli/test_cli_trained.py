@@ -114,6 +114,7 @@ def test_exports_of_a_checkpoint(trained, tmp_path, capsys):
     assert program(torch.zeros(2, 3, 8, 8)).shape == (2, 2)
 
 
+@pytest.mark.filterwarnings("ignore:TensorRT takes int8 codes")
 def test_a_float_model_is_calibrated(trained, tmp_path, capsys):
     torch.manual_seed(0)
     torch.save(SmallResNet(3, 2, 4).state_dict(), tmp_path / "float.pt")

@@ -150,6 +150,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.filterwarnings("ignore:ONNX Runtime convolves in integers")
 def test_other_layers_keep_their_codes(name, tmp_path):
     make, shape = LAYERS[name]
     torch.manual_seed(0)
@@ -162,6 +163,7 @@ def test_other_layers_keep_their_codes(name, tmp_path):
         assert report.agrees(MAX_FRACTION, 1), (target, report)
 
 
+@pytest.mark.filterwarnings("ignore:weight zero points differ")
 def test_zero_points_that_differ_between_channels(tmp_path):
     """One-sided channels under torch's fused rule."""
     qconfig = TORCH_PRESETS["fbgemm_v1"]

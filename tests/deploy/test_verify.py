@@ -152,6 +152,7 @@ def test_wrong_arguments(tmp_path):
         verify(model, tmp_path / "absent.onnx", images())
 
 
+@pytest.mark.filterwarnings("ignore:Exporting a model while it is in training mode")
 def test_a_foreign_onnx_file(tmp_path):
     torch.onnx.export(nn.Linear(3, 2), (torch.randn(2, 3),), tmp_path / "m.onnx", dynamo=True, verbose=False)
     with pytest.raises(ValueError, match="was not written by export_onnx"):

@@ -97,6 +97,7 @@ def test_other_architectures_are_refused_and_left_as_they_were(residual, change,
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
+@pytest.mark.filterwarnings(r"ignore:\d+ accumulators of")
 def test_saturating_layers_stay_guarded(tmp_path):
     model, x = overflowing()
     save_converted(convert(model), tmp_path / "model.pt")

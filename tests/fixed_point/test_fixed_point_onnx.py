@@ -43,6 +43,7 @@ def test_every_kind_of_join(tmp_path):
     torch.testing.assert_close(ran(tmp_path / "model.onnx", images), integers(images), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings(r"ignore:\d+ accumulators of")
 def test_what_cannot_be_exported_is_refused(tmp_path):
     model, x = overflowing()
     with pytest.raises(ValueError, match="may pass 32 bits"):

@@ -183,6 +183,7 @@ OTHER_QUANTIZERS = {
 
 
 @pytest.mark.parametrize("name", OTHER_QUANTIZERS)
+@pytest.mark.filterwarnings("ignore:a ClippedFakeQuantize")
 def test_other_quantizers_train_in_one_graph(name):
     torch.manual_seed(0)
     model = tritonq.prepare_qat(FloatPair(), qconfig=OTHER_QUANTIZERS[name], example_inputs=images(2)).train()

@@ -63,6 +63,7 @@ PRESET_NAMES = ("tensorrt", "fbgemm_v0", "fbgemm_v1", "qnnpack_v0", "megengine_l
 
 
 @pytest.mark.parametrize("name", [*PRESET_NAMES, *OTHER_QUANTIZERS])
+@pytest.mark.filterwarnings("ignore:a ClippedFakeQuantize")
 def test_it_gives_eager_modes_codes_and_gradients(name):
     qconfig = PRESETS[name] if name in PRESETS else OTHER_QUANTIZERS[name]
     if name == "tensorrt":

@@ -70,6 +70,7 @@ def all_functions(request, tmp_path_factory):
     return model, path, x
 
 
+@pytest.mark.filterwarnings("ignore:ONNX Runtime convolves in integers")
 def test_every_form_gives_the_same_codes(all_functions):
     model, path, x = all_functions
     converted = tritonq.convert(model)
@@ -161,6 +162,7 @@ def test_preparation_finds_it(act, tmp_path):
             assert tritonq.verify(model, form, x).agrees()
 
 
+@pytest.mark.filterwarnings("ignore:no training step reached")
 def test_a_file_does_not_fit_another_function(tmp_path):
     converted = tritonq.convert(prepared(net(nn.SiLU())).eval(), allow_unquantized=True)
     tritonq.save_converted(converted, tmp_path / "m.pt")

@@ -230,6 +230,7 @@ def test_prepare_finds_whole_blocks(training):
     torch.testing.assert_close(qat.eval()(IMAGES), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:ONNX Runtime convolves in integers")
 def test_what_was_trained_is_deployed(tmp_path):
     qat = tritonq.prepare_qat(network(), example_inputs=IMAGES).train()
     optimizer, target = torch.optim.SGD(qat.parameters(), 0.05), torch.randint(5, (16,), generator=torch.manual_seed(4))

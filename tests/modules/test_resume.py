@@ -69,6 +69,7 @@ def assert_same_bits(one, other):
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.filterwarnings("ignore:a ClippedFakeQuantize")
 def test_resuming_gives_the_bits_of_not_stopping(preset, phase, tmp_path):
     whole = prepared(preset)
     optimizer = optimizer_of(whole)
@@ -93,6 +94,7 @@ def test_resuming_gives_the_bits_of_not_stopping(preset, phase, tmp_path):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.filterwarnings("ignore:a ClippedFakeQuantize")
 def test_a_model_that_never_ran_saves_and_loads(preset):
     one, other = prepared(preset), prepared(preset)
     steps(one, optimizer_of(one), 0, 1)

@@ -190,6 +190,8 @@ def test_hooks_of_the_output_quantizer_run():
     assert layer(x).abs().max() == 0
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python")
 def test_gradients_and_transforms_take_the_formula():
     layer, x = make_layer("3x3 strided", "affine")
     assert can_use_codes(x)

@@ -242,6 +242,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore:a ClippedFakeQuantize")
 def test_module_trains_and_deploys(name):
     torch.manual_seed(3)
     quantizer = MODULES[name]()

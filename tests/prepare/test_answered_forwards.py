@@ -204,6 +204,7 @@ def test_threads_do_not_share_a_run():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.filterwarnings(r"ignore:\d+ calls of the forward")
 def test_every_branch_is_still_there():
     _, prepared = prepared_model("targets")
     assert prepared.train()({"image": X}).dim() == 0
@@ -230,6 +231,7 @@ class Pooled(nn.Module):
         return self.head(F.avg_pool2d(y, y.shape[2:]).flatten(1))
 
 
+@pytest.mark.filterwarnings(r"ignore:\d+ calls of the forward")
 def test_mean_is_answered_by_a_module_and_its_quantizer():
     prepared = prepare_qat(Pooled(), example_inputs=X).train()
     prepared(X)
@@ -254,6 +256,7 @@ class Inside(nn.Module):
         return y + x
 
 
+@pytest.mark.filterwarnings("ignore:prepare_qat leaves")
 def test_blocks_within_blocks_of_their_class_answer_their_own_calls():
     torch.manual_seed(0)
     model = nn.Sequential(Inside(Inside()), conv())

@@ -129,6 +129,7 @@ def test_learned_scales_start_from_all_the_data():
 
 
 @pytest.mark.parametrize("bad", [torch.empty(0, 3, 8, 8), torch.full((2, 3, 8, 8), torch.nan)])
+@pytest.mark.filterwarnings("ignore:a FakeQuantize that has observed nothing")
 def test_data_that_say_nothing(bad):
     model = small_model(histogram_qconfig())
     model[1].activation_post_process.disable_observer()

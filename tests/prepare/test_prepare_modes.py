@@ -14,6 +14,9 @@ import tritonq.nn as qnn
 from prepared_nets import Net, X, conv, norm, of_type
 from tritonq.prepare import disable_fake_quant, prepare_qat
 
+# What stays in float is the subject of tests of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:prepare_qat leaves")
+
 
 def assert_trains_alike(model, prepared, *args, **kwargs):
     """In training mode and without rounding a prepared model returns what the float model does."""

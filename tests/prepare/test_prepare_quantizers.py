@@ -81,6 +81,7 @@ def test_addition_takes_the_relu(act):
         lambda m, x: 2 - m.first(x) * m.bias,
     ],
 )
+@pytest.mark.filterwarnings("ignore:prepare_qat leaves")
 def test_other_sums_stay_float(run):
     prepared = prepare(run, first=conv(), second=conv(), bias=nn.Parameter(torch.ones(1, 4, 1, 1)))
     assert not of_type(prepared, qnn.Joint)
@@ -151,6 +152,7 @@ def test_what_keeps_a_grid_gets_no_quantizer(keep):
         lambda x: 0 - x,
     ],
 )
+@pytest.mark.filterwarnings("ignore:prepare_qat leaves")
 def test_what_leaves_a_grid_gets_a_quantizer(change):
     parts = {"change": change} if isinstance(change, nn.Module) else {}
     prepared = prepare(
@@ -233,6 +235,7 @@ class Auxiliary(nn.Module):
         return out
 
 
+@pytest.mark.filterwarnings("ignore:prepare_qat leaves")
 def test_control_flow_that_depends_on_the_mode_survives():
     model = Auxiliary()
     prepared = prepare_qat(model, example_inputs=X)

@@ -16,6 +16,7 @@ def model():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.filterwarnings("ignore:no training step reached")
 def test_compiled_models_and_parts_are_prepared_as_what_is_inside(inplace):
     plain = model().train()
     whole = torch.compile(plain, backend="eager")
