@@ -16,13 +16,14 @@ from tritonq.grid import Grid
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
 from tritonq.observers.base import FixedDtypeBuffers
 from tritonq.qparams import QParams, QuantizedType
+from tritonq.saved_grid import SavesGrid
 from tritonq.warn_once import warn_once
 
 # Averages of scales and of the ranges that they follow from differ by rounding errors.
 _AVERAGING_ERROR = 1e-3
 
 
-class FakeQuantizeBase(WithArgs, FixedDtypeBuffers):
+class FakeQuantizeBase(WithArgs, SavesGrid, FixedDtypeBuffers):
     """Switches and qparams that every fake quantizer has.
 
     Attributes:

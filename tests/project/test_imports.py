@@ -26,7 +26,7 @@ LAYERS = [
     ),
     ("tritonq.observers", "tritonq.functional", "tritonq.factory"),
     ("tritonq.reference", "tritonq.kernels", "tritonq.backend"),
-    ("tritonq.grid",),
+    ("tritonq.grid", "tritonq.saved_grid"),
     ("tritonq.qparams", "tritonq.granularity", "tritonq.arithmetic", "tritonq.bins", "tritonq.process_group"),
     (
         "tritonq.version",
