@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from typing import Any
 
 from docutils import nodes
@@ -37,7 +38,13 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: no
             domain = env.get_domain("py")
             page = name and domain.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, contnode)
             return page or contnode
-    return None
+    return contnode if _is_annotation_of_some_module(node["reftarget"]) else None
+
+
+def _is_annotation_of_some_module(name: str) -> bool:
+    """Whether a module of tritonq defines ``name``: signatures name types (``Folding``) without their module."""
+    loaded = [module for path, module in list(sys.modules.items()) if path.startswith("tritonq.")]
+    return any(name in vars(module) for module in loaded)
 
 
 def link_pages(app: Sphinx, what: str, name: str, described: object, options: object, lines: list[str]) -> None:
