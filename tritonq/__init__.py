@@ -2,6 +2,9 @@
 
 from tritonq import acceleration, nn
 from tritonq.acceleration import accelerate, restore
+from tritonq.accuracy.adaptive_rounding import adaptive_round
+from tritonq.accuracy.bias_correction import correct_bias
+from tritonq.accuracy.equalization import equalize
 from tritonq.accuracy.reestimation import reestimate_batch_norm
 from tritonq.backend import use_backend
 from tritonq.calibration import calibrate, refine_scales
@@ -87,16 +90,19 @@ __all__ = [
     "__version__",
     "accelerate",
     "acceleration",
+    "adaptive_round",
     "broadcast_statistics",
     "calibrate",
     "clipped_quantize",
     "convert",
+    "correct_bias",
     "default_embedding_qat_qconfig",
     "default_qat_qconfig",
     "disable_fake_quant",
     "disable_observer",
     "enable_fake_quant",
     "enable_observer",
+    "equalize",
     "export_onnx",
     "export_program",
     "fake_quantize_learnable",

@@ -121,7 +121,7 @@ def refine_scales(
         raise ValueError(f"{type(model).__name__} has no quantized layer")
     factors = torch.linspace(*span, candidates).tolist()
     chosen: dict[str, Tensor] = {}
-    with _everything_float(model):
+    with everything_float(model):
         examples = _layer_examples(model, layers, data)
         for role in ("weight_fake_quant", "activation_post_process"):
             for name, layer in layers.items():
@@ -167,7 +167,8 @@ def _check_observed(quantizers: dict[str, FakeQuantizeBase]) -> None:
 
 
 @contextmanager
-def _modes_restored(model: nn.Module) -> Iterator[None]:
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Each module in its mode again afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -179,7 +180,7 @@ def _modes_restored(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _observing(model: nn.Module, quantizers: Iterable[FakeQuantizeBase]) -> Iterator[None]:
     """Eval mode for everything but quantizers, which observe and do not round."""
-    with _modes_restored(model):
+    with modes_restored(model):
         model.eval()
         hooks = []
         for quantizer in quantizers:
@@ -199,11 +200,11 @@ def _observing(model: nn.Module, quantizers: Iterable[FakeQuantizeBase]) -> Iter
 
 
 @contextmanager
-def _everything_float(model: nn.Module) -> Iterator[None]:
+def everything_float(model: nn.Module) -> Iterator[None]:
     """Eval mode, and no quantizer rounds; each as it was afterwards."""
     quantizers = [module for module in model.modules() if isinstance(module, FakeQuantizeBase)]
     switches = [quantizer.fake_quant_enabled.clone() for quantizer in quantizers]
-    with _modes_restored(model):
+    with modes_restored(model):
         model.eval()
         for quantizer in quantizers:
             quantizer.disable_fake_quant()

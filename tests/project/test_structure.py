@@ -26,7 +26,6 @@ RINGS = {
 }
 PRIVATE_IMPORTS = {
     ("tests/deploy/test_checkpoint.py", "tritonq.deploy.checkpoint._digest"),
-    ("tritonq/report/measure.py", "tritonq.calibration._everything_float"),
 }
 LONG_FILES = {
     "tests/operators/test_conv2d.py",

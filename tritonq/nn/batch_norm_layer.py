@@ -93,7 +93,7 @@ class QATBatchNormLayer(QATLayer):
         if isinstance(quantizer, FakeQuantizeBase) and quantizer.is_enabled_on_host():
             op = self.linear_map
             return op.from_rows(fake_quantize(op.to_rows(folded), self.weight_grid()))
-        scale = self._fold().abs()
+        scale = self.fold_factors().abs()
         unfolded = scale_out_channels(folded, torch.where(scale == 0, 0, 1 / scale), *self.grouping)
         # It may observe, as in calibration; a module that is no fake quantizer of tritonq's may round, too.
         return scale_out_channels(self.quantized_weight(unfolded), scale, *self.grouping)
@@ -103,7 +103,7 @@ class QATBatchNormLayer(QATLayer):
         grid = super().weight_grid()
         if self._mode != "scale":
             return grid
-        scale = (grid.scale.detach() * self._fold().detach().abs()).clamp(min=_LEAST_SCALE)
+        scale = (grid.scale.detach() * self.fold_factors().detach().abs()).clamp(min=_LEAST_SCALE)
         return Grid(scale, None, grid.qtype.with_axis(0), grid.enabled)
 
     def weight_to_quantize(self) -> Tensor:
@@ -112,13 +112,14 @@ class QATBatchNormLayer(QATLayer):
             return super().weight_to_quantize()
         return scale_out_channels(self.float_parameters()[0], folding_modes.gamma_signs(self), *self.grouping)
 
-    def _fold(self) -> Tensor:
+    def fold_factors(self) -> Tensor:
+        """Return ``t = γ/σ(running_var)`` per channel, by which eval mode multiplies the weight."""
         return fold_scale(cast(Tensor, self.bn.running_var), self.bn.weight, self.bn.eps)
 
     def folded_parameters(self, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weight and bias with the running statistics folded in; see base class."""
         weight, bias = super().folded_parameters(weight, bias)
-        running_mean, scale = cast(Tensor, self.bn.running_mean), self._fold()
+        running_mean, scale = cast(Tensor, self.bn.running_mean), self.fold_factors()
         folded_bias = fold_bias(bias, running_mean, scale, self.bn.bias)
         return scale_out_channels(weight, scale, *self.grouping), folded_bias
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.calibration import _everything_float
+from tritonq.calibration import everything_float
 from tritonq.cli.evaluation import accuracy, logits
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
@@ -293,7 +293,7 @@ def _nothing_rounded(model: nn.Module) -> Iterator[None]:
     """Eval mode without rounding; modes and switches as they were afterwards."""
     formats = [module for module in model.modules() if isinstance(module, FixedPointFakeQuantize)]
     switches = [quantizer.fake_quant_enabled.clone() for quantizer in formats]
-    with _everything_float(model):
+    with everything_float(model):
         for quantizer, switch in zip(formats, switches, strict=True):
             quantizer.fake_quant_enabled.copy_(switch)
             _switch(quantizer, False)

@@ -1,0 +1,160 @@
+"""Choosing for each weight whether it is rounded up or down, by what the layer's results then are."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.accuracy.layers import inputs_of, layers_in_order, read_batches, write_folded_weight
+from tritonq.calibration import everything_float, modes_restored
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.grid import Grid
+from tritonq.nn.qat import QATLayer
+from tritonq.prepare.record.snapshot import copied
+
+# The stretched sigmoid's ends, so that 0 and 1 are reached.
+_LOW, _HIGH = -0.1, 1.1
+# Exponent of the regularizer, at first and at last, after a share of the steps without it; its weight.
+_BETA = (20.0, 2.0)
+_WARM_UP = 0.2
+_REGULARIZER = 0.01
+# How far Adam can take a variable in all: the paper's learning rate of 1e-3 times its 10,000 steps.
+_WAY = 10.0
+
+
+class SoftRounding:
+    """The variables of one layer: ``W = s (clip(floor(W/s) + h(V) + z) - z)``, rows (out, ...)."""
+
+    def __init__(self, rows: Tensor, grid: Grid) -> None:
+        column = (-1, *[1] * (rows.dim() - 1))
+        self._scale = grid.scale.detach().expand(len(rows)).reshape(column)
+        zero = torch.zeros(1, dtype=torch.int32) if grid.zero_point is None else grid.zero_point
+        self._zero = zero.to(rows.device).expand(len(rows)).reshape(column)
+        self._qtype = grid.qtype
+        position = rows / self._scale
+        self._floor = position.floor()
+        rest = ((position - self._floor) - _LOW) / (_HIGH - _LOW)
+        self.variables = torch.logit(rest).detach().requires_grad_()
+
+    def share(self) -> Tensor:
+        """``h(V) = clip(sigmoid(V) (ζ - γ) + γ, 0, 1)``: how far each weight is rounded up."""
+        return (torch.sigmoid(self.variables) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+
+    def weight(self, share: Tensor) -> Tensor:
+        """The rows' values for shares between 0 and 1."""
+        codes = (self._floor + share + self._zero).clamp(self._qtype.quant_min, self._qtype.quant_max)
+        return (codes - self._zero) * self._scale
+
+
+def adaptive_round(
+    model: nn.Module, data: Any, *, steps: int = 1000, batch_size: int = 32, seed: int = 0
+) -> dict[str, float]:
+    """Round each layer's weights up or down so that its results are most like those without rounding (AdaRound).
+
+    Layer by layer, in order of execution, V is trained with Adam to lessen
+
+        ``E |f(op(x, W) + b) - f(op(x_q, W(V)) + b)|² + λ Σ (1 - |2 h(V) - 1|^β)``
+
+    with ``W(V) = s clip(floor(W/s) + h(V))`` and h a sigmoid stretched to [-0.1, 1.1] and clipped to [0, 1]. x is what
+    the layer reads in the float model, x_q in the model with all earlier layers rounded, f the ReLU, and the mean is
+    over samples and positions. β falls from 20 to 2, which drives h to 0 or 1. Then each weight becomes the value it is
+    rounded to: scales and ranges stay, and :func:`tritonq.convert` or training can follow.
+
+    Args:
+        model: a calibrated or trained model; its modes are restored.
+        data: as for :func:`tritonq.calibrate`; one or two thousand samples. The inputs of one layer are kept at a time.
+        steps: of Adam per layer: 1,000 take seconds for a layer of a small net. The paper takes 10,000.
+        batch_size: samples per step.
+        seed: of the order of samples.
+
+    Returns:
+        By layer, the mean squared error of its results after, as a share of that of rounding to the nearest: below 1
+        where this helped. A layer that it did not help keeps its weights, with 1.
+
+    Raises:
+        ValueError: no quantized layer, no batch, or fewer than one step or sample.
+
+    Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020), equations 21 to 25.
+
+    Examples:
+        >>> import tritonq
+        >>> x = torch.rand(64, 3, 8, 8)
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+        >>> mapping = tritonq.get_qconfig_mapping("lsq_w2a4")
+        >>> model = tritonq.calibrate(tritonq.prepare_qat(net, qconfig=mapping, example_inputs=x), x)
+        >>> ratios = tritonq.adaptive_round(model, x, steps=50)
+        >>> sorted(ratios), all(ratio <= 1 for ratio in ratios.values())
+        (['0', '2'], True)
+    """
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps and batch_size must be positive, got {steps} and {batch_size}")
+    batches = read_batches(model, data)
+    generator = torch.Generator().manual_seed(seed)
+    unrounded = copied(model)
+    ratios: dict[str, float] = {}
+    with modes_restored(model), everything_float(unrounded):
+        model.eval()
+        with torch.no_grad():
+            layers = layers_in_order(model, batches[0])
+        for name, layer in layers.items():
+            quantizer = layer.weight_fake_quant
+            if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
+                continue
+            with torch.no_grad():
+                weight, bias = layer.folded_parameters()
+                rows = layer.linear_map.to_rows(weight)
+                read = inputs_of(unrounded, cast(QATLayer, unrounded.get_submodule(name)), batches)
+                targets = torch.cat([_result(layer, x, rows, bias) for x in read])
+                inputs = torch.cat(inputs_of(model, layer, batches))
+            ratios[name] = _round(layer, inputs, targets, steps, batch_size, generator)
+    return ratios
+
+
+def _result(layer: QATLayer, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's result before its quantizer, with these rows as its folded weight."""
+    op = layer.linear_map
+    return layer.rectified(op(x, op.from_rows(rows), bias))
+
+
+def _round(
+    layer: QATLayer, inputs: Tensor, targets: Tensor, steps: int, batch_size: int, generator: torch.Generator
+) -> float:
+    """Train and write one layer's rounding; the error's ratio to that of the nearest codes."""
+    with torch.no_grad():
+        weight, bias = layer.folded_parameters()
+        rows = layer.linear_map.to_rows(weight)
+        nearest = layer.linear_map.to_rows(layer.quantized_folded_weight(weight))
+    rounding = SoftRounding(rows, layer.weight_grid())
+    optimizer = torch.optim.Adam([rounding.variables], lr=_WAY / steps)
+    first = math.ceil(_WARM_UP * steps)
+    for step in range(steps):
+        chosen = torch.randint(len(inputs), (min(batch_size, len(inputs)),), generator=generator).to(inputs.device)
+        share = rounding.share()
+        error = _result(layer, inputs[chosen], rounding.weight(share), bias) - targets[chosen]
+        loss = error.square().movedim(layer.linear_map.output_axis, 0).flatten(1).sum(0).mean()
+        if step >= first:
+            progress = (step - first) / max(1, steps - first)
+            beta = _BETA[1] + 0.5 * (_BETA[0] - _BETA[1]) * (1 + math.cos(math.pi * progress))
+            loss = loss + _REGULARIZER * (1 - (2 * share - 1).abs().pow(beta)).sum()
+        (rounding.variables.grad,) = torch.autograd.grad(loss, [rounding.variables])
+        optimizer.step()
+    with torch.no_grad():
+        chosen_rows = rounding.weight((rounding.share() >= 0.5).to(rows.dtype))
+        before, after = (_error(layer, inputs, targets, found, bias, batch_size) for found in (nearest, chosen_rows))
+        if not after < before:
+            return 1.0
+        write_folded_weight(layer, chosen_rows)
+    return after / before
+
+
+def _error(
+    layer: QATLayer, inputs: Tensor, targets: Tensor, rows: Tensor, bias: Tensor | None, batch_size: int
+) -> float:
+    """The mean squared error of the layer's results, with these rows."""
+    total = torch.zeros((), dtype=torch.float64)
+    for x, wanted in zip(*(torch.split(values, batch_size) for values in (inputs, targets)), strict=True):
+        total += (_result(layer, x, rows, bias) - wanted).square().sum(dtype=torch.float64).cpu()
+    return float(total) / targets.numel()

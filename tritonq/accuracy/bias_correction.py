@@ -1,0 +1,75 @@
+"""Taking the shift that rounding gives each layer's mean out of its bias."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.accuracy.layers import add_to_bias, inputs_of, layers_in_order, read_batches
+from tritonq.calibration import everything_float, modes_restored
+from tritonq.nn.qat import QATLayer
+
+
+@torch.no_grad()
+def correct_bias(model: nn.Module, data: Any) -> dict[str, Tensor]:
+    """Shift each layer's bias so that its results have the mean that they have without rounding.
+
+    Rounded weights and inputs shift the mean of a layer's results, and the shifts add up from layer to layer. Layer by
+    layer, in order of execution,
+
+        ``b += E[op(x, W)] - E[op(x_q, FQ(W))]``
+
+    where x is what the layer reads while nothing rounds, x_q what it reads in the model as corrected so far, and the
+    mean is over ``data`` and all positions, per out channel. With a BatchNorm it is β that changes.
+
+    Args:
+        model: a calibrated or trained model; its modes are restored.
+        data: as for :func:`tritonq.calibrate`; some hundred samples are enough. All batches run once per layer.
+
+    Returns:
+        By layer the shift, float32 (out,). A layer without a bias and without β is left out, with one warning.
+
+    Raises:
+        ValueError: no quantized layer, or no batch.
+
+    Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction" (2019), section 4.2,
+        with means of data in place of those of BatchNorm.
+
+    Examples:
+        >>> import tritonq
+        >>> x = torch.rand(64, 3, 8, 8)
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> model = tritonq.calibrate(tritonq.prepare_qat(net, example_inputs=x), x)
+        >>> {name: shift.shape for name, shift in tritonq.correct_bias(model, x).items()}
+        {'0': torch.Size([8])}
+    """
+    batches = read_batches(model, data)
+    with modes_restored(model):
+        model.eval()
+        layers = layers_in_order(model, batches[0])
+        with everything_float(model):
+            wanted = {name: _mean(layer, inputs_of(model, layer, batches), False) for name, layer in layers.items()}
+        found: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            shift = wanted[name] - _mean(layer, inputs_of(model, layer, batches), True)
+            if add_to_bias(layer, shift):
+                found[name] = shift.float()
+    left_out = [name or type(model).__name__ for name in layers if name not in found]
+    if left_out:
+        warnings.warn(f"layers without a bias can't be corrected: {', '.join(left_out)}", stacklevel=2)
+    return found
+
+
+def _mean(layer: QATLayer, inputs: Sequence[Tensor], rounded: bool) -> Tensor:
+    """Mean per out channel of the layer's results before its activation: float64."""
+    weight, bias = layer.folded_parameters()
+    weight = layer.quantized_folded_weight(weight) if rounded else weight
+    op, total, count = layer.linear_map, torch.zeros((), dtype=torch.float64), 0
+    for x in inputs:
+        y = op(x, weight, bias).movedim(op.output_axis, 0).flatten(1)
+        total, count = total + y.sum(1, dtype=torch.float64), count + y.shape[1]
+    return total / count

@@ -1,0 +1,183 @@
+"""Cross-layer equalization: the same function, with weights and activations whose channels have like ranges."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.accuracy.layers import layers_in_order, read_batches
+from tritonq.calibration import Batch, everything_float, modes_restored
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
+from tritonq.nn.elementwise import Joint
+from tritonq.nn.qat import QATLayer
+from tritonq.nn.unary import UnaryLayer
+
+# Sweeps over all pairs end when no factor is further from 1, or after so many.
+_CONVERGED = 1e-3
+_MOST_SWEEPS = 20
+# Ratio of the largest to the smallest factor in a pair: channels of hardly any weight would lose all of it.
+_MOST_SPREAD = 1e4
+# Relative change of the model's outputs that rounding errors of factors may cause.
+_ROUNDING = 1e-4
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two layers, of which the second alone reads the first."""
+
+    names: tuple[str, str]
+    first: QATLayer
+    second: QATLayer
+
+
+@torch.no_grad()
+def equalize(model: nn.Module, data: Any) -> dict[tuple[str, str], Tensor]:
+    """Rescale channels between two layers in a row so that the ranges of their weights are alike.
+
+    Where one layer alone reads another through a ReLU or nothing, dividing out channel i of the first by s_i and
+    multiplying the weights of the second that read it by s_i changes nothing but ranges. With ``r_i`` the largest size
+    of channel i in either folded weight,
+
+        ``s_i = sqrt(r_i(first) / r_i(second))``.
+
+    Pairs are swept until no factor moves. Each pair is tried on the first batch: one that changes the model's outputs,
+    since something else reads the channels or moves them, is left as it was. With one scale per out channel the gain is
+    in activations; with one scale per tensor also in weights. Ranges are those from before: :func:`tritonq.calibrate`
+    or train afterwards.
+
+    Args:
+        model: a prepared model; its modes are restored.
+        data: as for :func:`tritonq.calibrate`; one batch is enough.
+
+    Returns:
+        By names of first and second layer the factors s, float32 (channels,), of all sweeps together.
+
+    Raises:
+        ValueError: no quantized layer, or no batch.
+
+    Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction" (2019), section 4.1.
+
+    Examples:
+        >>> import tritonq
+        >>> x = torch.rand(4, 3, 8, 8)
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+        >>> model = tritonq.prepare_qat(net, example_inputs=x)
+        >>> {names: factors.shape for names, factors in tritonq.equalize(model, x).items()}
+        {('0', '2'): torch.Size([8])}
+    """
+    batch = read_batches(model, data)[0]
+    with modes_restored(model), everything_float(model):
+        model.eval()
+        layers = layers_in_order(model, batch)
+        expected = _outputs(model, batch)
+        pairs = [pair for pair in _pairs(model, layers) if _is_alone(pair, model, batch, expected)]
+        total = {pair.names: torch.ones(_out(pair.first), dtype=torch.float64) for pair in pairs}
+        for _ in range(_MOST_SWEEPS):
+            largest = 0.0
+            for pair in pairs:
+                factors = _factors(pair)
+                _apply(pair, factors)
+                total[pair.names] *= factors.cpu()
+                largest = max(largest, float(factors.log().abs().max()))
+            if largest < _CONVERGED:
+                break
+    return {names: factors.float() for names, factors in total.items()}
+
+
+def _pairs(model: nn.Module, layers: dict[str, QATLayer]) -> list[_Pair]:
+    """Layers in a row as far as their quantizers tell; whether nothing else reads the first is tried."""
+    makers = {layer.activation_post_process: (name, layer) for name, layer in layers.items()}
+    readers: Counter[nn.Module] = Counter(
+        layer.input_quantizer for layer in layers.values() if layer.input_quantizer is not None
+    )
+    for module in model.modules():
+        if isinstance(module, (Joint, UnaryLayer)):
+            read = module.input_quantizers if isinstance(module, Joint) else (module.input_quantizer,)
+            readers.update(held for held in read if held is not None)
+    pairs = []
+    for name, layer in layers.items():
+        source = layer.input_quantizer
+        made = None if source is None else makers.get(source)
+        if source is None or made is None or readers[source] > 1:
+            continue
+        if made[1].ceiling in (None, math.inf) and _takes_factors(made[1]) and _channels(layer) == _out(made[1]):
+            pairs.append(_Pair((made[0], name), made[1], layer))
+    return pairs
+
+
+def _takes_factors(layer: QATLayer) -> bool:
+    is_affine = not isinstance(layer, QATBatchNormLayer) or (layer.bn.weight is not None and layer.bn.bias is not None)
+    return is_affine and type(layer).rectified is QATLayer.rectified
+
+
+def _out(layer: QATLayer) -> int:
+    return int(layer.linear_map.to_rows(layer.weight).shape[0])
+
+
+def _channels(layer: QATLayer) -> int | None:
+    """How many channels a layer reads, where its weight has them on axis 1."""
+    if getattr(layer, "transposed", False):
+        return None
+    return int(layer.weight.shape[1]) * int(getattr(layer, "groups", 1))
+
+
+def _is_alone(pair: _Pair, model: nn.Module, batch: Batch, expected: list[Tensor]) -> bool:
+    """Whether factors between the two layers, each another one, leave the model's outputs as they are."""
+    held = [parameter for layer in (pair.first, pair.second) for parameter in layer.parameters()]
+    before = [parameter.clone() for parameter in held]
+    _apply(pair, torch.linspace(0.5, 2, _out(pair.first), device=pair.first.weight.device))
+    outputs = _outputs(model, batch)
+    for parameter, value in zip(held, before, strict=True):
+        parameter.copy_(value)
+    return len(outputs) == len(expected) and all(map(_is_close, outputs, expected))
+
+
+def _factors(pair: _Pair) -> Tensor:
+    first = pair.first.linear_map.to_rows(pair.first.folded_parameters()[0]).flatten(1).abs().amax(1).double()
+    second = _by_input(pair.second.folded_parameters()[0], pair.second, lambda part: part.abs().amax((1, 3))).double()
+    factors = torch.where((first > 0) & (second > 0), (first / second.clamp(min=1e-300)).sqrt(), 1.0)
+    middle = factors.log().median().exp()
+    return factors.clamp(middle / _MOST_SPREAD**0.5, middle * _MOST_SPREAD**0.5)
+
+
+def _by_input(weight: Tensor, layer: QATLayer, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Reduce a weight seen as (groups, out per group, in per group, taps): (channels read,)."""
+    groups = int(getattr(layer, "groups", 1))
+    return reduce(weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)).flatten()
+
+
+def _apply(pair: _Pair, factors: Tensor) -> None:
+    first, second = pair.first, pair.second
+    if isinstance(first, QATBatchNormLayer):
+        for parameter in (first.bn.weight, first.bn.bias):
+            parameter.div_(factors.to(parameter.dtype))
+    else:
+        rows = first.linear_map.to_rows(first.weight)
+        first.weight.copy_(first.linear_map.from_rows(rows / factors.to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))))
+        if first.bias is not None:
+            first.bias.div_(factors.to(first.bias.dtype))
+    weight, groups = second.weight, int(getattr(second, "groups", 1))
+    grouped = weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    grouped.mul_(factors.to(weight.dtype).view(groups, 1, -1, 1))
+
+
+def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
+    args, kwargs = batch
+    return _tensors(model(*args, **kwargs))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value.clone()] if value.is_floating_point() else []
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _is_close(got: Tensor, expected: Tensor) -> bool:
+    return got.shape == expected.shape and bool((got - expected).norm() <= _ROUNDING * expected.norm())

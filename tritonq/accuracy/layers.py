@@ -1,0 +1,94 @@
+"""The quantized layers of a model, one by one: what they read, and weights written back through a BatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.calibration import Batch, model_batches
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
+from tritonq.nn.qat import QATLayer
+
+
+def read_batches(model: nn.Module, data: Any) -> list[Batch]:
+    """Return the arguments of every batch, to be run again and again; ValueError without one."""
+    batches = list(model_batches(model, data))
+    if not batches:
+        raise ValueError("data has no batch")
+    return batches
+
+
+def layers_in_order(model: nn.Module, batch: Batch) -> dict[str, QATLayer]:
+    """Return the quantized layers that own their weight, by name, in the order in which a batch meets them.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = {module: name for name, module in model.named_modules() if isinstance(module, QATLayer)}
+    found: dict[str, QATLayer] = {}
+
+    def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(layer, QATLayer) and layer.computed is None and "weight" in layer._parameters:
+            found.setdefault(layers[layer], layer)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        args, kwargs = batch
+        model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        raise ValueError(f"{type(model).__name__} runs no quantized layer with a weight of its own: call prepare_qat")
+    return found
+
+
+def inputs_of(model: nn.Module, layer: QATLayer, batches: Sequence[Batch]) -> list[Tensor]:
+    """Run batches and return what the operation of a layer reads, call by call."""
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(layer.quantized_input(args[0]).detach())
+
+    hook = layer.register_forward_pre_hook(note)
+    try:
+        for args, kwargs in batches:
+            model(*args, **kwargs)
+    finally:
+        hook.remove()
+    return found
+
+
+def fold_factors(layer: QATLayer) -> Tensor:
+    """Return what eval mode multiplies each out channel of the layer's weight with; ones without a BatchNorm."""
+    if isinstance(layer, QATBatchNormLayer):
+        return layer.fold_factors().detach()
+    return layer.weight.new_ones(layer.linear_map.to_rows(layer.weight).shape[0])
+
+
+@torch.no_grad()
+def write_folded_weight(layer: QATLayer, rows: Tensor) -> None:
+    """Set the layer's weight so that eval mode sees ``rows``, (out, ...), once the BatchNorm is folded in.
+
+    A channel that the BatchNorm multiplies by 0 stays as it is.
+    """
+    op, factors = layer.linear_map, fold_factors(layer).view(-1, *[1] * (rows.dim() - 1))
+    unfolded = torch.where(factors == 0, op.to_rows(layer.weight), rows / factors.where(factors != 0, 1.0))
+    layer.weight.copy_(op.from_rows(unfolded))
+
+
+@torch.no_grad()
+def add_to_bias(layer: QATLayer, shift: Tensor) -> bool:
+    """Add to the bias that eval mode sees, (out,), and say whether there is one to hold it."""
+    if not isinstance(layer, QATBatchNormLayer):
+        if layer.bias is None:
+            return False
+        layer.bias.add_(shift.to(layer.bias.dtype))
+        return True
+    if layer.bn.bias is None:
+        return False
+    layer.bn.bias.add_(shift.to(layer.bn.bias.dtype))
+    return True
