@@ -9,18 +9,26 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, wraps
 from types import FunctionType, ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-Backend = Literal["auto", "triton", "torch"]
+Backend = Literal["auto", "triton", "torch", "compiled"]
+Chosen: TypeAlias = Literal["triton", "torch", "compiled"]
 
 # What kernels load and store, codes included. float64 lives on the PyTorch path alone.
 KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8})
 
 _BACKENDS = frozenset(get_args(Backend))
+# Op families that are compiled for CPUs; "compiled" runs the others in PyTorch.
+_COMPILED = frozenset({"conv_bn", "fold", "input_codes", "residual", "rounded", "weight"})
+_PACKAGES: dict[Chosen, str] = {
+    "triton": "tritonq.kernels",
+    "torch": "tritonq.reference",
+    "compiled": "tritonq.compiled",
+}
 
 _preferred: ContextVar[Backend] = ContextVar("tritonq_backend", default="auto")
 
@@ -30,17 +38,24 @@ def use_backend(backend: Backend) -> Iterator[None]:
     """Choose the backend of every call in the block that leaves ``backend="auto"``.
 
     Args:
-        backend: ``"auto"`` (by tensor), ``"triton"`` (kernels, or an error), ``"torch"`` (plain PyTorch).
+        backend: ``"auto"`` (by tensor), ``"triton"`` (kernels, or an error), ``"torch"`` (plain PyTorch),
+            ``"compiled"`` (C++ for training steps on a CPU: `tritonq.compiled`). The last compiles for some seconds
+            when it is first used on a machine, and says so in the log ``tritonq``. It sums over channels in another
+            order than PyTorch, so that a step's results differ as between two machines; evaluation, conversion, and
+            dtypes other than float32 run PyTorch.
 
     Raises:
         ValueError: an unknown backend.
+        RuntimeError: ``"compiled"``, and there is no C++ compiler or this is not Linux.
 
     Examples:
         >>> import tritonq
         >>> with tritonq.use_backend("torch"):
         ...     y = tritonq.fake_quantize_per_tensor_affine(torch.ones(3), 0.1, 0, -128, 127)
     """
-    token = _preferred.set(_checked(backend))
+    if _checked(backend) == "compiled":
+        _require_compiler()
+    token = _preferred.set(backend)
     try:
         yield
     finally:
@@ -66,15 +81,15 @@ def is_interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def select(x: Tensor, backend: Backend = "auto") -> Literal["triton", "torch"]:
+def select(x: Tensor, backend: Backend = "auto") -> Chosen:
     """Choose the backend for a call on ``x``.
 
     CUDA or HIP tensors with triton run kernels; with ``TRITON_INTERPRET=1`` CPU tensors run the same kernels in
-    Triton's interpreter; all else runs PyTorch. float64 always runs PyTorch.
+    Triton's interpreter; all else runs PyTorch. float64 always runs PyTorch. Compiled code runs where it is asked for.
 
     Raises:
         ValueError: an unknown backend.
-        RuntimeError: ``"triton"`` was asked for and cannot run on ``x``.
+        RuntimeError: ``"triton"`` or ``"compiled"`` was asked for and cannot run on ``x``.
     """
     choice = _checked(backend)
     if choice == "auto":
@@ -82,6 +97,10 @@ def select(x: Tensor, backend: Backend = "auto") -> Literal["triton", "torch"]:
     # Without a look at the tensor's dtype, and without a message: operators on a CPU ask this hundreds of times a step.
     if choice == "torch" or (choice == "auto" and x.is_cpu and not is_interpreting()):
         return "torch"
+    if choice == "compiled":
+        if not x.is_cpu:
+            raise RuntimeError(f"backend 'compiled' cannot run here: it runs on CPU tensors, got one on {x.device}")
+        return "compiled"
     obstacle = _obstacle(x)
     if obstacle is None:
         return "triton"
@@ -91,19 +110,30 @@ def select(x: Tensor, backend: Backend = "auto") -> Literal["triton", "torch"]:
 
 
 def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleType:
-    """The module that implements op family ``name`` for ``x``: ``tritonq.kernels`` or ``tritonq.reference``.
+    """The module that implements op family ``name`` for ``x``, of one of three packages.
 
-    Both hold functions of the same names and signatures. While a profiler runs, each call of one is a range of the
-    profile, ``"tritonq.fake_quant.fake_quantize (triton)"`` for example.
+    ``tritonq.kernels``, ``tritonq.reference`` and ``tritonq.compiled`` hold functions of the same names and signatures.
+    While a profiler runs, each call of one is a range of the profile, ``"tritonq.fake_quant.fake_quantize (triton)"``
+    for example.
     """
-    chosen = select(x, backend)
+    return _module(select(x, backend), name)
+
+
+def without_kernel(name: str, x: Tensor) -> ModuleType:
+    """The module of an op family that has no kernel: compiled where that is asked for, else the reference."""
+    return _module("compiled" if _preferred.get() == "compiled" and x.is_cpu else "torch", name)
+
+
+def _module(chosen: Chosen, name: str) -> ModuleType:
+    if chosen == "compiled" and name not in _COMPILED:
+        chosen = "torch"
     module = _load(chosen, name)
     # The flag is torch's own, read where it records operators; reading it costs nothing that shows.
     return _ranged(chosen, name) if profiler._is_profiler_enabled else module
 
 
 @cache
-def _ranged(backend: Literal["triton", "torch"], name: str) -> ModuleType:
+def _ranged(backend: Chosen, name: str) -> ModuleType:
     """Return a copy of the module whose functions are ranges of a profile."""
     module = _load(backend, name)
     copy = ModuleType(module.__name__, module.__doc__)
@@ -123,9 +153,17 @@ def _in_range(function: Callable[..., Any], label: str) -> Callable[..., Any]:
 
 
 @cache
-def _load(backend: Literal["triton", "torch"], name: str) -> ModuleType:
-    package = "tritonq.kernels" if backend == "triton" else "tritonq.reference"
-    return importlib.import_module(f"{package}.{name}")
+def _load(backend: Chosen, name: str) -> ModuleType:
+    return importlib.import_module(f"{_PACKAGES[backend]}.{name}")
+
+
+def _require_compiler() -> None:
+    """Raise RuntimeError where nothing can be compiled."""
+    from tritonq.compiled.build import obstacle
+
+    blocked = obstacle()
+    if blocked is not None:
+        raise RuntimeError(f"backend 'compiled' cannot run here: {blocked}")
 
 
 def _checked(backend: Backend) -> Backend:

@@ -153,6 +153,16 @@ class StepInTorch(TrainStep):
             return super().__call__(inputs)
 
 
+class CompiledStep(TrainStep):
+    """The same with operators that are compiled for this CPU."""
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        import tritonq
+
+        with tritonq.use_backend("compiled"):
+            return super().__call__(inputs)
+
+
 class GraphedStep:
     """A training step captured in a CUDA graph once and replayed."""
 
@@ -226,6 +236,7 @@ def _implementations(setting: Setting) -> dict[str, Implementation]:
         "torch.ao v0, use_in_torch": tritonq(partial(_in_torch, setting, torch_ao(0)), quick=False),
         "torch.ao v1, use_in_torch": tritonq(partial(_in_torch, setting, torch_ao(1)), quick=False),
         "tritonq": tritonq(partial(_eager, setting, setting.tritonq_model)),
+        "tritonq, compiled": tritonq(partial(_compiled_step, setting), quick=False, devices=("cpu",)),
         **{name: peer(library) for name, library in PEERS.items()},
         "torch.compile(float)": Implementation(partial(_compiled, setting, setting.float_model), quick=False),
         "torch.compile(torch.ao v0)": Implementation(partial(_compiled, setting, torch_ao(0)), quick=False),
@@ -242,6 +253,10 @@ def _eager(setting: Setting, make: Callable[[torch.device], nn.Module], inputs: 
 
 def _in_torch(setting: Setting, make: Callable[[torch.device], nn.Module], inputs: Inputs) -> TrainStep:
     return StepInTorch(make(inputs["images"].device), setting.autocast)
+
+
+def _compiled_step(setting: Setting, inputs: Inputs) -> CompiledStep:
+    return CompiledStep(setting.tritonq_model(inputs["images"].device), setting.autocast)
 
 
 def _compiled(setting: Setting, make: Callable[[torch.device], nn.Module], inputs: Inputs) -> TrainStep:

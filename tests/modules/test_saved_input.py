@@ -15,6 +15,7 @@ from tritonq.functional.saved_input import keep, mark, restore
 from tritonq.grid import Grid
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.qparams import QINT8, QUINT8
+from tritonq.reference import input_codes
 
 
 def on_grid(qtype, dtype=torch.float32, seed=0):
@@ -55,8 +56,8 @@ def test_an_input_off_the_grid_is_kept_itself():
 def verified(monkeypatch):
     """How many times an input was compared with its codes."""
     calls = []
-    is_exact = saved_input._is_exact
-    monkeypatch.setattr(saved_input, "_is_exact", lambda *args: calls.append(1) or is_exact(*args))
+    is_exact = input_codes._is_exact
+    monkeypatch.setattr(input_codes, "_is_exact", lambda *args: calls.append(1) or is_exact(*args))
     return calls
 
 

@@ -25,7 +25,9 @@ LAYERS = [
         "tritonq.torch_operators",
     ),
     ("tritonq.observers", "tritonq.functional", "tritonq.factory"),
-    ("tritonq.reference", "tritonq.kernels", "tritonq.backend"),
+    ("tritonq.backend",),
+    ("tritonq.compiled",),
+    ("tritonq.reference", "tritonq.kernels"),
     ("tritonq.grid", "tritonq.saved_grid"),
     ("tritonq.qparams", "tritonq.granularity", "tritonq.arithmetic", "tritonq.bins", "tritonq.process_group"),
     (

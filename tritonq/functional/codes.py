@@ -90,7 +90,7 @@ def can_use_codes(x: Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and select(x) == "torch"
+        and select(x) != "triton"
     )
 
 

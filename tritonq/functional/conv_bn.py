@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tritonq.functional.dispatch import implementation
+from tritonq.functional.dispatch import implementation, without_kernel
 from tritonq.functional.linear_map import DifferentiableMap
 from tritonq.functional.recomputation import StepMemory, is_recomputing
 from tritonq.functional.saved_input import SavedInput, keep, mark, restore
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import is_readable
+from tritonq.reference import fold as reference_fold
 from tritonq.reference.conv_bn import BatchNormState, Normalization
-from tritonq.reference.fold import TINY_FOLD, nonzero_fold
 from tritonq.reference.scratch import borrow
 from tritonq.reference.weight import WeightCodes
 
@@ -119,7 +120,7 @@ class _ConvBn(torch.autograd.Function):
         beta: Tensor | None,
         step: ConvBnStep,
     ) -> Tensor:
-        ctx.weights, ctx.tail = implementation("weight", x), implementation("conv_bn", x)
+        ctx.weights, ctx.tail, ctx.folds = implementation("weight", x), implementation("conv_bn", x), _folds(x)
         ready = _take_ready(step.memory, weight)
         if ready is None:
             fold, inverse_std = _fold_of_step(x, gamma, step)
@@ -191,7 +192,9 @@ class _ConvBn(torch.autograd.Function):
                 )
                 dweight = step.op.from_rows(drows).to(weight.dtype) if needs_weight else None
         if needs_gamma and dfold is not None:
-            dgamma = _gamma_gradient(gamma, fold, inverse_std, normalization.eps_share, sum_gn, dfold)
+            dgamma = ctx.folds.gamma_gradient(
+                gamma.detach(), fold, inverse_std, normalization.eps_share, sum_gn, dfold
+            ).to(gamma.dtype)
         dbias = torch.zeros_like(sum_g, dtype=ctx.bias_dtype) if needs_bias else None
         dbeta = sum_g.to(ctx.beta_dtype) if needs_beta else None
         return dx, dweight, dbias, dgamma, dbeta, None
@@ -202,11 +205,16 @@ def _fold_of_step(x: Tensor, gamma: Tensor | None, step: ConvBnStep) -> tuple[Te
     if is_recomputing() and step.memory.fold is not None:
         return step.memory.fold
     running_var, dtype = step.norm.running_var, torch.promote_types(x.dtype, torch.float32)
-    if torch.compiler.is_compiling():
-        fold: tuple[Tensor, Tensor] = implementation("fold", x).nonzero_fold(running_var, gamma, step.norm.eps, dtype)
-        return fold
-    step.memory.fold = nonzero_fold(running_var, gamma, step.norm.eps, dtype)
-    return step.memory.fold
+    gamma = None if gamma is None else gamma.detach()
+    fold: tuple[Tensor, Tensor] = without_kernel("fold", x).nonzero_fold(running_var, gamma, step.norm.eps, dtype)
+    if not torch.compiler.is_compiling():
+        step.memory.fold = fold
+    return fold
+
+
+def _folds(x: Tensor) -> ModuleType:
+    """Return the module of the gradient of γ; a compiler may see into it."""
+    return reference_fold if torch.compiler.is_compiling() else without_kernel("fold", x)
 
 
 def _take_ready(memory: StepMemory, weight: Tensor) -> ReadyWeight | None:
@@ -216,16 +224,6 @@ def _take_ready(memory: StepMemory, weight: Tensor) -> ReadyWeight | None:
     ready: ReadyWeight = memory.ready
     memory.ready = None
     return ready if ready.version == version_of(weight) else None
-
-
-def _gamma_gradient(
-    gamma: Tensor, fold: Tensor, inverse_std: Tensor, eps_share: Tensor, sum_gn: Tensor, dfold: Tensor
-) -> Tensor:
-    """``dγ = Σ g x̂ + (dfold - (γ/s) Σ g x̂ · eps_share) / σ``, without the bracket where γ is zero."""
-    direct = sum_gn * fold.sign()
-    through_fold = dfold * inverse_std - direct * eps_share
-    live = (gamma.detach() * inverse_std).abs() >= TINY_FOLD
-    return torch.where(live, direct + through_fold, direct).to(gamma.dtype)
 
 
 def fit_codes(codes: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 
 import torch
@@ -26,11 +25,11 @@ def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleTyp
     return _traced(name, backend)
 
 
-def without_kernel(name: str) -> ModuleType:
-    """The module of an op family that has no kernel: the reference runs on every device, traced in a traced graph."""
+def without_kernel(name: str, x: Tensor) -> ModuleType:
+    """The module of an op family that has no kernel: :func:`tritonq.backend.without_kernel`, or its traced form."""
     if torch.compiler.is_compiling():
         return _traced(name, "auto")
-    return importlib.import_module(f"tritonq.reference.{name}")
+    return choice.without_kernel(name, x)
 
 
 def _traced(name: str, backend: Backend) -> ModuleType:

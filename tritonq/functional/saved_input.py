@@ -7,11 +7,12 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from tritonq.functional.dispatch import without_kernel
 from tritonq.functional.marks import codes_of, is_rounded, mark_codes, mark_rounded
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import is_readable
+from tritonq.reference.input_codes import InputCodes
 from tritonq.reference.ranges import settled
-from tritonq.reference.scratch import borrow
 
 _MAX_BITS = 8
 
@@ -52,9 +53,11 @@ def keep(x: Tensor, grid: Grid | None) -> SavedInput:
     marked = is_rounded(x, grid.scale)
     if not marked and not is_readable(x):
         return SavedInput(x, None, None, x.dtype)
-    saved = _encode(x, grid, marked)
-    if saved.scale is not None:
-        mark_codes(x, grid.scale, saved)
+    codes: InputCodes | None = without_kernel("input_codes", x).encode(x, grid, marked)
+    if codes is None:
+        return SavedInput(x, None, None, x.dtype)
+    saved = SavedInput(*codes, x.dtype)
+    mark_codes(x, grid.scale, saved)
     return saved
 
 
@@ -85,31 +88,6 @@ def restore(saved: SavedInput, out: Tensor | None = None) -> Tensor:
     """The tensor that was given to :func:`keep`, written to ``out`` (float32) where that is of use."""
     if saved.scale is None:
         return saved.values
-    steps = saved.values.float() if out is None else out.copy_(saved.values)
-    if saved.shift is not None:
-        steps.sub_(saved.shift)
-    return steps.mul_(saved.scale).to(saved.dtype)
-
-
-def _encode(x: Tensor, grid: Grid, trusted: bool) -> SavedInput:
-    scale = grid.scale.clone()
-    codes = torch.mul(x.float(), scale.reciprocal(), out=borrow("local", x, torch.float32)).round_()
-    shift, middle = None, 0
-    if grid.zero_point is not None:
-        middle = (grid.qtype.quant_min + grid.qtype.quant_max + 1) // 2
-        shift = grid.zero_point - middle
-        codes.add_(shift)
-    if x.dtype == torch.bfloat16:
-        # Coarser than the grid at its far end, where the nearest step may lie beyond the last one.
-        codes.clamp_(grid.qtype.quant_min - middle, grid.qtype.quant_max - middle)
-    if not trusted and not _is_exact(x, codes, shift, scale):
-        return SavedInput(x, None, None, x.dtype)
-    return SavedInput(codes.to(torch.int8), scale, shift, x.dtype)
-
-
-def _is_exact(x: Tensor, codes: Tensor, shift: Tensor | None, scale: Tensor) -> bool:
-    """Whether ``(codes - shift) * scale`` is ``x``; not where ``x`` holds NaN."""
-    out = borrow("product", codes)
-    values = torch.mul(codes, scale, out=out) if shift is None else torch.sub(codes, shift, out=out).mul_(scale)
-    difference = values.to(x.dtype).sub_(x)
-    return not x.numel() or float(difference.amax()) == 0 == float(difference.amin())
+    codes = InputCodes(saved.values, saved.scale, saved.shift)
+    values: Tensor = without_kernel("input_codes", saved.values).decode(codes, out)
+    return values.to(saved.dtype)

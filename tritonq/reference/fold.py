@@ -31,6 +31,25 @@ def nonzero_fold(running_var: Tensor, gamma: Tensor | None, eps: float, dtype: t
     return torch.where(fold.abs() < TINY_FOLD, inverse_std, fold), inverse_std
 
 
+def gamma_gradient(
+    gamma: Tensor, fold: Tensor, inverse_std: Tensor, eps_share: Tensor, sum_gn: Tensor, dfold: Tensor
+) -> Tensor:
+    """``dγ = Σ g x̂ + (dfold - (γ/s) Σ g x̂ · eps_share) / σ``, without the bracket where γ is zero.
+
+    Args:
+        gamma: (channels,), as the rest.
+        fold: ``s`` of :func:`nonzero_fold`.
+        inverse_std: ``1/σ`` of it.
+        eps_share: see :class:`tritonq.reference.conv_bn.Normalization`.
+        sum_gn: see :class:`tritonq.reference.conv_bn.TailGradients`.
+        dfold: gradient of ``s``.
+    """
+    direct = sum_gn * fold.sign()
+    through_fold = dfold * inverse_std - direct * eps_share
+    live = (gamma.detach() * inverse_std).abs() >= TINY_FOLD
+    return torch.where(live, direct + through_fold, direct).to(gamma.dtype)
+
+
 @operator(returns=Like("running_var"), has_kernel=False)
 def remembered(running_var: Tensor) -> Tensor:
     """Return a copy. An operator for the reason that :func:`nonzero_fold` is one."""

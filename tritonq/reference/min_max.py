@@ -120,17 +120,7 @@ def merge_range_(low: Tensor, high: Tensor, statistics: RangeStatistics, grid: G
     min_val, max_val, rule = statistics.min_val, statistics.max_val, statistics.rule
     averaging_constant, copy_above = statistics.averaging_constant, statistics.copy_above
     if low.dim() == 0 and rule != "torch_v1" and min_val.dtype in _NUMBERS:
-        kind = _NUMBERS[min_val.dtype]
-        ends = (kind(float(low)), kind(float(high)), kind(float(min_val)), kind(float(max_val)))
-        with np.errstate(over="ignore"):
-            new_min, new_max = update_number(*ends, averaging_constant, copy_above)
-        min_val.fill_(float(new_min))
-        max_val.fill_(float(new_max))
-        if grid is not None:
-            number, zero = number_to_qparams(float(new_min), float(new_max), grid.qtype, rule, statistics.eps)
-            grid.scale.fill_(number)
-            if grid.zero_point is not None:
-                grid.zero_point.fill_(zero)
+        merge_numbers_(float(low), float(high), statistics, grid)
         return
     if averaging_constant is None:
         torch.minimum(min_val, low, out=min_val)
@@ -144,6 +134,24 @@ def merge_range_(low: Tensor, high: Tensor, statistics: RangeStatistics, grid: G
         max_val.copy_(new_max)
     if grid is not None:
         write_qparams_(statistics, grid, ordered=True)
+
+
+def merge_numbers_(low: float, high: float, statistics: RangeStatistics, grid: Grid | None) -> None:
+    """:func:`merge_range_` for one range; ``statistics.rule`` is not ``"torch_v1"``."""
+    min_val, max_val, rule = statistics.min_val, statistics.max_val, statistics.rule
+    if rule == "torch_v1":
+        raise ValueError("the rule torch_v1 is computed on tensors")
+    kind = _NUMBERS[min_val.dtype]
+    ends = (kind(low), kind(high), kind(float(min_val)), kind(float(max_val)))
+    with np.errstate(over="ignore"):
+        new_min, new_max = update_number(*ends, statistics.averaging_constant, statistics.copy_above)
+    min_val.fill_(float(new_min))
+    max_val.fill_(float(new_max))
+    if grid is not None:
+        number, zero = number_to_qparams(float(new_min), float(new_max), grid.qtype, rule, statistics.eps)
+        grid.scale.fill_(number)
+        if grid.zero_point is not None:
+            grid.zero_point.fill_(zero)
 
 
 def write_qparams_(statistics: RangeStatistics, grid: Grid, ordered: bool = False) -> None:

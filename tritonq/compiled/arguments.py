@@ -1,0 +1,83 @@
+"""What compiled functions take: which tensors and grids, and these as addresses and numbers."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tritonq.grid import Grid, RangeStatistics
+from tritonq.reference.min_max import merge_numbers_
+
+
+class Tail(ctypes.Structure):
+    """A ReLU and a grid, as ``common.h`` declares them."""
+
+    _fields_ = (
+        ("rounds", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("inverse", "scale", "lowest", "highest", "floor", "ceiling")),
+    )
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether compiled code can read and write the memory of each: float32 on the CPU, and an ordinary tensor."""
+    return (
+        all(
+            tensor is None
+            or (type(tensor) in (Tensor, nn.Parameter) and tensor.dtype is torch.float32 and tensor.is_cpu)
+            for tensor in tensors
+        )
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def are_vectors(*tensors: Tensor | None) -> bool:
+    """Whether each is None, or plain and contiguous."""
+    return is_plain(*tensors) and all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+
+
+def takes_grid(grid: Grid | None, statistics: RangeStatistics | None) -> bool:
+    """Whether compiled code rounds to such a grid of one scale, with such a range behind it."""
+    if grid is None:
+        return statistics is None
+    if grid.qtype.axis is not None or grid.qtype.rounding != "half_even" or not are_vectors(grid.scale):
+        return False
+    return statistics is None or (statistics.rule != "torch_v1" and are_vectors(statistics.min_val, statistics.max_val))
+
+
+def observes(statistics: RangeStatistics | None) -> bool:
+    """Whether a batch changes the range."""
+    if statistics is None or statistics.frozen:
+        return False
+    return statistics.enabled is None or bool(statistics.enabled)
+
+
+def observe(
+    low: float, high: float, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None
+) -> RangeStatistics | None:
+    """See `tritonq.reference.activation.observe`; ``low`` and ``high`` are the finite ends before the ReLU."""
+    if statistics is None or not observes(statistics):
+        return statistics
+    if ceiling is not None:
+        low, high = (min(max(end, 0.0), ceiling) for end in (low, high))
+    merge_numbers_(low, high, statistics, grid)
+    return statistics.with_data()
+
+
+def tail_of(grid: Grid | None, ceiling: float | None) -> Tail:
+    """Return what follows an operation: the ReLU up to ``ceiling``, and ``grid`` while it is switched on."""
+    floor, top = (-math.inf, math.inf) if ceiling is None else (0.0, ceiling)
+    if grid is None or not grid.is_enabled_on_host():
+        return Tail(0, 0.0, 0.0, -math.inf, math.inf, floor, top)
+    scale = np.float32(float(grid.scale))
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / scale
+        of_ceiling = float(np.rint(np.float32(top) * inverse)) if math.isfinite(top) else math.inf
+    zero = 0 if grid.zero_point is None else int(grid.zero_point)
+    lowest, highest = grid.qtype.quant_min - zero, grid.qtype.quant_max - zero
+    if ceiling is not None:
+        lowest = max(lowest, 0)
+    return Tail(1, float(inverse), float(scale), lowest, min(highest, of_ceiling), floor, top)

@@ -1,0 +1,151 @@
+"""Compiles the sources beside this file, once for each machine and version, and loads the result."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_log = logging.getLogger("tritonq")
+_SOURCES = ("conv_bn.cpp", "weight.cpp", "residual.cpp")
+_HEADERS = ("common.h",)
+_COMPILERS = ("c++", "g++", "clang++")
+# Sums may be reordered where the code says so (`omp simd`), and nothing else: no fast math, no contraction.
+_FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+)
+_lock = threading.Lock()
+
+
+@cache
+def compiler() -> str | None:
+    """Return the C++ compiler: that of the environment variable ``CXX``, or one on the path; None: there is none."""
+    named = os.environ.get("CXX")
+    return next((found for name in ([named] if named else _COMPILERS) if (found := shutil.which(name))), None)
+
+
+def obstacle() -> str | None:
+    """Return what keeps compiled code from running here, or None."""
+    if sys.platform != "linux":
+        return f"compiled code runs on Linux, this is {sys.platform}"
+    if compiler() is None:
+        return "it needs a C++ compiler: c++, g++ or clang++ on the path, or the environment variable CXX"
+    return None
+
+
+def library() -> Any:
+    """Return the compiled functions.
+
+    Raises:
+        RuntimeError: they can't be compiled; the message holds the compiler's.
+    """
+    with _lock:
+        return _load()
+
+
+@cache
+def _load() -> Any:
+    loaded = ctypes.CDLL(str(_compiled()))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype = result
+        function.argtypes = [_TYPES[letter] for letter in arguments]
+    return loaded
+
+
+def _compiled() -> Path:
+    """Return the file of the library, which is compiled unless it lies in the cache."""
+    blocked = obstacle()
+    if blocked is not None:
+        raise RuntimeError(f"backend 'compiled' cannot run here: {blocked}")
+    # PyTorch's vector code rounds a product and a sum once where the processor can, unless it is told not to use that.
+    fuses = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    command = [str(compiler()), *_FLAGS, f"-DTRITONQ_FMA={int(fuses)}"]
+    file = _cache_folder() / f"operators-{_key(command)}.so"
+    if file.exists():
+        return file
+    _log.info("tritonq: compiling operators for this CPU, once: %s", file)
+    folder = Path(__file__).parent
+    # Written beside its place and moved there whole: other processes may do the same at the same time.
+    with tempfile.TemporaryDirectory(dir=file.parent) as work:
+        made = Path(work) / file.name
+        done = subprocess.run(
+            [*command, *(str(folder / name) for name in _SOURCES), "-o", str(made)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"tritonq's operators can't be compiled by {command[0]}:\n{done.stderr}")
+        made.replace(file)
+    return file
+
+
+def _cache_folder() -> Path:
+    """Return a folder that this user can write to: the user's cache, or else one of the system's temporary folders."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for folder in (base / "tritonq", Path(tempfile.gettempdir()) / f"tritonq-{os.getuid()}"):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+            return folder
+    raise RuntimeError(f"backend 'compiled' needs a folder to keep compiled code in: {base} can't be written")
+
+
+def _key(command: list[str]) -> str:
+    """Return a name for sources, compiler and processor."""
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
+    parts = [*command, version, platform.machine(), _processor()]
+    parts += [(Path(__file__).parent / name).read_text() for name in (*_HEADERS, *_SOURCES)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """Return what the processor can do, as Linux lists it: homes are shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+# p: address, q: int64, i: int, f: float, d: double.
+_TYPES: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "q": ctypes.c_int64,
+    "i": ctypes.c_int,
+    "f": ctypes.c_float,
+    "d": ctypes.c_double,
+}
+_SIGNATURES: dict[str, tuple[Any, str]] = {
+    "tail_statistics": (None, "pqqqipppp"),
+    "tail_finish": (ctypes.c_int, "pqfppppppffp"),
+    "tail_apply": (None, "pqqqipppp"),
+    "tail_backward": (None, "ppqqqippppppp"),
+    "nonzero_fold": (None, "ppqffpp"),
+    "gamma_gradient": (None, "ppppppqfp"),
+    "weight_extremes": (ctypes.c_int, "pqqppp"),
+    "weight_ranges": (ctypes.c_int, "ppqiddffiippp"),
+    "weight_codes": (None, "pqqppqiffp"),
+    "weight_backward": (None, "ppqqpppqiffpp"),
+    "join_sum": (ctypes.c_int, "ppqpp"),
+    "join_apply": (None, "pqqpp"),
+    "join_backward": (None, "ppqqp"),
+    "codes_of_values": (ctypes.c_int, "pqfffip"),
+    "values_of_codes": (None, "pqffp"),
+}

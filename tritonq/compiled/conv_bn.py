@@ -1,0 +1,104 @@
+"""`tritonq.reference.conv_bn`, compiled: three passes over a convolution's output forward, two backward."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from tritonq.compiled.arguments import are_vectors, is_plain, observe, tail_of, takes_grid
+from tritonq.compiled.build import library
+from tritonq.grid import Grid, RangeStatistics
+from tritonq.reference import conv_bn as reference
+from tritonq.reference.conv_bn import BatchNormState, Normalization, TailGradients, TailResult, dense
+from tritonq.reference.ranges import snapshot
+
+_FLOAT = 4
+# Vectors that the statistics and what follows from them take; the last five and the first are kept for the backward.
+_VECTORS = 9
+
+
+def forward(
+    c: Tensor,
+    ratio: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    bias: Tensor | None,
+    norm: BatchNormState,
+    grid: Grid | None,
+    statistics: RangeStatistics | None,
+    ceiling: float | None,
+) -> TailResult:
+    """See :func:`tritonq.reference.conv_bn.forward`."""
+    c = dense(c)
+    vectors = (ratio, gamma, beta, bias, norm.running_mean, norm.running_var)
+    if not (c.numel() and is_plain(c) and are_vectors(*vectors) and takes_grid(grid, statistics)):
+        return reference.forward(c, ratio, gamma, beta, bias, norm, grid, statistics, ceiling)
+    functions, view, channels = library(), _view(c), c.shape[1]
+    found = torch.empty((_VECTORS, channels))
+    address, stride = found.data_ptr(), _FLOAT * channels
+    functions.tail_statistics(c.data_ptr(), *view, *(address + i * stride for i in range(4)))
+    count, ends = c.numel() // channels, (ctypes.c_float * 2)()
+    is_finite = functions.tail_finish(
+        *(address, channels, count / (count - 1), *(_address(vector) for vector in vectors)),
+        *(float(norm.momentum), norm.eps, ctypes.addressof(ends)),
+    )
+    if not is_finite:
+        return reference.forward(c, ratio, gamma, beta, bias, norm, grid, statistics, ceiling)
+    increment_version((norm.running_mean, norm.running_var))
+    mean, _, _, _, *rest = found.unbind(0)
+    frozen = None if grid is None else snapshot(grid, observe(ends[0], ends[1], grid, statistics, ceiling))
+    y, tail = torch.empty_like(c), tail_of(frozen, ceiling)
+    slope = address + 6 * stride
+    functions.tail_apply(c.data_ptr(), *view, slope, slope + stride, ctypes.addressof(tail), y.data_ptr())
+    return TailResult(y, Normalization(mean, *rest), frozen)
+
+
+def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
+    """See :func:`tritonq.reference.conv_bn.apply`."""
+    c = dense(c)
+    if not (c.numel() and is_plain(c) and are_vectors(slope, shift) and takes_grid(grid, None)):
+        return reference.apply(c, slope, shift, grid, ceiling)
+    y, tail = torch.empty_like(c), tail_of(grid, ceiling)
+    addresses = (slope.data_ptr(), shift.data_ptr(), ctypes.addressof(tail), y.data_ptr())
+    library().tail_apply(c.data_ptr(), *_view(c), *addresses)
+    return y
+
+
+def backward(
+    dy: Tensor,
+    c: Tensor,
+    result: Normalization,
+    grid: Grid | None,
+    ceiling: float | None,
+    out: Tensor | None = None,
+) -> TailGradients:
+    """See :func:`tritonq.reference.conv_bn.backward`."""
+    c = dense(c)
+    vectors = (result.mean, result.inverse_std, result.slope, result.shift)
+    if not (c.numel() and is_plain(c, dy, out) and are_vectors(*vectors) and takes_grid(grid, None)):
+        return reference.backward(dy, c, result, grid, ceiling, out)
+    if dy.stride() != c.stride():
+        dy = torch.empty_like(c).copy_(dy)
+    dc = torch.empty_like(c) if out is None else out
+    sums, tail = torch.empty((2, c.shape[1])), tail_of(grid, ceiling)
+    library().tail_backward(
+        *(dy.data_ptr(), c.data_ptr(), *_view(c), *(vector.data_ptr() for vector in vectors)),
+        *(ctypes.addressof(tail), sums.data_ptr(), dc.data_ptr()),
+    )
+    return TailGradients(dc, *sums.unbind(0))
+
+
+def _view(c: Tensor) -> tuple[int, int, int, int]:
+    """Return batch, channels, inner and whether channels are outer; see ``conv_bn.cpp``."""
+    channels, inner = c.shape[1], math.prod(c.shape[2:])
+    if inner > 1 and c.is_contiguous():
+        return c.shape[0], channels, inner, 1
+    return c.shape[0] * inner, channels, 1, 0
+
+
+def _address(vector: Tensor | None) -> int | None:
+    return None if vector is None else vector.data_ptr()

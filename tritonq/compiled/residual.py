@@ -1,0 +1,50 @@
+"""`tritonq.reference.residual`, compiled."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from tritonq.compiled.arguments import is_plain, observe, tail_of, takes_grid
+from tritonq.compiled.build import library
+from tritonq.grid import Grid, RangeStatistics
+from tritonq.reference import residual as reference
+from tritonq.reference.ranges import settled
+from tritonq.reference.residual import Join, mask_length
+from tritonq.reference.scratch import is_dense
+
+
+def forward(a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None) -> Join:
+    """See :func:`tritonq.reference.residual.forward`."""
+    fits = is_plain(a, b) and a.stride() == b.stride() and is_dense(a) and a.numel() > 0
+    if not fits or not takes_grid(grid, statistics):
+        return reference.forward(a, b, grid, statistics, ceiling)
+    joined = rounded(a, b, torch.empty_like(a), grid, statistics, ceiling)
+    return reference.forward(a, b, grid, statistics, ceiling) if joined is None else joined
+
+
+def rounded(
+    a: Tensor, b: Tensor | None, y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
+) -> Join | None:
+    """``FQ(relu?(a + b))`` in ``y``, and its mask; without ``b`` that of ``y``. None where some value is not finite."""
+    functions, count, ends = library(), y.numel(), (ctypes.c_float * 2)()
+    other = None if b is None else b.data_ptr()
+    if not functions.join_sum(a.data_ptr(), other, count, y.data_ptr(), ctypes.addressof(ends)):
+        return None
+    if grid is not None:
+        grid = settled(grid, observe(ends[0], ends[1], grid, statistics, ceiling))
+    length = mask_length(count)
+    mask, tail = torch.empty(length, dtype=torch.uint8), tail_of(grid, ceiling)
+    functions.join_apply(y.data_ptr(), count, length, ctypes.addressof(tail), mask.data_ptr())
+    return Join(y, mask)
+
+
+def backward(dy: Tensor, mask: Tensor) -> Tensor:
+    """See :func:`tritonq.reference.residual.backward`."""
+    if not is_plain(dy) or not is_dense(dy):
+        return reference.backward(dy, mask)
+    result = torch.empty_like(dy)
+    library().join_backward(dy.data_ptr(), mask.data_ptr(), dy.numel(), mask.numel(), result.data_ptr())
+    return result

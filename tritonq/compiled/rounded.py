@@ -1,0 +1,21 @@
+"""`tritonq.reference.rounded`, compiled."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tritonq.compiled import residual
+from tritonq.compiled.arguments import is_plain, takes_grid
+from tritonq.grid import Grid, RangeStatistics
+from tritonq.reference import rounded as reference
+from tritonq.reference.residual import Join
+from tritonq.reference.scratch import is_dense
+
+
+def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Join:
+    """See :func:`tritonq.reference.rounded.forward`."""
+    if is_plain(y) and is_dense(y) and y.numel() and takes_grid(grid, statistics):
+        joined = residual.rounded(y, None, y, grid, statistics, ceiling)
+        if joined is not None:
+            return joined
+    return reference.forward(y, grid, statistics, ceiling)

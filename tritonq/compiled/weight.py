@@ -1,0 +1,127 @@
+"""`tritonq.reference.weight`, compiled: two reads and a write forward, two reads and a write backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from tritonq.compiled.arguments import are_vectors, is_plain, observes
+from tritonq.compiled.build import library
+from tritonq.grid import Grid, RangeStatistics
+from tritonq.qparams import fixed_zero_point
+from tritonq.reference import weight as reference
+from tritonq.reference.ranges import snapshot
+from tritonq.reference.weight import WeightCodes
+
+
+def quantize_folded(
+    rows: Tensor,
+    fold: Tensor,
+    grid: Grid | None,
+    statistics: RangeStatistics | None,
+    out: Tensor | None = None,
+) -> WeightCodes:
+    """See :func:`tritonq.reference.weight.quantize_folded`."""
+    if grid is None or not _takes(rows, fold, grid, out) or not _follows(grid, statistics, len(rows)):
+        return reference.quantize_folded(rows, fold, grid, statistics, out)
+    functions, count = library(), len(rows)
+    low, high = torch.empty_like(fold), torch.empty_like(fold)
+    found = (low.data_ptr(), high.data_ptr())
+    if not functions.weight_extremes(rows.data_ptr(), count, rows.numel() // count, fold.data_ptr(), *found):
+        return reference.quantize_folded(rows, fold, grid, statistics, out)
+    qtype, min_val, max_val = grid.qtype, None, None
+    changes, constant, copy_above, eps = observes(statistics), None, None, 0.0
+    if statistics is not None:
+        min_val, max_val, eps = statistics.min_val.data_ptr(), statistics.max_val.data_ptr(), statistics.eps
+        constant, copy_above = statistics.averaging_constant, statistics.copy_above
+    clips = functions.weight_ranges(
+        *(*found, count, changes, *(-1.0 if number is None else number for number in (constant, copy_above))),
+        *((qtype.quant_max - qtype.quant_min) / 2, eps, qtype.quant_min, qtype.quant_max),
+        *(min_val, max_val, grid.scale.data_ptr()),
+    )
+    if changes and statistics is not None:
+        increment_version((statistics.min_val, statistics.max_val, grid.scale))
+        statistics = statistics.with_data()
+    return _codes(rows, fold, snapshot(grid, statistics), bool(clips), out)
+
+
+def folded_codes(
+    rows: Tensor,
+    fold: Tensor,
+    grid: Grid | None,
+    out: Tensor | None = None,
+    extremes: tuple[Tensor, Tensor] | None = None,
+) -> WeightCodes:
+    """See :func:`tritonq.reference.weight.folded_codes`."""
+    if grid is None or not _takes(rows, fold, grid, out):
+        return reference.folded_codes(rows, fold, grid, out, extremes)
+    return _codes(rows, fold, grid, True, out)
+
+
+def folded_backward(
+    dcodes: Tensor,
+    rows: Tensor,
+    fold: Tensor,
+    unit: Tensor,
+    grid: Grid | None,
+    clips: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`tritonq.reference.weight.folded_backward`."""
+    masks = clips and grid is not None and grid.is_enabled_on_host()
+    if not _takes(rows, fold, grid, dcodes) or dcodes.stride() != rows.stride() or not are_vectors(unit):
+        return reference.folded_backward(dcodes, rows, fold, unit, grid, clips)
+    dfold, count = torch.empty_like(fold), len(rows)
+    scale, scales, limits = None, 1, (0.0, 0.0)
+    if masks and grid is not None:
+        scale, scales = grid.scale.data_ptr(), grid.scale.numel()
+        limits = (grid.qtype.quant_min, grid.qtype.quant_max)
+    library().weight_backward(
+        *(dcodes.data_ptr(), rows.data_ptr(), count, rows.numel() // count, fold.data_ptr(), unit.data_ptr()),
+        *(scale, scales, masks, *limits, dcodes.data_ptr(), dfold.data_ptr()),
+    )
+    return dcodes, dfold
+
+
+def _codes(rows: Tensor, fold: Tensor, grid: Grid, clips: bool, out: Tensor | None) -> WeightCodes:
+    """Return the codes while the grid is switched on, else what the reference returns; ``clips`` may be too careful."""
+    if not grid.is_enabled_on_host():
+        return reference.folded_codes(rows, fold, grid, out)
+    codes, count, scale = torch.empty_like(rows) if out is None else out, len(rows), grid.scale
+    library().weight_codes(
+        *(rows.data_ptr(), count, rows.numel() // count, fold.data_ptr(), scale.data_ptr(), scale.numel()),
+        *(clips, grid.qtype.quant_min, grid.qtype.quant_max, codes.data_ptr()),
+    )
+    return WeightCodes(codes, scale.expand(count), clips, grid)
+
+
+def _takes(rows: Tensor, fold: Tensor, grid: Grid | None, out: Tensor | None) -> bool:
+    """Whether compiled code can fold and round such a weight: rows lie one behind the other, all zero points are 0."""
+    if not (rows.numel() and is_plain(rows, out) and are_vectors(fold) and _rows_are_dense(rows)):
+        return False
+    if out is not None and out.stride() != rows.stride():
+        return False
+    if grid is None:
+        return True
+    one_switch = grid.enabled is None or (grid.enabled.is_cpu and grid.enabled.numel() == 1)
+    per_row = grid.qtype.axis in (None, 0)
+    return per_row and one_switch and grid.zero_point is None and grid.qtype.rounding == "half_even"
+
+
+def _rows_are_dense(rows: Tensor) -> bool:
+    """Whether each row fills its part of the memory, in whatever order."""
+    if rows.is_contiguous():
+        return True
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(rows.dim())
+    return last is not None and rows.is_contiguous(memory_format=last)
+
+
+def _follows(grid: Grid, statistics: RangeStatistics | None, count: int) -> bool:
+    """Whether scales are one per row and follow from ranges as :func:`weight_ranges` in ``weight.cpp`` has it."""
+    if grid.qtype.axis != 0 or grid.scale.numel() != count or not are_vectors(grid.scale):
+        return False
+    if statistics is None:
+        return True
+    rule, ranges = statistics.rule, (statistics.min_val, statistics.max_val)
+    follows = rule != "torch_v1" and fixed_zero_point(grid.qtype, rule) == 0
+    return follows and are_vectors(*ranges) and all(end.numel() == count for end in ranges)

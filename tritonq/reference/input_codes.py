@@ -1,0 +1,73 @@
+"""A tensor that lies on a grid as codes of one byte, and back: what a backward keeps of an operator's input."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonq.grid import Grid
+from tritonq.reference.scratch import borrow
+
+
+class InputCodes(NamedTuple):
+    """A tensor as codes around the middle of their range.
+
+    Attributes:
+        codes: int8, ``code - zero_point + shift``.
+        scale: of the grid, a copy.
+        shift: one element; None for zero.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor | None
+
+
+def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
+    """Return the codes of ``x``, or None where ``x`` can't be rebuilt from them exactly.
+
+    Args:
+        x: float32, float16 or bfloat16.
+        grid: per tensor, with at most 256 codes.
+        trusted: whether it is known that values lie on the grid; else they are compared, which synchronises with a
+            device. Values that are not finite don't lie on it.
+    """
+    scale = grid.scale.clone()
+    codes = torch.mul(x.float(), scale.reciprocal(), out=borrow("local", x, torch.float32)).round_()
+    shift, middle = shift_of(grid), middle_of(grid)
+    if shift is not None:
+        codes.add_(shift)
+    if x.dtype == torch.bfloat16:
+        # Coarser than the grid at its far end, where the nearest step may lie beyond the last one.
+        codes.clamp_(grid.qtype.quant_min - middle, grid.qtype.quant_max - middle)
+    if not trusted and not _is_exact(x, codes, shift, scale):
+        return None
+    return InputCodes(codes.to(torch.int8), scale, shift)
+
+
+def decode(codes: InputCodes, out: Tensor | None = None) -> Tensor:
+    """Return the tensor that was given to :func:`encode` in float32, written to ``out`` where that is of use."""
+    steps = codes.codes.float() if out is None else out.copy_(codes.codes)
+    if codes.shift is not None:
+        steps.sub_(codes.shift)
+    return steps.mul_(codes.scale)
+
+
+def middle_of(grid: Grid) -> int:
+    """Return the code that a byte holds as 0."""
+    return 0 if grid.zero_point is None else (grid.qtype.quant_min + grid.qtype.quant_max + 1) // 2
+
+
+def shift_of(grid: Grid) -> Tensor | None:
+    """Return what steps from zero are moved by to fit into a byte; None for nothing."""
+    return None if grid.zero_point is None else grid.zero_point - middle_of(grid)
+
+
+def _is_exact(x: Tensor, codes: Tensor, shift: Tensor | None, scale: Tensor) -> bool:
+    """Whether ``(codes - shift) * scale`` is ``x``; not where ``x`` holds NaN."""
+    out = borrow("product", codes)
+    values = torch.mul(codes, scale, out=out) if shift is None else torch.sub(codes, shift, out=out).mul_(scale)
+    difference = values.to(x.dtype).sub_(x)
+    return not x.numel() or float(difference.amax()) == 0 == float(difference.amin())
