@@ -5,6 +5,8 @@ Functions here have the names, signatures and results of `tritonq.reference.fake
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +15,8 @@ from torch import Tensor
 from .launch import device_guard, plan
 from .launcher import Launcher
 from .layout import View, dense_view, view
-from .quantized import Grid, grid_pointers
-from .rounding import divide_by_scale, is_inside, round_to_code, round_to_steps
+from .quantized import FloatFormat, Grid, float_constants, grid_pointers
+from .rounding import divide_by_scale, is_inside, round_to_code, round_to_float, round_to_steps
 from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
 
 
@@ -34,6 +36,10 @@ def fake_quantize_kernel(
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,  # of float codes; None: codes are integers
+    LEAST_EXPONENT: tl.constexpr,
+    LARGEST: tl.constexpr,
+    OVERFLOW: tl.constexpr,
     CODES: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -51,7 +57,11 @@ def fake_quantize_kernel(
     if zero_point_ptr is not None:
         zero_point = load_per_channel(zero_point_ptr, place, sizes, CHANNEL).to(tl.float32)
     v = divide_by_scale(x, scale, ROUNDING)
-    if CODES:
+    if MANTISSA_BITS is not None:
+        y = round_to_float(v, MANTISSA_BITS, LEAST_EXPONENT, LARGEST)
+        if not CODES:
+            y = y * scale
+    elif CODES:
         y = round_to_code(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
     else:
         y = round_to_steps(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING) * scale
@@ -60,7 +70,10 @@ def fake_quantize_kernel(
     y_offsets = x_offsets if SAME_STRIDES else tile_offsets(place, y_strides)
     tl.store(y_ptr + y_offsets, y, mask=mask)
     if mask_ptr is not None:
-        passes = is_inside(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
+        if MANTISSA_BITS is not None:
+            passes = tl.abs(round_to_float(v, MANTISSA_BITS, LEAST_EXPONENT, OVERFLOW)) < OVERFLOW
+        else:
+            passes = is_inside(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
         if active_ptr is not None:
             passes = passes | (tl.load(active_ptr) == 0)
         tl.store(mask_ptr + y_offsets, passes.to(tl.uint8), mask=mask)
@@ -83,6 +96,10 @@ def fake_quantize_backward_kernel(
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,  # of float codes; None: codes are integers
+    LEAST_EXPONENT: tl.constexpr,
+    LARGEST: tl.constexpr,  # from here on, the gradient is blocked
+    OVERFLOW: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     FIRST: tl.constexpr,
@@ -100,7 +117,11 @@ def fake_quantize_backward_kernel(
     zero_point = 0
     if zero_point_ptr is not None:
         zero_point = load_per_channel(zero_point_ptr, place, sizes, CHANNEL).to(tl.float32)
-    passes = is_inside(divide_by_scale(x, scale, ROUNDING), zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
+    v = divide_by_scale(x, scale, ROUNDING)
+    if MANTISSA_BITS is not None:
+        passes = tl.abs(round_to_float(v, MANTISSA_BITS, LEAST_EXPONENT, OVERFLOW)) < LARGEST
+    else:
+        passes = is_inside(v, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING)
     if active_ptr is not None:
         passes = passes | (tl.load(active_ptr) == 0)
     dx_offsets = x_offsets if SAME_STRIDES else tile_offsets(place, dx_strides)
@@ -147,6 +168,7 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
             QUANT_MIN=qtype.quant_min + blocks_ends,
             QUANT_MAX=qtype.quant_max - blocks_ends,
             ROUNDING=qtype.rounding,
+            **_passing_floats(qtype.float_format, blocks_ends),
             SAME_STRIDES=seen.same_strides,
             **seen.constants(tile, launch),
         )
@@ -174,10 +196,19 @@ def _forward(x: Tensor, y: Tensor, grid: Grid, codes: bool, mask: Tensor | None 
             QUANT_MIN=qtype.quant_min,
             QUANT_MAX=qtype.quant_max,
             ROUNDING=qtype.rounding,
+            **float_constants(qtype.float_format),
             CODES=codes,
             SAME_STRIDES=seen.same_strides,
             **seen.constants(tile, launch),
         )
+
+
+def _passing_floats(number: FloatFormat | None, blocks_ends: bool) -> dict[str, Any]:
+    """Return the constants of a backward, whose ``LARGEST`` is the number from which on the gradient is blocked."""
+    constants = float_constants(number)
+    if number is not None and not blocks_ends:
+        constants["LARGEST"] = number.overflow
+    return constants
 
 
 def common_view(inputs: tuple[Tensor, ...], out: Tensor, axis: int | None) -> tuple[tuple[Tensor, ...], View]:

@@ -8,6 +8,46 @@ import torch
 from torch import Tensor
 
 
+class FloatFormat(Protocol):
+    """See `tritonq.formats.FloatFormat`."""
+
+    @property
+    def mantissa_bits(self) -> int:
+        """Width of the mantissa."""
+
+    @property
+    def least_exponent(self) -> int:
+        """Exponent of the smallest normal number."""
+
+    @property
+    def greatest_exponent(self) -> int:
+        """Exponent of the largest finite value."""
+
+    @property
+    def largest(self) -> float:
+        """Largest finite value."""
+
+    @property
+    def overflow(self) -> float:
+        """The number that would follow the largest."""
+
+
+class BlockFormat(Protocol):
+    """See `tritonq.formats.BlockFormat`."""
+
+    @property
+    def element_format(self) -> FloatFormat:
+        """The elements' format."""
+
+    @property
+    def size(self) -> int:
+        """Elements of a block, a power of two."""
+
+    @property
+    def scale_rounding(self) -> str:
+        """``"floor"`` or ``"ceil"``."""
+
+
 class QuantizedType(Protocol):
     """See `tritonq.qparams.QuantizedType`."""
 
@@ -34,6 +74,10 @@ class QuantizedType(Protocol):
     @property
     def rounding(self) -> str:
         """``"half_even"`` or ``"half_away"``."""
+
+    @property
+    def float_format(self) -> FloatFormat | None:
+        """The format of float codes; None where codes are integers."""
 
 
 class Grid(Protocol):
@@ -134,10 +178,28 @@ def grid_pointers(grid: Grid | None) -> tuple[Tensor | None, Tensor | None, Tens
 
 
 def grid_constants(grid: Grid | None) -> dict[str, Any]:
-    """Return the constants of a kernel that rounds to the grid; placeholders without one."""
+    """Return the constants of a kernel that rounds to the grid; placeholders without one.
+
+    Raises:
+        NotImplementedError: float codes, to which only the kernels of `tritonq.kernels.fake_quant` round.
+    """
     if grid is None:
         return {"QUANT_MIN": 0, "QUANT_MAX": 1, "ROUNDING": "half_even"}
+    if grid.qtype.float_format is not None:
+        raise NotImplementedError("this kernel rounds to integer codes, got a grid of floats")
     return {"QUANT_MIN": grid.qtype.quant_min, "QUANT_MAX": grid.qtype.quant_max, "ROUNDING": grid.qtype.rounding}
+
+
+def float_constants(number: FloatFormat | None) -> dict[str, Any]:
+    """Return the constants of kernels that round to floats; None for each where codes are integers."""
+    if number is None:
+        return {"MANTISSA_BITS": None, "LEAST_EXPONENT": None, "LARGEST": None, "OVERFLOW": None}
+    return {
+        "MANTISSA_BITS": number.mantissa_bits,
+        "LEAST_EXPONENT": number.least_exponent,
+        "LARGEST": number.largest,
+        "OVERFLOW": number.overflow,
+    }
 
 
 def switch_of(grid: Grid) -> Tensor:

@@ -108,3 +108,24 @@ def _round_any(v, ROUNDING: tl.constexpr):
         return round_half_even_any(v)
     else:
         return round_half_away(v)
+
+
+@triton.jit
+def round_to_float(v, MANTISSA_BITS: tl.constexpr, LEAST_EXPONENT: tl.constexpr, LIMIT: tl.constexpr):
+    """Nearest number of a small float format, ties to even; NaN and the sign of zero stay.
+
+    Adding and subtracting a power of two whose last mantissa bit is the format's leaves the rounded number.
+
+    Args:
+        v: float32.
+        MANTISSA_BITS: of the format.
+        LEAST_EXPONENT: of its normal numbers.
+        LIMIT: where values saturate: the format's largest finite number, or the one that would follow.
+    """
+    # NaN stays NaN, whatever its exponent bits make of the rounder.
+    size = tl.minimum(tl.abs(v), LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    exponent = tl.maximum(size.to(tl.int32, bitcast=True) & 0x7F800000, (LEAST_EXPONENT + 127) << 23)
+    rounder = (exponent + ((23 - MANTISSA_BITS) << 23)).to(tl.float32, bitcast=True)
+    size = (size + rounder) - rounder
+    sign = v.to(tl.int32, bitcast=True) & -0x80000000
+    return (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)

@@ -15,6 +15,7 @@ from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize, set_fixed_point_phase
 from tritonq.functional import (
     clipped_quantize,
+    fake_quantize_float,
     fake_quantize_learnable,
     fake_quantize_per_channel_affine,
     fake_quantize_per_tensor_affine,
@@ -105,6 +106,7 @@ __all__ = [
     "equalize",
     "export_onnx",
     "export_program",
+    "fake_quantize_float",
     "fake_quantize_learnable",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",

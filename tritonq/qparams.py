@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from tritonq.arithmetic import NUMBERS, TENSORS, Arithmetic
+from tritonq.formats import FLOAT_FORMATS, CodeSet, FloatCodes, FloatFormat
 from tritonq.granularity import Granularity
+from tritonq.torch_v1_qparams import torch_v1_qparams
 
 Rounding = Literal["half_even", "half_away"]
 RangeRule = Literal["torch", "torch_v1", "megengine"]
@@ -45,9 +47,10 @@ def check_rounding(rounding: str) -> None:
 
 @dataclass(frozen=True)
 class QuantizedType:
-    """An integer grid: which codes exist, whether zero is pinned, and how values are rounded to it.
+    """A grid without its scale: which codes exist, whether zero is pinned, and how values are rounded to it.
 
-    ``code = clip(round(x / scale) + zero_point, quant_min, quant_max)``, ``value = (code - zero_point) * scale``.
+    ``code = clip(round(x / scale) + zero_point, quant_min, quant_max)``, ``value = (code - zero_point) * scale``. Codes
+    of floats (:meth:`of_floats`) have no zero point: ``value = float(code) * scale``.
 
     Attributes:
         quant_min: smallest code.
@@ -56,13 +59,16 @@ class QuantizedType:
         axis: axis that carries one scale per index, or None for one scale per tensor.
         rounding: ``"half_even"`` multiplies by the reciprocal scale and rounds ties to even (torch, F8Net);
             ``"half_away"`` divides by the scale and rounds ties away from zero (MegEngine).
+        codes: ``"integer"``, or a key of :data:`tritonq.formats.FLOAT_FORMATS`, whose codes are counted from the
+            smallest to the largest finite value: 0 is zero, and every value has the negative code of its opposite.
 
     Raises:
-        ValueError: ``quant_min >= quant_max``, a range of more than 2^32 codes, or an unknown rounding.
+        ValueError: ``quant_min >= quant_max``, a range of more than 2^32 codes, an unknown rounding, unknown codes, or
+            floats with another range or rounding than theirs.
 
     Examples:
         >>> QuantizedType.of(8, narrow=True)
-        QuantizedType(quant_min=-127, quant_max=127, symmetric=True, axis=None, rounding='half_even')
+        QuantizedType(quant_min=-127, quant_max=127, symmetric=True, axis=None, rounding='half_even', codes='integer')
         >>> QuantizedType(0, 127, symmetric=False).bits
         7
     """
@@ -72,10 +78,18 @@ class QuantizedType:
     symmetric: bool = True
     axis: int | None = None
     rounding: Rounding = "half_even"
+    codes: CodeSet = "integer"
 
     def __post_init__(self) -> None:
         check_code_range(self.quant_min, self.quant_max)
         check_rounding(self.rounding)
+        if self.codes not in get_args(CodeSet):
+            raise ValueError(f"unknown codes {self.codes!r}; known: {', '.join(get_args(CodeSet))}")
+        number = self.float_format
+        if number is not None:
+            given = (self.quant_min, self.quant_max, self.symmetric, self.rounding)
+            if given != (-number.largest_code, number.largest_code, True, "half_even"):
+                raise ValueError(f"QuantizedType.of_floats makes types of {self.codes} codes, got {given}")
 
     @classmethod
     def of(
@@ -100,6 +114,33 @@ class QuantizedType:
         quant_min = -(2 ** (bits - 1)) + int(narrow) if signed else 0
         quant_max = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
         return cls(quant_min, quant_max, symmetric, axis, rounding)
+
+    @classmethod
+    def of_floats(cls, codes: FloatCodes, axis: int | None = None) -> QuantizedType:
+        """Build the type whose values are the finite numbers of a float format times the scale.
+
+        Raises:
+            ValueError: an unknown format.
+
+        Examples:
+            >>> QuantizedType.of_floats("e2m1")
+            QuantizedType(quant_min=-7, quant_max=7, symmetric=True, axis=None, rounding='half_even', codes='e2m1')
+        """
+        if codes not in FLOAT_FORMATS:
+            raise ValueError(f"unknown format {codes!r}; known: {', '.join(FLOAT_FORMATS)}")
+        largest = FLOAT_FORMATS[codes].largest_code
+        return cls(-largest, largest, axis=axis, codes=codes)
+
+    @property
+    def float_format(self) -> FloatFormat | None:
+        """The format of float codes; None where codes are integers."""
+        return None if self.codes == "integer" else FLOAT_FORMATS[self.codes]
+
+    @property
+    def reach(self) -> float:
+        """How many scales a symmetric range extends to either side."""
+        number = self.float_format
+        return (self.quant_max - self.quant_min) / 2 if number is None else number.largest
 
     @property
     def bits(self) -> int:
@@ -204,7 +245,10 @@ def range_to_qparams(
     - ``"megengine"``: the same scales with eps 1e-5; symmetric ``z = 0``, for unsigned codes too; affine
       ``z = quant_min - round_half_away(m/s)``, not clamped.
     - ``"torch_v1"`` (torch's fused observe and fake-quantize operator): symmetric
-      ``s = max(|m|/128, M/127)``. It ignores eps, and exists so that such checkpoints can be reproduced.
+      ``s = max(|m|/128, M/127)``. It ignores eps, and exists so that such checkpoints can be reproduced. It has no
+      float codes.
+
+    Float codes of largest value ``L``: ``s = max(max(-m, M) / L, eps)``, ``z = 0``.
 
     A range that was never observed (``min_val > max_val``) or is not finite gives ``s = 1``, ``z = 0`` clamped into
     the code range.
@@ -221,7 +265,7 @@ def range_to_qparams(
         Scale as float32 and zero point as int32, shaped like ``min_val``.
 
     Raises:
-        ValueError: unknown rule, or ranges of different shapes.
+        ValueError: unknown rule, one without float codes for them, or ranges of different shapes.
 
     Source: docs/numbers.md, "From a range to a scale"; torch.ao.quantization.observer; MegEngine quantization.utils.
 
@@ -233,6 +277,8 @@ def range_to_qparams(
     """
     if rule not in get_args(RangeRule):
         raise ValueError(f"unknown range rule {rule!r}; known: {', '.join(get_args(RangeRule))}")
+    if rule == "torch_v1" and qtype.float_format is not None:
+        raise ValueError(f"rule 'torch_v1' is of integer codes, got {qtype.codes}")
     if min_val.shape != max_val.shape:
         raise ValueError(f"min_val and max_val differ in shape: {tuple(min_val.shape)} and {tuple(max_val.shape)}")
     if ordered or known_ordered(min_val, max_val):
@@ -294,7 +340,8 @@ def _observed_qparams(
 ) -> tuple[Tensor, Tensor | int]:
     """Scale and zero point of finite ranges, before zero is brought into them; an int for one that is fixed."""
     if rule == "torch_v1":
-        return _torch_v1_qparams(low.clamp(max=0), high.clamp(min=0), qtype)
+        ends = (qtype.quant_min, qtype.quant_max)
+        return torch_v1_qparams(low.clamp(max=0), high.clamp(min=0), *ends, symmetric=qtype.symmetric)
     default_eps = MEGENGINE_EPS if rule == "megengine" else TORCH_EPS
     return _linear_qparams(low, high, qtype, rule, default_eps if eps is None else eps)
 
@@ -311,7 +358,7 @@ def _linear_qparams(
     fixed = fixed_zero_point(qtype, rule)
     if fixed is not None:
         # With low <= high, one of the two is not negative: zero is in the range without being brought in.
-        return on.at_least(on.larger(-low, high) / on.constant(codes / 2), eps), fixed
+        return on.at_least(on.larger(-low, high) / on.constant(qtype.reach), eps), fixed
     low, high = on.at_most(low, 0.0), on.at_least(high, 0.0)
     scale = on.at_least((high - low) / on.constant(codes), eps)
     ratio = low / scale
@@ -319,48 +366,6 @@ def _linear_qparams(
         return scale, on.constant(qtype.quant_min) - on.round_half_away(ratio)
     zero_point = on.constant(qtype.quant_min) - on.round(ratio)
     return scale, on.at_most(on.at_least(zero_point, qtype.quant_min), qtype.quant_max)
-
-
-# Below this, torch's operator widens the range: its int32 requantization could not represent 1/scale.
-_V1_SMALL_SCALE = 6.1e-5
-_V1_ZERO_RANGE_SCALE = 0.1
-
-
-def _torch_v1_qparams(low: Tensor, high: Tensor, qtype: QuantizedType) -> tuple[Tensor, Tensor]:
-    """Scale and zero point as torch's fused moving-average operator computes them, in double precision.
-
-    Symmetric types are widened to ``s = max(|m|/(q/2 + 1), M/(q/2))`` with integer halves, only when the range lies on
-    both sides of zero; a one-sided range stays affine. An empty range gives scale 0.1. The zero point is taken from
-    the end of the range that is represented with the smaller error.
-    """
-    low, high = low.double(), high.double()
-    codes = qtype.quant_max - qtype.quant_min
-    two_sided = (low < 0) & (high > 0) & qtype.symmetric
-    below, above = -(codes // 2 + 1), codes // 2
-    widest = torch.maximum((low / below).abs(), (high / above).abs() if above else high)
-    low = torch.where(two_sided, widest * below, low)
-    high = torch.where(two_sided, widest * above, high)
-    # The operator keeps its range in float32 between the two steps.
-    low, high = low.float().double(), high.float().double()
-
-    scale = ((high - low) / codes).float().double()
-    scale = torch.where((scale == 0) | torch.isinf(1 / scale), _V1_ZERO_RANGE_SCALE, scale)
-    small = scale < _V1_SMALL_SCALE
-    scale = torch.where(small, _V1_SMALL_SCALE, scale)
-    grow_high, grow_low = low == 0, high == 0
-    both = ~grow_high & ~grow_low
-    amplifier = _V1_SMALL_SCALE / ((high - low) / codes).clamp(min=torch.finfo(torch.float64).tiny)
-    high = torch.where(small & grow_high, _V1_SMALL_SCALE * codes, torch.where(small & both, high * amplifier, high))
-    low = torch.where(small & grow_low, -_V1_SMALL_SCALE * codes, torch.where(small & both, low * amplifier, low))
-
-    from_min = qtype.quant_min - low / scale
-    from_max = qtype.quant_max - high / scale
-    error_min = abs(qtype.quant_min) + (low / scale).abs()
-    error_max = abs(qtype.quant_max) + (high / scale).abs()
-    zero_point = torch.where(error_min < error_max, from_min, from_max)
-    middle = (qtype.quant_min + qtype.quant_max + 1) // 2
-    zero_point = torch.where(two_sided, float(middle), zero_point)
-    return scale.float(), zero_point.round().clamp(qtype.quant_min, qtype.quant_max)
 
 
 def round_half_away(x: Tensor) -> Tensor:

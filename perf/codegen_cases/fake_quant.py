@@ -10,6 +10,18 @@ from tritonq.perf.codegen_case import LAYOUTS, Call, CodegenCase, meta, meta_qpa
 from tritonq.qparams import QUINT8, QuantizedType, Rounding
 
 
+def _to_floats(layout: str) -> Call:
+    shape, channels_last, axis = LAYOUTS[layout]
+
+    def call(dtype: torch.dtype) -> object:
+        x = meta(*shape, dtype=dtype, channels_last=channels_last)
+        grid = Grid(meta_qparams(shape, axis)[0], None, QuantizedType.of_floats("e4m3", axis))
+        fake_quant.fake_quantize_backward(torch.empty_like(x), x, grid)
+        return fake_quant.fake_quantize(x, grid)
+
+    return call
+
+
 def _fake_quantize(layout: str, *, rounding: Rounding = "half_even", switched: bool = False) -> Call:
     shape, channels_last, axis = LAYOUTS[layout]
 
@@ -67,6 +79,17 @@ CASES = (
             1,
             1,
             "true division",
+        ),
+        *(
+            CodegenCase(
+                f"fake_quantize/{layout} to floats",
+                _to_floats(layout),
+                "fake_quantize_kernel",
+                1,
+                1,
+                "rounding to floats",
+            )
+            for layout in ("flat", "channels last")
         ),
     )
 )

@@ -23,6 +23,7 @@ import tritonq
 from launch_log import LaunchLog, kernels
 from tritonq import nn as qnn
 from tritonq.backend import implementation, is_interpreting
+from tritonq.formats import BLOCK_FORMATS
 from tritonq.grid import Grid
 from tritonq.kernels import conv2d, layout
 from tritonq.kernels.conv_tile import ConvTile
@@ -208,6 +209,15 @@ def _functions(dtype: torch.dtype) -> None:
             tritonq.fake_quantize_per_channel_affine(
                 x, scale, zero_point, axis, -128, 127, rounding=rounding
             ).sum().backward()
+    for x, axis in ((first, 1), (last, 1)):
+        for rounding in ("floor", "ceil"):
+            tritonq.fake_quantize_float(x, "mxfp8", axis=axis, scale_rounding=rounding)
+        tritonq.fake_quantize_float(x, "nvfp4", axis=axis)
+        tritonq.fake_quantize_float(x, "fp8_e4m3", 0.1).sum().backward()
+        implementation("fake_quant", x).fake_quantize_with_mask(
+            x.detach(), Grid(torch.ones(1), None, tritonq.QuantizedType.of_floats("e5m2"))
+        )
+        implementation("float_blocks", x).fake_quantize_blocks(x.detach()[:, :, 1:], BLOCK_FORMATS["mxfp4"], axis)
     ties_away = tritonq.QuantizedType.of(8, rounding="half_away")
     tritonq.LearnedStepFakeQuantize(dtype=ties_away)(first).sum().backward()
     for x, axis in ((first, None), (first, 1), (last, 1)):

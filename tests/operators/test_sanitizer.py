@@ -80,6 +80,26 @@ def test_fake_quant(name: str, axis: int | None, trace: Callable[[Any], Any], mo
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_float_blocks(name: str, axis: int, trace: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tritonq.formats import BLOCK_FORMATS
+    from tritonq.kernels import fake_quant, float_blocks
+    from tritonq.qparams import QuantizedType
+
+    traced(trace, float_blocks, monkeypatch)
+    traced(trace, fake_quant, monkeypatch)
+    x = INPUTS[name]
+    if axis >= x.dim():
+        return
+    float_blocks.fake_quantize_blocks(x, BLOCK_FORMATS["mxfp8"], axis)
+    float_blocks.fake_quantize_blocks(x, BLOCK_FORMATS["nvfp4"], axis, torch.ones(()))
+    grid = Grid(torch.ones(x.shape[axis]), None, QuantizedType.of_floats("e4m3", axis))
+    fake_quant.fake_quantize_with_mask(x, grid)
+    fake_quant.fake_quantize_backward(x, x, grid)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("axis", [None, 0, 1, 2])
 @pytest.mark.parametrize("rule", ["torch", "torch_v1"])
 def test_min_max(

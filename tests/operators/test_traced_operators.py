@@ -20,6 +20,7 @@ from op_tester import OpTester
 from quantizer_states import NO_QUANTIZER, QuantizerState, quantizer_state
 from tritonq.backend import Backend
 from tritonq.bins import FloatPrefixBins
+from tritonq.formats import BLOCK_FORMATS
 from tritonq.functional import traced
 from tritonq.functional.linear_map import Convolution
 from tritonq.functional.traced import eval_mode
@@ -124,6 +125,14 @@ def integers(x: Tensor) -> None:
         ops.int8_conv2d(codes, weight, bias, None, *geometry, 0, 0, torch.int32, saturated)
 
 
+def floats(x: Tensor) -> None:
+    ops = traced.FAMILIES["float_blocks"]
+    for axis in range(x.dim()):
+        ops.fake_quantize_blocks(x, BLOCK_FORMATS["mxfp8"], axis)
+    ops.fake_quantize_blocks(x, BLOCK_FORMATS["nvfp4"], 1, torch.ones(()))
+    traced.FAMILIES["fake_quant"].fake_quantize(x, Grid(torch.ones(1), None, QuantizedType.of_floats("e5m2")))
+
+
 def folds(x: Tensor) -> None:
     ops = traced.FAMILIES["fold"]
     for gamma in (torch.ones(4), None):
@@ -166,6 +175,7 @@ CALLS: tuple[Callable[[Tensor], None], ...] = (
     elementwise,
     observers,
     integers,
+    floats,
     folds,
     evaluation,
     exports,

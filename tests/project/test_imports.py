@@ -29,8 +29,16 @@ LAYERS = [
     ("tritonq.compiled",),
     ("tritonq.reference", "tritonq.kernels"),
     ("tritonq.grid", "tritonq.saved_grid"),
-    ("tritonq.qparams", "tritonq.granularity", "tritonq.arithmetic", "tritonq.bins", "tritonq.process_group"),
     (
+        "tritonq.qparams",
+        "tritonq.granularity",
+        "tritonq.arithmetic",
+        "tritonq.bins",
+        "tritonq.process_group",
+        "tritonq.torch_v1_qparams",
+    ),
+    (
+        "tritonq.formats",
         "tritonq.version",
         "tritonq.warn_once",
         "tritonq.targets",

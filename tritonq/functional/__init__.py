@@ -3,6 +3,7 @@
 from tritonq.functional.bias import quantize_bias
 from tritonq.functional.fake_quant import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
 from tritonq.functional.fixed_point import fixed_point_quantize, search_frac_len, statistic_frac_len
+from tritonq.functional.float_blocks import fake_quantize_float
 from tritonq.functional.fold import FoldedConv, fold_conv_bn, fuse_conv_bn
 from tritonq.functional.histogram import histogram
 from tritonq.functional.learned_scale import clipped_quantize, fake_quantize_learnable, trained_threshold_quantize
@@ -10,6 +11,7 @@ from tritonq.functional.learned_scale import clipped_quantize, fake_quantize_lea
 __all__ = [
     "FoldedConv",
     "clipped_quantize",
+    "fake_quantize_float",
     "fake_quantize_learnable",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tritonq.grid import Grid
-from tritonq.qparams import Rounding, is_readable, round_half_away
+from tritonq.qparams import QuantizedType, Rounding, is_readable, round_half_away
+from tritonq.reference.float_rounding import round_to_float_
 from tritonq.reference.open_bounds import open_bounds, open_bounds_of_codes
 from tritonq.reference.operator import Like, operator
 
@@ -27,8 +28,9 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``, computed in float32 and rounded once to ``x.dtype``.
 
-    ``x/s`` is ``x * (1/s)`` for half_even and a true division for half_away. NaN stays NaN, infinities saturate. While
-    the grid is switched off, ``x`` comes back as it is, copied.
+    ``x/s`` is ``x * (1/s)`` for half_even and a true division for half_away. NaN stays NaN, infinities saturate. Float
+    codes: the nearest number of the format to ``x/s``, ties to even, times ``s``. While the grid is switched off, ``x``
+    comes back as it is, copied.
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
@@ -41,8 +43,10 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
         return x.clone()
     qtype = grid.qtype
     scale, offset = _broadcast(x, grid)
-    steps = _steps(x, scale, qtype.rounding)
-    if isinstance(offset, Tensor) or qtype.quant_max - qtype.quant_min >= _WIDE_CODES:
+    steps = _steps(x, scale, qtype)
+    if qtype.float_format is not None:
+        steps.clamp_(-qtype.reach, qtype.reach)
+    elif isinstance(offset, Tensor) or qtype.quant_max - qtype.quant_min >= _WIDE_CODES:
         steps.add_(offset).clamp_(qtype.quant_min, qtype.quant_max).sub_(offset)
     else:
         steps.clamp_(qtype.quant_min - offset, qtype.quant_max - offset)
@@ -68,10 +72,10 @@ def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     if enabled is False:
         return x.clone(), torch.ones_like(x, dtype=torch.bool)
     scale, offset = _broadcast(x, grid)
-    codes = _steps(x, scale, grid.qtype.rounding)
+    codes = _steps(x, scale, grid.qtype)
     if isinstance(offset, Tensor) or offset:
         codes.add_(offset)
-    bounded = codes.clamp(grid.qtype.quant_min, grid.qtype.quant_max)
+    bounded = codes.clamp(*_bounds(grid.qtype))
     # A value is inside where its clamp leaves it as it is; NaN differs from itself.
     mask = bounded == codes
     if isinstance(offset, Tensor) or offset:
@@ -100,13 +104,18 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
         return dy
     scale, offset = _broadcast(x, grid)
     low, high = grid.qtype.quant_min + blocks_ends, grid.qtype.quant_max - blocks_ends
+    number = grid.qtype.float_format
     # Strict bounds; a NaN would compare as inside, so that it is made infinite first.
-    if grid.qtype.axis is None and not isinstance(offset, Tensor) and is_readable(scale):
+    if number is not None:
+        values = _steps(x, scale, grid.qtype).nan_to_num_(torch.inf)
+        bound = number.largest if blocks_ends else number.overflow
+        bounds = (-bound, bound)
+    elif grid.qtype.axis is None and not isinstance(offset, Tensor) and is_readable(scale):
         values = x.to(scale.dtype).nan_to_num(torch.inf, torch.inf, -torch.inf)
         zero = int(offset)
         bounds = open_bounds(float(scale), low - zero, high - zero, grid.qtype.rounding, scale.dtype)
     else:
-        values = _steps(x, scale, grid.qtype.rounding)
+        values = _steps(x, scale, grid.qtype)
         if isinstance(offset, Tensor) or offset:
             values.add_(offset)
         values.nan_to_num_(torch.inf, torch.inf, -torch.inf)
@@ -120,6 +129,8 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
 def quantize(x: Tensor, grid: Grid) -> Tensor:
     """Return ``clamp(round(x/s) + z, quant_min, quant_max)`` as integer-valued floats, whatever the switch says.
 
+    Of float codes it returns the numbers that they stand for.
+
     Args:
         x: as in :func:`fake_quantize`.
         grid: as there.
@@ -128,7 +139,7 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
         float32 tensor of ``x``'s shape; float64 for a float64 ``x``.
     """
     scale, offset = _broadcast(x, grid)
-    return _steps(x, scale, grid.qtype.rounding).add_(offset).clamp_(grid.qtype.quant_min, grid.qtype.quant_max)
+    return _steps(x, scale, grid.qtype).add_(offset).clamp_(*_bounds(grid.qtype))
 
 
 def reciprocal(scale: Tensor) -> Tensor:
@@ -160,7 +171,15 @@ def _broadcast(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | float]:
     return scale, align(zero_point.to(dtype), x.dim())
 
 
-def _steps(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
-    """``round(x/s)`` in a new tensor of the arithmetic's dtype."""
+def _steps(x: Tensor, scale: Tensor, qtype: QuantizedType) -> Tensor:
+    """``round(x/s)`` in a new tensor of the arithmetic's dtype. What a float format can't hold becomes its overflow."""
     x = x.to(scale.dtype)
-    return x.mul(reciprocal(scale)).round_() if rounding == "half_even" else round_half_away(x.div(scale))
+    if qtype.rounding == "half_away":
+        return round_half_away(x.div(scale))
+    steps, number = x.mul(reciprocal(scale)), qtype.float_format
+    return steps.round_() if number is None else round_to_float_(steps, number, number.overflow)
+
+
+def _bounds(qtype: QuantizedType) -> tuple[float, float]:
+    """Return the smallest and the largest code, or the numbers that float codes stand for."""
+    return (qtype.quant_min, qtype.quant_max) if qtype.float_format is None else (-qtype.reach, qtype.reach)

@@ -1,0 +1,159 @@
+"""Blocks of small floats with a scale each: one read and one write, the scales found on the way.
+
+Functions here have the names, signatures and results of `tritonq.reference.float_blocks`, their specification.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Plan, device_guard, parameters, planned, warp_size
+from .launcher import Launcher
+from .layout import Tile, View, dense_view, launch_grid, tile_counts, tile_shape, view
+from .quantized import BlockFormat, float_constants
+from .rounding import round_to_float
+from .tile import tile_indices, tile_mask, tile_offsets
+
+# Bits of float32's largest finite number, and of its infinity: what lies above is NaN.
+_LARGEST_BITS = tl.constexpr(0x7F7FFFFF)
+_INFINITY_BITS = tl.constexpr(0x7F800000)
+_SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+# The format of float scales: mantissa bits, exponent of the smallest normal number, and largest number of e4m3.
+_SCALE_MANTISSA_BITS, _SCALE_LEAST_EXPONENT, _SCALE_LARGEST = tl.constexpr(3), tl.constexpr(-6), tl.constexpr(448.0)
+
+
+@Launcher
+@triton.jit
+def fake_quantize_blocks_kernel(
+    x_ptr,  # outer × rows × cols, by strides
+    y_ptr,  # outer × rows × cols, by strides
+    tensor_scale_ptr,  # one element, float32; None: scales are powers of two
+    x_strides,
+    y_strides,
+    sizes,
+    CHANNEL: tl.constexpr,  # dimension that the blocks run along: 1 or 2
+    SIZE: tl.constexpr,  # elements of a block; divides the tile along CHANNEL
+    MANTISSA_BITS: tl.constexpr,
+    LEAST_EXPONENT: tl.constexpr,
+    GREATEST_EXPONENT: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ROUNDS_UP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,  # both tensors have x's strides, so that offsets are computed once
+):
+    """Fake quantize the blocks of one tile."""
+    tensor_scale = 1.0
+    if tensor_scale_ptr is not None:
+        tensor_scale = tl.load(tensor_scale_ptr)
+    place = tile_indices(ROWS, COLS, FIRST, WIDE)
+    mask = tile_mask(place, sizes, ROWS)
+    x_offsets = tile_offsets(place, x_strides)
+    x = tl.load(x_ptr + x_offsets, mask=mask, other=0).to(tl.float32)
+    blocks = tl.reshape(x, (ROWS // SIZE, SIZE, COLS)) if CHANNEL == 1 else tl.reshape(x, (ROWS, COLS // SIZE, SIZE))
+    # Magnitudes are ordered as their bits are, and NaN is the largest of all.
+    bits = tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=CHANNEL, keep_dims=True)
+    finite_bits = tl.minimum(bits, _LARGEST_BITS)
+    if tensor_scale_ptr is None:
+        scale, reciprocal = power_of_two_scale(finite_bits, GREATEST_EXPONENT, LARGEST, ROUNDS_UP)
+    else:
+        scale, reciprocal = float_scale(finite_bits, tensor_scale, LARGEST)
+    scale = tl.where(bits > _INFINITY_BITS, float("nan"), scale)
+    y = round_to_float(blocks * reciprocal, MANTISSA_BITS, LEAST_EXPONENT, LARGEST) * scale
+    y_offsets = x_offsets if SAME_STRIDES else tile_offsets(place, y_strides)
+    tl.store(y_ptr + y_offsets, tl.reshape(y, (ROWS, COLS)), mask=mask)
+
+
+@triton.jit
+def power_of_two_scale(bits, GREATEST_EXPONENT: tl.constexpr, LARGEST: tl.constexpr, ROUNDS_UP: tl.constexpr):
+    """Return the e8m0 scale of blocks and its reciprocal, both exact.
+
+    Args:
+        bits: of the largest finite magnitude, int32.
+        GREATEST_EXPONENT: of the elements.
+        LARGEST: the largest element.
+        ROUNDS_UP: whether no element may saturate.
+    """
+    code = (bits >> 23) - GREATEST_EXPONENT
+    if ROUNDS_UP:
+        # The largest magnitude, moved to the exponent of the largest element.
+        moved = ((bits & 0x007FFFFF) | ((GREATEST_EXPONENT + 127) << 23)).to(tl.float32, bitcast=True)
+        code += (moved > LARGEST).to(tl.int32)
+    code = tl.minimum(tl.maximum(code, 0), 254 - GREATEST_EXPONENT)
+    # 2^-127, of code 0, is subnormal.
+    scale_bits = tl.where(code == 0, 0x00400000, code << 23)
+    return scale_bits.to(tl.float32, bitcast=True), ((254 - code) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def float_scale(bits, tensor_scale, LARGEST: tl.constexpr):
+    """Return the e4m3 scale of blocks times the tensor's, and its reciprocal; see :func:`reciprocal_or_zero`.
+
+    Args:
+        bits: of the largest finite magnitude, int32.
+        tensor_scale: scalar, float32.
+        LARGEST: the largest element.
+    """
+    steps = bits.to(tl.float32, bitcast=True) * reciprocal_or_zero(tensor_scale * LARGEST)
+    scale = round_to_float(steps, _SCALE_MANTISSA_BITS, _SCALE_LEAST_EXPONENT, _SCALE_LARGEST) * tensor_scale
+    reciprocal = reciprocal_or_zero(scale)
+    return tl.where(reciprocal == 0, 0.0, scale), reciprocal
+
+
+@triton.jit
+def reciprocal_or_zero(v):
+    """``1 / v``; 0 below float32's normal numbers, whose reciprocals may be infinite."""
+    is_usable = v >= _SMALLEST_NORMAL
+    return tl.where(is_usable, tl.div_rn(1.0, tl.where(is_usable, v, 1.0)), 0.0)
+
+
+def fake_quantize_blocks(x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None = None) -> Tensor:
+    """Fake quantize ``x`` in blocks; strides of the result follow ``torch.empty_like``."""
+    y = torch.empty_like(x)
+    if y.numel() == 0:
+        return y
+    seen = view(y.shape, (x.stride(), y.stride()), axis)
+    if seen is None or seen.channel == 0:
+        x = torch.empty_like(y).copy_(x)
+        seen = dense_view(y.shape, (y.stride(), y.stride()), axis)
+    # An axis of length 1 is none in a view: each element is a block.
+    size = 1 if seen.channel is None else blocks.size
+    seen = seen._replace(channel=2 if seen.channel is None else seen.channel)
+    tile, launch = _plan("fake_quantize_blocks", x.dtype, seen, x.device, size, warp_size(x.device))
+    number = float_constants(blocks.element_format)
+    with device_guard(x):
+        fake_quantize_blocks_kernel[launch.programs](
+            x,
+            y,
+            tensor_scale,
+            *seen.strides,
+            seen.sizes,
+            SIZE=size,
+            MANTISSA_BITS=number["MANTISSA_BITS"],
+            LEAST_EXPONENT=number["LEAST_EXPONENT"],
+            GREATEST_EXPONENT=blocks.element_format.greatest_exponent,
+            LARGEST=number["LARGEST"],
+            ROUNDS_UP=blocks.scale_rounding == "ceil",
+            SAME_STRIDES=seen.same_strides,
+            **seen.constants(tile, launch),
+        )
+    return y
+
+
+@planned("fake_quantize_blocks")
+def _plan(kernel: str, dtype: torch.dtype, seen: View, device: torch.device, size: int, warp_size: int) -> Plan:
+    """Tiles of whole blocks, about as large as those of other kernels."""
+    chosen = parameters(kernel, dtype, seen, device)
+    if seen.channel == 2:
+        cols = max(tile_shape(seen.sizes, chosen.elements, chosen.elements)[1], size)
+        rows = min(max(chosen.elements // cols, 1), triton.next_power_of_2(seen.sizes[1]))
+    else:
+        rows = size
+        cols = min(max(chosen.elements // size, 1), triton.next_power_of_2(seen.sizes[2]))
+    grid = launch_grid(tile_counts(seen.sizes, rows, cols))
+    return Plan(Tile(rows, cols, chosen.num_warps(warp_size)), grid)

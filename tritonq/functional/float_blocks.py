@@ -1,0 +1,146 @@
+"""Fake quantization to small floats as a differentiable function."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.backend import Backend
+from tritonq.formats import BLOCK_FORMATS, FLOAT_FORMATS, BlockFormat, FloatCodes, ScaleRounding
+from tritonq.functional.dispatch import implementation
+from tritonq.functional.fake_quant import fake_quantize
+from tritonq.functional.validate import check_axis, check_float_tensor, check_scale
+from tritonq.grid import Grid
+from tritonq.qparams import QuantizedType
+
+# Formats of single elements, by the names that users give: fp8_e4m3 and the like.
+_ELEMENT_FORMATS: dict[str, FloatCodes] = {f"fp{number.bits}_{name}": name for name, number in FLOAT_FORMATS.items()}
+FORMATS = (*_ELEMENT_FORMATS, *BLOCK_FORMATS)
+
+
+def fake_quantize_float(
+    x: Tensor,
+    format: str,
+    scale: float | Tensor | None = None,
+    *,
+    axis: int | None = None,
+    scale_rounding: ScaleRounding = "floor",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Round ``x`` to a floating point format of few bits, in saturating mode; gradients pass straight through.
+
+    ``y = round(x/s) * s``, to the nearest number of the format, ties to even.
+
+    - ``"fp8_e4m3"``, ``"fp8_e5m2"``, ``"fp6_e2m3"``, ``"fp6_e3m2"``, ``"fp4_e2m1"``: ``s`` is ``scale``. The gradient
+      is ``dy`` where ``x/s`` rounds to a finite number of the format, 0 where it saturates and at NaN.
+    - ``"mxfp8"`` (also ``"mxfp8_e4m3"``), ``"mxfp8_e5m2"``, ``"mxfp6_e2m3"``, ``"mxfp6_e3m2"``, ``"mxfp4"``: each 32
+      elements along ``axis`` share a power of two, found from their largest magnitude.
+    - ``"nvfp4"``: each 16 elements along ``axis`` share an E4M3 number, and the tensor has a float32 ``scale``, by
+      default its largest magnitude over 6 · 448.
+
+    In block formats the gradient is ``dy`` everywhere, and nothing is saved for it. NaN stays NaN; in block formats the
+    scale of its block is NaN, and with it the whole block. Infinities saturate.
+
+    Args:
+        x: any shape and strides; float32, float16, bfloat16 or float64.
+        format: one of those above.
+        scale: a number or a float tensor on ``x``'s device: one element, or ``x.shape[axis]``; None: 1. Of ``"nvfp4"``
+            one element. Block formats with powers of two take none.
+        axis: where ``scale`` has several elements, the axis that they lie along (None: one element); of block formats
+            the axis that the blocks lie along (None: the last). May be negative.
+        scale_rounding: of powers of two. ``"floor"`` as the OCP specification has it: the block's largest elements may
+            saturate. ``"ceil"``: no element saturates.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        Tensor of ``x``'s shape, dtype and memory format. The arithmetic is float32 (float64 for float64 input).
+
+    Raises:
+        TypeError: ``x`` or scale of the wrong kind.
+        ValueError: an unknown format or rounding, an axis out of range, or a scale that the format does not take, that
+            is not positive and finite, or has another shape or device.
+        RuntimeError: ``backend="triton"`` where no kernel can run.
+
+    Source: OCP 8-bit Floating Point Specification 1.0; OCP Microscaling Formats (MX) Specification 1.0; NVIDIA
+    Transformer Engine (NVFP4); Mishra et al., Recipes for Pre-training LLMs with MXFP8, 2025 (``"ceil"``).
+
+    Examples:
+        >>> x = torch.tensor([0.1, 0.7, 3.0, -5.1])
+        >>> fake_quantize_float(x, "mxfp4")
+        tensor([ 0.0000,  0.5000,  3.0000, -6.0000])
+        >>> fake_quantize_float(x, "fp8_e4m3", 0.01)
+        tensor([ 0.1000,  0.7200,  2.8800, -4.4800])
+    """
+    check_float_tensor("x", x)
+    if format in _ELEMENT_FORMATS:
+        if scale_rounding != "floor":
+            raise ValueError(f"scale_rounding is of block formats with powers of two as scales, got {format!r}")
+        qtype = QuantizedType.of_floats(_ELEMENT_FORMATS[format], None if axis is None else check_axis(x, axis))
+        channels = None if qtype.axis is None else x.shape[qtype.axis]
+        return fake_quantize(x, Grid(check_scale(1.0 if scale is None else scale, x, channels), None, qtype), backend)
+    if format not in BLOCK_FORMATS:
+        raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    blocks = replace(BLOCK_FORMATS[format], scale_rounding=scale_rounding)
+    block_axis = check_axis(x, -1 if axis is None else axis)
+    if scale is not None and blocks.scale == "e8m0":
+        raise ValueError(f"{format} finds its scales from the blocks, got scale={scale!r}")
+    return fake_quantize_blocks(x, blocks, block_axis, None if scale is None else check_scale(scale, x, None), backend)
+
+
+def fake_quantize_blocks(
+    x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """Round ``x`` to a block format: the operator behind the public function and the modules.
+
+    Args:
+        x: see :func:`tritonq.reference.float_blocks.fake_quantize_blocks`.
+        blocks: see there.
+        axis: see there.
+        tensor_scale: see there; None with e4m3 scales: from ``x``.
+        backend: see :func:`fake_quantize_float`.
+    """
+    if blocks.scale == "e4m3" and tensor_scale is None:
+        tensor_scale = float_tensor_scale(x.detach(), blocks, backend)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        y: Tensor = implementation("float_blocks", x, backend).fake_quantize_blocks(x, blocks, axis, tensor_scale)
+        return y
+    result: Tensor = _FakeQuantizeBlocks.apply(x, blocks, axis, tensor_scale, backend)  # type: ignore[no-untyped-call]
+    return result
+
+
+def float_tensor_scale(x: Tensor, blocks: BlockFormat, backend: Backend = "auto") -> Tensor:
+    """Return ``m / L / 448``, the scale under which the largest magnitude ``m`` is the largest element ``L``.
+
+    Args:
+        x: any shape; values that are not finite don't count. Without a value other than zero the scale is 1.
+        blocks: a format with e4m3 scales.
+        backend: see :func:`fake_quantize_float`.
+
+    Returns:
+        0-d float32 tensor.
+
+    Source: NVIDIA Transformer Engine, NVFP4.
+    """
+    low, high, _ = implementation("min_max", x, backend).min_max(x)
+    largest = torch.maximum(-low, high)
+    scale = largest / (blocks.element_format.largest * FLOAT_FORMATS["e4m3"].largest)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+class _FakeQuantizeBlocks(torch.autograd.Function):
+    """Saves nothing: the gradient is the incoming one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None, backend: Backend
+    ) -> Tensor:
+        y: Tensor = implementation("float_blocks", x, backend).fake_quantize_blocks(x, blocks, axis, tensor_scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, None, None, None, None

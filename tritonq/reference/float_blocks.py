@@ -1,0 +1,92 @@
+"""Blocks of small floats with a scale each, in PyTorch: the specification of `tritonq.kernels.float_blocks`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tritonq.formats import FLOAT_FORMATS, BlockFormat, FloatFormat
+from tritonq.reference.fake_quant import arithmetic_dtype
+from tritonq.reference.float_rounding import round_to_float_
+from tritonq.reference.operator import Like, operator
+
+# Exponents of e8m0, and float32's greatest one, beyond which a scale times an element overflows.
+_LEAST_SCALE_EXPONENT, _GREATEST_EXPONENT = -127, 127
+
+
+@operator(returns=Like("x"))
+def fake_quantize_blocks(x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None = None) -> Tensor:
+    """``round(x / s) * s`` with one scale ``s`` for each block of consecutive elements along ``axis``.
+
+    With ``m`` the largest magnitude in the block, ``L = 2^E * f`` the largest element, ``1 <= f < 2``:
+
+    - e8m0: ``s = 2^clamp(e, -127, 127 - E)``, ``e = floor(log2 m) - E`` (``"floor"``), and one more where
+      ``m > L * 2^e`` (``"ceil"``).
+    - e4m3: ``s = e4m3(m * (1 / (L * t))) * t`` with the tensor's scale ``t``; 0 where that is below float32's normal
+      numbers, and so where ``L * t`` is.
+
+    Elements saturate, ties go to even, infinities count as the largest finite float32. A block with NaN becomes NaN.
+
+    Args:
+        x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
+        blocks: the format.
+        axis: of the blocks; not negative.
+        tensor_scale: float32, one element; None for e8m0 scales.
+
+    Source: OCP Microscaling Formats (MX) Specification 1.0, section 6.3; NVIDIA Model-Optimizer, NVFP4.
+    """
+    dtype = arithmetic_dtype(x.dtype)
+    values = torch.empty_like(x, dtype=dtype).copy_(x)
+    for block in _in_blocks(values, axis, blocks.size):
+        largest = block.abs().amax(axis + 1, keepdim=True)
+        is_nan = largest.isnan()
+        largest.nan_to_num_(0.0, torch.finfo(torch.float32).max)
+        if tensor_scale is None:
+            scale, reciprocal = _power_of_two_scales(largest, blocks)
+        else:
+            scale, reciprocal = _float_scales(largest, blocks.element_format, tensor_scale.to(dtype))
+        round_to_float_(block.mul_(reciprocal), blocks.element_format)
+        block.mul_(scale.masked_fill_(is_nan, torch.nan))
+    return values.to(x.dtype)
+
+
+def _in_blocks(values: Tensor, axis: int, size: int) -> Iterator[Tensor]:
+    """Yield views of all elements in which ``axis`` is split into blocks and what lies within a block."""
+    length = values.shape[axis]
+    whole = length - length % size
+    for start, count in ((0, whole), (whole, length - whole)):
+        if count and values.numel():
+            yield torch.unflatten(values.narrow(axis, start, count), axis, (-1, min(size, count)))
+
+
+def _power_of_two_scales(largest: Tensor, blocks: BlockFormat) -> tuple[Tensor, Tensor]:
+    """Return scales and their reciprocals, both exact."""
+    elements = blocks.element_format
+    fraction, exponent = torch.frexp(largest)  # fraction in [1/2, 1)
+    exponent = exponent - 1 - elements.greatest_exponent
+    if blocks.scale_rounding == "ceil":
+        exponent = exponent + (fraction > elements.largest * 2.0 ** -(elements.greatest_exponent + 1))
+    # frexp says that zero has exponent 0; every scale holds it.
+    exponent = exponent.clamp(_LEAST_SCALE_EXPONENT, _GREATEST_EXPONENT - elements.greatest_exponent)
+    return _power_of_two(exponent, largest.dtype), _power_of_two(-exponent, largest.dtype)
+
+
+def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """``2^exponent`` exactly, which ``pow`` does not promise."""
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64).to(dtype)
+
+
+def _float_scales(largest: Tensor, elements: FloatFormat, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales of 8 bits times the tensor's, and their reciprocals."""
+    tensor_scale = tensor_scale.view(())
+    steps = largest.mul_(_reciprocal_or_zero(tensor_scale * elements.largest))
+    scale = round_to_float_(steps, FLOAT_FORMATS["e4m3"]).mul_(tensor_scale)
+    reciprocal = _reciprocal_or_zero(scale)
+    return scale.masked_fill_(reciprocal == 0, 0.0), reciprocal
+
+
+def _reciprocal_or_zero(values: Tensor) -> Tensor:
+    """``1 / values``; 0 below float32's normal numbers, whose reciprocals may be infinite."""
+    return torch.where(values >= torch.finfo(torch.float32).tiny, values.reciprocal(), 0.0)

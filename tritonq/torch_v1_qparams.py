@@ -1,0 +1,49 @@
+"""Scale and zero point by the rule of torch's fused operator that observes and fake quantizes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Below this, torch's operator widens the range: its int32 requantization could not represent 1/scale.
+_V1_SMALL_SCALE = 6.1e-5
+_V1_ZERO_RANGE_SCALE = 0.1
+
+
+def torch_v1_qparams(
+    low: Tensor, high: Tensor, quant_min: int, quant_max: int, *, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point as torch's fused moving-average operator computes them, in double precision.
+
+    Symmetric types are widened to ``s = max(|m|/(q/2 + 1), M/(q/2))`` with integer halves, only when the range lies on
+    both sides of zero; a one-sided range stays affine. An empty range gives scale 0.1. The zero point is taken from
+    the end of the range that is represented with the smaller error.
+    """
+    low, high = low.double(), high.double()
+    codes = quant_max - quant_min
+    two_sided = (low < 0) & (high > 0) & symmetric
+    below, above = -(codes // 2 + 1), codes // 2
+    widest = torch.maximum((low / below).abs(), (high / above).abs() if above else high)
+    low = torch.where(two_sided, widest * below, low)
+    high = torch.where(two_sided, widest * above, high)
+    # The operator keeps its range in float32 between the two steps.
+    low, high = low.float().double(), high.float().double()
+
+    scale = ((high - low) / codes).float().double()
+    scale = torch.where((scale == 0) | torch.isinf(1 / scale), _V1_ZERO_RANGE_SCALE, scale)
+    small = scale < _V1_SMALL_SCALE
+    scale = torch.where(small, _V1_SMALL_SCALE, scale)
+    grow_high, grow_low = low == 0, high == 0
+    both = ~grow_high & ~grow_low
+    amplifier = _V1_SMALL_SCALE / ((high - low) / codes).clamp(min=torch.finfo(torch.float64).tiny)
+    high = torch.where(small & grow_high, _V1_SMALL_SCALE * codes, torch.where(small & both, high * amplifier, high))
+    low = torch.where(small & grow_low, -_V1_SMALL_SCALE * codes, torch.where(small & both, low * amplifier, low))
+
+    from_min = quant_min - low / scale
+    from_max = quant_max - high / scale
+    error_min = abs(quant_min) + (low / scale).abs()
+    error_max = abs(quant_max) + (high / scale).abs()
+    zero_point = torch.where(error_min < error_max, from_min, from_max)
+    middle = (quant_min + quant_max + 1) // 2
+    zero_point = torch.where(two_sided, float(middle), zero_point)
+    return scale.float(), zero_point.round().clamp(quant_min, quant_max)
