@@ -75,11 +75,11 @@ def test_every_layer_gives_the_same_bits(name, qconfig, known_grid):
     converted = convert(model)
     assert torch.equal(converted(x), model(x))
     layer = converted.layer
-    assert layer.weight.dtype == torch.int8
+    assert layer.stored_weight.dtype == torch.int8
     assert (layer.multiplier is not None) == known_grid
-    if layer.bias is not None:
-        assert layer.bias.dtype == (torch.int32 if known_grid else torch.float32)
-    assert not list(converted.parameters())
+    if layer.stored_bias is not None:
+        assert layer.stored_bias.dtype == (torch.int32 if known_grid else torch.float32)
+    assert not any(parameter.requires_grad for parameter in converted.parameters())
     assert not [m for m in converted.modules() if isinstance(m, (FakeQuantizeBase, nn.modules.batchnorm._BatchNorm))]
 
 
@@ -116,9 +116,9 @@ def test_int32_weights_of_the_integers_are_those_of_the_formula():
     layer = convert(model).layer
     codes = (model.input(x) / layer.input_scale).round()
     assert layer.weight_zero_point is None
-    weight = layer.weight.double()
+    weight = layer.stored_weight.double()
     padded = nn.functional.pad(codes.double(), (1, 1, 1, 1), mode="reflect")
-    total = nn.functional.conv2d(padded, weight, layer.bias.double(), stride=2)
+    total = nn.functional.conv2d(padded, weight, layer.stored_bias.double(), stride=2)
     out = layer.activation_post_process
     steps = (total.float() * (layer.multiplier / out.scale).view(1, -1, 1, 1)).round()
     expected = ((steps + out.zero_point).clamp(0, 255) - out.zero_point) * out.scale
@@ -201,8 +201,8 @@ def test_embeddings_become_integer_tables(qconfig):
     new_table, new_bag = convert(table), convert(bag)
     assert torch.equal(new_table(index), table(index))
     assert torch.equal(new_bag(flat, offsets), bag(flat, offsets))
-    assert new_table.weight.dtype in (torch.int8, torch.uint8)
-    assert new_bag.weight.element_size() == 1
+    assert new_table.stored_weight.dtype in (torch.int8, torch.uint8)
+    assert new_bag.stored_weight.element_size() == 1
 
 
 class OtherFakeQuantize(FakeQuantizeBase):

@@ -244,7 +244,7 @@ def test_what_was_trained_is_deployed(tmp_path):
     assert losses[-1] < losses[0]
     qat.eval()
     converted = tritonq.convert(copy.deepcopy(qat))
-    assert converted[0].weight.dtype == torch.int8
+    assert converted[0].stored_weight.dtype == torch.int8
     assert torch.equal(converted(IMAGES), qat(IMAGES))
     assert tritonq.verify(qat, converted, IMAGES).agrees()
     tritonq.save_converted(converted, tmp_path / "model.pt")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, fx, nn
+from torch.jit import ScriptModule
 
 from tritonq.deploy import fixed_point_description
 from tritonq.deploy.computed import stand_ins
@@ -16,6 +17,7 @@ from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, DeployedModule, Gr
 from tritonq.deploy.tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTable
 from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, Mul, RepVGGBlock, Sub
 from tritonq.nn.averages import POOL_TYPES
+from tritonq.nn.folded import FoldedBatchNorm
 from tritonq.nn.functions import FunctionLayer, PReLU, function_of
 from tritonq.nn.intrinsic import FusedModule
 from tritonq.nn.original_class import original_class
@@ -75,6 +77,8 @@ def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) 
 
 def _class_name(module: nn.Module) -> str:
     """The name of a module's class; torch.fx names its classes after what was traced, or not."""
+    if isinstance(module, ScriptModule):  # a copy of what was traced has another class
+        return ScriptModule.__name__
     return fx.GraphModule.__name__ if isinstance(module, fx.GraphModule) else original_class(module).__name__
 
 
@@ -120,6 +124,8 @@ def _describe(module: nn.Module) -> Description:
         return {"kind": "cat", "dim": module.dim}
     if kind is FloatFunctional:
         return {"kind": "functional"}
+    if isinstance(module, FoldedBatchNorm):
+        return {"kind": "identity", "folded": [module.kind, module.layer]}
     if kind is nn.Identity:
         return {"kind": "identity"}
     if isinstance(module, InputFakeQuants):
@@ -184,6 +190,8 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
     if kind == "inputs":
         places = [_place_from_data(place) for place in entry["places"]]
         return InputFakeQuants(places, [nn.Identity() for _ in places])
+    if "folded" in entry:
+        return FoldedBatchNorm(*entry["folded"])
     plain: dict[str, Callable[[], nn.Module]] = {
         "functional": FloatFunctional,
         "identity": nn.Identity,

@@ -8,6 +8,7 @@ and so yields the same bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from tritonq.deploy.quantizer import DeployedModule as DeployedModule
 from tritonq.deploy.quantizer import Quantizer as Quantizer
+from tritonq.deploy.values import lazy_values, stored
 from tritonq.functional.codes import can_use_codes
 from tritonq.functional.conv2d import find_kernel, run_integer_layer
 from tritonq.functional.integer import BYTE_BITS, IntegerAffine, sum_bound
@@ -61,11 +63,15 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         ValueError: tensors whose shapes don't fit the geometry.
 
     Attributes:
-        weight: codes in the smallest integer dtype that holds them, shaped as the float weight (float32 values where
-            ``grids.weight`` is None).
+        weight: the values that its codes stand for, float32, shaped as the float weight, computed when somebody reads
+            them.
+        stored_weight: the codes, in the smallest integer dtype that holds them (float32 values where ``grids.weight``
+            is None); the state dict's ``weight``.
         weight_scale: float32 (out,), or None with a float weight.
         weight_zero_point: int32 (out,), or None where all are 0.
-        bias: int32 codes in units of ``multiplier``; float where the input's grid is unknown; or None.
+        bias: float32 values, or None.
+        stored_bias: int32 codes in units of ``multiplier``; float where the input's grid is unknown; or None; the state
+            dict's ``bias``.
         multiplier: float32 (out,), input scale times weight scale, or None.
         input_scale: float32 (1,), or None.
         input_zero_point: int32 (1,), or None.
@@ -76,15 +82,14 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         target: name of the engine that it was prepared for, one of :data:`tritonq.targets.TARGETS`; None: unknown.
     """
 
-    weight: Tensor
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
-    bias: Tensor | None
     multiplier: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     activation_post_process: nn.Module
     target: str | None = None
+    parameter_names = ("weight", "weight_scale", "bias")
 
     # Whether the layer was a function in a forward, which may go on giving it a weight.
     takes_weight: bool = False
@@ -103,8 +108,8 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
     ) -> None:
         # The float constructor sets strides, paddings and the like, which users' code may read; no memory is taken.
         self.float_type.__init__(self, **geometry, bias=False, device="meta")
-        check_shape("weight", tensors.get("weight"), tuple(self.weight.shape))
-        out = (self.linear_map.to_rows(self.weight).shape[0],)
+        check_shape("weight", tensors.get("weight"), tuple(self.stored_weight.shape))
+        out = (self.linear_map.to_rows(self.stored_weight).shape[0],)
         for name in ("weight_scale", "weight_zero_point", "bias", "multiplier"):
             check_shape(name, tensors.get(name), out)
         del self._parameters["weight"], self._parameters["bias"]
@@ -133,20 +138,55 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         """What the layer does with its input and its weight."""
         return linear_map_of(self)
 
+    @property
+    def stored_weight(self) -> Tensor:
+        """What the state dict holds as ``weight``."""
+        return cast(Tensor, stored(self, "weight"))
+
+    @property
+    def stored_bias(self) -> Tensor | None:
+        """What the state dict holds as ``bias``."""
+        return stored(self, "bias")
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight's values, float32."""
+        codes = self.stored_weight
+        if codes.is_floating_point():
+            return codes
+        return lazy_values(codes, partial(self.dequantized_weight, torch.float32))
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The bias's values, float32."""
+        codes = self.stored_bias
+        return codes if codes is None or self.multiplier is None else codes.float() * self.multiplier
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse float values where the layer holds codes."""
+        if name in ("weight", "bias") and "grids" in vars(self) and isinstance(value, Tensor):
+            held = self.stored_weight if name == "weight" else self.stored_bias
+            if self.weight_scale is not None and (held is None or held.dtype != value.dtype):
+                raise AttributeError(
+                    f"the {name} of a converted layer is fixed: change, merge or fuse the float model, then prepare "
+                    "and convert that"
+                )
+        super().__setattr__(name, value)
+
     def along_out_channels(self, values: Tensor) -> Tensor:
         """Values per out channel, shaped to broadcast against the weight."""
-        return values.view(-1, *[1] * (self.weight.dim() - 1))
+        return values.view(-1, *[1] * (self.stored_weight.dim() - 1))
 
     def centred_weight(self) -> Tensor:
         """Weight codes minus zero points, in the smallest dtype that holds them."""
         if self.weight_zero_point is None:
-            return self.weight
-        return self.weight.to(torch.int32) - self.along_out_channels(self.weight_zero_point)
+            return self.stored_weight
+        return self.stored_weight.to(torch.int32) - self.along_out_channels(self.weight_zero_point)
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight's values, rounded to ``dtype`` once."""
         if self.weight_scale is None:
-            return self.weight.to(dtype)
+            return self.stored_weight.to(dtype)
         return (self.centred_weight().float() * self.along_out_channels(self.weight_scale)).to(dtype)
 
     def integer_layer(self) -> IntegerAffine | None:
@@ -155,7 +195,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
             return None
         return IntegerAffine(
             weight=self.centred_weight(),
-            bias=self.bias,
+            bias=self.stored_bias,
             multiplier=self.multiplier,
             input_scale=cast(Tensor, self.input_scale),
             sum_bound=self._sum_bound,
@@ -174,7 +214,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         if y is not None:
             return y
         layer, quantizer = self.integer_layer(), self.activation_post_process
-        kernel = find_kernel(x, self.weight, self.linear_map.conv2d, layer)
+        kernel = find_kernel(x, self.stored_weight, self.linear_map.conv2d, layer)
         if kernel is None:
             return self.run_operators(x, layer)
         fused = quantizer.fused_grid() if isinstance(quantizer, Quantizer) and self.following is None else None
@@ -189,7 +229,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         quantizer = cast(nn.Module, self._modules["activation_post_process"])
         if quantizer._forward_pre_hooks:
             return None
-        held = (*self._buffers.values(), *quantizer._buffers.values())
+        held = (*self._parameters.values(), *self._buffers.values(), *quantizer._buffers.values())
         own = self.__dict__
         key = (self.ceiling, self.grids, quantizer, len(self._modules), [own[name] for name in self.geometry_names])
         packed = self._packed.get(held, self._pack, key)
@@ -217,7 +257,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         return self.finish(y)
 
     def _float_bias(self, dtype: torch.dtype) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(dtype)
+        return None if self.stored_bias is None else self.stored_bias.to(dtype)
 
     @property
     def following(self) -> nn.Module | None:
@@ -243,7 +283,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         """Geometry, and what the weight and the arithmetic are."""
         with_input = "integers" if self.multiplier is not None else "float, input grid unknown"
         relu = "" if self.ceiling is None else f", {describe_relu(self.ceiling)}"
-        return f"{super().extra_repr()}{relu}, weight={self.weight.dtype}, arithmetic={with_input}"
+        return f"{super().extra_repr()}{relu}, weight={self.stored_weight.dtype}, arithmetic={with_input}"
 
 
 _CONV_GEOMETRY = (

@@ -144,7 +144,7 @@ def _drop_ceilings(model: nn.Module) -> None:
 def _absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> None:
     """Replace ReLU6 and its like, where a quantizer is attached to them, by the bounds of its codes."""
     for module in model.modules():
-        output = module._modules.get("activation_post_process")
+        output = getattr(module, _OUTPUT, None)
         clips = original_class(module) in (nn.ReLU, nn.ReLU6, nn.Hardtanh)
         if clips and isinstance(output, Quantizer) and output.qtype.axis is None:
             bounds = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else (0.0, math.inf)
@@ -182,14 +182,14 @@ def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
     axis = _weight_axis(layer)
     if target == "tensorrt":
         axis = None if runs_in_float(layer) else axis
-        if layer.multiplier is not None and layer.bias is not None:
-            layer.bias = (layer.bias.double() * layer.multiplier.double()).float()
+        if layer.multiplier is not None and layer.stored_bias is not None:
+            layer.keep(bias=(layer.stored_bias.double() * layer.multiplier.double()).float())
             layer.multiplier = None
     if target == "tensorrt" and axis is not None:
         # Values on the grid: TensorRT's QuantizeLinear gives the trained codes back.
-        layer.weight = layer.dequantized_weight(torch.float32)
+        layer.keep(weight=layer.dequantized_weight(torch.float32))
     if axis is not None:
-        zero, dtype = layer.weight_zero_point, torch.int8 if target == "tensorrt" else layer.weight.dtype
+        zero, dtype = layer.weight_zero_point, torch.int8 if target == "tensorrt" else layer.stored_weight.dtype
         scale = cast(Tensor, layer.weight_scale)
         layer.weight_zero_point = torch.zeros_like(scale, dtype=dtype) if zero is None else zero.to(dtype)
     layer.forward = partial(_layer_forward, layer, axis)  # type: ignore[method-assign]
@@ -201,7 +201,7 @@ def _weight_axis(layer: QuantizedLayer) -> int | None:
     That is for float weights, for scales of grouped transposed convolutions, which run along two axes, and for codes of
     more than 8 bits. Zero points may differ between channels: ONNX Runtime's kernels take that (1.31, tried).
     """
-    if layer.weight_scale is None or layer.weight.dtype not in (torch.int8, torch.uint8):
+    if layer.weight_scale is None or layer.stored_weight.dtype not in (torch.int8, torch.uint8):
         return None
     if isinstance(layer, QuantizedConvTranspose2d):
         return 1 if layer.groups == 1 else None
@@ -212,11 +212,11 @@ def _layer_forward(layer: QuantizedLayer, axis: int | None, x: Tensor, *computed
     scale, zero = layer.weight_scale, layer.weight_zero_point
     if axis is None:
         weight = layer.dequantized_weight(torch.float32)
-    elif layer.weight.is_floating_point():
-        weight = quantize_dequantize(layer.weight, scale, zero, -128, 127, axis, False, "")
+    elif layer.stored_weight.is_floating_point():
+        weight = quantize_dequantize(layer.stored_weight, scale, zero, -128, 127, axis, False, "")
     else:
-        weight = dequantize(layer.weight, scale, zero, axis)
-    bias = layer.bias
+        weight = dequantize(layer.stored_weight, scale, zero, axis)
+    bias = layer.stored_bias
     if bias is not None and layer.multiplier is not None:
         bias = dequantize(bias, layer.multiplier, None, 0)
     y = layer.linear_map(layer.quantized_input(x), weight, bias)
@@ -224,10 +224,10 @@ def _layer_forward(layer: QuantizedLayer, axis: int | None, x: Tensor, *computed
 
 
 def _rewrite_table(table: QuantizedTable, target: OnnxForm) -> None:
-    if target == "tensorrt" or table.weight.dtype not in (torch.int8, torch.uint8):
-        table.weight = table.dequantized_weight()
+    if target == "tensorrt" or table.stored_weight.dtype not in (torch.int8, torch.uint8):
+        table.keep(weight=table.dequantized_weight())
     else:
-        table.weight_zero_point = table.weight_zero_point.to(table.weight.dtype)
+        table.weight_zero_point = table.weight_zero_point.to(table.stored_weight.dtype)
     if isinstance(table, QuantizedEmbedding):
         set_inner_forward(table, partial(_embedding_forward, table))
     elif isinstance(table, QuantizedEmbeddingBag):
@@ -235,9 +235,9 @@ def _rewrite_table(table: QuantizedTable, target: OnnxForm) -> None:
 
 
 def _table_values(table: QuantizedTable) -> Tensor:
-    if table.weight.is_floating_point():
-        return table.weight
-    values: Tensor = dequantize(table.weight, table.weight_scale, table.weight_zero_point, 0)
+    if table.stored_weight.is_floating_point():
+        return table.stored_weight
+    values: Tensor = dequantize(table.stored_weight, table.weight_scale, table.weight_zero_point, 0)
     return values
 
 

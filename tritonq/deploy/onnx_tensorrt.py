@@ -44,7 +44,7 @@ def runs_in_float(layer: QuantizedLayer) -> bool:
     """Whether TensorRT's integers can't hold the codes of a layer's weight, or of its input where these are known."""
     if layer.weight_scale is None:
         return False
-    weight_fits = layer.weight_zero_point is None and layer.weight.dtype == torch.int8
+    weight_fits = layer.weight_zero_point is None and layer.stored_weight.dtype == torch.int8
     if layer.grids.input is None or layer.input_zero_point is None:
         return not weight_fits
     return not (weight_fits and _fits(layer.grids.input, layer.input_zero_point))

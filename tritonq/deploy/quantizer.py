@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tritonq.functional.codes import can_use_codes, quantize_to_codes
 from tritonq.functional.fake_quant import fake_quantize
@@ -23,7 +24,22 @@ class DeployedModule(FixedDtypeBuffers):
     """A module of a converted model. It has one mode, eval, and refuses to be trained.
 
     Ignoring ``train()`` instead would switch on the dropout and BatchNorm layers that stayed in float, in silence.
+
+    Attributes:
+        parameter_names: names of the tensors that are parameters where they are float.
     """
+
+    parameter_names: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the dtype of parameters as that of buffers."""
+        before = {name: held.detach() for name, held in self._parameters.items() if held is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = cast(nn.Parameter, self._parameters[name])
+            if new.dtype != old.dtype:
+                self._parameters[name] = nn.Parameter(old.to(device=new.device), requires_grad=False)
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """Accept ``train(False)`` alone.
@@ -36,15 +52,22 @@ class DeployedModule(FixedDtypeBuffers):
         return super().train(False)
 
     def keep(self, **tensors: Tensor | None) -> None:
-        """Hold tensors as buffers, detached and in the memory format they have.
+        """Hold tensors, detached and in the memory format they have: as parameters or as buffers.
 
+        Float ones of ``parameter_names`` are parameters without gradient, so that code which asks for
+        ``next(model.parameters())`` finds device and dtype.
         Tensors of inference mode are copied: they have no version, by which `memo.Memo` tells whether they changed.
         """
         for name, tensor in tensors.items():
             if tensor is not None and tensor.is_inference():
                 with torch.inference_mode(False):
                     tensor = tensor.clone()
-            self.register_buffer(name, None if tensor is None else tensor.detach())
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+            if tensor is not None and tensor.is_floating_point() and name in self.parameter_names:
+                self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+            else:
+                self.register_buffer(name, None if tensor is None else tensor.detach())
 
     def read_tensors(self) -> None:
         """Derive from the buffers what forward would otherwise ask the device for, again after each load."""

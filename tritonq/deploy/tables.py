@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.deploy.modules import DeployedModule, check_shape
+from tritonq.deploy.values import lazy_values, stored
 from tritonq.nn.embedding import embedding_bag
 from tritonq.qparams import QuantizedType
 
@@ -19,17 +20,18 @@ class QuantizedTable(DeployedModule):
     """A table of integer rows, each with its scale and zero point.
 
     Attributes:
-        weight: codes (rows, embedding_dim).
+        weight: the values that its codes stand for, float32 (rows, embedding_dim), computed when somebody reads them.
+        stored_weight: the codes, the state dict's ``weight``.
         weight_scale: float32 (rows,).
         weight_zero_point: int32 (rows,).
         qtype: the grid.
         target: name of the engine that it was prepared for, one of :data:`tritonq.targets.TARGETS`; None: unknown.
     """
 
-    weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
     target: str | None = None
+    parameter_names = ("weight", "weight_scale")
 
     float_type: ClassVar[type[nn.Module]]
     geometry_names: ClassVar[tuple[str, ...]] = (
@@ -38,9 +40,9 @@ class QuantizedTable(DeployedModule):
 
     def __init__(self, geometry: dict[str, Any], qtype: QuantizedType, tensors: dict[str, Tensor]) -> None:
         self.float_type.__init__(self, **geometry, device="meta")
-        check_shape("weight", tensors["weight"], tuple(self.weight.shape))
+        check_shape("weight", tensors["weight"], tuple(self.stored_weight.shape))
         for name in ("weight_scale", "weight_zero_point"):
-            check_shape(name, tensors[name], (len(self.weight),))
+            check_shape(name, tensors[name], (len(self.stored_weight),))
         del self._parameters["weight"]
         self.qtype = qtype
         self.keep(**{name: tensors[name] for name in TABLE_TENSOR_NAMES})
@@ -51,9 +53,20 @@ class QuantizedTable(DeployedModule):
         """Arguments of the float layer's constructor."""
         return {name: getattr(self, name) for name in self.geometry_names}
 
+    @property
+    def stored_weight(self) -> Tensor:
+        """What the state dict holds as ``weight``."""
+        return cast(Tensor, stored(self, "weight"))
+
+    @property
+    def weight(self) -> Tensor:
+        """The table's values, float32."""
+        codes = self.stored_weight
+        return codes if codes.is_floating_point() else lazy_values(codes, self.dequantized_weight)
+
     def dequantized_weight(self) -> Tensor:
         """The whole table as float32 values."""
-        return (self.weight - self.weight_zero_point[:, None]).float() * self.weight_scale[:, None]
+        return (self.stored_weight - self.weight_zero_point[:, None]).float() * self.weight_scale[:, None]
 
 
 class QuantizedEmbedding(QuantizedTable, nn.Embedding):
@@ -65,7 +78,7 @@ class QuantizedEmbedding(QuantizedTable, nn.Embedding):
         """Integer indices (...) to float32 (..., embedding_dim)."""
         if self.max_norm is not None:
             return F.embedding(input, self.dequantized_weight(), self.padding_idx, self.max_norm, self.norm_type)
-        codes, zero = F.embedding(input, self.weight), self.weight_zero_point[input].unsqueeze(-1)
+        codes, zero = F.embedding(input, self.stored_weight), self.weight_zero_point[input].unsqueeze(-1)
         return (codes - zero).float() * self.weight_scale[input].unsqueeze(-1)
 
 

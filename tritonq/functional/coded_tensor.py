@@ -60,7 +60,7 @@ _MOVES = frozenset(
     }
 )
 # Functions of Python that reach for memory, or copy the object, past the operators.
-_READS_MEMORY = frozenset(
+READS_MEMORY = frozenset(
     {
         Tensor.__array__,
         Tensor.__deepcopy__,
@@ -143,7 +143,7 @@ class CodedTensor(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _READS_MEMORY:
+            if func in READS_MEMORY:
                 return func(args[0].as_float(), *args[1:], **kwargs)
             if func is F.max_pool2d and _may_pool(args[0], kwargs):
                 kwargs.pop("return_indices", None)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.jit import ScriptModule
 
-# torch.compile(model) is a module of one child, by this name, which it shares with the model.
+# torch.compile(model) is a module of this class with one child, by this name, which it shares with the model.
+_WRAPPER = ("torch._dynamo.eval_frame", "OptimizedModule")
 _ORIGINAL = "_orig_mod"
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model that ``torch.compile(model)`` wraps, whose names and structure count; any other model as it is."""
-    return model._modules.get(_ORIGINAL) or model
+    # By name: importing the class takes a second, and who has no such model has not paid it yet.
+    kinds = ((kind.__module__, kind.__qualname__) for kind in type(model).__mro__)
+    original = getattr(model, _ORIGINAL) if _WRAPPER in kinds else None
+    return original if isinstance(original, nn.Module) else model
 
 
 def uncompile_children(model: nn.Module) -> None:
-    """Put the modules that ``torch.compile`` wrapped inside of a model back in the place of their wrappers."""
+    """Undo ``torch.compile`` and ``module.compile()`` inside of a model: put modules in the place of their wrappers."""
     for module in list(model.modules()):
+        if isinstance(module, ScriptModule):
+            continue
+        module._compiled_call_impl = None
         for name, child in module._modules.items():
             if child is not None:
                 module._modules[name] = uncompiled(child)

@@ -172,7 +172,7 @@ def _grid(module: nn.Module) -> str:
     if isinstance(module, QuantizedTable):
         parts["w"] = describe_grid(module.qtype)
     for name, role in _ROLES.items():
-        quantizer = module._modules.get(name)
+        quantizer = getattr(module, name, None)
         if isinstance(quantizer, (FakeQuantizeBase, Quantizer)):
             parts[role] = _quantizer_grid(quantizer)
     if "x" not in parts and _reads_float(module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch.jit import ScriptModule
+
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.plan import Where
 from tritonq.prepare.forwards.answered import AnsweredForward
@@ -48,15 +50,16 @@ def _origin_of(root: int, analysis: Analysis) -> Origin:
     if call is None or analysis.value_of(call) != root:
         return Origin("consumer", "", [root])
     # Tracing takes time: only where the module's own result won't do.
-    by_module = call.module_name is not None and _has_one_place(call, analysis)
+    module_name = None if isinstance(call.target, ScriptModule) else call.module_name  # those take no children
+    by_module = module_name is not None and _has_one_place(call, analysis)
     site = None if by_module else analysis.site(call)
     if site is not None and isinstance(analysis.forward(call.owner), AnsweredForward):
         # Its other branches return tensors too: a quantizer of what the module returns sees them all.
         site = None if _returned_by(root, analysis) == call.owner else site
     if site is not None:
         return Origin("node", call.owner, results(analysis.calls_at(call.owner, site.node), analysis), site)
-    if call.module_name is not None:
-        return Origin("output", call.module_name, results(flow.calls_of(call.module_name), analysis))
+    if module_name is not None:
+        return Origin("output", module_name, results(flow.calls_of(module_name), analysis))
     container = _returned_by(root, analysis)
     if container is not None:
         return Origin("output", container, results(flow.frames_of(container), analysis))

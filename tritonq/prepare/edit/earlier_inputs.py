@@ -143,7 +143,7 @@ def replace_hooks(model: nn.Module) -> None:
                     del registry[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
         if found:
-            inputs = module._modules.get(INPUTS)
+            inputs = getattr(module, INPUTS, None)
             places = inputs.places if isinstance(inputs, InputFakeQuants) else ()
             apply_forward(module, hooked_forward(forward_data(module), found, places))
 

@@ -12,6 +12,7 @@ from torch import nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import Joint, QATLayer
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
+from tritonq.nn.folded import FoldedBatchNorm
 from tritonq.nn.own_input import INPUT_QUANTIZER, QuantizesInput
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.decide.joins import Join
@@ -166,7 +167,7 @@ class _PlanWork:
         modules = self._editor.modules
         children = [(name.removeprefix(prefix).replace(".", "_"), modules[name]) for name in layer.remainder]
         if all(type(child) is nn.Identity for _, child in children):
-            return nn.Identity().train(bn.training)
+            return FoldedBatchNorm(type(bn).__name__, layer.name).train(bn.training)
         rest = nn.Sequential(OrderedDict(children))
         rest.training = bn.training
         return rest

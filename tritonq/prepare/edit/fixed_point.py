@@ -15,6 +15,7 @@ from tritonq.nn.fixed_point import (
     FixedPointLinear,
 )
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d, FixedPointMaxPool2d, remaining_factor
+from tritonq.nn.folded import FoldedBatchNorm
 from tritonq.prepare.decide.fixed_point import Group, Links, Pooling, is_fixed_point
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.edit.editor import ModelEditor
@@ -98,7 +99,7 @@ class _Builder:
         if bn is not None and layer.batch_norm is not None:
             cast(nn.Module, made.bn).train(bn.training)
             # While the BatchNorm isn't yet in the network a second time, as part of its layer.
-            self._editor.replace(layer.batch_norm, nn.Identity())
+            self._editor.replace(layer.batch_norm, FoldedBatchNorm(type(bn).__name__, layer.name))
         self._editor.replace(layer.name, made)
         return made
 

@@ -13,13 +13,23 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
 
 from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref, Source, Value
 from tritonq.prepare.record.operations import METADATA, has_own_weight, is_leaf, operation_name
 from tritonq.prepare.record.place import calling_place
-from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state, tensor_version
-from tritonq.prepare.record.structure import Path, clone_tensors, describe, replace_tensors, tensors_in
+from tritonq.prepare.record.scripted import listening_to_scripted
+from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state, tensor_storage, tensor_version
+from tritonq.prepare.record.structure import (
+    Path,
+    clone_tensors,
+    describe,
+    replace_tensors,
+    shares_tensor,
+    tensors_in,
+    unique_tensors,
+)
 
 # Runs that are compared draw the same random numbers.
 SEED = 0
@@ -132,13 +142,15 @@ class Recorder:
                     self._track(tensor, "input", path=path)
                 for module in self._names:
                     module.training = self._modes[module]
+                    if isinstance(module, ScriptModule):
+                        continue  # takes no hooks of its own
                     # Innermost: what users' own hooks compute belongs to the caller, unless it is a weight.
                     first = not has_own_weight(module)
                     handles.append(module.register_forward_pre_hook(self._enter, prepend=first, with_kwargs=True))
                     handles.append(module.register_forward_hook(self._leave, with_kwargs=True, prepend=True))
                 if is_leaf(self.model):
                     self._push(None, "", args, kwargs)
-                with _FunctionRecorder(self):
+                with _FunctionRecorder(self), listening_to_scripted(self._names, self._leave_scripted):
                     self.result = self.model(*args, **kwargs)
                 if self._stack:
                     self._close(self._stack.pop(), self.result)
@@ -170,7 +182,7 @@ class Recorder:
         places = self._stack[-1].places
         occurrence = places[place] = places.get(place, -1) + 1
         name = operation_name(function)
-        inputs = _unique_tensors((args, kwargs))
+        inputs = unique_tensors((args, kwargs))
         described = self._describe(args), self._describe(kwargs)
         values = [self._value_of(tensor) for tensor in inputs]
         result = function(*args, **kwargs)
@@ -207,6 +219,13 @@ class Recorder:
         with self._unrecorded():
             return self._pop(module, result)
 
+    def _leave_scripted(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """Note a call of what torch.jit made, whose inside can't be seen."""
+        if not isinstance(module, ScriptModule) or module not in self._names:
+            return result
+        self._enter(module, args, kwargs)
+        return self._leave(module, args, kwargs, result)
+
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:
         """Keep the recorder's own tensor functions, in hooks, out of the record."""
@@ -227,7 +246,7 @@ class Recorder:
         frame = self._stack.pop()
         if frame.leaf:
             return self._finish_module(frame, module, result)
-        if not frame.events and _shares(frame.inputs, result):
+        if not frame.events and shares_tensor(frame.inputs, result):
             # It returned its input and called nothing: what it does in other circumstances can't be seen from here.
             # (Stochastic depth in eval mode is such a module.) So it counts as one operation.
             return self._finish_module(frame, module, result)
@@ -238,7 +257,7 @@ class Recorder:
         leaf = module is not None and (is_leaf(module) or owner in self._passing)
         parent = self._stack[-1] if self._stack else None
         index = len(self._frames) + sum(not frame.leaf for frame in self._stack)
-        inputs = _unique_tensors((args, kwargs))
+        inputs = unique_tensors((args, kwargs))
         described = self._describe(args), self._describe(kwargs)
         self._stack.append(
             _OpenFrame(index, module, owner, None if parent is None else parent.index, *described, inputs, leaf=leaf)
@@ -317,7 +336,7 @@ class Recorder:
                 continue
             # Tensors that see the same elements share the new value; other views get one of their own.
             by_geometry: dict[tuple[Any, ...], int] = {}
-            for alias in [known, *self._by_storage[_storage(tensor)]]:
+            for alias in [known, *self._by_storage[tensor_storage(tensor)]]:
                 if alias.version == tensor_version(alias.tensor):
                     continue
                 alias.version = tensor_version(alias.tensor)
@@ -337,7 +356,7 @@ class Recorder:
         value = self._new_value(tensor, index, source, producer, path)
         tracked = _Tracked(tensor, index, value, tensor_version(tensor))
         if known is None:
-            self._by_storage.setdefault(_storage(tensor), []).append(tracked)
+            self._by_storage.setdefault(tensor_storage(tensor), []).append(tracked)
             self._tracked[id(tensor)] = tracked
         else:
             known.value, known.version = value, tracked.version
@@ -376,20 +395,3 @@ class _FunctionRecorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         return self._recorder.call_function(func, args, kwargs or {}, calling_place(sys._getframe(1)))
-
-
-def _unique_tensors(item: Any) -> list[Tensor]:
-    """The tensors of a structure, each once (by identity: equality would compare elements)."""
-    return list({id(tensor): tensor for _, tensor in tensors_in(item)}.values())
-
-
-def _shares(inputs: list[Tensor], result: Any) -> bool:
-    held = {id(tensor) for tensor in inputs}
-    return any(id(tensor) in held for _, tensor in tensors_in(result))
-
-
-def _storage(tensor: Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except NotImplementedError:  # sparse and other tensors without one storage
-        return id(tensor)

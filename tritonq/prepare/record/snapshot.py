@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 _CONTAINERS = (dict, list, set)
 
@@ -58,6 +59,7 @@ def copied(model: nn.Module) -> nn.Module:
 class _ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.training = module.training
         self.cls = type(module)
         self.attributes = dict(module.__dict__)
         # Registries (_modules, _parameters, hooks, …) and lists are changed in place: their contents are kept too.
@@ -65,6 +67,11 @@ class _ModuleState:
         self.buffers = [_BufferState(buffer) for buffer in module._buffers.values() if buffer is not None]
 
     def restore(self) -> None:
+        for buffer in self.buffers:
+            buffer.restore()
+        if isinstance(self.module, ScriptModule):
+            self.module.training = self.training  # nothing else of it is in Python's hands
+            return
         self.module.__class__ = self.cls
         self.module.__dict__.clear()
         self.module.__dict__.update(self.attributes)
@@ -75,8 +82,6 @@ class _ModuleState:
                 container.extend(contents)
             else:
                 container.update(contents)
-        for buffer in self.buffers:
-            buffer.restore()
 
 
 class _BufferState:
@@ -96,6 +101,14 @@ class _BufferState:
 def tensor_version(tensor: Tensor) -> int:
     """How often the tensor's storage was written in place; 0 for inference tensors, which do not count."""
     return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def tensor_storage(tensor: Tensor) -> int:
+    """What tells the storage of a tensor from others while both are alive."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:  # sparse and other tensors without one storage
+        return id(tensor)
 
 
 @contextmanager

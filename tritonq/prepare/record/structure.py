@@ -44,6 +44,17 @@ def tensors_in(item: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         yield from tensors_in(child, (*path, key))
 
 
+def unique_tensors(item: Any) -> list[Tensor]:
+    """The tensors of a structure, each once (by identity: equality would compare elements)."""
+    return list({id(tensor): tensor for _, tensor in tensors_in(item)}.values())
+
+
+def shares_tensor(inputs: list[Tensor], result: Any) -> bool:
+    """Whether a structure holds one of some tensors."""
+    held = {id(tensor) for tensor in inputs}
+    return any(id(tensor) in held for _, tensor in tensors_in(result))
+
+
 def describe(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
     """The structure as plain tuples and dicts: tensors through ``leaf``, constants kept, the rest Opaque."""
     if isinstance(item, Tensor):

@@ -1,0 +1,77 @@
+"""What users' code reads of a layer with integer weights: float values, made when somebody needs them.
+
+A forward may ask for ``layer.weight.dtype`` in each call; that must say float32 and should cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from tritonq.functional.coded_tensor import READS_MEMORY
+
+
+def stored(module: nn.Module, name: str) -> Tensor | None:
+    """Return the parameter or buffer that a module registered under a name which its class gives another meaning.
+
+    Raises:
+        AttributeError: it registered none.
+    """
+    if name in module._buffers:
+        return module._buffers[name]
+    if name in module._parameters:
+        return module._parameters[name]
+    raise AttributeError(f"{type(module).__name__} has no {name}")
+
+
+def lazy_values(codes: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """Return the float32 tensor that ``make`` returns, shaped and placed as ``codes``, without calling it yet.
+
+    Where operators are traced it is called at once: what is unused disappears from the graph.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return make()
+    return LazyValues(codes, make)
+
+
+class LazyValues(Tensor):
+    """A read-only float32 tensor whose values are computed for each operator that reads them."""
+
+    _make: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, make: Callable[[], Tensor]) -> LazyValues:
+        """Stand for what ``make`` returns, in the shape, strides and device of ``codes``."""
+        made: LazyValues = Tensor._make_wrapper_subclass(
+            cls, codes.shape, strides=codes.stride(), dtype=torch.float32, device=codes.device
+        )
+        made._make = make
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in READS_MEMORY:
+                args = (args[0]._make(), *args[1:])
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.is_mutable and args and isinstance(args[0], LazyValues):
+            raise RuntimeError(
+                f"{func} would change the weight of a converted layer, which is fixed: change the model that it was "
+                "converted from, and convert that"
+            )
+        return func(*_made(args), **_made(kwargs or {}))
+
+
+def _made(item: Any) -> Any:
+    return tree_map(lambda leaf: cast(Any, leaf)._make() if isinstance(leaf, LazyValues) else leaf, item)
