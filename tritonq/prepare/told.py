@@ -7,14 +7,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from tritonq.prepare.decide.find_layers import NO_QCONFIG
 from tritonq.prepare.decide.function_layers import CONSTANT_INPUT, FUNCTIONS_WITH_WEIGHTS
-from tritonq.prepare.decide.joins import KINDS
+from tritonq.prepare.decide.joins import KINDS, NO_NEIGHBOUR
 from tritonq.prepare.decide.layer_records import LayerRecord
 
 _log = logging.getLogger("tritonq")
-_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
+_WEIGHTED = (
+    *(nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag),
+    *(nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase),
+)
 _NAMES_PER_REASON = 5
 # Reasons that were asked for, or that leave nothing to quantize.
 _BY_DESIGN = (NO_QCONFIG, CONSTANT_INPUT)
@@ -34,7 +38,7 @@ def tell(
     _log.info(
         "%s: quantized %d of %d layers, %d of %d joins", name, quantized[0], len(layers), quantized[1], len(joins)
     )
-    unasked = [record for record in (*layers, *joins) if record.status == "float" and record.reason not in _BY_DESIGN]
+    unasked = [record for record in (*layers, *joins) if record.status == "float" and not _is_by_design(record)]
     if not unasked or not (warn or strict):
         return
     by_reason: dict[str, list[str]] = {}
@@ -47,16 +51,35 @@ def tell(
     warnings.warn(f"{text}. tritonq.summary lists them; a qconfig of None or warn=False silences this", stacklevel=4)
 
 
+def _is_by_design(record: LayerRecord) -> bool:
+    """Whether a layer or join in float was asked for, or belongs to an operation that stays in float as a whole.
+
+    Between operations in float products and differences are what norms, softmax and gates are made of.
+    """
+    return record.reason in _BY_DESIGN or (record.reason == NO_NEIGHBOUR and record.kind in ("mul", "sub"))
+
+
 def layers_and_joins(
     float_modules: Mapping[str, nn.Module], records: Sequence[LayerRecord]
 ) -> tuple[list[LayerRecord], list[LayerRecord]]:
-    """The records of layers with weights, and those of operations on two tensors."""
+    """The records of layers with weights, and those of operations on two tensors.
+
+    What is inside of a layer (the products of attention) counts with it.
+    """
     layers = [
         record
         for record in records
-        if isinstance(float_modules.get(record.name), _WEIGHTED) or record.kind in FUNCTIONS_WITH_WEIGHTS
+        if _has_weight(float_modules.get(record.name)) or record.kind in FUNCTIONS_WITH_WEIGHTS
     ]
+    inner = tuple(f"{record.name}." for record in layers if record.status == "float")
+    layers = [record for record in layers if not record.name.startswith(inner)]
     return layers, [record for record in records if record.kind in KINDS]
+
+
+def _has_weight(module: nn.Module | None) -> bool:
+    if isinstance(module, ScriptModule):
+        return next(module.parameters(), None) is not None
+    return isinstance(module, _WEIGHTED)
 
 
 def _listed(names: Sequence[str]) -> str:

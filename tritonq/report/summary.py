@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from textwrap import wrap
 from typing import Literal
 
 from torch import nn
@@ -21,13 +22,14 @@ from tritonq.observers import ObserverBase
 from tritonq.prepare.decide.layer_records import LayerRecord
 from tritonq.prepare.record.operations import is_leaf
 from tritonq.qparams import QuantizedType
+from tritonq.report.table import WIDTH, text_table
 
 _JOINS = (Joint, Cat, FloatFunctional, UnaryLayer)
 _QUANTIZED = (QATLayer, FixedPointLayer, DeployedModule, Embedding, EmbeddingBag, *_JOINS)
 # What a quantizer says about a layer, by the name of the child that holds it.
 _ROLES = {"weight_fake_quant": "w", "activation_post_process": "y", "input_fake_quant": "x"}
 _UNSEEN = " (no data yet)"
-_HEADER = ("layer", "kind", "fused with", "grid", "status", "why in float")
+_HEADER = ("layer", "kind", "fused with", "status", "grid, or why in float")
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,11 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What :func:`summary` found; ``print`` it for a table.
+    """What :func:`summary` found; ``print`` it for a table of at most 120 columns.
 
     Attributes:
         model: class name of the model.
-        layers: every layer; what was fused into another follows as a layer of its own.
+        layers: every layer, in order of use; what was fused into another follows as a layer of its own.
         absorbed: names of the layers that are part of another one and have no row of their own in the table.
         quantizers: further activation quantizers, by name, with their grids.
     """
@@ -82,18 +84,13 @@ class ModelSummary:
         return (layer for layer in self.layers if layer.name not in self.absorbed)
 
     def __str__(self) -> str:
-        rows = [_HEADER, *map(_cells, self._rows())]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("─" * width for width in widths))
+        lines = text_table([_HEADER, *map(_cells, self._rows())])
         if self.quantizers:
-            lines += ["", "further tensors on a grid:"]
-            width = max(len(name) for name, _ in self.quantizers)
-            lines += [f"  {name:{width}}  {grid}" for name, grid in self.quantizers]
-        return "\n".join([*lines, "", self._in_a_line()])
+            lines += ["", *text_table([("further tensors on a grid", "grid"), *self.quantizers])]
+        return "\n".join([*lines, "", *wrap(self._in_a_line(), WIDTH)])
 
     def _repr_html_(self) -> str:
-        """The table as notebooks show it."""
+        """Return the table as notebooks show it."""
         head = "".join(f"<th>{escape(cell)}</th>" for cell in _HEADER)
         rows = "".join(
             "<tr>" + "".join(f'<td style="text-align: left">{escape(cell)}</td>' for cell in _cells(layer)) + "</tr>"
@@ -156,7 +153,8 @@ def describe_grid(qtype: QuantizedType) -> str:
 
 def _cells(layer: LayerSummary) -> tuple[str, ...]:
     fused = ", ".join(layer.fused_with) or "-"
-    return layer.name, layer.kind, fused, layer.grid or "-", layer.status, layer.reason
+    told = "; ".join(text for text in (layer.grid, layer.reason) if text)
+    return layer.name, layer.kind, fused, layer.status, told or "-"
 
 
 def _layer(record: LayerRecord, module: nn.Module | None) -> LayerSummary:

@@ -37,7 +37,7 @@ class LayerSearch:
     Attributes:
         reasons: by name, why a layer stays in float, or a BatchNorm apart.
         single_mode: names of layers left in float since they run in one mode alone.
-        float_functions: by name, which function each of the functions left in float is.
+        float_functions: by name, the first call of each function left in float.
     """
 
     analysis: Analysis
@@ -46,7 +46,7 @@ class LayerSearch:
     kept: frozenset[int]
     reasons: dict[str, str] = field(default_factory=dict)
     single_mode: set[str] = field(default_factory=set)
-    float_functions: dict[str, str] = field(default_factory=dict)
+    float_functions: dict[str, Call] = field(default_factory=dict)
 
     def layers(self) -> list[Layer]:
         """Find all layers, modules first."""
@@ -86,7 +86,7 @@ class LayerSearch:
             seen.update(other.index for other in self.analysis.calls_like(call))
             function = self._function(call, child)
             if isinstance(function, str):
-                self.reasons[name], self.float_functions[name] = function, call.name
+                self.reasons[name], self.float_functions[name] = function, call
                 continue
             layer, obstacle = find_layer(name, function.kind, self.analysis, self.swapped, self.kept, function)
             found.append(layer)

@@ -20,6 +20,9 @@ from tritonq.prepare.forwards.proof import Site
 from tritonq.prepare.record.dataflow import Call, Ref, refs_in
 from tritonq.qconfig import QConfig
 
+# Why a join stays in float that nothing quantized reads or feeds.
+NO_NEIGHBOUR = "nothing that it reads, and nothing that reads it, is quantized"
+
 
 @dataclass(frozen=True)
 class Join:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
+from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.prepare.decide.analysis import Analysis
@@ -38,7 +41,10 @@ class LayerRecord:
 def layer_records(
     analysis: Analysis, plan: Plan, join_names: Mapping[Join, str], unary_names: Mapping[int, str]
 ) -> tuple[LayerRecord, ...]:
-    """A record for each layer of the float model, in order of its modules, then one for each addition and the like."""
+    """A record for each layer of the float model, and for each addition and the like, in order of their first call.
+
+    Layers that no run calls follow, in order of the modules.
+    """
     calls = analysis.flow.calls
     partners: dict[str, list[str]] = {}
     parts: tuple[Layer | Join, ...] = (*plan.layers, *plan.joins)
@@ -49,34 +55,58 @@ def layer_records(
         for other in dict.fromkeys(other for other in absorbed if other is not None):
             partners.setdefault(name, []).append(other)
             partners.setdefault(other, []).append(name)
+    found: list[tuple[float, LayerRecord]] = []
+
+    def note(first: float, name: str, kind: str, reason: str = "") -> None:
+        status: Literal["quantized", "float"] = "float" if reason else "quantized"
+        found.append((first, LayerRecord(name, kind, tuple(partners.get(name, ())), status, reason)))
+
     quantized = {layer.name for layer in plan.layers}
     quantized |= {place.owner for place in plan.quantizers if place.value in plan.unary and place.where == "output"}
-    records = []
+    scripted = tuple(f"{name}." for name, module in analysis.modules.items() if isinstance(module, ScriptModule))
     for name, module in analysis.modules.items():
         if name not in analysis.leaves and not isinstance(module, _BatchNorm) and name not in partners:
             continue
-        if type(module) in (nn.Identity, nn.Sequential):
+        if type(module) in (nn.Identity, nn.Sequential) or name.startswith(scripted):
             continue
         whole = name in quantized or (name in partners and _absorbed(name, analysis, plan))
-        reason = "" if whole else _reason(name, module, analysis, plan)
-        fused = tuple(partners.get(name, ()))
-        records.append(LayerRecord(name, type(module).__name__, fused, "quantized" if whole else "float", reason))
+        kind = str(module.original_name) if isinstance(module, ScriptModule) else type(module).__name__
+        note(_first_call(name, analysis), name, kind, "" if whole else _reason(name, module, analysis, plan))
     for layer in plan.layers:
         if layer.function is not None:
-            kind, fused = layer.function.calls[0].name, tuple(partners.get(layer.name, ()))
-            records.append(LayerRecord(layer.name, kind, fused, "quantized", ""))
+            note(layer.calls[0], layer.name, layer.function.calls[0].name)
     for join in plan.joins:
-        name = join_names[join]
-        records.append(LayerRecord(name, join.kind, tuple(partners.get(name, ())), "quantized", ""))
+        note(join.calls[0], join_names[join], join.kind)
     for value, name in unary_names.items():
-        kind = calls[plan.unary[value].calls[0]].name
-        records.append(LayerRecord(name, kind, (), "quantized", ""))
-    places = {record.name for record in records}
+        note(plan.unary[value].calls[0], name, calls[plan.unary[value].calls[0]].name)
+    names = {record.name for _, record in found}
     for name, reason in plan.float_reasons.items():
-        if name not in places:
-            kind = plan.float_functions.get(name, name.rpartition(".")[2])
-            records.append(LayerRecord(name, kind, (), "float", reason))
-    return tuple(dict.fromkeys(records))
+        if name not in names:
+            function = plan.float_functions.get(name)
+            first = math.inf if function is None else function.index
+            note(first, name, name.rpartition(".")[2] if function is None else function.name, reason)
+            names.add(name)
+    for join, reason in plan.float_joins:
+        free = _free_name(f"{join.owner}.{join.kind}".lstrip("."), names)
+        note(join.calls[0], free, join.kind, reason)
+        names.add(free)
+    in_order = sorted(found, key=lambda pair: pair[0])
+    return tuple(dict.fromkeys(record for _, record in in_order))
+
+
+def _first_call(name: str, analysis: Analysis) -> float:
+    """The index of the first call of a module, or of a function or module in its forward; infinity without one."""
+    own = [call.index for call in analysis.flow.calls_of(name)]
+    events = [analysis.flow.first_call_in(frame) for frame in analysis.flow.frames_of(name)]
+    outer = name.rpartition(".")[0]
+    if outer and not own and not events:
+        return _first_call(outer, analysis)  # part of a module that runs as a whole
+    return min([*own, *(first for first in events if first is not None)], default=math.inf)
+
+
+def _free_name(base: str, taken: Container[str]) -> str:
+    names = (f"{base}_{count}" if count else base for count in itertools.count())
+    return next(name for name in names if name not in taken)
 
 
 def fixed_point_records(links: Links) -> tuple[LayerRecord, ...]:
@@ -106,6 +136,8 @@ def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str
         return plan.float_reasons[name]
     if not calls and not analysis.flow.frames_of(name):
         return "the example inputs don't reach it"
+    if isinstance(module, ScriptModule):
+        return "torch.jit made it: it runs as it is, since its inside can't be seen"
     if isinstance(module, _BatchNorm):
         return "no convolution or linear layer alone precedes it"
     if all(analysis.keeps_grid(call) for call in calls):
@@ -113,7 +145,7 @@ def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str
     clipped = _clipped_layer(name, analysis, plan)
     if clipped is not None:
         return f"the quantizer of {clipped} stands behind it"
-    return f"{type(module).__name__} has no quantized form; what reads it quantizes its result"
+    return f"{type(module).__name__} has no quantized form"
 
 
 def _clipped_layer(name: str, analysis: Analysis, plan: Plan) -> str | None:

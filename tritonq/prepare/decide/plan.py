@@ -10,6 +10,7 @@ from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.readers import Reader
 from tritonq.prepare.decide.unary import PlannedUnary
+from tritonq.prepare.record.dataflow import Call
 from tritonq.prepare.record.structure import Path
 from tritonq.qconfig import QConfig
 
@@ -68,7 +69,8 @@ class Plan:
         erased_nodes: owner and node of further such calls that can be taken out of a forward.
         float_reasons: for modules and joins left in float, by name, why.
         single_mode: names of layers left in float since they run in eval mode alone, or in training mode alone.
-        float_functions: by name, which function each of the functions with weights left in float is.
+        float_joins: joins left in float, each with why.
+        float_functions: by name, the first call of each function with weights left in float.
         exclusive_state: names of parameters and buffers that nothing reads but weights of layers computed of them.
     """
 
@@ -85,7 +87,8 @@ class Plan:
     float_reasons: Mapping[str, str]
     single_mode: frozenset[str] = frozenset()
     exclusive_state: frozenset[str] = frozenset()
-    float_functions: Mapping[str, str] = field(default_factory=dict)
+    float_functions: Mapping[str, Call] = field(default_factory=dict)
+    float_joins: tuple[tuple[Join, str], ...] = ()
     summands: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
@@ -105,6 +108,7 @@ class Plan:
         lines += [f"erase the ReLU {name}" for name in self.erased_modules]
         lines += [f"erase {node} in the forward of {owner or 'the model'}" for owner, node in self.erased_nodes]
         lines += [f"leave {name} in float: {reason}" for name, reason in self.float_reasons.items()]
+        lines += [f"leave {self._source(join)} in float: {reason}" for join, reason in self.float_joins]
         return "\n".join(lines)
 
     def _reads(self, grid: GridSource | None) -> str:

@@ -9,10 +9,10 @@ from torch import nn
 
 from tritonq.prepare.decide.activations import ActivationChoice
 from tritonq.prepare.decide.analysis import Analysis
-from tritonq.prepare.decide.find_layers import LayerSearch
+from tritonq.prepare.decide.find_layers import NO_QCONFIG, LayerSearch
 from tritonq.prepare.decide.function_layers import weights_of
 from tritonq.prepare.decide.functions import is_function
-from tritonq.prepare.decide.joins import Join, find_joins, operands
+from tritonq.prepare.decide.joins import NO_NEIGHBOUR, Join, find_joins, operands
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.places import place_of, results
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
@@ -58,7 +58,8 @@ class _Planner:
     grids: dict[int, GridSource] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     single_mode: set[str] = field(default_factory=set)
-    float_functions: dict[str, str] = field(default_factory=dict)
+    float_functions: dict[str, Call] = field(default_factory=dict)
+    float_joins: list[tuple[Join, str]] = field(default_factory=list)
     quantizers: list[PlannedQuantizer] = field(default_factory=list)
     # Results of layers that are rounded with the sum that they enter.
     unrounded: set[int] = field(default_factory=set)
@@ -100,6 +101,7 @@ class _Planner:
             float_reasons=self.reasons,
             single_mode=frozenset(self.single_mode),
             float_functions=self.float_functions,
+            float_joins=tuple(self.float_joins),
             exclusive_state=self._exclusive_state(layers),
         )
 
@@ -178,11 +180,12 @@ class _Planner:
                 self.grids[value] = grid
 
     def _relevant(self, joins: list[Join], layers: list[Layer]) -> list[Join]:
-        """The joins that stand between quantized layers, on either side; others are none of our business.
+        """The joins that stand between quantized layers, on either side.
 
-        One that can't become a module stays in float, and the reason is noted.
+        Others stay in float, as does one that can't become a module, and the reason is noted.
         """
         candidates = [join for join in joins if self._qconfig(join.owner) is not None]
+        self.float_joins += [(join, NO_QCONFIG) for join in joins if self._qconfig(join.owner) is None]
         read: dict[int, list[int]] = {}  # for values that a candidate takes its grid from, the candidates
         made: dict[int, list[int]] = {}  # for values that a candidate returns, the candidates
         pending: list[int] = []
@@ -198,19 +201,25 @@ class _Planner:
             for value in self._reads(layer):
                 pending += [index for source in self._upwards(value) for index in made.get(source, ())]
         chosen: set[int] = set()
+        met: set[int] = set()
         while pending:
             index = pending.pop()
-            if index in chosen:
+            if index in met:
                 continue
+            met.add(index)
             join = candidates[index]
             if join.site is None:
-                self.reasons[f"{join.owner}.{join.kind}".lstrip(".")] = join.reason
                 continue
             chosen.add(index)
             for end in self._end_values(join):
                 pending += read.get(end, ())
             for value in self._reads(join):
                 pending += [above for source in self._upwards(value) for above in made.get(source, ())]
+        self.float_joins += [
+            (join, join.reason if index in met else NO_NEIGHBOUR)
+            for index, join in enumerate(candidates)
+            if index not in chosen
+        ]
         found = [join for index, join in enumerate(candidates) if index in chosen]
         for join in found:
             self._assign(join.ends, join)

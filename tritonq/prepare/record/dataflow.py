@@ -276,6 +276,11 @@ class Dataflow:
         """The frames whose result is this one value, in order of their beginning."""
         return self._frames_by_output.get(value, ())
 
+    def first_call_in(self, frame: Frame) -> int | None:
+        """The index of the first call that a frame, or one inside of it, made; None if it made none."""
+        found = (index if kind == "call" else self.first_call_in(self.frames[index]) for kind, index in frame.events)
+        return next((index for index in found if index is not None), None)
+
     def is_within(self, frame: int | None, outer: int) -> bool:
         """Whether a frame is ``outer`` or was opened, at any depth, inside of it."""
         while frame is not None and frame != outer:
