@@ -62,8 +62,15 @@ def test_weight_and_bias_are_the_values_of_the_codes(models):
 
 def test_weights_of_converted_layers_can_not_be_changed(models):
     layer = models[1].projection
-    with pytest.raises(RuntimeError, match="would change the weight of a converted layer"):
-        layer.weight.mul_(2)
+    for write in (
+        lambda weight: weight.mul_(2),
+        lambda weight: weight.data.neg_(),
+        lambda weight: weight.detach().view(-1).fill_(0),
+        lambda weight: weight.__setitem__(0, 1.0),
+        lambda weight: weight[:, 0].zero_(),
+    ):
+        with pytest.raises(RuntimeError, match="would change the weight of a converted layer"):
+            write(layer.weight)
     for name in ("weight", "bias"):
         with pytest.raises(AttributeError, match=f"the {name} of a converted layer is fixed"):
             setattr(layer, name, nn.Parameter(getattr(layer, name) * 2))

@@ -89,7 +89,9 @@ def test_bias_and_products_together_fit_32_bits(sign, tmp_path):
         layer.bias[0] = sign * 0.9999 * 2**31 * layer.integer_layer(layer.weight, layer.bias).multiplier[0]
     qat(images)
     converted = tritonq.convert(qat.eval())
-    weight, bias = (getattr(converted.get_submodule("0"), name)[0].double() for name in ("weight", "bias"))
+    weight, bias = (
+        getattr(converted.get_submodule("0"), name)[0].double() for name in ("stored_weight", "stored_bias")
+    )
     assert float(bias.abs()) > 0.99 * 2**31
     assert float(bias.abs() + 128 * weight.abs().sum()) < 2**31
     path = tmp_path / "model.onnx"

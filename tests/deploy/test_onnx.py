@@ -83,7 +83,7 @@ def test_weights_are_int8_and_biases_int32_initialisers(exported):
     assert held["stem.weight"].dtype == "int8"
     assert (held["stem.weight"] == layer.stored_weight.numpy()).all()
     assert held["stem.bias"].dtype == "int32"
-    assert (held["stem.bias"] == layer.bias.numpy()).all()
+    assert (held["stem.bias"] == layer.stored_bias.numpy()).all()
     assert (held["stem.multiplier"] == (layer.input_scale * layer.weight_scale).numpy()).all()
     readers = {node.input[0]: node for node in nodes(path, "DequantizeLinear")}
     assert readers["stem.weight"].attribute[0].i == 0

@@ -119,7 +119,7 @@ def test_sums_beyond_float32_are_exact(monkeypatch):
     layer, x = make_layer("wide sums", "values")
     assert layer.integer_layer().sum_bound > 2**24
     layer.ceiling = None
-    layer.weight.fill_(127)
+    layer.stored_weight.fill_(127)
     x = x.fill_(float(x.max()))
     expected, found = by_formula(layer, x, monkeypatch), layer(x)
     assert float(expected.max() / layer.multiplier.max()) > 2**24
@@ -153,10 +153,10 @@ def test_inputs_of_many_sizes(monkeypatch):
 def test_packed_weight_follows_its_sources():
     layer, x = make_layer("3x3 strided", "affine")
     before = layer(x)
-    layer.weight.neg_()
+    layer.stored_weight.neg_()
     changed = layer(x)
     assert not torch.equal(before, changed)
-    layer.load_state_dict({**layer.state_dict(), "weight": -layer.weight})
+    layer.load_state_dict({**layer.state_dict(), "weight": -layer.stored_weight})
     assert torch.equal(layer(x), before)
     layer.activation_post_process.scale.mul_(2)
     assert not torch.equal(layer(x), before)

@@ -39,9 +39,9 @@ def test_every_layer_has_a_row():
 def test_the_table():
     report = tritonq.summary(trained_float_form())
     lines = str(report).splitlines()
-    assert lines[0].split() == ["layer", "kind", "fused", "with", "grid", "status", "why", "in", "float"]
+    assert lines[0].split() == ["layer", "kind", "fused", "with", "status", "grid,", "or", "why", "in", "float"]
     (stem,) = [line for line in lines if line.startswith("stem.0 ")]
-    assert stem.split("  ")[-1] == "quantized"
+    assert "quantized" in stem
     assert "stem.2, stem.1" in stem
     assert "w -127..127 per channel, y -128..127, x -128..127" in stem
     assert not [line for line in lines if line.startswith("stem.1")]

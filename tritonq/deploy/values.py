@@ -56,6 +56,8 @@ class LazyValues(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()  # so that who writes there is told
         with torch._C.DisableTorchFunctionSubclass():
             if func in READS_MEMORY:
                 args = (args[0]._make(), *args[1:])
@@ -70,7 +72,14 @@ class LazyValues(Tensor):
                 f"{func} would change the weight of a converted layer, which is fixed: change the model that it was "
                 "converted from, and convert that"
             )
-        return func(*_made(args), **_made(kwargs or {}))
+        result = func(*_made(args), **_made(kwargs or {}))
+        is_view = any(returned.alias_info is not None for returned in func._schema.returns)
+        return tree_map(_read_only, result) if is_view else result
+
+
+def _read_only(item: Any) -> Any:
+    """Refuse writes to a view as well: they would reach no layer."""
+    return LazyValues(item, lambda: item) if isinstance(item, Tensor) else item
 
 
 def _made(item: Any) -> Any:
