@@ -174,7 +174,7 @@ def test_packed_weight_is_no_state():
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded, layer.to(torch.float32)):
         assert torch.equal(twin(x), before)
     twin = copy.deepcopy(layer)
-    twin.weight.neg_()
+    twin.stored_weight.neg_()
     assert not torch.equal(twin(x), before)
     assert torch.equal(layer(x), before)
 

@@ -280,3 +280,39 @@ def test_part_of_attention_has_its_true_reason():
 
     prepared = prepare_qat(Attends(), example_inputs=torch.randn(1, 3, 4), warn=False)
     assert reasons(prepared)["attention.out_proj"].startswith("it is part of attention, a MultiheadAttention")
+
+
+class FarJoins(nn.Module):
+    """Adds and multiplies where nothing near is quantized, and says so in the order of use."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.stem = nn.Linear(4, 2), nn.Linear(4, 4)
+        self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(3))
+
+    def forward(self, x):
+        x = self.norms[0](self.stem(x))
+        x = self.norms[1](x + torch.softmax(x, -1))
+        x = self.norms[2](x * torch.softmax(x, -1))
+        return self.head(x)
+
+
+def test_joins_far_from_layers_are_told_with_their_reason():
+    with pytest.warns(UserWarning, match=r"leaves 1 layers and joins of FarJoins in float: add: nothing that it reads"):
+        prepared = prepare_qat(FarJoins(), example_inputs=torch.randn(2, 4))
+    rows = [(row.name, row.status) for row in tritonq.summary(prepared).layers]
+    joins = {"add": "float", "mul": "float"}
+    assert [name for name, _ in rows] == ["stem", "norms.0", "add", "norms.1", "mul", "norms.2", "head"]
+    assert joins.items() <= dict(rows).items()
+    assert all(row.reason for row in tritonq.summary(prepared).in_float)
+    with pytest.raises(ValueError, match=r"add: nothing that it reads.*strict=True"):
+        prepare_qat(FarJoins(), example_inputs=torch.randn(2, 4), strict=True)
+
+
+def test_joins_of_parts_without_a_qconfig_are_told_as_asked_for():
+    model = FarJoins()
+    model.qconfig, model.head.qconfig = None, tritonq.get_qconfig("onnxruntime")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared = prepare_qat(model, example_inputs=torch.randn(2, 4), strict=True)
+    assert {reasons(prepared)[name] for name in ("add", "mul", "stem")} == {"its qconfig is None"}

@@ -46,7 +46,7 @@ def test_the_table():
     assert "w -127..127 per channel, y -128..127, x -128..127" in stem
     assert not [line for line in lines if line.startswith("stem.1")]
     assert lines[-1] == (
-        "FloatResidual: 6 layers quantized (3 Conv2d, 1 Linear, 1 add, 1 mean), 3 more fused into them, 0 left in float"
+        "FloatResidual: 6 layers quantized (3 Conv2d, 1 add, 1 mean, 1 Linear), 3 more fused into them, 0 left in float"
     )
 
 
@@ -135,3 +135,21 @@ def test_notebooks_show_a_table():
     assert str(report).splitlines()[-1] in page
     hostile = dataclasses.replace(report, model="<script>")
     assert "<script>" not in hostile._repr_html_()
+
+
+def test_the_table_fits_a_terminal():
+    class Deep(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.a_rather_long_name_of_a_part = inner
+
+        def forward(self, x):
+            return self.a_rather_long_name_of_a_part(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softmax(1), nn.Conv2d(4, 4, 3))
+    for _ in range(4):
+        model = Deep(model)
+    prepared = tritonq.prepare_qat(model, example_inputs=torch.randn(1, 3, 8, 8))
+    lines = str(tritonq.summary(prepared)).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert "Softmax has no" in "".join(lines)

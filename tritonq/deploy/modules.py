@@ -148,19 +148,19 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         """What the state dict holds as ``bias``."""
         return stored(self, "bias")
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight's values, float32."""
+    def _float_weight(self) -> Tensor:
         codes = self.stored_weight
         if codes.is_floating_point():
             return codes
         return lazy_values(codes, partial(self.dequantized_weight, torch.float32))
 
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        """The bias's values, float32."""
+    def _float_bias(self) -> Tensor | None:
         codes = self.stored_bias
         return codes if codes is None or self.multiplier is None else codes.float() * self.multiplier
+
+    # Properties, which mypy must take for the attributes that torch's classes have.
+    weight: Tensor = property(_float_weight)  # type: ignore[assignment]
+    bias: Tensor | None = property(_float_bias)  # type: ignore[assignment]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse float values where the layer holds codes."""
@@ -219,7 +219,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
             return self.run_operators(x, layer)
         fused = quantizer.fused_grid() if isinstance(quantizer, Quantizer) and self.following is None else None
         if layer is None:
-            y = kernel(x, self.dequantized_weight(x.dtype), self._float_bias(x.dtype), self.ceiling, fused)
+            y = kernel(x, self.dequantized_weight(x.dtype), self._bias_as(x.dtype), self.ceiling, fused)
         else:
             y = kernel.integers(x, layer, self.output_grid(), self.ceiling, fused)
         return y if fused is not None else self.finish(y, relu_done=True)
@@ -251,12 +251,12 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
     def run_operators(self, x: Tensor, layer: IntegerAffine | None) -> Tensor:
         """:meth:`forward` by PyTorch's operators; ``layer`` is :meth:`integer_layer`."""
         if layer is None:
-            y = self.linear_map(x, self.dequantized_weight(x.dtype), self._float_bias(x.dtype))
+            y = self.linear_map(x, self.dequantized_weight(x.dtype), self._bias_as(x.dtype))
         else:
             y = run_integer_layer(x, layer, self.linear_map, self.output_grid(), None)
         return self.finish(y)
 
-    def _float_bias(self, dtype: torch.dtype) -> Tensor | None:
+    def _bias_as(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.stored_bias is None else self.stored_bias.to(dtype)
 
     @property

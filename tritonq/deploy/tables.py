@@ -58,11 +58,11 @@ class QuantizedTable(DeployedModule):
         """What the state dict holds as ``weight``."""
         return cast(Tensor, stored(self, "weight"))
 
-    @property
-    def weight(self) -> Tensor:
-        """The table's values, float32."""
+    def _float_weight(self) -> Tensor:
         codes = self.stored_weight
         return codes if codes.is_floating_point() else lazy_values(codes, self.dequantized_weight)
+
+    weight: Tensor = property(_float_weight)  # type: ignore[assignment]
 
     def dequantized_weight(self) -> Tensor:
         """The whole table as float32 values."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,10 +51,21 @@ def copied(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
+        if isinstance(module, ScriptModule) and id(module) not in memo:
+            memo.update((id(old), new) for old, new in zip(module.modules(), _reloaded(module).modules(), strict=True))
         for value in vars(module).values():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
+
+
+def _reloaded(module: ScriptModule) -> nn.Module:
+    """A copy of what torch.jit made; the parameters of one by ``copy.deepcopy`` take no gradients (torch 2.13)."""
+    file = io.BytesIO()
+    torch.jit.save(module, file)
+    file.seek(0)
+    loaded: nn.Module = torch.jit.load(file)
+    return loaded
 
 
 class _ModuleState:
