@@ -1,6 +1,8 @@
 """Models that others wrapped before or after preparation: torch.compile, accelerate's autocast."""
 
+import threading
 import types
+import warnings
 
 import pytest
 import torch
@@ -101,3 +103,63 @@ def test_scripted_parts_run_in_float_and_are_told(compiler, tmp_path):
     loaded = tritonq.load_converted(tmp_path / "model.pt", Scripted(gate))
     assert torch.equal(converted(X), prepared(X))
     assert torch.equal(loaded(X), prepared(X))
+
+
+class LowRank(nn.Module):
+    """A frozen layer with an adapter, as peft's LoRA layers are."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_dropout = nn.ModuleDict({"default": nn.Dropout(0.1)})
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False)})
+        self.scaling, self.active = {"default": 2.0}, ["default"]
+
+    def forward(self, x):
+        result = self.base_layer(x)
+        for name in self.active:
+            down = self.lora_A[name](self.lora_dropout[name](x.to(self.lora_A[name].weight.dtype)))
+            result = result + self.lora_B[name](down) * self.scaling[name]
+        return result
+
+
+@pytest.mark.parametrize(("rank", "frozen"), [(2, True), (8, True), (2, False)])
+def test_adapters_of_low_rank_stay_in_float_beside_a_frozen_layer(rank, frozen):
+    float_model = nn.Sequential(LowRank(nn.Linear(8, 8), rank), nn.ReLU(), nn.Linear(8, 4))
+    if not frozen:
+        float_model.requires_grad_(True)
+    x = torch.randn(4, 8)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        prepared = tritonq.prepare_qat(float_model, example_inputs=x)
+    rows = {row.name: row for row in tritonq.summary(prepared).layers}
+    is_adapter = rank < 8 and frozen
+    assert {rows[f"0.lora_{part}.default"].status for part in "AB"} == {"float" if is_adapter else "quantized"}
+    assert rows["0.base_layer"].status == rows["0.add"].status == "quantized"
+    assert is_adapter == any("adapter of low rank beside 0.base_layer" in str(warning.message) for warning in told)
+    prepared(x).sum().backward()
+    assert tritonq.verify(prepared.eval(), tritonq.convert(prepared), x).agrees()
+
+
+class Remembers(nn.Module):
+    def __init__(self, unlucky=None):
+        super().__init__()
+        self.first, self.second = conv(), conv()
+        self.seen, self.by_name, self.last, self.unlucky = [], {}, None, unlucky
+
+    def forward(self, x):
+        self.last = self.first(x)
+        self.seen.append(self.last)
+        self.by_name["first"] = [self.last]
+        return self.second(self.last)
+
+
+def test_models_that_hold_activations_can_be_prepared_and_converted():
+    float_model = Remembers()
+    float_model(X)
+    prepared = tritonq.prepare_qat(float_model, example_inputs=X)
+    prepared(X).sum().backward()
+    assert tritonq.verify(prepared.eval(), tritonq.convert(prepared), X).agrees()
+    with pytest.raises(ValueError, match=r"copied \(attribute 'unlucky' of the model, a lock\).*inplace=True"):
+        tritonq.prepare_qat(Remembers(threading.Lock()), example_inputs=X)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from tritonq.prepare.decide.activations import ActivationChoice
+from tritonq.prepare.decide.adapters import find_adapters
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.find_layers import NO_QCONFIG, LayerSearch
 from tritonq.prepare.decide.function_layers import weights_of
@@ -116,7 +117,9 @@ class _Planner:
         self.reasons |= search.reasons
         self.single_mode |= search.single_mode
         self.float_functions |= search.float_functions
-        return found
+        adapters = find_adapters(found, self.analysis)
+        self.reasons |= adapters
+        return [layer for layer in found if layer.name not in adapters]
 
     def _quantized_when_clipped(self, layer: Layer) -> bool:
         """Put the quantizer of a layer behind the ReLU6 that alone reads it, if there is one and it can stand there.

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
+from tritonq.prepare.record.structure import tensors_in
+
 _CONTAINERS = (dict, list, set)
 
 
@@ -47,16 +49,41 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy of a model, also where modules hold results of computations, which tensors refuse to copy.
 
-    Pruning masks and ``weight_norm`` of old leave the computed weight on the module; forwards may leave activations.
+    Pruning masks and ``weight_norm`` of old leave the computed weight on the module; forwards may leave activations,
+    also in lists and dicts.
+
+    Raises:
+        ValueError: something that a module holds can't be copied; the message names it.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, ScriptModule) and id(module) not in memo:
             memo.update((id(old), new) for old, new in zip(module.modules(), _reloaded(module).modules(), strict=True))
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+        for name, value in vars(module).items():
+            if name == "_modules":
+                continue
+            for _, tensor in tensors_in(value):
+                if tensor.grad_fn is not None:
+                    memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} can't be copied{_culprit(model)}: {error}. inplace=True changes the model itself"
+        ) from error
+
+
+def _culprit(model: nn.Module) -> str:
+    """Which attribute of which module refuses to be copied."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                copy.deepcopy(value, {id(model): model})
+            except Exception:
+                return f" (attribute {attribute!r} of {name or 'the model'}, a {type(value).__qualname__})"
+    return ""
 
 
 def _reloaded(module: ScriptModule) -> nn.Module:

@@ -1,0 +1,69 @@
+"""Adapters of low rank beside frozen layers (LoRA): two small layers that train while the layer itself does not.
+
+``y = W x + s · B A x``, with W frozen. W becomes a quantized layer. A and B stay in float, as their authors train them:
+their sum with the rest is rounded, not they.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; ``lora.Linear`` of peft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.layers import Layer
+from tritonq.prepare.decide.rows import out_channels
+
+
+def find_adapters(layers: Iterable[Layer], analysis: Analysis) -> dict[str, str]:
+    """Return the layers that are part of an adapter, each with why it stays in float.
+
+    The first one reads what a frozen layer reads and returns fewer channels than that reads or returns; the second
+    one reads the first and returns a tensor of the frozen layer's shape.
+    """
+    layers = [layer for layer in layers if layer.function is None]
+    frozen = [layer for layer in layers if not _trains(layer, analysis)]
+    trained = [layer for layer in layers if _trains(layer, analysis)]
+    by_input: dict[int, list[Layer]] = {}
+    for layer in trained if frozen else ():
+        for value in _inputs(layer, analysis):
+            by_input.setdefault(value, []).append(layer)
+    found: dict[str, str] = {}
+    for base in frozen:
+        reason = f"it belongs to an adapter of low rank beside {base.name}, which is frozen"
+        for down in (layer for value in _inputs(base, analysis) for layer in by_input.get(value, ())):
+            results = [analysis.value_of(analysis.flow.calls[index]) for index in down.ends]
+            for up in (layer for value in results if value is not None for layer in by_input.get(value, ())):
+                if _is_narrow(down, base, analysis) and _shapes(up, analysis) == _shapes(base, analysis):
+                    found |= {down.name: reason, up.name: reason}
+    return found
+
+
+def _trains(layer: Layer, analysis: Analysis) -> bool:
+    return any(parameter.requires_grad for parameter in analysis.modules[layer.name].parameters())
+
+
+def _inputs(layer: Layer, analysis: Analysis) -> set[int]:
+    """What a layer reads, up through operations that only move values: dropout, casts to the same type."""
+    values = set()
+    for index in layer.calls:
+        value = analysis.flow.calls[index].inputs[0]
+        while (call := analysis.flow.producer(value)) is not None and analysis.keeps_grid(call):
+            value = call.inputs[0]
+        values.add(value)
+    return values
+
+
+def _is_narrow(down: Layer, base: Layer, analysis: Analysis) -> bool:
+    module: nn.Module = analysis.modules[base.name]
+    rank, channels = out_channels(analysis.modules[down.name]), out_channels(module)
+    read = getattr(module, "in_channels", getattr(module, "in_features", None))
+    return rank is not None and channels is not None and read is not None and rank < min(channels, read)
+
+
+def _shapes(layer: Layer, analysis: Analysis) -> set[tuple[int, ...]]:
+    """The shapes of what a layer returns."""
+    values = (analysis.value_of(analysis.flow.calls[index]) for index in layer.calls)
+    return {analysis.flow.values[value].shape for value in values if value is not None}
