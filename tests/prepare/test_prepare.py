@@ -155,7 +155,7 @@ def test_without_qconfig_the_preset_is_onnxruntime():
 def test_report_tells_two_additions_apart():
     prepared = prepare(lambda m, x: m.second(m.first(x) + x) + x, first=conv(), second=conv())
     assert of_type(prepared, qnn.Add) == ["add", "add_1"]
-    assert [record.name for record in prepared.tritonq_report] == ["first", "second", "add", "add_1"]
+    assert [record.name for record in prepared.tritonq_report] == ["first", "add", "second", "add_1"]
 
 
 def test_report_names_every_layer():
@@ -168,7 +168,7 @@ def test_report_names_every_layer():
         fc=nn.Linear(4, 2),
     )
     report = {record.name: record for record in prepare_qat(model, example_inputs=X).tritonq_report}
-    assert list(report) == ["conv", "norm", "act", "pool", "fc", "add"]
+    assert list(report) == ["conv", "norm", "add", "act", "pool", "fc"]
     assert report["conv"].fused_with == ("norm",)
     assert report["act"].fused_with == ("add",)
     assert all(record.status == "quantized" for record in report.values())

@@ -61,7 +61,7 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
         >>> qat = tritonq.prepare_qat(model, example_inputs=x).train()
         >>> _ = qat(x)                         # training steps
         >>> int8 = convert(qat)
-        >>> int8[0].weight.dtype, torch.equal(int8(x), qat.eval()(x))
+        >>> int8[0].stored_weight.dtype, torch.equal(int8(x), qat.eval()(x))
         (torch.int8, True)
     """
     model = uncompiled(model)

@@ -89,6 +89,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
     input_zero_point: Tensor | None
     activation_post_process: nn.Module
     target: str | None = None
+    tensor_names = TENSOR_NAMES
     parameter_names = ("weight", "weight_scale", "bias")
 
     # Whether the layer was a function in a forward, which may go on giving it a weight.

@@ -26,9 +26,11 @@ class DeployedModule(FixedDtypeBuffers):
     Ignoring ``train()`` instead would switch on the dropout and BatchNorm layers that stayed in float, in silence.
 
     Attributes:
-        parameter_names: names of the tensors that are parameters where they are float.
+        tensor_names: names of tensors in the order in which a state dict has them.
+        parameter_names: names of those that are parameters where they are float.
     """
 
+    tensor_names: ClassVar[tuple[str, ...]] = ()
     parameter_names: ClassVar[tuple[str, ...]] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -71,6 +73,12 @@ class DeployedModule(FixedDtypeBuffers):
 
     def read_tensors(self) -> None:
         """Derive from the buffers what forward would otherwise ask the device for, again after each load."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """List parameters and buffers in the order of ``tensor_names``, whichever of the two they are."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key in (prefix + name for name in self.tensor_names if prefix + name in destination):
+            destination[key] = destination.pop(key)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

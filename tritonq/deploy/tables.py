@@ -31,6 +31,7 @@ class QuantizedTable(DeployedModule):
     weight_scale: Tensor
     weight_zero_point: Tensor
     target: str | None = None
+    tensor_names = TABLE_TENSOR_NAMES
     parameter_names = ("weight", "weight_scale")
 
     float_type: ClassVar[type[nn.Module]]

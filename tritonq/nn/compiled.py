@@ -23,7 +23,7 @@ def uncompile_children(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, ScriptModule):
             continue
-        module._compiled_call_impl = None
+        vars(module).pop("_compiled_call_impl", None)
         for name, child in module._modules.items():
             if child is not None:
                 module._modules[name] = uncompiled(child)

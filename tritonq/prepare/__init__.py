@@ -116,22 +116,20 @@ def prepare_qat(
     types = DEFAULT_QAT_MAPPING if mapping is None else dict(mapping)
     if not inplace:
         model = copied(model)
-    uncompile_children(model)
-    recording = None if example_inputs is None else record_examples(model, example_inputs, training_inputs)
-    if isinstance(qconfig, QConfigMapping):
-        qconfigs = mapped_qconfigs(model, qconfig, types, None if recording is None else recording.in_eval.flow)
-    else:
-        qconfigs = resolve_qconfigs(model, qconfig)
-    if recording is not None:
-        inputs = qconfig.inputs if isinstance(qconfig, QConfigMapping) else None
-        prepare_recorded(model, types, qconfigs, recording, warn, strict, inputs)
-        if warn:
-            warn_of_weight_zero_points(one_sided_layers(model), stacklevel=2)
-        return model
-    if is_fixed_point(qconfigs[model]):
-        raise ValueError("fixed point needs example_inputs: a layer's scaling factor depends on the layer that follows")
     with undone_on_error(model):
-        prepare_eager(model, types, qconfigs)
+        uncompile_children(model)
+        recording = None if example_inputs is None else record_examples(model, example_inputs, training_inputs)
+        if isinstance(qconfig, QConfigMapping):
+            qconfigs = mapped_qconfigs(model, qconfig, types, None if recording is None else recording.in_eval.flow)
+        else:
+            qconfigs = resolve_qconfigs(model, qconfig)
+        if recording is not None:
+            inputs = qconfig.inputs if isinstance(qconfig, QConfigMapping) else None
+            prepare_recorded(model, types, qconfigs, recording, warn, strict, inputs)
+        elif is_fixed_point(qconfigs[model]):
+            raise ValueError("fixed point needs example_inputs: a layer's factor depends on the layer that follows")
+        else:
+            prepare_eager(model, types, qconfigs)
     if warn:
         warn_of_weight_zero_points(one_sided_layers(model), stacklevel=2)
     return model

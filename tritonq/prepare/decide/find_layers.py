@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from tritonq.prepare.decide.adapters import find_adapters
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.function_layers import (
     CONSTANT_INPUT,
@@ -49,8 +50,11 @@ class LayerSearch:
     float_functions: dict[str, Call] = field(default_factory=dict)
 
     def layers(self) -> list[Layer]:
-        """Find all layers, modules first."""
-        return [*self._modules(), *self._functions()]
+        """Find all layers, modules first; adapters of low rank are none."""
+        found = [*self._modules(), *self._functions()]
+        adapters = find_adapters(found, self.analysis)
+        self.reasons |= adapters
+        return [layer for layer in found if layer.name not in adapters]
 
     def _modules(self) -> list[Layer]:
         found = []

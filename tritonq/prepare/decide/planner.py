@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from tritonq.prepare.decide.activations import ActivationChoice
-from tritonq.prepare.decide.adapters import find_adapters
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.find_layers import NO_QCONFIG, LayerSearch
 from tritonq.prepare.decide.function_layers import weights_of
@@ -112,14 +111,10 @@ class _Planner:
         return self.analysis.constants.exclusive(ends) if ends else frozenset()
 
     def _layers(self) -> list[Layer]:
-        search = LayerSearch(self.analysis, self.swapped, self.qconfigs, self.kept)
-        found = search.layers()
-        self.reasons |= search.reasons
-        self.single_mode |= search.single_mode
-        self.float_functions |= search.float_functions
-        adapters = find_adapters(found, self.analysis)
-        self.reasons |= adapters
-        return [layer for layer in found if layer.name not in adapters]
+        search = LayerSearch(
+            self.analysis, self.swapped, self.qconfigs, self.kept, self.reasons, self.single_mode, self.float_functions
+        )
+        return search.layers()
 
     def _quantized_when_clipped(self, layer: Layer) -> bool:
         """Put the quantizer of a layer behind the ReLU6 that alone reads it, if there is one and it can stand there.
@@ -198,38 +193,32 @@ class _Planner:
                 pending.append(index)
             for source in sources:
                 read.setdefault(source, []).append(index)
-            for end in self._end_values(join):
+            for end in results((self.analysis.flow.calls[end] for end in join.ends), self.analysis):
                 made.setdefault(end, []).append(index)
         for layer in layers:
             for value in self._reads(layer):
                 pending += [index for source in self._upwards(value) for index in made.get(source, ())]
-        chosen: set[int] = set()
         met: set[int] = set()
         while pending:
             index = pending.pop()
-            if index in met:
-                continue
-            met.add(index)
             join = candidates[index]
-            if join.site is None:
+            is_new = index not in met
+            met.add(index)
+            if not is_new or join.site is None:
                 continue
-            chosen.add(index)
-            for end in self._end_values(join):
+            for end in results((self.analysis.flow.calls[end] for end in join.ends), self.analysis):
                 pending += read.get(end, ())
             for value in self._reads(join):
                 pending += [above for source in self._upwards(value) for above in made.get(source, ())]
         self.float_joins += [
             (join, join.reason if index in met else NO_NEIGHBOUR)
             for index, join in enumerate(candidates)
-            if index not in chosen
+            if index not in met or join.site is None
         ]
-        found = [join for index, join in enumerate(candidates) if index in chosen]
+        found = [join for index, join in enumerate(candidates) if index in met and join.site is not None]
         for join in found:
             self._assign(join.ends, join)
         return found
-
-    def _end_values(self, join: Join) -> list[int]:
-        return results((self.analysis.flow.calls[end] for end in join.ends), self.analysis)
 
     def _upwards(self, value: int) -> Iterator[int]:
         """A value and those before it whose elements it holds, up to the first on a grid."""
