@@ -9,14 +9,14 @@ from types import ModuleType
 
 from torch import nn
 
-from tritonq.acceleration import eager
+from tritonq.acceleration import eager, graphs
 from tritonq.acceleration.report import AccelerationReport, Row
 
 __all__ = ["AccelerationReport", "Row", "accelerate", "report_of", "restore"]
 
 _LOGGER = logging.getLogger("tritonq")
 _REPORT = "_tritonq_acceleration"
-_LIBRARIES: tuple[ModuleType, ...] = (eager,)
+_LIBRARIES: tuple[ModuleType, ...] = (eager, graphs)
 
 
 def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -30,7 +30,7 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     What is not known is left to the library, and named: one line in the log (logger ``tritonq``) tells how many parts
     tritonq computes, a warning names the others, and :func:`tritonq.acceleration.report_of` has the table.
 
-    Known: torch.ao's eager mode.
+    Known: torch.ao's eager mode and FX graph mode, and torchao's PT2E.
 
     Args:
         model: as the library's ``prepare`` returned it, in training or eval mode, trained or not.
@@ -45,7 +45,7 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
             model stays as it was.
 
     Examples:
-        >>> import torch, torch.ao.quantization as ao
+        >>> import torch, torch.ao.quantization as ao, tritonq
         >>> model = torch.nn.Sequential(ao.QuantStub(), torch.nn.Conv2d(3, 4, 3)).train()
         >>> model.qconfig = ao.get_default_qat_qconfig("x86")
         >>> model = tritonq.accelerate(ao.prepare_qat(model))
@@ -82,6 +82,14 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model is not accelerated.
+
+    Examples:
+        >>> import torch, torch.ao.quantization as ao, tritonq
+        >>> model = torch.nn.Sequential(ao.QuantStub(), torch.nn.Conv2d(3, 4, 3)).train()
+        >>> model.qconfig = ao.get_default_qat_qconfig("x86")
+        >>> model = tritonq.accelerate(ao.prepare_qat(model))
+        >>> _ = model(torch.ones(1, 3, 8, 8))
+        >>> converted = ao.convert(tritonq.restore(model).eval())
     """
     if not any(library.is_accelerated(model) for library in _LIBRARIES):
         raise ValueError("this model is not accelerated")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tritonq.acceleration.quantizers import (
     State,
+    can_compute,
     marked,
     quantize,
     quantize_rectified,
@@ -187,7 +188,9 @@ def _quantized_weight(layer: Layer, weight: Tensor) -> Tensor:
 def _weight_state(layer: Layer, weight: Tensor) -> State | None:
     """Return the state of a weight's quantizer for the operator, which wants one scale per row, or one in all."""
     quantizer = layer.weight_quantizer
-    if quantizer is None or scheme_of(quantizer).kind != "range" or layer.grouping[0]:
+    if quantizer is None or not can_compute(quantizer, weight) or layer.grouping[0]:
+        return None
+    if scheme_of(quantizer).kind != "range":
         return None
     if weight.dtype == torch.float64 and scheme_of(quantizer).qtype.axis is None:
         return None  # torch rounds such weights to float32, which products of codes and scale are not
@@ -195,9 +198,10 @@ def _weight_state(layer: Layer, weight: Tensor) -> State | None:
 
 
 def _output_state(quantizer: nn.Module | None, like: Tensor) -> State | None:
-    if quantizer is None or scheme_of(quantizer).kind != "range" or scheme_of(quantizer).qtype.axis is not None:
+    if quantizer is None or not can_compute(quantizer, like):
         return None
-    return state(quantizer, like)
+    scheme = scheme_of(quantizer)
+    return state(quantizer, like) if scheme.kind == "range" and scheme.qtype.axis is None else None
 
 
 def _finish(layer: Layer, y: Tensor) -> Tensor:

@@ -161,9 +161,9 @@ def state(quantizer: nn.Module, x: Tensor) -> State | None:
     A quantizer per channel gets buffers of ``x``'s channels if it has none yet. Only one that follows a range, or
     whose grid is fixed, can be part of an operator.
     """
-    scheme = scheme_of(quantizer)
-    if scheme.kind not in ("range", "fixed") or not can_compute(quantizer, x):
+    if not can_compute(quantizer, x) or scheme_of(quantizer).kind not in ("range", "fixed"):
         return None
+    scheme = scheme_of(quantizer)
     held: Any = quantizer
     if scheme.kind == "range":
         _allocate(held, scheme.qtype.axis, x)
@@ -206,7 +206,12 @@ def _allocate(quantizer: Any, axis: int | None, x: Tensor) -> None:
 
 
 def quantize(quantizer: nn.Module, x: Tensor) -> Tensor:
-    """Observe and round ``x`` as ``quantizer`` does; what it keeps for the backward is ``x``."""
+    """Observe and round ``x`` as ``quantizer`` does; what it keeps for the backward is ``x``.
+
+    It runs by itself where that is not known, or where a cast changed the dtype of its buffers.
+    """
+    if not can_compute(quantizer, x):
+        return cast(Tensor, quantizer(x))
     scheme = scheme_of(quantizer)
     if scheme.kind == "learned":
         return _quantize_learned(quantizer, scheme, x)
@@ -226,7 +231,7 @@ def quantize_rectified(quantizer: nn.Module, y: Tensor, ceiling: float | None) -
 
     ``ceiling``: see :func:`tritonq.reference.activation.rectify`.
     """
-    known = state(quantizer, y) if scheme_of(quantizer).kind in ("range", "fixed") else None
+    known = state(quantizer, y)
     if known is None or known.grid.qtype.axis is not None or not (torch.is_grad_enabled() and y.requires_grad):
         return quantize(quantizer, rectify(y, ceiling))
     return marked(rounded_result(y, known.grid, known.statistics, ceiling), known.grid)

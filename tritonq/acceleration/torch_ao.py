@@ -33,25 +33,21 @@ def run_quantizer(self: Any, x: Tensor) -> Tensor:
 
 def run_layer(self: Any, x: Tensor) -> Tensor:
     """Return what the library's layer returns, and what its observer hook makes of that where it was taken over."""
-    layer = _description(self, x)
-    if layer is None:
-        y = self.library_class.forward(self, x)
-        return cast(Tensor, self.activation_post_process(y) if HOOK in self.__dict__ else y)
+    return run_with(self, x, self.activation_post_process if HOOK in self.__dict__ else None)
+
+
+def run_with(self: Any, x: Tensor, output_quantizer: nn.Module | None) -> Tensor:
+    """Return the layer's result, rounded by ``output_quantizer`` where there is one."""
+    if "bn" in self._modules and not is_plain(self.bn):
+        y = cast(Tensor, self.library_class.forward(self, x))
+        return y if output_quantizer is None else cast(Tensor, output_quantizer(y))
+    memory = self.__dict__.setdefault("_tritonq_memory", StepMemory())
+    grouping = (getattr(self, "transposed", False), getattr(self, "groups", 1))
+    layer = Layer(linear_map_of(self), self.weight_fake_quant, output_quantizer, self.ceiling, grouping, memory)
     norm = _batch_norm(self)
     if norm is None:
         return affine(layer, x, self.weight, self.bias)
     return normalized(layer, x, self.weight, self.bias, norm)
-
-
-def _description(held: Any, x: Tensor) -> Layer | None:
-    """Return what ``held`` is, for an operator; None where it must run by itself."""
-    output = held.activation_post_process if HOOK in held.__dict__ else None
-    known = all(can_compute(each, x) for each in (held.weight_fake_quant, output) if each is not None)
-    if not known or ("bn" in held._modules and not is_plain(held.bn)):
-        return None
-    memory = held.__dict__.setdefault("_tritonq_memory", StepMemory())
-    grouping = (getattr(held, "transposed", False), getattr(held, "groups", 1))
-    return Layer(linear_map_of(held), held.weight_fake_quant, output, held.ceiling, grouping, memory)
 
 
 def _batch_norm(held: Any) -> BatchNorm | None:
@@ -99,6 +95,7 @@ class AcceleratedConv1d(qat.Conv1d):
 
     library_class = qat.Conv1d
     forward: Any = run_layer
+    run_with = run_with
     ceiling = None
 
 
@@ -107,6 +104,7 @@ class AcceleratedConv2d(qat.Conv2d):
 
     library_class = qat.Conv2d
     forward: Any = run_layer
+    run_with = run_with
     ceiling = None
 
 
@@ -115,6 +113,7 @@ class AcceleratedConv3d(qat.Conv3d):
 
     library_class = qat.Conv3d
     forward: Any = run_layer
+    run_with = run_with
     ceiling = None
 
 
@@ -123,6 +122,7 @@ class AcceleratedLinear(qat.Linear):
 
     library_class = qat.Linear
     forward: Any = run_layer
+    run_with = run_with
     ceiling = None
 
 
@@ -131,6 +131,7 @@ class AcceleratedConvReLU1d(intrinsic.ConvReLU1d):
 
     library_class = intrinsic.ConvReLU1d
     forward: Any = run_layer
+    run_with = run_with
     ceiling = RELU
 
 
@@ -139,6 +140,7 @@ class AcceleratedConvReLU2d(intrinsic.ConvReLU2d):
 
     library_class = intrinsic.ConvReLU2d
     forward: Any = run_layer
+    run_with = run_with
     ceiling = RELU
 
 
@@ -147,6 +149,7 @@ class AcceleratedConvReLU3d(intrinsic.ConvReLU3d):
 
     library_class = intrinsic.ConvReLU3d
     forward: Any = run_layer
+    run_with = run_with
     ceiling = RELU
 
 
@@ -155,6 +158,7 @@ class AcceleratedLinearReLU(intrinsic.LinearReLU):
 
     library_class = intrinsic.LinearReLU
     forward: Any = run_layer
+    run_with = run_with
     ceiling = RELU
 
 
@@ -163,6 +167,7 @@ class AcceleratedConvBn1d(intrinsic.ConvBn1d):
 
     library_class = intrinsic.ConvBn1d
     forward: Any = run_layer
+    run_with = run_with
     ceiling = None
 
 
@@ -171,6 +176,7 @@ class AcceleratedConvBn2d(intrinsic.ConvBn2d):
 
     library_class = intrinsic.ConvBn2d
     forward: Any = run_layer
+    run_with = run_with
     ceiling = None
 
 
@@ -179,6 +185,7 @@ class AcceleratedConvBn3d(intrinsic.ConvBn3d):
 
     library_class = intrinsic.ConvBn3d
     forward: Any = run_layer
+    run_with = run_with
     ceiling = None
 
 
@@ -187,6 +194,7 @@ class AcceleratedConvBnReLU1d(intrinsic.ConvBnReLU1d):
 
     library_class = intrinsic.ConvBnReLU1d
     forward: Any = run_layer
+    run_with = run_with
     ceiling = RELU
 
 
@@ -195,6 +203,7 @@ class AcceleratedConvBnReLU2d(intrinsic.ConvBnReLU2d):
 
     library_class = intrinsic.ConvBnReLU2d
     forward: Any = run_layer
+    run_with = run_with
     ceiling = RELU
 
 
@@ -203,6 +212,7 @@ class AcceleratedConvBnReLU3d(intrinsic.ConvBnReLU3d):
 
     library_class = intrinsic.ConvBnReLU3d
     forward: Any = run_layer
+    run_with = run_with
     ceiling = RELU
 
 
@@ -211,6 +221,7 @@ class AcceleratedLinearBn1d(intrinsic.LinearBn1d):
 
     library_class = intrinsic.LinearBn1d
     forward: Any = run_layer
+    run_with = run_with
     ceiling = None
 
 

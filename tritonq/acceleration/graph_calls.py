@@ -1,0 +1,78 @@
+"""What the code of an accelerated graph calls: layers, sums and quantizers, given a library's tensors and modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tritonq.acceleration.layers import BatchNorm, Layer, add, affine, normalized
+from tritonq.acceleration.quantizers import quantize, quantize_rectified
+from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct
+from tritonq.functional.recomputation import StepMemory
+
+_MEMORY = "_tritonq_memory"
+
+
+def convolution(stride: Any, padding: Any, dilation: Any, groups: int, dimensions: int) -> LinearMap:
+    """Return the convolution of an aten operator's arguments, of which each may be one number for all dimensions."""
+    listed = ([value] if isinstance(value, int) else list(value) for value in (stride, padding, dilation))
+    strides, paddings, dilations = (tuple(value) * (dimensions if len(value) == 1 else 1) for value in listed)
+    return Convolution(strides, paddings, dilations, (0,) * dimensions, False, groups)
+
+
+def graph_layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_quantizer: nn.Module,
+    output_quantizer: nn.Module | None,
+    ceiling: float | None,
+    geometry: tuple[Any, ...] | None,
+) -> Tensor:
+    """``FQ(relu?(op(x, FQ(weight)) + bias))``; ``geometry`` is that of :func:`convolution`, None for a product."""
+    return affine(_layer(weight_quantizer, output_quantizer, ceiling, geometry), x, weight, bias)
+
+
+def graph_conv_bn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: tuple[Tensor, Tensor, Tensor, Tensor, float, float, bool],
+    weight_quantizer: nn.Module,
+    output_quantizer: nn.Module | None,
+    ceiling: float | None,
+    geometry: tuple[Any, ...],
+) -> Tensor:
+    """``FQ(relu?(BN(conv(x, FQ(W s)) / s + b)))``; ``norm`` is γ, β, running mean and variance, momentum, eps, mode."""
+    layer = _layer(weight_quantizer, output_quantizer, ceiling, geometry)
+    return normalized(layer, x, weight, bias, BatchNorm(*norm))
+
+
+def graph_add(a: Tensor, b: Tensor, quantizer: nn.Module | None, ceiling: float | None) -> Tensor:
+    """``FQ(relu?(a + b))``."""
+    return add(a, b, quantizer, ceiling)
+
+
+def graph_quantize(x: Tensor, quantizer: nn.Module, ceiling: float | None) -> Tensor:
+    """``FQ(relu?(x))``."""
+    return quantize(quantizer, x) if ceiling is None else quantize_rectified(quantizer, x, ceiling)
+
+
+def graph_module(x: Tensor, layer: nn.Module, quantizer: nn.Module) -> Tensor:
+    """Run an accelerated layer of torch.ao with the quantizer of its result."""
+    held: Any = layer
+    result: Tensor = held.run_with(x, quantizer)
+    return result
+
+
+def _layer(
+    weight_quantizer: nn.Module,
+    output_quantizer: nn.Module | None,
+    ceiling: float | None,
+    geometry: tuple[Any, ...] | None,
+) -> Layer:
+    op = MatrixProduct() if geometry is None else convolution(*geometry)
+    # A weight's quantizer belongs to one layer, which remembers there what a recomputation of its step needs.
+    memory = weight_quantizer.__dict__.setdefault(_MEMORY, StepMemory())
+    return Layer(op, weight_quantizer, output_quantizer, ceiling, memory=memory)

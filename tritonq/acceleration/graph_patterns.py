@@ -1,0 +1,337 @@
+"""What tritonq's operators compute, in graphs of aten operators and fake quantizers (torchao's PT2E, torch.ao's FX)."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from tritonq.acceleration.graph_calls import graph_add, graph_conv_bn, graph_layer, graph_module, graph_quantize
+from tritonq.nn.fusable import bound_of_clip
+
+_ATEN = torch.ops.aten
+_CONVOLUTIONS = {
+    _ATEN.conv1d.default: 1,
+    _ATEN.conv2d.default: 2,
+    _ATEN.conv3d.default: 3,
+}
+_ADDITIONS = (_ATEN.add.Tensor, _ATEN.add_.Tensor, operator.add, operator.iadd, torch.add)
+_RELUS = (_ATEN.relu.default, _ATEN.relu_.default, F.relu, torch.relu)
+_CLIPS = (_ATEN.hardtanh.default, _ATEN.hardtanh_.default, _ATEN.clamp.default, _ATEN.clamp_.default)
+_RELU6S = (_ATEN.relu6.default, _ATEN.relu6_.default)
+
+
+@dataclass(frozen=True)
+class Known:
+    """The submodules of a graph that its code need not call as they are, by target.
+
+    Attributes:
+        quantizers: fake quantizers.
+        layers: layers of torch.ao that take the quantizer of their result.
+        relus: ceilings of activation modules.
+        constants: of every dropout and BatchNorm of the graph, in its order: ``(p,)``, or momentum and eps.
+    """
+
+    quantizers: frozenset[str] = frozenset()
+    layers: frozenset[str] = frozenset()
+    relus: tuple[tuple[str, float], ...] = ()
+    constants: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass
+class Match:
+    """Nodes that one call replaces.
+
+    Attributes:
+        kind: the operations, for the report.
+        call: the function.
+        arguments: its arguments: nodes, constants, and targets of submodules as :class:`Module`.
+        nodes: what it replaces, in the graph's order; the last one is the result.
+        quantizers: targets of the fake quantizers among them.
+    """
+
+    kind: str
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    nodes: list[Node]
+    quantizers: list[str]
+
+
+@dataclass(frozen=True)
+class Module:
+    """An argument that is a submodule."""
+
+    target: str
+
+
+def matches(graph: Graph, known: Known) -> list[Match]:
+    """Return what can be replaced, each node in one match at most; larger patterns come first."""
+    taken: set[Node] = set()
+    found = []
+    for search in (_conv_bns, _layers, _module_layers, _sums, _quantizers):
+        for match in search(graph, known):
+            if not taken & set(match.nodes):
+                taken.update(match.nodes)
+                found.append(match)
+    return found
+
+
+def fuse(graph: Graph, known: Known) -> None:
+    """Replace every match in ``graph`` by its call."""
+    calls: dict[Node, Node] = {}
+    for match in matches(graph, known):
+        last = match.nodes[-1]
+        with graph.inserting_before(last):
+            calls[last] = call = graph.call_function(match.call, _resolved(graph, match.arguments, calls))
+        last.replace_all_uses_with(call)
+        for node in reversed(match.nodes):
+            if not node.users:
+                graph.erase_node(node)
+
+
+def constants(graph: Graph) -> tuple[tuple[float, ...], ...]:
+    """Return ``p`` of every dropout, and momentum and eps of every BatchNorm."""
+    return tuple(_read(node, places) for node, places in _with_constants(graph))
+
+
+def keep_constants(graph: Graph, known: Known) -> list[str]:
+    """Give dropouts and BatchNorms the constants that they had; return what had changed, in words.
+
+    torchao's switches between training and eval mode write torch's defaults over them.
+    """
+    now = list(_with_constants(graph))
+    if len(now) != len(known.constants):
+        return []
+    changed = []
+    for (node, places), kept in zip(now, known.constants, strict=True):
+        found = _read(node, places)
+        if found != kept:
+            changed.append(f"{node.name}: {_in_words(kept)}, and not {_in_words(found)}")
+            for place, value in zip(places, kept, strict=True):
+                node.update_arg(place, value)
+    return changed
+
+
+def is_in_eval(graph: Graph) -> bool:
+    """Whether a dropout or BatchNorm of the graph is in eval mode."""
+    flags = [node.args[2 if places == (1,) else 5] for node, places in _with_constants(graph)]
+    return not all(flags)
+
+
+def _with_constants(graph: Graph) -> Iterator[tuple[Node, tuple[int, ...]]]:
+    for node in graph.nodes:
+        if node.target in (_ATEN.dropout.default, _ATEN.dropout_.default):
+            yield node, (1,)
+        elif node.target is _ATEN.batch_norm.default:
+            yield node, (6, 7)
+
+
+def _read(node: Node, places: tuple[int, ...]) -> tuple[float, ...]:
+    return tuple(cast(float, node.args[place]) for place in places)
+
+
+def _in_words(values: tuple[float, ...]) -> str:
+    return f"p {values[0]:g}" if len(values) == 1 else "momentum {:g} and eps {:g}".format(*values)
+
+
+def _resolved(graph: Graph, value: Any, calls: dict[Node, Node]) -> Any:
+    """Return an argument with submodules as nodes, and with the calls that took the place of other nodes."""
+    if isinstance(value, Module):
+        return graph.create_node("get_attr", value.target)
+    if isinstance(value, Node):
+        return calls.get(value, value)
+    return tuple(_resolved(graph, each, calls) for each in value) if isinstance(value, tuple) else value
+
+
+def _conv_bns(graph: Graph, known: Known) -> Iterator[Match]:
+    """``batch_norm(conv(x, FQ(W s), 0) / s + b)`` with ``s = γ/sqrt(running_var + eps)``, and what follows it."""
+    for node in graph.nodes:
+        if node.target is not _ATEN.batch_norm.default:
+            continue
+        source, gamma, beta, mean, var, training, momentum, eps = node.args[:8]
+        inner, bias, nodes = source, None, []
+        if _is_call(inner, _ATEN.add.Tensor) and _is_call(inner.args[1], _ATEN.reshape.default):
+            bias = inner.args[1].args[0]
+            nodes += [inner.args[1], inner]
+            inner = inner.args[0]
+        if not _is_call(inner, _ATEN.div.Tensor) or not _is_call(inner.args[1], _ATEN.reshape.default):
+            continue
+        conv, spread = inner.args
+        scale = spread.args[0]
+        if conv.target not in _CONVOLUTIONS or not _is_fold(scale, gamma, var, eps):
+            continue
+        x, quantizer, zero = (*conv.args, None)[:3]
+        if not _is_quantizer(quantizer, known) or not _is_call(quantizer.args[0], _ATEN.mul.Tensor):
+            continue
+        weight, weight_spread = quantizer.args[0].args
+        is_scaled = _is_call(weight_spread, _ATEN.reshape.default) and weight_spread.args[0] is scale
+        if not is_scaled or (zero is not None and not _is_call(zero, _ATEN.zeros_like.default)):
+            continue
+        nodes = [
+            *(scale.args[1].args[0], scale.args[1], scale, weight_spread, quantizer.args[0], quantizer),
+            *([] if zero is None else [zero]),
+            *(conv, spread, inner, *nodes, node),
+        ]
+        inside = set(nodes)
+        if any(not set(each.users) <= inside for each in nodes[:-1]):
+            continue
+        tail = _tail(node, known)
+        norm = (gamma, beta, mean, var, momentum, eps, training)
+        arguments = (x, weight, bias, norm, Module(quantizer.target), *tail.arguments, _geometry(conv))
+        kind = "convolution, BatchNorm" + tail.kind
+        match = Match(kind, graph_conv_bn, arguments, nodes + tail.nodes, [quantizer.target, *tail.quantizers])
+        if _is_safe(match, x):
+            yield match
+
+
+def _is_fold(scale: Any, gamma: Node, var: Node, eps: float) -> bool:
+    """Whether ``scale`` is ``γ / sqrt(var + eps)``."""
+    if not _is_call(scale, _ATEN.div.Tensor) or scale.args[0] is not gamma:
+        return False
+    root = scale.args[1]
+    return (
+        _is_call(root, _ATEN.sqrt.default)
+        and _is_call(root.args[0], _ATEN.add.Tensor)
+        and root.args[0].args[0] is var
+        and root.args[0].args[1] == eps
+    )
+
+
+def _layers(graph: Graph, known: Known) -> Iterator[Match]:
+    """``op(x, FQ(W), b)`` and what follows it."""
+    for node in graph.nodes:
+        is_product = node.target is _ATEN.linear.default
+        if not is_product and node.target not in _CONVOLUTIONS:
+            continue
+        x, quantizer, bias = (*node.args, None)[:3]
+        if not _is_quantizer(quantizer, known) or set(quantizer.users) != {node}:
+            continue
+        tail = _tail(node, known)
+        geometry = None if is_product else _geometry(node)
+        arguments = (x, quantizer.args[0], bias, Module(quantizer.target), *tail.arguments, geometry)
+        kind = ("linear" if is_product else "convolution") + tail.kind
+        nodes = [quantizer, node, *tail.nodes]
+        match = Match(kind, graph_layer, arguments, nodes, [quantizer.target, *tail.quantizers])
+        if _is_safe(match, x):
+            yield match
+
+
+def _module_layers(graph: Graph, known: Known) -> Iterator[Match]:
+    """A layer of torch.ao and the quantizer of its result."""
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in known.layers and len(node.users) == 1 and len(node.args) == 1:
+            quantizer = next(iter(node.users))
+            if _is_quantizer(quantizer, known):
+                arguments = (node.args[0], Module(node.target), Module(quantizer.target))
+                match = Match("layer, quantizer", graph_module, arguments, [node, quantizer], [quantizer.target])
+                if _is_safe(match, node.args[0]):
+                    yield match
+
+
+def _sums(graph: Graph, known: Known) -> Iterator[Match]:
+    """``FQ(relu?(a + b))``."""
+    for node in graph.nodes:
+        if node.target not in _ADDITIONS or not all(isinstance(each, Node) for each in node.args) or node.kwargs:
+            continue
+        is_inplace = node.target in (_ATEN.add_.Tensor, operator.iadd)
+        if len(node.args) != 2 or (is_inplace and len(node.args[0].users) > 1):
+            continue
+        tail = _tail(node, known)
+        if tail.quantizers:
+            arguments = (*node.args, *tail.arguments)
+            match = Match("addition" + tail.kind, graph_add, arguments, [node, *tail.nodes], tail.quantizers)
+            if all(_is_safe(match, each) for each in node.args):
+                yield match
+
+
+def _quantizers(graph: Graph, known: Known) -> Iterator[Match]:
+    """``FQ(relu?(x))``."""
+    for node in graph.nodes:
+        ceiling = _ceiling(node, known)
+        if ceiling is not None and len(node.users) == 1 and _is_quantizer(next(iter(node.users)), known):
+            quantizer, x = next(iter(node.users)), node.args[0]
+            is_inplace = str(node.target).endswith(("_.default", "_.Tensor"))
+            if not is_inplace or len(x.users) == 1:
+                arguments = (x, Module(quantizer.target), ceiling)
+                match = Match("ReLU, quantizer", graph_quantize, arguments, [node, quantizer], [quantizer.target])
+                if _is_safe(match, x):
+                    yield match
+        if _is_quantizer(node, known):
+            target = str(node.target)
+            yield Match("quantizer", graph_quantize, (node.args[0], Module(target), None), [node], [target])
+
+
+@dataclass
+class _Tail:
+    """A ReLU and a quantizer behind a node, as far as nothing else reads what is between."""
+
+    nodes: list[Node]
+    quantizers: list[str]
+    ceiling: float | None
+    kind: str
+
+    @property
+    def arguments(self) -> tuple[Any, float | None]:
+        return Module(self.quantizers[0]) if self.quantizers else None, self.ceiling
+
+
+def _tail(node: Node, known: Known) -> _Tail:
+    tail, last = _Tail([], [], None, ""), node
+    after = _only_user(last)
+    if after is not None and (ceiling := _ceiling(after, known)) is not None:
+        tail = _Tail([after], [], ceiling, ", ReLU")
+        last, after = after, _only_user(after)
+    if after is not None and _is_quantizer(after, known):
+        tail.nodes.append(after)
+        tail.quantizers.append(str(after.target))
+        tail.kind += ", quantizer"
+    return tail
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_call(value: Any, target: Any) -> bool:
+    return isinstance(value, Node) and value.op == "call_function" and value.target is target
+
+
+def _is_quantizer(value: Any, known: Known) -> bool:
+    return isinstance(value, Node) and value.op == "call_module" and value.target in known.quantizers
+
+
+def _ceiling(node: Node, known: Known) -> float | None:
+    """Return the upper bound of a ReLU; None for anything else."""
+    if node.op == "call_module":
+        return dict(known.relus).get(str(node.target))
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+        return None
+    if node.target in _RELUS:
+        return math.inf
+    if node.target in _RELU6S:
+        return 6.0
+    return bound_of_clip(*node.args[1:3]) if node.target in _CLIPS and len(node.args) > 1 else None
+
+
+def _geometry(conv: Node) -> tuple[Any, ...]:
+    stride, padding, dilation, groups = (*conv.args[3:], *(1, 0, 1, 1)[len(conv.args) - 3 :])[:4]
+    every = (tuple(each) if isinstance(each, (list, tuple)) else each for each in (stride, padding, dilation))
+    return (*every, groups, _CONVOLUTIONS[cast(Any, conv.target)])
+
+
+def _is_safe(match: Match, x: Node) -> bool:
+    """Whether nothing writes into ``x`` between the first node that read it and the last one of the match."""
+    inside, node = set(match.nodes), match.nodes[-1]
+    first = next(each for each in match.nodes if x in each.all_input_nodes)
+    while node is not first:
+        node = node.prev
+        writes = node.op == "call_function" and str(node.target).endswith(("_.default", "_.Tensor", "_.Scalar"))
+        if writes and node not in inside and node.args and node.args[0] is x:
+            return False
+    return True

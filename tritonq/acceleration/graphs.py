@@ -1,0 +1,153 @@
+"""Graph modules (torchao's PT2E, torch.ao's FX graph mode): the graph stays, the code that runs it is tritonq's.
+
+The library's passes go on rewriting its own graph, which they know: from training to eval mode, to converted models.
+Whenever they compile it, the code is made of a copy of the graph in which tritonq's calls replace what they compute.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from tritonq.acceleration.graph_patterns import Known, Match, constants, fuse, is_in_eval, keep_constants, matches
+from tritonq.acceleration.quantizers import attach, detach, is_attached, is_fake_quantizer
+from tritonq.acceleration.report import AccelerationReport, Row
+from tritonq.nn.fusable import ceiling_of
+
+_KNOWN = "_tritonq_known"
+_MEMORY = "_tritonq_memory"
+
+
+class _FusedCode:
+    """Part of a code generator: it generates the code of the fused copy of its graph."""
+
+    _tritonq_known: Known
+
+    def _gen_python_code(self, nodes: Any, root_module: str, namespace: Any, **options: Any) -> Any:
+        plain: Any = copy.copy(self)
+        plain.__class__ = type(self).__bases__[1]
+        fused = Graph()
+        fused.output(fused.graph_copy(nodes.graph, {}))
+        fused.set_codegen(plain)
+        changed = keep_constants(fused, self._tritonq_known)
+        if changed:
+            warnings.warn(
+                "torchao's switch of modes wrote torch's defaults over constants of the model; tritonq runs with those "
+                f"that it had: {'; '.join(changed)}",
+                UserWarning,
+                stacklevel=2,
+            )
+        fuse(fused, self._tritonq_known)
+        return fused.python_code(root_module, **options)
+
+
+def finds(model: nn.Module) -> bool:
+    """Whether ``model`` holds a graph that calls fake quantizers."""
+    return any(_quantizers(module) for module in _graph_modules(model))
+
+
+def accelerate(model: nn.Module) -> AccelerationReport:
+    """Let the code of every such graph call tritonq's operators."""
+    report = AccelerationReport(_library(model))
+    for prefix, module in model.named_modules():
+        if not isinstance(module, GraphModule) or not (quantizers := _quantizers(module)):
+            continue
+        reasons = {target: _attach(held) for target, held in quantizers.items()}
+        known = Known(
+            frozenset(target for target, reason in reasons.items() if reason is None),
+            frozenset(name for name, held in module.named_modules() if hasattr(held, "run_with")),
+            tuple((name, c) for name, held in module.named_modules() if (c := ceiling_of(held)) is not None),
+            constants(module.graph),
+        )
+        found = matches(module.graph, known)
+        start = f"{prefix}." if prefix else ""
+        report.rows += [_row(start, match.nodes[-1].name, match.kind, match.quantizers) for match in found]
+        report.rows += [
+            Row(start + target, type(quantizers[target]).__name__, reason=reason)
+            for target, reason in reasons.items()
+            if reason is not None
+        ]
+        report.faults += _faults(module, found, quantizers)
+        _generate_fused(module, known)
+    return report
+
+
+def _faults(module: GraphModule, found: list[Match], quantizers: dict[str, nn.Module]) -> list[str]:
+    """Return what torchao is known to change in a model, where this one may be concerned."""
+    if not any(type(held).__module__.startswith("torchao.") for held in quantizers.values()):
+        return []
+    faults = []
+    norms = sum("BatchNorm" in match.kind for match in found)
+    if norms:
+        faults.append(
+            f"torchao's prepare_qat_pt2e gave {norms} BatchNorms behind convolutions eps 1e-05 and momentum 0.1, "
+            "whatever the model had; the graph does not say what that was, and tritonq computes with what it says"
+        )
+    observing = sum(bool(held.observer_enabled) for held in quantizers.values() if hasattr(held, "observer_enabled"))
+    if observing and is_in_eval(module.graph):
+        faults.append(
+            f"{observing} observers go on in eval mode, as torchao's do: each batch that is evaluated moves a range; "
+            "model.apply(torchao.quantization.pt2e.disable_observer) stops them"
+        )
+    return faults
+
+
+def restore(model: nn.Module) -> None:
+    """Give every graph its own code back."""
+    for module in _graph_modules(model):
+        codegen: Any = module.graph._codegen
+        if isinstance(codegen, _FusedCode):
+            codegen.__class__ = type(codegen).__bases__[1]
+            vars(codegen).pop(_KNOWN, None)
+            module.recompile()
+    for held in model.modules():
+        if type(held).__module__.startswith("torchao."):
+            detach(held)
+        vars(held).pop(_MEMORY, None)
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether a graph of ``model`` has tritonq's code."""
+    return any(isinstance(module.graph._codegen, _FusedCode) for module in _graph_modules(model))
+
+
+def _generate_fused(module: GraphModule, known: Known) -> None:
+    codegen: Any = module.graph._codegen
+    kind = type(codegen)
+    codegen.__class__ = type(f"Fused{kind.__name__}", (_FusedCode, kind), {"__module__": __name__})
+    codegen._tritonq_known = known
+    module.recompile()
+
+
+def _graph_modules(model: nn.Module) -> list[GraphModule]:
+    return [module for module in model.modules() if isinstance(module, GraphModule)]
+
+
+def _quantizers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the fake quantizers that the graph of ``module`` calls, by target."""
+    if not isinstance(module, GraphModule):
+        return {}
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    held = {target: module.get_submodule(target) for target in sorted(called)}
+    return {target: each for target, each in held.items() if is_fake_quantizer(each)}
+
+
+def _attach(quantizer: nn.Module) -> str | None:
+    return None if is_attached(quantizer) else attach(quantizer)
+
+
+def _row(start: str, name: str, kind: str, quantizers: list[str]) -> Row:
+    return Row(start + name, kind, "operator with " + ", ".join(quantizers))
+
+
+def _library(model: nn.Module) -> str:
+    if any(type(module).__module__.startswith("torchao.") for module in model.modules()):
+        import torchao
+
+        return f"torchao {torchao.__version__}"
+    return f"torch.ao, FX graph mode (torch {torch.__version__})"
