@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import pydoc
 import re
 import shlex
@@ -116,3 +117,18 @@ def test_cited_pages_and_sections_exist():
     for page, section in cited:
         headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.MULTILINE)
         assert not section or section in headings, (page, section)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    """All cells in order, in quick form; what is committed holds the outputs of a whole run without errors."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pyplot, "show", lambda: pyplot.close("all"))
+    torch.manual_seed(0)
+    namespace = {"__name__": "__main__", "QUICK": True}
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["execution_count"], "run the notebook and save it"
+            assert all(output["output_type"] != "error" for output in cell["outputs"])
+            exec(compile("".join(cell["source"]), str(path), "exec"), namespace)
