@@ -4,7 +4,10 @@ from tritonq import acceleration, nn
 from tritonq.acceleration import accelerate, restore
 from tritonq.accuracy.adaptive_rounding import adaptive_round
 from tritonq.accuracy.bias_correction import correct_bias
+from tritonq.accuracy.bit_allocation import allocate_bits
+from tritonq.accuracy.distillation import Distillation
 from tritonq.accuracy.equalization import equalize
+from tritonq.accuracy.oscillation import OscillationFreezing, oscillation_dampening
 from tritonq.accuracy.reestimation import reestimate_batch_norm
 from tritonq.backend import use_backend
 from tritonq.calibration import calibrate, refine_scales
@@ -66,6 +69,7 @@ from tritonq.qconfig import (
 from tritonq.qconfig_files import load_qconfig_mapping, save_qconfig_mapping
 from tritonq.qconfig_mapping import QConfigMapping
 from tritonq.qparams import QuantizedType, range_to_qparams
+from tritonq.recipes import TrainingRecipe, recipe_for
 from tritonq.report.summary import summary
 from tritonq.torch_operators import use_in_torch
 from tritonq.version import __version__
@@ -73,6 +77,7 @@ from tritonq.version import __version__
 __all__ = [
     "ClippedFakeQuantize",
     "DeQuantStub",
+    "Distillation",
     "FakeQuantize",
     "FixedPointFakeQuantize",
     "HistogramObserver",
@@ -81,6 +86,7 @@ __all__ = [
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
+    "OscillationFreezing",
     "PassiveObserver",
     "PerChannelMinMaxObserver",
     "QConfig",
@@ -88,10 +94,12 @@ __all__ = [
     "QuantStub",
     "QuantizedType",
     "TrainedThresholdFakeQuantize",
+    "TrainingRecipe",
     "__version__",
     "accelerate",
     "acceleration",
     "adaptive_round",
+    "allocate_bits",
     "broadcast_statistics",
     "calibrate",
     "clipped_quantize",
@@ -123,11 +131,13 @@ __all__ = [
     "load_qconfig_mapping",
     "load_torch_ao_state_dict",
     "nn",
+    "oscillation_dampening",
     "parameter_groups",
     "prepare_qat",
     "quantize_bias",
     "quantize_weights_together",
     "range_to_qparams",
+    "recipe_for",
     "reestimate_batch_norm",
     "refine_scales",
     "restore",

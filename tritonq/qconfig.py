@@ -186,7 +186,7 @@ _NARROW_WEIGHT = FakeQuantize.with_args(
 )
 
 
-def _learned_step(weight_bits: int, activation_bits: int) -> QConfig:
+def learned_step_qconfig(weight_bits: int, activation_bits: int) -> QConfig:
     """LSQ: a trained scale per output channel and per activation, weights rounded before their BatchNorm."""
     step = LearnedStepFakeQuantize.with_args(init="lsq")
     return QConfig(
@@ -238,7 +238,7 @@ PRESETS: dict[str, QConfig] = {
     # Fixed point: whether an activation is signed follows from the ReLU before it; weights are searched every forward.
     "f8net": QConfig(FixedPointFakeQuantize.with_args(signed=False), FixedPointFakeQuantize.with_args(momentum=1.0)),
     **{
-        f"lsq_w{weights}a{activations}": _learned_step(weights, activations)
+        f"lsq_w{weights}a{activations}": learned_step_qconfig(weights, activations)
         for weights, activations in _LEARNED_STEP_WIDTHS
     },
 }

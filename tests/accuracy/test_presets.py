@@ -6,6 +6,7 @@ from torch import nn
 
 import tritonq
 from tritonq.qconfig import PRESETS
+from tritonq.recipes import EIGHT_BITS, FEW_BITS, recipe_for
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 LSQ = [name for name in PRESETS if name.startswith("lsq_")]
@@ -40,3 +41,16 @@ def test_other_presets_hold_everywhere_and_names_are_checked():
     assert tritonq.get_qconfig_mapping() == tritonq.QConfigMapping().set_global(tritonq.get_qconfig())
     with pytest.raises(ValueError, match=r"unknown preset .lsq_w5a5.*lsq_w4a4"):
         tritonq.get_qconfig_mapping("lsq_w5a5")
+
+
+def test_recipes_follow_the_fewest_bits():
+    eight = tritonq.get_qconfig()
+    assert recipe_for(eight) == recipe_for(tritonq.get_qconfig_mapping("lsq_w8a8")) == EIGHT_BITS
+    assert recipe_for(tritonq.get_qconfig("f8net")) == EIGHT_BITS
+    for few in ("lsq_w4a8", "lsq_w2a2", "megengine_lowbit"):
+        assert recipe_for(tritonq.get_qconfig_mapping(few)) == FEW_BITS
+    mixed = tritonq.QConfigMapping().set_global(eight).set_last_layer(None)
+    assert recipe_for(mixed) == EIGHT_BITS
+    assert recipe_for(mixed.set_module_name("a", tritonq.get_qconfig("lsq_w4a4"))) == FEW_BITS
+    with pytest.raises(TypeError, match="must be a QConfig"):
+        recipe_for("lsq_w4a4")

@@ -15,7 +15,13 @@ LAYERS = [
     ("tritonq.accuracy",),
     ("tritonq.prepare", "tritonq.deploy", "tritonq.calibration", "tritonq.distributed", "tritonq.acceleration"),
     ("tritonq.nn",),
-    ("tritonq.qconfig", "tritonq.qconfig_mapping", "tritonq.qconfig_files", "tritonq.preset_mappings"),
+    (
+        "tritonq.qconfig",
+        "tritonq.qconfig_mapping",
+        "tritonq.qconfig_files",
+        "tritonq.preset_mappings",
+        "tritonq.recipes",
+    ),
     (
         "tritonq.fake_quantize",
         "tritonq.fixed_point_fake_quantize",

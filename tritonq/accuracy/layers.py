@@ -70,6 +70,18 @@ def fold_factors(layer: QATLayer) -> Tensor:
 
 
 @torch.no_grad()
+def write_quantized_weight(layer: QATLayer, rows: Tensor, where: Tensor) -> None:
+    """Set the layer's weight, ``where`` a mask says, so that its quantizer sees ``rows`` (out, ...) in training."""
+    op = layer.linear_map
+    own, seen = op.to_rows(layer.weight), op.to_rows(layer.weight_to_quantize())
+    # The quantizer sees the weight times a factor per channel: that of its largest value.
+    index = seen.flatten(1).abs().argmax(1, keepdim=True)
+    factors = (seen.flatten(1).gather(1, index) / own.flatten(1).gather(1, index)).view(-1, *[1] * (own.dim() - 1))
+    usable = where & factors.isfinite() & (factors != 0)
+    layer.weight.copy_(op.from_rows(torch.where(usable, rows / factors, own)))
+
+
+@torch.no_grad()
 def write_folded_weight(layer: QATLayer, rows: Tensor) -> None:
     """Set the layer's weight so that eval mode sees ``rows``, (out, ...), once the BatchNorm is folded in.
 

@@ -25,6 +25,7 @@ from tritonq.cli.training_files import Recipe, load_state, load_weights, read_tr
 from tritonq.cli.training_log import TensorBoard
 from tritonq.prepare import update_bn_stats
 from tritonq.qconfig_files import mapping_to_data
+from tritonq.recipes import recipe_for
 from tritonq.report.summary import summary
 
 # Mean and deviation that float models are often trained with; tried where the user gave none.
@@ -56,13 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frozen-epochs",
         type=int,
         metavar="N",
-        help="last epochs, trained on the ranges and statistics that will be deployed; default a quarter",
+        help="last epochs, trained on the ranges and statistics that will be deployed; default a quarter, none where "
+        "the qconfig has fewer than five bits (tritonq.recipes)",
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images per step, of all GPUs together")
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that read images ahead; 0: this one reads"
     )
-    parser.add_argument("--learning-rate", type=float, default=0.005, metavar="X", help="at the start")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="X",
+        help="at the start; default 0.005, and 0.02 where the qconfig has fewer than five bits (tritonq.recipes)",
+    )
     parser.add_argument(
         "--augment",
         default="none",
@@ -94,13 +101,16 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _main(arguments: argparse.Namespace) -> int:
     """Everything that can be wrong without an image is found before the first is read."""
-    frozen = arguments.epochs // 4 if arguments.frozen_epochs is None else arguments.frozen_epochs
+    mapping = find_qconfig(arguments.qconfig)
+    recipe = recipe_for(mapping)
+    frozen = int(arguments.epochs * recipe.frozen_share) if arguments.frozen_epochs is None else arguments.frozen_epochs
+    rate = recipe.learning_rate if arguments.learning_rate is None else arguments.learning_rate
     settings = Settings(
         "",
         arguments.epochs,
         frozen,
         arguments.batch_size,
-        arguments.learning_rate,
+        rate,
         arguments.seed,
         arguments.amp,
         str(Augmentation.named(arguments.augment)),
@@ -109,7 +119,7 @@ def _main(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"{name.replace('_', ' ')} must be at least {least}, got {value}")
-    qconfig = mapping_to_data(find_qconfig(arguments.qconfig))
+    qconfig = mapping_to_data(mapping)
     processes, device = join(find_device(arguments.device))
     torch.manual_seed(settings.seed)
     model = make_model(arguments.model, arguments.model_arg)

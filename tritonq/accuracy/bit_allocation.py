@@ -1,0 +1,196 @@
+"""Choosing the width of each layer's weights under a budget, by how much rounding them disturbs the model's outputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.accuracy.layers import inputs_of, layers_in_order, read_batches
+from tritonq.calibration import Batch, calibrate, everything_float
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.nn.qat import QATLayer
+from tritonq.prepare import prepare_qat
+from tritonq.qconfig import QConfig, get_qconfig, learned_step_qconfig
+from tritonq.qconfig_mapping import QConfigMapping
+
+Unit = Literal["bytes", "bit_operations"]
+
+# The search keeps so many choices for the layers so far; where there are more, those of like costs are thinned out.
+_MOST_CHOICES = 4000
+
+_log = logging.getLogger("tritonq")
+
+
+@torch.no_grad()
+def allocate_bits(
+    model: nn.Module,
+    data: Any,
+    budget: float,
+    *,
+    unit: Unit = "bytes",
+    widths: Sequence[int] = (2, 3, 4, 6, 8),
+    activation_bits: int = 8,
+    make_qconfig: Callable[[int, int], QConfig] = learned_step_qconfig,
+) -> QConfigMapping:
+    """Choose for each layer how many bits its weights have, under a budget of bytes or of bit operations.
+
+    The sensitivity of layer l to width b is the noise at the model's outputs when the weights of this layer alone are
+    rounded,
+
+        ``e(l, b) = E |f(x) - f(x; FQ_b(W_l))|² / E |f(x)|²``,
+
+    and noises of different layers are taken to add up. Of all choices ``b_l`` whose costs ``Σ c(l, b_l)`` stay within
+    the budget, the one with the least ``Σ e(l, b_l)`` is taken, by dynamic programming. c is ``weights · b / 8`` in
+    bytes, or ``multiplications per sample · b · activation_bits`` in bit operations.
+
+    Args:
+        model: a float model; it is left as it is.
+        data: as for :func:`tritonq.calibrate`, of which the first batch also shows how the model runs. All of it runs
+            once per layer and width, so some hundred samples are enough.
+        budget: for all quantized layers together, scales and biases not counted.
+        unit: of ``budget``.
+        widths: bits to choose from.
+        activation_bits: of all activations.
+        make_qconfig: makes a qconfig of bits of weights and of activations; by default the preset ``"lsq_w4a4"`` and
+            its like.
+
+    Returns:
+        A mapping with a rule per layer, for :func:`tritonq.prepare_qat` with example inputs. Inputs have 8 bits.
+
+    Raises:
+        ValueError: no layer, no batch, an unknown unit, or a budget that the smallest width exceeds.
+
+    Source: output noise as sensitivity: Dong et al., HAWQ-V2 (2020), whose Hessian trace it replaces; the budget as a
+        knapsack: Yao et al., HAWQ-V3 (2021), section 3.4.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+        >>> weights = 3 * 8 * 9 + 8 * 8 * 9
+        >>> mapping = allocate_bits(net, torch.randn(8, 3, 8, 8), budget=weights * 4 / 8)
+        >>> [rule.key for rule in mapping.names]
+        ['0', '2']
+    """
+    if unit not in ("bytes", "bit_operations"):
+        raise ValueError(f"unit must be 'bytes' or 'bit_operations', got {unit!r}")
+    if not widths or min(widths) < 1:
+        raise ValueError(f"widths must be one or more numbers of bits, got {tuple(widths)}")
+    batches = read_batches(model, data)
+    sizes: dict[str, float] = {}
+    errors: dict[str, dict[int, float]] = {}
+    for width in sorted(set(widths)):
+        prepared = _prepared(model, make_qconfig(width, activation_bits), batches)
+        layers = layers_in_order(prepared, batches[0])
+        sizes = sizes or {name: _size(prepared, layer, batches[0], unit) for name, layer in layers.items()}
+        for name, error in _errors(prepared, layers, batches).items():
+            errors.setdefault(name, {})[width] = error
+    per_bit = 1 / 8 if unit == "bytes" else activation_bits
+    costs = {name: {width: sizes[name] * width * per_bit for width in errors[name]} for name in errors}
+    chosen = choose_widths(costs, errors, budget)
+    mapping = QConfigMapping().set_global(make_qconfig(max(widths), activation_bits)).set_input(get_qconfig())
+    for name, width in chosen.items():
+        mapping = mapping.set_module_name(name, make_qconfig(width, activation_bits))
+    spent = sum(costs[name][width] for name, width in chosen.items())
+    told = ", ".join(f"{name} {width}" for name, width in chosen.items())
+    _log.info("bits of weights for %.6g of %.6g %s: %s", spent, budget, unit.replace("_", " "), told)
+    return mapping
+
+
+def _prepared(model: nn.Module, qconfig: QConfig, batches: Sequence[Batch]) -> nn.Module:
+    args, kwargs = batches[0]
+    prepared = prepare_qat(model, qconfig=qconfig, example_inputs=kwargs or args, warn=False)
+    return calibrate(prepared, [kwargs or args for args, kwargs in batches]).eval()
+
+
+def _size(model: nn.Module, layer: QATLayer, batch: Batch, unit: Unit) -> float:
+    """Weights of a layer, or its multiplications for one sample."""
+    weights = layer.weight.numel()
+    if unit == "bytes":
+        return weights
+    results = 0
+    for x in inputs_of(model, layer, [batch]):
+        results += layer.linear_map(x, layer.weight).numel() // max(1, len(x))
+    return weights * results / layer.linear_map.to_rows(layer.weight).shape[0]
+
+
+def _errors(model: nn.Module, layers: Mapping[str, QATLayer], batches: Sequence[Batch]) -> dict[str, float]:
+    """The noise of the outputs with the weights of each layer alone rounded, relative to the outputs."""
+    found: dict[str, float] = {}
+    with everything_float(model):
+        outputs = _outputs(model, batches)
+        size = sum(float(y.double().square().sum()) for y in outputs)
+        for name, layer in layers.items():
+            with _rounding(layer):
+                noisy = _outputs(model, batches)
+            noise = sum(float((a - b).double().square().sum()) for a, b in zip(noisy, outputs, strict=True))
+            found[name] = noise / max(size, 1e-300)
+    return found
+
+
+@contextmanager
+def _rounding(layer: QATLayer) -> Iterator[None]:
+    """The layer's weight rounds for now."""
+    quantizer = layer.weight_fake_quant
+    if not isinstance(quantizer, FakeQuantizeBase):
+        yield
+        return
+    quantizer.enable_fake_quant()
+    try:
+        yield
+    finally:
+        quantizer.disable_fake_quant()
+
+
+def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+    return [tensor for args, kwargs in batches for tensor in _floating(model(*args, **kwargs))]
+
+
+def _floating(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+        return
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    for part in parts:
+        yield from _floating(part)
+
+
+def choose_widths(
+    costs: Mapping[str, Mapping[int, float]], errors: Mapping[str, Mapping[int, float]], budget: float
+) -> dict[str, int]:
+    """The widths with the least sum of errors within the budget.
+
+    Of all choices for the layers so far, those stay that no other one beats in both cost and error.
+    """
+    least = sum(min(options.values()) for options in costs.values())
+    if least > budget:
+        raise ValueError(f"the smallest widths cost {least:.6g}, more than the budget of {budget:.6g}")
+    allowed = budget * (1 + 1e-9)
+    frontier: list[tuple[float, float, tuple[int, ...]]] = [(0.0, 0.0, ())]
+    for name, options in costs.items():
+        least -= min(options.values())
+        grown = sorted(
+            (spent + cost, error + errors[name][width], (*so_far, width))
+            for spent, error, so_far in frontier
+            for width, cost in options.items()
+        )
+        frontier = []
+        for option in grown:
+            if option[0] + least <= allowed and (not frontier or option[1] < frontier[-1][1]):
+                frontier.append(option)
+        frontier = _thinned(frontier)
+    return dict(zip(costs, frontier[-1][2], strict=True))
+
+
+def _thinned(frontier: list[tuple[float, float, tuple[int, ...]]]) -> list[tuple[float, float, tuple[int, ...]]]:
+    """At most ``_MOST_CHOICES`` of them, from the cheapest to the best, at like distances in cost."""
+    if len(frontier) <= _MOST_CHOICES:
+        return frontier
+    least, step = frontier[0][0], (frontier[-1][0] - frontier[0][0]) / (_MOST_CHOICES - 1)
+    # The dearest of each step is the best of it.
+    kept = {int((option[0] - least) / step): option for option in frontier}
+    return [frontier[0], *(option for option in kept.values() if option is not frontier[0])]

@@ -1,0 +1,170 @@
+"""Weights that oscillate between two codes: a loss that draws them to the middle of a code, and freezing them there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.accuracy.layers import write_quantized_weight
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.grid import Grid
+from tritonq.nn.qat import QATLayer
+from tritonq.reference.fake_quant import quantize
+
+
+def oscillation_dampening(model: nn.Module) -> Tensor:
+    """Return ``Σ |FQ(w) - clip(w, s n, s p)|²`` over all quantized weights: a loss to be added with a small factor.
+
+    It draws each weight to the middle of its code, where steps no longer carry it over an edge. The gradient goes to
+    the weights alone: neither FQ(w) nor the bounds ``s n`` and ``s p`` receive any, and clipped weights none.
+
+    Args:
+        model: a prepared model whose weights have ranges or trained scales.
+
+    Returns:
+        A float32 scalar; 0 without such weights.
+
+    Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (2022), equation 5; the factor rises
+        there from 0 to between 1e-4 and 1e-2 by a cosine.
+
+    Examples:
+        >>> import tritonq
+        >>> layer = tritonq.nn.Linear(4, 2, qconfig=tritonq.get_qconfig("lsq_w4a4"))
+        >>> _ = layer(torch.rand(3, 4))
+        >>> loss = 1e-3 * oscillation_dampening(layer)
+        >>> loss.backward()
+    """
+    total = torch.zeros(())
+    for layer in _layers(model).values():
+        rows, grid, column = _seen(layer)
+        with torch.no_grad():
+            values = _values(quantize(rows, grid), grid, column)
+            low = (grid.qtype.quant_min - _zero(grid, column)) * grid.scale.view(column)
+            high = (grid.qtype.quant_max - _zero(grid, column)) * grid.scale.view(column)
+        total = total.to(rows.device) + (values - torch.minimum(torch.maximum(rows, low), high)).square().sum()
+    return total
+
+
+@dataclass
+class _Memory:
+    """What is kept of one layer's codes, each of the shape of the weight's rows."""
+
+    codes: Tensor
+    direction: Tensor
+    frequency: Tensor
+    average: Tensor
+    frozen: Tensor
+
+
+class OscillationFreezing:
+    """Freezes weights that oscillate between codes, at the code where they were most of the time.
+
+    Called once per step, after the optimizer's. For the codes q of step t it keeps
+
+        ``o = q changed, the other way than the last time``, ``f ← m o + (1 - m) f``, ``a ← m q + (1 - m) a``,
+
+    and a weight whose f exceeds ``threshold`` is frozen at code ``round(a)`` from then on: it is set back there after
+    each step, on the grid as it then is.
+
+    Args:
+        model: a prepared model.
+        threshold: on f: the share of steps in which a weight turns.
+        momentum: m.
+
+    Raises:
+        ValueError: a threshold or momentum outside (0, 1], or a model without quantized layers.
+
+    Source: Nagel et al. (2022), algorithm 1.
+
+    Examples:
+        >>> import tritonq
+        >>> layer = tritonq.nn.Linear(4, 2, qconfig=tritonq.get_qconfig("lsq_w4a4"))
+        >>> freezing, optimizer = OscillationFreezing(layer), torch.optim.SGD(layer.parameters(), 0.1)
+        >>> layer(torch.rand(3, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> freezing.step()
+        >>> freezing.frozen_share()
+        0.0
+    """
+
+    def __init__(self, model: nn.Module, threshold: float = 0.02, momentum: float = 0.01) -> None:
+        for name, value in (("threshold", threshold), ("momentum", momentum)):
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {value}")
+        if not any(isinstance(module, QATLayer) for module in model.modules()):
+            raise ValueError(f"{type(model).__name__} has no quantized layer: call prepare_qat first")
+        self.threshold, self.momentum = threshold, momentum
+        self._model = model
+        self._memories: dict[str, _Memory] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Note the present codes, freeze, and set frozen weights back."""
+        for name, layer in _layers(self._model).items():
+            rows, grid, column = _seen(layer)
+            codes = quantize(rows, grid)
+            memory = self._memories.get(name)
+            if memory is None:
+                zeros = torch.zeros_like(codes)
+                self._memories[name] = _Memory(codes, zeros, zeros.clone(), codes.clone(), zeros.bool())
+                continue
+            change = (codes - memory.codes).sign()
+            turned = (change != 0) & (memory.direction != 0) & (change != memory.direction)
+            memory.direction = torch.where(change != 0, change, memory.direction)
+            memory.frequency.lerp_(turned.to(codes.dtype), self.momentum)
+            memory.average = torch.where(memory.frozen, memory.average, memory.average.lerp(codes, self.momentum))
+            memory.frozen |= memory.frequency > self.threshold
+            frozen_codes = memory.average.round()
+            memory.codes = torch.where(memory.frozen, frozen_codes, codes)
+            if bool(memory.frozen.any()):
+                target = torch.where(memory.frozen, _values(frozen_codes, grid, column), rows)
+                write_quantized_weight(layer, target, memory.frozen)
+
+    def frozen_share(self) -> float:
+        """Return the share of weights that are frozen."""
+        sizes = sum(memory.frozen.numel() for memory in self._memories.values())
+        return sum(int(memory.frozen.sum()) for memory in self._memories.values()) / max(1, sizes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold, tensors by layer and name."""
+        return {name: dict(vars(memory)) for name, memory in self._memories.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        self._memories = {
+            name: _Memory(**{key: value.clone() for key, value in held.items()}) for name, held in state.items()
+        }
+
+
+def _layers(model: nn.Module) -> dict[str, QATLayer]:
+    """The layers whose own weight is rounded now, by name."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, QATLayer)
+        and layer.computed is None
+        and "weight" in layer._parameters
+        and isinstance(layer.weight_fake_quant, FakeQuantizeBase)
+        and layer.weight_fake_quant.is_enabled_on_host()
+    }
+
+
+def _seen(layer: QATLayer) -> tuple[Tensor, Grid, tuple[int, ...]]:
+    """The weight as its quantizer sees it, (out, ...), the quantizer's grid, and the shape of scales against it."""
+    rows = layer.linear_map.to_rows(layer.weight_to_quantize())
+    grid = layer.weight_fake_quant.grid()  # type: ignore[operator]
+    column = (-1, *[1] * (rows.dim() - 1)) if grid.scale.numel() > 1 else (1,) * rows.dim()
+    zero_point = None if grid.zero_point is None else grid.zero_point.detach()
+    return rows, Grid(grid.scale.detach(), zero_point, grid.qtype), column
+
+
+def _zero(grid: Grid, column: tuple[int, ...]) -> Tensor:
+    zero = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point.to(grid.scale.dtype)
+    return zero.view(column)
+
+
+def _values(codes: Tensor, grid: Grid, column: tuple[int, ...]) -> Tensor:
+    return (codes - _zero(grid, column)) * grid.scale.view(column)
