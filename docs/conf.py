@@ -26,6 +26,8 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 90
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+# "Returns" holds prose; the type is in the signature.
+napoleon_use_rtype = False
 napoleon_custom_sections = ["Source"]
 
 # Types of Python and of libraries whose pages are elsewhere. A reference to anything of tritonq has to be found.

