@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-OnnxForm = Literal["onnxruntime", "tensorrt"]
+OnnxForm = Literal["onnxruntime", "tensorrt", "qdq"]
 """The forms that `export_onnx` writes."""
 
 

@@ -24,13 +24,16 @@ from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, forget_source, requ
 from tritonq.deploy.onnx_float_layers import tell_float_convolutions
 from tritonq.deploy.onnx_functions import CodeTable, check_functions
 from tritonq.deploy.onnx_moves import quantize_behind_moves
+from tritonq.deploy.onnx_opset17 import lower_opset
 from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return_tensors_alone
 from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.record.example import example_arguments
 from tritonq.prepare.record.structure import tensors_in
 from tritonq.targets import OnnxForm, onnx_form_of
 
-OLDEST_OPSET = 18
+OLDEST_OPSET = 17
+# The oldest that torch writes.
+_TORCH_OPSET = 18
 
 
 def export_onnx(
@@ -55,6 +58,11 @@ def export_onnx(
     - ``"tensorrt"``: float weights through QuantizeLinear and DequantizeLinear, float biases, all zero points 0. What
       TensorRT's integers can't hold is written as float arithmetic; a warning names the layers that it runs in float.
 
+    - ``"qdq"``: for converters that match pairs. Each quantizer is a QuantizeLinear and a DequantizeLinear of the
+      trained grid with nothing between; weights are int8 and biases int32 initialisers behind DequantizeLinear.
+      Functions, pools and sums stand in float between pairs, so that an engine's own arithmetic decides ties: expect
+      single codes to differ by one.
+
     MegEngine's rounding of ties away from zero becomes ONNX's to even; ties are rare behind a convolution. Fixed-point
     networks are written by :func:`tritonq.deploy.export_fixed_point_onnx`, which has none of the options below.
 
@@ -63,8 +71,8 @@ def export_onnx(
         path: file to write (under a temporary name, then renamed).
         example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones. Sizes, but for the batch, are
             those of the file.
-        target: ``"onnxruntime"`` or ``"tensorrt"``; None: what the preset of the model was made for.
-        opset: at least 18.
+        target: ``"onnxruntime"``, ``"tensorrt"`` or ``"qdq"``; None: what the preset of the model was made for.
+        opset: at least 17, the newest that TensorRT 8 reads (of opset 18 it ignores the axes of means).
         dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
         dynamic_sizes: leave height and width of the inputs open (all axes behind the first two of tensors with 3 to 5
             axes), for fully convolutional networks.
@@ -116,7 +124,7 @@ def export_onnx(
     arguments, shapes = open_axes(traced.forward, arguments, dynamic_batch, dynamic_sizes)
     result = result_of(deployed, *arguments)
     return_tensors_alone(traced, result)
-    program = _export(traced, *arguments, shapes, opset, input_names, output_names)
+    program = _export(traced, *arguments, shapes, max(opset, _TORCH_OPSET), input_names, output_names)
     if output_names is None:
         name_outputs(program.model, output_paths(result))
     _name_codes(program.model)
@@ -124,6 +132,8 @@ def export_onnx(
         quantize_behind_moves(program.model.graph)
     program.model.metadata_props[TARGET_KEY] = target
     proto = program.model_proto
+    if opset < _TORCH_OPSET:
+        lower_opset(proto)
     _write(proto, Path(path), tables)
     if target == "onnxruntime":
         tell_float_convolutions(proto)

@@ -12,6 +12,9 @@ model input's, rounds exactly as trained instead: the quotient is computed befor
 TensorRT: int8 with zero point 0; float weights between QuantizeLinear and DequantizeLinear; float bias. A ReLU stays,
 its upper bound too unless the quantizer saturates before it, and a range narrower than int8 becomes a clamp before
 QuantizeLinear: TensorRT fuses both into the convolution. What its integers can't hold is written as float arithmetic.
+
+The plain form, ``"qdq"``: the trained grids as they are, each a QuantizeLinear and a DequantizeLinear with the same
+scale and zero point and nothing between; weights and biases as for ONNX Runtime, ReLUs and clamps as for TensorRT.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from tritonq.deploy.onnx_averages import grids_of, rewrite_average, rewrite_glob
 from tritonq.deploy.onnx_functions import CodeTable, code_table, function_grids, rewrite_function
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
-from tritonq.deploy.onnx_quantizers import TracedQuantizer, end_codes, uint8_quantizer
+from tritonq.deploy.onnx_quantizers import TracedQuantizer, end_codes, plain_quantizer, uint8_quantizer
 from tritonq.deploy.onnx_tensorrt import int8_quantizer, runs_in_float, tell_float_layers
 from tritonq.deploy.tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from tritonq.nn import AverageLayer, Cat, FloatFunctional, Joint
@@ -68,11 +71,13 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
         functions = _rewrite_functions(model, quantizers, traced)
     else:
         _drop_ceilings(model)
-        tell_float_layers(model)
+        if target == "tensorrt":
+            tell_float_layers(model)
         for module in model.modules():
             if isinstance(module, AverageLayer):
                 rewrite_global_average(module)
-        traced = {module: int8_quantizer(module, name) for module, name in quantizers.items()}
+        form = int8_quantizer if target == "tensorrt" else plain_quantizer
+        traced = {module: form(module, name) for module, name in quantizers.items()}
     for join in joins:
         join.replace_producers(traced)
     for module in model.modules():
@@ -191,7 +196,12 @@ def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
     if axis is not None:
         zero, dtype = layer.weight_zero_point, torch.int8 if target == "tensorrt" else layer.stored_weight.dtype
         scale = cast(Tensor, layer.weight_scale)
-        layer.weight_zero_point = torch.zeros_like(scale, dtype=dtype) if zero is None else zero.to(dtype)
+        zero = torch.zeros_like(scale, dtype=dtype) if zero is None else zero.to(dtype)
+        if target == "tensorrt" and isinstance(layer, QuantizedConvTranspose2d):
+            # One scale for all channels, or TensorRT refuses the layer.
+            layer.keep(weight_scale=scale[0])
+            zero = zero[0]
+        layer.weight_zero_point = zero
     layer.forward = partial(_layer_forward, layer, axis)  # type: ignore[method-assign]
 
 

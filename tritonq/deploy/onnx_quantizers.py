@@ -67,6 +67,28 @@ def uint8_quantizer(
     return TracedQuantizer(source, name, (source.zero_point - lowest).to(torch.uint8), 0, largest, exact)
 
 
+def plain_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
+    """Return a quantizer that is a QuantizeLinear and a DequantizeLinear of one grid, with nothing between.
+
+    Codes are those that were trained. A range narrower than int8 or uint8 becomes a clamp before QuantizeLinear.
+
+    Raises:
+        ValueError: codes that fit neither, or a narrow range per channel.
+    """
+    low, high = source.qtype.quant_min, source.qtype.quant_max
+    dtype = torch.int8 if low < 0 else torch.uint8
+    limits = torch.iinfo(dtype)
+    if low < limits.min or high > limits.max:
+        raise ValueError(f"the quantizer {name!r} has the codes {low}..{high}; the plain form holds int8 and uint8")
+    traced = TracedQuantizer(source, name, source.zero_point.to(dtype), limits.min, limits.max)
+    if (low, high) != (limits.min, limits.max):
+        if source.qtype.axis is not None:
+            raise ValueError(f"the plain form has no clamp per channel, which the quantizer {name!r} needs")
+        scale, zero = float(source.scale), int(source.zero_point)
+        traced.clamp = ((low - zero) * scale, (high - zero) * scale)
+    return traced
+
+
 def end_codes(quantizer: Quantizer, bounds: tuple[float, float]) -> tuple[int, int]:
     """Return the codes of two values."""
     codes = quantize(torch.tensor(bounds, device=quantizer.scale.device), quantizer.grid())

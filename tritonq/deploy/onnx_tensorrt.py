@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import nn
 
-from tritonq.deploy.modules import QuantizedLayer, Quantizer
+from tritonq.deploy.modules import QuantizedConvTranspose2d, QuantizedLayer, Quantizer
 from tritonq.deploy.onnx_quantizers import TracedQuantizer
 from tritonq.qparams import QuantizedType
 
@@ -41,9 +41,14 @@ def int8_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
 
 
 def runs_in_float(layer: QuantizedLayer) -> bool:
-    """Whether TensorRT's integers can't hold the codes of a layer's weight, or of its input where these are known."""
+    """Whether TensorRT's integers can't hold the codes of a layer's weight, or of its input where these are known.
+
+    It takes no scale per out channel of a transposed convolution.
+    """
     if layer.weight_scale is None:
         return False
+    if isinstance(layer, QuantizedConvTranspose2d) and bool((layer.weight_scale != layer.weight_scale[0]).any()):
+        return True
     weight_fits = layer.weight_zero_point is None and layer.stored_weight.dtype == torch.int8
     if layer.grids.input is None or layer.input_zero_point is None:
         return not weight_fits
@@ -57,8 +62,8 @@ def tell_float_layers(model: nn.Module) -> None:
     ]
     if names:
         warnings.warn(
-            f"TensorRT takes int8 codes with zero points of 0 alone; it will run in float: {', '.join(names)}. For "
-            f"integers {_REMEDY}",
+            f"TensorRT takes int8 codes with zero points of 0 alone, and one scale for all channels of a transposed "
+            f"convolution's weight; it will run in float: {', '.join(names)}. For integers {_REMEDY}",
             stacklevel=4,
         )
 

@@ -1,0 +1,128 @@
+"""Forms of ONNX files for other readers: plain pairs, opset 17, and transposed convolutions for TensorRT."""
+
+import pytest
+import torch
+from torch import nn
+
+import tritonq
+from tritonq.deploy.onnx_opset17 import lower_opset
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.up, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.ConvTranspose2d(8, 8, 2, 2), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = nn.functional.relu6(self.stem(x))
+        one, two = nn.functional.interpolate(self.up(x), scale_factor=2).chunk(2, 1)
+        x = nn.functional.silu(torch.cat([two, one], 1))
+        return self.head((x - x.mean((2, 3), keepdim=True)).amax((2, 3)))
+
+
+def trained(preset):
+    torch.manual_seed(0)
+    qconfig = tritonq.get_default_qat_qconfig(preset) if preset == "fbgemm" else tritonq.get_qconfig(preset)
+    model = tritonq.prepare_qat(Net(), qconfig=qconfig, example_inputs=X[:2]).train()
+    model(X)
+    return model.eval()
+
+
+def constants(graph):
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+@pytest.mark.parametrize("preset", ["onnxruntime", "fbgemm"])
+def test_plain_pairs(preset, tmp_path):
+    """fbgemm's codes have seven bits, which a clamp in float stands for."""
+    model = trained(preset)
+    tritonq.export_onnx(model, tmp_path / "m.onnx", X[:2], target="qdq")
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    held = constants(graph)
+    readers = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    quantize = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert len(quantize) == len(quantizers(model))
+    for node in quantize:
+        (reader,) = readers[node.output[0]]
+        assert reader.op_type == "DequantizeLinear"
+        assert [held[name].tolist() for name in reader.input[1:]] == [held[name].tolist() for name in node.input[1:]]
+        assert held[node.input[2]].dtype == "uint8"
+        assert held[node.input[1]] != 1
+    weights = [node.input[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in held]
+    assert {str(held[name].dtype) for name in weights} == {"int8", "int32"}
+    report = tritonq.verify(model, tmp_path / "m.onnx", X)
+    assert report.agrees(0.01, 1), report
+
+
+def quantizers(model):
+    """Names of those of activations."""
+    found = (name for name, module in model.named_modules() if isinstance(module, tritonq.FakeQuantize))
+    return [name for name in found if not name.endswith("weight_fake_quant")]
+
+
+def test_codes_that_have_no_plain_form(tmp_path):
+    wide = tritonq.FakeQuantize.with_args(dtype=tritonq.QuantizedType.of(12))
+    qconfig = tritonq.get_qconfig("onnxruntime")._replace(activation=wide)
+    model = tritonq.prepare_qat(nn.Sequential(nn.Conv2d(3, 4, 1)), qconfig=qconfig, example_inputs=X).train()
+    model(X)
+    with pytest.raises(ValueError, match=r"has the codes -2048\.\.2047; the plain form holds int8 and uint8"):
+        tritonq.export_onnx(model, tmp_path / "m.onnx", X, target="qdq")
+
+
+@pytest.mark.filterwarnings("ignore:ONNX Runtime convolves")
+def test_opset_17_reads_axes_from_attributes(tmp_path):
+    model = trained("onnxruntime")
+    paths = {opset: tmp_path / f"{opset}.onnx" for opset in (17, 18)}
+    for opset, path in paths.items():
+        tritonq.export_onnx(model, path, X[:2], opset=opset)
+    made = {opset: onnx.load(path) for opset, path in paths.items()}
+    reductions = {o: [n for n in m.graph.node if n.op_type == "ReduceMax"] for o, m in made.items()}
+    assert [len(node.input) for node in reductions[17]] == [1]
+    assert [len(node.input) for node in reductions[18]] == [2]
+    assert [entry.version for entry in made[17].opset_import] == [17]
+    report = tritonq.verify(model, paths[17], X)
+    assert report.agrees(), report
+    assert report.outputs.largest == tritonq.verify(model, paths[18], X).outputs.largest
+
+
+def test_what_opset_17_lacks_is_refused():
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2])
+    for operator, attributes in (("Mish", {}), ("Resize", {"antialias": 1, "mode": "linear"})):
+        node = onnx.helper.make_node(operator, ["x"], ["y"], **attributes)
+        proto = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [value], [value]))
+        with pytest.raises(ValueError, match=rf"opset 17 has no {operator}.*opset=18"):
+            lower_opset(proto)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_transposed_convolutions_for_tensorrt(per_channel, tmp_path):
+    """It takes one scale for a weight; with one per channel the layer is written in float, and told."""
+    qconfig = tritonq.get_qconfig("tensorrt")
+    if not per_channel:
+        weight = tritonq.FakeQuantize.with_args(dtype=tritonq.QuantizedType.of(8, narrow=True))
+        qconfig = qconfig._replace(weight=weight)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.ConvTranspose2d(4, 6, 2, 2))
+    model = tritonq.prepare_qat(net, qconfig=qconfig, example_inputs=X).train()
+    model(X)
+    if per_channel:
+        with pytest.warns(UserWarning, match=r"scale for all channels of a transposed.* in float: 2\."):
+            tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", X)
+    else:
+        tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", X)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    held, makers = constants(graph), {name: node for node in graph.node for name in node.output}
+    (node,) = [node for node in graph.node if node.op_type == "ConvTranspose"]
+    if per_channel:
+        assert node.input[1] in held
+    else:
+        dequantize = makers[node.input[1]]
+        assert held[dequantize.input[1]].shape == ()
+    assert tritonq.verify(model, tmp_path / "m.onnx", X).agrees(0.01, 1)
