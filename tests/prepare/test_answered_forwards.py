@@ -218,28 +218,54 @@ def test_every_branch_is_still_there():
 
 
 class Pooled(nn.Module):
-    """A mean over all of an image, whose window is read from its input; it may be left out."""
+    """A mean over all of an image; it may be left out."""
 
-    def __init__(self):
+    def __init__(self, mean):
         super().__init__()
-        self.conv, self.head = conv(), nn.Linear(4, 2)
+        self.conv, self.head, self.average = conv(), nn.Linear(4, 2), mean
 
     def forward(self, x, pool=True):
         y = self.conv(x)
         if not pool:
             return y
-        return self.head(F.avg_pool2d(y, y.shape[2:]).flatten(1))
+        if self.average == "avg_pool2d":
+            y = F.avg_pool2d(y, y.shape[2:])
+        elif self.average == "mean":
+            y = y.mean(dim=[-1, -2], keepdim=True)
+        else:
+            y = F.adaptive_avg_pool2d(y, (1, 1))
+        return self.head(y.flatten(1))
 
 
 @pytest.mark.filterwarnings(r"ignore:\d+ calls of the forward")
-def test_mean_is_answered_by_a_module_and_its_quantizer():
-    prepared = prepare_qat(Pooled(), example_inputs=X).train()
+@pytest.mark.parametrize("mean", ["avg_pool2d", "adaptive_avg_pool2d", "mean"])
+def test_mean_is_answered_by_a_module_and_its_quantizer(mean):
+    prepared = prepare_qat(Pooled(mean), example_inputs=X).train()
     prepared(X)
-    assert of_type(prepared, qnn.Average) == ["avg_pool2d"]
+    assert of_type(prepared, qnn.Average) == [mean]
+    assert "answers" in forward_data(prepared)
     prepared.eval()
     assert prepared(X, pool=False).dim() == 4
-    assert prepared.avg_pool2d_fake_quant.has_qparams()
-    assert torch.equal(tritonq.convert(prepared)(X), prepared(X))
+    assert prepared.get_submodule(f"{mean}_fake_quant").has_qparams()
+    larger = torch.cat([X, X], 3)
+    for images in (X, larger):
+        assert torch.equal(tritonq.convert(prepared)(images), prepared(images))
+
+
+class Halved(Pooled):
+    """An output whose size follows the image's: not a mean that a module with one size computes."""
+
+    def forward(self, x, pool=True):
+        y = self.conv(x)
+        if pool:
+            y = F.adaptive_avg_pool2d(y, y.shape[-1] // 2)
+        return self.head(y.amax((2, 3)))
+
+
+@pytest.mark.filterwarnings(r"ignore:\d+ calls of the forward")
+def test_an_output_that_may_follow_the_size_of_the_image_is_no_module_of_one_size():
+    prepared = prepare_qat(Halved(""), example_inputs=X)
+    assert of_type(prepared, qnn.Average) == []
 
 
 class Inside(nn.Module):

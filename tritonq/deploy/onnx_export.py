@@ -20,6 +20,7 @@ from tritonq.deploy.fixed_point import has_fixed_point
 from tritonq.deploy.fixed_point_description import has_integers
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 from tritonq.deploy.modules import DeployedModule
+from tritonq.deploy.onnx_ends import Returned, check_ends, whole_ends
 from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, forget_source, require_onnx, separate_zero_points
 from tritonq.deploy.onnx_float_layers import tell_float_convolutions
 from tritonq.deploy.onnx_functions import CodeTable, check_functions
@@ -47,6 +48,8 @@ def export_onnx(
     dynamic_sizes: bool = False,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    pixels: tuple[float | Sequence[float], float | Sequence[float]] | None = None,
+    returns: Returned = "values",
 ) -> None:
     """Write a quantization-aware or converted model as an ONNX file.
 
@@ -79,10 +82,16 @@ def export_onnx(
         input_names: names of the inputs; by default those of the forward's arguments.
         output_names: names of the outputs; by default ``"output"`` for one tensor, ``"output_0"`` and so on for
             several, and the keys of a dict or the fields of a dataclass. Text and numbers in a result are left out.
+        pixels: ``(mean, std)``, each a number or one per channel: the file takes uint8 images, and looks up the code of
+            ``(pixel / 255 - mean) / std``, which is what the trained model makes of it. For models with one input that
+            quantizers alone read.
+        returns: ``"values"``; ``"codes"`` of the outputs, uint8 or int8 (their scales and zero points stand in the
+            file's metadata); or ``"argmax"``, the index of the largest along axis 1.
 
     Raises:
         ValueError: an unknown target, or none for layers of several; an old opset; something the target can't represent
-            (the message names the quantizer); an option that fixed-point networks lack; a model that torch can't
+            (the message names the quantizer); an option that fixed-point networks lack; pixels
+            or codes at an end that has no quantizer; a model that torch can't
             export, or not with open sizes; or what :func:`tritonq.convert` raises.
         ImportError: onnx or onnxscript is not installed (the extra ``tritonq[onnx]``).
 
@@ -102,12 +111,13 @@ def export_onnx(
         raise ValueError(f"unknown target {target!r}; known: {', '.join(get_args(OnnxForm))}")
     if opset < OLDEST_OPSET:
         raise ValueError(f"opset must be at least {OLDEST_OPSET}, got {opset}")
+    normalization = check_ends(pixels, returns)
     model = uncompiled(model)
     if has_fixed_point(model) or has_integers(model):
-        options = {"target": target, "opset": opset, "dynamic_batch": dynamic_batch, "dynamic_sizes": dynamic_sizes}
-        _export_fixed_point(
-            model, path, example_inputs, {**options, "input_names": input_names, "output_names": output_names}
-        )
+        options: dict[str, Any] = {"target": target, "opset": opset, "pixels": pixels, "returns": returns}
+        options |= {"dynamic_batch": dynamic_batch, "dynamic_sizes": dynamic_sizes}
+        options |= {"input_names": input_names, "output_names": output_names}
+        _export_fixed_point(model, path, example_inputs, options)
         return
     require_onnx("onnx", "onnxscript")
     _check_float32(model, example_inputs)
@@ -134,6 +144,7 @@ def export_onnx(
     proto = program.model_proto
     if opset < _TORCH_OPSET:
         lower_opset(proto)
+    whole_ends(proto, normalization, returns, deployed)
     _write(proto, Path(path), tables)
     if target == "onnxruntime":
         tell_float_convolutions(proto)

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from tritonq.deploy.codes import Codes, GivenCodes, Runner
+from tritonq.deploy.onnx_ends import Ends
 from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, require_onnx
 from tritonq.deploy.onnx_layers_apart import find_islands, given_name, separated
 from tritonq.deploy.onnx_session import open_session
 from tritonq.prepare.record.structure import tensors_in
 
 
-def onnx_runner(path: str | os.PathLike[str]) -> tuple[Runner, dict[str, tuple[str, ...]]]:
-    """Return a function that runs the file and returns its codes and outputs, and the file's islands.
+def onnx_runner(path: str | os.PathLike[str]) -> tuple[Runner, dict[str, tuple[str, ...]], Ends]:
+    """Return a function that runs the file and returns its codes and outputs, the file's islands, and its ends.
 
     The outputs come from the file as it is, the codes from a second session, over a copy in memory that returns them.
     Given codes are read by a third, over a copy in which readers of codes read inputs.
@@ -45,9 +46,11 @@ def onnx_runner(path: str | os.PathLike[str]) -> tuple[Runner, dict[str, tuple[s
     # Layers of a fixed-point network may share their codes.
     tensors = list(dict.fromkeys(entry["tensor"] for entry in entries))
     islands = find_islands(model.graph, tensors, target)
-    return _Runner(model, entries, tensors, target), {
-        entry["quantizer"]: islands[entry["tensor"]] for entry in entries if islands[entry["tensor"]]
-    }
+    return (
+        _Runner(model, entries, tensors, target),
+        {entry["quantizer"]: islands[entry["tensor"]] for entry in entries if islands[entry["tensor"]]},
+        Ends.of(properties),
+    )
 
 
 class _Runner:

@@ -17,6 +17,7 @@ from tritonq.deploy.comparisons import LayerComparison as LayerComparison
 from tritonq.deploy.comparisons import OutputComparison as OutputComparison
 from tritonq.deploy.comparisons import VerificationReport as VerificationReport
 from tritonq.deploy.comparisons import add_layers, add_outputs, compare_codes
+from tritonq.deploy.onnx_ends import Ends
 from tritonq.deploy.program_runner import PROGRAM_SUFFIX, load_program, program_runner
 from tritonq.deploy.torch_runner import torch_runner
 from tritonq.nn.compiled import uncompiled
@@ -44,7 +45,7 @@ def verify(
             program of :func:`tritonq.export_program`, as such or as the path of a file ``*.pt2``.
         data: one input tensor, or an iterable of batches: each a tensor, a dict of arguments, or a tuple of arguments,
             of which those are used that the model's forward requires (a data loader's labels are not; of a
-            ``forward(*args)``, all are).
+            ``forward(*args)``, all are). For a file that takes pixels, uint8 images.
 
     Raises:
         ValueError: no data, or a deployed model that was not made from ``qat_model``.
@@ -60,28 +61,28 @@ def verify(
         no code differs
     """
     qat_model = uncompiled(qat_model)
-    run_deployed, islands = _deployed_runner(deployed)
+    run_deployed, islands, ends = _deployed_runner(deployed)
     run_reference = torch_runner(qat_model)
     tally = _Tally(earlier_names(qat_model), islands)
     for args, kwargs in _batches(qat_model, data):
-        expected, expected_outputs = run_reference(args, kwargs)
+        expected, expected_outputs = run_reference(*ends.values((args, kwargs)))
         found, found_outputs = run_deployed(args, kwargs)
         pairs = tally.pairs(expected, found)
         if not all(torch.equal(pair.expected, pair.found) for pair in pairs):
             found, _ = run_deployed(args, kwargs, _given(pairs, found))
             pairs = tally.pairs(expected, found)
-        tally.add(pairs, expected_outputs, found_outputs)
+        tally.add(pairs, ends.results(expected_outputs), found_outputs)
     return tally.report()
 
 
-def _deployed_runner(deployed: nn.Module | ExportedProgram | str | os.PathLike[str]) -> tuple[Runner, _Islands]:
-    """What runs a deployed model, and the quantizers whose codes come from operations without a defined order."""
+def _deployed_runner(deployed: nn.Module | ExportedProgram | str | os.PathLike[str]) -> tuple[Runner, _Islands, Ends]:
+    """What runs a deployed model, the quantizers whose codes come from operations without a defined order, its ends."""
     if isinstance(deployed, nn.Module):
-        return torch_runner(uncompiled(deployed)), {}
+        return torch_runner(uncompiled(deployed)), {}, Ends()
     if isinstance(deployed, ExportedProgram):
-        return program_runner(deployed), {}
+        return program_runner(deployed), {}, Ends()
     if os.fspath(deployed).endswith(PROGRAM_SUFFIX):
-        return program_runner(load_program(deployed)), {}
+        return program_runner(load_program(deployed)), {}, Ends()
     from tritonq.deploy.onnx_runner import onnx_runner
 
     return onnx_runner(deployed)

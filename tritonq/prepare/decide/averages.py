@@ -17,8 +17,8 @@ def averaging_of_call(call: Call, shape: tuple[int, ...], has_fixed_arguments: b
     Args:
         call: any recorded call.
         shape: of the tensor that it reads.
-        has_fixed_arguments: whether its other arguments are constants; else they may follow the size of the input, and
-            only a window over all of it is known to do so.
+        has_fixed_arguments: whether its other arguments are known to be constants; else, as in a forward that keeps its
+            branches, windows and sizes of outputs may follow the size of the input.
     """
     if call.kind == "module":
         return averaging_of(call.target)  # type: ignore[arg-type]
@@ -32,7 +32,7 @@ def averaging_of_call(call: Call, shape: tuple[int, ...], has_fixed_arguments: b
         return None
     if found is None or has_fixed_arguments:
         return found
-    return _whole(found, shape)
+    return _following_sizes(found, shape)
 
 
 def _mean(input: Ref, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Averaging | None:
@@ -93,8 +93,15 @@ def _per_axis(value: Any, rank: int) -> tuple[Any, ...]:
     return entries * rank if len(entries) == 1 else entries
 
 
-def _whole(averaging: Averaging, shape: tuple[int, ...]) -> Averaging | None:
-    """Return a window over the whole input as one that follows the input's size; None for any other."""
+def _following_sizes(averaging: Averaging, shape: tuple[int, ...]) -> Averaging | None:
+    """Return a mean as one that is right for inputs of any size; None where its arguments may follow from the size.
+
+    Axes do not, nor does an output of one element. A window over the whole input follows it.
+    """
+    if isinstance(averaging, AxesAverage):
+        return averaging
+    if isinstance(averaging, AdaptiveAverage):
+        return averaging if all(size == 1 for size in averaging.output_size) else None
     if not isinstance(averaging, WindowAverage) or any(averaging.padding) or averaging.divisor_override is not None:
         return None
     rank = len(averaging.kernel_size)

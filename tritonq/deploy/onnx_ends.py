@@ -1,0 +1,261 @@
+"""Whole numbers at the ends of an ONNX file: pixels in, codes or the index of the largest class out.
+
+What a pixel becomes is decided once, at export: its value after mean and standard deviation, on the grid of the input's
+quantizer. The file looks its code up, so that no float stands before the first layer and none is rounded twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tritonq.deploy.modules import Quantizer
+from tritonq.deploy.onnx_files import CODES_KEY
+from tritonq.prepare.record.structure import replace_tensors
+
+ENDS_KEY = "tritonq.ends"
+Returned = Literal["values", "codes", "argmax"]
+_PIXELS = 256
+# Of what a quantizer consists in a file.
+_QUANTIZING = frozenset(
+    [
+        *("Abs", "Add", "Cast", "Clip", "Constant", "Div", "Floor", "GreaterOrEqual", "Identity", "Mul"),
+        *("QuantizeLinear", "Round", "Sign", "Sub"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What pixels become before a model reads them: ``(pixel / 255 - mean) / std``, per channel, in float32."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return values of ``pixels`` (n, channels, …)."""
+        shape = (1, -1, *[1] * (pixels.dim() - 2))
+        mean, std = (torch.tensor(values).view(shape) for values in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What a file takes and returns in the place of values.
+
+    Attributes:
+        pixels: how the pixels that it takes become values; None: it takes values.
+        returned: what it returns.
+        grids: scale and zero point of each output that is codes.
+    """
+
+    pixels: Normalization | None = None
+    returned: Returned = "values"
+    grids: tuple[tuple[float, int], ...] = ()
+
+    @classmethod
+    def of(cls, properties: dict[str, str]) -> Ends:
+        """Read them from a file's metadata."""
+        data = json.loads(properties.get(ENDS_KEY, "{}"))
+        pixels = data.get("pixels")
+        return cls(
+            None if pixels is None else Normalization(*map(tuple, pixels)),
+            data.get("returned", "values"),
+            tuple((scale, zero) for scale, zero in data.get("grids", ())),
+        )
+
+    def to_json(self) -> str:
+        """Return what :meth:`of` reads."""
+        pixels = None if self.pixels is None else [self.pixels.mean, self.pixels.std]
+        return json.dumps({"pixels": pixels, "returned": self.returned, "grids": self.grids})
+
+    def values(self, arguments: Any) -> Any:
+        """Return the arguments that the trained model takes for those of the file."""
+        return arguments if self.pixels is None else replace_tensors(arguments, self.pixels)
+
+    def results(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Return what the file should return where the trained model returns ``outputs``."""
+        if self.returned == "argmax":
+            return [output.argmax(1) for output in outputs]
+        if self.returned == "codes":
+            grids = zip(outputs, self.grids, strict=True)
+            return [(output / scale).round().int() + zero for output, (scale, zero) in grids]
+        return outputs
+
+
+def check_ends(pixels: Any, returned: Any) -> Normalization | None:
+    """Return how pixels become values, from the argument ``(mean, std)``.
+
+    Raises:
+        ValueError: no two numbers or sequences of equal length, deviations that are not positive, or an unknown
+            ``returned``.
+    """
+    if returned not in get_args(Returned):
+        raise ValueError(f"unknown returns {returned!r}; known: {', '.join(get_args(Returned))}")
+    if pixels is None:
+        return None
+    try:
+        mean, std = ((float(v),) if isinstance(v, (int, float)) else tuple(map(float, v)) for v in pixels)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"pixels must be (mean, std), each a number or one per channel, got {pixels!r}") from error
+    if len(mean) != len(std) or not all(value > 0 for value in std):
+        raise ValueError(f"pixels must hold as many deviations as means, all positive, got {pixels!r}")
+    return Normalization(mean, std)
+
+
+def take_pixels(proto: Any, normalization: Normalization, model: nn.Module) -> None:
+    """Let a file take uint8 pixels, whose codes it looks up.
+
+    Args:
+        proto: the file's content, which is changed.
+        normalization: how pixels become values.
+        model: the converted model, whose quantizers the codes are named after.
+
+    Raises:
+        ValueError: several inputs, another number of channels, or an input that anything but a quantizer reads.
+    """
+    import onnx
+
+    graph = proto.graph
+    if len(graph.input) != 1:
+        raise ValueError(f"pixels are for models with one input, and this one has {len(graph.input)}")
+    (source,) = graph.input
+    channels = source.type.tensor_type.shape.dim[1].dim_value
+    if len(normalization.mean) not in (1, channels):
+        raise ValueError(f"pixels has {len(normalization.mean)} means, and the input has {channels} channels")
+    quantizers = {entry["tensor"]: entry for entry in _entries(proto)}
+    between, made = _nodes_up_to_codes(graph, source.name, set(quantizers))
+    pixels = torch.arange(_PIXELS).view(1, 1, _PIXELS).expand(1, channels, _PIXELS)
+    values = normalization(pixels)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    for node in between:
+        graph.node.remove(node)
+    new: list[Any] = []
+    for name in made:
+        entry = quantizers[name]
+        quantizer = model.get_submodule(entry["quantizer"])
+        if not isinstance(quantizer, Quantizer) or entry["axis"] is not None:
+            raise ValueError(f"pixels need one grid for the input, and {entry['quantizer']!r} has one per channel")
+        codes = (quantizer(values) / quantizer.scale).round() + entry["zero_point"]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kinds[name])
+        new += _look_up(graph, source.name, name, codes[0].numpy().astype(dtype))
+    for index, node in enumerate(new):
+        graph.node.insert(index, node)
+    source.type.tensor_type.elem_type = onnx.TensorProto.UINT8
+
+
+def _entries(proto: Any) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = json.loads(next(e.value for e in proto.metadata_props if e.key == CODES_KEY))
+    return entries
+
+
+def _nodes_up_to_codes(graph: Any, source: str, codes: set[str]) -> tuple[list[Any], list[str]]:
+    """The nodes that make codes of an input and nothing else, and these codes."""
+    constants = {tensor.name for tensor in graph.initializer}
+    reached, nodes, made = {source}, [], []
+    for node in graph.node:
+        if node.op_type == "Constant":
+            constants.add(node.output[0])
+        if reached.isdisjoint(node.input):
+            continue
+        others = [name for name in node.input if name and name not in reached and name not in constants]
+        if node.op_type not in _QUANTIZING or others:
+            raise ValueError(f"pixels need a model whose quantizers alone read its input; a {node.op_type} reads it")
+        nodes.append(node)
+        if node.output[0] in codes:
+            made.append(node.output[0])
+        else:
+            reached.update(node.output)
+    outputs = reached & {output.name for output in graph.output}
+    if outputs or not made:
+        raise ValueError("pixels need a model whose quantizers alone read its input; it is read as it is")
+    return nodes, made
+
+
+def _look_up(graph: Any, source: str, result: str, codes: Any) -> list[Any]:
+    """Nodes that look codes up at pixels; ``codes`` is (channels, 256)."""
+    import onnx
+
+    make, named = onnx.helper.make_node, onnx.numpy_helper.from_array
+    if codes.dtype == np.uint8 and (codes == np.arange(_PIXELS)).all():
+        return [make("Identity", [source], [result])]
+    index = f"{result}.pixels"
+    nodes = [make("Cast", [source], [index], to=onnx.TensorProto.INT32)]
+    if (codes == codes[:1]).all():
+        codes = codes[:1]
+    else:
+        dimensions = len(graph.input[0].type.tensor_type.shape.dim)
+        rows = np.arange(len(codes), dtype=np.int32) * _PIXELS
+        graph.initializer.append(named(rows.reshape(1, -1, *[1] * (dimensions - 2)), f"{result}.rows"))
+        nodes.append(make("Add", [index, f"{result}.rows"], [f"{result}.index"]))
+        index = f"{result}.index"
+    graph.initializer.append(named(np.ascontiguousarray(codes.reshape(-1)), f"{result}.table"))
+    return [*nodes, make("Gather", [f"{result}.table", index], [result])]
+
+
+def return_whole_numbers(proto: Any, returned: Returned) -> tuple[tuple[float, int], ...]:
+    """Let a file return the codes of its outputs, or the index of the largest along axis 1.
+
+    Returns:
+        Scale and zero point of each output that is codes.
+
+    Raises:
+        ValueError: codes of an output that has no quantizer.
+    """
+    import onnx
+
+    graph = proto.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    known = {entry["tensor"] for entry in _entries(proto)}
+    grids: list[tuple[float, int]] = []
+    for output in graph.output:
+        name = output.name
+        maker: Any = makers.get(name)
+        has_codes = maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] in known
+        if returned == "codes":
+            if not has_codes or held[maker.input[1]].ndim:
+                raise ValueError(f"the output {name!r} has no codes: no quantizer with one grid stands before it")
+            grids.append((float(held[maker.input[1]]), int(held[maker.input[2]])))
+        source = maker.input[0] if has_codes else f"{name}.values"
+        for node in graph.node:
+            _rename(node.input, name, f"{name}.values")
+            _rename(node.output, name, f"{name}.values")
+        if returned == "codes":
+            graph.node.append(onnx.helper.make_node("Identity", [source], [name]))
+            output.type.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(held[maker.input[2]].dtype)
+        else:
+            graph.node.append(onnx.helper.make_node("ArgMax", [source], [name], axis=1, keepdims=0))
+            output.type.tensor_type.elem_type = onnx.TensorProto.INT64
+            del output.type.tensor_type.shape.dim[1]
+    _drop_unread(graph)
+    return tuple(grids)
+
+
+def _rename(names: Any, old: str, new: str) -> None:
+    for index, name in enumerate(names):
+        if name == old:
+            names[index] = new
+
+
+def _drop_unread(graph: Any) -> None:
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    for node in [held for held in graph.node if not any(name in read for name in held.output)]:
+        graph.node.remove(node)
+
+
+def whole_ends(proto: Any, normalization: Normalization | None, returned: Returned, model: nn.Module) -> None:
+    """Give a file the ends that ``export_onnx`` was asked for, and note them in its metadata."""
+    if normalization is None and returned == "values":
+        return
+    if normalization is not None:
+        take_pixels(proto, normalization, model)
+    grids: Sequence[tuple[float, int]] = () if returned == "values" else return_whole_numbers(proto, returned)
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = ENDS_KEY, Ends(normalization, returned, tuple(grids)).to_json()
