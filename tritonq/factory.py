@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from typing import Self
 
 T = TypeVar("T")
 
@@ -28,6 +32,13 @@ class Factory(Generic[T]):
         """A new instance; arguments given here win over the fixed ones."""
         return self.make(*args, **{**self.arguments, **kwargs})
 
+    @property
+    def __name__(self) -> str:
+        """The names of the class and of the observer in it, by which torchao knows what is per channel."""
+        observer = self.arguments.get("observer")
+        name = getattr(self.make, "__name__", type(self.make).__name__)
+        return name if observer is None else f"{name}({getattr(observer, '__name__', observer)})"
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Factory[T]:
         # Nothing changes a factory, and what it holds (a process group, say) need not be copyable.
         return self
@@ -44,7 +55,22 @@ class Factory(Generic[T]):
 
 
 class WithArgs:
-    """Gives a class torch.ao's ``with_args``."""
+    """Gives a class torch.ao's ``with_args``, and makes instances known to torch.ao and torchao where these are loaded.
+
+    Both ask whether a module is an instance of an ``ObserverBase`` or ``FakeQuantizeBase`` of their own; a class becomes
+    a virtual subclass of these when it is first instantiated, so that ``QConfig`` and ``QuantizationSpec`` take it.
+    """
+
+    # Modules and names of the libraries' base classes.
+    library_bases: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Register ``cls`` with the libraries that are loaded."""
+        for module, name in cls.library_bases:
+            base: Any = getattr(sys.modules.get(module), name, None)
+            if base is not None and not issubclass(cls, base):
+                base.register(cls)
+        return super().__new__(cls)
 
     @classmethod
     def with_args(cls, **arguments: Any) -> Factory[Any]:

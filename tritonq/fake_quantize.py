@@ -40,6 +40,11 @@ class FakeQuantizeBase(WithArgs, SavesGrid, FixedDtypeBuffers):
     qtype: QuantizedType
     # Axis of the input that counts samples; None for weights. Layers set it for the quantizers of their weights.
     batch_axis: int | None = 0
+    is_dynamic = False
+    library_bases = (
+        ("torch.ao.quantization.fake_quantize", "FakeQuantizeBase"),
+        ("torchao.quantization.pt2e.fake_quantize", "FakeQuantizeBase"),
+    )
     # The scale that the example inputs of `prepare_qat` gave, until a training batch replaces it; then None.
     _beginning: Tensor | None = None
 

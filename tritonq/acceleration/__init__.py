@@ -45,10 +45,11 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
             model stays as it was.
 
     Examples:
-        >>> import torch, torch.ao.quantization as ao, tritonq
+        >>> import torch, torch.ao.quantization as ao, tritonq, warnings
         >>> model = torch.nn.Sequential(ao.QuantStub(), torch.nn.Conv2d(3, 4, 3)).train()
         >>> model.qconfig = ao.get_default_qat_qconfig("x86")
-        >>> model = tritonq.accelerate(ao.prepare_qat(model))
+        >>> with warnings.catch_warnings(action="ignore"):  # torch.ao is deprecated
+        ...     model = tritonq.accelerate(ao.prepare_qat(model))
         >>> print(tritonq.acceleration.report_of(model).left_alone)
         []
     """
@@ -84,12 +85,13 @@ def restore(model: nn.Module) -> nn.Module:
         ValueError: the model is not accelerated.
 
     Examples:
-        >>> import torch, torch.ao.quantization as ao, tritonq
+        >>> import torch, torch.ao.quantization as ao, tritonq, warnings
         >>> model = torch.nn.Sequential(ao.QuantStub(), torch.nn.Conv2d(3, 4, 3)).train()
         >>> model.qconfig = ao.get_default_qat_qconfig("x86")
-        >>> model = tritonq.accelerate(ao.prepare_qat(model))
-        >>> _ = model(torch.ones(1, 3, 8, 8))
-        >>> converted = ao.convert(tritonq.restore(model).eval())
+        >>> with warnings.catch_warnings(action="ignore"):  # torch.ao is deprecated
+        ...     model = tritonq.accelerate(ao.prepare_qat(model))
+        ...     _ = model(torch.ones(1, 3, 8, 8))
+        ...     converted = ao.convert(tritonq.restore(model).eval())
     """
     if not any(library.is_accelerated(model) for library in _LIBRARIES):
         raise ValueError("this model is not accelerated")

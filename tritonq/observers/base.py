@@ -83,6 +83,12 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
         -8
     """
 
+    is_dynamic = False
+    library_bases = (
+        ("torch.ao.quantization.observer", "ObserverBase"),
+        ("torchao.quantization.pt2e.observer", "ObserverBase"),
+    )
+
     def __init__(
         self,
         dtype: torch.dtype | QuantizedType | str = torch.quint8,
