@@ -57,7 +57,7 @@ class Factory(Generic[T]):
 class WithArgs:
     """Gives a class torch.ao's ``with_args``, and makes instances known to torch.ao and torchao where these are loaded.
 
-    Both ask whether a module is an instance of an ``ObserverBase`` or ``FakeQuantizeBase`` of their own; a class becomes
+    Both ask whether a module is an instance of their own ``ObserverBase`` or ``FakeQuantizeBase``; a class becomes
     a virtual subclass of these when it is first instantiated, so that ``QConfig`` and ``QuantizationSpec`` take it.
     """
 
