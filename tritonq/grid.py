@@ -10,6 +10,9 @@ from torch import Tensor
 from tritonq.granularity import Granularity
 from tritonq.qparams import QuantizedType, RangeRule, is_readable
 
+# Switches of snapshots, whose values are known without reading them. Never written to.
+SWITCH = {value: torch.tensor([value]) for value in (False, True)}
+
 
 @dataclass(frozen=True, eq=False)
 class Grid:
@@ -43,7 +46,8 @@ class Grid:
 
     def is_enabled_on_host(self) -> bool:
         """Read the switch on the host. Synchronises with the device where the switch is not on the CPU."""
-        return self.enabled is None or bool(self.enabled)
+        switch = self.enabled
+        return switch is None or switch is SWITCH[True] or (switch is not SWITCH[False] and bool(switch))
 
     def enabled_on_device(self) -> Tensor:
         """Return the switch as a 0-d bool tensor. Never synchronises."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tritonq.arithmetic import NUMBERS, TENSORS, Arithmetic
+from tritonq.arithmetic import NUMBERS, TENSORS, Arithmetic, as_dtype
 from tritonq.formats import FLOAT_FORMATS, CodeSet, FloatCodes, FloatFormat
 from tritonq.granularity import Granularity
 from tritonq.torch_v1_qparams import torch_v1_qparams
@@ -283,8 +283,10 @@ def range_to_qparams(
         raise ValueError(f"min_val and max_val differ in shape: {tuple(min_val.shape)} and {tuple(max_val.shape)}")
     if ordered or known_ordered(min_val, max_val):
         # The usual case takes a third of the operators; on a small tensor each costs as much as on a scalar.
-        scale, zero_point = _observed_qparams(min_val.float(), max_val.float(), qtype, rule, eps)
-        return QParams(scale.to(torch.float32), _zero_points(zero_point, scale))
+        scale, zero_point = _observed_qparams(
+            as_dtype(min_val, torch.float32), as_dtype(max_val, torch.float32), qtype, rule, eps
+        )
+        return QParams(as_dtype(scale, torch.float32), _zero_points(zero_point, scale))
     observed = (min_val <= max_val) & torch.isfinite(min_val) & torch.isfinite(max_val)
     low, high = torch.where(observed, min_val, 0).float(), torch.where(observed, max_val, 0).float()
     scale, zero_point = _observed_qparams(low, high, qtype, rule, eps)
@@ -358,13 +360,13 @@ def _linear_qparams(
     fixed = fixed_zero_point(qtype, rule)
     if fixed is not None:
         # With low <= high, one of the two is not negative: zero is in the range without being brought in.
-        return on.at_least(on.larger(-low, high) / on.constant(qtype.reach), eps), fixed
+        return on.at_least(on.larger(-low, high) / on.constant(qtype.reach, low), eps), fixed
     low, high = on.at_most(low, 0.0), on.at_least(high, 0.0)
-    scale = on.at_least((high - low) / on.constant(codes), eps)
+    scale = on.at_least((high - low) / on.constant(codes, low), eps)
     ratio = low / scale
     if rule == "megengine":
-        return scale, on.constant(qtype.quant_min) - on.round_half_away(ratio)
-    zero_point = on.constant(qtype.quant_min) - on.round(ratio)
+        return scale, on.constant(qtype.quant_min, low) - on.round_half_away(ratio)
+    zero_point = on.constant(qtype.quant_min, low) - on.round(ratio)
     return scale, on.at_most(on.at_least(zero_point, qtype.quant_min), qtype.quant_max)
 
 

@@ -248,7 +248,7 @@ def test_training_agrees_and_evaluation_is_the_same(memory_format):
 
 @needs_compiler
 def test_calls_of_a_step_are_few():
-    """Per Conv-BN-ReLU layer, forward and backward, nested calls and convolutions counted: 200 now, 430 in PyTorch."""
+    """Per Conv-BN-ReLU layer, forward and backward, nested calls and convolutions counted: 175 now, 340 in PyTorch."""
     net = nn.Sequential(*(m for _ in range(4) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())))
     x = torch.randn(2, 8, 8, 8)
     model = tritonq.prepare_qat(net, example_inputs=x).train()
@@ -257,7 +257,7 @@ def test_calls_of_a_step_are_few():
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             model(x).sum().backward()
     calls = sum(event.count for event in recorded.key_averages() if not event.key.startswith("tritonq"))
-    assert calls / 4 <= 220
+    assert calls / 4 <= 190
 
 
 @needs_compiler

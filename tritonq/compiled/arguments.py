@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.reference.min_max import merge_numbers_
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 class Tail(ctypes.Structure):
     """A ReLU and a grid, as ``common.h`` declares them."""
@@ -24,28 +26,34 @@ class Tail(ctypes.Structure):
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether compiled code can read and write the memory of each: float32 on the CPU, and an ordinary tensor."""
-    return (
-        all(
-            tensor is None
-            or (type(tensor) in (Tensor, nn.Parameter) and tensor.dtype is torch.float32 and tensor.is_cpu)
-            for tensor in tensors
-        )
-        and not torch._C._len_torch_dispatch_stack()
-    )
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.dtype is not torch.float32 or not tensor.is_cpu:
+            return False
+    return not torch._C._len_torch_dispatch_stack()
 
 
 def are_vectors(*tensors: Tensor | None) -> bool:
     """Whether each is None, or plain and contiguous."""
-    return is_plain(*tensors) and all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            return False
+    return is_plain(*tensors)
 
 
 def takes_grid(grid: Grid | None, statistics: RangeStatistics | None) -> bool:
     """Whether compiled code rounds to such a grid of one scale, with such a range behind it."""
     if grid is None:
         return statistics is None
-    if grid.qtype.axis is not None or grid.qtype.rounding != "half_even" or not are_vectors(grid.scale):
+    if grid.qtype.axis is not None or not rounds_to_even_integers(grid) or not are_vectors(grid.scale):
         return False
     return statistics is None or (statistics.rule != "torch_v1" and are_vectors(statistics.min_val, statistics.max_val))
+
+
+def rounds_to_even_integers(grid: Grid) -> bool:
+    """Whether values become integers, ties to even ones."""
+    return grid.qtype.rounding == "half_even" and grid.qtype.float_format is None
 
 
 def observes(statistics: RangeStatistics | None) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from tritonq.compiled.arguments import are_vectors, is_plain, observes
+from tritonq.compiled.arguments import are_vectors, is_plain, observes, rounds_to_even_integers
 from tritonq.compiled.build import library
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import fixed_zero_point
@@ -105,7 +105,7 @@ def _takes(rows: Tensor, fold: Tensor, grid: Grid | None, out: Tensor | None) ->
         return True
     one_switch = grid.enabled is None or (grid.enabled.is_cpu and grid.enabled.numel() == 1)
     per_row = grid.qtype.axis in (None, 0)
-    return per_row and one_switch and grid.zero_point is None and grid.qtype.rounding == "half_even"
+    return per_row and one_switch and grid.zero_point is None and rounds_to_even_integers(grid)
 
 
 def _rows_are_dense(rows: Tensor) -> bool:

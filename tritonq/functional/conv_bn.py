@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import as_dtype
 from tritonq.functional.dispatch import implementation, without_kernel
 from tritonq.functional.linear_map import DifferentiableMap
 from tritonq.functional.recomputation import StepMemory, is_recomputing
@@ -105,7 +106,10 @@ def conv_bn(
 
 def check_running_var(running_var: Tensor) -> None:
     """Raise ValueError for a running variance that is negative or not finite; CPU tensors only."""
-    if is_readable(running_var) and not (float(running_var.amin()) >= 0 and float(running_var.amax()) < math.inf):
+    if not is_readable(running_var):
+        return
+    low, high = torch.aminmax(running_var)
+    if not (float(low) >= 0 and float(high) < math.inf):
         raise ValueError("the BatchNorm's running variance must be finite and not negative")
 
 
@@ -190,13 +194,12 @@ class _ConvBn(torch.autograd.Function):
                 drows, dfold = ctx.weights.folded_backward(
                     step.op.to_rows(dcodes), rows, fold, unit, weight_grid, ctx.clips
                 )
-                dweight = step.op.from_rows(drows).to(weight.dtype) if needs_weight else None
+                dweight = as_dtype(step.op.from_rows(drows), weight.dtype) if needs_weight else None
         if needs_gamma and dfold is not None:
-            dgamma = ctx.folds.gamma_gradient(
-                gamma.detach(), fold, inverse_std, normalization.eps_share, sum_gn, dfold
-            ).to(gamma.dtype)
+            vectors = (gamma.detach(), fold, inverse_std, normalization.eps_share, sum_gn, dfold)
+            dgamma = as_dtype(ctx.folds.gamma_gradient(*vectors), gamma.dtype)
         dbias = torch.zeros_like(sum_g, dtype=ctx.bias_dtype) if needs_bias else None
-        dbeta = sum_g.to(ctx.beta_dtype) if needs_beta else None
+        dbeta = as_dtype(sum_g, ctx.beta_dtype) if needs_beta else None
         return dx, dweight, dbias, dgamma, dbeta, None
 
 
@@ -232,7 +235,7 @@ def fit_codes(codes: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     In float16 a sum of 8-bit codes overflows: they are scaled by the power of two nearest to their unit, exactly.
     """
     if dtype != torch.float16:
-        return codes.to(dtype), unit
+        return as_dtype(codes, dtype), unit
     power = torch.exp2(unit.log2().round().clamp(*_HALF_EXPONENTS))
     return (codes * power.view(-1, *[1] * (codes.dim() - 1))).to(dtype), unit / power
 

@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import as_dtype
 from tritonq.functional.dispatch import without_kernel
 from tritonq.functional.marks import codes_of, is_rounded, mark_codes, mark_rounded
 from tritonq.grid import Grid, RangeStatistics
@@ -90,4 +91,4 @@ def restore(saved: SavedInput, out: Tensor | None = None) -> Tensor:
         return saved.values
     codes = InputCodes(saved.values, saved.scale, saved.shift)
     values: Tensor = without_kernel("input_codes", saved.values).decode(codes, out)
-    return values.to(saved.dtype)
+    return as_dtype(values, saved.dtype)

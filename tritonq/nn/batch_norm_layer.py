@@ -17,7 +17,7 @@ from tritonq.grid import Grid
 from tritonq.nn import folding_modes
 from tritonq.nn.batch_norm import FrozenBatchNorm
 from tritonq.nn.eval_mode import PATHS
-from tritonq.nn.fusable import observed_grid
+from tritonq.nn.fusable import has_observed_grid
 from tritonq.nn.paths import LayerState, Mode, Path, check_mode, choose_path
 from tritonq.nn.qat import QATLayer
 from tritonq.qparams import TORCH_EPS
@@ -135,7 +135,7 @@ class QATBatchNormLayer(QATLayer):
 
     def _fits_operator(self) -> bool:
         quantizer = self.weight_fake_quant
-        rounds = isinstance(quantizer, nn.Identity) or observed_grid(quantizer) is not None
+        rounds = isinstance(quantizer, nn.Identity) or has_observed_grid(quantizer)
         return rounds and folding_modes.is_plain(self.bn)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import nn
@@ -33,14 +34,10 @@ def observed_grid(quantizer: nn.Module) -> tuple[Grid, RangeStatistics] | None:
     The operator that takes them observes as the module would in its own forward. Modules with hooks run by themselves,
     so that hooks run.
     """
-    if type(quantizer) is not FakeQuantize or has_hooks(quantizer):
+    if not has_observed_grid(quantizer):
         return None
-    observer = quantizer.activation_post_process
-    if type(observer) not in _RANGE_OBSERVERS or has_hooks(observer) or not isinstance(observer, MinMaxObserver):
-        return None
-    if observer.process_group.process_group is not None:
-        # Its range is reduced over ranks between observing and rounding.
-        return None
+    quantizer = cast(FakeQuantize, quantizer)
+    observer = cast(MinMaxObserver, quantizer.activation_post_process)
     if quantizer.training and not is_recomputing():
         quantizer.begin_anew()
     zero_point = None if observer.zero_point_is_zero else quantizer.zero_point
@@ -49,6 +46,17 @@ def observed_grid(quantizer: nn.Module) -> tuple[Grid, RangeStatistics] | None:
         frozen=not quantizer.training or is_recomputing(),
         has_data=quantizer._qparams_known,
     )
+
+
+def has_observed_grid(quantizer: nn.Module) -> bool:
+    """Whether :func:`observed_grid` returns one."""
+    if type(quantizer) is not FakeQuantize or has_hooks(quantizer):
+        return False
+    observer = quantizer.activation_post_process
+    if type(observer) not in _RANGE_OBSERVERS or has_hooks(observer) or not isinstance(observer, MinMaxObserver):
+        return False
+    # Of a group, the range is reduced over ranks between observing and rounding.
+    return observer.process_group.process_group is None
 
 
 def fixed_grid(quantizer: nn.Module) -> Grid | None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritonq.arithmetic import as_dtype
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import is_readable
 from tritonq.reference.fake_quant import fake_quantize, steps_
@@ -85,7 +86,7 @@ def quantize_(y: Tensor, grid: Grid, ceiling: float | None) -> Tensor:
     if enabled is not True:
         y = rectify_(y, ceiling)
         return torch.where(enabled, fake_quantize(y, grid.with_buffers(grid.scale, grid.zero_point, None)), y)
-    scale, qtype = grid.scale.to(y.dtype).view(()), grid.qtype
+    scale, qtype = as_dtype(grid.scale, y.dtype).view(()), grid.qtype
     zero = 0 if grid.zero_point is None else int(grid.zero_point)
     lowest, highest = float(qtype.quant_min - zero), float(qtype.quant_max - zero)
     if ceiling is not None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import as_dtype, operand
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.reference.activation import observe, quantize_, rectify_, straight_through_
 from tritonq.reference.operator import CopyOf, Like, operator
@@ -116,14 +117,14 @@ def forward(
     Source: docs/conv-bn.md, "The tail of a step".
     """
     c = dense(c)
-    wide = c.to(ratio.dtype)
+    wide = as_dtype(c, ratio.dtype)
     mean, var, scratch = moments(wide)
     result = finish(mean, var, c.numel() // max(1, c.shape[1]), ratio, gamma, beta, bias, norm)
     y = affine(wide, result.slope, result.shift, scratch)
     if grid is None:
         return TailResult(rectify_(y, ceiling).to(c.dtype), result, None)
     frozen = snapshot(grid, observe(y, grid, statistics, ceiling).statistics)
-    return TailResult(quantize_(y, frozen, ceiling).to(c.dtype), result, frozen)
+    return TailResult(as_dtype(quantize_(y, frozen, ceiling), c.dtype), result, frozen)
 
 
 @operator(returns=_OUTPUT)
@@ -159,15 +160,15 @@ def finish(
     """
     dtype = ratio.dtype
     squared = ratio * ratio
-    eps_part = squared * norm.eps
+    eps_part = squared * operand(norm.eps, squared)
     total = var + eps_part
     inverse_std = total.rsqrt()
     if gamma is None:
         gain, slope = torch.ones_like(ratio), inverse_std
     else:
-        gain = gamma.detach().abs().to(dtype)
+        gain = as_dtype(gamma.detach().abs(), dtype)
         slope = gain * inverse_std
-    shift = -slope * mean if beta is None else torch.addcmul(beta.detach().to(dtype), slope, mean, value=-1)
+    shift = -slope * mean if beta is None else torch.addcmul(as_dtype(beta.detach(), dtype), slope, mean, value=-1)
     batch_mean = mean / ratio
     if bias is not None:
         batch_mean += bias.detach()
@@ -184,8 +185,10 @@ def update_running_statistics(norm: BatchNormState, mean: Tensor, var: Tensor, c
         var: biased variance of this batch.
         count: elements per channel, at least 2.
     """
-    for running, batch in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
-        running.add_((batch - running) * norm.momentum)
+    momentum = norm.momentum if isinstance(norm.momentum, Tensor) else operand(norm.momentum, norm.running_mean)
+    unbiased = var * operand(count / (count - 1), var)
+    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        running.add_((batch - running) * momentum)
 
 
 @operator(
@@ -214,8 +217,8 @@ def backward(
         out: where the gradient may be written: like ``c``, in the dtype of ``result``.
     """
     c = dense(c)
-    wide = c.to(result.mean.dtype)
-    dy = _like(dy.to(wide.dtype), wide)
+    wide = as_dtype(c, result.mean.dtype)
+    dy = _like(as_dtype(dy, wide.dtype), wide)
     g = dy
     if ceiling is not None or grid is not None:
         y = affine(wide, result.slope, result.shift, borrow("local", wide))
@@ -229,7 +232,7 @@ def backward(
             pull, offset = _pull_and_offset(result, sum_g, sum_gn, c)
             centred = torch.sub(wide, _column(result.mean, wide), out=out)
             dc = affine(centred, pull, offset, centred).addcmul_(g, _column(result.slope, g))
-        return TailGradients(dc.to(c.dtype), sum_g, sum_gn)
+        return TailGradients(as_dtype(dc, c.dtype), sum_g, sum_gn)
     # Channels lie innermost: broadcasting vectors is fast, BatchNorm's own backward is not.
     g, flat = _rows(g), _rows(wide)
     centred = torch.sub(flat, result.mean, out=None if out is None else _rows(out))
@@ -243,13 +246,13 @@ def backward(
 
 def _pull_and_offset(result: Normalization, sum_g: Tensor, sum_gn: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """What :func:`backward` multiplies ``c - mean`` by, and what it adds, besides ``slope · g``."""
-    share = result.slope / -(c.numel() // c.shape[1])
+    share = result.slope / operand(-float(c.numel() // c.shape[1]), result.slope)
     return share * result.inverse_std * sum_gn, share * sum_g
 
 
 def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance per channel, two passes, and a tensor shaped as ``c`` that may be overwritten."""
-    count = max(1, c.numel() // max(1, c.shape[1]))
+    count = operand(float(max(1, c.numel() // max(1, c.shape[1]))), c)
     centred = torch.empty_like(c)
     if _channels_are_outer(c):
         flat, out = c.flatten(2), centred.flatten(2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import as_dtype
 from tritonq.grid import Grid
 from tritonq.qparams import QuantizedType, Rounding, is_readable, round_half_away
 from tritonq.reference.float_rounding import round_to_float_
@@ -144,7 +145,7 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
 
 def reciprocal(scale: Tensor) -> Tensor:
     """``1/s`` rounded to float32, in the dtype of ``scale``: torch rounds float64 tensors with that reciprocal too."""
-    return scale.float().reciprocal().to(scale.dtype)
+    return as_dtype(as_dtype(scale, torch.float32).reciprocal(), scale.dtype)
 
 
 def steps_(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:

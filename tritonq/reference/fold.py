@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import as_dtype, operand
 from tritonq.reference.operator import Like, operator
 
 # Below this a fold counts as zero, so that squares of its ratio to the smallest scale stay normal in float32.
@@ -13,7 +14,7 @@ TINY_FOLD = 1e-12
 
 def fold_scale(running_var: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
     """``t = γ / sqrt(running_var + eps)`` per channel; a missing γ counts as 1."""
-    inverse = torch.rsqrt(running_var + eps)
+    inverse = torch.rsqrt(running_var + operand(eps, running_var))
     return inverse if gamma is None else gamma * inverse
 
 
@@ -24,11 +25,11 @@ def nonzero_fold(running_var: Tensor, gamma: Tensor | None, eps: float, dtype: t
     A training step calls it as an operator: a compiler would compute it again in the backward pass, after the running
     variance has changed.
     """
-    inverse_std = fold_scale(running_var.to(dtype), None, eps)
+    inverse_std = fold_scale(as_dtype(running_var, dtype), None, eps)
     if gamma is None:
         return inverse_std, inverse_std
-    fold = gamma.detach().to(dtype) * inverse_std
-    return torch.where(fold.abs() < TINY_FOLD, inverse_std, fold), inverse_std
+    fold = as_dtype(gamma.detach(), dtype) * inverse_std
+    return torch.where(fold.abs() < operand(TINY_FOLD, fold), inverse_std, fold), inverse_std
 
 
 def gamma_gradient(
@@ -46,8 +47,9 @@ def gamma_gradient(
     """
     direct = sum_gn * fold.sign()
     through_fold = dfold * inverse_std - direct * eps_share
-    live = (gamma.detach() * inverse_std).abs() >= TINY_FOLD
-    return torch.where(live, direct + through_fold, direct).to(gamma.dtype)
+    size = (gamma.detach() * inverse_std).abs()
+    live = size >= operand(TINY_FOLD, size)
+    return as_dtype(torch.where(live, direct + through_fold, direct), gamma.dtype)
 
 
 @operator(returns=Like("running_var"), has_kernel=False)

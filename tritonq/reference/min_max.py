@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import as_dtype, operand
 from tritonq.granularity import Granularity
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import known_ordered, number_to_qparams, range_to_qparams
@@ -59,7 +60,7 @@ def extremes(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor
     # NaN and infinities show in the extremes, so that the usual, finite case needs no second look at the data.
     # (The branch reads CPU values; other devices and traced graphs always take the second look instead.)
     if known_ordered(low, high):
-        return low.float(), high.float(), None
+        return as_dtype(low, torch.float32), as_dtype(high, torch.float32), None
     finite = torch.isfinite(x)
     low = torch.where(finite, x, torch.inf).amin(dims)
     high = torch.where(finite, x, -torch.inf).amax(dims)
@@ -126,8 +127,9 @@ def merge_range_(low: Tensor, high: Tensor, statistics: RangeStatistics, grid: G
         torch.minimum(min_val, low, out=min_val)
         torch.maximum(max_val, high, out=max_val)
     elif copy_above is None and min_val.numel() and float(min_val.amax()) < math.inf:
-        min_val.add_(torch.sub(low, min_val).mul_(averaging_constant))
-        max_val.add_(torch.sub(high, max_val).mul_(averaging_constant))
+        share = operand(averaging_constant, min_val)
+        min_val.add_(torch.sub(low, min_val).mul_(share))
+        max_val.add_(torch.sub(high, max_val).mul_(share))
     else:
         new_min, new_max = update_range(low, high, min_val, max_val, averaging_constant, copy_above)
         min_val.copy_(new_min)

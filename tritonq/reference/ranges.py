@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonq.grid import Grid, RangeStatistics
+from tritonq.arithmetic import as_dtype
+from tritonq.grid import SWITCH, Grid, RangeStatistics
 from tritonq.qparams import is_readable, range_to_qparams
 from tritonq.reference.min_max import merge_range_, update_range
 
@@ -14,8 +15,6 @@ OBSERVED = (
     *("statistics.min_val", "statistics.max_val", "statistics.nonfinite_count"),
     *("grid.scale", "grid.zero_point"),
 )
-# Never written to.
-_SWITCH = {value: torch.tensor([value]) for value in (False, True)}
 
 
 def observe_range(
@@ -46,7 +45,7 @@ def observe_range(
         if statistics.enabled is not None and not bool(statistics.enabled):
             return statistics
         if ordered:
-            merge_range_(low.float(), high.float(), statistics, grid)
+            merge_range_(as_dtype(low, torch.float32), as_dtype(high, torch.float32), statistics, grid)
             return statistics.with_data()
     else:
         enabled = statistics.enabled.view(()) != 0
@@ -74,7 +73,7 @@ def settled(grid: Grid, statistics: RangeStatistics | None) -> Grid:
     if statistics is not None and not statistics.has_data:
         seen = (statistics.min_val <= statistics.max_val).any()
         flag = (flag and bool(seen)) if isinstance(flag, bool) and is_readable(seen) else seen & flag
-    return grid.with_buffers(grid.scale, grid.zero_point, _SWITCH[flag] if isinstance(flag, bool) else flag.view(1))
+    return grid.with_buffers(grid.scale, grid.zero_point, SWITCH[flag] if isinstance(flag, bool) else flag.view(1))
 
 
 def snapshot(grid: Grid, statistics: RangeStatistics | None) -> Grid:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import as_dtype
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import QuantizedType, is_readable
 from tritonq.reference.fake_quant import steps_
@@ -65,7 +66,7 @@ def quantize_folded(
         statistics: the range behind the grid; None observes nothing.
         out: where the codes may be written: shaped as ``rows``, in the dtype of ``fold``.
     """
-    rows = rows.to(fold.dtype)
+    rows = as_dtype(rows, fold.dtype)
     if grid is None:
         return folded_codes(rows, fold, None, out)
     low, high = _folded_extremes(rows, fold)
@@ -95,11 +96,11 @@ def folded_codes(
         out: as for :func:`quantize_folded`.
         extremes: smallest and largest folded value per channel where known: they tell whether anything clips.
     """
-    rows = rows.to(fold.dtype)
+    rows = as_dtype(rows, fold.dtype)
     enabled = False if grid is None else _enabled(grid, rows)
     if enabled is False or grid is None:
         return WeightCodes(torch.mul(rows, _column(fold, rows), out=out), torch.ones_like(fold), False, grid)
-    scale, zero_point, qtype = grid.scale.to(fold.dtype), grid.zero_point, grid.qtype
+    scale, zero_point, qtype = as_dtype(grid.scale, fold.dtype), grid.zero_point, grid.qtype
     clips = extremes is None or not is_readable(rows) or _any_clips(*extremes, scale, zero_point, qtype)
     codes = _steps(rows, fold, scale, qtype, out)
     if clips:
@@ -136,7 +137,7 @@ def folded_backward(
     Returns:
         ``(drows, dfold)`` in the dtype of ``fold``.
     """
-    dcodes, rows = dcodes.to(fold.dtype), rows.to(fold.dtype)
+    dcodes, rows = as_dtype(dcodes, fold.dtype), as_dtype(rows, fold.dtype)
     if clips and grid is not None:
         dcodes = _straight_through(dcodes, rows, fold, grid)
     product = torch.mul(dcodes, rows, out=borrow("local", dcodes))
