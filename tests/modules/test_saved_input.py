@@ -14,7 +14,7 @@ from tritonq.functional.residual import residual_join
 from tritonq.functional.saved_input import keep, mark, restore
 from tritonq.grid import Grid
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
-from tritonq.qparams import QINT8, QUINT8
+from tritonq.qparams import QINT8, QUINT8, QuantizedType
 from tritonq.reference import input_codes
 
 
@@ -50,6 +50,14 @@ def test_an_input_off_the_grid_is_kept_itself():
     assert keep(x, grid).values is x
     x[0, 0, 0, 0] = torch.nan
     assert keep(x.clone(), grid).scale is None
+
+
+def test_an_input_on_a_grid_of_floats_is_kept_itself():
+    """Marked or not: its codes are no integers."""
+    grid = Grid(torch.tensor([0.1]), None, QuantizedType.of_floats("e4m3"))
+    x = tritonq.functional.fake_quant.fake_quantize(torch.randn(50), grid)
+    mark(x, grid.scale, grid)
+    assert keep(x, grid).values is x
 
 
 @pytest.fixture

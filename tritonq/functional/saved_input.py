@@ -63,8 +63,9 @@ def keep(x: Tensor, grid: Grid | None) -> SavedInput:
 
 
 def _is_compact(grid: Grid) -> bool:
-    """Whether a code takes one byte, and one scale serves all."""
-    return grid.qtype.bits <= _MAX_BITS and grid.qtype.axis is None
+    """Whether codes are integers of one byte, and one scale serves all."""
+    qtype = grid.qtype
+    return qtype.bits <= _MAX_BITS and qtype.axis is None and qtype.float_format is None
 
 
 def mark(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatistics | None = None) -> None:

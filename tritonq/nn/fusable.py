@@ -49,8 +49,8 @@ def observed_grid(quantizer: nn.Module) -> tuple[Grid, RangeStatistics] | None:
 
 
 def has_observed_grid(quantizer: nn.Module) -> bool:
-    """Whether :func:`observed_grid` returns one."""
-    if type(quantizer) is not FakeQuantize or has_hooks(quantizer):
+    """Whether :func:`observed_grid` returns one: of integers, since operators round to these alone."""
+    if type(quantizer) is not FakeQuantize or has_hooks(quantizer) or quantizer.qtype.float_format is not None:
         return False
     observer = quantizer.activation_post_process
     if type(observer) not in _RANGE_OBSERVERS or has_hooks(observer) or not isinstance(observer, MinMaxObserver):
@@ -65,6 +65,8 @@ def fixed_grid(quantizer: nn.Module) -> Grid | None:
     None: the module runs by itself. That is also so before it has observed anything: it then warns.
     """
     if type(quantizer) is not FakeQuantize or quantizer.training or has_hooks(quantizer):
+        return None
+    if quantizer.qtype.float_format is not None:
         return None
     return quantizer.grid() if quantizer.qtype.axis is None and quantizer.has_qparams() else None
 

@@ -200,7 +200,9 @@ class QATLayer(QuantizesInput, ReferringModule):
         source, quantizer = self.input_quantizer, self.weight_fake_quant
         if source is None or source.qtype.axis is not None or not source.is_enabled_on_host():
             return False
-        return isinstance(quantizer, FakeQuantizeBase) and quantizer.is_enabled_on_host()
+        if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
+            return False
+        return source.qtype.float_format is None and quantizer.qtype.float_format is None
 
     def output_quantizer(self) -> FakeQuantizeBase | None:
         """The quantizer that takes all of the output to one grid, or None."""
