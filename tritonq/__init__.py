@@ -31,6 +31,7 @@ from tritonq.functional import (
     statistic_frac_len,
     trained_threshold_quantize,
 )
+from tritonq.graphs import graphed
 from tritonq.learned_fake_quantize import (
     ClippedFakeQuantize,
     LearnedStepFakeQuantize,
@@ -126,6 +127,7 @@ __all__ = [
     "get_default_qat_qconfig",
     "get_qconfig",
     "get_qconfig_mapping",
+    "graphed",
     "histogram",
     "load_converted",
     "load_qconfig_mapping",

@@ -221,14 +221,17 @@ class FakeQuantize(FakeQuantizeBase):
     def begin_anew(self) -> None:
         """Forget what example inputs gave; a no-op once training has begun, and while the observer is off."""
         observer = self.activation_post_process
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._beginning is None:
+            return
+        if compiling or (self.scale.is_cuda and torch.cuda.is_current_stream_capturing()):
             # The flag, not the attribute, on which a graph would depend: it would be traced anew after its first step.
             now = (self.begins != 0) & (self.observer_enabled != 0)
             if isinstance(observer, RangeObserver):
                 observer.reset_where(now.view(()))
             self.begins.copy_(torch.where(now, 0, self.begins))
             return
-        if self._beginning is None or not bool(self.observer_enabled):
+        if not bool(self.observer_enabled):
             return
         if bool(self.begins):
             if isinstance(observer, RangeObserver):

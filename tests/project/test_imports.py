@@ -25,6 +25,7 @@ LAYERS = [
     (
         "tritonq.fake_quantize",
         "tritonq.fixed_point_fake_quantize",
+        "tritonq.graphs",
         "tritonq.learned_base",
         "tritonq.learned_fake_quantize",
         "tritonq.parameter_groups",
