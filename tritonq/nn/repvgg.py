@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.linear_map import Convolution
+from tritonq.functional.memo import Memo, held_tensors
 from tritonq.nn.conv import check_float_type
 from tritonq.nn.conv_bn import checked_batch_norm
 from tritonq.nn.eval_mode import PATHS, linear_relu
@@ -198,8 +199,26 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
         return Convolution((self.stride, self.stride), margin, (1, 1), (0, 0), False, self.groups)
 
     def float_parameters(self) -> tuple[Tensor, Tensor]:
-        """See :meth:`RepVGGBlock.merged_parameters`."""
-        return self.merged_parameters()
+        """See :meth:`RepVGGBlock.merged_parameters`; kept in eval mode, without gradients, until a branch changes."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.merged_parameters()
+        branches = (self.conv3, self.bn3, self.conv1, self.bn1, self.bn_identity)
+        held = [tensor for branch in branches if branch is not None for tensor in held_tensors(branch)]
+        held += [*self._parameters.values(), *self._buffers.values()]
+        # Averages of weights are often written through `data`, which leaves the tensor's version as it was.
+        sums = [float(tensor.sum()) for tensor in held if tensor is not None and tensor.dim() > 1]
+        memo: Memo[tuple[Tensor, Tensor]] = self.__dict__.setdefault("_merged", Memo())
+        return memo.get(tuple(held), self._merged_outside_of_inference, (sums, self.eval_key()))
+
+    def _merged_outside_of_inference(self) -> tuple[Tensor, Tensor]:
+        """Tensors of inference mode have no version, by which one sees that what is made of them still fits."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self.merged_parameters()
+
+    def eval_key(self) -> tuple[Any, ...]:
+        """See base class."""
+        norms = (self.bn3, self.bn1, self.bn_identity)
+        return (*super().eval_key(), [bn.eps for bn in norms if bn is not None])
 
     @property
     def ends_in_ceiling(self) -> bool:
@@ -213,6 +232,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
     def train(self, mode: bool = True) -> QATRepVGGBlock:
         """Switch mode; the BatchNorms stay in eval mode."""
         super().train(mode)
+        self.__dict__.pop("_merged", None)
         for bn in (self.bn3, self.bn1, self.bn_identity):
             if bn is not None:
                 bn.eval()
