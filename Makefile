@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 MINUTES ?= 9
 OUT ?= gpu-results
 
-.PHONY: help demo test test-quick emulate lint format docs bench gpu matrix zoo clean
+.PHONY: help demo test test-quick emulate lint format docs bench gpu matrix peers-tests zoo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ matrix: ## run the tests under each supported version (hours, some 30 GB) and wr
 	$(PYTHON) tools/matrix.py
 
 # An environment of its own, since Ultralytics and torchvision's detectors need a newer torch; ZOO="--only timm/" for some.
+peers-tests: ## tests that need NVIDIA Model-Optimizer, with PEERS_PYTHON: an environment with it, pytest and this package
+	$(PEERS_PYTHON) -m pytest tests/backend/test_accelerate_model_optimizer.py
+
 zoo: .zoo/.installed ## try prepare_qat and what follows on 120 models of seven libraries (hours) and write ZOO.md
 	.zoo/bin/python tools/zoo.py $(ZOO)
 

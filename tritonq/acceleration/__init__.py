@@ -9,14 +9,14 @@ from types import ModuleType
 
 from torch import nn
 
-from tritonq.acceleration import eager, graphs
+from tritonq.acceleration import eager, graphs, tensor_quantizers
 from tritonq.acceleration.report import AccelerationReport, Row
 
 __all__ = ["AccelerationReport", "Row", "accelerate", "report_of", "restore"]
 
 _LOGGER = logging.getLogger("tritonq")
 _REPORT = "_tritonq_acceleration"
-_LIBRARIES: tuple[ModuleType, ...] = (eager, graphs)
+_LIBRARIES: tuple[ModuleType, ...] = (eager, graphs, tensor_quantizers)
 
 
 def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -30,7 +30,7 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     What is not known is left to the library, and named: one line in the log (logger ``tritonq``) tells how many parts
     tritonq computes, a warning names the others, and :func:`tritonq.acceleration.report_of` has the table.
 
-    Known: torch.ao's eager mode and FX graph mode, and torchao's PT2E.
+    Known: torch.ao's eager mode and FX graph mode, torchao's PT2E, and the quantizers of NVIDIA Model-Optimizer.
 
     Args:
         model: as the library's ``prepare`` returned it, in training or eval mode, trained or not.

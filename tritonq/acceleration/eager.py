@@ -12,6 +12,7 @@ from tritonq.acceleration.layers import HOOK
 from tritonq.acceleration.quantizers import attach, detach, is_attached, is_fake_quantizer, unknown_reason
 from tritonq.acceleration.report import AccelerationReport, Row
 
+_CLASSES = "tritonq.acceleration.torch_ao"
 _OBSERVER_HOOK = ("torch.ao.quantization.quantize", "_observer_forward_hook")
 
 
@@ -53,7 +54,7 @@ def restore(model: nn.Module) -> None:
     """Give every module its class and its observer hook back."""
     for module in model.modules():
         original = getattr(type(module), "library_class", None)
-        if original is None or _is_ours_alone(module):
+        if original is None or type(module).__module__ != _CLASSES:
             continue
         if HOOK in module.__dict__:
             key, hook = module.__dict__.pop(HOOK)
@@ -64,13 +65,9 @@ def restore(model: nn.Module) -> None:
         module.__class__ = original
 
 
-def _is_ours_alone(module: nn.Module) -> bool:
-    return not type(module).__module__.startswith("tritonq.acceleration.")
-
-
 def is_accelerated(model: nn.Module) -> bool:
     """Whether a module of ``model`` has one of tritonq's classes for torch.ao."""
-    return any(type(module).__module__ == "tritonq.acceleration.torch_ao" for module in model.modules())
+    return any(type(module).__module__ == _CLASSES for module in model.modules())
 
 
 def _row(name: str, module: nn.Module, outcome: str, reason: str | None) -> Row:

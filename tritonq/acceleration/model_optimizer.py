@@ -1,0 +1,76 @@
+"""NVIDIA Model-Optimizer's quantizers with tritonq's operators in their forward: they change their class."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import Tensor
+
+from tritonq.functional.fake_quant import fake_quantize
+from tritonq.grid import Grid
+from tritonq.qparams import QuantizedType
+
+# Below it Model-Optimizer takes a range for zero, and rounds everything to 0.
+_SMALLEST_RANGE = 2.0**-24
+
+
+class AcceleratedTensorQuantizer(TensorQuantizer):  # type: ignore[misc]
+    """``TensorQuantizer`` over a calibrated range of integer codes, by tritonq's operator.
+
+    ``clamp(round(x · b/amax), -b, b) · amax/b`` with ``b = 2^(bits-1) - 1``: Model-Optimizer's formula but for the
+    order of two roundings, so that codes agree but for ties. While it calibrates or is off, it is the library's.
+    """
+
+    library_class = TensorQuantizer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Round ``inputs``; gradients pass everywhere, or where the value lies in the range."""
+        if why_not(self) is not None or self._disabled or self._if_calib or not self._if_quant or not inputs.numel():
+            return cast(Tensor, super().forward(inputs))
+        return cast(Tensor, _Round.apply(inputs, self._amax, _qtype(self, inputs), self._pass_through_bwd))
+
+
+def why_not(quantizer: Any) -> str | None:
+    """Return what ``quantizer`` does that tritonq does not, or None."""
+    if not isinstance(quantizer._num_bits, int):
+        return f"floating-point codes {quantizer._num_bits}"
+    if quantizer.block_sizes is not None or quantizer._dynamic:
+        return "blocks, or a range of each batch"
+    if quantizer._unsigned:
+        return "unsigned codes, which it refuses negative values for"
+    if quantizer.bias is not None or quantizer.pre_quant_scale is not None or quantizer.rotate_is_enabled:
+        return "a bias, a scale or a rotation before rounding"
+    if quantizer.backend is not None or not quantizer.fake_quant or quantizer._learn_amax:
+        return "a backend of its own, packed values or a trained range"
+    if not isinstance(getattr(quantizer, "_amax", None), Tensor):
+        return "no calibrated range"
+    axes = [axis for axis, size in enumerate(quantizer._amax.shape) if size != 1]
+    return "a range over two axes" if len(axes) > 1 else None
+
+
+def _qtype(quantizer: Any, x: Tensor) -> QuantizedType:
+    top = 2 ** (quantizer._num_bits - 1) - 1
+    axes = [axis for axis, size in enumerate(quantizer._amax.shape) if size != 1]
+    return QuantizedType(-top - (not quantizer._narrow_range), top, True, axes[0] if axes else None)
+
+
+class _Round(torch.autograd.Function):
+    """Saves nothing where gradients pass everywhere, as the library's does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, amax: Tensor, qtype: QuantizedType, passes: bool) -> Tensor:
+        if not passes:
+            ctx.save_for_backward(x, amax)
+        wide = amax.detach().float()
+        scale = torch.where(wide <= _SMALLEST_RANGE, torch.finfo(torch.float32).max, wide / qtype.quant_max)
+        values = x.float() if x.dtype == torch.float64 else x
+        return fake_quantize(values, Grid(scale.reshape(-1), None, qtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.saved_tensors:
+            return dy, None, None, None
+        x, amax = ctx.saved_tensors
+        return torch.where(x.abs() <= amax, dy, 0), None, None, None

@@ -1,0 +1,54 @@
+"""Models that NVIDIA Model-Optimizer prepared: finding its quantizers, and changing their classes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from tritonq.acceleration.report import AccelerationReport, Row
+
+_LIBRARY = "modelopt.torch.quantization."
+
+
+def finds(model: nn.Module) -> bool:
+    """Whether a quantizer of Model-Optimizer is in ``model``."""
+    return "modelopt" in sys.modules and any(_is_quantizer(module) for module in model.modules())
+
+
+def accelerate(model: nn.Module) -> AccelerationReport:
+    """Change the class of every quantizer that is switched on and known."""
+    import modelopt
+
+    from tritonq.acceleration.model_optimizer import AcceleratedTensorQuantizer, why_not
+
+    report = AccelerationReport(f"Model-Optimizer {modelopt.__version__}")
+    for name, module in model.named_modules():
+        held: Any = module
+        if not _is_quantizer(module) or held._disabled:
+            continue
+        known = type(module) is AcceleratedTensorQuantizer.library_class
+        reason = why_not(held) if known else f"a class of its own, {type(module).__name__}"
+        if reason is None:
+            object.__setattr__(module, "__class__", AcceleratedTensorQuantizer)
+        report.rows.append(Row(name, "TensorQuantizer", "" if reason else "rounding", reason or ""))
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Give every quantizer its class back."""
+    for module in model.modules():
+        if type(module).__module__ == "tritonq.acceleration.model_optimizer":
+            object.__setattr__(module, "__class__", type(module).library_class)  # type: ignore[attr-defined]
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether a quantizer of ``model`` has tritonq's class."""
+    return any(type(module).__module__ == "tritonq.acceleration.model_optimizer" for module in model.modules())
+
+
+def _is_quantizer(module: nn.Module) -> bool:
+    return any(
+        base.__name__ == "TensorQuantizer" and base.__module__.startswith(_LIBRARY) for base in type(module).__mro__
+    )
