@@ -68,10 +68,10 @@ gpu: ## answer a first visit to a GPU in MINUTES=9; needs no installation, write
 matrix: ## run the tests under each supported version (hours, some 30 GB) and write COMPATIBILITY.md
 	$(PYTHON) tools/matrix.py
 
-# An environment of its own, since Ultralytics and torchvision's detectors need a newer torch; ZOO="--only timm/" for some.
 peers-tests: ## tests that need NVIDIA Model-Optimizer, with PEERS_PYTHON: an environment with it, pytest and this package
 	$(PEERS_PYTHON) -m pytest tests/backend/test_accelerate_model_optimizer.py
 
+# An environment of its own, since Ultralytics and torchvision's detectors need a newer torch; ZOO="--only timm/" for some.
 zoo: .zoo/.installed ## try prepare_qat and what follows on 120 models of seven libraries (hours) and write ZOO.md
 	.zoo/bin/python tools/zoo.py $(ZOO)
 

@@ -29,7 +29,8 @@ class AcceleratedTensorQuantizer(TensorQuantizer):  # type: ignore[misc]
         """Round ``inputs``; gradients pass everywhere, or where the value lies in the range."""
         if why_not(self) is not None or self._disabled or self._if_calib or not self._if_quant or not inputs.numel():
             return cast(Tensor, super().forward(inputs))
-        return cast(Tensor, _Round.apply(inputs, self._amax, _qtype(self, inputs), self._pass_through_bwd))
+        rounded = _Round.apply(inputs, self._amax, _qtype(self), self._pass_through_bwd)  # type: ignore[no-untyped-call]
+        return cast(Tensor, rounded)
 
 
 def why_not(quantizer: Any) -> str | None:
@@ -50,7 +51,7 @@ def why_not(quantizer: Any) -> str | None:
     return "a range over two axes" if len(axes) > 1 else None
 
 
-def _qtype(quantizer: Any, x: Tensor) -> QuantizedType:
+def _qtype(quantizer: Any) -> QuantizedType:
     top = 2 ** (quantizer._num_bits - 1) - 1
     axes = [axis for axis, size in enumerate(quantizer._amax.shape) if size != 1]
     return QuantizedType(-top - (not quantizer._narrow_range), top, True, axes[0] if axes else None)
