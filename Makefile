@@ -56,7 +56,7 @@ format: $(VENV)/.dev ## format, and mend what ruff can mend
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.docs ## build the documentation into docs/_build/html; a broken link or reference is an error
-	$(BIN)/python -m sphinx -q --fail-on-warning -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -q -E --fail-on-warning -b html docs docs/_build/html
 	@echo docs/_build/html/index.html
 
 bench: $(VENV)/.dev ## time the quick cases against other implementations
