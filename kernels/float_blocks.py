@@ -31,6 +31,7 @@ def fake_quantize_blocks_kernel(
     x_ptr,  # outer × rows × cols, by strides
     y_ptr,  # outer × rows × cols, by strides
     tensor_scale_ptr,  # one element, float32; None: scales are powers of two
+    active_ptr,  # one element, uint8 or bool; 0 copies x. None counts as 1
     x_strides,
     y_strides,
     sizes,
@@ -65,6 +66,8 @@ def fake_quantize_blocks_kernel(
         scale, reciprocal = float_scale(finite_bits, tensor_scale, LARGEST)
     scale = tl.where(bits > _INFINITY_BITS, float("nan"), scale)
     y = round_to_float(blocks * reciprocal, MANTISSA_BITS, LEAST_EXPONENT, LARGEST) * scale
+    if active_ptr is not None:
+        y = tl.where(tl.load(active_ptr) != 0, y, blocks)
     y_offsets = x_offsets if SAME_STRIDES else tile_offsets(place, y_strides)
     tl.store(y_ptr + y_offsets, tl.reshape(y, (ROWS, COLS)), mask=mask)
 
@@ -112,7 +115,9 @@ def reciprocal_or_zero(v):
     return tl.where(is_usable, tl.div_rn(1.0, tl.where(is_usable, v, 1.0)), 0.0)
 
 
-def fake_quantize_blocks(x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None = None) -> Tensor:
+def fake_quantize_blocks(
+    x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None = None, enabled: Tensor | None = None
+) -> Tensor:
     """Fake quantize ``x`` in blocks; strides of the result follow ``torch.empty_like``."""
     y = torch.empty_like(x)
     if y.numel() == 0:
@@ -131,6 +136,7 @@ def fake_quantize_blocks(x: Tensor, blocks: BlockFormat, axis: int, tensor_scale
             x,
             y,
             tensor_scale,
+            enabled,
             *seen.strides,
             seen.sizes,
             SIZE=size,

@@ -16,6 +16,7 @@ from tritonq.deploy.torch_ao import load_torch_ao_state_dict
 from tritonq.distributed import broadcast_statistics, sync_observers
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize, set_fixed_point_phase
+from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional import (
     clipped_quantize,
     fake_quantize_float,
@@ -81,6 +82,7 @@ __all__ = [
     "Distillation",
     "FakeQuantize",
     "FixedPointFakeQuantize",
+    "FloatFakeQuantize",
     "HistogramObserver",
     "InterpolatingHistogramObserver",
     "LearnedStepFakeQuantize",

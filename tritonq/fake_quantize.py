@@ -8,35 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonq.factory import Factory, WithArgs
+from tritonq.factory import Factory
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.saved_input import mark
 from tritonq.grid import Grid
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
-from tritonq.observers.base import FixedDtypeBuffers
 from tritonq.qparams import QParams, QuantizedType
 from tritonq.saved_grid import SavesGrid
+from tritonq.switched_quantizer import SwitchedQuantizer
 from tritonq.warn_once import warn_once
 
 # Averages of scales and of the ranges that they follow from differ by rounding errors.
 _AVERAGING_ERROR = 1e-3
 
 
-class FakeQuantizeBase(WithArgs, SavesGrid, FixedDtypeBuffers):
-    """Switches and qparams that every fake quantizer has.
+class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
+    """Switches and qparams that every fake quantizer to integers has.
 
     Attributes:
         scale: float32 buffer, (1,) or (channels,).
         zero_point: int32 buffer, as ``scale``.
-        fake_quant_enabled: uint8 buffer (1,); 0 passes values through.
-        observer_enabled: uint8 buffer (1,); 0 freezes the range.
     """
 
     scale: Tensor
     zero_point: Tensor
-    fake_quant_enabled: Tensor
-    observer_enabled: Tensor
     qtype: QuantizedType
     # Axis of the input that counts samples; None for weights. Layers set it for the quantizers of their weights.
     batch_axis: int | None = 0
@@ -50,28 +46,10 @@ class FakeQuantizeBase(WithArgs, SavesGrid, FixedDtypeBuffers):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8))
-        self.register_buffer("observer_enabled", torch.ones(1, dtype=torch.uint8))
         # Whether the qparams are known to rest on data.
         self._qparams_known = False
         # Address and version of the switch when it was last read, and what it was.
         self._switch_read: tuple[tuple[int, int], bool] | None = None
-
-    def enable_fake_quant(self, enabled: bool = True) -> None:
-        """Switch rounding on or off."""
-        self.fake_quant_enabled.fill_(int(enabled))
-
-    def disable_fake_quant(self) -> None:
-        """Let values pass unrounded."""
-        self.enable_fake_quant(False)
-
-    def enable_observer(self, enabled: bool = True) -> None:
-        """Switch observation on or off."""
-        self.observer_enabled.fill_(int(enabled))
-
-    def disable_observer(self) -> None:
-        """Freeze the range."""
-        self.enable_observer(False)
 
     def rests_on_data(self) -> Tensor:
         """Whether scale and zero point do: one element, on the device."""

@@ -71,6 +71,9 @@ FLOAT_FORMATS: dict[FloatCodes, FloatFormat] = {
     "e2m1": FloatFormat(2, 1, 6.0),
 }
 
+# Formats of single elements, by the names that users give: fp8_e4m3 and the like.
+ELEMENT_FORMATS: dict[str, FloatCodes] = {f"fp{number.bits}_{name}": name for name, number in FLOAT_FORMATS.items()}
+
 
 @dataclass(frozen=True)
 class BlockFormat:

@@ -12,6 +12,7 @@ from torch import nn
 from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
+from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.learned_fake_quantize import LearnedStepFakeQuantize, TrainedThresholdFakeQuantize
 from tritonq.observers import (
     InterpolatingHistogramObserver,
@@ -199,6 +200,12 @@ def learned_step_qconfig(weight_bits: int, activation_bits: int) -> QConfig:
     )
 
 
+def _floats(format: str, *, per_channel: bool = False) -> QConfig:
+    """Weights and activations of one float format; the weight's blocks run along the input channels."""
+    quantizer = FloatFakeQuantize.with_args(format=format)
+    return QConfig(quantizer, quantizer.with_args(ch_axis=0 if per_channel else 1, history=1))
+
+
 # Bits of weights and activations.
 _LEARNED_STEP_WIDTHS = ((8, 8), (4, 8), (4, 4), (3, 3), (2, 4), (2, 2))
 
@@ -238,6 +245,8 @@ PRESETS: dict[str, QConfig] = {
     "megengine_passive": QConfig(_megengine(PassiveObserver, QINT8), _megengine(PassiveObserver, QINT8_NARROW)),
     # Fixed point: whether an activation is signed follows from the ReLU before it; weights are searched every forward.
     "f8net": QConfig(FixedPointFakeQuantize.with_args(signed=False), FixedPointFakeQuantize.with_args(momentum=1.0)),
+    "fp8_e4m3": _floats("fp8_e4m3", per_channel=True),
+    **{format: _floats(format) for format in ("mxfp8", "mxfp4", "nvfp4")},
     **{
         f"lsq_w{weights}a{activations}": learned_step_qconfig(weights, activations)
         for weights, activations in _LEARNED_STEP_WIDTHS
@@ -264,6 +273,10 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     - ``"lsq_w8a8"``, ``"lsq_w4a8"``, ``"lsq_w4a4"``, ``"lsq_w3a3"``, ``"lsq_w2a4"``, ``"lsq_w2a2"``: trained scales
       (LSQ) for weights and activations of so many bits, which begin as the paper's; additions are rounded behind
       alone. First and last layer and inputs want 8 bits: :func:`tritonq.get_qconfig_mapping` gives the mapping.
+    - ``"fp8_e4m3"``: floats of 8 bits, weights with a scale per output channel, activations with one that follows from
+      the largest magnitudes of 16 batches.
+    - ``"mxfp8"``, ``"mxfp4"``, ``"nvfp4"``: blocks of floats of 8 or 4 bits along the input channels. None of the four
+      has a deployed form yet: :func:`tritonq.convert` says so.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.

@@ -7,7 +7,7 @@ numbers it is deployed with.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
@@ -68,7 +68,7 @@ class QuantizedType:
 
     Examples:
         >>> QuantizedType.of(8, narrow=True)
-        QuantizedType(quant_min=-127, quant_max=127, symmetric=True, axis=None, rounding='half_even', codes='integer')
+        QuantizedType(quant_min=-127, quant_max=127, symmetric=True, axis=None, rounding='half_even')
         >>> QuantizedType(0, 127, symmetric=False).bits
         7
     """
@@ -90,6 +90,13 @@ class QuantizedType:
             given = (self.quant_min, self.quant_max, self.symmetric, self.rounding)
             if given != (-number.largest_code, number.largest_code, True, "half_even"):
                 raise ValueError(f"QuantizedType.of_floats makes types of {self.codes} codes, got {given}")
+
+    def __repr__(self) -> str:
+        """Fields, without the codes where they are integers."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.codes == "integer":
+            del named["codes"]
+        return f"QuantizedType({', '.join(f'{name}={value!r}' for name, value in named.items())})"
 
     @classmethod
     def of(

@@ -191,6 +191,12 @@ class TestBlocks(OpTester):
         dy = torch.randn(4, 33, device=device)
         y.backward(dy)
         assert torch.equal(x.grad, dy)
+        for dtype in (torch.uint8, torch.bool):
+            off = torch.zeros(1, dtype=dtype, device=device)
+            given = (x.detach(), BLOCK_FORMATS["mxfp8"], 1, None)
+            assert torch.equal(operators("float_blocks", use).fake_quantize_blocks(*given, off), x)
+            on = operators("float_blocks", use).fake_quantize_blocks(*given, torch.ones_like(off))
+            assert torch.equal(on, operators("float_blocks", use).fake_quantize_blocks(*given))
         zeros = fake_quantize_float(torch.zeros(2, 20, device=device), "nvfp4", backend=use)
         assert not zeros.any()
 

@@ -129,7 +129,7 @@ def floats(x: Tensor) -> None:
     ops = traced.FAMILIES["float_blocks"]
     for axis in range(x.dim()):
         ops.fake_quantize_blocks(x, BLOCK_FORMATS["mxfp8"], axis)
-    ops.fake_quantize_blocks(x, BLOCK_FORMATS["nvfp4"], 1, torch.ones(()))
+    ops.fake_quantize_blocks(x, BLOCK_FORMATS["nvfp4"], 1, torch.ones(()), torch.ones(1, dtype=torch.uint8))
     traced.FAMILIES["fake_quant"].fake_quantize(x, Grid(torch.ones(1), None, QuantizedType.of_floats("e5m2")))
 
 

@@ -26,6 +26,8 @@ LAYERS = [
         "tritonq.fake_quantize",
         "tritonq.fixed_point_fake_quantize",
         "tritonq.graphs",
+        "tritonq.float_fake_quantize",
+        "tritonq.switched_quantizer",
         "tritonq.learned_base",
         "tritonq.learned_fake_quantize",
         "tritonq.parameter_groups",

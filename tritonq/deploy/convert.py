@@ -15,6 +15,7 @@ from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.modules import LAYER_TYPES, DeployedModule, Grids, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbeddingBag
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional.codes import carry_codes
 from tritonq.grid import Grid
 from tritonq.nn import Embedding, EmbeddingBag, Joint, QATLayer, QATRepVGGBlock
@@ -28,6 +29,7 @@ from tritonq.prepare.forwards.edited import apply_forward, quantizer_names, quan
 from tritonq.prepare.record.snapshot import copied
 from tritonq.qparams import QuantizedType
 from tritonq.reference.fake_quant import quantize
+from tritonq.switched_quantizer import SwitchedQuantizer
 
 
 def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool = False) -> nn.Module:
@@ -106,7 +108,7 @@ def swap_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> 
 
 
 def _check(model: nn.Module, allow_unquantized: bool) -> None:
-    kinds = (QATLayer, Embedding, EmbeddingBag, FakeQuantizeBase)
+    kinds = (QATLayer, Embedding, EmbeddingBag, SwitchedQuantizer)
     if any(isinstance(module, DeployedModule) for module in model.modules()):
         raise ValueError("this model is converted already")
     if not any(isinstance(module, kinds) for module in model.modules()):
@@ -114,6 +116,11 @@ def _check(model: nn.Module, allow_unquantized: bool) -> None:
             f"{type(model).__name__} has no quantization-aware layer and no fake quantizer: use prepare_qat first"
         )
     for name, module in model.named_modules():
+        if isinstance(module, FloatFakeQuantize):
+            raise ValueError(
+                f"the quantizer {name!r} rounds to {module.format}, which has no deployed form yet: only integer codes "
+                "have one; evaluate the trained model itself, in eval mode"
+            )
         if isinstance(module, FakeQuantizeBase) and not module.is_enabled_on_host() and not allow_unquantized:
             why = "has never observed anything" if bool(module.fake_quant_enabled) else "is switched off"
             raise ValueError(

@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 
 from tritonq.backend import Backend
-from tritonq.formats import BLOCK_FORMATS, FLOAT_FORMATS, BlockFormat, FloatCodes, ScaleRounding
+from tritonq.formats import BLOCK_FORMATS, ELEMENT_FORMATS, FLOAT_FORMATS, BlockFormat, ScaleRounding
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.validate import check_axis, check_float_tensor, check_scale
 from tritonq.grid import Grid
 from tritonq.qparams import QuantizedType
-
-# Formats of single elements, by the names that users give: fp8_e4m3 and the like.
-_ELEMENT_FORMATS: dict[str, FloatCodes] = {f"fp{number.bits}_{name}": name for name, number in FLOAT_FORMATS.items()}
-FORMATS = (*_ELEMENT_FORMATS, *BLOCK_FORMATS)
 
 
 def fake_quantize_float(
@@ -75,14 +71,14 @@ def fake_quantize_float(
         tensor([ 0.1000,  0.7200,  2.8800, -4.4800])
     """
     check_float_tensor("x", x)
-    if format in _ELEMENT_FORMATS:
+    if format in ELEMENT_FORMATS:
         if scale_rounding != "floor":
             raise ValueError(f"scale_rounding is of block formats with powers of two as scales, got {format!r}")
-        qtype = QuantizedType.of_floats(_ELEMENT_FORMATS[format], None if axis is None else check_axis(x, axis))
+        qtype = QuantizedType.of_floats(ELEMENT_FORMATS[format], None if axis is None else check_axis(x, axis))
         channels = None if qtype.axis is None else x.shape[qtype.axis]
         return fake_quantize(x, Grid(check_scale(1.0 if scale is None else scale, x, channels), None, qtype), backend)
     if format not in BLOCK_FORMATS:
-        raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+        raise ValueError(f"unknown format {format!r}; known: {', '.join((*ELEMENT_FORMATS, *BLOCK_FORMATS))}")
     blocks = replace(BLOCK_FORMATS[format], scale_rounding=scale_rounding)
     block_axis = check_axis(x, -1 if axis is None else axis)
     if scale is not None and blocks.scale == "e8m0":
@@ -91,7 +87,12 @@ def fake_quantize_float(
 
 
 def fake_quantize_blocks(
-    x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None = None, backend: Backend = "auto"
+    x: Tensor,
+    blocks: BlockFormat,
+    axis: int,
+    tensor_scale: Tensor | None = None,
+    backend: Backend = "auto",
+    enabled: Tensor | None = None,
 ) -> Tensor:
     """Round ``x`` to a block format: the operator behind the public function and the modules.
 
@@ -101,13 +102,17 @@ def fake_quantize_blocks(
         axis: see there.
         tensor_scale: see there; None with e4m3 scales: from ``x``.
         backend: see :func:`fake_quantize_float`.
+        enabled: the switch, see there.
     """
     if blocks.scale == "e4m3" and tensor_scale is None:
         tensor_scale = float_tensor_scale(x.detach(), blocks, backend)
     if not (x.requires_grad and torch.is_grad_enabled()):
-        y: Tensor = implementation("float_blocks", x, backend).fake_quantize_blocks(x, blocks, axis, tensor_scale)
+        ops = implementation("float_blocks", x, backend)
+        y: Tensor = ops.fake_quantize_blocks(x, blocks, axis, tensor_scale, enabled)
         return y
-    result: Tensor = _FakeQuantizeBlocks.apply(x, blocks, axis, tensor_scale, backend)  # type: ignore[no-untyped-call]
+    result: Tensor = _FakeQuantizeBlocks.apply(  # type: ignore[no-untyped-call]
+        x, blocks, axis, tensor_scale, enabled, backend
+    )
     return result
 
 
@@ -135,12 +140,19 @@ class _FakeQuantizeBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None, backend: Backend
+        ctx: Any,
+        x: Tensor,
+        blocks: BlockFormat,
+        axis: int,
+        tensor_scale: Tensor | None,
+        enabled: Tensor | None,
+        backend: Backend,
     ) -> Tensor:
-        y: Tensor = implementation("float_blocks", x, backend).fake_quantize_blocks(x, blocks, axis, tensor_scale)
+        ops = implementation("float_blocks", x, backend)
+        y: Tensor = ops.fake_quantize_blocks(x, blocks, axis, tensor_scale, enabled)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy, None, None, None, None
+        return dy, None, None, None, None, None

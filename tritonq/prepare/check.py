@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.fake_quantize import FakeQuantize
 from tritonq.observers import RangeObserver
 from tritonq.prepare.record.example import Run
 from tritonq.prepare.record.recorder import SEED
 from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state
 from tritonq.prepare.record.structure import clone_tensors, tensors_in
 from tritonq.process_group import GroupReference
+from tritonq.switched_quantizer import SwitchedQuantizer
 
 # A prepared model with rounding off computes what the float model did, up to the rounding of folded BatchNorms; far
 # more than that means that something else changed. Relative to the largest output.
@@ -88,7 +89,7 @@ def _set_training(model: nn.Module, run: Run, normalise_batch: bool) -> None:
     for name, module in model.named_modules():
         if (isinstance(module, _BatchNorm) and not normalise_batch) or not run.modes.get(name, True):
             module.training = False
-        if isinstance(module, FakeQuantizeBase):
+        if isinstance(module, SwitchedQuantizer):
             module.disable_fake_quant()
             module.training = isinstance(module, FakeQuantize)
         if isinstance(module, RangeObserver):
@@ -108,7 +109,7 @@ def _set_modes(model: nn.Module, run: Run) -> None:
     """Give modules the modes of a recorded run, BatchNorms eval mode, and switch rounding and observation off."""
     for name, module in model.named_modules():
         module.training = run.modes.get(name, run.in_training) and not isinstance(module, _BatchNorm)
-        if isinstance(module, FakeQuantizeBase):
+        if isinstance(module, SwitchedQuantizer):
             module.disable_fake_quant()
             module.disable_observer()
 

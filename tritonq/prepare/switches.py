@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
+from tritonq.switched_quantizer import SwitchedQuantizer
 
 
 def enable_observer(module: nn.Module) -> None:
@@ -102,5 +102,5 @@ def update_bn_stats(module: nn.Module) -> None:
             layer.update_bn_stats()
 
 
-def _quantizers(module: nn.Module) -> list[FakeQuantizeBase]:
-    return [child for child in module.modules() if isinstance(child, FakeQuantizeBase)]
+def _quantizers(module: nn.Module) -> list[SwitchedQuantizer]:
+    return [child for child in module.modules() if isinstance(child, SwitchedQuantizer)]

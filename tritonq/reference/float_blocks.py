@@ -17,7 +17,9 @@ _LEAST_SCALE_EXPONENT, _GREATEST_EXPONENT = -127, 127
 
 
 @operator(returns=Like("x"))
-def fake_quantize_blocks(x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None = None) -> Tensor:
+def fake_quantize_blocks(
+    x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None = None, enabled: Tensor | None = None
+) -> Tensor:
     """``round(x / s) * s`` with one scale ``s`` for each block of consecutive elements along ``axis``.
 
     With ``m`` the largest magnitude in the block, ``L = 2^E * f`` the largest element, ``1 <= f < 2``:
@@ -34,6 +36,7 @@ def fake_quantize_blocks(x: Tensor, blocks: BlockFormat, axis: int, tensor_scale
         blocks: the format.
         axis: of the blocks; not negative.
         tensor_scale: float32, one element; None for e8m0 scales.
+        enabled: one element; 0 copies ``x``. None: always on.
 
     Source: OCP Microscaling Formats (MX) Specification 1.0, section 6.3; NVIDIA Model-Optimizer, NVFP4.
     """
@@ -49,7 +52,8 @@ def fake_quantize_blocks(x: Tensor, blocks: BlockFormat, axis: int, tensor_scale
             scale, reciprocal = _float_scales(largest, blocks.element_format, tensor_scale.to(dtype))
         round_to_float_(block.mul_(reciprocal), blocks.element_format)
         block.mul_(scale.masked_fill_(is_nan, torch.nan))
-    return values.to(x.dtype)
+    y = values.to(x.dtype)
+    return y if enabled is None else torch.where(enabled.view(()) != 0, y, x)
 
 
 def _in_blocks(values: Tensor, axis: int, size: int) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from torch import nn
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import QuantizedTable
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.nn import Cat, Embedding, EmbeddingBag, FloatFunctional, Joint, QATLayer
 from tritonq.nn.compiled import uncompiled
 from tritonq.nn.fixed_point import FixedPointLayer
@@ -173,7 +174,10 @@ def _grid(module: nn.Module) -> str:
         quantizer = getattr(module, name, None)
         if isinstance(quantizer, (FakeQuantizeBase, Quantizer)):
             parts[role] = _quantizer_grid(quantizer)
-    if "x" not in parts and _reads_float(module):
+        elif isinstance(quantizer, FloatFakeQuantize):
+            parts[role] = quantizer.format
+    has_floats = isinstance(module._modules.get("weight_fake_quant"), FloatFakeQuantize)
+    if "x" not in parts and not has_floats and _reads_float(module):
         parts["x"] = "float"
     for name, child in module.named_children():
         if name not in _ROLES and isinstance(child, FakeQuantizeBase) and isinstance(module, FixedPointLayer):

@@ -1,0 +1,139 @@
+"""Fake quantizers to floats: amax history, switches, models of the four presets, torch.compile, refusals."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tritonq
+from tritonq import FloatFakeQuantize, fake_quantize_float
+from tritonq.formats import BLOCK_FORMATS, ELEMENT_FORMATS
+
+PRESETS = ("fp8_e4m3", "mxfp8", "mxfp4", "nvfp4")
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40), nn.ReLU(), nn.Conv2d(40, 8, 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+@pytest.fixture(scope="module", params=PRESETS)
+def trained(request: pytest.FixtureRequest) -> nn.Module:
+    """A model after three steps, in training mode."""
+    x = normal(4, 3, 12, 12)
+    qat = tritonq.prepare_qat(model(), qconfig=tritonq.get_qconfig(request.param), example_inputs=x).train()
+    optimizer = torch.optim.SGD(qat.parameters(), 0.1)
+    for _ in range(3):
+        qat(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return qat
+
+
+def test_the_scale_follows_from_the_history() -> None:
+    quantizer = FloatFakeQuantize("fp8_e4m3", history=3)
+    for step, largest in enumerate([8.0, 2.0, 1.0, 4.0]):
+        x = normal(50).clamp(-1, 1) / 2
+        x[3] = -largest
+        y = quantizer(x)
+        expected = max([8.0, 2.0, 1.0, 4.0][max(0, step - 2) : step + 1]) / 448
+        assert quantizer.scale.item() == pytest.approx(expected, rel=1e-7)
+        assert torch.equal(y, fake_quantize_float(x, "fp8_e4m3", quantizer.scale))
+    before = quantizer.scale.clone()
+    quantizer.disable_observer()
+    quantizer(torch.full((3,), 100.0))
+    quantizer.eval().enable_observer()
+    quantizer(torch.full((3,), 100.0))
+    assert torch.equal(quantizer.scale, before)
+
+
+def test_a_scale_per_channel_and_values_that_are_not_finite() -> None:
+    quantizer = FloatFakeQuantize("fp8_e5m2", ch_axis=1)
+    x = normal(4, 3, 5)
+    x[0, 1, 2], x[1, 2] = float("inf"), 0.0
+    x[:, 2] = 0.0
+    y = quantizer(x)
+    largest = x.abs().nan_to_num(0, 0).amax((0, 2))
+    assert torch.equal(quantizer.scale[:2], (largest / 57344)[:2])
+    assert quantizer.scale[2] == 1
+    assert torch.equal(y, fake_quantize_float(x, "fp8_e5m2", quantizer.scale, axis=1))
+    loaded = FloatFakeQuantize("fp8_e5m2", ch_axis=1)
+    loaded.load_state_dict(quantizer.state_dict())
+    assert torch.equal(loaded.eval()(x), quantizer.eval()(x))
+
+
+@pytest.mark.parametrize("format", [*ELEMENT_FORMATS, *BLOCK_FORMATS])
+def test_switches_and_gradients(format: str) -> None:
+    quantizer, x = FloatFakeQuantize(format, history=1), normal(3, 40).requires_grad_()
+    y = quantizer(x)
+    assert not torch.equal(y, x)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    quantizer.disable_fake_quant()
+    assert torch.equal(quantizer(x), x)
+    half = quantizer.half()
+    assert {buffer.dtype for buffer in half.buffers()} <= {torch.float32, torch.uint8}
+
+
+def test_blocks_run_along_the_channels() -> None:
+    for shape, axis in (((2, 40, 3, 3), 1), ((2, 5, 40), 2), ((3, 40), 1)):
+        x = normal(*shape)
+        assert torch.equal(FloatFakeQuantize("mxfp4")(x), fake_quantize_float(x, "mxfp4", axis=axis))
+
+
+def test_what_has_observed_nothing_passes_values_and_says_so() -> None:
+    quantizer = FloatFakeQuantize("fp8_e4m3").eval()
+    with pytest.warns(UserWarning, match="observed nothing"):
+        y = quantizer(torch.tensor([0.123]))
+    assert y == 0.123
+    assert FloatFakeQuantize("mxfp4").eval()(torch.tensor([0.1, 6.0])).tolist() == [0.0, 6.0]
+
+
+def test_training_reaches_every_quantizer(trained: nn.Module) -> None:
+    quantizers = [module for module in trained.modules() if isinstance(module, FloatFakeQuantize)]
+    assert len(quantizers) >= 8
+    scales = [quantizer.scale for quantizer in quantizers if quantizer.has_observed_scale]
+    assert all(bool((scale != 1).any()) for scale in scales)
+    evaluated = copy.deepcopy(trained).eval()
+    x = normal(4, 3, 12, 12)
+    rounded = evaluated(x)
+    tritonq.disable_fake_quant(evaluated)
+    assert 1e-4 < float((rounded - evaluated(x)).abs().max()) < 0.2
+    assert quantizers[0].format in str(tritonq.summary(trained))
+
+
+def test_compiled_models_compute_the_same(trained: nn.Module) -> None:
+    x = normal(4, 3, 12, 12)
+    for qat in (copy.deepcopy(trained), copy.deepcopy(trained).eval()):
+        compiled = torch.compile(copy.deepcopy(qat), backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), qat(x))
+    torch.compiler.reset()
+
+
+def test_there_is_no_deployed_form_yet(trained: nn.Module) -> None:
+    with pytest.raises(ValueError, match="no deployed form"):
+        tritonq.convert(copy.deepcopy(trained))
+
+
+def test_more_bits_are_closer() -> None:
+    x = normal(64, 64)
+    errors = [float((fake_quantize_float(x, name) - x).norm()) for name in ("mxfp4", "nvfp4", "mxfp6_e2m3", "mxfp8")]
+    assert all(worse > better for worse, better in pairwise(errors[:3]))
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="mxfp4"):
+        FloatFakeQuantize("fp5")
+    with pytest.raises(ValueError, match="history"):
+        FloatFakeQuantize("fp8_e4m3", history=0)
+    with pytest.raises(ValueError, match="block formats"):
+        FloatFakeQuantize("fp8_e4m3", scale_rounding="ceil")

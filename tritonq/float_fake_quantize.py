@@ -1,0 +1,164 @@
+"""The module that rounds a tensor to a floating point format of few bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tritonq.formats import BLOCK_FORMATS, ELEMENT_FORMATS, FLOAT_FORMATS, ScaleRounding
+from tritonq.functional.dispatch import implementation
+from tritonq.functional.fake_quant import fake_quantize
+from tritonq.functional.float_blocks import fake_quantize_blocks
+from tritonq.functional.recomputation import is_recomputing
+from tritonq.grid import Grid
+from tritonq.qparams import QuantizedType, is_readable
+from tritonq.switched_quantizer import SwitchedQuantizer
+from tritonq.warn_once import warn_once
+
+
+class FloatFakeQuantize(SwitchedQuantizer):
+    """Fake quantize to a float format: ``round(x/s) * s``, see :func:`tritonq.fake_quantize_float`.
+
+    The scale follows from the largest magnitudes of the last ``history`` training batches, the present one included:
+    ``s = max(history) / L``, with ``L`` the format's largest number (6 · 448 for ``"nvfp4"``, whose blocks have scales
+    of their own). Eval mode uses the last scale. Blocks with powers of two as scales need none of that: they find
+    their scales in each tensor. Until a finite value other than zero was observed, values pass through, with one
+    warning.
+
+    Args:
+        format: a format of :func:`tritonq.fake_quantize_float`.
+        ch_axis: formats of single elements: one scale per index of this axis, or None, one for the tensor. Block
+            formats: the axis that blocks run along; None is 1 for tensors of four or five dimensions (channels), else
+            the last.
+        history: training batches whose largest magnitudes are kept.
+        scale_rounding: see :func:`tritonq.fake_quantize_float`.
+        num_channels: length of ``ch_axis``; 0: the first batch gives it.
+
+    Attributes:
+        scale: float32 buffer, (1,) or (channels,); of block formats with powers of two it stays 1.
+        amax_history: float32 buffer (history, 1) or (history, channels), the latest batch first.
+
+    Raises:
+        ValueError: an unknown format or rounding, or a history of no batch.
+
+    Source: NVIDIA Transformer Engine, delayed scaling; the formats' own sources stand there.
+
+    Examples:
+        >>> quantizer = FloatFakeQuantize("fp8_e4m3", history=2)
+        >>> quantizer(torch.tensor([448.0, 17.1]))
+        tensor([448.,  18.])
+        >>> quantizer(torch.tensor([44.8, 17.1])), float(quantizer.scale)
+        (tensor([44., 18.]), 1.0)
+    """
+
+    scale: Tensor
+    amax_history: Tensor
+
+    def __init__(
+        self,
+        format: str,
+        ch_axis: int | None = None,
+        history: int = 16,
+        scale_rounding: ScaleRounding = "floor",
+        num_channels: int = 0,
+    ) -> None:
+        super().__init__()
+        if format not in ELEMENT_FORMATS and format not in BLOCK_FORMATS:
+            raise ValueError(f"unknown format {format!r}; known: {', '.join((*ELEMENT_FORMATS, *BLOCK_FORMATS))}")
+        if not isinstance(history, int) or history < 1:
+            raise ValueError(f"history must be a positive number of batches, got {history!r}")
+        self.format, self.ch_axis = format, ch_axis
+        self.blocks = None
+        if format in BLOCK_FORMATS:
+            self.blocks = replace(BLOCK_FORMATS[format], scale_rounding=scale_rounding)
+        elif scale_rounding != "floor":
+            raise ValueError(f"scale_rounding is of block formats with powers of two as scales, got {format!r}")
+        channels = 1 if self.blocks is not None or ch_axis is None else num_channels
+        self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("amax_history", torch.zeros(history, channels))
+        # Whether the scale is known to rest on data.
+        self._scale_known = not self.has_observed_scale
+
+    @property
+    def qtype(self) -> QuantizedType | None:
+        """The type of single elements; None for blocks, whose scales depend on the tensor."""
+        return None if self.blocks is not None else QuantizedType.of_floats(ELEMENT_FORMATS[self.format], self.ch_axis)
+
+    @property
+    def has_observed_scale(self) -> bool:
+        """Whether scales rest on what was observed: not those of blocks with powers of two."""
+        return self.blocks is None or self.blocks.scale != "e8m0"
+
+    @property
+    def reach(self) -> float:
+        """The largest magnitude that the format holds at a scale of 1."""
+        if self.blocks is None:
+            return FLOAT_FORMATS[ELEMENT_FORMATS[self.format]].largest
+        return self.blocks.element_format.largest * FLOAT_FORMATS["e4m3"].largest
+
+    def allocate(self, num_channels: int) -> None:
+        """Give per-channel buffers their final length; a no-op per tensor or when they have it."""
+        if self.blocks is None and self.ch_axis is not None and self.scale.numel() != num_channels:
+            self.scale.resize_(num_channels).fill_(1)
+            self.amax_history.resize_(len(self.amax_history), num_channels).zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe (training only) and fake quantize ``x``; same shape, dtype and memory format."""
+        if self.has_observed_scale:
+            if self.blocks is None and self.ch_axis is not None:
+                self.allocate(x.shape[self.ch_axis])
+            if self.training and not is_recomputing():
+                self.observe(x.detach())
+            if is_readable(x) or not (self.training or torch.compiler.is_compiling()):
+                self._scale_known = self._scale_known or bool(self.amax_history.any())
+            # A training step does not wait for the device: there the switch that rounds says it.
+            if not (self._scale_known or self.training or torch.compiler.is_compiling()):
+                warn_once(
+                    self,
+                    f"a {type(self).__name__} that has observed nothing passes its input through; run it in training "
+                    "mode with its observer enabled, or load a checkpoint",
+                    stacklevel=2,
+                )
+                return x
+        return self._rounded(x)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Put the largest finite magnitudes of ``x`` into the history, unless ``observer_enabled`` is 0."""
+        axis = None if self.blocks is not None else self.ch_axis
+        low, high, _ = implementation("min_max", x).min_max(x, axis)
+        largest = torch.maximum(-low, high).clamp_(min=0).view(1, -1)
+        is_observing = self.observer_enabled != 0
+        history = torch.cat([largest, self.amax_history[:-1]])
+        self.amax_history.copy_(torch.where(is_observing, history, self.amax_history))
+        scale = self.amax_history.amax(0) / self.reach
+        # A channel of zeros may have any scale.
+        self.scale.copy_(torch.where(is_observing, torch.where(scale > 0, scale, 1.0), self.scale))
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        enabled = self.fake_quant_enabled
+        if self.has_observed_scale and not self._scale_known:
+            enabled = enabled * self.amax_history.any()
+        if self.blocks is None:
+            return fake_quantize(x, Grid(self.scale, None, cast(QuantizedType, self.qtype), enabled))
+        axis = self.ch_axis if self.ch_axis is not None else (1 if x.dim() in (4, 5) else -1)
+        tensor_scale = self.scale if self.has_observed_scale else None
+        return fake_quantize_blocks(x, self.blocks, axis % x.dim(), tensor_scale, enabled=enabled)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Adopt the channel count of a checkpoint, and ask anew whether the scale rests on data."""
+        saved = state_dict.get(f"{prefix}scale")
+        if isinstance(saved, Tensor) and saved.dim() == 1 and saved.numel():
+            self.allocate(saved.numel())
+        self._scale_known = not self.has_observed_scale
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Format, axis and switches."""
+        axis = "" if self.ch_axis is None else f", ch_axis={self.ch_axis}"
+        return (
+            f"{self.format}{axis}, fake_quant={bool(self.fake_quant_enabled)}, observer={bool(self.observer_enabled)}"
+        )

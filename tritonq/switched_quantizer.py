@@ -1,0 +1,42 @@
+"""The switches that every fake quantizer has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonq.factory import WithArgs
+from tritonq.observers.base import FixedDtypeBuffers
+
+
+class SwitchedQuantizer(WithArgs, FixedDtypeBuffers):
+    """A fake quantizer whose rounding and observation can be switched off, on the device.
+
+    Attributes:
+        fake_quant_enabled: uint8 buffer (1,); 0 passes values through.
+        observer_enabled: uint8 buffer (1,); 0 freezes the range.
+    """
+
+    fake_quant_enabled: Tensor
+    observer_enabled: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8))
+        self.register_buffer("observer_enabled", torch.ones(1, dtype=torch.uint8))
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Switch rounding on or off."""
+        self.fake_quant_enabled.fill_(int(enabled))
+
+    def disable_fake_quant(self) -> None:
+        """Let values pass unrounded."""
+        self.enable_fake_quant(False)
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Switch observation on or off."""
+        self.observer_enabled.fill_(int(enabled))
+
+    def disable_observer(self) -> None:
+        """Freeze the range."""
+        self.enable_observer(False)
