@@ -92,6 +92,22 @@ def _evaluation(model: str, case: str, bound: float) -> tuple[Goal, ...]:
     )
 
 
+def _compiled(model: str, case: str, bound: float, channels_last: float) -> tuple[Goal, ...]:
+    """Return the goals of one model's training step with ``use_backend("compiled")``."""
+    ours = "tritonq, compiled"
+    return (
+        Goal(f"{model} step, compiled: at most {bound:g}x float's time", case, "time", bound, "float", ours=ours),
+        Goal(
+            f"the same, channels last: at most {channels_last:g}x",
+            f"{case}/channels_last",
+            "time",
+            channels_last,
+            "float",
+            ours=ours,
+        ),
+    )
+
+
 GOALS: tuple[Goal, ...] = (
     Goal(
         "fake quant per tensor, forward: 8x torch's operator", _fake_quant("tensor", _FORWARD), "speed-up", 8, "torch"
@@ -109,6 +125,16 @@ GOALS: tuple[Goal, ...] = (
     Goal("the same, channels last", f"{_RESNET18}/channels_last", "every peer", 1.0),
     Goal("MobileNetV2 step: faster than every peer", _MOBILENET, "every peer", 1.0),
     Goal("the same, channels last", f"{_MOBILENET}/channels_last", "every peer", 1.0),
+    *_compiled("ResNet-18", _RESNET18, 1.10, 1.12),
+    *_compiled("MobileNetV2", _MOBILENET, 1.25, 1.35),
+    Goal(
+        "ResNet-18 step under torch.compile: at most 1.15x compiled float's time",
+        _RESNET18,
+        "time",
+        1.15,
+        "torch.compile(float)",
+        ours="torch.compile(tritonq)",
+    ),
     *_evaluation("ResNet-18", _EVALUATE["ResNet-18"], 0.31),
     *_evaluation("MobileNetV2", _EVALUATE["MobileNetV2"], 0.46),
     Goal(
