@@ -23,7 +23,7 @@ from .channel_tiles import (
     share_offsets,
     share_tile,
 )
-from .constants import INF
+from .constants import FALL, INF
 from .launch import device_guard
 from .launcher import Launcher
 from .qparams import range_to_qparams
@@ -96,8 +96,9 @@ def update_range(
         seen = min_val <= max_val
         if COPY_ABOVE is not None:
             # In float64, where the product is rounded as Python rounds it.
-            magnitude = tl.maximum(-min_val, max_val).to(tl.float64)
-            seen = seen & (tl.maximum(-low, high).to(tl.float64) <= COPY_ABOVE * magnitude)
+            running = tl.maximum(-min_val, max_val).to(tl.float64)
+            batch = tl.maximum(-low, high).to(tl.float64)
+            seen = seen & (batch <= COPY_ABOVE * running) & ((running <= FALL * batch) | (batch == 0))
         usable = low <= high
         new_min = tl.where(seen, min_val + averaging_constant * (low - min_val), low)
         new_max = tl.where(seen, max_val + averaging_constant * (high - max_val), high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.saved_input import mark
 from tritonq.grid import Grid
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
+from tritonq.outliers import tell_outlier
 from tritonq.qparams import QParams, QuantizedType
 from tritonq.saved_grid import SavesGrid
 from tritonq.switched_quantizer import SwitchedQuantizer
@@ -171,6 +173,7 @@ class FakeQuantize(FakeQuantizeBase):
             self.scale.resize_(num_channels).fill_(1)
             self.zero_point.resize_(num_channels).copy_(self._initial_zero_point((num_channels,)))
 
+    _magnitude: float = -math.inf  # see tell_outlier
     # Addresses and versions of range, scale and zero point when they were last compared.
     _averages_read: tuple[tuple[int, int], ...] | None = None
 
@@ -200,8 +203,10 @@ class FakeQuantize(FakeQuantizeBase):
         """Forget what example inputs gave; a no-op once training has begun, and while the observer is off."""
         observer = self.activation_post_process
         compiling = torch.compiler.is_compiling()
-        if not compiling and self._beginning is None:
-            return
+        if not compiling:
+            self._magnitude = tell_outlier(observer, self._magnitude)
+            if self._beginning is None:
+                return
         if compiling or (self.scale.is_cuda and torch.cuda.is_current_stream_capturing()):
             # The flag, not the attribute, on which a graph would depend: it would be traced anew after its first step.
             now = (self.begins != 0) & (self.observer_enabled != 0)
@@ -214,7 +219,7 @@ class FakeQuantize(FakeQuantizeBase):
         if bool(self.begins):
             if isinstance(observer, RangeObserver):
                 observer.reset_min_max_vals()
-            self._qparams_known = False
+            self._qparams_known, self._magnitude = False, -math.inf
             self.begins.zero_()
         self._beginning = None
 

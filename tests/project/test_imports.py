@@ -33,7 +33,7 @@ LAYERS = [
         "tritonq.parameter_groups",
         "tritonq.torch_operators",
     ),
-    ("tritonq.observers", "tritonq.functional", "tritonq.factory"),
+    ("tritonq.observers", "tritonq.functional", "tritonq.factory", "tritonq.outliers"),
     ("tritonq.backend",),
     ("tritonq.compiled",),
     ("tritonq.reference", "tritonq.kernels"),

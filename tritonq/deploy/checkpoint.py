@@ -24,6 +24,7 @@ from tritonq.deploy.description import (
 )
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule
+from tritonq.deploy.packing import pack_weights, unpack_weights
 from tritonq.functional.codes import carry_codes
 from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.edit.earlier_inputs import replace_hooks
@@ -32,8 +33,8 @@ from tritonq.prepare.record.snapshot import ModelSnapshot
 
 FORMAT = "tritonq.converted"
 # Version 1 knew no upper bound of a ReLU, version 2 no pools and means in integers, version 3 named hooks and knew no
-# functions by table.
-VERSION = 4
+# functions by table. Version 4 had no packed weights.
+VERSION = 5
 
 
 def save_converted(
@@ -42,9 +43,10 @@ def save_converted(
     """Write a converted model to one file that ``torch.load(path, weights_only=True)`` reads.
 
     The file is a dict: ``format``, ``version``, ``modules`` (one description per module, plain data), ``state_dict``
-    (weights in int8), ``metadata`` where it is given, and ``sha256`` of the last three (torch's reader does not check
-    its own checksums). It is written under a temporary name, then renamed: ``path`` never holds half a model. Hooks of
-    the user's are not in it.
+    (weights in int8, those of 4 bits and fewer with several codes per byte), ``packed`` (how to unpack these),
+    ``metadata`` where it is given, and ``sha256`` of modules, unpacked state and metadata (torch's reader does not
+    check its own checksums). It is written under a temporary name, then renamed: ``path`` never holds half a model.
+    Hooks of the user's are not in it.
 
     Args:
         model: a converted model.
@@ -74,11 +76,13 @@ def save_converted(
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     replace_hooks(model)
     modules = describe_modules(model)
+    packed_state, packed = pack_weights(model, state)
     content = {
         "format": FORMAT,
         "version": VERSION,
         "modules": modules,
-        "state_dict": _in_few_storages(state),
+        "state_dict": _in_few_storages(packed_state),
+        "packed": packed,
         "sha256": _digest(modules, state, metadata),
     }
     if metadata is not None:
@@ -155,6 +159,10 @@ def _read(path: str | os.PathLike[str]) -> Description:
     modules, state = content.get("modules"), content.get("state_dict")
     if not isinstance(modules, list) or not isinstance(state, dict):
         raise ValueError(f"{os.fspath(path)} is damaged: it lacks modules or state_dict")
+    try:
+        state = unpack_weights(state, content.get("packed") or {})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} is damaged: its packed weights can't be read") from error
     if content.get("sha256") != _digest(modules, state, content.get("metadata")):
         raise ValueError(f"{os.fspath(path)} is damaged: its contents don't match their checksum")
     content["state_dict"] = {name: tensor.clone() for name, tensor in state.items()}

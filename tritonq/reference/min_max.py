@@ -23,6 +23,8 @@ def _range_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
     return Granularity(arguments["axis"]).scale_shape(arguments["x"].shape)
 
 
+# Batches of one network differ by less than this factor in their largest value; `kernels/constants.py` has it too.
+FALL = 4.0
 _RANGE = New(_range_shape, "x", torch.float32)
 
 
@@ -79,15 +81,16 @@ def update_range(
 
     ``averaging_constant`` None: running minimum and maximum. Else ``m + c (low - m)``, where the first batch is
     copied, and so is one whose largest magnitude, ``max(-low, high)``, is more than ``copy_above`` times the running
-    one's (None: none is). A batch without finite values (``low > high``) changes nothing.
+    one's, or, not being 0, less than ``1 / FALL`` of it: after an outlier (``copy_above`` None: none is). A batch
+    without finite values (``low > high``) changes nothing.
     """
     if averaging_constant is None:
         return torch.minimum(min_val, low), torch.maximum(max_val, high)
     seen = min_val <= max_val
     if copy_above is not None:
         # In float64, where the product is rounded as Python rounds it.
-        magnitude = torch.maximum(-min_val, max_val).double()
-        seen = seen & (torch.maximum(-low, high).double() <= copy_above * magnitude)
+        running, batch = (torch.maximum(-m, M).double() for m, M in ((min_val, max_val), (low, high)))
+        seen = seen & (batch <= copy_above * running) & ((running <= FALL * batch) | (batch == 0))
     new_min = torch.where(seen, min_val + averaging_constant * (low - min_val), low)
     new_max = torch.where(seen, max_val + averaging_constant * (high - max_val), high)
     usable = low <= high
@@ -105,8 +108,9 @@ def update_number(
     """:func:`update_range` of one range as NumPy numbers, bit for bit; ``low <= high``, both finite."""
     if averaging_constant is None:
         return min(min_val, low), max(max_val, high)
-    outgrows = copy_above is not None and float(max(-low, high)) > copy_above * float(max(-min_val, max_val))
-    if not min_val <= max_val or outgrows:
+    running, batch = float(max(-min_val, max_val)), float(max(-low, high))
+    leaves = copy_above is not None and (batch > copy_above * running or (running > FALL * batch and batch != 0))
+    if not min_val <= max_val or leaves:
         return low, high
     constant = type(low)(averaging_constant)
     return min_val + constant * (low - min_val), max_val + constant * (high - max_val)
