@@ -1,6 +1,6 @@
 """tritonq: quantization-aware training at the speed of float training, deployed to the numbers it was trained with."""
 
-from tritonq import acceleration, nn
+from tritonq import acceleration, nn, testing
 from tritonq.acceleration import accelerate, restore
 from tritonq.accuracy.adaptive_rounding import adaptive_round
 from tritonq.accuracy.bias_correction import correct_bias
@@ -152,6 +152,7 @@ __all__ = [
     "statistic_frac_len",
     "summary",
     "sync_observers",
+    "testing",
     "trained_threshold_quantize",
     "update_bn_stats",
     "use_backend",

@@ -75,6 +75,12 @@ def test_calibration(tmp_path):
     assert (tmp_path / "digits.int8.pt").exists()
 
 
+def test_own_quantizer(tmp_path):
+    printed = run("own_quantizer.py", cwd=tmp_path)
+    assert "checked: interface, values" in printed
+    assert "no code differs" in printed
+
+
 def test_coming_from_torch_ao(tmp_path):
     printed = run("from_torch_ao.py", cwd=tmp_path)
     assert "0 not mapped, 0 not in the file" in printed

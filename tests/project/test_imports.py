@@ -11,7 +11,15 @@ ROOT = Path(__file__).parent.parent.parent
 
 # Each module belongs to the first layer whose prefix fits; a module imports its own layer and later ones.
 LAYERS = [
-    ("tritonq.__main__", "tritonq.cli", "tritonq.report", "tritonq.plots", "tritonq.demo", "tritonq.perf"),
+    (
+        "tritonq.__main__",
+        "tritonq.cli",
+        "tritonq.report",
+        "tritonq.plots",
+        "tritonq.demo",
+        "tritonq.perf",
+        "tritonq.testing",
+    ),
     ("tritonq.accuracy",),
     ("tritonq.prepare", "tritonq.deploy", "tritonq.calibration", "tritonq.distributed", "tritonq.acceleration"),
     ("tritonq.nn",),
