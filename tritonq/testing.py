@@ -139,8 +139,8 @@ def _require(holds: bool, reason: str) -> None:
 def _interface(subject: _Subject) -> None:
     quantizer = subject.make()
     _require(isinstance(quantizer, nn.Module), f"it is no torch.nn.Module but a {type(quantizer).__name__}")
-    names = ("qtype", "calculate_qparams", "fake_quant_enabled", "observer_enabled", "enable_fake_quant")
-    names += ("disable_fake_quant", "enable_observer", "disable_observer")
+    names = ["qtype", "calculate_qparams", "fake_quant_enabled", "observer_enabled"]
+    names += ["enable_fake_quant", "disable_fake_quant", "enable_observer", "disable_observer"]
     missing = [name for name in names if not hasattr(quantizer, name)]
     _require(not missing, f"it has no {', '.join(missing)}")
     _require(subject.make() is not quantizer, "the factory returned one object twice")
