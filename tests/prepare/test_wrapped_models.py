@@ -84,7 +84,7 @@ class Scripted(nn.Module):
 def test_scripted_parts_run_in_float_and_are_told(compiler, tmp_path):
     gate = Gate()
     example = torch.randn(X.shape[0], 4, *X.shape[2:])
-    gate = torch.jit.script(gate) if compiler == "script" else torch.jit.trace(gate, example)
+    gate = torch.jit.script(gate) if compiler == "script" else torch.jit.trace(gate.eval(), example)
     float_model = Scripted(gate).train()
     hooks = len(torch.nn.modules.module._global_forward_hooks_with_kwargs)
     with pytest.warns(UserWarning, match=r"layers and joins of Scripted in float: gate: torch\.jit made it"):
