@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,14 +22,18 @@ class LearnedFakeQuantize(FakeQuantizeBase):
     """What trained quantizers share: float32 parameters, and an observer that gives them their first values.
 
     The parameters are set from the first training batch, or by :meth:`initialize` from what the observer has seen by
-    then (after :func:`tritonq.calibrate`). Until then values pass through, with one warning.
+    then (after :func:`tritonq.calibrate`). Until then values pass through, with one warning; where `prepare_qat`
+    recorded the model, they are rounded by what its example inputs gave.
 
     Attributes:
         activation_post_process: the observer.
         initialized: uint8 buffer (1,).
+        begins: uint8 buffer (1,), in no state dict: 1 while the parameters are those of example inputs, which the first
+            training batch replaces.
     """
 
     initialized: Tensor
+    begins: Tensor
     # How ties are rounded, where the scheme fixes it.
     rounding: Rounding | None = None
 
@@ -51,6 +55,46 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         if self.rounding not in (None, self.qtype.rounding):
             raise ValueError(f"{type(self).__name__} rounds {self.rounding}, got rounding={self.qtype.rounding!r}")
         self.register_buffer("initialized", torch.zeros(1, dtype=torch.uint8))
+        self.register_buffer("begins", torch.zeros(1, dtype=torch.uint8), persistent=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give models that version 0.1.0 pickled the flag, which they had not."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "begins" not in self._buffers:
+            self.register_buffer("begins", torch.zeros_like(self.initialized), persistent=False)
+
+    @torch.no_grad()
+    def begin_with(self, state: Mapping[str, Tensor]) -> None:
+        """Take the parameters that a run on example inputs gave, until the first training batch replaces them.
+
+        So averages of the model (EMA, SWA) round from the first step on.
+
+        Args:
+            state: parameters and buffers after that run, by name; what the observer saw does not count.
+        """
+        own = {name: tensor for name, tensor in state.items() if "." not in name}
+        if self.qtype.axis is not None:
+            self.allocate(next(own[name].numel() for name, _ in self.named_parameters()))
+        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name, tensor in own.items():
+            held[name].copy_(tensor)
+        self._beginning = self.calculate_qparams().scale.detach().cpu().clone()
+        self.initialized.fill_(1)
+        self.begins.fill_(1)
+        self._qparams_known = False
+
+    def rests_on_examples(self) -> bool:
+        """See base class. The parameters of a weight's quantizer follow from the weight, not from example inputs."""
+        return self.batch_axis is not None and super().rests_on_examples()
+
+    def _begins_anew(self) -> bool:
+        """Whether the parameters are those of example inputs; False from the next call on."""
+        if self._beginning is None:
+            return False
+        self._beginning = None
+        begins = bool(self.begins)
+        self.begins.zero_()
+        return begins
 
     @property
     def _channels(self) -> int:
@@ -98,6 +142,8 @@ class LearnedFakeQuantize(FakeQuantizeBase):
             self.allocate(qparams.scale.numel())
         self._write(qparams)
         self.initialized.fill_(1)
+        self.begins.zero_()
+        self._beginning = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake quantize ``x``; the first training batch sets the parameters."""
@@ -106,7 +152,9 @@ class LearnedFakeQuantize(FakeQuantizeBase):
                 f"torch.compile can't set the parameters of a {type(self).__name__}: run the model once on a batch, or "
                 "call initialize(), before it is compiled"
             )
-        if self.training and not self.has_qparams() and bool(self.observer_enabled) and not is_recomputing():
+        waits = self.training and (self._beginning is not None or not self.has_qparams())
+        may_observe = not torch.compiler.is_compiling() and not is_recomputing()
+        if waits and may_observe and bool(self.observer_enabled) and (self._begins_anew() or not self.has_qparams()):
             self._initialize_from_batch(x.detach())
         if not self.has_qparams():
             warn_once(
@@ -152,6 +200,8 @@ class LearnedFakeQuantize(FakeQuantizeBase):
             if self.qtype.axis is not None and self._channels == 0 and isinstance(saved, Tensor) and saved.numel():
                 self.allocate(saved.numel())
         self._qparams_known = False
+        self._beginning = None
+        self.begins.zero_()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

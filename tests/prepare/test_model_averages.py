@@ -17,12 +17,27 @@ IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 DECAY = 0.99
 
 
-def prepared(preset="onnxruntime"):
+_WEIGHT = tritonq.get_qconfig("onnxruntime").weight
+_LSQ, _PACT, _TQT = tritonq.LearnedStepFakeQuantize, tritonq.ClippedFakeQuantize, tritonq.TrainedThresholdFakeQuantize
+_HISTOGRAM = tritonq.FakeQuantize.with_args(observer=tritonq.HistogramObserver, dtype="quint8")
+_SIGNED_STEP = _LSQ.with_args(dtype="qint8_narrow")
+QCONFIGS = {
+    "LSQ": tritonq.QConfig(_LSQ.with_args(dtype="quint8", init="lsq"), _SIGNED_STEP),
+    "LSQ+": tritonq.QConfig(_LSQ.with_args(dtype="quint8", learn_zero_point=True), _SIGNED_STEP),
+    "PACT": tritonq.QConfig(_PACT.with_args(), _WEIGHT),
+    "TQT": tritonq.QConfig(_TQT.with_args(), _TQT.with_args()),
+    "histogram": tritonq.QConfig(_HISTOGRAM, _WEIGHT),
+}
+
+
+def prepared(qconfig="onnxruntime", examples=2):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Softplus(), nn.Flatten(), nn.Linear(288, 4)
     )
-    return tritonq.prepare_qat(model.train(), qconfig=tritonq.get_qconfig(preset), example_inputs=IMAGES[:2])
+    return tritonq.prepare_qat(
+        model.train(), qconfig=QCONFIGS.get(qconfig) or tritonq.get_qconfig(qconfig), example_inputs=IMAGES[:examples]
+    )
 
 
 def every_entry(average, model):
@@ -92,6 +107,49 @@ def test_an_average_from_before_the_first_step_is_quantized_and_converts(kind):
         warnings.simplefilter("error")
         converted = tritonq.convert(inner)
     assert tritonq.verify(inner, converted, IMAGES).agrees()
+
+
+@pytest.mark.filterwarnings("ignore:a ClippedFakeQuantize of")  # the model's input has values below zero
+@pytest.mark.parametrize("qconfig", QCONFIGS)
+def test_averages_of_learned_quantizers_and_histograms_follow_the_model(qconfig):
+    model = prepared(qconfig, examples=6)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-7)
+    for _ in range(200):
+        optimizer.zero_grad()
+        model(1.1 * IMAGES).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            every_entry(average, model)
+    torch.testing.assert_close(ranges_of(average), ranges_of(model.eval()), rtol=0.05, atol=0)
+    assert all(module.is_enabled_on_host() for module in average.modules() if isinstance(module, FakeQuantizeBase))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        converted = tritonq.convert(average)
+    assert tritonq.verify(average, converted, IMAGES).agrees()
+
+
+@pytest.mark.parametrize("qconfig", ["LSQ", "LSQ+", "PACT", "TQT"])
+def test_the_first_batch_sets_learned_parameters_and_a_loaded_state_keeps_them(qconfig):
+    model, other = prepared(qconfig), prepared(qconfig)
+    assert "begins" not in str(list(model.state_dict()))
+    before = ranges_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(3 * IMAGES)
+        after = ranges_of(model)
+        assert float((after / before).max()) > 2
+        model(IMAGES)
+        assert torch.equal(ranges_of(model), after)
+        other.load_state_dict(model.state_dict())
+        other(5 * IMAGES)
+    assert torch.equal(ranges_of(other), after)
+
+
+def ranges_of(model):
+    """The scales of all activations."""
+    found = (module for name, module in model.named_modules() if name.endswith(("_process", "input_fake_quant")))
+    return torch.cat([module.calculate_qparams().scale for module in found if isinstance(module, FakeQuantizeBase)])
 
 
 @pytest.mark.parametrize(

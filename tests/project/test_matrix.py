@@ -22,10 +22,13 @@ def matrix():
 
 
 def test_the_table_is_not_older_than_the_project(matrix):
-    """Fails when the version changes: run `make matrix`, or the rows that matter, before the release."""
+    """Fails when the version changes: run `make matrix`, or the rows that matter, before the release.
+
+    A development version counts as the release that it leads to.
+    """
     rows = matrix.read(matrix.TABLE.read_text())
     assert {row["row"] for row in rows} >= {"oldest", "newest"}
-    assert {row["row"]: row["tritonq"] for row in rows} == {row["row"]: tritonq.__version__ for row in rows}
+    assert {row["tritonq"].partition(".dev")[0] for row in rows} == {tritonq.__version__.partition(".dev")[0]}
     assert {row["row"]: row["failed"] for row in rows} == {row["row"]: "0" for row in rows}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.fake_quantize import FakeQuantize
+from tritonq.learned_base import LearnedFakeQuantize
 from tritonq.observers import RangeObserver
 from tritonq.prepare.record.example import Run
 from tritonq.prepare.record.recorder import SEED
@@ -27,7 +28,7 @@ _SAME_OUTPUT_DEFAULT = 1e-3
 _SWITCHES = ("fake_quant_enabled", "observer_enabled")
 
 
-Ranges = dict[FakeQuantize, dict[str, Tensor]]
+Ranges = dict[FakeQuantize | LearnedFakeQuantize, dict[str, Tensor]]
 
 
 def check_same_output(model: nn.Module, run: Run) -> None:
@@ -66,6 +67,8 @@ def first_ranges(model: nn.Module, runs: Sequence[Run]) -> Ranges:
         What the quantizers that observed something then held in their buffers.
     """
     found: Ranges = {}
+    learned = [module for module in model.modules() if isinstance(module, LearnedFakeQuantize)]
+    unset = {parameter: parameter.detach().clone() for module in learned for parameter in module.parameters()}
     for normalise_batch in (True, False):
         snapshot = ModelSnapshot(model)
         try:
@@ -79,6 +82,8 @@ def first_ranges(model: nn.Module, runs: Sequence[Run]) -> Ranges:
             continue
         finally:
             snapshot.restore()
+            for parameter, value in unset.items():
+                parameter.data.copy_(value)
         break
     return found
 
@@ -91,18 +96,22 @@ def _set_training(model: nn.Module, run: Run, normalise_batch: bool) -> None:
             module.training = False
         if isinstance(module, SwitchedQuantizer):
             module.disable_fake_quant()
-            module.training = isinstance(module, FakeQuantize)
+            module.training = isinstance(module, (FakeQuantize, LearnedFakeQuantize))
         if isinstance(module, RangeObserver):
             module.process_group = GroupReference(None)  # other ranks may prepare no model now
 
 
 def _ranges(model: nn.Module) -> Ranges:
-    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
+    quantizers = [module for module in model.modules() if isinstance(module, (FakeQuantize, LearnedFakeQuantize))]
     return {
-        quantizer: {name: buffer.clone() for name, buffer in quantizer.named_buffers() if name not in _SWITCHES}
+        quantizer: {name: tensor.detach().clone() for name, tensor in _state(quantizer) if name not in _SWITCHES}
         for quantizer in quantizers
         if isinstance(quantizer.activation_post_process, RangeObserver) and bool(quantizer.rests_on_data())
     }
+
+
+def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def _set_modes(model: nn.Module, run: Run) -> None:
