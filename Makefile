@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 MINUTES ?= 9
 OUT ?= gpu-results
 
-.PHONY: help demo test test-quick emulate lint format docs bench gpu matrix peers-tests zoo clean
+.PHONY: accuracy help demo test test-quick emulate lint format docs bench gpu matrix peers-tests zoo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ docs: $(VENV)/.docs ## build the documentation into docs/_build/html; a broken l
 
 bench: $(VENV)/.dev ## time the quick cases against other implementations
 	$(BIN)/python -m tritonq bench --quick
+
+accuracy: $(VENV)/.dev ## compare methods at few bits on DATA=FOLDER, nine minutes at a time (hours in all)
+	$(BIN)/python -m tritonq.perf.accuracy $(DATA)
 
 gpu: ## answer a first visit to a GPU in MINUTES=9; needs no installation, writes to OUT=DIR
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) perf/gpu --minutes $(MINUTES) --out $(OUT)
