@@ -250,6 +250,22 @@ def test_modules_that_stay_in_eval_mode_are_recorded_so():
     assert type(prepare_qat(Frozen().eval(), example_inputs=X).body.conv) is qnn.ConvReLU2d
 
 
+@pytest.mark.parametrize("fails_in", [True, False])
+def test_errors_name_the_submodule_and_leave_the_model_alone(fails_in):
+    class Fails(nn.Module):
+        def forward(self, x):
+            if self.training == fails_in:
+                raise RuntimeError("not in this mode")
+            return x
+
+    model = nn.Sequential(conv(), nn.Sequential(Fails(), conv()))
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    given = {"example_inputs": X, "training_inputs": X, "inplace": True}
+    with pytest.raises(ValueError, match=r"not in this mode \(in '1\.0', a Fails\)"):
+        prepare_qat(model, **given)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+
+
 def test_what_stays_in_float_unasked_is_told_once(caplog):
     model = nn.Sequential(Net(decoder, body=conv(), decode=nn.Conv2d(4, 1, 1)))
     with (

@@ -91,7 +91,8 @@ def record_examples(model: nn.Module, example_inputs: Any, training_inputs: Any 
     try:
         flow = recorder.run(args, kwargs)
     except Exception as error:
-        raise ValueError(f"{type(model).__name__} rejects example_inputs: {_text(error)}") from error
+        text = _text(error) + _place(model, recorder.running())
+        raise ValueError(f"{type(model).__name__} rejects example_inputs: {text}") from error
     in_eval = Run(flow, args, kwargs, recorder.result, {name: False for name, _ in model.named_modules()})
     passing = frozenset(
         str(call.module_name) for call in flow.calls if isinstance(call.target, nn.Module) and not is_leaf(call.target)
@@ -103,17 +104,17 @@ def record_examples(model: nn.Module, example_inputs: Any, training_inputs: Any 
     try:
         in_training = _run(model, modes, args, kwargs, passing)
     except _ForwardError as failure:
-        text = _text(failure.error)
+        text = _text(failure.error) + failure.place
         raise ValueError(f"{type(model).__name__} rejects training_inputs in training mode: {text}") from failure.error
     return Recording(in_eval, in_training)
 
 
 class _ForwardError(Exception):
-    """A training forward raised ``error`` in the module ``where``."""
+    """A training forward raised ``error``; ``where`` is the innermost running module that was in training mode."""
 
-    def __init__(self, error: Exception, where: nn.Module | None) -> None:
+    def __init__(self, error: Exception, where: nn.Module | None, place: str) -> None:
         super().__init__(str(error))
-        self.error, self.where = error, where
+        self.error, self.where, self.place = error, where, place
 
 
 def _with_training(model: nn.Module, in_eval: Run, passing: frozenset[str]) -> Recording:
@@ -125,7 +126,7 @@ def _with_training(model: nn.Module, in_eval: Run, passing: frozenset[str]) -> R
         try:
             run = _run(model, modes, in_eval.args, in_eval.kwargs, passing)
         except _ForwardError as failure:
-            obstacle = obstacle or _text(failure.error)
+            obstacle = obstacle or _text(failure.error) + failure.place
             if failure.where is None:
                 break
             modes[failure.where] = False
@@ -146,7 +147,9 @@ def _run(
     try:
         flow = recorder.run(args, kwargs)
     except Exception as error:
-        raise _ForwardError(error, recorder.failed_in()) from error
+        running = recorder.running()
+        where = next((module for module in running if modes[module]), None)
+        raise _ForwardError(error, where, _place(model, running)) from error
     by_name = {name: modes[module] for name, module in model.named_modules(remove_duplicate=False)}
     return Run(flow, args, kwargs, recorder.result, by_name)
 
@@ -160,6 +163,12 @@ def training_modes(model: nn.Module) -> dict[nn.Module, bool]:
         return {module: module.training and not isinstance(module, _BatchNorm) for module in model.modules()}
     finally:
         snapshot.restore()
+
+
+def _place(model: nn.Module, running: list[nn.Module]) -> str:
+    """In which submodule a forward failed, as the end of a sentence."""
+    names = {module: name for name, module in model.named_modules()}
+    return f" (in {names[running[0]]!r}, a {type(running[0]).__name__})" if running and names[running[0]] else ""
 
 
 def _text(error: Exception) -> str:

@@ -126,10 +126,9 @@ class Recorder:
         self._modes = dict.fromkeys(self._names, False) if modes is None else dict(modes)
         self._passing = passing
 
-    def failed_in(self) -> nn.Module | None:
-        """The innermost module in training mode whose forward was running when the run was given up, or None."""
-        running = (frame.module for frame in reversed(self._stack))
-        return next((module for module in running if module is not None and self._modes[module]), None)
+    def running(self) -> list[nn.Module]:
+        """The modules whose forward was running when the run was given up, innermost first."""
+        return [frame.module for frame in reversed(self._stack) if frame.module is not None]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
         """Run the model and return what happened."""
