@@ -165,3 +165,24 @@ def test_saved_bytes_of_a_training_step(name, theirs, ours):
         model = tritonq.accelerate(model, inplace=True)
     assert not report_of(model).left_alone
     assert saved_bytes(model, x) < ours
+
+
+def test_a_compiled_step_is_the_eager_one():
+    eager = tritonq.accelerate(pt2e())
+    eager(images())
+    model = copy.deepcopy(eager)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for run in (eager, compiled):
+        run(images(1)).square().mean().backward()
+    for (name, parameter), other in zip(eager.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+    assert_same_state(eager, model)
+
+
+def test_a_version_that_is_not_known_is_refused(monkeypatch):
+    model = pt2e()
+    monkeypatch.setattr("torchao.__version__", "0.31.2")
+    with pytest.raises(ValueError, match=r"torchao 0\.31\.2 prepared this model; accelerate knows torchao from 0\.18"):
+        tritonq.accelerate(model, inplace=True)
+    assert "tritonq" not in model.code

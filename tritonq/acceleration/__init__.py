@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
+import re
 import warnings
 from types import ModuleType
 
@@ -16,6 +18,8 @@ __all__ = ["AccelerationReport", "Row", "accelerate", "report_of", "restore"]
 
 _LOGGER = logging.getLogger("tritonq")
 _REPORT = "_tritonq_acceleration"
+# The versions of each library that tests compare with: the first, and the first that is not known.
+_VERSIONS = {"torch": ((2, 11), (2, 15)), "torchao": ((0, 18), (0, 19)), "modelopt": ((0, 47), (0, 48))}
 _LIBRARIES: tuple[ModuleType, ...] = (eager, graphs, tensor_quantizers)
 
 
@@ -64,6 +68,8 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
             "no library that accelerate knows prepared this model for quantization-aware training; its modules are "
             + ", ".join(classes[:8] + ["…"] * (len(classes) > 8))
         )
+    for library in found:
+        _check_version(library.package(model))
     model = model if inplace else copy.deepcopy(model)
     reports = [library.accelerate(model) for library in found]
     report = AccelerationReport(
@@ -105,6 +111,16 @@ def report_of(model: nn.Module) -> AccelerationReport | None:
     """Return what :func:`accelerate` did to ``model``; None where it did nothing."""
     report: AccelerationReport | None = model.__dict__.get(_REPORT)
     return report
+
+
+def _check_version(package: str) -> None:
+    """Raise ValueError unless what this version of a library computes was compared with tritonq."""
+    version = str(importlib.import_module(package).__version__)
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    first, end = _VERSIONS[package]
+    if not first <= numbers < end:
+        known = " to ".join(".".join(map(str, each)) for each in (first, end))
+        raise ValueError(f"{package} {version} prepared this model; accelerate knows {package} from {known} (excluded)")
 
 
 def _tell(report: AccelerationReport) -> None:

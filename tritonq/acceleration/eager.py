@@ -6,12 +6,21 @@ import sys
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tritonq.acceleration.layers import HOOK
-from tritonq.acceleration.quantizers import attach, detach, is_attached, is_fake_quantizer, unknown_reason
+from tritonq.acceleration.quantizers import (
+    attach,
+    detach,
+    is_attached,
+    is_fake_quantizer,
+    quantize,
+    unknown_reason,
+)
 from tritonq.acceleration.report import AccelerationReport, Row
 
+# Where a module keeps the observer hook that another one stands in for.
+_REPLACED = "_tritonq_replaced_hook"
 _CLASSES = "tritonq.acceleration.torch_ao"
 _OBSERVER_HOOK = ("torch.ao.quantization.quantize", "_observer_forward_hook")
 
@@ -23,6 +32,11 @@ def finds(model: nn.Module) -> bool:
         and (is_fake_quantizer(module) or hasattr(module, "weight_fake_quant"))
         for module in model.modules()
     )
+
+
+def package(model: nn.Module) -> str:
+    """Return the package whose version decides what ``model`` computes."""
+    return "torch"
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
@@ -47,12 +61,17 @@ def accelerate(model: nn.Module) -> AccelerationReport:
             _change_class(module, CLASSES)
             outcome += " with its quantizers" if _take_hook(module) else " with its quantizer"
         report.rows.append(_row(name, module, outcome, reason))
+    for module in modules.values():
+        _replace_hook(module)
     return report
 
 
 def restore(model: nn.Module) -> None:
     """Give every module its class and its observer hook back."""
     for module in model.modules():
+        if _REPLACED in module.__dict__:
+            key, hook = module.__dict__.pop(_REPLACED)
+            module._forward_hooks[key] = hook
         original = getattr(type(module), "library_class", None)
         if original is None or type(module).__module__ != _CLASSES:
             continue
@@ -105,9 +124,28 @@ def _take_hook(module: nn.Module) -> bool:
         return True  # an operation calls its quantizer itself
     if not is_attached(getattr(module, "activation_post_process", None)):
         return False
+    found = _observer_hook(module)
+    if found is not None:
+        module.__dict__[HOOK] = found
+        del module._forward_hooks[found[0]]
+    return found is not None
+
+
+def _observer_hook(module: nn.Module) -> tuple[int, Any] | None:
+    """Return key and function of the hook that lets the quantizer of the module's result run."""
     for key, hook in module._forward_hooks.items():
         if (getattr(hook, "__module__", ""), getattr(hook, "__name__", "")) == _OBSERVER_HOOK:
-            module.__dict__[HOOK] = (key, hook)
-            del module._forward_hooks[key]
-            return True
-    return False
+            return key, hook
+    return None
+
+
+def _replace_hook(module: nn.Module) -> None:
+    """Put a hook in the place of torch.ao's, which torch.compile refuses to trace."""
+    found = _observer_hook(module)
+    if found is not None and is_attached(getattr(module, "activation_post_process", None)):
+        module.__dict__[_REPLACED] = found
+        module._forward_hooks[found[0]] = _quantize_result
+
+
+def _quantize_result(module: nn.Module, inputs: Any, result: Tensor) -> Tensor:
+    return quantize(cast(nn.Module, module.activation_post_process), result)

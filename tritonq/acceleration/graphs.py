@@ -51,6 +51,11 @@ def finds(model: nn.Module) -> bool:
     return any(_quantizers(module) for module in _graph_modules(model))
 
 
+def package(model: nn.Module) -> str:
+    """Return the package whose version decides what ``model`` computes."""
+    return "torchao" if any(type(m).__module__.startswith("torchao.") for m in model.modules()) else "torch"
+
+
 def accelerate(model: nn.Module) -> AccelerationReport:
     """Let the code of every such graph call tritonq's operators."""
     report = AccelerationReport(_library(model))

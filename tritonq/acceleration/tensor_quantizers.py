@@ -17,6 +17,11 @@ def finds(model: nn.Module) -> bool:
     return "modelopt" in sys.modules and any(_is_quantizer(module) for module in model.modules())
 
 
+def package(model: nn.Module) -> str:
+    """Return the package whose version decides what ``model`` computes."""
+    return "modelopt"
+
+
 def accelerate(model: nn.Module) -> AccelerationReport:
     """Change the class of every quantizer that is switched on and known."""
     import modelopt
