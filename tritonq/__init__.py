@@ -7,6 +7,7 @@ from tritonq.accuracy.bias_correction import correct_bias
 from tritonq.accuracy.bit_allocation import allocate_bits
 from tritonq.accuracy.distillation import Distillation
 from tritonq.accuracy.equalization import equalize
+from tritonq.accuracy.history import QuantizerHistory, QuantizerRecord
 from tritonq.accuracy.oscillation import OscillationFreezing, oscillation_dampening
 from tritonq.accuracy.reestimation import reestimate_batch_norm
 from tritonq.backend import use_backend
@@ -96,6 +97,8 @@ __all__ = [
     "QConfigMapping",
     "QuantStub",
     "QuantizedType",
+    "QuantizerHistory",
+    "QuantizerRecord",
     "TrainedThresholdFakeQuantize",
     "TrainingRecipe",
     "__version__",
