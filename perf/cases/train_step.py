@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tritonq.compiled.build import obstacle
 from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
 from tritonq.perf.cases.train_step_peers import PEERS, Peer, peer_model
 from tritonq.perf.cases.vision_models import quantizable, torchvision_model
@@ -229,6 +230,7 @@ def _implementations(setting: Setting) -> dict[str, Implementation]:
             leaves_out=library.leaves_out,
         )
 
+    compiled = tritonq(partial(_compiled_step, setting), quick=False, devices=("cpu",))
     return {
         "float": Implementation(partial(_eager, setting, setting.float_model)),
         "torch.ao v0": Implementation(partial(_eager, setting, torch_ao(0))),
@@ -236,7 +238,7 @@ def _implementations(setting: Setting) -> dict[str, Implementation]:
         "torch.ao v0, use_in_torch": tritonq(partial(_in_torch, setting, torch_ao(0)), quick=False),
         "torch.ao v1, use_in_torch": tritonq(partial(_in_torch, setting, torch_ao(1)), quick=False),
         "tritonq": tritonq(partial(_eager, setting, setting.tritonq_model)),
-        "tritonq, compiled": tritonq(partial(_compiled_step, setting), quick=False, devices=("cpu",)),
+        **({"tritonq, compiled": compiled} if obstacle() is None else {}),
         **{name: peer(library) for name, library in PEERS.items()},
         "torch.compile(float)": Implementation(partial(_compiled, setting, setting.float_model), quick=False),
         "torch.compile(torch.ao v0)": Implementation(partial(_compiled, setting, torch_ao(0)), quick=False),
