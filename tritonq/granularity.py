@@ -13,15 +13,27 @@ class Granularity:
 
     Attributes:
         axis: one scale per index of this axis; None: one scale for the whole tensor.
+        group: one scale per so many consecutive elements along ``axis``, at each index of all other axes; None: no
+            groups.
+
+    Raises:
+        ValueError: groups without an axis, or of no element.
 
     Examples:
         >>> Granularity(axis=1).scale_shape((8, 3, 5))
         (3,)
+        >>> Granularity(axis=1, group=32).scale_shape((8, 64, 3, 3))
+        (8, 2, 3, 3)
         >>> Granularity().scale_shape((8, 3, 5))
         ()
     """
 
     axis: int | None = None
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.group is not None and (self.axis is None or self.group < 1):
+            raise ValueError(f"groups of at least one element lie along an axis, got {self.group} along {self.axis}")
 
     @property
     def is_per_tensor(self) -> bool:
@@ -29,11 +41,26 @@ class Granularity:
         return self.axis is None
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the scales of a tensor of this shape."""
+        """Return the shape of the scales of a tensor of this shape.
+
+        Raises:
+            ValueError: an axis that is no multiple of its groups.
+        """
+        if self.axis is not None and self.group is not None:
+            groups, rest = divmod(shape[self.axis], self.group)
+            if rest:
+                raise ValueError(f"axis {self.axis} of {tuple(shape)} is no multiple of groups of {self.group}")
+            return tuple(groups if axis == self.axis else size for axis, size in enumerate(shape))
         return () if self.axis is None else (shape[self.axis],)
 
     def align(self, values: Tensor, dimensions: int) -> Tensor:
-        """Return a view of ``values``, one per scale, that broadcasts against a tensor of so many dimensions."""
+        """Return a view of ``values``, one per scale, that broadcasts against a tensor of so many dimensions.
+
+        Raises:
+            ValueError: groups, whose scales no view broadcasts.
+        """
+        if self.group is not None:
+            raise ValueError(f"no view of the scales of groups broadcasts, got {self}")
         shape = [1] * dimensions
         if self.axis is not None:
             shape[self.axis] = -1

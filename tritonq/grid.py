@@ -31,7 +31,7 @@ class Grid:
         >>> from tritonq.qparams import QINT4
         >>> grid = Grid(torch.tensor([0.5]), None, QINT4, torch.zeros(1, dtype=torch.uint8))
         >>> grid.granularity, grid.is_enabled_on_host()
-        (Granularity(axis=None), False)
+        (Granularity(axis=None, group=None), False)
     """
 
     scale: Tensor

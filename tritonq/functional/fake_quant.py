@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tritonq.backend import Backend
 from tritonq.functional.dispatch import implementation
+from tritonq.functional.groups import in_groups
 from tritonq.functional.validate import (
     check_axis,
     check_float_tensor,
@@ -70,6 +71,7 @@ def fake_quantize_per_channel_affine(
     quant_min: int,
     quant_max: int,
     *,
+    group_size: int | None = None,
     rounding: Rounding = "half_even",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -77,11 +79,14 @@ def fake_quantize_per_channel_affine(
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
-        scale: float tensor (x.shape[axis],).
-        zero_point: integer tensor (x.shape[axis],).
+        scale: float tensor (x.shape[axis],); with groups in the shape of ``x`` but for ``axis``, which has one index
+            per group.
+        zero_point: integer tensor, as ``scale``.
         axis: the channel axis; may be negative.
         quant_min: smallest code.
         quant_max: largest code.
+        group_size: one grid per so many elements along ``axis``, at each index of the other axes, as ONNX's
+            ``block_size`` has it. Where ``axis`` is not the innermost in memory, ``x`` is copied first.
         rounding: ``"half_even"`` (torch) or ``"half_away"`` (MegEngine).
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
@@ -96,6 +101,15 @@ def fake_quantize_per_channel_affine(
         tensor([[0.9000, 0.9000],
                 [0.8000, 0.8000]])
     """
+    if group_size is not None:
+        check_float_tensor("x", x)
+
+        def per_row(rows: Tensor, row_scale: Tensor, row_zero: int | Tensor) -> Tensor:
+            return fake_quantize(
+                rows, _checked_grid(rows, row_scale, row_zero, 0, quant_min, quant_max, rounding), backend
+            )
+
+        return in_groups(per_row, x, scale, zero_point, axis, group_size)
     return fake_quantize(x, _checked_grid(x, scale, zero_point, axis, quant_min, quant_max, rounding), backend)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tritonq.backend import Backend
 from tritonq.functional.dispatch import implementation
+from tritonq.functional.groups import in_groups
 from tritonq.functional.validate import (
     check_axis,
     check_float_tensor,
@@ -33,6 +34,7 @@ def fake_quantize_learnable(
     axis: int | None = None,
     grad_factor: float = 1.0,
     *,
+    group_size: int | None = None,
     method: StepGradient = "torch",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -54,6 +56,8 @@ def fake_quantize_learnable(
         quant_max: largest code.
         axis: channel axis, or None for one scale.
         grad_factor: ``f``; LSQ proposes ``1/sqrt(values per scale * quant_max)``.
+        group_size: one scale per so many elements along ``axis``, see
+            :func:`tritonq.fake_quantize_per_channel_affine`.
         method: whose gradient.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
@@ -75,6 +79,15 @@ def fake_quantize_learnable(
         tensor([6.8000])
     """
     check_float_tensor("x", x)
+    if group_size is not None:
+
+        def per_row(rows: Tensor, row_scale: Tensor, row_zero: int | Tensor) -> Tensor:
+            codes = (quant_min, quant_max)
+            return fake_quantize_learnable(
+                rows, row_scale, row_zero, *codes, 0, grad_factor, method=method, backend=backend
+            )
+
+        return in_groups(per_row, x, scale, zero_point, axis, group_size)
     check_code_range(quant_min, quant_max)
     if method not in get_args(StepGradient):
         raise ValueError(f"unknown method {method!r}; known: {', '.join(get_args(StepGradient))}")

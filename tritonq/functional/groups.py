@@ -1,0 +1,71 @@
+"""Tensors with a scale per group as rows, one group and one scale each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tritonq.functional.validate import check_axis
+from tritonq.granularity import Granularity
+
+
+@dataclass(frozen=True)
+class GroupRows:
+    """How a tensor whose groups lie along an axis becomes a matrix of one group per row, and back.
+
+    Attributes:
+        shape: of the tensor.
+        granularity: axis, not negative, and size of the groups.
+    """
+
+    shape: tuple[int, ...]
+    granularity: Granularity
+
+    def split(self, x: Tensor) -> Tensor:
+        """Return (groups, size): a view where the axis is the innermost in memory, else a copy."""
+        return x.movedim(self._axis, -1).reshape(-1, self.granularity.group or 1)
+
+    def join(self, rows: Tensor) -> Tensor:
+        """Return rows in the tensor's shape; the axis is the innermost in memory."""
+        moved = [size for axis, size in enumerate(self.shape) if axis != self._axis] + [self.shape[self._axis]]
+        return rows.view(moved).movedim(-1, self._axis)
+
+    def flatten(self, name: str, value: Tensor) -> Tensor:
+        """Return one value per row, from one per group.
+
+        Raises:
+            ValueError: another shape.
+        """
+        expected = self.granularity.scale_shape(self.shape)
+        if tuple(value.shape) != expected:
+            raise ValueError(f"{name} must have shape {expected}, one per group, got {tuple(value.shape)}")
+        return value.movedim(self._axis, -1).reshape(-1)
+
+    @property
+    def _axis(self) -> int:
+        return self.granularity.axis or 0
+
+
+def in_groups(
+    function: Callable[[Tensor, Tensor, int | Tensor], Tensor],
+    x: Tensor,
+    scale: Tensor,
+    zero_point: int | Tensor,
+    axis: int | None,
+    group_size: int,
+) -> Tensor:
+    """Apply a function of rows, with a scale and perhaps a zero point per row, to the groups of ``x``.
+
+    Raises:
+        TypeError: a group size that is no int.
+        ValueError: no axis, one that is out of range or no multiple of the group's size, or qparams of another shape.
+    """
+    if axis is None:
+        raise ValueError("groups lie along an axis, got axis=None")
+    if not isinstance(group_size, int) or isinstance(group_size, bool):
+        raise TypeError(f"group_size must be an int, got {group_size!r}")
+    rows = GroupRows(tuple(x.shape), Granularity(check_axis(x, axis), group_size))
+    flat_zero = rows.flatten("zero_point", zero_point) if isinstance(zero_point, Tensor) else zero_point
+    return rows.join(function(rows.split(x), rows.flatten("scale", scale), flat_zero))
