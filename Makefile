@@ -9,6 +9,7 @@ MINUTES ?= 9
 OUT ?= gpu-results
 
 .PHONY: accuracy help demo test test-quick emulate lint format docs bench gpu matrix peers-tests zoo clean
+.PHONY: engines
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -82,6 +83,15 @@ zoo: .zoo/.installed ## try prepare_qat and what follows on 120 models of seven 
 	$(PYTHON) -m venv .zoo
 	.zoo/bin/python -m pip install --quiet --disable-pip-version-check -r tools/zoo-requirements.txt -e '.[onnx]'
 	touch $@
+
+# ONNX Runtime 1.18 does not say that it needs the older NumPy.
+ENGINES := "onnxruntime==1.18.1 numpy<2" "openvino"
+engines: ## run exported models in ONNX Runtime 1.18 and OpenVINO, each in an environment of its own, and write ENGINES.md
+	$(PYTHON) tools/engines.py export .engines/models
+	for packages in $(ENGINES); do name=$${packages%%[= ]*}; python3 -m venv .engines/$$name && \
+	  .engines/$$name/bin/python -m pip install --quiet $$packages && \
+	  .engines/$$name/bin/python tools/engines.py run .engines/models $$name || exit 1; done
+	$(PYTHON) tools/engines.py table .engines/models
 
 clean: ## remove caches and outputs; .venv, .matrix and .zoo stay
 	rm -rf build dist *.egg-info demo-output docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
