@@ -150,7 +150,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.filterwarnings("ignore:ONNX Runtime convolves in integers")
+@pytest.mark.filterwarnings("ignore:ONNX Runtime convolves in integers", "ignore:TensorRT takes int8 codes")
 def test_other_layers_keep_their_codes(name, tmp_path):
     make, shape = LAYERS[name]
     torch.manual_seed(0)
