@@ -19,9 +19,16 @@ _DEFAULT = "output"
 
 
 def result_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a model and return its result, and leave the random state as it was."""
-    with torch.no_grad(), preserved_random_state(model):
-        return model(*args, **kwargs)
+    """Run a model and return its result, and leave the random state as it was.
+
+    Raises:
+        ValueError: it does not run on these arguments.
+    """
+    try:
+        with torch.no_grad(), preserved_random_state(model):
+            return model(*args, **kwargs)
+    except Exception as error:  # whatever a user's forward raises
+        raise ValueError(f"{type(model).__name__} can't be exported: on example_inputs it raises {error}") from error
 
 
 def output_paths(result: Any) -> list[Path]:
