@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 pytest.importorskip("torchao", reason="torchao is not installed")
 
 from torchao.quantization.pt2e import (  # noqa: E402
+    allow_exported_model_train_eval,
     disable_observer,
     move_exported_model_to_eval,
     move_exported_model_to_train,
@@ -186,3 +187,15 @@ def test_a_version_that_is_not_known_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"torchao 0\.31\.2 prepared this model; accelerate knows torchao from 0\.18"):
         tritonq.accelerate(model, inplace=True)
     assert "tritonq" not in model.code
+
+
+def test_train_and_eval_go_on_where_torchao_allows_them():
+    model = allow_exported_model_train_eval(pt2e())
+    ours = tritonq.accelerate(model)
+    ours(images())
+    ours.eval()
+    assert "0.1, 1e-05, False)" in ours.code
+    model.train()
+    assert "0.1, 1e-05, False)" in ours.code
+    ours.train()
+    assert "0.1, 1e-05, True)" in ours.code

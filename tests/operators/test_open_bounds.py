@@ -10,7 +10,12 @@ INFINITY = torch.tensor(torch.inf)
 
 
 def code(x, scale, rounding):
-    return (x * scale.reciprocal()).round() if rounding == "half_even" else round_half_away(x / scale)
+    # torch takes the float32 reciprocal for float64 values too.
+    return (
+        (x * scale.float().reciprocal().to(scale.dtype)).round()
+        if rounding == "half_even"
+        else round_half_away(x / scale)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

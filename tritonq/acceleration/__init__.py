@@ -70,7 +70,9 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
         )
     for library in found:
         _check_version(library.package(model))
-    model = model if inplace else copy.deepcopy(model)
+    if not inplace:
+        original, model = model, copy.deepcopy(model)
+        graphs.keep_modes(original, model)
     reports = [library.accelerate(model) for library in found]
     report = AccelerationReport(
         ", ".join(each.library for each in reports),

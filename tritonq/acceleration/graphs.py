@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import MethodType
 from typing import Any
 
 import torch
@@ -100,6 +101,16 @@ def _faults(module: GraphModule, found: list[Match], quantizers: dict[str, nn.Mo
             "model.apply(torchao.quantization.pt2e.disable_observer) stops them"
         )
     return faults
+
+
+def keep_modes(original: nn.Module, copied: nn.Module) -> None:
+    """Give copies of graph modules what torchao lets ``train()`` and ``eval()`` do, which copying loses."""
+    for old, new in zip(_graph_modules(original), _graph_modules(copied), strict=True):
+        for name, value in vars(old).items():
+            if name in ("train", "eval") and isinstance(value, MethodType):
+                new.__dict__[name] = MethodType(value.__func__, new)
+            elif name == "_exported_training":
+                new.__dict__[name] = value
 
 
 def restore(model: nn.Module) -> None:
