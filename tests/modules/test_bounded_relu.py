@@ -113,7 +113,7 @@ def test_it_becomes_part_of_the_layer_in_every_spelling(act, ceiling, bn):
     top = float(prepared.first.activation_post_process.activation_post_process.max_val)
     assert top == ceiling if ceiling <= 6 else 6 < top <= ceiling
     if isinstance(act, nn.Module):
-        assert type(prepared.act) is nn.Identity
+        assert isinstance(prepared.act, nn.Identity)
     else:
         assert isinstance(prepared, EditedForward)
 
@@ -199,7 +199,7 @@ class Shared(nn.Module):
 @pytest.mark.parametrize("traceable", [True, False])
 def test_it_stays_where_it_can_not_be_removed(traceable):
     """Behind a quantizer it would clip between two codes; a plain ReLU changes nothing there."""
-    prepared = trained(prepare_qat(Shared(traceable), example_inputs=X))
+    prepared = trained(prepare_qat(Shared(traceable), example_inputs=X, warn=False))
     assert prepared.first.ceiling == (6.0 if traceable else None)
     assert isinstance(prepared.act, nn.ReLU6)
     assert hasattr(prepared, "add") == traceable
@@ -310,7 +310,7 @@ def test_a_batch_norm_without_affine_is_fused(act, tmp_path):
     prepared = assert_prepared(model, 3)
     assert type(prepared.first) is qnn.ConvBnReLU2d
     assert prepared.first.bn.weight is None
-    assert type(prepared.norm) is nn.Identity
+    assert isinstance(prepared.norm, nn.Identity)
     tritonq.export_onnx(prepared, tmp_path / "m.onnx", X)
     assert tritonq.verify(prepared, tmp_path / "m.onnx", X).agrees(0.001, 1)
 
