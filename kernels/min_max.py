@@ -98,7 +98,7 @@ def update_range(
             # In float64, where the product is rounded as Python rounds it.
             running = tl.maximum(-min_val, max_val).to(tl.float64)
             batch = tl.maximum(-low, high).to(tl.float64)
-            seen = seen & (batch <= COPY_ABOVE * running) & ((running <= FALL * batch) | (batch == 0))
+            seen = seen & (batch <= COPY_ABOVE * running) & ((running <= batch * FALL) | (batch == 0))
         usable = low <= high
         new_min = tl.where(seen, min_val + averaging_constant * (low - min_val), low)
         new_max = tl.where(seen, max_val + averaging_constant * (high - max_val), high)
