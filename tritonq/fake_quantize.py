@@ -76,6 +76,10 @@ class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
         """Whether scale and zero point rest on the example inputs of ``prepare_qat`` alone: no batch trained them."""
         return self._beginning is not None and torch.equal(self._beginning, self.scale.detach().cpu())
 
+    def begins_with_next_batch(self) -> bool:
+        """Whether the next training batch replaces what the example inputs of ``prepare_qat`` gave."""
+        return self._beginning is not None
+
     def is_active(self) -> bool:
         """Return :meth:`is_enabled_on_host`: an older name."""
         return self.is_enabled_on_host()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantize
+from tritonq.learned_base import LearnedFakeQuantize
 from tritonq.observers.interpolating import InterpolatingHistogramObserver
 from tritonq.warn_once import warn_once
 
@@ -64,7 +65,8 @@ def graphed(model: M, example_inputs: Tensor | Sequence[Tensor], *, warmup_steps
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     _check(model, inputs, warmup_steps)
-    waiting = [m for m in model.modules() if isinstance(m, FakeQuantize) and m.rests_on_examples()]
+    quantizers = [m for m in model.modules() if isinstance(m, FakeQuantize | LearnedFakeQuantize)]
+    waiting = [quantizer for quantizer in quantizers if quantizer.begins_with_next_batch()]
     saved = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers() if name not in saved}
     eager, own = model.forward, model.__dict__.get("forward")
@@ -82,7 +84,7 @@ def graphed(model: M, example_inputs: Tensor | Sequence[Tensor], *, warmup_steps
         for buffer, value in buffers.values():
             buffer.copy_(value)
         for quantizer in waiting:
-            quantizer.begin_with(dict(quantizer.named_buffers()))
+            quantizer.begin_with({**dict(quantizer.named_parameters()), **dict(quantizer.named_buffers())})
     model.forward = _GraphedForward(model, eager, model.forward, inputs, capture)
     return model
 

@@ -274,6 +274,7 @@ class Brightness(nn.Module):
         return torch.cat([distance, 0 * distance + 0.15], 1)
 
 
+@pytest.mark.filterwarnings("ignore:prepare_qat leaves")
 def test_a_better_scaling_is_named(tmp_path, capsys):
     folder = image_folder(tmp_path / "insects")
     torch.save(Brightness().state_dict(), tmp_path / "float.pt")

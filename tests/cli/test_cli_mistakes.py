@@ -199,7 +199,7 @@ def test_help_says_enough(capsys):
         main(["train", "--help"])
     assert exit_.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for words in ("Example:", "--resume", "tensorrt", "module:factory", "held out", "(default: 0.005)"):
+    for words in ("Example:", "--resume", "tensorrt", "module:factory", "held out", "default 0.005,"):
         assert words.lower() in printed.lower()
     assert "default: None" not in printed
 

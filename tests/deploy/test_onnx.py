@@ -118,10 +118,10 @@ def test_a_fixed_batch_on_request(tmp_path):
     assert (graph.input[0].name, graph.output[0].name) == ("x", "y")
 
 
-@pytest.mark.parametrize("opset", [17, 21])
-def test_opsets(opset, tmp_path):
+@pytest.mark.parametrize(("options", "opset"), [({}, 18), ({"opset": 17}, 17), ({"opset": 21}, 21)])
+def test_opsets(options, opset, tmp_path):
     model, path = trained_residual(), tmp_path / "m.onnx"
-    export_onnx(convert(model), path, images(2), opset=opset)
+    export_onnx(convert(model), path, images(2), **options)
     assert [entry.version for entry in onnx.load(path).opset_import if not entry.domain] == [opset]
     assert verify(model, path, images(8)).agrees(MAX_FRACTION, 1)
 

@@ -33,7 +33,7 @@ def test_operator_calls_are_bounded():
     assert sum(calls_of_a_layer().values()) <= 350
 
 
-@pytest.mark.parametrize(("name", "most"), [("aten::item", 26), ("aten::to", 16), ("aten::_to_copy", 6)])
+@pytest.mark.parametrize(("name", "most"), [("aten::item", 27), ("aten::to", 16), ("aten::_to_copy", 6)])
 def test_reads_and_conversions_are_bounded(name, most):
     """Values read on the host, and numbers or tensors that are converted: neither computes anything."""
     assert calls_of_a_layer()[name] <= most

@@ -19,7 +19,7 @@ class WrittenWeight(nn.Module):
             largest = w.detach().abs().flatten(1).amax(1).float()
             self.scale = (largest / 127).clamp(min=torch.finfo(torch.float32).eps)
         scale = self.scale.to(w.dtype).view(-1, *[1] * (w.dim() - 1))
-        return straight_through(w, (w * (1 / scale)).round(), -127, 127, scale)
+        return straight_through(w, (w * (1 / scale.float()).to(w.dtype)).round(), -127, 127, scale)
 
 
 class WrittenActivation(nn.Module):
@@ -39,4 +39,4 @@ class WrittenActivation(nn.Module):
                 self.high = self.high + 0.01 * (high - self.high)
         scale = torch.maximum(-self.low.clamp(max=0), self.high.clamp(min=0)) / 127.5
         scale = scale.clamp(min=torch.finfo(torch.float32).eps).to(x.dtype)
-        return straight_through(x, (x * (1 / scale)).round(), -128, 127, scale)
+        return straight_through(x, (x * (1 / scale.float()).to(x.dtype)).round(), -128, 127, scale)

@@ -34,7 +34,7 @@ from tritonq.targets import OnnxForm, onnx_form_of
 
 OLDEST_OPSET = 17
 # The oldest that torch writes.
-_TORCH_OPSET = 18
+DEFAULT_OPSET = 18
 
 
 def export_onnx(
@@ -43,7 +43,7 @@ def export_onnx(
     example_inputs: Any,
     *,
     target: OnnxForm | None = None,
-    opset: int = OLDEST_OPSET,
+    opset: int = DEFAULT_OPSET,
     dynamic_batch: bool = True,
     dynamic_sizes: bool = False,
     input_names: Sequence[str] | None = None,
@@ -75,7 +75,7 @@ def export_onnx(
         example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones. Sizes, but for the batch, are
             those of the file.
         target: ``"onnxruntime"``, ``"tensorrt"`` or ``"qdq"``; None: what the preset of the model was made for.
-        opset: at least 17, the newest that TensorRT 8 reads (of opset 18 it ignores the axes of means).
+        opset: at least 17, the newest whose means TensorRT 8 reads with their axes.
         dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
         dynamic_sizes: leave height and width of the inputs open (all axes behind the first two of tensors with 3 to 5
             axes), for fully convolutional networks.
@@ -134,7 +134,7 @@ def export_onnx(
     arguments, shapes = open_axes(traced.forward, arguments, dynamic_batch, dynamic_sizes)
     result = result_of(deployed, *arguments)
     return_tensors_alone(traced, result)
-    program = _export(traced, *arguments, shapes, max(opset, _TORCH_OPSET), input_names, output_names)
+    program = _export(traced, *arguments, shapes, max(opset, DEFAULT_OPSET), input_names, output_names)
     if output_names is None:
         name_outputs(program.model, output_paths(result))
     _name_codes(program.model)
@@ -142,7 +142,7 @@ def export_onnx(
         quantize_behind_moves(program.model.graph)
     program.model.metadata_props[TARGET_KEY] = target
     proto = program.model_proto
-    if opset < _TORCH_OPSET:
+    if opset < DEFAULT_OPSET:
         lower_opset(proto)
     whole_ends(proto, normalization, returns, deployed)
     _write(proto, Path(path), tables)
