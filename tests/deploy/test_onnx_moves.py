@@ -116,7 +116,10 @@ class TwoGrids(nn.Module):
 
 def test_a_module_called_on_two_grids_runs_in_float(tmp_path):
     """Its one bias can't lie on both grids of sums: codes are right, but the file has float convolutions."""
-    kinds = exported(TwoGrids(), tmp_path)
+    with pytest.warns(
+        UserWarning, match="all calls read one grid, and never transposed; it will run in float: twice\\."
+    ):
+        kinds = exported(TwoGrids(), tmp_path)
     assert (kinds["QLinearConv"], kinds["Conv"] + kinds["FusedConv"]) == (1, 2)
 
 

@@ -99,6 +99,7 @@ def launched(recorder, kernel, *args, **constants):
 
 CONSTANTS = {
     **{"CHANNEL": None, "QUANT_MIN": -8, "QUANT_MAX": 7, "ROUNDING": "half_even", "CODES": False},
+    **{"MANTISSA_BITS": None, "LEAST_EXPONENT": None, "LARGEST": None, "OVERFLOW": None},
     **{"ROWS": 1, "COLS": 1024, "FIRST": 2, "WIDE": False, "SAME_STRIDES": True, "num_warps": 4},
 }
 

@@ -217,6 +217,8 @@ def _export(
         # Deprecations inside torch's exporter are not the caller's.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
+        # Of several inputs with one open size, the name of the first is taken.
+        warnings.filterwarnings("ignore", "# The axis name: .* will not be used, since it shares")
         try:
             return torch.onnx.export(
                 model,

@@ -30,7 +30,7 @@ def float_convolutions(proto: Any) -> list[str]:
         is_transposed = node.op_type == "ConvTranspose"
         if is_transposed or result in outputs or set(readers.get(result, ())) != {"QuantizeLinear"}:
             found.append(weight.input[0].removesuffix(".weight"))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def tell_float_convolutions(proto: Any) -> None:
@@ -38,8 +38,8 @@ def tell_float_convolutions(proto: Any) -> None:
     names = float_convolutions(proto)
     if names:
         warnings.warn(
-            "ONNX Runtime convolves in integers only where a quantizer follows at once, and never transposed; it will "
-            f"run in float: {', '.join(names)}. Presets for TensorRT leave such quantizers out; "
-            'get_qconfig("onnxruntime") has them',
+            "ONNX Runtime convolves in integers only where a quantizer follows at once and all calls read one grid, "
+            f"and never transposed; it will run in float: {', '.join(names)}. Presets for TensorRT leave such "
+            'quantizers out; get_qconfig("onnxruntime") has them',
             stacklevel=4,
         )
