@@ -120,6 +120,7 @@ def test_shared_convolution_with_one_norm_is_not_fused():
     assert prepared.conv.input_quantizer is prepared.conv.input_fake_quant
 
 
+@pytest.mark.filterwarnings("ignore:prepare_qat leaves")
 def test_norm_of_two_convolutions_is_not_fused():
     prepared = prepare(lambda m, x: m.norm(m.first(x)) + m.norm(m.second(x)), first=conv(), second=conv(), norm=norm())
     assert type(prepared.first) is type(prepared.second) is qnn.Conv2d

@@ -87,6 +87,7 @@ def test_other_sums_stay_float(run):
     assert not of_type(prepared, qnn.Joint)
 
 
+@pytest.mark.filterwarnings("ignore:prepare_qat leaves")
 def test_addition_away_from_quantized_layers_stays_float():
     prepared = prepare(lambda m, x: m.first(x).softmax(1) + x.sigmoid(), first=conv())
     assert not of_type(prepared, qnn.Add)

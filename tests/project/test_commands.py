@@ -54,6 +54,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
+@pytest.mark.filterwarnings("default")  # a command may warn, as that which exports for another engine does
 def test_every_command_of_the_pages(workplace, monkeypatch, capsys):
     """One after the other, since most read what `train` wrote."""
     run = shown()

@@ -22,7 +22,7 @@ from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.onnx_ends import Returned, check_ends, whole_ends
 from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, forget_source, require_onnx, separate_zero_points
-from tritonq.deploy.onnx_float_layers import tell_float_convolutions
+from tritonq.deploy.onnx_float_layers import quantize_layers_at_once, tell_float_convolutions
 from tritonq.deploy.onnx_functions import CodeTable, check_functions
 from tritonq.deploy.onnx_moves import quantize_behind_moves
 from tritonq.deploy.onnx_opset17 import lower_opset
@@ -139,6 +139,7 @@ def export_onnx(
         name_outputs(program.model, output_paths(result))
     _name_codes(program.model)
     if target == "onnxruntime":
+        quantize_layers_at_once(program.model.graph)
         quantize_behind_moves(program.model.graph)
     program.model.metadata_props[TARGET_KEY] = target
     proto = program.model_proto

@@ -1,4 +1,4 @@
-"""Convolutions of a file that ONNX Runtime runs in float, although their weights are integers."""
+"""Layers of a file that ONNX Runtime runs in integers, or in float although their weights are integers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,46 @@ import warnings
 from typing import Any
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
+
+
+# What ONNX Runtime runs in integers between DequantizeLinear and QuantizeLinear.
+_LAYERS = ("Conv", "Gemm")
+
+
+def quantize_layers_at_once(graph: Any) -> None:
+    """Let QuantizeLinear divide what layers of integer inputs, weights and biases return.
+
+    Quantizers behind clips are written with a division of their own, since ONNX Runtime would quantize a float layer
+    that QuantizeLinear follows. An integer layer needs that QuantizeLinear.
+
+    Args:
+        graph: an ``onnx_ir.Graph``; changed in place.
+    """
+    for node in list(graph):
+        if node.op_type != "Mul" or not _is_integer_layer(node.inputs[0].producer()):
+            continue
+        readers = [reader for reader, _ in node.outputs[0].uses()]
+        scale = _scale_of(readers[0]) if [reader.op_type for reader in readers] == ["QuantizeLinear"] else None
+        if scale is not None and len(node.inputs[0].uses()) == 1 and not node.inputs[0].is_graph_output():
+            readers[0].replace_input_with(0, node.inputs[0])
+            readers[0].replace_input_with(1, scale)
+            graph.remove(node, safe=True)
+
+
+def _is_integer_layer(node: Any) -> bool:
+    if node is None or node.op_type not in _LAYERS:
+        return False
+    producers = [None if value is None else value.producer() for value in node.inputs]
+    return all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers)
+
+
+def _scale_of(quantize: Any) -> Any:
+    """The scale by which the codes of a QuantizeLinear become values again; between the two they may be clipped."""
+    reader = quantize
+    while reader is not None and reader.op_type in ("QuantizeLinear", "Clip", "Min", "Max"):
+        readers = [next_ for next_, _ in reader.outputs[0].uses()]
+        reader = readers[0] if readers else None
+    return reader.inputs[1] if reader is not None and reader.op_type == "DequantizeLinear" else None
 
 
 def float_convolutions(proto: Any) -> list[str]:

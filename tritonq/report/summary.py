@@ -176,7 +176,7 @@ def _grid(module: nn.Module) -> str:
             parts[role] = _quantizer_grid(quantizer)
         elif isinstance(quantizer, FloatFakeQuantize):
             parts[role] = quantizer.format
-    has_floats = isinstance(module._modules.get("weight_fake_quant"), FloatFakeQuantize)
+    has_floats = isinstance(getattr(module, "weight_fake_quant", None), FloatFakeQuantize)
     if "x" not in parts and not has_floats and _reads_float(module):
         parts["x"] = "float"
     for name, child in module.named_children():
