@@ -285,8 +285,7 @@ def finite(folder, name="last.pt"):
 @pytest.mark.filterwarnings("ignore:one batch took the range")
 @pytest.mark.parametrize("amp", ["off", "float16"])
 def test_a_loss_that_is_not_finite_stops_the_run(amp, tmp_path, capsys):
-    words = [*DIGITS, "--learning-rate=1e30", "--checkpoint-every=1", "--amp", amp]
-    assert train(*words, "--output", tmp_path) == 1
+    assert train(*DIGITS, "--learning-rate=1e30", "--checkpoint-every=1", "--amp", amp, "--output", tmp_path) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     place = "(: the first layer whose output|, but gradients are not finite: that of) "
     assert re.search(rf"step \d+: the loss is [\w.+]+{place}.*'\w+", line), line
