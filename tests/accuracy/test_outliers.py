@@ -70,10 +70,10 @@ def test_a_layer_tells_too_and_ordinary_growth_does_not(recwarn):
 
 def test_a_batch_of_zeros_and_an_ordinary_fall_are_averaged():
     ends = [torch.tensor(value) for value in (-1.0, 8.0)]
-    for largest in (0.0, 8.0 / FALL, 7.0):
+    for largest in (0.0, 9.0 / FALL, 1.9, 7.0):
         low, high = torch.tensor(-largest), torch.tensor(largest)
         new = update_range(low, high, *ends, 0.01, 1.5)
         assert float(new[1]) == pytest.approx(8.0 + 0.01 * (largest - 8.0))
-    low, high = torch.tensor(-0.5), torch.tensor(1.9)
-    assert [float(end) for end in update_range(low, high, *ends, 0.01, 1.5)] == [-0.5, float(high)]
+    low, high = torch.tensor(-0.05), torch.tensor(0.07)
+    assert [float(end) for end in update_range(low, high, *ends, 0.01, 1.5)] == [float(low), float(high)]
     assert float(update_range(low, high, *ends, 0.01, None)[1]) > 7.9

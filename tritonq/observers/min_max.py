@@ -95,8 +95,8 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
         copy_above: a batch whose largest magnitude is more than this many times the running one's, at least 1, is
             copied too: growth is followed at once, as in a residual branch whose last γ starts at 0. Averaged, the
             range would lag behind for hundreds of steps and clip what the branch learns. With it a batch whose largest
-            magnitude is less than a quarter of the running one's is copied as well, unless it is all zeros: an outlier
-            is forgotten at once, where an average keeps it for over a thousand batches. None (torch.ao): never.
+            magnitude is less than a hundredth of the running one's is copied as well, unless it is all zeros: such an
+            outlier is forgotten at once, where an average keeps it for hundreds of batches. None (torch.ao): never.
         *args: see :class:`~tritonq.observers.base.ObserverBase`.
         **kwargs: see :class:`~tritonq.observers.base.ObserverBase`.
 

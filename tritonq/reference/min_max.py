@@ -24,7 +24,7 @@ def _range_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
 
 
 # Batches of one network differ by less than this factor in their largest value; `kernels/constants.py` has it too.
-FALL = 4.0
+FALL = 100.0
 _RANGE = New(_range_shape, "x", torch.float32)
 
 
