@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from tritonq.observers import MinMaxObserver, ObserverBase
 from tritonq.qparams import is_readable
+from tritonq.reference.min_max import FALL
 from tritonq.warn_once import warn_once
 
-# A batch that takes a range up by more than this factor holds an outlier.
-_OUTLIER = 100.0
 _FOUND = (
     "one batch took the range of a FakeQuantize up more than a hundredfold: an outlier in the data, or a step that "
     "diverged. "
@@ -24,7 +23,7 @@ def tell_outlier(observer: ObserverBase, before: float) -> float:
     if not isinstance(observer, MinMaxObserver) or observer.min_val.dim() or not is_readable(observer.min_val):
         return before
     magnitude = max(-float(observer.min_val), float(observer.max_val))
-    if 0 < before < magnitude / _OUTLIER:
+    if 0 < before < magnitude / FALL:
         if observer.copy_above is not None:
             outcome = "The range follows the next batches down again"
         elif observer.averaging_constant is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tritonq.calibration import model_batches
+from tritonq.calibration import model_batches, modes_restored
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn.batch_norm import FrozenBatchNorm
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
@@ -87,7 +87,7 @@ def reestimate_batch_norm(model: nn.Module, data: Any) -> nn.Module:
     if not norms:
         raise ValueError(f"{type(model).__name__} has no BatchNorm with running statistics")
     batches = 0
-    with _measuring(model, norms):
+    with modes_restored(model), _measuring(model, norms):
         statistics = [_Statistics(bn) for bn in norms]
         try:
             for args, kwargs in model_batches(model, data):
@@ -112,8 +112,10 @@ def _is_measured(module: nn.Module) -> TypeGuard[_BatchNorm]:
 
 @contextmanager
 def _measuring(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
-    """BatchNorms normalise by their batch and keep its statistics alone; everything else is as in evaluation."""
-    modes = [(module, module.training) for module in model.modules()]
+    """BatchNorms normalise by their batch and keep its statistics alone; everything else is as in evaluation.
+
+    Modes are the caller's to restore.
+    """
     momenta = [(bn, bn.momentum, bn.num_batches_tracked) for bn in norms]
     layers = [layer for layer in model.modules() if isinstance(layer, QATBatchNormLayer)]
     frozen = [layer for layer in layers if layer.freeze_bn]
@@ -139,5 +141,3 @@ def _measuring(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
             layer.freeze_bn = True
         for quantizer, switch in zip(quantizers, switches, strict=True):
             quantizer.observer_enabled.copy_(switch)
-        for module, training in modes:
-            module.training = training
