@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 import pytest
@@ -13,7 +12,7 @@ from torch import nn
 from torch.ao import quantization as ao
 
 import tritonq
-from torch_ao_nets import in_float64, prepared
+from torch_ao_nets import assert_compiled_gradients_equal, in_float64, prepared
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -26,13 +25,7 @@ def images(step, dtype=torch.float32):
 def test_a_compiled_step_is_the_eager_one():
     eager = tritonq.accelerate(prepared(ao.get_default_qat_qconfig("x86", 1)))
     eager(images(0))
-    model = copy.deepcopy(eager)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for run in (eager, compiled):
-        run(images(1)).square().mean().backward()
-    for (name, parameter), other in zip(eager.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+    model = assert_compiled_gradients_equal(eager, images(1))
     for (name, value), other in zip(eager.state_dict().items(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(other, value, rtol=1e-6, atol=1e-7, msg=name)
 

@@ -13,6 +13,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 
 import tritonq
 from saved_bytes import saved_bytes
+from torch_ao_nets import assert_compiled_gradients_equal
 from tritonq.acceleration import report_of
 from vision_models import torchvision_model
 
@@ -171,13 +172,7 @@ def test_saved_bytes_of_a_training_step(name, theirs, ours):
 def test_a_compiled_step_is_the_eager_one():
     eager = tritonq.accelerate(pt2e())
     eager(images())
-    model = copy.deepcopy(eager)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for run in (eager, compiled):
-        run(images(1)).square().mean().backward()
-    for (name, parameter), other in zip(eager.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+    model = assert_compiled_gradients_equal(eager, images(1))
     assert_same_state(eager, model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import torch
@@ -61,4 +62,16 @@ def in_float64(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.double()
+    return model
+
+
+def assert_compiled_gradients_equal(eager: nn.Module, x: Tensor) -> nn.Module:
+    """Compare the gradients of one step with those of a compiled copy, which is returned; both have made the step."""
+    model = copy.deepcopy(eager)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for run in (eager, compiled):
+        run(x).square().mean().backward()
+    for (name, parameter), other in zip(eager.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
     return model
