@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tritonq.perf.case import Implementation, Inputs, Step, Tolerance
+from tritonq.perf.cases.fake_quant_inputs import FakeQuantization
 from tritonq.perf.cases.vision_models import import_torchvision
 
-if TYPE_CHECKING:
-    from tritonq.perf.cases.fake_quant import Problem
-
 Quantizer = Callable[[Tensor], Tensor]
-Maker = Callable[["Problem", Inputs], Quantizer]
+Maker = Callable[[FakeQuantization, Inputs], Quantizer]
 
 _PEER = Tolerance(
     "divides by the scale or lets a compiler reorder, which turns ties over, and decides the gradient of the outermost "
@@ -31,7 +28,7 @@ _PEER = Tolerance(
 )
 
 
-def implementations(problem: Problem) -> dict[str, Implementation]:
+def implementations(problem: FakeQuantization) -> dict[str, Implementation]:
     """tritonq, torch in all its forms, and the libraries of the ``peers`` extra."""
     table = {
         "tritonq": _implementation(problem, _tritonq, distribution="tritonq", module="tritonq"),
@@ -48,18 +45,18 @@ def implementations(problem: Problem) -> dict[str, Implementation]:
     return table
 
 
-def _implementation(problem: Problem, maker: Maker, **fields: object) -> Implementation:
+def _implementation(problem: FakeQuantization, maker: Maker, **fields: object) -> Implementation:
     return Implementation(lambda inputs: _step(problem, maker(problem, inputs)), **fields)
 
 
-def _compiled(problem: Problem, maker: Maker, quick: bool) -> Implementation:
+def _compiled(problem: FakeQuantization, maker: Maker, quick: bool) -> Implementation:
     def build(inputs: Inputs) -> Step:
         return _step(problem, torch.compile(maker(problem, inputs), dynamic=False))
 
     return Implementation(build, tolerance=_PEER, quick=quick)
 
 
-def _step(problem: Problem, quantize: Quantizer) -> Step:
+def _step(problem: FakeQuantization, quantize: Quantizer) -> Step:
     def forward(inputs: Inputs) -> tuple[Tensor, ...]:
         return (quantize(inputs["x"]),)
 
@@ -70,7 +67,7 @@ def _step(problem: Problem, quantize: Quantizer) -> Step:
     return forward_backward if problem.backward else forward
 
 
-def _broadcast(problem: Problem, values: Tensor) -> Tensor:
+def _broadcast(problem: FakeQuantization, values: Tensor) -> Tensor:
     """Per-channel ``values`` in a shape that broadcasts against x."""
     if problem.axis is None:
         return values
@@ -79,7 +76,7 @@ def _broadcast(problem: Problem, values: Tensor) -> Tensor:
     return values.view(shape)
 
 
-def _tritonq(problem: Problem, inputs: Inputs) -> Quantizer:
+def _tritonq(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     import tritonq
 
     scale, zero_point, limits = inputs["scale"], inputs["zero_point"], (problem.quant_min, problem.quant_max)
@@ -88,14 +85,14 @@ def _tritonq(problem: Problem, inputs: Inputs) -> Quantizer:
     return lambda x: tritonq.fake_quantize_per_channel_affine(x, scale, zero_point, problem.axis, *limits)
 
 
-def _torch(problem: Problem, inputs: Inputs) -> Quantizer:
+def _torch(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     scale, zero_point, limits = inputs["scale"], inputs["zero_point"], (problem.quant_min, problem.quant_max)
     if problem.axis is None:
         return lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)
     return lambda x: torch.fake_quantize_per_channel_affine(x, scale, zero_point, problem.axis, *limits)
 
 
-def _formula(problem: Problem, inputs: Inputs) -> Quantizer:
+def _formula(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     """Five operators; the straight-through estimator is the clamp's own gradient around a detached rounding."""
     scale = _broadcast(problem, inputs["scale"])
     zero_point = _broadcast(problem, inputs["zero_point"])
@@ -108,19 +105,19 @@ def _formula(problem: Problem, inputs: Inputs) -> Quantizer:
     return quantize
 
 
-def _torch_ao_v0(problem: Problem, inputs: Inputs) -> Quantizer:
+def _torch_ao_v0(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     from torch.ao.quantization import FakeQuantize
 
     return _torch_ao(FakeQuantize, problem, inputs)
 
 
-def _torch_ao_v1(problem: Problem, inputs: Inputs) -> Quantizer:
+def _torch_ao_v1(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     from torch.ao.quantization import FusedMovingAvgObsFakeQuantize
 
     return _torch_ao(FusedMovingAvgObsFakeQuantize, problem, inputs)
 
 
-def _torch_ao(kind: type[torch.nn.Module], problem: Problem, inputs: Inputs) -> Quantizer:
+def _torch_ao(kind: type[torch.nn.Module], problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     """A module of torch.ao with its observer off and its qparams set."""
     from torch.ao.quantization import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
 
@@ -141,7 +138,7 @@ def _torch_ao(kind: type[torch.nn.Module], problem: Problem, inputs: Inputs) -> 
     return module
 
 
-def _range_for_version_1(problem: Problem, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _range_for_version_1(problem: FakeQuantization, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The range from which torch.ao's fused op, which derives its scale in every call, arrives at ``scale``.
 
     It takes the larger of ``low / -(h + 1)`` and ``high / h``, ``h`` half the number of steps rounded down, stretches
@@ -155,7 +152,7 @@ def _range_for_version_1(problem: Problem, scale: Tensor) -> tuple[Tensor, Tenso
     return -(half + 1) * unit, half * unit
 
 
-def _torchao(problem: Problem, inputs: Inputs) -> Quantizer:
+def _torchao(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     from torchao.quantization.quant_primitives import _fake_quantize_affine
 
     block = list(problem.shape)
@@ -172,7 +169,7 @@ def _torchao(problem: Problem, inputs: Inputs) -> Quantizer:
     )
 
 
-def _modelopt(problem: Problem, inputs: Inputs) -> Quantizer:
+def _modelopt(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     from modelopt.torch.quantization.tensor_quant import fake_tensor_quant
 
     amax = _broadcast(problem, inputs["scale"] * problem.quant_max)
@@ -181,7 +178,7 @@ def _modelopt(problem: Problem, inputs: Inputs) -> Quantizer:
     return lambda x: fake_tensor_quant(x, amax, None, 8, False, narrow)
 
 
-def _brevitas(problem: Problem, inputs: Inputs) -> Quantizer:
+def _brevitas(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     from brevitas.core.function_wrapper import Identity
     from brevitas.core.quant import IntQuant
 
@@ -192,7 +189,7 @@ def _brevitas(problem: Problem, inputs: Inputs) -> Quantizer:
     return lambda x: quantize(scale, zero_point, bits, x)
 
 
-def _nncf(problem: Problem, inputs: Inputs) -> Quantizer:
+def _nncf(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     from nncf.torch.quantization.quantize_functions import symmetric_quantize
 
     amax = _broadcast(problem, inputs["scale"] * problem.quant_max)
@@ -200,7 +197,7 @@ def _nncf(problem: Problem, inputs: Inputs) -> Quantizer:
     return lambda x: symmetric_quantize(x, levels, problem.quant_min, problem.quant_max, amax, 0.0)
 
 
-def _aimet(problem: Problem, inputs: Inputs) -> Quantizer:
+def _aimet(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     import_torchvision()  # aimet imports it, without what a CPU build of torch lacks
     from aimet_torch.v2.quantization.affine import quantize_dequantize
 

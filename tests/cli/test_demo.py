@@ -10,6 +10,7 @@ from tritonq.__main__ import main
 from tritonq.cli.data import load_digits, open_examples
 from tritonq.cli.preprocessing import Preprocessing
 from tritonq.demo import run as demo
+from tritonq.demo.result import Files, Result, Stage, table
 from tritonq.deploy import LayerComparison, OutputComparison, VerificationReport
 
 
@@ -58,8 +59,8 @@ def test_the_demo_says_what_disagrees(layer, message, tmp_path, monkeypatch, cap
     outputs = OutputComparison(1, 0.0, 1, 0)
     good = VerificationReport((LayerComparison("input", 9000, 0, 0),), outputs)
     bad = VerificationReport((*good.layers, layer, LayerComparison("head", 9000, 9, 9)), outputs)
-    stages = [demo.Stage(name, 1.0, report=report) for name, report in (("converted", good), ("ONNX Runtime", bad))]
-    monkeypatch.setattr(demo, "run", lambda _: demo.Result(tuple(stages), demo.Files.inside(tmp_path)))
+    stages = [Stage(name, 1.0, report=report) for name, report in (("converted", good), ("ONNX Runtime", bad))]
+    monkeypatch.setattr(demo, "run", lambda _: Result(tuple(stages), Files.inside(tmp_path)))
     assert demo.main(arguments()) == 1
     assert (
         capsys.readouterr().out.splitlines()[-1] == f"FAILED: ONNX Runtime disagrees with the trained model: {message}"
@@ -77,7 +78,7 @@ def test_files(result):
 
 
 def test_the_table_shows_every_stage(result):
-    lines = demo.table(result.stages).splitlines()
+    lines = table(result.stages).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [line.split("  ")[0] for line in lines[2:]] == ["float", "QAT (eval)", "converted", "ONNX Runtime"]
     assert "0 of 899" in lines[4]

@@ -9,9 +9,9 @@ from test_demo import arguments
 
 from tritonq.__main__ import main
 from tritonq.cli.models import make_model
-from tritonq.demo import fixed_point
 from tritonq.demo import run as demo
 from tritonq.demo.picture import widest_channel
+from tritonq.demo.result import Result, Stage, table
 from tritonq.deploy import load_converted
 from tritonq.nn import FixedPointLinear
 from tritonq.qconfig import QConfig, get_qconfig
@@ -22,7 +22,7 @@ MODEL = ["tritonq.demo.model:SmallResNet", "digits", "--model-arg", "in_channels
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("demo"))
-    return fixed_point.run(arguments("--scheme", "f8net", "--output", folder, "--epochs", "5", "--qat-epochs", "2"))
+    return demo.run(arguments("--scheme", "f8net", "--output", folder, "--epochs", "5", "--qat-epochs", "2"))
 
 
 def test_fixed_point_reaches_float_accuracy(result):
@@ -68,14 +68,14 @@ def test_the_picture_shows_the_widest_channel_on_its_grid(axis):
 
 
 def test_the_table_shows_every_stage_and_file(result):
-    lines = demo.table(result.stages).splitlines()
+    lines = table(result.stages).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == ["float", "fixed point (eval)", "integers", "ONNX Runtime"]
     assert sum("kB" in line for line in lines) == 3
 
 
 def test_a_difference_in_onnx_fails_the_demo(result):
-    onnx = demo.Stage("ONNX Runtime", 1.0, report=off_by_one())
-    assert not demo.Result((*result.stages[:3], onnx), result.files).agrees
+    onnx = Stage("ONNX Runtime", 1.0, report=off_by_one())
+    assert not Result((*result.stages[:3], onnx), result.files).agrees
 
 
 def off_by_one():

@@ -18,12 +18,7 @@ MOST_VALUES = 30
 # Named by documents, made by commands.
 MADE = {".matrix/"}
 
-RINGS = {
-    ("tritonq.demo.fixed_point", "tritonq.demo.run"),
-    ("tritonq.functional.integer", "tritonq.functional.traced.host"),
-    ("tritonq.nn.batch_norm_layer", "tritonq.nn.folding_modes"),
-    ("tritonq.perf.cases.fake_quant", "tritonq.perf.cases.fake_quant_peers"),
-}
+RINGS: set[tuple[str, ...]] = set()
 PRIVATE_IMPORTS = {
     ("tests/deploy/test_checkpoint.py", "tritonq.deploy.checkpoint._digest"),
 }

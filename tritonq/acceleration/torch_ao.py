@@ -23,7 +23,7 @@ from tritonq.acceleration.layers import HOOK, RELU, BatchNorm, Layer, add, affin
 from tritonq.acceleration.quantizers import can_compute, is_attached, quantize
 from tritonq.functional.linear_map import linear_map_of
 from tritonq.functional.recomputation import StepMemory
-from tritonq.nn.folding_modes import batch_norm_state, is_plain
+from tritonq.nn.batch_norm_state import batch_norm_state, is_plain
 
 
 def run_quantizer(self: Any, x: Tensor) -> Tensor:

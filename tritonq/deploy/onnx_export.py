@@ -157,9 +157,11 @@ def _export_fixed_point(
     """What :func:`export_onnx` does with a fixed-point network.
 
     Raises:
-        ValueError: options other than the default ones, or more than one input.
+        ValueError: options other than the default ones and ``target="onnxruntime"``, or more than one input.
     """
     defaults = {key: value.default for key, value in inspect.signature(export_onnx).parameters.items()}
+    if options.get("target") == "onnxruntime":
+        options = {**options, "target": None}
     given = [f"{key}={value!r}" for key, value in options.items() if value != defaults[key]]
     if given:
         raise ValueError(

@@ -11,7 +11,6 @@ Where the output's grid is known, the accumulator goes onto it in one step, as i
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tritonq.functional.direct import cpu_is_direct
 from tritonq.grid import Grid
 from tritonq.qparams import QuantizedType
 from tritonq.reference.conv2d import requantize
@@ -184,15 +184,6 @@ def _is_direct(device: torch.device) -> bool:
     from tritonq.functional.traced import host
 
     return host.CPU_IS_DIRECT
-
-
-def cpu_is_direct() -> bool:
-    """Whether a CPU's float32 convolutions are sums of products: oneDNN's on x86.
-
-    NNPACK (its replacement when switched off) and Arm's libraries may choose Winograd, which rounds.
-    """
-    on_x86 = platform.machine() in ("x86_64", "AMD64")
-    return on_x86 and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)  # type: ignore
 
 
 def bias_codes(bias: Tensor, multiplier: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -14,11 +13,10 @@ from tritonq.functional.conv_bn import check_running_var
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.recomputation import StepMemory
 from tritonq.grid import Grid
-from tritonq.nn import folding_modes
 from tritonq.nn.batch_norm import FrozenBatchNorm
-from tritonq.nn.eval_mode import PATHS
+from tritonq.nn.batch_norm_state import gamma_signs, is_plain
 from tritonq.nn.fusable import has_observed_grid
-from tritonq.nn.paths import LayerState, Mode, Path, check_mode, choose_path
+from tritonq.nn.paths import LayerState, Mode, check_mode, choose_path
 from tritonq.nn.qat import QATLayer
 from tritonq.qparams import TORCH_EPS
 from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
@@ -60,7 +58,6 @@ class QATBatchNormLayer(QATLayer):
     grouping: tuple[bool, int] = (False, 1)
     _bn_type: ClassVar[type[nn.modules.batchnorm._BatchNorm]]
     _mode: Mode = "approximate"
-    paths: ClassVar[dict[Path, Callable[..., Tensor]]] = {**PATHS, **folding_modes.PATHS}
 
     def attach_batch_norm(
         self, features: int, eps: float, momentum: float | None, freeze_bn: bool, mode: str | None = None
@@ -110,7 +107,7 @@ class QATBatchNormLayer(QATLayer):
         """See base class."""
         if self._mode != "scale":
             return super().weight_to_quantize()
-        return scale_out_channels(self.float_parameters()[0], folding_modes.gamma_signs(self), *self.grouping)
+        return scale_out_channels(self.float_parameters()[0], gamma_signs(self.bn), *self.grouping)
 
     def fold_factors(self) -> Tensor:
         """Return ``t = γ/σ(running_var)`` per channel, by which eval mode multiplies the weight."""
@@ -136,7 +133,7 @@ class QATBatchNormLayer(QATLayer):
     def _fits_operator(self) -> bool:
         quantizer = self.weight_fake_quant
         rounds = isinstance(quantizer, nn.Identity) or has_observed_grid(quantizer)
-        return rounds and folding_modes.is_plain(self.bn)
+        return rounds and is_plain(self.bn)
 
     @property
     def trains_in_one_operator(self) -> bool:

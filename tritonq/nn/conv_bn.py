@@ -21,6 +21,7 @@ from tritonq.nn.conv import (
     share_parameters,
     take_ceiling,
 )
+from tritonq.nn.folding_modes import PATHS
 from tritonq.nn.linear import Linear
 from tritonq.nn.paths import Mode
 from tritonq.nn.qat import without_qconfig
@@ -33,6 +34,8 @@ class _ConvBn(QATBatchNormLayer):
     As torch.ao's: no bias by default (transposed ones, which torch.ao lacks, have one), and eps, momentum, freeze_bn
     and qconfig behind ``padding_mode``.
     """
+
+    paths = PATHS
 
     def __init__(
         self,
@@ -197,6 +200,7 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
 
     _expected_type: ClassVar[type[nn.Module]] = intrinsic.LinearBn1d
     _bn_type = nn.BatchNorm1d
+    paths = PATHS
 
     def __init__(
         self,

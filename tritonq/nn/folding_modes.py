@@ -7,10 +7,9 @@ that the operator can't take over. Formulas: docs/conv-bn.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
@@ -20,15 +19,15 @@ from tritonq.functional.conv_bn import ConvBnStep, conv_bn
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.integer import raise_scale_for_bias
 from tritonq.functional.recomputation import is_recomputing, normalize_once
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
+from tritonq.nn.batch_norm_state import batch_norm_state, gamma_signs, is_plain
+from tritonq.nn.eval_mode import PATHS as EVAL_PATHS
 from tritonq.nn.eval_mode import linear_relu
-from tritonq.nn.fusable import has_hooks, input_grid, observed_grid, warn_if_unobserved
+from tritonq.nn.fusable import input_grid, observed_grid, warn_if_unobserved
 from tritonq.nn.paths import Path
 from tritonq.nn.qat import QATLayer
-from tritonq.reference.conv_bn import BatchNormState, update_running_statistics
+from tritonq.reference.conv_bn import update_running_statistics
 from tritonq.reference.fold import fold_scale, scale_out_channels
-
-if TYPE_CHECKING:
-    from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 
 _BITS = 8
 
@@ -112,7 +111,7 @@ def frozen(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | N
 
 def in_scale(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``BN(op(x, u FQ_w(u W)) + b)`` with ``u`` the sign of γ: the weight's codes do not depend on the statistics."""
-    signs = gamma_signs(layer)
+    signs = gamma_signs(layer.bn)
     rounded = layer.quantized_weight(scale_out_channels(weight, signs, *layer.grouping))
     y = layer.linear_map(x, scale_out_channels(rounded, signs, *layer.grouping), bias)
     return layer.quantized_output(normalize_once(layer.bn, y))
@@ -120,18 +119,14 @@ def in_scale(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor |
 
 def scaled_weight(layer: QATBatchNormLayer, weight: Tensor) -> Tensor:
     """Return ``|t| FQ_w(u W)`` with ``t = γ/σ(running_var)`` and ``u`` the sign of γ."""
-    rounded = layer.quantized_weight(scale_out_channels(weight, gamma_signs(layer), *layer.grouping))
+    rounded = layer.quantized_weight(scale_out_channels(weight, gamma_signs(layer.bn), *layer.grouping))
     scale = fold_scale(_running_var(layer), layer.bn.weight, layer.bn.eps)
     return scale_out_channels(rounded, scale.abs(), *layer.grouping)
 
 
-def gamma_signs(layer: QATBatchNormLayer) -> Tensor:
-    """Return the sign of γ per channel, 1 where it is 0 or missing: in the dtype of the running variance."""
-    gamma = _running_var(layer) if layer.bn.weight is None else layer.bn.weight.detach()
-    return torch.where(gamma < 0, -1.0, 1.0).to(gamma.dtype)
-
-
+# What a layer with a BatchNorm runs on each path.
 PATHS: dict[Path, Callable[..., Tensor]] = {
+    **EVAL_PATHS,
     "train_frozen": frozen,
     "train_operator": one_operator,
     "train_approximate": approximate,
@@ -183,25 +178,6 @@ def _batch_bias(layer: QATBatchNormLayer, bias: Tensor | None, mean: Tensor, sca
     """``β + scale (b - (mean + b))``: the convolution's bias cancels, and gets a gradient of zero."""
     shift = -scale * mean if layer.bn.bias is None else layer.bn.bias - scale * mean
     return shift if bias is None else shift + (bias - bias)
-
-
-def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:
-    """Buffers and constants of ``bn`` for a training step, which is counted; copies for one that is recomputed."""
-    running_mean, running_var = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
-    if is_recomputing():
-        return BatchNormState(running_mean.clone(), running_var.clone(), 0.0, bn.eps)
-    momentum: float | Tensor | None = bn.momentum
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-    if momentum is None:
-        momentum = cast(Tensor, bn.num_batches_tracked).double().reciprocal()
-    return BatchNormState(running_mean, running_var, momentum, bn.eps)
-
-
-def is_plain(bn: nn.modules.batchnorm._BatchNorm) -> bool:
-    """Whether ``bn`` computes what its buffers say, on this rank alone, and nobody listens."""
-    alone = isinstance(bn, nn.SyncBatchNorm) and not (dist.is_available() and dist.is_initialized())
-    return (alone or type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and not has_hooks(bn)
 
 
 def _running_var_of_step(layer: QATBatchNormLayer) -> Tensor:

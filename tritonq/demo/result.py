@@ -1,0 +1,101 @@
+"""What the demo leaves behind: files, the accuracy of each form of the model, and a table of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tritonq.deploy import VerificationReport
+from tritonq.deploy.comparisons import ISLAND_STEP
+from tritonq.report.run import DEMO_FILE
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a run writes, in one folder."""
+
+    float_model: Path
+    qat_model: Path
+    converted: Path
+    onnx: Path
+    picture: Path
+
+    @classmethod
+    def inside(cls, folder: Path, form: str = "int8") -> Files:
+        """Return their names in ``folder``, which is created; ``form`` is part of the converted model's."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = ("model.float.pt", DEMO_FILE, f"model.{form}.pt", "model.onnx", "demo.png")
+        return cls(*(folder / name for name in names))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One form of the model and how it did on the test set.
+
+    Attributes:
+        name: which form.
+        accuracy: fraction of test images classified correctly.
+        file: where it was written, if it was.
+        seconds_per_epoch: of its training, if it was trained.
+        report: its codes and predictions against those of the QAT model, if it was deployed from it.
+    """
+
+    name: str
+    accuracy: float
+    file: Path | None = None
+    seconds_per_epoch: float | None = None
+    report: VerificationReport | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the demo did: float, QAT, converted and ONNX Runtime models, and the files."""
+
+    stages: tuple[Stage, ...]
+    files: Files
+
+    @property
+    def agrees(self) -> bool:
+        """Whether no code of a deployed form differs."""
+        return self.disagreement is None
+
+    @property
+    def disagreement(self) -> str | None:
+        """Which form disagrees with the trained model, where, and what is allowed, or None."""
+        for stage in self.stages:
+            worst = None if stage.report is None else stage.report.first_beyond()
+            if worst is not None:
+                allowed = "none"
+                if worst.island:
+                    allowed = f"differences of {ISLAND_STEP}, since {', '.join(worst.island)} adds in no defined order"
+                return (
+                    f"{stage.name} disagrees with the trained model: {worst.differing:,} of {worst.codes:,} codes of "
+                    f"{worst.name or 'the output'} differ, by up to {worst.largest}; allowed: {allowed}"
+                )
+        return None
+
+
+def table(stages: Sequence[Stage]) -> str:
+    """One line per stage; what differs is counted against the QAT model in eval mode."""
+    header = ("model", "accuracy", "predictions that differ", "codes that differ", "file", "s/epoch")
+    rows = [header, *map(_cells, stages)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+
+
+def _cells(stage: Stage) -> tuple[str, ...]:
+    predictions = codes = "-"
+    if stage.report is not None:
+        total, outputs = stage.report.total, stage.report.outputs
+        predictions = f"{outputs.differing_predictions} of {outputs.predictions}"
+        codes = f"{total.differing:,} of {total.codes:,}" + (f", by {total.largest}" if total.differing else "")
+    return (
+        stage.name,
+        f"{stage.accuracy:.2%}",
+        predictions,
+        codes,
+        "-" if stage.file is None else f"{stage.file.stat().st_size / 1000:.1f} kB",
+        "-" if stage.seconds_per_epoch is None else f"{stage.seconds_per_epoch:.2f}",
+    )

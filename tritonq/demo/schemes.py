@@ -1,0 +1,31 @@
+"""The two kinds of integers that the demo deploys, and how it trains each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How to fine-tune with a kind of quantizers, and what to call the result.
+
+    Attributes:
+        label: of the fine-tuning, in the progress bar.
+        trained: name of the fine-tuned model in the table, in eval mode.
+        converted: name of the converted one.
+        learning_rate: of the fine-tuning.
+        frozen_epochs: the last of these train on the ranges and BatchNorm statistics that will be deployed.
+        examples: training images that `prepare_qat` runs.
+    """
+
+    label: str
+    trained: str
+    converted: str
+    learning_rate: float
+    frozen_epochs: int
+    examples: int
+
+
+# Codes with scales; and 8-bit fixed point, whose first fractional length comes from the example images.
+INT8 = Scheme("QAT", "QAT (eval)", "converted", learning_rate=0.005, frozen_epochs=2, examples=2)
+FIXED_POINT = Scheme("fixed point", "fixed point (eval)", "integers", learning_rate=0.01, frozen_epochs=0, examples=64)
