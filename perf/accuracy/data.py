@@ -66,13 +66,22 @@ def write_idx(path: Path, values: np.ndarray) -> None:
     )
 
 
-def load(folder: Path, train: int, held_out: int, several_labels: bool = False, seed: int = 0) -> Task:
+def load(
+    folder: Path,
+    train: int,
+    held_out: int,
+    tested: int | None = None,
+    *,
+    several_labels: bool = False,
+    seed: int = 0,
+) -> Task:
     """Return a task: of the training images the first ``train``, and the last as validation; the test images.
 
     Args:
         folder: with the four files of Fashion-MNIST or MNIST; Debian's package dataset-fashion-mnist has them.
         train: number of images to train with.
-        held_out: number of images for validation, and of test images.
+        held_out: number of images for validation.
+        tested: number of test images; None: as many as for validation.
         several_labels: paste four garments at random places and scales on a cluttered canvas of 64 × 64 pixels; the
             target says which classes are there.
         seed: of the canvases.
@@ -81,13 +90,14 @@ def load(folder: Path, train: int, held_out: int, several_labels: bool = False, 
         ValueError: fewer images than asked for.
         OSError: a file is missing.
     """
+    tested = held_out if tested is None else tested
     arrays = [read_idx(folder / name) for name in _NAMES]
-    if len(arrays[0]) < train + held_out or len(arrays[2]) < held_out:
+    if len(arrays[0]) < train + held_out or len(arrays[2]) < tested:
         raise ValueError(f"{folder} has {len(arrays[0])} and {len(arrays[2])} images, fewer than asked for")
     parts = (
         Split(*_tensors(arrays[0][:train], arrays[1][:train])),
         Split(*_tensors(arrays[0][-held_out:], arrays[1][-held_out:])),
-        Split(*_tensors(arrays[2][:held_out], arrays[3][:held_out])),
+        Split(*_tensors(arrays[2][:tested], arrays[3][:tested])),
     )
     if several_labels:
         parts = tuple(pasted(part, len(part.images), seed + index) for index, part in enumerate(parts))  # type: ignore[assignment]

@@ -1,16 +1,16 @@
-"""Ways to quantize for so many bits, all with first and last layer's weights and the input at 8 bits."""
+"""tritonq's ways to quantize for so many bits, all with first and last layer's weights and the input at 8 bits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 import tritonq
+from tritonq.perf.accuracy.request import Method, Request
 from tritonq.qconfig import QConfig, learned_step_qconfig
 from tritonq.qparams import QuantizedType
-
-_STEP = tritonq.LearnedStepFakeQuantize.with_args(init="lsq")
 
 
 def _ranges(weights: int, activations: int) -> QConfig:
@@ -27,7 +27,7 @@ def _ranges(weights: int, activations: int) -> QConfig:
 
 def _learned_offset(weights: int, activations: int) -> QConfig:
     """LSQ+: a trained zero point of activations too."""
-    step = _STEP.with_args(dtype=_unsigned(activations), learn_zero_point=True)
+    step = tritonq.LearnedStepFakeQuantize.with_args(init="lsq", dtype=_unsigned(activations), learn_zero_point=True)
     return learned_step_qconfig(weights, activations)._replace(activation=step)
 
 
@@ -41,21 +41,70 @@ def _summands(weights: int, activations: int) -> QConfig:
     return learned_step_qconfig(weights, activations)._replace(round_summands=True)
 
 
+def _clipped(weights: int, activations: int) -> QConfig:
+    """PACT: a trained bound of activations; weights have the range of their values."""
+    clip = tritonq.ClippedFakeQuantize.with_args(dtype=_unsigned(activations))
+    return _ranges(weights, activations)._replace(activation=clip)
+
+
+def _thresholds(weights: int, activations: int) -> QConfig:
+    """TQT: trained thresholds, powers of two."""
+    threshold = tritonq.TrainedThresholdFakeQuantize
+    return learned_step_qconfig(weights, activations)._replace(
+        activation=threshold.with_args(dtype=_away(_unsigned(activations))),
+        weight=threshold.with_args(dtype=_away(QuantizedType.of(weights, axis=0))),
+    )
+
+
 def _unsigned(bits: int) -> QuantizedType:
     return QuantizedType.of(bits, signed=False, symmetric=False)
 
 
-METHODS: dict[str, Callable[[int, int], QConfig]] = {
-    "lsq": learned_step_qconfig,
-    "lsq_plus": _learned_offset,
-    "lsq_folded": _folded,
-    "lsq_round_summands": _summands,
-    "ranges": _ranges,
-}
+def _away(qtype: QuantizedType) -> QuantizedType:
+    return QuantizedType(**{**qtype.__dict__, "rounding": "half_away"})
 
 
-def mapping_of(method: str, weights: int, activations: int) -> tritonq.QConfigMapping:
-    """Return the mapping of a method at so many bits."""
-    inner, eight = METHODS[method](weights, activations), tritonq.get_qconfig()
+def mapping_of(inner: QConfig) -> tritonq.QConfigMapping:
+    """Return a mapping with ``inner`` everywhere but at the ends, where weights and the input have 8 bits."""
+    eight = tritonq.get_qconfig()
     first = inner._replace(weight=eight.weight, folding=None)
     return tritonq.QConfigMapping().set_global(inner).set_first_layer(first).set_last_layer(eight).set_input(eight)
+
+
+def _prepared(make: Callable[[int, int], QConfig]) -> Callable[[Request], nn.Module]:
+    def prepare(request: Request) -> nn.Module:
+        mapping = mapping_of(make(request.weights, request.activations))
+        return tritonq.prepare_qat(request.model.train(), qconfig=mapping, example_inputs=request.images)
+
+    return prepare
+
+
+def _fixed_point(request: Request) -> nn.Module:
+    """F8Net: fixed point, powers of two; first and last layer's weights at 8 bits."""
+    number = tritonq.FixedPointFakeQuantize
+    inner = QConfig(
+        number.with_args(word_len=request.activations, signed=False),
+        number.with_args(word_len=request.weights, momentum=1.0),
+    )
+    eight = inner._replace(weight=number.with_args(word_len=8, momentum=1.0))
+    mapping = tritonq.QConfigMapping().set_global(inner).set_first_layer(eight).set_last_layer(eight)
+    return tritonq.prepare_qat(request.model.train(), qconfig=mapping, example_inputs=request.images)
+
+
+def _method(make: Callable[[Request], nn.Module], differs: str = "", *, at_all_widths: bool = False) -> Method:
+    return Method("tritonq", make, at_all_widths=at_all_widths, distributions=("tritonq",), differs=differs)
+
+
+METHODS: dict[str, Method] = {
+    "LSQ": _method(_prepared(learned_step_qconfig), "the preset lsq_w…a…", at_all_widths=True),
+    "LSQ+": _method(_prepared(_learned_offset), at_all_widths=True),
+    "ranges": _method(_prepared(_ranges), at_all_widths=True),
+    "PACT": _method(_prepared(_clipped), "trained bounds of activations, ranges of weights"),
+    "TQT": _method(_prepared(_thresholds), "scales are powers of two"),
+    "F8Net": _method(_fixed_point, "fixed point: scales are powers of two; every result is rounded"),
+}
+# Variants that show what a choice of the preset is worth; not in the full plan.
+VARIANTS: dict[str, Method] = {
+    "LSQ, folded": _method(_prepared(_folded), "weights are rounded with their BatchNorm folded in"),
+    "LSQ, summands": _method(_prepared(_summands), "a quantizer before each addition too"),
+}

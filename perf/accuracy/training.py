@@ -1,49 +1,75 @@
-"""One schedule for everyone, and what the trained and the deployed model get right."""
+"""One schedule for everyone, and what a trained model answers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import tritonq
 from tritonq.perf.accuracy.data import Split
 
 BATCH = 100
+_EVALUATED_AT_ONCE = 500
 
 
 def train(model: nn.Module, data: Split, epochs: int, rate: float, decay: float, seed: int) -> None:
     """Train by SGD with momentum, from ``rate`` to 0 by half a cosine."""
-    optimizer = torch.optim.SGD(tritonq.parameter_groups(model, rate, decay), momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(_groups(model, decay), lr=rate, momentum=0.9, nesterov=True)
     generator = torch.Generator().manual_seed(seed)
     steps, step = epochs * math.ceil(len(data.images) / BATCH), 0
     for _ in range(epochs):
         for chosen in torch.split(torch.randperm(len(data.images), generator=generator), BATCH):
             for group in optimizer.param_groups:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            loss = _loss(model.train()(data.images[chosen]), data.targets[chosen])
+            loss = loss_of(model.train()(data.images[chosen]), data.targets[chosen])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             step += 1
 
 
-def _loss(outputs: Tensor, targets: Tensor) -> Tensor:
+def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Return all parameters, of which weights decay: by their shape, since each library has classes of its own.
+
+    A weight has several values per output channel; biases, BatchNorms and scales have one, or one for all.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = [parameter for parameter in trained if parameter.dim() > 1 and parameter.numel() > len(parameter)]
+    held = {id(parameter) for parameter in weights}
+    others = [parameter for parameter in trained if id(parameter) not in held]
+    return [{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return cross entropy, or with several labels its binary form."""
     if targets.dim() == 1:
         return F.cross_entropy(outputs, targets)
     return F.binary_cross_entropy_with_logits(outputs, targets)
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Split) -> float:
+def outputs_of(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Return the outputs for all images; a module is put into eval mode."""
+    if isinstance(model, nn.Module):
+        model.eval()
+    return torch.cat([model(part) for part in torch.split(images, _EVALUATED_AT_ONCE)])
+
+
+def answers_of(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the class of each image, or with several labels whether each is there (bool)."""
+    return outputs.argmax(1) if targets.dim() == 1 else outputs > 0
+
+
+def score(answers: Tensor, targets: Tensor) -> float:
     """Return the share of right answers in percent: of images, or with several labels of labels."""
-    right = 0.0
-    for images, targets in zip(torch.split(data.images, 500), torch.split(data.targets, 500), strict=True):
-        outputs = model.eval()(images)
-        if targets.dim() == 1:
-            right += float((outputs.argmax(1) == targets).sum())
-        else:
-            right += float(((outputs > 0) == (targets > 0)).float().mean(1).sum())
-    return 100 * right / len(data.images)
+    right = answers == targets if targets.dim() == 1 else answers == (targets > 0)
+    return 100 * float(right.double().mean())
+
+
+def accuracy(model: nn.Module, data: Split) -> float:
+    """Return the share of right answers of a model in percent."""
+    return score(answers_of(outputs_of(model, data.images), data.targets), data.targets)

@@ -2,34 +2,91 @@
 
 import gzip
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tritonq.perf.accuracy import command
+from tritonq.perf.accuracy import command, plan, results
 from tritonq.perf.accuracy.data import generate, load, pasted, read_idx
 from tritonq.perf.accuracy.nets import NETS, parameters
+from tritonq.perf.accuracy.page import BEGIN, END, markdown
+from tritonq.perf.accuracy.plan import RECIPES, Row
 
 
+@pytest.mark.filterwarnings("ignore:ONNX Runtime convolves in integers only")
 def test_the_quick_form(tmp_path, capsys):
     assert command.main(["--quick", "--out", str(tmp_path)]) == 0
-    records = [json.loads(line) for line in (tmp_path / "quick.jsonl").read_text().splitlines()]
-    assert [record["method"] for record in records] == ["lsq", "ranges"]
-    for record in records:
-        assert record["deployed"] == record["accuracy"]
+    path = tmp_path / "quick.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [line for line in lines if "validation" in line]
+    assert [record["method"] for record in records] == ["LSQ", "LSQ", "LSQ by hand", "LSQ by hand"]
+    for record in records[:2]:
+        assert record["deployed"] == record["validation"]
+        assert record["different_outputs"] == 0
+        assert record["engine"].startswith("onnxruntime")
         edges = {"0", "9"}
         assert {"0", "4.main.0", "9"} <= set(record["most_values"])
         for layer, values in record["most_values"].items():
             assert values <= (2**8 if layer in edges else 2**2), layer
         assert record["environment"]["torch"] == torch.__version__
-        assert record["bytes"] > 10_000
+        assert record["file_bytes"] > 10_000
+        assert record["saved_bytes"] > 1_000_000
+    # only of each method's better recipe the test answers were read
+    tested = {(line["method"], line["recipe"]): line["test"] for line in lines if "test" in line}
+    found = results.read(path)
+    assert set(tested) == {(row.method, found.choice(row)) for row in found.rows()}
     # what is done is not done again, and a line that was cut off is
-    text = (tmp_path / "quick.jsonl").read_text()
-    (tmp_path / "quick.jsonl").write_text(text[:-20])
+    text = [line for line in path.read_text().splitlines() if '"test"' not in line]
+    path.write_text("\n".join(text)[:-20])
     assert command.main(["--quick", "--out", str(tmp_path), "--minutes", "0"]) == 1
-    assert "1 of 2 measurements are left" in capsys.readouterr().out
+    assert "at least 1 measurements are left" in capsys.readouterr().out
+
+
+def _record(item, validation):
+    settings = results.settings_of(item)
+    return {**asdict(item), "settings": settings, "validation": validation, "float": 90.0, "seconds_per_epoch": 1.0} | {
+        "saved_bytes": 1,
+        "versions": {"tritonq": "0"},
+        "environment": {"commit": "abcdefgh", "device": "a CPU"},
+    }
+
+
+def test_a_changed_method_invalidates_its_rows_alone(tmp_path, monkeypatch):
+    path, rows = tmp_path / "results.jsonl", [Row("garments", "residual", 2, 2, name) for name in ("LSQ", "Brevitas")]
+    items = [row.measurement(0, recipe) for row in rows for recipe in RECIPES]
+    path.write_text("".join(json.dumps(_record(item, 80.0 + place)) + "\n" for place, item in enumerate(items)))
+    found = results.read(path)
+    assert list(found.measured) == items
+    assert found.choice(rows[0]) == list(RECIPES)[-1]
+    monkeypatch.setitem(plan.ALL_METHODS, "LSQ", replace(plan.ALL_METHODS["LSQ"], revision=2))
+    assert list(results.read(path).measured) == items[2:]
+    assert results.read(path).choice(rows[0]) is None
+
+
+def test_the_plan_fits_its_hours_and_says_what_it_cuts(tmp_path):
+    full, short = plan.full_plan(3), plan.full_plan(3, hours=0.5)
+    assert sum(step.seconds for step in full.steps) <= 3 * 3600
+    assert sum(step.seconds for step in short.steps) <= 1800
+    assert len(full.steps) + len(full.cut) == len(short.steps) + len(short.cut)
+    assert full.steps[0].row.bits == "W2A2"
+    assert any(line.startswith("pasted, depthwise: ") for line in full.describe_cut())
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    row = Row("garments", "residual", 2, 2, "LSQ")
+    measured = {row.measurement(0, recipe): _record(row.measurement(0, recipe), 80.0) for recipe in RECIPES}
+    markdown(results.Results(measured, {}), short, page)
+    written = page.read_text()
+    assert written.startswith(f"before\n{BEGIN}\n")
+    assert written.endswith(f"{END}\nafter\n")
+    assert "old" not in written
+    assert "| W2A2 | tritonq: LSQ | 90.00 | 80.00 |" in written
+    assert "Cut from the plan" in written
+    page.write_text("a page without the marks")
+    with pytest.raises(ValueError, match="once each"):
+        markdown(results.Results({}, {}), short, page)
 
 
 def test_idx_files_come_back_packed_or_not(tmp_path):

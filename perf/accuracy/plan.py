@@ -1,0 +1,137 @@
+"""What is measured, in which order, and what is cut so that all of it takes three hours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tritonq.perf.accuracy.methods import METHODS
+from tritonq.perf.accuracy.peers import PEERS
+from tritonq.perf.accuracy.request import Method
+from tritonq.recipes import EIGHT_BITS, FEW_BITS, TrainingRecipe
+
+ALL_METHODS: dict[str, Method] = {**METHODS, **PEERS}
+# What everyone tries, by name; nothing freezes, since not every library can.
+RECIPES: dict[str, TrainingRecipe] = {
+    "low rate": TrainingRecipe(EIGHT_BITS.learning_rate, 1e-4, 0.0),
+    "high rate": TrainingRecipe(FEW_BITS.learning_rate, 1e-4, 0.0),
+}
+_WIDTHS = ((2, 2), (4, 4), (8, 8), (2, 4), (3, 3), (4, 8))
+_WIDTHS_OF_ALL = ((8, 8), (4, 4), (2, 4))
+_HOURS = 3.0
+# Seconds of a measurement with two threads on a quiet machine, float training and evaluation included.
+_SECONDS = {
+    ("garments", "residual"): 40,
+    ("garments", "depthwise"): 25,
+    ("pasted", "residual"): 180,
+    ("pasted", "depthwise"): 110,
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One training with rounding, of one float model."""
+
+    task: str
+    net: str
+    method: str
+    weights: int
+    activations: int
+    seed: int
+    recipe: str
+
+    @property
+    def row(self) -> Row:
+        """What is compared: everything but seed and recipe."""
+        return Row(self.task, self.net, self.weights, self.activations, self.method)
+
+
+@dataclass(frozen=True, order=True)
+class Row:
+    """A line of the table, whose recipe is chosen by the validation split."""
+
+    task: str
+    net: str
+    weights: int
+    activations: int
+    method: str
+
+    @property
+    def bits(self) -> str:
+        """``W4A4`` and the like."""
+        return f"W{self.weights}A{self.activations}"
+
+    def measurement(self, seed: int, recipe: str) -> Measurement:
+        """Return one of its measurements."""
+        return Measurement(self.task, self.net, self.method, self.weights, self.activations, seed, recipe)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A row with a seed: the first seed tries every recipe, the others take the chosen one."""
+
+    row: Row
+    seed: int
+
+    @property
+    def seconds(self) -> int:
+        """Estimated time."""
+        trainings = len(RECIPES) if self.seed == 0 else 1
+        return trainings * _SECONDS[self.row.task, self.row.net]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in order, and those that three hours have no room for."""
+
+    steps: Sequence[Step]
+    cut: Sequence[Step]
+
+    def describe_cut(self) -> list[str]:
+        """Return a line per task and network, with what of it is not measured."""
+        lines: dict[tuple[str, str], list[str]] = {}
+        for step in self.cut:
+            cell = f"{step.row.bits} seed {step.seed}"
+            cells = lines.setdefault((step.row.task, step.row.net), [])
+            if cell not in cells:
+                cells.append(cell)
+        return [f"{task}, {net}: {', '.join(cells)}" for (task, net), cells in lines.items()]
+
+
+def full_plan(seeds: int, hours: float = _HOURS) -> Plan:
+    """Return the plan of the benchmark, the most telling cells first."""
+    kept: list[Step] = []
+    cut: list[Step] = []
+    seconds = 0
+    for cell in _cells(seeds):
+        seconds += sum(step.seconds for step in cell)
+        (kept if seconds <= 3600 * hours else cut).extend(cell)
+    return Plan(kept, cut)
+
+
+def quick_plan() -> Plan:
+    """Return a plan of minutes on generated data: one seed and one width."""
+    rows = [Row("garments", "residual", 2, 2, method) for method in ("LSQ", "LSQ by hand")]
+    return Plan([Step(row, 0) for row in rows], [])
+
+
+def _cells(seeds: int) -> Iterator[list[Step]]:
+    """Yield all methods of a task, network, width and seed, which are kept or cut together."""
+    first = ("garments", "residual")
+    for widths in _WIDTHS:
+        yield _cell(*first, widths, 0)
+    for seed in range(1, seeds):
+        for widths in _WIDTHS:
+            yield _cell(*first, widths, seed)
+    for task, net in (("garments", "depthwise"), ("pasted", "residual"), ("pasted", "depthwise")):
+        for seed in range(seeds):
+            for widths in _WIDTHS:
+                yield _cell(task, net, widths, seed)
+
+
+def _cell(task: str, net: str, widths: tuple[int, int], seed: int) -> list[Step]:
+    return [
+        Step(Row(task, net, *widths, name), seed)
+        for name, method in ALL_METHODS.items()
+        if method.at_all_widths or widths in _WIDTHS_OF_ALL
+    ]

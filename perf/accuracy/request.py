@@ -1,0 +1,52 @@
+"""The request that every method gets: a trained float model, and for how many bits it is to be prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Request:
+    """A float model to be prepared for training with rounding.
+
+    Attributes:
+        net: name in :data:`tritonq.perf.accuracy.nets.NETS`.
+        classes: of its last layer.
+        model: the trained float model; a method may change it.
+        weights: bits of weights; first and last layer's have 8.
+        activations: bits of activations; images and the last layer's input have 8.
+        images: a batch to record a model or to calibrate ranges with.
+    """
+
+    net: str
+    classes: int
+    model: nn.Module
+    weights: int
+    activations: int
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train with rounding.
+
+    Attributes:
+        library: whose it is.
+        make: returns the model that is trained.
+        revision: raised when a change of the method alters its numbers; results of an earlier one are measured anew.
+        at_all_widths: whether it is measured at W4A8, W3A3 and W2A2 as well.
+        distributions: packages whose versions a result records.
+        modules: top-level modules without which it is "not installed".
+        differs: what it does otherwise than a tritonq preset, in one line.
+    """
+
+    library: str
+    make: Callable[[Request], nn.Module]
+    revision: int = 1
+    at_all_widths: bool = False
+    distributions: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    differs: str = ""
