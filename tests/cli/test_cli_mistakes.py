@@ -210,3 +210,12 @@ def test_the_demo_s_help_shows_defaults(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "epochs of float training (default: 20)" in printed
     assert "(default: demo-output)" in printed
+
+
+def test_a_format_that_cannot_be_deployed_is_told_before_training(tmp_path, capsys):
+    assert train(*DIGITS, "--qconfig=mxfp8", "--epochs=1", "--batch-size=256", "--output", tmp_path) == 0
+    printed = capsys.readouterr().out
+    told = printed.index("the run ends with checkpoints, without int8 and ONNX files")
+    assert "mxfp8, which has no deployed form" in printed
+    assert told < printed.index("epoch 1:")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt", "log.csv"]

@@ -31,6 +31,7 @@ def test_every_layer_has_a_row():
     assert rows["stem.0"].fused_with == ("stem.2", "stem.1")
     assert rows["stem.0"].grid == "w -127..127 per channel, y -128..127, x -128..127 (no data yet)"
     assert (rows["point"].status, rows["point"].reason) == ("float", "its qconfig is None")
+    assert not report.moving
     assert report.absorbed == {"stem.1", "stem.2", "bn"}
     assert {layer.name for layer in report.quantized} == {"stem.0", "depthwise", "head", "add", "mean"}
     assert {layer.name for layer in report.in_float} == {"point"}
@@ -153,3 +154,11 @@ def test_the_table_fits_a_terminal():
     lines = str(tritonq.summary(prepared)).splitlines()
     assert max(map(len, lines)) <= 120
     assert "Softmax has no" in "".join(lines)
+
+
+def test_what_moves_values_is_not_left_in_float():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Softmax(1))
+    report = tritonq.summary(tritonq.prepare_qat(model, qconfig=QCONFIG, example_inputs=torch.randn(2, 1, 8, 8)))
+    assert [(layer.name, layer.reason) for layer in report.moving] == [("2", ""), ("3", "")]
+    assert {layer.name for layer in report.in_float} == {"4"}
+    assert str(report).endswith("1 more fused into them, 2 that only move values, 1 left in float")

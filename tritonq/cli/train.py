@@ -23,6 +23,7 @@ from tritonq.cli.settings import AMP, Settings
 from tritonq.cli.training import Run
 from tritonq.cli.training_files import Recipe, load_state, load_weights, read_training
 from tritonq.cli.training_log import TensorBoard
+from tritonq.deploy.convert import why_not_deployable
 from tritonq.prepare import update_bn_stats
 from tritonq.qconfig_files import mapping_to_data
 from tritonq.recipes import recipe_for
@@ -167,8 +168,11 @@ def _main(arguments: argparse.Namespace) -> int:
     if resumes:
         step = run.resume()
         print(f"resuming at step {step} of {run.steps}", flush=True)
+    no_files = why_not_deployable(run.model)
     if processes.is_first:
         print(str(summary(run.model)).splitlines()[-1], flush=True)
+        if no_files is not None:
+            print(f"the run ends with checkpoints, without int8 and ONNX files: {no_files}", flush=True)
     run.train(arguments.checkpoint_every or run.steps_per_epoch)
     if not processes.is_first:
         return 0
@@ -179,6 +183,9 @@ def _main(arguments: argparse.Namespace) -> int:
         update_bn_stats(run.model)  # a state dict says only of frozen layers that they are
         load_state(run.model, read_training(run.best_path)[1]["state_dict"], str(run.best_path))
         print(f"deployed is epoch {best.epoch}, the best; --deploy last takes the last", flush=True)
+    if no_files is not None:
+        print(f"written: {', '.join(str(arguments.output / name) for name in ('last.pt', 'best.pt', 'log.csv'))}")
+        return 0
     return deploy(run.model.cpu(), made, data, arguments.output, arguments.workers, onnx=not arguments.no_onnx)
 
 

@@ -89,6 +89,17 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
     return converted if isinstance(converted, DeployedModule) else carry_codes(converted)
 
 
+def why_not_deployable(model: nn.Module) -> str | None:
+    """Return the reason why a prepared model has no deployed form, however it is trained, or None where it has one."""
+    for name, module in model.named_modules():
+        if isinstance(module, FloatFakeQuantize):
+            return (
+                f"the quantizer {name!r} rounds to {module.format}, which has no deployed form yet: only integer codes "
+                "have one"
+            )
+    return None
+
+
 def _with_own_zero_points(converted: nn.Module) -> list[str]:
     """Return the names of layers whose weight zero points differ between channels."""
     layers = [(name, module) for name, module in converted.named_modules() if isinstance(module, QuantizedLayer)]
@@ -115,12 +126,10 @@ def _check(model: nn.Module, allow_unquantized: bool) -> None:
         raise ValueError(
             f"{type(model).__name__} has no quantization-aware layer and no fake quantizer: use prepare_qat first"
         )
+    reason = why_not_deployable(model)
+    if reason is not None:
+        raise ValueError(f"{reason}; evaluate the trained model itself, in eval mode")
     for name, module in model.named_modules():
-        if isinstance(module, FloatFakeQuantize):
-            raise ValueError(
-                f"the quantizer {name!r} rounds to {module.format}, which has no deployed form yet: only integer codes "
-                "have one; evaluate the trained model itself, in eval mode"
-            )
         if isinstance(module, FakeQuantizeBase) and not module.is_enabled_on_host() and not allow_unquantized:
             why = "has never observed anything" if bool(module.fake_quant_enabled) else "is switched off"
             raise ValueError(

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from textwrap import wrap
-from typing import Literal
 
 from torch import nn
 
@@ -20,7 +19,7 @@ from tritonq.nn.compiled import uncompiled
 from tritonq.nn.fixed_point import FixedPointLayer
 from tritonq.nn.unary import UnaryLayer
 from tritonq.observers import ObserverBase
-from tritonq.prepare.decide.layer_records import LayerRecord
+from tritonq.prepare.decide.layer_records import LayerRecord, Status
 from tritonq.prepare.record.operations import is_leaf
 from tritonq.qparams import QuantizedType
 from tritonq.report.table import WIDTH, text_table
@@ -43,7 +42,8 @@ class LayerSummary:
         fused_with: names of what it became one layer with.
         grid: codes of its weight (w), output (y) and input (x); "" where it has no quantizer of its own. A layer that
             computes in float, since its input lies on no known grid, says ``x float``.
-        status: ``"quantized"`` or ``"float"``.
+        status: ``"quantized"``; ``"float"``; or ``"moves values"`` of an operation that leaves values as they are, so
+            that codes stay codes (reshaping, pooling by maximum, …).
         reason: why it is in float, or "".
     """
 
@@ -51,7 +51,7 @@ class LayerSummary:
     kind: str
     fused_with: tuple[str, ...]
     grid: str
-    status: Literal["quantized", "float"]
+    status: Status
     reason: str
 
 
@@ -81,6 +81,11 @@ class ModelSummary:
         """The layers left in float."""
         return tuple(layer for layer in self._rows() if layer.status == "float")
 
+    @property
+    def moving(self) -> tuple[LayerSummary, ...]:
+        """The operations that leave values as they are."""
+        return tuple(layer for layer in self._rows() if layer.status == "moves values")
+
     def _rows(self) -> Iterator[LayerSummary]:
         return (layer for layer in self.layers if layer.name not in self.absorbed)
 
@@ -105,9 +110,10 @@ class ModelSummary:
     def _in_a_line(self) -> str:
         kinds = Counter(layer.kind for layer in self.quantized)
         parts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        moving = f"{len(self.moving)} that only move values, " if self.moving else ""
         return (
             f"{self.model}: {len(self.quantized)} layers quantized ({parts}), {len(self.absorbed)} more fused into "
-            f"them, {len(self.in_float)} left in float"
+            f"them, {moving}{len(self.in_float)} left in float"
         )
 
 

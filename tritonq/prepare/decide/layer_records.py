@@ -18,6 +18,8 @@ from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import Plan
 
+Status = Literal["quantized", "moves values", "float"]
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -27,14 +29,15 @@ class LayerRecord:
         name: qualified name in the float model; for additions and concatenations that of the module made of them.
         kind: class name, or the operation.
         fused_with: names of what it became one layer with.
-        status: ``"quantized"`` or ``"float"``.
+        status: ``"quantized"``; ``"float"``; or ``"moves values"`` of an operation that leaves values as they are, so
+            that codes stay codes (reshaping, pooling by maximum, …).
         reason: why it is in float, or "".
     """
 
     name: str
     kind: str
     fused_with: tuple[str, ...]
-    status: Literal["quantized", "float"]
+    status: Status
     reason: str
 
 
@@ -57,8 +60,8 @@ def layer_records(
             partners.setdefault(other, []).append(name)
     found: list[tuple[float, LayerRecord]] = []
 
-    def note(first: float, name: str, kind: str, reason: str = "") -> None:
-        status: Literal["quantized", "float"] = "float" if reason else "quantized"
+    def note(first: float, name: str, kind: str, reason: str = "", status: Status | None = None) -> None:
+        status = status or ("float" if reason else "quantized")
         found.append((first, LayerRecord(name, kind, tuple(partners.get(name, ())), status, reason)))
 
     quantized = {layer.name for layer in plan.layers}
@@ -71,7 +74,11 @@ def layer_records(
             continue
         whole = name in quantized or (name in partners and _absorbed(name, analysis, plan))
         kind = str(module.original_name) if isinstance(module, ScriptModule) else type(module).__name__
-        note(_first_call(name, analysis), name, kind, "" if whole else _reason(name, module, analysis, plan))
+        first = _first_call(name, analysis)
+        if not whole and _moves_values(name, analysis, plan):
+            note(first, name, kind, status="moves values")
+        else:
+            note(first, name, kind, "" if whole else _reason(name, module, analysis, plan))
     for layer in plan.layers:
         if layer.function is not None:
             note(layer.calls[0], layer.name, layer.function.calls[0].name)
@@ -130,6 +137,11 @@ def _absorbed(name: str, analysis: Analysis, plan: Plan) -> bool:
     return all(call.index in plan.erased for call in analysis.flow.calls_of(name))
 
 
+def _moves_values(name: str, analysis: Analysis, plan: Plan) -> bool:
+    calls = analysis.flow.calls_of(name)
+    return bool(calls) and name not in plan.float_reasons and all(analysis.keeps_grid(call) for call in calls)
+
+
 def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str:
     calls = analysis.flow.calls_of(name)
     if name in plan.float_reasons:
@@ -140,8 +152,6 @@ def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str
         return "torch.jit made it: it runs as it is, since its inside can't be seen"
     if isinstance(module, _BatchNorm):
         return "no convolution or linear layer alone precedes it"
-    if all(analysis.keeps_grid(call) for call in calls):
-        return "it keeps the grid of its input"
     clipped = _clipped_layer(name, analysis, plan)
     if clipped is not None:
         return f"the quantizer of {clipped} stands behind it"
