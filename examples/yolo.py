@@ -136,8 +136,10 @@ def main() -> None:
     parser.add_argument("--model", default="yolov8n.yaml")
     parser.add_argument("--folder", type=Path, default=Path("yolo-example"))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--epochs", type=int, nargs=2, metavar=("FLOAT", "QUANTIZED"))
     args = parser.parse_args()
     images, epochs, size = (96, (12, 3), 96) if args.quick else (1024, (40, 10), 160)
+    epochs = args.epochs or epochs
     folder = args.folder.resolve()
     write_images(folder / "train", images, size, seed=0)
     write_images(folder / "val", max(32, images // 8), size, seed=1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.observers import HistogramObserver, InterpolatingHistogramObserver, RangeObserver
 from tritonq.process_group import GroupReference, ProcessGroup, ProcessGroupLike, reduce_sums
+from tritonq.rank_ranges import SharesRange, merge_ranges
 
 
 @torch.no_grad()
@@ -16,8 +17,9 @@ def sync_observers(model: nn.Module, process_group: ProcessGroupLike = "world") 
     """Give every observer of ``model`` what all ranks' observers have seen, and refresh the scales that follow.
 
     Ranges become the smallest minimum and the largest maximum; histograms the sum of all ranks' counts, as if one rank
-    had seen everything (to rounding where bins move). Only counts since the last call are added, so that calling it
-    again changes nothing. At most three collectives, however many observers there are. Every rank must call it with the
+    had seen everything (to rounding where bins move). Histories of magnitudes become the largest of all ranks'; what is
+    trained or searched, the first rank's. Only counts since the last call are added, so that calling it again changes
+    nothing. At most four collectives, however many observers there are. Every rank must call it with the
     same model; one whose observers have seen nothing takes part.
 
     Args:
@@ -48,6 +50,8 @@ def sync_observers(model: nn.Module, process_group: ProcessGroupLike = "world") 
     for observer in observers:
         if observer.qtype.axis is not None and observer.num_channels is None:
             raise ValueError(f"{type(observer).__name__} does not know its number of channels: pass num_channels=")
+    quantizers = [module for module in model.modules() if isinstance(module, SharesRange)]
+    merge_ranges([quantizer for quantizer in quantizers if not _has_range_observer(quantizer)], group)
     if not observers:
         return
     ranges = _reduced_ranges(observers, group)
@@ -58,8 +62,8 @@ def sync_observers(model: nn.Module, process_group: ProcessGroupLike = "world") 
     for observer, (low, high) in ranges.items():
         observer.min_val.copy_(low)
         observer.max_val.copy_(high)
-    for quantizer in model.modules():
-        if isinstance(quantizer, FakeQuantize) and isinstance(quantizer.activation_post_process, RangeObserver):
+    for quantizer in quantizers:
+        if isinstance(quantizer, FakeQuantize) and _has_range_observer(quantizer):
             quantizer.refresh_qparams()
 
 
@@ -99,6 +103,11 @@ def broadcast_statistics(model: nn.Module, process_group: ProcessGroupLike = "wo
         dist.broadcast(flat, group=group, group_src=0)
         for buffer, value in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
             buffer.copy_(value.view_as(buffer))
+
+
+def _has_range_observer(quantizer: SharesRange) -> bool:
+    """Whether scale and zero point follow from an observer's range at all times."""
+    return isinstance(quantizer, FakeQuantize) and isinstance(quantizer.activation_post_process, RangeObserver)
 
 
 def _reduced_ranges(observers: list[RangeObserver], group: ProcessGroup) -> dict[RangeObserver, tuple[Tensor, Tensor]]:

@@ -17,6 +17,7 @@ from tritonq.grid import Grid
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
 from tritonq.outliers import tell_outlier
 from tritonq.qparams import QParams, QuantizedType
+from tritonq.rank_ranges import FollowingGrid, RankState, join_ranks
 from tritonq.saved_grid import SavesGrid
 from tritonq.switched_quantizer import SwitchedQuantizer
 from tritonq.warn_once import warn_once
@@ -206,6 +207,7 @@ class FakeQuantize(FakeQuantizeBase):
     def begin_anew(self) -> None:
         """Forget what example inputs gave; a no-op once training has begun, and while the observer is off."""
         observer = self.activation_post_process
+        join_ranks()
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._magnitude = tell_outlier(observer, self._magnitude)
@@ -226,6 +228,16 @@ class FakeQuantize(FakeQuantizeBase):
             self._qparams_known, self._magnitude = False, -math.inf
             self.begins.zero_()
         self._beginning = None
+
+    def rank_state(self) -> RankState:
+        """See base class; histograms are the first rank's, until :func:`tritonq.sync_observers` adds them up."""
+        observer = self.activation_post_process
+        if isinstance(observer, RangeObserver) and observer.process_group.process_group is not None:
+            return RankState()
+        if isinstance(observer, MinMaxObserver):
+            grid = FollowingGrid(self.scale, self.zero_point, self.qtype, observer.rule, observer.eps)
+            return RankState([observer.min_val], [observer.max_val], grid=grid)
+        return RankState(first=[self.scale, self.zero_point])
 
     def has_qparams(self) -> bool:
         """See base class."""

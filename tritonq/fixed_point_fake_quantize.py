@@ -20,6 +20,7 @@ from tritonq.functional.fixed_point import (
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.validate import check_axis
 from tritonq.qparams import QParams
+from tritonq.rank_ranges import RankState, join_ranks
 from tritonq.reference.fixed_point import power_of_two
 from tritonq.warn_once import warn_once
 
@@ -160,12 +161,17 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Choose a fractional length for this batch and move the running one, unless ``observer_enabled`` is 0."""
+        join_ranks()
         batch, enabled = self.choose(x), self.observer_enabled != 0
         running = self.momentum * batch.double() + (1 - self.momentum) * self.frac_len
         self.frac_len.copy_(torch.where(enabled, running, self.frac_len))
         self.batch_frac_len.copy_(torch.where(enabled, batch, self.rounded_frac_len()))
         self.observed.copy_(torch.maximum(self.observed, self.observer_enabled))
         self.scale.copy_(power_of_two(-self.rounded_frac_len()))
+
+    def rank_state(self) -> RankState:
+        """See base class: the first rank's fractional length counts."""
+        return RankState(first=[self.frac_len, self.scale])
 
     def quantize(self, x: Tensor) -> Tensor:
         """Round ``x`` with the fractional length of this batch (training), or the running one (eval)."""

@@ -15,6 +15,7 @@ from tritonq.functional.float_blocks import fake_quantize_blocks
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.grid import Grid
 from tritonq.qparams import QuantizedType, is_readable
+from tritonq.rank_ranges import RankState, join_ranks
 from tritonq.switched_quantizer import SwitchedQuantizer
 from tritonq.warn_once import warn_once
 
@@ -128,15 +129,29 @@ class FloatFakeQuantize(SwitchedQuantizer):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Put the largest finite magnitudes of ``x`` into the history, unless ``observer_enabled`` is 0."""
+        join_ranks()
         axis = None if self.blocks is not None else self.ch_axis
         low, high, _ = implementation("min_max", x).min_max(x, axis)
         largest = torch.maximum(-low, high).clamp_(min=0).view(1, -1)
-        is_observing = self.observer_enabled != 0
         history = torch.cat([largest, self.amax_history[:-1]])
-        self.amax_history.copy_(torch.where(is_observing, history, self.amax_history))
+        self.amax_history.copy_(torch.where(self.observer_enabled != 0, history, self.amax_history))
+        self._follow_history()
+
+    def rank_state(self) -> RankState:
+        """See base class."""
+        return RankState(highest=[self.amax_history] if self.has_observed_scale else [])
+
+    def follow_ranks(self) -> None:
+        """See base class."""
+        if self.has_observed_scale:
+            self._follow_history()
+
+    def _follow_history(self) -> None:
+        """Compute the scale from the history, unless ``observer_enabled`` is 0."""
         scale = self.amax_history.amax(0) / self.reach
         # A channel of zeros may have any scale.
-        self.scale.copy_(torch.where(is_observing, torch.where(scale > 0, scale, 1.0), self.scale))
+        scale = torch.where(scale > 0, scale, 1.0)
+        self.scale.copy_(torch.where(self.observer_enabled != 0, scale, self.scale))
 
     def _rounded(self, x: Tensor) -> Tensor:
         enabled = self.fake_quant_enabled

@@ -15,6 +15,7 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.observers import ObserverBase
 from tritonq.qparams import QParams, QuantizedType, Rounding
+from tritonq.rank_ranges import RankState, join_ranks
 from tritonq.warn_once import warn_once
 
 
@@ -121,6 +122,12 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         """See base class."""
         return self.initialized
 
+    def rank_state(self) -> RankState:
+        """See base class: the parameters begin with what the first rank's first batch gave."""
+        own = self.parameters(recurse=False)
+        zero_point = self._buffers.get("zero_point")
+        return RankState(first=[*own, *([] if zero_point is None else [zero_point])])
+
     def observe(self, x: Tensor) -> None:
         """Let the observer see ``x``; the parameters stay as they are."""
         if self.qtype.axis is not None:
@@ -152,6 +159,8 @@ class LearnedFakeQuantize(FakeQuantizeBase):
                 f"torch.compile can't set the parameters of a {type(self).__name__}: run the model once on a batch, or "
                 "call initialize(), before it is compiled"
             )
+        if self.training:
+            join_ranks()
         waits = self.training and (self._beginning is not None or not self.has_qparams())
         may_observe = not torch.compiler.is_compiling() and not is_recomputing()
         if waits and may_observe and bool(self.observer_enabled) and (self._begins_anew() or not self.has_qparams()):

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from tritonq.factory import WithArgs
 from tritonq.observers.base import FixedDtypeBuffers
+from tritonq.rank_ranges import SharesRange
 
 
-class SwitchedQuantizer(WithArgs, FixedDtypeBuffers):
+class SwitchedQuantizer(WithArgs, FixedDtypeBuffers, SharesRange):
     """A fake quantizer whose rounding and observation can be switched off, on the device.
 
     Attributes:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tritonq
 from qat_models import FloatResidual, images
@@ -144,8 +145,50 @@ def fully_sharded(model, rank, broadcasts=False):
     return state_of(model) | {"losses": losses}
 
 
+def ddp_by_default(rank):
+    """Nobody named a group: ranges are those of all ranks all the same, in an average of the model too."""
+    model = prepared(Plain, None)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    found = {}
+    for step in range(3):
+        train(wrapped, rank, steps=1)
+        average.update_parameters(model)
+        found |= {f"{step}.{name}": value for name, value in state_of(model).items()}
+    # A process whose data have ended runs no forward, and another must not wait for it.
+    ranges = state_of(model)
+    with wrapped.join():
+        for _ in range(1 + rank):
+            wrapped(batch(5, rank)[0]).sum().backward()
+    average.eval()
+    deployed = tritonq.convert(average.module)
+    found |= {f"average.{name}": value for name, value in state_of(average.module).items()}
+    assert any((value != ranges[name]).any() for name, value in state_of(model).items() if "max_val" in name)
+    return found | {"deployed.max_val": deployed(batch(0, None)[0]).detach().numpy()}
+
+
+# Quantizers whose statistics are no running range.
+OTHER_PRESETS = ("fp8_e4m3", "nvfp4", "lsq_w4a4", "megengine_tqt", "f8net")
+
+
+def ddp_other_quantizers(rank):
+    found = {}
+    for preset in (*OTHER_PRESETS, "compiled"):
+        torch.manual_seed(0)
+        convs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        qconfig = tritonq.get_qconfig("onnxruntime" if preset == "compiled" else preset)
+        model = tritonq.prepare_qat(convs, qconfig=qconfig, example_inputs=images(2)).train()
+        called = torch.compile(model, backend="eager", fullgraph=True) if preset == "compiled" else model
+        wrapped = nn.parallel.DistributedDataParallel(called)
+        for step in range(2):
+            wrapped(batch(step, rank)[0] * (1 + rank)).sum().backward()
+        found |= {f"{preset}.{name}.max_val": value for name, value in state_of(model).items()}
+    return found
+
+
 # Sharding comes last: with gloo it may abort its process at exit.
-FUNCTIONS = (ddp_plain, ddp_batch_norm, ddp_frozen, ddp_accumulates, fsdp_plain, fsdp_batch_norm, fsdp_broadcast)
+OF_REPLICAS = (ddp_by_default, ddp_other_quantizers, ddp_plain, ddp_batch_norm, ddp_frozen, ddp_accumulates)
+FUNCTIONS = (*OF_REPLICAS, fsdp_plain, fsdp_batch_norm, fsdp_broadcast)
 
 
 def process(rank, store, functions, folder):
@@ -209,9 +252,10 @@ def test_ranks_agree(results, name):
     assert list(first) == list(second)
     compared = [key for key in first if key != "losses" and not is_own(key, name)]
     assert len(compared) >= 6
-    assert name == "ddp_accumulates" or any("activation_post_process.max_val" in key for key in compared)
+    assert name == "ddp_accumulates" or any("max_val" in key for key in compared)
     for key in compared:
-        if "nonfinite" not in key:
+        # Counts of what was skipped, and a choice for one batch, are each rank's own.
+        if "nonfinite" not in key and "batch_frac_len" not in key:
             assert (first[key] == second[key]).all(), key
 
 
@@ -235,6 +279,18 @@ def test_ranks_equal_one_process_with_the_joint_batch(results, name, kind, froze
         moved = (wanted - torch.from_numpy(start[key]).double().nan_to_num(0, 0, 0)).abs()
         # Rounding flips a few codes of a gradient's mask; that stays far below what 20 steps moved.
         assert float((got - wanted).abs().max()) <= 0.02 * float(moved.max()) + 1e-6, key
+
+
+def test_ranges_are_those_of_the_joint_batch_by_default(results):
+    """The inputs' range depends on the data alone, and so is the joint batch's to the bit."""
+    model = prepared(Plain, None)
+    for step in range(3):
+        train(model, None, steps=1)
+        expected = state_of(model)
+        names = [name for name in expected if name.startswith("conv.input_fake_quant.") and "nonfinite" not in name]
+        assert len(names) >= 4
+        for name in names:
+            assert (results["ddp_by_default"][0][f"{step}.{name}"] == expected[name]).all(), name
 
 
 def test_accumulation_without_sync(results):

@@ -35,6 +35,7 @@ LAYERS = [
         "tritonq.fixed_point_fake_quantize",
         "tritonq.graphs",
         "tritonq.float_fake_quantize",
+        "tritonq.rank_ranges",
         "tritonq.switched_quantizer",
         "tritonq.learned_base",
         "tritonq.learned_fake_quantize",

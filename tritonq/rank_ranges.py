@@ -1,0 +1,179 @@
+"""Ranges of quantizers that DistributedDataParallel trains: the same on all ranks, by one collective per forward."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tritonq.process_group import ProcessGroup
+from tritonq.qparams import QuantizedType, RangeRule, range_to_qparams
+
+
+@dataclass
+class FollowingGrid:
+    """Scale and zero point of the ranges in a :class:`RankState`."""
+
+    scale: Tensor
+    zero_point: Tensor
+    qtype: QuantizedType
+    rule: RangeRule
+    eps: float
+
+
+@dataclass
+class RankState:
+    """Tensors of one quantizer on which ranks agree, updated in place.
+
+    Attributes:
+        lowest: all ranks take the smallest value.
+        highest: all ranks take the largest value.
+        first: all ranks take the first rank's value.
+        grid: what follows from the range that ``lowest`` and ``highest``, of one tensor each, then are.
+    """
+
+    lowest: Sequence[Tensor] = ()
+    highest: Sequence[Tensor] = ()
+    first: Sequence[Tensor] = ()
+    grid: FollowingGrid | None = None
+
+
+class SharesRange(nn.Module):
+    """A quantizer whose range is that of all ranks under DistributedDataParallel."""
+
+    def rank_state(self) -> RankState:
+        """Return the tensors on which ranks agree; of the same shapes on every rank."""
+        return RankState()
+
+    def follow_ranks(self) -> None:
+        """Refresh what follows from tensors that may have changed and is not in ``RankState.grid``."""
+
+
+# The quantizers of each model that was met: DistributedDataParallel lists buffers once too.
+_QUANTIZERS: WeakKeyDictionary[nn.Module, list[SharesRange]] = WeakKeyDictionary()
+
+
+def join_ranks() -> None:
+    """Have the DistributedDataParallel whose forward is running, if one is, merge ranges behind each forward."""
+    if torch.compiler.is_compiling():
+        _join_while_tracing()
+    else:
+        _join()
+
+
+def _join_while_tracing() -> bool:
+    """Run as written when a graph is traced, and leave neither operators nor guards in it."""
+    _join()
+    return True
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler with this file.
+vars(_join_while_tracing)["_dynamo_marked_constant"] = True
+
+
+def _join() -> None:
+    parallel = DistributedDataParallel._active_ddp_module
+    if parallel is None or share_ranges in parallel._forward_hooks.values():
+        return
+    parallel.register_forward_hook(share_ranges)
+    behind_forward: Callable[[Any], Any] = parallel._post_forward
+
+    def first_time(output: Any) -> Any:
+        # The hooks of the forward that is running were looked up before this one came.
+        vars(parallel).pop("_post_forward")
+        output = behind_forward(output)
+        share_ranges(parallel, (), output)
+        return output
+
+    vars(parallel)["_post_forward"] = first_time
+
+
+def share_ranges(parallel: DistributedDataParallel, inputs: Any, output: Any) -> None:
+    """Merge the ranges of a model in training mode over its ranks: a forward hook.
+
+    Ranks whose data have ended run no forward, so that nothing is merged under ``parallel.join()``.
+    """
+    group = parallel.process_group
+    if not parallel.training or parallel._join_config.enable or dist.get_world_size(group) == 1:
+        return
+    quantizers = _QUANTIZERS.get(parallel)
+    if quantizers is None:
+        quantizers = [module for module in parallel.modules() if isinstance(module, SharesRange)]
+        _QUANTIZERS[parallel] = quantizers
+    merge_ranges(quantizers, group)
+
+
+@torch.no_grad()
+def merge_ranges(quantizers: Sequence[SharesRange], group: ProcessGroup) -> None:
+    """Give all ranks the smallest minimum and the largest maximum of each range, in one collective.
+
+    From equal ranges, the moving averages of the ranks' batches become that of the joint batch: ``min(m + c (a - m),
+    m + c (b - m)) = m + c (min(a, b) - m)``. Merging again changes nothing. Nothing is read back from the device.
+
+    Args:
+        quantizers: the same on every rank, on one device.
+        group: a group of torch.distributed.
+    """
+    states = [quantizer.rank_state() for quantizer in quantizers]
+    lowest = [tensor for state in states for tensor in state.lowest]
+    highest = [tensor for state in states for tensor in state.highest]
+    first = [tensor for state in states for tensor in state.first]
+    if not (lowest or highest or first):
+        return
+    own = [_joined(lowest), _joined(highest).neg(), _joined(first)]
+    if dist.get_rank(group) != 0:
+        own[2].fill_(torch.inf)
+    both = torch.cat(own)
+    dist.all_reduce(both, dist.ReduceOp.MIN, group=group)
+    low, high, values = torch.split(both, [part.numel() for part in own])
+    lows, highs = _apart(low, lowest), _apart(high.neg(), highest)
+    # A range that is nobody else's keeps its grid, which may have been set by hand.
+    moved = {id(tensor): part for tensor, part in zip(lowest, _apart(low != own[0], lowest), strict=True)}
+    moved |= {id(tensor): part for tensor, part in zip(highest, _apart(high != own[1], highest), strict=True)}
+    # A parameter's own forward has run already: its version must not say that it changed since.
+    held = [tensor.data if isinstance(tensor, nn.Parameter) else tensor for tensor in (*lowest, *highest, *first)]
+    torch._foreach_copy_(held, [*lows, *highs, *_apart(values, first)])
+    _move_grids([state for state in states if state.grid is not None], moved)
+    for quantizer in quantizers:
+        quantizer.follow_ranks()
+
+
+def _move_grids(states: Sequence[RankState], moved: dict[int, Tensor]) -> None:
+    """Write scale and zero point of the ranges that moved, for all grids of one kind at once."""
+    kinds: dict[object, list[tuple[RankState, FollowingGrid]]] = defaultdict(list)
+    for state in states:
+        if state.grid is not None:
+            kinds[replace(state.grid.qtype, axis=None), state.grid.rule, state.grid.eps].append((state, state.grid))
+    for alike in kinds.values():
+        lows = [state.lowest[0] for state, _ in alike]
+        highs = [state.highest[0] for state, _ in alike]
+        scales, zero_points = [grid.scale for _, grid in alike], [grid.zero_point for _, grid in alike]
+        kind = alike[0][1]
+        scale, zero_point = range_to_qparams(
+            _joined(lows), _joined(highs), replace(kind.qtype, axis=None), rule=kind.rule, eps=kind.eps
+        )
+        has_moved = torch.cat(
+            [moved[id(low)].view(-1) | moved[id(high)].view(-1) for low, high in zip(lows, highs, strict=True)]
+        )
+        scale = torch.where(has_moved, scale, _joined(scales))
+        zero_point = torch.where(has_moved, zero_point, _joined(zero_points))
+        torch._foreach_copy_(scales, _apart(scale, scales))
+        torch._foreach_copy_(zero_points, _apart(zero_point, zero_points))
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements, one after the other."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]) if tensors else torch.empty(0)
+
+
+def _apart(joined: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The elements of each tensor, in its shape: the inverse of :func:`_joined`."""
+    parts = torch.split(joined, [tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
