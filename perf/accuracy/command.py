@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         _work(plan, path, _Tasks(folder, budget), given.only, time.monotonic() + 60 * given.minutes)
     found = results.read(path)
     print(text(found))
+    for item, error in found.failed.items():
+        print(f"failed: {item.row.bits} {item.method}, seed {item.seed}, {item.recipe}: {error}")
     for line in plan.describe_cut():
         print(f"cut: {line}")
     left = len(list(_missing(plan, path, "")))
@@ -73,7 +75,12 @@ def _work(plan: Plan, path: Path, tasks: _Tasks, only: str, until: float) -> Non
         item = next(_missing(plan, path, only), None)
         if item is None:
             break
-        values = measure(item, tasks[item.task], tasks.budget, path.parent)
+        try:
+            values = measure(item, tasks[item.task], tasks.budget, path.parent)
+        except Exception as error:  # a library that can't do it must not stop the others
+            results.append(path, item, {"failed": f"{type(error).__name__}: {error}"[:300]})
+            print(f"{item}: failed, {error}", file=sys.stderr, flush=True)
+            continue
         results.append(path, item, values)
         _tell(item, values)
     found = results.read(path)
@@ -99,7 +106,7 @@ def _missing(plan: Plan, path: Path, only: str) -> Iterator[Measurement]:
         recipes = list(RECIPES) if step.seed == 0 else [choice] if choice is not None else []
         for recipe in recipes:
             item = row.measurement(step.seed, recipe)
-            if item not in found.measured:
+            if item not in found.measured and item not in found.failed:
                 yield item
 
 

@@ -46,6 +46,9 @@ def _sections(found: Results, plan: Plan) -> str:
     open_seeds = sum(seed not in found.seeds_of(row) for row, seed in planned)
     if open_seeds:
         parts.append(f"\n{open_seeds} of {len(planned)} rows and seeds of the plan are not measured yet.")
+    if found.failed:
+        errors = (f"{item.method} at {item.row.bits} ({error})" for item, error in found.failed.items())
+        parts.append("\nFailed: " + "; ".join(dict.fromkeys(errors)) + ".")
     if plan.cut:
         parts.append("\nCut from the plan, for want of time: " + "; ".join(plan.describe_cut()) + ".")
     parts.append("\n" + _measured_with(found))

@@ -21,10 +21,12 @@ class Results:
     Attributes:
         measured: records by measurement.
         tested: accuracies of the test split by measurement, for chosen recipes.
+        failed: errors by measurement.
     """
 
     measured: dict[Measurement, Record]
     tested: dict[Measurement, float]
+    failed: dict[Measurement, str]
 
     def rows(self) -> list[Row]:
         """Return the rows that have a measurement, in order."""
@@ -71,6 +73,7 @@ def settings_of(item: Measurement) -> Record:
 def read(path: Path) -> Results:
     """Read a file; a line that was cut off, and records of other settings than today's, do not count."""
     measured: dict[Measurement, Record] = {}
+    failed: dict[Measurement, str] = {}
     tested: dict[Measurement, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -80,11 +83,13 @@ def read(path: Path) -> Results:
         item = Measurement(**{field.name: record[field.name] for field in fields(Measurement)})
         if item.method not in ALL_METHODS or item.recipe not in RECIPES or record["settings"] != settings_of(item):
             continue
-        if "test" in record:
+        if "failed" in record:
+            failed[item] = record["failed"]
+        elif "test" in record:
             tested[item] = record["test"]
         else:
             measured[item] = record
-    return Results(measured, {item: value for item, value in tested.items() if item in measured})
+    return Results(measured, {item: value for item, value in tested.items() if item in measured}, failed)
 
 
 def append(path: Path, item: Measurement, values: Record) -> None:

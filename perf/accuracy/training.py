@@ -25,7 +25,8 @@ def train(model: nn.Module, data: Split, epochs: int, rate: float, decay: float,
         for chosen in torch.split(torch.randperm(len(data.images), generator=generator), BATCH):
             for group in optimizer.param_groups:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            loss = loss_of(model.train()(data.images[chosen]), data.targets[chosen])
+            model.train()  # that of exported models returns None
+            loss = loss_of(model(data.images[chosen]), data.targets[chosen])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -66,6 +66,20 @@ def test_a_changed_method_invalidates_its_rows_alone(tmp_path, monkeypatch):
     assert results.read(path).choice(rows[0]) is None
 
 
+def test_a_library_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def fail(request):
+        raise NotImplementedError("no such layer")
+
+    rows = [Row("garments", "residual", 2, 2, name) for name in ("Brevitas", "LSQ by hand")]
+    monkeypatch.setattr(command, "quick_plan", lambda: plan.Plan([plan.Step(row, 0) for row in rows], []))
+    monkeypatch.setitem(plan.ALL_METHODS, "Brevitas", replace(plan.ALL_METHODS["Brevitas"], make=fail, modules=()))
+    assert command.main(["--quick", "--out", str(tmp_path)]) == 0
+    found = results.read(tmp_path / "quick.jsonl")
+    assert [item.method for item in found.measured] == ["LSQ by hand"] * 2
+    assert set(found.failed.values()) == {"NotImplementedError: no such layer"}
+    assert "failed: W2A2 Brevitas, seed 0, low rate: NotImplementedError" in capsys.readouterr().out
+
+
 def test_the_plan_fits_its_hours_and_says_what_it_cuts(tmp_path):
     full, short = plan.full_plan(3), plan.full_plan(3, hours=0.5)
     assert sum(step.seconds for step in full.steps) <= 3 * 3600
@@ -77,7 +91,7 @@ def test_the_plan_fits_its_hours_and_says_what_it_cuts(tmp_path):
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     row = Row("garments", "residual", 2, 2, "LSQ")
     measured = {row.measurement(0, recipe): _record(row.measurement(0, recipe), 80.0) for recipe in RECIPES}
-    markdown(results.Results(measured, {}), short, page)
+    markdown(results.Results(measured, {}, {}), short, page)
     written = page.read_text()
     assert written.startswith(f"before\n{BEGIN}\n")
     assert written.endswith(f"{END}\nafter\n")
@@ -86,7 +100,7 @@ def test_the_plan_fits_its_hours_and_says_what_it_cuts(tmp_path):
     assert "Cut from the plan" in written
     page.write_text("a page without the marks")
     with pytest.raises(ValueError, match="once each"):
-        markdown(results.Results({}, {}), short, page)
+        markdown(results.Results({}, {}, {}), short, page)
 
 
 def test_idx_files_come_back_packed_or_not(tmp_path):

@@ -26,6 +26,7 @@ from tritonq.deploy.onnx_float_layers import quantize_layers_at_once, tell_float
 from tritonq.deploy.onnx_functions import CodeTable, check_functions
 from tritonq.deploy.onnx_moves import quantize_behind_moves
 from tritonq.deploy.onnx_opset17 import lower_opset
+from tritonq.deploy.onnx_packed import PACKED_OPSET, pack_weights
 from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return_tensors_alone
 from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.record.example import example_arguments
@@ -50,6 +51,7 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     pixels: tuple[float | Sequence[float], float | Sequence[float]] | None = None,
     returns: Returned = "values",
+    pack: bool = False,
 ) -> None:
     """Write a quantization-aware or converted model as an ONNX file.
 
@@ -87,6 +89,9 @@ def export_onnx(
             quantizers alone read.
         returns: ``"values"``; ``"codes"`` of the outputs, uint8 or int8 (their scales and zero points stand in the
             file's metadata); or ``"argmax"``, the index of the largest along axis 1.
+        pack: store weights of four bits and fewer as INT4 and UINT4, two codes per byte, in a file of opset 21 at
+            least. ONNX Runtime computes their layers in float, which takes longer, and in no defined order, so that
+            :func:`tritonq.verify` allows one code there.
 
     Raises:
         ValueError: an unknown target, or none for layers of several; an old opset; something the target can't represent
@@ -115,7 +120,7 @@ def export_onnx(
     model = uncompiled(model)
     if has_fixed_point(model) or has_integers(model):
         options: dict[str, Any] = {"target": target, "opset": opset, "pixels": pixels, "returns": returns}
-        options |= {"dynamic_batch": dynamic_batch, "dynamic_sizes": dynamic_sizes}
+        options |= {"dynamic_batch": dynamic_batch, "dynamic_sizes": dynamic_sizes, "pack": pack}
         options |= {"input_names": input_names, "output_names": output_names}
         _export_fixed_point(model, path, example_inputs, options)
         return
@@ -126,6 +131,8 @@ def export_onnx(
 
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
     target = onnx_form_of(deployed.modules()) if target is None else target
+    if pack and target == "tensorrt":
+        raise ValueError('pack=True takes integer weights, and files for target="tensorrt" have float ones')
     if dynamic_sizes:
         check_sizes(deployed, example_arguments(example_inputs))
     traced, tables = onnx_form(deployed, target)
@@ -134,6 +141,7 @@ def export_onnx(
     arguments, shapes = open_axes(traced.forward, arguments, dynamic_batch, dynamic_sizes)
     result = result_of(deployed, *arguments)
     return_tensors_alone(traced, result)
+    opset = max(opset, PACKED_OPSET) if pack else opset
     program = _export(traced, *arguments, shapes, max(opset, DEFAULT_OPSET), input_names, output_names)
     if output_names is None:
         name_outputs(program.model, output_paths(result))
@@ -146,7 +154,7 @@ def export_onnx(
     if opset < DEFAULT_OPSET:
         lower_opset(proto)
     whole_ends(proto, normalization, returns, deployed)
-    _write(proto, Path(path), tables)
+    _write(proto, Path(path), tables, pack)
     if target == "onnxruntime":
         tell_float_convolutions(proto)
 
@@ -263,7 +271,7 @@ def _name_codes(model: Any) -> None:
     model.metadata_props[CODES_KEY] = json.dumps(found)
 
 
-def _write(proto: Any, target: Path, tables: list[CodeTable]) -> None:
+def _write(proto: Any, target: Path, tables: list[CodeTable], pack: bool) -> None:
     import onnx
 
     forget_source(proto)
@@ -272,6 +280,8 @@ def _write(proto: Any, target: Path, tables: list[CodeTable]) -> None:
         codes.setdefault(entry["quantizer"], []).append(entry["tensor"])
     check_functions(proto, tables, codes)
     separate_zero_points(proto)
+    if pack:
+        pack_weights(proto)
     onnx.checker.check_model(proto, full_check=True)
     with atomic_file(target) as file:
         file.write(proto.SerializeToString())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tritonq.deploy.onnx_packed import is_packed
+
 # Operators whose results follow from their inputs alone: they move or choose elements, or compute each one by one
 # operation that IEEE 754 rounds, or by a function that the exporter compares on all codes.
 _NAMES = """
@@ -81,6 +83,7 @@ def find_islands(graph: Any, tensors: Sequence[str], target: str | None) -> dict
 class _Search:
     def __init__(self, graph: Any, codes: frozenset[str], has_integer_products: bool) -> None:
         self._codes, self._has_integer_products = codes, has_integer_products
+        self._packed = {tensor.name for tensor in graph.initializer if is_packed(tensor)}
         self._producers = {name: node for node in graph.node for name in node.output}
         self._readers: dict[str, list[Any]] = {}
         for node in graph.node:
@@ -137,4 +140,5 @@ class _Search:
         node = self._producers.get(name)
         while node is not None and node.op_type in _KEEPING:  # a weight may be transposed
             node = self._producers.get(node.input[0])
-        return node is not None and node.op_type == "DequantizeLinear"
+        # ONNX Runtime has no integer products of codes of four bits.
+        return node is not None and node.op_type == "DequantizeLinear" and node.input[0] not in self._packed

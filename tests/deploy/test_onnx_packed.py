@@ -1,0 +1,57 @@
+"""Weights of few bits in ONNX files with two codes per byte."""
+
+import logging
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import tritonq
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU()),
+        *(nn.Conv2d(5, 7, 3, bias=False), nn.BatchNorm2d(7), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 3)),
+    )
+    images = torch.randn(8, 1, 8, 8)
+    mapping = tritonq.get_qconfig_mapping("lsq_w4a4")
+    qat = tritonq.prepare_qat(model, qconfig=mapping, example_inputs=images).train()
+    qat(images)
+    return qat.eval(), images
+
+
+def test_codes_of_four_bits_take_half_a_byte(trained, tmp_path, caplog):
+    qat, images = trained
+    plain, packed = tmp_path / "plain.onnx", tmp_path / "packed.onnx"
+    tritonq.export_onnx(qat, plain, images)
+    with caplog.at_level(logging.INFO, "tritonq"):
+        tritonq.export_onnx(qat, packed, images, pack=True)
+    assert "(1 constants, 157 bytes less)" in caplog.text
+    file = onnx.load(packed)
+    assert next(entry.version for entry in file.opset_import if entry.domain == "") == 21
+    kinds = {tensor.name: tensor for tensor in file.graph.initializer if tensor.data_type == onnx.TensorProto.INT4}
+    codes = kinds["3.weight"]
+    before = {tensor.name: tensor for tensor in onnx.load(plain).graph.initializer}["3.weight"]
+    assert len(codes.raw_data) == 158  # 7 * 5 * 3 * 3 = 315 codes
+    assert (onnx.numpy_helper.to_array(codes).astype(int) == onnx.numpy_helper.to_array(before)).all()
+    report = tritonq.verify(qat, packed, images)
+    assert report.agrees()
+    assert "island: Conv" in str(report)
+    assert "island" not in str(tritonq.verify(qat, plain, images))
+
+
+def test_packing_is_refused_where_weights_are_not_integers(trained, tmp_path):
+    qat, images = trained
+    with pytest.raises(ValueError, match="pack=True takes integer weights"):
+        tritonq.export_onnx(qat, tmp_path / "model.onnx", images, target="tensorrt", pack=True)
+    layer = tritonq.prepare_qat(
+        nn.Sequential(nn.Linear(4, 4)), qconfig=tritonq.get_qconfig("f8net"), example_inputs=torch.randn(2, 4)
+    )
+    layer.train()(torch.randn(2, 4))
+    with pytest.raises(ValueError, match="no option pack=True"):
+        tritonq.export_onnx(layer.eval(), tmp_path / "model.onnx", torch.randn(2, 4), pack=True)
