@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.nn.modules import Detect
 from ultralytics.utils.nms import non_max_suppression
 
 import tritonq
@@ -54,19 +53,6 @@ def write_images(folder: Path, count: int, size: int, seed: int) -> None:
         (folder / "labels" / f"{index}.txt").write_text("\n".join(lines))
 
 
-def outputs_in_float(model: nn.Module, qconfig: tritonq.QConfig) -> tritonq.QConfigMapping:
-    """A mapping that leaves the last convolutions of a detector's head in float, and what decodes their results."""
-    mapping = tritonq.QConfigMapping().set_global(qconfig)
-    for name, module in model.named_modules():
-        if isinstance(module, Detect):
-            mapping = mapping.set_module_name(name, None)
-            for branch in ("cv2", "cv3"):
-                mapping = mapping.set_module_name(f"{name}.{branch}", qconfig)
-                for level, layers in enumerate(getattr(module, branch)):
-                    mapping = mapping.set_module_name(f"{name}.{branch}.{level}.{len(layers) - 1}", None)
-    return mapping
-
-
 class QuantizedTrainer(DetectionTrainer):
     """Ultralytics' trainer; what it trains is prepared. Its loss, its EMA and its augmentation are as ever."""
 
@@ -74,7 +60,7 @@ class QuantizedTrainer(DetectionTrainer):
         """Return the model that Ultralytics makes, prepared."""
         model = super().get_model(cfg, weights, verbose)
         size = self.args.imgsz
-        mapping = outputs_in_float(model, tritonq.get_qconfig("onnxruntime"))
+        mapping = tritonq.get_yolo_qconfig_mapping(model, "onnxruntime")
         return tritonq.prepare_qat(model, qconfig=mapping, example_inputs=torch.rand(2, 3, size, size))
 
     def final_eval(self) -> None:

@@ -61,7 +61,7 @@ from tritonq.prepare import (
     prepare_qat,
     update_bn_stats,
 )
-from tritonq.preset_mappings import get_qconfig_mapping
+from tritonq.preset_mappings import get_qconfig_mapping, get_yolo_qconfig_mapping
 from tritonq.qconfig import (
     QConfig,
     default_embedding_qat_qconfig,
@@ -132,6 +132,7 @@ __all__ = [
     "get_default_qat_qconfig",
     "get_qconfig",
     "get_qconfig_mapping",
+    "get_yolo_qconfig_mapping",
     "graphed",
     "histogram",
     "load_converted",

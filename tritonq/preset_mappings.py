@@ -1,6 +1,8 @@
-"""Presets as mappings: with first and last layer and inputs at 8 bits, where the preset has fewer."""
+"""Presets as mappings: what few bits want at the ends of a model, and what detectors want in their heads."""
 
 from __future__ import annotations
+
+from torch import nn
 
 from tritonq.qconfig import DEFAULT_PRESET, QConfig, get_qconfig
 from tritonq.qconfig_mapping import QConfigMapping
@@ -33,3 +35,79 @@ def get_qconfig_mapping(name: str = DEFAULT_PRESET) -> QConfigMapping:
     edge = get_qconfig(DEFAULT_PRESET)
     first = QConfig(preset.activation, edge.weight, preset.target, round_summands=preset.round_summands)
     return mapping.set_first_layer(first).set_last_layer(edge).set_input(edge)
+
+
+# What the heads of YOLO models keep beside their convolutions: strides of the feature maps, or anchors.
+_HEAD_ATTRIBUTES = ("stride", "strides", "anchors")
+# Turns distributions over distances into boxes, by a convolution with fixed weights.
+_DECODER = "dfl"
+
+
+def get_yolo_qconfig_mapping(model: nn.Module, name: str = DEFAULT_PRESET) -> QConfigMapping:
+    """A preset by name for a YOLO detector, which leaves in float what makes and decodes boxes and scores.
+
+    A head is a module that keeps ``stride``, ``strides`` or ``anchors`` and has branches: a ``ModuleList`` with, for
+    each feature map, a convolution or a ``Sequential`` that ends in one. So have Ultralytics' (YOLOv8 and later, with
+    masks, poses and rotated boxes too), YOLOv5's and YOLOX's. Their last convolutions, ``dfl`` and the arithmetic on
+    boxes stay in float, everything else gets the preset. Few operations are among them, and rounding coordinates
+    costs much accuracy.
+
+    Args:
+        model: the float model.
+        name: a preset of :func:`tritonq.get_qconfig`.
+
+    Raises:
+        ValueError: an unknown name, or a model without such a head.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> class Head(torch.nn.Module):
+        ...     stride = (8,)
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         first, last = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 6, 1)
+        ...         self.branch = torch.nn.ModuleList([torch.nn.Sequential(first, torch.nn.ReLU(), last)])
+        ...     def forward(self, maps):
+        ...         return [layers(x) for layers, x in zip(self.branch, maps)]
+        >>> model, maps = Head(), [torch.randn(2, 3, 8, 8)]
+        >>> mapping = get_yolo_qconfig_mapping(model)
+        >>> qat = tritonq.prepare_qat(model, qconfig=mapping, example_inputs=(maps,), warn=False)
+        >>> type(qat.branch[0][0]).__module__, type(qat.branch[0][2]).__module__
+        ('tritonq.nn.conv', 'torch.nn.modules.conv')
+    """
+    preset = get_qconfig(name)
+    mapping = get_qconfig_mapping(name)
+    has_head = False
+    for path, head in model.named_modules():
+        outputs = _output_convolutions(head)
+        if not outputs:
+            continue
+        has_head = True
+        prefix = f"{path}." if path else ""
+        if path:
+            mapping = mapping.set_module_name(path, None)
+        for child, _ in head.named_children():
+            mapping = mapping.set_module_name(prefix + child, None if child == _DECODER else preset)
+        for output in outputs:
+            mapping = mapping.set_module_name(prefix + output, None)
+    if not has_head:
+        raise ValueError(
+            f"no head of a detector in this {type(model).__name__}: no module with {', '.join(_HEAD_ATTRIBUTES)} and "
+            "a ModuleList of branches that end in convolutions; name its outputs by QConfigMapping.set_module_name"
+        )
+    return mapping
+
+
+def _output_convolutions(head: nn.Module) -> list[str]:
+    """Names, within ``head``, of the convolutions that end its branches; none where it is no head."""
+    if not any(hasattr(head, attribute) for attribute in _HEAD_ATTRIBUTES):
+        return []
+    found = []
+    for name, branches in head.named_children():
+        for level, layers in enumerate(branches if isinstance(branches, nn.ModuleList) else ()):
+            path = f"{name}.{level}"
+            if isinstance(layers, nn.Sequential) and len(layers):
+                path, layers = f"{path}.{len(layers) - 1}", layers[-1]
+            if isinstance(layers, nn.Conv2d):
+                found.append(path)
+    return found

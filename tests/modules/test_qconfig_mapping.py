@@ -230,3 +230,43 @@ def test_files_of_version_0_1_0_hold_types_whose_rounding_stood_beside_them(tmp_
     qconfig = tritonq.load_qconfig_mapping(file).global_rule.qconfig
     for made in (qconfig.activation(), qconfig.weight()):
         assert made.qtype == tritonq.QuantizedType(-8, 7, rounding="half_away")
+
+
+class Detector(nn.Module):
+    """A backbone and a head with the children of Ultralytics'; `whole` is the prototypes' of masks."""
+
+    class Head(nn.Module):
+        stride = torch.tensor([8.0])
+
+        def __init__(self) -> None:
+            super().__init__()
+            ends = (nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1)), nn.Conv2d(4, 2, 1))
+            self.cv2, self.cls_preds = (nn.ModuleList([end]) for end in ends)
+            self.stems = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())])
+            self.dfl = nn.Sequential(nn.Conv2d(8, 8, 1))
+            self.whole = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stems[0](x)
+            return torch.cat([self.dfl(self.cv2[0](x)) + 1, self.cls_preds[0](x), self.whole(x)], 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stride = 8  # as whole models have it too
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), self.Head())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def test_a_detector_keeps_what_makes_boxes_in_float():
+    model = Detector()
+    found = chosen(model, tritonq.get_yolo_qconfig_mapping(model, "tensorrt"), example_inputs=images(2), warn=False)
+    assert found == dict.fromkeys(("layers.0", "layers.1.stems.0.0", "layers.1.cv2.0.0", "layers.1.whole"), MAIN)
+    head = model.layers[1]
+    maps = torch.randn(2, 4, 4, 4)
+    alone = chosen(head, tritonq.get_yolo_qconfig_mapping(head), example_inputs=maps, warn=False)
+    assert {"stems.0.0", "cv2.0.0"} <= set(alone)
+    assert not {"cv2.0.2", "cls_preds.0", "dfl.0"} & set(alone)
+    with pytest.raises(ValueError, match="no head of a detector in this FloatResidual"):
+        tritonq.get_yolo_qconfig_mapping(FloatResidual())
