@@ -9,7 +9,7 @@ MINUTES ?= 9
 OUT ?= gpu-results
 
 .PHONY: accuracy help demo test test-quick emulate lint format docs bench gpu matrix peers-tests zoo clean
-.PHONY: engines
+.PHONY: engines executorch
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -92,6 +92,15 @@ engines: ## run exported models in ONNX Runtime 1.18 and OpenVINO, each in an en
 	  .engines/$$name/bin/python -m pip install --quiet $$packages && \
 	  .engines/$$name/bin/python tools/engines.py run .engines/models $$name || exit 1; done
 	$(PYTHON) tools/engines.py table .engines/models
+
+executorch: .executorch/.installed ## lower programs with ExecuTorch's XNNPACK delegate, run them, and write EXECUTORCH.md
+	.executorch/bin/python tools/delegates.py
+
+.executorch/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .executorch
+	.executorch/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'executorch==1.5.1' -e .
+	.executorch/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchvision
+	touch $@
 
 clean: ## remove caches and outputs; .venv, .matrix and .zoo stay
 	rm -rf build dist *.egg-info demo-output docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -186,6 +186,9 @@ _NARROW_WEIGHT = FakeQuantize.with_args(
     averaging_constant=1.0,
     ch_axis=0,
 )
+_UNSIGNED_ACTIVATION = FakeQuantize.with_args(
+    observer=MovingAverageMinMaxObserver, dtype=QUINT8, copy_above=_COPY_ABOVE
+)
 
 
 def learned_step_qconfig(weight_bits: int, activation_bits: int) -> QConfig:
@@ -212,16 +215,18 @@ _LEARNED_STEP_WIDTHS = ((8, 8), (4, 8), (4, 4), (3, 3), (2, 4), (2, 2))
 PRESETS: dict[str, QConfig] = {
     # Products of unsigned activations and signed weights run fastest on CPUs. Zero is in every range: behind a ReLU the
     # zero point is 0, and all 256 codes are used. An activation's range follows growth at once.
-    "onnxruntime": QConfig(
-        FakeQuantize.with_args(observer=MovingAverageMinMaxObserver, dtype=QUINT8, copy_above=_COPY_ABOVE),
-        _NARROW_WEIGHT,
-        "onnxruntime",
-    ),
+    "onnxruntime": QConfig(_UNSIGNED_ACTIVATION, _NARROW_WEIGHT, "onnxruntime"),
     # Zero points of 0, in activations too.
     "tensorrt": QConfig(
         FakeQuantize.with_args(observer=MovingAverageMinMaxObserver, dtype=QINT8, copy_above=_COPY_ABOVE),
         _NARROW_WEIGHT,
         "tensorrt",
+    ),
+    # The default's numbers: OpenVINO and QNN multiply unsigned activations with a zero point and signed weights.
+    **{name: QConfig(_UNSIGNED_ACTIVATION, _NARROW_WEIGHT, name) for name in ("openvino", "qnn")},
+    # XNNPACK's convolutions with a scale per channel take signed activations alone, with a zero point.
+    "xnnpack": QConfig(
+        _UNSIGNED_ACTIVATION.with_args(dtype=QuantizedType.of(8, symmetric=False)), _NARROW_WEIGHT, "xnnpack"
     ),
     "megengine_min_max": QConfig(_megengine(MinMaxObserver, QINT8), _megengine(MinMaxObserver, QINT8_NARROW)),
     "megengine_ema": QConfig(
@@ -261,6 +266,8 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     - ``"onnxruntime"`` (default): activations unsigned 8-bit with a zero point (0 behind a ReLU) and a moving average
       that follows growth at once (``copy_above``), weights symmetric narrow int8 per channel.
     - ``"tensorrt"``: the same with symmetric int8 activations; a function behind a layer is computed before rounding.
+    - ``"openvino"``, ``"qnn"``: the numbers of ``"onnxruntime"`` for these engines' files.
+    - ``"xnnpack"``: signed 8-bit activations with a zero point, for ExecuTorch's delegate.
     - ``"megengine_ema"``, ``"megengine_min_max"``: int8 per tensor, ties away from zero, eps 1e-5.
     - ``"megengine_sync_ema"``: as ``"megengine_ema"``, with ranges over all ranks where torch.distributed is
       initialised.

@@ -34,6 +34,10 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target("onnxruntime", "onnxruntime"),
         Target("tensorrt", "tensorrt", fuses_functions=True),
+        Target("openvino", "onnxruntime"),
+        Target("qnn", "qdq"),
+        # ExecuTorch's delegate lowers programs of `export_program(form="pt2e")`; the ONNX file has the same grids.
+        Target("xnnpack", "qdq"),
         # torch.ao's engines run on CPUs; ONNX Runtime runs their models with the same numbers.
         *(Target(name, "onnxruntime") for name in ("fbgemm", "x86", "qnnpack", "onednn")),
     )

@@ -42,7 +42,7 @@ def pickled(model):
 
 def test_every_preset_of_an_engine_names_its_target():
     assert tritonq.get_qconfig() == tritonq.get_qconfig("onnxruntime")
-    for name in ("onnxruntime", "tensorrt"):
+    for name in ("onnxruntime", "tensorrt", "openvino", "qnn", "xnnpack"):
         assert tritonq.get_qconfig(name).target == name
     for name in ("fbgemm", "x86", "qnnpack", "onednn"):
         assert tritonq.get_default_qat_qconfig(name).target == name

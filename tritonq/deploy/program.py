@@ -5,22 +5,27 @@ from __future__ import annotations
 import copy
 import os
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx.traceback import preserve_node_meta
 
 from tritonq.deploy.convert import convert
 from tritonq.deploy.example_inputs import name_keywords, open_axes
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.outputs import result_of, return_no_text
+from tritonq.deploy.pt2e_form import complete_pairs, pt2e_form
 from tritonq.deploy.tables import QuantizedTable
 from tritonq.grid import Grid
 from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.record.example import example_arguments
 from tritonq.reference.fake_quant import fake_quantize
+
+ProgramForm = Literal["integers", "pt2e"]
+"""The forms that :func:`export_program` writes."""
 
 
 def export_program(
@@ -29,13 +34,19 @@ def export_program(
     example_inputs: Any,
     *,
     dynamic_batch: bool = True,
+    form: ProgramForm = "integers",
 ) -> ExportedProgram:
     """Write a quantization-aware or converted model as a program that ``torch.export.load`` reads.
 
-    Its ``module()`` gives the outputs of the converted model bit for bit, under autocast too; it holds the integer
-    weights and operators of PyTorch, so that neither tritonq nor the model's source is needed to run it. Convolutions
-    that are exact in float32 on the machine that exports (oneDNN on x86) run in float32; elsewhere, and where sums
-    may reach 2^24, in float64.
+    - ``"integers"``: its ``module()`` gives the outputs of the converted model bit for bit, under autocast too; it
+      holds the integer weights and operators of PyTorch, so that neither tritonq nor the model's source is needed to
+      run it. Convolutions that are exact in float32 on the machine that exports (oneDNN on x86) run in float32;
+      elsewhere, and where sums may reach 2^24, in float64.
+    - ``"pt2e"``: what torchao's ``convert_pt2e`` returns and its back ends lower (ExecuTorch's delegates, torch's
+      Inductor): float operators between pairs of ``torch.ops.quantized_decomposed.quantize_per_tensor`` and
+      ``dequantize_per_tensor`` with the trained grids, weights int8 behind a ``dequantize_per_channel``, float biases.
+      Sums, means and functions between pairs are rounded from float, so that single codes may differ by one; ties are
+      rounded to even. To load it, ``import torch.ao.quantization.fx._decomposed`` or ExecuTorch first.
 
     Args:
         model: what :func:`tritonq.convert` takes, or returns.
@@ -43,12 +54,14 @@ def export_program(
         example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones. Sizes, but for the batch, are
             those of the program.
         dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
+        form: ``"integers"`` or ``"pt2e"``.
 
     Returns:
         The program.
 
     Raises:
-        ValueError: a model that torch.export can't trace, a fixed-point one, or what :func:`tritonq.convert` raises.
+        ValueError: an unknown form, codes of more than 16 bits in the form of PT2E, a model that torch.export can't
+            trace, a fixed-point one, or what :func:`tritonq.convert` raises.
         OSError: the file can't be written.
 
     Examples:
@@ -60,21 +73,29 @@ def export_program(
         >>> program = export_program(qat.eval(), None, x)
         >>> torch.equal(program.module()(x), qat(x))
         True
+        >>> program = export_program(qat.eval(), None, x, form="pt2e")
+        >>> sum("quantized_decomposed.quantize" in str(node.target) for node in program.graph.nodes)
+        2
     """
+    if form not in get_args(ProgramForm):
+        raise ValueError(f"unknown form {form!r}; known: {', '.join(get_args(ProgramForm))}")
     model = uncompiled(model)
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
-    traced = _program_form(deployed)
+    traced = pt2e_form(deployed) if form == "pt2e" else _program_form(deployed)
     arguments, shapes = example_arguments(example_inputs), None
     name_keywords(traced, arguments[1])
     if dynamic_batch:
         arguments, shapes = open_axes(traced.forward, arguments, True, False)
     return_no_text(traced, result_of(deployed, *arguments))
     try:
-        with torch.no_grad():
+        # So that nodes keep the names of quantizers.
+        with torch.no_grad(), preserve_node_meta(form == "pt2e"):
             program = torch.export.export(traced, *arguments, dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises what the model, the tracer and its solver of shapes do
         hint = "; dynamic_batch=False may help" if dynamic_batch else ""
         raise ValueError(f"{type(model).__name__} can't be exported{hint}: {error}") from error
+    if form == "pt2e":
+        complete_pairs(program)
     _forget_source(program)
     if path is not None:
         with atomic_file(path) as file:

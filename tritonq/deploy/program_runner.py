@@ -12,20 +12,23 @@ from torch.utils import _pytree as pytree
 
 from tritonq.deploy.codes import Codes, GivenCodes, Runner, take_given
 from tritonq.deploy.modules import Quantizer
+from tritonq.deploy.pt2e_form import QUANTIZER_KEY, register_pt2e_operators
 
 PROGRAM_SUFFIX = ".pt2"
 # Where a node says which modules it comes from: by call their name and class, the innermost last.
 _STACK = "nn_module_stack"
 _QUANTIZER = f"{Quantizer.__module__}.{Quantizer.__qualname__}"
+_QUANTIZES = ("quantized_decomposed.quantize_per_tensor.default", "quantized_decomposed.quantize_per_channel.default")
 
 
 def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
-    """The program in a file of :func:`tritonq.export_program`.
+    """The program in a file of :func:`tritonq.export_program`, in either form.
 
     Raises:
         ValueError: another file.
         OSError: it can't be read.
     """
+    register_pt2e_operators()
     try:
         with open(path, "rb") as file:
             return torch.export.load(file)
@@ -63,16 +66,24 @@ def program_runner(program: ExportedProgram) -> Runner:
 
 
 class _CodesInterpreter(fx.Interpreter):
-    """Keeps what each quantizer multiplies by its scale: codes minus zero point, by the quantizer's name."""
+    """Keeps codes minus zero point by the quantizer's name: what it multiplies by its scale, or quantizes to."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.codes: Codes = {}
         self.given: GivenCodes = {}
-        self._names = {node: name for node in module.graph.nodes if (name := _rescaling_quantizer(node)) is not None}
+        nodes = module.graph.nodes
+        self._names = {node: name for node in nodes if (name := _rescaling_quantizer(node)) is not None}
+        self._pairs = {node: name for node in nodes if (name := _pair_quantizer(node)) is not None}
 
     def run_node(self, n: fx.Node) -> Any:
         """See base class."""
+        if n in self._pairs:
+            codes = super().run_node(n)
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            zero = _along(args[2], codes, args[3]) if isinstance(args[2], Tensor) else args[2]
+            other = take_given(self.given, self.codes, self._pairs[n], (codes.float() - zero).cpu())
+            return codes if other is None else (other.to(codes.device) + zero).to(codes.dtype)
         if n in self._names:
             (steps, _), _ = self.fetch_args_kwargs_from_env(n)
             # Cloned, since the multiplication works in place.
@@ -81,6 +92,16 @@ class _CodesInterpreter(fx.Interpreter):
             if other is not None:
                 steps.copy_(other)
         return super().run_node(n)
+
+
+def _along(zero_point: Tensor, codes: Tensor, axis: int) -> Tensor:
+    return zero_point.view(-1, *[1] * (codes.dim() - axis - 1))
+
+
+def _pair_quantizer(node: fx.Node) -> str | None:
+    """The name of the quantizer whose codes this node makes, in the form of PT2E, or None."""
+    name = node.meta.get("custom", {}).get(QUANTIZER_KEY)
+    return name if str(node.target) in _QUANTIZES else None
 
 
 def _rescaling_quantizer(node: fx.Node) -> str | None:
