@@ -129,6 +129,8 @@ def compare_codes(name: str, one: Tensor, other: Tensor, island: tuple[str, ...]
     """
     if [size for size in one.shape if size != 1] == [size for size in other.shape if size != 1]:
         other = other.reshape(one.shape)  # a file may hold the codes of a mean before its axes are dropped
+    if other.dim() == 2 < one.dim() and one.flatten(0, -2).shape == other.shape:
+        other = other.reshape(one.shape)  # and those of a linear layer as a matrix
     if one.shape != other.shape:
         raise ValueError(f"the codes of {name!r} have shape {tuple(one.shape)} and {tuple(other.shape)}")
     # NaN has no code; one on one side alone is the largest difference there is.

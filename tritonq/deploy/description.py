@@ -15,12 +15,13 @@ from tritonq.deploy.computed import stand_ins
 from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers, integer_difference
 from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, DeployedModule, Grids, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTable
-from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, Mul, RepVGGBlock, Sub
+from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, MatMul, Mul, RepVGGBlock, Sub
 from tritonq.nn.averages import POOL_TYPES
 from tritonq.nn.folded import FoldedBatchNorm
 from tritonq.nn.functions import FunctionLayer, PReLU, function_of
 from tritonq.nn.intrinsic import FusedModule
 from tritonq.nn.original_class import original_class
+from tritonq.nn.products import Einsum, ScaledDotProductAttention
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.edit.earlier_inputs import INPUTS, InputFakeQuants, InputPlace, hooked_forward
 from tritonq.prepare.forwards.edited import forward_data
@@ -33,7 +34,7 @@ Description = dict[str, Any]
 T = TypeVar("T")
 
 # Modules that conversion, or preparation before it, may put where the float model has none, or another.
-_JOINTS: dict[str, type[Joint]] = {cls.kind: cls for cls in (Add, Sub, Mul)}
+_JOINTS: dict[str, type[Joint]] = {cls.kind: cls for cls in (Add, Sub, Mul, MatMul)}
 _LINKED = (*_JOINTS, "average", "pool", "function", "prelu")  # which know the quantizers of the tensors that they read
 _FLOAT_TYPES = (*LAYER_TYPES, *TABLE_TYPES, *POOL_TYPES)
 _POOL_GEOMETRY = (
@@ -108,7 +109,7 @@ def _describe(module: nn.Module) -> Description:
     if isinstance(module, Quantizer):
         return {"kind": "quantizer", "grid": _grid_to_data(module.qtype)}
     if isinstance(module, Joint):
-        return {"kind": module.kind, "ceiling": module.ceiling}
+        return {"kind": module.kind, "ceiling": module.ceiling, **_further(module)}
     kind = original_class(module)
     if isinstance(module, FunctionLayer):
         return {"kind": "function", "type": module.source_type, "function": function_to_data(module.function)}
@@ -136,6 +137,13 @@ def _describe(module: nn.Module) -> Description:
         raise ValueError(f"{type(module).__name__} has no form in a file of converted models")
     found = {"kind": "module", "type": _class_name(module)}
     return {**found, "stand_ins": stand_ins(module)} if stand_ins(module) else found
+
+
+def _further(join: Joint) -> Description:
+    """What makes a matrix product an einsum or attention."""
+    if isinstance(join, Einsum):
+        return {"equation": join.equation}
+    return {"attention": True} if isinstance(join, ScaledDotProductAttention) else {}
 
 
 def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module | None:
@@ -175,7 +183,9 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
             raise ValueError(f"the quantizer {name!r} has no grid")
         return Quantizer(grid, _tensor(tensors, _join(name, "scale")), _tensor(tensors, _join(name, "zero_point")))
     if kind in _JOINTS:
-        return _JOINTS[kind](_ceiling(entry))
+        if "equation" in entry:
+            return Einsum(entry["equation"], _ceiling(entry))
+        return ScaledDotProductAttention() if entry.get("attention") else _JOINTS[kind](_ceiling(entry))
     if kind == "average":
         return Average(averaging_from_data(entry["averaging"]))
     if kind == "function":

@@ -202,7 +202,9 @@ def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
             layer.keep(weight_scale=scale[0])
             zero = zero[0]
         layer.weight_zero_point = zero
-    layer.forward = partial(_layer_forward, layer, axis)  # type: ignore[method-assign]
+    # ONNX Runtime adds bias and products in integers in a Gemm, which takes matrices; behind a MatMul it adds floats.
+    flattens = target == "onnxruntime" and isinstance(layer, nn.Linear) and layer.multiplier is not None
+    layer.forward = partial(_layer_forward, layer, axis, flattens)  # type: ignore[method-assign]
 
 
 def _weight_axis(layer: QuantizedLayer) -> int | None:
@@ -218,7 +220,9 @@ def _weight_axis(layer: QuantizedLayer) -> int | None:
     return 0
 
 
-def _layer_forward(layer: QuantizedLayer, axis: int | None, x: Tensor, *computed: Tensor | None) -> Tensor:
+def _layer_forward(
+    layer: QuantizedLayer, axis: int | None, flattens: bool, x: Tensor, *computed: Tensor | None
+) -> Tensor:
     scale, zero = layer.weight_scale, layer.weight_zero_point
     if axis is None:
         weight = layer.dequantized_weight(torch.float32)
@@ -229,8 +233,11 @@ def _layer_forward(layer: QuantizedLayer, axis: int | None, x: Tensor, *computed
     bias = layer.stored_bias
     if bias is not None and layer.multiplier is not None:
         bias = dequantize(bias, layer.multiplier, None, 0)
-    y = layer.linear_map(layer.quantized_input(x), weight, bias)
-    return layer.finish(y)
+    x = layer.quantized_input(x)
+    if flattens and x.dim() > 2:
+        y = layer.finish(layer.linear_map(x.flatten(0, -2), weight, bias))
+        return y.unflatten(0, x.shape[:-1])
+    return layer.finish(layer.linear_map(x, weight, bias))
 
 
 def _rewrite_table(table: QuantizedTable, target: OnnxForm) -> None:

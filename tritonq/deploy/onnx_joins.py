@@ -1,8 +1,8 @@
 """Sums, differences and products as ONNX operators that give the trained codes.
 
-ONNX Runtime runs ``DequantizeLinear → Add → QuantizeLinear`` as QLinearAdd and the same with Mul as QLinearMul. It has
-no integer subtraction: a difference is the sum with a second DequantizeLinear of the subtrahend's codes, whose scale is
-negative.
+ONNX Runtime runs ``DequantizeLinear → Add → QuantizeLinear`` as QLinearAdd, the same with Mul as QLinearMul and with
+MatMul as QLinearMatMul. It has no integer subtraction: a difference is the sum with a second DequantizeLinear of the
+subtrahend's codes, whose scale is negative.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tritonq.deploy.onnx_ops import negate_codes
 from tritonq.functional.integer_joins import float_join, is_second
 from tritonq.nn import Joint
-from tritonq.prepare.forwards.edited import set_inner_forward
 from tritonq.reference.activation import rectify
 
 
@@ -31,10 +30,10 @@ def rewrite_join(join: Joint, subtrahend: nn.Module | None) -> None:
         join.register_buffer("scale", scale)
         join.register_buffer("negative_scale", -scale)
         join.register_buffer("zero_point", zero_point)
-    set_inner_forward(join, partial(_forward, join, subtrahend is not None))
+    join.joined = partial(_joined, join, subtrahend is not None)  # type: ignore[method-assign]
 
 
-def _forward(join: Any, negates: bool, a: Tensor, b: Tensor) -> Tensor:
+def _joined(join: Any, negates: bool, a: Tensor, b: Tensor) -> Tensor:
     kind = join.kind
     if kind == "sub" and negates:
         kind, b = "add", negate_codes(b, join.scale, join.negative_scale, join.zero_point)

@@ -1,4 +1,4 @@
-"""Sums, differences, products and concatenations of quantized tensors, in the very steps of an integer runtime.
+"""Sums, differences, products, matrix products and concatenations of quantized tensors, as an integer runtime has them.
 
 A tie that another order of these operations would turn over goes on into every layer behind it. The formulas are those
 of ONNX Runtime's kernels on x86 and Arm, compared over all pairs of codes.
@@ -12,26 +12,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tritonq.functional.integer import centred_codes
+from tritonq.functional.integer import FLOAT32_EXACT, centred_codes
 from tritonq.grid import Grid
 from tritonq.qparams import round_half_away
 
-# Operations of two tensors, element by element with broadcasting.
-JoinKind = Literal["add", "sub", "mul"]
+# Operations of two tensors: element by element with broadcasting, and the product of (batches of) matrices.
+JoinKind = Literal["add", "sub", "mul", "matmul"]
+
+# What the sums of an integer matrix product stay below.
+_INT32_END = 2**31
 
 
 def float_join(kind: JoinKind, a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a + b``, ``a - b`` or ``a * b`` as torch computes it."""
+    """Return ``a + b``, ``a - b``, ``a * b`` or ``a @ b`` as torch computes it."""
     result: Tensor = _IN_FLOAT[kind](a, b)
     return result
 
 
 def integer_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Return ``a + b``, ``a - b`` or ``a * b`` on the output's grid, before clipping.
+    """Return ``a + b``, ``a - b``, ``a * b`` or ``a @ b`` on the output's grid, before clipping.
 
     Args:
-        kind: ``"add"`` (:func:`integer_add`), ``"sub"`` (:func:`integer_subtract`) or ``"mul"``
-            (:func:`integer_multiply`).
+        kind: ``"add"`` (:func:`integer_add`), ``"sub"`` (:func:`integer_subtract`), ``"mul"``
+            (:func:`integer_multiply`) or ``"matmul"`` (:func:`integer_matmul`).
         a: float tensor of values on ``grid_a``.
         b: the same for ``grid_b``; broadcasts against ``a``.
         grid_a: one operand's grid, per tensor.
@@ -92,6 +95,56 @@ def integer_multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: G
     return _rounded(steps, output).sub_(offset).mul_(output.scale)
 
 
+def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
+    """``a @ b`` on the output's grid, before clipping: sums in int32, then one requantization.
+
+    With u, v the codes minus zero points: ``code = round(fl(Σ u v) · fl(fl(s_a s_b) / s_out)) + z``. The sums are
+    exact, in whatever order they are added.
+
+    Args:
+        a: (..., m, k) or (k,) of values on ``grid_a``, as :func:`torch.matmul` takes it.
+        b: (..., k, n) or (k,) of values on ``grid_b``.
+        grid_a: one operand's grid, per tensor.
+        grid_b: the other's.
+        output: grid of the quantizer behind the product.
+
+    Returns:
+        float32 (..., m, n).
+
+    Raises:
+        ValueError: k products of such codes may pass 31 bits.
+
+    Source: QLinearMatMul of ONNX.
+
+    Examples:
+        >>> from tritonq.qparams import QINT8
+        >>> grids = [Grid(torch.tensor([scale]), None, QINT8) for scale in (0.5, 0.25, 0.5)]
+        >>> integer_matmul(torch.tensor([[1.5, 0.5]]), torch.tensor([[0.5], [1.0]]), *grids)  # 6 + 4 products of 1/8
+        tensor([[1.]])
+    """
+    length = a.shape[-1]
+    bound = length * largest_magnitude(grid_a) * largest_magnitude(grid_b)
+    if bound >= _INT32_END:
+        raise ValueError(
+            f"a matrix product over {length} elements of {grid_a.qtype.bits} and {grid_b.qtype.bits} bits may pass the "
+            "int32 sums of integer runtimes: use fewer bits, or leave the product in float"
+        )
+    dtype = torch.float32 if bound < FLOAT32_EXACT else torch.float64
+    u, v = (centred_codes(x, grid.scale).to(dtype) for x, grid in ((a, grid_a), (b, grid_b)))
+    # Autocast would round the sums to 8 or 11 bits.
+    with torch.autocast(a.device.type, enabled=False):
+        total = torch.matmul(u, v).float()
+    steps_per_code = grid_a.scale * grid_b.scale / output.scale
+    return _rounded(total.mul_(steps_per_code), output).mul_(output.scale)
+
+
+def largest_magnitude(grid: Grid) -> int:
+    """The largest magnitude of code minus zero point that values on a grid may have, whatever the zero point."""
+    lowest, highest = grid.qtype.quant_min, grid.qtype.quant_max
+    fixed = 0 if grid.zero_point is None else grid.qtype.fixed_zero_point
+    return highest - lowest if fixed is None else max(fixed - lowest, highest - fixed)
+
+
 def integer_concatenation(tensors: tuple[Tensor, ...], dim: int, output: Grid) -> Tensor:
     """Return the concatenation along ``dim`` on the output's grid, before clipping: ``round(x / s) · s``.
 
@@ -127,11 +180,17 @@ def is_second(a: Tensor, b: Tensor) -> bool:
     return tuple(a.shape) != shape == tuple(b.shape)
 
 
-_IN_FLOAT: Mapping[str, Callable[..., Tensor]] = {"add": torch.add, "sub": torch.sub, "mul": torch.mul}
+_IN_FLOAT: Mapping[str, Callable[..., Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "matmul": torch.matmul,
+}
 _IN_INTEGERS: Mapping[str, Callable[..., Tensor]] = {
     "add": integer_add,
     "sub": integer_subtract,
     "mul": integer_multiply,
+    "matmul": integer_matmul,
 }
 
 

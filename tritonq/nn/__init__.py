@@ -40,6 +40,7 @@ from tritonq.nn.embedding import Embedding, EmbeddingBag
 from tritonq.nn.fixed_point import FixedPointConv2d, FixedPointConvBn2d, FixedPointLinear
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d, FixedPointMaxPool2d
 from tritonq.nn.linear import Linear, LinearReLU
+from tritonq.nn.products import Einsum, MatMul, ScaledDotProductAttention
 from tritonq.nn.qat import QATLayer
 from tritonq.nn.repvgg import QATRepVGGBlock, RepVGGBlock
 from tritonq.nn.unary import UnaryLayer
@@ -101,6 +102,7 @@ __all__ = [
     "ConvTransposeBnReLU2d",
     "ConvTransposeReLU2d",
     "DeQuantStub",
+    "Einsum",
     "Embedding",
     "EmbeddingBag",
     "FixedPointAdd",
@@ -115,11 +117,13 @@ __all__ = [
     "LinearBn1d",
     "LinearBnReLU1d",
     "LinearReLU",
+    "MatMul",
     "Mul",
     "QATLayer",
     "QATRepVGGBlock",
     "QuantStub",
     "RepVGGBlock",
+    "ScaledDotProductAttention",
     "Sub",
     "UnaryLayer",
     "intrinsic",

@@ -38,10 +38,6 @@ from tritonq.qconfig import QConfig
 from tritonq.reference.activation import rectify
 
 
-def _joint_shape(a: Tensor, b: Tensor) -> torch.Size:
-    return torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call,no-any-return]
-
-
 class Joint(WithOutputQuantizer):
     """``FQ(relu?(f(a, b)))`` for an operation f of two tensors. Without a qconfig, its output stays in float.
 
@@ -77,6 +73,10 @@ class Joint(WithOutputQuantizer):
         A producer is a module with a quantizer of its output in the child ``activation_post_process``, or a quantizer.
         """
         self._producers, self._pickled_after_relu = (Reference(a), Reference(b)), None
+
+    def set_operand_producers(self, *producers: nn.Module | None) -> None:
+        """Set the modules that put the arguments of the forward on their grids (None: unknown)."""
+        self.set_producers(*producers)
 
     def set_input_quantizers(self, a: nn.Module | None, b: nn.Module | None) -> None:
         """Set the quantizers whose grids the operands lie on (None: unknown), where these aren't behind a ReLU."""
@@ -123,6 +123,10 @@ class Joint(WithOutputQuantizer):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Operate on two tensors, which broadcast, and fake-quantize the result."""
+        return self.joined(a, b)
+
+    def joined(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the operation's result; what traces a model for a file puts another function here."""
         if not self.training and can_use_codes(a) and can_use_codes(b):
             y = self._on_codes(a, b)
             if y is not None:
@@ -158,7 +162,8 @@ class Joint(WithOutputQuantizer):
             return None
         # A sum's operands are added in an order that depends on which one is broadcast; those of a product commute.
         whole = a if a.numel() >= b.numel() else b
-        if not (a.shape == b.shape and a.numel() > 1 if self.kind != "mul" else whole.shape == _joint_shape(a, b)):
+        joint: torch.Size = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+        if not (a.shape == b.shape and a.numel() > 1 if self.kind != "mul" else whole.shape == joint):
             return None
 
         def prepare() -> CodedJoin | None:
@@ -181,8 +186,7 @@ class Joint(WithOutputQuantizer):
     @property
     def _coded(self) -> Memo[CodedJoin | None]:
         """The operation on codes; derived, and part of no copy."""
-        found: Memo[CodedJoin | None] = self.__dict__.setdefault("_coded_join", Memo())
-        return found
+        return cast("Memo[CodedJoin | None]", self.__dict__.setdefault("_coded_join", Memo()))
 
     @torch.no_grad()
     def _exact(self, a: Tensor, b: Tensor) -> Tensor | None:

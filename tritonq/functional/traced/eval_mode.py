@@ -126,8 +126,8 @@ def _affine_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
     return tuple(_op(arguments["conv"])(x, arguments["weight"].to(x.dtype)).shape)
 
 
-def _sum_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
-    return tuple((arguments["a"] + arguments["b"]).shape)
+def _join_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(float_join(arguments["kind"], arguments["a"], arguments["b"]).shape)
 
 
 @operator(returns=New(_affine_shape, "x", keeps_format=True))
@@ -163,7 +163,7 @@ def run_affine(
     return _chosen((source, weights), integers, values)
 
 
-@operator(returns=New(_sum_shape, "a", keeps_format=True))
+@operator(returns=New(_join_shape, "a", keeps_format=True))
 def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
     """Do what :func:`join` does when it runs."""
     return _chosen(

@@ -1,4 +1,4 @@
-"""Additions, subtractions, products and concatenations that get a quantizer of their own.
+"""Additions, subtractions, products, attention and concatenations that get a quantizer of their own.
 
 To add a kind, add how its calls are read, and its module, to ``KINDS``.
 """
@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from tritonq.nn import Add, Cat, Mul, Sub
+from tritonq.nn import Add, Cat, Einsum, MatMul, Mul, ScaledDotProductAttention, Sub
+from tritonq.nn.products import Contraction
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.layers import relus_after
 from tritonq.prepare.forwards.answered import AnsweredForward
-from tritonq.prepare.forwards.graph import ForwardGraph, Operands, node_operands, sequence_operand
+from tritonq.prepare.forwards.graph import (
+    ForwardGraph,
+    Operands,
+    attention_operands,
+    node_operands,
+    sequence_operand,
+)
 from tritonq.prepare.forwards.proof import Site
 from tritonq.prepare.record.dataflow import Call, Ref, refs_in
 from tritonq.qconfig import QConfig
@@ -33,7 +40,7 @@ class Join:
         owner: module in whose forward it stands.
         site: where, or None if it stays in float.
         reason: why, or "".
-        dim: axis of a concatenation.
+        setting: what its module is told: the axis of a concatenation, the equation of an einsum.
         calls: its calls.
         ends: for each the ReLU that follows it and is absorbed, else the call itself.
         relus: the absorbed ReLU calls.
@@ -44,21 +51,26 @@ class Join:
     owner: str
     site: Site | None
     reason: str
-    dim: int
+    setting: Any
     calls: tuple[int, ...]
     ends: tuple[int, ...]
     relus: tuple[int, ...]
     ceiling: float | None
 
     @property
-    def is_pairwise(self) -> bool:
-        """Whether it has two operands, whose grids its module is told, and takes a ReLU."""
-        return KINDS[self.kind].is_pairwise
+    def knows_operands(self) -> bool:
+        """Whether its module is told the grids of its operands."""
+        return self.operands is not sequence_operand
 
     @property
     def operands(self) -> Operands:
         """What its module takes of a node."""
-        return node_operands if self.is_pairwise else sequence_operand
+        return KINDS[self.kind].operands
+
+    @property
+    def rounds_constants(self) -> bool:
+        """Whether an operand computed from parameters alone is rounded, too."""
+        return KINDS[self.kind].constants == "rounded"
 
     def module(self, qconfig: QConfig | None) -> nn.Module:
         """Return the module that takes its place."""
@@ -76,13 +88,20 @@ class JoinKind:
     Attributes:
         read: reads a call.
         module: makes the module that takes its place.
-        is_pairwise: as in :class:`Join`.
+        setting: reads ``Join.setting`` of a call.
+        operands: what the module takes of a node.
+        takes_relu: whether the module computes the ReLU behind it as well.
+        constants: what an operand computed from parameters alone becomes: ``"rounded"`` as the others, ``"kept"`` as it
+            is; ``"refused"``: a call with such an operand is no join.
         in_training_alone: whether a call that only training makes counts. Products there are dropout and the like.
     """
 
     read: Callable[[Call], Reading]
     module: Callable[[Join, QConfig | None], nn.Module]
-    is_pairwise: bool = True
+    setting: Callable[[Call], Any] = lambda call: None
+    operands: Operands = node_operands
+    takes_relu: bool = True
+    constants: Literal["rounded", "kept", "refused"] = "refused"
     in_training_alone: bool = True
 
 
@@ -101,6 +120,26 @@ def _pair(call: Call) -> Reading:
     return tensors, f"it takes {', '.join(further)}" if further else ""
 
 
+def _einsum(call: Call) -> Reading:
+    """Read an einsum of two tensors; one of others is none."""
+    if len(call.args) == 2 and isinstance(call.args[1], tuple):
+        return tuple(call.args[1]), "its operands are given as a list"
+    tensors = tuple(item for item in call.args if isinstance(item, Ref))
+    if len(tensors) != 2 or not isinstance(call.args[0], str):
+        return (), ""
+    try:
+        Contraction.of(call.args[0])
+    except ValueError as error:
+        return tensors, str(error)
+    return tensors, ""
+
+
+def _attention(call: Call) -> Reading:
+    """Read a call of scaled dot-product attention: queries, keys and values."""
+    given = {**dict(zip(("query", "key", "value"), call.args, strict=False)), **call.kwargs}
+    return tuple(given[name] for name in ("query", "key", "value")), ""
+
+
 def _sequence(call: Call) -> Reading:
     """Read a call of a sequence of tensors; a sequence of one is passed through."""
     parts = call.args[0] if call.args else call.kwargs.get("tensors")
@@ -109,11 +148,37 @@ def _sequence(call: Call) -> Reading:
     return parts, "it takes out=" if "out" in call.kwargs else ""
 
 
+def _dim(call: Call) -> int:
+    dim: Any = call.kwargs.get("dim", call.kwargs.get("axis", call.args[1] if len(call.args) > 1 else 0))
+    return int(dim)
+
+
 KINDS: Mapping[str, JoinKind] = {
     "add": JoinKind(_pair, lambda join, qconfig: Add(join.ceiling, qconfig=qconfig)),
     "sub": JoinKind(_pair, lambda join, qconfig: Sub(join.ceiling, qconfig=qconfig), in_training_alone=False),
     "mul": JoinKind(_pair, lambda join, qconfig: Mul(join.ceiling, qconfig=qconfig), in_training_alone=False),
-    "cat": JoinKind(_sequence, lambda join, qconfig: Cat(join.dim, qconfig=qconfig), is_pairwise=False),
+    "matmul": JoinKind(_pair, lambda join, qconfig: MatMul(join.ceiling, qconfig=qconfig), constants="rounded"),
+    "einsum": JoinKind(
+        _einsum,
+        lambda join, qconfig: Einsum(join.setting, join.ceiling, qconfig=qconfig),
+        setting=lambda call: call.args[0],
+        constants="rounded",
+    ),
+    "scaled_dot_product_attention": JoinKind(
+        _attention,
+        lambda join, qconfig: ScaledDotProductAttention(qconfig=qconfig),
+        operands=attention_operands,
+        takes_relu=False,
+        constants="rounded",
+    ),
+    "cat": JoinKind(
+        _sequence,
+        lambda join, qconfig: Cat(join.setting, qconfig=qconfig),
+        setting=_dim,
+        operands=sequence_operand,
+        takes_relu=False,
+        constants="kept",
+    ),
 }
 
 
@@ -136,13 +201,16 @@ def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
 
 
 def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
-    """The values that a join reads on some grid; empty for any other call, and where one operand is a constant."""
+    """The values that a join reads on some grid; empty for any other call, and for one of constants alone.
+
+    Where a kind refuses constants, one is enough.
+    """
     if call.kind != "function" or call.name not in KINDS:
         return ()
     items, _ = KINDS[call.name].read(call)
     values = tuple(value for item in items for value in refs_in(item))
     constant = [value in analysis.constants.values for value in values]
-    computed = not (all(constant) if call.name == "cat" else any(constant))
+    computed = not (any(constant) if KINDS[call.name].constants == "refused" else all(constant))
     floating = all(analysis.flow.values[value].dtype.is_floating_point for value in values)
     return values if computed and floating and len(values) == len(items) else ()
 
@@ -165,24 +233,22 @@ def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
         reason = f"the forward of {call.owner or 'the model'} can't be edited: {why}"
     elif not analysis.runs_in_all_modes(calls):
         site, reason = None, analysis.missing_mode(calls)
-    takes_relu = site is not None and KINDS[call.name].is_pairwise
+    settings = [KINDS[other.name].setting(other) for other in calls] if alike else [None]
+    if site is not None and any(setting != settings[0] for setting in settings):
+        site, reason = None, "its forward does different things in different calls"
+    takes_relu = site is not None and KINDS[call.name].takes_relu
     absorbed, ceiling = relus_after(calls, analysis, kept) if takes_relu else ([], None)
     return Join(
         kind=call.name,
         owner=call.owner,
         site=site,
         reason=reason,
-        dim=_dim(call) if call.name == "cat" else 0,
+        setting=settings[0],
         calls=tuple(other.index for other in calls),
         ends=tuple(other.index for other in (absorbed or calls)),
         relus=tuple(relu.index for relu in absorbed),
         ceiling=ceiling,
     )
-
-
-def _dim(call: Call) -> int:
-    dim: Any = call.kwargs.get("dim", call.kwargs.get("axis", call.args[1] if len(call.args) > 1 else 0))
-    return int(dim)
 
 
 def _short(value: Any) -> str:

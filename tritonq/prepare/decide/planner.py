@@ -93,7 +93,7 @@ class _Planner:
             joins=tuple(joins),
             quantizers=tuple(self.quantizers),
             inputs=self._inputs(layers),
-            operands={join: self._operands(join) for join in joins if join.is_pairwise},
+            operands={join: self._operands(join) for join in joins if join.knows_operands},
             unary=self._unary(),
             erased=erased,
             erased_modules=modules,
@@ -239,8 +239,10 @@ class _Planner:
             for call, operand, value in self._operands_read(part):
                 root = self._root(value)
                 record = self.analysis.flow.values[root]
-                is_constant = root in self.analysis.constants.values
-                if qconfig is None or root in self.grids or not record.dtype.is_floating_point or is_constant:
+                is_kept = root in self.analysis.constants.values and not (
+                    isinstance(part, Join) and part.rounds_constants
+                )
+                if qconfig is None or root in self.grids or not record.dtype.is_floating_point or is_kept:
                     continue
                 chosen = None if root in self.unrounded else self.activations.choose(root, qconfig)
                 if chosen is not None:

@@ -203,7 +203,7 @@ class _PlanWork:
             owner.observes_input = reader.observes
         else:
             child = self._editor.add_child(owner, f"{INPUT_QUANTIZER}_{reader.operand}", module)
-            is_list = isinstance(part, Join) and part.kind == "cat"
+            is_list = isinstance(part, Join) and not part.knows_operands
             position, path = (0, (reader.operand,)) if is_list else (reader.operand, ())
             self._editor.quantize_argument(owner, Read(child, position, None, path, reader.observes))
         if quantizer.input_path:
@@ -264,8 +264,8 @@ class _PlanWork:
                 module.set_input_quantizer(quantizer if isinstance(quantizer, FakeQuantizeBase) else None)
         for join, grids in self._plan.operands.items():
             module = self._made(join)
-            if isinstance(module, Joint) and len(grids) == 2:
-                module.set_producers(*(None if grid is None else self._producer(grid) for grid in grids))
+            if isinstance(module, Joint):
+                module.set_operand_producers(*(None if grid is None else self._producer(grid) for grid in grids))
 
     def _producer(self, grid: GridSource) -> nn.Module:
         """Return the module whose output lies on a planned grid: it, or the quantizer where no module's output does."""

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tritonq.nn.products import attention_arguments
 from tritonq.prepare.forwards.graph import (
     Operands,
+    attention_operands,
     first_node,
     layer_arguments,
     layer_operands,
@@ -37,7 +39,11 @@ _OPERANDS: dict[Operands, str] = {
     sequence_operand: "sequence",
     first_node: "first",
     layer_operands: "layer",
+    attention_operands: "attention",
 }
+
+# What a call's arguments become by position.
+_BY_POSITION = {"layer": layer_arguments, "attention": attention_arguments}
 
 
 class AnsweredForward:
@@ -167,8 +173,8 @@ class Answering(TorchFunctionMode):
 
     def _replaced(self, child: str, operands: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the child makes of the operands of a call, or the first one where no child replaces it."""
-        if operands == "layer":
-            return getattr(self._owner, child)(*layer_arguments(args, kwargs))
+        if operands in _BY_POSITION:
+            return getattr(self._owner, child)(*_BY_POSITION[operands](args, kwargs))
         given = (*args, *kwargs.values())
         if operands == "sequence":
             return getattr(self._owner, child)(given[0])

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from tritonq.nn.products import attention_arguments
 from tritonq.prepare.forwards.graph_data import GraphData, data_to_graph, graph_to_data
 from tritonq.prepare.forwards.trace import TraceError, classify_arguments, forward_signature, trace
 from tritonq.prepare.record.dataflow import Frame
@@ -171,6 +172,11 @@ def layer_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[A
     """Input, weight and bias among the arguments of a convolution or product."""
     given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
     return given["input"], given["weight"], given.get("bias")
+
+
+def attention_operands(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of scaled dot-product attention, by position."""
+    return attention_arguments(node.args, node.kwargs)
 
 
 def sequence_operand(node: fx.Node) -> tuple[Any, ...]:

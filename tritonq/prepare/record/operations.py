@@ -82,3 +82,4 @@ _ARITHMETIC = frozenset(
 )
 _SYNONYMS = {"truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
 _SYNONYMS |= {"concat": "cat", "concatenate": "cat", "floordiv": "floor_divide", "absolute": "abs", "rsub": "sub"}
+_SYNONYMS |= {"bmm": "matmul", "mm": "matmul"}

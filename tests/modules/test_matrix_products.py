@@ -1,0 +1,258 @@
+"""Matrix products of two activations, alone, as einsum and as attention: trained, converted, in ONNX Runtime."""
+
+from collections import Counter
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+from torch import nn
+
+import tritonq
+from tritonq.functional.integer_joins import integer_matmul
+from tritonq.grid import Grid
+from tritonq.nn import Einsum, MatMul, ScaledDotProductAttention
+from tritonq.nn.products import Contraction
+from tritonq.qparams import QuantizedType
+
+UNSIGNED = QuantizedType(0, 255, symmetric=False)
+HEADS, WIDTH, TOKENS = 2, 16, 9
+
+
+def grid(scale, zero=0, qtype=UNSIGNED):
+    return Grid(torch.tensor([scale]), torch.tensor([zero], dtype=torch.int32), qtype)
+
+
+def codes_of(y, output):
+    return ((y / output.scale).round() + output.zero_point).clamp(0, 255).to(torch.uint8)
+
+
+def in_onnx_runtime(codes, grids):
+    """Run one QLinearMatMul."""
+    tensors = [
+        helper.make_tensor(f"{part}{name}", kind, [], [value])
+        for name, of in zip("ABC", grids, strict=True)
+        for part, kind, value in (
+            ("s", TensorProto.FLOAT, float(of.scale)),
+            ("z", TensorProto.UINT8, int(of.zero_point)),
+        )
+    ]
+    node = helper.make_node("QLinearMatMul", ["A", "sA", "zA", "B", "sB", "zB", "sC", "zC"], ["C"])
+    values = [helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in "ABC"]
+    graph = helper.make_graph([node], "product", values[:2], values[2:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {n: c.numpy() for n, c in zip("AB", codes, strict=True)})[0])
+
+
+@pytest.mark.parametrize(
+    "shapes", [((7, 64), (64, 5)), ((2, 3, 4, 300), (2, 3, 300, 5)), ((3, 6, 16), (16, 2))], ids=str
+)
+@pytest.mark.parametrize("zeros", [(0, 0, 0), (128, 128, 128), (3, 77, 17)])
+def test_codes_as_onnx_runtime_multiplies_matrices(shapes, zeros):
+    """Both sums in float32 and, over 300 products, in float64; powers of two make many ties."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(0, 256, shape, generator=generator).to(torch.uint8) for shape in shapes)
+    for scales in ((2**-6, 2**-7, 2.0**-1), (2**-7, 2**-7, 3 * 2.0**-4), (0.0123, 0.0071, 0.37)):
+        grids = [grid(scale, zero) for scale, zero in zip(scales, zeros, strict=True)]
+        x, y = ((codes.float() - of.zero_point) * of.scale for codes, of in zip((a, b), grids, strict=False))
+        ours = codes_of(integer_matmul(x, y, *grids), grids[2])
+        assert torch.equal(ours, in_onnx_runtime((a, b), grids))
+        sums = (a.double() - zeros[0]) @ (b.double() - zeros[1])
+        exact = sums * (float(grids[0].scale) * float(grids[1].scale) / float(grids[2].scale)) + zeros[2]
+        assert (ours - exact.clamp(0, 255)).abs().max() < 0.501
+
+
+def test_a_product_too_long_for_int32_sums_is_refused():
+    ones = torch.ones(1, 33_100)
+    assert integer_matmul(ones[:, :33_000], ones[:, :33_000].T, grid(1.0), grid(1.0), grid(1000.0)).item() == 33_000
+    with pytest.raises(ValueError, match="33100 elements"):
+        integer_matmul(ones, ones.T, grid(1.0), grid(1.0), grid(1000.0))
+
+
+EQUATIONS = {
+    "bhqd,bhkd->bhqk": ((2, 3, 4, 5), (2, 3, 6, 5)),
+    "bqhd,bkhd->bhqk": ((2, 4, 3, 5), (2, 6, 3, 5)),
+    "ij,jk": ((3, 4), (4, 2)),
+    "bnd,md->nbm": ((2, 3, 4), (5, 4)),
+    "i,j->ij": ((3,), (4,)),
+}
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_einsum_is_one_product_of_batches_of_matrices(equation):
+    a, b = (torch.randn(shape, dtype=torch.float64) for shape in EQUATIONS[equation])
+    torch.testing.assert_close(Einsum(equation)(a, b), torch.einsum(equation, a, b))
+
+
+@pytest.mark.parametrize("equation", ["ij,kj,k->i", "...i,ij->...j", "ij,kl->k", "ii,ij->ij", "ij,jk->il"])
+def test_other_equations_are_refused(equation):
+    with pytest.raises(ValueError, match=r"got|product of batches"):
+        Contraction.of(equation)
+
+
+MASK = torch.ones(5, 7, dtype=torch.bool).tril(1)
+MASK[2] = False
+OPTIONS = {
+    "plain": {},
+    "scale": {"scale": 0.3},
+    "causal": {"is_causal": True},
+    "added": {"attn_mask": torch.linspace(-2, 2, 35).view(5, 7)},
+    "chosen": {"attn_mask": MASK},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_attention_computes_what_torch_does(option):
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 4)
+    found = ScaledDotProductAttention()(q, k, v, **OPTIONS[option])
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, **OPTIONS[option]))
+
+
+def test_attention_shares_heads_of_keys_as_torch_does():
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(ScaledDotProductAttention()(q, k, v, enable_gqa=True), expected)
+
+
+class Attention(nn.Module):
+    """Self-attention in the spelling of timm, of einsum, of bmm or of torch's function."""
+
+    def __init__(self, spelling):
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.spelling, self.scale = spelling, (WIDTH // HEADS) ** -0.5
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        if n > 1000:  # no graph can stand for this forward: its calls are answered
+            return x
+        q, k, v = self.qkv(self.norm(x)).reshape(b, n, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.spelling == "matmul":
+            y = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+        elif self.spelling == "einsum":
+            weights = (torch.einsum("bhqd,bhkd->bhqk", q, k) * self.scale).softmax(-1)
+            y = torch.einsum("bhqk,bhkd->bhqd", weights, v)
+        elif self.spelling == "bmm":
+            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+            y = torch.bmm((torch.bmm(q, k.transpose(1, 2)) * self.scale).softmax(-1), v).unflatten(0, (b, HEADS))
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1 if self.training else 0.0)
+        return x + self.proj(y.transpose(1, 2).reshape(b, n, -1))
+
+
+class TracedAttention(Attention):
+    """The same without a branch: its forward becomes a graph."""
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm(x)).reshape(-1, TOKENS, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        if self.spelling == "matmul":
+            y = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1 if self.training else 0.0)
+        return x + self.proj(y.transpose(1, 2).reshape(-1, TOKENS, WIDTH))
+
+
+def trained(x, *attention):
+    model = nn.Sequential(nn.Linear(8, WIDTH), *attention, nn.Linear(WIDTH, 4))
+    prepared = tritonq.prepare_qat(model, example_inputs=x).train()
+    optimizer = torch.optim.SGD(prepared.parameters(), 0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        prepared(x).square().mean().backward()
+        optimizer.step()
+    assert all(parameter.grad is not None for parameter in prepared.parameters())
+    return model, prepared.eval()
+
+
+def operators(path, tmp_path):
+    """Names of the operators in the graph that ONNX Runtime runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(path), options)
+    return Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+
+
+def test_attention_in_any_spelling_runs_in_integers_converted_from_files_and_in_onnx_runtime(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, TOKENS, 8)
+    traced = [TracedAttention("matmul"), TracedAttention("sdpa")]
+    model, prepared = trained(x, *traced, Attention("einsum"), Attention("bmm"), Attention("sdpa"))
+    products = [module for module in prepared.modules() if isinstance(module, MatMul)]
+    assert len(products) == 10
+    assert all(None not in product.input_quantizers for product in products)
+    converted = tritonq.convert(prepared)
+    assert torch.equal(converted(x), prepared(x))
+    tritonq.save_converted(converted, tmp_path / "model.pt")
+    assert torch.equal(tritonq.load_converted(tmp_path / "model.pt", model)(x), converted(x))
+    tritonq.export_onnx(converted, tmp_path / "model.onnx", x)
+    found = operators(tmp_path / "model.onnx", tmp_path)
+    assert found["QLinearMatMul"] == 10
+    assert found["QGemm"] == 12
+    assert not {"MatMul", "Gemm", "Einsum", "MatMulIntegerToFloat"} & set(found)
+    compared = tritonq.verify(converted, tmp_path / "model.onnx", [x])
+    islands = {layer.name: layer.island for layer in compared.layers if layer.island}
+    assert set(islands.values()) <= {("Softmax",), ("LayerNormalization",)}
+    assert all(layer.largest <= bool(layer.island) for layer in compared.layers)
+
+
+def test_codes_of_the_products_are_those_of_integer_arithmetic():
+    """Scores and sums of weighted values from the quantizers' own codes, in int64."""
+    torch.manual_seed(0)
+    x = torch.randn(2, TOKENS, 8)
+    _, prepared = trained(x, TracedAttention("matmul"))
+    for product in (module for module in prepared.modules() if isinstance(module, MatMul)):
+        seen = {}
+        product.register_forward_hook(lambda module, args, y, seen=seen: seen.update(args=args, y=y))
+        prepared(x)
+        a, b = product.input_quantizers
+        codes = [((v / of.scale).round()).long() for v, of in zip(seen["args"], (a, b), strict=True)]
+        sums = codes[0] @ codes[1]
+        output = product.activation_post_process
+        steps = (sums.float() * (a.scale * b.scale / output.scale)).round() + output.zero_point
+        assert torch.equal(steps.clamp(0, 255), (seen["y"] / output.scale).round() + output.zero_point)
+
+
+class Queries(nn.Module):
+    """Learned queries attend to a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.key = nn.Parameter(torch.randn(3, WIDTH)), nn.Linear(8, WIDTH)
+
+    def forward(self, x):
+        return (self.queries @ self.key(x).transpose(1, 2)).softmax(-1)
+
+
+def test_an_operand_that_is_a_parameter_is_rounded_where_it_is_read():
+    x = torch.randn(2, TOKENS, 8)
+    prepared = tritonq.prepare_qat(nn.Sequential(Queries(), nn.Linear(TOKENS, 2)), example_inputs=x).train()
+    (product,) = [module for module in prepared.modules() if isinstance(module, MatMul)]
+    assert None not in product.input_quantizers
+    prepared(x).sum().backward()
+    assert prepared[0].queries.grad is not None
+    prepared.eval()
+    assert torch.equal(tritonq.convert(prepared)(x), prepared(x))
+
+
+def test_a_product_without_a_quantized_neighbour_stays_in_float():
+    class Gram(nn.Module):
+        def forward(self, x):
+            return x @ x.transpose(-2, -1)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.gram = nn.Linear(8, 8), Gram()
+
+        def forward(self, x, y):
+            return self.layer(x), self.gram(y)
+
+    inputs = (torch.randn(2, 8), torch.randn(2, 3, 8))
+    with pytest.warns(UserWarning, match="matmul: nothing that it reads"):
+        prepared = tritonq.prepare_qat(Both(), example_inputs=inputs)
+    assert not any(isinstance(module, MatMul) for module in prepared.modules())
