@@ -206,7 +206,7 @@ def type_name(kind: type[nn.Module] | str) -> str:
 
 
 def _is_type(module: nn.Module, name: str) -> bool:
-    kind = type(module)
+    kind = getattr(type(module), "stands_for", type(module))
     return name in (kind.__name__, kind.__qualname__, f"{kind.__module__}.{kind.__qualname__}")
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import DEFAULT_QAT_MAPPING, QATLayer
+from tritonq.nn.attention import compute_openly
 from tritonq.nn.compiled import uncompile_children, uncompiled
 from tritonq.nn.one_sided import one_sided_layers, warn_of_weight_zero_points
 from tritonq.prepare.decide.fixed_point import is_fixed_point
@@ -118,6 +119,8 @@ def prepare_qat(
         model = copied(model)
     with undone_on_error(model):
         uncompile_children(model)
+        if example_inputs is not None:
+            compute_openly(model)
         recording = None if example_inputs is None else record_examples(model, example_inputs, training_inputs)
         if isinstance(qconfig, QConfigMapping):
             qconfigs = mapped_qconfigs(model, qconfig, types, None if recording is None else recording.in_eval.flow)

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor, fx, nn
 
+from tritonq.nn.attention import MultiheadAttention
 from tritonq.nn.original_class import original_class
 from tritonq.prepare.forwards.answered import answering, check_answers
 from tritonq.prepare.forwards.graph import DATA_VERSION, QUANTIZING_VERSION, ForwardData, ForwardGraph, compile_graph
@@ -89,6 +90,8 @@ def apply_forward(module: nn.Module, data: ForwardData, hidden: Iterable[str] = 
         ValueError: data that doesn't describe a forward, or one that calls children which ``module`` doesn't have.
     """
     plain = _checked(module, data)
+    if type(module) is nn.MultiheadAttention and (data["eval"] is not None or "answers" in data):
+        module.__class__ = MultiheadAttention
     if isinstance(module, fx.GraphModule):
         write_graph(module, plain)
         return

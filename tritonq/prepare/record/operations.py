@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tritonq.nn import RepVGGBlock
+from tritonq.nn.attention import MultiheadAttention
 from tritonq.prepare.record.float_types import has_own_parameters, inherits_computation, torch_base
 
 # What these tell about a tensor does not depend on its elements, so reading it is no dataflow.
@@ -27,7 +28,8 @@ def is_leaf(module: nn.Module) -> bool:
     A user's class counts where it inherits its forward from torch.nn unchanged, and its weight is a parameter of its
     own. Everything else is looked into, so that the functions which it calls are seen.
     """
-    if isinstance(module, (torch.jit.ScriptModule, nn.MultiheadAttention)) or type(module) is RepVGGBlock:
+    closed = isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention)
+    if closed or isinstance(module, torch.jit.ScriptModule) or type(module) is RepVGGBlock:
         return True
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or next(module.children(), None) is not None:
         return False
