@@ -236,7 +236,7 @@ def _layer_forward(
     x = layer.quantized_input(x)
     if flattens and x.dim() > 2:
         y = layer.finish(layer.linear_map(x.flatten(0, -2), weight, bias))
-        return y.unflatten(0, x.shape[:-1])
+        return torch.unflatten(y, 0, x.shape[:-1])
     return layer.finish(layer.linear_map(x, weight, bias))
 
 

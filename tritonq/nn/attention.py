@@ -79,9 +79,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             v = torch.cat([v, self.bias_v.expand(v.shape[0], 1, width)], 1)
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        q = q.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        k = k.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        v = v.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        q = torch.unflatten(q, -1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        k = torch.unflatten(k, -1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        v = torch.unflatten(v, -1, (self.num_heads, self.head_dim)).transpose(1, 2)
         scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
         mask = _mask(attn_mask, key_padding_mask, is_causal, scores)
         if mask is not None:
