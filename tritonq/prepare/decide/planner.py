@@ -239,9 +239,8 @@ class _Planner:
             for call, operand, value in self._operands_read(part):
                 root = self._root(value)
                 record = self.analysis.flow.values[root]
-                is_kept = root in self.analysis.constants.values and not (
-                    isinstance(part, Join) and part.rounds_constants
-                )
+                rounds = isinstance(part, Join) and part.rounds_constants
+                is_kept = root in self.analysis.constants.values and not rounds
                 if qconfig is None or root in self.grids or not record.dtype.is_floating_point or is_kept:
                     continue
                 chosen = None if root in self.unrounded else self.activations.choose(root, qconfig)
