@@ -198,6 +198,13 @@ def _checked_entry(kernel: str, key: str, value: Any) -> Entry:
     return entry
 
 
+def flat_parameters(kernel: str, x: Tensor, default: Parameters) -> Parameters:
+    """Launch parameters of a ``kernel`` that sees ``x`` as one row: an override's, its GPU's, or the kernel's own."""
+    key = f"{str(x.dtype).removeprefix('torch.')}/flat"
+    entry = tuned(kernel, key, x.device.index if x.device.type == "cuda" else None)
+    return entry if isinstance(entry, Parameters) else default
+
+
 # What is assumed where there is no GPU to ask: an H200's.
 _DEFAULT_MULTIPROCESSORS = 132
 

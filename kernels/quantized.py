@@ -106,6 +106,18 @@ class Grid(Protocol):
         """Return the grid with another scale."""
 
 
+class Function(Protocol):
+    """See `tritonq.reference.functions.Function`."""
+
+    @property
+    def name(self) -> str:
+        """Which function."""
+
+    @property
+    def arguments(self) -> tuple[float, ...]:
+        """Numbers that it takes beside the tensor, at most two."""
+
+
 class Granularity(Protocol):
     """See `tritonq.granularity.Granularity`."""
 

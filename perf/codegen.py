@@ -213,7 +213,9 @@ def _describe(
         elements = path.bits(stores=False) / (bits * case.reads)
         expected = path.bits(stores=False) + path.bits(stores=True)
     else:
-        elements = kwargs["ROWS"] * kwargs["COLS"] / (TARGETS[target].warp_size * kwargs["num_warps"])
+        # A tile, or a block of a kernel that sees a tensor as one row.
+        tile = kwargs["BLOCK"] if "BLOCK" in kwargs else kwargs["ROWS"] * kwargs["COLS"]
+        elements = tile / (TARGETS[target].warp_size * kwargs["num_warps"])
         expected = elements * bits * (case.reads + case.writes)
     per_element = len(path.instructions) / elements
     return Row(

@@ -25,7 +25,7 @@ def _join_backward(dtype: torch.dtype) -> object:
 
 
 CASES = (
-    CodegenCase("residual", _join, "join_kernel", 2, 1, "two reads, one write, two sums"),
-    CodegenCase("residual_range", _join, "join_range_kernel", 2, 0, "one read, one write"),
+    CodegenCase("residual", _join, "rounded_kernel", 2, 1, "two reads, one write, two sums"),
+    CodegenCase("residual_range", _join, "rounded_range_kernel", 2, 0, "one read, one write"),
     CodegenCase("residual_backward", _join_backward, "join_backward_kernel", 1, 1, "one read, one write"),
 )

@@ -14,6 +14,7 @@ from test_sanitizer import trace as symbolic_trace  # noqa: F401 (a fixture)
 from quantizer_states import NO_QUANTIZER, quantizer_state
 from tritonq.qparams import QINT8, QUINT8, QuantizedType
 from tritonq.reference.conv_bn import BatchNormState, Normalization
+from tritonq.reference.functions import Function
 
 pytestmark = pytest.mark.sanitizer
 
@@ -97,6 +98,7 @@ def test_weight(
     weight.folded_backward(codes, rows, fold, unit, None, False)
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("n", [1, 100, 1000])
 @pytest.mark.parametrize("qtype", [QINT8, QUINT8, None], ids=str)
 def test_join(
@@ -105,15 +107,26 @@ def test_join(
     trace: Callable[[Any], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tritonq.kernels import activation, residual
+    from tritonq.kernels import activation, residual, rounded
 
-    for module in (activation, residual):
+    for module in (activation, residual, rounded):
         traced(trace, module, monkeypatch)
-    monkeypatch.setattr(residual, "_BLOCK", 32)
-    monkeypatch.setattr(residual, "_RANGE_BLOCK", 64)
     a = torch.randn(n)
     y, mask = residual.forward(a, a, *(NO_QUANTIZER if qtype is None else quantizer_state(qtype)), 1.5)
     residual.backward(y, mask)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("n", [1, 100, 1000])
+def test_functions(n: int, trace: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tritonq.kernels import activation, functions, rounded
+
+    for module in (activation, functions, rounded):
+        traced(trace, module, monkeypatch)
+    x = torch.randn(n)
+    y, grid = functions.forward(x, Function("hardswish"), *quantizer_state(QUINT8))
+    functions.backward(y, x, None, None, Function("hardswish"), grid)
+    functions.backward(y, x.to(torch.int8), torch.ones(1), torch.ones(1), Function("hardswish"), grid)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -121,9 +134,9 @@ def test_finds_a_planted_access_out_of_bounds(
     trace: Callable[[Any], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tritonq.kernels import conv_bn, conv_bn_backward, residual, weight
+    from tritonq.kernels import conv_bn, conv_bn_backward, residual, rounded, weight
 
-    for module in (residual, weight, conv_bn, conv_bn_backward):
+    for module in (rounded, weight, conv_bn, conv_bn_backward):
         traced(trace, module, monkeypatch)
     for module in (conv_bn, conv_bn_backward):
         honest = module.common_view

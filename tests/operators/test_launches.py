@@ -28,7 +28,9 @@ from tritonq.kernels import conv2d, layout
 from tritonq.kernels.conv_tile import ConvTile
 from tritonq.kernels.launcher import Launcher
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
+from tritonq.nn.functions import FunctionLayer
 from tritonq.qconfig import PRESETS
+from tritonq.reference.functions import DEFINITIONS, Function
 
 if is_interpreting():
     pytest.skip("an interpreting process cannot compile", allow_module_level=True)
@@ -152,6 +154,21 @@ def without(side: str) -> None:
     train(prepared(qconfig), image())
 
 
+def functions_of_one_tensor() -> None:
+    """Each function, on inputs that are kept as codes and on others, and joins that have no operator of their own."""
+    states = [FunctionLayer(Function(name, (0.5, 2.0)[: _ARGUMENTS.get(name, 0)])) for name in DEFINITIONS]
+    qconfig = PRESETS["onnxruntime"]
+    source, x = qconfig.activation(), image()
+    for layer in states:
+        layer.attach_quantizers(qconfig)
+        layer(x.requires_grad_()).sum().backward()
+        layer.set_quantizers(source)
+        layer(source(x)).sum().backward()
+    for preset in ("tensorrt", "onnxruntime"):
+        for join in (qnn.Mul, qnn.Add):
+            join(qconfig=PRESETS[preset])(x, x[:, :, :1, :1]).sum().backward()
+
+
 def large() -> None:
     """Tensors that several programs share: one operator in two launches, and rows longer than a tile."""
     x = torch.randn(2, 3, 80, 80, generator=torch.Generator().manual_seed(0))
@@ -248,14 +265,15 @@ ONE_SIDED = {
     "fake_quant.fake_quantize_kernel: SAME_STRIDES",
     # What decides whether a launch is new copies its tensors, slices without their gaps.
     "float_blocks.fake_quantize_blocks_kernel: SAME_STRIDES",
+    "functions.function_backward_kernel: WIDE",
     "histogram.prefix_histogram_kernel: CHANNEL",
     "histogram.prefix_histogram_kernel: WINDOW",
     "int8_conv.int8_conv_kernel: saturated_ptr",
     "learned_scale.clip_then_round_kernel: active_ptr",
     "residual.join_backward_kernel: WIDE",
-    "residual.join_kernel: WIDE",
-    "residual.join_range_kernel: WIDE",
-    "residual.join_range_kernel: observing_ptr",
+    "rounded.rounded_kernel: WIDE",
+    "rounded.rounded_range_kernel: WIDE",
+    "rounded.rounded_range_kernel: observing_ptr",
     "weights_together.quantize_all_kernel: HAS_ZERO_POINT",
     "weights_together.quantize_all_kernel: KNOWN",
     "weights_together.quantize_all_kernel: OBSERVES",
@@ -275,11 +293,14 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     **{f"without {side} quantizers": (lambda side=side: without(side)) for side in ("weight", "activation")},
     **{name: preset(qconfig) for name, qconfig in LEARNED.items()},
     "large": large,
+    "functions of one tensor": functions_of_one_tensor,
     "weights together": weights_together,
     "tuned convolutions": tuned_convolutions,
     **{f"functions in {dtype}": (lambda dtype=dtype: functions(dtype)) for dtype in DTYPES},
     "functions on large offsets": lambda: functions(torch.float32, wide=True),
 }
+# How many numbers a function takes beside the tensor.
+_ARGUMENTS = {"leaky_relu": 1, "elu": 1, "softplus": 2}
 LOG = LaunchLog()
 
 

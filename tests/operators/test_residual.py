@@ -12,7 +12,7 @@ import tritonq
 from op_tester import OpTester, operators
 from quantizer_states import NO_QUANTIZER, assert_same_state, quantizer_state
 from tritonq.qparams import QINT8, QUINT8
-from tritonq.reference import residual
+from tritonq.reference import residual, rounded
 
 SHAPES = [(3, 5, 7, 2), (1,), (2, 16), (3, 1, 5), (2, 3, 2, 3, 2), (0, 4), ()]
 
@@ -163,14 +163,6 @@ def test_without_a_qconfig_it_only_adds():
 
 
 class TestBackends(OpTester):
-    @pytest.fixture(autouse=True)
-    def short_blocks(self, backend, monkeypatch):
-        if backend == "interpreter":
-            from tritonq.kernels import residual as kernels
-
-            monkeypatch.setattr(kernels, "_BLOCK", 32)
-            monkeypatch.setattr(kernels, "_RANGE_BLOCK", 64)
-
     @pytest.mark.parametrize("shape", [*SHAPES, (7, 131)], ids=str)
     @pytest.mark.parametrize(
         ("qtype", "ceiling"),
@@ -208,3 +200,19 @@ class TestBackends(OpTester):
             assert torch.equal(y, z)
             dy = torch.randn_like(y)
             assert torch.equal(ops.backward(dy, mask), residual.backward(dy, expected))
+
+    @pytest.mark.parametrize("shape", [(7, 131), (2, 4, 3, 5), (0, 4), ()], ids=str)
+    @pytest.mark.parametrize(("qtype", "ceiling"), [(QINT8, math.inf), (QUINT8, None), (QUINT8, 1.5)])
+    def test_results_of_any_operation(self, shape, qtype, ceiling, use, device):
+        mine, other = (quantizer_state(qtype, device=device) for _ in range(2))
+        for seed in range(2):
+            a = tensors(shape, seed=seed)[0].to(device)
+            if a.numel() > 200:
+                a.view(-1)[[3, 9, 15]] = torch.tensor([torch.nan, torch.inf, -torch.inf], device=device)
+            if a.dim() == 4:
+                a = a.contiguous(memory_format=torch.channels_last)
+            y, mask = operators("rounded", use).forward(a.clone(), *mine, ceiling)
+            z, expected = rounded.forward(a.clone(), *other, ceiling)
+            torch.testing.assert_close(y, z, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(residual.unpack(mask, a.numel()), residual.unpack(expected, a.numel()))
+            assert_same_state(mine, other)

@@ -78,6 +78,11 @@ def joins(x: Tensor) -> None:
         y, mask = ops.forward(x, x + 1, *quantizer, math.inf)
         ops.backward(torch.ones_like(y), mask)
     traced.FAMILIES["rounded"].forward(x, *state(QUINT8), None)
+    ops, codes = traced.FAMILIES["functions"], (x * 20).to(torch.int8)
+    for function in (Function("hardswish"), Function("leaky_relu", (0.1,))):
+        y, grid = ops.forward(x, function, *state(QUINT8))
+        ops.backward(y, x, None, None, function, grid)
+        ops.backward(y, codes, grid.scale, None, function, grid)
 
 
 def elementwise(x: Tensor) -> None:

@@ -13,8 +13,8 @@ from tritonq.functional.codes import carried_codes, give_codes, rounded_codes
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.integer_joins import divided
-from tritonq.functional.saved_input import SavedInput, keep, mark, restore
-from tritonq.grid import Grid
+from tritonq.functional.saved_input import keep, mark
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.reference.functions import Function, look_up
 
 
@@ -102,43 +102,43 @@ def _table(function: Function, source: HostGrid, output: HostGrid) -> Tensor:
     return rounded_codes(result / torch.tensor(output.scale), output)
 
 
-def quantized_function(x: Tensor, y: Tensor, function: Function, source: Grid | None, output: Grid) -> Tensor:
-    """``FQ(f(x))``, of which the backward computes ``f(x)`` again instead of keeping it.
+def quantized_function(
+    x: Tensor, function: Function, source: Grid | None, grid: Grid, statistics: RangeStatistics | None
+) -> Tensor:
+    """``FQ(f(x))`` as one operator, whose backward computes f(x) again instead of keeping it.
+
+    The quantizer observes f(x). Both are float32 (float64 for float64), and the result is rounded once.
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
-        y: ``function(x)``, without gradient.
         function: the function.
         source: the grid that ``x`` lies on, whose codes are kept for the backward; None: ``x`` itself is.
-        output: per tensor.
+        grid: of the result, per tensor.
+        statistics: the range behind it, which f(x) updates; None observes nothing.
 
     Returns:
         Tensor of ``x``'s shape and dtype.
     """
-    result: Tensor = _QuantizedFunction.apply(x, y, function, source, output)  # type: ignore[no-untyped-call]
+    result: Tensor = _QuantizedFunction.apply(x, function, source, grid, statistics)  # type: ignore[no-untyped-call]
     return result
 
 
 class _QuantizedFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, function: Function, source: Grid | None, output: Grid) -> Tensor:
-        ctx.ops, ctx.qtype, ctx.function = implementation("fake_quant", y), output.qtype, function
+    def forward(
+        ctx: Any, x: Tensor, function: Function, source: Grid | None, grid: Grid, statistics: RangeStatistics | None
+    ) -> Tensor:
+        y, frozen = implementation("functions", x).forward(x, function, grid, statistics)
+        mark(y, grid.scale, grid, statistics)
         if ctx.needs_input_grad[0]:
-            kept, saved = output.copy(), keep(x, source)
-            ctx.dtype = saved.dtype
-            ctx.save_for_backward(*saved.tensors, kept.scale, kept.zero_point, kept.enabled)
-        result: Tensor = ctx.ops.fake_quantize(y, output)
-        mark(result, output.scale, output)
-        return result
+            ctx.qtype, ctx.function = grid.qtype, function
+            ctx.save_for_backward(*keep(x, source).tensors, frozen.scale, frozen.zero_point, frozen.enabled)
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        values, input_scale, shift, *grid = ctx.saved_tensors
-        scale, zero_point, enabled = grid
-        x = restore(SavedInput(values, input_scale, shift, ctx.dtype)).detach().requires_grad_()
-        with torch.enable_grad():
-            y = ctx.function(x)
-        dy = ctx.ops.fake_quantize_backward(dy, y.detach(), Grid(scale, zero_point, ctx.qtype, enabled), False)
-        (dx,) = torch.autograd.grad(y, x, dy)
+        x, input_scale, shift, scale, zero_point, enabled = ctx.saved_tensors
+        frozen = Grid(scale, zero_point, ctx.qtype, enabled)
+        dx = implementation("functions", dy).backward(dy, x, input_scale, shift, ctx.function, frozen)
         return dx, None, None, None, None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonq.functional.dispatch import implementation, without_kernel
+from tritonq.functional.dispatch import implementation
 from tritonq.functional.saved_input import SavedInput, keep, mark, restore
 from tritonq.grid import Grid, RangeStatistics
 
@@ -75,7 +75,7 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Tensor:
         wide = y.to(torch.promote_types(y.dtype, torch.float32), copy=True)
-        result, mask = without_kernel("rounded", wide).forward(wide, grid, statistics, ceiling)
+        result, mask = implementation("rounded", wide).forward(wide, grid, statistics, ceiling)
         result = result.to(y.dtype)
         mark(result, grid.scale, grid, statistics)
         if ctx.needs_input_grad[0]:
@@ -131,7 +131,7 @@ class _RoundedProduct(torch.autograd.Function):
         dtype = torch.promote_types(a.dtype, b.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         product = a.to(wide) * b.to(wide)
-        result, mask = without_kernel("rounded", product).forward(product, grid, statistics, ceiling)
+        result, mask = implementation("rounded", product).forward(product, grid, statistics, ceiling)
         result = result.to(dtype)
         mark(result, grid.scale, grid, statistics)
         of_a, of_b = ctx.needs_input_grad[:2]

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.functions import function_codes, integer_function, quantized_function
 from tritonq.functional.host_grid import HostGrid
-from tritonq.functional.recomputation import is_recomputing
 from tritonq.grid import Grid
-from tritonq.nn.fusable import input_grid, observed_grid
+from tritonq.nn.fusable import input_grid, observed_grid, warn_if_unobserved
 from tritonq.nn.unary import UnaryLayer
 from tritonq.qconfig import QConfig
 from tritonq.reference.functions import Function, onto_output
@@ -62,21 +61,13 @@ class FunctionLayer(UnaryLayer):
         if quantizer is None:
             return self.compute(x)
         observed = observed_grid(quantizer) if self.training else None
-        if observed is None or observed[0].qtype.axis is not None or torch.compiler.is_compiling():
+        if observed is None or observed[0].qtype.axis is not None:
             return cast(Tensor, quantizer(self._result(x)))
-        return self._train(x, cast(FakeQuantize, quantizer))
-
-    def _train(self, x: Tensor, quantizer: FakeQuantize) -> Tensor:
-        """Do what the function and its quantizer do, and keep ``x`` alone for the backward."""
-        with torch.no_grad():
-            y = self.function(x)
-            if not is_recomputing():
-                quantizer.observe(y)
-        if not quantizer.has_qparams():
-            return quantizer.quantize(self.function(x))
         source = self.input_quantizer
         known = input_grid(source) if isinstance(source, FakeQuantizeBase) else None
-        return quantized_function(x, y, self.function, known, quantizer.grid())
+        y = quantized_function(x, self.function, known, *observed)
+        warn_if_unobserved(quantizer)
+        return y
 
     def compute(self, x: Tensor) -> Tensor:
         """See base class."""

@@ -10,17 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonq.grid import Grid
+from tritonq.arithmetic import as_dtype
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import round_half_away
+from tritonq.reference.activation import observe, quantize_, straight_through_
+from tritonq.reference.operator import CopyOf, Like, operator
+from tritonq.reference.ranges import OBSERVED, snapshot
+from tritonq.reference.scratch import borrow_or_new
 
 # Wider grids have no table.
 _MOST_BITS = 16
+
+_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,12 @@ class Definition:
     Attributes:
         torch: in training, and where a grid is unknown.
         deployed: in float32, in the engine's order of operations.
+        backward: the gradient of the first, from that of its result, from its input and its result, and its arguments.
     """
 
     torch: Callable[..., Tensor]
     deployed: Callable[..., Tensor]
+    backward: Callable[..., Tensor]
 
 
 def _in_float64(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -88,19 +97,80 @@ def _tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def _gelu_backward(approximate: str) -> Callable[..., Tensor]:
+    return lambda dy, x, y: _aten.gelu_backward(dy, x, approximate=approximate)
+
+
 DEFINITIONS: Mapping[str, Definition] = {
-    "sigmoid": Definition(torch.sigmoid, _sigmoid),
-    "tanh": Definition(torch.tanh, _tanh),
-    "silu": Definition(F.silu, lambda x: x * _sigmoid(x)),
-    "hardsigmoid": Definition(F.hardsigmoid, _hardsigmoid),
-    "hardswish": Definition(F.hardswish, lambda x: x * _hardsigmoid(x)),
-    "gelu": Definition(F.gelu, _in_float64(F.gelu)),
-    "tanh_gelu": Definition(_tanh_gelu, _in_float64(_tanh_gelu)),
-    "leaky_relu": Definition(F.leaky_relu, _leaky_relu),
-    "elu": Definition(F.elu, _in_float64(F.elu)),
-    "softplus": Definition(F.softplus, _softplus),
-    "mish": Definition(F.mish, lambda x: x * _tanh(_softplus(x))),
+    "sigmoid": Definition(torch.sigmoid, _sigmoid, lambda dy, x, y: _aten.sigmoid_backward(dy, y)),
+    "tanh": Definition(torch.tanh, _tanh, lambda dy, x, y: _aten.tanh_backward(dy, y)),
+    "silu": Definition(F.silu, lambda x: x * _sigmoid(x), lambda dy, x, y: _aten.silu_backward(dy, x)),
+    "hardsigmoid": Definition(F.hardsigmoid, _hardsigmoid, lambda dy, x, y: _aten.hardsigmoid_backward(dy, x)),
+    "hardswish": Definition(
+        F.hardswish, lambda x: x * _hardsigmoid(x), lambda dy, x, y: _aten.hardswish_backward(dy, x)
+    ),
+    "gelu": Definition(F.gelu, _in_float64(F.gelu), _gelu_backward("none")),
+    "tanh_gelu": Definition(_tanh_gelu, _in_float64(_tanh_gelu), _gelu_backward("tanh")),
+    "leaky_relu": Definition(
+        F.leaky_relu, _leaky_relu, lambda dy, x, y, slope: _aten.leaky_relu_backward(dy, x, slope, False)
+    ),
+    "elu": Definition(F.elu, _in_float64(F.elu), lambda dy, x, y, alpha: _aten.elu_backward(dy, alpha, 1, 1, False, x)),
+    "softplus": Definition(
+        F.softplus, _softplus, lambda dy, x, y, *arguments: _aten.softplus_backward(dy, x, *arguments)
+    ),
+    "mish": Definition(F.mish, lambda x: x * _tanh(_softplus(x)), lambda dy, x, y: _aten.mish_backward(dy, x)),
 }
+
+
+class RoundedFunction(NamedTuple):
+    """The result of a function on a grid, and the grid as it was: later steps change its tensors."""
+
+    y: Tensor
+    grid: Grid
+
+
+_RESULT: Any = Like("x")
+_SNAPSHOT: Any = CopyOf("grid")
+_GRADIENT: Any = Like("x", "dy")
+
+
+@operator(returns=RoundedFunction(_RESULT, _SNAPSHOT), mutates=OBSERVED)
+def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatistics | None) -> RoundedFunction:
+    """``FQ(f(x))``: observes f(x), which is float32, and rounds once to the dtype of the input.
+
+    Args:
+        x: any shape.
+        function: the function.
+        grid: per tensor.
+        statistics: the range behind the grid, which f(x) updates; None observes nothing.
+    """
+    y = function(as_dtype(x, torch.promote_types(x.dtype, torch.float32)))
+    frozen = snapshot(grid, observe(y, grid, statistics, None).statistics)
+    return RoundedFunction(as_dtype(quantize_(y, frozen, None), x.dtype), frozen)
+
+
+@operator(returns=_GRADIENT)
+def backward(
+    dy: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, function: Function, grid: Grid
+) -> Tensor:
+    """The gradient of :func:`forward`, which computes f(x) again: ``f'(x) · dy`` where the clip does not block it.
+
+    Args:
+        dy: of the result.
+        x: the input, or its codes: it is ``(x - shift) * scale``, rounded to the dtype of ``dy``.
+        scale: of the codes; None: ``x`` is the input.
+        shift: of the codes; None for zero.
+        function: the function.
+        grid: from the forward.
+    """
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    if scale is not None:
+        x = as_dtype((x.to(wide) if shift is None else x.to(wide) - shift) * scale, dy.dtype)
+    x = as_dtype(x, wide)
+    y = function(x)
+    # Into other memory: some gradients are computed from the result.
+    g = straight_through_(as_dtype(dy, wide), y, grid, None, out=borrow_or_new("local", y))
+    return as_dtype(DEFINITIONS[function.name].backward(g, x, y, *function.arguments), dy.dtype)
 
 
 def function_to_data(function: Function) -> dict[str, Any]:

@@ -16,7 +16,7 @@ _MASK: Any = New(lambda arguments: (mask_length(arguments["y"].numel()),), "y", 
 _RESULT: Any = Like("y")
 
 
-@operator(returns=Join(_RESULT, _MASK), mutates=OBSERVED, has_kernel=False, overwrites=("y",))
+@operator(returns=Join(_RESULT, _MASK), mutates=OBSERVED, overwrites=("y",))
 def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Join:
     """``FQ(relu?(y))``: observes ``y`` and rounds it.
 

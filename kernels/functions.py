@@ -1,0 +1,96 @@
+"""Functions of one tensor and the quantizer behind them: two reads and one write, and as much backward.
+
+The backward computes the function again from its input, which is read as codes where it lies on a grid. Functions here
+have the names, signatures and results of `tritonq.reference.functions`, their specification; exponentials are the
+hardware's, so that results agree but for the last bits, and codes but for ties.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import gradient_bounds, gradient_passes, load_quantizer
+from .launch import Parameters, device_guard, flat_parameters, warp_size
+from .launcher import Launcher
+from .pointwise import function_derivative, function_value, load_operand
+from .quantized import Function, Grid, RangeStatistics, grid_constants, grid_pointers
+from .rounded import is_wide, laid_out_as, operation_constants, write_rounded
+
+# 16 elements to a lane: both reads take whole lines. By bytes in flight, not measured.
+_BACKWARD = Parameters(elements=2048, max_cols=2048, warps=4)
+
+
+@Launcher
+@triton.jit
+def function_backward_kernel(
+    dy_ptr,  # (n,)
+    x_ptr,  # (n,), int8 with x_scale_ptr
+    x_scale_ptr,  # one float32; None: x_ptr holds values
+    x_shift_ptr,  # one number; None stands for zero
+    dx_ptr,  # (n,)
+    scale_ptr,  # one element each
+    zero_point_ptr,
+    active_ptr,
+    n,
+    OPERATION: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``f'(x) · dy`` where the code of ``f(x)`` lies in range, else 0. Has run on no GPU yet."""
+    program = tl.program_id(0)
+    offsets = (program.to(tl.int64) if WIDE else program) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    dy = tl.load(dy_ptr + offsets, mask=mask, other=0).to(tl.float32)
+    x = load_operand(x_ptr, offsets, mask, 0, x_scale_ptr, x_shift_ptr)
+    # As the forward read it: rounded to the dtype of the tensor.
+    x = x.to(dy_ptr.dtype.element_ty).to(tl.float32)
+    y = function_value(x, OPERATION, FIRST, SECOND)
+    scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
+    unit, low, high = gradient_bounds(scale, zero_point, active, None, True, QUANT_MIN, QUANT_MAX, ROUNDING)
+    passes = gradient_passes(y, unit, low, high, None, True, ROUNDING)
+    dx = tl.where(passes, dy, 0.0) * function_derivative(x, OPERATION, FIRST, SECOND)
+    tl.store(dx_ptr + offsets, dx, mask=mask)
+
+
+def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatistics | None) -> tuple[Tensor, Grid]:
+    """``FQ(f(x))``, dense, and the grid as it was."""
+    y = torch.empty_like(x)
+    operands = (laid_out_as(y, x), None)
+    frozen = write_rounded(operands, y, None, function.name, function.arguments, grid, statistics, None)
+    return y, grid if frozen is None else frozen
+
+
+def backward(
+    dy: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, function: Function, grid: Grid
+) -> Tensor:
+    """The gradient of the input, laid out as ``torch.empty_like(x)``."""
+    dx = torch.empty_like(x, dtype=dy.dtype)
+    n = dx.numel()
+    if n == 0:
+        return dx
+    chosen = flat_parameters("function_backward", dy, _BACKWARD)
+    with device_guard(dy):
+        function_backward_kernel[(triton.cdiv(n, chosen.elements),)](
+            laid_out_as(dx, dy),
+            laid_out_as(dx, x),
+            scale,
+            shift,
+            dx,
+            *grid_pointers(grid),
+            n,
+            **operation_constants(function.name, function.arguments),
+            **grid_constants(grid),
+            BLOCK=chosen.elements,
+            WIDE=is_wide(n),
+            num_warps=chosen.num_warps(warp_size(dy.device)),
+            enable_fp_fusion=False,
+        )
+    return dx

@@ -1,0 +1,158 @@
+"""Operations of one or two values, their derivatives, and the loads of operands, as device functions.
+
+Nothing here uses libdevice, which Triton's interpreter has not: the one approximation of the hardware is that of the
+exponential. Functions are those of `tritonq.reference.functions`, by name; results agree but for the last bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_ROOT_HALF = tl.constexpr(0.7071067811865476)
+_ROOT_TWO_OVER_PI = tl.constexpr(0.7978845608028654)
+# Half of the factor in front of the normal density: sqrt(2 / pi) / 2.
+_DENSITY = tl.constexpr(0.3989422804014327)
+_CUBE = tl.constexpr(0.044715)
+_THIRD = tl.constexpr(0.3333333333333333)
+_SIXTH = tl.constexpr(0.16666666666666666)
+
+
+@triton.jit
+def load_operand(ptr, offsets, mask, other, scale_ptr, shift_ptr):
+    """Values as float32: as they are stored, or from codes where they lie on a grid: ``(code - shift) * scale``."""
+    value = tl.load(ptr + offsets, mask=mask, other=other).to(tl.float32)
+    if scale_ptr is not None:
+        if shift_ptr is not None:
+            value = value - tl.load(shift_ptr).to(tl.float32)
+        value = value * tl.load(scale_ptr)
+    return value
+
+
+@triton.jit
+def operate(a, b, OPERATION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """``a + b``, ``a * b``, ``a`` itself, or a function of ``a`` with up to two arguments, as OPERATION names it."""
+    if OPERATION == "none":
+        return a
+    elif OPERATION == "add":
+        return a + b
+    elif OPERATION == "mul":
+        return a * b
+    else:
+        return function_value(a, OPERATION, FIRST, SECOND)
+
+
+@triton.jit
+def function_value(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """The function of float32 values. NaN stays NaN."""
+    if FUNCTION == "sigmoid":
+        return _sigmoid(x)
+    elif FUNCTION == "tanh":
+        return _tanh(x)
+    elif FUNCTION == "silu":
+        return x * _sigmoid(x)
+    elif FUNCTION == "hardsigmoid":
+        return tl.div_rn(_relu6(x + 3.0), 6.0)
+    elif FUNCTION == "hardswish":
+        return tl.div_rn(x * _relu6(x + 3.0), 6.0)
+    elif FUNCTION == "gelu":
+        return x * 0.5 * (1.0 + _erf(x * _ROOT_HALF))
+    elif FUNCTION == "tanh_gelu":
+        return 0.5 * x * (1.0 + _tanh((x + x * x * x * _CUBE) * _ROOT_TWO_OVER_PI))
+    elif FUNCTION == "leaky_relu":
+        return tl.where(x > 0, x, x * FIRST)
+    elif FUNCTION == "elu":
+        return tl.where(x > 0, x, (tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)) - 1.0) * FIRST)
+    elif FUNCTION == "softplus":
+        return tl.where(x * FIRST > SECOND, x, tl.div_rn(_softplus(x * FIRST), FIRST))
+    else:
+        tl.static_assert(FUNCTION == "mish")
+        return x * _tanh(_softplus(x))
+
+
+@triton.jit
+def function_derivative(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """The derivative of :func:`function_value`."""
+    if FUNCTION == "sigmoid":
+        y = _sigmoid(x)
+        return y * (1.0 - y)
+    elif FUNCTION == "tanh":
+        y = _tanh(x)
+        return 1.0 - y * y
+    elif FUNCTION == "silu":
+        y = _sigmoid(x)
+        return y * (1.0 + x * (1.0 - y))
+    elif FUNCTION == "hardsigmoid":
+        return tl.where((x > -3.0) & (x < 3.0), _SIXTH, 0.0)
+    elif FUNCTION == "hardswish":
+        return tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, x * _THIRD + 0.5, 1.0))
+    elif FUNCTION == "gelu":
+        return 0.5 * (1.0 + _erf(x * _ROOT_HALF)) + x * (tl.exp(-0.5 * x * x) * _DENSITY)
+    elif FUNCTION == "tanh_gelu":
+        y = _tanh((x + x * x * x * _CUBE) * _ROOT_TWO_OVER_PI)
+        inner = (x * x * 3.0 * _CUBE + 1.0) * _ROOT_TWO_OVER_PI
+        return 0.5 * (1.0 + y) + 0.5 * x * (1.0 - y * y) * inner
+    elif FUNCTION == "leaky_relu":
+        return tl.where(x > 0, 1.0, FIRST)
+    elif FUNCTION == "elu":
+        return tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)) * FIRST)
+    elif FUNCTION == "softplus":
+        return tl.where(x * FIRST > SECOND, 1.0, _sigmoid(x * FIRST))
+    else:
+        tl.static_assert(FUNCTION == "mish")
+        y = _tanh(_softplus(x))
+        return y + x * _sigmoid(x) * (1.0 - y * y)
+
+
+@triton.jit
+def _relu6(x):
+    x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _sigmoid(x):
+    return tl.div_rn(1.0, 1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _tanh(x):
+    # Of the magnitude, so that the exponential never overflows.
+    power = tl.exp(-2.0 * tl.abs(x))
+    size = tl.div_rn(1.0 - power, 1.0 + power)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def _softplus(x):
+    """``log(1 + exp(x))``: the logarithm by the series of the inverse hyperbolic tangent, up to 1/3."""
+    power = tl.exp(-tl.abs(x))
+    ratio = tl.div_rn(power, 2.0 + power)
+    square = ratio * ratio
+    series = 1.0 / 15 * square + 1.0 / 13
+    series = series * square + 1.0 / 11
+    series = series * square + 1.0 / 9
+    series = series * square + 1.0 / 7
+    series = series * square + 1.0 / 5
+    series = series * square + 1.0 / 3
+    series = series * square + 1.0
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + 2.0 * ratio * series
+
+
+@triton.jit
+def _erf(x):
+    """The error function, by the quotient of two polynomials that Eigen and XLA use; the last three bits may differ."""
+    x = tl.maximum(x, -4.0, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, 4.0, propagate_nan=tl.PropagateNan.ALL)
+    square = x * x
+    upper = square * -2.72614225801306e-10 + 2.77068142495902e-08
+    upper = upper * square + -2.10102402082508e-06
+    upper = upper * square + -5.69250639462346e-05
+    upper = upper * square + -7.34990630326855e-04
+    upper = upper * square + -2.95459980854025e-03
+    upper = upper * square + -1.60960333262415e-02
+    lower = square * -1.45660718464996e-05 + -2.13374055278905e-04
+    lower = lower * square + -1.68282697438203e-03
+    lower = lower * square + -7.37332916720468e-03
+    lower = lower * square + -1.42647390514189e-02
+    return tl.div_rn(x * upper, lower)

@@ -1,0 +1,268 @@
+"""Results of any operation, observed and rounded: two reads of its operands, one write, and one bit per element.
+
+``FQ(relu?(f(a, b)))`` for the operations f of `tritonq.kernels.pointwise`. Operands lie in the memory order of the
+result. Functions here that `tritonq.reference.rounded` has, too, are specified there.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import gradient_bounds, gradient_passes, load_quantizer, merge_range, quantize_value
+from .constants import INF
+from .launch import Parameters, device_guard, flat_parameters, programs_that_fill, warp_size
+from .launcher import Launcher
+from .pointwise import operate
+from .quantized import Grid, RangeStatistics, grid_constants, grid_pointers, observing_switch
+
+# Planes start on 16 elements, so that every dtype is read 128 bits at a time.
+_ALIGNMENT = 16
+# Planes of a mask: one for each bit of a byte.
+PLANES = 8
+# Offsets stay 32-bit below this; the slack covers the masked lanes of a last, partial block.
+_WIDE_EXTENT = 2**31 - 2**20
+# Elements of each plane per program, 8 to a lane: 128-bit accesses to 16-bit elements.
+_ROUNDED = Parameters(elements=PLANES * 1024, max_cols=1024, warps=4)
+_RANGE = Parameters(elements=2048, max_cols=2048, warps=4)
+
+
+@triton.jit
+def scan_results(
+    a_ptr,
+    b_ptr,
+    start,
+    end,
+    OPERATION: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FINITE_ONLY: tl.constexpr,
+):
+    """Elementwise minimum and maximum of results over a share, and the count of values skipped, (BLOCK,) each.
+
+    Without FINITE_ONLY nothing is skipped and NaN propagates.
+    """
+    low = tl.full([BLOCK], INF, tl.float32)
+    high = tl.full([BLOCK], -INF, tl.float32)
+    bad = tl.zeros([BLOCK], tl.int32)
+    # Stands in for missing elements.
+    first_a = tl.load(a_ptr + start)
+    first_b = first_a if b_ptr is None else tl.load(b_ptr + start)
+    for at in range(start, end, BLOCK):
+        offsets = at + tl.arange(0, BLOCK)
+        mask = offsets < end
+        a = tl.load(a_ptr + offsets, mask=mask, other=first_a).to(tl.float32)
+        b = a if b_ptr is None else tl.load(b_ptr + offsets, mask=mask, other=first_b).to(tl.float32)
+        result = operate(a, b, OPERATION, FIRST, SECOND)
+        if FINITE_ONLY:
+            finite = tl.abs(result) < INF
+            low = tl.minimum(low, tl.where(finite, result, INF))
+            high = tl.maximum(high, tl.where(finite, result, -INF))
+            bad += (mask & (finite == 0)).to(tl.int32)
+        else:
+            low = tl.minimum(low, result, propagate_nan=tl.PropagateNan.ALL)
+            high = tl.maximum(high, result, propagate_nan=tl.PropagateNan.ALL)
+    return low, high, bad
+
+
+@Launcher
+@triton.jit
+def rounded_range_kernel(
+    a_ptr,  # (n,)
+    b_ptr,  # (n,), or None
+    low_ptr,  # (programs,) float32
+    high_ptr,  # (programs,) float32
+    nonfinite_ptr,  # one int64, grows by the number of values skipped
+    observing_ptr,  # one uint8, 0 ends the kernel
+    n,
+    share,  # elements per program: whole blocks
+    OPERATION: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Range of the finite results of one share. Has run on no GPU yet."""
+    if tl.load(observing_ptr) == 0:
+        return
+    program = tl.program_id(0)
+    start = program.to(tl.int64) * share if WIDE else program * share
+    end = tl.minimum(start + share, n)
+    low, high, _ = scan_results(a_ptr, b_ptr, start, end, OPERATION, FIRST, SECOND, BLOCK, False)
+    skipped = 0
+    if tl.max(((tl.abs(low) < INF) & (tl.abs(high) < INF) & (low == low)).to(tl.int32) ^ 1, 0) > 0:
+        # Rare: a result is NaN or infinite. Read the share again and leave those out.
+        low, high, bad = scan_results(a_ptr, b_ptr, start, end, OPERATION, FIRST, SECOND, BLOCK, True)
+        skipped = tl.sum(bad, 0)
+    # A share without finite results merges as zero elements would: its empty range is not finite and is skipped.
+    tl.store(low_ptr + program, tl.min(low, 0))
+    tl.store(high_ptr + program, tl.max(high, 0))
+    if skipped > 0:
+        tl.atomic_add(nonfinite_ptr, skipped.to(tl.int64))  # type: ignore[attr-defined]
+
+
+@Launcher
+@triton.jit
+def rounded_kernel(
+    a_ptr,  # (n,)
+    b_ptr,  # (n,), or None
+    y_ptr,  # (n,)
+    mask_ptr,  # (plane,) uint8, or None
+    scale_ptr,  # one element each, or None without a quantizer
+    zero_point_ptr,
+    active_ptr,
+    n,
+    plane,
+    OPERATION: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    CEILING: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``FQ(relu?(f(a, b)))`` of one block of each plane, and their byte of mask. Has run on no GPU yet."""
+    program = tl.program_id(0)
+    at = (program.to(tl.int64) if WIDE else program) * COLS + tl.arange(0, COLS)
+    scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
+    QUANTIZED: tl.constexpr = scale_ptr is not None
+    unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
+    byte = tl.zeros([COLS], tl.int32)
+    for bit in tl.static_range(ROWS):
+        offsets = bit * plane + at
+        mask = (at < plane) & (offsets < n)
+        a = tl.load(a_ptr + offsets, mask=mask, other=0).to(tl.float32)
+        b = a if b_ptr is None else tl.load(b_ptr + offsets, mask=mask, other=0).to(tl.float32)
+        result = operate(a, b, OPERATION, FIRST, SECOND)
+        y = quantize_value(result, scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
+        tl.store(y_ptr + offsets, y, mask=mask)
+        if mask_ptr is not None:
+            passes = gradient_passes(result, unit, low, high, CEILING, QUANTIZED, ROUNDING)
+            byte += (mask & passes).to(tl.int32) << bit
+    if mask_ptr is not None:
+        tl.store(mask_ptr + at, byte.to(tl.uint8), mask=at < plane)
+
+
+def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> tuple[Tensor, Tensor]:
+    """``FQ(relu?(y))``, written over ``y``, and the mask of the gradient."""
+    mask = mask_like(y)
+    write_rounded((y, None), y, mask, "none", (), grid, statistics, ceiling)
+    return y, mask
+
+
+def write_rounded(
+    operands: tuple[Tensor, Tensor | None],
+    y: Tensor,
+    mask: Tensor | None,
+    operation: str,
+    arguments: tuple[float, ...],
+    grid: Grid | None,
+    statistics: RangeStatistics | None,
+    ceiling: float | None,
+) -> Grid | None:
+    """Write ``FQ(relu?(f(a, b)))`` and the mask of its gradient; return a snapshot of the grid.
+
+    Args:
+        operands: ``a`` and ``b``, laid out as ``y``; None: an operation of one.
+        y: dense; may be an operand.
+        mask: as long as :func:`mask_like` makes it; None leaves it out.
+        operation: a name that `tritonq.kernels.pointwise.operate` knows.
+        arguments: its numbers, at most two.
+        grid: per tensor; None leaves the result in float.
+        statistics: the range behind the grid, which the result updates; None observes nothing.
+        ceiling: of the ReLU between operation and quantizer.
+    """
+    n, plane = y.numel(), plane_length(y.numel())
+    chosen = flat_parameters("rounded", y, _ROUNDED)
+    columns = max(1, chosen.elements // PLANES)
+    with device_guard(y):
+        snapshot = None if grid is None else _observe(operands, operation, arguments, grid, statistics, ceiling)
+        if n == 0:
+            return snapshot
+        rounded_kernel[(triton.cdiv(plane, columns),)](
+            *operands,
+            y,
+            mask,
+            *grid_pointers(snapshot),
+            n,
+            plane,
+            **operation_constants(operation, arguments),
+            CEILING=ceiling,
+            **grid_constants(snapshot),
+            ROWS=PLANES,
+            COLS=columns,
+            WIDE=is_wide(n),
+            num_warps=chosen.num_warps(warp_size(y.device)),
+            enable_fp_fusion=False,
+        )
+    return snapshot
+
+
+def mask_like(y: Tensor) -> Tensor:
+    """Return memory for the mask of a result: see `tritonq.reference.residual.Join`."""
+    return torch.empty(plane_length(y.numel()), dtype=torch.uint8, device=y.device)
+
+
+def plane_length(n: int) -> int:
+    """Return the number of bytes that hold one bit for each of ``n`` elements."""
+    return -(-n // (PLANES * _ALIGNMENT)) * _ALIGNMENT
+
+
+def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
+    """Return ``x`` with the strides of the dense tensor ``y``, by a copy where it must be."""
+    return x if x.stride() == y.stride() else torch.empty_like(y, dtype=x.dtype).copy_(x)
+
+
+def operation_constants(operation: str, arguments: tuple[float, ...]) -> dict[str, object]:
+    """Return the constants that say which operation a kernel does."""
+    first, second = (*arguments, None, None)[:2]
+    return {"OPERATION": operation, "FIRST": first, "SECOND": second}
+
+
+def is_wide(n: int) -> bool:
+    """Whether offsets of ``n`` elements, and of the lanes beyond, need 64 bits."""
+    return n >= _WIDE_EXTENT
+
+
+def _observe(
+    operands: tuple[Tensor, Tensor | None],
+    operation: str,
+    arguments: tuple[float, ...],
+    grid: Grid,
+    statistics: RangeStatistics | None,
+    ceiling: float | None,
+) -> Grid:
+    """Observe the results and return a snapshot of the grid."""
+    a, n = operands[0], operands[0].numel()
+    chosen = flat_parameters("rounded_range", a, _RANGE)
+    blocks = triton.cdiv(n, chosen.elements)
+    share = triton.cdiv(blocks, max(1, min(blocks, programs_that_fill(a.device)))) * chosen.elements
+    if n == 0:
+        # One part whose range is not finite: nothing is merged.
+        empty = torch.full((1,), torch.inf, device=a.device)
+        return merge_range(empty, empty, 0, grid, statistics, ceiling)
+    programs = triton.cdiv(n, share)
+    low, high = torch.empty((2, programs), dtype=torch.float32, device=a.device).unbind(0)
+    observing = observing_switch(statistics)
+    if statistics is not None and observing is not None:
+        rounded_range_kernel[(programs,)](
+            *operands,
+            low,
+            high,
+            statistics.nonfinite_count,
+            observing,
+            n,
+            share,
+            **operation_constants(operation, arguments),
+            BLOCK=chosen.elements,
+            WIDE=is_wide(n),
+            num_warps=chosen.num_warps(warp_size(a.device)),
+            enable_fp_fusion=False,
+        )
+    return merge_range(low, high, 0, grid, statistics, ceiling)

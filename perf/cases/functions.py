@@ -1,0 +1,116 @@
+"""Functions of one tensor with the quantizer behind them: SiLU, Hardswish and Hardsigmoid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor
+
+from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
+from tritonq.perf.cases.quantizer_states import activation_state, torch_ao_activation
+from tritonq.reference.functions import Function
+
+_ROUNDING = Tolerance(
+    "the last bits of function and scale differ between float32 and float64, and with them ties",
+    atol=1e-5,
+    rtol=1e-4,
+    fraction=3e-3,
+)
+# bfloat16 rounds the function's result to 8 bits before the range is taken.
+_ROUNDING_BF16 = Tolerance("eager forms round the function to bfloat16 before they quantize it", distance=0.02)
+
+# Exponential, division, product, range, round, clamp, two products; the function and its derivative backward.
+_OPERATIONS = 16
+
+
+@dataclass(frozen=True)
+class QuantizedFunction:
+    """``FQ(f(x))`` with an affine 0..255 quantizer, forward and backward."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
+        """``x`` and ``dy``, normal."""
+        x, dy = (torch.randn(self.shape, generator=generator, device=device).to(self.dtype) for _ in range(2))
+        return {"x": x.requires_grad_(), "dy": dy}
+
+    def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """Plain operators in float64: the range is that of this batch, and holds every value."""
+        x = inputs["x"].detach().double().requires_grad_()
+        y = Function(self.name)(x)
+        (dx,) = torch.autograd.grad(y, x, inputs["dy"].double())
+        low, high = y.detach().amin().clamp(max=0), y.detach().amax().clamp(min=0)
+        scale = (high - low) / 255
+        zero = (-low / scale).round()
+        return (((y.detach() / scale).round() + zero).clamp(0, 255).sub(zero) * scale).to(self.dtype), dx.to(self.dtype)
+
+    def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
+        """Forward reads the input twice and writes once; the backward reads input and gradient and writes one."""
+        parts = ["functions", self.name, "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")]
+        makers = {
+            "tritonq": partial(_tritonq, self.name),
+            "torch.ao v0": partial(_ao, self.name, 0),
+            "torch.ao v1": partial(_ao, self.name, 1),
+            "float": partial(_float, self.name),
+        }
+        table = {name: Implementation(partial(_step, maker)) for name, maker in makers.items()}
+        table["tritonq"] = Implementation(partial(_step, makers["tritonq"]), distribution="tritonq", module="tritonq")
+        near = Tolerance("float does not quantize: 8-bit noise", distance=0.02)
+        table["float"] = Implementation(partial(_step, makers["float"]), tolerance=near)
+        elements = prod(self.shape)
+        return Case(
+            name="/".join([*parts, "forward+backward"]),
+            family="functions",
+            make_inputs=self.make_inputs,
+            reference=self.reference,
+            implementations=table,
+            baseline="torch.ao v1",
+            bytes_moved=6 * elements * self.dtype.itemsize,
+            operations=_OPERATIONS * elements,
+            tolerance=_ROUNDING if self.dtype == torch.float32 else _ROUNDING_BF16,
+            devices=devices,
+            quick=quick,
+        )
+
+
+Operator = Callable[[Tensor], Tensor]
+
+
+def _step(maker: Callable[[Inputs], Operator], inputs: Inputs) -> Step:
+    function = maker(inputs)
+
+    def step(inputs: Inputs) -> tuple[Tensor, ...]:
+        y = function(inputs["x"])
+        return y, *torch.autograd.grad(y, (inputs["x"],), inputs["dy"])
+
+    return step
+
+
+def _tritonq(name: str, inputs: Inputs) -> Operator:
+    from tritonq.functional.functions import quantized_function
+
+    state = activation_state(inputs["x"].device)
+    return lambda x: quantized_function(x, Function(name), None, *state)
+
+
+def _ao(name: str, version: int, inputs: Inputs) -> Operator:
+    quantize, function = torch_ao_activation(version, inputs["x"].device), Function(name)
+    return lambda x: quantize(function(x))
+
+
+def _float(name: str, inputs: Inputs) -> Operator:
+    return Function(name)
+
+
+def cases() -> Iterator[Case]:
+    """Activations of EfficientNet, MobileNetV3 and YOLO."""
+    for name in ("silu", "hardswish"):
+        yield QuantizedFunction(name, (16, 64, 24, 24), torch.float32).case(quick=False, devices=("cpu", "cuda"))
+        for dtype in (torch.float32, torch.bfloat16):
+            yield QuantizedFunction(name, (256, 64, 56, 56), dtype).case(quick=False, devices=("cuda",))
