@@ -111,6 +111,15 @@ def _round_any(v, ROUNDING: tl.constexpr):
 
 
 @triton.jit
+def nearest_power(value):
+    """The power of two nearest to ``value`` > 0 by its logarithm, between 2^-24 and 2^7: float16 holds these."""
+    # Carries into the exponent from the square root of 2 on, which lies between two floats.
+    rounded = value.to(tl.int32, bitcast=True) + (0x800000 - 0x3504F4)
+    exponent = tl.minimum(tl.maximum(rounded >> 23, 127 - 24), 127 + 7)
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def round_to_float(v, MANTISSA_BITS: tl.constexpr, LEAST_EXPONENT: tl.constexpr, LIMIT: tl.constexpr):
     """Nearest number of a small float format, ties to even; NaN and the sign of zero stay.
 

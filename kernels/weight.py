@@ -6,6 +6,8 @@ Functions here have the names, signatures and results of `tritonq.reference.weig
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,10 +15,8 @@ from torch import Tensor
 
 from . import min_max
 from .channel_tiles import fma
-from .constants import INF
 from .launch import device_guard, warp_size
 from .launcher import Launcher
-from .min_max import update_range
 from .quantized import (
     Grid,
     RangeStatistics,
@@ -27,7 +27,8 @@ from .quantized import (
     range_constants,
     switch_of,
 )
-from .rounding import divide_by_scale, is_inside, round_to_steps
+from .rounding import divide_by_scale, is_inside
+from .weight_rows import gamma_gradient, nonzero_fold, quantize_rows
 
 # A tile of 8192 float32 takes 8 registers in each of 1024 lanes; longer rows are read in pieces of it.
 _MAX_ELEMENTS = 8192
@@ -37,102 +38,17 @@ _ELEMENTS_PER_LANE = 8
 _LANES = (128, 1024)
 
 
-@triton.jit
-def quantize_rows(
-    rows_ptr,
-    codes_ptr,
-    unit_out,
-    scale_out,
-    active_out,
-    zero_point_out,
-    fold,  # (ROWS, 1) float32
-    switch_ptr,
-    observing_ptr,
-    min_ptr,
-    max_ptr,
-    nonfinite_ptr,
-    scale_ptr,
-    zero_point_ptr,
-    averaging_constant,
-    eps,
-    channel,  # (ROWS,) rows of this weight
-    valid,  # (ROWS,) which of them exist
-    length,
-    switch_stride,
-    scale_stride,
-    KNOWN: tl.constexpr,
-    QUANT_MIN: tl.constexpr,
-    QUANT_MAX: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    FIXED_ZERO_POINT: tl.constexpr,
-    RULE: tl.constexpr,
-    COPY_ABOVE: tl.constexpr,
-    CODE_MIN: tl.constexpr,
-    CODE_MAX: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    COLS: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """Fold, observe and quantize some rows of a weight; arguments as those of the kernels that call it."""
-    start = channel.to(tl.int64)[:, None] * length
-    col = tl.arange(0, COLS)[None, :]
-    mask = valid[:, None] & (col < length)
-    folded = tl.load(rows_ptr + start + col, mask=mask, other=0.0).to(tl.float32) * fold
-    if observing_ptr is not None and tl.load(observing_ptr) != 0:
-        finite = tl.abs(folded) < INF
-        low = tl.where(mask & finite, folded, INF)
-        high = tl.where(mask & finite, folded, -INF)
-        bad = (mask & (finite == 0)).to(tl.int32)
-        if not WHOLE:
-            for at in range(COLS, length, COLS):
-                more = valid[:, None] & (at + col < length)
-                value = tl.load(rows_ptr + start + at + col, mask=more, other=0.0).to(tl.float32) * fold
-                finite = tl.abs(value) < INF
-                low = tl.minimum(low, tl.where(more & finite, value, INF))
-                high = tl.maximum(high, tl.where(more & finite, value, -INF))
-                bad += (more & (finite == 0)).to(tl.int32)
-        update_range(
-            tl.min(low, 1), tl.max(high, 1), channel, valid, min_ptr, max_ptr, scale_ptr, zero_point_ptr,
-            averaging_constant, eps, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE,
-        )  # fmt: skip
-        skipped = tl.sum(tl.sum(bad, 1), 0)
-        if skipped > 0:
-            tl.atomic_add(nonfinite_ptr, skipped.to(tl.int64))
-        # What one thread stored, all of them read now.
-        tl.debug_barrier()
-    active = tl.load(switch_ptr + channel * switch_stride, mask=valid, other=0) != 0
-    if not KNOWN:
-        low_seen = tl.load(min_ptr + channel * scale_stride, mask=valid, other=INF)
-        active = active & (low_seen <= tl.load(max_ptr + channel * scale_stride, mask=valid, other=-INF))
-    scale = tl.load(scale_ptr + channel * scale_stride, mask=valid, other=1.0)
-    zero_point = 0
-    if zero_point_ptr is not None:
-        zeros = tl.load(zero_point_ptr + channel * scale_stride, mask=valid, other=0)
-        tl.store(zero_point_out + channel, zeros, mask=valid)
-        zero_point = zeros.to(tl.float32)[:, None]
-    tl.store(unit_out + channel, tl.where(active, scale, 1.0), mask=valid)
-    tl.store(scale_out + channel, scale, mask=valid)
-    tl.store(active_out + channel, tl.where(active, 1.0, 0.0), mask=valid)
-
-    steps = round_to_steps(divide_by_scale(folded, scale[:, None], ROUNDING), zero_point, CODE_MIN, CODE_MAX, ROUNDING)
-    tl.store(codes_ptr + start + col, tl.where(active[:, None], steps, folded), mask=mask)
-    if not WHOLE:
-        for at in range(COLS, length, COLS):
-            more = valid[:, None] & (at + col < length)
-            folded = tl.load(rows_ptr + start + at + col, mask=more, other=0.0).to(tl.float32) * fold
-            steps = round_to_steps(
-                divide_by_scale(folded, scale[:, None], ROUNDING), zero_point, CODE_MIN, CODE_MAX, ROUNDING
-            )
-            tl.store(codes_ptr + start + at + col, tl.where(active[:, None], steps, folded), mask=more)
-
-
 @Launcher
 @triton.jit
 def quantize_folded_kernel(
     rows_ptr,  # channels × length, dense
     codes_ptr,  # channels × length float32, dense
-    vectors_ptr,  # 3 × channels float32: unit (the scale, or 1 where quantization is off), scale, whether it is on
-    fold_ptr,  # (channels,) float32
+    vectors_ptr,  # 4 × channels float32: unit of the codes, scale, whether quantization is on, fold over unit
+    fold_ptr,  # (channels,) float32: read, or written where the next is given
+    running_var_ptr,  # (channels,), or None: the fold is known
+    gamma_ptr,  # (channels,), or None for 1
+    inverse_std_ptr,  # (channels,) float32, written with the fold
+    bn_eps,
     switch_ptr,  # one uint8, or (channels,) of any dtype: whether fake quantization is on
     observing_ptr,  # one uint8; None or 0 leaves the ranges as they are
     min_ptr,  # (channels,) float32 or one element, updated in place; None where the qparams are known to be good
@@ -164,9 +80,15 @@ def quantize_folded_kernel(
     """Rows to codes; with ``observing_ptr`` their ranges and scales first. Has run on no GPU yet."""
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = channel < channels
-    fold = tl.load(fold_ptr + channel, mask=valid, other=1.0)[:, None]
+    if running_var_ptr is None:
+        fold = tl.load(fold_ptr + channel, mask=valid, other=1.0)
+    else:
+        fold, inverse_std = nonzero_fold(running_var_ptr, gamma_ptr, bn_eps, channel, valid)
+        tl.store(fold_ptr + channel, fold, mask=valid)
+        tl.store(inverse_std_ptr + channel, inverse_std, mask=valid)
     quantize_rows(
-        rows_ptr, codes_ptr, vectors_ptr, vectors_ptr + channels, vectors_ptr + 2 * channels, zero_point_out, fold,
+        rows_ptr, codes_ptr, vectors_ptr, vectors_ptr + channels, vectors_ptr + 2 * channels,
+        vectors_ptr + 3 * channels, zero_point_out, fold[:, None],
         switch_ptr, observing_ptr, min_ptr, max_ptr, nonfinite_ptr, scale_ptr, zero_point_ptr,
         averaging_constant, eps, channel, valid, length, switch_stride, scale_stride,
         KNOWN, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE,
@@ -180,7 +102,11 @@ def folded_backward_kernel(
     dcodes_ptr,  # channels × length, dense
     rows_ptr,  # channels × length, dense
     drows_ptr,  # channels × length float32, dense
-    dfold_ptr,  # (channels,) float32
+    dfold_ptr,  # (channels,) float32: gradient of the fold, or of γ where the next four are given
+    gamma_ptr,  # (channels,), or None, as the next three: see `gamma_gradient`
+    inverse_std_ptr,
+    eps_share_ptr,
+    sum_gn_ptr,
     fold_ptr,  # (channels,) float32
     unit_ptr,  # (channels,) float32
     scale_ptr,  # (channels,) float32 or one element; None: nothing was quantized
@@ -196,7 +122,7 @@ def folded_backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Gradients of the rows and of the fold; the mask is computed again from the rows. Has run on no GPU yet."""
+    """Gradients of the rows and of fold or γ; the mask is computed again from the rows. Has run on no GPU yet."""
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = channel < channels
     fold = tl.load(fold_ptr + channel, mask=valid, other=1.0)[:, None]
@@ -223,6 +149,10 @@ def folded_backward_kernel(
         total = fma(q, value, total)
         tl.store(drows_ptr + start + col, q * factor, mask=mask)
     dfold = tl.div_rn(tl.sum(total, 1, keep_dims=True), unit)
+    if gamma_ptr is not None:
+        dfold = gamma_gradient(
+            dfold, fold, gamma_ptr, inverse_std_ptr, eps_share_ptr, sum_gn_ptr, channel[:, None], valid[:, None]
+        )
     tl.store(dfold_ptr + channel[:, None], dfold, mask=valid[:, None])
 
 
@@ -233,12 +163,11 @@ def quantize_folded(
 
     ``out`` is not used: a GPU's allocator hands out again what was freed.
     """
-    observes = statistics is not None and not statistics.frozen
-    if grid is not None and statistics is not None and observes and grid.qtype.axis is None:
-        # One scale for all rows: every row is read before the first is quantized.
-        min_max.observe(rows.float() * _column(fold, rows), statistics, grid)
-        return _quantize(rows, fold, grid, statistics, observes=False)
-    return _quantize(rows, fold, grid, statistics, observes=observes)
+    if grid is None:
+        return rows.float() * _column(fold, rows), torch.ones_like(fold), False, None
+    observed = observe_in_advance(rows, fold, grid, statistics)
+    made = quantize(rows, fold, grid, statistics, torch.float32, observes=not observed)
+    return made.codes, made.unit, True, made.grid
 
 
 def folded_codes(
@@ -249,23 +178,64 @@ def folded_codes(
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, bool, Grid | None]:
     """Return the codes of :func:`quantize_folded` once more, from its snapshot; ``out`` and ``extremes`` are unused."""
-    return _quantize(rows, fold, grid, None, observes=False)
+    return quantize_folded(rows, fold, grid, None)
 
 
-def _quantize(
-    rows: Tensor, fold: Tensor, grid: Grid | None, statistics: RangeStatistics | None, observes: bool
-) -> tuple[Tensor, Tensor, bool, Grid | None]:
-    if grid is None:
-        return rows.float() * _column(fold, rows), torch.ones_like(fold), False, None
-    rows = rows.contiguous()
+def observe_in_advance(rows: Tensor, fold: Tensor, grid: Grid, statistics: RangeStatistics | None) -> bool:
+    """Observe a weight of one scale, every row of which is read before the first is quantized; whether it was."""
+    if statistics is None or statistics.frozen or grid.qtype.axis is not None:
+        return False
+    min_max.observe(rows.float() * _column(fold, rows), statistics, grid)
+    return True
+
+
+class Quantized(NamedTuple):
+    """What :func:`quantize` returns.
+
+    Attributes:
+        codes: laid out as the rows.
+        unit: (out,) float32, of the codes.
+        ratio: (out,) float32, the fold over the unit.
+        grid: a snapshot.
+    """
+
+    codes: Tensor
+    unit: Tensor
+    ratio: Tensor
+    grid: Grid
+
+
+def quantize(
+    rows: Tensor,
+    fold: Tensor,
+    grid: Grid,
+    statistics: RangeStatistics | None,
+    dtype: torch.dtype,
+    *,
+    observes: bool = False,
+    norm: tuple[Tensor, Tensor | None, float, Tensor] | None = None,
+) -> Quantized:
+    """Launch the kernel.
+
+    Args:
+        rows: (out, ...); each row dense.
+        fold: (out,) float32.
+        grid: of the rows.
+        statistics: of the grid.
+        dtype: of the codes. In float16 they are multiplied by the power of two nearest to their unit.
+        observes: whether the range is updated.
+        norm: where the fold is to be written, from: running variance, γ, eps and where ``1/σ`` is to be written.
+    """
+    rows = dense_rows(rows)
     channels, length = rows.shape[0], rows[0].numel()
-    codes = torch.empty_like(rows, dtype=torch.float32)
-    vectors = torch.empty((3, channels), dtype=torch.float32, device=rows.device)
+    codes = torch.empty_like(rows, dtype=dtype)
+    vectors = torch.empty((4, channels), dtype=torch.float32, device=rows.device)
     zero_point = torch.empty_like(fold, dtype=torch.int32)
     qtype, switch = grid.qtype, switch_of(grid)
     range_tensors: tuple[Tensor | None, ...] = (None, None, None)
     if statistics is not None:
         range_tensors = (statistics.min_val, statistics.max_val, statistics.nonfinite_count)
+    running_var, gamma, bn_eps, inverse_std = norm or (None, None, 0.0, None)
     row_block, col_block = _tile(length)
     with device_guard(rows):
         quantize_folded_kernel[(triton.cdiv(channels, row_block),)](
@@ -273,6 +243,10 @@ def _quantize(
             codes,
             vectors,
             fold,
+            running_var,
+            gamma,
+            inverse_std,
+            bn_eps,
             switch,
             observing_switch(statistics) if observes else None,
             *range_tensors,
@@ -296,8 +270,9 @@ def _quantize(
             num_warps=_lanes(row_block * col_block) // warp_size(rows.device),
             enable_fp_fusion=False,
         )
-    unit, scale, active = vectors.unbind(0)
-    return codes, unit, True, grid.with_buffers(scale, None if grid.zero_point is None else zero_point, active)
+    unit, scale, active, ratio = vectors.unbind(0)
+    frozen = grid.with_buffers(scale, None if grid.zero_point is None else zero_point, active)
+    return Quantized(codes, unit, ratio, frozen)
 
 
 def folded_backward(
@@ -309,12 +284,34 @@ def folded_backward(
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight and of the fold from that of the codes, in float32."""
-    rows, dcodes, unit = rows.contiguous(), dcodes.contiguous(), unit.contiguous()
+    return gradients(dcodes, rows, fold, unit, grid if clips else None)
+
+
+def gradients(
+    dcodes: Tensor,
+    rows: Tensor,
+    fold: Tensor,
+    unit: Tensor,
+    grid: Grid | None,
+    norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the backward kernel; see :func:`folded_backward`.
+
+    Args:
+        dcodes: as there, as are the next three.
+        rows: see there.
+        fold: see there.
+        unit: see there.
+        grid: None where nothing clips.
+        norm: γ, ``1/σ``, the share of eps and ``Σ g n``: the gradient of γ then takes the place of the fold's.
+    """
+    rows, unit = dense_rows(rows), unit.contiguous()
+    if not same_layout(dcodes, rows):
+        dcodes = torch.empty_like(rows, dtype=dcodes.dtype).copy_(dcodes)
     channels, length = rows.shape[0], rows[0].numel()
     drows, dfold = torch.empty_like(rows, dtype=torch.float32), torch.empty_like(fold)
-    masked = grid if clips else None
-    scale, zero_point, switch = grid_pointers(masked)
-    constants = grid_constants(masked)
+    scale, zero_point, switch = grid_pointers(grid)
+    constants = grid_constants(grid)
     row_block, col_block = _tile(length, _MAX_ELEMENTS // 4)
     with device_guard(rows):
         folded_backward_kernel[(triton.cdiv(channels, row_block),)](
@@ -322,6 +319,7 @@ def folded_backward(
             rows,
             drows,
             dfold,
+            *(norm or (None, None, None, None)),
             fold,
             unit,
             scale,
@@ -340,6 +338,20 @@ def folded_backward(
             enable_fp_fusion=False,
         )
     return drows, dfold
+
+
+def dense_rows(rows: Tensor) -> Tensor:
+    """``rows``, copied where its rows don't lie one behind the other without gaps; their inner order is their own."""
+    if rows.is_contiguous():
+        return rows
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(rows.dim())
+    return rows if last is not None and rows.is_contiguous(memory_format=last) else rows.contiguous()
+
+
+def same_layout(one: Tensor, other: Tensor) -> bool:
+    """Whether elements of two tensors of one shape lie in the same order; an axis of one element has no say."""
+    strides = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(size == 1 or step == other_step for size, step, other_step in strides)
 
 
 def _tile(length: int, most: int = _MAX_ELEMENTS) -> tuple[int, int]:

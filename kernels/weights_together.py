@@ -22,7 +22,8 @@ from torch import Tensor
 from .launch import device_guard, warp_size
 from .launcher import Launcher
 from .quantized import Grid, RangeStatistics, has_data, observing_switch, range_constants
-from .weight import quantize_rows
+from .weight import dense_rows
+from .weight_rows import quantize_rows
 
 # Eight elements for each of 128 lanes; longer rows are read in pieces of it.
 _COLS = 1024
@@ -92,6 +93,7 @@ def quantize_all_kernel(
         out,
         out + total,
         out + 2 * total,
+        None,
         zero_point_out + first,
         tl.load(fold_ptr + first + channel)[:, None],
         address(entry, _SWITCH, tl.uint8),
@@ -130,7 +132,7 @@ def quantize_all(
 
     One launch for all weights whose quantizers differ in their buffers alone.
     """
-    rows = [weight.contiguous() for weight in rows]
+    rows = [dense_rows(weight) for weight in rows]
     total, device = len(fold), fold.device
     codes = torch.empty(sum(weight.numel() for weight in rows), dtype=torch.float32, device=device)
     vectors = torch.empty((3, total), dtype=torch.float32, device=device)
@@ -154,7 +156,7 @@ def quantize_all(
     )
     return [
         (
-            own.view(weight.shape),
+            own.as_strided(weight.shape, weight.stride()),
             unit,
             True,
             grid.with_buffers(scale, zero_point if grid.zero_point is not None else None, active),

@@ -23,7 +23,7 @@ KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.i
 
 _BACKENDS = frozenset(get_args(Backend))
 # Op families that are compiled for CPUs; "compiled" runs the others in PyTorch.
-_COMPILED = frozenset({"conv_bn", "fold", "input_codes", "residual", "rounded", "weight"})
+_COMPILED = frozenset({"batch_norm_weight", "conv_bn", "fold", "input_codes", "residual", "rounded", "weight"})
 _PACKAGES: dict[Chosen, str] = {
     "triton": "tritonq.kernels",
     "torch": "tritonq.reference",

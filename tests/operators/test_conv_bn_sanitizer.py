@@ -87,15 +87,34 @@ def test_weight(
     trace: Callable[[Any], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tritonq.kernels import min_max, weight
+    from tritonq.kernels import batch_norm_weight, min_max, weight
 
-    for module in (min_max, weight):
+    for module in (batch_norm_weight, min_max, weight):
         traced(trace, module, monkeypatch)
     monkeypatch.setattr(weight, "_MAX_ELEMENTS", 256)
     rows, fold = torch.randn(shape), torch.ones(shape[0])
     codes, unit, _, frozen = weight.quantize_folded(rows, fold, *quantizer_state(qtype, shape[0]))
     weight.folded_backward(codes, rows, fold, unit, frozen, True)
     weight.folded_backward(codes, rows, fold, unit, None, False)
+    state = quantizer_state(qtype, shape[0])
+    dtypes = (torch.float16, torch.float32)
+    codes, unit, _, *vectors, _, frozen = batch_norm_weight.quantize(rows, fold, fold, 1e-5, *dtypes, *state)
+    batch_norm_weight.gradients(codes, rows, fold, *vectors, unit, fold, fold, frozen, True)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("qtype", [QINT8, QUINT8], ids=str)
+def test_input_codes(
+    qtype: QuantizedType,
+    trace: Callable[[Any], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tritonq.kernels import input_codes
+
+    traced(trace, input_codes, monkeypatch)
+    x = torch.randn(3, 5, 33)
+    codes = input_codes.encode(x, quantizer_state(qtype).grid, True)
+    input_codes.decode(codes, torch.float16)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -61,6 +61,14 @@ def weights(x: Tensor) -> None:
         again, *_ = ops.folded_codes(rows, fold, frozen)
         assert torch.equal(again, codes)
         ops.folded_backward(torch.ones_like(codes), rows, fold, unit, frozen, clips)
+    ops = traced.FAMILIES["batch_norm_weight"]
+    for gamma, qtype in ((fold, QINT8.with_axis(0)), (None, QUINT8.with_axis(0))):
+        for dtype in (torch.float32, torch.float16):
+            made = ops.quantize(rows, fold, gamma, 1e-5, dtype, torch.float32, *state(qtype, 6))
+            codes, unit, _, factor, inverse_std, clips, frozen = made
+            assert torch.equal(ops.codes_again(rows, factor, frozen, dtype), codes)
+            dcodes = torch.ones_like(codes)
+            ops.gradients(dcodes, rows, gamma, factor, inverse_std, unit, fold, fold, frozen, clips)
 
 
 def tails(x: Tensor) -> None:

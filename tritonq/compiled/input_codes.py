@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import as_dtype
 from tritonq.compiled.arguments import are_vectors, is_plain
 from tritonq.compiled.build import library
 from tritonq.grid import Grid
@@ -26,12 +27,12 @@ def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
     return InputCodes(codes, scale, shift) if exact else None
 
 
-def decode(codes: InputCodes, out: Tensor | None = None) -> Tensor:
+def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """See :func:`tritonq.reference.input_codes.decode`."""
     held = codes.codes
     if not (held.is_cpu and is_dense(held) and are_vectors(codes.scale) and is_plain(out)):
-        return reference.decode(codes, out)
+        return reference.decode(codes, dtype, out)
     x = torch.empty_like(held, dtype=torch.float32) if out is None else out
     shift = 0.0 if codes.shift is None else float(codes.shift)
     library().values_of_codes(held.data_ptr(), held.numel(), float(codes.scale), shift, x.data_ptr())
-    return x
+    return as_dtype(x, dtype)

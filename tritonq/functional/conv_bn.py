@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonq.arithmetic import as_dtype
-from tritonq.functional.dispatch import implementation, without_kernel
+from tritonq.functional.dispatch import implementation
 from tritonq.functional.linear_map import DifferentiableMap
 from tritonq.functional.recomputation import StepMemory, is_recomputing
 from tritonq.functional.saved_input import SavedInput, keep, mark, restore
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import is_readable
-from tritonq.reference import fold as reference_fold
+from tritonq.reference.batch_norm_weight import StepWeight, fit_codes
 from tritonq.reference.conv_bn import BatchNormState, Normalization
 from tritonq.reference.scratch import borrow
 from tritonq.reference.weight import WeightCodes
-
-# float16 holds 2^-24 .. 2^15 exactly; a code has up to 2^8 - 1.
-_HALF_EXPONENTS = (-24, 7)
 
 
 @dataclass(frozen=True)
@@ -124,25 +120,19 @@ class _ConvBn(torch.autograd.Function):
         beta: Tensor | None,
         step: ConvBnStep,
     ) -> Tensor:
-        ctx.weights, ctx.tail, ctx.folds = implementation("weight", x), implementation("conv_bn", x), _folds(x)
+        ctx.weights, ctx.tail = implementation("batch_norm_weight", x), implementation("conv_bn", x)
         ready = _take_ready(step.memory, weight)
-        if ready is None:
-            fold, inverse_std = _fold_of_step(x, gamma, step)
-            rows = step.op.to_rows(weight)
-            made = ctx.weights.quantize_folded(
-                rows, fold, step.weight_grid, step.weight_statistics, borrow("weight", rows, fold.dtype)
-            )
-        else:
-            fold, inverse_std, made, _ = ready
+        made = _quantized(x, weight, gamma, step) if ready is None else _fitted(ready, x.dtype)
+        del ready
+        codes, unit, ratio, fold, inverse_std, clips, weight_grid = made
+        del made
+        if not torch.compiler.is_compiling():
             step.memory.fold = fold, inverse_std
-        codes, unit, clips, weight_grid = made
-        del made, ready
-        codes, unit = fit_codes(codes, unit, x.dtype)
         c = step.op(x, step.op.from_rows(codes))
         del codes
         check_count(c)
         y, normalization, output_grid = ctx.tail.forward(
-            *(c, fold / unit, gamma, beta, bias, step.norm),
+            *(c, ratio, gamma, beta, bias, step.norm),
             *(step.output_grid, step.output_statistics, step.ceiling),
         )
         if output_grid is not None and step.output_grid is not None:
@@ -177,47 +167,46 @@ class _ConvBn(torch.autograd.Function):
         dc, sum_g, sum_gn = ctx.tail.backward(
             dy, c, normalization, output_grid, step.ceiling, borrow("gradient", c, fold.dtype)
         )
-        dx = dweight = dgamma = dfold = None
+        dx = dweight = dgamma = None
         if needs_x or needs_weight or needs_gamma:
             rows = step.op.to_rows(weight)
             codes = weight
             if needs_x:
-                row_codes, code_unit, *_ = ctx.weights.folded_codes(
-                    rows, fold, weight_grid, borrow("weight", rows, fold.dtype)
+                codes = step.op.from_rows(
+                    ctx.weights.codes_again(rows, fold, weight_grid, c.dtype, borrow("weight", rows, fold.dtype))
                 )
-                row_codes, _ = fit_codes(row_codes, code_unit, c.dtype)
-                codes = step.op.from_rows(row_codes)
             needs_input = needs_weight or needs_gamma
             x = restore(kept, borrow("input", kept.values, torch.float32)) if needs_input else kept.values
             dx, dcodes = step.op.backward(dc, x, codes, needs_x, needs_input)
             if dcodes is not None:
-                drows, dfold = ctx.weights.folded_backward(
-                    step.op.to_rows(dcodes), rows, fold, unit, weight_grid, ctx.clips
+                drows, of_gamma = ctx.weights.gradients(
+                    *(step.op.to_rows(dcodes), rows, None if gamma is None else gamma.detach(), fold, inverse_std),
+                    *(unit, normalization.eps_share, sum_gn, weight_grid, ctx.clips),
                 )
                 dweight = as_dtype(step.op.from_rows(drows), weight.dtype) if needs_weight else None
-        if needs_gamma and dfold is not None:
-            vectors = (gamma.detach(), fold, inverse_std, normalization.eps_share, sum_gn, dfold)
-            dgamma = as_dtype(ctx.folds.gamma_gradient(*vectors), gamma.dtype)
+                dgamma = as_dtype(of_gamma, gamma.dtype) if needs_gamma and gamma is not None else None
         dbias = torch.zeros_like(sum_g, dtype=ctx.bias_dtype) if needs_bias else None
         dbeta = as_dtype(sum_g, ctx.beta_dtype) if needs_beta else None
         return dx, dweight, dbias, dgamma, dbeta, None
 
 
-def _fold_of_step(x: Tensor, gamma: Tensor | None, step: ConvBnStep) -> tuple[Tensor, Tensor]:
-    """:func:`nonzero_fold`; a recomputed step takes what it took before the running variance moved."""
-    if is_recomputing() and step.memory.fold is not None:
-        return step.memory.fold
-    running_var, dtype = step.norm.running_var, torch.promote_types(x.dtype, torch.float32)
-    gamma = None if gamma is None else gamma.detach()
-    fold: tuple[Tensor, Tensor] = without_kernel("fold", x).nonzero_fold(running_var, gamma, step.norm.eps, dtype)
-    if not torch.compiler.is_compiling():
-        step.memory.fold = fold
-    return fold
+def _quantized(x: Tensor, weight: Tensor, gamma: Tensor | None, step: ConvBnStep) -> StepWeight:
+    """Quantize the weight; a recomputed step takes the fold that it had before the running variance moved."""
+    rows, dtype = step.op.to_rows(weight), torch.promote_types(x.dtype, torch.float32)
+    made: StepWeight = implementation("batch_norm_weight", x).quantize(
+        *(rows, step.norm.running_var, None if gamma is None else gamma.detach(), step.norm.eps, x.dtype, dtype),
+        *(step.weight_grid, step.weight_statistics),
+        known=step.memory.fold if is_recomputing() else None,
+        out=borrow("weight", rows, dtype),
+    )
+    return made
 
 
-def _folds(x: Tensor) -> ModuleType:
-    """Return the module of the gradient of γ; a compiler may see into it."""
-    return reference_fold if torch.compiler.is_compiling() else without_kernel("fold", x)
+def _fitted(ready: ReadyWeight, dtype: torch.dtype) -> StepWeight:
+    """Return a weight that was quantized before its layer's step, in the dtype that is convolved."""
+    codes, unit = fit_codes(ready.codes.codes, ready.codes.unit, dtype)
+    fold, clips, grid = ready.fold, ready.codes.clips, ready.codes.grid
+    return StepWeight(codes, unit, fold / unit, fold, ready.inverse_std, clips, grid)
 
 
 def _take_ready(memory: StepMemory, weight: Tensor) -> ReadyWeight | None:
@@ -227,17 +216,6 @@ def _take_ready(memory: StepMemory, weight: Tensor) -> ReadyWeight | None:
     ready: ReadyWeight = memory.ready
     memory.ready = None
     return ready if ready.version == version_of(weight) else None
-
-
-def fit_codes(codes: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes in the dtype that they are convolved in, and their unit.
-
-    In float16 a sum of 8-bit codes overflows: they are scaled by the power of two nearest to their unit, exactly.
-    """
-    if dtype != torch.float16:
-        return as_dtype(codes, dtype), unit
-    power = torch.exp2(unit.log2().round().clamp(*_HALF_EXPONENTS))
-    return (codes * power.view(-1, *[1] * (codes.dim() - 1))).to(dtype), unit / power
 
 
 def check_count(c: Tensor) -> None:

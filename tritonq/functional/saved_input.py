@@ -7,8 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from tritonq.arithmetic import as_dtype
-from tritonq.functional.dispatch import without_kernel
+from tritonq.functional.dispatch import implementation
 from tritonq.functional.marks import codes_of, is_rounded, mark_codes, mark_rounded
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import is_readable
@@ -54,7 +53,7 @@ def keep(x: Tensor, grid: Grid | None) -> SavedInput:
     marked = is_rounded(x, grid.scale)
     if not marked and not is_readable(x):
         return SavedInput(x, None, None, x.dtype)
-    codes: InputCodes | None = without_kernel("input_codes", x).encode(x, grid, marked)
+    codes: InputCodes | None = implementation("input_codes", x).encode(x, grid, marked)
     if codes is None:
         return SavedInput(x, None, None, x.dtype)
     saved = SavedInput(*codes, x.dtype)
@@ -91,5 +90,5 @@ def restore(saved: SavedInput, out: Tensor | None = None) -> Tensor:
     if saved.scale is None:
         return saved.values
     codes = InputCodes(saved.values, saved.scale, saved.shift)
-    values: Tensor = without_kernel("input_codes", saved.values).decode(codes, out)
-    return as_dtype(values, saved.dtype)
+    values: Tensor = implementation("input_codes", saved.values).decode(codes, saved.dtype, out)
+    return values

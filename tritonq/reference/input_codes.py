@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import as_dtype
 from tritonq.grid import Grid
 from tritonq.reference.scratch import borrow
 
@@ -17,7 +18,7 @@ class InputCodes(NamedTuple):
     Attributes:
         codes: int8, ``code - zero_point + shift``.
         scale: of the grid, a copy.
-        shift: one element; None for zero.
+        shift: one element; None for zero. int32, or float32 where a kernel wrote it.
     """
 
     codes: Tensor
@@ -47,12 +48,18 @@ def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
     return InputCodes(codes.to(torch.int8), scale, shift)
 
 
-def decode(codes: InputCodes, out: Tensor | None = None) -> Tensor:
-    """Return the tensor that was given to :func:`encode` in float32, written to ``out`` where that is of use."""
+def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Return the tensor that was given to :func:`encode`.
+
+    Args:
+        codes: from there.
+        dtype: of the tensor.
+        out: where it may be computed: float32, shaped as the codes.
+    """
     steps = codes.codes.float() if out is None else out.copy_(codes.codes)
     if codes.shift is not None:
         steps.sub_(codes.shift)
-    return steps.mul_(codes.scale)
+    return as_dtype(steps.mul_(codes.scale), dtype)
 
 
 def middle_of(grid: Grid) -> int:

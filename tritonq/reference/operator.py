@@ -114,6 +114,6 @@ def operators_by_family() -> dict[str, dict[str, Callable[..., Any]]]:
     for entry in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{entry.name}")
         for name, function in vars(module).items():
-            if hasattr(function, "operator") and function.__module__ == module.__name__:
+            if isinstance(getattr(function, "operator", None), OperatorSpec) and function.__module__ == module.__name__:
                 families.setdefault(entry.name, {})[name] = function
     return families

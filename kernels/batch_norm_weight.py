@@ -1,0 +1,113 @@
+"""A step's weight in one launch: its BatchNorm's factor, its range, and codes in the dtype that is convolved.
+
+Functions here have the names, signatures and results of `tritonq.reference.batch_norm_weight`, their specification.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import device_guard
+from .launcher import Launcher
+from .quantized import Grid, RangeStatistics
+from .weight import gradients as weight_gradients
+from .weight import observe_in_advance
+from .weight import quantize as quantize_rows
+from .weight_rows import nonzero_fold
+
+_BLOCK = 128
+
+
+@Launcher
+@triton.jit
+def fold_kernel(
+    running_var_ptr,  # (channels,)
+    gamma_ptr,  # (channels,), or None for 1
+    fold_ptr,  # (channels,) float32
+    inverse_std_ptr,  # (channels,) float32
+    eps,
+    channels,
+    BLOCK: tl.constexpr,
+):
+    """``γ/σ``, or ``1/σ`` where that is zero, and ``1/σ``."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = channel < channels
+    fold, inverse_std = nonzero_fold(running_var_ptr, gamma_ptr, eps, channel, valid)
+    tl.store(fold_ptr + channel, fold, mask=valid)
+    tl.store(inverse_std_ptr + channel, inverse_std, mask=valid)
+
+
+def quantize(
+    rows: Tensor,
+    running_var: Tensor,
+    gamma: Tensor | None,
+    eps: float,
+    code_dtype: torch.dtype,
+    dtype: torch.dtype,
+    grid: Grid | None,
+    statistics: RangeStatistics | None,
+    known: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, bool, Grid | None]:
+    """Fold, observe and quantize; ``out`` is not used: a GPU's allocator hands out again what was freed."""
+    if known is None:
+        fold, inverse_std = torch.empty((2, len(rows)), dtype=torch.float32, device=rows.device).unbind(0)
+    else:
+        fold, inverse_std = known
+    norm = (running_var, gamma, eps, inverse_std) if known is None else None
+    observes = statistics is not None and not statistics.frozen
+    needs_fold = grid is None or (observes and grid.qtype.axis is None)
+    if needs_fold and norm is not None:
+        _fold(fold, *norm)
+        norm = None
+    if grid is None:
+        codes = (rows.float() * fold.view(-1, *[1] * (rows.dim() - 1))).to(code_dtype)
+        return codes, torch.ones_like(fold), fold, fold, inverse_std, False, None
+    observes = observes and not observe_in_advance(rows, fold, grid, statistics)
+    made = quantize_rows(rows, fold, grid, statistics, code_dtype, observes=observes, norm=norm)
+    return made.codes, made.unit, made.ratio, fold, inverse_std, True, made.grid
+
+
+def codes_again(
+    rows: Tensor, fold: Tensor, grid: Grid | None, code_dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """Return the codes of :func:`quantize` once more, from its snapshot; ``out`` is unused."""
+    if grid is None:
+        return (rows.float() * fold.view(-1, *[1] * (rows.dim() - 1))).to(code_dtype)
+    return quantize_rows(rows, fold, grid, None, code_dtype).codes
+
+
+def gradients(
+    dcodes: Tensor,
+    rows: Tensor,
+    gamma: Tensor | None,
+    fold: Tensor,
+    inverse_std: Tensor,
+    unit: Tensor,
+    eps_share: Tensor,
+    sum_gn: Tensor,
+    grid: Grid | None,
+    clips: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight and of γ, in float32."""
+    norm = None if gamma is None else (gamma, inverse_std, eps_share, sum_gn)
+    return weight_gradients(dcodes, rows, fold, unit, grid if clips else None, norm)
+
+
+def _fold(fold: Tensor, running_var: Tensor, gamma: Tensor | None, eps: float, inverse_std: Tensor) -> None:
+    """Write the fold and ``1/σ``, where something reads them before the weight's own kernel runs."""
+    with device_guard(fold):
+        fold_kernel[(triton.cdiv(len(fold), _BLOCK),)](
+            running_var,
+            gamma,
+            fold,
+            inverse_std,
+            eps,
+            len(fold),
+            BLOCK=_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )

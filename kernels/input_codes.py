@@ -1,0 +1,154 @@
+"""A tensor that lies on a grid as codes of one byte, and back, in one pass each.
+
+Functions here have the names, signatures and results of `tritonq.reference.input_codes`, their specification.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .fake_quant import common_view
+from .launch import device_guard, plan
+from .launcher import Launcher
+from .quantized import Grid
+from .rounding import clamp, round_half_even
+from .tile import tile_indices, tile_mask, tile_offsets
+
+
+class InputCodes(NamedTuple):
+    """See `tritonq.reference.input_codes.InputCodes`."""
+
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor | None
+
+
+@triton.jit
+def shift_of(zero_point_ptr, MIDDLE: tl.constexpr):
+    """What steps from zero are moved by to fit into a byte, as a float32 scalar or 0."""
+    shift = 0.0
+    if zero_point_ptr is not None:
+        shift = tl.load(zero_point_ptr).to(tl.float32) - MIDDLE
+    return shift
+
+
+@Launcher
+@triton.jit
+def encode_kernel(
+    x_ptr,  # outer × rows × cols, by strides
+    codes_ptr,  # outer × rows × cols int8, by strides
+    scale_ptr,  # one float32
+    zero_point_ptr,  # one int32; None stands for zero
+    scale_out,  # one float32: a copy
+    shift_out,  # one float32, or None without a zero point
+    x_strides,
+    codes_strides,
+    sizes,
+    CODE_MIN: tl.constexpr,  # of what a byte holds, as the next
+    CODE_MAX: tl.constexpr,
+    MIDDLE: tl.constexpr,  # the code that a byte holds as 0
+    CHANNEL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``round(x / scale) + shift`` of one tile. The first program writes scale and shift down."""
+    place = tile_indices(ROWS, COLS, FIRST, WIDE)
+    mask = tile_mask(place, sizes, ROWS)
+    scale = tl.load(scale_ptr)
+    shift = shift_of(zero_point_ptr, MIDDLE)
+    x = tl.load(x_ptr + tile_offsets(place, x_strides), mask=mask, other=0.0).to(tl.float32)
+    # In bfloat16, coarser than the grid at its far end, the nearest step may lie beyond the last one.
+    steps = round_half_even(clamp(x * tl.div_rn(1.0, scale), CODE_MIN - shift, CODE_MAX - shift)) + shift
+    tl.store(codes_ptr + tile_offsets(place, codes_strides), steps.to(tl.int8), mask=mask)
+    if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
+        tl.store(scale_out, scale)
+        if shift_out is not None:
+            tl.store(shift_out, shift)
+
+
+@Launcher
+@triton.jit
+def decode_kernel(
+    codes_ptr,  # outer × rows × cols int8, by strides
+    x_ptr,  # outer × rows × cols, by strides
+    scale_ptr,  # one float32
+    shift_ptr,  # one float32, or None for zero
+    codes_strides,
+    x_strides,
+    sizes,
+    CHANNEL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``(code - shift) · scale`` of one tile."""
+    place = tile_indices(ROWS, COLS, FIRST, WIDE)
+    mask = tile_mask(place, sizes, ROWS)
+    steps = tl.load(codes_ptr + tile_offsets(place, codes_strides), mask=mask, other=0).to(tl.float32)
+    if shift_ptr is not None:
+        steps -= tl.load(shift_ptr)
+    tl.store(x_ptr + tile_offsets(place, x_strides), steps * tl.load(scale_ptr), mask=mask)
+
+
+def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
+    """Return the codes of ``x``; None where not ``trusted`` and ``x`` is not what they stand for."""
+    codes, middle = torch.empty_like(x, dtype=torch.int8), middle_of(grid)
+    if x.numel() == 0:
+        return InputCodes(codes, grid.scale.clone(), None if grid.zero_point is None else grid.zero_point - middle)
+    scale = torch.empty_like(grid.scale)
+    shift = None if grid.zero_point is None else torch.empty_like(scale)
+    (given,), seen = common_view((x,), codes, None)
+    tile, launch = plan("fake_quantize", x.dtype, seen, x.device)
+    with device_guard(x):
+        encode_kernel[launch.programs](
+            given,
+            codes,
+            grid.scale,
+            grid.zero_point,
+            scale,
+            shift,
+            *seen.strides,
+            seen.sizes,
+            CODE_MIN=grid.qtype.quant_min - middle,
+            CODE_MAX=grid.qtype.quant_max - middle,
+            MIDDLE=middle,
+            **seen.constants(tile, launch),
+        )
+    found = InputCodes(codes, scale, shift)
+    return found if trusted or torch.equal(decode(found, x.dtype), x) else None
+
+
+def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Return the tensor that was given to :func:`encode`.
+
+    ``out`` is not used: a GPU's allocator hands out again what was freed.
+    """
+    held = codes.codes
+    x = torch.empty_like(held, dtype=dtype)
+    if x.numel():
+        _, seen = common_view((held,), x, None)
+        tile, launch = plan("fake_quantize", dtype, seen, x.device)
+        with device_guard(x):
+            decode_kernel[launch.programs](
+                held,
+                x,
+                codes.scale,
+                codes.shift,
+                *seen.strides,
+                seen.sizes,
+                **seen.constants(tile, launch),
+            )
+    return x
+
+
+def middle_of(grid: Grid) -> int:
+    """Return the code that a byte holds as 0."""
+    return 0 if grid.zero_point is None else (grid.qtype.quant_min + grid.qtype.quant_max + 1) // 2

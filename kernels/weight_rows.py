@@ -1,0 +1,144 @@
+"""Device functions on the rows of a weight: its BatchNorm's factor, codes, and the gradient of γ."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .constants import INF
+from .min_max import update_range
+from .rounding import divide_by_scale, nearest_power, round_to_steps
+
+# Below this a fold counts as zero; see `tritonq.reference.fold`.
+_TINY_FOLD = tl.constexpr(1e-12)
+
+
+@triton.jit
+def nonzero_fold(running_var_ptr, gamma_ptr, eps, channel, valid):
+    """``γ/σ`` of some channels, or ``1/σ`` where that is zero, and ``1/σ``; see `tritonq.reference.fold`."""
+    variance = tl.load(running_var_ptr + channel, mask=valid, other=1.0).to(tl.float32)
+    inverse_std = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    fold = inverse_std
+    if gamma_ptr is not None:
+        fold = tl.load(gamma_ptr + channel, mask=valid, other=1.0).to(tl.float32) * inverse_std
+        fold = tl.where(tl.abs(fold) < _TINY_FOLD, inverse_std, fold)
+    return fold, inverse_std
+
+
+@triton.jit
+def gamma_gradient(
+    dfold,  # (ROWS, 1) float32, as the fold
+    fold,
+    gamma_ptr,  # (channels,), as the next
+    inverse_std_ptr,
+    eps_share_ptr,
+    sum_gn_ptr,
+    channel,  # (ROWS, 1)
+    valid,
+):
+    """Gradient of γ from that of the fold; see `tritonq.reference.fold`."""
+    inverse_std = tl.load(inverse_std_ptr + channel, mask=valid, other=0.0)
+    direct = tl.load(sum_gn_ptr + channel, mask=valid, other=0.0)
+    direct = tl.where(fold < 0, -direct, direct)
+    through_fold = dfold * inverse_std - direct * tl.load(eps_share_ptr + channel, mask=valid, other=0.0)
+    gamma = tl.load(gamma_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    return tl.where(tl.abs(gamma * inverse_std) < _TINY_FOLD, direct, direct + through_fold)
+
+
+@triton.jit
+def quantize_rows(
+    rows_ptr,
+    codes_ptr,
+    unit_out,
+    scale_out,
+    active_out,
+    ratio_out,
+    zero_point_out,
+    fold,  # (ROWS, 1) float32
+    switch_ptr,
+    observing_ptr,
+    min_ptr,
+    max_ptr,
+    nonfinite_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    averaging_constant,
+    eps,
+    channel,  # (ROWS,) rows of this weight
+    valid,  # (ROWS,) which of them exist
+    length,
+    switch_stride,
+    scale_stride,
+    KNOWN: tl.constexpr,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    FIXED_ZERO_POINT: tl.constexpr,
+    RULE: tl.constexpr,
+    COPY_ABOVE: tl.constexpr,
+    CODE_MIN: tl.constexpr,
+    CODE_MAX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    COLS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Fold, observe and quantize some rows of a weight; arguments as those of the kernels that call it."""
+    start = channel.to(tl.int64)[:, None] * length
+    col = tl.arange(0, COLS)[None, :]
+    mask = valid[:, None] & (col < length)
+    folded = tl.load(rows_ptr + start + col, mask=mask, other=0.0).to(tl.float32) * fold
+    if observing_ptr is not None and tl.load(observing_ptr) != 0:
+        finite = tl.abs(folded) < INF
+        low = tl.where(mask & finite, folded, INF)
+        high = tl.where(mask & finite, folded, -INF)
+        bad = (mask & (finite == 0)).to(tl.int32)
+        if not WHOLE:
+            for at in range(COLS, length, COLS):
+                more = valid[:, None] & (at + col < length)
+                value = tl.load(rows_ptr + start + at + col, mask=more, other=0.0).to(tl.float32) * fold
+                finite = tl.abs(value) < INF
+                low = tl.minimum(low, tl.where(more & finite, value, INF))
+                high = tl.maximum(high, tl.where(more & finite, value, -INF))
+                bad += (more & (finite == 0)).to(tl.int32)
+        update_range(
+            tl.min(low, 1), tl.max(high, 1), channel, valid, min_ptr, max_ptr, scale_ptr, zero_point_ptr,
+            averaging_constant, eps, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE,
+        )  # fmt: skip
+        skipped = tl.sum(tl.sum(bad, 1), 0)
+        if skipped > 0:
+            tl.atomic_add(nonfinite_ptr, skipped.to(tl.int64))
+        # What one thread stored, all of them read now.
+        tl.debug_barrier()
+    active = tl.load(switch_ptr + channel * switch_stride, mask=valid, other=0) != 0
+    if not KNOWN:
+        low_seen = tl.load(min_ptr + channel * scale_stride, mask=valid, other=INF)
+        active = active & (low_seen <= tl.load(max_ptr + channel * scale_stride, mask=valid, other=-INF))
+    scale = tl.load(scale_ptr + channel * scale_stride, mask=valid, other=1.0)
+    zero_point = 0
+    if zero_point_ptr is not None:
+        zeros = tl.load(zero_point_ptr + channel * scale_stride, mask=valid, other=0)
+        tl.store(zero_point_out + channel, zeros, mask=valid)
+        zero_point = zeros.to(tl.float32)[:, None]
+    unit = tl.where(active, scale, 1.0)
+    power = tl.full([1, 1], 1.0, tl.float32)
+    if codes_ptr.dtype.element_ty == tl.float16:
+        # A sum of 8-bit codes overflows in float16.
+        nearest = nearest_power(unit)
+        unit = tl.div_rn(unit, nearest)
+        power = nearest[:, None]
+    tl.store(unit_out + channel, unit, mask=valid)
+    if ratio_out is not None:
+        tl.store(ratio_out + channel[:, None], tl.div_rn(fold, unit[:, None]), mask=valid[:, None])
+    tl.store(scale_out + channel, scale, mask=valid)
+    tl.store(active_out + channel, tl.where(active, 1.0, 0.0), mask=valid)
+
+    steps = round_to_steps(divide_by_scale(folded, scale[:, None], ROUNDING), zero_point, CODE_MIN, CODE_MAX, ROUNDING)
+    tl.store(codes_ptr + start + col, tl.where(active[:, None], steps, folded) * power, mask=mask)
+    if not WHOLE:
+        for at in range(COLS, length, COLS):
+            more = valid[:, None] & (at + col < length)
+            folded = tl.load(rows_ptr + start + at + col, mask=more, other=0.0).to(tl.float32) * fold
+            steps = round_to_steps(
+                divide_by_scale(folded, scale[:, None], ROUNDING), zero_point, CODE_MIN, CODE_MAX, ROUNDING
+            )
+            tl.store(codes_ptr + start + at + col, tl.where(active[:, None], steps, folded) * power, mask=more)

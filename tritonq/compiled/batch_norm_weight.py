@@ -1,0 +1,55 @@
+"""`tritonq.reference.batch_norm_weight` over the compiled families `fold` and `weight`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonq.compiled import fold as folds
+from tritonq.compiled import weight as weights
+from tritonq.grid import Grid, RangeStatistics
+from tritonq.reference.batch_norm_weight import StepWeight, composed, fit_codes
+
+
+def quantize(
+    rows: Tensor,
+    running_var: Tensor,
+    gamma: Tensor | None,
+    eps: float,
+    code_dtype: torch.dtype,
+    dtype: torch.dtype,
+    grid: Grid | None,
+    statistics: RangeStatistics | None,
+    known: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
+) -> StepWeight:
+    """See :func:`tritonq.reference.batch_norm_weight.quantize`."""
+    families = (folds, weights)
+    return composed(*families, rows, running_var, gamma, eps, code_dtype, dtype, grid, statistics, known, out)
+
+
+def codes_again(
+    rows: Tensor, fold: Tensor, grid: Grid | None, code_dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """See :func:`tritonq.reference.batch_norm_weight.codes_again`."""
+    codes, unit, *_ = weights.folded_codes(rows, fold, grid, out)
+    return fit_codes(codes, unit, code_dtype)[0]
+
+
+def gradients(
+    dcodes: Tensor,
+    rows: Tensor,
+    gamma: Tensor | None,
+    fold: Tensor,
+    inverse_std: Tensor,
+    unit: Tensor,
+    eps_share: Tensor,
+    sum_gn: Tensor,
+    grid: Grid | None,
+    clips: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`tritonq.reference.batch_norm_weight.gradients`."""
+    drows, dfold = weights.folded_backward(dcodes, rows, fold, unit, grid, clips)
+    if gamma is None:
+        return drows, dfold
+    return drows, folds.gamma_gradient(gamma, fold, inverse_std, eps_share, sum_gn, dfold)

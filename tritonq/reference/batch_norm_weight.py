@@ -1,0 +1,154 @@
+"""The weight of a training step with BatchNorm, in PyTorch: the specification of `tritonq.kernels.batch_norm_weight`.
+
+A composition of `tritonq.reference.fold` and `tritonq.reference.weight`, which says what is computed; kernels do it in
+one launch.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonq.arithmetic import as_dtype
+from tritonq.grid import Grid, RangeStatistics
+from tritonq.reference import fold as reference_fold
+from tritonq.reference import weight as reference_weight
+from tritonq.reference.operator import CopyOf, Like, New, operator
+from tritonq.reference.ranges import OBSERVED
+
+# float16 holds 2^-24 .. 2^15 exactly; a code has up to 2^8 - 1.
+_HALF_EXPONENTS = (-24, 7)
+
+
+class StepWeight(NamedTuple):
+    """A folded weight as what is convolved, times a unit per channel.
+
+    Attributes:
+        codes: in the dtype that is convolved, shaped as the rows; see :func:`fit_codes`.
+        unit: (out,), of these codes; see :class:`tritonq.reference.weight.WeightCodes`.
+        ratio: (out,), the fold over the unit: what the result of the convolution is divided by.
+        fold: (out,), see :func:`tritonq.reference.fold.nonzero_fold`.
+        inverse_std: (out,), see there.
+        clips: see :class:`tritonq.reference.weight.WeightCodes`.
+        grid: see there.
+    """
+
+    codes: Tensor
+    unit: Tensor
+    ratio: Tensor
+    fold: Tensor
+    inverse_std: Tensor
+    clips: bool
+    grid: Grid | None
+
+
+_VECTOR: Any = New(lambda arguments: (len(arguments["rows"]),), "rows", "dtype")
+_CODES: Any = Like("rows", "code_dtype")
+_SNAPSHOT: Any = CopyOf("grid", lambda arguments: (len(arguments["rows"]),))
+
+
+@operator(
+    returns=StepWeight(_CODES, *[_VECTOR] * 4, True, _SNAPSHOT),
+    mutates=OBSERVED,
+    scratch=("known", "out"),
+)
+def quantize(
+    rows: Tensor,
+    running_var: Tensor,
+    gamma: Tensor | None,
+    eps: float,
+    code_dtype: torch.dtype,
+    dtype: torch.dtype,
+    grid: Grid | None,
+    statistics: RangeStatistics | None,
+    known: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
+) -> StepWeight:
+    """Fold a weight with its BatchNorm's running variance, observe it, and quantize it.
+
+    Args:
+        rows: (out, ...), any float dtype.
+        running_var: (out,), from before this step's update.
+        gamma: (out,), or None for 1.
+        eps: of the BatchNorm.
+        code_dtype: of what is convolved.
+        dtype: of the arithmetic.
+        grid: see :func:`tritonq.reference.weight.quantize_folded`, as for the next.
+        statistics: see there.
+        known: fold and ``1/σ`` of a step that is repeated, whose running variance has changed since.
+        out: where the codes may be written: shaped as ``rows``, in ``dtype``.
+    """
+    families = (reference_fold, reference_weight)
+    return composed(*families, rows, running_var, gamma, eps, code_dtype, dtype, grid, statistics, known, out)
+
+
+def composed(
+    folds: ModuleType,
+    weights: ModuleType,
+    rows: Tensor,
+    running_var: Tensor,
+    gamma: Tensor | None,
+    eps: float,
+    code_dtype: torch.dtype,
+    dtype: torch.dtype,
+    grid: Grid | None,
+    statistics: RangeStatistics | None,
+    known: tuple[Tensor, Tensor] | None,
+    out: Tensor | None,
+) -> StepWeight:
+    """:func:`quantize` of the modules that implement the families ``fold`` and ``weight``."""
+    fold, inverse_std = known or folds.nonzero_fold(running_var, gamma, eps, dtype)
+    codes, unit, clips, frozen = weights.quantize_folded(rows, fold, grid, statistics, out)
+    codes, unit = fit_codes(codes, unit, code_dtype)
+    return StepWeight(codes, unit, fold / unit, fold, inverse_std, clips, frozen)
+
+
+@operator(returns=_CODES, scratch=("out",))
+def codes_again(
+    rows: Tensor, fold: Tensor, grid: Grid | None, code_dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """Return the codes of :func:`quantize` once more, from the fold and the snapshot that it returned."""
+    codes, unit, *_ = reference_weight.folded_codes(rows, fold, grid, out)
+    return fit_codes(codes, unit, code_dtype)[0]
+
+
+@operator(returns=(Like("rows", "fold"), Like("fold")), overwrites=("dcodes",))
+def gradients(
+    dcodes: Tensor,
+    rows: Tensor,
+    gamma: Tensor | None,
+    fold: Tensor,
+    inverse_std: Tensor,
+    unit: Tensor,
+    eps_share: Tensor,
+    sum_gn: Tensor,
+    grid: Grid | None,
+    clips: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight and of γ (without γ: of the fold) from that of the codes, which may be overwritten.
+
+    See :func:`tritonq.reference.weight.folded_backward` and :func:`tritonq.reference.fold.gamma_gradient`.
+    """
+    drows, dfold = reference_weight.folded_backward(dcodes, rows, fold, unit, grid, clips)
+    if gamma is None:
+        return drows, dfold
+    return drows, as_dtype(
+        reference_fold.gamma_gradient(gamma, fold, inverse_std, eps_share, sum_gn, dfold), fold.dtype
+    )
+
+
+def fit_codes(codes: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return codes in the dtype that they are convolved in, and their unit.
+
+    In float16 a sum of 8-bit codes overflows: they are scaled by the power of two nearest to their unit, exactly.
+    """
+    if dtype != torch.float16:
+        return as_dtype(codes, dtype), unit
+    mantissa, exponent = torch.frexp(unit)
+    # The mantissa is at least a half: from the root of a half on, the power above is the nearer one.
+    exponent = exponent - (mantissa < 0.5**0.5).int()
+    power = torch.ldexp(torch.ones_like(unit), exponent.clamp(*_HALF_EXPONENTS))
+    return (codes * power.view(-1, *[1] * (codes.dim() - 1))).to(dtype), unit / power
