@@ -30,7 +30,7 @@ def _backward(length: int, qtype: QuantizedType) -> Call:
 
 
 def _step(length: int, qtype: QuantizedType) -> Call:
-    """The weight of a step with BatchNorm in float16, and its gradient."""
+    """The weight of a step with BatchNorm, and its gradient."""
 
     def call(dtype: torch.dtype) -> object:
         rows, vector, state = meta(512, length), meta(512), (meta_grid(qtype, 512), meta_range(qtype, 512))
@@ -46,6 +46,6 @@ CASES = tuple(
     for kind, (length, qtype) in _WEIGHTS.items()
     for name, make in (("weight", _forward), ("weight_backward", _backward))
 ) + tuple(
-    CodegenCase(f"batch_norm_weight/{kind}", _step(length, qtype.with_axis(0)), dtypes=(torch.float16,))
+    CodegenCase(f"batch_norm_weight/{kind}", _step(length, qtype.with_axis(0)), dtypes=(torch.bfloat16,))
     for kind, (length, qtype) in _WEIGHTS.items()
 )

@@ -94,10 +94,14 @@ class TestLimits:
             f"open({str(started)!r}, 'w').write(str(child.pid))\n"
             "time.sleep(60)\n"
         )
-        begin = time.monotonic()
-        with (tmp_path / "log").open("wb") as log:
-            assert run_limited([sys.executable, "-c", code], 3.0, log) is None
-        assert time.monotonic() - begin < 30
+        for limit in (3.0, 30.0):
+            begin = time.monotonic()
+            with (tmp_path / "log").open("wb") as log:
+                assert run_limited([sys.executable, "-c", code], limit, log) is None
+            assert time.monotonic() - begin < limit + 20
+            if started.exists():
+                # On a busy machine the first limit may be over before the process has begun.
+                break
         child = int(started.read_text())
         for _ in range(100):
             if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
@@ -296,6 +300,8 @@ class TestOperatorTests:
             return 0.0
 
         monkeypatch.setattr(visit, "left", left)
+        # On a busy machine it takes more than the usual seconds to write the counts after the interrupt.
+        monkeypatch.setattr(operator_tests, "_SECONDS_TO_END", 120.0)
         slow = f"\n\ndef test_cuda_slow():\n    import time\n    open({str(begun)!r}, 'w')\n    time.sleep(100)\n"
         found = self.run(visit, test_a=self.PASSING + slow)
         assert found["pytest"]["status"] == "cut off"
