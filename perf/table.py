@@ -26,7 +26,7 @@ def render(written: Sequence[Record]) -> str:
         else:
             timed = [_cells(row) for row in rows if "median_s" in row]
             blocks.append(
-                "\n".join([_title(rows[0]), *_aligned([_COLUMNS, *timed]), *_differences(rows), *_untimed(rows)])
+                "\n".join([_title(rows[0]), *aligned([_COLUMNS, *timed]), *_differences(rows), *_untimed(rows)])
             )
     if idle:
         blocks.append("\n".join(["not run:", *idle]))
@@ -91,7 +91,8 @@ def _untimed(rows: Iterable[Record]) -> list[str]:
     return [f"  {', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the rows as lines whose columns are as wide as their widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

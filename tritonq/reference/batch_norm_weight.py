@@ -51,7 +51,7 @@ _SNAPSHOT: Any = CopyOf("grid", lambda arguments: (len(arguments["rows"]),))
 
 
 @operator(
-    returns=StepWeight(_CODES, *[_VECTOR] * 4, True, _SNAPSHOT),
+    returns=StepWeight(_CODES, _VECTOR, _VECTOR, _VECTOR, _VECTOR, True, _SNAPSHOT),
     mutates=OBSERVED,
     scratch=("known", "out"),
 )
