@@ -7,9 +7,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 MINUTES ?= 9
 OUT ?= gpu-results
+MUTATE_MINUTES ?= 60
 
 .PHONY: accuracy help demo test test-quick emulate lint format docs bench gpu matrix peers-tests zoo clean
-.PHONY: engines executorch
+.PHONY: engines executorch mutate
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -46,6 +47,9 @@ $(EMULATE_VENV)/.dev: pyproject.toml setup.py constraints.txt
 	$(EMULATE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'triton==$(TRITON).*'
 	touch $@
 endif
+
+mutate: $(VENV)/.dev ## try deliberate errors in kernels and their specification for MUTATE_MINUTES=60 and write MUTATIONS.md
+	$(BIN)/python tools/mutate.py --minutes $(MUTATE_MINUTES)
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check .
