@@ -95,7 +95,7 @@ def render(before: str, after: str, first: Sequence[dict[Key, float]], second: S
         first: seconds by case and implementation, of each round of the first commit.
         second: of the second.
     """
-    rows = [("case", "implementation", before, after, "times faster", "of rounds")]
+    rows: list[tuple[str, ...]] = [("case", "implementation", before, after, "times faster", "of rounds")]
     common = [key for key in first[0] if all(key in times for times in (*first, *second))]
     for key in common:
         one, other = ([times[key] for times in side] for side in (first, second))

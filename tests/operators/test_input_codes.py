@@ -15,10 +15,13 @@ from tritonq.reference import input_codes as reference
 QTYPES = {"int8": QINT8, "uint8": QUINT8, "int4": QINT4, "16 codes": QuantizedType(3, 18, False)}
 
 
-def problem(qtype: QuantizedType, like: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Grid]:
+def problem(
+    qtype: QuantizedType, like: Tensor, dtype: torch.dtype = torch.float32, zero_at_top: bool = False
+) -> tuple[Tensor, Grid]:
     """Return values on all codes of a grid, first and last one included, laid out as ``like``, and the grid."""
     scale = torch.tensor([0.0173])
-    zero_point = None if qtype.fixed_zero_point == 0 else torch.tensor([qtype.quant_min + 3], dtype=torch.int32)
+    zero = qtype.quant_max - 3 if zero_at_top else qtype.quant_min + 3
+    zero_point = None if qtype.fixed_zero_point == 0 else torch.tensor([zero], dtype=torch.int32)
     count = qtype.quant_max - qtype.quant_min + 1
     codes = (torch.arange(like.numel()) * 37 % count + qtype.quant_min).float().view(like.shape)
     steps = codes if zero_point is None else codes - float(zero_point)
@@ -38,8 +41,10 @@ class TestInputCodes(OpTester):
     def test_every_code(self, name: str, dtype: torch.dtype, use: str, device: str, backend: str) -> None:
         if backend == "interpreter" and dtype == torch.bfloat16:
             pytest.skip("the interpreter truncates float32 to bfloat16")
-        x, grid = problem(QTYPES[name], torch.empty(300), dtype)
-        self.check(x, grid, use, device)
+        # The far end of the grid, where bfloat16 is coarser than it, may be either one.
+        for zero_at_top in (False, True):
+            x, grid = problem(QTYPES[name], torch.empty(300), dtype, zero_at_top)
+            self.check(x, grid, use, device)
 
     def check(self, x: Tensor, grid: Grid, use: str, device: str) -> None:
         ops, expected = operators("input_codes", use), reference.encode(x, grid, True)
