@@ -13,7 +13,7 @@ from tritonq.perf.accuracy import results
 from tritonq.perf.accuracy.data import Task, generate, load
 from tritonq.perf.accuracy.measure import FULL, QUICK, Budget, is_installed, measure, test_accuracy
 from tritonq.perf.accuracy.page import markdown, text
-from tritonq.perf.accuracy.plan import RECIPES, Measurement, Plan, full_plan, quick_plan
+from tritonq.perf.accuracy.plan import Measurement, Plan, full_plan, quick_plan, recipes_of, tools_plan
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hours", type=float, default=3.0, help="of the whole plan; what it has no room for is cut")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="part of a name such as 'garments residual W2A2 LSQ', to do first")
+    parser.add_argument("--tools", action="store_true", help="measure tools before and after training instead")
     parser.add_argument("--page", type=Path, help="write the table into this Markdown page, between its marks")
     parser.add_argument("--picture", type=Path, help="draw the accuracies into this file (extra report)")
     parser.add_argument(
@@ -32,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     path = given.out / ("quick.jsonl" if given.quick else "results.jsonl")
-    plan = quick_plan() if given.quick else full_plan(given.seeds, given.hours)
+    plan = tools_plan() if given.tools else full_plan(given.seeds, given.hours)
+    plan = quick_plan() if given.quick else plan
     if given.page or given.picture:
         return _show(path, plan, given.page, given.picture)
     if given.data is None and not given.quick:
@@ -103,7 +105,7 @@ def _missing(plan: Plan, path: Path, only: str) -> Iterator[Measurement]:
         if not is_installed(row.method) or only not in name:
             continue
         choice = found.choice(row)
-        recipes = list(RECIPES) if step.seed == 0 else [choice] if choice is not None else []
+        recipes = list(recipes_of(row.method)) if step.seed == 0 else [choice] if choice is not None else []
         for recipe in recipes:
             item = row.measurement(step.seed, recipe)
             if item not in found.measured and item not in found.failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 from tritonq.perf.accuracy.data import CLASSES, Split, Task
 from tritonq.perf.accuracy.deployment import deploy
 from tritonq.perf.accuracy.nets import NETS
-from tritonq.perf.accuracy.plan import ALL_METHODS, RECIPES, Measurement
+from tritonq.perf.accuracy.plan import ALL_METHODS, Measurement, recipes_of
 from tritonq.perf.accuracy.request import Request
 from tritonq.perf.accuracy.training import BATCH, answers_of, loss_of, outputs_of, score, train
 from tritonq.perf.machine import environment
 from tritonq.perf.memory import saved_bytes
 
 _FLOAT_RATE, _FLOAT_DECAY = 0.1, 5e-4
+# Images for methods that are not trained.
+_CALIBRATION = 1000
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,18 @@ def measure(item: Measurement, task: Task, budget: Budget, out: Path) -> dict[st
     Answers to the test images are written to a file, unread: :func:`test_accuracy` compares those of the chosen
     recipes with the labels.
     """
-    method, recipe = ALL_METHODS[item.method], RECIPES[item.recipe]
+    method, recipe = ALL_METHODS[item.method], recipes_of(item.method)[item.recipe]
     float_model = _float_model(item, task, budget, out)
     float_accuracy = _accuracy(outputs_of(float_model, task.validation.images), task.validation)
     torch.manual_seed(item.seed)
-    request = Request(item.net, CLASSES, float_model, item.weights, item.activations, task.train.images[:BATCH])
-    model = method.make(request)
+    teacher = None if method.teach is None else copy.deepcopy(float_model)
+    images = task.train.images
+    bits = (item.weights, item.activations)
+    model = method.make(Request(item.net, CLASSES, float_model, *bits, images[:BATCH], images[:_CALIBRATION]))
+    further_loss = None if teacher is None or method.teach is None else method.teach(model, teacher).loss
     start = time.perf_counter()
-    train(model, task.train, budget.epochs, recipe.learning_rate, recipe.weight_decay, item.seed)
+    if method.is_trained:
+        train(model, task.train, budget.epochs, recipe.learning_rate, recipe.weight_decay, item.seed, further_loss)
     seconds = (time.perf_counter() - start) / budget.epochs
     images = torch.cat([task.validation.images, task.test.images])
     outputs = outputs_of(model, images)

@@ -12,6 +12,8 @@ from tritonq.perf.accuracy.request import Method, Request
 from tritonq.qconfig import QConfig, learned_step_qconfig
 from tritonq.qparams import QuantizedType
 
+Scheme = Callable[[int, int], QConfig]
+
 
 def _ranges(weights: int, activations: int) -> QConfig:
     """Running ranges: torch.ao's scheme at any width, as tritonq's default preset has them."""
@@ -23,6 +25,10 @@ def _ranges(weights: int, activations: int) -> QConfig:
         ),
         round_summands=False,
     )
+
+
+RANGES: Scheme = _ranges
+LEARNED_STEP: Scheme = learned_step_qconfig
 
 
 def _learned_offset(weights: int, activations: int) -> QConfig:
@@ -71,7 +77,9 @@ def mapping_of(inner: QConfig) -> tritonq.QConfigMapping:
     return tritonq.QConfigMapping().set_global(inner).set_first_layer(first).set_last_layer(eight).set_input(eight)
 
 
-def _prepared(make: Callable[[int, int], QConfig]) -> Callable[[Request], nn.Module]:
+def prepared(make: Scheme) -> Callable[[Request], nn.Module]:
+    """Return what prepares a request's model by a scheme."""
+
     def prepare(request: Request) -> nn.Module:
         mapping = mapping_of(make(request.weights, request.activations))
         return tritonq.prepare_qat(request.model.train(), qconfig=mapping, example_inputs=request.images)
@@ -96,15 +104,15 @@ def _method(make: Callable[[Request], nn.Module], differs: str = "", *, at_all_w
 
 
 METHODS: dict[str, Method] = {
-    "LSQ": _method(_prepared(learned_step_qconfig), "the preset lsq_w…a…", at_all_widths=True),
-    "LSQ+": _method(_prepared(_learned_offset), at_all_widths=True),
-    "ranges": _method(_prepared(_ranges), at_all_widths=True),
-    "PACT": _method(_prepared(_clipped), "trained bounds of activations, ranges of weights"),
-    "TQT": _method(_prepared(_thresholds), "scales are powers of two"),
+    "LSQ": _method(prepared(learned_step_qconfig), "the preset lsq_w…a…", at_all_widths=True),
+    "LSQ+": _method(prepared(_learned_offset), at_all_widths=True),
+    "ranges": _method(prepared(_ranges), at_all_widths=True),
+    "PACT": _method(prepared(_clipped), "trained bounds of activations, ranges of weights"),
+    "TQT": _method(prepared(_thresholds), "scales are powers of two"),
     "F8Net": _method(_fixed_point, "fixed point: scales are powers of two; every result is rounded"),
 }
 # Variants that show what a choice of the preset is worth; not in the full plan.
 VARIANTS: dict[str, Method] = {
-    "LSQ, folded": _method(_prepared(_folded), "weights are rounded with their BatchNorm folded in"),
-    "LSQ, summands": _method(_prepared(_summands), "a quantizer before each addition too"),
+    "LSQ, folded": _method(prepared(_folded), "weights are rounded with their BatchNorm folded in"),
+    "LSQ, summands": _method(prepared(_summands), "a quantizer before each addition too"),
 }

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tritonq.perf.accuracy.methods import METHODS
+from tritonq.perf.accuracy.methods import METHODS, VARIANTS
 from tritonq.perf.accuracy.peers import PEERS
 from tritonq.perf.accuracy.request import Method
+from tritonq.perf.accuracy.tools import TOOLS
 from tritonq.recipes import EIGHT_BITS, FEW_BITS, TrainingRecipe
 
-ALL_METHODS: dict[str, Method] = {**METHODS, **PEERS}
+ALL_METHODS: dict[str, Method] = {**METHODS, **PEERS, **VARIANTS, **TOOLS}
 # What everyone tries, by name; nothing freezes, since not every library can.
 RECIPES: dict[str, TrainingRecipe] = {
     "low rate": TrainingRecipe(EIGHT_BITS.learning_rate, 1e-4, 0.0),
     "high rate": TrainingRecipe(FEW_BITS.learning_rate, 1e-4, 0.0),
 }
+_NO_TRAINING = {"no training": TrainingRecipe(0.0, 0.0, 0.0)}
 _WIDTHS = ((2, 2), (4, 4), (8, 8), (2, 4), (3, 3), (4, 8))
 _WIDTHS_OF_ALL = ((8, 8), (4, 4), (2, 4))
 _HOURS = 3.0
@@ -76,7 +78,7 @@ class Step:
     @property
     def seconds(self) -> int:
         """Estimated time."""
-        trainings = len(RECIPES) if self.seed == 0 else 1
+        trainings = len(recipes_of(self.row.method)) if self.seed == 0 else 1
         return trainings * _SECONDS[self.row.task, self.row.net]
 
 
@@ -98,6 +100,11 @@ class Plan:
         return [f"{task}, {net}: {', '.join(cells)}" for (task, net), cells in lines.items()]
 
 
+def recipes_of(method: str) -> dict[str, TrainingRecipe]:
+    """Return what a method tries, by name."""
+    return RECIPES if ALL_METHODS[method].is_trained else _NO_TRAINING
+
+
 def full_plan(seeds: int, hours: float = _HOURS) -> Plan:
     """Return the plan of the benchmark, the most telling cells first."""
     kept: list[Step] = []
@@ -112,6 +119,18 @@ def full_plan(seeds: int, hours: float = _HOURS) -> Plan:
 def quick_plan() -> Plan:
     """Return a plan of minutes on generated data: one seed and one width."""
     rows = [Row("garments", "residual", 2, 2, method) for method in ("LSQ", "LSQ by hand")]
+    return Plan([Step(row, 0) for row in rows], [])
+
+
+def tools_plan() -> Plan:
+    """Return a plan of the tools and variants: without training at W4A8 and W3A8, with it at W4A4 and W2A2."""
+    rows = [
+        Row("garments", net, *widths, name)
+        for name, method in {**TOOLS, **VARIANTS}.items()
+        for net in ("residual", "depthwise")
+        for widths in (((2, 2), (4, 4)) if method.is_trained else ((4, 8), (3, 8)))
+    ]
+    rows.sort(key=lambda row: (row.net != "residual", ALL_METHODS[row.method].is_trained))
     return Plan([Step(row, 0) for row in rows], [])
 
 
@@ -132,6 +151,6 @@ def _cells(seeds: int) -> Iterator[list[Step]]:
 def _cell(task: str, net: str, widths: tuple[int, int], seed: int) -> list[Step]:
     return [
         Step(Row(task, net, *widths, name), seed)
-        for name, method in ALL_METHODS.items()
+        for name, method in {**METHODS, **PEERS}.items()
         if method.at_all_widths or widths in _WIDTHS_OF_ALL
     ]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from tritonq import Distillation
+
 
 @dataclass(frozen=True)
 class Request:
@@ -19,6 +21,7 @@ class Request:
         weights: bits of weights; first and last layer's have 8.
         activations: bits of activations; images and the last layer's input have 8.
         images: a batch to record a model or to calibrate ranges with.
+        calibration: more images, for methods that are not trained.
     """
 
     net: str
@@ -27,6 +30,7 @@ class Request:
     weights: int
     activations: int
     images: Tensor
+    calibration: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Method:
         distributions: packages whose versions a result records.
         modules: top-level modules without which it is "not installed".
         differs: what it does otherwise than a tritonq preset, in one line.
+        is_trained: whether the model is trained; else it is evaluated as it is made.
+        teach: makes, of the model and the float model, what adds to the loss.
     """
 
     library: str
@@ -50,3 +56,5 @@ class Method:
     distributions: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     differs: str = ""
+    is_trained: bool = True
+    teach: Callable[[nn.Module, nn.Module], Distillation] | None = None

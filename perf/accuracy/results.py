@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tritonq.perf.accuracy.plan import ALL_METHODS, RECIPES, Measurement, Row
+from tritonq.perf.accuracy.plan import ALL_METHODS, Measurement, Row, recipes_of
 
 Record = dict[str, Any]
 
@@ -39,9 +39,9 @@ class Results:
 
     def choice(self, row: Row) -> str | None:
         """Return the recipe that is best on the validation split of seed 0; None until all were tried."""
-        tried = {recipe: self.measured.get(row.measurement(0, recipe)) for recipe in RECIPES}
+        tried = {recipe: self.measured.get(row.measurement(0, recipe)) for recipe in recipes_of(row.method)}
         found = {recipe: record["validation"] for recipe, record in tried.items() if record is not None}
-        return max(found, key=found.__getitem__) if len(found) == len(RECIPES) else None
+        return max(found, key=found.__getitem__) if len(found) == len(tried) else None
 
     def chosen(self, row: Row) -> list[Record]:
         """Return the records of all seeds with the chosen recipe; of a row that is not through, its best so far."""
@@ -67,7 +67,7 @@ def mean_and_spread(values: Iterable[float]) -> str:
 
 def settings_of(item: Measurement) -> Record:
     """Return what a measurement depends on beside its name: where it has changed, an old record does not count."""
-    return {"revision": ALL_METHODS[item.method].revision, **asdict(RECIPES[item.recipe])}
+    return {"revision": ALL_METHODS[item.method].revision, **asdict(recipes_of(item.method)[item.recipe])}
 
 
 def read(path: Path) -> Results:
@@ -81,7 +81,9 @@ def read(path: Path) -> Results:
         except ValueError:
             continue
         item = Measurement(**{field.name: record[field.name] for field in fields(Measurement)})
-        if item.method not in ALL_METHODS or item.recipe not in RECIPES or record["settings"] != settings_of(item):
+        if item.method not in ALL_METHODS or item.recipe not in recipes_of(item.method):
+            continue
+        if record["settings"] != settings_of(item):
             continue
         if "failed" in record:
             failed[item] = record["failed"]

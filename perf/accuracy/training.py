@@ -16,8 +16,16 @@ BATCH = 100
 _EVALUATED_AT_ONCE = 500
 
 
-def train(model: nn.Module, data: Split, epochs: int, rate: float, decay: float, seed: int) -> None:
-    """Train by SGD with momentum, from ``rate`` to 0 by half a cosine."""
+def train(
+    model: nn.Module,
+    data: Split,
+    epochs: int,
+    rate: float,
+    decay: float,
+    seed: int,
+    further_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> None:
+    """Train by SGD with momentum, from ``rate`` to 0 by half a cosine; a further loss takes outputs and images."""
     optimizer = torch.optim.SGD(_groups(model, decay), lr=rate, momentum=0.9, nesterov=True)
     generator = torch.Generator().manual_seed(seed)
     steps, step = epochs * math.ceil(len(data.images) / BATCH), 0
@@ -26,7 +34,10 @@ def train(model: nn.Module, data: Split, epochs: int, rate: float, decay: float,
             for group in optimizer.param_groups:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             model.train()  # that of exported models returns None
-            loss = loss_of(model(data.images[chosen]), data.targets[chosen])
+            outputs = model(data.images[chosen])
+            loss = loss_of(outputs, data.targets[chosen])
+            if further_loss is not None:
+                loss = loss + further_loss(outputs, data.images[chosen])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
