@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
 from tritonq.observers import MinMaxObserver, ObserverBase
 from tritonq.qparams import is_readable
 from tritonq.reference.min_max import FALL
@@ -11,18 +16,25 @@ _FOUND = (
     "one batch took the range of a FakeQuantize up more than a hundredfold: an outlier in the data, or a step that "
     "diverged. "
 )
+# A copy from a GPU takes three launches, so that one call of so many makes one.
+_PERIOD = 16
 
 
 def tell_outlier(observer: ObserverBase, before: float) -> float:
     """Return the largest magnitude in a running range; warn, once per observer, where the last batch blew it up.
 
+    A GPU is not waited for: one range in 16 is copied, and compared once it has arrived, in a later step. A range that
+    falls again before may go untold there.
+
     Args:
-        observer: of one range per tensor, on a CPU: a GPU is not waited for, and others are left alone.
+        observer: of one range per tensor; others are left alone.
         before: what the call before returned; minus infinity where there was none.
     """
-    if not isinstance(observer, MinMaxObserver) or observer.min_val.dim() or not is_readable(observer.min_val):
+    if not isinstance(observer, MinMaxObserver) or observer.min_val.dim():
         return before
-    magnitude = max(-float(observer.min_val), float(observer.max_val))
+    magnitude = _magnitude(observer)
+    if magnitude is None:
+        return before
     if 0 < before < magnitude / FALL:
         if observer.copy_above is not None:
             outcome = "The range follows the next batches down again"
@@ -32,3 +44,47 @@ def tell_outlier(observer: ObserverBase, before: float) -> float:
             outcome = "It stays up: a running maximum forgets nothing"
         warn_once(observer, _FOUND + outcome, stacklevel=6)
     return magnitude
+
+
+def _magnitude(observer: MinMaxObserver) -> float | None:
+    """The largest magnitude in a range, or None where it is not on the host yet."""
+    low, high = observer.min_val, observer.max_val
+    if is_readable(low):
+        return max(-float(low), float(high))
+    if not low.is_cuda or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return None
+    return _readings.setdefault(observer, LateReading()).latest(low, high)
+
+
+class LateReading:
+    """The largest magnitude in a device's range, copied to the host without waiting and read by a later call."""
+
+    def __init__(self, period: int = _PERIOD) -> None:
+        self._period, self._calls = period, 0
+        self._host: Tensor | None = None
+        self._arrival: torch.cuda.Event | None = None
+        self._is_under_way = False
+
+    def latest(self, low: Tensor, high: Tensor) -> float | None:
+        """Return what an earlier call sent, where it has arrived since; send these ends where it is their turn."""
+        found: float | None = None
+        if self._host is not None and self._is_under_way and (self._arrival is None or self._arrival.query()):
+            found = max(-float(self._host[0]), float(self._host[1]))
+            self._is_under_way = False
+        if not self._is_under_way and self._calls % self._period == 0:
+            self._send(low, high)
+        self._calls += 1
+        return found
+
+    def _send(self, low: Tensor, high: Tensor) -> None:
+        if self._host is None:
+            self._host = torch.empty(2, pin_memory=low.is_cuda)
+        self._host.copy_(torch.stack((low.detach(), high.detach())), non_blocking=True)
+        if low.is_cuda:
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+        self._is_under_way = True
+
+
+# Beside the observers, which are copied and pickled, as events can't be.
+_readings: WeakKeyDictionary[MinMaxObserver, LateReading] = WeakKeyDictionary()

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import tritonq
+from tritonq import outliers
+from tritonq.outliers import LateReading
 from tritonq.reference.min_max import FALL, update_range
 
 MESSAGE = "up more than a hundredfold"
@@ -77,3 +79,39 @@ def test_a_batch_of_zeros_and_an_ordinary_fall_are_averaged():
     low, high = torch.tensor(-0.05), torch.tensor(0.07)
     assert [float(end) for end in update_range(low, high, *ends, 0.01, 1.5)] == [float(low), float(high)]
     assert float(update_range(low, high, *ends, 0.01, None)[1]) > 7.9
+
+
+def test_a_late_reading_gives_what_an_earlier_call_sent():
+    reading = LateReading(period=3)
+    ends = [(torch.tensor(-step), torch.tensor(step / 2)) for step in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)]
+    assert [reading.latest(*pair) for pair in ends] == [None, 1.0, None, None, 4.0, None]
+
+
+def test_a_reading_that_is_under_way_is_not_waited_for():
+    class Arrival:
+        has_arrived = False
+
+        def query(self):
+            return self.has_arrived
+
+    reading, arrival = LateReading(period=1), Arrival()
+    reading.latest(torch.tensor(-1.0), torch.tensor(2.0))
+    reading._arrival = arrival
+    assert reading.latest(torch.tensor(-1.0), torch.tensor(8.0)) is None
+    arrival.has_arrived = True
+    assert reading.latest(torch.tensor(-1.0), torch.tensor(9.0)) == 2.0
+
+
+@pytest.mark.parametrize("preset", ["onnxruntime", "x86"])
+def test_an_outlier_is_told_a_step_later_where_ranges_are_read_late(preset, monkeypatch):
+    made = quantizer(preset)
+    readings = {}
+
+    def late(observer):
+        return readings.setdefault(observer, LateReading(period=1)).latest(observer.min_val, observer.max_val)
+
+    monkeypatch.setattr(outliers, "_magnitude", late)
+    for x in (torch.randn(64), torch.randn(64), outlier(), torch.randn(64)):
+        made(x)
+    with pytest.warns(UserWarning, match=MESSAGE):
+        made(torch.randn(64))
