@@ -68,7 +68,7 @@ class LateReading:
     def latest(self, low: Tensor, high: Tensor) -> float | None:
         """Return what an earlier call sent, where it has arrived since; send these ends where it is their turn."""
         found: float | None = None
-        if self._host is not None and self._is_under_way and (self._arrival is None or self._arrival.query()):
+        if self._host is not None and self._is_under_way and self._has_arrived():
             found = max(-float(self._host[0]), float(self._host[1]))
             self._is_under_way = False
         if not self._is_under_way and self._calls % self._period == 0:
@@ -76,12 +76,15 @@ class LateReading:
         self._calls += 1
         return found
 
+    def _has_arrived(self) -> bool:
+        return self._arrival is None or self._arrival.query()  # type: ignore[no-untyped-call]
+
     def _send(self, low: Tensor, high: Tensor) -> None:
         if self._host is None:
             self._host = torch.empty(2, pin_memory=low.is_cuda)
         self._host.copy_(torch.stack((low.detach(), high.detach())), non_blocking=True)
         if low.is_cuda:
-            self._arrival = torch.cuda.Event()
+            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrival.record()
         self._is_under_way = True
 
