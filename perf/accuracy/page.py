@@ -60,10 +60,14 @@ def _measured_with(found: Results) -> str:
     if not records:
         return "Nothing is measured yet."
     versions = {name: number for record in records for name, number in record["versions"].items() if number}
+    versions["tritonq"] = records[-1]["environment"]["tritonq"]
     commits = sorted({str(record["environment"]["commit"])[:7] for record in records})
     devices = sorted({record["environment"]["device"] for record in records})
     named = ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))
-    return f"Measured with {named}; on {', '.join(devices)}; commits {', '.join(commits)}."
+    return (
+        f"Measured with {named}; on {', '.join(devices)}; commits {', '.join(commits)}. Seconds per epoch hold for one "
+        "thread of a machine that did other things too."
+    )
 
 
 def _order(found: Results, row: Row) -> tuple[int, int, float]:

@@ -91,12 +91,12 @@ class Plan:
 
     def describe_cut(self) -> list[str]:
         """Return a line per task and network, with what of it is not measured."""
-        lines: dict[tuple[str, str], list[str]] = {}
+        begun = {(step.row.task, step.row.net) for step in self.steps}
+        lines: dict[tuple[str, str], dict[str, None]] = {}
         for step in self.cut:
-            cell = f"{step.row.bits} seed {step.seed}"
-            cells = lines.setdefault((step.row.task, step.row.net), [])
-            if cell not in cells:
-                cells.append(cell)
+            place = (step.row.task, step.row.net)
+            cell = f"{step.row.bits} seed {step.seed}" if place in begun else "all of it"
+            lines.setdefault(place, {})[cell] = None
         return [f"{task}, {net}: {', '.join(cells)}" for (task, net), cells in lines.items()]
 
 

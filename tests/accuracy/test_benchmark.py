@@ -50,7 +50,7 @@ def _record(item, validation):
     return {**asdict(item), "settings": settings, "validation": validation, "float": 90.0, "seconds_per_epoch": 1.0} | {
         "saved_bytes": 1,
         "versions": {"tritonq": "0"},
-        "environment": {"commit": "abcdefgh", "device": "a CPU"},
+        "environment": {"commit": "abcdefgh", "device": "a CPU", "tritonq": "0"},
     }
 
 
@@ -95,7 +95,7 @@ def test_the_plan_fits_its_hours_and_says_what_it_cuts(tmp_path):
     written = page.read_text()
     assert written.startswith(f"before\n{BEGIN}\n")
     assert written.endswith(f"{END}\nafter\n")
-    assert "old" not in written
+    assert "\nold\n" not in written
     assert "| W2A2 | tritonq: LSQ | 90.00 | 80.00 |" in written
     assert "Cut from the plan" in written
     page.write_text("a page without the marks")
