@@ -111,8 +111,9 @@ def run(lowered: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def count(graph: Any, kinds: dict[str, str]) -> collections.Counter[str]:
     """Return how many nodes of each kind a graph has."""
-    # ExecuTorch's operators wrap torch's.
-    names = [str(getattr(node.target, "_op", node.target)) for node in graph.nodes if node.op == "call_function"]
+    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    # ExecuTorch's operators show as "<EdgeOpOverload: aten.add.Tensor>: schema = …".
+    names = [name.removeprefix("<EdgeOpOverload: ").partition(">")[0] for name in names]
     return collections.Counter(kinds[name] for name in names if name in kinds)
 
 

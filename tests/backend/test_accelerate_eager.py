@@ -240,3 +240,22 @@ def test_mistakes_leave_the_model_as_it_was(inplace):
     with pytest.raises(ValueError, match="accelerated already"):
         tritonq.accelerate(ours, inplace)
     assert kinds == [type(module) for module in ours.modules()]
+
+
+def test_conversions_of_an_accelerated_model_are_refused_until_it_is_restored(tmp_path):
+    ours = tritonq.accelerate(prepared(qconfig()))
+    ours(images(0))
+    kinds, before = [type(module) for module in ours.modules()], copy.deepcopy(ours.eval().state_dict())
+    with pytest.raises(ValueError, match=r"accelerated: convert what tritonq\.restore"):
+        ao.convert(ours)
+    deployments = (
+        tritonq.convert,
+        lambda model: tritonq.export_onnx(model, tmp_path / "m.onnx", images(1)),
+        lambda model: tritonq.export_program(model, None, images(1)),
+    )
+    for deploy in deployments:
+        with pytest.raises(ValueError, match=r"torch\.ao prepared this model, and its own convert .* tritonq\.restore"):
+            deploy(ours)
+    assert kinds == [type(module) for module in ours.modules()]
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+    ao.convert(tritonq.restore(ours))

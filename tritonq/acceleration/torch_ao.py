@@ -62,10 +62,24 @@ def _batch_norm(held: Any) -> BatchNorm | None:
     return BatchNorm(*(bn.weight, bn.bias, bn.running_mean, bn.running_var, momentum, bn.eps, training, corrected))
 
 
+def refuse_conversion(self: Any, name: str) -> None:
+    """Delete an attribute; refuse torch.ao's ``convert``, which removes observers and knows no accelerated class.
+
+    It would leave accelerated layers in float, in silence. A conversion in place has changed other modules by then.
+
+    Raises:
+        ValueError: ``name`` is the observer's.
+    """
+    if name == "activation_post_process":
+        raise ValueError("this model is accelerated: convert what tritonq.restore(model) returns")
+    nn.Module.__delattr__(self, name)
+
+
 class AcceleratedFakeQuantize(FakeQuantize):
     """``FakeQuantize`` by tritonq's operators."""
 
     library_class = FakeQuantize
+    __delattr__ = refuse_conversion
     forward: Any = run_quantizer
 
 
@@ -73,6 +87,7 @@ class AcceleratedFusedFakeQuantize(FusedMovingAvgObsFakeQuantize):
     """``FusedMovingAvgObsFakeQuantize`` by tritonq's operators."""
 
     library_class = FusedMovingAvgObsFakeQuantize
+    __delattr__ = refuse_conversion
     forward: Any = run_quantizer
 
 
@@ -80,6 +95,7 @@ class AcceleratedFixedFakeQuantize(FixedQParamsFakeQuantize):
     """``FixedQParamsFakeQuantize`` by tritonq's operators."""
 
     library_class = FixedQParamsFakeQuantize
+    __delattr__ = refuse_conversion
     forward: Any = run_quantizer
 
 
@@ -87,6 +103,7 @@ class AcceleratedLearnableFakeQuantize(_LearnableFakeQuantize):
     """``_LearnableFakeQuantize`` by tritonq's operators."""
 
     library_class = _LearnableFakeQuantize
+    __delattr__ = refuse_conversion
     forward: Any = run_quantizer
 
 
@@ -94,6 +111,7 @@ class AcceleratedConv1d(qat.Conv1d):
     """``qat.Conv1d`` by tritonq's operators."""
 
     library_class = qat.Conv1d
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -103,6 +121,7 @@ class AcceleratedConv2d(qat.Conv2d):
     """``qat.Conv2d`` by tritonq's operators."""
 
     library_class = qat.Conv2d
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -112,6 +131,7 @@ class AcceleratedConv3d(qat.Conv3d):
     """``qat.Conv3d`` by tritonq's operators."""
 
     library_class = qat.Conv3d
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -121,6 +141,7 @@ class AcceleratedLinear(qat.Linear):
     """``qat.Linear`` by tritonq's operators."""
 
     library_class = qat.Linear
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -130,6 +151,7 @@ class AcceleratedConvReLU1d(intrinsic.ConvReLU1d):
     """``intrinsic.qat.ConvReLU1d`` by tritonq's operators."""
 
     library_class = intrinsic.ConvReLU1d
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -139,6 +161,7 @@ class AcceleratedConvReLU2d(intrinsic.ConvReLU2d):
     """``intrinsic.qat.ConvReLU2d`` by tritonq's operators."""
 
     library_class = intrinsic.ConvReLU2d
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -148,6 +171,7 @@ class AcceleratedConvReLU3d(intrinsic.ConvReLU3d):
     """``intrinsic.qat.ConvReLU3d`` by tritonq's operators."""
 
     library_class = intrinsic.ConvReLU3d
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -157,6 +181,7 @@ class AcceleratedLinearReLU(intrinsic.LinearReLU):
     """``intrinsic.qat.LinearReLU`` by tritonq's operators."""
 
     library_class = intrinsic.LinearReLU
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -166,6 +191,7 @@ class AcceleratedConvBn1d(intrinsic.ConvBn1d):
     """``intrinsic.qat.ConvBn1d`` by tritonq's operators."""
 
     library_class = intrinsic.ConvBn1d
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -175,6 +201,7 @@ class AcceleratedConvBn2d(intrinsic.ConvBn2d):
     """``intrinsic.qat.ConvBn2d`` by tritonq's operators."""
 
     library_class = intrinsic.ConvBn2d
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -184,6 +211,7 @@ class AcceleratedConvBn3d(intrinsic.ConvBn3d):
     """``intrinsic.qat.ConvBn3d`` by tritonq's operators."""
 
     library_class = intrinsic.ConvBn3d
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -193,6 +221,7 @@ class AcceleratedConvBnReLU1d(intrinsic.ConvBnReLU1d):
     """``intrinsic.qat.ConvBnReLU1d`` by tritonq's operators."""
 
     library_class = intrinsic.ConvBnReLU1d
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -202,6 +231,7 @@ class AcceleratedConvBnReLU2d(intrinsic.ConvBnReLU2d):
     """``intrinsic.qat.ConvBnReLU2d`` by tritonq's operators."""
 
     library_class = intrinsic.ConvBnReLU2d
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -211,6 +241,7 @@ class AcceleratedConvBnReLU3d(intrinsic.ConvBnReLU3d):
     """``intrinsic.qat.ConvBnReLU3d`` by tritonq's operators."""
 
     library_class = intrinsic.ConvBnReLU3d
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -220,6 +251,7 @@ class AcceleratedLinearBn1d(intrinsic.LinearBn1d):
     """``intrinsic.qat.LinearBn1d`` by tritonq's operators."""
 
     library_class = intrinsic.LinearBn1d
+    __delattr__ = refuse_conversion
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -229,6 +261,7 @@ class AcceleratedFloatFunctional(FloatFunctional):
     """``FloatFunctional`` whose additions are one operator with their quantizer."""
 
     library_class = FloatFunctional
+    __delattr__ = refuse_conversion
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the rounded sum."""

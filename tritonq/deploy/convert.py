@@ -31,6 +31,13 @@ from tritonq.qparams import QuantizedType
 from tritonq.reference.fake_quant import quantize
 from tritonq.switched_quantizer import SwitchedQuantizer
 
+# By what the names of the modules begin with that define their quantized layers and fake quantizers.
+_OTHERS = {
+    "torch.ao": ("torch.ao.quantization.fake_quantize", "torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat"),
+    "torchao": ("torchao.quantization.pt2e.fake_quantize",),
+    "Model-Optimizer": ("modelopt.torch.quantization.nn",),
+}
+
 
 def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool = False) -> nn.Module:
     """The deployed form of a quantization-aware model: integer weights, int32 biases, fixed quantizers.
@@ -123,6 +130,12 @@ def _check(model: nn.Module, allow_unquantized: bool) -> None:
     if any(isinstance(module, DeployedModule) for module in model.modules()):
         raise ValueError("this model is converted already")
     if not any(isinstance(module, kinds) for module in model.modules()):
+        other = _other_library(model)
+        if other is not None:
+            raise ValueError(
+                f"{other} prepared this model, and its own convert and export deploy it: of an accelerated model "
+                "convert what tritonq.restore(model) returns"
+            )
         raise ValueError(
             f"{type(model).__name__} has no quantization-aware layer and no fake quantizer: use prepare_qat first"
         )
@@ -140,6 +153,12 @@ def _check(model: nn.Module, allow_unquantized: bool) -> None:
             raise ValueError(
                 f"{name!r} has float64 parameters; deployed arithmetic is float32: call model.float() first"
             )
+
+
+def _other_library(model: nn.Module) -> str | None:
+    """Return the library that prepared a model, accelerated or not, or None."""
+    modules = {base.__module__ for module in model.modules() for base in type(module).__mro__}
+    return next((name for name, start in _OTHERS.items() if any(each.startswith(start) for each in modules)), None)
 
 
 def _warn_if_untrained(model: nn.Module) -> None:
