@@ -45,8 +45,8 @@ def export_program(
     - ``"pt2e"``: what torchao's ``convert_pt2e`` returns and its back ends lower (ExecuTorch's delegates, torch's
       Inductor): float operators between pairs of ``torch.ops.quantized_decomposed.quantize_per_tensor`` and
       ``dequantize_per_tensor`` with the trained grids, weights int8 behind a ``dequantize_per_channel``, float biases.
-      Sums, means and functions between pairs are rounded from float, so that single codes may differ by one; ties are
-      rounded to even. To load it, ``import torch.ao.quantization.fx._decomposed`` or ExecuTorch first.
+      Sums, means and functions between pairs are rounded from float: single codes of a layer may differ by one. Ties
+      are rounded to even. To load it, ``import torch.ao.quantization.fx._decomposed`` or ExecuTorch first.
 
     Args:
         model: what :func:`tritonq.convert` takes, or returns.
