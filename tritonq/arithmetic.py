@@ -104,6 +104,20 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype is dtype else x.to(dtype)
 
 
+def as_now(*values: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return ``values``; in a traced graph copies, which a backward pass finds as they are now (`tritonq.remember`).
+
+    The forward pass must use the copies too: what the backward alone uses is made there.
+    """
+    if not torch.compiler.is_compiling():
+        return values
+    # Imported here, so that its operator is registered when something is compiled, and not before.
+    from tritonq.remember import remember
+
+    copies = iter(remember(*(value for value in values if value is not None)))
+    return tuple(None if value is None else next(copies) for value in values)
+
+
 def operand(number: float, like: Tensor) -> float | Tensor:
     """Return ``number`` as the other operand of an operator on ``like``: on a CPU as a tensor that is kept.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import as_now
 from tritonq.granularity import Granularity
 from tritonq.qparams import QuantizedType, RangeRule, is_readable
 
@@ -71,6 +72,8 @@ class Grid:
 
     def copy(self) -> Grid:
         """Return a grid of copies, for a later backward: observers and switches change buffers in place."""
+        if torch.compiler.is_compiling():
+            return self.with_buffers(*as_now(self.scale, self.zero_point, self.enabled))
         return Grid(
             self.scale.clone(),
             None if self.zero_point is None else self.zero_point.clone(),

@@ -60,6 +60,7 @@ LAYERS = [
         "tritonq.version",
         "tritonq.warn_once",
         "tritonq.targets",
+        "tritonq.remember",
     ),
 ]
 # The one place that may read torch.ao checkpoints, and the one that accelerates its modules.

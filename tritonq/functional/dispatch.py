@@ -15,7 +15,7 @@ def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleTyp
     """The module that implements op family ``name`` for ``x``; see :func:`tritonq.backend.implementation`.
 
     While a graph is traced it is that of `tritonq.functional.traced`, whose operators choose when they run, by tensor
-    and by :func:`~tritonq.use_backend`.
+    and by :func:`~tritonq.use_backend`; those that a compiler sees into chose when they were traced.
 
     Raises:
         NotImplementedError: a traced call that asks for one backend by itself, or of a family without such a module.

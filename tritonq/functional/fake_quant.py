@@ -155,6 +155,7 @@ class _FakeQuantize(torch.autograd.Function):
             # backward: the backward keeps this step's own copies.
             kept = grid.copy()
             ctx.save_for_backward(x, kept.scale, kept.zero_point, kept.enabled)
+            grid = kept
         y: Tensor = ctx.ops.fake_quantize(x, grid)
         return y
 

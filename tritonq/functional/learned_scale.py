@@ -230,7 +230,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         ctx.qtype, ctx.method, ctx.grad_factor = grid.qtype, method, grad_factor
         ctx.shift_like = None if shift is None else (shift.shape, shift.dtype)
         ctx.ops = implementation("learned_scale", x, backend)
-        y: Tensor = ctx.ops.learned_fake_quantize(x, grid, method)
+        y: Tensor = ctx.ops.learned_fake_quantize(x, kept, method)
         return y
 
     @staticmethod

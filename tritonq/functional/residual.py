@@ -43,7 +43,7 @@ class _ResidualJoin(torch.autograd.Function):
         statistics: RangeStatistics | None,
         ceiling: float | None,
     ) -> Tensor:
-        y, mask = implementation("residual", a).forward(a, b, grid, statistics, ceiling)
+        y, mask = _sum(a, b, grid, statistics, ceiling)
         if grid is not None:
             mark(y, grid.scale, grid, statistics)
         if any(ctx.needs_input_grad):
@@ -56,6 +56,28 @@ class _ResidualJoin(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         g = _passed(dy, ctx.saved_tensors[0], ctx.strides)
         return (g if ctx.needs_input_grad[0] else None), (g if ctx.needs_input_grad[1] else None), None, None, None
+
+
+def _sum(
+    a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
+) -> tuple[Tensor, Tensor]:
+    """``FQ(relu?(a + b))`` and its mask."""
+    if not torch.compiler.is_compiling():
+        join: tuple[Tensor, Tensor] = implementation("residual", a).forward(a, b, grid, statistics, ceiling)
+        return join
+    wide = torch.promote_types(a.dtype, torch.float32)
+    y, mask = _rounded(a.to(wide) + b.to(wide), grid, statistics, ceiling)
+    return y.to(a.dtype), mask
+
+
+def _rounded(
+    y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
+) -> tuple[Tensor, Tensor]:
+    """``FQ(relu?(y))`` and its mask: one bit per element, or in a traced graph one bool. ``y`` may be overwritten."""
+    operators = implementation("rounded", y)
+    run = operators.forward_with_mask if torch.compiler.is_compiling() else operators.forward
+    join: tuple[Tensor, Tensor] = run(y, grid, statistics, ceiling)
+    return join
 
 
 def rounded_result(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Tensor:
@@ -75,7 +97,7 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Tensor:
         wide = y.to(torch.promote_types(y.dtype, torch.float32), copy=True)
-        result, mask = implementation("rounded", wide).forward(wide, grid, statistics, ceiling)
+        result, mask = _rounded(wide, grid, statistics, ceiling)
         result = result.to(y.dtype)
         mark(result, grid.scale, grid, statistics)
         if ctx.needs_input_grad[0]:
@@ -131,7 +153,7 @@ class _RoundedProduct(torch.autograd.Function):
         dtype = torch.promote_types(a.dtype, b.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         product = a.to(wide) * b.to(wide)
-        result, mask = implementation("rounded", product).forward(product, grid, statistics, ceiling)
+        result, mask = _rounded(product, grid, statistics, ceiling)
         result = result.to(dtype)
         mark(result, grid.scale, grid, statistics)
         of_a, of_b = ctx.needs_input_grad[:2]
@@ -168,6 +190,8 @@ def _tensors(saved: SavedInput | None) -> tuple[Tensor | None, ...]:
 
 def _passed(dy: Tensor, mask: Tensor, strides: tuple[int, ...]) -> Tensor:
     """The gradient of a result where neither ReLU nor the clip blocked it, else 0; the result lay by ``strides``."""
+    if mask.dtype == torch.bool:
+        return torch.where(mask, dy, 0)
     if dy.stride() != strides:
         dy = torch.empty_strided(dy.shape, strides, dtype=dy.dtype, device=dy.device).copy_(dy)
     result: Tensor = implementation("residual", dy).backward(dy, mask)

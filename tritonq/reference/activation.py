@@ -68,14 +68,35 @@ def observe(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: 
     if is_readable(y) and statistics.enabled is not None and not bool(statistics.enabled):
         return Observed(statistics, False)
     low, high, nonfinite = extremes(y)
+    return Observed(observe_ends(low, high, nonfinite, grid, statistics, ceiling), nonfinite is None)
+
+
+def observe_ends(
+    low: Tensor,
+    high: Tensor,
+    nonfinite: Tensor | None,
+    grid: Grid,
+    statistics: RangeStatistics | None,
+    ceiling: float | None,
+) -> RangeStatistics | None:
+    """:func:`observe` from the extremes of ``y``; what `observe_range` returns.
+
+    Args:
+        low: see `min_max.extremes`, as are the next two; overwritten where that is None.
+        high: see there.
+        nonfinite: see there.
+        grid: see :func:`observe`, as are the rest.
+        statistics: see there.
+        ceiling: see there.
+    """
     if nonfinite is None:
         ends = (low, high) if ceiling is None else (low.clamp_(0.0, ceiling), high.clamp_(0.0, ceiling))
-        return Observed(observe_range(grid, statistics, *ends, ordered=True), True)
+        return observe_range(grid, statistics, *ends, ordered=True)
     if ceiling is not None:
         # The extremes of relu?(y); a batch without finite values keeps low > high.
         some = low <= high
         low, high = (torch.where(some, end.clamp(0.0, ceiling), end) for end in (low, high))
-    return Observed(observe_range(grid, statistics, low, high, nonfinite), False)
+    return observe_range(grid, statistics, low, high, nonfinite)
 
 
 def quantize_(y: Tensor, grid: Grid, ceiling: float | None) -> Tensor:
@@ -137,11 +158,26 @@ def straight_through_(
 
 def _masked(dy: Tensor, y: Tensor, grid: Grid, ceiling: float | None, enabled: Tensor) -> Tensor:
     """:func:`straight_through_` without reading a value: for traced graphs and for other devices."""
-    qtype, scale = grid.qtype, grid.scale.to(y.dtype).view(())
-    steps = steps_(y.clone(), scale, qtype.rounding)
-    code = steps if grid.zero_point is None else steps + grid.zero_point
-    passes = ((code >= qtype.quant_min) & (code <= qtype.quant_max)) | ~enabled
-    if ceiling is not None:
-        # An infinite ceiling blocks nothing, an infinite y neither.
-        passes = passes & (y > 0) if ceiling == math.inf else passes & (y > 0) & (y < ceiling)
-    return torch.where(passes, dy, 0)
+    return torch.where(passes(y, grid, ceiling, enabled), dy, 0)
+
+
+def passes(y: Tensor, grid: Grid | None, ceiling: float | None, enabled: Tensor | None = None) -> Tensor:
+    """Where neither ReLU nor the clip blocks the gradient, as a new bool tensor; False at NaN.
+
+    Args:
+        y: as for :func:`straight_through_`, as are the next two; left alone.
+        grid: see there.
+        ceiling: see there.
+        enabled: the grid's switch; None: on.
+    """
+    inside = torch.ones_like(y, dtype=torch.bool)
+    if grid is not None:
+        qtype, scale = grid.qtype, grid.scale.to(y.dtype).view(())
+        steps = steps_(y.clone(), scale, qtype.rounding)
+        code = steps if grid.zero_point is None else steps + grid.zero_point
+        inside = (code >= qtype.quant_min) & (code <= qtype.quant_max)
+        inside = inside if enabled is None else inside | ~enabled
+    if ceiling is None:
+        return inside
+    # An infinite ceiling blocks nothing, an infinite y neither.
+    return inside & (y > 0) if ceiling == math.inf else inside & (y > 0) & (y < ceiling)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tritonq.arithmetic import as_dtype, operand
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.reference.activation import observe, quantize_, rectify_, straight_through_
+from tritonq.reference.activation import observe, observe_ends, quantize_, rectify_, straight_through_
 from tritonq.reference.operator import CopyOf, Like, operator
 from tritonq.reference.ranges import OBSERVED, snapshot
 from tritonq.reference.scratch import borrow, is_dense
@@ -85,6 +85,7 @@ _SNAPSHOT: Any = CopyOf("grid")
 @operator(
     returns=TailResult(_OUTPUT, Normalization(*[_VECTOR] * len(Normalization._fields)), _SNAPSHOT),
     mutates=("norm.running_mean", "norm.running_var", *OBSERVED),
+    visible=True,
 )
 def forward(
     c: Tensor,
@@ -123,11 +124,27 @@ def forward(
     y = affine(wide, result.slope, result.shift, scratch)
     if grid is None:
         return TailResult(rectify_(y, ceiling).to(c.dtype), result, None)
-    frozen = snapshot(grid, observe(y, grid, statistics, ceiling).statistics)
+    if torch.compiler.is_compiling():
+        statistics = observe_ends(*_ends(wide, result), grid, statistics, ceiling)
+    else:
+        statistics = observe(y, grid, statistics, ceiling).statistics
+    frozen = snapshot(grid, statistics)
     return TailResult(as_dtype(quantize_(y, frozen, ceiling), c.dtype), result, frozen)
 
 
-@operator(returns=_OUTPUT)
+def _ends(c: Tensor, result: Normalization) -> tuple[Tensor, Tensor, Tensor]:
+    """`min_max.min_max` of the normalised values, without a pass over them: rounding preserves order.
+
+    The values of a channel whose statistics are not finite are none of them.
+    """
+    dims, count = _all_but_channels(c), c.numel() // max(1, c.shape[1])
+    low, high = (torch.addcmul(result.shift, end(c, dims), result.slope) for end in (torch.amin, torch.amax))
+    finite = torch.isfinite(low) & torch.isfinite(high)
+    low, high = torch.where(finite, low, torch.inf).amin(), torch.where(finite, high, -torch.inf).amax()
+    return low.float(), high.float(), (~finite).sum() * count
+
+
+@operator(returns=_OUTPUT, visible=True)
 def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
     """``FQ(relu?(slope · c + shift))``: the last pass of :func:`forward`."""
     c = dense(c)
@@ -191,10 +208,7 @@ def update_running_statistics(norm: BatchNormState, mean: Tensor, var: Tensor, c
         running.add_((batch - running) * momentum)
 
 
-@operator(
-    returns=TailGradients(_OUTPUT, _SUM, _SUM),
-    scratch=("out",),
-)
+@operator(returns=TailGradients(_OUTPUT, _SUM, _SUM), scratch=("out",), visible=True)
 def backward(
     dy: Tensor,
     c: Tensor,
@@ -223,6 +237,8 @@ def backward(
     if ceiling is not None or grid is not None:
         y = affine(wide, result.slope, result.shift, borrow("local", wide))
         g = straight_through_(dy, y, grid, ceiling)
+    if torch.compiler.is_compiling():
+        return _visible_backward(g, wide, result, c.dtype)
     if _channels_are_outer(c):
         sums_only = [out is None, True, True]
         dc, sum_gn, sum_g = torch.ops.aten.native_batch_norm_backward(
@@ -244,6 +260,15 @@ def backward(
     return TailGradients(_unrows(dc, c).to(c.dtype), sum_g, sum_gn)
 
 
+def _visible_backward(g: Tensor, c: Tensor, result: Normalization, dtype: torch.dtype) -> TailGradients:
+    """The rest of :func:`backward` without a tensor written twice: a compiler makes two loops of it."""
+    dims, centred = _all_but_channels(c), c - _column(result.mean, c)
+    sum_g, sum_gn = g.sum(dims), (g * centred).sum(dims) * result.inverse_std
+    pull, offset = _pull_and_offset(result, sum_g, sum_gn, c)
+    dc = _column(offset, c) + centred * _column(pull, c) + g * _column(result.slope, c)
+    return TailGradients(dc.to(dtype), sum_g, sum_gn)
+
+
 def _pull_and_offset(result: Normalization, sum_g: Tensor, sum_gn: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """What :func:`backward` multiplies ``c - mean`` by, and what it adds, besides ``slope · g``."""
     share = result.slope / operand(-float(c.numel() // c.shape[1]), result.slope)
@@ -253,6 +278,11 @@ def _pull_and_offset(result: Normalization, sum_g: Tensor, sum_gn: Tensor, c: Te
 def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance per channel, two passes, and a tensor shaped as ``c`` that may be overwritten."""
     count = operand(float(max(1, c.numel() // max(1, c.shape[1]))), c)
+    if torch.compiler.is_compiling():
+        dims = _all_but_channels(c)
+        mean = c.sum(dims) / count
+        centred = c - _column(mean, c)
+        return mean, centred.square().sum(dims) / count, centred
     centred = torch.empty_like(c)
     if _channels_are_outer(c):
         flat, out = c.flatten(2), centred.flatten(2)
@@ -267,6 +297,8 @@ def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def affine(c: Tensor, slope: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """``slope · c + shift`` per channel with one rounding (a fused multiply-add, where the processor has one)."""
+    if torch.compiler.is_compiling():
+        return torch.addcmul(_column(shift, c), c, _column(slope, c))
     if out is None:
         out = torch.empty_like(c)
     if not _channels_are_outer(c):
@@ -287,6 +319,10 @@ def _standard_statistics(channels: int, dtype: torch.dtype, device: torch.device
     with torch.inference_mode(False):
         mean, var = torch.zeros(channels, dtype=dtype, device=device), torch.ones(channels, dtype=dtype, device=device)
         return mean, var, torch.empty(0, dtype=dtype, device=device)
+
+
+def _all_but_channels(c: Tensor) -> list[int]:
+    return [0, *range(2, c.dim())]
 
 
 def _column(vector: Tensor, c: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@operator(returns=Like("x"))
+@operator(returns=Like("x"), visible=True)
 def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``, computed in float32 and rounded once to ``x.dtype``.
 
@@ -55,7 +55,7 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     return y if enabled is True else torch.where(enabled, y, x)
 
 
-@operator(returns=(Like("x"), Like("x", torch.bool)))
+@operator(returns=(Like("x"), Like("x", torch.bool)), visible=True)
 def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """:func:`fake_quantize`, and where its gradient passes, for a backward that is given no ``x``.
 
@@ -85,7 +85,7 @@ def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return (y, mask) if enabled is True else (torch.where(enabled, y, x), mask | ~enabled)
 
 
-@operator(returns=Like("x"))
+@operator(returns=Like("x"), visible=True)
 def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool = False) -> Tensor:
     """Straight-through gradient: ``dy`` where the rounded, unclipped code lies in the range, 0 elsewhere and at NaN.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonq.arithmetic import as_dtype, operand
+from tritonq.arithmetic import as_dtype, as_now, operand
 from tritonq.reference.operator import Like, operator
 
 # Below this a fold counts as zero, so that squares of its ratio to the smallest scale stay normal in float32.
@@ -18,13 +18,13 @@ def fold_scale(running_var: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
     return inverse if gamma is None else gamma * inverse
 
 
-@operator(returns=(Like("running_var", "dtype"), Like("running_var", "dtype")), has_kernel=False)
+@operator(returns=(Like("running_var", "dtype"), Like("running_var", "dtype")), has_kernel=False, visible=True)
 def nonzero_fold(running_var: Tensor, gamma: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return ``s = γ/σ(running_var)``, or ``1/σ`` where that is zero, and ``1/σ``: (channels,), in ``dtype``.
 
-    A training step calls it as an operator: a compiler would compute it again in the backward pass, after the running
-    variance has changed.
+    Of the variance as it is now: a training step changes it before its backward pass.
     """
+    (running_var,) = as_now(running_var)
     inverse_std = fold_scale(as_dtype(running_var, dtype), None, eps)
     if gamma is None:
         return inverse_std, inverse_std
@@ -54,7 +54,7 @@ def gamma_gradient(
 
 @operator(returns=Like("running_var"), has_kernel=False)
 def remembered(running_var: Tensor) -> Tensor:
-    """Return a copy. An operator for the reason that :func:`nonzero_fold` is one."""
+    """Return a copy. An operator, which compilers don't see into: they would make the copy again in a backward pass."""
     return running_var.clone()
 
 

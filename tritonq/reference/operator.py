@@ -80,6 +80,7 @@ class OperatorSpec:
     scratch: tuple[str, ...]
     has_kernel: bool
     overwrites: tuple[str, ...]
+    visible: bool
 
 
 def operator(
@@ -88,6 +89,7 @@ def operator(
     scratch: tuple[str, ...] = (),
     has_kernel: bool = True,
     overwrites: tuple[str, ...] = (),
+    visible: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Mark a function as an operator.
 
@@ -98,10 +100,13 @@ def operator(
         scratch: parameters that only say where results may be written. Traced graphs leave them out.
         has_kernel: whether `tritonq.kernels` has it too; if not, the reference runs on every device.
         overwrites: tensors that may be used as memory for results. Traced graphs hand over copies.
+        visible: whether a compiler sees the reference's tensor operations where no kernel runs, instead of one opaque
+            call. Such a function reads no value on the host while a graph is traced, and what it derives from buffers
+            that training moves it derives from copies (see `tritonq.remember`).
     """
 
     def mark(function: _Function) -> _Function:
-        function.operator = OperatorSpec(returns, mutates, scratch, has_kernel, overwrites)  # type: ignore[attr-defined]
+        function.operator = OperatorSpec(returns, mutates, scratch, has_kernel, overwrites, visible)  # type: ignore[attr-defined]
         return function
 
     return mark

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonq.arithmetic import as_dtype
+from tritonq.arithmetic import as_dtype, as_now
 from tritonq.grid import SWITCH, Grid, RangeStatistics
 from tritonq.qparams import is_readable, range_to_qparams
 from tritonq.reference.min_max import merge_range_, update_range
@@ -65,10 +65,15 @@ def observe_range(
 
 
 def settled(grid: Grid, statistics: RangeStatistics | None) -> Grid:
-    """Return the grid with a switch that is on only where something was observed.
+    """Return the grid with a switch that is on only where something was observed; in a traced graph :func:`snapshot`.
 
     The switch is a CPU tensor where its value is known without synchronising with a device.
     """
+    if torch.compiler.is_compiling():
+        on = grid.enabled_on_device()
+        if statistics is not None and not statistics.has_data:
+            on = on & (statistics.min_val <= statistics.max_val).any()
+        return grid.with_buffers(*as_now(grid.scale, grid.zero_point, on.view(1)))
     flag = grid.enabled_flag()
     if statistics is not None and not statistics.has_data:
         seen = (statistics.min_val <= statistics.max_val).any()
@@ -79,6 +84,8 @@ def settled(grid: Grid, statistics: RangeStatistics | None) -> Grid:
 def snapshot(grid: Grid, statistics: RangeStatistics | None) -> Grid:
     """Return :func:`settled` with copies, for a later backward: observers and switches change buffers in place."""
     grid = settled(grid, statistics)
+    if torch.compiler.is_compiling():
+        return grid
     zero_point = None if grid.zero_point is None else grid.zero_point.clone()
     return grid.with_buffers(grid.scale.clone(), zero_point, grid.enabled)
 

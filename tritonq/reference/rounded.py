@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tritonq.grid import Grid, RangeStatistics
+from tritonq.reference.activation import observe, passes, quantize_, rectify_
 from tritonq.reference.operator import Like, New, operator
-from tritonq.reference.ranges import OBSERVED
+from tritonq.reference.ranges import OBSERVED, settled
 from tritonq.reference.residual import Join, mask_length, rounded
 
 _MASK: Any = New(lambda arguments: (mask_length(arguments["y"].numel()),), "y", torch.uint8)
@@ -27,3 +28,24 @@ def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: 
         ceiling: of the ReLU before the quantizer; see :func:`tritonq.reference.activation.rectify`.
     """
     return rounded(y, grid, statistics, ceiling)
+
+
+@operator(returns=(_RESULT, Like("y", torch.bool)), mutates=OBSERVED, has_kernel=False, visible=True)
+def forward_with_mask(
+    y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`forward` for compilers, which fuse a mask of bytes with what comes before and after, or make it again.
+
+    Args:
+        y: float32 or float64; left alone.
+        grid: as there; None leaves the result in float.
+        statistics: as there.
+        ceiling: as there.
+
+    Returns:
+        The result, and bool of its shape: whether the gradient passes.
+    """
+    if grid is None:
+        return rectify_(y.clone(), ceiling), passes(y, None, ceiling)
+    grid = settled(grid, observe(y, grid, statistics, ceiling).statistics)
+    return quantize_(y.clone(), grid, ceiling), passes(y, grid, ceiling, grid.enabled_on_device())

@@ -49,6 +49,7 @@ _GRID: Any = Given("grid")
     returns=WeightCodes(_CODES, _UNIT, True, _SNAPSHOT),
     mutates=OBSERVED,
     scratch=("out",),
+    visible=True,
 )
 def quantize_folded(
     rows: Tensor,
@@ -79,7 +80,7 @@ def quantize_folded(
     return folded_codes(rows, fold, snapshot(grid, statistics), out, (low, high))
 
 
-@operator(returns=WeightCodes(_CODES, _UNIT, True, _GRID), scratch=("out", "extremes"))
+@operator(returns=WeightCodes(_CODES, _UNIT, True, _GRID), scratch=("out", "extremes"), visible=True)
 def folded_codes(
     rows: Tensor,
     fold: Tensor,
@@ -112,7 +113,7 @@ def folded_codes(
     return WeightCodes(codes, unit, clips, grid)
 
 
-@operator(returns=(_CODES, Like("fold")), overwrites=("dcodes",))
+@operator(returns=(_CODES, Like("fold")), overwrites=("dcodes",), visible=True)
 def folded_backward(
     dcodes: Tensor,
     rows: Tensor,

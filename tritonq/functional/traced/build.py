@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tritonq.backend import implementation
 from tritonq.functional.traced import parts, results
+from tritonq.functional.traced.visible import show
 from tritonq.reference.operator import OperatorSpec, operators_by_family
 
 # Called with the first tensor when an operator runs; returns the function that runs.
@@ -53,9 +54,8 @@ def traced_operator(name: str, reference: Callable[..., Any], choose: Choice | N
     defaults = {p.name: p.default for p in parameters}
     positions = {name: i for i, name in enumerate(signature.parameters) if name in defaults}
 
-    def run(*flat: Any) -> Any:
-        tensors = [tensor for value in flat for tensor in (value if isinstance(value, list) else [value])]
-        tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    def run(*flat: Any, choose: Choice | None = choose) -> Any:
+        tensors = _tensors(flat)
         arguments = parts.rebuild_all(described, flat)
         arguments.update({name: arguments[name].clone() for name in spec.overwrites})
         result = (reference if choose is None else choose(tensors[0]))(**arguments)
@@ -68,6 +68,8 @@ def traced_operator(name: str, reference: Callable[..., Any], choose: Choice | N
     schema = f"({parts.schema(described, mutated)}) -> {results.schema(spec.returns)}"
     call = torch.library.custom_op(f"tritonq::{name}", run, mutates_args=mutated, schema=schema)
     call.register_fake(fake)
+    if spec.visible:
+        show(call, partial(run, choose=None), spec.has_kernel)
 
     def traced(*args: Any, **kwargs: Any) -> Any:
         arguments = {
@@ -78,6 +80,12 @@ def traced_operator(name: str, reference: Callable[..., Any], choose: Choice | N
     traced.__name__, traced.__doc__ = reference.__name__, reference.__doc__
     traced.__signature__ = signature  # type: ignore[attr-defined]
     return traced
+
+
+def _tensors(flat: tuple[Any, ...]) -> list[Tensor]:
+    """Return the tensors among plain arguments."""
+    found = [tensor for value in flat for tensor in (value if isinstance(value, list) else [value])]
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 
 def _implementation(family: str, function: str, x: Tensor) -> Callable[..., Any]:

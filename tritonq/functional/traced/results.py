@@ -51,7 +51,7 @@ def prototypes(template: Any, arguments: dict[str, Any]) -> list[Tensor]:
 
 def own(template: Any, result: Any, arguments: dict[str, Any], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors of ``result``, laid out as :func:`prototypes` says, on memory that is none of the inputs'."""
-    taken = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    taken = {_memory(tensor) for tensor in inputs}
     found: list[Tensor] = []
     for leaf, value in zip(_leaves(template), _values(template, result), strict=True):
         if isinstance(leaf, CopyOf):
@@ -65,12 +65,17 @@ def own(template: Any, result: Any, arguments: dict[str, Any], inputs: Sequence[
         else:
             layout = _format(leaf, lookup(leaf.argument, arguments), value.dim())
             expected = torch.empty(value.shape, device="meta", memory_format=layout).stride()
-        if value.stride() != expected or value.untyped_storage().data_ptr() in taken:
+        if value.stride() != expected or _memory(value) in taken:
             value = torch.empty_strided(value.shape, expected, dtype=value.dtype, device=value.device).copy_(value)
         # Results must not share memory with each other either.
-        taken.add(value.untyped_storage().data_ptr())
+        taken.add(_memory(value))
         found.append(value)
     return found
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return what tensors that share memory have in common, which traced ones have too."""
+    return tensor.untyped_storage()._cdata
 
 
 def restore(template: Any, arguments: dict[str, Any], outputs: Any) -> Any:

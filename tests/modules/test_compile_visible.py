@@ -1,0 +1,91 @@
+"""What a compiler sees of a training step: tensor operations, and buffers as they were when the forward read them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+
+import tritonq
+from tritonq import nn as qnn
+
+# What stays one call: copies of buffers, and the range of a tensor that no tail observes.
+OPAQUE = {"tritonq.remember.default", "tritonq.min_max_observe.default"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    """Two convolutions with BatchNorm and an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return torch.relu(self.second(x) + x)
+
+
+def compiled(model: nn.Module, graphs: list[torch.fx.GraphModule]) -> nn.Module:
+    """Traced and partitioned as Inductor does, run without compiling code."""
+
+    def compiler(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+def called(graph: torch.fx.GraphModule) -> set[str]:
+    """Names of tritonq's operators in a graph."""
+    targets = [node.args[0] if "auto_functionalized" in str(node.target) else node.target for node in graph.graph.nodes]
+    return {str(target) for target in targets if str(target).startswith("tritonq.")}
+
+
+def test_tails_weights_and_additions_are_tensor_operations():
+    torch.manual_seed(0)
+    x, graphs = torch.randn(8, 4, 5, 5), []
+    model = tritonq.prepare_qat(Block(), qconfig=tritonq.get_qconfig("tensorrt"), example_inputs=x).train()
+    compiled(model, graphs)(x).sum().backward()
+    forward, backward = graphs
+    assert called(forward) <= OPAQUE
+    assert called(backward) == set()
+    assert len(forward.graph.nodes) > 100
+
+
+@pytest.mark.parametrize("layer", ["conv_bn", "addition", "linear"])
+def test_a_backward_takes_buffers_as_the_forward_found_them(layer):
+    """torch saves a buffer that a graph moves, not its value, where the backward can start from it."""
+    torch.manual_seed(0)
+    qconfig, x = tritonq.get_qconfig("tensorrt"), torch.randn(16, 4, 3, 3)
+    if layer == "conv_bn":
+        model = qnn.ConvBnReLU2d(4, 4, 1, qconfig=qconfig)
+    elif layer == "addition":
+        model = tritonq.prepare_qat(Block(), qconfig=qconfig, example_inputs=x).train()
+    else:
+        model, x = qnn.Linear(4, 4, qconfig=qconfig), x[..., 0, 0]
+    model(x)
+    eager = copy.deepcopy(model)
+    weight = torch.randn_like(model(x))
+    # The second batch moves every running range and variance a long way, the third clips.
+    eager(x)
+    graphs: list[torch.fx.GraphModule] = []
+    for called_model in (eager, compiled(model, graphs)):
+        for factor in (30.0, 3.0):
+            called_model.zero_grad()
+            (called_model(factor * x) * weight).sum().backward()
+    for (name, found), expected in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6, msg=f"gradient of {name} differs")
+    assert len(graphs) == 2

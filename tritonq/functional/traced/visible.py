@@ -1,0 +1,58 @@
+"""Operators that a compiler sees into: their reference's tensor operations take their place in its graph.
+
+Dynamo meets one call. AOTAutograd, which removes mutation from the graph, replaces it by what its reference does; so
+Inductor makes loops of a hundred small operations, and its partitioner keeps the narrowest of what a backward needs.
+``torch.library.triton_op`` does the same for operators that are made of Triton kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.utils._pytree import tree_leaves
+
+from tritonq.backend import select
+
+
+def show(call: Any, run: Callable[..., Any], has_kernel: bool) -> None:
+    """Let compilers see what an operator does, where that is PyTorch.
+
+    Args:
+        call: the operator, from ``torch.library.custom_op``.
+        run: the same on traced tensors.
+        has_kernel: whether kernels run on some devices; there the operator stays one call.
+    """
+
+    def decompose(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if mode.export or not _is_traced(types) or (has_kernel and select(_first(args)) != "torch"):
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode, _compiling():
+            return run(*args, **kwargs)
+
+    call.register_torch_dispatch(FunctionalTensorMode, decompose)
+
+
+def _is_traced(types: tuple[type, ...]) -> bool:
+    """Whether all tensors are of classes that this can take; subclasses of a user's take operators as they are."""
+    known = (Tensor, torch.nn.Parameter, FunctionalTensor, torch._subclasses.FakeTensor)
+    return all(kind in known for kind in types)
+
+
+def _first(args: tuple[Any, ...]) -> Tensor:
+    return next(leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Let ``torch.compiler.is_compiling()`` be true, which torch before 2.13 does for Dynamo's part alone."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before

@@ -1,0 +1,27 @@
+"""Values as they are now, for a backward pass that ``torch.compile`` makes.
+
+A compiler may compute a value again in the backward pass instead of keeping it, and reads its inputs then: after the
+forward pass has moved a running range or a running variance (torch 2.13 does so with any buffer that its graph updates,
+without a word). What an operator derives from such a buffer it derives from a copy that no compiler makes twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("tritonq", "FRAGMENT")
+_LIBRARY.define("remember(Tensor[] values) -> Tensor[]")
+
+
+def _remember(values: list[Tensor]) -> list[Tensor]:
+    return [value.clone() for value in values]
+
+
+_LIBRARY.impl("remember", _remember, "CompositeExplicitAutograd")
+
+
+def remember(*values: Tensor) -> list[Tensor]:
+    """Return copies of ``values``, made by one operator that is opaque to compilers."""
+    copies: list[Tensor] = torch.ops.tritonq.remember(list(values))
+    return copies
