@@ -86,11 +86,20 @@ def joins(x: Tensor) -> None:
         y, mask = ops.forward(x, x + 1, *quantizer, math.inf)
         ops.backward(torch.ones_like(y), mask)
     traced.FAMILIES["rounded"].forward(x, *state(QUINT8), None)
+    traced.FAMILIES["rounded"].forward_with_mask(x, *state(QUINT8), 6.0)
+    traced.FAMILIES["rounded"].forward_with_mask(x, None, None, math.inf)
     ops, codes = traced.FAMILIES["functions"], (x * 20).to(torch.int8)
     for function in (Function("hardswish"), Function("leaky_relu", (0.1,))):
         y, grid = ops.forward(x, function, *state(QUINT8))
         ops.backward(y, x, None, None, function, grid)
         ops.backward(y, codes, grid.scale, None, function, grid)
+
+
+def copies(x: Tensor) -> None:
+    # Imported here: it registers an operator.
+    from tritonq.remember import remember
+
+    remember(x, torch.zeros(1))
 
 
 def elementwise(x: Tensor) -> None:
@@ -185,6 +194,7 @@ CALLS: tuple[Callable[[Tensor], None], ...] = (
     weights,
     tails,
     joins,
+    copies,
     elementwise,
     observers,
     integers,
