@@ -60,7 +60,8 @@ class Chain:
             torch.manual_seed(0)
             layers = [layer for i in range(self.depth) for layer in self._layer(3 if i == 0 else self.width)]
             head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(self.width, _CLASSES)]
-            return nn.Sequential(*layers, *head).to(memory_format=self._format()).train()
+            model = nn.Sequential(*layers, *head)
+            return model.to(memory_format=self._format()).train()  # type: ignore[call-overload,no-any-return]
 
     def inputs(self, seed: int = 0) -> Inputs:
         """``images`` (batch, 3, resolution, resolution), ``labels`` (batch,)."""
@@ -107,13 +108,13 @@ class Step:
         self.model = model
         self.optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE, momentum=0.9)
 
-    def __call__(self, inputs: Inputs) -> Tensor:
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """The loss."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(self.model(inputs["images"]), inputs["labels"])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        return loss.detach()
+        return (loss.detach(),)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

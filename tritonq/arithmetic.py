@@ -6,6 +6,7 @@ NumPy scalar, in the same precision and with the same roundings.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -104,7 +105,7 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype is dtype else x.to(dtype)
 
 
-def as_now(*values: Tensor | None) -> tuple[Tensor | None, ...]:
+def as_now(*values: Tensor) -> Sequence[Tensor]:
     """Return ``values``; in a traced graph copies, which a backward pass finds as they are now (`tritonq.remember`).
 
     The forward pass must use the copies too: what the backward alone uses is made there.
@@ -114,8 +115,7 @@ def as_now(*values: Tensor | None) -> tuple[Tensor | None, ...]:
     # Imported here, so that its operator is registered when something is compiled, and not before.
     from tritonq.remember import remember
 
-    copies = iter(remember(*(value for value in values if value is not None)))
-    return tuple(None if value is None else next(copies) for value in values)
+    return remember(*values)
 
 
 def operand(number: float, like: Tensor) -> float | Tensor:

@@ -73,7 +73,10 @@ class Grid:
     def copy(self) -> Grid:
         """Return a grid of copies, for a later backward: observers and switches change buffers in place."""
         if torch.compiler.is_compiling():
-            return self.with_buffers(*as_now(self.scale, self.zero_point, self.enabled))
+            copies = iter(as_now(*(held for held in (self.scale, self.zero_point, self.enabled) if held is not None)))
+            scale = next(copies)
+            zero_point = None if self.zero_point is None else next(copies)
+            return self.with_buffers(scale, zero_point, None if self.enabled is None else next(copies))
         return Grid(
             self.scale.clone(),
             None if self.zero_point is None else self.zero_point.clone(),

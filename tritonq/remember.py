@@ -10,15 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("tritonq", "FRAGMENT")
-_LIBRARY.define("remember(Tensor[] values) -> Tensor[]")
+_LIBRARY = torch.library.Library("tritonq", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("remember(Tensor[] values) -> Tensor[]")  # type: ignore[no-untyped-call]
 
 
 def _remember(values: list[Tensor]) -> list[Tensor]:
     return [value.clone() for value in values]
 
 
-_LIBRARY.impl("remember", _remember, "CompositeExplicitAutograd")
+_LIBRARY.impl("remember", _remember, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def remember(*values: Tensor) -> list[Tensor]:

@@ -49,7 +49,7 @@ class _ResidualJoin(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(mask)
             ctx.strides = y.stride()
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -103,7 +103,7 @@ class _Rounded(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(mask)
             ctx.strides = result.stride()
-        return result  # type: ignore[no-any-return]
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -162,7 +162,7 @@ class _RoundedProduct(torch.autograd.Function):
         if of_a or of_b:
             ctx.save_for_backward(mask, *_tensors(saved_a), *_tensors(saved_b))
             ctx.strides, ctx.shapes, ctx.dtypes = result.stride(), (a.shape, b.shape), (a.dtype, b.dtype)
-        return result  # type: ignore[no-any-return]
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonq.arithmetic import as_dtype, as_now
+from tritonq.arithmetic import as_dtype
 from tritonq.grid import SWITCH, Grid, RangeStatistics
 from tritonq.qparams import is_readable, range_to_qparams
 from tritonq.reference.min_max import merge_range_, update_range
@@ -73,7 +73,7 @@ def settled(grid: Grid, statistics: RangeStatistics | None) -> Grid:
         on = grid.enabled_on_device()
         if statistics is not None and not statistics.has_data:
             on = on & (statistics.min_val <= statistics.max_val).any()
-        return grid.with_buffers(*as_now(grid.scale, grid.zero_point, on.view(1)))
+        return grid.with_buffers(grid.scale, grid.zero_point, on.view(1)).copy()
     flag = grid.enabled_flag()
     if statistics is not None and not statistics.has_data:
         seen = (statistics.min_val <= statistics.max_val).any()

@@ -75,7 +75,8 @@ def own(template: Any, result: Any, arguments: dict[str, Any], inputs: Sequence[
 
 def _memory(tensor: Tensor) -> int:
     """Return what tensors that share memory have in common, which traced ones have too."""
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def restore(template: Any, arguments: dict[str, Any], outputs: Any) -> Any:
