@@ -7,8 +7,13 @@ without a word). What an operator derives from such a buffer it derives from a c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+from torch.fx import traceback
+from torch.utils.checkpoint import CheckpointPolicy
 
 _LIBRARY = torch.library.Library("tritonq", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("remember(Tensor[] values) -> Tensor[]")  # type: ignore[no-untyped-call]
@@ -25,3 +30,21 @@ def remember(*values: Tensor) -> list[Tensor]:
     """Return copies of ``values``, made by one operator that is opaque to compilers."""
     copies: list[Tensor] = torch.ops.tritonq.remember(list(values))
     return copies
+
+
+@contextmanager
+def made_again() -> Iterator[None]:
+    """Tell compilers to make in the backward pass again, and not to keep, what is traced in the block.
+
+    It is the mark of activation checkpointing. Meant for elementwise work on tensors that are kept anyhow.
+    """
+    meta = traceback.get_current_meta() if traceback.has_preserved_node_meta() else {}
+    before = meta.get("recompute")
+    meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    try:
+        yield
+    finally:
+        if before is None:
+            meta.pop("recompute")
+        else:
+            meta["recompute"] = before

@@ -121,15 +121,34 @@ def forward(
     wide = as_dtype(c, ratio.dtype)
     mean, var, scratch = moments(wide)
     result = finish(mean, var, c.numel() // max(1, c.shape[1]), ratio, gamma, beta, bias, norm)
+    if torch.compiler.is_compiling():
+        return _visible_result(c, wide, result, grid, statistics, ceiling)
     y = affine(wide, result.slope, result.shift, scratch)
     if grid is None:
         return TailResult(rectify_(y, ceiling).to(c.dtype), result, None)
-    if torch.compiler.is_compiling():
-        statistics = observe_ends(*_ends(wide, result), grid, statistics, ceiling)
-    else:
-        statistics = observe(y, grid, statistics, ceiling).statistics
-    frozen = snapshot(grid, statistics)
+    frozen = snapshot(grid, observe(y, grid, statistics, ceiling).statistics)
     return TailResult(as_dtype(quantize_(y, frozen, ceiling), c.dtype), result, frozen)
+
+
+def _visible_result(
+    c: Tensor,
+    wide: Tensor,
+    result: Normalization,
+    grid: Grid | None,
+    statistics: RangeStatistics | None,
+    ceiling: float | None,
+) -> TailResult:
+    """The rest of :func:`forward`; a compiler keeps ``c`` alone and makes the result again for the next backward."""
+    # Imported here, so that its operator is registered when something is compiled, and not before.
+    from tritonq.remember import made_again
+
+    frozen = None
+    if grid is not None:
+        frozen = snapshot(grid, observe_ends(*_ends(wide, result), grid, statistics, ceiling))
+    with made_again():
+        y = affine(wide, result.slope, result.shift)
+        y = rectify_(y, ceiling) if frozen is None else quantize_(y, frozen, ceiling)
+        return TailResult(as_dtype(y, c.dtype), result, frozen)
 
 
 def _ends(c: Tensor, result: Normalization) -> tuple[Tensor, Tensor, Tensor]:
