@@ -1,5 +1,6 @@
 """Pools and means give the codes of exact arithmetic in eval, converted, saved, in ONNX Runtime and as a program."""
 
+import copy
 from fractions import Fraction
 
 import onnx
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tritonq
+from tritonq import nn as qnn
 from tritonq.functional.averages import integer_average
 from tritonq.grid import Grid
 from tritonq.qparams import QuantizedType
@@ -158,3 +160,20 @@ def test_compiled_eval_gives_the_same_codes():
 def test_names_in_the_state_dict_stay():
     assert "pool.activation_post_process.scale" in trained("pool")[0].state_dict()
     assert "mean_fake_quant.scale" in {key.removeprefix("average.") for key in trained("mean")[0].state_dict()}
+
+
+@pytest.mark.parametrize("preset", ["onnxruntime", "tensorrt"])
+def test_training_rounds_as_the_quantizer_does_and_saves_a_bit_for_each_result(preset):
+    layer = qnn.Average(AxesAverage((2, 3)), qconfig=tritonq.get_qconfig(preset)).train()
+    twin = copy.deepcopy(layer.activation_post_process)
+    a, b = (torch.randn(8, 64, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(a)
+    expected = twin(b.mean((2, 3)))
+    assert torch.equal(y, expected)
+    y.backward(y.detach())
+    expected.backward(expected.detach())
+    assert torch.equal(a.grad, b.grad)
+    assert torch.equal(layer.activation_post_process.scale, twin.scale)
+    assert sum(t.untyped_storage().nbytes() for t in kept) == 8 * 64 // 8

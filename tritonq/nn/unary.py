@@ -13,8 +13,10 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.codes import can_use_codes, give_codes, take_codes
 from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.memo import Memo
+from tritonq.functional.residual import rounded_result
 from tritonq.grid import Grid
 from tritonq.nn.eval_mode import with_gradient_of
+from tritonq.nn.fusable import observed_grid, warn_if_unobserved
 from tritonq.nn.output_quantizer import is_grid_source
 from tritonq.nn.reference import Reference
 from tritonq.qconfig import QConfig
@@ -94,7 +96,13 @@ class UnaryLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the fake-quantized result; shapes as torch has them."""
-        return cast(Tensor, self.activation_post_process(self._result(x)))
+        own = self.activation_post_process
+        observed = observed_grid(own) if self.training else None
+        if observed is None or observed[0].qtype.axis is not None or not x.is_floating_point():
+            return cast(Tensor, own(self._result(x)))
+        y = rounded_result(self.compute(x), *observed, None)
+        warn_if_unobserved(own)
+        return y
 
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
         """Return the codes of the result, clipped; None where :meth:`exact` is the only way.
