@@ -22,18 +22,24 @@ class Target:
         fuses_functions: whether it runs a layer and the function behind it (SiLU, Hardswish and the like) as one
             operation in float, so that the layer's own result is not rounded; else it computes the function on codes,
             and rounds before and after.
+        fuses_joins: whether it adds in the convolution before an addition, and takes the parts of a concatenation on
+            the grid of its result: one summand of an addition behind a convolution, and parts that nothing else reads,
+            are rounded behind the join alone.
+        scales_transposed_channels: whether weights of transposed convolutions may have a scale per out channel.
     """
 
     name: str
     onnx: OnnxForm
     fuses_functions: bool = False
+    fuses_joins: bool = False
+    scales_transposed_channels: bool = True
 
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("onnxruntime", "onnxruntime"),
-        Target("tensorrt", "tensorrt", fuses_functions=True),
+        Target("tensorrt", "tensorrt", fuses_functions=True, fuses_joins=True, scales_transposed_channels=False),
         Target("openvino", "onnxruntime"),
         Target("qnn", "qdq"),
         # ExecuTorch's delegate lowers programs of `export_program(form="pt2e")`; the ONNX file has the same grids.

@@ -58,7 +58,7 @@ class Plan:
     Attributes:
         layers: modules to make quantized layers of.
         clipped: names of layers whose output quantizer stands behind the ReLU6 or the like that alone reads them.
-        summands: names of layers whose results are rounded with the sum that they enter, and not before.
+        summands: names of layers whose results are rounded with the join that they enter, and not before.
         joins: additions and concatenations to make modules of.
         quantizers: further activation quantizers.
         inputs: for each layer, by name, what put its input on a grid; absent where several did or none.
@@ -96,7 +96,7 @@ class Plan:
         lines = []
         for layer in self.layers:
             types = ", ".join(kind.__name__ for kind in layer.row)
-            behind = "; rounded with the sum that it enters" if layer.name in self.summands else ""
+            behind = "; rounded with the join that it enters" if layer.name in self.summands else ""
             lines.append(f"layer {layer.name}: {types}; {self._reads(self.inputs.get(layer.name))}{behind}")
         for join in self.joins:
             grids = " and of ".join(self._source(grid) for grid in self.operands.get(join, ()))

@@ -9,6 +9,7 @@ from torch import nn
 
 from tritonq.prepare.decide.activations import ActivationChoice
 from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.erasures import erasures, stuck_relus
 from tritonq.prepare.decide.find_layers import NO_QCONFIG, LayerSearch
 from tritonq.prepare.decide.function_layers import weights_of
 from tritonq.prepare.decide.functions import is_function
@@ -18,6 +19,7 @@ from tritonq.prepare.decide.places import place_of, results
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
 from tritonq.prepare.decide.readers import Reading, SharedReading, share_readings
 from tritonq.prepare.decide.unary import PlannedUnary, find_unary, operands_of_unary
+from tritonq.prepare.decide.unrounded import Unrounded
 from tritonq.prepare.record.dataflow import Call
 from tritonq.qconfig import QConfig
 from tritonq.qconfig_mapping import Place
@@ -42,7 +44,7 @@ def make_plan(
     while True:
         planner = _Planner(analysis, swapped, qconfigs, activations, kept)
         plan = planner.plan()
-        stuck = planner.stuck(plan)
+        stuck = stuck_relus(analysis, plan)
         if not stuck:
             return plan
         kept |= stuck
@@ -61,7 +63,7 @@ class _Planner:
     float_functions: dict[str, Call] = field(default_factory=dict)
     float_joins: list[tuple[Join, str]] = field(default_factory=list)
     quantizers: list[PlannedQuantizer] = field(default_factory=list)
-    # Results of layers that are rounded with the sum that they enter.
+    # Results that are rounded with the join that they enter.
     unrounded: set[int] = field(default_factory=set)
     # Those that stand where layers and joins read them, by reader and operand.
     at_readers: dict[tuple[int, int], PlannedQuantizer] = field(default_factory=dict)
@@ -73,19 +75,20 @@ class _Planner:
             if layer.name not in clipped:
                 self._assign(layer.ends, layer)
         joins = self._relevant(find_joins(self.analysis, self.kept), layers)
-        summands = frozenset(layer.name for layer in layers if self._rounded_with_a_sum(layer, joins))
+        summands = self._leave_unrounded(joins, layers)
         demands = self._demands(layers, joins)
         at_readers: list[Reading] = []
         # In order of execution: what is downstream of a quantizer that was just placed needs none.
         for root, readings in sorted(demands.items()):
             if self._grid(root) is None and not self._place(root, readings[0]):
                 at_readers += readings
+        at_readers += self._read_several_grids(layers)
         for shared in share_readings(at_readers):
             self._place_at_readers(shared)
         self._quantize_between()
         parts: tuple[Layer | Join, ...] = (*layers, *joins)
         erased = frozenset(relu for part in parts for relu in part.relus)
-        modules, nodes = self._erasures(erased)
+        modules, nodes = erasures(self.analysis, erased)
         return Plan(
             layers=tuple(layers),
             clipped=clipped,
@@ -147,27 +150,36 @@ class _Planner:
         """Whether the target computes a call together with the layer before it, without rounding in between."""
         return self.analysis.limits_range(call) or (fuses_functions and is_function(call))
 
-    def _rounded_with_a_sum(self, layer: Layer, joins: list[Join]) -> bool:
-        """Leave a layer's result unrounded where additions alone read it, and its qconfig wants one rounding behind."""
-        qconfig = self._qconfig(layer.home)
-        if qconfig is None or qconfig.round_summands:
-            return False
-        additions = {call for join in joins if join.kind == "add" for call in join.calls}
-        values = results((self.analysis.flow.calls[end] for end in layer.ends), self.analysis)
-        if len(values) < len(layer.ends) or not all(self._reader_moved_to(value) in additions for value in values):
-            return False
-        for value in values:
+    def _leave_unrounded(self, joins: list[Join], layers: list[Layer]) -> frozenset[str]:
+        """Let results wait for the join that alone reads them where that is wanted; return the layers' names."""
+        found = Unrounded(self.analysis, joins, self._qconfig)
+        found.add_layers(layers)
+        for quantizer in list(self.quantizers):
+            values = [value for value, grid in self.grids.items() if grid is quantizer]
+            if found.waits_for_concatenation(quantizer, values):
+                self.quantizers.remove(quantizer)
+                found.values.update(values)
+        for value in found.values:
             self.grids.pop(value, None)
-        self.unrounded.update(values)
-        return True
+        self.unrounded = found.values
+        return frozenset(found.layers)
 
-    def _reader_moved_to(self, value: int) -> int | None:
-        """The call that alone reads a value, looking through calls that keep its grid; None if there are several."""
-        reader = self.analysis.flow.single_consumer(value)
-        moved = None if reader is None else self.analysis.value_of(reader)
-        if reader is None or moved is None or not self.analysis.keeps_grid(reader):
-            return None if reader is None else reader.index
-        return self._reader_moved_to(moved)
+    def _read_several_grids(self, layers: list[Layer]) -> list[Reading]:
+        """The readings of layers whose calls read different grids, where the target wants one grid for a layer.
+
+        Such a layer takes what it reads to a grid of its own, so that its bias has one unit in all calls.
+        """
+        found: list[Reading] = []
+        for layer in layers:
+            qconfig, read = self._qconfig(layer.home), self._operands_read(layer)
+            grids = [self._grid(value) for _, _, value in read]
+            is_one = None in grids or all(grid is grids[0] for grid in grids)
+            if is_one or qconfig is None or qconfig.find_target().onnx != "onnxruntime":
+                continue
+            chosen = self.activations.choose(read[0][2], qconfig)
+            if chosen is not None:
+                found += [Reading(layer, operand, value, call, chosen) for call, operand, value in read]
+        return found
 
     def _assign(self, calls: tuple[int, ...], grid: GridSource) -> None:
         if isinstance(grid, Layer) and issubclass(grid.row[0], (nn.Embedding, nn.EmbeddingBag)):
@@ -310,35 +322,6 @@ class _Planner:
                 on_grid = self._grid(call.inputs[0]) is not None
                 if on_grid and self._place_where_made(root, reader.qconfig, reader.like):
                     pending.append(self.quantizers[-1])
-
-    def _erasures(self, erased: frozenset[int]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-        """How absorbed ReLU calls are removed. One that can't be stays, and changes nothing."""
-        analysis = self.analysis
-        modules: dict[str, None] = {}
-        nodes: dict[tuple[str, str], None] = {}
-        for call in (analysis.flow.calls[index] for index in sorted(erased)):
-            name = call.module_name
-            if name is not None and all(other.index in erased for other in analysis.flow.calls_of(name)):
-                modules[name] = None
-                continue
-            site = analysis.site(call)
-            at_site = () if site is None else analysis.calls_at(call.owner, site.node)
-            if site is not None and all(other.index in erased for other in at_site):
-                nodes[call.owner, site.node] = None
-        return tuple(modules), tuple(nodes)
-
-    def stuck(self, plan: Plan) -> frozenset[int]:
-        """Absorbed calls of ReLU6 and its like that no erasure removes.
-
-        Behind a quantizer a plain ReLU changes nothing, but 6 may lie between two codes.
-        """
-        at_nodes = {call.index for place in plan.erased_nodes for call in self.analysis.calls_at(*place)}
-        calls = (self.analysis.flow.calls[index] for index in plan.erased - at_nodes)
-        return frozenset(
-            call.index
-            for call in calls
-            if not self.analysis.is_relu(call) and call.module_name not in plan.erased_modules
-        )
 
     def _inputs(self, layers: list[Layer]) -> dict[str, GridSource]:
         found: dict[str, GridSource] = {}
