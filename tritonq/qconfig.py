@@ -68,6 +68,24 @@ class QConfig(NamedTuple):
         return find_target(self.target)
 
 
+# Observers of one range in the place of those of one per channel.
+_PER_TENSOR: dict[type[nn.Module], type[nn.Module]] = {
+    MovingAveragePerChannelMinMaxObserver: MovingAverageMinMaxObserver,
+    PerChannelMinMaxObserver: MinMaxObserver,
+}
+
+
+def with_one_weight_scale(qconfig: QConfig) -> QConfig:
+    """Return a qconfig whose weights have one scale instead of one per channel, where its factory tells how."""
+    factory = qconfig.weight
+    observer = _PER_TENSOR.get(factory.arguments.get("observer")) if isinstance(factory, Factory) else None  # type: ignore[arg-type]
+    if observer is None or not isinstance(factory, Factory):
+        return qconfig
+    kept = {name: value for name, value in factory.arguments.items() if name not in ("qscheme", "ch_axis")}
+    dtype = factory().qtype.with_axis(None)
+    return qconfig._replace(weight=Factory(factory.make, {**kept, "observer": observer, "dtype": dtype}))
+
+
 def describe_wrong_qconfig(found: object) -> str:
     """Say what was found in the place of a QConfig, for an error's text."""
     kind = type(found)

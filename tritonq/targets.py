@@ -25,6 +25,8 @@ class Target:
         fuses_joins: whether it adds in the convolution before an addition, and takes the parts of a concatenation on
             the grid of its result: one summand of an addition behind a convolution, and parts that nothing else reads,
             are rounded behind the join alone.
+        reads_one_grid: whether a layer takes what it reads to a grid of its own where its calls read several, so that
+            its int32 bias has one unit.
         scales_transposed_channels: whether weights of transposed convolutions may have a scale per out channel.
     """
 
@@ -33,12 +35,13 @@ class Target:
     fuses_functions: bool = False
     fuses_joins: bool = False
     scales_transposed_channels: bool = True
+    reads_one_grid: bool = False
 
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("onnxruntime", "onnxruntime"),
+        Target("onnxruntime", "onnxruntime", reads_one_grid=True),
         Target("tensorrt", "tensorrt", fuses_functions=True, fuses_joins=True, scales_transposed_channels=False),
         Target("openvino", "onnxruntime"),
         Target("qnn", "qdq"),

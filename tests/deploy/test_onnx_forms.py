@@ -103,18 +103,18 @@ def test_what_opset_17_lacks_is_refused():
 
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_transposed_convolutions_for_tensorrt(per_channel, tmp_path):
-    """It takes one scale for a weight; with one per channel the layer is written in float, and told."""
+    """It takes one scale for a weight, as its preset trains it; a layer with one per channel is in float, and told."""
     qconfig = tritonq.get_qconfig("tensorrt")
-    if not per_channel:
-        weight = tritonq.FakeQuantize.with_args(dtype=tritonq.QuantizedType.of(8, narrow=True))
-        qconfig = qconfig._replace(weight=weight)
+    if per_channel:
+        qconfig = qconfig._replace(target="onnxruntime")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.ConvTranspose2d(4, 6, 2, 2))
     model = tritonq.prepare_qat(net, qconfig=qconfig, example_inputs=X).train()
     model(X)
+    assert [layer.weight_fake_quant.scale.numel() for layer in (model[0], model[2])] == [4, 6 if per_channel else 1]
     if per_channel:
         with pytest.warns(UserWarning, match=r"scale for all channels of a transposed.* in float: 2\."):
-            tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", X)
+            tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", X, target="tensorrt")
     else:
         tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", X)
     graph = onnx.load(tmp_path / "m.onnx").graph
@@ -125,4 +125,51 @@ def test_transposed_convolutions_for_tensorrt(per_channel, tmp_path):
     else:
         dequantize = makers[node.input[1]]
         assert held[dequantize.input[1]].shape == ()
+        assert [attribute.i for attribute in dequantize.attribute if attribute.name == "axis"] in ([], [0])
     assert tritonq.verify(model, tmp_path / "m.onnx", X).agrees(0.01, 1)
+
+
+class Joined(nn.Module):
+    """A residual whose shortcut has a convolution, one without, and a concatenation that alone reads one part."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b, self.side, self.head = (nn.Conv2d(c, 8, 1) for c in (3, 8, 8, 8, 16))
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.a(x) + self.side(x))
+        x = torch.relu(x + self.b(x))
+        return self.head(torch.cat([x, torch.nn.functional.silu(self.a(x))], 1))
+
+
+def test_joins_for_tensorrt(tmp_path):
+    """One summand behind a convolution is unrounded; a part of a concatenation is rounded behind it alone."""
+    torch.manual_seed(0)
+    qat = tritonq.prepare_qat(Joined(), qconfig=tritonq.get_qconfig("tensorrt"), example_inputs=X).train()
+    qat(X)
+    tritonq.export_onnx(qat.eval(), tmp_path / "m.onnx", X, opset=17)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    makers = {name: node for node in graph.node for name in node.output}
+    additions = [[makers[name].op_type for name in node.input] for node in graph.node if node.op_type == "Add"]
+    assert [sorted(kinds) for kinds in additions] == [["Conv", "DequantizeLinear"]] * 2
+    assert tritonq.verify(qat, tmp_path / "m.onnx", X).agrees(0.01, 1)
+
+
+def test_parts_of_a_concatenation_for_tensorrt_lie_on_its_grid(tmp_path):
+    class Parts(Joined):
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            return self.head(torch.cat([self.a(x), torch.nn.functional.silu(self.b(x))], 1))
+
+    torch.manual_seed(0)
+    qat = tritonq.prepare_qat(Parts(), qconfig=tritonq.get_qconfig("tensorrt"), example_inputs=X, warn=False).train()
+    qat(X)
+    names = [name for name in quantizers(qat.eval()) if "input" not in name]
+    assert names == ["stem.activation_post_process", "head.activation_post_process", "cat.activation_post_process"]
+    tritonq.export_onnx(qat, tmp_path / "m.onnx", X)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    makers = {name: node for node in graph.node for name in node.output}
+    (concatenation,) = [node for node in graph.node if node.op_type == "Concat"]
+    assert [makers[name].op_type for name in concatenation.input] == ["Conv", "Mul"]
+    assert tritonq.verify(qat, tmp_path / "m.onnx", X).agrees(0.01, 1)

@@ -106,21 +106,55 @@ def test_modules_called_twice_and_relus_that_stay_cost_no_float_island(tmp_path)
 
 
 class TwoGrids(nn.Module):
+    """A convolution that reads its own result, and a head that levels of a pyramid share."""
+
     def __init__(self):
         super().__init__()
-        self.first, self.twice = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+        self.first, self.twice, self.down, self.head = (nn.Conv2d(c, 8, 1) for c in (3, 8, 8, 8))
 
     def forward(self, x):
-        return self.twice(self.twice(self.first(x)))
+        x = self.twice(self.twice(self.first(x)))
+        levels = [x, F.relu(self.down(F.max_pool2d(x, 2)))]
+        return torch.cat([F.relu(self.head(level)).flatten(2) for level in levels], 2)
 
 
-def test_a_module_called_on_two_grids_runs_in_float(tmp_path):
-    """Its one bias can't lie on both grids of sums: codes are right, but the file has float convolutions."""
-    with pytest.warns(
-        UserWarning, match="all calls read one grid, and never transposed; it will run in float: twice\\."
-    ):
-        kinds = exported(TwoGrids(), tmp_path)
-    assert (kinds["QLinearConv"], kinds["Conv"] + kinds["FusedConv"]) == (1, 2)
+def test_a_module_called_on_two_grids_takes_both_to_one(tmp_path):
+    kinds = exported(TwoGrids(), tmp_path)
+    assert (kinds["QLinearConv"], kinds["Conv"] + kinds["FusedConv"]) == (6, 0)
+
+
+def test_for_tensorrt_each_call_keeps_its_grid():
+    """There biases are floats, which lie on no grid of sums."""
+    qat = tritonq.prepare_qat(
+        TwoGrids(), qconfig=tritonq.get_qconfig("tensorrt"), example_inputs=torch.randn(2, 3, 8, 8)
+    )
+    assert [name for name, _ in qat.named_modules() if name.endswith("input_fake_quant")] == ["first.input_fake_quant"]
+
+
+class Windows(nn.Module):
+    """Pools in a forward that keeps its branches, one with a window that follows the size of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        if x.shape[-1] > 100:
+            return self.first(x)
+        x = F.avg_pool2d(F.relu(self.first(x)), 3, 1, padding=1, count_include_pad=False)
+        return self.last(F.avg_pool2d(x, x.shape[-1] // 4))
+
+
+def test_windows_in_a_forward_that_keeps_its_branches_add_codes(tmp_path):
+    kinds = exported(Windows(), tmp_path)
+    assert (kinds["QLinearConv"], kinds["AveragePool"], kinds["Round"]) == (2, 2, 2)
+
+
+def test_other_windows_than_recorded_are_means_in_float():
+    qat = tritonq.prepare_qat(Windows(), example_inputs=torch.randn(2, 3, 12, 12)).train()
+    qat(torch.randn(2, 3, 12, 12))
+    larger = torch.randn(2, 3, 16, 16)
+    assert qat.eval()(larger).shape == Windows()(larger).shape == (2, 8, 4, 4)
 
 
 def test_a_convolution_left_in_float_stays_in_float(tmp_path):

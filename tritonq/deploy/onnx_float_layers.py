@@ -79,7 +79,7 @@ def tell_float_convolutions(proto: Any) -> None:
     if names:
         warnings.warn(
             "ONNX Runtime convolves in integers only where a quantizer follows at once and all calls read one grid, "
-            f"and never transposed; it will run in float: {', '.join(names)}. Presets for TensorRT leave such "
-            'quantizers out; get_qconfig("onnxruntime") has them',
+            f"and never with dilated transposed kernels; it will run in float: {', '.join(names)}. Other presets leave "
+            'such quantizers out; get_qconfig("onnxruntime") has them',
             stacklevel=4,
         )

@@ -34,8 +34,14 @@ from tritonq.deploy.onnx_averages import grids_of, rewrite_average, rewrite_glob
 from tritonq.deploy.onnx_functions import CodeTable, code_table, function_grids, rewrite_function
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
-from tritonq.deploy.onnx_quantizers import TracedQuantizer, end_codes, plain_quantizer, uint8_quantizer
+from tritonq.deploy.onnx_quantizers import (
+    TracedQuantizer,
+    end_codes,
+    plain_quantizer,
+    uint8_quantizer,
+)
 from tritonq.deploy.onnx_tensorrt import int8_quantizer, runs_in_float, tell_float_layers
+from tritonq.deploy.onnx_transposed import phases_of, rewrite_transposed
 from tritonq.deploy.tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from tritonq.nn import AverageLayer, Cat, FloatFunctional, Joint
 from tritonq.nn.functions import FunctionLayer, PReLU
@@ -179,11 +185,16 @@ def _behind_integers(model: nn.Module) -> set[nn.Module]:
 
 def _runs_in_integers(module: nn.Module) -> bool:
     if isinstance(module, QuantizedLayer):
-        return module.multiplier is not None and module.following is None and _weight_axis(module) is not None
+        is_plain = module.multiplier is not None and module.following is None and _weight_axis(module) is not None
+        return is_plain or phases_of(module) is not None
     return True
 
 
 def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
+    phases = phases_of(layer) if target == "onnxruntime" else None
+    if phases is not None:
+        rewrite_transposed(layer, phases)
+        return
     axis = _weight_axis(layer)
     if target == "tensorrt":
         axis = None if runs_in_float(layer) else axis
@@ -200,7 +211,7 @@ def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
         if target == "tensorrt" and isinstance(layer, QuantizedConvTranspose2d):
             # One scale for all channels, or TensorRT refuses the layer.
             layer.keep(weight_scale=scale[0])
-            zero = zero[0]
+            zero, axis = zero[0], 0
         layer.weight_zero_point = zero
     # ONNX Runtime adds bias and products in integers in a Gemm, which takes matrices; behind a MatMul it adds floats.
     flattens = target == "onnxruntime" and isinstance(layer, nn.Linear) and layer.multiplier is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +89,20 @@ def plain_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
         scale, zero = float(source.scale), int(source.zero_point)
         traced.clamp = ((low - zero) * scale, (high - zero) * scale)
     return traced
+
+
+def quantize_twice(layer: nn.Module) -> None:
+    """Give a layer a child ``first_quantizer``, which rounds as its output quantizer does.
+
+    ONNX Runtime computes a layer in integers where a quantizer follows at once. What moves the results stands between
+    that and the named one, whose codes have the trained shape; it changes no code.
+    """
+    output = layer.activation_post_process
+    if not isinstance(output, TracedQuantizer):
+        raise TypeError(f"a layer that is quantized twice has a traced quantizer, got {type(output).__name__}")
+    first = copy.deepcopy(output)
+    first.name, output.exact = "", False
+    layer.add_module("first_quantizer", first)
 
 
 def end_codes(quantizer: Quantizer, bounds: tuple[float, float]) -> tuple[int, int]:

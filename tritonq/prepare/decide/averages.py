@@ -18,7 +18,7 @@ def averaging_of_call(call: Call, shape: tuple[int, ...], has_fixed_arguments: b
         call: any recorded call.
         shape: of the tensor that it reads.
         has_fixed_arguments: whether its other arguments are known to be constants; else, as in a forward that keeps its
-            branches, windows and sizes of outputs may follow the size of the input.
+            branches, a window over the whole input is taken to follow the size of the input.
     """
     if call.kind == "module":
         return averaging_of(call.target)  # type: ignore[arg-type]
@@ -32,7 +32,14 @@ def averaging_of_call(call: Call, shape: tuple[int, ...], has_fixed_arguments: b
         return None
     if found is None or has_fixed_arguments:
         return found
-    return _following_sizes(found, shape)
+    return _following_sizes(found, shape) or found
+
+
+def may_change(averaging: Averaging) -> bool:
+    """Whether arguments of a mean may follow from sizes, in a forward that is not known to give it constants."""
+    if isinstance(averaging, AdaptiveAverage):
+        return any(size != 1 for size in averaging.output_size)
+    return not isinstance(averaging, AxesAverage)
 
 
 def _mean(input: Ref, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Averaging | None:

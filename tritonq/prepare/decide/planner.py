@@ -18,7 +18,7 @@ from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.places import place_of, results
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
 from tritonq.prepare.decide.readers import Reading, SharedReading, share_readings
-from tritonq.prepare.decide.unary import PlannedUnary, find_unary, operands_of_unary
+from tritonq.prepare.decide.unary import PlannedUnary, find_unary, is_unary, operands_of_unary
 from tritonq.prepare.decide.unrounded import Unrounded
 from tritonq.prepare.record.dataflow import Call
 from tritonq.qconfig import QConfig
@@ -65,6 +65,7 @@ class _Planner:
     quantizers: list[PlannedQuantizer] = field(default_factory=list)
     # Results that are rounded with the join that they enter.
     unrounded: set[int] = field(default_factory=set)
+    makers: dict[int, Layer] = field(default_factory=dict)
     # Those that stand where layers and joins read them, by reader and operand.
     at_readers: dict[tuple[int, int], PlannedQuantizer] = field(default_factory=dict)
 
@@ -161,7 +162,7 @@ class _Planner:
                 found.values.update(values)
         for value in found.values:
             self.grids.pop(value, None)
-        self.unrounded = found.values
+        self.unrounded, self.makers = found.values, found.makers
         return frozenset(found.layers)
 
     def _read_several_grids(self, layers: list[Layer]) -> list[Reading]:
@@ -174,7 +175,8 @@ class _Planner:
             qconfig, read = self._qconfig(layer.home), self._operands_read(layer)
             grids = [self._grid(value) for _, _, value in read]
             is_one = None in grids or all(grid is grids[0] for grid in grids)
-            if is_one or qconfig is None or qconfig.find_target().onnx != "onnxruntime":
+            # Reproduced systems name no target: their numbers stay.
+            if is_one or qconfig is None or qconfig.target is None or not qconfig.find_target().reads_one_grid:
                 continue
             chosen = self.activations.choose(read[0][2], qconfig)
             if chosen is not None:
@@ -307,7 +309,7 @@ class _Planner:
         self.at_readers |= {(id(reader.part), reader.operand): quantizer for reader in shared.readers}
 
     def _quantize_between(self) -> None:
-        """Place a quantizer behind each function that stands between a grid and an operation whose result has one.
+        """Place a quantizer behind each function or mean between a grid and an operation whose result has one.
 
         Such an operation of one tensor (the mean behind a Hardswish, say) can then be computed on codes.
         """
@@ -317,7 +319,7 @@ class _Planner:
             for value in operands_of_unary(reader, self.analysis):
                 root = self._root(value)
                 call = self.analysis.flow.producer(root)
-                if root in self.grids or call is None or not is_function(call):
+                if root in self.grids or call is None or not is_unary(call, self.analysis):
                     continue
                 on_grid = self._grid(call.inputs[0]) is not None
                 if on_grid and self._place_where_made(root, reader.qconfig, reader.like):
@@ -332,10 +334,11 @@ class _Planner:
         return found
 
     def _operands(self, join: Join) -> tuple[GridSource | None, ...]:
-        """What put each operand on its grid, where that is the same in every call."""
+        """What put each operand on its grid, or makes it unrounded, where that is the same in every call."""
         by_operand: dict[int, list[GridSource | None]] = {}
         for _, operand, value in self._operands_read(join):
-            by_operand.setdefault(operand, []).append(self._grid_read(join, operand, value))
+            grid = self._grid_read(join, operand, value) or self.makers.get(self._root(value))
+            by_operand.setdefault(operand, []).append(grid)
         return tuple(
             grids[0] if all(grid is grids[0] for grid in grids) else None for _, grids in sorted(by_operand.items())
         )

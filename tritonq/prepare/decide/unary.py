@@ -17,8 +17,9 @@ from tritonq.nn.averages import POOL_TYPES
 from tritonq.nn.functions import FUNCTION_MODULES, FunctionLayer, PReLU
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.decide.analysis import Analysis
-from tritonq.prepare.decide.averages import averaging_of_call
+from tritonq.prepare.decide.averages import averaging_of_call, may_change
 from tritonq.prepare.decide.functions import function_of_call, prelu_of_call
+from tritonq.prepare.forwards.answered import Arguments
 from tritonq.prepare.forwards.graph import ForwardGraph
 from tritonq.prepare.record.dataflow import Call
 from tritonq.reference.averages import Averaging
@@ -57,11 +58,14 @@ class PlannedUnary:
         operation: the operation.
         source: what put its input on a grid; None for a function of values on none.
         calls: its calls.
+        arguments: those behind the first and the named ones, which it must have to be this operation; None: it has no
+            others, or the forward is known to give it constants.
     """
 
     operation: Operation
     source: object
     calls: tuple[int, ...]
+    arguments: Arguments | None = None
 
 
 class Place(Protocol):
@@ -99,7 +103,15 @@ def find_unary(place: Place, analysis: Analysis, grid_of: Callable[[int], object
     # Without a grid a function is computed in float, but still keeps less for the backward than with a quantizer apart.
     if source is None and not isinstance(operation, Function):
         return None
-    return PlannedUnary(operation, source, tuple(call.index for call in calls))
+    arguments = None
+    if not fixed and not isinstance(operation, (Function, type)) and may_change(operation):
+        arguments = calls[0].args[1:], calls[0].kwargs
+    return PlannedUnary(operation, source, tuple(call.index for call in calls), arguments)
+
+
+def is_unary(call: Call, analysis: Analysis) -> bool:
+    """Whether a call is an operation of one tensor that can be computed on codes."""
+    return bool(call.inputs) and _operation_of(call, analysis.flow.values[call.inputs[0]].shape, False) is not None
 
 
 def operands_of_unary(place: Place, analysis: Analysis) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ class Unrounded:
         qconfig_of: the qconfig of a module, by its name.
         layers: names of the layers without an output quantizer.
         values: the values that stay unrounded.
+        makers: the layers of those that layers make.
     """
 
     analysis: Analysis
@@ -39,6 +40,7 @@ class Unrounded:
     qconfig_of: Callable[[str], QConfig | None]
     layers: set[str] = field(default_factory=set)
     values: set[int] = field(default_factory=set)
+    makers: dict[int, Layer] = field(default_factory=dict)
 
     def add_layers(self, layers: Sequence[Layer]) -> None:
         """Find the layers whose results joins alone read, and may read unrounded."""
@@ -56,6 +58,7 @@ class Unrounded:
                 fused.update(call for _, call, _ in filter(None, entered))
                 self.layers.add(layer.name)
                 self.values.update(values)
+                self.makers.update(dict.fromkeys(values, layer))
 
     def _may_wait(
         self,

@@ -22,15 +22,17 @@ from tritonq.prepare.decide.readers import Reader
 from tritonq.prepare.decide.unary import QUANTIZED_FORMS, Operation, layer_for
 from tritonq.prepare.edit.batch_norms import frozen_batch_norm, plain_batch_norm
 from tritonq.prepare.edit.earlier_inputs import note_earlier_names
+from tritonq.prepare.edit.earlier_outputs import note_earlier_output
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.edit.function_layers import computed_parameters, float_layer
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
 from tritonq.prepare.edit.swap import keep_attributes, plain_form, swap
+from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.graph import first_node, layer_operands
 from tritonq.prepare.forwards.quantized import Read
 from tritonq.prepare.record.dataflow import Dataflow
 from tritonq.prepare.record.structure import Path
-from tritonq.qconfig import QConfig
+from tritonq.qconfig import QConfig, with_one_weight_scale
 from tritonq.reference.functions import Function
 
 Types = Mapping[type[nn.Module], type[nn.Module]]
@@ -115,6 +117,8 @@ class _PlanWork:
             module = float_layer(layer.function, self._editor.model, module.training)
         if layer.name in self._plan.clipped | self._plan.summands:
             qconfig = qconfig._replace(activation=nn.Identity)
+        if layer.row[0] is nn.ConvTranspose2d and not qconfig.find_target().scales_transposed_channels:
+            qconfig = with_one_weight_scale(qconfig)
         if len(layer.row) == 1:
             quantized = swap(module, self._types[layer.row[0]], qconfig, layer.row[0])
         else:
@@ -127,6 +131,8 @@ class _PlanWork:
             self._editor.modules[layer.name] = quantized
             forward = self._editor.rewrite(layer.function.owner)
             forward.replace(layer.function.site.node, layer.function.child, layer_operands)
+        if layer.name in self._plan.summands and qconfig.find_target().fuses_joins:
+            note_earlier_output(quantized, cast(QConfig, self._qconfigs[self._float_modules[layer.home]]).activation)
         output = getattr(quantized, "activation_post_process", None)
         if isinstance(output, nn.Module):
             self._quantizers[id(layer)] = output
@@ -230,7 +236,10 @@ class _PlanWork:
         made = layer_for(planned.operation)
         owner = self._editor.modules[quantizer.owner]
         name = self._editor.add_child(owner, self._flow.calls[planned.calls[0]].name.lower(), made)
-        self._editor.rewrite(quantizer.owner).replace(quantizer.node, name, first_node)
+        forward = self._editor.rewrite(quantizer.owner)
+        forward.replace(quantizer.node, name, first_node)
+        if planned.arguments is not None and isinstance(forward, AnsweredForward):
+            forward.require(quantizer.node, planned.arguments)
         self._unary[quantizer.value] = (made, own)
         self.unary_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
 

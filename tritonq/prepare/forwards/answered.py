@@ -31,9 +31,12 @@ from tritonq.prepare.record.operations import operation_name
 from tritonq.prepare.record.place import calling_place, traced_places
 
 # How a call is answered: "run" as written, "replace" or "erase"; the child that replaces it; that child's operands; the
-# child that the result goes through. Empty where there is none.
-Answer = list[str]
+# child that the result goes through. Empty where there is none. A fifth item, where there is one, holds the recorded
+# arguments behind the first and the named ones: a call with others runs as written.
+Answer = list[Any]
 Answers = Mapping[str, Answer]
+# Those of a call behind the first, and its named ones.
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 _OPERANDS: dict[Operands, str] = {
     node_operands: "tensors",
     sequence_operand: "sequence",
@@ -69,6 +72,10 @@ class AnsweredForward:
         """Pass the result of a call through the child module."""
         self._answer(node)[3] = child
 
+    def require(self, node: str, arguments: Arguments) -> None:
+        """Let a call that was replaced run as written where its further arguments are not these."""
+        self._answer(node)[4:] = [[_plain(argument) for argument in arguments]]
+
     def erase(self, node: str) -> None:
         """Let a call return its first operand."""
         self._answer(node)[:3] = ["erase", "", "first"]
@@ -93,7 +100,7 @@ def check_answers(answers: Any, children: Iterable[str], owner: str) -> None:
     if not isinstance(answers, Mapping):
         raise ValueError(f"answers of a forward must be a mapping of places, got {type(answers).__qualname__}")
     for place, answer in answers.items():
-        well_formed = isinstance(answer, list) and len(answer) == 4 and answer[0] in ("run", "replace", "erase")
+        well_formed = isinstance(answer, list) and len(answer) in (4, 5) and answer[0] in ("run", "replace", "erase")
         if not well_formed or answer[2] not in (*_OPERANDS.values(), ""):
             raise ValueError(f"not an answer to a call: {place!r}: {answer!r}")
         for child in answer[1::2]:
@@ -148,7 +155,9 @@ class Answering(TorchFunctionMode):
         answer = self._answers.get(f"{place}#{count}")
         if answer is None:
             return func(*args, **kwargs)
-        kind, child, operands, then = answer
+        kind, child, operands, then = answer[:4]
+        if len(answer) > 4 and [_plain(args[1:]), _plain(kwargs)] != answer[4]:
+            kind = "run"
         if operands == "layer":
             _check_geometry(getattr(self._owner, child), operation_name(func), args, kwargs)
         result = func(*args, **kwargs) if kind == "run" else self._replaced(child, operands, args, kwargs)
@@ -182,6 +191,13 @@ class Answering(TorchFunctionMode):
         if not child:
             return tensors[0]
         return getattr(self._owner, child)(*(tensors[:1] if operands == "first" else tensors))
+
+
+def _plain(argument: Any) -> Any:
+    """An argument as JSON gives it back."""
+    if isinstance(argument, (tuple, list)):
+        return [_plain(item) for item in argument]
+    return {key: _plain(item) for key, item in argument.items()} if isinstance(argument, Mapping) else argument
 
 
 _GEOMETRY = ("stride", "padding", "dilation", "groups")

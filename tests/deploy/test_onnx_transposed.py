@@ -1,0 +1,85 @@
+"""Transposed convolutions run in integers in ONNX Runtime, as plain ones whose channels are phases."""
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import tritonq
+from tritonq.deploy.onnx_transposed import Phases
+
+# Kernel, stride, padding, output padding, groups.
+GEOMETRIES = [
+    (2, 2, 0, 0, 1),
+    (4, 2, 1, 0, 1),
+    (3, 2, 1, 1, 2),
+    (2, 2, 0, 1, 1),
+    (3, 1, 1, 0, 4),
+    (2, 3, 0, 0, 1),
+    ((3, 5), (1, 2), (1, 2), 0, 1),
+    ((4, 6), (2, 3), (0, 1), (1, 0), 2),
+]
+
+
+def optimised(path):
+    """The nodes of the graph that ONNX Runtime makes of a file."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(path.with_suffix(".optimised.onnx")), 4
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+
+
+def trained(layer, preset="onnxruntime"):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), layer, nn.ReLU(), nn.Conv2d(8, 4, 1))
+    x = torch.randn(8, 3, 9, 7)
+    qconfig = tritonq.get_qconfig(preset) if preset == "onnxruntime" else tritonq.get_default_qat_qconfig(preset)
+    qat = tritonq.prepare_qat(net, qconfig=qconfig, example_inputs=x[:2]).train()
+    qat(x).square().mean().backward()
+    return qat.eval(), x
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_codes_are_those_that_were_trained_and_all_layers_run_in_integers(geometry, tmp_path):
+    kernel, stride, padding, output_padding, groups = geometry
+    qat, x = trained(nn.ConvTranspose2d(8, 8, kernel, stride, padding, output_padding, groups=groups))
+    tritonq.export_onnx(qat, tmp_path / "m.onnx", x[:2], dynamic_sizes=True)
+    report = tritonq.verify(qat, tmp_path / "m.onnx", [x, x[:1, :, :8, :6]])
+    assert report.total.differing == 0, report
+    kinds = optimised(tmp_path / "m.onnx")
+    assert (kinds.count("QLinearConv"), kinds.count("ConvTranspose"), kinds.count("Conv")) == (3, 0, 0)
+
+
+def test_weights_with_zero_points_and_kernels_that_their_phases_do_not_fill(tmp_path):
+    """Places beyond the kernel hold the zero point of their channel."""
+    weight = tritonq.FakeQuantize.with_args(
+        observer=tritonq.PerChannelMinMaxObserver, dtype=tritonq.QuantizedType.of(8, symmetric=False, axis=0)
+    )
+    qconfig = tritonq.get_qconfig()._replace(weight=weight)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 4, 3, 2))
+    with torch.no_grad():
+        net[1].weight.abs_()
+    x = torch.randn(4, 3, 6, 6)
+    with pytest.warns(UserWarning, match="zero point"):
+        qat = tritonq.prepare_qat(net, qconfig=qconfig, example_inputs=x).train()
+    qat(x)
+    with pytest.warns(UserWarning, match="zero point"):
+        tritonq.export_onnx(qat.eval(), tmp_path / "m.onnx", x)
+    assert tritonq.verify(qat, tmp_path / "m.onnx", x).total.differing == 0
+
+
+def test_a_dilated_one_keeps_its_form_and_is_told(tmp_path):
+    qat, x = trained(nn.ConvTranspose2d(8, 8, 3, 2, dilation=2))
+    with pytest.warns(UserWarning, match=r"never with dilated transposed kernels; it will run in float: 2\."):
+        tritonq.export_onnx(qat, tmp_path / "m.onnx", x[:2])
+    assert optimised(tmp_path / "m.onnx").count("ConvTranspose") == 1
+    assert tritonq.verify(qat, tmp_path / "m.onnx", x).agrees(0.001, 1)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "output_padding"), [(1, 4, 0, 3), (7, 3, 2, 1), (5, 5, 4, 0)])
+def test_phases_are_as_long_as_the_result(kernel, stride, padding, output_padding):
+    found = Phases.of(kernel, stride, padding, output_padding)
+    size = 6 + found.before + found.after - (found.taps - 1)
+    assert size * stride - found.first - found.last == 5 * stride - 2 * padding + kernel + output_padding

@@ -1,0 +1,122 @@
+"""Transposed convolutions as plain ones, for which ONNX Runtime has integer kernels.
+
+Element ``i`` of the input reaches the elements ``i·s + k - p`` of the output, for each place ``k`` of the kernel. With
+``k = q·s + r`` the outputs of one phase ``r`` are a plain convolution over the places ``q`` of its kernel. One
+convolution computes all ``s·s`` phases as channels; DepthToSpace interleaves them, and what padding cuts off is sliced.
+The sums are the same integers, so the codes are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritonq.deploy.modules import QuantizedConvTranspose2d, QuantizedLayer, Quantizer
+from tritonq.deploy.onnx_ops import dequantize
+from tritonq.deploy.onnx_quantizers import TracedQuantizer, quantize_twice
+from tritonq.reference.activation import rectify
+
+
+@dataclass(frozen=True)
+class Phases:
+    """One axis of a transposed convolution as a plain one.
+
+    Attributes:
+        stride: how many phases there are.
+        taps: places of the plain kernel.
+        before: zeros before the input; ``after`` those behind it.
+        first: how many results to cut off in front; ``last`` how many at the end.
+    """
+
+    stride: int
+    taps: int
+    before: int
+    after: int
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, kernel: int, stride: int, padding: int, output_padding: int) -> Phases:
+        """Return the phases of an axis."""
+        taps = -(-kernel // stride)
+        surplus = taps * stride - kernel + padding - output_padding
+        before, after = (taps - 1 - cut // stride for cut in (padding, surplus))
+        return cls(stride, taps, before, after, padding % stride, surplus % stride)
+
+
+def phases_of(layer: QuantizedLayer) -> tuple[Phases, Phases] | None:
+    """Return the phases along height and width; None where the layer is no integer one, or keeps its form.
+
+    That is so for dilated kernels, for paddings larger than the kernel, and where no quantizer with one grid follows.
+    """
+    output = layer.activation_post_process
+    if not isinstance(layer, QuantizedConvTranspose2d) or layer.multiplier is None or layer.following is not None:
+        return None
+    is_quantized = isinstance(output, (Quantizer, TracedQuantizer)) and output.scale.numel() == 1
+    if not is_quantized or layer.stored_weight.dtype not in (torch.int8, torch.uint8) or layer.dilation != (1, 1):
+        return None
+    padding = cast("tuple[int, ...]", layer.padding)
+    sizes = zip(layer.kernel_size, layer.stride, padding, layer.output_padding, strict=True)
+    height, width = (Phases.of(*axis) for axis in sizes)
+    return None if min(height.before, height.after, width.before, width.after) < 0 else (height, width)
+
+
+def rewrite_transposed(layer: QuantizedLayer, phases: tuple[Phases, Phases]) -> None:
+    """Let a transposed convolution be traced as a plain one and what moves its results."""
+    count = phases[0].stride * phases[1].stride
+    scale = cast(Tensor, layer.weight_scale)
+    zero = layer.weight_zero_point
+    zero = torch.zeros_like(scale, dtype=torch.int32) if zero is None else zero
+    dtype = layer.stored_weight.dtype
+    repeated = {
+        name: None if tensor is None else tensor.repeat_interleave(count)
+        for name, tensor in (("weight_scale", scale), ("bias", layer.stored_bias), ("multiplier", layer.multiplier))
+    }
+    weight = _plain_weight(layer.stored_weight, zero.to(dtype), cast(int, layer.groups), phases)
+    quantize_twice(layer)
+    layer.keep(weight=weight, weight_zero_point=zero.to(dtype).repeat_interleave(count), **repeated)
+    layer.forward = partial(_forward, layer, phases)  # type: ignore[method-assign]
+
+
+def _plain_weight(weight: Tensor, zero: Tensor, groups: int, phases: tuple[Phases, Phases]) -> Tensor:
+    """Return (out · phases, in / groups, taps, taps) of a weight (in, out / groups, height, width)."""
+    height, width = phases
+    inputs, outputs = weight.shape[0] // groups, weight.shape[1]
+    by_group = weight.view(groups, inputs, outputs, *weight.shape[2:]).transpose(1, 2)
+    sizes = (height.taps * height.stride, width.taps * width.stride)
+    # Places beyond the kernel hold the code of zero.
+    whole = zero.view(groups, outputs, 1, 1, 1).expand(-1, -1, inputs, *sizes).clone()
+    whole[..., : weight.shape[2], : weight.shape[3]] = by_group
+    split = whole.view(groups * outputs, inputs, height.taps, height.stride, width.taps, width.stride)
+    # The nearest place comes last, as a plain convolution reads.
+    plain = split.permute(0, 3, 5, 1, 2, 4).flip(4, 5)
+    return plain.reshape(-1, inputs, height.taps, width.taps).contiguous()
+
+
+def _forward(layer: QuantizedLayer, phases: tuple[Phases, Phases], x: Tensor) -> Tensor:
+    height, width = phases
+    weight = dequantize(layer.stored_weight, cast(Tensor, layer.weight_scale), layer.weight_zero_point, 0)
+    bias = layer.stored_bias
+    bias = None if bias is None else dequantize(bias, cast(Tensor, layer.multiplier), None, 0)
+    x, padding = layer.quantized_input(x), (height.before, width.before)
+    if padding != (height.after, width.after):
+        x, padding = F.pad(x, (width.before, width.after, height.before, height.after)), (0, 0)
+    y = F.conv2d(x, weight, bias, padding=padding, groups=cast(int, layer.groups))
+    y = cast(Tensor, cast(Any, layer).first_quantizer(rectify(y, layer.ceiling)))
+    y = _interleave(y, height.stride, width.stride)
+    if any(cut for axis in phases for cut in (axis.first, axis.last)):
+        y = y[:, :, height.first : y.shape[2] - height.last, width.first : y.shape[3] - width.last]
+    return cast(Tensor, layer.activation_post_process(y))
+
+
+def _interleave(y: Tensor, height: int, width: int) -> Tensor:
+    if height == width:
+        return y if height == 1 else F.pixel_shuffle(y, height)
+    batch, channels, rows, columns = y.shape
+    split = y.reshape(batch, channels // (height * width), height, width, rows, columns)
+    return split.permute(0, 1, 4, 2, 5, 3).reshape(batch, -1, rows * height, columns * width)

@@ -1,0 +1,24 @@
+"""State dicts of version 0.1.0, in which layers were rounded that are rounded with their join today."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+_QUANTIZER = "activation_post_process"
+_FACTORY = "earlier_output"
+
+
+def note_earlier_output(layer: nn.Module, factory: Callable[..., nn.Module]) -> None:
+    """Let a layer without output quantizer take one that a state dict has: it was trained so, and computes so."""
+    setattr(layer, _FACTORY, factory)
+    layer.register_load_state_dict_pre_hook(_take_quantizer)  # type: ignore[no-untyped-call]
+
+
+def _take_quantizer(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    held = any(key.startswith(f"{prefix}{_QUANTIZER}.") for key in state_dict)
+    if held and isinstance(layer._modules.get(_QUANTIZER), nn.Identity):
+        device = next(iter(layer.state_dict().values())).device
+        layer.add_module(_QUANTIZER, getattr(layer, _FACTORY)().train(layer.training).to(device))
