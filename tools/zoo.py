@@ -35,7 +35,7 @@ PACKAGES = (
 )
 _SHORT = {
     **{"prepare": "prep", "eval output": "eval =", "training output": "train =", "three steps": "steps"},
-    **{"gradients": "grads", "save and load": "file"},
+    **{"gradients": "grads", "save and load": "file", "integer nodes": "int8"},
 }
 _NAMES_SHOWN = 3
 _HEAD = """Written by `make zoo`. Each model is prepared, compared with its float form in eval and in training mode,

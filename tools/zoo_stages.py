@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import zoo_models
+from integer_nodes import float_parts
 from torch import Tensor, nn
 from torch.utils import _pytree
 
@@ -30,11 +31,13 @@ from tritonq.prepare.told import layers_and_joins
 
 STAGES = (
     *("prepare", "eval output", "training output", "three steps", "gradients", "eval", "convert", "save and load"),
-    *("verify", "ONNX"),
+    *("verify", "ONNX", "integer nodes"),
 )
 STEPS = 3
 # Folding BatchNorms rounds otherwise than applying them; relative to the largest output.
 TOLERANCE = 2e-3
+# How many names an error shows.
+NAMES = 5
 # The share of codes that may differ in ONNX Runtime, and by how many: islands in float (softmax, LayerNorm) have ties.
 ONNX_TOLERANCE = (0.01, 1)
 
@@ -82,7 +85,7 @@ class Trial:
         """Run all stages."""
         steps: tuple[Callable[[], str | None], ...] = (
             *(self.prepare, self.eval_output, self.training_output, self.three_steps, self.gradients, self.eval),
-            *(self.convert, self.save_and_load, self.verify, self.onnx),
+            *(self.convert, self.save_and_load, self.verify, self.onnx, self.integer_nodes),
         )
         for stage, step in zip(STAGES, steps, strict=True):
             begin = time.perf_counter()
@@ -174,12 +177,26 @@ class Trial:
             raise StageError(_disagreement(report))
 
     def onnx(self) -> None:
-        """Export, and let ONNX Runtime run it."""
-        path = self.folder / "model.onnx"
-        tritonq.export_onnx(self.converted, path, self.example.inputs, dynamic_batch=False)
-        report = tritonq.verify(self.prepared, path, [self.example.inputs])
+        """Export, and let ONNX Runtime run it: no code may differ but in islands."""
+        tritonq.export_onnx(self.converted, self._file(), self.example.inputs, dynamic_batch=False)
+        report = tritonq.verify(self.prepared, self._file(), [self.example.inputs])
         if not report.agrees(*ONNX_TOLERANCE):
             raise StageError(_disagreement(report))
+        wrong = [layer.name for layer in report.layers if layer.differing and not layer.island]
+        if wrong:
+            raise StageError(f"codes differ outside of islands, in {len(wrong)} layers: {', '.join(wrong[:NAMES])}")
+
+    def integer_nodes(self) -> str | None:
+        """Every layer and join that `summary` calls quantized is an integer node of the graph that is run."""
+        if not self._file().exists():
+            return "skipped: there is no file"
+        found = float_parts(tritonq.summary(self.prepared), self._file())
+        if found:
+            raise StageError(f"{len(found)} in float: {', '.join(found[:NAMES])}")
+        return None
+
+    def _file(self) -> Path:
+        return self.folder / "model.onnx"
 
     def _outputs(self, model: nn.Module, training: bool) -> list[Tensor]:
         with torch.no_grad():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ _CLASSES = 10
 GOALS = {"resnet18": 3.5, "mobilenet_v2": 2.5, "mobilenet_v3_small": 1.5, "unet": 2.0, "yolo": 2.0}
 _SIZES = {"unet": 128, "yolo": 256}
 _IMAGE_SIZE = 224
-_DENSE_NETS: dict[str, type[nn.Module]] = {"unet": UNet, "yolo": Detector}
+DENSE_NETS: dict[str, Callable[[], nn.Module]] = {"unet": UNet, "yolo": Detector}
 _STEPS = 2
 
 _CLOSE_TO_FLOAT = Tolerance(
@@ -125,7 +125,7 @@ class Setting:
     def _made(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            made = _DENSE_NETS.get(self.model)
+            made = DENSE_NETS.get(self.model)
             return torchvision_model(self.model, num_classes=_CLASSES) if made is None else made()
 
     def _images(self) -> torch.Tensor:

@@ -131,6 +131,18 @@ def test_for_tensorrt_each_call_keeps_its_grid():
     assert [name for name, _ in qat.named_modules() if name.endswith("input_fake_quant")] == ["first.input_fake_quant"]
 
 
+def test_products_of_more_axes_are_those_of_two(tmp_path):
+    """With a MatMul and an addition sums would be rounded twice more in float."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), torch.randn(64, 2, 5, 8)
+    qat = tritonq.prepare_qat(net, example_inputs=x[:2]).train()
+    qat(x)
+    tritonq.export_onnx(qat.eval(), tmp_path / "model.onnx", x[:2])
+    assert tritonq.verify(qat, tmp_path / "model.onnx", [x, x[:1]]).total.differing == 0
+    kinds = optimised(tmp_path / "model.onnx", tmp_path)
+    assert (kinds["QGemm"], kinds["MatMul"] + kinds["MatMulIntegerToFloat"] + kinds["Add"]) == (2, 0)
+
+
 class Windows(nn.Module):
     """Pools in a forward that keeps its branches, one with a window that follows the size of the input."""
 

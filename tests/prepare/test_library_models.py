@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +21,9 @@ import vision_models
 from prepared_nets import assert_inputs_on_their_grids, assert_same_when_not_rounding, primary
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+from integer_nodes import float_parts
 
 STEPS = 10
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
@@ -200,24 +203,4 @@ def test_onnx_runtime_finds_the_codes(name, tmp_path: Path):
     report = tritonq.verify(found.model, path, [found.images, others])
     assert report.agrees(), report
     assert report.outputs.differing_predictions == 0
-    assert_runs_in_integers(tritonq.summary(found.model), path)
-
-
-def assert_runs_in_integers(summary: Any, path: Path) -> None:
-    """Every layer and join that a summary calls quantized is an integer node of the graph that ONNX Runtime runs."""
-    import onnx
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(path.with_suffix(".optimised.onnx")), 4
-    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    nodes = onnx.load(options.optimized_model_filepath).graph.node
-    products = ("QLinearConv", "QGemm", "QLinearMatMul")
-    weights = {node.input[3] for node in nodes if node.op_type in products}
-    quantized = [row for row in summary.layers if row.status == "quantized"]
-    layers = [row.name for row in quantized if row.kind in ("Conv2d", "Linear")]
-    assert layers
-    assert [name for name in layers if f"{name}.weight" not in weights] == []
-    for kind, operator in (("add", "QLinearAdd"), ("mul", "QLinearMul"), ("cat", "QLinearConcat")):
-        joins = [row.name for row in quantized if row.kind == kind]
-        assert len([node for node in nodes if node.op_type == operator]) == len(joins), (operator, joins)
+    assert float_parts(tritonq.summary(found.model), path) == []
