@@ -43,7 +43,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target("onnxruntime", "onnxruntime", reads_one_grid=True),
         Target("tensorrt", "tensorrt", fuses_functions=True, fuses_joins=True, scales_transposed_channels=False),
-        Target("openvino", "onnxruntime"),
+        Target("openvino", "onnxruntime", reads_one_grid=True),
         Target("qnn", "qdq"),
         # ExecuTorch's delegate lowers programs of `export_program(form="pt2e")`; the ONNX file has the same grids.
         Target("xnnpack", "qdq"),

@@ -34,12 +34,7 @@ from tritonq.deploy.onnx_averages import grids_of, rewrite_average, rewrite_glob
 from tritonq.deploy.onnx_functions import CodeTable, code_table, function_grids, rewrite_function
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
-from tritonq.deploy.onnx_quantizers import (
-    TracedQuantizer,
-    end_codes,
-    plain_quantizer,
-    uint8_quantizer,
-)
+from tritonq.deploy.onnx_quantizers import TracedQuantizer, end_codes, plain_quantizer, uint8_quantizer
 from tritonq.deploy.onnx_tensorrt import int8_quantizer, runs_in_float, tell_float_layers
 from tritonq.deploy.onnx_transposed import phases_of, rewrite_transposed
 from tritonq.deploy.tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
