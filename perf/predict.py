@@ -147,7 +147,9 @@ def work_of(case: CodegenCase, dtype: torch.dtype, launch: Launch) -> Work:
     if path.is_loop:
         per_turn = path.bits(stores=False) / (bits * case.reads)
     else:
-        per_turn = launch.kwargs["ROWS"] * launch.kwargs["COLS"] / (_WARP * warps)
+        constants = launch.kwargs
+        tile = constants["BLOCK"] if "BLOCK" in constants else constants["ROWS"] * constants["COLS"]
+        per_turn = tile / (_WARP * warps)
     return Work(
         programs=math.prod(launch.grid),
         warps=warps,
