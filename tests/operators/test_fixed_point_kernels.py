@@ -62,11 +62,18 @@ class TestFixedPointQuantize(OpTester):
 class TestSearch(OpTester):
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_finds_what_the_specification_finds(self, layout: str, use: str, device: str) -> None:
-        for axis in axes(LAYOUTS[layout]()):
-            x = LAYOUTS[layout]().to(device)
-            for word_len, signed in FORMATS:
-                found = search_frac_len(x, word_len, signed, axis=axis, backend=use)
-                assert torch.equal(found, search_frac_len(x, word_len, signed, axis=axis, backend="torch"))
+        x = LAYOUTS[layout]().to(device)
+        for number, axis in enumerate(axes(x)):
+            word_len, signed = FORMATS[number % len(FORMATS)]
+            found = search_frac_len(x, word_len, signed, axis=axis, backend=use)
+            assert torch.equal(found, search_frac_len(x, word_len, signed, axis=axis, backend="torch"))
+
+    @pytest.mark.parametrize("axis", [None, 1])
+    @pytest.mark.parametrize(("word_len", "signed"), FORMATS)
+    def test_every_format(self, word_len: int, signed: bool, axis: int | None, use: str, device: str) -> None:
+        x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)).to(device)
+        found = search_frac_len(x, word_len, signed, axis=axis, backend=use)
+        assert torch.equal(found, search_frac_len(x, word_len, signed, axis=axis, backend="torch"))
 
     def test_errors_and_what_is_not_finite(self, use: str, device: str) -> None:
         x = torch.randn(4, 700, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.1], [1], [9], [99]])
