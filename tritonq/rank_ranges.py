@@ -127,7 +127,9 @@ def merge_ranges(quantizers: Sequence[SharesRange], group: ProcessGroup) -> None
     first = [tensor for state in states for tensor in state.first]
     if not (lowest or highest or first):
         return
-    own = [_joined(lowest), _joined(highest).neg(), _joined(first)]
+    nothing = (lowest or highest or first)[0].new_empty(0)
+    own = [_joined(tensors) if tensors else nothing for tensors in (lowest, highest, first)]
+    own[1] = own[1].neg()
     if dist.get_rank(group) != 0:
         own[2].fill_(torch.inf)
     both = torch.cat(own)
@@ -169,11 +171,11 @@ def _move_grids(states: Sequence[RankState], moved: dict[int, Tensor]) -> None:
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """All elements, one after the other."""
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]) if tensors else torch.empty(0)
+    """Return all elements, one after the other."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 def _apart(joined: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The elements of each tensor, in its shape: the inverse of :func:`_joined`."""
+    """Return the elements of each tensor, in its shape: the inverse of :func:`_joined`."""
     parts = torch.split(joined, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
