@@ -2,12 +2,15 @@
 
 import logging
 
+import numpy as np
 import onnx
+import onnx.reference
 import pytest
 import torch
 from torch import nn
 
 import tritonq
+from tritonq.deploy.onnx_packed import pack_weights
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +58,20 @@ def test_packing_is_refused_where_weights_are_not_integers(trained, tmp_path):
     layer.train()(torch.randn(2, 4))
     with pytest.raises(ValueError, match="no option pack=True"):
         tritonq.export_onnx(layer.eval(), tmp_path / "model.onnx", torch.randn(2, 4), pack=True)
+
+
+@pytest.mark.parametrize(("zero_point", "kind"), [(3, onnx.TensorProto.UINT4), (128, onnx.TensorProto.UINT8)])
+def test_small_codes_are_packed_where_their_zero_point_is_small_too(zero_point, kind):
+    constants = [
+        onnx.numpy_helper.from_array(np.array([0, 1, 15], np.uint8), "codes"),
+        onnx.numpy_helper.from_array(np.float32(0.5), "scale"),
+        onnx.numpy_helper.from_array(np.uint8(zero_point), "zero_point"),
+    ]
+    node = onnx.helper.make_node("DequantizeLinear", [constant.name for constant in constants], ["y"])
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [3])
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "constant", [], [output], constants))
+    before = onnx.reference.ReferenceEvaluator(model).run(None, {})[0]
+    pack_weights(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert model.graph.initializer[0].data_type == kind
+    assert (onnx.reference.ReferenceEvaluator(model).run(None, {})[0] == before).all()

@@ -35,6 +35,10 @@ def pack_weights(proto: Any) -> None:
             continue
         if tensor.data_type not in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) or not _fits(tensor):
             continue
+        # Codes of eight bits that are all small may have a zero point that is not.
+        zero_points = [node.input[2] for node in nodes if len(node.input) > 2 and node.input[2]]
+        if not all(_fits(constants[zero_point]) for zero_point in zero_points):
+            continue
         for node in nodes:
             _pack_zero_point(graph, constants, node)
         before = len(tensor.raw_data)
