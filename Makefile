@@ -88,6 +88,15 @@ zoo: .zoo/.installed ## try prepare_qat and what follows on 120 models of seven 
 	.zoo/bin/python -m pip install --quiet --disable-pip-version-check -r tools/zoo-requirements.txt -e '.[onnx]'
 	touch $@
 
+.PHONY: trainers
+trainers: .trainers/.installed ## train with Lightning, Accelerate, transformers' Trainer, timm and SWA and write TRAINERS.md
+	.trainers/bin/python tools/trainers.py
+
+.trainers/.installed: tools/trainers-requirements.txt pyproject.toml
+	$(PYTHON) -m venv .trainers
+	.trainers/bin/python -m pip install --quiet --disable-pip-version-check -r tools/trainers-requirements.txt -e '.[onnx]'
+	touch $@
+
 # ONNX Runtime 1.18 does not say that it needs the older NumPy.
 ENGINES := "onnxruntime==1.18.1 numpy<2" "openvino"
 engines: ## run exported models in ONNX Runtime 1.18 and OpenVINO, each in an environment of its own, and write ENGINES.md
