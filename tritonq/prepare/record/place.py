@@ -29,16 +29,23 @@ def place_name(module: dict[str, Any], code: CodeType, instruction: int) -> str:
     Python keeps no positions (``-X no_debug_ranges``).
     """
     known, index = _positions(code), instruction // _UNIT
-    # A compiler makes instructions that the source does not have.
-    line, end, column, end_column = known[index] if 0 <= index < len(known) else (None, None, None, None)
+    position = known[index] if 0 <= index < len(known) else _NOWHERE
+    return _place_at(module, code, position, instruction)
+
+
+_Position = tuple[int | None, int | None, int | None, int | None]
+_NOWHERE: _Position = (None, None, None, None)
+
+
+def _place_at(module: dict[str, Any], code: CodeType, position: _Position, instruction: int) -> str:
+    line, end, column, end_column = position
     where = f"@{instruction}"
-    if None not in (line, end, column, end_column):
+    if None not in position:
         first = code.co_firstlineno
         where = f"{line - first}.{column}-{end - first}.{end_column}"  # type: ignore[operator]
     return f"{module.get('__name__', '')}:{code.co_qualname}:{where}"
 
 
-_Position = tuple[int | None, int | None, int | None, int | None]
 # Bytes of an instruction.
 _UNIT = 2
 # By the identity of a code object, which is kept: comparing code objects takes longer than what this saves.
@@ -65,8 +72,12 @@ def traced_places() -> list[tuple[CodeType, str]]:
     while frame is not None:
         translator = frame.f_locals.get("self")
         if isinstance(translator, InstructionTranslatorBase) and id(translator) not in found:
-            offset = translator.current_instruction.offset
-            place = place_name(translator.f_globals, translator.f_code, -1 if offset is None else offset)
+            # Its offset is one in bytecode that Dynamo has changed: behind a branch it may name the next instruction.
+            given, offset = translator.current_instruction.positions, translator.current_instruction.offset
+            position: _Position = (
+                _NOWHERE if given is None else (given.lineno, given.end_lineno, given.col_offset, given.end_col_offset)
+            )
+            place = _place_at(translator.f_globals, translator.f_code, position, -1 if offset is None else offset)
             found[id(translator)] = (translator.f_code, place)
         frame = frame.f_back
     return [item for item in found.values() if item[0].co_filename not in _WRAPPER_FILES]
