@@ -7,6 +7,9 @@ Each trainer gets the same residual network and the same generated images, and k
 the first step. `make trainers` builds the environment; see `tools/trainers-requirements.txt`.
 """
 
+# The libraries that it tries are not in the environment in which types are checked.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import copy
