@@ -21,7 +21,7 @@ QCONFIG = tritonq.QConfig(
 
 
 def float_model(images: torch.Tensor, labels: torch.Tensor, epochs: int) -> nn.Module:
-    """A CNN trained in float: yours comes from elsewhere."""
+    """Return a CNN trained in float: yours comes from elsewhere."""
     torch.manual_seed(0)
     model = nn.Sequential(
         *(nn.Conv2d(1, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU()),

@@ -16,14 +16,14 @@ import tritonq
 
 
 def batches(options: argparse.Namespace, model: nn.Module, train: bool) -> DataLoader:
-    """The folder's images as the model wants them."""
+    """Return the folder's images as the model wants them."""
     config = resolve_data_config({"input_size": (3, options.size, options.size)}, model=model)
     data = create_dataset("", root=options.data, transform=create_transform(**config, is_training=train))
     return DataLoader(data, options.batch_size, shuffle=train, drop_last=train, num_workers=options.workers)
 
 
 def choose_qconfigs(model: nn.Module) -> tritonq.QConfigMapping:
-    """int8 throughout, but for the logits: nothing after them needs codes."""
+    """Return int8 throughout, but for the logits: nothing after them needs codes."""
     qconfig = tritonq.get_qconfig("tensorrt")
     head = next(name for name, part in model.named_modules() if part is model.get_classifier())
     return tritonq.QConfigMapping().set_global(qconfig).set_module_name(head, qconfig._replace(activation=nn.Identity))

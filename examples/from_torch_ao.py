@@ -20,7 +20,7 @@ class Net(nn.Module):
         self.fc = nn.Linear(8, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(n, 1, h, w) to logits (n, 2)."""
+        """Return (n, 1, h, w) to logits (n, 2)."""
         x = self.relu(self.bn1(self.conv1(self.quant(x))))
         x = self.skip.add(self.bn2(self.conv2(x)), x)
         return self.dequant(self.fc(x.mean((2, 3))))
@@ -41,7 +41,7 @@ def train(model: nn.Module, steps: int) -> float:
 
 
 def before() -> nn.Module:
-    """The script that you have."""
+    """Return the script that you have."""
     from torch.ao.nn import quantized as kit
     from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules_qat, get_default_qat_qconfig, prepare_qat
 
@@ -52,7 +52,7 @@ def before() -> nn.Module:
 
 
 def after() -> nn.Module:
-    """The same with its imports changed."""
+    """Return the same with its imports changed."""
     from tritonq import fuse_modules_qat, get_default_qat_qconfig, prepare_qat
     from tritonq import nn as kit
 

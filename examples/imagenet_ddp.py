@@ -17,7 +17,7 @@ import tritonq
 
 
 def loader(options: argparse.Namespace, part: str) -> DataLoader:
-    """The rank's share of ``train`` or ``val``."""
+    """Return the rank's share of ``train`` or ``val``."""
     train = part == "train"
     crop = transforms.RandomResizedCrop(options.size) if train else transforms.CenterCrop(options.size)
     steps = [transforms.Resize(options.size * 8 // 7), crop, transforms.ToTensor()]
@@ -29,7 +29,7 @@ def loader(options: argparse.Namespace, part: str) -> DataLoader:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: DataLoader, device: torch.device) -> float:
-    """Fraction of the validation images that are classified correctly, over all ranks."""
+    """Return fraction of the validation images that are classified correctly, over all ranks."""
     model.eval()
     hits = torch.cat([model(images.to(device)).argmax(1) == labels.to(device) for images, labels in batches])
     counts = torch.stack([hits.sum(), torch.tensor(len(hits), device=device)])

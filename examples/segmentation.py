@@ -26,7 +26,7 @@ CLASSES = 3
 
 
 def shapes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images (count, 3, size, size) and masks (count, size, size)."""
+    """Return images (count, 3, size, size) and masks (count, size, size)."""
     random = torch.Generator().manual_seed(seed)
     images = 0.4 * torch.rand(count, 3, size, size, generator=random)
     masks = torch.zeros(count, size, size, dtype=torch.long)
@@ -57,7 +57,7 @@ class Scores(nn.Module):
 
 
 def make_model(name: str) -> nn.Module:
-    """LRASPP of torchvision, or a U-Net of segmentation_models_pytorch."""
+    """Return LRASPP of torchvision, or a U-Net of segmentation_models_pytorch."""
     if name == "lraspp":
         from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
@@ -81,7 +81,7 @@ def train(model: nn.Module, images: Tensor, masks: Tensor, epochs: int, learning
 
 
 def mean_iou(predict: Callable[[Tensor], Tensor], images: Tensor, masks: Tensor) -> float:
-    """Mean over the classes of intersection over union, in percent."""
+    """Return mean over the classes of intersection over union, in percent."""
     with torch.no_grad():
         found = torch.cat([predict(image[None]).argmax(1) for image in images])
     ratios = []
@@ -92,7 +92,7 @@ def mean_iou(predict: Callable[[Tensor], Tensor], images: Tensor, masks: Tensor)
 
 
 def last_convolutions_in_float(model: nn.Module) -> tritonq.QConfigMapping:
-    """A mapping that leaves the convolutions that return scores in float: those with as many channels as classes."""
+    """Return a mapping that leaves the convolutions that return scores, one channel per class, in float."""
     mapping = tritonq.QConfigMapping().set_global(tritonq.get_qconfig("onnxruntime"))
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and module.out_channels == CLASSES:

@@ -81,7 +81,7 @@ class Predictions(nn.Module):
 
 
 def average_precision(found: list[Tensor], wanted: list[Tensor], label: int) -> float:
-    """Area under precision over recall of one class, where boxes match at an IoU of 0.5."""
+    """Return area under precision over recall of one class, where boxes match at an IoU of 0.5."""
     hits: list[tuple[float, bool]] = []
     count = 0
     for boxes, truth in zip(found, wanted, strict=True):
@@ -103,7 +103,7 @@ def average_precision(found: list[Tensor], wanted: list[Tensor], label: int) -> 
 
 
 def map50(predict: Callable[[Tensor], Tensor], folder: Path) -> float:
-    """Mean over the classes of the average precision at an IoU of 0.5, in percent."""
+    """Return mean over the classes of the average precision at an IoU of 0.5, in percent."""
     found, wanted = [], []
     for path in sorted((folder / "images").glob("*.png")):
         image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)

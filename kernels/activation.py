@@ -34,7 +34,7 @@ def quantize_value(
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
 ):
-    """``FQ(relu?(y))`` of float32 values; FQ where QUANTIZED and the scalar ``active`` is not 0."""
+    """Return ``FQ(relu?(y))`` of float32 values; FQ where QUANTIZED and the scalar ``active`` is not 0."""
     if not QUANTIZED:
         return rectify(y, CEILING)
     elif QUANT_MAX - QUANT_MIN < NARROW_CODES:
@@ -58,7 +58,7 @@ def quantize_value(
 
 @triton.jit
 def rectify(y, CEILING: tl.constexpr):
-    """``min(max(y, 0), CEILING)``, or ``y`` where there is no ReLU; NaN stays."""
+    """Return ``min(max(y, 0), CEILING)``, or ``y`` where there is no ReLU; NaN stays."""
     if CEILING is not None:
         y = clamp(y, 0.0, CEILING) if CEILING < INF else tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return y
@@ -115,7 +115,10 @@ def gradient_bounds(
 
 @triton.jit
 def gradient_passes(y, unit, low, high, CEILING: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr):
-    """Where neither ReLU nor the clip blocks the gradient of :func:`quantize_value`; bounds as above. False at NaN."""
+    """Return where neither ReLU nor the clip blocks the gradient of :func:`quantize_value`.
+
+    Bounds as above. False at NaN.
+    """
     if QUANTIZED:
         v = divide_by_scale(y, unit, ROUNDING)
         # Zero is on every grid: no positive value lies below the first code. What a lower bound blocks goes where the
@@ -244,7 +247,7 @@ def merge_range(
 
 @triton.jit
 def load_quantizer(scale_ptr, zero_point_ptr, active_ptr):
-    """Scale, zero point (float32) and switch of one quantizer; a quantizer without a switch is on.
+    """Return scale, zero point (float32) and switch of one quantizer; a quantizer without a switch is on.
 
     Without a quantizer (``scale_ptr`` is None) the results are placeholders. They are numbers, since Triton's compiler
     refuses a function that returns None among other values.

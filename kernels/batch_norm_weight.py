@@ -92,7 +92,7 @@ def gradients(
     grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the weight and of γ, in float32."""
+    """Return gradients of the weight and of γ, in float32."""
     norm = None if gamma is None else (gamma, inverse_std, eps_share, sum_gn)
     return weight_gradients(dcodes, rows, fold, unit, grid if clips else None, norm)
 

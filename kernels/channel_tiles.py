@@ -61,20 +61,20 @@ def share_tile(outer, row_start, col_start, sizes, ROWS: tl.constexpr, COLS: tl.
 
 @triton.jit
 def share_offsets(place, strides):
-    """Offsets of the elements of a share's tile in a tensor of these strides."""
+    """Return offsets of the elements of a share's tile in a tensor of these strides."""
     return place[0] * strides[0] + place[1] * strides[1] + place[2] * strides[2]
 
 
 @triton.jit
 def partial_tile(start, channel, valid, splits, channels, SPLITS: tl.constexpr):
-    """Offsets of SPLITS partial results of some channels, from number ``start`` on, and which of them exist."""
+    """Return offsets of SPLITS partial results of some channels, from number ``start`` on, and which of them exist."""
     part = start + tl.arange(0, SPLITS)[:, None]
     return part * channels + channel[None, :], (part < splits) & valid[None, :]
 
 
 @triton.jit
 def spread(vector, CHANNEL: tl.constexpr):
-    """A vector over the channels of a share, shaped to broadcast against a tile."""
+    """Return a vector over the channels of a share, shaped to broadcast against a tile."""
     if CHANNEL == 2:
         return vector[None, :]
     else:
@@ -83,7 +83,7 @@ def spread(vector, CHANNEL: tl.constexpr):
 
 @triton.jit
 def sum_per_channel(tile, CHANNEL: tl.constexpr):
-    """The sums of a tile, shaped as the channels of its share."""
+    """Return the sums of a tile, shaped as the channels of its share."""
     if CHANNEL == 1:
         return tl.sum(tile, 1)
     elif CHANNEL == 2:
@@ -94,7 +94,7 @@ def sum_per_channel(tile, CHANNEL: tl.constexpr):
 
 @triton.jit
 def min_per_channel(tile, CHANNEL: tl.constexpr):
-    """The smallest of a tile, shaped as the channels of its share; NaN may be lost."""
+    """Return the smallest of a tile, shaped as the channels of its share; NaN may be lost."""
     if CHANNEL == 1:
         return tl.min(tile, 1)
     elif CHANNEL == 2:
@@ -105,7 +105,7 @@ def min_per_channel(tile, CHANNEL: tl.constexpr):
 
 @triton.jit
 def max_per_channel(tile, CHANNEL: tl.constexpr):
-    """The largest of a tile, shaped as the channels of its share; NaN may be lost."""
+    """Return the largest of a tile, shaped as the channels of its share; NaN may be lost."""
     if CHANNEL == 1:
         return tl.max(tile, 1)
     elif CHANNEL == 2:
@@ -116,5 +116,8 @@ def max_per_channel(tile, CHANNEL: tl.constexpr):
 
 @triton.jit
 def fma(x, factor, addend):
-    """``x · factor + addend`` with one rounding (two in the interpreter); the last two broadcast against ``x``."""
+    """Return ``x · factor + addend`` with one rounding (two in the interpreter).
+
+    The last two broadcast against ``x``.
+    """
     return tl.fma(x, tl.broadcast_to(factor, x.shape), tl.broadcast_to(addend, x.shape))

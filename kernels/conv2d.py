@@ -38,7 +38,7 @@ def requantize(
     exists,  # (outs,) which of them there are
     ROUNDING: tl.constexpr,
 ):
-    """``float32(total + bias) * multiplier``, or ``round(that) * grid_scale``; float32."""
+    """Return ``float32(total + bias) * multiplier``, or ``round(that) * grid_scale``; float32."""
     if bias_ptr is not None:
         # In float32 the sum would be rounded before its only rounding, at 2^24 and above.
         bias = tl.load(bias_ptr + out, mask=exists, other=0).to(tl.int64)
@@ -267,7 +267,7 @@ def _launch(
 
 
 def _default_tile(x: Tensor, pixels: int, outs: int, channels: int, depthwise: bool) -> ConvTile:
-    """The tile of a launch that nobody tuned."""
+    """Return the tile of a launch that nobody tuned."""
     # Without tf32, float32 products are no work for matrix units, and keep their operands in registers.
     widest = 128 if x.element_size() < 4 else 64
     if is_channels_last(x):
@@ -277,12 +277,12 @@ def _default_tile(x: Tensor, pixels: int, outs: int, channels: int, depthwise: b
 
 
 def _reach(x: Tensor) -> int:
-    """One past the largest offset of an element."""
+    """Return one past the largest offset of an element."""
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def input_precision(x: Tensor, is_codes: bool) -> str:
-    """``"tf32"`` for float32 values where torch's own convolutions may use it (NVIDIA), else ``"ieee"``."""
+    """Return ``"tf32"`` for float32 values where torch's own convolutions may use it (NVIDIA), else ``"ieee"``."""
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     if x.dtype != torch.float32 or is_codes or convolutions.fp32_precision != "tf32":
         return "ieee"
@@ -291,7 +291,7 @@ def input_precision(x: Tensor, is_codes: bool) -> str:
 
 
 def tuned_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, is_codes: bool) -> ConvTile | None:
-    """The tile with which this GPU's table has the kernel beat torch's convolution, or None: torch's is to run."""
+    """Return tile with which this GPU's table has the kernel beat torch's convolution, or None: torch's is to run."""
     index = x.device.index if x.is_cuda else None
     layout = "channels_last" if is_channels_last(x) else "channels_first"
     dtype = "codes" if is_codes else str(x.dtype).removeprefix("torch.")
@@ -313,7 +313,7 @@ def _tuned_tile(
 
 
 def table_key(dtype: str, layout: str, x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry) -> str:
-    """The class of a convolution, as tables name it: ``"float16/channels_last/3x3s2/dense/large"``.
+    """Return the class of a convolution, as tables name it: ``"float16/channels_last/3x3s2/dense/large"``.
 
     The third part is kernel and stride, with ``d2`` behind them for a dilation of 2. Then ``depthwise``, ``grouped``,
     ``stem`` (fewer than 16 channels) or ``dense``; ``large`` is an output of 2^20 elements or more.

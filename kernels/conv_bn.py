@@ -56,7 +56,7 @@ def scan_statistics(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Sums of distances and of their squares, minimum and maximum over the tiles of a share, (ROWS, COLS) each."""
+    """Return sums of distances and their squares, minimum and maximum over the tiles of a share, (ROWS, COLS) each."""
     about = centre.to(tl.float32)
     total = tl.zeros([ROWS, COLS], tl.float32)
     squares = tl.zeros([ROWS, COLS], tl.float32)
@@ -130,7 +130,10 @@ def statistics_kernel(
 
 @triton.jit
 def mean_from(at, step, base, mask):
-    """Means of shares, from ``base``; ``at`` points to their centres, ``step`` elements before the rest of the mean."""
+    """Return means of shares, from ``base``.
+
+    ``at`` points to their centres, ``step`` elements before the rest of the mean.
+    """
     centre = tl.load(at, mask=mask, other=0.0)
     return (centre - base[None, :]) + tl.load(at + step, mask=mask, other=0.0)
 
@@ -270,7 +273,7 @@ def forward(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Grid | None]:
-    """The tail of one training step; the result, the vectors of `Normalization`, and a snapshot of the grid."""
+    """Return the tail of one training step; the result, the vectors of `Normalization`, and a snapshot of the grid."""
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)
     vectors, extremes = _statistics(c, seen, ratio, gamma, beta, bias, norm)
@@ -284,7 +287,7 @@ def forward(
 
 
 def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
-    """``FQ(relu?(slope · c + shift))``: the last pass of :func:`forward`."""
+    """Return ``FQ(relu?(slope · c + shift))``: the last pass of :func:`forward`."""
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)
     _apply(c, y, seen, slope, shift, grid, ceiling)
@@ -319,7 +322,7 @@ def _statistics(
     bias: Tensor | None,
     norm: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The six vectors of `Normalization`, and (2, channels) extremes of the result; updates running statistics."""
+    """Return six vectors of `Normalization`, and (2, channels) extremes of the result; updates running statistics."""
     shares = plan_reduction(c, seen)
     channels = c.shape[1]
     count = c.numel() // channels

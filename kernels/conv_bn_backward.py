@@ -50,7 +50,7 @@ def scan_gradients(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Sums of the unblocked gradient, and of its product with ``c - mean``, over a share, (ROWS, COLS) each."""
+    """Return sums of the unblocked gradient, and of its product with ``c - mean``, over a share, (ROWS, COLS) each."""
     plain = tl.zeros([ROWS, COLS], tl.float32)
     moment = tl.zeros([ROWS, COLS], tl.float32)
     for outer in range(start[0], end[0]):
@@ -206,7 +206,9 @@ def backward(
     ceiling: float | None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of ``c``; per channel, the sums of the unblocked gradient and of its product with normalised ``c``.
+    """Return gradient of ``c``.
+
+    Per channel, the sums of the unblocked gradient and of its product with normalised ``c``.
 
     ``out`` is not used: a GPU's allocator hands out again what was freed.
     """

@@ -47,7 +47,7 @@ class ConvGeometry(NamedTuple):
 
 
 def empty_output(x: Tensor, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
-    """Memory for a convolution of ``x`` (n, c, h, w) with ``weight`` (out, c/groups, kh, kw), laid out as ``x``.
+    """Return memory for a convolution of ``x`` (n, c, h, w) with ``weight`` (out, c/groups, kh, kw), laid out as ``x``.
 
     ``size = (in + 2 padding - dilation (kernel - 1) - 1) // stride + 1``.
     """
@@ -78,7 +78,7 @@ def conv_tile(
     steps: tuple[int, ...] = (32, 64),
     stages: int = 3,
 ) -> ConvTile:
-    """Tile sizes where nothing is tuned: powers of two, at least 16 × 16.
+    """Return tile sizes where nothing is tuned: powers of two, at least 16 × 16.
 
     64 × 128 with eight warps keeps 32 accumulators of 32 bits per lane: the largest tile that spills nothing on any
     target (`tests/operators/test_codegen.py`). Not measured.

@@ -150,7 +150,10 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
 
 
 def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool = False) -> Tensor:
-    """Straight-through gradient of :func:`fake_quantize`; strides of the result follow ``torch.empty_like(x)``."""
+    """Return straight-through gradient of :func:`fake_quantize`.
+
+    Strides of the result follow ``torch.empty_like(x)``.
+    """
     dx = torch.empty_like(x)
     if dx.numel() == 0:
         return dx
@@ -212,7 +215,7 @@ def _passing_floats(number: FloatFormat | None, blocks_ends: bool) -> dict[str, 
 
 
 def common_view(inputs: tuple[Tensor, ...], out: Tensor, axis: int | None) -> tuple[tuple[Tensor, ...], View]:
-    """The view of ``inputs`` and a dense ``out``; inputs whose strides allow none are first copied to ``out``'s."""
+    """Return view of ``inputs`` and a dense ``out``; inputs whose strides allow none are first copied to ``out``'s."""
     seen = view(out.shape, (*(t.stride() for t in inputs), out.stride()), axis)
     if seen is not None:
         return inputs, seen

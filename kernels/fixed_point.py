@@ -72,7 +72,7 @@ def frac_len_errors_kernel(
 
 
 def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
-    """Sum of squared rounding errors for every fractional length: float64 (candidates,) or (candidates, channels)."""
+    """Return squared rounding errors summed per fractional length: float64 (candidates,) or (candidates, channels)."""
     axis = qtype.axis
     channels = 1 if axis is None else x.shape[axis]
     if x.numel() == 0:
@@ -109,12 +109,12 @@ def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
 
 
 def search_frac_len(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
-    """The fractional length of least squared error, the smaller one of equals: int32, 0-d or (channels,)."""
+    """Return the fractional length of least squared error, the smaller one of equals: int32, 0-d or (channels,)."""
     return frac_len_errors(x, qtype, candidates).argmin(0).to(torch.int32)
 
 
 def _channel_first(seen: View) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """Sizes and strides of (channel, outer, rows, cols), with size-1 axes where the view has none."""
+    """Return sizes and strides of (channel, outer, rows, cols), with size-1 axes where the view has none."""
     sizes, strides = list(seen.sizes), list(seen.strides[0])
     if seen.channel is None:
         return (1, *seen.sizes), (0, *seen.strides[0])

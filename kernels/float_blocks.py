@@ -110,7 +110,7 @@ def float_scale(bits, tensor_scale, LARGEST: tl.constexpr):
 
 @triton.jit
 def reciprocal_or_zero(v):
-    """``1 / v``; 0 below float32's normal numbers, whose reciprocals may be infinite."""
+    """Return ``1 / v``; 0 below float32's normal numbers, whose reciprocals may be infinite."""
     is_usable = v >= _SMALLEST_NORMAL
     return tl.where(is_usable, tl.div_rn(1.0, tl.where(is_usable, v, 1.0)), 0.0)
 
@@ -153,7 +153,7 @@ def fake_quantize_blocks(
 
 @planned("fake_quantize_blocks")
 def _plan(kernel: str, dtype: torch.dtype, seen: View, device: torch.device, size: int, warp_size: int) -> Plan:
-    """Tiles of whole blocks, about as large as those of other kernels."""
+    """Return tiles of whole blocks, about as large as those of other kernels."""
     chosen = parameters(kernel, dtype, seen, device)
     if seen.channel == 2:
         cols = max(tile_shape(seen.sizes, chosen.elements, chosen.elements)[1], size)

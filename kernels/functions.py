@@ -61,7 +61,7 @@ def function_backward_kernel(
 
 
 def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatistics | None) -> tuple[Tensor, Grid]:
-    """``FQ(f(x))``, dense, and the grid as it was."""
+    """Return ``FQ(f(x))``, dense, and the grid as it was."""
     y = torch.empty_like(x)
     operands = (laid_out_as(y, x), None)
     frozen = write_rounded(operands, y, None, function.name, function.arguments, grid, statistics, None)
@@ -71,7 +71,7 @@ def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatisti
 def backward(
     dy: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, function: Function, grid: Grid
 ) -> Tensor:
-    """The gradient of the input, laid out as ``torch.empty_like(x)``."""
+    """Return the gradient of the input, laid out as ``torch.empty_like(x)``."""
     dx = torch.empty_like(x, dtype=dy.dtype)
     n = dx.numel()
     if n == 0:

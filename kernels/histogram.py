@@ -40,7 +40,7 @@ _WINDOW = 256
 
 @triton.jit
 def bin_of(prefix, negative, FIRST_PREFIX: tl.constexpr, PER_SIDE: tl.constexpr):
-    """Number of the bin of a float whose magnitude's top bits are ``prefix``: see `tritonq.bins`."""
+    """Return number of the bin of a float whose magnitude's top bits are ``prefix``: see `tritonq.bins`."""
     outward = tl.minimum(tl.maximum(prefix - (FIRST_PREFIX - 1), 0), PER_SIDE)
     return tl.where(negative, PER_SIDE - outward, PER_SIDE + outward)
 
@@ -156,7 +156,7 @@ def linear_histogram_kernel(
 
 
 def linear_histogram(x: Tensor, bins: int, lo: float, hi: float, axis: int | None = None) -> Tensor:
-    """Counts over equal bins from ``lo`` to ``hi``: int64, (bins,) or (x.shape[axis], bins)."""
+    """Return counts over equal bins from ``lo`` to ``hi``: int64, (bins,) or (x.shape[axis], bins)."""
     channels = 1 if axis is None else x.shape[axis]
     rows = x if axis is None else x.movedim(axis, 0)
     rows = rows.reshape(channels, x.numel() // max(1, channels)).contiguous()
@@ -179,7 +179,7 @@ def linear_histogram(x: Tensor, bins: int, lo: float, hi: float, axis: int | Non
 
 
 def prefix_histogram(x: Tensor, bins: Any, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts over ``bins`` (a `tritonq.bins.FloatPrefixBins`), smallest and largest finite value, values skipped."""
+    """Return counts over ``bins`` (FloatPrefixBins), the smallest and largest finite value, and the values skipped."""
     shape = () if axis is None else (x.shape[axis],)
     counts = torch.zeros((*shape, bins.count), dtype=torch.int64, device=x.device)
     low = torch.full(shape, torch.inf, dtype=torch.float32, device=x.device)

@@ -23,7 +23,7 @@ _MAX_IMAGES = 65535
 
 @triton.jit
 def shift_to_codes(total, shift, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr):
-    """``clamp(round_half_even(total * 2^-shift), QUANT_MIN, QUANT_MAX)`` of integers.
+    """Return ``clamp(round_half_even(total * 2^-shift), QUANT_MIN, QUANT_MAX)`` of integers.
 
     Args:
         total: int32 or int64 accumulators.
@@ -54,7 +54,7 @@ def finish(
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
 ):
-    """The epilogue: bias, saturation and its count, requantization."""
+    """Return the epilogue: bias, saturation and its count, requantization."""
     total = total + bias[None, :]
     if saturated_ptr is not None:
         over = (tl.abs(total) > ACCUMULATOR_MAX) & valid

@@ -51,7 +51,7 @@ class Parameters(NamedTuple):
     warps: int
 
     def num_warps(self, warp_size: int) -> int:
-        """Triton's ``num_warps``: as many lanes on AMD, whose warps have 64."""
+        """Return Triton's ``num_warps``: as many lanes on AMD, whose warps have 64."""
         return max(1, self.warps * 32 // warp_size)
 
 
@@ -66,7 +66,7 @@ _AGAINST_TORCH = frozenset({"conv2d"})
 
 
 def default_parameters(shape_class: str, size_class: str) -> Parameters:
-    """Parameters where no table speaks.
+    """Return parameters where no table speaks.
 
     128 lanes with 32 elements each keep 16 KiB of float32 loads in flight per program and amortise the scale's
     reciprocal. Channels along the columns take narrow, tall tiles: few reciprocals, each used for every row.
@@ -76,7 +76,7 @@ def default_parameters(shape_class: str, size_class: str) -> Parameters:
 
 
 def shape_class(view: View) -> str:
-    """``"flat"`` (one dimension, one scale), ``"cols"`` (channels along the columns) or ``"rows"`` (all else)."""
+    """Return ``"flat"`` (one dimension, one scale), ``"cols"`` (channels along columns) or ``"rows"`` (all else)."""
     if view.channel == 2:
         return "cols"
     return "flat" if view.channel is None and view.sizes[0] == view.sizes[1] == 1 else "rows"
@@ -103,7 +103,7 @@ def override(kernel: str, entry: Entry) -> Iterator[None]:
 
 
 def overridden(kernel: str) -> Entry | None:
-    """The entry that :func:`override` gives ``kernel`` here, or None."""
+    """Return the entry that :func:`override` gives ``kernel`` here, or None."""
     overrides = _OVERRIDES.get()
     if not overrides:
         return None
@@ -159,13 +159,13 @@ def tuned(kernel: str, key: str, device_index: int | None) -> Entry | None:
 
 
 def gpu_file_stem(name: str) -> str:
-    """File name of a GPU's table: ``"NVIDIA H200"`` gives ``"nvidia_h200"``."""
+    """Return file name of a GPU's table: ``"NVIDIA H200"`` gives ``"nvidia_h200"``."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 @cache
 def load_table(path: Path) -> dict[str, dict[str, Entry]]:
-    """Kernel name to key to entry; empty when there is no such file, or, with a warning, when it is damaged."""
+    """Return kernel name to key to entry; empty when there is no such file, or, with a warning, when it is damaged."""
     if not path.exists():
         return {}
     try:
@@ -211,7 +211,7 @@ _DEFAULT_MULTIPROCESSORS = 132
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors (compute units) the device has."""
+    """Return how many multiprocessors (compute units) the device has."""
     if device.type != "cuda":
         return _DEFAULT_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -222,12 +222,12 @@ _PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 def programs_that_fill(device: torch.device) -> int:
-    """How many programs of a reduction keep the device busy: more would only make more partial results."""
+    """Return how many programs of a reduction keep the device busy: more would only make more partial results."""
     return _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
 
 
 def warp_size(device: torch.device) -> int:
-    """Lanes per warp. A meta tensor stands for one on the GPU that Triton compiles for."""
+    """Return lanes per warp. A meta tensor stands for one on the GPU that Triton compiles for."""
     if device.type == "meta":
         return int(driver.active.get_current_target().warp_size)
     return 64 if device.type == "cuda" and torch.version.hip else 32
@@ -241,7 +241,7 @@ class Plan(NamedTuple):
 
 
 def plan(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> Plan:
-    """Tile and grid for one program per tile."""
+    """Return tile and grid for one program per tile."""
     return _plan(overridden(kernel), kernel, dtype, view, device, warp_size(device))
 
 
@@ -255,5 +255,5 @@ def _plan(
 
 
 def device_guard(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current CUDA device, which need not be ``x``'s."""
+    """Return Triton launches on the current CUDA device, which need not be ``x``'s."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

@@ -63,7 +63,7 @@ class Launcher:
 
 
 def _key(args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...] | None:
-    """What decides which compiled kernel runs, and None where that can't be told from here."""
+    """Return what decides which compiled kernel runs, and None where that can't be told from here."""
     key: list[Any] = []
     for value in args:
         if isinstance(value, Tensor):

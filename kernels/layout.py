@@ -115,7 +115,7 @@ def view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int
 
 
 def dense_view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int | None) -> View:
-    """:func:`view` of tensors that share one dense layout: at most three dimensions lie around its channel axis.
+    """Compute :func:`view` of tensors that share a dense layout: at most three dimensions around the channel axis.
 
     Raises:
         ValueError: strides that differ, or leave gaps where they can't be folded.
@@ -127,13 +127,13 @@ def dense_view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axi
 
 
 def _extent(sizes: tuple[int, int, int], strides: Sequence[tuple[int, int, int]]) -> int:
-    """The largest index or offset that addressing the view can produce."""
+    """Return the largest index or offset that addressing the view can produce."""
     offsets = [sum((size - 1) * step for size, step in zip(sizes, t, strict=True)) for t in strides]
     return max(*sizes, *offsets)
 
 
 def tile_shape(sizes: tuple[int, int, int], elements: int, max_cols: int) -> tuple[int, int]:
-    """Rows and columns of a tile of about ``elements`` elements: as wide as padding allows, then as tall as fits.
+    """Return rows and columns of a tile of about ``elements`` elements: as wide as padding allows, then as tall.
 
     Args:
         sizes: (outer, rows, cols) of the view.
@@ -155,7 +155,7 @@ def tile_shape(sizes: tuple[int, int, int], elements: int, max_cols: int) -> tup
 
 
 def launch_grid(programs: tuple[int, int, int]) -> LaunchGrid:
-    """Columns on the first grid axis, rows on the second, outer on the third.
+    """Return columns on the first grid axis, rows on the second, outer on the third.
 
     Where rows or outer pass the limit of their axis they trade places with the columns. (A second dimension cannot pass
     it as well: that would take over 2^32 tiles of a thousand elements.)
@@ -177,7 +177,7 @@ def launch_grid(programs: tuple[int, int, int]) -> LaunchGrid:
 
 
 def tile_counts(sizes: tuple[int, int, int], rows: int, cols: int) -> tuple[int, int, int]:
-    """Tiles of (1, rows, cols) along each dimension."""
+    """Return tiles of (1, rows, cols) along each dimension."""
     return sizes[0], -(-sizes[1] // rows), -(-sizes[2] // cols)
 
 
@@ -219,7 +219,7 @@ def split(
 
 
 def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n`` and 1."""
+    """Return the smallest power of two that is at least ``n`` and 1."""
     return 1 << max(0, n - 1).bit_length()
 
 

@@ -32,7 +32,7 @@ def learned_terms(
     ROUNDING: tl.constexpr,
     METHOD: tl.constexpr,
 ):
-    """Where the gradient passes, and what each value adds to the parameter's gradient per unit of dy.
+    """Return where the gradient passes, and what each value adds to the parameter's gradient per unit of dy.
 
     Args:
         x: float32 block.
@@ -227,7 +227,7 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: str) -> Tensor:
 
 
 def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, the parameter and the zero point; the last two float32, shaped as ``grid.scale``."""
+    """Return gradients of ``x``, the parameter and the zero point; the last two float32, shaped as ``grid.scale``."""
     dx = torch.empty_like(x)
     of_parameter, of_shift = (torch.zeros_like(grid.scale, dtype=torch.float32) for _ in range(2))
     if dx.numel() == 0:
@@ -267,7 +267,7 @@ def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: st
 
 
 def _clip_then_round(x: Tensor, grid: Grid) -> Tensor:
-    """MegEngine's order of clipping and rounding, which matters where there is a zero point."""
+    """Return MegEngine's order of clipping and rounding, which matters where there is a zero point."""
     y = torch.empty_like(x)
     if y.numel() == 0:
         return y

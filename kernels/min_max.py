@@ -43,7 +43,7 @@ def scan_min_max(
     COLS: tl.constexpr,
     FINITE_ONLY: tl.constexpr,
 ):
-    """Elementwise minimum and maximum over the tiles of a share, (ROWS, COLS) each, and how many values were skipped.
+    """Return elementwise minimum and maximum over the tiles of a share, (ROWS, COLS) each, and the values skipped.
 
     Without FINITE_ONLY nothing is skipped and NaN propagates: two instructions per element.
     """
@@ -227,7 +227,7 @@ def finish_kernel(
 
 
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Smallest and largest finite value of ``x``, or of each channel, and how many values are not finite."""
+    """Return smallest and largest finite value of ``x``, or of each channel, and how many values are not finite."""
     shape = () if axis is None else (x.shape[axis],)
     low = torch.full(shape, torch.inf, dtype=torch.float32, device=x.device)
     high = torch.full(shape, -torch.inf, dtype=torch.float32, device=x.device)

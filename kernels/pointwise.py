@@ -20,7 +20,7 @@ _SIXTH = tl.constexpr(0.16666666666666666)
 
 @triton.jit
 def load_operand(ptr, offsets, mask, other, scale_ptr, shift_ptr):
-    """Values as float32: as they are stored, or from codes where they lie on a grid: ``(code - shift) * scale``."""
+    """Return values as float32: as stored, or from codes where they lie on a grid: ``(code - shift) * scale``."""
     value = tl.load(ptr + offsets, mask=mask, other=other).to(tl.float32)
     if scale_ptr is not None:
         if shift_ptr is not None:
@@ -31,7 +31,7 @@ def load_operand(ptr, offsets, mask, other, scale_ptr, shift_ptr):
 
 @triton.jit
 def operate(a, b, OPERATION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """``a + b``, ``a * b``, ``a`` itself, or a function of ``a`` with up to two arguments, as OPERATION names it."""
+    """Return ``a + b``, ``a * b``, ``a``, or a function of ``a`` with up to two arguments, as OPERATION names it."""
     if OPERATION == "none":
         return a
     elif OPERATION == "add":
@@ -44,7 +44,7 @@ def operate(a, b, OPERATION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.const
 
 @triton.jit
 def function_value(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """The function of float32 values. NaN stays NaN."""
+    """Return the function of float32 values. NaN stays NaN."""
     if FUNCTION == "sigmoid":
         return _sigmoid(x)
     elif FUNCTION == "tanh":
@@ -72,7 +72,7 @@ def function_value(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.co
 
 @triton.jit
 def function_derivative(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """The derivative of :func:`function_value`."""
+    """Return the derivative of :func:`function_value`."""
     if FUNCTION == "sigmoid":
         y = _sigmoid(x)
         return y * (1.0 - y)
@@ -125,7 +125,7 @@ def _tanh(x):
 
 @triton.jit
 def _softplus(x):
-    """``log(1 + exp(x))``: the logarithm by the series of the inverse hyperbolic tangent, up to 1/3."""
+    """Return ``log(1 + exp(x))``: the logarithm by the series of the inverse hyperbolic tangent, up to 1/3."""
     power = tl.exp(-tl.abs(x))
     ratio = tl.div_rn(power, 2.0 + power)
     square = ratio * ratio
@@ -141,7 +141,10 @@ def _softplus(x):
 
 @triton.jit
 def _erf(x):
-    """The error function, by the quotient of two polynomials that Eigen and XLA use; the last three bits may differ."""
+    """Return error function, by the quotient of two polynomials that Eigen and XLA use.
+
+    The last three bits may differ.
+    """
     x = tl.maximum(x, -4.0, propagate_nan=tl.PropagateNan.ALL)
     x = tl.minimum(x, 4.0, propagate_nan=tl.PropagateNan.ALL)
     square = x * x

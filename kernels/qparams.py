@@ -27,7 +27,7 @@ def range_to_qparams(
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
 ):
-    """Scale (float32) and zero point (int32) of the range ``min_val`` .. ``max_val`` (float32 blocks).
+    """Return scale (float32) and zero point (int32) of the range ``min_val`` .. ``max_val`` (float32 blocks).
 
     A range that is empty or not finite gives scale 1 and the type's zero.
     """
@@ -62,7 +62,7 @@ def _linear_qparams(
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
 ):
-    """torch.ao's observer rule and MegEngine's, float32."""
+    """Return torch.ao's observer rule and MegEngine's, float32."""
     codes: tl.constexpr = QUANT_MAX - QUANT_MIN
     if FIXED_ZERO_POINT is not None:
         scale = tl.maximum(tl.div_rn(tl.maximum(-low, high), tl.full(low.shape, codes / 2, tl.float32)), eps)
@@ -79,7 +79,7 @@ def _linear_qparams(
 
 @triton.jit
 def _torch_v1_qparams(low, high, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """What torch's fused moving-average operator computes, in float64 as there."""
+    """Return what torch's fused moving-average operator computes, in float64 as there."""
     low = low.to(tl.float64)
     high = high.to(tl.float64)
     codes: tl.constexpr = QUANT_MAX - QUANT_MIN

@@ -97,7 +97,7 @@ def plan_reduction(x: Tensor, seen: View) -> Reduction:
 
 @planned("min_max")
 def planned_reduction(dtype: torch.dtype, seen: View, device: torch.device, warp_size: int) -> Reduction:
-    """:func:`plan_reduction` by what it depends on."""
+    """Compute :func:`plan_reduction` by what it depends on."""
     chosen = parameters("min_max", dtype, seen, device)
     rows, cols = tile_shape(seen.sizes, min(chosen.elements, _MAX_ELEMENTS), chosen.max_cols)
     parts = split(seen.sizes, seen.channel, (1, rows, cols), programs_that_fill(device), _MIN_ELEMENTS_PER_PROGRAM)

@@ -45,7 +45,7 @@ def join_backward_kernel(
 def forward(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """``FQ(relu?(a + b))``, dense, and the mask of the gradient."""
+    """Return ``FQ(relu?(a + b))``, dense, and the mask of the gradient."""
     y = torch.empty_like(a)
     mask = mask_like(y)
     write_rounded((laid_out_as(y, a), laid_out_as(y, b)), y, mask, "add", (), grid, statistics, ceiling)
@@ -53,7 +53,7 @@ def forward(
 
 
 def backward(dy: Tensor, mask: Tensor) -> Tensor:
-    """``dy`` where the mask's bit is set; ``dy`` is dense, in the memory order of the forward's result."""
+    """Return ``dy`` where the mask's bit is set; ``dy`` is dense, in the memory order of the forward's result."""
     g = torch.empty_like(dy)
     plane = mask.numel()
     if dy.numel() == 0:

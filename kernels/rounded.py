@@ -41,7 +41,7 @@ def scan_results(
     BLOCK: tl.constexpr,
     FINITE_ONLY: tl.constexpr,
 ):
-    """Elementwise minimum and maximum of results over a share, and the count of values skipped, (BLOCK,) each.
+    """Return elementwise minimum and maximum of results over a share, and the count of values skipped, (BLOCK,) each.
 
     Without FINITE_ONLY nothing is skipped and NaN propagates.
     """
@@ -150,7 +150,7 @@ def rounded_kernel(
 
 
 def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> tuple[Tensor, Tensor]:
-    """``FQ(relu?(y))``, written over ``y``, and the mask of the gradient."""
+    """Return ``FQ(relu?(y))``, written over ``y``, and the mask of the gradient."""
     mask = mask_like(y)
     write_rounded((y, None), y, mask, "none", (), grid, statistics, ceiling)
     return y, mask

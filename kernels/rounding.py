@@ -19,20 +19,20 @@ NARROW_CODES = tl.constexpr(2**22)
 
 @triton.jit
 def round_half_even(v):
-    """Nearest integer, ties to even, for |v| <= 2^22; NaN stays."""
+    """Return nearest integer, ties to even, for |v| <= 2^22; NaN stays."""
     return (v + _ROUNDER) - _ROUNDER
 
 
 @triton.jit
 def round_half_even_any(v):
-    """Nearest integer, ties to even, for any v; NaN and infinities stay."""
+    """Return nearest integer, ties to even, for any v; NaN and infinities stay."""
     rounder = tl.where(v < 0, -_ALL_WHOLE, _ALL_WHOLE)
     return tl.where(tl.abs(v) < _ALL_WHOLE, (v + rounder) - rounder, v)
 
 
 @triton.jit
 def round_half_away(v):
-    """Nearest integer, ties away from zero, for any v; NaN and infinities stay."""
+    """Return nearest integer, ties away from zero, for any v; NaN and infinities stay."""
     size = tl.abs(v)
     whole = tl.floor(size)
     # Exact: the fraction of a float is a float. (floor(size + 0.5) would round 0.49999997 up.)
@@ -42,7 +42,7 @@ def round_half_away(v):
 
 @triton.jit
 def divide_by_scale(x, scale, ROUNDING: tl.constexpr):
-    """``x`` in units of ``scale``: times the reciprocal (half_even, as torch) or truly divided (half_away).
+    """Return ``x`` in units of ``scale``: times the reciprocal (half_even, as torch) or truly divided (half_away).
 
     The reciprocal has the shape of ``scale``: once per tensor or channel, not per element.
     """
@@ -54,7 +54,7 @@ def divide_by_scale(x, scale, ROUNDING: tl.constexpr):
 
 @triton.jit
 def round_to_code(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
-    """``clamp(round(v) + z, QUANT_MIN, QUANT_MAX)`` as float32.
+    """Return ``clamp(round(v) + z, QUANT_MIN, QUANT_MAX)`` as float32.
 
     Args:
         v: float32, from :func:`divide_by_scale`. NaN stays NaN, infinities saturate.
@@ -94,7 +94,7 @@ def is_inside(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, R
 
 @triton.jit
 def clamp(v, low, high):
-    """``v`` between the bounds; NaN stays.
+    """Return ``v`` between the bounds; NaN stays.
 
     Two operations, since triton-viz does not know ``tl.clamp``; they compile to the same two instructions.
     """
@@ -112,7 +112,7 @@ def _round_any(v, ROUNDING: tl.constexpr):
 
 @triton.jit
 def nearest_power(value):
-    """The power of two nearest to ``value`` > 0 by its logarithm, between 2^-24 and 2^7: float16 holds these."""
+    """Return the power of two nearest to ``value`` > 0 by its logarithm, between 2^-24 and 2^7: float16 holds these."""
     # Carries into the exponent from the square root of 2 on, which lies between two floats.
     rounded = value.to(tl.int32, bitcast=True) + (0x800000 - 0x3504F4)
     exponent = tl.minimum(tl.maximum(rounded >> 23, 127 - 24), 127 + 7)
@@ -121,7 +121,7 @@ def nearest_power(value):
 
 @triton.jit
 def round_to_float(v, MANTISSA_BITS: tl.constexpr, LEAST_EXPONENT: tl.constexpr, LIMIT: tl.constexpr):
-    """Nearest number of a small float format, ties to even; NaN and the sign of zero stay.
+    """Return nearest number of a small float format, ties to even; NaN and the sign of zero stay.
 
     Adding and subtracting a power of two whose last mantissa bit is the format's leaves the rounded number.
 

@@ -8,7 +8,10 @@ import triton.language as tl
 
 @triton.jit
 def program_along(dimension: tl.constexpr, FIRST: tl.constexpr):
-    """This program's number along a dimension of the view (0 outer, 1 rows, 2 cols); FIRST lies on grid axis 0."""
+    """Return this program's number along a dimension of the view (0 outer, 1 rows, 2 cols).
+
+    FIRST lies on grid axis 0.
+    """
     if dimension == FIRST:
         return tl.program_id(0)
     elif dimension == 2:
@@ -39,7 +42,10 @@ def tile_indices(
 
 @triton.jit
 def tile_mask(place, sizes, ROWS: tl.constexpr):
-    """Which elements of the tile exist. One row per tile needs no row mask: the grid holds no row beyond the last."""
+    """Return which elements of the tile exist.
+
+    One row per tile needs no row mask: the grid holds no row beyond the last.
+    """
     _, row, col = place
     if ROWS == 1:
         return (col < sizes[2])[None, :]
@@ -49,14 +55,14 @@ def tile_mask(place, sizes, ROWS: tl.constexpr):
 
 @triton.jit
 def tile_offsets(place, strides):
-    """(ROWS, COLS) offsets of the tile's elements in a tensor of these strides."""
+    """Return (ROWS, COLS) offsets of the tile's elements in a tensor of these strides."""
     outer, row, col = place
     return outer * strides[0] + (row * strides[1])[:, None] + (col * strides[2])[None, :]
 
 
 @triton.jit
 def load_per_channel(ptr, place, sizes, CHANNEL: tl.constexpr):
-    """One value per channel of the tile, shaped to broadcast against it.
+    """Return one value per channel of the tile, shaped to broadcast against it.
 
     Args:
         ptr: (channels,), or one element where CHANNEL is None.

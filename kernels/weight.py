@@ -283,7 +283,7 @@ def folded_backward(
     grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the weight and of the fold from that of the codes, in float32."""
+    """Return gradients of the weight and of the fold from that of the codes, in float32."""
     return gradients(dcodes, rows, fold, unit, grid if clips else None)
 
 
@@ -341,7 +341,10 @@ def gradients(
 
 
 def dense_rows(rows: Tensor) -> Tensor:
-    """``rows``, copied where its rows don't lie one behind the other without gaps; their inner order is their own."""
+    """Return ``rows``, copied where its rows don't lie one behind the other without gaps.
+
+    Their inner order is their own.
+    """
     if rows.is_contiguous():
         return rows
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(rows.dim())
@@ -355,7 +358,7 @@ def same_layout(one: Tensor, other: Tensor) -> bool:
 
 
 def _tile(length: int, most: int = _MAX_ELEMENTS) -> tuple[int, int]:
-    """Rows and columns of a program's tile: whole rows where they fit."""
+    """Return rows and columns of a program's tile: whole rows where they fit."""
     cols = min(triton.next_power_of_2(max(1, length)), most)
     return max(1, _SHARED_ELEMENTS // cols), cols
 

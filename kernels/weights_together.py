@@ -51,7 +51,7 @@ _Quantizer = tuple[Grid, RangeStatistics | None]
 
 @triton.jit
 def address(entry, COLUMN: tl.constexpr, dtype: tl.constexpr):
-    """The pointer in a column of the table."""
+    """Return the pointer in a column of the table."""
     return tl.load(entry + COLUMN).to(tl.pointer_type(dtype))
 
 
@@ -128,7 +128,7 @@ def quantize_all_kernel(
 def quantize_all(
     rows: Sequence[Tensor], fold: Tensor, grids: Sequence[Grid], statistics: Sequence[RangeStatistics | None]
 ) -> list[tuple[Tensor, Tensor, bool, Grid]]:
-    """Codes, unit, True (something may clip) and a snapshot of the grid, for every weight.
+    """Return codes, unit, True (something may clip) and a snapshot of the grid, for every weight.
 
     One launch for all weights whose quantizers differ in their buffers alone.
     """
@@ -166,7 +166,7 @@ def quantize_all(
 
 
 def _kind(grid: Grid, statistics: RangeStatistics | None) -> tuple[Any, ...]:
-    """What has to be equal for two weights to share a launch."""
+    """Return what has to be equal for two weights to share a launch."""
     return (
         observing_switch(statistics) is not None,
         grid.zero_point is not None,
@@ -179,7 +179,7 @@ def _kind(grid: Grid, statistics: RangeStatistics | None) -> tuple[Any, ...]:
 
 
 def _addresses(weight: Tensor, grid: Grid, statistics: RangeStatistics | None) -> tuple[int, ...]:
-    """The table's columns from ``_ROWS`` on."""
+    """Return the table's columns from ``_ROWS`` on."""
     range_tensors: tuple[Tensor | None, ...] = (None, None, None)
     if statistics is not None:
         range_tensors = (statistics.min_val, statistics.max_val, statistics.nonfinite_count)
@@ -190,7 +190,7 @@ def _addresses(weight: Tensor, grid: Grid, statistics: RangeStatistics | None) -
 
 @lru_cache(maxsize=64)
 def _table(device: torch.device, entries: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
-    """The table and the owners, copied to the device once for all steps in which nothing moved.
+    """Return the table and the owners, copied to the device once for all steps in which nothing moved.
 
     Args:
         device: of the weights.

@@ -65,7 +65,7 @@ class Implementation:
         return disagreement(outputs, expected, self.tolerance or tolerance)
 
     def library_version(self) -> str | None:
-        """Installed version of the library, or None."""
+        """Return installed version of the library, or None."""
         try:
             return version(self.distribution)
         except PackageNotFoundError:

@@ -59,7 +59,7 @@ class Gpu:
     bandwidth: float
 
     def issue_share(self, instructions: float, bytes_moved: float) -> float:
-        """Issue slots needed per element, over those that pass while memory moves the element."""
+        """Return issue slots needed per element, over those that pass while memory moves the element."""
         lane_instructions_per_second = self.multiprocessors * self.clock * 4 * 32
         return (instructions / lane_instructions_per_second) / (bytes_moved / self.bandwidth)
 
@@ -107,7 +107,7 @@ class Row:
     issue_share: dict[str, float] | None = None
 
     def faults(self) -> list[str]:
-        """What is wrong with it, in words."""
+        """Return what is wrong with it, in words."""
         place = f"{self.case} {self.dtype} {self.target} ({self.kernel})"
         found = []
         if self.spill_bytes:
@@ -232,7 +232,7 @@ def _describe(
 
 
 def read_cuda(kernel: Any) -> tuple[int, int, list[Any]]:
-    """Registers, spilled bytes and instructions of a compiled CUDA kernel."""
+    """Return registers, spilled bytes and instructions of a compiled CUDA kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
@@ -246,7 +246,7 @@ def read_cuda(kernel: Any) -> tuple[int, int, list[Any]]:
 
 
 def _read_hip(kernel: Any) -> tuple[int, int, list[Any]]:
-    """Registers, spilled bytes and instructions of a compiled HIP kernel.
+    """Return registers, spilled bytes and instructions of a compiled HIP kernel.
 
     Scalar registers that move into lanes of a vector register count as instructions, not as spills: no memory is read.
     Those that go on into memory are part of the private segment, as everything is that does.
@@ -265,7 +265,7 @@ def _dump(*arguments: str) -> str:
 
 
 def table(report: Iterable[Row]) -> str:
-    """The report as aligned text."""
+    """Return the report as aligned text."""
     lines = [
         f"{'case':<40}{'kernel':<31}{'dtype':<10}{'target':<12}{'regs':>5}{'spill':>6}{'shared':>7}{'bits':>5}"
         f"{'inst/el':>9}{'budget':>8}  limit"
@@ -285,7 +285,7 @@ def table(report: Iterable[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Return command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="What the kernels compile to, on GPUs that need not be present.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
     parser.add_argument("--kernel", default="", metavar="NAME", help="only cases whose name contains NAME")

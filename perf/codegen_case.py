@@ -42,7 +42,7 @@ class CodegenCase:
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
-    """A tensor without data."""
+    """Return a tensor without data."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     return x.to(memory_format=torch.channels_last) if channels_last else x
 
@@ -60,19 +60,19 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], bool, int | None]] = {
 
 
 def meta_qparams(shape: tuple[int, ...], axis: int | None) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a tensor of this shape."""
+    """Return scale and zero point of a tensor of this shape."""
     channels = (1,) if axis is None else (shape[axis],)
     return meta(*channels), meta(*channels, dtype=torch.int32)
 
 
 def meta_grid(qtype: QuantizedType, channels: int = 1) -> Grid:
-    """A switched grid, with a zero point where the type has one."""
+    """Return a switched grid, with a zero point where the type has one."""
     zero_point = None if qtype.fixed_zero_point == 0 else meta(channels, dtype=torch.int32)
     return Grid(meta(channels), zero_point, qtype, meta(1, dtype=torch.uint8))
 
 
 def meta_range(qtype: QuantizedType, channels: int = 1) -> RangeStatistics:
-    """A range that is observed, averaging over batches."""
+    """Return a range that is observed, averaging over batches."""
     shape = () if qtype.axis is None else (channels,)
     return RangeStatistics(
         meta(*shape),

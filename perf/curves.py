@@ -55,7 +55,7 @@ class Chain:
     channels_last: bool = False
 
     def model(self) -> nn.Module:
-        """The float model, with the same weights every time."""
+        """Return the float model, with the same weights every time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             layers = [layer for i in range(self.depth) for layer in self._layer(3 if i == 0 else self.width)]
@@ -64,7 +64,7 @@ class Chain:
             return model.to(memory_format=self._format()).train()  # type: ignore[call-overload,no-any-return]
 
     def inputs(self, seed: int = 0) -> Inputs:
-        """``images`` (batch, 3, resolution, resolution), ``labels`` (batch,)."""
+        """Return ``images`` (batch, 3, resolution, resolution), ``labels`` (batch,)."""
         generator = torch.Generator().manual_seed(seed)
         images = torch.randn(self.batch, 3, self.resolution, self.resolution, generator=generator)
         labels = torch.randint(_CLASSES, (self.batch,), generator=generator)
@@ -109,7 +109,7 @@ class Step:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE, momentum=0.9)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The loss."""
+        """Return the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(self.model(inputs["images"]), inputs["labels"])
         loss.backward()  # type: ignore[no-untyped-call]
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(quick: bool) -> Iterator[tuple[str, Chain]]:
-    """The curve and the chain of each point: both memory formats."""
+    """Yield the curve and the chain of each point: both memory formats."""
     for channels_last in (False, True):
         for name, values in CURVES.items():
             for value in (values[0], values[-1]) if quick else values:
@@ -164,7 +164,7 @@ def measure(curve: str, chain: Chain, budget: Budget) -> Point:
 
 
 def figure(points: Sequence[Point], where: str) -> Figure:
-    """One panel per curve, a line per memory format, bands over the middle 60 % of the rounds."""
+    """Return one panel per curve, a line per memory format, bands over the middle 60 % of the rounds."""
     from matplotlib.figure import Figure
 
     rows = -(-len(CURVES) // _COLUMNS)

@@ -47,15 +47,15 @@ class MainPath:
     is_loop: bool
 
     def bits(self, *, stores: bool) -> int:
-        """Bits of global memory that one lane reads, or writes."""
+        """Return bits of global memory that one lane reads, or writes."""
         return sum(i.access_bits for i in self.instructions if i.stores == stores)
 
     def bits_of_width(self, width: int) -> int:
-        """Bits of global memory that one lane moves by accesses of this width."""
+        """Return bits of global memory that one lane moves by accesses of this width."""
         return sum(i.access_bits for i in self.instructions if i.access_bits == width)
 
     def usual_width(self) -> int:
-        """Width in bits of the accesses that move most of the data; 0 without any."""
+        """Return width in bits of the accesses that move most of the data; 0 without any."""
         return max({i.access_bits for i in self.instructions}, key=self.bits_of_width, default=0)
 
 
@@ -65,7 +65,7 @@ _SASS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256
 
 
 def parse_sass(text: str) -> list[Instruction]:
-    """Instructions in the output of ``cuobjdump -sass`` (of one kernel), without padding."""
+    """Return instructions in the output of ``cuobjdump -sass`` (of one kernel), without padding."""
     rows = [match.groups() for match in map(_SASS.match, text.splitlines()) if match]
     index = {int(address, 16): i for i, (address, *_) in enumerate(rows)}
     parsed = []
@@ -96,7 +96,7 @@ _GCN_WIDTH = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "sh
 
 
 def parse_amdgcn(text: str) -> list[Instruction]:
-    """Instructions in AMD assembly (of one kernel)."""
+    """Return instructions in AMD assembly (of one kernel)."""
     labels: dict[str, int] = {}
     rows: list[tuple[str, str]] = []
     for line in text.splitlines():
@@ -129,7 +129,7 @@ def parse_amdgcn(text: str) -> list[Instruction]:
 
 
 def main_path(instructions: Sequence[Instruction]) -> MainPath:
-    """The first innermost loop that reads global memory, or else everything that is not rare.
+    """Return the first innermost loop that reads global memory, or else everything that is not rare.
 
     Rare is what calls a subroutine (a division's slow path), and what only such code reaches. Of several loops the
     first counts: a kernel puts the usual case before the exceptional one.
@@ -157,7 +157,7 @@ def _contains(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
 
 
 def _blocks(instructions: Sequence[Instruction]) -> list[range]:
-    """Basic blocks, in program order."""
+    """Return basic blocks, in program order."""
     starts = {0}
     for i, instruction in enumerate(instructions):
         if instruction.target is not None:
@@ -169,7 +169,7 @@ def _blocks(instructions: Sequence[Instruction]) -> list[range]:
 
 
 def _reachable(instructions: Sequence[Instruction], blocks: Iterable[range]) -> set[int]:
-    """Instructions that control reaches from the start without entering a block that calls a subroutine."""
+    """Return instructions that control reaches from the start without entering a block that calls a subroutine."""
     by_start = {block.start: block for block in blocks}
     hot: set[int] = set()
     waiting = [0]

@@ -48,7 +48,7 @@ class Goal:
     ours: str = "tritonq"
 
     def value(self, ours: Record, peer: Record | None) -> float | None:
-        """What was measured, in the unit of ``bound``; None where something is missing."""
+        """Return what was measured, in the unit of ``bound``; None where something is missing."""
         if self.measure == "copy":
             return ours.get("copy_fraction")
         if peer is None:
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def render(found: Sequence[Record]) -> str:
-    """A Markdown table: each goal, what was measured on each device of its type, and whether it is met."""
+    """Return a Markdown table: each goal, what was measured on each device of its type, and whether it is met."""
     newest = records.latest(found)
     lines = ["| goal | measured | met | on | commit |", "|---|---|---|---|---|"]
     for goal in GOALS:
@@ -218,7 +218,7 @@ def render(found: Sequence[Record]) -> str:
 
 
 def replaced(text: str, table: str) -> str:
-    """``text`` with ``table`` between its markers.
+    """Return ``text`` with ``table`` between its markers.
 
     Raises:
         ValueError: the markers are missing.
@@ -246,7 +246,7 @@ def _rows(goal: Goal, newest: Sequence[Record]) -> list[str]:
 
 
 def _peer(goal: Goal, records_of_run: Sequence[Record]) -> Record | None:
-    """The record that the goal compares with, or None where there is none yet."""
+    """Return the record that the goal compares with, or None where there is none yet."""
     if goal.measure != "every peer":
         timed = [r for r in records_of_run if r["implementation"] == goal.peer and "median_s" in r]
         return timed[0] if timed else None

@@ -30,12 +30,12 @@ def device_name(device: torch.device) -> str:
 
 
 def device_slug(device: torch.device) -> str:
-    """``device_name`` as a folder or file name: lower case words joined by hyphens."""
+    """Return ``device_name`` as a folder or file name: lower case words joined by hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the largest cache in front of ``device``'s memory."""
+    """Return bytes of the largest cache in front of ``device``'s memory."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [_cache_bytes(_read(path)) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -43,7 +43,7 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """Everything a reader needs to judge or repeat a measurement; one flat, JSON-ready dict."""
+    """Return everything a reader needs to judge or repeat a measurement; one flat, JSON-ready dict."""
     commit, dirty = source_state()
     return {
         "device": device_name(device),
@@ -64,7 +64,7 @@ def environment(device: torch.device) -> dict[str, object]:
 
 @cache
 def source_state() -> tuple[str, bool]:
-    """Commit of the source tree, and whether files other than results differ from it.
+    """Return commit of the source tree, and whether files other than results differ from it.
 
     Outside of a clone: ``("unknown", True)``.
     """
@@ -84,7 +84,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _driver(device: torch.device) -> str | None:
-    """Driver version of a GPU, None for a CPU."""
+    """Return driver version of a GPU, None for a CPU."""
     if device.type != "cuda":
         return None
     if torch.version.hip is not None:
@@ -112,6 +112,6 @@ def _read(path: str | Path) -> str:
 
 
 def _cache_bytes(text: str) -> int:
-    """Bytes in the kernel's notation: ``32768K``."""
+    """Return bytes in the kernel's notation: ``32768K``."""
     match = re.fullmatch(r"(\d+)([KMG]?)", text.strip())
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]] if match else 0

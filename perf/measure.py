@@ -53,7 +53,7 @@ class Budget:
         return rounds_done >= _FEWEST_ROUNDS and elapsed > _PATIENCE * self.seconds
 
     def rounds(self, seconds_per_round: float) -> int:
-        """Number of rounds that fit."""
+        """Return number of rounds that fit."""
         return max(self.min_rounds, min(self.max_rounds, int(self.seconds / max(seconds_per_round, 1e-9))))
 
 
@@ -74,7 +74,7 @@ def input_sets(make: Callable[[torch.Generator, torch.device], Inputs], device: 
 
 
 def schedule(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """The order of samples, with the number of the round: every implementation once per round, A B A B."""
+    """Yield the order of samples, with the number of the round: every implementation once per round, A B A B."""
     for number in range(rounds):
         for name in names:
             yield number, name
@@ -157,7 +157,7 @@ def step_times(step: Step, inputs: Inputs, device: torch.device, calls: int) -> 
 
 
 def copy_bandwidth(device: torch.device) -> Spread:
-    """Bytes per second, read plus written, of a copy far larger than any cache of ``device``."""
+    """Return bytes per second, read plus written, of a copy far larger than any cache of ``device``."""
     size = (1 << 30) if device.type == "cuda" else max(4 * last_level_cache(device), 128 << 20)
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
@@ -182,7 +182,7 @@ def _cpu_sample(step: Step, rotation: Iterator[Inputs], calls: int) -> float:
 
 
 def _cuda_sample(step: Step, rotation: Iterator[Inputs], calls: int) -> float:
-    """Seconds per call between two events on the current stream; never run on a GPU so far."""
+    """Return seconds per call between two events on the current stream; never run on a GPU so far."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     begin.record()

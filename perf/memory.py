@@ -11,7 +11,7 @@ from tritonq.perf.case import Inputs, Step
 
 
 def saved_bytes(step: Step, inputs: Inputs, excluded: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of one call of ``step``.
+    """Return bytes that autograd keeps for the backward of one call of ``step``.
 
     Storages are counted once, however many views of them are saved; those of ``excluded`` (parameters and buffers) are
     not counted, since they exist anyway.

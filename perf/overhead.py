@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(device: torch.device) -> Iterator[records.Record]:
-    """One record per operator and implementation; the baseline is torch's operator of the same name."""
+    """Yield one record per operator and implementation; the baseline is torch's operator of the same name."""
     stub = "" if device.type == "cuda" else "/launch stubbed"
     with ExitStack() as stack:
         if device.type == "cpu":

@@ -74,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load(paths: Iterable[Path]) -> list[Record]:
-    """Records of files and folders. In a folder a damaged file is named and ignored; named itself it is an error.
+    """Return records of files and folders. In a folder a damaged file is named and ignored.
+
+    Named itself it is an error.
 
     Raises:
         ValueError: a file that is missing or damaged.
@@ -86,7 +88,7 @@ def load(paths: Iterable[Path]) -> list[Record]:
 
 
 def choose(found: Sequence[Record], patterns: Sequence[str], device: str | None) -> list[Record]:
-    """The newest timed record of each case and implementation on one device.
+    """Return the newest timed record of each case and implementation on one device.
 
     Raises:
         ValueError: nothing is left, or results of several devices are.
@@ -105,7 +107,7 @@ def choose(found: Sequence[Record], patterns: Sequence[str], device: str | None)
 
 
 def ratios(rows: Sequence[Record]) -> dict[str, float]:
-    """How many times faster tritonq is than each peer in one case; empty without tritonq."""
+    """Return how many times faster tritonq is than each peer in one case; empty without tritonq."""
     by_name = {row["implementation"]: row for row in rows}
     if _OURS not in by_name:
         return {}
@@ -116,7 +118,7 @@ def ratios(rows: Sequence[Record]) -> dict[str, float]:
 
 
 def speed_up_figure(chosen: Sequence[Record]) -> Figure | None:
-    """A panel per case, a bar per peer: to the right tritonq is faster, to the left the peer is.
+    """Return a panel per case, a bar per peer: to the right tritonq is faster, to the left the peer is.
 
     None when there is no case in which tritonq and a peer were both timed.
     """
@@ -145,7 +147,9 @@ def speed_up_figure(chosen: Sequence[Record]) -> Figure | None:
 
 
 def roofline_figure(chosen: Sequence[Record]) -> Figure | None:
-    """Bytes that must move per second, over the bytes of the case; the line is the copy bandwidth of the same run.
+    """Return bytes that must move per second, over the bytes of the case.
+
+    The line is the copy bandwidth of the same run.
 
     None when no case counts its bytes.
     """
@@ -226,12 +230,12 @@ def _bars(axis: Axes, case: str, found: dict[str, float], limits: tuple[float, f
 
 
 def _as_factor(doublings: float, _: int) -> str:
-    """``8`` for 3, ``1/4`` for -2."""
+    """Return ``8`` for 3, ``1/4`` for -2."""
     return f"{2.0**doublings:g}" if doublings >= 0 else f"1/{2.0**-doublings:g}"
 
 
 def _caption(case: str) -> str:
-    """A case's name on two lines: what, then on which data."""
+    """Return a case's name on two lines: what, then on which data."""
     family, *parts = case.split("/")
     what = " ".join([family.replace("_", " "), *parts[:1]]).replace("channel", "per channel, axis ")
     direction = parts.pop() if parts[-1] in ("forward", "forward+backward") else ""

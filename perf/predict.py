@@ -76,7 +76,7 @@ class Work:
     bytes_written: int
 
     def resident(self, multiprocessors: int) -> int:
-        """Programs on one multiprocessor at a time, limited by what each takes and by how many there are."""
+        """Return programs on one multiprocessor at a time, limited by what each takes and by how many there are."""
         lanes = self.warps * _WARP
         registers = math.ceil(max(self.registers, 1) / _REGISTER_STEP) * _REGISTER_STEP * lanes
         limits = [_REGISTERS // registers, _LANES // lanes, _PROGRAMS, math.ceil(self.programs / multiprocessors)]
@@ -116,7 +116,7 @@ def predict(work: Work, gpu: Gpu) -> Prediction:
 
 
 def bytes_in_flight(instructions: Sequence[Instruction]) -> int:
-    """Bytes of the largest group of loads of one lane that no arithmetic interrupts."""
+    """Return bytes of the largest group of loads of one lane that no arithmetic interrupts."""
     largest = group = 0
     for instruction in instructions:
         if instruction.access_bits and not instruction.stores:
@@ -164,7 +164,7 @@ def work_of(case: CodegenCase, dtype: torch.dtype, launch: Launch) -> Work:
 
 
 def render(found: Iterable[tuple[str, str, Work]], gpus: Sequence[Gpu]) -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     names = [gpu.name for gpu in gpus]
     heads = [f"{name} {what}" for name in names for what in ("µs", "of copy", "bound")]
     columns = ["case", "dtype", "programs", "KiB in flight", *heads, "measured"]

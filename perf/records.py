@@ -19,7 +19,7 @@ _REQUIRED = ("schema", "run", "case", "family", "implementation", "status", "env
 
 
 def utc_now() -> str:
-    """The present time, ISO 8601, UTC, to the second."""
+    """Return the present time, ISO 8601, UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -50,7 +50,7 @@ def write(file: IO[str], record: Record) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of one file.
+    """Return the records of one file.
 
     Raises:
         ValueError: a damaged file; the message names it and the line.
@@ -63,12 +63,12 @@ def read(path: Path) -> list[Record]:
 
 
 def read_folder(folder: Path) -> list[Record]:
-    """The records of every file below ``folder``, oldest first; a damaged file is named in a warning and ignored."""
+    """Return records of every file below ``folder``, oldest first; a damaged file is named in a warning and ignored."""
     return list(_usable(sorted(folder.rglob("*.jsonl"), key=lambda path: path.name)))
 
 
 def latest(found: Iterable[Record]) -> list[Record]:
-    """The records of the last run of each case on each device: what is compared was measured side by side."""
+    """Return the records of the last run of each case on each device: what is compared was measured side by side."""
     runs: dict[tuple[str, str], dict[str, list[Record]]] = {}
     for record in found:
         by_run = runs.setdefault((record["case"], record["environment"]["device"]), {})

@@ -85,12 +85,15 @@ def main(args: argparse.Namespace) -> int:
 
 
 def default_results() -> Path:
-    """``perf/results`` in a clone; a folder in the working directory where tritonq is installed without its tests."""
+    """Return ``perf/results`` in a clone.
+
+    A folder in the working directory where tritonq is installed without its tests.
+    """
     return SOURCE / "results" if (SOURCE.parent / "pyproject.toml").is_file() else Path("tritonq-results")
 
 
 def select(cases: Sequence[Case], patterns: Sequence[str], *, quick: bool) -> list[Case]:
-    """Cases whose name contains one of ``patterns`` or matches it as a glob; all when there is no pattern."""
+    """Return cases whose name contains one of ``patterns`` or matches it as a glob; all when there is no pattern."""
 
     def wanted(case: Case) -> bool:
         return not patterns or any(part in case.name or fnmatchcase(case.name, part) for part in patterns)
@@ -208,7 +211,7 @@ def _announcement(cases: Sequence[Case], device: torch.device, quick: bool, seco
 
 
 def _device(choice: str) -> torch.device | None:
-    """The device that ``--device`` asks for; None when it is not there."""
+    """Return the device that ``--device`` asks for; None when it is not there."""
     present = torch.cuda.is_available()
     if choice == "cuda" and not present:
         return None

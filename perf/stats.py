@@ -18,7 +18,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of some values.
+        """Return the spread of some values.
 
         Raises:
             ValueError: no values.
@@ -34,7 +34,7 @@ class Spread:
 
 
 def speed_up(baseline: Sequence[float], other: Sequence[float]) -> Spread:
-    """How many times faster ``other`` is: the spread of ``baseline[i] / other[i]`` over the rounds.
+    """Return how many times faster ``other`` is: the spread of ``baseline[i] / other[i]`` over the rounds.
 
     Samples of one round were taken next to each other, so that a machine that is slow for a while slows both.
 

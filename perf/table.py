@@ -14,7 +14,7 @@ _TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
 def render(written: Sequence[Record]) -> str:
-    """A block per case, a line per implementation; cases that were not run come last, by name."""
+    """Return a block per case, a line per implementation; cases that were not run come last, by name."""
     if not written:
         return "nothing was measured"
     blocks = [_machine(written[0])]
@@ -34,7 +34,7 @@ def render(written: Sequence[Record]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``seconds`` with three digits and a unit."""
+    """Return ``seconds`` with three digits and a unit."""
     size, unit = next((entry for entry in _TIME_UNITS if seconds >= entry[0]), _TIME_UNITS[-1])
     return f"{seconds / size:.3g} {unit}"
 
@@ -74,7 +74,7 @@ def _cells(record: Record) -> tuple[str, ...]:
 
 
 def _differences(rows: Iterable[Record]) -> list[str]:
-    """One line per timed implementation that does less than tritonq, or something else."""
+    """Return one line per timed implementation that does less than tritonq, or something else."""
     return [
         f"  {row['implementation']} differs: {row['leaves_out']}"
         for row in rows
@@ -83,7 +83,7 @@ def _differences(rows: Iterable[Record]) -> list[str]:
 
 
 def _untimed(rows: Iterable[Record]) -> list[str]:
-    """One line per reason, with the names it holds for."""
+    """Return one line per reason, with the names it holds for."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if "median_s" not in row:

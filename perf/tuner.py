@@ -85,7 +85,7 @@ class Result:
     rejected: dict[str, str]
 
     def describe(self) -> str:
-        """One line for the terminal."""
+        """Return one line for the terminal."""
         sizes = self.parameters
         if isinstance(sizes, dict):
             sizes = ", ".join(f"{name} {value}" for name, value in sizes.items())
@@ -93,7 +93,7 @@ class Result:
 
 
 def paired_gain(steps: dict[str, Step], sets: Sequence[Inputs], device: torch.device) -> float:
-    """How many times faster ``"candidate"`` is than ``"default"``, taking turns.
+    """Return how many times faster ``"candidate"`` is than ``"default"``, taking turns.
 
     Each is captured in a CUDA graph over all ``sets``, so that the time is the kernel's alone, also where launching
     takes longer than running.
@@ -139,7 +139,7 @@ def search(
 
 
 def _with_parameters(step: Step, kernel: str, parameters: Any) -> Step:
-    """``step`` with launch parameters of its own."""
+    """Return ``step`` with launch parameters of its own."""
     from tritonq.kernels import launch
 
     def run(inputs: Inputs) -> tuple[torch.Tensor, ...]:
@@ -150,7 +150,7 @@ def _with_parameters(step: Step, kernel: str, parameters: Any) -> Step:
 
 
 def _obstacle(step: Step, inputs: Inputs, expected: tuple[torch.Tensor, ...], tolerance: Tolerance) -> str | None:
-    """Why a candidate is out, or None."""
+    """Return why a candidate is out, or None."""
     try:
         return disagreement(step(inputs), expected, tolerance)
     except Exception as error:  # too many registers, too much shared memory: the compiler has many ways to refuse

@@ -114,7 +114,7 @@ class ConvTarget:
         return _CODES if self.is_codes else _VALUES
 
     def candidates(self) -> list[ConvTile]:
-        """Tiles worth trying."""
+        """Return tiles worth trying."""
         if all(shape.groups == shape.channels for shape in self.shapes):
             sizes = ((pixels, outs, 32, warps, 1) for pixels, outs, warps in product(_PIXELS, _OUTS, _WARPS))
         else:
@@ -123,7 +123,7 @@ class ConvTarget:
         return [tile for tile in tiles if tile.pixels * tile.outs // (32 * tile.warps) in _PER_LANE]
 
     def make_inputs(self, shape: ConvShape, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``x`` and ``weight`` on the grids of 8-bit codes, ``bias``, and scales of weight and output."""
+        """Return ``x`` and ``weight`` on the grids of 8-bit codes, ``bias``, and scales of weight and output."""
         codes = partial(torch.randint, -127, 128, generator=generator, device=device)
         x, weight = codes(shape.x).float() * 0.02, codes(shape.weight).float()
         spread = (shape.channels // shape.groups) ** 0.5 * shape.kernel
@@ -139,13 +139,13 @@ class ConvTarget:
         return inputs
 
     def operation(self, shape: ConvShape) -> tuple[Step, Step]:
-        """The layer as eval mode runs it, by what the table says; and its specification."""
+        """Return the layer as eval mode runs it, by what the table says; and its specification."""
         run, specify = (_run_codes, _specify_codes) if self.is_codes else (_run_values, _specify_values)
         return partial(run, shape.conv), partial(specify, shape.conv)
 
 
 def targets() -> Iterator[ConvTarget]:
-    """Every class that a shape of ``SHAPES`` is in, for every dtype, for codes, and for both layouts."""
+    """Yield every class that a shape of ``SHAPES`` is in, for every dtype, for codes, and for both layouts."""
     kinds = [(str(dtype).removeprefix("torch."), dtype, False) for dtype in _DTYPES]
     for (name, dtype, is_codes), channels_last in product([*kinds, ("codes", torch.float32, True)], (False, True)):
         layout = "channels_last" if channels_last else "channels_first"
@@ -178,7 +178,7 @@ def _specify_values(conv: Convolution, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _layer(inputs: Inputs) -> IntegerAffine:
-    """The codes as the integers of a layer: input scale 0.02, weight scale 0.01, no bias."""
+    """Return the codes as the integers of a layer: input scale 0.02, weight scale 0.01, no bias."""
     weight, x = inputs["weight"], inputs["x"]
     input_scale, weight_scale = (x.new_full((1,), scale) for scale in (0.02, 0.01))
     multiplier = (input_scale * weight_scale).expand(len(weight)).contiguous()

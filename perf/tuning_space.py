@@ -37,12 +37,12 @@ class Shape:
     channels_last: bool = False
 
     def tensor(self, dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Tensor:
-        """Normal values; some pass the range of the grid."""
+        """Return normal values; some pass the range of the grid."""
         values = torch.randn(self.sizes, generator=generator, device=device).to(dtype)
         return values.contiguous(memory_format=torch.channels_last) if self.channels_last else values
 
     def shape_class(self) -> str:
-        """How the kernels classify it."""
+        """Return how the kernels classify it."""
         strides = self.tensor(torch.float32, torch.Generator(), torch.device("meta")).stride()
         return shape_class(dense_view(self.sizes, (strides,), self.axis))
 
@@ -73,11 +73,11 @@ class Target:
         return default_parameters(shapes_class, size_class)
 
     def candidates(self) -> list[Parameters]:
-        """What is worth trying."""
+        """Return what is worth trying."""
         return candidates(self.key.split("/")[1])
 
     def make_inputs(self, shape: Shape, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``x``, ``dy``, ``scale`` and ``zero_point`` for one of the shapes."""
+        """Return ``x``, ``dy``, ``scale`` and ``zero_point`` for one of the shapes."""
         channels = 1 if shape.axis is None else shape.sizes[shape.axis]
         return {
             "x": shape.tensor(self.dtype, generator, device),
@@ -88,7 +88,7 @@ class Target:
 
 
 def targets() -> Iterator[Target]:
-    """Every kernel that asks for launch parameters, in every dtype, shape class and size class."""
+    """Yield every kernel that asks for launch parameters, in every dtype, shape class and size class."""
     for (kernel, operation), dtype in product(_KERNELS.items(), _DTYPES):
         for (shapes_class, size_class), shapes in _SHAPES.items():
             key = f"{str(dtype).removeprefix('torch.')}/{shapes_class}/{size_class}"

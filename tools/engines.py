@@ -66,7 +66,7 @@ def export_models(folder: Path) -> None:
 
 
 def trained_models() -> Iterator[tuple[str, Any, Any]]:
-    """Names, models in eval mode, and images: one trained on digits, others for a few steps on noise."""
+    """Yield names, models in eval mode, and images: one trained on digits, others for a few steps on noise."""
     import torch
     import torchvision
 
@@ -161,7 +161,7 @@ def run_models(folder: Path, engine: str) -> None:
 
 
 def load_onnxruntime() -> tuple[str, Callable[[str], Callable[[dict[str, Any]], dict[str, Any]]]]:
-    """Version of ONNX Runtime, and what loads a file with its default optimization."""
+    """Return version of ONNX Runtime, and what loads a file with its default optimization."""
     import onnxruntime
 
     def load(path: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -182,7 +182,7 @@ def load_onnxruntime() -> tuple[str, Callable[[str], Callable[[dict[str, Any]], 
 
 
 def load_openvino() -> tuple[str, Callable[[str], Callable[[dict[str, Any]], dict[str, Any]]]]:
-    """Version of OpenVINO, and what loads a file for its CPU plugin."""
+    """Return version of OpenVINO, and what loads a file for its CPU plugin."""
     openvino: Any = importlib.import_module("openvino")
 
     core = openvino.Core()
@@ -204,7 +204,7 @@ ENGINES = {"onnxruntime": load_onnxruntime, "openvino": load_openvino}
 
 
 def table(folder: Path) -> str:
-    """The results of a folder as a page."""
+    """Return the results of a folder as a page."""
     from tritonq.version import __version__
 
     lines = [

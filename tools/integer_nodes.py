@@ -43,7 +43,7 @@ def float_parts(summary: ModelSummary, path: Path) -> list[str]:
 
 
 def _codes(model: Any) -> dict[str, list[str]]:
-    """The tensors of codes of each quantizer."""
+    """Return the tensors of codes of each quantizer."""
     found: dict[str, list[str]] = {}
     for entry in json.loads(next(entry.value for entry in model.metadata_props if entry.key == CODES_KEY)):
         found.setdefault(entry["quantizer"], []).append(entry["tensor"])

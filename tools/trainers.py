@@ -68,23 +68,23 @@ def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def batches() -> DataLoader[Any]:
-    """The training data."""
+    """Return the training data."""
     return DataLoader(TensorDataset(*images(160, 0)), BATCH, shuffle=True, drop_last=True)
 
 
 def prepared() -> nn.Module:
-    """The network with quantizers."""
+    """Return the network with quantizers."""
     torch.manual_seed(0)
     return tritonq.prepare_qat(Network(), example_inputs=images(4, 2)[0])
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """One for all trainers."""
+    """Return one for all trainers."""
     return torch.optim.SGD(tritonq.parameter_groups(model, RATE, 1e-4), momentum=0.9)
 
 
 def average_of(model: nn.Module) -> AveragedModel:
-    """An average of everything, buffers too."""
+    """Return an average of everything, buffers too."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
 
 
@@ -145,7 +145,7 @@ def accelerate(mixed_precision: str = "no") -> tuple[nn.Module, nn.Module]:
 
 
 def transformers() -> tuple[nn.Module, nn.Module]:
-    """The Trainer of Hugging Face's transformers."""
+    """Return the Trainer of Hugging Face's transformers."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Averages(TrainerCallback):
@@ -173,7 +173,7 @@ def transformers() -> tuple[nn.Module, nn.Module]:
 
 
 def timm() -> tuple[nn.Module, nn.Module]:
-    """What timm's train.py does: its optimizer, schedule, loss scaler and ModelEmaV3."""
+    """Return what timm's train.py does: its optimizer, schedule, loss scaler and ModelEmaV3."""
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler
     from timm.utils import ModelEmaV3
@@ -232,7 +232,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 def ranges(model: nn.Module) -> Iterator[Tensor]:
-    """The largest values of the activations' ranges."""
+    """Yield the largest values of the activations' ranges."""
     for name, buffer in model.named_buffers():
         if name.endswith("activation_post_process.max_val") and buffer.dim() == 0:
             yield buffer

@@ -70,7 +70,7 @@ def try_model(name: str, seconds: int) -> dict[str, Any]:
 
 
 def read(name: str) -> dict[str, Any] | None:
-    """What became of a model, or None where it was not tried."""
+    """Return what became of a model, or None where it was not tried."""
     path = _path(name)
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -80,7 +80,7 @@ def _path(name: str) -> Path:
 
 
 def failed(result: Mapping[str, Any]) -> list[str]:
-    """The stages that a model did not pass."""
+    """Return the stages that a model did not pass."""
     stages = result["stages"]
     return [stage for stage in STAGES if _mark(stages.get(stage)) in ("✗", "")]
 
@@ -92,7 +92,7 @@ def _mark(text: str | None) -> str:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """The results as Markdown: a line per model, and below what failed and what stays in float."""
+    """Return the results as Markdown: a line per model, and below what failed and what stays in float."""
     head = [
         "model",
         "parameters",

@@ -58,12 +58,12 @@ def example(name: str) -> Example:
 
 
 def names() -> list[str]:
-    """All models."""
+    """Return all models."""
     return [f"{library}/{model}" for library, found in LIBRARIES.items() for model in found.models]
 
 
 def images(size: int, batch: int = 2) -> Tensor:
-    """Random images."""
+    """Return random images."""
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 

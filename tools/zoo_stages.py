@@ -187,7 +187,7 @@ class Trial:
             raise StageError(f"codes differ outside of islands, in {len(wrong)} layers: {', '.join(wrong[:NAMES])}")
 
     def integer_nodes(self) -> str | None:
-        """Every layer and join that `summary` calls quantized is an integer node of the graph that is run."""
+        """Return every layer and join that `summary` calls quantized is an integer node of the graph that is run."""
         if not self._file().exists():
             return "skipped: there is no file"
         found = float_parts(tritonq.summary(self.prepared), self._file())
@@ -232,7 +232,7 @@ def _without_rounding(prepared: nn.Module) -> nn.Module:
 
 
 def _floating(result: Any) -> Iterator[Tensor]:
-    """The floating-point tensors of a model's output."""
+    """Yield the floating-point tensors of a model's output."""
     if hasattr(result, "to_tuple"):
         result = result.to_tuple()
     for leaf in _pytree.tree_leaves(result):

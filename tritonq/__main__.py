@@ -65,7 +65,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def build_parser(words: Sequence[str] = (), every_command: bool = False) -> argparse.ArgumentParser:
-    """The parser, with the options of the command that ``words`` begin with, or of every command that can be imported.
+    """Return a parser with the options of the command that ``words`` begin with, or of every importable command.
 
     Raises:
         SystemExit: what that command needs is not installed.

@@ -110,7 +110,7 @@ def select(x: Tensor, backend: Backend = "auto") -> Chosen:
 
 
 def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleType:
-    """The module that implements op family ``name`` for ``x``, of one of three packages.
+    """Return the module that implements op family ``name`` for ``x``, of one of three packages.
 
     ``tritonq.kernels``, ``tritonq.reference`` and ``tritonq.compiled`` hold functions of the same names and signatures.
     While a profiler runs, each call of one is a range of the profile, ``"tritonq.fake_quant.fake_quantize (triton)"``
@@ -120,7 +120,7 @@ def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleTyp
 
 
 def without_kernel(name: str, x: Tensor) -> ModuleType:
-    """The module of an op family that has no kernel: compiled where that is asked for, else the reference."""
+    """Return the module of an op family that has no kernel: compiled where that is asked for, else the reference."""
     return _module("compiled" if _preferred.get() == "compiled" and x.is_cpu else "torch", name)
 
 
@@ -173,7 +173,7 @@ def _checked(backend: Backend) -> Backend:
 
 
 def _obstacle(x: Tensor) -> str | None:
-    """Why the kernels cannot take ``x``, or None when they can."""
+    """Return why the kernels cannot take ``x``, or None when they can."""
     if not has_triton():
         return "the triton package is not installed"
     if x.dtype not in KERNEL_DTYPES:

@@ -56,7 +56,7 @@ class FloatPrefixBins:
 
     @classmethod
     def of_size(cls, bins: int) -> FloatPrefixBins:
-        """The resolution whose two sides have ``bins`` bins together (2048: four mantissa bits).
+        """Return the resolution whose two sides have ``bins`` bins together (2048: four mantissa bits).
 
         Raises:
             ValueError: ``bins`` is not a power of two in 128..32768.
@@ -88,7 +88,7 @@ class FloatPrefixBins:
         return (self.min_exponent + _EXPONENT_BIAS) << self.mantissa_bits
 
     def edges(self, device: torch.device | str) -> Tensor:
-        """The ``count + 1`` edges, ascending, float64; cached, so do not write to it."""
+        """Return the ``count + 1`` edges, ascending, float64; cached, so do not write to it."""
         return _edges(self, torch.device(device))
 
 

@@ -133,7 +133,7 @@ def refine_scales(
 
 
 def model_batches(model: nn.Module, data: Any) -> Iterator[Batch]:
-    """Arguments of ``model`` for each batch of ``data``; see :func:`calibrate`.
+    """Yield arguments of ``model`` for each batch of ``data``; see :func:`calibrate`.
 
     Raises:
         ValueError: ``data`` is neither a tensor nor iterable.
@@ -232,7 +232,7 @@ def _rounding(layer: QATLayer, role: str) -> Iterator[None]:
 def _layer_examples(
     model: nn.Module, layers: dict[str, QATLayer], data: Any
 ) -> dict[str, list[tuple[tuple[Any, ...], Tensor]]]:
-    """Each layer's inputs and float outputs, call by call."""
+    """Return each layer's inputs and float outputs, call by call."""
     examples: dict[str, list[tuple[tuple[Any, ...], Tensor]]] = {name: [] for name in layers}
 
     def recorder(name: str) -> Any:
@@ -261,7 +261,7 @@ def _best_factors(
     examples: list[tuple[tuple[Any, ...], Tensor]],
     factors: list[float],
 ) -> Tensor:
-    """The factor of each scale that serves the layer's output best; the quantizer is left with it."""
+    """Return the factor of each scale that serves the layer's output best; the quantizer is left with it."""
     original = QParams(*(value.detach().clone() for value in quantizer.calculate_qparams()))
     per_channel = original.scale.numel() > 1
     best = torch.ones_like(original.scale)
@@ -277,7 +277,7 @@ def _best_factors(
 
 
 def _similarity(layer: QATLayer, examples: list[tuple[tuple[Any, ...], Tensor]], per_channel: bool) -> Tensor:
-    """Cosine of the layer's present outputs with ``examples``': float64, (1,) or (channels,)."""
+    """Return Cosine of the layer's present outputs with ``examples``': float64, (1,) or (channels,)."""
     dot = found = wanted = torch.zeros((), dtype=torch.float64)
     for args, expected in examples:
         output = layer(*args)

@@ -111,7 +111,7 @@ def _has_range_observer(quantizer: SharesRange) -> bool:
 
 
 def _reduced_ranges(observers: list[RangeObserver], group: ProcessGroup) -> dict[RangeObserver, tuple[Tensor, Tensor]]:
-    """Each observer's range over all ranks, in one collective; the observers stay as they are."""
+    """Return each observer's range over all ranks, in one collective; the observers stay as they are."""
     lows = [observer.min_val.reshape(-1) for observer in observers]
     highs = [-observer.max_val.reshape(-1) for observer in observers]
     flat = torch.cat([*lows, *highs])

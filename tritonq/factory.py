@@ -25,11 +25,11 @@ class Factory(Generic[T]):
         self.arguments = dict(arguments or {})
 
     def with_args(self, **arguments: Any) -> Factory[T]:
-        """A factory with more arguments fixed; later ones win."""
+        """Return a factory with more arguments fixed; later ones win."""
         return Factory(self.make, {**self.arguments, **arguments})
 
     def __call__(self, *args: Any, **kwargs: Any) -> T:
-        """A new instance; arguments given here win over the fixed ones."""
+        """Return a new instance; arguments given here win over the fixed ones."""
         return self.make(*args, **{**self.arguments, **kwargs})
 
     @property
@@ -74,5 +74,5 @@ class WithArgs:
 
     @classmethod
     def with_args(cls, **arguments: Any) -> Factory[Any]:
-        """A factory of this class with ``arguments`` fixed."""
+        """Return a factory of this class with ``arguments`` fixed."""
         return Factory(cls, arguments)

@@ -97,7 +97,7 @@ class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
         return Grid(scale, None if is_zero else zero_point, self.qtype, self.enabled_on_device())
 
     def _is_switched_on(self) -> bool:
-        """``fake_quant_enabled`` as a bool, read once for each version of the buffer."""
+        """Return ``fake_quant_enabled`` as a bool, read once for each version of the buffer."""
         switch = self.fake_quant_enabled
         if switch.is_cpu or switch.is_inference():
             return bool(switch)
@@ -107,7 +107,7 @@ class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
         return self._switch_read[1]
 
     def calculate_qparams(self) -> QParams:
-        """The qparams that :meth:`forward` rounds with: what deployment uses."""
+        """Return the qparams that :meth:`forward` rounds with: what deployment uses."""
         return QParams(self.scale, self.zero_point)
 
 
@@ -366,7 +366,7 @@ class FakeQuantize(FakeQuantizeBase):
         return self.qtype.axis is not None
 
     def extra_repr(self) -> str:
-        """Switches, grid, scale and zero point."""
+        """Return switches, grid, scale and zero point."""
         on = {0: "off", 1: "on"}
         per = "tensor" if self.qtype.axis is None else f"channel (axis {self.qtype.axis})"
         return (
@@ -387,7 +387,7 @@ class FakeQuantize(FakeQuantizeBase):
 
 
 def _span(values: Tensor) -> str:
-    """A tensor as one number, or as the range of its elements."""
+    """Return a tensor as one number, or as the range of its elements."""
     if values.numel() == 0:
         return "unset"
     low, high = float(values.min()), float(values.max())

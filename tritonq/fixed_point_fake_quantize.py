@@ -130,11 +130,11 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return super().enabled_on_device() if self.phase == "fixed" else torch.zeros_like(self.fake_quant_enabled)
 
     def rounded_frac_len(self) -> Tensor:
-        """The running fractional length as eval uses it: int32 ``clamp(round(fl), 0, word_len - signed)``."""
+        """Return the running fractional length as eval uses it: int32 ``clamp(round(fl), 0, word_len - signed)``."""
         return self.frac_len.round().clamp(0, self.largest).to(torch.int32)
 
     def calculate_qparams(self) -> QParams:
-        """Scale ``2^-fl`` and zero point 0 of eval mode."""
+        """Return scale ``2^-fl`` and zero point 0 of eval mode."""
         return QParams(power_of_two(-self.rounded_frac_len()), self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.quantize(x)
 
     def choose(self, x: Tensor) -> Tensor:
-        """The fractional length that suits ``x``: int32, as ``frac_len``."""
+        """Return the fractional length that suits ``x``: int32, as ``frac_len``."""
         axis = self.qtype.axis
         self.allocate(1 if axis is None else x.shape[check_axis(x, axis)])
         if self.choice == "search":
@@ -212,7 +212,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         )
 
     def extra_repr(self) -> str:
-        """Format, fractional length and phase."""
+        """Return format, fractional length and phase."""
         kind = "signed" if self.signed else "unsigned"
         length = self.frac_len
         shown = f"{float(length):.3g}" if length.numel() == 1 else f"{length.numel()} channels"

@@ -172,7 +172,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Format, axis and switches."""
+        """Return format, axis and switches."""
         axis = "" if self.ch_axis is None else f", ch_axis={self.ch_axis}"
         return (
             f"{self.format}{axis}, fake_quant={bool(self.fake_quant_enabled)}, observer={bool(self.observer_enabled)}"

@@ -101,7 +101,7 @@ class _Autocast:
     __hash__ = None  # type: ignore[assignment]
 
     def context(self) -> AbstractContextManager[Any]:
-        """The same state without the cache of cast weights, whose tensors a graph would keep from step to step."""
+        """Return same state without the cache of cast weights, whose tensors a graph would keep from step to step."""
         enabled, dtype = self._state
         return torch.autocast("cuda", dtype=dtype, cache_enabled=False) if enabled else nullcontext()
 
@@ -141,7 +141,7 @@ class _GraphedForward:
         return self._replay(*args)
 
     def _misfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why a call is none that was captured."""
+        """Return why a call is none that was captured."""
         if kwargs or not all(isinstance(x, Tensor) for x in args):
             return "it was captured with positional tensors"
         layouts = [_layout(x) for x in args]
@@ -152,7 +152,7 @@ class _GraphedForward:
         return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        """The forward of the model's copy; the graph belongs to the original's tensors."""
+        """Return the forward of the model's copy; the graph belongs to the original's tensors."""
         copied: Callable[..., Any] = copy.deepcopy(self._eager, memo)
         return copied
 

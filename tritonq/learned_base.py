@@ -193,7 +193,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         return qparams.scale * (self.qtype.quant_max - qparams.zero_point).clamp(min=1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedFakeQuantize:
-        """Parameters, like buffers, stay float32 in a model of any dtype."""
+        """Keep parameters, like buffers, in float32 in a model of any dtype."""
         before = {name: parameter.data for name, parameter in self._parameters.items() if parameter is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -214,7 +214,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Grid and switches."""
+        """Return grid and switches."""
         return (
             f"{self.qtype}, initialized={bool(self.initialized)}, fake_quant={bool(self.fake_quant_enabled)}, "
             f"observer={bool(self.observer_enabled)}"
@@ -222,6 +222,9 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
 
 def floored(parameter: Tensor, floor: float) -> Tensor:
-    """The parameter, or ``floor`` where that is larger; the gradient passes, or a parameter would stay at its floor."""
+    """Return parameter, or ``floor`` where that is larger.
+
+    The gradient passes, or a parameter would stay at its floor.
+    """
     fixed = parameter.detach()
     return fixed.clamp(min=floor) + (parameter - fixed)

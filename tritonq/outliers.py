@@ -47,7 +47,7 @@ def tell_outlier(observer: ObserverBase, before: float) -> float:
 
 
 def _magnitude(observer: MinMaxObserver) -> float | None:
-    """The largest magnitude in a range, or None where it is not on the host yet."""
+    """Return the largest magnitude in a range, or None where it is not on the host yet."""
     low, high = observer.min_val, observer.max_val
     if is_readable(low):
         return max(-float(low), float(high))

@@ -94,7 +94,7 @@ def plot_histogram(
 def densities_of(
     observer: HistogramObserver | InterpolatingHistogramObserver, channel: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Edges, float64 (n + 1,), and densities (n,) on the CPU."""
+    """Return edges, float64 (n + 1,), and densities (n,) on the CPU."""
     per_channel = observer.qtype.axis is not None
     if per_channel != (channel is not None):
         raise ValueError("channel= says which channel of a per-channel observer to draw, and only of such a one")
@@ -120,7 +120,7 @@ def _select(values: Tensor, channel: int | None) -> Tensor:
 
 
 def grid_points(qparams: QParams, qtype: QuantizedType) -> Tensor:
-    """The value of every code, ascending, float64; at most 2^12 of them."""
+    """Return the value of every code, ascending, float64; at most 2^12 of them."""
     step = max(1, (qtype.quant_max - qtype.quant_min) // 2**12)
     codes = torch.arange(qtype.quant_min, qtype.quant_max + 1, step, dtype=torch.float64)
     return (codes - qparams.zero_point.cpu()) * qparams.scale.double().cpu()

@@ -9,7 +9,7 @@ from tritonq.qconfig_mapping import QConfigMapping
 
 
 def get_qconfig_mapping(name: str = DEFAULT_PRESET) -> QConfigMapping:
-    """A preset by name as a mapping for :func:`tritonq.prepare_qat`.
+    """Return a preset by name as a mapping for :func:`tritonq.prepare_qat`.
 
     For a preset of trained scales (``"lsq_w4a4"`` and the like) the first layer's weight, the last layer's weight,
     input and output, and the model's inputs have 8 bits: few values pass there, and rounding them costs most. Any
@@ -44,7 +44,7 @@ _DECODER = "dfl"
 
 
 def get_yolo_qconfig_mapping(model: nn.Module, name: str = DEFAULT_PRESET) -> QConfigMapping:
-    """A preset by name for a YOLO detector, which leaves in float what makes and decodes boxes and scores.
+    """Return a preset by name for a YOLO detector, which leaves in float what makes and decodes boxes and scores.
 
     A head is a module that keeps ``stride``, ``strides`` or ``anchors`` and has branches: a ``ModuleList`` with, for
     each feature map, a convolution or a ``Sequential`` that ends in one. So have Ultralytics' (YOLOv8 and later, with
@@ -99,7 +99,7 @@ def get_yolo_qconfig_mapping(model: nn.Module, name: str = DEFAULT_PRESET) -> QC
 
 
 def _output_convolutions(head: nn.Module) -> list[str]:
-    """Names, within ``head``, of the convolutions that end its branches; none where it is no head."""
+    """Return names, within ``head``, of the convolutions that end its branches; none where it is no head."""
     if not any(hasattr(head, attribute) for attribute in _HEAD_ATTRIBUTES):
         return []
     found = []

@@ -31,7 +31,7 @@ class GroupReference:
         self.process_group = process_group
 
     def resolve(self) -> ProcessGroup | None:
-        """The group to reduce over, or None for this rank alone.
+        """Return the group to reduce over, or None for this rank alone.
 
         Raises:
             RuntimeError: a group is wanted and torch.distributed is not initialised.
@@ -60,14 +60,14 @@ class GroupReference:
 
 
 def reduce_range(low: Tensor, high: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Smallest ``low`` and largest ``high`` over the ranks, in one collective."""
+    """Return smallest ``low`` and largest ``high`` over the ranks, in one collective."""
     both = torch.stack((low, -high))
     dist.all_reduce(both, dist.ReduceOp.MIN, group=group)
     return both[0], -both[1]
 
 
 def reduce_sums(tensors: list[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """The sum of each tensor over the ranks, in one collective; all of one dtype."""
+    """Return the sum of each tensor over the ranks, in one collective; all of one dtype."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat, dist.ReduceOp.SUM, group=group)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])

@@ -142,7 +142,7 @@ TORCH_BACKENDS = tuple(_TORCH_BACKENDS)
 
 
 def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
-    """torch.ao's QAT preset for a deployment engine.
+    """Return torch.ao's QAT preset for a deployment engine.
 
     Activations: unsigned affine, moving average, 0..127 for fbgemm and x86, 0..255 for qnnpack and onednn. Weights:
     signed symmetric -128..127, per channel except for qnnpack.
@@ -169,7 +169,7 @@ def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
 
 
 def _megengine(observer: Any, qtype: QuantizedType, **arguments: Any) -> Factory[FakeQuantize]:
-    """A fake quantizer with MegEngine's arithmetic: its range rule, ties away from zero."""
+    """Return a fake quantizer with MegEngine's arithmetic: its range rule, ties away from zero."""
     return FakeQuantize.with_args(observer=observer, dtype=_ties_away(qtype), rule="megengine", **arguments)
 
 
@@ -178,12 +178,12 @@ def _ties_away(qtype: QuantizedType) -> QuantizedType:
 
 
 def _observing(quantizer: Factory[FakeQuantize]) -> Factory[FakeQuantize]:
-    """The same quantizer, made with its rounding switched off."""
+    """Return the same quantizer, made with its rounding switched off."""
     return Factory(observe_only, {"quantizer": quantizer})
 
 
 def observe_only(quantizer: Callable[..., FakeQuantize], **arguments: Any) -> FakeQuantize:
-    """A new fake quantizer that observes and does not round, until ``enable_fake_quant`` or ``calibrate``."""
+    """Return a new fake quantizer that observes and does not round, until ``enable_fake_quant`` or ``calibrate``."""
     made = quantizer(**arguments)
     made.disable_fake_quant()
     return made
@@ -210,7 +210,7 @@ _UNSIGNED_ACTIVATION = FakeQuantize.with_args(
 
 
 def learned_step_qconfig(weight_bits: int, activation_bits: int) -> QConfig:
-    """LSQ: a trained scale per output channel and per activation, weights rounded before their BatchNorm."""
+    """Return LSQ: a trained scale per output channel and per activation, weights rounded before their BatchNorm."""
     step = LearnedStepFakeQuantize.with_args(init="lsq")
     return QConfig(
         step.with_args(dtype=QuantizedType.of(activation_bits, signed=False, symmetric=False)),
@@ -222,7 +222,7 @@ def learned_step_qconfig(weight_bits: int, activation_bits: int) -> QConfig:
 
 
 def _floats(format: str, *, per_channel: bool = False) -> QConfig:
-    """Weights and activations of one float format; the weight's blocks run along the input channels."""
+    """Return weights and activations of one float format; the weight's blocks run along the input channels."""
     quantizer = FloatFakeQuantize.with_args(format=format)
     return QConfig(quantizer, quantizer.with_args(ch_axis=0 if per_channel else 1, history=1))
 
@@ -279,7 +279,7 @@ DEFAULT_PRESET = "onnxruntime"
 
 
 def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
-    """A preset by name.
+    """Return a preset by name.
 
     - ``"onnxruntime"`` (default): activations unsigned 8-bit with a zero point (0 behind a ReLU) and a moving average
       that follows growth at once (``copy_above``), weights symmetric narrow int8 per channel.

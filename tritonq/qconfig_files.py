@@ -102,7 +102,7 @@ def load_qconfig_mapping(path: str | os.PathLike[str]) -> QConfigMapping:
 
 
 def mapping_to_data(mapping: QConfigMapping) -> dict[str, Any]:
-    """The mapping as plain data; errors as :func:`save_qconfig_mapping`."""
+    """Return the mapping as plain data; errors as :func:`save_qconfig_mapping`."""
     data: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for field in _KEYS:
         place: Place | None = getattr(mapping, field)
@@ -115,7 +115,7 @@ def mapping_to_data(mapping: QConfigMapping) -> dict[str, Any]:
 
 
 def mapping_from_data(data: Any) -> QConfigMapping:
-    """Inverse of :func:`mapping_to_data`; errors as :func:`load_qconfig_mapping`."""
+    """Return inverse of :func:`mapping_to_data`; errors as :func:`load_qconfig_mapping`."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"not a qconfig mapping: it has no format {FORMAT!r}")
     version = data.get("version")
@@ -206,7 +206,7 @@ def _preset(data: dict[str, Any], where: str) -> QConfig:
 
 
 def _value_to_data(value: Any, where: str) -> Any:
-    """An argument or factory as plain data."""
+    """Return an argument or factory as plain data."""
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, torch.dtype):

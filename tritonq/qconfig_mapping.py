@@ -72,11 +72,11 @@ class QConfigMapping:
     inputs: Place | None = None
 
     def set_global(self, global_qconfig: Choice) -> QConfigMapping:
-        """The same mapping with this default."""
+        """Return the same mapping with this default."""
         return replace(self, global_rule=Place(_checked(global_qconfig)))
 
     def set_object_type(self, object_type: type[nn.Module] | str, qconfig: Choice) -> QConfigMapping:
-        """The same mapping with a qconfig for modules of this class (exactly), and for what is inside of them.
+        """Return the same mapping with a qconfig for modules of this class (exactly), and for what is inside of them.
 
         Additions and concatenations follow the module in whose forward they stand.
 
@@ -86,7 +86,7 @@ class QConfigMapping:
         return replace(self, types=_added(self.types, type_name(object_type), qconfig))
 
     def set_module_name_regex(self, module_name_regex: str, qconfig: Choice) -> QConfigMapping:
-        """The same mapping with a qconfig for the modules whose qualified name the pattern matches (``re.match``).
+        """Return same mapping with a qconfig for the modules whose qualified name the pattern matches (``re.match``).
 
         Raises:
             ValueError: not a regular expression.
@@ -98,21 +98,21 @@ class QConfigMapping:
         return replace(self, patterns=_added(self.patterns, module_name_regex, qconfig))
 
     def set_module_name(self, module_name: str, qconfig: Choice) -> QConfigMapping:
-        """The same mapping with a qconfig for the module of this qualified name and what is inside of it."""
+        """Return the same mapping with a qconfig for the module of this qualified name and what is inside of it."""
         if not isinstance(module_name, str) or not module_name:
             raise ValueError(f"module_name must be a qualified name such as 'layer1.0.conv1', got {module_name!r}")
         return replace(self, names=_added(self.names, module_name, qconfig))
 
     def set_first_layer(self, qconfig: Choice) -> QConfigMapping:
-        """The same mapping with a qconfig for the first quantizable layer in order of execution."""
+        """Return the same mapping with a qconfig for the first quantizable layer in order of execution."""
         return replace(self, first=Place(_checked(qconfig)))
 
     def set_last_layer(self, qconfig: Choice) -> QConfigMapping:
-        """The same mapping with a qconfig for the last quantizable layer in order of execution."""
+        """Return the same mapping with a qconfig for the last quantizable layer in order of execution."""
         return replace(self, last=Place(_checked(qconfig)))
 
     def set_input(self, qconfig: Choice) -> QConfigMapping:
-        """The same mapping with a qconfig whose activation quantizer the model's inputs get, and whatever moves them.
+        """Return the same mapping with a qconfig for the model's inputs and whatever moves them.
 
         None leaves them in float, and with them the layers that read them. Without this rule an input is quantized as
         the results of the layer that reads it first, or, where that leaves its results in float, as those of the model.
@@ -130,13 +130,13 @@ class QConfigMapping:
         return self.first is not None or self.last is not None
 
     def qconfigs(self) -> Iterator[Choice]:
-        """Every qconfig that a rule holds."""
+        """Yield every qconfig that a rule holds."""
         places = (self.global_rule, self.first, self.last, self.inputs)
         yield from (place.qconfig for place in places if place is not None)
         yield from (rule.qconfig for rule in (*self.names, *self.patterns, *self.types))
 
     def resolve(self, model: nn.Module, order: tuple[str, str] | None = None) -> dict[nn.Module, Choice]:
-        """The qconfig of every module of ``model``.
+        """Return the qconfig of every module of ``model``.
 
         Args:
             model: the float model.
@@ -192,7 +192,7 @@ class QConfigMapping:
 
 
 def type_name(kind: type[nn.Module] | str) -> str:
-    """The full name of a class; names below ``torch.nn`` may be given as users write them.
+    """Return the full name of a class; names below ``torch.nn`` may be given as users write them.
 
     Raises:
         TypeError: neither a module class nor a string.
@@ -217,12 +217,12 @@ def _checked(qconfig: Any) -> Choice:
 
 
 def _added(rules: tuple[Rule, ...], key: str, qconfig: Choice) -> tuple[Rule, ...]:
-    """``rules`` with one more; the place of an earlier one with the same key is kept, as in a dict."""
+    """Return ``rules`` with one more; the place of an earlier one with the same key is kept, as in a dict."""
     return tuple(Rule(*item) for item in {**dict(rules), key: _checked(qconfig)}.items())
 
 
 def _upwards(name: str) -> Iterator[str]:
-    """A module's name and those of the modules around it, the model's own ("") last."""
+    """Yield a module's name and those of the modules around it, the model's own ("") last."""
     while name:
         yield name
         name = name.rpartition(".")[0]
@@ -230,7 +230,7 @@ def _upwards(name: str) -> Iterator[str]:
 
 
 def _near(key: str, known: Iterable[str]) -> str:
-    """The known words most like ``key``, as the end of an error message."""
+    """Return the known words most like ``key``, as the end of an error message."""
     words = [word for word in known if word]
     near = difflib.get_close_matches(key, words, n=3, cutoff=0.5)
     near += [word for word in words if key and key in word and word not in near][: 3 - len(near)]

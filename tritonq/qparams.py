@@ -92,7 +92,7 @@ class QuantizedType:
                 raise ValueError(f"QuantizedType.of_floats makes types of {self.codes} codes, got {given}")
 
     def __repr__(self) -> str:
-        """Fields, without the codes where they are integers."""
+        """Return fields, without the codes where they are integers."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.codes == "integer":
             del named["codes"]
@@ -189,7 +189,7 @@ class QuantizedType:
         return torch.int64
 
     def with_axis(self, axis: int | None) -> QuantizedType:
-        """The same grid with one scale per index of ``axis`` (None: one scale per tensor)."""
+        """Return the same grid with one scale per index of ``axis`` (None: one scale per tensor)."""
         return replace(self, axis=axis)
 
     def with_codes(self, quant_min: int, quant_max: int) -> QuantizedType:
@@ -307,7 +307,7 @@ def range_to_qparams(
 def number_to_qparams(
     min_val: float, max_val: float, qtype: QuantizedType, rule: Literal["torch", "megengine"], eps: float
 ) -> tuple[float, int]:
-    """:func:`range_to_qparams` of one finite range with ``min_val <= max_val``, bit for bit, without a tensor.
+    """Compute :func:`range_to_qparams` of one finite range with ``min_val <= max_val``, bit for bit, without a tensor.
 
     On a CPU an operator on one element costs as much as one on a thousand.
     """
@@ -347,7 +347,7 @@ def _zero_points(zero_point: Tensor | int, scale: Tensor) -> Tensor:
 def _observed_qparams(
     low: Tensor, high: Tensor, qtype: QuantizedType, rule: RangeRule, eps: float | None
 ) -> tuple[Tensor, Tensor | int]:
-    """Scale and zero point of finite ranges, before zero is brought into them; an int for one that is fixed."""
+    """Return scale and zero point of finite ranges, before zero is brought into them; an int for one that is fixed."""
     if rule == "torch_v1":
         ends = (qtype.quant_min, qtype.quant_max)
         return torch_v1_qparams(low.clamp(max=0), high.clamp(min=0), *ends, symmetric=qtype.symmetric)
@@ -358,7 +358,7 @@ def _observed_qparams(
 def _linear_qparams(
     low: _Value, high: _Value, qtype: QuantizedType, rule: RangeRule, eps: float
 ) -> tuple[_Value, _Value | int]:
-    """The torch.ao observer rule and MegEngine's, which differ in eps and in the affine zero point alone.
+    """Return the torch.ao observer rule and MegEngine's, which differ in eps and in the affine zero point alone.
 
     One formula for tensors and for float32 numbers.
     """

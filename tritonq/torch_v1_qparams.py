@@ -13,7 +13,7 @@ _V1_ZERO_RANGE_SCALE = 0.1
 def torch_v1_qparams(
     low: Tensor, high: Tensor, quant_min: int, quant_max: int, *, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point as torch's fused moving-average operator computes them, in double precision.
+    """Return scale and zero point as torch's fused moving-average operator computes them, in double precision.
 
     Symmetric types are widened to ``s = max(|m|/(q/2 + 1), M/(q/2))`` with integer halves, only when the range lies on
     both sides of zero; a one-sided range stays affine. An empty range gives scale 0.1. The zero point is taken from

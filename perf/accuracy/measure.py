@@ -117,7 +117,7 @@ def _accuracy(outputs: Tensor, split: Split) -> float:
 
 
 def _saved_bytes(model: nn.Module, data: Split) -> int:
-    """Bytes that autograd keeps of a training step with one batch."""
+    """Return bytes that autograd keeps of a training step with one batch."""
     images, targets = data.images[:BATCH], data.targets[:BATCH]
     model.train()
     excluded = [images, *model.parameters(), *model.buffers()]
@@ -125,7 +125,7 @@ def _saved_bytes(model: nn.Module, data: Split) -> int:
 
 
 def _float_model(item: Measurement, task: Task, budget: Budget, out: Path) -> nn.Module:
-    """The float model of a seed, trained once."""
+    """Return the float model of a seed, trained once."""
     torch.manual_seed(item.seed)
     model = NETS[item.net](CLASSES)
     path = out / f"float-{item.task}-{item.net}-{item.seed}-{budget.images}-{budget.float_epochs}.pt"

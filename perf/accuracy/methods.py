@@ -16,7 +16,7 @@ Scheme = Callable[[int, int], QConfig]
 
 
 def _ranges(weights: int, activations: int) -> QConfig:
-    """Running ranges: torch.ao's scheme at any width, as tritonq's default preset has them."""
+    """Return running ranges: torch.ao's scheme at any width, as tritonq's default preset has them."""
     default = tritonq.get_qconfig()
     return default._replace(
         activation=default.activation.with_args(dtype=_unsigned(activations)),  # type: ignore[attr-defined]
@@ -32,29 +32,29 @@ LEARNED_STEP: Scheme = learned_step_qconfig
 
 
 def _learned_offset(weights: int, activations: int) -> QConfig:
-    """LSQ+: a trained zero point of activations too."""
+    """Return LSQ+: a trained zero point of activations too."""
     step = tritonq.LearnedStepFakeQuantize.with_args(init="lsq", dtype=_unsigned(activations), learn_zero_point=True)
     return learned_step_qconfig(weights, activations)._replace(activation=step)
 
 
 def _folded(weights: int, activations: int) -> QConfig:
-    """LSQ whose weights are rounded after the BatchNorm is folded in, as torch.ao folds it."""
+    """Return LSQ whose weights are rounded after the BatchNorm is folded in, as torch.ao folds it."""
     return learned_step_qconfig(weights, activations)._replace(folding="approximate")
 
 
 def _summands(weights: int, activations: int) -> QConfig:
-    """LSQ with a quantizer before each addition too."""
+    """Return LSQ with a quantizer before each addition too."""
     return learned_step_qconfig(weights, activations)._replace(round_summands=True)
 
 
 def _clipped(weights: int, activations: int) -> QConfig:
-    """PACT: a trained bound of activations; weights have the range of their values."""
+    """Return PACT: a trained bound of activations; weights have the range of their values."""
     clip = tritonq.ClippedFakeQuantize.with_args(dtype=_unsigned(activations))
     return _ranges(weights, activations)._replace(activation=clip)
 
 
 def _thresholds(weights: int, activations: int) -> QConfig:
-    """TQT: trained thresholds, powers of two."""
+    """Return TQT: trained thresholds, powers of two."""
     threshold = tritonq.TrainedThresholdFakeQuantize
     return learned_step_qconfig(weights, activations)._replace(
         activation=threshold.with_args(dtype=_away(_unsigned(activations))),
@@ -88,7 +88,7 @@ def prepared(make: Scheme) -> Callable[[Request], nn.Module]:
 
 
 def _fixed_point(request: Request) -> nn.Module:
-    """F8Net: fixed point, powers of two; first and last layer's weights at 8 bits."""
+    """Return the scheme of F8Net: fixed point, powers of two; first and last layer's weights at 8 bits."""
     number = tritonq.FixedPointFakeQuantize
     inner = QConfig(
         number.with_args(word_len=request.activations, signed=False),

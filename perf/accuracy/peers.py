@@ -34,7 +34,7 @@ def _first_and_last(model: nn.Module) -> tuple[str, str]:
 
 
 def _torch_ao(request: Request) -> nn.Module:
-    """FX mode; activations affine, weights symmetric per channel, both with moving ranges."""
+    """Return FX mode; activations affine, weights symmetric per channel, both with moving ranges."""
     from torch.ao.quantization import QConfigMapping
     from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
@@ -90,7 +90,7 @@ def _pt2e(request: Request) -> nn.Module:
 
 
 def _pt2e_config(weights: int, activations: int) -> Any:
-    """The default configuration of the quantizer for x86 with other ends of the codes."""
+    """Return the default configuration of the quantizer for x86 with other ends of the codes."""
     from dataclasses import replace
 
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -103,7 +103,7 @@ def _pt2e_config(weights: int, activations: int) -> Any:
 
 
 def _modelopt(request: Request) -> nn.Module:
-    """Quantizers at the inputs of layers, whose ranges a batch fixes."""
+    """Return quantizers at the inputs of layers, whose ranges a batch fixes."""
     import modelopt.torch.quantization as mtq
 
     first, last = _first_and_last(request.model)

@@ -50,7 +50,7 @@ def _reestimate(model: nn.Module, batches: list[Tensor]) -> None:
 
 
 def _uniform(request: Request) -> nn.Module:
-    """All weights at the same width, ends included: what a budget of so many bits per weight buys by default."""
+    """Return all weights at the same width, ends included: what a budget of so many bits per weight buys by default."""
     mapping = tritonq.QConfigMapping().set_global(learned_step_qconfig(request.weights, request.activations))
     return _with_mapping(request, mapping.set_input(tritonq.get_qconfig()))
 

@@ -20,7 +20,7 @@ def families() -> dict[str, Callable[[], Iterator[Case]]]:
 
 @cache
 def all_cases() -> tuple[Case, ...]:
-    """Every case, family by family.
+    """Return every case, family by family.
 
     Raises:
         ValueError: two cases share a name, so that their results could not be told apart.

@@ -49,7 +49,7 @@ class Convolution:
         return self.batch * self.outs * size * size
 
     def name(self, kind: str, dtype: torch.dtype, channels_last: bool) -> str:
-        """A case's name."""
+        """Return a case's name."""
         kernel = f"{self.kernel}x{self.kernel}" + (f" stride {self.stride}" if self.stride > 1 else "")
         kernel += "" if self.groups == 1 else " depthwise" if self.groups == self.channels else " grouped"
         shape = f"{self.batch}x{self.channels}x{self.size}x{self.size}"
@@ -58,7 +58,7 @@ class Convolution:
         return "/".join([*parts, "forward"])
 
     def bytes_moved(self, dtype: torch.dtype) -> int:
-        """Input, weight and output, once each."""
+        """Return input, weight and output, once each."""
         inputs = self.batch * self.channels * self.size**2
         weights = self.outs * self.channels // self.groups * self.kernel**2
         return (inputs + weights + self.output_elements) * dtype.itemsize
@@ -82,7 +82,7 @@ class Operator:
     devices: tuple[str, ...]
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``x``, ``weight``, ``bias``, and the output's ``scale``, with which some values are clipped."""
+        """Return ``x``, ``weight``, ``bias``, and the output's ``scale``, with which some values are clipped."""
         conv = self.conv
         normal = partial(torch.randn, generator=generator, device=device)
         x = normal(conv.batch, conv.channels, conv.size, conv.size)
@@ -103,14 +103,14 @@ class Operator:
         }
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Plain operators in float64."""
+        """Return plain operators in float64."""
         x, weight, bias = (inputs[name].double() for name in ("x", "weight", "bias"))
         y = F.relu(F.conv2d(x, weight, bias, *self.conv.geometry))
         scale = inputs["scale"].double()
         return ((y / scale).round().clamp(_QUANT_MIN, _QUANT_MAX).mul(scale).to(self.dtype),)
 
     def case(self, *, quick: bool = False) -> Case:
-        """The table entry; ratios against torch's operators: cuDNN, ReLU and fake quantization one by one."""
+        """Return the table entry; ratios against torch's operators: cuDNN, ReLU and fake quantization one by one."""
         table = {
             "tritonq": Implementation(self._tritonq, distribution="tritonq", module="tritonq"),
             "torch": Implementation(self._torch),
@@ -166,7 +166,7 @@ class Layer:
     devices: tuple[str, ...]
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``x`` on a grid of 8-bit codes."""
+        """Return ``x`` on a grid of 8-bit codes."""
         conv = self.conv
         shape = (conv.batch, conv.channels, conv.size, conv.size)
         codes = torch.randint(-127, 128, shape, generator=generator, device=device)
@@ -174,7 +174,7 @@ class Layer:
         return {"x": (codes * torch.tensor(1 / 64, device=device)).contiguous(memory_format=layout)}
 
     def parts(self) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU]:
-        """Float modules with the same weights every time."""
+        """Return float modules with the same weights every time."""
         conv = self.conv
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -189,11 +189,11 @@ class Layer:
 
     @torch.no_grad()
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The float modules."""
+        """Return the float modules."""
         return (nn.Sequential(*self.parts()).to(inputs["x"].device).eval()(inputs["x"]),)
 
     def case(self, *, quick: bool = False) -> Case:
-        """The table entry; ratios against torch.ao's module."""
+        """Return the table entry; ratios against torch.ao's module."""
         makers = {"torch.ao v0": partial(self._ao, 0), "torch.ao v1": partial(self._ao, 1)}
         table = {name: Implementation(partial(self._step, make)) for name, make in makers.items()}
         ours = partial(self._step, self._tritonq)
@@ -258,7 +258,7 @@ class _WithSource(nn.Module):
 
 
 def cases() -> Iterator[Case]:
-    """1×1, 3×3, 7×7 and depthwise convolutions of ResNet-50 and MobileNetV2."""
+    """Yield 1×1, 3×3, 7×7 and depthwise convolutions of ResNet-50 and MobileNetV2."""
     cpu, cuda = ("cpu",), ("cuda",)
     for channels_last in (False, True):
         yield Operator(Convolution(8, 32, 28, 32, 3), torch.float32, channels_last, ("cpu", "cuda")).case(

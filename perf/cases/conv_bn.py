@@ -47,7 +47,10 @@ class Tail:
     devices: tuple[str, ...]
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``c`` and ``dy`` (batch, channels, h, w), neither of mean zero; ``gamma``, ``beta``, ``fold`` (channels,)."""
+        """Return ``c`` and ``dy`` (batch, channels, h, w), neither of mean zero.
+
+        ``gamma``, ``beta``, ``fold`` (channels,).
+        """
         channels = self.shape[1]
         random = partial(torch.rand, channels, generator=generator, device=device)
         return {
@@ -59,7 +62,10 @@ class Tail:
         }
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Plain operators in float64, differentiated by autograd; the rounding's gradient is one inside the range."""
+        """Return plain operators in float64, differentiated by autograd.
+
+        The rounding's gradient is one inside the range.
+        """
         c = inputs["c"].detach().double().requires_grad_()
         y = F.batch_norm(
             c / inputs["fold"].double().view(1, -1, 1, 1), None, None, *self._affine(inputs, torch.float64)
@@ -71,7 +77,10 @@ class Tail:
         return quantized.detach().to(self.dtype), dc.to(self.dtype)
 
     def case(self, *, quick: bool = False) -> Case:
-        """The table entry; ratios against torch.ao, which has to pass ten times forward and twenty times backward."""
+        """Return table entry.
+
+        Ratios against torch.ao, which has to pass ten times forward and twenty times backward.
+        """
         elements = torch.Size(self.shape).numel()
         layout = ["channels_last"] if self.channels_last else []
         name = ["conv_bn", "tail", "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch."), *layout]
@@ -134,7 +143,7 @@ def _float_tail(inputs: Inputs) -> Callable[[Inputs], Tensor]:
 
 
 def _ao_tail(version: int, inputs: Inputs) -> Callable[[Inputs], Tensor]:
-    """What torch.ao's ConvBnReLU2d does after its convolution, and the activation's fake quantizer."""
+    """Return what torch.ao's ConvBnReLU2d does after its convolution, and the activation's fake quantizer."""
     quantize = torch_ao_activation(version, inputs["c"].device)
     normalize = _batch_norm(inputs)
     return lambda inputs: quantize(F.relu(normalize(inputs["c"] / inputs["fold"].view(1, -1, 1, 1), inputs)))
@@ -171,7 +180,7 @@ class Layer:
     devices: tuple[str, ...]
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``x`` and ``dy`` (batch, channels, size, size), normal."""
+        """Return ``x`` and ``dy`` (batch, channels, size, size), normal."""
         shape = (self.batch, self.channels, self.size, self.size)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         dtype = self.autocast or torch.float32
@@ -180,7 +189,7 @@ class Layer:
         return {"x": x.requires_grad_(), "dy": dy}
 
     def parts(self) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU]:
-        """Float modules with the same weights every time."""
+        """Return float modules with the same weights every time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             conv = nn.Conv2d(
@@ -189,7 +198,7 @@ class Layer:
         return conv, nn.BatchNorm2d(self.channels), nn.ReLU()
 
     def case(self) -> Case:
-        """The table entry. The convolution bounds it, so that bytes say nothing; memory does."""
+        """Return the table entry. The convolution bounds it, so that bytes say nothing; memory does."""
         kind = f"{self.kernel}x{self.kernel}" + (" depthwise" if self.groups > 1 else "")
         dtype = "float32" if self.autocast is None else f"amp-{str(self.autocast).removeprefix('torch.')}"
         parts = ["conv_bn", f"layer {kind}", f"{self.batch}x{self.channels}x{self.size}x{self.size}", dtype]
@@ -262,7 +271,7 @@ def _memory(layer: Layer, step: Step, inputs: Inputs) -> int:
 
 
 def cases() -> Iterator[Case]:
-    """Tails of ResNet's first and last stage, and layers: 3×3, 1×1, depthwise."""
+    """Yield tails of ResNet's first and last stage, and layers: 3×3, 1×1, depthwise."""
     cpu, cuda = ("cpu",), ("cuda",)
     for channels_last in (False, True):
         yield Tail((16, 64, 24, 24), torch.float32, channels_last, ("cpu", "cuda")).case(quick=True)

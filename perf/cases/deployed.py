@@ -51,15 +51,15 @@ class Setting:
         return f"deployed/{self.model}/1x3x{self.size}x{self.size}/{threads}"
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``images`` (1, 3, size, size), normal."""
+        """Return ``images`` (1, 3, size, size), normal."""
         return {"images": torch.randn(1, 3, self.size, self.size, generator=generator, device=device)}
 
     def float_model(self) -> nn.Module:
-        """The same weights every time, with statistics of the same images."""
+        """Return the same weights every time, with statistics of the same images."""
         return self._seen(self._made())
 
     def trained_model(self) -> nn.Module:
-        """The same, prepared with preset ``onnxruntime``."""
+        """Return the same, prepared with preset ``onnxruntime``."""
         import tritonq
 
         qconfig = tritonq.get_qconfig("onnxruntime")
@@ -100,7 +100,7 @@ class Setting:
         return step
 
     def case(self) -> Case:
-        """The table entry."""
+        """Return the table entry."""
         return Case(
             name=self.name,
             family="deployed",
@@ -140,14 +140,14 @@ class Setting:
 
 
 def settings() -> Iterator[Setting]:
-    """Each model with one thread and with two."""
+    """Yield each model with one thread and with two."""
     for model in GOALS:
         for threads in (1, 2):
             yield Setting(model, threads, _SIZES.get(model, _IMAGE_SIZE))
 
 
 def cases() -> Iterator[Case]:
-    """All settings, and a small one."""
+    """Yield all settings, and a small one."""
     if importlib.util.find_spec("onnxruntime") is None:
         return
     yield from (setting.case() for setting in settings())

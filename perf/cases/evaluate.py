@@ -40,29 +40,29 @@ class Setting:
         return "/".join(parts + (["channels_last"] if self.channels_last else []))
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``images`` (batch, 3, size, size), normal."""
+        """Return ``images`` (batch, 3, size, size), normal."""
         images = torch.randn(self.batch, 3, self.size, self.size, generator=generator, device=device)
         return {"images": images.contiguous(memory_format=self._format())}
 
     def float_model(self, images: Tensor) -> nn.Module:
-        """The same weights every time, with statistics of ``images``."""
+        """Return the same weights every time, with statistics of ``images``."""
         return self._seen(self._placed(_normalised(torchvision_model(self.model, num_classes=_CLASSES))), images)
 
     def qat_model(self, images: Tensor) -> nn.Module:
-        """The same, prepared with the default preset."""
+        """Return the same, prepared with the default preset."""
         import tritonq
 
         model = self._placed(_normalised(torchvision_model(self.model, num_classes=_CLASSES)))
         return self._seen(tritonq.prepare_qat(model, example_inputs=(images[:2],)), images)
 
     def converted_model(self, images: Tensor) -> nn.Module:
-        """The same, converted."""
+        """Return the same, converted."""
         import tritonq
 
         return tritonq.convert(self.qat_model(images))
 
     def torch_ao_model(self, images: Tensor) -> nn.Module:
-        """torch.ao's converted model, in the form that torch.ao needs, for its x86 engine."""
+        """Return torch.ao's converted model, in the form that torch.ao needs, for its x86 engine."""
         from torch.ao.quantization import convert, get_default_qat_qconfig, prepare_qat
 
         model = _normalised(quantizable(self.model, num_classes=_CLASSES))
@@ -72,7 +72,7 @@ class Setting:
         return convert(self._seen(prepare_qat(self._placed(model)), images))
 
     def case(self) -> Case:
-        """The table entry; bound by arithmetic as much as by bytes."""
+        """Return the table entry; bound by arithmetic as much as by bytes."""
         return Case(
             name=self.name,
             family="evaluate",
@@ -102,7 +102,7 @@ class Setting:
 
 
 def cases() -> Iterator[Case]:
-    """ResNet-18 and MobileNetV2, in both layouts."""
+    """Yield ResNet-18 and MobileNetV2, in both layouts."""
     for model in ("resnet18", "mobilenet_v2"):
         for channels_last in (False, True):
             yield Setting(model, 8, 128, channels_last).case()

@@ -50,7 +50,7 @@ _BOTH = ("cpu", "cuda")
 
 
 def cases() -> Iterator[Case]:
-    """Small tensors, weights and activations, in both layouts and dtypes, forward and with backward."""
+    """Yield small tensors, weights and activations, in both layouts and dtypes, forward and with backward."""
     for backward in (False, True):
         for dtype in _DTYPES:
             yield from _for_grid(dtype, backward)

@@ -39,7 +39,10 @@ class FakeQuantization:
         return "/".join([*parts, "forward+backward" if self.backward else "forward"])
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``x``, and ``dy`` for the backward, normal; ``scale`` float32 and ``zero_point`` int32 (one or channels)."""
+        """Return ``x``, and ``dy`` for the backward, normal.
+
+        ``scale`` float32 and ``zero_point`` int32 (one or channels).
+        """
         channels = 1 if self.axis is None else self.shape[self.axis]
         spread = torch.rand(channels, generator=generator, device=device) * (_LONGEST_RANGE - _SHORTEST_RANGE)
         inputs = {
@@ -52,7 +55,7 @@ class FakeQuantization:
         return inputs
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """``(clamp(round(x * (1/s)) + z) - z) * s`` in float32; ``dy`` where the unclipped code is in range."""
+        """Return ``(clamp(round(x * (1/s)) + z) - z) * s`` in float32; ``dy`` where the unclipped code is in range."""
         x, scale, zero_point = inputs["x"].detach().float(), inputs["scale"], inputs["zero_point"]
         if self.axis is not None:
             shape = [1] * x.dim()

@@ -29,7 +29,7 @@ _PEER = Tolerance(
 
 
 def implementations(problem: FakeQuantization) -> dict[str, Implementation]:
-    """tritonq, torch in all its forms, and the libraries of the ``peers`` extra."""
+    """Return tritonq, torch in all its forms, and the libraries of the ``peers`` extra."""
     table = {
         "tritonq": _implementation(problem, _tritonq, distribution="tritonq", module="tritonq"),
         "torch": _implementation(problem, _torch),
@@ -68,7 +68,7 @@ def _step(problem: FakeQuantization, quantize: Quantizer) -> Step:
 
 
 def _broadcast(problem: FakeQuantization, values: Tensor) -> Tensor:
-    """Per-channel ``values`` in a shape that broadcasts against x."""
+    """Return per-channel ``values`` in a shape that broadcasts against x."""
     if problem.axis is None:
         return values
     shape = [1] * len(problem.shape)
@@ -93,7 +93,7 @@ def _torch(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
 
 
 def _formula(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
-    """Five operators; the straight-through estimator is the clamp's own gradient around a detached rounding."""
+    """Return five operators; the straight-through estimator is the clamp's own gradient around a detached rounding."""
     scale = _broadcast(problem, inputs["scale"])
     zero_point = _broadcast(problem, inputs["zero_point"])
 
@@ -118,7 +118,7 @@ def _torch_ao_v1(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
 
 
 def _torch_ao(kind: type[torch.nn.Module], problem: FakeQuantization, inputs: Inputs) -> Quantizer:
-    """A module of torch.ao with its observer off and its qparams set."""
+    """Return a module of torch.ao with its observer off and its qparams set."""
     from torch.ao.quantization import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
 
     limits = {"quant_min": problem.quant_min, "quant_max": problem.quant_max, "dtype": torch.qint8}
@@ -139,7 +139,7 @@ def _torch_ao(kind: type[torch.nn.Module], problem: FakeQuantization, inputs: In
 
 
 def _range_for_version_1(problem: FakeQuantization, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The range from which torch.ao's fused op, which derives its scale in every call, arrives at ``scale``.
+    """Return the range from which torch.ao's fused op, which derives its scale in every call, arrives at ``scale``.
 
     It takes the larger of ``low / -(h + 1)`` and ``high / h``, ``h`` half the number of steps rounded down, stretches
     the range to ``2h + 1`` of those, and divides it by the number of steps: for the narrow range not the same number.

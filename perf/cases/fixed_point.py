@@ -32,7 +32,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def cases() -> Iterator[Case]:
-    """Rounding and searches of activations and weights."""
+    """Yield rounding and searches of activations and weights."""
     for dtype in _DTYPES:
         quick = dtype == torch.float32
         for backward in (False, True):
@@ -73,7 +73,10 @@ class Rounding:
     quant_max: int = 127
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``x``, and ``dy`` for the backward, normal; ``frac_len`` int32: ranges of ±2 or ±4 standard deviations."""
+        """Return ``x``, and ``dy`` for the backward, normal.
+
+        ``frac_len`` int32: ranges of ±2 or ±4 standard deviations.
+        """
         lengths = (1,) if self.axis is None else (self.shape[self.axis],)
         inputs = {
             "x": self._normal(generator, device).requires_grad_(self.backward),
@@ -84,7 +87,7 @@ class Rounding:
         return inputs
 
     def powers(self, inputs: Inputs) -> Tensor:
-        """``2^frac_len``, float32, broadcast against ``x``."""
+        """Return ``2^frac_len``, float32, broadcast against ``x``."""
         powers = torch.exp2(inputs["frac_len"].float())
         if self.axis is None:
             return powers
@@ -93,7 +96,7 @@ class Rounding:
         return powers.view(shape)
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """``clamp(round(x 2^fl)) 2^-fl`` in float64; ``dy`` strictly inside the code range."""
+        """Return ``clamp(round(x 2^fl)) 2^-fl`` in float64; ``dy`` strictly inside the code range."""
         powers = self.powers(inputs).double()
         code = (inputs["x"].detach().double() * powers).round()
         y = (code.clamp(self.quant_min, self.quant_max) / powers).to(self.dtype)
@@ -103,7 +106,7 @@ class Rounding:
         return y, torch.where(inside, inputs["dy"], 0)
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """The table entry: forward reads x and writes y; backward reads x and dy and writes dx."""
+        """Return the table entry: forward reads x and writes y; backward reads x and dy and writes dx."""
         elements = prod(self.shape)
         grid = "tensor" if self.axis is None else f"channel{self.axis}"
         direction = "forward+backward" if self.backward else "forward"
@@ -145,19 +148,19 @@ class Search:
         return range(9 - self.signed)
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``x`` normal, behind a ReLU where codes have no sign: the best length is neither the first nor the last."""
+        """Return normal ``x``, behind a ReLU where codes have no sign; the best length is no end."""
         x = torch.randn(self.shape, generator=generator, device=device)
         return {"x": (x if self.signed else x.relu()).to(self.dtype)}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The first of the least root mean square errors, one candidate at a time in float64."""
+        """Return the first of the least root mean square errors, one candidate at a time in float64."""
         x = inputs["x"].double()
         codes = ((x * 2.0**length).round().clamp(*self.codes) for length in self.candidates)
         errors = [(code * 0.5**length - x).square().mean() for length, code in enumerate(codes)]
         return (torch.stack(errors).argmin().int(),)
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """The table entry: one read."""
+        """Return the table entry: one read."""
         elements = prod(self.shape)
         sign = "signed" if self.signed else "unsigned"
         return Case(
@@ -176,7 +179,10 @@ class Search:
 
 
 def _quantize_implementations(problem: Rounding) -> dict[str, Implementation]:
-    """tritonq; F8Net's autograd function; torch's operator, whose mask is not strict, so that it only goes forward."""
+    """Return tritonq.
+
+    F8Net's autograd function; torch's operator, whose mask is not strict, so that it only goes forward.
+    """
     table = {
         "tritonq": Implementation(lambda _: _tritonq_quantize(problem), distribution="tritonq", module="tritonq"),
         "f8net": Implementation(lambda inputs: _f8net_quantize(problem, inputs, compiled=False)),
@@ -190,7 +196,7 @@ def _quantize_implementations(problem: Rounding) -> dict[str, Implementation]:
 
 
 def _search_implementations(problem: Search) -> dict[str, Implementation]:
-    """One read in tritonq, and pass after pass in F8Net."""
+    """Return one read in tritonq, and pass after pass in F8Net."""
     return {
         "tritonq": Implementation(lambda _: _tritonq_search(problem), distribution="tritonq", module="tritonq"),
         "f8net": Implementation(lambda _: _f8net_search(problem)),
@@ -198,7 +204,7 @@ def _search_implementations(problem: Search) -> dict[str, Implementation]:
 
 
 def _with_gradient(problem: Rounding, quantize: Any) -> Step:
-    """``quantize`` maps inputs to y; the step returns the gradient of x too where the problem asks for it."""
+    """Return ``quantize`` maps inputs to y; the step returns the gradient of x too where the problem asks for it."""
 
     def forward(inputs: Inputs) -> tuple[Tensor, ...]:
         return (quantize(inputs),)
@@ -260,7 +266,7 @@ def _tritonq_search(problem: Search) -> Step:
 
 
 def _f8net_search(problem: Search) -> Step:
-    """One quantized copy and one mean of squares for every candidate, then the least of them."""
+    """Return one quantized copy and one mean of squares for every candidate, then the least of them."""
     low, high = problem.codes
 
     def search(inputs: Inputs) -> tuple[Tensor, ...]:

@@ -41,12 +41,12 @@ class Problem:
         )
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``x``, normal, and the float32 scale of the whole tensor that NVFP4 has."""
+        """Return ``x``, normal, and the float32 scale of the whole tensor that NVFP4 has."""
         x = torch.randn(self.shape, generator=generator, device=device).to(self.dtype)
         return {"x": x, "scale": x.float().abs().amax() / (6 * 448)}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The nearest number, from all numbers of the format, in units of each block's scale."""
+        """Return the nearest number, from all numbers of the format, in units of each block's scale."""
         blocks = BLOCK_FORMATS[self.format]
         number = blocks.element_format
         x = inputs["x"].float().unflatten(-1, (-1, blocks.size))
@@ -59,7 +59,7 @@ class Problem:
         return ((_round(x * (1 / scale), self.format) * scale).to(self.dtype).flatten(-2),)
 
     def case(self, *, quick: bool) -> Case:
-        """The table entry: one read, one write."""
+        """Return the table entry: one read, one write."""
         elements = prod(self.shape)
         return Case(
             name=self.name,
@@ -87,7 +87,7 @@ def _round(units: Tensor, format: str) -> Tensor:
 
 
 def _implementations(problem: Problem) -> dict[str, Implementation]:
-    """tritonq, the formula, and the libraries of the ``peers`` extra that emulate the format."""
+    """Return tritonq, the formula, and the libraries of the ``peers`` extra that emulate the format."""
 
     def ours(inputs: Inputs) -> Callable[[Inputs], tuple[Tensor, ...]]:
         import tritonq
@@ -142,7 +142,7 @@ _SHAPES = ((1024, 1024), (4096, 4096))
 
 
 def cases() -> Iterator[Case]:
-    """Weights and activations of linear layers, in both dtypes."""
+    """Yield weights and activations of linear layers, in both dtypes."""
     for format in ("mxfp8", "mxfp4", "nvfp4"):
         yield Problem(format, _QUICK, torch.float32).case(quick=True)
         for dtype in (torch.float32, torch.bfloat16):

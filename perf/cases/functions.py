@@ -36,12 +36,12 @@ class QuantizedFunction:
     dtype: torch.dtype
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``x`` and ``dy``, normal."""
+        """Return ``x`` and ``dy``, normal."""
         x, dy = (torch.randn(self.shape, generator=generator, device=device).to(self.dtype) for _ in range(2))
         return {"x": x.requires_grad_(), "dy": dy}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Plain operators in float64: the range is that of this batch, and holds every value."""
+        """Return plain operators in float64: the range is that of this batch, and holds every value."""
         x = inputs["x"].detach().double().requires_grad_()
         y = Function(self.name)(x)
         (dx,) = torch.autograd.grad(y, x, inputs["dy"].double())
@@ -109,7 +109,7 @@ def _float(name: str, inputs: Inputs) -> Operator:
 
 
 def cases() -> Iterator[Case]:
-    """Activations of EfficientNet, MobileNetV3 and YOLO."""
+    """Yield activations of EfficientNet, MobileNetV3 and YOLO."""
     for name in ("silu", "hardswish"):
         yield QuantizedFunction(name, (16, 64, 24, 24), torch.float32).case(quick=False, devices=("cpu", "cuda"))
         for dtype in (torch.float32, torch.bfloat16):

@@ -27,7 +27,7 @@ _CUDA_SHAPES = ((256, 64, 64, 64), (256, 64, 56, 56), (256, 2048, 7, 7))
 
 
 def cases() -> Iterator[Case]:
-    """Activations of a CNN, with and without a search."""
+    """Yield activations of a CNN, with and without a search."""
     for shape in (*_CPU_SHAPES, *_CUDA_SHAPES):
         devices = ("cpu", "cuda") if shape in _CPU_SHAPES else ("cuda",)
         for search in (False, True):
@@ -58,7 +58,7 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, search: bool, devices: tup
 def _make_inputs(
     shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, device: torch.device
 ) -> Inputs:
-    """``x`` normal: the best 8-bit range is clearly shorter than the range of all values."""
+    """Return ``x`` normal: the best 8-bit range is clearly shorter than the range of all values."""
     return {"x": torch.randn(shape, generator=generator, device=device).to(dtype)}
 
 
@@ -95,7 +95,7 @@ def _extremes(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _best_scale(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The symmetric 8-bit scale with the least squared error on the values themselves, of a hundred candidates."""
+    """Return symmetric 8-bit scale with the least squared error on the values themselves, of a hundred candidates."""
     x = inputs["x"].float().flatten()
     widest = x.abs().amax() / 127.5
     candidates = [widest * step / 100 for step in range(40, 101)]

@@ -22,7 +22,7 @@ _FLOAT32 = Tolerance(
 
 
 def cases() -> Iterator[Case]:
-    """Convolutions of a ResNet-50."""
+    """Yield convolutions of a ResNet-50."""
     yield Convolution(8, 64, 28, 64, 3).case(quick=True, devices=_BOTH)
     yield Convolution(8, 64, 28, 256, 1).case(quick=False, devices=_BOTH)
     yield Convolution(8, 128, 28, 128, 3, depthwise=True).case(quick=False, devices=_BOTH)
@@ -70,7 +70,7 @@ class Convolution:
         return round(math.log2(73 * 147 * self.products**0.5 / 96))
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``x`` uint8, ``weight`` int8, ``bias`` int32, ``shift`` int32 (out,): a tenth of the results saturates."""
+        """Return ``x`` uint8, ``weight`` int8, ``bias`` and ``shift`` int32 (out,): a tenth of results saturates."""
         last = torch.channels_last
         integers = partial(torch.randint, generator=generator, device=device)
         shape = (self.outs, self.channels // self.groups, self.kernel, self.kernel)
@@ -84,13 +84,13 @@ class Convolution:
         }
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """``clamp(round((Σ x w + bias) 2^-shift), 0, 255)`` in float64, which holds every sum."""
+        """Return ``clamp(round((Σ x w + bias) 2^-shift), 0, 255)`` in float64, which holds every sum."""
         x, weight, bias = (inputs[name].double() for name in ("x", "weight", "bias"))
         total = F.conv2d(x, weight, bias, padding=self.kernel // 2, groups=self.groups)
         return ((total * torch.exp2(-inputs["shift"].double()).view(1, -1, 1, 1)).round().clamp(0, 255).byte(),)
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """The table entry: codes in, codes out, weights once."""
+        """Return the table entry: codes in, codes out, weights once."""
         pixels = self.images * self.size**2
         weights = self.outs * self.products
         kind = "depthwise" if self.depthwise else f"{self.kernel}x{self.kernel}"
@@ -111,7 +111,7 @@ class Convolution:
 
 
 def _implementations(problem: Convolution) -> dict[str, Implementation]:
-    """tritonq; the convolution of floats that it replaces; torch's quantized operator, on CPUs alone.
+    """Return tritonq; the convolution of floats that it replaces; torch's quantized operator, on CPUs alone.
 
     The float convolution is cuDNN's in bfloat16 on a GPU and oneDNN's in float32 on a CPU. Its check requantizes what
     it returns, which is not timed: a float network has no such step. Torch's depthwise kernel for x86 adds pairs of
@@ -168,7 +168,7 @@ def _float_conv(problem: Convolution, inputs: Inputs) -> Step:
 
 
 def _torch_quantized_conv(problem: Convolution, inputs: Inputs) -> Step:
-    """Scales of 1 for both operands, of ``2^shift`` for the result: the same codes."""
+    """Return scales of 1 for both operands, of ``2^shift`` for the result: the same codes."""
     quantized = torch._make_per_tensor_quantized_tensor
     pad, one = [problem.kernel // 2] * 2, [1, 1]
     weight = quantized(inputs["weight"], 1.0, 0)

@@ -44,7 +44,7 @@ _WEIGHT = (512, 512, 3, 3)
 
 
 def cases() -> Iterator[Case]:
-    """One scale for activations, one per channel for weights, and LSQ along the channels of an activation."""
+    """Yield one scale for activations, one per channel for weights, and LSQ along the channels of an activation."""
     for method in ("lsq", "lsq+", "tqt", "pact"):
         quick = method in ("lsq", "tqt")
         yield Problem(method, _QUICK, None).case(quick=quick, devices=_BOTH)
@@ -82,7 +82,7 @@ class Problem:
         return {"lsq": ("scale",), "lsq+": ("scale", "zero_point"), "tqt": ("log2",), "pact": ("alpha",)}[self.method]
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``x`` and ``dy`` normal; parameters float32, (1,) or (channels,), for a range of ±2 deviations."""
+        """Return ``x`` and ``dy`` normal; parameters float32, (1,) or (channels,), for a range of ±2 deviations."""
         channels = (1,) if self.axis is None else (self.shape[self.axis],)
         spread = 1 + 0.1 * torch.rand(channels, generator=generator, device=device)
         scale = spread * _RANGE / 127.5
@@ -100,7 +100,7 @@ class Problem:
         return inputs | {name: values[name].requires_grad_(name in self.learned) for name in used}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The formulas of docs/numbers.md, "Learned scales" in float32, with sums in float64."""
+        """Return the formulas of docs/numbers.md, "Learned scales" in float32, with sums in float64."""
         x, dy = inputs["x"].detach().float(), inputs["dy"]
         given = {name: self.broadcast(inputs[name].detach()) for name in inputs if name not in ("x", "dy")}
         y, inside, terms = _TERMS[self.method](x, given, self.codes)
@@ -108,7 +108,7 @@ class Problem:
         return y.to(self.dtype), torch.where(inside, dy, 0), *gradients
 
     def broadcast(self, values: Tensor) -> Tensor:
-        """Parameters in a shape that broadcasts against x."""
+        """Return parameters in a shape that broadcasts against x."""
         if self.axis is None:
             return values
         shape = [1] * len(self.shape)
@@ -120,7 +120,7 @@ class Problem:
         return total.view(-1).float()
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """The table entry."""
+        """Return the table entry."""
         elements = prod(self.shape)
         grid = "tensor" if self.axis is None else f"channel{self.axis}"
         table = {
@@ -187,7 +187,7 @@ def _torch_learnable(problem: Problem) -> Quantizer:
 
 
 def _formula(problem: Problem) -> Quantizer:
-    """The same in plain operators; roundings are straight through, clamps keep their own gradient."""
+    """Return the same in plain operators; roundings are straight through, clamps keep their own gradient."""
     low, high = problem.codes
 
     def learned_step(x: Tensor, given: Inputs) -> Tensor:
@@ -210,7 +210,7 @@ def _formula(problem: Problem) -> Quantizer:
 
 
 def _straight_through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """``change(values)`` with the gradient of ``values``."""
+    """Return ``change(values)`` with the gradient of ``values``."""
     return values + (change(values) - values).detach()
 
 
@@ -222,7 +222,7 @@ Terms = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 
 
 def _step_terms(x: Tensor, given: Inputs, codes: tuple[int, int], learns_shift: bool) -> Terms:
-    """Values, where the gradient passes, and what each value adds per unit of dy: LSQ and LSQ+."""
+    """Return values, where the gradient passes, and what each value adds per unit of dy: LSQ and LSQ+."""
     scale, shift = given["scale"], given["zero_point"]
     v = x * (1.0 / scale)
     code = v.round() + shift
@@ -234,7 +234,7 @@ def _step_terms(x: Tensor, given: Inputs, codes: tuple[int, int], learns_shift: 
 
 
 def _threshold_terms(x: Tensor, given: Inputs, codes: tuple[int, int]) -> Terms:
-    """The same for TQT."""
+    """Return the same for TQT."""
     scale = torch.exp2(given["log2"])
     v = x / scale
     inside = (v >= codes[0] - 0.5) & (v <= codes[1] + 0.5)
@@ -243,7 +243,7 @@ def _threshold_terms(x: Tensor, given: Inputs, codes: tuple[int, int]) -> Terms:
 
 
 def _clipping_terms(x: Tensor, given: Inputs, codes: tuple[int, int]) -> Terms:
-    """The same for PACT."""
+    """Return the same for PACT."""
     alpha = given["alpha"]
     scale = alpha / codes[1]
     y = (x * (1.0 / scale)).round().clamp(*codes) * scale

@@ -50,14 +50,17 @@ class Problem:
         return "/".join([*parts, "forward+backward" if self.backward else "forward"])
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``x``, and ``dy`` for the backward; normal, activations shifted so that the zero point is not the middle."""
+        """Return ``x``, and ``dy`` for the backward.
+
+        Normal, activations shifted so that the zero point is not the middle.
+        """
         inputs = {"x": self._normal(generator, device, 0.0 if self.weight else 1.0).requires_grad_(self.backward)}
         if self.backward:
             inputs["dy"] = self._normal(generator, device, 0.0)
         return inputs
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The rules of torch for the range of this batch alone, then the formula; the range holds all of ``x``."""
+        """Return rules of torch for the range of this batch alone, then the formula; the range holds all of ``x``."""
         x = inputs["x"].detach().float()
         dims = tuple(range(1, x.dim())) if self.weight else tuple(range(x.dim()))
         low, high = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
@@ -82,7 +85,7 @@ class Problem:
         return {"quant_min": 0, "quant_max": 255, "dtype": torch.quint8, "qscheme": torch.per_tensor_affine}
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """A weight's rows fit on chip: one read, one write. An activation is read twice. Backward: two and one."""
+        """Return weight's rows fit on chip: one read, one write. An activation is read twice. Backward: two and one."""
         elements = prod(self.shape)
         passes = (2 if self.weight else 3) + (3 if self.backward else 0)
         operations = _FORWARD_OPERATIONS + (_BACKWARD_OPERATIONS if self.backward else 0)
@@ -177,7 +180,7 @@ _BOTH = ("cpu", "cuda")
 
 
 def cases() -> Iterator[Case]:
-    """Activations in both layouts and weights, float32 and bfloat16, forward and with backward."""
+    """Yield activations in both layouts and weights, float32 and bfloat16, forward and with backward."""
     for backward in (False, True):
         for dtype in (torch.float32, torch.bfloat16):
             yield from _for_dtype(dtype, backward)

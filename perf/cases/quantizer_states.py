@@ -38,7 +38,7 @@ def activation_state(device: torch.device) -> tuple[Grid, RangeStatistics]:
 
 
 def torch_ao_activation(version: int, device: torch.device) -> nn.Module:
-    """torch.ao's quantizer: version 0 composes observer and operator, version 1 fuses them."""
+    """Return torch.ao's quantizer: version 0 composes observer and operator, version 1 fuses them."""
     from torch.ao.quantization import FakeQuantize, FusedMovingAvgObsFakeQuantize, MovingAverageMinMaxObserver
 
     kind = FakeQuantize if version == 0 else FusedMovingAvgObsFakeQuantize

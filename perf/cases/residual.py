@@ -37,12 +37,12 @@ class Join:
     channels_last: bool
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``a``, ``b``, ``dy``, normal."""
+        """Return ``a``, ``b``, ``dy``, normal."""
         a, b, dy = (self._normal(generator, device) for _ in range(3))
         return {"a": a.requires_grad_(), "b": b.requires_grad_(), "dy": dy}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Plain operators in float64: the range is that of this batch, and holds every value."""
+        """Return plain operators in float64: the range is that of this batch, and holds every value."""
         total = inputs["a"].detach().double() + inputs["b"].detach().double()
         y = total.clamp(min=0)
         scale = y.amax() / STEPS
@@ -112,7 +112,7 @@ def _float(inputs: Inputs) -> Operator:
 
 
 def cases() -> Iterator[Case]:
-    """Joins of ResNet's stages, in both layouts."""
+    """Yield joins of ResNet's stages, in both layouts."""
     for channels_last in (False, True):
         for shape in ((16, 64, 24, 24), (32, 64, 56, 56)):
             yield Join(shape, torch.float32, channels_last).case(quick=False, devices=("cpu", "cuda"))

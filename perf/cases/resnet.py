@@ -38,7 +38,7 @@ class Block(nn.Module):
         self.downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (batch, inputs, h, w) to (batch, outputs, h / stride, w / stride)."""
+        """Return images (batch, inputs, h, w) to (batch, outputs, h / stride, w / stride)."""
         y = x
         for i in range(1, self.depth + 1):
             y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
@@ -88,7 +88,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (batch, classes) of images (batch, 3, h, w)."""
+        """Return logits (batch, classes) of images (batch, 3, h, w)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(self.quant(x)))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.dequant(self.fc(torch.flatten(self.avgpool(x), 1)))
@@ -103,7 +103,7 @@ class ResNet(nn.Module):
 
 
 def resnet(name: str, num_classes: int, *, quantizable: bool = False) -> ResNet:
-    """``"resnet18"`` or ``"resnet50"``.
+    """Return ``"resnet18"`` or ``"resnet50"``.
 
     Raises:
         ValueError: another name.

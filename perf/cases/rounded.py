@@ -30,14 +30,14 @@ class Concatenation:
     shape: tuple[int, ...]
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``a`` and ``b`` of ``shape``, and ``dy``."""
+        """Return ``a`` and ``b`` of ``shape``, and ``dy``."""
         channels_twice = (self.shape[0], 2 * self.shape[1], *self.shape[2:])
         a, b = (torch.rand(self.shape, generator=generator, device=device) for _ in range(2))
         dy = torch.randn(channels_twice, generator=generator, device=device)
         return {"a": a.requires_grad_(), "b": b.requires_grad_(), "dy": dy}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Plain operators in float64: the range is that of this batch, and holds every value."""
+        """Return plain operators in float64: the range is that of this batch, and holds every value."""
         y = torch.cat([inputs["a"].detach(), inputs["b"].detach()], 1).double()
         scale = y.amax() / STEPS
         return ((y / scale).round() * scale).float(), *inputs["dy"].chunk(2, 1)

@@ -52,17 +52,17 @@ class Setting:
         return "/".join(parts + (["channels_last"] if self.channels_last else []))
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``images`` (batch, 3, size, size) normal, ``labels`` (batch,)."""
+        """Return ``images`` (batch, 3, size, size) normal, ``labels`` (batch,)."""
         images = torch.randn(self.batch, 3, self.size, self.size, generator=generator, device=device)
         labels = torch.randint(_CLASSES, (self.batch,), generator=generator, device=device)
         return {"images": images.contiguous(memory_format=self._format()), "labels": labels}
 
     def float_model(self, device: torch.device) -> nn.Module:
-        """The same weights every time."""
+        """Return the same weights every time."""
         return self._placed(torchvision_model(self.model, num_classes=_CLASSES), device)
 
     def torch_ao_model(self, device: torch.device, version: int) -> nn.Module:
-        """The form that torch.ao needs (torchvision has one: stubs, functional additions), fused and prepared."""
+        """Return form that torch.ao needs (torchvision has one: stubs, functional additions), fused and prepared."""
         from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
 
         model = quantizable(self.model, num_classes=_CLASSES)
@@ -72,7 +72,7 @@ class Setting:
         return self._placed(prepare_qat(model), device)
 
     def tritonq_model(self, device: torch.device) -> nn.Module:
-        """The float model, prepared by its example input alone, with the default preset."""
+        """Return the float model, prepared by its example input alone, with the default preset."""
         import tritonq
 
         example = self.make_inputs(torch.Generator(device).manual_seed(0), device)["images"]
@@ -81,7 +81,7 @@ class Setting:
         return tritonq.prepare_qat(self.float_model(device), qconfig=qconfig, example_inputs=(example[:2],))
 
     def together_model(self, device: torch.device) -> nn.Module:
-        """The same, with all weights quantized in one launch."""
+        """Return the same, with all weights quantized in one launch."""
         import tritonq
 
         model = self.tritonq_model(device)
@@ -89,13 +89,13 @@ class Setting:
         return model
 
     def peer_model(self, peer: Peer, device: torch.device) -> nn.Module:
-        """The float model as another library trains it; images of the first seed serve as its example."""
+        """Return the float model as another library trains it; images of the first seed serve as its example."""
         images = self.make_inputs(torch.Generator(device).manual_seed(0), device)["images"]
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return peer_model(peer, self.float_model(device), images)
 
     def case(self) -> Case:
-        """The table entry. A step is bound by its convolutions, so that bytes say nothing; memory does."""
+        """Return the table entry. A step is bound by its convolutions, so that bytes say nothing; memory does."""
         return Case(
             name=self.name,
             family="train_step",
@@ -194,7 +194,7 @@ class GraphedStep:
 
 
 def cases() -> Iterator[Case]:
-    """ResNet-18, MobileNetV2 and ResNet-50; small batches; both layouts."""
+    """Yield ResNet-18, MobileNetV2 and ResNet-50; small batches; both layouts."""
     cuda = ("cuda",)
     yield Setting("resnet18", 16, 96, quick=True).case()
     yield Setting("resnet18", 16, 96, channels_last=True).case()
@@ -272,7 +272,7 @@ def _reference(setting: Setting, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _memory(step: Step, inputs: Inputs) -> int:
-    """Peak above the start on CUDA; elsewhere what autograd saves."""
+    """Return peak above the start on CUDA; elsewhere what autograd saves."""
     device = inputs["images"].device
     if device.type == "cuda":
         return peak_bytes(step, inputs, device)

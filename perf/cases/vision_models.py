@@ -15,7 +15,7 @@ _OPERATORS = ("nms", "qnms")
 
 
 def torchvision_model(name: str, num_classes: int) -> nn.Module:
-    """A float model, with the same weights in every call."""
+    """Return a float model, with the same weights in every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if not has_torchvision():
@@ -29,7 +29,7 @@ def torchvision_model(name: str, num_classes: int) -> nn.Module:
 
 
 def quantizable(name: str, num_classes: int) -> nn.Module:
-    """The same model as torch.ao needs it: quantization stubs, functional additions, ``fuse_model``."""
+    """Return the same model as torch.ao needs it: quantization stubs, functional additions, ``fuse_model``."""
     if not has_torchvision():
         from tritonq.perf.cases.resnet import resnet
 
@@ -42,7 +42,7 @@ def quantizable(name: str, num_classes: int) -> nn.Module:
 
 
 def _without_dropout(model: nn.Module) -> nn.Module:
-    """Chance would make the logits of two implementations incomparable."""
+    """Return chance would make the logits of two implementations incomparable."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

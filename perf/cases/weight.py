@@ -39,7 +39,7 @@ class Problem:
         return f"weight_fold/{'x'.join(map(str, self.shape))}/float32/forward+backward"
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``weight``, ``fold`` (out,) of either sign, and ``dy``, the gradient of the quantized weight."""
+        """Return ``weight``, ``fold`` (out,) of either sign, and ``dy``, the gradient of the quantized weight."""
         fold = torch.rand(self.shape[0], generator=generator, device=device) + 0.5
         return {
             "weight": torch.randn(self.shape, generator=generator, device=device).requires_grad_(),
@@ -48,7 +48,7 @@ class Problem:
         }
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The quantized weight, and what the straight-through estimator gives weight and fold."""
+        """Return the quantized weight, and what the straight-through estimator gives weight and fold."""
         weight, fold = inputs["weight"].detach(), _column(inputs["fold"].detach(), inputs["weight"])
         folded, dims = weight * fold, tuple(range(1, weight.dim()))
         scale = (folded.abs().amax(dims, keepdim=True) / ((_QUANT_MAX - _QUANT_MIN) / 2)).clamp(min=1e-7)
@@ -86,7 +86,7 @@ def cases() -> Iterator[Case]:
 
 
 def _tritonq(inputs: Inputs) -> Step:
-    """What the Conv-BN operator calls; it convolves with codes, so that it never forms their values."""
+    """Return what the Conv-BN operator calls; it convolves with codes, so that it never forms their values."""
     from tritonq.backend import implementation
     from tritonq.grid import Grid, RangeStatistics
     from tritonq.qparams import TORCH_EPS, QuantizedType
@@ -120,7 +120,7 @@ def _as_values(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _torch_ao(version: int, inputs: Inputs) -> Step:
-    """The product and the fake quantizer, differentiated by autograd."""
+    """Return the product and the fake quantizer, differentiated by autograd."""
     from torch.ao.quantization import (
         FakeQuantize,
         FusedMovingAvgObsFakeQuantize,

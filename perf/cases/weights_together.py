@@ -24,7 +24,7 @@ class Problem:
     shapes: tuple[tuple[int, ...], ...]
 
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
-        """``weight0``, ``weight1``, …, and the ``fold`` of all their out channels."""
+        """Return ``weight0``, ``weight1``, …, and the ``fold`` of all their out channels."""
         inputs = {
             f"weight{i}": torch.randn(shape, generator=generator, device=device) for i, shape in enumerate(self.shapes)
         }
@@ -32,7 +32,7 @@ class Problem:
         return {**inputs, "fold": torch.rand(channels, generator=generator, device=device) + 0.5}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Codes of each weight."""
+        """Return codes of each weight."""
         codes = []
         for weight, fold in zip(self.weights(inputs), self.folds(inputs), strict=True):
             folded = weight * fold.view(-1, *[1] * (weight.dim() - 1))
@@ -42,15 +42,15 @@ class Problem:
         return tuple(codes)
 
     def weights(self, inputs: Inputs) -> list[Tensor]:
-        """The weights among the inputs."""
+        """Return the weights among the inputs."""
         return [inputs[f"weight{i}"] for i in range(len(self.shapes))]
 
     def folds(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The fold of each weight."""
+        """Return the fold of each weight."""
         return inputs["fold"].split([shape[0] for shape in self.shapes])
 
     def case(self, *, quick: bool) -> Case:
-        """One read, one write."""
+        """Return one read, one write."""
         elements = sum(map(prod, self.shapes))
         return Case(
             name=f"weights_together/{self.name}/float32",
@@ -95,7 +95,7 @@ class Problem:
 
 
 def cases() -> Iterator[Case]:
-    """The convolutions of ResNet-18's four stages."""
+    """Yield the convolutions of ResNet-18's four stages."""
     stages = tuple((channels, channels, 3, 3) for channels in (64, 128, 256, 512) for _ in range(4))
     yield Problem("resnet18", stages).case(quick=False)
     yield Problem("small", ((16, 16, 3, 3),) * 8).case(quick=True)

@@ -23,5 +23,5 @@ def cases_by_family() -> dict[str, tuple[CodegenCase, ...]]:
 
 
 def all_cases() -> tuple[CodegenCase, ...]:
-    """Every case, family by family."""
+    """Return every case, family by family."""
     return tuple(case for cases in cases_by_family().values() for case in cases)

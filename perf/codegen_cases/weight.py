@@ -30,7 +30,7 @@ def _backward(length: int, qtype: QuantizedType) -> Call:
 
 
 def _step(length: int, qtype: QuantizedType) -> Call:
-    """The weight of a step with BatchNorm, and its gradient."""
+    """Return the weight of a step with BatchNorm, and its gradient."""
 
     def call(dtype: torch.dtype) -> object:
         rows, vector, state = meta(512, length), meta(512), (meta_grid(qtype, 512), meta_range(qtype, 512))

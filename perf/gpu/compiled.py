@@ -76,5 +76,5 @@ def _prepared(visit: Visit) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def _backend(visit: Visit) -> str:
-    """A trial leaves out the C++ compiler, which takes half a minute."""
+    """Return a trial leaves out the C++ compiler, which takes half a minute."""
     return "aot_eager" if visit.small else "inductor"

@@ -40,7 +40,7 @@ def run(visit: Visit) -> None:
 
 
 def chosen(cases: Sequence[Case]) -> Iterator[Case]:
-    """The cases with bytes to move on a GPU: bfloat16 before float32, families and shapes in the order above."""
+    """Yield the cases with bytes to move on a GPU: bfloat16 before float32, families and shapes in the order above."""
     seen = set()
     for dtype, shape, family in _order():
         for case in cases:
@@ -58,7 +58,7 @@ def _order() -> Iterator[tuple[str, str, str]]:
 
 
 def small_cases() -> tuple[Case, ...]:
-    """Stand-ins for a trial without a GPU."""
+    """Return stand-ins for a trial without a GPU."""
     return (
         Tail((2, 8, 6, 6), torch.float32, True, ("cpu", "cuda")).case(),
         Problem((4, 8, 6, 6), torch.float32, 1, True, True).case(quick=True, devices=("cpu", "cuda")),

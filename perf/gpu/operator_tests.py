@@ -61,7 +61,7 @@ def _interrupt(process: subprocess.Popen[bytes]) -> None:
 
 
 def operator_test_files(tests: Path) -> list[Path]:
-    """Files of tests that run once per backend."""
+    """Return files of tests that run once per backend."""
     return sorted(path for path in tests.rglob("test_*.py") if _USES_OP_TESTER.search(path.read_text()))
 
 

@@ -37,7 +37,7 @@ class Visit:
     start: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
-        """Seconds that remain."""
+        """Return seconds that remain."""
         return self.seconds - (time.monotonic() - self.start)
 
     def note(self, name: str, status: str = "ok", **fields: Any) -> None:

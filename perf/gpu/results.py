@@ -29,7 +29,7 @@ def append(path: Path, record: Record) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a results file; a line that was cut off is left out."""
+    """Return the records of a results file; a line that was cut off is left out."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -46,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def summarize(records: Iterable[Record]) -> str:
-    """One line per finding, grouped by part, in the order of the records; failures are marked with ``!``."""
+    """Return one line per finding, grouped by part, in the order of the records; failures are marked with ``!``."""
     parts: dict[str, list[str]] = {}
     for record in records:
         parts.setdefault(record["part"], []).append(_line(record))
@@ -54,7 +54,7 @@ def summarize(records: Iterable[Record]) -> str:
 
 
 def failures(records: Iterable[Record]) -> list[Record]:
-    """The records that say that something is wrong."""
+    """Return the records that say that something is wrong."""
     return [record for record in records if record["status"] not in _FINE]
 
 

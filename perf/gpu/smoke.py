@@ -31,7 +31,7 @@ class TinyNet(nn.Module):
         self.relu, self.classifier = nn.ReLU(), nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (batch, 10) of images (batch, 3, h, w)."""
+        """Return logits (batch, 10) of images (batch, 3, h, w)."""
         x = self.relu(self.norm1(self.conv1(x)))
         x = self.relu(x + self.norm2(self.conv2(x)))
         return self.classifier(x.mean((2, 3)))
@@ -80,7 +80,10 @@ def check_preset(visit: Visit, name: str, qconfig: QConfig) -> None:
 
 
 def deployment_faults(model: nn.Module, x: Tensor) -> list[str]:
-    """How eval mode and the converted model of ``model`` differ from eval mode on the CPU; all must agree by bits."""
+    """Return how eval mode and the converted model of ``model`` differ from eval mode on the CPU.
+
+    All must agree by bits.
+    """
     device = next(model.parameters()).device
     twin = copy.deepcopy(model).cpu().eval()
     with torch.no_grad():
@@ -95,7 +98,7 @@ def deployment_faults(model: nn.Module, x: Tensor) -> list[str]:
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, *, autocast: bool) -> list[float]:
-    """Losses of a few steps of SGD."""
+    """Return losses of a few steps of SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     losses = []
     for _ in range(_STEPS):

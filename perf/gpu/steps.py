@@ -57,13 +57,13 @@ def run(visit: Visit, cases: Sequence[Case] | None = None) -> None:
 
 
 def ordered(case: Case) -> list[str]:
-    """The implementations of ``case``, the most valuable first."""
+    """Return the implementations of ``case``, the most valuable first."""
     first = [name for name in _ORDER if name in case.implementations]
     return [*first, *(name for name in case.implementations if name not in first)]
 
 
 def obstacle(implementation: Implementation, visit: Visit) -> str | None:
-    """Why an implementation can't be tried, or None."""
+    """Return why an implementation can't be tried, or None."""
     if visit.device.type not in implementation.devices:
         return f"needs {' or '.join(implementation.devices)}"
     if importlib.util.find_spec(implementation.module) is None:
@@ -94,7 +94,7 @@ def measure(visit: Visit, label: str, case: Case, step: Step, inputs: Inputs, di
 
 
 def profile(visit: Visit, step: Step, inputs: Inputs) -> str:
-    """The operators and kernels of one step that take longest."""
+    """Return the operators and kernels of one step that take longest."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if visit.device.type == "cuda" else []
     with torch.profiler.profile(activities=activities) as profiler:

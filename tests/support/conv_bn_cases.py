@@ -43,7 +43,7 @@ GEOMETRIES = {
 
 
 def randomise(bn):
-    """Statistics and affine unlike those of a new BatchNorm; every second γ is negative."""
+    """Return statistics and affine unlike those of a new BatchNorm; every second γ is negative."""
     with torch.no_grad():
         bn.weight.uniform_(0.5, 1.5)[1::2] *= -1
         bn.bias.normal_()
@@ -53,7 +53,7 @@ def randomise(bn):
 
 
 def pair(geometry, *, bias=True, affine=True, relu=True, momentum=0.1, qconfig=FLOAT_OUT, **ours_only):
-    """torch.ao's module and tritonq's with the same parameters, in float64."""
+    """Return torch.ao's module and tritonq's with the same parameters, in float64."""
     dim, arguments, _ = GEOMETRIES[geometry]
     torch.manual_seed(0)
     arguments = {**arguments, "bias": bias, "momentum": momentum}

@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def image_folder(root: Path, classes: tuple[str, ...] = ("ants", "bees"), count: int = 6) -> Path:
-    """One sub-folder per class; pixels are random, and brighter from class to class."""
+    """Return one sub-folder per class; pixels are random, and brighter from class to class."""
     generator = torch.Generator().manual_seed(0)
     for label, name in enumerate(classes):
         (root / name).mkdir(parents=True)

@@ -33,7 +33,7 @@ OPTIONS = [Parameters(512, 512, 1), Parameters(512, 64, 2), Parameters(1024, 128
 
 
 def gains(table):
-    """A clock that gives each candidate, in turn, the next gain of ``table``."""
+    """Return a clock that gives each candidate, in turn, the next gain of ``table``."""
     remaining = iter(table)
     return lambda steps, sets, device: next(remaining)
 
@@ -46,7 +46,7 @@ def target(kernel, shapes_class):
 
 
 def tiles_with(options):
-    """The tile that a flat launch gets under each of ``options``."""
+    """Return the tile that a flat launch gets under each of ``options``."""
     x = torch.rand(64, 64)
     seen = view(x.shape, (x.stride(),), None)
     tiles = []
@@ -68,7 +68,7 @@ def wrong_for(option, steps):
 
 
 def convolution(key, gains_of_candidates, options):
-    """A search for the small convolution ``SHAPE`` in the class ``key``, with made up gains over torch's own."""
+    """Return a search for the small convolution ``SHAPE`` in the class ``key``, with made up gains over torch's own."""
     target = next(target for target in tuning_conv2d.targets() if target.key == key)
     return tuner.search(replace(target, shapes=(SHAPE,)), CPU, gains(gains_of_candidates), options)
 

@@ -31,7 +31,7 @@ _MATRICES = frozenset({"conv2d_kernel", "int8_conv_kernel"})
 
 
 def variant_of(names: list[str], args: tuple[Any, ...], constants: dict[str, Any]) -> Variant:
-    """What a launch has in common with all those that run the same lines of a kernel on the same dtypes."""
+    """Return what a launch has in common with all those that run the same lines of a kernel on the same dtypes."""
     found = [(name, _kind(value)) for name, value in zip(names, args, strict=False)]
     found += [(name, _constant(name, value)) for name, value in constants.items() if name not in _SIZES]
     return tuple(found)
@@ -141,7 +141,7 @@ class LaunchLog:
 
 
 def kernels() -> dict[str, Launcher]:
-    """Every kernel of the library, by name with its module."""
+    """Return every kernel of the library, by name with its module."""
     package = importlib.import_module("tritonq.kernels")
     found: dict[str, Launcher] = {}
     for file in pkgutil.iter_modules(package.__path__):

@@ -15,7 +15,7 @@ from tritonq.backend import Backend, has_triton
 
 
 def backends() -> list[Any]:
-    """The backends that an operator's tests run on.
+    """Return the backends that an operator's tests run on.
 
     ``torch`` always, ``cuda`` with a GPU; where triton is installed, ``interpreter`` and ``emulator`` in runs of their
     own (``--kernels``, see `conftest.py`).
@@ -78,7 +78,7 @@ class OpTester:
 
 
 def operators(family: str, use: str) -> Any:
-    """The module whose functions run ``backend=use``, for tensors that the test has moved to its device."""
+    """Return the module whose functions run ``backend=use``, for tensors that the test has moved to its device."""
     return importlib.import_module(f"tritonq.{'reference' if use == 'torch' else 'kernels'}.{family}")
 
 
@@ -123,7 +123,7 @@ def axes(x: Tensor) -> list[int | None]:
 
 @st.composite
 def strided_tensors(draw: st.DrawFn) -> Tensor:
-    """Tensors of up to four dimensions, permuted, stepped or expanded, with values on and off the ties."""
+    """Return tensors of up to four dimensions, permuted, stepped or expanded, with values on and off the ties."""
     shape = draw(st.lists(st.integers(0, 7), min_size=1, max_size=4))
     steps = draw(st.lists(st.integers(1, 2), min_size=len(shape), max_size=len(shape)))
     seed = draw(st.integers(0, 2**31))

@@ -14,7 +14,7 @@ FOLDING = 1e-5
 
 
 def quantizers(model):
-    """Activation quantizers by name."""
+    """Return activation quantizers by name."""
     weights = {id(module.weight_fake_quant) for module in model.modules() if hasattr(module, "weight_fake_quant")}
     return {
         name: module
@@ -28,7 +28,7 @@ def of_type(model, *types):
 
 
 def primary(output):
-    """The tensor that a model returns, whatever it is wrapped in."""
+    """Return the tensor that a model returns, whatever it is wrapped in."""
     return output.logits if hasattr(output, "logits") else output
 
 
@@ -91,7 +91,7 @@ X = torch.randn(2, 4, 6, 6)
 
 
 def prepare(run, **parts):
-    """A small model and what became of it, with the check that every model must pass."""
+    """Return a small model and what became of it, with the check that every model must pass."""
     torch.manual_seed(0)
     model = Net(run, **parts)
     prepared = prepare_qat(model, example_inputs=X)

@@ -81,7 +81,7 @@ def images(count: int = 16, seed: int = 1) -> torch.Tensor:
 
 
 def train(model: nn.Module, *batches: torch.Tensor, steps: int = 3) -> nn.Module:
-    """``model`` after a few steps of gradient descent, in eval mode."""
+    """Return ``model`` after a few steps of gradient descent, in eval mode."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     for step in range(steps):
@@ -98,13 +98,13 @@ def trained_residual(preset: str = "tensorrt") -> Residual:
 
 
 def trained_float_form(preset: str = "tensorrt") -> nn.Module:
-    """A :class:`FloatResidual` after `prepare_qat` and some training."""
+    """Return a :class:`FloatResidual` after `prepare_qat` and some training."""
     torch.manual_seed(0)
     return train(tritonq.prepare_qat(FloatResidual(), qconfig=PRESETS[preset], example_inputs=images(2)))
 
 
 def state_of(model: nn.Module) -> dict[str, object]:
-    """Everything that an operation which must not touch the model could have touched."""
+    """Return everything that an operation which must not touch the model could have touched."""
     return {
         "modules": {name: type(module) for name, module in model.named_modules(remove_duplicate=False)},
         "modes": {name: module.training for name, module in model.named_modules()},

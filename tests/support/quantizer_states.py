@@ -42,7 +42,7 @@ def quantizer_state(
     observing: bool = True,
     active: bool = True,
 ) -> QuantizerState:
-    """A quantizer that has seen nothing yet."""
+    """Return a quantizer that has seen nothing yet."""
     shape = () if qtype.axis is None else (channels,)
     count = 1 if qtype.axis is None else channels
     grid = Grid(
@@ -66,13 +66,13 @@ def quantizer_state(
 
 
 def moved(part: Part, device: str) -> Part:
-    """The same with its tensors on ``device``."""
+    """Return the same with its tensors on ``device``."""
     tensors = {field.name: getattr(part, field.name) for field in fields(part)}
     return replace(part, **{name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)})
 
 
 def moved_state(state: QuantizerState, device: str) -> QuantizerState:
-    """The same with its tensors on ``device``."""
+    """Return the same with its tensors on ``device``."""
     return QuantizerState(moved(state.grid, device), moved(state.statistics, device))
 
 

@@ -5,7 +5,7 @@ from torch import nn
 
 
 def saved_bytes(model, x):
-    """Bytes of the distinct tensors that autograd keeps, parameters aside."""
+    """Return bytes of the distinct tensors that autograd keeps, parameters aside."""
     kept = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

@@ -32,7 +32,7 @@ def import_torchvision() -> None:
 
 
 def torchvision_model(name: str, **arguments: object) -> nn.Module:
-    """A torchvision model with ten classes and random weights."""
+    """Return a torchvision model with ten classes and random weights."""
     import_torchvision()
     from torchvision import models
 
@@ -40,7 +40,7 @@ def torchvision_model(name: str, **arguments: object) -> nn.Module:
 
 
 def torchvision_residual_network(depths: list[int]) -> nn.Module:
-    """A torchvision ResNet of basic blocks, with ten classes and random weights."""
+    """Return a torchvision ResNet of basic blocks, with ten classes and random weights."""
     import_torchvision()
     from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -48,7 +48,7 @@ def torchvision_residual_network(depths: list[int]) -> nn.Module:
 
 
 def torchvision_dense_network(depths: tuple[int, ...]) -> nn.Module:
-    """A torchvision DenseNet with so many layers in each block, ten classes and random weights."""
+    """Return a torchvision DenseNet with so many layers in each block, ten classes and random weights."""
     import_torchvision()
     from torchvision.models import DenseNet
 
@@ -56,7 +56,7 @@ def torchvision_dense_network(depths: tuple[int, ...]) -> nn.Module:
 
 
 def timm_model(name: str, **arguments: object) -> nn.Module:
-    """A timm model with ten classes and random weights."""
+    """Return a timm model with ten classes and random weights."""
     import_torchvision()
     import timm
 
@@ -64,7 +64,7 @@ def timm_model(name: str, **arguments: object) -> nn.Module:
 
 
 def transformers_resnet(layer_type: str = "basic") -> nn.Module:
-    """A narrow ResNet of transformers, which torch.fx can't trace whole."""
+    """Return a narrow ResNet of transformers, which torch.fx can't trace whole."""
     import_torchvision()
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -73,7 +73,7 @@ def transformers_resnet(layer_type: str = "basic") -> nn.Module:
 
 
 def transformers_mobilenet_v2() -> nn.Module:
-    """A narrow MobileNetV2 of transformers, with its padding computed in the forward."""
+    """Return a narrow MobileNetV2 of transformers, with its padding computed in the forward."""
     import_torchvision()
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 

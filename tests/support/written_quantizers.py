@@ -5,7 +5,7 @@ from torch import nn
 
 
 def straight_through(x, steps, low, high, scale):
-    """``clamp(steps, low, high) * scale`` with the gradient of ``x`` where ``steps`` is in range."""
+    """Return ``clamp(steps, low, high) * scale`` with the gradient of ``x`` where ``steps`` is in range."""
     y = steps.clamp(low, high) * scale
     inside = (steps >= low) & (steps <= high)
     return torch.where(inside, x - (x - y).detach(), y.detach())

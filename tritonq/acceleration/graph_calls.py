@@ -30,7 +30,10 @@ def graph_layer(
     ceiling: float | None,
     geometry: tuple[Any, ...] | None,
 ) -> Tensor:
-    """``FQ(relu?(op(x, FQ(weight)) + bias))``; ``geometry`` is that of :func:`convolution`, None for a product."""
+    """Return ``FQ(relu?(op(x, FQ(weight)) + bias))``.
+
+    ``geometry`` is that of :func:`convolution`, None for a product.
+    """
     return affine(_layer(weight_quantizer, output_quantizer, ceiling, geometry), x, weight, bias)
 
 
@@ -44,18 +47,21 @@ def graph_conv_bn(
     ceiling: float | None,
     geometry: tuple[Any, ...],
 ) -> Tensor:
-    """``FQ(relu?(BN(conv(x, FQ(W s)) / s + b)))``; ``norm`` is γ, β, running mean and variance, momentum, eps, mode."""
+    """Return ``FQ(relu?(BN(conv(x, FQ(W s)) / s + b)))``.
+
+    ``norm`` is γ, β, running mean and variance, momentum, eps, mode.
+    """
     layer = _layer(weight_quantizer, output_quantizer, ceiling, geometry)
     return normalized(layer, x, weight, bias, BatchNorm(*norm))
 
 
 def graph_add(a: Tensor, b: Tensor, quantizer: nn.Module | None, ceiling: float | None) -> Tensor:
-    """``FQ(relu?(a + b))``."""
+    """Return ``FQ(relu?(a + b))``."""
     return add(a, b, quantizer, ceiling)
 
 
 def graph_quantize(x: Tensor, quantizer: nn.Module, ceiling: float | None) -> Tensor:
-    """``FQ(relu?(x))``."""
+    """Return ``FQ(relu?(x))``."""
     return quantize(quantizer, x) if ceiling is None else quantize_rectified(quantizer, x, ceiling)
 
 

@@ -150,7 +150,7 @@ def _resolved(graph: Graph, value: Any, calls: dict[Node, Node]) -> Any:
 
 
 def _conv_bns(graph: Graph, known: Known) -> Iterator[Match]:
-    """``batch_norm(conv(x, FQ(W s), 0) / s + b)`` with ``s = γ/sqrt(running_var + eps)``, and what follows it."""
+    """Yield ``batch_norm(conv(x, FQ(W s), 0) / s + b)`` with ``s = γ/sqrt(running_var + eps)``, and what follows it."""
     for node in graph.nodes:
         if node.target is not _ATEN.batch_norm.default:
             continue
@@ -204,7 +204,7 @@ def _is_fold(scale: Any, gamma: Node, var: Node, eps: float) -> bool:
 
 
 def _layers(graph: Graph, known: Known) -> Iterator[Match]:
-    """``op(x, FQ(W), b)`` and what follows it."""
+    """Yield ``op(x, FQ(W), b)`` and what follows it."""
     for node in graph.nodes:
         is_product = node.target is _ATEN.linear.default
         if not is_product and node.target not in _CONVOLUTIONS:
@@ -223,7 +223,7 @@ def _layers(graph: Graph, known: Known) -> Iterator[Match]:
 
 
 def _module_layers(graph: Graph, known: Known) -> Iterator[Match]:
-    """A layer of torch.ao and the quantizer of its result."""
+    """Yield a layer of torch.ao and the quantizer of its result."""
     for node in graph.nodes:
         if node.op == "call_module" and node.target in known.layers and len(node.users) == 1 and len(node.args) == 1:
             quantizer = next(iter(node.users))
@@ -235,7 +235,7 @@ def _module_layers(graph: Graph, known: Known) -> Iterator[Match]:
 
 
 def _sums(graph: Graph, known: Known) -> Iterator[Match]:
-    """``FQ(relu?(a + b))``."""
+    """Yield ``FQ(relu?(a + b))``."""
     for node in graph.nodes:
         if node.target not in _ADDITIONS or not all(isinstance(each, Node) for each in node.args) or node.kwargs:
             continue
@@ -251,7 +251,7 @@ def _sums(graph: Graph, known: Known) -> Iterator[Match]:
 
 
 def _quantizers(graph: Graph, known: Known) -> Iterator[Match]:
-    """``FQ(relu?(x))``."""
+    """Yield ``FQ(relu?(x))``."""
     for node in graph.nodes:
         ceiling = _ceiling(node, known)
         if ceiling is not None and len(node.users) == 1 and _is_quantizer(next(iter(node.users)), known):

@@ -87,12 +87,12 @@ class Layer:
 
 
 def affine(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``FQ(relu?(op(x, FQ(weight)) + bias))``."""
+    """Return ``FQ(relu?(op(x, FQ(weight)) + bias))``."""
     return _finish(layer, layer.op(x, _quantized_weight(layer, weight), bias))
 
 
 def normalized(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> Tensor:
-    """``FQ(relu?(BN(op(x, FQ(W s)) / s + b)))`` with ``s = γ/σ(running_var)``, as torch.ao's ConvBn computes it.
+    """Return ``FQ(relu?(BN(op(x, FQ(W s)) / s + b)))`` with ``s = γ/σ(running_var)``, as torch.ao's ConvBn computes it.
 
     A channel with γ = 0 takes 1/σ for s in training, where the libraries divide by zero.
     """
@@ -110,7 +110,7 @@ def normalized(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, nor
 
 
 def add(a: Tensor, b: Tensor, quantizer: nn.Module | None, ceiling: float | None) -> Tensor:
-    """``FQ(relu?(a + b))``; keeps one bit per element where both have one shape."""
+    """Return ``FQ(relu?(a + b))``; keeps one bit per element where both have one shape."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return _finish_with(quantizer, a + b, ceiling)
     known = _output_state(quantizer, a)
@@ -146,7 +146,7 @@ def _one_operator(
 
 
 def _composed(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> Tensor:
-    """The same for a quantizer that the operator can't take over, such as one that trains its scale."""
+    """Return the same for a quantizer that the operator can't take over, such as one that trains its scale."""
     running_var = norm.running_var.clone()
     scale = fold_scale(running_var, norm.gamma, norm.eps)
     if norm.gamma is not None:

@@ -274,7 +274,7 @@ def _quantize_observed(quantizer: Any, scheme: Scheme, x: Tensor) -> Tensor:
 
 
 def _quantize_learned(quantizer: Any, scheme: Scheme, x: Tensor) -> Tensor:
-    """``_LearnableFakeQuantize``: scale and zero point of the observer until learning is on, then trained."""
+    """Return ``_LearnableFakeQuantize``: scale and zero point of the observer until learning is on, then trained."""
     scale, zero_point = quantizer.scale, quantizer.zero_point
     with torch.no_grad():
         if bool(quantizer.static_enabled):

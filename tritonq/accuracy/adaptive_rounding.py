@@ -40,11 +40,11 @@ class SoftRounding:
         self.variables = torch.logit(rest).detach().requires_grad_()
 
     def share(self) -> Tensor:
-        """``h(V) = clip(sigmoid(V) (ζ - γ) + γ, 0, 1)``: how far each weight is rounded up."""
+        """Return ``h(V) = clip(sigmoid(V) (ζ - γ) + γ, 0, 1)``: how far each weight is rounded up."""
         return (torch.sigmoid(self.variables) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
 
     def weight(self, share: Tensor) -> Tensor:
-        """The rows' values for shares between 0 and 1."""
+        """Return the rows' values for shares between 0 and 1."""
         codes = (self._floor + share + self._zero).clamp(self._qtype.quant_min, self._qtype.quant_max)
         return (codes - self._zero) * self._scale
 
@@ -114,7 +114,7 @@ def adaptive_round(
 
 
 def _result(layer: QATLayer, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer's result before its quantizer, with these rows as its folded weight."""
+    """Return the layer's result before its quantizer, with these rows as its folded weight."""
     op = layer.linear_map
     return layer.rectified(op(x, op.from_rows(rows), bias))
 
@@ -153,7 +153,7 @@ def _round(
 def _error(
     layer: QATLayer, inputs: Tensor, targets: Tensor, rows: Tensor, bias: Tensor | None, batch_size: int
 ) -> float:
-    """The mean squared error of the layer's results, with these rows."""
+    """Return the mean squared error of the layer's results, with these rows."""
     total = torch.zeros((), dtype=torch.float64)
     for x, wanted in zip(*(torch.split(values, batch_size) for values in (inputs, targets)), strict=True):
         total += (_result(layer, x, rows, bias) - wanted).square().sum(dtype=torch.float64).cpu()

@@ -65,7 +65,7 @@ def correct_bias(model: nn.Module, data: Any) -> dict[str, Tensor]:
 
 
 def _mean(layer: QATLayer, inputs: Sequence[Tensor], rounded: bool) -> Tensor:
-    """Mean per out channel of the layer's results before its activation: float64."""
+    """Return mean per out channel of the layer's results before its activation: float64."""
     weight, bias = layer.folded_parameters()
     weight = layer.quantized_folded_weight(weight) if rounded else weight
     op, total, count = layer.linear_map, torch.zeros((), dtype=torch.float64), 0

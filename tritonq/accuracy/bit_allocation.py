@@ -107,7 +107,7 @@ def _prepared(model: nn.Module, qconfig: QConfig, batches: Sequence[Batch]) -> n
 
 
 def _size(model: nn.Module, layer: QATLayer, batch: Batch, unit: Unit) -> float:
-    """Weights of a layer, or its multiplications for one sample."""
+    """Return weights of a layer, or its multiplications for one sample."""
     weights = layer.weight.numel()
     if unit == "bytes":
         return weights
@@ -118,7 +118,7 @@ def _size(model: nn.Module, layer: QATLayer, batch: Batch, unit: Unit) -> float:
 
 
 def _errors(model: nn.Module, layers: Mapping[str, QATLayer], batches: Sequence[Batch]) -> dict[str, float]:
-    """The noise of the outputs with the weights of each layer alone rounded, relative to the outputs."""
+    """Return the noise of the outputs with the weights of each layer alone rounded, relative to the outputs."""
     found: dict[str, float] = {}
     with everything_float(model):
         outputs = _outputs(model, batches)
@@ -162,7 +162,7 @@ def _floating(value: Any) -> Iterator[Tensor]:
 def choose_widths(
     costs: Mapping[str, Mapping[int, float]], errors: Mapping[str, Mapping[int, float]], budget: float
 ) -> dict[str, int]:
-    """The widths with the least sum of errors within the budget.
+    """Return the widths with the least sum of errors within the budget.
 
     Of all choices for the layers so far, those stay that no other one beats in both cost and error.
     """

@@ -91,7 +91,7 @@ def equalize(model: nn.Module, data: Any) -> dict[tuple[str, str], Tensor]:
 
 
 def _pairs(model: nn.Module, layers: dict[str, QATLayer]) -> list[_Pair]:
-    """Layers in a row as far as their quantizers tell; whether nothing else reads the first is tried."""
+    """Return layers in a row as far as their quantizers tell; whether nothing else reads the first is tried."""
     makers = {layer.activation_post_process: (name, layer) for name, layer in layers.items()}
     readers: Counter[nn.Module] = Counter(
         layer.input_quantizer for layer in layers.values() if layer.input_quantizer is not None
@@ -121,7 +121,7 @@ def _out(layer: QATLayer) -> int:
 
 
 def _channels(layer: QATLayer) -> int | None:
-    """How many channels a layer reads, where its weight has them on axis 1."""
+    """Return how many channels a layer reads, where its weight has them on axis 1."""
     if getattr(layer, "transposed", False):
         return None
     return int(layer.weight.shape[1]) * int(getattr(layer, "groups", 1))

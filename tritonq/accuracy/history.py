@@ -134,7 +134,7 @@ class QuantizerHistory:
 
 
 def _clipped(x: Tensor, quantizer: FakeQuantizeBase) -> Tensor:
-    """How many values of ``x`` lie more than half a step beyond the grid's ends; NaN does not."""
+    """Return how many values of ``x`` lie more than half a step beyond the grid's ends; NaN does not."""
     grid, shape = quantizer.grid(), [1] * x.dim()
     if grid.qtype.axis is not None:
         shape[grid.qtype.axis] = -1

@@ -81,7 +81,7 @@ def _change(name: str, image: Image, preprocessing: Preprocessing) -> Image:
 
 
 def _random_box(width: int, height: int) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom, as torchvision's RandomResizedCrop draws them."""
+    """Return left, top, right, bottom, as torchvision's RandomResizedCrop draws them."""
     low, high = (math.log(ratio) for ratio in _CROP_RATIO)
     for _ in range(_CROP_ATTEMPTS):
         area = width * height * float(torch.empty(1).uniform_(*_CROP_AREA))

@@ -42,7 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def script(shell: str) -> str:
-    """The script of a shell; of commands whose extra is not installed it knows the name alone."""
+    """Return the script of a shell; of commands whose extra is not installed it knows the name alone."""
     commands = _commands()
     choices, options = [], []
     for name, actions in commands.items():
@@ -62,7 +62,7 @@ def script(shell: str) -> str:
 
 
 def _commands() -> dict[str, list[argparse.Action]]:
-    """The options and arguments of each command."""
+    """Return the options and arguments of each command."""
     for action in build_parser(every_command=True)._actions:
         if isinstance(action, argparse._SubParsersAction):
             return {name: list(parser._actions) for name, parser in action.choices.items()}

@@ -57,7 +57,7 @@ class TensorImages(LabelledImages):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """An image and its label."""
+        """Return an image and its label."""
         return self.images[index], int(self.labels[index])
 
 
@@ -107,7 +107,7 @@ _DATA_HELP = (
 
 
 def class_names(source: str, validation: str = "0.5") -> tuple[str, ...]:
-    """The classes that :func:`open_examples` will find; no image is read.
+    """Return the classes that :func:`open_examples` will find; no image is read.
 
     Raises:
         ValueError: see :func:`~tritonq.cli.folder.find_layout`.
@@ -117,7 +117,7 @@ def class_names(source: str, validation: str = "0.5") -> tuple[str, ...]:
 
 
 def open_examples(source: str, preprocessing: Preprocessing, validation: str = "0.5", workers: int = 0) -> Examples:
-    """The images called ``"digits"``, or those of a folder, whose pixels are read when they are asked for.
+    """Return the images called ``"digits"``, or those of a folder, whose pixels are read when they are asked for.
 
     Each file is read once, to tell whether it can be, for its checksum and for mean and deviation.
 
@@ -153,7 +153,7 @@ def open_examples(source: str, preprocessing: Preprocessing, validation: str = "
 
 
 def load_digits(preprocessing: Preprocessing | None = None) -> Images:
-    """scikit-learn's 1,797 handwritten 8×8 digits: 898 to train with, 899 held out. Nothing is downloaded."""
+    """Return scikit-learn's 1,797 handwritten 8×8 digits: 898 to train with, 899 held out. Nothing is downloaded."""
     return in_memory(_digits(Preprocessing(8, 8, channels=1) if preprocessing is None else preprocessing, 0.5))
 
 
@@ -164,7 +164,7 @@ def in_memory(examples: Examples) -> Images:
 
 
 def stacked(images: LabelledImages, chosen: Iterable[int] | None = None) -> tuple[Tensor, Tensor]:
-    """Images float32 (n, channels, height, width) and their labels int64 (n,): those chosen, or all."""
+    """Return images float32 (n, channels, height, width) and their labels int64 (n,): those chosen, or all."""
     read = [images[index] for index in (range(len(images)) if chosen is None else chosen)]
     return torch.stack([image for image, _ in read]), torch.tensor([label for _, label in read])
 

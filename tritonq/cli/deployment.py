@@ -55,7 +55,7 @@ def deploy(model: nn.Module, made: Recipe, data: Examples, output: Path, workers
 
 
 def metadata(made: Recipe) -> dict[str, Any]:
-    """What who feeds the model must know: plain data."""
+    """Return what who feeds the model must know: plain data."""
     return {
         "model": made.model,
         "model_arguments": list(made.model_arguments),
@@ -82,7 +82,7 @@ def write_onnx(model: nn.Module, made: Recipe, path: Path, **options: Any) -> No
 
 
 def onnx_session(path: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, str]]:
-    """A function from images to logits, run by ONNX Runtime, and the file's metadata.
+    """Return a function from images to logits, run by ONNX Runtime, and the file's metadata.
 
     Raises:
         ImportError: it is not installed.

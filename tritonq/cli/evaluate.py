@@ -46,7 +46,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _labels(trained: Trained, names: tuple[str, ...]) -> torch.Tensor:
-    """The model's label of each class of the data: by name, where the model knows names."""
+    """Return the model's label of each class of the data: by name, where the model knows names."""
     if not trained.classes:
         return torch.arange(len(names))
     foreign = [name for name in names if name not in trained.classes]
@@ -58,7 +58,7 @@ def _labels(trained: Trained, names: tuple[str, ...]) -> torch.Tensor:
 def _score(
     trained: Trained, data: Examples, labels: torch.Tensor, part: str, workers: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many images of each class are answered rightly, and how many there are."""
+    """Return how many images of each class are answered rightly, and how many there are."""
     parts = {"held-out": [data.test], "train": [data.train], "all": [data.train, data.test]}[part]
     right, count = (torch.zeros(len(labels), dtype=torch.int64) for _ in range(2))
     batches = chain.from_iterable(in_order(images, workers) for images in parts)

@@ -17,7 +17,7 @@ BATCH_OF_EVALUATION = 256
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The tensor of a model's output, the first one of a tuple, dict or dataclass.
+    """Return the tensor of a model's output, the first one of a tuple, dict or dataclass.
 
     Raises:
         ValueError: there is none.
@@ -29,7 +29,7 @@ def first_tensor(output: Any) -> Tensor:
 
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor, batch_size: int = BATCH_OF_EVALUATION) -> Tensor:
-    """The model's outputs in eval mode, on the CPU; batches go to the device of its tensors."""
+    """Return the model's outputs in eval mode, on the CPU; batches go to the device of its tensors."""
     model.eval()
     device = device_of(model)
     outputs = (first_tensor(model(batch.to(device))).cpu() for batch in torch.split(images, batch_size))
@@ -37,12 +37,12 @@ def logits(model: nn.Module, images: Tensor, batch_size: int = BATCH_OF_EVALUATI
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
-    """Fraction of rows whose largest entry is the label."""
+    """Return fraction of rows whose largest entry is the label."""
     return float((outputs.argmax(1) == labels).float().mean())
 
 
 def count_right(answer: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> tuple[int, int]:
-    """How many images are answered with their label, and how many there are."""
+    """Return how many images are answered with their label, and how many there are."""
     right = count = 0
     for images, labels in batches:
         right += int((answer(images).argmax(1) == labels).sum())
@@ -51,7 +51,7 @@ def count_right(answer: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> t
 
 
 def share_right(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Fraction of images in batches of images and labels whose largest output is the label."""
+    """Return fraction of images in batches of images and labels whose largest output is the label."""
     right, count = count_right(lambda images: logits(model, images), batches)
     return right / count
 
@@ -62,7 +62,7 @@ def batches_of(
     workers: int,
     device: torch.device | None = None,
 ) -> DataLoader[tuple[Tensor, int]]:
-    """Batches of images, by index. Its own random generator leaves the training's alone."""
+    """Return batches of images, by index. Its own random generator leaves the training's alone."""
     return DataLoader(
         images,
         batch_sampler=batches,
@@ -74,11 +74,11 @@ def batches_of(
 
 
 def in_order(images: LabelledImages, workers: int, rank: int = 0, ranks: int = 1) -> DataLoader[tuple[Tensor, int]]:
-    """All images once, or every ``ranks``-th of them."""
+    """Return all images once, or every ``ranks``-th of them."""
     chunks = torch.split(torch.arange(rank, len(images), ranks), BATCH_OF_EVALUATION)
     return batches_of(images, [chunk.tolist() for chunk in chunks if len(chunk)], workers)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's tensors are."""
+    """Return where a model's tensors are."""
     return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))

@@ -36,7 +36,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         """How many."""
 
     def augmented(self, augmentation: Augmentation, seed: int) -> LabelledImages:
-        """The same images, changed at random as a function of ``seed`` and their index.
+        """Return the same images, changed at random as a function of ``seed`` and their index.
 
         Raises:
             ValueError: images that have no augmentation.
@@ -72,7 +72,7 @@ class FileImages(LabelledImages):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """An image and its label.
+        """Return an image and its label.
 
         Raises:
             UnreadableImageError: the file was readable when the folder was opened, and is no more.
@@ -195,7 +195,7 @@ def readable_images(
 
 
 def moments(files: Sequence[ImageFile]) -> tuple[float, float]:
-    """Mean and deviation of all pixels of all files, as fractions of 255."""
+    """Return mean and deviation of all pixels of all files, as fractions of 255."""
     count = sum(file.count for file in files)
     mean = sum(file.total for file in files) / count
     variance = (sum(file.squares for file in files) / count - mean**2) * count / max(count - 1, 1)
@@ -203,7 +203,7 @@ def moments(files: Sequence[ImageFile]) -> tuple[float, float]:
 
 
 def deal(labels: Tensor, seed: int, share: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Indices to train with and to hold out: shuffled within each class and dealt out in turn, held out first."""
+    """Return indices to train with and to hold out: shuffled within each class, dealt out in turn, held out first."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[torch.argsort(labels[order], stable=True)]
     # Rounded, since 3 · 0.1 is not 0.3.
@@ -213,7 +213,7 @@ def deal(labels: Tensor, seed: int, share: float = 0.5) -> tuple[Tensor, Tensor]
 
 
 def _look(path: Path, label: int, preprocessing: Preprocessing) -> ImageFile | str:
-    """What is to be known of a file, or why it is skipped."""
+    """Return what is to be known of a file, or why it is skipped."""
     try:
         content = path.read_bytes()
         pixels = preprocessing.pixels(decode(path, content)).long()
@@ -224,7 +224,7 @@ def _look(path: Path, label: int, preprocessing: Preprocessing) -> ImageFile | s
 
 
 def _folders(folder: Path) -> tuple[str, ...]:
-    """The names of the sub-folders, sorted, without hidden ones such as ``.ipynb_checkpoints``."""
+    """Return the names of the sub-folders, sorted, without hidden ones such as ``.ipynb_checkpoints``."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))

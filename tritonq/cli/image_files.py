@@ -23,7 +23,7 @@ class UnreadableImageError(ValueError):
 
 
 def decode(path: Path, content: bytes | None = None) -> Image:
-    """The image in a file, in 8 bits per channel.
+    """Return the image in a file, in 8 bits per channel.
 
     Grey images of 16 bits keep their whole range: 0 … 65535 becomes 0 … 255.
 

@@ -44,7 +44,7 @@ def add_qconfig_argument(parser: argparse.ArgumentParser, prefix: str = "") -> N
 
 
 def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:
-    """The model that ``"module:factory"`` makes; modules of the working directory are found too.
+    """Return the model that ``"module:factory"`` makes; modules of the working directory are found too.
 
     Raises:
         ValueError: no such module or factory, arguments that it refuses, an error of its own, or a result that is no
@@ -79,7 +79,7 @@ def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:
 
 
 def prepare(made: Recipe, model: nn.Module | None = None) -> nn.Module:
-    """The model of a recipe (or this float model, which is changed), prepared, in training mode.
+    """Return the model of a recipe (or this float model, which is changed), prepared, in training mode.
 
     Raises:
         ValueError: a model that can't be made or prepared.
@@ -90,7 +90,7 @@ def prepare(made: Recipe, model: nn.Module | None = None) -> nn.Module:
 
 
 def find_qconfig(name: str) -> QConfigMapping:
-    """The mapping that ``--qconfig`` names: a preset or a JSON file.
+    """Return the mapping that ``--qconfig`` names: a preset or a JSON file.
 
     Raises:
         ValueError: an unknown preset, a file that can't be read or that holds no mapping.
@@ -109,7 +109,7 @@ def find_qconfig(name: str) -> QConfigMapping:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device that ``--device`` names; None: the GPU where there is one.
+    """Return the device that ``--device`` names; None: the GPU where there is one.
 
     Raises:
         ValueError: torch knows no such device, or this machine has none.

@@ -10,7 +10,7 @@ _PROBE = "tritonq-probe"
 
 
 def writable_folder(folder: Path) -> Path:
-    """The folder, which is made where it is missing.
+    """Return the folder, which is made where it is missing.
 
     Raises:
         OSError: it is a file, or nothing can be written there.
@@ -26,7 +26,7 @@ def writable_folder(folder: Path) -> Path:
 
 
 def writable_file(path: Path) -> Path:
-    """The path of a file that can be written.
+    """Return the path of a file that can be written.
 
     Raises:
         ValueError: it is a folder, or its folder does not exist.

@@ -69,13 +69,13 @@ class Preprocessing:
             raise ValueError(f"std must be above 0, got {self.std}")
 
     def with_moments(self, mean: float, std: float) -> Preprocessing:
-        """The same with this mean and deviation in all channels, where it has none of its own."""
+        """Return the same with this mean and deviation in all channels, where it has none of its own."""
         if self.mean:
             return self
         return replace(self, mean=(mean,) * self.channels, std=(std,) * self.channels)
 
     def pixels(self, image: Image) -> Tensor:
-        """Scale and cut an image out: uint8 (channels, size, size)."""
+        """Return scale and cut an image out: uint8 (channels, size, size)."""
         from PIL.Image import Resampling
 
         image = image.convert("RGB" if self.channels == COLOURS else "L")
@@ -93,19 +93,19 @@ class Preprocessing:
         return self.as_pixels(image)
 
     def as_pixels(self, image: Image) -> Tensor:
-        """The values of an image that has the right size: uint8 (channels, size, size)."""
+        """Return the values of an image that has the right size: uint8 (channels, size, size)."""
         flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return flat.view(self.size, self.size, self.channels).permute(2, 0, 1)
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Float values from uint8 pixels, or from float ones between 0 and 1."""
+        """Return float values from uint8 pixels, or from float ones between 0 and 1."""
         if pixels.dtype == torch.uint8:
             pixels = pixels.float().div_(255)
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
     def example(self, count: int = 2) -> Tensor:
-        """A batch of the right shape: values from -1 to 1."""
+        """Return a batch of the right shape: values from -1 to 1."""
         shape = (count, self.channels, self.size, self.size)
         return torch.linspace(-1, 1, math.prod(shape)).view(shape)
 
@@ -121,13 +121,13 @@ class Preprocessing:
 
 
 def preprocessing_to_data(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Plain data of lists, numbers and text."""
+    """Return plain data of lists, numbers and text."""
     data = asdict(preprocessing)
     return {**data, "mean": list(preprocessing.mean), "std": list(preprocessing.std)}
 
 
 def preprocessing_from_data(data: Any) -> Preprocessing:
-    """What :func:`preprocessing_to_data` wrote.
+    """Return what :func:`preprocessing_to_data` wrote.
 
     Raises:
         ValueError: it is something else.
@@ -164,14 +164,14 @@ def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def given_options(arguments: argparse.Namespace) -> list[str]:
-    """Which of the options were given."""
+    """Return which of the options were given."""
     names = ("image_size", "channels", "crop", "resize", "interpolation", "mean", "std")
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
     return given + (["--preprocessing"] if arguments.preprocessing != "auto" else [])
 
 
 def choose_preprocessing(arguments: argparse.Namespace, model: nn.Module, digits: bool = False) -> Preprocessing:
-    """What the options ask for; mean and deviation stay empty where they are to be the training images' own.
+    """Return what the options ask for; mean and deviation stay empty where they are to be the training images' own.
 
     Raises:
         ValueError: options that contradict each other, or a model without a config of its own.
@@ -240,7 +240,7 @@ def _from_timm(model: nn.Module) -> Preprocessing | None:
 
 
 def _from_torchvision(arguments: argparse.Namespace, any_weights: bool) -> Preprocessing | None:
-    """The transforms of the weights that ``--model-arg weights=`` names, or with ``any_weights`` the factory's best."""
+    """Return the transforms of the weights that ``--model-arg weights=`` names; ``any_weights``: the factory's best."""
     module, _, factory = arguments.model.partition(":")
     given = dict(word.partition("=")[::2] for word in arguments.model_arg).get("weights")
     if not module.startswith("torchvision.models") or not (given or any_weights):

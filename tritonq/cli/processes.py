@@ -32,7 +32,7 @@ class Processes:
         return self.count > 1
 
     def gathered(self, item: Any) -> list[Any]:
-        """Every process's item, by rank."""
+        """Return every process's item, by rank."""
         if not self.together:
             return [item]
         items: list[Any] = [None] * self.count
@@ -40,7 +40,7 @@ class Processes:
         return items
 
     def summed(self, *numbers: int) -> list[int]:
-        """Sums over all processes."""
+        """Return sums over all processes."""
         return [sum(column) for column in zip(*self.gathered(numbers), strict=True)]
 
     def wait(self) -> None:
@@ -50,7 +50,7 @@ class Processes:
 
 
 def join(device: torch.device) -> tuple[Processes, torch.device]:
-    """Join the processes that torchrun started, each with a GPU of its own; alone, nothing happens."""
+    """Return join the processes that torchrun started, each with a GPU of its own; alone, nothing happens."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return Processes(), device
     if not dist.is_initialized():

@@ -46,6 +46,6 @@ class Settings:
             raise ValueError(f"of {self.epochs} epochs fewer can be frozen, got {self.frozen_epochs}")
 
     def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
-        """Half a cosine from the learning rate to 0."""
+        """Return half a cosine from the learning rate to 0."""
         first, last = self.begin * steps_per_epoch, self.epochs * steps_per_epoch
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - first) / (last - first)))

@@ -60,7 +60,7 @@ class Trained:
     form: str
 
     def name_of(self, label: int) -> str:
-        """The name of a class, or its number."""
+        """Return the name of a class, or its number."""
         return self.classes[label] if label < len(self.classes) else str(label)
 
 
@@ -79,7 +79,7 @@ def add_trained_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_trained(arguments: argparse.Namespace, data: str | None = None) -> Trained:
-    """The model that the options name. A file chooses no code to run: the factory is always named by the user.
+    """Return the model that the options name. A file chooses no code to run: the factory is always named by the user.
 
     Args:
         arguments: of :func:`add_trained_arguments`.
@@ -156,7 +156,7 @@ def _module(
 def _own(
     path: Path, arguments: argparse.Namespace, own: Preprocessing | None, model: nn.Module, digits: bool
 ) -> Preprocessing:
-    """The preprocessing that a file holds; where it holds none, that of the options."""
+    """Return the preprocessing that a file holds; where it holds none, that of the options."""
     given = given_options(arguments)
     if own is None:
         return choose_preprocessing(arguments, model, digits)

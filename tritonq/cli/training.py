@@ -136,7 +136,7 @@ class Run:
             sys.stdout.flush()
 
     def _until_one_vanishes(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches; where a file can't be read any more, what was trained is saved first."""
+        """Yield the batches; where a file can't be read any more, what was trained is saved first."""
         try:
             yield from batches
         except UnreadableImageError as error:
@@ -156,7 +156,7 @@ class Run:
             )
 
     def _batches(self, epoch: int) -> DataLoader[tuple[Tensor, int]]:
-        """The batches of an epoch that are still to come; of each, this process's share."""
+        """Return the batches of an epoch that are still to come; of each, this process's share."""
         chunks = torch.split(self._order(epoch), self.settings.batch_size)[: self.steps_per_epoch]
         first, step = self.processes.rank, self.processes.count
         left = [chunk[first::step].tolist() for chunk in chunks[self.step % self.steps_per_epoch :]]
@@ -164,7 +164,7 @@ class Run:
         return batches_of(images, left, self.workers, self.device)
 
     def _order(self, epoch: int) -> Tensor:
-        """The order of images in an epoch: a function of seed and epoch alone."""
+        """Return the order of images in an epoch: a function of seed and epoch alone."""
         generator = torch.Generator().manual_seed(self._epoch_seed(epoch))
         return torch.randperm(len(self.data.train), generator=generator)
 

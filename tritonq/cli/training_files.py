@@ -40,12 +40,12 @@ class Recipe:
 
 
 def recipe_to_data(made: Recipe) -> dict[str, Any]:
-    """Plain data."""
+    """Return plain data."""
     return {**asdict(made), "preprocessing": preprocessing_to_data(made.preprocessing)}
 
 
 def recipe_from_data(data: Any) -> Recipe:
-    """What :func:`recipe_to_data` wrote, or what version 1 of the format held.
+    """Return what :func:`recipe_to_data` wrote, or what version 1 of the format held.
 
     Raises:
         ValueError: it is something else.
@@ -79,7 +79,7 @@ def save_training(path: Path, made: Recipe, state: dict[str, Any]) -> None:
 
 
 def read_training(path: Path) -> tuple[Recipe, dict[str, Any]]:
-    """A checkpoint of :func:`save_training`.
+    """Return a checkpoint of :func:`save_training`.
 
     Raises:
         ValueError: no such file, a damaged one, or one of another kind.
@@ -106,7 +106,7 @@ def is_training_file(content: Mapping[str, Any]) -> bool:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """A file of tensors and plain data.
+    """Return a file of tensors and plain data.
 
     Raises:
         ValueError: it can't be read, or holds something else.

@@ -45,7 +45,7 @@ def write_csv(path: Path, history: Sequence[Epoch]) -> None:
 
 
 def history_from_data(data: Any) -> list[Epoch]:
-    """Epochs from a checkpoint."""
+    """Return epochs from a checkpoint."""
     return [Epoch(**row) for row in data]
 
 

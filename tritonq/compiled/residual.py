@@ -28,7 +28,10 @@ def forward(a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics
 def rounded(
     a: Tensor, b: Tensor | None, y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> Join | None:
-    """``FQ(relu?(a + b))`` in ``y``, and its mask; without ``b`` that of ``y``. None where some value is not finite."""
+    """Return ``FQ(relu?(a + b))`` in ``y``, and its mask.
+
+    Without ``b`` that of ``y``. None where some value is not finite.
+    """
     functions, count, ends = library(), y.numel(), (ctypes.c_float * 2)()
     other = None if b is None else b.data_ptr()
     if not functions.join_sum(a.data_ptr(), other, count, y.data_ptr(), ctypes.addressof(ends)):

@@ -17,7 +17,7 @@ class ResidualBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, c, h, w) to the same."""
+        """Return (n, c, h, w) to the same."""
         y = F.relu(self.bn1(self.depthwise(x)))
         y = self.bn2(self.pointwise(y))
         return F.relu(x + y)
@@ -44,7 +44,7 @@ class SmallResNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, in_channels, h, w) to logits (n, classes)."""
+        """Return (n, in_channels, h, w) to logits (n, classes)."""
         x = self.block1(self.stem(x))
         x = self.block2(self.down(x))
         return self.head(self.pool(x).flatten(1))  # type: ignore[no-any-return]

@@ -77,7 +77,7 @@ class Result:
 
 
 def table(stages: Sequence[Stage]) -> str:
-    """One line per stage; what differs is counted against the QAT model in eval mode."""
+    """Return one line per stage; what differs is counted against the QAT model in eval mode."""
     header = ("model", "accuracy", "predictions that differ", "codes that differ", "file", "s/epoch")
     rows = [header, *map(_cells, stages)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

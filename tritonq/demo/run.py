@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def load_images(arguments: argparse.Namespace) -> Images:
-    """The digits, or the folder that ``--data`` names."""
+    """Return the digits, or the folder that ``--data`` names."""
     size = 8 if arguments.data is None else arguments.image_size
     preprocessing = Preprocessing(size, size, channels=1 if arguments.data is None else 3)
     return in_memory(open_examples(str(arguments.data or DIGITS), preprocessing))
@@ -113,7 +113,7 @@ def announce(data: Images) -> None:
 
 
 def demo_recipe(qconfig: QConfig, data: Images) -> Recipe:
-    """How `python -m tritonq report` makes this model again."""
+    """Return how `python -m tritonq report` makes this model again."""
     arguments = (f"in_channels={data.preprocessing.channels}", f"classes={len(data.classes)}")
     mapping = mapping_to_data(QConfigMapping().set_global(qconfig))
     return Recipe("tritonq.demo.model:SmallResNet", arguments, mapping, data.preprocessing, data.classes)
@@ -132,7 +132,7 @@ def fine_tune(qat: nn.Module, data: Images, scheme: Scheme, epochs: int, seed: i
 
 
 def onnx_logits(path: Path, images: Tensor) -> Tensor:
-    """What ONNX Runtime computes from the file."""
+    """Return what ONNX Runtime computes from the file."""
     session = open_session(path)
     (outputs,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     return torch.from_numpy(outputs)

@@ -42,7 +42,7 @@ def train(
     seed: int = 0,
     before_epoch: Callable[[int], None] | None = None,
 ) -> History:
-    """SGD with momentum and a cosine schedule, each epoch over the training set in a new order, which ``seed`` gives.
+    """Train by SGD with momentum and a cosine schedule; ``seed`` gives the order of the images in each epoch.
 
     ``before_epoch`` is called with the epoch's index, to freeze what is to be frozen.
     """

@@ -170,7 +170,7 @@ def _read(path: str | os.PathLike[str]) -> Description:
 
 
 def _in_few_storages(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors as parts of one storage per dtype: every storage costs a file some 200 bytes."""
+    """Return the same tensors as parts of one storage per dtype: every storage costs a file some 200 bytes."""
     by_dtype: dict[torch.dtype, list[str]] = {}
     for name, tensor in state.items():
         by_dtype.setdefault(tensor.dtype, []).append(name)
@@ -257,7 +257,7 @@ def _check_architecture(model: nn.Module, entries: list[Description]) -> None:
 
 
 def _counterpart(here: Mapping[str, nn.Module], name: str, entries: list[Description]) -> nn.Module | None:
-    """The model's module for a name in the file.
+    """Return the model's module for a name in the file.
 
     Preparation turns a BatchNorm whose activation stayed into a Sequential of its descendants, whose names it joins
     with underscores.

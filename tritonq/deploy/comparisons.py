@@ -99,7 +99,7 @@ class VerificationReport:
         return self.first_beyond(max_fraction, max_step) is None
 
     def first_beyond(self, max_fraction: float = 0.0, max_step: int = 0) -> LayerComparison | None:
-        """The first layer that differs by more than :meth:`agrees` allows, or None."""
+        """Return the first layer that differs by more than :meth:`agrees` allows, or None."""
         return next((layer for layer in self.layers if not layer.is_within(max_fraction, max_step)), None)
 
     def __str__(self) -> str:

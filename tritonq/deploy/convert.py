@@ -40,7 +40,7 @@ _OTHERS = {
 
 
 def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool = False) -> nn.Module:
-    """The deployed form of a quantization-aware model: integer weights, int32 biases, fixed quantizers.
+    """Return the deployed form of a quantization-aware model: integer weights, int32 biases, fixed quantizers.
 
     Every quantization-aware layer, its BatchNorm included, becomes one layer of :mod:`tritonq.deploy.modules`; every
     fake quantizer becomes a fixed one; everything else stays, in eval mode, and so do hooks. The result gives the same
@@ -250,7 +250,7 @@ def _layer(layer: QATLayer, output: nn.Module) -> QuantizedLayer:
 
 
 def _layer_like(layer: QATLayer, shape: nn.Module, output: nn.Module) -> QuantizedLayer:
-    """The deployed form of ``layer``, whose geometry is that of ``shape``."""
+    """Return the deployed form of ``layer``, whose geometry is that of ``shape``."""
     target = next((made for source, made in LAYER_TYPES.items() if isinstance(shape, source)), None)
     if target is None:
         known = ", ".join(source.__name__ for source in LAYER_TYPES)
@@ -280,7 +280,7 @@ def _layer_like(layer: QATLayer, shape: nn.Module, output: nn.Module) -> Quantiz
 
 
 def _weight_grid(layer: QATLayer) -> QuantizedType | None:
-    """The weight's grid; None where the weight stays in float."""
+    """Return the weight's grid; None where the weight stays in float."""
     quantizer = layer.weight_fake_quant
     if isinstance(quantizer, nn.Identity):
         return None
@@ -292,7 +292,7 @@ def _weight_grid(layer: QATLayer) -> QuantizedType | None:
 def _float_tensors(
     layer: QATLayer, weight: Tensor, bias: Tensor | None, grid: QuantizedType | None
 ) -> dict[str, Tensor | None]:
-    """The tensors of a layer that computes in float: codes to dequantize, or the weight itself, and a float bias."""
+    """Return tensors of a layer that computes in float: codes to dequantize, or the weight itself, and a float bias."""
     bias = None if bias is None else bias.clone()
     if grid is None:
         return {"weight": weight.clone(), "bias": bias}
@@ -321,7 +321,7 @@ def _table(table: Embedding | EmbeddingBag) -> nn.Module:
 
 
 def _codes(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Integer codes of ``rows`` (out, ...), and their scale and zero point per row."""
+    """Return integer codes of ``rows`` (out, ...), and their scale and zero point per row."""
     qtype = grid.qtype
     if qtype.axis not in (None, 0):
         raise ValueError(f"its weight quantizer keeps one scale per index of axis {qtype.axis}, not per row")

@@ -47,7 +47,7 @@ ADDED = (
 
 
 def describe_modules(model: nn.Module) -> list[Description]:
-    """One description per module name, parents first; a module under a second name refers to its first."""
+    """Return one description per module name, parents first; a module under a second name refers to its first."""
     first_names: dict[nn.Module, str] = {}
     found = []
     integers = has_integers(model)
@@ -77,14 +77,14 @@ def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) 
 
 
 def _class_name(module: nn.Module) -> str:
-    """The name of a module's class; torch.fx names its classes after what was traced, or not."""
+    """Return the name of a module's class; torch.fx names its classes after what was traced, or not."""
     if isinstance(module, ScriptModule):  # a copy of what was traced has another class
         return ScriptModule.__name__
     return fx.GraphModule.__name__ if isinstance(module, fx.GraphModule) else original_class(module).__name__
 
 
 def _producer(modules: Mapping[str, nn.Module], quantizer: str) -> nn.Module:
-    """The module whose output a quantizer takes to its grid: its owner, or the quantizer where it has another name."""
+    """Return the module whose output a quantizer rounds: its owner, or the quantizer where it has another name."""
     owner, _, child = quantizer.rpartition(".")
     return modules[owner] if child == "activation_post_process" else modules[quantizer]
 
@@ -140,14 +140,14 @@ def _describe(module: nn.Module) -> Description:
 
 
 def _further(join: Joint) -> Description:
-    """What makes a matrix product an einsum or attention."""
+    """Return what makes a matrix product an einsum or attention."""
     if isinstance(join, Einsum):
         return {"equation": join.equation}
     return {"attention": True} if isinstance(join, ScaledDotProductAttention) else {}
 
 
 def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module | None:
-    """The module that ``entry`` describes, without the children that entries of their own describe.
+    """Return the module that ``entry`` describes, without the children that entries of their own describe.
 
     Returns None for kind ``"module"``: such a module has to come from the user's float model. A Sequential is made for
     the case that the float model has something else there: a BatchNorm whose activation stayed.
@@ -215,7 +215,7 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
 
 
 def difference(entry: Description, module: nn.Module) -> str | None:
-    """How a module of the float model differs from the one that ``entry`` was made from, or None where it fits."""
+    """Return how a module of the float model differs from that of ``entry``, or None where it fits."""
     kind, here = entry["kind"], _class_name(module)
     if kind in ("integer_layer", "integer_maximum"):
         return integer_difference(entry, module)
@@ -239,7 +239,7 @@ def difference(entry: Description, module: nn.Module) -> str | None:
 
 
 def described_forward(entry: Description, entries: list[Description]) -> ForwardData | None:
-    """The forward of a module as ``apply_forward`` takes it, or None where it is the class's own.
+    """Return the forward of a module as ``apply_forward`` takes it, or None where it is the class's own.
 
     Files of version 0.1.0 (format 2 and earlier) name hooks, which are part of the forward now.
     """
@@ -256,7 +256,7 @@ def _place_from_data(place: Mapping[str, Any]) -> InputPlace:
 
 
 def _ceiling(entry: Description) -> float | None:
-    """The upper bound of a ReLU; files of version 1 say whether there is one, without bound."""
+    """Return the upper bound of a ReLU; files of version 1 say whether there is one, without bound."""
     if "relu" in entry:
         return math.inf if entry["relu"] else None
     ceiling: float | None = entry["ceiling"]

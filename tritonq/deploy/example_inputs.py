@@ -20,7 +20,7 @@ _RANKS = range(3, 6)
 def open_axes(
     forward: Callable[..., Any], arguments: Arguments, batch: bool, sizes: bool
 ) -> tuple[Arguments, dict[str, Any] | None]:
-    """Arguments to trace with, and their ``dynamic_shapes``; None for these where no axis is open.
+    """Return arguments to trace with, and their ``dynamic_shapes``; None for these where no axis is open.
 
     A batch of one is doubled, since torch.export takes an example of size 1 for a constant.
 
@@ -104,7 +104,7 @@ def _size_axes(x: Tensor) -> range:
 
 
 def _shapes(item: Any, shape_of: Callable[[Tensor], Any]) -> Any:
-    """The structure of arguments with a shape for each tensor, and None for all that isn't one."""
+    """Return the structure of arguments with a shape for each tensor, and None for all that isn't one."""
     if isinstance(item, Tensor):
         return shape_of(item)
     if isinstance(item, (tuple, list)):

@@ -41,7 +41,7 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
 
 
 def _umask() -> int:
-    """The process's umask, which only setting it can tell."""
+    """Return the process's umask, which only setting it can tell."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

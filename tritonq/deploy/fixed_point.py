@@ -32,7 +32,7 @@ def has_fixed_point(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def convert_fixed_point(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """The integer form of a fixed-point network: codes in, shifts between layers, accumulators out.
+    """Return the integer form of a fixed-point network: codes in, shifts between layers, accumulators out.
 
     Its outputs equal those of ``model`` in eval mode, and so does every code between.
 
@@ -131,7 +131,10 @@ def _pool(pool: FixedPointAvgPool2d) -> IntegerAvgPool2d:
 
 
 def _output(module: FixedPointLayer | FixedPointAdd | FixedPointAvgPool2d) -> CodeFormat | None:
-    """The codes that leave a module: those of its reader's format; None: accumulators, for a sum or for the caller."""
+    """Return codes that leave a module: those of its reader's format.
+
+    None: accumulators, for a sum or for the caller.
+    """
     return None if module.following is None or module.raw_output else _codes(module.following)
 
 

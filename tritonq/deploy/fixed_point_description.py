@@ -31,7 +31,7 @@ def has_integers(model: nn.Module) -> bool:
 
 
 def describe_integer(module: nn.Module) -> Description | None:
-    """A module of a converted fixed-point network as plain data; None: any other module.
+    """Return a module of a converted fixed-point network as plain data; None: any other module.
 
     A plain ``nn.ReLU`` of such a network is described too: it may stand for a function or for another clipping.
     """
@@ -57,7 +57,7 @@ def describe_integer(module: nn.Module) -> Description | None:
 
 
 def build_integer(entry: Description, tensor: Callable[[str], Tensor]) -> nn.Module | None:
-    """The module of a description; ``tensor`` finds a tensor of the file by its name in the module.
+    """Return the module of a description; ``tensor`` finds a tensor of the file by its name in the module.
 
     Returns None for kinds of other networks.
 
@@ -96,7 +96,7 @@ def _build(entry: Description, tensor: Callable[[str], Tensor]) -> nn.Module | N
 
 
 def integer_difference(entry: Description, module: nn.Module) -> str | None:
-    """How a module of the float model differs from the one that ``entry`` was made from; None where it fits."""
+    """Return how a module of the float model differs from the one that ``entry`` was made from; None where it fits."""
     kinds: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv2d": nn.Conv2d}
     expected = kinds[entry["type"]] if entry["kind"] == "integer_layer" else nn.MaxPool2d
     if not isinstance(module, expected):
@@ -110,7 +110,7 @@ def integer_difference(entry: Description, module: nn.Module) -> str | None:
 
 
 def _float_geometry(layer: IntegerLayer) -> Description:
-    """What the float layer's attributes must be."""
+    """Return what the float layer's attributes must be."""
     out, per_group, *kernel = layer.weight.shape
     if layer.linear:
         return {"in_features": per_group, "out_features": out}

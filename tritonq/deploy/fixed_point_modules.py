@@ -44,7 +44,10 @@ class CodeFormat:
         return max(-self.quant_min, self.quant_max)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes of real values, ties to even; NaN becomes 0. This is where a network's input becomes integers."""
+        """Return codes of real values, ties to even.
+
+        NaN becomes 0. This is where a network's input becomes integers.
+        """
         code = (x.double() * 2.0**self.frac_len).round_().clamp_(self.quant_min, self.quant_max)
         return code.nan_to_num_(nan=0.0).to(self.dtype)
 
@@ -68,7 +71,7 @@ class IntegerModule(DeployedModule):
         return None if self.output is None else self.frac_len - self.output.frac_len
 
     def rounded(self, total: Tensor, channel_axis: int = 1) -> Tensor:
-        """Codes of accumulators, or the accumulators themselves as int32."""
+        """Return codes of accumulators, or the accumulators themselves as int32."""
         if self.output is None or self.shift is None:
             return total.clamp(-ACCUMULATOR_MAX, ACCUMULATOR_MAX).to(torch.int32)
         shape = [1] * total.dim()
@@ -77,7 +80,7 @@ class IntegerModule(DeployedModule):
         return requantize(total, self.shift.view(shape), output.quant_min, output.quant_max).to(output.dtype)
 
     def extra_repr(self) -> str:
-        """What comes out."""
+        """Return what comes out."""
         return "to int32 accumulators" if self.output is None else f"to {self.output}"
 
 
@@ -122,7 +125,7 @@ class IntegerLayer(IntegerModule):
         self.bound = int((rows + self.bias.to(torch.int64).abs()).max())
 
     def accumulate(self, codes: Tensor) -> Tensor:
-        """Codes (n, c, h, w) to codes or accumulators (n, out, h', w')."""
+        """Return codes (n, c, h, w) to codes or accumulators (n, out, h', w')."""
         ops = implementation("int8_conv", codes)
         low, high, dtype = 0, 0, torch.int32
         if self.output is not None:
@@ -145,7 +148,7 @@ class IntegerLayer(IntegerModule):
         return result
 
     def forward(self, x: Tensor) -> Tensor:
-        """Codes to codes or accumulators; real values at the network's ends."""
+        """Return codes to codes or accumulators; real values at the network's ends."""
         codes = self.input.encode(x) if self.encodes else x
         if self.linear:
             flat = codes.reshape(-1, codes.shape[-1], 1, 1)
@@ -155,7 +158,7 @@ class IntegerLayer(IntegerModule):
         return self.decode(y) if self.decodes else y
 
     def decode(self, accumulators: Tensor) -> Tensor:
-        """Real values, rounded to float32 once."""
+        """Return real values, rounded to float32 once."""
         shape = [1] * accumulators.dim()
         shape[-1 if self.linear else 1] = -1
         return (accumulators.double() * power_of_two(-self.frac_len, torch.float64).view(shape)).float()
@@ -170,7 +173,7 @@ class IntegerLayer(IntegerModule):
             )
 
     def extra_repr(self) -> str:
-        """Shape, geometry and what goes in and out."""
+        """Return shape, geometry and what goes in and out."""
         kind = "linear" if self.linear else f"conv {self.geometry}"
         ends = (", encodes" if self.encodes else "") + (", decodes" if self.decodes else "")
         return f"{kind}, weight {tuple(self.weight.shape)}, from {self.input}, {super().extra_repr()}{ends}"
@@ -199,7 +202,7 @@ class IntegerAdd(IntegerModule):
         self.eval()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Two tensors (n, c, ...) of one shape to codes or accumulators."""
+        """Return two tensors (n, c, ...) of one shape to codes or accumulators."""
         dtype = torch.int64 if self.wide else torch.int32
         shape = [1, -1, *[1] * (a.dim() - 2)]
         total = (a.to(dtype) << self.left0.view(shape)) + (b.to(dtype) << self.left1.view(shape))
@@ -236,7 +239,7 @@ class IntegerAvgPool2d(IntegerModule):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Codes (n, c, h, w) to codes or accumulators."""
+        """Return codes (n, c, h, w) to codes or accumulators."""
         window = self.window
         if window.kernel_size is None:
             if x.shape[-1] * x.shape[-2] != window.area:
@@ -249,6 +252,6 @@ class IntegerAvgPool2d(IntegerModule):
 
 
 def overflow_report(model: nn.Module) -> dict[str, int]:
-    """How many accumulators of each layer were clamped so far, by the layer's name; empty if none was."""
+    """Return how many accumulators of each layer were clamped so far, by the layer's name; empty if none was."""
     counts = {name: int(part.saturated) for name, part in model.named_modules() if isinstance(part, IntegerLayer)}
     return {name: count for name, count in counts.items() if count}

@@ -213,7 +213,7 @@ class _Writer:
         return self._clipped(steps, codes)
 
     def _rounded(self, total: str, module: IntegerModule, shape: tuple[int, ...]) -> str:
-        """Codes of accumulators, or the accumulators."""
+        """Return codes of accumulators, or the accumulators."""
         if module.output is None or module.shift is None:
             return total
         return self._clipped(self._scaled(total, module.shift.view(shape)), module.output)
@@ -223,14 +223,14 @@ class _Writer:
         return self._emit("Mul", [real, self._constant(torch.exp2(-shift.double()).float())])
 
     def _clipped(self, steps: str, codes: CodeFormat) -> str:
-        """Codes of real numbers of steps: ties to even, then the code range."""
+        """Return codes of real numbers of steps: ties to even, then the code range."""
         ends = [self._constant(torch.tensor(float(end))) for end in (codes.quant_min, codes.quant_max)]
         whole = self._emit("Clip", [self._emit("Round", [steps]), *ends])
         types = self._onnx.TensorProto
         return self._emit("Cast", [whole], to=types.INT8 if codes.quant_min < 0 else types.UINT8)
 
     def _unsigned(self, source: str, codes: CodeFormat) -> tuple[str, str]:
-        """Codes as unsigned bytes, and their zero point."""
+        """Return codes as unsigned bytes, and their zero point."""
         if codes.quant_min >= 0:
             return source, self._constant(torch.tensor(0, dtype=torch.uint8))
         types = self._onnx.TensorProto

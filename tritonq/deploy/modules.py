@@ -175,23 +175,23 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         super().__setattr__(name, value)
 
     def along_out_channels(self, values: Tensor) -> Tensor:
-        """Values per out channel, shaped to broadcast against the weight."""
+        """Return values per out channel, shaped to broadcast against the weight."""
         return values.view(-1, *[1] * (self.stored_weight.dim() - 1))
 
     def centred_weight(self) -> Tensor:
-        """Weight codes minus zero points, in the smallest dtype that holds them."""
+        """Return weight codes minus zero points, in the smallest dtype that holds them."""
         if self.weight_zero_point is None:
             return self.stored_weight
         return self.stored_weight.to(torch.int32) - self.along_out_channels(self.weight_zero_point)
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight's values, rounded to ``dtype`` once."""
+        """Return the weight's values, rounded to ``dtype`` once."""
         if self.weight_scale is None:
             return self.stored_weight.to(dtype)
         return (self.centred_weight().float() * self.along_out_channels(self.weight_scale)).to(dtype)
 
     def integer_layer(self) -> IntegerAffine | None:
-        """This layer in integers, or None where it computes in float."""
+        """Return this layer in integers, or None where it computes in float."""
         if self.multiplier is None:
             return None
         return IntegerAffine(
@@ -206,7 +206,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         )
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Shapes as the float layer's. What runs is what runs in a quantization-aware layer's eval mode.
+        """Return shapes as the float layer's. What runs is what runs in a quantization-aware layer's eval mode.
 
         ``weight`` and ``bias`` are those that a layer whose weight was computed is given; its codes are fixed now.
         """
@@ -226,7 +226,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         return y if fused is not None else self.finish(y, relu_done=True)
 
     def _run_packed(self, x: Tensor) -> Tensor | None:
-        """:meth:`forward` by torch's integer kernels; None where these can't run it."""
+        """Compute :meth:`forward` by torch's integer kernels; None where these can't run it."""
         quantizer = cast(nn.Module, self._modules["activation_post_process"])
         if quantizer._forward_pre_hooks:
             return None
@@ -250,7 +250,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         return pack(layer, self.linear_map, source, self.output_grid(), self.ceiling)
 
     def run_operators(self, x: Tensor, layer: IntegerAffine | None) -> Tensor:
-        """:meth:`forward` by PyTorch's operators; ``layer`` is :meth:`integer_layer`."""
+        """Compute :meth:`forward` by PyTorch's operators; ``layer`` is :meth:`integer_layer`."""
         if layer is None:
             y = self.linear_map(x, self.dequantized_weight(x.dtype), self._bias_as(x.dtype))
         else:
@@ -266,7 +266,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         return self._modules.get("activation")
 
     def finish(self, y: Tensor, relu_done: bool = False) -> Tensor:
-        """What follows the convolution or product: ReLU or another function, and the output quantizer."""
+        """Return what follows the convolution or product: ReLU or another function, and the output quantizer."""
         if not relu_done:
             y = rectify(y, self.ceiling)
         if self.following is not None:
@@ -274,14 +274,14 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         return cast(Tensor, self.activation_post_process(y))
 
     def output_grid(self) -> Grid | None:
-        """The one grid that the accumulator goes to at once, or None where a function or no such grid follows."""
+        """Return one grid that the accumulator goes to at once, or None where a function or no such grid follows."""
         quantizer = self.activation_post_process
         if self.following is not None or not isinstance(quantizer, Quantizer) or quantizer.qtype.axis is not None:
             return None
         return quantizer.grid()
 
     def extra_repr(self) -> str:
-        """Geometry, and what the weight and the arithmetic are."""
+        """Return geometry, and what the weight and the arithmetic are."""
         with_input = "integers" if self.multiplier is not None else "float, input grid unknown"
         relu = "" if self.ceiling is None else f", {describe_relu(self.ceiling)}"
         return f"{super().extra_repr()}{relu}, weight={self.stored_weight.dtype}, arithmetic={with_input}"

@@ -156,7 +156,7 @@ def _entries(proto: Any) -> list[dict[str, Any]]:
 
 
 def _nodes_up_to_codes(graph: Any, source: str, codes: set[str]) -> tuple[list[Any], list[str]]:
-    """The nodes that make codes of an input and nothing else, and these codes."""
+    """Return the nodes that make codes of an input and nothing else, and these codes."""
     constants = {tensor.name for tensor in graph.initializer}
     reached, nodes, made = {source}, [], []
     for node in graph.node:
@@ -179,7 +179,7 @@ def _nodes_up_to_codes(graph: Any, source: str, codes: set[str]) -> tuple[list[A
 
 
 def _look_up(graph: Any, source: str, result: str, codes: Any) -> list[Any]:
-    """Nodes that look codes up at pixels; ``codes`` is (channels, 256)."""
+    """Return nodes that look codes up at pixels; ``codes`` is (channels, 256)."""
     import onnx
 
     make, named = onnx.helper.make_node, onnx.numpy_helper.from_array

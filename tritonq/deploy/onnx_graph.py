@@ -164,13 +164,13 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 def _traced_quantizer(producer: nn.Module | None) -> TracedQuantizer | None:
-    """The quantizer of what a module returns, or the one that it is."""
+    """Return the quantizer of what a module returns, or the one that it is."""
     found = producer if producer is None or isinstance(producer, TracedQuantizer) else producer._modules.get(_OUTPUT)
     return found if isinstance(found, TracedQuantizer) else None
 
 
 def _behind_integers(model: nn.Module) -> set[nn.Module]:
-    """Quantizers of operations that ONNX Runtime runs in integers together with the quantizer."""
+    """Return quantizers of operations that ONNX Runtime runs in integers together with the quantizer."""
     return {
         module.activation_post_process
         for module in model.modules()
@@ -214,7 +214,7 @@ def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
 
 
 def _weight_axis(layer: QuantizedLayer) -> int | None:
-    """The axis that the weight's scales run along, as ONNX's Q/DQ can say it; None: no Q/DQ, but arithmetic.
+    """Return the axis that the weight's scales run along, as ONNX's Q/DQ can say it; None: no Q/DQ, but arithmetic.
 
     That is for float weights, for scales of grouped transposed convolutions, which run along two axes, and for codes of
     more than 8 bits. Zero points may differ between channels: ONNX Runtime's kernels take that (1.31, tried).

@@ -27,7 +27,7 @@ _KEEPING = frozenset(["Cast", "Identity", "Pad", "Reshape", "Squeeze", "Transpos
 
 
 def given_name(tensor: str) -> str:
-    """The input that takes the place of a tensor of codes in :func:`separated`."""
+    """Return the input that takes the place of a tensor of codes in :func:`separated`."""
     return f"{tensor}.given"
 
 
@@ -91,11 +91,11 @@ class _Search:
                 self._readers.setdefault(name, []).append(node)
 
     def before(self, codes: str) -> tuple[str, ...]:
-        """The operators without a defined order that lead to these codes, each once."""
+        """Return the operators without a defined order that lead to these codes, each once."""
         return tuple(sorted({node.op_type for node in self._between(codes) if not self._is_defined(node)}))
 
     def _between(self, result: str) -> Iterator[Any]:
-        """The nodes that lead to codes from other codes, from inputs and constants."""
+        """Yield the nodes that lead to codes from other codes, from inputs and constants."""
         pending, seen = [result], set()
         while pending:
             node = self._producers.get(pending.pop())
@@ -127,7 +127,7 @@ class _Search:
         return False
 
     def _after(self, node: Any, kind: str) -> list[str]:
-        """What readers of this kind make of a node's result."""
+        """Return what readers of this kind make of a node's result."""
         return [reader.output[0] for reader in self._readers.get(node.output[0], ()) if reader.op_type == kind]
 
     def _is_whole(self, name: str) -> bool:

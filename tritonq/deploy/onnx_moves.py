@@ -56,7 +56,7 @@ def quantize_behind_moves(graph: Any) -> None:
 
 
 def _grid_of(node: Any) -> _Grid | None:
-    """The grid of activations that a DequantizeLinear reads codes of; None for weights and other nodes."""
+    """Return the grid of activations that a DequantizeLinear reads codes of; None for weights and other nodes."""
     if node.op_type != "DequantizeLinear" or node.inputs[0].producer() is None or len(node.inputs) < 3:
         return None
     scale, zero_point = (_constant(value) for value in node.inputs[1:3])
@@ -85,7 +85,7 @@ def _moves(node: Any) -> bool:
 
 
 def _common_source(node: Any, pairs: dict[Any, Any]) -> Any:
-    """The DequantizeLinear whose grid all that a node moves lies on, or None."""
+    """Return the DequantizeLinear whose grid all that a node moves lies on, or None."""
     if node.op_type == "Concat":
         sources = [pairs.get(value) for value in node.inputs]
         grids = {None if source is None else _grid_of(source) for source in sources}

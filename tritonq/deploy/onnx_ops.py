@@ -27,7 +27,7 @@ def quantize_dequantize(
     divided: bool,
     quantizer: str,
 ) -> Tensor:
-    """``(clamp(round(x / s) + z, quant_min, quant_max) - z) * s``, rounding half to even as ONNX does.
+    """Return ``(clamp(round(x / s) + z, quant_min, quant_max) - z) * s``, rounding half to even as ONNX does.
 
     Args:
         x: float32.
@@ -61,7 +61,7 @@ def _(
 
 @torch.library.custom_op("tritonq::dequantize", mutates_args=())
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
-    """``(codes - z) * s`` in float32; ``codes`` int8, uint8 or int32, ``scale`` (codes.shape[axis],)."""
+    """Return ``(codes - z) * s`` in float32; ``codes`` int8, uint8 or int32, ``scale`` (codes.shape[axis],)."""
     centred = codes.float() if zero_point is None else codes.float() - _along(zero_point.float(), codes, axis)
     return centred * _along(scale, codes, axis)
 
@@ -108,7 +108,7 @@ def round_half_away(x: Tensor) -> Tensor:
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The ``custom_translation_table`` of ``torch.onnx.export`` for these operators."""
+    """Return the ``custom_translation_table`` of ``torch.onnx.export`` for these operators."""
     from onnxscript import opset18 as op
 
     def bound(value: int, limit: int, dtype: Any) -> Any:

@@ -112,7 +112,7 @@ class _Runner:
 
 
 def _returning(model: Any, tensors: list[str]) -> bytes:
-    """The file's content, with these tensors as further outputs."""
+    """Return the file's content, with these tensors as further outputs."""
     import onnx
 
     copied = onnx.ModelProto()

@@ -113,7 +113,7 @@ def _forget_source(program: ExportedProgram) -> None:
 
 
 def _program_form(converted: nn.Module) -> nn.Module:
-    """A copy of ``converted`` whose layers compute with PyTorch's operators, whatever backend runs here.
+    """Return a copy of ``converted`` whose layers compute with PyTorch's operators, whatever backend runs here.
 
     Raises:
         ValueError: a module without such a form; the message names it.

@@ -22,7 +22,7 @@ _QUANTIZES = ("quantized_decomposed.quantize_per_tensor.default", "quantized_dec
 
 
 def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
-    """The program in a file of :func:`tritonq.export_program`, in either form.
+    """Return the program in a file of :func:`tritonq.export_program`, in either form.
 
     Raises:
         ValueError: another file.
@@ -39,7 +39,7 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
 
 
 def program_runner(program: ExportedProgram) -> Runner:
-    """A function that runs the program, operator by operator, and returns its codes and outputs.
+    """Return a function that runs the program, operator by operator, and returns its codes and outputs.
 
     Raises:
         ValueError: when run, arguments of another structure.
@@ -99,13 +99,13 @@ def _along(zero_point: Tensor, codes: Tensor, axis: int) -> Tensor:
 
 
 def _pair_quantizer(node: fx.Node) -> str | None:
-    """The name of the quantizer whose codes this node makes, in the form of PT2E, or None."""
+    """Return the name of the quantizer whose codes this node makes, in the form of PT2E, or None."""
     name = node.meta.get("custom", {}).get(QUANTIZER_KEY)
     return name if str(node.target) in _QUANTIZES else None
 
 
 def _rescaling_quantizer(node: fx.Node) -> str | None:
-    """The name of the quantizer whose codes this node multiplies by their scale, or None."""
+    """Return the name of the quantizer whose codes this node multiplies by their scale, or None."""
     if node.target is not torch.ops.aten.mul_.Tensor or not node.meta.get(_STACK):
         return None
     path, kind = list(node.meta[_STACK].values())[-1]

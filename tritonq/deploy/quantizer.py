@@ -114,11 +114,11 @@ class Quantizer(DeployedModule):
         return True
 
     def calculate_qparams(self) -> QParams:
-        """Its scale and zero point."""
+        """Return its scale and zero point."""
         return QParams(self.scale, self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; shape and dtype of ``x``."""
+        """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; shape and dtype of ``x``."""
         if can_use_codes(x):
             grid = self._on_host.get((self.scale, self.zero_point), lambda: host_grid(self.grid()), self.qtype)
             y = None if grid is None else quantize_to_codes(x, grid)
@@ -137,7 +137,7 @@ class Quantizer(DeployedModule):
         return self.grid()
 
     def extra_repr(self) -> str:
-        """Code range, scale and zero point."""
+        """Return code range, scale and zero point."""
         if self.scale.numel() == 1:
             grid = f"scale={self.scale.item():.6g}, zero_point={int(self.zero_point)}"
         else:

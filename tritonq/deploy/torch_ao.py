@@ -154,7 +154,7 @@ class _Reader:
             self._read_quantizer(owner, quantizer_tensors.get(owner, {}))
 
     def notes(self) -> list[str]:
-        """What the numbers will do from here on."""
+        """Return what the numbers will do from here on."""
         if not self._other_rule:
             return []
         return [
@@ -163,7 +163,7 @@ class _Reader:
         ]
 
     def _quantizer_of(self, name: str) -> str | None:
-        """The outermost quantizer that a tensor belongs to."""
+        """Return the outermost quantizer that a tensor belongs to."""
         parts = name.split(".")
         owners = (".".join(parts[:end]) for end in range(1, len(parts)))
         return next((owner for owner in owners if owner in self._quantizers), None)
@@ -231,7 +231,7 @@ class _Reader:
             self.unmapped[name] = f"it is {float(value.max()):.6g} there and {eps:.6g} in the model's qconfig"
 
     def _fitted(self, name: str, quantizer: FakeQuantizeBase, tail: str, value: Tensor) -> Tensor:
-        """The value in the shape and dtype that the model keeps it in."""
+        """Return the value in the shape and dtype that the model keeps it in."""
         expected = self._target[name]
         value = value.detach().to("cpu", expected.dtype)
         if value.numel() == 0 and tail.endswith(("min_val", "max_val")):

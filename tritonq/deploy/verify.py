@@ -76,7 +76,7 @@ def verify(
 
 
 def _deployed_runner(deployed: nn.Module | ExportedProgram | str | os.PathLike[str]) -> tuple[Runner, _Islands, Ends]:
-    """What runs a deployed model, the quantizers whose codes come from operations without a defined order, its ends."""
+    """Return what runs a deployed model, its quantizers behind operations without a defined order, and its ends."""
     if isinstance(deployed, nn.Module):
         return torch_runner(uncompiled(deployed)), {}, Ends()
     if isinstance(deployed, ExportedProgram):
@@ -106,7 +106,7 @@ class _Pair:
 
 
 def _given(pairs: Iterable[_Pair], found: Codes) -> dict[str, list[Tensor | None]]:
-    """The trained model's codes, by the names and calls of the deployed model."""
+    """Return the trained model's codes, by the names and calls of the deployed model."""
     given: dict[str, list[Tensor | None]] = {name: [None] * len(calls) for name, calls in found.items()}
     for pair in pairs:
         name, places = pair.source
@@ -169,7 +169,7 @@ class _Tally:
 
 
 def _calls(quantizer: str, calls: list[Tensor], source: str, found: list[Tensor]) -> list[_Pair]:
-    """The calls of one quantizer, in order.
+    """Return the calls of one quantizer, in order.
 
     An exporter merges what several readers of a tensor do with one quantizer, so that one side has repeats.
     """
@@ -194,7 +194,7 @@ def _calls(quantizer: str, calls: list[Tensor], source: str, found: list[Tensor]
 
 
 def _places_of_different(calls: list[Tensor]) -> list[tuple[int, ...]]:
-    """The places of each value among calls, by the first of them."""
+    """Return the places of each value among calls, by the first of them."""
     places: list[list[int]] = []
     for place, call in enumerate(calls):
         known = next((found for found in places if torch.equal(calls[found[0]], call)), None)

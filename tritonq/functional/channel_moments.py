@@ -11,7 +11,7 @@ from tritonq.reference.conv_bn import dense, moments
 
 
 def channel_moments(c: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over all axes but 1: (channels,), float32 or wider. Saves ``c`` alone.
+    """Return mean and biased variance over all axes but 1: (channels,), float32 or wider. Saves ``c`` alone.
 
     Raises:
         ValueError: fewer than two values per channel.

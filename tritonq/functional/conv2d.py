@@ -35,7 +35,7 @@ class ConvKernel:
         ceiling: float | None = None,
         grid: Grid | None = None,
     ) -> Tensor:
-        """``FQ(relu?(conv(x, weight) + bias))``, differentiable where ``grid`` is None.
+        """Return ``FQ(relu?(conv(x, weight) + bias))``, differentiable where ``grid`` is None.
 
         Args:
             x: (n, c, h, w).
@@ -65,7 +65,7 @@ class ConvKernel:
         ceiling: float | None = None,
         grid: Grid | None = None,
     ) -> Tensor:
-        """:func:`tritonq.functional.integer.integer_affine` bit for bit, ReLU and fake quantization behind it.
+        """Compute :func:`tritonq.functional.integer.integer_affine` bit for bit, ReLU and fake quantization behind it.
 
         Args:
             x: (n, c, h, w) on the layer's input grid.
@@ -108,7 +108,7 @@ class ConvKernel:
 def find_kernel(
     x: Tensor, weight: Tensor, conv: Convolution | None, layer: IntegerAffine | None = None
 ) -> ConvKernel | None:
-    """The kernel that is to run this convolution; None: torch's convolution is.
+    """Return the kernel that is to run this convolution; None: torch's convolution is.
 
     That is so where kernels don't run (`tritonq.backend`), where the GPU's table is silent or says ``"torch"``, under
     autocast of float values, while a graph is traced, and for integers that float16 operands and float32 sums do not

@@ -66,14 +66,14 @@ class ReadyWeight(NamedTuple):
 
 
 def version_of(weight: Tensor) -> tuple[int, int]:
-    """Changes with what ``weight`` holds."""
+    """Return changes with what ``weight`` holds."""
     return weight.data_ptr(), weight._version
 
 
 def conv_bn(
     x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, step: ConvBnStep
 ) -> Tensor:
-    """``FQ(relu?(BN(op(x, FQ_w(W s)) / s + b)))``, normalised by the batch's statistics.
+    """Return ``FQ(relu?(BN(op(x, FQ_w(W s)) / s + b)))``, normalised by the batch's statistics.
 
     ``s = γ/σ(running_var)`` from before this step's update; ``1/σ`` in a channel where γ = 0. Updates the running
     statistics and both quantizers in place. Saves x (or its codes), the convolution's output, the weight, and vectors.
@@ -210,7 +210,7 @@ def _fitted(ready: ReadyWeight, dtype: torch.dtype) -> StepWeight:
 
 
 def _take_ready(memory: StepMemory, weight: Tensor) -> ReadyWeight | None:
-    """What was made ready for this step, if it still fits; it serves one step."""
+    """Return what was made ready for this step, if it still fits; it serves one step."""
     if torch.compiler.is_compiling() or is_recomputing() or memory.ready is None:
         return None
     ready: ReadyWeight = memory.ready

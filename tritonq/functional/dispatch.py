@@ -12,7 +12,7 @@ from tritonq.backend import Backend
 
 
 def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleType:
-    """The module that implements op family ``name`` for ``x``; see :func:`tritonq.backend.implementation`.
+    """Return the module that implements op family ``name`` for ``x``; see :func:`tritonq.backend.implementation`.
 
     While a graph is traced it is that of `tritonq.functional.traced`, whose operators choose when they run, by tensor
     and by :func:`~tritonq.use_backend`; those that a compiler sees into chose when they were traced.
@@ -26,7 +26,7 @@ def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleTyp
 
 
 def without_kernel(name: str, x: Tensor) -> ModuleType:
-    """The module of an op family that has no kernel: :func:`tritonq.backend.without_kernel`, or its traced form."""
+    """Return module of an op family that has no kernel: :func:`tritonq.backend.without_kernel`, or its traced form."""
     if torch.compiler.is_compiling():
         return _traced(name, "auto")
     return choice.without_kernel(name, x)

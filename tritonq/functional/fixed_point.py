@@ -23,7 +23,7 @@ _NUMERATORS: dict[str, tuple[float, float]] = {"std": (40, 70), "mean_abs": (30,
 
 
 def fixed_point_range(word_len: int, signed: bool) -> tuple[int, int]:
-    """Smallest and largest code: ``±(2^(word_len-1) - 1)`` signed, ``0..2^word_len - 1`` unsigned.
+    """Return smallest and largest code: ``±(2^(word_len-1) - 1)`` signed, ``0..2^word_len - 1`` unsigned.
 
     Raises:
         ValueError: a word length that is no integer in 2..16.
@@ -39,7 +39,7 @@ def fixed_point_type(word_len: int, signed: bool, axis: int | None = None) -> Qu
 
 
 def largest_frac_len(word_len: int, signed: bool) -> int:
-    """The largest fractional length of a format: every bit but the sign is a fraction bit."""
+    """Return the largest fractional length of a format: every bit but the sign is a fraction bit."""
     return word_len - int(signed)
 
 
@@ -101,7 +101,7 @@ def quantize_fixed_point(
 def search_frac_len(
     x: Tensor, word_len: int = 8, signed: bool = True, *, axis: int | None = None, backend: Backend = "auto"
 ) -> Tensor:
-    """The fractional length that rounds ``x`` with the least root mean square error; the smaller one of equals.
+    """Return the fractional length that rounds ``x`` with the least root mean square error; the smaller one of equals.
 
     Every candidate ``0..word_len - signed`` is tried, in one read of ``x``. Values that are not finite don't count. The
     same input gives the same result, always; nothing waits for a GPU.
@@ -137,7 +137,7 @@ def search_frac_len(
 def statistic_frac_len(
     x: Tensor, word_len: int = 8, signed: bool = True, *, statistic: Statistic = "std", axis: int | None = None
 ) -> Tensor:
-    """The fractional length that follows from one statistic of ``x``: cheaper than a search, and rougher.
+    """Return the fractional length that follows from one statistic of ``x``: cheaper than a search, and rougher.
 
     ``fl = clamp(floor(log2(c / metric)), 0, word_len - signed)`` with, at 8 bits, c = 40, 30, 40 (signed) or 70, 30, 50
     (unsigned) for standard deviation (n - 1), mean absolute value and root mean square. At other word lengths c scales
@@ -182,7 +182,7 @@ def statistic_frac_len(
 
 
 def _check_frac_len(frac_len: int | Tensor, x: Tensor, word_len: int, signed: bool, axis: int | None) -> Tensor:
-    """``frac_len`` as an int32 tensor on ``x``'s device; errors as :func:`fixed_point_quantize` states."""
+    """Return ``frac_len`` as an int32 tensor on ``x``'s device; errors as :func:`fixed_point_quantize` states."""
     fixed_point_range(word_len, signed)
     largest = largest_frac_len(word_len, signed)
     shape = (1,) if axis is None else (x.shape[axis],)

@@ -75,7 +75,7 @@ def fold_conv_bn(
 
 
 def fuse_conv_bn(conv: nn.Module, bn: nn.Module) -> nn.Module:
-    """A copy of ``conv`` that computes ``bn(conv(x))`` in eval mode.
+    """Return a copy of ``conv`` that computes ``bn(conv(x))`` in eval mode.
 
     Args:
         conv: ``nn.Conv1d`` to ``nn.Conv3d``, or a transposed one.

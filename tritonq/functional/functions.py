@@ -105,7 +105,7 @@ def _table(function: Function, source: HostGrid, output: HostGrid) -> Tensor:
 def quantized_function(
     x: Tensor, function: Function, source: Grid | None, grid: Grid, statistics: RangeStatistics | None
 ) -> Tensor:
-    """``FQ(f(x))`` as one operator, whose backward computes f(x) again instead of keeping it.
+    """Return ``FQ(f(x))`` as one operator, whose backward computes f(x) again instead of keeping it.
 
     The quantizer observes f(x). Both are float32 (float64 for float64), and the result is rounded once.
 

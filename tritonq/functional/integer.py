@@ -63,7 +63,7 @@ class IntegerAffine:
 
 
 def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType) -> float:
-    """Largest magnitude of ``Σ (x_code - x_zero) w`` over the out channels: ``max_o Σ|w_o| · max|x_code - x_zero|``.
+    """Return the largest magnitude of ``Σ (x_code - x_zero) w``: ``max_o Σ|w_o| · max|x_code - x_zero|``.
 
     ``rows`` are the integer weights, (out, ...).
     """
@@ -80,7 +80,7 @@ def _largest_code(zero_point: Tensor, qtype: QuantizedType) -> Tensor:
 
 
 def centred_codes(x: Tensor, scale: Tensor) -> Tensor:
-    """``round(x / scale)``: code minus zero point of values that lie on a grid, as float32 integers.
+    """Return ``round(x / scale)``: code minus zero point of values that lie on a grid, as float32 integers.
 
     Exact for codes of up to 8 bits in float32 and float16, and in bfloat16 up to 128 codes from the zero point, as
     symmetric 8-bit types are: each is then within half a code of its grid point. Farther out bfloat16 itself, whose
@@ -102,7 +102,7 @@ class Rows(Protocol):
 def to_integers(
     weight: Tensor, bias: Tensor | None, layout: Rows, source: Grid, grid: Grid, may_wait: bool = True
 ) -> IntegerAffine:
-    """A layer in integers.
+    """Return a layer in integers.
 
     Args:
         weight: the float weight.
@@ -152,7 +152,7 @@ def integer_affine(
 
 
 def integer_sums(x: Tensor, layer: IntegerAffine, op: LinearOp) -> Tensor:
-    """``Σ (x_code - x_zero) (w_code - w_zero)``, exact integers held in float32 or float64."""
+    """Return ``Σ (x_code - x_zero) (w_code - w_zero)``, exact integers held in float32 or float64."""
     codes = centred_codes(x, layer.input_scale)
     # Autocast would round the sums to 8 or 11 bits.
     with torch.autocast(codes.device.type, enabled=False):
@@ -163,7 +163,7 @@ def integer_sums(x: Tensor, layer: IntegerAffine, op: LinearOp) -> Tensor:
 
 
 def onto_grid(total: Tensor, layer: IntegerAffine, channel_axis: int, output: Grid | None) -> Tensor:
-    """What :func:`integer_affine` makes of the sums; overwrites ``total`` where that is float32."""
+    """Return what :func:`integer_affine` makes of the sums; overwrites ``total`` where that is float32."""
     if output is None:
         return requantize(total, layer.bias, layer.multiplier, None, channel_axis)
     steps_per_code = layer.multiplier / output.scale
@@ -187,7 +187,7 @@ def _is_direct(device: torch.device) -> bool:
 
 
 def bias_codes(bias: Tensor, multiplier: Tensor) -> Tensor:
-    """``round(bias / multiplier)`` as int32, in double precision; the caller made sure that it fits."""
+    """Return ``round(bias / multiplier)`` as int32, in double precision; the caller made sure that it fits."""
     codes = (bias.double() / multiplier.double()).round()
     return codes.clamp(-_MAX_BIAS_CODE, _MAX_BIAS_CODE).to(torch.int32)
 
@@ -216,7 +216,7 @@ def _raise_scale_for_sums(
 
 
 def raise_scale_for_bias(weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
-    """The weight scale, raised in channels whose bias would not fit 32 bits in units of input scale × weight scale.
+    """Return weight scale, raised in channels whose bias would not fit 32 bits in units of input scale × weight scale.
 
     That happens in dead channels, whose weight scale is tiny; their codes only become smaller.
     """

@@ -49,7 +49,7 @@ def integer_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Gri
 
 
 def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """``a + b`` on the output's grid, before clipping; arguments as for :func:`integer_join`.
+    """Return ``a + b`` on the output's grid, before clipping; arguments as for :func:`integer_join`.
 
     With codes u, v from 0 on, offsets z and ratios ``r = scale / output scale``, all float32:
     ``code = round(fma(u, r_a, fma(v, r_b, z_out - fma(z_a, r_a, r_b z_b))))``. A summand that is broadcast to the shape
@@ -68,7 +68,7 @@ def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) 
 
 
 def integer_subtract(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """``a - b`` on the output's grid, before clipping: :func:`integer_add` of ``-b``, whose scale is negative.
+    """Return ``a - b`` on the output's grid, before clipping: :func:`integer_add` of ``-b``, whose scale is negative.
 
     Source: QLinearAdd of ONNX Runtime, which has no subtraction and takes negative scales.
     """
@@ -76,7 +76,7 @@ def integer_subtract(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: G
 
 
 def integer_multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """``a * b`` on the output's grid, before clipping; arguments as for :func:`integer_join`.
+    """Return ``a * b`` on the output's grid, before clipping; arguments as for :func:`integer_join`.
 
     With u, v the codes minus zero points and z the output's offset, all float32:
     ``code = round(fl(fl(u v · fl(fl(s_a s_b) / s_out)) + z))``.
@@ -96,7 +96,7 @@ def integer_multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: G
 
 
 def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """``a @ b`` on the output's grid, before clipping: sums in int32, then one requantization.
+    """Return ``a @ b`` on the output's grid, before clipping: sums in int32, then one requantization.
 
     With u, v the codes minus zero points: ``code = round(fl(Σ u v) · fl(fl(s_a s_b) / s_out)) + z``. The sums are
     exact, in whatever order they are added.
@@ -139,7 +139,7 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
 
 
 def largest_magnitude(grid: Grid) -> int:
-    """The largest magnitude of code minus zero point that values on a grid may have, whatever the zero point."""
+    """Return the largest magnitude of code minus zero point that values on a grid may have, whatever the zero point."""
     lowest, highest = grid.qtype.quant_min, grid.qtype.quant_max
     fixed = 0 if grid.zero_point is None else grid.qtype.fixed_zero_point
     return highest - lowest if fixed is None else max(fixed - lowest, highest - fixed)
@@ -165,7 +165,7 @@ def integer_concatenation(tensors: tuple[Tensor, ...], dim: int, output: Grid) -
 
 
 def divided(x: Tensor, output: Grid) -> Tensor:
-    """``round(x / s) · s`` in float32: on the grid as QuantizeLinear takes values there, before clipping."""
+    """Return ``round(x / s) · s`` in float32: on the grid as QuantizeLinear takes values there, before clipping."""
     return _rounded(x.float() / output.scale, output).mul_(output.scale)
 
 
@@ -195,7 +195,7 @@ _IN_INTEGERS: Mapping[str, Callable[..., Tensor]] = {
 
 
 def _rounded(steps: Tensor, output: Grid) -> Tensor:
-    """``round(steps)``; overwrites them."""
+    """Return ``round(steps)``; overwrites them."""
     return steps.round_() if output.qtype.rounding == "half_even" else round_half_away(steps)
 
 
@@ -207,5 +207,5 @@ def _offset(grid: Grid) -> Tensor:
 
 
 def _multiply_add(codes: Tensor, ratio: Tensor, addend: Tensor) -> Tensor:
-    """``codes * ratio + addend``, rounded to float32 once: the product is exact in float64."""
+    """Return ``codes * ratio + addend``, rounded to float32 once: the product is exact in float64."""
     return (codes.double() * ratio.double() + addend.double()).float()

@@ -39,7 +39,7 @@ class StepMemory:
 
 
 def normalize_once(bn: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
-    """``bn(x)``; where that is a recomputation, running statistics and their count stay as they are."""
+    """Return ``bn(x)``; where that is a recomputation, running statistics and their count stay as they are."""
     if not (is_recomputing() and bn.training):
         return cast(Tensor, bn(x))
     momentum = bn.momentum

@@ -15,7 +15,7 @@ from tritonq.grid import Grid, RangeStatistics
 def residual_join(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> Tensor:
-    """``FQ(relu?(a + b))`` as one operator that saves one bit per element.
+    """Return ``FQ(relu?(a + b))`` as one operator that saves one bit per element.
 
     Both gradients are that of the result where neither ReLU nor the clip blocks it. The quantizer observes the sum.
 
@@ -61,7 +61,7 @@ class _ResidualJoin(torch.autograd.Function):
 def _sum(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """``FQ(relu?(a + b))`` and its mask."""
+    """Return ``FQ(relu?(a + b))`` and its mask."""
     if not torch.compiler.is_compiling():
         join: tuple[Tensor, Tensor] = implementation("residual", a).forward(a, b, grid, statistics, ceiling)
         return join
@@ -73,7 +73,10 @@ def _sum(
 def _rounded(
     y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """``FQ(relu?(y))`` and its mask: one bit per element, or in a traced graph one bool. ``y`` may be overwritten."""
+    """Return ``FQ(relu?(y))`` and its mask: one bit per element, or in a traced graph one bool.
+
+    ``y`` may be overwritten.
+    """
     operators = implementation("rounded", y)
     run = operators.forward_with_mask if torch.compiler.is_compiling() else operators.forward
     join: tuple[Tensor, Tensor] = run(y, grid, statistics, ceiling)
@@ -81,7 +84,7 @@ def _rounded(
 
 
 def rounded_result(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Tensor:
-    """``FQ(relu?(y))`` of a tensor that was just computed, as one operator that saves one bit per element.
+    """Return ``FQ(relu?(y))`` of a tensor that was just computed, as one operator that saves one bit per element.
 
     Args:
         y: any shape and strides; float32, float16, bfloat16 or float64.
@@ -120,7 +123,9 @@ def rounded_product(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> Tensor:
-    """``FQ(relu?(a * b))``; saves one bit per result, and factors that lie on a grid of up to 8 bits as their codes.
+    """Return ``FQ(relu?(a * b))``.
+
+    Saves one bit per result, and factors that lie on a grid of up to 8 bits as their codes.
 
     Args:
         a: any shape and strides; float32, float16, bfloat16 or float64.
@@ -189,7 +194,7 @@ def _tensors(saved: SavedInput | None) -> tuple[Tensor | None, ...]:
 
 
 def _passed(dy: Tensor, mask: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """The gradient of a result where neither ReLU nor the clip blocked it, else 0; the result lay by ``strides``."""
+    """Return gradient of a result where neither ReLU nor the clip blocked it, else 0; the result lay by ``strides``."""
     if mask.dtype == torch.bool:
         return torch.where(mask, dy, 0)
     if dy.stride() != strides:

@@ -39,7 +39,7 @@ class SavedInput(NamedTuple):
 
 
 def keep(x: Tensor, grid: Grid | None) -> SavedInput:
-    """``x`` as codes of ``grid`` if it can be rebuilt from them exactly, else ``x`` itself.
+    """Return ``x`` as codes of ``grid`` if it can be rebuilt from them exactly, else ``x`` itself.
 
     A tensor that a quantizer has just rounded is known to lie on its grid (:func:`mark`). Any other tensor, such as one
     that a hook changed, is compared with its codes on a CPU, and kept itself elsewhere, where the comparison would wait
@@ -86,7 +86,7 @@ def mark(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatistics | Non
 
 
 def restore(saved: SavedInput, out: Tensor | None = None) -> Tensor:
-    """The tensor that was given to :func:`keep`, written to ``out`` (float32) where that is of use."""
+    """Return the tensor that was given to :func:`keep`, written to ``out`` (float32) where that is of use."""
     if saved.scale is None:
         return saved.values
     codes = InputCodes(saved.values, saved.scale, saved.shift)

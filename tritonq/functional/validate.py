@@ -14,7 +14,7 @@ _INT_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 def check_float_tensor(name: str, x: object) -> Tensor:
-    """``x`` if it is a floating point tensor, else TypeError."""
+    """Return ``x`` if it is a floating point tensor, else TypeError."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOAT_DTYPES:
@@ -23,7 +23,7 @@ def check_float_tensor(name: str, x: object) -> Tensor:
 
 
 def check_axis(x: Tensor, axis: int) -> int:
-    """``axis`` as a non-negative index of ``x``, else ValueError."""
+    """Return ``axis`` as a non-negative index of ``x``, else ValueError."""
     if not isinstance(axis, int) or isinstance(axis, bool):
         raise TypeError(f"axis must be an int, got {axis!r}")
     if not -x.dim() <= axis < x.dim():
@@ -32,7 +32,7 @@ def check_axis(x: Tensor, axis: int) -> int:
 
 
 def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tensor:
-    """``scale`` as a float32 tensor on ``x``'s device; one element, or ``channels`` of them.
+    """Return ``scale`` as a float32 tensor on ``x``'s device; one element, or ``channels`` of them.
 
     Values are checked where that costs no synchronisation: numbers and CPU tensors.
 
@@ -59,7 +59,7 @@ def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tenso
 def check_zero_point(
     zero_point: int | Tensor, x: Tensor, channels: int | None, quant_min: int, quant_max: int
 ) -> Tensor | None:
-    """``zero_point`` as an int32 tensor on ``x``'s device, or None if known to be 0; checked as the scale is."""
+    """Return ``zero_point`` as an int32 tensor on ``x``'s device, or None if known to be 0; checked as the scale is."""
     if not isinstance(zero_point, Tensor):
         if not isinstance(zero_point, int) or isinstance(zero_point, bool):
             raise TypeError(f"zero_point must be an int or an integer tensor, got {zero_point!r}")
@@ -79,7 +79,7 @@ def check_zero_point(
 
 
 def _extremes(values: Tensor) -> tuple[float, float]:
-    """The smallest and the largest value; NaN where one is."""
+    """Return the smallest and the largest value; NaN where one is."""
     if values.numel() == 1:
         return float(values), float(values)
     least, greatest = torch.aminmax(values.detach())

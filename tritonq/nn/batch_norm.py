@@ -56,7 +56,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return cast(Tensor, result)
 
     def _group(self) -> Any:
-        """The group to share statistics with, or None where this rank is alone."""
+        """Return the group to share statistics with, or None where this rank is alone."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = self.process_group or dist.group.WORLD

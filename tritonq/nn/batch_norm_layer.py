@@ -114,7 +114,7 @@ class QATBatchNormLayer(QATLayer):
         return fold_scale(cast(Tensor, self.bn.running_var), self.bn.weight, self.bn.eps)
 
     def folded_parameters(self, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weight and bias with the running statistics folded in; see base class."""
+        """Return weight and bias with the running statistics folded in; see base class."""
         weight, bias = super().folded_parameters(weight, bias)
         running_mean, scale = cast(Tensor, self.bn.running_mean), self.fold_factors()
         folded_bias = fold_bias(bias, running_mean, scale, self.bn.bias)
@@ -141,7 +141,7 @@ class QATBatchNormLayer(QATLayer):
         return choose_path(self.path_state()) == "train_operator"
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """The layer, its BatchNorm, ReLU where there is one, and fake quantization; see base class."""
+        """Return the layer, its BatchNorm, ReLU where there is one, and fake quantization; see base class."""
         if self.training:
             check_running_var(cast(Tensor, self.bn.running_var))
         return super().forward(x, weight, bias)
@@ -153,7 +153,7 @@ class QATBatchNormLayer(QATLayer):
             raise ValueError(f"expected an input of {expected} dimensions, got {tuple(x.shape)}")
 
     def along_channels(self, vector: Tensor, y: Tensor) -> Tensor:
-        """A vector per out channel, shaped to broadcast against the output ``y``, in its dtype."""
+        """Return a vector per out channel, shaped to broadcast against the output ``y``, in its dtype."""
         shape = [1] * y.dim()
         shape[self.linear_map.output_axis] = -1
         return vector.to(y.dtype).view(shape)

@@ -14,7 +14,10 @@ from tritonq.reference.conv_bn import BatchNormState
 
 
 def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:
-    """Buffers and constants of ``bn`` for a training step, which is counted; copies for one that is recomputed."""
+    """Return buffers and constants of ``bn`` for a training step, which is counted.
+
+    Copies for one that is recomputed.
+    """
     running_mean, running_var = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
     if is_recomputing():
         return BatchNormState(running_mean.clone(), running_var.clone(), 0.0, bn.eps)

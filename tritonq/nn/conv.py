@@ -37,7 +37,7 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QATConv:
-        """The quantization-aware form of ``mod``, whose parameters it shares and whose ``qconfig`` it uses.
+        """Return the quantization-aware form of ``mod``, whose parameters it shares and whose ``qconfig`` it uses.
 
         Args:
             mod: the float convolution, or the fused row with ReLU.
@@ -170,7 +170,7 @@ def check_float_type(cls: type[nn.Module], mod: nn.Module, expected: type[nn.Mod
 
 
 def conv_arguments(conv: nn.modules.conv._ConvNd) -> dict[str, Any]:
-    """Constructor arguments that make a convolution like ``conv``, without memory for parameters."""
+    """Return constructor arguments that make a convolution like ``conv``, without memory for parameters."""
     arguments = {
         name: getattr(conv, name)
         for name in (

@@ -59,7 +59,7 @@ class _ConvBn(QATBatchNormLayer):
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> _ConvBn:
-        """The quantization-aware form of the fused row ``mod``: it shares convolution parameters and BatchNorm.
+        """Return the quantization-aware form of the fused row ``mod``: it shares convolution parameters and BatchNorm.
 
         Raises:
             TypeError: not the row that this class replaces, or no QConfig on it.
@@ -224,7 +224,7 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> LinearBn1d:
-        """The quantization-aware form of the fused row ``mod``; errors as for the convolutions."""
+        """Return the quantization-aware form of the fused row ``mod``; errors as for the convolutions."""
         check_float_type(cls, mod, cls._expected_type)
         bn = cast(nn.Sequential, mod)[1]
         qat = cast(LinearBn1d, super().from_float(mod))
@@ -247,14 +247,14 @@ class LinearBnReLU1d(LinearBn1d):
 
 
 def checked_batch_norm(bn: nn.Module) -> nn.modules.batchnorm._BatchNorm:
-    """``bn`` if it is a BatchNorm with running statistics, else ValueError."""
+    """Return ``bn`` if it is a BatchNorm with running statistics, else ValueError."""
     if getattr(bn, "running_var", None) is None:
         raise ValueError("a BatchNorm with track_running_stats=False has no statistics to fold into a convolution")
     return cast(nn.modules.batchnorm._BatchNorm, bn)
 
 
 def _names_of(kind: type[nn.Module]) -> list[str]:
-    """Names of the float layer's positional arguments, without device and dtype."""
+    """Return names of the float layer's positional arguments, without device and dtype."""
     names = list(inspect.signature(kind.__init__).parameters)[1:]
     return [name for name in names if name not in ("device", "dtype")]
 

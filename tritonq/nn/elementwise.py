@@ -150,7 +150,7 @@ class Joint(WithOutputQuantizer):
         return residual_join(a, -b if self.kind == "sub" else b, grid, statistics, self.ceiling)
 
     def _on_codes(self, a: Tensor, b: Tensor) -> Tensor | None:
-        """The quantized result from the operands' codes; None where these can't be used."""
+        """Return the quantized result from the operands' codes; None where these can't be used."""
         own, producers = self.activation_post_process, self.producers
         quantizers = [*map(quantizer_of, producers), own]
         if own._forward_pre_hooks or not a.numel():
@@ -190,7 +190,7 @@ class Joint(WithOutputQuantizer):
 
     @torch.no_grad()
     def _exact(self, a: Tensor, b: Tensor) -> Tensor | None:
-        """The result as integer runtimes compute it, without gradient; None where a grid is unknown.
+        """Return the result as integer runtimes compute it, without gradient; None where a grid is unknown.
 
         In a traced graph it is the float result where a grid turns out to be off when the graph runs.
         """
@@ -214,7 +214,7 @@ class Joint(WithOutputQuantizer):
         return integer_join(self.kind, a, b, *grids).to(a.dtype)
 
     def extra_repr(self) -> str:
-        """The ReLU, where there is one."""
+        """Return the ReLU, where there is one."""
         return describe_relu(self.ceiling)
 
 
@@ -285,7 +285,7 @@ class Cat(WithOutputQuantizer):
         self.dim = dim
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Concatenation along ``dim``, fake-quantized."""
+        """Return concatenation along ``dim``, fake-quantized."""
         tensors = tuple(tensors)
         exact = None if self.training else self._exact(tensors)
         if exact is not None:
@@ -301,7 +301,9 @@ class Cat(WithOutputQuantizer):
 
     @torch.no_grad()
     def _exact(self, tensors: tuple[Tensor, ...]) -> Tensor | None:
-        """The values on the output's grid as integer runtimes round them, without gradient; None without such a grid.
+        """Return values on the output's grid as integer runtimes round them, without gradient.
+
+        None without such a grid.
 
         In a traced graph they stay as they are where the grid turns out to be off when the graph runs.
         """
@@ -322,7 +324,7 @@ class Cat(WithOutputQuantizer):
         return integer_concatenation(tensors, self.dim, grid).to(tensors[0].dtype)
 
     def extra_repr(self) -> str:
-        """The axis."""
+        """Return the axis."""
         return f"dim={self.dim}"
 
 
@@ -372,29 +374,29 @@ class FloatFunctional(WithOutputQuantizer):
         raise RuntimeError("FloatFunctional has no forward; call its methods, such as add()")
 
     def add(self, x: Tensor, y: Tensor | float) -> Tensor:
-        """``FQ(x + y)``."""
+        """Return ``FQ(x + y)``."""
         return cast(Tensor, self.activation_post_process(torch.add(x, y)))
 
     def add_scalar(self, x: Tensor, y: float) -> Tensor:
-        """``x + y``, unquantized."""
+        """Return ``x + y``, unquantized."""
         return torch.add(x, y)
 
     def mul(self, x: Tensor, y: Tensor) -> Tensor:
-        """``FQ(x * y)``."""
+        """Return ``FQ(x * y)``."""
         return cast(Tensor, self.activation_post_process(torch.mul(x, y)))
 
     def mul_scalar(self, x: Tensor, y: float) -> Tensor:
-        """``x * y``, unquantized."""
+        """Return ``x * y``, unquantized."""
         return torch.mul(x, y)
 
     def cat(self, x: Sequence[Tensor], dim: int = 0) -> Tensor:
-        """``FQ(cat(x, dim))``."""
+        """Return ``FQ(cat(x, dim))``."""
         return cast(Tensor, self.activation_post_process(torch.cat(tuple(x), dim)))
 
     def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
-        """``FQ(relu(x + y))``."""
+        """Return ``FQ(relu(x + y))``."""
         return cast(Tensor, self.activation_post_process(F.relu(torch.add(x, y))))
 
     def matmul(self, x: Tensor, y: Tensor) -> Tensor:
-        """``FQ(x @ y)``."""
+        """Return ``FQ(x @ y)``."""
         return cast(Tensor, self.activation_post_process(torch.matmul(x, y)))

@@ -49,7 +49,7 @@ class Embedding(_QATTable, nn.Embedding):
         self.attach_quantizer(qconfig, self.num_embeddings)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Integer indices (...) to (..., embedding_dim)."""
+        """Return integer indices (...) to (..., embedding_dim)."""
         return F.embedding(
             input,
             self.weight_fake_quant(self.weight),
@@ -62,7 +62,7 @@ class Embedding(_QATTable, nn.Embedding):
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Embedding:
-        """The quantization-aware form of ``mod``, whose table it shares; errors as in QATConv."""
+        """Return the quantization-aware form of ``mod``, whose table it shares; errors as in QATConv."""
         check_float_type(cls, mod, nn.Embedding)
         return cast(Embedding, _from_float(cls, mod, ("padding_idx",)))
 
@@ -85,12 +85,12 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
         self.attach_quantizer(qconfig, self.num_embeddings)
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Integer indices and bag offsets to (bags, embedding_dim)."""
+        """Return integer indices and bag offsets to (bags, embedding_dim)."""
         return embedding_bag(self, self.weight_fake_quant(self.weight), input, offsets, per_sample_weights)
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> EmbeddingBag:
-        """The quantization-aware form of ``mod``, whose table it shares; errors as in QATConv."""
+        """Return the quantization-aware form of ``mod``, whose table it shares; errors as in QATConv."""
         check_float_type(cls, mod, nn.EmbeddingBag)
         return cast(EmbeddingBag, _from_float(cls, mod, ("mode", "include_last_offset", "padding_idx")))
 
@@ -98,7 +98,7 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
 def embedding_bag(
     bag: nn.EmbeddingBag, table: Tensor, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
 ) -> Tensor:
-    """What ``bag`` computes, with ``table`` for its weight."""
+    """Return what ``bag`` computes, with ``table`` for its weight."""
     return F.embedding_bag(
         input,
         table,

@@ -21,13 +21,13 @@ from tritonq.reference.activation import rectify
 
 
 def train(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``FQ_a(relu?(op(x, FQ_w(weight)) + bias))`` in float."""
+    """Return ``FQ_a(relu?(op(x, FQ_w(weight)) + bias))`` in float."""
     weight, bias = layer.folded_parameters(weight, bias)
     return layer.quantized_output(layer.linear_map(x, layer.quantized_weight(weight), bias))
 
 
 def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same with the running statistics, in one kernel where this GPU's table prefers it."""
+    """Return the same with the running statistics, in one kernel where this GPU's table prefers it."""
     weight, bias = layer.folded_parameters(weight, bias)
     op, quantized = layer.linear_map, layer.quantized_folded_weight(weight)
     kernel = find_kernel(x, weight, op.conv2d) if layer.ends_in_ceiling else None
@@ -39,7 +39,7 @@ def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer in exact integers; where a gradient is needed, with that of the layer in float."""
+    """Return the layer in exact integers; where a gradient is needed, with that of the layer in float."""
     if can_use_codes(x):
         packed = _run_packed(layer, x, weight, bias)
         if packed is not None:
@@ -60,7 +60,10 @@ def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _run_packed(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """:func:`eval_integers` by torch's integer kernels; None where these can't run it, or a gradient is needed."""
+    """Compute :func:`eval_integers` by torch's integer kernels.
+
+    None where these can't run it, or a gradient is needed.
+    """
     source, quantizer = cast(FakeQuantizeBase, layer.input_quantizer), layer.activation_post_process
     held = (*held_tensors(layer), *held_tensors(source))
     if weight is not layer._parameters.get("weight"):  # computed of other parameters
@@ -90,7 +93,7 @@ def _run_packed(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
 
 
 def eval_traced(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Either of the two, in a graph that reads on the device whether grids are switched on."""
+    """Return either of the two, in a graph that reads on the device whether grids are switched on."""
     weight, bias = layer.folded_parameters(weight, bias)
     op, source, quantizer = layer.linear_map, layer.input_quantizer, layer.weight_fake_quant
     if source is None or source.qtype.axis is not None or not isinstance(quantizer, FakeQuantizeBase):
@@ -116,7 +119,7 @@ PATHS: dict[Path, Callable[..., Tensor]] = {
 
 
 def linear_relu(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None, ceiling: float | None) -> Tensor:
-    """``relu?(op(x, weight) + bias)``, differentiable, by the kernel where this GPU's table prefers it."""
+    """Return ``relu?(op(x, weight) + bias)``, differentiable, by the kernel where this GPU's table prefers it."""
     op = layer.linear_map
     kernel = find_kernel(x, weight, op.conv2d)
     return rectify(op(x, weight, bias), ceiling) if kernel is None else kernel(x, weight, bias, ceiling)
@@ -127,7 +130,7 @@ def _needs_grad(x: Tensor, weight: Tensor) -> bool:
 
 
 def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
-    """``value``, with the gradient of ``surrogate``."""
+    """Return ``value``, with the gradient of ``surrogate``."""
     return _WithGradientOf.apply(value, surrogate)  # type: ignore[no-untyped-call,no-any-return]
 
 

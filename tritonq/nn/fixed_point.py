@@ -59,14 +59,14 @@ class ActivationFormat(FixedPointFakeQuantize):
         self.alpha, self.levels = other.alpha, other.levels
 
     def eta(self) -> Tensor:
-        """The scaling factor, 0-d, differentiable in α."""
+        """Return the scaling factor, 0-d, differentiable in α."""
         if not self.scaled:
             return self.alpha.new_ones(())
         power = power_of_two(self.rounded_frac_len(), torch.float64).to(self.alpha.dtype)
         return (power * self.alpha.abs() / self.levels).view(())
 
     def power_between(self, following: ActivationFormat) -> Tensor:
-        """``η / η_following`` of two formats with one step: ``2^(fl - fl_following)``, float64 (1,)."""
+        """Return ``η / η_following`` of two formats with one step: ``2^(fl - fl_following)``, float64 (1,)."""
         return power_of_two(self.rounded_frac_len() - following.rounded_frac_len(), torch.float64)
 
     def read(self, x: Tensor, observes: bool) -> Tensor:
@@ -159,7 +159,7 @@ class FixedPointLayer(ReferringModule):
         self._following = Reference(following.input_format if isinstance(following, FixedPointLayer) else following)
 
     def eta_next(self) -> Tensor:
-        """The scaling factor of the following layer, 1 where there is none."""
+        """Return the scaling factor of the following layer, 1 where there is none."""
         following = self.following
         return self.weight.new_ones(()) if following is None else following.eta().to(self.weight.dtype)
 
@@ -173,7 +173,7 @@ class FixedPointLayer(ReferringModule):
         """Weight (not rounded) and bias that take the input in units of η to the output in units of η_next, in eval."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values divided by this layer's η to values divided by the next one's; float64 between layers in eval.
+        """Return values divided by this layer's η to values divided by the next one's; float64 between layers in eval.
 
         There an accumulator of 32 bits must not be rounded before the next layer rounds it to 8.
         """
@@ -193,16 +193,16 @@ class FixedPointLayer(ReferringModule):
         return with_gradient_of(exact, surrogate).clone() if needs_grad else exact
 
     def float_forward(self, x: Tensor) -> Tensor:
-        """The float layer."""
+        """Return the float layer."""
         return self.linear_map(x, self.weight, self.bias)
 
     def fixed_forward(self, x: Tensor) -> Tensor:
-        """The layer on rounded input, with its weight rounded, differentiable."""
+        """Return the layer on rounded input, with its weight rounded, differentiable."""
         weight, bias = self.effective_parameters()
         return self.linear_map(x, self.rounded_weight(weight), bias)
 
     def rounded_weight(self, weight: Tensor) -> Tensor:
-        """``weight`` in fixed point, with the fractional length that suits it now."""
+        """Return ``weight`` in fixed point, with the fractional length that suits it now."""
         quantizer = self.weight_fake_quant
         frac_len = quantizer.choose(weight)
         if self.training:
@@ -221,12 +221,12 @@ class FixedPointLayer(ReferringModule):
         return self.input_format.is_enabled_on_host() and bool(self.weight_fake_quant.fake_quant_enabled)
 
     def _integer_switch(self) -> Tensor:
-        """The part of :meth:`is_integer` that a graph asks on the device: uint8 (1,)."""
+        """Return the part of :meth:`is_integer` that a graph asks on the device: uint8 (1,)."""
         return self.input_format.enabled_on_device() * self.weight_fake_quant.fake_quant_enabled
 
     @torch.no_grad()
     def integers(self) -> FixedPointIntegers:
-        """The integers that eval mode and the deployed layer compute with."""
+        """Return the integers that eval mode and the deployed layer compute with."""
         weight, bias = self.effective_parameters()
         weight = weight if weight.dtype == torch.float64 else weight.float()
         quantizer = self.weight_fake_quant
@@ -243,7 +243,7 @@ class FixedPointLayer(ReferringModule):
 
     @torch.no_grad()
     def exact_forward(self, x: Tensor) -> Tensor:
-        """The layer on rounded input, in integers of float64, exactly; the accumulator saturates at ±(2^31 - 1)."""
+        """Return layer on rounded input, in integers of float64, exactly; the accumulator saturates at ±(2^31 - 1)."""
         layer = self.integers()
         codes = x.double() * power_of_two(self.input_format.rounded_frac_len(), torch.float64)
         shape = [1] * codes.dim()
@@ -253,7 +253,7 @@ class FixedPointLayer(ReferringModule):
         return y if self.following is not None else y.to(self.weight.dtype)
 
     def _unnormalised_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """``W η / η_next`` and ``b / η_next``: the parameters of a layer without BatchNorm."""
+        """Return ``W η / η_next`` and ``b / η_next``: the parameters of a layer without BatchNorm."""
         eta_next = self.eta_next()
         ratio = self.input_factor * self.input_format.eta().to(self.weight.dtype) / eta_next
         return self.weight * ratio, None if self.bias is None else self.bias / eta_next
@@ -303,7 +303,7 @@ class FixedPointConv2d(_FixedPointConvolution):
 
     @classmethod
     def from_float(cls, mod: nn.Module) -> FixedPointConv2d:
-        """The fixed-point form of ``mod``, whose parameters it shares.
+        """Return the fixed-point form of ``mod``, whose parameters it shares.
 
         Raises:
             TypeError: not an ``nn.Conv2d``.
@@ -382,7 +382,7 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         return self.linear_map(x, self.rounded_weight(weight), bias)
 
     def _normalised_parameters(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """``γ/σ(var) · W η/η_next`` and ``(β + γ(b - mean)/σ(var)) / η_next``."""
+        """Return ``γ/σ(var) · W η/η_next`` and ``(β + γ(b - mean)/σ(var)) / η_next``."""
         bn = self.bn
         scale = bn.weight * torch.rsqrt(var + bn.eps)
         eta_next = self.eta_next()
@@ -404,7 +404,7 @@ class FixedPointConvBn2d(_FixedPointConvolution):
 
     @classmethod
     def from_float(cls, mod: nn.Module) -> FixedPointConvBn2d:
-        """The fixed-point form of a fused row Conv2d, BatchNorm2d(, ReLU): it shares parameters and BatchNorm.
+        """Return the fixed-point form of a fused row Conv2d, BatchNorm2d(, ReLU): it shares parameters and BatchNorm.
 
         A ReLU becomes part of the rounding of whatever reads the output.
 
@@ -449,7 +449,7 @@ class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
 
     @classmethod
     def from_float(cls, mod: nn.Module) -> FixedPointLinear:
-        """The fixed-point form of ``mod``, whose parameters it shares.
+        """Return the fixed-point form of ``mod``, whose parameters it shares.
 
         Raises:
             TypeError: not an ``nn.Linear``.
@@ -467,7 +467,7 @@ class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
 
 
 def _sharing(layer: FixedPointLayer, mod: nn.Module) -> FixedPointLayer:
-    """``layer`` with the weight and bias of ``mod``, and its formats on their device."""
+    """Return ``layer`` with the weight and bias of ``mod``, and its formats on their device."""
     layer.weight, layer.bias = cast(Tensor, mod.weight), cast("Tensor | None", mod.bias)
     layer.move_formats(layer.weight.device)
     return layer

@@ -65,11 +65,11 @@ class FixedPointAdd(ReferringModule):
         self._sources = (Reference(a), Reference(b))
 
     def format_of(self, summand: int) -> ActivationFormat | None:
-        """The summand's own format, if it has one."""
+        """Return the summand's own format, if it has one."""
         return cast(ActivationFormat, self.formats[str(summand)]) if str(summand) in self.formats else None
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """The sum, of two tensors of one shape."""
+        """Return the sum, of two tensors of one shape."""
         left, right = self._read(0, a), self._read(1, b)
         return left + right
 
@@ -157,7 +157,7 @@ class FixedPointAvgPool2d(ReferringModule):
         return remaining_factor(self.area)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mean in phase ``"floating_wo_clip"``, else the mean divided by ``remaining_factor``."""
+        """Return the mean in phase ``"floating_wo_clip"``, else the mean divided by ``remaining_factor``."""
         rounded = self.input_format.read(x, self.observes)
         if self.kernel_size is None and x.shape[-1] * x.shape[-2] != self.area:
             raise ValueError(
@@ -172,13 +172,13 @@ class FixedPointAvgPool2d(ReferringModule):
         return total if following is None else total * self.input_format.power_between(following).to(total.dtype)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over each window."""
+        """Return the sum over each window."""
         if self.kernel_size is None:
             return x.sum((2, 3), keepdim=self.keepdim)
         return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding, divisor_override=1)
 
     def extra_repr(self) -> str:
-        """Window and shift."""
+        """Return window and shift."""
         window = "whole image" if self.kernel_size is None else f"{self.kernel_size}, stride={self.stride}"
         return f"{window}, shift={self.shift}, remaining_factor={self.remaining_factor:.4g}"
 
@@ -202,12 +202,12 @@ class FixedPointMaxPool2d(nn.MaxPool2d):
 
 
 def pooling_shift(area: int) -> int:
-    """``round(log2 area)``: decided in integers, since the logarithm of an area is never a tie."""
+    """Return ``round(log2 area)``: decided in integers, since the logarithm of an area is never a tie."""
     below = area.bit_length() - 1
     # Nearer to the next power of two where area > 2^(below + 1/2), that is area² > 2^(2 below + 1).
     return below + int(area * area > 2 ** (2 * below + 1))
 
 
 def remaining_factor(area: int) -> float:
-    """``2^round(log2 area) / area``."""
+    """Return ``2^round(log2 area) / area``."""
     return 2.0 ** pooling_shift(area) / area

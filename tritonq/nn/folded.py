@@ -36,5 +36,5 @@ class FoldedBatchNorm(nn.Identity):
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
-        """Where the BatchNorm is now."""
+        """Return where the BatchNorm is now."""
         return f"{self.kind} is part of {self.layer}"

@@ -33,7 +33,7 @@ _BITS = 8
 
 
 def one_operator(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The approximate mode in one operator, with the activation quantizer in it where that is possible."""
+    """Return the approximate mode in one operator, with the activation quantizer in it where that is possible."""
     layer.check_input(x)
     x, op = layer.linear_map.padded(x)
     output = observed_grid(layer.activation_post_process)
@@ -60,7 +60,7 @@ def one_operator(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tens
 
 
 def approximate(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)``, and ``1/σ`` where γ is zero."""
+    """Return ``BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)``, and ``1/σ`` where γ is zero."""
     running_var, bn = _running_var_of_step(layer), layer.bn
     scale = fold_scale(running_var, bn.weight, bn.eps)
     if bn.weight is not None:
@@ -110,7 +110,7 @@ def frozen(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def in_scale(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``BN(op(x, u FQ_w(u W)) + b)`` with ``u`` the sign of γ: the weight's codes do not depend on the statistics."""
+    """Return ``BN(op(x, u FQ_w(u W)) + b)``, ``u`` the sign of γ: codes that do not depend on the statistics."""
     signs = gamma_signs(layer.bn)
     rounded = layer.quantized_weight(scale_out_channels(weight, signs, *layer.grouping))
     y = layer.linear_map(x, scale_out_channels(rounded, signs, *layer.grouping), bias)
@@ -137,7 +137,7 @@ PATHS: dict[Path, Callable[..., Tensor]] = {
 
 
 def bias_on_grid(layer: QATLayer, bias: Tensor) -> Tensor:
-    """``bias`` in 32-bit codes of input scale × weight scale, where both are symmetric 8-bit grids, switched on.
+    """Return ``bias`` in 32-bit codes of input scale × weight scale, where both are symmetric 8-bit grids, switched on.
 
     A weight scale too small for the bias, as in dead channels, counts as just large enough.
     """
@@ -163,7 +163,7 @@ def _is_symmetric_int8(quantizer: nn.Module | None) -> bool:
 def _batch_statistics(
     layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and ``1/σ`` of ``op(x, W)``, differentiable, and its variance; updates the running statistics."""
+    """Return mean and ``1/σ`` of ``op(x, W)``, differentiable, and its variance; updates the running statistics."""
     if not is_plain(layer.bn):
         raise ValueError(f"this mode of folding needs a plain BatchNorm, got {type(layer.bn).__name__}")
     c = layer.linear_map(x, weight)
@@ -175,13 +175,13 @@ def _batch_statistics(
 
 
 def _batch_bias(layer: QATBatchNormLayer, bias: Tensor | None, mean: Tensor, scale: Tensor) -> Tensor:
-    """``β + scale (b - (mean + b))``: the convolution's bias cancels, and gets a gradient of zero."""
+    """Return ``β + scale (b - (mean + b))``: the convolution's bias cancels, and gets a gradient of zero."""
     shift = -scale * mean if layer.bn.bias is None else layer.bn.bias - scale * mean
     return shift if bias is None else shift + (bias - bias)
 
 
 def _running_var_of_step(layer: QATBatchNormLayer) -> Tensor:
-    """The running variance before this step moves it; a recomputed step gets what it got the first time."""
+    """Return the running variance before this step moves it; a recomputed step gets what it got the first time."""
     memory = layer.step_memory
     if is_recomputing() and memory.running_var is not None:
         return memory.running_var

@@ -87,7 +87,7 @@ def input_grid(quantizer: FakeQuantizeBase | None) -> Grid | None:
 
 
 def ceiling_of(activation: nn.Module | None) -> float | None:
-    """The upper bound of an activation that is a ReLU, ReLU6 or ``Hardtanh(0, b)``; None for anything else."""
+    """Return the upper bound of an activation that is a ReLU, ReLU6 or ``Hardtanh(0, b)``; None for anything else."""
     kind = original_class(activation)
     if kind is nn.ReLU:
         return math.inf
@@ -97,7 +97,7 @@ def ceiling_of(activation: nn.Module | None) -> float | None:
 
 
 def bound_of_clip(low: object, high: object = None) -> float | None:
-    """The upper bound of the ReLU that clipping to these bounds is (None: not clipped); None where it is no ReLU."""
+    """Return upper bound of the ReLU that clipping to these bounds is (None: not clipped); None where it is no ReLU."""
     high = math.inf if high is None else high
     if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
         return None
@@ -105,7 +105,7 @@ def bound_of_clip(low: object, high: object = None) -> float | None:
 
 
 def checked_ceiling(ceiling: float | None) -> float | None:
-    """``ceiling`` if it can bound a ReLU, else TypeError or ValueError."""
+    """Return ``ceiling`` if it can bound a ReLU, else TypeError or ValueError."""
     if ceiling is None:
         return None
     if isinstance(ceiling, bool) or not isinstance(ceiling, (int, float)):

@@ -41,7 +41,7 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Linear:
-        """The quantization-aware form of ``mod``, whose parameters it shares; errors as in QATConv."""
+        """Return the quantization-aware form of ``mod``, whose parameters it shares; errors as in QATConv."""
         # MultiheadAttention's output layer is a Linear by another name.
         renamed = nn.modules.linear.NonDynamicallyQuantizableLinear
         also_plain = type(mod) is renamed and cls._expected_type is nn.Linear

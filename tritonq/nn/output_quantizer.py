@@ -41,7 +41,7 @@ def is_grid_source(module: object) -> TypeGuard[GridSource]:
 
 
 def quantizer_of(producer: nn.Module | None) -> nn.Module | None:
-    """The quantizer of a producer's output, which may be the producer."""
+    """Return the quantizer of a producer's output, which may be the producer."""
     if producer is None or is_grid_source(producer):
         return cast("nn.Module | None", producer)
     return producer._modules.get("activation_post_process")

@@ -32,6 +32,6 @@ class QuantizesInput(nn.Module):
     observes_input: bool = True
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """``x`` as the layer's operation reads it."""
+        """Return ``x`` as the layer's operation reads it."""
         quantizer = self._modules.get(INPUT_QUANTIZER)
         return x if quantizer is None else quantize_read(quantizer, x, self.observes_input)

@@ -69,7 +69,7 @@ class Einsum(MatMul):
         return self._contraction.result(self.joined(first, second), sizes)
 
     def extra_repr(self) -> str:
-        """The equation, and the ReLU where there is one."""
+        """Return the equation, and the ReLU where there is one."""
         return ", ".join(filter(None, (repr(self.equation), super().extra_repr())))
 
 

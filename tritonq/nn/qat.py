@@ -101,7 +101,7 @@ class QATLayer(QuantizesInput, ReferringModule):
         self._input_quantizer = Reference(quantizer)
 
     def extra_repr(self) -> str:
-        """Geometry, and the ReLU where the class's name does not say all of it."""
+        """Return geometry, and the ReLU where the class's name does not say all of it."""
         text = super().extra_repr()
         return text if self.ceiling in (None, math.inf) else f"{text}, {describe_relu(self.ceiling)}"
 
@@ -116,7 +116,7 @@ class QATLayer(QuantizesInput, ReferringModule):
         return linear_map_of(self)
 
     def float_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias before folding and quantization: the layer's own, or what is computed of other parameters."""
+        """Return weight and bias before folding and quantization: its own, or computed from other parameters."""
         return (self.weight, self.bias) if self.computed is None else self.computed()
 
     def take_computed(self, computed: ComputedParameters) -> None:
@@ -128,37 +128,37 @@ class QATLayer(QuantizesInput, ReferringModule):
     def folded_parameters(
         self, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias that eval mode and deployment use, with any BatchNorm folded in.
+        """Return weight and bias that eval mode and deployment use, with any BatchNorm folded in.
 
         They are made of ``weight`` and ``bias``, by default :meth:`float_parameters`.
         """
         return self.float_parameters() if weight is None else (weight, bias)
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
-        """``weight`` after its fake quantizer, which observes it while training."""
+        """Return ``weight`` after its fake quantizer, which observes it while training."""
         op = self.linear_map
         return op.from_rows(self.weight_fake_quant(op.to_rows(weight)))
 
     def quantized_folded_weight(self, folded: Tensor) -> Tensor:
-        """What eval mode makes of the weight that :meth:`folded_parameters` gives: as rounded in deployment."""
+        """Return what eval mode makes of the weight that :meth:`folded_parameters` gives: as rounded in deployment."""
         return self.quantized_weight(folded)
 
     def weight_grid(self) -> Grid:
-        """The grid, with its switch, that the weight of :meth:`folded_parameters` is deployed on."""
+        """Return the grid, with its switch, that the weight of :meth:`folded_parameters` is deployed on."""
         return cast(FakeQuantizeBase, self.weight_fake_quant).grid()
 
     def weight_to_quantize(self) -> Tensor:
-        """The present weight as its quantizer sees it in training."""
+        """Return the present weight as its quantizer sees it in training."""
         return self.folded_parameters()[0]
 
     def path_state(self) -> LayerState:
-        """What decides which path :meth:`forward` takes."""
+        """Return what decides which path :meth:`forward` takes."""
         tracing = torch.compiler.is_compiling()
         knows_grids = not (self.training or tracing) and self._knows_grids()
         return LayerState(self.training, tracing, knows_grids)
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """The operation, what follows it, and fake quantization; shapes as the float layer's.
+        """Return the operation, what follows it, and fake quantization; shapes as the float layer's.
 
         ``weight`` and ``bias`` are those of a layer whose weight is computed elsewhere, in each step anew.
         """
@@ -167,7 +167,7 @@ class QATLayer(QuantizesInput, ReferringModule):
         return self.paths[choose_path(self.path_state())](self, self.quantized_input(x), weight, bias)
 
     def rectified(self, y: Tensor) -> Tensor:
-        """``y`` after what stands between the operation and the output's quantizer: a ReLU, or nothing."""
+        """Return ``y`` after what stands between the operation and the output's quantizer: a ReLU, or nothing."""
         return rectify(y, self.ceiling)
 
     @property
@@ -176,7 +176,7 @@ class QATLayer(QuantizesInput, ReferringModule):
         return True
 
     def quantized_output(self, y: Tensor) -> Tensor:
-        """The layer's output from the operation's."""
+        """Return the layer's output from the operation's."""
         return cast(Tensor, self.activation_post_process(self.rectified(y)))
 
     @property
@@ -191,7 +191,7 @@ class QATLayer(QuantizesInput, ReferringModule):
         return super().train(mode)
 
     def eval_key(self) -> tuple[Any, ...]:
-        """What the layer's integers depend on, beside tensors."""
+        """Return what the layer's integers depend on, beside tensors."""
         types = [getattr(held, "qtype", None) for held in (self.input_quantizer, self.weight_fake_quant)]
         return (self.ceiling, types, [vars(self).get(name) for name in _GEOMETRY])
 
@@ -205,12 +205,12 @@ class QATLayer(QuantizesInput, ReferringModule):
         return source.qtype.float_format is None and quantizer.qtype.float_format is None
 
     def output_quantizer(self) -> FakeQuantizeBase | None:
-        """The quantizer that takes all of the output to one grid, or None."""
+        """Return the quantizer that takes all of the output to one grid, or None."""
         quantizer = self.activation_post_process
         return quantizer if isinstance(quantizer, FakeQuantizeBase) and quantizer.qtype.axis is None else None
 
     def output_grid(self) -> Grid | None:
-        """The one grid that the output goes onto, or None where there is none, or it is switched off."""
+        """Return the one grid that the output goes onto, or None where there is none, or it is switched off."""
         quantizer = self.output_quantizer()
         if quantizer is None or not quantizer.is_enabled_on_host():
             return None
@@ -218,7 +218,7 @@ class QATLayer(QuantizesInput, ReferringModule):
 
     @torch.no_grad()
     def integer_layer(self, weight: Tensor, bias: Tensor | None) -> IntegerAffine | None:
-        """This layer in integers, or None where input grid or weight grid are unknown or switched off."""
+        """Return this layer in integers, or None where input grid or weight grid are unknown or switched off."""
         if not self._knows_grids():
             return None
         source = cast(FakeQuantizeBase, self.input_quantizer)

@@ -93,7 +93,7 @@ class RepVGGBlock(nn.Module):
         self.activation = _activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, in_channels, h, w) to (batch, out_channels, h', w')."""
+        """Return (batch, in_channels, h, w) to (batch, out_channels, h', w')."""
         pointwise = self.bn1(self.conv1(x))
         y = self.bn3(self.conv3(x)) + (pointwise if self.alpha is None else self.alpha * pointwise)
         if self.bn_identity is not None:
@@ -106,11 +106,11 @@ class RepVGGBlock(nn.Module):
         return self.conv3.weight
 
     def activated(self, y: Tensor) -> Tensor:
-        """``y`` after the activation."""
+        """Return ``y`` after the activation."""
         return y if self.activation is None else cast(Tensor, self.activation(y))
 
     def merged_parameters(self) -> tuple[Tensor, Tensor]:
-        """Kernel (out, in/groups, 3, 3) and bias (out,) of the one convolution, differentiable in every branch.
+        """Return kernel (out, in/groups, 3, 3) and bias (out,) of the one convolution, differentiable in every branch.
 
         ``K = t3 K3 + pad(α t1 K1) + t_id I`` and ``B = B3 + α B1 + B_id`` with ``t = γ/σ(running_var)`` and
         ``B_i = β - running_mean t``.
@@ -127,7 +127,7 @@ class RepVGGBlock(nn.Module):
         return kernel, bias
 
     def _identity_kernel(self) -> Tensor:
-        """``I[i, i mod (C/groups), centre] = 1``: what passes its input through."""
+        """Return ``I[i, i mod (C/groups), centre] = 1``: what passes its input through."""
         weight = self.conv3.weight
         kernel = torch.zeros_like(weight)
         channel = torch.arange(self.out_channels, device=weight.device)
@@ -135,7 +135,7 @@ class RepVGGBlock(nn.Module):
         return kernel
 
     def reparametrize(self) -> nn.Conv2d:
-        """One float convolution that computes the branches' sum in eval mode, before the activation."""
+        """Return one float convolution that computes the branches' sum in eval mode, before the activation."""
         kernel, bias = self.merged_parameters()
         conv = nn.Conv2d(
             self.in_channels,
@@ -153,7 +153,7 @@ class RepVGGBlock(nn.Module):
         return conv
 
     def extra_repr(self) -> str:
-        """Shape."""
+        """Return shape."""
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, groups={self.groups}"
 
 
@@ -211,7 +211,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
         return memo.get(tuple(held), self._merged_outside_of_inference, (sums, self.eval_key()))
 
     def _merged_outside_of_inference(self) -> tuple[Tensor, Tensor]:
-        """Tensors of inference mode have no version, by which one sees that what is made of them still fits."""
+        """Return tensors of inference mode have no version, by which one sees that what is made of them still fits."""
         with torch.inference_mode(False), torch.no_grad():
             return self.merged_parameters()
 
@@ -245,7 +245,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QATRepVGGBlock:
-        """The quantization-aware form of ``mod``, whose branches it shares and whose ``qconfig`` it uses.
+        """Return the quantization-aware form of ``mod``, whose branches it shares and whose ``qconfig`` it uses.
 
         Raises:
             TypeError: not a :class:`RepVGGBlock`, or no QConfig on it.
@@ -296,6 +296,6 @@ def _activation(given: nn.Module | str | None) -> nn.Module | None:
 
 
 def _folded(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """A branch's kernel and bias with its BatchNorm folded in."""
+    """Return a branch's kernel and bias with its BatchNorm folded in."""
     scale = fold_scale(cast(Tensor, bn.running_var), bn.weight, bn.eps)
     return scale_out_channels(weight, scale), fold_bias(None, cast(Tensor, bn.running_mean), scale, bn.bias)

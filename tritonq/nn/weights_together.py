@@ -92,7 +92,7 @@ def _observed_grid_of(layer: QATBatchNormLayer) -> tuple[Grid, RangeStatistics] 
 
 
 def _folds(layers: Sequence[QATBatchNormLayer]) -> tuple[Tensor, Tensor]:
-    """:func:`nonzero_fold` of every layer, one behind the other."""
+    """Compute :func:`nonzero_fold` of every layer, one behind the other."""
     if len({layer.bn.eps for layer in layers}) > 1:
         each = [_folds([layer]) for layer in layers]
         return torch.cat([fold for fold, _ in each]), torch.cat([inverse_std for _, inverse_std in each])

@@ -245,7 +245,10 @@ class RangeObserver(ObserverBase):
         self.nonfinite_count.add_(other.nonfinite_count)
 
     def _checked(self, x: Tensor) -> Tensor:
-        """``x`` detached, with the per-channel buffers allocated for it; TypeError unless it is floating point."""
+        """Return ``x`` detached, with the per-channel buffers allocated for it.
+
+        TypeError unless it is floating point.
+        """
         x = check_float_tensor("x", x).detach()
         if self.qtype.axis is not None:
             self.allocate(x.shape[self.qtype.axis])
@@ -281,7 +284,7 @@ class RangeObserver(ObserverBase):
         return [(self.min_val, torch.inf), (self.max_val, -torch.inf), (self.nonfinite_count, 0)]
 
     def extra_repr(self) -> str:
-        """The range."""
+        """Return the range."""
         return f"min_val={_short(self.min_val)}, max_val={_short(self.max_val)}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -312,7 +315,7 @@ def quantized_type(
     ch_axis: int | None,
     rounding: Rounding | None,
 ) -> QuantizedType:
-    """The quantized type that torch.ao's observer arguments describe; errors as :class:`ObserverBase` states."""
+    """Return the quantized type that torch.ao's observer arguments describe; errors as :class:`ObserverBase` states."""
     if (quant_min is None) != (quant_max is None):
         raise ValueError(f"quant_min and quant_max go together, got {quant_min} and {quant_max}")
     if qscheme is not None and qscheme not in _QSCHEMES:
@@ -371,7 +374,7 @@ def _check_agreement(
 
 
 def _short(values: Tensor) -> str:
-    """A tensor as one number, or as the range that its elements span."""
+    """Return a tensor as one number, or as the range that its elements span."""
     if values.numel() == 0 or bool(torch.isinf(values).all()):
         return "unset"
     if values.numel() == 1:

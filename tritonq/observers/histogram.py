@@ -103,7 +103,10 @@ class HistogramObserver(RangeObserver):
             write_if(enabled, qparams.zero_point, zero_point)
 
     def search_range(self) -> tuple[Tensor, Tensor]:
-        """The range that the search proposes: float32, 0-d or (channels,); the unset range where nothing was seen."""
+        """Return range that the search proposes: float32, 0-d or (channels,).
+
+        The unset range where nothing was seen.
+        """
         find = search_range
         if torch.compiler.is_compiling():
             # One operator: no compiler makes its hundreds of steps faster.
@@ -146,7 +149,7 @@ class HistogramObserver(RangeObserver):
         return [*super().empty_state(), *((count, 0) for count in counts)]
 
     def own_counts(self) -> list[Tensor]:
-        """Counts and skipped values that this rank has not shared yet."""
+        """Return counts and skipped values that this rank has not shared yet."""
         return [self.histogram - self.common_histogram, self.nonfinite_count - self.common_nonfinite]
 
     def add_shared(self, counts: Tensor, nonfinite: Tensor) -> None:

@@ -127,7 +127,7 @@ class InterpolatingHistogramObserver(RangeObserver):
                 target.copy_(value.view_as(target))
 
     def _grown(self, batch: Range) -> tuple[Range, Tensor]:
-        """The range that holds the running one and ``batch``, and the running counts over it (CPU, float64)."""
+        """Return the range that holds the running one and ``batch``, and the running counts over it (CPU, float64)."""
         old, histogram = self._limits(), self.histogram.cpu()
         new = (min(old[0], batch[0]), max(old[1], batch[1]))
         if not bool(self.has_observed()) or new == old:
@@ -138,7 +138,7 @@ class InterpolatingHistogramObserver(RangeObserver):
         return new, rebin(histogram, old, new, self.upsample_rate)
 
     def _counts(self, x: Tensor, limits: Range) -> Tensor:
-        """The batch's counts over ``limits`` (CPU, float64); equal limits put everything into the middle bin."""
+        """Return the batch's counts over ``limits`` (CPU, float64); equal limits put everything into the middle bin."""
         if limits[0] == limits[1]:
             return spike(self.bins, limits[0], limits) * torch.isfinite(x).sum().cpu()
         counts: Tensor = implementation("histogram", x).linear_histogram(x, self.bins, *limits)
@@ -153,13 +153,13 @@ class InterpolatingHistogramObserver(RangeObserver):
         self.max_val.fill_(limits[1])
 
     def over(self, limits: Range) -> Tensor:
-        """The counts over a wider range: float64 (bins,), on the CPU."""
+        """Return the counts over a wider range: float64 (bins,), on the CPU."""
         if not bool(self.has_observed()):
             return torch.zeros(self.bins, dtype=torch.float64)
         return rebin(self.histogram.cpu(), self._limits(), limits, self.upsample_rate)
 
     def own_counts(self, limits: Range) -> Tensor:
-        """What this rank has not shared yet, over ``limits``."""
+        """Return what this rank has not shared yet, over ``limits``."""
         return self.over(limits) - self._common_over(limits)
 
     def add_shared(self, counts: Tensor, limits: Range) -> None:
@@ -183,7 +183,7 @@ class InterpolatingHistogramObserver(RangeObserver):
         self.mark_common()
 
     def search_range(self) -> tuple[Tensor, Tensor]:
-        """The range that the greedy search proposes: float32, 0-d; the unset range where nothing was seen."""
+        """Return the range that the greedy search proposes: float32, 0-d; the unset range where nothing was seen."""
         if not bool(self.has_observed()):
             return self.min_val, self.max_val
         low, high = greedy_range(self.histogram.cpu(), *self._limits(), self.cells)

@@ -132,7 +132,7 @@ class FakeQuantScheme:
             )
 
     def layer_names(self) -> list[str]:
-        """Names of the layers that it quantizes."""
+        """Return names of the layers that it quantizes."""
         return [layer.name for layer in self.plan.layers]
 
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
@@ -168,7 +168,7 @@ class FixedPointScheme:
         self.links = find_links(analysis)
 
     def layer_names(self) -> list[str]:
-        """Names of the layers that it quantizes."""
+        """Return names of the layers that it quantizes."""
         return [layer.name for layer in self.links.layers.values()]
 
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:

@@ -62,7 +62,7 @@ def _is_by_design(record: LayerRecord) -> bool:
 def layers_and_joins(
     float_modules: Mapping[str, nn.Module], records: Sequence[LayerRecord]
 ) -> tuple[list[LayerRecord], list[LayerRecord]]:
-    """The records of layers with weights, and those of operations on two tensors.
+    """Return the records of layers with weights, and those of operations on two tensors.
 
     What is inside of a layer (the products of attention) counts with it.
     """

@@ -24,21 +24,21 @@ from tritonq.reference.ranges import observe_range
 
 
 def rectify(y: Tensor, ceiling: float | None) -> Tensor:
-    """``min(max(y, 0), ceiling)``, differentiable; ``y`` itself where ``ceiling`` is None."""
+    """Return ``min(max(y, 0), ceiling)``, differentiable; ``y`` itself where ``ceiling`` is None."""
     if ceiling is None:
         return y
     return F.relu(y) if ceiling == math.inf else F.hardtanh(y, 0.0, ceiling)
 
 
 def rectify_(y: Tensor, ceiling: float | None) -> Tensor:
-    """:func:`rectify` in place."""
+    """Compute :func:`rectify` in place."""
     if ceiling is None:
         return y
     return y.relu_() if ceiling == math.inf else y.clamp_(0.0, ceiling)
 
 
 def rectify_backward(dy: Tensor, y: Tensor, ceiling: float) -> Tensor:
-    """The gradient of :func:`rectify` from its result ``y``: ``dy`` where ``0 < y < ceiling``, else 0."""
+    """Return the gradient of :func:`rectify` from its result ``y``: ``dy`` where ``0 < y < ceiling``, else 0."""
     if ceiling == math.inf:
         return torch.ops.aten.threshold_backward(dy, y, 0)  # type: ignore[no-any-return]
     # As the result holds it: rounded to its dtype.
@@ -79,7 +79,7 @@ def observe_ends(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> RangeStatistics | None:
-    """:func:`observe` from the extremes of ``y``; what `observe_range` returns.
+    """Compute :func:`observe` from the extremes of ``y``; what `observe_range` returns.
 
     Args:
         low: see `min_max.extremes`, as are the next two; overwritten where that is None.
@@ -100,7 +100,7 @@ def observe_ends(
 
 
 def quantize_(y: Tensor, grid: Grid, ceiling: float | None) -> Tensor:
-    """``FQ(relu?(y))``; overwrites ``y``."""
+    """Return ``FQ(relu?(y))``; overwrites ``y``."""
     enabled = grid.enabled_flag()
     if enabled is False:
         return rectify_(y, ceiling)
@@ -126,7 +126,7 @@ def straight_through_(
     finite: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``dy`` where neither ReLU nor the clip blocks it, else 0; zero at NaN.
+    """Return ``dy`` where neither ReLU nor the clip blocks it, else 0; zero at NaN.
 
     Args:
         dy: float32 or float64; broadcast to ``y``.
@@ -157,12 +157,12 @@ def straight_through_(
 
 
 def _masked(dy: Tensor, y: Tensor, grid: Grid, ceiling: float | None, enabled: Tensor) -> Tensor:
-    """:func:`straight_through_` without reading a value: for traced graphs and for other devices."""
+    """Compute :func:`straight_through_` without reading a value: for traced graphs and for other devices."""
     return torch.where(passes(y, grid, ceiling, enabled), dy, 0)
 
 
 def passes(y: Tensor, grid: Grid | None, ceiling: float | None, enabled: Tensor | None = None) -> Tensor:
-    """Where neither ReLU nor the clip blocks the gradient, as a new bool tensor; False at NaN.
+    """Return where neither ReLU nor the clip blocks the gradient, as a new bool tensor; False at NaN.
 
     Args:
         y: as for :func:`straight_through_`, as are the next two; left alone.

@@ -99,7 +99,7 @@ def composed(
     known: tuple[Tensor, Tensor] | None,
     out: Tensor | None,
 ) -> StepWeight:
-    """:func:`quantize` of the modules that implement the families ``fold`` and ``weight``."""
+    """Compute :func:`quantize` of the modules that implement the families ``fold`` and ``weight``."""
     fold, inverse_std = known or folds.nonzero_fold(running_var, gamma, eps, dtype)
     codes, unit, clips, frozen = weights.quantize_folded(rows, fold, grid, statistics, out)
     codes, unit = fit_codes(codes, unit, code_dtype)
@@ -128,7 +128,7 @@ def gradients(
     grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the weight and of γ (without γ: of the fold) from that of the codes, which may be overwritten.
+    """Return the gradients of weight and γ (without γ: of the fold) from that of the codes, which it may overwrite.
 
     See :func:`tritonq.reference.weight.folded_backward` and :func:`tritonq.reference.fold.gamma_gradient`.
     """

@@ -24,7 +24,7 @@ def conv2d(
     ceiling: float | None = None,
     grid: Grid | None = None,
 ) -> Tensor:
-    """``FQ(relu?(conv(x, weight) + bias))``.
+    """Return ``FQ(relu?(conv(x, weight) + bias))``.
 
     Args:
         x: (n, c, h, w).
@@ -57,7 +57,7 @@ def integer_conv2d(
     ceiling: float | None = None,
     grid: Grid | None = None,
 ) -> Tensor:
-    """``FQ(relu?(requantize(conv(codes, weight))))`` with an exact sum; geometry and the end as :func:`conv2d`.
+    """Return ``FQ(relu?(requantize(conv(codes, weight))))`` with an exact sum; geometry and the end as :func:`conv2d`.
 
     Args:
         codes: (n, c, h, w) integers of up to 9 bits, minus their zero point, in any float dtype.
@@ -80,7 +80,7 @@ def integer_conv2d(
 
 
 def requantize(total: Tensor, bias: Tensor | None, multiplier: Tensor, onto: Grid | None, channel_axis: int) -> Tensor:
-    """``float32(total + bias) * multiplier``; with a grid ``round(that) * onto.scale``, before clipping.
+    """Return ``float32(total + bias) * multiplier``; with a grid ``round(that) * onto.scale``, before clipping.
 
     Args:
         total: exact integers, float32 or float64; may be overwritten.

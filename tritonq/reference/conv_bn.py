@@ -98,7 +98,7 @@ def forward(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> TailResult:
-    """``FQ(relu?(BN(c / ratio + bias)))`` with the statistics of this batch; updates those of ``norm``.
+    """Return ``FQ(relu?(BN(c / ratio + bias)))`` with the statistics of this batch; updates those of ``norm``.
 
     Args:
         c: (batch, channels, ...), the convolution's output, contiguous or channels last.
@@ -138,7 +138,7 @@ def _visible_result(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> TailResult:
-    """The rest of :func:`forward`; a compiler keeps ``c`` alone and makes the result again for the next backward."""
+    """Return rest of :func:`forward`; a compiler keeps ``c`` alone and makes the result again for the next backward."""
     # Imported here, so that its operator is registered when something is compiled, and not before.
     from tritonq.remember import made_again
 
@@ -165,7 +165,7 @@ def _ends(c: Tensor, result: Normalization) -> tuple[Tensor, Tensor, Tensor]:
 
 @operator(returns=_OUTPUT, visible=True)
 def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
-    """``FQ(relu?(slope · c + shift))``: the last pass of :func:`forward`."""
+    """Return ``FQ(relu?(slope · c + shift))``: the last pass of :func:`forward`."""
     c = dense(c)
     y = affine(c.to(slope.dtype), slope, shift)
     y = rectify_(y, ceiling) if grid is None else quantize_(y, grid, ceiling)
@@ -182,7 +182,7 @@ def finish(
     bias: Tensor | None,
     norm: BatchNormState,
 ) -> Normalization:
-    """Statistics to slope and shift, and the update of the running statistics.
+    """Return statistics to slope and shift, and the update of the running statistics.
 
     Args:
         mean: of the convolution's output.
@@ -236,7 +236,7 @@ def backward(
     ceiling: float | None,
     out: Tensor | None = None,
 ) -> TailGradients:
-    """Gradient of :func:`forward` with respect to ``c``, and the two sums that those of γ and β are made of.
+    """Return gradient of :func:`forward` with respect to ``c``, and the two sums that those of γ and β are made of.
 
     With g the gradient where neither ReLU nor the clip blocks it, and ``n = (c - mean) inverse_std``:
     ``dc = slope (g - mean(g) - n · mean(g n))``.
@@ -280,7 +280,7 @@ def backward(
 
 
 def _visible_backward(g: Tensor, c: Tensor, result: Normalization, dtype: torch.dtype) -> TailGradients:
-    """The rest of :func:`backward` without a tensor written twice: a compiler makes two loops of it."""
+    """Return the rest of :func:`backward` without a tensor written twice: a compiler makes two loops of it."""
     dims, centred = _all_but_channels(c), c - _column(result.mean, c)
     sum_g, sum_gn = g.sum(dims), (g * centred).sum(dims) * result.inverse_std
     pull, offset = _pull_and_offset(result, sum_g, sum_gn, c)
@@ -289,13 +289,13 @@ def _visible_backward(g: Tensor, c: Tensor, result: Normalization, dtype: torch.
 
 
 def _pull_and_offset(result: Normalization, sum_g: Tensor, sum_gn: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`backward` multiplies ``c - mean`` by, and what it adds, besides ``slope · g``."""
+    """Return what :func:`backward` multiplies ``c - mean`` by, and what it adds, besides ``slope · g``."""
     share = result.slope / operand(-float(c.numel() // c.shape[1]), result.slope)
     return share * result.inverse_std * sum_gn, share * sum_g
 
 
 def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance per channel, two passes, and a tensor shaped as ``c`` that may be overwritten."""
+    """Return mean and biased variance per channel, two passes, and a tensor shaped as ``c`` that may be overwritten."""
     count = operand(float(max(1, c.numel() // max(1, c.shape[1]))), c)
     if torch.compiler.is_compiling():
         dims = _all_but_channels(c)
@@ -315,7 +315,7 @@ def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def affine(c: Tensor, slope: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """``slope · c + shift`` per channel with one rounding (a fused multiply-add, where the processor has one)."""
+    """Return ``slope · c + shift`` per channel, rounded once by a fused multiply-add where the processor has one."""
     if torch.compiler.is_compiling():
         return torch.addcmul(_column(shift, c), c, _column(slope, c))
     if out is None:
@@ -334,7 +334,7 @@ def affine(c: Tensor, slope: Tensor, shift: Tensor, out: Tensor | None = None) -
 
 @cache
 def _standard_statistics(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean 0 and variance 1, and a tensor for outputs that there are none of; never written to."""
+    """Return mean 0 and variance 1, and a tensor for outputs that there are none of; never written to."""
     with torch.inference_mode(False):
         mean, var = torch.zeros(channels, dtype=dtype, device=device), torch.ones(channels, dtype=dtype, device=device)
         return mean, var, torch.empty(0, dtype=dtype, device=device)
@@ -345,12 +345,12 @@ def _all_but_channels(c: Tensor) -> list[int]:
 
 
 def _column(vector: Tensor, c: Tensor) -> Tensor:
-    """A vector per channel, shaped to broadcast against ``c``."""
+    """Return a vector per channel, shaped to broadcast against ``c``."""
     return vector.view(-1, *[1] * (c.dim() - 2))
 
 
 def dense(c: Tensor) -> Tensor:
-    """``c``, copied only where it is neither contiguous nor channels last."""
+    """Return ``c``, copied only where it is neither contiguous nor channels last."""
     return c if is_dense(c) else c.contiguous()
 
 
@@ -360,15 +360,15 @@ def _channels_are_outer(c: Tensor) -> bool:
 
 
 def _rows(c: Tensor) -> Tensor:
-    """(batch · ..., channels), a view of a dense tensor whose channels lie innermost."""
+    """Return (batch · ..., channels), a view of a dense tensor whose channels lie innermost."""
     return c.movedim(1, -1).flatten(0, -2)
 
 
 def _unrows(rows: Tensor, like: Tensor) -> Tensor:
-    """Inverse of :func:`_rows`."""
+    """Return inverse of :func:`_rows`."""
     return rows.view(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
 
 
 def _like(dy: Tensor, c: Tensor) -> Tensor:
-    """``dy`` in the memory format of ``c``."""
+    """Return ``dy`` in the memory format of ``c``."""
     return dy if dy.stride() == c.stride() else torch.empty_like(c).copy_(dy)

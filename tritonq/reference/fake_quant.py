@@ -27,7 +27,7 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @operator(returns=Like("x"), visible=True)
 def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
-    """``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``, computed in float32 and rounded once to ``x.dtype``.
+    """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``: float32, rounded once to ``x.dtype``.
 
     ``x/s`` is ``x * (1/s)`` for half_even and a true division for half_away. NaN stays NaN, infinities saturate. Float
     codes: the nearest number of the format to ``x/s``, ties to even, times ``s``. While the grid is switched off, ``x``
@@ -57,7 +57,7 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
 
 @operator(returns=(Like("x"), Like("x", torch.bool)), visible=True)
 def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """:func:`fake_quantize`, and where its gradient passes, for a backward that is given no ``x``.
+    """Compute :func:`fake_quantize`, and where its gradient passes, for a backward that is given no ``x``.
 
     Args:
         x: as there.
@@ -87,7 +87,7 @@ def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 @operator(returns=Like("x"), visible=True)
 def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool = False) -> Tensor:
-    """Straight-through gradient: ``dy`` where the rounded, unclipped code lies in the range, 0 elsewhere and at NaN.
+    """Return ``dy`` where the rounded, unclipped code lies in the range, and 0 elsewhere and at NaN.
 
     The mask is recomputed from ``x``. While the grid is switched off the gradient is ``dy``.
 
@@ -144,12 +144,12 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
 
 
 def reciprocal(scale: Tensor) -> Tensor:
-    """``1/s`` rounded to float32, in the dtype of ``scale``: torch rounds float64 tensors with that reciprocal too."""
+    """Return ``1/s`` rounded to float32, in the dtype of ``scale``: torch rounds float64 tensors by it too."""
     return as_dtype(as_dtype(scale, torch.float32).reciprocal(), scale.dtype)
 
 
 def steps_(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
-    """``round(x / scale)``; overwrites ``x``, which has the dtype of the arithmetic."""
+    """Return ``round(x / scale)``; overwrites ``x``, which has the dtype of the arithmetic."""
     return x.mul_(reciprocal(scale)).round_() if rounding == "half_even" else round_half_away(x.div_(scale))
 
 
@@ -173,7 +173,10 @@ def _broadcast(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | float]:
 
 
 def _steps(x: Tensor, scale: Tensor, qtype: QuantizedType) -> Tensor:
-    """``round(x/s)`` in a new tensor of the arithmetic's dtype. What a float format can't hold becomes its overflow."""
+    """Return ``round(x/s)`` in a new tensor of the arithmetic's dtype.
+
+    What a float format can't hold becomes its overflow.
+    """
     x = x.to(scale.dtype)
     if qtype.rounding == "half_away":
         return round_half_away(x.div(scale))

@@ -22,7 +22,7 @@ _SUM = 2**15
 
 
 def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``2^exponent`` exactly, by writing the exponent's bits.
+    """Return ``2^exponent`` exactly, by writing the exponent's bits.
 
     Args:
         exponent: integers in -126..127.
@@ -39,7 +39,7 @@ def _candidate_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
 
 @operator(returns=New(_candidate_shape, "x", torch.float64))
 def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
-    """Sum of squared rounding errors for every fractional length from 0 to ``candidates - 1``, in one read of ``x``.
+    """Return the sum of squared rounding errors for fractional lengths 0 to ``candidates - 1``, in one read of ``x``.
 
     Values that are not finite count for none, nor do negative ones in an unsigned format: they would err alike under
     every candidate, and drown its other errors.
@@ -83,7 +83,7 @@ def _add_errors(errors: Tensor, block: Tensor, qtype: QuantizedType) -> None:
 
 
 def _sum_rows(block: Tensor) -> Tensor:
-    """Sums of the rows in float64, of parts of them in the block's dtype."""
+    """Return sums of the rows in float64, of parts of them in the block's dtype."""
     whole = block.shape[1] // _SUM * _SUM
     parts = block[:, :whole].view(len(block), whole // _SUM, _SUM)
     return parts.sum(2).double().sum(1) + block[:, whole:].sum(1).double()

@@ -20,7 +20,7 @@ _LEAST_SCALE_EXPONENT, _GREATEST_EXPONENT = -127, 127
 def fake_quantize_blocks(
     x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None = None, enabled: Tensor | None = None
 ) -> Tensor:
-    """``round(x / s) * s`` with one scale ``s`` for each block of consecutive elements along ``axis``.
+    """Return ``round(x / s) * s`` with one scale ``s`` for each block of consecutive elements along ``axis``.
 
     With ``m`` the largest magnitude in the block, ``L = 2^E * f`` the largest element, ``1 <= f < 2``:
 
@@ -78,7 +78,7 @@ def _power_of_two_scales(largest: Tensor, blocks: BlockFormat) -> tuple[Tensor, 
 
 
 def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """``2^exponent`` exactly, which ``pow`` does not promise."""
+    """Return ``2^exponent`` exactly, which ``pow`` does not promise."""
     return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64).to(dtype)
 
 
@@ -92,5 +92,5 @@ def _float_scales(largest: Tensor, elements: FloatFormat, tensor_scale: Tensor) 
 
 
 def _reciprocal_or_zero(values: Tensor) -> Tensor:
-    """``1 / values``; 0 below float32's normal numbers, whose reciprocals may be infinite."""
+    """Return ``1 / values``; 0 below float32's normal numbers, whose reciprocals may be infinite."""
     return torch.where(values >= torch.finfo(torch.float32).tiny, values.reciprocal(), 0.0)

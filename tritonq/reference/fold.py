@@ -13,7 +13,7 @@ TINY_FOLD = 1e-12
 
 
 def fold_scale(running_var: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
-    """``t = γ / sqrt(running_var + eps)`` per channel; a missing γ counts as 1."""
+    """Return ``t = γ / sqrt(running_var + eps)`` per channel; a missing γ counts as 1."""
     inverse = torch.rsqrt(running_var + operand(eps, running_var))
     return inverse if gamma is None else gamma * inverse
 
@@ -35,7 +35,7 @@ def nonzero_fold(running_var: Tensor, gamma: Tensor | None, eps: float, dtype: t
 def gamma_gradient(
     gamma: Tensor, fold: Tensor, inverse_std: Tensor, eps_share: Tensor, sum_gn: Tensor, dfold: Tensor
 ) -> Tensor:
-    """``dγ = Σ g x̂ + (dfold - (γ/s) Σ g x̂ · eps_share) / σ``, without the bracket where γ is zero.
+    """Return ``dγ = Σ g x̂ + (dfold - (γ/s) Σ g x̂ · eps_share) / σ``, without the bracket where γ is zero.
 
     Args:
         gamma: (channels,), as the rest.
@@ -59,13 +59,13 @@ def remembered(running_var: Tensor) -> Tensor:
 
 
 def fold_bias(bias: Tensor | None, running_mean: Tensor, scale: Tensor, beta: Tensor | None) -> Tensor:
-    """``β + (b - running_mean) t`` per channel; missing β and b count as 0."""
+    """Return ``β + (b - running_mean) t`` per channel; missing β and b count as 0."""
     centred = -running_mean if bias is None else bias - running_mean
     return centred * scale if beta is None else beta + centred * scale
 
 
 def scale_out_channels(weight: Tensor, scale: Tensor, transposed: bool = False, groups: int = 1) -> Tensor:
-    """``weight`` times ``scale`` per out channel.
+    """Return ``weight`` times ``scale`` per out channel.
 
     A convolution's weight is (out, in/groups, ...); a transposed one's (in, out/groups, ...), where the in channels of
     group g meet its own out channels alone.

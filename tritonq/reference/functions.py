@@ -136,7 +136,7 @@ _GRADIENT: Any = Like("x", "dy")
 
 @operator(returns=RoundedFunction(_RESULT, _SNAPSHOT), mutates=OBSERVED)
 def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatistics | None) -> RoundedFunction:
-    """``FQ(f(x))``: observes f(x), which is float32, and rounds once to the dtype of the input.
+    """Return ``FQ(f(x))``: observes f(x), which is float32, and rounds once to the dtype of the input.
 
     Args:
         x: any shape.
@@ -153,7 +153,7 @@ def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatisti
 def backward(
     dy: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, function: Function, grid: Grid
 ) -> Tensor:
-    """The gradient of :func:`forward`, which computes f(x) again: ``f'(x) · dy`` where the clip does not block it.
+    """Return gradient of :func:`forward`, which computes f(x) again: ``f'(x) · dy`` where the clip does not block it.
 
     Args:
         dy: of the result.

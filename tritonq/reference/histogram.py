@@ -26,7 +26,7 @@ _INT16_MAX, _INT32_MAX = 2**15 - 1, 2**31 - 1
 
 
 def linear_histogram(x: Tensor, bins: int, lo: float, hi: float, axis: int | None = None) -> Tensor:
-    """Counts of ``floor((x - lo) * bins / (hi - lo))`` in float32, with ``x == hi`` in the last bin.
+    """Return counts of ``floor((x - lo) * bins / (hi - lo))`` in float32, with ``x == hi`` in the last bin.
 
     Values outside ``[lo, hi]`` and NaN are not counted. torch.histc's arithmetic, so its counts.
 
@@ -71,7 +71,7 @@ _RANGE = New(_range_shape, "x", torch.float32)
 def prefix_histogram(
     x: Tensor, bins: FloatPrefixBins, axis: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts over ``bins``, and the exact range of the finite values.
+    """Return counts over ``bins``, and the exact range of the finite values.
 
     Args:
         x: any shape, any float dtype (float64 is counted as float32); may be empty.
@@ -125,7 +125,10 @@ def observe(
 
 
 def _by_channel(x: Tensor, axis: int | None) -> Tensor:
-    """``x`` as (channels, values), one row per histogram. One histogram needs no order, so no copy where x is dense."""
+    """Return ``x`` as (channels, values), one row per histogram.
+
+    One histogram needs no order, so no copy where x is dense.
+    """
     if axis is not None:
         return x.movedim(axis, 0).reshape(x.shape[axis], x.numel() // max(1, x.shape[axis]))
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -134,7 +137,7 @@ def _by_channel(x: Tensor, axis: int | None) -> Tensor:
 
 
 def _count_prefixes(values: Tensor, bins: FloatPrefixBins) -> tuple[Tensor, Tensor]:
-    """One histogram: every float prefix is counted, and those outside the window are folded in afterwards."""
+    """Return one histogram: every float prefix is counted, and those outside the window are folded in afterwards."""
     negatives = 1 << (8 + bins.mantissa_bits)
     # An arithmetic shift of a negative float's bits gives its magnitude's prefix less `negatives`.
     if values.dtype == torch.bfloat16 and 2 * negatives * _TABLES <= _INT16_MAX + 1:
@@ -155,7 +158,7 @@ def _count_prefixes(values: Tensor, bins: FloatPrefixBins) -> tuple[Tensor, Tens
 
 
 def _count_prefixes_per_row(values: Tensor, bins: FloatPrefixBins) -> tuple[Tensor, Tensor]:
-    """Many histograms: the bin within the window is worked out per value, so that one count serves all rows."""
+    """Return many histograms: the bin within the window is worked out per value, so that one count serves all rows."""
     bits = values.float().view(torch.int32)
     magnitude = (bits & _MAGNITUDE_BITS) >> bins.shift
     position = (magnitude - (bins.first_prefix - 1)).clamp_(0, bins.per_side)
@@ -166,7 +169,7 @@ def _count_prefixes_per_row(values: Tensor, bins: FloatPrefixBins) -> tuple[Tens
 
 
 def _count_rows(index: Tensor, size: int) -> Tensor:
-    """Occurrences of 0..size-1 in each row of a (rows, values) int32 tensor, as int64 (rows, size)."""
+    """Return occurrences of 0..size-1 in each row of a (rows, values) int32 tensor, as int64 (rows, size)."""
     rows = index.shape[0]
     if rows > 1:
         wide = index.long() if rows * size > _INT32_MAX else index

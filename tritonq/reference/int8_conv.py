@@ -41,7 +41,7 @@ def int8_conv2d(
     out_dtype: torch.dtype,
     saturated: Tensor | None = None,
 ) -> Tensor:
-    """``acc = Σ x * weight + bias``; the accumulators, or ``clamp(round_half_even(acc * 2^-shift), lo, hi)``.
+    """Return ``acc = Σ x * weight + bias``; the accumulators, or ``clamp(round_half_even(acc * 2^-shift), lo, hi)``.
 
     No floating-point number occurs.
 
@@ -77,7 +77,7 @@ def int8_conv2d(
 
 
 def _dilated(weight: Tensor, dilation: tuple[int, int]) -> Tensor:
-    """The weight with zeros between its taps: torch dilates convolutions of floats alone."""
+    """Return the weight with zeros between its taps: torch dilates convolutions of floats alone."""
     if tuple(dilation) == (1, 1):
         return weight
     sizes = [(size - 1) * step + 1 for size, step in zip(weight.shape[2:], dilation, strict=True)]
@@ -87,7 +87,7 @@ def _dilated(weight: Tensor, dilation: tuple[int, int]) -> Tensor:
 
 
 def requantize(accumulator: Tensor, shift: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """``clamp(round_half_even(accumulator * 2^-shift), quant_min, quant_max)`` by shifts of integers.
+    """Return ``clamp(round_half_even(accumulator * 2^-shift), quant_min, quant_max)`` by shifts of integers.
 
     Args:
         accumulator: int32 or int64, any shape.

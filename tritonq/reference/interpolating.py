@@ -19,7 +19,7 @@ _QUANTILE_STEP = 1e-5
 
 
 def rebin(histogram: Tensor, old: tuple[float, float], new: tuple[float, float], slices: int = TORCH_SLICES) -> Tensor:
-    """Counts over the range ``new``, which contains ``old``: slices of old bins are put where their middles are.
+    """Return counts over the range ``new``, which contains ``old``: slices of old bins are put where their middles are.
 
     Args:
         histogram: float64, (bins,), on the CPU.
@@ -45,7 +45,7 @@ def rebin(histogram: Tensor, old: tuple[float, float], new: tuple[float, float],
 
 
 def spike(bins: int, value: float, limits: tuple[float, float]) -> Tensor:
-    """One count at ``value``: float64 (bins,) over ``limits``; in the middle where those are equal."""
+    """Return one count at ``value``: float64 (bins,) over ``limits``; in the middle where those are equal."""
     share = (value - limits[0]) / (limits[1] - limits[0]) if limits[1] > limits[0] else 0.5
     counts = torch.zeros(bins, dtype=torch.float64)
     counts[min(int(share * bins), bins - 1)] = 1
@@ -55,7 +55,7 @@ def spike(bins: int, value: float, limits: tuple[float, float]) -> Tensor:
 def widened_range(
     bins: int, old: tuple[float, float], new: tuple[float, float], slices: int = MEGENGINE_SLICES
 ) -> tuple[tuple[float, float], int, int]:
-    """MegEngine's new range: ``new``, widened evenly until the old slices fit the new bins.
+    """Return MegEngine's new range: ``new``, widened evenly until the old slices fit the new bins.
 
     Returns:
         The range, the old slices per new bin, and the index of the first old slice among those of the new range.
@@ -68,7 +68,7 @@ def widened_range(
 
 
 def rebin_aligned(histogram: Tensor, per_bin: int, start: int, slices: int = MEGENGINE_SLICES) -> Tensor:
-    """Counts over the range of :func:`widened_range`, float64 (bins,): each slice of an old bin keeps its place."""
+    """Return counts over :func:`widened_range`, float64 (bins,): each slice of an old bin keeps its place."""
     bins = len(histogram)
     index = (torch.arange(bins * slices) + start).div_(per_bin, rounding_mode="floor").clamp_(0, bins - 1)
     weights = histogram.repeat_interleave(slices) / slices
@@ -76,7 +76,7 @@ def rebin_aligned(histogram: Tensor, per_bin: int, start: int, slices: int = MEG
 
 
 def greedy_range(histogram: Tensor, low: float, high: float, cells: int) -> tuple[float, float]:
-    """The range at which trimming quantiles first stops lowering the squared error.
+    """Return the range at which trimming quantiles first stops lowering the squared error.
 
     From the end where that frees more bins, 1e-5 of the counts are given up, again and again; the range that is left is
     cut into ``cells`` equal cells, and the error is the squared distance to their centres, as in
@@ -120,7 +120,7 @@ def greedy_range(histogram: Tensor, low: float, high: float, cells: int) -> tupl
 
 
 def _window_error(histogram: Tensor, edges: Tensor, first: int, last: int, cells: int) -> float:
-    """Squared error of the window ``first..last``, in units of bins."""
+    """Return squared error of the window ``first..last``, in units of bins."""
     step = torch.full((1, 1), (last - first + 1) / cells, dtype=torch.float64)
     zero = torch.zeros_like(step)
     return float(cell_error(edges[None], histogram[None], step, first + step / 2, zero, zero + (cells - 1)))

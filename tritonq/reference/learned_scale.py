@@ -19,7 +19,7 @@ LearnedScale = Literal["torch", "megengine", "tqt", "pact"]
 
 @operator(returns=Like("x"))
 def learned_fake_quantize(x: Tensor, grid: Grid, method: LearnedScale) -> Tensor:
-    """``(code - z) * s`` in float32, rounded once to ``x.dtype``; the code depends on ``method``.
+    """Return ``(code - z) * s`` in float32, rounded once to ``x.dtype``; the code depends on ``method``.
 
     - ``"torch"``: ``clip(round(x/s) + z)``, with ``round(x/s)`` as the grid's type rounds.
     - ``"megengine"``: ``round_half_away(clip(x/s + z))``.
@@ -50,7 +50,7 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: LearnedScale) -> Tensor
 def learned_fake_quantize_backward(
     dy: Tensor, x: Tensor, grid: Grid, method: LearnedScale
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`learned_fake_quantize`; shapes and dtypes as there.
+    """Return gradients of :func:`learned_fake_quantize`; shapes and dtypes as there.
 
     With ``v = x/s``, and sums over everything but ``axis``:
 
@@ -86,7 +86,7 @@ def learned_fake_quantize_backward(
 def _terms(
     values: Tensor, scale: Tensor, shift: Tensor | None, qtype: QuantizedType, method: LearnedScale
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
-    """Where the gradient passes, and what each value adds to the parameter's and the zero point's per unit of dy.
+    """Return where the gradient passes, and what each value adds to the parameters' gradients per unit of dy.
 
     Masks are 0.0 and 1.0, and 0.0 at NaN: on CPUs `where` takes as long as ten products. A value is inside where its
     clamp leaves it as it is.
@@ -116,13 +116,13 @@ def _terms(
 
 
 def _less_inside(code: Tensor, v: Tensor, inside: Tensor) -> Tensor:
-    """``code - v`` inside, ``code`` outside, 0 at NaN, in place of ``code`` and ``v``."""
+    """Return ``code - v`` inside, ``code`` outside, 0 at NaN, in place of ``code`` and ``v``."""
     # Infinity times 0 is NaN.
     return code.nan_to_num_(0.0).sub_(v.mul_(inside).nan_to_num_(0.0))
 
 
 def _mask(compare: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
-    """The result of a comparison as 0.0 and 1.0 in ``a``'s dtype."""
+    """Return the result of a comparison as 0.0 and 1.0 in ``a``'s dtype."""
     return compare(a, b, out=torch.empty_like(a))
 
 
@@ -134,5 +134,5 @@ def _broadcast(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def _sum_to(terms: Tensor, like: Tensor) -> Tensor:
-    """Sums of ``terms`` over the dimensions that ``like`` has one element in: 0-d, or (channels,)."""
+    """Return sums of ``terms`` over the dimensions that ``like`` has one element in: 0-d, or (channels,)."""
     return terms.sum_to_size(like.shape).view(-1) if like.numel() > 1 else terms.sum()

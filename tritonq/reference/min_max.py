@@ -30,7 +30,7 @@ _RANGE = New(_range_shape, "x", torch.float32)
 
 @operator(returns=(_RANGE, _RANGE, New(lambda arguments: (), "x", torch.int64)))
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Smallest and largest finite value, and how many values are not finite.
+    """Return smallest and largest finite value, and how many values are not finite.
 
     Args:
         x: any shape, any float dtype; may be empty.
@@ -45,7 +45,7 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
 
 
 def extremes(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`min_max`, with None for the count where it is known that every value is finite, and that there are some.
+    """Compute :func:`min_max`; the count is None where every value is known to be finite, and there are some.
 
     Args:
         x: see there.
@@ -77,7 +77,7 @@ def update_range(
     averaging_constant: float | None,
     copy_above: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """New running range from a batch's ``low`` and ``high``.
+    """Return new running range from a batch's ``low`` and ``high``.
 
     ``averaging_constant`` None: running minimum and maximum. Else ``m + c (low - m)``, where the first batch is
     copied, and so is one whose largest magnitude, ``max(-low, high)``, is more than ``copy_above`` times the running
@@ -105,7 +105,7 @@ def update_number(
     averaging_constant: float | None,
     copy_above: float | None = None,
 ) -> tuple[_Number, _Number]:
-    """:func:`update_range` of one range as NumPy numbers, bit for bit; ``low <= high``, both finite."""
+    """Compute :func:`update_range` of one range as NumPy numbers, bit for bit; ``low <= high``, both finite."""
     if averaging_constant is None:
         return min(min_val, low), max(max_val, high)
     running, batch = float(max(-min_val, max_val)), float(max(-low, high))

@@ -13,7 +13,7 @@ _Float: TypeAlias = "np.floating[Any]"
 
 
 def open_bounds(scale: float, lowest: int, highest: int, rounding: Rounding, dtype: torch.dtype) -> tuple[float, float]:
-    """The values just outside: ``lowest <= round(x / scale) <= highest`` exactly where ``low < x < high``.
+    """Return the values just outside: ``lowest <= round(x / scale) <= highest`` exactly where ``low < x < high``.
 
     Found by stepping from the estimate, in the arithmetic that rounds ``x``.
 
@@ -39,7 +39,7 @@ def open_bounds_of_codes(quant_min: int, quant_max: int, dtype: torch.dtype) -> 
 
 
 def _outermost(step: _Float, code: int, outwards: float, rounding: Rounding, kind: type[_Float]) -> _Float:
-    """The first value in the direction ``outwards`` whose code lies beyond ``code``."""
+    """Return the first value in the direction ``outwards`` whose code lies beyond ``code``."""
     inverse = kind(np.float32(1) / np.float32(step))
 
     def is_outside(x: _Float) -> bool:

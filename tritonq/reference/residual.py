@@ -38,7 +38,7 @@ _MASK: Any = New(lambda arguments: (mask_length(arguments["a"].numel()),), "a", 
 
 @operator(returns=Join(_RESULT, _MASK), mutates=OBSERVED)
 def forward(a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None) -> Join:
-    """``FQ(relu?(a + b))``: observes the sum, which is float32, and rounds once to the dtype of the inputs.
+    """Return ``FQ(relu?(a + b))``: observes the sum, which is float32, and rounds once to the dtype of the inputs.
 
     Args:
         a: any shape.
@@ -53,7 +53,10 @@ def forward(a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics
 
 
 def rounded(y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None) -> Join:
-    """``FQ(relu?(y))`` and its mask, with ``y`` observed; ``y`` is dense, float32 or float64, and overwritten."""
+    """Return ``FQ(relu?(y))`` and its mask, with ``y`` observed.
+
+    ``y`` is dense, float32 or float64, and overwritten.
+    """
     finite = False
     if grid is not None:
         statistics, finite = observe(y, grid, statistics, ceiling)
@@ -66,7 +69,7 @@ def rounded(y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ce
 
 @operator(returns=Like("dy"))
 def backward(dy: Tensor, mask: Tensor) -> Tensor:
-    """``dy`` where the mask's bit is set, else 0: the gradient of both inputs.
+    """Return ``dy`` where the mask's bit is set, else 0: the gradient of both inputs.
 
     Args:
         dy: in the memory order of the forward's result.
@@ -79,7 +82,7 @@ def backward(dy: Tensor, mask: Tensor) -> Tensor:
 
 
 def _passes(y: Tensor, grid: Grid | None, ceiling: float | None, finite: bool) -> Tensor:
-    """1.0 where the gradient passes, else 0.0, strided as ``y``."""
+    """Return 1.0 where the gradient passes, else 0.0, strided as ``y``."""
     one, found = y.new_ones(()), borrow_or_new("local", y)
     passes = straight_through_(one, y if finite else found.copy_(y), grid, ceiling, finite, found)
     # Where nothing blocks, the gradient comes back as it is: a single one.
@@ -92,7 +95,7 @@ def mask_length(count: int) -> int:
 
 
 def pack(passes: Tensor) -> Tensor:
-    """One bit for each element of a vector of 0.0 and 1.0; see :class:`Join`."""
+    """Return one bit for each element of a vector of 0.0 and 1.0; see :class:`Join`."""
     length = mask_length(passes.numel())
     # By way of int8, which float converts to eight times as fast as to uint8.
     bits = passes.to(torch.int8).view(torch.uint8)
@@ -104,7 +107,7 @@ def pack(passes: Tensor) -> Tensor:
 
 
 def unpack(mask: Tensor, count: int) -> Tensor:
-    """The first ``count`` bits, in the order of :func:`pack`: a uint8 vector, 0 or a power of two."""
+    """Return the first ``count`` bits, in the order of :func:`pack`: a uint8 vector, 0 or a power of two."""
     planes = mask.new_empty((_BITS, mask.numel()))
     for i in range(_BITS):
         torch.bitwise_and(mask, 2**i, out=planes[i])
@@ -112,5 +115,5 @@ def unpack(mask: Tensor, count: int) -> Tensor:
 
 
 def in_memory_order(x: Tensor) -> Tensor:
-    """The elements of a dense tensor as a vector, as they lie in memory."""
+    """Return the elements of a dense tensor as a vector, as they lie in memory."""
     return x.as_strided((x.numel(),), (1,))

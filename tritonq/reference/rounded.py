@@ -19,7 +19,7 @@ _RESULT: Any = Like("y")
 
 @operator(returns=Join(_RESULT, _MASK), mutates=OBSERVED, overwrites=("y",))
 def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Join:
-    """``FQ(relu?(y))``: observes ``y`` and rounds it.
+    """Return ``FQ(relu?(y))``: observes ``y`` and rounds it.
 
     Args:
         y: float32 or float64, dense; overwritten.
@@ -34,7 +34,7 @@ def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: 
 def forward_with_mask(
     y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`forward` for compilers, which fuse a mask of bytes with what comes before and after, or make it again.
+    """Compute :func:`forward` for compilers, which fuse a mask of bytes with its neighbours, or make it again.
 
     Args:
         y: float32 or float64; left alone.

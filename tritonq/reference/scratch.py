@@ -32,7 +32,7 @@ _slots = _Slots()
 
 
 def borrow(slot: Slot, like: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-    """Uninitialised memory for a tensor of ``like``'s shape and strides, or None where allocating is as good.
+    """Return uninitialised memory for a tensor of ``like``'s shape and strides, or None where allocating is as good.
 
     What it holds lasts until the next call for the same slot in this thread. Each slot keeps the size of its largest
     request, at most 256 MiB, until the thread ends. None for a tensor that is small or larger than that, not dense, not
@@ -58,7 +58,7 @@ def borrow(slot: Slot, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
 
 
 def borrow_or_new(slot: Slot, like: Tensor) -> Tensor:
-    """:func:`borrow`, or a new tensor where that gives None."""
+    """Compute :func:`borrow`, or a new tensor where that gives None."""
     borrowed = borrow(slot, like)
     return torch.empty_like(like) if borrowed is None else borrowed
 

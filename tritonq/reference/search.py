@@ -49,7 +49,7 @@ def search_range(
     eps: float | None = None,
     percentile: float = 99.99,
 ) -> tuple[Tensor, Tensor]:
-    """The range ``lo..hi`` within ``low..high`` that serves the histogram best.
+    """Return the range ``lo..hi`` within ``low..high`` that serves the histogram best.
 
     - ``"mse"``: least expected squared error of fake quantization with the qparams that follow from the range.
     - ``"l2"``: least squared distance to the centres of ``quant_max - quant_min + 1`` equal cells of the range, values
@@ -96,7 +96,7 @@ def _search(
     eps: float | None,
     percentile: float,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`search_range` for a few channels."""
+    """Compute :func:`search_range` for a few channels."""
     seen = low <= high
     # A channel without data is searched as if it held zeros, and keeps its unset range.
     safe_low, safe_high = torch.where(seen, low, 0), torch.where(seen, high, 0)
@@ -114,7 +114,7 @@ def _search(
 
 
 def data_edges(low: Tensor, high: Tensor, bins: FloatPrefixBins) -> Tensor:
-    """Edges of the bins, cut off right beyond the extremes: float64, (channels, bins.count + 1)."""
+    """Return edges of the bins, cut off right beyond the extremes: float64, (channels, bins.count + 1)."""
     low, high = low.double().view(-1, 1), high.double().view(-1, 1)
     low, high = low - low.abs() * _BEYOND, high + high.abs() * _BEYOND
     edges = bins.edges(low.device).expand(low.shape[0], -1)
@@ -125,7 +125,7 @@ def data_edges(low: Tensor, high: Tensor, bins: FloatPrefixBins) -> Tensor:
 
 
 def condensed(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins, octaves: int) -> tuple[Tensor, Tensor]:
-    """The histogram's top octaves on both sides of zero, with everything smaller in one bin between them.
+    """Return the histogram's top octaves on both sides of zero, with everything smaller in one bin between them.
 
     Returns:
         Edges, float64 (channels, 2, n), ascending over the last two dimensions, and the share of the values below each.
@@ -143,13 +143,13 @@ def condensed(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins, 
 
 
 def densities(edges: Tensor, below: Tensor, stride: int = 1) -> tuple[Tensor, Tensor]:
-    """What :func:`cell_error` takes, from :func:`condensed`, with ``stride`` bins merged into one."""
+    """Return what :func:`cell_error` takes, from :func:`condensed`, with ``stride`` bins merged into one."""
     edges, below = edges[..., ::stride].flatten(1), below[..., ::stride].flatten(1)
     return edges, below.diff(dim=1).div_(edges.diff(dim=1).clamp_(min=_TINY))
 
 
 def cell_error(edges: Tensor, density: Tensor, step: Tensor, origin: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """Expected squared distance to the nearest of the points ``origin + n step``, ``first <= n <= last``.
+    """Return expected squared distance to the nearest of the points ``origin + n step``, ``first <= n <= last``.
 
     With ``t = (x - origin)/step`` and ``n`` the nearest allowed point, the integral of ``(t - n)^2`` from ``origin`` to
     ``x`` is ``G(t) = n/12 + (t - n)^3/3``: continuous, and right beyond the end points too. So a bin of density ``d``
@@ -184,7 +184,7 @@ def range_error(
     rule: RangeRule,
     eps: float | None,
 ) -> Tensor:
-    """Expected squared error of each candidate range (channels, candidates) by the measure of ``search``."""
+    """Return expected squared error of each candidate range (channels, candidates) by the measure of ``search``."""
     if search == "l2":
         cells = qtype.quant_max - qtype.quant_min + 1
         lo, hi = lo.double(), hi.double()
@@ -207,7 +207,7 @@ def _least_error_range(
     rule: RangeRule,
     eps: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Thresholds in geometric steps, refined around the best; an affine type's two ends are searched jointly."""
+    """Return thresholds in geometric steps, refined around the best; an affine type's two ends are searched jointly."""
     octaves = _OCTAVES_OF_THRESHOLDS + qtype.bits + _SPARE_OCTAVES
     rounds = _ROUNDS_ONE_SIDED if qtype.symmetric else _ROUNDS_TWO_SIDED
     ends = [end.double() for end in _ends(low, high, qtype)]
@@ -228,13 +228,13 @@ def _least_error_range(
 
 
 def _ends(low: Tensor, high: Tensor, qtype: QuantizedType) -> tuple[Tensor, Tensor]:
-    """The widest range worth considering: the data's, with zero in it; for a symmetric type as far on both sides."""
+    """Return widest range worth considering: the data's, with zero in it; for a symmetric type as far on both sides."""
     largest = torch.maximum(-low, high)
     return (-largest, largest) if qtype.symmetric else (low.clamp(max=0), high.clamp(min=0))
 
 
 def _steps(spacing: float, reach: int, device: torch.device) -> Tensor:
-    """Octaves to go down from the best so far; a reach of 0 covers everything, from the top."""
+    """Return the octaves to go down from the best so far; a reach of 0 covers everything, from the top."""
     first, last = (-reach, reach) if reach else (0, round(_OCTAVES_OF_THRESHOLDS / spacing))
     return torch.arange(first, last + 1, device=device, dtype=torch.float64) * spacing
 
@@ -251,7 +251,7 @@ def _percentile_range(
 
 
 def _magnitudes(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins) -> tuple[Tensor, Tensor]:
-    """The histogram of ``|x|``: counts (channels, per_side + 1), and edges from the smallest up."""
+    """Return the histogram of ``|x|``: counts (channels, per_side + 1), and edges from the smallest up."""
     side = bins.per_side
     folded = counts[:, side:].clone()
     folded[:, 1:] += counts[:, :side].flip(1)
@@ -262,13 +262,13 @@ def _magnitudes(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins
 
 
 def _quantile(counts: Tensor, edges: Tensor, share: float) -> Tensor:
-    """The value below which ``share`` of the counts lie: float32 (channels,), linear inside a bin."""
+    """Return the value below which ``share`` of the counts lie: float32 (channels,), linear inside a bin."""
     below = torch.nn.functional.pad(counts.cumsum(1).double(), (1, 0))
     return _interpolate(below[:, -1:] * share, below, edges)[:, 0].float()
 
 
 def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Piecewise linear ``y`` of ``x`` (ascending rows) at the points ``at``, (channels, points)."""
+    """Return piecewise linear ``y`` of ``x`` (ascending rows) at the points ``at``, (channels, points)."""
     right = torch.searchsorted(x.contiguous(), at.contiguous()).clamp(1, x.shape[1] - 1)
     x0, x1 = x.gather(1, right - 1), x.gather(1, right)
     y0, y1 = y.gather(1, right - 1), y.gather(1, right)
@@ -279,7 +279,7 @@ def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def _kl_range(
     counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins, qtype: QuantizedType
 ) -> tuple[Tensor, Tensor]:
-    """TensorRT's threshold, on :data:`KL_BINS` linear bins of the magnitude.
+    """Return TensorRT's threshold, on :data:`KL_BINS` linear bins of the magnitude.
 
     An affine type's two sides are folded in units of their own ends and clipped by the same fraction; data on one side
     of zero use all of its codes.
@@ -302,7 +302,7 @@ def _kl_range(
 
 
 def kl_threshold(counts: Tensor, levels: Tensor, most_levels: int, stride: int = KL_STRIDE) -> Tensor:
-    """The fraction of a linear histogram's bins whose quantized form diverges least from the clipped histogram.
+    """Return the fraction of a linear histogram's bins whose quantized form diverges least from the clipped histogram.
 
     For each candidate ``i``: P is the first i bins with everything beyond added to the last; Q spreads the first i
     bins' counts over ``levels`` groups, evenly over the bins of a group that are not empty. ``KL = Σ p log(p/q)``. The

@@ -122,7 +122,7 @@ def folded_backward(
     grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the weight and of the fold from that of the codes; ``dcodes`` may be overwritten.
+    """Return gradients of the weight and of the fold from that of the codes; ``dcodes`` may be overwritten.
 
     ``q = STE(dcodes / unit)``, which is zero where the code was clipped; ``drows = fold · q`` and, per channel,
     ``dfold = Σ q · rows``.
@@ -147,7 +147,7 @@ def folded_backward(
 
 
 def _straight_through(dcodes: Tensor, rows: Tensor, fold: Tensor, grid: Grid) -> Tensor:
-    """``dcodes`` where the unclipped code is in range, 0 elsewhere."""
+    """Return ``dcodes`` where the unclipped code is in range, 0 elsewhere."""
     enabled = _enabled(grid, rows)
     if enabled is False:
         return dcodes
@@ -178,7 +178,7 @@ def _enabled(grid: Grid, rows: Tensor) -> bool | Tensor:
 
 
 def _folded_extremes(rows: Tensor, fold: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest of ``rows * fold`` per channel, without forming it: rounding preserves order."""
+    """Return smallest and largest of ``rows * fold`` per channel, without forming it: rounding preserves order."""
     flat = rows.flatten(1)
     one, other = flat.amin(1) * fold, flat.amax(1) * fold
     return torch.minimum(one, other), torch.maximum(one, other)
@@ -198,7 +198,7 @@ def _any_clips(low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor | No
 
 
 def _steps(rows: Tensor, fold: Tensor, scale: Tensor, qtype: QuantizedType, out: Tensor | None) -> Tensor:
-    """``round(rows · fold / scale)``; two roundings before the last, as when the weight is deployed."""
+    """Return ``round(rows · fold / scale)``; two roundings before the last, as when the weight is deployed."""
     return steps_(torch.mul(rows, _column(fold, rows), out=out), _column(scale, rows), qtype.rounding)
 
 
@@ -211,5 +211,5 @@ def _clamp(steps: Tensor, zero_point: Tensor | None, qtype: QuantizedType) -> Te
 
 
 def _column(vector: Tensor, rows: Tensor) -> Tensor:
-    """A per-channel vector (or one element) shaped to broadcast against rows."""
+    """Return a per-channel vector (or one element) shaped to broadcast against rows."""
     return vector.view(-1, *[1] * (rows.dim() - 1))

@@ -14,7 +14,7 @@ from tritonq.reference.weight import WeightCodes, quantize_folded
 def quantize_all(
     rows: Sequence[Tensor], fold: Tensor, grids: Sequence[Grid], statistics: Sequence[RangeStatistics | None]
 ) -> list[WeightCodes]:
-    """:func:`tritonq.reference.weight.quantize_folded` of every weight.
+    """Compute :func:`tritonq.reference.weight.quantize_folded` of every weight.
 
     Args:
         rows: one (out, ...) per weight, float32.

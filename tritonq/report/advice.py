@@ -54,7 +54,7 @@ def advise(measured: ModelMeasure) -> Advice:
 
 
 def percent(fraction: float) -> str:
-    """A fraction as a percentage, with a third decimal below 0.1 %."""
+    """Return a fraction as a percentage, with a third decimal below 0.1 %."""
     value = 100 * fraction
     return f"{value:.3f} %" if 0 < value < 0.1 else f"{value:.2f} %"
 

@@ -15,7 +15,10 @@ _BARS = 64
 
 
 def histogram(tensor: TensorMeasure) -> str:
-    """How often each code is wanted, over the codes that exist; heights are logarithms, so that tails are seen."""
+    """Return how often each code is wanted, over the codes that exist.
+
+    Heights are logarithms, so that tails are seen.
+    """
     first, last = _window(tensor.counts)
     step = max(1, math.ceil((last - first) / _BARS))
     groups = [(start, sum(tensor.counts[start : min(start + step, last)])) for start in range(first, last, step)]
@@ -50,7 +53,7 @@ def histogram(tensor: TensorMeasure) -> str:
 
 
 def noise_by_position(layers: Sequence[LayerMeasure]) -> str:
-    """The noise ratio of weights and outputs, layer by layer in order of execution."""
+    """Return the noise ratio of weights and outputs, layer by layer in order of execution."""
     width, height, left, bottom = 560, 236, 34, 22
     points = [
         (layer, tensor.role, tensor.sqnr) for layer in layers for tensor in layer.tensors if math.isfinite(tensor.sqnr)
@@ -86,7 +89,7 @@ def noise_by_position(layers: Sequence[LayerMeasure]) -> str:
 
 
 def share_bar(fraction: float) -> str:
-    """A bar of this part of its width, for the eye alone: the number stands beside it."""
+    """Return a bar of this part of its width, for the eye alone: the number stands beside it."""
     return f'<span class="share" aria-hidden="true"><span style="width:{100 * min(fraction, 1.0):.1f}%"></span></span>'
 
 
@@ -96,14 +99,14 @@ def _levels(low: float, high: float) -> list[float]:
 
 
 def _mark(role: str, x: float, y: float) -> str:
-    """Weights are squares, activations are discs: colour alone tells nothing."""
+    """Return a square for weights and a disc for activations: colour alone tells nothing."""
     if role == "weight":
         return f'<rect class="weight" x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7"/>'
     return f'<circle class="output" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
 
 
 def _window(counts: Sequence[int]) -> tuple[int, int]:
-    """The bins to draw: the grid, and whatever lies beyond it."""
+    """Return the bins to draw: the grid, and whatever lies beyond it."""
     filled = [index for index, count in enumerate(counts) if count]
     first = min([MARGIN, *filled[:1]])
     last = max([MARGIN + BINS, *(index + 1 for index in filled[-1:])])

@@ -51,7 +51,7 @@ class LayerMeasure:
     unclipped: float | None = None
 
     def worst(self, role: Role | None = None) -> TensorMeasure | None:
-        """Its noisiest tensor (of one role)."""
+        """Return its noisiest tensor (of one role)."""
         found = [tensor for tensor in self.tensors if role in (None, tensor.role)]
         return min(found, key=lambda tensor: tensor.sqnr, default=None)
 
@@ -176,7 +176,7 @@ _ORDER: tuple[Role, ...] = ("input", "weight", "output")
 def _activations(
     model: nn.Module, quantizers: dict[str, FakeQuantizeBase], images: Tensor
 ) -> tuple[dict[FakeQuantizeBase, Tally], list[str]]:
-    """A tally of every activation quantizer that runs, and the owners of quantizers in order of their first results."""
+    """Return tallies of the activation quantizers that run, and their owners in order of first results."""
     tallies: dict[FakeQuantizeBase, Tally] = {}
     order: dict[str, None] = {}
 
@@ -203,7 +203,7 @@ def _activations(
 
 
 def _weight(layer: nn.Module, quantizer: FakeQuantizeBase) -> Tally:
-    """A tally of a layer's weight, with its BatchNorm folded in."""
+    """Return a tally of a layer's weight, with its BatchNorm folded in."""
     tally = Tally(quantizer)
     if isinstance(layer, FixedPointLayer):
         rows, weight_format = layer.effective_parameters()[0], layer.weight_fake_quant
@@ -235,7 +235,7 @@ def _check(model: nn.Module, quantizers: dict[str, FakeQuantizeBase]) -> None:
 
 
 def _owner(name: str) -> tuple[str, Role]:
-    """The layer that a quantizer belongs to, and what it quantizes there."""
+    """Return the layer that a quantizer belongs to, and what it quantizes there."""
     parent, _, child = name.rpartition(".")
     return (parent, _ROLES[child]) if child in _ROLES else (name, "output")
 

@@ -77,7 +77,7 @@ def write(measured: ModelMeasure, data_name: str, origin: str, path: Path) -> No
 
 
 def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Examples, str]:
-    """The prepared model with its ranges, the images as it reads them, and where both come from."""
+    """Return the prepared model with its ranges, the images as it reads them, and where both come from."""
     path = Path(arguments.model)
     checkpoint = arguments.checkpoint
     if path.is_dir():
@@ -117,5 +117,5 @@ def _listed(classes: Sequence[str]) -> str:
 
 
 def _sample(count: int, wanted: int) -> list[int]:
-    """Some of the images, of all classes: they are sorted by class."""
+    """Return some of the images, of all classes: they are sorted by class."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted].tolist()

@@ -118,7 +118,7 @@ class ModelSummary:
 
 
 def summary(model: nn.Module) -> ModelSummary:
-    """What became of every layer of a prepared or converted model, and why one was left in float.
+    """Return what became of every layer of a prepared or converted model, and why one was left in float.
 
     A model prepared with ``example_inputs`` carries a record of it, which copies, pickles and conversion keep. Any
     other one (torch.ao's flow, quantized modules by hand, ``load_converted``) is described from its modules.
@@ -154,7 +154,7 @@ def summary(model: nn.Module) -> ModelSummary:
 
 
 def describe_grid(qtype: QuantizedType) -> str:
-    """A quantized type in a few words: ``"-127..127 per channel"``."""
+    """Return a quantized type in a few words: ``"-127..127 per channel"``."""
     return f"{qtype.quant_min}..{qtype.quant_max}" + ("" if qtype.axis is None else " per channel")
 
 
@@ -170,7 +170,7 @@ def _layer(record: LayerRecord, module: nn.Module | None) -> LayerSummary:
 
 
 def _grid(module: nn.Module) -> str:
-    """The grids of a layer's own quantizers."""
+    """Return the grids of a layer's own quantizers."""
     parts: dict[str, str] = {}
     if isinstance(module, QuantizedLayer) and module.grids.weight is not None:
         parts["w"] = describe_grid(module.grids.weight) + (" per channel" if module.grids.weight.axis is None else "")
@@ -212,7 +212,7 @@ def _quantizer_grid(quantizer: nn.Module) -> str:
 
 
 def _further(modules: dict[str, nn.Module], shown: set[str]) -> Iterator[tuple[str, str]]:
-    """Activation quantizers that no layer's row shows."""
+    """Yield activation quantizers that no layer's row shows."""
     outer: set[str] = set()
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")
@@ -225,7 +225,7 @@ def _further(modules: dict[str, nn.Module], shown: set[str]) -> Iterator[tuple[s
 
 
 def _from_modules(model: nn.Module) -> Iterator[LayerRecord]:
-    """Records for a model without one, from what its modules are now."""
+    """Yield records for a model without one, from what its modules are now."""
     inside: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in inside) or isinstance(module, (FakeQuantizeBase, Quantizer)):

@@ -97,14 +97,17 @@ class Tally:
         self._high = high if self._high is None else torch.maximum(self._high, high)
 
     def widest_qparams(self) -> QParams | None:
-        """Scale and zero point with which nothing is clipped, shaped as the quantizer's; None: it saw nothing."""
+        """Return scale and zero point with which nothing is clipped, shaped as the quantizer's.
+
+        None: it saw nothing.
+        """
         if self._low is None or self._high is None:
             return None
         low, high = (bound.reshape(self._qparams().scale.shape) for bound in (self._low, self._high))
         return range_to_qparams(low, high, self._quantizer.qtype)
 
     def _signal_in(self, x: Tensor) -> Tensor:
-        """What the quantizer is to keep of ``x``."""
+        """Return what the quantizer is to keep of ``x``."""
         return x
 
     def _rounded(self, x: Tensor) -> Tensor:
@@ -121,7 +124,7 @@ class Tally:
         return describe_grid(self._quantizer.qtype)
 
     def measure(self, role: Role) -> TensorMeasure:
-        """What was counted."""
+        """Return what was counted."""
         scale, qtype = self._qparams().scale, self._quantizer.qtype
         return TensorMeasure(
             role=role,

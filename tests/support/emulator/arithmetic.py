@@ -24,7 +24,7 @@ _SIMPLE: dict[str, Callable[..., Words]] = {
 
 
 def fused_multiply_add(a: Words, b: Words, c: Words) -> Words:
-    """``a * b + c``, rounded once; in float64 the last bit is rarely rounded twice."""
+    """Return ``a * b + c``, rounded once; in float64 the last bit is rarely rounded twice."""
     if a.dtype == np.float64:
         product = a * b
         high_a, high_b = (value * _SPLIT - (value * _SPLIT - value) for value in (a, b))
@@ -44,7 +44,7 @@ def fused_multiply_add(a: Words, b: Words, c: Words) -> Words:
 
 
 def _lost_in_sum(a: Words, b: Words, total: Words) -> Words:
-    """What rounding took from ``total = a + b`` (Knuth)."""
+    """Return what rounding took from ``total = a + b`` (Knuth)."""
     part = total - a
     return (a - (total - part)) + (b - part)
 
@@ -110,7 +110,7 @@ def _integers(threads: Threads, instruction: Instruction, which: Words) -> None:
 
 
 def _product(threads: Threads, instruction: Instruction, factors: list[Words], which: Words) -> Words:
-    """Low half, high half or whole of a product, and ``mad``'s sum with a third operand."""
+    """Return low half, high half or whole of a product, and ``mad``'s sum with a third operand."""
     type_name = instruction.type_name
     bits, kinds = width(type_name), SIGNED if type_name[0] == "s" else UNSIGNED
     if "wide" in instruction.modifiers:
@@ -132,7 +132,7 @@ def _high_product(a: Words, b: Words) -> Words:
 
 
 def _quotient(name: str, a: Words, b: Words) -> Words:
-    """Division towards zero, or its remainder. By zero it is not defined: all ones here, as on GPUs."""
+    """Return division towards zero, or its remainder. By zero it is not defined: all ones here, as on GPUs."""
     safe = np.where(b == 0, 1, b).astype(b.dtype)
     remainder = np.fmod(a, safe)
     result = remainder if name == "rem" else (a - remainder) // safe

@@ -43,7 +43,7 @@ def _cvt(threads: Threads, instruction: Instruction, which: Words) -> None:
 
 
 def _saturated(whole: Words, target: str) -> Words:
-    """Words of whole floats, clipped to the integer type; NaN becomes 0."""
+    """Return words of whole floats, clipped to the integer type; NaN becomes 0."""
     bits = width(target)
     kind = (SIGNED if target[0] == "s" else UNSIGNED)[bits]
     bounds = np.iinfo(kind)

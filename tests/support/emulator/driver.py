@@ -67,11 +67,11 @@ class EmulatedGpu:
         return {"max_shared_mem": _SHARED_BYTES}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, Program, int, int, int]:
-        """Module, function, registers, spills and most threads; the function is the parsed PTX."""
+        """Return module, function, registers, spills and most threads; the function is the parsed PTX."""
         return object(), Program.parse(binary.decode()), 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """The function that Triton launches a compiled kernel by."""
+        """Return the function that Triton launches a compiled kernel by."""
         types = tuple(source.signature.items())
 
         def launch(
@@ -121,7 +121,7 @@ def emulated(gpu: EmulatedGpu) -> Iterator[EmulatedGpu]:
 
 
 def _arguments(types: tuple[tuple[str, Any], ...], args: tuple[Any, ...]) -> tuple[list[int], GlobalMemory]:
-    """Words of the arguments that are passed, and the memory that they lead to."""
+    """Return words of the arguments that are passed, and the memory that they lead to."""
     if len(args) != len(types):
         raise EmulatorError(f"{len(args)} arguments for {len(types)} of the signature")
     memory, values = GlobalMemory(), []
@@ -167,7 +167,7 @@ def _add_what_it_points_to(memory: GlobalMemory, table: Tensor) -> None:
 
 
 def _number(name: str, type_name: str, value: Any) -> int:
-    """The word of a number that is passed."""
+    """Return the word of a number that is passed."""
     if type_name in ("fp32", "fp64"):
         if not isinstance(value, int | float):
             raise EmulatorError(f"{name}: {value!r} for {type_name}")

@@ -112,7 +112,7 @@ class Machine:
         return waiting
 
     def _chosen(self, instruction: Instruction, active: Words) -> Words:
-        """The threads whose predicate holds."""
+        """Return the threads whose predicate holds."""
         if instruction.predicate is None:
             return active
         holds = self.threads.words(instruction.predicate, 1, active)

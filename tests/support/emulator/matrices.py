@@ -61,7 +61,7 @@ def _stmatrix(threads: Threads, instruction: Instruction, which: Words) -> None:
 
 
 def _elements(words: Words, type_name: str) -> list[Words]:
-    """The values that a 32-bit register holds, the lowest bits first."""
+    """Return the values that a 32-bit register holds, the lowest bits first."""
     if type_name in ("f16", "bf16"):
         return [decode(half, type_name).astype(np.float64) for half in halves(words)]
     if type_name == "tf32":

@@ -38,7 +38,7 @@ class GlobalMemory:
         ]
 
     def copy(self) -> list[Words]:
-        """The bytes of every range."""
+        """Return the bytes of every range."""
         return [memory.copy() for memory in self._bytes]
 
     def restore(self, copy: list[Words]) -> None:
@@ -47,7 +47,7 @@ class GlobalMemory:
             memory[...] = content
 
     def load(self, addresses: Words, size: int) -> Words:
-        """Words of ``size`` bytes at ``addresses`` (uint64)."""
+        """Return words of ``size`` bytes at ``addresses`` (uint64)."""
         out = np.empty(len(addresses), UNSIGNED[8 * size])
         for part, view, places in self._parts(addresses, size, "load"):
             out[part] = view[places]
@@ -95,7 +95,7 @@ class GlobalMemory:
         return parts
 
     def _place(self, address: int) -> str:
-        """Where an address lies, seen from the nearest range below it."""
+        """Return where an address lies, seen from the nearest range below it."""
         below = [start for start in self._ranges if start <= address]
         if not below:
             return f"at {address:#x}, below all tensors of the launch"
@@ -112,7 +112,7 @@ class SharedMemory:
         self._views = {size: memory.view(UNSIGNED[8 * size]) for size in (1, 2, 4, 8)}
 
     def load(self, blocks: Words, addresses: Words, size: int) -> Words:
-        """Words of ``size`` bytes of the threads' blocks."""
+        """Return words of ``size`` bytes of the threads' blocks."""
         return self._views[size][blocks, self._places(addresses, size, "load")]
 
     def store(self, blocks: Words, addresses: Words, words: Words, size: int) -> None:
@@ -145,7 +145,7 @@ def check_aligned(addresses: Words, size: int, action: str) -> None:
 
 
 def before_each(memory: Words, places: Words, amounts: Words) -> Words:
-    """What each of several additions finds: those to the same place before it, in order, are done."""
+    """Return what each of several additions finds: those to the same place before it, in order, are done."""
     order = np.argsort(places, kind="stable")
     total = np.cumsum(amounts[order], dtype=memory.dtype)
     first = np.r_[True, places[order][1:] != places[order][:-1]]

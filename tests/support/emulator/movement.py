@@ -65,7 +65,7 @@ def _st(threads: Threads, instruction: Instruction, which: Words) -> None:
 
 
 def load(threads: Threads, space: str, addresses: Words, size: int, which: Words) -> Words:
-    """Words that threads read from one space, one each."""
+    """Return words that threads read from one space, one each."""
     threads.record(space, "read", addresses, size, which, None)
     if space == "global":
         return threads.memory.load(addresses, size)

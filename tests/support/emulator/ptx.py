@@ -65,7 +65,7 @@ class Instruction:
         return 1
 
     def register(self, index: int) -> str:
-        """An operand that is a register, an immediate or a name."""
+        """Return an operand that is a register, an immediate or a name."""
         operand = self.operands[index]
         if isinstance(operand, tuple) and len(operand) == 1:
             return operand[0]
@@ -74,14 +74,14 @@ class Instruction:
         return operand
 
     def registers(self, index: int) -> tuple[str, ...]:
-        """An operand that is a list of registers, or one."""
+        """Return an operand that is a list of registers, or one."""
         operand = self.operands[index]
         if isinstance(operand, Address):
             raise EmulatorError(f"operand {index} of `{self.text}` is no list of registers")
         return (operand,) if isinstance(operand, str) else operand
 
     def address(self, index: int) -> Address:
-        """An operand that is an address."""
+        """Return an operand that is an address."""
         operand = self.operands[index]
         if not isinstance(operand, Address):
             raise EmulatorError(f"operand {index} of `{self.text}` is no address")
@@ -126,7 +126,7 @@ class Program:
         return program
 
     def register_width(self, name: str) -> int:
-        """Bits of a register."""
+        """Return bits of a register."""
         bits = self.widths.get(name)
         if bits is None:
             prefix = name.rstrip("0123456789")
@@ -151,7 +151,7 @@ class Program:
 
 
 def _statements(body: str) -> Iterator[str]:
-    """Statements and labels (with their colon) of the first function body in ``body``."""
+    """Yield statements and labels (with their colon) of the first function body in ``body``."""
     lines = (line.split("//", 1)[0].strip() for line in body.splitlines())
     text = " ".join(line for line in lines if line and not line.startswith(_DIRECTIVES))
     # What follows the function is for debuggers.
@@ -181,7 +181,7 @@ def _instruction(statement: str) -> Instruction:
 
 
 def _split(operands: str) -> Iterator[str]:
-    """Operands between commas that are in no brackets."""
+    """Yield operands between commas that are in no brackets."""
     depth, start = 0, 0
     for place, character in enumerate(operands):
         if character in "{[":

@@ -73,7 +73,7 @@ class AccessLog:
         self._entries[space].append((kind, addresses, size, threads, blocks, epochs, words))
 
     def races(self) -> list[Race]:
-        """What may go wrong."""
+        """Return what may go wrong."""
         found: list[Race] = []
         for space in self._entries:
             accesses = self._table(space)
@@ -104,7 +104,7 @@ class AccessLog:
 
 
 def _within_blocks(space: str, accesses: _Accesses) -> list[Race]:
-    """Two warps of a block, between two barriers: one writes, and the other reads or writes something else."""
+    """Return two warps of a block, between two barriers: one writes, and the other reads or writes something else."""
     keys = (accesses.location, accesses.block, accesses.epoch)
     starts = _starts(*keys)
     warp = accesses.thread // _WARP
@@ -129,7 +129,7 @@ def _within_blocks(space: str, accesses: _Accesses) -> list[Race]:
 
 
 def _between_blocks(accesses: _Accesses) -> list[Race]:
-    """Two blocks: one writes what the other accesses, or adds atomically to what the other reads."""
+    """Return two blocks: one writes what the other accesses, or adds atomically to what the other reads."""
     starts = _starts(accesses.location)
     several = np.minimum.reduceat(accesses.block, starts) != np.maximum.reduceat(accesses.block, starts)
     read, write, atomic = (
@@ -142,7 +142,7 @@ def _between_blocks(accesses: _Accesses) -> list[Race]:
 
 
 def _starts(*keys: Words) -> Words:
-    """Where groups of equal keys begin in sorted columns."""
+    """Return where groups of equal keys begin in sorted columns."""
     changes = np.zeros(len(keys[0]) - 1, bool)
     for key in keys:
         changes |= key[1:] != key[:-1]

@@ -72,7 +72,7 @@ class Threads:
         self._special = self._special_registers()
 
     def words(self, operand: str, bits: int, threads: Words) -> Words:
-        """Words of a register, a special register or an immediate, cut or filled with zeros to ``bits`` (1: bool)."""
+        """Return the words of a register, special register or immediate, cut or filled to ``bits`` (1: bool)."""
         register = self._registers.get(operand)
         if register is None:
             if operand[0] != "%":
@@ -84,7 +84,7 @@ class Threads:
         return found if bits == 1 else resized(found, bits)
 
     def values(self, operand: str, type_name: str, threads: Words) -> Words:
-        """Values of an operand, as its type says."""
+        """Return values of an operand, as its type says."""
         return decode(self.words(operand, width(type_name), threads), type_name)
 
     def write(self, register: str, words: Words, threads: Words) -> None:
@@ -114,7 +114,7 @@ class Threads:
         self.write(register, resized(words, bits), threads)
 
     def addresses(self, address: Address, bits: int, threads: Words) -> Words:
-        """Where each thread accesses memory."""
+        """Return where each thread accesses memory."""
         if address.base == "global_smem":
             return np.full(len(threads), address.offset, UNSIGNED[bits])
         offset = UNSIGNED[bits](address.offset % (1 << bits))
@@ -127,7 +127,7 @@ class Threads:
             self.log.add(space, kind, addresses, size, threads, blocks, self.epoch[blocks], words)
 
     def of_whole_blocks(self, threads: Words) -> Words:
-        """Those of the threads whose block is complete among them."""
+        """Return those of the threads whose block is complete among them."""
         blocks, counts = np.unique(self.block[threads], return_counts=True)
         return threads[np.isin(self.block[threads], blocks[counts == self.per_block])]
 

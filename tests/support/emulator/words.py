@@ -21,7 +21,7 @@ _NAN_16 = np.uint16(0x7FFF)
 
 @cache
 def width(type_name: str) -> int:
-    """Bits of a type; 1 for predicates."""
+    """Return bits of a type; 1 for predicates."""
     return _SPECIAL_WIDTHS.get(type_name) or int(type_name[1:])
 
 
@@ -43,7 +43,7 @@ def decode(words: Words, type_name: str) -> Words:
 
 
 def encode(values: Words, type_name: str) -> Words:
-    """Inverse of :func:`decode`; rounds floats to nearest even, wraps integers around."""
+    """Return inverse of :func:`decode`; rounds floats to nearest even, wraps integers around."""
     if type_name == "bf16":
         return float32_to_bfloat16(values.astype(np.float32, copy=False))
     if type_name == "f16":
@@ -55,7 +55,7 @@ def encode(values: Words, type_name: str) -> Words:
 
 
 def float32_to_bfloat16(values: Words) -> Words:
-    """Words of bfloat16, rounded to nearest even."""
+    """Return words of bfloat16, rounded to nearest even."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint64(16)).astype(
         np.uint16
@@ -64,21 +64,21 @@ def float32_to_bfloat16(values: Words) -> Words:
 
 
 def float_to_float16(values: Words) -> Words:
-    """Words of float16, rounded to nearest even."""
+    """Return words of float16, rounded to nearest even."""
     with np.errstate(over="ignore"):
         return np.where(np.isnan(values), _NAN_16, values.astype(np.float16).view(np.uint16))
 
 
 def halves(words: Words) -> tuple[Words, Words]:
-    """Low and high 16 bits of 32-bit words."""
+    """Return low and high 16 bits of 32-bit words."""
     return (words & np.uint32(0xFFFF)).astype(np.uint16), (words >> np.uint32(16)).astype(np.uint16)
 
 
 def joined(low: Words, high: Words) -> Words:
-    """32-bit words of two of 16 bits."""
+    """Return 32-bit words of two of 16 bits."""
     return low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))
 
 
 def resized(words: Words, bits: int) -> Words:
-    """Words cut, or filled with zeros, to ``bits``."""
+    """Return words cut, or filled with zeros, to ``bits``."""
     return words.astype(UNSIGNED[bits], copy=False)

@@ -36,7 +36,7 @@ def affine(
     weights: Grid,
     output: Grid | None,
 ) -> Tensor:
-    """``op(x, FQ_w(weight)) + bias``, in exact integers while input and weight have grids that are switched on.
+    """Return ``op(x, FQ_w(weight)) + bias``, in exact integers while input and weight have grids that are switched on.
 
     Args:
         x: on the grid of ``source``; any shape that ``op`` takes.
@@ -59,7 +59,7 @@ def affine(
 
 
 def join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """``a + b`` or the like, as integer runtimes compute it while all three grids are on: :func:`integer_join`.
+    """Return ``a + b`` or the like, as integer runtimes compute it while all three grids are on: :func:`integer_join`.
 
     Args:
         kind: which operation.
@@ -77,7 +77,7 @@ def join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, outpu
 
 
 def on_grid(x: Tensor, output: Grid) -> Tensor:
-    """``round(x / s) · s`` in ``x``'s dtype while the grid is switched on, else ``x``; without gradient."""
+    """Return ``round(x / s) · s`` in ``x``'s dtype while the grid is switched on, else ``x``; without gradient."""
     result: Tensor = _on_grid(x.detach(), output)
     return result
 

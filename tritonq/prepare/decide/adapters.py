@@ -46,7 +46,7 @@ def _trains(layer: Layer, analysis: Analysis) -> bool:
 
 
 def _inputs(layer: Layer, analysis: Analysis) -> set[int]:
-    """What a layer reads, up through operations that only move values: dropout, casts to the same type."""
+    """Return what a layer reads, up through operations that only move values: dropout, casts to the same type."""
     values = set()
     for index in layer.calls:
         value = analysis.flow.calls[index].inputs[0]
@@ -64,6 +64,6 @@ def _is_narrow(down: Layer, base: Layer, analysis: Analysis) -> bool:
 
 
 def _shapes(layer: Layer, analysis: Analysis) -> set[tuple[int, ...]]:
-    """The shapes of what a layer returns."""
+    """Return the shapes of what a layer returns."""
     values = (analysis.value_of(analysis.flow.calls[index]) for index in layer.calls)
     return {analysis.flow.values[value].shape for value in values if value is not None}

@@ -86,17 +86,17 @@ class Analysis:
         self._calls_at: dict[tuple[str, str], list[Call]] = {}
 
     def value_of(self, call: Call | Frame) -> int | None:
-        """The value that a call returns, or None unless it is a single tensor."""
+        """Return the value that a call returns, or None unless it is a single tensor."""
         return call.output.value if isinstance(call.output, Ref) else None
 
     def follower(self, call: Call) -> Call | None:
-        """The call that alone reads what ``call`` returns, looking through identities; None if there is none."""
+        """Return the call that alone reads what ``call`` returns, looking through identities; None if there is none."""
         value = self.value_of(call)
         reader = None if value is None else self.flow.single_consumer(value)
         return self.follower(reader) if reader is not None and self.is_identity(reader) else reader
 
     def calls_like(self, call: Call) -> tuple[Call, ...]:
-        """Every call of the same module, or of the same place in the same forward."""
+        """Return every call of the same module, or of the same place in the same forward."""
         if call.module_name is not None:
             return self.flow.calls_of(call.module_name)
         functions = self.flow.functions_of(call.owner)
@@ -107,7 +107,7 @@ class Analysis:
         return tuple(alike[index] for index in sorted(alike))
 
     def forward(self, owner: str) -> EditableForward | TraceError:
-        """The forward of a module, to be edited, or why it can't be.
+        """Return the forward of a module, to be edited, or why it can't be.
 
         It is a graph where that is proven to be the forward: it makes the recorded calls, and has no other branches.
         Otherwise the forward keeps running itself, and its calls can be answered.
@@ -117,7 +117,7 @@ class Analysis:
         return self._forwards[owner]
 
     def site(self, call: Call) -> Site | None:
-        """Where the forward of its owner makes a call, if that forward can be edited there."""
+        """Return where the forward of its owner makes a call, if that forward can be edited there."""
         forward = self.forward(call.owner)
         site = self._sites.get(call.index)
         if isinstance(forward, TraceError) or site is None:
@@ -128,7 +128,7 @@ class Analysis:
         return None if site.in_place and len(call.writes) > 1 else site
 
     def calls_at(self, owner: str, node: str) -> tuple[Call, ...]:
-        """All recorded calls that one node of a forward made."""
+        """Return all recorded calls that one node of a forward made."""
         return tuple(self._calls_at.get((owner, node), ()))
 
     def runs_in_all_modes(self, calls: Iterable[Call | Frame]) -> bool:
@@ -136,7 +136,7 @@ class Analysis:
         return {call.run for call in calls} == set(range(self.flow.runs))
 
     def missing_mode(self, calls: Iterable[Call | Frame]) -> str:
-        """Why calls that were not made in every run stay in float."""
+        """Return why calls that were not made in every run stay in float."""
         if {call.run for call in calls} == {0}:
             return "it runs in eval mode only, so that training would not teach its range"
         return "it runs in training mode only, and would not be deployed"
@@ -163,7 +163,7 @@ class Analysis:
         return self.ceiling(call) == math.inf
 
     def ceiling(self, call: Call) -> float | None:
-        """The upper bound of a ReLU in any spelling (infinity: a plain one), or None for other calls."""
+        """Return the upper bound of a ReLU in any spelling (infinity: a plain one), or None for other calls."""
         if isinstance(call.target, nn.Module):
             return ceiling_of(call.target)
         if call.kind != "function" or call.name not in _CLIPS:

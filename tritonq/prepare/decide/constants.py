@@ -35,7 +35,7 @@ class PlannedProgram:
     results: tuple[int, ...]
 
     def only(self, result: int) -> PlannedProgram:
-        """The program for one of the results."""
+        """Return the program for one of the results."""
         return replace(self, results=(result,))
 
 
@@ -63,7 +63,7 @@ class Constants:
         return frozenset(found)
 
     def program(self, results: Iterable[int]) -> PlannedProgram | None:
-        """The calls that compute some constants, or None where one of these was not made by a call or is written to."""
+        """Return the calls that compute some constants; None where one was not made by a call or is written to."""
         results = tuple(results)
         calls: dict[int, Call] = {}
         state: dict[int, str] = {}
@@ -78,12 +78,12 @@ class Constants:
         return PlannedProgram(state, tuple(calls[index] for index in sorted(calls)), results)
 
     def state_names(self, results: Iterable[int]) -> frozenset[str]:
-        """Names of the parameters and buffers that some values follow from."""
+        """Return names of the parameters and buffers that some values follow from."""
         values = (self._flow.values[value] for value in self._before(results))
         return frozenset(str(value.path[0]) for value in values if value.source == "state")
 
     def _before(self, results: Iterable[int]) -> set[int]:
-        """Values, and those that they were computed of."""
+        """Return values, and those that they were computed of."""
         pending, seen = list(results), set[int]()
         while pending:
             value = pending.pop()
@@ -94,7 +94,7 @@ class Constants:
         return seen
 
     def exclusive(self, weights: Iterable[tuple[int, int]]) -> frozenset[str]:
-        """Names of parameters and buffers that nothing reads but the computation of weights.
+        """Return names of parameters and buffers that nothing reads but the computation of weights.
 
         ``weights`` holds each weight and bias of a layer with the index of the layer's call.
         """

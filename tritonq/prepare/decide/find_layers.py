@@ -98,7 +98,7 @@ class LayerSearch:
         return found
 
     def _function(self, call: Call, child: str) -> FunctionLayer | str:
-        """The layer that a function is, or why it stays in float."""
+        """Return the layer that a function is, or why it stays in float."""
         if self.qconfigs[self.analysis.modules[call.owner]] is None:
             return NO_QCONFIG
         if FUNCTIONS.get(call.name) not in self.swapped:
@@ -106,7 +106,7 @@ class LayerSearch:
         return find_function_layer(call, child, self.analysis)
 
     def _free_child(self, call: Call, taken: Container[str]) -> str:
-        """The first name among ``conv2d``, ``conv2d_1`` and so on that nothing in the calling module has."""
+        """Return the first name among ``conv2d``, ``conv2d_1`` and so on that nothing in the calling module has."""
         module, prefix = self.analysis.modules[call.owner], f"{call.owner}." if call.owner else ""
         names = (f"{call.name}_{count}" if count else call.name for count in itertools.count())
         return next(name for name in names if not hasattr(module, name) and prefix + name not in taken)
@@ -118,7 +118,7 @@ class LayerSearch:
             self.reasons |= {found.module_name or found.owner: obstacle for found in followers if found is not None}
 
     def _unreached(self, name: str) -> str:
-        """Why no call of a module was recorded."""
+        """Return why no call of a module was recorded."""
         parts = name.split(".")
         outer = (".".join(parts[:depth]) for depth in range(1, len(parts)))
         whole = next((module for module in outer if self.analysis.flow.calls_of(module)), None)

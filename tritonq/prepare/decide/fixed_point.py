@@ -87,7 +87,7 @@ class Links:
     relus: list[Call] = field(default_factory=list)
 
     def units(self, group: Group) -> Group | None:
-        """The group whose format's η the values of ``group`` are divided by; None: they are real."""
+        """Return the group whose format's η the values of ``group`` are divided by; None: they are real."""
         while not group.has_format:
             if group.returned or not group.readers:
                 return None
@@ -126,7 +126,7 @@ class _Finder:
         return self.links
 
     def name_of(self, value: int) -> str:
-        """The layers nearest above a value, for messages."""
+        """Return the layers nearest above a value, for messages."""
         names: list[str] = []
         pending, seen = [value], set()
         while pending:
@@ -324,7 +324,7 @@ class _Finder:
                 )
 
     def _other_readers(self, group: Group) -> list[str]:
-        """What else reads a group's values, or returns them."""
+        """Return what else reads a group's values, or returns them."""
         known = {call.index for call, _ in group.readers}
         found = []
         for value in sorted(group.values):
@@ -360,7 +360,7 @@ class _Finder:
 
 
 def _operands(call: Call) -> tuple[int, ...]:
-    """The tensors that a call takes as arguments of their own (or in a list), in order, repetitions included."""
+    """Return the tensors that a call takes as arguments of their own (or in a list), in order, repetitions included."""
     given = (*call.args, *call.kwargs.values())
     return tuple(item.value for item in given if isinstance(item, Ref)) or call.inputs
 

@@ -55,7 +55,7 @@ class FrozenNorm:
 
 
 def find_frozen_norm(owner: str, analysis: Analysis) -> FrozenNorm | None:
-    """The frozen norm that a module is, or None where it computes something else, or with parameters that train."""
+    """Return frozen norm that a module is, or None where it computes something else, or with parameters that train."""
     frames = analysis.flow.frames_of(owner)
     if not frames or next(analysis.modules[owner].children(), None) is not None:
         return None
@@ -71,7 +71,7 @@ def find_frozen_norm(owner: str, analysis: Analysis) -> FrozenNorm | None:
 
 
 def _chain(frame: Frame, analysis: Analysis) -> list[Call] | None:
-    """The calls that lead from the only tensor that a forward was given to what it returned; constants aside."""
+    """Return the calls that lead from the only tensor that a forward was given to what it returned; constants aside."""
     flow, constants = analysis.flow, analysis.constants.values
     given = set(refs_in((*frame.args, *frame.kwargs.values()))) - constants
     if len(given) != 1:
@@ -92,7 +92,7 @@ def _chain(frame: Frame, analysis: Analysis) -> list[Call] | None:
 
 
 def _step(call: Call, analysis: Analysis) -> AffineStep | None:
-    """What a call does to each channel, or None where it does more, or with a tensor that training changes."""
+    """Return what a call does to each channel, or None where it does more, or with a tensor that training changes."""
     if call.name == "batch_norm":
         given = {**dict(zip(_BATCH_NORM, call.args, strict=False)), **call.kwargs}
         roles = tuple(name for name in _BATCH_NORM[1:5] if isinstance(given.get(name), Ref))
@@ -126,7 +126,7 @@ def _is_per_channel(call: Call, operand: int, analysis: Analysis) -> bool:
 
 
 def _program(analysis: Analysis, values: list[int]) -> PlannedProgram | None:
-    """How constants follow from buffers and parameters that do not train, or None."""
+    """Return how constants follow from buffers and parameters that do not train, or None."""
     program = analysis.constants.program(values)
     if program is None:
         return None

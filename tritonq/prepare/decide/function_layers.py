@@ -70,14 +70,14 @@ class FunctionLayer:
 
 
 def arguments_of(call: Call) -> dict[str, Any]:
-    """The arguments of a convolution or product by name, with defaults filled in; tensors as ``Ref``."""
+    """Return the arguments of a convolution or product by name, with defaults filled in; tensors as ``Ref``."""
     names = _LINEAR if call.name == "linear" else _TRANSPOSED if "transpose" in call.name else _CONV
     defaults = {name: _DEFAULTS[name] for name in names[2:]}
     return {**defaults, **dict(zip(names, call.args, strict=False)), **call.kwargs}
 
 
 def find_function_layer(call: Call, child: str, analysis: Analysis) -> FunctionLayer | str:
-    """The layer that a call of a convolution or product is, or why it stays in float."""
+    """Return the layer that a call of a convolution or product is, or why it stays in float."""
     calls = analysis.calls_like(call)
     if any(other.name != call.name for other in calls):
         return "its forward does different things in different calls"
@@ -123,7 +123,7 @@ def _weights(arguments: Mapping[str, Any]) -> list[int]:
 
 
 def weights_of(layer: FunctionLayer) -> list[tuple[int, int]]:
-    """The values of weights and biases of a layer, each with the index of the call that reads it."""
+    """Return the values of weights and biases of a layer, each with the index of the call that reads it."""
     return [(value, call.index) for call in layer.calls for value in _weights(arguments_of(call))]
 
 

@@ -183,7 +183,7 @@ KINDS: Mapping[str, JoinKind] = {
 
 
 def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
-    """Every operation of several computed tensors that is of one of the ``KINDS``, once per place.
+    """Return every operation of several computed tensors that is of one of the ``KINDS``, once per place.
 
     ``kept`` holds the calls of ReLUs that none may absorb.
     """
@@ -201,7 +201,7 @@ def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
 
 
 def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
-    """The values that a join reads on some grid; empty for any other call, and for one of constants alone.
+    """Return the values that a join reads on some grid; empty for any other call, and for one of constants alone.
 
     Where a kind refuses constants, one is enough.
     """

@@ -44,7 +44,7 @@ class LayerRecord:
 def layer_records(
     analysis: Analysis, plan: Plan, join_names: Mapping[Join, str], unary_names: Mapping[int, str]
 ) -> tuple[LayerRecord, ...]:
-    """A record for each layer of the float model, and for each addition and the like, in order of their first call.
+    """Return a record for each layer of the float model, addition and the like, in order of their first call.
 
     Layers that no run calls follow, in order of the modules.
     """
@@ -102,7 +102,7 @@ def layer_records(
 
 
 def _first_call(name: str, analysis: Analysis) -> float:
-    """The index of the first call of a module, or of a function or module in its forward; infinity without one."""
+    """Return index of the first call of a module, or of a function or module in its forward; infinity without one."""
     own = [call.index for call in analysis.flow.calls_of(name)]
     events = [analysis.flow.first_call_in(frame) for frame in analysis.flow.frames_of(name)]
     outer = name.rpartition(".")[0]
@@ -117,7 +117,7 @@ def _free_name(base: str, taken: Container[str]) -> str:
 
 
 def fixed_point_records(links: Links) -> tuple[LayerRecord, ...]:
-    """A record for each layer, addition and average pooling."""
+    """Return a record for each layer, addition and average pooling."""
     records = []
     for layer in links.layers.values():
         kind = layer.row[0].__name__
@@ -159,7 +159,7 @@ def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str
 
 
 def _clipped_layer(name: str, analysis: Analysis, plan: Plan) -> str | None:
-    """The layer whose result a ReLU6 or the like clips before it is quantized."""
+    """Return the layer whose result a ReLU6 or the like clips before it is quantized."""
     for layer in plan.layers:
         followers = (analysis.follower(analysis.flow.calls[index]) for index in layer.ends)
         if layer.name in plan.clipped and any(call is not None and call.module_name == name for call in followers):

@@ -75,7 +75,7 @@ def find_layer(
     kept: Container[int] = (),
     function: FunctionLayer | None = None,
 ) -> tuple[Layer, str | None]:
-    """The layer that begins with the module ``name``, and why a BatchNorm that follows it stays apart (or None).
+    """Return the layer that begins with the module ``name``, and why a BatchNorm that follows it stays apart (or None).
 
     ``kind`` is the float type that the module computes as. ``swapped`` holds the float types that have a quantized
     form: a row is used only if its fused type is one. ``kept`` holds the calls of ReLUs that it must not absorb.
@@ -132,7 +132,9 @@ class _Start:
 
 
 def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int]) -> tuple[list[Call], float | None]:
-    """The ReLUs, one after each call, that may become part of what calls, and their upper bound; else none, and None.
+    """Return ReLUs, one after each call, that may become part of what calls, and their upper bound.
+
+    Else none, and None.
 
     ``kept`` holds the ReLUs that may not.
     """
@@ -147,7 +149,7 @@ def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int])
 
 
 def _norm_after(start: _Start, analysis: Analysis) -> tuple[_Norm | None, str | None]:
-    """The BatchNorm that alone reads every call's result and reads nothing else, or why it can't be absorbed."""
+    """Return the BatchNorm that alone reads every call's result and reads nothing else, or why it can't be absorbed."""
     name, calls = start.name, start.calls
     followers = [analysis.follower(call) for call in calls]
     norms = [None if follower is None else _norm_of(follower, analysis) for follower in followers]
@@ -174,7 +176,7 @@ def _norm_after(start: _Start, analysis: Analysis) -> tuple[_Norm | None, str | 
 
 
 def _norm_of(call: Call, analysis: Analysis) -> _Norm | None:
-    """The BatchNorm that a call is, or is the heart of."""
+    """Return the BatchNorm that a call is, or is the heart of."""
     if call.kind == "module":
         kind = _norm_type(call, analysis)
         if call.module_name is None or kind is None:
@@ -192,7 +194,7 @@ def _norm_of(call: Call, analysis: Analysis) -> _Norm | None:
 
 
 def _norm_type(call: Call, analysis: Analysis) -> type[nn.Module] | None:
-    """The plain BatchNorm that a module's call computes as; a SyncBatchNorm that of its input's dimensions."""
+    """Return the plain BatchNorm that a module's call computes as; a SyncBatchNorm that of its input's dimensions."""
     module = cast(nn.Module, call.target)
     if float_type(module, (nn.SyncBatchNorm,)) is not None:
         dimensions = len(analysis.flow.values[call.inputs[0]].shape)
@@ -201,7 +203,7 @@ def _norm_type(call: Call, analysis: Analysis) -> type[nn.Module] | None:
 
 
 def _norm_with_activation(owner: str, kind: type[nn.Module], analysis: Analysis) -> _Norm | None:
-    """A BatchNorm subclass whose forward is: normalise with its own parameters, then call children in a row."""
+    """Return a BatchNorm subclass whose forward is: normalise with its own parameters, then call children in a row."""
     flow, module = analysis.flow, analysis.modules[owner]
     hearts: list[Call] = []
     chains: set[tuple[str, ...]] = set()

@@ -73,7 +73,7 @@ def _has_one_place(call: Call, analysis: Analysis) -> bool:
 
 
 def _returned_by(value: int, analysis: Analysis) -> str | None:
-    """The innermost module that returns a value which nothing inside of it reads."""
+    """Return the innermost module that returns a value which nothing inside of it reads."""
     flow = analysis.flow
     for frame in reversed(flow.frames_returning(value)):
         inside = (flow.is_within(reader.frame, frame.index) for reader in flow.consumers(value))

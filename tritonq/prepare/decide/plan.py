@@ -92,7 +92,7 @@ class Plan:
     summands: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        """One line per layer, join, quantizer, erased ReLU and module left in float."""
+        """Return one line per layer, join, quantizer, erased ReLU and module left in float."""
         lines = []
         for layer in self.layers:
             types = ", ".join(kind.__name__ for kind in layer.row)

@@ -166,7 +166,7 @@ class _Planner:
         return frozenset(found.layers)
 
     def _read_several_grids(self, layers: list[Layer]) -> list[Reading]:
-        """The readings of layers whose calls read different grids, where the target wants one grid for a layer.
+        """Return the readings of layers whose calls read different grids, where the target wants one grid for a layer.
 
         Such a layer takes what it reads to a grid of its own, so that its bias has one unit in all calls.
         """
@@ -192,7 +192,7 @@ class _Planner:
                 self.grids[value] = grid
 
     def _relevant(self, joins: list[Join], layers: list[Layer]) -> list[Join]:
-        """The joins that stand between quantized layers, on either side.
+        """Return the joins that stand between quantized layers, on either side.
 
         Others stay in float, as does one that can't become a module, and the reason is noted.
         """
@@ -235,7 +235,7 @@ class _Planner:
         return found
 
     def _upwards(self, value: int) -> Iterator[int]:
-        """A value and those before it whose elements it holds, up to the first on a grid."""
+        """Yield a value and those before it whose elements it holds, up to the first on a grid."""
         yield value
         while value not in self.grids:
             call = self.analysis.flow.producer(value)
@@ -245,7 +245,7 @@ class _Planner:
             yield value
 
     def _demands(self, layers: list[Layer], joins: list[Join]) -> dict[int, list[Reading]]:
-        """The tensors that need a quantizer because something quantized reads them, with all who do."""
+        """Return the tensors that need a quantizer because something quantized reads them, with all who do."""
         demands: dict[int, list[Reading]] = {}
         parts: tuple[Layer | Join, ...] = (*layers, *joins)
         for part in parts:
@@ -263,7 +263,7 @@ class _Planner:
         return demands
 
     def _unwrapped(self, value: int) -> int:
-        """The value that identities hand on as this one."""
+        """Return the value that identities hand on as this one."""
         call = self.analysis.flow.producer(value)
         return self._unwrapped(call.inputs[0]) if call is not None and self.analysis.is_identity(call) else value
 
@@ -334,7 +334,7 @@ class _Planner:
         return found
 
     def _operands(self, join: Join) -> tuple[GridSource | None, ...]:
-        """What put each operand on its grid, or makes it unrounded, where that is the same in every call."""
+        """Return what put each operand on its grid, or makes it unrounded, where that is the same in every call."""
         by_operand: dict[int, list[GridSource | None]] = {}
         for _, operand, value in self._operands_read(join):
             grid = self._grid_read(join, operand, value) or self.makers.get(self._root(value))
@@ -344,7 +344,7 @@ class _Planner:
         )
 
     def _grid_read(self, part: Layer | Join, operand: int, value: int) -> GridSource | None:
-        """What puts a value that a layer or join reads on a grid: a quantizer of its own, or one before it."""
+        """Return what puts a value that a layer or join reads on a grid: a quantizer of its own, or one before it."""
         own = self.at_readers.get((id(part), operand))
         return self._grid(value) if own is None else own
 
@@ -353,11 +353,11 @@ class _Planner:
         return {place.value: operation for place, operation in found if operation is not None}
 
     def _reads(self, part: Layer | Join) -> list[int]:
-        """The values that a layer or join reads on some grid."""
+        """Return the values that a layer or join reads on some grid."""
         return [value for _, _, value in self._operands_read(part)]
 
     def _operands_read(self, part: Layer | Join) -> list[tuple[int, int, int]]:
-        """The values that a layer or join reads on some grid: call, operand, value."""
+        """Return the values that a layer or join reads on some grid: call, operand, value."""
         calls = [self.analysis.flow.calls[index] for index in part.calls]
         if isinstance(part, Join):
             return [(call.index, *item) for call in calls for item in enumerate(operands(call, self.analysis))]
@@ -369,7 +369,7 @@ class _Planner:
         return self.grids.get(self._root(value))
 
     def _root(self, value: int, stop: Container[int | None] = ()) -> int:
-        """Where the values of a tensor were made: up through whatever keeps a grid.
+        """Return where the values of a tensor were made: up through whatever keeps a grid.
 
         A ReLU keeps a grid, but a tensor without one is better quantized after it: half of the codes would be lost.
         """

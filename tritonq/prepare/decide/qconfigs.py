@@ -16,7 +16,7 @@ QConfigs = dict[nn.Module, QConfig | None]
 
 
 def resolve_qconfigs(model: nn.Module, qconfig: QConfig | None) -> QConfigs:
-    """The qconfig of every module: its own attribute, else its parent's; ``qconfig`` stands for the model's own.
+    """Return the qconfig of every module: its own attribute, else its parent's; ``qconfig`` stands for the model's own.
 
     Raises:
         TypeError: a ``qconfig`` attribute that is neither a QConfig nor None.
@@ -27,7 +27,7 @@ def resolve_qconfigs(model: nn.Module, qconfig: QConfig | None) -> QConfigs:
 def mapped_qconfigs(
     model: nn.Module, mapping: QConfigMapping, quantizable: Container[type[nn.Module]], flow: Dataflow | None
 ) -> QConfigs:
-    """The qconfig of every module: the nearest ``qconfig`` attribute at or above it, else what ``mapping`` says.
+    """Return the qconfig of every module: the nearest ``qconfig`` attribute at or above it, else what ``mapping`` says.
 
     Args:
         model: the float model.
@@ -49,7 +49,7 @@ def mapped_qconfigs(
 
 
 def first_and_last(model: nn.Module, quantizable: Container[type[nn.Module]], flow: Dataflow) -> tuple[str, str]:
-    """Names of the first and the last quantizable layer in order of execution.
+    """Return names of the first and the last quantizable layer in order of execution.
 
     Raises:
         ValueError: the recorded run called no quantizable layer.
@@ -65,7 +65,7 @@ def first_and_last(model: nn.Module, quantizable: Container[type[nn.Module]], fl
 
 
 def _with_attributes(found: QConfigs, model: nn.Module, skip_root: bool = False) -> QConfigs:
-    """``found``, where the ``qconfig`` attributes of modules win for the module and everything in it."""
+    """Return ``found``, where the ``qconfig`` attributes of modules win for the module and everything in it."""
     visited: set[nn.Module] = set()
 
     def visit(module: nn.Module, name: str, above: tuple[QConfig | None] | None) -> None:

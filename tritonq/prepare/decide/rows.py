@@ -30,12 +30,12 @@ ROWS: dict[Types, type[intrinsic.FusedModule]] = {
 
 
 def out_channels(layer: nn.Module) -> int | None:
-    """How many channels a convolution or linear layer returns."""
+    """Return how many channels a convolution or linear layer returns."""
     return getattr(layer, "out_channels", getattr(layer, "out_features", None))
 
 
 def batch_norm_obstacle(channels: int | None, bn: _BatchNorm) -> str | None:
-    """Why a BatchNorm can't become part of a layer with so many output channels before it, or None."""
+    """Return why a BatchNorm can't become part of a layer with so many output channels before it, or None."""
     if bn.num_features != channels:
         return f"BatchNorm has {bn.num_features} features for {channels} output channels"
     if bn.running_var is None:

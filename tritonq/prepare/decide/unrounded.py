@@ -86,7 +86,7 @@ class Unrounded:
         return bool(entered) and all(found is not None and found[0] == "cat" for found in entered)
 
     def _entered(self, value: int) -> tuple[str, int, int] | None:
-        """The kind of the join that alone reads a value, its call, and as which operand."""
+        """Return the kind of the join that alone reads a value, its call, and as which operand."""
         flow = self.analysis.flow
         for moved in self._moved(value):
             reader = flow.single_consumer(moved)
@@ -96,7 +96,7 @@ class Unrounded:
         return None
 
     def _moved(self, value: int) -> Iterator[int]:
-        """A value, and what calls that keep its grid make of it, one after the other."""
+        """Yield a value, and what calls that keep its grid make of it, one after the other."""
         yield value
         reader = self.analysis.flow.single_consumer(value)
         moved = None if reader is None else self.analysis.value_of(reader)

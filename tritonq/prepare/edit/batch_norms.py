@@ -12,7 +12,7 @@ from tritonq.prepare.edit.function_layers import computed_parameters
 
 
 def plain_batch_norm(bn: nn.modules.batchnorm._BatchNorm, kind: type[nn.Module]) -> nn.Module:
-    """``bn`` itself if it is a plain BatchNorm, else a plain or a synchronized one with its state."""
+    """Return ``bn`` itself if it is a plain BatchNorm, else a plain or a synchronized one with its state."""
     if type(bn) is kind:
         return bn
     plain: nn.Module
@@ -27,7 +27,7 @@ def plain_batch_norm(bn: nn.modules.batchnorm._BatchNorm, kind: type[nn.Module])
 
 @torch.no_grad()
 def frozen_batch_norm(norm: FrozenNorm, model: nn.Module) -> FrozenBatchNorm:
-    """One factor and one summand per channel for all that a frozen norm does, from the state of ``model``."""
+    """Return one factor and one summand per channel for all that a frozen norm does, from the state of ``model``."""
     weight, bias = torch.ones(()), torch.zeros(())
     for step in norm.steps:
         weight, bias = _after(step, weight, bias, model)
@@ -35,7 +35,7 @@ def frozen_batch_norm(norm: FrozenNorm, model: nn.Module) -> FrozenBatchNorm:
 
 
 def _after(step: AffineStep, weight: Tensor, bias: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Factor and summand after one more step."""
+    """Return factor and summand after one more step."""
     if step.operation == "batch_norm" and step.operands is not None:
         return _after_batch_norm(step, step.operands, weight, bias, model)
     operand: Tensor | float = step.number

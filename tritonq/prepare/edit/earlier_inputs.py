@@ -54,7 +54,7 @@ class InputFakeQuants(nn.ModuleDict):
 
 
 def input_place(forward: Any, path: Path, taken: Iterable[str]) -> InputPlace:
-    """The place of the input that ``path`` leads to: a position or parameter name first, then keys."""
+    """Return the place of the input that ``path`` leads to: a position or parameter name first, then keys."""
     names = list(inspect.signature(forward).parameters.values())
     position: int | None = None
     name: str | None = None
@@ -149,7 +149,7 @@ def replace_hooks(model: nn.Module) -> None:
 
 
 def hooked_forward(data: ForwardData | None, hooks: Iterable[str], places: Iterable[InputPlace]) -> ForwardData:
-    """The forward that does what a module did with these hooks.
+    """Return the forward that does what a module did with these hooks.
 
     Args:
         data: the module's edited forward, None for its own.

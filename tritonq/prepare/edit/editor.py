@@ -100,7 +100,7 @@ class ModelEditor:
         self._returns[module] = child
 
     def rewrite(self, owner: str) -> EditableForward:
-        """The forward of a module, to be edited; the same object in every call."""
+        """Return the forward of a module, to be edited; the same object in every call."""
         if owner not in self._graphs:
             self._graphs[owner] = self._forward(owner)
         return self._graphs[owner]

@@ -216,7 +216,7 @@ class _PlanWork:
             self._input_names.setdefault(quantizer.input_path, []).append(f"{owner_name}.{child}")
 
     def _made(self, part: Layer | Join) -> nn.Module:
-        """What a layer or join became."""
+        """Return what a layer or join became."""
         if isinstance(part, Layer):
             return self._editor.modules[part.name]
         return self._editor.model.get_submodule(self.join_names[part])

@@ -119,7 +119,7 @@ class _Builder:
             self._formats[id(group)] = made.train(self._editor.model.training)
 
     def _some_format(self, group: Group) -> ActivationFormat:
-        """A format with the qconfig's settings: that of a layer that reads the group, or of any layer."""
+        """Return a format with the qconfig's settings: that of a layer that reads the group, or of any layer."""
         for call, _ in group.readers:
             if call.index in self._layers:
                 return self._layers[call.index].input_format
@@ -132,7 +132,7 @@ class _Builder:
         return list({id(group): group for group in self._links.groups.values()}.values())
 
     def _units(self, value: int) -> ActivationFormat | None:
-        """The format whose η a value is divided by."""
+        """Return the format whose η a value is divided by."""
         group = self._links.units(self._links.groups[value])
         return None if group is None else self._formats[id(group)]
 
@@ -173,7 +173,7 @@ class _Builder:
         layer.input_factor = factors.pop() if factors else 1.0
 
     def _factor(self, value: int) -> float:
-        """What an average pooling left to be multiplied into the weights of whoever reads its output."""
+        """Return what an average pooling left to be multiplied into the weights of whoever reads its output."""
         for index, pooling in self._links.poolings.items():
             if self._links.ends[index] == value:
                 return remaining_factor(pooling.area)
@@ -262,6 +262,6 @@ class _Builder:
 
 
 def _summands(call: Call) -> tuple[int, int]:
-    """The two values that an addition adds, which may be one."""
+    """Return the two values that an addition adds, which may be one."""
     first, second = (*call.inputs, *call.inputs)[:2]
     return first, second

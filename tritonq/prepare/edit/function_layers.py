@@ -15,7 +15,10 @@ from tritonq.prepare.record.dataflow import Call, Ref
 
 
 def float_layer(function: FunctionLayer, model: nn.Module, training: bool) -> nn.Module:
-    """A float layer that computes what a function does, on its device; the values of its parameters are undefined."""
+    """Return float layer that computes what a function does, on its device.
+
+    The values of its parameters are undefined.
+    """
     tensor = _state(model, next(iter(function.program.state.values())))
     made = function.kind(**function.geometry, device="meta", dtype=tensor.dtype).to_empty(device=tensor.device)
     made.training = training
@@ -25,7 +28,7 @@ def float_layer(function: FunctionLayer, model: nn.Module, training: bool) -> nn
 def computed_parameters(
     program: PlannedProgram, model: nn.Module, exclusive: Container[str] = ()
 ) -> ComputedParameters:
-    """How weight and bias follow from the state of ``model``, whose modules are in their final places.
+    """Return how weight and bias follow from the state of ``model``, whose modules are in their final places.
 
     ``exclusive`` holds the names of parameters and buffers that nothing else reads.
     """

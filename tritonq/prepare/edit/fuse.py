@@ -18,7 +18,7 @@ FuserMethod = Callable[..., nn.Module]
 
 
 def fuse_row(parts: Sequence[nn.Module], types: Types | None = None) -> intrinsic.FusedModule:
-    """The fused float module of a row such as Conv2d, BatchNorm2d, ReLU, in the mode of its first part.
+    """Return the fused float module of a row such as Conv2d, BatchNorm2d, ReLU, in the mode of its first part.
 
     ``types`` are the types that the parts stand for, by default their own.
 

@@ -15,7 +15,7 @@ from tritonq.qconfig import QConfig
 def swap(
     module: nn.Module, target: type[nn.Module], qconfig: QConfig, kind: type[nn.Module] | None = None
 ) -> nn.Module:
-    """The quantization-aware form of a float module: its parameters, attributes, hooks, device and mode.
+    """Return the quantization-aware form of a float module: its parameters, attributes, hooks, device and mode.
 
     ``kind`` is the type that the module computes as, by default its own.
     """
@@ -26,7 +26,7 @@ def swap(
 
 
 def plain_form(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """``module`` as an object of ``kind``, one of its base classes, with the same state."""
+    """Return ``module`` as an object of ``kind``, one of its base classes, with the same state."""
     if type(module) is kind:
         return module
     plain = kind.__new__(kind)

@@ -84,7 +84,7 @@ class AnsweredForward:
         return self._answers.setdefault(node, ["run", "", "", ""])
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data that JSON can hold: the answers, and which of their calls each mode is expected to make."""
+        """Return plain data that JSON can hold: the answers, and which of their calls each mode is expected to make."""
         modes = {"eval": self._expected[False], "train": self._expected[True]}
         expected = {mode: sorted(places & self._answers.keys()) for mode, places in modes.items()}
         return {"answers": dict(self._answers), "expected": expected}
@@ -181,7 +181,7 @@ class Answering(TorchFunctionMode):
             )
 
     def _replaced(self, child: str, operands: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the child makes of the operands of a call, or the first one where no child replaces it."""
+        """Return what the child makes of the operands of a call, or the first one where no child replaces it."""
         if operands in _BY_POSITION:
             return getattr(self._owner, child)(*_BY_POSITION[operands](args, kwargs))
         given = (*args, *kwargs.values())
@@ -194,7 +194,7 @@ class Answering(TorchFunctionMode):
 
 
 def _plain(argument: Any) -> Any:
-    """An argument as JSON gives it back."""
+    """Return an argument as JSON gives it back."""
     if isinstance(argument, (tuple, list)):
         return [_plain(item) for item in argument]
     return {key: _plain(item) for key, item in argument.items()} if isinstance(argument, Mapping) else argument
@@ -232,7 +232,7 @@ _FORWARD = next(code for code in answering.__code__.co_consts if getattr(code, "
 
 
 def _running_place() -> str:
-    """The place that called, or "" where a module inside of the answered forward did."""
+    """Return the place that called, or "" where a module inside of the answered forward did."""
     caller: FrameType | None = sys._getframe(2)
     frame = caller
     while frame is not None and frame.f_code is not _FORWARD:
@@ -243,7 +243,7 @@ def _running_place() -> str:
 
 
 def _place_in_trace() -> str:
-    """The same while ``torch.compile`` traces: the innermost translator is the mode's, the next one its caller's."""
+    """Return same while ``torch.compile`` traces: the innermost translator is the mode's, the next one its caller's."""
     places = traced_places()
     return "" if len(places) < 2 or places[1][0] is _HANDLER else places[1][1]
 

@@ -106,7 +106,7 @@ def _value(operand: ast.expr, names: dict[str, Any]) -> bool | None:
 
 
 def _called(tree: ast.AST, module: nn.Module, function: FunctionType) -> Iterator[Any]:
-    """The methods of the module, and the functions, that a source names."""
+    """Yield the methods of the module, and the functions, that a source names."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             if isinstance(node.value, ast.Name) and node.value.id == "self":

@@ -39,7 +39,7 @@ class EditedForward(HidesChildren):
 
 
 def _without_graphs(state: Any) -> Any:
-    """A module's state, where tensors that a forward left on it are detached: copies and files refuse others."""
+    """Return a module's state, where tensors that a forward left on it are detached: copies and files refuse others."""
     if not isinstance(state, dict):
         return state
     return {
@@ -49,7 +49,7 @@ def _without_graphs(state: Any) -> Any:
 
 
 def forward_data(module: nn.Module) -> ForwardData | None:
-    """The plain data of a module's edited forward, or None where the forward is the class's own."""
+    """Return the plain data of a module's edited forward, or None where the forward is the class's own."""
     if isinstance(module, fx.GraphModule):
         return read_graph(module)
     return json.loads(module._tritonq_forward) if isinstance(module, EditedForward) else None
@@ -141,7 +141,7 @@ def quantizer_names(data: ForwardData) -> list[str]:
 
 
 def _checked(module: nn.Module, data: Any) -> ForwardData:
-    """The data of a forward with every key, and nothing that the module can't run."""
+    """Return the data of a forward with every key, and nothing that the module can't run."""
     version = data.get("version", DATA_VERSION) if isinstance(data, dict) else None
     if version not in (DATA_VERSION, ANSWERS_VERSION, QUANTIZING_VERSION):
         raise ValueError(f"expected forward data of version {QUANTIZING_VERSION} or earlier, got {version!r}")

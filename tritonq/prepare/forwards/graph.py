@@ -45,7 +45,7 @@ class ForwardGraph:
 
     @classmethod
     def trace(cls, module: nn.Module, frames: Iterable[Frame]) -> ForwardGraph:
-        """The forward of ``module`` as it was called in the recorded ``frames``.
+        """Return the forward of ``module`` as it was called in the recorded ``frames``.
 
         Raises:
             TraceError: no graph can stand for it; the message says why.
@@ -63,7 +63,7 @@ class ForwardGraph:
 
     @classmethod
     def from_data(cls, data: ForwardData) -> ForwardGraph:
-        """The graph that :meth:`to_data` described.
+        """Return the graph that :meth:`to_data` described.
 
         Raises:
             ValueError: data of another version, or that doesn't describe a forward.
@@ -75,16 +75,16 @@ class ForwardGraph:
         return cls(data_to_graph(data["eval"]), None if train is None else data_to_graph(train))
 
     def to_data(self) -> ForwardData:
-        """Plain data that JSON can hold: ``{"version", "eval": nodes, "train": nodes or None}``."""
+        """Return plain data that JSON can hold: ``{"version", "eval": nodes, "train": nodes or None}``."""
         train: GraphData | None = None if self._train_graph is None else graph_to_data(self._train_graph)
         return {"version": DATA_VERSION, "eval": graph_to_data(self.eval_graph), "train": train}
 
     def graph_of(self, training: bool) -> fx.Graph:
-        """The graph of one mode."""
+        """Return the graph of one mode."""
         return self.eval_graph if self._train_graph is None or not training else self._train_graph
 
     def eval_name(self, node: str, training: bool) -> str | None:
-        """The name in the eval graph of a node of one mode's graph, or None if only training has it."""
+        """Return the name in the eval graph of a node of one mode's graph, or None if only training has it."""
         if self._train_graph is None or not training:
             return node
         return self._eval_names.get(node)
@@ -142,7 +142,7 @@ class ForwardGraph:
 
 
 def first_operand(node: fx.Node) -> fx.Node:
-    """The first node that a node reads.
+    """Return the first node that a node reads.
 
     Raises:
         ValueError: it reads none.
@@ -154,38 +154,38 @@ def first_operand(node: fx.Node) -> fx.Node:
 
 
 def node_operands(node: fx.Node) -> tuple[Any, ...]:
-    """The arguments of a node that are nodes: the operands of an addition."""
+    """Return the arguments of a node that are nodes: the operands of an addition."""
     return tuple(argument for argument in (*node.args, *node.kwargs.values()) if isinstance(argument, fx.Node))
 
 
 def first_node(node: fx.Node) -> tuple[Any, ...]:
-    """The first node that a node reads, as the one operand."""
+    """Return the first node that a node reads, as the one operand."""
     return (first_operand(node),)
 
 
 def layer_operands(node: fx.Node) -> tuple[Any, ...]:
-    """Input, weight and bias of a convolution or product."""
+    """Return input, weight and bias of a convolution or product."""
     return layer_arguments(node.args, node.kwargs)
 
 
 def layer_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Input, weight and bias among the arguments of a convolution or product."""
+    """Return input, weight and bias among the arguments of a convolution or product."""
     given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
     return given["input"], given["weight"], given.get("bias")
 
 
 def attention_operands(node: fx.Node) -> tuple[Any, ...]:
-    """The arguments of scaled dot-product attention, by position."""
+    """Return the arguments of scaled dot-product attention, by position."""
     return attention_arguments(node.args, node.kwargs)
 
 
 def sequence_operand(node: fx.Node) -> tuple[Any, ...]:
-    """The first argument of a node as a whole: the list that a concatenation takes."""
+    """Return the first argument of a node as a whole: the list that a concatenation takes."""
     return ((*node.args, *node.kwargs.values())[0],)
 
 
 def compile_graph(graph: fx.Graph, name: str) -> FunctionType:
-    """The function that a graph describes, ``forward(self, …)``; ``name`` appears in tracebacks."""
+    """Return the function that a graph describes, ``forward(self, …)``; ``name`` appears in tracebacks."""
     code = graph.python_code("self")
     filename = f"<tritonq forward {next(_sources)} of {name}>"
     namespace = dict(code.globals)

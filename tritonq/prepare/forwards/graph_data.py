@@ -72,7 +72,7 @@ def _names() -> dict[Callable[..., Any], str]:
 
 
 def graph_to_data(graph: fx.Graph) -> GraphData:
-    """A graph as a list of nodes that JSON can hold.
+    """Return a graph as a list of nodes that JSON can hold.
 
     Raises:
         ValueError: a function outside of the table, or an argument that is no plain constant.
@@ -81,7 +81,7 @@ def graph_to_data(graph: fx.Graph) -> GraphData:
 
 
 def data_to_graph(data: GraphData) -> fx.Graph:
-    """The graph that :func:`graph_to_data` described.
+    """Return the graph that :func:`graph_to_data` described.
 
     Raises:
         ValueError: data that doesn't describe a graph, or that names an unknown function.

@@ -19,7 +19,7 @@ def reads_mode(kind: type[nn.Module]) -> bool:
 
 
 def _code_of(items: Any) -> Iterator[CodeType]:
-    """The code of functions, properties and static or class methods, and the code nested in it."""
+    """Yield the code of functions, properties and static or class methods, and the code nested in it."""
     for item in items:
         if isinstance(item, property):
             yield from _code_of((item.fget,))

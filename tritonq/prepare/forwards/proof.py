@@ -53,7 +53,7 @@ class Recorded:
 
 
 def match_frame(graph: fx.Graph, recorded: Recorded, frame: Frame) -> Mapping[int, Site]:
-    """The sites of all recorded function and leaf calls of one frame, by call index.
+    """Return the sites of all recorded function and leaf calls of one frame, by call index.
 
     The graph is followed with recorded values in place of tensors, so that every call must agree in operation and
     operands.
@@ -140,7 +140,7 @@ class _Follower:
                 raise TraceError("it changes its argument in place and doesn't return it")
 
     def _python(self, node: fx.Node) -> Any:
-        """Container access, or something that yields no tensor."""
+        """Return container access, or something that yields no tensor."""
         if node.target is getattr or self._name(node) == "getitem":
             container, key = (self._resolve(argument) for argument in node.args[:2])
             if isinstance(container, Mapping) and isinstance(key, str) and key in container:
@@ -171,7 +171,7 @@ class _Follower:
         return operation_name(node.target) if callable(node.target) else ""
 
     def _read(self, node: fx.Node) -> tuple[int, ...]:
-        """The values that a node reads, as they are at its place in the graph."""
+        """Return the values that a node reads, as they are at its place in the graph."""
         refs = refs_in(tuple(self._resolve(argument) for argument in (*node.args, *node.kwargs.values())))
         return tuple(self._latest(value) for value in refs)
 

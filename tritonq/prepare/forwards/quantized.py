@@ -34,7 +34,7 @@ class Read:
     def quantized(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call of the module's forward, with this one quantized."""
+        """Return the arguments of a call of the module's forward, with this one quantized."""
         quantizer = reduce(getattr, self.child.split("."), module)
 
         def change(item: Any) -> Any:
@@ -47,12 +47,12 @@ class Read:
         return args, dict(kwargs)
 
     def to_data(self) -> list[Any]:
-        """Plain data that JSON can hold."""
+        """Return plain data that JSON can hold."""
         return [self.child, self.position, self.name, list(self.path), self.observes]
 
     @classmethod
     def from_data(cls, data: Any) -> Read:
-        """What :meth:`to_data` described.
+        """Return what :meth:`to_data` described.
 
         Raises:
             ValueError: data that doesn't describe one.

@@ -42,7 +42,7 @@ class Arguments:
 
 
 def bind_frame(signature: inspect.Signature, frame: Frame) -> dict[str, Any]:
-    """The recorded arguments of a frame by parameter name, with defaults filled in.
+    """Return the recorded arguments of a frame by parameter name, with defaults filled in.
 
     Raises:
         TraceError: a signature that doesn't take them.
@@ -83,7 +83,7 @@ def classify_arguments(signature: inspect.Signature, frames: Iterable[Frame]) ->
 
 
 def forward_signature(module: nn.Module) -> inspect.Signature:
-    """The signature of a module's forward, without self."""
+    """Return the signature of a module's forward, without self."""
     return inspect.signature(module.forward)
 
 
@@ -123,7 +123,7 @@ def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
 
 
 def _own_graph(module: fx.GraphModule) -> fx.Graph:
-    """A copy of a GraphModule's graph, which is its forward in either mode."""
+    """Return a copy of a GraphModule's graph, which is its forward in either mode."""
     if type(module.graph._codegen) is not fx.graph.CodeGen:
         raise TraceError("its graph takes and returns structures in a way of its own, as those of torch.export do")
     graph = fx.Graph()
@@ -133,7 +133,7 @@ def _own_graph(module: fx.GraphModule) -> fx.Graph:
 
 
 def _shadow(module: nn.Module) -> nn.Module:
-    """A module that shares everything with ``module`` and takes the assignments and appends of its forward."""
+    """Return a module that shares everything with ``module`` and takes the assignments and appends of its forward."""
     # Not copy.copy, which classes may refuse, as parametrized modules do.
     shadow = type(module).__new__(type(module))
     shadow.__dict__.update(vars(module))

@@ -212,11 +212,11 @@ class Dataflow:
         )
 
     def runs_of(self, module_name: str) -> set[int]:
-        """The runs that called a module, as a leaf or not."""
+        """Return the runs that called a module, as a leaf or not."""
         return {call.run for call in self.calls_of(module_name)} | {frame.run for frame in self.frames_of(module_name)}
 
     def __str__(self) -> str:
-        """One line per call, in order; ``v3`` is value 3, a parameter or buffer its name."""
+        """Return one line per call, in order; ``v3`` is value 3, a parameter or buffer its name."""
         lines = [
             f"v{value.index} = {'example input ' if value.source == 'input' else 'unknown '}"
             + (".".join(map(str, value.path)) or str(value.tensor))
@@ -240,44 +240,44 @@ class Dataflow:
         return str(record.path[0]) if record.source == "state" else f"v{value}"
 
     def producer(self, value: int) -> Call | None:
-        """The call that produced a value; None for inputs, state and unknown values."""
+        """Return the call that produced a value; None for inputs, state and unknown values."""
         index = self.values[value].producer
         return None if index is None else self.calls[index]
 
     def producers(self, call: Call) -> tuple[Call, ...]:
-        """The calls whose results a call reads, without repetition, in order of its arguments."""
+        """Return the calls whose results a call reads, without repetition, in order of its arguments."""
         found = dict.fromkeys(self.values[value].producer for value in call.inputs)
         return tuple(self.calls[index] for index in found if index is not None)
 
     def consumers(self, value: int) -> tuple[Call, ...]:
-        """The calls that read a value."""
+        """Return the calls that read a value."""
         return tuple(self.calls[index] for index in self.values[value].consumers)
 
     def single_consumer(self, value: int) -> Call | None:
-        """The only call that reads a value, or None: several, none, or the model returns it too."""
+        """Return the only call that reads a value, or None: several, none, or the model returns it too."""
         record = self.values[value]
         if record.is_output or len(record.consumers) != 1:
             return None
         return self.calls[record.consumers[0]]
 
     def calls_of(self, module_name: str) -> tuple[Call, ...]:
-        """Every call of one leaf module."""
+        """Return every call of one leaf module."""
         return self._calls_by_module.get(module_name, ())
 
     def functions_of(self, owner: str) -> tuple[Call, ...]:
-        """Every call of a function in the forward of one module."""
+        """Return every call of a function in the forward of one module."""
         return self._functions_by_owner.get(owner, ())
 
     def frames_of(self, owner: str) -> tuple[Frame, ...]:
-        """Every run of one module that is not a leaf."""
+        """Return every run of one module that is not a leaf."""
         return self._frames_by_owner.get(owner, ())
 
     def frames_returning(self, value: int) -> tuple[Frame, ...]:
-        """The frames whose result is this one value, in order of their beginning."""
+        """Return the frames whose result is this one value, in order of their beginning."""
         return self._frames_by_output.get(value, ())
 
     def first_call_in(self, frame: Frame) -> int | None:
-        """The index of the first call that a frame, or one inside of it, made; None if it made none."""
+        """Return the index of the first call that a frame, or one inside of it, made; None if it made none."""
         found = (index if kind == "call" else self.first_call_in(self.frames[index]) for kind, index in frame.events)
         return next((index for index in found if index is not None), None)
 
@@ -309,7 +309,7 @@ class Dataflow:
 
 
 def refs_in(structure: Any) -> tuple[int, ...]:
-    """The values inside recorded arguments, in order."""
+    """Return the values inside recorded arguments, in order."""
     if isinstance(structure, Ref):
         return (structure.value,)
     if isinstance(structure, dict):

@@ -155,7 +155,7 @@ def _run(
 
 
 def training_modes(model: nn.Module) -> dict[nn.Module, bool]:
-    """The modes that a model's modules have when it trains, but for BatchNorms, which are in eval mode here."""
+    """Return the modes that a model's modules have when it trains, but for BatchNorms, which are in eval mode here."""
     snapshot = ModelSnapshot(model)
     try:
         if not model.training:
@@ -176,7 +176,7 @@ def _text(error: Exception) -> str:
 
 
 def example_arguments(example_inputs: Any, name: str = "example_inputs") -> Arguments:
-    """Positional and named arguments: of a tensor, a sequence of positional arguments or a mapping of named ones.
+    """Return positional and named arguments from a tensor, a sequence of positional or a mapping of named ones.
 
     Raises:
         TypeError: anything else.

@@ -45,7 +45,7 @@ def has_own_weight(module: nn.Module) -> bool:
 
 
 def operation_name(function: Callable[..., Any]) -> str:
-    """A function's name without its spelling: in place, operator, reflected, method or function."""
+    """Return a function's name without its spelling: in place, operator, reflected, method or function."""
     name = str(getattr(function, "__name__", type(function).__name__))
     if name == "__get__":  # an attribute of Tensor, such as x.T
         return str(getattr(function, "__self__").__name__)  # noqa: B009 - a method wrapper has no static type
@@ -56,7 +56,7 @@ def operation_name(function: Callable[..., Any]) -> str:
 
 
 def plain_name(name: str, is_operator: bool = False) -> str:
-    """``add`` for ``add_``, ``__iadd__``, ``__radd__`` and, among operators, ``iadd``."""
+    """Return ``add`` for ``add_``, ``__iadd__``, ``__radd__`` and, among operators, ``iadd``."""
     bare = name.strip("_")
     if (is_operator or name.startswith("__")) and bare[:1] in ("i", "r") and bare[1:] in _ARITHMETIC:
         bare = bare[1:]

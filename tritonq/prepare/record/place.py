@@ -53,7 +53,7 @@ _known: dict[int, tuple[CodeType, list[_Position]]] = {}
 
 
 def _positions(code: CodeType) -> list[_Position]:
-    """First line, last line, first column and last column of each instruction."""
+    """Return first line, last line, first column and last column of each instruction."""
     known = _known.get(id(code))
     if known is None:
         known = _known[id(code)] = code, list(code.co_positions())

@@ -127,7 +127,7 @@ class Recorder:
         self._passing = passing
 
     def running(self) -> list[nn.Module]:
-        """The modules whose forward was running when the run was given up, innermost first."""
+        """Return the modules whose forward was running when the run was given up, innermost first."""
         return [frame.module for frame in reversed(self._stack) if frame.module is not None]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
@@ -327,7 +327,7 @@ class Recorder:
         return result
 
     def _note_writes(self, call: Call, inputs: list[Tensor]) -> list[tuple[int, int]]:
-        """New values for every known tensor whose storage the call wrote to, with those that they replace."""
+        """Return new values for every known tensor whose storage the call wrote to, with those that they replace."""
         writes: list[tuple[int, int]] = []
         for tensor in inputs:
             known = self._tracked[id(tensor)]

@@ -47,7 +47,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy of a model, also where modules hold results of computations, which tensors refuse to copy.
+    """Return a deep copy of a model, also where modules hold results of computations, which tensors refuse to copy.
 
     Pruning masks and ``weight_norm`` of old leave the computed weight on the module; forwards may leave activations,
     also in lists and dicts.
@@ -74,7 +74,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def _culprit(model: nn.Module) -> str:
-    """Which attribute of which module refuses to be copied."""
+    """Return which attribute of which module refuses to be copied."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if attribute in ("_modules", "_parameters", "_buffers"):
@@ -87,7 +87,7 @@ def _culprit(model: nn.Module) -> str:
 
 
 def _reloaded(module: ScriptModule) -> nn.Module:
-    """A copy of what torch.jit made; the parameters of one by ``copy.deepcopy`` take no gradients (torch 2.13)."""
+    """Return copy of what torch.jit made; the parameters of one by ``copy.deepcopy`` take no gradients (torch 2.13)."""
     file = io.BytesIO()
     torch.jit.save(module, file)
     file.seek(0)
@@ -138,12 +138,12 @@ class _BufferState:
 
 
 def tensor_version(tensor: Tensor) -> int:
-    """How often the tensor's storage was written in place; 0 for inference tensors, which do not count."""
+    """Return how often the tensor's storage was written in place; 0 for inference tensors, which do not count."""
     return 0 if tensor.is_inference() else int(tensor._version)
 
 
 def tensor_storage(tensor: Tensor) -> int:
-    """What tells the storage of a tensor from others while both are alive."""
+    """Return what tells the storage of a tensor from others while both are alive."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except NotImplementedError:  # sparse and other tensors without one storage

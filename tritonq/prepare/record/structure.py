@@ -22,7 +22,7 @@ class Opaque:
 
 
 def children_of(item: Any) -> list[tuple[str | int, Any]] | None:
-    """Keys and entries of a container, or None for anything that holds no others.
+    """Return keys and entries of a container, or None for anything that holds no others.
 
     Sequences have integer keys, mappings their own, dataclasses the names of their fields.
     """
@@ -36,7 +36,7 @@ def children_of(item: Any) -> list[tuple[str | int, Any]] | None:
 
 
 def tensors_in(item: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Every tensor of a nested structure with the keys that lead to it, in order."""
+    """Yield every tensor of a nested structure with the keys that lead to it, in order."""
     if isinstance(item, Tensor):
         yield path, item
         return
@@ -45,7 +45,7 @@ def tensors_in(item: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def unique_tensors(item: Any) -> list[Tensor]:
-    """The tensors of a structure, each once (by identity: equality would compare elements)."""
+    """Return the tensors of a structure, each once (by identity: equality would compare elements)."""
     return list({id(tensor): tensor for _, tensor in tensors_in(item)}.values())
 
 
@@ -56,7 +56,7 @@ def shares_tensor(inputs: list[Tensor], result: Any) -> bool:
 
 
 def describe(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
-    """The structure as plain tuples and dicts: tensors through ``leaf``, constants kept, the rest Opaque."""
+    """Return the structure as plain tuples and dicts: tensors through ``leaf``, constants kept, the rest Opaque."""
     if isinstance(item, Tensor):
         return leaf(item)
     if isinstance(item, PRIMITIVES) or item is Ellipsis:
@@ -70,7 +70,7 @@ def describe(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
 
 
 def replace_tensors(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
-    """The structure rebuilt with each tensor replaced; containers that can't be rebuilt are returned as they are."""
+    """Return structure rebuilt with each tensor replaced; containers that can't be rebuilt are returned as they are."""
     if isinstance(item, Tensor):
         return leaf(item)
     if type(item) in (tuple, list):
@@ -83,7 +83,7 @@ def replace_tensors(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
 
 
 def clone_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with every tensor cloned, once each however often it is passed: a model may write to its input."""
+    """Return the arguments with every tensor cloned once, however often it is passed: a model may write to it."""
     clones: dict[int, Tensor] = {}
 
     def clone(tensor: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def clone_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
 
 
 def replace_at(item: Any, path: Path, change: Callable[[Any], Any]) -> Any:
-    """A shallow copy of the structure in which the entry at ``path`` went through ``change``.
+    """Return a shallow copy of the structure in which the entry at ``path`` went through ``change``.
 
     Raises:
         TypeError: a container on the way that can't be rebuilt.
