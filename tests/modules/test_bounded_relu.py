@@ -260,15 +260,17 @@ def kinds_in(path, folder, optimise: bool) -> collections.Counter:
     return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
-# qnnpack's 256 codes end at the largest observed value: at the bound or below. tensorrt has 128 of them.
-@pytest.mark.parametrize(("preset", "clips"), [("tensorrt", 1), ("qnnpack", 0)])
+# qnnpack's 256 codes end at the largest observed value: at the bound or below. Symmetric types have 128 of them.
+@pytest.mark.parametrize(("preset", "clips"), [("symmetric", 1), ("qnnpack", 0)])
 @pytest.mark.parametrize(
     "act", [nn.ReLU6(), F.relu6, lambda x: x.clamp(min=0, max=3)], ids=["module", "relu6", "clamp"]
 )
 @pytest.mark.parametrize("make", [Net, Block])
 def test_onnx_runtime_has_no_clip_where_the_codes_end_first(make, act, preset, clips, tmp_path):
     pytest.importorskip("onnxruntime")
-    qconfig = tritonq.get_qconfig("tensorrt") if preset == "tensorrt" else tritonq.get_default_qat_qconfig("qnnpack")
+    symmetric = tritonq.get_qconfig("tensorrt")
+    symmetric = tritonq.QConfig(symmetric.activation, symmetric.weight, "onnxruntime")
+    qconfig = symmetric if preset == "symmetric" else tritonq.get_default_qat_qconfig("qnnpack")
     prepared = trained(prepare_qat(make(act), qconfig=qconfig, example_inputs=X))
     path = tmp_path / "m.onnx"
     tritonq.export_onnx(prepared, path, X, target="onnxruntime")

@@ -70,8 +70,8 @@ def test_a_training_step_is_one_graph_and_equals_eager(preset, channels_last, ob
     eager = copy.deepcopy(model)
     expected = train(eager, eager, channels_last=channels_last)
     found = train(model, torch.compile(model, fullgraph=True, backend="aot_eager"), channels_last=channels_last)
-    # The first forward has met the same parameters.
-    assert torch.equal(found[0], expected[0])
+    # The first forward has met the same parameters; a compiler adds up in another order.
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2 * float(model.head.activation_post_process.scale))
     assert_trained_alike(model, eager)

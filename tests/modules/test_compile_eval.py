@@ -123,8 +123,10 @@ def test_evaluation_in_the_middle_of_training():
             module.train()
             function(images(8, seed=round_)).sum().backward()
             module.eval()
+        # Training may add up in another order; eval mode may not.
+        same = copy.deepcopy(model)
         with torch.no_grad():
-            assert torch.equal(called(images(8)), eager(images(8)))
+            assert torch.equal(called(images(8)), same(images(8)))
         frames.append(counter.frame_count)
     assert frames == [2, 2, 2]
     torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-7)

@@ -15,7 +15,7 @@ from tritonq import QConfig, QConfigMapping
 from tritonq.qconfig import PRESETS
 from tritonq.qparams import QuantizedType
 
-MAIN = tritonq.get_qconfig("tensorrt")
+MAIN = tritonq.get_qconfig("onnxruntime")
 OTHER = tritonq.get_qconfig("megengine_ema")
 
 
@@ -149,7 +149,7 @@ def test_files_hold_every_preset_and_factory(tmp_path):
     assert loaded == mapping
     assert pickle.loads(pickle.dumps(mapping)) == mapping
     content = json.loads((tmp_path / "q.json").read_text())
-    assert content["last"] == {"preset": "tensorrt"}
+    assert content["last"] == {"preset": "onnxruntime"}
     assert content["first"] is None
     assert dict(content["patterns"])["v0"] == {"preset": "qnnpack", "version": 0}
 
@@ -261,7 +261,7 @@ class Detector(nn.Module):
 
 def test_a_detector_keeps_what_makes_boxes_in_float():
     model = Detector()
-    found = chosen(model, tritonq.get_yolo_qconfig_mapping(model, "tensorrt"), example_inputs=images(2), warn=False)
+    found = chosen(model, tritonq.get_yolo_qconfig_mapping(model, "onnxruntime"), example_inputs=images(2), warn=False)
     assert found == dict.fromkeys(("layers.0", "layers.1.stems.0.0", "layers.1.cv2.0.0", "layers.1.whole"), MAIN)
     head = model.layers[1]
     maps = torch.randn(2, 4, 4, 4)

@@ -73,5 +73,7 @@ def assert_compiled_gradients_equal(eager: nn.Module, x: Tensor) -> nn.Module:
     for run in (eager, compiled):
         run(x).square().mean().backward()
     for (name, parameter), other in zip(eager.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+        # A compiler adds up in another order, which small elements of a sum of large ones show.
+        largest = float(parameter.grad.abs().max())
+        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-5, atol=1e-5 * largest, msg=name)
     return model

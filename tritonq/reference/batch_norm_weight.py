@@ -54,6 +54,7 @@ _SNAPSHOT: Any = CopyOf("grid", lambda arguments: (len(arguments["rows"]),))
     returns=StepWeight(_CODES, _VECTOR, _VECTOR, _VECTOR, _VECTOR, True, _SNAPSHOT),
     mutates=OBSERVED,
     scratch=("known", "out"),
+    visible=True,
 )
 def quantize(
     rows: Tensor,
@@ -106,7 +107,7 @@ def composed(
     return StepWeight(codes, unit, fold / unit, fold, inverse_std, clips, frozen)
 
 
-@operator(returns=_CODES, scratch=("out",))
+@operator(returns=_CODES, scratch=("out",), visible=True)
 def codes_again(
     rows: Tensor, fold: Tensor, grid: Grid | None, code_dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
@@ -115,7 +116,7 @@ def codes_again(
     return fit_codes(codes, unit, code_dtype)[0]
 
 
-@operator(returns=(Like("rows", "fold"), Like("fold")), overwrites=("dcodes",))
+@operator(returns=(Like("rows", "fold"), Like("fold")), overwrites=("dcodes",), visible=True)
 def gradients(
     dcodes: Tensor,
     rows: Tensor,
