@@ -240,7 +240,7 @@ class TestInstructions:
         assert torch.equal(x, torch.arange(32, dtype=torch.int32).clamp(min=1))
 
     @pytest.mark.parametrize(
-        "body", ["ex2.approx.f32 %r2, %r3;", "add.ftz.f32 %r2, %r3, %r3;", "div.full.f32 %r2, %r3, %r3;"]
+        "body", ["lg2.approx.f32 %r2, %r3;", "add.ftz.f32 %r2, %r3, %r3;", "div.full.f32 %r2, %r3, %r3;"]
     )
     def test_what_it_does_not_know_it_refuses(self, body: str) -> None:
         with pytest.raises(EmulatorError, match=re.escape(body.rstrip(";"))):
