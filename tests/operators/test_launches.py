@@ -258,7 +258,6 @@ def _functions(dtype: torch.dtype) -> None:
 
 # Branches whose other side no scenario reaches yet. The list only shrinks: who adds a scenario removes its entries.
 ONE_SIDED = {
-    "activation.range_kernel: observing_ptr",
     "conv2d.conv2d_kernel: WIDE",
     "conv_bn.finish_kernel: momentum_ptr",
     "fake_quant.fake_quantize_kernel: CODES",

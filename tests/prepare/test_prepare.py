@@ -216,6 +216,7 @@ def test_failure_in_the_middle_undoes_everything(target, error):
         ("resnet18", {"example_inputs": X}, TypeError, "Module, got str"),
         (nn.Sequential(conv()).eval(), {}, ValueError, "training mode"),
         (nn.Sequential(nn.LazyConv2d(2, 1)), {"example_inputs": X}, ValueError, "no shape before"),
+        (nn.Sequential(conv()).to("meta"), {"example_inputs": X}, ValueError, r"'0\.weight' is on the device meta"),
     ],
 )
 def test_bad_input(model, arguments, error, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,9 +84,11 @@ def record_examples(model: nn.Module, example_inputs: Any, training_inputs: Any 
         training_inputs: the same for the training run; by default ``example_inputs``.
 
     Raises:
-        ValueError: the model rejects ``example_inputs`` in eval mode, or ``training_inputs`` in training mode.
+        ValueError: the model rejects ``example_inputs`` in eval mode, or ``training_inputs`` in training mode; it has
+            tensors on the device "meta", which hold no values.
         TypeError: inputs of another type.
     """
+    _check_values(model)
     args, kwargs = example_arguments(example_inputs)
     recorder = Recorder(model)
     try:
@@ -191,3 +194,14 @@ def example_arguments(example_inputs: Any, name: str = "example_inputs") -> Argu
         f"{name} must be a tensor, a tuple of positional arguments or a dict of named ones, got "
         f"{type(example_inputs).__qualname__}"
     )
+
+
+def _check_values(model: nn.Module) -> None:
+    """Raise ValueError where tensors hold no values: the examples are computed, and ranges begin with the results."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    name = next((name for name, tensor in tensors if tensor.is_meta), None)
+    if name is not None:
+        raise ValueError(
+            f"{type(model).__name__} has tensors without values ({name!r} is on the device meta): give it a device and "
+            "weights first, as by model.to_empty(device=…) and load_state_dict"
+        )
