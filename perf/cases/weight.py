@@ -10,7 +10,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from tritonq.grid import Grid, RangeStatistics
 from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
+from tritonq.qparams import TORCH_EPS, QuantizedType
 
 _QUANT_MIN, _QUANT_MAX = -128, 127
 
@@ -49,12 +51,7 @@ class Problem:
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """Return the quantized weight, and what the straight-through estimator gives weight and fold."""
-        weight, fold = inputs["weight"].detach(), _column(inputs["fold"].detach(), inputs["weight"])
-        folded, dims = weight * fold, tuple(range(1, weight.dim()))
-        scale = (folded.abs().amax(dims, keepdim=True) / ((_QUANT_MAX - _QUANT_MIN) / 2)).clamp(min=1e-7)
-        steps = torch.round(folded * (1.0 / scale))
-        passed = inputs["dy"] * ((steps >= _QUANT_MIN) & (steps <= _QUANT_MAX))
-        return steps.clamp(_QUANT_MIN, _QUANT_MAX) * scale, passed * fold, (passed * weight).sum(dims)
+        return quantized(inputs["weight"].detach(), inputs["fold"].detach(), inputs["dy"])
 
     def case(self, *, quick: bool) -> Case:
         """Forward one read, one write; backward two reads, one write."""
@@ -88,11 +85,22 @@ def cases() -> Iterator[Case]:
 def _tritonq(inputs: Inputs) -> Step:
     """Return what the Conv-BN operator calls; it convolves with codes, so that it never forms their values."""
     from tritonq.backend import implementation
-    from tritonq.grid import Grid, RangeStatistics
-    from tritonq.qparams import TORCH_EPS, QuantizedType
 
-    channels, device = len(inputs["fold"]), inputs["weight"].device
     ops = implementation("weight", inputs["weight"])
+    grid, statistics = per_channel_state(inputs["fold"])
+
+    def step(inputs: Inputs) -> tuple[Tensor, ...]:
+        weight, fold = inputs["weight"].detach(), inputs["fold"].detach()
+        codes, unit, clips, frozen = ops.quantize_folded(weight, fold, grid, statistics)
+        drows, dfold = ops.folded_backward(inputs["dy"] * column(unit, weight), weight, fold, unit, frozen, clips)
+        return codes, unit, drows, dfold
+
+    return step
+
+
+def per_channel_state(vector: Tensor) -> tuple[Grid, RangeStatistics]:
+    """Return a symmetric 8-bit grid per element of ``vector`` and a range that holds the present step's alone."""
+    channels, device = len(vector), vector.device
     qtype, on = QuantizedType(_QUANT_MIN, _QUANT_MAX, axis=0), torch.ones(1, dtype=torch.uint8, device=device)
     grid = Grid(torch.ones(channels, device=device), None, qtype, on)
     statistics = RangeStatistics(
@@ -104,19 +112,22 @@ def _tritonq(inputs: Inputs) -> Step:
         averaging_constant=1.0,
         eps=TORCH_EPS,
     )
+    return grid, statistics
 
-    def step(inputs: Inputs) -> tuple[Tensor, ...]:
-        weight, fold = inputs["weight"].detach(), inputs["fold"].detach()
-        codes, unit, clips, frozen = ops.quantize_folded(weight, fold, grid, statistics)
-        drows, dfold = ops.folded_backward(inputs["dy"] * _column(unit, weight), weight, fold, unit, frozen, clips)
-        return codes, unit, drows, dfold
 
-    return step
+def quantized(weight: Tensor, fold: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the quantized folded weight, and what the straight-through estimator gives weight and fold."""
+    fold, dims = column(fold, weight), tuple(range(1, weight.dim()))
+    folded = weight * fold
+    scale = (folded.abs().amax(dims, keepdim=True) / ((_QUANT_MAX - _QUANT_MIN) / 2)).clamp(min=1e-7)
+    steps = torch.round(folded * (1.0 / scale))
+    passed = dy * ((steps >= _QUANT_MIN) & (steps <= _QUANT_MAX))
+    return steps.clamp(_QUANT_MIN, _QUANT_MAX) * scale, passed * fold, (passed * weight).sum(dims)
 
 
 def _as_values(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     codes, unit, drows, dfold = outputs
-    return codes * _column(unit, codes), drows, dfold
+    return codes * column(unit, codes), drows, dfold
 
 
 def _torch_ao(version: int, inputs: Inputs) -> Step:
@@ -139,11 +150,12 @@ def _torch_ao(version: int, inputs: Inputs) -> Step:
     ).to(inputs["weight"].device)
 
     def step(inputs: Inputs) -> tuple[Tensor, ...]:
-        y = quantizer(inputs["weight"] * _column(inputs["fold"], inputs["weight"]))
+        y = quantizer(inputs["weight"] * column(inputs["fold"], inputs["weight"]))
         return y, *torch.autograd.grad(y, (inputs["weight"], inputs["fold"]), inputs["dy"])
 
     return step
 
 
-def _column(vector: Tensor, weight: Tensor) -> Tensor:
+def column(vector: Tensor, weight: Tensor) -> Tensor:
+    """Return a vector per out channel, shaped to broadcast against the weight."""
     return vector.view(-1, *[1] * (weight.dim() - 1))

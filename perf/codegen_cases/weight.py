@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from tritonq.kernels import batch_norm_weight, weight
+from tritonq.kernels import weight
 from tritonq.perf.codegen_case import Call, CodegenCase, meta, meta_grid, meta_range
 from tritonq.qparams import QINT8, QINT8_NARROW, QUINT8, QuantizedType
 
 # Elements per row, and the type: a 3×3, a 1×1 and a depthwise convolution, and rows longer than a tile.
-_WEIGHTS = {"3x3": (4608, QINT8_NARROW), "1x1": (64, QINT8), "depthwise": (9, QINT8), "long": (18432, QUINT8)}
+WEIGHTS = {"3x3": (4608, QINT8_NARROW), "1x1": (64, QINT8), "depthwise": (9, QINT8), "long": (18432, QUINT8)}
 
 
 def _forward(length: int, qtype: QuantizedType) -> Call:
@@ -29,23 +29,8 @@ def _backward(length: int, qtype: QuantizedType) -> Call:
     return call
 
 
-def _step(length: int, qtype: QuantizedType) -> Call:
-    """Return the weight of a step with BatchNorm, and its gradient."""
-
-    def call(dtype: torch.dtype) -> object:
-        rows, vector, state = meta(512, length), meta(512), (meta_grid(qtype, 512), meta_range(qtype, 512))
-        made = batch_norm_weight.quantize(rows, vector, vector, 1e-5, dtype, torch.float32, *state)
-        vectors = (vector, vector, vector, vector, vector, vector)
-        return batch_norm_weight.gradients(made[0], rows, *vectors, made[-1], True)
-
-    return call
-
-
 CASES = tuple(
     CodegenCase(f"{name}/{kind}", make(length, qtype.with_axis(0)), dtypes=(torch.float32,))
-    for kind, (length, qtype) in _WEIGHTS.items()
+    for kind, (length, qtype) in WEIGHTS.items()
     for name, make in (("weight", _forward), ("weight_backward", _backward))
-) + tuple(
-    CodegenCase(f"batch_norm_weight/{kind}", _step(length, qtype.with_axis(0)), dtypes=(torch.bfloat16,))
-    for kind, (length, qtype) in _WEIGHTS.items()
 )

@@ -57,7 +57,10 @@ FAMILIES = families()
 
 
 def called_families() -> set[str]:
-    """Families that some module of tritonq calls: ``implementation("fake_quant", x)``, or an import of the kernels."""
+    """Families that some module of tritonq calls: ``implementation("fake_quant", x)``, or an import of the kernels.
+
+    One of which the specification of another is made is called with it.
+    """
     found = set()
     for path in (ROOT / "tritonq").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -65,6 +68,12 @@ def called_families() -> set[str]:
                 found.add(ast.unparse(node.args[0]).strip("'"))
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tritonq.kernels."):
                 found.add(str(node.module).removeprefix("tritonq.kernels."))
+            elif (
+                isinstance(node, ast.ImportFrom)
+                and node.module == "tritonq.reference"
+                and path.parent.name == "reference"
+            ):
+                found.update(alias.name for alias in node.names)
     return found
 
 

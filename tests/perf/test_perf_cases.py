@@ -4,8 +4,10 @@ from torch import nn
 
 from tritonq.perf.case import disagreement
 from tritonq.perf.cases import all_cases, conv2d
+from tritonq.perf.cases.batch_norm_weight import Problem as BatchNormWeight
 from tritonq.perf.cases.fake_quant import Problem
 from tritonq.perf.cases.fixed_point import Rounding, Search
+from tritonq.perf.cases.input_codes import Problem as InputCodes
 from tritonq.perf.cases.int8_conv import Convolution
 from tritonq.perf.cases.learned_scale import Problem as LearnedProblem
 from tritonq.perf.cases.min_max import Problem as ObserveProblem
@@ -29,6 +31,8 @@ SMALL_CASES = [
     Rounding((8, 4, 3, 3), torch.bfloat16, 0, True).case(quick=True, devices=("cpu",)),
     Search((4, 8, 6, 6), torch.float32, signed=False).case(quick=True, devices=("cpu",)),
     Convolution(2, 8, 6, 5, 3).case(quick=True, devices=("cpu",)),
+    BatchNormWeight((8, 4, 3, 3)).case(quick=True, devices=("cpu",)),
+    InputCodes((4, 3, 5, 5), torch.bfloat16).case(quick=True, devices=("cpu",)),
 ]
 
 
