@@ -101,7 +101,7 @@ class _Autocast:
     __hash__ = None  # type: ignore[assignment]
 
     def context(self) -> AbstractContextManager[Any]:
-        """Return same state without the cache of cast weights, whose tensors a graph would keep from step to step."""
+        """Return the state without the cache of cast weights, whose tensors a graph would keep from step to step."""
         enabled, dtype = self._state
         return torch.autocast("cuda", dtype=dtype, cache_enabled=False) if enabled else nullcontext()
 

@@ -86,7 +86,7 @@ class QConfigMapping:
         return replace(self, types=_added(self.types, type_name(object_type), qconfig))
 
     def set_module_name_regex(self, module_name_regex: str, qconfig: Choice) -> QConfigMapping:
-        """Return same mapping with a qconfig for the modules whose qualified name the pattern matches (``re.match``).
+        """Return the mapping with a qconfig for modules whose qualified name the pattern matches (``re.match``).
 
         Raises:
             ValueError: not a regular expression.

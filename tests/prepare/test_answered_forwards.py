@@ -269,7 +269,7 @@ def test_mean_is_answered_by_a_module_and_its_quantizer(mean):
 
 
 class Halved(Pooled):
-    """An output whose size follows the image's: not a mean that a module with one size computes."""
+    """An output whose size follows the image's: a module of one size computes the recorded one."""
 
     def forward(self, x, pool=True):
         y = self.conv(x)
@@ -278,10 +278,18 @@ class Halved(Pooled):
         return self.head(y.amax((2, 3)))
 
 
-@pytest.mark.filterwarnings(r"ignore:\d+ calls of the forward")
-def test_an_output_that_may_follow_the_size_of_the_image_is_no_module_of_one_size():
-    prepared = prepare_qat(Halved(""), example_inputs=X)
-    assert of_type(prepared, qnn.Average) == []
+def test_an_output_that_follows_the_size_of_the_image_is_computed_as_written_for_another_size():
+    torch.manual_seed(0)
+    model = Halved("")
+    prepared = prepare_qat(model, example_inputs=X).eval()
+    assert of_type(prepared, qnn.Average) == ["adaptive_avg_pool2d"]
+    disable_fake_quant(prepared)
+    larger = torch.cat([X, X], 3)
+    model.eval()
+    assert torch.equal(prepared(X), model(X))
+    with pytest.warns(UserWarning, match="1 calls of the forward"):
+        found = prepared(larger)
+    torch.testing.assert_close(found, model(larger), rtol=1e-6, atol=1e-6)
 
 
 class Inside(nn.Module):
@@ -392,7 +400,7 @@ def test_a_recorded_call_that_never_comes_is_told_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prepared(X)
-    with pytest.warns(UserWarning, match=r"1 calls of the forward of EarlyReturn .* did not come \(add\)"):
+    with pytest.warns(UserWarning, match=r"1 calls of the forward of EarlyReturn .* did not come, .* \(add\)"):
         prepared(X, stop=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -138,6 +138,7 @@ class Answering(TorchFunctionMode):
         super().__init__()
         self._owner, self._answers, self._places = owner, answers, places
         self._counts: dict[str, int] = {}
+        self._differing: set[str] = set()
 
     def __torch_function__(
         self,
@@ -152,23 +153,25 @@ class Answering(TorchFunctionMode):
             return func(*args, **kwargs)
         count = self._counts.get(place, 0)
         self._counts[place] = count + 1
-        answer = self._answers.get(f"{place}#{count}")
+        key = f"{place}#{count}"
+        answer = self._answers.get(key)
         if answer is None:
             return func(*args, **kwargs)
         kind, child, operands, then = answer[:4]
         if len(answer) > 4 and [_plain(args[1:]), _plain(kwargs)] != answer[4]:
             kind = "run"
+            self._differing.add(key)
         if operands == "layer":
             _check_geometry(getattr(self._owner, child), operation_name(func), args, kwargs)
         result = func(*args, **kwargs) if kind == "run" else self._replaced(child, operands, args, kwargs)
         return getattr(self._owner, then)(result) if then else result
 
     def tell_missing(self, expected: Sequence[str]) -> None:
-        """Warn, once per module, of recorded calls that this run did not make."""
+        """Warn, once per module, of recorded calls that this run did not make, or with other arguments."""
         missing = []
         for key in expected:
             place, _, occurrence = key.rpartition("#")
-            if self._counts.get(place, 0) <= int(occurrence):
+            if self._counts.get(place, 0) <= int(occurrence) or key in self._differing:
                 missing.append(key)
         if missing and not getattr(self._owner, _TOLD, False):
             setattr(self._owner, _TOLD, True)
@@ -176,7 +179,8 @@ class Answering(TorchFunctionMode):
             what = f" ({', '.join(children)})" if children else ""
             warnings.warn(
                 f"{len(missing)} calls of the forward of {type(self._owner).__name__} that prepare_qat recorded did "
-                f"not come{what}: it took another branch, which runs in float, or its source is another one now",
+                f"not come, or with other arguments{what}: it took another branch, which runs in float, or its source "
+                "is another one now",
                 stacklevel=2,
             )
 
@@ -243,7 +247,7 @@ def _running_place() -> str:
 
 
 def _place_in_trace() -> str:
-    """Return same while ``torch.compile`` traces: the innermost translator is the mode's, the next one its caller's."""
+    """Return the place while ``torch.compile`` traces: the innermost translator is the mode's, the next its caller's."""
     places = traced_places()
     return "" if len(places) < 2 or places[1][0] is _HANDLER else places[1][1]
 
