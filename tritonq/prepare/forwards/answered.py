@@ -247,7 +247,7 @@ def _running_place() -> str:
 
 
 def _place_in_trace() -> str:
-    """Return the place while ``torch.compile`` traces: the innermost translator is the mode's, the next its caller's."""
+    """Return the place while ``torch.compile`` traces: the second translator is that of the mode's caller."""
     places = traced_places()
     return "" if len(places) < 2 or places[1][0] is _HANDLER else places[1][1]
 
