@@ -31,7 +31,7 @@ FOR_DEVELOPERS = (
         "perf/predict.py",
         "perf/codegen_budget.json",
     ),
-    *("perf/README.md", "perf/PREDICTIONS.md", "perf/results/*", "perf/pictures/*"),
+    *("perf/README.md", "perf/PREDICTIONS.md", "perf/results/*", "perf/pictures/*", "perf/accuracy/*.jsonl"),
 )
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git says which files belong to the project")

@@ -61,8 +61,8 @@ def test_copies_keep_it(copied):
 
 def test_switches_show():
     model = trained_float_form()
-    model.point.activation_post_process.disable_fake_quant()
-    assert by_name(tritonq.summary(model))["point"].grid == "w -127..127 per channel, y -128..127 (off)"
+    model.depthwise.activation_post_process.disable_fake_quant()
+    assert by_name(tritonq.summary(model))["depthwise"].grid == "w -127..127 per channel, y -128..127 (off)"
 
 
 def test_a_converted_model_says_what_its_original_said():

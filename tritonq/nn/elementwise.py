@@ -18,13 +18,7 @@ from tritonq.functional.memo import Memo, held_tensors
 from tritonq.functional.residual import residual_join, rounded_product, rounded_result
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn.eval_mode import with_gradient_of
-from tritonq.nn.fusable import (
-    checked_ceiling,
-    describe_relu,
-    input_grid,
-    observed_grid,
-    warn_if_unobserved,
-)
+from tritonq.nn.fusable import checked_ceiling, describe_relu, input_grid, observed_grid, warn_if_unobserved
 from tritonq.nn.output_quantizer import (
     GridSource,
     WithOutputQuantizer,
