@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -10,8 +10,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
-from tritonq.perf.cases.quantizer_states import activation_state, torch_ao_activation
+from tritonq.perf.case import Case, Inputs, Tolerance
+from tritonq.perf.cases.quantized_operators import Operator, implementations
+from tritonq.perf.cases.quantizer_states import activation_state
 from tritonq.reference.functions import Function
 
 _ROUNDING = Tolerance(
@@ -53,23 +54,13 @@ class QuantizedFunction:
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
         """Forward reads the input twice and writes once; the backward reads input and gradient and writes one."""
         parts = ["functions", self.name, "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")]
-        makers = {
-            "tritonq": partial(_tritonq, self.name),
-            "torch.ao v0": partial(_ao, self.name, 0),
-            "torch.ao v1": partial(_ao, self.name, 1),
-            "float": partial(_float, self.name),
-        }
-        table = {name: Implementation(partial(_step, maker)) for name, maker in makers.items()}
-        table["tritonq"] = Implementation(partial(_step, makers["tritonq"]), distribution="tritonq", module="tritonq")
-        near = Tolerance("float does not quantize: 8-bit noise", distance=0.02)
-        table["float"] = Implementation(partial(_step, makers["float"]), tolerance=near)
         elements = prod(self.shape)
         return Case(
             name="/".join([*parts, "forward+backward"]),
             family="functions",
             make_inputs=self.make_inputs,
             reference=self.reference,
-            implementations=table,
+            implementations=implementations(("x",), partial(_tritonq, self.name), Function(self.name)),
             baseline="torch.ao v1",
             bytes_moved=6 * elements * self.dtype.itemsize,
             operations=_OPERATIONS * elements,
@@ -79,33 +70,11 @@ class QuantizedFunction:
         )
 
 
-Operator = Callable[[Tensor], Tensor]
-
-
-def _step(maker: Callable[[Inputs], Operator], inputs: Inputs) -> Step:
-    function = maker(inputs)
-
-    def step(inputs: Inputs) -> tuple[Tensor, ...]:
-        y = function(inputs["x"])
-        return y, *torch.autograd.grad(y, (inputs["x"],), inputs["dy"])
-
-    return step
-
-
 def _tritonq(name: str, inputs: Inputs) -> Operator:
     from tritonq.functional.functions import quantized_function
 
     state = activation_state(inputs["x"].device)
     return lambda x: quantized_function(x, Function(name), None, *state)
-
-
-def _ao(name: str, version: int, inputs: Inputs) -> Operator:
-    quantize, function = torch_ao_activation(version, inputs["x"].device), Function(name)
-    return lambda x: quantize(function(x))
-
-
-def _float(name: str, inputs: Inputs) -> Operator:
-    return Function(name)
 
 
 def cases() -> Iterator[Case]:
