@@ -64,7 +64,7 @@ def quantize(
         _fold(fold, *norm)
         norm = None
     if grid is None:
-        codes = (rows.float() * fold.view(-1, *[1] * (rows.dim() - 1))).to(code_dtype)
+        codes = codes_again(rows, fold, None, code_dtype)
         return codes, torch.ones_like(fold), fold, fold, inverse_std, False, None
     observes = observes and not observe_in_advance(rows, fold, grid, statistics)
     made = quantize_rows(rows, fold, grid, statistics, code_dtype, observes=observes, norm=norm)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .fake_quant import common_view
 from .launch import device_guard, plan
 from .launcher import Launcher
+from .pointwise import load_operand
 from .quantized import Grid
 from .rounding import clamp, round_half_even
 from .tile import tile_indices, tile_mask, tile_offsets
@@ -92,10 +93,8 @@ def decode_kernel(
     """``(code - shift) · scale`` of one tile."""
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
-    steps = tl.load(codes_ptr + tile_offsets(place, codes_strides), mask=mask, other=0).to(tl.float32)
-    if shift_ptr is not None:
-        steps -= tl.load(shift_ptr)
-    tl.store(x_ptr + tile_offsets(place, x_strides), steps * tl.load(scale_ptr), mask=mask)
+    x = load_operand(codes_ptr, tile_offsets(place, codes_strides), mask, 0, scale_ptr, shift_ptr)
+    tl.store(x_ptr + tile_offsets(place, x_strides), x, mask=mask)
 
 
 def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
