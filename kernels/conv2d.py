@@ -291,7 +291,7 @@ def input_precision(x: Tensor, is_codes: bool) -> str:
 
 
 def tuned_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, is_codes: bool) -> ConvTile | None:
-    """Return tile with which this GPU's table has the kernel beat torch's convolution, or None: torch's is to run."""
+    """Return the tile with which the kernel beats torch's convolution by this GPU's table; None: torch's is to run."""
     index = x.device.index if x.is_cuda else None
     layout = "channels_last" if is_channels_last(x) else "channels_first"
     dtype = "codes" if is_codes else str(x.dtype).removeprefix("torch.")

@@ -322,7 +322,7 @@ def _statistics(
     bias: Tensor | None,
     norm: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return six vectors of `Normalization`, and (2, channels) extremes of the result; updates running statistics."""
+    """Return the vectors of `Normalization` and (2, channels) extremes of the result; updates running statistics."""
     shares = plan_reduction(c, seen)
     channels = c.shape[1]
     count = c.numel() // channels

@@ -215,7 +215,7 @@ def _passing_floats(number: FloatFormat | None, blocks_ends: bool) -> dict[str, 
 
 
 def common_view(inputs: tuple[Tensor, ...], out: Tensor, axis: int | None) -> tuple[tuple[Tensor, ...], View]:
-    """Return view of ``inputs`` and a dense ``out``; inputs whose strides allow none are first copied to ``out``'s."""
+    """Return a view of ``inputs`` and a dense ``out``; inputs whose strides allow none are copied to ``out``'s."""
     seen = view(out.shape, (*(t.stride() for t in inputs), out.stride()), axis)
     if seen is not None:
         return inputs, seen

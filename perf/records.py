@@ -63,7 +63,7 @@ def read(path: Path) -> list[Record]:
 
 
 def read_folder(folder: Path) -> list[Record]:
-    """Return records of every file below ``folder``, oldest first; a damaged file is named in a warning and ignored."""
+    """Return the records of all files below ``folder``, oldest first; a warning names damaged ones, left out."""
     return list(_usable(sorted(folder.rglob("*.jsonl"), key=lambda path: path.name)))
 
 

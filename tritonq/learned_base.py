@@ -222,7 +222,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
 
 def floored(parameter: Tensor, floor: float) -> Tensor:
-    """Return parameter, or ``floor`` where that is larger.
+    """Return the parameter, or ``floor`` where that is larger.
 
     The gradient passes, or a parameter would stay at its floor.
     """

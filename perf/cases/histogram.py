@@ -95,7 +95,7 @@ def _extremes(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _best_scale(inputs: Inputs) -> tuple[Tensor, ...]:
-    """Return symmetric 8-bit scale with the least squared error on the values themselves, of a hundred candidates."""
+    """Return the symmetric 8-bit scale with the least squared error on the values, of a hundred candidates."""
     x = inputs["x"].float().flatten()
     widest = x.abs().amax() / 127.5
     candidates = [widest * step / 100 for step in range(40, 101)]

@@ -60,7 +60,7 @@ class Problem:
         return inputs
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return rules of torch for the range of this batch alone, then the formula; the range holds all of ``x``."""
+        """Apply torch's rules to the range of this batch alone, then the formula; the range holds all of ``x``."""
         x = inputs["x"].detach().float()
         dims = tuple(range(1, x.dim())) if self.weight else tuple(range(x.dim()))
         low, high = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
@@ -85,7 +85,7 @@ class Problem:
         return {"quant_min": 0, "quant_max": 255, "dtype": torch.quint8, "qscheme": torch.per_tensor_affine}
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """Return weight's rows fit on chip: one read, one write. An activation is read twice. Backward: two and one."""
+        """Read a weight, whose rows fit on chip, once, and an activation twice; write once. Backward: two and one."""
         elements = prod(self.shape)
         passes = (2 if self.weight else 3) + (3 if self.backward else 0)
         operations = _FORWARD_OPERATIONS + (_BACKWARD_OPERATIONS if self.backward else 0)

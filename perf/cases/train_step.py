@@ -62,7 +62,7 @@ class Setting:
         return self._placed(torchvision_model(self.model, num_classes=_CLASSES), device)
 
     def torch_ao_model(self, device: torch.device, version: int) -> nn.Module:
-        """Return form that torch.ao needs (torchvision has one: stubs, functional additions), fused and prepared."""
+        """Return torchvision's form for torch.ao, with stubs and functional additions, fused and prepared."""
         from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
 
         model = quantizable(self.model, num_classes=_CLASSES)

@@ -153,7 +153,7 @@ def _layers(model: nn.Module) -> dict[str, QATLayer]:
 
 
 def _seen(layer: QATLayer) -> tuple[Tensor, Grid, tuple[int, ...]]:
-    """Return weight as its quantizer sees it, (out, ...), the quantizer's grid, and the shape of scales against it."""
+    """Return the weight as its quantizer sees it, (out, ...), its grid, and the shape of scales against it."""
     rows = layer.linear_map.to_rows(layer.weight_to_quantize())
     grid = layer.weight_fake_quant.grid()  # type: ignore[operator]
     column = (-1, *[1] * (rows.dim() - 1)) if grid.scale.numel() > 1 else (1,) * rows.dim()

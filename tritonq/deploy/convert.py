@@ -292,7 +292,7 @@ def _weight_grid(layer: QATLayer) -> QuantizedType | None:
 def _float_tensors(
     layer: QATLayer, weight: Tensor, bias: Tensor | None, grid: QuantizedType | None
 ) -> dict[str, Tensor | None]:
-    """Return tensors of a layer that computes in float: codes to dequantize, or the weight itself, and a float bias."""
+    """Return what a layer in float holds: codes to dequantize, or the weight itself, and a float bias."""
     bias = None if bias is None else bias.clone()
     if grid is None:
         return {"weight": weight.clone(), "bias": bias}

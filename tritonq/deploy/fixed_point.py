@@ -131,7 +131,7 @@ def _pool(pool: FixedPointAvgPool2d) -> IntegerAvgPool2d:
 
 
 def _output(module: FixedPointLayer | FixedPointAdd | FixedPointAvgPool2d) -> CodeFormat | None:
-    """Return codes that leave a module: those of its reader's format.
+    """Return the codes that leave a module: those of its reader's format.
 
     None: accumulators, for a sum or for the caller.
     """

@@ -274,7 +274,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         return cast(Tensor, self.activation_post_process(y))
 
     def output_grid(self) -> Grid | None:
-        """Return one grid that the accumulator goes to at once, or None where a function or no such grid follows."""
+        """Return the grid that the accumulator goes to at once; None where a function or no such grid follows."""
         quantizer = self.activation_post_process
         if self.following is not None or not isinstance(quantizer, Quantizer) or quantizer.qtype.axis is not None:
             return None

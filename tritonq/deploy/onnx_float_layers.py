@@ -40,7 +40,7 @@ def _is_integer_layer(node: Any) -> bool:
 
 
 def _scale_of(quantize: Any) -> Any:
-    """Return scale by which the codes of a QuantizeLinear become values again; between the two they may be clipped."""
+    """Return the scale by which codes of a QuantizeLinear become values again; in between they may be clipped."""
     reader = quantize
     while reader is not None and reader.op_type in ("QuantizeLinear", "Clip", "Min", "Max"):
         readers = [next_ for next_, _ in reader.outputs[0].uses()]

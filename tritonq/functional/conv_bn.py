@@ -66,7 +66,7 @@ class ReadyWeight(NamedTuple):
 
 
 def version_of(weight: Tensor) -> tuple[int, int]:
-    """Return changes with what ``weight`` holds."""
+    """Return what changes when ``weight`` holds something else."""
     return weight.data_ptr(), weight._version
 
 

@@ -26,7 +26,7 @@ def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleTyp
 
 
 def without_kernel(name: str, x: Tensor) -> ModuleType:
-    """Return module of an op family that has no kernel: :func:`tritonq.backend.without_kernel`, or its traced form."""
+    """Return the module of a family that has no kernel: :func:`tritonq.backend.without_kernel`, or its traced form."""
     if torch.compiler.is_compiling():
         return _traced(name, "auto")
     return choice.without_kernel(name, x)

@@ -216,7 +216,7 @@ def _raise_scale_for_sums(
 
 
 def raise_scale_for_bias(weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
-    """Return weight scale, raised in channels whose bias would not fit 32 bits in units of input scale × weight scale.
+    """Return the weight scale, raised where a bias would not fit 32 bits in units of input scale × weight scale.
 
     That happens in dead channels, whose weight scale is tiny; their codes only become smaller.
     """

@@ -194,7 +194,7 @@ def _tensors(saved: SavedInput | None) -> tuple[Tensor | None, ...]:
 
 
 def _passed(dy: Tensor, mask: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Return gradient of a result where neither ReLU nor the clip blocked it, else 0; the result lay by ``strides``."""
+    """Return the gradient where neither ReLU nor the clip blocked it, else 0; the result lay by ``strides``."""
     if mask.dtype == torch.bool:
         return torch.where(mask, dy, 0)
     if dy.stride() != strides:

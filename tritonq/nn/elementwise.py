@@ -295,7 +295,7 @@ class Cat(WithOutputQuantizer):
 
     @torch.no_grad()
     def _exact(self, tensors: tuple[Tensor, ...]) -> Tensor | None:
-        """Return values on the output's grid as integer runtimes round them, without gradient.
+        """Return the values on the output's grid as integer runtimes round them, without gradient.
 
         None without such a grid.
 

@@ -243,7 +243,7 @@ class FixedPointLayer(ReferringModule):
 
     @torch.no_grad()
     def exact_forward(self, x: Tensor) -> Tensor:
-        """Return layer on rounded input, in integers of float64, exactly; the accumulator saturates at ±(2^31 - 1)."""
+        """Compute the layer on rounded input, exactly, in integers of float64, which saturate at ±(2^31 - 1)."""
         layer = self.integers()
         codes = x.double() * power_of_two(self.input_format.rounded_frac_len(), torch.float64)
         shape = [1] * codes.dim()

@@ -97,7 +97,7 @@ def ceiling_of(activation: nn.Module | None) -> float | None:
 
 
 def bound_of_clip(low: object, high: object = None) -> float | None:
-    """Return upper bound of the ReLU that clipping to these bounds is (None: not clipped); None where it is no ReLU."""
+    """Return the upper bound of the ReLU that clipping to these bounds (None: none) is; None where it is no ReLU."""
     high = math.inf if high is None else high
     if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
         return None

@@ -103,7 +103,7 @@ class HistogramObserver(RangeObserver):
             write_if(enabled, qparams.zero_point, zero_point)
 
     def search_range(self) -> tuple[Tensor, Tensor]:
-        """Return range that the search proposes: float32, 0-d or (channels,).
+        """Return the range that the search proposes: float32, 0-d or (channels,).
 
         The unset range where nothing was seen.
         """

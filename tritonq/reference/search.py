@@ -228,7 +228,7 @@ def _least_error_range(
 
 
 def _ends(low: Tensor, high: Tensor, qtype: QuantizedType) -> tuple[Tensor, Tensor]:
-    """Return widest range worth considering: the data's, with zero in it; for a symmetric type as far on both sides."""
+    """Return the widest range worth considering: the data's and zero; the same on both sides for a symmetric type."""
     largest = torch.maximum(-low, high)
     return (-largest, largest) if qtype.symmetric else (low.clamp(max=0), high.clamp(min=0))
 

@@ -55,7 +55,7 @@ class FrozenNorm:
 
 
 def find_frozen_norm(owner: str, analysis: Analysis) -> FrozenNorm | None:
-    """Return frozen norm that a module is, or None where it computes something else, or with parameters that train."""
+    """Return the frozen norm that a module is; None where it computes something else, or has parameters that train."""
     frames = analysis.flow.frames_of(owner)
     if not frames or next(analysis.modules[owner].children(), None) is not None:
         return None

@@ -102,7 +102,7 @@ def layer_records(
 
 
 def _first_call(name: str, analysis: Analysis) -> float:
-    """Return index of the first call of a module, or of a function or module in its forward; infinity without one."""
+    """Return the index of the first call of a module, or of what is in its forward; infinity without one."""
     own = [call.index for call in analysis.flow.calls_of(name)]
     events = [analysis.flow.first_call_in(frame) for frame in analysis.flow.frames_of(name)]
     outer = name.rpartition(".")[0]

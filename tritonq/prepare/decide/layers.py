@@ -132,7 +132,7 @@ class _Start:
 
 
 def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int]) -> tuple[list[Call], float | None]:
-    """Return ReLUs, one after each call, that may become part of what calls, and their upper bound.
+    """Return the ReLUs, one after each call, that may become part of what calls, and their upper bound.
 
     Else none, and None.
 

@@ -15,7 +15,7 @@ from tritonq.prepare.record.dataflow import Call, Ref
 
 
 def float_layer(function: FunctionLayer, model: nn.Module, training: bool) -> nn.Module:
-    """Return float layer that computes what a function does, on its device.
+    """Return a float layer that computes what a function does, on its device.
 
     The values of its parameters are undefined.
     """

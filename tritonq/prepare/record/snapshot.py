@@ -87,7 +87,7 @@ def _culprit(model: nn.Module) -> str:
 
 
 def _reloaded(module: ScriptModule) -> nn.Module:
-    """Return copy of what torch.jit made; the parameters of one by ``copy.deepcopy`` take no gradients (torch 2.13)."""
+    """Return a copy of what torch.jit made: parameters that ``copy.deepcopy`` makes take no gradients (torch 2.13)."""
     file = io.BytesIO()
     torch.jit.save(module, file)
     file.seek(0)

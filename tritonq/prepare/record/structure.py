@@ -70,7 +70,7 @@ def describe(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
 
 
 def replace_tensors(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
-    """Return structure rebuilt with each tensor replaced; containers that can't be rebuilt are returned as they are."""
+    """Return the structure with each tensor replaced; containers that can't be rebuilt are returned as they are."""
     if isinstance(item, Tensor):
         return leaf(item)
     if type(item) in (tuple, list):
