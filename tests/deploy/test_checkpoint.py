@@ -22,7 +22,7 @@ from qat_models import (
 )
 from tritonq import nn as qnn
 from tritonq.deploy import convert, load_converted, save_converted
-from tritonq.deploy.checkpoint import FORMAT, VERSION, _digest
+from tritonq.deploy.checkpoint import FORMAT, VERSION, checksum
 from tritonq.deploy.modules import DeployedModule
 from vision_models import timm_model, torchvision_model, transformers_resnet
 
@@ -42,7 +42,7 @@ def rewrite(path, change):
     """The file with its contents changed and its checksum made right again."""
     content = torch.load(path, weights_only=True)
     change(content)
-    content["sha256"] = _digest(content["modules"], content["state_dict"], content.get("metadata"))
+    content["sha256"] = checksum(content["modules"], content["state_dict"], content.get("metadata"))
     torch.save(content, path)
 
 

@@ -15,7 +15,7 @@ from tritonq.demo.model import SmallResNet
 from tritonq.deploy import convert
 from tritonq.deploy.fixed_point_modules import CodeFormat, IntegerLayer, overflow_report
 from tritonq.nn import FixedPointConvBn2d, FixedPointLinear
-from tritonq.nn.fixed_point import FixedPointLayer
+from tritonq.nn.fixed_point_layer import FixedPointLayer
 from tritonq.prepare import prepare_qat
 from tritonq.qconfig import QConfig
 from tritonq.reference.int8_conv import int8_conv2d, requantize

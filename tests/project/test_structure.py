@@ -19,15 +19,8 @@ MOST_VALUES = 30
 MADE = {".matrix/"}
 
 RINGS: set[tuple[str, ...]] = set()
-PRIVATE_IMPORTS = {
-    ("tests/deploy/test_checkpoint.py", "tritonq.deploy.checkpoint._digest"),
-}
-LONG_FILES = {
-    "tests/operators/test_conv2d.py",
-    "tests/prepare/test_forward_graph.py",
-    "tests/operators/test_learned_scale.py",
-    "tritonq/nn/fixed_point.py",
-}
+PRIVATE_IMPORTS: set[tuple[str, str]] = set()
+LONG_FILES: set[str] = set()
 
 
 def modules():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonq.demo.training import History
 from tritonq.nn import QATLayer
-from tritonq.nn.fixed_point import FixedPointLayer
+from tritonq.nn.fixed_point_layer import FixedPointLayer
 
 _FLOAT, _QAT, _GRID = "#4c78a8", "#e45756", "#b9b9b9"
 

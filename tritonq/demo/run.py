@@ -19,7 +19,7 @@ from tritonq.demo.training import History, accuracy, logits, train
 from tritonq.deploy import convert, export_onnx, save_converted, verify
 from tritonq.deploy.onnx_session import open_session
 from tritonq.nn import QATLayer
-from tritonq.nn.fixed_point import FixedPointLayer
+from tritonq.nn.fixed_point_layer import FixedPointLayer
 from tritonq.prepare import disable_observer, freeze_bn_stats, prepare_qat
 from tritonq.qconfig import DEFAULT_PRESET, PRESETS, QConfig, get_qconfig
 from tritonq.qconfig_files import mapping_to_data

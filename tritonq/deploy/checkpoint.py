@@ -83,7 +83,7 @@ def save_converted(
         "modules": modules,
         "state_dict": _in_few_storages(packed_state),
         "packed": packed,
-        "sha256": _digest(modules, state, metadata),
+        "sha256": checksum(modules, state, metadata),
     }
     if metadata is not None:
         content["metadata"] = dict(metadata)
@@ -163,7 +163,7 @@ def _read(path: str | os.PathLike[str]) -> Description:
         state = unpack_weights(state, content.get("packed") or {})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} is damaged: its packed weights can't be read") from error
-    if content.get("sha256") != _digest(modules, state, content.get("metadata")):
+    if content.get("sha256") != checksum(modules, state, content.get("metadata")):
         raise ValueError(f"{os.fspath(path)} is damaged: its contents don't match their checksum")
     content["state_dict"] = {name: tensor.clone() for name, tensor in state.items()}
     return content
@@ -182,7 +182,8 @@ def _in_few_storages(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: parts[name] for name in state}
 
 
-def _digest(modules: list[Description], state: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> str:
+def checksum(modules: list[Description], state: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> str:
+    """Return the sha256 of a file's contents: modules, tensors by name, dtype, shape and bytes, and metadata."""
     digest = hashlib.sha256(json.dumps(modules, sort_keys=True).encode())
     if metadata is not None:
         try:

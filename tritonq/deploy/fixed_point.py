@@ -17,8 +17,9 @@ from tritonq.deploy.fixed_point_modules import (
     PoolingWindow,
 )
 from tritonq.deploy.modules import DeployedModule
-from tritonq.nn.fixed_point import ActivationFormat, FixedPointLayer, FixedPointLinear
+from tritonq.nn.fixed_point import FixedPointLinear
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d
+from tritonq.nn.fixed_point_layer import ActivationFormat, FixedPointLayer
 from tritonq.reference.int8_conv import ACCUMULATOR_MAX
 
 _SIMULATED = (FixedPointLayer, FixedPointAdd, FixedPointAvgPool2d)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.fixed_point_modules import IntegerLayer
-from tritonq.nn.fixed_point import FixedPointLayer
+from tritonq.nn.fixed_point_layer import FixedPointLayer
 from tritonq.reference.fixed_point import power_of_two
 
 

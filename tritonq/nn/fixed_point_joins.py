@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.nn.fixed_point import ActivationFormat
+from tritonq.nn.fixed_point_layer import ActivationFormat
 from tritonq.nn.reference import Reference, ReferringModule
 
 

@@ -15,7 +15,7 @@ from tritonq.cli.evaluation import accuracy, logits
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.nn import Embedding, EmbeddingBag, QATLayer
-from tritonq.nn.fixed_point import FixedPointLayer
+from tritonq.nn.fixed_point_layer import FixedPointLayer
 from tritonq.qparams import QParams
 from tritonq.report.summary import ModelSummary, summary
 from tritonq.report.tally import FixedPointTally, Role, Tally, TensorMeasure

@@ -16,7 +16,7 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.nn import Cat, Embedding, EmbeddingBag, FloatFunctional, Joint, QATLayer
 from tritonq.nn.compiled import uncompiled
-from tritonq.nn.fixed_point import FixedPointLayer
+from tritonq.nn.fixed_point_layer import FixedPointLayer
 from tritonq.nn.unary import UnaryLayer
 from tritonq.observers import ObserverBase
 from tritonq.prepare.decide.layer_records import LayerRecord, Status

@@ -7,14 +7,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tritonq.nn.fixed_point import (
-    ActivationFormat,
-    FixedPointConv2d,
-    FixedPointConvBn2d,
-    FixedPointLayer,
-    FixedPointLinear,
-)
+from tritonq.nn.fixed_point import FixedPointConv2d, FixedPointConvBn2d, FixedPointLinear
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d, FixedPointMaxPool2d, remaining_factor
+from tritonq.nn.fixed_point_layer import ActivationFormat, FixedPointLayer
 from tritonq.nn.folded import FoldedBatchNorm
 from tritonq.prepare.decide.fixed_point import Group, Links, Pooling, is_fixed_point
 from tritonq.prepare.decide.layers import Layer

@@ -1,0 +1,278 @@
+"""When layers take the convolution kernel, and that they give the same numbers with it and without."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tritonq
+from tolerances import assert_matches
+from tritonq.functional.conv2d import ConvKernel, find_kernel
+from tritonq.functional.integer import IntegerAffine
+from tritonq.functional.linear_map import Convolution
+
+TILE = {"pixels": 64, "outs": 16, "channels": 16, "warps": 4, "stages": 2}
+CONV = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Writes the table of a GPU that the interpreter's CPU tensors then are on."""
+    from tritonq.kernels import conv2d, launch
+
+    def forget() -> None:
+        launch.load_table.cache_clear()
+        conv2d._tuned_tile.cache_clear()
+
+    def write(**entries: object) -> None:
+        content = {"version": 1, "kernels": {"conv2d": {key.replace("__", "/"): v for key, v in entries.items()}}}
+        (tmp_path / "some_gpu.json").write_text(json.dumps(content))
+        forget()
+
+    lookup = launch.tuned
+    monkeypatch.setattr(launch, "TABLES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(launch, "tuned", lambda kernel, key, _: lookup(kernel, key, 0))
+    forget()
+    yield write
+    forget()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernel's functions, for every call."""
+    from tritonq.kernels import conv2d
+
+    seen: list[str] = []
+
+    def spied(name: str, original: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **keywords: object) -> object:
+            seen.append(name)
+            return original(*args, **keywords)
+
+        return call
+
+    for name in ("conv2d", "integer_conv2d"):
+        monkeypatch.setattr(conv2d, name, spied(name, getattr(conv2d, name)))
+    return seen
+
+
+def integer_layer(bits_fit: bool = True, bound: float = 1e6) -> IntegerAffine:
+    one = torch.ones(6)
+    return IntegerAffine(torch.ones(6, 4, 3, 3), None, one, one[:1], bound, one, None, bits_fit)
+
+
+@pytest.mark.interpreter
+class TestChoice:
+    x = torch.randn(2, 4, 5, 5)
+    weight = torch.randn(6, 4, 3, 3)
+
+    def test_a_silent_table_leaves_it_to_torch(self, table: Callable[..., None]) -> None:
+        assert find_kernel(self.x, self.weight, CONV) is None
+        table(**{"float32/channels_first/3x3s1/stem/large": TILE, "float16/channels_first/3x3s1/stem/small": TILE})
+        assert find_kernel(self.x, self.weight, CONV) is None
+
+    def test_an_entry_decides(self, table: Callable[..., None]) -> None:
+        table(**{"float32/channels_first/3x3s1/stem/small": TILE, "float32/channels_last/3x3s1/stem/small": "torch"})
+        found = find_kernel(self.x, self.weight, CONV)
+        assert isinstance(found, ConvKernel)
+        assert found.tile._asdict() == TILE
+        last = self.x.contiguous(memory_format=torch.channels_last)
+        assert find_kernel(last, self.weight, CONV) is None
+
+    def test_where_it_cannot_run(self, table: Callable[..., None]) -> None:
+        table(**{f"{kind}/channels_first/3x3s1/stem/small": TILE for kind in ("float32", "float64", "codes")})
+        x, weight = self.x, self.weight
+        assert find_kernel(x, weight, CONV) is not None
+        assert find_kernel(x, weight, None) is None
+        assert find_kernel(x.double(), weight.double(), CONV) is None
+        with tritonq.use_backend("torch"):
+            assert find_kernel(x, weight, CONV) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert find_kernel(x, weight, CONV) is None
+            assert find_kernel(x, weight, CONV, integer_layer()) is not None
+        assert find_kernel(x, weight, CONV, integer_layer(bits_fit=False)) is None
+        assert find_kernel(x, weight, CONV, integer_layer(bound=2.0**24)) is None
+
+    def test_dtypes_must_agree(self, table: Callable[..., None]) -> None:
+        table(**{"float32/channels_first/3x3s1/stem/small": TILE})
+        kernel = find_kernel(self.x, self.weight, CONV)
+        with pytest.raises(TypeError, match=r"one dtype, got torch.float32, torch.float16"):
+            kernel(self.x, self.weight.half(), None)
+
+    @pytest.mark.parametrize("ceiling", [None, math.inf, 1.3])
+    @pytest.mark.parametrize("groups", [1, 2, 4])
+    def test_gradients_are_those_of_torch(self, ceiling: float | None, groups: int) -> None:
+        from tritonq.kernels.conv_tile import ConvTile
+
+        conv = Convolution((2, 1), (1, 1), (1, 2), (0, 0), False, groups)
+        values = [self.x, torch.randn(8, 4 // groups, 3, 3), torch.randn(8)]
+        mine, other = ([value.clone().requires_grad_() for value in values] for _ in range(2))
+        y = ConvKernel(conv, ConvTile(**TILE))(*mine, ceiling)
+        z = F.conv2d(*other, conv.stride, conv.padding, conv.dilation, groups)
+        z = z if ceiling is None else F.hardtanh(z, 0, ceiling)
+        assert_matches(y, z, "conv2d")
+        dy = torch.randn_like(z)
+        y.backward(dy)
+        z.backward(dy)
+        for one, two in zip(mine, other, strict=True):
+            assert_matches(one.grad, two.grad, "conv2d")
+
+    def test_classes(self) -> None:
+        from tritonq.kernels.conv2d import table_key
+        from tritonq.kernels.conv_tile import ConvGeometry
+
+        def key(x: tuple[int, ...], weight: tuple[int, ...], *geometry: object) -> str:
+            return table_key("codes", "channels_last", x, weight, ConvGeometry(*geometry)).removeprefix(
+                "codes/channels_last/"
+            )
+
+        assert key((32, 64, 56, 56), (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1) == "3x3s1/dense/large"
+        assert key((32, 64, 56, 56), (64, 64, 3, 3), (8, 8), (1, 1), (1, 1), 1) == "3x3s8/dense/small"
+        assert key((1, 3, 9, 9), (64, 3, 7, 7), (2, 2), (3, 3), (1, 1), 1) == "7x7s2/stem/small"
+        assert key((1, 8, 9, 9), (8, 1, 3, 1), (1, 2), (1, 1), (2, 2), 8) == "3x1s1x2d2/depthwise/small"
+        assert key((1, 8, 9, 9), (8, 2, 3, 3), (1, 1), (1, 1), (1, 1), 4) == "3x3s1/grouped/small"
+        # 2^20 elements exactly, and one image line less.
+        assert key((1, 64, 128, 128), (64, 64, 1, 1), (1, 1), (0, 0), (1, 1), 1) == "1x1s1/dense/large"
+        assert key((1, 64, 127, 128), (64, 64, 1, 1), (1, 1), (0, 0), (1, 1), 1) == "1x1s1/dense/small"
+
+    def test_tf32_is_for_values_where_torch_allows_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from tritonq.kernels.conv2d import input_precision
+
+        for allowed in (True, False):
+            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+            assert input_precision(self.x, is_codes=False) == ("tf32" if allowed else "ieee")
+            assert input_precision(self.x, is_codes=True) == "ieee"
+            assert input_precision(self.x.half(), is_codes=False) == "ieee"
+
+
+EVERY_KIND = {f"{kind}/channels_first/3x3s1/stem/small": TILE for kind in ("float32", "codes")}
+
+
+def trained(kind: str, **arguments: object) -> torch.nn.Module:
+    """A model of a QuantStub and one layer, after three training steps."""
+    torch.manual_seed(0)
+    qconfig = tritonq.get_qconfig("tensorrt")
+    if kind == "Conv2d":
+        layers = [torch.nn.Conv2d(4, 6, 3, padding=1)]
+    elif kind == "RepVGGBlock":
+        layers = [tritonq.nn.RepVGGBlock(4, 6)]
+    else:
+        layers = [torch.nn.Conv2d(4, 6, 3, padding=1, bias=False), torch.nn.BatchNorm2d(6), torch.nn.ReLU()]
+    qat = tritonq.prepare_qat(torch.nn.Sequential(*layers), qconfig=qconfig, example_inputs=(torch.randn(2, 4, 5, 5),))
+    for seed in range(3):
+        qat.train()(torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(seed)))
+    return qat
+
+
+def tie_values(model: torch.nn.Module) -> None:
+    """Give the quantizers of ``model`` scales with which one in 32 of the layer's sums is a tie on its output's grid.
+
+    Another order of the scales' products would break ties.
+    """
+    layer = layer_of(model)
+    scales = torch.tensor(0.1), torch.tensor(0.01)
+    layer.input_quantizer.scale.fill_(scales[0])
+    layer.weight_fake_quant.scale.fill_(scales[1])
+    layer.activation_post_process.scale.fill_(32 * (scales[0] * scales[1]))
+
+
+def layer_of(model: torch.nn.Module) -> torch.nn.Module:
+    return next(m for m in model.modules() if isinstance(m, tritonq.nn.QATLayer))
+
+
+KINDS = ["Conv2d", "ConvBnReLU2d", "RepVGGBlock"]
+
+
+@pytest.mark.interpreter
+class TestLayers:
+    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(9))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_eval_in_integers_is_the_same_bit_for_bit_and_so_is_what_is_deployed(
+        self, kind: str, table: Callable[..., None], launches: list[str]
+    ) -> None:
+        model = trained(kind).eval()
+        tie_values(model)
+        without = model(self.x)
+        assert launches == []
+        table(**EVERY_KIND)
+        with torch.no_grad():
+            assert torch.equal(model(self.x), without)
+        assert launches == ["integer_conv2d"]
+        assert torch.equal(model(self.x).detach(), without)
+        converted = tritonq.convert(model)
+        launches.clear()
+        assert torch.equal(converted(self.x), without)
+        assert launches == ["integer_conv2d"]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_eval_in_float_equals_what_is_deployed(
+        self, kind: str, table: Callable[..., None], launches: list[str]
+    ) -> None:
+        model = trained(kind).eval()
+        layer_of(model).set_input_quantizer(None)
+        table(**EVERY_KIND)
+        with torch.no_grad():
+            y = model(self.x)
+        assert launches == ["conv2d"]
+        torch.testing.assert_close(model(self.x).detach(), y, rtol=0, atol=0)
+        with tritonq.use_backend("torch"), torch.no_grad():
+            step = layer_of(model).activation_post_process.scale
+            assert ((model(self.x) - y).abs() < 1.01 * step).all()
+
+    @pytest.mark.parametrize("kind", KINDS[:2])
+    def test_hooks_on_the_quantizer_run(self, kind: str, table: Callable[..., None], launches: list[str]) -> None:
+        model = trained(kind).eval()
+        table(**EVERY_KIND)
+        with torch.no_grad():
+            expected, seen = model(self.x), []
+            layer_of(model).activation_post_process.register_forward_hook(lambda module, args, y: seen.append(y))
+            assert torch.equal(model(self.x), expected)
+        assert len(seen) == 1
+        assert launches == ["integer_conv2d"] * 2
+
+    @pytest.mark.parametrize("kind", KINDS[:1])
+    def test_a_switched_off_quantizer_and_one_that_saw_nothing(
+        self, kind: str, table: Callable[..., None], launches: list[str]
+    ) -> None:
+        model = trained(kind).eval()
+        layer_of(model).activation_post_process.disable_fake_quant()
+        without = model(self.x).detach()
+        table(**EVERY_KIND)
+        with torch.no_grad():
+            assert torch.equal(model(self.x), without)
+        fresh = copy.deepcopy(model)
+        layer = layer_of(fresh)
+        layer.activation_post_process = layer.qconfig.activation().eval()
+        with torch.no_grad(), pytest.warns(UserWarning, match="observed nothing"):
+            assert torch.equal(fresh(self.x), without)
+        assert launches == ["integer_conv2d"] * 2
+
+    @pytest.mark.parametrize("kind", KINDS[1:])
+    def test_frozen_training(self, kind: str, table: Callable[..., None], launches: list[str]) -> None:
+        mine, other = trained(kind), trained(kind)
+        for model in (mine, other):
+            model.train()
+            layer = layer_of(model)
+            if hasattr(layer, "freeze_bn_stats"):
+                layer.freeze_bn_stats()
+        z = other(self.x)
+        assert launches == []
+        table(**EVERY_KIND)
+        y = mine(self.x)
+        assert launches == ["conv2d"]
+        step = layer_of(mine).activation_post_process.scale
+        assert ((y - z).abs() < 1.01 * step).all()
+        for out in (y, z):
+            out.square().sum().backward()
+        expected = dict(other.named_parameters())
+        for name, parameter in mine.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0.02, atol=1e-3)
