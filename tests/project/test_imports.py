@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import tritonq
+
 ROOT = Path(__file__).parent.parent.parent
 
 # Each module belongs to the first layer whose prefix fits; a module imports its own layer and later ones.
@@ -174,3 +176,34 @@ def test_importing_touches_no_device_and_no_kernel():
         "assert not [name for name in sys.modules if name.startswith('tritonq.kernels')]\n"
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_importing_loads_what_every_script_needs_and_no_more():
+    """Modules are counted, since time depends on the machine; the others come with the first name that needs them."""
+    result = run(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import tritonq\n"
+        "print(*(set(sys.modules) - before))\n"
+        "assert callable(tritonq.prepare_qat) and 'tritonq.prepare' in sys.modules\n"
+        "assert callable(tritonq.testing.check_quantizer) and tritonq.deploy.load_metadata\n"
+        "assert not hasattr(tritonq, 'no_such_name') and {*tritonq.__all__, 'deploy'} <= set(dir(tritonq))\n"
+    )
+    assert result.returncode == 0, result.stderr
+    loaded = set(result.stdout.split())
+    assert len(loaded) <= 115, sorted(loaded)
+    assert {name.split(".")[0] for name in loaded} == {"tritonq"}
+    later = ("accuracy", "acceleration", "cli", "compiled", "deploy", "perf", "prepare", "report", "testing")
+    assert not [name for name in loaded if name.startswith(tuple(f"tritonq.{part}" for part in later))]
+
+
+def test_names_that_come_later_are_the_ones_that_type_checkers_see():
+    source = ast.parse(MODULES["tritonq"].read_text())
+    (typed,) = (node for node in source.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {alias.name: node.module for node in typed.body for alias in node.names}
+    parts = {name for name, module in seen.items() if module == "tritonq"}
+    assert {name: module for name, module in seen.items() if name not in parts} == tritonq._LATER
+    assert parts <= tritonq._PARTS
+    # Importing a submodule binds its name in the package, over whatever __getattr__ would have returned.
+    assert not [name for name in tritonq._LATER if f"tritonq.{name}" in MODULES]
+    assert {f"tritonq.{name}" for name in tritonq._PARTS} <= set(MODULES)
