@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from tritonq.accuracy.oscillation import OscillationFreezing, oscillation_dampening
     from tritonq.accuracy.reestimation import reestimate_batch_norm
     from tritonq.calibration import calibrate, refine_scales
-    from tritonq.deploy import export_onnx, export_program, load_converted, save_converted
+    from tritonq.deploy import export_encodings, export_onnx, export_program, load_converted, save_converted
     from tritonq.deploy.convert import convert
     from tritonq.deploy.torch_ao import load_torch_ao_state_dict
     from tritonq.deploy.verify import verify
@@ -126,6 +126,7 @@ __all__ = [
     "enable_fake_quant",
     "enable_observer",
     "equalize",
+    "export_encodings",
     "export_onnx",
     "export_program",
     "fake_quantize_float",
@@ -191,6 +192,7 @@ _LATER = {
     "enable_fake_quant": "tritonq.prepare",
     "enable_observer": "tritonq.prepare",
     "equalize": "tritonq.accuracy.equalization",
+    "export_encodings": "tritonq.deploy",
     "export_onnx": "tritonq.deploy",
     "export_program": "tritonq.deploy",
     "freeze_bn_stats": "tritonq.prepare",

@@ -26,6 +26,7 @@ FOREIGN_PROGRAMS = {
     "git",
     "cd",
     "ovc",
+    "qairt-converter",
     "benchmark_app",
     ".ci/run",
     ".venv/bin/python",

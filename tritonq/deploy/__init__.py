@@ -2,6 +2,7 @@
 
 from tritonq.deploy.checkpoint import load_converted, load_metadata, save_converted
 from tritonq.deploy.convert import convert
+from tritonq.deploy.encodings import export_encodings
 from tritonq.deploy.fixed_point_modules import overflow_report
 from tritonq.deploy.fixed_point_onnx import export_fixed_point_onnx
 from tritonq.deploy.onnx_export import export_onnx
@@ -13,6 +14,7 @@ __all__ = [
     "OutputComparison",
     "VerificationReport",
     "convert",
+    "export_encodings",
     "export_fixed_point_onnx",
     "export_onnx",
     "export_program",

@@ -125,7 +125,7 @@ def export_onnx(
         _export_fixed_point(model, path, example_inputs, options)
         return
     require_onnx("onnx", "onnxscript")
-    _check_float32(model, example_inputs)
+    check_float32(model, example_inputs)
     # Registers operators with torch, which importing tritonq should not do.
     from tritonq.deploy.onnx_graph import onnx_form
 
@@ -142,7 +142,7 @@ def export_onnx(
     result = result_of(deployed, *arguments)
     return_tensors_alone(traced, result)
     opset = max(opset, PACKED_OPSET) if pack else opset
-    program = _export(traced, *arguments, shapes, max(opset, DEFAULT_OPSET), input_names, output_names)
+    program = export_traced(traced, *arguments, shapes, max(opset, DEFAULT_OPSET), input_names, output_names)
     if output_names is None:
         name_outputs(program.model, output_paths(result))
     _name_codes(program.model)
@@ -192,7 +192,7 @@ def _is_autocast(forward: Any) -> bool:
     return False
 
 
-def _check_float32(model: nn.Module, example_inputs: Any) -> None:
+def check_float32(model: nn.Module, example_inputs: Any) -> None:
     """Raise ValueError unless parameters and example inputs are float32 where they are floating point.
 
     A forward that autocast wraps computes in another type whatever these are.
@@ -213,7 +213,7 @@ def _check_float32(model: nn.Module, example_inputs: Any) -> None:
             )
 
 
-def _export(
+def export_traced(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -222,6 +222,11 @@ def _export(
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
 ) -> Any:
+    """Return what ``torch.onnx.export`` makes of a model that was rewritten for it.
+
+    Raises:
+        ValueError: torch can't export it.
+    """
     from tritonq.deploy.onnx_ops import translations
 
     with torch.no_grad(), warnings.catch_warnings():

@@ -43,7 +43,7 @@ def quantize_behind_moves(graph: Any) -> None:
             pairs[node.outputs[0]] = node
         elif node.op_type == "Relu" and node.inputs[0] in pairs:
             pairs[node.outputs[0]] = pairs[node.inputs[0]]
-        elif _moves(node) and (source := _common_source(node, pairs)) is not None:
+        elif moves_values(node) and (source := _common_source(node, pairs)) is not None:
             pairs.update(dict.fromkeys(node.outputs if node.op_type == "Split" else node.outputs[:1], source))
     wanted: set[Any] = set()
     for node in reversed(nodes):
@@ -69,7 +69,7 @@ def _constant(value: Any) -> Any:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
-def _moves(node: Any) -> bool:
+def moves_values(node: Any) -> bool:
     """Whether a node returns elements of what it reads; padding by zero counts, since zero is on every grid."""
     if node.op_type not in _MOVING:
         return False
