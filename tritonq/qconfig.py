@@ -227,6 +227,15 @@ def _floats(format: str, *, per_channel: bool = False) -> QConfig:
     return QConfig(quantizer, quantizer.with_args(ch_axis=0 if per_channel else 1, history=1))
 
 
+def _wide_activations(weight_bits: int) -> QConfig:
+    """Return activations of 16 bits with a zero point, weights of so many with a scale per output channel."""
+    return QConfig(
+        _UNSIGNED_ACTIVATION.with_args(dtype=QuantizedType.of(16, signed=False, symmetric=False)),
+        _NARROW_WEIGHT.with_args(dtype=QuantizedType.of(weight_bits, narrow=True, axis=0)),
+        "qnn",
+    )
+
+
 # Bits of weights and activations.
 _LEARNED_STEP_WIDTHS = ((8, 8), (4, 8), (4, 4), (3, 3), (2, 4), (2, 2))
 
@@ -268,6 +277,7 @@ PRESETS: dict[str, QConfig] = {
     "megengine_passive": QConfig(_megengine(PassiveObserver, QINT8), _megengine(PassiveObserver, QINT8_NARROW)),
     # Fixed point: whether an activation is signed follows from the ReLU before it; weights are searched every forward.
     "f8net": QConfig(FixedPointFakeQuantize.with_args(signed=False), FixedPointFakeQuantize.with_args(momentum=1.0)),
+    **{f"a16w{bits}": _wide_activations(bits) for bits in (8, 4)},
     "fp8_e4m3": _floats("fp8_e4m3", per_channel=True),
     **{format: _floats(format) for format in ("mxfp8", "mxfp4", "nvfp4")},
     **{
@@ -286,6 +296,8 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     - ``"tensorrt"``: the same with symmetric int8 activations; a function behind a layer is computed before rounding.
     - ``"openvino"``, ``"qnn"``: the numbers of ``"onnxruntime"`` for these engines' files.
     - ``"xnnpack"``: signed 8-bit activations with a zero point, for ExecuTorch's delegate.
+    - ``"a16w8"``, ``"a16w4"``: the same with activations of 16 bits, and weights of 8 or 4, as Qualcomm's targets
+      have them; sums have 64 bits. Train and run in float32, which holds 16-bit codes; float16 and bfloat16 don't.
     - ``"megengine_ema"``, ``"megengine_min_max"``: int8 per tensor, ties away from zero, eps 1e-5.
     - ``"megengine_sync_ema"``: as ``"megengine_ema"``, with ranges over all ranks where torch.distributed is
       initialised.

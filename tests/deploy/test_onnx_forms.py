@@ -68,11 +68,11 @@ def quantizers(model):
 
 
 def test_codes_that_have_no_plain_form(tmp_path):
-    wide = tritonq.FakeQuantize.with_args(dtype=tritonq.QuantizedType.of(12))
+    wide = tritonq.FakeQuantize.with_args(dtype=tritonq.QuantizedType.of(20))
     qconfig = tritonq.get_qconfig("onnxruntime")._replace(activation=wide)
     model = tritonq.prepare_qat(nn.Sequential(nn.Conv2d(3, 4, 1)), qconfig=qconfig, example_inputs=X).train()
     model(X)
-    with pytest.raises(ValueError, match=r"has the codes -2048\.\.2047; the plain form holds int8 and uint8"):
+    with pytest.raises(ValueError, match=r"has the codes -524288\.\.524287; the plain form holds int8, uint8, int16"):
         tritonq.export_onnx(model, tmp_path / "m.onnx", X, target="qdq")
 
 

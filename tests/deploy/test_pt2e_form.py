@@ -117,5 +117,5 @@ def test_what_the_form_does_not_hold_is_refused():
     qconfig = tritonq.get_qconfig()._replace(activation=wide)
     model = tritonq.prepare_qat(nn.Sequential(nn.Conv2d(3, 4, 1)), qconfig=qconfig, example_inputs=images(2)).train()
     model(images(2))
-    with pytest.raises(ValueError, match="the form of PT2E holds int8, uint8 and int16"):
+    with pytest.raises(ValueError, match="the form of PT2E holds int8, uint8, int16, uint16"):
         export_program(model.eval(), None, images(2), form="pt2e")

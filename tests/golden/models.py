@@ -20,7 +20,7 @@ from golden.training import trained_and_evaluated
 
 SHAPE = (4, 3, 8, 8)
 _PRESETS = (
-    "tensorrt",
+    *("tensorrt", "a16w8"),
     *("megengine_min_max", "megengine_ema", "megengine_lowbit", "megengine_sync_ema", "megengine_calibration"),
     *("megengine_tqt", "megengine_passive"),
 )

@@ -157,6 +157,8 @@ def test_computed_weights_train_and_are_fixed_at_conversion(change):
     prepared, converted = trained(model)
     assert type(prepared[3].conv2d) is qnn.ConvBnReLU2d
     assert type(prepared[8].linear) is qnn.Linear
+    assert "stride=(1, 1), padding=(1, 1)" in repr(prepared[3].conv2d)
+    assert repr(prepared[8].linear).startswith("Linear(\n  in_features=")
     assert not any(parameter.requires_grad for parameter in converted.parameters())
     again = copy.deepcopy(prepared)
     with torch.no_grad():

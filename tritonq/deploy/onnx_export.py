@@ -27,6 +27,7 @@ from tritonq.deploy.onnx_functions import CodeTable, check_functions
 from tritonq.deploy.onnx_moves import quantize_behind_moves
 from tritonq.deploy.onnx_opset17 import lower_opset
 from tritonq.deploy.onnx_packed import PACKED_OPSET, pack_weights
+from tritonq.deploy.onnx_quantizers import has_16_bit_codes
 from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return_tensors_alone
 from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.record.example import example_arguments
@@ -66,7 +67,7 @@ def export_onnx(
     - ``"qdq"``: for converters that match pairs. Each quantizer is a QuantizeLinear and a DequantizeLinear of the
       trained grid with nothing between; weights are int8 and biases int32 initialisers behind DequantizeLinear.
       Functions, pools and sums stand in float between pairs, so that an engine's own arithmetic decides ties: expect
-      single codes to differ by one.
+      single codes to differ by one. Activations may have 16 bits; ONNX Runtime computes in float beside these.
 
     MegEngine's rounding of ties away from zero becomes ONNX's to even; ties are rare behind a convolution. Fixed-point
     networks are written by :func:`tritonq.deploy.export_fixed_point_onnx`, which has none of the options below.
@@ -77,7 +78,8 @@ def export_onnx(
         example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones. Sizes, but for the batch, are
             those of the file.
         target: ``"onnxruntime"``, ``"tensorrt"`` or ``"qdq"``; None: what the preset of the model was made for.
-        opset: at least 17, the newest whose means TensorRT 8 reads with their axes.
+        opset: at least 17, the newest whose means TensorRT 8 reads with their axes. Activations of 16 bits, which
+            ``target="qdq"`` alone holds, make it 21 at least.
         dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
         dynamic_sizes: leave height and width of the inputs open (all axes behind the first two of tensors with 3 to 5
             axes), for fully convolutional networks.
@@ -141,7 +143,7 @@ def export_onnx(
     arguments, shapes = open_axes(traced.forward, arguments, dynamic_batch, dynamic_sizes)
     result = result_of(deployed, *arguments)
     return_tensors_alone(traced, result)
-    opset = max(opset, PACKED_OPSET) if pack else opset
+    opset = max(opset, PACKED_OPSET) if pack or has_16_bit_codes(traced) else opset
     program = export_traced(traced, *arguments, shapes, max(opset, DEFAULT_OPSET), input_names, output_names)
     if output_names is None:
         name_outputs(program.model, output_paths(result))

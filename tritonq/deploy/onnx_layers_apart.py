@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tritonq.deploy.onnx_packed import is_packed
+from tritonq.deploy.onnx_packed import is_packed, is_wide
 
 # Operators whose results follow from their inputs alone: they move or choose elements, or compute each one by one
 # operation that IEEE 754 rounds, or by a function that the exporter compares on all codes.
@@ -19,6 +19,13 @@ _NAMES = """
     TopK Transpose Trilu Unsqueeze Upsample Where Xor
 """
 _DEFINED = frozenset(_NAMES.split())
+# Of these, the ones that compute. The last bit of a float32 is 1/256 of a 16-bit code and more, so that it decides now
+# and then which of two such codes a value goes to.
+_COMPUTING_NAMES = """
+    Add Div Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Mish Mul PRelu Pow QuantizeLinear Reciprocal Sigmoid
+    Softplus Sqrt Sub Sum Tanh
+"""
+_COMPUTING = frozenset(_COMPUTING_NAMES.split())
 # Sums of products: whole numbers where both operands are codes and the result becomes codes at once.
 _PRODUCTS = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 _INTEGER_OPERATORS = frozenset(["ConvInteger", "MatMulInteger", "BitShift"])
@@ -71,6 +78,8 @@ def _read_inputs(graph: Any, names: frozenset[str]) -> None:
 def find_islands(graph: Any, tensors: Sequence[str], target: str | None) -> dict[str, tuple[str, ...]]:
     """Return for each tensor of codes the operators before it whose result depends on the order of float sums.
 
+    For codes of 16 bits that is whatever rounds.
+
     Args:
         graph: an ``onnx.GraphProto``.
         tensors: names of codes.
@@ -84,6 +93,7 @@ class _Search:
     def __init__(self, graph: Any, codes: frozenset[str], has_integer_products: bool) -> None:
         self._codes, self._has_integer_products = codes, has_integer_products
         self._packed = {tensor.name for tensor in graph.initializer if is_packed(tensor)}
+        self._wide = {tensor.name for tensor in graph.initializer if is_wide(tensor)}
         self._producers = {name: node for node in graph.node for name in node.output}
         self._readers: dict[str, list[Any]] = {}
         for node in graph.node:
@@ -92,7 +102,13 @@ class _Search:
 
     def before(self, codes: str) -> tuple[str, ...]:
         """Return the operators without a defined order that lead to these codes, each once."""
-        return tuple(sorted({node.op_type for node in self._between(codes) if not self._is_defined(node)}))
+        undefined = _COMPUTING if self._has_16_bits(codes) else frozenset[str]()
+        nodes = self._between(codes)
+        return tuple(sorted({n.op_type for n in nodes if n.op_type in undefined or not self._is_defined(n)}))
+
+    def _has_16_bits(self, codes: str) -> bool:
+        node = self._producers.get(codes)
+        return node is not None and node.op_type == "QuantizeLinear" and node.input[2] in self._wide
 
     def _between(self, result: str) -> Iterator[Any]:
         """Yield the nodes that lead to codes from other codes, from inputs and constants."""

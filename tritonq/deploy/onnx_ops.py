@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,8 +33,8 @@ def quantize_dequantize(
     Args:
         x: float32.
         scale: float32, 0-d or (x.shape[axis],).
-        zero_point: int8 or uint8, as ``scale``; its dtype is that of the codes. float32, 0-d: the file computes with
-            floating-point operators.
+        zero_point: int8, uint8, int16 or uint16, as ``scale``; its dtype is that of the codes. float32, 0-d: the file
+            computes with floating-point operators.
         quant_min: smallest code, in the dtype's range.
         quant_max: largest code.
         axis: what ``scale`` runs along, if it is not 0-d.
@@ -131,7 +132,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             codes = op.Clip(op.Add(steps, zero_point), *bounds)
             codes.metadata_props[QUANTIZER_KEY] = quantizer
             return op.Mul(op.Sub(codes, zero_point), scale)
-        low, high = (-128, 127) if dtype.kind == "i" else (0, 255)
+        low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
         step = op.Constant(value_float=1.0) if divided else scale
         codes = op.QuantizeLinear(x, step, zero_point, axis=axis)
         if (quant_min, quant_max) != (low, high):

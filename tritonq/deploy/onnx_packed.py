@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-# The oldest with DequantizeLinear of four bits, and the format's version that came with it.
+# The oldest with DequantizeLinear of four and of 16 bits, and the format's version that came with it.
 PACKED_OPSET = 21
 _IR_VERSION = 10
 _LOWEST, _HIGHEST = -8, 7
@@ -62,6 +62,13 @@ def is_packed(tensor: Any) -> bool:
     import onnx
 
     return tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+
+
+def is_wide(tensor: Any) -> bool:
+    """Whether a constant of a graph has 16 bits per code."""
+    import onnx
+
+    return tensor.data_type in (onnx.TensorProto.INT16, onnx.TensorProto.UINT16)
 
 
 def _fits(tensor: Any) -> bool:

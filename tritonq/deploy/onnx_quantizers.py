@@ -64,7 +64,7 @@ def uint8_quantizer(
     if largest > 255:
         raise ValueError(
             f"the quantizer {name!r} has the codes {grid.quant_min}..{grid.quant_max}; ONNX Runtime's integer kernels "
-            "take at most 8 bits"
+            'take at most 8 bits: export with target="qdq", whose pairs hold 16'
         )
     return TracedQuantizer(source, name, (source.zero_point - lowest).to(torch.uint8), 0, largest, exact)
 
@@ -72,16 +72,18 @@ def uint8_quantizer(
 def plain_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
     """Return a quantizer that is a QuantizeLinear and a DequantizeLinear of one grid, with nothing between.
 
-    Codes are those that were trained. A range narrower than int8 or uint8 becomes a clamp before QuantizeLinear.
+    Codes are those that were trained. A range narrower than its dtype becomes a clamp before QuantizeLinear.
 
     Raises:
-        ValueError: codes that fit neither, or a narrow range per channel.
+        ValueError: codes that fit none of int8, uint8, int16 and uint16, or a narrow range per channel.
     """
     low, high = source.qtype.quant_min, source.qtype.quant_max
-    dtype = torch.int8 if low < 0 else torch.uint8
+    dtype = _plain_dtype(low, high)
+    if dtype is None:
+        raise ValueError(
+            f"the quantizer {name!r} has the codes {low}..{high}; the plain form holds int8, uint8, int16 and uint16"
+        )
     limits = torch.iinfo(dtype)
-    if low < limits.min or high > limits.max:
-        raise ValueError(f"the quantizer {name!r} has the codes {low}..{high}; the plain form holds int8 and uint8")
     traced = TracedQuantizer(source, name, source.zero_point.to(dtype), limits.min, limits.max)
     if (low, high) != (limits.min, limits.max):
         if source.qtype.axis is not None:
@@ -89,6 +91,19 @@ def plain_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
         scale, zero = float(source.scale), int(source.zero_point)
         traced.clamp = ((low - zero) * scale, (high - zero) * scale)
     return traced
+
+
+def _plain_dtype(low: int, high: int) -> torch.dtype | None:
+    """Return the smallest dtype of QuantizeLinear that holds codes; None where there is none."""
+    dtypes = (torch.int8, torch.int16) if low < 0 else (torch.uint8, torch.uint16)
+    limits = ((dtype, torch.iinfo(dtype)) for dtype in dtypes)
+    return next((dtype for dtype, limit in limits if limit.min <= low and high <= limit.max), None)
+
+
+def has_16_bit_codes(model: nn.Module) -> bool:
+    """Whether a traced model has a quantizer of 16 bits, for which QuantizeLinear needs opset 21."""
+    quantizers = (module for module in model.modules() if isinstance(module, TracedQuantizer))
+    return any(quantizer.zero_point.dtype in (torch.int16, torch.uint16) for quantizer in quantizers)
 
 
 def quantize_twice(layer: nn.Module) -> None:

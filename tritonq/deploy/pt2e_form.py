@@ -41,7 +41,7 @@ _MOVES = frozenset(
 )
 # Under this key, nodes of the two operators say which quantizer they are; torch.export saves it.
 QUANTIZER_KEY = "tritonq.quantizer"
-_DTYPES = (torch.int8, torch.uint8, torch.int16)
+_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.uint16)
 
 
 def register_pt2e_operators() -> Any:
@@ -57,7 +57,7 @@ class PairQuantizer(nn.Module):
         name: of the quantizer in the converted model.
 
     Raises:
-        ValueError: codes that neither int8, uint8 nor int16 hold.
+        ValueError: codes that none of int8, uint8, int16 and uint16 hold.
     """
 
     def __init__(self, source: Quantizer, name: str) -> None:
@@ -93,7 +93,7 @@ def _storage(codes: tuple[int, int], what: str) -> torch.dtype:
         limits = torch.iinfo(dtype)
         if limits.min <= codes[0] and codes[1] <= limits.max and (codes[0] < 0) == (limits.min < 0):
             return dtype
-    raise ValueError(f"{what} has the codes {codes[0]}..{codes[1]}; the form of PT2E holds int8, uint8 and int16")
+    raise ValueError(f"{what} has the codes {codes[0]}..{codes[1]}; the form of PT2E holds int8, uint8, int16, uint16")
 
 
 def pt2e_form(converted: nn.Module) -> nn.Module:

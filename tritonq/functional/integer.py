@@ -35,6 +35,8 @@ FLOAT32_EXACT = 2**24
 _MAX_BIAS_CODE = 2**31 - 128
 # What bias and products may add up to: half of that is left for the rounding of the scale to float32.
 _MAX_SUM = 2**31 - 512
+# The same where a code has more than 8 bits and sums are held in 64 bits, which float64 can do up to 2^53.
+_MAX_WIDE_SUM = 2**53 - 2**30
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,9 @@ def _largest_code(zero_point: Tensor, qtype: QuantizedType) -> Tensor:
 def centred_codes(x: Tensor, scale: Tensor) -> Tensor:
     """Return ``round(x / scale)``: code minus zero point of values that lie on a grid, as float32 integers.
 
-    Exact for codes of up to 8 bits in float32 and float16, and in bfloat16 up to 128 codes from the zero point, as
-    symmetric 8-bit types are: each is then within half a code of its grid point. Farther out bfloat16 itself, whose
-    numbers may lie almost two codes apart there, merges neighbours; the result is one of them.
+    Exact for codes of up to 16 bits in float32, up to 8 bits in float16, and in bfloat16 up to 128 codes from the zero
+    point, as symmetric 8-bit types are: each is then within half a code of its grid point. Farther out bfloat16 itself,
+    whose numbers may lie almost two codes apart there, merges neighbours; the result is one of them.
     """
     return (x.float() / scale).round_()
 
@@ -198,14 +200,19 @@ def _raise_scale_for_sums(
     """Raise the weight scale in channels whose bias and sum of products together might pass 31 bits.
 
     With input scale s, n weights w and input codes up to c, such a channel's scale becomes
-    ``(|b| / s + c Σ|w|) / (2^31 - 128 - n c / 2)``: rounding adds half a code to each weight at most.
+    ``(|b| / s + c Σ|w|) / (2^31 - 128 - n c / 2)``: rounding adds half a code to each weight at most. Products of codes
+    of more than 8 bits are summed in 64 bits, so that the bias alone must fit 31.
     """
+    is_wide = max(source.qtype.bits, qtype.bits) > BYTE_BITS
+    if is_wide or rows[:1].numel() == 0:
+        scale = raise_scale_for_bias(scale, bias, source.scale)
     if rows[:1].numel() == 0:
-        return raise_scale_for_bias(scale, bias, source.scale)
+        return scale
     magnitudes = rows.detach().abs().flatten(1)
     largest = _largest_code(_zero_point(source), source.qtype)
     # A code is at most twice the weight over its scale as well, so that half the room is always enough for both.
-    room = (_MAX_SUM - largest * (magnitudes.shape[1] / 2)).clamp(min=_MAX_SUM / 2)
+    limit = _MAX_WIDE_SUM if is_wide else _MAX_SUM
+    room = (limit - largest * (magnitudes.shape[1] / 2)).clamp(min=limit / 2)
     constant = 0.0 if bias is None else bias.detach().abs().double() / source.scale.double()
     clipped = torch.minimum(magnitudes, (scale * _largest_code(zero_point, qtype).float()).unsqueeze(1))
     fits = constant + largest * clipped.sum(1, dtype=torch.float64) <= room * scale.double()

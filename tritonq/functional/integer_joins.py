@@ -12,15 +12,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tritonq.functional.integer import FLOAT32_EXACT, centred_codes
+from tritonq.functional.integer import BYTE_BITS, FLOAT32_EXACT, centred_codes
 from tritonq.grid import Grid
 from tritonq.qparams import round_half_away
 
 # Operations of two tensors: element by element with broadcasting, and the product of (batches of) matrices.
 JoinKind = Literal["add", "sub", "mul", "matmul"]
 
-# What the sums of an integer matrix product stay below.
+# What the sums of an integer matrix product stay below: those of codes of up to 8 bits in int32, of wider ones in
+# int64, as far as float64 holds them.
 _INT32_END = 2**31
+_INT64_END = 2**53
 
 
 def float_join(kind: JoinKind, a: Tensor, b: Tensor) -> Tensor:
@@ -96,10 +98,10 @@ def integer_multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: G
 
 
 def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Return ``a @ b`` on the output's grid, before clipping: sums in int32, then one requantization.
+    """Return ``a @ b`` on the output's grid, before clipping: sums in integers, then one requantization.
 
     With u, v the codes minus zero points: ``code = round(fl(Σ u v) · fl(fl(s_a s_b) / s_out)) + z``. The sums are
-    exact, in whatever order they are added.
+    exact, in whatever order they are added: int32 where both operands have up to 8 bits, else int64.
 
     Args:
         a: (..., m, k) or (k,) of values on ``grid_a``, as :func:`torch.matmul` takes it.
@@ -112,7 +114,7 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
         float32 (..., m, n).
 
     Raises:
-        ValueError: k products of such codes may pass 31 bits.
+        ValueError: k products of such codes may pass 31 bits, or 53 where an operand has more than 8.
 
     Source: QLinearMatMul of ONNX.
 
@@ -124,10 +126,12 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
     """
     length = a.shape[-1]
     bound = length * largest_magnitude(grid_a) * largest_magnitude(grid_b)
-    if bound >= _INT32_END:
+    is_wide = max(grid_a.qtype.bits, grid_b.qtype.bits) > BYTE_BITS
+    if bound >= (_INT64_END if is_wide else _INT32_END):
+        sums = "sums of 53 bits" if is_wide else "int32 sums of integer runtimes"
         raise ValueError(
             f"a matrix product over {length} elements of {grid_a.qtype.bits} and {grid_b.qtype.bits} bits may pass the "
-            "int32 sums of integer runtimes: use fewer bits, or leave the product in float"
+            f"{sums}: use fewer bits, or leave the product in float"
         )
     dtype = torch.float32 if bound < FLOAT32_EXACT else torch.float64
     u, v = (centred_codes(x, grid.scale).to(dtype) for x, grid in ((a, grid_a), (b, grid_b)))

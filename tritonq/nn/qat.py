@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 
+_SIZES = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size")
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
@@ -102,8 +103,15 @@ class QATLayer(QuantizesInput, ReferringModule):
 
     def extra_repr(self) -> str:
         """Return geometry, and the ReLU where the class's name does not say all of it."""
-        text = super().extra_repr()
+        text = super().extra_repr() if self.computed is None else self._computed_repr()
         return text if self.ceiling in (None, math.inf) else f"{text}, {describe_relu(self.ceiling)}"
+
+    def _computed_repr(self) -> str:
+        """Return sizes and geometry of a layer without parameters, which torch's own text reads."""
+        held = vars(self)
+        return ", ".join(
+            [*(f"{name}={held[name]}" for name in (*_SIZES, *_GEOMETRY) if name in held), "weight=computed"]
+        )
 
     @property
     def input_quantizer(self) -> FakeQuantizeBase | None:
