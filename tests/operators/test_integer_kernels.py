@@ -143,6 +143,15 @@ def test_memory_format_follows_the_input(name, monkeypatch):
     assert torch.equal(by_formula(layer, x, monkeypatch), found)
 
 
+@pytest.mark.parametrize("name", ["1x1", "3x3 strided", "depthwise", "1d", "linear", "wide linear"])
+def test_weights_may_lie_in_any_order(name, monkeypatch):
+    # An orthogonal parametrization makes transposed matrices, and so do users who tie layers.
+    layer, x = make_layer(name, "affine")
+    backwards = tuple(reversed(range(layer.stored_weight.dim())))
+    layer.keep(weight=layer.stored_weight.permute(backwards).contiguous().permute(backwards))
+    assert torch.equal(by_formula(layer, x, monkeypatch), layer(x))
+
+
 def test_inputs_of_many_sizes(monkeypatch):
     layer, _ = make_layer("3x3 strided", "affine")
     for size in [*range(3, 14), 3]:

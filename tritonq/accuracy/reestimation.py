@@ -14,6 +14,7 @@ from tritonq.calibration import model_batches, modes_restored
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn.batch_norm import FrozenBatchNorm
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
+from tritonq.nn.folded import FoldedBatchNorm
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -106,7 +107,7 @@ def reestimate_batch_norm(model: nn.Module, data: Any) -> nn.Module:
 
 
 def _is_measured(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    is_norm = isinstance(module, _BatchNorm) and not isinstance(module, FrozenBatchNorm)
+    is_norm = isinstance(module, _BatchNorm) and not isinstance(module, (FrozenBatchNorm, FoldedBatchNorm))
     return is_norm and module.running_var is not None
 
 

@@ -27,7 +27,11 @@ from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.packing import pack_weights, unpack_weights
 from tritonq.functional.codes import carry_codes
 from tritonq.nn.compiled import uncompiled
+from tritonq.nn.folded import BATCH_NORM_NAMES
+from tritonq.nn.kept_class import keep_class, users_class
 from tritonq.prepare.edit.earlier_inputs import replace_hooks
+from tritonq.prepare.edit.fuse import move_hooks
+from tritonq.prepare.edit.swap import keep_attributes, kept_names, take_place
 from tritonq.prepare.forwards.edited import apply_forward
 from tritonq.prepare.record.snapshot import ModelSnapshot
 
@@ -211,6 +215,8 @@ def _rebuild(model: nn.Module, entries: list[Description], state: Mapping[str, T
             made = cast(nn.Module, mine)
         else:
             made = made.to(device)
+            if mine is not None:
+                _take_place(mine, made, entry, state)
         if not name:
             root = made
         else:
@@ -228,6 +234,22 @@ def _rebuild(model: nn.Module, entries: list[Description], state: Mapping[str, T
     root.eval()
     _load_state(root, state)
     return root if isinstance(root, DeployedModule) else carry_codes(root)
+
+
+def _take_place(mine: nn.Module, made: nn.Module, entry: Description, state: Mapping[str, Tensor]) -> None:
+    """Give what replaces a module of the float model that one's attributes, class and hooks, as preparation did."""
+    if entry["kind"] in ("sequential", "inputs"):
+        return
+    if entry["kind"] == "identity":
+        keep_attributes(mine, made, without=BATCH_NORM_NAMES)
+    else:
+        take_place(mine, made)
+    for registry in (made._parameters, made._buffers):
+        for name in [name for name in kept_names(made) if f"{entry['name']}.{name}" not in state]:
+            registry.pop(name, None)  # files of earlier versions hold no parameters of the user's on layers
+    if entry.get("keeps_class"):
+        keep_class(users_class(mine), made)
+    move_hooks(mine, mine, made)
 
 
 def _check_architecture(model: nn.Module, entries: list[Description]) -> None:
@@ -289,7 +311,8 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     deployed = {name for name, module in model.named_modules() if isinstance(module, DeployedModule)}
     with torch.no_grad():
         for name, tensor in expected.items():
-            if name.rpartition(".")[0] not in deployed:
+            owner, _, own_name = name.rpartition(".")
+            if owner not in deployed or own_name in kept_names(model.get_submodule(owner)):
                 tensor.copy_(state[name])
 
 

@@ -25,6 +25,7 @@ from tritonq.nn.own_input import INPUT_QUANTIZER
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.edit.earlier_inputs import replace_hooks
 from tritonq.prepare.edit.fuse import move_hooks
+from tritonq.prepare.edit.swap import take_place_again
 from tritonq.prepare.forwards.edited import apply_forward, quantizer_names, quantizing_part
 from tritonq.prepare.record.snapshot import copied
 from tritonq.qparams import QuantizedType
@@ -214,6 +215,8 @@ def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
         own_input = module._modules.get(INPUT_QUANTIZER)
         if own_input is not None:
             replacement.add_module(INPUT_QUANTIZER, quantizers.get(own_input, own_input))
+        if isinstance(module, (QATLayer, Embedding, EmbeddingBag)):
+            take_place_again(module, replacement)
         _keep_quantizers(module, replacement, quantizers)
     return replacements
 

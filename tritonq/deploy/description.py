@@ -20,6 +20,7 @@ from tritonq.nn.averages import POOL_TYPES
 from tritonq.nn.folded import FoldedBatchNorm
 from tritonq.nn.functions import FunctionLayer, PReLU, function_of
 from tritonq.nn.intrinsic import FusedModule
+from tritonq.nn.kept_class import made_class, users_class
 from tritonq.nn.original_class import original_class
 from tritonq.nn.products import Einsum, ScaledDotProductAttention
 from tritonq.nn.unary import UnaryLayer
@@ -55,7 +56,10 @@ def describe_modules(model: nn.Module) -> list[Description]:
         first = first_names.setdefault(module, name)
         if first == name:
             described = describe_integer(module) if integers else None
-            found.append({"name": name, **(described or _describe(module)), "forward": forward_data(module)})
+            described = described or _describe(module)
+            if made_class(module) is not users_class(module):
+                described["keeps_class"] = True
+            found.append({"name": name, **described, "forward": forward_data(module)})
         else:
             found.append({"name": name, "kind": "alias", "of": first})
     for entry in found:
@@ -110,7 +114,7 @@ def _describe(module: nn.Module) -> Description:
         return {"kind": "quantizer", "grid": _grid_to_data(module.qtype)}
     if isinstance(module, Joint):
         return {"kind": module.kind, "ceiling": module.ceiling, **_further(module)}
-    kind = original_class(module)
+    kind = made_class(module)
     if isinstance(module, FunctionLayer):
         return {"kind": "function", "type": module.source_type, "function": function_to_data(module.function)}
     if isinstance(module, PReLU):

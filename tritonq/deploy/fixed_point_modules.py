@@ -147,9 +147,9 @@ class IntegerLayer(IntegerModule):
             self._report()
         return result
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return codes to codes or accumulators; real values at the network's ends."""
-        codes = self.input.encode(x) if self.encodes else x
+        codes = self.input.encode(input) if self.encodes else input
         if self.linear:
             flat = codes.reshape(-1, codes.shape[-1], 1, 1)
             y = self.accumulate(flat).view(*codes.shape[:-1], -1)
@@ -238,16 +238,18 @@ class IntegerAvgPool2d(IntegerModule):
         self.bound = window.area * input.largest
         self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return codes (n, c, h, w) to codes or accumulators."""
         window = self.window
         if window.kernel_size is None:
-            if x.shape[-1] * x.shape[-2] != window.area:
-                raise ValueError(f"this average was converted for images of {window.area} values, got {tuple(x.shape)}")
-            return self.rounded(x.sum((2, 3), keepdim=window.keepdim, dtype=torch.int32))
+            if input.shape[-1] * input.shape[-2] != window.area:
+                raise ValueError(
+                    f"this average was converted for images of {window.area} values, got {tuple(input.shape)}"
+                )
+            return self.rounded(input.sum((2, 3), keepdim=window.keepdim, dtype=torch.int32))
         (down, right), (height, width) = cast("tuple[int, int]", window.stride), window.kernel_size
         (above, left) = window.padding
-        windows = nn.functional.pad(x, (left, left, above, above)).unfold(2, height, down).unfold(3, width, right)
+        windows = nn.functional.pad(input, (left, left, above, above)).unfold(2, height, down).unfold(3, width, right)
         return self.rounded(windows.sum((4, 5), dtype=torch.int32))
 
 

@@ -205,12 +205,12 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
             has_8_bit_codes=max(self.grids.bits) <= BYTE_BITS,
         )
 
-    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Return shapes as the float layer's. What runs is what runs in a quantization-aware layer's eval mode.
 
         ``weight`` and ``bias`` are those that a layer whose weight was computed is given; its codes are fixed now.
         """
-        x = self.quantized_input(x)
+        x = self.quantized_input(input)
         y = self._run_packed(x) if self._buffers["multiplier"] is not None and can_use_codes(x) else None
         if y is not None:
             return y

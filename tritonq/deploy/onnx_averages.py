@@ -78,21 +78,21 @@ def _global_mean(averaging: Averaging, x: Tensor) -> Tensor:
     return y if not isinstance(averaging, AxesAverage) or averaging.keepdim else y.flatten(1)
 
 
-def _forward(layer: Any, name: str, half_away: bool, x: Tensor) -> Tensor:
+def _forward(layer: Any, name: str, half_away: bool, input: Tensor) -> Tensor:
     averaging, quantizer = cast(Averaging, layer.averaging), cast(StepsQuantizer, layer.traced_quantizer)
-    if not half_away and _is_global(averaging, x):
-        y = quantizer(global_average(x))
+    if not half_away and _is_global(averaging, input):
+        y = quantizer(global_average(input))
         keeps = not isinstance(averaging, AxesAverage) or averaging.keepdim
         return y if keeps else y.flatten(1)
-    sums = _sums(averaging, x, layer.input_scale)
+    sums = _sums(averaging, input, layer.input_scale)
     if sums is None:
         warnings.warn(
             f"{name}: its windows are of open size or too large: the ONNX file computes this mean in float, and "
             "codes may differ by one where a mean lies between two of them",
             stacklevel=2,
         )
-        return quantizer(averaging(x))
-    divisors: Any = averaging.divisors(tuple(x.shape))
+        return quantizer(averaging(input))
+    divisors: Any = averaging.divisors(tuple(input.shape))
     steps = sums.float() * (layer.input_scale / (layer.output_scale * divisors))
     return quantizer(round_half_away(steps) if half_away else steps, in_steps=True)
 

@@ -75,8 +75,8 @@ def rewrite_function(layer: FunctionLayer | PReLU, output: Quantizer, quantizer:
     layer.forward = partial(_forward, layer, output.qtype.rounding == "half_away")  # type: ignore[method-assign]
 
 
-def _forward(layer: Any, half_away: bool, x: Tensor) -> Tensor:
-    y, quantizer = layer.compute(x), cast(StepsQuantizer, layer.traced_quantizer)
+def _forward(layer: Any, half_away: bool, input: Tensor) -> Tensor:
+    y, quantizer = layer.compute(input), cast(StepsQuantizer, layer.traced_quantizer)
     return quantizer(round_half_away(y / layer.output_scale), in_steps=True) if half_away else quantizer(y)
 
 

@@ -227,7 +227,7 @@ def _weight_axis(layer: QuantizedLayer) -> int | None:
 
 
 def _layer_forward(
-    layer: QuantizedLayer, axis: int | None, flattens: bool, x: Tensor, *computed: Tensor | None
+    layer: QuantizedLayer, axis: int | None, flattens: bool, input: Tensor, *computed: Tensor | None
 ) -> Tensor:
     scale, zero = layer.weight_scale, layer.weight_zero_point
     if axis is None:
@@ -239,7 +239,7 @@ def _layer_forward(
     bias = layer.stored_bias
     if bias is not None and layer.multiplier is not None:
         bias = dequantize(bias, layer.multiplier, None, 0)
-    x = layer.quantized_input(x)
+    x = layer.quantized_input(input)
     if flattens and x.dim() > 2:
         y = layer.finish(layer.linear_map(x.flatten(0, -2), weight, bias))
         return torch.unflatten(y, 0, x.shape[:-1])

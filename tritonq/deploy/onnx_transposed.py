@@ -98,12 +98,12 @@ def _plain_weight(weight: Tensor, zero: Tensor, groups: int, phases: tuple[Phase
     return plain.reshape(-1, inputs, height.taps, width.taps).contiguous()
 
 
-def _forward(layer: QuantizedLayer, phases: tuple[Phases, Phases], x: Tensor) -> Tensor:
+def _forward(layer: QuantizedLayer, phases: tuple[Phases, Phases], input: Tensor) -> Tensor:
     height, width = phases
     weight = dequantize(layer.stored_weight, cast(Tensor, layer.weight_scale), layer.weight_zero_point, 0)
     bias = layer.stored_bias
     bias = None if bias is None else dequantize(bias, cast(Tensor, layer.multiplier), None, 0)
-    x, padding = layer.quantized_input(x), (height.before, width.before)
+    x, padding = layer.quantized_input(input), (height.before, width.before)
     if padding != (height.after, width.after):
         x, padding = F.pad(x, (width.before, width.after, height.before, height.after)), (0, 0)
     y = F.conv2d(x, weight, bias, padding=padding, groups=cast(int, layer.groups))

@@ -133,5 +133,5 @@ def _quantize(quantizer: Quantizer, x: Tensor) -> Tensor:
     return fake_quantize(x, Grid(*quantizer.calculate_qparams(), quantizer.qtype))
 
 
-def _run_layer(layer: QuantizedLayer, x: Tensor, *computed: Tensor | None) -> Tensor:
-    return layer.run_operators(layer.quantized_input(x), layer.integer_layer())
+def _run_layer(layer: QuantizedLayer, input: Tensor, *computed: Tensor | None) -> Tensor:
+    return layer.run_operators(layer.quantized_input(input), layer.integer_layer())

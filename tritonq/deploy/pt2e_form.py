@@ -148,14 +148,14 @@ def _scale_axis(layer: QuantizedLayer) -> int | None:
 
 
 def _layer_forward(
-    layer: QuantizedLayer, axis: int | None, codes: tuple[int, int] | None, x: Tensor, *computed: Tensor | None
+    layer: QuantizedLayer, axis: int | None, codes: tuple[int, int] | None, input: Tensor, *computed: Tensor | None
 ) -> Tensor:
     weight = layer.stored_weight
     if codes is not None:
         weight = torch.ops.quantized_decomposed.dequantize_per_channel(
             weight, layer.weight_scale, layer.weight_zero_point, axis, *codes, weight.dtype
         )
-    return layer.finish(layer.linear_map(layer.quantized_input(x), weight, layer.stored_bias))
+    return layer.finish(layer.linear_map(layer.quantized_input(input), weight, layer.stored_bias))
 
 
 def _rewrite_table(table: QuantizedTable) -> None:

@@ -138,7 +138,8 @@ def pack(
     # NaN, of a training that diverged, fails each comparison.
     if not (least >= -128 and most <= 127 and layer.sum_bound < _MAX_SUM and bool(steps.isfinite().all())):
         return None
-    codes = weight.to(torch.int8)
+    # oneDNN reads a transposed matrix as if it lay in order.
+    codes = weight.to(torch.int8).contiguous()
     zero, bias, exact = on_host.zero, layer.bias, layer.sum_bound < FLOAT32_EXACT
     if exact and zero and not _pads(op):
         sums = codes.flatten(1).sum(1, dtype=torch.int32)

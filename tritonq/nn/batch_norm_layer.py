@@ -140,11 +140,11 @@ class QATBatchNormLayer(QATLayer):
         """Whether a step in the present state is one operator's."""
         return choose_path(self.path_state()) == "train_operator"
 
-    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Return the layer, its BatchNorm, ReLU where there is one, and fake quantization; see base class."""
         if self.training:
             check_running_var(cast(Tensor, self.bn.running_var))
-        return super().forward(x, weight, bias)
+        return super().forward(input, weight, bias)
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError unless ``x`` is a batch."""

@@ -156,13 +156,14 @@ class FixedPointAvgPool2d(ReferringModule):
         """``2^shift / k²``: what is left to be multiplied into the next weights."""
         return remaining_factor(self.area)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the mean in phase ``"floating_wo_clip"``, else the mean divided by ``remaining_factor``."""
-        rounded = self.input_format.read(x, self.observes)
-        if self.kernel_size is None and x.shape[-1] * x.shape[-2] != self.area:
+        rounded = self.input_format.read(input, self.observes)
+        height, width = input.shape[-2:]
+        if self.kernel_size is None and width * height != self.area:
             raise ValueError(
-                f"this average was prepared for images of {self.area} values, got {x.shape[-2]} by {x.shape[-1]}; its "
-                "factor is part of the next layer's weights"
+                f"this average was prepared for images of {self.area} values, got {height} by {width}; its factor is "
+                "part of the next layer's weights"
             )
         total = self.sum(rounded)
         if self.input_format.phase == "floating_wo_clip":

@@ -167,18 +167,18 @@ class FixedPointLayer(ReferringModule):
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight (not rounded) and bias that take the input in units of η to the output in units of η_next, in eval."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return values divided by this layer's η to values divided by the next one's; float64 between layers in eval.
 
         There an accumulator of 32 bits must not be rounded before the next layer rounds it to 8.
         """
-        rounded = self.input_format.read(x, self.observes)
+        rounded = self.input_format.read(input, self.observes)
         if self.input_format.phase == "floating_wo_clip":
             return self.float_forward(rounded.to(self.weight.dtype))
         if self.training or not self.is_integer():
             return self.fixed_forward(rounded.to(self.weight.dtype))
         exact = self.exact_forward(rounded)
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
         if not needs_grad and not torch.compiler.is_compiling():
             return exact
         surrogate = self.fixed_forward(rounded.to(self.weight.dtype)).to(exact.dtype)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-_BATCH_NORM_NAMES = frozenset(
-    ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "eps", "momentum", "affine")
-)
+_STATE_NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+# What a BatchNorm holds.
+BATCH_NORM_NAMES = frozenset((*_STATE_NAMES, "num_features", "eps", "momentum", "affine", "track_running_stats"))
 
 
 class FoldedBatchNorm(nn.Identity):
@@ -26,9 +26,10 @@ class FoldedBatchNorm(nn.Identity):
     def __init__(self, kind: str, layer: str) -> None:
         super().__init__()
         self.kind, self.layer = kind, layer
+        self.track_running_stats = False
 
     def __getattr__(self, name: str) -> Any:
-        if name in _BATCH_NORM_NAMES:
+        if name in BATCH_NORM_NAMES:
             raise AttributeError(
                 f"prepare_qat made this {self.kind} part of the layer {self.layer!r}, so that no {name} is left to "
                 "read: merge BatchNorms and branches (fuse, reparameterize) before prepare_qat"

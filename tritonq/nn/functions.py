@@ -55,17 +55,17 @@ class FunctionLayer(UnaryLayer):
             raise TypeError(f"{type(module).__name__} is no function of one tensor that has a quantized form")
         return cls(function, qconfig=qconfig, source_type=type(module).__name__).train(module.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the fake-quantized function of ``x``; same shape."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the fake-quantized function of ``input``; same shape."""
         quantizer = self.output_quantizer
         if quantizer is None:
-            return self.compute(x)
+            return self.compute(input)
         observed = observed_grid(quantizer) if self.training else None
         if observed is None or observed[0].qtype.axis is not None:
-            return cast(Tensor, quantizer(self._result(x)))
+            return cast(Tensor, quantizer(self._result(input)))
         source = self.input_quantizer
         known = input_grid(source) if isinstance(source, FakeQuantizeBase) else None
-        y = quantized_function(x, self.function, known, *observed)
+        y = quantized_function(input, self.function, known, *observed)
         warn_if_unobserved(quantizer)
         return y
 

@@ -165,14 +165,14 @@ class QATLayer(QuantizesInput, ReferringModule):
         knows_grids = not (self.training or tracing) and self._knows_grids()
         return LayerState(self.training, tracing, knows_grids)
 
-    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Return the operation, what follows it, and fake quantization; shapes as the float layer's.
 
         ``weight`` and ``bias`` are those of a layer whose weight is computed elsewhere, in each step anew.
         """
         if weight is None:
             weight, bias = self.float_parameters()
-        return self.paths[choose_path(self.path_state())](self, self.quantized_input(x), weight, bias)
+        return self.paths[choose_path(self.path_state())](self, self.quantized_input(input), weight, bias)
 
     def rectified(self, y: Tensor) -> Tensor:
         """Return ``y`` after what stands between the operation and the output's quantizer: a ReLU, or nothing."""

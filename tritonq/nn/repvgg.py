@@ -92,12 +92,12 @@ class RepVGGBlock(nn.Module):
         self.alpha = nn.Parameter(torch.ones((), **place)) if learned_alpha else None
         self.activation = _activation(activation)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return (batch, in_channels, h, w) to (batch, out_channels, h', w')."""
-        pointwise = self.bn1(self.conv1(x))
-        y = self.bn3(self.conv3(x)) + (pointwise if self.alpha is None else self.alpha * pointwise)
+        pointwise = self.bn1(self.conv1(input))
+        y = self.bn3(self.conv3(input)) + (pointwise if self.alpha is None else self.alpha * pointwise)
         if self.bn_identity is not None:
-            y = y + self.bn_identity(x)
+            y = y + self.bn_identity(input)
         return self.activated(y)
 
     @property

@@ -94,13 +94,13 @@ class UnaryLayer(nn.Module):
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return :meth:`exact` while both grids are switched on, else :meth:`compute`, for ``torch.compile``."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the fake-quantized result; shapes as torch has them."""
         own = self.activation_post_process
         observed = observed_grid(own) if self.training else None
-        if observed is None or observed[0].qtype.axis is not None or not x.is_floating_point():
-            return cast(Tensor, own(self._result(x)))
-        y = rounded_result(self.compute(x), *observed, None)
+        if observed is None or observed[0].qtype.axis is not None or not input.is_floating_point():
+            return cast(Tensor, own(self._result(input)))
+        y = rounded_result(self.compute(input), *observed, None)
         warn_if_unobserved(own)
         return y
 

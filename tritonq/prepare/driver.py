@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -69,15 +70,32 @@ def prepare_recorded(
         RuntimeError: the prepared model would not compute what the float model does.
     """
     _tell_obstacle(type(model).__name__, recording)
-    scheme: Scheme
+    told = partial(tell, warn=warn, strict=strict)
     if is_fixed_point(qconfigs[model]):
         if inputs is not None:
             raise ValueError("fixed point finds the formats of inputs itself: leave set_input out")
         analysis = Analysis(model, recording.in_eval.flow)
-        scheme = FixedPointScheme(analysis, qconfigs, recording)
-    else:
+        _carry_out(FixedPointScheme(analysis, qconfigs, recording), analysis, told)
+        return
+
+    def fake_quantize(keep_classes: bool) -> None:
         analysis = Analysis(model, recording.flow, recording.held)
-        scheme = FakeQuantScheme(analysis, types, qconfigs, recording, inputs)
+        scheme = FakeQuantScheme(analysis, types, qconfigs, recording, inputs, keep_classes)
+        _carry_out(scheme, analysis, told)
+
+    try:
+        fake_quantize(keep_classes=False)
+    except RuntimeError as error:
+        # A forward may ask what its BatchNorms, ReLUs and the like are, by isinstance.
+        try:
+            fake_quantize(keep_classes=True)
+        except RuntimeError:
+            raise error from None
+
+
+def _carry_out(scheme: Scheme, analysis: Analysis, told: Callable[..., None]) -> None:
+    """Edit a model, check it, and tell what became of it; on any error it is left as it was."""
+    model = analysis.model
     if "" in scheme.layer_names():
         raise ValueError(
             f"the model is a single {type(model).__name__}; put it into a container, such as nn.Sequential"
@@ -85,7 +103,7 @@ def prepare_recorded(
     with ModelEditor(model, analysis.modules, lambda owner: cast(EditableForward, analysis.forward(owner))) as editor:
         records = scheme.edit(editor)
         scheme.check()
-        tell(model, analysis.modules, records, warn, strict)
+        told(model, analysis.modules, records)
         model.tritonq_report = records  # type: ignore[assignment]
 
 
@@ -120,8 +138,10 @@ class FakeQuantScheme:
         qconfigs: Mapping[nn.Module, QConfig | None],
         recording: Recording,
         inputs: Place | None = None,
+        keep_classes: bool = False,
     ) -> None:
         self._analysis, self._types, self._qconfigs, self._recording = analysis, types, qconfigs, recording
+        self._keep_classes = keep_classes
         self.plan: Plan = make_plan(analysis, types, qconfigs, inputs)
         if not self.plan.layers and not self.plan.single_mode:
             known = ", ".join(sorted(kind.__name__ for kind in types if kind.__module__.startswith("torch.nn")))
@@ -137,8 +157,9 @@ class FakeQuantScheme:
 
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
         """Carry out the plan."""
-        names = apply_plan(editor, self._analysis.flow, self.plan, self._types, self._qconfigs)
-        return layer_records(self._analysis, self.plan, *names)
+        plan, types = self.plan, self._types
+        names = apply_plan(editor, self._analysis.flow, plan, types, self._qconfigs, self._keep_classes)
+        return layer_records(self._analysis, plan, *names)
 
     def check(self) -> None:
         """Compare the outputs of each recorded run with rounding off; ranges begin at what the runs saw."""

@@ -12,7 +12,8 @@ from torch import nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import Joint, QATLayer
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
-from tritonq.nn.folded import FoldedBatchNorm
+from tritonq.nn.folded import BATCH_NORM_NAMES, FoldedBatchNorm
+from tritonq.nn.kept_class import keep_class
 from tritonq.nn.own_input import INPUT_QUANTIZER, QuantizesInput
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.decide.joins import Join
@@ -26,7 +27,7 @@ from tritonq.prepare.edit.earlier_outputs import note_earlier_output
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.edit.function_layers import computed_parameters, float_layer
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
-from tritonq.prepare.edit.swap import keep_attributes, plain_form, swap
+from tritonq.prepare.edit.swap import keep_attributes, plain_form, swap, take_place
 from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.graph import first_node, layer_operands
 from tritonq.prepare.forwards.quantized import Read
@@ -39,7 +40,12 @@ Types = Mapping[type[nn.Module], type[nn.Module]]
 
 
 def apply_plan(
-    editor: ModelEditor, flow: Dataflow, plan: Plan, types: Types, qconfigs: Mapping[nn.Module, QConfig | None]
+    editor: ModelEditor,
+    flow: Dataflow,
+    plan: Plan,
+    types: Types,
+    qconfigs: Mapping[nn.Module, QConfig | None],
+    keep_classes: bool = False,
 ) -> tuple[dict[Join, str], dict[int, str]]:
     """Carry out a plan with an editor.
 
@@ -49,6 +55,7 @@ def apply_plan(
         plan: the plan that was made from it.
         types: float type to quantization-aware type.
         qconfigs: the qconfig of each module of the float model.
+        keep_classes: let whatever takes the place of a module be of that module's class, for code that asks for it.
 
     Returns:
         The qualified names of the modules that joins became, and of those that operations of one tensor in a forward
@@ -57,7 +64,7 @@ def apply_plan(
     Raises:
         ValueError: a name that preparation needs is taken.
     """
-    work = _PlanWork(editor, flow, plan, types, qconfigs)
+    work = _PlanWork(editor, flow, plan, types, qconfigs, keep_classes)
     work.do()
     return work.join_names, work.unary_names
 
@@ -70,11 +77,12 @@ class _PlanWork:
         plan: Plan,
         types: Types,
         qconfigs: Mapping[nn.Module, QConfig | None],
+        keep_classes: bool,
     ) -> None:
         self.join_names: dict[Join, str] = {}
         self.unary_names: dict[int, str] = {}
         self._editor, self._flow, self._plan = editor, flow, plan
-        self._types, self._qconfigs = types, qconfigs
+        self._types, self._qconfigs, self._keep_classes = types, qconfigs, keep_classes
         self._float_modules = dict(editor.modules)
         # The quantizer modules, by the identity of what was planned.
         self._quantizers: dict[int, nn.Module] = {}
@@ -96,7 +104,10 @@ class _PlanWork:
 
     def _erase_relus(self) -> None:
         for name in self._plan.erased_modules:
-            self._editor.replace(name, nn.Identity())
+            relu, rest = self._editor.modules[name], nn.Identity()
+            keep_attributes(relu, rest)
+            self._keep_class(relu, rest)
+            self._editor.replace(name, rest)
         for owner, node in self._plan.erased_nodes:
             self._editor.rewrite(owner).erase(node)
 
@@ -124,6 +135,7 @@ class _PlanWork:
         else:
             quantized = self._fused(layer, module, qconfig)
         if layer.function is None:
+            self._keep_class(module, quantized)
             self._editor.replace(layer.name, quantized)
         else:
             owner = self._editor.modules[layer.function.owner]
@@ -149,7 +161,7 @@ class _PlanWork:
         frozen = layer.frozen is not None or (bn is not None and module.training and not bn.training)
         row = fuse_row(parts, layer.row)
         quantized = swap(row, self._types[type(row)], qconfig)
-        keep_attributes(module, quantized)
+        take_place(module, quantized)
         if bn is None or layer.batch_norm is None:
             move_hooks(module, module, quantized)
             return quantized
@@ -173,10 +185,17 @@ class _PlanWork:
         modules = self._editor.modules
         children = [(name.removeprefix(prefix).replace(".", "_"), modules[name]) for name in layer.remainder]
         if all(type(child) is nn.Identity for _, child in children):
-            return FoldedBatchNorm(type(bn).__name__, layer.name).train(bn.training)
+            folded = FoldedBatchNorm(type(bn).__name__, layer.name)
+            keep_attributes(bn, folded, without=BATCH_NORM_NAMES)
+            self._keep_class(bn, folded)
+            return folded.train(bn.training)
         rest = nn.Sequential(OrderedDict(children))
         rest.training = bn.training
         return rest
+
+    def _keep_class(self, module: nn.Module, made: nn.Module) -> None:
+        if self._keep_classes:
+            keep_class(type(module), made)
 
     def _add_quantizer(self, quantizer: PlannedQuantizer) -> None:
         module = self._placed(quantizer.qconfig.activation(), quantizer.like)
@@ -226,6 +245,8 @@ class _PlanWork:
         module = self._editor.modules[quantizer.owner]
         quantized: UnaryLayer = QUANTIZED_FORMS[type(module)].from_float(module)
         quantized.activation_post_process = own.train(module.training)
+        take_place(module, quantized)
+        self._keep_class(module, quantized)
         move_hooks(module, module, quantized)
         self._editor.replace(quantizer.owner, quantized)
         self._unary[quantizer.value] = (quantized, own)

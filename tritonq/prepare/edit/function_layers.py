@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Container
 from typing import Any
 
@@ -43,6 +44,8 @@ def computed_parameters(
 
 def _step(call: Call, model: nn.Module) -> Step:
     target: Any = call.target
+    if getattr(target, "__name__", "") == "__get__":  # an attribute, such as weight.T, in a form that can be copied
+        target = operator.attrgetter(call.name)
     if call.module_name is not None:
         target = Reference(model.get_submodule(call.module_name))
     return Step(target, _slots(call.args), _slots(call.kwargs), _slots(call.output), call.writes)

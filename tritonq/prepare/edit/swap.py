@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from torch import nn
 
+from tritonq.nn.kept_class import keep_class, made_class, users_class
 from tritonq.prepare.edit.fuse import move_hooks
 from tritonq.prepare.forwards.edited import apply_forward, quantizing_data
 from tritonq.prepare.record.float_types import torch_base
@@ -20,7 +22,7 @@ def swap(
     ``kind`` is the type that the module computes as, by default its own.
     """
     swapped: nn.Module = from_float(target, module if kind is None else plain_form(module, kind), qconfig)
-    keep_attributes(module, swapped)
+    take_place(module, swapped)
     move_hooks(module, module, swapped)
     return swapped
 
@@ -34,22 +36,61 @@ def plain_form(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return plain
 
 
-def keep_attributes(module: nn.Module, made: nn.Module) -> None:
+def take_place(module: nn.Module, made: nn.Module) -> None:
+    """Give ``made`` the attributes of the float module that it replaces, and its class where that has methods."""
+    keep_attributes(module, made)
+    if _adds_methods(type(module), made):
+        keep_class(type(module), made)
+
+
+def take_place_again(module: nn.Module, made: nn.Module) -> None:
+    """Give ``made``, which replaces ``module`` in turn, what that has of the float module."""
+    names = kept_names(module)
+    for source, registry in zip(_registries(module), _registries(made), strict=True):
+        registry.update({name: source[name] for name in names if name in source and not hasattr(made, name)})
+    made.__dict__[_KEPT] = names
+    if users_class(module) is not made_class(module):
+        keep_class(users_class(module), made)
+
+
+def kept_names(made: nn.Module) -> tuple[str, ...]:
+    """Return names of the attributes, parameters and buffers that a module has of the one that it replaced."""
+    names: tuple[str, ...] = made.__dict__.get(_KEPT, ())
+    return names
+
+
+def keep_attributes(module: nn.Module, made: nn.Module, without: Container[str] = ()) -> None:
     """Give ``made`` the attributes of a float module that it lacks: users' code may read them.
 
-    These are what the instance holds, and what its class holds besides methods.
+    These are what the instance holds, and what its class holds besides methods, but for names in ``without``.
     """
-    for registry in ("_parameters", "_buffers"):
-        for name, tensor in getattr(module, registry).items():
-            if not hasattr(made, name):
-                getattr(made, registry)[name] = tensor
-    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     base = torch_base(type(module))
-    for kind in type(module).__mro__[: type(module).__mro__.index(base) if base else 0]:
+    kinds = type(module).__mro__[: type(module).__mro__.index(base) if base else 0]
+    parameters, buffers, own = _registries(module)
+    own = {name: value for name, value in own.items() if not name.startswith("_")}
+    for kind in kinds:
         own = {**{name: value for name, value in vars(kind).items() if _is_data(name, value)}, **own}
-    for name, value in own.items():
-        if not hasattr(made, name):
-            made.__dict__[name] = value
+    kept = []
+    for source, registry in zip((parameters, buffers, own), _registries(made), strict=True):
+        lacking = [name for name in source if name not in without and not hasattr(made, name)]
+        registry.update({name: source[name] for name in lacking})
+        kept += lacking
+    made.__dict__[_KEPT] = tuple(kept)
+
+
+_KEPT = "_tritonq_kept"
+
+
+def _adds_methods(kind: type[nn.Module], made: nn.Module) -> bool:
+    """Whether a class written by a user has public methods or properties that ``made`` lacks."""
+    base = torch_base(kind)
+    kinds = kind.__mro__[: kind.__mro__.index(base) if base else 0]
+    names = {name for part in kinds for name, value in vars(part).items() if not _is_data(name, value)}
+    return any(not name.startswith("_") and not hasattr(type(made), name) for name in names)
+
+
+def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module.__dict__
 
 
 def _is_data(name: str, value: object) -> bool:

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor, fx, nn
 
 from tritonq.nn.attention import MultiheadAttention
+from tritonq.nn.kept_class import KeepsClass, joined_class, new_joined
 from tritonq.nn.original_class import original_class
 from tritonq.prepare.forwards.answered import answering, check_answers
 from tritonq.prepare.forwards.graph import DATA_VERSION, QUANTIZING_VERSION, ForwardData, ForwardGraph, compile_graph
@@ -32,9 +33,10 @@ class EditedForward(HidesChildren):
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
         # The class is made at run time, so a pickle (and deepcopy) names what it was made from.
-        if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-            state = _without_graphs(reduced[2])
-            return (_rebuild, (self._tritonq_class, self._tritonq_forward), state, *reduced[3:])
+        if isinstance(reduced, tuple) and reduced[0] in (copyreg.__newobj__, new_joined):  # type: ignore[attr-defined]
+            state, original = _without_graphs(reduced[2]), self._tritonq_class
+            parts = original._tritonq_joined if issubclass(original, KeepsClass) else original
+            return (_rebuild, (parts, self._tritonq_forward), state, *reduced[3:])
         return reduced
 
 
@@ -213,6 +215,6 @@ def _by_mode(in_eval: FunctionType, in_train: FunctionType) -> Callable[..., Any
     return forward
 
 
-def _rebuild(original: type[nn.Module], encoded: str) -> nn.Module:
-    cls = _edited_class(original, encoded)
+def _rebuild(original: type[nn.Module] | tuple[type[nn.Module], type[nn.Module]], encoded: str) -> nn.Module:
+    cls = _edited_class(joined_class(*original) if isinstance(original, tuple) else original, encoded)
     return cls.__new__(cls)
