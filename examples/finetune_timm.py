@@ -36,7 +36,7 @@ def main(options: argparse.Namespace) -> None:
     train, test = batches(options, model, True), batches(options, model, False)
     example = next(iter(test))[0][:2]
     model = tritonq.prepare_qat(model, qconfig=choose_qconfigs(model), example_inputs=example).to(device)
-    print(str(tritonq.summary(model)).splitlines()[-1])
+    print(tritonq.summary(model).line)
     optimizer = torch.optim.SGD(tritonq.parameter_groups(model, options.learning_rate, 1e-5), momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(train))
     for epoch in range(options.epochs):

@@ -14,6 +14,7 @@ from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.learned_fake_quantize import LearnedStepFakeQuantize, TrainedThresholdFakeQuantize
+from tritonq.near_misses import did_you_mean
 from tritonq.observers import (
     InterpolatingHistogramObserver,
     MinMaxObserver,
@@ -326,7 +327,8 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     """
     if name not in PRESETS:
         hint = f"get_default_qat_qconfig has torch.ao's {', '.join(TORCH_BACKENDS)}"
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}; {hint}")
+        near = did_you_mean(name, (*PRESETS, *TORCH_BACKENDS))
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}; {hint}{near}")
     return PRESETS[name]
 
 

@@ -17,6 +17,7 @@ from tritonq import learned_fake_quantize, observers
 from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
+from tritonq.near_misses import did_you_mean
 from tritonq.qconfig import PRESETS, TORCH_BACKENDS, Folding, QConfig, get_default_qat_qconfig, observe_only
 from tritonq.qconfig_mapping import Choice, Place, QConfigMapping, Rule
 from tritonq.qparams import QuantizedType
@@ -202,7 +203,8 @@ def _preset(data: dict[str, Any], where: str) -> QConfig:
     if name in TORCH_BACKENDS and set(rest) <= {"version"} and rest.get("version", 1) in (0, 1):
         return get_default_qat_qconfig(name, **rest)
     known = ", ".join((*PRESETS, *(f"{backend} (version 0 or 1)" for backend in TORCH_BACKENDS)))
-    raise ValueError(f"{where} names an unknown preset {data!r}; known: {known}")
+    near = did_you_mean(str(name), (*PRESETS, *TORCH_BACKENDS))
+    raise ValueError(f"{where} names an unknown preset {data!r}; known: {known}{near}")
 
 
 def _value_to_data(value: Any, where: str) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from tritonq.near_misses import did_you_mean
 from tritonq.qconfig import QConfig, describe_wrong_qconfig
 
 # A rule that leaves layers in float holds None.
@@ -179,16 +179,16 @@ class QConfigMapping:
     def _check_rules(self, modules: dict[str, nn.Module]) -> None:
         for rule in self.names:
             if rule.key not in modules:
-                raise ValueError(f"no module is called {rule.key!r}{_near(rule.key, modules)}")
+                raise ValueError(f"no module is called {rule.key!r}{did_you_mean(rule.key, modules)}")
         for rule in self.patterns:
             if not any(re.match(rule.key, name) for name in modules if name):
                 literal = re.sub(r"[\\^$*+?()\[\]{}|]", "", rule.key)
-                raise ValueError(f"the pattern {rule.key!r} matches no module's name{_near(literal, modules)}")
+                raise ValueError(f"the pattern {rule.key!r} matches no module's name{did_you_mean(literal, modules)}")
         kinds = sorted({type(module).__name__ for module in modules.values()})
         for rule in self.types:
             if not any(_is_type(module, rule.key) for module in modules.values()):
                 bare = rule.key.rpartition(".")[2]
-                raise ValueError(f"the model has no module of type {rule.key!r}{_near(bare, kinds)}")
+                raise ValueError(f"the model has no module of type {rule.key!r}{did_you_mean(bare, kinds)}")
 
 
 def type_name(kind: type[nn.Module] | str) -> str:
@@ -227,11 +227,3 @@ def _upwards(name: str) -> Iterator[str]:
         yield name
         name = name.rpartition(".")[0]
     yield ""
-
-
-def _near(key: str, known: Iterable[str]) -> str:
-    """Return the known words most like ``key``, as the end of an error message."""
-    words = [word for word in known if word]
-    near = difflib.get_close_matches(key, words, n=3, cutoff=0.5)
-    near += [word for word in words if key and key in word and word not in near][: 3 - len(near)]
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -45,7 +45,7 @@ def test_a_folder_with_a_corrupt_file(tmp_path, capsys):
     printed = capsys.readouterr().err
     assert "broken.png" in printed
     assert "cut.png" in printed
-    assert "2 files skipped, 12 images read" in printed
+    assert "2 of 14 files skipped" in printed
 
 
 def test_a_folder_is_read_as_it_is_needed(tmp_path):

@@ -44,8 +44,8 @@ def empty_class(root):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (one_class, "holds 1 class folders"),
-        (empty_class, "wasps holds 0 readable"),
+        (one_class, "at least two classes"),
+        (empty_class, "wasps holds no images"),
         (lambda root: root, "not a folder"),
     ],
 )
@@ -59,14 +59,15 @@ def test_folders_that_cannot_be_trained_on(make, message, tmp_path, capsys):
     ("words", "message"),
     [
         (["nowhere:f", "digits"], "the module 'nowhere' of 'nowhere:f' can't be imported"),
-        (["torch:f", "digits"], "the module 'torch' has no 'f'"),
+        (["torch:tensro", "digits"], "the module 'torch' has no 'tensro'; did you mean 'tensor'"),
         (["torch", "digits"], "module:factory"),
-        (["torch:ones", "digits", "--model-arg=size=(3,)"], "made a Tensor"),
+        (["torch:ones", "digits", "--model-arg=size=(3,)"], "object of type Tensor"),
         (["torch.nn:Conv2d", "digits"], "refuses its arguments (none)"),
         (["torch.nn:Conv2d", "digits", "--model-arg", "x"], "KEY=VALUE"),
         ([*MODEL, "--model-arg=in_channels=3"], "rejects images of shape (2, 1, 8, 8)"),
         ([*DIGITS, "--model-arg=classes=3"], "need (2, 10 or more)"),
         ([*DIGITS, "--qconfig=int7"], "known: onnxruntime, tensorrt"),
+        ([*DIGITS, "--qconfig=tensort"], "did you mean 'tensorrt'?"),
         ([*DIGITS, "--qconfig=none.json"], "none.json can't be read"),
         ([*DIGITS, "--epochs=2", "--frozen-epochs=2"], "of 2 epochs fewer can be frozen"),
         ([*DIGITS, "--batch-size=1"], "batch size must be at least 2"),

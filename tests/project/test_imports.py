@@ -61,6 +61,7 @@ LAYERS = [
         "tritonq.formats",
         "tritonq.version",
         "tritonq.warn_once",
+        "tritonq.near_misses",
         "tritonq.targets",
         "tritonq.remember",
     ),

@@ -133,7 +133,8 @@ def find_layout(folder: Path, validation: Path | None = None) -> FolderLayout:
     """Tell a folder of classes from one with ``train`` and ``val``; hidden folders are no classes. No image is read.
 
     Raises:
-        ValueError: no such folder, fewer than two classes, or validation classes that training has not.
+        ValueError: no such folder, fewer than two classes, a class without image files, or validation classes that
+            training has not.
     """
     names = _folders(folder)
     held_out = [name for name in _VALIDATION if name in names]
@@ -143,9 +144,12 @@ def find_layout(folder: Path, validation: Path | None = None) -> FolderLayout:
         folder = folder / _TRAIN
         names = _folders(folder)
     if len(names) < 2:
-        raise ValueError(f"{folder} holds {len(names)} class folders; training needs at least two")
+        raise ValueError(f"training needs folders of at least two classes, {folder} holds {', '.join(names) or 'none'}")
     if validation is not None and (foreign := sorted(set(_folders(validation)) - set(names))):
         raise ValueError(f"{validation} has a class {foreign[0]!r} that {folder} has not")
+    for name in names:
+        if next(_image_paths(folder / name), None) is None:
+            raise ValueError(f"class folder {folder / name} holds no images ({', '.join(sorted(SUFFIXES))})")
     return FolderLayout(folder, validation, names)
 
 
@@ -190,7 +194,7 @@ def readable_images(
         if count < least:
             raise ValueError(f"class folder {folder / name} holds {count} readable images; {least} are needed")
     if skipped:
-        print(f"{skipped} files skipped, {len(found)} images read", file=sys.stderr)
+        print(f"{skipped} of {len(paths)} files skipped", file=sys.stderr)
     return found
 
 

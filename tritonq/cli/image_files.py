@@ -34,7 +34,7 @@ def decode(path: Path, content: bytes | None = None) -> Image:
     Raises:
         UnreadableImageError: the file is gone, damaged, too large, or holds floating-point values.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -44,6 +44,8 @@ def decode(path: Path, content: bytes | None = None) -> Image:
                 return _in_eight_bits(image)
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"too large: {error}") from error
+    except UnidentifiedImageError as error:  # its message names a Python object
+        raise UnreadableImageError("not an image of a kind that Pillow reads") from error
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of them for damaged files
         raise UnreadableImageError(" ".join(str(error).split()) or type(error).__name__) from error
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tritonq.cli.training_files import Recipe
+from tritonq.near_misses import did_you_mean
 from tritonq.prepare import prepare_qat
 from tritonq.preset_mappings import get_qconfig_mapping
 from tritonq.qconfig import DEFAULT_PRESET, PRESETS, TORCH_BACKENDS, get_default_qat_qconfig
@@ -62,7 +63,8 @@ def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:
         raise ValueError(f"the module {module_name!r} of {spec!r} can't be imported: {reason}") from error
     for part in factory_name.split("."):
         if not hasattr(factory, part):
-            raise ValueError(f"the module {module_name!r} has no {factory_name!r}")
+            near = did_you_mean(part, (name for name in dir(factory) if not name.startswith("_")))
+            raise ValueError(f"the module {module_name!r} has no {factory_name!r}{near}")
         factory = getattr(factory, part)
     if not callable(factory):
         raise ValueError(f"{spec!r} is not a factory but a {type(factory).__name__}")
@@ -74,7 +76,7 @@ def make_model(spec: str, arguments: Sequence[str] = ()) -> nn.Module:
     except Exception as error:  # whatever a user's code raises
         raise ValueError(f"{spec} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{spec} made a {type(model).__name__}, not a torch.nn.Module")
+        raise ValueError(f"{spec} returned an object of type {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
@@ -105,7 +107,9 @@ def find_qconfig(name: str) -> QConfigMapping:
         return QConfigMapping().set_global(get_default_qat_qconfig(backend, int(version or 1)))
     if name in PRESETS:
         return get_qconfig_mapping(name)
-    raise ValueError(f"unknown preset {name!r}; known: {', '.join((*PRESETS, *TORCH_BACKENDS))}, or a .json file")
+    known = (*PRESETS, *TORCH_BACKENDS)
+    near = did_you_mean(backend, known)
+    raise ValueError(f"unknown preset {name!r}; known: {', '.join(known)}, or a .json file{near}")
 
 
 def find_device(name: str | None) -> torch.device:

@@ -170,7 +170,7 @@ def _main(arguments: argparse.Namespace) -> int:
         print(f"resuming at step {step} of {run.steps}", flush=True)
     no_files = why_not_deployable(run.model)
     if processes.is_first:
-        print(str(summary(run.model)).splitlines()[-1], flush=True)
+        print(summary(run.model).line, flush=True)
         if no_files is not None:
             print(f"the run ends with checkpoints, without int8 and ONNX files: {no_files}", flush=True)
     run.train(arguments.checkpoint_every or run.steps_per_epoch)

@@ -99,6 +99,8 @@ def open_trained(arguments: argparse.Namespace, data: str | None = None) -> Trai
         )
     if checkpoint is None:
         return _float(arguments, digits, f"{spec}, as its factory gives it")
+    if checkpoint.suffix == ONNX_SUFFIX:
+        raise ValueError(f"{checkpoint} is a whole model: give it as MODEL, without --checkpoint")
     content = read_tensors(checkpoint)
     if is_training_file(content):
         return _from_training(checkpoint, arguments, digits)

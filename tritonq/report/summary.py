@@ -93,7 +93,7 @@ class ModelSummary:
         lines = text_table([_HEADER, *map(_cells, self._rows())])
         if self.quantizers:
             lines += ["", *text_table([("further tensors on a grid", "grid"), *self.quantizers])]
-        return "\n".join([*lines, "", *wrap(self._in_a_line(), WIDTH)])
+        return "\n".join([*lines, "", *wrap(self.line, WIDTH)])
 
     def _repr_html_(self) -> str:
         """Return the table as notebooks show it."""
@@ -105,9 +105,11 @@ class ModelSummary:
         further = "".join(f"<li><code>{escape(name)}</code> {escape(grid)}</li>" for name, grid in self.quantizers)
         listed = f"<p>further tensors on a grid:</p><ul>{further}</ul>" if further else ""
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-        return f"{table}{listed}<p>{escape(self._in_a_line())}</p>"
+        return f"{table}{listed}<p>{escape(self.line)}</p>"
 
-    def _in_a_line(self) -> str:
+    @property
+    def line(self) -> str:
+        """The counts, in one line."""
         kinds = Counter(layer.kind for layer in self.quantized)
         parts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         moving = f"{len(self.moving)} that only move values, " if self.moving else ""
@@ -131,7 +133,7 @@ def summary(model: nn.Module) -> ModelSummary:
         >>> import torch, tritonq
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Softmax(1))
         >>> prepared = tritonq.prepare_qat(model, example_inputs=torch.randn(1, 1, 8, 8))
-        >>> print(str(summary(prepared)).splitlines()[-1])
+        >>> print(summary(prepared).line)
         Sequential: 1 layers quantized (1 Conv2d), 2 more fused into them, 1 left in float
     """
     if not isinstance(model, nn.Module):

@@ -1,0 +1,19 @@
+"""What a mistyped word may have meant, as the end of an error message."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'a' or 'b'?"`` with up to three known words most like ``word``; "" without one.
+
+    Examples:
+        >>> did_you_mean("tensort", ["onnxruntime", "tensorrt"])
+        "; did you mean 'tensorrt'?"
+    """
+    words = [each for each in known if each]
+    near = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
+    near += [each for each in words if word and word in each and each not in near][: 3 - len(near)]
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
