@@ -218,7 +218,7 @@ _LATER = {
     "verify": "tritonq.deploy.verify",
 }
 _PARTS = {"acceleration", "accuracy", "calibration", "deploy", "distributed", "graphs", "prepare", "preset_mappings"}
-_PARTS |= {"qconfig_files", "recipes", "report", "testing", "torch_operators"}
+_PARTS |= {"qconfig_files", "recipes", "report", "testing", "torch_ao", "torch_operators"}
 
 if not TYPE_CHECKING:  # a type checker would take every name for one that exists
 

@@ -50,6 +50,23 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
         >>> calibrate(model, [torch.randn(8, 4) for _ in range(4)]).weight_fake_quant.is_enabled_on_host()
         True
     """
+    with calibrating(model):
+        batches = 0
+        for args, kwargs in model_batches(model, data):
+            model(*args, **kwargs)
+            batches += 1
+        if not batches:
+            raise ValueError("data has no batch")
+    return model
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Let a prepared model observe what runs in the block, as :func:`calibrate` does, and fix its ranges afterwards.
+
+    Raises:
+        ValueError: as :func:`calibrate`; the switches are as before then, and so they are where the block raises.
+    """
     quantizers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizeBase)}
     if not quantizers:
         raise ValueError(f"{type(model).__name__} has no fake quantizer: call prepare_qat first")
@@ -59,13 +76,8 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
             raise ValueError(f"{name!r} is of fixed point: train the network, which finds its formats")
     switches = {q: (q.fake_quant_enabled.clone(), q.observer_enabled.clone()) for q in quantizers.values()}
     try:
-        with _observing(model, quantizers.values()):
-            batches = 0
-            for args, kwargs in model_batches(model, data):
-                model(*args, **kwargs)
-                batches += 1
-        if not batches:
-            raise ValueError("data has no batch")
+        with torch.no_grad(), _observing(model, quantizers.values()):
+            yield
         _check_observed(quantizers)
     except BaseException:
         for quantizer, (rounding, observing) in switches.items():
@@ -79,7 +91,6 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
             quantizer.initialize()
         quantizer.disable_observer()
         quantizer.enable_fake_quant()
-    return model
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ LAYERS = [
         "tritonq.perf",
         "tritonq.testing",
     ),
-    ("tritonq.accuracy",),
+    ("tritonq.accuracy", "tritonq.torch_ao"),
     ("tritonq.prepare", "tritonq.deploy", "tritonq.calibration", "tritonq.distributed", "tritonq.acceleration"),
     ("tritonq.nn",),
     (

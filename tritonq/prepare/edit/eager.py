@@ -63,7 +63,7 @@ def prepare_eager(model: nn.Module, mapping: Mapping[type[nn.Module], type[nn.Mo
             elif qconfig is not None and type(child) in QUANTIZED_OUTPUTS:
                 quantize_output(child, _quantizer(qconfig, model))
             elif qconfig is not None and type(child) in FIXED_OUTPUTS:
-                quantize_output(child, _on_device_of(model, _fixed_quantizer(*FIXED_OUTPUTS[type(child)])))
+                quantize_output(child, _on_device_of(model, fixed_quantizer(*FIXED_OUTPUTS[type(child)])))
 
 
 def _quantizer(qconfig: QConfig, like: nn.Module) -> nn.Module:
@@ -71,7 +71,8 @@ def _quantizer(qconfig: QConfig, like: nn.Module) -> nn.Module:
     return _on_device_of(like, qconfig.activation())
 
 
-def _fixed_quantizer(scale: float, zero_point: int) -> FakeQuantize:
+def fixed_quantizer(scale: float, zero_point: int) -> FakeQuantize:
+    """Return a new quantizer of unsigned 8 bits that never observes."""
     quantizer = FakeQuantize(PassiveObserver, dtype=QUINT8)
     observer = cast(PassiveObserver, quantizer.activation_post_process)
     observer.set_qparams(scale, torch.tensor([zero_point], dtype=torch.int32))

@@ -1,0 +1,269 @@
+"""torch.ao's functions that take a model from float to integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from tritonq import qconfig_mapping
+from tritonq.calibration import calibrating
+from tritonq.deploy import convert as convert_model
+from tritonq.prepare import fuse_modules_qat, prepare_qat
+from tritonq.prepare.edit.fuse import fuse_row, move_hooks
+from tritonq.qconfig import QConfig
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def convert(
+    module: nn.Module,
+    mapping: None = None,
+    inplace: bool = False,
+    remove_qconfig: bool = True,
+    is_reference: bool = False,
+    convert_custom_config_dict: None = None,
+    use_precomputed_fake_quant: bool = False,
+) -> nn.Module:
+    """Return :func:`tritonq.convert` of a prepared model.
+
+    Args:
+        module: a trained model.
+        mapping: None; layers know their deployed form.
+        inplace: change ``module`` itself instead of a copy.
+        remove_qconfig: has no effect: converted layers keep the target's name alone.
+        is_reference: False; ``export_program(form="pt2e")`` writes the form with quantize and dequantize.
+        convert_custom_config_dict: None.
+        use_precomputed_fake_quant: has no effect: converted models have the scales that were trained.
+
+    Raises:
+        ValueError: another value, or what :func:`tritonq.convert` raises.
+
+    Source: torch.ao.quantization.convert.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> qat = tritonq.prepare_qat(nn.Sequential(nn.Linear(3, 2)), example_inputs=torch.ones(1, 3)).train()
+        >>> _ = qat(torch.randn(8, 3))
+        >>> type(convert(qat.eval())[0]).__name__
+        'QuantizedLinear'
+    """
+    _check_unset(mapping=mapping, is_reference=is_reference, convert_custom_config_dict=convert_custom_config_dict)
+    return convert_model(module, inplace)
+
+
+def prepare_qat_fx(
+    model: nn.Module,
+    qconfig_mapping: qconfig_mapping.QConfigMapping | Mapping[str, QConfig | None],
+    example_inputs: Any,
+    prepare_custom_config: None = None,
+    backend_config: None = None,
+) -> nn.Module:
+    """Return :func:`tritonq.prepare_qat` of a model with ``example_inputs``; the model is not traced symbolically.
+
+    Args:
+        model: a float model; it stays as it is.
+        qconfig_mapping: the mapping, or a dict ``{"": qconfig}``.
+        example_inputs: a tensor, or a tuple of arguments.
+        prepare_custom_config: None; whatever Python the forward holds can stay.
+        backend_config: None; the qconfig's target says what its engine computes.
+
+    Raises:
+        ValueError: another value, or what :func:`tritonq.prepare_qat` raises.
+        TypeError: as there.
+
+    Source: torch.ao.quantization.quantize_fx.prepare_qat_fx.
+
+    Examples:
+        >>> import torch
+        >>> from tritonq.torch_ao import get_default_qat_qconfig_mapping
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).train()
+        >>> prepared = prepare_qat_fx(model, get_default_qat_qconfig_mapping("x86"), (torch.randn(2, 3, 8, 8),))
+        >>> type(prepared[0]).__name__
+        'ConvBnReLU2d'
+    """
+    _check_unset(prepare_custom_config=prepare_custom_config, backend_config=backend_config)
+    chosen: Any = qconfig_mapping
+    if isinstance(chosen, Mapping):
+        if set(chosen) != {""}:
+            raise ValueError(f'a dict of qconfigs has the one key "", got {sorted(chosen)}: use a QConfigMapping')
+        chosen = chosen[""]
+    return prepare_qat(model, qconfig=chosen, example_inputs=example_inputs)
+
+
+def convert_fx(
+    graph_module: nn.Module,
+    convert_custom_config: None = None,
+    _remove_qconfig: bool = True,
+    qconfig_mapping: None = None,
+    backend_config: None = None,
+    keep_original_weights: bool = False,
+) -> nn.Module:
+    """Return :func:`tritonq.convert` of a prepared model.
+
+    Args:
+        graph_module: what :func:`prepare_qat_fx` returned, trained.
+        convert_custom_config: None.
+        qconfig_mapping: None.
+        backend_config: None.
+        keep_original_weights: False; the prepared model has them.
+
+    Raises:
+        ValueError: another value, or what :func:`tritonq.convert` raises.
+
+    Source: torch.ao.quantization.quantize_fx.convert_fx.
+
+    Examples:
+        >>> import torch
+        >>> from tritonq.torch_ao import get_default_qat_qconfig_mapping
+        >>> x = torch.randn(8, 3)
+        >>> qat = prepare_qat_fx(nn.Sequential(nn.Linear(3, 2)).train(), get_default_qat_qconfig_mapping(), (x,))
+        >>> _ = qat(x)
+        >>> type(convert_fx(qat.eval())[0]).__name__
+        'QuantizedLinear'
+    """
+    _check_unset(convert_custom_config=convert_custom_config, qconfig_mapping=qconfig_mapping)
+    _check_unset(backend_config=backend_config, keep_original_weights=keep_original_weights)
+    return convert_model(graph_module)
+
+
+def quantize_qat(model: nn.Module, run_fn: Callable[..., Any], run_args: Sequence[Any], inplace: bool = False) -> Any:
+    """Prepare a model as eager ``prepare_qat`` does, train it by ``run_fn(model, *run_args)``, and convert it.
+
+    Args:
+        model: a float model with stubs and qconfigs.
+        run_fn: trains what it is given.
+        run_args: its other arguments.
+        inplace: change ``model`` itself instead of a copy.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        ValueError: what ``prepare_qat`` and ``convert`` raise.
+
+    Source: torch.ao.quantization.quantize_qat.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = tritonq.torch_ao.QuantWrapper(nn.Linear(3, 2))
+        >>> model.qconfig = tritonq.get_default_qat_qconfig("x86")
+        >>> int8 = quantize_qat(model, lambda trained, x: trained(x), [torch.randn(8, 3)])
+        >>> type(int8.module).__name__
+        'QuantizedLinear'
+    """
+    prepared = prepare_qat(model.train(), inplace=inplace)
+    run_fn(prepared, *run_args)
+    return convert_model(prepared, inplace=True)
+
+
+def quantize(
+    model: nn.Module,
+    run_fn: Callable[..., Any],
+    run_args: Sequence[Any],
+    mapping: Mapping[type[nn.Module], type[nn.Module]] | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Prepare a model with stubs, calibrate it by ``run_fn(model, *run_args)``, and convert it: no training.
+
+    Args:
+        model: a float model with stubs and qconfigs.
+        run_fn: runs what it is given on data.
+        run_args: its other arguments.
+        mapping: float type to quantization-aware type, as of ``prepare_qat``.
+        inplace: change ``model`` itself instead of a copy.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        ValueError: what ``prepare_qat``, :func:`tritonq.calibrate` and ``convert`` raise.
+
+    Source: torch.ao.quantization.quantize.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = tritonq.torch_ao.QuantWrapper(nn.Linear(3, 2))
+        >>> model.qconfig = tritonq.torch_ao.get_default_qconfig("x86")
+        >>> int8 = quantize(model, lambda observed, x: observed(x), [torch.randn(8, 3)])
+        >>> type(int8.module).__name__
+        'QuantizedLinear'
+    """
+    prepared = prepare_qat(model.train(), mapping, inplace).eval()
+    with calibrating(prepared):
+        run_fn(prepared, *run_args)
+    return convert_model(prepared, inplace=True)
+
+
+def fold_known_modules(
+    mod_list: Sequence[nn.Module],
+    is_qat: bool,
+    additional_fuser_method_mapping: Mapping[Any, Callable[..., nn.Module]] | None = None,
+) -> list[nn.Module]:
+    """Replace a row of modules in eval mode: the folded or fused one first, ``nn.Identity`` for the others."""
+    if any(module.training for module in mod_list):
+        raise ValueError("fuse_modules folds BatchNorms, in eval mode: call model.eval(), or fuse_modules_qat")
+    custom = (additional_fuser_method_mapping or {}).get(tuple(type(module) for module in mod_list))
+    fused: nn.Module
+    if custom is not None:
+        fused = custom(False, *mod_list)
+    else:
+        fuse_row(mod_list)  # raises for a row that has no fused form
+        first, second = mod_list[:2]
+        if isinstance(second, _BatchNorm):
+            folded: Any = _fold(first, second)
+            fused = folded if len(mod_list) == 2 else fuse_row([folded, mod_list[2]])
+        else:
+            fused = fuse_row(mod_list)
+    move_hooks(mod_list[0], mod_list[-1], fused)
+    return [fused, *(nn.Identity().eval() for _ in mod_list[1:])]
+
+
+def _fold(layer: Any, batch_norm: Any) -> nn.Module:
+    if isinstance(layer, nn.Linear):
+        return fuse_linear_bn_eval(layer, batch_norm)
+    folded: nn.Module = fuse_conv_bn_eval(layer, batch_norm, isinstance(layer, _TRANSPOSED))
+    return folded
+
+
+def fuse_modules(
+    model: nn.Module,
+    modules_to_fuse: Sequence[str] | Sequence[Sequence[str]],
+    inplace: bool = False,
+    fuser_func: Callable[..., Sequence[nn.Module]] = fold_known_modules,
+    fuse_custom_config_dict: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Fuse named rows of modules in eval mode: BatchNorms are folded into the layer before them.
+
+    Args:
+        model: the model that holds the modules, in eval mode.
+        modules_to_fuse: one row of names, or a list of rows.
+        inplace: change ``model`` itself instead of a copy.
+        fuser_func: makes the replacements of one row.
+        fuse_custom_config_dict: ``{"additional_fuser_method_mapping": {types: fuser method}}``.
+
+    Returns:
+        The model; the first module of each row is the folded layer, or with a ReLU the fused one of both, and the
+        others are ``nn.Identity``.
+
+    Raises:
+        ValueError: a row in training mode (use :func:`tritonq.fuse_modules_qat`), or an unknown one.
+
+    Source: torch.ao.quantization.fuse_modules.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        >>> [type(module).__name__ for module in fuse_modules(model, [["0", "1", "2"]])]
+        ['ConvReLU2d', 'Identity', 'Identity']
+    """
+    return fuse_modules_qat(model, modules_to_fuse, inplace, fuser_func, fuse_custom_config_dict)
+
+
+def _check_unset(**options: Any) -> None:
+    """Raise ValueError for an option of torch.ao's that has no counterpart."""
+    given = [f"{name}={value!r}" for name, value in options.items() if value]
+    if given:
+        raise ValueError(f"no counterpart of {', '.join(given)}: see docs/coming-from-torch-ao.md, What differs")

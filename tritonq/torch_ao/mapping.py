@@ -1,0 +1,109 @@
+"""torch.ao's QConfigMapping, whose methods change it, and the mappings of its engines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tritonq import qconfig_mapping
+from tritonq.qconfig import QConfig, get_default_qat_qconfig
+from tritonq.torch_ao.defaults import get_default_qconfig
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Choice = QConfig | None
+
+
+class QConfigMapping(qconfig_mapping.QConfigMapping):
+    """:class:`tritonq.QConfigMapping` with methods that change the mapping and return it, as torch.ao's do.
+
+    Rules and their order are those of :class:`tritonq.QConfigMapping`. Unlike in torch.ao, a rule that fits nothing is
+    an error.
+
+    Source: torch.ao.quantization.QConfigMapping.
+
+    Examples:
+        >>> import tritonq
+        >>> mapping = QConfigMapping()
+        >>> _ = mapping.set_global(tritonq.get_default_qat_qconfig("x86"))
+        >>> mapping.set_module_name("head", None).names
+        (Rule(key='head', qconfig=None),)
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # it changes
+
+    def _become(self, changed: qconfig_mapping.QConfigMapping) -> Self:
+        vars(self).update(vars(changed))
+        return self
+
+    def set_global(self, global_qconfig: Choice) -> Self:
+        """Set the default, and return the mapping."""
+        return self._become(super().set_global(global_qconfig))
+
+    def set_object_type(self, object_type: type[nn.Module] | str, qconfig: Choice) -> Self:
+        """Set the qconfig of modules of a class, and return the mapping."""
+        return self._become(super().set_object_type(object_type, qconfig))
+
+    def set_module_name_regex(self, module_name_regex: str, qconfig: Choice) -> Self:
+        """Set the qconfig of modules whose names a pattern matches, and return the mapping."""
+        return self._become(super().set_module_name_regex(module_name_regex, qconfig))
+
+    def set_module_name(self, module_name: str, qconfig: Choice) -> Self:
+        """Set the qconfig of a module and of what is inside of it, and return the mapping."""
+        return self._become(super().set_module_name(module_name, qconfig))
+
+    def set_first_layer(self, qconfig: Choice) -> Self:
+        """Set the qconfig of the first layer, and return the mapping."""
+        return self._become(super().set_first_layer(qconfig))
+
+    def set_last_layer(self, qconfig: Choice) -> Self:
+        """Set the qconfig of the last layer, and return the mapping."""
+        return self._become(super().set_last_layer(qconfig))
+
+    def set_input(self, qconfig: Choice) -> Self:
+        """Set the qconfig of the model's inputs, and return the mapping."""
+        return self._become(super().set_input(qconfig))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse attributes, as the frozen class does."""
+        raise AttributeError(f"{name!r} is set by a method of the mapping")
+
+
+def get_default_qat_qconfig_mapping(backend: str = "x86", version: int = 1) -> QConfigMapping:
+    """Return torch.ao's mapping for QAT on an engine: :func:`tritonq.get_default_qat_qconfig` everywhere.
+
+    Args:
+        backend: ``"fbgemm"``, ``"x86"``, ``"qnnpack"`` or ``"onednn"``.
+        version: 0, observers' arithmetic; 1, that of torch's fused operator.
+
+    Raises:
+        ValueError: an unknown backend or version.
+
+    Source: torch.ao.quantization.get_default_qat_qconfig_mapping, without its rules for functions of fixed range.
+
+    Examples:
+        >>> get_default_qat_qconfig_mapping("qnnpack").global_rule.qconfig.target
+        'qnnpack'
+    """
+    return QConfigMapping().set_global(get_default_qat_qconfig(backend, version))
+
+
+def get_default_qconfig_mapping(backend: str = "x86", version: int = 0) -> QConfigMapping:
+    """Return torch.ao's mapping for quantization after training: :func:`get_default_qconfig` everywhere.
+
+    Args:
+        backend: ``"fbgemm"``, ``"x86"``, ``"qnnpack"`` or ``"onednn"``.
+        version: 0.
+
+    Raises:
+        ValueError: an unknown backend or version.
+
+    Source: torch.ao.quantization.get_default_qconfig_mapping, without its rules for functions of fixed range.
+
+    Examples:
+        >>> get_default_qconfig_mapping("x86").global_rule.qconfig.target
+        'x86'
+    """
+    return QConfigMapping().set_global(get_default_qconfig(backend, version))
