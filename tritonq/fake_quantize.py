@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonq.code_precision import to_hold_codes
 from tritonq.factory import Factory
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.recomputation import is_recomputing
@@ -259,11 +260,13 @@ class FakeQuantize(FakeQuantizeBase):
             self._qparams_known = False
 
     def forward(self, x: Tensor, observe: bool = True) -> Tensor:
-        """Observe (training only) and fake quantize ``x``; same shape, dtype and memory format.
+        """Observe (training only) and fake quantize ``x``; same shape, memory format, and dtype if that tells codes.
 
         ``observe=False`` leaves the range alone: another call of this quantizer observes the same tensor.
         """
-        if observe and self.training and not is_recomputing():
+        if not self.training:
+            x = to_hold_codes(x, self.qtype, self)
+        elif observe and not is_recomputing():
             self.observe(x)
         return self.quantize(x)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonq.code_precision import to_hold_codes
 from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
@@ -173,7 +174,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
                 stacklevel=3,
             )
             return x
-        return self._rounded(x)
+        return self._rounded(x if self.training else to_hold_codes(x, self.qtype, self))
 
     def _initialize_from_batch(self, x: Tensor) -> None:
         """What :meth:`forward` does with the first training batch; one without a finite value changes nothing."""

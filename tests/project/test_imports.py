@@ -33,6 +33,7 @@ LAYERS = [
         "tritonq.recipes",
     ),
     (
+        "tritonq.code_precision",
         "tritonq.fake_quantize",
         "tritonq.fixed_point_fake_quantize",
         "tritonq.graphs",

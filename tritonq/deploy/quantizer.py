@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from tritonq.code_precision import to_hold_codes
 from tritonq.functional.codes import can_use_codes, quantize_to_codes
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.host_grid import HostGrid, host_grid
@@ -118,13 +119,13 @@ class Quantizer(DeployedModule):
         return QParams(self.scale, self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; shape and dtype of ``x``."""
+        """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; dtype of ``x`` if that tells codes."""
         if can_use_codes(x):
             grid = self._on_host.get((self.scale, self.zero_point), lambda: host_grid(self.grid()), self.qtype)
             y = None if grid is None else quantize_to_codes(x, grid)
             if y is not None:
                 return y
-        return fake_quantize(x, self.grid())
+        return fake_quantize(to_hold_codes(x, self.qtype, self), self.grid())
 
     def grid(self) -> Grid:
         """Return the grid, which is always on."""
