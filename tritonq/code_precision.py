@@ -29,7 +29,7 @@ def tells_codes(dtype: torch.dtype, qtype: QuantizedType) -> bool:
         return True
     low, high, zero = qtype.quant_min, qtype.quant_max, qtype.fixed_zero_point
     steps = high - low if zero is None else max(abs(low - zero), abs(high - zero))
-    return steps <= 2 ** (bits - 1)
+    return steps <= 1 << (bits - 1)
 
 
 def to_hold_codes(x: Tensor, qtype: QuantizedType, quantizer: nn.Module) -> Tensor:

@@ -9,16 +9,19 @@ from torch import nn
 import tritonq
 from tritonq.deploy.onnx_transposed import Phases
 
-# Kernel, stride, padding, output padding, groups.
+# Kernel, stride, padding, output padding, groups, dilation.
 GEOMETRIES = [
-    (2, 2, 0, 0, 1),
-    (4, 2, 1, 0, 1),
-    (3, 2, 1, 1, 2),
-    (2, 2, 0, 1, 1),
-    (3, 1, 1, 0, 4),
-    (2, 3, 0, 0, 1),
-    ((3, 5), (1, 2), (1, 2), 0, 1),
-    ((4, 6), (2, 3), (0, 1), (1, 0), 2),
+    (2, 2, 0, 0, 1, 1),
+    (4, 2, 1, 0, 1, 1),
+    (3, 2, 1, 1, 2, 1),
+    (2, 2, 0, 1, 1, 1),
+    (3, 1, 1, 0, 4, 1),
+    (2, 3, 0, 0, 1, 1),
+    ((3, 5), (1, 2), (1, 2), 0, 1, 1),
+    ((4, 6), (2, 3), (0, 1), (1, 0), 2, 1),
+    (3, 1, 2, 0, 8, 2),
+    (3, 2, 1, 1, 2, (2, 1)),
+    ((3, 2), (1, 3), (0, 1), 0, 1, (3, 2)),
 ]
 
 
@@ -42,8 +45,8 @@ def trained(layer, preset="onnxruntime"):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_codes_are_those_that_were_trained_and_all_layers_run_in_integers(geometry, tmp_path):
-    kernel, stride, padding, output_padding, groups = geometry
-    qat, x = trained(nn.ConvTranspose2d(8, 8, kernel, stride, padding, output_padding, groups=groups))
+    kernel, stride, padding, output_padding, groups, dilation = geometry
+    qat, x = trained(nn.ConvTranspose2d(8, 8, kernel, stride, padding, output_padding, groups, True, dilation))
     tritonq.export_onnx(qat, tmp_path / "m.onnx", x[:2], dynamic_sizes=True)
     report = tritonq.verify(qat, tmp_path / "m.onnx", [x, x[:1, :, :8, :6]])
     assert report.total.differing == 0, report
@@ -51,14 +54,15 @@ def test_codes_are_those_that_were_trained_and_all_layers_run_in_integers(geomet
     assert (kinds.count("QLinearConv"), kinds.count("ConvTranspose"), kinds.count("Conv")) == (3, 0, 0)
 
 
-def test_weights_with_zero_points_and_kernels_that_their_phases_do_not_fill(tmp_path):
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_weights_with_zero_points_and_kernels_that_their_phases_do_not_fill(dilation, tmp_path):
     """Places beyond the kernel hold the zero point of their channel."""
     weight = tritonq.FakeQuantize.with_args(
         observer=tritonq.PerChannelMinMaxObserver, dtype=tritonq.QuantizedType.of(8, symmetric=False, axis=0)
     )
     qconfig = tritonq.get_qconfig()._replace(weight=weight)
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 4, 3, 2))
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 4, 3, 2, dilation=dilation))
     with torch.no_grad():
         net[1].weight.abs_()
     x = torch.randn(4, 3, 6, 6)
@@ -69,9 +73,9 @@ def test_weights_with_zero_points_and_kernels_that_their_phases_do_not_fill(tmp_
     assert tritonq.verify(qat, tmp_path / "m.onnx", x).total.differing == 0
 
 
-def test_a_dilated_one_keeps_its_form_and_is_told(tmp_path):
-    qat, x = trained(nn.ConvTranspose2d(8, 8, 3, 2, dilation=2))
-    with pytest.warns(UserWarning, match=r"never with dilated transposed kernels; it will run in float: 2\."):
+def test_one_that_pads_by_more_than_its_kernel_keeps_its_form_and_is_told(tmp_path):
+    qat, x = trained(nn.ConvTranspose2d(8, 8, 1, padding=1))
+    with pytest.warns(UserWarning, match=r"of some kinds never; it will run in float: 2\."):
         tritonq.export_onnx(qat, tmp_path / "m.onnx", x[:2])
     assert optimised(tmp_path / "m.onnx").count("ConvTranspose") == 1
     assert tritonq.verify(qat, tmp_path / "m.onnx", x).agrees(0.001, 1)

@@ -79,7 +79,7 @@ def tell_float_convolutions(proto: Any) -> None:
     if names:
         warnings.warn(
             "ONNX Runtime convolves in integers only where a quantizer follows at once and all calls read one grid, "
-            f"and never with dilated transposed kernels; it will run in float: {', '.join(names)}. Other presets leave "
-            'such quantizers out; get_qconfig("onnxruntime") has them',
+            "transposed or 3-d convolutions of some kinds never; it will run in float: "
+            f'{", ".join(names)}. Other presets leave such quantizers out; get_qconfig("onnxruntime") has them',
             stacklevel=4,
         )

@@ -3,7 +3,8 @@
 Element ``i`` of the input reaches the elements ``i·s + k - p`` of the output, for each place ``k`` of the kernel. With
 ``k = q·s + r`` the outputs of one phase ``r`` are a plain convolution over the places ``q`` of its kernel. One
 convolution computes all ``s·s`` phases as channels; DepthToSpace interleaves them, and what padding cuts off is sliced.
-The sums are the same integers, so the codes are.
+A dilated kernel is one with zeros between its places; with stride 1 the plain convolution is dilated instead. The sums
+are the same integers, so the codes are.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Phases:
 
     @classmethod
     def of(cls, kernel: int, stride: int, padding: int, output_padding: int) -> Phases:
-        """Return the phases of an axis."""
+        """Return the phases of an axis; ``kernel`` counts the places between those of a dilated one too."""
         taps = -(-kernel // stride)
         surplus = taps * stride - kernel + padding - output_padding
         before, after = (taps - 1 - cut // stride for cut in (padding, surplus))
@@ -52,18 +53,28 @@ class Phases:
 def phases_of(layer: QuantizedLayer) -> tuple[Phases, Phases] | None:
     """Return the phases along height and width; None where the layer is no integer one, or keeps its form.
 
-    That is so for dilated kernels, for paddings larger than the kernel, and where no quantizer with one grid follows.
+    That is so for paddings larger than the kernel, and where no quantizer with one grid follows.
     """
     output = layer.activation_post_process
     if not isinstance(layer, QuantizedConvTranspose2d) or layer.multiplier is None or layer.following is not None:
         return None
     is_quantized = isinstance(output, (Quantizer, TracedQuantizer)) and output.scale.numel() == 1
-    if not is_quantized or layer.stored_weight.dtype not in (torch.int8, torch.uint8) or layer.dilation != (1, 1):
+    if not is_quantized or layer.stored_weight.dtype not in (torch.int8, torch.uint8):
         return None
     padding = cast("tuple[int, ...]", layer.padding)
-    sizes = zip(layer.kernel_size, layer.stride, padding, layer.output_padding, strict=True)
+    kernel = [reach(size, step) for size, step in zip(layer.kernel_size, _dilation(layer), strict=True)]
+    sizes = zip(kernel, layer.stride, padding, layer.output_padding, strict=True)
     height, width = (Phases.of(*axis) for axis in sizes)
     return None if min(height.before, height.after, width.before, width.after) < 0 else (height, width)
+
+
+def reach(kernel: int, dilation: int) -> int:
+    """Return the length of a kernel with the places between its own."""
+    return (kernel - 1) * dilation + 1
+
+
+def _dilation(layer: QuantizedLayer) -> tuple[int, int]:
+    return cast("tuple[int, int]", layer.dilation)
 
 
 def rewrite_transposed(layer: QuantizedLayer, phases: tuple[Phases, Phases]) -> None:
@@ -77,28 +88,50 @@ def rewrite_transposed(layer: QuantizedLayer, phases: tuple[Phases, Phases]) -> 
         name: None if tensor is None else tensor.repeat_interleave(count)
         for name, tensor in (("weight_scale", scale), ("bias", layer.stored_bias), ("multiplier", layer.multiplier))
     }
-    weight = _plain_weight(layer.stored_weight, zero.to(dtype), cast(int, layer.groups), phases)
+    weight, dilation = layer.stored_weight, _dilation(layer)
+    if count > 1:
+        weight, dilation = _filled(weight, zero.to(dtype), cast(int, layer.groups), dilation), (1, 1)
+    weight = _plain_weight(weight, zero.to(dtype), cast(int, layer.groups), phases, dilation)
     quantize_twice(layer)
     layer.keep(weight=weight, weight_zero_point=zero.to(dtype).repeat_interleave(count), **repeated)
-    layer.forward = partial(_forward, layer, phases)  # type: ignore[method-assign]
+    layer.forward = partial(_forward, layer, phases, dilation)  # type: ignore[method-assign]
 
 
-def _plain_weight(weight: Tensor, zero: Tensor, groups: int, phases: tuple[Phases, Phases]) -> Tensor:
-    """Return (out · phases, in / groups, taps, taps) of a weight (in, out / groups, height, width)."""
+def _zeros(zero: Tensor, groups: int, weight: Tensor, height: int, width: int) -> Tensor:
+    """Return the codes of zero for a kernel of another size: (in, out / groups, height, width)."""
+    per_out = zero.view(groups, 1, -1, 1, 1).expand(-1, weight.shape[0] // groups, -1, height, width)
+    return per_out.reshape(weight.shape[0], -1, height, width).clone()
+
+
+def _filled(weight: Tensor, zero: Tensor, groups: int, dilation: tuple[int, int]) -> Tensor:
+    """Return the kernel with codes of zero between its places."""
+    sizes = [reach(size, step) for size, step in zip(weight.shape[2:], dilation, strict=True)]
+    whole = _zeros(zero, groups, weight, *sizes)
+    whole[..., :: dilation[0], :: dilation[1]] = weight
+    return whole
+
+
+def _plain_weight(
+    weight: Tensor, zero: Tensor, groups: int, phases: tuple[Phases, Phases], dilation: tuple[int, int]
+) -> Tensor:
+    """Return (out · phases, in / groups, taps, taps) of a weight (in, out / groups, height, width).
+
+    With ``dilation`` its places are the taps of a plain convolution that is dilated, and there is one phase.
+    """
     height, width = phases
-    inputs, outputs = weight.shape[0] // groups, weight.shape[1]
-    by_group = weight.view(groups, inputs, outputs, *weight.shape[2:]).transpose(1, 2)
-    sizes = (height.taps * height.stride, width.taps * width.stride)
+    taps = [-(-axis.taps // step) for axis, step in zip(phases, dilation, strict=True)]
     # Places beyond the kernel hold the code of zero.
-    whole = zero.view(groups, outputs, 1, 1, 1).expand(-1, -1, inputs, *sizes).clone()
-    whole[..., : weight.shape[2], : weight.shape[3]] = by_group
-    split = whole.view(groups * outputs, inputs, height.taps, height.stride, width.taps, width.stride)
+    whole = _zeros(zero, groups, weight, taps[0] * height.stride, taps[1] * width.stride)
+    whole[..., : weight.shape[2], : weight.shape[3]] = weight
+    inputs = weight.shape[0] // groups
+    by_out = whole.view(groups, inputs, -1, *whole.shape[2:]).transpose(1, 2)
+    split = by_out.reshape(-1, inputs, taps[0], height.stride, taps[1], width.stride)
     # The nearest place comes last, as a plain convolution reads.
     plain = split.permute(0, 3, 5, 1, 2, 4).flip(4, 5)
-    return plain.reshape(-1, inputs, height.taps, width.taps).contiguous()
+    return plain.reshape(-1, inputs, *taps).contiguous()
 
 
-def _forward(layer: QuantizedLayer, phases: tuple[Phases, Phases], input: Tensor) -> Tensor:
+def _forward(layer: QuantizedLayer, phases: tuple[Phases, Phases], dilation: tuple[int, int], input: Tensor) -> Tensor:
     height, width = phases
     weight = dequantize(layer.stored_weight, cast(Tensor, layer.weight_scale), layer.weight_zero_point, 0)
     bias = layer.stored_bias
@@ -106,7 +139,7 @@ def _forward(layer: QuantizedLayer, phases: tuple[Phases, Phases], input: Tensor
     x, padding = layer.quantized_input(input), (height.before, width.before)
     if padding != (height.after, width.after):
         x, padding = F.pad(x, (width.before, width.after, height.before, height.after)), (0, 0)
-    y = F.conv2d(x, weight, bias, padding=padding, groups=cast(int, layer.groups))
+    y = F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=cast(int, layer.groups))
     y = cast(Tensor, cast(Any, layer).first_quantizer(rectify(y, layer.ceiling)))
     y = _interleave(y, height.stride, width.stride)
     if any(cut for axis in phases for cut in (axis.first, axis.last)):
