@@ -43,7 +43,7 @@ def verify(
         qat_model: the trained model; its mode is restored. A converted model will do as well.
         deployed: a converted model; the path of a file of :func:`tritonq.export_onnx`, which ONNX Runtime runs; or a
             program of :func:`tritonq.export_program`, as such or as the path of a file ``*.pt2``.
-        data: one input tensor, or an iterable of batches: each a tensor, a dict of arguments, or a tuple of arguments,
+        data: one input tensor, one dict of arguments, or an iterable of batches: each a tensor, a dict of arguments, or a tuple of arguments,
             of which those are used that the model's forward requires (a data loader's labels are not; of a
             ``forward(*args)``, all are). For a file that takes pixels, uint8 images.
 
@@ -213,7 +213,7 @@ def _batches(model: nn.Module, data: Any) -> Iterator[tuple[tuple[Any, ...], dic
     required: int | None = max(1, sum(p.default is p.empty for p in positional))
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         required = None
-    for batch in [data] if isinstance(data, Tensor) else data:
+    for batch in [data] if isinstance(data, (Tensor, Mapping)) else data:
         if isinstance(batch, Mapping):
             yield (), dict(batch)
         elif isinstance(batch, Sequence):
