@@ -83,7 +83,7 @@ def test_every_kind_of_data():
     model = trained_residual()
     converted, x = convert(model), images(8)
     loader = DataLoader(TensorDataset(x, torch.zeros(8)), batch_size=3)
-    for data in (x, [x[:3], x[3:]], [(x,)], [{"x": x}], loader):
+    for data in (x, [x[:3], x[3:]], [(x,)], {"x": x}, [{"x": x}], loader):
         report = verify(model, converted, data)
         assert report.agrees()
         assert (report.layers[0].codes, report.outputs.predictions) == (x.numel(), 8)

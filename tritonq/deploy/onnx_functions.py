@@ -2,6 +2,7 @@
 
 ONNX Runtime computes them in float32, and approximates exponentials: at a tie its last bit may decide otherwise. So
 each function of a file is run there on every code. Where a code differs, the file holds a table, as Cast and Gather.
+Where ONNX Runtime has one operator for the function (`onnx_engine_functions`), it is that which is run, and written.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.modules import Quantizer
+from tritonq.deploy.onnx_engine_functions import engine_function, put_engine_function
 from tritonq.deploy.onnx_ops import round_half_away
 from tritonq.deploy.onnx_quantizers import TracedQuantizer
 from tritonq.grid import Grid
@@ -45,11 +47,13 @@ class CodeTable:
     Attributes:
         source: name of the quantizer of the input.
         output: name of the quantizer of the result.
+        function: its name.
         codes: uint8, from the smallest code of the input on.
     """
 
     source: str
     output: str
+    function: str
     codes: Any
 
 
@@ -88,7 +92,8 @@ def code_table(layer: FunctionLayer, source: TracedQuantizer, output: TracedQuan
         grids.append(Grid(end.scale, end.zero_point.int(), qtype))
     with torch.no_grad():
         codes = (function_table(layer.function, *grids) / output.scale).round() + output.zero_point
-    return CodeTable(source.name, output.name, codes.clamp(0, output.quant_max).cpu().numpy().astype(np.uint8))
+    bytes_of_codes = codes.clamp(0, output.quant_max).cpu().numpy().astype(np.uint8)
+    return CodeTable(source.name, output.name, layer.function.name, bytes_of_codes)
 
 
 def check_functions(proto: Any, tables: list[CodeTable], codes: dict[str, list[str]]) -> None:
@@ -111,8 +116,19 @@ def check_functions(proto: Any, tables: list[CodeTable], codes: dict[str, list[s
             if found is None:
                 continue
             source, nodes, constants = found
-            if not np.array_equal(run_function(source, result, nodes, constants, len(table.codes)), table.codes):
+            fused = engine_function(table.function, source, result, nodes)
+            if fused is not None and _gives(table.codes, source, result, fused, constants):
+                put_engine_function(proto, fused)
+            elif not _gives(table.codes, source, result, nodes, constants):
                 _put_table(proto, source, result, producers[result], table.codes)
+    _drop_unread(proto.graph)
+
+
+def _gives(codes: Any, source: str, result: str, nodes: list[Any], constants: list[Any]) -> bool:
+    """Whether nodes give the trained codes."""
+    read = {name for node in nodes for name in node.input}
+    held = [constant for constant in constants if constant.name in read]
+    return bool(np.array_equal(run_function(source, result, nodes, held, len(codes)), codes))
 
 
 def _between(
@@ -159,8 +175,8 @@ def run_function(source: str, result: str, nodes: list[Any], constants: list[Any
         [onnx.helper.make_tensor_value_info(result, kind, shape)],
         constants,
     )
-    opset = onnx.helper.make_opsetid("", 20)
-    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9)
+    opsets = [onnx.helper.make_opsetid(*version) for version in (("", 20), ("com.microsoft", 1))]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9)
     session = open_session(model.SerializeToString())
     return session.run(None, {source: np.arange(count, dtype=np.uint8)})[0]
 
@@ -179,7 +195,7 @@ def _in_order(nodes: list[Any], known: set[str]) -> list[Any]:
 
 
 def _put_table(proto: Any, source: str, result: str, node: Any, codes: Any) -> None:
-    """Let a tensor be read from a table at the codes of another; nodes that nothing reads any more are removed."""
+    """Let a tensor be read from a table at the codes of another."""
     import onnx
 
     graph = proto.graph
@@ -193,7 +209,6 @@ def _put_table(proto: Any, source: str, result: str, node: Any, codes: Any) -> N
     del graph.node[position]
     for offset, new in enumerate(made):
         graph.node.insert(position + offset, new)
-    _drop_unread(graph)
 
 
 def _drop_unread(graph: Any) -> None:

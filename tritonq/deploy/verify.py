@@ -43,9 +43,9 @@ def verify(
         qat_model: the trained model; its mode is restored. A converted model will do as well.
         deployed: a converted model; the path of a file of :func:`tritonq.export_onnx`, which ONNX Runtime runs; or a
             program of :func:`tritonq.export_program`, as such or as the path of a file ``*.pt2``.
-        data: one input tensor, one dict of arguments, or an iterable of batches: each a tensor, a dict of arguments, or a tuple of arguments,
-            of which those are used that the model's forward requires (a data loader's labels are not; of a
-            ``forward(*args)``, all are). For a file that takes pixels, uint8 images.
+        data: one input tensor, one dict of arguments, or an iterable of batches: each a tensor, a dict of arguments, or
+            a tuple of arguments, of which those are used that the model's forward requires (a data loader's labels are
+            not; of a ``forward(*args)``, all are). For a file that takes pixels, uint8 images.
 
     Raises:
         ValueError: no data, or a deployed model that was not made from ``qat_model``.
