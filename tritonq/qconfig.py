@@ -95,6 +95,8 @@ def describe_wrong_qconfig(found: object) -> str:
             f"{kind.__module__}.QConfig, which makes that library's quantizers: use tritonq.get_default_qat_qconfig "
             "for the same numbers, or tritonq.QConfig"
         )
+    if isinstance(found, str):
+        return f"the string {found!r}: tritonq.get_qconfig({found!r}) gives a preset's"
     return "None" if found is None else kind.__qualname__
 
 

@@ -255,6 +255,11 @@ def test_foreign_files_are_refused(tmp_path):
         load_converted(tmp_path / "absent", FloatResidual())
 
 
+def test_a_folder_that_is_not_there_is_named(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"model\.pt can't be written: .*absent is not a folder"):
+        save_converted(saved[0], tmp_path / "absent" / "model.pt")
+
+
 def test_newer_versions_are_refused(saved):
     _, path = saved
     rewrite(path, lambda content: content.update(version=VERSION + 1))

@@ -137,6 +137,8 @@ def test_wrong_arguments(tmp_path):
     converted = convert(model)
     with pytest.raises(ValueError, match="at least one batch"):
         verify(model, converted, [])
+    with pytest.raises(ValueError, match="that holds a sample"):
+        verify(model, converted, images()[:0])
     with pytest.raises(ValueError, match="must be a tensor or an iterable"):
         verify(model, converted, 3)
     converted.extra = converted.stem.activation_post_process

@@ -211,7 +211,12 @@ def test_failure_in_the_middle_undoes_everything(target, error):
         (nn.Sequential(nn.ReLU()), {"example_inputs": X}, ValueError, "no quantizable layer"),
         (nn.Sequential(conv()), {"example_inputs": torch.randn(1, 3, 6, 6)}, ValueError, "rejects example_inputs"),
         (nn.Sequential(conv()), {"example_inputs": "image"}, TypeError, "got str"),
-        (nn.Sequential(conv()), {"example_inputs": X, "qconfig": "tensorrt"}, TypeError, "got str"),
+        (
+            nn.Sequential(conv()),
+            {"example_inputs": X, "qconfig": "tensorrt"},
+            TypeError,
+            "tritonq.get_qconfig..tensorrt.. gives",
+        ),
         (conv(), {"example_inputs": X}, ValueError, "single Conv2d"),
         ("resnet18", {"example_inputs": X}, TypeError, "Module, got str"),
         (nn.Sequential(conv()).eval(), {}, ValueError, "training mode"),

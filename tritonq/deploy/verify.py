@@ -161,10 +161,11 @@ class _Tally:
         """Return the sums.
 
         Raises:
-            ValueError: there was no batch.
+            ValueError: there was no batch, or none that holds a sample.
         """
-        if self._outputs is None:
-            raise ValueError("verify needs at least one batch of data")
+        codes = sum(layer.codes for layer in self._layers.values())
+        if self._outputs is None or not (codes or self._outputs.elements):
+            raise ValueError("verify needs at least one batch of data that holds a sample")
         return VerificationReport(tuple(self._layers.values()), self._outputs)
 
 
