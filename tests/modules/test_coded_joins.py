@@ -6,7 +6,7 @@ from torch import nn
 
 from tritonq import nn as qnn
 from tritonq.deploy.modules import Quantizer
-from tritonq.functional import coded_joins
+from tritonq.functional import coded_joins, codes
 from tritonq.functional.coded_tensor import memory_format_of
 from tritonq.functional.codes import give_codes, take_codes
 from tritonq.functional.host_grid import host_grid
@@ -47,6 +47,19 @@ def by_formula(module, inputs, monkeypatch):
         patch.setattr("tritonq.nn.elementwise.can_use_codes", lambda x: False)
         patch.setattr("tritonq.nn.unary.can_use_codes", lambda x: False)
         return module(*inputs)
+
+
+def test_a_large_sum_is_computed_a_few_images_at_a_time(monkeypatch):
+    a, b = torch.randint(0, 256, (2, 5, 3, 4), dtype=torch.uint8)
+    grids = [quantizer(UNSIGNED, scale, 3).grid() for scale in SCALES[1]]
+    join = coded_joins.coded_join("add", tuple(grids), grids, None)
+    expected = join(a, b)
+    monkeypatch.setattr(codes, "_MAX_VALUES_AT_ONCE", 30)
+    monkeypatch.setattr(codes, "_VALUES_AT_ONCE", 24)
+    computed, run = [], coded_joins.CodedJoin._run
+    monkeypatch.setattr(coded_joins.CodedJoin, "_run", lambda self, a, b: computed.append(len(a)) or run(self, a, b))
+    assert torch.equal(join(a, b), expected)
+    assert computed == [2, 2, 1]
 
 
 @pytest.mark.parametrize("ceiling", [None, float("inf"), 6.0])

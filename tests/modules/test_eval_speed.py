@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import tritonq
-from tritonq.functional import integer_kernels
+from tritonq.functional import codes, integer_kernels
+from tritonq.functional.host_grid import HostGrid
 
 pytestmark = pytest.mark.skipif(not integer_kernels.has_integer_kernels(), reason="needs exact 8-bit products")
 
@@ -108,6 +109,46 @@ def test_unchanged_weights_are_packed_once(monkeypatch):
     monkeypatch.setattr("tritonq.nn.eval_mode.pack", lambda *args: pytest.fail("a weight was packed again"))
     model(x)
     model(torch.randn(1, 3, 9, 9)[:, :, :6, :6])
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(1, [1]), (3, [3]), (4, [2, 2]), (5, [2, 2, 1])])
+@torch.no_grad()
+def test_large_batches_are_computed_a_few_images_at_a_time(batch, parts, monkeypatch):
+    model, x = prepared(), torch.randn(batch, 3, 6, 6)
+    expected = by_formula(model, x, monkeypatch)
+    sums = 8 * 6 * 6  # of an image in the first layer
+    monkeypatch.setattr(codes, "_MAX_VALUES_AT_ONCE", 3 * sums)
+    monkeypatch.setattr(codes, "_VALUES_AT_ONCE", 2 * sums)
+    computed, run = [], integer_kernels.PackedLayer._run
+    monkeypatch.setattr(integer_kernels.PackedLayer, "_run", lambda self, x: computed.append(len(x)) or run(self, x))
+    for same in (model, tritonq.convert(model)):
+        assert torch.equal(same(x), expected)  # how many sums an image takes is known from here on
+        computed.clear()
+        assert torch.equal(same(x), expected)
+        assert computed[: len(parts)] == parts
+    monkeypatch.setattr(codes, "_MAX_VALUES_AT_ONCE", sums // 2)
+    monkeypatch.setattr(codes, "_VALUES_AT_ONCE", 1)
+    for _ in range(2):  # without a batch the first axis has channels, which belong together
+        assert torch.equal(model.first(x[0]), model.first(x[:1])[0])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 300])
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 3)])
+def test_steps_in_rows_give_the_bits_of_steps_by_channel(channels, size):
+    sums = torch.randn(2, channels, *size).contiguous(memory_format=torch.channels_last)
+    steps = torch.rand(channels, 1, 1)
+    layer = integer_kernels.PackedLayer(
+        source=HostGrid(0.5, 0, 255, True),
+        sums=lambda *_: sums.clone(),
+        bias=None,
+        parts=(),
+        exact_bias=None,
+        steps=steps,
+        output=None,
+        rectifies=False,
+        largest_code=None,
+    )
+    assert torch.equal(layer(torch.zeros(2, 1, dtype=torch.uint8)), sums * steps)
 
 
 @torch.no_grad()

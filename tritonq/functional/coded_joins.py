@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tritonq.functional.codes import rounded_codes
+from tritonq.functional.codes import images_at_once, rounded_codes
 from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.integer_joins import JoinKind
 from tritonq.grid import Grid
@@ -48,6 +48,14 @@ class CodedJoin:
             a: uint8 codes.
             b: uint8 codes of the same shape; for a product one may broadcast to the shape of the other.
         """
+        if a.shape == b.shape and a.dim() > 1:
+            images = images_at_once(a.numel() // max(1, len(a)), len(a))
+            if images < len(a):
+                pairs = zip(torch.split(a, images), torch.split(b, images), strict=True)
+                return torch.cat([self._run(*pair) for pair in pairs])
+        return self._run(a, b)
+
+    def _run(self, a: Tensor, b: Tensor) -> Tensor:
         start_a, start_b, start = self.starts
         if self.kind == "mul":
             whole, other = _floats(a, self.a.zero), _floats(b, self.b.zero)
@@ -55,7 +63,8 @@ class CodedJoin:
                 whole, other = other, whole
             total = whole.mul_(other).mul_(self.ratios[0]).add_(self.fixed)
         else:
-            total = torch.add(self.fixed, _floats(b, start_b), alpha=self.ratios[1])
+            total = _floats(b, start_b)
+            total = torch.add(self.fixed, total, alpha=self.ratios[1], out=total)
             total = torch.add(total, _floats(a, start_a), alpha=self.ratios[0], out=total)
         counted = HostGrid(self.output.scale, start, self.output.largest, self.output.half_even)
         return rounded_codes(total, counted, *self.limits)

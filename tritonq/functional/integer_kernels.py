@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritonq.functional.coded_tensor import memory_format_of
-from tritonq.functional.codes import give_codes, rounded_codes, take_codes
+from tritonq.functional.codes import give_codes, images_at_once, rounded_codes, take_codes
 from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.integer import FLOAT32_EXACT, IntegerAffine
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct, PaddedConvolution
@@ -33,6 +33,8 @@ _LARGEST_INPUT_CODE = 255
 _MAX_SUM = 2**31
 # For how many sizes of inputs a layer keeps its weight in order.
 _MAX_SIZES = 8
+# Sums in one row of a multiplication; torch's loop starts anew with every row.
+_ROW = 2048
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -51,6 +53,8 @@ class PackedLayer:
         output: grid of the result; None: values.
         rectifies: whether a ReLU stands between the layer and ``output``.
         largest_code: of the result, where a ceiling bounds it; None: that of ``output``.
+        rows_of_steps: ``steps`` repeated, by how often.
+        sums_per_image: how many sums an input of this shape, without its first axis, takes.
     """
 
     source: HostGrid
@@ -62,6 +66,8 @@ class PackedLayer:
     output: HostGrid | None
     rectifies: bool
     largest_code: int | None
+    rows_of_steps: dict[int, Tensor] = field(default_factory=dict)
+    sums_per_image: dict[torch.Size, int] = field(default_factory=dict)
 
     def __call__(self, codes: Tensor) -> Tensor:
         """Return the output's codes, uint8 counted from 0; float32 values where there is no output grid.
@@ -69,21 +75,50 @@ class PackedLayer:
         Args:
             codes: uint8 codes of the input, counted from 0; not empty.
         """
+        at_once = self._images_at_once(codes)
+        if at_once == len(codes):
+            return self._run(codes)
+        return torch.cat([self._run(part) for part in torch.split(codes, at_once)])
+
+    def _images_at_once(self, codes: Tensor) -> int:
+        """Return how many images' sums fit into a cache; all where the whole batch does, or their number is unknown."""
+        per_image = self.sums_per_image.get(codes.shape[1:], 0)
+        return len(codes) if self.output is None else images_at_once(per_image, len(codes))
+
+    def _run(self, codes: Tensor) -> Tensor:
         total = self.sums(codes, self.bias, self.rectifies and not self.parts)
+        if total.dim() > self.steps.dim():  # else there is no axis of images
+            if len(self.sums_per_image) == _MAX_SIZES:
+                self.sums_per_image.clear()
+            self.sums_per_image[codes.shape[1:]] = total.numel() // len(codes)
         if self.parts and not self._is_exact(total):
             total = self._exact_sums(codes)
-        total.mul_(self.steps)
+        self._multiply(total)
         if self.output is None:
             return total
         low = self.output.zero if self.rectifies and self.parts else 0
         return rounded_codes(total, self.output, low, self.largest_code)
+
+    def _multiply(self, total: Tensor) -> None:
+        """Multiply by ``steps`` in place, several pixels in a row."""
+        channels, pixels = self.steps.numel(), total.numel() // self.steps.numel()
+        # The largest power of two that divides the pixels and makes no row too long.
+        repeats = min(pixels & -pixels, 1 << (_ROW // channels).bit_length() - 1) if channels <= _ROW else 1
+        if repeats <= 1 or total.stride(-self.steps.dim()) != 1 or not _is_dense(total):
+            total.mul_(self.steps)
+            return
+        if repeats not in self.rows_of_steps:
+            self.rows_of_steps[repeats] = self.steps.flatten().repeat(repeats)
+        width = repeats * channels
+        total.as_strided((pixels // repeats, width), (width, 1)).mul_(self.rows_of_steps[repeats])
 
     def _is_exact(self, total: Tensor) -> bool:
         """Whether no sum was rounded: the sums without the bias stay below 2^24."""
         if self.bias is None and self.exact_bias is not None:
             return False
         reach = FLOAT32_EXACT - 1 - (0.0 if self.bias is None else float(self.bias.abs().max()))
-        least, most = torch.aminmax(total)
+        # In the order in which they lie: torch would copy any other.
+        least, most = torch.aminmax(total.as_strided((total.numel(),), (1,)) if _is_dense(total) else total)
         return -reach < float(least) and float(most) < reach
 
     def _exact_sums(self, codes: Tensor) -> Tensor:
@@ -93,6 +128,10 @@ class PackedLayer:
         if self.exact_bias is not None:
             total += self.exact_bias.view(self.steps.shape)
         return total.float()
+
+
+def _is_dense(total: Tensor) -> bool:
+    return total.is_contiguous(memory_format=_FORMATS.get(total.dim(), torch.contiguous_format))
 
 
 def run_packed(x: Tensor, layer: PackedLayer) -> Tensor | None:

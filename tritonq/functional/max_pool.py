@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,19 +48,32 @@ def _along(codes: Tensor, axis: int, size: int, step: int, pad: int, spread: int
     count = (-(-span // step) if ceil_mode else span // step) + 1
     if ceil_mode and (count - 1) * step >= length + pad:
         count -= 1  # the last window has to begin inside of the input or of the padding before it
-    after = max(0, (count - 1) * step + spread * (size - 1) + 1 - length - pad)
-    if pad or after:
-        codes = F.pad(codes, (pad, after) if axis == -1 else (0, 0, pad, after))
-    ends = [index * spread + (count - 1) * step + 1 for index in range(size)]
-    parts = [
-        codes[..., end - (count - 1) * step - 1 : end : step]
-        if axis == -1
-        else codes[..., end - (count - 1) * step - 1 : end : step, :]
-        for end in ends
-    ]
+    # Of each place in the window: the first result whose window has that place inside of the input, and the one behind
+    # the last; what lies outside never counts.
+    starts = [index * spread - pad for index in range(size)]
+    spans = [(max(0, -(start // step)), min(count, (length - 1 - start) // step + 1)) for start in starts]
+    whole = [index for index, span in enumerate(spans) if span == (0, count)]
+    if not whole:
+        after = max(0, (count - 1) * step + spread * (size - 1) + 1 - length - pad)
+        padded = F.pad(codes, (pad, after) if axis == -1 else (0, 0, pad, after))
+        return _along(padded, axis, size, step, 0, spread, False)
     if size == 1:
-        return parts[0]
-    result = torch.maximum(parts[0], parts[1])
-    for part in parts[2:]:
-        torch.maximum(result, part, out=result)
-    return result
+        return _every(codes, axis, starts[0], step, count)
+    result = None
+    for index in sorted(range(size), key=lambda index: index not in whole):
+        first, end = spans[index]
+        if end <= first:
+            continue
+        part = _every(codes, axis, starts[index] + first * step, step, end - first)
+        if result is None:
+            result = part.clone()
+        else:
+            inner = result.narrow(axis, first, end - first)
+            torch.maximum(inner, part, out=inner)
+    return cast(Tensor, result)
+
+
+def _every(codes: Tensor, axis: int, start: int, step: int, count: int) -> Tensor:
+    """Return ``count`` slices along an axis, each ``step`` behind the one before it."""
+    window = slice(start, start + (count - 1) * step + 1, step)
+    return codes[..., window] if axis == -1 else codes[..., window, :]

@@ -156,8 +156,11 @@ class Joint(WithOutputQuantizer):
             return None
         # A sum's operands are added in an order that depends on which one is broadcast; those of a product commute.
         whole = a if a.numel() >= b.numel() else b
-        joint: torch.Size = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
-        if not (a.shape == b.shape and a.numel() > 1 if self.kind != "mul" else whole.shape == joint):
+        if a.shape != b.shape:
+            joint: torch.Size = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+            if self.kind != "mul" or whole.shape != joint:
+                return None
+        elif self.kind != "mul" and a.numel() == 1:
             return None
 
         def prepare() -> CodedJoin | None:
