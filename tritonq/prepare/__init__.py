@@ -19,10 +19,11 @@ from typing import Any
 from torch import nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.nn import DEFAULT_QAT_MAPPING, QATLayer
+from tritonq.nn import DEFAULT_QAT_MAPPING
 from tritonq.nn.attention import compute_openly
 from tritonq.nn.compiled import uncompile_children, uncompiled
 from tritonq.nn.one_sided import one_sided_layers, warn_of_weight_zero_points
+from tritonq.nn.own_input import QuantizesInput
 from tritonq.prepare.decide.fixed_point import is_fixed_point
 from tritonq.prepare.decide.layer_records import LayerRecord
 from tritonq.prepare.decide.qconfigs import mapped_qconfigs, resolve_qconfigs
@@ -107,9 +108,12 @@ def prepare_qat(
     if qconfig is not None and not isinstance(qconfig, (QConfig, QConfigMapping)):
         raise TypeError(f"qconfig must be a QConfig, a QConfigMapping or None, got {describe_wrong_qconfig(qconfig)}")
     model = uncompiled(model)
-    prepared = [name for name, part in model.named_modules() if isinstance(part, (QATLayer, FakeQuantizeBase))]
+    prepared = [name for name, part in model.named_modules() if isinstance(part, (QuantizesInput, FakeQuantizeBase))]
     if prepared:
-        raise ValueError(f"the model is prepared already: {prepared[0]!r} is a quantized layer or a fake quantizer")
+        raise ValueError(
+            f"the model is prepared already: {prepared[0]!r} is a quantized layer or a fake quantizer. Put the float "
+            "parts together, then prepare the whole"
+        )
     if example_inputs is None and not model.training:
         raise ValueError("prepare_qat without example_inputs needs a model in training mode; call model.train() first")
     if qconfig is None and not any(hasattr(part, "qconfig") for part in model.modules()):

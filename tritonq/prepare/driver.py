@@ -78,17 +78,17 @@ def prepare_recorded(
         _carry_out(FixedPointScheme(analysis, qconfigs, recording), analysis, told)
         return
 
-    def fake_quantize(keep_classes: bool) -> None:
-        analysis = Analysis(model, recording.flow, recording.held)
-        scheme = FakeQuantScheme(analysis, types, qconfigs, recording, inputs, keep_classes)
+    def fake_quantize(cautious: bool) -> None:
+        analysis = Analysis(model, recording.flow, recording.held, cautious)
+        scheme = FakeQuantScheme(analysis, types, qconfigs, recording, inputs, keep_classes=cautious)
         _carry_out(scheme, analysis, told)
 
     try:
-        fake_quantize(keep_classes=False)
+        fake_quantize(cautious=False)
     except RuntimeError as error:
-        # A forward may ask what its BatchNorms, ReLUs and the like are, by isinstance.
+        # A forward may ask its BatchNorms and ReLUs for their classes, or read x behind x += y under another name.
         try:
-            fake_quantize(keep_classes=True)
+            fake_quantize(cautious=True)
         except RuntimeError:
             raise error from None
 

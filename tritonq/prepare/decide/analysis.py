@@ -51,8 +51,6 @@ _RELUS = {"relu": math.inf, "relu6": 6.0}
 # These keep a grid unless they change the dtype.
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "cpu", "cuda"})
 _NEAREST = ("nearest", "nearest-exact")
-# In place, these give the name on the left their result.
-_REBINDING = frozenset({"__iadd__", "__isub__", "__imul__"})
 
 EditableForward: TypeAlias = ForwardGraph | AnsweredForward
 
@@ -66,19 +64,23 @@ class Analysis:
         model: the model.
         flow: the record.
         held: names of modules whose own forward the second run ran in eval mode.
+        cautious: leave ``x += y`` alone in a forward that keeps its branches: ``x`` may have another name.
     """
 
-    def __init__(self, model: nn.Module, flow: Dataflow, held: Container[str] = ()) -> None:
+    def __init__(self, model: nn.Module, flow: Dataflow, held: Container[str] = (), cautious: bool = False) -> None:
         self.model = model
         self.flow = flow
         self.constants = Constants(model, flow)
-        self._held = held
+        self._held, self._cautious = held, cautious
         self._recorded = Recorded.of(model, flow)
         blocks = tuple(f"{name}." for name, module in self._recorded.modules.items() if type(module) is RepVGGBlock)
         # What is inside of a RepVGG block is the block's own.
         self.modules = {name: module for name, module in self._recorded.modules.items() if not name.startswith(blocks)}
         # Asked now: quantizers will become children of leaves.
-        self.leaves = frozenset(name for name, module in self.modules.items() if is_leaf(module))
+        looked_into = {frame.owner for frame in flow.frames}
+        self.leaves = frozenset(
+            name for name, module in self.modules.items() if is_leaf(module) and name not in looked_into
+        )
         self._forwards: dict[str, EditableForward | TraceError] = {}
         # Names of graph nodes for calls that are answered all the same: children are named after them.
         self._labels: dict[int, str] = {}
@@ -99,11 +101,13 @@ class Analysis:
         """Return every call of the same module, or of the same place in the same forward."""
         if call.module_name is not None:
             return self.flow.calls_of(call.module_name)
-        functions = self.flow.functions_of(call.owner)
+        functions, site = self.flow.functions_of(call.owner), self.site(call)
         alike = {other.index: other for other in functions if (other.run, other.ordinal) == (call.run, call.ordinal)}
-        site = self.site(call)
         if site is not None:
             alike |= {other.index: other for other in self.calls_at(call.owner, site.node)}
+        else:  # it stays in float: once for both runs, where these do the same
+            same = (other for other in functions if (other.name, other.ordinal) == (call.name, call.ordinal))
+            alike |= {other.index: other for other in same if self.site(other) is None}
         return tuple(alike[index] for index in sorted(alike))
 
     def forward(self, owner: str) -> EditableForward | TraceError:
@@ -227,10 +231,10 @@ class Analysis:
         return answered
 
     def _rebinds(self, call: Call) -> bool:
-        """Whether the result of a call in place is what the source goes on with: ``x *= y``, or a plain ReLU."""
+        """Whether the result of a call in place is what the source goes on with: ``x *= y``, or a plain ReLU's."""
         if len(call.writes) > 1:
             return False
-        return getattr(call.target, "__name__", "") in _REBINDING or self.is_relu(call)
+        return (call.use == "rebound" and not self._cautious) or (self.is_relu(call) and call.use != "dropped")
 
     def _note_site(self, owner: str, call: Call, site: Site) -> None:
         self._sites[call.index] = site

@@ -82,6 +82,10 @@ class Constants:
         values = (self._flow.values[value] for value in self._before(results))
         return frozenset(str(value.path[0]) for value in values if value.source == "state")
 
+    def rests_on_foreign(self, results: Iterable[int]) -> bool:
+        """Whether values follow from tensors that are neither the model's nor its inputs."""
+        return any(self._flow.values[value].source == "unknown" for value in self._before(results))
+
     def _before(self, results: Iterable[int]) -> set[int]:
         """Return values, and those that they were computed of."""
         pending, seen = list(results), set[int]()

@@ -86,7 +86,9 @@ def find_function_layer(call: Call, child: str, analysis: Analysis) -> FunctionL
         weight, bias = arguments["weight"], arguments["bias"]
         tensors = [item for item in (weight, bias) if item is not None]
         if not all(isinstance(item, Ref) and item.value in analysis.constants.values for item in tensors):
-            return "its weight depends on the model's input"
+            refs = [item.value for item in tensors if isinstance(item, Ref)]
+            foreign = analysis.constants.rests_on_foreign(refs)
+            return "its weight is none of the model's" if foreign else "its weight depends on the model's input"
         if not isinstance(arguments["input"], Ref):
             return "it reads no tensor"
     if all(arguments["input"].value in analysis.constants.values for arguments in given):

@@ -194,6 +194,8 @@ def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
             continue
         join = _join(call, analysis, kept)
         seen.update(join.calls)
+        if any(_reads_refused_constant(analysis.flow.calls[index], join.kind, analysis) for index in join.calls):
+            continue  # a buffer that training writes to, say: what is deployed is no join
         in_training_alone = {analysis.flow.calls[index].run for index in join.calls} == {1}
         if KINDS[join.kind].in_training_alone or not in_training_alone:
             joins.append(join)
@@ -213,6 +215,12 @@ def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
     computed = not (any(constant) if KINDS[call.name].constants == "refused" else all(constant))
     floating = all(analysis.flow.values[value].dtype.is_floating_point for value in values)
     return values if computed and floating and len(values) == len(items) else ()
+
+
+def _reads_refused_constant(call: Call, kind: str, analysis: Analysis) -> bool:
+    """Whether a call is of a kind, but for an operand computed from parameters and buffers alone."""
+    refused = call.name == kind and KINDS[kind].constants == "refused"
+    return refused and not operands(call, analysis) and not analysis.constants.values.isdisjoint(call.inputs)
 
 
 def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:

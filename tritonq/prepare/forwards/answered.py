@@ -28,7 +28,7 @@ from tritonq.prepare.forwards.graph import (
     sequence_operand,
 )
 from tritonq.prepare.record.operations import operation_name
-from tritonq.prepare.record.place import calling_place, traced_places
+from tritonq.prepare.record.place import place_in_forward, traced_places
 
 # How a call is answered: "run" as written, "replace" or "erase"; the child that replaces it; that child's operands; the
 # child that the result goes through. Empty where there is none. A fifth item, where there is one, holds the recorded
@@ -231,19 +231,16 @@ def _broadcast(numbers: Sequence[int], whole: Sequence[int]) -> bool:
 
 _TOLD = "_tritonq_told_missing"
 _HANDLER = Answering.__torch_function__.__code__
-_MODULE_CALL = getattr(nn.Module, "_call_impl").__code__  # noqa: B009 - a private method of torch
 _FORWARD = next(code for code in answering.__code__.co_consts if getattr(code, "co_name", "") == "forward")
 
 
 def _running_place() -> str:
     """Return the place that called, or "" where a module inside of the answered forward did."""
-    caller: FrameType | None = sys._getframe(2)
-    frame = caller
-    while frame is not None and frame.f_code is not _FORWARD:
-        if frame.f_code is _HANDLER or frame.f_code is _MODULE_CALL:
-            return ""
-        frame = frame.f_back
-    return calling_place(caller)
+    return place_in_forward(sys._getframe(2), _is_answered, _HANDLER)
+
+
+def _is_answered(frame: FrameType) -> bool:
+    return frame.f_code is _FORWARD
 
 
 def _place_in_trace() -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from tritonq.prepare.record.place import Use
 from tritonq.prepare.record.structure import Path
 
 Key = TypeVar("Key", bound=Hashable)
@@ -86,6 +87,7 @@ class Call:
         writes: what in-place changes replaced, as pairs of values (before, after).
         place: for a function where the source calls it, and how often that place had called one in the same frame:
             ``"module:function:position#occurrence"``.
+        use: what becomes of the result of a function that writes to its operand.
         run: the run that made it: 0, or 1 for the second of two that :meth:`Dataflow.joined` put together.
     """
 
@@ -104,6 +106,7 @@ class Call:
     outputs: tuple[int, ...]
     writes: tuple[tuple[int, int], ...] = ()
     place: str = ""
+    use: Use = "used"
     run: int = 0
 
 

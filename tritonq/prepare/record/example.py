@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,11 @@ def record_examples(model: nn.Module, example_inputs: Any, training_inputs: Any 
     except Exception as error:
         text = _text(error) + _place(model, recorder.running())
         raise ValueError(f"{type(model).__name__} rejects example_inputs: {text}") from error
+    if isinstance(recorder.result, Iterator):
+        kind = type(recorder.result).__name__
+        raise ValueError(
+            f"{type(model).__name__} returns a {kind}, which runs when it is read and not before: let it return a list"
+        )
     in_eval = Run(flow, args, kwargs, recorder.result, {name: False for name, _ in model.named_modules()})
     passing = frozenset(
         str(call.module_name) for call in flow.calls if isinstance(call.target, nn.Module) and not is_leaf(call.target)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dis
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import nn
 
+# What a forward does with the result of a call.
+Use: TypeAlias = Literal["used", "dropped", "rebound"]
 _TORCH = Path(torch.__file__).parent
 # Python functions of torch that hand their call on: the place is that of their caller.
 _WRAPPERS = ("_tensor.py", "functional.py", "overrides.py", "_jit_internal.py", "nn/functional.py", "utils/_device.py")
@@ -17,9 +23,69 @@ _WRAPPER_FILES = frozenset(str(_TORCH / name) for name in _WRAPPERS)
 
 def calling_place(frame: FrameType | None) -> str:
     """Return the place that a frame calls from, past wrappers of torch, as ``"module:function:position"``."""
+    frame = _past_wrappers(frame)
+    return "" if frame is None else place_name(frame.f_globals, frame.f_code, frame.f_lasti)
+
+
+def _past_wrappers(frame: FrameType | None) -> FrameType | None:
     while frame is not None and frame.f_code.co_filename in _WRAPPER_FILES:
         frame = frame.f_back
-    return "" if frame is None else place_name(frame.f_globals, frame.f_code, frame.f_lasti)
+    return frame
+
+
+def place_in_forward(frame: FrameType | None, ends: Callable[[FrameType], bool], beyond: CodeType | None = None) -> str:
+    """Return the place that a frame calls from, or "" where that is in the forward of another module, called inside.
+
+    Hooks belong to the forward that calls the module which they are registered on.
+
+    Args:
+        frame: the frame.
+        ends: whether a frame is that of the forward, or what called it.
+        beyond: another code that calls what does not belong to the forward.
+    """
+    caller, below = frame, None
+    while frame is not None and not ends(frame):
+        if frame.f_code is _MODULE_CALL or frame.f_code is beyond:
+            return ""
+        if frame.f_code is _CALL_WITH_HOOKS:
+            if below is None or _is_forward_of(frame, below):
+                return ""
+            frame = frame.f_back  # what called this function is the module's call
+        below, frame = frame, None if frame is None else frame.f_back
+    return calling_place(caller)
+
+
+def is_call_of(module: nn.Module | None, frame: FrameType) -> bool:
+    """Whether a frame is the call of a module with hooks."""
+    return frame.f_code is _CALL_WITH_HOOKS and frame.f_locals.get("self") is module
+
+
+def _is_forward_of(call: FrameType, frame: FrameType) -> bool:
+    """Whether a frame that a module's call made is the module's forward, not a hook's."""
+    function = call.f_locals.get("forward_call")
+    while isinstance(function, partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__code__", frame.f_code) is frame.f_code
+
+
+def use_of_result(frame: FrameType | None) -> Use:
+    """Return what becomes of the result of a call that a frame makes, past wrappers of torch.
+
+    ``"dropped"``: nothing, as of ``x.relu_()`` on a line of its own; ``"rebound"``: it gets the name of the operand, as
+    in ``x += y``; else ``"used"``.
+    """
+    frame = _past_wrappers(frame)
+    if frame is None:
+        return "used"
+    steps = [step for step in dis.get_instructions(frame.f_code) if step.offset >= frame.f_lasti][:2]
+    if steps[0].opname.startswith("INPLACE_") or (steps[0].opname == "BINARY_OP" and steps[0].argrepr.endswith("=")):
+        return "rebound"
+    return "dropped" if [step.opname for step in steps[1:]] == ["POP_TOP"] else "used"
+
+
+_MODULE_CALL = getattr(nn.Module, "_call_impl").__code__  # noqa: B009 - a private method of torch
+_CALL_WITH_HOOKS = next(code for code in _MODULE_CALL.co_consts if getattr(code, "co_name", "") == "inner")
 
 
 def place_name(module: dict[str, Any], code: CodeType, instruction: int) -> str:

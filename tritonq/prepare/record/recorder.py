@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -18,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref, Source, Value
 from tritonq.prepare.record.operations import METADATA, has_own_weight, is_leaf, operation_name
-from tritonq.prepare.record.place import calling_place
+from tritonq.prepare.record.place import is_call_of, place_in_forward, use_of_result
 from tritonq.prepare.record.scripted import listening_to_scripted
 from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state, tensor_storage, tensor_version
 from tritonq.prepare.record.structure import (
@@ -170,25 +172,22 @@ class Recorder:
         return Dataflow(tuple(self._calls), values, tuple(self._frames[i] for i in sorted(self._frames)))
 
     def call_function(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], place: str = ""
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: FrameType
     ) -> Any:
-        """Run a torch function, and record it unless it is part of a leaf or reads no elements.
-
-        ``place`` is where the source calls it.
-        """
+        """Run a torch function that a frame calls, and record it unless it is part of a leaf or reads no elements."""
         if self._paused or not self._stack or self._stack[-1].leaf:
             return function(*args, **kwargs)
-        places = self._stack[-1].places
-        occurrence = places[place] = places.get(place, -1) + 1
+        frame = self._stack[-1]
+        place = place_in_forward(caller, partial(is_call_of, frame.module))
+        occurrence = frame.places[place] = frame.places.get(place, -1) + 1
         name = operation_name(function)
         inputs = unique_tensors((args, kwargs))
         described = self._describe(args), self._describe(kwargs)
         values = [self._value_of(tensor) for tensor in inputs]
+        versions = list(map(tensor_version, inputs))
         result = function(*args, **kwargs)
-        has_output = next(tensors_in(result), None) is not None
-        if not has_output and (not inputs or name in METADATA):
+        if (not inputs or name in METADATA) and next(tensors_in(result), None) is None:
             return result
-        frame = self._stack[-1]
         call = Call(
             index=len(self._calls),
             kind="function",
@@ -204,6 +203,7 @@ class Recorder:
             inputs=tuple(values),
             outputs=(),
             place=f"{place}#{occurrence}" if place else "",
+            use=use_of_result(caller) if versions != list(map(tensor_version, inputs)) else "used",
         )
         frame.functions += 1
         return self._finish(call, inputs, result)
@@ -253,7 +253,7 @@ class Recorder:
         return result
 
     def _push(self, module: nn.Module | None, owner: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leaf = module is not None and (is_leaf(module) or owner in self._passing)
+        leaf = module is not None and ((is_leaf(module) and self._holds_state(module)) or owner in self._passing)
         parent = self._stack[-1] if self._stack else None
         index = len(self._frames) + sum(not frame.leaf for frame in self._stack)
         inputs = unique_tensors((args, kwargs))
@@ -261,6 +261,10 @@ class Recorder:
         self._stack.append(
             _OpenFrame(index, module, owner, None if parent is None else parent.index, *described, inputs, leaf=leaf)
         )
+
+    def _holds_state(self, module: nn.Module) -> bool:
+        """Whether a module's parameters are the model's own: ``torch.func.functional_call`` puts others there."""
+        return all(tensor is None or id(tensor) in self._state for tensor in module._parameters.values())
 
     def _close(self, frame: _OpenFrame, result: Any) -> None:
         self._frames[frame.index] = Frame(
@@ -393,4 +397,4 @@ class _FunctionRecorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return self._recorder.call_function(func, args, kwargs or {}, calling_place(sys._getframe(1)))
+        return self._recorder.call_function(func, args, kwargs or {}, sys._getframe(1))
