@@ -137,3 +137,15 @@ def _kept_number(number: float, dtype: torch.dtype) -> Tensor:
 
 
 TENSORS, NUMBERS = Tensors(), Numbers()
+
+
+def round_half_away(x: Tensor) -> Tensor:
+    """Round to the nearest integer, ties away from zero; NaN and infinities pass.
+
+    Exact, unlike ``floor(x + 0.5)``, which rounds 0.49999997 to 1 in float32.
+
+    Examples:
+        >>> round_half_away(torch.tensor([-2.5, -0.5, 0.49999997, 1.5]))
+        tensor([-3., -1.,  0.,  2.])
+    """
+    return TENSORS.round_half_away(x)

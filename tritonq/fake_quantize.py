@@ -14,6 +14,7 @@ from tritonq.factory import Factory
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.saved_input import mark
+from tritonq.granularity import describe_granularity
 from tritonq.grid import Grid
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
 from tritonq.outliers import tell_outlier
@@ -31,7 +32,7 @@ class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
     """Switches and qparams that every fake quantizer to integers has.
 
     Attributes:
-        scale: float32 buffer, (1,) or (channels,).
+        scale: float32 buffer, (1,), (channels,) or (groups,).
         zero_point: int32 buffer, as ``scale``.
     """
 
@@ -274,7 +275,7 @@ class FakeQuantize(FakeQuantizeBase):
         """Update range, scale and zero point from ``x`` unless ``observer_enabled`` is 0."""
         observer = self.activation_post_process
         if self.qtype.axis is not None and self.scale.numel() == 0:
-            self.allocate(x.shape[self.qtype.axis])
+            self.allocate(self.qtype.granularity.count(x.shape))
         self.begin_anew()
         if isinstance(observer, RangeObserver):
             observer.observe(x, QParams(self.scale, self.zero_point), self.observer_enabled)
@@ -371,7 +372,7 @@ class FakeQuantize(FakeQuantizeBase):
     def extra_repr(self) -> str:
         """Return switches, grid, scale and zero point."""
         on = {0: "off", 1: "on"}
-        per = "tensor" if self.qtype.axis is None else f"channel (axis {self.qtype.axis})"
+        per = describe_granularity(self.qtype.granularity)
         return (
             f"codes {self.quant_min}..{self.quant_max}, {'symmetric' if self.qtype.symmetric else 'affine'} per {per}, "
             f"scale={_span(self.scale)}, zero_point={_span(self.zero_point)}, "

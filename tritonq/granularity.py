@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
 
@@ -53,6 +54,14 @@ class Granularity:
             return tuple(groups if axis == self.axis else size for axis, size in enumerate(shape))
         return () if self.axis is None else (shape[self.axis],)
 
+    def count(self, shape: tuple[int, ...]) -> int:
+        """Return how many scales a tensor of this shape has.
+
+        Raises:
+            ValueError: an axis that is no multiple of its groups.
+        """
+        return prod(self.scale_shape(shape))
+
     def align(self, values: Tensor, dimensions: int) -> Tensor:
         """Return a view of ``values``, one per scale, that broadcasts against a tensor of so many dimensions.
 
@@ -65,3 +74,11 @@ class Granularity:
         if self.axis is not None:
             shape[self.axis] = -1
         return values.view(shape)
+
+
+def describe_granularity(granularity: Granularity) -> str:
+    """Return it in a few words: ``"tensor"``, ``"channel (axis 0)"``, ``"group of 32 (axis 1)"``."""
+    if granularity.axis is None:
+        return "tensor"
+    size = "channel" if granularity.group is None else f"group of {granularity.group}"
+    return f"{size} (axis {granularity.axis})"

@@ -132,7 +132,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
     def observe(self, x: Tensor) -> None:
         """Let the observer see ``x``; the parameters stay as they are."""
         if self.qtype.axis is not None:
-            self.allocate(x.shape[self.qtype.axis])
+            self.allocate(self.qtype.granularity.count(x.shape))
         self.activation_post_process(x.detach())
 
     @torch.no_grad()

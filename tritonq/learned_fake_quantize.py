@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tritonq.factory import Factory
 from tritonq.functional.fake_quant import fake_quantize
+from tritonq.functional.groups import group_rows
 from tritonq.functional.learned_scale import MEGENGINE_FLOOR, StepGradient, learned_fake_quantize
 from tritonq.grid import Grid
 from tritonq.learned_base import LearnedFakeQuantize, floored
@@ -116,7 +117,9 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         """See base class; with ``init="lsq"`` sizes of values are averaged too."""
         super().observe(x)
         if self.init == "lsq":
-            axes = [axis for axis in range(x.dim()) if axis != self.qtype.axis]
+            rows = group_rows(x, self.qtype.granularity)
+            x = x if rows is None else rows.split(x)
+            axes = [axis for axis in range(x.dim()) if axis != self.qtype.row_type.axis]
             finite = torch.isfinite(x)
             sizes = torch.where(finite, x, 0).abs().sum(axes, dtype=torch.float64)
             total, count = (0, 0) if self._sizes is None else self._sizes

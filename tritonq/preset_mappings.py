@@ -12,8 +12,9 @@ def get_qconfig_mapping(name: str = DEFAULT_PRESET) -> QConfigMapping:
     """Return a preset by name as a mapping for :func:`tritonq.prepare_qat`.
 
     For a preset of trained scales (``"lsq_w4a4"`` and the like) the first layer's weight, the last layer's weight,
-    input and output, and the model's inputs have 8 bits: few values pass there, and rounding them costs most. Any
-    other preset holds for every layer.
+    input and output, and the model's inputs have 8 bits: few values pass there, and rounding them costs most. For a
+    preset of groups (``"w4_g32"``) the first layer's weight has 8 bits and a scale per channel: images have three
+    channels. Any other preset holds for every layer.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
@@ -30,10 +31,13 @@ def get_qconfig_mapping(name: str = DEFAULT_PRESET) -> QConfigMapping:
     """
     preset = get_qconfig(name)
     mapping = QConfigMapping().set_global(preset)
-    if not name.startswith("lsq_"):
+    has_groups = getattr(getattr(preset.weight(), "qtype", None), "group", None) is not None
+    if not name.startswith("lsq_") and not has_groups:
         return mapping
     edge = get_qconfig(DEFAULT_PRESET)
     first = QConfig(preset.activation, edge.weight, preset.target, round_summands=preset.round_summands)
+    if has_groups:
+        return mapping.set_first_layer(first)
     return mapping.set_first_layer(first).set_last_layer(edge).set_input(edge)
 
 

@@ -239,6 +239,15 @@ def _wide_activations(weight_bits: int) -> QConfig:
     )
 
 
+def _grouped(weight_bits: int, group: int, activation: Callable[..., nn.Module]) -> QConfig:
+    """Return symmetric weights of so many bits with a scale per group of input channels."""
+    qtype = QuantizedType.of(weight_bits, axis=1, group=group)
+    observer = MovingAveragePerChannelMinMaxObserver
+    weight = FakeQuantize.with_args(observer=observer, dtype=qtype, averaging_constant=1.0)
+    return QConfig(activation, weight, "onnxruntime")
+
+
+_GROUPS = (32, 64, 128)
 # Bits of weights and activations.
 _LEARNED_STEP_WIDTHS = ((8, 8), (4, 8), (4, 4), (3, 3), (2, 4), (2, 2))
 
@@ -281,6 +290,8 @@ PRESETS: dict[str, QConfig] = {
     # Fixed point: whether an activation is signed follows from the ReLU before it; weights are searched every forward.
     "f8net": QConfig(FixedPointFakeQuantize.with_args(signed=False), FixedPointFakeQuantize.with_args(momentum=1.0)),
     **{f"a16w{bits}": _wide_activations(bits) for bits in (8, 4)},
+    **{f"w4_g{group}": _grouped(4, group, nn.Identity) for group in _GROUPS},
+    **{f"w4a8_g{group}": _grouped(4, group, _UNSIGNED_ACTIVATION) for group in _GROUPS},
     "fp8_e4m3": _floats("fp8_e4m3", per_channel=True),
     **{format: _floats(format) for format in ("mxfp8", "mxfp4", "nvfp4")},
     **{
@@ -301,6 +312,9 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     - ``"xnnpack"``: signed 8-bit activations with a zero point, for ExecuTorch's delegate.
     - ``"a16w8"``, ``"a16w4"``: the same with activations of 16 bits, and weights of 8 or 4, as Qualcomm's targets
       have them; sums have 64 bits. Train and run in float32, which holds 16-bit codes; float16 and bfloat16 don't.
+    - ``"w4_g32"``, ``"w4_g64"``, ``"w4_g128"``: symmetric weights of 4 bits with a scale per group of so many input
+      channels, activations in float; ``"w4a8_g32"`` and so on: the same with activations of 8 bits. Groups must divide
+      the input channels of each layer; :func:`tritonq.get_qconfig_mapping` leaves them out of the first one.
     - ``"megengine_ema"``, ``"megengine_min_max"``: int8 per tensor, ties away from zero, eps 1e-5.
     - ``"megengine_sync_ema"``: as ``"megengine_ema"``, with ranges over all ranks where torch.distributed is
       initialised.

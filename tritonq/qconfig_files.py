@@ -216,7 +216,7 @@ def _value_to_data(value: Any, where: str) -> Any:
     if isinstance(value, torch.qscheme) and str(value) in _QSCHEMES:
         return {"qscheme": str(value)}
     if isinstance(value, QuantizedType):
-        return {"quantized_type": dataclasses.asdict(value)}
+        return {"quantized_type": value.to_data()}
     make, arguments = (value.make, value.arguments) if isinstance(value, Factory) else (value, {})
     name = getattr(make, "__name__", None)
     if name is None or _MAKERS.get(name) is not make:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tritonq.arithmetic import NUMBERS, TENSORS, Arithmetic, as_dtype
+from tritonq.arithmetic import round_half_away as round_half_away
 from tritonq.formats import FLOAT_FORMATS, CodeSet, FloatCodes, FloatFormat
 from tritonq.granularity import Granularity
 from tritonq.torch_v1_qparams import torch_v1_qparams
@@ -61,10 +62,12 @@ class QuantizedType:
             ``"half_away"`` divides by the scale and rounds ties away from zero (MegEngine).
         codes: ``"integer"``, or a key of :data:`tritonq.formats.FLOAT_FORMATS`, whose codes are counted from the
             smallest to the largest finite value: 0 is zero, and every value has the negative code of its opposite.
+        group: one scale per so many consecutive elements along ``axis``, at each index of the other axes; None: no
+            groups. Scales are listed as the groups follow each other, ``axis`` running fastest.
 
     Raises:
-        ValueError: ``quant_min >= quant_max``, a range of more than 2^32 codes, an unknown rounding, unknown codes, or
-            floats with another range or rounding than theirs.
+        ValueError: ``quant_min >= quant_max``, a range of more than 2^32 codes, an unknown rounding, unknown codes,
+            floats with another range or rounding than theirs, or groups without an axis or of no element.
 
     Examples:
         >>> QuantizedType.of(8, narrow=True)
@@ -79,9 +82,11 @@ class QuantizedType:
     axis: int | None = None
     rounding: Rounding = "half_even"
     codes: CodeSet = "integer"
+    group: int | None = None
 
     def __post_init__(self) -> None:
         check_code_range(self.quant_min, self.quant_max)
+        Granularity(self.axis, self.group)
         check_rounding(self.rounding)
         if self.codes not in get_args(CodeSet):
             raise ValueError(f"unknown codes {self.codes!r}; known: {', '.join(get_args(CodeSet))}")
@@ -92,8 +97,8 @@ class QuantizedType:
                 raise ValueError(f"QuantizedType.of_floats makes types of {self.codes} codes, got {given}")
 
     def __repr__(self) -> str:
-        """Return fields, without the codes where they are integers."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        """Return fields, without the codes where they are integers, and without groups where there are none."""
+        named = self.to_data()
         if self.codes == "integer":
             del named["codes"]
         return f"QuantizedType({', '.join(f'{name}={value!r}' for name, value in named.items())})"
@@ -107,12 +112,18 @@ class QuantizedType:
         narrow: bool = False,
         symmetric: bool = True,
         axis: int | None = None,
+        group: int | None = None,
         rounding: Rounding = "half_even",
     ) -> QuantizedType:
         """Build the type from its width: signed two's complement, or unsigned from zero.
 
         Raises:
-            ValueError: ``bits`` outside 1..32, or a narrow range that is unsigned or narrower than 2 bits.
+            ValueError: ``bits`` outside 1..32, a narrow range that is unsigned or narrower than 2 bits, or groups
+                without an axis or of no element.
+
+        Examples:
+            >>> QuantizedType.of(4, axis=1, group=32).granularity.scale_shape((8, 64))
+            (8, 2)
         """
         if not 1 <= bits <= 32:
             raise ValueError(f"bits must be in 1..32, got {bits}")
@@ -120,7 +131,7 @@ class QuantizedType:
             raise ValueError(f"a narrow range is signed and at least 2 bits wide, got {bits} bits, signed={signed}")
         quant_min = -(2 ** (bits - 1)) + int(narrow) if signed else 0
         quant_max = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
-        return cls(quant_min, quant_max, symmetric, axis, rounding)
+        return cls(quant_min, quant_max, symmetric, axis, rounding, group=group)
 
     @classmethod
     def of_floats(cls, codes: FloatCodes, axis: int | None = None) -> QuantizedType:
@@ -177,7 +188,19 @@ class QuantizedType:
     @property
     def granularity(self) -> Granularity:
         """Which elements of a tensor share a scale."""
-        return Granularity(self.axis)
+        return Granularity(self.axis, self.group)
+
+    @property
+    def row_type(self) -> QuantizedType:
+        """The type of a matrix with one group per row; the type itself where there are no groups."""
+        return self if self.group is None else replace(self, axis=0, group=None)
+
+    def to_data(self) -> dict[str, Any]:
+        """Return the fields by name, as files hold them: without groups where there are none."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.group is None:
+            del named["group"]
+        return named
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -190,7 +213,7 @@ class QuantizedType:
 
     def with_axis(self, axis: int | None) -> QuantizedType:
         """Return the same grid with one scale per index of ``axis`` (None: one scale per tensor)."""
-        return replace(self, axis=axis)
+        return replace(self, axis=axis, group=None)
 
     def with_codes(self, quant_min: int, quant_max: int) -> QuantizedType:
         """Return the same grid with other codes."""
@@ -375,15 +398,3 @@ def _linear_qparams(
         return scale, on.constant(qtype.quant_min, low) - on.round_half_away(ratio)
     zero_point = on.constant(qtype.quant_min, low) - on.round(ratio)
     return scale, on.at_most(on.at_least(zero_point, qtype.quant_min), qtype.quant_max)
-
-
-def round_half_away(x: Tensor) -> Tensor:
-    """Round to the nearest integer, ties away from zero; NaN and infinities pass.
-
-    Exact, unlike ``floor(x + 0.5)``, which rounds 0.49999997 to 1 in float32.
-
-    Examples:
-        >>> round_half_away(torch.tensor([-2.5, -0.5, 0.49999997, 1.5]))
-        tensor([-3., -1.,  0.,  2.])
-    """
-    return TENSORS.round_half_away(x)

@@ -158,7 +158,7 @@ def test_a_layer_without_bias_is_told():
 
 def test_soft_rounding_is_the_formula():
     rows = torch.tensor([[0.26, -0.9, 5.0], [0.1, 0.2, -0.3]], dtype=torch.float64)
-    rounding = SoftRounding(rows, Grid(torch.tensor([0.5, 0.2], dtype=torch.float64), None, QINT4))
+    rounding = SoftRounding(rows, Grid(torch.tensor([0.5, 0.2], dtype=torch.float64), None, QINT4.with_axis(0)))
     # it begins with the weights themselves, where these are in range
     torch.testing.assert_close(rounding.weight(rounding.share()), rows.clamp(-4, 3.5), rtol=1e-9, atol=1e-9)
     v = torch.tensor([[3.0, -3.0, 0.0], [0.4, -0.4, 1.0]], dtype=torch.float64)

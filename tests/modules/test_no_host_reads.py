@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import tritonq
+from grids import presets_for_any_width
 from qat_models import FloatResidual, images
 from tritonq import backend
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional import traced
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
-from tritonq.qconfig import PRESETS
 
 WEIGHT = tritonq.get_qconfig("tensorrt").weight
 LEARNED = tritonq.LearnedStepFakeQuantize.with_args
 QCONFIGS = {
-    **PRESETS,
+    **presets_for_any_width(),
     "fbgemm": tritonq.get_default_qat_qconfig("fbgemm"),
     "fbgemm_v0": tritonq.get_default_qat_qconfig("fbgemm", 0),
     "lsq+": tritonq.QConfig(LEARNED(dtype=torch.quint8, learn_zero_point=True), WEIGHT),

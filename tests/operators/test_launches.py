@@ -20,6 +20,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 import tritonq
+from grids import presets_for_any_width
 from launch_log import LaunchLog, kernels
 from tritonq import nn as qnn
 from tritonq.backend import implementation, is_interpreting
@@ -279,7 +280,7 @@ ONE_SIDED = {
 }
 
 SCENARIOS: dict[str, Callable[[], None]] = {
-    **{name: preset(qconfig, name == "f8net") for name, qconfig in PRESETS.items()},
+    **{name: preset(qconfig, name == "f8net") for name, qconfig in presets_for_any_width().items()},
     **{name: preset(qconfig) for name, qconfig in TORCH_AO.items()},
     **{f"in {dtype}": (lambda dtype=dtype: in_dtype(dtype)) for dtype in DTYPES},
     "autocast": lambda: autocast(False),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tritonq.accuracy.layers import inputs_of, layers_in_order, read_batches, write_folded_weight
 from tritonq.calibration import everything_float, modes_restored
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.groups import aligned
 from tritonq.grid import Grid
 from tritonq.nn.qat import QATLayer
 from tritonq.prepare.record.snapshot import copied
@@ -29,10 +30,9 @@ class SoftRounding:
     """The variables of one layer: ``W = s (clip(floor(W/s) + h(V) + z) - z)``, rows (out, ...)."""
 
     def __init__(self, rows: Tensor, grid: Grid) -> None:
-        column = (-1, *[1] * (rows.dim() - 1))
-        self._scale = grid.scale.detach().expand(len(rows)).reshape(column)
-        zero = torch.zeros(1, dtype=torch.int32) if grid.zero_point is None else grid.zero_point
-        self._zero = zero.to(rows.device).expand(len(rows)).reshape(column)
+        self._scale = aligned(grid.scale.detach(), rows, grid.granularity)
+        zero = torch.zeros_like(grid.scale, dtype=torch.int32) if grid.zero_point is None else grid.zero_point
+        self._zero = aligned(zero, rows, grid.granularity)
         self._qtype = grid.qtype
         position = rows / self._scale
         self._floor = position.floor()

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.groups import aligned, codes_on
 from tritonq.nn.qat import QATLayer
-from tritonq.reference.fake_quant import quantize
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class QuantizerHistory:
             if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
                 continue
             rows = layer.linear_map.to_rows(layer.weight_to_quantize())
-            codes, before = quantize(rows, quantizer.grid()), self._codes.get(name)
+            codes, before = codes_on(rows, quantizer.grid()), self._codes.get(name)
             flips = None if before is None else float((codes != before).float().mean())
             self._codes[name] = codes
             clipped = float(_clipped(rows, quantizer)) / max(1, rows.numel())
@@ -135,10 +135,8 @@ class QuantizerHistory:
 
 def _clipped(x: Tensor, quantizer: FakeQuantizeBase) -> Tensor:
     """Return how many values of ``x`` lie more than half a step beyond the grid's ends; NaN does not."""
-    grid, shape = quantizer.grid(), [1] * x.dim()
-    if grid.qtype.axis is not None:
-        shape[grid.qtype.axis] = -1
-    scale = grid.scale.detach().view(shape)
-    zero = torch.zeros_like(scale) if grid.zero_point is None else grid.zero_point.detach().view(shape)
+    grid = quantizer.grid()
+    scale = aligned(grid.scale.detach(), x, grid.granularity)
+    zero = torch.zeros_like(scale) if grid.zero_point is None else aligned(grid.zero_point, x, grid.granularity)
     steps = x / scale + zero
     return ((steps < grid.qtype.quant_min - 0.5) | (steps > grid.qtype.quant_max + 0.5)).sum().float()

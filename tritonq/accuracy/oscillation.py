@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tritonq.accuracy.layers import write_quantized_weight
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.groups import aligned, codes_on
 from tritonq.grid import Grid
 from tritonq.nn.qat import QATLayer
-from tritonq.reference.fake_quant import quantize
 
 
 def oscillation_dampening(model: nn.Module) -> Tensor:
@@ -39,11 +39,12 @@ def oscillation_dampening(model: nn.Module) -> Tensor:
     """
     total = torch.zeros(())
     for layer in _layers(model).values():
-        rows, grid, column = _seen(layer)
+        rows, grid = _seen(layer)
         with torch.no_grad():
-            values = _values(quantize(rows, grid), grid, column)
-            low = (grid.qtype.quant_min - _zero(grid, column)) * grid.scale.view(column)
-            high = (grid.qtype.quant_max - _zero(grid, column)) * grid.scale.view(column)
+            values = _values(codes_on(rows, grid), grid)
+            low, high = (
+                _values(torch.full_like(rows, code), grid) for code in (grid.qtype.quant_min, grid.qtype.quant_max)
+            )
         total = total.to(rows.device) + (values - torch.minimum(torch.maximum(rows, low), high)).square().sum()
     return total
 
@@ -104,8 +105,8 @@ class OscillationFreezing:
     def step(self) -> None:
         """Note the present codes, freeze, and set frozen weights back."""
         for name, layer in _layers(self._model).items():
-            rows, grid, column = _seen(layer)
-            codes = quantize(rows, grid)
+            rows, grid = _seen(layer)
+            codes = codes_on(rows, grid)
             memory = self._memories.get(name)
             if memory is None:
                 zeros = torch.zeros_like(codes)
@@ -120,7 +121,7 @@ class OscillationFreezing:
             frozen_codes = memory.average.round()
             memory.codes = torch.where(memory.frozen, frozen_codes, codes)
             if bool(memory.frozen.any()):
-                target = torch.where(memory.frozen, _values(frozen_codes, grid, column), rows)
+                target = torch.where(memory.frozen, _values(frozen_codes, grid), rows)
                 write_quantized_weight(layer, target, memory.frozen)
 
     def frozen_share(self) -> float:
@@ -152,19 +153,16 @@ def _layers(model: nn.Module) -> dict[str, QATLayer]:
     }
 
 
-def _seen(layer: QATLayer) -> tuple[Tensor, Grid, tuple[int, ...]]:
-    """Return the weight as its quantizer sees it, (out, ...), its grid, and the shape of scales against it."""
+def _seen(layer: QATLayer) -> tuple[Tensor, Grid]:
+    """Return the weight as its quantizer sees it, (out, ...), and its grid."""
     rows = layer.linear_map.to_rows(layer.weight_to_quantize())
     grid = layer.weight_fake_quant.grid()  # type: ignore[operator]
-    column = (-1, *[1] * (rows.dim() - 1)) if grid.scale.numel() > 1 else (1,) * rows.dim()
     zero_point = None if grid.zero_point is None else grid.zero_point.detach()
-    return rows, Grid(grid.scale.detach(), zero_point, grid.qtype), column
+    return rows, Grid(grid.scale.detach(), zero_point, grid.qtype)
 
 
-def _zero(grid: Grid, column: tuple[int, ...]) -> Tensor:
-    zero = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point.to(grid.scale.dtype)
-    return zero.view(column)
-
-
-def _values(codes: Tensor, grid: Grid, column: tuple[int, ...]) -> Tensor:
-    return (codes - _zero(grid, column)) * grid.scale.view(column)
+def _values(codes: Tensor, grid: Grid) -> Tensor:
+    scale = aligned(grid.scale, codes, grid.granularity)
+    if grid.zero_point is None:
+        return codes * scale
+    return (codes - aligned(grid.zero_point, codes, grid.granularity).to(scale.dtype)) * scale

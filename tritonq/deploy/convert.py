@@ -17,6 +17,7 @@ from tritonq.deploy.tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbe
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional.codes import carry_codes
+from tritonq.functional.groups import as_rows, group_rows
 from tritonq.grid import Grid
 from tritonq.nn import Embedding, EmbeddingBag, Joint, QATLayer, QATRepVGGBlock
 from tritonq.nn.compiled import uncompiled
@@ -109,9 +110,9 @@ def why_not_deployable(model: nn.Module) -> str | None:
 
 
 def _with_own_zero_points(converted: nn.Module) -> list[str]:
-    """Return the names of layers whose weight zero points differ between channels."""
+    """Return the names of layers in integers whose weight zero points differ between channels."""
     layers = [(name, module) for name, module in converted.named_modules() if isinstance(module, QuantizedLayer)]
-    zeros = [(name, layer.weight_zero_point) for name, layer in layers]
+    zeros = [(name, layer.weight_zero_point) for name, layer in layers if not layer.has_groups]
     return [name for name, zero in zeros if zero is not None and int(zero.min()) != int(zero.max())]
 
 
@@ -324,8 +325,12 @@ def _table(table: Embedding | EmbeddingBag) -> nn.Module:
 
 
 def _codes(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Return integer codes of ``rows`` (out, ...), and their scale and zero point per row."""
+    """Return integer codes of ``rows`` (out, ...), and their scale and zero point per row or group."""
     qtype = grid.qtype
+    groups = group_rows(rows, qtype.granularity)
+    if groups is not None:
+        codes, scale, zero = _codes(*as_rows(rows, grid))
+        return groups.join(codes), groups.join_values(scale), groups.join_values(zero)
     if qtype.axis not in (None, 0):
         raise ValueError(f"its weight quantizer keeps one scale per index of axis {qtype.axis}, not per row")
     zeros = torch.zeros_like(grid.scale, dtype=torch.int32) if grid.zero_point is None else grid.zero_point

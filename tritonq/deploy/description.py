@@ -268,7 +268,7 @@ def _ceiling(entry: Description) -> float | None:
 
 
 def _grid_to_data(grid: QuantizedType | None) -> Description | None:
-    return None if grid is None else dataclasses.asdict(grid)
+    return None if grid is None else grid.to_data()
 
 
 def _grid_from_data(data: Description | None) -> QuantizedType | None:

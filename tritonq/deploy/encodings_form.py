@@ -123,6 +123,8 @@ def _mark_layer(layer: QuantizedLayer, name: str) -> dict[str, Encoding]:
     encodings: dict[str, Encoding] = {}
     scale, qtype = layer.weight_scale, layer.grids.weight
     if scale is not None and qtype is not None:
+        if layer.has_groups:
+            raise ValueError(f"{name!r} has a scale per group of input channels, which this version's encodings lack")
         zero = layer.weight_zero_point
         is_one = bool((scale == scale[0]).all()) and (zero is None or bool((zero == zero[0]).all()))
         axis: int | None = 1 if isinstance(layer, QuantizedConvTranspose2d) else 0

@@ -40,7 +40,7 @@ class Grids:
     """Which integers a layer works with.
 
     Attributes:
-        weight: grid of the weight, per out channel; None: the weight stayed in float.
+        weight: grid of the weight, per out channel or per group of input channels; None: the weight stayed in float.
         input: grid of the input; None: unknown, so that the layer computes in float with a dequantized weight.
     """
 
@@ -67,8 +67,8 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
             them.
         stored_weight: the codes, in the smallest integer dtype that holds them (float32 values where ``grids.weight``
             is None); the state dict's ``weight``.
-        weight_scale: float32 (out,), or None with a float weight.
-        weight_zero_point: int32 (out,), or None where all are 0.
+        weight_scale: float32 (out,), with groups (out, in/groups/group, ...), or None with a float weight.
+        weight_zero_point: int32, as ``weight_scale``, or None where all are 0.
         bias: float32 values, or None.
         stored_bias: int32 codes in units of ``multiplier``; float where the input's grid is unknown; or None; the state
             dict's ``bias``.
@@ -110,11 +110,12 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         # The float constructor sets strides, paddings and the like, which users' code may read; no memory is taken.
         self.float_type.__init__(self, **geometry, bias=False, device="meta")
         check_shape("weight", tensors.get("weight"), tuple(self.stored_weight.shape))
-        out = (self.linear_map.to_rows(self.stored_weight).shape[0],)
-        for name in ("weight_scale", "weight_zero_point", "bias", "multiplier"):
-            check_shape(name, tensors.get(name), out)
-        del self._parameters["weight"], self._parameters["bias"]
+        rows = tuple(self.linear_map.to_rows(self.stored_weight).shape)
         self.grids = grids
+        per_scale = cast(QuantizedType, grids.weight).granularity.scale_shape(rows) if self.has_groups else rows[:1]
+        for name in ("weight_scale", "weight_zero_point", "bias", "multiplier"):
+            check_shape(name, tensors.get(name), per_scale if name.startswith("weight") else rows[:1])
+        del self._parameters["weight"], self._parameters["bias"]
         self.ceiling = checked_ceiling(ceiling)
         self._packed: Memo[PackedLayer | None] = Memo()
         self.keep(**{name: tensors.get(name) for name in TENSOR_NAMES})
@@ -128,6 +129,11 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         if self.input_zero_point is not None and self.grids.input is not None:
             rows = self.linear_map.to_rows(self.centred_weight())
             self._sum_bound = sum_bound(rows, self.input_zero_point, self.grids.input)
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the weight has a scale per group of input channels."""
+        return self.grids.weight is not None and self.grids.weight.group is not None
 
     @property
     def geometry(self) -> dict[str, Any]:
@@ -174,6 +180,13 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
                 )
         super().__setattr__(name, value)
 
+    def along_weight(self, values: Tensor) -> Tensor:
+        """Return values per out channel or group, shaped to broadcast against the weight."""
+        if not self.has_groups:
+            return self.along_out_channels(values)
+        group = cast(int, cast(QuantizedType, self.grids.weight).group)
+        return self.linear_map.from_rows(values.repeat_interleave(group, 1))
+
     def along_out_channels(self, values: Tensor) -> Tensor:
         """Return values per out channel, shaped to broadcast against the weight."""
         return values.view(-1, *[1] * (self.stored_weight.dim() - 1))
@@ -182,13 +195,13 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         """Return weight codes minus zero points, in the smallest dtype that holds them."""
         if self.weight_zero_point is None:
             return self.stored_weight
-        return self.stored_weight.to(torch.int32) - self.along_out_channels(self.weight_zero_point)
+        return self.stored_weight.to(torch.int32) - self.along_weight(self.weight_zero_point)
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight's values, rounded to ``dtype`` once."""
         if self.weight_scale is None:
             return self.stored_weight.to(dtype)
-        return (self.centred_weight().float() * self.along_out_channels(self.weight_scale)).to(dtype)
+        return (self.centred_weight().float() * self.along_weight(self.weight_scale)).to(dtype)
 
     def integer_layer(self) -> IntegerAffine | None:
         """Return this layer in integers, or None where it computes in float."""

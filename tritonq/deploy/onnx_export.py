@@ -27,7 +27,7 @@ from tritonq.deploy.onnx_functions import CodeTable, check_functions
 from tritonq.deploy.onnx_moves import quantize_behind_moves
 from tritonq.deploy.onnx_opset17 import lower_opset
 from tritonq.deploy.onnx_packed import PACKED_OPSET, pack_weights
-from tritonq.deploy.onnx_quantizers import has_16_bit_codes
+from tritonq.deploy.onnx_quantizers import needs_packed_opset
 from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return_tensors_alone
 from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.record.example import example_arguments
@@ -79,7 +79,7 @@ def export_onnx(
             those of the file.
         target: ``"onnxruntime"``, ``"tensorrt"`` or ``"qdq"``; None: what the preset of the model was made for.
         opset: at least 17, the newest whose means TensorRT 8 reads with their axes. Activations of 16 bits, which
-            ``target="qdq"`` alone holds, make it 21 at least.
+            ``target="qdq"`` alone holds, and weights with a scale per group make it 21 at least.
         dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
         dynamic_sizes: leave height and width of the inputs open (all axes behind the first two of tensors with 3 to 5
             axes), for fully convolutional networks.
@@ -143,7 +143,7 @@ def export_onnx(
     arguments, shapes = open_axes(traced.forward, arguments, dynamic_batch, dynamic_sizes)
     result = result_of(deployed, *arguments)
     return_tensors_alone(traced, result)
-    opset = max(opset, PACKED_OPSET) if pack or has_16_bit_codes(traced) else opset
+    opset = max(opset, PACKED_OPSET) if pack or needs_packed_opset(traced) else opset
     program = export_traced(traced, *arguments, shapes, max(opset, DEFAULT_OPSET), input_names, output_names)
     if output_names is None:
         name_outputs(program.model, output_paths(result))

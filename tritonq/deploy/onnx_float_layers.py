@@ -64,13 +64,18 @@ def float_convolutions(proto: Any) -> list[str]:
     found = []
     for node in graph.node:
         weight = producers.get(node.input[1]) if node.op_type in _CONVOLUTIONS else None
-        if weight is None or weight.op_type != "DequantizeLinear":
+        if weight is None or weight.op_type != "DequantizeLinear" or _has_blocks(weight):
             continue
         result = node.output[0]
         is_transposed = node.op_type == "ConvTranspose"
         if is_transposed or result in outputs or set(readers.get(result, ())) != {"QuantizeLinear"}:
             found.append(weight.input[0].removesuffix(".weight"))
     return list(dict.fromkeys(found))
+
+
+def _has_blocks(node: Any) -> bool:
+    """Whether a DequantizeLinear has a scale per block, beside which no runtime has integer convolutions."""
+    return any(attribute.name == "block_size" and attribute.i for attribute in node.attribute)
 
 
 def tell_float_convolutions(proto: Any) -> None:

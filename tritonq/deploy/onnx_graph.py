@@ -42,6 +42,7 @@ from tritonq.nn import AverageLayer, Cat, FloatFunctional, Joint
 from tritonq.nn.functions import FunctionLayer, PReLU
 from tritonq.nn.original_class import original_class
 from tritonq.prepare.forwards.edited import set_inner_forward
+from tritonq.qparams import QuantizedType
 from tritonq.targets import OnnxForm
 
 _OUTPUT = "activation_post_process"
@@ -203,6 +204,9 @@ def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
         zero, dtype = layer.weight_zero_point, torch.int8 if target == "tensorrt" else layer.stored_weight.dtype
         scale = cast(Tensor, layer.weight_scale)
         zero = torch.zeros_like(scale, dtype=dtype) if zero is None else zero.to(dtype)
+        if layer.has_groups:
+            layer.keep(weight_scale=layer.linear_map.from_rows(scale))
+            zero = layer.linear_map.from_rows(zero)
         if target == "tensorrt" and isinstance(layer, QuantizedConvTranspose2d):
             # One scale for all channels, or TensorRT refuses the layer.
             layer.keep(weight_scale=scale[0])
@@ -217,13 +221,14 @@ def _weight_axis(layer: QuantizedLayer) -> int | None:
     """Return the axis that the weight's scales run along, as ONNX's Q/DQ can say it; None: no Q/DQ, but arithmetic.
 
     That is for float weights, for scales of grouped transposed convolutions, which run along two axes, and for codes of
-    more than 8 bits. Zero points may differ between channels: ONNX Runtime's kernels take that (1.31, tried).
+    more than 8 bits. Zero points may differ between channels: ONNX Runtime's kernels take that (1.31, tried). Blocks
+    lie along the input channels.
     """
     if layer.weight_scale is None or layer.stored_weight.dtype not in (torch.int8, torch.uint8):
         return None
     if isinstance(layer, QuantizedConvTranspose2d):
-        return 1 if layer.groups == 1 else None
-    return 0
+        return int(not layer.has_groups) if layer.groups == 1 else None
+    return int(layer.has_groups)
 
 
 def _layer_forward(
@@ -235,7 +240,8 @@ def _layer_forward(
     elif layer.stored_weight.is_floating_point():
         weight = quantize_dequantize(layer.stored_weight, scale, zero, -128, 127, axis, False, "")
     else:
-        weight = dequantize(layer.stored_weight, scale, zero, axis)
+        group = cast(QuantizedType, layer.grids.weight).group
+        weight = dequantize(layer.stored_weight, scale, zero, axis, group)
     bias = layer.stored_bias
     if bias is not None and layer.multiplier is not None:
         bias = dequantize(bias, layer.multiplier, None, 0)

@@ -61,14 +61,26 @@ def _(
 
 
 @torch.library.custom_op("tritonq::dequantize", mutates_args=())
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
-    """Return ``(codes - z) * s`` in float32; ``codes`` int8, uint8 or int32, ``scale`` (codes.shape[axis],)."""
-    centred = codes.float() if zero_point is None else codes.float() - _along(zero_point.float(), codes, axis)
-    return centred * _along(scale, codes, axis)
+def dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block_size: int | None = None
+) -> Tensor:
+    """Return ``(codes - z) * s`` in float32.
+
+    Args:
+        codes: int8, uint8 or int32.
+        scale: float32 (codes.shape[axis],); with blocks as ``codes``, with one index per block along ``axis``.
+        zero_point: as ``scale``, in the dtype of ``codes``; None: zeros.
+        axis: what ``scale`` runs along, or what blocks lie along.
+        block_size: elements of a block; None: no blocks. Blocks need opset 21.
+    """
+    centred = codes.float()
+    if zero_point is not None:
+        centred = centred - _along(zero_point.float(), codes, axis, block_size)
+    return centred * _along(scale, codes, axis, block_size)
 
 
 @dequantize.register_fake
-def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block_size: int | None = None) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
@@ -111,6 +123,7 @@ def round_half_away(x: Tensor) -> Tensor:
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return the ``custom_translation_table`` of ``torch.onnx.export`` for these operators."""
     from onnxscript import opset18 as op
+    from onnxscript import opset21 as op21
 
     def bound(value: int, limit: int, dtype: Any) -> Any:
         return None if value == limit else op.Constant(value=_scalar(value, dtype))
@@ -142,8 +155,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             codes.metadata_props[QUANTIZER_KEY] = quantizer
         return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
 
-    def translate_dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
-        return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
+    def translate_dequantize(codes: Any, scale: Any, zero_point: Any, axis: int, block_size: int | None = None) -> Any:
+        blocks = {} if block_size is None else {"block_size": block_size}
+        return (op if block_size is None else op21).DequantizeLinear(codes, scale, zero_point, axis=axis, **blocks)
 
     def translate_global_average(x: Any) -> Any:
         return op.GlobalAveragePool(x)
@@ -166,7 +180,9 @@ def _scalar(value: int, dtype: Any) -> Any:
     return numpy_helper.from_array(dtype.type(value).reshape(()))
 
 
-def _along(values: Tensor, x: Tensor, axis: int) -> Tensor:
+def _along(values: Tensor, x: Tensor, axis: int, block_size: int | None = None) -> Tensor:
+    if block_size is not None:
+        return values.repeat_interleave(block_size, axis)
     if values.dim() == 0:
         return values
     shape = [1] * x.dim()

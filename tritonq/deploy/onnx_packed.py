@@ -11,14 +11,14 @@ import numpy as np
 # The oldest with DequantizeLinear of four and of 16 bits, and the format's version that came with it.
 PACKED_OPSET = 21
 _IR_VERSION = 10
-_LOWEST, _HIGHEST = -8, 7
+_SIGNED, _UNSIGNED = (-8, 7), (0, 15)
 _logger = logging.getLogger("tritonq")
 
 
 def pack_weights(proto: Any) -> None:
     """Store constants that DequantizeLinear reads with four bits where all their codes fit, in place.
 
-    Signed codes of -8..7 become INT4, unsigned ones of 0..15 UINT4. The log tells how many bytes that saves.
+    Signed codes of -8..7 become INT4, others of 0..15 UINT4. The log tells how many bytes that saves.
     """
     import onnx
 
@@ -33,16 +33,17 @@ def pack_weights(proto: Any) -> None:
         nodes = readers.get(name, [])
         if any(node.op_type != "DequantizeLinear" or node.input[0] != name for node in nodes) or not nodes:
             continue
-        if tensor.data_type not in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) or not _fits(tensor):
+        if tensor.data_type not in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8):
             continue
         # Codes of eight bits that are all small may have a zero point that is not.
-        zero_points = [node.input[2] for node in nodes if len(node.input) > 2 and node.input[2]]
-        if not all(_fits(constants[zero_point]) for zero_point in zero_points):
+        zero_points = [constants[node.input[2]] for node in nodes if len(node.input) > 2 and node.input[2]]
+        signed = tensor.data_type == onnx.TensorProto.INT8 and _fits(tensor, _SIGNED)
+        if not all(_fits(held, _SIGNED if signed else _UNSIGNED) for held in (tensor, *zero_points)):
             continue
         for node in nodes:
-            _pack_zero_point(graph, constants, node)
+            _pack_zero_point(graph, constants, node, signed)
         before = len(tensor.raw_data)
-        _pack(tensor)
+        _pack(tensor, signed)
         packed[name] = before - len(tensor.raw_data)
     _forget_types(graph, packed)
     _drop_unread(graph)
@@ -71,20 +72,18 @@ def is_wide(tensor: Any) -> bool:
     return tensor.data_type in (onnx.TensorProto.INT16, onnx.TensorProto.UINT16)
 
 
-def _fits(tensor: Any) -> bool:
+def _fits(tensor: Any, limits: tuple[int, int]) -> bool:
     import onnx
 
-    codes = onnx.numpy_helper.to_array(tensor)
-    lowest, highest = (_LOWEST, _HIGHEST) if codes.dtype == np.int8 else (0, _HIGHEST - _LOWEST)
+    codes, (lowest, highest) = onnx.numpy_helper.to_array(tensor), limits
     return bool(codes.size) and bool((codes >= lowest).all()) and bool((codes <= highest).all())
 
 
-def _pack(tensor: Any) -> None:
+def _pack(tensor: Any, is_signed: bool) -> None:
     """Give a constant of one byte per code half a byte per code, the first in the low half."""
     import onnx
 
     codes = onnx.numpy_helper.to_array(tensor)
-    is_signed = codes.dtype == np.int8
     halves = codes.reshape(-1).astype(np.uint8) & 15
     halves = np.append(halves, np.zeros(halves.size % 2, np.uint8))
     dimensions = list(tensor.dims)
@@ -96,14 +95,14 @@ def _pack(tensor: Any) -> None:
     tensor.raw_data = (halves[0::2] | (halves[1::2] << 4)).tobytes()
 
 
-def _pack_zero_point(graph: Any, constants: dict[str, Any], node: Any) -> None:
+def _pack_zero_point(graph: Any, constants: dict[str, Any], node: Any, is_signed: bool) -> None:
     """Give a DequantizeLinear a zero point of its codes' type, under a name of its own."""
     if len(node.input) < 3 or not node.input[2]:
         return
     made = graph.initializer.add()
     made.CopyFrom(constants[node.input[2]])
     made.name = f"{node.output[0]}.zero_point"
-    _pack(made)
+    _pack(made, is_signed)
     node.input[2] = made.name
 
 

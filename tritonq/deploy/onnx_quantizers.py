@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from tritonq.deploy.modules import Quantizer
+from tritonq.deploy.modules import QuantizedLayer, Quantizer
 from tritonq.deploy.onnx_ops import quantize_dequantize, round_half_away
 from tritonq.reference.fake_quant import quantize
 
@@ -100,10 +100,12 @@ def _plain_dtype(low: int, high: int) -> torch.dtype | None:
     return next((dtype for dtype, limit in limits if limit.min <= low and high <= limit.max), None)
 
 
-def has_16_bit_codes(model: nn.Module) -> bool:
-    """Whether a traced model has a quantizer of 16 bits, for which QuantizeLinear needs opset 21."""
-    quantizers = (module for module in model.modules() if isinstance(module, TracedQuantizer))
-    return any(quantizer.zero_point.dtype in (torch.int16, torch.uint16) for quantizer in quantizers)
+def needs_packed_opset(model: nn.Module) -> bool:
+    """Whether a traced model has a quantizer of 16 bits, or a weight in groups, which opset 21 brought."""
+    modules = list(model.modules())
+    quantizers = (module for module in modules if isinstance(module, TracedQuantizer))
+    wide = any(quantizer.zero_point.dtype in (torch.int16, torch.uint16) for quantizer in quantizers)
+    return wide or any(isinstance(module, QuantizedLayer) and module.has_groups for module in modules)
 
 
 def quantize_twice(layer: nn.Module) -> None:

@@ -47,6 +47,8 @@ def runs_in_float(layer: QuantizedLayer) -> bool:
     """
     if layer.weight_scale is None:
         return False
+    if layer.has_groups:
+        return True
     if isinstance(layer, QuantizedConvTranspose2d) and bool((layer.weight_scale != layer.weight_scale[0]).any()):
         return True
     weight_fits = layer.weight_zero_point is None and layer.stored_weight.dtype == torch.int8

@@ -126,6 +126,10 @@ def pt2e_form(converted: nn.Module) -> nn.Module:
 
 def _rewrite_layer(layer: QuantizedLayer, name: str) -> None:
     """Let a layer be its float operator, with a weight behind one dequantize and a float bias, both constants."""
+    if layer.has_groups:
+        raise ValueError(
+            f"{name!r} has a scale per group of input channels, for which the form of PT2E has no operator"
+        )
     bias, axis, scale = layer.bias, _scale_axis(layer), layer.weight_scale
     codes = None if layer.grids.weight is None else (layer.grids.weight.quant_min, layer.grids.weight.quant_max)
     if scale is None or codes is None or axis is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tritonq.backend import Backend
 from tritonq.functional.dispatch import implementation
-from tritonq.functional.groups import in_groups
+from tritonq.functional.groups import as_rows, group_rows, in_groups
 from tritonq.functional.validate import (
     check_axis,
     check_float_tensor,
@@ -119,6 +119,9 @@ def fake_quantize(x: Tensor, grid: Grid, backend: Backend = "auto", blocks_ends:
     The switch of ``grid`` is read on ``x``'s device: while it is 0, values and gradients pass. ``blocks_ends``: whether
     the first and the last code block the gradient too.
     """
+    rows = group_rows(x, grid.granularity)
+    if rows is not None:
+        return rows.join(fake_quantize(*as_rows(x, grid), backend, blocks_ends))
     if not (x.requires_grad and torch.is_grad_enabled()):
         # Going through autograd costs as much as a small tensor's whole arithmetic.
         y: Tensor = implementation("fake_quant", x, backend).fake_quantize(x, grid)

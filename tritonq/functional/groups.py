@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tritonq.functional.validate import check_axis
 from tritonq.granularity import Granularity
+from tritonq.grid import Grid
+from tritonq.reference.fake_quant import quantize
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,12 @@ class GroupRows:
 
     def split(self, x: Tensor) -> Tensor:
         """Return (groups, size): a view where the axis is the innermost in memory, else a copy."""
-        return x.movedim(self._axis, -1).reshape(-1, self.granularity.group or 1)
+        return x.movedim(self.axis, -1).reshape(-1, self.granularity.group or 1)
 
     def join(self, rows: Tensor) -> Tensor:
         """Return rows in the tensor's shape; the axis is the innermost in memory."""
-        moved = [size for axis, size in enumerate(self.shape) if axis != self._axis] + [self.shape[self._axis]]
-        return rows.view(moved).movedim(-1, self._axis)
+        moved = [size for axis, size in enumerate(self.shape) if axis != self.axis] + [self.shape[self.axis]]
+        return rows.view(moved).movedim(-1, self.axis)
 
     def flatten(self, name: str, value: Tensor) -> Tensor:
         """Return one value per row, from one per group.
@@ -41,10 +43,17 @@ class GroupRows:
         expected = self.granularity.scale_shape(self.shape)
         if tuple(value.shape) != expected:
             raise ValueError(f"{name} must have shape {expected}, one per group, got {tuple(value.shape)}")
-        return value.movedim(self._axis, -1).reshape(-1)
+        return value.movedim(self.axis, -1).reshape(-1)
+
+    def join_values(self, values: Tensor) -> Tensor:
+        """Return one value per row in the shape that :meth:`flatten` takes."""
+        shape = list(self.granularity.scale_shape(self.shape))
+        moved = [size for axis, size in enumerate(shape) if axis != self.axis] + [shape[self.axis]]
+        return values.reshape(moved).movedim(-1, self.axis)
 
     @property
-    def _axis(self) -> int:
+    def axis(self) -> int:
+        """The axis that groups lie along."""
         return self.granularity.axis or 0
 
 
@@ -69,3 +78,38 @@ def in_groups(
     rows = GroupRows(tuple(x.shape), Granularity(check_axis(x, axis), group_size))
     flat_zero = rows.flatten("zero_point", zero_point) if isinstance(zero_point, Tensor) else zero_point
     return rows.join(function(rows.split(x), rows.flatten("scale", scale), flat_zero))
+
+
+def group_rows(x: Tensor, granularity: Granularity) -> GroupRows | None:
+    """Return how a tensor becomes one row per group; None where there are no groups.
+
+    Raises:
+        ValueError: an axis that is out of range, or no multiple of its groups.
+    """
+    if granularity.group is None:
+        return None
+    rows = GroupRows(tuple(x.shape), Granularity(check_axis(x, granularity.axis or 0), granularity.group))
+    rows.granularity.scale_shape(rows.shape)
+    return rows
+
+
+def as_rows(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+    """Return a tensor and its grid with one group per row; both as they are where there are no groups."""
+    rows = group_rows(x, grid.granularity)
+    if rows is None:
+        return x, grid
+    return rows.split(x), Grid(grid.scale, grid.zero_point, grid.qtype.row_type, grid.enabled)
+
+
+def codes_on(x: Tensor, grid: Grid) -> Tensor:
+    """Return the codes of ``x`` on a grid of any granularity, as :func:`tritonq.reference.fake_quant.quantize` does."""
+    rows = group_rows(x, grid.granularity)
+    return quantize(x, grid) if rows is None else rows.join(quantize(*as_rows(x, grid)))
+
+
+def aligned(values: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
+    """Return one value per scale of ``x``, such as a grid's scales, shaped to broadcast against it."""
+    rows = group_rows(x, granularity)
+    if rows is None:
+        return granularity.align(values, x.dim())
+    return rows.join_values(values).repeat_interleave(granularity.group or 1, rows.axis)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tritonq.backend import Backend
 from tritonq.functional.dispatch import implementation
-from tritonq.functional.groups import in_groups
+from tritonq.functional.groups import as_rows, group_rows, in_groups
 from tritonq.functional.validate import (
     check_axis,
     check_float_tensor,
@@ -202,6 +202,10 @@ def learned_fake_quantize(
         shift: the zero point that receives a gradient; the grid has its int32 value.
         backend: see `tritonq.backend`.
     """
+    rows = group_rows(x, grid.granularity)
+    if rows is not None:
+        y = learned_fake_quantize(*as_rows(x, grid), method, grad_factor, shift=shift, backend=backend)
+        return rows.join(y)
     parameter = grid.scale.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     constant = Grid(parameter.detach(), grid.zero_point, grid.qtype, grid.enabled)
     result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]

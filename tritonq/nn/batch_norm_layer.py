@@ -96,12 +96,16 @@ class QATBatchNormLayer(QATLayer):
         return scale_out_channels(self.quantized_weight(unfolded), scale, *self.grouping)
 
     def weight_grid(self) -> Grid:
-        """See base class; in mode "scale" one scale per channel."""
+        """See base class; in mode "scale" one scale per channel, or group."""
         grid = super().weight_grid()
         if self._mode != "scale":
             return grid
-        scale = (grid.scale.detach() * self.fold_factors().detach().abs()).clamp(min=_LEAST_SCALE)
-        return Grid(scale, None, grid.qtype.with_axis(0), grid.enabled)
+        factors = self.fold_factors().detach().abs()
+        if grid.qtype.group is None:
+            qtype = grid.qtype.with_axis(0)
+        else:
+            qtype, factors = grid.qtype, factors.repeat_interleave(grid.scale.numel() // len(factors))
+        return Grid((grid.scale.detach() * factors).clamp(min=_LEAST_SCALE), None, qtype, grid.enabled)
 
     def weight_to_quantize(self) -> Tensor:
         """See base class."""

@@ -96,7 +96,8 @@ def eval_traced(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
     """Return either of the two, in a graph that reads on the device whether grids are switched on."""
     weight, bias = layer.folded_parameters(weight, bias)
     op, source, quantizer = layer.linear_map, layer.input_quantizer, layer.weight_fake_quant
-    if source is None or source.qtype.axis is not None or not isinstance(quantizer, FakeQuantizeBase):
+    is_integer = isinstance(quantizer, FakeQuantizeBase) and quantizer.qtype.group is None
+    if source is None or source.qtype.axis is not None or not is_integer:
         return layer.quantized_output(op(x, layer.quantized_folded_weight(weight), bias))
     from tritonq.functional.traced import eval_mode
 

@@ -157,7 +157,8 @@ def _is_symmetric_int8(quantizer: nn.Module | None) -> bool:
         return False
     if isinstance(quantizer, FakeQuantize) and not quantizer.activation_post_process.zero_point_is_zero:
         return False
-    return quantizer.qtype.bits == _BITS and quantizer.qtype.fixed_zero_point == 0
+    qtype = quantizer.qtype
+    return qtype.bits == _BITS and qtype.fixed_zero_point == 0 and qtype.group is None
 
 
 def _batch_statistics(

@@ -49,8 +49,10 @@ def observed_grid(quantizer: nn.Module) -> tuple[Grid, RangeStatistics] | None:
 
 
 def has_observed_grid(quantizer: nn.Module) -> bool:
-    """Whether :func:`observed_grid` returns one: of integers, since operators round to these alone."""
+    """Whether :func:`observed_grid` returns one: of integers without groups, to which operators round alone."""
     if type(quantizer) is not FakeQuantize or has_hooks(quantizer) or quantizer.qtype.float_format is not None:
+        return False
+    if quantizer.qtype.group is not None:
         return False
     observer = quantizer.activation_post_process
     if type(observer) not in _RANGE_OBSERVERS or has_hooks(observer) or not isinstance(observer, MinMaxObserver):

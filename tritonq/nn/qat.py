@@ -14,6 +14,7 @@ from tritonq.functional.integer import IntegerAffine, to_integers
 from tritonq.functional.integer_kernels import PackedLayer
 from tritonq.functional.linear_map import LinearMap, linear_map_of
 from tritonq.functional.memo import Memo
+from tritonq.granularity import Granularity
 from tritonq.grid import Grid
 from tritonq.nn.computed import ComputedParameters
 from tritonq.nn.fusable import describe_relu
@@ -70,7 +71,8 @@ class QATLayer(QuantizesInput, ReferringModule):
 
         Raises:
             TypeError: no QConfig.
-            ValueError: a weight quantizer whose channel axis is not the layer's out-channel axis.
+            ValueError: a weight quantizer whose channel axis is not the layer's out-channel axis, or groups that don't
+                divide its input channels.
         """
         self.qconfig = qconfig = check_qconfig(self, qconfig)
         self.weight_fake_quant = qconfig.weight()
@@ -78,16 +80,35 @@ class QATLayer(QuantizesInput, ReferringModule):
             self.weight_fake_quant.batch_axis = None
         self.activation_post_process = qconfig.activation()
         self._input_quantizer: Reference[FakeQuantizeBase] = Reference()
-        axis = _axis(self.weight_fake_quant)
-        if axis is not None:
-            if axis != 0:
+        granularity = _granularity(self.weight_fake_quant)
+        if granularity.group is not None:
+            self._allocate_groups(granularity)
+        elif granularity.axis is not None:
+            if granularity.axis != 0:
                 raise ValueError(
-                    f"the weight quantizer of {type(self).__name__} keeps one scale per index of axis {axis}; "
-                    "weight quantizers use ch_axis=0, the out channels, here for transposed convolutions too"
+                    f"the weight quantizer of {type(self).__name__} keeps one scale per index of axis "
+                    f"{granularity.axis}; weight quantizers use ch_axis=0, the out channels, here for transposed "
+                    "convolutions too"
                 )
             self.weight_fake_quant.allocate(out_channels)  # type: ignore[operator]
         if self.weight.device.type != "meta":
             self.move_quantizers(self.weight.device)
+
+    def _allocate_groups(self, granularity: Granularity) -> None:
+        """Give a weight quantizer with groups its buffers.
+
+        Raises:
+            ValueError: groups along another axis than the input channels, or of a size that does not divide these.
+        """
+        shape = tuple(self.linear_map.to_rows(self.weight).shape)
+        if granularity.axis != 1:
+            raise ValueError(f"groups of weights lie along axis 1, the input channels, got axis {granularity.axis}")
+        if shape[1] % cast(int, granularity.group):
+            raise ValueError(
+                f"a {type(self).__name__} with {shape[1]} input channels can't have groups of {granularity.group} of "
+                "them: give this layer smaller groups or one scale per channel, by a QConfigMapping"
+            )
+        self.weight_fake_quant.allocate(granularity.count(shape))  # type: ignore[operator]
 
     def move_quantizers(self, device: torch.device) -> None:
         """Put the quantizers' buffers on ``device``."""
@@ -210,7 +231,9 @@ class QATLayer(QuantizesInput, ReferringModule):
             return False
         if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
             return False
-        return source.qtype.float_format is None and quantizer.qtype.float_format is None
+        # Sums of groups have several units.
+        is_integer = source.qtype.float_format is None and quantizer.qtype.float_format is None
+        return is_integer and quantizer.qtype.group is None
 
     def output_quantizer(self) -> FakeQuantizeBase | None:
         """Return the quantizer that takes all of the output to one grid, or None."""
@@ -258,6 +281,6 @@ def check_qconfig(layer: nn.Module, qconfig: object) -> QConfig:
     return qconfig
 
 
-def _axis(quantizer: nn.Module) -> int | None:
+def _granularity(quantizer: nn.Module) -> Granularity:
     qtype = getattr(quantizer, "qtype", None)
-    return None if qtype is None else qtype.axis
+    return Granularity() if qtype is None else qtype.granularity

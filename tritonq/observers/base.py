@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.factory import WithArgs
+from tritonq.functional.groups import group_rows
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.validate import check_float_tensor
 from tritonq.process_group import GroupReference, ProcessGroupLike
@@ -245,14 +246,15 @@ class RangeObserver(ObserverBase):
         self.nonfinite_count.add_(other.nonfinite_count)
 
     def _checked(self, x: Tensor) -> Tensor:
-        """Return ``x`` detached, with the per-channel buffers allocated for it.
+        """Return ``x`` detached, one group per row where there are groups, with the buffers allocated for it.
 
         TypeError unless it is floating point.
         """
         x = check_float_tensor("x", x).detach()
         if self.qtype.axis is not None:
-            self.allocate(x.shape[self.qtype.axis])
-        return x
+            self.allocate(self.qtype.granularity.count(x.shape))
+        rows = group_rows(x, self.qtype.granularity)
+        return x if rows is None else rows.split(x)
 
     def search_range(self) -> tuple[Tensor, Tensor]:
         """Return the range that scale and zero point follow from: float32, 0-d or (channels,)."""

@@ -86,9 +86,9 @@ class HistogramObserver(RangeObserver):
             return
         state = (self.histogram, self.min_val, self.max_val, self.nonfinite_count)
         if group is None:
-            ops.observe(x, *state, enabled, self.prefix_bins, self.qtype.axis)
+            ops.observe(x, *state, enabled, self.prefix_bins, self.qtype.row_type.axis)
         else:
-            counts, low, high, nonfinite = ops.prefix_histogram(x, self.prefix_bins, self.qtype.axis)
+            counts, low, high, nonfinite = ops.prefix_histogram(x, self.prefix_bins, self.qtype.row_type.axis)
             low, high = reduce_range(low, high, group)
             counts, nonfinite = reduce_sums([counts, nonfinite], group)
             for total in (self.histogram, self.common_histogram):

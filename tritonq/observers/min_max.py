@@ -41,7 +41,7 @@ class MinMaxObserver(RangeObserver):
         if group is not None:
             self._observe_in_group(x, qparams, enabled, group)
             return
-        grid = None if qparams is None else Grid(*qparams, self.qtype)
+        grid = None if qparams is None else Grid(*qparams, self.qtype.row_type)
         implementation("min_max", x).observe(x, self.statistics(enabled), grid)
 
     def statistics(self, enabled: Tensor | None, frozen: bool = False, has_data: bool = False) -> RangeStatistics:
@@ -56,7 +56,7 @@ class MinMaxObserver(RangeObserver):
             self.min_val,
             self.max_val,
             self.nonfinite_count,
-            self.qtype.granularity,
+            self.qtype.row_type.granularity,
             enabled,
             frozen,
             self.averaging_constant,
@@ -72,7 +72,7 @@ class MinMaxObserver(RangeObserver):
         """Update with the range over all ranks' batches; a rank whose batch is empty takes part."""
         if known_off(enabled):
             return
-        low, high, nonfinite = implementation("min_max", x).min_max(x, self.qtype.axis)
+        low, high, nonfinite = implementation("min_max", x).min_max(x, self.qtype.row_type.axis)
         low, high = reduce_range(low, high, group)
         running = (self.min_val, self.max_val)
         new_min, new_max = update_range(low, high, *running, self.averaging_constant, self.copy_above)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
+from tritonq.functional.groups import aligned, group_rows
 from tritonq.qparams import QParams, range_to_qparams
 from tritonq.reference.fixed_point import power_of_two
 from tritonq.report.summary import describe_grid
@@ -77,9 +78,7 @@ class Tally:
         self._noise += float((rounded[finite].double() - values).square().sum())
         scale, zero_point = self._qparams()
         if qtype.axis is not None:
-            shape = [1] * x.dim()
-            shape[qtype.axis] = -1
-            scale, zero_point = scale.view(shape), zero_point.view(shape)
+            scale, zero_point = (aligned(values, x, qtype.granularity) for values in (scale, zero_point))
         codes = (x.float() / scale + zero_point)[finite]
         self._clipped += int(((codes < qtype.quant_min - 0.5) | (codes > qtype.quant_max + 0.5)).sum())
         self._count += codes.numel()
@@ -90,7 +89,9 @@ class Tally:
 
     def _extend_range(self, x: Tensor, finite: Tensor) -> None:
         low, high = (torch.where(finite, x, bound) for bound in (math.inf, -math.inf))
-        axis = self._quantizer.qtype.axis
+        rows = group_rows(x, self._quantizer.qtype.granularity)
+        low, high = (low, high) if rows is None else (rows.split(low), rows.split(high))
+        axis, x = self._quantizer.qtype.row_type.axis, low
         rest = tuple(dim for dim in range(x.dim()) if axis is None or dim != axis % x.dim())
         low, high = (low.amin(rest), high.amax(rest)) if rest else (low, high)
         self._low = low if self._low is None else torch.minimum(self._low, low)

@@ -130,10 +130,13 @@ class _PlanWork:
             qconfig = qconfig._replace(activation=nn.Identity)
         if layer.row[0] is nn.ConvTranspose2d and not qconfig.find_target().scales_transposed_channels:
             qconfig = with_one_weight_scale(qconfig)
-        if len(layer.row) == 1:
-            quantized = swap(module, self._types[layer.row[0]], qconfig, layer.row[0])
-        else:
-            quantized = self._fused(layer, module, qconfig)
+        try:
+            if len(layer.row) == 1:
+                quantized = swap(module, self._types[layer.row[0]], qconfig, layer.row[0])
+            else:
+                quantized = self._fused(layer, module, qconfig)
+        except ValueError as error:
+            raise ValueError(f"{layer.name!r} can't be quantized: {error}") from error
         if layer.function is None:
             self._keep_class(module, quantized)
             self._editor.replace(layer.name, quantized)
