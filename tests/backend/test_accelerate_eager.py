@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tritonq
 from saved_bytes import saved_bytes
-from torch_ao_nets import in_float64, prepared
+from torch_ao_nets import OtherDimensions, in_float64, prepared
 from tritonq.acceleration import report_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -90,6 +90,23 @@ def test_ten_steps_in_float64(setting):
     ours = tritonq.accelerate(model)
     assert not report_of(ours).left_alone
     assert_same_training(model, ours, steps=4 if setting in ("slow", "ranges") else 10)
+
+
+def test_layers_of_one_and_three_dimensions():
+    """torch.ao rounds no weight of a convolution of one dimension without BatchNorm."""
+    torch.manual_seed(0)
+    model = prepared(qconfig(), OtherDimensions())
+    ours = tritonq.accelerate(in_float64(model))
+    report = report_of(ours)
+    assert not report.left_alone
+    kinds = {row.kind for row in report.rows}
+    assert kinds >= {"ConvBnReLU1d", "ConvBn1d", "ConvBnReLU3d", "ConvBn3d", "ConvReLU3d", "Conv3d"}
+    assert_same_training(model, ours, steps=4)
+    state = {name: value.clone() for name, value in ours.state_dict().items()}
+    model.load_state_dict(state)
+    with torch.no_grad():
+        converted = [ao.convert(each.float().eval()) for each in (model, tritonq.restore(ours))]
+    assert torch.equal(*(each(images(1)) for each in converted))
 
 
 def test_the_fused_quantizers_of_version_1():

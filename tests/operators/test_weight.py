@@ -197,3 +197,12 @@ def test_gradients_where_the_switch_can_not_be_read(active, monkeypatch):
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine, theirs)
     assert bool((found[0] == 0).any()) == active
+
+
+def test_codes_of_float64_stay_in_range() -> None:
+    """The largest weight lies at 127.5 but for a rounding of the scale, whose reciprocal is float32's."""
+    weights = torch.rand(300, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for rows in weights:
+        grid = Grid((rows.amax(1) / 127.5).float(), None, QINT8.with_axis(0))
+        found = reference.quantize_folded(rows, torch.ones(1, dtype=torch.float64), grid, None)
+        assert found.codes.amax() == 127

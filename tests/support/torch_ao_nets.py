@@ -45,12 +45,40 @@ class EveryKind(nn.Module):
         return self.dequant(self.head(self.product.mul(x, x)))
 
 
+class OtherDimensions(nn.Module):
+    """The kinds of one and three dimensions, with and without BatchNorm and ReLU, and functions with quantizers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = ao.QuantStub(), ao.DeQuantStub()
+        self.flat, self.deep = _row(nn.Conv1d, nn.BatchNorm1d), _row(nn.Conv3d, nn.BatchNorm3d)
+        self.functions = nn.Sequential(nn.Sigmoid(), nn.Tanh(), nn.Hardswish(), nn.LeakyReLU(), nn.ELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (batch, 12, 64) for (batch, 3, 8, 8)."""
+        x = self.quant(x)
+        flat = self.functions(self.flat(x.flatten(2)))
+        deep = self.deep(x.unflatten(3, (2, 4)))
+        return torch.cat([self.dequant(flat), self.dequant(deep).flatten(2)], 1)
+
+
+def _row(conv: type[nn.Module], norm: type[nn.Module]) -> nn.Sequential:
+    first = (conv(3, 4, 3, padding=1, bias=False), norm(4, eps=1e-3), nn.ReLU())
+    second = (conv(4, 4, 3, padding=1), norm(4))
+    return nn.Sequential(*first, *second, conv(4, 4, 1), nn.ReLU(), conv(4, 6, 1, groups=2))
+
+
+def _rows(name: str) -> list[list[str]]:
+    return [[f"{name}.{index}" for index in row] for row in ((0, 1, 2), (3, 4), (5, 6))]
+
+
 def prepared(qconfig: ao.QConfig, model: nn.Module | None = None) -> nn.Module:
     """Return a fused and prepared model, in training mode."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = ao.fuse_modules_qat((model or EveryKind()).train(), FUSED)
+        rows = [*_rows("flat"), *_rows("deep")] if isinstance(model, OtherDimensions) else FUSED
+        model = ao.fuse_modules_qat((model or EveryKind()).train(), rows)
         model.qconfig = qconfig
         return ao.prepare_qat(model)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tritonq.arithmetic import as_dtype
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import QuantizedType, is_readable
-from tritonq.reference.fake_quant import steps_
+from tritonq.reference.fake_quant import reciprocal, steps_
 from tritonq.reference.min_max import min_max
 from tritonq.reference.operator import CopyOf, Given, Like, New, operator
 from tritonq.reference.ranges import OBSERVED, observe_range, snapshot
@@ -187,7 +187,7 @@ def _folded_extremes(rows: Tensor, fold: Tensor) -> tuple[Tensor, Tensor]:
 def _any_clips(low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor | None, qtype: QuantizedType) -> bool:
     if zero_point is None and qtype.rounding == "half_even":
         # Rounding keeps order, and Python's is half to even.
-        inverse = scale.reciprocal()
+        inverse = reciprocal(scale)
         smallest, largest = float((low * inverse).amin()), float((high * inverse).amax())
         finite = math.isfinite(smallest) and math.isfinite(largest)
         return not (finite and qtype.quant_min <= round(smallest) and round(largest) <= qtype.quant_max)
