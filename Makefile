@@ -115,6 +115,16 @@ executorch: .executorch/.installed ## lower programs with ExecuTorch's XNNPACK d
 	.executorch/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchvision
 	touch $@
 
+# PyTorch's source at the tag of the installed version; its tests need packages of their own.
+.PHONY: torch-tests
+torch-tests: .torch-tests/.installed ## run PyTorch's quantization tests of PYTORCH=CHECKOUT on tritonq's operators, write TORCH_TESTS.md
+	.torch-tests/bin/python tools/torch_tests.py $(PYTORCH)
+
+.torch-tests/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .torch-tests
+	.torch-tests/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt expecttest hypothesis pytest scipy -e .
+	touch $@
+
 clean: ## remove caches and outputs; .venv, .matrix and .zoo stay
 	rm -rf build dist *.egg-info demo-output docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.*' -type d -prune -exec rm -rf {} +

@@ -89,6 +89,9 @@ def check_quantizer(
 ) -> list[str]:
     """Check that a fake quantizer can be prepared, trained, averaged, compiled, converted, exported and verified.
 
+    It has a scale and a zero point. Float formats (:class:`tritonq.FloatFakeQuantize`) have no deployed form to check,
+    fixed-point quantizers work on whole networks alone, and a PassiveObserver has to be made with its scale set.
+
     Args:
         make: a class, or a factory (``Class.with_args(…)``), that makes the quantizer without further arguments.
         weight: check it as the quantizer of weights, else of activations.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tritonq.functional.dispatch import implementation
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.qparams import QuantizedType
+from tritonq.qparams import QuantizedType, is_readable
 
 _DEVICES = ("CPU", "CUDA")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,7 +28,8 @@ class use_in_torch:  # noqa: N801, as torch.no_grad: used like a function
     backward per channel rounds in another way than its forward). What backward passes keep is what torch's keep.
 
     Calls that tritonq does not compute as torch does go to torch's own kernels: float64, float zero points, arguments
-    that torch refuses, and, in the learnable per-tensor operator's backward, negative zero points. Traced graphs
+    that torch refuses, and, in the learnable per-tensor operator's backward, negative zero points. (On a GPU, zero
+    points per channel that lie out of range are not looked for, since that would wait for the device.) Traced graphs
     (torch.compile, export) hold torch's operators as before and call tritonq's implementations when they run, unless
     the compiler has made a kernel of its own of them. A batch with NaN or infinities is left out of a running range;
     torch's own operator would take it in for good.
@@ -143,7 +144,14 @@ def _ops(x: Tensor) -> ModuleType:
 
 
 def _is_per_channel(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int) -> bool:
-    return _is_ours(x, quant_min, quant_max) and 0 <= axis < x.dim() and _are_qparams(scale, zero_point, x.shape[axis])
+    if not _is_ours(x, quant_min, quant_max) or not 0 <= axis < x.dim():
+        return False
+    # torch refuses zero points out of range, and waits for a GPU to tell; tritonq doesn't wait.
+    return _are_qparams(scale, zero_point, x.shape[axis]) and (
+        not is_readable(zero_point)
+        or not zero_point.numel()
+        or bool(quant_min <= zero_point.amin() <= zero_point.amax() <= quant_max)
+    )
 
 
 def _masked_per_tensor(own: Any) -> Callable[..., Any]:

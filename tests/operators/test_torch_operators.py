@@ -206,6 +206,7 @@ def test_what_tritonq_does_not_compute_is_torchs():
         lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, 7, -8),
         lambda x: torch.fake_quantize_per_tensor_affine(x.int(), 0.1, 0, -8, 7),
         lambda x: torch.fake_quantize_per_channel_affine(x, torch.ones(2), torch.zeros(3).int(), 0, -8, 7),
+        lambda x: torch.fake_quantize_per_channel_affine(x, torch.ones(3), torch.full((3,), 8).int(), 0, -8, 7),
         lambda x: torch._fake_quantize_learnable_per_channel_affine(x, torch.ones(3), torch.zeros(2), 0, -8, 7),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
 # Pages that are read where they lie in the repository.
-_TABLES = ("ZOO.md", "TRAINERS.md")
+_TABLES = ("ZOO.md", "TRAINERS.md", "TORCH_TESTS.md")
 DOCUMENTS = [path for path in sorted(ROOT.glob("*.md")) if path.name not in _TABLES] + [ROOT / "perf" / "README.md"]
 
 _FENCE = re.compile(r"```(.*)")
