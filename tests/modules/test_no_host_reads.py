@@ -7,6 +7,7 @@ implementations; around them runs the code that runs around kernels, which is ch
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,23 @@ def test_a_training_step_reads_nothing_back(name, mode):
     model = warmed_up(model)
     train(model)
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "fbgemm", "lsq_w4a4", "fp8_e4m3"])
+def test_eval_mode_reads_nothing_back(name, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    model = tritonq.prepare_qat(FloatResidual(), qconfig=QCONFIGS[name], example_inputs=images(2)).train()
+    model = warmed_up(model).eval()
+    for module in model.modules():
+        if isinstance(module, FakeQuantizeBase):
+            # As after the first batch: each is read once.
+            module._qparams_known = True
+            observer = getattr(module, "activation_post_process", None)
+            if isinstance(observer, tritonq.MinMaxObserver):
+                held = (module.scale, module.zero_point, observer.min_val, observer.max_val)
+                module._averages_read = tuple((tensor.data_ptr(), tensor._version) for tensor in held)
+    with torch.no_grad():
+        assert model(torch.empty(8, 3, 8, 8, device="meta")).is_meta
 
 
 def test_reading_is_noticed():

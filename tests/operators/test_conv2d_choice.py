@@ -66,7 +66,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def integer_layer(bits_fit: bool = True, bound: float = 1e6) -> IntegerAffine:
     one = torch.ones(6)
-    return IntegerAffine(torch.ones(6, 4, 3, 3), None, one, one[:1], bound, one, None, bits_fit)
+    return IntegerAffine(torch.ones(6, 4, 3, 3), None, one, one[:1], lambda: bound, one, None, bits_fit)
 
 
 @pytest.mark.interpreter

@@ -212,7 +212,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
             bias=self.stored_bias,
             multiplier=self.multiplier,
             input_scale=cast(Tensor, self.input_scale),
-            sum_bound=self._sum_bound,
+            find_sum_bound=lambda: self._sum_bound,
             weight_scale=cast(Tensor, self.weight_scale),
             weight_zero_point=self.weight_zero_point,
             has_8_bit_codes=max(self.grids.bits) <= BYTE_BITS,

@@ -125,14 +125,16 @@ def find_kernel(
     if layer is None:
         if torch.is_autocast_enabled(x.device.type):
             return None
-    elif not layer.has_8_bit_codes or layer.sum_bound >= FLOAT32_EXACT:
+    elif not layer.has_8_bit_codes:
         return None
     from tritonq.kernels.conv2d import tuned_tile
     from tritonq.kernels.conv_tile import ConvGeometry
 
     geometry = ConvGeometry(conv.stride, conv.padding, conv.dilation, conv.groups)
     tile = tuned_tile(x, weight, geometry, is_codes=layer is not None)
-    return None if tile is None else ConvKernel(conv, tile)
+    if tile is None or (layer is not None and layer.sum_bound >= FLOAT32_EXACT):
+        return None
+    return ConvKernel(conv, tile)
 
 
 def run_integer_layer(

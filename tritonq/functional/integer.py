@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -48,7 +49,7 @@ class IntegerAffine:
         bias: int32 codes in units of ``multiplier``, (out,), or None.
         multiplier: float32 (out,): input scale times weight scale.
         input_scale: float32, one element.
-        sum_bound: no partial sum of products exceeds this, see :func:`sum_bound`.
+        find_sum_bound: computes :attr:`sum_bound`.
         weight_scale: float32 (out,); with ``weight_zero_point`` what deployment stores.
         weight_zero_point: int32 (out,), already subtracted from ``weight``; None: all 0.
         has_8_bit_codes: whether input and weight both have codes of up to 8 bits.
@@ -58,10 +59,15 @@ class IntegerAffine:
     bias: Tensor | None
     multiplier: Tensor
     input_scale: Tensor
-    sum_bound: float
+    find_sum_bound: Callable[[], float]
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     has_8_bit_codes: bool
+
+    @cached_property
+    def sum_bound(self) -> float:
+        """What no partial sum of products exceeds, see :func:`sum_bound`; the first question may wait for a device."""
+        return self.find_sum_bound()
 
 
 def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType) -> float:
@@ -125,7 +131,7 @@ def to_integers(
         bias=None if bias is None else bias_codes(bias, multiplier),
         multiplier=multiplier,
         input_scale=source.scale,
-        sum_bound=sum_bound(codes, _zero_point(source), source.qtype) if may_wait else math.inf,
+        find_sum_bound=partial(sum_bound, codes, _zero_point(source), source.qtype) if may_wait else lambda: math.inf,
         weight_scale=scale,
         weight_zero_point=zero,
         has_8_bit_codes=max(source.qtype.bits, qtype.bits) <= BYTE_BITS,
@@ -158,7 +164,7 @@ def integer_sums(x: Tensor, layer: IntegerAffine, op: LinearOp) -> Tensor:
     codes = centred_codes(x, layer.input_scale)
     # Autocast would round the sums to 8 or 11 bits.
     with torch.autocast(codes.device.type, enabled=False):
-        if layer.sum_bound < FLOAT32_EXACT and _is_direct(codes.device):
+        if _is_direct(codes.device) and layer.sum_bound < FLOAT32_EXACT:
             return op(codes, layer.weight.float())
         # float64 also absorbs the fractions of Winograd and FFT algorithms: rounding restores the integers.
         return op(codes.double(), layer.weight.double()).round_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -154,12 +155,14 @@ def _add(memory: GlobalMemory, tensor: Tensor) -> None:
 
 def _add_what_it_points_to(memory: GlobalMemory, table: Tensor) -> None:
     """Add the tensors whose addresses a table of int64 holds."""
-    if table.dtype != torch.int64 or not bool((table >= _SMALLEST_ADDRESS).any()):
+    if table.dtype != torch.int64 or not table.is_contiguous():
         return
-    addresses = table.flatten().numpy()
+    addresses = np.ctypeslib.as_array((ctypes.c_int64 * table.numel()).from_address(table.data_ptr()))
+    if not (addresses >= _SMALLEST_ADDRESS).any():
+        return
     for found in gc.get_objects():
         # By type: isinstance asks proxies for what they stand for, and an uninitialized parameter has no storage.
-        if type(found) in (Tensor, Parameter) and found.device.type == "cpu" and found.layout == torch.strided:
+        if type(found) in (Tensor, Parameter) and not found.is_meta and found.layout == torch.strided:
             storage = found.untyped_storage()
             start = storage.data_ptr()
             if ((addresses >= start) & (addresses < start + storage.nbytes())).any():
