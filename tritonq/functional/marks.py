@@ -39,10 +39,11 @@ def codes_of(x: Tensor, scale: Tensor) -> Any:
 
 def mark_source(y: Tensor, grid: Any) -> None:
     """Note on ``y`` which grid its quantizer rounds to, for layers that know no quantizer of their input."""
-    setattr(y, _SOURCE, (grid, y._version))
+    if not y.is_inference():
+        setattr(y, _SOURCE, (grid, y._version))
 
 
 def source_of(x: Tensor) -> Any:
     """Return the grid that :func:`mark_source` noted; None where ``x`` has changed since, or has no mark."""
     grid, version = getattr(x, _SOURCE, (None, None))
-    return grid if version == x._version else None
+    return grid if grid is not None and version == x._version else None

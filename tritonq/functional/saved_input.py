@@ -45,7 +45,8 @@ def keep(x: Tensor, grid: Grid | None) -> SavedInput:
     that a hook changed, is compared with its codes on a CPU, and kept itself elsewhere, where the comparison would wait
     for the device. Operators that take the same tensor share its codes.
     """
-    if grid is None or not _is_compact(grid) or x.dtype == torch.float64:
+    # In torch.inference_mode there is no backward, and tensors don't count their versions.
+    if grid is None or not _is_compact(grid) or x.dtype == torch.float64 or x.is_inference():
         return SavedInput(x, None, None, x.dtype)
     shared = codes_of(x, grid.scale)
     if shared is not None:

@@ -28,7 +28,7 @@ from tritonq.prepare.forwards.graph import (
     sequence_operand,
 )
 from tritonq.prepare.record.operations import operation_name
-from tritonq.prepare.record.place import place_in_forward, traced_places
+from tritonq.prepare.record.place import place_in_forward, source_code, traced_places
 
 # How a call is answered: "run" as written, "replace" or "erase"; the child that replaces it; that child's operands; the
 # child that the result goes through. Empty where there is none. A fifth item, where there is one, holds the recorded
@@ -119,13 +119,14 @@ def answering(
     expected = expected or {}
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            with Answering(self, answers, places):
-                return original(self, *args, **kwargs)
         mode = Answering(self, answers, places)
         with mode:
             result = original(self, *args, **kwargs)
-        mode.tell_missing(expected.get("train" if self.training else "eval", ()))
+        missing = mode.missing(expected.get("train" if self.training else "eval", ()))
+        if missing and torch.compiler.is_compiling():
+            _warn_in_trace(type(self).__name__, len(missing), mode.children_of(missing))
+        elif missing:
+            mode.tell(missing)
         return result
 
     return forward
@@ -166,23 +167,24 @@ class Answering(TorchFunctionMode):
         result = func(*args, **kwargs) if kind == "run" else self._replaced(child, operands, args, kwargs)
         return getattr(self._owner, then)(result) if then else result
 
-    def tell_missing(self, expected: Sequence[str]) -> None:
-        """Warn, once per module, of recorded calls that this run did not make, or with other arguments."""
-        missing = []
+    def missing(self, expected: Sequence[str]) -> list[str]:
+        """Return the recorded calls that this run did not make, or with other arguments."""
+        found = []
         for key in expected:
             place, _, occurrence = key.rpartition("#")
             if self._counts.get(place, 0) <= int(occurrence) or key in self._differing:
-                missing.append(key)
-        if missing and not getattr(self._owner, _TOLD, False):
+                found.append(key)
+        return found
+
+    def tell(self, missing: Sequence[str]) -> None:
+        """Warn, once per module, of recorded calls that this run did not make."""
+        if not getattr(self._owner, _TOLD, False):
             setattr(self._owner, _TOLD, True)
-            children = sorted({child for key in missing for child in self._answers[key][1::2] if child})
-            what = f" ({', '.join(children)})" if children else ""
-            warnings.warn(
-                f"{len(missing)} calls of the forward of {type(self._owner).__name__} that prepare_qat recorded did "
-                f"not come, or with other arguments{what}: it took another branch, which runs in float, or its source "
-                "is another one now",
-                stacklevel=2,
-            )
+            _warn(type(self._owner).__name__, len(missing), self.children_of(missing), stacklevel=4)
+
+    def children_of(self, keys: Sequence[str]) -> str:
+        """Return the names of the children that would have answered some calls."""
+        return ", ".join(sorted({child for key in keys for child in self._answers[key][1::2] if child}))
 
     def _replaced(self, child: str, operands: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the child makes of the operands of a call, or the first one where no child replaces it."""
@@ -195,6 +197,20 @@ class Answering(TorchFunctionMode):
         if not child:
             return tensors[0]
         return getattr(self._owner, child)(*(tensors[:1] if operands == "first" else tensors))
+
+
+def _warn(owner: str, count: int, children: str, stacklevel: int) -> None:
+    what = f" ({children})" if children else ""
+    warnings.warn(
+        f"{count} calls of the forward of {owner} that prepare_qat recorded did not come, or with other "
+        f"arguments{what}: it took another branch, which runs in float, or its source is another one now",
+        stacklevel=stacklevel,
+    )
+
+
+def _warn_in_trace(owner: str, count: int, children: str) -> None:
+    """Warn while ``torch.compile`` traces: a graph has no warnings."""
+    _warn(owner, count, children, stacklevel=2)
 
 
 def _plain(argument: Any) -> Any:
@@ -240,7 +256,7 @@ def _running_place() -> str:
 
 
 def _is_answered(frame: FrameType) -> bool:
-    return frame.f_code is _FORWARD
+    return source_code(frame.f_code) is _FORWARD
 
 
 def _place_in_trace() -> str:
@@ -251,3 +267,4 @@ def _place_in_trace() -> str:
 
 # As torch.compiler.assume_constant_result does, which imports all of Dynamo.
 _place_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_warn_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]

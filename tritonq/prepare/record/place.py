@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -105,11 +105,21 @@ _NOWHERE: _Position = (None, None, None, None)
 
 def _place_at(module: dict[str, Any], code: CodeType, position: _Position, instruction: int) -> str:
     line, end, column, end_column = position
-    where = f"@{instruction}"
+    where, code = f"@{instruction}", source_code(code)
     if None not in position:
         first = code.co_firstlineno
         where = f"{line - first}.{column}-{end - first}.{end_column}"  # type: ignore[operator]
     return f"{module.get('__name__', '')}:{code.co_qualname}:{where}"
+
+
+def source_code(code: CodeType) -> CodeType:
+    """Return the code of a function where Dynamo made ``code`` of the part of it behind a graph break."""
+    if not code.co_name.startswith("torch_dynamo_resume"):
+        return code
+    from torch._dynamo.resume_execution import ContinueExecutionCache
+
+    known = ContinueExecutionCache.generated_code_metadata.get(code)
+    return code if known is None else cast(CodeType, known.code)
 
 
 # Bytes of an instruction.
