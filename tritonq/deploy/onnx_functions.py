@@ -48,7 +48,7 @@ class CodeTable:
         source: name of the quantizer of the input.
         output: name of the quantizer of the result.
         function: its name.
-        codes: uint8, from the smallest code of the input on.
+        codes: uint8, for the codes of the input from 0 on.
     """
 
     source: str
@@ -88,11 +88,11 @@ def code_table(layer: FunctionLayer, source: TracedQuantizer, output: TracedQuan
     """Return the trained codes of a function, in those of the traced quantizers around it."""
     grids = []
     for end in (source, output):
-        qtype = QuantizedType(end.quant_min, end.quant_max, False, None, end.rounding)
+        qtype = QuantizedType(0, end.quant_max, False, None, end.rounding)
         grids.append(Grid(end.scale, end.zero_point.int(), qtype))
     with torch.no_grad():
         codes = (function_table(layer.function, *grids) / output.scale).round() + output.zero_point
-    bytes_of_codes = codes.clamp(0, output.quant_max).cpu().numpy().astype(np.uint8)
+    bytes_of_codes = codes.clamp(output.quant_min, output.quant_max).cpu().numpy().astype(np.uint8)
     return CodeTable(source.name, output.name, layer.function.name, bytes_of_codes)
 
 

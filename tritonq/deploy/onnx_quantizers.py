@@ -53,20 +53,25 @@ class TracedQuantizer(nn.Module):
 def uint8_quantizer(
     source: Quantizer, name: str, bounds: tuple[float, float] | None = None, *, exact: bool = False
 ) -> TracedQuantizer:
-    """Return a quantizer whose codes begin at 0, of values that ``bounds`` limit (None: that nothing does).
+    """Return a quantizer of values that ``bounds`` limit (None: that nothing does), its codes counted from 0.
+
+    0 is the smallest code of the type, or that of zero behind a ReLU where the type fixes it, as
+    `tritonq.nn.output_quantizer.deployed_grid` has it: the roundings of a sum depend on where codes begin.
 
     Raises:
         ValueError: more than 8 bits.
     """
     grid = source.qtype
     lowest, highest = (grid.quant_min, grid.quant_max) if bounds is None else end_codes(source, bounds)
-    largest = highest - lowest
-    if largest > 255:
+    begins_at_zero = bounds is not None and bounds[0] == 0 and grid.fixed_zero_point is not None
+    start = lowest if begins_at_zero else grid.quant_min
+    if highest - start > 255:
         raise ValueError(
             f"the quantizer {name!r} has the codes {grid.quant_min}..{grid.quant_max}; ONNX Runtime's integer kernels "
             'take at most 8 bits: export with target="qdq", whose pairs hold 16'
         )
-    return TracedQuantizer(source, name, (source.zero_point - lowest).to(torch.uint8), 0, largest, exact)
+    zero_point = (source.zero_point - start).to(torch.uint8)
+    return TracedQuantizer(source, name, zero_point, lowest - start, highest - start, exact)
 
 
 def plain_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
