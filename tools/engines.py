@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "ENGINES.md"
 TARGET = "onnxruntime"
 IMAGES, SIZE, STEPS = 16, 64, 10
+FORMS = "forms"
 TORCHVISION = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "googlenet")
 
 
@@ -82,10 +83,10 @@ def trained_models() -> Iterator[tuple[str, Any, Any]]:
     qat = tritonq.prepare_qat(small, example_inputs=digits.train_images[:2])
     train(qat, digits, epochs=2, learning_rate=0.005, label="digits, QAT")
     yield "digits", qat.eval(), digits.test_images[:500]
-    for name in TORCHVISION:
+    for name in (*TORCHVISION, FORMS):
         torch.manual_seed(0)
         options = {"init_weights": True, "aux_logits": False} if name == "googlenet" else {}
-        net = torchvision.models.get_model(name, num_classes=10, **options)
+        net = forms() if name == FORMS else torchvision.models.get_model(name, num_classes=10, **options)
         images = torch.randn(IMAGES, 3, SIZE, SIZE)
         qat = tritonq.prepare_qat(net, example_inputs=images[:2]).train()
         optimizer = torch.optim.SGD(qat.parameters(), 0.01)
@@ -94,6 +95,33 @@ def trained_models() -> Iterator[tuple[str, Any, Any]]:
             qat(images).square().mean().backward()
             optimizer.step()
         yield name, qat.eval(), images
+
+
+def forms() -> Any:
+    """Return a net of what the others lack: SiLU, GELU, transposed and dilated kernels, a difference, products."""
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+
+    class Forms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+            self.up = nn.ConvTranspose2d(16, 16, 3, 2, 1, 1, groups=4)
+            self.dilated = nn.ConvTranspose2d(16, 16, 3, 1, 2, dilation=2)
+            self.down, self.strided = nn.Conv2d(16, 16, 2, 2), nn.ConvTranspose2d(16, 16, 3, 2, 3, 1, dilation=2)
+            self.queries, self.keys, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.silu(self.norm(self.stem(x)))
+            y = F.gelu(self.down(self.up(x)))
+            x = F.avg_pool2d(self.dilated(x) - y, 4)
+            x = F.relu(self.strided(x))
+            tokens = F.max_pool2d(torch.cat([x, x.roll(1, 2)], 3), 4).flatten(2).transpose(1, 2)
+            scores = self.queries(tokens) @ self.keys(tokens).transpose(1, 2)
+            return self.head((scores * tokens.mean(2, keepdim=True)).mean(2, keepdim=True).expand(-1, -1, 16).mean(1))
+
+    return Forms()
 
 
 def write_layers(path: Path, images: Any, outputs: Any) -> None:
