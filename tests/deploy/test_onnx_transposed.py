@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tritonq
-from tritonq.deploy.onnx_transposed import Phases
+from tritonq.deploy.phases import Phases
 
 # Kernel, stride, padding, output padding, groups, dilation.
 GEOMETRIES = [

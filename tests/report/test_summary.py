@@ -162,3 +162,32 @@ def test_what_moves_values_is_not_left_in_float():
     assert [(layer.name, layer.reason) for layer in report.moving] == [("2", ""), ("3", "")]
     assert {layer.name for layer in report.in_float} == {"4"}
     assert str(report).endswith("1 more fused into them, 2 that only move values, 1 left in float")
+
+
+def test_layers_that_the_engine_runs_in_float_are_told():
+    class Clipped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.clipped, self.wide, self.last = (
+                nn.Conv2d(3, 4, 1),
+                nn.ConvTranspose2d(4, 4, 1, padding=1),
+                nn.Conv2d(4, 2, 1),
+            )
+
+        def forward(self, x):
+            return self.last(self.wide(self.clipped(x).clamp(-1, 1)))
+
+    for preset, told in (
+        ("onnxruntime", ["no quantizer follows at once", "it pads by more than its kernel"]),
+        ("xnnpack", []),
+    ):
+        x = torch.randn(2, 3, 8, 8)
+        model = tritonq.prepare_qat(Clipped(), qconfig=tritonq.get_qconfig(preset), example_inputs=x).train()
+        model(x)
+        for each in (model.eval(), tritonq.convert(model)):
+            reasons = [layer.reason for layer in tritonq.summary(each).layers if layer.reason]
+            assert reasons == [f"float in ONNX Runtime: {reason}" for reason in told]
+    # With a module for the clip, codes are clipped in integers.
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Hardtanh(-1, 1), nn.Conv2d(4, 2, 1))
+    found = tritonq.summary(tritonq.prepare_qat(module, qconfig=tritonq.get_qconfig("onnxruntime"), example_inputs=x))
+    assert found.layers[0].reason == ""

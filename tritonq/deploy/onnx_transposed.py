@@ -9,7 +9,6 @@ are the same integers, so the codes are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -20,34 +19,8 @@ from torch import Tensor
 from tritonq.deploy.modules import QuantizedConvTranspose2d, QuantizedLayer, Quantizer
 from tritonq.deploy.onnx_ops import dequantize
 from tritonq.deploy.onnx_quantizers import TracedQuantizer, quantize_twice
+from tritonq.deploy.phases import Phases, phases_of_kernel, reach
 from tritonq.reference.activation import rectify
-
-
-@dataclass(frozen=True)
-class Phases:
-    """One axis of a transposed convolution as a plain one.
-
-    Attributes:
-        stride: how many phases there are.
-        taps: places of the plain kernel.
-        before: zeros before the input; ``after`` those behind it.
-        first: how many results to cut off in front; ``last`` how many at the end.
-    """
-
-    stride: int
-    taps: int
-    before: int
-    after: int
-    first: int
-    last: int
-
-    @classmethod
-    def of(cls, kernel: int, stride: int, padding: int, output_padding: int) -> Phases:
-        """Return the phases of an axis; ``kernel`` counts the places between those of a dilated one too."""
-        taps = -(-kernel // stride)
-        surplus = taps * stride - kernel + padding - output_padding
-        before, after = (taps - 1 - cut // stride for cut in (padding, surplus))
-        return cls(stride, taps, before, after, padding % stride, surplus % stride)
 
 
 def phases_of(layer: QuantizedLayer) -> tuple[Phases, Phases] | None:
@@ -61,16 +34,7 @@ def phases_of(layer: QuantizedLayer) -> tuple[Phases, Phases] | None:
     is_quantized = isinstance(output, (Quantizer, TracedQuantizer)) and output.scale.numel() == 1
     if not is_quantized or layer.stored_weight.dtype not in (torch.int8, torch.uint8):
         return None
-    padding = cast("tuple[int, ...]", layer.padding)
-    kernel = [reach(size, step) for size, step in zip(layer.kernel_size, _dilation(layer), strict=True)]
-    sizes = zip(kernel, layer.stride, padding, layer.output_padding, strict=True)
-    height, width = (Phases.of(*axis) for axis in sizes)
-    return None if min(height.before, height.after, width.before, width.after) < 0 else (height, width)
-
-
-def reach(kernel: int, dilation: int) -> int:
-    """Return the length of a kernel with the places between its own."""
-    return (kernel - 1) * dilation + 1
+    return phases_of_kernel(layer)
 
 
 def _dilation(layer: QuantizedLayer) -> tuple[int, int]:

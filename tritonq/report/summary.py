@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from html import escape
 from textwrap import wrap
@@ -11,6 +11,7 @@ from textwrap import wrap
 from torch import nn
 
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
+from tritonq.deploy.phases import phases_of_kernel
 from tritonq.deploy.tables import QuantizedTable
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
@@ -19,7 +20,7 @@ from tritonq.nn.compiled import uncompiled
 from tritonq.nn.fixed_point_layer import FixedPointLayer
 from tritonq.nn.unary import UnaryLayer
 from tritonq.observers import ObserverBase
-from tritonq.prepare.decide.layer_records import LayerRecord, Status
+from tritonq.prepare.decide.layer_records import LayerRecord, Status, clip_reason
 from tritonq.prepare.record.operations import is_leaf
 from tritonq.qparams import QuantizedType
 from tritonq.report.table import WIDTH, text_table
@@ -44,7 +45,7 @@ class LayerSummary:
             computes in float, since its input lies on no known grid, says ``x float``.
         status: ``"quantized"``; ``"float"``; or ``"moves values"`` of an operation that leaves values as they are, so
             that codes stay codes (reshaping, pooling by maximum, …).
-        reason: why it is in float, or "".
+        reason: why it is in float, or why the engine that it was prepared for runs it in float; or "".
     """
 
     name: str
@@ -144,7 +145,8 @@ def summary(model: nn.Module) -> ModelSummary:
     modules = dict(model.named_modules())
     recorded = getattr(model, "tritonq_report", None)
     records = tuple(recorded) if recorded is not None else tuple(_from_modules(model))
-    layers = tuple(_layer(record, modules.get(record.name)) for record in records)
+    clipped = {record.reason for record in records}
+    layers = tuple(_layer(record, modules.get(record.name), clipped) for record in records)
     heads = {name for name, module in modules.items() if isinstance(module, _QUANTIZED)}
     absorbed = frozenset(
         layer.name
@@ -167,9 +169,29 @@ def _cells(layer: LayerSummary) -> tuple[str, ...]:
     return layer.name, layer.kind, fused, layer.status, told or "-"
 
 
-def _layer(record: LayerRecord, module: nn.Module | None) -> LayerSummary:
+def _layer(record: LayerRecord, module: nn.Module | None, reasons: Set[str]) -> LayerSummary:
     grid = "" if module is None else _grid(module)
-    return LayerSummary(record.name, record.kind, record.fused_with, grid, record.status, record.reason)
+    reason = record.reason
+    if record.status == "quantized" and module is not None and clip_reason(record.name) not in reasons:
+        reason = reason or _why_float_in_engine(module)
+    return LayerSummary(record.name, record.kind, record.fused_with, grid, record.status, reason)
+
+
+def _why_float_in_engine(module: nn.Module) -> str:
+    """Return why ONNX Runtime runs a quantized layer that was prepared for it in float; "" where it doesn't."""
+    if isinstance(module, QATLayer):
+        target, has_weight = module.qconfig.target, isinstance(module.weight_fake_quant, FakeQuantizeBase)
+    elif isinstance(module, QuantizedLayer):
+        target, has_weight = module.target, module.grids.weight is not None
+    else:
+        return ""
+    if target != "onnxruntime" or not has_weight or _reads_float(module):
+        return ""
+    if not isinstance(getattr(module, "activation_post_process", None), (FakeQuantizeBase, Quantizer)):
+        return "float in ONNX Runtime: no quantizer follows at once"
+    if isinstance(module, nn.ConvTranspose2d) and phases_of_kernel(module) is None:
+        return "float in ONNX Runtime: it pads by more than its kernel"
+    return ""
 
 
 def _grid(module: nn.Module) -> str:

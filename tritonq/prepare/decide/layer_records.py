@@ -154,8 +154,13 @@ def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str
         return "no convolution or linear layer alone precedes it"
     clipped = _clipped_layer(name, analysis, plan)
     if clipped is not None:
-        return f"the quantizer of {clipped} stands behind it"
+        return clip_reason(clipped)
     return f"{type(module).__name__} has no quantized form"
+
+
+def clip_reason(layer: str) -> str:
+    """Return what a clip's record says where the quantizer of a layer stands behind it."""
+    return f"the quantizer of {layer} stands behind it"
 
 
 def _clipped_layer(name: str, analysis: Analysis, plan: Plan) -> str | None:
