@@ -119,7 +119,9 @@ def forms() -> Any:
             x = F.relu(self.strided(x))
             tokens = F.max_pool2d(torch.cat([x, x.roll(1, 2)], 3), 4).flatten(2).transpose(1, 2)
             scores = self.queries(tokens) @ self.keys(tokens).transpose(1, 2)
-            return self.head((scores * tokens.mean(2, keepdim=True)).mean(2, keepdim=True).expand(-1, -1, 16).mean(1))
+            gated = (scores * tokens.mean(2, keepdim=True)).mean(2, keepdim=True)
+            logits: Tensor = self.head(gated.expand(-1, -1, 16).mean(1))
+            return logits
 
     return Forms()
 
