@@ -55,3 +55,16 @@ def test_a_dtype_that_is_there_costs_no_call():
     x = torch.ones(2)
     assert as_dtype(x, torch.float32) is x
     assert as_dtype(x, torch.float64).dtype == torch.float64
+
+
+def test_calls_of_a_join_are_bounded():
+    """Its bits are packed and unpacked in one call for all eight planes."""
+    x = torch.randn(2, 8, 8, 8, requires_grad=True)
+    join = tritonq.nn.Add(float("inf"), qconfig=tritonq.get_qconfig()).train()
+    for _ in range(2):
+        join(x, x).sum().backward()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        join(x, x).sum().backward()
+    counts = {event.key: event.count for event in recorded.key_averages() if not event.key.startswith("tritonq")}
+    assert counts["aten::bitwise_and"] == 1
+    assert sum(counts.values()) <= 120, counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -100,18 +101,19 @@ def pack(passes: Tensor) -> Tensor:
     # By way of int8, which float converts to eight times as fast as to uint8.
     bits = passes.to(torch.int8).view(torch.uint8)
     planes = F.pad(bits, (0, length * _BITS - passes.numel())).view(_BITS, length)
-    byte = planes[0].clone()
-    for i in range(1, _BITS):
-        byte.add_(planes[i], alpha=2**i)
-    return byte
+    return torch.mul(planes, _powers(planes.device)).sum(0, dtype=torch.uint8)
 
 
 def unpack(mask: Tensor, count: int) -> Tensor:
     """Return the first ``count`` bits, in the order of :func:`pack`: a uint8 vector, 0 or a power of two."""
-    planes = mask.new_empty((_BITS, mask.numel()))
-    for i in range(_BITS):
-        torch.bitwise_and(mask, 2**i, out=planes[i])
-    return planes.view(-1)[:count]
+    return torch.bitwise_and(mask, _powers(mask.device)).view(-1)[:count]
+
+
+@cache
+def _powers(device: torch.device) -> Tensor:
+    """Return 1, 2, 4 and so on as a column: one call of PyTorch for eight planes, where small tensors cost calls."""
+    with torch.inference_mode(False):
+        return (2 ** torch.arange(_BITS, device=device)).to(torch.uint8).view(_BITS, 1)
 
 
 def in_memory_order(x: Tensor) -> Tensor:
