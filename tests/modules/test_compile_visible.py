@@ -13,8 +13,8 @@ from torch._dynamo.backends.common import aot_autograd
 import tritonq
 from tritonq import nn as qnn
 
-# What stays one call: copies of buffers, and the range of a tensor that no tail observes.
-OPAQUE = {"tritonq.remember.default", "tritonq.min_max_observe.default"}
+# What stays one call: copies of buffers, and the fold of a running variance as the forward finds it.
+OPAQUE = {"tritonq.remember.default", "tritonq.fold_remembered.default"}
 
 
 @pytest.fixture(autouse=True)
@@ -54,18 +54,39 @@ def called(graph: torch.fx.GraphModule) -> set[str]:
     return {str(target) for target in targets if str(target).startswith("tritonq.")}
 
 
-def test_tails_weights_and_additions_are_tensor_operations():
+class Functions(nn.Module):
+    """A linear layer and a function of its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(self.linear(x))
+
+
+def prepared(name: str, x: torch.Tensor) -> nn.Module:
+    """A prepared model in training mode, which has seen a batch where its scales are trained."""
     torch.manual_seed(0)
+    if name == "functions":
+        return tritonq.prepare_qat(Functions(), qconfig=tritonq.get_qconfig("onnxruntime"), example_inputs=x).train()
+    model = tritonq.prepare_qat(Block(), qconfig=tritonq.get_qconfig(name), example_inputs=x).train()
+    model(x)
+    return model
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "functions", "lsq_w8a8", "megengine_tqt"])
+def test_what_a_step_computes_are_tensor_operations(name):
+    """Tails, weights, joins, ranges, functions and learned scales."""
     x, graphs = torch.randn(8, 4, 5, 5), []
-    model = tritonq.prepare_qat(Block(), qconfig=tritonq.get_qconfig("tensorrt"), example_inputs=x).train()
-    compiled(model, graphs)(x).sum().backward()
+    compiled(prepared(name, x), graphs)(x).sum().backward()
     forward, backward = graphs
     assert called(forward) <= OPAQUE
     assert called(backward) == set()
-    assert len(forward.graph.nodes) > 100
+    assert len(forward.graph.nodes) > 50
 
 
-@pytest.mark.parametrize("layer", ["conv_bn", "addition", "linear"])
+@pytest.mark.parametrize("layer", ["conv_bn", "addition", "linear", "functions", "lsq_w8a8"])
 def test_a_backward_takes_buffers_as_the_forward_found_them(layer):
     """torch saves a buffer that a graph moves, not its value, where the backward can start from it."""
     torch.manual_seed(0)
@@ -74,6 +95,9 @@ def test_a_backward_takes_buffers_as_the_forward_found_them(layer):
         model = qnn.ConvBnReLU2d(4, 4, 1, qconfig=qconfig)
     elif layer == "addition":
         model = tritonq.prepare_qat(Block(), qconfig=qconfig, example_inputs=x).train()
+    elif layer in ("functions", "lsq_w8a8"):
+        x = torch.randn(16, 4, 5, 5)
+        model = prepared(layer, x)
     else:
         model, x = qnn.Linear(4, 4, qconfig=qconfig), x[..., 0, 0]
     model(x)

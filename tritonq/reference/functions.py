@@ -134,7 +134,7 @@ _SNAPSHOT: Any = CopyOf("grid")
 _GRADIENT: Any = Like("x", "dy")
 
 
-@operator(returns=RoundedFunction(_RESULT, _SNAPSHOT), mutates=OBSERVED)
+@operator(returns=RoundedFunction(_RESULT, _SNAPSHOT), mutates=OBSERVED, visible=True)
 def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatistics | None) -> RoundedFunction:
     """Return ``FQ(f(x))``: observes f(x), which is float32, and rounds once to the dtype of the input.
 
@@ -149,7 +149,7 @@ def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatisti
     return RoundedFunction(as_dtype(quantize_(y, frozen, None), x.dtype), frozen)
 
 
-@operator(returns=_GRADIENT)
+@operator(returns=_GRADIENT, visible=True)
 def backward(
     dy: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, function: Function, grid: Grid
 ) -> Tensor:

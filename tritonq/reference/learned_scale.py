@@ -17,7 +17,7 @@ from tritonq.reference.operator import Like, operator
 LearnedScale = Literal["torch", "megengine", "tqt", "pact"]
 
 
-@operator(returns=Like("x"))
+@operator(returns=Like("x"), visible=True)
 def learned_fake_quantize(x: Tensor, grid: Grid, method: LearnedScale) -> Tensor:
     """Return ``(code - z) * s`` in float32, rounded once to ``x.dtype``; the code depends on ``method``.
 
@@ -46,6 +46,7 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: LearnedScale) -> Tensor
 
 @operator(
     returns=(Like("x"), Like("grid.scale", arithmetic_dtype), Like("grid.scale", arithmetic_dtype)),
+    visible=True,
 )
 def learned_fake_quantize_backward(
     dy: Tensor, x: Tensor, grid: Grid, method: LearnedScale

@@ -12,7 +12,7 @@ from torch import Tensor
 from tritonq.arithmetic import as_dtype, operand
 from tritonq.granularity import Granularity
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.qparams import known_ordered, number_to_qparams, range_to_qparams
+from tritonq.qparams import is_readable, known_ordered, number_to_qparams, range_to_qparams
 from tritonq.reference.operator import New, operator
 
 _Number = TypeVar("_Number", np.float32, np.float64)
@@ -169,8 +169,45 @@ def write_qparams_(statistics: RangeStatistics, grid: Grid, ordered: bool = Fals
         grid.zero_point.copy_(qparams.zero_point.view_as(grid.zero_point))
 
 
+def merge_where_(
+    low: Tensor,
+    high: Tensor,
+    nonfinite: Tensor | None,
+    statistics: RangeStatistics,
+    grid: Grid | None,
+    enabled: Tensor | None,
+) -> None:
+    """:func:`merge_range_` for any range, without reading a value on the host.
+
+    Args:
+        low: float32, +inf where no value was finite.
+        high: float32, or -inf.
+        nonfinite: number of values that were skipped; None for zero.
+        statistics: written.
+        grid: written; None keeps ranges only.
+        enabled: 0-d bool tensor: whether anything is written; None: yes.
+    """
+    running = (statistics.min_val, statistics.max_val)
+    new_min, new_max = update_range(low, high, *running, statistics.averaging_constant, statistics.copy_above)
+    _assign(statistics.min_val, new_min, enabled)
+    _assign(statistics.max_val, new_max, enabled)
+    if nonfinite is not None:
+        _assign(statistics.nonfinite_count, statistics.nonfinite_count + nonfinite, enabled)
+    if grid is None:
+        return
+    scale, zero_point = range_to_qparams(*running, grid.qtype, rule=statistics.rule, eps=statistics.eps)
+    _assign(grid.scale, scale.view_as(grid.scale), enabled)
+    if grid.zero_point is not None:
+        _assign(grid.zero_point, zero_point.view_as(grid.zero_point), enabled)
+
+
+def _assign(buffer: Tensor, value: Tensor, enabled: Tensor | None) -> None:
+    buffer.copy_(value if enabled is None else torch.where(enabled, value, buffer))
+
+
 @operator(
-    mutates=("statistics.min_val", "statistics.max_val", "statistics.nonfinite_count", "grid.scale", "grid.zero_point")
+    mutates=("statistics.min_val", "statistics.max_val", "statistics.nonfinite_count", "grid.scale", "grid.zero_point"),
+    visible=True,
 )
 def observe(x: Tensor, statistics: RangeStatistics, grid: Grid | None = None) -> None:
     """Update a running range with ``x`` and, when given, the grid that follows from it. All state is in place.
@@ -180,19 +217,18 @@ def observe(x: Tensor, statistics: RangeStatistics, grid: Grid | None = None) ->
         statistics: the range; its switch, where it is 0, makes the call do nothing.
         grid: scale and zero point are written; None keeps ranges only.
     """
-    if statistics.frozen or (statistics.enabled is not None and not bool(statistics.enabled)):
+    if statistics.frozen:
         return
+    switch = enabled = statistics.enabled
+    if switch is not None and is_readable(switch):
+        if not bool(switch):
+            return
+        enabled = None
     low, high, nonfinite = extremes(x, statistics.granularity.axis)
-    if nonfinite is None:
+    if nonfinite is None and enabled is None:
         merge_range_(low, high, statistics, grid)
         return
-    running = (statistics.min_val, statistics.max_val)
-    new_min, new_max = update_range(low, high, *running, statistics.averaging_constant, statistics.copy_above)
-    statistics.min_val.copy_(new_min)
-    statistics.max_val.copy_(new_max)
-    statistics.nonfinite_count.add_(nonfinite)
-    if grid is not None:
-        write_qparams_(statistics, grid)
+    merge_where_(low, high, nonfinite, statistics, grid, None if enabled is None else enabled.view(()) != 0)
 
 
 def _zero_count(x: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from tritonq.arithmetic import as_dtype
 from tritonq.grid import SWITCH, Grid, RangeStatistics
-from tritonq.qparams import is_readable, range_to_qparams
-from tritonq.reference.min_max import merge_range_, update_range
+from tritonq.qparams import is_readable
+from tritonq.reference.min_max import merge_range_, merge_where_
 
 # Tensors that such an operator updates in place.
 OBSERVED = (
@@ -49,18 +49,7 @@ def observe_range(
             return statistics.with_data()
     else:
         enabled = statistics.enabled.view(()) != 0
-    running = (statistics.min_val, statistics.max_val)
-    new_min, new_max = update_range(
-        low.float(), high.float(), *running, statistics.averaging_constant, statistics.copy_above
-    )
-    _assign(statistics.min_val, new_min, enabled)
-    _assign(statistics.max_val, new_max, enabled)
-    if nonfinite is not None:
-        _assign(statistics.nonfinite_count, statistics.nonfinite_count + nonfinite, enabled)
-    scale, zero_point = range_to_qparams(*running, grid.qtype, rule=statistics.rule, eps=statistics.eps)
-    _assign(grid.scale, scale.view_as(grid.scale), enabled)
-    if grid.zero_point is not None:
-        _assign(grid.zero_point, zero_point.view_as(grid.zero_point), enabled)
+    merge_where_(low.float(), high.float(), nonfinite, statistics, grid, enabled)
     return statistics
 
 
@@ -88,7 +77,3 @@ def snapshot(grid: Grid, statistics: RangeStatistics | None) -> Grid:
         return grid
     zero_point = None if grid.zero_point is None else grid.zero_point.clone()
     return grid.with_buffers(grid.scale.clone(), zero_point, grid.enabled)
-
-
-def _assign(buffer: Tensor, value: Tensor, enabled: Tensor | None) -> None:
-    buffer.copy_(value if enabled is None else torch.where(enabled, value, buffer))
