@@ -86,7 +86,7 @@ def test_opset_17_reads_axes_from_attributes(tmp_path):
     reductions = {o: [n for n in m.graph.node if n.op_type == "ReduceMax"] for o, m in made.items()}
     assert [len(node.input) for node in reductions[17]] == [1]
     assert [len(node.input) for node in reductions[18]] == [2]
-    assert [entry.version for entry in made[17].opset_import] == [17]
+    assert [entry.version for entry in made[17].opset_import if not entry.domain] == [17]
     report = tritonq.verify(model, paths[17], X)
     assert report.agrees(), report
     assert report.outputs.largest == tritonq.verify(model, paths[18], X).outputs.largest
