@@ -216,3 +216,49 @@ def test_per_channel_shapes_are_checked():
     state = torch_model().state_dict()
     state["fc.weight_fake_quant.scale"] = torch.ones(3)
     refused(our_model(), state, r"'fc.weight_fake_quant.scale' has shape \(3,\) in the checkpoint and \(5,\)")
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "qnnpack"])
+def test_a_converted_checkpoint(backend, tmp_path):
+    """Codes and grids are the file's; sums are requantized by tritonq's formula, which may part single codes by one."""
+    theirs = ao.convert(torch_model(backend).eval())
+    torch.save(theirs.state_dict(), tmp_path / "int8.pt")
+    model = our_model(backend)
+    report = load_torch_ao_state_dict(model, tmp_path / "int8.pt" if backend == "fbgemm" else theirs.state_dict())
+    assert not report.unmapped
+    assert not report.missing, report
+    assert "2 BatchNorms, that of conv first, are identities" in str(report)
+    int8 = tritonq.convert(model.eval())
+    for name in ("conv", "pool.0", "fc"):
+        layer, other = int8.get_submodule(name), theirs.get_submodule(name)
+        assert torch.equal(layer.stored_weight, other.weight().int_repr())
+        assert float(layer.activation_post_process.scale) == pytest.approx(float(other.scale), rel=1e-7)
+        bias = other.bias() if callable(other.bias) else other.bias
+        unit = 0.0 if layer.multiplier is None else float(layer.multiplier.max())
+        torch.testing.assert_close(layer.bias, bias.detach(), rtol=0, atol=unit)
+    assert float(int8.skip.activation_post_process.scale) == float(theirs.skip.scale)
+    results = {}
+    for each in (int8, theirs):
+        for name in ("conv", "pool.0"):
+            found = results.setdefault(name, [])
+            each.get_submodule(name).register_forward_hook(lambda module, args, y, found=found: found.append(y))
+        each(images(9))
+    for name, (mine, other) in results.items():
+        assert (mine - other.dequantize()).abs().max() < 1.01 * theirs.get_submodule(name).scale
+
+
+def test_a_converted_checkpoint_of_another_model_is_refused():
+    state = dict(ao.convert(torch_model().eval()).state_dict())
+    for change, make, message in (
+        (lambda s: s.pop("fc._packed_params._packed_params"), our_model, "no integer weight of 'fc'"),
+        (lambda s: s.pop("skip.scale"), our_model, "no scale of the result of 'skip'"),
+        (lambda s: s.update({"skip.zero_point": torch.tensor(200)}), our_model, "the zero points 200..200 of 'skip"),
+        (lambda s: s.update({"skip.scale": torch.tensor(0.0)}), our_model, "a scale of 'skip"),
+        (lambda s: None, lambda: our_model(width=5), "the weight of 'conv' has shape"),
+    ):
+        model, changed = make(), dict(state)
+        change(changed)
+        before = state_of(model)
+        with pytest.raises(ValueError, match=message):
+            load_torch_ao_state_dict(model, changed)
+        assert_same_state(state_of(model), before)

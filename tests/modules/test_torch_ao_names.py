@@ -257,3 +257,21 @@ def test_stubs_and_qconfigs_by_hand():
     assert both[:3] == both[3:]
     assert type(ours.add_quant_dequant(wrapped[0].module)) is ours.QuantWrapper
     assert ours.swap_module(nn.Linear(3, 3)).__class__ is nn.Linear
+
+
+def test_a_state_dict_into_a_model_that_was_converted_without_data():
+    """As scripts of torch.ao deploy: prepare, convert, load."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained_model = ours.prepare_qat(eager(ours))
+        trained(ours, trained_model)
+        converted = ours.convert(trained_model)
+        empty = ours.prepare_qat(eager(ours))
+    before = {name: value.clone() for name, value in empty.state_dict().items()}
+    with pytest.warns(
+        UserWarning, match=r"5 quantizers, 'quant\.activation_post_process' first, have observed nothing"
+    ):
+        other = ours.convert(empty.eval())
+    assert all(torch.equal(value, before[name]) for name, value in empty.state_dict().items())
+    other.load_state_dict(converted.state_dict())
+    assert torch.equal(other(X), converted(X))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritonq.deploy.torch_ao_int8 import is_converted, translate
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.nn import QATLayer
 
@@ -55,10 +56,11 @@ class TorchAoReport:
 
 
 def load_torch_ao_state_dict(model: nn.Module, state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> TorchAoReport:
-    """Load a checkpoint of torch.ao's eager QAT into the same model prepared by tritonq.
+    """Load a checkpoint of torch.ao's eager QAT, trained or converted to integers, into the same model of tritonq's.
 
     Both versions of torch.ao's presets, observers that have seen nothing, per-channel observers that said ``min_vals``,
-    ConvBn modules from before they had a child ``bn``, and the prefix of DataParallel are understood.
+    ConvBn modules from before they had a child ``bn``, and the prefix of DataParallel are understood. From a converted
+    model come codes and grids: quantizers stop observing, and BatchNorms, which torch.ao folded away, are identities.
 
     Args:
         model: fused and prepared as it was for torch.ao: ``prepare_qat`` without example inputs.
@@ -86,7 +88,10 @@ def load_torch_ao_state_dict(model: nn.Module, state_dict: Mapping[str, Any] | s
     """
     if not any(isinstance(module, (QATLayer, FakeQuantizeBase)) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is not prepared: call prepare_qat first")
-    reader = _Reader(model, _tensors(state_dict))
+    state = _tensors(state_dict)
+    if is_converted(state):
+        return _load_converted(model, state)
+    reader = _Reader(model, state)
     reader.read()
     model.load_state_dict(reader.new, strict=False)
     return TorchAoReport(
@@ -94,6 +99,24 @@ def load_torch_ao_state_dict(model: nn.Module, state_dict: Mapping[str, Any] | s
         unmapped=tuple(reader.unmapped.items()),
         missing=tuple(reader.missing),
         notes=tuple(reader.notes()),
+    )
+
+
+def _load_converted(model: nn.Module, state: dict[str, Any]) -> TorchAoReport:
+    found = translate(model, state)
+    model.load_state_dict(found.state, strict=False)
+    missing = [name for name in model.state_dict() if name not in found.state]
+    notes = ["the checkpoint is that of a converted model: quantizers keep its grids; enable_observer lets them adapt"]
+    if found.folded:
+        notes.append(
+            f"{len(found.folded)} BatchNorms, that of {found.folded[0]} first, are identities, since the checkpoint "
+            "has them folded: freeze them for training (freeze_bn_stats)"
+        )
+    return TorchAoReport(
+        loaded=len(found.used),
+        unmapped=tuple((name, "the model has no place for it") for name in state if name not in found.used),
+        missing=tuple(name for name in missing if name.rpartition(".")[2] not in _OURS_ALONE),
+        notes=tuple(notes),
     )
 
 

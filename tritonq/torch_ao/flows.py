@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from tritonq import qconfig_mapping
 from tritonq.calibration import calibrating
 from tritonq.deploy import convert as convert_model
+from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.prepare import fuse_modules_qat, prepare_qat
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
+from tritonq.prepare.record.snapshot import copied
 from tritonq.qconfig import QConfig
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,6 +34,9 @@ def convert(
 ) -> nn.Module:
     """Return :func:`tritonq.convert` of a prepared model.
 
+    A model that has seen no data is converted too, with grids of no meaning, so that a state dict can be loaded into
+    the result.
+
     Args:
         module: a trained model.
         mapping: None; layers know their deployed form.
@@ -38,6 +45,9 @@ def convert(
         is_reference: False; ``export_program(form="pt2e")`` writes the form with quantize and dequantize.
         convert_custom_config_dict: None.
         use_precomputed_fake_quant: has no effect: converted models have the scales that were trained.
+
+    Warns:
+        UserWarning: quantizers that have observed nothing.
 
     Raises:
         ValueError: another value, or what :func:`tritonq.convert` raises.
@@ -52,7 +62,36 @@ def convert(
         'QuantizedLinear'
     """
     _check_unset(mapping=mapping, is_reference=is_reference, convert_custom_config_dict=convert_custom_config_dict)
-    return convert_model(module, inplace)
+    unseen = _without_ranges(module)
+    if not unseen:
+        return convert_model(module, inplace)
+    warnings.warn(
+        f"{len(unseen)} quantizers, {unseen[0]!r} first, have observed nothing, and their grids have no meaning: load "
+        "a state dict into the converted model",
+        stacklevel=2,
+    )
+    module = module if inplace else copied(module)
+    for name in unseen:
+        _give_range(module, name)
+    return convert_model(module, inplace=True)
+
+
+def _without_ranges(model: nn.Module) -> list[str]:
+    quantizers = {name: part for name, part in model.named_modules() if isinstance(part, FakeQuantizeBase)}
+    return [name for name, quantizer in quantizers.items() if not quantizer.has_qparams()]
+
+
+def _give_range(model: nn.Module, name: str) -> None:
+    """Let a quantizer observe its layer's weight, or numbers from 0 to 1."""
+    quantizer = cast(FakeQuantizeBase, model.get_submodule(name))
+    owner, _, attribute = name.rpartition(".")
+    values = model.get_submodule(owner).weight if attribute == "weight_fake_quant" else torch.tensor([0.0, 1.0])
+    switch, mode = quantizer.observer_enabled.clone(), quantizer.training
+    with torch.no_grad():
+        quantizer.enable_observer()
+        quantizer.train()(cast(Tensor, values).to(quantizer.observer_enabled.device))
+        quantizer.observer_enabled.copy_(switch)
+    quantizer.train(mode)
 
 
 def prepare_qat_fx(
