@@ -3,6 +3,7 @@
 import copy
 import io
 import operator
+import re
 
 import pytest
 import torch
@@ -169,3 +170,23 @@ def test_the_input_may_be_given_by_name(tmp_path):
     converted = tritonq.convert(prepared)
     assert torch.equal(prepared(X), converted(X))
     tritonq.export_onnx(converted, tmp_path / "model.onnx", {"x": X}, dynamic_batch=False)
+
+
+@pytest.mark.parametrize("qconfig", ["onnxruntime", "f8net"])
+@torch.no_grad()
+def test_a_float_checkpoint_fills_layers_and_their_batch_norms(qconfig):
+    def build():
+        block = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        return nn.ModuleDict({"net": nn.Sequential(block, nn.Conv2d(4, 2, 1))})
+
+    trained, holder = build(), build()
+    trained["net"][0][1].running_mean.normal_()
+    trained["net"][0][1].weight.uniform_(0.5, 2)
+    holder["net"] = tritonq.prepare_qat(holder["net"].train(), qconfig=tritonq.get_qconfig(qconfig), example_inputs=X)
+    found = holder.load_state_dict(trained.state_dict(), strict=False)
+    assert not found.unexpected_keys
+    assert all(re.search("fake_quant|process|format|alpha", key) for key in found.missing_keys)
+    bn, loaded = trained["net"][0][1], holder["net"][0][0].bn
+    assert all(torch.equal(bn.state_dict()[key], loaded.state_dict()[key]) for key in bn.state_dict())
+    again = copy.deepcopy(holder)
+    again.load_state_dict(holder.state_dict())

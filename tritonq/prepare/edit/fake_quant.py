@@ -25,6 +25,7 @@ from tritonq.prepare.edit.batch_norms import frozen_batch_norm, plain_batch_norm
 from tritonq.prepare.edit.earlier_inputs import note_earlier_names
 from tritonq.prepare.edit.earlier_outputs import note_earlier_output
 from tritonq.prepare.edit.editor import ModelEditor
+from tritonq.prepare.edit.float_keys import note_batch_norms
 from tritonq.prepare.edit.function_layers import computed_parameters, float_layer
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
 from tritonq.prepare.edit.swap import keep_attributes, plain_form, swap, take_place
@@ -101,6 +102,9 @@ class _PlanWork:
         self._editor.apply()
         self._link()
         note_earlier_names(self._editor.model, self._input_names)
+        layers = self._plan.layers
+        norms = {layer.batch_norm: layer.name for layer in layers if layer.batch_norm is not None}
+        note_batch_norms(self._editor.model, norms)
 
     def _erase_relus(self) -> None:
         for name in self._plan.erased_modules:

@@ -14,6 +14,7 @@ from tritonq.nn.folded import FoldedBatchNorm
 from tritonq.prepare.decide.fixed_point import Group, Links, Pooling, is_fixed_point
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.edit.editor import ModelEditor
+from tritonq.prepare.edit.float_keys import note_batch_norms
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
 from tritonq.prepare.edit.swap import from_float
 from tritonq.prepare.forwards.graph import Operands, first_node, node_operands
@@ -77,6 +78,9 @@ class _Builder:
         for call in self._links.relus:
             self._replace_relu(call)
         self._editor.apply()
+        layers = self._links.layers.values()
+        norms = {layer.batch_norm: layer.name for layer in layers if layer.batch_norm is not None}
+        note_batch_norms(self._editor.model, norms)
 
     def _make_layer(self, layer: Layer) -> FixedPointLayer:
         module = self._editor.modules[layer.name]

@@ -1,0 +1,30 @@
+"""State dicts of float models: a BatchNorm that became part of a layer is found under its name in the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+_NAMES = "tritonq_batch_norm_names"
+
+
+def note_batch_norms(model: nn.Module, layers: Mapping[str, str]) -> None:
+    """Let a prepared model load the state of its BatchNorms from a state dict of the float model.
+
+    ``layers`` says for each BatchNorm, by name, which layer it is part of now.
+    """
+    if layers:
+        setattr(model, _NAMES, dict(layers))
+        model.register_load_state_dict_pre_hook(_move_batch_norms)  # type: ignore[no-untyped-call]
+
+
+def _move_batch_norms(model: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Move the entries of BatchNorms into their layers, where a layer has one and the state dict has none for it."""
+    for name, layer in getattr(model, _NAMES, {}).items():
+        bn = model.get_submodule(layer)._modules.get("bn")
+        for key in () if bn is None else bn.state_dict():
+            old, new = f"{prefix}{name}.{key}", f"{prefix}{layer}.bn.{key}"
+            if old in state_dict and new not in state_dict:
+                state_dict[new] = state_dict.pop(old)
