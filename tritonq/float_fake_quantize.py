@@ -100,6 +100,21 @@ class FloatFakeQuantize(SwitchedQuantizer):
             return FLOAT_FORMATS[ELEMENT_FORMATS[self.format]].largest
         return self.blocks.element_format.largest * FLOAT_FORMATS["e4m3"].largest
 
+    def rounds(self) -> bool:
+        """Whether :meth:`forward` rounds; may synchronise with the device."""
+        self._scale_known = self._scale_known or bool(self.amax_history.any())
+        return self._scale_known and bool(self.fake_quant_enabled)
+
+    def grid(self) -> Grid:
+        """Return the grid of a format of single elements, with its switch.
+
+        Raises:
+            ValueError: a format of blocks, whose scales depend on the tensor.
+        """
+        if self.qtype is None:
+            raise ValueError(f"{self.format} has no grid: its blocks find their scales in each tensor")
+        return Grid(self.scale, None, self.qtype, self.fake_quant_enabled)
+
     def allocate(self, num_channels: int) -> None:
         """Give per-channel buffers their final length; a no-op per tensor or when they have it."""
         if self.blocks is None and self.ch_axis is not None and self.scale.numel() != num_channels:

@@ -329,8 +329,8 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
       alone. First and last layer and inputs want 8 bits: :func:`tritonq.get_qconfig_mapping` gives the mapping.
     - ``"fp8_e4m3"``: floats of 8 bits, weights with a scale per output channel, activations with one that follows from
       the largest magnitudes of 16 batches.
-    - ``"mxfp8"``, ``"mxfp4"``, ``"nvfp4"``: blocks of floats of 8 or 4 bits along the input channels. None of the four
-      has a deployed form yet: :func:`tritonq.convert` says so.
+    - ``"mxfp8"``, ``"mxfp4"``, ``"nvfp4"``: blocks of floats of 8 or 4 bits along the input channels. These three have
+      no deployed form, as blocks find their scales while the model runs: :func:`tritonq.convert` says so.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.

@@ -75,7 +75,7 @@ def test_files_hold_16_bits_and_onnx_runtime_runs_them(trained, tmp_path):
     report = tritonq.verify(trained, path, X)
     assert report.agrees()
     assert report.total.fraction < 0.01
-    assert "round floats to 16 bits" in str(report)
+    assert "round to codes of 16 bits" in str(report)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])

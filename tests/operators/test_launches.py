@@ -112,7 +112,8 @@ def preset(qconfig: tritonq.QConfig, fixed_point: bool = False) -> Callable[[], 
     def run() -> None:
         model = prepared(qconfig, fixed_point)
         train(model, image())
-        if not isinstance(qconfig.activation(), tritonq.FloatFakeQuantize):  # floats have no deployed form
+        quantizer = qconfig.activation()
+        if not isinstance(quantizer, tritonq.FloatFakeQuantize) or quantizer.qtype is not None:  # blocks: not deployed
             evaluate(model, image())
 
     return run

@@ -21,8 +21,8 @@ class LayerComparison:
         differing: how many differ.
         largest: by how many codes at most.
         island: operators between the codes that the layer reads and those it makes, whose sums have no defined order
-            (softmax, LayerNorm, a layer in float), or that round on the way to codes of 16 bits: there one code may
-            differ. Empty: none may.
+            (softmax, LayerNorm, a layer in float), or that round on the way to codes of 16 bits or of floats: there one
+            code may differ. Empty: none may.
     """
 
     name: str
@@ -112,7 +112,7 @@ class VerificationReport:
             for layer in (*self.layers, self.total)
         ]
         if any(layer.island for layer in self.layers):
-            why = "add floats in no defined order, or round floats to 16 bits"
+            why = "add floats in no defined order, or round to codes of 16 bits or of floats"
             lines.append(f"island: these operators {why}; one code may differ")
         first, outputs = self.first_difference, self.outputs
         lines.append("no code differs" if first is None else f"first difference: {first.name}")

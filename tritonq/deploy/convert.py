@@ -12,11 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.deploy.computed import drop_computations
 from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
+from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import LAYER_TYPES, DeployedModule, Grids, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbeddingBag
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional.codes import carry_codes
+from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.groups import as_rows, group_rows
 from tritonq.grid import Grid
 from tritonq.nn import Embedding, EmbeddingBag, Joint, QATLayer, QATRepVGGBlock
@@ -31,8 +33,10 @@ from tritonq.prepare.forwards.edited import apply_forward, quantizer_names, quan
 from tritonq.prepare.record.snapshot import copied
 from tritonq.qparams import QuantizedType
 from tritonq.reference.fake_quant import quantize
+from tritonq.reference.float_rounding import codes_of_floats
 from tritonq.switched_quantizer import SwitchedQuantizer
 
+_QUANTIZERS = (FakeQuantizeBase, FloatFakeQuantize)
 # By what the names of the modules begin with that define their quantized layers and fake quantizers.
 _OTHERS = {
     "torch.ao": ("torch.ao.quantization.fake_quantize", "torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat"),
@@ -101,10 +105,10 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
 def why_not_deployable(model: nn.Module) -> str | None:
     """Return the reason why a prepared model has no deployed form, however it is trained, or None where it has one."""
     for name, module in model.named_modules():
-        if isinstance(module, FloatFakeQuantize):
+        if isinstance(module, FloatFakeQuantize) and module.qtype is None:
             return (
-                f"the quantizer {name!r} rounds to {module.format}, which has no deployed form yet: only integer codes "
-                "have one"
+                f"the quantizer {name!r} rounds to {module.format}, which has no deployed form: its blocks find their "
+                "scales while the model runs; formats of single elements, such as fp8_e4m3, have one"
             )
     return None
 
@@ -145,7 +149,7 @@ def _check(model: nn.Module, allow_unquantized: bool) -> None:
     if reason is not None:
         raise ValueError(f"{reason}; evaluate the trained model itself, in eval mode")
     for name, module in model.named_modules():
-        if isinstance(module, FakeQuantizeBase) and not module.is_enabled_on_host() and not allow_unquantized:
+        if isinstance(module, _QUANTIZERS) and not _rounds(module) and not allow_unquantized:
             why = "has never observed anything" if bool(module.fake_quant_enabled) else "is switched off"
             raise ValueError(
                 f"the quantizer {name!r} {why}, so the model that was trained does not round there; train or calibrate "
@@ -155,6 +159,10 @@ def _check(model: nn.Module, allow_unquantized: bool) -> None:
             raise ValueError(
                 f"{name!r} has float64 parameters; deployed arithmetic is float32: call model.float() first"
             )
+
+
+def _rounds(quantizer: FakeQuantizeBase | FloatFakeQuantize) -> bool:
+    return quantizer.rounds() if isinstance(quantizer, FloatFakeQuantize) else quantizer.is_enabled_on_host()
 
 
 def _other_library(model: nn.Module) -> str | None:
@@ -199,7 +207,7 @@ def _check_finite(model: nn.Module) -> None:
 
 def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
     quantizers: dict[nn.Module, nn.Module] = {
-        module: _quantizer(module) for module in model.modules() if isinstance(module, FakeQuantizeBase)
+        module: _quantizer(module) for module in model.modules() if isinstance(module, _QUANTIZERS)
     }
     replacements: dict[nn.Module, nn.Module] = dict(quantizers)
     for name, module in model.named_modules():
@@ -233,12 +241,13 @@ def _keep_quantizers(module: nn.Module, made: nn.Module, quantizers: Mapping[nn.
     apply_forward(made, data, quantizer_names(data))
 
 
-def _quantizer(source: FakeQuantizeBase) -> nn.Module:
-    return (
-        Quantizer(source.qtype, *map(torch.clone, source.calculate_qparams()))
-        if source.is_enabled_on_host()
-        else nn.Identity()
-    )
+def _quantizer(source: FakeQuantizeBase | FloatFakeQuantize) -> nn.Module:
+    if not _rounds(source):
+        return nn.Identity()
+    if isinstance(source, FloatFakeQuantize) or source.qtype.float_format is not None:
+        grid = source.grid()
+        return FloatQuantizer(grid.qtype, grid.scale.detach().clone())
+    return Quantizer(source.qtype, *map(torch.clone, source.calculate_qparams()))
 
 
 def _layer(layer: QATLayer, output: nn.Module) -> QuantizedLayer:
@@ -288,9 +297,9 @@ def _weight_grid(layer: QATLayer) -> QuantizedType | None:
     quantizer = layer.weight_fake_quant
     if isinstance(quantizer, nn.Identity):
         return None
-    if not isinstance(quantizer, FakeQuantizeBase):
+    if not isinstance(quantizer, _QUANTIZERS):
         raise ValueError(f"a weight quantizer of type {type(quantizer).__name__} has no grid")
-    return quantizer.qtype if quantizer.is_enabled_on_host() else None
+    return quantizer.qtype if _rounds(quantizer) else None
 
 
 def _float_tensors(
@@ -314,6 +323,10 @@ def _table(table: Embedding | EmbeddingBag) -> nn.Module:
     target: Any = TABLE_TYPES[nn.Embedding if isinstance(table, nn.Embedding) else nn.EmbeddingBag]
     geometry = {name: getattr(table, name) for name in target.geometry_names}
     quantizer = table.weight_fake_quant
+    if isinstance(quantizer, FloatFakeQuantize) and quantizer.rounds():
+        # A table of numbers that the format has: nothing computes on its codes.
+        kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
+        return kind(**geometry, _weight=fake_quantize(table.weight.detach(), quantizer.grid()))
     if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
         kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
         return kind(**geometry, _weight=table.weight.detach().clone())
@@ -336,6 +349,8 @@ def _codes(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     zeros = torch.zeros_like(grid.scale, dtype=torch.int32) if grid.zero_point is None else grid.zero_point
     scale, zero = (values.detach().reshape(-1).expand(len(rows)).clone() for values in (grid.scale, zeros))
     codes = quantize(rows.float(), Grid(scale, zero, qtype.with_axis(0)))
+    if qtype.float_format is not None:
+        codes = codes_of_floats(codes, qtype.float_format)
     return codes.to(qtype.storage_dtype), scale, zero
 
 

@@ -13,6 +13,7 @@ from torch.jit import ScriptModule
 from tritonq.deploy import fixed_point_description
 from tritonq.deploy.computed import stand_ins
 from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers, integer_difference
+from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, DeployedModule, Grids, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTable
 from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, MatMul, Mul, RepVGGBlock, Sub
@@ -110,7 +111,7 @@ def _describe(module: nn.Module) -> Description:
         grid = _grid_to_data(module.qtype)
         described = {"kind": "table", "type": module.float_type.__name__, "geometry": module.geometry, "weight": grid}
         return {**described, "target": module.target}
-    if isinstance(module, Quantizer):
+    if isinstance(module, (Quantizer, FloatQuantizer)):
         return {"kind": "quantizer", "grid": _grid_to_data(module.qtype)}
     if isinstance(module, Joint):
         return {"kind": module.kind, "ceiling": module.ceiling, **_further(module)}
@@ -185,6 +186,8 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         grid = _grid_from_data(entry["grid"])
         if grid is None:
             raise ValueError(f"the quantizer {name!r} has no grid")
+        if grid.float_format is not None:
+            return FloatQuantizer(grid, _tensor(tensors, _join(name, "scale")))
         return Quantizer(grid, _tensor(tensors, _join(name, "scale")), _tensor(tensors, _join(name, "zero_point")))
     if kind in _JOINTS:
         if "equation" in entry:

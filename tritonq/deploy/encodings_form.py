@@ -125,6 +125,8 @@ def _mark_layer(layer: QuantizedLayer, name: str) -> dict[str, Encoding]:
     if scale is not None and qtype is not None:
         if layer.has_groups:
             raise ValueError(f"{name!r} has a scale per group of input channels, which this version's encodings lack")
+        if layer.has_floats:
+            raise ValueError(f"the weight of {name!r} is rounded to {qtype.codes}, and encodings describe integers")
         zero = layer.weight_zero_point
         is_one = bool((scale == scale[0]).all()) and (zero is None or bool((zero == zero[0]).all()))
         axis: int | None = 1 if isinstance(layer, QuantizedConvTranspose2d) else 0

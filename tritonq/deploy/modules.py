@@ -28,6 +28,7 @@ from tritonq.nn.fusable import checked_ceiling, describe_relu
 from tritonq.nn.own_input import QuantizesInput
 from tritonq.qparams import QuantizedType
 from tritonq.reference.activation import rectify
+from tritonq.reference.float_rounding import floats_of_codes
 
 # What a saved file holds per layer.
 TENSOR_NAMES = (
@@ -136,6 +137,11 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         return self.grids.weight is not None and self.grids.weight.group is not None
 
     @property
+    def has_floats(self) -> bool:
+        """Whether the weight's codes are those of a float format."""
+        return self.grids.weight is not None and self.grids.weight.float_format is not None
+
+    @property
     def geometry(self) -> dict[str, Any]:
         """Arguments of the float layer's constructor."""
         return {name: getattr(self, name) for name in self.geometry_names}
@@ -192,7 +198,10 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         return values.view(-1, *[1] * (self.stored_weight.dim() - 1))
 
     def centred_weight(self) -> Tensor:
-        """Return weight codes minus zero points, in the smallest dtype that holds them."""
+        """Return weight codes minus zero points, in the smallest dtype that holds them; of float codes the numbers."""
+        number = None if self.grids.weight is None else self.grids.weight.float_format
+        if number is not None:
+            return floats_of_codes(self.stored_weight, number)
         if self.weight_zero_point is None:
             return self.stored_weight
         return self.stored_weight.to(torch.int32) - self.along_weight(self.weight_zero_point)

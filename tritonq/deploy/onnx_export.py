@@ -27,7 +27,6 @@ from tritonq.deploy.onnx_functions import CodeTable, check_functions
 from tritonq.deploy.onnx_moves import quantize_behind_moves
 from tritonq.deploy.onnx_opset17 import lower_opset
 from tritonq.deploy.onnx_packed import PACKED_OPSET, pack_weights
-from tritonq.deploy.onnx_quantizers import needs_packed_opset
 from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return_tensors_alone
 from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.record.example import example_arguments
@@ -79,7 +78,7 @@ def export_onnx(
             those of the file.
         target: ``"onnxruntime"``, ``"tensorrt"`` or ``"qdq"``; None: what the preset of the model was made for.
         opset: at least 17, the newest whose means TensorRT 8 reads with their axes. Activations of 16 bits, which
-            ``target="qdq"`` alone holds, and weights with a scale per group make it 21 at least.
+            ``target="qdq"`` alone holds, and weights with a scale per group make it 21 at least; eight-bit floats 19.
         dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
         dynamic_sizes: leave height and width of the inputs open (all axes behind the first two of tensors with 3 to 5
             axes), for fully convolutional networks.
@@ -130,6 +129,7 @@ def export_onnx(
     check_float32(model, example_inputs)
     # Registers operators with torch, which importing tritonq should not do.
     from tritonq.deploy.onnx_graph import onnx_form
+    from tritonq.deploy.onnx_quantizers import least_opset
 
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
     target = onnx_form_of(deployed.modules()) if target is None else target
@@ -143,7 +143,7 @@ def export_onnx(
     arguments, shapes = open_axes(traced.forward, arguments, dynamic_batch, dynamic_sizes)
     result = result_of(deployed, *arguments)
     return_tensors_alone(traced, result)
-    opset = max(opset, PACKED_OPSET) if pack or needs_packed_opset(traced) else opset
+    opset = max(opset, least_opset(traced), PACKED_OPSET if pack else 0)
     program = export_traced(traced, *arguments, shapes, max(opset, DEFAULT_OPSET), input_names, output_names)
     if output_names is None:
         name_outputs(program.model, output_paths(result))
@@ -258,6 +258,7 @@ def export_traced(
 
 def _name_codes(model: Any) -> None:
     """Name the codes after their quantizers and list them in the file's metadata, in order of execution."""
+    from tritonq.deploy.onnx_floats import describe_floats
     from tritonq.deploy.onnx_ops import QUANTIZER_KEY
 
     found: list[dict[str, Any]] = []
@@ -267,6 +268,11 @@ def _name_codes(model: Any) -> None:
             continue
         codes = node.outputs[0]
         earlier = sum(entry["quantizer"] == quantizer for entry in found)
+        if node.op_type == "DequantizeLinear":  # of floats, whose codes no session returns
+            if not codes.is_graph_output():
+                codes.name = f"{quantizer}.values" + (f".{earlier}" if earlier else "")
+            found.append({"quantizer": quantizer, "tensor": codes.name, **describe_floats(node)})
+            continue
         codes.name = f"{quantizer}.codes" + (f".{earlier}" if earlier else "")
         reader = codes.uses()[0].node
         if reader.op_type == "DequantizeLinear":

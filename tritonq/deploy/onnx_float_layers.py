@@ -61,16 +61,23 @@ def float_convolutions(proto: Any) -> list[str]:
         for name in node.input:
             readers.setdefault(name, []).append(node.op_type)
     outputs = {value.name for value in graph.output}
+    floats = {tensor.name for tensor in graph.initializer if tensor.data_type in _float8_types()}
     found = []
     for node in graph.node:
         weight = producers.get(node.input[1]) if node.op_type in _CONVOLUTIONS else None
-        if weight is None or weight.op_type != "DequantizeLinear" or _has_blocks(weight):
+        if weight is None or weight.op_type != "DequantizeLinear" or _has_blocks(weight) or weight.input[0] in floats:
             continue
         result = node.output[0]
         is_transposed = node.op_type == "ConvTranspose"
         if is_transposed or result in outputs or set(readers.get(result, ())) != {"QuantizeLinear"}:
             found.append(weight.input[0].removesuffix(".weight"))
     return list(dict.fromkeys(found))
+
+
+def _float8_types() -> tuple[int, int]:
+    import onnx
+
+    return onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2
 
 
 def _has_blocks(node: Any) -> bool:

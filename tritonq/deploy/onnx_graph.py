@@ -29,8 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.deploy.convert import swap_modules
+from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
 from tritonq.deploy.onnx_averages import grids_of, rewrite_average, rewrite_global_average
+from tritonq.deploy.onnx_floats import FLOAT_DTYPES, TracedFloatQuantizer
 from tritonq.deploy.onnx_functions import CodeTable, code_table, function_grids, rewrite_function
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
@@ -46,6 +48,7 @@ from tritonq.qparams import QuantizedType
 from tritonq.targets import OnnxForm
 
 _OUTPUT = "activation_post_process"
+_KNOWN = (Quantizer, FloatQuantizer, QuantizedLayer, QuantizedTable)
 
 
 def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[CodeTable]]:
@@ -55,7 +58,7 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
         ValueError: a quantizer, weight or module that the target can't represent; the message names it.
     """
     for name, module in converted.named_modules():
-        if isinstance(module, DeployedModule) and not isinstance(module, (Quantizer, QuantizedLayer, QuantizedTable)):
+        if isinstance(module, DeployedModule) and not isinstance(module, _KNOWN):
             raise ValueError(f"{type(module).__name__} {name!r} has no form in ONNX")
     model = copy.deepcopy(converted)
     quantizers = {module: name for name, module in model.named_modules() if isinstance(module, Quantizer)}
@@ -80,6 +83,9 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
                 rewrite_global_average(module)
         form = int8_quantizer if target == "tensorrt" else plain_quantizer
         traced = {module: form(module, name) for module, name in quantizers.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, FloatQuantizer):
+            traced[module] = TracedFloatQuantizer(module, name, divides=target != "onnxruntime")
     for join in joins:
         join.replace_producers(traced)
     for module in model.modules():
@@ -197,10 +203,12 @@ def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
         if layer.multiplier is not None and layer.stored_bias is not None:
             layer.keep(bias=(layer.stored_bias.double() * layer.multiplier.double()).float())
             layer.multiplier = None
-    if target == "tensorrt" and axis is not None:
+    if axis is not None and layer.has_floats:
+        _rewrite_float_weight(layer)
+    elif target == "tensorrt" and axis is not None:
         # Values on the grid: TensorRT's QuantizeLinear gives the trained codes back.
         layer.keep(weight=layer.dequantized_weight(torch.float32))
-    if axis is not None:
+    if axis is not None and not layer.has_floats:
         zero, dtype = layer.weight_zero_point, torch.int8 if target == "tensorrt" else layer.stored_weight.dtype
         scale = cast(Tensor, layer.weight_scale)
         zero = torch.zeros_like(scale, dtype=dtype) if zero is None else zero.to(dtype)
@@ -215,6 +223,16 @@ def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
     # ONNX Runtime adds bias and products in integers in a Gemm, which takes matrices; behind a MatMul it adds floats.
     flattens = target == "onnxruntime" and isinstance(layer, nn.Linear) and layer.multiplier is not None
     layer.forward = partial(_layer_forward, layer, axis, flattens)  # type: ignore[method-assign]
+
+
+def _rewrite_float_weight(layer: QuantizedLayer) -> None:
+    """Let a weight of float codes be a constant of eight-bit floats, which hold the numbers of smaller formats too."""
+    dtype = FLOAT_DTYPES.get(cast(QuantizedType, layer.grids.weight).codes, torch.float8_e4m3fn)
+    scale = cast(Tensor, layer.weight_scale)
+    if layer.has_groups:
+        scale = layer.linear_map.from_rows(scale)
+    layer.keep(weight=layer.centred_weight().to(dtype), weight_scale=scale)
+    layer.weight_zero_point = torch.zeros_like(scale).to(dtype)
 
 
 def _weight_axis(layer: QuantizedLayer) -> int | None:
@@ -237,7 +255,7 @@ def _layer_forward(
     scale, zero = layer.weight_scale, layer.weight_zero_point
     if axis is None:
         weight = layer.dequantized_weight(torch.float32)
-    elif layer.stored_weight.is_floating_point():
+    elif layer.stored_weight.dtype == torch.float32:
         weight = quantize_dequantize(layer.stored_weight, scale, zero, -128, 127, axis, False, "")
     else:
         group = cast(QuantizedType, layer.grids.weight).group

@@ -78,7 +78,7 @@ def _read_inputs(graph: Any, names: frozenset[str]) -> None:
 def find_islands(graph: Any, tensors: Sequence[str], target: str | None) -> dict[str, tuple[str, ...]]:
     """Return for each tensor of codes the operators before it whose result depends on the order of float sums.
 
-    For codes of 16 bits that is whatever rounds.
+    For codes of 16 bits and of floats that is whatever rounds.
 
     Args:
         graph: an ``onnx.GraphProto``.
@@ -102,13 +102,16 @@ class _Search:
 
     def before(self, codes: str) -> tuple[str, ...]:
         """Return the operators without a defined order that lead to these codes, each once."""
-        undefined = _COMPUTING if self._has_16_bits(codes) else frozenset[str]()
+        undefined = _COMPUTING | _PRODUCTS if self._is_fine(codes) else frozenset[str]()
         nodes = self._between(codes)
         return tuple(sorted({n.op_type for n in nodes if n.op_type in undefined or not self._is_defined(n)}))
 
-    def _has_16_bits(self, codes: str) -> bool:
+    def _is_fine(self, codes: str) -> bool:
+        """Whether codes have 16 bits, or are those of floats, which are given as values."""
         node = self._producers.get(codes)
-        return node is not None and node.op_type == "QuantizeLinear" and node.input[2] in self._wide
+        return node is not None and (
+            node.op_type == "DequantizeLinear" or (node.op_type == "QuantizeLinear" and node.input[2] in self._wide)
+        )
 
     def _between(self, result: str) -> Iterator[Any]:
         """Yield the nodes that lead to codes from other codes, from inputs and constants."""

@@ -67,7 +67,7 @@ def dequantize(
     """Return ``(codes - z) * s`` in float32.
 
     Args:
-        codes: int8, uint8 or int32.
+        codes: int8, uint8 or int32, or numbers of a float8 dtype.
         scale: float32 (codes.shape[axis],); with blocks as ``codes``, with one index per block along ``axis``.
         zero_point: as ``scale``, in the dtype of ``codes``; None: zeros.
         axis: what ``scale`` runs along, or what blocks lie along.
@@ -82,6 +82,30 @@ def dequantize(
 @dequantize.register_fake
 def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block_size: int | None = None) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
+
+
+@torch.library.custom_op("tritonq::quantize_dequantize_float", mutates_args=())
+def quantize_dequantize_float(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, divided: bool, quantizer: str
+) -> Tensor:
+    """Return the nearest number of a float format to ``x / s``, times ``s``; larger values saturate.
+
+    Args:
+        x: float32.
+        scale: float32, 0-d or (x.shape[axis],).
+        zero_point: zeros, as ``scale``, in the format's dtype: torch.float8_e4m3fn or torch.float8_e5m2.
+        axis: what ``scale`` runs along, if it is not 0-d.
+        divided: ``x`` holds x / s already.
+        quantizer: name to mark the values with.
+    """
+    scale, largest = _along(scale, x, axis), torch.finfo(zero_point.dtype).max
+    steps = x if divided else x / scale
+    return steps.clamp(-largest, largest).to(zero_point.dtype).float() * scale
+
+
+@quantize_dequantize_float.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, divided: bool, quantizer: str) -> Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.custom_op("tritonq::global_average", mutates_args=())
@@ -123,6 +147,7 @@ def round_half_away(x: Tensor) -> Tensor:
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return the ``custom_translation_table`` of ``torch.onnx.export`` for these operators."""
     from onnxscript import opset18 as op
+    from onnxscript import opset19 as op19
     from onnxscript import opset21 as op21
 
     def bound(value: int, limit: int, dtype: Any) -> Any:
@@ -159,6 +184,17 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         blocks = {} if block_size is None else {"block_size": block_size}
         return (op if block_size is None else op21).DequantizeLinear(codes, scale, zero_point, axis=axis, **blocks)
 
+    def translate_quantize_dequantize_float(
+        x: Any, scale: Any, zero_point: Any, axis: int, divided: bool, quantizer: str
+    ) -> Any:
+        if divided:  # QuantizeLinear without a scale that divides: Cast saturates and rounds alike
+            codes = op19.Cast(x, to=zero_point.dtype.value, saturate=1)
+        else:
+            codes = op19.QuantizeLinear(x, scale, zero_point, axis=axis)
+        values = op19.DequantizeLinear(codes, scale, zero_point, axis=axis)
+        values.metadata_props[QUANTIZER_KEY] = quantizer
+        return values
+
     def translate_global_average(x: Any) -> Any:
         return op.GlobalAveragePool(x)
 
@@ -168,6 +204,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     table: Any = torch.ops.tritonq
     return {
         table.negate_codes.default: translate_negate_codes,
+        table.quantize_dequantize_float.default: translate_quantize_dequantize_float,
         table.global_average.default: translate_global_average,
         table.quantize_dequantize.default: translate_quantize_dequantize,
         table.dequantize.default: translate_dequantize,

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.modules import QuantizedLayer, Quantizer
+from tritonq.deploy.onnx_floats import FLOAT_DTYPES, FLOATS_OPSET
 from tritonq.deploy.onnx_ops import quantize_dequantize, round_half_away
+from tritonq.deploy.onnx_packed import PACKED_OPSET
 from tritonq.reference.fake_quant import quantize
 
 
@@ -105,12 +107,18 @@ def _plain_dtype(low: int, high: int) -> torch.dtype | None:
     return next((dtype for dtype, limit in limits if limit.min <= low and high <= limit.max), None)
 
 
-def needs_packed_opset(model: nn.Module) -> bool:
-    """Whether a traced model has a quantizer of 16 bits, or a weight in groups, which opset 21 brought."""
+def least_opset(model: nn.Module) -> int:
+    """Return the oldest opset that has what a traced model needs.
+
+    21 brought quantizers of 16 bits and weights in groups, 19 eight-bit floats; 0: no demand.
+    """
     modules = list(model.modules())
     quantizers = (module for module in modules if isinstance(module, TracedQuantizer))
     wide = any(quantizer.zero_point.dtype in (torch.int16, torch.uint16) for quantizer in quantizers)
-    return wide or any(isinstance(module, QuantizedLayer) and module.has_groups for module in modules)
+    if wide or any(isinstance(module, QuantizedLayer) and module.has_groups for module in modules):
+        return PACKED_OPSET
+    held = (tensor for module in modules for tensor in module._buffers.values() if tensor is not None)
+    return FLOATS_OPSET if any(tensor.dtype in FLOAT_DTYPES.values() for tensor in held) else 0
 
 
 def quantize_twice(layer: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tritonq.deploy.codes import Codes, GivenCodes, Runner
 from tritonq.deploy.onnx_ends import Ends
 from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, require_onnx
+from tritonq.deploy.onnx_floats import float_codes, float_values
 from tritonq.deploy.onnx_layers_apart import find_islands, given_name, separated
 from tritonq.deploy.onnx_session import open_session
 from tritonq.prepare.record.structure import tensors_in
@@ -89,6 +90,9 @@ class _Runner:
         codes: Codes = {}
         for entry in self._entries:
             values = raw[entry["tensor"]]
+            if "format" in entry:
+                codes.setdefault(entry["quantizer"], []).append(float_codes(entry, torch.from_numpy(values)))
+                continue
             centred = values.astype(np.int32) - _zero_point(entry, values.ndim)
             codes.setdefault(entry["quantizer"], []).append(torch.from_numpy(centred).float())
         return codes
@@ -102,6 +106,9 @@ class _Runner:
             other = known[calls[quantizer]] if calls[quantizer] < len(known) else None
             calls[quantizer] += 1
             if other is None:
+                continue
+            if "format" in entry:
+                made[entry["tensor"]] = float_values(entry, other.reshape(own.shape)).numpy()
                 continue
             codes = other.numpy().reshape(own.shape) + _zero_point(entry, own.ndim)
             if own.dtype.kind != "f":

@@ -130,6 +130,8 @@ def _rewrite_layer(layer: QuantizedLayer, name: str) -> None:
         raise ValueError(
             f"{name!r} has a scale per group of input channels, for which the form of PT2E has no operator"
         )
+    if layer.has_floats:
+        raise ValueError(f"the weight of {name!r} is rounded to floats, and the form of PT2E holds integers")
     bias, axis, scale = layer.bias, _scale_axis(layer), layer.weight_scale
     codes = None if layer.grids.weight is None else (layer.grids.weight.quant_min, layer.grids.weight.quant_max)
     if scale is None or codes is None or axis is None:

@@ -11,9 +11,14 @@ from torch import Tensor, nn
 
 from tritonq.deploy.codes import Codes, GivenCodes, Runner, take_given
 from tritonq.deploy.fixed_point_verify import codes_read, fixed_point_layers, value_of_codes
+from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import Quantizer
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.prepare.record.structure import tensors_in
+from tritonq.reference.float_rounding import codes_of_floats, floats_of_codes, round_to_float_
+
+_QUANTIZERS = (FakeQuantizeBase, FloatFakeQuantize, Quantizer, FloatQuantizer)
 
 
 def torch_runner(model: nn.Module) -> Runner:
@@ -21,9 +26,9 @@ def torch_runner(model: nn.Module) -> Runner:
     quantizers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (FakeQuantizeBase, Quantizer)) and not name.endswith("weight_fake_quant")
+        if isinstance(module, _QUANTIZERS) and not name.endswith("weight_fake_quant")
     }
-    active = {n: m for n, m in quantizers.items() if isinstance(m, Quantizer) or m.is_enabled_on_host()}
+    active = {name: module for name, module in quantizers.items() if _is_active(module)}
     layers = fixed_point_layers(model)
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
@@ -47,6 +52,13 @@ def torch_runner(model: nn.Module) -> Runner:
     return run
 
 
+def _is_active(quantizer: nn.Module) -> bool:
+    """Whether a quantizer rounds to codes: formats of blocks have none that could be compared."""
+    if isinstance(quantizer, FloatFakeQuantize):
+        return quantizer.qtype is not None and quantizer.rounds()
+    return not isinstance(quantizer, FakeQuantizeBase) or quantizer.is_enabled_on_host()
+
+
 def _recorder(codes: Codes, name: str, given: GivenCodes) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
     def record(module: Any, args: Any, output: Tensor) -> Tensor | None:
         scale = module.calculate_qparams().scale if isinstance(module, FakeQuantizeBase) else module.scale
@@ -55,9 +67,14 @@ def _recorder(codes: Codes, name: str, given: GivenCodes) -> Callable[[nn.Module
         if axis is not None:
             shape[axis] = -1
         scale = scale.view(shape)
-        own = (output.detach().float() / scale).round_().cpu()
-        other = take_given(given, codes, name, own)
-        return None if other is None else (other.to(output.device) * scale).to(output.dtype)
+        number = module.qtype.float_format
+        steps = output.detach().float() / scale
+        own = steps.round_().cpu() if number is None else codes_of_floats(round_to_float_(steps, number), number).cpu()
+        other = take_given(given, codes, name, own.float())
+        if other is None:
+            return None
+        steps = other.to(output.device) if number is None else floats_of_codes(other.to(output.device), number)
+        return (steps * scale).to(output.dtype)
 
     return record
 

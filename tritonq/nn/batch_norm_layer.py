@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional.conv_bn import check_running_var
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.recomputation import StepMemory
@@ -87,7 +88,7 @@ class QATBatchNormLayer(QATLayer):
         quantizer = self.weight_fake_quant
         if self._mode != "scale" or isinstance(quantizer, nn.Identity):
             return super().quantized_folded_weight(folded)
-        if isinstance(quantizer, FakeQuantizeBase) and quantizer.is_enabled_on_host():
+        if _rounds_to_one_grid(quantizer):
             op = self.linear_map
             return op.from_rows(fake_quantize(op.to_rows(folded), self.weight_grid()))
         scale = self.fold_factors().abs()
@@ -198,3 +199,10 @@ class QATBatchNormLayer(QATLayer):
         if self.freeze_bn:
             self.bn.training = False
         return self
+
+
+def _rounds_to_one_grid(quantizer: nn.Module) -> bool:
+    """Whether a weight quantizer has a grid that is switched on: no blocks, and no other library's module."""
+    if isinstance(quantizer, FloatFakeQuantize):
+        return quantizer.qtype is not None and quantizer.rounds()
+    return isinstance(quantizer, FakeQuantizeBase) and quantizer.is_enabled_on_host()

@@ -20,7 +20,6 @@ from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn.eval_mode import with_gradient_of
 from tritonq.nn.fusable import checked_ceiling, describe_relu, input_grid, observed_grid, warn_if_unobserved
 from tritonq.nn.output_quantizer import (
-    GridSource,
     WithOutputQuantizer,
     deployed_grid,
     ends_in_relu,
@@ -202,7 +201,7 @@ class Joint(WithOutputQuantizer):
 
                 grids = [deployed_grid(quantizer.grid(), relu) for quantizer, relu in zip(trained, relus, strict=True)]
                 return eval_mode.join(self.kind, a, b, *grids)
-        sources = [cast(GridSource, quantizer) for quantizer in quantizers if isinstance(quantizer, GridSource)]
+        sources = [quantizer for quantizer in quantizers if is_grid_source(quantizer)]
         if len(sources) < len(quantizers):
             return None
         if any(source.qtype.axis is not None or not source.is_enabled_on_host() for source in sources):
@@ -305,7 +304,7 @@ class Cat(WithOutputQuantizer):
         In a traced graph they stay as they are where the grid turns out to be off when the graph runs.
         """
         output = self.activation_post_process
-        if not isinstance(output, GridSource) or output.qtype.axis is not None:
+        if not is_grid_source(output) or output.qtype.axis is not None:
             return None
         if torch.compiler.is_compiling() and isinstance(output, FakeQuantizeBase):
             from tritonq.functional.traced import eval_mode

@@ -24,7 +24,7 @@ class WithOutputQuantizer(ReferringModule):
 
 @runtime_checkable
 class GridSource(Protocol):
-    """Puts values on a grid: a fake quantizer, or what it became in deployment."""
+    """Puts values on a grid of integers: a fake quantizer, or what it became in deployment."""
 
     qtype: QuantizedType
 
@@ -36,8 +36,12 @@ class GridSource(Protocol):
 
 
 def is_grid_source(module: object) -> TypeGuard[GridSource]:
-    """Whether ``module`` is a :class:`GridSource`; faster than ``isinstance`` of a protocol."""
-    return callable(getattr(type(module), "is_enabled_on_host", None)) and callable(getattr(type(module), "grid", None))
+    """Whether ``module`` is a :class:`GridSource` of integers; faster than ``isinstance`` of a protocol."""
+    kind = type(module)
+    if not callable(getattr(kind, "is_enabled_on_host", None)) or not callable(getattr(kind, "grid", None)):
+        return False
+    # What computes on codes takes integers.
+    return cast(GridSource, module).qtype.float_format is None
 
 
 def quantizer_of(producer: nn.Module | None) -> nn.Module | None:

@@ -28,3 +28,38 @@ def round_to_float_(values: Tensor, number: FloatFormat, largest: float | None =
     exponent.clamp_(min=number.least_exponent + bias).add_(mantissa_bits - number.mantissa_bits)
     rounder = exponent.bitwise_left_shift_(mantissa_bits).view(values.dtype)
     return torch.copysign(size.add_(rounder).sub_(rounder), values, out=values)
+
+
+def codes_of_floats(values: Tensor, number: FloatFormat) -> Tensor:
+    """Return the codes of numbers of a format, int8: 0 for zero, and the negative code for the opposite.
+
+    Args:
+        values: float32 or float64 numbers of the format, any shape.
+        number: the format.
+
+    Examples:
+        >>> from tritonq.formats import FLOAT_FORMATS
+        >>> codes_of_floats(torch.tensor([-6.0, 0.0, 0.5, 1.0, 1.5, 2.0]), FLOAT_FORMATS["e2m1"])
+        tensor([-7,  0,  1,  2,  3,  4], dtype=torch.int8)
+    """
+    size = values.abs()
+    exponent = (torch.frexp(size).exponent - 1).clamp_(min=number.least_exponent)
+    exponent = torch.where(size == 0, number.least_exponent, exponent)
+    steps = torch.ldexp(size, number.mantissa_bits - exponent)
+    codes = steps + ((exponent - number.least_exponent) << number.mantissa_bits)
+    return torch.where(values < 0, -codes, codes).to(torch.int8)
+
+
+def floats_of_codes(codes: Tensor, number: FloatFormat) -> Tensor:
+    """Return the numbers that codes stand for, float32: inverse of :func:`codes_of_floats`.
+
+    Examples:
+        >>> from tritonq.formats import FLOAT_FORMATS
+        >>> floats_of_codes(torch.tensor([-126, 0, 1, 126], dtype=torch.int8), FLOAT_FORMATS["e4m3"])
+        tensor([-4.4800e+02,  0.0000e+00,  1.9531e-03,  4.4800e+02])
+    """
+    size = codes.int().abs()
+    exponent = ((size >> number.mantissa_bits) - 1).clamp_(min=0)
+    steps = (size - (exponent << number.mantissa_bits)).float()
+    values = torch.ldexp(steps, exponent + number.least_exponent - number.mantissa_bits)
+    return torch.where(codes < 0, -values, values)

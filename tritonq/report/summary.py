@@ -159,8 +159,9 @@ def summary(model: nn.Module) -> ModelSummary:
 
 def describe_grid(qtype: QuantizedType) -> str:
     """Return a quantized type in a few words: ``"-127..127 per channel"``."""
+    codes = f"{qtype.quant_min}..{qtype.quant_max}" if qtype.float_format is None else qtype.codes
     per = " per channel" if qtype.group is None else f" per group of {qtype.group}"
-    return f"{qtype.quant_min}..{qtype.quant_max}" + ("" if qtype.axis is None else per)
+    return codes + ("" if qtype.axis is None else per)
 
 
 def _cells(layer: LayerSummary) -> tuple[str, ...]:

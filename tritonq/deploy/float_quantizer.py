@@ -1,0 +1,44 @@
+"""What is left of a fake quantizer to floats in a converted model."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tritonq.deploy.quantizer import DeployedModule
+from tritonq.functional.fake_quant import fake_quantize
+from tritonq.grid import Grid
+from tritonq.qparams import QParams, QuantizedType
+
+
+class FloatQuantizer(DeployedModule):
+    """Rounds values to the numbers of a float format, times one fixed scale or one per channel.
+
+    No operation computes on its codes: what reads them computes in float, as it does beside a
+    :class:`tritonq.FloatFakeQuantize`.
+
+    Attributes:
+        scale: float32, (1,) or (channels,).
+        qtype: the type of float codes.
+    """
+
+    scale: Tensor
+
+    def __init__(self, qtype: QuantizedType, scale: Tensor) -> None:
+        super().__init__()
+        self.qtype = qtype
+        self.keep(scale=scale.reshape(-1))
+        self.eval()
+
+    def calculate_qparams(self) -> QParams:
+        """Return its scale, and zeros."""
+        return QParams(self.scale, self.scale.new_zeros(self.scale.shape).int())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the nearest number of the format to ``x / scale``, times ``scale``; shape and dtype of ``x``."""
+        return fake_quantize(x, Grid(self.scale, None, self.qtype))
+
+    def extra_repr(self) -> str:
+        """Return format and scale."""
+        if self.scale.numel() == 1:
+            return f"{self.qtype.codes}, scale={self.scale.item():.6g}"
+        return f"{self.qtype.codes}, {self.scale.numel()} scales along axis {self.qtype.axis}"

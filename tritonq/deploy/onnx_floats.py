@@ -1,0 +1,95 @@
+"""Quantizers and weights of eight-bit floats in ONNX files: FLOAT8E4M3FN and FLOAT8E5M2 (opset 19)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.deploy.float_quantizer import FloatQuantizer
+from tritonq.deploy.onnx_ops import quantize_dequantize_float
+from tritonq.formats import FLOAT_FORMATS, FloatCodes
+from tritonq.reference.float_rounding import codes_of_floats, floats_of_codes, round_to_float_
+
+# The oldest with Q/DQ of eight-bit floats.
+FLOATS_OPSET = 19
+FLOAT_DTYPES: dict[str, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+_FORMATS: dict[str, FloatCodes] = {"FLOAT8E4M3FN": "e4m3", "FLOAT8E5M2": "e5m2"}
+
+
+class TracedFloatQuantizer(nn.Module):
+    """A quantizer to floats as one operator.
+
+    Args:
+        source: the quantizer.
+        name: its name.
+        divides: whether QuantizeLinear divides by the scale. ONNX Runtime (1.31) makes an integer convolution of one
+            between such a pair, and then refuses its own graph: there the quotient is computed before, by the
+            reciprocal as in training.
+
+    Raises:
+        ValueError: a format without Q/DQ in ONNX.
+    """
+
+    scale: Tensor
+    inverse: Tensor
+    zero_point: Tensor
+
+    def __init__(self, source: FloatQuantizer, name: str, divides: bool) -> None:
+        super().__init__()
+        self.divides = divides
+        dtype = FLOAT_DTYPES.get(source.qtype.codes)
+        if dtype is None:
+            raise ValueError(
+                f"the quantizer {name!r} rounds to {source.qtype.codes}, for which ONNX Runtime has no Q/DQ; known: "
+                f"{', '.join(FLOAT_DTYPES)}"
+            )
+        self.name = name
+        self.axis = 0 if source.qtype.axis is None else source.qtype.axis
+        shape = () if source.qtype.axis is None else (-1,)
+        self.register_buffer("scale", source.scale.reshape(shape))
+        self.register_buffer("inverse", source.scale.reciprocal().reshape(-1))
+        self.register_buffer("zero_point", torch.zeros_like(self.scale).to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize ``x``."""
+        if not self.divides:
+            shape = [1] * x.dim()
+            if self.scale.dim():
+                shape[self.axis] = -1
+            # One axis where there is one scale, or ONNX Runtime would multiply it into the weights before.
+            x = x * (self.inverse.view(shape) if self.scale.dim() else self.inverse)
+        y: Tensor = quantize_dequantize_float(x, self.scale, self.zero_point, self.axis, not self.divides, self.name)
+        return y
+
+
+def describe_floats(node: Any) -> dict[str, Any]:
+    """Return what `verify` must know of a DequantizeLinear to turn its values into codes.
+
+    Args:
+        node: an ``onnx_ir.Node``.
+    """
+    scale, zero_point = (node.inputs[index].const_value for index in (1, 2))
+    axis = node.attributes["axis"].as_int() if scale.numpy().ndim else None
+    return {"format": _FORMATS[zero_point.dtype.name], "scale": scale.numpy().tolist(), "zero_point": 0, "axis": axis}
+
+
+def float_codes(entry: dict[str, Any], values: Tensor) -> Tensor:
+    """Return the codes of values that a file's quantizer made."""
+    number = FLOAT_FORMATS[entry["format"]]
+    return codes_of_floats(round_to_float_(values / _scale(entry, values.dim()), number), number).float()
+
+
+def float_values(entry: dict[str, Any], codes: Tensor) -> Tensor:
+    """Return the values of codes: inverse of :func:`float_codes`."""
+    return floats_of_codes(codes, FLOAT_FORMATS[entry["format"]]) * _scale(entry, codes.dim())
+
+
+def _scale(entry: dict[str, Any], dimensions: int) -> Tensor:
+    scale = torch.tensor(entry["scale"])
+    if entry["axis"] is None:
+        return scale
+    shape = [1] * dimensions
+    shape[entry["axis"]] = -1
+    return scale.view(shape)
