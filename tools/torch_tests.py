@@ -38,7 +38,7 @@ Operators = Literal["torch", "tritonq"]
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one test, and the first line of why."""
+    """Outcome of one test, and the first line of the reason."""
 
     outcome: Outcome
     reason: str = ""

@@ -217,3 +217,28 @@ def test_what_has_no_encoding_is_told(tmp_path):
     with pytest.raises(ValueError, match="path is the ONNX file's"):
         tritonq.export_encodings(grouped, tmp_path / "m.encodings", X)
     assert not list(tmp_path.iterdir())
+
+
+class Tables(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.bag, self.head = nn.Embedding(9, 4), nn.EmbeddingBag(9, 4, mode="sum"), nn.Linear(4, 2)
+
+    def forward(self, indices):
+        return self.head(self.table(indices).sum(1) + self.bag(indices))
+
+
+def test_embedding_tables_stay_in_float_and_are_named(tmp_path):
+    indices = torch.tensor([[0, 8, 3], [5, 2, 2]])
+    model = tritonq.prepare_qat(Tables(), qconfig=tritonq.get_qconfig("qnn"), example_inputs=indices).train()
+    model(indices)
+    int8 = tritonq.convert(model.eval())
+    with pytest.warns(UserWarning, match="a scale per row, which encodings don't describe; in float: table, bag"):
+        encodings = tritonq.export_encodings(int8, tmp_path / "m.onnx", indices)
+    assert [entry["name"] for entry in encodings["param_encodings"]] == ["head.weight"]
+    held = {
+        tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer
+    }
+    tables = [value for value in held.values() if value.shape == (9, 4)]
+    expected = [table.dequantized_weight().numpy() for table in (int8.table, int8.bag)]
+    assert all(any((value == table).all() for value in tables) for table in expected)

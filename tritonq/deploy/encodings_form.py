@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.deploy.convert import swap_modules
@@ -20,9 +21,10 @@ from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, Qua
 from tritonq.deploy.onnx_averages import rewrite_global_average
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_moves import moves_values
-from tritonq.deploy.tables import QuantizedTable
+from tritonq.deploy.tables import QuantizedEmbedding, QuantizedTable
 from tritonq.nn import AverageLayer, Joint
 from tritonq.nn.functions import FunctionLayer, PReLU
+from tritonq.prepare.forwards.edited import set_inner_forward
 from tritonq.qparams import QuantizedType
 
 _MARK = "tritonq::Marked"
@@ -51,7 +53,7 @@ def marked(x: Tensor, name: str) -> Tensor:
 
 
 class _Mark(nn.Module):
-    """What stands for a quantizer while a model is traced."""
+    """A quantizer of a model that is traced: it marks what it would round."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -94,8 +96,11 @@ def encodings_form(converted: nn.Module) -> tuple[nn.Module, dict[str, Encoding]
         elif isinstance(module, QuantizedLayer):
             encodings |= _mark_layer(module, name)
         elif isinstance(module, QuantizedTable):
-            module.keep(weight=module.dequantized_weight(), weight_zero_point=torch.zeros_like(module.weight_scale))
-            module.weight_scale = torch.ones_like(module.weight_scale)
+            module.keep(weight=module.dequantized_weight())
+            if isinstance(module, QuantizedEmbedding):
+                set_inner_forward(module, partial(_look_up, module))
+            else:
+                module.dequantized_weight = partial(_float_weight, module)  # type: ignore[method-assign]
             tables.append(name)
     if tables:
         warnings.warn(
@@ -103,6 +108,14 @@ def encodings_form(converted: nn.Module) -> tuple[nn.Module, dict[str, Encoding]
             stacklevel=3,
         )
     return model, encodings
+
+
+def _look_up(table: QuantizedEmbedding, input: Tensor) -> Tensor:
+    return F.embedding(input, table.stored_weight, table.padding_idx)
+
+
+def _float_weight(table: QuantizedTable) -> Tensor:
+    return table.stored_weight
 
 
 def _encoding(name: str, scale: Tensor, zero_point: Tensor | None, qtype: QuantizedType) -> Encoding:

@@ -16,7 +16,7 @@ from tritonq.observers import (
     PerChannelMinMaxObserver,
 )
 from tritonq.prepare.edit.eager import FIXED_OUTPUTS, fixed_quantizer
-from tritonq.qconfig import TORCH_BACKENDS, QConfig, get_default_qat_qconfig
+from tritonq.qconfig import TORCH_BACKENDS, QConfig, default_fake_quant, get_default_qat_qconfig
 
 default_observer = MinMaxObserver.with_args(quant_min=0, quant_max=127)
 default_histogram_observer = HistogramObserver.with_args(quant_min=0, quant_max=127)
@@ -45,14 +45,7 @@ default_fused_per_channel_wt_fake_quant = default_fused_wt_fake_quant.with_args(
 )
 fused_wt_fake_quant_range_neg_127_to_127 = default_fused_wt_fake_quant.with_args(**_NARROW)
 fused_per_channel_wt_fake_quant_range_neg_127_to_127 = default_fused_per_channel_wt_fake_quant.with_args(**_NARROW)
-default_histogram_fake_quant = FakeQuantize.with_args(
-    observer=HistogramObserver,
-    quant_min=0,
-    quant_max=255,
-    dtype=torch.quint8,
-    qscheme=torch.per_tensor_affine,
-    reduce_range=True,
-)
+default_histogram_fake_quant = default_fake_quant.with_args(observer=HistogramObserver)
 
 default_qat_qconfig_v2 = QConfig(default_fused_act_fake_quant, default_fused_wt_fake_quant)
 _SIGNED_ACTIVATION = FusedMovingAvgObsFakeQuantize.with_args(
