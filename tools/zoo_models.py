@@ -166,7 +166,7 @@ LIBRARIES: dict[str, Library] = {
             *("regnet_x_400mf", "convnext_tiny", "vit_b_32", "swin_t", "maxvit_t", *_SEGMENTERS, *_VIDEO, *_DETECTORS),
         ),
         {
-            **{"inception_v3": 128, "vit_b_32": 224, "maxvit_t": 224, "ssdlite320_mobilenet_v3_large": 320},
+            **{"inception_v3": 299, "vit_b_32": 224, "maxvit_t": 224, "ssdlite320_mobilenet_v3_large": 320},
             **dict.fromkeys(_VIDEO, 32),
         },
     ),
