@@ -242,3 +242,12 @@ def test_embedding_tables_stay_in_float_and_are_named(tmp_path):
     tables = [value for value in held.values() if value.shape == (9, 4)]
     expected = [table.dequantized_weight().numpy() for table in (int8.table, int8.bag)]
     assert all(any((value == table).all() for value in tables) for table in expected)
+
+
+def test_float_codes_have_no_encoding():
+    from tritonq.deploy.encodings_form import encodings_form
+    from tritonq.deploy.quantizer import Quantizer
+
+    floats = Quantizer(tritonq.QuantizedType.of_floats("e4m3"), torch.ones(1), torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="'0' has the codes of e4m3, and encodings describe integers alone"):
+        encodings_form(nn.Sequential(floats))

@@ -119,6 +119,8 @@ def _float_weight(table: QuantizedTable) -> Tensor:
 
 
 def _encoding(name: str, scale: Tensor, zero_point: Tensor | None, qtype: QuantizedType) -> Encoding:
+    if qtype.float_format is not None:
+        raise ValueError(f"{name!r} has the codes of {qtype.codes}, and encodings describe integers alone")
     bits = qtype.bits
     whole = QuantizedType.of(bits, signed=qtype.signed)
     allowed = {(whole.quant_min, whole.quant_max), (whole.quant_min + int(qtype.signed), whole.quant_max)}
