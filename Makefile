@@ -88,6 +88,17 @@ zoo: .zoo/.installed ## try prepare_qat and what follows on 120 models of seven 
 	.zoo/bin/python -m pip install --quiet --disable-pip-version-check -r tools/zoo-requirements.txt -e '.[onnx]'
 	touch $@
 
+# A CUDA build of torch, whose runtime is replaced: tools/fake_cuda.
+.PHONY: fake-cuda
+fake-cuda: .fake-cuda/.installed ## run the operators' tests and every preset on a CUDA device that is not there, write FAKE_CUDA.md
+	.fake-cuda/bin/python tools/fake_cuda/run.py
+
+.fake-cuda/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv .fake-cuda
+	.fake-cuda/bin/python -m pip install --quiet --disable-pip-version-check 'torch==2.11.0' 'triton==3.6.0' numpy \
+	  pytest pytest-timeout pytest-xdist hypothesis ml_dtypes -e .
+	touch $@
+
 .PHONY: trainers
 trainers: .trainers/.installed ## train with Lightning, Accelerate, transformers' Trainer, timm and SWA and write TRAINERS.md
 	.trainers/bin/python tools/trainers.py

@@ -13,11 +13,11 @@ Read `ptx` first, then `machine`, which the other files plug their instructions 
 Instructions as in NVIDIA's PTX ISA, version 8.7.
 """
 
-from emulator.driver import EmulatedGpu, emulated
+from emulator.driver import EmulatedGpu, compiled_for, emulated
 from emulator.faults import EmulatorError
 from emulator.launch import run
 from emulator.memory import GlobalMemory
 from emulator.ptx import Program
 from emulator.threads import Launch
 
-__all__ = ["EmulatedGpu", "EmulatorError", "GlobalMemory", "Launch", "Program", "emulated", "run"]
+__all__ = ["EmulatedGpu", "EmulatorError", "GlobalMemory", "Launch", "Program", "compiled_for", "emulated", "run"]

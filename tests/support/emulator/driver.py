@@ -104,8 +104,8 @@ class EmulatedGpu:
 
 
 @contextmanager
-def emulated(gpu: EmulatedGpu) -> Iterator[EmulatedGpu]:
-    """Inside, CPU tensors run kernels, compiled for ``gpu`` and emulated."""
+def compiled_for(gpu: EmulatedGpu) -> Iterator[EmulatedGpu]:
+    """Inside, launches of kernels are compiled for ``gpu``, and emulated."""
     before = driver._active
     driver.set_active(gpu)
     try:
@@ -113,12 +113,21 @@ def emulated(gpu: EmulatedGpu) -> Iterator[EmulatedGpu]:
             patch.object(CUDABackend, "make_cubin", lambda self, ptx, *rest: ptx.encode()),
             # Triton's cache on disk is keyed by this: what is compiled for the emulator has no machine code.
             patch.object(CUDABackend, "hash", lambda self: f"emulated-{self.target.arch}"),
-            patch.object(backend, "is_interpreting", lambda: True),
-            patch.object(launcher, "has_launches", lambda value: not value.is_meta),
         ):
             yield gpu
     finally:
         driver._active = before
+
+
+@contextmanager
+def emulated(gpu: EmulatedGpu) -> Iterator[EmulatedGpu]:
+    """Inside, CPU tensors run kernels, compiled for ``gpu`` and emulated."""
+    with (
+        compiled_for(gpu),
+        patch.object(backend, "is_interpreting", lambda: True),
+        patch.object(launcher, "has_launches", lambda value: not value.is_meta),
+    ):
+        yield gpu
 
 
 def _arguments(types: tuple[tuple[str, Any], ...], args: tuple[Any, ...]) -> tuple[list[int], GlobalMemory]:

@@ -1,0 +1,95 @@
+"""Run the operators' tests and a step of every preset on a CUDA device that is not there, and write FAKE_CUDA.md.
+
+    python tools/fake_cuda/run.py
+
+Needs Linux, a C compiler, and a CUDA build of torch with triton (`make fake-cuda` makes that environment). What asks
+``is_cuda`` runs as on a GPU: dispatch, device guards, graph capture. Kernels run in the emulator of the tests, torch's
+operators on the CPU. Time, cuDNN and the memory of a GPU are not shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from build import RUNTIME, build
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+TABLE = ROOT / "FAKE_CUDA.md"
+_HEAD = """# On a CUDA device that is not there
+
+Written by `make fake-cuda`: a CUDA build of torch over a runtime without a GPU ({folder}). Kernels run in the emulator,
+torch's operators on the CPU over the same memory; dispatch, device guards and graph capture run as on a GPU.
+"""
+_OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
+
+
+def environment(libraries: Path) -> dict[str, str]:
+    """Return the environment of a process that sees the device."""
+    paths = [HERE, ROOT / "tests" / "support", ROOT / "src"]
+    return {
+        **os.environ,
+        "LD_PRELOAD": str(libraries / RUNTIME),
+        "LD_LIBRARY_PATH": str(libraries),
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def operators_tests(libraries: Path, words: list[str]) -> tuple[Counter[str], list[str]]:
+    """Return how many of the operators' tests had each outcome, and the last lines of what failed."""
+    command = [sys.executable, "-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", "-q", "--tb=line", "-rfE"]
+    # opcheck runs operators under modes of its own, which this device is another one of.
+    command += ["-k", "cuda and not codegen and not test_traced_operators", *(words or ["tests/operators"])]
+    done = subprocess.run(command, cwd=ROOT, env=environment(libraries), stdout=subprocess.PIPE, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    counts = Counter({name: int(number) for number, name in re.findall(r"(\d+) (\w+)", lines[-1]) if name in _OUTCOMES})
+    return counts, [line for line in lines if line.startswith(("FAILED", "ERROR", "kernels of torch"))]
+
+
+def presets(libraries: Path) -> list[dict[str, str]]:
+    """Return what a process of `steps.py` says of every preset."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(HERE / "steps.py")],
+        env=environment(libraries),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit("steps.py failed: what it says stands above")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def main() -> int:
+    """Run both, and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("tests", nargs="*", help="files of tests (default: tests/operators)")
+    words = parser.parse_args().tests
+    with tempfile.TemporaryDirectory() as scratch:
+        libraries = Path(scratch)
+        build(libraries)
+        rows = presets(libraries)
+        counts, lines = operators_tests(libraries, words)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("tritonq", "torch", "triton"))
+    text = [_HEAD.format(folder="`tools/fake_cuda`"), f"{versions}.", "", "## Operators' tests", ""]
+    text += [", ".join(f"{count} {name}" for name, count in counts.items()) + ".", ""]
+    text += [*(f"- {line}" for line in lines), "", "## A training step, eval and conversion of every preset", ""]
+    text += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    text += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    TABLE.write_text("\n".join(text) + "\n")
+    print(f"written: {TABLE.relative_to(ROOT)}; {dict(counts)}")
+    return int(bool(counts["failed"] or counts["error"]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
