@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
 import tritonq
 from grids import presets_for_any_width
@@ -76,7 +77,8 @@ def _fake_kernels(monkeypatch):
         return traced.FAMILIES.get(name) or backend.without_kernel(name, x)
 
     monkeypatch.setattr(backend, "implementation", implementation)
-    # Autocast knows no meta device.
+    # Autocast knows no meta device. Dynamo looks up by name, once, what it knows of torch's functions.
+    get_torch_obj_rule_map()
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=None: False)
 
 

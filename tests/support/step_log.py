@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -82,6 +83,8 @@ def _bytes(tensor: Tensor) -> int:
 @contextmanager
 def autocast(dtype: torch.dtype | None) -> Iterator[None]:
     """Stand in for autocast, which does not know the meta device: tritonq's operators ask these two functions."""
+    # Dynamo looks up by name, once, what it knows of torch's functions: it is to find torch's own.
+    get_torch_obj_rule_map()
     with (
         patch.object(torch, "is_autocast_enabled", lambda device_type=None: dtype is not None),
         patch.object(torch, "get_autocast_dtype", lambda device_type: dtype),
