@@ -145,11 +145,11 @@ class QATBatchNormLayer(QATLayer):
         """Whether a step in the present state is one operator's."""
         return choose_path(self.path_state()) == "train_operator"
 
-    def forward(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer, its BatchNorm, ReLU where there is one, and fake quantization; see base class."""
         if self.training:
             check_running_var(cast(Tensor, self.bn.running_var))
-        return super().forward(input, weight, bias)
+        return super().compute(input, weight, bias)
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError unless ``x`` is a batch."""

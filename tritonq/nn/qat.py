@@ -17,6 +17,7 @@ from tritonq.functional.memo import Memo
 from tritonq.granularity import Granularity
 from tritonq.grid import Grid
 from tritonq.nn.computed import ComputedParameters
+from tritonq.nn.forward_mode import RestingModes
 from tritonq.nn.fusable import describe_relu
 from tritonq.nn.own_input import QuantizesInput
 from tritonq.nn.paths import LayerState, Path, choose_path
@@ -193,6 +194,13 @@ class QATLayer(QuantizesInput, ReferringModule):
         """
         if weight is None:
             weight, bias = self.float_parameters()
+        if torch.compiler.is_compiling():
+            return self.compute(input, weight, bias)
+        with RestingModes():
+            return self.compute(input, weight, bias)
+
+    def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what :meth:`forward` does, with weight and bias given, while no mode watches the calls."""
         return self.paths[choose_path(self.path_state())](self, self.quantized_input(input), weight, bias)
 
     def rectified(self, y: Tensor) -> Tensor:

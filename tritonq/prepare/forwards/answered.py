@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from tritonq.nn.forward_mode import ForwardMode
 from tritonq.nn.products import attention_arguments
 from tritonq.prepare.forwards.graph import (
     Operands,
@@ -28,7 +28,14 @@ from tritonq.prepare.forwards.graph import (
     sequence_operand,
 )
 from tritonq.prepare.record.operations import operation_name
-from tritonq.prepare.record.place import place_in_forward, source_code, traced_places
+from tritonq.prepare.record.place import (
+    calling_frame,
+    function_name,
+    function_of_place,
+    place_in_forward,
+    source_code,
+    traced_places,
+)
 
 # How a call is answered: "run" as written, "replace" or "erase"; the child that replaces it; that child's operands; the
 # child that the result goes through. Empty where there is none. A fifth item, where there is one, holds the recorded
@@ -116,10 +123,11 @@ def answering(
     It warns once where a call does not come that ``expected`` names for the mode.
     """
     places = frozenset(key.rpartition("#")[0] for key in answers)
+    functions = frozenset(function_of_place(place) for place in places)
     expected = expected or {}
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        mode = Answering(self, answers, places)
+        mode = Answering(self, answers, places, functions)
         with mode:
             result = original(self, *args, **kwargs)
         missing = mode.missing(expected.get("train" if self.training else "eval", ()))
@@ -132,12 +140,13 @@ def answering(
     return forward
 
 
-class Answering(TorchFunctionMode):
+class Answering(ForwardMode):
     """Answers the recorded calls of one run of a forward. One object serves one run, so threads do not share it."""
 
-    def __init__(self, owner: nn.Module, answers: Answers, places: frozenset[str]) -> None:
+    def __init__(self, owner: nn.Module, answers: Answers, places: frozenset[str], functions: frozenset[str]) -> None:
         super().__init__()
         self._owner, self._answers, self._places = owner, answers, places
+        self._functions = functions
         self._counts: dict[str, int] = {}
         self._differing: set[str] = set()
 
@@ -149,7 +158,7 @@ class Answering(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        place = _place_in_trace() if torch.compiler.is_dynamo_compiling() else _running_place()
+        place = _place_in_trace() if torch.compiler.is_dynamo_compiling() else self._running_place()
         if place not in self._places:
             return func(*args, **kwargs)
         count = self._counts.get(place, 0)
@@ -166,6 +175,14 @@ class Answering(TorchFunctionMode):
             _check_geometry(getattr(self._owner, child), operation_name(func), args, kwargs)
         result = func(*args, **kwargs) if kind == "run" else self._replaced(child, operands, args, kwargs)
         return getattr(self._owner, then)(result) if then else result
+
+    def _running_place(self) -> str:
+        """Return the place that called, or "" in a function without answers, or inside of another module."""
+        caller = calling_frame(sys._getframe(2))
+        # Most calls are those of layers inside: their function says so, without a look at who called whom.
+        if caller is None or function_name(caller) not in self._functions:
+            return ""
+        return place_in_forward(caller, _is_answered, _HANDLER)
 
     def missing(self, expected: Sequence[str]) -> list[str]:
         """Return the recorded calls that this run did not make, or with other arguments."""
@@ -248,11 +265,6 @@ def _broadcast(numbers: Sequence[int], whole: Sequence[int]) -> bool:
 _TOLD = "_tritonq_told_missing"
 _HANDLER = Answering.__torch_function__.__code__
 _FORWARD = next(code for code in answering.__code__.co_consts if getattr(code, "co_name", "") == "forward")
-
-
-def _running_place() -> str:
-    """Return the place that called, or "" where a module inside of the answered forward did."""
-    return place_in_forward(sys._getframe(2), _is_answered, _HANDLER)
 
 
 def _is_answered(frame: FrameType) -> bool:

@@ -23,11 +23,12 @@ _WRAPPER_FILES = frozenset(str(_TORCH / name) for name in _WRAPPERS)
 
 def calling_place(frame: FrameType | None) -> str:
     """Return the place that a frame calls from, past wrappers of torch, as ``"module:function:position"``."""
-    frame = _past_wrappers(frame)
+    frame = calling_frame(frame)
     return "" if frame is None else place_name(frame.f_globals, frame.f_code, frame.f_lasti)
 
 
-def _past_wrappers(frame: FrameType | None) -> FrameType | None:
+def calling_frame(frame: FrameType | None) -> FrameType | None:
+    """Return the first frame, from this one outwards, that is no wrapper of torch."""
     while frame is not None and frame.f_code.co_filename in _WRAPPER_FILES:
         frame = frame.f_back
     return frame
@@ -75,7 +76,7 @@ def use_of_result(frame: FrameType | None) -> Use:
     ``"dropped"``: nothing, as of ``x.relu_()`` on a line of its own; ``"rebound"``: it gets the name of the operand, as
     in ``x += y``; else ``"used"``.
     """
-    frame = _past_wrappers(frame)
+    frame = calling_frame(frame)
     if frame is None:
         return "used"
     steps = [step for step in dis.get_instructions(frame.f_code) if step.offset >= frame.f_lasti][:2]
@@ -109,7 +110,21 @@ def _place_at(module: dict[str, Any], code: CodeType, position: _Position, instr
     if None not in position:
         first = code.co_firstlineno
         where = f"{line - first}.{column}-{end - first}.{end_column}"  # type: ignore[operator]
-    return f"{module.get('__name__', '')}:{code.co_qualname}:{where}"
+    return f"{_function_name(module, code)}:{where}"
+
+
+def function_name(frame: FrameType) -> str:
+    """Return the part of a frame's place that names the function."""
+    return _function_name(frame.f_globals, source_code(frame.f_code))
+
+
+def function_of_place(place: str) -> str:
+    """Return the same part of a place that :func:`place_name` made."""
+    return place.rpartition(":")[0]
+
+
+def _function_name(module: dict[str, Any], code: CodeType) -> str:
+    return f"{module.get('__name__', '')}:{code.co_qualname}"
 
 
 def source_code(code: CodeType) -> CodeType:
