@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tritonq.perf.case import Inputs
 from tritonq.perf.machine import environment
 from tritonq.perf.measure import Budget, interleave
+from tritonq.perf.placement import memory_format, placed
 from tritonq.perf.progress import progress
 from tritonq.perf.stats import Spread
 
@@ -61,14 +62,14 @@ class Chain:
             layers = [layer for i in range(self.depth) for layer in self._layer(3 if i == 0 else self.width)]
             head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(self.width, _CLASSES)]
             model = nn.Sequential(*layers, *head)
-            return model.to(memory_format=self._format()).train()  # type: ignore[call-overload,no-any-return]
+            return placed(model, channels_last=self.channels_last).train()
 
     def inputs(self, seed: int = 0) -> Inputs:
         """Return ``images`` (batch, 3, resolution, resolution), ``labels`` (batch,)."""
         generator = torch.Generator().manual_seed(seed)
         images = torch.randn(self.batch, 3, self.resolution, self.resolution, generator=generator)
         labels = torch.randint(_CLASSES, (self.batch,), generator=generator)
-        return {"images": images.contiguous(memory_format=self._format()), "labels": labels}
+        return {"images": images.contiguous(memory_format=memory_format(self.channels_last)), "labels": labels}
 
     def _layer(self, inputs: int) -> list[nn.Module]:
         # Of three channels there are no groups of eight.
@@ -77,9 +78,6 @@ class Chain:
         size = 1 if kind == "1x1" else 3
         conv = nn.Conv2d(inputs, self.width, size, padding=size // 2, groups=groups, bias=False)
         return [conv, nn.BatchNorm2d(self.width), nn.ReLU()]
-
-    def _format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
 CURVES: dict[str, tuple[Any, ...]] = {
@@ -112,7 +110,7 @@ class Step:
         """Return the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(self.model(inputs["images"]), inputs["labels"])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         return (loss.detach(),)
 

@@ -8,6 +8,7 @@ import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def last_level_cache(device: torch.device) -> int:
     return max(sizes, default=_UNKNOWN_CACHE)
 
 
-def environment(device: torch.device) -> dict[str, object]:
+def environment(device: torch.device) -> dict[str, Any]:
     """Return everything a reader needs to judge or repeat a measurement; one flat, JSON-ready dict."""
     commit, dirty = source_state()
     return {

@@ -190,4 +190,4 @@ def _cuda_sample(step: Step, rotation: Iterator[Inputs], calls: int) -> float:
         step(next(rotation))
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) * 1e-3 / calls
+    return float(begin.elapsed_time(end)) * 1e-3 / calls

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -105,7 +106,12 @@ def _operators(device: torch.device) -> dict[str, Operators]:
 
     scale, zero_point = torch.tensor([0.05], device=device), torch.zeros(1, dtype=torch.int32, device=device)
     scales, zero_points = scale.repeat(_SHAPE[0]), zero_point.repeat(_SHAPE[0])
-    observer = {"dtype": torch.quint8, "quant_min": 0, "quant_max": 255, "qscheme": torch.per_tensor_affine}
+    observer: dict[str, Any] = {
+        "dtype": torch.quint8,
+        "quant_min": 0,
+        "quant_max": 255,
+        "qscheme": torch.per_tensor_affine,
+    }
     return {
         "fake_quantize_per_tensor_affine": {
             "torch": lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *_LIMITS),
@@ -122,7 +128,7 @@ def _operators(device: torch.device) -> dict[str, Operators]:
     }
 
 
-def _torch_ao_quantizer(arguments: dict[str, object]) -> torch.nn.Module:
+def _torch_ao_quantizer(arguments: dict[str, Any]) -> torch.nn.Module:
     from torch.ao.quantization import FusedMovingAvgObsFakeQuantize, MovingAverageMinMaxObserver
 
     return FusedMovingAvgObsFakeQuantize(MovingAverageMinMaxObserver, **arguments)

@@ -249,7 +249,8 @@ def _head(figure: Figure, title: str, chosen: Sequence[Record]) -> None:
     height = figure.get_figheight()
     figure.text(0.012, 1 - 0.12 / height, title, fontsize=14, fontweight="bold", color=_INK, va="top")
     figure.text(0.012, 1 - 0.43 / height, _source(chosen), fontsize=9, color=_INK, va="top")
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - _HEAD_INCHES / height), h_pad=0.14)
+    layout: Any = figure.get_layout_engine()
+    layout.set(rect=(0, 0, 1, 1 - _HEAD_INCHES / height), h_pad=0.14)
 
 
 def _source(chosen: Sequence[Record]) -> str:

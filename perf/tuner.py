@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     from tritonq.kernels.launch import TABLES, gpu_file_stem
     from tritonq.perf import tuning_conv2d, tuning_space
 
-    targets = [*tuning_space.targets(), *tuning_conv2d.targets()]
+    targets: list[Any] = [*tuning_space.targets(), *tuning_conv2d.targets()]
     chosen = [target for target in targets if not args.kernel or target.kernel in args.kernel]
     if not chosen:
         known = ", ".join(sorted({target.kernel for target in targets}))
@@ -120,7 +121,7 @@ def search(
     rejected: dict[str, str] = {}
     for shape in target.shapes:
         step, reference = target.operation(shape)
-        sets = input_sets(lambda generator, where, s=shape: target.make_inputs(s, generator, where), device)
+        sets = input_sets(partial(target.make_inputs, shape), device)
         expected = reference(sets[0])
         for option in list(logs):
             candidate = _with_parameters(step, target.kernel, option)

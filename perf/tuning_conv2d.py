@@ -67,9 +67,7 @@ class ConvShape:
 
     def key(self, dtype: str, layout: str) -> str:
         """As the kernel looks it up."""
-        conv = self.conv
-        geometry = ConvGeometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
-        return table_key(dtype, layout, self.x, self.weight, geometry)
+        return table_key(dtype, layout, self.x, self.weight, ConvGeometry(*_geometry(self.conv)))
 
 
 # Of ResNet-50, ResNeXt-50 and MobileNetV2, at batches of training and of one to eight.
@@ -116,7 +114,7 @@ class ConvTarget:
     def candidates(self) -> list[ConvTile]:
         """Return tiles worth trying."""
         if all(shape.groups == shape.channels for shape in self.shapes):
-            sizes = ((pixels, outs, 32, warps, 1) for pixels, outs, warps in product(_PIXELS, _OUTS, _WARPS))
+            sizes = product(_PIXELS, _OUTS, (32,), _WARPS, (1,))
         else:
             sizes = product(_PIXELS, _OUTS, _CHANNELS, _WARPS, _STAGES)
         tiles = [ConvTile(*size) for size in sizes]
@@ -201,5 +199,6 @@ def _specify_codes(conv: Convolution, inputs: Inputs) -> tuple[Tensor, ...]:
     return (reference.integer_conv2d(codes, layer.weight, *end, *_geometry(conv), math.inf, _grid(inputs)),)
 
 
-def _geometry(conv: Convolution) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
-    return conv.stride, conv.padding, conv.dilation, conv.groups
+def _geometry(conv: Convolution) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+    stride, padding, dilation = ((rows, columns) for rows, columns in (conv.stride, conv.padding, conv.dilation))
+    return stride, padding, dilation, conv.groups

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ def _min_max(shape: Shape) -> tuple[Step, Step]:
     return partial(run, "kernels"), partial(run, "reference")
 
 
-def _implementation(package: str, family: str) -> object:
+def _implementation(package: str, family: str) -> Any:
     from importlib import import_module
 
     return import_module(f"tritonq.{package}.{family}")

@@ -137,7 +137,7 @@ class Trial:
             loss = self._loss(self.prepared)
             if not bool(loss.isfinite()):
                 raise StageError("the loss is not finite")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
         return None
 
@@ -146,7 +146,7 @@ class Trial:
         if not self.trainable:
             return "skipped: the float model does not train"
         model = copy.deepcopy(self.float_model)
-        self._loss(model).backward()  # type: ignore[no-untyped-call]
+        self._loss(model).backward()
         missing = [sum(p.grad is None for p in found.parameters()) for found in (model, self.prepared)]
         if missing[1] > missing[0]:
             raise StageError(f"{missing[1]} parameters without a gradient, in float {missing[0]}")

@@ -77,14 +77,14 @@ class LateReading:
         return found
 
     def _has_arrived(self) -> bool:
-        return self._arrival is None or self._arrival.query()  # type: ignore[no-untyped-call]
+        return self._arrival is None or self._arrival.query()
 
     def _send(self, low: Tensor, high: Tensor) -> None:
         if self._host is None:
             self._host = torch.empty(2, pin_memory=low.is_cuda)
         self._host.copy_(torch.stack((low.detach(), high.detach())), non_blocking=True)
         if low.is_cuda:
-            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrival = torch.cuda.Event()
             self._arrival.record()
         self._is_under_way = True
 

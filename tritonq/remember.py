@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
-_LIBRARY = torch.library.Library("tritonq", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("remember(Tensor[] values) -> Tensor[]")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("tritonq", "FRAGMENT")
+_LIBRARY.define("remember(Tensor[] values) -> Tensor[]")
 
 
 def _remember(values: list[Tensor]) -> list[Tensor]:
     return [value.clone() for value in values]
 
 
-_LIBRARY.impl("remember", _remember, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("remember", _remember, "CompositeExplicitAutograd")
 
 
 def remember(*values: Tensor) -> list[Tensor]:

@@ -97,7 +97,7 @@ class _Registration:
 
 
 def _register() -> Any:
-    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    library: Any = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         # That a kernel is overridden is what the user asked for.
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)

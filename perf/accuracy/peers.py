@@ -59,11 +59,11 @@ def _torch_qconfig(weights: int, activations: int) -> Any:
     from torch.ao.quantization import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver, QConfig
 
     half = 2 ** (weights - 1)
-    return QConfig(  # type: ignore[no-untyped-call]
-        activation=Fused.with_args(  # type: ignore[no-untyped-call]
+    return QConfig(
+        activation=Fused.with_args(
             observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=2**activations - 1, dtype=torch.quint8
         ),
-        weight=Fused.with_args(  # type: ignore[no-untyped-call]
+        weight=Fused.with_args(
             observer=MovingAveragePerChannelMinMaxObserver,
             quant_min=-half,
             quant_max=half - 1,

@@ -39,7 +39,7 @@ def train(
             if further_loss is not None:
                 loss = loss + further_loss(outputs, data.images[chosen])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             step += 1
 

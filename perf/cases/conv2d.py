@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
+from tritonq.perf.cases.quantizer_states import torch_ao_layer, tritonq_layer
 
 _OPERATOR = Tolerance(
     "sums in another order, or of tf32 products, move a few values over a tie; a missing tap is at a distance of 0.3",
@@ -183,8 +185,8 @@ class Layer:
             )
         bn = nn.BatchNorm2d(conv.outs)
         with torch.no_grad():
-            bn.running_var.fill_(0.4)
-            bn.running_mean.fill_(0.2)
+            cast(Tensor, bn.running_var).fill_(0.4)
+            cast(Tensor, bn.running_mean).fill_(0.2)
         return float_conv, bn, nn.ReLU()
 
     @torch.no_grad()
@@ -194,7 +196,7 @@ class Layer:
 
     def case(self, *, quick: bool = False) -> Case:
         """Return the table entry; ratios against torch.ao's module."""
-        makers = {"torch.ao v0": partial(self._ao, 0), "torch.ao v1": partial(self._ao, 1)}
+        makers = {"torch.ao v0": partial(self._torch_ao, 0), "torch.ao v1": partial(self._torch_ao, 1)}
         table = {name: Implementation(partial(self._step, make)) for name, make in makers.items()}
         ours = partial(self._step, self._tritonq)
         return Case(
@@ -214,7 +216,7 @@ class Layer:
     def _step(self, make: Callable[[], nn.Module], inputs: Inputs) -> Step:
         """Observe one input in training with the statistics kept, then evaluate."""
         module = make().to(inputs["x"].device)
-        layer = next(m for m in module.modules() if hasattr(m, "freeze_bn_stats"))
+        layer: Any = next(m for m in module.modules() if hasattr(m, "freeze_bn_stats"))
         layer.freeze_bn_stats()
         module.train()(inputs["x"])
         module.eval()
@@ -225,22 +227,13 @@ class Layer:
 
         return step
 
-    def _ao(self, version: int) -> nn.Module:
-        from torch.ao.nn.intrinsic import ConvBnReLU2d
-        from torch.ao.nn.intrinsic.qat import ConvBnReLU2d as QatConvBnReLU2d
-        from torch.ao.quantization import get_default_qat_qconfig
-
-        fused = ConvBnReLU2d(*self.parts())
-        fused.qconfig = get_default_qat_qconfig("fbgemm", version=version)
-        return nn.Sequential(QatConvBnReLU2d.from_float(fused), fused.qconfig.activation())
+    def _torch_ao(self, version: int) -> nn.Module:
+        return torch_ao_layer(self.parts(), version)
 
     def _tritonq(self) -> nn.Module:
-        import tritonq
 
-        fused = tritonq.nn.intrinsic.ConvBnReLU2d(*self.parts())
-        fused.qconfig = tritonq.get_qconfig("tensorrt")
-        layer = tritonq.nn.ConvBnReLU2d.from_float(fused)
-        source = fused.qconfig.activation()
+        layer = tritonq_layer(self.parts())
+        source: Any = layer.qconfig.activation()
         source(torch.tensor([-127 / 64, 127 / 64]))
         layer.set_input_quantizer(source.eval())
         return _WithSource(layer, source)

@@ -6,13 +6,20 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
-from tritonq.perf.cases.quantizer_states import STEPS, activation_state, torch_ao_activation
+from tritonq.perf.cases.quantizer_states import (
+    STEPS,
+    activation_state,
+    torch_ao_activation,
+    torch_ao_layer,
+    tritonq_layer,
+)
 from tritonq.perf.memory import peak_bytes, saved_bytes
 
 _EPS, _MOMENTUM = 1e-5, 0.1
@@ -84,6 +91,7 @@ class Tail:
         elements = torch.Size(self.shape).numel()
         layout = ["channels_last"] if self.channels_last else []
         name = ["conv_bn", "tail", "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch."), *layout]
+        makers: dict[str, Callable[[Inputs], Callable[[Inputs], Tensor]]]
         makers = {"float": _float_tail, "torch.ao v0": partial(_ao_tail, 0), "torch.ao v1": partial(_ao_tail, 1)}
         table = {
             "tritonq": Implementation(_tritonq_tail, distribution="tritonq", module="tritonq"),
@@ -203,7 +211,12 @@ class Layer:
         dtype = "float32" if self.autocast is None else f"amp-{str(self.autocast).removeprefix('torch.')}"
         parts = ["conv_bn", f"layer {kind}", f"{self.batch}x{self.channels}x{self.size}x{self.size}", dtype]
         parts += ["channels_last"] if self.channels_last else []
-        makers = {"float": self._float, "torch.ao v0": partial(self._ao, 0), "torch.ao v1": partial(self._ao, 1)}
+        makers: dict[str, Callable[[], nn.Module]]
+        makers = {
+            "float": self._float,
+            "torch.ao v0": partial(self._torch_ao, 0),
+            "torch.ao v1": partial(self._torch_ao, 1),
+        }
         table = {name: Implementation(partial(_layer_step, self, make)) for name, make in makers.items()}
         ours = partial(_layer_step, self, self._tritonq)
         table["tritonq"] = Implementation(ours, distribution="tritonq", module="tritonq")
@@ -224,21 +237,11 @@ class Layer:
     def _float(self) -> nn.Module:
         return nn.Sequential(*self.parts())
 
-    def _ao(self, version: int) -> nn.Module:
-        from torch.ao.nn.intrinsic import ConvBnReLU2d
-        from torch.ao.nn.intrinsic.qat import ConvBnReLU2d as QatConvBnReLU2d
-        from torch.ao.quantization import get_default_qat_qconfig
-
-        fused = ConvBnReLU2d(*self.parts())
-        fused.qconfig = get_default_qat_qconfig("fbgemm", version=version)
-        return nn.Sequential(QatConvBnReLU2d.from_float(fused), fused.qconfig.activation())
+    def _torch_ao(self, version: int) -> nn.Module:
+        return torch_ao_layer(self.parts(), version)
 
     def _tritonq(self) -> nn.Module:
-        import tritonq
-
-        fused = tritonq.nn.intrinsic.ConvBnReLU2d(*self.parts())
-        fused.qconfig = tritonq.get_qconfig("tensorrt")
-        return tritonq.nn.ConvBnReLU2d.from_float(fused)
+        return tritonq_layer(self.parts())
 
     def _run(self, module: nn.Module, inputs: Inputs) -> tuple[Tensor, ...]:
         module.to(inputs["x"].device)
@@ -267,7 +270,8 @@ class LayerStep:
 def _memory(layer: Layer, step: Step, inputs: Inputs) -> int:
     if inputs["x"].device.type == "cuda":
         return peak_bytes(step, inputs, inputs["x"].device)
-    return saved_bytes(step, inputs, [*step.module.parameters(), *step.module.buffers()])
+    module = cast(LayerStep, step).module
+    return saved_bytes(step, inputs, [*module.parameters(), *module.buffers()])
 
 
 def cases() -> Iterator[Case]:

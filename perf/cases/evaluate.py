@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
 from tritonq.perf.cases.vision_models import quantizable, torchvision_model
+from tritonq.perf.placement import memory_format, placed
 
 _CLASSES = 10
 # Batches in training mode: enough for the statistics of batches that are all alike.
@@ -42,7 +44,7 @@ class Setting:
     def make_inputs(self, generator: torch.Generator, device: torch.device) -> Inputs:
         """Return ``images`` (batch, 3, size, size), normal."""
         images = torch.randn(self.batch, 3, self.size, self.size, generator=generator, device=device)
-        return {"images": images.contiguous(memory_format=self._format())}
+        return {"images": images.contiguous(memory_format=memory_format(self.channels_last))}
 
     def float_model(self, images: Tensor) -> nn.Module:
         """Return the same weights every time, with statistics of ``images``."""
@@ -65,11 +67,12 @@ class Setting:
         """Return torch.ao's converted model, in the form that torch.ao needs, for its x86 engine."""
         from torch.ao.quantization import convert, get_default_qat_qconfig, prepare_qat
 
-        model = _normalised(quantizable(self.model, num_classes=_CLASSES))
+        model: Any = _normalised(quantizable(self.model, num_classes=_CLASSES))
         model.load_state_dict(torchvision_model(self.model, num_classes=_CLASSES).state_dict())
         model.train().fuse_model(is_qat=True)
         model.qconfig = get_default_qat_qconfig("x86")
-        return convert(self._seen(prepare_qat(self._placed(model)), images))
+        converted: nn.Module = convert(self._seen(prepare_qat(self._placed(model)), images))
+        return converted
 
     def case(self) -> Case:
         """Return the table entry; bound by arithmetic as much as by bytes."""
@@ -88,7 +91,7 @@ class Setting:
         )
 
     def _placed(self, model: nn.Module) -> nn.Module:
-        return model.to(memory_format=self._format())
+        return placed(model, channels_last=self.channels_last)
 
     def _seen(self, model: nn.Module, images: Tensor) -> nn.Module:
         """Take statistics and ranges of ``images``; return the model in eval mode."""
@@ -96,9 +99,6 @@ class Setting:
             for _ in range(_STEPS):
                 model.train()(images)
         return model.eval()
-
-    def _format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
 def cases() -> Iterator[Case]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def implementations(problem: FakeQuantization) -> dict[str, Implementation]:
     return table
 
 
-def _implementation(problem: FakeQuantization, maker: Maker, **fields: object) -> Implementation:
+def _implementation(problem: FakeQuantization, maker: Maker, **fields: Any) -> Implementation:
     return Implementation(lambda inputs: _step(problem, maker(problem, inputs)), **fields)
 
 
@@ -80,16 +81,18 @@ def _tritonq(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     import tritonq
 
     scale, zero_point, limits = inputs["scale"], inputs["zero_point"], (problem.quant_min, problem.quant_max)
-    if problem.axis is None:
+    axis = problem.axis
+    if axis is None:
         return lambda x: tritonq.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)
-    return lambda x: tritonq.fake_quantize_per_channel_affine(x, scale, zero_point, problem.axis, *limits)
+    return lambda x: tritonq.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *limits)
 
 
 def _torch(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     scale, zero_point, limits = inputs["scale"], inputs["zero_point"], (problem.quant_min, problem.quant_max)
-    if problem.axis is None:
+    axis = problem.axis
+    if axis is None:
         return lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)
-    return lambda x: torch.fake_quantize_per_channel_affine(x, scale, zero_point, problem.axis, *limits)
+    return lambda x: torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *limits)
 
 
 def _formula(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
@@ -117,7 +120,7 @@ def _torch_ao_v1(problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     return _torch_ao(FusedMovingAvgObsFakeQuantize, problem, inputs)
 
 
-def _torch_ao(kind: type[torch.nn.Module], problem: FakeQuantization, inputs: Inputs) -> Quantizer:
+def _torch_ao(kind: Callable[..., Any], problem: FakeQuantization, inputs: Inputs) -> Quantizer:
     """Return a module of torch.ao with its observer off and its qparams set."""
     from torch.ao.quantization import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
 
@@ -135,7 +138,8 @@ def _torch_ao(kind: type[torch.nn.Module], problem: FakeQuantization, inputs: In
     module.activation_post_process.max_val.copy_(high)
     module.scale.copy_(inputs["scale"])
     module.zero_point.copy_(inputs["zero_point"])
-    return module
+    quantize: Quantizer = module
+    return quantize
 
 
 def _range_for_version_1(problem: FakeQuantization, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -234,7 +234,7 @@ class _FixQuant(torch.autograd.Function):
         return (codes / powers).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return dy * ctx.saved_tensors[0], None, None, None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def _make_inputs(
 
 
 def _step(make: Callable[[], nn.Module], search: bool, inputs: Inputs) -> Step:
-    observer = make().to(inputs["x"].device)
+    observer: Any = make().to(inputs["x"].device)
 
     def observe(inputs: Inputs) -> tuple[Tensor, ...]:
         observer(inputs["x"])

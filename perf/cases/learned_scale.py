@@ -45,14 +45,15 @@ _WEIGHT = (512, 512, 3, 3)
 
 def cases() -> Iterator[Case]:
     """Yield one scale for activations, one per channel for weights, and LSQ along the channels of an activation."""
-    for method in ("lsq", "lsq+", "tqt", "pact"):
+    methods: tuple[Method, ...] = ("lsq", "lsq+", "tqt", "pact")
+    for method in methods:
         quick = method in ("lsq", "tqt")
         yield Problem(method, _QUICK, None).case(quick=quick, devices=_BOTH)
         yield Problem(method, _CPU_ACTIVATION, None).case(quick=False, devices=("cpu",))
         for shape in _CUDA_ACTIVATIONS:
             for dtype in (torch.float32, torch.bfloat16):
                 yield Problem(method, shape, None, dtype).case(quick=False, devices=("cuda",))
-    for method in ("lsq", "tqt"):
+    for method in methods[::2]:
         yield Problem(method, _WEIGHT, 0).case(quick=method == "lsq", devices=_BOTH)
     yield Problem("lsq+", _QUICK, 1).case(quick=False, devices=_BOTH)
 

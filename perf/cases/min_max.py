@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class Problem:
         inside = (code >= quant_min) & (code <= quant_max)
         return y, torch.where(inside, inputs["dy"], torch.zeros_like(inputs["dy"]))
 
-    def arguments(self) -> dict[str, object]:
+    def arguments(self) -> dict[str, Any]:
         """Of a fake quantizer, in torch.ao's names and ours."""
         if self.weight:
             return {"quant_min": -128, "quant_max": 127, "dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    import tritonq
     from tritonq.grid import Grid, RangeStatistics
 
 # Both sides: affine, per tensor, codes 0..255, moving average with torch.ao's constant.
@@ -43,3 +44,23 @@ def torch_ao_activation(version: int, device: torch.device) -> nn.Module:
 
     kind = FakeQuantize if version == 0 else FusedMovingAvgObsFakeQuantize
     return kind(MovingAverageMinMaxObserver, quant_min=0, quant_max=STEPS, dtype=torch.quint8).to(device)
+
+
+def torch_ao_layer(parts: tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU], version: int) -> nn.Module:
+    """Return torch.ao's layer of convolution, BatchNorm and ReLU, and the quantizer of its output behind it."""
+    from torch.ao.nn.intrinsic import ConvBnReLU2d
+    from torch.ao.nn.intrinsic.qat import ConvBnReLU2d as QatConvBnReLU2d
+    from torch.ao.quantization import get_default_qat_qconfig
+
+    fused: Any = ConvBnReLU2d(*parts)
+    fused.qconfig = get_default_qat_qconfig("fbgemm", version=version)
+    return nn.Sequential(QatConvBnReLU2d.from_float(fused), fused.qconfig.activation())
+
+
+def tritonq_layer(parts: tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU]) -> tritonq.nn.ConvBnReLU2d:
+    """Return tritonq's layer, which quantizes its output itself."""
+    import tritonq
+
+    fused: Any = tritonq.nn.intrinsic.ConvBnReLU2d(*parts)
+    fused.qconfig = tritonq.get_qconfig("tensorrt")
+    return cast(tritonq.nn.ConvBnReLU2d, tritonq.nn.ConvBnReLU2d.from_float(fused))

@@ -6,7 +6,8 @@ names are torchvision's, so that weights and results are too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Block(nn.Module):
             if quantizable and i < len(kernels):
                 setattr(self, f"relu{i}", nn.ReLU())
         self.depth = len(kernels)
-        self.relu = None if quantizable else nn.ReLU(inplace=True)
+        self.relu: nn.ReLU | None = None if quantizable else nn.ReLU(inplace=True)
         self.addition = FloatFunctional() if quantizable else None
         changes = stride != 1 or inputs != outputs
         self.downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)) if changes else None
@@ -45,9 +46,10 @@ class Block(nn.Module):
             if i < self.depth:
                 y = (self.relu or getattr(self, f"relu{i}"))(y)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(y + shortcut) if self.addition is None else self.addition.add_relu(y, shortcut)
+        y = y + shortcut if self.addition is None else self.addition.add_relu(y, shortcut)
+        return y if self.relu is None else cast(Tensor, self.relu(y))
 
-    def fuse(self, fuser: object) -> None:
+    def fuse(self, fuser: Callable[..., object]) -> None:
         """Fuse convolutions with what follows them, for torch.ao."""
         for i in range(1, self.depth + 1):
             fuser(self, [f"conv{i}", f"bn{i}", *([f"relu{i}"] if i < self.depth else [])], inplace=True)
@@ -90,12 +92,14 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (batch, classes) of images (batch, 3, h, w)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(self.quant(x)))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.dequant(self.fc(torch.flatten(self.avgpool(x), 1)))
+        for stage in range(1, len(_WIDTHS) + 1):
+            x = getattr(self, f"layer{stage}")(x)
+        logits: Tensor = self.dequant(self.fc(torch.flatten(self.avgpool(x), 1)))
+        return logits
 
     def fuse_model(self, is_qat: bool) -> None:
         """Fuse all convolutions, as torchvision's quantizable models do."""
-        fuser = fuse_modules_qat if is_qat else fuse_modules
+        fuser: Callable[..., object] = fuse_modules_qat if is_qat else fuse_modules
         fuser(self, ["conv1", "bn1", "relu"], inplace=True)
         for module in self.modules():
             if isinstance(module, Block):

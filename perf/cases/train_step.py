@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
 from tritonq.perf.cases.train_step_peers import PEERS, Peer, peer_model
 from tritonq.perf.cases.vision_models import quantizable, torchvision_model
 from tritonq.perf.memory import peak_bytes, saved_bytes
+from tritonq.perf.placement import memory_format, placed
 
 _CLASSES = 10
 
@@ -55,7 +57,7 @@ class Setting:
         """Return ``images`` (batch, 3, size, size) normal, ``labels`` (batch,)."""
         images = torch.randn(self.batch, 3, self.size, self.size, generator=generator, device=device)
         labels = torch.randint(_CLASSES, (self.batch,), generator=generator, device=device)
-        return {"images": images.contiguous(memory_format=self._format()), "labels": labels}
+        return {"images": images.contiguous(memory_format=memory_format(self.channels_last)), "labels": labels}
 
     def float_model(self, device: torch.device) -> nn.Module:
         """Return the same weights every time."""
@@ -65,7 +67,7 @@ class Setting:
         """Return torchvision's form for torch.ao, with stubs and functional additions, fused and prepared."""
         from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
 
-        model = quantizable(self.model, num_classes=_CLASSES)
+        model: Any = quantizable(self.model, num_classes=_CLASSES)
         model.load_state_dict(torchvision_model(self.model, num_classes=_CLASSES).state_dict())
         model.train().fuse_model(is_qat=True)
         model.qconfig = get_default_qat_qconfig("fbgemm", version=version)
@@ -112,10 +114,7 @@ class Setting:
         )
 
     def _placed(self, model: nn.Module, device: torch.device) -> nn.Module:
-        return model.to(device, memory_format=self._format()).train()
-
-    def _format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+        return placed(model, device, channels_last=self.channels_last).train()
 
 
 @dataclass
@@ -141,7 +140,7 @@ class TrainStep:
             loss = F.cross_entropy(logits.float(), labels)
         loss.backward()
         self.optimizer.step()
-        return logits.detach().float(), self.last.grad, self.first.grad.norm()
+        return logits.detach().float(), cast(Tensor, self.last.grad), cast(Tensor, self.first.grad).norm()
 
 
 class StepInTorch(TrainStep):
@@ -214,7 +213,7 @@ def _implementations(setting: Setting) -> dict[str, Implementation]:
     def torch_ao(version: int) -> Callable[[torch.device], nn.Module]:
         return lambda device: setting.torch_ao_model(device, version)
 
-    def tritonq(build: Callable[[Inputs], Step], **fields: object) -> Implementation:
+    def tritonq(build: Callable[[Inputs], Step], **fields: Any) -> Implementation:
         return Implementation(build, distribution="tritonq", module="tritonq", **fields)
 
     def graphed(inputs: Inputs) -> Step:
@@ -276,4 +275,5 @@ def _memory(step: Step, inputs: Inputs) -> int:
     device = inputs["images"].device
     if device.type == "cuda":
         return peak_bytes(step, inputs, device)
-    return saved_bytes(step, inputs, [*step.model.parameters(), *step.model.buffers()])
+    model = cast(TrainStep, step).model
+    return saved_bytes(step, inputs, [*model.parameters(), *model.buffers()])

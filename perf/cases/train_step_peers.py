@@ -52,7 +52,8 @@ def _pt2e(model: nn.Module, images: Tensor) -> nn.Module:
     exported: Any = torch.export.export(model, (images,), strict=True).module()
     quantizer = x86_inductor_quantizer.X86InductorQuantizer()
     quantizer.set_global(x86_inductor_quantizer.get_default_x86_inductor_quantization_config(is_qat=True))
-    return move_exported_model_to_train(prepare_qat_pt2e(exported, quantizer))
+    prepared: nn.Module = move_exported_model_to_train(prepare_qat_pt2e(exported, quantizer))
+    return prepared
 
 
 def _modelopt(model: nn.Module, images: Tensor) -> nn.Module:
@@ -64,7 +65,8 @@ def _modelopt(model: nn.Module, images: Tensor) -> nn.Module:
         quantized.train()
         quantized(images)
 
-    return mtq.quantize(model, mtq.INT8_DEFAULT_CFG, calibrate).train()
+    prepared: nn.Module = mtq.quantize(model, mtq.INT8_DEFAULT_CFG, calibrate)
+    return prepared.train()
 
 
 def _brevitas(model: nn.Module, images: Tensor) -> nn.Module:
@@ -73,7 +75,8 @@ def _brevitas(model: nn.Module, images: Tensor) -> nn.Module:
 
     # Merged, a BatchNorm would no longer normalize by the batch, and another model would be trained.
     traced = preprocess_for_quantize(model, merge_bn=False, equalize_merge_bias=False)
-    return quantize(traced).train()
+    prepared: nn.Module = quantize(traced)
+    return prepared.train()
 
 
 def _aimet(model: nn.Module, images: Tensor) -> nn.Module:
@@ -88,7 +91,8 @@ def _aimet(model: nn.Module, images: Tensor) -> nn.Module:
             quantized(images)
 
     simulation.compute_encodings(calibrate)
-    return simulation.model.train()
+    prepared: nn.Module = simulation.model
+    return prepared.train()
 
 
 PEERS = {

@@ -47,7 +47,7 @@ class Problem:
 
     def folds(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """Return the fold of each weight."""
-        return inputs["fold"].split([shape[0] for shape in self.shapes])
+        return torch.split(inputs["fold"], [shape[0] for shape in self.shapes])
 
     def case(self, *, quick: bool) -> Case:
         """Return one read, one write."""

@@ -12,6 +12,7 @@ from tritonq.perf.cases.vision_models import torchvision_model
 from tritonq.perf.gpu.part import Visit
 from tritonq.perf.gpu.smoke import TinyNet, train
 from tritonq.perf.measure import step_times
+from tritonq.perf.placement import placed
 
 # A compiler may add up in another order, which rounding turns into whole codes in a few places.
 _CLOSE = 0.05
@@ -41,7 +42,7 @@ def evaluate(visit: Visit) -> None:
     """Note the time of a batch in eval mode: float, QAT, converted."""
     batch, size, name = (2, 32, "resnet18") if visit.small else (64, 224, "resnet50")
     x = torch.randn(batch, 3, size, size, device=visit.device).contiguous(memory_format=torch.channels_last)
-    model = torchvision_model(name, 10).to(visit.device, memory_format=torch.channels_last)
+    model = placed(torchvision_model(name, 10), visit.device, channels_last=True)
     qat = tritonq.prepare_qat(copy.deepcopy(model), example_inputs=x[:2]).train()
     qat(x)
     qat.eval()

@@ -9,10 +9,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tritonq.perf.gpu.part import Visit
 from tritonq.perf.gpu.results import RESULTS, append
 from tritonq.perf.machine import SOURCE
+
+if TYPE_CHECKING:
+    import pytest
 
 # Set for the plugin below: the results file, and the part that it writes for.
 _FILE, _PART = "TRITONQ_GPU_RESULTS", "TRITONQ_GPU_PART"
@@ -65,7 +69,7 @@ def operator_test_files(tests: Path) -> list[Path]:
     return sorted(path for path in tests.rglob("test_*.py") if _USES_OP_TESTER.search(path.read_text()))
 
 
-def pytest_runtest_logreport(report: object) -> None:
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Write a failed test down when it has failed, and count the others."""
     if "PYTEST_XDIST_WORKER" in os.environ or (report.outcome == "passed" and report.when != "call"):
         return

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import tritonq
 from tritonq.perf.gpu.part import Visit
+from tritonq.perf.placement import placed
 from tritonq.qconfig import PRESETS, QConfig
 
 _STEPS = 3
@@ -34,7 +35,8 @@ class TinyNet(nn.Module):
         """Return logits (batch, 10) of images (batch, 3, h, w)."""
         x = self.relu(self.norm1(self.conv1(x)))
         x = self.relu(x + self.norm2(self.conv2(x)))
-        return self.classifier(x.mean((2, 3)))
+        logits: Tensor = self.classifier(x.mean((2, 3)))
+        return logits
 
 
 def run(visit: Visit) -> None:
@@ -54,8 +56,8 @@ def check_preset(visit: Visit, name: str, qconfig: QConfig) -> None:
     here, cpu = visit.device, torch.device("cpu")
 
     def prepared(device: torch.device) -> nn.Module:
-        model = copy.deepcopy(net).to(device)
-        model = tritonq.prepare_qat(model, qconfig=qconfig, example_inputs=x[:2].to(device)).train()
+        placed_net = copy.deepcopy(net).to(device)
+        model = tritonq.prepare_qat(placed_net, qconfig=qconfig, example_inputs=x[:2].to(device)).train()
         for module in model.modules():
             if isinstance(module, tritonq.PassiveObserver):
                 module.set_qparams(torch.full((1,), _GIVEN_SCALE, device=device))
@@ -66,7 +68,7 @@ def check_preset(visit: Visit, name: str, qconfig: QConfig) -> None:
         label: train(model, x.to(device), y.to(device), autocast=False)
         for (label, model), device in zip(models.items(), (here, here, cpu), strict=True)
     }
-    last = copy.deepcopy(models["first"]).to(memory_format=torch.channels_last)
+    last = placed(copy.deepcopy(models["first"]), channels_last=True)
     amp = train(last, x.to(here, memory_format=torch.channels_last), y.to(here), autocast=True)
     faults = [] if torch.tensor(amp).isfinite().all() else ["the loss under autocast is not finite"]
     if losses["first"] != losses["second"]:

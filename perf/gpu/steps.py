@@ -43,6 +43,7 @@ def run(visit: Visit, cases: Sequence[Case] | None = None) -> None:
                 continue
             seconds = _SECONDS_COMPILED if name.startswith("torch.compile") else _SECONDS
             if visit.has_time_for(label, 0 if visit.small else seconds):
+                step: Step | None
                 with visit.finding(label):
                     step = implementation.build(inputs)
                     difference = implementation.check(step, inputs, expected, case.tolerance)
@@ -50,7 +51,7 @@ def run(visit: Visit, cases: Sequence[Case] | None = None) -> None:
                     if name in _PROFILED:
                         profiles.append(f"{label}\n{profile(visit, step, inputs)}\n")
                         write_text(visit.out / PROFILE, "\n".join(profiles))
-            step = None
+            step = None  # frees its model
             gc.collect()
             if visit.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -45,7 +45,7 @@ _WAITING = frozenset(
 )
 
 
-class CudaOnCpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CudaOnCpu(TorchDispatchMode):
     """While entered, operators on CUDA tensors are computed on the CPU.
 
     Attributes:

@@ -73,7 +73,7 @@ class DivergenceWatch:
         if outcome.is_cuda:
             host = torch.empty(2, pin_memory=True)
             host.copy_(outcome, non_blocking=True)
-            outcome, arrived = host, torch.cuda.Event()  # type: ignore[no-untyped-call]
+            outcome, arrived = host, torch.cuda.Event()
             arrived.record()
         self._noted.append(_Noted(step, images, labels, outcome, arrived))
 
@@ -127,7 +127,7 @@ def _cause(model: nn.Module, loss: Loss, noted: _Noted, value: float) -> str:
     handles = [module.register_forward_hook(look) for module in model.modules()]
     try:
         model.zero_grad(set_to_none=True)
-        loss(model, images, labels).backward()  # type: ignore[no-untyped-call]
+        loss(model, images, labels).backward()
     except ValueError as error:  # layers that check what they are given
         return f"{said}: {error}"
     finally:

@@ -186,7 +186,7 @@ class Run:
             check_finite(self.model, self.step)
             raise
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()
         loss = loss.detach()
         self.watch.note(self.step + 1, images, labels, loss, self.model.parameters())
         if not self.scaler.is_enabled():

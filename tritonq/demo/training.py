@@ -61,7 +61,7 @@ def train(
         for batch in torch.split(torch.randperm(len(data.train_labels), generator=generator), batch_size):
             loss = F.cross_entropy(model(data.train_images[batch]), data.train_labels[batch])
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             total += loss.item() * len(batch)

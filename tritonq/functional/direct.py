@@ -13,4 +13,4 @@ def cpu_is_direct() -> bool:
     NNPACK (its replacement when switched off) and Arm's libraries may choose Winograd, which rounds.
     """
     on_x86 = platform.machine() in ("x86_64", "AMD64")
-    return on_x86 and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)  # type: ignore
+    return on_x86 and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)

@@ -180,7 +180,7 @@ def is_second(a: Tensor, b: Tensor) -> bool:
     """
     if a.shape == b.shape:
         return a.numel() == 1
-    shape = tuple(torch.broadcast_shapes(a.shape, b.shape))  # type: ignore[no-untyped-call]
+    shape = tuple(torch.broadcast_shapes(a.shape, b.shape))
     return tuple(a.shape) != shape == tuple(b.shape)
 
 

@@ -305,7 +305,7 @@ def _kernels_are_exact() -> bool:
 
     Without them, pairs of products are added in 16 bits: 2 · 255 · 127 saturates there.
     """
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return False
     channels = 32
     dense, depthwise = torch.full((channels, channels, 3, 3), 127), torch.full((channels, 1, 3, 3), 127)

@@ -156,7 +156,7 @@ class Joint(WithOutputQuantizer):
         # A sum's operands are added in an order that depends on which one is broadcast; those of a product commute.
         whole = a if a.numel() >= b.numel() else b
         if a.shape != b.shape:
-            joint: torch.Size = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+            joint: torch.Size = torch.broadcast_shapes(a.shape, b.shape)
             if self.kind != "mul" or whole.shape != joint:
                 return None
         elif self.kind != "mul" and a.numel() == 1:

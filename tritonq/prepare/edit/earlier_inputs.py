@@ -86,7 +86,7 @@ def note_earlier_names(model: nn.Module, names: Mapping[Path, Sequence[str]]) ->
         earlier |= dict.fromkeys(quantizers, f"{INPUTS}.{keys[-1]}")
     if earlier:
         setattr(model, _NAMES, earlier)
-        model.register_load_state_dict_pre_hook(_rename_keys)  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_pre_hook(_rename_keys)
 
 
 def earlier_names(model: nn.Module) -> dict[str, str]:

@@ -14,7 +14,7 @@ _FACTORY = "earlier_output"
 def note_earlier_output(layer: nn.Module, factory: Callable[..., nn.Module]) -> None:
     """Let a layer without output quantizer take one that a state dict has: it was trained so, and computes so."""
     setattr(layer, _FACTORY, factory)
-    layer.register_load_state_dict_pre_hook(_take_quantizer)  # type: ignore[no-untyped-call]
+    layer.register_load_state_dict_pre_hook(_take_quantizer)
 
 
 def _take_quantizer(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:

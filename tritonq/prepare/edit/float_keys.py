@@ -17,7 +17,7 @@ def note_batch_norms(model: nn.Module, layers: Mapping[str, str]) -> None:
     """
     if layers:
         setattr(model, _NAMES, dict(layers))
-        model.register_load_state_dict_pre_hook(_move_batch_norms)  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_pre_hook(_move_batch_norms)
 
 
 def _move_batch_norms(model: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:

@@ -36,7 +36,7 @@ class HidesChildren(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for child in self._hidden_children() if recurse else ():
-            child._apply(fn)  # type: ignore[no-untyped-call]
+            child._apply(fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _hidden_children(self) -> list[nn.Module]:

@@ -91,7 +91,7 @@ def _reloaded(module: ScriptModule) -> nn.Module:
     file = io.BytesIO()
     torch.jit.save(module, file)
     file.seek(0)
-    loaded: nn.Module = torch.jit.load(file)  # type: ignore[no-untyped-call]
+    loaded: nn.Module = torch.jit.load(file)
     return loaded
 
 
