@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Plan, device_guard, parameters, planned, warp_size
+from .launch import LaunchPlan, device_guard, parameters, planned, warp_size
 from .launcher import Launcher
 from .layout import Tile, View, dense_view, launch_grid, tile_counts, tile_shape, view
 from .quantized import BlockFormat, float_constants
@@ -152,7 +152,7 @@ def fake_quantize_blocks(
 
 
 @planned("fake_quantize_blocks")
-def _plan(kernel: str, dtype: torch.dtype, seen: View, device: torch.device, size: int, warp_size: int) -> Plan:
+def _plan(kernel: str, dtype: torch.dtype, seen: View, device: torch.device, size: int, warp_size: int) -> LaunchPlan:
     """Return tiles of whole blocks, about as large as those of other kernels."""
     chosen = parameters(kernel, dtype, seen, device)
     if seen.channel == 2:
@@ -162,4 +162,4 @@ def _plan(kernel: str, dtype: torch.dtype, seen: View, device: torch.device, siz
         rows = size
         cols = min(max(chosen.elements // size, 1), triton.next_power_of_2(seen.sizes[2]))
     grid = launch_grid(tile_counts(seen.sizes, rows, cols))
-    return Plan(Tile(rows, cols, chosen.num_warps(warp_size)), grid)
+    return LaunchPlan(Tile(rows, cols, chosen.num_warps(warp_size)), grid)

@@ -233,14 +233,14 @@ def warp_size(device: torch.device) -> int:
     return 64 if device.type == "cuda" and torch.version.hip else 32
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """Tile and grid of an elementwise launch over a view."""
 
     tile: Tile
     grid: LaunchGrid
 
 
-def plan(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> Plan:
+def plan(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> LaunchPlan:
     """Return tile and grid for one program per tile."""
     return _plan(overridden(kernel), kernel, dtype, view, device, warp_size(device))
 
@@ -248,10 +248,10 @@ def plan(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> P
 @lru_cache(maxsize=4096)
 def _plan(
     override: Entry | None, kernel: str, dtype: torch.dtype, view: View, device: torch.device, warp_size: int
-) -> Plan:
+) -> LaunchPlan:
     chosen = parameters(kernel, dtype, view, device)
     rows, cols = tile_shape(view.sizes, chosen.elements, chosen.max_cols)
-    return Plan(Tile(rows, cols, chosen.num_warps(warp_size)), launch_grid(tile_counts(view.sizes, rows, cols)))
+    return LaunchPlan(Tile(rows, cols, chosen.num_warps(warp_size)), launch_grid(tile_counts(view.sizes, rows, cols)))
 
 
 def device_guard(x: Tensor) -> AbstractContextManager[Any]:

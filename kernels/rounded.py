@@ -205,7 +205,7 @@ def write_rounded(
 
 
 def mask_like(y: Tensor) -> Tensor:
-    """Return memory for the mask of a result: see `tritonq.reference.residual.Join`."""
+    """Return memory for the mask of a result: see `tritonq.reference.residual.RoundedResult`."""
     return torch.empty(plane_length(y.numel()), dtype=torch.uint8, device=y.device)
 
 

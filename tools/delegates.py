@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import tritonq
+from markdown_table import markdown_table
 from tritonq.deploy.modules import Quantizer
 from tritonq.perf.cases.vision_models import torchvision_model
 
@@ -41,6 +42,10 @@ LEFT = {
     "aten.addmm.default": "linear layers",
     "aten.add.Tensor": "additions",
 }
+HEAD = (
+    *("model", *dict.fromkeys(LAYERS.values()), "codes", "differ in the program", "differ in the runtime"),
+    "predictions that agree",
+)
 
 
 def main() -> None:
@@ -48,10 +53,10 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warnings.simplefilter("ignore")
     rows = [measure(name) for name in MODELS]
-    TABLE.write_text("\n".join([*head(), *rows, ""]))
+    TABLE.write_text("\n".join([*introduction(), *markdown_table(HEAD, rows), ""]))
 
 
-def measure(name: str) -> str:
+def measure(name: str) -> list[str]:
     """Return a model's row of the table."""
     model, images = trained(name)
     converted = tritonq.convert(model)
@@ -74,7 +79,7 @@ def measure(name: str) -> str:
     codes = [f"{int((differing > 0).sum())} by at most {int(differing.max())}" for differing in steps]
     cells = [name, *taken, f"{outputs.numel():,}", *codes, f"{agreeing} of {len(images)}"]
     print(*cells, sep=" | ", flush=True)
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def trained(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -122,11 +127,9 @@ def last_quantizer(converted: torch.nn.Module) -> Quantizer:
     return [module for module in converted.modules() if isinstance(module, Quantizer)][-1]
 
 
-def head() -> list[str]:
-    """Return the lines above the rows."""
+def introduction() -> list[str]:
+    """Return the lines above the table."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("executorch", "torch"))
-    kinds = " | ".join(dict.fromkeys(LAYERS.values()))
-    columns = f"| model | {kinds} | codes | differ in the program | differ in the runtime | predictions that agree |"
     return [
         "# ExecuTorch",
         "",
@@ -135,8 +138,6 @@ def head() -> list[str]:
         "the delegate takes, and the codes of the outputs that differ from those of the converted model.",
         "`make executorch` repeats it.",
         "",
-        columns,
-        "|" + "---|" * (columns.count("|") - 1),
     ]
 
 

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from markdown_table import markdown_table
+
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "ENGINES.md"
 TARGET = "onnxruntime"
@@ -244,19 +246,18 @@ def table(folder: Path) -> str:
         "each layer on the codes that tritonq's layer made, and predictions of the whole file. `digits` is trained,",
         f"the others ran {STEPS} steps on noise. `tools/engines.py` says how to repeat it.",
         "",
-        "| engine | date | model | layers | codes | differ | by at most | worst | predictions that agree |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
+    head = ("engine", "date", "model", "layers", "codes", "differ", "by at most", "worst", "predictions that agree")
+    cells: list[tuple[object, ...]] = []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
         engine = f"{result['engine']} {result['version'].split('-')[0]}"
         for row in result["rows"]:
             worst = row["worst"].removesuffix(".codes") if row["differing"] else ""
-            lines.append(
-                f"| {engine} | {result['date']} | {row['model']} | {row['layers']} | {row['codes']:,} | "
-                f"{row['differing']:,} | {row['largest']} | {worst} | {row['top1']} of {row['predictions']} |"
-            )
-    return "\n".join([*lines, ""])
+            counts = (row["layers"], f"{row['codes']:,}", f"{row['differing']:,}", row["largest"], worst)
+            agreeing = f"{row['top1']} of {row['predictions']}"
+            cells.append((engine, result["date"], row["model"], *counts, agreeing))
+    return "\n".join([*lines, *markdown_table(head, cells), ""])
 
 
 if __name__ == "__main__":

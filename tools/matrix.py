@@ -27,6 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from markdown_table import markdown_table
+
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "COMPATIBILITY.md"
 # The order of the table's columns.
@@ -218,9 +220,9 @@ def write(rows: Iterable[Mapping[str, str]]) -> None:
     """Replace the table in COMPATIBILITY.md, in the order of ``ROWS``; the text above it stays."""
     order = [row.name for row in ROWS]
     ordered = sorted((row for row in rows if row["row"] in order), key=lambda row: order.index(row["row"]))
-    lines = [list(COLUMNS), ["---"] * len(COLUMNS), *([row[name] for name in COLUMNS] for row in ordered)]
+    lines = markdown_table(COLUMNS, [[row[name] for name in COLUMNS] for row in ordered])
     before, _, _ = TABLE.read_text().partition("| row |")
-    TABLE.write_text(before + "".join("| " + " | ".join(line) + " |\n" for line in lines))
+    TABLE.write_text(before + "\n".join([*lines, ""]))
 
 
 def _git(*words: str) -> str:

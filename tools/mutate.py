@@ -27,6 +27,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from markdown_table import markdown_table
+
 ROOT = Path(__file__).resolve().parent.parent
 EDITS = ROOT / "tools" / "mutations.tsv"
 RESULTS = ROOT / "tools" / "mutation_results.json"
@@ -163,18 +165,12 @@ def render(edits: Sequence[Edit], results: dict[str, str]) -> str:
         "",
         f"{len(edits)} edits: {', '.join(f'{counts[name]} {name}' for name in sorted(counts))}.",
         "",
-        "| file | tests | line | becomes | outcome |",
-        "|---|---|---|---|---|",
     ]
+    rows = []
     for edit, outcome in zip(edits, outcomes, strict=True):
-        cells = [f"`{_cell(text)}`" for text in (edit.old, edit.new)]
-        told = f"equivalent: {_cell(edit.equivalent)}" if edit.equivalent else outcome
-        lines.append(f"| {edit.file} | {edit.tests} | {' | '.join(cells)} | {told} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+        told = f"equivalent: {edit.equivalent}" if edit.equivalent else outcome
+        rows.append((edit.file, edit.tests, f"`{edit.old}`", f"`{edit.new}`", told))
+    return "\n".join([*lines, *markdown_table(("file", "tests", "line", "becomes", "outcome"), rows), ""])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,6 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
+from markdown_table import markdown_table
+
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "TORCH_TESTS.md"
 FILES = (
@@ -120,17 +122,14 @@ def table(source: str, runs: dict[str, tuple[dict[str, Result], dict[str, Result
         "a CPU.",
         *([] if source.split(".")[:2] == torch.__version__.split(".")[:2] else [OTHER_VERSION]),
         "",
-        "| file | tests | pass with torch's operators | pass under `use_in_torch()` | lost | skipped |",
-        "|---|---|---|---|---|---|",
     ]
+    head = ("file", "tests", "pass with torch's operators", "pass under `use_in_torch()`", "lost", "skipped")
+    rows: list[tuple[object, ...]] = []
     for file, (plain, ours) in runs.items():
         counts = [Counter(result.outcome for result in results.values()) for results in (plain, ours)]
-        gone = lost(plain, ours)
-        lines.append(
-            f"| `{Path(file).name}` | {len(plain)} | {counts[0]['passed']} | {counts[1]['passed']} | {len(gone)} | "
-            f"{counts[1]['skipped']} |"
-        )
-    lines += ["", "## Lost", ""]
+        passed = [count["passed"] for count in counts]
+        rows.append((f"`{Path(file).name}`", len(plain), *passed, len(lost(plain, ours)), counts[1]["skipped"]))
+    lines += [*markdown_table(head, rows), "", "## Lost", ""]
     told = [(name, ours[name]) for plain, ours in runs.values() for name in lost(plain, ours)]
     lines += [f"- `{name}`: {result.reason}" for name, result in told] or ["None."]
     lines += ["", "## What does not apply", ""]

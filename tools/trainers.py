@@ -29,6 +29,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 from torch.utils.data import DataLoader, TensorDataset
 
 import tritonq
+from markdown_table import markdown_table
 
 TABLE = Path(__file__).resolve().parent.parent / "TRAINERS.md"
 PACKAGES = ("torch", "lightning", "accelerate", "transformers", "timm")
@@ -238,8 +239,11 @@ def ranges(model: nn.Module) -> Iterator[Tensor]:
             yield buffer
 
 
-def try_trainer(train: Callable[[], tuple[nn.Module, nn.Module]]) -> str:
-    """Return the cells of one row, or what failed."""
+HEAD = ("trainer", "accuracy", "of the average", "ranges moved", "apart", "converted")
+
+
+def try_trainer(train: Callable[[], tuple[nn.Module, nn.Module]]) -> list[str]:
+    """Return the cells of one row."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, average = train()
@@ -254,7 +258,7 @@ def try_trainer(train: Callable[[], tuple[nn.Module, nn.Module]]) -> str:
     moved = [bool((a != b).any()) for a, b in zip(ranges(average), begun, strict=True)]
     apart = max(float((a / b - 1).abs()) for a, b in zip(ranges(average), ranges(model), strict=True))
     cells += [f"{sum(moved)}/{len(moved)}", f"{100 * apart:.0f} %", f"{max(differences):.2g}"]
-    return " | ".join(cells)
+    return cells
 
 
 def main() -> None:
@@ -265,8 +269,8 @@ def main() -> None:
             try:
                 rows[name] = try_trainer(train)
             except Exception as error:
-                rows[name] = f"✗ {type(error).__name__}: {str(error).splitlines()[0]} | | | |"
-            print(name, "|", rows[name], flush=True)
+                rows[name] = [f"✗ {type(error).__name__}: {str(error).splitlines()[0]}", *[""] * (len(HEAD) - 2)]
+            print(name, *rows[name], sep=" | ", flush=True)
     if len(sys.argv) == 1:
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
         text = [
@@ -280,9 +284,7 @@ the trainer leaves them. Accuracies are in percent of 300 new images; "ranges mo
 training has moved from those of the example inputs; "apart" is the largest distance of an average's range from the
 model's; "converted" is the largest difference between outputs of a converted model and of the quantized one.""",
             "",
-            "| trainer | accuracy | of the average | ranges moved | apart | converted |",
-            "|---|---|---|---|---|---|",
-            *(f"| {name} | {row} |" for name, row in rows.items()),
+            *markdown_table(HEAD, [[name, *row] for name, row in rows.items()]),
         ]
         TABLE.write_text("\n".join(text) + "\n")
 

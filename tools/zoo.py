@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import zoo_models
+from markdown_table import markdown_table
 from zoo_stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,8 +102,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         *(_SHORT.get(stage, stage) for stage in STAGES),
         "weights in float",
     ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    notes = []
+    rows, notes = [], []
     for result in results:
         layers, joins = result.get("layers", (0, 0)), result.get("joins", (0, 0))
         cells = [
@@ -113,13 +113,13 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         ]
         cells += [_mark(result["stages"].get(stage)) for stage in STAGES]
         cells.append(str(layers[1] - layers[0]))
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
         notes += _notes(result)
     passed = sum(not failed(result) for result in results)
     whole = sum(result.get("layers", (0, 1))[0] == result.get("layers", (0, 1))[1] for result in results)
     text = f"{len(results)} of {len(zoo_models.names())} models tried: {passed} pass every stage, "
     text += f"{whole} have no layer with weights in float.\n"
-    return "\n".join([text, *lines, "", "## What failed and what stays in float", "", *notes, ""])
+    return "\n".join([text, *markdown_table(head, rows), "", "## What failed and what stays in float", "", *notes, ""])
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import zoo_models
-from integer_nodes import float_parts
 from torch import Tensor, nn
 from torch.utils import _pytree
 
 import tritonq
+import zoo_models
+from integer_nodes import float_parts
 from tritonq.deploy.verify import VerificationReport
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.prepare.record.example import example_arguments

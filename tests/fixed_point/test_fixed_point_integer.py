@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tritonq import get_qconfig
 from tritonq.demo.model import SmallResNet
 from tritonq.deploy import convert
-from tritonq.deploy.fixed_point_modules import CodeFormat, IntegerLayer, overflow_report
+from tritonq.deploy.fixed_point_modules import FixedPointFormat, IntegerLayer, overflow_report
 from tritonq.nn import FixedPointConvBn2d, FixedPointLinear
 from tritonq.nn.fixed_point_layer import FixedPointLayer
 from tritonq.prepare import prepare_qat
@@ -229,8 +229,8 @@ def test_accumulators_of_64_bits_are_those_of_32_where_both_suffice():
 
 def test_input_codes():
     x = torch.tensor([-1.0, math.nan, math.inf, -math.inf, 0.375, 0.625])
-    assert CodeFormat(2, -127, 127).encode(x).tolist() == [-4, 0, 127, -127, 2, 2]
-    assert CodeFormat(2, 0, 255).encode(x).tolist() == [0, 0, 255, 0, 2, 2]
+    assert FixedPointFormat(2, -127, 127).encode(x).tolist() == [-4, 0, 127, -127, 2, 2]
+    assert FixedPointFormat(2, 0, 255).encode(x).tolist() == [0, 0, 255, 0, 2, 2]
 
 
 def test_what_cannot_be_converted_is_refused_and_left_as_it_was():

@@ -90,7 +90,7 @@ def test_what_was_trained_is_what_is_deployed(maker, kind, folding, tmp_path):
     tritonq.save_converted(converted, tmp_path / "model.pt")
     loaded = tritonq.load_converted(tmp_path / "model.pt", Net())
     assert torch.equal(loaded(X), expected)
-    assert loaded.conv.grids.weight == TYPES[kind]
+    assert loaded.conv.types.weight == TYPES[kind]
     packed = torch.load(tmp_path / "model.pt", weights_only=True)["state_dict"]["conv.weight"]
     assert packed.shape == (32 * 32 * 9 // 2,)
     values = converted.conv.dequantized_weight(torch.float32)

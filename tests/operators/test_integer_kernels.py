@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from tritonq.deploy.modules import Grids, QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedLinear, Quantizer
+from tritonq.deploy.modules import (
+    CodeTypes,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedLinear,
+    Quantizer,
+)
 from tritonq.functional import integer_kernels
 from tritonq.functional.codes import can_use_codes, give_codes, rounded_codes, take_codes
 from tritonq.functional.host_grid import host_grid
@@ -86,7 +93,7 @@ def make_layer(name, ends, largest_bias=40000, spread=127):
         "input_zero_point": torch.tensor([source[1]], dtype=torch.int32),
     }
     out = None if output is None else quantizer(*output)
-    layer = cls(geometry, Grids(WEIGHT, source[0]), tensors, ceiling, out)
+    layer = cls(geometry, CodeTypes(WEIGHT, source[0]), tensors, ceiling, out)
     return layer, quantizer(*source, scale=0.03)(torch.randn(shape) * 3)
 
 

@@ -1,27 +1,14 @@
 """The results under other versions: how they are written, and that they are not older than the project's version."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
-import pytest
-
+import matrix
 import tritonq
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.fixture(scope="module")
-def matrix():
-    spec = importlib.util.spec_from_file_location("matrix", ROOT / "tools" / "matrix.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["matrix"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["matrix"]
-
-
-def test_the_table_is_not_older_than_the_project(matrix):
+def test_the_table_is_not_older_than_the_project():
     """Fails when the version changes: run `make matrix`, or the rows that matter, before the release.
 
     A development version counts as the release that it leads to.
@@ -32,7 +19,7 @@ def test_the_table_is_not_older_than_the_project(matrix):
     assert {row["row"]: row["failed"] for row in rows} == {row["row"]: "0" for row in rows}
 
 
-def test_rows_replace_their_pins(matrix):
+def test_rows_replace_their_pins():
     oldest = next(row for row in matrix.ROWS if row.name == "oldest")
     lines = matrix.constraints_of(oldest).splitlines()
     assert {"torch==2.11.0", "triton==3.6.0", "torchvision==0.26.0"} <= set(lines)
@@ -41,14 +28,14 @@ def test_rows_replace_their_pins(matrix):
     assert len(set(lines) - set(pinned)) == 3
 
 
-def test_the_oldest_row_has_the_oldest_versions_that_are_promised(matrix):
+def test_the_oldest_row_has_the_oldest_versions_that_are_promised():
     oldest = next(row for row in matrix.ROWS if row.name == "oldest")
     text = (ROOT / "pyproject.toml").read_text()
     for name in ("torch", "triton"):
         assert f'"{name}>={oldest.pins[name].removesuffix(".0")}' in text
 
 
-def test_a_written_table_is_read_again(matrix, tmp_path, monkeypatch):
+def test_a_written_table_is_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "TABLE", tmp_path / "table.md")
     matrix.TABLE.write_text("# Title\n\nText.\n\n| row | tritonq |\n| --- | --- |\n")
     rows = [{name: f"{name} of {row}" for name in matrix.COLUMNS} | {"row": row} for row in ("newest", "pinned")]
@@ -59,7 +46,7 @@ def test_a_written_table_is_read_again(matrix, tmp_path, monkeypatch):
     assert matrix.read(matrix.TABLE.read_text()) == [rows[0]]
 
 
-def test_reports_are_summed(matrix, tmp_path, monkeypatch):
+def test_reports_are_summed(tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "versions", lambda python: {"torch": "2.14.1"})
     monkeypatch.setattr(matrix, "all_files", lambda: ["test_a.py", "test_b.py", "test_c.py"])
     reports = tmp_path / "reports"

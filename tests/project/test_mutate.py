@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+import mutate
+
 ROOT = Path(__file__).parent.parent.parent
-SPEC = importlib.util.spec_from_file_location("mutate", ROOT / "tools" / "mutate.py")
-mutate = importlib.util.module_from_spec(SPEC)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def loaded():
-    import sys
-
-    sys.modules["mutate"] = mutate
-    SPEC.loader.exec_module(mutate)
-    yield
-    del sys.modules["mutate"]
 
 
 def applies(edit):

@@ -2,11 +2,9 @@
 
 import doctest
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import torch_tests
 from torch_tests import ROOT, Result
 

@@ -2,13 +2,10 @@
 
 import json
 import sys
-from pathlib import Path
 
-from vision_models import import_torchvision
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import zoo
 import zoo_models
+from vision_models import import_torchvision
 from zoo_stages import STAGES
 
 PASSED = {

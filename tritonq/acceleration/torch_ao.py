@@ -21,9 +21,9 @@ from torch.ao.quantization.fake_quantize import (
 
 from tritonq.acceleration.layers import HOOK, RELU, BatchNorm, Layer, add, affine, normalized
 from tritonq.acceleration.quantizers import can_compute, is_attached, quantize
-from tritonq.functional.linear_map import linear_map_of
 from tritonq.functional.recomputation import StepMemory
 from tritonq.nn.batch_norm_state import batch_norm_state, is_plain
+from tritonq.nn.qat import linear_map_of
 
 
 def run_quantizer(self: Any, x: Tensor) -> Tensor:

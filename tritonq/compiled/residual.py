@@ -12,11 +12,13 @@ from tritonq.compiled.build import library
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.reference import residual as reference
 from tritonq.reference.ranges import settled
-from tritonq.reference.residual import Join, mask_length
+from tritonq.reference.residual import RoundedResult, mask_length
 from tritonq.reference.scratch import is_dense
 
 
-def forward(a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None) -> Join:
+def forward(
+    a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
+) -> RoundedResult:
     """See :func:`tritonq.reference.residual.forward`."""
     fits = is_plain(a, b) and a.stride() == b.stride() and is_dense(a) and a.numel() > 0
     if not fits or not takes_grid(grid, statistics):
@@ -27,7 +29,7 @@ def forward(a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics
 
 def rounded(
     a: Tensor, b: Tensor | None, y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
-) -> Join | None:
+) -> RoundedResult | None:
     """Return ``FQ(relu?(a + b))`` in ``y``, and its mask.
 
     Without ``b`` that of ``y``. None where some value is not finite.
@@ -41,7 +43,7 @@ def rounded(
     length = mask_length(count)
     mask, tail = torch.empty(length, dtype=torch.uint8), tail_of(grid, ceiling)
     functions.join_apply(y.data_ptr(), count, length, ctypes.addressof(tail), mask.data_ptr())
-    return Join(y, mask)
+    return RoundedResult(y, mask)
 
 
 def backward(dy: Tensor, mask: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from tritonq.compiled import residual
 from tritonq.compiled.arguments import is_plain, takes_grid
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.reference import rounded as reference
-from tritonq.reference.residual import Join
+from tritonq.reference.residual import RoundedResult
 from tritonq.reference.scratch import is_dense
 
 
-def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Join:
+def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> RoundedResult:
     """See :func:`tritonq.reference.rounded.forward`."""
     if is_plain(y) and is_dense(y) and y.numel() and takes_grid(grid, statistics):
         joined = residual.rounded(y, None, y, grid, statistics, ceiling)

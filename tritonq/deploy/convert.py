@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tritonq.deploy.computed import drop_computations
 from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.float_quantizer import FloatQuantizer
-from tritonq.deploy.modules import LAYER_TYPES, DeployedModule, Grids, QuantizedLayer, Quantizer
+from tritonq.deploy.modules import LAYER_TYPES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbeddingBag
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
@@ -274,7 +274,7 @@ def _layer_like(layer: QATLayer, shape: nn.Module, output: nn.Module) -> Quantiz
     grid = _weight_grid(layer)
     if integers is None:
         tensors = _float_tensors(layer, weight, bias, grid)
-        return target(geometry, Grids(grid, None), tensors, layer.ceiling, output)
+        return target(geometry, CodeTypes(grid, None), tensors, layer.ceiling, output)
     source = cast(FakeQuantizeBase, layer.input_quantizer)
     grid = cast(QuantizedType, grid)
     zero = cast(Tensor, integers.weight_zero_point)
@@ -289,7 +289,7 @@ def _layer_like(layer: QATLayer, shape: nn.Module, output: nn.Module) -> Quantiz
         "input_scale": input_scale.reshape(1).clone(),
         "input_zero_point": input_zero_point.reshape(1).clone(),
     }
-    return target(geometry, Grids(grid, source.qtype), integer_tensors, layer.ceiling, output)
+    return target(geometry, CodeTypes(grid, source.qtype), integer_tensors, layer.ceiling, output)
 
 
 def _weight_grid(layer: QATLayer) -> QuantizedType | None:

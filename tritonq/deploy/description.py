@@ -14,7 +14,7 @@ from tritonq.deploy import fixed_point_description
 from tritonq.deploy.computed import stand_ins
 from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers, integer_difference
 from tritonq.deploy.float_quantizer import FloatQuantizer
-from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, DeployedModule, Grids, QuantizedLayer, Quantizer
+from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTable
 from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, MatMul, Mul, RepVGGBlock, Sub
 from tritonq.nn.averages import POOL_TYPES
@@ -101,8 +101,8 @@ def _describe(module: nn.Module) -> Description:
             "type": module.float_type.__name__,
             "geometry": module.geometry,
             "ceiling": module.ceiling,
-            "weight": _grid_to_data(module.grids.weight),
-            "input": _grid_to_data(module.grids.input),
+            "weight": _grid_to_data(module.types.weight),
+            "input": _grid_to_data(module.types.input),
             "tensors": [name for name in TENSOR_NAMES if getattr(module, name) is not None],
             "target": module.target,
             **({"takes_weight": True} if module.takes_weight else {}),
@@ -167,9 +167,9 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         return made_of_integers
     if kind == "layer":
         cls = _by_name(LAYER_TYPES, entry["type"])
-        grids = Grids(_grid_from_data(entry["weight"]), _grid_from_data(entry["input"]))
+        types = CodeTypes(_grid_from_data(entry["weight"]), _grid_from_data(entry["input"]))
         held: dict[str, Tensor | None] = {key: _tensor(tensors, _join(name, key)) for key in entry["tensors"]}
-        layer = cls(entry["geometry"], grids, held, _ceiling(entry))
+        layer = cls(entry["geometry"], types, held, _ceiling(entry))
         layer.target = entry.get("target")  # files of versions before 0.2 don't say it
         layer.takes_weight = bool(entry.get("takes_weight"))
         return layer

@@ -136,7 +136,7 @@ def _encoding(name: str, scale: Tensor, zero_point: Tensor | None, qtype: Quanti
 def _mark_layer(layer: QuantizedLayer, name: str) -> dict[str, Encoding]:
     """Let a layer trace to its float operation with marks at weight and bias; return their grids."""
     encodings: dict[str, Encoding] = {}
-    scale, qtype = layer.weight_scale, layer.grids.weight
+    scale, qtype = layer.weight_scale, layer.types.weight
     if scale is not None and qtype is not None:
         if layer.has_groups:
             raise ValueError(f"{name!r} has a scale per group of input channels, which this version's encodings lack")

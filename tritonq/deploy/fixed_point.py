@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.fixed_point_modules import (
-    CodeFormat,
+    FixedPointFormat,
     IntegerAdd,
     IntegerAvgPool2d,
     IntegerLayer,
@@ -131,7 +131,7 @@ def _pool(pool: FixedPointAvgPool2d) -> IntegerAvgPool2d:
     return IntegerAvgPool2d(window, frac_len, _codes(pool.input_format), _output(pool))
 
 
-def _output(module: FixedPointLayer | FixedPointAdd | FixedPointAvgPool2d) -> CodeFormat | None:
+def _output(module: FixedPointLayer | FixedPointAdd | FixedPointAvgPool2d) -> FixedPointFormat | None:
     """Return the codes that leave a module: those of its reader's format.
 
     None: accumulators, for a sum or for the caller.
@@ -139,5 +139,5 @@ def _output(module: FixedPointLayer | FixedPointAdd | FixedPointAvgPool2d) -> Co
     return None if module.following is None or module.raw_output else _codes(module.following)
 
 
-def _codes(source: ActivationFormat) -> CodeFormat:
-    return CodeFormat(int(source.rounded_frac_len()), source.qtype.quant_min, source.qtype.quant_max)
+def _codes(source: ActivationFormat) -> FixedPointFormat:
+    return FixedPointFormat(int(source.rounded_frac_len()), source.qtype.quant_min, source.qtype.quant_max)

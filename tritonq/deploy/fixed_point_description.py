@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tritonq.deploy.fixed_point_modules import (
-    CodeFormat,
+    FixedPointFormat,
     IntegerAdd,
     IntegerAvgPool2d,
     IntegerLayer,
@@ -80,7 +80,7 @@ def _build(entry: Description, tensor: Callable[[str], Tensor]) -> nn.Module | N
         if not linear:
             runs = {name: tuple(geometry[name]) for name in names} | {"groups": geometry["groups"]}
         ends = {"encodes": entry["encodes"], "decodes": entry["decodes"]}
-        formats = CodeFormat(**entry["input"]), _format_from_data(entry["output"])
+        formats = FixedPointFormat(**entry["input"]), _format_from_data(entry["output"])
         return IntegerLayer(tensors, runs, *formats, **ends, linear=linear)
     if kind == "integer_add":
         finest = tensor("frac_len")
@@ -88,7 +88,7 @@ def _build(entry: Description, tensor: Callable[[str], Tensor]) -> nn.Module | N
         frac_lens = (finest - tensor("left0"), finest - tensor("left1"))
         return IntegerAdd(frac_lens, (first, second), _format_from_data(entry["output"]))
     if kind == "integer_average":
-        formats = CodeFormat(**entry["input"]), _format_from_data(entry["output"])
+        formats = FixedPointFormat(**entry["input"]), _format_from_data(entry["output"])
         return IntegerAvgPool2d(PoolingWindow(**entry["window"]), tensor("frac_len"), *formats)
     if kind == "integer_maximum":
         return FixedPointMaxPool2d(**entry["geometry"])
@@ -118,9 +118,9 @@ def _float_geometry(layer: IntegerLayer) -> Description:
     return channels | layer.geometry
 
 
-def _format_to_data(codes: CodeFormat | None) -> Description | None:
+def _format_to_data(codes: FixedPointFormat | None) -> Description | None:
     return None if codes is None else dataclasses.asdict(codes)
 
 
-def _format_from_data(data: Description | None) -> CodeFormat | None:
-    return None if data is None else CodeFormat(**data)
+def _format_from_data(data: Description | None) -> FixedPointFormat | None:
+    return None if data is None else FixedPointFormat(**data)

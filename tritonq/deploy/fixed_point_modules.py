@@ -20,7 +20,7 @@ from tritonq.warn_once import warn_once
 
 
 @dataclass(frozen=True)
-class CodeFormat:
+class FixedPointFormat:
     """Codes of a tensor: ``value = code * 2^-frac_len``, in units of whatever η.
 
     Attributes:
@@ -62,7 +62,7 @@ class IntegerModule(DeployedModule):
     """
 
     frac_len: Tensor
-    output: CodeFormat | None
+    output: FixedPointFormat | None
     name: str = ""
 
     @property
@@ -105,8 +105,8 @@ class IntegerLayer(IntegerModule):
         self,
         tensors: dict[str, Tensor],
         geometry: dict[str, Any],
-        input: CodeFormat,
-        output: CodeFormat | None,
+        input: FixedPointFormat,
+        output: FixedPointFormat | None,
         *,
         encodes: bool,
         decodes: bool,
@@ -191,7 +191,9 @@ class IntegerAdd(IntegerModule):
     left0: Tensor
     left1: Tensor
 
-    def __init__(self, frac_lens: tuple[Tensor, Tensor], bounds: tuple[int, int], output: CodeFormat | None) -> None:
+    def __init__(
+        self, frac_lens: tuple[Tensor, Tensor], bounds: tuple[int, int], output: FixedPointFormat | None
+    ) -> None:
         super().__init__()
         finest = torch.maximum(frac_lens[0].max(), frac_lens[1].max()).view(1)
         self.keep(left0=finest - frac_lens[0], left1=finest - frac_lens[1], frac_len=finest)
@@ -231,7 +233,9 @@ class PoolingWindow:
 class IntegerAvgPool2d(IntegerModule):
     """The sum of each window's codes; dividing it by a power of two is part of its fractional length."""
 
-    def __init__(self, window: PoolingWindow, frac_len: Tensor, input: CodeFormat, output: CodeFormat | None) -> None:
+    def __init__(
+        self, window: PoolingWindow, frac_len: Tensor, input: FixedPointFormat, output: FixedPointFormat | None
+    ) -> None:
         super().__init__()
         self.window, self.input, self.output = window, input, output
         self.keep(frac_len=frac_len)

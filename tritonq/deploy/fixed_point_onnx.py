@@ -13,7 +13,13 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
-from tritonq.deploy.fixed_point_modules import CodeFormat, IntegerAdd, IntegerAvgPool2d, IntegerLayer, IntegerModule
+from tritonq.deploy.fixed_point_modules import (
+    FixedPointFormat,
+    IntegerAdd,
+    IntegerAvgPool2d,
+    IntegerLayer,
+    IntegerModule,
+)
 from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, require_onnx
 from tritonq.nn.fixed_point_joins import FixedPointMaxPool2d
 from tritonq.reference.int8_conv import ACCUMULATOR_MAX
@@ -208,7 +214,7 @@ class _Writer:
             return source
         return self._emit("Clip", [source, self._constant(torch.zeros((), dtype=dtype))])
 
-    def _encode(self, source: str, codes: CodeFormat) -> str:
+    def _encode(self, source: str, codes: FixedPointFormat) -> str:
         steps = self._emit("Mul", [source, self._constant(torch.tensor(2.0**codes.frac_len))])
         return self._clipped(steps, codes)
 
@@ -222,14 +228,14 @@ class _Writer:
         real = self._emit("Cast", [total], to=self._onnx.TensorProto.FLOAT)
         return self._emit("Mul", [real, self._constant(torch.exp2(-shift.double()).float())])
 
-    def _clipped(self, steps: str, codes: CodeFormat) -> str:
+    def _clipped(self, steps: str, codes: FixedPointFormat) -> str:
         """Return codes of real numbers of steps: ties to even, then the code range."""
         ends = [self._constant(torch.tensor(float(end))) for end in (codes.quant_min, codes.quant_max)]
         whole = self._emit("Clip", [self._emit("Round", [steps]), *ends])
         types = self._onnx.TensorProto
         return self._emit("Cast", [whole], to=types.INT8 if codes.quant_min < 0 else types.UINT8)
 
-    def _unsigned(self, source: str, codes: CodeFormat) -> tuple[str, str]:
+    def _unsigned(self, source: str, codes: FixedPointFormat) -> tuple[str, str]:
         """Return codes as unsigned bytes, and their zero point."""
         if codes.quant_min >= 0:
             return source, self._constant(torch.tensor(0, dtype=torch.uint8))

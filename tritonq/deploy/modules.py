@@ -21,11 +21,12 @@ from tritonq.functional.codes import can_use_codes
 from tritonq.functional.conv2d import find_kernel, run_integer_layer
 from tritonq.functional.integer import BYTE_BITS, IntegerAffine, sum_bound
 from tritonq.functional.integer_kernels import PackedLayer, pack, run_packed
-from tritonq.functional.linear_map import LinearMap, linear_map_of
+from tritonq.functional.linear_map import LinearMap
 from tritonq.functional.memo import Memo
 from tritonq.grid import Grid
 from tritonq.nn.fusable import checked_ceiling, describe_relu
 from tritonq.nn.own_input import QuantizesInput
+from tritonq.nn.qat import linear_map_of
 from tritonq.qparams import QuantizedType
 from tritonq.reference.activation import rectify
 from tritonq.reference.float_rounding import floats_of_codes
@@ -37,7 +38,7 @@ TENSOR_NAMES = (
 
 
 @dataclass(frozen=True)
-class Grids:
+class CodeTypes:
     """Which integers a layer works with.
 
     Attributes:
@@ -66,7 +67,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
     Attributes:
         weight: the values that its codes stand for, float32, shaped as the float weight, computed when somebody reads
             them.
-        stored_weight: the codes, in the smallest integer dtype that holds them (float32 values where ``grids.weight``
+        stored_weight: the codes, in the smallest integer dtype that holds them (float32 values where ``types.weight``
             is None); the state dict's ``weight``.
         weight_scale: float32 (out,), with groups (out, in/groups/group, ...), or None with a float weight.
         weight_zero_point: int32, as ``weight_scale``, or None where all are 0.
@@ -76,7 +77,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         multiplier: float32 (out,), input scale times weight scale, or None.
         input_scale: float32 (1,), or None.
         input_zero_point: int32 (1,), or None.
-        grids: see :class:`Grids`.
+        types: see :class:`CodeTypes`.
         ceiling: upper bound of the ReLU that follows, infinity for a plain one; None without a ReLU.
         following: another function that follows, before the output quantizer, or None.
         activation_post_process: the output's :class:`Quantizer`, or an Identity.
@@ -103,7 +104,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
     def __init__(
         self,
         geometry: dict[str, Any],
-        grids: Grids,
+        types: CodeTypes,
         tensors: dict[str, Tensor | None],
         ceiling: float | None = None,
         output: nn.Module | None = None,
@@ -112,8 +113,8 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         self.float_type.__init__(self, **geometry, bias=False, device="meta")
         check_shape("weight", tensors.get("weight"), tuple(self.stored_weight.shape))
         rows = tuple(self.linear_map.to_rows(self.stored_weight).shape)
-        self.grids = grids
-        per_scale = cast(QuantizedType, grids.weight).granularity.scale_shape(rows) if self.has_groups else rows[:1]
+        self.types = types
+        per_scale = cast(QuantizedType, types.weight).granularity.scale_shape(rows) if self.has_groups else rows[:1]
         for name in ("weight_scale", "weight_zero_point", "bias", "multiplier"):
             check_shape(name, tensors.get(name), per_scale if name.startswith("weight") else rows[:1])
         del self._parameters["weight"], self._parameters["bias"]
@@ -127,19 +128,19 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
     def read_tensors(self) -> None:
         """See base class."""
         self._sum_bound = 0.0
-        if self.input_zero_point is not None and self.grids.input is not None:
+        if self.input_zero_point is not None and self.types.input is not None:
             rows = self.linear_map.to_rows(self.centred_weight())
-            self._sum_bound = sum_bound(rows, self.input_zero_point, self.grids.input)
+            self._sum_bound = sum_bound(rows, self.input_zero_point, self.types.input)
 
     @property
     def has_groups(self) -> bool:
         """Whether the weight has a scale per group of input channels."""
-        return self.grids.weight is not None and self.grids.weight.group is not None
+        return self.types.weight is not None and self.types.weight.group is not None
 
     @property
     def has_floats(self) -> bool:
         """Whether the weight's codes are those of a float format."""
-        return self.grids.weight is not None and self.grids.weight.float_format is not None
+        return self.types.weight is not None and self.types.weight.float_format is not None
 
     @property
     def geometry(self) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse float values where the layer holds codes."""
-        if name in ("weight", "bias") and "grids" in vars(self) and isinstance(value, Tensor):
+        if name in ("weight", "bias") and "types" in vars(self) and isinstance(value, Tensor):
             held = self.stored_weight if name == "weight" else self.stored_bias
             if self.weight_scale is not None and (held is None or held.dtype != value.dtype):
                 raise AttributeError(
@@ -190,7 +191,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         """Return values per out channel or group, shaped to broadcast against the weight."""
         if not self.has_groups:
             return self.along_out_channels(values)
-        group = cast(int, cast(QuantizedType, self.grids.weight).group)
+        group = cast(int, cast(QuantizedType, self.types.weight).group)
         return self.linear_map.from_rows(values.repeat_interleave(group, 1))
 
     def along_out_channels(self, values: Tensor) -> Tensor:
@@ -199,7 +200,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
 
     def centred_weight(self) -> Tensor:
         """Return weight codes minus zero points, in the smallest dtype that holds them; of float codes the numbers."""
-        number = None if self.grids.weight is None else self.grids.weight.float_format
+        number = None if self.types.weight is None else self.types.weight.float_format
         if number is not None:
             return floats_of_codes(self.stored_weight, number)
         if self.weight_zero_point is None:
@@ -224,7 +225,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
             find_sum_bound=lambda: self._sum_bound,
             weight_scale=cast(Tensor, self.weight_scale),
             weight_zero_point=self.weight_zero_point,
-            has_8_bit_codes=max(self.grids.bits) <= BYTE_BITS,
+            has_8_bit_codes=max(self.types.bits) <= BYTE_BITS,
         )
 
     def forward(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -254,7 +255,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
             return None
         held = (*self._parameters.values(), *self._buffers.values(), *quantizer._buffers.values())
         own = self.__dict__
-        key = (self.ceiling, self.grids, quantizer, len(self._modules), [own[name] for name in self.geometry_names])
+        key = (self.ceiling, self.types, quantizer, len(self._modules), [own[name] for name in self.geometry_names])
         packed = self._packed.get(held, self._pack, key)
         y = None if packed is None else run_packed(x, packed)
         if y is None or packed is None:
@@ -265,7 +266,7 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         return cast(Tensor, quantizer(y)) if quantizer._forward_hooks else y
 
     def _pack(self) -> PackedLayer | None:
-        layer, qtype = self.integer_layer(), self.grids.input
+        layer, qtype = self.integer_layer(), self.types.input
         if layer is None or qtype is None:
             return None
         source = Grid(layer.input_scale, self.input_zero_point, qtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tritonq.deploy.modules import Quantizer
 from tritonq.deploy.onnx_ops import global_average, round_half_away
+from tritonq.deploy.onnx_quantizers import TracedQuantizer
 from tritonq.nn import AverageLayer
 from tritonq.reference.averages import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
 
@@ -29,13 +30,6 @@ _MANY_TERMS = 2**14
 _CODES = 255
 _EXACT_FLOAT32 = 2**24
 _POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-
-
-class StepsQuantizer(Protocol):
-    """A quantizer as one operator that also takes values divided by its scale already."""
-
-    def __call__(self, x: Tensor, in_steps: bool = False) -> Tensor:
-        """Quantize and dequantize."""
 
 
 def grids_of(layer: AverageLayer) -> tuple[Quantizer, Quantizer] | None:
@@ -52,7 +46,7 @@ def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> Non
     Args:
         layer: one with known grids.
         name: what to call it in a warning.
-        quantizer: its output's, a :class:`StepsQuantizer`.
+        quantizer: its output's, a :class:`TracedQuantizer`.
     """
     source, output = cast(tuple[Quantizer, Quantizer], grids_of(layer))
     layer.register_buffer("input_scale", source.scale.reshape(()))
@@ -79,7 +73,7 @@ def _global_mean(averaging: Averaging, x: Tensor) -> Tensor:
 
 
 def _forward(layer: Any, name: str, half_away: bool, input: Tensor) -> Tensor:
-    averaging, quantizer = cast(Averaging, layer.averaging), cast(StepsQuantizer, layer.traced_quantizer)
+    averaging, quantizer = cast(Averaging, layer.averaging), cast(TracedQuantizer, layer.traced_quantizer)
     if not half_away and _is_global(averaging, input):
         y = quantizer(global_average(input))
         keeps = not isinstance(averaging, AxesAverage) or averaging.keepdim

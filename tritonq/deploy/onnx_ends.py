@@ -32,7 +32,7 @@ _QUANTIZING = frozenset(
 
 
 @dataclass(frozen=True)
-class Normalization:
+class PixelNormalization:
     """What pixels become before a model reads them: ``(pixel / 255 - mean) / std``, per channel, in float32."""
 
     mean: tuple[float, ...]
@@ -55,7 +55,7 @@ class Ends:
         grids: scale and zero point of each output that is codes.
     """
 
-    pixels: Normalization | None = None
+    pixels: PixelNormalization | None = None
     returned: Returned = "values"
     grids: tuple[tuple[float, int], ...] = ()
 
@@ -65,7 +65,7 @@ class Ends:
         data = json.loads(properties.get(ENDS_KEY, "{}"))
         pixels = data.get("pixels")
         return cls(
-            None if pixels is None else Normalization(*map(tuple, pixels)),
+            None if pixels is None else PixelNormalization(*map(tuple, pixels)),
             data.get("returned", "values"),
             tuple((scale, zero) for scale, zero in data.get("grids", ())),
         )
@@ -89,7 +89,7 @@ class Ends:
         return outputs
 
 
-def check_ends(pixels: Any, returned: Any) -> Normalization | None:
+def check_ends(pixels: Any, returned: Any) -> PixelNormalization | None:
     """Return how pixels become values, from the argument ``(mean, std)``.
 
     Raises:
@@ -106,10 +106,10 @@ def check_ends(pixels: Any, returned: Any) -> Normalization | None:
         raise ValueError(f"pixels must be (mean, std), each a number or one per channel, got {pixels!r}") from error
     if len(mean) != len(std) or not all(value > 0 for value in std):
         raise ValueError(f"pixels must hold as many deviations as means, all positive, got {pixels!r}")
-    return Normalization(mean, std)
+    return PixelNormalization(mean, std)
 
 
-def take_pixels(proto: Any, normalization: Normalization, model: nn.Module) -> None:
+def take_pixels(proto: Any, normalization: PixelNormalization, model: nn.Module) -> None:
     """Let a file take uint8 pixels, whose codes it looks up.
 
     Args:
@@ -250,7 +250,7 @@ def _drop_unread(graph: Any) -> None:
         graph.node.remove(node)
 
 
-def whole_ends(proto: Any, normalization: Normalization | None, returned: Returned, model: nn.Module) -> None:
+def whole_ends(proto: Any, normalization: PixelNormalization | None, returned: Returned, model: nn.Module) -> None:
     """Give a file the ends that ``export_onnx`` was asked for, and note them in its metadata."""
     if normalization is None and returned == "values":
         return

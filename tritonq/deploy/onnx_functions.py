@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,13 +31,6 @@ _OPERATOR_NAMES = """
     LeakyRelu Less Mish Mul Neg Pow QuantizeLinear Sigmoid Sign Softplus Sub Tanh Where
 """
 _OPERATORS = frozenset(_OPERATOR_NAMES.split())
-
-
-class StepsQuantizer(Protocol):
-    """A quantizer as one operator that also takes values divided by its scale already."""
-
-    def __call__(self, x: Tensor, in_steps: bool = False) -> Tensor:
-        """Quantize and dequantize."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ def rewrite_function(layer: FunctionLayer | PReLU, output: Quantizer, quantizer:
     Args:
         layer: one with known grids.
         output: its output's quantizer.
-        quantizer: the traced form of that, a :class:`StepsQuantizer`.
+        quantizer: the traced form of that, a :class:`TracedQuantizer`.
     """
     layer.activation_post_process = nn.Identity()
     layer.add_module("traced_quantizer", quantizer)
@@ -80,7 +73,7 @@ def rewrite_function(layer: FunctionLayer | PReLU, output: Quantizer, quantizer:
 
 
 def _forward(layer: Any, half_away: bool, input: Tensor) -> Tensor:
-    y, quantizer = layer.compute(input), cast(StepsQuantizer, layer.traced_quantizer)
+    y, quantizer = layer.compute(input), cast(TracedQuantizer, layer.traced_quantizer)
     return quantizer(round_half_away(y / layer.output_scale), in_steps=True) if half_away else quantizer(y)
 
 

@@ -227,7 +227,7 @@ def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
 
 def _rewrite_float_weight(layer: QuantizedLayer) -> None:
     """Let a weight of float codes be a constant of eight-bit floats, which hold the numbers of smaller formats too."""
-    dtype = FLOAT_DTYPES.get(cast(QuantizedType, layer.grids.weight).codes, torch.float8_e4m3fn)
+    dtype = FLOAT_DTYPES.get(cast(QuantizedType, layer.types.weight).codes, torch.float8_e4m3fn)
     scale = cast(Tensor, layer.weight_scale)
     if layer.has_groups:
         scale = layer.linear_map.from_rows(scale)
@@ -258,7 +258,7 @@ def _layer_forward(
     elif layer.stored_weight.dtype == torch.float32:
         weight = quantize_dequantize(layer.stored_weight, scale, zero, -128, 127, axis, False, "")
     else:
-        group = cast(QuantizedType, layer.grids.weight).group
+        group = cast(QuantizedType, layer.types.weight).group
         weight = dequantize(layer.stored_weight, scale, zero, axis, group)
     bias = layer.stored_bias
     if bias is not None and layer.multiplier is not None:

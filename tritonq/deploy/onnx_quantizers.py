@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ class TracedQuantizer(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
-
     inverse: Tensor
+
+    __call__: Callable[..., Tensor]
 
     def __init__(
         self, source: Quantizer, name: str, zero_point: Tensor, quant_min: int, quant_max: int, exact: bool = False

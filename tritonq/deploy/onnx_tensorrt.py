@@ -52,9 +52,9 @@ def runs_in_float(layer: QuantizedLayer) -> bool:
     if isinstance(layer, QuantizedConvTranspose2d) and bool((layer.weight_scale != layer.weight_scale[0]).any()):
         return True
     weight_fits = layer.weight_zero_point is None and layer.stored_weight.dtype == torch.int8
-    if layer.grids.input is None or layer.input_zero_point is None:
+    if layer.types.input is None or layer.input_zero_point is None:
         return not weight_fits
-    return not (weight_fits and _fits(layer.grids.input, layer.input_zero_point))
+    return not (weight_fits and _fits(layer.types.input, layer.input_zero_point))
 
 
 def tell_float_layers(model: nn.Module) -> None:

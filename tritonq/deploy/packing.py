@@ -87,5 +87,5 @@ def unpack_codes(packed: Tensor, shape: tuple[int, ...], low: int, width: int) -
 
 def _weight_type(module: nn.Module) -> QuantizedType | None:
     if isinstance(module, QuantizedLayer):
-        return module.grids.weight
+        return module.types.weight
     return module.qtype if isinstance(module, QuantizedTable) else None

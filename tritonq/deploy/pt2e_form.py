@@ -133,7 +133,7 @@ def _rewrite_layer(layer: QuantizedLayer, name: str) -> None:
     if layer.has_floats:
         raise ValueError(f"the weight of {name!r} is rounded to floats, and the form of PT2E holds integers")
     bias, axis, scale = layer.bias, _scale_axis(layer), layer.weight_scale
-    codes = None if layer.grids.weight is None else (layer.grids.weight.quant_min, layer.grids.weight.quant_max)
+    codes = None if layer.types.weight is None else (layer.types.weight.quant_min, layer.types.weight.quant_max)
     if scale is None or codes is None or axis is None:
         layer.keep(weight=layer.dequantized_weight(torch.float32), weight_scale=None, weight_zero_point=None)
         codes = None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class LinearMap(Protocol):
@@ -184,22 +184,3 @@ class MatrixProduct:
     def from_rows(self, rows: Tensor) -> Tensor:
         """See :class:`LinearMap`."""
         return rows
-
-
-def linear_map_of(layer: nn.Module) -> LinearMap:
-    """Return what a layer derived from torch's convolutions or ``nn.Linear`` does with its input and its weight."""
-    if isinstance(layer, nn.Linear):
-        return MatrixProduct()
-    conv = cast(nn.modules.conv._ConvNd, layer)
-    padding = conv.padding
-    if conv.padding_mode == "zeros" and not isinstance(padding, str):
-        return Convolution(conv.stride, padding, conv.dilation, conv.output_padding, conv.transposed, conv.groups)
-    pairs, mode = conv._reversed_padding_repeated_twice, str(conv.padding_mode)
-    if conv.padding_mode != "zeros":
-        common, rest = [0] * len(conv.kernel_size), pairs
-    else:
-        common = [min(before, after) for before, after in zip(pairs[0::2], pairs[1::2], strict=True)]
-        rest, mode = [side - common[i // 2] for i, side in enumerate(pairs)], "constant"
-    padding = tuple(reversed(common))
-    plain = Convolution(conv.stride, padding, conv.dilation, conv.output_padding, conv.transposed, conv.groups)
-    return PaddedConvolution(plain, tuple(rest), mode) if any(rest) else plain

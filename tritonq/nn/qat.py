@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.integer import IntegerAffine, to_integers
 from tritonq.functional.integer_kernels import PackedLayer
-from tritonq.functional.linear_map import LinearMap, linear_map_of
+from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct, PaddedConvolution
 from tritonq.functional.memo import Memo
 from tritonq.granularity import Granularity
 from tritonq.grid import Grid
@@ -292,3 +292,22 @@ def check_qconfig(layer: nn.Module, qconfig: object) -> QConfig:
 def _granularity(quantizer: nn.Module) -> Granularity:
     qtype = getattr(quantizer, "qtype", None)
     return Granularity() if qtype is None else qtype.granularity
+
+
+def linear_map_of(layer: nn.Module) -> LinearMap:
+    """Return what a layer derived from torch's convolutions or ``nn.Linear`` does with its input and its weight."""
+    if isinstance(layer, nn.Linear):
+        return MatrixProduct()
+    conv = cast(nn.modules.conv._ConvNd, layer)
+    padding = conv.padding
+    if conv.padding_mode == "zeros" and not isinstance(padding, str):
+        return Convolution(conv.stride, padding, conv.dilation, conv.output_padding, conv.transposed, conv.groups)
+    pairs, mode = conv._reversed_padding_repeated_twice, str(conv.padding_mode)
+    if conv.padding_mode != "zeros":
+        common, rest = [0] * len(conv.kernel_size), pairs
+    else:
+        common = [min(before, after) for before, after in zip(pairs[0::2], pairs[1::2], strict=True)]
+        rest, mode = [side - common[i // 2] for i, side in enumerate(pairs)], "constant"
+    padding = tuple(reversed(common))
+    plain = Convolution(conv.stride, padding, conv.dilation, conv.output_padding, conv.transposed, conv.groups)
+    return PaddedConvolution(plain, tuple(rest), mode) if any(rest) else plain

@@ -20,7 +20,7 @@ _BITS = 8
 _ALIGNMENT = 16
 
 
-class Join(NamedTuple):
+class RoundedResult(NamedTuple):
     """The result, and one bit per element: whether its gradient passes.
 
     Attributes:
@@ -37,8 +37,10 @@ _RESULT: Any = Like("a")
 _MASK: Any = New(lambda arguments: (mask_length(arguments["a"].numel()),), "a", torch.uint8)
 
 
-@operator(returns=Join(_RESULT, _MASK), mutates=OBSERVED)
-def forward(a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None) -> Join:
+@operator(returns=RoundedResult(_RESULT, _MASK), mutates=OBSERVED)
+def forward(
+    a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
+) -> RoundedResult:
     """Return ``FQ(relu?(a + b))``: observes the sum, which is float32, and rounds once to the dtype of the inputs.
 
     Args:
@@ -50,10 +52,10 @@ def forward(a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics
     """
     wide = torch.promote_types(a.dtype, torch.float32)
     y, mask = rounded(a.to(wide) + b.to(wide), grid, statistics, ceiling)
-    return Join(y.to(a.dtype), mask)
+    return RoundedResult(y.to(a.dtype), mask)
 
 
-def rounded(y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None) -> Join:
+def rounded(y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None) -> RoundedResult:
     """Return ``FQ(relu?(y))`` and its mask, with ``y`` observed.
 
     ``y`` is dense, float32 or float64, and overwritten.
@@ -65,7 +67,7 @@ def rounded(y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ce
     # Threshold and pack before the sum is overwritten, after the observer moved the thresholds.
     mask = pack(in_memory_order(_passes(y, grid, ceiling, finite)))
     y = rectify_(y, ceiling) if grid is None else quantize_(y, grid, ceiling)
-    return Join(y, mask)
+    return RoundedResult(y, mask)
 
 
 @operator(returns=Like("dy"))
@@ -91,12 +93,12 @@ def _passes(y: Tensor, grid: Grid | None, ceiling: float | None, finite: bool) -
 
 
 def mask_length(count: int) -> int:
-    """Return the number of bytes that hold one bit for each of ``count`` elements; see :class:`Join`."""
+    """Return the number of bytes that hold one bit for each of ``count`` elements; see :class:`RoundedResult`."""
     return -(-count // (_BITS * _ALIGNMENT)) * _ALIGNMENT
 
 
 def pack(passes: Tensor) -> Tensor:
-    """Return one bit for each element of a vector of 0.0 and 1.0; see :class:`Join`."""
+    """Return one bit for each element of a vector of 0.0 and 1.0; see :class:`RoundedResult`."""
     length = mask_length(passes.numel())
     # By way of int8, which float converts to eight times as fast as to uint8.
     bits = passes.to(torch.int8).view(torch.uint8)

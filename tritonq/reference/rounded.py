@@ -11,14 +11,14 @@ from tritonq.grid import Grid, RangeStatistics
 from tritonq.reference.activation import observe, passes, quantize_, rectify_
 from tritonq.reference.operator import Like, New, operator
 from tritonq.reference.ranges import OBSERVED, settled
-from tritonq.reference.residual import Join, mask_length, rounded
+from tritonq.reference.residual import RoundedResult, mask_length, rounded
 
 _MASK: Any = New(lambda arguments: (mask_length(arguments["y"].numel()),), "y", torch.uint8)
 _RESULT: Any = Like("y")
 
 
-@operator(returns=Join(_RESULT, _MASK), mutates=OBSERVED, overwrites=("y",))
-def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Join:
+@operator(returns=RoundedResult(_RESULT, _MASK), mutates=OBSERVED, overwrites=("y",))
+def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> RoundedResult:
     """Return ``FQ(relu?(y))``: observes ``y`` and rounds it.
 
     Args:

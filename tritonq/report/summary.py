@@ -183,7 +183,7 @@ def _why_float_in_engine(module: nn.Module) -> str:
     if isinstance(module, QATLayer):
         target, has_weight = module.qconfig.target, isinstance(module.weight_fake_quant, FakeQuantizeBase)
     elif isinstance(module, QuantizedLayer):
-        target, has_weight = module.target, module.grids.weight is not None
+        target, has_weight = module.target, module.types.weight is not None
     else:
         return ""
     if target != "onnxruntime" or not has_weight or _reads_float(module):
@@ -198,8 +198,8 @@ def _why_float_in_engine(module: nn.Module) -> str:
 def _grid(module: nn.Module) -> str:
     """Return the grids of a layer's own quantizers."""
     parts: dict[str, str] = {}
-    if isinstance(module, QuantizedLayer) and module.grids.weight is not None:
-        parts["w"] = describe_grid(module.grids.weight) + (" per channel" if module.grids.weight.axis is None else "")
+    if isinstance(module, QuantizedLayer) and module.types.weight is not None:
+        parts["w"] = describe_grid(module.types.weight) + (" per channel" if module.types.weight.axis is None else "")
     if isinstance(module, QuantizedTable):
         parts["w"] = describe_grid(module.qtype)
     for name, role in _ROLES.items():
@@ -223,7 +223,7 @@ def _grid(module: nn.Module) -> str:
 def _reads_float(module: nn.Module) -> bool:
     """Whether a layer with a quantized weight computes in float, since its input lies on no known grid."""
     if isinstance(module, QuantizedLayer):
-        return module.grids.weight is not None and module.grids.input is None
+        return module.types.weight is not None and module.types.input is None
     return isinstance(module, QATLayer) and module.input_quantizer is None
 
 

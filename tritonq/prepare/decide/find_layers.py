@@ -14,7 +14,7 @@ from tritonq.prepare.decide.function_layers import (
     CONSTANT_INPUT,
     FUNCTIONS,
     FUNCTIONS_WITH_WEIGHTS,
-    FunctionLayer,
+    FunctionalLayer,
     find_function_layer,
 )
 from tritonq.prepare.decide.layers import Layer, find_layer
@@ -97,7 +97,7 @@ class LayerSearch:
             self._note(layer, obstacle)
         return found
 
-    def _function(self, call: Call, child: str) -> FunctionLayer | str:
+    def _function(self, call: Call, child: str) -> FunctionalLayer | str:
         """Return the layer that a function is, or why it stays in float."""
         if self.qconfigs[self.analysis.modules[call.owner]] is None:
             return NO_QCONFIG

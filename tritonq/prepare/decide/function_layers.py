@@ -41,7 +41,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class FunctionLayer:
+class FunctionalLayer:
     """A convolution or product at one place in a forward.
 
     Attributes:
@@ -76,7 +76,7 @@ def arguments_of(call: Call) -> dict[str, Any]:
     return {**defaults, **dict(zip(names, call.args, strict=False)), **call.kwargs}
 
 
-def find_function_layer(call: Call, child: str, analysis: Analysis) -> FunctionLayer | str:
+def find_function_layer(call: Call, child: str, analysis: Analysis) -> FunctionalLayer | str:
     """Return the layer that a call of a convolution or product is, or why it stays in float."""
     calls = analysis.calls_like(call)
     if any(other.name != call.name for other in calls):
@@ -113,7 +113,7 @@ def find_function_layer(call: Call, child: str, analysis: Analysis) -> FunctionL
     names = {analysis.constants.state_names(_weights(arguments)) for arguments in first}
     if len(names) > 1:
         return "its weight is another one in each call"
-    return FunctionLayer(call.owner, child, FUNCTIONS[call.name], site, geometries[0], calls, program)
+    return FunctionalLayer(call.owner, child, FUNCTIONS[call.name], site, geometries[0], calls, program)
 
 
 # Why what reads constants only is left alone: its result is a constant too.
@@ -124,7 +124,7 @@ def _weights(arguments: Mapping[str, Any]) -> list[int]:
     return [arguments[name].value for name in ("weight", "bias") if arguments[name] is not None]
 
 
-def weights_of(layer: FunctionLayer) -> list[tuple[int, int]]:
+def weights_of(layer: FunctionalLayer) -> list[tuple[int, int]]:
     """Return the values of weights and biases of a layer, each with the index of the call that reads it."""
     return [(value, call.index) for call in layer.calls for value in _weights(arguments_of(call))]
 

@@ -68,7 +68,7 @@ class PlannedUnary:
     arguments: Arguments | None = None
 
 
-class Place(Protocol):
+class QuantizerPlace(Protocol):
     """Where a quantizer stands, as in `tritonq.prepare.decide.plan.PlannedQuantizer`."""
 
     @property
@@ -84,7 +84,7 @@ class Place(Protocol):
         """The node in its forward."""
 
 
-def find_unary(place: Place, analysis: Analysis, grid_of: Callable[[int], object]) -> PlannedUnary | None:
+def find_unary(place: QuantizerPlace, analysis: Analysis, grid_of: Callable[[int], object]) -> PlannedUnary | None:
     """Return the operation behind which a quantizer stands; None where there is none, or not one in all calls.
 
     ``grid_of`` tells what put a value on a grid.
@@ -114,7 +114,7 @@ def is_unary(call: Call, analysis: Analysis) -> bool:
     return bool(call.inputs) and _operation_of(call, analysis.flow.values[call.inputs[0]].shape, False) is not None
 
 
-def operands_of_unary(place: Place, analysis: Analysis) -> tuple[int, ...]:
+def operands_of_unary(place: QuantizerPlace, analysis: Analysis) -> tuple[int, ...]:
     """Return the values that the operation of one tensor reads behind which a quantizer stands; empty without one."""
     calls, fixed = _calls_at(place, analysis) or ((), False)
     shapes = analysis.flow.values
@@ -123,7 +123,7 @@ def operands_of_unary(place: Place, analysis: Analysis) -> tuple[int, ...]:
     return tuple(dict.fromkeys(call.inputs[0] for call in calls))
 
 
-def _calls_at(place: Place, analysis: Analysis) -> tuple[tuple[Call, ...], bool] | None:
+def _calls_at(place: QuantizerPlace, analysis: Analysis) -> tuple[tuple[Call, ...], bool] | None:
     """Return the calls behind which a quantizer stands, and whether their other arguments are constants."""
     if place.where == "output" and type(analysis.modules[place.owner]) in QUANTIZED_FORMS:
         calls, fixed = analysis.flow.calls_of(place.owner), True
