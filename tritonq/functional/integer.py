@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -64,10 +64,15 @@ class IntegerAffine:
     weight_zero_point: Tensor | None
     has_8_bit_codes: bool
 
-    @cached_property
+    @property
     def sum_bound(self) -> float:
-        """What no partial sum of products exceeds, see :func:`sum_bound`; the first question may wait for a device."""
-        return self.find_sum_bound()
+        """What no partial sum of products exceeds, see :func:`sum_bound`; the first read may wait for a device."""
+        # Before Python 3.12 `functools.cached_property` takes a lock, which torch.compile cannot trace.
+        known = self.__dict__
+        if "_sum_bound" not in known:
+            known["_sum_bound"] = self.find_sum_bound()
+        bound: float = known["_sum_bound"]
+        return bound
 
 
 def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType) -> float:
