@@ -41,7 +41,7 @@ def train(model: nn.Module, steps: int) -> float:
 
 
 def before() -> nn.Module:
-    """Return the script that you have."""
+    """Prepare a model by a script for torch.ao."""
     from torch.ao.nn import quantized as kit
     from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules_qat, get_default_qat_qconfig, prepare_qat
 
@@ -52,7 +52,7 @@ def before() -> nn.Module:
 
 
 def after() -> nn.Module:
-    """Return the same with its imports changed."""
+    """Prepare a model by the script of `before`, with its imports changed."""
     from tritonq import fuse_modules_qat, get_default_qat_qconfig, prepare_qat
     from tritonq import nn as kit
 

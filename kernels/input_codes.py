@@ -31,7 +31,7 @@ class InputCodes(NamedTuple):
 
 @triton.jit
 def shift_of(zero_point_ptr, MIDDLE: tl.constexpr):
-    """Return what steps from zero are moved by to fit into a byte, as a float32 scalar or 0."""
+    """Return the offset that makes steps from zero fit into a byte: a float32 scalar, or 0."""
     shift = 0.0
     if zero_point_ptr is not None:
         shift = tl.load(zero_point_ptr).to(tl.float32) - MIDDLE

@@ -66,7 +66,7 @@ _AGAINST_TORCH = frozenset({"conv2d"})
 
 
 def default_parameters(shape_class: str, size_class: str) -> Parameters:
-    """Return parameters where no table speaks.
+    """Return launch parameters for where the table has no entry.
 
     128 lanes with 32 elements each keep 16 KiB of float32 loads in flight per program and amortise the scale's
     reciprocal. Channels along the columns take narrow, tall tiles: few reciprocals, each used for every row.

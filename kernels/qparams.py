@@ -79,7 +79,7 @@ def _linear_qparams(
 
 @triton.jit
 def _torch_v1_qparams(low, high, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Return what torch's fused moving-average operator computes, in float64 as there."""
+    """Return scale and zero point as torch's fused moving-average operator computes them, in float64."""
     low = low.to(tl.float64)
     high = high.to(tl.float64)
     codes: tl.constexpr = QUANT_MAX - QUANT_MIN

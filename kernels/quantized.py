@@ -135,7 +135,7 @@ class RangeStatistics(Protocol):
 
     @property
     def max_val(self) -> Tensor:
-        """As the minimum."""
+        """Largest value observed, shaped as ``min_val``."""
 
     @property
     def nonfinite_count(self) -> Tensor:

@@ -215,7 +215,7 @@ def quantize(
     observes: bool = False,
     norm: tuple[Tensor, Tensor | None, float, Tensor] | None = None,
 ) -> Quantized:
-    """Launch the kernel.
+    """Fold, observe and round all rows of a weight in one launch.
 
     Args:
         rows: (out, ...); each row dense.

@@ -103,7 +103,7 @@ class ConvTarget:
     shapes: tuple[ConvShape, ...]
 
     kernel = "conv2d"
-    # What runs where the table is silent.
+    # What runs where the table has no entry.
     default = "torch"
 
     @property

@@ -69,12 +69,12 @@ class Target:
 
     @property
     def default(self) -> Parameters:
-        """What is launched where no table speaks."""
+        """Launch parameters where the table has no entry."""
         _, shapes_class, size_class = self.key.split("/")
         return default_parameters(shapes_class, size_class)
 
     def candidates(self) -> list[Parameters]:
-        """Return what is worth trying."""
+        """Return launch parameters worth trying."""
         return candidates(self.key.split("/")[1])
 
     def make_inputs(self, shape: Shape, generator: torch.Generator, device: torch.device) -> Inputs:

@@ -80,7 +80,7 @@ def prepared() -> nn.Module:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """Return one for all trainers."""
+    """Return the optimizer that all trainers use."""
     return torch.optim.SGD(tritonq.parameter_groups(model, RATE, 1e-4), momentum=0.9)
 
 

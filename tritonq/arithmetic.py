@@ -19,19 +19,19 @@ class Arithmetic(Protocol):
     """What a formula needs besides ``+``, ``-``, ``*`` and ``/`` between its values."""
 
     def constant(self, value: float, like: Any) -> Any:
-        """A Python number as the other operand of these, beside ``like``."""
+        """Return a Python number as an operand beside ``like``."""
 
     def larger(self, x: Any, y: Any) -> Any:
-        """Elementwise, of two values."""
+        """Return the larger of two values, elementwise."""
 
     def at_least(self, x: Any, floor: float) -> Any:
-        """``x``, or ``floor`` where that is larger."""
+        """Return ``x``, or ``floor`` where that is larger."""
 
     def at_most(self, x: Any, ceiling: float) -> Any:
-        """``x``, or ``ceiling`` where that is smaller."""
+        """Return ``x``, or ``ceiling`` where that is smaller."""
 
     def round(self, x: Any) -> Any:
-        """To the nearest integer, ties to even."""
+        """Round to the nearest integer, ties to even."""
 
     def round_half_away(self, x: Any) -> Any:
         """To the nearest integer, ties away from zero."""

@@ -228,7 +228,7 @@ def everything_float(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _rounding(layer: QATLayer, role: str) -> Iterator[None]:
-    """The layer's weight rounds, and for the activation's turn its output too."""
+    """Let the layer's weight be rounded inside, and its output too where the activation is searched."""
     quantizers = [layer.weight_fake_quant] + ([layer.activation_post_process] if role != "weight_fake_quant" else [])
     active = [quantizer for quantizer in quantizers if isinstance(quantizer, FakeQuantizeBase)]
     for quantizer in active:

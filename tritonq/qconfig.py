@@ -181,7 +181,7 @@ def _ties_away(qtype: QuantizedType) -> QuantizedType:
 
 
 def _observing(quantizer: Factory[FakeQuantize]) -> Factory[FakeQuantize]:
-    """Return the same quantizer, made with its rounding switched off."""
+    """Return a factory of the same quantizers, which observe and don't round at first."""
     return Factory(observe_only, {"quantizer": quantizer})
 
 

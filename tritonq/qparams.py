@@ -361,7 +361,7 @@ def known_ordered(low: Tensor, high: Tensor) -> bool:
 
 
 def _zero_points(zero_point: Tensor | int, scale: Tensor) -> Tensor:
-    """As int32 in the shape of ``scale``."""
+    """Return zero points as int32 in the shape of ``scale``."""
     if isinstance(zero_point, int):
         return torch.full_like(scale, zero_point, dtype=torch.int32)
     return zero_point.to(torch.int32)
@@ -381,7 +381,9 @@ def _observed_qparams(
 def _linear_qparams(
     low: _Value, high: _Value, qtype: QuantizedType, rule: RangeRule, eps: float
 ) -> tuple[_Value, _Value | int]:
-    """Return the torch.ao observer rule and MegEngine's, which differ in eps and in the affine zero point alone.
+    """Compute scale and zero point by torch.ao's observer rule or MegEngine's.
+
+    The two differ in eps and in the affine zero point.
 
     One formula for tensors and for float32 numbers.
     """

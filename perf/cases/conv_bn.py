@@ -258,7 +258,7 @@ def _layer_step(layer: Layer, make: Callable[[], nn.Module], inputs: Inputs) -> 
 
 @dataclass(frozen=True)
 class LayerStep:
-    """A step that tells its module, for counting memory."""
+    """A training step of one layer that exposes its module, so that memory can be counted."""
 
     layer: Layer
     module: nn.Module

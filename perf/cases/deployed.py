@@ -55,11 +55,11 @@ class Setting:
         return {"images": torch.randn(1, 3, self.size, self.size, generator=generator, device=device)}
 
     def float_model(self) -> nn.Module:
-        """Return the same weights every time, with statistics of the same images."""
+        """Return the float model: fixed random weights, BatchNorm statistics of fixed images."""
         return self._seen(self._made())
 
     def trained_model(self) -> nn.Module:
-        """Return the same, prepared with preset ``onnxruntime``."""
+        """Return the float model prepared with preset ``onnxruntime``."""
         import tritonq
 
         qconfig = tritonq.get_qconfig("onnxruntime")

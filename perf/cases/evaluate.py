@@ -47,18 +47,18 @@ class Setting:
         return {"images": images.contiguous(memory_format=memory_format(self.channels_last))}
 
     def float_model(self, images: Tensor) -> nn.Module:
-        """Return the same weights every time, with statistics of ``images``."""
+        """Return the float model: fixed random weights, BatchNorm statistics of ``images``."""
         return self._seen(self._placed(_normalised(torchvision_model(self.model, num_classes=_CLASSES))), images)
 
     def qat_model(self, images: Tensor) -> nn.Module:
-        """Return the same, prepared with the default preset."""
+        """Return the float model prepared with the default preset, its ranges observed on ``images``."""
         import tritonq
 
         model = self._placed(_normalised(torchvision_model(self.model, num_classes=_CLASSES)))
         return self._seen(tritonq.prepare_qat(model, example_inputs=(images[:2],)), images)
 
     def converted_model(self, images: Tensor) -> nn.Module:
-        """Return the same, converted."""
+        """Return the prepared model, converted."""
         import tritonq
 
         return tritonq.convert(self.qat_model(images))

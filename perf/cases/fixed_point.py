@@ -196,7 +196,7 @@ def _quantize_implementations(problem: Rounding) -> dict[str, Implementation]:
 
 
 def _search_implementations(problem: Search) -> dict[str, Implementation]:
-    """Return one read in tritonq, and pass after pass in F8Net."""
+    """Return the searches: tritonq reads x once, F8Net once per candidate."""
     return {
         "tritonq": Implementation(lambda _: _tritonq_search(problem), distribution="tritonq", module="tritonq"),
         "f8net": Implementation(lambda _: _f8net_search(problem)),
@@ -204,7 +204,7 @@ def _search_implementations(problem: Search) -> dict[str, Implementation]:
 
 
 def _with_gradient(problem: Rounding, quantize: Any) -> Step:
-    """Return ``quantize`` maps inputs to y; the step returns the gradient of x too where the problem asks for it."""
+    """Return a step that quantizes, and differentiates too where the problem asks for it; ``quantize``: inputs to y."""
 
     def forward(inputs: Inputs) -> tuple[Tensor, ...]:
         return (quantize(inputs),)
@@ -266,7 +266,7 @@ def _tritonq_search(problem: Search) -> Step:
 
 
 def _f8net_search(problem: Search) -> Step:
-    """Return one quantized copy and one mean of squares for every candidate, then the least of them."""
+    """Search as F8Net does: a quantized copy and a mean of squares for every candidate, then the least."""
     low, high = problem.codes
 
     def search(inputs: Inputs) -> tuple[Tensor, ...]:

@@ -188,7 +188,7 @@ def _torch_learnable(problem: Problem) -> Quantizer:
 
 
 def _formula(problem: Problem) -> Quantizer:
-    """Return the same in plain operators; roundings are straight through, clamps keep their own gradient."""
+    """Return the quantizer in plain operators: roundings are straight through, clamps keep their own gradient."""
     low, high = problem.codes
 
     def learned_step(x: Tensor, given: Inputs) -> Tensor:
@@ -235,7 +235,7 @@ def _step_terms(x: Tensor, given: Inputs, codes: tuple[int, int], learns_shift: 
 
 
 def _threshold_terms(x: Tensor, given: Inputs, codes: tuple[int, int]) -> Terms:
-    """Return the same for TQT."""
+    """Return values, where the gradient passes, and what each value adds per unit of dy: TQT."""
     scale = torch.exp2(given["log2"])
     v = x / scale
     inside = (v >= codes[0] - 0.5) & (v <= codes[1] + 0.5)
@@ -244,7 +244,7 @@ def _threshold_terms(x: Tensor, given: Inputs, codes: tuple[int, int]) -> Terms:
 
 
 def _clipping_terms(x: Tensor, given: Inputs, codes: tuple[int, int]) -> Terms:
-    """Return the same for PACT."""
+    """Return values, where the gradient passes, and what each value adds per unit of dy: PACT."""
     alpha = given["alpha"]
     scale = alpha / codes[1]
     y = (x * (1.0 / scale)).round().clamp(*codes) * scale

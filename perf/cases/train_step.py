@@ -60,7 +60,7 @@ class Setting:
         return {"images": images.contiguous(memory_format=memory_format(self.channels_last)), "labels": labels}
 
     def float_model(self, device: torch.device) -> nn.Module:
-        """Return the same weights every time."""
+        """Return the float model with fixed random weights."""
         return self._placed(torchvision_model(self.model, num_classes=_CLASSES), device)
 
     def torch_ao_model(self, device: torch.device, version: int) -> nn.Module:
@@ -83,7 +83,7 @@ class Setting:
         return tritonq.prepare_qat(self.float_model(device), qconfig=qconfig, example_inputs=(example[:2],))
 
     def together_model(self, device: torch.device) -> nn.Module:
-        """Return the same, with all weights quantized in one launch."""
+        """Return the prepared model, with all weights quantized in one launch."""
         import tritonq
 
         model = self.tritonq_model(device)

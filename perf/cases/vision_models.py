@@ -29,7 +29,7 @@ def torchvision_model(name: str, num_classes: int) -> nn.Module:
 
 
 def quantizable(name: str, num_classes: int) -> nn.Module:
-    """Return the same model as torch.ao needs it: quantization stubs, functional additions, ``fuse_model``."""
+    """Return a model as torch.ao needs it: quantization stubs, functional additions, ``fuse_model``."""
     if not has_torchvision():
         from tritonq.perf.cases.resnet import resnet
 
@@ -42,7 +42,7 @@ def quantizable(name: str, num_classes: int) -> nn.Module:
 
 
 def _without_dropout(model: nn.Module) -> nn.Module:
-    """Return chance would make the logits of two implementations incomparable."""
+    """Switch dropout off: chance would make the logits of two implementations incomparable."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

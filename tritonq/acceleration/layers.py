@@ -146,7 +146,7 @@ def _one_operator(
 
 
 def _composed(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> Tensor:
-    """Return the same for a quantizer that the operator can't take over, such as one that trains its scale."""
+    """Run a Conv-BN layer as a composition, for a quantizer that the operator can't take over (a trained scale)."""
     running_var = norm.running_var.clone()
     scale = fold_scale(running_var, norm.gamma, norm.eps)
     if norm.gamma is not None:

@@ -69,13 +69,13 @@ class Preprocessing:
             raise ValueError(f"std must be above 0, got {self.std}")
 
     def with_moments(self, mean: float, std: float) -> Preprocessing:
-        """Return the same with this mean and deviation in all channels, where it has none of its own."""
+        """Return a preprocessing with this mean and deviation in all channels, unless it has its own already."""
         if self.mean:
             return self
         return replace(self, mean=(mean,) * self.channels, std=(std,) * self.channels)
 
     def pixels(self, image: Image) -> Tensor:
-        """Return scale and cut an image out: uint8 (channels, size, size)."""
+        """Scale and crop an image; return uint8 (channels, size, size)."""
         from PIL.Image import Resampling
 
         image = image.convert("RGB" if self.channels == COLOURS else "L")

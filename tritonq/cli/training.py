@@ -204,7 +204,7 @@ class Run:
             return F.cross_entropy(first_tensor(model(images)).float(), labels)
 
     def _end_epoch(self, number: int) -> Epoch:
-        """Measure, and note."""
+        """Measure the epoch on the held-out images and add it to the history."""
         self.watch.check(self.model, self._loss, late=False)
         if self.processes.together:
             broadcast_statistics(self.model)

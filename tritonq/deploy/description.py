@@ -145,7 +145,7 @@ def _describe(module: nn.Module) -> Description:
 
 
 def _further(join: Joint) -> Description:
-    """Return what makes a matrix product an einsum or attention."""
+    """Return the entries that tell an einsum or attention from a plain matrix product."""
     if isinstance(join, Einsum):
         return {"equation": join.equation}
     return {"attention": True} if isinstance(join, ScaledDotProductAttention) else {}

@@ -204,7 +204,7 @@ class IntegerAdd(IntegerModule):
         self.eval()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return two tensors (n, c, ...) of one shape to codes or accumulators."""
+        """Add two tensors (n, c, ...) of one shape; return codes or accumulators."""
         dtype = torch.int64 if self.wide else torch.int32
         shape = [1, -1, *[1] * (a.dim() - 2)]
         total = (a.to(dtype) << self.left0.view(shape)) + (b.to(dtype) << self.left1.view(shape))

@@ -146,7 +146,7 @@ class _Search:
         return False
 
     def _after(self, node: Any, kind: str) -> list[str]:
-        """Return what readers of this kind make of a node's result."""
+        """Return the outputs of all nodes of an operator ``kind`` that read a node's result."""
         return [reader.output[0] for reader in self._readers.get(node.output[0], ()) if reader.op_type == kind]
 
     def _is_whole(self, name: str) -> bool:

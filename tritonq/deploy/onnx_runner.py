@@ -98,7 +98,7 @@ class _Runner:
         return codes
 
     def _raw_codes(self, given: GivenCodes, raw: dict[str, Any]) -> dict[str, Any]:
-        """Given codes as the file holds them; its own where there are none, or where they stand for NaN."""
+        """Return codes to put in: the given ones as the file holds them, the file's own for those missing or NaN."""
         made, calls = dict(raw), Counter[str]()
         for entry in self._entries:
             quantizer, own = entry["quantizer"], raw[entry["tensor"]]

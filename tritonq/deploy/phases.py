@@ -28,7 +28,7 @@ class Phases:
 
     @classmethod
     def of(cls, kernel: int, stride: int, padding: int, output_padding: int) -> Phases:
-        """Return the phases of an axis; ``kernel`` counts the places between those of a dilated one too."""
+        """Return the phases of an axis; ``kernel`` is the extent of a dilated kernel, gaps included."""
         taps = -(-kernel // stride)
         surplus = taps * stride - kernel + padding - output_padding
         before, after = (taps - 1 - cut // stride for cut in (padding, surplus))

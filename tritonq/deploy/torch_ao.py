@@ -177,7 +177,7 @@ class _Reader:
             self._read_quantizer(owner, quantizer_tensors.get(owner, {}))
 
     def notes(self) -> list[str]:
-        """Return what the numbers will do from here on."""
+        """Return warnings about quantizers whose arithmetic changes from here on."""
         if not self._other_rule:
             return []
         return [

@@ -110,7 +110,7 @@ def find_kernel(
 ) -> ConvKernel | None:
     """Return the kernel that is to run this convolution; None: torch's convolution is.
 
-    That is so where kernels don't run (`tritonq.backend`), where the GPU's table is silent or says ``"torch"``, under
+    That is so where kernels don't run (`tritonq.backend`), where the GPU's table has no entry or ``"torch"``, under
     autocast of float values, while a graph is traced, and for integers that float16 operands and float32 sums do not
     hold.
 

@@ -146,7 +146,7 @@ class QATBatchNormLayer(QATLayer):
         return choose_path(self.path_state()) == "train_operator"
 
     def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the layer, its BatchNorm, ReLU where there is one, and fake quantization; see base class."""
+        """Run layer, BatchNorm, ReLU where there is one, and fake quantization; see base class."""
         if self.training:
             check_running_var(cast(Tensor, self.bn.running_var))
         return super().compute(input, weight, bias)

@@ -27,7 +27,7 @@ def train(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the same with the running statistics, in one kernel where this GPU's table prefers it."""
+    """Run a layer in float with its running statistics, by one kernel where this GPU's table prefers that."""
     weight, bias = layer.folded_parameters(weight, bias)
     op, quantized = layer.linear_map, layer.quantized_folded_weight(weight)
     kernel = find_kernel(x, weight, op.conv2d) if layer.ends_in_ceiling else None

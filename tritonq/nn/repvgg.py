@@ -211,7 +211,7 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
         return memo.get(tuple(held), self._merged_outside_of_inference, (sums, self.eval_key()))
 
     def _merged_outside_of_inference(self) -> tuple[Tensor, Tensor]:
-        """Return tensors of inference mode have no version, by which one sees that what is made of them still fits."""
+        """Merge outside of inference mode, whose tensors have no version that shows later changes."""
         with torch.inference_mode(False), torch.no_grad():
             return self.merged_parameters()
 

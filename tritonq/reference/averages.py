@@ -32,7 +32,7 @@ class Averaging(Protocol):
         """Return the means of a float tensor, as torch computes them."""
 
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
-        """Return what the sums are divided by: one number, or float32 that broadcasts against the result.
+        """Return the divisor of each sum: one number, or float32 that broadcasts against the result.
 
         Args:
             shape: of the input.

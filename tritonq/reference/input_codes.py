@@ -68,7 +68,7 @@ def middle_of(grid: Grid) -> int:
 
 
 def shift_of(grid: Grid) -> Tensor | None:
-    """Return what steps from zero are moved by to fit into a byte; None for nothing."""
+    """Return the offset that makes steps from zero fit into a byte; None where they fit."""
     return None if grid.zero_point is None else grid.zero_point - middle_of(grid)
 
 

@@ -108,7 +108,7 @@ class Tally:
         return range_to_qparams(low, high, self._quantizer.qtype)
 
     def _signal_in(self, x: Tensor) -> Tensor:
-        """Return what the quantizer is to keep of ``x``."""
+        """Return the part of ``x`` that counts as signal: what the quantizer should preserve."""
         return x
 
     def _rounded(self, x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Tally:
         return describe_grid(self._quantizer.qtype)
 
     def measure(self, role: Role) -> TensorMeasure:
-        """Return what was counted."""
+        """Return the counts as noise, clipping and range of one tensor."""
         scale, qtype = self._qparams().scale, self._quantizer.qtype
         return TensorMeasure(
             role=role,
@@ -142,7 +142,7 @@ class Tally:
 
 
 class FixedPointTally(Tally):
-    """The same for a fixed-point quantizer, whose clamp at 0, where codes are unsigned, is a ReLU and no clipping.
+    """Counts of a fixed-point quantizer, whose clamp at 0 of unsigned codes is a ReLU and does not count as clipping.
 
     Args:
         quantizer: the quantizer.

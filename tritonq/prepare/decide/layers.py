@@ -176,7 +176,7 @@ def _norm_after(start: _Start, analysis: Analysis) -> tuple[_Norm | None, str | 
 
 
 def _norm_of(call: Call, analysis: Analysis) -> _Norm | None:
-    """Return the BatchNorm that a call is, or is the heart of."""
+    """Return the BatchNorm that a call runs: as a module, or as ``F.batch_norm`` inside of a BatchNorm subclass."""
     if call.kind == "module":
         kind = _norm_type(call, analysis)
         if call.module_name is None or kind is None:

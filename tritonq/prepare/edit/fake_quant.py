@@ -305,7 +305,7 @@ class _PlanWork:
                 module.set_operand_producers(*(None if grid is None else self._producer(grid) for grid in grids))
 
     def _producer(self, grid: GridSource) -> nn.Module:
-        """Return the module whose output lies on a planned grid: it, or the quantizer where no module's output does."""
+        """Return the layer or join whose output lies on a planned grid, or else the quantizer that puts it there."""
         if isinstance(grid, (Join, Layer)):
             return self._made(grid)
         return self._editor.modules[grid.owner] if grid.where == "output" else self._quantizers[id(grid)]

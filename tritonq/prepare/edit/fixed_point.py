@@ -172,7 +172,7 @@ class _Builder:
         layer.input_factor = factors.pop() if factors else 1.0
 
     def _factor(self, value: int) -> float:
-        """Return what an average pooling left to be multiplied into the weights of whoever reads its output."""
+        """Return the factor of an average pooling that the layers which read its output take into their weights."""
         for index, pooling in self._links.poolings.items():
             if self._links.ends[index] == value:
                 return remaining_factor(pooling.area)
