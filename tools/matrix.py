@@ -4,6 +4,7 @@
     python tools/matrix.py --rows oldest newest       # these rows; the table keeps the others
     python tools/matrix.py --rows newest --continue   # goes on where an interrupted run stopped
     python tools/matrix.py --rows newest --files test_onnx.py test_doctor.py
+    python tools/matrix.py --quick                    # the commands of the pages and a sample of the tests
 
 Each file of tests is a process of its own, whose report lies in the environment's folder. The table is made from the
 reports: its column "files" says how many of the files they cover. Each row gets a virtual environment of its own in
@@ -36,6 +37,12 @@ TABLE = ROOT / "COMPATIBILITY.md"
 RUNS = ("compiled", "interpreter", "sanitizer")
 COLUMNS = tuple(
     ["row", "tritonq", "commit", "date", "Python", "torch", "triton", "numpy", "files", "passed", "skipped", "failed"]
+)
+# What `--quick` runs: the commands and code of README and the pages, and a file or two per part of the package.
+SAMPLE = (
+    *("test_commands.py", "test_docs.py", "test_pages.py", "test_examples.py", "test_doctor.py"),
+    *("test_fake_quant.py", "test_min_max.py", "test_conv_bn_tail.py", "test_modules.py", "test_compile_eval.py"),
+    *("test_prepare.py", "test_calibration.py", "test_convert.py", "test_checkpoint.py", "test_onnx.py"),
 )
 # Installed without what they depend on, as by `make test`; see the Makefile.
 WITHOUT_DEPENDENCIES = ("torchvision", "timm", "triton-viz")
@@ -74,7 +81,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=", ".join(names))
     parser.add_argument("--environments", type=Path, default=ROOT / ".matrix", help="folder of the environments")
-    parser.add_argument("--files", nargs="+", metavar="FILE", help="names of files in tests/ (default: all)")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--files", nargs="+", metavar="FILE", help="names of files in tests/ (default: all)")
+    quick = f"{len(SAMPLE)} files: the commands and code of the pages, and a sample of the suite"
+    chosen.add_argument("--quick", action="store_const", dest="files", const=SAMPLE, help=quick)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="files at a time (default: one per core)")
     parser.add_argument("--continue", action="store_true", dest="go_on", help="keep the reports that are there")
     parser.add_argument("--build-only", action="store_true", help="build the environments, run nothing")

@@ -46,6 +46,11 @@ def test_a_written_table_is_read_again(tmp_path, monkeypatch):
     assert matrix.read(matrix.TABLE.read_text()) == [rows[0]]
 
 
+def test_the_sample_exists():
+    assert set(matrix.SAMPLE) <= set(matrix.all_files())
+    assert len(set(matrix.SAMPLE)) == len(matrix.SAMPLE)
+
+
 def test_reports_are_summed(tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "versions", lambda python: {"torch": "2.14.1"})
     monkeypatch.setattr(matrix, "all_files", lambda: ["test_a.py", "test_b.py", "test_c.py"])
