@@ -381,9 +381,7 @@ def _observed_qparams(
 def _linear_qparams(
     low: _Value, high: _Value, qtype: QuantizedType, rule: RangeRule, eps: float
 ) -> tuple[_Value, _Value | int]:
-    """Compute scale and zero point by torch.ao's observer rule or MegEngine's.
-
-    The two differ in eps and in the affine zero point.
+    """Apply torch.ao's observer rule or MegEngine's, which differ in eps and in the affine zero point.
 
     One formula for tensors and for float32 numbers.
     """

@@ -12,10 +12,10 @@ from torch.jit import ScriptModule
 
 from tritonq.deploy import fixed_point_description
 from tritonq.deploy.computed import stand_ins
+from tritonq.deploy.embedding_tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTable
 from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers, integer_difference
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
-from tritonq.deploy.tables import TABLE_TENSOR_NAMES, TABLE_TYPES, QuantizedTable
 from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, MatMul, Mul, RepVGGBlock, Sub
 from tritonq.nn.averages import POOL_TYPES
 from tritonq.nn.folded import FoldedBatchNorm

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.deploy.convert import swap_modules
+from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedTable
 from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
 from tritonq.deploy.onnx_averages import rewrite_global_average
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_moves import moves_values
-from tritonq.deploy.tables import QuantizedEmbedding, QuantizedTable
 from tritonq.nn import AverageLayer, Joint
 from tritonq.nn.functions import FunctionLayer, PReLU
 from tritonq.prepare.forwards.edited import set_inner_forward

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.deploy.convert import swap_modules
+from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
 from tritonq.deploy.onnx_averages import grids_of, rewrite_average, rewrite_global_average
@@ -39,7 +40,6 @@ from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
 from tritonq.deploy.onnx_quantizers import TracedQuantizer, end_codes, plain_quantizer, uint8_quantizer
 from tritonq.deploy.onnx_tensorrt import int8_quantizer, runs_in_float, tell_float_layers
 from tritonq.deploy.onnx_transposed import phases_of, rewrite_transposed
-from tritonq.deploy.tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from tritonq.nn import AverageLayer, Cat, FloatFunctional, Joint
 from tritonq.nn.functions import FunctionLayer, PReLU
 from tritonq.nn.original_class import original_class

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritonq.deploy.embedding_tables import QuantizedTable
 from tritonq.deploy.modules import QuantizedLayer
-from tritonq.deploy.tables import QuantizedTable
 from tritonq.qparams import QuantizedType
 
 # Widths that divide a byte.

@@ -13,12 +13,12 @@ from torch.export import ExportedProgram
 from torch.fx.traceback import preserve_node_meta
 
 from tritonq.deploy.convert import convert
+from tritonq.deploy.embedding_tables import QuantizedTable
 from tritonq.deploy.example_inputs import name_keywords, open_axes
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.outputs import result_of, return_no_text
 from tritonq.deploy.pt2e_form import complete_pairs, pt2e_form
-from tritonq.deploy.tables import QuantizedTable
 from tritonq.grid import Grid
 from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.record.example import example_arguments

@@ -22,8 +22,8 @@ from torch.export import ExportedProgram
 from torch.fx.traceback import annotate
 
 from tritonq.deploy.convert import swap_modules
+from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedTable
 from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
-from tritonq.deploy.tables import QuantizedEmbedding, QuantizedTable
 from tritonq.nn import Joint
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.forwards.edited import set_inner_forward

@@ -10,9 +10,9 @@ from textwrap import wrap
 
 from torch import nn
 
+from tritonq.deploy.embedding_tables import QuantizedTable
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.phases import phases_of_kernel
-from tritonq.deploy.tables import QuantizedTable
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.nn import Cat, Embedding, EmbeddingBag, FloatFunctional, Joint, QATLayer
