@@ -168,7 +168,7 @@ def range_kernel(
     if observing != 0:
         lows = tl.full([BLOCK], INF, tl.float32)
         highs = tl.full([BLOCK], -INF, tl.float32)
-        bad = tl.zeros([BLOCK], tl.int32)
+        nonfinite = tl.zeros([BLOCK], tl.int32)
         for start in range(0, parts, BLOCK):
             part = start + tl.arange(0, BLOCK)
             mask = part < parts
@@ -177,19 +177,19 @@ def range_kernel(
             finite = (tl.abs(low) < INF) & (tl.abs(high) < INF)
             lows = tl.minimum(lows, tl.where(finite & mask, low, INF))
             highs = tl.maximum(highs, tl.where(finite & mask, high, -INF))
-            bad += (mask & (finite == 0)).to(tl.int32)
+            nonfinite += (mask & (finite == 0)).to(tl.int32)
         low = tl.min(lows, 0, keep_dims=True)
         high = tl.max(highs, 0, keep_dims=True)
         if CEILING is not None:
-            some = low <= high
-            low = tl.where(some, tl.minimum(tl.maximum(low, 0.0), CEILING), low)
-            high = tl.where(some, tl.minimum(tl.maximum(high, 0.0), CEILING), high)
-        only = tl.arange(0, 1)
+            has_values = low <= high
+            low = tl.where(has_values, tl.minimum(tl.maximum(low, 0.0), CEILING), low)
+            high = tl.where(has_values, tl.minimum(tl.maximum(high, 0.0), CEILING), high)
+        element = tl.arange(0, 1)
         update_range(
-            low, high, only, only < 1, min_ptr, max_ptr, scale_ptr, zero_point_ptr, averaging_constant, eps,
+            low, high, element, element < 1, min_ptr, max_ptr, scale_ptr, zero_point_ptr, averaging_constant, eps,
             QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE,
         )  # fmt: skip
-        tl.store(nonfinite_ptr, tl.load(nonfinite_ptr) + tl.sum(bad).to(tl.int64) * weight)
+        tl.store(nonfinite_ptr, tl.load(nonfinite_ptr) + tl.sum(nonfinite).to(tl.int64) * weight)
         # What one thread stored, all of them read now.
         tl.debug_barrier()
     active = tl.load(switch_ptr) != 0

@@ -128,9 +128,9 @@ def prefix_histogram_kernel(
     tl.atomic_add(nonfinite_ptr, total_skipped.to(tl.int64), mask=total_skipped > 0)
 
     channel, valid = share_channels(start, channels, CHANNEL, ROWS, COLS)
-    own = split * channels + channel
-    tl.store(partial_ptr + own, min_per_channel(low, CHANNEL), mask=valid)
-    tl.store(partial_ptr + splits * channels + own, max_per_channel(high, CHANNEL), mask=valid)
+    partial_index = split * channels + channel
+    tl.store(partial_ptr + partial_index, min_per_channel(low, CHANNEL), mask=valid)
+    tl.store(partial_ptr + splits * channels + partial_index, max_per_channel(high, CHANNEL), mask=valid)
 
 
 @Launcher

@@ -69,7 +69,7 @@ def learned_share(
     dx_ptr,
     parameter,  # broadcasts against a tile, as does zero_point
     zero_point,
-    on,  # whether the values are rounded at all
+    rounds,  # whether the values are rounded at all
     dy_strides,
     x_strides,
     dx_strides,
@@ -95,11 +95,11 @@ def learned_share(
                 dy = tl.load(dy_ptr + share_offsets(place, dy_strides), mask=mask, other=0)
                 dy = dy.to(tl.float32)
                 inside, per_parameter = learned_terms(x, parameter, zero_point, QUANT_MIN, QUANT_MAX, ROUNDING, METHOD)
-                counts = mask & (x == x) & on
+                counts = mask & (x == x) & rounds
                 of_parameter += tl.where(counts, per_parameter * dy, 0.0)
                 if SHIFTS:
                     of_shift += tl.where(counts & (inside == 0), dy, 0.0)
-                passes = inside | (on == 0)
+                passes = inside | (rounds == 0)
                 tl.store(dx_ptr + share_offsets(place, dx_strides), tl.where(passes, dy, 0.0), mask=mask)
     return of_parameter, of_shift
 
@@ -134,9 +134,9 @@ def learned_backward_kernel(
 ):
     """Write dx for one share of one tile of channels, and its partial sums. Has run on no GPU yet."""
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
-    on = True
+    rounds = True
     if active_ptr is not None:
-        on = tl.load(active_ptr) != 0
+        rounds = tl.load(active_ptr) != 0
 
     # A share lies within one tile of channels.
     place = (start[0], start[1] + tl.arange(0, ROWS), start[2] + tl.arange(0, COLS))
@@ -146,14 +146,14 @@ def learned_backward_kernel(
         zero_point = load_per_channel(zero_point_ptr, place, sizes, CHANNEL).to(tl.float32)
 
     of_parameter, of_shift = learned_share(
-        dy_ptr, x_ptr, dx_ptr, parameter, zero_point, on, dy_strides, x_strides, dx_strides, start, end, sizes,
+        dy_ptr, x_ptr, dx_ptr, parameter, zero_point, rounds, dy_strides, x_strides, dx_strides, start, end, sizes,
         QUANT_MIN, QUANT_MAX, ROUNDING, METHOD, METHOD == "torch" and zero_point_ptr is not None, ROWS, COLS,
     )  # fmt: skip
 
     channel, valid = share_channels(start, channels, CHANNEL, ROWS, COLS)
-    own = split * channels + channel
-    tl.store(partial_ptr + own, sum_per_channel(of_parameter, CHANNEL), mask=valid)
-    tl.store(partial_ptr + splits * channels + own, sum_per_channel(of_shift, CHANNEL), mask=valid)
+    partial_index = split * channels + channel
+    tl.store(partial_ptr + partial_index, sum_per_channel(of_parameter, CHANNEL), mask=valid)
+    tl.store(partial_ptr + splits * channels + partial_index, sum_per_channel(of_shift, CHANNEL), mask=valid)
 
 
 @Launcher

@@ -182,9 +182,9 @@ def observe_kernel(
             QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE,
         )  # fmt: skip
     else:
-        own = split * channels + channel
-        tl.store(partial_ptr + own, low, mask=valid)
-        tl.store(partial_ptr + splits * channels + own, high, mask=valid)
+        partial_index = split * channels + channel
+        tl.store(partial_ptr + partial_index, low, mask=valid)
+        tl.store(partial_ptr + splits * channels + partial_index, high, mask=valid)
 
 
 @Launcher

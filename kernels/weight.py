@@ -142,12 +142,12 @@ def folded_backward_kernel(
         col = at + tl.arange(0, COLS)[None, :]
         mask = valid[:, None] & (col < length)
         value = tl.load(rows_ptr + start + col, mask=mask, other=0.0).to(tl.float32)
-        q = tl.load(dcodes_ptr + start + col, mask=mask, other=0.0).to(tl.float32)
+        dcode = tl.load(dcodes_ptr + start + col, mask=mask, other=0.0).to(tl.float32)
         if scale_ptr is not None:
             inside = is_inside(divide_by_scale(value * fold, scale, ROUNDING), zero_point, CODE_MIN, CODE_MAX, ROUNDING)
-            q = tl.where(inside | (active == 0), q, 0.0)
-        total = fma(q, value, total)
-        tl.store(drows_ptr + start + col, q * factor, mask=mask)
+            dcode = tl.where(inside | (active == 0), dcode, 0.0)
+        total = fma(dcode, value, total)
+        tl.store(drows_ptr + start + col, dcode * factor, mask=mask)
     dfold = tl.div_rn(tl.sum(total, 1, keep_dims=True), unit)
     if gamma_ptr is not None:
         dfold = gamma_gradient(

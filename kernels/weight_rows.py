@@ -91,20 +91,20 @@ def quantize_rows(
         finite = tl.abs(folded) < INF
         low = tl.where(mask & finite, folded, INF)
         high = tl.where(mask & finite, folded, -INF)
-        bad = (mask & (finite == 0)).to(tl.int32)
+        nonfinite = (mask & (finite == 0)).to(tl.int32)
         if not WHOLE:
             for at in range(COLS, length, COLS):
-                more = valid[:, None] & (at + col < length)
-                value = tl.load(rows_ptr + start + at + col, mask=more, other=0.0).to(tl.float32) * fold
+                later_mask = valid[:, None] & (at + col < length)
+                value = tl.load(rows_ptr + start + at + col, mask=later_mask, other=0.0).to(tl.float32) * fold
                 finite = tl.abs(value) < INF
-                low = tl.minimum(low, tl.where(more & finite, value, INF))
-                high = tl.maximum(high, tl.where(more & finite, value, -INF))
-                bad += (more & (finite == 0)).to(tl.int32)
+                low = tl.minimum(low, tl.where(later_mask & finite, value, INF))
+                high = tl.maximum(high, tl.where(later_mask & finite, value, -INF))
+                nonfinite += (later_mask & (finite == 0)).to(tl.int32)
         update_range(
             tl.min(low, 1), tl.max(high, 1), channel, valid, min_ptr, max_ptr, scale_ptr, zero_point_ptr,
             averaging_constant, eps, QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE,
         )  # fmt: skip
-        skipped = tl.sum(tl.sum(bad, 1), 0)
+        skipped = tl.sum(tl.sum(nonfinite, 1), 0)
         if skipped > 0:
             tl.atomic_add(nonfinite_ptr, skipped.to(tl.int64))
         # What one thread stored, all of them read now.
@@ -136,9 +136,9 @@ def quantize_rows(
     tl.store(codes_ptr + start + col, tl.where(active[:, None], steps, folded) * power, mask=mask)
     if not WHOLE:
         for at in range(COLS, length, COLS):
-            more = valid[:, None] & (at + col < length)
-            folded = tl.load(rows_ptr + start + at + col, mask=more, other=0.0).to(tl.float32) * fold
+            later_mask = valid[:, None] & (at + col < length)
+            folded = tl.load(rows_ptr + start + at + col, mask=later_mask, other=0.0).to(tl.float32) * fold
             steps = round_to_steps(
                 divide_by_scale(folded, scale[:, None], ROUNDING), zero_point, CODE_MIN, CODE_MAX, ROUNDING
             )
-            tl.store(codes_ptr + start + at + col, tl.where(active[:, None], steps, folded) * power, mask=more)
+            tl.store(codes_ptr + start + at + col, tl.where(active[:, None], steps, folded) * power, mask=later_mask)
