@@ -116,7 +116,7 @@ def mapping_to_data(mapping: QConfigMapping) -> dict[str, Any]:
 
 
 def mapping_from_data(data: Any) -> QConfigMapping:
-    """Return inverse of :func:`mapping_to_data`; errors as :func:`load_qconfig_mapping`."""
+    """Read what :func:`mapping_to_data` wrote; errors as :func:`load_qconfig_mapping`."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"not a qconfig mapping: it has no format {FORMAT!r}")
     version = data.get("version")

@@ -144,7 +144,7 @@ class TrainStep:
 
 
 class StepInTorch(TrainStep):
-    """The same with tritonq behind torch's operators; entering and leaving takes half a millisecond of it."""
+    """A step under `use_in_torch`; entering and leaving that takes half a millisecond of it."""
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
         import tritonq
@@ -154,7 +154,7 @@ class StepInTorch(TrainStep):
 
 
 class CompiledStep(TrainStep):
-    """The same with operators that are compiled for this CPU."""
+    """A step with operators that are compiled for this CPU."""
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
         import tritonq

@@ -44,7 +44,7 @@ def stand_in(module: nn.Module, name: str) -> None:
 
 
 def stand_ins(module: nn.Module) -> list[str]:
-    """Return names of the stand-ins that a module holds."""
+    """Return the names of a module's meta tensors, which stand for computed parameters in a deployed model."""
     return [name for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
 
 

@@ -30,7 +30,7 @@ class FloatQuantizer(DeployedModule):
         self.eval()
 
     def calculate_qparams(self) -> QParams:
-        """Return its scale, and zeros."""
+        """Return the scale, and zero points that are all 0."""
         return QParams(self.scale, self.scale.new_zeros(self.scale.shape).int())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def pack_weights(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[st
 
 
 def unpack_weights(state: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return inverse of :func:`pack_weights`.
+    """Undo :func:`pack_weights`.
 
     Raises:
         KeyError, TypeError, ValueError: ``how`` does not fit the state.
@@ -71,7 +71,7 @@ def pack_codes(codes: Tensor, low: int, width: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, shape: tuple[int, ...], low: int, width: int) -> Tensor:
-    """Return inverse of :func:`pack_codes`: int16, in this shape.
+    """Undo :func:`pack_codes`: return int16 of this shape.
 
     Raises:
         ValueError: bytes that are too few or too many for the shape.

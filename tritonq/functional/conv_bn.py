@@ -210,7 +210,7 @@ def _fitted(ready: ReadyWeight, dtype: torch.dtype) -> StepWeight:
 
 
 def _take_ready(memory: StepMemory, weight: Tensor) -> ReadyWeight | None:
-    """Return what was made ready for this step, if it still fits; it serves one step."""
+    """Take the weight codes that `quantize_weights_together` made for this step; None if the weight has changed."""
     if torch.compiler.is_compiling() or is_recomputing() or memory.ready is None:
         return None
     ready: ReadyWeight = memory.ready

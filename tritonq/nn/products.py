@@ -211,7 +211,7 @@ class ScaledDotProductAttention(MatMul):
 
 
 def attention_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the arguments of a call of torch's function by position, for :class:`ScaledDotProductAttention`."""
+    """Return the arguments of a call of ``F.scaled_dot_product_attention``, keywords too, in order of position."""
     defaults: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
     defaults["enable_gqa"] = False
     names = ("query", "key", "value", *defaults)

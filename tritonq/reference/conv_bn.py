@@ -365,7 +365,7 @@ def _rows(c: Tensor) -> Tensor:
 
 
 def _unrows(rows: Tensor, like: Tensor) -> Tensor:
-    """Return inverse of :func:`_rows`."""
+    """Return rows (batch · ..., channels) shaped as ``like``, (batch, channels, ...)."""
     return rows.view(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
 
 

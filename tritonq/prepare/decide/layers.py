@@ -194,7 +194,7 @@ def _norm_of(call: Call, analysis: Analysis) -> _Norm | None:
 
 
 def _norm_type(call: Call, analysis: Analysis) -> type[nn.Module] | None:
-    """Return the plain BatchNorm that a module's call computes as; a SyncBatchNorm that of its input's dimensions."""
+    """Return the BatchNorm class of torch that a call computes as: of a SyncBatchNorm by its input's dimensions."""
     module = cast(nn.Module, call.target)
     if float_type(module, (nn.SyncBatchNorm,)) is not None:
         dimensions = len(analysis.flow.values[call.inputs[0]].shape)
