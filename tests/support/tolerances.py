@@ -1,4 +1,4 @@
-"""Every tolerance of the operator tests, with its reason."""
+"""The tolerances that operators' tests share, each with its reason; a tolerance of one test stands in that test."""
 
 from __future__ import annotations
 
