@@ -24,7 +24,7 @@ from typing import IO
 import torch
 
 from tritonq.perf.gpu.limit import run_limited
-from tritonq.perf.gpu.part import Visit
+from tritonq.perf.gpu.part import DEVICE_FAULT, Visit
 from tritonq.perf.gpu.results import LOG, RESULTS, SUMMARY, append, failures, read, summarize, write_text
 from tritonq.perf.machine import environment
 
@@ -103,16 +103,28 @@ def visit_all(names: Sequence[str], seconds: float, out: Path, device: torch.dev
 
 
 def _run_part(name: str, limit: float, out: Path, device: torch.device, *, small: bool, log: IO[bytes]) -> str | None:
-    """Run one part in a process of its own; return what went wrong, or None."""
-    seconds = max(1.0, limit - _MARGIN_S)
-    command = [sys.executable, "-m", "tritonq.perf.gpu", "--run-part", name, "--seconds", f"{seconds:.1f}"]
-    command += ["--out", str(out), "--device", str(device), *(["--small"] if small else [])]
+    """Run one part in a process of its own; return what went wrong, or None.
+
+    A fault of the device ends its process; what the part has not found by then runs in a new one.
+    """
+    end = time.monotonic() + limit
     log.write(f"== {name}, {limit:.0f} s\n".encode())
     log.flush()
-    status = run_limited(command, limit, log)
-    if status is None:
-        return f"cut off after {limit:.0f} s"
-    return None if status == 0 else f"ended with status {status}; see {LOG}"
+    while True:
+        found = _names(name, out)
+        seconds = max(1.0, end - time.monotonic() - _MARGIN_S)
+        command = [sys.executable, "-m", "tritonq.perf.gpu", "--run-part", name, "--seconds", f"{seconds:.1f}"]
+        command += ["--out", str(out), "--device", str(device), *(["--small"] if small else [])]
+        status = run_limited(command, end - time.monotonic(), log)
+        if status is None:
+            return f"cut off after {limit:.0f} s"
+        if status != DEVICE_FAULT or _names(name, out) == found:
+            return None if status == 0 else f"ended with status {status}; see {LOG}"
+
+
+def _names(part: str, out: Path) -> set[str]:
+    """Return the names of what a part has found."""
+    return {record["name"] for record in read(out / RESULTS) if record["part"] == part}
 
 
 def _call(name: str, visit: Visit) -> None:

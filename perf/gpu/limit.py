@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO
 
+_SECONDS_TO_END = 5.0
+
 
 def run_limited(command: Sequence[str], seconds: float, log: IO[bytes]) -> int | None:
     """Run ``command`` with its output in ``log``; return its exit status, or None where it was stopped.
@@ -25,4 +27,6 @@ def run_limited(command: Sequence[str], seconds: float, log: IO[bytes]) -> int |
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        # A process that waits for a driver does not end; what comes next need not wait for it.
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_SECONDS_TO_END)

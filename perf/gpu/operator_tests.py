@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritonq.perf.gpu.part import Visit
+import torch
+
+from tritonq.perf.gpu.part import DEVICE_FAULT, Visit, is_lost
 from tritonq.perf.gpu.results import RESULTS, append
 from tritonq.perf.machine import SOURCE
 
@@ -78,6 +80,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         crash = getattr(report.longrepr, "reprcrash", None)
         message = str(crash.message if crash is not None else report.longrepr)
         _write(report.nodeid, "wrong", message=message[:_MESSAGE_LENGTH])
+
+
+def pytest_runtest_teardown() -> None:
+    """End a worker that can do no more on the device, so that pytest-xdist starts another for the tests behind."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized() and is_lost(torch.device("cuda")):
+        os._exit(DEVICE_FAULT)
 
 
 def pytest_sessionfinish() -> None:

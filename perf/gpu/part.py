@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from tritonq.perf.gpu.results import RESULTS, append
+from tritonq.perf.gpu.results import RESULTS, append, read
 
 _ERROR_LENGTH = 400
+# Exit status of a part whose process can do no more on the device: what is left of the part runs in a new one.
+DEVICE_FAULT = 75
 
 
 @dataclass
@@ -48,12 +50,18 @@ class Visit:
 
     @contextmanager
     def finding(self, name: str) -> Iterator[None]:
-        """Turn an exception of the block into a finding, so that what comes after it still runs."""
+        """Turn an exception of the block into a finding, so that what comes after it still runs.
+
+        Raises:
+            SystemExit: with `DEVICE_FAULT`, where nothing else runs on the device in this process.
+        """
         try:
             yield
         except Exception as error:
             traceback.print_exc()
             self.note(name, "error", error=f"{type(error).__name__}: {error}"[:_ERROR_LENGTH])
+            if is_lost(self.device):
+                raise SystemExit(DEVICE_FAULT) from error
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -61,8 +69,24 @@ class Visit:
             torch.cuda.synchronize(self.device)
 
     def has_time_for(self, name: str, seconds: float) -> bool:
-        """Whether ``seconds`` remain; where they don't, that is a finding."""
+        """Whether ``seconds`` remain; where they don't, that is a finding.
+
+        False, too, for what this part found before a fault of the device ended its process.
+        """
+        if any((record["part"], record["name"]) == (self.part, name) for record in read(self.out / RESULTS)):
+            return False
         if self.left() >= seconds:
             return True
         self.note(name, "not run", reason=f"{self.left():.0f} s were left, it takes about {seconds:.0f}")
         return False
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether the device refuses all further work of this process, as after an access to memory that isn't there."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False

@@ -20,7 +20,7 @@ from tritonq.perf.goals import GOALS
 from tritonq.perf.gpu import command, compiled, kernels, operator_tests, results, smoke, steps
 from tritonq.perf.gpu.__main__ import link_checkout
 from tritonq.perf.gpu.limit import run_limited
-from tritonq.perf.gpu.part import Visit
+from tritonq.perf.gpu.part import DEVICE_FAULT, Visit
 from tritonq.perf.memory import peak_bytes
 from tritonq.perf.stats import Spread
 
@@ -131,6 +131,43 @@ class TestLimits:
         late = Visit("toy", CPU, tmp_path, seconds=1.0)
         assert not late.has_time_for("something", 2.0)
         assert statuses(late) == {"something": "not run"}
+
+
+class TestDeviceFault:
+    def test_the_rest_of_a_part_runs_in_a_new_process(self, tmp_path, monkeypatch):
+        """Two presets whose kernels fault, each of which ends its process."""
+        todo, processes = ("first", "fault", "second", "another fault", "third"), []
+
+        def process(arguments, seconds, log):
+            processes.append(arguments)
+            visit = Visit("smoke", CPU, tmp_path, seconds=60)
+            try:
+                for name in todo:
+                    if visit.has_time_for(name, 0):
+                        with visit.finding(name):
+                            assert "fault" not in name
+                            visit.note(name)
+            except SystemExit as end:
+                return end.code
+            return 0
+
+        monkeypatch.setattr(command, "run_limited", process)
+        monkeypatch.setattr("tritonq.perf.gpu.part.is_lost", lambda device: True)
+        command.visit_all(["smoke"], 60, tmp_path, CPU, small=True)
+        found = {record["name"]: record["status"] for record in results.read(tmp_path / results.RESULTS)}
+        assert found == {name: "error" if "fault" in name else "ok" for name in todo}
+        assert len(processes) == 3
+
+    def test_a_part_that_faults_at_once_again_is_left(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(command, "run_limited", lambda *arguments: DEVICE_FAULT)
+        command.visit_all(["smoke"], 60, tmp_path, CPU, small=True)
+        (record,) = results.read(tmp_path / results.RESULTS)
+        assert record["status"].startswith(f"ended with status {DEVICE_FAULT}")
+
+    def test_other_exceptions_go_on_in_the_same_process(self, visit):
+        with visit.finding("out of memory"):
+            raise RuntimeError("out of memory")
+        assert statuses(visit) == {"out of memory": "error"}
 
 
 class TestResults:
