@@ -68,7 +68,7 @@ class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
 
     def is_enabled_on_host(self) -> bool:
         """Whether :meth:`forward` rounds. Synchronises with the device only after a switch was thrown."""
-        return self._is_switched_on() and self.has_qparams()
+        return self.is_switched_on_host() and self.has_qparams()
 
     def enabled_on_device(self) -> Tensor:
         """Return :meth:`is_enabled_on_host` as a uint8 tensor (1,) on the device, for steps and traced graphs."""
@@ -98,7 +98,7 @@ class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
         is_zero = isinstance(observer, ObserverBase) and observer.zero_point_is_zero
         return Grid(scale, None if is_zero else zero_point, self.qtype, self.enabled_on_device())
 
-    def _is_switched_on(self) -> bool:
+    def is_switched_on_host(self) -> bool:
         """Return ``fake_quant_enabled`` as a bool, read once for each version of the buffer."""
         switch = self.fake_quant_enabled
         if switch.is_cpu or switch.is_inference():

@@ -214,7 +214,7 @@ class FixedPointLayer(ReferringModule):
             return False
         if torch.compiler.is_compiling():
             return self.input_format.phase == "fixed"
-        return self.input_format.is_enabled_on_host() and bool(self.weight_fake_quant.fake_quant_enabled)
+        return self.input_format.is_enabled_on_host() and self.weight_fake_quant.is_switched_on_host()
 
     def _integer_switch(self) -> Tensor:
         """Return the part of :meth:`is_integer` that a graph asks on the device: uint8 (1,)."""
