@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from build import RUNTIME, build
@@ -30,7 +31,6 @@ _HEAD = """# On a CUDA device that is not there
 Written by `make fake-cuda`: a CUDA build of torch over a runtime without a GPU ({folder}). Kernels run in the emulator,
 torch's operators on the CPU over the same memory; dispatch, device guards and graph capture run as on a GPU.
 """
-_OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 
 
 def environment(libraries: Path) -> dict[str, str]:
@@ -52,8 +52,20 @@ def operators_tests(libraries: Path, words: list[str]) -> tuple[Counter[str], li
     command += ["-k", "cuda and not codegen and not test_traced_operators", *(words or ["tests/operators"])]
     done = subprocess.run(command, cwd=ROOT, env=environment(libraries), stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.strip().splitlines()
-    counts = Counter({name: int(number) for number, name in re.findall(r"(\d+) (\w+)", lines[-1]) if name in _OUTCOMES})
-    return counts, [line for line in lines if line.startswith(("FAILED", "ERROR", "kernels of torch"))]
+    return outcomes(lines), [line for line in lines if line.startswith(("FAILED", "ERROR", "kernels of torch"))]
+
+
+def outcomes(lines: Sequence[str]) -> Counter[str]:
+    """Return the counts of pytest's last line of counts.
+
+    Raises:
+        SystemExit: there is none, so that no test ran to its end.
+    """
+    for line in reversed(lines):
+        if re.search(r" in \d+(\.\d+)?s\b", line):
+            found = re.findall(r"(\d+) (passed|failed|error|skipped|xfailed|xpassed)", line)
+            return Counter({name: int(number) for number, name in found})
+    raise SystemExit("pytest counted no tests: " + "\n".join(lines[-5:]))
 
 
 def presets(libraries: Path) -> list[dict[str, str]]:
@@ -82,7 +94,8 @@ def main() -> int:
         counts, lines = operators_tests(libraries, words)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("tritonq", "torch", "triton"))
     text = [_HEAD.format(folder="`tools/fake_cuda`"), f"{versions}.", "", "## Operators' tests", ""]
-    text += [", ".join(f"{count} {name}" for name, count in counts.items()) + ".", ""]
+    told = ", ".join(f"{count} {name}" for name, count in counts.items())
+    text += [f"{sum(counts.values())} tests on the device: {told}.", ""]
     text += [*(f"- {line}" for line in lines), "", "## A training step, eval and conversion of every preset", ""]
     text += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     text += ["| " + " | ".join(row.values()) + " |" for row in rows]
