@@ -5,9 +5,10 @@
 
 ``mutations.tsv`` lists the edits: file, name of the tests (``tests/operators/test_<name>.py``), a line's text that
 occurs once in the file, and what takes its place. Each is made in a copy of the checkout, where that one file of tests
-runs: kernels in the emulator, the specification in PyTorch. Results are kept in ``mutation_results.json``, so that a
-run goes on where the last one ended, and MUTATIONS.md is written from them. An edit that changes nothing that can be
-observed has the reason in the last column, and is not run.
+runs to its first failure: kernels in Triton's interpreter, which is the fastest, and in the emulator if that finds
+nothing; the specification in PyTorch. An edit is caught by a test that passes without it. Results are kept in
+``mutation_results.json``, so that a run goes on where the last one ended, and MUTATIONS.md is written from them. An
+edit that changes nothing that can be observed has the reason in the last column, and is not run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from markdown_table import markdown_table
+from tritonq.perf.gpu.__main__ import link_checkout
 
 ROOT = Path(__file__).resolve().parent.parent
 EDITS = ROOT / "tools" / "mutations.tsv"
@@ -35,6 +37,8 @@ RESULTS = ROOT / "tools" / "mutation_results.json"
 TABLE = ROOT / "MUTATIONS.md"
 # An edit may make a loop endless.
 TIME_LIMIT_S = 900.0
+# Of pytest: all passed, and none was chosen.
+_PASSED = (0, 5)
 _COPIED = ("kernels", "perf", "tests", "tritonq", "pyproject.toml", "examples")
 
 
@@ -84,17 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     edits, results = read_edits(), json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     chosen = [edit for edit in edits if not edit.equivalent and _is_chosen(edit, options.only, results)]
     end = time.monotonic() + 60 * options.minutes
-    with copied_checkout(ROOT) as copy:
-        passing: dict[str, bool] = {}
+    with copied_checkout(ROOT) as copy, Tests(copy) as tests:
         for edit in chosen:
             if time.monotonic() > end:
                 break
-            if edit.tests not in passing:
-                passing[edit.tests] = run_tests(copy, edit) == "passed"
-            if not passing[edit.tests]:
-                print(f"left out, since {edit.tests} fails without it: {edit.key}", flush=True)
-                continue
-            results[edit.key] = outcome = try_edit(copy, edit)
+            results[edit.key] = outcome = try_edit(copy, edit, tests)
             print(f"{outcome}: {edit.key}", flush=True)
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     TABLE.write_text(render(edits, results))
@@ -119,39 +117,79 @@ def copied_checkout(root: Path) -> Iterator[Path]:
         yield copy
 
 
-def try_edit(copy: Path, edit: Edit) -> str:
-    """Return ``"caught"``, ``"survived"`` or ``"stale"`` (the line has changed)."""
+def try_edit(copy: Path, edit: Edit, tests: Tests) -> str:
+    """Return ``"caught"``, ``"survived"``, ``"stale"`` (the line has changed) or why nothing was learned."""
     path = copy / edit.file
     text = path.read_text()
     try:
         changed = edit.applied(text)
     except ValueError:
         return "stale"
-    path.write_text(changed)
-    try:
-        return "survived" if run_tests(copy, edit) == "passed" else "caught"
-    finally:
-        path.write_text(text)
-
-
-def run_tests(copy: Path, edit: Edit) -> str:
-    """Run the edit's file of tests in the copy; return ``"passed"`` or ``"failed"``, also where they take too long."""
-    from tritonq.perf.gpu.__main__ import link_checkout
-
-    with tempfile.TemporaryDirectory(prefix="links-", dir=copy.parent) as links:
-        link_checkout(copy, Path(links))
-        kernels = "emulator" if edit.file.startswith("kernels/") else "compiled"
-        command = [sys.executable, "-B", "-m", "pytest", "-qx", "-p", "no:cacheprovider", f"--kernels={kernels}"]
-        command.append(f"tests/operators/test_{edit.tests}.py")
-        environment = {**os.environ, "PYTHONPATH": links}
+    file = f"tests/operators/test_{edit.tests}.py"
+    for kernels in ("interpreter", "emulator") if edit.file.startswith("kernels/") else ("compiled",):
+        path.write_text(changed)
         try:
-            done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=TIME_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            return "failed"
-    if done.returncode not in (0, 1, 2):
-        # 1: tests failed, 2: they could not be collected. Anything else says nothing about the edit.
-        raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout.decode()[-2000:]}")
-    return "passed" if done.returncode == 0 else "failed"
+            failed = tests.first_failure(file, kernels)
+        finally:
+            path.write_text(text)
+        if failed is not None:
+            return "caught" if tests.passes(failed, kernels) else f"not run: {failed} fails without it"
+    return "survived"
+
+
+class Tests:
+    """Tests of a checkout, each run in a fork of a process that has imported what they share."""
+
+    def __init__(self, copy: Path) -> None:
+        self._copy = copy
+        self._links = copy.parent / "links"
+        self._links.mkdir()
+        link_checkout(copy, self._links)
+        self._passing: dict[tuple[str, str], bool] = {}
+
+    def __enter__(self) -> Tests:
+        """Start the process."""
+        command = [sys.executable, str(Path(__file__).with_name("forked_pytest.py"))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the process."""
+        self._process.kill()
+        with self._process:
+            pass
+
+    def first_failure(self, tests: str, kernels: str) -> str | None:
+        """Return the first test, or the file, that fails or takes too long; None where all pass."""
+        # A file that can't be collected has no test of its own.
+        status, output = self._run(tests, kernels)
+        if status in _PASSED:
+            return None
+        if status not in (1, 2, None):
+            raise RuntimeError(f"pytest ended with {status}: {output[-2000:]}")
+        failed = re.search(r"^FAILED (\S.*?)(?: - .*)?$", output, re.MULTILINE)
+        return failed[1] if failed else tests
+
+    def passes(self, test: str, kernels: str) -> bool:
+        """Whether a test, or a file, passes as the checkout is; asked once."""
+        if (test, kernels) not in self._passing:
+            self._passing[test, kernels] = self._run(test, kernels)[0] in _PASSED
+        return self._passing[test, kernels]
+
+    def _run(self, tests: str, kernels: str) -> tuple[int | None, str]:
+        request = {
+            "checkout": str(self._copy),
+            "imports": str(self._links),
+            "arguments": ["-qx", "-p", "no:cacheprovider", "--tb=no", "-rf", f"--kernels={kernels}", tests],
+            "environment": {},
+            "seconds": TIME_LIMIT_S,
+        }
+        if self._process.stdin is None or self._process.stdout is None:
+            raise RuntimeError("the process of tests has no pipes")
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        return answer["status"], answer["output"]
 
 
 def render(edits: Sequence[Edit], results: dict[str, str]) -> str:
