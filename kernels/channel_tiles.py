@@ -66,6 +66,50 @@ def share_offsets(place, strides):
 
 
 @triton.jit
+def block_count(start, end, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return the number of blocks of AHEAD tiles in a share."""
+    outer = tl.cdiv(end[0] - start[0], AHEAD[0])
+    return outer * tl.cdiv(end[1] - start[1], AHEAD[1] * ROWS) * tl.cdiv(end[2] - start[2], AHEAD[2] * COLS)
+
+
+@triton.jit
+def next_block(place, start, end, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return where the block after the one at ``place`` begins: columns first, then rows, then outer."""
+    col = place[2] + AHEAD[2] * COLS
+    row = tl.where(col < end[2], place[1], place[1] + AHEAD[1] * ROWS)
+    outer = tl.where(row < end[1], place[0], place[0] + AHEAD[0])
+    return outer, tl.where(row < end[1], row, start[1]), tl.where(col < end[2], col, start[2])
+
+
+@triton.jit
+def load_block(ptr, strides, place, end, other, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return a pair for each tile of a block: its elements, and which of them exist.
+
+    Args:
+        ptr: outer × rows × cols, by ``strides``.
+        strides: along (outer, rows, cols).
+        place: where the block begins; beyond the share nothing is read.
+        end: of the share along (outer, rows, cols).
+        other: what elements from there on are; in the tensor's dtype, broadcasts against a tile.
+        AHEAD: tiles of the block along (outer, rows, cols).
+        ROWS: of a tile.
+        COLS: of a tile.
+    """
+    OUTER: tl.constexpr = AHEAD[0]
+    DOWN: tl.constexpr = AHEAD[1]
+    ALONG: tl.constexpr = AHEAD[2]
+    tiles = ()
+    for o in tl.static_range(OUTER):
+        for r in tl.static_range(DOWN):
+            for c in tl.static_range(ALONG):
+                at, mask = share_tile(place[0] + o, place[1] + r * ROWS, place[2] + c * COLS, end, ROWS, COLS)
+                mask = mask & (at[0] < end[0])
+                x = tl.load(ptr + share_offsets(at, strides), mask=mask, other=other)
+                tiles = tiles + ((x, mask),)  # type: ignore[assignment]  # noqa: RUF005 -- Triton knows no starred elements
+    return tiles
+
+
+@triton.jit
 def partial_tile(start, channel, valid, splits, channels, SPLITS: tl.constexpr):
     """Return offsets of SPLITS partial results of some channels, from number ``start`` on, and which of them exist."""
     part = start + tl.arange(0, SPLITS)[:, None]

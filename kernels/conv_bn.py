@@ -17,9 +17,12 @@ from torch import Tensor
 
 from .activation import load_quantizer, merge_range, quantize_value
 from .channel_tiles import (
+    block_count,
     fma,
+    load_block,
     max_per_channel,
     min_per_channel,
+    next_block,
     partial_tile,
     share_bounds,
     share_channels,
@@ -52,7 +55,7 @@ def scan_statistics(
     c_strides,
     start,  # of the share along (outer, rows, cols), as is its end
     end,
-    sizes,
+    AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -62,16 +65,20 @@ def scan_statistics(
     squares = tl.zeros([ROWS, COLS], tl.float32)
     lowest = tl.full([ROWS, COLS], INF, tl.float32)
     highest = tl.full([ROWS, COLS], -INF, tl.float32)
-    for outer in range(start[0], end[0]):
-        for row in range(start[1], end[1], ROWS):
-            for col in range(start[2], end[2], COLS):
-                place, mask = share_tile(outer, row, col, sizes, ROWS, COLS)
-                c = tl.load(c_ptr + share_offsets(place, c_strides), mask=mask, other=centre)
-                distance = c.to(tl.float32) - about
-                total += distance
-                squares = fma(distance, distance, squares)
-                lowest = tl.minimum(lowest, c.to(tl.float32))
-                highest = tl.maximum(highest, c.to(tl.float32))
+    place = start
+    tiles = load_block(c_ptr, c_strides, place, end, centre, AHEAD, ROWS, COLS)
+    for _ in range(block_count(start, end, AHEAD, ROWS, COLS)):
+        # The next block is loaded before this one is used, so that the compiler can't defer its loads.
+        place = next_block(place, start, end, AHEAD, ROWS, COLS)
+        following = load_block(c_ptr, c_strides, place, end, centre, AHEAD, ROWS, COLS)
+        for i in tl.static_range(len(tiles)):
+            c = tiles[i][0].to(tl.float32)
+            distance = c - about
+            total += distance
+            squares = fma(distance, distance, squares)
+            lowest = tl.minimum(lowest, c)
+            highest = tl.maximum(highest, c)
+        tiles = following
     return total, squares, lowest, highest
 
 
@@ -87,6 +94,7 @@ def statistics_kernel(
     splits,
     channels,
     CHANNEL: tl.constexpr,
+    AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     FIRST: tl.constexpr,
@@ -107,7 +115,7 @@ def statistics_kernel(
     mean = tl.where(mean > high, high, mean)
     substitute = spread(mean, CHANNEL).to(first.dtype)
 
-    total, squares, lowest, highest = scan_statistics(c_ptr, substitute, c_strides, start, end, sizes, ROWS, COLS)
+    total, squares, lowest, highest = scan_statistics(c_ptr, substitute, c_strides, start, end, AHEAD, ROWS, COLS)
 
     outer_extent = 1 if CHANNEL == 0 else end[0] - start[0]
     row_extent = 1 if CHANNEL == 1 else end[1] - start[1]
@@ -336,6 +344,7 @@ def _statistics(
             partial,
             seen.strides[0],
             *shares.arguments,
+            AHEAD=shares.ahead(),
             **shares.constants,
         )
         finish_kernel[shares.joining_programs](

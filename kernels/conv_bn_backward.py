@@ -12,12 +12,13 @@ from torch import Tensor
 
 from .activation import gradient_bounds, gradient_passes, load_quantizer
 from .channel_tiles import (
+    block_count,
     fma,
+    load_block,
+    next_block,
     partial_tile,
     share_bounds,
     share_channels,
-    share_offsets,
-    share_tile,
     spread,
     sum_per_channel,
 )
@@ -43,29 +44,34 @@ def scan_gradients(
     c_strides,
     start,  # of the share along (outer, rows, cols), as is its end
     end,
-    sizes,
     CEILING: tl.constexpr,
     QUANTIZED: tl.constexpr,
     ROUNDING: tl.constexpr,
+    AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Return sums of the unblocked gradient, and of its product with ``c - mean``, over a share, (ROWS, COLS) each."""
     plain = tl.zeros([ROWS, COLS], tl.float32)
     moment = tl.zeros([ROWS, COLS], tl.float32)
-    for outer in range(start[0], end[0]):
-        for row in range(start[1], end[1], ROWS):
-            for col in range(start[2], end[2], COLS):
-                place, mask = share_tile(outer, row, col, sizes, ROWS, COLS)
-                # A missing gradient is zero and adds nothing to either sum.
-                dy = tl.load(dy_ptr + share_offsets(place, dy_strides), mask=mask, other=0)
-                c = tl.load(c_ptr + share_offsets(place, c_strides), mask=mask, other=0).to(tl.float32)
-                g = dy.to(tl.float32)
-                if CEILING is not None or QUANTIZED:
-                    passes = gradient_passes(fma(c, slope, shift), unit, low, high, CEILING, QUANTIZED, ROUNDING)
-                    g = tl.where(passes, g, 0.0)
-                plain += g
-                moment = fma(g, c - mean, moment)
+    place = start
+    # A missing gradient is zero and adds nothing to either sum.
+    gradients = load_block(dy_ptr, dy_strides, place, end, 0, AHEAD, ROWS, COLS)
+    outputs = load_block(c_ptr, c_strides, place, end, 0, AHEAD, ROWS, COLS)
+    for _ in range(block_count(start, end, AHEAD, ROWS, COLS)):
+        # Loaded before this block is used: see `scan_statistics`.
+        place = next_block(place, start, end, AHEAD, ROWS, COLS)
+        next_gradients = load_block(dy_ptr, dy_strides, place, end, 0, AHEAD, ROWS, COLS)
+        next_outputs = load_block(c_ptr, c_strides, place, end, 0, AHEAD, ROWS, COLS)
+        for i in tl.static_range(len(outputs)):
+            g = gradients[i][0].to(tl.float32)
+            c = outputs[i][0].to(tl.float32)
+            if CEILING is not None or QUANTIZED:
+                passes = gradient_passes(fma(c, slope, shift), unit, low, high, CEILING, QUANTIZED, ROUNDING)
+                g = tl.where(passes, g, 0.0)
+            plain += g
+            moment = fma(g, c - mean, moment)
+        gradients, outputs = next_gradients, next_outputs
     return plain, moment
 
 
@@ -93,6 +99,7 @@ def gradient_sums_kernel(
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
+    AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     FIRST: tl.constexpr,
@@ -108,8 +115,8 @@ def gradient_sums_kernel(
     QUANTIZED: tl.constexpr = scale_ptr is not None
     unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
     plain, moment = scan_gradients(
-        dy_ptr, c_ptr, mean, slope, shift, unit, low, high, dy_strides, c_strides, start, end, sizes,
-        CEILING, QUANTIZED, ROUNDING, ROWS, COLS,
+        dy_ptr, c_ptr, mean, slope, shift, unit, low, high, dy_strides, c_strides, start, end,
+        CEILING, QUANTIZED, ROUNDING, AHEAD, ROWS, COLS,
     )  # fmt: skip
     at = split * channels + channel
     tl.store(partial_ptr + at, sum_per_channel(plain, CHANNEL), mask=valid)
@@ -233,6 +240,7 @@ def backward(
             *seen.strides[:2],
             *shares.arguments,
             **shared,
+            AHEAD=shares.ahead(reads=2),
             **shares.constants,
         )
         finish_gradients_kernel[shares.joining_programs](

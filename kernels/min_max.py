@@ -15,13 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .channel_tiles import (
+    block_count,
+    load_block,
     max_per_channel,
     min_per_channel,
+    next_block,
     partial_tile,
     share_bounds,
     share_channels,
     share_offsets,
-    share_tile,
 )
 from .constants import FALL, INF
 from .launch import device_guard
@@ -38,7 +40,7 @@ def scan_min_max(
     x_strides,
     start,  # of the share along (outer, rows, cols), as is its end
     end,
-    sizes,
+    AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     FINITE_ONLY: tl.constexpr,
@@ -50,20 +52,23 @@ def scan_min_max(
     low = tl.full([ROWS, COLS], INF, tl.float32)
     high = tl.full([ROWS, COLS], -INF, tl.float32)
     skipped = tl.zeros([], tl.int64)
-    for outer in range(start[0], end[0]):
-        for row in range(start[1], end[1], ROWS):
-            for col in range(start[2], end[2], COLS):
-                place, mask = share_tile(outer, row, col, sizes, ROWS, COLS)
-                x = tl.load(x_ptr + share_offsets(place, x_strides), mask=mask, other=first)
-                x = x.to(tl.float32)
-                if FINITE_ONLY:
-                    finite = tl.abs(x) < INF
-                    low = tl.minimum(low, tl.where(finite, x, INF))
-                    high = tl.maximum(high, tl.where(finite, x, -INF))
-                    skipped += tl.sum((mask & (finite == 0)).to(tl.int32))
-                else:
-                    low = tl.minimum(low, x, propagate_nan=tl.PropagateNan.ALL)
-                    high = tl.maximum(high, x, propagate_nan=tl.PropagateNan.ALL)
+    place = start
+    tiles = load_block(x_ptr, x_strides, place, end, first, AHEAD, ROWS, COLS)
+    for _ in range(block_count(start, end, AHEAD, ROWS, COLS)):
+        # The next block is loaded before this one is used, so that the compiler can't defer its loads.
+        place = next_block(place, start, end, AHEAD, ROWS, COLS)
+        following = load_block(x_ptr, x_strides, place, end, first, AHEAD, ROWS, COLS)
+        for i in tl.static_range(len(tiles)):
+            x = tiles[i][0].to(tl.float32)
+            if FINITE_ONLY:
+                finite = tl.abs(x) < INF
+                low = tl.minimum(low, tl.where(finite, x, INF))
+                high = tl.maximum(high, tl.where(finite, x, -INF))
+                skipped += tl.sum((tiles[i][1] & (finite == 0)).to(tl.int32))
+            else:
+                low = tl.minimum(low, x, propagate_nan=tl.PropagateNan.ALL)
+                high = tl.maximum(high, x, propagate_nan=tl.PropagateNan.ALL)
+        tiles = following
     return low, high, skipped
 
 
@@ -142,6 +147,7 @@ def observe_kernel(
     COPY_ABOVE: tl.constexpr,
     CHANNEL: tl.constexpr,
     SINGLE: tl.constexpr,
+    AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     FIRST: tl.constexpr,
@@ -166,11 +172,11 @@ def observe_kernel(
     else:
         first = tl.load(first_ptr, mask=exists, other=0)
 
-    low, high, _ = scan_min_max(x_ptr, first, x_strides, start, end, sizes, ROWS, COLS, False)
+    low, high, _ = scan_min_max(x_ptr, first, x_strides, start, end, AHEAD, ROWS, COLS, False)
     unclean = ((tl.abs(low) < INF) & (tl.abs(high) < INF)) == 0
     if tl.max(unclean.to(tl.int32)) > 0:
         # Rare: a value is NaN or infinite. Read the share again and leave those out.
-        low, high, skipped = scan_min_max(x_ptr, first, x_strides, start, end, sizes, ROWS, COLS, True)
+        low, high, skipped = scan_min_max(x_ptr, first, x_strides, start, end, AHEAD, ROWS, COLS, True)
         # An integer sum is the same in any order.
         tl.atomic_add(nonfinite_ptr, skipped)
     low, high = min_per_channel(low, CHANNEL), max_per_channel(high, CHANNEL)
@@ -275,6 +281,7 @@ def _observe(
             *shares.arguments,
             **constants,
             SINGLE=shares.splits == 1,
+            AHEAD=shares.ahead(),
             **shares.constants,
         )
         if partial is not None:

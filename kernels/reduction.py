@@ -17,12 +17,16 @@ from .layout import LaunchGrid, Tile, View, dense_view, launch_grid, split, tile
 
 # Eight elements per lane: the compiler unrolls the loop itself, with loads in flight and 52 registers at most. Larger
 # tiles made it spill (perf/codegen.py).
-_MAX_ELEMENTS = 1024
+_MAX_BYTES = 2048
+# With four programs of 128 lanes to a multiprocessor, four tiles are 32 KiB of 16-bit elements in flight: Little's law
+# asks for 21 on an H200 (perf/PREDICTIONS.md).
+TILES_AHEAD = 4
 # A program that reads less than this costs more than its partial result saves. By loads in flight, not measured.
 _MIN_ELEMENTS_PER_PROGRAM = 8192
-# Partial results that one program of the second kernel holds at a time, of at most so many channels.
-_JOINED_ELEMENTS = 1024
-_JOINED_CHANNELS = 32
+# Partial results that one program of the second kernel holds at a time, and their channels: eight fill the 32 bytes
+# that memory hands out at least, and fewer channels make more programs.
+_JOINED_ELEMENTS = 2048
+_JOINED_CHANNELS = 8
 
 
 class Reduction(NamedTuple):
@@ -53,6 +57,14 @@ class Reduction(NamedTuple):
     def arguments(self) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int], int, int]:
         """What kernels take as ``sizes, share, split_strides, splits, channels``."""
         return self.view.sizes, self.share, self.split_strides, self.splits, self.channels
+
+    def ahead(self, reads: int = 1) -> tuple[int, int, int]:
+        """Return tiles along (outer, rows, cols) that a program loads at a time, of each of ``reads`` tensors."""
+        room, ahead = TILES_AHEAD // reads, [1, 1, 1]
+        for d, step in ((2, self.tile.cols), (1, self.tile.rows), (0, 1)):
+            while room > 1 and 2 * ahead[d] * step <= self.share[d]:
+                ahead[d], room = 2 * ahead[d], room // 2
+        return ahead[0], ahead[1], ahead[2]
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -99,7 +111,7 @@ def plan_reduction(x: Tensor, seen: View) -> Reduction:
 def planned_reduction(dtype: torch.dtype, seen: View, device: torch.device, warp_size: int) -> Reduction:
     """Compute :func:`plan_reduction` by what it depends on."""
     chosen = parameters("min_max", dtype, seen, device)
-    rows, cols = tile_shape(seen.sizes, min(chosen.elements, _MAX_ELEMENTS), chosen.max_cols)
+    rows, cols = tile_shape(seen.sizes, min(chosen.elements, _MAX_BYTES // dtype.itemsize), chosen.max_cols)
     parts = split(seen.sizes, seen.channel, (1, rows, cols), programs_that_fill(device), _MIN_ELEMENTS_PER_PROGRAM)
     strides, splits = [0, 0, 0], 1
     for d in (2, 1, 0):

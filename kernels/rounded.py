@@ -26,7 +26,8 @@ PLANES = 8
 _WIDE_EXTENT = 2**31 - 2**20
 # Elements of each plane per program, 8 to a lane: 128-bit accesses to 16-bit elements.
 _ROUNDED = Parameters(elements=PLANES * 1024, max_cols=1024, warps=4)
-_RANGE = Parameters(elements=2048, max_cols=2048, warps=4)
+# Bytes of the operands that a program of the range loads at a time: 64 to a lane, as many as `TILES_AHEAD` are.
+_RANGE_BYTES, _RANGE_WARPS = 8192, 4
 
 
 @triton.jit
@@ -51,11 +52,15 @@ def scan_results(
     # Stands in for missing elements.
     first_a = tl.load(a_ptr + start)
     first_b = first_a if b_ptr is None else tl.load(b_ptr + start)
+    lane = tl.arange(0, BLOCK)
+    next_a = tl.load(a_ptr + start + lane, mask=start + lane < end, other=first_a)
+    next_b = next_a if b_ptr is None else tl.load(b_ptr + start + lane, mask=start + lane < end, other=first_b)
     for at in range(start, end, BLOCK):
-        offsets = at + tl.arange(0, BLOCK)
-        mask = offsets < end
-        a = tl.load(a_ptr + offsets, mask=mask, other=first_a).to(tl.float32)
-        b = a if b_ptr is None else tl.load(b_ptr + offsets, mask=mask, other=first_b).to(tl.float32)
+        a, b, mask = next_a.to(tl.float32), next_b.to(tl.float32), at + lane < end
+        # The next block is loaded before this one is used, so that the compiler can't defer its loads.
+        offsets = at + BLOCK + lane
+        next_a = tl.load(a_ptr + offsets, mask=offsets < end, other=first_a)
+        next_b = next_a if b_ptr is None else tl.load(b_ptr + offsets, mask=offsets < end, other=first_b)
         result = operate(a, b, OPERATION, FIRST, SECOND)
         if FINITE_ONLY:
             finite = tl.abs(result) < INF
@@ -240,7 +245,9 @@ def _observe(
 ) -> Grid:
     """Observe the results and return a snapshot of the grid."""
     a, n = operands[0], operands[0].numel()
-    chosen = flat_parameters("rounded_range", a, _RANGE)
+    reads = sum(operand is not None for operand in operands)
+    block = _RANGE_BYTES // (reads * a.element_size())
+    chosen = flat_parameters("rounded_range", a, Parameters(block, block, _RANGE_WARPS))
     blocks = triton.cdiv(n, chosen.elements)
     share = triton.cdiv(blocks, max(1, min(blocks, programs_that_fill(a.device)))) * chosen.elements
     if n == 0:

@@ -23,6 +23,7 @@ class Instruction:
         access_bits: width of its access to global memory, 0 for other instructions.
         stores: the access is a write.
         spills: bits it moves to or from local memory.
+        operands: as the disassembler writes them.
     """
 
     opcode: str
@@ -32,6 +33,7 @@ class Instruction:
     access_bits: int
     stores: bool
     spills: int
+    operands: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,42 @@ def parse_sass(text: str) -> list[Instruction]:
                 bits if stem in ("LDG", "STG") else 0,
                 stem == "STG",
                 bits if stem in ("LDL", "STL") else 0,
+                operands,
             )
         )
     while parsed and parsed[-1].opcode == "NOP":
         parsed.pop()
     return parsed
+
+
+_REGISTER = re.compile(r"\bR(\d+)\b")
+_REGISTER_BITS = 32
+
+
+def bytes_per_wait(path: MainPath) -> float:
+    """Return bytes of global memory that one lane reads, for each time that it waits for what it has loaded.
+
+    A lane waits where it uses a register of a load. All that was loaded before is taken to have arrived then. Of a
+    loop, the second turn counts, which begins with the loads of the turn before; of other code the longest wait. Of
+    NVIDIA's code alone.
+    """
+    waits: list[int] = []
+    pending: dict[int, int] = {}
+    for _ in range(1 + path.is_loop):
+        waits.clear()
+        for instruction in path.instructions:
+            used = {int(number) for number in _REGISTER.findall(instruction.operands)}
+            if used & pending.keys():
+                waits.append(sum(pending.values()))
+                pending.clear()
+            if _reads(instruction):
+                first = int(_REGISTER.findall(instruction.operands)[0])
+                last = first + max(1, instruction.access_bits // _REGISTER_BITS)
+                pending.update(dict.fromkeys(range(first, last), 0))
+                pending[first] = instruction.access_bits // 8
+    if path.is_loop:
+        return path.bits(stores=False) / 8 / max(1, len(waits))
+    return max([*waits, sum(pending.values())])
 
 
 _GCN_WIDTH = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16}

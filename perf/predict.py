@@ -3,12 +3,14 @@
     python -m tritonq.perf.predict            # print the table
     python -m tritonq.perf.predict --write    # put it into perf/PREDICTIONS.md
 
+Ends with status 1 where a reduction keeps fewer bytes in flight than ``codegen_budget.json`` asks for.
+
 The time of a kernel is the longest of three, times what its last, partly filled wave of programs costs, plus the start:
 
 - memory: bytes read and written, at the share of the memory's rate that a copy reaches;
 - latency, by Little's law: bytes read, over the bytes in flight divided by the latency of a load. In flight are, on
-  each multiprocessor, the largest group of loads that a lane issues without arithmetic in between, on as many lanes as
-  registers and shared memory admit and the launch has;
+  each multiprocessor, what a lane loads for each time that it waits, on as many lanes as registers and shared memory
+  admit and the launch has;
 - issue: instructions of all lanes, at one warp instruction per clock and scheduler.
 
 Source: Little, "A proof for the queuing formula L = λW", 1961; its use for GPUs: Volkov, "Better performance at lower
@@ -18,8 +20,8 @@ occupancy", 2010.
 from __future__ import annotations
 
 import argparse
+import json
 import math
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,9 +29,9 @@ from pathlib import Path
 
 import torch
 
-from tritonq.perf.codegen import ALL_CASES, GPUS, Gpu, Launch, compiling_for, read_cuda
+from tritonq.perf.codegen import ALL_CASES, BUDGET_FILE, GPUS, Gpu, Launch, compiling_for, read_cuda
 from tritonq.perf.codegen_case import CodegenCase
-from tritonq.perf.disassembly import Instruction, main_path
+from tritonq.perf.disassembly import bytes_per_wait, main_path
 
 TABLE = Path(__file__).with_name("PREDICTIONS.md")
 TARGET = "cuda:90"
@@ -46,7 +48,8 @@ _REGISTERS, _LANES, _PROGRAMS, _SHARED_BYTES = 65536, 2048, 32, 233472
 # Registers are given out by eight to a lane; a program takes a KiB of shared memory besides its own.
 _REGISTER_STEP, _SHARED_OVERHEAD = 8, 1024
 _WARP = 32
-_ARITHMETIC = re.compile(r"^(FADD|FFMA|FMUL|FMNMX|FSETP|FSEL|HADD2|HFMA2|HMUL2|HMNMX2|F2F|F2FP|I2F|F2I|PRMT|IMAD)\b")
+# Constants whose product is the number of elements that a program works on.
+_TILES = (("BLOCK",), ("ROWS", "COLS"), ("SPLITS", "CHANNELS"))
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,19 @@ class Work:
         elements: number of elements.
         bytes_read: from memory.
         bytes_written: to memory.
+        joined_channels: whose partial results one program adds up; 0 for kernels that read the tensor.
     """
 
     programs: int
     warps: int
     registers: int
     shared_bytes: int
-    in_flight: int
+    in_flight: float
     instructions: float
     elements: int
     bytes_read: int
     bytes_written: int
+    joined_channels: int = 0
 
     def resident(self, multiprocessors: int) -> int:
         """Return programs on one multiprocessor at a time, limited by what each takes and by how many there are."""
@@ -92,7 +97,7 @@ class Prediction:
     seconds: float
     bound: str
     share_of_copy: float
-    in_flight_per_multiprocessor: int
+    in_flight_per_multiprocessor: float
 
 
 def predict(work: Work, gpu: Gpu) -> Prediction:
@@ -115,51 +120,70 @@ def predict(work: Work, gpu: Gpu) -> Prediction:
     return Prediction(seconds, bound, moved / seconds / copy_rate, in_flight)
 
 
-def bytes_in_flight(instructions: Sequence[Instruction]) -> int:
-    """Return bytes of the largest group of loads of one lane that no arithmetic interrupts."""
-    largest = group = 0
-    for instruction in instructions:
-        if instruction.access_bits and not instruction.stores:
-            group += instruction.access_bits // 8
-            largest = max(largest, group)
-        elif _ARITHMETIC.match(instruction.opcode):
-            group = 0
-    return largest
-
-
 def predictions(cases: Iterable[CodegenCase] = ALL_CASES) -> Iterator[tuple[str, str, Work]]:
-    """Compile each case for sm_90; yield case, dtype and work of the kernel that moves its data."""
+    """Compile each case for sm_90; yield case, dtype and work of the kernel that moves its data.
+
+    Where it leaves partial results, the kernel that joins them follows, with its own name behind the case's.
+    """
     for case in cases:
         for dtype in (d for d in case.dtypes if d != torch.float16):
+            name = str(dtype).removeprefix("torch.")
             with compiling_for(TARGET) as launched:
                 case.call(dtype)
-            for launch in launched:
-                if launch.function.__name__ == case.kernel:
-                    yield case.name, str(dtype).removeprefix("torch."), work_of(case, dtype, launch)
+            for launch, following in zip(launched, [*launched[1:], None], strict=True):
+                if launch.function.__name__ != case.kernel:
+                    continue
+                yield case.name, name, work_of(launch, dtype, case.reads, case.writes)
+                if following is not None and "SPLITS" in following.kwargs:
+                    yield f"{case.name}: {following.function.__name__}", name, work_of(following, torch.float32, 1, 0)
 
 
-def work_of(case: CodegenCase, dtype: torch.dtype, launch: Launch) -> Work:
-    """Read a launch's work off its arguments and its machine code."""
+def faults(found: Iterable[tuple[str, str, Work]], gpu: Gpu) -> list[str]:
+    """Return what ``codegen_budget.json`` asks of reductions and is not so, in words."""
+    budget = json.loads(BUDGET_FILE.read_text())
+    least, wide = budget["in_flight"]["kib"], budget["in_flight"]["cases"]
+    wrong = []
+    for name, dtype, work in found:
+        case, _, kernel = name.partition(": ")
+        if kernel:
+            if work.joined_channels > budget["joining"]["channels"]:
+                wrong.append(f"{name} {dtype}: one program joins {work.joined_channels} channels")
+        elif case.split("/")[0] in wide and (kib := predict(work, gpu).in_flight_per_multiprocessor / 1024) < least:
+            wrong.append(f"{name} {dtype}: {kib:.0f} KiB in flight, the budget asks for {least}")
+    return wrong
+
+
+def work_of(launch: Launch, dtype: torch.dtype, reads: int, writes: int) -> Work:
+    """Read a launch's work off its arguments and its machine code.
+
+    Args:
+        launch: of one kernel.
+        dtype: of the data.
+        reads: tensors of the dtype that each element is read from.
+        writes: tensors of the dtype that each element is written to.
+    """
     registers, _, instructions = read_cuda(launch.kernel)
     path = main_path(instructions)
     warps = launch.kernel.metadata.num_warps
     bits = 8 * dtype.itemsize
     if path.is_loop:
-        per_turn = path.bits(stores=False) / (bits * case.reads)
+        per_turn = path.bits(stores=False) / (bits * reads)
     else:
         constants = launch.kwargs
-        tile = constants["BLOCK"] if "BLOCK" in constants else constants["ROWS"] * constants["COLS"]
+        sizes = next(names for names in _TILES if names[0] in constants)
+        tile = math.prod(constants[name] for name in sizes)
         per_turn = tile / (_WARP * warps)
     return Work(
         programs=math.prod(launch.grid),
         warps=warps,
         registers=registers,
         shared_bytes=launch.kernel.metadata.shared,
-        in_flight=bytes_in_flight(path.instructions),
+        in_flight=bytes_per_wait(path),
         instructions=len(path.instructions) / per_turn,
         elements=launch.elements,
-        bytes_read=launch.elements * dtype.itemsize * case.reads,
-        bytes_written=launch.elements * dtype.itemsize * case.writes,
+        bytes_read=launch.elements * dtype.itemsize * reads,
+        bytes_written=launch.elements * dtype.itemsize * writes,
+        joined_channels=launch.kwargs["CHANNELS"] if "SPLITS" in launch.kwargs else 0,
     )
 
 
@@ -200,12 +224,15 @@ def main(argv: list[str] | None = None) -> int:
         f"{gpu.bandwidth * COPY_SHARE * LATENCY / gpu.multiprocessors / 1024:.0f} on the {gpu.name}" for gpu in gpus
     )
     head = _HEAD.format(latency=LATENCY * 1e9, share=COPY_SHARE, start=START * 1e6, needed=needed)
-    table = render(predictions([case for case in ALL_CASES if options.case in case.name]), gpus)
+    found = list(predictions([case for case in ALL_CASES if options.case in case.name]))
+    table = render(found, gpus)
     if options.write:
         TABLE.write_text(head + table, encoding="utf-8")
     else:
         print(table, end="")
-    return 0
+    wrong = faults(found, gpus[-1])
+    print("\n".join(wrong), file=sys.stderr, end="\n" if wrong else "")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
-from op_tester import OpTester, operators
+from op_tester import OpTester, few_programs, operators
 from quantizer_states import NO_QUANTIZER, assert_same_state, moved, quantizer_state
 from tritonq.qparams import QINT4, QINT8, QUINT8
 from tritonq.reference import conv_bn as reference
@@ -228,6 +229,29 @@ class TestForward(OpTester):
         operators("conv_bn", use).forward(c, problem.ratio, None, None, None, norm, None, None, None)
         expected = torch.arange(5.0) / problem.ratio.cpu() / 2
         assert torch.equal(norm.running_mean.cpu().float(), expected)
+
+
+# Shape and whether channels are next to each other: more than one block of tiles, the last one not full.
+BLOCKS = {"columns": ((3, 2, 2500), False), "rows": ((3, 4, 21, 50), True), "outer": ((9, 40, 3), False)}
+
+
+class TestBlocks(OpTester):
+    @pytest.mark.parametrize("along", BLOCKS)
+    def test_one_program_takes_several(self, along: str, use: str, device: str) -> None:
+        shape, last = BLOCKS[along]
+        c, dy = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).unbind(0)
+        if last:
+            c, dy = (x.to(memory_format=torch.channels_last) for x in (c, dy))
+        ours, theirs = (Problem(shape[1], exact=False, device=where) for where in (device, "cpu"))
+        with few_programs() if use == "triton" else nullcontext():
+            ops = operators("conv_bn", use)
+            y, vectors, _ = ops.forward(c.to(device), *ours.arguments(), *NO_QUANTIZER, math.inf)
+            found = ops.backward(dy.to(device), c.to(device), reference.Normalization(*vectors), None, math.inf)
+        z, expected, _ = reference.forward(c, *theirs.arguments(), *NO_QUANTIZER, math.inf)
+        wanted = reference.backward(dy, c, expected, None, math.inf)
+        for actual, other in zip((y, *vectors, *found), (z, *expected, *wanted), strict=True):
+            # Sums of thousands of terms in another order.
+            torch.testing.assert_close(actual.cpu(), other, rtol=1e-4, atol=1e-4)
 
 
 class TestBackward(OpTester):

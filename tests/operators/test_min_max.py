@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from op_tester import LAYOUTS, OpTester, axes, clear_plans, operators, strided_tensors
+from op_tester import LAYOUTS, OpTester, axes, clear_plans, few_programs, operators, strided_tensors
 from tolerances import assert_matches
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import QINT1, QINT8, QINT8_NARROW, QINT32, QUINT8, QuantizedType, RangeRule, range_to_qparams
@@ -240,6 +241,19 @@ class TestObserve(OpTester):
             observe(x, *state.observed(None, QINT8.with_axis(0), averaging, "torch", 1e-7))
             for actual, expected in zip(state.tensors(), State((3,), device).tensors(), strict=True):
                 assert_matches(actual, expected, "min_max")
+
+    def test_one_program_takes_several_blocks_of_tiles(self, use: str, device: str) -> None:
+        """Along columns, rows and outer; the largest values of each channel come last, the smallest first."""
+        for x, axis in (
+            (torch.arange(15000.0).view(3, 2, 2500), 1),
+            (torch.arange(12600.0).view(3, 21, 50, 4), 3),
+            (torch.arange(1080.0).view(9, 40, 3), 1),
+            (torch.arange(9000.0), None),
+        ):
+            with few_programs() if use == "triton" else nullcontext():
+                found = operators("min_max", use).min_max(x.to(device), axis)
+            for actual, wanted in zip(found, reference.min_max(x, axis), strict=True):
+                assert_matches(actual, wanted, "min_max")
 
     def test_same_input_same_bits(self, use: str, device: str) -> None:
         """However the work is shared out; and with 64-bit offsets."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tritonq
-from op_tester import OpTester, operators
+from op_tester import OpTester, few_programs, operators
 from quantizer_states import NO_QUANTIZER, assert_same_state, quantizer_state
 from tritonq.qparams import QINT8, QUINT8
 from tritonq.reference import residual, rounded
@@ -184,6 +185,16 @@ class TestBackends(OpTester):
             assert torch.equal(ops.backward(dy, mask), residual.backward(dy, expected))
             if qtype is not None:
                 assert_same_state(mine, other)
+
+    def test_one_program_takes_several_blocks(self, use, device):
+        """The range of sums whose smallest comes first and whose largest last, of two programs."""
+        a = torch.arange(20001.0) / 100
+        state, other = quantizer_state(QUINT8, device=device), quantizer_state(QUINT8)
+        with few_programs() if use == "triton" else nullcontext():
+            y, _ = operators("residual", use).forward(a.to(device), a.to(device), *state, None)
+        z, _ = residual.forward(a, a, *other, None)
+        assert torch.equal(y.cpu(), z)
+        assert_same_state(state, other)
 
     def test_layouts(self, use, device):
         a, b, _ = (t.to(device) for t in tensors((2, 4, 3, 5)))

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from tritonq.backend import is_interpreting
 from tritonq.perf import predict
 from tritonq.perf.codegen import ALL_CASES, GPUS
-from tritonq.perf.disassembly import parse_sass
+from tritonq.perf.disassembly import bytes_per_wait, main_path, parse_sass
 
 if is_interpreting():
     pytest.skip("an interpreting process cannot compile", allow_module_level=True)
@@ -89,8 +89,29 @@ SASS = """
 """
 
 
-def test_loads_before_arithmetic_are_in_flight_together() -> None:
-    assert predict.bytes_in_flight(parse_sass(SASS)) == 32
+def test_what_is_loaded_before_a_wait_is_in_flight_together() -> None:
+    """The wide loads are waited for by the addition; the narrow one before them by the product."""
+    assert bytes_per_wait(main_path(parse_sass(SASS))) == 32
+
+
+LOOP = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ; /* 0x1 */
+        /*0010*/                   LDG.E.64 R8, desc[UR4][R2.64] ;  /* 0x1 */
+        /*0020*/                   FADD R20, R20, {used} ;          /* 0x1 */
+        /*0030*/                   LDG.E.64 R12, desc[UR4][R2.64] ; /* 0x1 */
+        /*0040*/                   FADD R21, R21, R12 ;             /* 0x1 */
+        /*0050*/               @P1 BRA 0x0 ;                        /* 0x1 */
+        /*0060*/                   EXIT ;                           /* 0x1 */
+"""
+
+
+@pytest.mark.parametrize(("used", "expected"), [("R4", 16), ("R7", 16), ("R9", 16), ("R20", 32), ("R13", 32)])
+def test_a_loop_loads_so_much_for_each_wait(used: str, expected: int) -> None:
+    """32 bytes a turn, in two waits or in one; the last of a wide load's registers is waited for, too.
+
+    R13 belongs to the load of the turn before, which the end of that turn has waited for already.
+    """
+    assert bytes_per_wait(main_path(parse_sass(LOOP.format(used=used)))) == expected
 
 
 def test_a_kernel_is_read_off_its_machine_code() -> None:
@@ -102,6 +123,18 @@ def test_a_kernel_is_read_off_its_machine_code() -> None:
     assert work.bytes_read == work.bytes_written == 4 * elements
     assert work.programs * 4096 == pytest.approx(elements, rel=0.01)
     assert work.in_flight >= 16
+
+
+def test_reductions_keep_enough_in_flight_and_are_joined_by_enough_programs() -> None:
+    """By the budget file; in the layout and dtype with the fewest bytes per lane."""
+    cases = [case for case in ALL_CASES if case.name in ("conv_bn_statistics/channels last int8", "observe/flat")]
+    found = list(predict.predictions([dataclasses.replace(case, dtypes=(torch.bfloat16,)) for case in cases]))
+    assert len(found) == 4
+    assert predict.faults(found, H200) == []
+    starved = [(name, dtype, dataclasses.replace(work, in_flight=16)) for name, dtype, work in found]
+    assert [": 8 KiB in flight" in fault for fault in predict.faults(starved, H200)] == [True] * 2
+    crowded = [(name, dtype, dataclasses.replace(work, joined_channels=32)) for name, dtype, work in found]
+    assert ["joins 32 channels" in fault for fault in predict.faults(crowded, H200)] == [True] * 2
 
 
 def test_the_committed_table_has_every_kernel_that_moves_data() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -71,6 +72,8 @@ class OpTester:
         from tritonq.kernels import launch, reduction
 
         monkeypatch.setattr(reduction, "_MIN_ELEMENTS_PER_PROGRAM", 100)
+        # Two partial results of each channel at a time: the loop that joins them turns several times.
+        monkeypatch.setattr(reduction, "_JOINED_ELEMENTS", 16)
         clear_plans()
         with launch.override(launch.EVERY_KERNEL, launch.Parameters(elements=64, max_cols=32, warps=4)):
             yield
@@ -80,6 +83,19 @@ class OpTester:
 def operators(family: str, use: str) -> Any:
     """Return the module whose functions run ``backend=use``, for tensors that the test has moved to its device."""
     return importlib.import_module(f"tritonq.{'reference' if use == 'torch' else 'kernels'}.{family}")
+
+
+@contextmanager
+def few_programs() -> Iterator[None]:
+    """Give each program all that it can take, so that its loops over memory turn several times."""
+    from tritonq.kernels import reduction, rounded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reduction, "_MIN_ELEMENTS_PER_PROGRAM", 10**6)
+        patch.setattr(rounded, "programs_that_fill", lambda device: 2)
+        clear_plans()
+        yield
+    clear_plans()
 
 
 def clear_plans() -> None:
