@@ -14,11 +14,12 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from contextlib import suppress
 
 # What takes longest to import and does not know of the project. Not triton: a variable of the environment decides at
-# its import who runs kernels.
-_PRELOADED = ("torch", "numpy", "pytest", "hypothesis.strategies", "torch._dynamo.external_utils")
+# its import who runs kernels; and no plugin of pytest, which rewrites the assertions of those that it imports itself.
+_PRELOADED = ("torch", "numpy", "pytest")
 _POLL_S = 0.1
 
 
@@ -55,8 +56,11 @@ def _become_pytest(request: dict[str, object], output: int) -> None:
         import pytest
 
         status = int(pytest.main(request["arguments"]))  # type: ignore[arg-type]
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
 
 

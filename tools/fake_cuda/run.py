@@ -47,7 +47,7 @@ def environment(libraries: Path) -> dict[str, str]:
 
 def operators_tests(libraries: Path, words: list[str]) -> tuple[Counter[str], list[str]]:
     """Return how many of the operators' tests had each outcome, and the last lines of what failed."""
-    command = [sys.executable, "-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", "-q", "--tb=line", "-rfE"]
+    command = [sys.executable, "-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", "--tb=line", "-rfE"]
     # opcheck runs operators under modes of its own, which this device is another one of.
     command += ["-k", "cuda and not codegen and not test_traced_operators", *(words or ["tests/operators"])]
     done = subprocess.run(command, cwd=ROOT, env=environment(libraries), stdout=subprocess.PIPE, text=True, check=False)
