@@ -39,6 +39,8 @@ TABLE = ROOT / "MUTATIONS.md"
 TIME_LIMIT_S = 900.0
 # Of pytest: all passed, and none was chosen.
 _PASSED = (0, 5)
+# Of pytest, where tests can't be collected, as is so where an edit can't be imported; beyond it pytest was misused.
+_NOT_COLLECTED = 2
 _COPIED = ("kernels", "perf", "tests", "tritonq", "pyproject.toml", "examples")
 
 
@@ -133,7 +135,7 @@ def try_edit(copy: Path, edit: Edit, tests: Tests) -> str:
         finally:
             path.write_text(text)
         if failed is not None:
-            return "caught" if tests.passes(failed, kernels) else f"not run: {failed} fails without it"
+            return "caught" if tests.passes(failed, kernels) else f"not run: {failed[0]} fails without it"
     return "survived"
 
 
@@ -145,7 +147,7 @@ class Tests:
         self._links = copy.parent / "links"
         self._links.mkdir()
         link_checkout(copy, self._links)
-        self._passing: dict[tuple[str, str], bool] = {}
+        self._passing: dict[tuple[tuple[str, ...], str], bool] = {}
 
     def __enter__(self) -> Tests:
         """Start the process."""
@@ -159,28 +161,31 @@ class Tests:
         with self._process:
             pass
 
-    def first_failure(self, tests: str, kernels: str) -> str | None:
-        """Return the first test, or the file, that fails or takes too long; None where all pass."""
-        # A file that can't be collected has no test of its own.
-        status, output = self._run(tests, kernels)
+    def first_failure(self, file: str, kernels: str) -> tuple[str, ...] | None:
+        """Return pytest's arguments for the first test that fails, or for the file; None where all tests pass."""
+        status, output = self._run((file,), kernels)
         if status in _PASSED:
             return None
-        if status not in (1, 2, None):
+        if status is not None and status > _NOT_COLLECTED:
             raise RuntimeError(f"pytest ended with {status}: {output[-2000:]}")
         failed = re.search(r"^FAILED (\S.*?)(?: - .*)?$", output, re.MULTILINE)
-        return failed[1] if failed else tests
+        if failed:
+            return (failed[1],)
+        # A crash ends the process, whose last words name the function.
+        crashed = re.search(rf"/{Path(file).name}\", line \d+ in (test_\w+)", output)
+        return (file, "-k", crashed[1]) if crashed else (file,)
 
-    def passes(self, test: str, kernels: str) -> bool:
-        """Whether a test, or a file, passes as the checkout is; asked once."""
-        if (test, kernels) not in self._passing:
-            self._passing[test, kernels] = self._run(test, kernels)[0] in _PASSED
-        return self._passing[test, kernels]
+    def passes(self, tests: tuple[str, ...], kernels: str) -> bool:
+        """Whether tests pass as the checkout is; asked once."""
+        if (tests, kernels) not in self._passing:
+            self._passing[tests, kernels] = self._run(tests, kernels)[0] in _PASSED
+        return self._passing[tests, kernels]
 
-    def _run(self, tests: str, kernels: str) -> tuple[int | None, str]:
+    def _run(self, tests: tuple[str, ...], kernels: str) -> tuple[int | None, str]:
         request = {
             "checkout": str(self._copy),
             "imports": str(self._links),
-            "arguments": ["-qx", "-p", "no:cacheprovider", "--tb=no", "-rf", f"--kernels={kernels}", tests],
+            "arguments": ["-qx", "-p", "no:cacheprovider", "--tb=no", "-rf", f"--kernels={kernels}", *tests],
             "environment": {},
             "seconds": TIME_LIMIT_S,
         }
