@@ -66,13 +66,6 @@ def share_offsets(place, strides):
 
 
 @triton.jit
-def block_count(start, end, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return the number of blocks of AHEAD tiles in a share."""
-    outer = tl.cdiv(end[0] - start[0], AHEAD[0])
-    return outer * tl.cdiv(end[1] - start[1], AHEAD[1] * ROWS) * tl.cdiv(end[2] - start[2], AHEAD[2] * COLS)
-
-
-@triton.jit
 def next_block(place, start, end, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Return where the block after the one at ``place`` begins: columns first, then rows, then outer."""
     col = place[2] + AHEAD[2] * COLS

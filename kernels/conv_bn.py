@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .activation import load_quantizer, merge_range, quantize_value
 from .channel_tiles import (
-    block_count,
     fma,
     load_block,
     max_per_channel,
@@ -55,6 +54,7 @@ def scan_statistics(
     c_strides,
     start,  # of the share along (outer, rows, cols), as is its end
     end,
+    blocks,  # of AHEAD tiles
     AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -67,7 +67,7 @@ def scan_statistics(
     highest = tl.full([ROWS, COLS], -INF, tl.float32)
     place = start
     tiles = load_block(c_ptr, c_strides, place, end, centre, AHEAD, ROWS, COLS)
-    for _ in range(block_count(start, end, AHEAD, ROWS, COLS)):
+    for _ in range(0, blocks):
         # The next block is loaded before this one is used, so that the compiler can't defer its loads.
         place = next_block(place, start, end, AHEAD, ROWS, COLS)
         following = load_block(c_ptr, c_strides, place, end, centre, AHEAD, ROWS, COLS)
@@ -93,6 +93,7 @@ def statistics_kernel(
     split_strides,
     splits,
     channels,
+    blocks,  # of AHEAD tiles, in a share
     CHANNEL: tl.constexpr,
     AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -115,7 +116,9 @@ def statistics_kernel(
     mean = tl.where(mean > high, high, mean)
     substitute = spread(mean, CHANNEL).to(first.dtype)
 
-    total, squares, lowest, highest = scan_statistics(c_ptr, substitute, c_strides, start, end, AHEAD, ROWS, COLS)
+    total, squares, lowest, highest = scan_statistics(
+        c_ptr, substitute, c_strides, start, end, blocks, AHEAD, ROWS, COLS
+    )
 
     outer_extent = 1 if CHANNEL == 0 else end[0] - start[0]
     row_extent = 1 if CHANNEL == 1 else end[1] - start[1]
@@ -344,6 +347,7 @@ def _statistics(
             partial,
             seen.strides[0],
             *shares.arguments,
+            shares.blocks(),
             AHEAD=shares.ahead(),
             **shares.constants,
         )

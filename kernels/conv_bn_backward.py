@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .activation import gradient_bounds, gradient_passes, load_quantizer
 from .channel_tiles import (
-    block_count,
     fma,
     load_block,
     next_block,
@@ -44,6 +43,7 @@ def scan_gradients(
     c_strides,
     start,  # of the share along (outer, rows, cols), as is its end
     end,
+    blocks,  # of AHEAD tiles
     CEILING: tl.constexpr,
     QUANTIZED: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -58,7 +58,7 @@ def scan_gradients(
     # A missing gradient is zero and adds nothing to either sum.
     gradients = load_block(dy_ptr, dy_strides, place, end, 0, AHEAD, ROWS, COLS)
     outputs = load_block(c_ptr, c_strides, place, end, 0, AHEAD, ROWS, COLS)
-    for _ in range(block_count(start, end, AHEAD, ROWS, COLS)):
+    for _ in range(0, blocks):
         # Loaded before this block is used: see `scan_statistics`.
         place = next_block(place, start, end, AHEAD, ROWS, COLS)
         next_gradients = load_block(dy_ptr, dy_strides, place, end, 0, AHEAD, ROWS, COLS)
@@ -94,6 +94,7 @@ def gradient_sums_kernel(
     split_strides,
     splits,
     channels,
+    blocks,  # of AHEAD tiles, in a share
     CHANNEL: tl.constexpr,
     CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
@@ -115,7 +116,7 @@ def gradient_sums_kernel(
     QUANTIZED: tl.constexpr = scale_ptr is not None
     unit, low, high = gradient_bounds(scale, zero_point, active, CEILING, QUANTIZED, QUANT_MIN, QUANT_MAX, ROUNDING)
     plain, moment = scan_gradients(
-        dy_ptr, c_ptr, mean, slope, shift, unit, low, high, dy_strides, c_strides, start, end,
+        dy_ptr, c_ptr, mean, slope, shift, unit, low, high, dy_strides, c_strides, start, end, blocks,
         CEILING, QUANTIZED, ROUNDING, AHEAD, ROWS, COLS,
     )  # fmt: skip
     at = split * channels + channel
@@ -239,6 +240,7 @@ def backward(
             *grid_pointers(grid),
             *seen.strides[:2],
             *shares.arguments,
+            shares.blocks(reads=2),
             **shared,
             AHEAD=shares.ahead(reads=2),
             **shares.constants,

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .channel_tiles import (
-    block_count,
     load_block,
     max_per_channel,
     min_per_channel,
@@ -40,6 +39,7 @@ def scan_min_max(
     x_strides,
     start,  # of the share along (outer, rows, cols), as is its end
     end,
+    blocks,  # of AHEAD tiles
     AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -54,7 +54,7 @@ def scan_min_max(
     skipped = tl.zeros([], tl.int64)
     place = start
     tiles = load_block(x_ptr, x_strides, place, end, first, AHEAD, ROWS, COLS)
-    for _ in range(block_count(start, end, AHEAD, ROWS, COLS)):
+    for _ in range(0, blocks):
         # The next block is loaded before this one is used, so that the compiler can't defer its loads.
         place = next_block(place, start, end, AHEAD, ROWS, COLS)
         following = load_block(x_ptr, x_strides, place, end, first, AHEAD, ROWS, COLS)
@@ -139,6 +139,7 @@ def observe_kernel(
     split_strides,
     splits,
     channels,
+    blocks,  # of AHEAD tiles, in a share
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -172,11 +173,11 @@ def observe_kernel(
     else:
         first = tl.load(first_ptr, mask=exists, other=0)
 
-    low, high, _ = scan_min_max(x_ptr, first, x_strides, start, end, AHEAD, ROWS, COLS, False)
+    low, high, _ = scan_min_max(x_ptr, first, x_strides, start, end, blocks, AHEAD, ROWS, COLS, False)
     unclean = ((tl.abs(low) < INF) & (tl.abs(high) < INF)) == 0
     if tl.max(unclean.to(tl.int32)) > 0:
         # Rare: a value is NaN or infinite. Read the share again and leave those out.
-        low, high, skipped = scan_min_max(x_ptr, first, x_strides, start, end, AHEAD, ROWS, COLS, True)
+        low, high, skipped = scan_min_max(x_ptr, first, x_strides, start, end, blocks, AHEAD, ROWS, COLS, True)
         # An integer sum is the same in any order.
         tl.atomic_add(nonfinite_ptr, skipped)
     low, high = min_per_channel(low, CHANNEL), max_per_channel(high, CHANNEL)
@@ -279,6 +280,7 @@ def _observe(
             *state,
             *seen.strides,
             *shares.arguments,
+            shares.blocks(),
             **constants,
             SINGLE=shares.splits == 1,
             AHEAD=shares.ahead(),

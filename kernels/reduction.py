@@ -6,6 +6,7 @@ kernel joins those in the order of their numbers. The device functions are in `t
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,11 @@ class Reduction(NamedTuple):
             while room > 1 and 2 * ahead[d] * step <= self.share[d]:
                 ahead[d], room = 2 * ahead[d], room // 2
         return ahead[0], ahead[1], ahead[2]
+
+    def blocks(self, reads: int = 1) -> int:
+        """Return how many blocks of :meth:`ahead` tiles make a share."""
+        steps = zip(self.share, self.ahead(reads), (1, self.tile.rows, self.tile.cols), strict=True)
+        return math.prod(triton.cdiv(size, ahead * step) for size, ahead, step in steps)
 
     @property
     def constants(self) -> dict[str, Any]:

@@ -34,20 +34,9 @@ def sanitize(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture
 def sanitize_loops(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """As ``sanitize``, with loop variables as numbers: the sanitizer bounds the innermost of nested loops alone."""
-    from sanitizer_library import import_triton_viz
+    from sanitizer_library import trace_numbers
 
-    triton_viz = import_triton_viz()
-    from triton_viz.clients import Sanitizer
-    from triton_viz.core.callbacks import ForLoopCallbacks
-
-    def wrap(kernel: Any) -> Any:
-        client = Sanitizer(abort_on_error=True)
-        symbolic = client.register_for_loop_callback()
-        numbers = ForLoopCallbacks(range_wrapper_factory=symbolic.range_wrapper_factory)
-        client.register_for_loop_callback = lambda: numbers
-        return triton_viz.trace(client)(kernel.function)
-
-    return lambda *modules: _put_under(wrap, modules, monkeypatch)
+    return lambda *modules: _put_under(trace_numbers, modules, monkeypatch)
 
 
 @pytest.fixture

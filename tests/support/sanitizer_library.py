@@ -31,7 +31,30 @@ def import_triton_viz() -> ModuleType:
         InterpreterBuilder.create_fneg = _subtract_from_zero
         InterpreterBuilder.create_minnumf = lambda builder, x, y: builder.binary_op(x, y, np.minimum)
         InterpreterBuilder.create_maxnumf = lambda builder, x, y: builder.binary_op(x, y, np.maximum)
-    return pytest.importorskip("triton_viz")
+    library: ModuleType = pytest.importorskip("triton_viz")
+    # It rewrites the loops of all functions, and tells the module of the kernel alone of what it calls in them.
+    from triton_viz.core import patch
+
+    from tritonq.kernels import channel_tiles
+
+    channel_tiles._triton_viz_loop_patcher = patch._loop_patcher  # type: ignore[attr-defined]
+    return library
+
+
+def trace_numbers(kernel: Any) -> Any:
+    """Wrap a kernel so that an access out of bounds ends in SystemExit, with loop variables as numbers.
+
+    The sanitizer itself takes them for symbols, of which it bounds the innermost of nested loops alone.
+    """
+    triton_viz = import_triton_viz()
+    from triton_viz.clients import Sanitizer
+    from triton_viz.core.callbacks import ForLoopCallbacks
+
+    client = Sanitizer(abort_on_error=True)
+    symbolic = client.register_for_loop_callback()
+    numbers = ForLoopCallbacks(range_wrapper_factory=symbolic.range_wrapper_factory)
+    client.register_for_loop_callback = lambda: numbers
+    return triton_viz.trace(client)(kernel.function)
 
 
 def _subtract_from_zero(builder: InterpreterBuilder, value: Any) -> Any:
