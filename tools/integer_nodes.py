@@ -13,7 +13,13 @@ from tritonq.report.summary import ModelSummary
 _PRODUCTS = ("QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 _IN_FLOAT = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulIntegerToFloat")
 _LAYERS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Linear")
-_JOINS = {"add": "QLinearAdd", "sub": "QLinearAdd", "mul": "QLinearMul", "cat": "QLinearConcat"}
+_JOINS = {
+    "add": "QLinearAdd",
+    "sub": "QLinearAdd",
+    "mul": "QLinearMul",
+    "cat": "QLinearConcat",
+    "stack": "QLinearConcat",
+}
 # These stand between a join and its codes and move or clip them. A concatenation of one grid moves codes itself.
 _MOVES = ("Clip", "Min", "Max", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice")
 

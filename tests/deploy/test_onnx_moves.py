@@ -180,3 +180,43 @@ def test_a_convolution_left_in_float_stays_in_float(tmp_path):
     tritonq.export_onnx(qat.eval(), tmp_path / "model.onnx", x)
     kinds = optimised(tmp_path / "model.onnx", tmp_path)
     assert (kinds["QLinearConv"], kinds["Conv"] + kinds["FusedConv"]) == (2, 1)
+
+
+class Stacks(nn.Module):
+    """Stacks of tensors on different grids, one of them in a forward that keeps its branches."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.both, self.last = (nn.Conv2d(c, 8, 1) for c in (3, 8, 16, 8))
+
+    def forward(self, x):
+        if x.shape[1] != 3:
+            return x
+        x = F.relu(self.first(x))
+        y = self.both(torch.stack([x, self.second(x)], dim=2).flatten(1, 2))
+        return self.last(torch.stack((x, y, self.second(y)), -1).mean(-1))
+
+
+def test_stacks_are_concatenations(tmp_path):
+    kinds = exported(Stacks(), tmp_path)
+    assert (kinds["QLinearConv"], kinds["QLinearConcat"]) == (5, 2)
+    assert kinds["Conv"] + kinds["FusedConv"] + kinds["Concat"] == 0
+
+
+class Centred(nn.Module):
+    """Differences whose second operand is a mean, a function, and a clip of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        x = x - x.mean((2, 3), keepdim=True)
+        x = x - torch.sigmoid(x)
+        return self.last(x - self.second(x).clamp(-0.5, 0.5))
+
+
+def test_subtrahends_that_means_functions_and_clips_make_are_codes(tmp_path):
+    kinds = exported(Centred(), tmp_path)
+    assert (kinds["QLinearAdd"], kinds["Sub"], kinds["QLinearConv"]) == (3, 0, 3)

@@ -274,3 +274,17 @@ def test_a_code_that_the_engine_rounds_otherwise_is_read_from_a_table(tmp_path, 
     assert "Tanh" not in kinds
     assert "Gather" in kinds
     assert tritonq.verify(model, tmp_path / "m.onnx", X).agrees()
+
+
+def test_a_compiled_prelu_rounds_ties_as_eager_mode_does():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.PReLU(1, 0.25), nn.Conv2d(1, 1, 1))
+    net[0].weight.data.fill_(1)
+    x = torch.linspace(-6, 6, 999).view(1, 1, 1, -1)
+    model = tritonq.prepare_qat(net, example_inputs=x)
+    model.train()(x)
+    for layer, scale in ((model[0], 0.03), (model[1], 0.015)):
+        layer.activation_post_process.scale.fill_(scale)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)

@@ -71,10 +71,10 @@ def test_one_quantizer_after_the_clipping(act, bn):
     assert tritonq.verify(prepared, converted, X).agrees()
 
 
-def test_the_report_says_whose_quantizer_stands_behind_a_clip():
+def test_the_summary_says_that_the_clip_is_quantized():
     prepared = prepare_qat(Net(nn.Hardtanh(-1, 2)), example_inputs=X)
-    (record,) = [record for record in prepared.tritonq_report if record.name == "act"]
-    assert (record.status, record.reason) == ("float", "the quantizer of first stands behind it")
+    rows = {row.name: row for row in tritonq.summary(prepared).layers}
+    assert (rows["act"].status, rows["act"].grid, rows["first"].reason) == ("quantized", "y 0..255 (no data yet)", "")
 
 
 def test_nothing_is_lost_with_rounding_off():
@@ -128,22 +128,61 @@ def test_clipped_values_that_others_read_unclipped_keep_both_quantizers():
     assert isinstance(prepared.first.activation_post_process, FakeQuantizeBase)
 
 
-@pytest.mark.parametrize("preset", ["tensorrt", "fbgemm"])
-@pytest.mark.parametrize("act", [nn.Hardtanh(-1.0, 2.0), nn.Hardtanh(-2.0, 1.0)], ids=["-1..2", "-2..1"])
-def test_onnx_runtime_convolves_in_integers_and_clips_codes(preset, act, tmp_path):
+CLIPS = [
+    *(lambda x: F.hardtanh(x, -2.0, 1.0), lambda x: x.clamp(0.5, 2.0)),
+    *(lambda x: x.clamp(max=1.5), lambda x: torch.clamp_min(x, -1), lambda x: F.relu(x).clamp_max(2.0)),
+]
+
+
+class Chain(nn.Module):
+    """A convolution before each of the clips, and one behind the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(len(CLIPS) + 2))
+        self.hardtanh = nn.Hardtanh(-1.0, 2.0)
+        for layer in self.layers:
+            layer.weight.data.mul_(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer, clip in zip(self.layers, (self.hardtanh, *CLIPS), strict=False):
+            x = clip(layer(x))
+        return self.layers[-1](x)
+
+
+@pytest.mark.parametrize("preset", ["onnxruntime", "tensorrt", "fbgemm"])
+def test_sums_go_onto_the_grid_behind_the_clip_at_once(preset, tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
     ort = pytest.importorskip("onnxruntime")
-    qconfig = tritonq.get_qconfig("tensorrt") if preset == "tensorrt" else tritonq.get_default_qat_qconfig("fbgemm")
-    prepared = trained(prepare_qat(Net(act), qconfig=qconfig, example_inputs=X))
-    path = tmp_path / "m.onnx"
-    tritonq.export_onnx(prepared, path, X, target="onnxruntime")
-    assert tritonq.verify(prepared, path, 4 * X).agrees(0.001, 1)
+    is_torch_ao = preset == "fbgemm"
+    qconfig = tritonq.get_default_qat_qconfig(preset, version=0) if is_torch_ao else tritonq.get_qconfig(preset)
+    prepared = trained(prepare_qat(Chain(), qconfig=qconfig, example_inputs=X))
+    # Every odd sum lies between two codes.
+    for layer in prepared.layers:
+        assert type(layer.activation_post_process) is nn.Identity or layer is prepared.layers[-1]
+        layer.input_quantizer.scale.fill_(0.02)
+        layer.weight_fake_quant.scale.fill_(0.5)
+    converted, path = tritonq.convert(prepared), tmp_path / "m.onnx"
+    assert tritonq.verify(prepared, converted, 4 * X).total.differing == 0
+    tritonq.save_converted(converted, tmp_path / "m.pt")
+    with torch.no_grad():
+        expected = converted(4 * X)
+        assert torch.equal(tritonq.load_converted(tmp_path / "m.pt", Chain())(4 * X), expected)
+        with monkeypatch.context() as patch:  # without torch's integer kernels
+            patch.setattr("torch.backends.mkldnn.enabled", False)
+            assert torch.equal(prepared(4 * X), expected)
+            assert torch.equal(tritonq.convert(prepared)(4 * X), expected)
+        if preset == "onnxruntime":
+            assert torch.equal(torch.compile(prepared, backend="eager", fullgraph=True)(4 * X), expected)
+    tritonq.export_onnx(converted, path, X, target="onnxruntime")
+    assert tritonq.verify(prepared, path, 4 * X).total.differing == 0
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 4
     ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
-    assert kinds.count("QLinearConv") == 2
+    assert kinds.count("QLinearConv") == len(prepared.layers)
     assert not {"Conv", "FusedConv", "Relu"} & set(kinds)
 
 

@@ -95,6 +95,11 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
             module.replace_producers(replacements)
         elif isinstance(module, UnaryLayer):
             module.replace_quantizers(replacements)
+        elif isinstance(module, QATLayer):
+            # Modules of the copy, not of the model that is converted.
+            cast(QuantizedLayer, replacements[module]).set_quantizer_behind_clip(
+                replacements.get(cast(nn.Module, module.quantizer_behind_clip))
+            )
     converted = swap_modules(converted, replacements).eval()
     drop_computations(converted, computed)
     warn_of_weight_zero_points(_with_own_zero_points(converted), stacklevel=2)

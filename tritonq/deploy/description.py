@@ -16,8 +16,9 @@ from tritonq.deploy.embedding_tables import TABLE_TENSOR_NAMES, TABLE_TYPES, Qua
 from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers, integer_difference
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
-from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, MatMul, Mul, RepVGGBlock, Sub
+from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, MatMul, Mul, RepVGGBlock, Stack, Sub
 from tritonq.nn.averages import POOL_TYPES
+from tritonq.nn.clip import Clip, Clipping, clipping_of
 from tritonq.nn.folded import FoldedBatchNorm
 from tritonq.nn.functions import FunctionLayer, PReLU, function_of
 from tritonq.nn.intrinsic import FusedModule
@@ -37,13 +38,14 @@ T = TypeVar("T")
 
 # Modules that conversion, or preparation before it, may put where the float model has none, or another.
 _JOINTS: dict[str, type[Joint]] = {cls.kind: cls for cls in (Add, Sub, Mul, MatMul)}
-_LINKED = (*_JOINTS, "average", "pool", "function", "prelu")  # which know the quantizers of the tensors that they read
+# These know the quantizers of the tensors that they read.
+_LINKED = (*_JOINTS, "average", "pool", "function", "prelu", "clip")
 _FLOAT_TYPES = (*LAYER_TYPES, *TABLE_TYPES, *POOL_TYPES)
 _POOL_GEOMETRY = (
     *("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override", "output_size"),
 )
 ADDED = (
-    *("quantizer", "inputs", *_JOINTS, "cat", "average", "function", "identity", "sequential"),
+    *("quantizer", "inputs", *_JOINTS, "cat", "stack", "average", "function", "clip", "identity", "sequential"),
     *fixed_point_description.ADDED,
 )
 
@@ -67,6 +69,10 @@ def describe_modules(model: nn.Module) -> list[Description]:
         if entry["kind"] in _LINKED:
             sources = cast(Joint | UnaryLayer, model.get_submodule(entry["name"])).linked_quantizers
             entry["operands"] = [None if source is None else first_names.get(source) for source in sources]
+        elif entry["kind"] == "layer":
+            behind = cast(QuantizedLayer, model.get_submodule(entry["name"])).quantizer_behind_clip
+            if behind is not None:
+                entry["quantizer_behind_clip"] = first_names[behind]
     return found
 
 
@@ -79,6 +85,9 @@ def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) 
         elif entry["kind"] in _LINKED:
             a, b = (None if name is None else modules[name] for name in entry["operands"])
             cast(UnaryLayer, modules[entry["name"]]).set_quantizers(a, b)
+        elif "quantizer_behind_clip" in entry:
+            layer = cast(QuantizedLayer, modules[entry["name"]])
+            layer.set_quantizer_behind_clip(modules[entry["quantizer_behind_clip"]])
 
 
 def _class_name(module: nn.Module) -> str:
@@ -118,6 +127,9 @@ def _describe(module: nn.Module) -> Description:
     kind = made_class(module)
     if isinstance(module, FunctionLayer):
         return {"kind": "function", "type": module.source_type, "function": function_to_data(module.function)}
+    if isinstance(module, Clip):
+        bounds = {"low": module.clipping.low, "high": module.clipping.high}
+        return {"kind": "clip", "type": module.source_type, **bounds}
     if isinstance(module, PReLU):
         return {"kind": "prelu", "num_parameters": module.num_parameters}
     if kind is Average:
@@ -128,6 +140,8 @@ def _describe(module: nn.Module) -> Description:
         return {"kind": "pool", "type": pool.__name__, "geometry": geometry}
     if kind is Cat:
         return {"kind": "cat", "dim": module.dim}
+    if kind is Stack:
+        return {"kind": "stack", "dim": module.dim}
     if kind is FloatFunctional:
         return {"kind": "functional"}
     if isinstance(module, FoldedBatchNorm):
@@ -197,6 +211,8 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         return Average(averaging_from_data(entry["averaging"]))
     if kind == "function":
         return FunctionLayer(function_from_data(entry["function"]), source_type=entry["type"])
+    if kind == "clip":
+        return Clip(Clipping(float(entry["low"]), float(entry["high"])), source_type=entry["type"])
     if kind == "prelu":
         return PReLU(entry["num_parameters"])
     if kind == "pool":
@@ -204,6 +220,8 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         return pool
     if kind == "cat":
         return Cat(entry["dim"])
+    if kind == "stack":
+        return Stack(entry["dim"])
     if kind == "inputs":
         places = [_place_from_data(place) for place in entry["places"]]
         return InputFakeQuants(places, [nn.Identity() for _ in places])
@@ -238,6 +256,8 @@ def difference(entry: Description, module: nn.Module) -> str | None:
         return f"{entry['type']} in the file, {here} in the model"
     elif kind == "function" and function_of(module) != function_from_data(entry["function"]):
         return f"{here} of other arguments in the file: {entry['function']}"
+    elif kind == "clip" and clipping_of(module) != Clipping(entry["low"], entry["high"]):
+        return f"{here} of other bounds in the file: {entry['low']:g}, {entry['high']:g}"
     elif kind == "prelu" and not isinstance(module, nn.PReLU):
         return f"PReLU in the file, {here} in the model"
     elif kind == "module" and entry["type"] != here:

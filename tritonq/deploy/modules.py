@@ -24,6 +24,7 @@ from tritonq.functional.integer_kernels import PackedLayer, pack, run_packed
 from tritonq.functional.linear_map import LinearMap
 from tritonq.functional.memo import Memo
 from tritonq.grid import Grid
+from tritonq.nn.behind_clip import QuantizedBehindClip
 from tritonq.nn.fusable import checked_ceiling, describe_relu
 from tritonq.nn.own_input import QuantizesInput
 from tritonq.nn.qat import linear_map_of
@@ -55,7 +56,7 @@ class CodeTypes:
         return tuple(grid.bits for grid in (self.weight, self.input) if grid is not None)
 
 
-class QuantizedLayer(QuantizesInput, DeployedModule):
+class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
     """A convolution or linear layer with integer weights, as its subclasses with torch's names.
 
     ``y = relu?((Σ (x_code - x_zero)(w_code - w_zero) + bias_code) * multiplier)``, exact up to the multiplication, then
@@ -253,9 +254,11 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
         quantizer = cast(nn.Module, self._modules["activation_post_process"])
         if quantizer._forward_pre_hooks:
             return None
-        held = (*self._parameters.values(), *self._buffers.values(), *quantizer._buffers.values())
-        own = self.__dict__
-        key = (self.ceiling, self.types, quantizer, len(self._modules), [own[name] for name in self.geometry_names])
+        behind = self.quantizer_behind_clip
+        further = () if behind is None else behind._buffers.values()
+        held = (*self._parameters.values(), *self._buffers.values(), *quantizer._buffers.values(), *further)
+        geometry = [self.__dict__[name] for name in self.geometry_names]
+        key = (self.ceiling, self.types, quantizer, behind, len(self._modules), geometry)
         packed = self._packed.get(held, self._pack, key)
         y = None if packed is None else run_packed(x, packed)
         if y is None or packed is None:
@@ -298,10 +301,16 @@ class QuantizedLayer(QuantizesInput, DeployedModule):
 
     def output_grid(self) -> Grid | None:
         """Return the grid that the accumulator goes to at once; None where a function or no such grid follows."""
-        quantizer = self.activation_post_process
+        quantizer = self.output_quantizer
+        return None if quantizer is None else quantizer.grid()
+
+    @property
+    def output_quantizer(self) -> Quantizer | None:
+        """The quantizer that takes all of the output to one grid, at once or behind a clip, or None."""
+        quantizer = self.last_quantizer(self.activation_post_process)
         if self.following is not None or not isinstance(quantizer, Quantizer) or quantizer.qtype.axis is not None:
             return None
-        return quantizer.grid()
+        return quantizer
 
     def extra_repr(self) -> str:
         """Return geometry, and what the weight and the arithmetic are."""

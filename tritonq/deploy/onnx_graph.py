@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import cast
 
@@ -33,6 +34,7 @@ from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedEmbeddi
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
 from tritonq.deploy.onnx_averages import grids_of, rewrite_average, rewrite_global_average
+from tritonq.deploy.onnx_clips import absorb_clips
 from tritonq.deploy.onnx_floats import FLOAT_DTYPES, TracedFloatQuantizer
 from tritonq.deploy.onnx_functions import CodeTable, code_table, function_grids, rewrite_function
 from tritonq.deploy.onnx_joins import rewrite_join
@@ -41,8 +43,10 @@ from tritonq.deploy.onnx_quantizers import TracedQuantizer, end_codes, plain_qua
 from tritonq.deploy.onnx_tensorrt import int8_quantizer, runs_in_float, tell_float_layers
 from tritonq.deploy.onnx_transposed import phases_of, rewrite_transposed
 from tritonq.nn import AverageLayer, Cat, FloatFunctional, Joint
+from tritonq.nn.clip import Clip
 from tritonq.nn.functions import FunctionLayer, PReLU
 from tritonq.nn.original_class import original_class
+from tritonq.nn.output_quantizer import quantizer_of
 from tritonq.prepare.forwards.edited import set_inner_forward
 from tritonq.qparams import QuantizedType
 from tritonq.targets import OnnxForm
@@ -64,16 +68,21 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
     quantizers = {module: name for name, module in model.named_modules() if isinstance(module, Quantizer)}
     joins = [module for module in model.modules() if isinstance(module, Joint)]
     traced: dict[nn.Module, nn.Module]
+    subtrahends: dict[Joint, nn.Module | None] = {}
     functions: list[tuple[FunctionLayer, str, str]] = []
     if target == "onnxruntime":
+        clips = absorb_clips(model, quantizers)
         _absorb_relus(model, quantizers)
-        _absorb_clips(model, quantizers)
+        _absorb_clip_modules(model, quantizers)
         fused = _behind_integers(model)
-        traced = {
-            module: uint8_quantizer(module, name, exact=module not in fused) for module, name in quantizers.items()
+        forms = {
+            module: clips.get(module) or uint8_quantizer(module, name, exact=module not in fused)
+            for module, name in quantizers.items()
         }
-        traced |= _rewrite_averages(model, quantizers)
-        functions = _rewrite_functions(model, quantizers, traced)
+        functions, placed = _rewrite_functions(model, quantizers, forms)
+        placed |= _rewrite_averages(model, forms) | set(clips)
+        traced = {module: nn.Identity() if module in placed else form for module, form in forms.items()}
+        subtrahends = {join: _traced_quantizer(join.producers[1], forms) for join in joins}
     else:
         _drop_ceilings(model)
         if target == "tensorrt":
@@ -89,12 +98,11 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
     for join in joins:
         join.replace_producers(traced)
     for module in model.modules():
-        if isinstance(module, (FunctionLayer, PReLU)):
+        if isinstance(module, (FunctionLayer, PReLU, Clip)):
             module.replace_quantizers(traced)
     model = swap_modules(model, traced)
     for join in joins:
-        subtrahend = _traced_quantizer(join.producers[1]) if target == "onnxruntime" else None
-        rewrite_join(join, subtrahend)
+        rewrite_join(join, subtrahends.get(join))
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
             _rewrite_layer(module, target)
@@ -106,31 +114,37 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
 
 
 def _rewrite_functions(
-    model: nn.Module, names: dict[Quantizer, str], traced: dict[nn.Module, nn.Module]
-) -> list[tuple[FunctionLayer, str, str]]:
-    """Let functions with known grids be traced in float; return each with the names of the quantizers around it."""
+    model: nn.Module, names: dict[Quantizer, str], forms: dict[Quantizer, TracedQuantizer]
+) -> tuple[list[tuple[FunctionLayer, str, str]], set[Quantizer]]:
+    """Let functions with known grids be traced in float; return each with the names of the quantizers around it.
+
+    Returns as well the quantizers that functions now run themselves.
+    """
     found: list[tuple[FunctionLayer, str, str]] = []
+    placed: set[Quantizer] = set()
     for module in model.modules():
         grids = function_grids(module) if isinstance(module, (FunctionLayer, PReLU)) else None
         if grids is not None:
             source, output = grids
-            rewrite_function(cast(FunctionLayer, module), output, uint8_quantizer(output, names[output]))
-            traced[output] = nn.Identity()
+            forms[output].exact = False
+            rewrite_function(cast(FunctionLayer, module), output, forms[output])
+            placed.add(output)
             if isinstance(module, FunctionLayer):
                 found.append((module, names[source], names[output]))
-    return found
+    return found, placed
 
 
-def _rewrite_averages(model: nn.Module, names: dict[Quantizer, str]) -> dict[nn.Module, nn.Module]:
-    """Let pools and means with known grids add codes; return what takes the place of their quantizers."""
-    replaced: dict[nn.Module, nn.Module] = {}
+def _rewrite_averages(model: nn.Module, forms: dict[Quantizer, TracedQuantizer]) -> set[Quantizer]:
+    """Let pools and means with known grids add codes; return the quantizers that they run themselves."""
+    placed: set[Quantizer] = set()
     for name, module in model.named_modules():
         grids = grids_of(module) if isinstance(module, AverageLayer) else None
         if grids is not None:
             output = grids[1]
-            rewrite_average(cast(AverageLayer, module), name, uint8_quantizer(output, names[output]))
-            replaced[output] = nn.Identity()
-    return replaced
+            forms[output].exact = False
+            rewrite_average(cast(AverageLayer, module), name, forms[output])
+            placed.add(output)
+    return placed
 
 
 def _absorb_relus(model: nn.Module, names: dict[Quantizer, str]) -> None:
@@ -154,8 +168,11 @@ def _drop_ceilings(model: nn.Module) -> None:
                 module.ceiling = math.inf if highest == output.qtype.quant_max else module.ceiling
 
 
-def _absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> None:
-    """Replace ReLU6 and its like, where a quantizer is attached to them, by the bounds of its codes."""
+def _absorb_clip_modules(model: nn.Module, names: dict[Quantizer, str]) -> None:
+    """Replace torch's ReLU and its like, where a quantizer is attached to them, by the bounds of its codes.
+
+    Files of earlier versions hold ReLU6 and Hardtanh of this kind.
+    """
     for module in model.modules():
         output = getattr(module, _OUTPUT, None)
         clips = original_class(module) in (nn.ReLU, nn.ReLU6, nn.Hardtanh)
@@ -170,10 +187,11 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _traced_quantizer(producer: nn.Module | None) -> TracedQuantizer | None:
-    """Return the quantizer of what a module returns, or the one that it is."""
-    found = producer if producer is None or isinstance(producer, TracedQuantizer) else producer._modules.get(_OUTPUT)
-    return found if isinstance(found, TracedQuantizer) else None
+def _traced_quantizer(producer: nn.Module | None, forms: Mapping[Quantizer, TracedQuantizer]) -> TracedQuantizer | None:
+    """Return the form of the quantizer of what a module returns, or of the one that it is."""
+    found = quantizer_of(producer)
+    form = forms.get(found) if isinstance(found, Quantizer) else found
+    return form if isinstance(form, TracedQuantizer) else None
 
 
 def _behind_integers(model: nn.Module) -> set[nn.Module]:

@@ -13,7 +13,20 @@ from typing import Any
 _MOVING = frozenset(
     [
         *("Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "MaxPool"),
-        *("Pad", "ReduceMax", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose"),
+        *(
+            "Pad",
+            "ReduceMax",
+            "ReduceMin",
+            "Reshape",
+            "Resize",
+            "Slice",
+            "SpaceToDepth",
+            "Split",
+            "Squeeze",
+            "Tile",
+            "TopK",
+            "Transpose",
+        ),
         "Unsqueeze",
     ]
 )

@@ -55,20 +55,33 @@ class TracedQuantizer(nn.Module):
 
 
 def uint8_quantizer(
-    source: Quantizer, name: str, bounds: tuple[float, float] | None = None, *, exact: bool = False
+    source: Quantizer,
+    name: str,
+    bounds: tuple[float, float] | None = None,
+    *,
+    exact: bool = False,
+    from_zero: bool | None = None,
 ) -> TracedQuantizer:
     """Return a quantizer of values that ``bounds`` limit (None: that nothing does), its codes counted from 0.
 
     0 is the smallest code of the type, or that of zero behind a ReLU where the type fixes it, as
     `tritonq.nn.output_quantizer.deployed_grid` has it: the roundings of a sum depend on where codes begin.
 
+    Args:
+        source: the quantizer.
+        name: what marks its codes.
+        bounds: of the values.
+        exact: whether the quotient is computed before QuantizeLinear.
+        from_zero: whether the smallest code is that of zero where the type fixes it; None: where ``bounds`` are those
+            of a ReLU.
+
     Raises:
         ValueError: more than 8 bits.
     """
     grid = source.qtype
     lowest, highest = (grid.quant_min, grid.quant_max) if bounds is None else end_codes(source, bounds)
-    begins_at_zero = bounds is not None and bounds[0] == 0 and grid.fixed_zero_point is not None
-    start = lowest if begins_at_zero else grid.quant_min
+    is_relu = bounds is not None and bounds[0] == 0 if from_zero is None else from_zero
+    start = lowest if is_relu and grid.fixed_zero_point is not None else grid.quant_min
     if highest - start > 255:
         raise ValueError(
             f"the quantizer {name!r} has the codes {grid.quant_min}..{grid.quant_max}; ONNX Runtime's integer kernels "

@@ -65,12 +65,12 @@ def _run_packed(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
     None where these can't run it, or a gradient is needed.
     """
     source, quantizer = cast(FakeQuantizeBase, layer.input_quantizer), layer.activation_post_process
-    held = (*held_tensors(layer), *held_tensors(source))
+    output = layer.output_quantizer()
+    held = (*held_tensors(layer), *held_tensors(source), *(() if output in (None, quantizer) else held_tensors(output)))
     if weight is not layer._parameters.get("weight"):  # computed of other parameters
         held = (weight, bias, *held)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in held):
         return None
-    output = layer.output_quantizer()
     is_rounded = output is not None and output.is_enabled_on_host()
     if is_rounded and (quantizer._forward_pre_hooks or not layer.ends_in_ceiling):
         return None

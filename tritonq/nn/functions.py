@@ -122,7 +122,9 @@ class PReLU(UnaryLayer, nn.PReLU):
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """See base class."""
-        return self.compute(x)
+        from tritonq.functional.traced import eval_mode
+
+        return eval_mode.on_grid(self.compute(x), output)
 
 
 # What each module of torch.nn computes.

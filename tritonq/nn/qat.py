@@ -16,6 +16,7 @@ from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct,
 from tritonq.functional.memo import Memo
 from tritonq.granularity import Granularity
 from tritonq.grid import Grid
+from tritonq.nn.behind_clip import QuantizedBehindClip
 from tritonq.nn.computed import ComputedParameters
 from tritonq.nn.forward_mode import RestingModes
 from tritonq.nn.fusable import describe_relu
@@ -33,7 +34,7 @@ _SIZES = ("in_features", "out_features", "in_channels", "out_channels", "kernel_
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
-class QATLayer(QuantizesInput, ReferringModule):
+class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     """A linear operation with a fake-quantized weight and a fake-quantized output.
 
     Attributes:
@@ -244,8 +245,8 @@ class QATLayer(QuantizesInput, ReferringModule):
         return is_integer and quantizer.qtype.group is None
 
     def output_quantizer(self) -> FakeQuantizeBase | None:
-        """Return the quantizer that takes all of the output to one grid, or None."""
-        quantizer = self.activation_post_process
+        """Return the quantizer that takes all of the output to one grid, at once or behind a clip, or None."""
+        quantizer = self.last_quantizer(self.activation_post_process)
         return quantizer if isinstance(quantizer, FakeQuantizeBase) and quantizer.qtype.axis is None else None
 
     def output_grid(self) -> Grid | None:

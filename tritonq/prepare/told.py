@@ -10,6 +10,7 @@ from torch import nn
 from torch.jit import ScriptModule
 
 from tritonq.prepare.decide.find_layers import NO_QCONFIG
+from tritonq.prepare.decide.float_operations import BETWEEN_GRIDS
 from tritonq.prepare.decide.function_layers import CONSTANT_INPUT, FUNCTIONS_WITH_WEIGHTS
 from tritonq.prepare.decide.joins import KINDS, NO_NEIGHBOUR
 from tritonq.prepare.decide.layer_records import LayerRecord
@@ -54,9 +55,10 @@ def tell(
 def _is_by_design(record: LayerRecord) -> bool:
     """Whether a layer or join in float was asked for, or belongs to an operation that stays in float as a whole.
 
-    Between operations in float products and differences are what norms, softmax and gates are made of.
+    Between operations in float products and differences are what norms, softmax and gates are made of, and stacks what
+    boxes are.
     """
-    return record.reason in _BY_DESIGN or (record.reason == NO_NEIGHBOUR and record.kind in ("mul", "sub"))
+    return record.reason in _BY_DESIGN or (record.reason == NO_NEIGHBOUR and record.kind in ("mul", "sub", "stack"))
 
 
 def layers_and_joins(
@@ -64,7 +66,8 @@ def layers_and_joins(
 ) -> tuple[list[LayerRecord], list[LayerRecord]]:
     """Return the records of layers with weights, and those of operations on two tensors.
 
-    What is inside of a layer (the products of attention) counts with it.
+    Operations with numbers and constants are no joins. What is inside of a layer (the products of attention) counts
+    with it.
     """
     layers = [
         record
@@ -73,7 +76,7 @@ def layers_and_joins(
     ]
     inner = tuple(f"{record.name}." for record in layers if record.status == "float")
     layers = [record for record in layers if not record.name.startswith(inner)]
-    return layers, [record for record in records if record.kind in KINDS]
+    return layers, [record for record in records if record.kind in KINDS and record.reason != BETWEEN_GRIDS]
 
 
 def _has_weight(module: nn.Module | None) -> bool:

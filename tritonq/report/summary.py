@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from textwrap import wrap
@@ -20,7 +20,7 @@ from tritonq.nn.compiled import uncompiled
 from tritonq.nn.fixed_point_layer import FixedPointLayer
 from tritonq.nn.unary import UnaryLayer
 from tritonq.observers import ObserverBase
-from tritonq.prepare.decide.layer_records import LayerRecord, Status, clip_reason
+from tritonq.prepare.decide.layer_records import LayerRecord, Status
 from tritonq.prepare.record.operations import is_leaf
 from tritonq.qparams import QuantizedType
 from tritonq.report.table import WIDTH, text_table
@@ -145,8 +145,7 @@ def summary(model: nn.Module) -> ModelSummary:
     modules = dict(model.named_modules())
     recorded = getattr(model, "tritonq_report", None)
     records = tuple(recorded) if recorded is not None else tuple(_from_modules(model))
-    clipped = {record.reason for record in records}
-    layers = tuple(_layer(record, modules.get(record.name), clipped) for record in records)
+    layers = tuple(_layer(record, modules.get(record.name)) for record in records)
     heads = {name for name, module in modules.items() if isinstance(module, _QUANTIZED)}
     absorbed = frozenset(
         layer.name
@@ -170,10 +169,10 @@ def _cells(layer: LayerSummary) -> tuple[str, ...]:
     return layer.name, layer.kind, fused, layer.status, told or "-"
 
 
-def _layer(record: LayerRecord, module: nn.Module | None, reasons: Set[str]) -> LayerSummary:
+def _layer(record: LayerRecord, module: nn.Module | None) -> LayerSummary:
     grid = "" if module is None else _grid(module)
     reason = record.reason
-    if record.status == "quantized" and module is not None and clip_reason(record.name) not in reasons:
+    if record.status == "quantized" and module is not None:
         reason = reason or _why_float_in_engine(module)
     return LayerSummary(record.name, record.kind, record.fused_with, grid, record.status, reason)
 
@@ -188,7 +187,7 @@ def _why_float_in_engine(module: nn.Module) -> str:
         return ""
     if target != "onnxruntime" or not has_weight or _reads_float(module):
         return ""
-    if not isinstance(getattr(module, "activation_post_process", None), (FakeQuantizeBase, Quantizer)):
+    if not isinstance(module.last_quantizer(module.activation_post_process), (FakeQuantizeBase, Quantizer)):
         return "float in ONNX Runtime: no quantizer follows at once"
     if isinstance(module, nn.ConvTranspose2d) and phases_of_kernel(module) is None:
         return "float in ONNX Runtime: it pads by more than its kernel"

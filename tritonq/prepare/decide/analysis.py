@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from tritonq.nn import RepVGGBlock
-from tritonq.nn.fusable import bound_of_clip, ceiling_of
+from tritonq.prepare.decide.clips import ceiling_of_call
 from tritonq.prepare.decide.constants import Constants
 from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.branches import frozen_branch
@@ -36,18 +36,13 @@ _KEEPING_NAMES = """
     contiguous clone detach getitem select narrow chunk split tensor_split unbind expand expand_as repeat tile flip roll
     repeat_interleave stack index_select gather take_along_dim fliplr flipud rot90 unfold atleast_3d ravel
     split_with_sizes unsafe_chunk unsafe_split hsplit vsplit dsplit broadcast_to
-    max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax
+    max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax amin max min
+    aminmax topk sort msort kthvalue cummax cummin
     dropout dropout1d dropout2d dropout3d cat pixel_shuffle pixel_unshuffle channel_shuffle
 """
 _KEEPING_FUNCTIONS = frozenset(_KEEPING_NAMES.split())
-# Functions that clip values to bounds, which they take by these names, in this order, with these defaults.
-_CLIPS: dict[str, dict[str, float | None]] = {
-    "hardtanh": {"min_val": -1.0, "max_val": 1.0},
-    "clamp": {"min": None, "max": None},
-    "clip": {"min": None, "max": None},
-    "clamp_min": {"min": None},
-}
-_RELUS = {"relu": math.inf, "relu6": 6.0}
+# Of their further tensors these read the shape alone.
+_SHAPED_LIKE = frozenset({"expand_as", "view_as", "reshape_as"})
 # These keep a grid unless they change the dtype.
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "cpu", "cuda"})
 _NEAREST = ("nearest", "nearest-exact")
@@ -164,30 +159,17 @@ class Analysis:
 
     def is_relu(self, call: Call) -> bool:
         """Whether a call is a plain ReLU, as a module or a function."""
-        return self.ceiling(call) == math.inf
-
-    def ceiling(self, call: Call) -> float | None:
-        """Return the upper bound of a ReLU in any spelling (infinity: a plain one), or None for other calls."""
-        if isinstance(call.target, nn.Module):
-            return ceiling_of(call.target)
-        if call.kind != "function" or call.name not in _CLIPS:
-            return _RELUS.get(call.name) if call.kind == "function" else None
-        bounds: dict[str, Any] = dict(_CLIPS[call.name])
-        bounds.update(zip(bounds, [argument for argument in call.args if not isinstance(argument, Ref)], strict=False))
-        bounds.update({name: value for name, value in call.kwargs.items() if name in bounds})
-        return bound_of_clip(*bounds.values()) if len(call.inputs) == 1 else None
-
-    def limits_range(self, call: Call) -> bool:
-        """Whether a call clips values to a fixed range and does nothing else: ReLU6, Hardtanh, a clamp, a ReLU."""
-        if isinstance(call.target, nn.Module):
-            return type(call.target) in (nn.ReLU, nn.ReLU6, nn.Hardtanh)
-        return call.name in (*_CLIPS, *_RELUS) and len(call.inputs) == 1
+        return ceiling_of_call(call) == math.inf
 
     def keeps_grid(self, call: Call) -> bool:
         """Whether a call returns values of its one tensor input only, so that they stay on its grid."""
         target = call.target
         moved, *indices = call.inputs or (None,)
-        if moved is None or self.flow.is_state(moved) or not all(map(self._is_index, indices)):
+        if moved is None or self.flow.is_state(moved):
+            return False
+        if call.kind == "function" and call.name in _SHAPED_LIKE:
+            return True
+        if not all(map(self._is_index, indices)):
             return False
         if self.is_relu(call):
             return True

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from tritonq.nn import Add, Cat, Einsum, MatMul, Mul, ScaledDotProductAttention, Sub
+from tritonq.nn import Add, Cat, Einsum, MatMul, Mul, ScaledDotProductAttention, Stack, Sub
 from tritonq.nn.products import Contraction
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.layers import relus_after
@@ -27,6 +27,8 @@ from tritonq.prepare.forwards.proof import Site
 from tritonq.prepare.record.dataflow import Call, Ref, refs_in
 from tritonq.qconfig import QConfig
 
+# Kinds whose results hold the elements of their operands.
+CONCATENATIONS = frozenset(["cat", "stack"])
 # Why a join stays in float that nothing quantized reads or feeds.
 NO_NEIGHBOUR = "nothing that it reads, and nothing that reads it, is quantized"
 
@@ -148,6 +150,12 @@ def _sequence(call: Call) -> Reading:
     return parts, "it takes out=" if "out" in call.kwargs else ""
 
 
+def _stacked(call: Call) -> Reading:
+    """Read a call of a sequence of tensors; of one tensor several times, it moves values."""
+    parts, obstacle = _sequence(call)
+    return (parts, obstacle) if len(set(parts)) > 1 else ((), "")
+
+
 def _dim(call: Call) -> int:
     dim: Any = call.kwargs.get("dim", call.kwargs.get("axis", call.args[1] if len(call.args) > 1 else 0))
     return int(dim)
@@ -174,6 +182,14 @@ KINDS: Mapping[str, JoinKind] = {
     "cat": JoinKind(
         _sequence,
         lambda join, qconfig: Cat(join.setting, qconfig=qconfig),
+        setting=_dim,
+        operands=sequence_operand,
+        takes_relu=False,
+        constants="kept",
+    ),
+    "stack": JoinKind(
+        _stacked,
+        lambda join, qconfig: Stack(join.setting, qconfig=qconfig),
         setting=_dim,
         operands=sequence_operand,
         takes_relu=False,

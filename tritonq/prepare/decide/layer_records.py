@@ -14,9 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.fixed_point import Links
+from tritonq.prepare.decide.float_operations import BETWEEN_GRIDS, float_operations
 from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import Plan
+from tritonq.prepare.decide.unary import QUANTIZED_FORMS
 
 Status = Literal["quantized", "moves values", "float"]
 
@@ -97,6 +99,10 @@ def layer_records(
         free = _free_name(f"{join.owner}.{join.kind}".lstrip("."), names)
         note(join.calls[0], free, join.kind, reason)
         names.add(free)
+    for call in float_operations(analysis, plan):
+        free = _free_name(f"{call.owner}.{call.name}".lstrip("."), names)
+        note(call.index, free, call.name, BETWEEN_GRIDS)
+        names.add(free)
     in_order = sorted(found, key=lambda pair: pair[0])
     return tuple(dict.fromkeys(record for _, record in in_order))
 
@@ -155,6 +161,8 @@ def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str
     clipped = _clipped_layer(name, analysis, plan)
     if clipped is not None:
         return clip_reason(clipped)
+    if type(module) in QUANTIZED_FORMS:
+        return "nothing quantized reads its result, or it reads nothing quantized"
     return f"{type(module).__name__} has no quantized form"
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.clips import ceiling_of_call
 from tritonq.prepare.decide.frozen_norms import FrozenNorm, find_frozen_norm
 from tritonq.prepare.decide.function_layers import FunctionalLayer
 from tritonq.prepare.decide.rows import ROWS, Types, batch_norm_obstacle, out_channels
@@ -140,7 +141,7 @@ def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int])
     """
     found = [analysis.follower(call) for call in calls]
     relus = [relu for relu in found if relu is not None and relu.index not in kept]
-    ceilings = {analysis.ceiling(relu) for relu in relus}
+    ceilings = {ceiling_of_call(relu) for relu in relus}
     if not relus or len(relus) < len(found) or len(ceilings) > 1 or None in ceilings:
         return [], None
     if not all(map(analysis.may_fuse_in, {call.owner for call in (*calls, *relus)})):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch.jit import ScriptModule
 
 from tritonq.prepare.decide.analysis import Analysis
-from tritonq.prepare.decide.plan import Where
+from tritonq.prepare.decide.clips import limits_range
+from tritonq.prepare.decide.plan import GridSource, Where
 from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.proof import Site
 from tritonq.prepare.record.dataflow import Call, Frame
@@ -36,6 +37,14 @@ def place_of(root: int, analysis: Analysis) -> Origin:
     place = _origin_of(root, analysis)
     runs = {analysis.flow.values[value].run for value in place.values}
     return place if len(runs) == analysis.flow.runs else Origin("consumer", "", [root])
+
+
+def grid_behind(ends: Iterable[int], analysis: Analysis, grids: Mapping[int, GridSource]) -> GridSource | None:
+    """Return what puts the results of the clips that alone read some calls on one grid; None without such clips."""
+    clips = [analysis.follower(analysis.flow.calls[index]) for index in ends]
+    values = [analysis.value_of(clip) for clip in clips if clip is not None and limits_range(clip)]
+    found = [None if value is None else grids.get(value) for value in values]
+    return found[0] if found and len(found) == len(clips) and all(grid is found[0] for grid in found) else None
 
 
 def results(calls: Iterable[Call | Frame], analysis: Analysis) -> list[int]:

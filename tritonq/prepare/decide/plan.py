@@ -58,6 +58,7 @@ class Plan:
     Attributes:
         layers: modules to make quantized layers of.
         clipped: names of layers whose output quantizer stands behind the ReLU6 or the like that alone reads them.
+        outputs: for layers among these, by name, that quantizer, where a clip alone stands before it.
         summands: names of layers whose results are rounded with the join that they enter, and not before.
         joins: additions and concatenations to make modules of.
         quantizers: further activation quantizers.
@@ -71,11 +72,14 @@ class Plan:
         single_mode: names of layers left in float since they run in eval mode alone, or in training mode alone.
         float_joins: joins left in float, each with why.
         float_functions: by name, the first call of each function with weights left in float.
+        on_grid: the values that lie on grids.
+        read: the values that layers and joins read.
         exclusive_state: names of parameters and buffers that nothing reads but weights of layers computed of them.
     """
 
     layers: tuple[Layer, ...]
     clipped: frozenset[str]
+    outputs: Mapping[str, GridSource]
     joins: tuple[Join, ...]
     quantizers: tuple[PlannedQuantizer, ...]
     inputs: Mapping[str, GridSource]
@@ -90,6 +94,8 @@ class Plan:
     float_functions: Mapping[str, Call] = field(default_factory=dict)
     float_joins: tuple[tuple[Join, str], ...] = ()
     summands: frozenset[str] = frozenset()
+    on_grid: frozenset[int] = frozenset()
+    read: frozenset[int] = frozenset()
 
     def __str__(self) -> str:
         """Return one line per layer, join, quantizer, erased ReLU and module left in float."""

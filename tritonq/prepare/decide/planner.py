@@ -9,13 +9,14 @@ from torch import nn
 
 from tritonq.prepare.decide.activations import ActivationChoice
 from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.clips import limits_range
 from tritonq.prepare.decide.erasures import erasures, stuck_relus
 from tritonq.prepare.decide.find_layers import NO_QCONFIG, LayerSearch
 from tritonq.prepare.decide.function_layers import weights_of
 from tritonq.prepare.decide.functions import is_function
 from tritonq.prepare.decide.joins import NO_NEIGHBOUR, Join, find_joins, operands
 from tritonq.prepare.decide.layers import Layer
-from tritonq.prepare.decide.places import place_of, results
+from tritonq.prepare.decide.places import grid_behind, place_of, results
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
 from tritonq.prepare.decide.readers import Reading, SharedReading, share_readings
 from tritonq.prepare.decide.unary import PlannedUnary, find_unary, is_unary, operands_of_unary
@@ -72,6 +73,8 @@ class _Planner:
     def plan(self) -> Plan:
         layers = self._layers()
         clipped = frozenset(layer.name for layer in layers if self._quantized_when_clipped(layer))
+        behind = {layer.name: grid_behind(layer.ends, self.analysis, self.grids) for layer in layers}
+        outputs = {name: grid for name, grid in behind.items() if grid is not None and name in clipped}
         for layer in layers:
             if layer.name not in clipped:
                 self._assign(layer.ends, layer)
@@ -93,6 +96,7 @@ class _Planner:
         return Plan(
             layers=tuple(layers),
             clipped=clipped,
+            outputs=outputs,
             summands=summands,
             joins=tuple(joins),
             quantizers=tuple(self.quantizers),
@@ -107,6 +111,10 @@ class _Planner:
             float_functions=self.float_functions,
             float_joins=tuple(self.float_joins),
             exclusive_state=self._exclusive_state(layers),
+            on_grid=frozenset(
+                value.index for value in self.analysis.flow.values if self._grid(value.index) is not None
+            ),
+            read=frozenset(value for part in parts for value in self._reads(part)),
         )
 
     def _exclusive_state(self, layers: list[Layer]) -> frozenset[str]:
@@ -149,7 +157,7 @@ class _Planner:
 
     def _joins_layer(self, call: Call, fuses_functions: bool) -> bool:
         """Whether the target computes a call together with the layer before it, without rounding in between."""
-        return self.analysis.limits_range(call) or (fuses_functions and is_function(call))
+        return limits_range(call) or (fuses_functions and is_function(call))
 
     def _leave_unrounded(self, joins: list[Join], layers: list[Layer]) -> frozenset[str]:
         """Let results wait for the join that alone reads them where that is wanted; return the layers' names."""
@@ -309,21 +317,26 @@ class _Planner:
         self.at_readers |= {(id(reader.part), reader.operand): quantizer for reader in shared.readers}
 
     def _quantize_between(self) -> None:
-        """Place a quantizer behind each function or mean between a grid and an operation whose result has one.
+        """Place quantizers behind functions and means between a grid and an operation whose result has one.
 
-        Such an operation of one tensor (the mean behind a Hardswish, say) can then be computed on codes.
+        Such operations of one tensor (the mean behind a Hardswish, say) can then be computed on codes.
         """
-        pending = list(self.quantizers)
-        while pending:
-            reader = pending.pop()
-            for value in operands_of_unary(reader, self.analysis):
-                root = self._root(value)
-                call = self.analysis.flow.producer(root)
-                if root in self.grids or call is None or not is_unary(call, self.analysis):
-                    continue
-                on_grid = self._grid(call.inputs[0]) is not None
-                if on_grid and self._place_where_made(root, reader.qconfig, reader.like):
-                    pending.append(self.quantizers[-1])
+        for quantizer in list(self.quantizers):
+            for value in operands_of_unary(quantizer, self.analysis):
+                for root in self._unary_before(value):
+                    if not self._place_where_made(root, quantizer.qconfig, quantizer.like):
+                        break
+
+    def _unary_before(self, value: int) -> list[int]:
+        """Return the results of operations of one tensor that lead from a grid to a value, in order; or none."""
+        roots: list[int] = []
+        while (root := self._root(value)) not in self.grids:
+            call = self.analysis.flow.producer(root)
+            if call is None or not is_unary(call, self.analysis):
+                return []
+            roots.append(root)
+            value = call.inputs[0]
+        return roots[::-1]
 
     def _inputs(self, layers: list[Layer]) -> dict[str, GridSource]:
         found: dict[str, GridSource] = {}

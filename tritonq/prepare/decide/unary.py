@@ -14,10 +14,12 @@ from torch import nn
 
 from tritonq.nn import Average
 from tritonq.nn.averages import POOL_TYPES
+from tritonq.nn.clip import CLIP_MODULES, Clip, Clipping
 from tritonq.nn.functions import FUNCTION_MODULES, FunctionLayer, PReLU
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.averages import averaging_of_call, may_change
+from tritonq.prepare.decide.clips import clipping_of_call
 from tritonq.prepare.decide.functions import function_of_call, prelu_of_call
 from tritonq.prepare.forwards.answered import Arguments
 from tritonq.prepare.forwards.graph import ForwardGraph
@@ -27,17 +29,18 @@ from tritonq.reference.functions import Function
 
 # What a call computes, without quantizers: hashable, equal where two calls compute the same.
 # A PReLU, whose slope is a parameter of its module, is told by its class.
-Operation: TypeAlias = Averaging | Function | type[nn.PReLU]
+Operation: TypeAlias = Averaging | Function | Clipping | type[nn.PReLU]
 # The operation of a call, given the shape of what it reads and whether its other arguments are constants.
 Reader: TypeAlias = Callable[[Call, tuple[int, ...], bool], Operation | None]
 
-_READERS: tuple[Reader, ...] = (averaging_of_call, function_of_call, prelu_of_call)
+_READERS: tuple[Reader, ...] = (averaging_of_call, function_of_call, prelu_of_call, clipping_of_call)
 
 # What takes the place of a module, by its exact type; made by ``from_float``.
 QUANTIZED_FORMS: Mapping[type[nn.Module], Any] = {
     **POOL_TYPES,
     **dict.fromkeys(FUNCTION_MODULES, FunctionLayer),
     nn.PReLU: PReLU,
+    **dict.fromkeys(CLIP_MODULES, Clip),
 }
 
 
@@ -45,6 +48,8 @@ def layer_for(operation: Operation) -> UnaryLayer:
     """Return the module of an operation in a forward; it has no quantizer of its own."""
     if isinstance(operation, Function):
         return FunctionLayer(operation)
+    if isinstance(operation, Clipping):
+        return Clip(operation)
     if isinstance(operation, type):
         raise TypeError("a PReLU is a module already")
     return Average(operation)
@@ -56,7 +61,7 @@ class PlannedUnary:
 
     Attributes:
         operation: the operation.
-        source: what put its input on a grid; None for a function of values on none.
+        source: what put its input on a grid; None for a function or clip of values on none.
         calls: its calls.
         arguments: those behind the first and the named ones, which it must have to be this operation; None: it has no
             others, or the forward is known to give it constants.
@@ -100,11 +105,14 @@ def find_unary(place: QuantizerPlace, analysis: Analysis, grid_of: Callable[[int
     source = grid_of(calls[0].inputs[0])
     if any(grid_of(call.inputs[0]) is not source for call in calls):
         source = None
-    # Without a grid a function is computed in float, but still keeps less for the backward than with a quantizer apart.
-    if source is None and not isinstance(operation, Function):
+    # Without a grid a function is computed in float, but still keeps less for the backward than with a quantizer apart;
+    # a clip behind a layer works on the grid of its own quantizer.
+    if source is None and not isinstance(operation, (Function, Clipping)):
         return None
     arguments = None
-    if not fixed and not isinstance(operation, (Function, type)) and may_change(operation):
+    if not fixed and not isinstance(operation, (Function, type)) and _may_change(operation):
+        if isinstance(analysis.forward(place.owner), ForwardGraph):
+            return None  # a graph has no way to ask
         arguments = calls[0].args[1:], calls[0].kwargs
     return PlannedUnary(operation, source, tuple(call.index for call in calls), arguments)
 
@@ -133,6 +141,10 @@ def _calls_at(place: QuantizerPlace, analysis: Analysis) -> tuple[tuple[Call, ..
     else:
         return None
     return (calls, fixed) if calls and all(call.inputs for call in calls) else None
+
+
+def _may_change(operation: Averaging | Clipping) -> bool:
+    return isinstance(operation, Clipping) or may_change(operation)
 
 
 def _operation_of(call: Call, shape: tuple[int, ...], has_fixed_arguments: bool) -> Operation | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from tritonq.prepare.decide.analysis import Analysis
-from tritonq.prepare.decide.joins import Join
+from tritonq.prepare.decide.joins import CONCATENATIONS, Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.places import results
 from tritonq.prepare.decide.plan import PlannedQuantizer
@@ -73,7 +73,7 @@ class Unrounded:
             return True
         if not qconfig.find_target().fuses_joins:
             return False
-        if kinds == {"cat"}:
+        if kinds and kinds <= CONCATENATIONS:
             return True
         is_free = all(found is not None and found[1] not in fused and found[2] == position for found in entered)
         return kinds == {"add"} and is_free and layer.ceiling is None and issubclass(layer.row[0], _CONVOLUTIONS)
@@ -83,7 +83,7 @@ class Unrounded:
         if not quantizer.qconfig.find_target().fuses_joins:
             return False
         entered = [self._entered(value) for value in values]
-        return bool(entered) and all(found is not None and found[0] == "cat" for found in entered)
+        return bool(entered) and all(found is not None and found[0] in CONCATENATIONS for found in entered)
 
     def _entered(self, value: int) -> tuple[str, int, int] | None:
         """Return the kind of the join that alone reads a value, its call, and as which operand."""

@@ -299,6 +299,9 @@ class _PlanWork:
             if grid is not None and isinstance(module, QATLayer):
                 quantizer = self._quantizers[id(grid)]
                 module.set_input_quantizer(quantizer if isinstance(quantizer, FakeQuantizeBase) else None)
+            behind = self._quantizers.get(id(self._plan.outputs.get(layer.name)))
+            if isinstance(module, QATLayer) and isinstance(behind, FakeQuantizeBase):
+                module.set_quantizer_behind_clip(behind)
         for join, grids in self._plan.operands.items():
             module = self._made(join)
             if isinstance(module, Joint):

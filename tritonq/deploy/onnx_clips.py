@@ -1,0 +1,60 @@
+"""Clips as bounds of codes, for ONNX Runtime.
+
+Rounding keeps the order: ``quantize(min(y, b)) = min(quantize(y), quantize(b))``. So the quantizer behind a clip moves
+to the layer before it, where ONNX Runtime makes one integer operation of both, and the bounds become a Clip of its
+codes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from tritonq.deploy.modules import QuantizedLayer, Quantizer
+from tritonq.deploy.onnx_quantizers import TracedQuantizer, uint8_quantizer
+from tritonq.nn.clip import Clip, Clipping
+from tritonq.prepare.forwards.edited import set_inner_forward
+
+
+def absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> dict[Quantizer, TracedQuantizer]:
+    """Let layers before clips, or else the clips, round and bound codes; return the forms of their quantizers."""
+    layers = {
+        layer.output_quantizer: layer
+        for layer in model.modules()
+        if isinstance(layer, QuantizedLayer) and layer.quantizer_behind_clip is not None
+    }
+    forms: dict[Quantizer, TracedQuantizer] = {}
+    for clip in [module for module in model.modules() if isinstance(module, Clip)]:
+        output = clip.output_quantizer
+        if not isinstance(output, Quantizer) or output.qtype.axis is not None:
+            continue
+        layer, bounds = layers.get(output), clip.clipping
+        if layer is not None and layer.ceiling is not None:
+            bounds = Clipping(*(min(max(bound, 0.0), layer.ceiling) for bound in (bounds.low, bounds.high)))
+            layer.ceiling = None
+        runs_in_integers = clip.input_quantizer is not None or (layer is not None and layer.multiplier is not None)
+        form = forms[output] = uint8_quantizer(
+            output,
+            names[output],
+            (bounds.low, bounds.high),
+            exact=not runs_in_integers,
+            # As joins count its codes: `tritonq.nn.output_quantizer.ends_in_relu` asks who owns the quantizer.
+            from_zero=clip.activation_post_process is output and clip.ceiling is not None,
+        )
+        if layer is None:
+            clip.add_module("traced_quantizer", form)
+            set_inner_forward(clip, partial(_rounded, form))  # a module would become a child of that name
+        else:
+            layer.activation_post_process = form
+            set_inner_forward(clip, _unchanged)
+    return forms
+
+
+def _rounded(quantizer: TracedQuantizer, x: Tensor) -> Tensor:
+    y: Tensor = quantizer(x)
+    return y
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,107 @@
+"""Clips that are no ReLU of a layer or join: Hardtanh, clamps with one or two bounds, a ReLU6 that nothing absorbed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.grid import Grid
+from tritonq.nn.unary import UnaryLayer
+from tritonq.qconfig import QConfig
+from tritonq.reference.functions import onto_output
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """Bounds of a clip.
+
+    Attributes:
+        low: the lower one; -infinity: none.
+        high: the upper one; infinity: none.
+    """
+
+    low: float
+    high: float
+
+    @property
+    def ceiling(self) -> float | None:
+        """The upper bound of the ReLU that the clip is; None where it is none."""
+        return self.high if self.low == 0 and self.high > 0 else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return ``min(max(x, low), high)``; NaN stays NaN."""
+        low = None if self.low == -math.inf else self.low
+        high = None if self.high == math.inf else self.high
+        return x if low is None and high is None else x.clamp(low, high)
+
+
+class Clip(UnaryLayer):
+    """``FQ(min(max(x, low), high))``: what `prepare_qat` makes of ``nn.Hardtanh(-1, 1)`` or ``x.clamp(-1, 1)``.
+
+    Behind a layer the clip's quantizer is the layer's, too: in eval mode sums go onto its grid at once, and the clip
+    moves codes.
+
+    Args:
+        clipping: the bounds.
+        qconfig: quantizer of the output; None: none of its own.
+        source_type: name of the class of torch.nn in whose place the module stands; None: it stands for a function.
+
+    Examples:
+        >>> Clip(Clipping(-1.0, 1.0))(torch.tensor([-4.0, 0.5, 3.0]))
+        tensor([-1.0000,  0.5000,  1.0000])
+    """
+
+    def __init__(self, clipping: Clipping, *, qconfig: QConfig | None = None, source_type: str | None = None) -> None:
+        super().__init__()
+        self.clipping, self.source_type = clipping, source_type
+        self.attach_quantizers(qconfig)
+
+    @classmethod
+    def from_float(cls, module: nn.Module, qconfig: QConfig | None = None) -> Clip:
+        """Return the quantized form of a Hardtanh or ReLU6, in its mode; hooks are not moved.
+
+        Raises:
+            TypeError: another module.
+        """
+        clipping = clipping_of(module)
+        if clipping is None:
+            raise TypeError(f"{type(module).__name__} is no clip that has a quantized form")
+        return cls(clipping, qconfig=qconfig, source_type=type(module).__name__).train(module.training)
+
+    @property
+    def ceiling(self) -> float | None:
+        """The upper bound of the ReLU that it is; None where it is none."""
+        return self.clipping.ceiling
+
+    def compute(self, x: Tensor) -> Tensor:
+        """See base class."""
+        return self.clipping(x)
+
+    def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
+        """See base class: values go onto the output's grid, then the bounds apply, which a clip on codes does, too."""
+        with torch.no_grad():
+            values = (x.float() / source.scale).round_().mul_(source.scale)
+            return self.clipping(onto_output(values, output))
+
+    def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
+        """See base class."""
+        from tritonq.functional.traced import eval_mode
+
+        return self.clipping(eval_mode.on_grid(x, output))
+
+    def extra_repr(self) -> str:
+        """Return the bounds."""
+        return f"{self.clipping.low:g}, {self.clipping.high:g}"
+
+
+CLIP_MODULES: tuple[type[nn.Module], ...] = (nn.Hardtanh, nn.ReLU6)
+
+
+def clipping_of(module: object) -> Clipping | None:
+    """Return the bounds of a Hardtanh or ReLU6; None for any other module."""
+    if type(module) not in CLIP_MODULES or not isinstance(module, nn.Hardtanh):
+        return None
+    return Clipping(float(module.min_val), float(module.max_val))

@@ -1,0 +1,88 @@
+"""Which recorded calls clip values to constant bounds: ReLUs, Hardtanh, clamps."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from tritonq.nn.clip import Clipping, clipping_of
+from tritonq.nn.fusable import ceiling_of
+from tritonq.prepare.record.dataflow import Call, Ref
+
+
+def clipping_of_call(call: Call, shape: tuple[int, ...] = (), has_fixed_arguments: bool = True) -> Clipping | None:
+    """Return the bounds of a clip that is no plain ReLU, or None where a call is none.
+
+    Args:
+        call: any recorded call.
+        shape: of the tensor that it reads, on which no clip depends.
+        has_fixed_arguments: as for means; a forward that keeps its branches checks the bounds when it runs.
+    """
+    found = _bounds(call)
+    return None if found is None or found == _RELU else found
+
+
+def ceiling_of_call(call: Call) -> float | None:
+    """Return the upper bound of a ReLU in any spelling (infinity: a plain one), or None for other calls."""
+    if isinstance(call.target, nn.Module):
+        return ceiling_of(call.target)
+    found = _bounds(call)
+    return None if found is None else found.ceiling
+
+
+def limits_range(call: Call) -> bool:
+    """Whether a call clips values to a fixed range and does nothing else: ReLU6, Hardtanh, a clamp, a ReLU."""
+    return _bounds(call) is not None
+
+
+def _bounds(call: Call) -> Clipping | None:
+    if isinstance(call.target, nn.Module):
+        return _RELU if type(call.target) is nn.ReLU else clipping_of(call.target)
+    reader = _READERS.get(call.name) if call.kind == "function" else None
+    if reader is None or len(call.inputs) != 1:
+        return None
+    try:
+        bound = inspect.signature(reader).bind(*call.args, **call.kwargs)
+        return reader(*bound.args, **bound.kwargs)
+    except (TypeError, ValueError):
+        return None
+
+
+def _clamp(input: Ref, min: Any = None, max: Any = None) -> Clipping:
+    low, high = -math.inf if min is None else float(min), math.inf if max is None else float(max)
+    # Not a clip but a constant, and torch lets NaN pass.
+    if not low <= high:
+        raise ValueError(f"the bounds {low} and {high} hold no values")
+    return Clipping(low, high)
+
+
+def _clamp_max(input: Ref, max: Any) -> Clipping:
+    return _clamp(input, None, max)
+
+
+def _hardtanh(input: Ref, min_val: Any = -1.0, max_val: Any = 1.0, inplace: bool = False) -> Clipping:
+    return _clamp(input, min_val, max_val)
+
+
+def _relu6(input: Ref, inplace: bool = False) -> Clipping:
+    return Clipping(0.0, 6.0)
+
+
+def _relu(input: Ref, inplace: bool = False) -> Clipping:
+    return _RELU
+
+
+_RELU = Clipping(0.0, math.inf)
+_READERS: Mapping[str, Callable[..., Clipping]] = {
+    "clamp": _clamp,
+    "clip": _clamp,
+    "clamp_min": _clamp,
+    "clamp_max": _clamp_max,
+    "hardtanh": _hardtanh,
+    "relu": _relu,
+    "relu6": _relu6,
+}

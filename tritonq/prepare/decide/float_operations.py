@@ -1,0 +1,54 @@
+"""Operations in forwards that stay in float although quantized tensors lie before and behind them."""
+
+from __future__ import annotations
+
+from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.joins import Join
+from tritonq.prepare.decide.layers import Layer
+from tritonq.prepare.decide.plan import Plan
+from tritonq.prepare.record.dataflow import Call
+
+# Why such an operation stays in float.
+BETWEEN_GRIDS = "computed in float between quantized tensors"
+
+
+def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
+    """Return the calls of functions between quantized tensors that no class of operations on codes has.
+
+    Such a call reads a quantized tensor, or what others of its kind made of one, and what it makes is quantized in the
+    end. Each place in a forward has one call.
+    """
+    behind: set[int] = set()  # values that follow in float from quantized ones
+    chain: list[Call] = []
+    for call in _others(analysis, plan):
+        made = [value for value in call.outputs if analysis.flow.values[value].dtype.is_floating_point]
+        reads_grid = any(value in plan.on_grid for value in call.inputs)
+        if made and (not behind.isdisjoint(call.inputs) or (reads_grid and not analysis.keeps_grid(call))):
+            behind.update(value for value in made if value not in plan.on_grid)
+            chain.append(call)
+    wanted = set(plan.on_grid | plan.read)
+    found: dict[tuple[str, str, int], Call] = {}
+    for call in reversed(chain):
+        if not wanted.isdisjoint(call.outputs):
+            wanted.update(call.inputs)
+            if call.kind == "function" and not analysis.keeps_grid(call):
+                found[call.owner, call.name, call.ordinal] = call
+    return sorted(found.values(), key=lambda call: call.index)
+
+
+def _others(analysis: Analysis, plan: Plan) -> list[Call]:
+    """Return the calls in eval mode that became part of nothing quantized, and that compute no constants."""
+    parts: tuple[Layer | Join, ...] = (*plan.layers, *plan.joins, *(join for join, _ in plan.float_joins))
+    known = set(plan.erased).union(*(part.calls for part in parts), *(part.ends for part in parts))
+    known.update(*(unary.calls for unary in plan.unary.values()))
+    norms = {layer.batch_norm for layer in plan.layers if layer.batch_norm is not None}
+    constants = analysis.constants.values
+    return [
+        call
+        for call in analysis.flow.calls
+        if call.run == 0
+        and call.index not in known
+        and call.owner not in norms
+        and call.module_name not in norms
+        and not constants.issuperset(call.outputs)
+    ]
