@@ -199,6 +199,12 @@ class Stacks(nn.Module):
 
 def test_stacks_are_concatenations(tmp_path):
     kinds = exported(Stacks(), tmp_path)
+    x = torch.randn(2, 3, 12, 12)
+    qat = tritonq.prepare_qat(Stacks(), example_inputs=x).train()
+    qat(x)
+    int8 = tritonq.convert(qat.eval())
+    tritonq.save_converted(int8, tmp_path / "model.pt")
+    assert torch.equal(tritonq.load_converted(tmp_path / "model.pt", Stacks())(x), int8(x))
     assert (kinds["QLinearConv"], kinds["QLinearConcat"]) == (5, 2)
     assert kinds["Conv"] + kinds["FusedConv"] + kinds["Concat"] == 0
 

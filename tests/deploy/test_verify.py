@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from qat_models import images, trained_float_form, trained_residual
-from tritonq.deploy import convert, export_onnx, verify
+from tritonq.deploy import convert, export_onnx, export_program, verify
 from tritonq.prepare import prepare_qat
 
 pytest.importorskip("onnxruntime")
@@ -159,3 +159,25 @@ def test_a_foreign_onnx_file(tmp_path):
     torch.onnx.export(nn.Linear(3, 2), (torch.randn(2, 3),), tmp_path / "m.onnx", dynamo=True, verbose=False)
     with pytest.raises(ValueError, match="was not written by export_onnx"):
         verify(trained_residual(), tmp_path / "m.onnx", images())
+
+
+def test_arguments_with_defaults_that_a_file_takes(tmp_path):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, a, b=None):
+            return self.first(a) if b is None else self.first(a) + self.second(b)
+
+    a, b = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    model = prepare_qat(Pair(), example_inputs=(a, b)).train()
+    model(a, b)
+    int8 = convert(model.eval())
+    export_onnx(int8, tmp_path / "m.onnx", (a, b))
+    export_program(int8, tmp_path / "m.pt2", (a, b))
+    for name in ("m.onnx", "m.pt2"):
+        # What stands behind the arguments is left out.
+        report = verify(model, tmp_path / name, [(a, b, torch.tensor([0, 1]))])
+        assert report.total.differing == 0
+        assert "add" in [layer.name for layer in report.layers]

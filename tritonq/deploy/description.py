@@ -16,7 +16,7 @@ from tritonq.deploy.embedding_tables import TABLE_TENSOR_NAMES, TABLE_TYPES, Qua
 from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers, integer_difference
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
-from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, MatMul, Mul, RepVGGBlock, Stack, Sub
+from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, MatMul, Mul, RepVGGBlock, Sub
 from tritonq.nn.averages import POOL_TYPES
 from tritonq.nn.clip import Clip, Clipping, clipping_of
 from tritonq.nn.folded import FoldedBatchNorm
@@ -45,7 +45,7 @@ _POOL_GEOMETRY = (
     *("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override", "output_size"),
 )
 ADDED = (
-    *("quantizer", "inputs", *_JOINTS, "cat", "stack", "average", "function", "clip", "identity", "sequential"),
+    *("quantizer", "inputs", *_JOINTS, "cat", "average", "function", "clip", "identity", "sequential"),
     *fixed_point_description.ADDED,
 )
 
@@ -139,9 +139,7 @@ def _describe(module: nn.Module) -> Description:
         geometry = {key: getattr(module, key) for key in _POOL_GEOMETRY if hasattr(module, key)}
         return {"kind": "pool", "type": pool.__name__, "geometry": geometry}
     if kind is Cat:
-        return {"kind": "cat", "dim": module.dim}
-    if kind is Stack:
-        return {"kind": "stack", "dim": module.dim}
+        return {"kind": "cat", "dim": module.dim, **({"is_stack": True} if module.is_stack else {})}
     if kind is FloatFunctional:
         return {"kind": "functional"}
     if isinstance(module, FoldedBatchNorm):
@@ -219,9 +217,9 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         pool: nn.Module = _by_name(POOL_TYPES, entry["type"])(**entry["geometry"])
         return pool
     if kind == "cat":
-        return Cat(entry["dim"])
-    if kind == "stack":
-        return Stack(entry["dim"])
+        cat = Cat(entry["dim"])
+        cat.is_stack = bool(entry.get("is_stack"))
+        return cat
     if kind == "inputs":
         places = [_place_from_data(place) for place in entry["places"]]
         return InputFakeQuants(places, [nn.Identity() for _ in places])

@@ -24,9 +24,8 @@ from tritonq.functional.integer_kernels import PackedLayer, pack, run_packed
 from tritonq.functional.linear_map import LinearMap
 from tritonq.functional.memo import Memo
 from tritonq.grid import Grid
-from tritonq.nn.behind_clip import QuantizedBehindClip
 from tritonq.nn.fusable import checked_ceiling, describe_relu
-from tritonq.nn.own_input import QuantizesInput
+from tritonq.nn.own_input import QuantizedBehindClip, QuantizesInput
 from tritonq.nn.qat import linear_map_of
 from tritonq.qparams import QuantizedType
 from tritonq.reference.activation import rectify

@@ -20,8 +20,8 @@ from tritonq.deploy.onnx_session import open_session
 from tritonq.prepare.record.structure import tensors_in
 
 
-def onnx_runner(path: str | os.PathLike[str]) -> tuple[Runner, dict[str, tuple[str, ...]], Ends]:
-    """Return a function that runs the file and returns its codes and outputs, the file's islands, and its ends.
+def onnx_runner(path: str | os.PathLike[str]) -> tuple[Runner, dict[str, tuple[str, ...]], Ends, int]:
+    """Return a function that runs the file and returns its codes and outputs, its islands, ends and number of inputs.
 
     The outputs come from the file as it is, the codes from a second session, over a copy in memory that returns them.
     Given codes are read by a third, over a copy in which readers of codes read inputs.
@@ -51,6 +51,7 @@ def onnx_runner(path: str | os.PathLike[str]) -> tuple[Runner, dict[str, tuple[s
         _Runner(model, entries, tensors, target),
         {entry["quantizer"]: islands[entry["tensor"]] for entry in entries if islands[entry["tensor"]]},
         Ends.of(properties),
+        len(model.graph.input),
     )
 
 

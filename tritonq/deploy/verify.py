@@ -61,10 +61,10 @@ def verify(
         no code differs
     """
     qat_model = uncompiled(qat_model)
-    run_deployed, islands, ends = _deployed_runner(deployed)
+    run_deployed, islands, ends, inputs = _deployed_runner(deployed)
     run_reference = torch_runner(qat_model)
     tally = _Tally(earlier_names(qat_model), islands)
-    for args, kwargs in _batches(qat_model, data):
+    for args, kwargs in _batches(qat_model, data, inputs):
         expected, expected_outputs = run_reference(*ends.values((args, kwargs)))
         found, found_outputs = run_deployed(args, kwargs)
         pairs = tally.pairs(expected, found)
@@ -75,14 +75,19 @@ def verify(
     return tally.report()
 
 
-def _deployed_runner(deployed: nn.Module | ExportedProgram | str | os.PathLike[str]) -> tuple[Runner, _Islands, Ends]:
-    """Return what runs a deployed model, its quantizers behind operations without a defined order, and its ends."""
+def _deployed_runner(
+    deployed: nn.Module | ExportedProgram | str | os.PathLike[str],
+) -> tuple[Runner, _Islands, Ends, int]:
+    """Return what runs a deployed model, its quantizers behind operations without a defined order, and its ends.
+
+    The last item is how many inputs a file takes; 0 of a module.
+    """
     if isinstance(deployed, nn.Module):
-        return torch_runner(uncompiled(deployed)), {}, Ends()
+        return torch_runner(uncompiled(deployed)), {}, Ends(), 0
+    if not isinstance(deployed, ExportedProgram) and os.fspath(deployed).endswith(PROGRAM_SUFFIX):
+        deployed = load_program(deployed)
     if isinstance(deployed, ExportedProgram):
-        return program_runner(deployed), {}, Ends()
-    if os.fspath(deployed).endswith(PROGRAM_SUFFIX):
-        return program_runner(load_program(deployed)), {}, Ends()
+        return program_runner(deployed), {}, Ends(), len(deployed.graph_signature.user_inputs)
     from tritonq.deploy.onnx_runner import onnx_runner
 
     return onnx_runner(deployed)
@@ -206,12 +211,16 @@ def _places_of_different(calls: list[Tensor]) -> list[tuple[int, ...]]:
     return [tuple(found) for found in places]
 
 
-def _batches(model: nn.Module, data: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _batches(model: nn.Module, data: Any, inputs: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Yield the arguments of each batch; what it holds behind these, such as labels, is left out.
+
+    Arguments with a default count where a file takes as many ``inputs``.
+    """
     if not isinstance(data, (Tensor, Iterable)):
         raise ValueError(f"data must be a tensor or an iterable of batches, got {type(data).__name__}")
     parameters = list(inspect.signature(model.forward).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required: int | None = max(1, sum(p.default is p.empty for p in positional))
+    required: int | None = max(1, sum(p.default is p.empty for p in positional), min(inputs, len(positional)))
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         required = None
     for batch in [data] if isinstance(data, (Tensor, Mapping)) else data:

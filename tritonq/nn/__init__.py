@@ -43,7 +43,6 @@ from tritonq.nn.linear import Linear, LinearReLU
 from tritonq.nn.products import Einsum, MatMul, ScaledDotProductAttention
 from tritonq.nn.qat import QATLayer
 from tritonq.nn.repvgg import QATRepVGGBlock, RepVGGBlock
-from tritonq.nn.stack import Stack
 from tritonq.nn.unary import UnaryLayer
 
 # What `prepare_qat` swaps, as in torch.ao: float type to quantization-aware type.
@@ -125,7 +124,6 @@ __all__ = [
     "QuantStub",
     "RepVGGBlock",
     "ScaledDotProductAttention",
-    "Stack",
     "Sub",
     "UnaryLayer",
     "intrinsic",

@@ -264,7 +264,7 @@ def _has_operator(a: Tensor, b: Tensor, grid: Grid) -> bool:
 
 
 class Cat(WithOutputQuantizer):
-    """``FQ(cat(tensors, dim))``: all parts on one grid. Without a qconfig, its output stays in float.
+    """``FQ(cat(tensors, dim))``, or of a stack: all parts on one grid. Without a qconfig, its output stays in float.
 
     In eval mode values are taken to the grid as integer runtimes do:
     :func:`tritonq.functional.integer_joins.integer_concatenation`.
@@ -276,13 +276,15 @@ class Cat(WithOutputQuantizer):
         torch.Size([2, 4])
     """
 
+    is_stack = False  # of a stack, `dim` is a new axis
+
     def __init__(self, dim: int = 0, *, qconfig: QConfig | None = None) -> None:
         super().__init__(qconfig)
         self.dim = dim
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return concatenation along ``dim``, fake-quantized."""
-        tensors = tuple(tensors)
+        tensors = tuple(tensor.unsqueeze(self.dim) if self.is_stack else tensor for tensor in tensors)
         exact = None if self.training else self._exact(tensors)
         if exact is not None:
             if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):

@@ -1,4 +1,4 @@
-"""Layers that own the quantizer of the tensor that they read."""
+"""Layers that own the quantizer of the tensor that they read, or have that of their result behind a clip."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantize
+from tritonq.nn.reference import Reference
 
 # The child's name.
 INPUT_QUANTIZER = "input_fake_quant"
@@ -35,3 +36,26 @@ class QuantizesInput(nn.Module):
         """Return ``x`` as the layer's operation reads it."""
         quantizer = self._modules.get(INPUT_QUANTIZER)
         return x if quantizer is None else quantize_read(quantizer, x, self.observes_input)
+
+
+class QuantizedBehindClip(nn.Module):
+    """A layer that may have its output's quantizer behind a clip, in another module."""
+
+    # Shared by all that have none; models that earlier versions pickled have none.
+    _behind_clip: Reference[nn.Module] = Reference()
+
+    @property
+    def quantizer_behind_clip(self) -> nn.Module | None:
+        """The quantizer that rounds the output of a layer without one of its own, behind a clip; None: there is none.
+
+        With it, eval mode takes sums to the quantizer's grid at once, and the clip then changes codes.
+        """
+        return self._behind_clip.module
+
+    def set_quantizer_behind_clip(self, quantizer: nn.Module | None) -> None:
+        """Set :attr:`quantizer_behind_clip`."""
+        self._behind_clip = Reference(quantizer)
+
+    def last_quantizer(self, own: nn.Module) -> nn.Module | None:
+        """Return ``own``, or the quantizer behind the clip where ``own`` rounds nothing."""
+        return self.quantizer_behind_clip if isinstance(own, nn.Identity) else own

@@ -16,11 +16,10 @@ from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct,
 from tritonq.functional.memo import Memo
 from tritonq.granularity import Granularity
 from tritonq.grid import Grid
-from tritonq.nn.behind_clip import QuantizedBehindClip
 from tritonq.nn.computed import ComputedParameters
 from tritonq.nn.forward_mode import RestingModes
 from tritonq.nn.fusable import describe_relu
-from tritonq.nn.own_input import QuantizesInput
+from tritonq.nn.own_input import QuantizedBehindClip, QuantizesInput
 from tritonq.nn.paths import LayerState, Path, choose_path
 from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig, describe_wrong_qconfig

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from tritonq.nn import Add, Cat, Einsum, MatMul, Mul, ScaledDotProductAttention, Stack, Sub
+from tritonq.nn import Add, Cat, Einsum, MatMul, Mul, ScaledDotProductAttention, Sub
 from tritonq.nn.products import Contraction
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.layers import relus_after
@@ -156,6 +156,12 @@ def _stacked(call: Call) -> Reading:
     return (parts, obstacle) if len(set(parts)) > 1 else ((), "")
 
 
+def _stack(join: Join, qconfig: QConfig | None) -> nn.Module:
+    made = Cat(join.setting, qconfig=qconfig)
+    made.is_stack = True
+    return made
+
+
 def _dim(call: Call) -> int:
     dim: Any = call.kwargs.get("dim", call.kwargs.get("axis", call.args[1] if len(call.args) > 1 else 0))
     return int(dim)
@@ -189,7 +195,7 @@ KINDS: Mapping[str, JoinKind] = {
     ),
     "stack": JoinKind(
         _stacked,
-        lambda join, qconfig: Stack(join.setting, qconfig=qconfig),
+        _stack,
         setting=_dim,
         operands=sequence_operand,
         takes_relu=False,
