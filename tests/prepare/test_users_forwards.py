@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 import tritonq
 from prepared_nets import assert_same_when_not_rounding
-from tritonq import nn as qnn
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -152,11 +151,3 @@ def test_a_forward_that_yields_is_refused_with_its_reason():
 
     with pytest.raises(ValueError, match="returns a generator"):
         tritonq.prepare_qat(Yields(), example_inputs=X)
-
-
-def test_a_forward_that_was_replaced_is_told_once():
-    model = Net()
-    model.forward = lambda x: model.head((model.second(x := model.first(x)) + x).mean((2, 3)))
-    prepared = tritonq.prepare_qat(model, example_inputs=X, inplace=True, warn=False)
-    assert [row.name for row in prepared.tritonq_report if row.status == "float"] == ["add"]
-    assert isinstance(prepared.first, qnn.Conv2d)

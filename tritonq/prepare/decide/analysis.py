@@ -47,6 +47,9 @@ _SHAPED_LIKE = frozenset({"expand_as", "view_as", "reshape_as"})
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "cpu", "cuda"})
 _NEAREST = ("nearest", "nearest-exact")
 
+# Why a call inside of a function that torch.func transforms stays in float.
+IN_TRANSFORM = "it runs inside of torch.vmap, torch.func.grad or the like, where ranges can't be observed"
+
 EditableForward: TypeAlias = ForwardGraph | AnsweredForward
 
 
@@ -147,7 +150,8 @@ class Analysis:
         """
         if self.flow.runs > 1 and owner not in self._held:
             return True
-        if not reads_mode(type(self.modules[owner])):
+        module = self.modules[owner]
+        if "forward" not in vars(module) and not reads_mode(type(module)):
             return True
         graph = self.forward(owner)
         return isinstance(graph, ForwardGraph) and not graph.differs_in_training
@@ -201,7 +205,8 @@ class Analysis:
         if isinstance(found, ForwardGraph):
             return found
         module, frames = self.modules[owner], self.flow.frames_of(owner)
-        if "forward" in vars(module) or not frames:
+        # Cautious, since one that calls its class's forward would call the edited one.
+        if not frames or (self._cautious and "forward" in vars(module)):
             return found
         answered = AnsweredForward(str(found))
         for frame in frames:

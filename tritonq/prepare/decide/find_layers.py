@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from tritonq.prepare.decide.adapters import find_adapters
-from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.analysis import IN_TRANSFORM, Analysis
 from tritonq.prepare.decide.function_layers import (
     CONSTANT_INPUT,
     FUNCTIONS,
@@ -69,6 +69,8 @@ class LayerSearch:
             elif not self.analysis.runs_in_all_modes(calls):
                 self.reasons[name] = self.analysis.missing_mode(calls)
                 self.single_mode.add(name)
+            elif any(call.transformed for call in calls):
+                self.reasons[name] = IN_TRANSFORM
             elif all(call.inputs and self.analysis.constants.values.issuperset(call.inputs) for call in calls):
                 self.reasons[name] = CONSTANT_INPUT
             else:

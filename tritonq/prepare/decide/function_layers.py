@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.analysis import IN_TRANSFORM, Analysis
 from tritonq.prepare.decide.constants import PlannedProgram
 from tritonq.prepare.forwards.graph import ForwardGraph
 from tritonq.prepare.forwards.proof import Site
@@ -81,6 +81,8 @@ def find_function_layer(call: Call, child: str, analysis: Analysis) -> Functiona
     calls = analysis.calls_like(call)
     if any(other.name != call.name for other in calls):
         return "its forward does different things in different calls"
+    if any(other.transformed for other in calls):
+        return IN_TRANSFORM
     given = [arguments_of(other) for other in calls]
     for arguments in given:
         weight, bias = arguments["weight"], arguments["bias"]

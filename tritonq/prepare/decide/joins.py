@@ -13,7 +13,7 @@ from torch import nn
 
 from tritonq.nn import Add, Cat, Einsum, MatMul, Mul, ScaledDotProductAttention, Sub
 from tritonq.nn.products import Contraction
-from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.analysis import IN_TRANSFORM, Analysis
 from tritonq.prepare.decide.layers import relus_after
 from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.graph import (
@@ -253,6 +253,8 @@ def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
     obstacles = [obstacle for other in calls if alike and (obstacle := KINDS[other.name].read(other)[1])]
     if not alike or (site is not None and any(analysis.site(other) != site for other in calls)):
         site, reason = None, "its forward does different things in different calls"
+    elif any(other.transformed for other in calls):
+        site, reason = None, IN_TRANSFORM
     elif obstacles:
         site, reason = None, obstacles[0]
     elif site is None:

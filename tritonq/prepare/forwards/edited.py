@@ -67,7 +67,7 @@ def forward_source(module: nn.Module) -> dict[str, str]:
         told = {"run": "as written", "replace": "self.{child}({operands})", "erase": "its first operand"}
         lines = [
             f"{place} -> {told[kind].format(child=child, operands=operands)}" + (f", then self.{then}" if then else "")
-            for place, (kind, child, operands, then) in data["answers"].items()
+            for place, (kind, child, operands, then, *_) in data["answers"].items()
         ]
         return {"its own forward, with these calls answered": "\n".join(lines)}
     if data is None or data["eval"] is None:
@@ -80,7 +80,8 @@ def forward_source(module: nn.Module) -> dict[str, str]:
 def apply_forward(module: nn.Module, data: ForwardData, hidden: Iterable[str] = ()) -> None:
     """Give ``module`` the forward that ``data`` describes, in place; its type stays a subclass of its class.
 
-    A ``torch.fx.GraphModule`` gets the edited graph for its own: its copies hold what its graph calls, and no more.
+    A ``torch.fx.GraphModule`` gets the edited graph for its own: its copies hold what its graph calls, and no more. A
+    forward that was replaced on the instance is edited in place of the class's.
 
     Args:
         module: the module.
@@ -98,7 +99,45 @@ def apply_forward(module: nn.Module, data: ForwardData, hidden: Iterable[str] = 
         write_graph(module, plain)
         return
     plain["hidden"] = sorted({*plain["hidden"], *hidden})
+    if _changes_forward(plain):
+        plain |= _moved_aside(module)
     module.__class__ = _edited_class(original_class(module), json.dumps(plain, sort_keys=True))
+
+
+# Where a forward lies that was replaced on the instance, once it is edited: the edited one, of the class, runs it.
+_OWN_FORWARD = "_tritonq_own_forward"
+
+
+def _changes_forward(data: ForwardData) -> bool:
+    return data["eval"] is not None or "answers" in data or data["version"] == QUANTIZING_VERSION
+
+
+def _moved_aside(module: nn.Module) -> ForwardData:
+    """Let the class's forward run where one on the instance did, and return what edited data says of that one."""
+    own = vars(module).pop("forward", None)
+    if own is not None:
+        vars(module)[_OWN_FORWARD] = own
+    own = vars(module).get(_OWN_FORWARD)
+    if own is None:
+        return {}
+    parameters = inspect.signature(own).parameters.values()
+    # A default counts when the forward runs; here it only says that there is one.
+    return {"on_instance": [[item.name, item.kind, item.default is not item.empty] for item in parameters]}
+
+
+def _own_forward(parameters: Iterable[tuple[str, int, bool]]) -> Callable[..., Any]:
+    """Return the forward that runs the one of the instance, which has these parameters."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)[_OWN_FORWARD](*args, **kwargs)
+
+    others = [
+        inspect.Parameter(name, kind, **({"default": None} if has_default else {}))  # type: ignore[arg-type]
+        for name, kind, has_default in parameters
+    ]
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = inspect.Signature([itself, *others])  # type: ignore[attr-defined]
+    return forward
 
 
 def quantizing_data(reads: Iterable[Read] = (), returns: str | None = None) -> ForwardData:
@@ -187,18 +226,19 @@ def _edited_class(original: type[nn.Module], encoded: str) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
+    authors = _own_forward(data["on_instance"]) if "on_instance" in data else original.forward
     forward: Callable[..., Any] | None = None
     if data["eval"] is not None:
         graph = ForwardGraph.from_data(data)
         forwards = [compile_graph(part, original.__name__) for part in graph.graphs()]
         forward = forwards[0] if len(forwards) == 1 else _by_mode(*forwards)
     elif "answers" in data:
-        forward = answering(original.forward, data["answers"], data.get("expected"))
+        forward = answering(authors, data["answers"], data.get("expected"))
     if data["version"] == QUANTIZING_VERSION:
         reads = [Read.from_data(read) for read in data["reads"]]
-        forward = quantizing(forward or original.forward, reads, data["returns"])
+        forward = quantizing(forward or authors, reads, data["returns"])
     if forward is not None:
-        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+        forward.__signature__ = inspect.signature(authors)  # type: ignore[attr-defined]
         namespace["forward"] = forward
     hidden = frozenset(data["hidden"])
     namespace |= {"_tritonq_hidden": hidden, **container_methods(original, hidden)}

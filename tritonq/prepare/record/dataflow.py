@@ -89,6 +89,7 @@ class Call:
             ``"module:function:position#occurrence"``.
         use: what becomes of the result of a function that writes to its operand.
         run: the run that made it: 0, or 1 for the second of two that :meth:`Dataflow.joined` put together.
+        transformed: whether it was made inside of `torch.vmap`, `torch.func.grad` or the like.
     """
 
     index: int
@@ -108,6 +109,7 @@ class Call:
     place: str = ""
     use: Use = "used"
     run: int = 0
+    transformed: bool = False
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,11 @@ def has_own_weight(module: nn.Module) -> bool:
     return not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or has_own_parameters(module)
 
 
+def in_transform() -> bool:
+    """Whether what runs now is inside of `torch.vmap`, `torch.func.grad` or the like."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def operation_name(function: Callable[..., Any]) -> str:
     """Return a function's name without its spelling: in place, operator, reflected, method or function."""
     name = str(getattr(function, "__name__", type(function).__name__))

@@ -19,7 +19,7 @@ from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
 
 from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref, Source, Value
-from tritonq.prepare.record.operations import METADATA, has_own_weight, is_leaf, operation_name
+from tritonq.prepare.record.operations import METADATA, has_own_weight, in_transform, is_leaf, operation_name
 from tritonq.prepare.record.place import is_call_of, place_in_forward, use_of_result
 from tritonq.prepare.record.scripted import listening_to_scripted
 from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state, tensor_storage, tensor_version
@@ -243,11 +243,9 @@ class Recorder:
         while self._stack[-1].module is not module:
             self._close(self._stack.pop(), None)
         frame = self._stack.pop()
-        if frame.leaf:
-            return self._finish_module(frame, module, result)
-        if not frame.events and shares_tensor(frame.inputs, result):
-            # It returned its input and called nothing: what it does in other circumstances can't be seen from here.
-            # (Stochastic depth in eval mode is such a module.) So it counts as one operation.
+        # One that returned its input and called nothing (stochastic depth in eval mode) counts as one operation too:
+        # what it does in other circumstances can't be seen from here.
+        if frame.leaf or (not frame.events and shares_tensor(frame.inputs, result)):
             return self._finish_module(frame, module, result)
         self._close(frame, result)
         return result
@@ -325,7 +323,8 @@ class Recorder:
             if known is None or known.value not in outputs:
                 outputs.append(self._track(tensor, "call", producer=call.index).value)
         described = self._describe(result)
-        self._calls.append(replace(call, output=described, outputs=tuple(outputs), writes=tuple(writes)))
+        call = replace(call, output=described, outputs=tuple(outputs), writes=tuple(writes))
+        self._calls.append(replace(call, transformed=in_transform()))
         if self._stack:
             self._stack[-1].events.append(("call", call.index))
         return result

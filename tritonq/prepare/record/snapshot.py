@@ -7,6 +7,8 @@ import io
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import CellType
 from typing import Any
 
 import numpy as np
@@ -53,8 +55,16 @@ def copied(model: nn.Module) -> nn.Module:
     also in lists and dicts.
 
     Raises:
-        ValueError: something that a module holds can't be copied; the message names it.
+        ValueError: something that a module holds can't be copied, or its copy would run the original; the message names
+            it.
     """
+    bound = _bound_forward(model)
+    if bound is not None:
+        raise ValueError(
+            f"{type(model).__name__} can't be copied: the forward of {bound or 'the model'} was replaced by a function "
+            "that holds a module of the model, so that a copy would run the original. inplace=True changes the model "
+            "itself; types.MethodType(function, module) makes a forward that copies take along"
+        )
     memo: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, ScriptModule) and id(module) not in memo:
@@ -71,6 +81,27 @@ def copied(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} can't be copied{_culprit(model)}: {error}. inplace=True changes the model itself"
         ) from error
+
+
+def _bound_forward(model: nn.Module) -> str | None:
+    """Return which module's forward is a function that reaches the model by its closure, which copies share."""
+    modules = set(model.modules())
+    for name, module in model.named_modules():
+        function = vars(module).get("forward")
+        while isinstance(function, partial):
+            function = function.func
+        cells = getattr(getattr(function, "__func__", function), "__closure__", None) or ()
+        held = [getattr(cell.cell_contents, "__self__", cell.cell_contents) for cell in cells if _is_filled(cell)]
+        if any(isinstance(item, nn.Module) and item in modules for item in held):
+            return str(name)
+    return None
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a name that the enclosing function has not set yet
+        return False
 
 
 def _culprit(model: nn.Module) -> str:
