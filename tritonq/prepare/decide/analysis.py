@@ -43,6 +43,8 @@ _KEEPING_NAMES = """
 _KEEPING_FUNCTIONS = frozenset(_KEEPING_NAMES.split())
 # Of their further tensors these read the shape alone.
 _SHAPED_LIKE = frozenset({"expand_as", "view_as", "reshape_as"})
+# With a number or a constant these scale or shift; a sum of such values is a sum of quantized tensors all the same.
+_AFFINE = frozenset({"mul", "div", "add", "sub"})
 # These keep a grid unless they change the dtype.
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "cpu", "cuda"})
 _NEAREST = ("nearest", "nearest-exact")
@@ -194,6 +196,16 @@ class Analysis:
             value = self.value_of(call)
             return value is not None and self.flow.values[value].dtype == self.flow.values[call.inputs[0]].dtype
         return call.name in _KEEPING_FUNCTIONS
+
+    def source_of(self, call: Call) -> int | None:
+        """Return what a call keeps the grid of, or scales or shifts by constants; None for other calls."""
+        if self.keeps_grid(call):
+            return call.inputs[0]
+        computed = [value for value in call.inputs if value not in self.constants.values]
+        if call.kind != "function" or call.name not in _AFFINE or len(computed) != 1:
+            return None
+        is_reversed = call.args[:1] != (Ref(computed[0]),) or getattr(call.target, "__name__", "") == "__rdiv__"
+        return None if call.name == "div" and is_reversed else computed[0]
 
     def _is_index(self, value: int) -> bool:
         """Whether a value says which elements are moved: whole numbers."""

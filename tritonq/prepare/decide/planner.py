@@ -243,14 +243,12 @@ class _Planner:
         return found
 
     def _upwards(self, value: int) -> Iterator[int]:
-        """Yield a value and those before it whose elements it holds, up to the first on a grid."""
-        yield value
-        while value not in self.grids:
-            call = self.analysis.flow.producer(value)
-            if call is None or not self.analysis.keeps_grid(call):
-                return
-            value = call.inputs[0]
-            yield value
+        """Yield a value and those before it whose elements it holds, scaled or shifted, up to the first on a grid."""
+        found: int | None = value
+        while found is not None:
+            yield found
+            call = None if found in self.grids else self.analysis.flow.producer(found)
+            found = None if call is None else self.analysis.source_of(call)
 
     def _demands(self, layers: list[Layer], joins: list[Join]) -> dict[int, list[Reading]]:
         """Return the tensors that need a quantizer because something quantized reads them, with all who do."""
