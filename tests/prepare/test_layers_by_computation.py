@@ -196,6 +196,41 @@ def test_functions_with_parameters_are_layers_and_constants_are_left_alone():
     assert "add" not in found
 
 
+class Dropped(nn.Module):
+    """Convolves with a weight that is drawn anew in each step of training."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel, self.head = nn.Parameter(torch.randn(4, 3, 1, 1)), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.head(F.conv2d(x, F.dropout(self.kernel, 0.5, self.training)))
+
+
+def test_weights_drawn_at_random_stay_in_float_with_that_reason():
+    with pytest.warns(UserWarning, match="conv2d: its weight is drawn at random"):
+        prepared = prepare_qat(Dropped(), example_inputs=X)
+    assert rows(prepared)["head"] == ("Conv2d", "quantized")
+
+
+class Holder(nn.Module):
+    """Multiplies by the weight of a layer that it does not call, as BEiT does with its own bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.bias = nn.Linear(6, 4, bias=False), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return F.linear(x, self.qkv.weight, self.bias).relu()
+
+
+def test_a_layer_whose_weight_a_function_takes_is_part_of_that_function():
+    prepared = prepare_qat(Holder(), example_inputs=torch.randn(2, 6), strict=True)
+    assert rows(prepared) == {"qkv": ("Linear", "quantized"), "linear": ("linear", "quantized")}
+    row = tritonq.summary(prepared).layers[0]
+    assert (row.name, row.fused_with) == ("linear", ("qkv",))
+
+
 class Conditional(nn.Module):
     """Convolves with a weight that the input chooses."""
 

@@ -1,4 +1,4 @@
-"""Sums of tensors that constants scale: LayerScale, learned weights of features, tokens behind a position embedding."""
+"""Joins whose operands lie on no grid themselves, but follow from quantized tensors by constants or norms."""
 
 import warnings
 
@@ -91,3 +91,33 @@ class Inverses(Scaled):
 def test_reciprocals_are_no_scaled_tensors():
     with pytest.warns(UserWarning, match=r"add: nothing that it reads, and nothing that reads it, is quantized"):
         tritonq.prepare_qat(Inverses(), example_inputs=X)
+
+
+class NormedAttention(nn.Module):
+    """Cosine attention, or norms of queries and keys: both operands of the product come out of norms."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.qkv, self.last, self.norm = nn.Linear(6, 12), nn.Linear(4, 2), norm
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = self.norm(q) @ self.norm(k).transpose(-2, -1)
+        return self.last((4 * scores).softmax(-1) @ v)
+
+
+class Normalize(nn.Module):
+    def forward(self, x):
+        return F.normalize(x, dim=-1)
+
+
+@pytest.mark.parametrize("norm", [Normalize(), nn.LayerNorm(4), nn.Softmax(-1)], ids=lambda norm: type(norm).__name__)
+def test_products_behind_norms_are_quantized(norm):
+    tokens = torch.randn(2, 5, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared = tritonq.prepare_qat(NormedAttention(norm), example_inputs=tokens, strict=True)
+        prepared(tokens).square().sum().backward()
+        converted = tritonq.convert(prepared.eval())
+    assert sum(row.kind == "matmul" and row.status == "quantized" for row in prepared.tritonq_report) == 2
+    assert torch.equal(converted(tokens), prepared(tokens))

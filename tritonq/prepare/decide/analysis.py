@@ -45,6 +45,9 @@ _KEEPING_FUNCTIONS = frozenset(_KEEPING_NAMES.split())
 _SHAPED_LIKE = frozenset({"expand_as", "view_as", "reshape_as"})
 # With a number or a constant these scale or shift; a sum of such values is a sum of quantized tensors all the same.
 _AFFINE = frozenset({"mul", "div", "add", "sub"})
+# Islands in float between quantized tensors: a product of two activations behind one is worth quantizing all the same.
+_NORMS = frozenset({"normalize", "layer_norm", "rms_norm", "group_norm", "instance_norm", "softmax"})
+_NORM_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.Softmax)
 # These keep a grid unless they change the dtype.
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "cpu", "cuda"})
 _NEAREST = ("nearest", "nearest-exact")
@@ -197,11 +200,13 @@ class Analysis:
             return value is not None and self.flow.values[value].dtype == self.flow.values[call.inputs[0]].dtype
         return call.name in _KEEPING_FUNCTIONS
 
-    def source_of(self, call: Call) -> int | None:
-        """Return what a call keeps the grid of, or scales or shifts by constants; None for other calls."""
+    def source_of(self, call: Call, through_norms: bool = False) -> int | None:
+        """Return what a call keeps the grid of, or scales or shifts by constants, or normalises; None for others."""
         if self.keeps_grid(call):
             return call.inputs[0]
         computed = [value for value in call.inputs if value not in self.constants.values]
+        if through_norms and len(computed) == 1 and (isinstance(call.target, _NORM_MODULES) or call.name in _NORMS):
+            return computed[0]
         if call.kind != "function" or call.name not in _AFFINE or len(computed) != 1:
             return None
         is_reversed = call.args[:1] != (Ref(computed[0]),) or getattr(call.target, "__name__", "") == "__rdiv__"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from torch import nn
 
@@ -82,9 +83,10 @@ class Constants:
         values = (self._flow.values[value] for value in self._before(results))
         return frozenset(str(value.path[0]) for value in values if value.source == "state")
 
-    def rests_on_foreign(self, results: Iterable[int]) -> bool:
-        """Whether values follow from tensors that are neither the model's nor its inputs."""
-        return any(self._flow.values[value].source == "unknown" for value in self._before(results))
+    def rests_on(self, results: Iterable[int]) -> Literal["unknown", "input", "random"]:
+        """Return what values that are no constants follow from: foreign tensors, inputs of the model, or chance."""
+        sources = {self._flow.values[value].source for value in self._before(results)}
+        return "unknown" if "unknown" in sources else "input" if "input" in sources else "random"
 
     def _before(self, results: Iterable[int]) -> set[int]:
         """Return values, and those that they were computed of."""

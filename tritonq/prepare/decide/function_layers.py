@@ -89,8 +89,7 @@ def find_function_layer(call: Call, child: str, analysis: Analysis) -> Functiona
         tensors = [item for item in (weight, bias) if item is not None]
         if not all(isinstance(item, Ref) and item.value in analysis.constants.values for item in tensors):
             refs = [item.value for item in tensors if isinstance(item, Ref)]
-            foreign = analysis.constants.rests_on_foreign(refs)
-            return "its weight is none of the model's" if foreign else "its weight depends on the model's input"
+            return _UNFIT[analysis.constants.rests_on(refs)]
         if not isinstance(arguments["input"], Ref):
             return "it reads no tensor"
     if all(arguments["input"].value in analysis.constants.values for arguments in given):
@@ -118,6 +117,12 @@ def find_function_layer(call: Call, child: str, analysis: Analysis) -> Functiona
     return FunctionalLayer(call.owner, child, FUNCTIONS[call.name], site, geometries[0], calls, program)
 
 
+# Why a weight that does not follow from parameters alone can't be quantized, by what it follows from.
+_UNFIT = {
+    "unknown": "its weight is none of the model's",
+    "input": "its weight depends on the model's input",
+    "random": "its weight is drawn at random",
+}
 # Why what reads constants only is left alone: its result is a constant too.
 CONSTANT_INPUT = "it reads nothing but parameters, so that its result is a constant"
 

@@ -74,6 +74,11 @@ class Join:
         """Whether an operand computed from parameters alone is rounded, too."""
         return KINDS[self.kind].constants == "rounded"
 
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a matrix product of activations."""
+        return self.kind in ("matmul", "einsum", "scaled_dot_product_attention")
+
     def module(self, qconfig: QConfig | None) -> nn.Module:
         """Return the module that takes its place."""
         return KINDS[self.kind].module(self, qconfig)

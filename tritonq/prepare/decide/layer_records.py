@@ -57,6 +57,7 @@ def layer_records(
         name = part.name if isinstance(part, Layer) else join_names[part]
         absorbed = [calls[index].module_name for index in part.relus]
         absorbed.append(part.batch_norm if isinstance(part, Layer) else None)
+        absorbed += _holders(part, analysis, plan) if isinstance(part, Layer) else ()
         for other in dict.fromkeys(other for other in absorbed if other is not None):
             partners.setdefault(name, []).append(other)
             partners.setdefault(other, []).append(name)
@@ -141,6 +142,13 @@ def _absorbed(name: str, analysis: Analysis, plan: Plan) -> bool:
     if any(layer.batch_norm == name for layer in plan.layers):
         return True
     return all(call.index in plan.erased for call in analysis.flow.calls_of(name))
+
+
+def _holders(layer: Layer, analysis: Analysis, plan: Plan) -> list[str]:
+    """Return the modules that nothing calls and whose parameters a forward hands to a function that is a layer."""
+    state = () if layer.function is None else layer.function.program.state.values()
+    found = dict.fromkeys(name.rpartition(".")[0] for name in state)
+    return [name for name in found if name in plan.float_reasons and not analysis.flow.runs_of(name)]
 
 
 def _moves_values(name: str, analysis: Analysis, plan: Plan) -> bool:

@@ -210,7 +210,7 @@ class _Planner:
         made: dict[int, list[int]] = {}  # for values that a candidate returns, the candidates
         pending: list[int] = []
         for index, join in enumerate(candidates):
-            sources = {source for value in self._reads(join) for source in self._upwards(value)}
+            sources = {source for value in self._reads(join) for source in self._upwards(value, join.is_product)}
             if any(source in self.grids for source in sources):
                 pending.append(index)
             for source in sources:
@@ -242,13 +242,13 @@ class _Planner:
             self._assign(join.ends, join)
         return found
 
-    def _upwards(self, value: int) -> Iterator[int]:
+    def _upwards(self, value: int, through_norms: bool = False) -> Iterator[int]:
         """Yield a value and those before it whose elements it holds, scaled or shifted, up to the first on a grid."""
         found: int | None = value
         while found is not None:
             yield found
             call = None if found in self.grids else self.analysis.flow.producer(found)
-            found = None if call is None else self.analysis.source_of(call)
+            found = None if call is None else self.analysis.source_of(call, through_norms)
 
     def _demands(self, layers: list[Layer], joins: list[Join]) -> dict[int, list[Reading]]:
         """Return the tensors that need a quantizer because something quantized reads them, with all who do."""
