@@ -276,3 +276,21 @@ class TestLayers:
         expected = dict(other.named_parameters())
         for name, parameter in mine.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0.02, atol=1e-3)
+
+    def test_exact_training_folds_by_the_kernel(self, table: Callable[..., None], launches: list[str]) -> None:
+        mine, other = trained("ConvBnReLU2d"), trained("ConvBnReLU2d")
+        for model in (mine, other):
+            layer_of(model.train()).mode = "exact"
+        z = other(self.x)
+        assert launches == []
+        table(**EVERY_KIND)
+        y = mine(self.x)
+        assert launches == ["conv2d"]
+        assert ((y - z).abs() < 1.01 * layer_of(mine).activation_post_process.scale).all()
+        for out in (y, z):
+            out.square().sum().backward()
+        expected = dict(other.named_parameters())
+        for name, parameter in mine.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0.02, atol=1e-3)
+        for name, buffer in layer_of(mine).bn.named_buffers():
+            torch.testing.assert_close(buffer, getattr(layer_of(other).bn, name))

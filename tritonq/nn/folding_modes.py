@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.functional.bias import quantize_bias
 from tritonq.functional.channel_moments import channel_moments
+from tritonq.functional.conv2d import find_kernel
 from tritonq.functional.conv_bn import ConvBnStep, conv_bn
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.integer import raise_scale_for_bias
@@ -75,12 +76,17 @@ def approximate(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tenso
 def exact(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Fold the batch's own statistics: ``op(x, FQ_w(W t)) + FQ_b(β - t · mean)`` with ``t = γ/σ(var)``.
 
-    Mean and variance are those of ``op(x, W)``, through which gradients flow: the layer runs twice.
+    Mean and variance are those of ``op(x, W)``, through which gradients flow: the layer runs twice. The second time one
+    kernel computes it with its bias and ReLU where it is the faster one.
     """
     mean, inverse_std, _ = _batch_statistics(layer, x, weight, bias)
     scale = inverse_std if layer.bn.weight is None else layer.bn.weight * inverse_std
-    y = layer.linear_map(x, layer.quantized_weight(scale_out_channels(weight, scale, *layer.grouping)))
+    rounded = layer.quantized_weight(scale_out_channels(weight, scale, *layer.grouping))
     on_grid = bias_on_grid(layer, _batch_bias(layer, bias, mean, scale))
+    kernel = find_kernel(x, rounded, layer.linear_map.conv2d)
+    if kernel is not None:
+        return cast(Tensor, layer.activation_post_process(kernel(x, rounded, on_grid, layer.ceiling)))
+    y = layer.linear_map(x, rounded)
     return layer.quantized_output(y + layer.along_channels(on_grid, y))
 
 
