@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -82,3 +82,9 @@ def describe_granularity(granularity: Granularity) -> str:
         return "tensor"
     size = "channel" if granularity.group is None else f"group of {granularity.group}"
     return f"{size} (axis {granularity.axis})"
+
+
+def granularity_of(quantizer: nn.Module) -> Granularity:
+    """Return which elements share a scale of ``quantizer``; all of them where it has no ``qtype``."""
+    qtype = getattr(quantizer, "qtype", None)
+    return Granularity() if qtype is None else qtype.granularity

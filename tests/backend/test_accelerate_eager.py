@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.ao import quantization as ao
 from torch.ao.quantization import _learnable_fake_quantize as learnable
+from torch.ao.quantization import quantization_mappings
 from torch.profiler import ProfilerActivity, profile
 
 import tritonq
@@ -107,6 +108,35 @@ def test_layers_of_one_and_three_dimensions():
     with torch.no_grad():
         converted = [ao.convert(each.float().eval()) for each in (model, tritonq.restore(ours))]
     assert torch.equal(*(each(images(1)) for each in converted))
+
+
+class Tables(nn.Module):
+    """Embedding tables before a linear layer; reads the images' pixels as indices."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.bags = nn.Embedding(20, 4, padding_idx=1), nn.EmbeddingBag(20, 4, mode="mean")
+        self.quant, self.head, self.dequant = ao.QuantStub(), nn.Linear(8, 3), ao.DeQuantStub()
+
+    def forward(self, x):
+        index = (x.flatten(1) * 5).long() % 20
+        return self.dequant(self.head(self.quant(torch.cat([self.words(index).mean(1), self.bags(index)], 1))))
+
+
+def test_embedding_tables_in_float64():
+    """Their quantizers are left to torch.ao: zero points of its tables are no integers."""
+    torch.manual_seed(0)
+    model, mapping = Tables().train(), quantization_mappings.get_embedding_qat_module_mappings()
+    model.qconfig, model.words.qconfig = qconfig(), ao.default_embedding_qat_qconfig
+    model.bags.qconfig = ao.default_embedding_qat_qconfig_4bit
+    model = in_float64(ao.prepare_qat(model, {**ao.get_default_qat_module_mappings(), **mapping}))
+    ours = tritonq.accelerate(model)
+    report = report_of(ours)
+    assert [row.name for row in report.left_alone] == ["words.weight_fake_quant", "bags.weight_fake_quant"]
+    assert "zero points that are no integers" in str(report)
+    assert_same_training(model, ours)
+    restored = tritonq.restore(ours)
+    assert [type(module) for module in restored.modules()] == [type(module) for module in model.modules()]
 
 
 def test_the_fused_quantizers_of_version_1():

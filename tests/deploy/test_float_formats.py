@@ -111,10 +111,21 @@ def test_integer_quantizers_of_float_codes_deploy_too():
     assert torch.equal(tritonq.convert(qat)(X), qat(X))
 
 
-def test_tables_hold_numbers_of_the_format():
-    quantizer = tritonq.FloatFakeQuantize.with_args(format="fp8_e4m3", history=1, ch_axis=0)
-    table = tritonq.nn.Embedding(10, 4, qconfig=tritonq.QConfig(nn.Identity, quantizer))
-    table(torch.tensor([1, 7]))
-    model = nn.Sequential(table).eval()
-    rows = torch.arange(10)
-    assert torch.equal(tritonq.convert(model)(rows), model(rows))
+class Tables(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.bags, self.head = nn.Embedding(10, 4), nn.EmbeddingBag(10, 4), nn.Linear(8, 2)
+
+    def forward(self, index):
+        return self.head(torch.cat([self.words(index).mean(1), self.bags(index)], 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tables_hold_numbers_of_the_format(dtype):
+    index = torch.arange(10).view(2, 5)
+    model = tritonq.prepare_qat(Tables().to(dtype), qconfig=preset(), example_inputs=index).train()
+    for _ in range(2):
+        assert model(index).dtype == dtype
+    model.float().eval()
+    assert float(model.words.weight_fake_quant.scale.std()) > 0
+    assert torch.equal(tritonq.convert(model)(index), model(index))

@@ -140,3 +140,14 @@ def test_bad_arguments() -> None:
         FloatFakeQuantize("fp8_e4m3", history=0)
     with pytest.raises(ValueError, match="block formats"):
         FloatFakeQuantize("fp8_e4m3", scale_rounding="ceil")
+
+
+def test_scales_per_channel_of_activations_are_found_after_preparing() -> None:
+    make = FloatFakeQuantize.with_args(format="fp8_e4m3")
+    qconfig = tritonq.QConfig(make.with_args(ch_axis=1), make.with_args(ch_axis=0))
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 1))
+    x = normal(2, 3, 6, 6)
+    qat = tritonq.prepare_qat(net, qconfig=qconfig, example_inputs=x).train()
+    qat(x)
+    outputs = [module.activation_post_process for module in qat.modules() if isinstance(module, tritonq.nn.QATLayer)]
+    assert [len(quantizer.scale) for quantizer in outputs] == [5, 4]

@@ -290,6 +290,11 @@ def test_deepcopy_and_pickle_keep_the_link_to_the_input_quantizer():
     [
         (lambda: tritonq.nn.Conv2d(1, 1, 1), TypeError, "Conv2d needs qconfig=QConfig"),
         (lambda: tritonq.nn.Embedding(3, 2), TypeError, "Embedding needs qconfig"),
+        (
+            lambda: tritonq.nn.EmbeddingBag(3, 32, qconfig=tritonq.get_qconfig("w4_g32")),
+            ValueError,
+            r"the table of an EmbeddingBag can't have a scale per group of 32 \(axis 1\): give it one per row",
+        ),
         (lambda: tritonq.nn.Conv2d.from_float(nn.Linear(1, 1)), TypeError, "expects Conv2d, got Linear"),
         (lambda: tritonq.nn.Linear.from_float(nn.Conv2d(1, 1, 1)), TypeError, "expects Linear, got Conv2d"),
         (lambda: tritonq.nn.Conv2d.from_float(nn.Conv2d(1, 1, 1)), TypeError, "got None"),

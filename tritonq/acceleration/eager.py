@@ -99,9 +99,9 @@ def _change_class(module: nn.Module, classes: dict[type[nn.Module], type[nn.Modu
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    """Whether ``module`` is a layer with a quantized weight, or an operation with a quantized result."""
+    """Whether ``module`` computes with a quantized weight, which tables do not, or has a quantized result."""
     if hasattr(module, "weight_fake_quant"):
-        return True
+        return not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
     held = getattr(module, "activation_post_process", None)
     return type(module).__name__ == "FloatFunctional" and isinstance(held, nn.Module) and is_fake_quantizer(held)
 

@@ -109,6 +109,8 @@ def _scheme(quantizer: nn.Module) -> Scheme | str:
     observer_name = type(observer).__name__ if type(observer).__module__.startswith(_LIBRARIES) else ""
     if getattr(held, "is_dynamic", False):
         return "dynamic quantization"
+    if held.qscheme == torch.per_channel_affine_float_qparams:
+        return "zero points that are no integers (per_channel_affine_float_qparams)"
     if held.qscheme not in _PER_CHANNEL + _PER_TENSOR:
         return f"qscheme {held.qscheme}"
     if quantizer._forward_hooks or quantizer._forward_pre_hooks or observer._forward_hooks:

@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.granularity import describe_granularity, granularity_of
 from tritonq.nn.conv import check_float_type
 from tritonq.nn.qat import check_qconfig, without_qconfig
 from tritonq.qconfig import QConfig
@@ -17,13 +18,23 @@ class _QATTable(nn.Module):
     """The table's quantizer. Outputs are rows of a quantized table and get no quantizer of their own."""
 
     def attach_quantizer(self, qconfig: QConfig | None, rows: int) -> None:
-        """Create the weight quantizer of ``qconfig``."""
+        """Create the weight quantizer of ``qconfig`` with buffers of their final shape.
+
+        Raises:
+            ValueError: it has scales per group, or per index of another axis than the rows'.
+        """
         self.qconfig = qconfig = check_qconfig(self, qconfig)
         self.weight_fake_quant = qconfig.weight()
         if isinstance(self.weight_fake_quant, FakeQuantizeBase):
             self.weight_fake_quant.batch_axis = None
-        if isinstance(self.weight_fake_quant, FakeQuantize):
-            self.weight_fake_quant.allocate(rows)
+        granularity = granularity_of(self.weight_fake_quant)
+        if granularity.group is not None or granularity.axis not in (None, 0):
+            raise ValueError(
+                f"the table of an {type(self).__name__} can't have a scale per {describe_granularity(granularity)}: "
+                "give it one per row or per table, by a QConfigMapping"
+            )
+        if granularity.axis is not None:
+            self.weight_fake_quant.allocate(rows)  # type: ignore[operator]
 
 
 class Embedding(_QATTable, nn.Embedding):

@@ -14,7 +14,7 @@ from tritonq.functional.integer import IntegerAffine, to_integers
 from tritonq.functional.integer_kernels import PackedLayer
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct, PaddedConvolution
 from tritonq.functional.memo import Memo
-from tritonq.granularity import Granularity
+from tritonq.granularity import granularity_of
 from tritonq.grid import Grid
 from tritonq.nn.computed import ComputedParameters
 from tritonq.nn.forward_mode import RestingModes
@@ -81,7 +81,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
             self.weight_fake_quant.batch_axis = None
         self.activation_post_process = qconfig.activation()
         self._input_quantizer: Reference[FakeQuantizeBase] = Reference()
-        granularity = _granularity(self.weight_fake_quant)
+        granularity = granularity_of(self.weight_fake_quant)
         if granularity.group is not None:
             self._allocate_groups(granularity)
         elif granularity.axis is not None:
@@ -287,11 +287,6 @@ def check_qconfig(layer: nn.Module, qconfig: object) -> QConfig:
     if not isinstance(qconfig, QConfig):
         raise TypeError(f"{type(layer).__name__} needs qconfig=QConfig(...), got {describe_wrong_qconfig(qconfig)}")
     return qconfig
-
-
-def _granularity(quantizer: nn.Module) -> Granularity:
-    qtype = getattr(quantizer, "qtype", None)
-    return Granularity() if qtype is None else qtype.granularity
 
 
 def linear_map_of(layer: nn.Module) -> LinearMap:

@@ -165,6 +165,8 @@ class _BufferState:
         is_known = self.buffer.is_meta or self.buffer.is_inference()
         if tensor_version(self.buffer) != self.version or not (is_known or torch.equal(self.buffer, self.value)):
             with torch.no_grad():
+                if self.buffer.shape != self.value.shape:  # a quantizer took the channel count of the first batch
+                    self.buffer.resize_(self.value.shape)
                 self.buffer.copy_(self.value)
 
 
