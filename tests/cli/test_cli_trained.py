@@ -175,3 +175,16 @@ def test_damaged_metadata_is_noticed(trained, tmp_path):
     model = tritonq.load_converted(trained / "out" / "model.int8.pt", SmallResNet(3, 2, 4))
     with pytest.raises(ValueError, match="must be data that JSON can hold"):
         tritonq.save_converted(model, tmp_path / "x.pt", metadata={"a": object()})
+
+
+@pytest.mark.parametrize(("preset", "codes"), [("fp8_e4m3", "float"), ("a16w8", "int16")])
+def test_codes_that_are_no_bytes(trained, preset, codes, tmp_path, capsys):
+    """They deploy as bytes do: the files of a run, predictions by ONNX Runtime, evaluation and export."""
+    out, images = tmp_path / "out", trained / "insects"
+    words = [word for word in FOLDER_MODEL[1:] if word != "--no-onnx"]
+    assert run("train", FACTORY, images, *words, f"--qconfig={preset}", "--output", out) == 0
+    assert f"converted ({codes})" in capsys.readouterr().out
+    assert run("predict", out / "model.onnx", images / "ants") == 0
+    assert run("evaluate", FACTORY, images, "--checkpoint", out / "model.int8.pt") == 0
+    assert run("export", FACTORY, tmp_path / "again.onnx", "--checkpoint", out / "best.pt") == 0
+    assert (tmp_path / "again.onnx").exists()

@@ -92,6 +92,24 @@ def test_files_hold_eight_bit_floats(format, target, tmp_path):
     assert next(layer for layer in changed.layers if layer.name == "stem").largest <= 1
 
 
+@pytest.mark.parametrize("ch_axis", [None, 1])
+def test_onnx_runtime_moves_floats(ch_axis, tmp_path):
+    """It has no MaxPool, Reshape, Unsqueeze or Slice of eight-bit floats, and moves DequantizeLinear behind these."""
+
+    class Moves(Net):
+        def forward(self, x):
+            x = nn.functional.max_pool2d(torch.relu(self.stem(x)), 2).permute(0, 1, 3, 2)
+            x = self.body(x.unsqueeze(1).squeeze(1)[:, :, 1:])
+            return self.head(x.mean((2, 3), keepdim=True).flatten(1))
+
+    make = tritonq.FloatFakeQuantize.with_args(format="fp8_e4m3")
+    qconfig = tritonq.QConfig(make.with_args(ch_axis=ch_axis), make.with_args(ch_axis=0, history=1))
+    qat = tritonq.prepare_qat(Moves(), qconfig=qconfig, example_inputs=X[:2]).train()
+    qat(X), qat.eval()
+    tritonq.export_onnx(qat, tmp_path / "model.onnx", X[:2])
+    assert tritonq.verify(qat, tmp_path / "model.onnx", X).agrees()
+
+
 def test_formats_without_operators_are_refused(tmp_path):
     qat = prepared(preset("fp4_e2m1"))
     with pytest.raises(ValueError, match="rounds to e2m1, for which ONNX Runtime has no Q/DQ; known: e4m3, e5m2"):

@@ -22,6 +22,7 @@ from tritonq.deploy.onnx_session import open_session
 Deployed = Literal["best", "last"]
 # The key of an ONNX file's metadata that holds the same as the int8 file's.
 METADATA_KEY = "tritonq.metadata"
+_BYTE = 8
 
 
 def deploy(model: nn.Module, made: Recipe, data: Examples, output: Path, workers: int, onnx: bool = True) -> int:
@@ -35,13 +36,16 @@ def deploy(model: nn.Module, made: Recipe, data: Examples, output: Path, workers
     deployed = share_right(converted, held_out)
     report = verify(model, converted, held_out)
     total = report.total
-    print(f"converted (int8)  {deployed:.2%}; {total.differing:,} of {total.codes:,} codes differ", flush=True)
+    codes = _widest_codes(converted)
+    print(
+        f"{f'converted ({codes})':17} {deployed:.2%}; {total.differing:,} of {total.codes:,} codes differ", flush=True
+    )
     written = [path]
     if onnx:
         onnx_path = output / "model.onnx"
         try:
-            # Whatever the preset's target: ONNX Runtime runs the file here and in `predict`.
-            write_onnx(converted, made, onnx_path, target="onnxruntime")
+            # Whatever the preset's target: ONNX Runtime runs the file here and in `predict`, 16 bits between pairs.
+            write_onnx(converted, made, onnx_path, target="qdq" if codes == "int16" else "onnxruntime")
         except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
             reason = str(error).strip().splitlines()[0]
             print(f"ONNX Runtime      no {onnx_path.name}: {reason}", flush=True)
@@ -52,6 +56,14 @@ def deploy(model: nn.Module, made: Recipe, data: Examples, output: Path, workers
     sizes = ", ".join(f"{file} ({file.stat().st_size / 1000:.1f} kB)" for file in written)
     print(f"written: {sizes}, {output / 'last.pt'}, {output / 'best.pt'}, {output / 'log.csv'}")
     return 0 if report.agrees() else 1
+
+
+def _widest_codes(converted: nn.Module) -> str:
+    """Return the codes of a converted model in a word: ``"int8"`` for 8 bits and fewer, ``"int16"``, ``"float"``."""
+    types = [qtype for module in converted.modules() if (qtype := getattr(module, "qtype", None)) is not None]
+    if any(qtype.float_format is not None for qtype in types):
+        return "float"
+    return "int16" if any(qtype.bits > _BYTE for qtype in types) else "int8"
 
 
 def metadata(made: Recipe) -> dict[str, Any]:

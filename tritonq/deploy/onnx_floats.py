@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.float_quantizer import FloatQuantizer
-from tritonq.deploy.onnx_ops import quantize_dequantize_float
+from tritonq.deploy.onnx_ops import quantize_dequantize_float, round_to_float
 from tritonq.formats import FLOAT_FORMATS, FloatCodes
 from tritonq.reference.float_rounding import codes_of_floats, floats_of_codes, round_to_float_
 
@@ -19,14 +19,14 @@ _FORMATS: dict[str, FloatCodes] = {"FLOAT8E4M3FN": "e4m3", "FLOAT8E5M2": "e5m2"}
 
 
 class TracedFloatQuantizer(nn.Module):
-    """A quantizer to floats as one operator.
+    """A quantizer to floats as QuantizeLinear and DequantizeLinear, or as products by scales around a cast.
 
     Args:
         source: the quantizer.
         name: its name.
         divides: whether QuantizeLinear divides by the scale. ONNX Runtime (1.31) makes an integer convolution of one
-            between such a pair, and then refuses its own graph: there the quotient is computed before, by the
-            reciprocal as in training.
+            between such a pair, moves DequantizeLinear behind operations that it has for no float of eight bits, and
+            then refuses its own graph: there products by the scale and its reciprocal, as in training, stand apart.
 
     Raises:
         ValueError: a format without Q/DQ in ONNX.
@@ -35,6 +35,7 @@ class TracedFloatQuantizer(nn.Module):
     scale: Tensor
     inverse: Tensor
     zero_point: Tensor
+    one: Tensor
 
     def __init__(self, source: FloatQuantizer, name: str, divides: bool) -> None:
         super().__init__()
@@ -46,22 +47,25 @@ class TracedFloatQuantizer(nn.Module):
                 f"{', '.join(FLOAT_DTYPES)}"
             )
         self.name = name
-        self.axis = 0 if source.qtype.axis is None else source.qtype.axis
-        shape = () if source.qtype.axis is None else (-1,)
+        self.axis = source.qtype.axis
+        shape = () if divides and self.axis is None else (-1,)
         self.register_buffer("scale", source.scale.reshape(shape))
-        self.register_buffer("inverse", source.scale.reciprocal().reshape(-1))
-        self.register_buffer("zero_point", torch.zeros_like(self.scale).to(dtype))
+        self.register_buffer("inverse", self.scale.reciprocal())
+        self.register_buffer("zero_point", torch.zeros_like(self.scale if divides else torch.ones(())).to(dtype))
+        self.register_buffer("one", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize and dequantize ``x``."""
-        if not self.divides:
-            shape = [1] * x.dim()
-            if self.scale.dim():
-                shape[self.axis] = -1
-            # One axis where there is one scale, or ONNX Runtime would multiply it into the weights before.
-            x = x * (self.inverse.view(shape) if self.scale.dim() else self.inverse)
-        y: Tensor = quantize_dequantize_float(x, self.scale, self.zero_point, self.axis, not self.divides, self.name)
-        return y
+        y: Tensor
+        if self.divides:
+            y = quantize_dequantize_float(x, self.scale, self.zero_point, self.axis or 0, self.name)
+            return y
+        # One axis where there is one scale, or ONNX Runtime would multiply it into the weights before.
+        shape = [1] if self.axis is None else [1] * x.dim()
+        if self.axis is not None:
+            shape[self.axis] = -1
+        y = round_to_float(x * self.inverse.view(shape), self.one, self.zero_point, self.name)
+        return y * self.scale.view(shape)
 
 
 def describe_floats(node: Any) -> dict[str, Any]:

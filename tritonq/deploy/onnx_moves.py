@@ -69,11 +69,12 @@ def quantize_behind_moves(graph: Any) -> None:
 
 
 def _grid_of(node: Any) -> _Grid | None:
-    """Return the grid of activations that a DequantizeLinear reads codes of; None for weights and other nodes."""
+    """Return the grid of activations that a DequantizeLinear reads integers of; None for weights and other nodes."""
     if node.op_type != "DequantizeLinear" or node.inputs[0].producer() is None or len(node.inputs) < 3:
         return None
     scale, zero_point = (_constant(value) for value in node.inputs[1:3])
-    if scale is None or zero_point is None or scale.ndim != 0:
+    # Nothing computes on floats of eight bits, and ONNX Runtime (1.31) has no MaxPool or Unsqueeze that moves them.
+    if scale is None or zero_point is None or scale.ndim != 0 or zero_point.dtype.kind not in "iu":
         return None
     return float(scale), int(zero_point)
 

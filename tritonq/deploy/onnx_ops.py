@@ -85,9 +85,7 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block_
 
 
 @torch.library.custom_op("tritonq::quantize_dequantize_float", mutates_args=())
-def quantize_dequantize_float(
-    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, divided: bool, quantizer: str
-) -> Tensor:
+def quantize_dequantize_float(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quantizer: str) -> Tensor:
     """Return the nearest number of a float format to ``x / s``, times ``s``; larger values saturate.
 
     Args:
@@ -95,16 +93,33 @@ def quantize_dequantize_float(
         scale: float32, 0-d or (x.shape[axis],).
         zero_point: zeros, as ``scale``, in the format's dtype: torch.float8_e4m3fn or torch.float8_e5m2.
         axis: what ``scale`` runs along, if it is not 0-d.
-        divided: ``x`` holds x / s already.
         quantizer: name to mark the values with.
     """
     scale, largest = _along(scale, x, axis), torch.finfo(zero_point.dtype).max
-    steps = x if divided else x / scale
-    return steps.clamp(-largest, largest).to(zero_point.dtype).float() * scale
+    return (x / scale).clamp(-largest, largest).to(zero_point.dtype).float() * scale
 
 
 @quantize_dequantize_float.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, divided: bool, quantizer: str) -> Tensor:
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quantizer: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("tritonq::round_to_float", mutates_args=())
+def round_to_float(x: Tensor, one: Tensor, zero_point: Tensor, quantizer: str) -> Tensor:
+    """Return the nearest number of a float format; larger values saturate.
+
+    Args:
+        x: float32.
+        one: the number 1, float32, 0-d.
+        zero_point: zero in the format's dtype: torch.float8_e4m3fn or torch.float8_e5m2, 0-d.
+        quantizer: name to mark the numbers with.
+    """
+    largest = torch.finfo(zero_point.dtype).max
+    return x.clamp(-largest, largest).to(zero_point.dtype).float() * one
+
+
+@round_to_float.register_fake
+def _(x: Tensor, one: Tensor, zero_point: Tensor, quantizer: str) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -184,16 +199,17 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         blocks = {} if block_size is None else {"block_size": block_size}
         return (op if block_size is None else op21).DequantizeLinear(codes, scale, zero_point, axis=axis, **blocks)
 
-    def translate_quantize_dequantize_float(
-        x: Any, scale: Any, zero_point: Any, axis: int, divided: bool, quantizer: str
-    ) -> Any:
-        if divided:  # QuantizeLinear without a scale that divides: Cast saturates and rounds alike
-            codes = op19.Cast(x, to=zero_point.dtype.value, saturate=1)
-        else:
-            codes = op19.QuantizeLinear(x, scale, zero_point, axis=axis)
+    def translate_quantize_dequantize_float(x: Any, scale: Any, zero_point: Any, axis: int, quantizer: str) -> Any:
+        codes = op19.QuantizeLinear(x, scale, zero_point, axis=axis)
         values = op19.DequantizeLinear(codes, scale, zero_point, axis=axis)
         values.metadata_props[QUANTIZER_KEY] = quantizer
         return values
+
+    def translate_round_to_float(x: Any, one: Any, zero_point: Any, quantizer: str) -> Any:
+        # Cast saturates and rounds as QuantizeLinear does.
+        numbers = op19.DequantizeLinear(op19.Cast(x, to=zero_point.dtype.value, saturate=1), one, zero_point, axis=0)
+        numbers.metadata_props[QUANTIZER_KEY] = quantizer
+        return numbers
 
     def translate_global_average(x: Any) -> Any:
         return op.GlobalAveragePool(x)
@@ -205,6 +221,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         table.negate_codes.default: translate_negate_codes,
         table.quantize_dequantize_float.default: translate_quantize_dequantize_float,
+        table.round_to_float.default: translate_round_to_float,
         table.global_average.default: translate_global_average,
         table.quantize_dequantize.default: translate_quantize_dequantize,
         table.dequantize.default: translate_dequantize,
