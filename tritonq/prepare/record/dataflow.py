@@ -216,6 +216,10 @@ class Dataflow:
             (*self.calls, *more_calls), (*self.values, *more_values), (*self.frames, *more_frames), self.runs + 1
         )
 
+    def runs_of(self, module_name: str) -> set[int]:
+        """Return the runs that called a module, as a leaf or not."""
+        return {call.run for call in self.calls_of(module_name)} | {frame.run for frame in self.frames_of(module_name)}
+
     def __str__(self) -> str:
         """Return one line per call, in order; ``v3`` is value 3, a parameter or buffer its name."""
         lines = [
