@@ -14,7 +14,7 @@ from tritonq.functional.integer import IntegerAffine, to_integers
 from tritonq.functional.integer_kernels import PackedLayer
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct, PaddedConvolution
 from tritonq.functional.memo import Memo
-from tritonq.granularity import granularity_of
+from tritonq.granularity import Granularity, granularity_of
 from tritonq.grid import Grid
 from tritonq.nn.computed import ComputedParameters
 from tritonq.nn.forward_mode import RestingModes
