@@ -39,6 +39,7 @@ from tritonq.observers import (
     PassiveObserver,
     PerChannelMinMaxObserver,
 )
+from tritonq.paper_schemes import BinaryWeight, DoReFaActivation, DoReFaWeight, TernaryWeight
 from tritonq.parameter_groups import parameter_groups
 from tritonq.qconfig import (
     QConfig,
@@ -86,9 +87,12 @@ if TYPE_CHECKING:
     from tritonq.torch_operators import use_in_torch
 
 __all__ = [
+    "BinaryWeight",
     "ClippedFakeQuantize",
     "DeQuantStub",
     "Distillation",
+    "DoReFaActivation",
+    "DoReFaWeight",
     "FakeQuantize",
     "FixedPointFakeQuantize",
     "FloatFakeQuantize",
@@ -107,6 +111,7 @@ __all__ = [
     "QuantizedType",
     "QuantizerHistory",
     "QuantizerRecord",
+    "TernaryWeight",
     "TrainedThresholdFakeQuantize",
     "TrainingRecipe",
     "__version__",

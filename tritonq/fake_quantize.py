@@ -42,6 +42,8 @@ class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
     # Axis of the input that counts samples; None for weights. Layers set it for the quantizers of their weights.
     batch_axis: int | None = 0
     is_dynamic = False
+    # Whether the code of a value is the one nearest to it; else the module alone says which it is.
+    rounds_to_nearest = True
     library_bases = (
         ("torch.ao.quantization.fake_quantize", "FakeQuantizeBase"),
         ("torchao.quantization.pt2e.fake_quantize", "FakeQuantizeBase"),

@@ -7,14 +7,17 @@ from torch import nn
 from tritonq.qconfig import DEFAULT_PRESET, QConfig, get_qconfig
 from tritonq.qconfig_mapping import QConfigMapping
 
+# Presets whose ends want 8 bits.
+_FEW_BITS = ("lsq_", "dorefa_", "bwn_", "twn_")
+
 
 def get_qconfig_mapping(name: str = DEFAULT_PRESET) -> QConfigMapping:
     """Return a preset by name as a mapping for :func:`tritonq.prepare_qat`.
 
-    For a preset of trained scales (``"lsq_w4a4"`` and the like) the first layer's weight, the last layer's weight,
-    input and output, and the model's inputs have 8 bits: few values pass there, and rounding them costs most. For a
-    preset of groups (``"w4_g32"``) the first layer's weight has 8 bits and a scale per channel: images have three
-    channels. Any other preset holds for every layer.
+    For a preset of trained scales (``"lsq_w4a4"`` and the like), of DoReFa-Net, binary or ternary weights, the first
+    layer's weight, the last layer's weight, input and output, and the model's inputs have 8 bits: few values pass
+    there, and rounding them costs most. For a preset of groups (``"w4_g32"``) the first layer's weight has 8 bits and a
+    scale per channel: images have three channels. Any other preset holds for every layer.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
@@ -32,7 +35,7 @@ def get_qconfig_mapping(name: str = DEFAULT_PRESET) -> QConfigMapping:
     preset = get_qconfig(name)
     mapping = QConfigMapping().set_global(preset)
     has_groups = getattr(getattr(preset.weight(), "qtype", None), "group", None) is not None
-    if not name.startswith("lsq_") and not has_groups:
+    if not name.startswith(_FEW_BITS) and not has_groups:
         return mapping
     edge = get_qconfig(DEFAULT_PRESET)
     first = QConfig(preset.activation, edge.weight, preset.target, round_summands=preset.round_summands)

@@ -23,6 +23,7 @@ from tritonq.observers import (
     PassiveObserver,
     PerChannelMinMaxObserver,
 )
+from tritonq.paper_schemes import BinaryWeight, DoReFaActivation, DoReFaWeight, TernaryWeight
 from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QUINT8, QuantizedType, RangeRule
 from tritonq.targets import Target, find_target
 
@@ -247,8 +248,14 @@ def _grouped(weight_bits: int, group: int, activation: Callable[..., nn.Module])
     return QConfig(activation, weight, "onnxruntime")
 
 
+def _unfolded(weight: Callable[..., nn.Module], activation: Callable[..., nn.Module]) -> QConfig:
+    """Return weights that are rounded before their BatchNorm, as papers have it."""
+    return QConfig(activation, weight, "onnxruntime", round_summands=False, folding="scale")
+
+
 _GROUPS = (32, 64, 128)
 # Bits of weights and activations.
+_DOREFA_WIDTHS = ((1, 2), (1, 4), (2, 2), (4, 4))
 _LEARNED_STEP_WIDTHS = ((8, 8), (4, 8), (4, 4), (3, 3), (2, 4), (2, 2))
 
 PRESETS: dict[str, QConfig] = {
@@ -294,6 +301,14 @@ PRESETS: dict[str, QConfig] = {
     **{f"w4a8_g{group}": _grouped(4, group, _UNSIGNED_ACTIVATION) for group in _GROUPS},
     "fp8_e4m3": _floats("fp8_e4m3", per_channel=True),
     **{format: _floats(format) for format in ("mxfp8", "mxfp4", "nvfp4")},
+    "bwn_w1a8": _unfolded(Factory(BinaryWeight), _UNSIGNED_ACTIVATION),
+    "twn_w2a8": _unfolded(Factory(TernaryWeight), _UNSIGNED_ACTIVATION),
+    **{
+        f"dorefa_w{weights}a{activations}": _unfolded(
+            Factory(DoReFaWeight, {"bits": weights}), Factory(DoReFaActivation, {"bits": activations})
+        )
+        for weights, activations in _DOREFA_WIDTHS
+    },
     **{
         f"lsq_w{weights}a{activations}": learned_step_qconfig(weights, activations)
         for weights, activations in _LEARNED_STEP_WIDTHS
@@ -327,6 +342,8 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     - ``"lsq_w8a8"``, ``"lsq_w4a8"``, ``"lsq_w4a4"``, ``"lsq_w3a3"``, ``"lsq_w2a4"``, ``"lsq_w2a2"``: trained scales
       (LSQ) for weights and activations of so many bits, which begin as the paper's; additions are rounded behind
       alone. First and last layer and inputs want 8 bits: :func:`tritonq.get_qconfig_mapping` gives the mapping.
+    - ``"dorefa_w1a2"``, ``"dorefa_w1a4"``, ``"dorefa_w2a2"``, ``"dorefa_w4a4"``: DoReFa-Net, activations between 0 and
+      1; ``"bwn_w1a8"``, ``"twn_w2a8"``: binary and ternary weights. Ends as with LSQ.
     - ``"fp8_e4m3"``: floats of 8 bits, weights with a scale per output channel, activations with one that follows from
       the largest magnitudes of 16 batches.
     - ``"mxfp8"``, ``"mxfp4"``, ``"nvfp4"``: blocks of floats of 8 or 4 bits along the input channels. These three have

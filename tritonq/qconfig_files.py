@@ -13,12 +13,19 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from tritonq import learned_fake_quantize, observers
+from tritonq import learned_fake_quantize, observers, paper_schemes
 from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.near_misses import did_you_mean
-from tritonq.qconfig import PRESETS, TORCH_BACKENDS, Folding, QConfig, get_default_qat_qconfig, observe_only
+from tritonq.qconfig import (
+    PRESETS,
+    TORCH_BACKENDS,
+    Folding,
+    QConfig,
+    get_default_qat_qconfig,
+    observe_only,
+)
 from tritonq.qconfig_mapping import Choice, Place, QConfigMapping, Rule
 from tritonq.qparams import QuantizedType
 from tritonq.targets import find_target
@@ -35,6 +42,8 @@ _MAKERS: dict[str, Callable[..., Any]] = {
         *(learned_fake_quantize.LearnedStepFakeQuantize, learned_fake_quantize.TrainedThresholdFakeQuantize),
         learned_fake_quantize.ClippedFakeQuantize,
         *(getattr(observers, name) for name in observers.__all__ if name.endswith("Observer")),
+        *(paper_schemes.BinaryWeight, paper_schemes.TernaryWeight),
+        *(paper_schemes.DoReFaWeight, paper_schemes.DoReFaActivation),
         observe_only,
         nn.Identity,
     )

@@ -42,6 +42,7 @@ LAYERS = [
         "tritonq.switched_quantizer",
         "tritonq.learned_base",
         "tritonq.learned_fake_quantize",
+        "tritonq.paper_schemes",
         "tritonq.parameter_groups",
         "tritonq.torch_operators",
     ),

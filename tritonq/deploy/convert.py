@@ -314,7 +314,7 @@ def _float_tensors(
     bias = None if bias is None else bias.clone()
     if grid is None:
         return {"weight": weight.clone(), "bias": bias}
-    codes, scale, zero = _codes(layer.linear_map.to_rows(weight), layer.weight_grid())
+    codes, scale, zero = _codes(layer.linear_map.to_rows(layer.weight_near_codes(weight)), layer.weight_grid())
     zero_point = _unless_zero(zero)
     return {
         "weight": layer.linear_map.from_rows(codes),
@@ -335,7 +335,8 @@ def _table(table: Embedding | EmbeddingBag) -> nn.Module:
     if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
         kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
         return kind(**geometry, _weight=table.weight.detach().clone())
-    codes, scale, zero = _codes(table.weight, quantizer.grid())
+    weight = table.weight if quantizer.rounds_to_nearest else quantizer(table.weight)
+    codes, scale, zero = _codes(weight, quantizer.grid())
     tensors = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero}
     made: QuantizedEmbedding | QuantizedEmbeddingBag = target(geometry, quantizer.qtype, tensors)
     made.target = table.qconfig.target

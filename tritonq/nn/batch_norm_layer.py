@@ -205,4 +205,4 @@ def _rounds_to_one_grid(quantizer: nn.Module) -> bool:
     """Whether a weight quantizer has a grid that is switched on: no blocks, and no other library's module."""
     if isinstance(quantizer, FloatFakeQuantize):
         return quantizer.qtype is not None and quantizer.rounds()
-    return isinstance(quantizer, FakeQuantizeBase) and quantizer.is_enabled_on_host()
+    return isinstance(quantizer, FakeQuantizeBase) and quantizer.rounds_to_nearest and quantizer.is_enabled_on_host()

@@ -104,7 +104,7 @@ def eval_traced(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
     output = layer.output_quantizer()
     padded, plain = op.padded(x)
     grids = (source.grid(), layer.weight_grid(), None if output is None else output.grid())
-    y = eval_mode.affine(padded, weight, bias, plain, op.output_axis, *grids)
+    y = eval_mode.affine(padded, layer.weight_near_codes(weight), bias, plain, op.output_axis, *grids)
     if _needs_grad(x, weight):
         # The compiler drops the surrogate's own value.
         y = with_gradient_of(y, op(x, layer.quantized_folded_weight(weight), bias))

@@ -177,6 +177,14 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         """Return the grid, with its switch, that the weight of :meth:`folded_parameters` is deployed on."""
         return cast(FakeQuantizeBase, self.weight_fake_quant).grid()
 
+    def weight_near_codes(self, folded: Tensor) -> Tensor:
+        """Return the weight of :meth:`folded_parameters`, moved where its quantizer does not choose the nearest codes.
+
+        What is nearest to the result are the codes that the quantizer chooses.
+        """
+        is_nearest = getattr(self.weight_fake_quant, "rounds_to_nearest", True)
+        return folded if is_nearest else self.quantized_folded_weight(folded)
+
     def weight_to_quantize(self) -> Tensor:
         """Return the present weight as its quantizer sees it in training."""
         return self.folded_parameters()[0]
@@ -261,6 +269,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         if not self._knows_grids():
             return None
         source = cast(FakeQuantizeBase, self.input_quantizer)
+        weight = self.weight_near_codes(weight)
         return to_integers(weight, bias, self.linear_map, source.grid(), self.weight_grid())
 
 
