@@ -89,7 +89,7 @@ def check_quantizer(
 ) -> list[str]:
     """Check that a fake quantizer can be prepared, trained, averaged, compiled, converted, exported and verified.
 
-    It has a scale and a zero point. Float formats (:class:`tritonq.FloatFakeQuantize`) have no deployed form to check,
+    It has integer codes, a scale and a zero point: :class:`tritonq.FloatFakeQuantize`, whose codes are floats, has not;
     fixed-point quantizers work on whole networks alone, and a PassiveObserver has to be made with its scale set.
 
     Args:
