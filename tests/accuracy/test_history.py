@@ -65,3 +65,19 @@ def test_wrong_arguments():
         tritonq.QuantizerHistory(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="every must be"):
         tritonq.QuantizerHistory(prepared(), every=0)
+
+
+def test_codes_of_a_formula_of_the_whole_weight():
+    """A binary weight flips with its sign, and nothing of it is clipped."""
+    qconfig = tritonq.QConfig(nn.Identity, tritonq.BinaryWeight.with_args())
+    layer = tritonq.nn.Linear(4, 1, bias=False, qconfig=qconfig).train()
+    history = tritonq.QuantizerHistory(layer)
+    for first in (0.1, 5.0, -0.1):
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([[first, 0.5, 0.8, -1.2]]))
+        layer(torch.ones(2, 4))
+        history.step()
+    assert [record.flips for record in history.records] == [None, 0.0, 0.25]
+    assert {record.clipped for record in history.records} == {0.0}
+    assert layer.weight_fake_quant.training
+    history.close()

@@ -108,3 +108,17 @@ def test_wrong_arguments():
         OscillationFreezing(linear([[0.0] * 3] * 2), threshold=0)
     with pytest.raises(ValueError, match="call prepare_qat"):
         OscillationFreezing(nn.Linear(2, 2))
+
+
+def test_weights_that_are_not_rounded_to_the_nearest_code_are_refused() -> None:
+    x = torch.rand(8, 3, 6, 6)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    model = tritonq.prepare_qat(net, qconfig=tritonq.get_qconfig_mapping("dorefa_w2a2"), example_inputs=x)
+    model(x)
+    for attempt in (
+        lambda: tritonq.oscillation_dampening(model),
+        lambda: tritonq.OscillationFreezing(model),
+        lambda: tritonq.adaptive_round(model, x, steps=2),
+    ):
+        with pytest.raises(ValueError, match="DoReFaWeight, of layer '2'"):
+            attempt()

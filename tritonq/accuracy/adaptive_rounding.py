@@ -8,7 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.accuracy.layers import inputs_of, layers_in_order, read_batches, write_folded_weight
+from tritonq.accuracy.layers import (
+    check_rounds_to_nearest,
+    inputs_of,
+    layers_in_order,
+    read_batches,
+    write_folded_weight,
+)
 from tritonq.calibration import everything_float, modes_restored
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.groups import aligned
@@ -75,7 +81,8 @@ def adaptive_round(
         where this helped. A layer that it did not help keeps its weights, with 1.
 
     Raises:
-        ValueError: no quantized layer, no batch, or fewer than one step or sample.
+        ValueError: no quantized layer, no batch, or fewer than one step or sample; a weight whose codes follow from a
+            formula of the whole tensor (DoReFa, binary, ternary).
 
     Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020), equations 21 to 25.
 
@@ -99,6 +106,7 @@ def adaptive_round(
         model.eval()
         with torch.no_grad():
             layers = layers_in_order(model, batches[0])
+        check_rounds_to_nearest(layers, "adaptive_round")
         for name, layer in layers.items():
             quantizer = layer.weight_fake_quant
             if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -113,10 +113,10 @@ class QuantizerHistory:
             if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
                 continue
             rows = layer.linear_map.to_rows(layer.weight_to_quantize())
-            codes, before = codes_on(rows, quantizer.grid()), self._codes.get(name)
+            codes, before = codes_on(_near_codes(rows, quantizer), quantizer.grid()), self._codes.get(name)
             flips = None if before is None else float((codes != before).float().mean())
             self._codes[name] = codes
-            clipped = float(_clipped(rows, quantizer)) / max(1, rows.numel())
+            clipped = float(_clipped(_near_codes(rows, quantizer), quantizer)) / max(1, rows.numel())
             self._add(name, quantizer, clipped, flips)
         for name, (count, values) in self._seen.items():
             self._add(name, self._activations[name], float(count) / max(1, values), None)
@@ -131,6 +131,17 @@ class QuantizerHistory:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+def _near_codes(rows: Tensor, quantizer: FakeQuantizeBase) -> Tensor:
+    """Return values whose nearest codes are the quantizer's: a weight itself, or what a formula of it makes."""
+    if quantizer.rounds_to_nearest:
+        return rows
+    training = quantizer.training
+    try:
+        return cast(Tensor, quantizer.eval()(rows))
+    finally:
+        quantizer.train(training)
 
 
 def _clipped(x: Tensor, quantizer: FakeQuantizeBase) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,17 @@ def layers_in_order(model: nn.Module, batch: Batch) -> dict[str, QATLayer]:
     if not found:
         raise ValueError(f"{type(model).__name__} runs no quantized layer with a weight of its own: call prepare_qat")
     return found
+
+
+def check_rounds_to_nearest(layers: Mapping[str, QATLayer], what: str) -> None:
+    """Raise ValueError where a weight takes codes that are not the nearest ones: ``what`` would change them."""
+    for name, layer in layers.items():
+        quantizer = layer.weight_fake_quant
+        if not getattr(quantizer, "rounds_to_nearest", True):
+            raise ValueError(
+                f"{what} changes which of two codes next to a weight is taken; {type(quantizer).__name__}, of layer "
+                f"{name!r}, makes its codes by a formula of the whole weight: use running ranges or trained scales"
+            )
 
 
 def inputs_of(model: nn.Module, layer: QATLayer, batches: Sequence[Batch]) -> list[Tensor]:

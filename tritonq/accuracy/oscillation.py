@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonq.accuracy.layers import write_quantized_weight
+from tritonq.accuracy.layers import check_rounds_to_nearest, write_quantized_weight
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.groups import aligned, codes_on
 from tritonq.grid import Grid
@@ -26,6 +26,9 @@ def oscillation_dampening(model: nn.Module) -> Tensor:
 
     Returns:
         A float32 scalar; 0 without such weights.
+
+    Raises:
+        ValueError: a weight whose codes follow from a formula of the whole tensor (DoReFa, binary, ternary).
 
     Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (2022), equation 5; the factor rises
         there from 0 to between 1e-4 and 1e-2 by a cosine.
@@ -76,7 +79,8 @@ class OscillationFreezing:
         momentum: m.
 
     Raises:
-        ValueError: a threshold or momentum outside (0, 1], or a model without quantized layers.
+        ValueError: a threshold or momentum outside (0, 1], a model without quantized layers, or a weight whose codes
+            follow from a formula of the whole tensor (DoReFa, binary, ternary).
 
     Source: Nagel et al. (2022), algorithm 1.
 
@@ -97,6 +101,7 @@ class OscillationFreezing:
                 raise ValueError(f"{name} must be in (0, 1], got {value}")
         if not any(isinstance(module, QATLayer) for module in model.modules()):
             raise ValueError(f"{type(model).__name__} has no quantized layer: call prepare_qat first")
+        _layers(model)
         self.threshold, self.momentum = threshold, momentum
         self._model = model
         self._memories: dict[str, _Memory] = {}
@@ -142,7 +147,7 @@ class OscillationFreezing:
 
 def _layers(model: nn.Module) -> dict[str, QATLayer]:
     """Return the layers whose own weight is rounded now, by name."""
-    return {
+    found = {
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, QATLayer)
@@ -151,6 +156,8 @@ def _layers(model: nn.Module) -> dict[str, QATLayer]:
         and isinstance(layer.weight_fake_quant, FakeQuantizeBase)
         and layer.weight_fake_quant.is_enabled_on_host()
     }
+    check_rounds_to_nearest(found, "what ends oscillations")
+    return found
 
 
 def _seen(layer: QATLayer) -> tuple[Tensor, Grid]:
