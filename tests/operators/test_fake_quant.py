@@ -105,6 +105,16 @@ class TestFakeQuantize(OpTester):
         y = fake_quantize_per_tensor_affine(x, 1.0, 0, -8, 7, backend=use)
         assert y.tolist() == [-2, -2, 0, 0, 0, 0, 2, 2, 7]
 
+    @pytest.mark.parametrize("rounding", ["half_even", "half_away"])
+    @pytest.mark.parametrize("bounds", [(-8, 7), (-(2**22), 2**22 - 1)])
+    def test_gradient_at_the_ends(self, bounds: tuple[int, int], rounding: str, use: str, device: str) -> None:
+        """First and last code pass it, what lies beyond does not: of codes that are clamped first, and of wide ones."""
+        low, high = bounds
+        x = torch.tensor([low - 1.0, low, high, high + 1.0], device=device)
+        grid = grid_of(torch.tensor(1.0, device=device), None, low, high, None, rounding)
+        dx = operators("fake_quant", use).fake_quantize_backward(torch.ones_like(x), x, grid)
+        assert dx.tolist() == [0, 1, 1, 0]
+
     def test_true_division_or_reciprocal(self, use: str, device: str) -> None:
         """At this scale a third of the ties of x/s are none of x * (1/s)."""
         scale = torch.tensor(0.973)
