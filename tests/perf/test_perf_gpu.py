@@ -163,11 +163,6 @@ class TestDeviceFault:
         (record,) = results.read(tmp_path / results.RESULTS)
         assert record["status"].startswith(f"ended with status {DEVICE_FAULT}")
 
-    def test_other_exceptions_go_on_in_the_same_process(self, visit):
-        with visit.finding("out of memory"):
-            raise RuntimeError("out of memory")
-        assert statuses(visit) == {"out of memory": "error"}
-
 
 class TestResults:
     def test_a_line_that_was_cut_off_is_left_out(self, tmp_path):
