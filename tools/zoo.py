@@ -5,8 +5,9 @@
     python tools/zoo.py --again --only resnet  # anew
     python tools/zoo.py --table                # ZOO.md from the results there are
 
-Each model is tried in a process of its own, and its result lies in a file under `.zoo/results/`, so that an interrupted
-run goes on where it stopped. `make zoo` builds the environment; see `tools/zoo-requirements.txt`.
+Each model is tried in a process of its own. Its result is written under `.zoo/results/` at once, and with the table to
+`tools/zoo_results.jsonl`, which is committed: a run goes on where the last one stopped, on whatever machine that was.
+`make zoo` builds the environment; see `tools/zoo-requirements.txt`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from zoo_stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / ".zoo" / "results"
+KEPT = ROOT / "tools" / "zoo_results.jsonl"
 TABLE = ROOT / "ZOO.md"
 PACKAGES = (
     *("torch", "torchvision", "timm", "transformers", "segmentation_models_pytorch", "ultralytics"),
@@ -71,9 +73,15 @@ def try_model(name: str, seconds: int) -> dict[str, Any]:
 
 
 def read(name: str) -> dict[str, Any] | None:
-    """Return what became of a model, or None where it was not tried."""
+    """Return what became of a model, by this machine's result or else the one that was kept; None: it was not tried."""
     path = _path(name)
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text()) if path.exists() else _kept().get(name)
+
+
+def _kept() -> dict[str, dict[str, Any]]:
+    if not KEPT.exists():
+        return {}
+    return {result["name"]: result for result in map(json.loads, KEPT.read_text().splitlines())}
 
 
 def _path(name: str) -> Path:
@@ -137,8 +145,9 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
 
 
 def write_table() -> None:
-    """Write ZOO.md from the results that there are."""
+    """Write ZOO.md from the results that there are, and keep these."""
     results = [found for found in map(read, zoo_models.names()) if found is not None]
+    KEPT.write_text("".join(json.dumps(result) + "\n" for result in results))
     commits = ", ".join(sorted({str(result.get("commit", "?")) for result in results}))
     versions = ", ".join(f"{package} {_version(package)}" for package in PACKAGES)
     made = f"tritonq {_version('tritonq')} at {commits}, {datetime.date.today()}; {versions}."
@@ -175,6 +184,7 @@ def main() -> None:
         for result in pool.map(lambda name: try_model(name, options.seconds), pending):
             what = failed(result)
             print(f"{result['name']}: {'ok' if not what else 'failed: ' + ', '.join(what)}", flush=True)
+            write_table()
     write_table()
 
 

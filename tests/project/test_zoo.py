@@ -42,6 +42,7 @@ def test_the_table_tells_what_failed_and_what_stays_in_float():
 def test_a_model_that_ends_its_process_is_a_result_and_not_tried_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(zoo, "RESULTS", tmp_path)
     monkeypatch.setattr(zoo, "TABLE", tmp_path / "ZOO.md")
+    monkeypatch.setattr(zoo, "KEPT", tmp_path / "kept.jsonl")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     for tried in (True, False):
         monkeypatch.setattr(sys, "argv", ["zoo.py", "--only", "timm/resnet18"])
@@ -51,6 +52,11 @@ def test_a_model_that_ends_its_process_is_a_result_and_not_tried_again(tmp_path,
     assert result["stages"] == {"prepare": "exit status 1"}
     assert result["commit"]
     assert "timm/resnet18" in (tmp_path / "ZOO.md").read_text()
+    # Another machine goes on from what was kept.
+    (tmp_path / "timm--resnet18.json").unlink()
+    assert zoo.read("timm/resnet18") == result
+    zoo.main()
+    assert capsys.readouterr().out == ""
 
 
 def test_models_are_built_by_name():
