@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 import tritonq
+from tritonq.near_misses import did_you_mean
 
 # What shells expect of a process that Ctrl-C ended.
 _INTERRUPTED = 130
@@ -91,7 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2 is a usage error, 1 a failure that is reported in one line, 130 an interruption.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    chosen = build_parser(words).parse_args(words)
+    parser = build_parser(words)
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        parser.error(f"unknown command {words[0]!r}{did_you_mean(words[0], COMMANDS)} (commands: {known})")
+    chosen = parser.parse_args(words)
     try:
         return int(_import(chosen.command, COMMANDS[chosen.command]).main(chosen))
     except KeyboardInterrupt as error:

@@ -156,6 +156,16 @@ def test_too_little_memory(tmp_path, capsys, monkeypatch):
     assert "smaller batches need less: CUDA out of memory" in one_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("word", "message"), [("trian", "did you mean 'train'?"), ("xyzzy", "(commands: demo, train,")]
+)
+def test_unknown_commands(word, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([word, "--size", "3"])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_version(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--version"])
