@@ -105,6 +105,17 @@ def _compiled(model: str, case: str, bound: float, channels_last: float) -> tupl
             "float",
             ours=ours,
         ),
+        Goal(f"{model} step, compiled: faster than every peer", case, "every peer", 1.0, ours=ours),
+        Goal("the same, channels last", f"{case}/channels_last", "every peer", 1.0, ours=ours),
+    )
+
+
+def _preparation(model: str, case: str) -> tuple[Goal, ...]:
+    """Return the goals of preparing one model."""
+    forward = "float training forward"
+    return (
+        Goal(f"{model}, prepare_qat: at most 15 float training forwards", case, "time", 15, forward),
+        Goal("the same: at most 3x the memory of one", case, "memory", 3, forward),
     )
 
 
@@ -137,6 +148,8 @@ GOALS: tuple[Goal, ...] = (
     ),
     *_evaluation("ResNet-18", _EVALUATE["ResNet-18"], 0.31),
     *_evaluation("MobileNetV2", _EVALUATE["MobileNetV2"], 0.46),
+    *_preparation("ResNet-18", "prepare/resnet18/2x3x224x224/float32"),
+    *_preparation("MobileNetV2", "prepare/mobilenet_v2/2x3x224x224/float32"),
     Goal(
         "histogram observer with search: 3x torch.ao's",
         "histogram/observe+search/16x64x56x56/float32",

@@ -43,3 +43,18 @@ def peak_bytes(step: Step, inputs: Inputs, device: torch.device) -> int:
     step(inputs)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def peak_cpu_bytes(step: Step, inputs: Inputs) -> int:
+    """Return the most memory of CPU tensors that one call of ``step`` allocates on top of what is allocated before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as recorded:
+        step(inputs)
+    assert recorded.profiler is not None
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    present = most = 0
+    for _, change in changes:
+        present += change
+        most = max(most, present)
+    return most
