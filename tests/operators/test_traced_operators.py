@@ -188,7 +188,8 @@ def exports(x: Tensor) -> None:
 
     scale, zero = torch.tensor(0.05), torch.tensor(0, dtype=torch.int8)
     onnx_ops.quantize_dequantize(x, scale, zero, -128, 127, 0, False, "")
-    onnx_ops.quantize_dequantize_float(x, scale, zero.to(torch.float8_e4m3fn), 0, False, "")
+    onnx_ops.quantize_dequantize_float(x, scale, zero.to(torch.float8_e4m3fn), 0, "")
+    onnx_ops.round_to_float(x, torch.ones(()), zero.to(torch.float8_e4m3fn), "")
     onnx_ops.dequantize(x.to(torch.int8), scale, zero, 0)
     onnx_ops.global_average(x)
     onnx_ops.negate_codes(x, scale, -scale, zero)

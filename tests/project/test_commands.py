@@ -12,7 +12,7 @@ from pages import PAGES, ROOT, commands
 from tritonq.__main__ import main
 
 # The model of the pages, and what stands for it here.
-LARGE, SMALL = "torchvision.models:resnet18", "smallnet:resnet18"
+LARGE, SMALL = "torchvision.models:resnet18", "net_of_pages:resnet18"
 SMALLNET = """
 from torch import nn
 
@@ -43,7 +43,7 @@ def shown():
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    (tmp_path / "smallnet.py").write_text(SMALLNET)
+    (tmp_path / "net_of_pages.py").write_text(SMALLNET)
     image_folder(tmp_path / "photos", tuple("abcde"), count=4)
     image_folder(tmp_path / "new-photos", ("any",), count=2)
     names = {}
