@@ -83,7 +83,8 @@ def view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int
 
     Dimensions are ordered by the stride of the last tensor (the output), so that a dense tensor becomes one dimension
     in memory order, whatever its memory format. Neighbours merge where all tensors allow it; the channel axis never
-    merges. A contiguous (N, C, H, W) with axis 1 gives (N, C, H*W), channels_last gives (1, N*H*W, C).
+    merges. A contiguous (N, C, H, W) with axis 1 gives (N, C, H*W), channels_last gives (1, N*H*W, C). Dimensions of an
+    empty tensor merge whatever their strides.
 
     Args:
         shape: the common shape.
@@ -101,7 +102,7 @@ def view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int
         size, step, is_channel = shape[d], tuple(s[d] for s in strides), d == axis
         if folded and not is_channel and not folded[-1][2]:
             above_size, above_step, _ = folded[-1]
-            if all(above == here * size for above, here in zip(above_step, step, strict=True)):
+            if 0 in shape or all(above == here * size for above, here in zip(above_step, step, strict=True)):
                 folded[-1] = (above_size * size, step, False)
                 continue
         folded.append((size, step, is_channel))

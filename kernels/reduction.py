@@ -68,7 +68,9 @@ class Reduction(NamedTuple):
         return ahead[0], ahead[1], ahead[2]
 
     def blocks(self, reads: int = 1) -> int:
-        """Return how many blocks of :meth:`ahead` tiles make a share."""
+        """Return how many blocks of :meth:`ahead` tiles make a share; none where the tensor is empty."""
+        if 0 in self.view.sizes:
+            return 0
         steps = zip(self.share, self.ahead(reads), (1, self.tile.rows, self.tile.cols), strict=True)
         return math.prod(triton.cdiv(size, ahead * step) for size, ahead, step in steps)
 

@@ -170,3 +170,12 @@ def test_small_reductions_stay_in_one_program() -> None:
     assert split((1, 1, 8000), None, (1, 1, 1024), 528, 8192).programs == (1, 1, 1)
     assert split((1, 512, 4608), 1, (1, 1, 1024), 528, 8192).programs == (1, 512, 1)
     assert split((1, 3, 0), 1, (1, 4, 1), 528, 8192).programs == (1, 1, 1)
+
+
+@pytest.mark.parametrize("shape", [(0, 0, 0, 0), (2, 0, 3, 4), (0, 3)])
+def test_empty_tensors_fold_whatever_their_strides(shape: tuple[int, ...]) -> None:
+    x = torch.empty_strided(shape, (1,) * len(shape))
+    for axis in (None, 1):
+        found = view(x.shape, (x.stride(),), axis)
+        assert found is not None
+        assert 0 in found.sizes
