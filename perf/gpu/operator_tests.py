@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,12 +59,16 @@ def run(visit: Visit, tests: Path = SOURCE.parent / "tests", keyword: str = "cud
 
 
 def _interrupt(process: subprocess.Popen[bytes]) -> None:
-    """End pytest by an interrupt, so that it still writes its counts; kill it where that takes too long."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(_SECONDS_TO_END / 2)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    """End pytest by an interrupt, so that it still writes its counts; kill it where that takes too long.
+
+    Python drops an interrupt that comes while it frees an object, so that a second one follows.
+    """
+    for share in (0.3, 0.2):
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(share * _SECONDS_TO_END)
+            return
+    process.kill()
 
 
 def operator_test_files(tests: Path) -> list[Path]:

@@ -333,10 +333,27 @@ class TestOperatorTests:
         monkeypatch.setattr(visit, "left", left)
         # On a busy machine it takes more than the usual seconds to write the counts after the interrupt.
         monkeypatch.setattr(operator_tests, "_SECONDS_TO_END", 120.0)
-        slow = f"\n\ndef test_cuda_slow():\n    import time\n    open({str(begun)!r}, 'w')\n    time.sleep(100)\n"
+        slow = (
+            f"\n\ndef test_cuda_slow():\n    import time\n    open({str(begun)!r}, 'w').close()\n    time.sleep(100)\n"
+        )
         found = self.run(visit, test_a=self.PASSING + slow)
         assert found["pytest"]["status"] == "cut off"
         assert found["counts"]["passed"] == 1
+
+    def test_an_interrupt_that_python_drops_is_repeated(self, monkeypatch):
+        """As one that comes while an object is freed."""
+        monkeypatch.setattr(operator_tests, "_SECONDS_TO_END", 5.0)
+        program = (
+            "import signal, time\n"
+            "signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.default_int_handler))\n"
+            "print(flush=True)\n"
+            "try: time.sleep(100)\n"
+            "except KeyboardInterrupt: raise SystemExit(7)\n"
+        )
+        with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            operator_tests._interrupt(process)
+        assert process.returncode == 7
 
     def test_none(self, visit):
         assert self.run(visit)["pytest"]["status"] == "not run"
