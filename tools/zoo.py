@@ -72,10 +72,16 @@ def try_model(name: str, seconds: int) -> dict[str, Any]:
     return result
 
 
-def read(name: str) -> dict[str, Any] | None:
-    """Return what became of a model, by this machine's result or else the one that was kept; None: it was not tried."""
+def read(name: str, kept: Mapping[str, dict[str, Any]] | None = None) -> dict[str, Any] | None:
+    """Return what became of a model, by this machine's result or else the one that was kept; None: it was not tried.
+
+    ``kept`` are the results that were kept, where they have been read.
+    """
     path = _path(name)
-    return json.loads(path.read_text()) if path.exists() else _kept().get(name)
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    return (_kept() if kept is None else kept).get(name)
 
 
 def _kept() -> dict[str, dict[str, Any]]:
@@ -146,7 +152,8 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
 
 def write_table() -> None:
     """Write ZOO.md from the results that there are, and keep these."""
-    results = [found for found in map(read, zoo_models.names()) if found is not None]
+    kept = _kept()
+    results = [found for name in zoo_models.names() if (found := read(name, kept)) is not None]
     KEPT.write_text("".join(json.dumps(result) + "\n" for result in results))
     commits = ", ".join(sorted({str(result.get("commit", "?")) for result in results}))
     versions = ", ".join(f"{package} {_version(package)}" for package in PACKAGES)
@@ -179,7 +186,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=900, help="time that a model may take (default 900)")
     options = parser.parse_args()
     chosen = [name for name in zoo_models.names() if any(text in name for text in options.only)]
-    pending = [] if options.table else [name for name in chosen if options.again or read(name) is None]
+    kept = _kept()
+    pending = [] if options.table else [name for name in chosen if options.again or read(name, kept) is None]
     with ThreadPoolExecutor(options.processes) as pool:
         for result in pool.map(lambda name: try_model(name, options.seconds), pending):
             what = failed(result)

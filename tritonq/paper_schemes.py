@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.functional.fake_quant import with_gradient_of
 from tritonq.observers import PassiveObserver
 from tritonq.qparams import QuantizedType
 
@@ -125,12 +126,12 @@ class DoReFaWeight(WeightScheme):
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
         """See base class."""
         if self.bits == 1:
-            return _straight_through(torch.where(weight < 0, -scale, scale), weight)
+            return with_gradient_of(torch.where(weight < 0, -scale, scale), weight)
         squashed = torch.tanh(weight)
         squashed = squashed / squashed.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
         levels = self.qtype.quant_max
         codes = 2 * (levels * (squashed.detach() / 2 + 0.5)).round() - levels
-        return _straight_through(codes * scale, squashed)
+        return with_gradient_of(codes * scale, squashed)
 
 
 class DoReFaActivation(FakeQuantize):
@@ -184,7 +185,7 @@ class BinaryWeight(WeightScheme):
         """See base class."""
         fixed = weight.detach()
         slope = scale.numel() / weight.numel() + scale * (fixed.abs() < 1)
-        return _straight_through(torch.where(fixed < 0, -scale, scale), weight * slope)
+        return with_gradient_of(torch.where(fixed < 0, -scale, scale), weight * slope)
 
 
 class TernaryWeight(WeightScheme):
@@ -218,19 +219,4 @@ class TernaryWeight(WeightScheme):
 
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
         """See base class."""
-        return _straight_through(self._codes(weight) * scale, weight)
-
-
-def _straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
-    """Return ``value`` with the gradient of ``surrogate``."""
-    return _StraightThrough.apply(value, surrogate)  # type: ignore[no-untyped-call,no-any-return]
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
-        return value.detach().clone()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
-        return None, dy
+        return with_gradient_of(self._codes(weight) * scale, weight)

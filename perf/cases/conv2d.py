@@ -231,7 +231,6 @@ class Layer:
         return torch_ao_layer(self.parts(), version)
 
     def _tritonq(self) -> nn.Module:
-
         layer = tritonq_layer(self.parts())
         source: Any = layer.qconfig.activation()
         source(torch.tensor([-127 / 64, 127 / 64]))

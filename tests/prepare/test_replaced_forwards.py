@@ -12,18 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import tritonq
-from prepared_nets import assert_same_when_not_rounding
+from prepared_nets import ThreeLayers, assert_same_when_not_rounding
 from tritonq import nn as qnn
 from tritonq.prepare.decide.float_operations import BETWEEN_GRIDS
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
-
+class Net(ThreeLayers):
     def forward(self, x):
         raise AssertionError("this forward was replaced")
 

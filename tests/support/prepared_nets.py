@@ -74,6 +74,14 @@ class Net(nn.Module):
         return self.run(self, x)
 
 
+class ThreeLayers(nn.Module):
+    """Two convolutions and a linear layer; a subclass says how they are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+
 def conv(channels=4, **arguments):
     return nn.Conv2d(channels, channels, 3, padding=1, **arguments)
 

@@ -112,11 +112,11 @@ class QuantizerHistory:
             quantizer = layer.weight_fake_quant
             if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
                 continue
-            rows = layer.linear_map.to_rows(layer.weight_to_quantize())
-            codes, before = codes_on(_near_codes(rows, quantizer), quantizer.grid()), self._codes.get(name)
+            rows = _near_codes(layer.linear_map.to_rows(layer.weight_to_quantize()), quantizer)
+            codes, before = codes_on(rows, quantizer.grid()), self._codes.get(name)
             flips = None if before is None else float((codes != before).float().mean())
             self._codes[name] = codes
-            clipped = float(_clipped(_near_codes(rows, quantizer), quantizer)) / max(1, rows.numel())
+            clipped = float(_clipped(rows, quantizer)) / max(1, rows.numel())
             self._add(name, quantizer, clipped, flips)
         for name, (count, values) in self._seen.items():
             self._add(name, self._activations[name], float(count) / max(1, values), None)

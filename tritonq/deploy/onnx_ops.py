@@ -84,6 +84,12 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block_
     return torch.empty_like(codes, dtype=torch.float32)
 
 
+def _nearest_float(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the nearest numbers of a float format, as float32; larger values saturate."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype).float()
+
+
 @torch.library.custom_op("tritonq::quantize_dequantize_float", mutates_args=())
 def quantize_dequantize_float(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quantizer: str) -> Tensor:
     """Return the nearest number of a float format to ``x / s``, times ``s``; larger values saturate.
@@ -95,8 +101,8 @@ def quantize_dequantize_float(x: Tensor, scale: Tensor, zero_point: Tensor, axis
         axis: what ``scale`` runs along, if it is not 0-d.
         quantizer: name to mark the values with.
     """
-    scale, largest = _along(scale, x, axis), torch.finfo(zero_point.dtype).max
-    return (x / scale).clamp(-largest, largest).to(zero_point.dtype).float() * scale
+    scale = _along(scale, x, axis)
+    return _nearest_float(x / scale, zero_point.dtype) * scale
 
 
 @quantize_dequantize_float.register_fake
@@ -114,8 +120,7 @@ def round_to_float(x: Tensor, one: Tensor, zero_point: Tensor, quantizer: str) -
         zero_point: zero in the format's dtype: torch.float8_e4m3fn or torch.float8_e5m2, 0-d.
         quantizer: name to mark the numbers with.
     """
-    largest = torch.finfo(zero_point.dtype).max
-    return x.clamp(-largest, largest).to(zero_point.dtype).float() * one
+    return _nearest_float(x, zero_point.dtype) * one
 
 
 @round_to_float.register_fake

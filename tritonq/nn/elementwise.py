@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.coded_joins import CodedJoin, coded_join
 from tritonq.functional.codes import can_use_codes, give_codes, take_codes
+from tritonq.functional.fake_quant import with_gradient_of
 from tritonq.functional.functions import concatenated_codes
 from tritonq.functional.integer_joins import JoinKind, float_join, integer_concatenation, integer_join
 from tritonq.functional.memo import Memo, held_tensors
 from tritonq.functional.residual import residual_join, rounded_product, rounded_result
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.nn.eval_mode import with_gradient_of
 from tritonq.nn.fusable import checked_ceiling, describe_relu, input_grid, observed_grid, warn_if_unobserved
 from tritonq.nn.output_quantizer import (
     WithOutputQuantizer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.codes import can_use_codes
 from tritonq.functional.conv2d import find_kernel, run_integer_layer
+from tritonq.functional.fake_quant import with_gradient_of
 from tritonq.functional.integer import IntegerAffine
 from tritonq.functional.integer_kernels import PackedLayer, pack, run_packed
 from tritonq.functional.memo import held_tensors
@@ -128,20 +129,3 @@ def linear_relu(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None,
 
 def _needs_grad(x: Tensor, weight: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-
-
-def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
-    """Return ``value``, with the gradient of ``surrogate``."""
-    return _WithGradientOf.apply(value, surrogate)  # type: ignore[no-untyped-call,no-any-return]
-
-
-class _WithGradientOf(torch.autograd.Function):
-    """The value of the first argument, the gradient of the second."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
-        return None, dy

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
+from tritonq.functional.fake_quant import with_gradient_of
 from tritonq.functional.linear_map import LinearMap
-from tritonq.nn.eval_mode import with_gradient_of
 from tritonq.nn.qat import linear_map_of
 from tritonq.nn.reference import Reference, ReferringModule
 from tritonq.qconfig import QConfig, get_qconfig

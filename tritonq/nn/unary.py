@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.codes import can_use_codes, give_codes, take_codes
+from tritonq.functional.fake_quant import with_gradient_of
 from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.memo import Memo
 from tritonq.functional.residual import rounded_result
 from tritonq.grid import Grid
-from tritonq.nn.eval_mode import with_gradient_of
 from tritonq.nn.fusable import observed_grid, warn_if_unobserved
 from tritonq.nn.output_quantizer import is_grid_source
 from tritonq.nn.reference import Reference

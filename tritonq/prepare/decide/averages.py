@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tritonq.nn.averages import averaging_of
+from tritonq.prepare.decide.read_call import read_call
 from tritonq.prepare.record.dataflow import Call, Ref
 from tritonq.reference.averages import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
 
@@ -22,14 +22,7 @@ def averaging_of_call(call: Call, shape: tuple[int, ...], has_fixed_arguments: b
     """
     if call.kind == "module":
         return averaging_of(call.target)  # type: ignore[arg-type]
-    reader = _READERS.get(call.name)
-    if reader is None or len(call.inputs) != 1:
-        return None
-    try:
-        bound = inspect.signature(reader).bind(*call.args, **call.kwargs)
-        found: Averaging | None = reader(*bound.args, **bound.kwargs)
-    except (TypeError, ValueError):
-        return None
+    found = read_call(call, _READERS)
     if found is None or has_fixed_arguments:
         return found
     return _following_sizes(found, shape) or found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 
 from tritonq.nn.clip import Clipping, clipping_of
 from tritonq.nn.fusable import ceiling_of
+from tritonq.prepare.decide.read_call import read_call
 from tritonq.prepare.record.dataflow import Call, Ref
 
 
@@ -42,14 +42,7 @@ def limits_range(call: Call) -> bool:
 def _bounds(call: Call) -> Clipping | None:
     if isinstance(call.target, nn.Module):
         return _RELU if type(call.target) is nn.ReLU else clipping_of(call.target)
-    reader = _READERS.get(call.name) if call.kind == "function" else None
-    if reader is None or len(call.inputs) != 1:
-        return None
-    try:
-        bound = inspect.signature(reader).bind(*call.args, **call.kwargs)
-        return reader(*bound.args, **bound.kwargs)
-    except (TypeError, ValueError):
-        return None
+    return read_call(call, _READERS) if call.kind == "function" else None
 
 
 def _clamp(input: Ref, min: Any = None, max: Any = None) -> Clipping:

@@ -16,7 +16,7 @@ def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
     """Return the calls of functions between quantized tensors that no class of operations on codes has.
 
     Such a call reads a quantized tensor, or what others of its kind made of one, and what it makes is quantized in the
-    end. Each place in a forward has one call.
+    end. Each place in a forward has one call. Layers left in float belong to the chain; the plan tells them already.
     """
     behind: set[int] = set()  # values that follow in float from quantized ones
     chain: list[Call] = []
@@ -27,13 +27,19 @@ def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
             behind.update(value for value in made if value not in plan.on_grid)
             chain.append(call)
     wanted = set(plan.on_grid | plan.read)
+    told = {_place(call) for call in plan.float_functions.values()}
     found: dict[tuple[str, str, int], Call] = {}
     for call in reversed(chain):
         if not wanted.isdisjoint(call.outputs):
             wanted.update(call.inputs)
-            if call.kind == "function" and not analysis.keeps_grid(call):
-                found[call.owner, call.name, call.ordinal] = call
+            if call.kind == "function" and not analysis.keeps_grid(call) and _place(call) not in told:
+                found[_place(call)] = call
     return sorted(found.values(), key=lambda call: call.index)
+
+
+def _place(call: Call) -> tuple[str, str, int]:
+    """Return what tells a place of a forward that calls a function from others, in whatever run."""
+    return call.owner, call.name, call.ordinal
 
 
 def _others(analysis: Analysis, plan: Plan) -> list[Call]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from tritonq.nn.functions import function_of
+from tritonq.prepare.decide.read_call import read_call
 from tritonq.prepare.record.dataflow import Call, Ref
 from tritonq.reference.functions import Function
 
@@ -23,14 +23,7 @@ def function_of_call(call: Call, shape: tuple[int, ...] = (), has_fixed_argument
     """
     if call.kind == "module":
         return function_of(call.target)
-    reader = _READERS.get(call.name)
-    if reader is None or len(call.inputs) != 1:
-        return None
-    try:
-        bound = inspect.signature(reader).bind(*call.args, **call.kwargs)
-        return reader(*bound.args, **bound.kwargs)
-    except (TypeError, ValueError):
-        return None
+    return read_call(call, _READERS)
 
 
 def is_function(call: Call) -> bool:

@@ -19,7 +19,6 @@ from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import Plan
 from tritonq.prepare.decide.unary import QUANTIZED_FORMS
-from tritonq.prepare.record.dataflow import Call
 
 Status = Literal["quantized", "moves values", "float"]
 
@@ -101,20 +100,12 @@ def layer_records(
         free = _free_name(f"{join.owner}.{join.kind}".lstrip("."), names)
         note(join.calls[0], free, join.kind, reason)
         names.add(free)
-    told = {_place(call) for call in plan.float_functions.values()}
     for call in float_operations(analysis, plan):
-        if _place(call) in told:
-            continue
         free = _free_name(f"{call.owner}.{call.name}".lstrip("."), names)
         note(call.index, free, call.name, BETWEEN_GRIDS)
         names.add(free)
     in_order = sorted(found, key=lambda pair: pair[0])
     return tuple(dict.fromkeys(record for _, record in in_order))
-
-
-def _place(call: Call) -> tuple[str, str, int]:
-    """Return what tells one place of a forward that calls a function from others, in whatever run."""
-    return call.owner, call.name, call.ordinal
 
 
 def _first_call(name: str, analysis: Analysis) -> float:

@@ -61,12 +61,16 @@ def is_call_of(module: nn.Module | None, frame: FrameType) -> bool:
     return frame.f_code is _CALL_WITH_HOOKS and frame.f_locals.get("self") is module
 
 
-def _is_forward_of(call: FrameType, frame: FrameType) -> bool:
-    """Whether a frame that a module's call made is the module's forward, not a hook's."""
-    function = call.f_locals.get("forward_call")
+def plain_function(function: Any) -> Any:
+    """Return what a callable runs in the end: past ``functools.partial`` and the binding to an object."""
     while isinstance(function, partial):
         function = function.func
-    function = getattr(function, "__func__", function)
+    return getattr(function, "__func__", function)
+
+
+def _is_forward_of(call: FrameType, frame: FrameType) -> bool:
+    """Whether a frame that a module's call made is the module's forward, not a hook's."""
+    function = plain_function(call.f_locals.get("forward_call"))
     return getattr(function, "__code__", frame.f_code) is frame.f_code
 
 

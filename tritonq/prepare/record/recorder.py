@@ -322,9 +322,8 @@ class Recorder:
             known = self._tracked.get(id(tensor))
             if known is None or known.value not in outputs:
                 outputs.append(self._track(tensor, "call", producer=call.index).value)
-        described = self._describe(result)
-        call = replace(call, output=described, outputs=tuple(outputs), writes=tuple(writes))
-        self._calls.append(replace(call, transformed=in_transform()))
+        made = {"output": self._describe(result), "outputs": tuple(outputs), "writes": tuple(writes)}
+        self._calls.append(replace(call, **made, transformed=in_transform()))
         if self._stack:
             self._stack[-1].events.append(("call", call.index))
         return result

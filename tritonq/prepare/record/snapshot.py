@@ -7,7 +7,6 @@ import io
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import CellType
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
+from tritonq.prepare.record.place import plain_function
 from tritonq.prepare.record.structure import tensors_in
 
 _CONTAINERS = (dict, list, set)
@@ -87,10 +87,7 @@ def _bound_forward(model: nn.Module) -> str | None:
     """Return which module's forward is a function that reaches the model by its closure, which copies share."""
     modules = set(model.modules())
     for name, module in model.named_modules():
-        function = vars(module).get("forward")
-        while isinstance(function, partial):
-            function = function.func
-        cells = getattr(getattr(function, "__func__", function), "__closure__", None) or ()
+        cells = getattr(plain_function(vars(module).get("forward")), "__closure__", None) or ()
         held = [getattr(cell.cell_contents, "__self__", cell.cell_contents) for cell in cells if _is_filled(cell)]
         if any(isinstance(item, nn.Module) and item in modules for item in held):
             return str(name)
