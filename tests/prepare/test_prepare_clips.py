@@ -186,6 +186,43 @@ def test_sums_go_onto_the_grid_behind_the_clip_at_once(preset, tmp_path, monkeyp
     assert not {"Conv", "FusedConv", "Relu"} & set(kinds)
 
 
+CHAINS = {
+    "functions": (lambda x: F.hardtanh(x.clamp(-2, 0.5)), (-1, 0.5)),
+    "an absorbed ReLU6": (lambda x: F.relu6(x).clamp(0.5, 3), (0.5, 3)),
+    "modules": (nn.Sequential(nn.Hardtanh(-2, 2), nn.ReLU6(), nn.Hardtanh(0.1, 1)), (0.1, 1)),
+    "one bound each": (lambda x: x.clamp_min(-1).relu_().clamp_max_(1.5), (0, 1.5)),
+}
+
+
+@pytest.mark.parametrize(("act", "bounds"), CHAINS.values(), ids=CHAINS)
+def test_clips_in_a_row_are_one(act, bounds, tmp_path):
+    pytest.importorskip("onnxruntime")
+    prepared = trained(prepare_qat(Net(act, bn=False), example_inputs=X))
+    assert len(activation_quantizers(prepared)) == 3
+    (clip,) = (module for module in prepared.modules() if isinstance(module, qnn.UnaryLayer))
+    assert (clip.clipping.low, clip.clipping.high) == bounds
+    prepared.first.input_quantizer.scale.fill_(0.02)
+    prepared.first.weight_fake_quant.scale.fill_(0.5)
+    values, path = 4 * X, tmp_path / "m.onnx"
+    tritonq.export_onnx(prepared, path, X)
+    converted = tritonq.convert(prepared)
+    assert tritonq.verify(prepared, converted, values).total.differing == 0
+    assert tritonq.verify(prepared, path, values).total.differing == 0
+    tritonq.save_converted(converted, tmp_path / "m.pt")
+    assert torch.equal(tritonq.load_converted(tmp_path / "m.pt", Net(act, bn=False))(values), converted(values))
+
+
+def test_a_clip_that_is_called_elsewhere_too_stays_apart():
+    class Twice(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.act(self.first(x)).clamp(-0.5, 1)
+            return self.second(self.act(y * 3))
+
+    prepared = trained(prepare_qat(Twice(nn.Hardtanh(-1, 2), bn=False), example_inputs=X))
+    assert isinstance(prepared.act, nn.Hardtanh)
+    assert tritonq.verify(prepared, tritonq.convert(prepared), 4 * X).total.differing == 0
+
+
 def test_tensorrt_gets_the_clip_before_its_quantizer(tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

@@ -128,8 +128,9 @@ def _describe(module: nn.Module) -> Description:
     if isinstance(module, FunctionLayer):
         return {"kind": "function", "type": module.source_type, "function": function_to_data(module.function)}
     if isinstance(module, Clip):
-        bounds = {"low": module.clipping.low, "high": module.clipping.high}
-        return {"kind": "clip", "type": module.source_type, **bounds}
+        bounds = {"low": module.own.low, "high": module.own.high}
+        earlier = {} if module.earlier is None else {"earlier": [module.earlier.low, module.earlier.high]}
+        return {"kind": "clip", "type": module.source_type, **bounds, **earlier}
     if isinstance(module, PReLU):
         return {"kind": "prelu", "num_parameters": module.num_parameters}
     if kind is Average:
@@ -210,7 +211,9 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
     if kind == "function":
         return FunctionLayer(function_from_data(entry["function"]), source_type=entry["type"])
     if kind == "clip":
-        return Clip(Clipping(float(entry["low"]), float(entry["high"])), source_type=entry["type"])
+        earlier = Clipping(*map(float, entry["earlier"])) if "earlier" in entry else None
+        own = Clipping(float(entry["low"]), float(entry["high"]))
+        return Clip(own, earlier=earlier, source_type=entry["type"])
     if kind == "prelu":
         return PReLU(entry["num_parameters"])
     if kind == "pool":

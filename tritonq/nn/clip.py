@@ -31,6 +31,10 @@ class Clipping:
         """The upper bound of the ReLU that the clip is; None where it is none."""
         return self.high if self.low == 0 and self.high > 0 else None
 
+    def then(self, other: Clipping) -> Clipping:
+        """Return the bounds of this clip and another one behind it, as those of one."""
+        return Clipping(*(min(max(bound, other.low), other.high) for bound in (self.low, self.high)))
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return ``min(max(x, low), high)``; NaN stays NaN."""
         low = None if self.low == -math.inf else self.low
@@ -45,7 +49,8 @@ class Clip(UnaryLayer):
     moves codes.
 
     Args:
-        clipping: the bounds.
+        own: the bounds.
+        earlier: those of clips before it that it makes superfluous; None without any.
         qconfig: quantizer of the output; None: none of its own.
         source_type: name of the class of torch.nn in whose place the module stands; None: it stands for a function.
 
@@ -54,9 +59,16 @@ class Clip(UnaryLayer):
         tensor([-1.0000,  0.5000,  1.0000])
     """
 
-    def __init__(self, clipping: Clipping, *, qconfig: QConfig | None = None, source_type: str | None = None) -> None:
+    def __init__(
+        self,
+        own: Clipping,
+        *,
+        earlier: Clipping | None = None,
+        qconfig: QConfig | None = None,
+        source_type: str | None = None,
+    ) -> None:
         super().__init__()
-        self.clipping, self.source_type = clipping, source_type
+        self.own, self.earlier, self.source_type = own, earlier, source_type
         self.attach_quantizers(qconfig)
 
     @classmethod
@@ -70,6 +82,11 @@ class Clip(UnaryLayer):
         if clipping is None:
             raise TypeError(f"{type(module).__name__} is no clip that has a quantized form")
         return cls(clipping, qconfig=qconfig, source_type=type(module).__name__).train(module.training)
+
+    @property
+    def clipping(self) -> Clipping:
+        """The bounds of all the clips that it is."""
+        return self.own if self.earlier is None else self.earlier.then(self.own)
 
     @property
     def ceiling(self) -> float | None:

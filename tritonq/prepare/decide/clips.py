@@ -22,7 +22,7 @@ def clipping_of_call(call: Call, shape: tuple[int, ...] = (), has_fixed_argument
         shape: of the tensor that it reads, on which no clip depends.
         has_fixed_arguments: as for means; a forward that keeps its branches checks the bounds when it runs.
     """
-    found = _bounds(call)
+    found = bounds_of_call(call)
     return None if found is None or found == _RELU else found
 
 
@@ -30,16 +30,17 @@ def ceiling_of_call(call: Call) -> float | None:
     """Return the upper bound of a ReLU in any spelling (infinity: a plain one), or None for other calls."""
     if isinstance(call.target, nn.Module):
         return ceiling_of(call.target)
-    found = _bounds(call)
+    found = bounds_of_call(call)
     return None if found is None else found.ceiling
 
 
 def limits_range(call: Call) -> bool:
     """Whether a call clips values to a fixed range and does nothing else: ReLU6, Hardtanh, a clamp, a ReLU."""
-    return _bounds(call) is not None
+    return bounds_of_call(call) is not None
 
 
-def _bounds(call: Call) -> Clipping | None:
+def bounds_of_call(call: Call) -> Clipping | None:
+    """Return the bounds of a clip, a plain ReLU included; None for other calls."""
     if isinstance(call.target, nn.Module):
         return _RELU if type(call.target) is nn.ReLU else clipping_of(call.target)
     return read_call(call, _READERS) if call.kind == "function" else None

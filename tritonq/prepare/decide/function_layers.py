@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,9 +131,11 @@ def _weights(arguments: Mapping[str, Any]) -> list[int]:
     return [arguments[name].value for name in ("weight", "bias") if arguments[name] is not None]
 
 
-def weights_of(layer: FunctionalLayer) -> list[tuple[int, int]]:
-    """Return the values of weights and biases of a layer, each with the index of the call that reads it."""
-    return [(value, call.index) for call in layer.calls for value in _weights(arguments_of(call))]
+def exclusive_state(layers: Iterable[FunctionalLayer], analysis: Analysis) -> frozenset[str]:
+    """Return names of parameters and buffers that nothing reads but the weights of some layers."""
+    calls = [call for layer in layers for call in layer.calls]
+    ends = [(value, call.index) for call in calls for value in _weights(arguments_of(call))]
+    return analysis.constants.exclusive(ends) if ends else frozenset()
 
 
 def _geometry(call: Call, arguments: Mapping[str, Any], analysis: Analysis) -> dict[str, Any]:

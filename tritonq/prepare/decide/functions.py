@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from tritonq.nn.functions import function_of
+from tritonq.prepare.decide.clips import limits_range
 from tritonq.prepare.decide.read_call import read_call
 from tritonq.prepare.record.dataflow import Call, Ref
 from tritonq.reference.functions import Function
@@ -26,9 +27,16 @@ def function_of_call(call: Call, shape: tuple[int, ...] = (), has_fixed_argument
     return read_call(call, _READERS)
 
 
-def is_function(call: Call) -> bool:
-    """Whether a call is a function of one tensor, a PReLU included."""
-    return function_of_call(call) is not None or prelu_of_call(call) is not None
+def joins_layer(call: Call, fuses_functions: bool) -> bool:
+    """Whether the target computes a call together with the layer before it, without rounding in between.
+
+    Args:
+        call: any recorded call.
+        fuses_functions: whether the target does so with functions of one tensor, as all do with clips.
+    """
+    if limits_range(call):
+        return True
+    return fuses_functions and (function_of_call(call) is not None or prelu_of_call(call) is not None)
 
 
 def prelu_of_call(call: Call, shape: tuple[int, ...] = (), has_fixed_arguments: bool = True) -> type[nn.PReLU] | None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from tritonq.prepare.decide.activations import ActivationChoice
 from tritonq.prepare.decide.analysis import Analysis
-from tritonq.prepare.decide.clips import limits_range
+from tritonq.prepare.decide.clip_chains import ClipChains
 from tritonq.prepare.decide.erasures import erasures, stuck_relus
 from tritonq.prepare.decide.find_layers import NO_QCONFIG, LayerSearch
-from tritonq.prepare.decide.function_layers import weights_of
-from tritonq.prepare.decide.functions import is_function
+from tritonq.prepare.decide.function_layers import exclusive_state
+from tritonq.prepare.decide.functions import joins_layer
 from tritonq.prepare.decide.joins import NO_NEIGHBOUR, Join, find_joins, operands
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.places import grid_behind, place_of, results
@@ -67,18 +67,21 @@ class _Planner:
     # Results that are rounded with the join that they enter.
     unrounded: set[int] = field(default_factory=set)
     makers: dict[int, Layer] = field(default_factory=dict)
+    chains: ClipChains = field(init=False)
     # Those that stand where layers and joins read them, by reader and operand.
     at_readers: dict[tuple[int, int], PlannedQuantizer] = field(default_factory=dict)
 
     def plan(self) -> Plan:
         layers = self._layers()
+        self._keep_apart(layers)
         clipped = frozenset(layer.name for layer in layers if self._quantized_when_clipped(layer))
-        behind = {layer.name: grid_behind(layer.ends, self.analysis, self.grids) for layer in layers}
+        behind = {layer.name: grid_behind(layer.ends, self.analysis, self.grids, self.chains) for layer in layers}
         outputs = {name: grid for name, grid in behind.items() if grid is not None and name in clipped}
         for layer in layers:
             if layer.name not in clipped:
                 self._assign(layer.ends, layer)
         joins = self._relevant(find_joins(self.analysis, self.kept), layers)
+        self._keep_apart((*layers, *joins))
         summands = self._leave_unrounded(joins, layers)
         demands = self._demands(layers, joins)
         at_readers: list[Reading] = []
@@ -91,7 +94,9 @@ class _Planner:
             self._place_at_readers(shared)
         self._quantize_between()
         parts: tuple[Layer | Join, ...] = (*layers, *joins)
+        unary = self._unary()
         erased = frozenset(relu for part in parts for relu in part.relus)
+        erased |= {clip for operation in unary.values() for clip in operation.absorbed}
         modules, nodes = erasures(self.analysis, erased)
         return Plan(
             layers=tuple(layers),
@@ -102,7 +107,7 @@ class _Planner:
             quantizers=tuple(self.quantizers),
             inputs=self._inputs(layers),
             operands={join: self._operands(join) for join in joins if join.knows_operands},
-            unary=self._unary(),
+            unary=unary,
             erased=erased,
             erased_modules=modules,
             erased_nodes=nodes,
@@ -110,17 +115,16 @@ class _Planner:
             single_mode=frozenset(self.single_mode),
             float_functions=self.float_functions,
             float_joins=tuple(self.float_joins),
-            exclusive_state=self._exclusive_state(layers),
+            exclusive_state=exclusive_state(filter(None, (layer.function for layer in layers)), self.analysis),
             on_grid=frozenset(
                 value.index for value in self.analysis.flow.values if self._grid(value.index) is not None
             ),
             read=frozenset(value for part in parts for value in self._reads(part)),
         )
 
-    def _exclusive_state(self, layers: list[Layer]) -> frozenset[str]:
-        functions = [layer.function for layer in layers if layer.function is not None]
-        ends = [end for function in functions for end in weights_of(function)]
-        return self.analysis.constants.exclusive(ends) if ends else frozenset()
+    def _keep_apart(self, parts: Iterable[Layer | Join]) -> None:
+        """Let ReLUs that are part of a layer or join be part of no chain of clips."""
+        self.chains = ClipChains(self.analysis, self.kept.union(*(part.relus for part in parts)))
 
     def _layers(self) -> list[Layer]:
         search = LayerSearch(
@@ -139,13 +143,13 @@ class _Planner:
             return False
         ends = [self.analysis.flow.calls[index] for index in layer.ends]
         clips = [self.analysis.follower(call) for call in ends]
-        values = [None if clip is None else self.analysis.value_of(clip) for clip in clips]
+        values = [None if clip is None else self.analysis.value_of(self.chains.last(clip)) for clip in clips]
         found = [value for value in values if value is not None]
         qconfig = self._qconfig(layer.home)
         if qconfig is None or not found or len(found) < len(ends):
             return False
         fuses = qconfig.find_target().fuses_functions
-        if not all(clip is not None and self._joins_layer(clip, fuses) for clip in clips):
+        if not all(clip is not None and joins_layer(clip, fuses) for clip in clips):
             return False
         places = [place_of(value, self.analysis) for value in found]
         if any(place.where == "consumer" or not set(place.values) <= set(found) for place in places):
@@ -154,10 +158,6 @@ class _Planner:
             if value not in self.grids:
                 self._place(value, Reading(layer, 0, value, layer.calls[0], qconfig))
         return True
-
-    def _joins_layer(self, call: Call, fuses_functions: bool) -> bool:
-        """Whether the target computes a call together with the layer before it, without rounding in between."""
-        return limits_range(call) or (fuses_functions and is_function(call))
 
     def _leave_unrounded(self, joins: list[Join], layers: list[Layer]) -> frozenset[str]:
         """Let results wait for the join that alone reads them where that is wanted; return the layers' names."""
@@ -320,7 +320,7 @@ class _Planner:
         Such operations of one tensor (the mean behind a Hardswish, say) can then be computed on codes.
         """
         for quantizer in list(self.quantizers):
-            for value in operands_of_unary(quantizer, self.analysis):
+            for value in operands_of_unary(quantizer, self.analysis, self.chains):
                 for root in self._unary_before(value):
                     if not self._place_where_made(root, quantizer.qconfig, quantizer.like):
                         break
@@ -360,7 +360,7 @@ class _Planner:
         return self._grid(value) if own is None else own
 
     def _unary(self) -> dict[int, PlannedUnary]:
-        found = ((place, find_unary(place, self.analysis, self._grid)) for place in self.quantizers)
+        found = ((place, find_unary(place, self.analysis, self.chains, self._grid)) for place in self.quantizers)
         return {place.value: operation for place, operation in found if operation is not None}
 
     def _reads(self, part: Layer | Join) -> list[int]:

@@ -19,6 +19,7 @@ from tritonq.nn.functions import FUNCTION_MODULES, FunctionLayer, PReLU
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.averages import averaging_of_call, may_change
+from tritonq.prepare.decide.clip_chains import ClipChains, joined_bounds
 from tritonq.prepare.decide.clips import clipping_of_call
 from tritonq.prepare.decide.functions import function_of_call, prelu_of_call
 from tritonq.prepare.forwards.answered import Arguments
@@ -44,12 +45,15 @@ QUANTIZED_FORMS: Mapping[type[nn.Module], Any] = {
 }
 
 
-def layer_for(operation: Operation) -> UnaryLayer:
-    """Return the module of an operation in a forward; it has no quantizer of its own."""
+def layer_for(operation: Operation, earlier: Clipping | None) -> UnaryLayer:
+    """Return the module of an operation in a forward, with the clips that it makes superfluous.
+
+    It has no quantizer of its own.
+    """
     if isinstance(operation, Function):
         return FunctionLayer(operation)
     if isinstance(operation, Clipping):
-        return Clip(operation)
+        return Clip(operation, earlier=earlier)
     if isinstance(operation, type):
         raise TypeError("a PReLU is a module already")
     return Average(operation)
@@ -65,12 +69,16 @@ class PlannedUnary:
         calls: its calls.
         arguments: those behind the first and the named ones, which it must have to be this operation; None: it has no
             others, or the forward is known to give it constants.
+        earlier: the bounds of clips before it that a clip makes superfluous; None without any.
+        absorbed: the calls of these.
     """
 
     operation: Operation
     source: object
     calls: tuple[int, ...]
     arguments: Arguments | None = None
+    earlier: Clipping | None = None
+    absorbed: tuple[int, ...] = ()
 
 
 class QuantizerPlace(Protocol):
@@ -89,21 +97,31 @@ class QuantizerPlace(Protocol):
         """The node in its forward."""
 
 
-def find_unary(place: QuantizerPlace, analysis: Analysis, grid_of: Callable[[int], object]) -> PlannedUnary | None:
+def find_unary(
+    place: QuantizerPlace, analysis: Analysis, chains: ClipChains, grid_of: Callable[[int], object]
+) -> PlannedUnary | None:
     """Return the operation behind which a quantizer stands; None where there is none, or not one in all calls.
 
-    ``grid_of`` tells what put a value on a grid.
+    Args:
+        place: of the quantizer.
+        analysis: the model and its record.
+        chains: tells the clips that are one with a clip.
+        grid_of: tells what put a value on a grid.
     """
-    flow = analysis.flow
     found = _calls_at(place, analysis)
     if found is None:
         return None
     calls, fixed = found
-    operation, *others = {_operation_of(call, flow.values[call.inputs[0]].shape, fixed) for call in calls}
+    operation, *others = {_operation_of(call, _input_shape(call, analysis), fixed) for call in calls}
     if operation is None or others:
         return None
-    source = grid_of(calls[0].inputs[0])
-    if any(grid_of(call.inputs[0]) is not source for call in calls):
+    # The clips that are one, or the one call.
+    rows = [(*chains.before(call), call) for call in calls]
+    bounds = {joined_bounds(row[:-1]) for row in rows}
+    if len(bounds) > 1:
+        return None
+    source = grid_of(rows[0][0].inputs[0])
+    if any(grid_of(first.inputs[0]) is not source for first, *_ in rows):
         source = None
     # Without a grid a function is computed in float, but still keeps less for the backward than with a quantizer apart;
     # a clip behind a layer works on the grid of its own quantizer.
@@ -114,21 +132,22 @@ def find_unary(place: QuantizerPlace, analysis: Analysis, grid_of: Callable[[int
         if isinstance(analysis.forward(place.owner), ForwardGraph):
             return None  # a graph has no way to ask
         arguments = calls[0].args[1:], calls[0].kwargs
-    return PlannedUnary(operation, source, tuple(call.index for call in calls), arguments)
+    absorbed = tuple(clip.index for row in rows for clip in row[:-1])
+    return PlannedUnary(operation, source, tuple(call.index for call in calls), arguments, bounds.pop(), absorbed)
 
 
 def is_unary(call: Call, analysis: Analysis) -> bool:
     """Whether a call is an operation of one tensor that can be computed on codes."""
-    return bool(call.inputs) and _operation_of(call, analysis.flow.values[call.inputs[0]].shape, False) is not None
+    return bool(call.inputs) and _operation_of(call, _input_shape(call, analysis), False) is not None
 
 
-def operands_of_unary(place: QuantizerPlace, analysis: Analysis) -> tuple[int, ...]:
+def operands_of_unary(place: QuantizerPlace, analysis: Analysis, chains: ClipChains) -> tuple[int, ...]:
     """Return the values that the operation of one tensor reads behind which a quantizer stands; empty without one."""
     calls, fixed = _calls_at(place, analysis) or ((), False)
-    shapes = analysis.flow.values
-    if not all(_operation_of(call, shapes[call.inputs[0]].shape, fixed) is not None for call in calls):
+    if not all(_operation_of(call, _input_shape(call, analysis), fixed) is not None for call in calls):
         return ()
-    return tuple(dict.fromkeys(call.inputs[0] for call in calls))
+    firsts = ((*chains.before(call), call)[0] for call in calls)
+    return tuple(dict.fromkeys(first.inputs[0] for first in firsts))
 
 
 def _calls_at(place: QuantizerPlace, analysis: Analysis) -> tuple[tuple[Call, ...], bool] | None:
@@ -141,6 +160,10 @@ def _calls_at(place: QuantizerPlace, analysis: Analysis) -> tuple[tuple[Call, ..
     else:
         return None
     return (calls, fixed) if calls and all(call.inputs for call in calls) else None
+
+
+def _input_shape(call: Call, analysis: Analysis) -> tuple[int, ...]:
+    return analysis.flow.values[call.inputs[0]].shape
 
 
 def _may_change(operation: Averaging | Clipping) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import Joint, QATLayer
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
+from tritonq.nn.clip import Clip
 from tritonq.nn.folded import BATCH_NORM_NAMES, FoldedBatchNorm
 from tritonq.nn.kept_class import keep_class
 from tritonq.nn.own_input import INPUT_QUANTIZER, QuantizesInput
@@ -251,6 +252,8 @@ class _PlanWork:
         """Give a pool or the like its quantized form, which runs its quantizer itself."""
         module = self._editor.modules[quantizer.owner]
         quantized: UnaryLayer = QUANTIZED_FORMS[type(module)].from_float(module)
+        if isinstance(quantized, Clip):
+            quantized.earlier = self._plan.unary[quantizer.value].earlier
         quantized.activation_post_process = own.train(module.training)
         take_place(module, quantized)
         self._keep_class(module, quantized)
@@ -261,7 +264,7 @@ class _PlanWork:
     def _add_unary(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
         """Make a module of the operation at a node, behind which its quantizer stands."""
         planned = self._plan.unary[quantizer.value]
-        made = layer_for(planned.operation)
+        made = layer_for(planned.operation, planned.earlier)
         owner = self._editor.modules[quantizer.owner]
         name = self._editor.add_child(owner, self._flow.calls[planned.calls[0]].name.lower(), made)
         forward = self._editor.rewrite(quantizer.owner)
@@ -278,7 +281,7 @@ class _PlanWork:
     def _add_function(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
         """Make a module of the function at a node, which runs its quantizer: it then keeps less for the backward."""
         planned = self._plan.unary[quantizer.value]
-        made = layer_for(planned.operation)
+        made = layer_for(planned.operation, planned.earlier)
         owner = self._editor.modules[quantizer.owner]
         self._editor.add_child(owner, f"{quantizer.label}_fake_quant", own)
         name = self._editor.add_child(owner, self._flow.calls[planned.calls[0]].name.lower(), made)
