@@ -1,10 +1,11 @@
 """Folded convolutions as implicit matrix products, with bias, ReLU and fake quantization in the epilogue.
 
 Functions here have the names, signatures and results of `tritonq.reference.conv2d`, their specification, but for the
-order of float sums, and for ``tile``. They run where the table of this GPU says that they beat torch's convolution:
-:func:`tuned_tile`. Integer codes are float16 operands with float32 accumulators: products of codes of up to 9 bits are
-exact, and so are sums below 2^24 (matrix units round no addition that needs at most 24 bits: Fasi et al., Numerical
-behavior of NVIDIA tensor cores, 2021).
+order of float sums, and for ``tile`` and ``largest_product``. Values take them where the table of this GPU says that
+they beat torch's convolution (:func:`tuned_tile`), codes also where it says nothing. Codes are float16 operands with
+float32 accumulators: products of codes of up to 9 bits are exact, and so are sums below 2^24 (matrix units round no
+addition that needs at most 24 bits: Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021). Sums that may become
+larger go on in int32 before they do.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ from .rounding import round_half_away, round_half_even_any
 _INT32_ELEMENTS = 2**31
 # Below this most of each step is padding, whatever the kernel's size: a class of its own.
 _FEW_CHANNELS = 16
+# No sum of integers below this is rounded in float32.
+_FLOAT32_EXACT = 2**24
+# Of two codes of 9 bits.
+_LARGEST_PRODUCT = 255 * 255
 
 
 @triton.jit
 def requantize(
-    total,  # (pixels, outs) float32 integers below 2^24, without bias
+    total,  # (pixels, outs) int32, or float32 integers below 2^24; without bias
     bias_ptr,  # (outs,) int32, or None
     multiplier_ptr,  # (outs,) float32
     grid_scale_ptr,  # one float32: the result goes onto this grid; None: multiplier alone
@@ -43,7 +48,7 @@ def requantize(
         # In float32 the sum would be rounded before its only rounding, at 2^24 and above.
         bias = tl.load(bias_ptr + out, mask=exists, other=0).to(tl.int64)
         total = (total.to(tl.int64) + bias[None, :]).to(tl.float32)
-    y = total * tl.load(multiplier_ptr + out, mask=exists, other=0.0)[None, :]
+    y = total.to(tl.float32) * tl.load(multiplier_ptr + out, mask=exists, other=0.0)[None, :]
     if grid_scale_ptr is not None:
         steps = round_half_even_any(y) if ROUNDING == "half_even" else round_half_away(y)
         y = steps * tl.load(grid_scale_ptr)
@@ -85,6 +90,7 @@ def conv2d_kernel(
     ROUNDING: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    FLUSH: tl.constexpr,  # steps after which sums of codes go on in int32; 0: float32 holds the whole sum
     PIXELS: tl.constexpr,
     OUTS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -103,39 +109,43 @@ def conv2d_kernel(
     first_line = line * STRIDE[0] - PADDING[0]
     first_column = column * STRIDE[1] - PADDING[1]
     corner = image * x_strides[0] + first_line * x_strides[2] + first_column * x_strides[3]
-    total = tl.zeros([PIXELS, OUTS], tl.float32)
     chunks = 1 if DEPTHWISE else tl.cdiv(channels, CHANNELS)
-    # One loop over taps and channels, so that loads of the next tap are on their way too.
-    for step in range(0, KERNEL[0] * KERNEL[1] * chunks):
-        tap = step // chunks
-        kernel_line = tap // KERNEL[1]
-        kernel_column = tap - kernel_line * KERNEL[1]
-        x_row = first_line + kernel_line * DILATION[0]
-        x_col = first_column + kernel_column * DILATION[1]
-        inside = (pixel < pixels) & (x_row >= 0) & (x_row < height) & (x_col >= 0) & (x_col < width)
-        place = corner + (kernel_line * DILATION[0]) * x_strides[2] + (kernel_column * DILATION[1]) * x_strides[3]
-        tap_ptr = weight_ptr + kernel_line * weight_strides[2] + kernel_column * weight_strides[3]
-        if DEPTHWISE:
-            x = tl.load(
-                x_ptr + place[:, None] + (out // MULTIPLIER)[None, :] * x_strides[1],
-                mask=inside[:, None] & exists[None, :],
-                other=0.0,
-            )
-            weight = tl.load(tap_ptr + out * weight_strides[0], mask=exists, other=0.0)
-            total += x.to(tl.float32) * weight.to(tl.float32)[None, :]
-        else:
-            channel = (step - tap * chunks) * CHANNELS + tl.arange(0, CHANNELS)
-            x = tl.load(
-                x_ptr + place[:, None] + (group * channels + channel)[None, :] * x_strides[1],
-                mask=inside[:, None] & (channel < channels)[None, :],
-                other=0.0,
-            )
-            weight = tl.load(
-                tap_ptr + out[None, :] * weight_strides[0] + channel[:, None] * weight_strides[1],
-                mask=exists[None, :] & (channel < channels)[:, None],
-                other=0.0,
-            )
-            total = tl.dot(x, weight, total, input_precision=PRECISION)
+    steps = KERNEL[0] * KERNEL[1] * chunks
+    total = tl.zeros([PIXELS, OUTS], tl.int32 if FLUSH else tl.float32)
+    for start in range(0, steps if FLUSH else 1, FLUSH if FLUSH else 1):
+        part = tl.zeros([PIXELS, OUTS], tl.float32)
+        # One loop over taps and channels, so that loads of the next tap are on their way too.
+        for step in range(start, tl.minimum(start + FLUSH, steps) if FLUSH else steps):
+            tap = step // chunks
+            kernel_line = tap // KERNEL[1]
+            kernel_column = tap - kernel_line * KERNEL[1]
+            x_row = first_line + kernel_line * DILATION[0]
+            x_col = first_column + kernel_column * DILATION[1]
+            inside = (pixel < pixels) & (x_row >= 0) & (x_row < height) & (x_col >= 0) & (x_col < width)
+            place = corner + (kernel_line * DILATION[0]) * x_strides[2] + (kernel_column * DILATION[1]) * x_strides[3]
+            tap_ptr = weight_ptr + kernel_line * weight_strides[2] + kernel_column * weight_strides[3]
+            if DEPTHWISE:
+                x = tl.load(
+                    x_ptr + place[:, None] + (out // MULTIPLIER)[None, :] * x_strides[1],
+                    mask=inside[:, None] & exists[None, :],
+                    other=0.0,
+                )
+                weight = tl.load(tap_ptr + out * weight_strides[0], mask=exists, other=0.0)
+                part += x.to(tl.float32) * weight.to(tl.float32)[None, :]
+            else:
+                channel = (step - tap * chunks) * CHANNELS + tl.arange(0, CHANNELS)
+                x = tl.load(
+                    x_ptr + place[:, None] + (group * channels + channel)[None, :] * x_strides[1],
+                    mask=inside[:, None] & (channel < channels)[None, :],
+                    other=0.0,
+                )
+                weight = tl.load(
+                    tap_ptr + out[None, :] * weight_strides[0] + channel[:, None] * weight_strides[1],
+                    mask=exists[None, :] & (channel < channels)[:, None],
+                    other=0.0,
+                )
+                part = tl.dot(x, weight, part, input_precision=PRECISION)
+        total += part.to(total.dtype)
     if multiplier_ptr is not None:
         y = requantize(total, bias_ptr, multiplier_ptr, grid_scale_ptr, out, exists, ROUNDING)
     else:
@@ -168,7 +178,7 @@ def conv2d(
     """Convolve, add the bias, then ReLU and fake quantize; the result is channels_last where ``x`` is."""
     geometry = ConvGeometry(stride, padding, dilation, groups)
     y = empty_output(x, weight, geometry, x.dtype)
-    _launch(x, weight, bias, None, None, y, geometry, ceiling, grid, tile)
+    _launch(x, weight, bias, None, None, y, geometry, ceiling, grid, tile, None)
     return y
 
 
@@ -187,12 +197,17 @@ def integer_conv2d(
     grid: Grid | None = None,
     *,
     tile: ConvTile | None = None,
+    largest_product: int = _LARGEST_PRODUCT,
 ) -> Tensor:
-    """Convolve integer codes exactly, requantize, then ReLU and fake quantize."""
+    """Convolve integer codes exactly, requantize, then ReLU and fake quantize.
+
+    ``largest_product`` is what no product of two codes exceeds in magnitude: the less it is, the longer are the sums
+    that float32 holds.
+    """
     geometry = ConvGeometry(stride, padding, dilation, groups)
     codes, weight = codes.to(torch.float16), weight.to(torch.float16)
     y = empty_output(codes, weight, geometry, dtype)
-    _launch(codes, weight, bias, multiplier, onto, y, geometry, ceiling, grid, tile)
+    _launch(codes, weight, bias, multiplier, onto, y, geometry, ceiling, grid, tile, _FLOAT32_EXACT // largest_product)
     return y
 
 
@@ -207,7 +222,9 @@ def _launch(
     ceiling: float | None,
     grid: Grid | None,
     tile: ConvTile | None,
+    exact_products: int | None,
 ) -> None:
+    """Launch the kernel; ``exact_products`` is how many products of codes float32 adds up exactly, None for values."""
     if y.numel() == 0:
         return
     images, _, height, width = x.shape
@@ -220,6 +237,7 @@ def _launch(
     if tile is None:
         tile = _default_tile(x, pixels, outs // groups, channels, depthwise)
     out_tiles = triton.cdiv(outs // groups, tile.outs)
+    flush = _steps_to_flush(exact_products, channels * kernel_h * kernel_w, 1 if depthwise else tile.channels)
     (stride, padding, dilation, _) = geometry
     qtype = None if grid is None else grid.qtype
     rounds = grid if onto is None else onto
@@ -256,6 +274,7 @@ def _launch(
             ROUNDING="half_even" if rounds is None else rounds.qtype.rounding,
             PRECISION=input_precision(x, is_codes=multiplier is not None),
             WIDE=max(_reach(x), _reach(y)) >= _INT32_ELEMENTS,
+            FLUSH=flush,
             PIXELS=tile.pixels,
             OUTS=tile.outs,
             CHANNELS=tile.channels,
@@ -266,11 +285,24 @@ def _launch(
         )
 
 
+def _steps_to_flush(exact_products: int | None, products: int, per_step: int) -> int:
+    """Return after how many steps of ``per_step`` products sums leave float32; 0: it holds all ``products``.
+
+    Raises:
+        ValueError: it does not hold those of one step.
+    """
+    if exact_products is None or products <= exact_products:
+        return 0
+    if per_step > exact_products:
+        raise ValueError(f"a step of {per_step} channels has sums of codes that float32 does not hold")
+    return exact_products // per_step
+
+
 def _default_tile(x: Tensor, pixels: int, outs: int, channels: int, depthwise: bool) -> ConvTile:
     """Return the tile of a launch that nobody tuned."""
     # Without tf32, float32 products are no work for matrix units, and keep their operands in registers.
     widest = 128 if x.element_size() < 4 else 64
-    if is_channels_last(x):
+    if x.stride(1) == 1:
         return conv_tile(pixels, outs, channels, depthwise=depthwise, widest=widest, steps=(16, 64))
     # Values read one by one need their addresses in registers.
     return conv_tile(pixels, outs, channels, depthwise=depthwise, widest=widest, steps=(16, 32), stages=2)
@@ -290,12 +322,12 @@ def input_precision(x: Tensor, is_codes: bool) -> str:
     return "ieee" if is_hip else "tf32"
 
 
-def tuned_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, is_codes: bool) -> ConvTile | None:
-    """Return the tile with which the kernel beats torch's convolution by this GPU's table; None: torch's is to run."""
+def tuned_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, is_codes: bool) -> ConvTile | str | None:
+    """Return this GPU's entry for a convolution: a tile with which the kernel beats torch's, ``"torch"``, or None."""
     index = x.device.index if x.is_cuda else None
     layout = "channels_last" if is_channels_last(x) else "channels_first"
     dtype = "codes" if is_codes else str(x.dtype).removeprefix("torch.")
-    tile: ConvTile | None = _tuned_tile(dtype, layout, tuple(x.shape), tuple(weight.shape), geometry, index)
+    tile: ConvTile | str | None = _tuned_tile(dtype, layout, tuple(x.shape), tuple(weight.shape), geometry, index)
     return tile
 
 
@@ -307,9 +339,9 @@ def _tuned_tile(
     weight: tuple[int, ...],
     geometry: ConvGeometry,
     device_index: int | None,
-) -> ConvTile | None:
+) -> ConvTile | str | None:
     entry = launch.tuned("conv2d", table_key(dtype, layout, x, weight, geometry), device_index)
-    return entry if isinstance(entry, ConvTile) else None
+    return None if isinstance(entry, launch.Parameters) else entry
 
 
 def table_key(dtype: str, layout: str, x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry) -> str:

@@ -181,7 +181,8 @@ def _layer(inputs: Inputs) -> IntegerAffine:
     input_scale, weight_scale = (x.new_full((1,), scale) for scale in (0.02, 0.01))
     multiplier = (input_scale * weight_scale).expand(len(weight)).contiguous()
     bound = float(127 * 127 * weight[0].numel())
-    return IntegerAffine(weight, None, multiplier, input_scale, lambda: bound, weight_scale, None, has_8_bit_codes=True)
+    product = 127 * 127
+    return IntegerAffine(weight, None, multiplier, input_scale, lambda: bound, weight_scale, None, True, product)
 
 
 def _run_codes(conv: Convolution, inputs: Inputs) -> tuple[Tensor, ...]:

@@ -358,9 +358,11 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
         >>> get_qconfig().activation().qtype.quant_max
         255
     """
+    if name in TORCH_BACKENDS:
+        raise ValueError(f"{name!r} is a preset of torch.ao: get_default_qat_qconfig({name!r}) returns it")
     if name not in PRESETS:
         hint = f"get_default_qat_qconfig has torch.ao's {', '.join(TORCH_BACKENDS)}"
-        near = did_you_mean(name, (*PRESETS, *TORCH_BACKENDS))
+        near = did_you_mean(name, PRESETS)
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}; {hint}{near}")
     return PRESETS[name]
 

@@ -24,13 +24,13 @@ def _values(
     return call
 
 
-def _codes(channels: int, groups: int = 1) -> Call:
+def _codes(channels: int, groups: int = 1, kernel: int = 3) -> Call:
     def call(dtype: torch.dtype) -> object:
         codes = meta(8, channels, 28, 28, dtype=torch.float16, channels_last=True)
-        weight = meta(128, channels // groups, 3, 3, dtype=torch.float16, channels_last=True)
+        weight = meta(128, channels // groups, kernel, kernel, dtype=torch.float16, channels_last=True)
         bias, multiplier = meta(128, dtype=torch.int32), meta(128, dtype=torch.float32)
-        end = (bias, multiplier, meta_grid(QINT8), dtype)
-        return conv2d.integer_conv2d(codes, weight, *end, (1, 1), (1, 1), (1, 1), groups, _CEILING, meta_grid(QINT8))
+        end = (bias, multiplier, meta_grid(QINT8), dtype, (1, 1), (kernel // 2, kernel // 2), (1, 1), groups)
+        return conv2d.integer_conv2d(codes, weight, *end, _CEILING, meta_grid(QINT8))
 
     return call
 
@@ -50,5 +50,6 @@ CASES = (
     _case("3x3 grouped", _values(128, 3, 32), _BRIEF),
     _case("3x3 depthwise", _values(128, 3, 128), _BRIEF),
     _case("3x3 codes", _codes(128), _BRIEF),
+    _case("1x1 codes, sums in float32", _codes(256, kernel=1), (torch.float32,)),
     _case("3x3 codes depthwise", _codes(128, 128), (torch.float32,)),
 )

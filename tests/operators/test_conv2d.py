@@ -144,6 +144,24 @@ class TestKernel(OpTester):
             y = ops.integer_conv2d(*given, here, *end)
             assert torch.equal(y.cpu(), reference.integer_conv2d(*arguments, there, *end))
 
+    @pytest.mark.parametrize(("channels", "groups", "kernel"), [(600, 1, (1, 1)), (90, 1, (3, 3)), (3, 3, (24, 25))])
+    def test_sums_that_float32_does_not_hold_are_exact(
+        self, channels: int, groups: int, kernel: tuple[int, int], use: str, device: str
+    ) -> None:
+        outs, size = 3, 25 if groups > 1 else 4
+        generator = torch.Generator().manual_seed(0)
+        codes = torch.randint(240, 256, (1, channels, size, size), generator=generator).float()
+        weight = torch.randint(120, 128, (outs, channels // groups, *kernel), generator=generator).float()
+        # Odd sums, of which float32 loses the last bit beyond 2^24, as bias takes them back to where it shows.
+        total = F.conv2d(codes.double(), weight.double(), groups=groups)
+        assert float(total.min()) > 2**24
+        bias = (1 - total.amin((0, 2, 3))).int()
+        end = (bias, torch.ones(outs), None, torch.float32, (1, 1), (0, 0), (1, 1), groups)
+        given = [value.to(device) if isinstance(value, torch.Tensor) else value for value in (codes, weight, *end)]
+        limits = {} if use == "torch" else {"largest_product": 255 * 127}
+        y = operators("conv2d", use).integer_conv2d(*given, **limits)
+        assert torch.equal(y.cpu(), (total + bias.double().view(-1, 1, 1)).float())
+
     def test_real_values(self, use: str, device: str) -> None:
         generator = torch.Generator().manual_seed(0)
         x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 20, 7, 5), (9, 20, 3, 3)))

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import tritonq
 from tolerances import assert_matches
 from tritonq.functional.conv2d import ConvKernel, find_kernel
 from tritonq.functional.integer import IntegerAffine
-from tritonq.functional.linear_map import Convolution
+from tritonq.functional.linear_map import Convolution, PaddedConvolution
 
 TILE = {"pixels": 64, "outs": 16, "channels": 16, "warps": 4, "stages": 2}
 CONV = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
@@ -64,9 +65,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def integer_layer(bits_fit: bool = True, bound: float = 1e6) -> IntegerAffine:
+def integer_layer(bits_fit: bool = True) -> IntegerAffine:
+    def read() -> float:
+        raise AssertionError("a kernel needs no bound that is read from the device")
+
     one = torch.ones(6)
-    return IntegerAffine(torch.ones(6, 4, 3, 3), None, one, one[:1], lambda: bound, one, None, bits_fit)
+    return IntegerAffine(torch.ones(6, 4, 3, 3), None, one, one[:1], read, one, None, bits_fit, 127 * 127)
 
 
 @pytest.mark.interpreter
@@ -74,10 +78,15 @@ class TestChoice:
     x = torch.randn(2, 4, 5, 5)
     weight = torch.randn(6, 4, 3, 3)
 
-    def test_a_silent_table_leaves_it_to_torch(self, table: Callable[..., None]) -> None:
+    def test_a_silent_table_leaves_values_to_torch_and_codes_to_the_kernel(self, table: Callable[..., None]) -> None:
         assert find_kernel(self.x, self.weight, CONV) is None
         table(**{"float32/channels_first/3x3s1/stem/large": TILE, "float16/channels_first/3x3s1/stem/small": TILE})
         assert find_kernel(self.x, self.weight, CONV) is None
+        found = find_kernel(self.x, self.weight, CONV, integer_layer())
+        assert isinstance(found, ConvKernel)
+        assert found.tile is None
+        table(**{"codes/channels_first/3x3s1/stem/small": "torch"})
+        assert find_kernel(self.x, self.weight, CONV, integer_layer()) is None
 
     def test_an_entry_decides(self, table: Callable[..., None]) -> None:
         table(**{"float32/channels_first/3x3s1/stem/small": TILE, "float32/channels_last/3x3s1/stem/small": "torch"})
@@ -91,7 +100,12 @@ class TestChoice:
         table(**{f"{kind}/channels_first/3x3s1/stem/small": TILE for kind in ("float32", "float64", "codes")})
         x, weight = self.x, self.weight
         assert find_kernel(x, weight, CONV) is not None
-        assert find_kernel(x, weight, None) is None
+        reflecting = PaddedConvolution(CONV, (1, 1, 1, 1), "reflect")
+        transposed = replace(CONV, transposed=True)
+        assert find_kernel(x, weight, reflecting) is None
+        assert find_kernel(x, weight, reflecting, integer_layer()) is not None
+        assert find_kernel(x, weight, transposed, integer_layer()) is None
+        assert find_kernel(x[0], weight, CONV, integer_layer()) is None
         assert find_kernel(x.double(), weight.double(), CONV) is None
         with tritonq.use_backend("torch"):
             assert find_kernel(x, weight, CONV) is None
@@ -99,7 +113,6 @@ class TestChoice:
             assert find_kernel(x, weight, CONV) is None
             assert find_kernel(x, weight, CONV, integer_layer()) is not None
         assert find_kernel(x, weight, CONV, integer_layer(bits_fit=False)) is None
-        assert find_kernel(x, weight, CONV, integer_layer(bound=2.0**24)) is None
 
     def test_dtypes_must_agree(self, table: Callable[..., None]) -> None:
         table(**{"float32/channels_first/3x3s1/stem/small": TILE})
@@ -115,7 +128,7 @@ class TestChoice:
         conv = Convolution((2, 1), (1, 1), (1, 2), (0, 0), False, groups)
         values = [self.x, torch.randn(8, 4 // groups, 3, 3), torch.randn(8)]
         mine, other = ([value.clone().requires_grad_() for value in values] for _ in range(2))
-        y = ConvKernel(conv, ConvTile(**TILE))(*mine, ceiling)
+        y = ConvKernel(conv, conv, ConvTile(**TILE))(*mine, ceiling)
         z = F.conv2d(*other, conv.stride, conv.padding, conv.dilation, groups)
         z = z if ceiling is None else F.hardtanh(z, 0, ceiling)
         assert_matches(y, z, "conv2d")
@@ -189,6 +202,14 @@ def layer_of(model: torch.nn.Module) -> torch.nn.Module:
 
 
 KINDS = ["Conv2d", "ConvBnReLU2d", "RepVGGBlock"]
+OTHER_LAYERS = {
+    "sums beyond 2^24": (torch.nn.Conv2d(160, 3, 3), (1, 160, 4, 5), "onnxruntime"),
+    "weights with zero points": (torch.nn.Conv2d(90, 3, 3), (1, 90, 4, 5), "x86"),
+    "one dimension": (torch.nn.Conv1d(5, 6, 3, stride=2, padding=1), (2, 5, 9), "onnxruntime"),
+    "padded by reflection": (torch.nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 5, 5), "tensorrt"),
+    "matrix product": (torch.nn.Linear(700, 6), (3, 700), "onnxruntime"),
+    "matrix product of tokens": (torch.nn.Linear(7, 6), (2, 3, 7), "tensorrt"),
+}
 
 
 @pytest.mark.interpreter
@@ -201,17 +222,47 @@ class TestLayers:
     ) -> None:
         model = trained(kind).eval()
         tie_values(model)
-        without = model(self.x)
+        with tritonq.use_backend("torch"):
+            without = model(self.x)
         assert launches == []
-        table(**EVERY_KIND)
+        for entries in ({}, EVERY_KIND):
+            table(**entries)
+            with torch.no_grad():
+                assert torch.equal(model(self.x), without)
+            assert launches == ["integer_conv2d"]
+            assert torch.equal(model(self.x).detach(), without)
+            converted = tritonq.convert(model)
+            launches.clear()
+            assert torch.equal(converted(self.x), without)
+            assert launches == ["integer_conv2d"]
+            launches.clear()
+        table(**dict.fromkeys(EVERY_KIND, "torch"))
+        assert torch.equal(converted(self.x), model(self.x).detach())
+        assert launches == []
+
+    @pytest.mark.filterwarnings("ignore:weight zero points differ")
+    @pytest.mark.parametrize("name", OTHER_LAYERS)
+    def test_other_layers_of_codes_are_the_same_bit_for_bit(self, name: str, launches: list[str]) -> None:
+        layer, shape, qconfig = OTHER_LAYERS[name]
+        torch.manual_seed(0)
+        x = torch.randn(shape)
+        # Of one sign and size, so that sums grow as far as codes let them.
         with torch.no_grad():
-            assert torch.equal(model(self.x), without)
-        assert launches == ["integer_conv2d"]
-        assert torch.equal(model(self.x).detach(), without)
-        converted = tritonq.convert(model)
-        launches.clear()
-        assert torch.equal(converted(self.x), without)
-        assert launches == ["integer_conv2d"]
+            layer.weight.abs_().clamp_(0.9 * float(layer.weight.max()))
+        by_name = tritonq.get_default_qat_qconfig if qconfig == "x86" else tritonq.get_qconfig
+        qconfig = by_name(qconfig)
+        model = tritonq.prepare_qat(torch.nn.Sequential(layer), qconfig=qconfig, example_inputs=(x,))
+        model(x)
+        model.eval()
+        x = x.abs() * 10
+        with tritonq.use_backend("torch"):
+            expected = model(x).detach()
+            assert torch.equal(tritonq.convert(model)(x), expected)
+        assert launches == []
+        with torch.no_grad():
+            assert torch.equal(model(x), expected)
+        assert torch.equal(tritonq.convert(model)(x), expected)
+        assert launches == ["integer_conv2d"] * 2
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_eval_in_float_equals_what_is_deployed(
@@ -245,7 +296,8 @@ class TestLayers:
     ) -> None:
         model = trained(kind).eval()
         layer_of(model).activation_post_process.disable_fake_quant()
-        without = model(self.x).detach()
+        with tritonq.use_backend("torch"):
+            without = model(self.x).detach()
         table(**EVERY_KIND)
         with torch.no_grad():
             assert torch.equal(model(self.x), without)

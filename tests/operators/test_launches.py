@@ -206,6 +206,14 @@ def tuned_convolutions() -> None:
             evaluate(nn.Sequential(layer), image())
 
 
+def long_sums() -> None:
+    """Evaluation of a layer whose sums of codes outgrow float32."""
+    x = torch.randn(2, 600, generator=torch.Generator().manual_seed(0))
+    model = tritonq.prepare_qat(nn.Sequential(nn.Linear(600, 3)), qconfig=PRESETS["onnxruntime"], example_inputs=(x,))
+    model(x)
+    evaluate(model, x)
+
+
 def functions(dtype: torch.dtype, wide: bool = False) -> None:
     """Public functions and observers, per tensor and along each kind of axis."""
     with pytest.MonkeyPatch.context() as patched:
@@ -297,6 +305,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "functions of one tensor": functions_of_one_tensor,
     "weights together": weights_together,
     "tuned convolutions": tuned_convolutions,
+    "long sums": long_sums,
     **{f"functions in {dtype}": (lambda dtype=dtype: functions(dtype)) for dtype in DTYPES},
     "functions on large offsets": lambda: functions(torch.float32, wide=True),
 }

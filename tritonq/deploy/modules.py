@@ -19,7 +19,7 @@ from tritonq.deploy.quantizer import Quantizer as Quantizer
 from tritonq.deploy.values import lazy_values, stored
 from tritonq.functional.codes import can_use_codes
 from tritonq.functional.conv2d import find_kernel, run_integer_layer
-from tritonq.functional.integer import BYTE_BITS, IntegerAffine, sum_bound
+from tritonq.functional.integer import BYTE_BITS, IntegerAffine, largest_product, sum_bound
 from tritonq.functional.integer_kernels import PackedLayer, pack, run_packed
 from tritonq.functional.linear_map import LinearMap
 from tritonq.functional.memo import Memo
@@ -226,6 +226,10 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
             weight_scale=cast(Tensor, self.weight_scale),
             weight_zero_point=self.weight_zero_point,
             has_8_bit_codes=max(self.types.bits) <= BYTE_BITS,
+            largest_product=largest_product(
+                (cast(QuantizedType, self.types.input), self.input_zero_point),
+                (cast(QuantizedType, self.types.weight), self.weight_zero_point),
+            ),
         )
 
     def forward(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -238,7 +242,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         if y is not None:
             return y
         layer, quantizer = self.integer_layer(), self.activation_post_process
-        kernel = find_kernel(x, self.stored_weight, self.linear_map.conv2d, layer)
+        kernel = find_kernel(x, self.stored_weight, self.linear_map, layer)
         if kernel is None:
             return self.run_operators(x, layer)
         fused = quantizer.fused_grid() if isinstance(quantizer, Quantizer) and self.following is None else None

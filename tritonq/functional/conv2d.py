@@ -1,4 +1,7 @@
-"""Folded convolutions by kernel, where this GPU's table of measurements says that it beats torch's convolution."""
+"""Folded convolutions by kernel: of codes, and of values where this GPU's table says that it beats torch's convolution.
+
+Torch has no convolution of codes for GPUs but that of float64, so that codes take the kernel where the table is silent.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,23 @@ import torch
 from torch import Tensor
 
 from tritonq.backend import select
-from tritonq.functional.integer import FLOAT32_EXACT, IntegerAffine, centred_codes, integer_affine
-from tritonq.functional.linear_map import Convolution, LinearMap
+from tritonq.functional.integer import IntegerAffine, centred_codes, integer_affine
+from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct, PaddedConvolution
 from tritonq.grid import Grid
 from tritonq.reference.activation import rectify_backward
 
 
 @dataclass(frozen=True)
 class ConvKernel:
-    """The kernel for one 2-d convolution, with what it was tuned to.
+    """The kernel for one layer, with what it was tuned to.
 
     Attributes:
-        conv: the convolution.
-        tile: a `tritonq.kernels.conv_tile.ConvTile`.
+        op: the layer's map.
+        conv: the 2-d convolution that this is, see :func:`as_images`.
+        tile: a `tritonq.kernels.conv_tile.ConvTile`; None: the one of a launch that nobody tuned.
     """
 
+    op: LinearMap
     conv: Convolution
     tile: Any
 
@@ -35,7 +40,7 @@ class ConvKernel:
         ceiling: float | None = None,
         grid: Grid | None = None,
     ) -> Tensor:
-        """Return ``FQ(relu?(conv(x, weight) + bias))``, differentiable where ``grid`` is None.
+        """Return ``FQ(relu?(conv(x, weight) + bias))`` of a 2-d convolution, differentiable where ``grid`` is None.
 
         Args:
             x: (n, c, h, w).
@@ -68,21 +73,22 @@ class ConvKernel:
         """Compute :func:`tritonq.functional.integer.integer_affine` bit for bit, ReLU and fake quantization behind it.
 
         Args:
-            x: (n, c, h, w) on the layer's input grid.
+            x: on the layer's input grid.
             layer: the integers; see :func:`find_kernel` for which it takes.
             output: the grid that the result goes onto, or None.
             ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
             grid: of the output.
 
         Returns:
-            (n, out, h', w') in ``x``'s dtype; without gradient.
+            The layer's result in ``x``'s dtype; without gradient.
         """
         from tritonq.kernels.conv2d import integer_conv2d
 
         multiplier = layer.multiplier if output is None else layer.multiplier / output.scale
+        codes, weight = as_images(self.op, centred_codes(x, layer.input_scale), layer.weight)
         result: Tensor = integer_conv2d(
-            centred_codes(x, layer.input_scale),
-            layer.weight,
+            codes,
+            weight,
             layer.bias,
             multiplier,
             output,
@@ -91,8 +97,9 @@ class ConvKernel:
             ceiling,
             grid,
             tile=self.tile,
+            largest_product=layer.largest_product,
         )
-        return result
+        return _from_images(self.op, result, x)
 
     @property
     def _geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
@@ -105,36 +112,71 @@ class ConvKernel:
         return y
 
 
-def find_kernel(
-    x: Tensor, weight: Tensor, conv: Convolution | None, layer: IntegerAffine | None = None
-) -> ConvKernel | None:
-    """Return the kernel that is to run this convolution; None: torch's convolution is.
+def as_images(op: LinearMap, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return input and weight of a layer as those of the 2-d convolution that it is.
 
-    That is so where kernels don't run (`tritonq.backend`), where the GPU's table has no entry or ``"torch"``, under
-    autocast of float values, while a graph is traced, and for integers that float16 operands and float32 sums do not
-    hold.
+    A convolution over one dimension has images of one line; a matrix product has one of a pixel per row of ``x``.
+    """
+    if isinstance(op, MatrixProduct):
+        return x.reshape(-1, x.shape[-1], 1, 1), weight[:, :, None, None]
+    padded, conv = op.padded(x)
+    return (padded, weight) if conv.conv2d is not None else (padded.unsqueeze(2), weight.unsqueeze(2))
+
+
+def _from_images(op: LinearMap, y: Tensor, x: Tensor) -> Tensor:
+    if isinstance(op, MatrixProduct):
+        return y.reshape(*x.shape[:-1], y.shape[1])
+    return y if x.dim() == y.dim() else y.squeeze(2)
+
+
+def _convolution_of(op: LinearMap) -> Convolution | None:
+    """Return the 2-d convolution that a layer is, or None where it is none."""
+    if isinstance(op, MatrixProduct):
+        return Convolution((1, 1), (0, 0), (1, 1), (0, 0), False, 1)
+    conv = op.conv if isinstance(op, PaddedConvolution) else op
+    if not isinstance(conv, Convolution) or conv.transposed or len(conv.stride) > 2:
+        return None
+    if len(conv.stride) == 2:
+        return conv
+    return Convolution((1, *conv.stride), (0, *conv.padding), (1, *conv.dilation), (0, 0), False, conv.groups)
+
+
+def find_kernel(x: Tensor, weight: Tensor, op: LinearMap, layer: IntegerAffine | None = None) -> ConvKernel | None:
+    """Return the kernel that is to run this layer; None: torch's operators are.
+
+    That is so where kernels don't run (`tritonq.backend`), where the GPU's table has ``"torch"`` for a convolution or,
+    for values, no entry; under autocast of float values; while a graph is traced; and for integers of more bits than
+    float16 operands hold. Values take kernels in 2-d convolutions that pad with zeros alone; codes also in those of one
+    dimension, in those that pad otherwise, and in matrix products.
 
     Args:
         x: the input.
         weight: its weight; shape alone matters.
-        conv: the convolution, or None where the layer is not one over two dimensions that pads with zeros.
+        op: the layer's map.
         layer: the integers that are convolved instead of values, or None.
     """
-    if conv is None or x.dim() != 4 or torch.compiler.is_compiling() or select(x) != "triton":
+    if torch.compiler.is_compiling() or select(x) != "triton":
         return None
     if layer is None:
-        if torch.is_autocast_enabled(x.device.type):
-            return None
-    elif not layer.has_8_bit_codes:
+        conv = op.conv2d if x.dim() == 4 and not torch.is_autocast_enabled(x.device.type) else None
+    else:
+        conv = _convolution_of(op) if layer.has_8_bit_codes and _has_batch(op, x) else None
+    if conv is None:
         return None
-    from tritonq.kernels.conv2d import tuned_tile
-    from tritonq.kernels.conv_tile import ConvGeometry
+    tile = None
+    if op.conv2d is not None:
+        from tritonq.kernels.conv2d import tuned_tile
+        from tritonq.kernels.conv_tile import ConvGeometry
 
-    geometry = ConvGeometry(conv.stride, conv.padding, conv.dilation, conv.groups)
-    tile = tuned_tile(x, weight, geometry, is_codes=layer is not None)
-    if tile is None or (layer is not None and layer.sum_bound >= FLOAT32_EXACT):
-        return None
-    return ConvKernel(conv, tile)
+        geometry = ConvGeometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+        tile = tuned_tile(x, weight, geometry, is_codes=layer is not None)
+        if tile == "torch" or (tile is None and layer is None):
+            return None
+    return ConvKernel(op, conv, tile)
+
+
+def _has_batch(op: LinearMap, x: Tensor) -> bool:
+    return isinstance(op, MatrixProduct) or x.dim() == 1 - op.output_axis
 
 
 def run_integer_layer(

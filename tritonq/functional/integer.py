@@ -53,6 +53,7 @@ class IntegerAffine:
         weight_scale: float32 (out,); with ``weight_zero_point`` what deployment stores.
         weight_zero_point: int32 (out,), already subtracted from ``weight``; None: all 0.
         has_8_bit_codes: whether input and weight both have codes of up to 8 bits.
+        largest_product: what no product of an input and a weight, zero points subtracted, exceeds by their types.
     """
 
     weight: Tensor
@@ -63,6 +64,7 @@ class IntegerAffine:
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     has_8_bit_codes: bool
+    largest_product: int
 
     @property
     def sum_bound(self) -> float:
@@ -84,6 +86,18 @@ def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType)
         return 0.0
     largest_input = _largest_code(input_zero_point, input_type).max()
     return float(rows.double().abs().flatten(1).sum(1).max() * largest_input)
+
+
+def largest_product(*codes: tuple[QuantizedType, Tensor | None]) -> int:
+    """Return what no product of one code of each type, its zero point subtracted, exceeds in magnitude.
+
+    The types alone say so: nothing is read from a device. A zero point lies among the codes; None stands for zero.
+    """
+    largest = 1
+    for qtype, zero_point in codes:
+        low, high = qtype.quant_min, qtype.quant_max
+        largest *= max(-low, high) if zero_point is None else high - low
+    return largest
 
 
 def _largest_code(zero_point: Tensor, qtype: QuantizedType) -> Tensor:
@@ -140,6 +154,7 @@ def to_integers(
         weight_scale=scale,
         weight_zero_point=zero,
         has_8_bit_codes=max(source.qtype.bits, qtype.bits) <= BYTE_BITS,
+        largest_product=largest_product((source.qtype, source.zero_point), (qtype, grid.zero_point)),
     )
 
 

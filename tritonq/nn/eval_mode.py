@@ -31,7 +31,7 @@ def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) 
     """Run a layer in float with its running statistics, by one kernel where this GPU's table prefers that."""
     weight, bias = layer.folded_parameters(weight, bias)
     op, quantized = layer.linear_map, layer.quantized_folded_weight(weight)
-    kernel = find_kernel(x, weight, op.conv2d) if layer.ends_in_ceiling else None
+    kernel = find_kernel(x, weight, op) if layer.ends_in_ceiling else None
     if kernel is None:
         return layer.quantized_output(op(x, quantized, bias))
     output = None if _needs_grad(x, weight) else fixed_grid(layer.activation_post_process)
@@ -48,7 +48,7 @@ def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | Non
     weight, bias = layer.folded_parameters(weight, bias)
     op, integers = layer.linear_map, cast(IntegerAffine, layer.integer_layer(weight, bias))
     needs_grad = _needs_grad(x, weight)
-    kernel = find_kernel(x, weight, op.conv2d, integers)
+    kernel = find_kernel(x, weight, op, integers)
     if kernel is not None and layer.ends_in_ceiling and not needs_grad:
         output = fixed_grid(layer.activation_post_process)
         y = kernel.integers(x, integers, layer.output_grid(), layer.ceiling, output)
@@ -123,7 +123,7 @@ PATHS: dict[Path, Callable[..., Tensor]] = {
 def linear_relu(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None, ceiling: float | None) -> Tensor:
     """Return ``relu?(op(x, weight) + bias)``, differentiable, by the kernel where this GPU's table prefers it."""
     op = layer.linear_map
-    kernel = find_kernel(x, weight, op.conv2d)
+    kernel = find_kernel(x, weight, op)
     return rectify(op(x, weight, bias), ceiling) if kernel is None else kernel(x, weight, bias, ceiling)
 
 

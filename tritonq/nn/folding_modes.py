@@ -83,7 +83,7 @@ def exact(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | No
     scale = inverse_std if layer.bn.weight is None else layer.bn.weight * inverse_std
     rounded = layer.quantized_weight(scale_out_channels(weight, scale, *layer.grouping))
     on_grid = bias_on_grid(layer, _batch_bias(layer, bias, mean, scale))
-    kernel = find_kernel(x, rounded, layer.linear_map.conv2d)
+    kernel = find_kernel(x, rounded, layer.linear_map)
     if kernel is not None:
         return cast(Tensor, layer.activation_post_process(kernel(x, rounded, on_grid, layer.ceiling)))
     y = layer.linear_map(x, rounded)

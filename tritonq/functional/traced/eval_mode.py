@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tritonq.functional.averages import integer_average
+from tritonq.functional.conv2d import find_kernel, run_integer_layer
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.functions import integer_function
 from tritonq.functional.integer import integer_sums, onto_grid, to_integers
@@ -150,15 +151,16 @@ def run_affine(
 
     def integers() -> Tensor:
         layer = to_integers(weight, bias, op, source, weights, may_wait=is_readable(x))
-        total = integer_sums(x, layer, op)
-        if output is None:
-            return onto_grid(total, layer, channel_axis, None).to(x.dtype)
-        # Both may use the sums: where both are computed, off the CPU, the sums are float64, which nothing overwrites.
-        return _chosen(
-            (output,),
-            lambda: onto_grid(total, layer, channel_axis, output),
-            lambda: onto_grid(total, layer, channel_axis, None),
-        ).to(x.dtype)
+        kernel = find_kernel(x, weight, op, layer)
+        total = integer_sums(x, layer, op) if kernel is None else None
+
+        def onto(grid: Grid | None) -> Tensor:
+            # Two calls may use the sums: off the CPU these are float64, which nothing overwrites.
+            if total is None:
+                return run_integer_layer(x, layer, op, grid, kernel)
+            return onto_grid(total, layer, channel_axis, grid).to(x.dtype)
+
+        return onto(None) if output is None else _chosen((output,), lambda: onto(output), lambda: onto(None))
 
     return _chosen((source, weights), integers, values)
 
