@@ -15,13 +15,13 @@ from tritonq.deploy.embedding_tables import TABLE_TYPES, QuantizedEmbedding, Qua
 from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import LAYER_TYPES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
+from tritonq.deploy.recurrent import deployed_recurrent
+from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_rows, rounds, unless_zero
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional.codes import carry_codes
 from tritonq.functional.fake_quant import fake_quantize
-from tritonq.functional.groups import as_rows, group_rows
-from tritonq.grid import Grid
-from tritonq.nn import Embedding, EmbeddingBag, Joint, QATLayer, QATRepVGGBlock
+from tritonq.nn import Embedding, EmbeddingBag, Joint, QATLayer, QATRecurrent, QATRepVGGBlock
 from tritonq.nn.compiled import uncompiled
 from tritonq.nn.one_sided import warn_of_weight_zero_points
 from tritonq.nn.own_input import INPUT_QUANTIZER
@@ -32,11 +32,9 @@ from tritonq.prepare.edit.swap import take_place_again
 from tritonq.prepare.forwards.edited import apply_forward, quantizer_names, quantizing_part
 from tritonq.prepare.record.snapshot import copied
 from tritonq.qparams import QuantizedType
-from tritonq.reference.fake_quant import quantize
-from tritonq.reference.float_rounding import codes_of_floats
 from tritonq.switched_quantizer import SwitchedQuantizer
 
-_QUANTIZERS = (FakeQuantizeBase, FloatFakeQuantize)
+_WEIGHTED = (QATLayer, QATRecurrent, Embedding, EmbeddingBag)
 # By what the names of the modules begin with that define their quantized layers and fake quantizers.
 _OTHERS = {
     "torch.ao": ("torch.ao.quantization.fake_quantize", "torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat"),
@@ -137,7 +135,7 @@ def swap_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> 
 
 
 def _check(model: nn.Module, allow_unquantized: bool) -> None:
-    kinds = (QATLayer, Embedding, EmbeddingBag, SwitchedQuantizer)
+    kinds = (*_WEIGHTED, SwitchedQuantizer)
     if any(isinstance(module, DeployedModule) for module in model.modules()):
         raise ValueError("this model is converted already")
     if not any(isinstance(module, kinds) for module in model.modules()):
@@ -154,20 +152,16 @@ def _check(model: nn.Module, allow_unquantized: bool) -> None:
     if reason is not None:
         raise ValueError(f"{reason}; evaluate the trained model itself, in eval mode")
     for name, module in model.named_modules():
-        if isinstance(module, _QUANTIZERS) and not _rounds(module) and not allow_unquantized:
+        if isinstance(module, QUANTIZERS) and not rounds(module) and not allow_unquantized:
             why = "has never observed anything" if bool(module.fake_quant_enabled) else "is switched off"
             raise ValueError(
                 f"the quantizer {name!r} {why}, so the model that was trained does not round there; train or calibrate "
                 "it, or pass allow_unquantized=True to leave that tensor in float"
             )
-        if isinstance(module, (QATLayer, Embedding, EmbeddingBag)) and _weight_dtype(module) == torch.float64:
+        if isinstance(module, _WEIGHTED) and _weight_dtype(module) == torch.float64:
             raise ValueError(
                 f"{name!r} has float64 parameters; deployed arithmetic is float32: call model.float() first"
             )
-
-
-def _rounds(quantizer: FakeQuantizeBase | FloatFakeQuantize) -> bool:
-    return quantizer.rounds() if isinstance(quantizer, FloatFakeQuantize) else quantizer.is_enabled_on_host()
 
 
 def _other_library(model: nn.Module) -> str | None:
@@ -188,9 +182,10 @@ def _warn_if_untrained(model: nn.Module) -> None:
         )
 
 
-def _weight_dtype(layer: QATLayer | Embedding | EmbeddingBag) -> torch.dtype:
+def _weight_dtype(layer: QATLayer | QATRecurrent | Embedding | EmbeddingBag) -> torch.dtype:
     with torch.no_grad():
-        return layer.float_parameters()[0].dtype if isinstance(layer, QATLayer) else layer.weight.dtype
+        weight = layer.float_parameters()[0] if isinstance(layer, QATLayer) else next(layer.parameters())
+        return weight.dtype
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -212,7 +207,7 @@ def _check_finite(model: nn.Module) -> None:
 
 def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
     quantizers: dict[nn.Module, nn.Module] = {
-        module: _quantizer(module) for module in model.modules() if isinstance(module, _QUANTIZERS)
+        module: _quantizer(module) for module in model.modules() if isinstance(module, QUANTIZERS)
     }
     replacements: dict[nn.Module, nn.Module] = dict(quantizers)
     for name, module in model.named_modules():
@@ -221,6 +216,8 @@ def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
                 output = module.activation_post_process
                 made = replacements[module] = _layer(module, quantizers.get(output, output))
                 made.target = module.qconfig.target
+            elif isinstance(module, QATRecurrent):
+                replacements[module] = deployed_recurrent(module, quantizers)
             elif isinstance(module, (Embedding, EmbeddingBag)):
                 replacements[module] = _table(module)
         except ValueError as error:
@@ -229,7 +226,7 @@ def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
         own_input = module._modules.get(INPUT_QUANTIZER)
         if own_input is not None:
             replacement.add_module(INPUT_QUANTIZER, quantizers.get(own_input, own_input))
-        if isinstance(module, (QATLayer, Embedding, EmbeddingBag)):
+        if isinstance(module, _WEIGHTED):
             take_place_again(module, replacement)
         _keep_quantizers(module, replacement, quantizers)
     return replacements
@@ -247,7 +244,7 @@ def _keep_quantizers(module: nn.Module, made: nn.Module, quantizers: Mapping[nn.
 
 
 def _quantizer(source: FakeQuantizeBase | FloatFakeQuantize) -> nn.Module:
-    if not _rounds(source):
+    if not rounds(source):
         return nn.Identity()
     if isinstance(source, FloatFakeQuantize) or source.qtype.float_format is not None:
         grid = source.grid()
@@ -288,7 +285,7 @@ def _layer_like(layer: QATLayer, shape: nn.Module, output: nn.Module) -> Quantiz
     integer_tensors = {
         "weight": layer.linear_map.from_rows(rows).to(grid.storage_dtype),
         "weight_scale": integers.weight_scale.clone(),
-        "weight_zero_point": _unless_zero(zero.clone()),
+        "weight_zero_point": unless_zero(zero.clone()),
         "bias": integers.bias,
         "multiplier": integers.multiplier,
         "input_scale": input_scale.reshape(1).clone(),
@@ -302,9 +299,9 @@ def _weight_grid(layer: QATLayer) -> QuantizedType | None:
     quantizer = layer.weight_fake_quant
     if isinstance(quantizer, nn.Identity):
         return None
-    if not isinstance(quantizer, _QUANTIZERS):
+    if not isinstance(quantizer, QUANTIZERS):
         raise ValueError(f"a weight quantizer of type {type(quantizer).__name__} has no grid")
-    return quantizer.qtype if _rounds(quantizer) else None
+    return quantizer.qtype if rounds(quantizer) else None
 
 
 def _float_tensors(
@@ -314,8 +311,8 @@ def _float_tensors(
     bias = None if bias is None else bias.clone()
     if grid is None:
         return {"weight": weight.clone(), "bias": bias}
-    codes, scale, zero = _codes(layer.linear_map.to_rows(layer.weight_near_codes(weight)), layer.weight_grid())
-    zero_point = _unless_zero(zero)
+    codes, scale, zero = codes_of_rows(layer.linear_map.to_rows(layer.weight_near_codes(weight)), layer.weight_grid())
+    zero_point = unless_zero(zero)
     return {
         "weight": layer.linear_map.from_rows(codes),
         "weight_scale": scale,
@@ -336,30 +333,8 @@ def _table(table: Embedding | EmbeddingBag) -> nn.Module:
         kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
         return kind(**geometry, _weight=table.weight.detach().clone())
     weight = table.weight if quantizer.rounds_to_nearest else quantizer(table.weight)
-    codes, scale, zero = _codes(weight, quantizer.grid())
+    codes, scale, zero = codes_of_rows(weight, quantizer.grid())
     tensors = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero}
     made: QuantizedEmbedding | QuantizedEmbeddingBag = target(geometry, quantizer.qtype, tensors)
     made.target = table.qconfig.target
     return made
-
-
-def _codes(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Return integer codes of ``rows`` (out, ...), and their scale and zero point per row or group."""
-    qtype = grid.qtype
-    groups = group_rows(rows, qtype.granularity)
-    if groups is not None:
-        codes, scale, zero = _codes(*as_rows(rows, grid))
-        return groups.join(codes), groups.join_values(scale), groups.join_values(zero)
-    if qtype.axis not in (None, 0):
-        raise ValueError(f"its weight quantizer keeps one scale per index of axis {qtype.axis}, not per row")
-    zeros = torch.zeros_like(grid.scale, dtype=torch.int32) if grid.zero_point is None else grid.zero_point
-    scale, zero = (values.detach().reshape(-1).expand(len(rows)).clone() for values in (grid.scale, zeros))
-    codes = quantize(rows.float(), Grid(scale, zero, qtype.with_axis(0)))
-    if qtype.float_format is not None:
-        codes = codes_of_floats(codes, qtype.float_format)
-    return codes.to(qtype.storage_dtype), scale, zero
-
-
-def _unless_zero(zero_point: Tensor) -> Tensor | None:
-    """None for zero points that are all 0: nothing to store."""
-    return zero_point if bool(zero_point.any()) else None

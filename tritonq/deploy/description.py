@@ -16,6 +16,7 @@ from tritonq.deploy.embedding_tables import TABLE_TENSOR_NAMES, TABLE_TYPES, Qua
 from tritonq.deploy.fixed_point_description import build_integer, describe_integer, has_integers, integer_difference
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
+from tritonq.deploy.recurrent import RECURRENT_TYPES, QuantizedRecurrent
 from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, MatMul, Mul, RepVGGBlock, Sub
 from tritonq.nn.averages import POOL_TYPES
 from tritonq.nn.clip import Clip, Clipping, clipping_of
@@ -40,7 +41,7 @@ T = TypeVar("T")
 _JOINTS: dict[str, type[Joint]] = {cls.kind: cls for cls in (Add, Sub, Mul, MatMul)}
 # These know the quantizers of the tensors that they read.
 _LINKED = (*_JOINTS, "average", "pool", "function", "prelu", "clip")
-_FLOAT_TYPES = (*LAYER_TYPES, *TABLE_TYPES, *POOL_TYPES)
+_FLOAT_TYPES = (*LAYER_TYPES, *TABLE_TYPES, *POOL_TYPES, *RECURRENT_TYPES)
 _POOL_GEOMETRY = (
     *("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override", "output_size"),
 )
@@ -120,6 +121,15 @@ def _describe(module: nn.Module) -> Description:
         grid = _grid_to_data(module.qtype)
         described = {"kind": "table", "type": module.float_type.__name__, "geometry": module.geometry, "weight": grid}
         return {**described, "target": module.target}
+    if isinstance(module, QuantizedRecurrent):
+        return {
+            "kind": "recurrent",
+            "type": module.float_type.__name__,
+            "geometry": module.geometry,
+            "weights": {name: _grid_to_data(grid) for name, grid in module.types.items()},
+            "tensors": list(module.tensor_names),
+            "target": module.target,
+        }
     if isinstance(module, (Quantizer, FloatQuantizer)):
         return {"kind": "quantizer", "grid": _grid_to_data(module.qtype)}
     if isinstance(module, Joint):
@@ -195,6 +205,12 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         )
         table.target = entry.get("target")
         return table
+    if kind == "recurrent":
+        weights = {key: _grid_from_data(grid) for key, grid in entry["weights"].items()}
+        kept = {key: _tensor(tensors, _join(name, key)) for key in entry["tensors"]}
+        recurrent = _by_name(RECURRENT_TYPES, entry["type"])(entry["geometry"], weights, kept)
+        recurrent.target = entry.get("target")
+        return recurrent
     if kind == "quantizer":
         grid = _grid_from_data(entry["grid"])
         if grid is None:
@@ -245,7 +261,7 @@ def difference(entry: Description, module: nn.Module) -> str | None:
     kind, here = entry["kind"], _class_name(module)
     if kind in ("integer_layer", "integer_maximum"):
         return integer_difference(entry, module)
-    if kind in ("layer", "table", "pool"):
+    if kind in ("layer", "table", "pool", "recurrent"):
         module = module[0] if isinstance(module, FusedModule) else module
         module = module.conv3 if isinstance(module, RepVGGBlock) else module
         if not isinstance(module, _by_name({cls: cls for cls in _FLOAT_TYPES}, entry["type"])):

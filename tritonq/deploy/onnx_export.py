@@ -230,6 +230,7 @@ def export_traced(
         ValueError: torch can't export it.
     """
     from tritonq.deploy.onnx_ops import translations
+    from tritonq.deploy.onnx_recurrent import recurrent_translations
 
     with torch.no_grad(), warnings.catch_warnings():
         # Deprecations inside torch's exporter are not the caller's.
@@ -245,7 +246,7 @@ def export_traced(
                 dynamo=True,
                 dynamic_shapes=shapes,
                 opset_version=opset,
-                custom_translation_table=translations(),
+                custom_translation_table=translations() | recurrent_translations(),
                 input_names=input_names,
                 output_names=output_names,
                 verbose=False,

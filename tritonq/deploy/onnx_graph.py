@@ -40,8 +40,10 @@ from tritonq.deploy.onnx_functions import CodeTable, code_table, function_grids,
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_ops import dequantize, quantize_dequantize
 from tritonq.deploy.onnx_quantizers import TracedQuantizer, end_codes, plain_quantizer, uint8_quantizer
+from tritonq.deploy.onnx_recurrent import rewrite_recurrent
 from tritonq.deploy.onnx_tensorrt import int8_quantizer, runs_in_float, tell_float_layers
 from tritonq.deploy.onnx_transposed import phases_of, rewrite_transposed
+from tritonq.deploy.recurrent import QuantizedRecurrent
 from tritonq.nn import AverageLayer, Cat, FloatFunctional, Joint
 from tritonq.nn.clip import Clip
 from tritonq.nn.functions import FunctionLayer, PReLU
@@ -52,7 +54,7 @@ from tritonq.qparams import QuantizedType
 from tritonq.targets import OnnxForm
 
 _OUTPUT = "activation_post_process"
-_KNOWN = (Quantizer, FloatQuantizer, QuantizedLayer, QuantizedTable)
+_KNOWN = (Quantizer, FloatQuantizer, QuantizedLayer, QuantizedTable, QuantizedRecurrent)
 
 
 def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[CodeTable]]:
@@ -103,11 +105,13 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
     model = swap_modules(model, traced)
     for join in joins:
         rewrite_join(join, subtrahends.get(join))
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             _rewrite_layer(module, target)
         elif isinstance(module, QuantizedTable):
             _rewrite_table(module, target)
+        elif isinstance(module, QuantizedRecurrent):
+            rewrite_recurrent(module, name, in_float=target == "tensorrt")
     ends = {module.name: module for module in model.modules() if isinstance(module, TracedQuantizer)}
     known = [found for found in functions if found[1] in ends and found[2] in ends]
     return model, [code_table(layer, ends[source], ends[output]) for layer, source, output in known]

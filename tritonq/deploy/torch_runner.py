@@ -15,6 +15,7 @@ from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import Quantizer
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
+from tritonq.nn.recurrent_forward import is_weight_quantizer
 from tritonq.prepare.record.structure import tensors_in
 from tritonq.reference.float_rounding import codes_of_floats, floats_of_codes, round_to_float_
 
@@ -26,7 +27,7 @@ def torch_runner(model: nn.Module) -> Runner:
     quantizers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _QUANTIZERS) and not name.endswith("weight_fake_quant")
+        if isinstance(module, _QUANTIZERS) and not is_weight_quantizer(name)
     }
     active = {name: module for name, module in quantizers.items() if _is_active(module)}
     layers = fixed_point_layers(model)

@@ -42,6 +42,7 @@ from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d, Fix
 from tritonq.nn.linear import Linear, LinearReLU
 from tritonq.nn.products import Einsum, MatMul, ScaledDotProductAttention
 from tritonq.nn.qat import QATLayer
+from tritonq.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, QATRecurrent, RNNCell
 from tritonq.nn.repvgg import QATRepVGGBlock, RepVGGBlock
 from tritonq.nn.unary import UnaryLayer
 
@@ -55,6 +56,12 @@ DEFAULT_QAT_MAPPING: dict[type[nn.Module], type[nn.Module]] = {
     nn.modules.linear.NonDynamicallyQuantizableLinear: Linear,
     nn.Embedding: Embedding,
     nn.EmbeddingBag: EmbeddingBag,
+    nn.LSTM: LSTM,
+    nn.GRU: GRU,
+    nn.RNN: RNN,
+    nn.LSTMCell: LSTMCell,
+    nn.GRUCell: GRUCell,
+    nn.RNNCell: RNNCell,
     intrinsic.ConvBn1d: ConvBn1d,
     intrinsic.ConvBn2d: ConvBn2d,
     intrinsic.ConvBn3d: ConvBn3d,
@@ -75,6 +82,9 @@ DEFAULT_QAT_MAPPING: dict[type[nn.Module], type[nn.Module]] = {
 
 __all__ = [
     "DEFAULT_QAT_MAPPING",
+    "GRU",
+    "LSTM",
+    "RNN",
     "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
     "AdaptiveAvgPool3d",
@@ -112,7 +122,9 @@ __all__ = [
     "FixedPointLinear",
     "FixedPointMaxPool2d",
     "FloatFunctional",
+    "GRUCell",
     "Joint",
+    "LSTMCell",
     "Linear",
     "LinearBn1d",
     "LinearBnReLU1d",
@@ -120,8 +132,10 @@ __all__ = [
     "MatMul",
     "Mul",
     "QATLayer",
+    "QATRecurrent",
     "QATRepVGGBlock",
     "QuantStub",
+    "RNNCell",
     "RepVGGBlock",
     "ScaledDotProductAttention",
     "Sub",

@@ -14,8 +14,9 @@ from tritonq.calibration import everything_float
 from tritonq.cli.evaluation import accuracy, logits
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
-from tritonq.nn import Embedding, EmbeddingBag, QATLayer
+from tritonq.nn import QATLayer
 from tritonq.nn.fixed_point_layer import FixedPointLayer
+from tritonq.nn.recurrent_forward import WEIGHT_QUANTIZER, is_weight_quantizer
 from tritonq.qparams import QParams
 from tritonq.report.summary import ModelSummary, summary
 from tritonq.report.tally import FixedPointTally, Role, Tally, TensorMeasure
@@ -131,7 +132,7 @@ def measure(
             with _enabled(parts.values(), switches):
                 sensitivity = _relative(logits(model, few), wanted)
             if "weight" in parts:
-                tallies[parts["weight"]] = _weight(modules[owner], parts["weight"])
+                tallies[parts["weight"]] = _weight(owner, modules, parts["weight"])
             tensors = [tallies[quantizer].measure(role) for role, quantizer in parts.items() if quantizer in tallies]
             layers.append(
                 (order.index(owner), owner, sensitivity, tuple(sorted(tensors, key=lambda t: _ORDER.index(t.role))))
@@ -202,10 +203,13 @@ def _activations(
     return tallies, list(order)
 
 
-def _weight(layer: nn.Module, quantizer: FakeQuantizeBase) -> Tally:
+def _weight(owner: str, modules: dict[str, nn.Module], quantizer: FakeQuantizeBase) -> Tally:
     """Return a tally of a layer's weight, with its BatchNorm folded in."""
-    tally = Tally(quantizer)
-    if isinstance(layer, FixedPointLayer):
+    tally, layer = Tally(quantizer), modules[owner]
+    if layer is quantizer:
+        parent, _, name = owner.rpartition(".")
+        rows = cast(Tensor, getattr(modules[parent], name.removesuffix(WEIGHT_QUANTIZER)))
+    elif isinstance(layer, FixedPointLayer):
         rows, weight_format = layer.effective_parameters()[0], layer.weight_fake_quant
         tally = FixedPointTally(weight_format, weight_format.choose(rows))
     elif isinstance(layer, QATLayer):
@@ -237,14 +241,14 @@ def _check(model: nn.Module, quantizers: dict[str, FakeQuantizeBase]) -> None:
 def _owner(name: str) -> tuple[str, Role]:
     """Return the layer that a quantizer belongs to, and what it quantizes there."""
     parent, _, child = name.rpartition(".")
+    if is_weight_quantizer(name) and child not in _ROLES:
+        return name, "weight"  # one of a recurrent layer's
     return (parent, _ROLES[child]) if child in _ROLES else (name, "output")
 
 
 def _kind(owner: str, modules: dict[str, nn.Module]) -> str:
     module = modules[owner]
-    if isinstance(module, (QATLayer, Embedding, EmbeddingBag)) or not isinstance(module, FakeQuantizeBase):
-        return type(module).__name__
-    return "tensor"
+    return "tensor" if isinstance(module, FakeQuantizeBase) else type(module).__name__
 
 
 def _is_fixed_point(parts: dict[Role, FakeQuantizeBase]) -> bool:

@@ -13,11 +13,13 @@ from torch import nn
 from tritonq.deploy.embedding_tables import QuantizedTable
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.phases import phases_of_kernel
+from tritonq.deploy.recurrent import QuantizedRecurrent
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
-from tritonq.nn import Cat, Embedding, EmbeddingBag, FloatFunctional, Joint, QATLayer
+from tritonq.nn import Cat, Embedding, EmbeddingBag, FloatFunctional, Joint, QATLayer, QATRecurrent
 from tritonq.nn.compiled import uncompiled
 from tritonq.nn.fixed_point_layer import FixedPointLayer
+from tritonq.nn.recurrent_forward import is_weight_quantizer
 from tritonq.nn.unary import UnaryLayer
 from tritonq.observers import ObserverBase
 from tritonq.prepare.decide.layer_records import LayerRecord, Status
@@ -26,7 +28,7 @@ from tritonq.qparams import QuantizedType
 from tritonq.report.table import WIDTH, text_table
 
 _JOINS = (Joint, Cat, FloatFunctional, UnaryLayer)
-_QUANTIZED = (QATLayer, FixedPointLayer, DeployedModule, Embedding, EmbeddingBag, *_JOINS)
+_QUANTIZED = (QATLayer, QATRecurrent, FixedPointLayer, DeployedModule, Embedding, EmbeddingBag, *_JOINS)
 # What a quantizer says about a layer, by the name of the child that holds it.
 _ROLES = {"weight_fake_quant": "w", "activation_post_process": "y", "input_fake_quant": "x"}
 _UNSEEN = " (no data yet)"
@@ -199,6 +201,11 @@ def _grid(module: nn.Module) -> str:
     parts: dict[str, str] = {}
     if isinstance(module, QuantizedLayer) and module.types.weight is not None:
         parts["w"] = describe_grid(module.types.weight) + (" per channel" if module.types.weight.axis is None else "")
+    if isinstance(module, QATRecurrent):
+        parts["w"] = _weights_grid(module)
+    if isinstance(module, QuantizedRecurrent):
+        known = [describe_grid(grid) for grid in module.types.values() if grid is not None]
+        parts |= {"w": known[0]} if known else {}
     if isinstance(module, QuantizedTable):
         parts["w"] = describe_grid(module.qtype)
     for name, role in _ROLES.items():
@@ -217,6 +224,14 @@ def _grid(module: nn.Module) -> str:
     if len(parts) > 1 and all(grid.endswith(_UNSEEN) for grid in parts.values()):
         return text.replace(_UNSEEN, "") + _UNSEEN
     return text
+
+
+def _weights_grid(layer: QATRecurrent) -> str:
+    """Return the grid of the first of a recurrent layer's weights, which have one qconfig."""
+    quantizer = next(child for name, child in layer.named_children() if is_weight_quantizer(name))
+    if isinstance(quantizer, FloatFakeQuantize):
+        return quantizer.format
+    return _quantizer_grid(quantizer) if isinstance(quantizer, FakeQuantizeBase) else "float"
 
 
 def _reads_float(module: nn.Module) -> bool:
@@ -244,7 +259,7 @@ def _further(modules: dict[str, nn.Module], shown: set[str]) -> Iterator[tuple[s
         if not isinstance(module, (FakeQuantizeBase, Quantizer)) or parent in outer:
             continue
         outer.add(name)
-        if not (child in _ROLES and parent in shown) and child != "weight_fake_quant":
+        if not (child in _ROLES and parent in shown) and not is_weight_quantizer(name):
             owner = parent if child == "activation_post_process" else name
             yield owner or "the model's output", _quantizer_grid(module)
 

@@ -18,7 +18,7 @@ from tritonq.prepare.forwards.graph import ForwardGraph
 from tritonq.prepare.forwards.mode import reads_mode
 from tritonq.prepare.forwards.proof import Recorded, Site, match_frame
 from tritonq.prepare.forwards.trace import TraceError
-from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref
+from tritonq.prepare.record.dataflow import Call, Dataflow, Frame, Ref, refs_in
 from tritonq.prepare.record.operations import is_leaf
 
 # Modules and functions whose output holds only values of their input (and zero, which is on every grid).
@@ -38,7 +38,7 @@ _KEEPING_NAMES = """
     split_with_sizes unsafe_chunk unsafe_split hsplit vsplit dsplit broadcast_to
     max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax amin max min
     aminmax topk sort msort kthvalue cummax cummin
-    dropout dropout1d dropout2d dropout3d cat pixel_shuffle pixel_unshuffle channel_shuffle
+    pack_padded_sequence dropout dropout1d dropout2d dropout3d cat pixel_shuffle pixel_unshuffle channel_shuffle
 """
 _KEEPING_FUNCTIONS = frozenset(_KEEPING_NAMES.split())
 # Of their further tensors these read the shape alone.
@@ -48,6 +48,7 @@ _AFFINE = frozenset({"mul", "div", "add", "sub"})
 # Islands in float between quantized tensors: a product of two activations behind one is worth quantizing all the same.
 _NORMS = frozenset({"normalize", "layer_norm", "rms_norm", "group_norm", "instance_norm", "softmax"})
 _NORM_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.Softmax)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 # These keep a grid unless they change the dtype.
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "cpu", "cuda"})
 _NEAREST = ("nearest", "nearest-exact")
@@ -91,7 +92,12 @@ class Analysis:
         self._calls_at: dict[tuple[str, str], list[Call]] = {}
 
     def value_of(self, call: Call | Frame) -> int | None:
-        """Return the value that a call returns, or None unless it is a single tensor."""
+        """Return the value that a call returns, or None unless it is a single tensor.
+
+        Of a recurrent layer's result that is the sequence, or the hidden state, which comes first.
+        """
+        if isinstance(call, Call) and isinstance(call.target, _RECURRENT):
+            return next(iter(refs_in(call.output)), None)
         return call.output.value if isinstance(call.output, Ref) else None
 
     def follower(self, call: Call) -> Call | None:
@@ -190,6 +196,8 @@ class Analysis:
         if call.name == "pad":
             value = call.kwargs.get("value", call.args[3] if len(call.args) > 3 else None)
             return value is None or value == 0
+        if call.name == "pad_packed_sequence":
+            return call.args[3:4] == (0.0,)
         if call.name == "add":  # sum() begins with 0 + x
             constants = [argument for argument in call.args if not isinstance(argument, Ref)]
             return len(call.args) == 2 and len(constants) == 1 and constants[0] == 0 and not call.kwargs

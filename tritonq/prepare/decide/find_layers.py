@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from tritonq.nn.recurrent_forward import has_computed_weights
 from tritonq.prepare.decide.adapters import find_adapters
 from tritonq.prepare.decide.analysis import IN_TRANSFORM, Analysis
 from tritonq.prepare.decide.function_layers import (
@@ -23,6 +24,7 @@ from tritonq.prepare.record.float_types import float_type
 from tritonq.qconfig import QConfig
 
 NO_QCONFIG = "its qconfig is None"
+COMPUTED_WEIGHTS = "something computes its weights (weight_norm, a parametrization); a recurrent layer needs its own"
 
 
 @dataclass
@@ -60,6 +62,9 @@ class LayerSearch:
         found = []
         for name, module in self.analysis.modules.items():
             kind, calls = float_type(module, self.swapped), self.analysis.flow.calls_of(name)
+            if kind is not None and has_computed_weights(module):
+                self.reasons[name] = COMPUTED_WEIGHTS
+                continue
             if kind is None or (self.analysis.flow.frames_of(name) and not calls):
                 continue
             if self.qconfigs[module] is None:

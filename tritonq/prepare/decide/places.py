@@ -13,7 +13,7 @@ from tritonq.prepare.decide.clips import limits_range
 from tritonq.prepare.decide.plan import GridSource, Where
 from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.proof import Site
-from tritonq.prepare.record.dataflow import Call, Frame
+from tritonq.prepare.record.dataflow import Call, Frame, Ref
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,17 @@ def results(calls: Iterable[Call | Frame], analysis: Analysis) -> list[int]:
     return [value for value in values if value is not None]
 
 
+def is_unread(ends: Iterable[int], analysis: Analysis) -> bool:
+    """Whether nothing reads what calls return, such as the sequence of an LSTM whose last state is enough."""
+    made = results((analysis.flow.calls[end] for end in ends), analysis)
+    values = [analysis.flow.values[value] for value in made]
+    return bool(values) and not any(value.consumers or value.is_output for value in values)
+
+
 def _origin_of(root: int, analysis: Analysis) -> Origin:
     flow = analysis.flow
     call = flow.producer(root)
-    if call is None or analysis.value_of(call) != root:
+    if call is None or not isinstance(call.output, Ref) or call.output.value != root:
         return Origin("consumer", "", [root])
     # Tracing takes time: only where the module's own result won't do.
     module_name = None if isinstance(call.target, ScriptModule) else call.module_name  # those take no children

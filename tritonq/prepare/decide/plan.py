@@ -60,6 +60,7 @@ class Plan:
         clipped: names of layers whose output quantizer stands behind the ReLU6 or the like that alone reads them.
         outputs: for layers among these, by name, that quantizer, where a clip alone stands before it.
         summands: names of layers whose results are rounded with the join that they enter, and not before.
+        unread: names of layers whose results nothing reads, so that they need no quantizer.
         joins: additions and concatenations to make modules of.
         quantizers: further activation quantizers.
         inputs: for each layer, by name, what put its input on a grid; absent where several did or none.
@@ -94,6 +95,7 @@ class Plan:
     float_functions: Mapping[str, Call] = field(default_factory=dict)
     float_joins: tuple[tuple[Join, str], ...] = ()
     summands: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
     on_grid: frozenset[int] = frozenset()
     read: frozenset[int] = frozenset()
 

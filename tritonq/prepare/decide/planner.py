@@ -16,7 +16,7 @@ from tritonq.prepare.decide.function_layers import exclusive_state
 from tritonq.prepare.decide.functions import joins_layer
 from tritonq.prepare.decide.joins import NO_NEIGHBOUR, Join, find_joins, operands
 from tritonq.prepare.decide.layers import Layer
-from tritonq.prepare.decide.places import grid_behind, place_of, results
+from tritonq.prepare.decide.places import grid_behind, is_unread, place_of, results
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
 from tritonq.prepare.decide.readers import Reading, SharedReading, share_readings
 from tritonq.prepare.decide.unary import PlannedUnary, find_unary, is_unary, operands_of_unary
@@ -103,6 +103,7 @@ class _Planner:
             clipped=clipped,
             outputs=outputs,
             summands=summands,
+            unread=frozenset(layer.name for layer in layers if is_unread(layer.ends, self.analysis)),
             joins=tuple(joins),
             quantizers=tuple(self.quantizers),
             inputs=self._inputs(layers),

@@ -142,6 +142,8 @@ class _PlanWork:
                 quantized = self._fused(layer, module, qconfig)
         except ValueError as error:
             raise ValueError(f"{layer.name!r} can't be quantized: {error}") from error
+        if layer.name in self._plan.unread:
+            quantized.activation_post_process = nn.Identity()
         if layer.function is None:
             self._keep_class(module, quantized)
             self._editor.replace(layer.name, quantized)

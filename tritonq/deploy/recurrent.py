@@ -1,0 +1,193 @@
+"""Recurrent layers of a converted model: integer weights, which are multiplied as the values they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.deploy.modules import check_shape
+from tritonq.deploy.quantizer import DeployedModule
+from tritonq.deploy.values import stored
+from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_rows, rounds
+from tritonq.functional.coded_tensor import CodedTensor
+from tritonq.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, QATRecurrent, RNNCell
+from tritonq.nn.recurrent_forward import RecurrentCellForward, RecurrentForward, weight_names
+from tritonq.qparams import QuantizedType
+from tritonq.reference.float_rounding import floats_of_codes
+
+_SCALE, _ZERO_POINT = "_scale", "_zero_point"
+
+
+class QuantizedRecurrent(DeployedModule):
+    """A recurrent layer or cell with integer weights; gates and states are float, as in the layer that was trained.
+
+    The state dict has the codes of ``weight_hh_l0`` under its name, ``weight_hh_l0_scale`` (rows,) and, unless all are
+    0, ``weight_hh_l0_zero_point``; biases are float.
+
+    Attributes:
+        types: the grid of each weight, by name; None: it stayed in float.
+        target: name of the engine that it was prepared for, one of :data:`tritonq.targets.TARGETS`; None: unknown.
+    """
+
+    target: str | None = None
+    activation_post_process: nn.Module
+    float_type: ClassVar[type[nn.Module]]
+    geometry_names: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self, geometry: dict[str, Any], types: Mapping[str, QuantizedType | None], tensors: Mapping[str, Tensor]
+    ) -> None:
+        self.float_type.__init__(self, **geometry, device="meta")
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters(recurse=False)}
+        for name, shape in shapes.items():
+            check_shape(name, tensors.get(name), shape)
+            # Not by `del`: torch's class would look for it among its flat weights.
+            self._parameters.pop(name)
+        self.types = dict(types)
+        self.tensor_names = tuple(tensors)  # type: ignore[misc]
+        self.parameter_names = self.tensor_names  # type: ignore[misc]
+        self.keep(**tensors)
+        if isinstance(self, RecurrentForward):
+            self.add_quantizers_between([nn.Identity() for _ in range(self.num_layers - 1)])
+        self.activation_post_process = nn.Identity()
+        self.eval()
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Arguments of the float layer's constructor."""
+        return {name: getattr(self, name) for name in self.geometry_names}
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """See base class: the values, since torch's functions choose their algorithm by the kind of tensor."""
+        x = cast(Tensor, cast(Any, super()).quantized_input(x))
+        return x.to_float() if type(x) is CodedTensor else x
+
+    def held(self, name: str) -> Tensor | None:
+        """Return what the state dict holds under a name, or None."""
+        return stored(self, name) if name in self.tensor_names else None
+
+    def centred_weight(self, name: str) -> Tensor:
+        """Return the codes of a weight minus zero points; of float codes the numbers."""
+        codes, zero, qtype = cast(Tensor, self.held(name)), self.held(name + _ZERO_POINT), self.types[name]
+        if qtype is not None and qtype.float_format is not None:
+            return floats_of_codes(codes, qtype.float_format)
+        return codes if zero is None else codes.to(torch.int32) - self.along_rows(zero, qtype)
+
+    def along_rows(self, values: Tensor, qtype: QuantizedType | None) -> Tensor:
+        """Return values per row or group, shaped to broadcast against a weight."""
+        group = None if qtype is None else qtype.group
+        return values.unsqueeze(1) if group is None else values.repeat_interleave(group, 1)
+
+    def quantized(self, name: str) -> Tensor:
+        """Return the float32 values of a weight, or a bias."""
+        value, scale = cast(Tensor, self.held(name)), self.held(name + _SCALE)
+        if scale is None:
+            return value
+        return self.centred_weight(name).float() * self.along_rows(scale, self.types[name])
+
+    def extra_repr(self) -> str:
+        """Return geometry, and what the weights are."""
+        dtypes = {str(cast(Tensor, self.held(name)).dtype) for name in self.types}
+        return f"{super().extra_repr()}, weights={', '.join(sorted(dtypes))}, arithmetic=float"
+
+
+class _QuantizedSequence(QuantizedRecurrent, RecurrentForward):
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Check the size alone: torch's method compares the dtype of the weights, which are integers here."""
+        if input.shape[-1] != self.input_size:
+            raise RuntimeError(f"expected input_size={self.input_size} features, got the shape {tuple(input.shape)}")
+
+    def parameters_of(self, layer: int) -> list[Tensor]:
+        """See base class."""
+        directions = 2 if self.bidirectional else 1
+        names = self._all_weights[layer * directions : (layer + 1) * directions]
+        return [self.quantized(name) for part in names for name in part]
+
+
+class QuantizedLSTM(_QuantizedSequence, nn.LSTM):
+    """``nn.LSTM`` with integer weights; see :class:`QuantizedRecurrent`."""
+
+    float_type = nn.LSTM
+    geometry_names = LSTM.geometry_names
+
+
+class QuantizedGRU(_QuantizedSequence, nn.GRU):
+    """``nn.GRU`` with integer weights; see :class:`QuantizedRecurrent`."""
+
+    float_type = nn.GRU
+    geometry_names = GRU.geometry_names
+
+
+class QuantizedRNN(_QuantizedSequence, nn.RNN):
+    """``nn.RNN`` with integer weights; see :class:`QuantizedRecurrent`."""
+
+    float_type = nn.RNN
+    geometry_names = RNN.geometry_names
+
+
+class _QuantizedCell(QuantizedRecurrent, RecurrentCellForward):
+    def cell_weights(self) -> list[Tensor]:
+        """See base class."""
+        return [self.quantized("weight_ih"), self.quantized("weight_hh")]
+
+
+class QuantizedLSTMCell(_QuantizedCell, nn.LSTMCell):
+    """``nn.LSTMCell`` with integer weights; see :class:`QuantizedRecurrent`."""
+
+    float_type = nn.LSTMCell
+    geometry_names = LSTMCell.geometry_names
+
+
+class QuantizedGRUCell(_QuantizedCell, nn.GRUCell):
+    """``nn.GRUCell`` with integer weights; see :class:`QuantizedRecurrent`."""
+
+    float_type = nn.GRUCell
+    geometry_names = GRUCell.geometry_names
+
+
+class QuantizedRNNCell(_QuantizedCell, nn.RNNCell):
+    """``nn.RNNCell`` with integer weights; see :class:`QuantizedRecurrent`."""
+
+    float_type = nn.RNNCell
+    geometry_names = RNNCell.geometry_names
+
+
+# By the float layer that a quantization-aware one is derived from.
+RECURRENT_TYPES: dict[type[nn.Module], type[QuantizedRecurrent]] = {
+    cls.float_type: cls
+    for cls in (QuantizedLSTM, QuantizedGRU, QuantizedRNN, QuantizedLSTMCell, QuantizedGRUCell, QuantizedRNNCell)
+}
+
+
+def deployed_recurrent(layer: QATRecurrent, quantizers: Mapping[nn.Module, nn.Module]) -> QuantizedRecurrent:
+    """Return the deployed form of a recurrent layer; ``quantizers`` are those of activations, by the trained ones.
+
+    Raises:
+        ValueError: a weight quantizer of another kind, which has no grid.
+    """
+    made = RECURRENT_TYPES[layer.float_type]
+    types: dict[str, QuantizedType | None] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in layer.named_parameters(recurse=False):
+        tensors[name] = parameter.detach().clone()
+        quantizer = layer.weight_quantizer(name) if name in weight_names(layer) else None
+        if quantizer is None or isinstance(quantizer, nn.Identity):
+            types |= {} if quantizer is None else {name: None}
+            continue
+        if not isinstance(quantizer, QUANTIZERS):
+            raise ValueError(f"a weight quantizer of type {type(quantizer).__name__} has no grid")
+        types[name] = quantizer.qtype if rounds(quantizer) else None
+        if types[name] is not None:
+            is_nearest = getattr(quantizer, "rounds_to_nearest", True)
+            codes, scale, zero = codes_of_rows(parameter if is_nearest else quantizer(parameter), quantizer.grid())
+            tensors |= {name: codes, f"{name}_scale": scale}
+            tensors |= {f"{name}_zero_point": zero} if bool(zero.any()) else {}
+    deployed = made({name: getattr(layer, name) for name in layer.geometry_names}, types, tensors)
+    for name, child in layer.named_children():
+        if name in deployed._modules:
+            deployed.add_module(name, quantizers.get(child, child))
+    deployed.target = layer.qconfig.target
+    return deployed

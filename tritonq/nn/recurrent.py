@@ -1,0 +1,209 @@
+"""Quantization-aware LSTM, GRU and RNN: each weight matrix is fake-quantized, and so is what each layer reads."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.granularity import granularity_of
+from tritonq.nn.conv import check_float_type
+from tritonq.nn.qat import check_qconfig, without_qconfig
+from tritonq.nn.recurrent_forward import WEIGHT_QUANTIZER, RecurrentCellForward, RecurrentForward, weight_names
+from tritonq.qconfig import QConfig
+
+
+class QATRecurrent(nn.Module):
+    """What quantization-aware recurrent layers and cells share: a quantizer for each weight matrix.
+
+    The quantizer of ``weight_hh_l0`` is the child ``weight_hh_l0_fake_quant``, with one scale per row (a gate's unit)
+    where the qconfig's weights have one per channel. Parameters keep their names, so that float checkpoints load.
+    Biases, gates and states stay in float.
+
+    Attributes:
+        qconfig: where the quantizers came from.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> gru = tritonq.nn.GRU(4, 8, qconfig=tritonq.get_qconfig())
+        >>> isinstance(gru, tritonq.nn.QATRecurrent), gru.weight_hh_l0_fake_quant.scale.shape
+        (True, torch.Size([24]))
+    """
+
+    qconfig: QConfig
+    float_type: ClassVar[type[nn.Module]]
+    geometry_names: ClassVar[tuple[str, ...]]
+
+    def attach_quantizers(self, qconfig: QConfig | None, layers: int) -> None:
+        """Create the quantizers of ``qconfig`` with buffers of their final shape.
+
+        Raises:
+            TypeError: no QConfig.
+            ValueError: scales along another axis than the rows, or groups that don't divide these.
+        """
+        self.qconfig = qconfig = check_qconfig(self, qconfig)
+        for name in weight_names(self):
+            weight = cast(Tensor, getattr(self, name))
+            quantizer = qconfig.weight()
+            if isinstance(quantizer, FakeQuantizeBase):
+                quantizer.batch_axis = None
+            granularity = granularity_of(quantizer)
+            if granularity.axis not in (None, 0 if granularity.group is None else 1):
+                raise ValueError(
+                    f"{name} of {type(self).__name__} has one scale per row, or per group along a row; the weight "
+                    f"quantizer keeps them along axis {granularity.axis}"
+                )
+            if granularity.group is not None and weight.shape[1] % granularity.group:
+                raise ValueError(
+                    f"{name} of {type(self).__name__} with rows of {weight.shape[1]} can't have groups of "
+                    f"{granularity.group}: give this layer smaller groups or one scale per channel, by a QConfigMapping"
+                )
+            if granularity.axis is not None:
+                quantizer.allocate(granularity.count(tuple(weight.shape)))  # type: ignore[operator]
+            self.add_module(name + WEIGHT_QUANTIZER, quantizer)
+        if isinstance(self, RecurrentForward):
+            self.add_quantizers_between([qconfig.activation() for _ in range(layers - 1)])
+        self.activation_post_process = qconfig.activation()
+
+    def weight_quantizer(self, name: str) -> nn.Module:
+        """Return the quantizer of one weight."""
+        return cast(nn.Module, self._modules[name + WEIGHT_QUANTIZER])
+
+    def quantized(self, name: str) -> Tensor:
+        """Return a weight after its fake quantizer, or a bias as it is."""
+        value = cast(Tensor, getattr(self, name))
+        return cast(Tensor, self.weight_quantizer(name)(value)) if name.startswith("weight") else value
+
+    @classmethod
+    def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Any:
+        """Return the quantization-aware form of ``mod``, whose parameters it shares; errors as in QATConv."""
+        check_float_type(cls, mod, cls.float_type)
+        arguments = {name: getattr(mod, name) for name in cls.geometry_names}
+        qat: Any = cls(**arguments, device="meta", qconfig=getattr(mod, "qconfig", None))
+        for name, parameter in mod.named_parameters(recurse=False):
+            setattr(qat, name, parameter)
+        device = next(mod.parameters()).device
+        for child in qat.children():
+            child.to(device)
+        return qat.train(mod.training)
+
+
+_SEQUENCE_GEOMETRY = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+_CELL_GEOMETRY = ("input_size", "hidden_size", "bias")
+
+
+class _QATSequence(QATRecurrent, RecurrentForward):
+    geometry_names: ClassVar[tuple[str, ...]] = _SEQUENCE_GEOMETRY
+
+    def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
+        args, qconfig = without_qconfig(args, qconfig)
+        super().__init__(*args, **kwargs)
+        self.attach_quantizers(qconfig, self.num_layers)
+
+    def parameters_of(self, layer: int) -> list[Tensor]:
+        """See base class."""
+        directions = 2 if self.bidirectional else 1
+        names = self._all_weights[layer * directions : (layer + 1) * directions]
+        return [self.quantized(name) for part in names for name in part]
+
+
+class LSTM(_QATSequence, nn.LSTM):
+    """``nn.LSTM`` with fake-quantized weights; the constructor is the float one's, plus ``qconfig=``.
+
+    What each layer reads and the returned sequence are fake-quantized too; see :class:`QATRecurrent`. ``h_n`` and
+    ``c_n`` are returned in float: who reads them rounds them.
+
+    Raises:
+        TypeError: no QConfig given.
+
+    Source: AIMET's ``QuantizedLSTM``. torch.ao's ``nn.quantizable.LSTM`` rounds gates and states too, and unrolls time.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> lstm = tritonq.nn.LSTM(4, 8, num_layers=2, bidirectional=True, qconfig=tritonq.get_qconfig())
+        >>> y, (h_n, c_n) = lstm(torch.randn(5, 3, 4))
+        >>> y.shape, h_n.shape
+        (torch.Size([5, 3, 16]), torch.Size([4, 3, 8]))
+    """
+
+    float_type = nn.LSTM
+    geometry_names = (*_SEQUENCE_GEOMETRY, "proj_size")
+
+
+class GRU(_QATSequence, nn.GRU):
+    """``nn.GRU`` with fake-quantized weights; as :class:`LSTM`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> y, h_n = tritonq.nn.GRU(4, 8, batch_first=True, qconfig=tritonq.get_qconfig())(torch.randn(3, 5, 4))
+        >>> y.shape, h_n.shape
+        (torch.Size([3, 5, 8]), torch.Size([1, 3, 8]))
+    """
+
+    float_type = nn.GRU
+
+
+class RNN(_QATSequence, nn.RNN):
+    """``nn.RNN`` with fake-quantized weights; as :class:`LSTM`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> y, h_n = tritonq.nn.RNN(4, 8, nonlinearity="relu", qconfig=tritonq.get_qconfig())(torch.randn(5, 3, 4))
+        >>> y.shape
+        torch.Size([5, 3, 8])
+    """
+
+    float_type = nn.RNN
+    geometry_names = (*_SEQUENCE_GEOMETRY, "nonlinearity")
+
+
+class _QATCell(QATRecurrent, RecurrentCellForward):
+    geometry_names: ClassVar[tuple[str, ...]] = _CELL_GEOMETRY
+
+    def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
+        args, qconfig = without_qconfig(args, qconfig)
+        super().__init__(*args, **kwargs)
+        self.attach_quantizers(qconfig, 1)
+
+    def cell_weights(self) -> list[Tensor]:
+        """See base class."""
+        return [self.quantized("weight_ih"), self.quantized("weight_hh")]
+
+
+class LSTMCell(_QATCell, nn.LSTMCell):
+    """``nn.LSTMCell`` with fake-quantized weights and a fake-quantized hidden state; see :class:`QATRecurrent`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> h, c = tritonq.nn.LSTMCell(4, 8, qconfig=tritonq.get_qconfig())(torch.randn(3, 4))
+        >>> h.shape, c.shape
+        (torch.Size([3, 8]), torch.Size([3, 8]))
+    """
+
+    float_type = nn.LSTMCell
+
+
+class GRUCell(_QATCell, nn.GRUCell):
+    """``nn.GRUCell`` with fake-quantized weights and a fake-quantized hidden state; see :class:`QATRecurrent`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> tritonq.nn.GRUCell(4, 8, qconfig=tritonq.get_qconfig())(torch.randn(3, 4)).shape
+        torch.Size([3, 8])
+    """
+
+    float_type = nn.GRUCell
+
+
+class RNNCell(_QATCell, nn.RNNCell):
+    """``nn.RNNCell`` with fake-quantized weights and a fake-quantized hidden state; see :class:`QATRecurrent`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> tritonq.nn.RNNCell(4, 8, qconfig=tritonq.get_qconfig())(torch.randn(3, 4)).shape
+        torch.Size([3, 8])
+    """
+
+    float_type = nn.RNNCell
+    geometry_names = (*_CELL_GEOMETRY, "nonlinearity")

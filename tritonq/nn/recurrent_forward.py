@@ -1,0 +1,176 @@
+"""Forwards of recurrent layers on weights that a subclass gives: what training, eval mode and deployment run."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from tritonq.nn.own_input import QuantizesInput
+
+_SEQUENCES = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+# What the child that quantizes a weight is called, behind the weight's name.
+WEIGHT_QUANTIZER = "_fake_quant"
+# What a quantizer between two layers is called, by the number of the lower one.
+_BETWEEN = "layer_fake_quant_{}"
+
+
+def weight_names(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of a float recurrent layer's weights: ``weight_ih_l0`` and so on; biases are none."""
+    return tuple(name for name, _ in layer.named_parameters(recurse=False) if name.startswith("weight"))
+
+
+def has_computed_weights(module: nn.Module) -> bool:
+    """Whether a module is recurrent and something computes one of its weights: weight_norm, a parametrization, …."""
+    if isinstance(module, nn.RNNCellBase):
+        names = ["weight_ih", "weight_hh"]
+    else:
+        names = [name for part in module._all_weights for name in part] if isinstance(module, nn.RNNBase) else []
+    return any(name not in module._parameters for name in names)
+
+
+def is_weight_quantizer(name: str) -> bool:
+    """Whether the quantizer of so qualified a name is a weight's, in whatever layer."""
+    child = name.rpartition(".")[2]
+    return child.startswith("weight") and child.endswith(WEIGHT_QUANTIZER)
+
+
+class RecurrentForward(QuantizesInput, nn.RNNBase):
+    """The forward of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, one layer at a time.
+
+    Rounded are what each layer reads from the one below, and the sequence that the last one returns. The states of all
+    layers are returned as torch computes them, in float, and gates and states inside of a layer are float too.
+
+    Attributes:
+        activation_post_process: the quantizer of the sequence.
+    """
+
+    activation_post_process: nn.Module
+
+    def parameters_of(self, layer: int) -> list[Tensor]:
+        """Return weights and biases of one layer as torch's functions take them: all of one direction, then the other.
+
+        Raises:
+            NotImplementedError: a subclass must say.
+        """
+        raise NotImplementedError
+
+    def add_quantizers_between(self, quantizers: list[nn.Module]) -> None:
+        """Hold the quantizers of what each layer but the last hands to the next."""
+        for index, quantizer in enumerate(quantizers):
+            self.add_module(_BETWEEN.format(index), quantizer)
+
+    @property
+    def quantizers_between(self) -> list[nn.Module]:
+        """The quantizers of what each layer but the last hands to the next."""
+        return [cast(nn.Module, self._modules[_BETWEEN.format(index)]) for index in range(self.num_layers - 1)]
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Return sequence and states, with arguments and shapes as torch's class has them."""
+        packed = input if isinstance(input, PackedSequence) else None
+        x: Tensor = input if packed is None else packed.data
+        y: Any
+        if packed is None and x.dim() not in (2, 3):
+            raise ValueError(f"{type(self).__name__} takes 2 or 3 axes, got the shape {tuple(x.shape)}")
+        batch_axis = 0 if self.batch_first else 1
+        is_batched = packed is not None or x.dim() == 3
+        given = None if hx is None else (hx if isinstance(hx, tuple) else (hx,))
+        if not is_batched:
+            x = x.unsqueeze(batch_axis)
+            given = None if given is None else tuple(state.unsqueeze(1) for state in given)
+        sizes = None if packed is None else packed.batch_sizes
+        states = self._states(x, given, sizes, batch_axis)
+        if packed is not None and given is not None:
+            states = _reordered(states, packed.sorted_indices)
+        y, states = self._run(self.quantized_input(x), states, sizes)
+        if packed is not None:
+            y = PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+            states = _reordered(states, packed.unsorted_indices)
+        elif not is_batched:
+            y, states = y.squeeze(batch_axis), tuple(state.squeeze(1) for state in states)
+        return y, (states if self.mode == "LSTM" else states[0])
+
+    def _states(
+        self, x: Tensor, given: tuple[Tensor, ...] | None, sizes: Tensor | None, batch_axis: int
+    ) -> tuple[Tensor, ...]:
+        """Return the states to begin with, (layers * directions, batch, size), checked as torch checks them."""
+        if given is None:
+            batch = x.shape[batch_axis] if sizes is None else int(sizes[0])
+            rows = self.num_layers * self._directions
+            hidden = x.new_zeros(rows, batch, self.proj_size or self.hidden_size)
+            given = (hidden, x.new_zeros(rows, batch, self.hidden_size)) if self.mode == "LSTM" else (hidden,)
+        self.check_forward_args(x, cast(Any, given if self.mode == "LSTM" else given[0]), sizes)
+        return given
+
+    @property
+    def _directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def _run(self, x: Tensor, states: tuple[Tensor, ...], sizes: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        last: list[tuple[Tensor, ...]] = []
+        between = self.quantizers_between
+        for layer in range(self.num_layers):
+            part = slice(layer * self._directions, (layer + 1) * self._directions)
+            x, *ends = self.run_layer(x, tuple(state[part] for state in states), sizes, self.parameters_of(layer))
+            last.append(tuple(ends))
+            if layer < len(between):
+                x = F.dropout(between[layer](x), self.dropout, self.training)
+        return self.activation_post_process(x), tuple(torch.cat(parts) for parts in zip(*last, strict=True))
+
+    def run_layer(
+        self, x: Tensor, states: tuple[Tensor, ...], sizes: Tensor | None, parameters: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Return the sequence that one layer makes of ``x``, and its last states, in float."""
+        run: Any = getattr(torch._VF, _SEQUENCES[self.mode])
+        begin = states if self.mode == "LSTM" else states[0]
+        options = (self.bias, 1, 0.0, self.training, self.bidirectional)
+        if sizes is not None:
+            return cast(tuple[Tensor, ...], run(x, sizes, begin, parameters, *options))
+        return cast(tuple[Tensor, ...], run(x, begin, parameters, *options, self.batch_first))
+
+
+def _reordered(states: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
+    return states if order is None else tuple(state.index_select(1, order) for state in states)
+
+
+class RecurrentCellForward(QuantizesInput, nn.RNNCellBase):
+    """The forward of ``nn.LSTMCell``, ``nn.GRUCell`` and ``nn.RNNCell``; the new hidden state is rounded.
+
+    So is what the next step reads. The LSTM's other state stays in float, as do the gates.
+
+    Attributes:
+        activation_post_process: the quantizer of the hidden state.
+    """
+
+    activation_post_process: nn.Module
+
+    def cell_weights(self) -> list[Tensor]:
+        """Return ``weight_ih`` and ``weight_hh`` as the cell multiplies by them.
+
+        Raises:
+            NotImplementedError: a subclass must say.
+        """
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Return the next state, or the next two, with arguments and shapes as torch's class has them."""
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{type(self).__name__} takes 1 or 2 axes, got the shape {tuple(input.shape)}")
+        is_lstm, x = isinstance(self, nn.LSTMCell), torch.atleast_2d(input)
+        given: tuple[Tensor, ...]
+        if hx is None:
+            given = (x.new_zeros(x.shape[0], self.hidden_size),) * (2 if is_lstm else 1)
+        else:
+            given = tuple(torch.atleast_2d(state) for state in (hx if isinstance(hx, (tuple, list)) else (hx,)))
+        name = "lstm_cell" if is_lstm else "gru_cell"
+        if isinstance(self, nn.RNNCell):
+            name = f"rnn_{self.nonlinearity}_cell"
+        run: Any = getattr(torch._VF, name)
+        begin = given if is_lstm else given[0]
+        made = run(self.quantized_input(x), begin, *self.cell_weights(), self.bias_ih, self.bias_hh)
+        hidden, *rest = (state if input.dim() == 2 else state.squeeze(0) for state in (made if is_lstm else (made,)))
+        hidden = self.activation_post_process(hidden)
+        return (hidden, *rest) if is_lstm else hidden
