@@ -38,7 +38,7 @@ from .launcher import Launcher
 from .layout import View
 from .quantized import Grid, RangeStatistics, grid_constants, grid_pointers
 from .reduction import plan_reduction
-from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
+from .tile import aligned_sizes, aligned_strides, load_per_channel, tile_indices, tile_mask, tile_offsets
 
 __all__ = ["apply", "backward", "forward"]
 
@@ -94,6 +94,7 @@ def statistics_kernel(
     splits,
     channels,
     blocks,  # of AHEAD tiles, in a share
+    ALIGN: tl.constexpr,
     CHANNEL: tl.constexpr,
     AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -102,6 +103,8 @@ def statistics_kernel(
     WIDE: tl.constexpr,
 ):
     """Statistics of one share, about the mean of its first tile, so that offsets cost nothing. No GPU has run it."""
+    c_strides = aligned_strides(c_strides, ALIGN)
+    sizes = aligned_sizes(sizes, ALIGN)
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
     channel, valid = share_channels(start, channels, CHANNEL, ROWS, COLS)
     place, mask = share_tile(start[0], start[1], start[2], sizes, ROWS, COLS)
@@ -250,6 +253,7 @@ def apply_kernel(
     c_strides,
     y_strides,
     sizes,
+    ALIGN: tl.constexpr,
     CHANNEL: tl.constexpr,
     CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
@@ -261,6 +265,9 @@ def apply_kernel(
     WIDE: tl.constexpr,
 ):
     """``FQ(relu?(slope · c + shift))`` of one tile. Has run on no GPU yet."""
+    c_strides = aligned_strides(c_strides, ALIGN)
+    y_strides = aligned_strides(y_strides, ALIGN)
+    sizes = aligned_sizes(sizes, ALIGN)
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
     c = tl.load(c_ptr + tile_offsets(place, c_strides), mask=mask).to(tl.float32)
@@ -320,6 +327,7 @@ def _apply(
             seen.sizes,
             CEILING=ceiling,
             **grid_constants(grid),
+            ALIGN=seen.alignment,
             **seen.constants(tile, launch),
         )
 
@@ -349,6 +357,7 @@ def _statistics(
             *shares.arguments,
             shares.blocks(),
             AHEAD=shares.ahead(),
+            ALIGN=seen.alignment,
             **shares.constants,
         )
         finish_kernel[shares.joining_programs](

@@ -26,7 +26,7 @@ from .launch import device_guard, plan
 from .launcher import Launcher
 from .quantized import Grid, grid_constants, grid_pointers
 from .reduction import plan_reduction
-from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
+from .tile import aligned_sizes, aligned_strides, load_per_channel, tile_indices, tile_mask, tile_offsets
 
 
 @triton.jit
@@ -95,6 +95,7 @@ def gradient_sums_kernel(
     splits,
     channels,
     blocks,  # of AHEAD tiles, in a share
+    ALIGN: tl.constexpr,
     CHANNEL: tl.constexpr,
     CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
@@ -107,6 +108,9 @@ def gradient_sums_kernel(
     WIDE: tl.constexpr,
 ):
     """Sums of the unblocked gradient over one share. Has run on no GPU yet."""
+    dy_strides = aligned_strides(dy_strides, ALIGN)
+    c_strides = aligned_strides(c_strides, ALIGN)
+    sizes = aligned_sizes(sizes, ALIGN)
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
     channel, valid = share_channels(start, channels, CHANNEL, ROWS, COLS)
     mean = spread(tl.load(mean_ptr + channel, mask=valid, other=0.0), CHANNEL)
@@ -176,6 +180,7 @@ def gradient_kernel(
     c_strides,
     dc_strides,
     sizes,
+    ALIGN: tl.constexpr,
     CHANNEL: tl.constexpr,
     CEILING: tl.constexpr,
     QUANT_MIN: tl.constexpr,
@@ -187,6 +192,10 @@ def gradient_kernel(
     WIDE: tl.constexpr,
 ):
     """``slope · g + pull · (c - mean) + offset`` of one tile. Has run on no GPU yet."""
+    dy_strides = aligned_strides(dy_strides, ALIGN)
+    c_strides = aligned_strides(c_strides, ALIGN)
+    dc_strides = aligned_strides(dc_strides, ALIGN)
+    sizes = aligned_sizes(sizes, ALIGN)
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
     g = tl.load(dy_ptr + tile_offsets(place, dy_strides), mask=mask).to(tl.float32)
@@ -243,6 +252,7 @@ def backward(
             shares.blocks(reads=2),
             **shared,
             AHEAD=shares.ahead(reads=2),
+            ALIGN=seen.alignment,
             **shares.constants,
         )
         finish_gradients_kernel[shares.joining_programs](
@@ -269,6 +279,7 @@ def backward(
             *seen.strides,
             seen.sizes,
             **shared,
+            ALIGN=seen.alignment,
             **seen.constants(tile, launch),
         )
     plain, moment = sums

@@ -5,6 +5,7 @@ Plain integers in, plain integers out, so that sizes beyond any memory can be ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ _GRID_LIMIT = 65535
 _MAX_PADDING = 1.15
 # Narrower tiles than this many columns no longer read whole 128-byte lines.
 _MIN_COLS = 32
+# What integers are multiples of the compiler finds out itself for this one. Accesses take up to half as many elements.
+_KNOWN_ALIGNMENT = 16
 
 
 class View(NamedTuple):
@@ -48,6 +51,15 @@ class View(NamedTuple):
     def channels(self) -> int:
         """Number of channels; 1 without a channel dimension."""
         return 1 if self.channel is None else self.sizes[self.channel]
+
+    @property
+    def alignment(self) -> int:
+        """Power of two up to 8 that rows and their starts are multiples of; 1 where a compiler knows more by itself."""
+        steps = [step for triple in self.strides for step in triple[:2]]
+        common = math.gcd(self.sizes[2], *steps)
+        if common % _KNOWN_ALIGNMENT == 0 or any(triple[2] != 1 for triple in self.strides):
+            return 1
+        return common & -common
 
     def constants(self, tile: Tile, grid: LaunchGrid) -> dict[str, Any]:
         """Return the constants of a kernel that takes one tile of this view at a time, and its options."""

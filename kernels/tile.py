@@ -61,6 +61,22 @@ def tile_offsets(place, strides):
 
 
 @triton.jit
+def aligned_strides(strides, ALIGN: tl.constexpr):
+    """Return strides whose first two the compiler knows to be multiples of ALIGN, which they are.
+
+    It knows by itself of multiples of 16 alone, and of 4 elements at a time reads nothing that may lie anywhere: rows
+    of 14 · 14 elements are multiples of 4.
+    """
+    return strides[0] // ALIGN * ALIGN, strides[1] // ALIGN * ALIGN, strides[2]
+
+
+@triton.jit
+def aligned_sizes(sizes, ALIGN: tl.constexpr):
+    """Return sizes whose last the compiler knows to be a multiple of ALIGN, which it is."""
+    return sizes[0], sizes[1], sizes[2] // ALIGN * ALIGN
+
+
+@triton.jit
 def load_per_channel(ptr, place, sizes, CHANNEL: tl.constexpr):
     """Return one value per channel of the tile, shaped to broadcast against it.
 

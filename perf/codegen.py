@@ -87,7 +87,8 @@ class Row:
         spill_bytes: registers kept in memory, per lane.
         shared_bytes: per program.
         access_bits: width of the accesses that move most of the data, on the main path.
-        wide_share: part of the data that moves by 128-bit accesses; None for small kernels, as are the next three.
+        wide_share: part of the data that moves by accesses of the case's width; None for small kernels, as are the next
+            three.
         instructions: per element.
         budget: what is allowed per element on the budget's target, else None.
         issue_share: GPU name to issue slots over memory time; below 1 memory is the limit.
@@ -113,7 +114,7 @@ class Row:
         if self.spill_bytes:
             found.append(f"{place}: spills {self.spill_bytes} bytes")
         if self.wide_share is not None and self.wide_share < 1:
-            found.append(f"{place}: only {self.wide_share:.0%} of the data moves by 128-bit accesses")
+            found.append(f"{place}: only {self.wide_share:.0%} moves by 128-bit accesses, or the widest of its rows")
         if self.budget is not None and self.instructions is not None and self.instructions > self.budget:
             found.append(f"{place}: {self.instructions:.1f} instructions per element, budget {self.budget:g}")
         return found
@@ -220,7 +221,7 @@ def _describe(
     per_element = len(path.instructions) / elements
     return Row(
         *common,
-        wide_share=path.bits_of_width(128) / expected,
+        wide_share=path.bits_of_width(case.width) / expected,
         instructions=per_element,
         budget=budgets["budgets"][case.budget][dtype_name] if target == budgets["target"] else None,
         issue_share={

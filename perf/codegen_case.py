@@ -30,6 +30,7 @@ class CodegenCase:
         writes: tensors of the dtype that each element is written to.
         budget: entry of ``codegen_budget.json`` that limits its instructions per element.
         dtypes: what to compile it for.
+        width: bits of the widest access that its layout allows.
     """
 
     name: str
@@ -39,6 +40,7 @@ class CodegenCase:
     writes: int = 1
     budget: str = ""
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    width: int = 128
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:

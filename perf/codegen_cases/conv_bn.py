@@ -11,13 +11,15 @@ from tritonq.reference.conv_bn import BatchNormState, Normalization
 
 # ResNet-50's second stage; rows of 56 * 56, which no tile divides.
 _ACTIVATION = (256, 64, 56, 56)
+# Its fourth: rows of 14 * 14, whose starts are multiples of 4 elements alone.
+_SHORT_ROWS = (256, 256, 14, 14)
 # Of ReLU6: a plain ReLU compiles to less.
 _CEILING = 6.0
 
 
-def _forward(qtype: QuantizedType, channels_last: bool) -> Call:
+def _forward(qtype: QuantizedType, channels_last: bool, shape: tuple[int, ...] = _ACTIVATION) -> Call:
     def call(dtype: torch.dtype) -> object:
-        c = meta(*_ACTIVATION, dtype=dtype, channels_last=channels_last)
+        c = meta(*shape, dtype=dtype, channels_last=channels_last)
         vector = meta(c.shape[1])
         norm = BatchNormState(vector, vector, 0.1, 1e-5)
         return conv_bn.forward(c, vector, vector, vector, vector, norm, meta_grid(qtype), meta_range(qtype), _CEILING)
@@ -25,9 +27,9 @@ def _forward(qtype: QuantizedType, channels_last: bool) -> Call:
     return call
 
 
-def _backward(qtype: QuantizedType, channels_last: bool) -> Call:
+def _backward(qtype: QuantizedType, channels_last: bool, shape: tuple[int, ...] = _ACTIVATION) -> Call:
     def call(dtype: torch.dtype) -> object:
-        c = meta(*_ACTIVATION, dtype=dtype, channels_last=channels_last)
+        c = meta(*shape, dtype=dtype, channels_last=channels_last)
         vector = meta(c.shape[1])
         return conv_bn.backward(torch.empty_like(c), c, Normalization(*[vector] * 6), meta_grid(qtype), _CEILING)
 
@@ -68,6 +70,24 @@ CASES = (
                 0,
                 "two reads, one write",
             ),
+        )
+    ),
+    *(
+        CodegenCase(
+            f"{name}/rows of 14 x 14",
+            make(QINT8, False, _SHORT_ROWS),
+            kernel,
+            reads,
+            writes,
+            f"{'two reads' if reads == 2 else 'one read'}, one write, short rows",
+            dtypes=(torch.bfloat16,),
+            width=64,
+        )
+        for name, make, kernel, reads, writes in (
+            ("conv_bn", _forward, "apply_kernel", 1, 1),
+            ("conv_bn_statistics", _forward, "statistics_kernel", 1, 0),
+            ("conv_bn_backward", _backward, "gradient_kernel", 2, 1),
+            ("conv_bn_sums", _backward, "gradient_sums_kernel", 2, 0),
         )
     ),
 )

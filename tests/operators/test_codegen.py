@@ -55,7 +55,7 @@ def test_compiles_as_it_should(case: CodegenCase, target: str, request: pytest.F
     measured = [row for row in report if case.kernel and row.kernel == case.kernel]
     assert len(measured) == (len(dtypes(case, target)) if case.kernel else 0)
     for row in measured:
-        assert row.access_bits == 128
+        assert row.access_bits == case.width
         assert row.instructions is not None
         assert row.instructions > 2
         assert (row.budget is not None) is (target == BUDGETED)

@@ -179,3 +179,26 @@ def test_empty_tensors_fold_whatever_their_strides(shape: tuple[int, ...]) -> No
         found = view(x.shape, (x.stride(),), axis)
         assert found is not None
         assert 0 in found.sizes
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_last", "alignment"),
+    [
+        ((2, 64, 56, 56), False, 1),  # multiples of 16, which the compiler knows of
+        ((2, 256, 14, 14), False, 4),
+        ((2, 24, 5, 5), True, 8),
+        ((2, 3, 7, 7), False, 1),
+        ((2, 6, 3, 3), True, 2),
+        ((0, 4, 14, 14), False, 4),
+    ],
+)
+def test_alignment_of_rows(shape: tuple[int, ...], channels_last: bool, alignment: int) -> None:
+    found = seen(meta(*shape, channels_last=channels_last), 1)
+    assert found is not None
+    assert found.alignment == alignment
+
+
+def test_elements_with_gaps_between_have_no_alignment() -> None:
+    found = seen(meta(2, 8, 14, 28)[:, :, 0, ::2], 1)
+    assert found is not None
+    assert found.alignment == 1
