@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,24 @@ def _float_layers(graph: Any, names: list[str]) -> Iterator[str]:
 
 def _float_joins(graph: Any, codes: dict[str, list[str]], joins: dict[str, str]) -> Iterator[str]:
     makers = {name: node for node in graph.node for name in node.output}
+    found: set[str] = set()
+    renamed: list[tuple[str, str]] = []
     for name, operator in joins.items():
         for tensor in codes.get(f"{name}.activation_post_process", ()):
+            if tensor not in makers:
+                renamed.append((name, operator))
+                continue
             maker = makers.get(tensor)
             while maker is not None and maker.op_type in _MOVES:
                 maker = makers.get(maker.input[0])
             if maker is None or maker.op_type not in (operator, "Concat" if operator == "QLinearConcat" else operator):
                 yield f"{name} ({'nothing' if maker is None else maker.op_type})"
                 break
+            found.add(maker.output[0])
+    # Where ONNX Runtime moves a quantization past a transposition, the join's codes lose their name: such a join has
+    # one of the integer nodes that no other join has.
+    spare = Counter(node.op_type for node in graph.node if node.output[0] not in found)
+    for name, operator in renamed:
+        if spare[operator] <= 0:
+            yield f"{name} (nothing)"
+        spare[operator] -= 1
