@@ -14,7 +14,7 @@ import tritonq
 from tritonq.functional.integer_joins import integer_matmul
 from tritonq.grid import Grid
 from tritonq.nn import Einsum, MatMul, ScaledDotProductAttention
-from tritonq.nn.products import Contraction
+from tritonq.nn.einsum import Contraction
 from tritonq.qparams import QuantizedType
 
 UNSIGNED = QuantizedType(0, 255, symmetric=False)
@@ -78,6 +78,13 @@ EQUATIONS = {
     "ij,jk": ((3, 4), (4, 2)),
     "bnd,md->nbm": ((2, 3, 4), (5, 4)),
     "i,j->ij": ((3,), (4,)),
+    "...qd,...kd->...qk": ((2, 3, 4, 5), (2, 3, 6, 5)),
+    "...qd,...kd": ((2, 3, 4, 5), (3, 6, 5)),
+    "b...d,bd...->b...": ((2, 3, 4, 5), (2, 5, 1, 4)),
+    "...ij,jk->k...i": ((2, 3, 4, 5), (5, 6)),
+    "...i,...j->ij": ((2, 3, 4), (2, 3, 5)),
+    "bij,bjk": ((1, 3, 4), (2, 4, 5)),
+    "ij,jk->ik": ((3, 1), (4, 5)),
 }
 
 
@@ -87,10 +94,96 @@ def test_einsum_is_one_product_of_batches_of_matrices(equation):
     torch.testing.assert_close(Einsum(equation)(a, b), torch.einsum(equation, a, b))
 
 
-@pytest.mark.parametrize("equation", ["ij,kj,k->i", "...i,ij->...j", "ij,kl->k", "ii,ij->ij", "ij,jk->il"])
+@pytest.mark.parametrize("equation", ["ij,kj,k->i", "ij->ji", "ij,kl->k", "ii,ij->ij", "ij,jk->il"])
 def test_other_equations_are_refused(equation):
     with pytest.raises(ValueError, match=r"got|product of batches"):
         Contraction.of(equation)
+
+
+def test_axes_that_an_ellipsis_alone_has_are_not_summed():
+    with pytest.raises(ValueError, match="sums or repeats an index by itself"):
+        Einsum("...i,...j->ij")(torch.randn(2, 3), torch.randn(4))
+    with pytest.raises(ValueError, match="fewer than the indices"):
+        Einsum("...ij,...jk")(torch.randn(2), torch.randn(4, 2))
+    with pytest.raises(ValueError, match="index 'j' has the sizes 3 and 4"):
+        Einsum("ij,jk")(torch.randn(2, 3), torch.randn(4, 2))
+
+
+SPELLINGS = {
+    "ellipsis": lambda a, b: torch.einsum("...qd,...kd->...qk", a, b),
+    "list": lambda a, b: torch.einsum("bqd,bkd->bqk", [a, b]),
+    "indices": lambda a, b: torch.einsum(a, [..., 0, 1], b, [..., 2, 1], [..., 0, 2]),
+    "indices of operands alone": lambda a, b: torch.einsum(a, [0, 1, 2], b, [0, 3, 2]),
+    "baddbmm": lambda a, b: torch.baddbmm(a[:, :, :TOKENS], a, b.transpose(1, 2)),
+    "addmm": lambda a, b: torch.addmm(a[0, :1, :TOKENS], a[0], b[0].T).expand(len(a), -1, -1),
+}
+
+
+class Spelled(nn.Module):
+    def __init__(self, spelling, branches):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, WIDTH), nn.Linear(8, WIDTH), nn.Linear(TOKENS, 3)
+        self.spelling, self.branches = spelling, branches
+
+    def forward(self, x):
+        if self.branches and len(x) > 1000:  # no graph can stand for this forward: its calls are answered
+            return x
+        return self.head(SPELLINGS[self.spelling](self.a(x), self.b(x)))
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_any_spelling_is_quantized_trained_and_converted(spelling, branches, tmp_path):
+    torch.manual_seed(0)
+    x, model = torch.randn(2, TOKENS, 8), Spelled(spelling, branches)
+    prepared = tritonq.prepare_qat(model, example_inputs=x, strict=True)
+    for _ in range(3):
+        prepared.train()(x).square().mean().backward()
+    assert prepared.eval().a.weight.grad.any()
+    products = [module for module in prepared.modules() if isinstance(module, MatMul)]
+    assert products
+    assert all(None not in product.input_quantizers for product in products)
+    converted = tritonq.convert(prepared)
+    assert torch.equal(converted(x), prepared(x))
+    tritonq.save_converted(converted, tmp_path / "model.pt")
+    assert torch.equal(tritonq.load_converted(tmp_path / "model.pt", model)(x), converted(x))
+    tritonq.export_onnx(converted, tmp_path / "model.onnx", x, dynamic_batch=False)
+    assert tritonq.verify(prepared, tmp_path / "model.onnx", [x]).agrees()
+    found = operators(tmp_path / "model.onnx", tmp_path)
+    assert found["QLinearMatMul"] == len(products)
+    assert not {"MatMul", "Add"} & set(found)
+
+
+REFUSED = {
+    "addbmm: it adds up a batch of products": lambda a, b: torch.addbmm(a[0] @ b[0].T, a, b.transpose(1, 2))[None],
+    "baddbmm: it takes alpha=0.5": lambda a, b: torch.baddbmm(a @ b.mT, a, b.transpose(1, 2), alpha=0.5),
+    "linalg_multi_dot: it multiplies in an order of its own": lambda a, b: torch.linalg.multi_dot([a[0], b[0].T])[None],
+    "tensordot: write it as an einsum": lambda a, b: torch.tensordot(a, b[0], dims=([2], [1])),
+    "inner: write it as a matrix product": lambda a, b: torch.inner(a, b[0]),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_other_products_stay_in_float_and_are_told(reason, monkeypatch):
+    monkeypatch.setitem(SPELLINGS, "refused", REFUSED[reason])
+    with pytest.warns(UserWarning, match=reason):
+        tritonq.prepare_qat(Spelled("refused", False), example_inputs=torch.randn(2, TOKENS, 8))
+
+
+def test_a_sum_with_a_product_by_a_parameter_stays_in_float_and_is_told():
+    class ByParameter(nn.Module):
+        """GPT-2 writes its linear layers so."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.weight = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 4))
+            self.bias = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return torch.addmm(self.bias, self.layer(x), self.weight)
+
+    with pytest.warns(UserWarning, match="addmm: its second matrix is a parameter"):
+        tritonq.prepare_qat(nn.Sequential(ByParameter(), nn.Linear(4, 2)), example_inputs=torch.randn(2, 8))
 
 
 MASK = torch.ones(5, 7, dtype=torch.bool).tril(1)

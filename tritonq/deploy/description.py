@@ -20,12 +20,13 @@ from tritonq.deploy.recurrent import RECURRENT_TYPES, QuantizedRecurrent
 from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, MatMul, Mul, RepVGGBlock, Sub
 from tritonq.nn.averages import POOL_TYPES
 from tritonq.nn.clip import Clip, Clipping, clipping_of
+from tritonq.nn.einsum import Einsum
 from tritonq.nn.folded import FoldedBatchNorm
 from tritonq.nn.functions import FunctionLayer, PReLU, function_of
 from tritonq.nn.intrinsic import FusedModule
 from tritonq.nn.kept_class import made_class, users_class
 from tritonq.nn.original_class import original_class
-from tritonq.nn.products import Einsum, ScaledDotProductAttention
+from tritonq.nn.products import AddMatMul, ScaledDotProductAttention
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.edit.earlier_inputs import INPUTS, InputFakeQuants, InputPlace, hooked_forward
 from tritonq.prepare.forwards.edited import forward_data
@@ -168,9 +169,11 @@ def _describe(module: nn.Module) -> Description:
 
 
 def _further(join: Joint) -> Description:
-    """Return the entries that tell an einsum or attention from a plain matrix product."""
+    """Return the entries that tell einsums and attention from plain matrix products, and a sum with one from a sum."""
     if isinstance(join, Einsum):
         return {"equation": join.equation}
+    if isinstance(join, AddMatMul):
+        return {"product": True}
     return {"attention": True} if isinstance(join, ScaledDotProductAttention) else {}
 
 
@@ -221,6 +224,8 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
     if kind in _JOINTS:
         if "equation" in entry:
             return Einsum(entry["equation"], _ceiling(entry))
+        if entry.get("product"):
+            return AddMatMul(_ceiling(entry))
         return ScaledDotProductAttention() if entry.get("attention") else _JOINTS[kind](_ceiling(entry))
     if kind == "average":
         return Average(averaging_from_data(entry["averaging"]))

@@ -35,12 +35,13 @@ from tritonq.nn.conv_bn import (
     LinearBn1d,
     LinearBnReLU1d,
 )
+from tritonq.nn.einsum import Einsum
 from tritonq.nn.elementwise import Add, Cat, DeQuantStub, FloatFunctional, Joint, Mul, QuantStub, Sub
 from tritonq.nn.embedding import Embedding, EmbeddingBag
 from tritonq.nn.fixed_point import FixedPointConv2d, FixedPointConvBn2d, FixedPointLinear
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d, FixedPointMaxPool2d
 from tritonq.nn.linear import Linear, LinearReLU
-from tritonq.nn.products import Einsum, MatMul, ScaledDotProductAttention
+from tritonq.nn.products import AddMatMul, MatMul, ScaledDotProductAttention
 from tritonq.nn.qat import QATLayer
 from tritonq.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, QATRecurrent, RNNCell
 from tritonq.nn.repvgg import QATRepVGGBlock, RepVGGBlock
@@ -89,6 +90,7 @@ __all__ = [
     "AdaptiveAvgPool2d",
     "AdaptiveAvgPool3d",
     "Add",
+    "AddMatMul",
     "Average",
     "AverageLayer",
     "AvgPool1d",

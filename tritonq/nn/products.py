@@ -1,9 +1,7 @@
-"""Matrix products of two activations with a quantizer of their own, alone and as attention."""
+"""Matrix products of two activations with a quantizer of their own: alone, in a sum and as attention."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import prod
 from typing import Any, cast
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from tritonq.functional.integer_joins import float_join
 from tritonq.functional.residual import rounded_result
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.nn.elementwise import Joint
+from tritonq.nn.elementwise import Add, Joint
 from tritonq.qconfig import QConfig
 
 
@@ -37,114 +35,32 @@ class MatMul(Joint):
         return None
 
 
-class Einsum(MatMul):
-    """``FQ(relu?(einsum(equation, a, b)))`` for an equation that is one product of batches of matrices.
+class AddMatMul(Add):
+    """``FQ(relu?(c + FQ(a @ b)))``: what :func:`torch.addmm` and :func:`torch.baddbmm` compute of activations.
 
-    Every index of an operand is in the other one or in the result. The operands are permuted and reshaped to batches of
-    matrices, so that the product is that of :class:`MatMul`.
-
-    Args:
-        equation: as :func:`torch.einsum` takes it, with two operands and without an ellipsis.
-        ceiling: see :class:`Joint`.
-        qconfig: see :class:`Joint`.
-
-    Raises:
-        ValueError: any other equation.
+    Attributes:
+        product: the matrix product.
 
     Examples:
         >>> import torch, tritonq
-        >>> tritonq.nn.Einsum("bhqd,bhkd->bhqk")(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 5, 4)).shape
-        torch.Size([1, 2, 3, 5])
+        >>> tritonq.nn.AddMatMul()(torch.tensor([[1.0]]), torch.tensor([[2.0, 1.0]]), torch.tensor([[0.25], [0.5]]))
+        tensor([[2.]])
     """
 
-    def __init__(self, equation: str, ceiling: float | None = None, *, qconfig: QConfig | None = None) -> None:
+    def __init__(self, ceiling: float | None = None, *, qconfig: QConfig | None = None) -> None:
         super().__init__(ceiling, qconfig=qconfig)
-        self.equation = equation
-        self._contraction = Contraction.of(equation)
+        self.product = MatMul(qconfig=qconfig)
+        self.set_producers(None, self.product)
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Contract two tensors, and fake-quantize the result."""
-        sizes = self._contraction.sizes(a, b)
-        first, second = self._contraction.matrices(a, b, sizes)
-        return self._contraction.result(self.joined(first, second), sizes)
+    def set_operand_producers(self, *producers: nn.Module | None) -> None:
+        """Set the modules that put the summand and both matrices on their grids (None: unknown)."""
+        summand, a, b = producers
+        self.product.set_producers(a, b)
+        self.set_producers(summand, self.product)
 
-    def extra_repr(self) -> str:
-        """Return the equation, and the ReLU where there is one."""
-        return ", ".join(filter(None, (repr(self.equation), super().extra_repr())))
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """An einsum equation of two operands as a product of batches of matrices.
-
-    Attributes:
-        a: indices of the first operand, in order.
-        b: indices of the second one.
-        out: indices of the result.
-        batch: indices that both operands and the result have.
-        summed: indices that the operands alone have.
-    """
-
-    a: str
-    b: str
-    out: str
-    batch: str
-    summed: str
-
-    @classmethod
-    def of(cls, equation: str) -> Contraction:
-        """Read an equation.
-
-        Raises:
-            ValueError: it is no product of batches of matrices.
-        """
-        left, arrow, out = equation.replace(" ", "").partition("->")
-        a, _, b = left.partition(",")
-        if "." in equation or "," in b:
-            raise ValueError(f"expected two operands and no ellipsis, got {equation!r}")
-        if not arrow:
-            out = "".join(sorted(index for index in {*a, *b} if (a + b).count(index) == 1))
-        shared = [index for index in a if index in b]
-        lone = [index for index in {*a, *b} if index not in out and index not in shared]
-        repeated = any(len(set(part)) < len(part) for part in (a, b, out))
-        if repeated or lone or not set(out) <= {*a, *b}:
-            raise ValueError(
-                f"{equation!r} is no product of batches of matrices: it sums or repeats an index by itself"
-            )
-        batch = "".join(index for index in shared if index in out)
-        return cls(a, b, out, batch, "".join(index for index in shared if index not in out))
-
-    def sizes(self, a: Tensor, b: Tensor) -> dict[str, int]:
-        """Return the size of each index.
-
-        Raises:
-            ValueError: an operand has other axes than the equation.
-        """
-        for name, operand in ((self.a, a), (self.b, b)):
-            if operand.dim() != len(name):
-                raise ValueError(f"expected {len(name)} axes ({name}), got the shape {tuple(operand.shape)}")
-        return {**dict(zip(self.b, b.shape, strict=True)), **dict(zip(self.a, a.shape, strict=True))}
-
-    def matrices(self, a: Tensor, b: Tensor, sizes: dict[str, int]) -> tuple[Tensor, Tensor]:
-        """Return the operands as (batch..., m, k) and (batch..., k, n)."""
-        rows, columns = self._free(self.a), self._free(self.b)
-        first = _arranged(a, self.a, self.batch, (rows, self.summed), sizes)
-        return first, _arranged(b, self.b, self.batch, (self.summed, columns), sizes)
-
-    def result(self, y: Tensor, sizes: dict[str, int]) -> Tensor:
-        """Return the product (batch..., m, n) as the equation has it."""
-        order = self.batch + self._free(self.a) + self._free(self.b)
-        return y.reshape([sizes[index] for index in order]).permute([order.index(index) for index in self.out])
-
-    def _free(self, indices: str) -> str:
-        return "".join(index for index in indices if index not in self.batch + self.summed)
-
-
-def _arranged(x: Tensor, indices: str, batch: str, matrix: tuple[str, str], sizes: dict[str, int]) -> Tensor:
-    """Permute ``x`` to (batch..., rows..., columns...) and flatten rows and columns."""
-    moved = x.permute([indices.index(index) for index in batch + matrix[0] + matrix[1]])
-    shape = [sizes[index] for index in batch] + [prod(sizes[index] for index in part) for part in matrix]
-    return moved.reshape(shape)
+    def forward(self, input: Tensor, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        """Multiply two tensors, add the product to the first argument, and fake-quantize both results."""
+        return self.joined(input, self.product(a, b))
 
 
 class ScaledDotProductAttention(MatMul):

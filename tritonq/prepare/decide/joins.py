@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from tritonq.nn import Add, Cat, Einsum, MatMul, Mul, ScaledDotProductAttention, Sub
-from tritonq.nn.products import Contraction
+from tritonq.nn import Add, AddMatMul, Cat, Einsum, MatMul, Mul, ScaledDotProductAttention, Sub
+from tritonq.nn.einsum import Contraction, einsum_call
 from tritonq.prepare.decide.analysis import IN_TRANSFORM, Analysis
 from tritonq.prepare.decide.layers import relus_after
 from tritonq.prepare.forwards.answered import AnsweredForward
@@ -21,6 +21,7 @@ from tritonq.prepare.forwards.graph import (
     Operands,
     attention_operands,
     node_operands,
+    product_operands,
     sequence_operand,
 )
 from tritonq.prepare.forwards.proof import Site
@@ -29,6 +30,8 @@ from tritonq.qconfig import QConfig
 
 # Kinds whose results hold the elements of their operands.
 CONCATENATIONS = frozenset(["cat", "stack"])
+_SUMS_WITH_PRODUCTS = frozenset(["addmm", "baddbmm"])
+_PRODUCTS = frozenset(["matmul", "einsum", *_SUMS_WITH_PRODUCTS, "scaled_dot_product_attention"])
 # Why a join stays in float that nothing quantized reads or feeds.
 NO_NEIGHBOUR = "nothing that it reads, and nothing that reads it, is quantized"
 
@@ -77,7 +80,7 @@ class Join:
     @property
     def is_product(self) -> bool:
         """Whether it is a matrix product of activations."""
-        return self.kind in ("matmul", "einsum", "scaled_dot_product_attention")
+        return self.kind in _PRODUCTS
 
     def module(self, qconfig: QConfig | None) -> nn.Module:
         """Return the module that takes its place."""
@@ -129,16 +132,34 @@ def _pair(call: Call) -> Reading:
 
 def _einsum(call: Call) -> Reading:
     """Read an einsum of two tensors; one of others is none."""
-    if len(call.args) == 2 and isinstance(call.args[1], tuple):
-        return tuple(call.args[1]), "its operands are given as a list"
-    tensors = tuple(item for item in call.args if isinstance(item, Ref))
-    if len(tensors) != 2 or not isinstance(call.args[0], str):
+    equation, tensors = einsum_call(call.args)
+    if len(tensors) != 2:
         return (), ""
     try:
-        Contraction.of(call.args[0])
+        Contraction.of(equation)
     except ValueError as error:
         return tensors, str(error)
     return tensors, ""
+
+
+def _sum_with_product(call: Call) -> Reading:
+    """Read a call of addmm or baddbmm: a summand and two matrices, without factors."""
+    named = ("input", "mat1", "mat2", "batch1", "batch2")
+    items = (*call.args, *(value for key, value in call.kwargs.items() if key in named))
+    tensors = tuple(item for item in items if isinstance(item, Ref))
+    further = [f"{key}={_short(value)}" for key, value in call.kwargs.items() if key not in named and value != 1]
+    return (tensors, f"it takes {', '.join(further)}" if further else "") if len(tensors) == 3 else ((), "")
+
+
+def _untaken(why: str) -> Callable[[Call], Reading]:
+    """Return what reads calls of products that no module takes, for the reason ``why``."""
+
+    def read(call: Call) -> Reading:
+        first = call.args[0] if call.args and isinstance(call.args[0], tuple) else call.args
+        tensors = tuple(item for item in first if isinstance(item, Ref))
+        return (tensors, why) if len(tensors) > 1 else ((), "")
+
+    return read
 
 
 def _attention(call: Call) -> Reading:
@@ -172,6 +193,20 @@ def _dim(call: Call) -> int:
     return int(dim)
 
 
+def _no_module(join: Join, qconfig: QConfig | None) -> nn.Module:
+    raise ValueError(f"{join.kind} has no module: {join.reason}")
+
+
+# Products of activations that stay in float, and why.
+_UNTAKEN = {
+    "addbmm": "it adds up a batch of products: write it as an einsum and an addition",
+    "addmv": "write it as a matrix product and an addition",
+    "addr": "write it as a matrix product and an addition",
+    "linalg_multi_dot": "it multiplies in an order of its own: write it as a @ b @ c",
+    "tensordot": "write it as an einsum",
+    "inner": "write it as a matrix product",
+}
+
 KINDS: Mapping[str, JoinKind] = {
     "add": JoinKind(_pair, lambda join, qconfig: Add(join.ceiling, qconfig=qconfig)),
     "sub": JoinKind(_pair, lambda join, qconfig: Sub(join.ceiling, qconfig=qconfig), in_training_alone=False),
@@ -180,9 +215,19 @@ KINDS: Mapping[str, JoinKind] = {
     "einsum": JoinKind(
         _einsum,
         lambda join, qconfig: Einsum(join.setting, join.ceiling, qconfig=qconfig),
-        setting=lambda call: call.args[0],
+        setting=lambda call: einsum_call(call.args)[0],
+        operands=product_operands,
         constants="rounded",
     ),
+    **dict.fromkeys(
+        sorted(_SUMS_WITH_PRODUCTS),
+        JoinKind(
+            _sum_with_product,
+            lambda join, qconfig: AddMatMul(join.ceiling, qconfig=qconfig),
+            constants="rounded",
+        ),
+    ),
+    **{name: JoinKind(_untaken(why), _no_module, constants="rounded") for name, why in _UNTAKEN.items()},
     "scaled_dot_product_attention": JoinKind(
         _attention,
         lambda join, qconfig: ScaledDotProductAttention(qconfig=qconfig),
@@ -262,6 +307,8 @@ def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
         site, reason = None, IN_TRANSFORM
     elif obstacles:
         site, reason = None, obstacles[0]
+    elif call.name in _SUMS_WITH_PRODUCTS and operands(call, analysis)[2] in analysis.constants.values:
+        site, reason = None, "its second matrix is a parameter: F.linear has a quantized form"
     elif site is None:
         graph = analysis.forward(call.owner)
         why = "it differs in training" if isinstance(graph, ForwardGraph) else str(graph)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritonq.nn.einsum import einsum_operands
 from tritonq.nn.forward_mode import ForwardMode
 from tritonq.nn.products import attention_arguments
 from tritonq.prepare.forwards.graph import (
@@ -25,6 +26,7 @@ from tritonq.prepare.forwards.graph import (
     layer_arguments,
     layer_operands,
     node_operands,
+    product_operands,
     sequence_operand,
 )
 from tritonq.prepare.record.operations import operation_name
@@ -50,10 +52,11 @@ _OPERANDS: dict[Operands, str] = {
     first_node: "first",
     layer_operands: "layer",
     attention_operands: "attention",
+    product_operands: "einsum",
 }
 
 # What a call's arguments become by position.
-_BY_POSITION = {"layer": layer_arguments, "attention": attention_arguments}
+_BY_POSITION = {"layer": layer_arguments, "attention": attention_arguments, "einsum": einsum_operands}
 
 
 class AnsweredForward:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from tritonq.nn.einsum import einsum_operands
 from tritonq.nn.products import attention_arguments
 from tritonq.prepare.forwards.graph_data import GraphData, data_to_graph, graph_to_data
 from tritonq.prepare.forwards.trace import TraceError, classify_arguments, forward_signature, trace
@@ -177,6 +178,11 @@ def layer_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[A
 def attention_operands(node: fx.Node) -> tuple[Any, ...]:
     """Return the arguments of scaled dot-product attention, by position."""
     return attention_arguments(node.args, node.kwargs)
+
+
+def product_operands(node: fx.Node) -> tuple[Any, ...]:
+    """Return the operands of an einsum, in whatever spelling."""
+    return einsum_operands(node.args)
 
 
 def sequence_operand(node: fx.Node) -> tuple[Any, ...]:

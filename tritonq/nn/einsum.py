@@ -1,0 +1,206 @@
+"""Einsums of two activations as one product of batches of matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+from tritonq.nn.products import MatMul
+from tritonq.qconfig import QConfig
+
+# Stands for the axes of an ellipsis until operands say how many there are. These then get names that no equation has.
+_ELLIPSIS = "."
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+class Einsum(MatMul):
+    """``FQ(relu?(einsum(equation, a, b)))`` for an equation that is one product of batches of matrices.
+
+    Every index of an operand is in the other one or in the result. The operands are permuted and reshaped to batches of
+    matrices, so that the product is that of :class:`MatMul`.
+
+    Args:
+        equation: as :func:`torch.einsum` takes it, with two operands.
+        ceiling: see :class:`Joint`.
+        qconfig: see :class:`Joint`.
+
+    Raises:
+        ValueError: any other equation; in the forward, operands that make it one.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> tritonq.nn.Einsum("bhqd,bhkd->bhqk")(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 5, 4)).shape
+        torch.Size([1, 2, 3, 5])
+        >>> tritonq.nn.Einsum("...qd,...kd")(torch.ones(1, 2, 3, 4), torch.ones(2, 5, 4)).shape
+        torch.Size([1, 2, 5, 3])
+    """
+
+    def __init__(self, equation: str, ceiling: float | None = None, *, qconfig: QConfig | None = None) -> None:
+        super().__init__(ceiling, qconfig=qconfig)
+        self.equation = equation
+        self._contraction = Contraction.of(equation)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Contract two tensors, and fake-quantize the result."""
+        contraction = self._contraction.without_ellipsis(a.dim(), b.dim())
+        sizes = contraction.sizes(a, b)
+        first, second = contraction.matrices(a, b, sizes)
+        return contraction.result(self.joined(first, second), sizes)
+
+    def extra_repr(self) -> str:
+        """Return the equation, and the ReLU where there is one."""
+        return ", ".join(filter(None, (repr(self.equation), super().extra_repr())))
+
+
+def einsum_call(args: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
+    """Return equation and operands of a call of :func:`torch.einsum`, in whatever of its spellings.
+
+    These are an equation and operands, an equation and a list of them, and operands each with a list of indices, with
+    another such list for the result at the end or none.
+    """
+    first, *rest = args
+    if not isinstance(first, str):
+        has_result = len(args) % 2
+        result = f"->{_letters(args[-1])}" if has_result else ""
+        pairs = args[: len(args) - has_result]
+        return ",".join(map(_letters, pairs[1::2])) + result, tuple(pairs[::2])
+    operands = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
+    return first, tuple(operands)
+
+
+def einsum_operands(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
+    """Return the operands of a call of :func:`torch.einsum`."""
+    return einsum_call(args)[1]
+
+
+def _letters(indices: Any) -> str:
+    """Return a list of indices, numbers from 0 to 51 and an ellipsis, as a part of an equation."""
+    return "".join("..." if index is ... else _LETTERS[index] for index in indices)
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """An einsum equation of two operands as a product of batches of matrices.
+
+    Attributes:
+        a: indices of the first operand, in order; ``.`` stands for an ellipsis.
+        b: indices of the second one.
+        out: indices of the result.
+    """
+
+    a: str
+    b: str
+    out: str
+
+    @classmethod
+    def of(cls, equation: str) -> Contraction:
+        """Read an equation.
+
+        Raises:
+            ValueError: it is no product of batches of matrices.
+        """
+        left, arrow, out = equation.replace(" ", "").replace("...", _ELLIPSIS).partition("->")
+        a, comma, b = left.partition(",")
+        if not comma or "," in b:
+            raise ValueError(f"expected two operands, got {equation!r}")
+        if not arrow:
+            once = sorted(index for index in {*a, *b} - {_ELLIPSIS} if (a + b).count(index) == 1)
+            out = (_ELLIPSIS if _ELLIPSIS in a + b else "") + "".join(once)
+        return cls(a, b, out).checked(equation)
+
+    def checked(self, equation: str) -> Contraction:
+        """Return itself.
+
+        Raises:
+            ValueError: it is no product of batches of matrices; ``equation`` is shown.
+        """
+        repeated = any(len(set(part)) < len(part) for part in (self.a, self.b, self.out))
+        lone = {*self.a} ^ {*self.b}
+        if repeated or not lone <= {*self.out} or not {*self.out} <= {*self.a, *self.b}:
+            raise ValueError(
+                f"{equation!r} is no product of batches of matrices: it sums or repeats an index by itself"
+            )
+        return self
+
+    def without_ellipsis(self, a_axes: int, b_axes: int) -> Contraction:
+        """Return the same for operands of so many axes, with an index for each axis of the ellipsis.
+
+        Axes of two ellipses meet from the last one on, as in broadcasting.
+
+        Raises:
+            ValueError: fewer axes than indices, or axes that one ellipsis alone has and that the result lacks.
+        """
+        if _ELLIPSIS not in self.a + self.b:
+            return self
+        counts = [axes - len(part.replace(_ELLIPSIS, "")) for part, axes in ((self.a, a_axes), (self.b, b_axes))]
+        if min(counts) < 0:
+            raise ValueError(f"operands with {a_axes} and {b_axes} axes have fewer than the indices of {self}")
+        names = [chr(ord("0") + axis) for axis in range(max(counts))]
+
+        def named(part: str, count: int) -> str:
+            return part.replace(_ELLIPSIS, "".join(names[len(names) - count :]))
+
+        shown = f"{self.a},{self.b}->{self.out}".replace(_ELLIPSIS, "...")
+        return Contraction(named(self.a, counts[0]), named(self.b, counts[1]), named(self.out, len(names))).checked(
+            shown
+        )
+
+    @property
+    def batch(self) -> str:
+        """Indices that both operands and the result have."""
+        return "".join(index for index in self.a if index in self.b and index in self.out)
+
+    @property
+    def summed(self) -> str:
+        """Indices that the operands alone have."""
+        return "".join(index for index in self.a if index in self.b and index not in self.out)
+
+    def sizes(self, a: Tensor, b: Tensor) -> dict[str, int]:
+        """Return the size of each index; 1 broadcasts.
+
+        Raises:
+            ValueError: an operand has other axes than the equation, or they differ in size.
+        """
+        found: dict[str, int] = {}
+        for name, operand in ((self.a, a), (self.b, b)):
+            if operand.dim() != len(name):
+                raise ValueError(f"expected {len(name)} axes ({name}), got the shape {tuple(operand.shape)}")
+            for index, size in zip(name, operand.shape, strict=True):
+                before = found.get(index, 1)
+                if 1 not in (before, size) and before != size:
+                    raise ValueError(f"index {index!r} has the sizes {before} and {size}")
+                found[index] = size if before == 1 else before
+        return found
+
+    def matrices(self, a: Tensor, b: Tensor, sizes: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+        """Return the operands as (batch..., m, k) and (batch..., k, n)."""
+        rows, columns = self._free(self.a), self._free(self.b)
+        first = self._arranged(a, self.a, (rows, self.summed), sizes)
+        return first, self._arranged(b, self.b, (self.summed, columns), sizes)
+
+    def result(self, y: Tensor, sizes: Mapping[str, int]) -> Tensor:
+        """Return the product (batch..., m, n) as the equation has it."""
+        order = self.batch + self._free(self.a) + self._free(self.b)
+        return y.reshape([sizes[index] for index in order]).permute([order.index(index) for index in self.out])
+
+    def _free(self, indices: str) -> str:
+        return "".join(index for index in indices if index not in self.batch + self.summed)
+
+    def _arranged(self, x: Tensor, indices: str, matrix: tuple[str, str], sizes: Mapping[str, int]) -> Tensor:
+        """Permute ``x`` to (batch..., rows..., columns...) and flatten rows and columns.
+
+        A summed axis of size 1 is repeated where the other operand's is longer; batches broadcast in the product.
+        """
+        order = self.batch + matrix[0] + matrix[1]
+        moved = x.permute([indices.index(index) for index in order])
+        own = dict(zip(order, moved.shape, strict=True))
+        whole = {index: sizes[index] if index in self.summed else own[index] for index in order}
+        if whole != own:
+            moved = moved.expand(list(whole.values()))
+        return moved.reshape(
+            [whole[index] for index in self.batch] + [prod(whole[index] for index in part) for part in matrix]
+        )
