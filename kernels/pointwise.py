@@ -65,6 +65,23 @@ def function_value(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.co
         return tl.where(x > 0, x, (tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)) - 1.0) * FIRST)
     elif FUNCTION == "softplus":
         return tl.where(x * FIRST > SECOND, x, tl.div_rn(_softplus(x * FIRST), FIRST))
+    elif FUNCTION == "clip":
+        x = tl.maximum(x, FIRST, propagate_nan=tl.PropagateNan.ALL)
+        return tl.minimum(x, SECOND, propagate_nan=tl.PropagateNan.ALL)
+    elif FUNCTION == "plus":
+        return x + FIRST
+    elif FUNCTION == "times":
+        return x * FIRST
+    elif FUNCTION == "over":
+        return tl.div_rn(x, FIRST)
+    elif FUNCTION == "from":
+        return FIRST - x
+    elif FUNCTION == "ratio":
+        return tl.div_rn(1.0, x) * FIRST
+    elif FUNCTION == "square":
+        return x * x
+    elif FUNCTION == "abs":
+        return tl.abs(x)
     else:
         tl.static_assert(FUNCTION == "mish")
         return x * _tanh(_softplus(x))
@@ -98,6 +115,22 @@ def function_derivative(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: 
         return tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)) * FIRST)
     elif FUNCTION == "softplus":
         return tl.where(x * FIRST > SECOND, 1.0, _sigmoid(x * FIRST))
+    elif FUNCTION == "clip":
+        return tl.where((x >= FIRST) & (x <= SECOND), 1.0, 0.0)
+    elif FUNCTION == "plus":
+        return tl.full(x.shape, 1.0, tl.float32)
+    elif FUNCTION == "times":
+        return tl.full(x.shape, FIRST, tl.float32)
+    elif FUNCTION == "over":
+        return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), FIRST)
+    elif FUNCTION == "from":
+        return tl.full(x.shape, -1.0, tl.float32)
+    elif FUNCTION == "ratio":
+        return -FIRST * tl.div_rn(1.0, x) * tl.div_rn(1.0, x)
+    elif FUNCTION == "square":
+        return 2.0 * x
+    elif FUNCTION == "abs":
+        return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
     else:
         tl.static_assert(FUNCTION == "mish")
         y = _tanh(_softplus(x))

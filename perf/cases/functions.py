@@ -1,4 +1,4 @@
-"""Functions of one tensor with the quantizer behind them: SiLU, Hardswish and Hardsigmoid."""
+"""Functions of one tensor with the quantizer behind them: SiLU, Hardswish and a clip."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OPERATIONS = 16
 class QuantizedFunction:
     """``FQ(f(x))`` with an affine 0..255 quantizer, forward and backward."""
 
-    name: str
+    function: Function
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -44,7 +44,7 @@ class QuantizedFunction:
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """Return plain operators in float64: the range is that of this batch, and holds every value."""
         x = inputs["x"].detach().double().requires_grad_()
-        y = Function(self.name)(x)
+        y = self.function(x)
         (dx,) = torch.autograd.grad(y, x, inputs["dy"].double())
         low, high = y.detach().amin().clamp(max=0), y.detach().amax().clamp(min=0)
         scale = (high - low) / 255
@@ -53,14 +53,14 @@ class QuantizedFunction:
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
         """Forward reads the input twice and writes once; the backward reads input and gradient and writes one."""
-        parts = ["functions", self.name, "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")]
+        shape, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
         elements = prod(self.shape)
         return Case(
-            name="/".join([*parts, "forward+backward"]),
+            name=f"functions/{self.function.name}/{shape}/{dtype}/forward+backward",
             family="functions",
             make_inputs=self.make_inputs,
             reference=self.reference,
-            implementations=implementations(("x",), partial(_tritonq, self.name), Function(self.name)),
+            implementations=implementations(("x",), partial(_tritonq, self.function), self.function),
             baseline="torch.ao v1",
             bytes_moved=6 * elements * self.dtype.itemsize,
             operations=_OPERATIONS * elements,
@@ -70,16 +70,16 @@ class QuantizedFunction:
         )
 
 
-def _tritonq(name: str, inputs: Inputs) -> Operator:
+def _tritonq(function: Function, inputs: Inputs) -> Operator:
     from tritonq.functional.functions import quantized_function
 
     state = activation_state(inputs["x"].device)
-    return lambda x: quantized_function(x, Function(name), None, *state)
+    return lambda x: quantized_function(x, function, None, *state)
 
 
 def cases() -> Iterator[Case]:
-    """Yield activations of EfficientNet, MobileNetV3 and YOLO."""
-    for name in ("silu", "hardswish"):
-        yield QuantizedFunction(name, (16, 64, 24, 24), torch.float32).case(quick=False, devices=("cpu", "cuda"))
+    """Yield activations of EfficientNet, MobileNetV3, YOLO and reduced-precision nets."""
+    for function in (Function("silu"), Function("hardswish"), Function("clip", (-1.0, 1.0))):
+        yield QuantizedFunction(function, (16, 64, 24, 24), torch.float32).case(quick=False, devices=("cpu", "cuda"))
         for dtype in (torch.float32, torch.bfloat16):
-            yield QuantizedFunction(name, (256, 64, 56, 56), dtype).case(quick=False, devices=("cuda",))
+            yield QuantizedFunction(function, (256, 64, 56, 56), dtype).case(quick=False, devices=("cuda",))

@@ -17,9 +17,43 @@ from tritonq.reference.functions import DEFINITIONS, Function
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 QCONFIG = tritonq.get_qconfig("onnxruntime")
-ARGUMENTS = {"leaky_relu": (0.1,), "elu": (1.0,), "softplus": (1.0, 20.0)}
+ARGUMENTS = {"leaky_relu": (0.1,), "elu": (1.0,), "softplus": (1.0, 20.0), "clip": (-1.3, 2.1)}
+ARGUMENTS |= {"plus": (0.3,), "times": (-0.7,), "over": (3.0,), "from": (1.1,), "ratio": (0.1,)}
 FUNCTIONS = [Function(name, ARGUMENTS.get(name, ())) for name in DEFINITIONS]
+FUNCTIONS.append(Function("plus > clip > over", (3.0, 0.0, 6.0, 6.0)))
 MODULES = [*(kind() for kind in FUNCTION_MODULES), nn.GELU("tanh"), nn.PReLU(8), nn.PReLU()]
+
+
+class Shifted(nn.Module):
+    def forward(self, x):
+        return x + 3
+
+
+def changed_in_place(x):
+    x *= 2
+    x += 1
+    return x
+
+
+ARITHMETIC = {
+    "x * 2": (lambda x: x * 2, "times"),
+    "0.3 * x": (lambda x: 0.3 * x, "times"),
+    "torch.mul": (lambda x: torch.mul(2, x), "times"),
+    "x.mul_": (lambda x: x.mul_(2), "times"),
+    "-x": (lambda x: -x, "times"),
+    "x - 1": (lambda x: x - 1, "plus"),
+    "alpha": (lambda x: torch.sub(x, 1, alpha=2), "plus"),
+    "1 - x": (lambda x: 1 - x, "from"),
+    "x / 3": (lambda x: x / 3, "over"),
+    "0.1 / x": (lambda x: 0.1 / (x.abs() + 1), "abs > plus > ratio"),
+    "x.square": (lambda x: x.square(), "square"),
+    "x ** 2": (lambda x: x**2, "square"),
+    "x *= 2": (changed_in_place, "times > plus"),
+    "Hardsigmoid": (lambda x: F.relu6(x + 3) / 6, "plus > clip > over"),
+    "sigmoid": (lambda x: 2 * x.sigmoid() - 1, "sigmoid > times > plus"),
+    "module": (nn.Sequential(Shifted(), nn.SiLU()), "plus > silu"),
+    "ReLU": (nn.Sequential(nn.AvgPool2d(1), Shifted(), nn.ReLU()), "plus > clip"),
+}
 CALLS = {
     "F.silu": F.silu,
     "torch.sigmoid": torch.sigmoid,
@@ -66,11 +100,12 @@ def all_functions(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("functions") / "m.onnx"
     x = every_code(model.input)
     pytest.importorskip("onnxruntime")
-    tritonq.export_onnx(model, path, x, dynamic_batch=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "ONNX Runtime convolves in integers")
+        tritonq.export_onnx(model, path, x, dynamic_batch=False)
     return model, path, x
 
 
-@pytest.mark.filterwarnings("ignore:ONNX Runtime convolves in integers")
 def test_every_form_gives_the_same_codes(all_functions):
     model, path, x = all_functions
     converted = tritonq.convert(model)
@@ -160,6 +195,60 @@ def test_preparation_finds_it(act, tmp_path):
     for form in (converted, loaded):
         for x in (X, X.to(memory_format=torch.channels_last)):
             assert tritonq.verify(model, form, x).agrees()
+
+
+@pytest.mark.parametrize(("act", "name"), ARITHMETIC.values(), ids=ARITHMETIC)
+def test_arithmetic_with_numbers_is_one_function(act, name, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = prepared(net(act)).train()
+    assert [row.name for row in tritonq.summary(model).layers if row.status == "float"] == []
+    (layer,) = (module for module in model.modules() if isinstance(module, FunctionLayer))
+    assert layer.function.name == name
+    plain = net(act).train()
+    tritonq.prepare.disable_fake_quant(model)
+    tritonq.prepare.disable_observer(model)
+    assert torch.allclose(model(X), plain(X), atol=1e-4)
+    tritonq.prepare.enable_fake_quant(model)
+    tritonq.prepare.enable_observer(model)
+    model(X).sum().backward()
+    assert model.first.weight.grad.isfinite().all()
+    model.eval()
+    converted, path = tritonq.convert(model), tmp_path / "m.onnx"
+    tritonq.save_converted(converted, tmp_path / "m.pt")
+    tritonq.export_onnx(converted, path, X)
+    forms = {
+        "converted": converted,
+        "loaded": tritonq.load_converted(tmp_path / "m.pt", net(copy.deepcopy(act))),
+        "ONNX": path,
+        "program": tritonq.export_program(converted, None, X),
+    }
+    for kind, form in forms.items():
+        assert tritonq.verify(model, form, X).total.differing == 0, kind
+
+
+class Branching(Net):
+    """A forward that keeps its branches, and a number that may change."""
+
+    factor = 2.0
+
+    def forward(self, x):
+        y = self.bn(self.first(x))
+        if x.shape[1] > 3:
+            y = y.flip(1)
+        return self.second(F.silu(y * self.factor) + 1)
+
+
+def test_a_number_that_changes_is_told():
+    torch.manual_seed(0)
+    model = prepared(Branching(None)).train()
+    assert sorted(m.function.name for m in model.modules() if isinstance(m, FunctionLayer)) == ["silu > plus", "times"]
+    model(X)
+    converted = tritonq.convert(model.eval())
+    assert tritonq.verify(model, converted, X).total.differing == 0
+    model.factor = 3.0
+    with pytest.warns(UserWarning, match="other arguments"):
+        tripled = model(X)
+    assert not torch.equal(tripled, converted(X))
 
 
 @pytest.mark.filterwarnings("ignore:no training step reached")

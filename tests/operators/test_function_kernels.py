@@ -11,10 +11,12 @@ from tritonq.reference import functions
 from tritonq.reference.functions import DEFINITIONS, Function
 from tritonq.reference.input_codes import encode
 
-ARGUMENTS = {"leaky_relu": (0.1,), "elu": (1.3,), "softplus": (2.0, 5.0)}
+ARGUMENTS = {"leaky_relu": (0.1,), "elu": (1.3,), "softplus": (2.0, 5.0), "clip": (-1.0, 2.5)}
+ARGUMENTS |= {"plus": (0.3,), "times": (-0.7,), "over": (3.0,), "from": (1.1,), "ratio": (0.1,)}
 FUNCTIONS = [Function(name, ARGUMENTS.get(name, ())) for name in DEFINITIONS]
+FUNCTIONS.append(Function("clip", (-torch.inf, 0.5)))
 # Their float32 results are the same bits on every backend: sums, products and IEEE divisions.
-EXACT = {"hardsigmoid", "hardswish", "leaky_relu"}
+EXACT = {"hardsigmoid", "hardswish", "leaky_relu", "clip", "plus", "times", "over", "from", "ratio", "square", "abs"}
 SHAPES = [(3, 5, 7, 2), (1,), (7, 131), (0, 4), ()]
 
 

@@ -158,7 +158,7 @@ def without(side: str) -> None:
 
 def functions_of_one_tensor() -> None:
     """Each function, on inputs that are kept as codes and on others, and joins that have no operator of their own."""
-    states = [FunctionLayer(Function(name, (0.5, 2.0)[: _ARGUMENTS.get(name, 0)])) for name in DEFINITIONS]
+    states = [FunctionLayer(Function(name, (0.5, 2.0)[: known.arguments])) for name, known in DEFINITIONS.items()]
     qconfig = PRESETS["onnxruntime"]
     source, x = qconfig.activation(), image()
     for layer in states:
@@ -309,8 +309,6 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     **{f"functions in {dtype}": (lambda dtype=dtype: functions(dtype)) for dtype in DTYPES},
     "functions on large offsets": lambda: functions(torch.float32, wide=True),
 }
-# How many numbers a function takes beside the tensor.
-_ARGUMENTS = {"leaky_relu": 1, "elu": 1, "softplus": 2}
 LOG = LaunchLog()
 
 

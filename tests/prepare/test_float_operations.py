@@ -36,10 +36,10 @@ def rows(operation) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("operation", "names"),
     [
-        (lambda x, mask: x + 1.5, ["add"]),
-        (lambda x, mask: 3 - x * mask, ["mul", "sub"]),
-        (lambda x, mask: -x / 2.5, ["neg", "div"]),
-        (lambda x, mask: (x**2 + 0.1).sqrt(), ["pow", "add", "sqrt"]),
+        (lambda x, mask: x + 1.5 * x.shape[2] * mask, ["add"]),
+        (lambda x, mask: (x * mask).sqrt(), ["mul", "sqrt"]),
+        (lambda x, mask: x * x.shape[3] ** -0.5, ["mul"]),
+        (lambda x, mask: (x**3 + 0.1).cos(), ["pow", "add", "cos"]),
         (lambda x, mask: torch.where(x > 0, x, 0.1 * x), ["mul", "where"]),
         (lambda x, mask: F.interpolate(x, scale_factor=2, mode="bilinear"), ["interpolate"]),
         (lambda x, mask: F.layer_norm(x, x.shape[1:]).transpose(2, 3), ["layer_norm"]),
@@ -48,6 +48,11 @@ def rows(operation) -> list[tuple[str, str]]:
 )
 def test_operations_in_float_are_told(operation, names):
     assert rows(operation) == [(name, "float") for name in names]
+
+
+def test_operations_before_a_function_of_float_values_are_told():
+    found = rows(lambda x, mask: 3 - (x * mask).sqrt())
+    assert found == [("mul", "float"), ("sqrt", "float"), ("sub", "quantized")]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from tritonq.prepare.forwards.edited import forward_data
 from tritonq.prepare.forwards.graph import ForwardData
 from tritonq.qparams import QuantizedType
 from tritonq.reference.averages import averaging_from_data, averaging_to_data
-from tritonq.reference.functions import function_from_data, function_to_data
+from tritonq.reference.functions import Function, function_from_data, function_to_data
 
 Description = dict[str, Any]
 T = TypeVar("T")
@@ -276,7 +276,7 @@ def difference(entry: Description, module: nn.Module) -> str | None:
                 return f"{entry['type']} with {key}={saved} in the file, {key}={getattr(module, key)} in the model"
     elif kind == "function" and entry["type"] != here:
         return f"{entry['type']} in the file, {here} in the model"
-    elif kind == "function" and function_of(module) != function_from_data(entry["function"]):
+    elif kind == "function" and _function_here(module) != function_from_data(entry["function"]).steps[-1]:
         return f"{here} of other arguments in the file: {entry['function']}"
     elif kind == "clip" and clipping_of(module) != Clipping(entry["low"], entry["high"]):
         return f"{here} of other bounds in the file: {entry['low']:g}, {entry['high']:g}"
@@ -285,6 +285,12 @@ def difference(entry: Description, module: nn.Module) -> str | None:
     elif kind == "module" and entry["type"] != here:
         return f"{entry['type']} in the file, {here} in the model"
     return None
+
+
+def _function_here(module: nn.Module) -> Function | None:
+    """Return the function that a module of torch.nn is, clips included."""
+    clipping = clipping_of(module)
+    return function_of(module) if clipping is None else clipping.function
 
 
 def described_forward(entry: Description, entries: list[Description]) -> ForwardData | None:

@@ -28,7 +28,7 @@ from tritonq.reference.functions import function_table
 # What a function consists of in a file, beside the quantizers around it.
 _OPERATOR_NAMES = """
     Abs Add Cast Clip Constant DequantizeLinear Div Elu Erf Exp Floor Gelu GreaterOrEqual HardSigmoid HardSwish Identity
-    LeakyRelu Less Mish Mul Neg Pow QuantizeLinear Sigmoid Sign Softplus Sub Tanh Where
+    LeakyRelu Less Max Min Mish Mul Neg Pow QuantizeLinear Reciprocal Relu Sigmoid Sign Softplus Sub Tanh Where
 """
 _OPERATORS = frozenset(_OPERATOR_NAMES.split())
 

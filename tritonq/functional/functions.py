@@ -107,7 +107,8 @@ def quantized_function(
 ) -> Tensor:
     """Return ``FQ(f(x))`` as one operator, whose backward computes f(x) again instead of keeping it.
 
-    The quantizer observes f(x). Both are float32 (float64 for float64), and the result is rounded once.
+    Of several functions the last one is part of the operator, and the others are torch's. The quantizer observes f(x).
+    Both are float32 (float64 for float64), and the result is rounded once.
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
@@ -119,7 +120,10 @@ def quantized_function(
     Returns:
         Tensor of ``x``'s shape and dtype.
     """
-    result: Tensor = _QuantizedFunction.apply(x, function, source, grid, statistics)  # type: ignore[no-untyped-call]
+    *earlier, last = function.steps
+    for step in earlier:
+        x, source = step(x), None
+    result: Tensor = _QuantizedFunction.apply(x, last, source, grid, statistics)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.grid import Grid
-from tritonq.nn.unary import UnaryLayer
+from tritonq.nn.functions import ElementwiseLayer
 from tritonq.qconfig import QConfig
-from tritonq.reference.functions import onto_output
+from tritonq.reference.functions import Function, onto_output
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,13 @@ class Clipping:
         """Return the bounds of this clip and another one behind it, as those of one."""
         return Clipping(*(min(max(bound, other.low), other.high) for bound in (self.low, self.high)))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return ``min(max(x, low), high)``; NaN stays NaN."""
-        low = None if self.low == -math.inf else self.low
-        high = None if self.high == math.inf else self.high
-        return x if low is None and high is None else x.clamp(low, high)
+    @property
+    def function(self) -> Function:
+        """The clip as a function of one tensor."""
+        return Function("clip", (self.low, self.high))
 
 
-class Clip(UnaryLayer):
+class Clip(ElementwiseLayer):
     """``FQ(min(max(x, low), high))``: what `prepare_qat` makes of ``nn.Hardtanh(-1, 1)`` or ``x.clamp(-1, 1)``.
 
     Behind a layer the clip's quantizer is the layer's, too: in eval mode sums go onto its grid at once, and the clip
@@ -68,12 +67,13 @@ class Clip(UnaryLayer):
         source_type: str | None = None,
     ) -> None:
         super().__init__()
-        self.own, self.earlier, self.source_type = own, earlier, source_type
+        self.own, self.source_type = own, source_type
+        self.absorb(earlier)
         self.attach_quantizers(qconfig)
 
     @classmethod
     def from_float(cls, module: nn.Module, qconfig: QConfig | None = None) -> Clip:
-        """Return the quantized form of a Hardtanh or ReLU6, in its mode; hooks are not moved.
+        """Return the quantized form of a Hardtanh, ReLU6 or ReLU, in its mode; hooks are not moved.
 
         Raises:
             TypeError: another module.
@@ -83,42 +83,41 @@ class Clip(UnaryLayer):
             raise TypeError(f"{type(module).__name__} is no clip that has a quantized form")
         return cls(clipping, qconfig=qconfig, source_type=type(module).__name__).train(module.training)
 
-    @property
-    def clipping(self) -> Clipping:
-        """The bounds of all the clips that it is."""
-        return self.own if self.earlier is None else self.earlier.then(self.own)
+    def absorb(self, earlier: Clipping | None) -> None:
+        """Be the clip with these bounds, too, which stood before it; None: with none."""
+        self.earlier = earlier
+        self.clipping = self.own if earlier is None else earlier.then(self.own)
+        self.function = self.clipping.function
 
     @property
     def ceiling(self) -> float | None:
         """The upper bound of the ReLU that it is; None where it is none."""
         return self.clipping.ceiling
 
-    def compute(self, x: Tensor) -> Tensor:
-        """See base class."""
-        return self.clipping(x)
-
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """See base class: values go onto the output's grid, then the bounds apply, which a clip on codes does, too."""
         with torch.no_grad():
             values = (x.float() / source.scale).round_().mul_(source.scale)
-            return self.clipping(onto_output(values, output))
+            return self.function(onto_output(values, output))
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """See base class."""
         from tritonq.functional.traced import eval_mode
 
-        return self.clipping(eval_mode.on_grid(x, output))
+        return self.function(eval_mode.on_grid(x, output))
 
     def extra_repr(self) -> str:
         """Return the bounds."""
         return f"{self.clipping.low:g}, {self.clipping.high:g}"
 
 
-CLIP_MODULES: tuple[type[nn.Module], ...] = (nn.Hardtanh, nn.ReLU6)
+CLIP_MODULES: tuple[type[nn.Module], ...] = (nn.Hardtanh, nn.ReLU6, nn.ReLU)
 
 
 def clipping_of(module: object) -> Clipping | None:
-    """Return the bounds of a Hardtanh or ReLU6; None for any other module."""
+    """Return the bounds of a Hardtanh, ReLU6 or ReLU; None for any other module."""
+    if type(module) is nn.ReLU:
+        return Clipping(0.0, math.inf)
     if type(module) not in CLIP_MODULES or not isinstance(module, nn.Hardtanh):
         return None
     return Clipping(float(module.min_val), float(module.max_val))

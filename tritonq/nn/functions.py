@@ -19,7 +19,35 @@ from tritonq.qconfig import QConfig
 from tritonq.reference.functions import Function, onto_output
 
 
-class FunctionLayer(UnaryLayer):
+class ElementwiseLayer(UnaryLayer):
+    """``FQ(f(x))`` for a function of one tensor: one operator in training, a table of codes where grids are known."""
+
+    function: Function
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the fake-quantized function of ``input``; same shape."""
+        quantizer = self.output_quantizer
+        if quantizer is None:
+            return self.compute(input)
+        observed = observed_grid(quantizer) if self.training else None
+        if observed is None or observed[0].qtype.axis is not None:
+            return cast(Tensor, quantizer(self._result(input)))
+        source = self.input_quantizer
+        known = input_grid(source) if isinstance(source, FakeQuantizeBase) else None
+        y = quantized_function(input, self.function, known, *observed)
+        warn_if_unobserved(quantizer)
+        return y
+
+    def compute(self, x: Tensor) -> Tensor:
+        """See base class."""
+        return self.function(x)
+
+    def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
+        """See base class."""
+        return function_codes(codes, self.function, source, output)
+
+
+class FunctionLayer(ElementwiseLayer):
     """``FQ(f(x))`` for a function of one tensor: what `prepare_qat` makes of ``nn.SiLU()`` or ``F.hardswish(x)``.
 
     In eval mode, with the grids of input and output known, a table gives the result of each code:
@@ -55,31 +83,9 @@ class FunctionLayer(UnaryLayer):
             raise TypeError(f"{type(module).__name__} is no function of one tensor that has a quantized form")
         return cls(function, qconfig=qconfig, source_type=type(module).__name__).train(module.training)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the fake-quantized function of ``input``; same shape."""
-        quantizer = self.output_quantizer
-        if quantizer is None:
-            return self.compute(input)
-        observed = observed_grid(quantizer) if self.training else None
-        if observed is None or observed[0].qtype.axis is not None:
-            return cast(Tensor, quantizer(self._result(input)))
-        source = self.input_quantizer
-        known = input_grid(source) if isinstance(source, FakeQuantizeBase) else None
-        y = quantized_function(input, self.function, known, *observed)
-        warn_if_unobserved(quantizer)
-        return y
-
-    def compute(self, x: Tensor) -> Tensor:
-        """See base class."""
-        return self.function(x)
-
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """See base class."""
         return integer_function(x, self.function, source, output)
-
-    def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
-        """See base class."""
-        return function_codes(codes, self.function, source, output)
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """See base class."""

@@ -30,32 +30,58 @@ _MOST_BITS = 16
 _aten = torch.ops.aten
 
 
+# Between the names of functions that follow each other.
+_THEN = " > "
+
+
 @dataclass(frozen=True)
 class Function:
-    """A function of one tensor, element by element.
+    """A function of one tensor, element by element, or several, each of the result of the one before.
 
     Attributes:
-        name: a key of :data:`DEFINITIONS`.
-        arguments: numbers that it takes beside the tensor, in torch's order.
+        name: a key of :data:`DEFINITIONS`, or several: ``"plus > clip"``, from first to last.
+        arguments: numbers that it takes beside the tensor, in torch's order; of several functions, one after the other.
 
     Examples:
         >>> Function("leaky_relu", (0.1,))(torch.tensor([-2.0, 3.0]))
         tensor([-0.2000,  3.0000])
+        >>> Function("plus", (3.0,)).then(Function("clip", (0.0, 6.0)))(torch.tensor([-4.0, 1.0]))
+        tensor([0., 4.])
     """
 
     name: str
     arguments: tuple[float, ...] = ()
 
+    @property
+    def steps(self) -> tuple[Function, ...]:
+        """The functions that it consists of, from first to last; itself where it is one."""
+        if _THEN not in self.name:
+            return (self,)
+        found, rest = [], self.arguments
+        for name in self.name.split(_THEN):
+            count = DEFINITIONS[name].arguments
+            found.append(Function(name, rest[:count]))
+            rest = rest[count:]
+        return tuple(found)
+
+    def then(self, other: Function) -> Function:
+        """Return the function that applies another one to the result of this one."""
+        return Function(f"{self.name}{_THEN}{other.name}", (*self.arguments, *other.arguments))
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return the function of a float tensor, as torch computes it; differentiable."""
-        return DEFINITIONS[self.name].torch(x, *self.arguments)
+        for step in self.steps:
+            x = DEFINITIONS[step.name].torch(x, *step.arguments)
+        return x
 
     def deployed(self, x: Tensor) -> Tensor:
         """Return the function of a float32 tensor, as engines compute it; without gradient.
 
         What an engine approximates (exponentials, error functions) is computed in float64 and rounded to float32.
         """
-        return DEFINITIONS[self.name].deployed(x, *self.arguments)
+        for step in self.steps:
+            x = DEFINITIONS[step.name].deployed(x, *step.arguments)
+        return x
 
 
 @dataclass(frozen=True)
@@ -66,11 +92,13 @@ class Definition:
         torch: in training, and where a grid is unknown.
         deployed: in float32, in the engine's order of operations.
         backward: the gradient of the first, from that of its result, from its input and its result, and its arguments.
+        arguments: how many numbers it takes beside the tensor.
     """
 
     torch: Callable[..., Tensor]
     deployed: Callable[..., Tensor]
     backward: Callable[..., Tensor]
+    arguments: int = 0
 
 
 def _in_float64(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -97,6 +125,29 @@ def _tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def _clip(x: Tensor, low: float, high: float) -> Tensor:
+    if low == -math.inf:
+        return x.clamp_max(high)
+    return x.clamp_min(low) if high == math.inf else x.clamp(low, high)
+
+
+def _plus(x: Tensor, number: float) -> Tensor:
+    return x + number
+
+
+def _times(x: Tensor, number: float) -> Tensor:
+    return x * number
+
+
+def _over(x: Tensor, number: float) -> Tensor:
+    # In float64: on GPUs torch multiplies by the reciprocal.
+    return (x.double() / float(torch.tensor(number))).float()
+
+
+def _ratio(x: Tensor, number: float) -> Tensor:
+    return x.reciprocal() * number
+
+
 def _gelu_backward(approximate: str) -> Callable[..., Tensor]:
     return lambda dy, x, y: _aten.gelu_backward(dy, x, approximate=approximate)
 
@@ -112,13 +163,26 @@ DEFINITIONS: Mapping[str, Definition] = {
     "gelu": Definition(F.gelu, _in_float64(F.gelu), _gelu_backward("none")),
     "tanh_gelu": Definition(_tanh_gelu, _in_float64(_tanh_gelu), _gelu_backward("tanh")),
     "leaky_relu": Definition(
-        F.leaky_relu, _leaky_relu, lambda dy, x, y, slope: _aten.leaky_relu_backward(dy, x, slope, False)
+        F.leaky_relu, _leaky_relu, lambda dy, x, y, slope: _aten.leaky_relu_backward(dy, x, slope, False), arguments=1
     ),
-    "elu": Definition(F.elu, _in_float64(F.elu), lambda dy, x, y, alpha: _aten.elu_backward(dy, alpha, 1, 1, False, x)),
+    "elu": Definition(
+        F.elu, _in_float64(F.elu), lambda dy, x, y, alpha: _aten.elu_backward(dy, alpha, 1, 1, False, x), arguments=1
+    ),
     "softplus": Definition(
-        F.softplus, _softplus, lambda dy, x, y, *arguments: _aten.softplus_backward(dy, x, *arguments)
+        F.softplus, _softplus, lambda dy, x, y, *numbers: _aten.softplus_backward(dy, x, *numbers), arguments=2
     ),
     "mish": Definition(F.mish, lambda x: x * _tanh(_softplus(x)), lambda dy, x, y: _aten.mish_backward(dy, x)),
+    "clip": Definition(
+        _clip, _clip, lambda dy, x, y, low, high: torch.where((x >= low) & (x <= high), dy, 0), arguments=2
+    ),
+    # Arithmetic with a number: x + n, x · n, x / n, n - x, n / x.
+    "plus": Definition(_plus, _plus, lambda dy, x, y, number: dy, arguments=1),
+    "times": Definition(_times, _times, lambda dy, x, y, number: dy * number, arguments=1),
+    "over": Definition(lambda x, number: x / number, _over, lambda dy, x, y, number: dy / number, arguments=1),
+    "from": Definition(torch.rsub, torch.rsub, lambda dy, x, y, number: -dy, arguments=1),
+    "ratio": Definition(_ratio, _ratio, lambda dy, x, y, number: -(dy * number) * x.reciprocal().square(), arguments=1),
+    "square": Definition(torch.square, torch.square, lambda dy, x, y: dy * (2 * x)),
+    "abs": Definition(torch.abs, torch.abs, lambda dy, x, y: dy * x.sgn()),
 }
 
 
@@ -184,8 +248,9 @@ def function_from_data(data: Mapping[str, Any]) -> Function:
     Raises:
         KeyError: data that describes none.
     """
-    if data["name"] not in DEFINITIONS:
-        raise KeyError(f"unknown function {data['name']!r}")
+    unknown = [name for name in data["name"].split(_THEN) if name not in DEFINITIONS]
+    if unknown:
+        raise KeyError(f"unknown function {unknown[0]!r}")
     return Function(data["name"], tuple(data["arguments"]))
 
 

@@ -42,7 +42,7 @@ def limits_range(call: Call) -> bool:
 def bounds_of_call(call: Call) -> Clipping | None:
     """Return the bounds of a clip, a plain ReLU included; None for other calls."""
     if isinstance(call.target, nn.Module):
-        return _RELU if type(call.target) is nn.ReLU else clipping_of(call.target)
+        return clipping_of(call.target)
     return read_call(call, _READERS) if call.kind == "function" else None
 
 

@@ -26,7 +26,8 @@ def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
         if made and (not behind.isdisjoint(call.inputs) or (reads_grid and not analysis.keeps_grid(call))):
             behind.update(value for value in made if value not in plan.on_grid)
             chain.append(call)
-    wanted = set(plan.on_grid | plan.read)
+    calls = (index for unary in plan.unary.values() for index in (*unary.absorbed, *unary.calls))
+    wanted = set(plan.on_grid | plan.read).union(*(analysis.flow.calls[index].inputs for index in calls))
     told = {_place(call) for call in plan.float_functions.values()}
     found: dict[tuple[str, str, int], Call] = {}
     for call in reversed(chain):

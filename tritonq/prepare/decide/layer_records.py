@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,15 +52,23 @@ def layer_records(
     """
     calls = analysis.flow.calls
     partners: dict[str, list[str]] = {}
+
+    def pair(name: str, absorbed: Iterable[str | None]) -> None:
+        for other in dict.fromkeys(other for other in absorbed if other is not None):
+            partners.setdefault(name, []).append(other)
+            partners.setdefault(other, []).append(name)
+
     parts: tuple[Layer | Join, ...] = (*plan.layers, *plan.joins)
     for part in parts:
         name = part.name if isinstance(part, Layer) else join_names[part]
         absorbed = [calls[index].module_name for index in part.relus]
         absorbed.append(part.batch_norm if isinstance(part, Layer) else None)
         absorbed += _holders(part, analysis, plan) if isinstance(part, Layer) else ()
-        for other in dict.fromkeys(other for other in absorbed if other is not None):
-            partners.setdefault(name, []).append(other)
-            partners.setdefault(other, []).append(name)
+        pair(name, absorbed)
+    for place in plan.quantizers:
+        if place.value in plan.unary:
+            name = unary_names.get(place.value, place.owner)
+            pair(name, [calls[index].module_name for index in plan.unary[place.value].absorbed])
     found: list[tuple[float, LayerRecord]] = []
 
     def note(first: float, name: str, kind: str, reason: str = "", status: Status | None = None) -> None:

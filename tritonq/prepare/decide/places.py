@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.jit import ScriptModule
 
 from tritonq.prepare.decide.analysis import Analysis
-from tritonq.prepare.decide.clip_chains import ClipChains
+from tritonq.prepare.decide.chains import Chains
 from tritonq.prepare.decide.clips import limits_range
 from tritonq.prepare.decide.plan import GridSource, Where
 from tritonq.prepare.forwards.answered import AnsweredForward
@@ -41,11 +41,11 @@ def place_of(root: int, analysis: Analysis) -> Origin:
 
 
 def grid_behind(
-    ends: Iterable[int], analysis: Analysis, grids: Mapping[int, GridSource], chains: ClipChains
+    ends: Iterable[int], analysis: Analysis, grids: Mapping[int, GridSource], chains: Chains
 ) -> GridSource | None:
     """Return what puts the results of the clips that alone read some calls on one grid; None without such clips."""
     clips = [analysis.follower(analysis.flow.calls[index]) for index in ends]
-    values = [analysis.value_of(chains.last(clip)) for clip in clips if clip is not None and limits_range(clip)]
+    values = [analysis.value_of(chains.last_clip(clip)) for clip in clips if clip is not None and limits_range(clip)]
     found = [None if value is None else grids.get(value) for value in values]
     return found[0] if found and len(found) == len(clips) and all(grid is found[0] for grid in found) else None
 

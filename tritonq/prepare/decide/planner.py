@@ -9,7 +9,7 @@ from torch import nn
 
 from tritonq.prepare.decide.activations import ActivationChoice
 from tritonq.prepare.decide.analysis import Analysis
-from tritonq.prepare.decide.clip_chains import ClipChains
+from tritonq.prepare.decide.chains import Chains
 from tritonq.prepare.decide.erasures import erasures, stuck_relus
 from tritonq.prepare.decide.find_layers import NO_QCONFIG, LayerSearch
 from tritonq.prepare.decide.function_layers import exclusive_state
@@ -19,7 +19,7 @@ from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.places import grid_behind, is_unread, place_of, results
 from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
 from tritonq.prepare.decide.readers import Reading, SharedReading, share_readings
-from tritonq.prepare.decide.unary import PlannedUnary, find_unary, is_unary, operands_of_unary
+from tritonq.prepare.decide.unary import PlannedUnary, find_unary, is_unary, operands_of_unary, source_of
 from tritonq.prepare.decide.unrounded import Unrounded
 from tritonq.prepare.record.dataflow import Call
 from tritonq.qconfig import QConfig
@@ -67,7 +67,7 @@ class _Planner:
     # Results that are rounded with the join that they enter.
     unrounded: set[int] = field(default_factory=set)
     makers: dict[int, Layer] = field(default_factory=dict)
-    chains: ClipChains = field(init=False)
+    chains: Chains = field(init=False)
     # Those that stand where layers and joins read them, by reader and operand.
     at_readers: dict[tuple[int, int], PlannedQuantizer] = field(default_factory=dict)
 
@@ -124,8 +124,8 @@ class _Planner:
         )
 
     def _keep_apart(self, parts: Iterable[Layer | Join]) -> None:
-        """Let ReLUs that are part of a layer or join be part of no chain of clips."""
-        self.chains = ClipChains(self.analysis, self.kept.union(*(part.relus for part in parts)))
+        """Let ReLUs that are part of a layer or join be part of nothing else."""
+        self.chains = Chains(self.analysis, self.kept.union(*(part.relus for part in parts)), self.grids)
 
     def _layers(self) -> list[Layer]:
         search = LayerSearch(
@@ -144,7 +144,7 @@ class _Planner:
             return False
         ends = [self.analysis.flow.calls[index] for index in layer.ends]
         clips = [self.analysis.follower(call) for call in ends]
-        values = [None if clip is None else self.analysis.value_of(self.chains.last(clip)) for clip in clips]
+        values = [None if clip is None else self.analysis.value_of(self.chains.last_clip(clip)) for clip in clips]
         found = [value for value in values if value is not None]
         qconfig = self._qconfig(layer.home)
         if qconfig is None or not found or len(found) < len(ends):
@@ -244,12 +244,12 @@ class _Planner:
         return found
 
     def _upwards(self, value: int, through_norms: bool = False) -> Iterator[int]:
-        """Yield a value and those before it whose elements it holds, scaled or shifted, up to the first on a grid."""
+        """Yield a value and those before it that it is a function of, or a mean, up to the first on a grid."""
         found: int | None = value
         while found is not None:
             yield found
             call = None if found in self.grids else self.analysis.flow.producer(found)
-            found = None if call is None else self.analysis.source_of(call, through_norms)
+            found = None if call is None else source_of(call, self.analysis, self.chains, through_norms)
 
     def _demands(self, layers: list[Layer], joins: list[Join]) -> dict[int, list[Reading]]:
         """Return the tensors that need a quantizer because something quantized reads them, with all who do."""
@@ -331,10 +331,10 @@ class _Planner:
         roots: list[int] = []
         while (root := self._root(value)) not in self.grids:
             call = self.analysis.flow.producer(root)
-            if call is None or not is_unary(call, self.analysis):
+            if call is None or not is_unary(call, self.analysis, self.chains):
                 return []
             roots.append(root)
-            value = call.inputs[0]
+            value = self.chains.row(call)[0].inputs[0]
         return roots[::-1]
 
     def _inputs(self, layers: list[Layer]) -> dict[str, GridSource]:

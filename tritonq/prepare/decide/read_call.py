@@ -11,13 +11,13 @@ from tritonq.prepare.record.dataflow import Call
 Operation = TypeVar("Operation")
 
 
-def read_call(call: Call, readers: Mapping[str, Callable[..., Operation]]) -> Operation | None:
-    """Return what the reader for the name of a call makes of its arguments.
+def read_call(call: Call, readers: Mapping[str, Callable[..., Operation]], name: str | None = None) -> Operation | None:
+    """Return what the reader for a name, by default that of the call, makes of its arguments.
 
     None where there is no such reader, where the call reads more tensors than one, and where the reader does not take
     these arguments: it raises TypeError or ValueError then.
     """
-    reader = readers.get(call.name)
+    reader = readers.get(call.name if name is None else name)
     if reader is None or len(call.inputs) != 1:
         return None
     try:

@@ -6,7 +6,7 @@ torch.nn is of that kind, its quantized form to ``QUANTIZED_FORMS``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -19,12 +19,12 @@ from tritonq.nn.functions import FUNCTION_MODULES, FunctionLayer, PReLU
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.averages import averaging_of_call, may_change
-from tritonq.prepare.decide.clip_chains import ClipChains, joined_bounds
-from tritonq.prepare.decide.clips import clipping_of_call
+from tritonq.prepare.decide.chains import Chains, is_checked, joined_clips, joined_function
+from tritonq.prepare.decide.clips import bounds_of_call, clipping_of_call
 from tritonq.prepare.decide.functions import function_of_call, prelu_of_call
 from tritonq.prepare.forwards.answered import Arguments
 from tritonq.prepare.forwards.graph import ForwardGraph
-from tritonq.prepare.record.dataflow import Call
+from tritonq.prepare.record.dataflow import Call, Ref
 from tritonq.reference.averages import Averaging
 from tritonq.reference.functions import Function
 
@@ -98,7 +98,7 @@ class QuantizerPlace(Protocol):
 
 
 def find_unary(
-    place: QuantizerPlace, analysis: Analysis, chains: ClipChains, grid_of: Callable[[int], object]
+    place: QuantizerPlace, analysis: Analysis, chains: Chains, grid_of: Callable[[int], object]
 ) -> PlannedUnary | None:
     """Return the operation behind which a quantizer stands; None where there is none, or not one in all calls.
 
@@ -112,12 +112,11 @@ def find_unary(
     if found is None:
         return None
     calls, fixed = found
-    operation, *others = {_operation_of(call, _input_shape(call, analysis), fixed) for call in calls}
+    rows = [chains.row(call) for call in calls]
+    operation, *others = {_operation_of_row(row, analysis, fixed) for row in rows}
     if operation is None or others:
         return None
-    # The clips that are one, or the one call.
-    rows = [(*chains.before(call), call) for call in calls]
-    bounds = {joined_bounds(row[:-1]) for row in rows}
+    bounds = {joined_clips(row[:-1]) for row in rows} if isinstance(operation, Clipping) else {None}
     if len(bounds) > 1:
         return None
     source = grid_of(rows[0][0].inputs[0])
@@ -128,26 +127,37 @@ def find_unary(
     if source is None and not isinstance(operation, (Function, Clipping)):
         return None
     arguments = None
-    if not fixed and not isinstance(operation, (Function, type)) and _may_change(operation):
-        if isinstance(analysis.forward(place.owner), ForwardGraph):
+    if not fixed and _may_change(operation, calls):
+        is_first = all(call.args and isinstance(call.args[0], Ref) for call in calls)
+        if isinstance(analysis.forward(place.owner), ForwardGraph) or not is_first:
             return None  # a graph has no way to ask
         arguments = calls[0].args[1:], calls[0].kwargs
     absorbed = tuple(clip.index for row in rows for clip in row[:-1])
     return PlannedUnary(operation, source, tuple(call.index for call in calls), arguments, bounds.pop(), absorbed)
 
 
-def is_unary(call: Call, analysis: Analysis) -> bool:
-    """Whether a call is an operation of one tensor that can be computed on codes."""
-    return bool(call.inputs) and _operation_of(call, _input_shape(call, analysis), False) is not None
+def is_unary(call: Call, analysis: Analysis, chains: Chains) -> bool:
+    """Whether a call is an operation of one tensor that is worth computing on codes.
+
+    A reciprocal is not: a step between two small codes becomes most of its range.
+    """
+    operation = _operation_of_row(chains.row(call), analysis, False) if call.inputs else None
+    is_reciprocal = isinstance(operation, Function) and any(step.name == "ratio" for step in operation.steps)
+    return operation is not None and not is_reciprocal
 
 
-def operands_of_unary(place: QuantizerPlace, analysis: Analysis, chains: ClipChains) -> tuple[int, ...]:
+def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: bool) -> int | None:
+    """Return what a call computes an operation of one tensor of, or else what `Analysis.source_of` has."""
+    return call.inputs[0] if is_unary(call, analysis, chains) else analysis.source_of(call, through_norms)
+
+
+def operands_of_unary(place: QuantizerPlace, analysis: Analysis, chains: Chains) -> tuple[int, ...]:
     """Return the values that the operation of one tensor reads behind which a quantizer stands; empty without one."""
     calls, fixed = _calls_at(place, analysis) or ((), False)
-    if not all(_operation_of(call, _input_shape(call, analysis), fixed) is not None for call in calls):
+    rows = [chains.row(call) for call in calls]
+    if not all(_operation_of_row(row, analysis, fixed) is not None for row in rows):
         return ()
-    firsts = ((*chains.before(call), call)[0] for call in calls)
-    return tuple(dict.fromkeys(first.inputs[0] for first in firsts))
+    return tuple(dict.fromkeys(first.inputs[0] for first, *_ in rows))
 
 
 def _calls_at(place: QuantizerPlace, analysis: Analysis) -> tuple[tuple[Call, ...], bool] | None:
@@ -162,12 +172,20 @@ def _calls_at(place: QuantizerPlace, analysis: Analysis) -> tuple[tuple[Call, ..
     return (calls, fixed) if calls and all(call.inputs for call in calls) else None
 
 
-def _input_shape(call: Call, analysis: Analysis) -> tuple[int, ...]:
-    return analysis.flow.values[call.inputs[0]].shape
+def _may_change(operation: Operation, calls: Sequence[Call]) -> bool:
+    if isinstance(operation, (Function, Clipping)):
+        return any(map(is_checked, calls))
+    return not isinstance(operation, type) and may_change(operation)
 
 
-def _may_change(operation: Averaging | Clipping) -> bool:
-    return isinstance(operation, Clipping) or may_change(operation)
+def _operation_of_row(row: Sequence[Call], analysis: Analysis, has_fixed_arguments: bool) -> Operation | None:
+    """Return what calls, one behind the other, compute; of clips the last one."""
+    joined = joined_function(row)
+    if joined is not None:
+        return joined
+    if len(row) > 1:
+        return bounds_of_call(row[-1])
+    return _operation_of(row[-1], analysis.flow.values[row[-1].inputs[0]].shape, has_fixed_arguments)
 
 
 def _operation_of(call: Call, shape: tuple[int, ...], has_fixed_arguments: bool) -> Operation | None:

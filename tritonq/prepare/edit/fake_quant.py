@@ -12,8 +12,9 @@ from torch import nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import Joint, QATLayer
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
-from tritonq.nn.clip import Clip
+from tritonq.nn.clip import Clip, Clipping
 from tritonq.nn.folded import BATCH_NORM_NAMES, FoldedBatchNorm
+from tritonq.nn.functions import FunctionLayer
 from tritonq.nn.kept_class import keep_class
 from tritonq.nn.own_input import INPUT_QUANTIZER, QuantizesInput
 from tritonq.nn.unary import UnaryLayer
@@ -215,7 +216,7 @@ class _PlanWork:
         elif quantizer.where == "output":
             owner = self._editor.modules[quantizer.owner]
             self._editor.quantize_result(owner, self._editor.add_child(owner, "activation_post_process", module))
-        elif quantizer.where == "node" and isinstance(self._operation_at(quantizer), Function):
+        elif quantizer.where == "node" and isinstance(self._operation_at(quantizer), (Function, Clipping)):
             self._add_function(quantizer, module)
         elif quantizer.where == "node":
             owner = self._editor.modules[quantizer.owner]
@@ -253,9 +254,11 @@ class _PlanWork:
     def _replace_unary(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
         """Give a pool or the like its quantized form, which runs its quantizer itself."""
         module = self._editor.modules[quantizer.owner]
-        quantized: UnaryLayer = QUANTIZED_FORMS[type(module)].from_float(module)
-        if isinstance(quantized, Clip):
-            quantized.earlier = self._plan.unary[quantizer.value].earlier
+        planned, quantized = self._plan.unary[quantizer.value], QUANTIZED_FORMS[type(module)].from_float(module)
+        if isinstance(planned.operation, Function):
+            quantized = FunctionLayer(planned.operation, source_type=type(module).__name__).train(module.training)
+        elif isinstance(quantized, Clip):
+            quantized.absorb(planned.earlier)
         quantized.activation_post_process = own.train(module.training)
         take_place(module, quantized)
         self._keep_class(module, quantized)
@@ -281,13 +284,16 @@ class _PlanWork:
         return None if planned is None else planned.operation
 
     def _add_function(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
-        """Make a module of the function at a node, which runs its quantizer: it then keeps less for the backward."""
+        """Make a module of the function or clip at a node; it runs its quantizer, and keeps less for the backward."""
         planned = self._plan.unary[quantizer.value]
         made = layer_for(planned.operation, planned.earlier)
         owner = self._editor.modules[quantizer.owner]
         self._editor.add_child(owner, f"{quantizer.label}_fake_quant", own)
         name = self._editor.add_child(owner, self._flow.calls[planned.calls[0]].name.lower(), made)
-        self._editor.rewrite(quantizer.owner).replace(quantizer.node, name, first_node, quantizer.in_place)
+        forward = self._editor.rewrite(quantizer.owner)
+        forward.replace(quantizer.node, name, first_node, quantizer.in_place)
+        if planned.arguments is not None and isinstance(forward, AnsweredForward):
+            forward.require(quantizer.node, planned.arguments)
         self._unary[quantizer.value] = (made, own)
         self.unary_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
 
