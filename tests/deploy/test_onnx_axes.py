@@ -65,3 +65,24 @@ def test_sizes_that_are_fixed_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"Sequential runs on the sizes of example_inputs alone .*dynamic_sizes=False"):
         tritonq.export_onnx(model, tmp_path / "m.onnx", X, dynamic_sizes=True)
     assert not list(tmp_path.iterdir())
+
+
+class FixesTheBatch(nn.Module):
+    """A forward that reads the batch as a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.token = nn.Conv2d(3, 4, 1), nn.Parameter(torch.zeros(1, 4, 1))
+
+    def forward(self, x):
+        return torch.cat([self.conv(x).flatten(2), self.token.expand(len(x), -1, -1)], 2)
+
+
+def test_a_forward_that_fixes_the_batch_is_told(tmp_path):
+    model = tritonq.prepare_qat(FixesTheBatch(), example_inputs=(X,))
+    model(X)
+    with pytest.warns(
+        UserWarning, match=f"FixesTheBatch fixes the batch, and the file takes batches of {len(X)} alone"
+    ):
+        tritonq.export_onnx(model.eval(), tmp_path / "model.onnx", X)
+    tritonq.export_onnx(model, tmp_path / "model.onnx", X, dynamic_batch=False)

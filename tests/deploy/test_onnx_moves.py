@@ -226,3 +226,21 @@ class Centred(nn.Module):
 def test_subtrahends_that_means_functions_and_clips_make_are_codes(tmp_path):
     kinds = exported(Centred(), tmp_path)
     assert (kinds["QLinearAdd"], kinds["Sub"], kinds["QLinearConv"]) == (3, 0, 3)
+
+
+class Tokens(nn.Module):
+    """Patches with a class token before them, which no quantizer makes, and one that is normalised in float behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.token, self.last = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        more = F.layer_norm(x[:, :1], (8,))
+        return self.last(torch.cat([self.token.expand(x.shape[0], -1, -1), x, more * self.token], 1))
+
+
+def test_parts_that_no_quantizer_made_are_concatenated_as_codes(tmp_path):
+    kinds = exported(Tokens(), tmp_path)
+    assert (kinds["QLinearConcat"], kinds["QGemm"]) == (1, 1)

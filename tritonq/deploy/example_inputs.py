@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -55,6 +56,22 @@ def open_axes(
     args, kwargs = arguments
     bound = inspect.signature(forward).bind(*args, **kwargs).arguments
     return arguments, {name: _shapes(value, shape_of) for name, value in bound.items()}
+
+
+def tell_fixed_batch(name: str, graph: Any) -> None:
+    """Warn where a batch axis that was to be open is fixed in a traced graph.
+
+    Args:
+        name: of the model's class.
+        graph: an ``onnx_ir.Graph``.
+    """
+    first = next((value for value in graph.inputs if value.shape is not None and len(value.shape)), None)
+    if first is not None and isinstance(first.shape[0], int):
+        warnings.warn(
+            f"the forward of {name} fixes the batch, and the file takes batches of {first.shape[0]} alone: "
+            "`len(x)` and `int(x.shape[0])` do that where `x.shape[0]` does not (dynamic_batch=False if it is meant)",
+            stacklevel=3,
+        )
 
 
 def name_keywords(traced: nn.Module, names: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.convert import convert
-from tritonq.deploy.example_inputs import check_sizes, name_keywords, open_axes
+from tritonq.deploy.example_inputs import check_sizes, name_keywords, open_axes, tell_fixed_batch
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.fixed_point import has_fixed_point
 from tritonq.deploy.fixed_point_description import has_integers
@@ -145,6 +145,8 @@ def export_onnx(
     return_tensors_alone(traced, result)
     opset = max(opset, least_opset(traced), PACKED_OPSET if pack else 0)
     program = export_traced(traced, *arguments, shapes, max(opset, DEFAULT_OPSET), input_names, output_names)
+    if dynamic_batch:
+        tell_fixed_batch(type(model).__name__, program.model.graph)
     if output_names is None:
         name_outputs(program.model, output_paths(result))
     _name_codes(program.model)

@@ -66,11 +66,39 @@ def quantize_behind_moves(graph: Any) -> None:
         for value in node.outputs:
             if value in wanted and _grid_of(node) is None:
                 _requantize(graph, node, value, pairs[value])
+        if node.op_type == "Concat":
+            _quantize_parts(graph, node, pairs)
+
+
+def _quantize_parts(graph: Any, node: Any, pairs: dict[Any, Any]) -> None:
+    """Take the parts of a concatenation that no quantizer made, such as a class token, to the grid behind it.
+
+    ONNX Runtime concatenates codes where DequantizeLinear feeds all parts. QuantizeLinear rounds each value alone, so
+    that it gives the codes that it would give behind the concatenation, which then are on the grid.
+    """
+    import onnx_ir as ir
+
+    users = [user for user, _ in node.outputs[0].uses()]
+    on_grids = [value in pairs or _grid_of(value.producer()) is not None for value in node.inputs]
+    if len(users) != 1 or users[0].op_type != "QuantizeLinear" or not any(on_grids):
+        return
+    _, scale, zero_point = users[0].inputs[:3]
+    if _constant(scale) is None or _constant(scale).ndim != 0 or zero_point is None:
+        return
+    for index, (value, on_grid) in enumerate(zip(list(node.inputs), on_grids, strict=True)):
+        if on_grid:
+            continue
+        first = ir.node("QuantizeLinear", [value, scale, zero_point])
+        second = ir.node("DequantizeLinear", [first.outputs[0], scale, zero_point])
+        first.outputs[0].dtype, second.outputs[0].dtype = zero_point.dtype, value.dtype
+        first.outputs[0].shape, second.outputs[0].shape = value.shape, value.shape
+        graph.insert_before(node, [first, second])
+        node.replace_input_with(index, second.outputs[0])
 
 
 def _grid_of(node: Any) -> _Grid | None:
     """Return the grid of activations that a DequantizeLinear reads integers of; None for weights and other nodes."""
-    if node.op_type != "DequantizeLinear" or node.inputs[0].producer() is None or len(node.inputs) < 3:
+    if node is None or node.op_type != "DequantizeLinear" or node.inputs[0].producer() is None or len(node.inputs) < 3:
         return None
     scale, zero_point = (_constant(value) for value in node.inputs[1:3])
     # Nothing computes on floats of eight bits, and ONNX Runtime (1.31) has no MaxPool or Unsqueeze that moves them.
