@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from tritonq.qconfig import DEFAULT_PRESET, QConfig, get_qconfig
+from tritonq.qconfig import DEFAULT_PRESET, get_qconfig
 from tritonq.qconfig_mapping import QConfigMapping
 
 # Presets whose ends want 8 bits.
@@ -38,7 +38,7 @@ def get_qconfig_mapping(name: str = DEFAULT_PRESET) -> QConfigMapping:
     if not name.startswith(_FEW_BITS) and not has_groups:
         return mapping
     edge = get_qconfig(DEFAULT_PRESET)
-    first = QConfig(preset.activation, edge.weight, preset.target, round_summands=preset.round_summands)
+    first = preset._replace(weight=edge.weight, folding=None)
     if has_groups:
         return mapping.set_first_layer(first)
     return mapping.set_first_layer(first).set_last_layer(edge).set_input(edge)

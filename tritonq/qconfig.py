@@ -31,6 +31,10 @@ from tritonq.targets import Target, find_target
 Folding = Literal["approximate", "exact", "corrected", "scale"]
 
 
+# Where softmax and norms read and write rounded values.
+Islands = Literal["float", "rounded"]
+
+
 class QConfig(NamedTuple):
     """Factories of the fake quantizers for a layer's output and for its weight, and the engine that they are made for.
 
@@ -42,10 +46,15 @@ class QConfig(NamedTuple):
     sum. That costs less accuracy at few bits; ONNX Runtime then computes the layer in float, TensorRT fuses it with the
     addition. It holds where ``prepare_qat`` is given example inputs.
 
+    ``islands`` is where the tensors at the ends of softmax and norms are rounded, which compute in float: None, where a
+    quantized operation makes or reads them; ``"float"``, not before them, so that a softmax reads the scores, and a
+    GELU the layer's result, in float; ``"rounded"``, wherever they stand. It holds where ``prepare_qat`` is given
+    example inputs.
+
     ``folding`` is how layers with a BatchNorm fold it in training (``"scale"`` suits trained scales, see
     :class:`tritonq.nn.batch_norm_layer.QATBatchNormLayer`); None means ``"approximate"``.
 
-    Source: torch.ao.quantization.QConfig; target, round_summands and folding are tritonq's.
+    Source: torch.ao.quantization.QConfig; target, round_summands, folding and islands are tritonq's.
 
     Examples:
         >>> import tritonq
@@ -60,6 +69,7 @@ class QConfig(NamedTuple):
     target: str | None = None
     round_summands: bool = True
     folding: Folding | None = None
+    islands: Islands | None = None
 
     def find_target(self) -> Target:
         """Return the target.
@@ -267,6 +277,7 @@ PRESETS: dict[str, QConfig] = {
         FakeQuantize.with_args(observer=MovingAverageMinMaxObserver, dtype=QINT8, copy_above=_COPY_ABOVE),
         _NARROW_WEIGHT,
         "tensorrt",
+        islands="float",
     ),
     # The default's numbers: OpenVINO and QNN multiply unsigned activations with a zero point and signed weights.
     **{name: QConfig(_UNSIGNED_ACTIVATION, _NARROW_WEIGHT, name) for name in ("openvino", "qnn")},

@@ -22,6 +22,7 @@ from tritonq.qconfig import (
     PRESETS,
     TORCH_BACKENDS,
     Folding,
+    Islands,
     QConfig,
     get_default_qat_qconfig,
     observe_only,
@@ -192,6 +193,9 @@ def _qconfig_from_data(data: Any, where: str) -> Choice:
     if options.get("folding") not in (None, *get_args(Folding)):
         known = ", ".join(get_args(Folding))
         raise ValueError(f"folding of {where} must be null or one of {known}, got {options['folding']!r}")
+    if options.get("islands") not in (None, *get_args(Islands)):
+        known = ", ".join(get_args(Islands))
+        raise ValueError(f"islands of {where} must be null or one of {known}, got {options['islands']!r}")
     factories = {field: _value_from_data(data[field], f"{field} of {where}") for field in _FACTORIES}
     for field, factory in factories.items():
         if not callable(factory):

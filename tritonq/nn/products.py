@@ -85,7 +85,8 @@ class ScaledDotProductAttention(MatMul):
 
     def __init__(self, *, qconfig: QConfig | None = None) -> None:
         super().__init__(qconfig=qconfig)
-        self.scores = MatMul(qconfig=qconfig)
+        reads_float = qconfig is not None and qconfig.islands == "float"
+        self.scores = MatMul(qconfig=None if reads_float else qconfig)
         self.softmax_fake_quant = nn.Identity() if qconfig is None else qconfig.activation()
         self.set_producers(self.softmax_fake_quant, None)
 

@@ -172,6 +172,11 @@ class Analysis:
         target = call.target
         return type(target) is nn.Identity or (type(target) is nn.Sequential and len(target) == 0)
 
+    def unwrapped(self, value: int) -> int:
+        """Return the value that identities hand on as this one."""
+        call = self.flow.producer(value)
+        return self.unwrapped(call.inputs[0]) if call is not None and self.is_identity(call) else value
+
     def is_relu(self, call: Call) -> bool:
         """Whether a call is a plain ReLU, as a module or a function."""
         return ceiling_of_call(call) == math.inf
@@ -208,12 +213,16 @@ class Analysis:
             return value is not None and self.flow.values[value].dtype == self.flow.values[call.inputs[0]].dtype
         return call.name in _KEEPING_FUNCTIONS
 
+    def is_island(self, call: Call) -> bool:
+        """Whether a call is a softmax or a norm, which stays in float between quantized tensors."""
+        return isinstance(call.target, _NORM_MODULES) or (call.kind == "function" and call.name in _NORMS)
+
     def source_of(self, call: Call, through_norms: bool = False) -> int | None:
         """Return what a call keeps the grid of, or scales or shifts by constants, or normalises; None for others."""
         if self.keeps_grid(call):
             return call.inputs[0]
         computed = [value for value in call.inputs if value not in self.constants.values]
-        if through_norms and len(computed) == 1 and (isinstance(call.target, _NORM_MODULES) or call.name in _NORMS):
+        if through_norms and len(computed) == 1 and self.is_island(call):
             return computed[0]
         if call.kind != "function" or call.name not in _AFFINE or len(computed) != 1:
             return None

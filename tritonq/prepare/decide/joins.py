@@ -63,6 +63,11 @@ class Join:
     ceiling: float | None
 
     @property
+    def home(self) -> str:
+        """Name of the module whose qconfig and device it has."""
+        return self.owner
+
+    @property
     def knows_operands(self) -> bool:
         """Whether its module is told the grids of its operands."""
         return self.operands is not sequence_operand

@@ -62,6 +62,7 @@ class Plan:
         summands: names of layers whose results are rounded with the join that they enter, and not before.
         unread: names of layers whose results nothing reads, so that they need no quantizer.
         joins: additions and concatenations to make modules of.
+        float_results: joins whose results islands read unrounded.
         quantizers: further activation quantizers.
         inputs: for each layer, by name, what put its input on a grid; absent where several did or none.
         operands: for each addition what put its summands on grids, None where several did or none.
@@ -96,6 +97,7 @@ class Plan:
     float_joins: tuple[tuple[Join, str], ...] = ()
     summands: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
+    float_results: tuple[Join, ...] = ()
     on_grid: frozenset[int] = frozenset()
     read: frozenset[int] = frozenset()
 

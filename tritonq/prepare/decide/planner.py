@@ -14,6 +14,7 @@ from tritonq.prepare.decide.erasures import erasures, stuck_relus
 from tritonq.prepare.decide.find_layers import NO_QCONFIG, LayerSearch
 from tritonq.prepare.decide.function_layers import exclusive_state
 from tritonq.prepare.decide.functions import joins_layer
+from tritonq.prepare.decide.islands import ends_of_islands
 from tritonq.prepare.decide.joins import NO_NEIGHBOUR, Join, find_joins, operands
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.places import grid_behind, is_unread, place_of, results
@@ -82,17 +83,18 @@ class _Planner:
                 self._assign(layer.ends, layer)
         joins = self._relevant(find_joins(self.analysis, self.kept), layers)
         self._keep_apart((*layers, *joins))
-        summands = self._leave_unrounded(joins, layers)
+        summands, float_results = self._leave_unrounded(joins, layers)
         demands = self._demands(layers, joins)
         at_readers: list[Reading] = []
         # In order of execution: what is downstream of a quantizer that was just placed needs none.
         for root, readings in sorted(demands.items()):
-            if self._grid(root) is None and not self._place(root, readings[0]):
+            if self._grid(root) is None and not self._place_where_made(root, readings[0].qconfig, readings[0].home):
                 at_readers += readings
         at_readers += self._read_several_grids(layers)
         for shared in share_readings(at_readers):
             self._place_at_readers(shared)
         self._quantize_between()
+        self._round_islands()
         parts: tuple[Layer | Join, ...] = (*layers, *joins)
         unary = self._unary()
         erased = frozenset(relu for part in parts for relu in part.relus)
@@ -105,6 +107,7 @@ class _Planner:
             summands=summands,
             unread=frozenset(layer.name for layer in layers if is_unread(layer.ends, self.analysis)),
             joins=tuple(joins),
+            float_results=float_results,
             quantizers=tuple(self.quantizers),
             inputs=self._inputs(layers),
             operands={join: self._operands(join) for join in joins if join.knows_operands},
@@ -149,7 +152,7 @@ class _Planner:
         qconfig = self._qconfig(layer.home)
         if qconfig is None or not found or len(found) < len(ends):
             return False
-        fuses = qconfig.find_target().fuses_functions
+        fuses = qconfig.find_target().fuses_functions or qconfig.islands == "float"
         if not all(clip is not None and joins_layer(clip, fuses) for clip in clips):
             return False
         places = [place_of(value, self.analysis) for value in found]
@@ -157,13 +160,14 @@ class _Planner:
             return False  # what else comes through there would share the grid
         for value in found:
             if value not in self.grids:
-                self._place(value, Reading(layer, 0, value, layer.calls[0], qconfig))
+                self._place_where_made(value, qconfig, layer.home)
         return True
 
-    def _leave_unrounded(self, joins: list[Join], layers: list[Layer]) -> frozenset[str]:
-        """Let results wait for the join that alone reads them where that is wanted; return the layers' names."""
+    def _leave_unrounded(self, joins: list[Join], layers: list[Layer]) -> tuple[frozenset[str], tuple[Join, ...]]:
+        """Let results wait for what alone reads them where that is wanted; return the layers' names, and joins."""
         found = Unrounded(self.analysis, joins, self._qconfig)
         found.add_layers(layers)
+        float_results = found.add_joins()
         for quantizer in list(self.quantizers):
             values = [value for value, grid in self.grids.items() if grid is quantizer]
             if found.waits_for_concatenation(quantizer, values):
@@ -172,7 +176,7 @@ class _Planner:
         for value in found.values:
             self.grids.pop(value, None)
         self.unrounded, self.makers = found.values, found.makers
-        return frozenset(found.layers)
+        return frozenset(found.layers), tuple(float_results)
 
     def _read_several_grids(self, layers: list[Layer]) -> list[Reading]:
         """Return the readings of layers whose calls read different grids, where the target wants one grid for a layer.
@@ -256,7 +260,7 @@ class _Planner:
         demands: dict[int, list[Reading]] = {}
         parts: tuple[Layer | Join, ...] = (*layers, *joins)
         for part in parts:
-            qconfig = self._qconfig(part.home if isinstance(part, Layer) else part.owner)
+            qconfig = self._qconfig(part.home)
             for call, operand, value in self._operands_read(part):
                 root = self._root(value)
                 record = self.analysis.flow.values[root]
@@ -266,18 +270,9 @@ class _Planner:
                     continue
                 chosen = None if root in self.unrounded else self.activations.choose(root, qconfig)
                 if chosen is not None:
-                    demands.setdefault(root, []).append(Reading(part, operand, self._unwrapped(value), call, chosen))
+                    read = self.analysis.unwrapped(value)
+                    demands.setdefault(root, []).append(Reading(part, operand, read, call, chosen))
         return demands
-
-    def _unwrapped(self, value: int) -> int:
-        """Return the value that identities hand on as this one."""
-        call = self.analysis.flow.producer(value)
-        return self._unwrapped(call.inputs[0]) if call is not None and self.analysis.is_identity(call) else value
-
-    def _place(self, root: int, reading: Reading) -> bool:
-        """Place a quantizer where a value is made; False where it has to stand where the value is read."""
-        like = reading.part.home if isinstance(reading.part, Layer) else reading.part.owner
-        return self._place_where_made(root, reading.qconfig, like)
 
     def _place_where_made(self, root: int, qconfig: QConfig, like: str) -> bool:
         place = place_of(root, self.analysis)
@@ -308,12 +303,21 @@ class _Planner:
             label="",
             in_place=False,
             qconfig=shared.qconfig,
-            like=first.home if isinstance(first, Layer) else first.owner,
+            like=first.home,
             consumers=shared.readers,
             input_path=record.path if record.source == "input" else (),
         )
         self.quantizers.append(quantizer)
         self.at_readers |= {(id(reader.part), reader.operand): quantizer for reader in shared.readers}
+
+    def _round_islands(self) -> None:
+        """Place quantizers at the ends of islands where a qconfig asks for them and no grid is known there."""
+        for name, value in ends_of_islands(self.analysis):
+            qconfig, root = self._qconfig(name), self._root(value)
+            if qconfig is not None and qconfig.islands == "rounded" and root not in self.analysis.constants.values:
+                chosen = self.activations.choose(root, qconfig)
+                if chosen is not None and self.grids.keys().isdisjoint(self._upwards(root)):
+                    self._place_where_made(root, chosen, name)
 
     def _quantize_between(self) -> None:
         """Place quantizers behind functions and means between a grid and an operation whose result has one.
@@ -365,11 +369,10 @@ class _Planner:
         return {place.value: operation for place, operation in found if operation is not None}
 
     def _reads(self, part: Layer | Join) -> list[int]:
-        """Return the values that a layer or join reads on some grid."""
         return [value for _, _, value in self._operands_read(part)]
 
     def _operands_read(self, part: Layer | Join) -> list[tuple[int, int, int]]:
-        """Return the values that a layer or join reads on some grid: call, operand, value."""
+        """Return what a layer or join reads on some grid: call, operand, value."""
         calls = [self.analysis.flow.calls[index] for index in part.calls]
         if isinstance(part, Join):
             return [(call.index, *item) for call in calls for item in enumerate(operands(call, self.analysis))]
@@ -380,19 +383,18 @@ class _Planner:
     def _grid(self, value: int) -> GridSource | None:
         return self.grids.get(self._root(value))
 
-    def _root(self, value: int, stop: Container[int | None] = ()) -> int:
+    def _root(self, value: int) -> int:
         """Return where the values of a tensor were made: up through whatever keeps a grid.
 
         A ReLU keeps a grid, but a tensor without one is better quantized after it: half of the codes would be lost.
         """
-        if value in self.grids or value in stop:
+        if value in self.grids:
             return value
         call = self.analysis.flow.producer(value)
         if call is None or not self.analysis.keeps_grid(call):
             return value
-        root = self._root(call.inputs[0], stop)
-        has_grid = root in self.grids or root in stop
-        return root if has_grid or not self.analysis.is_relu(call) else value
+        root = self._root(call.inputs[0])
+        return root if root in self.grids or not self.analysis.is_relu(call) else value
 
     def _qconfig(self, name: str) -> QConfig | None:
         return self.qconfigs[self.analysis.modules[name]]

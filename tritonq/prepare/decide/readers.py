@@ -28,6 +28,11 @@ class Reading:
     call: int
     qconfig: QConfig
 
+    @property
+    def home(self) -> str:
+        """Name of the module whose qconfig and device the reader has."""
+        return self.part.home
+
 
 @dataclass(frozen=True)
 class Reader:

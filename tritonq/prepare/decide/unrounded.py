@@ -1,4 +1,4 @@
-"""Tensors that are rounded with the join that they enter, and not before.
+"""Tensors that are rounded with the join that they enter, and not before, and those that islands read unrounded.
 
 A convolution and the addition behind it are one operation in TensorRT as long as nothing is rounded between the two,
 and the parts of a concatenation lie on the grid of its result there. Elsewhere a qconfig may ask for the same, since it
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.islands import enters_island
 from tritonq.prepare.decide.joins import CONCATENATIONS, Join
 from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.places import results
@@ -53,12 +54,31 @@ class Unrounded:
                     continue
                 values = results((self.analysis.flow.calls[end] for end in layer.ends), self.analysis)
                 entered = [self._entered(value) for value in values]
-                if len(values) < len(layer.ends) or not self._may_wait(layer, qconfig, entered, position, fused):
+                if len(values) < len(layer.ends):
+                    continue
+                waits = self._waits_for_island(values, qconfig)
+                if not waits and not self._may_wait(layer, qconfig, entered, position, fused):
                     continue
                 fused.update(call for _, call, _ in filter(None, entered))
                 self.layers.add(layer.name)
                 self.values.update(values)
                 self.makers.update(dict.fromkeys(values, layer))
+
+    def add_joins(self) -> list[Join]:
+        """Find the joins whose results islands alone read, and may read unrounded, and return them."""
+        found: list[Join] = []
+        for join in self.joins:
+            qconfig, ends = self.qconfig_of(join.owner), [self.analysis.flow.calls[end] for end in join.ends]
+            values = results(ends, self.analysis)
+            if qconfig is not None and len(values) == len(ends) and self._waits_for_island(values, qconfig):
+                found.append(join)
+                self.values.update(values)
+        return found
+
+    def _waits_for_island(self, values: Sequence[int], qconfig: QConfig) -> bool:
+        return (
+            qconfig.islands == "float" and bool(values) and all(enters_island(value, self.analysis) for value in values)
+        )
 
     def _may_wait(
         self,

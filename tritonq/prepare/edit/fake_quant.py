@@ -119,6 +119,8 @@ class _PlanWork:
 
     def _add_join(self, join: Join) -> None:
         qconfig = self._qconfigs[self._float_modules[join.owner]]
+        if qconfig is not None and join in self._plan.float_results:
+            qconfig = qconfig._replace(activation=nn.Identity)
         module = join.module(qconfig)
         owner = self._editor.modules[join.owner]
         name = self._editor.add_child(owner, join.kind, self._placed(module, join.owner))
