@@ -209,6 +209,36 @@ def test_stacks_are_concatenations(tmp_path):
     assert kinds["Conv"] + kinds["FusedConv"] + kinds["Concat"] == 0
 
 
+class NamedStacks(nn.Module):
+    """torch's further functions that concatenate, of tensors with enough axes and with fewer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x, y = F.relu(self.first(x)), self.second(x)
+        deep = torch.dstack((x, y)).transpose(1, 2).flatten(0, 1)
+        return self.last(torch.hstack([torch.vstack([x, y]), torch.column_stack([deep.mean(1), deep])[:, :8]]))
+
+
+def test_named_stacks_are_concatenations(tmp_path):
+    x = torch.randn(5, 6)
+    qat = tritonq.prepare_qat(NamedStacks(), example_inputs=x).train()
+    found = {row.kind: row.status for row in tritonq.summary(qat).layers}
+    assert {found[name] for name in ("hstack", "vstack", "dstack", "column_stack")} == {"quantized"}
+    tritonq.prepare.disable_fake_quant(qat)
+    assert torch.allclose(qat(x), NamedStacks.forward(qat, x))
+    tritonq.prepare.enable_fake_quant(qat)
+    qat(x)
+    int8, path = tritonq.convert(qat.eval()), tmp_path / "model.onnx"
+    tritonq.save_converted(int8, tmp_path / "model.pt")
+    assert torch.equal(tritonq.load_converted(tmp_path / "model.pt", NamedStacks())(x), int8(x))
+    tritonq.export_onnx(int8, path, x)
+    assert tritonq.verify(qat, int8, x).total.differing == 0
+    assert tritonq.verify(qat, path, x).total.differing == 0
+
+
 class Centred(nn.Module):
     """Differences whose second operand is a mean, a function, and a clip of a layer."""
 

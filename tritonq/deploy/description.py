@@ -151,7 +151,7 @@ def _describe(module: nn.Module) -> Description:
         geometry = {key: getattr(module, key) for key in _POOL_GEOMETRY if hasattr(module, key)}
         return {"kind": "pool", "type": pool.__name__, "geometry": geometry}
     if kind is Cat:
-        return {"kind": "cat", "dim": module.dim, **({"is_stack": True} if module.is_stack else {})}
+        return {"kind": "cat", "dim": module.dim, "arrangement": module.arrangement}
     if kind is FloatFunctional:
         return {"kind": "functional"}
     if isinstance(module, FoldedBatchNorm):
@@ -241,9 +241,7 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
         pool: nn.Module = _by_name(POOL_TYPES, entry["type"])(**entry["geometry"])
         return pool
     if kind == "cat":
-        cat = Cat(entry["dim"])
-        cat.is_stack = bool(entry.get("is_stack"))
-        return cat
+        return Cat(entry["dim"], arrangement=entry.get("arrangement", "cat"))
     if kind == "inputs":
         places = [_place_from_data(place) for place in entry["places"]]
         return InputFakeQuants(places, [nn.Identity() for _ in places])

@@ -13,6 +13,7 @@ from tritonq.nn.averages import (
     AvgPool2d,
     AvgPool3d,
 )
+from tritonq.nn.concatenation import Cat
 from tritonq.nn.conv import (
     Conv1d,
     Conv2d,
@@ -36,7 +37,7 @@ from tritonq.nn.conv_bn import (
     LinearBnReLU1d,
 )
 from tritonq.nn.einsum import Einsum
-from tritonq.nn.elementwise import Add, Cat, DeQuantStub, FloatFunctional, Joint, Mul, QuantStub, Sub
+from tritonq.nn.elementwise import Add, DeQuantStub, FloatFunctional, Joint, Mul, QuantStub, Sub
 from tritonq.nn.embedding import Embedding, EmbeddingBag
 from tritonq.nn.fixed_point import FixedPointConv2d, FixedPointConvBn2d, FixedPointLinear
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d, FixedPointMaxPool2d

@@ -1,4 +1,4 @@
-"""Sums, differences, products and concatenations with a quantizer of their own, and torch.ao's stubs."""
+"""Sums, differences and products with a quantizer of their own, and torch.ao's stubs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.coded_joins import CodedJoin, coded_join
 from tritonq.functional.codes import can_use_codes, give_codes, take_codes
 from tritonq.functional.fake_quant import with_gradient_of
-from tritonq.functional.functions import concatenated_codes
-from tritonq.functional.integer_joins import JoinKind, float_join, integer_concatenation, integer_join
+from tritonq.functional.integer_joins import JoinKind, float_join, integer_join
 from tritonq.functional.memo import Memo, held_tensors
 from tritonq.functional.residual import residual_join, rounded_product, rounded_result
 from tritonq.grid import Grid, RangeStatistics
+
+# Models that earlier versions pickled name it here.
+from tritonq.nn.concatenation import Cat as Cat
 from tritonq.nn.fusable import checked_ceiling, describe_relu, input_grid, observed_grid, warn_if_unobserved
 from tritonq.nn.output_quantizer import (
     WithOutputQuantizer,
@@ -261,69 +263,6 @@ class Mul(Joint):
 def _has_operator(a: Tensor, b: Tensor, grid: Grid) -> bool:
     """Whether one operator does it: two float tensors on one device, one scale for all."""
     return a.device == b.device and a.is_floating_point() and b.is_floating_point() and grid.qtype.axis is None
-
-
-class Cat(WithOutputQuantizer):
-    """``FQ(cat(tensors, dim))``, or of a stack: all parts on one grid. Without a qconfig, its output stays in float.
-
-    In eval mode values are taken to the grid as integer runtimes do:
-    :func:`tritonq.functional.integer_joins.integer_concatenation`.
-
-    Examples:
-        >>> import torch, tritonq
-        >>> cat = tritonq.nn.Cat(1, qconfig=tritonq.get_qconfig())
-        >>> cat([torch.rand(2, 3), torch.rand(2, 1)]).shape
-        torch.Size([2, 4])
-    """
-
-    is_stack = False  # of a stack, `dim` is a new axis
-
-    def __init__(self, dim: int = 0, *, qconfig: QConfig | None = None) -> None:
-        super().__init__(qconfig)
-        self.dim = dim
-
-    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return concatenation along ``dim``, fake-quantized."""
-        tensors = tuple(tensor.unsqueeze(self.dim) if self.is_stack else tensor for tensor in tensors)
-        exact = None if self.training else self._exact(tensors)
-        if exact is not None:
-            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-                exact = with_gradient_of(exact, torch.cat(tensors, self.dim))
-            return cast(Tensor, self.activation_post_process(exact))
-        y, observed = torch.cat(tensors, self.dim), observed_grid(self.activation_post_process)
-        if observed is None or observed[0].qtype.axis is not None or not y.is_floating_point():
-            return cast(Tensor, self.activation_post_process(y))
-        y = rounded_result(y, *observed, None)
-        warn_if_unobserved(self.activation_post_process)
-        return y
-
-    @torch.no_grad()
-    def _exact(self, tensors: tuple[Tensor, ...]) -> Tensor | None:
-        """Return the values on the output's grid as integer runtimes round them, without gradient.
-
-        None without such a grid.
-
-        In a traced graph they stay as they are where the grid turns out to be off when the graph runs.
-        """
-        output = self.activation_post_process
-        if not is_grid_source(output) or output.qtype.axis is not None:
-            return None
-        if torch.compiler.is_compiling() and isinstance(output, FakeQuantizeBase):
-            from tritonq.functional.traced import eval_mode
-
-            return eval_mode.on_grid(torch.cat(tensors, self.dim), output.grid())
-        if not output.is_enabled_on_host():
-            return None
-        grid = output.grid()
-        if all(map(can_use_codes, tensors)):
-            joined = concatenated_codes(tensors, self.dim, grid)
-            if joined is not None:
-                return joined
-        return integer_concatenation(tensors, self.dim, grid).to(tensors[0].dtype)
-
-    def extra_repr(self) -> str:
-        """Return the axis."""
-        return f"dim={self.dim}"
 
 
 class QuantStub(nn.Module):

@@ -12,7 +12,7 @@ from torch.jit import ScriptModule
 from tritonq.prepare.decide.find_layers import NO_QCONFIG
 from tritonq.prepare.decide.float_operations import BETWEEN_GRIDS
 from tritonq.prepare.decide.function_layers import CONSTANT_INPUT, FUNCTIONS_WITH_WEIGHTS
-from tritonq.prepare.decide.joins import KINDS, NO_NEIGHBOUR
+from tritonq.prepare.decide.joins import CONCATENATIONS, KINDS, NO_NEIGHBOUR
 from tritonq.prepare.decide.layer_records import LayerRecord
 
 _log = logging.getLogger("tritonq")
@@ -58,7 +58,8 @@ def _is_by_design(record: LayerRecord) -> bool:
     Between operations in float products and differences are what norms, softmax and gates are made of, and stacks what
     boxes are.
     """
-    return record.reason in _BY_DESIGN or (record.reason == NO_NEIGHBOUR and record.kind in ("mul", "sub", "stack"))
+    left = ("mul", "sub", *CONCATENATIONS - {"cat"})
+    return record.reason in _BY_DESIGN or (record.reason == NO_NEIGHBOUR and record.kind in left)
 
 
 def layers_and_joins(

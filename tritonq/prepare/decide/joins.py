@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 from torch import nn
 
 from tritonq.nn import Add, AddMatMul, Cat, Einsum, MatMul, Mul, ScaledDotProductAttention, Sub
+from tritonq.nn.concatenation import Arrangement
 from tritonq.nn.einsum import Contraction, einsum_call
 from tritonq.prepare.decide.analysis import IN_TRANSFORM, Analysis
 from tritonq.prepare.decide.layers import relus_after
@@ -29,7 +30,7 @@ from tritonq.prepare.record.dataflow import Call, Ref, refs_in
 from tritonq.qconfig import QConfig
 
 # Kinds whose results hold the elements of their operands.
-CONCATENATIONS = frozenset(["cat", "stack"])
+CONCATENATIONS = frozenset(get_args(Arrangement))
 _SUMS_WITH_PRODUCTS = frozenset(["addmm", "baddbmm"])
 _PRODUCTS = frozenset(["matmul", "einsum", *_SUMS_WITH_PRODUCTS, "scaled_dot_product_attention"])
 # Why a join stays in float that nothing quantized reads or feeds.
@@ -187,13 +188,13 @@ def _stacked(call: Call) -> Reading:
     return (parts, obstacle) if len(set(parts)) > 1 else ((), "")
 
 
-def _stack(join: Join, qconfig: QConfig | None) -> nn.Module:
-    made = Cat(join.setting, qconfig=qconfig)
-    made.is_stack = True
-    return made
+def _concatenation(join: Join, qconfig: QConfig | None) -> nn.Module:
+    return Cat(join.setting, arrangement=cast(Arrangement, join.kind), qconfig=qconfig)
 
 
 def _dim(call: Call) -> int:
+    if call.name not in ("cat", "stack"):
+        return 0  # hstack and the like know theirs
     dim: Any = call.kwargs.get("dim", call.kwargs.get("axis", call.args[1] if len(call.args) > 1 else 0))
     return int(dim)
 
@@ -240,22 +241,17 @@ KINDS: Mapping[str, JoinKind] = {
         takes_relu=False,
         constants="rounded",
     ),
-    "cat": JoinKind(
-        _sequence,
-        lambda join, qconfig: Cat(join.setting, qconfig=qconfig),
-        setting=_dim,
-        operands=sequence_operand,
-        takes_relu=False,
-        constants="kept",
-    ),
-    "stack": JoinKind(
-        _stacked,
-        _stack,
-        setting=_dim,
-        operands=sequence_operand,
-        takes_relu=False,
-        constants="kept",
-    ),
+    **{
+        name: JoinKind(
+            _stacked if name == "stack" else _sequence,
+            _concatenation,
+            setting=_dim,
+            operands=sequence_operand,
+            takes_relu=False,
+            constants="kept",
+        )
+        for name in CONCATENATIONS
+    },
 }
 
 

@@ -89,4 +89,4 @@ _ARITHMETIC = frozenset(
 )
 _SYNONYMS = {"truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
 _SYNONYMS |= {"concat": "cat", "concatenate": "cat", "floordiv": "floor_divide", "absolute": "abs", "rsub": "sub"}
-_SYNONYMS |= {"bmm": "matmul", "mm": "matmul"}
+_SYNONYMS |= {"bmm": "matmul", "mm": "matmul", "row_stack": "vstack"}

@@ -1,0 +1,114 @@
+"""Concatenations and stacks with a quantizer of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.codes import can_use_codes
+from tritonq.functional.fake_quant import with_gradient_of
+from tritonq.functional.functions import concatenated_codes
+from tritonq.functional.integer_joins import integer_concatenation
+from tritonq.functional.residual import rounded_result
+from tritonq.nn.fusable import observed_grid, warn_if_unobserved
+from tritonq.nn.output_quantizer import WithOutputQuantizer, is_grid_source
+from tritonq.qconfig import QConfig
+
+# torch's functions that concatenate.
+Arrangement: TypeAlias = Literal["cat", "stack", "hstack", "vstack", "dstack", "column_stack"]
+
+
+class Cat(WithOutputQuantizer):
+    """``FQ(cat(tensors, dim))``, or of a stack: all parts on one grid. Without a qconfig, its output stays in float.
+
+    In eval mode values are taken to the grid as integer runtimes do:
+    :func:`tritonq.functional.integer_joins.integer_concatenation`.
+
+    Args:
+        dim: the axis; of a stack a new one; hstack and the like know theirs.
+        arrangement: name of torch's function: what becomes of the tensors before they are concatenated.
+        qconfig: quantizer of the output.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> cat = tritonq.nn.Cat(1, qconfig=tritonq.get_qconfig())
+        >>> cat([torch.rand(2, 3), torch.rand(2, 1)]).shape
+        torch.Size([2, 4])
+    """
+
+    arrangement: Arrangement = "cat"  # of models that earlier versions pickled
+
+    def __init__(self, dim: int = 0, *, arrangement: Arrangement = "cat", qconfig: QConfig | None = None) -> None:
+        super().__init__(qconfig)
+        self.dim, self.arrangement = dim, arrangement
+
+    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return concatenation, fake-quantized."""
+        tensors, dim = _arranged(tuple(tensors), self.dim, self.arrangement)
+        exact = None if self.training else self._exact(tensors, dim)
+        if exact is not None:
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+                exact = with_gradient_of(exact, torch.cat(tensors, dim))
+            return cast(Tensor, self.activation_post_process(exact))
+        y, observed = torch.cat(tensors, dim), observed_grid(self.activation_post_process)
+        if observed is None or observed[0].qtype.axis is not None or not y.is_floating_point():
+            return cast(Tensor, self.activation_post_process(y))
+        y = rounded_result(y, *observed, None)
+        warn_if_unobserved(self.activation_post_process)
+        return y
+
+    @torch.no_grad()
+    def _exact(self, tensors: tuple[Tensor, ...], dim: int) -> Tensor | None:
+        """Return the values on the output's grid as integer runtimes round them, without gradient.
+
+        None without such a grid.
+
+        In a traced graph they stay as they are where the grid turns out to be off when the graph runs.
+        """
+        output = self.activation_post_process
+        if not is_grid_source(output) or output.qtype.axis is not None:
+            return None
+        if torch.compiler.is_compiling() and isinstance(output, FakeQuantizeBase):
+            from tritonq.functional.traced import eval_mode
+
+            return eval_mode.on_grid(torch.cat(tensors, dim), output.grid())
+        if not output.is_enabled_on_host():
+            return None
+        grid = output.grid()
+        if all(map(can_use_codes, tensors)):
+            joined = concatenated_codes(tensors, dim, grid)
+            if joined is not None:
+                return joined
+        return integer_concatenation(tensors, dim, grid).to(tensors[0].dtype)
+
+    def extra_repr(self) -> str:
+        """Return the axis, and the function where it is no plain concatenation."""
+        return f"dim={self.dim}" + ("" if self.arrangement == "cat" else f", {self.arrangement}")
+
+
+def _columns(x: Tensor) -> Tensor:
+    return x.reshape(-1, 1) if x.dim() < 2 else x
+
+
+# What becomes of each tensor, and the axis where all of them have as many axes as that leaves at least.
+_ARRANGED: Mapping[str, tuple[Callable[..., Tensor], int]] = {
+    "hstack": (torch.atleast_1d, 1),
+    "vstack": (torch.atleast_2d, 0),
+    "dstack": (torch.atleast_3d, 2),
+    "column_stack": (_columns, 1),
+}
+
+
+def _arranged(tensors: tuple[Tensor, ...], dim: int, arrangement: Arrangement) -> tuple[tuple[Tensor, ...], int]:
+    """Return what is concatenated, and along which axis."""
+    if arrangement == "cat":
+        return tensors, dim
+    if arrangement == "stack":
+        return tuple(tensor.unsqueeze(dim) for tensor in tensors), dim
+    arrange, axis = _ARRANGED[arrangement]
+    made = tuple(map(arrange, tensors))
+    return made, min(axis, made[0].dim() - 1)
