@@ -240,22 +240,24 @@ def test_named_stacks_are_concatenations(tmp_path):
 
 
 class Centred(nn.Module):
-    """Differences whose second operand is a mean, a function, and a clip of a layer."""
+    """Differences whose second operand is a mean, a function, a clip of a layer, and a module of each kind."""
 
     def __init__(self):
         super().__init__()
+        self.pool, self.act = nn.AvgPool2d(3, 1, 1), nn.SiLU()
         self.first, self.second, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
 
     def forward(self, x):
         x = F.relu(self.first(x))
         x = x - x.mean((2, 3), keepdim=True)
         x = x - torch.sigmoid(x)
+        x = (x - self.pool(x)) - self.act(x)
         return self.last(x - self.second(x).clamp(-0.5, 0.5))
 
 
 def test_subtrahends_that_means_functions_and_clips_make_are_codes(tmp_path):
     kinds = exported(Centred(), tmp_path)
-    assert (kinds["QLinearAdd"], kinds["Sub"], kinds["QLinearConv"]) == (3, 0, 3)
+    assert (kinds["QLinearAdd"], kinds["Sub"], kinds["QLinearConv"]) == (5, 0, 3)
 
 
 class Tokens(nn.Module):

@@ -44,8 +44,8 @@ def all_pairs(one, other):
 
 def by_formula(module, inputs, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("tritonq.nn.elementwise.can_use_codes", lambda x: False)
-        patch.setattr("tritonq.nn.unary.can_use_codes", lambda x: False)
+        for name in ("elementwise", "concatenation", "unary"):
+            patch.setattr(f"tritonq.nn.{name}.can_use_codes", lambda x: False)
         return module(*inputs)
 
 
@@ -151,7 +151,7 @@ def test_concatenation_equals_formula(channels_last, rounding, monkeypatch):
     assert torch.equal(expected, found)
     assert found.stride() == expected.stride()
     called = []
-    monkeypatch.setattr("tritonq.nn.elementwise.integer_concatenation", lambda *args: called.append(1))
+    monkeypatch.setattr("tritonq.nn.concatenation.integer_concatenation", lambda *args: called.append(1))
     cat(parts)
     assert not called
 

@@ -69,6 +69,8 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
     model = copy.deepcopy(converted)
     quantizers = {module: name for name, module in model.named_modules() if isinstance(module, Quantizer)}
     joins = [module for module in model.modules() if isinstance(module, Joint)]
+    # Before operations are rewritten to run their quantizers themselves.
+    second = {join: quantizer_of(join.producers[1]) for join in joins}
     traced: dict[nn.Module, nn.Module]
     subtrahends: dict[Joint, nn.Module | None] = {}
     functions: list[tuple[FunctionLayer, str, str]] = []
@@ -84,7 +86,7 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
         functions, placed = _rewrite_functions(model, quantizers, forms)
         placed |= _rewrite_averages(model, forms) | set(clips)
         traced = {module: nn.Identity() if module in placed else form for module, form in forms.items()}
-        subtrahends = {join: _traced_quantizer(join.producers[1], forms) for join in joins}
+        subtrahends = {join: _traced_quantizer(join.producers[1], second[join], forms) for join in joins}
     else:
         _drop_ceilings(model)
         if target == "tensorrt":
@@ -191,11 +193,17 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _traced_quantizer(producer: nn.Module | None, forms: Mapping[Quantizer, TracedQuantizer]) -> TracedQuantizer | None:
-    """Return the form of the quantizer of what a module returns, or of the one that it is."""
-    found = quantizer_of(producer)
-    form = forms.get(found) if isinstance(found, Quantizer) else found
-    return form if isinstance(form, TracedQuantizer) else None
+def _traced_quantizer(
+    producer: nn.Module | None, quantizer: nn.Module | None, forms: Mapping[Quantizer, TracedQuantizer]
+) -> TracedQuantizer | None:
+    """Return the form of the quantizer of what a module returned before it was rewritten, or the one that it has now.
+
+    A layer's or clip's own form knows the bounds of its codes.
+    """
+    now = quantizer_of(producer)
+    if isinstance(now, TracedQuantizer):
+        return now
+    return forms.get(quantizer) if isinstance(quantizer, Quantizer) else None
 
 
 def _behind_integers(model: nn.Module) -> set[nn.Module]:

@@ -14,8 +14,7 @@ from tritonq.functional.conv_bn import check_running_var
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.recomputation import StepMemory
 from tritonq.grid import Grid
-from tritonq.nn.batch_norm import FrozenBatchNorm
-from tritonq.nn.batch_norm_state import gamma_signs, is_plain
+from tritonq.nn.batch_norm import FrozenBatchNorm, gamma_signs, is_plain
 from tritonq.nn.fusable import has_observed_grid
 from tritonq.nn.paths import LayerState, Mode, check_mode, choose_path
 from tritonq.nn.qat import QATLayer

@@ -20,8 +20,8 @@ from tritonq.functional.conv_bn import ConvBnStep, conv_bn
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.integer import raise_scale_for_bias
 from tritonq.functional.recomputation import is_recomputing, normalize_once
+from tritonq.nn.batch_norm import batch_norm_state, gamma_signs, is_plain
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
-from tritonq.nn.batch_norm_state import batch_norm_state, gamma_signs, is_plain
 from tritonq.nn.eval_mode import PATHS as EVAL_PATHS
 from tritonq.nn.eval_mode import linear_relu
 from tritonq.nn.fusable import input_grid, observed_grid, warn_if_unobserved
