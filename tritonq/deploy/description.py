@@ -17,7 +17,20 @@ from tritonq.deploy.fixed_point_description import build_integer, describe_integ
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import LAYER_TYPES, TENSOR_NAMES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.recurrent import RECURRENT_TYPES, QuantizedRecurrent
-from tritonq.nn import Add, Average, AverageLayer, Cat, FloatFunctional, Joint, MatMul, Mul, RepVGGBlock, Sub
+from tritonq.nn import (
+    Add,
+    Average,
+    AverageLayer,
+    Cat,
+    FloatFunctional,
+    Joint,
+    MatMul,
+    Maximum,
+    Minimum,
+    Mul,
+    RepVGGBlock,
+    Sub,
+)
 from tritonq.nn.averages import POOL_TYPES
 from tritonq.nn.clip import Clip, Clipping, clipping_of
 from tritonq.nn.einsum import Einsum
@@ -39,7 +52,7 @@ Description = dict[str, Any]
 T = TypeVar("T")
 
 # Modules that conversion, or preparation before it, may put where the float model has none, or another.
-_JOINTS: dict[str, type[Joint]] = {cls.kind: cls for cls in (Add, Sub, Mul, MatMul)}
+_JOINTS: dict[str, type[Joint]] = {cls.kind: cls for cls in (Add, Sub, Mul, MatMul, Minimum, Maximum)}
 # These know the quantizers of the tensors that they read.
 _LINKED = (*_JOINTS, "average", "pool", "function", "prelu", "clip")
 _FLOAT_TYPES = (*LAYER_TYPES, *TABLE_TYPES, *POOL_TYPES, *RECURRENT_TYPES)

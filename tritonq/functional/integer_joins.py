@@ -17,7 +17,7 @@ from tritonq.grid import Grid
 from tritonq.qparams import round_half_away
 
 # Operations of two tensors: element by element with broadcasting, and the product of (batches of) matrices.
-JoinKind = Literal["add", "sub", "mul", "matmul"]
+JoinKind = Literal["add", "sub", "mul", "matmul", "minimum", "maximum"]
 
 # What the sums of an integer matrix product stay below: those of codes of up to 8 bits in int32, of wider ones in
 # int64, as far as float64 holds them.
@@ -26,7 +26,7 @@ _INT64_END = 2**53
 
 
 def float_join(kind: JoinKind, a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a + b``, ``a - b``, ``a * b`` or ``a @ b`` as torch computes it."""
+    """Return ``a + b``, ``a - b``, ``a * b``, ``a @ b``, their minimum or maximum as torch computes it."""
     result: Tensor = _IN_FLOAT[kind](a, b)
     return result
 
@@ -189,6 +189,8 @@ _IN_FLOAT: Mapping[str, Callable[..., Tensor]] = {
     "sub": torch.sub,
     "mul": torch.mul,
     "matmul": torch.matmul,
+    "minimum": torch.minimum,
+    "maximum": torch.maximum,
 }
 _IN_INTEGERS: Mapping[str, Callable[..., Tensor]] = {
     "add": integer_add,

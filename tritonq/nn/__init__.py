@@ -37,7 +37,17 @@ from tritonq.nn.conv_bn import (
     LinearBnReLU1d,
 )
 from tritonq.nn.einsum import Einsum
-from tritonq.nn.elementwise import Add, DeQuantStub, FloatFunctional, Joint, Mul, QuantStub, Sub
+from tritonq.nn.elementwise import (
+    Add,
+    DeQuantStub,
+    FloatFunctional,
+    Joint,
+    Maximum,
+    Minimum,
+    Mul,
+    QuantStub,
+    Sub,
+)
 from tritonq.nn.embedding import Embedding, EmbeddingBag
 from tritonq.nn.fixed_point import FixedPointConv2d, FixedPointConvBn2d, FixedPointLinear
 from tritonq.nn.fixed_point_joins import FixedPointAdd, FixedPointAvgPool2d, FixedPointMaxPool2d
@@ -133,6 +143,8 @@ __all__ = [
     "LinearBnReLU1d",
     "LinearReLU",
     "MatMul",
+    "Maximum",
+    "Minimum",
     "Mul",
     "QATLayer",
     "QATRecurrent",

@@ -1,4 +1,4 @@
-"""BatchNorms that are parts of quantized layers: fixed ones, ones whose statistics ranks share, and the state of each."""
+"""BatchNorms that are parts of quantized layers: fixed ones, ones whose statistics ranks share, and their state."""
 
 from __future__ import annotations
 

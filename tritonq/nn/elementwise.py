@@ -13,7 +13,7 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.coded_joins import CodedJoin, coded_join
 from tritonq.functional.codes import can_use_codes, give_codes, take_codes
 from tritonq.functional.fake_quant import with_gradient_of
-from tritonq.functional.integer_joins import JoinKind, float_join, integer_join
+from tritonq.functional.integer_joins import JoinKind, divided, float_join, integer_join
 from tritonq.functional.memo import Memo, held_tensors
 from tritonq.functional.residual import residual_join, rounded_product, rounded_result
 from tritonq.grid import Grid, RangeStatistics
@@ -258,6 +258,61 @@ class Mul(Joint):
             for quantizer in self.input_quantizers
         )
         return rounded_product(a, b, grid_a, grid_b, grid, statistics, self.ceiling)
+
+
+class Extremum(Joint):
+    """``FQ(relu?(max(a, b)))`` or of the minimum: the larger or smaller of two tensors; see :class:`Joint`.
+
+    Engines compare values in float32, and only rounding the result to its grid makes a code of it. So operands need no
+    grid: one may be a constant.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> tritonq.nn.Maximum()(torch.tensor([1.0, 3.0]), torch.tensor(2.0))
+        tensor([2., 3.])
+    """
+
+    def _rounded(self, a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics) -> Tensor:
+        return rounded_result(float_join(self.kind, a, b), grid, statistics, self.ceiling)
+
+    def _on_codes(self, a: Tensor, b: Tensor) -> Tensor | None:
+        return None
+
+    @torch.no_grad()
+    def _exact(self, a: Tensor, b: Tensor) -> Tensor | None:
+        output = self.activation_post_process
+        if not is_grid_source(output) or output.qtype.axis is not None:
+            return None
+        y = float_join(self.kind, a, b)
+        if torch.compiler.is_compiling() and isinstance(output, FakeQuantizeBase):
+            from tritonq.functional.traced import eval_mode
+
+            return eval_mode.on_grid(y, output.grid())
+        return divided(y, output.grid()).to(y.dtype) if output.is_enabled_on_host() else None
+
+
+class Minimum(Extremum):
+    """``FQ(relu?(min(a, b)))``; see :class:`Extremum`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> tritonq.nn.Minimum()(torch.tensor([1.0, 3.0]), torch.tensor(2.0))
+        tensor([1., 2.])
+    """
+
+    kind = "minimum"
+
+
+class Maximum(Extremum):
+    """``FQ(relu?(max(a, b)))``; see :class:`Extremum`.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> tritonq.nn.Maximum()(torch.tensor([1.0, 3.0]), torch.tensor(2.0))
+        tensor([2., 3.])
+    """
+
+    kind = "maximum"
 
 
 def _has_operator(a: Tensor, b: Tensor, grid: Grid) -> bool:

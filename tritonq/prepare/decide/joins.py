@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from torch import nn
 
-from tritonq.nn import Add, AddMatMul, Cat, Einsum, MatMul, Mul, ScaledDotProductAttention, Sub
+from tritonq.nn import Add, AddMatMul, Cat, Einsum, MatMul, Maximum, Minimum, Mul, ScaledDotProductAttention, Sub
 from tritonq.nn.concatenation import Arrangement
 from tritonq.nn.einsum import Contraction, einsum_call
 from tritonq.prepare.decide.analysis import IN_TRANSFORM, Analysis
@@ -188,6 +189,17 @@ def _stacked(call: Call) -> Reading:
     return (parts, obstacle) if len(set(parts)) > 1 else ((), "")
 
 
+def _extremum(kind: type[Minimum | Maximum], join: Join, qconfig: QConfig | None) -> nn.Module:
+    return kind(join.ceiling, qconfig=qconfig)
+
+
+# torch.max and torch.min of two tensors are these, too.
+_EXTREMA: Mapping[type[Minimum | Maximum], tuple[str, ...]] = {
+    Minimum: ("minimum", "min"),
+    Maximum: ("maximum", "max"),
+}
+
+
 def _concatenation(join: Join, qconfig: QConfig | None) -> nn.Module:
     return Cat(join.setting, arrangement=cast(Arrangement, join.kind), qconfig=qconfig)
 
@@ -217,6 +229,11 @@ KINDS: Mapping[str, JoinKind] = {
     "add": JoinKind(_pair, lambda join, qconfig: Add(join.ceiling, qconfig=qconfig)),
     "sub": JoinKind(_pair, lambda join, qconfig: Sub(join.ceiling, qconfig=qconfig), in_training_alone=False),
     "mul": JoinKind(_pair, lambda join, qconfig: Mul(join.ceiling, qconfig=qconfig), in_training_alone=False),
+    **{
+        name: JoinKind(_pair, partial(_extremum, kind), constants="kept", in_training_alone=False)
+        for kind, names in _EXTREMA.items()
+        for name in names
+    },
     "matmul": JoinKind(_pair, lambda join, qconfig: MatMul(join.ceiling, qconfig=qconfig), constants="rounded"),
     "einsum": JoinKind(
         _einsum,
