@@ -12,10 +12,10 @@ pytest.importorskip("onnxruntime")
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def trained(model):
+def trained(model, inputs=(X,)):
     torch.manual_seed(0)
-    model = tritonq.prepare_qat(model, example_inputs=X).train()
-    model(X)
+    model = tritonq.prepare_qat(model, example_inputs=inputs).train()
+    model(*inputs)
     return tritonq.convert(model.eval())
 
 
@@ -52,12 +52,37 @@ def test_open_sizes(tmp_path):
     path = tmp_path / "m.onnx"
     tritonq.export_onnx(model, path, X, dynamic_sizes=True)
     shape = onnx.load(path).graph.input[0].type.tensor_type.shape
-    assert [dim.dim_value for dim in shape.dim] == [0, 3, 0, 0]
+    assert [dim.dim_param or dim.dim_value for dim in shape.dim] == ["batch", 3, "height", "width"]
     for sizes in ((1, 3, 24, 40), (2, 3, 16, 16)):
         assert tritonq.verify(model, path, torch.randn(sizes)).agrees()
     tritonq.export_onnx(model, path, X, dynamic_sizes=True, dynamic_batch=False)
     shape = onnx.load(path).graph.input[0].type.tensor_type.shape
     assert [dim.dim_value for dim in shape.dim] == [2, 3, 0, 0]
+
+
+class Several(nn.Module):
+    """An image, a second one of another size, and a signal."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.signal = nn.Conv2d(3, 4, 1), nn.Conv1d(2, 4, 1)
+
+    def forward(self, x, y, z):
+        return self.image(x), self.image(y)[:, :, ::2], self.signal(z)
+
+
+def test_open_sizes_have_names(tmp_path):
+    inputs = torch.randn(2, 3, 8, 9), torch.randn(2, 3, 10, 11), torch.randn(2, 2, 20)
+    model = trained(Several(), inputs)
+    tritonq.export_onnx(model, tmp_path / "m.onnx", inputs, dynamic_sizes=True)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    shapes = [
+        [dim.dim_param for dim in value.type.tensor_type.shape.dim if dim.dim_param]
+        for value in (*graph.input, *graph.output)
+    ]
+    assert shapes[:3] == [["batch", "height", "width"], ["batch", "y_height", "y_width"], ["batch", "length"]]
+    assert shapes[3] == ["batch", "height", "width"]
+    assert "y_height" in shapes[4][1]
 
 
 def test_sizes_that_are_fixed_are_told(tmp_path):

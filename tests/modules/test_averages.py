@@ -177,3 +177,19 @@ def test_training_rounds_as_the_quantizer_does_and_saves_a_bit_for_each_result(p
     assert torch.equal(a.grad, b.grad)
     assert torch.equal(layer.activation_post_process.scale, twin.scale)
     assert sum(t.untyped_storage().nbytes() for t in kept) == 8 * 64 // 8
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_windows_of_a_file_add_whole_numbers(padding, tmp_path):
+    """OpenVINO computes pools of dequantized values in integers of its own, with other results."""
+    image = torch.randn(2, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(3, 1, padding), nn.Conv2d(4, 2, 1))
+    model = tritonq.prepare_qat(net, example_inputs=image)
+    model(image)
+    tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", image)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    makers = {name: node for node in graph.node for name in node.output}
+    (pool,) = (node for node in graph.node if node.op_type == "AveragePool")
+    before = makers[pool.input[0]]
+    before = makers[before.input[0]] if before.op_type == "Pad" else before
+    assert before.op_type == "Round"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -56,6 +57,33 @@ def open_axes(
     args, kwargs = arguments
     bound = inspect.signature(forward).bind(*args, **kwargs).arguments
     return arguments, {name: _shapes(value, shape_of) for name, value in bound.items()}
+
+
+# What the axes behind batch and channels are called, by their number.
+_SIZE_NAMES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+
+
+def name_sizes(graph: Any) -> None:
+    """Call the open sizes of a file's inputs height and width, and those of a further input after that, too.
+
+    Args:
+        graph: an ``onnx.GraphProto`` whose open sizes have names such as ``s77``; changed in place.
+    """
+    names: dict[str, str] = {}
+    for value in graph.input:
+        dims = value.type.tensor_type.shape.dim
+        sizes = list(dims)[2:] if len(dims) in _RANKS else []
+        for dim, name in zip(sizes, _SIZE_NAMES[len(sizes)] if sizes else (), strict=True):
+            if dim.dim_param.isidentifier() and dim.dim_param not in names:
+                taken = name in names.values()
+                names[dim.dim_param] = f"{value.name}_{name}" if taken else name
+    if not names:
+        return
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = pattern.sub(lambda found: names[found.group()], dim.dim_param)
 
 
 def tell_fixed_batch(name: str, graph: Any) -> None:

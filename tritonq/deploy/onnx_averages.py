@@ -2,7 +2,7 @@
 
 ONNX Runtime runs ``DequantizeLinear → GlobalAveragePool → QuantizeLinear`` as QLinearGlobalAveragePool, whose formula
 is the one that was trained. Its other pools add floats in an order of their own, so the file adds whole numbers for
-them: ``Round(mean · N / s_in)`` is the sum of the codes, which goes on by the same formula.
+them: ``Round(N · mean(Round(x / s_in)))`` is the sum of the codes, which goes on by the same formula.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from tritonq.deploy.onnx_quantizers import TracedQuantizer
 from tritonq.nn import AverageLayer
 from tritonq.reference.averages import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
 
-# A float32 mean of this many values, whatever the order of its terms, is off by less than half a code of its sum.
-_FEW_TERMS = 128
 # Sums of 8-bit codes over fewer elements stay below 2^22: a float32 mean, times their number, gives them back.
 _MANY_TERMS = 2**14
 
@@ -136,7 +134,8 @@ def _sums_of_windows(window: WindowAverage, x: Tensor, scale: Tensor) -> Tensor 
     elements = math.prod(window.kernel_size)
     if elements >= _MANY_TERMS:
         return None
-    values, factor = (x, elements / scale) if elements <= _FEW_TERMS else ((x / scale).round(), elements)
+    # OpenVINO computes a pool of dequantized values in its own integers, and pads with the code 0 whatever that means.
+    values = (x / scale).round()
     rank = len(window.kernel_size)
     pads: list[int] = []
     for size, kernel, stride, before in zip(
@@ -150,7 +149,7 @@ def _sums_of_windows(window: WindowAverage, x: Tensor, scale: Tensor) -> Tensor 
     if any(pads):
         values = F.pad(values, pads)
     means: Tensor = _POOLS[rank](values, window.kernel_size, window.stride)
-    return (means * factor).round()
+    return (means * elements).round()
 
 
 def _sums_by_matrices(adaptive: AdaptiveAverage, x: Tensor, scale: Tensor) -> Tensor | None:

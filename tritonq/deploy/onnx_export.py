@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.convert import convert
-from tritonq.deploy.example_inputs import check_sizes, name_keywords, open_axes, tell_fixed_batch
+from tritonq.deploy.example_inputs import check_sizes, name_keywords, name_sizes, open_axes, tell_fixed_batch
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.fixed_point import has_fixed_point
 from tritonq.deploy.fixed_point_description import has_integers
@@ -80,8 +80,8 @@ def export_onnx(
         opset: at least 17, the newest whose means TensorRT 8 reads with their axes. Activations of 16 bits, which
             ``target="qdq"`` alone holds, and weights with a scale per group make it 21 at least; eight-bit floats 19.
         dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
-        dynamic_sizes: leave height and width of the inputs open (all axes behind the first two of tensors with 3 to 5
-            axes), for fully convolutional networks.
+        dynamic_sizes: leave height and width of the inputs open, and call them so (all axes behind the first two of
+            tensors with 3 to 5 axes), for fully convolutional networks.
         input_names: names of the inputs; by default those of the forward's arguments.
         output_names: names of the outputs; by default ``"output"`` for one tensor, ``"output_0"`` and so on for
             several, and the keys of a dict or the fields of a dataclass. Text and numbers in a result are left out.
@@ -155,6 +155,8 @@ def export_onnx(
         quantize_behind_moves(program.model.graph)
     program.model.metadata_props[TARGET_KEY] = target
     proto = program.model_proto
+    if dynamic_sizes:
+        name_sizes(proto.graph)
     if opset < DEFAULT_OPSET:
         lower_opset(proto)
     whole_ends(proto, normalization, returns, deployed)
