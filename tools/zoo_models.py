@@ -72,7 +72,9 @@ def _torchvision(name: str, size: int) -> Example:
 
     if name in _DETECTORS:
         arguments = {"weights": None, "weights_backbone": None, "num_classes": CLASSES}
-        model = models.get_model(name, **arguments, min_size=size, max_size=size)
+        # That one has a size of its own.
+        sizes = {} if name.startswith("ssdlite320") else {"min_size": size, "max_size": size}
+        model = models.get_model(name, **arguments, **sizes)
         pictures = list(torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)))
         target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
         return Example(model, (pictures,), (pictures, [target, target]))

@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import tritonq
+from saved_bytes import saved_bytes
 from tritonq import nn as qnn
 
 # What stays one call: copies of buffers, and the fold of a running variance as the forward finds it.
@@ -113,3 +114,37 @@ def test_a_backward_takes_buffers_as_the_forward_found_them(layer):
     for (name, found), expected in zip(model.named_parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6, msg=f"gradient of {name} differs")
     assert len(graphs) == 2
+
+
+class Wide(nn.Module):
+    """Two blocks whose weights are larger than what they compute, a gate, and a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+        self.wide = nn.Sequential(nn.Conv2d(4, 64, 3, bias=False), nn.BatchNorm2d(64), nn.SiLU())
+        self.gate, self.head = nn.Conv2d(64, 64, 1), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.wide(self.blocks(x))
+        x = x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+        return self.head(x.mean((2, 3)))
+
+
+def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Bytes that a compiled forward keeps for its backward, beside parameters and the input."""
+    graphs: list[torch.fx.GraphModule] = []
+    compiled(model, graphs)(x).square().mean().backward()
+    forward, backward = graphs
+    read = {node.name for node in backward.graph.nodes if node.op == "placeholder"}
+    (results,) = next(node for node in forward.graph.nodes if node.op == "output").args
+    kept = {node for node in results if node is not None and node.op != "placeholder" and node.name in read}
+    return sum(node.meta["val"].nbytes for node in kept)
+
+
+def test_a_compiled_step_keeps_no_more_than_an_eager_one():
+    """Neither rounded weights nor rounded results: the backward makes them again."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 8, 8)
+    model = tritonq.prepare_qat(Wide(), example_inputs=x).train()
+    assert kept_bytes(copy.deepcopy(model), x) <= saved_bytes(model, x)

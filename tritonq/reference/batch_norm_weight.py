@@ -55,6 +55,7 @@ _SNAPSHOT: Any = CopyOf("grid", lambda arguments: (len(arguments["rows"]),))
     mutates=OBSERVED,
     scratch=("known", "out"),
     visible=True,
+    made_again=True,
 )
 def quantize(
     rows: Tensor,
@@ -107,7 +108,7 @@ def composed(
     return StepWeight(codes, unit, fold / unit, fold, inverse_std, clips, frozen)
 
 
-@operator(returns=_CODES, scratch=("out",), visible=True)
+@operator(returns=_CODES, scratch=("out",), visible=True, made_again=True)
 def codes_again(
     rows: Tensor, fold: Tensor, grid: Grid | None, code_dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:

@@ -86,6 +86,7 @@ _SNAPSHOT: Any = CopyOf("grid")
     returns=TailResult(_OUTPUT, Normalization(*[_VECTOR] * len(Normalization._fields)), _SNAPSHOT),
     mutates=("norm.running_mean", "norm.running_var", *OBSERVED),
     visible=True,
+    made_again=True,
 )
 def forward(
     c: Tensor,
@@ -163,7 +164,7 @@ def _ends(c: Tensor, result: Normalization) -> tuple[Tensor, Tensor, Tensor]:
     return low.float(), high.float(), (~finite).sum() * count
 
 
-@operator(returns=_OUTPUT, visible=True)
+@operator(returns=_OUTPUT, visible=True, made_again=True)
 def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
     """Return ``FQ(relu?(slope · c + shift))``: the last pass of :func:`forward`."""
     c = dense(c)

@@ -25,7 +25,7 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@operator(returns=Like("x"), visible=True)
+@operator(returns=Like("x"), visible=True, made_again=True)
 def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``: float32, rounded once to ``x.dtype``.
 
@@ -55,7 +55,7 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     return y if enabled is True else torch.where(enabled, y, x)
 
 
-@operator(returns=(Like("x"), Like("x", torch.bool)), visible=True)
+@operator(returns=(Like("x"), Like("x", torch.bool)), visible=True, made_again=True)
 def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Compute :func:`fake_quantize`, and where its gradient passes, for a backward that is given no ``x``.
 

@@ -198,7 +198,7 @@ _SNAPSHOT: Any = CopyOf("grid")
 _GRADIENT: Any = Like("x", "dy")
 
 
-@operator(returns=RoundedFunction(_RESULT, _SNAPSHOT), mutates=OBSERVED, visible=True)
+@operator(returns=RoundedFunction(_RESULT, _SNAPSHOT), mutates=OBSERVED, visible=True, made_again=True)
 def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatistics | None) -> RoundedFunction:
     """Return ``FQ(f(x))``: observes f(x), which is float32, and rounds once to the dtype of the input.
 

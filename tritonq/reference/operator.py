@@ -81,6 +81,7 @@ class OperatorSpec:
     has_kernel: bool
     overwrites: tuple[str, ...]
     visible: bool
+    made_again: bool
 
 
 def operator(
@@ -90,6 +91,7 @@ def operator(
     has_kernel: bool = True,
     overwrites: tuple[str, ...] = (),
     visible: bool = False,
+    made_again: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Mark a function as an operator.
 
@@ -103,10 +105,14 @@ def operator(
         visible: whether a compiler sees the reference's tensor operations where no kernel runs, instead of one opaque
             call. Such a function reads no value on the host while a graph is traced, and what it derives from buffers
             that training moves it derives from copies (see `tritonq.remember`).
+        made_again: whether a compiled backward makes results as large as the first tensor again instead of keeping
+            them: for what is cheap to make of tensors that are kept anyway, as codes of weights are.
     """
 
     def mark(function: _Function) -> _Function:
-        function.operator = OperatorSpec(returns, mutates, scratch, has_kernel, overwrites, visible)  # type: ignore[attr-defined]
+        function.operator = OperatorSpec(  # type: ignore[attr-defined]
+            returns, mutates, scratch, has_kernel, overwrites, visible, made_again
+        )
         return function
 
     return mark

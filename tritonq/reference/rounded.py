@@ -30,7 +30,7 @@ def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: 
     return rounded(y, grid, statistics, ceiling)
 
 
-@operator(returns=(_RESULT, Like("y", torch.bool)), mutates=OBSERVED, has_kernel=False, visible=True)
+@operator(returns=(_RESULT, Like("y", torch.bool)), mutates=OBSERVED, has_kernel=False, visible=True, made_again=True)
 def forward_with_mask(
     y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,7 @@ _GRID: Any = Given("grid")
     mutates=OBSERVED,
     scratch=("out",),
     visible=True,
+    made_again=True,
 )
 def quantize_folded(
     rows: Tensor,
@@ -80,7 +81,7 @@ def quantize_folded(
     return folded_codes(rows, fold, snapshot(grid, statistics), out, (low, high))
 
 
-@operator(returns=WeightCodes(_CODES, _UNIT, True, _GRID), scratch=("out", "extremes"), visible=True)
+@operator(returns=WeightCodes(_CODES, _UNIT, True, _GRID), scratch=("out", "extremes"), visible=True, made_again=True)
 def folded_codes(
     rows: Tensor,
     fold: Tensor,

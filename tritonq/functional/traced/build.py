@@ -69,7 +69,7 @@ def traced_operator(name: str, reference: Callable[..., Any], choose: Choice | N
     call = torch.library.custom_op(f"tritonq::{name}", run, mutates_args=mutated, schema=schema)
     call.register_fake(fake)
     if spec.visible:
-        show(call, partial(run, choose=None), spec.has_kernel)
+        show(call, partial(run, choose=None), spec.has_kernel, spec.made_again)
 
     def traced(*args: Any, **kwargs: Any) -> Any:
         arguments = {

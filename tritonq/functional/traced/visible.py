@@ -8,30 +8,37 @@ Inductor makes loops of a hundred small operations, and its partitioner keeps th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy
 
 from tritonq.backend import select
 
+_JOINS = (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
 
-def show(call: Any, run: Callable[..., Any], has_kernel: bool) -> None:
+
+def show(call: Any, run: Callable[..., Any], has_kernel: bool, made_again: bool) -> None:
     """Let compilers see what an operator does, where that is PyTorch.
 
     Args:
         call: the operator, from ``torch.library.custom_op``.
         run: the same on traced tensors.
         has_kernel: whether kernels run on some devices; there the operator stays one call.
+        made_again: whether the backward makes what is as large as the first tensor again, see
+            :func:`tritonq.reference.operator.operator`.
     """
 
     def decompose(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if mode.export or not _is_traced(types) or (has_kernel and select(_first(args)) != "torch"):
             return mode.__torch_dispatch__(op, types, args, kwargs)
-        with mode, _compiling():
+        with mode, _compiling(), _made_again(_first(args)) if made_again else nullcontext():
             return run(*args, **kwargs)
 
     call.register_torch_dispatch(FunctionalTensorMode, decompose)
@@ -45,6 +52,27 @@ def _is_traced(types: tuple[type, ...]) -> bool:
 
 def _first(args: tuple[Any, ...]) -> Tensor:
     return next(leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+
+
+@contextmanager
+def _made_again(first: Tensor) -> Iterator[None]:
+    """Mark the operations that follow in a graph, as far as their results are as large as a tensor.
+
+    A sum or product that they begin with is marked too. Of operations without a mark the partitioner keeps what a
+    convolution reads in the backward, however cheap it is.
+    """
+    mode = get_proxy_mode()
+    if mode is None:
+        yield
+        return
+    nodes, before = mode.tracer.graph.nodes, len(mode.tracer.graph.nodes)
+    yield
+    made = list(islice(reversed(nodes), len(nodes) - before))
+    read = {node for each in made for node in each.all_input_nodes if node.target in _JOINS}
+    for node in (*made, *read):
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, Tensor) and value.numel() >= first.numel():
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextmanager
