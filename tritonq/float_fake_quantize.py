@@ -94,6 +94,11 @@ class FloatFakeQuantize(SwitchedQuantizer):
         return self.blocks is None or self.blocks.scale != "e8m0"
 
     @property
+    def tensor_scale(self) -> Tensor | None:
+        """The scale that scales of blocks are multiplied by; None where these are powers of two."""
+        return self.scale if self.has_observed_scale else None
+
+    @property
     def reach(self) -> float:
         """The largest magnitude that the format holds at a scale of 1."""
         if self.blocks is None:
@@ -139,7 +144,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
                     stacklevel=2,
                 )
                 return x
-        return self._rounded(x)
+        return self.rounded(x)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -168,15 +173,19 @@ class FloatFakeQuantize(SwitchedQuantizer):
         scale = torch.where(scale > 0, scale, 1.0)
         self.scale.copy_(torch.where(self.observer_enabled != 0, scale, self.scale))
 
-    def _rounded(self, x: Tensor) -> Tensor:
+    def block_axis(self, x: Tensor) -> int:
+        """Return the axis of ``x`` that blocks run along."""
+        axis = self.ch_axis if self.ch_axis is not None else (1 if x.dim() in (4, 5) else -1)
+        return axis % x.dim()
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return ``x`` rounded with the present scale; nothing is observed."""
         enabled = self.fake_quant_enabled
         if self.has_observed_scale and not self._scale_known:
             enabled = enabled * self.amax_history.any()
         if self.blocks is None:
             return fake_quantize(x, Grid(self.scale, None, cast(QuantizedType, self.qtype), enabled))
-        axis = self.ch_axis if self.ch_axis is not None else (1 if x.dim() in (4, 5) else -1)
-        tensor_scale = self.scale if self.has_observed_scale else None
-        return fake_quantize_blocks(x, self.blocks, axis % x.dim(), tensor_scale, enabled=enabled)
+        return fake_quantize_blocks(x, self.blocks, self.block_axis(x), self.tensor_scale, enabled=enabled)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Adopt the channel count of a checkpoint, and ask anew whether the scale rests on data."""

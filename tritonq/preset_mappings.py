@@ -34,7 +34,9 @@ def get_qconfig_mapping(name: str = DEFAULT_PRESET) -> QConfigMapping:
     """
     preset = get_qconfig(name)
     mapping = QConfigMapping().set_global(preset)
-    has_groups = getattr(getattr(preset.weight(), "qtype", None), "group", None) is not None
+    weight = preset.weight()
+    has_blocks = getattr(weight, "blocks", None) is not None and name.startswith("w_")
+    has_groups = has_blocks or getattr(getattr(weight, "qtype", None), "group", None) is not None
     if not name.startswith(_FEW_BITS) and not has_groups:
         return mapping
     edge = get_qconfig(DEFAULT_PRESET)

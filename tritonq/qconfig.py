@@ -312,6 +312,7 @@ PRESETS: dict[str, QConfig] = {
     **{f"w4a8_g{group}": _grouped(4, group, _UNSIGNED_ACTIVATION) for group in _GROUPS},
     "fp8_e4m3": _floats("fp8_e4m3", per_channel=True),
     **{format: _floats(format) for format in ("mxfp8", "mxfp4", "nvfp4")},
+    **{f"w_{format}": _floats(format)._replace(activation=nn.Identity) for format in ("mxfp8", "mxfp4", "nvfp4")},
     "bwn_w1a8": _unfolded(Factory(BinaryWeight), _UNSIGNED_ACTIVATION),
     "twn_w2a8": _unfolded(Factory(TernaryWeight), _UNSIGNED_ACTIVATION),
     **{
@@ -358,7 +359,8 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
     - ``"fp8_e4m3"``: floats of 8 bits, weights with a scale per output channel, activations with one that follows from
       the largest magnitudes of 16 batches.
     - ``"mxfp8"``, ``"mxfp4"``, ``"nvfp4"``: blocks of floats of 8 or 4 bits along the input channels. These three have
-      no deployed form, as blocks find their scales while the model runs: :func:`tritonq.convert` says so.
+      no deployed form, as blocks of activations find their scales while the model runs: :func:`tritonq.convert` says
+      so. ``"w_mxfp8"``, ``"w_mxfp4"``, ``"w_nvfp4"``: weights alone, which have one where blocks divide the channels.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.

@@ -119,7 +119,7 @@ def test_compiled_models_compute_the_same(trained: nn.Module) -> None:
     torch.compiler.reset()
 
 
-def test_blocks_have_no_deployed_form(trained: nn.Module) -> None:
+def test_blocks_of_activations_have_no_deployed_form(trained: nn.Module) -> None:
     if trained[0].weight_fake_quant.qtype is not None:
         assert tritonq.convert(copy.deepcopy(trained)) is not None
         return

@@ -16,15 +16,16 @@ from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import LAYER_TYPES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.recurrent import deployed_recurrent
-from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_rows, rounds, unless_zero
+from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_rows, codes_of_weight, rounds, unless_zero, weight_type
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional.codes import carry_codes
-from tritonq.functional.fake_quant import fake_quantize
 from tritonq.nn import Embedding, EmbeddingBag, Joint, QATLayer, QATRecurrent, QATRepVGGBlock
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.compiled import uncompiled
 from tritonq.nn.one_sided import warn_of_weight_zero_points
 from tritonq.nn.own_input import INPUT_QUANTIZER
+from tritonq.nn.recurrent_forward import is_weight_quantizer
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.edit.earlier_inputs import replace_hooks
 from tritonq.prepare.edit.fuse import move_hooks
@@ -108,10 +109,10 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
 def why_not_deployable(model: nn.Module) -> str | None:
     """Return the reason why a prepared model has no deployed form, however it is trained, or None where it has one."""
     for name, module in model.named_modules():
-        if isinstance(module, FloatFakeQuantize) and module.qtype is None:
+        if isinstance(module, FloatFakeQuantize) and module.qtype is None and not is_weight_quantizer(name):
             return (
                 f"the quantizer {name!r} rounds to {module.format}, which has no deployed form: its blocks find their "
-                "scales while the model runs; formats of single elements, such as fp8_e4m3, have one"
+                "scales while the model runs; those of weights have one, and single elements, such as fp8_e4m3"
             )
     return None
 
@@ -206,9 +207,8 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    quantizers: dict[nn.Module, nn.Module] = {
-        module: _quantizer(module) for module in model.modules() if isinstance(module, QUANTIZERS)
-    }
+    known = (module for module in model.modules() if isinstance(module, QUANTIZERS) and module.qtype is not None)
+    quantizers: dict[nn.Module, nn.Module] = {module: _quantizer(module) for module in known}
     replacements: dict[nn.Module, nn.Module] = dict(quantizers)
     for name, module in model.named_modules():
         try:
@@ -301,7 +301,7 @@ def _weight_grid(layer: QATLayer) -> QuantizedType | None:
         return None
     if not isinstance(quantizer, QUANTIZERS):
         raise ValueError(f"a weight quantizer of type {type(quantizer).__name__} has no grid")
-    return quantizer.qtype if rounds(quantizer) else None
+    return weight_type(quantizer)
 
 
 def _float_tensors(
@@ -311,7 +311,14 @@ def _float_tensors(
     bias = None if bias is None else bias.clone()
     if grid is None:
         return {"weight": weight.clone(), "bias": bias}
-    codes, scale, zero = codes_of_rows(layer.linear_map.to_rows(layer.weight_near_codes(weight)), layer.weight_grid())
+    quantizer = cast(FakeQuantizeBase | FloatFakeQuantize, layer.weight_fake_quant)
+    has_blocks = isinstance(quantizer, FloatFakeQuantize) and quantizer.blocks is not None
+    if has_blocks and isinstance(layer, QATBatchNormLayer) and layer.qconfig.folding == "scale":
+        raise ValueError(
+            f'{quantizer.format} has no deployed form with folding="scale": its blocks are those of W alone'
+        )
+    rows = layer.linear_map.to_rows(layer.weight_near_codes(weight))
+    codes, scale, zero = codes_of_weight(rows, quantizer, layer.weight_grid)
     zero_point = unless_zero(zero)
     return {
         "weight": layer.linear_map.from_rows(codes),
@@ -328,7 +335,7 @@ def _table(table: Embedding | EmbeddingBag) -> nn.Module:
     if isinstance(quantizer, FloatFakeQuantize) and quantizer.rounds():
         # A table of numbers that the format has: nothing computes on its codes.
         kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
-        return kind(**geometry, _weight=fake_quantize(table.weight.detach(), quantizer.grid()))
+        return kind(**geometry, _weight=quantizer.rounded(table.weight.detach()))
     if not isinstance(quantizer, FakeQuantizeBase) or not quantizer.is_enabled_on_host():
         kind = nn.Embedding if target is QuantizedEmbedding else nn.EmbeddingBag
         return kind(**geometry, _weight=table.weight.detach().clone())

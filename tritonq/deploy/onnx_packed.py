@@ -1,4 +1,4 @@
-"""Weights of four bits and fewer as INT4 and UINT4 initialisers, two codes per byte (opset 21)."""
+"""Weights of four bits and fewer as INT4, UINT4 and FLOAT4E2M1 initialisers, two codes per byte (opset 21, 23)."""
 
 from __future__ import annotations
 
@@ -7,18 +7,29 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
+
+from tritonq.formats import FLOAT_FORMATS
+from tritonq.reference.float_rounding import codes_of_floats, floats_of_codes, round_to_float_
 
 # The oldest with DequantizeLinear of four and of 16 bits, and the format's version that came with it.
 PACKED_OPSET = 21
 _IR_VERSION = 10
 _SIGNED, _UNSIGNED = (-8, 7), (0, 15)
+# The oldest with floats of four bits, and the format's version that came with it.
+_FLOATS_OPSET, _FLOATS_IR_VERSION = 23, 11
+_E2M1 = FLOAT_FORMATS["e2m1"]
 _logger = logging.getLogger("tritonq")
 
 
 def pack_weights(proto: Any) -> None:
     """Store constants that DequantizeLinear reads with four bits where all their codes fit, in place.
 
-    Signed codes of -8..7 become INT4, others of 0..15 UINT4. The log tells how many bytes that saves.
+    Signed codes of -8..7 become INT4, others of 0..15 UINT4, eight-bit floats that are all numbers of E2M1 FLOAT4E2M1.
+    The log tells how many bytes that saves.
+
+    Raises:
+        ValueError: floats of four bits, and an onnx without them.
     """
     import onnx
 
@@ -29,9 +40,18 @@ def pack_weights(proto: Any) -> None:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     packed: dict[str, int] = {}
+    has_floats = False
     for name, tensor in constants.items():
         nodes = readers.get(name, [])
         if any(node.op_type != "DequantizeLinear" or node.input[0] != name for node in nodes) or not nodes:
+            continue
+        if tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN and _holds_e2m1(tensor):
+            before = len(tensor.raw_data)
+            _pack_floats(tensor)
+            for node in nodes:
+                del node.input[2:]  # the zero point's type is that of the numbers; without one it is 0
+            packed[name] = before - len(tensor.raw_data)
+            has_floats = True
             continue
         if tensor.data_type not in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8):
             continue
@@ -49,13 +69,27 @@ def pack_weights(proto: Any) -> None:
     _drop_unread(graph)
     for entry in proto.opset_import:
         if entry.domain == "":
-            entry.version = max(entry.version, PACKED_OPSET)
-    proto.ir_version = max(proto.ir_version, _IR_VERSION)
+            entry.version = max(entry.version, _FLOATS_OPSET if has_floats else PACKED_OPSET)
+    proto.ir_version = max(proto.ir_version, _FLOATS_IR_VERSION if has_floats else _IR_VERSION)
     _logger.info(
         "weights of four bits and fewer are packed (%d constants, %d bytes less); ONNX Runtime computes in float there",
         len(packed),
         sum(packed.values()),
     )
+
+
+def widen_floats(proto: Any) -> None:
+    """Let floats of four bits be eight-bit ones, which hold the same numbers and which ONNX Runtime has, in place."""
+    import onnx
+
+    kind = getattr(onnx.TensorProto, "FLOAT4E2M1", None)
+    for tensor in proto.graph.initializer:
+        if kind is not None and tensor.data_type == kind:
+            halves = np.frombuffer(tensor.raw_data, np.uint8)
+            codes = np.stack([halves & 15, halves >> 4], -1).reshape(-1)[: int(np.prod(tensor.dims))]
+            values = floats_of_codes(torch.from_numpy(np.where(codes & 8, -(codes & 7).astype(np.int8), codes)), _E2M1)
+            _replace(tensor, onnx.TensorProto.FLOAT8E4M3FN, values.to(torch.float8_e4m3fn).view(torch.uint8).numpy())
+    _forget_types(proto.graph, {tensor.name for tensor in proto.graph.initializer})
 
 
 def is_packed(tensor: Any) -> bool:
@@ -72,6 +106,47 @@ def is_wide(tensor: Any) -> bool:
     return tensor.data_type in (onnx.TensorProto.INT16, onnx.TensorProto.UINT16)
 
 
+def _numbers(tensor: Any) -> torch.Tensor:
+    """Return the numbers of a constant of eight-bit floats."""
+    raw = torch.from_numpy(np.frombuffer(tensor.raw_data, np.uint8).copy())
+    return raw.view(torch.float8_e4m3fn).float()
+
+
+def _holds_e2m1(tensor: Any) -> bool:
+    numbers = _numbers(tensor)
+    return bool(numbers.numel()) and torch.equal(round_to_float_(numbers.clone(), _E2M1), numbers)
+
+
+def _pack_floats(tensor: Any) -> None:
+    """Give a constant of eight-bit floats half a byte per number: sign, two bits of exponent, one of mantissa."""
+    import onnx
+
+    kind = getattr(onnx.TensorProto, "FLOAT4E2M1", None)
+    if kind is None:
+        raise ValueError(
+            f"onnx {onnx.__version__} has no FLOAT4E2M1, which pack=True needs for {tensor.name!r}: update it, or "
+            "write FLOAT8E4M3FN without pack"
+        )
+    codes = codes_of_floats(_numbers(tensor), _E2M1).numpy()
+    _replace(tensor, kind, _halves(np.where(codes < 0, 8 - codes, codes).astype(np.uint8)))
+
+
+def _halves(codes: Any) -> Any:
+    """Return codes of four bits two per byte, the first in the low half."""
+    padded = np.append(codes, np.zeros(codes.size % 2, np.uint8))
+    return padded[0::2] | (padded[1::2] << 4)
+
+
+def _replace(tensor: Any, kind: int, content: Any) -> None:
+    """Give a constant another type and content; its name and shape stay."""
+    dimensions, name = list(tensor.dims), tensor.name
+    tensor.Clear()
+    tensor.name = name
+    tensor.dims.extend(dimensions)
+    tensor.data_type = kind
+    tensor.raw_data = content.tobytes()
+
+
 def _fits(tensor: Any, limits: tuple[int, int]) -> bool:
     import onnx
 
@@ -83,16 +158,8 @@ def _pack(tensor: Any, is_signed: bool) -> None:
     """Give a constant of one byte per code half a byte per code, the first in the low half."""
     import onnx
 
-    codes = onnx.numpy_helper.to_array(tensor)
-    halves = codes.reshape(-1).astype(np.uint8) & 15
-    halves = np.append(halves, np.zeros(halves.size % 2, np.uint8))
-    dimensions = list(tensor.dims)
-    name = tensor.name
-    tensor.Clear()
-    tensor.name = name
-    tensor.dims.extend(dimensions)
-    tensor.data_type = onnx.TensorProto.INT4 if is_signed else onnx.TensorProto.UINT4
-    tensor.raw_data = (halves[0::2] | (halves[1::2] << 4)).tobytes()
+    codes = onnx.numpy_helper.to_array(tensor).reshape(-1).astype(np.uint8) & 15
+    _replace(tensor, onnx.TensorProto.INT4 if is_signed else onnx.TensorProto.UINT4, _halves(codes))
 
 
 def _pack_zero_point(graph: Any, constants: dict[str, Any], node: Any, is_signed: bool) -> None:

@@ -16,6 +16,7 @@ from tritonq.deploy.onnx_ends import Ends
 from tritonq.deploy.onnx_files import CODES_KEY, TARGET_KEY, require_onnx
 from tritonq.deploy.onnx_floats import float_codes, float_values
 from tritonq.deploy.onnx_layers_apart import find_islands, given_name, separated
+from tritonq.deploy.onnx_packed import widen_floats
 from tritonq.deploy.onnx_session import open_session
 from tritonq.prepare.record.structure import tensors_in
 
@@ -39,6 +40,7 @@ def onnx_runner(path: str | os.PathLike[str]) -> tuple[Runner, dict[str, tuple[s
         raise
     except Exception as error:  # protobuf's own exception types
         raise ValueError(f"{os.fspath(path)} is not an ONNX file") from error
+    widen_floats(model)
     properties = {entry.key: entry.value for entry in model.metadata_props}
     if CODES_KEY not in properties:
         raise ValueError(f"{os.fspath(path)} was not written by export_onnx: it does not say where its codes are")

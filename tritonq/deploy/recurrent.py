@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tritonq.deploy.modules import check_shape
 from tritonq.deploy.quantizer import DeployedModule
 from tritonq.deploy.values import stored
-from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_rows, rounds
+from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_weight, weight_type
 from tritonq.functional.coded_tensor import CodedTensor
 from tritonq.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, QATRecurrent, RNNCell
 from tritonq.nn.recurrent_forward import RecurrentCellForward, RecurrentForward, weight_names
@@ -179,10 +179,10 @@ def deployed_recurrent(layer: QATRecurrent, quantizers: Mapping[nn.Module, nn.Mo
             continue
         if not isinstance(quantizer, QUANTIZERS):
             raise ValueError(f"a weight quantizer of type {type(quantizer).__name__} has no grid")
-        types[name] = quantizer.qtype if rounds(quantizer) else None
+        types[name] = weight_type(quantizer)
         if types[name] is not None:
             is_nearest = getattr(quantizer, "rounds_to_nearest", True)
-            codes, scale, zero = codes_of_rows(parameter if is_nearest else quantizer(parameter), quantizer.grid())
+            codes, scale, zero = codes_of_weight(parameter if is_nearest else quantizer(parameter), quantizer)
             tensors |= {name: codes, f"{name}_scale": scale}
             tensors |= {f"{name}_zero_point": zero} if bool(zero.any()) else {}
     deployed = made({name: getattr(layer, name) for name in layer.geometry_names}, types, tensors)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,8 +12,10 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional.groups import as_rows, group_rows
 from tritonq.grid import Grid
+from tritonq.qparams import QuantizedType
 from tritonq.reference.fake_quant import quantize
-from tritonq.reference.float_rounding import codes_of_floats
+from tritonq.reference.float_blocks import block_scales
+from tritonq.reference.float_rounding import codes_of_floats, round_to_float_
 
 QUANTIZERS = (FakeQuantizeBase, FloatFakeQuantize)
 
@@ -35,6 +40,45 @@ def codes_of_rows(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     if qtype.float_format is not None:
         codes = codes_of_floats(codes, qtype.float_format)
     return codes.to(qtype.storage_dtype), scale, zero
+
+
+def weight_type(quantizer: FakeQuantizeBase | FloatFakeQuantize) -> QuantizedType | None:
+    """Return the type of a weight's codes; blocks of floats are groups of them. None: it stays in float."""
+    if not rounds(quantizer):
+        return None
+    blocks = quantizer.blocks if isinstance(quantizer, FloatFakeQuantize) else None
+    return (
+        quantizer.qtype if blocks is None else replace(QuantizedType.of_floats(blocks.elements, 1), group=blocks.size)
+    )
+
+
+def codes_of_weight(
+    rows: Tensor, quantizer: FakeQuantizeBase | FloatFakeQuantize, grid: Callable[[], Grid] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return integer codes of a weight's ``rows`` (out, in, ...), and their scale and zero point per row or group.
+
+    ``grid`` gives the grid of formats without blocks where that is not the quantizer's own.
+
+    Raises:
+        ValueError: scales along another axis, or blocks that don't divide the input channels.
+    """
+    blocks = quantizer.blocks if isinstance(quantizer, FloatFakeQuantize) else None
+    if blocks is None or not isinstance(quantizer, FloatFakeQuantize):
+        return codes_of_rows(rows, quantizer.grid() if grid is None else grid())
+    axis = quantizer.block_axis(rows)
+    if axis != 1 or rows.shape[1] % blocks.size:
+        raise ValueError(
+            f"{quantizer.format} has a deployed form where its blocks of {blocks.size} divide the input channels (axis "
+            f"1), and here they lie along axis {axis} of {rows.shape[axis]}: give this layer 8 bits, by a "
+            "QConfigMapping"
+        )
+    rows = rows.float()
+    scale = block_scales(rows, blocks, 1, quantizer.tensor_scale)
+    along = scale.repeat_interleave(blocks.size, 1)
+    # A block of zeros may have a scale of 0.
+    steps = torch.where(along == 0, 0.0, quantizer.rounded(rows) / along)
+    codes = codes_of_floats(round_to_float_(steps, blocks.element_format), blocks.element_format)
+    return codes, scale, torch.zeros_like(scale, dtype=torch.int32)
 
 
 def unless_zero(zero_point: Tensor) -> Tensor | None:

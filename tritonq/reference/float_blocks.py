@@ -56,6 +56,24 @@ def fake_quantize_blocks(
     return y if enabled is None else torch.where(enabled.view(()) != 0, y, x)
 
 
+def block_scales(x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None = None) -> Tensor:
+    """Return the scale that :func:`fake_quantize_blocks` gives each block of a finite tensor.
+
+    Args:
+        x: float32, with whole blocks along ``axis``.
+        blocks: the format.
+        axis: of the blocks; not negative.
+        tensor_scale: float32, one element; None for e8m0 scales.
+
+    Returns:
+        float32, shaped as ``x`` with one index per block along ``axis``.
+    """
+    parts = torch.unflatten(x, axis, (-1, blocks.size)).abs().amax(axis + 1)
+    if tensor_scale is None:
+        return _power_of_two_scales(parts, blocks)[0]
+    return _float_scales(parts, blocks.element_format, tensor_scale)[0]
+
+
 def _in_blocks(values: Tensor, axis: int, size: int) -> Iterator[Tensor]:
     """Yield views of all elements in which ``axis`` is split into blocks and what lies within a block."""
     length = values.shape[axis]
