@@ -23,6 +23,7 @@ from tritonq.functional import (
     statistic_frac_len,
     trained_threshold_quantize,
 )
+from tritonq.learned_bits import LearnedBitsFakeQuantize, fix_learned_bits, learned_size
 from tritonq.learned_fake_quantize import (
     ClippedFakeQuantize,
     LearnedStepFakeQuantize,
@@ -98,6 +99,7 @@ __all__ = [
     "FloatFakeQuantize",
     "HistogramObserver",
     "InterpolatingHistogramObserver",
+    "LearnedBitsFakeQuantize",
     "LearnedStepFakeQuantize",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
@@ -138,6 +140,7 @@ __all__ = [
     "fake_quantize_learnable",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
+    "fix_learned_bits",
     "fixed_point_quantize",
     "fold_conv_bn",
     "freeze_bn_stats",
@@ -149,6 +152,7 @@ __all__ = [
     "get_yolo_qconfig_mapping",
     "graphed",
     "histogram",
+    "learned_size",
     "load_converted",
     "load_qconfig_mapping",
     "load_torch_ao_state_dict",

@@ -8,7 +8,7 @@ from tritonq.qconfig import DEFAULT_PRESET, get_qconfig
 from tritonq.qconfig_mapping import QConfigMapping
 
 # Presets whose ends want 8 bits.
-_FEW_BITS = ("lsq_", "dorefa_", "bwn_", "twn_")
+_FEW_BITS = ("lsq_", "dorefa_", "bwn_", "twn_", "learned_bits_")
 
 
 def get_qconfig_mapping(name: str = DEFAULT_PRESET) -> QConfigMapping:

@@ -13,6 +13,7 @@ from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.float_fake_quantize import FloatFakeQuantize
+from tritonq.learned_bits import LearnedBitsFakeQuantize
 from tritonq.learned_fake_quantize import LearnedStepFakeQuantize, TrainedThresholdFakeQuantize
 from tritonq.near_misses import did_you_mean
 from tritonq.observers import (
@@ -313,6 +314,7 @@ PRESETS: dict[str, QConfig] = {
     "fp8_e4m3": _floats("fp8_e4m3", per_channel=True),
     **{format: _floats(format) for format in ("mxfp8", "mxfp4", "nvfp4")},
     **{f"w_{format}": _floats(format)._replace(activation=nn.Identity) for format in ("mxfp8", "mxfp4", "nvfp4")},
+    "learned_bits_a8": _unfolded(LearnedBitsFakeQuantize.with_args(), _UNSIGNED_ACTIVATION),
     "bwn_w1a8": _unfolded(Factory(BinaryWeight), _UNSIGNED_ACTIVATION),
     "twn_w2a8": _unfolded(Factory(TernaryWeight), _UNSIGNED_ACTIVATION),
     **{
@@ -356,6 +358,8 @@ def get_qconfig(name: str = DEFAULT_PRESET) -> QConfig:
       alone. First and last layer and inputs want 8 bits: :func:`tritonq.get_qconfig_mapping` gives the mapping.
     - ``"dorefa_w1a2"``, ``"dorefa_w1a4"``, ``"dorefa_w2a2"``, ``"dorefa_w4a4"``: DoReFa-Net, activations between 0 and
       1; ``"bwn_w1a8"``, ``"twn_w2a8"``: binary and ternary weights. Ends as with LSQ.
+    - ``"learned_bits_a8"``: weights of 2 to 8 bits, a trained number per layer (FracBits, over LSQ's trained scales):
+      :func:`tritonq.learned_size` gives the penalty, :func:`tritonq.fix_learned_bits` ends the search. Ends as for LSQ.
     - ``"fp8_e4m3"``: floats of 8 bits, weights with a scale per output channel, activations with one that follows from
       the largest magnitudes of 16 batches.
     - ``"mxfp8"``, ``"mxfp4"``, ``"nvfp4"``: blocks of floats of 8 or 4 bits along the input channels. These three have

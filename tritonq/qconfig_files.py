@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from tritonq import learned_fake_quantize, observers, paper_schemes
+from tritonq import learned_bits, learned_fake_quantize, observers, paper_schemes
 from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
@@ -43,7 +43,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
         *(learned_fake_quantize.LearnedStepFakeQuantize, learned_fake_quantize.TrainedThresholdFakeQuantize),
         learned_fake_quantize.ClippedFakeQuantize,
         *(getattr(observers, name) for name in observers.__all__ if name.endswith("Observer")),
-        *(paper_schemes.BinaryWeight, paper_schemes.TernaryWeight),
+        *(paper_schemes.BinaryWeight, paper_schemes.TernaryWeight, learned_bits.LearnedBitsFakeQuantize),
         *(paper_schemes.DoReFaWeight, paper_schemes.DoReFaActivation),
         observe_only,
         nn.Identity,

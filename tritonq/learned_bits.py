@@ -1,0 +1,242 @@
+"""Weights whose bit width is trained with them: one real number per layer, and what its penalty and its end need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.functional.fake_quant import fake_quantize
+from tritonq.learned_base import LearnedFakeQuantize, floored
+from tritonq.learned_fake_quantize import LearnedStepFakeQuantize
+from tritonq.observers import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from tritonq.qparams import QParams, QuantizedType
+from tritonq.reference.fake_quant import arithmetic_dtype
+
+_BITS_PER_BYTE = 8
+
+
+class LearnedBitsFakeQuantize(LearnedFakeQuantize):
+    """Fake quantization of a weight whose scale (LSQ) and whose number of bits are parameters.
+
+    With a real number of bits ``b = l + a``, ``l`` whole, ``0 <= a <= 1``, training mixes two grids of one range::
+
+        y = (1 - a) Q_l(w) + a Q_{l+1}(w)
+        Q_n(w) = s_n round(clip(w / s_n, -q_n, q_n)),  q_n = 2^(n-1) - 1,  s_n = s q_max / q_n
+
+    where ``s`` is the step at ``max_bits``. So ``dy/db = Q_{l+1}(w) - Q_l(w)``; ``w`` and ``s`` have LSQ's gradients
+    through both grids. Eval mode, and what is deployed, round to the nearest whole number of bits. A number that an
+    optimizer pushes beyond its bounds returns to them with the next batch.
+
+    :func:`tritonq.learned_size` is what a penalty on bits is made of; :func:`tritonq.fix_learned_bits` ends the search.
+
+    Args:
+        initial_bits: where the search begins.
+        min_bits: at least 2.
+        max_bits: at most 8.
+        ch_axis: 0 for one scale per output channel, or None for one per tensor. All of the weight has one width.
+
+    Attributes:
+        scale: float32 parameter, the step at ``max_bits``.
+        bits: float32 parameter (1,).
+        elements: how many values the last tensor had, which a penalty counts.
+
+    Raises:
+        ValueError: bounds that are not whole, not ordered, or outside of 2 and 8, or another axis.
+
+    Source: Yang and Jin, FracBits: Mixed Precision Quantization via Fractional Bit-Widths, AAAI 2021 (the two grids,
+    the penalty on size, rounding at the end); Nikolić et al., BitPruning, 2020; Esser et al., LSQ, 2020 (the scale).
+
+    Examples:
+        >>> quantizer = LearnedBitsFakeQuantize(initial_bits=2.5, ch_axis=None)
+        >>> quantizer(torch.tensor([[-1.0, 0.4, 0.7, 1.0]]))
+        tensor([[-1.0000,  0.1667,  0.8333,  1.0000]], grad_fn=<WhereBackward0>)
+        >>> quantizer.eval()(torch.tensor([[-1.0, 0.4, 0.7, 1.0]])), quantizer.qtype.bits
+        (tensor([[-1.,  0.,  1.,  1.]]), 2)
+    """
+
+    bits: nn.Parameter
+    zero_point: Tensor
+    elements = 0
+
+    def __init__(
+        self, initial_bits: float = 8.0, *, min_bits: int = 2, max_bits: int = 8, ch_axis: int | None = 0
+    ) -> None:
+        if not (isinstance(min_bits, int) and isinstance(max_bits, int) and 2 <= min_bits < max_bits <= 8):
+            raise ValueError(f"min_bits < max_bits are whole numbers from 2 to 8, got {min_bits!r} and {max_bits!r}")
+        if not min_bits <= initial_bits <= max_bits:
+            raise ValueError(f"initial_bits must lie between {min_bits} and {max_bits}, got {initial_bits!r}")
+        if ch_axis not in (None, 0):
+            raise ValueError(f"weights have a scale per tensor (ch_axis=None) or per out channel (0), got {ch_axis!r}")
+        self.bounds = min_bits, max_bits
+        # Address and version of the width when it was last read, and the type that it gave.
+        self._type_read: tuple[tuple[int, int], QuantizedType] | None = None
+        observer = MovingAverageMinMaxObserver if ch_axis is None else MovingAveragePerChannelMinMaxObserver
+        dtype = QuantizedType.of(max_bits, narrow=True, axis=ch_axis)
+        channel_axis = {} if ch_axis is None else {"ch_axis": ch_axis}
+        super().__init__(observer, None, None, dtype=dtype, averaging_constant=1.0, **channel_axis)
+        self.scale = nn.Parameter(torch.ones(self._channels))
+        self.bits = nn.Parameter(torch.tensor([float(initial_bits)]))
+        self.register_buffer("zero_point", torch.zeros(self._channels, dtype=torch.int32))
+
+    @property
+    def qtype(self) -> QuantizedType:
+        """The type at the nearest whole number of bits; asks the device once for each change of the width."""
+        if "_parameters" not in vars(self) or "bits" not in self._parameters:
+            return self._widest
+        version = (self.bits.data_ptr(), self.bits._version)
+        if self.bits.is_cpu or self._type_read is None or self._type_read[0] != version:
+            bits = round(min(max(float(self.bits.detach()), self.bounds[0]), self.bounds[1]))
+            self._type_read = version, QuantizedType.of(bits, narrow=True, axis=self._widest.axis)
+        return self._type_read[1]
+
+    @qtype.setter
+    def qtype(self, widest: QuantizedType) -> None:
+        self._widest = widest
+
+    def allocate(self, num_channels: int) -> None:
+        """See base class; the width is one number."""
+        self.activation_post_process.allocate(num_channels)
+        if self._widest.axis is not None and self.scale.numel() != num_channels:
+            self.scale.data = self.scale.data.new_ones(num_channels)
+            self.zero_point = self.zero_point.new_zeros(num_channels)
+
+    def calculate_qparams(self) -> QParams:
+        """See base class: scale and zero point at the nearest whole number of bits."""
+        step = self._step_at(torch.tensor(float(self.qtype.bits), device=self.scale.device))
+        return QParams(step.detach(), self.zero_point)
+
+    def fixed(self) -> LearnedStepFakeQuantize:
+        """Return a quantizer of the same grid whose width is no parameter any more: LSQ."""
+        axis = self._widest.axis
+        observer = MovingAverageMinMaxObserver if axis is None else MovingAveragePerChannelMinMaxObserver
+        made = LearnedStepFakeQuantize(observer, dtype=self.qtype)
+        made.initialize(QParams(*(part.detach().cpu().clone() for part in self.calculate_qparams())))
+        made.batch_axis, made.training = self.batch_axis, self.training
+        made.fake_quant_enabled.copy_(self.fake_quant_enabled)
+        made.observer_enabled.copy_(self.observer_enabled)
+        made.initialized.copy_(self.initialized)
+        return made.to(self.scale.device)
+
+    def _write(self, qparams: QParams) -> None:
+        self.scale.copy_(qparams.scale.view_as(self.scale))
+
+    def _step_at(self, bits: Tensor) -> Tensor:
+        """Return the step of the grid of so many bits."""
+        largest = torch.exp2(bits - 1) - 1
+        return floored(self.scale, self.activation_post_process.eps) * (self._widest.quant_max / largest)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        self.elements = x.numel()
+        if not self.training:
+            return fake_quantize(x, self.grid())
+        with torch.no_grad():
+            self.bits.clamp_(*self.bounds)
+        low = self.bits.detach().floor().clamp(max=self.bounds[1] - 1)
+        values = x.to(arithmetic_dtype(x.dtype))
+        fewer, more = self._on_grid(values, low), self._on_grid(values, low + 1)
+        y = fewer + (self.bits - low) * (more - fewer)
+        return torch.where(self.fake_quant_enabled != 0, y, values).to(x.dtype)
+
+    def _on_grid(self, x: Tensor, bits: Tensor) -> Tensor:
+        """Return ``x`` on the grid of so many bits, with LSQ's gradients."""
+        largest = torch.exp2(bits - 1) - 1
+        step = self._step_at(bits).to(x.dtype)
+        per_scale = x.numel() // max(1, step.numel())
+        factor = (largest * max(1, per_scale)).rsqrt()
+        step = step.detach() + factor * (step - step.detach())
+        steps = x / self._widest.granularity.align(step, x.dim())
+        fixed = steps.detach()
+        inside = fixed.round().abs() <= largest
+        codes = torch.where(inside, steps + (fixed.round() - fixed), fixed.sign() * largest)
+        return codes * self._widest.granularity.align(step, x.dim())
+
+    def extra_repr(self) -> str:
+        """Return the width and its bounds."""
+        return f"bits={float(self.bits.detach()):.3g} of {self.bounds[0]}..{self.bounds[1]}, {super().extra_repr()}"
+
+
+def learned_size(model: nn.Module) -> Tensor:
+    """Return the bytes of the weights whose widths are trained, as a tensor with gradients to these widths.
+
+    A penalty ``kappa * (learned_size(model) - target).abs()`` holds a model to a size.
+
+    Args:
+        model: a prepared model; where weights are computed of others it has to have run once.
+
+    Returns:
+        0-d float32 tensor: ``sum of elements * bits / 8``.
+
+    Raises:
+        ValueError: no weight has a trained width, or one has not run.
+
+    Source: Yang and Jin, FracBits, AAAI 2021, the penalty on a model's size.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+        >>> x, mapping = torch.randn(4, 16), tritonq.get_qconfig_mapping("learned_bits_a8")
+        >>> qat = tritonq.prepare_qat(model, qconfig=mapping, example_inputs=x).train()
+        >>> size = tritonq.learned_size(qat)             # of the layer between the ends, which have 8 bits
+        >>> size.item(), 32 * 32
+        (1024.0, 1024)
+        >>> loss = qat(x).square().mean() + 1e-3 * (size - 500).abs()
+        >>> loss.backward()
+        >>> float(qat[2].weight_fake_quant.bits.grad) > 0
+        True
+    """
+    found = dict(_with_learned_bits(model))
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no weight whose width is trained: use LearnedBitsFakeQuantize")
+    elements = {name: _elements(model, name, quantizer) for name, quantizer in found.items()}
+    waiting = [name for name, count in elements.items() if not count]
+    if waiting:
+        raise ValueError(f"run the model once before its size is asked for: {waiting[0]!r} has seen no weight")
+    sizes = [quantizer.bits.sum() * (elements[name] / _BITS_PER_BYTE) for name, quantizer in found.items()]
+    return torch.stack(sizes).sum()
+
+
+def _elements(model: nn.Module, name: str, quantizer: LearnedBitsFakeQuantize) -> int:
+    """Return how many values a quantizer's weight has: that of its name beside it, or the last that it saw."""
+    owner, _, child = name.rpartition(".")
+    weight = model.get_submodule(owner)._parameters.get(child.removesuffix("_fake_quant"))
+    return quantizer.elements if weight is None else weight.numel()
+
+
+def fix_learned_bits(model: nn.Module) -> dict[str, int]:
+    """End the search: let each weight have the whole number of bits next to its trained one, in place.
+
+    Its quantizer becomes a :class:`tritonq.LearnedStepFakeQuantize` of the same grid, whose scale trains on. Make the
+    optimizer for what follows anew: the quantizers' parameters are others. The paper trains some 80 % of the epochs
+    before, and the rest behind.
+
+    Args:
+        model: a prepared model.
+
+    Returns:
+        The bits, by the quantizers' names.
+
+    Raises:
+        ValueError: no weight has a trained width.
+
+    Examples:
+        >>> import torch, tritonq
+        >>> qconfig = tritonq.get_qconfig("learned_bits_a8")
+        >>> x = torch.randn(4, 16)
+        >>> qat = tritonq.prepare_qat(nn.Sequential(nn.Linear(16, 8)), qconfig=qconfig, example_inputs=x).train()
+        >>> _ = qat[0].weight_fake_quant.bits.data.fill_(3.4)
+        >>> fix_learned_bits(qat), type(qat[0].weight_fake_quant).__name__
+        ({'0.weight_fake_quant': 3}, 'LearnedStepFakeQuantize')
+    """
+    found = dict(_with_learned_bits(model))
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no weight whose width is trained: use LearnedBitsFakeQuantize")
+    made = {quantizer: quantizer.fixed() for quantizer in found.values()}
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if isinstance(child, LearnedBitsFakeQuantize):
+                module._modules[name] = made[child]
+    return {name: made[quantizer].qtype.bits for name, quantizer in found.items()}
+
+
+def _with_learned_bits(model: nn.Module) -> list[tuple[str, LearnedBitsFakeQuantize]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LearnedBitsFakeQuantize)]
