@@ -140,7 +140,7 @@ _TRANSFORMERS: dict[str, dict[str, Any]] = {
     "RegNet": {**_NARROW, "groups_width": 8},
     "MobileNetV1": {},
     "MobileNetV2": {},
-    "EfficientNet": {"width_coefficient": 0.5, "depth_coefficient": 0.5},
+    "EfficientNet": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640},
     "ConvNext": {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
     "ConvNextV2": {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
     "Bit": {**_NARROW, "num_groups": 4},

@@ -12,7 +12,7 @@ from torch import nn
 import tritonq
 import tritonq.nn as qnn
 from prepared_nets import Net, X, conv, norm, of_type
-from tritonq.prepare import disable_fake_quant, prepare_qat
+from tritonq.prepare import check, disable_fake_quant, prepare_qat
 
 # What stays in float is the subject of tests of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:prepare_qat leaves")
@@ -338,3 +338,27 @@ def test_joins_of_parts_without_a_qconfig_are_told_as_asked_for():
         warnings.simplefilter("error")
         prepared = prepare_qat(model, example_inputs=torch.randn(2, 4), strict=True)
     assert {reasons(prepared)[name] for name in ("add", "mul", "stem")} == {"its qconfig is None"}
+
+
+class Chaotic(nn.Module):
+    """Multiplies what rounding does to a BatchNorm's result."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.head(torch.sin(2e4 * self.bn(self.conv(x))))
+
+
+def test_noise_of_float32_is_no_difference(monkeypatch):
+    torch.manual_seed(0)
+    model = Chaotic()
+    model.bn.running_var.uniform_(0.2, 0.9)
+    x = torch.randn(4, 3, 12, 12)
+    prepared = tritonq.prepare_qat(model, example_inputs=x, warn=False)
+    assert tritonq.summary(prepared).layers
+    # A difference of that size between models without such noise is told.
+    monkeypatch.setattr(check, "_NOISE_FACTOR", 1e-9)
+    with pytest.raises(RuntimeError, match="would not compute in eval mode what the float model does"):
+        tritonq.prepare_qat(model, example_inputs=x, warn=False)
