@@ -159,7 +159,7 @@ class Windows(nn.Module):
 
 def test_windows_in_a_forward_that_keeps_its_branches_add_codes(tmp_path):
     kinds = exported(Windows(), tmp_path)
-    assert (kinds["QLinearConv"], kinds["AveragePool"], kinds["Round"]) == (2, 2, 2)
+    assert (kinds["QLinearConv"], kinds["AveragePool"], kinds["Round"]) == (2, 2, 4)
 
 
 def test_other_windows_than_recorded_are_means_in_float():
