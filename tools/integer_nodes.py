@@ -20,6 +20,8 @@ _JOINS = {
     "mul": "QLinearMul",
     "cat": "QLinearConcat",
     "stack": "QLinearConcat",
+    **dict.fromkeys(("matmul", "einsum", "scaled_dot_product_attention"), "QLinearMatMul"),
+    **dict.fromkeys(("addmm", "baddbmm"), "QLinearAdd"),
 }
 # These stand between a join and its codes and move or clip them. A concatenation of one grid moves codes itself.
 _MOVES = ("Clip", "Min", "Max", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice")

@@ -102,10 +102,14 @@ def _timm(name: str, size: int) -> Example:
 def _transformers(name: str, size: int) -> Example:
     transformers = importlib.import_module("transformers")
 
-    config = getattr(transformers, f"{name}Config")(num_labels=CLASSES, **_TRANSFORMERS[name])
+    options = dict(_TRANSFORMERS[name])
+    if "backbone_config" in options:
+        options["backbone_config"] = transformers.ResNetConfig(**_NARROW, layer_type="basic", out_features=["stage2"])
+    config = getattr(transformers, f"{name}Config")(num_labels=CLASSES, **options)
     if hasattr(config, "image_size"):
         config.image_size = size
-    return Example(getattr(transformers, f"{name}ForImageClassification")(config), {"pixel_values": images(size)})
+    kind = getattr(transformers, _CLASSES.get(name, f"{name}ForImageClassification"))
+    return Example(kind(config), {"pixel_values": images(size)})
 
 
 def _smp(name: str, size: int) -> Example:
@@ -150,8 +154,17 @@ _TRANSFORMERS: dict[str, dict[str, Any]] = {
     "DeiT": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
     "Dinov2": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16},
     "Swin": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    "CLIPVision": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    "Detr": {
+        **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 5, "use_timm_backbone": False},
+        **{"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
+        "backbone_config": None,  # a ResNet of two stages
+    },
     "Segformer": {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]},
 }
+
+# What is no image classifier.
+_CLASSES = {"CLIPVision": "CLIPVisionModel", "Detr": "DetrForObjectDetection"}
 
 _PYTORCHCV = (
     *("resnet10", "preresnet10", "mobilenet_wd4", "mobilenetv2_wd4", "shufflenetv2_wd2", "squeezenet_v1_1"),

@@ -105,7 +105,9 @@ def _implementations(problem: Problem) -> dict[str, Implementation]:
     if problem.format in _TORCHAO_DTYPES:
         build = _torchao_mx(_TORCHAO_DTYPES[problem.format])
         table["torchao"] = Implementation(build, tolerance=_PEER, distribution="torchao", module="torchao")
-    if problem.format in ("mxfp4", "nvfp4"):
+    if problem.format == "nvfp4":
+        table["torchao"] = Implementation(_torchao_nvfp4, tolerance=_PEER, distribution="torchao", module="torchao")
+    if problem.format in _MODELOPT_BITS:
         table["nvidia-modelopt"] = Implementation(
             lambda inputs: _modelopt(problem), tolerance=_PEER, distribution="nvidia-modelopt", module="modelopt"
         )
@@ -124,15 +126,29 @@ def _torchao_mx(dtype: str) -> Callable[[Inputs], Callable[[Inputs], tuple[Tenso
     return build
 
 
+def _torchao_nvfp4(inputs: Inputs) -> Callable[[Inputs], tuple[Tensor, ...]]:
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+
+    def run(inputs: Inputs) -> tuple[Tensor, ...]:
+        x = inputs["x"]
+        return (NVFP4Tensor.to_nvfp4(x, per_tensor_scale=inputs["scale"]).dequantize(x.dtype),)
+
+    return run
+
+
+# Exponent and mantissa of an element, and of a block's scale.
+_MODELOPT_BITS = {"mxfp8": ((4, 3), (8, 0)), "mxfp4": ((2, 1), (8, 0)), "nvfp4": ((2, 1), (4, 3))}
+
+
 def _modelopt(problem: Problem) -> Callable[[Inputs], tuple[Tensor, ...]]:
     from modelopt.torch.quantization.tensor_quant import dynamic_block_quant
 
     size = BLOCK_FORMATS[problem.format].size
-    scale_bits = (4, 3) if problem.format == "nvfp4" else (8, 0)
+    element_bits, scale_bits = _MODELOPT_BITS[problem.format]
 
     def run(inputs: Inputs) -> tuple[Tensor, ...]:
         amax = inputs["scale"] * (6 * 448)
-        return (dynamic_block_quant(inputs["x"], size, amax, None, (2, 1), scale_bits),)
+        return (dynamic_block_quant(inputs["x"], size, amax, None, element_bits, scale_bits),)
 
     return run
 

@@ -22,6 +22,9 @@ def test_enough_models_of_enough_libraries():
     names = zoo_models.names()
     assert len(names) == len(set(names)) >= 120
     assert len(zoo_models.LIBRARIES) >= 6
+    hybrids = {"timm/vit_tiny_patch16_224", "timm/deit_tiny_patch16_224", "timm/swin_tiny_patch4_window7_224"}
+    hybrids |= {"timm/mobilevit_xxs", "timm/efficientformer_l1", "transformers/Segformer"}
+    assert hybrids | {"transformers/Detr", "transformers/CLIPVision"} <= set(names)
 
 
 def test_the_table_tells_what_failed_and_what_stays_in_float():
