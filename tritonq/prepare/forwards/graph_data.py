@@ -35,15 +35,19 @@ NodeData = dict[str, Any]
 GraphData = list[NodeData]
 
 
+class ChangedArgumentError(ValueError):
+    """An argument has another value than when the model was prepared, which fixed its forward's branches."""
+
+
 def check_argument(value: Any, expected: Any, name: str) -> None:
     """Raise unless an argument has the value that the forward was prepared with.
 
     Raises:
-        ValueError: another value.
+        ChangedArgumentError: another value.
     """
     if value is not expected and (type(value) is not type(expected) or value != expected):
         got = type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)
-        raise ValueError(
+        raise ChangedArgumentError(
             f"{name} was {expected!r} when the model was prepared, got {got}; prepare the model with example_inputs "
             f"that lead to this value"
         )

@@ -1,0 +1,52 @@
+"""Models whose code asks whether it is being exported, and does something else then than preparation saw."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tritonq
+
+
+class Block(nn.Module):
+    """Attends, behind a mask where it is given one; its forward becomes a graph without."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, mask=None):
+        y = self.linear(x)
+        return F.scaled_dot_product_attention(y, y, y, attn_mask=mask) + x
+
+
+class Asking(nn.Module):
+    """As transformers' encoders: a mask that hides nothing is left out, but not in a graph."""
+
+    def __init__(self, hides):
+        super().__init__()
+        self.block, self.head, self.hides = Block(), nn.Linear(8, 4), hides
+
+    def forward(self, x):
+        mask = torch.zeros(5, 5) if torch.compiler.is_exporting() or (self.hides and x.shape[0] == 2) else None
+        return self.head(self.block(x, mask))
+
+
+def test_it_is_traced_as_it_runs(tmp_path):
+    torch.manual_seed(0)
+    x, ask = torch.randn(4, 5, 8), torch.compiler.is_exporting
+    qat = tritonq.prepare_qat(Asking(False), example_inputs=x)
+    qat.train()(x).square().mean().backward()
+    for dynamic in (False, True):
+        tritonq.export_onnx(qat.eval(), tmp_path / "model.onnx", x, dynamic_batch=dynamic)
+        assert tritonq.verify(qat, tmp_path / "model.onnx", [x]).agrees()
+    assert torch.compiler.is_exporting is ask
+
+
+def test_an_argument_that_really_changed_is_told(tmp_path):
+    x, ask = torch.randn(4, 5, 8), torch.compiler.is_exporting
+    qat = tritonq.prepare_qat(Asking(True), example_inputs=x)
+    qat.train()(x)
+    with pytest.raises(ValueError, match=r"can't be exported: .*Block.forward argument mask was None"):
+        tritonq.export_onnx(qat.eval(), tmp_path / "model.onnx", x[:2], dynamic_batch=False)
+    assert torch.compiler.is_exporting is ask
