@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
+from tritonq.deploy.as_trained import trace_as_trained
 from tritonq.deploy.convert import convert
 from tritonq.deploy.example_inputs import name_keywords, open_axes
 from tritonq.deploy.files import atomic_file
@@ -112,6 +113,7 @@ def export_encodings(
     name_keywords(traced, arguments[1])
     arguments, shapes = open_axes(traced.forward, arguments, dynamic_batch, False)
     result = result_of(deployed, *arguments)
+    trace_as_trained(traced)
     return_tensors_alone(traced, result)
     program = export_traced(traced, *arguments, shapes, max(opset, DEFAULT_OPSET), None, None)
     name_outputs(program.model, output_paths(result))

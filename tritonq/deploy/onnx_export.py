@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from tritonq.deploy.as_trained import trace_as_trained
 from tritonq.deploy.convert import convert
 from tritonq.deploy.example_inputs import check_sizes, name_keywords, name_sizes, open_axes, tell_fixed_batch
 from tritonq.deploy.files import atomic_file
@@ -31,7 +30,6 @@ from tritonq.deploy.onnx_opset17 import lower_opset
 from tritonq.deploy.onnx_packed import PACKED_OPSET, pack_weights
 from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return_tensors_alone
 from tritonq.nn.compiled import uncompiled
-from tritonq.prepare.forwards.graph_data import ChangedArgumentError
 from tritonq.prepare.record.example import example_arguments
 from tritonq.prepare.record.structure import tensors_in
 from tritonq.targets import OnnxForm, onnx_form_of
@@ -146,6 +144,7 @@ def export_onnx(
     name_keywords(traced, arguments[1])
     arguments, shapes = open_axes(traced.forward, arguments, dynamic_batch, dynamic_sizes)
     result = result_of(deployed, *arguments)
+    trace_as_trained(traced)
     return_tensors_alone(traced, result)
     opset = max(opset, least_opset(traced), PACKED_OPSET if pack else 0)
     program = export_traced(traced, *arguments, shapes, max(opset, DEFAULT_OPSET), input_names, output_names)
@@ -237,30 +236,6 @@ def export_traced(
     Raises:
         ValueError: torch can't export it.
     """
-    options = {
-        "kwargs": kwargs,
-        "dynamic_shapes": shapes,
-        "opset_version": opset,
-        "input_names": input_names,
-        "output_names": output_names,
-    }
-    try:
-        return _export(model, args, options)
-    except torch.onnx.errors.OnnxExporterError as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, ChangedArgumentError):
-            # Code that asks whether it is exported does something else then than in the runs that preparation saw
-            # (transformers makes masks that hide nothing): it is traced as it runs.
-            try:
-                with unaware_of_export(model):
-                    return _export(model, args, options)
-            except torch.onnx.errors.OnnxExporterError as again:
-                cause = again.__cause__ or again
-        hint = "" if shapes is None else "; dynamic_batch=False may help"
-        raise ValueError(f"{type(model).__name__} can't be exported{hint}: {cause}") from error
-
-
-def _export(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     from tritonq.deploy.onnx_ops import translations
     from tritonq.deploy.onnx_recurrent import recurrent_translations
 
@@ -270,35 +245,23 @@ def _export(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) ->
         warnings.simplefilter("ignore", DeprecationWarning)
         # Of several inputs with one open size, the name of the first is taken.
         warnings.filterwarnings("ignore", "# The axis name: .* will not be used, since it shares")
-        table = translations() | recurrent_translations()
-        return torch.onnx.export(model, args, dynamo=True, custom_translation_table=table, verbose=False, **options)
-
-
-@contextmanager
-def unaware_of_export(model: nn.Module) -> Iterator[None]:
-    """Let ``torch.compiler.is_exporting()`` be False while the forward of ``model`` runs.
-
-    Other threads that ask meanwhile are told the same.
-    """
-    forward, ask = model.forward, torch.compiler.is_exporting
-
-    @functools.wraps(forward)
-    def unaware(*args: Any, **kwargs: Any) -> Any:
-        torch.compiler.is_exporting = _never
         try:
-            return forward(*args, **kwargs)
-        finally:
-            torch.compiler.is_exporting = ask
-
-    model.forward = unaware
-    try:
-        yield
-    finally:
-        model.forward = forward
-
-
-def _never() -> bool:
-    return False
+            return torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                opset_version=opset,
+                custom_translation_table=translations() | recurrent_translations(),
+                input_names=input_names,
+                output_names=output_names,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            cause = error.__cause__ or error
+            hint = "" if shapes is None else "; dynamic_batch=False may help"
+            raise ValueError(f"{type(model).__name__} can't be exported{hint}: {cause}") from error
 
 
 def _name_codes(model: Any) -> None:

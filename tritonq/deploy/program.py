@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.traceback import preserve_node_meta
 
+from tritonq.deploy.as_trained import trace_as_trained
 from tritonq.deploy.convert import convert
 from tritonq.deploy.embedding_tables import QuantizedTable
 from tritonq.deploy.example_inputs import name_keywords, open_axes
@@ -86,7 +87,9 @@ def export_program(
     name_keywords(traced, arguments[1])
     if dynamic_batch:
         arguments, shapes = open_axes(traced.forward, arguments, True, False)
-    return_no_text(traced, result_of(deployed, *arguments))
+    result = result_of(deployed, *arguments)
+    trace_as_trained(traced)
+    return_no_text(traced, result)
     try:
         # So that nodes keep the names of quantizers.
         with torch.no_grad(), preserve_node_meta(form == "pt2e"):

@@ -10,7 +10,9 @@ import keyword
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -35,19 +37,34 @@ NodeData = dict[str, Any]
 GraphData = list[NodeData]
 
 
-class ChangedArgumentError(ValueError):
-    """An argument has another value than when the model was prepared, which fixed its forward's branches."""
+# Whether a model is traced on arguments that it ran on just before.
+_TRACED_AS_RUN: ContextVar[bool] = ContextVar("traced_as_run", default=False)
+
+
+@contextmanager
+def traced_as_run() -> Iterator[None]:
+    """Let :func:`check_argument` pass tensors in the place of None: some forwards make masks where they are traced.
+
+    For a model that has just run on the same arguments, with None there.
+    """
+    token = _TRACED_AS_RUN.set(True)
+    try:
+        yield
+    finally:
+        _TRACED_AS_RUN.reset(token)
 
 
 def check_argument(value: Any, expected: Any, name: str) -> None:
     """Raise unless an argument has the value that the forward was prepared with.
 
     Raises:
-        ChangedArgumentError: another value.
+        ValueError: another value.
     """
+    if isinstance(value, torch.Tensor) and expected is None and _TRACED_AS_RUN.get():
+        return
     if value is not expected and (type(value) is not type(expected) or value != expected):
         got = type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)
-        raise ChangedArgumentError(
+        raise ValueError(
             f"{name} was {expected!r} when the model was prepared, got {got}; prepare the model with example_inputs "
             f"that lead to this value"
         )
