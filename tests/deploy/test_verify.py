@@ -1,5 +1,6 @@
 """verify finds what differs, says where first, and counts right."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -181,3 +182,62 @@ def test_arguments_with_defaults_that_a_file_takes(tmp_path):
         report = verify(model, tmp_path / name, [(a, b, torch.tensor([0, 1]))])
         assert report.total.differing == 0
         assert "add" in [layer.name for layer in report.layers]
+
+
+class Twins(nn.Module):
+    """Two heads that begin as copies of each other, as YOLOv10's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.first = nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        self.second = copy.deepcopy(self.first)
+
+    def forward(self, x):
+        x = self.body(x).relu()
+        return self.first(x), self.second(x)
+
+
+def test_branches_that_an_exporter_merged_are_compared(tmp_path):
+    x = images()
+    model = prepare_qat(Twins(), example_inputs=(x,)).train()
+    model(x)
+    export_onnx(model.eval(), tmp_path / "model.onnx", x)
+    report = verify(model, tmp_path / "model.onnx", x)
+    assert report.agrees()
+    assert "second.2" in [layer.name for layer in report.layers]
+    model.second[0].weight.data.mul_(-1)
+    with pytest.raises(ValueError, match=r"lacks the quantizer 'second\.0"):
+        verify(model, tmp_path / "model.onnx", x)
+
+
+class ForExporters(nn.Module):
+    """Pools by another operation where it is exported to ONNX, and masks where it is traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool, self.head = nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), Masked()
+
+    def forward(self, x):
+        x = self.conv(x).relu()
+        x = nn.functional.interpolate(x, (1, 1), mode="area") if torch.onnx.is_in_onnx_export() else self.pool(x)
+        return self.head(x, torch.ones(1) if type(x) is not torch.Tensor else None)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x, mask=None):
+        if mask is not None:
+            x = x * mask
+        return self.conv(x) + x
+
+
+def test_files_hold_the_path_that_was_trained(tmp_path):
+    x = images()
+    model = prepare_qat(ForExporters(), example_inputs=(x,)).train()
+    model(x)
+    export_onnx(model.eval(), tmp_path / "model.onnx", x)
+    assert verify(model, tmp_path / "model.onnx", x).agrees()
+    assert verify(model, export_program(model, None, x), x).agrees()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 
+from tritonq.deploy.outputs import takes_what
 from tritonq.prepare.forwards.graph_data import traced_as_run
 
 
@@ -25,7 +25,7 @@ def trace_as_trained(traced: nn.Module) -> None:
     """
     forward = traced.forward
 
-    @wraps(forward)
+    @takes_what(forward)
     def as_trained(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # which can trace neither
             return forward(*args, **kwargs)

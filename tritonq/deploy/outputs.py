@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from functools import wraps
+from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
 from typing import Any
 
@@ -36,13 +36,26 @@ def output_paths(result: Any) -> list[Path]:
     return [path for path, _ in tensors_in(result)]
 
 
+def takes_what(forward: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that gives a function the signature of ``forward``, by which torch.export binds arguments.
+
+    ``functools.wraps`` would let `inspect` look behind a method whose function wraps another, and see its ``self``.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
 def return_tensors_alone(traced: nn.Module, result: Any) -> None:
     """Let a model that is traced return its tensors alone, where its result holds text or numbers beside them."""
     if not any(not isinstance(leaf, (Tensor, NoneType)) for leaf in _leaves(result)):
         return
     forward = traced.forward
 
-    @wraps(forward)
+    @takes_what(forward)
     def tensors_alone(*args: Any, **kwargs: Any) -> Any:
         tensors = [tensor for _, tensor in tensors_in(forward(*args, **kwargs))]
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
@@ -57,7 +70,7 @@ def return_no_text(traced: nn.Module, result: Any) -> None:
     warnings.warn("the program returns None in the place of text, which torch.export can't load", stacklevel=3)
     forward = traced.forward
 
-    @wraps(forward)
+    @takes_what(forward)
     def no_text(*args: Any, **kwargs: Any) -> Any:
         return _without_text(forward(*args, **kwargs))
 

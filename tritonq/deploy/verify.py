@@ -150,9 +150,10 @@ class _Tally:
             raise ValueError("the deployed model has no quantizer: it was not made from this model")
         pairs: list[_Pair] = []
         for quantizer, calls in expected.items():
-            if names[quantizer] not in found:
+            source = names[quantizer] if names[quantizer] in found else _twin(calls, expected, found)
+            if source is None:
                 raise ValueError(f"the deployed model lacks the quantizer {quantizer!r} of the trained model")
-            pairs += _calls(quantizer, calls, names[quantizer], found[names[quantizer]])
+            pairs += _calls(quantizer, calls, source, found[source])
         return pairs
 
     def add(self, pairs: Iterable[_Pair], expected: list[Tensor], found: list[Tensor]) -> None:
@@ -172,6 +173,17 @@ class _Tally:
         if self._outputs is None or not (codes or self._outputs.elements):
             raise ValueError("verify needs at least one batch of data that holds a sample")
         return VerificationReport(tuple(self._layers.values()), self._outputs)
+
+
+def _twin(calls: list[Tensor], expected: Codes, found: Codes) -> str | None:
+    """Return a quantizer of both models that makes the same codes, or None.
+
+    An exporter merges branches that compute the same, such as heads that were copied and not trained.
+    """
+    if len(calls) != 1:
+        return None
+    single = (name for name, others in expected.items() if name in found and len(others) == len(found[name]) == 1)
+    return next((name for name in single if torch.equal(expected[name][0], calls[0])), None)
 
 
 def _calls(quantizer: str, calls: list[Tensor], source: str, found: list[Tensor]) -> list[_Pair]:
