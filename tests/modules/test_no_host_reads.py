@@ -22,6 +22,7 @@ from qat_models import FloatResidual, images
 from tritonq import backend
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional import traced
+from tritonq.learned_bits import LearnedBitsFakeQuantize
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 
 WEIGHT = tritonq.get_qconfig("tensorrt").weight
@@ -105,6 +106,8 @@ def test_eval_mode_reads_nothing_back(name, monkeypatch):
         if isinstance(module, FakeQuantizeBase):
             # As after the first batch: each is read once.
             module._qparams_known = True
+        if isinstance(module, LearnedBitsFakeQuantize):
+            module._type_read = (module.bits.data_ptr(), module.bits._version), module._widest
     # The fake operators count as writing what they may write; the test below counts these reads.
     monkeypatch.setattr(tritonq.FakeQuantize, "_follow_average", lambda quantizer: None)
     with torch.no_grad():
