@@ -41,6 +41,8 @@ _SHORT = {
     **{"gradients": "grads", "save and load": "file", "integer nodes": "int8"},
 }
 _NAMES_SHOWN = 3
+# Why a layer has no data to compute on.
+IDLE = ("the example inputs don't reach it", "it reads nothing but parameters, so that its result is a constant")
 _HEAD = """Written by `make zoo`. Each model is prepared, compared with its float form in eval and in training mode,
 trained for three steps, converted, saved and loaded, verified, and run by ONNX Runtime. ✓ passed, ✗ failed, o the
 float model can't do it; "layers" and "joins" say how many of them are quantized."""
@@ -126,14 +128,20 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             f"{joins[0]}/{joins[1]}",
         ]
         cells += [_mark(result["stages"].get(stage)) for stage in STAGES]
-        cells.append(str(layers[1] - layers[0]))
+        cells.append(str(weights_in_float(result)))
         rows.append(cells)
         notes += _notes(result)
     passed = sum(not failed(result) for result in results)
-    whole = sum(result.get("layers", (0, 1))[0] == result.get("layers", (0, 1))[1] for result in results)
+    whole = sum(not weights_in_float(result) for result in results)
     text = f"{len(results)} of {len(zoo_models.names())} models tried: {passed} pass every stage, "
-    text += f"{whole} have no layer with weights in float.\n"
+    text += f"{whole} have no layer with weights that computes in float.\n"
     return "\n".join([text, *markdown_table(head, rows), "", "## What failed and what stays in float", "", *notes, ""])
+
+
+def weights_in_float(result: Mapping[str, Any]) -> int:
+    """Return how many layers with weights compute in float; layers that read no data compute nothing."""
+    quantized, layers = result.get("layers", (0, 1))
+    return max(0, layers - quantized - sum(reason in IDLE for _, reason in result.get("in_float", ())))
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
@@ -163,8 +171,14 @@ def write_table() -> None:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+    """Return the commit, with "-dirty" behind it where files differ from it that this script does not write."""
+    commit = _git("describe", "--always")
+    own = [f":!{os.path.relpath(path, ROOT)}" for path in (TABLE, KEPT) if path.is_relative_to(ROOT)]
+    return commit + ("-dirty" if _git("status", "--porcelain", "--", ".", *own) else "")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
 
 
 def _version(package: str) -> str:

@@ -32,14 +32,14 @@ def test_the_table_tells_what_failed_and_what_stays_in_float():
     in_float = [[f"part{index}", "it differs in training"] for index in range(5)]
     other = {**PASSED, "name": "timm/other", "stages": stages, "layers": [16, 21], "in_float": in_float}
     text = zoo.table([PASSED, other])
-    assert (
-        f"2 of {len(zoo_models.names())} models tried: 1 pass every stage, 1 have no layer with weights in float."
-        in text
-    )
+    count = f"2 of {len(zoo_models.names())} models tried: 1 pass every stage"
+    assert f"{count}, 1 have no layer with weights that computes in float." in text
     assert "| timm/resnet18 | 1,234 | 21/21 | 8/8 |" + " ✓ |" * len(STAGES) + " 0 |" in text
     assert "- timm/other, ONNX: too large" in text
     assert "- timm/other: part0, part1, part2 and 2 more in float: it differs in training" in text
     assert zoo.failed(other) == ["ONNX"]
+    idle = {**other, "in_float": [*in_float[:3], *(["idle", reason] for reason in zoo.IDLE)]}
+    assert [zoo.weights_in_float(result) for result in (PASSED, other, idle)] == [0, 5, 3]
 
 
 def test_a_model_that_ends_its_process_is_a_result_and_not_tried_again(tmp_path, monkeypatch, capsys):
