@@ -141,7 +141,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 def weights_in_float(result: Mapping[str, Any]) -> int:
     """Return how many layers with weights compute in float; layers that read no data compute nothing."""
     quantized, layers = result.get("layers", (0, 1))
-    return max(0, layers - quantized - sum(reason in IDLE for _, reason in result.get("in_float", ())))
+    idle = sum(reason in IDLE for _, reason in result.get("in_float", ()))
+    return max(0, int(layers) - int(quantized) - idle)
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
