@@ -203,3 +203,36 @@ def test_a_scale_that_was_set_by_hand_stays():
     scale = quantizer.scale.mul_(0.5).clone()
     model(IMAGES)
     assert torch.equal(quantizer.calculate_qparams().scale, scale)
+
+
+def labelled(count, seed):
+    """Images of four classes, each a pattern under noise."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(9))
+    labels = torch.randint(4, (count,), generator=generator)
+    return patterns[labels] + 5 * torch.randn(count, 3, 8, 8, generator=generator), labels
+
+
+def accuracy(model):
+    x, labels = labelled(2000, 1)
+    with torch.no_grad():
+        return float((model(x).argmax(1) == labels).float().mean())
+
+
+def test_accuracy_of_averages_after_200_steps():
+    """At a decay of 0.99: within a point of the model's, or above it."""
+    model = prepared()
+    averages = {kind: KINDS[kind][0](model).eval().requires_grad_(False) for kind in KINDS if kind != "SWA"}
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    for step in range(200):
+        x, labels = labelled(32, 100 + step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for kind, average in averages.items():
+                KINDS[kind][1](average, model)
+    expected = accuracy(model.eval())
+    assert 0.5 < expected < 0.99
+    for kind, average in averages.items():
+        assert accuracy(average) >= expected - 0.01, kind
