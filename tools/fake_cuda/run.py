@@ -10,6 +10,7 @@ operators on the CPU. Time, cuDNN and the memory of a GPU are not shown.
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
 import json
 import os
@@ -82,6 +83,11 @@ def presets(libraries: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+
+
 def main() -> int:
     """Run both, and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -93,7 +99,8 @@ def main() -> int:
         rows = presets(libraries)
         counts, lines = operators_tests(libraries, words)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("tritonq", "torch", "triton"))
-    text = [_HEAD.format(folder="`tools/fake_cuda`"), f"{versions}.", "", "## Operators' tests", ""]
+    made = f"{versions}; commit {_commit()}, {datetime.date.today()}."
+    text = [_HEAD.format(folder="`tools/fake_cuda`"), made, "", "## Operators' tests", ""]
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
     text += [f"{sum(counts.values())} tests on the device: {told}.", ""]
     text += [*(f"- {line}" for line in lines), "", "## A training step, eval and conversion of every preset", ""]
