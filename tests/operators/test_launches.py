@@ -112,8 +112,9 @@ def preset(qconfig: tritonq.QConfig, fixed_point: bool = False) -> Callable[[], 
     def run() -> None:
         model = prepared(qconfig, fixed_point)
         train(model, image())
-        quantizer = qconfig.activation()
-        if not isinstance(quantizer, tritonq.FloatFakeQuantize) or quantizer.qtype is not None:  # blocks: not deployed
+        made = qconfig.activation(), qconfig.weight()
+        # Blocks of activations are not deployed, and those of weights not where three channels make no block.
+        if not any(isinstance(each, tritonq.FloatFakeQuantize) and each.qtype is None for each in made):
             evaluate(model, image())
 
     return run

@@ -184,7 +184,7 @@ def evaluation(x: Tensor) -> None:
 
 def exports(x: Tensor) -> None:
     # Imported here: it registers operators.
-    from tritonq.deploy import onnx_ops
+    from tritonq.deploy import onnx_ops, onnx_recurrent
 
     scale, zero = torch.tensor(0.05), torch.tensor(0, dtype=torch.int8)
     onnx_ops.quantize_dequantize(x, scale, zero, -128, 127, 0, False, "")
@@ -193,6 +193,10 @@ def exports(x: Tensor) -> None:
     onnx_ops.dequantize(x.to(torch.int8), scale, zero, 0)
     onnx_ops.global_average(x)
     onnx_ops.negate_codes(x, scale, -scale, zero)
+    for mode, gates, states in (("LSTM", 4, 2), ("GRU", 3, 1), ("RNN_TANH", 1, 1)):
+        first = [torch.zeros(2, 2, 3) for _ in range(states)]
+        weights = [normal(3 * gates, width) for width in (4, 3)] + [normal(6 * gates)]
+        onnx_recurrent.recurrent(normal(5, 2, 4), first, 2 * weights, mode, 3)
 
 
 CALLS: tuple[Callable[[Tensor], None], ...] = (
