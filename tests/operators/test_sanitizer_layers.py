@@ -191,7 +191,7 @@ def test_finds_planted_accesses_of_convolutions(sanitize_loops: Sanitize) -> Non
     x, weight, geometry = torch.randn(2, 5, 4, 5), torch.randn(3, 5, 3, 3), ConvGeometry((1, 1), (1, 1), (1, 1), 1)
 
     def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor) -> None:
-        conv2d._launch(x, weight, bias, None, None, y, geometry, None, None, None)
+        conv2d._launch(x, weight, bias, None, None, y, geometry, None, None, None, None)
 
     launch(x, weight, torch.ones(3), torch.empty(2, 3, 4, 5))
     for arguments in (
