@@ -1,6 +1,5 @@
 """Exported files: ONNX Runtime finds the trained codes, in integer kernels; TensorRT's form holds what it accepts."""
 
-import collections
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 import tritonq
+from optimised_graph import optimised_kinds
 from qat_models import PRESETS, TORCH_PRESETS, FloatResidual, images, train, trained_float_form, trained_residual
 from tritonq import nn as qnn
 from tritonq.deploy import convert, export_onnx, verify
@@ -48,15 +48,6 @@ def nodes(path, kind):
     return [node for node in onnx.load(path).graph.node if node.op_type == kind]
 
 
-def optimised(path, folder):
-    """How often each operator occurs in the graph that ONNX Runtime makes of a file."""
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    options.log_severity_level = 4
-    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return collections.Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
-
-
 # x86 has the numbers of fbgemm.
 @pytest.mark.parametrize("preset", [name for name in PRESETS if not name.startswith("x86")])
 def test_onnx_runtime_finds_the_trained_codes(exported, preset):
@@ -72,7 +63,7 @@ def test_onnx_runtime_finds_the_trained_codes(exported, preset):
 @pytest.mark.parametrize("preset", ["tensorrt", "fbgemm_v0", "qnnpack_v1", "onednn_v0", "megengine_lowbit"])
 def test_onnx_runtime_computes_in_integers(exported, preset, tmp_path):
     """Every convolution, the addition and the linear layer, whatever the code range of the preset."""
-    counts = optimised(exported(preset)[1], tmp_path)
+    counts = optimised_kinds(exported(preset)[1])
     assert (counts["QLinearConv"], counts["QLinearAdd"], counts["QGemm"]) == (3, 1, 1)
     assert not counts["Conv"] + counts["FusedConv"] + counts["Gemm"] + counts["Relu"]
 
@@ -179,7 +170,7 @@ def test_zero_points_that_differ_between_channels(tmp_path):
     assert convert(model).layer.weight_zero_point.unique().numel() > 1
     export_onnx(model, tmp_path / "m.onnx", x)
     assert verify(model, tmp_path / "m.onnx", x).agrees(MAX_FRACTION, 1)
-    assert optimised(tmp_path / "m.onnx", tmp_path)["QLinearConv"] == 1
+    assert optimised_kinds(tmp_path / "m.onnx")["QLinearConv"] == 1
 
 
 def test_ties_at_the_input_round_as_trained(tmp_path):
@@ -230,7 +221,7 @@ def test_library_models(name, tmp_path):
     export_onnx(model.eval(), tmp_path / "m.onnx", x)
     report = verify(model, tmp_path / "m.onnx", torch.randn(4, 3, 32, 32))
     assert report.agrees(MAX_FRACTION, 1), report
-    counts = optimised(tmp_path / "m.onnx", tmp_path)
+    counts = optimised_kinds(tmp_path / "m.onnx")
     assert counts["QLinearConv"] == sum(isinstance(module, nn.Conv2d) for module in model.modules())
     assert counts["QLinearAdd"] == sum(isinstance(module, qnn.Add) for module in model.modules())
 

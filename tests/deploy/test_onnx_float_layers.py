@@ -3,12 +3,12 @@
 from collections import Counter
 
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 import tritonq
+from optimised_graph import optimised_graph
 
 FOLLOWING = {
     "relu": nn.ReLU,
@@ -59,10 +59,7 @@ def mixed(tmp_path_factory):
         qat(x)
     folder = tmp_path_factory.mktemp("mixed")
     tritonq.export_onnx(qat.eval(), folder / "m.onnx", x[:2])
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(folder / "optimised.onnx"), 4
-    onnxruntime.InferenceSession(folder / "m.onnx", options, providers=["CPUExecutionProvider"])
-    return qat, folder / "m.onnx", onnx.load(folder / "optimised.onnx").graph
+    return qat, folder / "m.onnx", optimised_graph(folder / "m.onnx")
 
 
 def test_float_layers_stay_in_float_and_the_others_run_in_integers(mixed):

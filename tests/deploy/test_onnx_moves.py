@@ -1,23 +1,12 @@
 """Layers behind operations that move values, and modules called several times, run in integers in ONNX Runtime."""
 
-from collections import Counter
-
-import onnx
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import tritonq
-
-
-def optimised(path, folder):
-    """How often each operator occurs in the graph that ONNX Runtime makes of a file."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(folder / "optimised.onnx"), 4
-    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return Counter(node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node)
+from optimised_graph import optimised_kinds
 
 
 def exported(net, folder):
@@ -30,7 +19,7 @@ def exported(net, folder):
     tritonq.export_onnx(int8, folder / "model.onnx", x[:2])
     assert tritonq.verify(qat, int8, x).total.differing == 0
     assert tritonq.verify(qat, folder / "model.onnx", x).total.differing == 0
-    return optimised(folder / "model.onnx", folder)
+    return optimised_kinds(folder / "model.onnx")
 
 
 def shuffle(x):
@@ -139,7 +128,7 @@ def test_products_of_more_axes_are_those_of_two(tmp_path):
     qat(x)
     tritonq.export_onnx(qat.eval(), tmp_path / "model.onnx", x[:2])
     assert tritonq.verify(qat, tmp_path / "model.onnx", [x, x[:1]]).total.differing == 0
-    kinds = optimised(tmp_path / "model.onnx", tmp_path)
+    kinds = optimised_kinds(tmp_path / "model.onnx")
     assert (kinds["QGemm"], kinds["MatMul"] + kinds["MatMulIntegerToFloat"] + kinds["Add"]) == (2, 0)
 
 
@@ -178,7 +167,7 @@ def test_a_convolution_left_in_float_stays_in_float(tmp_path):
     qat = tritonq.prepare_qat(net, qconfig=mapping, example_inputs=x).train()
     qat(x)
     tritonq.export_onnx(qat.eval(), tmp_path / "model.onnx", x)
-    kinds = optimised(tmp_path / "model.onnx", tmp_path)
+    kinds = optimised_kinds(tmp_path / "model.onnx")
     assert (kinds["QLinearConv"], kinds["Conv"] + kinds["FusedConv"]) == (2, 1)
 
 

@@ -1,8 +1,5 @@
 """Matrix products of two activations, alone, as einsum and as attention: trained, converted, in ONNX Runtime."""
 
-from collections import Counter
-
-import onnx
 import onnxruntime
 import pytest
 import torch
@@ -11,6 +8,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import tritonq
+from optimised_graph import optimised_kinds
 from tritonq.functional.integer_joins import integer_matmul
 from tritonq.grid import Grid
 from tritonq.nn import Einsum, MatMul, ScaledDotProductAttention
@@ -151,7 +149,7 @@ def test_any_spelling_is_quantized_trained_and_converted(spelling, branches, tmp
         return  # the modules are the same
     tritonq.export_onnx(converted, tmp_path / "model.onnx", x, dynamic_batch=False)
     assert tritonq.verify(prepared, tmp_path / "model.onnx", [x]).agrees()
-    found = operators(tmp_path / "model.onnx", tmp_path)
+    found = optimised_kinds(tmp_path / "model.onnx")
     assert found["QLinearMatMul"] == len(products)
     assert not {"MatMul", "Add"} & set(found)
 
@@ -263,15 +261,6 @@ def trained(x, *attention):
     return model, prepared.eval()
 
 
-def operators(path, tmp_path):
-    """Names of the operators in the graph that ONNX Runtime runs."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(str(path), options)
-    return Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
-
-
 def test_attention_in_any_spelling_runs_in_integers_converted_from_files_and_in_onnx_runtime(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(4, TOKENS, 8)
@@ -285,7 +274,7 @@ def test_attention_in_any_spelling_runs_in_integers_converted_from_files_and_in_
     tritonq.save_converted(converted, tmp_path / "model.pt")
     assert torch.equal(tritonq.load_converted(tmp_path / "model.pt", model)(x), converted(x))
     tritonq.export_onnx(converted, tmp_path / "model.onnx", x)
-    found = operators(tmp_path / "model.onnx", tmp_path)
+    found = optimised_kinds(tmp_path / "model.onnx")
     assert found["QLinearMatMul"] == 10
     assert found["QGemm"] == 12
     assert not {"MatMul", "Gemm", "Einsum", "MatMulIntegerToFloat"} & set(found)

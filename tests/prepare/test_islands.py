@@ -1,15 +1,12 @@
 """Where tensors at the ends of softmax and norms are rounded, as a qconfig's ``islands`` says."""
 
-from collections import Counter
-
-import onnx
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import tritonq
+from optimised_graph import optimised_kinds
 from tritonq.switched_quantizer import SwitchedQuantizer
 
 WIDTH, TOKENS = 16, 9
@@ -45,14 +42,6 @@ def trained(model, x, islands, preset="onnxruntime"):
     return prepared.eval()
 
 
-def operators(path, tmp_path):
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(str(path), options)
-    return Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
-
-
 def off_grid(read, prepared):
     """Whether elements of a tensor are none of a hundred multiples of any quantizer's scale."""
     quantizers = [module for module in prepared.modules() if isinstance(module, SwitchedQuantizer)]
@@ -75,7 +64,7 @@ def test_attention_agrees_in_onnx_runtime_with_the_softmax_s_scores_rounded_or_n
     assert all(off_grid(tensor, prepared) == (islands == "float") for tensor in read.values())
     tritonq.export_onnx(converted, tmp_path / "model.onnx", x)
     assert tritonq.verify(prepared, tmp_path / "model.onnx", [x]).agrees()
-    found = operators(tmp_path / "model.onnx", tmp_path)
+    found = optimised_kinds(tmp_path / "model.onnx")
     scores, values = ("MatMulIntegerToFloat", "QLinearMatMul") if islands == "float" else ("QLinearMatMul",) * 2
     assert found[scores] + found[values] == (4 if scores != values else 8)
     assert found["QLinearMatMul"] == (2 if islands == "float" else 4)
