@@ -69,10 +69,24 @@ def source_state() -> tuple[str, bool]:
 
     Outside of a clone: ``("unknown", True)``.
     """
+    return _source_state()
+
+
+def source_name(*results: str) -> str:
+    """Return the first digits of the commit now, with "-dirty" behind them where files differ from it.
+
+    ``results`` are paths of results beside those of ``perf/results``.
+    """
+    commit, dirty = _source_state(*results)
+    return commit[:7] + ("-dirty" if dirty else "")
+
+
+def _source_state(*results: str) -> tuple[str, bool]:
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return "unknown", True
-    changes = _git("status", "--porcelain", "--", ":/", ":(top,exclude)perf/results")
+    excluded = [f":(top,exclude){path}" for path in ("perf/results", *results)]
+    changes = _git("status", "--porcelain", "--", ":/", *excluded)
     return commit, changes != ""
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import zoo_models
 from markdown_table import markdown_table
+from tritonq.perf.machine import source_name
 from zoo_stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +70,7 @@ def try_model(name: str, seconds: int) -> dict[str, Any]:
         why = f"more than {seconds} s"
     if not path.exists():
         path.write_text(json.dumps({"name": name, "stages": {"prepare": why}}))
-    result = {**json.loads(path.read_text()), "commit": _commit()}
+    result = {**json.loads(path.read_text()), "commit": source_name("ZOO.md", "tools/zoo_results.jsonl")}
     path.write_text(json.dumps(result))
     return result
 
@@ -169,17 +170,6 @@ def write_table() -> None:
     made = f"tritonq {_version('tritonq')} at {commits}, {datetime.date.today()}; {versions}."
     head = f"# Models of other people\n\n{_HEAD}\n\n{made}\n\n"
     TABLE.write_text(head + table(results))
-
-
-def _commit() -> str:
-    """Return the commit, with "-dirty" behind it where files differ from it that this script does not write."""
-    commit = _git("describe", "--always")
-    own = [f":!{os.path.relpath(path, ROOT)}" for path in (TABLE, KEPT) if path.is_relative_to(ROOT)]
-    return commit + ("-dirty" if _git("status", "--porcelain", "--", ".", *own) else "")
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
 
 
 def _version(package: str) -> str:

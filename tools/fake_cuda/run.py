@@ -24,6 +24,8 @@ from pathlib import Path
 
 from build import RUNTIME, build
 
+from tritonq.perf.machine import source_name
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TABLE = ROOT / "FAKE_CUDA.md"
@@ -83,11 +85,6 @@ def presets(libraries: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
-
-
 def main() -> int:
     """Run both, and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -99,7 +96,7 @@ def main() -> int:
         rows = presets(libraries)
         counts, lines = operators_tests(libraries, words)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("tritonq", "torch", "triton"))
-    made = f"{versions}; commit {_commit()}, {datetime.date.today()}."
+    made = f"{versions}; commit {source_name('FAKE_CUDA.md')}, {datetime.date.today()}."
     text = [_HEAD.format(folder="`tools/fake_cuda`"), made, "", "## Operators' tests", ""]
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
     text += [f"{sum(counts.values())} tests on the device: {told}.", ""]

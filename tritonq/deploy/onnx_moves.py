@@ -7,6 +7,7 @@ and zero point, changes no code; ONNX Runtime then moves codes, or at least comp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 # Their results hold elements of their first input, or of all inputs (Concat), and nothing else.
@@ -89,9 +90,7 @@ def _quantize_parts(graph: Any, node: Any, pairs: dict[Any, Any]) -> None:
         if on_grid:
             continue
         first = ir.node("QuantizeLinear", [value, scale, zero_point])
-        second = ir.node("DequantizeLinear", [first.outputs[0], scale, zero_point])
-        first.outputs[0].dtype, second.outputs[0].dtype = zero_point.dtype, value.dtype
-        first.outputs[0].shape, second.outputs[0].shape = value.shape, value.shape
+        second = _dequantize(first, value, users[0].inputs[1:3], zero_point.dtype)
         graph.insert_before(node, [first, second])
         node.replace_input_with(index, second.outputs[0])
 
@@ -152,12 +151,20 @@ def _requantize(graph: Any, node: Any, value: Any, source: Any) -> None:
         first = ir.node("Clip", [codes, zero_point])
     else:
         first = ir.node("QuantizeLinear", [value, scale, zero_point])
-    second = ir.node("DequantizeLinear", [first.outputs[0], scale, zero_point])
-    first.outputs[0].dtype, second.outputs[0].dtype = source.inputs[0].dtype, value.dtype
-    first.outputs[0].shape, second.outputs[0].shape = value.shape, value.shape
+    second = _dequantize(first, value, (scale, zero_point), source.inputs[0].dtype)
     graph.insert_after(node, [first, second])
     _replace(readers, second.outputs[0])
     _remove_unused(graph, node)
+
+
+def _dequantize(first: Any, value: Any, grid: Sequence[Any], dtype: Any) -> Any:
+    """Return a DequantizeLinear of the codes that ``first`` makes of ``value``, by scale and zero point."""
+    import onnx_ir as ir
+
+    second = ir.node("DequantizeLinear", [first.outputs[0], *grid])
+    first.outputs[0].dtype, second.outputs[0].dtype = dtype, value.dtype
+    first.outputs[0].shape, second.outputs[0].shape = value.shape, value.shape
+    return second
 
 
 def _remove_unused(graph: Any, node: Any) -> None:
