@@ -35,9 +35,10 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
             :func:`tritonq.calibrate` saw. q is the largest code, counted from the zero point, to its farther side where
             the type is affine; the zero point is the observer's, so that each side keeps its share of the codes.
         learn_zero_point: train the zero point too (affine types, method ``"torch"``).
-        grad_factor: factor of the gradients of scale and zero point. None takes the papers': LSQ's
-            ``1/sqrt(N quant_max)``, where N counts the values that share a scale, of one sample for activations; and
-            the zero point moves as LSQ+'s offset ``-s z`` would, which multiplies its gradient by ``1/s²``.
+        grad_factor: factor of the gradients of scale and zero point. None takes the papers': for the scale LSQ's
+            ``1/sqrt(N quant_max)``, where N counts the values that share a scale, of one sample for activations. The
+            zero point moves as LSQ+'s offset ``-s z`` would, which makes its factor ``1/s²``: an offset is trained as
+            biases are, whose gradients have no factor.
         **observer_kwargs: passed to the observer (dtype, qscheme, ch_axis, num_channels, eps ...).
 
     Attributes:
@@ -141,16 +142,16 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
     def _rounded(self, x: Tensor) -> Tensor:
         qtype, codes = self.qtype, None
         scale = self._positive_scale()
-        shift = self._trained_zero_point(scale.detach()) if self.learn_zero_point else None
+        factor = self.grad_factor
+        if factor is None:
+            factor = 1 / math.sqrt(max(1, self._values_per_scale(x) * max(1, qtype.quant_max)))
+        shift = self._trained_zero_point(scale.detach(), factor) if self.learn_zero_point else None
         if qtype.fixed_zero_point != 0:
             codes = self.zero_point.detach().round().clamp(qtype.quant_min, qtype.quant_max).to(torch.int32)
         if self.method == "megengine" and codes is not None and not self.training:
             # Clipping before rounding turns ties over where z is not 0. Deployment rounds first; eval agrees with it.
             scale = scale.detach()
             return fake_quantize(x, Grid(scale, codes, qtype, self.fake_quant_enabled))
-        factor = self.grad_factor
-        if factor is None:
-            factor = 1 / math.sqrt(max(1, self._values_per_scale(x) * max(1, qtype.quant_max)))
         grid = Grid(scale, codes, qtype, self.fake_quant_enabled)
         return learned_fake_quantize(x, grid, self.method, factor, shift=shift)
 
@@ -160,12 +161,12 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         samples = x.shape[cast(int, self.batch_axis)] if has_samples else 1
         return x.numel() / max(1, samples * self.scale.numel())
 
-    def _trained_zero_point(self, scale: Tensor) -> Tensor:
-        """Return the zero point, whose gradient is what training the offset ``-s z`` comes to."""
+    def _trained_zero_point(self, scale: Tensor, factor: float) -> Tensor:
+        """Return the zero point, whose gradient, once multiplied by ``factor``, is that of the offset ``-s z``."""
         if self.grad_factor is not None:
             return self.zero_point
         fixed = self.zero_point.detach()
-        return fixed + (self.zero_point - fixed) * scale.square().reciprocal()
+        return fixed + (self.zero_point - fixed) * (scale.square() * factor).reciprocal()
 
 
 class TrainedThresholdFakeQuantize(LearnedFakeQuantize):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,8 +33,10 @@ LEARNED_STEP: Scheme = learned_step_qconfig
 
 
 def _learned_offset(weights: int, activations: int) -> QConfig:
-    """Return LSQ+: a trained zero point of activations too."""
-    step = tritonq.LearnedStepFakeQuantize.with_args(init="lsq", dtype=_unsigned(activations), learn_zero_point=True)
+    """Return LSQ+: a trained zero point of activations too, and the first grid is that of the least squared error."""
+    step = tritonq.LearnedStepFakeQuantize.with_args(
+        observer=tritonq.HistogramObserver.with_args(search="mse"), dtype=_unsigned(activations), learn_zero_point=True
+    )
     return learned_step_qconfig(weights, activations)._replace(activation=step)
 
 
@@ -99,13 +102,13 @@ def _fixed_point(request: Request) -> nn.Module:
     return tritonq.prepare_qat(request.model.train(), qconfig=mapping, example_inputs=request.images)
 
 
-def _method(make: Callable[[Request], nn.Module], differs: str = "", *, at_all_widths: bool = False) -> Method:
-    return Method("tritonq", make, at_all_widths=at_all_widths, distributions=("tritonq",), differs=differs)
+def _method(make: Callable[[Request], nn.Module], differs: str = "", **choices: Any) -> Method:
+    return Method("tritonq", make, distributions=("tritonq",), differs=differs, **choices)
 
 
 METHODS: dict[str, Method] = {
     "LSQ": _method(prepared(learned_step_qconfig), "the preset lsq_w…a…", at_all_widths=True),
-    "LSQ+": _method(prepared(_learned_offset), at_all_widths=True),
+    "LSQ+": _method(prepared(_learned_offset), "trained zero points too", at_all_widths=True, revision=2),
     "ranges": _method(prepared(_ranges), at_all_widths=True),
     "PACT": _method(prepared(_clipped), "trained bounds of activations, ranges of weights"),
     "TQT": _method(prepared(_thresholds), "scales are powers of two"),
