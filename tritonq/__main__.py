@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 
@@ -17,6 +19,7 @@ from tritonq.near_misses import did_you_mean
 
 # What shells expect of a process that Ctrl-C ended.
 _INTERRUPTED = 130
+_USAGE = 2
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,21 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line; the options are listed by ``--help`` alone."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and leave."""
+        self.exit(_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def build_parser(words: Sequence[str] = (), every_command: bool = False) -> argparse.ArgumentParser:
     """Return a parser with the options of the command that ``words`` begin with, or of every importable command.
 
     Raises:
         SystemExit: what that command needs is not installed.
     """
-    parser = argparse.ArgumentParser(prog="tritonq", description="Quantization-aware training for PyTorch.")
+    parser = _Parser(prog="tritonq", description="Quantization-aware training for PyTorch.")
     parser.add_argument("--version", action="version", version=f"tritonq {tritonq.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
@@ -92,26 +103,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2 is a usage error, 1 a failure that is reported in one line, 130 an interruption.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words[0] if words[:1] and words[0] in COMMANDS else ""
+    program = f"tritonq {name}".rstrip()
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn_in_one_line
+        try:
+            return _run(words)
+        except KeyboardInterrupt as error:
+            print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr)
+            return int(getattr(error, "status", _INTERRUPTED))
+        except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+            print(f"{program}: {_in_one_line(error)}", file=sys.stderr)
+            return 1
+
+
+def _run(words: Sequence[str]) -> int:
     parser = build_parser(words)
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         parser.error(f"unknown command {words[0]!r}{did_you_mean(words[0], COMMANDS)} (commands: {known})")
     chosen = parser.parse_args(words)
-    try:
-        return int(_import(chosen.command, COMMANDS[chosen.command]).main(chosen))
-    except KeyboardInterrupt as error:
-        print(f"tritonq {chosen.command}: {str(error) or 'interrupted'}", file=sys.stderr)
-        return int(getattr(error, "status", _INTERRUPTED))
-    except (ValueError, TypeError, OSError, torch.OutOfMemoryError) as error:
-        print(f"tritonq {chosen.command}: {_in_one_line(error)}", file=sys.stderr)
-        return 1
+    return int(_import(chosen.command, COMMANDS[chosen.command]).main(chosen))
+
+
+def _warn_in_one_line(message: Warning | str, *where: object, **further: object) -> None:
+    """Print a warning without the source line that raised it, which is none of the user's."""
+    print(f"tritonq: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def _in_one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"the device has too little memory, smaller batches need less: {str(error).splitlines()[0]}"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        first_line = next(iter(str(error).splitlines()), "")
+        return f"too little memory; smaller batches and images need less: {first_line}".removesuffix(": ")
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_folders_that_cannot_be_trained_on(make, message, tmp_path, capsys):
         ([*DIGITS, "--workers=-1"], "workers must be at least 0"),
         ([*DIGITS, "--patience=0"], "patience must be at least 1"),
         ([*DIGITS, "--checkpoint-every=0"], "checkpoint every must be at least 1"),
+        ([*DIGITS, f"--seed={10**23}"], "seed must have at most 40 bits"),
         ([*DIGITS, "--learning-rate=nan"], "learning rate must be a number from 0"),
         ([*DIGITS, "--validation=1.5"], "lies between 0 and 1, got 1.5"),
         ([*DIGITS, "--augment=flop"], "unknown augmentation 'flop'; known: none, flip, crop"),
@@ -153,7 +155,7 @@ def test_too_little_memory(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("tritonq.cli.train.open_examples", fail)
     assert train(*DIGITS, "--output", tmp_path) == 1
-    assert "smaller batches need less: CUDA out of memory" in one_line(capsys)
+    assert "smaller batches and images need less: CUDA out of memory" in one_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -230,3 +232,50 @@ def test_a_format_that_cannot_be_deployed_is_told_before_training(tmp_path, caps
     assert "mxfp8, which has no deployed form" in printed
     assert told < printed.index("epoch 1:")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt", "log.csv"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: COMMAND; see tritonq --help"),
+        (["train"], "the following arguments are required: MODULE:FACTORY, DATA; see tritonq train --help"),
+        (["train", *DIGITS, "--epochs=x"], "argument --epochs: invalid int value: 'x'; see tritonq train --help"),
+        (["predict", "m.onnx", "x.png", "--crop=centre"], "argument --crop: invalid choice: 'centre'"),
+    ],
+)
+def test_usage_errors_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert message in one_line(capsys)
+
+
+def test_ctrl_c_while_a_command_is_imported(capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupt)
+    assert main(["train", "--help"]) == 130
+    assert one_line(capsys) == "tritonq train: interrupted"
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_of_a_command_are_one_line(tmp_path, capsys, monkeypatch):
+    def warn(*args):
+        warnings.warn("layers stay in\n  float", stacklevel=1)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("tritonq.cli.train.open_examples", warn)
+    assert train(*DIGITS, "--output", tmp_path) == 1
+    assert capsys.readouterr().err.splitlines() == ["tritonq: layers stay in float", "tritonq train: enough"]
+
+
+def test_more_memory_than_there_is(tmp_path, capsys):
+    assert train(*DIGITS, "--image-size=100000000", "--output", tmp_path) == 1
+    assert "too little memory; smaller batches and images need less" in one_line(capsys)
+
+
+@pytest.mark.parametrize("option", ["--epochs=0", "--qat-epochs=-1"])
+def test_a_demo_without_epochs(option, tmp_path, capsys):
+    assert main(["demo", option, "--output", str(tmp_path)]) == 1
+    assert f"{option.partition('=')[0][2:].replace('-', ' ')} must be at least 1" in one_line(capsys)

@@ -137,15 +137,20 @@ def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--resume", "--frozen-epochs=1", "--learning-rate=0.1"], "its learning_rate is 0.05, not 0.1"),
+        (["--resume", "--frozen-epochs=1", "--learning-rate=0.1"], "its learning rate is 0.05, not 0.1"),
         (["--resume", "--frozen-epochs=1", "--qconfig=megengine_ema"], "its qconfig is"),
-        (["--resume", "--frozen-epochs=1", "--model-arg=width=8"], "its model_arguments is"),
+        (["--resume", "--frozen-epochs=1", "--model-arg=width=8"], "its model arguments is"),
+        (["--resume", "--epochs=4", "--frozen-epochs=1", "--batch-size=9"], "of another run: its batch size is"),
+        (["--resume", "--frozen-epochs=1", "--seed=7", "--amp=bfloat16"], "; its amp is 'off', not 'bfloat16'"),
+        (["--resume", "--epochs=1", "--frozen-epochs=0"], "its epochs is 2, not 1"),
         ([], "pass --resume to go on from it"),
     ],
 )
-def test_another_run_is_refused(whole, words, message, capsys):
+def test_another_run_is_refused_before_an_image_is_read(whole, words, message, capsys):
     assert train(*DIGITS, "--output", whole, *words) == 1
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert not printed.out
 
 
 def test_a_damaged_checkpoint_is_refused(whole, tmp_path, capsys):

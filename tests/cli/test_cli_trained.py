@@ -145,6 +145,11 @@ def test_mistakes_end_in_one_line(trained, tmp_path, capsys):
         (["predict", FACTORY, photo, *ARGUMENTS], "nothing says how the model's images are scaled"),
         (["predict", out / "model.onnx", photo, "--mean=0", "--std=1"], "leave out --mean, --std"),
         (["predict", out / "model.onnx", photo, "--checkpoint", out / "best.pt"], "leave out --checkpoint"),
+        (["predict", FACTORY, photo, "--checkpoint", out / "best.pt", "--model-arg=width=9"], "leave out --model-arg"),
+        (
+            ["predict", FACTORY, photo, "--checkpoint", out / "model.int8.pt", "--model-arg=width=9"],
+            "leave out --model",
+        ),
         (["predict", FACTORY, photo, "--checkpoint", out / "model.onnx"], "give it as MODEL, without --checkpoint"),
         (["predict", out / "model.onnx", tmp_path / "none.png"], "none.png does not exist"),
         (["predict", out / "model.onnx", tmp_path / "empty"], "empty holds no image"),

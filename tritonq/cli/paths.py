@@ -19,6 +19,8 @@ def writable_folder(folder: Path) -> Path:
     try:
         with atomic_file(folder / _PROBE) as file:
             file.write(b"tritonq")
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, so that nothing can be written there", str(folder)) from error
     finally:
         (folder / _PROBE).unlink(missing_ok=True)
         remove_leftovers(folder / _PROBE)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+# Each epoch of each seed gets a 64-bit number of its own.
+_SEED_BITS = 40
 AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,6 +42,8 @@ class Settings:
         for name, least in (("epochs", 1), ("frozen_epochs", 0), ("batch_size", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name.replace('_', ' ')} must be at least {least}, got {getattr(self, name)}")
+        if self.seed.bit_length() > _SEED_BITS:
+            raise ValueError(f"seed must have at most {_SEED_BITS} bits, got {self.seed}")
         if not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"learning rate must be a number from 0, got {self.learning_rate}")
         if self.frozen_epochs >= self.epochs:

@@ -19,6 +19,7 @@ from tritonq.cli.models import add_model_arguments, add_qconfig_argument, find_d
 from tritonq.cli.paths import writable_folder
 from tritonq.cli.preprocessing import add_preprocessing_arguments, choose_preprocessing
 from tritonq.cli.processes import Processes, join, leave
+from tritonq.cli.same_run import check_before_images
 from tritonq.cli.settings import AMP, Settings
 from tritonq.cli.training import Run
 from tritonq.cli.training_files import Recipe, load_state, load_weights, read_training
@@ -137,7 +138,10 @@ def _main(arguments: argparse.Namespace) -> int:
     resumes = arguments.resume and path.exists()
     if path.exists() and not resumes:
         raise ValueError(f"{path} exists: pass --resume to go on from it, or another --output")
-    saved = read_training(path)[1] if resumes else {}
+    saved = {}
+    if resumes:
+        saved_recipe, saved = read_training(path)
+        check_before_images(path, made, settings, saved_recipe, saved)
     board = TensorBoard(arguments.output / "tensorboard") if arguments.tensorboard and processes.is_first else None
 
     data = open_examples(arguments.data, preprocessing, arguments.validation, arguments.workers)

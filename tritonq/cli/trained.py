@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,7 @@ def open_trained(arguments: argparse.Namespace, data: str | None = None) -> Trai
 def _from_training(path: Path, arguments: argparse.Namespace, digits: bool) -> Trained:
     made, content = read_training(path)
     _check_factory(path, made.model, arguments.model)
+    _check_model_arguments(path, made.model_arguments, arguments)
     model = prepare(made)
     load_state(model, content["state_dict"], str(path))
     preprocessing = _own(path, arguments, made.preprocessing if made.preprocessing.mean else None, model, digits)
@@ -123,6 +124,7 @@ def _from_converted(path: Path, arguments: argparse.Namespace, digits: bool) -> 
     metadata = load_metadata(path)
     if metadata:
         _check_factory(path, metadata.get("model"), arguments.model)
+        _check_model_arguments(path, metadata.get("model_arguments", ()), arguments)
     words = arguments.model_arg or list(metadata.get("model_arguments", ()))
     model = make_model(arguments.model, words)
     preprocessing = _own(path, arguments, _preprocessing_in(metadata, path), model, digits)
@@ -179,6 +181,13 @@ def _preprocessing_in(metadata: Mapping[str, Any], path: Path) -> Preprocessing 
 def _check_factory(path: Path, saved: str | None, given: str) -> None:
     if saved != given:
         raise ValueError(f"{path} was made with {saved}, not with {given}")
+
+
+def _check_model_arguments(path: Path, saved: Sequence[str], arguments: argparse.Namespace) -> None:
+    given = arguments.model_arg
+    if given and sorted(given) != sorted(saved):
+        words = " ".join(f"--model-arg {word}" for word in saved) or "no --model-arg"
+        raise ValueError(f"{path} was made with {words}, not with {', '.join(given)}: leave out --model-arg")
 
 
 def _factory_in(path: Path) -> str:

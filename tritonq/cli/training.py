@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,8 +22,9 @@ from tritonq.cli.evaluation import batches_of, count_right, first_tensor, in_ord
 from tritonq.cli.image_files import UnreadableImageError
 from tritonq.cli.interrupts import Interrupted, Interruptions
 from tritonq.cli.processes import Processes
+from tritonq.cli.same_run import check_same_run, is_extended, saved_settings
 from tritonq.cli.settings import AMP, Settings
-from tritonq.cli.training_files import Recipe, load_state, read_training, recipe_to_data, save_training
+from tritonq.cli.training_files import Recipe, load_state, read_training, save_training
 from tritonq.cli.training_log import Epoch, TensorBoard, history_from_data, write_csv
 from tritonq.deploy.files import remove_leftovers
 from tritonq.distributed import broadcast_statistics, sync_observers
@@ -271,16 +272,11 @@ class Run:
             ValueError: a damaged checkpoint, one of another run or of another architecture.
         """
         made, content = read_training(self.path)
-        saved = content.get("settings")
-        saved = saved if isinstance(saved, dict) else {}
+        saved = saved_settings(content)
         step, finished = int(content["step"]), int(saved.get("epochs", 0))
-        extends = step == finished * self.steps_per_epoch and self.settings.epochs > finished
-        begin = finished if extends else saved.get("begin", 0)
-        self.settings = replace(self.settings, begin=begin)
-        given_anew = {"epochs", "frozen_epochs", "learning_rate", "begin"} if extends else set[str]()
-        for name, mine, theirs in _pairs(self.made, self.settings, made, saved, content["version"]):
-            if mine != theirs and name not in given_anew:
-                raise ValueError(f"{self.path} is of another run: its {name} is {_shown(name, theirs, mine)}")
+        extends = is_extended(content, self.settings.epochs, self.steps_per_epoch)
+        self.settings = replace(self.settings, begin=finished if extends else saved.get("begin", 0))
+        check_same_run(self.path, self.made, self.settings, made, content, extends=extends)
         if extends and self.settings.epochs - self.settings.frozen_epochs < finished:
             raise ValueError(f"{finished} epochs are done: of {self.settings.epochs} fewer can be frozen")
         load_state(self.model, content["state_dict"], str(self.path))
@@ -353,22 +349,3 @@ def _kept(write: Callable[[], object]) -> bool:
         print(f"tritonq train: {error}; training goes on", file=sys.stderr, flush=True)
         return False
     return True
-
-
-def _pairs(
-    made: Recipe, settings: Settings, saved: Recipe, saved_settings: dict[str, Any], version: int
-) -> Sequence[tuple[str, Any, Any]]:
-    """Name, present value and saved value of everything that must not change."""
-    mine, theirs = recipe_to_data(made), recipe_to_data(saved)
-    known = asdict(settings)
-    if version == 1:  # which knew the folder's name, and nothing of these
-        mine, theirs = ({k: v for k, v in d.items() if k not in ("preprocessing", "classes")} for d in (mine, theirs))
-        known = {name: value for name, value in known.items() if name in saved_settings and name != "data"}
-    pairs = [(name, value, theirs[name]) for name, value in mine.items()]
-    return [(name, value, saved_settings.get(name)) for name, value in known.items()] + pairs
-
-
-def _shown(name: str, theirs: Any, mine: Any) -> str:
-    if name == "data":
-        return "that of other images: the files, their classes or the share held out have changed"
-    return f"{theirs!r}, not {mine!r}"

@@ -56,7 +56,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Train, fine-tune, deploy, verify, draw."""
+    """Train, fine-tune, deploy, verify, draw.
+
+    Raises:
+        ValueError: fewer than one epoch.
+    """
+    for name in ("epochs", "qat_epochs"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(arguments, name)}")
     is_fixed_point = _FIXED_POINT_PRESET in (arguments.scheme, arguments.qconfig)
     scheme = FIXED_POINT if is_fixed_point else INT8
     qconfig = get_qconfig(_FIXED_POINT_PRESET if is_fixed_point else arguments.qconfig)

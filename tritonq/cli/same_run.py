@@ -1,0 +1,91 @@
+"""Whether a checkpoint is of the run that is to go on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tritonq.cli.settings import Settings
+from tritonq.cli.training_files import Recipe, recipe_to_data
+
+# What is known once the images were read, mean and deviation included.
+_OF_IMAGES = frozenset({"data", "preprocessing"})
+# What a run that is finished may be given anew, to go on for more epochs.
+_OF_THE_SCHEDULE = frozenset({"epochs", "frozen_epochs", "learning_rate", "begin"})
+
+
+def is_extended(content: Mapping[str, Any], epochs: int, steps_per_epoch: int | None = None) -> bool:
+    """Whether the run of a checkpoint is finished, and more epochs are asked for.
+
+    Args:
+        content: the checkpoint.
+        epochs: how many are asked for.
+        steps_per_epoch: for checkpoints of version 0.1.0, which hold no history.
+    """
+    finished = int(saved_settings(content).get("epochs", 0))
+    history = content.get("history")
+    if history:
+        return bool(history[-1]["epoch"] == finished < epochs)
+    return steps_per_epoch is not None and content["step"] == finished * steps_per_epoch and finished < epochs
+
+
+def saved_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in a checkpoint, by name."""
+    saved = content.get("settings")
+    return saved if isinstance(saved, dict) else {}
+
+
+def check_before_images(
+    path: Path, made: Recipe, settings: Settings, saved: Recipe, content: Mapping[str, Any]
+) -> None:
+    """Compare what can be compared before an image is read.
+
+    Raises:
+        ValueError: the checkpoint is of another run.
+    """
+    if content["version"] > 1:
+        ignored = _OF_IMAGES | (_OF_THE_SCHEDULE if is_extended(content, settings.epochs) else {"begin"})
+        _check(path, made, settings, saved, content, ignored)
+
+
+def check_same_run(
+    path: Path, made: Recipe, settings: Settings, saved: Recipe, content: Mapping[str, Any], *, extends: bool
+) -> None:
+    """Compare everything that decides the numbers of a run.
+
+    Raises:
+        ValueError: the checkpoint is of another run; everything that differs is named.
+    """
+    _check(path, made, settings, saved, content, _OF_THE_SCHEDULE if extends else ())
+
+
+def _check(
+    path: Path,
+    made: Recipe,
+    settings: Settings,
+    saved: Recipe,
+    content: Mapping[str, Any],
+    ignored: Collection[str],
+) -> None:
+    mine, theirs = {**asdict(settings), **recipe_to_data(made)}, {**saved_settings(content), **recipe_to_data(saved)}
+    if content["version"] == 1:  # which knew the folder's name, and nothing of preprocessing and classes
+        unknown = {"data", "preprocessing", "classes", *(set(asdict(settings)) - set(saved_settings(content)))}
+        mine = {name: value for name, value in mine.items() if name not in unknown}
+    differing = [
+        f"its {name.replace('_', ' ')} is {_shown(name, theirs.get(name), value)}"
+        for name, value in mine.items()
+        if name not in ignored and value != theirs.get(name)
+    ]
+    if differing:
+        raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
+
+
+def _shown(name: str, theirs: Any, mine: Any) -> str:
+    if name == "data":
+        return "that of other images: the files, their classes or the share held out have changed"
+    if name == "preprocessing":
+        names = [key for key in mine if mine[key] != theirs[key]]
+        theirs, mine = ({key: data[key] for key in names} for data in (theirs, mine))
+    return f"{theirs!r}, not {mine!r}"
