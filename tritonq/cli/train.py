@@ -6,7 +6,7 @@ import argparse
 import copy
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -138,7 +138,7 @@ def _main(arguments: argparse.Namespace) -> int:
     resumes = arguments.resume and path.exists()
     if path.exists() and not resumes:
         raise ValueError(f"{path} exists: pass --resume to go on from it, or another --output")
-    saved = {}
+    saved: dict[str, Any] = {}
     if resumes:
         saved_recipe, saved = read_training(path)
         check_before_images(path, made, settings, saved_recipe, saved)
