@@ -116,7 +116,9 @@ def class_names(source: str, validation: str = "0.5") -> tuple[str, ...]:
     return tuple(map(str, range(10))) if source == DIGITS else find_layout(Path(source), folder).classes
 
 
-def open_examples(source: str, preprocessing: Preprocessing, validation: str = "0.5", workers: int = 0) -> Examples:
+def open_examples(
+    source: str, preprocessing: Preprocessing, validation: str = "0.5", workers: int = 0, *, quiet: bool = False
+) -> Examples:
     """Return the images called ``"digits"``, or those of a folder, whose pixels are read when they are asked for.
 
     Each file is read once, to tell whether it can be, for its checksum and for mean and deviation.
@@ -126,6 +128,7 @@ def open_examples(source: str, preprocessing: Preprocessing, validation: str = "
         preprocessing: how they are scaled; without a mean it takes the training images' own.
         validation: a folder of the same classes, or the share that is held out.
         workers: threads that read files; 0: one per processor.
+        quiet: print nothing; another process does.
 
     Raises:
         ValueError: see :func:`~tritonq.cli.folder.readable_images`; channels that can't be made.
@@ -134,7 +137,8 @@ def open_examples(source: str, preprocessing: Preprocessing, validation: str = "
     if source == DIGITS:
         return _digits(preprocessing, share)
     layout = find_layout(Path(source), folder)
-    files = readable_images(layout.train, layout.classes, preprocessing, workers, 2 if layout.validation is None else 1)
+    least = 2 if layout.validation is None else 1
+    files = readable_images(layout.train, layout.classes, preprocessing, workers, least, quiet=quiet)
     if layout.validation is None:
         train, test = (
             [files[index] for index in part.tolist()]
@@ -142,7 +146,7 @@ def open_examples(source: str, preprocessing: Preprocessing, validation: str = "
         )
     else:
         train = files
-        test = readable_images(layout.validation, layout.classes, preprocessing, workers, 0)
+        test = readable_images(layout.validation, layout.classes, preprocessing, workers, 0, quiet=quiet)
     _check_parts(layout.classes, train, test)
     preprocessing = preprocessing.with_moments(*moments(train))
     trained, held_out = (

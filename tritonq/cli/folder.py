@@ -154,7 +154,13 @@ def find_layout(folder: Path, validation: Path | None = None) -> FolderLayout:
 
 
 def readable_images(
-    folder: Path, classes: Sequence[str], preprocessing: Preprocessing, workers: int = 0, least: int = 2
+    folder: Path,
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+    workers: int = 0,
+    least: int = 2,
+    *,
+    quiet: bool = False,
 ) -> list[ImageFile]:
     """Read every image in ``folder/<class>/``, at any depth, sorted; no pixels are kept.
 
@@ -166,6 +172,7 @@ def readable_images(
         preprocessing: gives the pixels that are summed up.
         workers: threads that read; 0: one per processor.
         least: how many images a class must have.
+        quiet: print nothing; another process does.
 
     Raises:
         ValueError: a class with fewer readable images.
@@ -177,7 +184,7 @@ def readable_images(
     def look(item: tuple[Path, int]) -> ImageFile | str:
         return _look(*item, preprocessing)
 
-    bar = tqdm(total=len(paths), desc=f"reading {folder.name}", unit="image", leave=False, disable=None)
+    bar = tqdm(total=len(paths), desc=f"reading {folder.name}", unit="image", leave=False, disable=quiet or None)
     with ThreadPoolExecutor(workers or os.cpu_count()) as readers, bar:
         for start in range(0, len(paths), _FILES_AT_A_TIME):
             for outcome in readers.map(look, paths[start : start + _FILES_AT_A_TIME]):
@@ -186,14 +193,15 @@ def readable_images(
                     found.append(outcome)
                 else:
                     skipped += 1
-                    bar.write(outcome, file=sys.stderr)
+                    if not quiet:
+                        bar.write(outcome, file=sys.stderr)
     counts = [0] * len(classes)
     for file in found:
         counts[file.label] += 1
     for name, count in zip(classes, counts, strict=True):
         if count < least:
             raise ValueError(f"class folder {folder / name} holds {count} readable images; {least} are needed")
-    if skipped:
+    if skipped and not quiet:
         print(f"{skipped} of {len(paths)} files skipped", file=sys.stderr)
     return found
 

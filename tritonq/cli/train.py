@@ -144,7 +144,8 @@ def _main(arguments: argparse.Namespace) -> int:
         check_before_images(path, made, settings, saved_recipe, saved)
     board = TensorBoard(arguments.output / "tensorboard") if arguments.tensorboard and processes.is_first else None
 
-    data = open_examples(arguments.data, preprocessing, arguments.validation, arguments.workers)
+    quiet = not processes.is_first
+    data = open_examples(arguments.data, preprocessing, arguments.validation, arguments.workers, quiet=quiet)
     made = Recipe(made.model, made.model_arguments, qconfig, data.preprocessing, data.classes)
     settings = Settings(**{**vars(settings), "data": data.fingerprint})
     float_accuracy = saved.get("float_accuracy")
@@ -171,7 +172,8 @@ def _main(arguments: argparse.Namespace) -> int:
     )
     if resumes:
         step = run.resume()
-        print(f"resuming at step {step} of {run.steps}", flush=True)
+        if processes.is_first:
+            print(f"resuming at step {step} of {run.steps}", flush=True)
     no_files = why_not_deployable(run.model)
     if processes.is_first:
         print(summary(run.model).line, flush=True)

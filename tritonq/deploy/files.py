@@ -17,7 +17,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Whoever is killed in between leaves the old file, and beside it one that :func:`remove_leftovers` finds.
 
     Raises:
-        OSError: the file can't be written.
+        OSError: the file can't be written; the error names it.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -30,8 +30,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(target)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.strerror and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(target)) from error
         raise
 
 
