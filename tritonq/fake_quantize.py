@@ -17,6 +17,7 @@ from tritonq.functional.saved_input import mark
 from tritonq.granularity import describe_granularity
 from tritonq.grid import Grid
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
+from tritonq.observers.making import make_observer
 from tritonq.outliers import tell_outlier
 from tritonq.qparams import QParams, QuantizedType
 from tritonq.rank_ranges import FollowingGrid, RankState, join_ranks
@@ -153,7 +154,7 @@ class FakeQuantize(FakeQuantizeBase):
         super().__init__()
         if quant_min is not None or quant_max is not None:
             observer_kwargs.update(quant_min=quant_min, quant_max=quant_max)
-        self.activation_post_process = observer(is_dynamic=is_dynamic, **observer_kwargs)
+        self.activation_post_process = make_observer(observer, is_dynamic=is_dynamic, **observer_kwargs)
         self.qtype = self.activation_post_process.qtype
         # Per channel the length may come later, from the first tensor or a checkpoint.
         shape = (1,) if self.qtype.axis is None else (self.activation_post_process.num_channels or 0,)
@@ -170,9 +171,8 @@ class FakeQuantize(FakeQuantizeBase):
             self.register_buffer("begins", torch.zeros_like(self.fake_quant_enabled), persistent=False)
 
     def _initial_zero_point(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.full(
-            shape, max(self.activation_post_process.fixed_zero_point or 0, self.qtype.quant_min), dtype=torch.int32
-        )
+        smallest = max(self.activation_post_process.fixed_zero_point or 0, self.qtype.quant_min)
+        return torch.full(shape, smallest, dtype=torch.int32)
 
     def allocate(self, num_channels: int) -> None:
         """Give per-channel buffers their final length; a no-op per tensor or when they have it."""

@@ -15,6 +15,7 @@ from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.observers import ObserverBase
+from tritonq.observers.making import make_observer
 from tritonq.qparams import QParams, QuantizedType, Rounding
 from tritonq.rank_ranges import RankState, join_ranks
 from tritonq.warn_once import warn_once
@@ -52,7 +53,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         given = observer_kwargs.get("dtype")
         if self.rounding is not None and not isinstance(given, QuantizedType):
             observer_kwargs.setdefault("rounding", self.rounding)
-        self.activation_post_process = observer(**observer_kwargs)
+        self.activation_post_process = make_observer(observer, **observer_kwargs)
         self.qtype = self.activation_post_process.qtype
         if self.rounding not in (None, self.qtype.rounding):
             raise ValueError(f"{type(self).__name__} rounds {self.rounding}, got rounding={self.qtype.rounding!r}")

@@ -99,19 +99,6 @@ def with_one_weight_scale(qconfig: QConfig) -> QConfig:
     return qconfig._replace(weight=Factory(factory.make, {**kept, "observer": observer, "dtype": dtype}))
 
 
-def describe_wrong_qconfig(found: object) -> str:
-    """Say what was found in the place of a QConfig, for an error's text."""
-    kind = type(found)
-    if kind.__name__ == "QConfig":
-        return (
-            f"{kind.__module__}.QConfig, which makes that library's quantizers: use tritonq.get_default_qat_qconfig "
-            "for the same numbers, or tritonq.QConfig"
-        )
-    if isinstance(found, str):
-        return f"the string {found!r}: tritonq.get_qconfig({found!r}) gives a preset's"
-    return "None" if found is None else kind.__qualname__
-
-
 # torch.ao's weight quantizers: moving averages, as there, signed 8 bits.
 _TORCH_WEIGHT = {"dtype": torch.qint8, "quant_min": -128, "quant_max": 127}
 default_per_channel_weight_fake_quant = FakeQuantize.with_args(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
 from tritonq.near_misses import did_you_mean
-from tritonq.qconfig import QConfig, describe_wrong_qconfig
+from tritonq.qconfig import QConfig
+from tritonq.qconfig_check import check_qconfig
 
 # A rule that leaves layers in float holds None.
 Choice = QConfig | None
@@ -211,9 +212,9 @@ def _is_type(module: nn.Module, name: str) -> bool:
 
 
 def _checked(qconfig: Any) -> Choice:
-    if qconfig is not None and not isinstance(qconfig, QConfig):
-        raise TypeError(f"a qconfig must be a QConfig or None, got {describe_wrong_qconfig(qconfig)}")
-    return qconfig
+    if qconfig is not None:
+        check_qconfig(qconfig, "a qconfig")
+    return cast(Choice, qconfig)
 
 
 def _added(rules: tuple[Rule, ...], key: str, qconfig: Choice) -> tuple[Rule, ...]:

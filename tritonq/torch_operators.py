@@ -61,6 +61,9 @@ class use_in_torch:  # noqa: N801, as torch.no_grad: used like a function
             _Registration.leave()
 
     def __enter__(self) -> use_in_torch:
+        if not self._is_active:  # a second block with the same object
+            self._is_active = True
+            _Registration.enter()
         return self
 
     def __exit__(

@@ -282,6 +282,8 @@ def test_mistakes_leave_the_model_as_it_was(inplace):
         tritonq.restore(plain)
     with pytest.raises(TypeError, match="got int"):
         tritonq.accelerate(3)
+    with pytest.raises(TypeError, match="got NoneType"):
+        tritonq.restore(None)
     ours = tritonq.accelerate(prepared(qconfig()), inplace)
     kinds = [type(module) for module in ours.modules()]
     with pytest.raises(ValueError, match="accelerated already"):

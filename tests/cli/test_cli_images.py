@@ -149,7 +149,7 @@ def test_a_file_that_vanishes_costs_nothing(workers, tmp_path, monkeypatch, caps
     folder = image_folder(tmp_path / "insects")
     data = open_examples(str(folder), SMALL)
 
-    def vanish(*args):
+    def vanish(*args, **choices):
         data.train.paths[-1].unlink()
         return data
 

@@ -141,7 +141,7 @@ def test_a_read_only_folder(tmp_path, capsys):
 
 
 def test_ctrl_c_outside_of_training(tmp_path, capsys, monkeypatch):
-    def interrupt(*args):
+    def interrupt(*args, **choices):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tritonq.cli.train.open_examples", interrupt)
@@ -150,7 +150,7 @@ def test_ctrl_c_outside_of_training(tmp_path, capsys, monkeypatch):
 
 
 def test_too_little_memory(tmp_path, capsys, monkeypatch):
-    def fail(*args):
+    def fail(*args, **choices):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore lines")
 
     monkeypatch.setattr("tritonq.cli.train.open_examples", fail)
@@ -251,7 +251,7 @@ def test_usage_errors_are_one_line(words, message, capsys):
 
 
 def test_ctrl_c_while_a_command_is_imported(capsys, monkeypatch):
-    def interrupt(*args):
+    def interrupt(*args, **choices):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("importlib.import_module", interrupt)
@@ -261,7 +261,7 @@ def test_ctrl_c_while_a_command_is_imported(capsys, monkeypatch):
 
 @pytest.mark.filterwarnings("default")
 def test_warnings_of_a_command_are_one_line(tmp_path, capsys, monkeypatch):
-    def warn(*args):
+    def warn(*args, **choices):
         warnings.warn("layers stay in\n  float", stacklevel=1)
         raise ValueError("enough")
 

@@ -230,6 +230,10 @@ def test_nothing_is_left_behind():
     assert not our_calls(call)[1]
     assert "removed" in repr(outer)
     assert "fake_quantize_per_tensor_affine_cachemask" in outer.operators
+    for _ in range(2):
+        with outer:
+            assert our_calls(call)[1], "one object serves several blocks"
+        assert not our_calls(call)[1]
 
 
 def test_other_threads_see_it():

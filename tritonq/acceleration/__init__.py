@@ -90,6 +90,7 @@ def restore(model: nn.Module) -> nn.Module:
     After it the library converts, lowers and exports the model as it would have.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: the model is not accelerated.
 
     Examples:
@@ -101,6 +102,8 @@ def restore(model: nn.Module) -> nn.Module:
         ...     _ = model(torch.ones(1, 3, 8, 8))
         ...     converted = ao.convert(tritonq.restore(model).eval())
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore needs a torch.nn.Module, got {type(model).__name__}")
     if not any(library.is_accelerated(model) for library in _LIBRARIES):
         raise ValueError("this model is not accelerated")
     for library in _LIBRARIES:

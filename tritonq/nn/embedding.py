@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.granularity import describe_granularity, granularity_of
 from tritonq.nn.conv import check_float_type
-from tritonq.nn.qat import check_qconfig, without_qconfig
+from tritonq.nn.qat import checked_qconfig, without_qconfig
 from tritonq.qconfig import QConfig
 
 
@@ -23,7 +23,7 @@ class _QATTable(nn.Module):
         Raises:
             ValueError: it has scales per group, or per index of another axis than the rows'.
         """
-        self.qconfig = qconfig = check_qconfig(self, qconfig)
+        self.qconfig = qconfig = checked_qconfig(self, qconfig)
         self.weight_fake_quant = qconfig.weight()
         if isinstance(self.weight_fake_quant, FakeQuantizeBase):
             self.weight_fake_quant.batch_axis = None

@@ -22,7 +22,8 @@ from tritonq.nn.fusable import describe_relu
 from tritonq.nn.own_input import QuantizedBehindClip, QuantizesInput
 from tritonq.nn.paths import LayerState, Path, choose_path
 from tritonq.nn.reference import Reference, ReferringModule
-from tritonq.qconfig import QConfig, describe_wrong_qconfig
+from tritonq.qconfig import QConfig
+from tritonq.qconfig_check import check_qconfig
 from tritonq.reference.activation import rectify
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
             ValueError: a weight quantizer whose channel axis is not the layer's out-channel axis, or groups that don't
                 divide its input channels.
         """
-        self.qconfig = qconfig = check_qconfig(self, qconfig)
+        self.qconfig = qconfig = checked_qconfig(self, qconfig)
         self.weight_fake_quant = qconfig.weight()
         if isinstance(self.weight_fake_quant, FakeQuantizeBase):
             self.weight_fake_quant.batch_axis = None
@@ -287,15 +288,14 @@ def without_qconfig(args: tuple[Any, ...], qconfig: QConfig | None) -> tuple[tup
     return (*args[: places[0]], *args[places[0] + 1 :]), args[places[0]]
 
 
-def check_qconfig(layer: nn.Module, qconfig: object) -> QConfig:
+def checked_qconfig(layer: nn.Module, qconfig: object) -> QConfig:
     """Return ``qconfig`` if it is tritonq's.
 
     Raises:
         TypeError: something else; the message says where a class of the same name comes from.
     """
-    if not isinstance(qconfig, QConfig):
-        raise TypeError(f"{type(layer).__name__} needs qconfig=QConfig(...), got {describe_wrong_qconfig(qconfig)}")
-    return qconfig
+    check_qconfig(qconfig, f"qconfig of {type(layer).__name__}", "a QConfig")
+    return cast(QConfig, qconfig)
 
 
 def linear_map_of(layer: nn.Module) -> LinearMap:

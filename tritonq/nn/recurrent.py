@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.granularity import granularity_of
 from tritonq.nn.conv import check_float_type
-from tritonq.nn.qat import check_qconfig, without_qconfig
+from tritonq.nn.qat import checked_qconfig, without_qconfig
 from tritonq.nn.recurrent_forward import WEIGHT_QUANTIZER, RecurrentCellForward, RecurrentForward, weight_names
 from tritonq.qconfig import QConfig
 
@@ -42,7 +42,7 @@ class QATRecurrent(nn.Module):
             TypeError: no QConfig.
             ValueError: scales along another axis than the rows, or groups that don't divide these.
         """
-        self.qconfig = qconfig = check_qconfig(self, qconfig)
+        self.qconfig = qconfig = checked_qconfig(self, qconfig)
         for name in weight_names(self):
             weight = cast(Tensor, getattr(self, name))
             quantizer = qconfig.weight()

@@ -41,7 +41,8 @@ from tritonq.prepare.switches import (
     freeze_bn_stats,
     update_bn_stats,
 )
-from tritonq.qconfig import DEFAULT_PRESET, QConfig, describe_wrong_qconfig, get_qconfig
+from tritonq.qconfig import DEFAULT_PRESET, QConfig, get_qconfig
+from tritonq.qconfig_check import check_qconfig
 from tritonq.qconfig_mapping import QConfigMapping
 
 register_earlier_paths()
@@ -105,8 +106,8 @@ def prepare_qat(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
-    if qconfig is not None and not isinstance(qconfig, (QConfig, QConfigMapping)):
-        raise TypeError(f"qconfig must be a QConfig, a QConfigMapping or None, got {describe_wrong_qconfig(qconfig)}")
+    if qconfig is not None and not isinstance(qconfig, QConfigMapping):
+        check_qconfig(qconfig, "qconfig", "a QConfig, a QConfigMapping or None")
     model = uncompiled(model)
     prepared = [name for name, part in model.named_modules() if isinstance(part, (QuantizesInput, FakeQuantizeBase))]
     if prepared:

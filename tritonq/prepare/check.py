@@ -28,6 +28,8 @@ _SAME_OUTPUT_DEFAULT = 1e-3
 # from itself in float64, up to this factor, the float model may be that far from it too; up to this share of the
 # largest output.
 _NOISE_FACTOR, _LARGEST_NOISE = 4.0, 0.05
+# Where layers and quantizers hold quantizers and observers.
+_PLACES = ("weight_fake_quant", "activation_post_process")
 # Buffers of a quantizer that say what it does, not what it saw.
 _SWITCHES = ("fake_quant_enabled", "observer_enabled")
 
@@ -59,9 +61,18 @@ def check_same_output(model: nn.Module, run: Run) -> None:
     if differing is not None:
         raise RuntimeError(
             f"the prepared {type(model).__name__} would not compute in {mode} mode what the float model does "
-            f"({differing}); the model is as it was. Please report this model; a qconfig of None on its parts narrows "
-            "the cause down"
+            f"({differing}); the model is as it was. {_advice(model)}"
         )
+
+
+def _advice(model: nn.Module) -> str:
+    """Say who can find the cause: with quantizers or observers that are not tritonq's, whoever wrote them."""
+    places = (getattr(part, name, None) for part in model.modules() for name in _PLACES)
+    kinds = {type(found) for found in places if found is not None}
+    own = sorted(kind.__qualname__ for kind in kinds if kind.__module__.partition(".")[0] not in ("tritonq", "torch"))
+    if own:
+        return f"With rounding off a quantizer passes its input; tritonq.testing.check_quantizer tries {', '.join(own)}"
+    return "Please report this model; a qconfig of None on its parts narrows the cause down"
 
 
 def _is_noise(model: nn.Module, run: Run, result: dict[Any, Tensor]) -> bool:

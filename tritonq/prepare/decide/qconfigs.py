@@ -9,7 +9,8 @@ from torch import nn
 
 from tritonq.prepare.record.dataflow import Dataflow
 from tritonq.prepare.record.float_types import float_type
-from tritonq.qconfig import QConfig, describe_wrong_qconfig
+from tritonq.qconfig import QConfig
+from tritonq.qconfig_check import check_qconfig
 from tritonq.qconfig_mapping import QConfigMapping
 
 QConfigs = dict[nn.Module, QConfig | None]
@@ -74,9 +75,8 @@ def _with_attributes(found: QConfigs, model: nn.Module, skip_root: bool = False)
         visited.add(module)
         if hasattr(module, "qconfig") and not (skip_root and module is model):
             own: Any = module.qconfig
-            if own is not None and not isinstance(own, QConfig):
-                found_instead = describe_wrong_qconfig(own)
-                raise TypeError(f"qconfig of {name or 'the model'} must be a QConfig or None, got {found_instead}")
+            if own is not None:
+                check_qconfig(own, f"qconfig of {name or 'the model'}")
             above = (own,)
         if above is not None:
             found[module] = above[0]
