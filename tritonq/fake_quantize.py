@@ -17,7 +17,7 @@ from tritonq.functional.saved_input import mark
 from tritonq.granularity import describe_granularity
 from tritonq.grid import Grid
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
-from tritonq.observers.making import make_observer
+from tritonq.observers.base import make_observer
 from tritonq.outliers import tell_outlier
 from tritonq.qparams import QParams, QuantizedType
 from tritonq.rank_ranges import FollowingGrid, RankState, join_ranks

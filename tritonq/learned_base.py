@@ -15,7 +15,7 @@ from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.observers import ObserverBase
-from tritonq.observers.making import make_observer
+from tritonq.observers.base import make_observer
 from tritonq.qparams import QParams, QuantizedType, Rounding
 from tritonq.rank_ranges import RankState, join_ranks
 from tritonq.warn_once import warn_once

@@ -30,8 +30,6 @@ from tritonq.targets import Target, find_target
 
 # How training folds a BatchNorm into the quantized weight; see `tritonq.nn.batch_norm_layer.QATBatchNormLayer`.
 Folding = Literal["approximate", "exact", "corrected", "scale"]
-
-
 # Where softmax and norms read and write rounded values.
 Islands = Literal["float", "rounded"]
 
@@ -97,6 +95,31 @@ def with_one_weight_scale(qconfig: QConfig) -> QConfig:
     kept = {name: value for name, value in factory.arguments.items() if name not in ("qscheme", "ch_axis")}
     dtype = factory().qtype.with_axis(None)
     return qconfig._replace(weight=Factory(factory.make, {**kept, "observer": observer, "dtype": dtype}))
+
+
+def check_qconfig(found: object, where: str, expected: str = "a QConfig or None") -> None:
+    """Raise a TypeError that names ``where``, unless ``found`` is a QConfig of two factories."""
+    if not isinstance(found, QConfig):
+        raise TypeError(f"{where} must be {expected}, got {describe_wrong_qconfig(found)}")
+    for side in ("activation", "weight"):
+        factory = getattr(found, side)
+        if isinstance(factory, nn.Module):
+            name = type(factory).__qualname__
+            raise TypeError(f"{side} in {where} is one {name}, and each layer needs its own: give {name}.with_args()")
+        if not callable(factory):
+            instead = f"got {factory!r}; torch.nn.Identity leaves that side in float"
+            raise TypeError(f"{side} in {where} must be a factory of quantizers, {instead}")
+
+
+def describe_wrong_qconfig(found: object) -> str:
+    """Say what was found in the place of a QConfig, for an error's text."""
+    kind = type(found)
+    if kind.__name__ == "QConfig":
+        advice = "use tritonq.get_default_qat_qconfig for the same numbers, or tritonq.QConfig"
+        return f"{kind.__module__}.QConfig, which makes that library's quantizers: {advice}"
+    if isinstance(found, str):
+        return f"the string {found!r}: tritonq.get_qconfig({found!r}) gives a preset's"
+    return "None" if found is None else kind.__qualname__
 
 
 # torch.ao's weight quantizers: moving averages, as there, signed 8 bits.

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from tritonq.near_misses import did_you_mean
-from tritonq.qconfig import QConfig
-from tritonq.qconfig_check import check_qconfig
+from tritonq.qconfig import QConfig, check_qconfig
 
 # A rule that leaves layers in float holds None.
 Choice = QConfig | None

@@ -34,8 +34,8 @@ def model():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (None, "must be a factory of quantizers, .* got None; torch.nn.Identity leaves that side in float"),
-        ("qint8", "must be a factory of quantizers, .* got 'qint8'"),
+        (None, "must be a factory of quantizers, got None; torch.nn.Identity leaves that side in float"),
+        ("qint8", "must be a factory of quantizers, got 'qint8'"),
         (tritonq.FakeQuantize(), r"is one FakeQuantize, and each layer needs its own: give FakeQuantize.with_args"),
     ],
 )

@@ -382,3 +382,14 @@ def _short(values: Tensor) -> str:
     if values.numel() == 1:
         return f"{float(values):.6g}"
     return f"[{float(values.min()):.6g} .. {float(values.max()):.6g}; {values.numel()} channels]"
+
+
+def make_observer(observer: Callable[..., Any], **arguments: Any) -> Any:
+    """Return the observer that a class or factory makes; TypeError for what is not tritonq's, such as torch.ao's."""
+    made = observer(**arguments) if callable(observer) else observer
+    if not isinstance(getattr(made, "qtype", None), QuantizedType):
+        got = f"{type(made).__module__}.{type(made).__qualname__}"
+        raise TypeError(
+            f"observer must be a class or factory of tritonq's observers (own ones inherit RangeObserver), got {got}"
+        )
+    return made

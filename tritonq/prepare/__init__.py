@@ -41,8 +41,7 @@ from tritonq.prepare.switches import (
     freeze_bn_stats,
     update_bn_stats,
 )
-from tritonq.qconfig import DEFAULT_PRESET, QConfig, get_qconfig
-from tritonq.qconfig_check import check_qconfig
+from tritonq.qconfig import DEFAULT_PRESET, QConfig, check_qconfig, get_qconfig
 from tritonq.qconfig_mapping import QConfigMapping
 
 register_earlier_paths()

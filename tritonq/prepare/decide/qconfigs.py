@@ -9,8 +9,7 @@ from torch import nn
 
 from tritonq.prepare.record.dataflow import Dataflow
 from tritonq.prepare.record.float_types import float_type
-from tritonq.qconfig import QConfig
-from tritonq.qconfig_check import check_qconfig
+from tritonq.qconfig import QConfig, check_qconfig
 from tritonq.qconfig_mapping import QConfigMapping
 
 QConfigs = dict[nn.Module, QConfig | None]
