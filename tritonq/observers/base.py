@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ _SIGNED_DTYPES = {torch.qint8: 8, torch.int8: 8, torch.int16: 16, torch.qint32: 
 # torch.ao halves the range of 8-bit types alone.
 _REDUCIBLE_BITS = 8
 _UNSIGNED_DTYPES = {torch.quint8: 8, torch.uint8: 8, torch.quint4x2: 4}
+Observer = TypeVar("Observer")
 
 
 class FixedDtypeBuffers(nn.Module):
@@ -384,7 +385,7 @@ def _short(values: Tensor) -> str:
     return f"[{float(values.min()):.6g} .. {float(values.max()):.6g}; {values.numel()} channels]"
 
 
-def make_observer(observer: Callable[..., Any], **arguments: Any) -> Any:
+def make_observer(observer: Callable[..., Observer], **arguments: Any) -> Observer:
     """Return the observer that a class or factory makes; TypeError for what is not tritonq's, such as torch.ao's."""
     made = observer(**arguments) if callable(observer) else observer
     if not isinstance(getattr(made, "qtype", None), QuantizedType):
