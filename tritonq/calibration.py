@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
+from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.learned_base import LearnedFakeQuantize
 from tritonq.nn.qat import QATLayer
 from tritonq.observers import PassiveObserver
 from tritonq.qparams import QParams
+from tritonq.switched_quantizer import SwitchedQuantizer
 from tritonq.warn_once import silence
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -67,7 +69,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: as :func:`calibrate`; the switches are as before then, and so they are where the block raises.
     """
-    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizeBase)}
+    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, SwitchedQuantizer)}
     if not quantizers:
         raise ValueError(f"{type(model).__name__} has no fake quantizer: call prepare_qat first")
     for name, quantizer in quantizers.items():
@@ -140,6 +142,8 @@ def refine_scales(
                 if isinstance(quantizer, FakeQuantizeBase) and quantizer.has_qparams() and examples[name]:
                     with _rounding(layer, role):
                         chosen[f"{name}.{role}".lstrip(".")] = _best_factors(layer, quantizer, examples[name], factors)
+    if not chosen:
+        raise ValueError(f"{type(model).__name__} has no quantizer of integers with a range: calibrate it first")
     return chosen
 
 
@@ -163,18 +167,21 @@ def model_batches(model: nn.Module, data: Any) -> Iterator[Batch]:
             yield (batch,), {}
 
 
-def _check_observed(quantizers: dict[str, FakeQuantizeBase]) -> None:
-    unset = [
-        name or type(quantizer).__name__
-        for name, quantizer in quantizers.items()
-        if isinstance(quantizer, (FakeQuantize, LearnedFakeQuantize))
-        and not bool(quantizer.activation_post_process.has_observed())
-    ]
+def _check_observed(quantizers: dict[str, SwitchedQuantizer]) -> None:
+    unset = [name or type(quantizer).__name__ for name, quantizer in quantizers.items() if _is_unset(quantizer)]
     if unset:
         raise ValueError(
             f"these quantizers saw no finite value, since the data are empty or not finite, or the model does not run "
             f"them: {', '.join(unset)}"
         )
+
+
+def _is_unset(quantizer: SwitchedQuantizer) -> bool:
+    if isinstance(quantizer, FloatFakeQuantize):
+        return quantizer.has_observed_scale and not bool(quantizer.amax_history.any())
+    if isinstance(quantizer, (FakeQuantize, LearnedFakeQuantize)):
+        return not bool(quantizer.activation_post_process.has_observed())
+    return False
 
 
 @contextmanager
@@ -189,7 +196,7 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _observing(model: nn.Module, quantizers: Iterable[FakeQuantizeBase]) -> Iterator[None]:
+def _observing(model: nn.Module, quantizers: Iterable[SwitchedQuantizer]) -> Iterator[None]:
     """Eval mode for everything but quantizers, which observe and do not round."""
     with modes_restored(model):
         model.eval()
@@ -201,6 +208,10 @@ def _observing(model: nn.Module, quantizers: Iterable[FakeQuantizeBase]) -> Iter
                 # In training mode it would take its first batch for all the data; in eval it would warn.
                 silence(quantizer)
                 hooks.append(quantizer.register_forward_pre_hook(lambda module, args: module.observe(args[0])))
+            elif isinstance(quantizer, FloatFakeQuantize):
+                # In training mode its history would forget the first of many batches.
+                silence(quantizer)
+                hooks.append(quantizer.register_forward_pre_hook(lambda module, args: module.gather(args[0])))
             else:
                 quantizer.train()
         try:
@@ -213,7 +224,7 @@ def _observing(model: nn.Module, quantizers: Iterable[FakeQuantizeBase]) -> Iter
 @contextmanager
 def everything_float(model: nn.Module) -> Iterator[None]:
     """Eval mode, and no quantizer rounds; each as it was afterwards."""
-    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantizeBase)]
+    quantizers = [module for module in model.modules() if isinstance(module, SwitchedQuantizer)]
     switches = [quantizer.fake_quant_enabled.clone() for quantizer in quantizers]
     with modes_restored(model):
         model.eval()
@@ -230,7 +241,7 @@ def everything_float(model: nn.Module) -> Iterator[None]:
 def _rounding(layer: QATLayer, role: str) -> Iterator[None]:
     """Let the layer's weight be rounded inside, and its output too where the activation is searched."""
     quantizers = [layer.weight_fake_quant] + ([layer.activation_post_process] if role != "weight_fake_quant" else [])
-    active = [quantizer for quantizer in quantizers if isinstance(quantizer, FakeQuantizeBase)]
+    active = [quantizer for quantizer in quantizers if isinstance(quantizer, SwitchedQuantizer)]
     for quantizer in active:
         quantizer.enable_fake_quant()
     try:

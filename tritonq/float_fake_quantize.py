@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tritonq.formats import BLOCK_FORMATS, ELEMENT_FORMATS, FLOAT_FORMATS, ScaleRounding
+from tritonq.formats import BLOCK_FORMATS, ELEMENT_FORMATS, FLOAT_FORMATS, FloatFormat, ScaleRounding
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.float_blocks import fake_quantize_blocks
@@ -89,6 +89,11 @@ class FloatFakeQuantize(SwitchedQuantizer):
         return None if self.blocks is not None else QuantizedType.of_floats(ELEMENT_FORMATS[self.format], self.ch_axis)
 
     @property
+    def element_format(self) -> FloatFormat:
+        """The format of each element, in blocks or alone."""
+        return FLOAT_FORMATS[ELEMENT_FORMATS[self.format]] if self.blocks is None else self.blocks.element_format
+
+    @property
     def has_observed_scale(self) -> bool:
         """Whether scales rest on what was observed: not those of blocks with powers of two."""
         return self.blocks is None or self.blocks.scale != "e8m0"
@@ -101,9 +106,8 @@ class FloatFakeQuantize(SwitchedQuantizer):
     @property
     def reach(self) -> float:
         """The largest magnitude that the format holds at a scale of 1."""
-        if self.blocks is None:
-            return FLOAT_FORMATS[ELEMENT_FORMATS[self.format]].largest
-        return self.blocks.element_format.largest * FLOAT_FORMATS["e4m3"].largest
+        largest = self.element_format.largest
+        return largest if self.blocks is None else largest * FLOAT_FORMATS["e4m3"].largest
 
     def rounds(self) -> bool:
         """Whether :meth:`forward` rounds; may synchronise with the device."""
@@ -150,12 +154,25 @@ class FloatFakeQuantize(SwitchedQuantizer):
     def observe(self, x: Tensor) -> None:
         """Put the largest finite magnitudes of ``x`` into the history, unless ``observer_enabled`` is 0."""
         join_ranks()
-        axis = None if self.blocks is not None else self.ch_axis
-        low, high, _ = implementation("min_max", x).min_max(x, axis)
-        largest = torch.maximum(-low, high).clamp_(min=0).view(1, -1)
-        history = torch.cat([largest, self.amax_history[:-1]])
+        history = torch.cat([self._largest(x), self.amax_history[:-1]])
         self.amax_history.copy_(torch.where(self.observer_enabled != 0, history, self.amax_history))
         self._follow_history()
+
+    @torch.no_grad()
+    def gather(self, x: Tensor) -> None:
+        """Count ``x`` to the latest batch of the history: a calibration is one batch, however many it has."""
+        if not self.has_observed_scale:
+            return
+        if self.blocks is None and self.ch_axis is not None:
+            self.allocate(x.shape[self.ch_axis])
+        self.amax_history[0].copy_(torch.maximum(self.amax_history[0], self._largest(x)[0]))
+        self._follow_history()
+
+    def _largest(self, x: Tensor) -> Tensor:
+        """Return the largest finite magnitudes: (1, 1), or (1, channels)."""
+        axis = None if self.blocks is not None else self.ch_axis
+        low, high, _ = implementation("min_max", x).min_max(x, axis)
+        return torch.maximum(-low, high).clamp_(min=0).view(1, -1)
 
     def rank_state(self) -> RankState:
         """See base class."""

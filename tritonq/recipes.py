@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.qconfig import QConfig
 from tritonq.qconfig_mapping import QConfigMapping
 
@@ -66,5 +67,7 @@ def recipe_for(qconfig: QConfig | QConfigMapping) -> TrainingRecipe:
 
 
 def _bits(quantizer: nn.Module) -> int | None:
+    if isinstance(quantizer, FloatFakeQuantize):
+        return quantizer.element_format.bits
     qtype = getattr(quantizer, "qtype", None)
     return qtype.bits if isinstance(quantizer, FakeQuantizeBase) and qtype is not None else None

@@ -91,7 +91,7 @@ class QuantizerHistory:
                 self._activations[name] = module
                 self._hooks.append(module.register_forward_hook(self._counter(name)))
         if not self._weights and not self._activations:
-            raise ValueError(f"{type(model).__name__} has no fake quantizer: call prepare_qat first")
+            raise ValueError(f"{type(model).__name__} has no fake quantizer of integers: call prepare_qat first")
 
     def _counter(self, name: str) -> Any:
         def count(quantizer: FakeQuantizeBase, args: tuple[Any, ...], output: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.calibration import Batch, model_batches
+from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.qat import QATLayer
 
@@ -50,6 +51,8 @@ def check_rounds_to_nearest(layers: Mapping[str, QATLayer], what: str) -> None:
     """Raise ValueError where a weight takes codes that are not the nearest ones: ``what`` would change them."""
     for name, layer in layers.items():
         quantizer = layer.weight_fake_quant
+        if isinstance(quantizer, FloatFakeQuantize):
+            raise ValueError(f"{what} is for integer codes, and layer {name!r} has weights in {quantizer.format}")
         if not getattr(quantizer, "rounds_to_nearest", True):
             raise ValueError(
                 f"{what} changes which of two codes next to a weight is taken; {type(quantizer).__name__}, of layer "
