@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tritonq.nn.einsum import einsum_operands
 from tritonq.nn.forward_mode import ForwardMode
 from tritonq.nn.products import attention_arguments
+from tritonq.prepare.forwards.checkpointed import wrap_repetitions
 from tritonq.prepare.forwards.graph import (
     Operands,
     attention_operands,
@@ -164,6 +165,8 @@ class Answering(ForwardMode):
         place = _place_in_trace() if torch.compiler.is_dynamo_compiling() else self._running_place()
         if place not in self._places:
             return func(*args, **kwargs)
+        if not torch.compiler.is_dynamo_compiling():
+            wrap_repetitions(sys._getframe(1), _is_answered, self._repeated)
         count = self._counts.get(place, 0)
         self._counts[place] = count + 1
         key = f"{place}#{count}"
@@ -191,6 +194,18 @@ class Answering(ForwardMode):
         if caller is None or function_name(caller) not in self._functions:
             return ""
         return place_in_forward(caller, _is_answered, _HANDLER)
+
+    def _repeated(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of the forward as a backward runs it again: its calls are answered as they were."""
+        counts = dict(self._counts)
+
+        def repeated(*args: Any) -> Any:
+            mode = Answering(self._owner, self._answers, self._places, self._functions)
+            mode._counts = dict(counts)
+            with mode:
+                return function(*args)
+
+        return repeated
 
     def missing(self, expected: Sequence[str]) -> list[str]:
         """Return the recorded calls that this run did not make, or with other arguments."""
@@ -273,10 +288,12 @@ def _broadcast(numbers: Sequence[int], whole: Sequence[int]) -> bool:
 _TOLD = "_tritonq_told_missing"
 _HANDLER = Answering.__torch_function__.__code__
 _FORWARD = next(code for code in answering.__code__.co_consts if getattr(code, "co_name", "") == "forward")
+_REPEATED = next(code for code in Answering._repeated.__code__.co_consts if getattr(code, "co_name", "") == "repeated")
 
 
 def _is_answered(frame: FrameType) -> bool:
-    return source_code(frame.f_code) is _FORWARD
+    code = source_code(frame.f_code)
+    return code is _FORWARD or code is _REPEATED
 
 
 def _place_in_trace() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from tritonq.prepare.forwards.checkpointed import is_checkpointed
 from tritonq.prepare.forwards.graph_data import check_argument
 from tritonq.prepare.record.dataflow import Frame, refs_in
 from tritonq.prepare.record.operations import METADATA, operation_name
@@ -180,6 +182,8 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _context() != self._context:
             raise TraceError("it changes the grad mode or autocast inside its forward")
+        if is_checkpointed(sys._getframe(1)):
+            raise TraceError("it hands functions to torch.utils.checkpoint, which a graph would run once")
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
