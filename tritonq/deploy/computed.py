@@ -54,7 +54,8 @@ def _drop_arguments(graph: fx.Graph, module: nn.Module) -> bool:
     for node in graph.nodes:
         if node.op != "call_module" or len(node.args) < 2:
             continue
-        if isinstance(module.get_submodule(str(node.target)), QuantizedLayer):
+        layer = module.get_submodule(str(node.target))
+        if isinstance(layer, QuantizedLayer) and layer.takes_weight:
             unused += node.all_input_nodes[1:]
             node.args = node.args[:1]
     found = bool(unused)

@@ -19,6 +19,7 @@ from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.onnx_export import DEFAULT_OPSET, OLDEST_OPSET, check_float32, export_traced
 from tritonq.deploy.onnx_files import forget_source, require_onnx
 from tritonq.deploy.onnx_opset17 import lower_opset
+from tritonq.deploy.output_sizes import with_output_sizes
 from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return_tensors_alone
 from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.record.example import example_arguments
@@ -108,6 +109,7 @@ def export_encodings(
     from tritonq.deploy.encodings_form import encodings_form, take_marks
 
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
+    deployed = with_output_sizes(deployed, example_inputs)
     traced, marks = encodings_form(deployed)
     arguments = example_arguments(example_inputs)
     name_keywords(traced, arguments[1])

@@ -25,6 +25,7 @@ from tritonq.functional.linear_map import LinearMap
 from tritonq.functional.memo import Memo
 from tritonq.grid import Grid
 from tritonq.nn.fusable import checked_ceiling, describe_relu
+from tritonq.nn.output_size import TakesOutputSize
 from tritonq.nn.own_input import QuantizedBehindClip, QuantizesInput
 from tritonq.nn.qat import linear_map_of
 from tritonq.qparams import QuantizedType
@@ -349,7 +350,7 @@ class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
     float_type = nn.Conv3d
 
 
-class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):  # type: ignore[misc]
+class QuantizedConvTranspose2d(TakesOutputSize, QuantizedLayer, nn.ConvTranspose2d):  # type: ignore[misc]
     """ConvTranspose2d in integers, weight (in, out/groups, kh, kw); see :class:`QuantizedLayer`."""
 
     float_type = nn.ConvTranspose2d

@@ -28,6 +28,7 @@ from tritonq.deploy.onnx_functions import CodeTable, check_functions
 from tritonq.deploy.onnx_moves import quantize_behind_moves
 from tritonq.deploy.onnx_opset17 import lower_opset
 from tritonq.deploy.onnx_packed import PACKED_OPSET, pack_weights
+from tritonq.deploy.output_sizes import with_output_sizes
 from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return_tensors_alone
 from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.record.example import example_arguments
@@ -134,6 +135,7 @@ def export_onnx(
     from tritonq.deploy.onnx_quantizers import least_opset
 
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
+    deployed = with_output_sizes(deployed, example_inputs)
     target = onnx_form_of(deployed.modules()) if target is None else target
     if pack and target == "tensorrt":
         raise ValueError('pack=True takes integer weights, and files for target="tensorrt" have float ones')

@@ -18,6 +18,7 @@ from tritonq.deploy.embedding_tables import QuantizedTable
 from tritonq.deploy.example_inputs import name_keywords, open_axes
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
+from tritonq.deploy.output_sizes import with_output_sizes
 from tritonq.deploy.outputs import result_of, return_no_text
 from tritonq.deploy.pt2e_form import complete_pairs, pt2e_form
 from tritonq.grid import Grid
@@ -82,6 +83,7 @@ def export_program(
         raise ValueError(f"unknown form {form!r}; known: {', '.join(get_args(ProgramForm))}")
     model = uncompiled(model)
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
+    deployed = with_output_sizes(deployed, example_inputs)
     traced = pt2e_form(deployed) if form == "pt2e" else _program_form(deployed)
     arguments, shapes = example_arguments(example_inputs), None
     name_keywords(traced, arguments[1])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tritonq.nn import intrinsic
 from tritonq.nn.eval_mode import PATHS
 from tritonq.nn.fusable import ceiling_of
+from tritonq.nn.output_size import TakesOutputSize
 from tritonq.nn.qat import QATLayer, without_qconfig
 from tritonq.qconfig import QConfig
 
@@ -136,7 +137,7 @@ class ConvReLU3d(Conv3d):
     ceiling = math.inf
 
 
-class ConvTranspose2d(QATConv, nn.ConvTranspose2d):  # type: ignore[misc]
+class ConvTranspose2d(TakesOutputSize, QATConv, nn.ConvTranspose2d):  # type: ignore[misc]
     """Quantization-aware ``nn.ConvTranspose2d``, with one weight scale per out channel; see :class:`QATConv`.
 
     Examples:

@@ -238,7 +238,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def eval_key(self) -> tuple[Any, ...]:
         """Return what the layer's integers depend on, beside tensors."""
         types = [getattr(held, "qtype", None) for held in (self.input_quantizer, self.weight_fake_quant)]
-        return (self.ceiling, types, [vars(self).get(name) for name in _GEOMETRY])
+        return (self.ceiling, types, [vars(self).get(name) for name in (*_GEOMETRY, "output_padding")])
 
     def _knows_grids(self) -> bool:
         """Whether input and weight have grids that are switched on; may synchronise with a device."""

@@ -1,0 +1,49 @@
+"""Sizes that callers name for the results of transposed convolutions, as files hold them: one for each layer."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from tritonq.deploy.outputs import result_of
+from tritonq.nn.output_size import TakesOutputSize
+from tritonq.prepare.record.example import example_arguments
+from tritonq.prepare.record.structure import clone_tensors
+
+
+def with_output_sizes(deployed: nn.Module, example_inputs: Any) -> nn.Module:
+    """Return a model whose transposed convolutions have the output paddings that a run on the example asks of them.
+
+    It is ``deployed`` itself where none asks for another than its own.
+
+    Raises:
+        ValueError: the run asks one layer for several.
+    """
+    layers = {name: module for name, module in deployed.named_modules() if isinstance(module, TakesOutputSize)}
+    if not layers:
+        return deployed
+    asked: dict[str, set[tuple[int, ...]]] = {name: set() for name in layers}
+    hooks = [layer.register_forward_hook(partial(_note, asked[name])) for name, layer in layers.items()]
+    try:
+        result_of(deployed, *clone_tensors(*example_arguments(example_inputs)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if all(paddings <= {layers[name].output_padding} for name, paddings in asked.items()):
+        return deployed
+    model = copy.deepcopy(deployed)
+    for name, paddings in asked.items():
+        if len(paddings) > 1:
+            raise ValueError(
+                f"{name!r} is called with sizes of its result that need the output paddings {sorted(paddings)}, and a "
+                "file holds one: call it on inputs of sizes that differ alike"
+            )
+        model.get_submodule(name).output_padding = paddings.pop() if paddings else layers[name].output_padding
+    return model
+
+
+def _note(paddings: set[tuple[int, ...]], layer: Any, args: Any, result: Any) -> None:
+    paddings.add(tuple(layer.output_padding))
