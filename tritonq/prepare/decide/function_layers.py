@@ -10,7 +10,7 @@ from torch import nn
 
 from tritonq.prepare.decide.analysis import IN_TRANSFORM, Analysis
 from tritonq.prepare.decide.constants import PlannedProgram
-from tritonq.prepare.forwards.graph import ForwardGraph
+from tritonq.prepare.forwards.geometry import argument_names, geometry_of
 from tritonq.prepare.forwards.proof import Site
 from tritonq.prepare.forwards.trace import TraceError
 from tritonq.prepare.record.dataflow import Call, Ref
@@ -27,9 +27,6 @@ FUNCTIONS: dict[str, type[nn.Module]] = {
 FUNCTIONS_WITH_WEIGHTS = frozenset(
     {*FUNCTIONS, "conv_transpose1d", "conv_transpose3d", "bilinear", "embedding", "embedding_bag"}
 )
-_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-_LINEAR = ("input", "weight", "bias")
 _DEFAULTS: dict[str, Any] = {
     "bias": None,
     "stride": 1,
@@ -50,6 +47,7 @@ class FunctionalLayer:
         kind: the float layer that computes the same.
         site: where it is called.
         geometry: arguments of that layer's constructor.
+        given: arguments of the function that say the same.
         calls: its calls.
         program: how its weight, and its bias where it has one, follow from parameters and buffers.
         exclusive: names of these parameters and buffers that nothing else reads.
@@ -60,6 +58,7 @@ class FunctionalLayer:
     kind: type[nn.Module]
     site: Site
     geometry: Mapping[str, Any]
+    given: Mapping[str, Any]
     calls: tuple[Call, ...]
     program: PlannedProgram
 
@@ -71,7 +70,7 @@ class FunctionalLayer:
 
 def arguments_of(call: Call) -> dict[str, Any]:
     """Return the arguments of a convolution or product by name, with defaults filled in; tensors as ``Ref``."""
-    names = _LINEAR if call.name == "linear" else _TRANSPOSED if "transpose" in call.name else _CONV
+    names = argument_names(call.name)
     defaults = {name: _DEFAULTS[name] for name in names[2:]}
     return {**defaults, **dict(zip(names, call.args, strict=False)), **call.kwargs}
 
@@ -101,9 +100,6 @@ def find_function_layer(call: Call, child: str, analysis: Analysis) -> Functiona
         forward = analysis.forward(call.owner)
         why = str(forward) if isinstance(forward, TraceError) else "it differs in training"
         return f"the forward of {call.owner or 'the model'} can't be edited: {why}"
-    forward = analysis.forward(call.owner)
-    if isinstance(forward, ForwardGraph) and not forward.has_fixed_geometry(site.node):
-        return "its stride, padding or the like are computed in its forward"
     geometries = [_geometry(call, arguments, analysis) for arguments in given]
     if any(geometry != geometries[0] for geometry in geometries):
         return "its stride, padding or the like differ between calls"
@@ -114,7 +110,8 @@ def find_function_layer(call: Call, child: str, analysis: Analysis) -> Functiona
     names = {analysis.constants.state_names(_weights(arguments)) for arguments in first}
     if len(names) > 1:
         return "its weight is another one in each call"
-    return FunctionalLayer(call.owner, child, FUNCTIONS[call.name], site, geometries[0], calls, program)
+    kind, named = FUNCTIONS[call.name], geometry_of(call.name, call.args, call.kwargs)
+    return FunctionalLayer(call.owner, child, kind, site, geometries[0], named, calls, program)
 
 
 # Why a weight that does not follow from parameters alone can't be quantized, by what it follows from.

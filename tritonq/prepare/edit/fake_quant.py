@@ -32,7 +32,7 @@ from tritonq.prepare.edit.function_layers import computed_parameters, float_laye
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
 from tritonq.prepare.edit.swap import keep_attributes, plain_form, swap, take_place
 from tritonq.prepare.forwards.answered import AnsweredForward
-from tritonq.prepare.forwards.graph import first_node, layer_operands
+from tritonq.prepare.forwards.graph import ForwardGraph, first_node, layer_operands
 from tritonq.prepare.forwards.quantized import Read
 from tritonq.prepare.record.dataflow import Dataflow
 from tritonq.prepare.record.structure import Path
@@ -155,6 +155,8 @@ class _PlanWork:
             self._editor.add_child(owner, layer.function.child, quantized)
             self._editor.modules[layer.name] = quantized
             forward = self._editor.rewrite(layer.function.owner)
+            if isinstance(forward, ForwardGraph):
+                forward.check_geometry(layer.function.site.node, layer.function.given)
             forward.replace(layer.function.site.node, layer.function.child, layer_operands)
         if layer.name in self._plan.summands and qconfig.find_target().fuses_joins:
             note_earlier_output(quantized, cast(QConfig, self._qconfigs[self._float_modules[layer.home]]).activation)

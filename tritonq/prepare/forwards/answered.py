@@ -20,6 +20,7 @@ from tritonq.nn.einsum import einsum_operands
 from tritonq.nn.forward_mode import ForwardMode
 from tritonq.nn.products import attention_arguments
 from tritonq.prepare.forwards.checkpointed import wrap_repetitions
+from tritonq.prepare.forwards.geometry import check_geometry
 from tritonq.prepare.forwards.graph import (
     Operands,
     attention_operands,
@@ -178,7 +179,7 @@ class Answering(ForwardMode):
             self._differing.add(key)
             return self._rounded(child, then, func(*args, **kwargs))
         if operands == "layer":
-            _check_geometry(getattr(self._owner, child), operation_name(func), args, kwargs)
+            check_geometry(getattr(self._owner, child), operation_name(func), args, kwargs)
         result = func(*args, **kwargs) if kind == "run" else self._replaced(child, operands, args, kwargs)
         return getattr(self._owner, then)(result) if then else result
 
@@ -258,31 +259,6 @@ def _plain(argument: Any) -> Any:
     if isinstance(argument, (tuple, list)):
         return [_plain(item) for item in argument]
     return {key: _plain(item) for key, item in argument.items()} if isinstance(argument, Mapping) else argument
-
-
-_GEOMETRY = ("stride", "padding", "dilation", "groups")
-_TRANSPOSED_GEOMETRY = ("stride", "padding", "output_padding", "groups", "dilation")
-
-
-def _check_geometry(layer: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError where a convolution is called with another stride, padding or the like than recorded."""
-    names = () if name == "linear" else _TRANSPOSED_GEOMETRY if "transpose" in name else _GEOMETRY
-    given = {**dict(zip(names, args[3:], strict=False)), **{key: kwargs[key] for key in names if key in kwargs}}
-    for key, value in given.items():
-        recorded = getattr(layer, key)
-        numbers = value if isinstance(value, (str, tuple, list)) else (value,)
-        whole = recorded if isinstance(recorded, (str, tuple)) else (recorded,)
-        same = numbers == whole if isinstance(whole, str) or isinstance(numbers, str) else _broadcast(numbers, whole)
-        if not same:
-            raise ValueError(
-                f"{name} was recorded with {key}={recorded} and is called with {value}; a quantized layer has one "
-                f"{key}: prepare the model on inputs of the size that it will get, or leave the layer in float"
-            )
-
-
-def _broadcast(numbers: Sequence[int], whole: Sequence[int]) -> bool:
-    """Whether some numbers, or one for all axes, are these."""
-    return tuple(numbers) == tuple(whole) or (len(numbers) == 1 and set(numbers) == set(whole))
 
 
 _TOLD = "_tritonq_told_missing"

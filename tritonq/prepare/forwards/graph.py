@@ -18,9 +18,11 @@ from torch import fx, nn
 
 from tritonq.nn.einsum import einsum_operands
 from tritonq.nn.products import attention_arguments
-from tritonq.prepare.forwards.graph_data import GraphData, data_to_graph, graph_to_data
+from tritonq.prepare.forwards.geometry import geometry_of
+from tritonq.prepare.forwards.graph_data import GraphData, check_argument, data_to_graph, graph_to_data
 from tritonq.prepare.forwards.trace import TraceError, classify_arguments, forward_signature, trace
 from tritonq.prepare.record.dataflow import Frame
+from tritonq.prepare.record.operations import operation_name
 
 DATA_VERSION = 1
 # Data of this version names quantized arguments and results, around a graph or without one.
@@ -103,9 +105,19 @@ class ForwardGraph:
         """Whether a node reads one other node: its further arguments are constants."""
         return all(len(found.all_input_nodes) == 1 for _, found in self._find(node))
 
-    def has_fixed_geometry(self, node: str) -> bool:
-        """Whether a convolution or product reads nothing that was computed but input, weight and bias."""
-        return all(set(found.all_input_nodes) <= set(layer_operands(found)) for _, found in self._find(node))
+    def check_geometry(self, node: str, recorded: Mapping[str, Any]) -> None:
+        """Let each call of a convolution or product raise where what the forward computes is not as recorded.
+
+        Args:
+            node: the call.
+            recorded: its arguments by name, such as padding and groups.
+        """
+        for graph, found in self._find(node):
+            function = operation_name(found.target) if callable(found.target) else str(found.target)
+            for name, value in geometry_of(function, found.args, found.kwargs).items():
+                if name in recorded and _reads_nodes(value):
+                    with graph.inserting_before(found):
+                        graph.call_function(check_argument, (value, recorded[name], f"{name} of {function}"))
 
     def replace(self, node: str, child: str, operands: Operands, in_place: bool = False) -> None:
         """Replace a node by a call of the child module ``child`` on ``operands(node)``.
@@ -140,6 +152,12 @@ class ForwardGraph:
             raise ValueError(f"no node {name!r} in the graph")
         names = [name, self._train_names.get(name, "")]
         return [(graph, nodes[here]) for graph, nodes, here in zip(self.graphs(), self._nodes, names, strict=False)]
+
+
+def _reads_nodes(argument: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.map_arg(argument, found.append)
+    return bool(found)
 
 
 def first_operand(node: fx.Node) -> fx.Node:
