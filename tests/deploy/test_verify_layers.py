@@ -105,9 +105,14 @@ class Positional(Net):
         return self.net(args[0]) + self.net(args[1])
 
 
+class OneDict(Net):
+    def forward(self, batch):
+        return self.net(batch["image"])
+
+
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 WEIGHTS = tritonq.get_qconfig("onnxruntime")._replace(activation=nn.Identity)
-EXAMPLES = {Text: X, Named: {"image": X}, Positional: (X, X)}
+EXAMPLES = {Text: X, Named: {"image": X}, Positional: (X, X), OneDict: ({"image": X},)}
 
 
 def prepared(kind, qconfig):

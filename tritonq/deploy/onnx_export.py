@@ -241,6 +241,8 @@ def export_traced(
     from tritonq.deploy.onnx_ops import translations
     from tritonq.deploy.onnx_recurrent import recurrent_translations
 
+    if args and isinstance(args[-1], dict) and not kwargs:
+        args = (*args, {})  # torch takes a dict at the end for the named arguments
     with torch.no_grad(), warnings.catch_warnings():
         # Deprecations inside torch's exporter are not the caller's.
         warnings.simplefilter("ignore", FutureWarning)
