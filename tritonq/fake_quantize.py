@@ -269,7 +269,7 @@ class FakeQuantize(FakeQuantizeBase):
         """
         if not self.training:
             x = to_hold_codes(x, self.qtype, self)
-        elif observe and not is_recomputing():
+        elif observe and not is_recomputing() and self.activation_post_process.counts(x):
             self.observe(x)
         return self.quantize(x)
 

@@ -165,6 +165,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
             join_ranks()
         waits = self.training and (self._beginning is not None or not self.has_qparams())
         may_observe = not torch.compiler.is_compiling() and not is_recomputing()
+        may_observe = may_observe and self.activation_post_process.counts(x)
         if waits and may_observe and bool(self.observer_enabled) and (self._begins_anew() or not self.has_qparams()):
             self._initialize_from_batch(x.detach())
         if not self.has_qparams():

@@ -148,6 +148,8 @@ class QATBatchNormLayer(QATLayer):
         """Run layer, BatchNorm, ReLU where there is one, and fake quantization; see base class."""
         if self.training:
             check_running_var(cast(Tensor, self.bn.running_var))
+            if input.numel() == 0 and not torch.compiler.is_compiling():  # it has no statistics
+                return self.paths["train_frozen"](self, self.quantized_input(input), weight, bias)
         return super().compute(input, weight, bias)
 
     def check_input(self, x: Tensor) -> None:

@@ -54,7 +54,8 @@ class Cat(WithOutputQuantizer):
             if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
                 exact = with_gradient_of(exact, torch.cat(tensors, dim))
             return cast(Tensor, self.activation_post_process(exact))
-        y, observed = torch.cat(tensors, dim), observed_grid(self.activation_post_process)
+        y = torch.cat(tensors, dim)
+        observed = observed_grid(self.activation_post_process, y)
         if observed is None or observed[0].qtype.axis is not None or not y.is_floating_point():
             return cast(Tensor, self.activation_post_process(y))
         y = rounded_result(y, *observed, None)

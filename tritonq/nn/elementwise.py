@@ -131,7 +131,7 @@ class Joint(WithOutputQuantizer):
             if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
                 exact = with_gradient_of(exact, float_join(self.kind, a, b))
             return cast(Tensor, self.activation_post_process(rectify(exact, self.ceiling)))
-        observed = observed_grid(self.activation_post_process)
+        observed = observed_grid(self.activation_post_process, a)
         if observed is not None and _has_operator(a, b, observed[0]):
             y = self._rounded(a, b, *observed)
             warn_if_unobserved(self.activation_post_process)

@@ -29,7 +29,7 @@ class ElementwiseLayer(UnaryLayer):
         quantizer = self.output_quantizer
         if quantizer is None:
             return self.compute(input)
-        observed = observed_grid(quantizer) if self.training else None
+        observed = observed_grid(quantizer, input) if self.training else None
         if observed is None or observed[0].qtype.axis is not None:
             return cast(Tensor, quantizer(self._result(input)))
         source = self.input_quantizer

@@ -6,7 +6,7 @@ import math
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
@@ -28,13 +28,13 @@ _RANGE_OBSERVERS = (
 )
 
 
-def observed_grid(quantizer: nn.Module) -> tuple[Grid, RangeStatistics] | None:
+def observed_grid(quantizer: nn.Module, x: Tensor | None = None) -> tuple[Grid, RangeStatistics] | None:
     """Return grid and range of a FakeQuantize over running ranges; None: its module must run by itself.
 
     The operator that takes them observes as the module would in its own forward. Modules with hooks run by themselves,
-    so that hooks run.
+    so that hooks run; so do all where ``x``, an operand of what will be observed, is empty.
     """
-    if not has_observed_grid(quantizer):
+    if not has_observed_grid(quantizer) or (x is not None and x.numel() == 0):
         return None
     quantizer = cast(FakeQuantize, quantizer)
     observer = cast(MinMaxObserver, quantizer.activation_post_process)

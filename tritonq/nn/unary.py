@@ -97,7 +97,7 @@ class UnaryLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return the fake-quantized result; shapes as torch has them."""
         own = self.activation_post_process
-        observed = observed_grid(own) if self.training else None
+        observed = observed_grid(own, input) if self.training else None
         if observed is None or observed[0].qtype.axis is not None or not input.is_floating_point():
             return cast(Tensor, own(self._result(input)))
         y = rounded_result(self.compute(input), *observed, None)
