@@ -24,8 +24,8 @@ from tritonq.functional.integer_kernels import PackedLayer, pack, run_packed
 from tritonq.functional.linear_map import LinearMap
 from tritonq.functional.memo import Memo
 from tritonq.grid import Grid
+from tritonq.nn.conv import TakesOutputSize
 from tritonq.nn.fusable import checked_ceiling, describe_relu
-from tritonq.nn.output_size import TakesOutputSize
 from tritonq.nn.own_input import QuantizedBehindClip, QuantizesInput
 from tritonq.nn.qat import linear_map_of
 from tritonq.qparams import QuantizedType

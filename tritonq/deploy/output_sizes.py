@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from tritonq.deploy.outputs import result_of
-from tritonq.nn.output_size import TakesOutputSize
+from tritonq.nn.conv import TakesOutputSize
 from tritonq.prepare.record.example import example_arguments
 from tritonq.prepare.record.structure import clone_tensors
 
@@ -41,7 +41,8 @@ def with_output_sizes(deployed: nn.Module, example_inputs: Any) -> nn.Module:
                 f"{name!r} is called with sizes of its result that need the output paddings {sorted(paddings)}, and a "
                 "file holds one: call it on inputs of sizes that differ alike"
             )
-        model.get_submodule(name).output_padding = paddings.pop() if paddings else layers[name].output_padding
+        layer = cast(TakesOutputSize, model.get_submodule(name))
+        layer.output_padding = paddings.pop() if paddings else layer.output_padding
     return model
 
 

@@ -46,7 +46,7 @@ _WRAPPED = "_tritonq_wrapped"
 
 
 def _repeated(frame: FrameType) -> Iterator[tuple[Any, str]]:
-    """Yield where a frame of ``torch.utils.checkpoint`` keeps the function that it will run again: object, attribute."""
+    """Yield where a frame of ``torch.utils.checkpoint`` keeps the function that it will run again."""
     if frame.f_code.co_filename != _FILE:
         return
     held = frame.f_locals
