@@ -18,7 +18,7 @@ from tritonq.granularity import describe_granularity
 from tritonq.grid import Grid
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
 from tritonq.observers.base import make_observer
-from tritonq.outliers import tell_outlier
+from tritonq.outliers import tell_outlier, tells_range
 from tritonq.qparams import QParams, QuantizedType
 from tritonq.rank_ranges import FollowingGrid, RankState, join_ranks
 from tritonq.saved_grid import SavesGrid
@@ -269,7 +269,7 @@ class FakeQuantize(FakeQuantizeBase):
         """
         if not self.training:
             x = to_hold_codes(x, self.qtype, self)
-        elif observe and not is_recomputing() and self.activation_post_process.counts(x):
+        elif observe and not is_recomputing() and tells_range(x, self.activation_post_process):
             self.observe(x)
         return self.quantize(x)
 

@@ -16,6 +16,7 @@ from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.observers import ObserverBase
 from tritonq.observers.base import make_observer
+from tritonq.outliers import tells_range
 from tritonq.qparams import QParams, QuantizedType, Rounding
 from tritonq.rank_ranges import RankState, join_ranks
 from tritonq.warn_once import warn_once
@@ -165,7 +166,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
             join_ranks()
         waits = self.training and (self._beginning is not None or not self.has_qparams())
         may_observe = not torch.compiler.is_compiling() and not is_recomputing()
-        may_observe = may_observe and self.activation_post_process.counts(x)
+        may_observe = may_observe and tells_range(x, self.activation_post_process)
         if waits and may_observe and bool(self.observer_enabled) and (self._begins_anew() or not self.has_qparams()):
             self._initialize_from_batch(x.detach())
         if not self.has_qparams():

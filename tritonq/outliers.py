@@ -1,4 +1,4 @@
-"""Telling of a batch whose outlier took a range up."""
+"""Batches that tell an observer nothing, and telling of one whose outlier took a range up."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from tritonq.observers import MinMaxObserver, ObserverBase
+from tritonq.observers import MinMaxObserver, ObserverBase, RangeObserver
 from tritonq.qparams import is_readable
 from tritonq.reference.min_max import FALL
 from tritonq.warn_once import warn_once
@@ -18,6 +18,13 @@ _FOUND = (
 )
 # A copy from a GPU takes three launches, so that one call of so many makes one.
 _PERIOD = 16
+
+
+def tells_range(x: Tensor, observer: ObserverBase) -> bool:
+    """Whether observing ``x`` is of use: an empty batch tells nothing, unless other ranks' batches count, too."""
+    if torch.compiler.is_compiling() or x.numel():
+        return True
+    return isinstance(observer, RangeObserver) and observer.process_group.resolve() is not None
 
 
 def tell_outlier(observer: ObserverBase, before: float) -> float:

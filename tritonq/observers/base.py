@@ -154,10 +154,6 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Observe ``x`` and return it unchanged."""
 
-    def counts(self, x: Tensor) -> bool:
-        """Whether observing ``x`` is of use: an empty batch tells nothing."""
-        return torch.compiler.is_compiling() or x.numel() > 0
-
     @abstractmethod
     def calculate_qparams(self) -> QParams:
         """Scale (float32) and zero point (int32) that follow from what was observed so far: (1,) or (channels,)."""
@@ -226,10 +222,6 @@ class RangeObserver(ObserverBase):
         if not is_recomputing():
             self.observe(x, None, None)
         return x
-
-    def counts(self, x: Tensor) -> bool:
-        """See base class; with a process group other ranks' batches count too, and each rank takes part."""
-        return super().counts(x) or self.process_group.resolve() is not None
 
     @abstractmethod
     def observe(self, x: Tensor, qparams: QParams | None, enabled: Tensor | None) -> None:
