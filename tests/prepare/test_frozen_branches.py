@@ -1,12 +1,14 @@
 """Conditions of a forward that a trace would freeze, and that another call may decide otherwise."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from prepared_nets import X, conv
-from tritonq.prepare import prepare_qat
-from tritonq.prepare.forwards.branches import frozen_branch
+from tritonq import summary
+from tritonq.prepare import disable_fake_quant, prepare_qat
+from tritonq.prepare.forwards.branches import fixed_number, frozen_branch
 from tritonq.prepare.forwards.edited import forward_data
 
 
@@ -62,3 +64,92 @@ def test_forward_with_one_keeps_its_branches():
             return y if skip else y + x
 
     assert "answers" in forward_data(prepare_qat(Skipped(), example_inputs=X))
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rate, self.sizes = 0.25, (1, 2)
+
+
+def of_the_module(self, x):
+    return x * self.flag
+
+
+def of_a_child(self, x):
+    return x * self.child.rate if self.training else x
+
+
+def of_a_list(module, x):
+    return x * module.weights[0] + module.weights[1]
+
+
+def of_a_helper(self, x):
+    return of_the_module(self, x)
+
+
+def of_none(self, x):
+    return x.reshape(self.child.sizes) * self.parameter * self.flag.bit_length()
+
+
+@pytest.mark.parametrize(
+    ("forward", "flag", "number"),
+    [
+        (of_the_module, 0.5, "`self.flag`"),
+        (of_a_child, 1, "`self.child.rate`"),
+        (of_a_list, 1, "`module.weights`"),
+        (of_a_helper, 0.5, "`self.flag`"),
+        (of_none, 1, None),
+    ],
+)
+def test_numbers_that_training_code_may_change_are_found(forward, flag, number):
+    module = type("Module", (nn.Module,), {"forward": forward, "flag": flag, "weights": [0.5, 1.0]})()
+    module.child, module.parameter = Inner(), nn.Parameter(torch.ones(2))
+    assert fixed_number(module) == number
+
+
+class Annealed(nn.Module):
+    """A residual branch whose share grows, and whose dropout rises, while the model trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head, self.share, self.rate = conv(), conv(), 0.5, 0.0
+
+    def forward(self, x):
+        x = self.conv(x)
+        branch = nn.functional.dropout(self.head(x).sigmoid(), self.rate, self.training)
+        return self.head(x + branch * self.share)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_numbers_that_change_after_preparation_count(training):
+    torch.manual_seed(0)
+    model = Annealed()
+    prepared = prepare_qat(model, example_inputs=X)
+    assert {row.kind: row.status for row in summary(prepared).layers if row.kind in ("add", "mul")} == {
+        "add": "quantized",
+        "mul": "quantized",
+    }
+    disable_fake_quant(prepared)
+    for changed in (model, prepared):
+        changed.train(training)
+        changed.share, changed.rate = 2.0, 1.0
+    with pytest.warns(UserWarning, match="a number in it changed"):
+        got = prepared(X)
+    assert torch.allclose(got, model(X), atol=1e-5)
+
+
+class DrawsNumPy(Annealed):
+    def forward(self, x):
+        return self.conv(x) + self.head(x) * float(np.random.rand())
+
+
+def test_numbers_that_numpy_draws_are_drawn_in_each_call_and_its_state_is_left_alone():
+    np.random.seed(0)
+    before = np.random.get_state()[1].copy()
+    prepared = prepare_qat(DrawsNumPy(), example_inputs=X).eval()
+    assert (np.random.get_state()[1] == before).all()
+    np.random.seed(1)
+    with pytest.warns(UserWarning, match="a number in it changed"):
+        first = prepared(X)
+    assert not torch.equal(prepared(X), first)

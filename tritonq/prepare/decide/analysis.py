@@ -13,7 +13,7 @@ from tritonq.nn import RepVGGBlock
 from tritonq.prepare.decide.clips import ceiling_of_call
 from tritonq.prepare.decide.constants import Constants
 from tritonq.prepare.forwards.answered import AnsweredForward
-from tritonq.prepare.forwards.branches import frozen_branch
+from tritonq.prepare.forwards.branches import fixed_number, frozen_branch
 from tritonq.prepare.forwards.graph import ForwardGraph
 from tritonq.prepare.forwards.mode import reads_mode
 from tritonq.prepare.forwards.proof import Recorded, Site, match_frame
@@ -274,10 +274,11 @@ class Analysis:
             for index, site in found.items()
             if (node := graph.eval_name(site.node, frame.training)) is not None
         ]
-        branch = frozen_branch(self.modules[owner])
-        if branch is not None:
+        branch, number = frozen_branch(self.modules[owner]), fixed_number(self.modules[owner])
+        if branch is not None or number is not None:
             self._labels.update({call.index: site.node for call, site in named})
-            return TraceError(f"its trace has one branch of {branch}")
+            has = f"one branch of {branch}" if branch is not None else f"one value of {number}"
+            return TraceError(f"its trace has {has}")
         for call, site in named:
             self._note_site(owner, call, site)
         return graph

@@ -244,7 +244,7 @@ def _warn(owner: str, count: int, children: str, stacklevel: int) -> None:
     what = f" ({children})" if children else ""
     warnings.warn(
         f"{count} calls of the forward of {owner} that prepare_qat recorded did not come, or with other "
-        f"arguments{what}: it took another branch, which runs in float, or its source is another one now",
+        f"arguments{what}: it took another branch, which runs in float, a number in it changed, or its source did",
         stacklevel=stacklevel,
     )
 

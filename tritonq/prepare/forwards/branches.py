@@ -1,4 +1,4 @@
-"""Whether a trace can have left out a branch of a forward."""
+"""Whether a trace can have left out a branch of a forward, or fixed a number that training code changes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,7 @@ def frozen_branch(module: nn.Module) -> str | None:
     Conditions on the module alone (``self.downsample is not None``, ``self.training``) are decided once for each mode.
     The methods and functions that the forward calls are read too. Where there is no source, a conditional jump counts.
     """
-    pending: list[Any] = [type(module).forward]
-    seen: set[CodeType] = set()
-    while pending:
-        function = inspect.unwrap(pending.pop())
-        if not isinstance(function, FunctionType) or function.__code__ in seen or _is_of_torch(function):
-            continue
-        seen.add(function.__code__)
-        tree = _source_tree(function)
+    for function, tree in _sources(module):
         if tree is None:
             if _has_jumps(function.__code__):
                 return "a forward without source"
@@ -40,8 +33,53 @@ def frozen_branch(module: nn.Module) -> str | None:
         for condition in _conditions(tree):
             if not _is_fixed(condition, varying, {**function.__globals__, "self": module}):
                 return f"`{ast.unparse(condition).splitlines()[0]}`"
-        pending += _called(tree, module, function)
     return None
+
+
+def fixed_number(module: nn.Module) -> str | None:
+    """Return a floating-point attribute that the source of a module's forward reads, or None.
+
+    A trace would fix it, and who trains may change it: temperatures, probabilities of dropout and the like. Whole
+    numbers are sizes, and stay.
+    """
+    for function, tree in _sources(module):
+        names = function.__code__.co_varnames[:1]
+        for node in () if tree is None or names == () else ast.walk(tree):
+            if isinstance(node, ast.Attribute) and _holds_floats(_attribute(node, module, names[0])):
+                return f"`{ast.unparse(node)}`"
+    return None
+
+
+def _attribute(node: ast.expr, module: nn.Module, receiver: str) -> Any:
+    """Return what ``self.name`` or ``self.name.name`` is, or None where that can't be told."""
+    if isinstance(node, ast.Name):
+        return module if node.id == receiver else None
+    owner = _attribute(node.value, module, receiver) if isinstance(node, ast.Attribute) else None
+    if owner is None or not isinstance(node, ast.Attribute):
+        return None
+    found = inspect.getattr_static(owner, node.attr, None)
+    return owner._modules.get(node.attr, found) if isinstance(owner, nn.Module) else found
+
+
+def _holds_floats(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_floats, value))
+    return isinstance(value, float)
+
+
+def _sources(module: nn.Module) -> Iterator[tuple[FunctionType, ast.AST | None]]:
+    """Yield a module's forward, and the methods and functions that it calls, with their sources where there are any."""
+    pending: list[Any] = [type(module).forward]
+    seen: set[CodeType] = set()
+    while pending:
+        function = inspect.unwrap(pending.pop())
+        if not isinstance(function, FunctionType) or function.__code__ in seen or _is_of_torch(function):
+            continue
+        seen.add(function.__code__)
+        tree = _source_tree(function)
+        yield function, tree
+        if tree is not None:
+            pending += _called(tree, module, function)
 
 
 def _is_of_torch(function: FunctionType) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
@@ -18,7 +19,7 @@ from tritonq.prepare.forwards.checkpointed import is_checkpointed
 from tritonq.prepare.forwards.graph_data import check_argument
 from tritonq.prepare.record.dataflow import Frame, refs_in
 from tritonq.prepare.record.operations import METADATA, operation_name
-from tritonq.prepare.record.snapshot import tensor_version
+from tritonq.prepare.record.snapshot import preserved_random_state, tensor_version
 
 _NUMBERS = (int, float)
 _CONTAINERS = {dict, list, tuple, torch.Size}
@@ -105,23 +106,29 @@ def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
     shadow = _shadow(module)
     shadow.training = training
     versions = [(buffer, tensor_version(buffer)) for buffer in module.buffers()]
-    random_state = random.getstate()
+    before = _random_states()
     try:
-        with _FreezeGuard(), torch.random.fork_rng(devices=[]):
+        with _FreezeGuard(), preserved_random_state(module):
             graph = _Tracer(arguments).trace(shadow)
+            after = _random_states()
     except TraceError:
         raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise TraceError(f"torch.fx can't trace it: {reason}") from error
-    if random.getstate() != random_state:
-        random.setstate(random_state)
-        raise TraceError("it draws random numbers in Python")
+    if after != before:
+        raise TraceError("it draws random numbers in Python or NumPy")
     if any(tensor_version(buffer) != version for buffer, version in versions):
         raise TraceError("it writes to a buffer")
     _check_attributes(graph, module)
     _check_side_effects(shadow, module)
     return graph
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Return the states of the generators that Python and NumPy draw from, to be compared."""
+    name, keys, *rest = np.random.get_state()
+    return random.getstate(), name, bytes(np.asarray(keys)), *rest
 
 
 def _own_graph(module: fx.GraphModule) -> fx.Graph:
