@@ -85,6 +85,24 @@ def test_hooks_move_with_their_place():
     assert seen == ["before", "after"]
 
 
+@pytest.mark.parametrize("name", ["0", "1", "2", "3"])
+def test_hooks_on_gradients_see_those_of_their_module(name):
+    torch.manual_seed(0)
+    model, seen = nn.Sequential(conv(bias=False), norm(), nn.ReLU(), conv()), []
+
+    def hook(module, grad_input, grad_output):
+        seen.append((grad_input[0], grad_output[0]))
+
+    model.get_submodule(name).register_full_backward_hook(hook)
+    prepared = prepare_qat(model, example_inputs=X)
+    disable_fake_quant(prepared)
+    for part in (model, prepared):
+        part.train()(X.clone().requires_grad_()).square().sum().backward()
+    (expected_in, expected_out), (got_in, got_out) = seen
+    torch.testing.assert_close(got_in, expected_in, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(got_out, expected_out, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("where", [0, 1])
 def test_hook_between_convolution_and_norm_keeps_them_apart(where):
     """Someone listens there, and would hear something else."""

@@ -163,3 +163,43 @@ def test_models_that_hold_activations_can_be_prepared_and_converted():
     assert tritonq.verify(prepared.eval(), tritonq.convert(prepared), X).agrees()
     with pytest.raises(ValueError, match=r"copied \(attribute 'unlucky' of the model, a lock\).*inplace=True"):
         tritonq.prepare_qat(Remembers(threading.Lock()), example_inputs=X)
+
+
+@pytest.mark.parametrize("maker", ["torch.jit", "torch.export"])
+def test_what_a_compiler_made_of_a_whole_model_is_refused_with_a_way_out(maker):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = torch.jit.script(model) if maker == "torch.jit" else torch.export.export(model, (x,)).module()
+    with pytest.raises(ValueError, match=f"^{maker} made this .*: prepare the model itself"):
+        tritonq.prepare_qat(made, example_inputs=x)
+
+
+def test_what_is_prepared_in_inference_mode_trains():
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    with torch.inference_mode():
+        prepared = tritonq.prepare_qat(model, example_inputs=torch.randn(2, 3, 8, 8))
+    prepared.train()(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in prepared.parameters())
+
+
+class Lists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(4, 4)) for _ in range(2)])
+        self.biases = nn.ParameterDict({"0": nn.Parameter(torch.zeros(4)), "1": nn.Parameter(torch.zeros(4))})
+
+    def forward(self, x):
+        for index, weight in enumerate(self.weights):
+            x = nn.functional.linear(x, weight, self.biases[str(index)]).relu()
+        return x
+
+
+def test_lists_of_parameters_have_no_row():
+    prepared = tritonq.prepare_qat(Lists(), example_inputs=torch.randn(2, 4))
+    assert [(row.name, row.status) for row in tritonq.summary(prepared).layers] == [
+        ("linear", "quantized"),
+        ("linear_1", "quantized"),
+    ]

@@ -16,7 +16,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+from torch.jit import ScriptModule
 
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import DEFAULT_QAT_MAPPING
@@ -108,6 +112,7 @@ def prepare_qat(
     if qconfig is not None and not isinstance(qconfig, QConfigMapping):
         check_qconfig(qconfig, "qconfig", "a QConfig, a QConfigMapping or None")
     model = uncompiled(model)
+    _refuse_what_has_no_modules(model)
     prepared = [name for name, part in model.named_modules() if isinstance(part, (QuantizesInput, FakeQuantizeBase))]
     if prepared:
         raise ValueError(
@@ -119,9 +124,10 @@ def prepare_qat(
     if qconfig is None and not any(hasattr(part, "qconfig") for part in model.modules()):
         qconfig = get_qconfig(DEFAULT_PRESET)
     types = DEFAULT_QAT_MAPPING if mapping is None else dict(mapping)
-    if not inplace:
-        model = copied(model)
-    with undone_on_error(model):
+    # What is made in inference mode can't be trained.
+    with torch.inference_mode(False):
+        model = model if inplace else copied(model)
+    with torch.inference_mode(False), undone_on_error(model):
         uncompile_children(model)
         if example_inputs is not None:
             compute_openly(model)
@@ -140,6 +146,18 @@ def prepare_qat(
     if warn:
         warn_of_weight_zero_points(one_sided_layers(model), stacklevel=2)
     return model
+
+
+def _refuse_what_has_no_modules(model: nn.Module) -> None:
+    """Raise ValueError for what torch.jit or torch.export made of a model."""
+    maker = "torch.jit" if isinstance(model, ScriptModule) else ""
+    if isinstance(model, GraphModule) and type(model.graph._codegen) is not CodeGen:
+        maker = "torch.export"
+    if maker:
+        raise ValueError(
+            f"{maker} made this {type(model).__name__}, in which layers are functions of one graph: prepare the model "
+            f"itself, and hand the converted one to {maker}"
+        )
 
 
 __all__ = [

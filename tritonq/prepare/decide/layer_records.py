@@ -12,6 +12,7 @@ from torch import nn
 from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tritonq.nn.original_class import original_class
 from tritonq.prepare.decide.analysis import Analysis
 from tritonq.prepare.decide.fixed_point import Links
 from tritonq.prepare.decide.float_operations import BETWEEN_GRIDS, float_operations
@@ -20,6 +21,7 @@ from tritonq.prepare.decide.layers import Layer
 from tritonq.prepare.decide.plan import Plan
 from tritonq.prepare.decide.unary import QUANTIZED_FORMS
 
+_WITHOUT_COMPUTATION = (nn.Identity, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 Status = Literal["quantized", "moves values", "float"]
 
 
@@ -81,7 +83,7 @@ def layer_records(
     for name, module in analysis.modules.items():
         if name not in analysis.leaves and not isinstance(module, _BatchNorm) and name not in partners:
             continue
-        if type(module) in (nn.Identity, nn.Sequential) or name.startswith(scripted):
+        if type(module) in _WITHOUT_COMPUTATION or name.startswith(scripted):
             continue
         whole = name in quantized or (name in partners and _absorbed(name, analysis, plan))
         kind = str(module.original_name) if isinstance(module, ScriptModule) else type(module).__name__
@@ -177,7 +179,7 @@ def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str
     clipped = _clipped_layer(name, analysis, plan)
     if clipped is not None:
         return clip_reason(clipped)
-    if type(module) in QUANTIZED_FORMS:
+    if original_class(module) in QUANTIZED_FORMS:
         return "nothing quantized reads its result, or it reads nothing quantized"
     return f"{type(module).__name__} has no quantized form"
 

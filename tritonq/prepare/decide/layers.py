@@ -239,6 +239,8 @@ def _has_hooks(module: object, before: bool = False, after: bool = False) -> boo
     if not isinstance(module, nn.Module):
         return False
     either = not before and not after
+    if module._backward_hooks or module._backward_pre_hooks:  # they see gradients on either side
+        return True
     return bool(((before or either) and module._forward_pre_hooks) or ((after or either) and module._forward_hooks))
 
 

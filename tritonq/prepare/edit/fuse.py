@@ -124,10 +124,15 @@ def move_hooks(first: nn.Module, last: nn.Module, new: nn.Module) -> None:
             moved.update({key: hook for key, hook in kept.items() if key not in moved})
             setattr(new, registry, moved)
             setattr(source, registry, type(moved)())
+    if last._is_full_backward_hook is not None:
+        new._is_full_backward_hook, last._is_full_backward_hook = last._is_full_backward_hook, None
 
 
 _PRE_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
-_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_backward_pre_hooks", "_backward_hooks"),
+)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
