@@ -69,6 +69,8 @@ def test_folders_that_cannot_be_trained_on(make, message, tmp_path, capsys):
         ([*DIGITS, "--model-arg=classes=3"], "need (2, 10 or more)"),
         ([*DIGITS, "--qconfig=int7"], "known: onnxruntime, tensorrt"),
         ([*DIGITS, "--qconfig=tensort"], "did you mean 'tensorrt'?"),
+        ([*DIGITS, "--qconfig=megengine_calibration"], "is for tritonq.calibrate, and rounds nothing"),
+        ([*DIGITS, "--qconfig=megengine_passive"], "observes nothing: a program has to give"),
         ([*DIGITS, "--qconfig=none.json"], "none.json can't be read"),
         ([*DIGITS, "--epochs=2", "--frozen-epochs=2"], "of 2 epochs fewer can be frozen"),
         ([*DIGITS, "--batch-size=1"], "batch size must be at least 2"),

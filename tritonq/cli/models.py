@@ -15,11 +15,13 @@ from torch import nn
 
 from tritonq.cli.training_files import Recipe
 from tritonq.near_misses import did_you_mean
+from tritonq.observers import PassiveObserver
 from tritonq.prepare import prepare_qat
 from tritonq.preset_mappings import get_qconfig_mapping
 from tritonq.qconfig import DEFAULT_PRESET, PRESETS, TORCH_BACKENDS, get_default_qat_qconfig
 from tritonq.qconfig_files import load_qconfig_mapping, mapping_from_data
 from tritonq.qconfig_mapping import QConfigMapping
+from tritonq.switched_quantizer import SwitchedQuantizer
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +91,21 @@ def prepare(made: Recipe, model: nn.Module | None = None) -> nn.Module:
     model = make_model(made.model, made.model_arguments) if model is None else model
     qconfig = mapping_from_data(made.qconfig)
     return prepare_qat(model, qconfig=qconfig, example_inputs=made.preprocessing.example(), inplace=True).train()
+
+
+def check_trains(model: nn.Module, preset: str) -> None:
+    """Check that training a prepared model makes it round.
+
+    Raises:
+        ValueError: a preset for calibration alone, or for scales that are given by hand.
+    """
+    for name, quantizer in model.named_modules():
+        if not isinstance(quantizer, SwitchedQuantizer):
+            continue
+        if not bool(quantizer.fake_quant_enabled):
+            raise ValueError(f"{preset} is for tritonq.calibrate, and rounds nothing while a model is trained")
+        if isinstance(getattr(quantizer, "activation_post_process", None), PassiveObserver):
+            raise ValueError(f"{preset} observes nothing: a program has to give {name!r} its scale")
 
 
 def find_qconfig(name: str) -> QConfigMapping:

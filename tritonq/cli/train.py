@@ -15,7 +15,15 @@ from tritonq.cli.augment import OWN, TORCHVISION, Augmentation
 from tritonq.cli.data import DIGITS, Examples, add_data_arguments, class_names, open_examples, stacked
 from tritonq.cli.deployment import Deployed, deploy
 from tritonq.cli.evaluation import accuracy, count_right, in_order, logits
-from tritonq.cli.models import add_model_arguments, add_qconfig_argument, find_device, find_qconfig, make_model, prepare
+from tritonq.cli.models import (
+    add_model_arguments,
+    add_qconfig_argument,
+    check_trains,
+    find_device,
+    find_qconfig,
+    make_model,
+    prepare,
+)
 from tritonq.cli.paths import writable_folder
 from tritonq.cli.preprocessing import add_preprocessing_arguments, choose_preprocessing
 from tritonq.cli.processes import Processes, join, leave
@@ -132,6 +140,7 @@ def _main(arguments: argparse.Namespace) -> int:
     made = Recipe(arguments.model, tuple(arguments.model_arg), qconfig, preprocessing, classes)
     _check_classes(model, made)
     trainable = prepare(made, copy.deepcopy(model))
+    check_trains(trainable, arguments.qconfig)
     path = arguments.output / "last.pt"
     if processes.is_first:
         writable_folder(arguments.output)

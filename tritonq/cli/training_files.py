@@ -18,6 +18,8 @@ from tritonq.deploy.files import atomic_file
 FORMAT = "tritonq.training"
 # Version 1 had no checksum, no class names, and of the preprocessing only channels and size.
 VERSION = 2
+# Where trainers put a model's weights, the outer keys first.
+_STATE_KEYS = ("state_dict", "model_state_dict", "state_dict_ema", "model")
 
 
 @dataclass(frozen=True)
@@ -121,18 +123,35 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a float state dict, or the one under ``"state_dict"`` or ``"model"`` of a file; tensors alone are read.
+    """Load a float state dict, or the one under a key of ``_STATE_KEYS`` of a file; tensors alone are read.
+
+    Names may have a prefix, such as DistributedDataParallel, torch.compile and Lightning's modules give them.
 
     Raises:
-        ValueError: a file that can't be read, or weights of another architecture; the message names the first tensor.
+        ValueError: a file that can't be read, or weights that are not finite or of another architecture; the message
+            names the first tensor.
     """
     content = read_tensors(path)
     if is_training_file(content):
         raise ValueError(f"{path} is a checkpoint of `tritonq train`, not the weights of a float model")
-    for key in ("state_dict", "model"):
+    for key in _STATE_KEYS:
         if isinstance(content.get(key), dict):
             content = content[key]
-    load_state(model, content, os.fspath(path))
+    state = _without_prefix(content, model.state_dict())
+    for name, _ in model.named_parameters():  # buffers may hold masks of -inf
+        tensor = state.get(name)
+        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{path} can't be used: {name!r} is not finite")
+    load_state(model, state, os.fspath(path))
+
+
+def _without_prefix(state: dict[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what stands under the prefix with which all expected names are there; what was given if there is none."""
+    first = next(iter(expected), "")
+    for prefix in (name.removesuffix(first) for name in state if name.endswith(first)):
+        if prefix and all(prefix + name in state for name in expected):
+            return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return state
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:

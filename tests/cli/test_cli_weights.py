@@ -1,0 +1,56 @@
+"""Float weights as trainers save them."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tritonq.cli.training_files import load_weights
+
+
+def model():
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+
+
+def prefixed(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda state: state,
+        lambda state: prefixed("module.", state),
+        lambda state: prefixed("_orig_mod.module.", state),
+        lambda state: {"state_dict": {**prefixed("model.", state), "criterion.weight": torch.ones(2)}, "epoch": 3},
+        lambda state: {"model_state_dict": state, "epoch": 3},
+        lambda state: {"model": prefixed("module.", state), "args": None},
+        lambda state: {"state_dict_ema": state},
+        lambda state: {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
+    ],
+)
+def test_weights_as_trainers_save_them(save, tmp_path):
+    trained = model()
+    nn.init.constant_(trained[0].weight, 0.25)
+    torch.save(save(trained.state_dict()), tmp_path / "float.pt")
+    loaded = model()
+    load_weights(loaded, tmp_path / "float.pt")
+    assert torch.equal(loaded[0].weight, trained[0].weight)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite(value, tmp_path):
+    trained = model()
+    nn.init.constant_(trained[1].weight, value)
+    torch.save(trained.state_dict(), tmp_path / "float.pt")
+    with pytest.raises(ValueError, match=r"float.pt can't be used: '1.weight' is not finite"):
+        load_weights(model(), tmp_path / "float.pt")
+
+
+def test_a_prefix_of_some_names_alone_is_none(tmp_path):
+    state = prefixed("module.", model().state_dict())
+    del state["module.1.bias"]
+    torch.save(state, tmp_path / "float.pt")
+    with pytest.raises(ValueError, match=r"of another architecture: it lacks '0.weight'"):
+        load_weights(model(), tmp_path / "float.pt")
