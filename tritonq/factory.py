@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from tritonq.qparams import QuantizedType
+
 if TYPE_CHECKING:
     from typing import Self
 
@@ -76,3 +78,18 @@ class WithArgs:
     def with_args(cls, **arguments: Any) -> Factory[Any]:
         """Return a factory of this class with ``arguments`` fixed."""
         return Factory(cls, arguments)
+
+
+def make_observer(observer: Callable[..., T], **arguments: Any) -> T:
+    """Return the observer that a class or factory makes of ``arguments``.
+
+    Raises:
+        TypeError: it makes something that is not tritonq's, such as torch.ao's observer of the same name.
+    """
+    made = observer(**arguments) if callable(observer) else observer
+    if not isinstance(getattr(made, "qtype", None), QuantizedType):
+        got = f"{type(made).__module__}.{type(made).__qualname__}"
+        raise TypeError(
+            f"observer must be a class or factory of tritonq's observers (own ones inherit RangeObserver), got {got}"
+        )
+    return made

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from tritonq.code_precision import to_hold_codes
-from tritonq.factory import Factory
+from tritonq.factory import Factory, make_observer
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.saved_input import mark
 from tritonq.granularity import describe_granularity
 from tritonq.grid import Grid
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
-from tritonq.observers.base import make_observer
 from tritonq.outliers import tell_outlier, tells_range
 from tritonq.qparams import QParams, QuantizedType
 from tritonq.rank_ranges import FollowingGrid, RankState, join_ranks

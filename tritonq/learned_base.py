@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from tritonq.code_precision import to_hold_codes
-from tritonq.factory import Factory
+from tritonq.factory import Factory, make_observer
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.observers import ObserverBase
-from tritonq.observers.base import make_observer
 from tritonq.outliers import tells_range
 from tritonq.qparams import QParams, QuantizedType, Rounding
 from tritonq.rank_ranges import RankState, join_ranks

@@ -76,6 +76,8 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
             raise ValueError(f"unknown method {method!r}; known: {', '.join(get_args(StepGradient))}")
         if init not in get_args(Initialization):
             raise ValueError(f"unknown init {init!r}; known: {', '.join(get_args(Initialization))}")
+        if grad_factor is not None and not 0 <= grad_factor < math.inf:
+            raise ValueError(f"grad_factor must be a finite number from 0, got {grad_factor}")
         self.rounding = "half_away" if method == "megengine" else None
         super().__init__(observer, quant_min, quant_max, **observer_kwargs)
         if learn_zero_point and (self.qtype.symmetric or method == "megengine"):

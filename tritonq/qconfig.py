@@ -97,31 +97,6 @@ def with_one_weight_scale(qconfig: QConfig) -> QConfig:
     return qconfig._replace(weight=Factory(factory.make, {**kept, "observer": observer, "dtype": dtype}))
 
 
-def check_qconfig(found: object, where: str, expected: str = "a QConfig or None") -> None:
-    """Raise a TypeError that names ``where``, unless ``found`` is a QConfig of two factories."""
-    if not isinstance(found, QConfig):
-        raise TypeError(f"{where} must be {expected}, got {describe_wrong_qconfig(found)}")
-    for side in ("activation", "weight"):
-        factory = getattr(found, side)
-        if isinstance(factory, nn.Module):
-            name = type(factory).__qualname__
-            raise TypeError(f"{side} in {where} is one {name}, and each layer needs its own: give {name}.with_args()")
-        if not callable(factory):
-            instead = f"got {factory!r}; torch.nn.Identity leaves that side in float"
-            raise TypeError(f"{side} in {where} must be a factory of quantizers, {instead}")
-
-
-def describe_wrong_qconfig(found: object) -> str:
-    """Say what was found in the place of a QConfig, for an error's text."""
-    kind = type(found)
-    if kind.__name__ == "QConfig":
-        advice = "use tritonq.get_default_qat_qconfig for the same numbers, or tritonq.QConfig"
-        return f"{kind.__module__}.QConfig, which makes that library's quantizers: {advice}"
-    if isinstance(found, str):
-        return f"the string {found!r}: tritonq.get_qconfig({found!r}) gives a preset's"
-    return "None" if found is None else kind.__qualname__
-
-
 # torch.ao's weight quantizers: moving averages, as there, signed 8 bits.
 _TORCH_WEIGHT = {"dtype": torch.qint8, "quant_min": -128, "quant_max": 127}
 default_per_channel_weight_fake_quant = FakeQuantize.with_args(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 from torch import nn
 
 from tritonq.near_misses import did_you_mean
-from tritonq.qconfig import QConfig, check_qconfig
+from tritonq.qconfig import Folding, Islands, QConfig
 
 # A rule that leaves layers in float holds None.
 Choice = QConfig | None
@@ -227,3 +227,40 @@ def _upwards(name: str) -> Iterator[str]:
         yield name
         name = name.rpartition(".")[0]
     yield ""
+
+
+def check_qconfig(found: object, where: str, expected: str = "a QConfig or None") -> None:
+    """Check a QConfig that a user gave, as ``where`` in the error's text; None is not one.
+
+    Raises:
+        TypeError: it is something else, or what should make its quantizers does not.
+        ValueError: an unknown target, folding or way with islands.
+    """
+    if not isinstance(found, QConfig):
+        raise TypeError(f"{where} must be {expected}, got {describe_wrong_qconfig(found)}")
+    for side in ("activation", "weight"):
+        factory = getattr(found, side)
+        if isinstance(factory, nn.Module):
+            name = type(factory).__qualname__
+            raise TypeError(f"{side} in {where} is one {name}, and each layer needs its own: give {name}.with_args()")
+        if not callable(factory):
+            instead = f"got {factory!r}; torch.nn.Identity leaves that side in float"
+            raise TypeError(f"{side} in {where} must be a factory of quantizers, {instead}")
+    found.find_target()
+    for name, known in (("folding", Folding), ("islands", Islands)):
+        value = getattr(found, name)
+        if value is not None and value not in get_args(known):
+            raise ValueError(f"unknown {name} {value!r} in {where}; known: None, {', '.join(get_args(known))}")
+    if not isinstance(found.round_summands, bool):
+        raise TypeError(f"round_summands in {where} must be a bool, got {found.round_summands!r}")
+
+
+def describe_wrong_qconfig(found: object) -> str:
+    """Say what was found in the place of a QConfig, for an error's text."""
+    kind = type(found)
+    if kind.__name__ == "QConfig":
+        advice = "use tritonq.get_default_qat_qconfig for the same numbers, or tritonq.QConfig"
+        return f"{kind.__module__}.QConfig, which makes that library's quantizers: {advice}"
+    if isinstance(found, str):
+        return f"the string {found!r}: tritonq.get_qconfig({found!r}) gives a preset's"
+    return "None" if found is None else kind.__qualname__

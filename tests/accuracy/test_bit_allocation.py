@@ -81,3 +81,5 @@ def test_wrong_arguments():
     for arguments, message in (({"unit": "bits"}, "unit must be"), ({"widths": ()}, "widths must be")):
         with pytest.raises(ValueError, match=message):
             allocate_bits(net(), X, 1e9, **arguments)
+    with pytest.raises(ValueError, match="more than the budget of nan"):
+        allocate_bits(net(), X, float("nan"))

@@ -65,7 +65,7 @@ def test_autocast_and_float_outputs():
 
 def test_positions_are_averaged():
     teacher = nn.Conv2d(3, 4, 1)
-    distillation = tritonq.Distillation(teacher, teacher, temperature=1.0)
+    distillation = tritonq.Distillation(copy.deepcopy(teacher), teacher, temperature=1.0)
     z = torch.zeros(6, 4, 5, 5)
     p = torch.softmax(teacher(X), 1)
     expected = F.kl_div(torch.log_softmax(z, 1), p, reduction="none").sum(1).mean()
@@ -77,6 +77,10 @@ def test_what_does_not_fit_is_said():
         pair(features=["nine"])
     with pytest.raises(ValueError, match="temperature must be positive"):
         pair(temperature=0.0)
+    with pytest.raises(ValueError, match="feature_weight must not be negative"):
+        pair(feature_weight=-1.0)
+    with pytest.raises(ValueError, match="its own teacher"):
+        tritonq.Distillation(*[nn.Linear(1, 1)] * 2)
     _, student, distillation = pair(features=["2"])
     with pytest.raises(ValueError, match="did not run in training mode"):
         distillation.loss(student.eval()(X), X)

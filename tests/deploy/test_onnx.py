@@ -283,6 +283,9 @@ def test_wrong_arguments(tmp_path):
     model, path = trained_residual(), tmp_path / "m.onnx"
     with pytest.raises(ValueError, match="unknown target 'openvino'; known: onnxruntime, tensorrt, qdq"):
         export_onnx(model, path, images(2), target="openvino")
+    for names in ({"input_names": ["a", "b"]}, {"input_names": "x"}, {"output_names": []}):
+        with pytest.raises(ValueError, match="put_names must be a sequence of 1 names"):
+            export_onnx(trained_residual(), tmp_path / "m.onnx", images(2), **names)
     with pytest.raises(ValueError, match="opset must be at least 17, got 13"):
         export_onnx(model, path, images(2), opset=13)
     with pytest.raises(ValueError, match="no quantization-aware layer"):

@@ -227,6 +227,10 @@ def test_scale_survives_what_optimizers_and_casts_do():
         (lambda: LearnedStepFakeQuantize(method="lsq"), "unknown method"),
         (lambda: LearnedStepFakeQuantize(init="random"), "unknown init"),
         (lambda: LearnedStepFakeQuantize(dtype="qint8", learn_zero_point=True), "affine types"),
+        (
+            lambda: LearnedStepFakeQuantize(dtype="qint8", grad_factor=-1.0),
+            "grad_factor must be a finite number from 0",
+        ),
         (lambda: LearnedStepFakeQuantize(dtype="quint8", learn_zero_point=True, method="megengine"), "affine types"),
         (
             lambda: TrainedThresholdFakeQuantize(dtype=QuantizedType(0, 255, rounding="half_away")),

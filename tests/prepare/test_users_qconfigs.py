@@ -53,6 +53,35 @@ def test_what_makes_no_quantizers(side, value, message):
             call()
 
 
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"islands": "flaot"}, ValueError, "unknown islands 'flaot' in .*; known: None, float, rounded"),
+        ({"folding": "scales"}, ValueError, "unknown folding 'scales' in .*; known: None, approximate"),
+        ({"target": "tensort"}, ValueError, "unknown target 'tensort'"),
+        ({"round_summands": "no"}, TypeError, "round_summands in .* must be a bool, got 'no'"),
+    ],
+)
+def test_choices_that_do_not_exist(change, kind, message):
+    with pytest.raises(kind, match=message):
+        tritonq.prepare_qat(model(), qconfig=PRESET._replace(**change), example_inputs=X)
+
+
+@pytest.mark.parametrize("observer", [tritonq.MinMaxObserver, tritonq.HistogramObserver, tritonq.PassiveObserver])
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"rule": "torhc"}, "unknown rule 'torhc'; known: torch, torch_v1, megengine"),
+        ({"eps": -1.0}, "eps must be positive and finite, got -1.0"),
+        ({"eps": float("nan")}, "eps must be positive and finite, got nan"),
+        ({"num_channels": -2}, "num_channels must not be negative, got -2"),
+    ],
+)
+def test_choices_of_observers_that_do_not_exist(observer, choice, message):
+    with pytest.raises(ValueError, match=message):
+        observer(**choice)
+
+
 @pytest.mark.parametrize("kind", [tritonq.FakeQuantize, tritonq.LearnedStepFakeQuantize])
 @pytest.mark.parametrize("observer", [ao.MinMaxObserver, nn.Identity, "minmax"])
 def test_observers_of_other_libraries(kind, observer):

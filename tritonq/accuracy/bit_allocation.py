@@ -167,7 +167,7 @@ def choose_widths(
     Of all choices for the layers so far, those stay that no other one beats in both cost and error.
     """
     least = sum(min(options.values()) for options in costs.values())
-    if least > budget:
+    if not least <= budget:
         raise ValueError(f"the smallest widths cost {least:.6g}, more than the budget of {budget:.6g}")
     allowed = budget * (1 + 1e-9)
     frontier: list[tuple[float, float, tuple[int, ...]]] = [(0.0, 0.0, ())]

@@ -58,6 +58,10 @@ class Distillation:
     ) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        if not feature_weight >= 0:
+            raise ValueError(f"feature_weight must not be negative, got {feature_weight}")
+        if student is teacher:
+            raise ValueError("the student is its own teacher: prepare_qat a copy, and keep the float model")
         self.teacher = teacher.eval()
         self.temperature, self.feature_weight = temperature, feature_weight
         self._names = dict(features) if isinstance(features, Mapping) else {name: name for name in features}

@@ -150,6 +150,8 @@ def export_onnx(
     return_tensors_alone(traced, result)
     opset = max(opset, least_opset(traced), PACKED_OPSET if pack else 0)
     program = export_traced(traced, *arguments, shapes, max(opset, DEFAULT_OPSET), input_names, output_names)
+    _check_names("input_names", input_names, program.model.graph.inputs)
+    _check_names("output_names", output_names, program.model.graph.outputs)
     if dynamic_batch:
         tell_fixed_batch(type(model).__name__, program.model.graph)
     if output_names is None:
@@ -222,6 +224,11 @@ def check_float32(model: nn.Module, example_inputs: Any) -> None:
                 f"ONNX files are float32, and {what} is {tensor.dtype}: "
                 "call model.float() and pass float32 example_inputs"
             )
+
+
+def _check_names(what: str, given: Sequence[str] | None, tensors: Sequence[Any]) -> None:
+    if given is not None and (isinstance(given, str) or len(given) != len(tensors)):
+        raise ValueError(f"{what} must be a sequence of {len(tensors)} names, got {given!r}")
 
 
 def export_traced(

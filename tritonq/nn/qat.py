@@ -22,7 +22,8 @@ from tritonq.nn.fusable import describe_relu
 from tritonq.nn.own_input import QuantizedBehindClip, QuantizesInput
 from tritonq.nn.paths import LayerState, Path, choose_path
 from tritonq.nn.reference import Reference, ReferringModule
-from tritonq.qconfig import QConfig, check_qconfig
+from tritonq.qconfig import QConfig
+from tritonq.qconfig_mapping import check_qconfig
 from tritonq.reference.activation import rectify
 
 if TYPE_CHECKING:

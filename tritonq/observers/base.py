@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,6 @@ _SIGNED_DTYPES = {torch.qint8: 8, torch.int8: 8, torch.int16: 16, torch.qint32: 
 # torch.ao halves the range of 8-bit types alone.
 _REDUCIBLE_BITS = 8
 _UNSIGNED_DTYPES = {torch.quint8: 8, torch.uint8: 8, torch.quint4x2: 4}
-Observer = TypeVar("Observer")
 
 
 class FixedDtypeBuffers(nn.Module):
@@ -74,8 +74,8 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
         num_channels: length of the per-channel buffers, when known; else it is taken from the first tensor.
 
     Raises:
-        ValueError: an unknown dtype or qscheme, an empty or half-given code range, ``is_dynamic=True``, or an argument
-            that contradicts the QuantizedType given.
+        ValueError: an unknown dtype, qscheme or rule, an empty or half-given code range, ``is_dynamic=True``, an eps
+            that is not positive, or an argument that contradicts the QuantizedType given.
 
     Examples:
         >>> import tritonq
@@ -112,8 +112,14 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
             raise ValueError("is_dynamic=True is not supported: tritonq trains models with static activation ranges")
         self.qtype = quantized_type(dtype, qscheme, reduce_range, quant_min, quant_max, ch_axis, rounding)
         self.dtype = dtype
+        if rule not in get_args(RangeRule):
+            raise ValueError(f"unknown rule {rule!r}; known: {', '.join(get_args(RangeRule))}")
         self.rule = rule
         self.eps = (MEGENGINE_EPS if rule == "megengine" else TORCH_EPS) if eps is None else float(eps)
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps must be positive and finite, got {eps}")
+        if num_channels is not None and num_channels < 0:
+            raise ValueError(f"num_channels must not be negative, got {num_channels}")
         self.num_channels = num_channels if self.qtype.axis is not None else None
         self.device = (factory_kwargs or {}).get("device")
 
@@ -383,14 +389,3 @@ def _short(values: Tensor) -> str:
     if values.numel() == 1:
         return f"{float(values):.6g}"
     return f"[{float(values.min()):.6g} .. {float(values.max()):.6g}; {values.numel()} channels]"
-
-
-def make_observer(observer: Callable[..., Observer], **arguments: Any) -> Observer:
-    """Return the observer that a class or factory makes; TypeError for what is not tritonq's, such as torch.ao's."""
-    made = observer(**arguments) if callable(observer) else observer
-    if not isinstance(getattr(made, "qtype", None), QuantizedType):
-        got = f"{type(made).__module__}.{type(made).__qualname__}"
-        raise TypeError(
-            f"observer must be a class or factory of tritonq's observers (own ones inherit RangeObserver), got {got}"
-        )
-    return made

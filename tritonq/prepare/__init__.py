@@ -45,8 +45,8 @@ from tritonq.prepare.switches import (
     freeze_bn_stats,
     update_bn_stats,
 )
-from tritonq.qconfig import DEFAULT_PRESET, QConfig, check_qconfig, get_qconfig
-from tritonq.qconfig_mapping import QConfigMapping
+from tritonq.qconfig import DEFAULT_PRESET, QConfig, get_qconfig
+from tritonq.qconfig_mapping import QConfigMapping, check_qconfig
 
 register_earlier_paths()
 

@@ -230,7 +230,8 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, FakeQuantizeBase]]:
 
 def _check(model: nn.Module, quantizers: dict[str, FakeQuantizeBase]) -> None:
     if not quantizers:
-        raise ValueError(f"{type(model).__name__} has no fake quantizer of integers, which alone are measured")
+        name = type(model).__name__
+        raise ValueError(f"{name} has no fake quantizer of integers, which are measured: call prepare_qat first")
     for name, quantizer in quantizers.items():
         if isinstance(quantizer, FixedPointFakeQuantize) and quantizer.phase != "fixed":
             raise ValueError(f"{name!r} is in phase {quantizer.phase!r}: set_fixed_point_phase(model, 'fixed') first")

@@ -9,8 +9,8 @@ from torch import nn
 
 from tritonq.prepare.record.dataflow import Dataflow
 from tritonq.prepare.record.float_types import float_type
-from tritonq.qconfig import QConfig, check_qconfig
-from tritonq.qconfig_mapping import QConfigMapping
+from tritonq.qconfig import QConfig
+from tritonq.qconfig_mapping import QConfigMapping, check_qconfig
 
 QConfigs = dict[nn.Module, QConfig | None]
 
