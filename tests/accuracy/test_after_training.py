@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tritonq
+from tolerances import FLOAT32, FLOAT64, FLOAT64_SUMS, HALF, LONG_SUMS, SUMS, TRAINED, assert_close
 from tritonq.accuracy.adaptive_rounding import SoftRounding
 from tritonq.accuracy.layers import inputs_of
 from tritonq.grid import Grid
@@ -68,10 +69,10 @@ def test_equalization_gives_like_ranges_and_the_same_function():
     factors = tritonq.equalize(model, X)
     # an addition reads the third layer's result too
     assert set(factors) == {("first.0", "depth.0"), ("depth.0", "point")}
-    torch.testing.assert_close(float_outputs(model), before, rtol=1e-4, atol=1e-5)
+    assert_close(float_outputs(model), before, LONG_SUMS, size=0.1)
     # Nagel et al., equation 11: both layers see the same range, sqrt(r1 r2)
-    torch.testing.assert_close(ranges(model.first[0], 0), ranges(model.depth[0], 0), rtol=1e-2, atol=1e-6)
-    torch.testing.assert_close(ranges(model.depth[0], 0), ranges(model.point, 1), rtol=1e-2, atol=1e-6)
+    assert_close(ranges(model.first[0], 0), ranges(model.depth[0], 0), HALF, size=0.0001)
+    assert_close(ranges(model.depth[0], 0), ranges(model.point, 1), HALF, size=0.0001)
     assert all(float(values.max() / values.min()) > 1.5 for values in factors.values())
 
 
@@ -83,9 +84,9 @@ def test_equalization_in_one_sweep_is_the_formula():
     qat = tritonq.prepare_qat(model, qconfig=PER_TENSOR, example_inputs=x)
     expected = (first.weight.abs().amax(1) / second.weight.abs().amax(0)).sqrt()
     factors = tritonq.equalize(qat, x)["0", "2"]
-    torch.testing.assert_close(factors.double(), expected.detach(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(qat[0].bias, first.bias / expected, rtol=1e-9, atol=0)
-    torch.testing.assert_close(qat[2].weight, second.weight * expected, rtol=1e-9, atol=0)
+    assert_close(factors.double(), expected.detach(), FLOAT32, size=0)
+    assert_close(qat[0].bias, first.bias / expected, FLOAT64_SUMS, size=0)
+    assert_close(qat[2].weight, second.weight * expected, FLOAT64_SUMS, size=0)
 
 
 def test_channels_that_move_between_two_layers_are_left_alone():
@@ -130,11 +131,11 @@ def test_bias_correction_gives_each_layer_the_float_mean(folding):
     modes = [module.training for module in model.modules()]
     shifts = tritonq.correct_bias(model, X.split(16))
     assert set(shifts) == {"first.0", "depth.0", "point", "last", "head"}
-    torch.testing.assert_close(model.depth[0].bn.bias - before, shifts["depth.0"], rtol=1e-5, atol=1e-6)
+    assert_close(model.depth[0].bn.bias - before, shifts["depth.0"], SUMS, size=0.1)
     assert [module.training for module in model.modules()] == modes
     for name in shifts:
         means = [mean_result(part.eval(), part.get_submodule(name)) for part in (unrounded, model)]
-        torch.testing.assert_close(means[1], means[0], rtol=0, atol=1e-5)
+        assert_close(means[1], means[0], SUMS)
         assert float(shifts[name].abs().max()) > 1e-4
 
 
@@ -146,7 +147,7 @@ def test_bias_correction_is_the_formula():
     x_q = qat[0].input_fake_quant(x)
     weight_q = qat[0].weight_fake_quant(linear.weight)
     expected = F.linear(x, linear.weight).mean(0) - F.linear(x_q, weight_q).mean(0)
-    torch.testing.assert_close(tritonq.correct_bias(qat, x)["0"].double(), expected.detach(), rtol=1e-5, atol=1e-7)
+    assert_close(tritonq.correct_bias(qat, x)["0"].double(), expected.detach(), SUMS, size=0.01)
 
 
 def test_a_layer_without_bias_is_told():
@@ -160,13 +161,13 @@ def test_soft_rounding_is_the_formula():
     rows = torch.tensor([[0.26, -0.9, 5.0], [0.1, 0.2, -0.3]], dtype=torch.float64)
     rounding = SoftRounding(rows, Grid(torch.tensor([0.5, 0.2], dtype=torch.float64), None, QINT4.with_axis(0)))
     # it begins with the weights themselves, where these are in range
-    torch.testing.assert_close(rounding.weight(rounding.share()), rows.clamp(-4, 3.5), rtol=1e-9, atol=1e-9)
+    assert_close(rounding.weight(rounding.share()), rows.clamp(-4, 3.5), FLOAT64_SUMS)
     v = torch.tensor([[3.0, -3.0, 0.0], [0.4, -0.4, 1.0]], dtype=torch.float64)
     rounding.variables = v
     share = (torch.sigmoid(v) * 1.2 - 0.1).clamp(0, 1)
     scale = torch.tensor([[0.5], [0.2]], dtype=torch.float64)
     expected = ((rows / scale).floor() + share).clamp(-8, 7) * scale
-    torch.testing.assert_close(rounding.weight(rounding.share()), expected, rtol=1e-12, atol=0)
+    assert_close(rounding.weight(rounding.share()), expected, FLOAT64, size=0)
 
 
 @torch.no_grad()
@@ -189,11 +190,11 @@ def test_adaptive_rounding_is_better_than_the_nearest_code(folding):
     assert max(ratios.values()) <= 1
     assert min(ratios.values()) < 0.75
     after = (first_error(model) - wanted).square().mean()
-    assert float(after / before) == pytest.approx(ratios["first.0"], rel=1e-3)
+    assert float(after / before) == pytest.approx(ratios["first.0"], rel=TRAINED.rtol)
     # each weight is on its grid now, one code from where it was at most
     assert torch.equal(model.point.weight_fake_quant.scale, scales)
     steps = (model.point.weight / scales).detach()
-    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+    assert_close(steps, steps.round(), LONG_SUMS)
     assert float((model.point.weight.detach() - weights).abs().max() / scales) < 1.001
     assert tritonq.verify(model, tritonq.convert(model), X).agrees()
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import tritonq
+from tolerances import TRAINED, assert_close
 from tritonq.accuracy.oscillation import OscillationFreezing, oscillation_dampening
 
 WEIGHT = tritonq.LearnedStepFakeQuantize.with_args(dtype="qint4", qscheme=torch.per_channel_symmetric)
@@ -100,7 +101,7 @@ def test_frozen_weights_keep_their_codes_in_training(folding):
     memory = freezing.state_dict()[""]
     rows, grid = layer.weight_to_quantize().detach(), layer.weight_fake_quant.grid()
     codes = rows / grid.scale.detach().view(-1, 1, 1, 1)
-    torch.testing.assert_close(codes[memory["frozen"]], memory["codes"][memory["frozen"]], rtol=0, atol=1e-3)
+    assert_close(codes[memory["frozen"]], memory["codes"][memory["frozen"]], TRAINED)
 
 
 def test_wrong_arguments():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import tritonq
+from tolerances import LONG_SUMS, SUMS, TRAINED, assert_close
 
 X = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(5)) + 1
 
@@ -40,14 +41,14 @@ def test_statistics_are_those_of_the_rounded_weights_over_all_data(folding):
     tritonq.reestimate_batch_norm(model, X.split(16))
     x = layer.input_fake_quant.quantize(X)
     c = nn.functional.conv2d(x, weight, layer.bias).double()
-    torch.testing.assert_close(layer.bn.running_mean.double(), c.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    assert_close(layer.bn.running_mean.double(), c.mean((0, 2, 3)), LONG_SUMS)
     # of each batch the unbiased variance
     count = 16 * 16
     within = torch.stack([part.var((0, 2, 3), unbiased=True) for part in c.split(16)]).mean(0)
     between = torch.stack([part.mean((0, 2, 3)) for part in c.split(16)]).var(0, unbiased=False)
-    torch.testing.assert_close(layer.bn.running_var.double(), within + between, rtol=1e-3, atol=1e-5)
+    assert_close(layer.bn.running_var.double(), within + between, TRAINED, size=0.01)
     total = c.var((0, 2, 3), unbiased=False)
-    torch.testing.assert_close(layer.bn.running_var.double(), total, rtol=2 / count + 1e-3, atol=1e-5)
+    torch.testing.assert_close(layer.bn.running_var.double(), total, rtol=2 / count + TRAINED.rtol, atol=SUMS.atol)
 
 
 def test_nothing_else_changes():
@@ -70,7 +71,7 @@ def test_float_models_too():
     model = net().eval()
     expected = model[0][0](X).mean((0, 2, 3))
     tritonq.reestimate_batch_norm(model, X.split(32))
-    torch.testing.assert_close(model[0][1].running_mean, expected, rtol=1e-4, atol=1e-5)
+    assert_close(model[0][1].running_mean, expected, LONG_SUMS, size=0.1)
     assert model[0][1].momentum == 0.1
     assert int(model[0][1].num_batches_tracked) == 0
 

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tritonq
 from saved_bytes import saved_bytes
+from tolerances import FLOAT32, FLOAT64_SUMS, SUMS, TRAINED, assert_close
 from torch_ao_nets import OtherDimensions, in_float64, prepared
 from tritonq.acceleration import report_of
 
@@ -54,26 +55,24 @@ def step_of(model, optimizer, step, dtype=torch.float32):
     return result.detach()
 
 
-def assert_same_training(theirs, ours, dtype=torch.float64, steps=10, tolerance=1e-10):
+def assert_same_training(theirs, ours, dtype=torch.float64, steps=10):
     """Train both; outputs, and in the end parameters, statistics and ranges agree, and so does eval mode."""
     optimizers = [torch.optim.SGD(model.parameters(), 0.05, momentum=0.9) for model in (theirs, ours)]
     for step in range(steps):
         results = [
             step_of(model, optimizer, step, dtype) for model, optimizer in zip((theirs, ours), optimizers, strict=True)
         ]
-        torch.testing.assert_close(*results, rtol=0, atol=tolerance)
-    assert_same_state(theirs, ours, tolerance)
+        assert_close(*results, FLOAT64_SUMS)
+    assert_same_state(theirs, ours, FLOAT64_SUMS)
     theirs.eval(), ours.eval()
-    torch.testing.assert_close(theirs(images(99, dtype)), ours(images(99, dtype)), rtol=0, atol=tolerance)
+    assert_close(theirs(images(99, dtype)), ours(images(99, dtype)), FLOAT64_SUMS)
 
 
 def assert_same_state(theirs, ours, tolerance):
     expected, state = theirs.state_dict(), ours.state_dict()
     assert list(state) == list(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(
-            state[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert_close(state[name], value, tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("setting", ["x86", "qnnpack", "slow", "frozen", "ranges"])
@@ -144,8 +143,8 @@ def test_the_fused_quantizers_of_version_1():
     model = prepared(qconfig(version=1))
     ours = tritonq.accelerate(model)
     results = [each(images(0)) for each in (model, ours)]
-    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
-    assert_same_state(model, ours, 1e-5)
+    assert_close(*results, FLOAT32)
+    assert_same_state(model, ours, SUMS)
 
 
 def test_learned_scales():
@@ -161,7 +160,7 @@ def test_learned_scales():
     for name, parameter in ours.named_parameters():
         assert (parameter.grad is None) == (theirs[name].grad is None), name
         if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+            assert_close(parameter.grad, theirs[name].grad, TRAINED, size=0.01, msg=name)
 
 
 @pytest.mark.parametrize("version", [0, 1])
@@ -217,7 +216,7 @@ def test_switches_and_the_librarys_own_functions_work():
     assert all(torch.equal(ours.state_dict()[name], value) for name, value in ranges.items())
     for each in (model, ours):
         each.apply(ao.disable_fake_quant).eval()
-    torch.testing.assert_close(model(images(2)), ours(images(2)), rtol=1e-5, atol=1e-6)
+    assert_close(model(images(2)), ours(images(2)), SUMS, size=0.1)
 
 
 def test_copies_and_pickles_stay_accelerated():

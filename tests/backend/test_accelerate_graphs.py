@@ -13,6 +13,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 
 import tritonq
 from saved_bytes import saved_bytes
+from tolerances import FLOAT32, LONG_SUMS, SUMS, assert_close
 from torch_ao_nets import assert_compiled_gradients_equal
 from tritonq.acceleration import report_of
 from vision_models import torchvision_model
@@ -69,12 +70,12 @@ def assert_same_steps(theirs, ours, steps=3):
     """Results, gradients and state agree while no tie parts them."""
     for step in range(steps):
         results = [model(images(step)) for model in (theirs, ours)]
-        torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+        assert_close(*results, FLOAT32)
         for result in results:
             result.square().mean().backward()
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+        assert_close(parameter.grad, expected[name].grad, LONG_SUMS, size=0.01, msg=name)
     assert_same_state(theirs, ours)
 
 
@@ -82,7 +83,7 @@ def assert_same_state(theirs, ours):
     expected, state = theirs.state_dict(), ours.state_dict()
     assert set(state) == set(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6, msg=name)
+        assert_close(state[name], value, SUMS, size=0.1, msg=name)
 
 
 @pytest.mark.parametrize("make", [pt2e, fx, lambda: fx(0)], ids=["pt2e", "fx", "fx version 0"])
@@ -102,7 +103,7 @@ def test_modes_and_convert_of_pt2e():
         model(images())
         move_exported_model_to_eval(model)
         model.apply(disable_observer)
-    torch.testing.assert_close(theirs(images(1)), ours(images(1)), rtol=0, atol=1e-6)
+    assert_close(theirs(images(1)), ours(images(1)), FLOAT32)
     move_exported_model_to_train(theirs), move_exported_model_to_train(ours)
     for node in theirs.graph.nodes:
         if "dropout" in str(node.target):  # a fault of torchao's, which tritonq keeps from happening
@@ -139,7 +140,7 @@ def test_copies_stay_accelerated_in_their_mode():
     assert tritonq.acceleration.graphs.is_accelerated(copied)
     assert torch.equal(copied(images(1)), ours(images(1)))
     tritonq.restore(copied)
-    torch.testing.assert_close(copied(images(1)), ours(images(1)), rtol=0, atol=1e-6)
+    assert_close(copied(images(1)), ours(images(1)), FLOAT32)
 
 
 def test_faults_of_pt2e_are_told_and_kept_from_happening():

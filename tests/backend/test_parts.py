@@ -8,6 +8,7 @@ from torch import nn
 from torch.ao import quantization as ao
 
 import tritonq
+from tolerances import SUMS, assert_close
 from torch_ao_nets import prepared
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -30,12 +31,12 @@ def test_in_a_qconfig_of_torch_ao():
     theirs, ours = prepared(qconfig(ao)), prepared(qconfig(tritonq))
     assert isinstance(ours.conv.weight_fake_quant, tritonq.FakeQuantize)
     for step in range(2):
-        torch.testing.assert_close(theirs(images(step)), ours(images(step)), rtol=0, atol=1e-5)
+        assert_close(theirs(images(step)), ours(images(step)), SUMS)
     theirs.apply(ao.disable_observer), ours.apply(ao.disable_observer)
     assert not any(bool(q.observer_enabled) for q in ours.modules() if isinstance(q, tritonq.FakeQuantize))
     converted = [ao.convert(model.eval()) for model in (theirs, ours)]
     assert [type(module) for module in converted[0].modules()] == [type(module) for module in converted[1].modules()]
-    torch.testing.assert_close(*(model(images(9)) for model in converted), rtol=0, atol=1e-5)
+    assert_close(*(model(images(9)) for model in converted), SUMS)
 
 
 def test_in_a_quantization_spec_of_torchao():
@@ -62,12 +63,12 @@ def test_in_a_quantization_spec_of_torchao():
     theirs, ours = model(pt2e), model(tritonq)
     assert sum(isinstance(module, tritonq.FakeQuantize) for module in ours.modules()) == 4
     for step in range(2):
-        torch.testing.assert_close(theirs(images(step)), ours(images(step)), rtol=0, atol=1e-5)
+        assert_close(theirs(images(step)), ours(images(step)), SUMS)
     for each in (theirs, ours):
         pt2e.move_exported_model_to_eval(each)
         each.apply(pt2e.disable_observer)
     converted = [quantize_pt2e.convert_pt2e(each) for each in (theirs, ours)]
-    torch.testing.assert_close(*(each(images(9)) for each in converted), rtol=0, atol=1e-5)
+    assert_close(*(each(images(9)) for each in converted), SUMS)
     targets = [[str(node.target) for node in each.graph.nodes if "quantize" in str(node.target)] for each in converted]
     assert targets[0] == targets[1]
     assert len(targets[0]) >= 6

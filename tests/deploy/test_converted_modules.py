@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import tritonq
+from tolerances import SUMS, assert_close
 
 
 class Patches(nn.Module):
@@ -54,7 +55,7 @@ def test_weight_and_bias_are_the_values_of_the_codes(models):
     scale = layer.weight_scale.view(-1, 1, 1, 1)
     assert layer.stored_weight.dtype == torch.int8
     assert torch.equal(layer.weight + 0, layer.stored_weight * scale)
-    assert torch.allclose(layer.weight, weight, atol=0.01)
+    assert_close(layer.weight, weight, SUMS, size=1000)
     assert torch.allclose(layer.bias, bias, atol=float(layer.multiplier.max()))
     assert layer.weight.numpy().shape == layer.weight.shape == (8, 3, 4, 4)
     assert torch.equal(copy.deepcopy(layer.weight), layer.weight.clone())
@@ -117,7 +118,7 @@ def test_merging_batch_norms_works_before_preparation_and_names_the_reason_after
     float_model, x = Patches().eval(), models[2]
     expected = float_model(x)
     fuse(float_model)
-    assert torch.allclose(float_model(x), expected, atol=1e-5)
+    assert_close(float_model(x), expected, SUMS)
     prepared = tritonq.prepare_qat(float_model, example_inputs=x)
     assert tritonq.summary(prepared).quantized
     tritonq.save_converted(models[1], tmp_path / "model.pt")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tritonq
+from tolerances import FLOAT32, assert_close
 from tritonq.deploy.encodings import encodings_json
 from tritonq.deploy.encodings_form import Encoding, take_marks
 
@@ -54,7 +55,7 @@ def rounded(path, encodings):
             codes = (values.double() / scale.double()).round() + zero
             assert codes.min() >= low
             assert codes.max() < low + 2 ** int(bits)
-            torch.testing.assert_close(((codes - zero) * scale).float(), values, rtol=1e-6, atol=0)
+            assert_close(((codes - zero) * scale).float(), values, FLOAT32, size=0)
             continue
         pair = f"{name}.rounded"
         graph.initializer.append(onnx.numpy_helper.from_array(scale.numpy(), f"{name}.scale"))

@@ -11,6 +11,7 @@ from torch import nn
 import tritonq
 from optimised_graph import optimised_kinds
 from qat_models import PRESETS, TORCH_PRESETS, FloatResidual, images, train, trained_float_form, trained_residual
+from tolerances import SUMS, assert_close
 from tritonq import nn as qnn
 from tritonq.deploy import convert, export_onnx, verify
 from tritonq.deploy.modules import DeployedModule
@@ -98,7 +99,7 @@ def test_the_batch_is_open_and_its_size_does_not_matter(exported):
     for size in (1, 3, 17):
         x = images(size)
         (y,) = session.run(None, {entry.name: x.numpy()})
-        assert torch.allclose(torch.from_numpy(y), model(x).detach(), atol=1e-5)
+        assert_close(torch.from_numpy(y), model(x).detach(), SUMS)
 
 
 def test_a_fixed_batch_on_request(tmp_path):

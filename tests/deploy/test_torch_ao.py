@@ -12,6 +12,7 @@ from torch import nn
 
 import tritonq
 from qat_models import assert_same_state, state_of
+from tolerances import FLOAT32
 from tritonq.deploy.torch_ao import load_torch_ao_state_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -232,7 +233,7 @@ def test_a_converted_checkpoint(backend, tmp_path):
     for name in ("conv", "pool.0", "fc"):
         layer, other = int8.get_submodule(name), theirs.get_submodule(name)
         assert torch.equal(layer.stored_weight, other.weight().int_repr())
-        assert float(layer.activation_post_process.scale) == pytest.approx(float(other.scale), rel=1e-7)
+        assert float(layer.activation_post_process.scale) == pytest.approx(float(other.scale), rel=FLOAT32.rtol)
         bias = other.bias() if callable(other.bias) else other.bias
         unit = 0.0 if layer.multiplier is None else float(layer.multiplier.max())
         torch.testing.assert_close(layer.bias, bias.detach(), rtol=0, atol=unit)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tolerances import FLOAT32, assert_close
 from tritonq.functional.fixed_point import (
     fixed_point_quantize,
     fixed_point_range,
@@ -133,7 +134,7 @@ def test_search_per_channel_and_across_blocks():
     assert torch.equal(found, search_frac_len(x.T, axis=1))
     errors = frac_len_errors(x, QINT8_NARROW.with_axis(0), 8)
     naive = torch.stack([(x - fixed_point_quantize(x, k)).double().square().sum(1) for k in range(8)])
-    torch.testing.assert_close(errors, naive, rtol=1e-6, atol=0)
+    assert_close(errors, naive, FLOAT32, size=0)
     assert found.tolist() == naive.argmin(0).tolist()
 
 

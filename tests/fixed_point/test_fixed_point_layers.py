@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tolerances import FLOAT32, FLOAT64
 from tritonq import get_qconfig
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize, set_fixed_point_phase
 from tritonq.nn import intrinsic
@@ -155,8 +156,8 @@ def test_double_forward_over_several_steps(groups, bias, signed, per_channel):
             torch.testing.assert_close(parameter.grad.view_as(ref), ref.grad, **EXACT)
         torch.testing.assert_close(conv.bn.running_mean, hand.mean, **EXACT)
         torch.testing.assert_close(conv.bn.running_var, hand.var, **EXACT)
-        assert float(conv.input_format.frac_len) == pytest.approx(hand.fl, abs=1e-12)
-        assert float(following.input_format.frac_len) == pytest.approx(hand.fl_next, abs=1e-12)
+        assert float(conv.input_format.frac_len) == pytest.approx(hand.fl, abs=FLOAT64.atol)
+        assert float(following.input_format.frac_len) == pytest.approx(hand.fl_next, abs=FLOAT64.atol)
         for optimizer in optimizers:
             optimizer.step()
     conv.eval(), following.eval()
@@ -306,7 +307,7 @@ def test_average_pooling_sums_and_shifts(area):
     fl, fl_next = round(float(pool_format.frac_len)), round(float(following.input_format.frac_len))
     assert torch.equal(y, xq.sum((2, 3), keepdim=True) * 2.0 ** (fl - fl_next - pool.shift))
     ratio = float(y.detach().double().sum() * pool.remaining_factor / xq.double().mean((2, 3)).sum())
-    assert ratio == pytest.approx(2.0 ** (fl - fl_next), rel=1e-6)
+    assert ratio == pytest.approx(2.0 ** (fl - fl_next), rel=FLOAT32.rtol)
 
 
 def test_average_pooling_by_windows_and_wrong_sizes():

@@ -13,6 +13,7 @@ from torch import nn
 
 import tritonq
 from qat_models import FloatPair, FloatResidual, images, trained_float_form
+from tolerances import LONG_SUMS, SUMS, TRAINED, assert_close
 from tritonq import nn as qnn
 from tritonq.functional.traced import parts
 from tritonq.grid import Grid, RangeStatistics
@@ -51,9 +52,9 @@ def assert_trained_alike(found: nn.Module, expected: nn.Module) -> None:
     """Switches and counts exactly; the compiler may add up vectors and weights in another order."""
     others = expected.state_dict()
     for name, value in found.state_dict().items():
-        torch.testing.assert_close(value, others[name], rtol=1e-4, atol=1e-6, msg=f"{name} differs")
+        assert_close(value, others[name], LONG_SUMS, size=0.01, msg=f"{name} differs")
     for (name, parameter), other in zip(found.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-5, atol=1e-7, msg=f"gradient of {name} differs")
+        assert_close(parameter.grad, other.grad, SUMS, size=0.01, msg=f"gradient of {name} differs")
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,9 @@ def test_a_training_step_is_one_graph_and_equals_eager(preset, channels_last, ob
     expected = train(eager, eager, channels_last=channels_last)
     found = train(model, torch.compile(model, fullgraph=True, backend="aot_eager"), channels_last=channels_last)
     # The first forward has met the same parameters; a compiler adds up in another order.
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert_close(found[0], expected[0], SUMS, size=0.1)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=2 * float(model.head.activation_post_process.scale))
+        torch.testing.assert_close(a, b, rtol=TRAINED.rtol, atol=2 * float(model.head.activation_post_process.scale))
     assert_trained_alike(model, eager)
     assert int(model.stem[0].bn.num_batches_tracked) == 3 + observed
 
@@ -132,7 +133,9 @@ def test_inductor_trains():
     eager = copy.deepcopy(model)
     expected = train(eager, eager, 2)
     found = train(model, torch.compile(model, fullgraph=True), 2)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2 * float(model.head.activation_post_process.scale))
+    torch.testing.assert_close(
+        found, expected, rtol=TRAINED.rtol, atol=2 * float(model.head.activation_post_process.scale)
+    )
     assert_trained_alike(model, eager)
 
 

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import tritonq
 from qat_models import PRESETS, FloatPair, FloatResidual, images, train, without_ranges
+from tolerances import FLOAT32, SUMS, assert_close
 from tritonq import nn as qnn
 from tritonq.functional.integer import integer_affine, to_integers
 from tritonq.functional.integer_joins import integer_add
@@ -56,7 +57,7 @@ def assert_as_in_eager(model: nn.Module, x: torch.Tensor, modes: tuple[bool, ...
             assert torch.equal(called(x), model(x))
     found, expected = gradients(model, called, x), gradients(model, model, x)
     assert any(bool(gradient.any()) for gradient in expected.values())
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    assert_close(found, expected, SUMS, size=0.001)
 
 
 PRESET_NAMES = ("tensorrt", "fbgemm_v0", "fbgemm_v1", "qnnpack_v0", "megengine_lowbit")
@@ -129,7 +130,7 @@ def test_evaluation_in_the_middle_of_training():
             assert torch.equal(called(images(8)), same(images(8)))
         frames.append(counter.frame_count)
     assert frames == [2, 2, 2]
-    torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-7)
+    assert_close(model.state_dict(), eager.state_dict(), SUMS, size=0.01)
 
 
 @pytest.mark.parametrize("observed", [False, True])
@@ -144,8 +145,8 @@ def test_frozen_statistics_in_training_and_all_modes_in_eval(mode, observed):
     model.apply(tritonq.freeze_bn_stats)
     eager = copy.deepcopy(model)
     found, expected = gradients(model, compiled(model), images(8)), gradients(eager, eager, images(8))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-6, atol=0)
+    assert_close(found, expected, SUMS, size=0.001)
+    assert_close(model.state_dict(), eager.state_dict(), FLOAT32, size=0)
     assert_as_in_eager(model.eval(), images(8), modes=(True,))
 
 

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tritonq
 from qat_models import FloatResidual, images
+from tolerances import HALF, LONG_SUMS, TRAINED, assert_close
 from tritonq.distributed import broadcast_statistics
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.observers import RangeObserver
@@ -300,14 +301,14 @@ def test_accumulation_without_sync(results):
     F.cross_entropy(model(x), labels).backward()
     for name, parameter in model.named_parameters():
         found = torch.from_numpy(results["ddp_accumulates"][0][name])
-        torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
+        assert_close(found, parameter.grad, LONG_SUMS, size=0.01)
 
 
 def test_sharding_trains_as_replication_does(results):
     """The same mathematics, on whole or sharded parameters."""
     for key, value in results["ddp_plain"][0].items():
         other = results["fsdp_plain"][0][key]
-        torch.testing.assert_close(torch.from_numpy(other), torch.from_numpy(value), rtol=1e-3, atol=1e-5)
+        assert_close(torch.from_numpy(other), torch.from_numpy(value), TRAINED, size=0.01)
 
 
 def test_broadcast_statistics_are_those_of_replication(results):
@@ -315,7 +316,7 @@ def test_broadcast_statistics_are_those_of_replication(results):
     for key, value in results["ddp_batch_norm"][0].items():
         if "num_batches_tracked" not in key:
             other = torch.from_numpy(results["fsdp_broadcast"][0][key])
-            torch.testing.assert_close(other, torch.from_numpy(value), rtol=1e-2, atol=1e-4, msg=key)
+            assert_close(other, torch.from_numpy(value), HALF, size=0.01, msg=key)
 
 
 def test_broadcasting_alone_does_nothing():

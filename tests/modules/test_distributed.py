@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import tritonq
+from tolerances import TRAINED, assert_close
 from tritonq.distributed import sync_observers
 from tritonq.observers import (
     HistogramObserver,
@@ -269,7 +270,7 @@ def test_synchronized_batch_norm_trains_as_one_process(results):
     for found in results(2)["train_synchronized"]:
         assert isinstance(found, list), found
         for got, expected in zip(found, (*gradients, *statistics), strict=True):
-            torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-3, atol=1e-3)
+            assert_close(torch.from_numpy(got), expected, TRAINED)
 
 
 IN_ANY_WORLD = (observe_together, observe_alone_then_sync)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import tritonq
+from tolerances import FLOAT32, assert_close
 from tritonq.observers import MovingAverageMinMaxObserver
 from tritonq.qparams import QuantizedType
 
@@ -29,7 +30,7 @@ def test_results_are_numbers_of_the_format(kind, training):
     y = model(x)
     if kind == "activation":
         values = (y / layer.activation_post_process.scale).detach()
-        torch.testing.assert_close(values, values.to(torch.float8_e4m3fn).float(), rtol=1e-6, atol=0)
+        assert_close(values, values.to(torch.float8_e4m3fn).float(), FLOAT32, size=0)
     else:
         assert not layer.trains_in_one_operator
         assert not layer._knows_grids()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tritonq
+from tolerances import SUMS, assert_close
 from tritonq.deploy import onnx_functions
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn.functions import FUNCTION_MODULES, FunctionLayer, PReLU, function_of
@@ -137,7 +138,7 @@ def test_codes_are_those_of_the_float32_formula(all_functions):
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.name)
 def test_float32_formulas_are_torchs_but_for_rounding(function):
     x = torch.linspace(-8, 8, 1001)
-    assert torch.allclose(function.deployed(x), function(x), rtol=1e-5, atol=1e-6)
+    assert_close(function.deployed(x), function(x), SUMS, size=0.1)
 
 
 def test_nan_stays_nan(all_functions):
@@ -207,7 +208,7 @@ def test_arithmetic_with_numbers_is_one_function(act, name, tmp_path):
     plain = net(act).train()
     tritonq.prepare.disable_fake_quant(model)
     tritonq.prepare.disable_observer(model)
-    assert torch.allclose(model(X), plain(X), atol=1e-4)
+    assert_close(model(X), plain(X), SUMS, size=10)
     tritonq.prepare.enable_fake_quant(model)
     tritonq.prepare.enable_observer(model)
     model(X).sum().backward()

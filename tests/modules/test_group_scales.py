@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import tritonq
+from tolerances import FLOAT32, SUMS, assert_close
 from tritonq import QuantizedType
 
 X = torch.randn(4, 32, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -65,13 +66,13 @@ def test_trained_scales_get_the_gradient_of_their_group():
     y.backward(upstream)
     groups, steps = weight.detach().view(16, 16), None
     start = 2 * groups.abs().mean(1) / 7**0.5
-    torch.testing.assert_close(quantizer.scale.double(), start, rtol=1e-6, atol=0)
+    assert_close(quantizer.scale.double(), start, FLOAT32, size=0)
     scale = quantizer.scale.detach().double().view(16, 1)
     steps = groups / scale
     inside = (steps > -8) & (steps < 7)
     slope = torch.where(inside, steps.round() - steps, steps.clamp(-8, 7))
     expected = (slope * upstream.view(16, 16)).sum(1) / (16 * 7) ** 0.5
-    torch.testing.assert_close(quantizer.scale.grad.double(), expected, rtol=1e-5, atol=1e-7)
+    assert_close(quantizer.scale.grad.double(), expected, SUMS, size=0.01)
 
 
 @pytest.mark.parametrize("folding", [None, "scale"])

@@ -9,6 +9,7 @@ from torch import nn
 
 import tritonq
 from optimised_graph import optimised_kinds
+from tolerances import SUMS, assert_close
 from tritonq.functional.integer_joins import integer_add, integer_concatenation, integer_multiply, integer_subtract
 from tritonq.grid import Grid
 from tritonq.qparams import QuantizedType
@@ -210,7 +211,7 @@ def test_gradients_are_those_of_the_parts(kind):
         assert torch.equal(found, expected)
         wanted = torch.autograd.grad(expected, (a, b), dy)
         for mine, other in zip(torch.autograd.grad(found, (a, b), dy), wanted, strict=True):
-            assert torch.allclose(mine, other, atol=1e-6)
+            assert_close(mine, other, SUMS, size=0.1)
 
 
 def test_a_product_keeps_codes_and_bits():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.ao.quantization import HistogramObserver as TorchHistogramObserver
 
+from tolerances import LONG_SUMS, SUMS, assert_close
 from tritonq.observers import HistogramObserver, InterpolatingHistogramObserver, MinMaxObserver
 from tritonq.reference.interpolating import greedy_range
 
@@ -48,10 +49,10 @@ def test_as_torch_ao(name, arguments):
         ours(batch)
         theirs(batch)
         assert (float(ours.min_val), float(ours.max_val)) == (float(theirs.min_val), float(theirs.max_val))
-        torch.testing.assert_close(ours.histogram.float(), theirs.histogram, rtol=1e-4, atol=1e-3)
+        assert_close(ours.histogram.float(), theirs.histogram, LONG_SUMS, size=10)
         if theirs.min_val <= theirs.max_val:
             (scale, zero_point), (expected, expected_zero) = ours.calculate_qparams(), theirs.calculate_qparams()
-            assert float(scale) == pytest.approx(float(expected), rel=1e-5)
+            assert float(scale) == pytest.approx(float(expected), rel=SUMS.rtol)
             assert int(zero_point) == int(expected_zero)
 
 
@@ -92,7 +93,7 @@ def test_greedy_search_stops_at_the_first_rise(name):
         theirs(batch)
     low, high = theirs._non_linear_param_search()
     found = greedy_range(theirs.histogram.double(), float(theirs.min_val), float(theirs.max_val), 256)
-    np.testing.assert_allclose(found, (float(low), float(high)), rtol=1e-5)
+    np.testing.assert_allclose(found, (float(low), float(high)), rtol=SUMS.rtol)
 
 
 @pytest.mark.parametrize("dtype", ["qint4", "quint4", "qint2", "quint2", "qint1"])

@@ -13,6 +13,7 @@ from torch import nn
 from torch.ao import quantization as ao
 
 import tritonq
+from tolerances import LONG_SUMS, SUMS, assert_close
 from tritonq.nn import DEFAULT_QAT_MAPPING, intrinsic
 
 TORCH_QCONFIG = ao.get_default_qat_qconfig("onednn", version=0)
@@ -75,14 +76,14 @@ def test_training_equals_torch_ao(case):
         x = torch.randn(case[-1], generator=generator)
         p, q = x.clone().requires_grad_(), x.clone().requires_grad_()
         y, z = ours(p), theirs(q)
-        torch.testing.assert_close(y, z, rtol=1e-5, atol=1e-5)
+        assert_close(y, z, SUMS)
         dy = torch.randn(y.shape, generator=generator)
         y.backward(dy)
         z.backward(dy)
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-5, atol=1e-5)
+        assert_close(p.grad, q.grad, SUMS)
+        assert_close(ours.weight.grad, theirs.weight.grad, SUMS)
         if ours.bias is not None:
-            torch.testing.assert_close(ours.bias.grad, theirs.bias.grad, rtol=1e-5, atol=1e-5)
+            assert_close(ours.bias.grad, theirs.bias.grad, SUMS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
@@ -208,7 +209,7 @@ def test_eval_is_exact_integer_arithmetic(layer_name, qconfig_name):
     assert torch.equal(y, expected if layer.ceiling is None else torch.relu(expected))
     # The integers are the float computation up to its rounding and that of the bias.
     unit = float((layer.weight_fake_quant.scale.max() * source.scale).max())
-    torch.testing.assert_close(y, unquantized, rtol=1e-4, atol=unit + 1e-5)
+    torch.testing.assert_close(y, unquantized, rtol=LONG_SUMS.rtol, atol=unit + SUMS.atol)
     assert float_output.shape == y.shape
 
 

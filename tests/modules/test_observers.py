@@ -11,6 +11,7 @@ import torch
 from torch.ao import quantization as ao
 
 import tritonq
+from tolerances import FLOAT32, SUMS, assert_close
 from tritonq.observers.base import quantized_type
 
 PAIRS = [
@@ -40,10 +41,10 @@ def test_ranges_and_qparams_equal_torch_ao(ours, theirs, arguments, symmetric, d
     for x in batches():
         assert a(x) is x
         b(x)
-    torch.testing.assert_close(a.min_val, b.min_val, rtol=1e-6, atol=0)
-    torch.testing.assert_close(a.max_val, b.max_val, rtol=1e-6, atol=0)
+    assert_close(a.min_val, b.min_val, FLOAT32, size=0)
+    assert_close(a.max_val, b.max_val, FLOAT32, size=0)
     scale, zero_point = b.calculate_qparams()
-    torch.testing.assert_close(a.calculate_qparams().scale.flatten(), scale.flatten(), rtol=1e-6, atol=0)
+    assert_close(a.calculate_qparams().scale.flatten(), scale.flatten(), FLOAT32, size=0)
     assert a.calculate_qparams().zero_point.flatten().tolist() == zero_point.flatten().tolist()
 
 
@@ -100,7 +101,7 @@ def test_megengines_symmetric_unsigned_codes_count_from_zero():
     y = quantizer(torch.tensor([-1.0, 0.0, 0.5, 1.9, 1.98]))
     scale = 1.98 / 127.5
     assert int(quantizer.zero_point) == 0
-    torch.testing.assert_close(y, torch.tensor([0.0, 0.0, 32 * scale, 122 * scale, 128 * scale]), atol=1e-5, rtol=0)
+    assert_close(y, torch.tensor([0.0, 0.0, 32 * scale, 122 * scale, 128 * scale]), SUMS)
     assert int(tritonq.FakeQuantize(tritonq.MinMaxObserver, dtype=qtype).zero_point) == 128
 
 
@@ -190,7 +191,7 @@ def test_fake_quantize_equals_torch_ao_presets(backend, version):
         for x in batches():
             p, q = x.clone().requires_grad_(), x.clone().requires_grad_()
             y, z = a(p), b(q)
-            torch.testing.assert_close(a.scale, b.scale, rtol=1e-6, atol=0)
+            assert_close(a.scale, b.scale, FLOAT32, size=0)
             assert a.zero_point.tolist() == b.zero_point.tolist()
             # The moving average differs in its last bit between torch's two versions, so codes may move at ties.
             assert ((y - z).abs() <= 1e-5 + 0.001 * a.scale.max()).float().mean() > 0.995

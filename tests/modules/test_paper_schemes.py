@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import tritonq
+from tolerances import FLOAT32, assert_close
 from tritonq.paper_schemes import BinaryWeight, DoReFaActivation, DoReFaWeight, TernaryWeight
 
 SCHEMES = {"dorefa1": lambda: DoReFaWeight(1), "dorefa3": lambda: DoReFaWeight(3), "xnor": BinaryWeight}
@@ -43,7 +44,7 @@ def test_dorefa(bits):
 def test_dorefa_activations(bits):
     x, n = torch.linspace(-0.513, 1.511, 83, dtype=torch.float64).requires_grad_(), 2**bits - 1
     y = DoReFaActivation(bits)(x)
-    torch.testing.assert_close(y.detach(), (n * x.detach().clamp(0, 1)).round() / n, rtol=1e-6, atol=1e-6)
+    assert_close(y.detach(), (n * x.detach().clamp(0, 1)).round() / n, FLOAT32)
     y.sum().backward()
     assert torch.equal(x.grad, ((x >= 0) & (x <= 1)).double())
 

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils._pytree import tree_leaves
 
 import tritonq
+from tolerances import TRAINED, assert_close
 from tritonq.deploy.recurrent import RECURRENT_TYPES
 from tritonq.nn import QATRecurrent
 from tritonq.switched_quantizer import SwitchedQuantizer
@@ -102,7 +103,7 @@ def test_each_layer_reads_and_the_last_returns_values_on_a_grid():
     y, _ = lstm(torch.randn(TIME, BATCH, WIDTH))
     for tensor, quantizer in ((read[1], lstm.layer_fake_quant_0), (y, lstm.activation_post_process)):
         codes = tensor / quantizer.scale + quantizer.zero_point
-        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
+        assert_close(codes, codes.round(), TRAINED)
         assert len(codes.round().unique()) > 20
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import tritonq
 from conv_bn_cases import randomise
+from tolerances import FLOAT64, FLOAT64_SUMS, LONG_SUMS, SUMS, assert_close
 from tritonq.nn import QATRepVGGBlock, RepVGGBlock
 from written_quantizers import WrittenWeight
 
@@ -76,10 +77,10 @@ def test_merged_equals_branches_in_eval(name):
         assert made.bn_identity is None
     conv = made.reparametrize()
     assert conv.kernel_size == (3, 3)
-    torch.testing.assert_close(conv(x), branches, rtol=1e-12, atol=1e-12)
+    assert_close(conv(x), branches, FLOAT64)
     activation = CASES[name].get("activation", nn.ReLU())
     expected = branches if activation is None else activation(branches)
-    torch.testing.assert_close(made(x), expected, rtol=1e-12, atol=1e-12)
+    assert_close(made(x), expected, FLOAT64)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -90,7 +91,7 @@ def test_qat_quantizes_the_merged_kernel(name):
     written = WrittenWeight()(kernel)
     expected = F.conv2d(x, written, bias, made.stride, 1, groups=made.groups)
     expected = expected if made.activation is None else made.activation(expected)
-    torch.testing.assert_close(made(x), expected, rtol=1e-10, atol=1e-10)
+    assert_close(made(x), expected, FLOAT64_SUMS)
     assert (written - kernel).abs().max() > 1e-4
     assert all(torch.equal(made.state_dict()[key], value) for key, value in before.items())
 
@@ -118,9 +119,7 @@ def test_gradients_by_finite_differences(name):
             parameter += step * direction
         slope = (parameter.grad * direction).sum()
         assert slope.abs() > 1e-8, key
-        torch.testing.assert_close(
-            (above - below) / (2 * step), slope, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: k + m
-        )
+        assert_close((above - below) / (2 * step), slope, SUMS, size=0.1, msg=lambda m, k=key: k + m)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -133,7 +132,7 @@ def test_straight_through_gradients_equal_the_written_ones(name):
     twin.activated(y).square().sum().backward()
     expected = dict(twin.named_parameters())
     for key, parameter in made.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[key].grad, rtol=1e-10, atol=1e-10)
+        assert_close(parameter.grad, expected[key].grad, FLOAT64_SUMS)
 
 
 def test_shares_its_branches():
@@ -163,7 +162,7 @@ def test_eval_is_close_to_float_and_in_integers_where_the_input_grid_is_known(na
     assert (y - reference).norm() < 0.05 * reference.norm()
     assert made.integer_layer(*made.folded_parameters()) is not None
     scale = made.activation_post_process.scale
-    torch.testing.assert_close(y / scale, (y / scale).round(), rtol=0, atol=1e-4)
+    assert_close(y / scale, (y / scale).round(), LONG_SUMS)
 
 
 def test_the_bias_is_on_the_grid_of_the_sums_in_training():
@@ -227,7 +226,7 @@ def test_prepare_finds_whole_blocks(training):
     assert records == dict.fromkeys(["0", "1", "2", "3", "6"], "quantized")
     assert not any(record.kind in ("Conv2d", "BatchNorm2d") for record in qat.tritonq_report)
     tritonq.disable_fake_quant(qat)
-    torch.testing.assert_close(qat.eval()(IMAGES), expected, rtol=1e-5, atol=1e-5)
+    assert_close(qat.eval()(IMAGES), expected, SUMS)
 
 
 @pytest.mark.filterwarnings("ignore:ONNX Runtime convolves in integers")

@@ -9,6 +9,7 @@ from torch import nn
 
 import tritonq
 import tritonq.nn as qnn
+from tolerances import FLOAT32, FLOAT64, LONG_SUMS, SUMS, assert_close
 
 STEP = tritonq.LearnedStepFakeQuantize.with_args(init="lsq")
 WEIGHTS = {
@@ -46,8 +47,8 @@ def test_training_is_batch_norm_of_the_rounded_weight(name):
     rounded = learnable_by_hand(weight * signs, grid) * signs
     expected = bn(F.conv2d(X.double(), rounded, made.bias.detach()))
     expected.square().mean().backward()
-    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(made.weight.grad, weight.grad, rtol=1e-6, atol=1e-9)
+    assert_close(y, expected, FLOAT64)
+    assert_close(made.weight.grad, weight.grad, FLOAT32, size=0.001)
     torch.testing.assert_close(made.bn.running_var, bn.running_var)
     assert (quantizer.scale.grad != 0).any()
 
@@ -68,7 +69,7 @@ def test_eval_rounds_the_same_codes_with_the_folded_scale(name):
     codes = learnable_by_hand(made.weight_to_quantize().double(), made.weight_fake_quant.grid())
     expected = codes.detach() * fold.detach().abs().double().view(-1, 1, 1, 1)
     folded, bias = made.folded_parameters()
-    torch.testing.assert_close(made.quantized_folded_weight(folded).double(), expected, rtol=1e-5, atol=1e-7)
+    assert_close(made.quantized_folded_weight(folded).double(), expected, SUMS, size=0.01)
     assert made.weight_grid().qtype.axis == 0
     y = F.relu(F.conv2d(X.double(), expected, bias.double())).detach()
     torch.testing.assert_close(made(X).double(), y, rtol=0, atol=0.51 * float(made.activation_post_process.scale))
@@ -122,14 +123,14 @@ def test_calibration_sees_the_weight_before_the_fold():
         made.bn.weight[5] = 0.3
     tritonq.calibrate(made, X)
     mean = made.weight.detach().abs().mean((1, 2, 3))
-    torch.testing.assert_close(made.weight_fake_quant.scale.detach(), 2 * mean / 7**0.5, rtol=1e-4, atol=1e-6)
+    assert_close(made.weight_fake_quant.scale.detach(), 2 * mean / 7**0.5, LONG_SUMS, size=0.01)
 
 
 def test_float_layers_are_plain_batch_norm():
     made = qnn.ConvBn2d(3, 4, 3, qconfig=FLOAT)
     expected = copy.deepcopy(made.bn)(F.conv2d(X, made.weight))
     torch.testing.assert_close(made(X), expected)
-    torch.testing.assert_close(made.eval()(X), made.bn(F.conv2d(X, made.weight)), rtol=1e-5, atol=1e-5)
+    assert_close(made.eval()(X), made.bn(F.conv2d(X, made.weight)), SUMS)
 
 
 def test_weights_with_zero_points_are_refused():

@@ -12,6 +12,7 @@ from torch import nn
 from torch.ao import quantization as ao
 
 import tritonq
+from tolerances import EXACT, assert_close
 
 OURS, THEIRS = tritonq.get_default_qat_qconfig("fbgemm", 0), ao.get_default_qat_qconfig("fbgemm", 0)
 CONVOLUTION = (4, 6, 3, 2, 1, 1, 2, True, "zeros")
@@ -83,7 +84,7 @@ def test_outputs_of_known_range():
     x = torch.randn(8, 5) * 3
     for a, b in zip(ours, theirs, strict=True):
         assert hasattr(a, "activation_post_process") == hasattr(b, "activation_post_process")
-        torch.testing.assert_close(a(x), b(x), rtol=0, atol=0)
+        assert_close(a(x), b(x), EXACT)
 
 
 def test_the_other_librarys_qconfig_is_named():

@@ -17,6 +17,7 @@ from torch import nn
 
 import tritonq
 import tritonq.torch_ao as ours
+from tolerances import EXACT, LONG_SUMS, assert_close
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coming-from-torch-ao.md").read_text()
 # Where each of torch.ao's namespaces is found here.
@@ -93,9 +94,9 @@ def test_numbers_of_defaults(name):
         y += (module(x),)
         module.result = y
     for mine, other in zip(found.result, expected.result, strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+        assert_close(mine, other, EXACT)
     if "fixed" not in name and "fused" not in name:  # theirs converts by another formula than it trains
-        torch.testing.assert_close(found.calculate_qparams()[0], expected.calculate_qparams()[0], rtol=0, atol=0)
+        assert_close(found.calculate_qparams()[0], expected.calculate_qparams()[0], EXACT)
 
 
 QCONFIGS = [name for name in ours.__all__ if re.search("qconfig(_v2)?$", name) and name.startswith("default")]
@@ -158,7 +159,7 @@ def test_script_in_fx_form():
             converted = fx.convert_fx(prepared)
             assert torch.equal(converted(X), outputs[0][-1])
     for mine, other in zip(*outputs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        assert_close(mine, other, LONG_SUMS, size=0.1)
 
 
 def test_options_without_counterpart_are_errors():
@@ -205,7 +206,7 @@ def test_wrapper_and_training_in_one_call():
             )
             found.append(converted(X))
     for mine, other in zip(results[ours][:-1], results[theirs][:-1], strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        assert_close(mine, other, LONG_SUMS, size=0.1)
     # Converted models requantize sums by formulas of their own: one code of the output.
     assert (results[ours][-1] - results[theirs][-1]).abs().max() < 1.01 * float(converted.module.head.scale)
 
@@ -236,7 +237,7 @@ def test_fuse_modules_in_eval_mode(row):
     found, expected = (f.fuse_modules(net.eval(), [row]) for f in (ours, theirs))
     assert type(found[row[0]]).__name__ == type(expected[row[0]]).__name__
     assert all(isinstance(found[name], nn.Identity) for name in row[1:])
-    torch.testing.assert_close(found[row[0]](x), expected[row[0]](x), rtol=0, atol=0)
+    assert_close(found[row[0]](x), expected[row[0]](x), EXACT)
     with pytest.raises(ValueError, match=r"call model\.eval\(\), or fuse_modules_qat"):
         ours.fuse_modules(net.train(), [row])
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonq
 from qat_models import FloatResidual, images
+from tolerances import EXACT, TRAINED, assert_close
 from tritonq.functional.recomputation import StepMemory
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 
@@ -45,7 +46,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert list(found) == list(expected)
     for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, equal_nan=True, msg=f"{name} differs")
+        assert_close(value, expected[name], EXACT, equal_nan=True, msg=f"{name} differs")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -161,7 +162,7 @@ def test_gradients_accumulate():
     whole.zero_grad()
     (2 * loss_of_batch(whole, images(8))).backward()
     for name, value in gradients(whole).items():
-        torch.testing.assert_close(value, sums[name], rtol=1e-3, atol=1e-5)
+        assert_close(value, sums[name], TRAINED, size=0.01)
 
 
 def loss_of_batch(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

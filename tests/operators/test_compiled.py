@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tritonq
 from quantizer_states import NO_QUANTIZER, assert_same_state, quantizer_state
+from tolerances import EXACT, FLOAT32, LONG_SUMS, TRAINED, assert_close
 from tritonq import backend
 from tritonq.compiled import build
 from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QUINT8, QuantizedType
@@ -79,9 +80,9 @@ def test_a_tail_has_the_bits_of_the_reference_where_sums_are_exact(shape, qtype,
             assert torch.equal(a.y, b.y)
             if qtype is not None:
                 assert_same_state(mine, other)
-        torch.testing.assert_close(tuple(a.normalization), tuple(b.normalization), rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(norm_a.running_mean, norm_b.running_mean, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(norm_a.running_var, norm_b.running_var, rtol=1e-6, atol=1e-6)
+        assert_close(tuple(a.normalization), tuple(b.normalization), FLOAT32)
+        assert_close(norm_a.running_mean, norm_b.running_mean, FLOAT32)
+        assert_close(norm_a.running_var, norm_b.running_var, FLOAT32)
         assert a.y.stride() == b.y.stride()
         # The same slope and shift give the same bits, ties and rails included.
         slope, shift = b.normalization.slope, b.normalization.shift
@@ -99,7 +100,7 @@ def test_gradients_of_a_tail(shape, qtype, ceiling):
         _, normalization, grid = theirs.forward(c, *vectors(shape[1]), *quantizer(qtype), ceiling)
         dy = torch.randn(shape)
         a, b = (m.backward(dy, c, normalization, grid, ceiling) for m in (ours, theirs))
-        torch.testing.assert_close(tuple(a), tuple(b), rtol=1e-4, atol=2e-5)
+        assert_close(tuple(a), tuple(b), LONG_SUMS, size=0.2)
         assert torch.equal(ours.backward(dy, c, normalization, grid, ceiling, torch.empty_like(c)).c, a.c)
 
 
@@ -127,7 +128,7 @@ def test_weights_have_the_bits_of_the_reference(qtype, averaging, shape):
             arguments = (rows, fold, a.unit.contiguous(), a.grid, clips)
             (dw, df), (ew, ef) = (m.folded_backward(gradient.clone(), *arguments) for m in (ours, theirs))
             assert torch.equal(dw, ew)
-            torch.testing.assert_close(df, ef, rtol=1e-4, atol=1e-2)
+            assert_close(df, ef, LONG_SUMS, size=100)
 
 
 @needs_compiler
@@ -197,9 +198,9 @@ def test_batches_that_are_not_finite_are_the_references(bad):
         arguments, state = vectors(3), quantizer_state(QINT8)
         found.append((module.forward(c, *arguments, *state, math.inf).y, state, arguments[-1]))
     (y, mine, norm), (z, other, expected) = found
-    torch.testing.assert_close(y, z, rtol=0, atol=0, equal_nan=True)
+    assert_close(y, z, EXACT, equal_nan=True)
     assert_same_state(mine, other)
-    torch.testing.assert_close(norm.running_mean, expected.running_mean, rtol=0, atol=0, equal_nan=True)
+    assert_close(norm.running_mean, expected.running_mean, EXACT, equal_nan=True)
 
 
 class Net(nn.Module):
@@ -235,9 +236,9 @@ def trained(name: str, memory_format: torch.memory_format) -> tuple[list[float],
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_training_agrees_and_evaluation_is_the_same(memory_format):
     (ours, model), (theirs, reference) = (trained(name, memory_format) for name in ("compiled", "torch"))
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours == pytest.approx(theirs, rel=LONG_SUMS.rtol)
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, reference.state_dict()[name], rtol=1e-3, atol=1e-4)
+        assert_close(value, reference.state_dict()[name], TRAINED, size=0.1)
     model.eval()
     x = torch.randn(2, 3, 10, 10)
     with torch.no_grad(), tritonq.use_backend("compiled"):

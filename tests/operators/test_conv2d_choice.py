@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import tritonq
-from tolerances import assert_matches
+from tolerances import EXACT, HALF, assert_close, assert_matches
 from tritonq.functional.conv2d import ConvKernel, find_kernel
 from tritonq.functional.integer import IntegerAffine
 from tritonq.functional.linear_map import Convolution, PaddedConvolution
@@ -274,7 +274,7 @@ class TestLayers:
         with torch.no_grad():
             y = model(self.x)
         assert launches == ["conv2d"]
-        torch.testing.assert_close(model(self.x).detach(), y, rtol=0, atol=0)
+        assert_close(model(self.x).detach(), y, EXACT)
         with tritonq.use_backend("torch"), torch.no_grad():
             step = layer_of(model).activation_post_process.scale
             assert ((model(self.x) - y).abs() < 1.01 * step).all()
@@ -327,7 +327,7 @@ class TestLayers:
             out.square().sum().backward()
         expected = dict(other.named_parameters())
         for name, parameter in mine.named_parameters():
-            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0.02, atol=1e-3)
+            assert_close(parameter.grad, expected[name].grad, HALF, size=0.1)
 
     def test_exact_training_folds_by_the_kernel(self, table: Callable[..., None], launches: list[str]) -> None:
         mine, other = trained("ConvBnReLU2d"), trained("ConvBnReLU2d")
@@ -343,6 +343,6 @@ class TestLayers:
             out.square().sum().backward()
         expected = dict(other.named_parameters())
         for name, parameter in mine.named_parameters():
-            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0.02, atol=1e-3)
+            assert_close(parameter.grad, expected[name].grad, HALF, size=0.1)
         for name, buffer in layer_of(mine).bn.named_buffers():
             torch.testing.assert_close(buffer, getattr(layer_of(other).bn, name))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from op_tester import OpTester, few_programs, operators
 from quantizer_states import NO_QUANTIZER, assert_same_state, moved, quantizer_state
+from tolerances import FLOAT32, HALF, LONG_SUMS, SUMS, assert_close
 from tritonq.qparams import QINT4, QINT8, QUINT8
 from tritonq.reference import conv_bn as reference
 from tritonq.reference.conv_bn import BatchNormState
@@ -123,15 +124,15 @@ class TestForward(OpTester):
                 y, vectors, frozen = operators("conv_bn", use).forward(c, *ours.arguments(), *mine, math.inf)
                 z, _, _ = reference.forward(c, *theirs.arguments(), *other, math.inf)
             mean = torch.arange(float(shape[1])) + offset
-            torch.testing.assert_close(vectors[0].cpu(), mean, rtol=2**-22, atol=1e-6)
-            torch.testing.assert_close(vectors[1].cpu(), torch.full((shape[1],), 0.25), rtol=1e-6, atol=0)
+            assert_close(vectors[0].cpu(), mean, FLOAT32)
+            assert_close(vectors[1].cpu(), torch.full((shape[1],), 0.25), FLOAT32, size=0)
             exact, _, _ = reference.forward(
                 c, *Problem(shape[1], exact=True, device=device).arguments(), None, None, math.inf
             )
             assert_codes_but_for_ties(y.cpu(), z.cpu(), exact.cpu(), float(other.grid.scale))
-            torch.testing.assert_close(ours.norm.running_mean, theirs.norm.running_mean, rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(ours.norm.running_var, theirs.norm.running_var, rtol=1e-6, atol=0)
-            torch.testing.assert_close(mine.grid.scale, other.grid.scale, rtol=1e-5, atol=0)
+            assert_close(ours.norm.running_mean, theirs.norm.running_mean, FLOAT32)
+            assert_close(ours.norm.running_var, theirs.norm.running_var, FLOAT32, size=0)
+            assert_close(mine.grid.scale, other.grid.scale, SUMS, size=0)
             assert torch.equal(frozen.scale, mine.grid.scale)
             assert torch.equal(frozen.zero_point, mine.grid.zero_point)
 
@@ -251,7 +252,7 @@ class TestBlocks(OpTester):
         wanted = reference.backward(dy, c, expected, None, math.inf)
         for actual, other in zip((y, *vectors, *found), (z, *expected, *wanted), strict=True):
             # Sums of thousands of terms in another order.
-            torch.testing.assert_close(actual.cpu(), other, rtol=1e-4, atol=1e-4)
+            assert_close(actual.cpu(), other, LONG_SUMS)
 
 
 class TestBackward(OpTester):
@@ -298,7 +299,7 @@ class TestBackward(OpTester):
             math.inf,
         )
         assert found.dtype == dtype
-        torch.testing.assert_close(found.cpu().float(), wanted, rtol=1e-2, atol=1e-2)
+        assert_close(found.cpu().float(), wanted, HALF)
 
     def test_same_bits_twice(self, use: str, device: str) -> None:
         c = torch.randn(4, 5, 7, 9, device=device)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from op_tester import LAYOUTS, OpTester, axes, operators
+from tolerances import FLOAT32, assert_close
 from tritonq import fixed_point_quantize, search_frac_len
 from tritonq.functional.fixed_point import fixed_point_type
 from tritonq.grid import Grid
@@ -88,7 +89,7 @@ class TestSearch(OpTester):
                 assert errors.dtype == torch.float64
                 expected = reference.frac_len_errors(x, qtype, count)
                 # float32 squares, added in another order.
-                torch.testing.assert_close(errors, expected, rtol=1e-6, atol=0)
+                assert_close(errors, expected, FLOAT32, size=0)
                 assert torch.equal(errors, ops.frac_len_errors(x, qtype, count))
 
     def test_ties_go_to_the_smaller(self, use: str, device: str) -> None:

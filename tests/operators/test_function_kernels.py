@@ -5,6 +5,7 @@ import torch
 
 from op_tester import OpTester, operators
 from quantizer_states import assert_same_state, quantizer_state
+from tolerances import FLOAT32, SUMS, assert_close
 from tritonq.functional.functions import quantized_function
 from tritonq.qparams import QINT8, QUINT8
 from tritonq.reference import functions
@@ -43,8 +44,8 @@ def assert_near(actual, expected, function, scale):
 
 def assert_close_gradient(actual, expected, dtype):
     """The derivative is a product of a few float32 numbers, of which the exponential is the hardware's."""
-    tolerance = 2**-7 if dtype == torch.bfloat16 else 2**-9 if dtype == torch.float16 else 1e-5
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=1e-5, equal_nan=True)
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 2**-9 if dtype == torch.float16 else SUMS.rtol
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=SUMS.atol, equal_nan=True)
 
 
 class TestFunctions(OpTester):
@@ -59,7 +60,7 @@ class TestFunctions(OpTester):
         y, grid = ops.forward(x, function, *mine)
         expected, kept = functions.forward(x, function, *other)
         assert_near(y, expected, function, float(kept.scale))
-        torch.testing.assert_close(grid.scale, kept.scale, rtol=1e-6, atol=0)
+        assert_close(grid.scale, kept.scale, FLOAT32, size=0)
         if function.name in EXACT:
             assert_same_state(mine, other)
         dx = ops.backward(dy, x, None, None, function, kept)

@@ -7,7 +7,7 @@ import torch
 
 from grids import grid_of
 from op_tester import LAYOUTS, OpTester, axes, operators
-from tolerances import assert_matches
+from tolerances import FLOAT32, FLOAT64, SUMS, assert_close, assert_matches
 from tritonq.functional import clipped_quantize, fake_quantize_learnable, trained_threshold_quantize
 from tritonq.reference import learned_scale as reference
 
@@ -99,7 +99,7 @@ def test_value_by_value(method, grid, axis):
         expected[2][channel] += dparameter * dy[index]
         expected[3][channel] += dshift * dy[index]
     for got, wanted in zip((y, *gradients), expected, strict=False):
-        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+        assert_close(got, wanted, FLOAT64)
 
 
 @pytest.mark.parametrize("axis", [None, 1])
@@ -120,7 +120,7 @@ def test_as_torchs_operators(axis):
             y = torch._fake_quantize_learnable_per_channel_affine(*leaves, axis, -8, 7, 0.3)
         results.append((y, *torch.autograd.grad(y, leaves, dy)))
     for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+        assert_close(got, wanted, SUMS, size=0.1)
     assert torch.equal(results[0][0], results[1][0])
 
 
@@ -138,7 +138,7 @@ def test_saturated_values_by_finite_differences():
         (gradient,) = torch.autograd.grad(weighted(parameter), parameter)
         with torch.no_grad():
             slope = (weighted(parameter + 1e-5) - weighted(parameter - 1e-5)) / 2e-5
-        assert float(gradient) == pytest.approx(float(slope), rel=1e-7)
+        assert float(gradient) == pytest.approx(float(slope), rel=FLOAT32.rtol)
 
 
 def test_gradient_factor():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.ao.quantization import MinMaxObserver as TorchMinMaxObserver
 
+from tolerances import FLOAT32
 from tritonq.qparams import QUANTIZED_TYPES, QuantizedType, range_to_qparams, round_half_away
 
 RANGES = [(-1.0, 2.0), (-3.0, 0.5), (0.25, 4.0), (-4.0, -0.5), (0.0, 0.0), (-1e-9, 1e-9), (-7e4, 3e4)]
@@ -89,7 +90,7 @@ def test_v1_rule_equals_torchs_fused_operator(quant_min, quant_max, symmetric):
 )
 def test_megengine_rule_by_hand(low, high, qtype, scale, zero_point):
     ours = range_to_qparams(torch.tensor(low), torch.tensor(high), qtype, rule="megengine")
-    assert float(ours.scale) == pytest.approx(scale, rel=1e-7)
+    assert float(ours.scale) == pytest.approx(scale, rel=FLOAT32.rtol)
     assert int(ours.zero_point) == zero_point
 
 

@@ -12,6 +12,7 @@ from torch import nn
 import tritonq
 from op_tester import OpTester, few_programs, operators
 from quantizer_states import NO_QUANTIZER, assert_same_state, quantizer_state
+from tolerances import EXACT, assert_close
 from tritonq.qparams import QINT8, QUINT8
 from tritonq.reference import residual, rounded
 
@@ -224,6 +225,6 @@ class TestBackends(OpTester):
                 a = a.contiguous(memory_format=torch.channels_last)
             y, mask = operators("rounded", use).forward(a.clone(), *mine, ceiling)
             z, expected = rounded.forward(a.clone(), *other, ceiling)
-            torch.testing.assert_close(y, z, rtol=0, atol=0, equal_nan=True)
+            assert_close(y, z, EXACT, equal_nan=True)
             assert torch.equal(residual.unpack(mask, a.numel()), residual.unpack(expected, a.numel()))
             assert_same_state(mine, other)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tolerances import FLOAT32
 from tritonq.bins import FloatPrefixBins
 from tritonq.grid import Grid
 from tritonq.qparams import QINT1, QINT2, QINT4, QINT8, QINT8_NARROW, QUINT2, QUINT8, QuantizedType, range_to_qparams
@@ -79,7 +80,7 @@ def test_error_is_the_integral(qtype, search):
     for lo, hi in ((-4.0, 4.0), (-1.0, 20.0), (float(low), float(high)), (-1e-3, 2e-3)):
         candidates = (torch.tensor([[lo]]), torch.tensor([[hi]]))
         error = reference.range_error(*reference.densities(*fine), *candidates, qtype, search, "torch", None)
-        assert float(error) == pytest.approx(brute_force_error(x, lo, hi, qtype, search), rel=1e-6)
+        assert float(error) == pytest.approx(brute_force_error(x, lo, hi, qtype, search), rel=FLOAT32.rtol)
 
 
 @pytest.mark.parametrize("search", ["mse", "l2"])

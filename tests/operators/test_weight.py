@@ -11,6 +11,7 @@ from torch import Tensor
 import tritonq
 from op_tester import OpTester, operators
 from quantizer_states import assert_same_state, moved, quantizer_state
+from tolerances import EXACT, SUMS, assert_close
 from tritonq import grid as grid_module
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.grid import Grid
@@ -73,7 +74,7 @@ class TestWeight(OpTester):
         folded = rows * column(0.5 * fold, rows)
         axis = None if other.grid.scale.numel() == 1 else 0
         whole = fake_quantize(folded, Grid(other.grid.scale, other.grid.zero_point, qtype.with_axis(axis)))
-        torch.testing.assert_close(codes.cpu() * column(unit.cpu(), rows), whole, rtol=0, atol=0)
+        assert_close(codes.cpu() * column(unit.cpu(), rows), whole, EXACT)
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("name", QTYPES)
@@ -93,7 +94,7 @@ class TestWeight(OpTester):
             )
             drows, dfold = reference.folded_backward(dcodes.clone(), rows, fold, unit, state, known_clips)
             assert torch.equal(found[0].cpu(), drows)
-            torch.testing.assert_close(found[1].cpu(), dfold, rtol=1e-5, atol=1e-4 / float(unit.min()))
+            assert_close(found[1].cpu(), dfold, SUMS, size=10 / float(unit.min()))
             if state is smaller and rows.numel() > 100:
                 assert bool((drows == 0).any())
                 assert bool((drows != 0).any())
@@ -141,7 +142,7 @@ class TestWeight(OpTester):
         expected = reference.quantize_folded(rows, fold, *other)
         assert_same_state(mine, other)
         assert int(mine.statistics.nonfinite_count) == 2
-        torch.testing.assert_close(codes.cpu(), expected.codes, equal_nan=True, rtol=0, atol=0)
+        assert_close(codes.cpu(), expected.codes, EXACT, equal_nan=True)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_low_precision_parameters(self, dtype: torch.dtype, use: str, device: str) -> None:

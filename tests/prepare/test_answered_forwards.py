@@ -14,7 +14,8 @@ from torch import nn
 
 import tritonq
 import tritonq.nn as qnn
-from prepared_nets import FOLDING, X, conv, of_type, primary
+from prepared_nets import X, conv, of_type, primary
+from tolerances import FLOAT32, SUMS, assert_close
 from tritonq.prepare import disable_fake_quant, prepare_qat
 from tritonq.prepare.forwards.edited import apply_forward, forward_data
 
@@ -152,7 +153,7 @@ def test_joins_are_modules_and_the_forward_computes_the_same(name, training):
     disable_fake_quant(exact)
     x = torch.randn(3, 4, 6, 6)
     expected, got = primary(model.train(training)(x)), primary(exact(x))
-    torch.testing.assert_close(got, expected, rtol=0, atol=FOLDING * float(expected.detach().abs().max()))
+    assert_close(got, expected, SUMS, size=float(expected.detach().abs().max()))
     seen = []
     for module in prepared.modules():
         if isinstance(module, (qnn.Add, qnn.Cat)):
@@ -193,7 +194,7 @@ def test_it_compiles_in_one_graph(name, training):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compiled = torch.compile(copy.deepcopy(prepared), fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(X), prepared(X), rtol=1e-5, atol=1e-5)
+        assert_close(compiled(X), prepared(X), SUMS)
         if not training:
             converted = tritonq.convert(prepared.eval())
             exported = torch.export.export(converted, (X,), strict=name == "behind a branch").module()
@@ -289,7 +290,7 @@ def test_an_output_that_follows_the_size_of_the_image_is_computed_as_written_for
     assert torch.equal(prepared(X), model(X))
     with pytest.warns(UserWarning, match="1 calls of the forward"):
         found = prepared(larger)
-    torch.testing.assert_close(found, model(larger), rtol=1e-6, atol=1e-6)
+    assert_close(found, model(larger), FLOAT32)
 
 
 class Inside(nn.Module):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tolerances import EXACT, assert_close
 from tritonq.nn.original_class import original_class
 from tritonq.prepare.forwards.edited import EditedForward, apply_forward, forward_data
 from tritonq.prepare.forwards.graph import ForwardGraph, node_operands, sequence_operand
@@ -55,7 +56,7 @@ class Block(nn.Module):
 
 
 def same(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert_close(a, b, EXACT)
 
 
 @pytest.mark.parametrize("training", [True, False])

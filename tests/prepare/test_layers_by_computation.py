@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 import tritonq
 import tritonq.nn as qnn
 from prepared_nets import assert_same_when_not_rounding
+from tolerances import EXACT, assert_close
 from tritonq.prepare import prepare_qat
 from tritonq.prepare.record.snapshot import copied
 
@@ -32,7 +33,7 @@ def trained(model, x=X, steps=2):
     prepared.eval()
     converted = tritonq.convert(prepared)
     with torch.no_grad():
-        torch.testing.assert_close(converted(x), prepared(x), rtol=0, atol=0)
+        assert_close(converted(x), prepared(x), EXACT)
     return prepared, converted
 
 

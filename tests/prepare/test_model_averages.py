@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tritonq
+from tolerances import EXACT, assert_close
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.observers import RangeObserver
 
@@ -174,7 +175,7 @@ def test_state_is_finite_from_the_start_and_a_loaded_one_goes_on():
     other.load_state_dict(model.state_dict())
     for trained in (model, other):
         trained(1.2 * IMAGES).sum().backward()
-    torch.testing.assert_close(ranges(model), ranges(other), rtol=0, atol=0)
+    assert_close(ranges(model), ranges(other), EXACT)
 
 
 def test_converting_a_model_that_no_step_trained_warns():

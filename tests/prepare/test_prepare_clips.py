@@ -9,6 +9,7 @@ from torch import nn
 
 import tritonq
 from optimised_graph import optimised_kinds
+from tolerances import SUMS, assert_close
 from tritonq import nn as qnn
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.prepare import disable_fake_quant, prepare_qat
@@ -84,7 +85,7 @@ def test_nothing_is_lost_with_rounding_off():
     disable_fake_quant(prepared)
     expected = model(X)
     assert float(expected.detach().abs().max()) > 0.1
-    torch.testing.assert_close(prepared(X), expected, rtol=1e-5, atol=1e-5)
+    assert_close(prepared(X), expected, SUMS)
 
 
 @pytest.mark.parametrize("act", [nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.Sigmoid(), nn.LeakyReLU()])

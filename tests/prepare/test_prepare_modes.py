@@ -12,6 +12,7 @@ from torch import nn
 import tritonq
 import tritonq.nn as qnn
 from prepared_nets import Net, X, conv, norm, of_type
+from tolerances import EXACT, LONG_SUMS, assert_close
 from tritonq.prepare import check, disable_fake_quant, prepare_qat
 
 # What stays in float is the subject of tests of its own.
@@ -26,7 +27,7 @@ def assert_trains_alike(model, prepared, *args, **kwargs):
     expected = model(*args, **kwargs)
     torch.manual_seed(0)
     got = prepared(*args, **kwargs)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert_close(got, expected, LONG_SUMS)
 
 
 def prepared_and_trained(model, x=X):
@@ -38,7 +39,7 @@ def prepared_and_trained(model, x=X):
         sum(part.square().mean() for part in (out if isinstance(out, tuple) else (out,))).backward()
     prepared.eval()
     converted = tritonq.convert(prepared)
-    torch.testing.assert_close(converted(x), prepared(x), rtol=0, atol=0)
+    assert_close(converted(x), prepared(x), EXACT)
     return prepared
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prepared_nets import Net, conv, norm
+from tolerances import EXACT, assert_close
 from tritonq.prepare import prepare_qat
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.explain import ThreeLines, explain
@@ -123,7 +124,7 @@ def test_the_editor_undoes_everything():
         edit(fail=True)
     assert list(model.named_modules(remove_duplicate=False)) == modules
     assert type(model) is kind
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    assert_close(model(x), expected, EXACT)
     edit(fail=False)
     assert type(model) is not kind
 

@@ -130,6 +130,20 @@ def test_no_file_is_over_400_lines():
     assert LONG_FILES - found == set(), "mended: remove the entries"
 
 
+def literal_tolerances(path):
+    """Lines of a file that compare within a small number written there."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        for keyword in node.keywords if isinstance(node, ast.Call) else ():
+            bound = keyword.value.value if isinstance(keyword.value, ast.Constant) else 0
+            if keyword.arg in ("rtol", "atol") and 0 < bound < 0.01:
+                yield node.lineno
+
+
+def test_tolerances_are_those_of_the_table():
+    found = {str(path.relative_to(ROOT)): list(literal_tolerances(path)) for path in (ROOT / "tests").rglob("*.py")}
+    assert {path: lines for path, lines in found.items() if lines} == {}, "take one of tests/support/tolerances.py"
+
+
 def jitted(path):
     """Each function of a file that Triton compiles, and its parameters besides constants."""
     for node in ast.walk(ast.parse(path.read_text())):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tolerances import SUMS
 from tritonq.observers import HistogramObserver, InterpolatingHistogramObserver
 from tritonq.plots import densities_of, grid_points, plot_histogram
 from tritonq.qparams import QParams, QuantizedType
@@ -31,8 +32,8 @@ def test_densities_add_up(kind):
     observer = filled(kind)
     edges, density = densities_of(observer, None)
     assert float((edges.diff() * density).sum()) == pytest.approx(1)
-    assert float(edges[0]) == pytest.approx(float(observer.min_val), rel=1e-5)
-    assert float(edges[-1]) == pytest.approx(9, rel=1e-5)
+    assert float(edges[0]) == pytest.approx(float(observer.min_val), rel=SUMS.rtol)
+    assert float(edges[-1]) == pytest.approx(9, rel=SUMS.rtol)
 
 
 def testgrid_points():

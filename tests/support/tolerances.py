@@ -1,7 +1,12 @@
-"""The tolerances that operators' tests share, each with its reason; a tolerance of one test stands in that test."""
+"""The tolerances of all tests, each with its reason.
+
+A tolerance that is no constant (a step of a grid, a share of the largest value) stands in its test, and so do bounds
+on what training or an estimate is worth.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +22,22 @@ class Tolerance:
     why: str
 
 
-TOLERANCES = {
-    "fake_quant": Tolerance(0, 0, "one formula of IEEE operations in one order, rounded once to the result's dtype"),
+def _values_of_size_one(rtol: float, why: str) -> Tolerance:
+    return Tolerance(rtol, rtol, why)
+
+
+EXACT = _values_of_size_one(0, "one formula of IEEE operations in one order, or whole numbers")
+FLOAT64 = _values_of_size_one(1e-12, "a few float64 operations in another order")
+FLOAT64_SUMS = _values_of_size_one(1e-9, "sums of float64 products in another order, or several steps with them")
+FLOAT32 = _values_of_size_one(1e-6, "a few float32 operations in another order, or rounded once more")
+SUMS = _values_of_size_one(1e-5, "sums of some hundred float32 products in another order")
+LONG_SUMS = _values_of_size_one(1e-4, "sums of thousands of float32 products, or sums of sums through several layers")
+TRAINED = _values_of_size_one(1e-3, "what several training steps make of sums in another order")
+HALF = _values_of_size_one(1e-2, "results of 16 bits, or many training steps")
+
+# By operator: reference, kernels and peers must agree so far.
+OPERATORS = {
+    "fake_quant": EXACT,
     "min_max": Tolerance(
         0, 0, "minimum and maximum are exact in any order, qparams are one formula of IEEE operations"
     ),
@@ -29,10 +48,33 @@ TOLERANCES = {
 }
 
 
+def assert_close(
+    actual: object,
+    expected: object,
+    tolerance: Tolerance,
+    size: float = 1.0,
+    *,
+    equal_nan: bool = False,
+    msg: str | Callable[[str], str] | None = None,
+) -> None:
+    """Equal within a tolerance, with the same shape and dtype.
+
+    Args:
+        actual: tensors, or nested lists and dicts of them.
+        expected: the same.
+        tolerance: one of this file.
+        size: of the values that small ones are made of: what is allowed beside the share of each value.
+        equal_nan: whether NaN equals NaN.
+        msg: replaces torch's message, or makes one of it.
+    """
+    torch.testing.assert_close(
+        actual, expected, rtol=tolerance.rtol, atol=tolerance.atol * size, equal_nan=equal_nan, msg=msg
+    )
+
+
 def assert_matches(actual: Tensor, expected: Tensor, op: str) -> None:
     """Equal within ``op``'s tolerance, with the same shape and dtype; NaN equals NaN, and the sign of zero is free.
 
     (torch's operator goes through integers and so returns +0 for small negative values, float operators return -0.)
     """
-    tolerance = TOLERANCES[op]
-    torch.testing.assert_close(actual, expected, rtol=tolerance.rtol, atol=tolerance.atol, equal_nan=True)
+    assert_close(actual, expected, OPERATORS[op], equal_nan=True)

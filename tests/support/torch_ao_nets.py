@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.ao import quantization as ao
 from torch.ao.nn.quantized import FloatFunctional
 
+from tolerances import SUMS, assert_close
+
 FUSED = [
     ["conv", "norm", "relu"],
     ["branch", "branch_norm"],
@@ -103,5 +105,5 @@ def assert_compiled_gradients_equal(eager: nn.Module, x: Tensor) -> nn.Module:
     for (name, parameter), other in zip(eager.named_parameters(), model.parameters(), strict=True):
         # A compiler adds up in another order, which small elements of a sum of large ones show.
         largest = float(parameter.grad.abs().max())
-        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-5, atol=1e-5 * largest, msg=name)
+        assert_close(other.grad, parameter.grad, SUMS, size=largest, msg=name)
     return model

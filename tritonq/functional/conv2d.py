@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tritonq.backend import select
 from tritonq.functional.integer import IntegerAffine, centred_codes, integer_affine
-from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct, PaddedConvolution
+from tritonq.functional.linear_map import Convolution, LinearMap
 from tritonq.grid import Grid
 from tritonq.reference.activation import rectify_backward
 
@@ -24,7 +24,7 @@ class ConvKernel:
 
     Attributes:
         op: the layer's map.
-        conv: the 2-d convolution that this is, see :func:`as_images`.
+        conv: the 2-d convolution that this is, made of what ``op.images`` gives.
         tile: a `tritonq.kernels.conv_tile.ConvTile`; None: the one of a launch that nobody tuned.
     """
 
@@ -85,7 +85,7 @@ class ConvKernel:
         from tritonq.kernels.conv2d import integer_conv2d
 
         multiplier = layer.multiplier if output is None else layer.multiplier / output.scale
-        codes, weight = as_images(self.op, centred_codes(x, layer.input_scale), layer.weight)
+        codes, weight = self.op.images(centred_codes(x, layer.input_scale), layer.weight)
         result: Tensor = integer_conv2d(
             codes,
             weight,
@@ -99,7 +99,7 @@ class ConvKernel:
             tile=self.tile,
             largest_product=layer.largest_product,
         )
-        return _from_images(self.op, result, x)
+        return self.op.from_images(result, x)
 
     @property
     def _geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
@@ -110,35 +110,6 @@ class ConvKernel:
 
         y: Tensor = conv2d(x, weight, bias, *self._geometry, ceiling, grid, tile=self.tile)
         return y
-
-
-def as_images(op: LinearMap, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return input and weight of a layer as those of the 2-d convolution that it is.
-
-    A convolution over one dimension has images of one line; a matrix product has one of a pixel per row of ``x``.
-    """
-    if isinstance(op, MatrixProduct):
-        return x.reshape(-1, x.shape[-1], 1, 1), weight[:, :, None, None]
-    padded, conv = op.padded(x)
-    return (padded, weight) if conv.conv2d is not None else (padded.unsqueeze(2), weight.unsqueeze(2))
-
-
-def _from_images(op: LinearMap, y: Tensor, x: Tensor) -> Tensor:
-    if isinstance(op, MatrixProduct):
-        return y.reshape(*x.shape[:-1], y.shape[1])
-    return y if x.dim() == y.dim() else y.squeeze(2)
-
-
-def _convolution_of(op: LinearMap) -> Convolution | None:
-    """Return the 2-d convolution that a layer is, or None where it is none."""
-    if isinstance(op, MatrixProduct):
-        return Convolution((1, 1), (0, 0), (1, 1), (0, 0), False, 1)
-    conv = op.conv if isinstance(op, PaddedConvolution) else op
-    if not isinstance(conv, Convolution) or conv.transposed or len(conv.stride) > 2:
-        return None
-    if len(conv.stride) == 2:
-        return conv
-    return Convolution((1, *conv.stride), (0, *conv.padding), (1, *conv.dilation), (0, 0), False, conv.groups)
 
 
 def find_kernel(x: Tensor, weight: Tensor, op: LinearMap, layer: IntegerAffine | None = None) -> ConvKernel | None:
@@ -160,7 +131,7 @@ def find_kernel(x: Tensor, weight: Tensor, op: LinearMap, layer: IntegerAffine |
     if layer is None:
         conv = op.conv2d if x.dim() == 4 and not torch.is_autocast_enabled(x.device.type) else None
     else:
-        conv = _convolution_of(op) if layer.has_8_bit_codes and _has_batch(op, x) else None
+        conv = op.as_conv2d(x) if layer.has_8_bit_codes else None
     if conv is None:
         return None
     tile = None
@@ -173,10 +144,6 @@ def find_kernel(x: Tensor, weight: Tensor, op: LinearMap, layer: IntegerAffine |
         if tile == "torch" or (tile is None and layer is None):
             return None
     return ConvKernel(op, conv, tile)
-
-
-def _has_batch(op: LinearMap, x: Tensor) -> bool:
-    return isinstance(op, MatrixProduct) or x.dim() == 1 - op.output_axis
 
 
 def run_integer_layer(

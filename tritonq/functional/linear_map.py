@@ -20,7 +20,16 @@ class LinearMap(Protocol):
 
     @property
     def conv2d(self) -> Convolution | None:
-        """This map as a 2-d convolution that a kernel could run, or None."""
+        """This map as a 2-d convolution of its own input, or None."""
+
+    def as_conv2d(self, x: Tensor) -> Convolution | None:
+        """The 2-d convolution that computes this map of ``x`` by way of :meth:`images`, or None."""
+
+    def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Input (n, c, h, w) and weight (out, c/groups, kh, kw) of :meth:`as_conv2d`."""
+
+    def from_images(self, y: Tensor, x: Tensor) -> Tensor:
+        """The result for input ``x`` of what :meth:`as_conv2d` gave, (n, out, h, w)."""
 
     def padded(self, x: Tensor) -> tuple[Tensor, DifferentiableMap]:
         """Return ``x``, padded where an operator's own padding can't, and the map that remains."""
@@ -78,6 +87,22 @@ class Convolution:
     def conv2d(self) -> Convolution | None:
         """See :class:`LinearMap`."""
         return self if len(self.stride) == 2 and not self.transposed else None
+
+    def as_conv2d(self, x: Tensor) -> Convolution | None:
+        """See :class:`LinearMap`. One over a single dimension has images of one line."""
+        if self.transposed or len(self.stride) > 2 or x.dim() != len(self.stride) + 2:
+            return None
+        if len(self.stride) == 2:
+            return self
+        return Convolution((1, *self.stride), (0, *self.padding), (1, *self.dilation), (0, 0), False, self.groups)
+
+    def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`LinearMap`."""
+        return (x, weight) if len(self.stride) == 2 else (x.unsqueeze(2), weight.unsqueeze(2))
+
+    def from_images(self, y: Tensor, x: Tensor) -> Tensor:
+        """See :class:`LinearMap`."""
+        return y if len(self.stride) == 2 else y.squeeze(2)
 
     def padded(self, x: Tensor) -> tuple[Tensor, Convolution]:
         """See :class:`LinearMap`."""
@@ -137,7 +162,19 @@ class PaddedConvolution:
 
     @property
     def conv2d(self) -> None:
-        """None: a kernel pads with zeros, equally on both sides."""
+        """None: the convolution is one of the padded input."""
+
+    def as_conv2d(self, x: Tensor) -> Convolution | None:
+        """See :class:`LinearMap`."""
+        return self.conv.as_conv2d(x)
+
+    def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`LinearMap`."""
+        return self.conv.images(F.pad(x, self.pad, self.pad_mode), weight)
+
+    def from_images(self, y: Tensor, x: Tensor) -> Tensor:
+        """See :class:`LinearMap`."""
+        return self.conv.from_images(y, x)
 
     def padded(self, x: Tensor) -> tuple[Tensor, Convolution]:
         """See :class:`LinearMap`."""
@@ -156,12 +193,27 @@ class PaddedConvolution:
         return self.conv.from_rows(rows)
 
 
+_PIXELS = Convolution((1, 1), (0, 0), (1, 1), (0, 0), False, 1)
+
+
 @dataclass(frozen=True)
 class MatrixProduct:
     """``x @ weight.T`` for (..., in) and (out, in); its backward takes (batch, in) alone."""
 
     output_axis: ClassVar[int] = -1
     conv2d: ClassVar[None] = None
+
+    def as_conv2d(self, x: Tensor) -> Convolution:
+        """See :class:`LinearMap`. Each row is an image of one pixel."""
+        return _PIXELS
+
+    def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`LinearMap`."""
+        return x.reshape(-1, x.shape[-1], 1, 1), weight[:, :, None, None]
+
+    def from_images(self, y: Tensor, x: Tensor) -> Tensor:
+        """See :class:`LinearMap`."""
+        return y.reshape(*x.shape[:-1], y.shape[1])
 
     def padded(self, x: Tensor) -> tuple[Tensor, MatrixProduct]:
         """See :class:`LinearMap`."""
