@@ -13,7 +13,7 @@ from tritonq.perf.accuracy.request import Method, Request
 from tritonq.qconfig import QConfig, learned_step_qconfig
 from tritonq.qparams import QuantizedType
 
-Scheme = Callable[[int, int], QConfig]
+MakeQConfig = Callable[[int, int], QConfig]
 
 
 def _ranges(weights: int, activations: int) -> QConfig:
@@ -28,8 +28,8 @@ def _ranges(weights: int, activations: int) -> QConfig:
     )
 
 
-RANGES: Scheme = _ranges
-LEARNED_STEP: Scheme = learned_step_qconfig
+RANGES: MakeQConfig = _ranges
+LEARNED_STEP: MakeQConfig = learned_step_qconfig
 
 
 def _learned_offset(weights: int, activations: int) -> QConfig:
@@ -80,8 +80,8 @@ def mapping_of(inner: QConfig) -> tritonq.QConfigMapping:
     return tritonq.QConfigMapping().set_global(inner).set_first_layer(first).set_last_layer(eight).set_input(eight)
 
 
-def prepared(make: Scheme) -> Callable[[Request], nn.Module]:
-    """Return what prepares a request's model by a scheme."""
+def prepared(make: MakeQConfig) -> Callable[[Request], nn.Module]:
+    """Return what prepares a request's model with the configs of `make`."""
 
     def prepare(request: Request) -> nn.Module:
         mapping = mapping_of(make(request.weights, request.activations))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonq
-from tritonq.perf.accuracy.methods import LEARNED_STEP, RANGES, Scheme, prepared
+from tritonq.perf.accuracy.methods import LEARNED_STEP, RANGES, MakeQConfig, prepared
 from tritonq.perf.accuracy.request import Method, Request
 from tritonq.qconfig import learned_step_qconfig
 
@@ -17,11 +17,11 @@ Tool = Callable[[nn.Module, list[Tensor]], object]
 _ROUNDING_STEPS = 300
 
 
-def _calibrated(scheme: Scheme, *tools: Tool, after: bool = True) -> Callable[[Request], nn.Module]:
+def _calibrated(qconfig: MakeQConfig, *tools: Tool, after: bool = True) -> Callable[[Request], nn.Module]:
     """Prepare, let tools before calibration work, calibrate, and let those after it work."""
 
     def make(request: Request) -> nn.Module:
-        model = prepared(scheme)(request)
+        model = prepared(qconfig)(request)
         batches = list(torch.split(request.calibration, len(request.images)))
         for tool in () if after else tools:
             tool(model, batches)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tritonq.acceleration.quantizers import (
     State,
     can_compute,
+    formula_of,
     marked,
     quantize,
     quantize_rectified,
-    scheme_of,
     state,
 )
 from tritonq.functional.channel_moments import channel_moments
@@ -190,18 +190,18 @@ def _weight_state(layer: Layer, weight: Tensor) -> State | None:
     quantizer = layer.weight_quantizer
     if quantizer is None or not can_compute(quantizer, weight) or layer.grouping[0]:
         return None
-    if scheme_of(quantizer).kind != "range":
+    if formula_of(quantizer).kind != "range":
         return None
-    if weight.dtype == torch.float64 and scheme_of(quantizer).qtype.axis is None:
+    if weight.dtype == torch.float64 and formula_of(quantizer).qtype.axis is None:
         return None  # torch rounds such weights to float32, which products of codes and scale are not
-    return state(quantizer, weight) if scheme_of(quantizer).qtype.axis in (None, 0) else None
+    return state(quantizer, weight) if formula_of(quantizer).qtype.axis in (None, 0) else None
 
 
 def _output_state(quantizer: nn.Module | None, like: Tensor) -> State | None:
     if quantizer is None or not can_compute(quantizer, like):
         return None
-    scheme = scheme_of(quantizer)
-    return state(quantizer, like) if scheme.kind == "range" and scheme.qtype.axis is None else None
+    formula = formula_of(quantizer)
+    return state(quantizer, like) if formula.kind == "range" and formula.qtype.axis is None else None
 
 
 def _finish(layer: Layer, y: Tensor) -> Tensor:

@@ -34,11 +34,11 @@ _RANGES = {
     "MovingAverageMinMaxObserver": True,
     "MovingAveragePerChannelMinMaxObserver": True,
 }
-_ATTRIBUTE = "_tritonq_scheme"
+_ATTRIBUTE = "_tritonq_formula"
 
 
 @dataclass(frozen=True)
-class Scheme:
+class QuantizerFormula:
     """What a fake quantizer of another library computes, beside its tensors.
 
     Attributes:
@@ -72,10 +72,10 @@ def is_fake_quantizer(module: nn.Module) -> bool:
 
 def attach(quantizer: nn.Module) -> str | None:
     """Note on ``quantizer`` what it computes; return why that is not known, and note nothing, where it is not."""
-    scheme = _scheme(quantizer)
-    if isinstance(scheme, str):
-        return scheme
-    object.__setattr__(quantizer, _ATTRIBUTE, scheme)
+    formula = _formula(quantizer)
+    if isinstance(formula, str):
+        return formula
+    object.__setattr__(quantizer, _ATTRIBUTE, formula)
     return None
 
 
@@ -89,18 +89,18 @@ def is_attached(quantizer: nn.Module | None) -> bool:
     return quantizer is not None and _ATTRIBUTE in quantizer.__dict__
 
 
-def scheme_of(quantizer: nn.Module) -> Scheme:
+def formula_of(quantizer: nn.Module) -> QuantizerFormula:
     """Return what :func:`attach` noted."""
-    return cast(Scheme, quantizer.__dict__[_ATTRIBUTE])
+    return cast(QuantizerFormula, quantizer.__dict__[_ATTRIBUTE])
 
 
 def unknown_reason(quantizer: nn.Module) -> str | None:
     """Return why tritonq does not compute as ``quantizer`` does, or None where it does."""
-    scheme = _scheme(quantizer)
-    return scheme if isinstance(scheme, str) else None
+    formula = _formula(quantizer)
+    return formula if isinstance(formula, str) else None
 
 
-def _scheme(quantizer: nn.Module) -> Scheme | str:
+def _formula(quantizer: nn.Module) -> QuantizerFormula | str:
     kind = getattr(type(quantizer), "library_class", type(quantizer))
     if not kind.__module__.startswith(_LIBRARIES):
         return f"a class of its own, {kind.__module__}.{kind.__name__}"
@@ -120,19 +120,19 @@ def _scheme(quantizer: nn.Module) -> Scheme | str:
         low, high = int(observer.quant_min), int(observer.quant_max)
     qtype = _qtype(low, high, held.qscheme in _SYMMETRIC, held.ch_axis if held.qscheme in _PER_CHANNEL else None)
     if kind.__name__ == "_LearnableFakeQuantize":
-        return Scheme("learned", qtype, eps=float(held.eps))
+        return QuantizerFormula("learned", qtype, eps=float(held.eps))
     if kind.__name__ == "FixedQParamsFakeQuantize":
-        return Scheme("fixed", qtype)
+        return QuantizerFormula("fixed", qtype)
     if kind.__name__ not in ("FakeQuantize", "FusedMovingAvgObsFakeQuantize"):
         return f"an unknown kind of fake quantizer, {kind.__name__}"
     is_fused = kind.__name__ == "FusedMovingAvgObsFakeQuantize"
     if observer_name not in _RANGES:
-        return "a fused quantizer over another observer" if is_fused else Scheme("observed", qtype)
+        return "a fused quantizer over another observer" if is_fused else QuantizerFormula("observed", qtype)
     if not is_fused and qtype.symmetric and _torch_zero_point(observer) != fixed_zero_point(qtype, "torch"):
         return f"a symmetric range with zero point {_torch_zero_point(observer)} on codes {low} to {high}"
     averaging = float(observer.averaging_constant) if _RANGES[observer_name] else None
     rule: tuple[RangeRule, float] = ("torch_v1", 0.0) if is_fused else ("torch", float(observer.eps))
-    return Scheme("range", qtype, *rule, averaging)
+    return QuantizerFormula("range", qtype, *rule, averaging)
 
 
 @lru_cache(maxsize=256)
@@ -152,7 +152,7 @@ def can_compute(quantizer: nn.Module, x: Tensor) -> bool:
     held: Any = quantizer
     if not is_attached(quantizer):
         return False
-    if scheme_of(quantizer).kind == "learned":
+    if formula_of(quantizer).kind == "learned":
         return bool(held.scale.dtype == held.zero_point.dtype == torch.float32)
     return bool(held.scale.dtype == torch.float32 and held.zero_point.dtype == torch.int32 and x.numel() > 0)
 
@@ -163,32 +163,32 @@ def state(quantizer: nn.Module, x: Tensor) -> State | None:
     A quantizer per channel gets buffers of ``x``'s channels if it has none yet. Only one that follows a range, or
     whose grid is fixed, can be part of an operator.
     """
-    if not can_compute(quantizer, x) or scheme_of(quantizer).kind not in ("range", "fixed"):
+    if not can_compute(quantizer, x) or formula_of(quantizer).kind not in ("range", "fixed"):
         return None
-    scheme = scheme_of(quantizer)
+    formula = formula_of(quantizer)
     held: Any = quantizer
-    if scheme.kind == "range":
-        _allocate(held, scheme.qtype.axis, x)
+    if formula.kind == "range":
+        _allocate(held, formula.qtype.axis, x)
     # With a fixed zero point of 0 there is none to add; torch's fused operator gives one-sided ranges one.
-    is_zero = scheme.rule != "torch_v1" and scheme.kind == "range" and fixed_zero_point(scheme.qtype, "torch") == 0
-    zero_point = None if is_zero and scheme.qtype.symmetric else held.zero_point.view(-1)
-    grid = Grid(held.scale, zero_point, scheme.qtype, held.fake_quant_enabled.to(torch.uint8))
-    return State(grid, _statistics(held, scheme) if scheme.kind == "range" else None)
+    is_zero = formula.rule != "torch_v1" and formula.kind == "range" and fixed_zero_point(formula.qtype, "torch") == 0
+    zero_point = None if is_zero and formula.qtype.symmetric else held.zero_point.view(-1)
+    grid = Grid(held.scale, zero_point, formula.qtype, held.fake_quant_enabled.to(torch.uint8))
+    return State(grid, _statistics(held, formula) if formula.kind == "range" else None)
 
 
-def _statistics(quantizer: Any, scheme: Scheme) -> RangeStatistics:
+def _statistics(quantizer: Any, formula: QuantizerFormula) -> RangeStatistics:
     observer = quantizer.activation_post_process
-    shape = () if scheme.qtype.axis is None else (-1,)
+    shape = () if formula.qtype.axis is None else (-1,)
     return RangeStatistics(
         observer.min_val.view(shape),
         observer.max_val.view(shape),
         torch.zeros((), dtype=torch.int64, device=observer.min_val.device),
-        scheme.qtype.granularity,
+        formula.qtype.granularity,
         quantizer.observer_enabled.to(torch.uint8),
         frozen=is_recomputing(),
-        averaging_constant=scheme.averaging_constant,
-        rule=scheme.rule,
-        eps=scheme.eps,
+        averaging_constant=formula.averaging_constant,
+        rule=formula.rule,
+        eps=formula.eps,
         # The libraries round with whatever scale there is, observed or not.
         has_data=True,
     )
@@ -214,11 +214,11 @@ def quantize(quantizer: nn.Module, x: Tensor) -> Tensor:
     """
     if not can_compute(quantizer, x):
         return cast(Tensor, quantizer(x))
-    scheme = scheme_of(quantizer)
-    if scheme.kind == "learned":
-        return _quantize_learned(quantizer, scheme, x)
-    if scheme.kind == "observed":
-        return _quantize_observed(quantizer, scheme, x)
+    formula = formula_of(quantizer)
+    if formula.kind == "learned":
+        return _quantize_learned(quantizer, formula, x)
+    if formula.kind == "observed":
+        return _quantize_observed(quantizer, formula, x)
     known = state(quantizer, x)
     if known is None:
         raise RuntimeError(f"a {type(quantizer).__name__} has buffers that no operator takes")
@@ -261,7 +261,7 @@ class _Float32Values(torch.autograd.Function):
         return dy, None
 
 
-def _quantize_observed(quantizer: Any, scheme: Scheme, x: Tensor) -> Tensor:
+def _quantize_observed(quantizer: Any, formula: QuantizerFormula, x: Tensor) -> Tensor:
     """Let the library's observer find scale and zero point, as its FakeQuantize does, and round."""
     if bool(quantizer.observer_enabled) and not is_recomputing():
         quantizer.activation_post_process(x.detach())
@@ -271,11 +271,11 @@ def _quantize_observed(quantizer: Any, scheme: Scheme, x: Tensor) -> Tensor:
                 buffer.resize_(value.shape)
             buffer.copy_(value)
     enabled = quantizer.fake_quant_enabled.to(torch.uint8)
-    grid = Grid(quantizer.scale, quantizer.zero_point.view(-1), scheme.qtype, enabled)
+    grid = Grid(quantizer.scale, quantizer.zero_point.view(-1), formula.qtype, enabled)
     return marked(fake_quantize(x, grid), grid)
 
 
-def _quantize_learned(quantizer: Any, scheme: Scheme, x: Tensor) -> Tensor:
+def _quantize_learned(quantizer: Any, formula: QuantizerFormula, x: Tensor) -> Tensor:
     """Return ``_LearnableFakeQuantize``: scale and zero point of the observer until learning is on, then trained."""
     scale, zero_point = quantizer.scale, quantizer.zero_point
     with torch.no_grad():
@@ -286,11 +286,11 @@ def _quantize_learned(quantizer: Any, scheme: Scheme, x: Tensor) -> Tensor:
             scale.data.copy_(found)
             zero_point.data.copy_(zero)
         else:
-            scale.data.clamp_(min=scheme.eps)
-        if scheme.qtype.symmetric and bool(quantizer.fake_quant_enabled):
+            scale.data.clamp_(min=formula.eps)
+        if formula.qtype.symmetric and bool(quantizer.fake_quant_enabled):
             zero_point.data.zero_()
-    low, high = scheme.qtype.quant_min, scheme.qtype.quant_max
+    low, high = formula.qtype.quant_min, formula.qtype.quant_max
     factor = (x.numel() * high) ** -0.5 if quantizer.use_grad_scaling else 1.0
     codes = zero_point.detach().round().clamp(low, high).to(torch.int32).view(-1)
-    grid = Grid(scale, codes, scheme.qtype, quantizer.fake_quant_enabled)
+    grid = Grid(scale, codes, formula.qtype, quantizer.fake_quant_enabled)
     return learned_fake_quantize(x, grid, "torch", factor, shift=zero_point)

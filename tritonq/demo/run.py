@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tritonq.cli.data import DIGITS, Images, in_memory, open_examples
 from tritonq.cli.preprocessing import Preprocessing
 from tritonq.cli.training_files import Recipe, save_training
+from tritonq.demo.fine_tuning import FIXED_POINT, INT8, FineTuning
 from tritonq.demo.model import SmallResNet
 from tritonq.demo.picture import draw, widest_channel
 from tritonq.demo.result import Files, Result, Stage, table
-from tritonq.demo.schemes import FIXED_POINT, INT8, Scheme
 from tritonq.demo.training import History, accuracy, logits, train
 from tritonq.deploy import convert, export_onnx, save_converted, verify
 from tritonq.deploy.onnx_session import open_session
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> Result:
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(arguments, name)}")
     is_fixed_point = _FIXED_POINT_PRESET in (arguments.scheme, arguments.qconfig)
-    scheme = FIXED_POINT if is_fixed_point else INT8
+    training = FIXED_POINT if is_fixed_point else INT8
     qconfig = get_qconfig(_FIXED_POINT_PRESET if is_fixed_point else arguments.qconfig)
     data = load_images(arguments)
     announce(data)
@@ -78,8 +78,8 @@ def run(arguments: argparse.Namespace) -> Result:
     )
     torch.save(model.state_dict(), files.float_model)
 
-    qat = prepare_qat(model, qconfig=qconfig, example_inputs=data.train_images[: scheme.examples])
-    qat_run = fine_tune(qat, data, scheme, arguments.qat_epochs, arguments.seed)
+    qat = prepare_qat(model, qconfig=qconfig, example_inputs=data.train_images[: training.examples])
+    qat_run = fine_tune(qat, data, training, arguments.qat_epochs, arguments.seed)
     save_training(files.qat_model, demo_recipe(qconfig, data), {"state_dict": qat.state_dict()})
     converted = convert(qat)
     save_converted(converted, files.converted)
@@ -94,9 +94,9 @@ def run(arguments: argparse.Namespace) -> Result:
     images, in_onnx = data.test_images, files.onnx
     stages = (
         Stage("float", score(logits(model, images)), files.float_model, float_run.seconds_per_epoch),
-        Stage(scheme.trained, score(logits(qat, images)), None, qat_run.seconds_per_epoch),
+        Stage(training.trained, score(logits(qat, images)), None, qat_run.seconds_per_epoch),
         Stage(
-            scheme.converted, score(logits(converted, images)), files.converted, report=verify(qat, converted, images)
+            training.converted, score(logits(converted, images)), files.converted, report=verify(qat, converted, images)
         ),
         Stage("ONNX Runtime", score(onnx_logits(in_onnx, images)), in_onnx, report=verify(qat, in_onnx, images)),
     )
@@ -126,16 +126,16 @@ def demo_recipe(qconfig: QConfig, data: Images) -> Recipe:
     return Recipe("tritonq.demo.model:SmallResNet", arguments, mapping, data.preprocessing, data.classes)
 
 
-def fine_tune(qat: nn.Module, data: Images, scheme: Scheme, epochs: int, seed: int) -> History:
-    """Train with fake quantization; ranges and BatchNorm statistics are frozen for the scheme's last epochs."""
+def fine_tune(qat: nn.Module, data: Images, training: FineTuning, epochs: int, seed: int) -> History:
+    """Train with fake quantization; ranges and BatchNorm statistics are frozen for the last epochs."""
 
     def freeze(epoch: int) -> None:
-        if scheme.frozen_epochs and epoch == max(epochs - scheme.frozen_epochs, 1):
+        if training.frozen_epochs and epoch == max(epochs - training.frozen_epochs, 1):
             disable_observer(qat)
             freeze_bn_stats(qat)
 
-    rate = scheme.learning_rate
-    return train(qat, data, epochs=epochs, learning_rate=rate, label=scheme.label, seed=seed, before_epoch=freeze)
+    rate = training.learning_rate
+    return train(qat, data, epochs=epochs, learning_rate=rate, label=training.label, seed=seed, before_epoch=freeze)
 
 
 def onnx_logits(path: Path, images: Tensor) -> Tensor:

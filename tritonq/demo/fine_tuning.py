@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Scheme:
+class FineTuning:
     """How to fine-tune with a kind of quantizers, and what to call the result.
 
     Attributes:
@@ -27,5 +27,7 @@ class Scheme:
 
 
 # Codes with scales; and 8-bit fixed point, whose first fractional length comes from the example images.
-INT8 = Scheme("QAT", "QAT (eval)", "converted", learning_rate=0.005, frozen_epochs=2, examples=2)
-FIXED_POINT = Scheme("fixed point", "fixed point (eval)", "integers", learning_rate=0.01, frozen_epochs=0, examples=64)
+INT8 = FineTuning("QAT", "QAT (eval)", "converted", learning_rate=0.005, frozen_epochs=2, examples=2)
+FIXED_POINT = FineTuning(
+    "fixed point", "fixed point (eval)", "integers", learning_rate=0.01, frozen_epochs=0, examples=64
+)
