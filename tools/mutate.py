@@ -38,7 +38,7 @@ TABLE = ROOT / "MUTATIONS.md"
 # An edit may make a loop endless.
 TIME_LIMIT_S = 900.0
 # Of pytest: all passed, and none was chosen.
-_PASSED = (0, 5)
+_PASSED, _NONE_CHOSEN = 0, 5
 # Of pytest, where tests can't be collected, as is so where an edit can't be imported; beyond it pytest was misused.
 _NOT_COLLECTED = 2
 _COPIED = ("kernels", "perf", "tests", "tritonq", "pyproject.toml", "examples")
@@ -120,7 +120,11 @@ def copied_checkout(root: Path) -> Iterator[Path]:
 
 
 def try_edit(copy: Path, edit: Edit, tests: Tests) -> str:
-    """Return ``"caught"``, ``"survived"``, ``"stale"`` (the line has changed) or why nothing was learned."""
+    """Return ``"caught"``, ``"survived"``, ``"stale"`` (the line has changed) or why nothing was learned.
+
+    Raises:
+        ValueError: none of the file's tests runs what is edited.
+    """
     path = copy / edit.file
     text = path.read_text()
     try:
@@ -128,14 +132,18 @@ def try_edit(copy: Path, edit: Edit, tests: Tests) -> str:
     except ValueError:
         return "stale"
     file = f"tests/operators/test_{edit.tests}.py"
+    ran = False
     for kernels in ("interpreter", "emulator") if edit.file.startswith("kernels/") else ("compiled",):
         path.write_text(changed)
         try:
-            failed = tests.first_failure(file, kernels)
+            chosen, failed = tests.first_failure(file, kernels)
         finally:
             path.write_text(text)
+        ran = ran or chosen
         if failed is not None:
             return "caught" if tests.passes(failed, kernels) else f"not run: {failed[0]} fails without it"
+    if not ran:
+        raise ValueError(f"no test of {file} runs {edit.file}: name another file in {EDITS.name}")
     return "survived"
 
 
@@ -161,24 +169,24 @@ class Tests:
         with self._process:
             pass
 
-    def first_failure(self, file: str, kernels: str) -> tuple[str, ...] | None:
-        """Return pytest's arguments for the first test that fails, or for the file; None where all tests pass."""
+    def first_failure(self, file: str, kernels: str) -> tuple[bool, tuple[str, ...] | None]:
+        """Return whether a test ran, and pytest's arguments for the first that fails, or for the file; None: none."""
         status, output = self._run((file,), kernels)
-        if status in _PASSED:
-            return None
+        if status in (_PASSED, _NONE_CHOSEN):
+            return status == _PASSED, None
         if status is not None and status > _NOT_COLLECTED:
             raise RuntimeError(f"pytest ended with {status}: {output[-2000:]}")
         failed = re.search(r"^FAILED (\S.*?)(?: - .*)?$", output, re.MULTILINE)
         if failed:
-            return (failed[1],)
+            return True, (failed[1],)
         # A crash ends the process, whose last words name the function.
         crashed = re.search(rf"/{Path(file).name}\", line \d+ in (test_\w+)", output)
-        return (file, "-k", crashed[1]) if crashed else (file,)
+        return True, (file, "-k", crashed[1]) if crashed else (file,)
 
     def passes(self, tests: tuple[str, ...], kernels: str) -> bool:
         """Whether tests pass as the checkout is; asked once."""
         if (tests, kernels) not in self._passing:
-            self._passing[tests, kernels] = self._run(tests, kernels)[0] in _PASSED
+            self._passing[tests, kernels] = self._run(tests, kernels)[0] == _PASSED
         return self._passing[tests, kernels]
 
     def _run(self, tests: tuple[str, ...], kernels: str) -> tuple[int | None, str]:

@@ -76,3 +76,9 @@ def test_edits_are_tried_on_a_copy(checkout, capsys):
     capsys.readouterr()
     mutate.main([])
     assert capsys.readouterr().out == "", "what has a result is not tried again"
+
+
+def test_an_edit_that_no_test_runs_is_an_error(checkout):
+    (checkout / "tests" / "operators" / "test_toy.py").write_text("def helper():\n    pass\n")
+    with pytest.raises(ValueError, match=r"no test of tests/operators/test_toy\.py runs tritonq/toy\.py"):
+        mutate.main(["--minutes", "5"])
