@@ -89,7 +89,7 @@ class Target:
 
 
 def targets() -> Iterator[Target]:
-    """Yield every kernel that asks for launch parameters, in every dtype, shape class and size class."""
+    """Yield fake quantization, its backward and minimum and maximum, in every dtype, shape class and size class."""
     for (kernel, operation), dtype in product(_KERNELS.items(), _DTYPES):
         for (shapes_class, size_class), shapes in _SHAPES.items():
             key = f"{str(dtype).removeprefix('torch.')}/{shapes_class}/{size_class}"

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tritonq.learned_base import LearnedFakeQuantize
+from tritonq.nn.fixed_point_layer import ActivationFormat
 
 _NORMALIZATIONS = (
     nn.modules.batchnorm._BatchNorm,
@@ -72,6 +73,6 @@ def parameter_groups(
 
 
 def _group_of(module: nn.Module) -> str:
-    if isinstance(module, LearnedFakeQuantize):
+    if isinstance(module, (LearnedFakeQuantize, ActivationFormat)):
         return "quantizers"
     return "normalizations" if isinstance(module, _NORMALIZATIONS) else "weights"

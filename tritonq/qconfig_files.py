@@ -17,6 +17,7 @@ from tritonq import learned_bits, learned_fake_quantize, observers, paper_scheme
 from tritonq.factory import Factory
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
+from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.near_misses import did_you_mean
 from tritonq.qconfig import (
     PRESETS,
@@ -40,6 +41,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     for maker in (
         FakeQuantize,
         FixedPointFakeQuantize,
+        FloatFakeQuantize,
         *(learned_fake_quantize.LearnedStepFakeQuantize, learned_fake_quantize.TrainedThresholdFakeQuantize),
         learned_fake_quantize.ClippedFakeQuantize,
         *(getattr(observers, name) for name in observers.__all__ if name.endswith("Observer")),

@@ -54,6 +54,17 @@ def test_only_weights_decay(kind):
     assert moved == {"0.bias", "0.weight", "5.bias", "5.weight"}
 
 
+def test_clipping_levels_of_fixed_point_are_quantizers():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    model = tritonq.prepare_qat(model, qconfig=tritonq.get_qconfig("f8net"), example_inputs=torch.rand(2, 3, 8, 8))
+    groups = {group["name"]: group for group in tritonq.parameter_groups(model, 0.1, 0.5)}
+    levels = {
+        id(parameter) for name, parameter in model.named_parameters() if "alpha" in name and parameter.requires_grad
+    }
+    assert levels == {id(parameter) for parameter in groups["quantizers"]["params"]}
+    assert groups["quantizers"]["weight_decay"] == 0
+
+
 def test_shared_and_frozen_parameters():
     model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     model[1].weight = model[0].weight

@@ -121,6 +121,10 @@ def test_wrong_arguments():
         QConfigMapping().set_module_name("", MAIN)
 
 
+# Every public class of quantizers.
+QUANTIZERS = [name for name in tritonq.__all__ if name.endswith("FakeQuantize")]
+
+
 def rules():
     own = QConfig(
         tritonq.LearnedStepFakeQuantize.with_args(
@@ -138,6 +142,10 @@ def rules():
         mapping = mapping.set_module_name(f"block.{name}", preset)
     for version in (0, 1):
         mapping = mapping.set_module_name_regex(f"v{version}", tritonq.get_default_qat_qconfig("qnnpack", version))
+    for name in QUANTIZERS:
+        make = getattr(tritonq, name)
+        make = make.with_args(format="fp6_e3m2") if name == "FloatFakeQuantize" else make
+        mapping = mapping.set_module_name(f"own.{name}", QConfig(nn.Identity, make))
     bare = QConfig(nn.Identity, tritonq.FakeQuantize)
     return mapping.set_object_type(nn.Conv2d, None).set_object_type("my.models.Block", bare)
 

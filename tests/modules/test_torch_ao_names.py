@@ -196,6 +196,16 @@ def eager(names, version=0):
     return names.fuse_modules_qat(net, [["module.conv", "module.bn", "module.relu"]])
 
 
+@pytest.mark.parametrize("flow", ["quantize", "quantize_qat"])
+def test_one_call_leaves_the_model_as_it_was(flow):
+    model = eager(ours).eval()
+    before = copy.deepcopy(model.state_dict())
+    getattr(ours, flow)(model, lambda prepared, x: prepared(x), [X])
+    assert not any(module.training for module in model.modules())
+    assert str(model) == str(eager(ours))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_wrapper_and_training_in_one_call():
     results = {ours: [], theirs: []}
     with warnings.catch_warnings():

@@ -179,6 +179,8 @@ def test_layers_that_the_engine_runs_in_float_are_told():
 
     for preset, told in (
         ("onnxruntime", ["it pads by more than its kernel", "no quantizer follows at once"]),
+        # Its file has the same form.
+        ("openvino", ["it pads by more than its kernel", "no quantizer follows at once"]),
         ("xnnpack", []),
     ):
         x = torch.randn(2, 3, 8, 8)

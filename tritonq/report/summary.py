@@ -26,6 +26,7 @@ from tritonq.prepare.decide.layer_records import LayerRecord, Status
 from tritonq.prepare.record.operations import is_leaf
 from tritonq.qparams import QuantizedType
 from tritonq.report.table import WIDTH, text_table
+from tritonq.targets import find_target
 
 _JOINS = (Joint, Cat, FloatFunctional, UnaryLayer)
 _QUANTIZED = (QATLayer, QATRecurrent, FixedPointLayer, DeployedModule, Embedding, EmbeddingBag, *_JOINS)
@@ -187,7 +188,7 @@ def _why_float_in_engine(module: nn.Module) -> str:
         target, has_weight = module.target, module.types.weight is not None
     else:
         return ""
-    if target != "onnxruntime" or not has_weight or _reads_float(module):
+    if find_target(target).onnx != "onnxruntime" or not has_weight or _reads_float(module):
         return ""
     if not isinstance(module.last_quantizer(module.activation_post_process), (FakeQuantizeBase, Quantizer)):
         return "float in ONNX Runtime: no quantizer follows at once"

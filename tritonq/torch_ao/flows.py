@@ -194,7 +194,7 @@ def quantize_qat(model: nn.Module, run_fn: Callable[..., Any], run_args: Sequenc
         >>> type(int8.module).__name__
         'QuantizedLinear'
     """
-    prepared = prepare_qat(model.train(), inplace=inplace)
+    prepared = prepare_qat((model if inplace else copied(model)).train(), inplace=True)
     run_fn(prepared, *run_args)
     return convert_model(prepared, inplace=True)
 
@@ -231,7 +231,7 @@ def quantize(
         >>> type(int8.module).__name__
         'QuantizedLinear'
     """
-    prepared = prepare_qat(model.train(), mapping, inplace).eval()
+    prepared = prepare_qat((model if inplace else copied(model)).train(), mapping, inplace=True).eval()
     with calibrating(prepared):
         run_fn(prepared, *run_args)
     return convert_model(prepared, inplace=True)
