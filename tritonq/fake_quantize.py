@@ -272,6 +272,12 @@ class FakeQuantize(FakeQuantizeBase):
             self.observe(x)
         return self.quantize(x)
 
+    def observed_grid(self, x: Tensor) -> Grid | None:
+        """Observe ``x`` in training, and return the grid that :meth:`forward` rounds to; None before there is one."""
+        if self.training and not is_recomputing():
+            self.observe(x)
+        return self._grid_or_warning()
+
     def observe(self, x: Tensor) -> None:
         """Update range, scale and zero point from ``x`` unless ``observer_enabled`` is 0."""
         observer = self.activation_post_process
@@ -316,6 +322,15 @@ class FakeQuantize(FakeQuantizeBase):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Fake quantize ``x`` with the present qparams; passes it through while switched off or never observed."""
+        grid = self._grid_or_warning()
+        if grid is None:
+            return x
+        y = fake_quantize(x, grid)
+        if self.qtype.axis is None:
+            mark(y, self.scale, grid)
+        return y
+
+    def _grid_or_warning(self) -> Grid | None:
         if torch.compiler.is_compiling():
             active = self.enabled_on_device()
         elif self.has_qparams():
@@ -323,13 +338,9 @@ class FakeQuantize(FakeQuantizeBase):
             active = self.fake_quant_enabled
         else:
             self.warn_unobserved()
-            return x
+            return None
         zero_point = None if self.activation_post_process.zero_point_is_zero else self.zero_point
-        grid = Grid(self.scale, zero_point, self.qtype, active)
-        y = fake_quantize(x, grid)
-        if self.qtype.axis is None:
-            mark(y, self.scale, grid)
-        return y
+        return Grid(self.scale, zero_point, self.qtype, active)
 
     def warn_unobserved(self) -> None:
         """Warn, the first time, that values pass because nothing was observed."""

@@ -182,5 +182,4 @@ class _FoldedConv2d(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if y is not None:
             dy = rectify_backward(dy, y, ctx.ceiling)
-        dx, dw = ctx.conv.backward(dy, x, weight, needs_x, needs_weight)
-        return dx, dw, dy.sum((0, 2, 3)) if needs_bias else None, None, None
+        return *ctx.conv.backward(dy, x, weight, needs_x, needs_weight, needs_bias), None, None

@@ -177,7 +177,7 @@ class _ConvBn(torch.autograd.Function):
                 )
             needs_input = needs_weight or needs_gamma
             x = restore(kept, borrow("input", kept.values, torch.float32)) if needs_input else kept.values
-            dx, dcodes = step.op.backward(dc, x, codes, needs_x, needs_input)
+            dx, dcodes, _ = step.op.backward(dc, x, codes, needs_x, needs_input, False)
             if dcodes is not None:
                 drows, of_gamma = ctx.weights.gradients(
                     *(step.op.to_rows(dcodes), rows, None if gamma is None else gamma.detach(), fold, inverse_std),

@@ -48,9 +48,9 @@ class DifferentiableMap(LinearMap, Protocol):
     """A linear map whose gradients an operator can compute."""
 
     def backward(
-        self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of input and weight, None where not needed. Only the shape of what isn't needed matters."""
+        self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of input, weight and bias, None where not needed; of what isn't needed the shape alone matters."""
 
 
 # Compared by identity: torch.compile of torch 2.11 hashes an instance before it has attributes.
@@ -117,12 +117,12 @@ class Convolution:
         return _CONVOLUTIONS[dimension](x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def backward(
-        self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See :class:`DifferentiableMap`."""
         mask = [needs_x, needs_weight, False]
         dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *self._geometry, mask)
-        return dx, dw
+        return dx, dw, dy.sum((0, *range(2, dy.dim()))) if needs_bias else None
 
     def to_rows(self, weight: Tensor) -> Tensor:
         """See :class:`LinearMap`."""
@@ -198,7 +198,7 @@ _PIXELS = Convolution((1, 1), (0, 0), (1, 1), (0, 0), False, 1)
 
 @dataclass(frozen=True)
 class MatrixProduct:
-    """``x @ weight.T`` for (..., in) and (out, in); its backward takes (batch, in) alone."""
+    """``x @ weight.T`` for (..., in) and (out, in); its backward takes (batch, ..., in)."""
 
     output_axis: ClassVar[int] = -1
     conv2d: ClassVar[None] = None
@@ -224,10 +224,13 @@ class MatrixProduct:
         return F.linear(x, weight, bias)
 
     def backward(
-        self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """See :class:`LinearMap`."""
-        return dy @ weight if needs_x else None, dy.t() @ x if needs_weight else None
+        self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See :class:`DifferentiableMap`."""
+        rows = dy.flatten(0, -2)
+        dx = (rows @ weight).view(*dy.shape[:-1], weight.shape[1]) if needs_x else None
+        dw = rows.t() @ x.flatten(0, -2) if needs_weight else None
+        return dx, dw, rows.sum(0) if needs_bias else None
 
     def to_rows(self, weight: Tensor) -> Tensor:
         """See :class:`LinearMap`."""

@@ -53,8 +53,6 @@ class QATBatchNormLayer(QATLayer):
 
     bn: nn.modules.batchnorm._BatchNorm
     freeze_bn: bool = False
-    # Keep the input for the backward as 8-bit codes where it lies on the grid of a known quantizer.
-    save_input_codes: bool = True
     grouping: tuple[bool, int] = (False, 1)
     _bn_type: ClassVar[type[nn.modules.batchnorm._BatchNorm]]
     _mode: Mode = "approximate"

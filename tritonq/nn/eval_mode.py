@@ -18,13 +18,13 @@ from tritonq.functional.memo import held_tensors
 from tritonq.nn.fusable import fixed_grid
 from tritonq.nn.paths import Path
 from tritonq.nn.qat import QATLayer
-from tritonq.reference.activation import rectify
 
 
 def train(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``FQ_a(relu?(op(x, FQ_w(weight)) + bias))`` in float."""
     weight, bias = layer.folded_parameters(weight, bias)
-    return layer.quantized_output(layer.linear_map(x, layer.quantized_weight(weight), bias))
+    weight, grid = layer.weight_to_map(weight)
+    return layer.quantized_output(layer.mapped(x, weight, bias, grid))
 
 
 def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,13 +118,6 @@ PATHS: dict[Path, Callable[..., Tensor]] = {
     "eval_integers": eval_integers,
     "eval_float": eval_float,
 }
-
-
-def linear_relu(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None, ceiling: float | None) -> Tensor:
-    """Return ``relu?(op(x, weight) + bias)``, differentiable, by the kernel where this GPU's table prefers it."""
-    op = layer.linear_map
-    kernel = find_kernel(x, weight, op)
-    return rectify(op(x, weight, bias), ceiling) if kernel is None else kernel(x, weight, bias, ceiling)
 
 
 def _needs_grad(x: Tensor, weight: Tensor) -> bool:

@@ -23,8 +23,7 @@ from tritonq.functional.recomputation import is_recomputing, normalize_once
 from tritonq.nn.batch_norm import batch_norm_state, gamma_signs, is_plain
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.eval_mode import PATHS as EVAL_PATHS
-from tritonq.nn.eval_mode import linear_relu
-from tritonq.nn.fusable import input_grid, observed_grid, warn_if_unobserved
+from tritonq.nn.fusable import observed_grid, warn_if_unobserved
 from tritonq.nn.paths import Path
 from tritonq.nn.qat import QATLayer
 from tritonq.reference.conv_bn import update_running_statistics
@@ -49,7 +48,7 @@ def one_operator(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tens
         weight_statistics,
         output_grid,
         output_statistics,
-        input_grid(layer.input_quantizer) if layer.save_input_codes else None,
+        layer.saved_input_grid(),
         layer.ceiling,
         layer.step_memory,
     )
@@ -67,7 +66,8 @@ def approximate(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tenso
     if bn.weight is not None:
         # In a channel with γ = 0 the weight is quantized as if γ were 1; BatchNorm still multiplies by 0.
         scale = torch.where(bn.weight == 0, torch.rsqrt(running_var + bn.eps), scale)
-    y = layer.linear_map(x, layer.quantized_weight(scale_out_channels(weight, scale, *layer.grouping)))
+    folded, grid = layer.weight_to_map(scale_out_channels(weight, scale, *layer.grouping))
+    y = layer.mapped(x, folded, weight_grid=grid)
     y = y / layer.along_channels(scale, y)
     y = normalize_once(bn, y if bias is None else y + layer.along_channels(bias, y))
     return layer.quantized_output(y)
@@ -86,7 +86,7 @@ def exact(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | No
     kernel = find_kernel(x, rounded, layer.linear_map)
     if kernel is not None:
         return cast(Tensor, layer.activation_post_process(kernel(x, rounded, on_grid, layer.ceiling)))
-    y = layer.linear_map(x, rounded)
+    y = layer.mapped(x, rounded)
     return layer.quantized_output(y + layer.along_channels(on_grid, y))
 
 
@@ -98,7 +98,8 @@ def corrected(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor 
     mean, inverse_std, _ = _batch_statistics(layer, x, weight, bias)
     running_var, bn = _running_var(layer), layer.bn
     fold = fold_scale(running_var, bn.weight, bn.eps)
-    y = layer.linear_map(x, layer.quantized_weight(scale_out_channels(weight, fold, *layer.grouping)))
+    folded, grid = layer.weight_to_map(scale_out_channels(weight, fold, *layer.grouping))
+    y = layer.mapped(x, folded, weight_grid=grid)
     y = y * layer.along_channels(torch.sqrt(running_var + bn.eps) * inverse_std, y)
     scale = inverse_std if bn.weight is None else bn.weight * inverse_std
     return layer.quantized_output(y + layer.along_channels(_batch_bias(layer, bias, mean, scale), y))
@@ -110,16 +111,23 @@ def frozen(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | N
     One kernel computes it with its ReLU where it is the faster one.
     """
     folded, folded_bias = layer.folded_parameters(weight, bias)
-    rounded = scaled_weight(layer, weight) if layer.mode == "scale" else layer.quantized_weight(folded)
-    y = linear_relu(layer, x, rounded, bias_on_grid(layer, folded_bias), layer.ceiling)
-    return cast(Tensor, layer.activation_post_process(y))
+    kernel = find_kernel(x, folded, layer.linear_map)
+    if layer.mode == "scale":
+        folded, grid = scaled_weight(layer, weight), None
+    else:
+        folded, grid = (layer.quantized_weight(folded), None) if kernel else layer.weight_to_map(folded)
+    # Behind the weight's quantizer, whose scale is the bias's too.
+    on_grid = bias_on_grid(layer, folded_bias)
+    if kernel is None:
+        return layer.quantized_output(layer.mapped(x, folded, on_grid, grid))
+    return cast(Tensor, layer.activation_post_process(kernel(x, folded, on_grid, layer.ceiling)))
 
 
 def in_scale(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``BN(op(x, u FQ_w(u W)) + b)``, ``u`` the sign of γ: codes that do not depend on the statistics."""
     signs = gamma_signs(layer.bn)
     rounded = layer.quantized_weight(scale_out_channels(weight, signs, *layer.grouping))
-    y = layer.linear_map(x, scale_out_channels(rounded, signs, *layer.grouping), bias)
+    y = layer.mapped(x, scale_out_channels(rounded, signs, *layer.grouping), bias)
     return layer.quantized_output(normalize_once(layer.bn, y))
 
 
@@ -173,7 +181,7 @@ def _batch_statistics(
     """Return mean and ``1/σ`` of ``op(x, W)``, differentiable, and its variance; updates the running statistics."""
     if not is_plain(layer.bn):
         raise ValueError(f"this mode of folding needs a plain BatchNorm, got {type(layer.bn).__name__}")
-    c = layer.linear_map(x, weight)
+    c = layer.mapped(x, weight)
     mean, var = channel_moments(c)
     with torch.no_grad():
         batch_mean = mean if bias is None else mean + bias

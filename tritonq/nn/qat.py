@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
 from tritonq.functional.integer import IntegerAffine, to_integers
 from tritonq.functional.integer_kernels import PackedLayer
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct, PaddedConvolution
 from tritonq.functional.memo import Memo
+from tritonq.functional.residual import rounded_result
+from tritonq.functional.rounded_map import rounded_map
 from tritonq.granularity import Granularity, granularity_of
 from tritonq.grid import Grid
 from tritonq.nn.computed import ComputedParameters
 from tritonq.nn.forward_mode import RestingModes
-from tritonq.nn.fusable import describe_relu
+from tritonq.nn.fusable import describe_relu, has_observed_grid, input_grid, observed_grid, warn_if_unobserved
 from tritonq.nn.own_input import QuantizedBehindClip, QuantizesInput
 from tritonq.nn.paths import LayerState, Path, choose_path
 from tritonq.nn.reference import Reference, ReferringModule
@@ -60,6 +62,8 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     weight_fake_quant: nn.Module
     activation_post_process: nn.Module
     ceiling: float | None = None
+    # Keep the input for the backward as 8-bit codes where it lies on the grid of a known quantizer.
+    save_input_codes: bool = True
 
     # Evaluates weight and bias where they are no parameters of the layer's own.
     computed: ComputedParameters | None = None
@@ -165,6 +169,26 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         """
         return self.float_parameters() if weight is None else (weight, bias)
 
+    def weight_to_map(self, weight: Tensor) -> tuple[Tensor, Grid | None]:
+        """Observe ``weight`` in training; return it and the grid to round it to, or it rounded and None.
+
+        The latter is so where the weight's quantizer must run by itself.
+        """
+        quantizer = self.weight_fake_quant
+        if torch.compiler.is_compiling() or not has_observed_grid(quantizer):
+            return self.quantized_weight(weight), None
+        return weight, cast(FakeQuantize, quantizer).observed_grid(self.linear_map.to_rows(weight))
+
+    def mapped(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, weight_grid: Grid | None = None) -> Tensor:
+        """Return the operation, which saves little for its backward; weight and grid as of :meth:`weight_to_map`."""
+        if torch.compiler.is_compiling():
+            return self.linear_map(x, weight, bias)
+        return rounded_map(x, weight, bias, self.linear_map, self.saved_input_grid(), weight_grid)
+
+    def saved_input_grid(self) -> Grid | None:
+        """Return the grid whose codes are kept of the input for a backward; None: the input is."""
+        return input_grid(self.input_quantizer) if self.save_input_codes else None
+
     def quantized_weight(self, weight: Tensor) -> Tensor:
         """Return ``weight`` after its fake quantizer, which observes it while training."""
         op = self.linear_map
@@ -223,7 +247,14 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
     def quantized_output(self, y: Tensor) -> Tensor:
         """Return the layer's output from the operation's."""
-        return cast(Tensor, self.activation_post_process(self.rectified(y)))
+        quantizer = self.activation_post_process
+        if self.training and y.requires_grad and self.ends_in_ceiling and not torch.compiler.is_compiling():
+            observed = observed_grid(quantizer)
+            if observed is not None and observed[0].qtype.axis is None:
+                y = rounded_result(y, *observed, self.ceiling, overwrite=True)
+                warn_if_unobserved(quantizer)
+                return y
+        return cast(Tensor, quantizer(self.rectified(y)))
 
     @property
     def packed(self) -> Memo[PackedLayer | None]:

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.functional.conv2d import find_kernel
 from tritonq.functional.linear_map import Convolution
 from tritonq.functional.memo import Memo, held_tensors
 from tritonq.nn.conv import check_float_type
 from tritonq.nn.conv_bn import checked_batch_norm
-from tritonq.nn.eval_mode import PATHS, linear_relu
+from tritonq.nn.eval_mode import PATHS
 from tritonq.nn.folding_modes import bias_on_grid
 from tritonq.nn.fusable import ceiling_of
 from tritonq.nn.paths import Path
@@ -159,8 +160,11 @@ class RepVGGBlock(nn.Module):
 
 def _train(block: QATRepVGGBlock, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run the merged convolution, its bias on the grid of its accumulator."""
-    y = linear_relu(block, x, block.quantized_weight(weight), bias_on_grid(block, cast(Tensor, bias)), None)
-    return block.quantized_output(y)
+    kernel = find_kernel(x, weight, block.linear_map)
+    weight, grid = (block.quantized_weight(weight), None) if kernel else block.weight_to_map(weight)
+    # Behind the weight's quantizer, whose scale is the bias's too.
+    on_grid = bias_on_grid(block, cast(Tensor, bias))
+    return block.quantized_output(kernel(x, weight, on_grid) if kernel else block.mapped(x, weight, on_grid, grid))
 
 
 class QATRepVGGBlock(QATLayer, RepVGGBlock):
