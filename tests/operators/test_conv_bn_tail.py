@@ -12,7 +12,8 @@ from torch import Tensor
 from op_tester import OpTester, few_programs, operators
 from quantizer_states import NO_QUANTIZER, assert_same_state, moved, quantizer_state
 from tolerances import FLOAT32, HALF, LONG_SUMS, SUMS, assert_close
-from tritonq.qparams import QINT4, QINT8, QUINT8
+from tritonq.grid import Grid
+from tritonq.qparams import QINT4, QINT8, QUINT8, QuantizedType
 from tritonq.reference import conv_bn as reference
 from tritonq.reference.conv_bn import BatchNormState
 from tritonq.reference.min_max import min_max
@@ -111,6 +112,29 @@ class TestForward(OpTester):
                 plain = plain.round().clamp(state.qtype.quant_min, state.qtype.quant_max)
             assert torch.equal(z.double(), plain)
             assert y.is_contiguous(memory_format=memory_format)
+
+    @pytest.mark.parametrize("ceiling", [None, math.inf, 2.5])
+    @pytest.mark.parametrize("on", [True, False])
+    @pytest.mark.parametrize(
+        ("low", "high", "zero"), [(0, 15, 9), (-8, 7, -8), (-(2**22), 2**22 - 1, 5)], ids=["mid", "end", "wide"]
+    )
+    def test_apply_counts_from_the_zero_point(
+        self, low: int, high: int, zero: int, on: bool, ceiling: float | None, use: str, device: str
+    ) -> None:
+        """By the definition, in float64: of few codes, of more than are rounded by adding, and switched off."""
+        c = exact_input((2, 3, 4, 4), 1000.0)
+        slope, shift = torch.tensor([0.25, 2.0, 8.0]), torch.tensor([-250.0, -2002.0, -8016.0])
+        number = torch.tensor([zero], dtype=torch.int32)
+        grid = Grid(
+            torch.tensor([0.5]), number, QuantizedType(low, high, symmetric=False), torch.tensor([int(on)]).byte()
+        )
+        y = operators("conv_bn", use).apply(
+            c.to(device), slope.to(device), shift.to(device), moved(grid, device), ceiling
+        )
+        plain = c.double() * slope.view(1, 3, 1, 1).double() + shift.view(1, 3, 1, 1).double()
+        plain = plain if ceiling is None else plain.clamp(0, ceiling)
+        rounded = ((plain / 0.5).round() + zero).clamp(low, high).sub(zero) * 0.5
+        assert torch.equal(y.cpu().double(), rounded if on else plain)
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("offset", [0.0, 1000.0])
