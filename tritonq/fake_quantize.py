@@ -268,15 +268,20 @@ class FakeQuantize(FakeQuantizeBase):
         """
         if not self.training:
             x = to_hold_codes(x, self.qtype, self)
-        elif observe and not is_recomputing() and tells_range(x, self.activation_post_process):
-            self.observe(x)
+        elif observe:
+            self._observe_once(x)
         return self.quantize(x)
 
     def observed_grid(self, x: Tensor) -> Grid | None:
         """Observe ``x`` in training, and return the grid that :meth:`forward` rounds to; None before there is one."""
-        if self.training and not is_recomputing():
-            self.observe(x)
+        if self.training:
+            self._observe_once(x)
         return self._grid_or_warning()
+
+    def _observe_once(self, x: Tensor) -> None:
+        """Observe what tells a range, but when a step is computed again."""
+        if not is_recomputing() and tells_range(x, self.activation_post_process):
+            self.observe(x)
 
     def observe(self, x: Tensor) -> None:
         """Update range, scale and zero point from ``x`` unless ``observer_enabled`` is 0."""

@@ -290,8 +290,8 @@ def test_deepcopy_and_pickle_keep_the_link_to_the_input_quantizer():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: tritonq.nn.Conv2d(1, 1, 1), TypeError, "Conv2d needs qconfig=QConfig"),
-        (lambda: tritonq.nn.Embedding(3, 2), TypeError, "Embedding needs qconfig"),
+        (lambda: tritonq.nn.Conv2d(1, 1, 1), TypeError, "qconfig of Conv2d must be a QConfig, got None"),
+        (lambda: tritonq.nn.Embedding(3, 2), TypeError, "qconfig of Embedding must be a QConfig, got None"),
         (
             lambda: tritonq.nn.EmbeddingBag(3, 32, qconfig=tritonq.get_qconfig("w4_g32")),
             ValueError,

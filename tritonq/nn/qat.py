@@ -249,7 +249,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         """Return the layer's output from the operation's."""
         quantizer = self.activation_post_process
         if self.training and y.requires_grad and self.ends_in_ceiling and not torch.compiler.is_compiling():
-            observed = observed_grid(quantizer)
+            observed = observed_grid(quantizer, y)
             if observed is not None and observed[0].qtype.axis is None:
                 y = rounded_result(y, *observed, self.ceiling, overwrite=True)
                 warn_if_unobserved(quantizer)
