@@ -14,7 +14,7 @@ from tritonq.factory import Factory, make_observer
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.saved_input import mark
-from tritonq.granularity import describe_granularity
+from tritonq.granularity import describe_granularity, describe_span
 from tritonq.grid import Grid
 from tritonq.observers import MinMaxObserver, MovingAverageMinMaxObserver, ObserverBase, PassiveObserver, RangeObserver
 from tritonq.outliers import tell_outlier, tells_range
@@ -269,18 +269,12 @@ class FakeQuantize(FakeQuantizeBase):
         if not self.training:
             x = to_hold_codes(x, self.qtype, self)
         elif observe:
-            self._observe_once(x)
+            self.observe_in_training(x)
         return self.quantize(x)
 
-    def observed_grid(self, x: Tensor) -> Grid | None:
-        """Observe ``x`` in training, and return the grid that :meth:`forward` rounds to; None before there is one."""
-        if self.training:
-            self._observe_once(x)
-        return self._grid_or_warning()
-
-    def _observe_once(self, x: Tensor) -> None:
-        """Observe what tells a range, but when a step is computed again."""
-        if not is_recomputing() and tells_range(x, self.activation_post_process):
+    def observe_in_training(self, x: Tensor) -> None:
+        """Observe what tells a range, in a training step, but when it is computed again."""
+        if self.training and not is_recomputing() and tells_range(x, self.activation_post_process):
             self.observe(x)
 
     def observe(self, x: Tensor) -> None:
@@ -327,7 +321,7 @@ class FakeQuantize(FakeQuantizeBase):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Fake quantize ``x`` with the present qparams; passes it through while switched off or never observed."""
-        grid = self._grid_or_warning()
+        grid = self.grid_or_warning()
         if grid is None:
             return x
         y = fake_quantize(x, grid)
@@ -335,7 +329,8 @@ class FakeQuantize(FakeQuantizeBase):
             mark(y, self.scale, grid)
         return y
 
-    def _grid_or_warning(self) -> Grid | None:
+    def grid_or_warning(self) -> Grid | None:
+        """Return the grid that :meth:`forward` rounds to; None, with a warning, before anything was observed."""
         if torch.compiler.is_compiling():
             active = self.enabled_on_device()
         elif self.has_qparams():
@@ -389,10 +384,10 @@ class FakeQuantize(FakeQuantizeBase):
     def extra_repr(self) -> str:
         """Return switches, grid, scale and zero point."""
         on = {0: "off", 1: "on"}
-        per = describe_granularity(self.qtype.granularity)
+        kind = "symmetric" if self.qtype.symmetric else "affine"
         return (
-            f"codes {self.quant_min}..{self.quant_max}, {'symmetric' if self.qtype.symmetric else 'affine'} per {per}, "
-            f"scale={_span(self.scale)}, zero_point={_span(self.zero_point)}, "
+            f"codes {self.quant_min}..{self.quant_max}, {kind} per {describe_granularity(self.qtype.granularity)}, "
+            f"scale={describe_span(self.scale)}, zero_point={describe_span(self.zero_point)}, "
             f"fake_quant={on[int(self.fake_quant_enabled)]}, observer={on[int(self.observer_enabled)]}"
         )
 
@@ -401,15 +396,6 @@ class FakeQuantize(FakeQuantizeBase):
         saved = state_dict.get(prefix + "scale")
         if self.qtype.axis is not None and self.scale.numel() == 0 and isinstance(saved, Tensor) and saved.numel():
             self.allocate(saved.numel())
-        self._qparams_known = False
-        self._beginning = None
+        self._qparams_known, self._beginning = False, None
         self.begins.zero_()
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _span(values: Tensor) -> str:
-    """Return a tensor as one number, or as the range of its elements."""
-    if values.numel() == 0:
-        return "unset"
-    low, high = float(values.min()), float(values.max())
-    return f"{low:.6g}" if low == high else f"{low:.6g}..{high:.6g}"

@@ -88,3 +88,11 @@ def granularity_of(quantizer: nn.Module) -> Granularity:
     """Return which elements share a scale of ``quantizer``; all of them where it has no ``qtype``."""
     qtype = getattr(quantizer, "qtype", None)
     return Granularity() if qtype is None else qtype.granularity
+
+
+def describe_span(values: Tensor) -> str:
+    """Return a tensor as one number, or as the range of its elements."""
+    if values.numel() == 0:
+        return "unset"
+    low, high = float(values.min()), float(values.max())
+    return f"{low:.6g}" if low == high else f"{low:.6g}..{high:.6g}"

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.learned_base import LearnedFakeQuantize
-from tritonq.nn.fixed_point_layer import ActivationFormat
 
 _NORMALIZATIONS = (
     nn.modules.batchnorm._BatchNorm,
@@ -73,6 +73,6 @@ def parameter_groups(
 
 
 def _group_of(module: nn.Module) -> str:
-    if isinstance(module, (LearnedFakeQuantize, ActivationFormat)):
+    if isinstance(module, (LearnedFakeQuantize, FixedPointFakeQuantize)):
         return "quantizers"
     return "normalizations" if isinstance(module, _NORMALIZATIONS) else "weights"

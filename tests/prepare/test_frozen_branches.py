@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from prepared_nets import X, conv
+from tolerances import SUMS, assert_close
 from tritonq import summary
 from tritonq.prepare import disable_fake_quant, prepare_qat
 from tritonq.prepare.forwards.branches import fixed_number, frozen_branch
@@ -136,7 +137,7 @@ def test_numbers_that_change_after_preparation_count(training):
         changed.share, changed.rate = 2.0, 1.0
     with pytest.warns(UserWarning, match="a number in it changed"):
         got = prepared(X)
-    assert torch.allclose(got, model(X), atol=1e-5)
+    assert_close(got, model(X), SUMS)
 
 
 class DrawsNumPy(Annealed):

@@ -18,6 +18,7 @@ from prepared_nets import (
     prepare,
     quantizers,
 )
+from tolerances import TRAINED, assert_close
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn.original_class import original_class
 from tritonq.prepare import (
@@ -99,8 +100,8 @@ def test_hooks_on_gradients_see_those_of_their_module(name):
     for part in (model, prepared):
         part.train()(X.clone().requires_grad_()).square().sum().backward()
     (expected_in, expected_out), (got_in, got_out) = seen
-    torch.testing.assert_close(got_in, expected_in, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(got_out, expected_out, rtol=1e-3, atol=1e-4)
+    assert_close(got_in, expected_in, TRAINED, size=0.1)
+    assert_close(got_out, expected_out, TRAINED, size=0.1)
 
 
 @pytest.mark.parametrize("where", [0, 1])

@@ -177,7 +177,9 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         quantizer = self.weight_fake_quant
         if torch.compiler.is_compiling() or not has_observed_grid(quantizer):
             return self.quantized_weight(weight), None
-        return weight, cast(FakeQuantize, quantizer).observed_grid(self.linear_map.to_rows(weight))
+        ranging = cast(FakeQuantize, quantizer)
+        ranging.observe_in_training(self.linear_map.to_rows(weight))
+        return weight, ranging.grid_or_warning()
 
     def mapped(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, weight_grid: Grid | None = None) -> Tensor:
         """Return the operation, which saves little for its backward; weight and grid as of :meth:`weight_to_map`."""
