@@ -72,6 +72,19 @@ def test_islands_are_named(tmp_path):
     assert "one code may differ" in str(report)
 
 
+@pytest.mark.parametrize("function", [nn.SiLU(), nn.GELU(), nn.GELU("tanh")])
+def test_functions_of_single_values_are_no_islands(function, tmp_path):
+    """The exporter has tried each of their codes; ONNX Runtime has names of its own for some of them."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 6)
+    model = tritonq.prepare_qat(nn.Sequential(nn.Linear(6, 8), function, nn.Linear(8, 4)), example_inputs=x).train()
+    model(x)
+    tritonq.export_onnx(model.eval(), tmp_path / "m.onnx", x[:2])
+    report = tritonq.verify(model, tmp_path / "m.onnx", x)
+    assert report.agrees(), report
+    assert [layer.island for layer in report.layers] == [()] * len(report.layers)
+
+
 def test_islands_allow_one_code_and_other_layers_none():
     def report(*layers):
         return VerificationReport(layers, OutputComparison(1, 0.0, 1, 0))

@@ -11,19 +11,19 @@ from tritonq.deploy.onnx_packed import is_packed, is_wide
 # operation that IEEE 754 rounds, or by a function that the exporter compares on all codes.
 _NAMES = """
     Abs Add And ArgMax ArgMin Cast CastLike Ceil Clip Compress Concat Constant ConstantOfShape
-    DepthToSpace DequantizeLinear Div Dropout Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements
-    GatherND
+    DepthToSpace DequantizeLinear Div Dropout Elu Equal Erf Exp Expand EyeLike FastGelu Flatten Floor Gather
+    GatherElements GatherND
     Gelu Greater GreaterOrEqual HardSigmoid HardSwish Identity IsNaN LeakyRelu Less LessOrEqual Max MaxPool Min Mish Mod
-    Mul Neg NonZero Not OneHot Or PRelu Pad Pow QuantizeLinear Range Reciprocal ReduceMax ReduceMin Relu Reshape Round
-    ScatterElements ScatterND Shape Sigmoid Sign Size Slice Softplus SpaceToDepth Split Sqrt Squeeze Sub Sum Tanh Tile
-    TopK Transpose Trilu Unsqueeze Upsample Where Xor
+    Mul Neg NonZero Not OneHot Or PRelu Pad Pow QuantizeLinear QuickGelu Range Reciprocal ReduceMax ReduceMin Relu
+    Reshape Round ScatterElements ScatterND Shape Sigmoid Sign Size Slice Softplus SpaceToDepth Split Sqrt
+    Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor
 """
 _DEFINED = frozenset(_NAMES.split())
 # Of these, the ones that compute. The last bit of a float32 is 1/256 of a 16-bit code and more, so that it decides now
 # and then which of two such codes a value goes to.
 _COMPUTING_NAMES = """
-    Add Div Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Mish Mul PRelu Pow QuantizeLinear Reciprocal Sigmoid
-    Softplus Sqrt Sub Sum Tanh
+    Add Div Elu Erf Exp FastGelu Gelu HardSigmoid HardSwish LeakyRelu Mish Mul PRelu Pow QuantizeLinear QuickGelu
+    Reciprocal Sigmoid Softplus Sqrt Sub Sum Tanh
 """
 _COMPUTING = frozenset(_COMPUTING_NAMES.split())
 # Sums of products: whole numbers where both operands are codes and the result becomes codes at once.
