@@ -383,12 +383,13 @@ class FakeQuantize(FakeQuantizeBase):
 
     def extra_repr(self) -> str:
         """Return switches, grid, scale and zero point."""
-        on = {0: "off", 1: "on"}
+        switched, observing = (
+            ("off", "on")[int(switch)] for switch in (self.fake_quant_enabled, self.observer_enabled)
+        )
         return (
             f"codes {self.quant_min}..{self.quant_max}, {'symmetric' if self.qtype.symmetric else 'affine'} "
             f"per {describe_granularity(self.qtype.granularity)}, scale={describe_span(self.scale)}, "
-            f"zero_point={describe_span(self.zero_point)}, fake_quant={on[int(self.fake_quant_enabled)]}, "
-            f"observer={on[int(self.observer_enabled)]}"
+            f"zero_point={describe_span(self.zero_point)}, fake_quant={switched}, observer={observing}"
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
