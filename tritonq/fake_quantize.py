@@ -256,10 +256,9 @@ class FakeQuantize(FakeQuantizeBase):
         """Adopt what a PassiveObserver was given since the last call."""
         observer = self.activation_post_process
         if isinstance(observer, PassiveObserver) and observer.revision != self._revision:
-            self._revision = observer.revision
+            self._revision, self._qparams_known = observer.revision, False
             self.allocate(observer.scale.numel())
             self.refresh_qparams()
-            self._qparams_known = False
 
     def forward(self, x: Tensor, observe: bool = True) -> Tensor:
         """Observe (training only) and fake quantize ``x``; same shape, memory format, and dtype if that tells codes.
@@ -383,13 +382,12 @@ class FakeQuantize(FakeQuantizeBase):
 
     def extra_repr(self) -> str:
         """Return switches, grid, scale and zero point."""
-        switched, observing = (
-            ("off", "on")[int(switch)] for switch in (self.fake_quant_enabled, self.observer_enabled)
-        )
+        on = ("off", "on")
         return (
             f"codes {self.quant_min}..{self.quant_max}, {'symmetric' if self.qtype.symmetric else 'affine'} "
             f"per {describe_granularity(self.qtype.granularity)}, scale={describe_span(self.scale)}, "
-            f"zero_point={describe_span(self.zero_point)}, fake_quant={switched}, observer={observing}"
+            f"zero_point={describe_span(self.zero_point)}, fake_quant={on[int(self.fake_quant_enabled)]}, "
+            f"observer={on[int(self.observer_enabled)]}"
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
