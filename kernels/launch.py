@@ -255,5 +255,5 @@ def _plan(
 
 
 def device_guard(x: Tensor) -> AbstractContextManager[Any]:
-    """Return Triton launches on the current CUDA device, which need not be ``x``'s."""
+    """Return a context in which ``x``'s device is the current one, on which Triton launches."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

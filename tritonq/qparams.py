@@ -266,7 +266,7 @@ def range_to_qparams(
     eps: float | None = None,
     ordered: bool = False,
 ) -> QParams:
-    """Turn a range into scale and zero point; the only place in the project where that happens.
+    """Turn a range into scale and zero point, for training, conversion and export alike; kernels repeat it bit for bit.
 
     With ``m = min(0, min_val)``, ``M = max(0, max_val)``, ``q = quant_max - quant_min``:
 
@@ -275,13 +275,13 @@ def range_to_qparams(
     - ``"megengine"``: the same scales with eps 1e-5; symmetric ``z = 0``, for unsigned codes too; affine
       ``z = quant_min - round_half_away(m/s)``, not clamped.
     - ``"torch_v1"`` (torch's fused observe and fake-quantize operator): symmetric
-      ``s = max(|m|/128, M/127)``. It ignores eps, and exists so that such checkpoints can be reproduced. It has no
-      float codes.
+      ``s = max(|m|/128, M/127)``; a range with values of one sign is taken as affine. It ignores eps, and exists so
+      that such checkpoints can be reproduced. It has no float codes.
 
     Float codes of largest value ``L``: ``s = max(max(-m, M) / L, eps)``, ``z = 0``.
 
-    A range that was never observed (``min_val > max_val``) or is not finite gives ``s = 1``, ``z = 0`` clamped into
-    the code range.
+    A range that was never observed (``min_val > max_val``) or is not finite gives ``s = 1``, and the type's fixed zero
+    point or else ``z = 0`` clamped into the code range.
 
     Args:
         min_val: float tensor, 0-d or (channels,).

@@ -110,7 +110,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    """Return everything that can be wrong without an image is found before the first is read."""
+    """Train; report every mistake that needs no image before the first image is read."""
     mapping = find_qconfig(arguments.qconfig)
     recipe = recipe_for(mapping)
     frozen = int(arguments.epochs * recipe.frozen_share) if arguments.frozen_epochs is None else arguments.frozen_epochs

@@ -321,7 +321,10 @@ def _has_operator(a: Tensor, b: Tensor, grid: Grid) -> bool:
 
 
 class QuantStub(nn.Module):
-    """Marks where a tensor enters the quantized part: `prepare_qat` puts a quantizer here. Source: torch.ao.
+    """Marks where a tensor enters the quantized part; source: torch.ao.
+
+    `prepare_qat` without ``example_inputs``, which is torch.ao's flow, puts a quantizer here. With them it finds the
+    place itself, and the stub passes its input.
 
     Examples:
         >>> QuantStub()(torch.ones(1))
