@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.jit import ScriptModule
 
+from tritonq.prepare.decide.called_layers import CONSTANT_INPUT, FUNCTIONS_WITH_WEIGHTS
 from tritonq.prepare.decide.find_layers import NO_QCONFIG
 from tritonq.prepare.decide.float_operations import BETWEEN_GRIDS
-from tritonq.prepare.decide.function_layers import CONSTANT_INPUT, FUNCTIONS_WITH_WEIGHTS
 from tritonq.prepare.decide.joins import CONCATENATIONS, KINDS, NO_NEIGHBOUR
 from tritonq.prepare.decide.layer_records import LayerRecord
 

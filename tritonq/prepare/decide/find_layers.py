@@ -11,12 +11,12 @@ from torch import nn
 from tritonq.nn.recurrent_forward import has_computed_weights
 from tritonq.prepare.decide.adapters import find_adapters
 from tritonq.prepare.decide.analysis import IN_TRANSFORM, Analysis
-from tritonq.prepare.decide.function_layers import (
+from tritonq.prepare.decide.called_layers import (
     CONSTANT_INPUT,
     FUNCTIONS,
     FUNCTIONS_WITH_WEIGHTS,
-    FunctionalLayer,
-    find_function_layer,
+    CalledLayer,
+    find_called_layer,
 )
 from tritonq.prepare.decide.layers import Layer, find_layer
 from tritonq.prepare.record.dataflow import Call
@@ -104,13 +104,13 @@ class LayerSearch:
             self._note(layer, obstacle)
         return found
 
-    def _function(self, call: Call, child: str) -> FunctionalLayer | str:
+    def _function(self, call: Call, child: str) -> CalledLayer | str:
         """Return the layer that a function is, or why it stays in float."""
         if self.qconfigs[self.analysis.modules[call.owner]] is None:
             return NO_QCONFIG
         if FUNCTIONS.get(call.name) not in self.swapped:
             return f"{call.name} has no quantized form"
-        return find_function_layer(call, child, self.analysis)
+        return find_called_layer(call, child, self.analysis)
 
     def _free_child(self, call: Call, taken: Container[str]) -> str:
         """Return the first name among ``conv2d``, ``conv2d_1`` and so on that nothing in the calling module has."""

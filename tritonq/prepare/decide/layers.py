@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.called_layers import CalledLayer
 from tritonq.prepare.decide.clips import ceiling_of_call
 from tritonq.prepare.decide.frozen_norms import FrozenNorm, find_frozen_norm
-from tritonq.prepare.decide.function_layers import FunctionalLayer
 from tritonq.prepare.decide.rows import ROWS, Types, batch_norm_obstacle, out_channels
 from tritonq.prepare.record.dataflow import Call, refs_in
 from tritonq.prepare.record.float_types import float_type
@@ -44,7 +44,7 @@ class Layer:
     ends: tuple[int, ...]
     relus: tuple[int, ...]
     ceiling: float | None
-    function: FunctionalLayer | None = None
+    function: CalledLayer | None = None
     frozen: FrozenNorm | None = None
 
     @property
@@ -74,7 +74,7 @@ def find_layer(
     analysis: Analysis,
     swapped: Container[type[nn.Module]],
     kept: Container[int] = (),
-    function: FunctionalLayer | None = None,
+    function: CalledLayer | None = None,
 ) -> tuple[Layer, str | None]:
     """Return the layer that begins with the module ``name``, and why a BatchNorm that follows it stays apart (or None).
 
@@ -116,7 +116,7 @@ def find_layer(
     return layer, obstacle
 
 
-def _channels(function: FunctionalLayer) -> int:
+def _channels(function: CalledLayer) -> int:
     name = "out_features" if function.kind is nn.Linear else "out_channels"
     return int(function.geometry[name])
 

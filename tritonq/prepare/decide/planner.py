@@ -9,10 +9,10 @@ from torch import nn
 
 from tritonq.prepare.decide.activations import ActivationChoice
 from tritonq.prepare.decide.analysis import Analysis
+from tritonq.prepare.decide.called_layers import exclusive_state
 from tritonq.prepare.decide.chains import Chains
 from tritonq.prepare.decide.erasures import erasures, stuck_relus
 from tritonq.prepare.decide.find_layers import NO_QCONFIG, LayerSearch
-from tritonq.prepare.decide.function_layers import exclusive_state
 from tritonq.prepare.decide.functions import joins_layer
 from tritonq.prepare.decide.islands import ends_of_islands
 from tritonq.prepare.decide.joins import NO_NEIGHBOUR, Join, find_joins, operands

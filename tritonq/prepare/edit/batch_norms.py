@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tritonq.nn.batch_norm import FrozenBatchNorm, SyncBatchNorm
 from tritonq.prepare.decide.constants import PlannedProgram
 from tritonq.prepare.decide.frozen_norms import AffineStep, FrozenNorm
-from tritonq.prepare.edit.function_layers import computed_parameters
+from tritonq.prepare.edit.called_layers import computed_parameters
 
 
 def plain_batch_norm(bn: nn.modules.batchnorm._BatchNorm, kind: type[nn.Module]) -> nn.Module:

@@ -24,11 +24,11 @@ from tritonq.prepare.decide.plan import GridSource, Plan, PlannedQuantizer
 from tritonq.prepare.decide.readers import Reader
 from tritonq.prepare.decide.unary import QUANTIZED_FORMS, Operation, layer_for
 from tritonq.prepare.edit.batch_norms import frozen_batch_norm, plain_batch_norm
+from tritonq.prepare.edit.called_layers import computed_parameters, float_layer
 from tritonq.prepare.edit.earlier_inputs import note_earlier_names
 from tritonq.prepare.edit.earlier_outputs import note_earlier_output
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.edit.float_keys import note_batch_norms
-from tritonq.prepare.edit.function_layers import computed_parameters, float_layer
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
 from tritonq.prepare.edit.swap import keep_attributes, plain_form, swap, take_place
 from tritonq.prepare.forwards.answered import AnsweredForward

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from tritonq.nn.computed import ComputedParameters, Slot, StateSlot, Step
 from tritonq.nn.reference import Reference
+from tritonq.prepare.decide.called_layers import CalledLayer
 from tritonq.prepare.decide.constants import PlannedProgram
-from tritonq.prepare.decide.function_layers import FunctionalLayer
 from tritonq.prepare.record.dataflow import Call, Ref
 
 
-def float_layer(function: FunctionalLayer, model: nn.Module, training: bool) -> nn.Module:
+def float_layer(function: CalledLayer, model: nn.Module, training: bool) -> nn.Module:
     """Return a float layer that computes what a function does, on its device.
 
     The values of its parameters are undefined.

@@ -38,7 +38,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class FunctionalLayer:
+class CalledLayer:
     """A convolution or product at one place in a forward.
 
     Attributes:
@@ -75,7 +75,7 @@ def arguments_of(call: Call) -> dict[str, Any]:
     return {**defaults, **dict(zip(names, call.args, strict=False)), **call.kwargs}
 
 
-def find_function_layer(call: Call, child: str, analysis: Analysis) -> FunctionalLayer | str:
+def find_called_layer(call: Call, child: str, analysis: Analysis) -> CalledLayer | str:
     """Return the layer that a call of a convolution or product is, or why it stays in float."""
     calls = analysis.calls_like(call)
     if any(other.name != call.name for other in calls):
@@ -111,7 +111,7 @@ def find_function_layer(call: Call, child: str, analysis: Analysis) -> Functiona
     if len(names) > 1:
         return "its weight is another one in each call"
     kind, named = FUNCTIONS[call.name], geometry_of(call.name, call.args, call.kwargs)
-    return FunctionalLayer(call.owner, child, kind, site, geometries[0], named, calls, program)
+    return CalledLayer(call.owner, child, kind, site, geometries[0], named, calls, program)
 
 
 # Why a weight that does not follow from parameters alone can't be quantized, by what it follows from.
@@ -128,7 +128,7 @@ def _weights(arguments: Mapping[str, Any]) -> list[int]:
     return [arguments[name].value for name in ("weight", "bias") if arguments[name] is not None]
 
 
-def exclusive_state(layers: Iterable[FunctionalLayer], analysis: Analysis) -> frozenset[str]:
+def exclusive_state(layers: Iterable[CalledLayer], analysis: Analysis) -> frozenset[str]:
     """Return names of parameters and buffers that nothing reads but the weights of some layers."""
     calls = [call for layer in layers for call in layer.calls]
     ends = [(value, call.index) for call in calls for value in _weights(arguments_of(call))]
