@@ -149,3 +149,13 @@ def round_half_away(x: Tensor) -> Tensor:
         tensor([-3., -1.,  0.,  2.])
     """
     return TENSORS.round_half_away(x)
+
+
+def round_steps_(steps: Tensor, rounding: str) -> Tensor:
+    """Return the nearest integers, ties by a type's ``rounding`` (``tritonq.qparams.Rounding``); overwrites ``steps``.
+
+    Examples:
+        >>> round_steps_(torch.tensor([-2.5, 0.5]), "half_even"), round_steps_(torch.tensor([-2.5, 0.5]), "half_away")
+        (tensor([-2.,  0.]), tensor([-3.,  1.]))
+    """
+    return steps.round_() if rounding == "half_even" else round_half_away(steps)

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import round_steps_
 from tritonq.functional.integer import BYTE_BITS, FLOAT32_EXACT, centred_codes
 from tritonq.grid import Grid
-from tritonq.qparams import round_half_away
 
 # Operations of two tensors: element by element with broadcasting, and the product of (batches of) matrices.
 JoinKind = Literal["add", "sub", "mul", "matmul", "minimum", "maximum"]
@@ -66,7 +66,7 @@ def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) 
     fixed = offset - _multiply_add(offset_a, ratio_a, offset_b * ratio_b)
     inner = _multiply_add(centred_codes(b, grid_b.scale) + offset_b, ratio_b, fixed)
     total = _multiply_add(centred_codes(a, grid_a.scale) + offset_a, ratio_a, inner)
-    return _rounded(total, output).sub_(offset).mul_(output.scale)
+    return round_steps_(total, output.qtype.rounding).sub_(offset).mul_(output.scale)
 
 
 def integer_subtract(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
@@ -94,7 +94,7 @@ def integer_multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: G
     steps_per_code = grid_a.scale * grid_b.scale / output.scale
     offset = _offset(output)
     steps = (centred_codes(a, grid_a.scale) * centred_codes(b, grid_b.scale)).mul_(steps_per_code).add_(offset)
-    return _rounded(steps, output).sub_(offset).mul_(output.scale)
+    return round_steps_(steps, output.qtype.rounding).sub_(offset).mul_(output.scale)
 
 
 def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
@@ -139,7 +139,7 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
     with torch.autocast(a.device.type, enabled=False):
         total = torch.matmul(u, v).float()
     steps_per_code = grid_a.scale * grid_b.scale / output.scale
-    return _rounded(total.mul_(steps_per_code), output).mul_(output.scale)
+    return round_steps_(total.mul_(steps_per_code), output.qtype.rounding).mul_(output.scale)
 
 
 def largest_magnitude(grid: Grid) -> int:
@@ -170,7 +170,7 @@ def integer_concatenation(tensors: tuple[Tensor, ...], dim: int, output: Grid) -
 
 def divided(x: Tensor, output: Grid) -> Tensor:
     """Return ``round(x / s) · s`` in float32: on the grid as QuantizeLinear takes values there, before clipping."""
-    return _rounded(x.float() / output.scale, output).mul_(output.scale)
+    return round_steps_(x.float() / output.scale, output.qtype.rounding).mul_(output.scale)
 
 
 def is_second(a: Tensor, b: Tensor) -> bool:
@@ -198,11 +198,6 @@ _IN_INTEGERS: Mapping[str, Callable[..., Tensor]] = {
     "mul": integer_multiply,
     "matmul": integer_matmul,
 }
-
-
-def _rounded(steps: Tensor, output: Grid) -> Tensor:
-    """Return ``round(steps)``; overwrites them."""
-    return steps.round_() if output.qtype.rounding == "half_even" else round_half_away(steps)
 
 
 def _offset(grid: Grid) -> Tensor:

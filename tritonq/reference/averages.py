@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonq.qparams import Rounding, round_half_away
+from tritonq.arithmetic import round_steps_
+from tritonq.qparams import Rounding
 
 # A mean of whole numbers in float32, times their count, is off by less than a half while the sum stays below this.
 _FLOAT32_SUM = 2**22
@@ -227,8 +228,7 @@ def requantize_sums(
     if isinstance(divisors, Tensor):
         divisors = divisors.to(sums.device)
     steps = average_steps(sums, scale, output_scale, divisors)
-    rounded = steps.round_() if rounding == "half_even" else round_half_away(steps)
-    return rounded.mul_(output_scale)
+    return round_steps_(steps, rounding).mul_(output_scale)
 
 
 def _plain(value: Any) -> Any:

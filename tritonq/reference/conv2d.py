@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritonq.arithmetic import round_steps_
 from tritonq.granularity import Granularity
 from tritonq.grid import Grid
-from tritonq.qparams import round_half_away
 from tritonq.reference.activation import rectify
 from tritonq.reference.fake_quant import fake_quantize
 
@@ -99,7 +99,7 @@ def requantize(total: Tensor, bias: Tensor | None, multiplier: Tensor, onto: Gri
     y = total.float().mul_(align(multiplier, dimensions))
     if onto is None:
         return y
-    return (y.round_() if onto.qtype.rounding == "half_even" else round_half_away(y)).mul_(onto.scale)
+    return round_steps_(y, onto.qtype.rounding).mul_(onto.scale)
 
 
 def _finished(y: Tensor, ceiling: float | None, grid: Grid | None) -> Tensor:

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonq.arithmetic import as_dtype
+from tritonq.arithmetic import as_dtype, round_steps_
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.qparams import round_half_away
 from tritonq.reference.activation import observe, quantize_, straight_through_
 from tritonq.reference.operator import CopyOf, Like, operator
 from tritonq.reference.ranges import OBSERVED, snapshot
@@ -256,9 +255,7 @@ def function_from_data(data: Mapping[str, Any]) -> Function:
 
 def onto_output(y: Tensor, output: Grid) -> Tensor:
     """Return float32 values rounded to a grid of one scale, by division as ONNX's QuantizeLinear, before clipping."""
-    steps = y / output.scale
-    rounded = steps.round_() if output.qtype.rounding == "half_even" else round_half_away(steps)
-    return rounded.mul_(output.scale)
+    return round_steps_(y / output.scale, output.qtype.rounding).mul_(output.scale)
 
 
 def function_table(function: Function, source: Grid, output: Grid) -> Tensor:
