@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
@@ -52,6 +52,8 @@ TARGETS: dict[str, Target] = {
     )
 }
 DEFAULT_TARGET = "onnxruntime"
+# What says how an ONNX file is written: forms, and targets by their names.
+ONNX_NAMES = tuple(dict.fromkeys([*get_args(OnnxForm), *TARGETS]))
 
 
 def find_target(name: str | None) -> Target:
@@ -65,6 +67,20 @@ def find_target(name: str | None) -> Target:
     if name not in TARGETS:
         raise ValueError(f"unknown target {name!r}; known: {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def onnx_form_named(name: str) -> OnnxForm:
+    """Return a form by its own name, or by that of a target whose files have it.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    for form in get_args(OnnxForm):
+        if form == name:
+            return cast(OnnxForm, form)
+    if name not in TARGETS:
+        raise ValueError(f"unknown target {name!r}; known: {', '.join(ONNX_NAMES)}")
+    return TARGETS[name].onnx
 
 
 def onnx_form_of(modules: Iterable[nn.Module]) -> OnnxForm:

@@ -280,10 +280,18 @@ def test_codes_wider_than_eight_bits(tmp_path):
     assert verify(model, tmp_path / "m.onnx", images(32)).agrees(0.005, 1)
 
 
+@pytest.mark.parametrize(("target", "form"), [("openvino", "onnxruntime"), ("xnnpack", "qdq")])
+def test_an_engine_is_written_in_its_form(target, form, tmp_path):
+    model = trained_residual()
+    for name in (target, form):
+        export_onnx(model, tmp_path / f"{name}.onnx", images(2), target=name)
+    assert (tmp_path / f"{target}.onnx").read_bytes() == (tmp_path / f"{form}.onnx").read_bytes()
+
+
 def test_wrong_arguments(tmp_path):
     model, path = trained_residual(), tmp_path / "m.onnx"
-    with pytest.raises(ValueError, match="unknown target 'openvino'; known: onnxruntime, tensorrt, qdq"):
-        export_onnx(model, path, images(2), target="openvino")
+    with pytest.raises(ValueError, match="unknown target 'tpu'; known: onnxruntime, tensorrt, qdq, openvino, qnn"):
+        export_onnx(model, path, images(2), target="tpu")
     for names in ({"input_names": ["a", "b"]}, {"input_names": "x"}, {"output_names": []}):
         with pytest.raises(ValueError, match="put_names must be a sequence of 1 names"):
             export_onnx(trained_residual(), tmp_path / "m.onnx", images(2), **names)

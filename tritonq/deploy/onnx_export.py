@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return
 from tritonq.nn.compiled import uncompiled
 from tritonq.prepare.record.example import example_arguments
 from tritonq.prepare.record.structure import tensors_in
-from tritonq.targets import OnnxForm, onnx_form_of
+from tritonq.targets import onnx_form_named, onnx_form_of
 
 OLDEST_OPSET = 17
 # The oldest that torch writes.
@@ -45,7 +45,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     example_inputs: Any,
     *,
-    target: OnnxForm | None = None,
+    target: str | None = None,
     opset: int = DEFAULT_OPSET,
     dynamic_batch: bool = True,
     dynamic_sizes: bool = False,
@@ -57,6 +57,8 @@ def export_onnx(
 ) -> None:
     """Write a quantization-aware or converted model as an ONNX file.
 
+    ``target`` says in which form:
+
     - ``"onnxruntime"``: integer weights and int32 biases as initialisers with DequantizeLinear; activations as uint8,
       which is what ONNX Runtime turns into integer convolutions on x86 and Arm, signed trained codes shifted by their
       minimum. On x86 without VNNI its int8 kernels saturate 16-bit sums: set the session's option
@@ -64,7 +66,6 @@ def export_onnx(
       (``get_default_qat_qconfig("x86")``).
     - ``"tensorrt"``: float weights through QuantizeLinear and DequantizeLinear, float biases, all zero points 0. What
       TensorRT's integers can't hold is written as float arithmetic; a warning names the layers that it runs in float.
-
     - ``"qdq"``: for converters that match pairs. Each quantizer is a QuantizeLinear and a DequantizeLinear of the
       trained grid with nothing between; weights are int8 and biases int32 initialisers behind DequantizeLinear.
       Functions, pools and sums stand in float between pairs, so that an engine's own arithmetic decides ties: expect
@@ -78,7 +79,8 @@ def export_onnx(
         path: file to write (under a temporary name, then renamed).
         example_inputs: a tensor, a tuple or list of arguments, or a dict of named ones. Sizes, but for the batch, are
             those of the file.
-        target: ``"onnxruntime"``, ``"tensorrt"`` or ``"qdq"``; None: what the preset of the model was made for.
+        target: ``"onnxruntime"``, ``"tensorrt"``, ``"qdq"``, or another engine that presets are made for, such as
+            ``"openvino"``, whose form is one of these; None: what the preset of the model was made for.
         opset: at least 17, the newest whose means TensorRT 8 reads with their axes. Activations of 16 bits, which
             ``target="qdq"`` alone holds, and weights with a scale per group make it 21 at least; eight-bit floats 19.
         dynamic_batch: leave the size of axis 0 of the inputs open, for all tensors that share it with the first.
@@ -116,14 +118,13 @@ def export_onnx(
         ...     os.listdir(folder)
         ['model.onnx']
     """
-    if target is not None and target not in get_args(OnnxForm):
-        raise ValueError(f"unknown target {target!r}; known: {', '.join(get_args(OnnxForm))}")
+    form = None if target is None else onnx_form_named(target)
     if opset < OLDEST_OPSET:
         raise ValueError(f"opset must be at least {OLDEST_OPSET}, got {opset}")
     normalization = check_ends(pixels, returns)
     model = uncompiled(model)
     if has_fixed_point(model) or has_integers(model):
-        options: dict[str, Any] = {"target": target, "opset": opset, "pixels": pixels, "returns": returns}
+        options: dict[str, Any] = {"target": form, "opset": opset, "pixels": pixels, "returns": returns}
         options |= {"dynamic_batch": dynamic_batch, "dynamic_sizes": dynamic_sizes, "pack": pack}
         options |= {"input_names": input_names, "output_names": output_names}
         _export_fixed_point(model, path, example_inputs, options)
@@ -136,12 +137,12 @@ def export_onnx(
 
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
     deployed = with_output_sizes(deployed, example_inputs)
-    target = onnx_form_of(deployed.modules()) if target is None else target
-    if pack and target == "tensorrt":
+    form = onnx_form_of(deployed.modules()) if form is None else form
+    if pack and form == "tensorrt":
         raise ValueError('pack=True takes integer weights, and files for target="tensorrt" have float ones')
     if dynamic_sizes:
         check_sizes(deployed, example_arguments(example_inputs))
-    traced, tables = onnx_form(deployed, target)
+    traced, tables = onnx_form(deployed, form)
     arguments = example_arguments(example_inputs)
     name_keywords(traced, arguments[1])
     arguments, shapes = open_axes(traced.forward, arguments, dynamic_batch, dynamic_sizes)
@@ -157,10 +158,10 @@ def export_onnx(
     if output_names is None:
         name_outputs(program.model, output_paths(result))
     _name_codes(program.model)
-    if target == "onnxruntime":
+    if form == "onnxruntime":
         quantize_layers_at_once(program.model.graph)
         quantize_behind_moves(program.model.graph)
-    program.model.metadata_props[TARGET_KEY] = target
+    program.model.metadata_props[TARGET_KEY] = form
     proto = program.model_proto
     if dynamic_sizes:
         name_sizes(proto.graph)
@@ -168,7 +169,7 @@ def export_onnx(
         lower_opset(proto)
     whole_ends(proto, normalization, returns, deployed)
     _write(proto, Path(path), tables, pack)
-    if target == "onnxruntime":
+    if form == "onnxruntime":
         tell_float_convolutions(proto)
 
 
