@@ -172,10 +172,11 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def weight_to_map(self, weight: Tensor) -> tuple[Tensor, Grid | None]:
         """Observe ``weight`` in training; return it and the grid to round it to, or it rounded and None.
 
-        The latter is so where the weight's quantizer must run by itself.
+        The latter is so where the weight's quantizer, or a class's own :meth:`quantized_weight`, must run by itself.
         """
         quantizer = self.weight_fake_quant
-        if torch.compiler.is_compiling() or not has_observed_grid(quantizer):
+        is_own = type(self).quantized_weight is QATLayer.quantized_weight
+        if torch.compiler.is_compiling() or not is_own or not has_observed_grid(quantizer):
             return self.quantized_weight(weight), None
         ranging = cast(FakeQuantize, quantizer)
         ranging.observe_in_training(self.linear_map.to_rows(weight))
