@@ -9,8 +9,14 @@ from tritonq.perf.accuracy.plan import ALL_METHODS
 from tritonq.perf.accuracy.results import Results
 
 # Colour-blind safe (Okabe and Ito); other libraries are grey to black.
-_COLOURS = {"LSQ": "#0072b2", "LSQ+": "#56b4e9", "ranges": "#009e73", "PACT": "#e69f00", "TQT": "#cc79a7"}
-_MARKS = {"LSQ by hand": "x", "Brevitas": "s", "Brevitas MSE": "D", "PT2E": "^", "torch.ao": "v", "AIMET": "P"}
+_COLOURS = {
+    **{"LSQ": "#0072b2", "LSQ+": "#56b4e9", "ranges": "#009e73"},
+    **{"PACT": "#e69f00", "TQT": "#cc79a7", "F8Net": "#d55e00"},
+}
+_MARKS = {
+    **{"LSQ by hand": "x", "Brevitas": "s", "Brevitas MSE": "D", "PT2E": "^", "torch.ao": "v"},
+    **{"Model-Optimizer": "*", "AIMET": "P"},
+}
 
 
 def draw(found: Results, path: Path, task: str = "garments", net: str = "residual") -> None:
@@ -48,6 +54,10 @@ def draw(found: Results, path: Path, task: str = "garments", net: str = "residua
     axes.set_xticks(range(len(widths)), [f"W{weights}A{activations}" for weights, activations in widths])
     axes.set_ylabel("validation accuracy less float's, points")
     axes.set_yscale("symlog", linthresh=2)
+    lowest = min(axes.get_ylim()[0], -1.0)
+    marks = [mark for mark in (1, 0, -1, -2, -5, -10, -20, -50, -90) if mark >= lowest]
+    axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
+    axes.set_ylim(lowest, 1)
     axes.grid(axis="y", color="#d9d9d9")
     axes.legend(fontsize="small", ncols=2, loc="lower left")
     figure.savefig(path, dpi=120)
