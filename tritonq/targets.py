@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -52,8 +52,11 @@ TARGETS: dict[str, Target] = {
     )
 }
 DEFAULT_TARGET = "onnxruntime"
-# What says how an ONNX file is written: forms, and targets by their names.
-ONNX_NAMES = tuple(dict.fromkeys([*get_args(OnnxForm), *TARGETS]))
+# Forms of ONNX files by their own names, and by those of the targets that read them.
+ONNX_FORMS: dict[str, OnnxForm] = {
+    **{form: form for form in get_args(OnnxForm)},
+    **{name: target.onnx for name, target in TARGETS.items()},
+}
 
 
 def find_target(name: str | None) -> Target:
@@ -75,12 +78,9 @@ def onnx_form_named(name: str) -> OnnxForm:
     Raises:
         ValueError: an unknown name; the message lists the known ones.
     """
-    for form in get_args(OnnxForm):
-        if form == name:
-            return cast(OnnxForm, form)
-    if name not in TARGETS:
-        raise ValueError(f"unknown target {name!r}; known: {', '.join(ONNX_NAMES)}")
-    return TARGETS[name].onnx
+    if name not in ONNX_FORMS:
+        raise ValueError(f"unknown target {name!r}; known: {', '.join(ONNX_FORMS)}")
+    return ONNX_FORMS[name]
 
 
 def onnx_form_of(modules: Iterable[nn.Module]) -> OnnxForm:

@@ -17,7 +17,7 @@ from tritonq.cli.trained import ONNX_SUFFIX, Trained, add_trained_arguments, ope
 from tritonq.cli.training_files import Recipe
 from tritonq.deploy import convert, export_program, save_converted
 from tritonq.qconfig_files import mapping_to_data
-from tritonq.targets import ONNX_NAMES
+from tritonq.targets import ONNX_FORMS
 
 _PROGRAM_SUFFIX = ".pt2"
 _INT8_SUFFIX = ".pt"
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="FILE", help=f"file to write, ending in {', '.join(_SUFFIXES)}")
     add_qconfig_argument(parser, "for --calibrate: ")
     parser.add_argument(
-        "--target", choices=ONNX_NAMES, help="whose ONNX file it is, by default that of the preset's target"
+        "--target", choices=ONNX_FORMS, help="whose ONNX file it is, by default that of the preset's target"
     )
     add_data_option(parser, "--calibrate", "images to calibrate a float model with")
     parser.add_argument("--images", type=int, default=256, metavar="N", help="how many to calibrate with")

@@ -83,9 +83,7 @@ def _rounded(
     return join
 
 
-def rounded_result(
-    y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None, overwrite: bool = False
-) -> Tensor:
+def rounded_result(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Tensor:
     """Return ``FQ(relu?(y))`` of a tensor that was just computed, as one operator that saves one bit per element.
 
     Args:
@@ -93,26 +91,18 @@ def rounded_result(
         grid: per tensor.
         statistics: the range behind the grid, which ``y`` updates; None observes nothing.
         ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
-        overwrite: whether the result may be written over ``y``, which nothing else reads, then or in a backward.
     """
-    result: Tensor = _Rounded.apply(y, grid, statistics, ceiling, overwrite)  # type: ignore[no-untyped-call]
-    # Behind the function, which counts a version of what it wrote over.
-    mark(result, grid.scale, grid, statistics)
+    result: Tensor = _Rounded.apply(y, grid, statistics, ceiling)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Rounded(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None, overwrite: bool
-    ) -> Tensor:
-        # Autograd lets no function of ours write to a view.
-        overwrite = overwrite and y._base is None
-        wide = y.to(torch.promote_types(y.dtype, torch.float32), copy=not overwrite)
+    def forward(ctx: Any, y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Tensor:
+        wide = y.to(torch.promote_types(y.dtype, torch.float32), copy=True)
         result, mask = _rounded(wide, grid, statistics, ceiling)
         result = result.to(y.dtype)
-        if result is y:
-            ctx.mark_dirty(y)
+        mark(result, grid.scale, grid, statistics)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(mask)
             ctx.strides = result.stride()
@@ -121,7 +111,7 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _passed(dy, ctx.saved_tensors[0], ctx.strides), None, None, None, None
+        return _passed(dy, ctx.saved_tensors[0], ctx.strides), None, None, None
 
 
 def rounded_product(
