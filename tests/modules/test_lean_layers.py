@@ -75,6 +75,16 @@ def test_the_backward_rounds_to_the_grid_of_its_forward():
         assert torch.equal(mine, other)
 
 
+def test_without_gradients_nothing_is_encoded(monkeypatch):
+    torch.manual_seed(0)
+    layer, (x, grid) = nn.Linear(4, 6), on_grid((3, 4))
+    arguments = (x, layer.weight, layer.bias, linear_map_of(layer), grid, Grid(torch.full((6,), 0.1), None, ROWS))
+    expected = rounded_map(*arguments)
+    monkeypatch.setattr("tritonq.functional.rounded_map.keep", lambda *given: pytest.fail("kept for no backward"))
+    with torch.no_grad():
+        assert torch.equal(rounded_map(*arguments), expected)
+
+
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.Linear(8, 6)])
 def test_autocast_is_as_in_float(layer):
     torch.manual_seed(0)

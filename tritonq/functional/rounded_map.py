@@ -40,6 +40,9 @@ def rounded_map(
     x, plain = op.padded(x)
     if x.dim() == -plain.output_axis:
         return rounded_map(x.unsqueeze(0), weight, bias, plain, input_grid, weight_grid).squeeze(0)
+    if not torch.is_grad_enabled():
+        # Autograd's functions are not told, and would make codes for no backward.
+        return plain(x, _rounded(weight, plain, weight_grid), bias)
     y: Tensor = _RoundedMap.apply(x, weight, bias, plain, input_grid, weight_grid)  # type: ignore[no-untyped-call]
     return y
 
@@ -73,8 +76,7 @@ class _RoundedMap(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         op: DifferentiableMap = ctx.op
         # Of what isn't needed the shape alone matters.
-        unneeded = dy.new_empty(()).expand(ctx.x_shape)
-        x = unneeded
+        x = dy.new_empty(()).expand(ctx.x_shape)
         if needs_weight:
             x = restore(SavedInput(values, scale, shift, ctx.x_dtype), borrow("input", values, torch.float32))
         used = _rounded(weight, op, grid) if needs_x else weight

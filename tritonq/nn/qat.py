@@ -254,7 +254,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         if self.training and y.requires_grad and self.ends_in_ceiling and not torch.compiler.is_compiling():
             observed = observed_grid(quantizer, y)
             if observed is not None and observed[0].qtype.axis is None:
-                y = rounded_result(y, *observed, self.ceiling, overwrite=True)
+                y = rounded_result(y, *observed, self.ceiling)
                 warn_if_unobserved(quantizer)
                 return y
         return cast(Tensor, quantizer(self.rectified(y)))
