@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cached_launch import Launcher
 from .constants import INF
-from .launcher import Launcher
 from .min_max import update_range
 from .quantized import Grid, RangeStatistics, has_data, observing_switch, range_constants, switch_of
 from .rounding import NARROW_CODES, clamp, divide_by_scale, round_half_away, round_half_even, round_to_steps

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
-from .launcher import Launcher
+from .cached_launch import Launcher
+from .launch_sizes import device_guard
 from .quantized import Grid, RangeStatistics
 from .weight import gradients as weight_gradients
 from .weight import observe_in_advance

@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
-from . import launch
+from . import launch_sizes
 from .activation import load_quantizer, quantize_value
+from .cached_launch import Launcher
 from .conv_tile import ConvGeometry, ConvTile, conv_tile, empty_output, is_channels_last
-from .launcher import Launcher
 from .quantized import Grid, grid_pointers
 from .rounding import round_half_away, round_half_even_any
 
@@ -241,7 +241,7 @@ def _launch(
     (stride, padding, dilation, _) = geometry
     qtype = None if grid is None else grid.qtype
     rounds = grid if onto is None else onto
-    with launch.device_guard(x):
+    with launch_sizes.device_guard(x):
         conv2d_kernel[(triton.cdiv(pixels, tile.pixels), groups * out_tiles)](
             x,
             weight,
@@ -331,7 +331,7 @@ def tuned_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, is_codes: bool
     return tile
 
 
-@launch.planned("conv2d")
+@launch_sizes.planned("conv2d")
 def _tuned_tile(
     dtype: str,
     layout: str,
@@ -340,8 +340,8 @@ def _tuned_tile(
     geometry: ConvGeometry,
     device_index: int | None,
 ) -> ConvTile | str | None:
-    entry = launch.tuned("conv2d", table_key(dtype, layout, x, weight, geometry), device_index)
-    return None if isinstance(entry, launch.Parameters) else entry
+    entry = launch_sizes.tuned("conv2d", table_key(dtype, layout, x, weight, geometry), device_index)
+    return None if isinstance(entry, launch_sizes.Parameters) else entry
 
 
 def table_key(dtype: str, layout: str, x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry) -> str:
@@ -366,7 +366,7 @@ def table_key(dtype: str, layout: str, x: tuple[int, ...], weight: tuple[int, ..
     for axis in range(2):
         reach = dilation[axis] * (weight[axis + 2] - 1)
         elements *= (x[axis + 2] + 2 * padding[axis] - reach - 1) // stride[axis] + 1
-    return f"{dtype}/{layout}/{kernel}/{kind}/{'large' if elements >= launch.LARGE else 'small'}"
+    return f"{dtype}/{layout}/{kernel}/{kind}/{'large' if elements >= launch_sizes.LARGE else 'small'}"
 
 
 def _pair(values: tuple[int, ...]) -> str:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import load_quantizer, merge_range, quantize_value
+from .cached_launch import Launcher
 from .channel_tiles import (
     fma,
     load_block,
@@ -33,8 +34,7 @@ from .channel_tiles import (
 from .constants import INF
 from .conv_bn_backward import backward
 from .fake_quant import common_view
-from .launch import device_guard, plan
-from .launcher import Launcher
+from .launch_sizes import device_guard, plan
 from .layout import View
 from .quantized import Grid, RangeStatistics, grid_constants, grid_pointers
 from .reduction import plan_reduction

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import gradient_bounds, gradient_passes, load_quantizer
+from .cached_launch import Launcher
 from .channel_tiles import (
     fma,
     load_block,
@@ -22,8 +23,7 @@ from .channel_tiles import (
     sum_per_channel,
 )
 from .fake_quant import common_view
-from .launch import device_guard, plan
-from .launcher import Launcher
+from .launch_sizes import device_guard, plan
 from .quantized import Grid, grid_constants, grid_pointers
 from .reduction import plan_reduction
 from .tile import aligned_sizes, aligned_strides, load_per_channel, tile_indices, tile_mask, tile_offsets

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, plan
-from .launcher import Launcher
+from .cached_launch import Launcher
+from .launch_sizes import device_guard, plan
 from .layout import View, dense_view, view
 from .quantized import FloatFormat, Grid, float_constants, grid_pointers
 from .rounding import divide_by_scale, is_inside, round_to_code, round_to_float, round_to_steps

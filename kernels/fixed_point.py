@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cached_launch import Launcher
 from .constants import INF
-from .launch import device_guard, programs_that_fill
-from .launcher import Launcher
+from .launch_sizes import device_guard, programs_that_fill
 from .layout import View
 from .quantized import QuantizedType
 from .reduction import viewed

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LaunchPlan, device_guard, parameters, planned, warp_size
-from .launcher import Launcher
+from .cached_launch import Launcher
+from .launch_sizes import LaunchPlan, device_guard, parameters, planned, warp_size
 from .layout import Tile, View, dense_view, launch_grid, tile_counts, tile_shape, view
 from .quantized import BlockFormat, float_constants
 from .rounding import round_to_float

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import gradient_bounds, gradient_passes, load_quantizer
-from .launch import Parameters, device_guard, flat_parameters, warp_size
-from .launcher import Launcher
+from .cached_launch import Launcher
+from .launch_sizes import Parameters, device_guard, flat_parameters, warp_size
 from .pointwise import function_derivative, function_value, load_operand
 from .quantized import Function, Grid, RangeStatistics, grid_constants, grid_pointers
 from .rounded import is_wide, laid_out_as, operation_constants, write_rounded

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cached_launch import Launcher
 from .channel_tiles import (
     max_per_channel,
     min_per_channel,
@@ -22,8 +23,7 @@ from .channel_tiles import (
     share_tile,
 )
 from .constants import INF
-from .launch import device_guard
-from .launcher import Launcher
+from .launch_sizes import device_guard
 from .min_max import finish_kernel
 from .quantized import NO_RANGE
 from .reduction import plan_reduction, viewed

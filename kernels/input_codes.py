@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cached_launch import Launcher
 from .fake_quant import common_view
-from .launch import device_guard, plan
-from .launcher import Launcher
+from .launch_sizes import device_guard, plan
 from .pointwise import load_operand
 from .quantized import Grid
 from .rounding import clamp, round_half_even

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cached_launch import Launcher
 from .conv_tile import ConvGeometry, conv_tile, empty_output
-from .launch import device_guard
-from .launcher import Launcher
+from .launch_sizes import device_guard
 
 ACCUMULATOR_MAX = tl.constexpr(2**31 - 1)
 # Far outside of every 8-bit range, and yet 32 bits hold it shifted left by any fractional length.

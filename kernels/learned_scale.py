@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cached_launch import Launcher
 from .channel_tiles import partial_tile, share_bounds, share_channels, share_offsets, share_tile, sum_per_channel
 from .fake_quant import common_view, fake_quantize
-from .launch import device_guard, plan
-from .launcher import Launcher
+from .launch_sizes import device_guard, plan
 from .quantized import Grid, grid_pointers
 from .reduction import plan_reduction
 from .rounding import divide_by_scale, is_inside, round_half_away, round_to_steps

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cached_launch import Launcher
 from .channel_tiles import (
     load_block,
     max_per_channel,
@@ -25,8 +26,7 @@ from .channel_tiles import (
     share_offsets,
 )
 from .constants import FALL, INF
-from .launch import device_guard
-from .launcher import Launcher
+from .launch_sizes import device_guard
 from .qparams import range_to_qparams
 from .quantized import NO_RANGE, Grid, RangeStatistics, range_constants
 from .reduction import plan_reduction, viewed

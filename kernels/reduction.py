@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import parameters, planned, programs_that_fill, warp_size
+from .launch_sizes import parameters, planned, programs_that_fill, warp_size
 from .layout import LaunchGrid, Tile, View, dense_view, launch_grid, split, tile_shape, view
 
 # Eight elements per lane: the compiler unrolls the loop itself, with loads in flight and 52 registers at most. Larger

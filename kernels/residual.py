@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Parameters, device_guard, flat_parameters, warp_size
-from .launcher import Launcher
+from .cached_launch import Launcher
+from .launch_sizes import Parameters, device_guard, flat_parameters, warp_size
 from .quantized import Grid, RangeStatistics
 from .rounded import PLANES, is_wide, laid_out_as, mask_like, write_rounded
 

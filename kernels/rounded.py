@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import gradient_bounds, gradient_passes, load_quantizer, merge_range, quantize_value
+from .cached_launch import Launcher
 from .constants import INF
-from .launch import Parameters, device_guard, flat_parameters, programs_that_fill, warp_size
-from .launcher import Launcher
+from .launch_sizes import Parameters, device_guard, flat_parameters, programs_that_fill, warp_size
 from .pointwise import operate
 from .quantized import Grid, RangeStatistics, grid_constants, grid_pointers, observing_switch
 

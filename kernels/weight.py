@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import min_max
+from .cached_launch import Launcher
 from .channel_tiles import fma
-from .launch import device_guard, warp_size
-from .launcher import Launcher
+from .launch_sizes import device_guard, warp_size
 from .quantized import (
     Grid,
     RangeStatistics,

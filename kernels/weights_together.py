@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, warp_size
-from .launcher import Launcher
+from .cached_launch import Launcher
+from .launch_sizes import device_guard, warp_size
 from .quantized import Grid, RangeStatistics, has_data, observing_switch, range_constants
 from .weight import dense_rows
 from .weight_rows import quantize_rows

@@ -73,7 +73,7 @@ def stubbed_launches() -> Iterator[None]:
     with (
         # Plain functions: calling a mock takes as long as what is timed.
         mock.patch("tritonq.backend._obstacle", new=_no_obstacle),
-        mock.patch("tritonq.kernels.launcher.has_launches", new=_has_launches),
+        mock.patch("tritonq.kernels.cached_launch.has_launches", new=_has_launches),
         mock.patch.object(JITFunction, "run", new=_no_launch),
     ):
         yield

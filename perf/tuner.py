@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("tune: torch finds no GPU here", file=sys.stderr)
         return 2
-    from tritonq.kernels.launch import TABLES, gpu_file_stem
+    from tritonq.kernels.launch_sizes import TABLES, gpu_file_stem
     from tritonq.perf import tuning_conv2d, tuning_space
 
     targets: list[Any] = [*tuning_space.targets(), *tuning_conv2d.targets()]
@@ -141,10 +141,10 @@ def search(
 
 def _with_parameters(step: Step, kernel: str, parameters: Any) -> Step:
     """Return ``step`` with launch parameters of its own."""
-    from tritonq.kernels import launch
+    from tritonq.kernels import launch_sizes
 
     def run(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        with launch.override(kernel, parameters):
+        with launch_sizes.override(kernel, parameters):
             return step(inputs)
 
     return run
@@ -172,7 +172,7 @@ class Table:
 
         A damaged file is named in a warning, and replaced with the first entry.
         """
-        from tritonq.kernels.launch import TABLE_VERSION, load_table
+        from tritonq.kernels.launch_sizes import TABLE_VERSION, load_table
 
         env = environment(device)
         header = {
@@ -200,7 +200,7 @@ class Table:
         Raises:
             RuntimeError: the loader does not accept the file; the old one is kept.
         """
-        from tritonq.kernels.launch import load_table
+        from tritonq.kernels.launch_sizes import load_table
 
         self.kernels.setdefault(kernel, {})[key] = result.parameters
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tritonq.grid import Grid
-from tritonq.kernels.launch import Parameters, default_parameters, shape_class
+from tritonq.kernels.launch_sizes import Parameters, default_parameters, shape_class
 from tritonq.kernels.layout import dense_view
 from tritonq.perf.case import Inputs, Step, Tolerance
 from tritonq.qparams import QuantizedType

@@ -16,7 +16,7 @@ def run(visit: Visit) -> None:
     if visit.device.type != "cuda":
         visit.note("tuner", "not run", reason="needs a GPU")
         return
-    from tritonq.kernels.launch import gpu_file_stem
+    from tritonq.kernels.launch_sizes import gpu_file_stem
     from tritonq.perf.tuner import Table, search
     from tritonq.perf.tuning_space import Target, targets
 

@@ -14,7 +14,7 @@ import tritonq
 from tritonq.__main__ import COMMANDS, main
 from tritonq.cli import doctor
 
-launch = pytest.importorskip("tritonq.kernels.launch")
+launch = pytest.importorskip("tritonq.kernels.launch_sizes")
 
 
 def findings():

@@ -12,7 +12,7 @@ from tritonq.functional.codes import give_codes, take_codes
 from tritonq.functional.host_grid import host_grid
 from tritonq.nn.functions import FunctionLayer
 from tritonq.qparams import QuantizedType
-from tritonq.reference.averages import AxesAverage
+from tritonq.reference.average_pool import AxesAverage
 from tritonq.reference.functions import Function
 
 UNSIGNED, SIGNED = QuantizedType(0, 255, False), QuantizedType(-128, 127)

@@ -43,10 +43,10 @@ def sanitize_loops(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several programs and partial tiles on small tensors."""
     from op_tester import clear_plans
-    from tritonq.kernels import launch, reduction
+    from tritonq.kernels import launch_sizes, reduction
 
     monkeypatch.setattr(reduction, "_MIN_ELEMENTS_PER_PROGRAM", 50)
     clear_plans()
-    with launch.override(launch.EVERY_KERNEL, launch.Parameters(64, 32, 4)):
+    with launch_sizes.override(launch_sizes.EVERY_KERNEL, launch_sizes.Parameters(64, 32, 4)):
         yield
     clear_plans()

@@ -26,10 +26,10 @@ CONV = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Writes the table of a GPU that the interpreter's CPU tensors then are on."""
-    from tritonq.kernels import conv2d, launch
+    from tritonq.kernels import conv2d, launch_sizes
 
     def forget() -> None:
-        launch.load_table.cache_clear()
+        launch_sizes.load_table.cache_clear()
         conv2d._tuned_tile.cache_clear()
 
     def write(**entries: object) -> None:
@@ -37,10 +37,10 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         (tmp_path / "some_gpu.json").write_text(json.dumps(content))
         forget()
 
-    lookup = launch.tuned
-    monkeypatch.setattr(launch, "TABLES", tmp_path)
+    lookup = launch_sizes.tuned
+    monkeypatch.setattr(launch_sizes, "TABLES", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
-    monkeypatch.setattr(launch, "tuned", lambda kernel, key, _: lookup(kernel, key, 0))
+    monkeypatch.setattr(launch_sizes, "tuned", lambda kernel, key, _: lookup(kernel, key, 0))
     forget()
     yield write
     forget()

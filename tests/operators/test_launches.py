@@ -26,8 +26,8 @@ from tritonq import nn as qnn
 from tritonq.backend import implementation, is_interpreting
 from tritonq.grid import Grid
 from tritonq.kernels import conv2d, layout
+from tritonq.kernels.cached_launch import Launcher
 from tritonq.kernels.conv_tile import ConvTile
-from tritonq.kernels.launcher import Launcher
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.functions import FunctionLayer
 from tritonq.qconfig import PRESETS

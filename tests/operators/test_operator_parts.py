@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 import tritonq.kernels
 from tritonq.backend import is_interpreting
-from tritonq.kernels.launcher import Launcher
+from tritonq.kernels.cached_launch import Launcher
 from tritonq.perf import cases, codegen
 from tritonq.perf.codegen_cases import cases_by_family
 from tritonq.reference.operator import operators_by_family

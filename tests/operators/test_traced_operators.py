@@ -26,7 +26,7 @@ from tritonq.functional.linear_map import Convolution
 from tritonq.functional.traced import eval_mode
 from tritonq.grid import Grid
 from tritonq.qparams import QINT8, QUINT8, QuantizedType
-from tritonq.reference.averages import AdaptiveAverage, AxesAverage, WindowAverage
+from tritonq.reference.average_pool import AdaptiveAverage, AxesAverage, WindowAverage
 from tritonq.reference.conv_bn import BatchNormState
 from tritonq.reference.functions import Function
 

@@ -128,7 +128,7 @@ def assert_same_model(mine: nn.Module, other: nn.Module) -> None:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often which of the two kernels was launched."""
-    from tritonq.kernels.launcher import Launcher
+    from tritonq.kernels.cached_launch import Launcher
 
     found: Counter[str] = Counter()
     launch = Launcher._launch

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from tritonq.kernels.conv_tile import ConvTile
-from tritonq.kernels.launch import Parameters, load_table
+from tritonq.kernels.launch_sizes import Parameters, load_table
 from tritonq.perf import tuner, tuning_conv2d, tuning_space
 from tritonq.perf.case import disagreement
 

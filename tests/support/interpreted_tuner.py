@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from tritonq.kernels import conv2d, launch
+from tritonq.kernels import conv2d, launch_sizes
 from tritonq.kernels.conv_tile import ConvTile
-from tritonq.kernels.launch import Parameters
+from tritonq.kernels.launch_sizes import Parameters
 from tritonq.kernels.layout import view
 from tritonq.perf import tuner, tuning_conv2d, tuning_space
 from tritonq.perf.tuning_space import Shape, Target
@@ -51,8 +51,8 @@ def tiles_with(options):
     seen = view(x.shape, (x.stride(),), None)
     tiles = []
     for option in options:
-        with launch.override("fake_quantize", option):
-            tiles.append(tuple(launch.plan("fake_quantize", x.dtype, seen, CPU).tile))
+        with launch_sizes.override("fake_quantize", option):
+            tiles.append(tuple(launch_sizes.plan("fake_quantize", x.dtype, seen, CPU).tile))
     return tiles
 
 
@@ -61,7 +61,7 @@ def wrong_for(option, steps):
     step, reference = steps
 
     def run(inputs):
-        sizes = launch.parameters("fake_quantize", torch.float32, view((4,), ((1,),), None), CPU)
+        sizes = launch_sizes.parameters("fake_quantize", torch.float32, view((4,), ((1,),), None), CPU)
         return tuple(output + (sizes == option) for output in step(inputs))
 
     return run, reference

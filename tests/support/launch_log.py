@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from emulator import EmulatedGpu, emulated
 from tritonq import backend
-from tritonq.kernels.launcher import Launcher
+from tritonq.kernels.cached_launch import Launcher
 
 Variant = tuple[tuple[str, Any], ...]
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from tritonq import backend
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.kernels import batch_norm_weight, launch, reduction, weight
-from tritonq.kernels.launcher import Launcher
+from tritonq.kernels.cached_launch import Launcher
 
 # Operators that allocate or make views.
 _FREE = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach"})

@@ -168,7 +168,7 @@ def _tables() -> Iterator[Finding]:
     if not has_triton() or importlib.util.find_spec("tritonq.kernels") is None:
         yield Finding("launch sizes", "tables", "not used: no kernels without triton")
         return
-    from tritonq.kernels.launch import TABLES, gpu_file_stem, load_table
+    from tritonq.kernels.launch_sizes import TABLES, gpu_file_stem, load_table
 
     names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
     for name in sorted(names):

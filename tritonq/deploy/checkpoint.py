@@ -26,7 +26,7 @@ from tritonq.deploy.files import atomic_file
 from tritonq.deploy.modules import DeployedModule
 from tritonq.deploy.packing import pack_weights, unpack_weights
 from tritonq.functional.codes import carry_codes
-from tritonq.nn.compiled import uncompiled
+from tritonq.nn.compile_wrapper import uncompiled
 from tritonq.nn.folded import BATCH_NORM_NAMES
 from tritonq.nn.kept_class import keep_class, users_class
 from tritonq.prepare.edit.earlier_inputs import replace_hooks

@@ -22,7 +22,7 @@ from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional.codes import carry_codes
 from tritonq.nn import Embedding, EmbeddingBag, Joint, QATLayer, QATRecurrent, QATRepVGGBlock
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
-from tritonq.nn.compiled import uncompiled
+from tritonq.nn.compile_wrapper import uncompiled
 from tritonq.nn.one_sided import warn_of_weight_zero_points
 from tritonq.nn.own_input import INPUT_QUANTIZER
 from tritonq.nn.recurrent_forward import is_weight_quantizer

@@ -31,7 +31,7 @@ from tritonq.nn import (
     RepVGGBlock,
     Sub,
 )
-from tritonq.nn.averages import POOL_TYPES
+from tritonq.nn.average_pool import POOL_TYPES
 from tritonq.nn.clip import Clip, Clipping, clipping_of
 from tritonq.nn.einsum import Einsum
 from tritonq.nn.folded import FoldedBatchNorm
@@ -45,7 +45,7 @@ from tritonq.prepare.edit.earlier_inputs import INPUTS, InputFakeQuants, InputPl
 from tritonq.prepare.forwards.edited import forward_data
 from tritonq.prepare.forwards.graph import ForwardData
 from tritonq.qparams import QuantizedType
-from tritonq.reference.averages import averaging_from_data, averaging_to_data
+from tritonq.reference.average_pool import averaging_from_data, averaging_to_data
 from tritonq.reference.functions import Function, function_from_data, function_to_data
 
 Description = dict[str, Any]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedTable
 from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
-from tritonq.deploy.onnx_averages import rewrite_global_average
+from tritonq.deploy.onnx_average_pool import rewrite_global_average
 from tritonq.deploy.onnx_joins import rewrite_join
 from tritonq.deploy.onnx_moves import moves_values
 from tritonq.nn import AverageLayer, Joint

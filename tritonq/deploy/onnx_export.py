@@ -30,7 +30,7 @@ from tritonq.deploy.onnx_opset17 import lower_opset
 from tritonq.deploy.onnx_packed import PACKED_OPSET, pack_weights
 from tritonq.deploy.output_sizes import with_output_sizes
 from tritonq.deploy.outputs import name_outputs, output_paths, result_of, return_tensors_alone
-from tritonq.nn.compiled import uncompiled
+from tritonq.nn.compile_wrapper import uncompiled
 from tritonq.prepare.record.example import example_arguments
 from tritonq.prepare.record.structure import tensors_in
 from tritonq.targets import onnx_form_named, onnx_form_of

@@ -33,7 +33,7 @@ from tritonq.deploy.convert import swap_modules
 from tritonq.deploy.embedding_tables import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import DeployedModule, QuantizedConvTranspose2d, QuantizedLayer, Quantizer
-from tritonq.deploy.onnx_averages import grids_of, rewrite_average, rewrite_global_average
+from tritonq.deploy.onnx_average_pool import grids_of, rewrite_average, rewrite_global_average
 from tritonq.deploy.onnx_clips import absorb_clips
 from tritonq.deploy.onnx_floats import FLOAT_DTYPES, TracedFloatQuantizer
 from tritonq.deploy.onnx_functions import CodeTable, code_table, function_grids, rewrite_function

@@ -22,7 +22,7 @@ from tritonq.deploy.output_sizes import with_output_sizes
 from tritonq.deploy.outputs import result_of, return_no_text
 from tritonq.deploy.pt2e_form import complete_pairs, pt2e_form
 from tritonq.grid import Grid
-from tritonq.nn.compiled import uncompiled
+from tritonq.nn.compile_wrapper import uncompiled
 from tritonq.prepare.record.example import example_arguments
 from tritonq.reference.fake_quant import fake_quantize
 

@@ -20,7 +20,7 @@ from tritonq.deploy.comparisons import add_layers, add_outputs, compare_codes
 from tritonq.deploy.onnx_ends import Ends
 from tritonq.deploy.program_runner import PROGRAM_SUFFIX, load_program, program_runner
 from tritonq.deploy.torch_runner import torch_runner
-from tritonq.nn.compiled import uncompiled
+from tritonq.nn.compile_wrapper import uncompiled
 from tritonq.prepare.edit.earlier_inputs import earlier_names
 
 _QUANTIZER_NAME = "activation_post_process"

@@ -3,7 +3,7 @@
 from torch import nn
 
 from tritonq.nn import intrinsic
-from tritonq.nn.averages import (
+from tritonq.nn.average_pool import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
     AdaptiveAvgPool3d,

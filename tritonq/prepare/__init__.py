@@ -25,7 +25,7 @@ from torch.jit import ScriptModule
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.nn import DEFAULT_QAT_MAPPING
 from tritonq.nn.attention import compute_openly
-from tritonq.nn.compiled import uncompile_children, uncompiled
+from tritonq.nn.compile_wrapper import uncompile_children, uncompiled
 from tritonq.nn.one_sided import one_sided_layers, warn_of_weight_zero_points
 from tritonq.nn.own_input import QuantizesInput
 from tritonq.prepare.decide.fixed_point import is_fixed_point

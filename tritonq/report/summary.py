@@ -17,7 +17,7 @@ from tritonq.deploy.recurrent import QuantizedRecurrent
 from tritonq.fake_quantize import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.nn import Cat, Embedding, EmbeddingBag, FloatFunctional, Joint, QATLayer, QATRecurrent
-from tritonq.nn.compiled import uncompiled
+from tritonq.nn.compile_wrapper import uncompiled
 from tritonq.nn.fixed_point_layer import FixedPointLayer
 from tritonq.nn.recurrent_forward import is_weight_quantizer
 from tritonq.nn.unary import UnaryLayer

@@ -24,7 +24,7 @@ from emulator.memory import GlobalMemory
 from emulator.ptx import Program
 from emulator.threads import Launch
 from tritonq import backend
-from tritonq.kernels import launcher
+from tritonq.kernels import cached_launch
 
 WARP_SIZE = 32
 # Of an H100 and an H200, as are the limits of a grid.
@@ -125,7 +125,7 @@ def emulated(gpu: EmulatedGpu) -> Iterator[EmulatedGpu]:
     with (
         compiled_for(gpu),
         patch.object(backend, "is_interpreting", lambda: True),
-        patch.object(launcher, "has_launches", lambda value: not value.is_meta),
+        patch.object(cached_launch, "has_launches", lambda value: not value.is_meta),
     ):
         yield gpu
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tritonq.functional.averages import integer_average
+from tritonq.functional.average_pool import integer_average
 from tritonq.functional.conv2d import find_kernel, run_integer_layer
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.functions import integer_function
@@ -22,7 +22,7 @@ from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct
 from tritonq.functional.traced.build import traced_operator
 from tritonq.grid import Grid
 from tritonq.qparams import is_readable
-from tritonq.reference.averages import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
+from tritonq.reference.average_pool import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
 from tritonq.reference.functions import Function
 from tritonq.reference.operator import Like, New, operator
 

@@ -13,19 +13,19 @@ from typing import Any, Protocol, TypeAlias
 from torch import nn
 
 from tritonq.nn import Average
-from tritonq.nn.averages import POOL_TYPES
+from tritonq.nn.average_pool import POOL_TYPES
 from tritonq.nn.clip import CLIP_MODULES, Clip, Clipping
 from tritonq.nn.functions import FUNCTION_MODULES, FunctionLayer, PReLU
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.decide.analysis import Analysis
-from tritonq.prepare.decide.averages import averaging_of_call, may_change
+from tritonq.prepare.decide.average_pool import averaging_of_call, may_change
 from tritonq.prepare.decide.chains import Chains, is_checked, joined_clips, joined_function
 from tritonq.prepare.decide.clips import bounds_of_call, clipping_of_call
 from tritonq.prepare.decide.functions import function_of_call, prelu_of_call
 from tritonq.prepare.forwards.answered import Arguments
 from tritonq.prepare.forwards.graph import ForwardGraph
 from tritonq.prepare.record.dataflow import Call, Ref
-from tritonq.reference.averages import Averaging
+from tritonq.reference.average_pool import Averaging
 from tritonq.reference.functions import Function
 
 # What a call computes, without quantizers: hashable, equal where two calls compute the same.

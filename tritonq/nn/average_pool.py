@@ -7,19 +7,19 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tritonq.functional.averages import average_codes, integer_average
+from tritonq.functional.average_pool import average_codes, integer_average
 from tritonq.functional.host_grid import HostGrid
 from tritonq.grid import Grid
 from tritonq.nn.unary import UnaryLayer
 from tritonq.qconfig import QConfig
-from tritonq.reference.averages import AdaptiveAverage, Averaging, WindowAverage
+from tritonq.reference.average_pool import AdaptiveAverage, Averaging, WindowAverage
 
 
 class AverageLayer(UnaryLayer):
     """``FQ(mean)``, where every result is the mean of some elements of the input.
 
     In eval mode, with the grids of input and output known, the codes of the input are added in integers:
-    :func:`tritonq.functional.averages.integer_average`. Everywhere else the mean is torch's.
+    :func:`tritonq.functional.average_pool.integer_average`. Everywhere else the mean is torch's.
 
     Examples:
         >>> import torch, tritonq
@@ -58,12 +58,12 @@ class Average(AverageLayer):
     """Any mean as a module: what `prepare_qat` makes of ``x.mean((2, 3))`` or ``F.avg_pool2d(x, 2)`` in a forward.
 
     Args:
-        averaging: the operation, one of `tritonq.reference.averages`.
+        averaging: the operation, one of `tritonq.reference.average_pool`.
         qconfig: quantizer of the output; None: none of its own.
 
     Examples:
         >>> import torch
-        >>> from tritonq.reference.averages import AxesAverage
+        >>> from tritonq.reference.average_pool import AxesAverage
         >>> Average(AxesAverage((2, 3)))(torch.ones(1, 4, 5, 5)).shape
         torch.Size([1, 4])
     """

@@ -9,7 +9,7 @@ from tritonq.functional.codes import rounded_codes
 from tritonq.functional.host_grid import HostGrid
 from tritonq.functional.integer import centred_codes
 from tritonq.grid import Grid
-from tritonq.reference.averages import Averaging, average_steps, exact_sums, requantize_sums
+from tritonq.reference.average_pool import Averaging, average_steps, exact_sums, requantize_sums
 
 
 def integer_average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tensor:
@@ -31,7 +31,7 @@ def integer_average(x: Tensor, averaging: Averaging, source: Grid, output: Grid)
 
     Examples:
         >>> from tritonq.qparams import QuantizedType
-        >>> from tritonq.reference.averages import AxesAverage
+        >>> from tritonq.reference.average_pool import AxesAverage
         >>> codes = QuantizedType.of(8)
         >>> grids = [Grid(torch.tensor([scale]), None, codes) for scale in (0.5, 0.25)]
         >>> integer_average(torch.tensor([[0.5, 1.0, 1.5, 2.5]]), AxesAverage((1,)), *grids)  # 5.5 steps: a tie

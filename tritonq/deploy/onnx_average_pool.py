@@ -20,7 +20,7 @@ from tritonq.deploy.modules import Quantizer
 from tritonq.deploy.onnx_ops import global_average, round_half_away
 from tritonq.deploy.onnx_quantizers import TracedQuantizer
 from tritonq.nn import AverageLayer
-from tritonq.reference.averages import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
+from tritonq.reference.average_pool import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
 
 # Sums of 8-bit codes over fewer elements stay below 2^22: a float32 mean, times their number, gives them back.
 _MANY_TERMS = 2**14

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tritonq.kernels import launch
+from tritonq.kernels import launch_sizes
 from tritonq.kernels.conv_tile import ConvTile
 from tritonq.kernels.layout import view
 
@@ -33,7 +33,9 @@ def table(**entries: object) -> dict[str, object]:
 
 def test_table_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "gpu.json", table(**{"float32/flat/large": GOOD}))
-    assert launch.load_table(path) == {"fake_quantize": {"float32/flat/large": launch.Parameters(2048, 256, 8)}}
+    assert launch_sizes.load_table(path) == {
+        "fake_quantize": {"float32/flat/large": launch_sizes.Parameters(2048, 256, 8)}
+    }
 
 
 def conv_table(**entries: object) -> dict[str, object]:
@@ -42,11 +44,11 @@ def conv_table(**entries: object) -> dict[str, object]:
 
 def test_convolutions_have_tiles_or_leave_it_to_torch(tmp_path: Path) -> None:
     path = write(tmp_path / "gpu.json", conv_table(a=GOOD_TILE, b="torch"))
-    assert launch.load_table(path) == {"conv2d": {"a": ConvTile(64, 128, 32, 8, 3), "b": "torch"}}
+    assert launch_sizes.load_table(path) == {"conv2d": {"a": ConvTile(64, 128, 32, 8, 3), "b": "torch"}}
 
 
 def test_no_table_is_silent(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    assert launch.load_table(tmp_path / "missing.json") == {}
+    assert launch_sizes.load_table(tmp_path / "missing.json") == {}
     assert not recwarn.list
 
 
@@ -81,23 +83,23 @@ def test_no_table_is_silent(tmp_path: Path, recwarn: pytest.WarningsRecorder) ->
 def test_damaged_table_is_named_and_ignored(content: object, tmp_path: Path) -> None:
     path = write(tmp_path / "damaged.json", content)
     with pytest.warns(UserWarning, match=r"damaged\.json"):
-        assert launch.load_table(path) == {}
+        assert launch_sizes.load_table(path) == {}
 
 
 def test_table_overrides_the_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "nvidia_h200.json", table(**{"float32/flat/small": GOOD}))
-    monkeypatch.setattr(launch, "TABLES", tmp_path)
+    monkeypatch.setattr(launch_sizes, "TABLES", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
-    launch._parameters.cache_clear()
+    launch_sizes._parameters.cache_clear()
     seen = view((64,), ((1,), (1,)), None)
     assert seen is not None
     device = torch.device("cuda", 0)
-    assert launch.parameters("fake_quantize", torch.float32, seen, device) == launch.Parameters(**GOOD)
-    default = launch.default_parameters("flat", "small")
-    assert launch.parameters("fake_quantize", torch.float16, seen, device) == default
-    assert launch.parameters("other", torch.float32, seen, device) == default
-    assert launch.parameters("fake_quantize", torch.float32, seen, torch.device("cpu")) == default
-    launch._parameters.cache_clear()
+    assert launch_sizes.parameters("fake_quantize", torch.float32, seen, device) == launch_sizes.Parameters(**GOOD)
+    default = launch_sizes.default_parameters("flat", "small")
+    assert launch_sizes.parameters("fake_quantize", torch.float16, seen, device) == default
+    assert launch_sizes.parameters("other", torch.float32, seen, device) == default
+    assert launch_sizes.parameters("fake_quantize", torch.float32, seen, torch.device("cpu")) == default
+    launch_sizes._parameters.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -109,21 +111,21 @@ def test_table_overrides_the_function(tmp_path: Path, monkeypatch: pytest.Monkey
     ],
 )
 def test_file_names(name: str, stem: str) -> None:
-    assert launch.gpu_file_stem(name) == stem
+    assert launch_sizes.gpu_file_stem(name) == stem
 
 
 def tile_of(kernel: str = "fake_quantize") -> tuple[int, ...]:
     seen = view((64, 64), ((64, 1),), None)
     assert seen is not None
-    return tuple(launch.plan(kernel, torch.float32, seen, torch.device("cpu")).tile)
+    return tuple(launch_sizes.plan(kernel, torch.float32, seen, torch.device("cpu")).tile)
 
 
 def test_an_override_counts_in_its_block_alone() -> None:
     default, other = tile_of(), tile_of("min_max")
-    with launch.override("fake_quantize", launch.Parameters(512, 64, 2)):
+    with launch_sizes.override("fake_quantize", launch_sizes.Parameters(512, 64, 2)):
         assert tile_of() == (1, 64, 2)
         assert tile_of("min_max") == other
-        with launch.override("fake_quantize", launch.Parameters(256, 64, 1)):
+        with launch_sizes.override("fake_quantize", launch_sizes.Parameters(256, 64, 1)):
             assert tile_of() == (1, 64, 1)
         assert tile_of() == (1, 64, 2)
         seen: list[tuple[int, ...]] = []
@@ -131,22 +133,25 @@ def test_an_override_counts_in_its_block_alone() -> None:
         thread.start()
         thread.join()
         assert seen == [default]
-    with pytest.raises(ZeroDivisionError), launch.override("fake_quantize", launch.Parameters(512, 64, 2)):
+    with pytest.raises(ZeroDivisionError), launch_sizes.override("fake_quantize", launch_sizes.Parameters(512, 64, 2)):
         _ = 1 / 0
     assert tile_of() == default
 
 
 def test_an_override_of_every_kernel_leaves_convolutions_alone() -> None:
-    small = launch.Parameters(512, 64, 2)
-    with launch.override(launch.EVERY_KERNEL, small), launch.override("min_max", launch.Parameters(256, 64, 1)):
+    small = launch_sizes.Parameters(512, 64, 2)
+    with (
+        launch_sizes.override(launch_sizes.EVERY_KERNEL, small),
+        launch_sizes.override("min_max", launch_sizes.Parameters(256, 64, 1)),
+    ):
         assert tile_of() == (1, 64, 2)
-        assert launch.overridden("min_max") == launch.Parameters(256, 64, 1)
-        assert launch.overridden("conv2d") is None
-    with launch.override("conv2d", "torch"):
-        assert launch.overridden("conv2d") == "torch"
+        assert launch_sizes.overridden("min_max") == launch_sizes.Parameters(256, 64, 1)
+        assert launch_sizes.overridden("conv2d") is None
+    with launch_sizes.override("conv2d", "torch"):
+        assert launch_sizes.overridden("conv2d") == "torch"
 
 
 def test_shipped_tables_are_sound(recwarn: pytest.WarningsRecorder) -> None:
-    for path in launch.TABLES.glob("*.json"):
-        launch.load_table(path)
+    for path in launch_sizes.TABLES.glob("*.json"):
+        launch_sizes.load_table(path)
     assert not recwarn.list

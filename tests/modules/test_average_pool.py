@@ -12,10 +12,10 @@ from torch import nn
 import tritonq
 from optimised_graph import optimised_kinds
 from tritonq import nn as qnn
-from tritonq.functional.averages import integer_average
+from tritonq.functional.average_pool import integer_average
 from tritonq.grid import Grid
 from tritonq.qparams import QuantizedType
-from tritonq.reference.averages import AdaptiveAverage, AxesAverage, WindowAverage, exact_sums
+from tritonq.reference.average_pool import AdaptiveAverage, AxesAverage, WindowAverage, exact_sums
 
 SHAPE = (2, 3, 7, 5)
 AVERAGINGS = [

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tritonq.kernels import fake_quant, launcher, min_max
+from tritonq.kernels import cached_launch, fake_quant, min_max
 from tritonq.qparams import QUINT8
 
 
@@ -58,7 +58,7 @@ def recorder(monkeypatch):
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(JITFunction, "run", counted)
-    monkeypatch.setattr(launcher, "has_launches", lambda value: True)
+    monkeypatch.setattr(cached_launch, "has_launches", lambda value: True)
     before = driver._active
     driver.set_active(recording)
     for kernel in (fake_quant.fake_quantize_kernel, fake_quant.fake_quantize_backward_kernel, min_max.observe_kernel):
@@ -181,7 +181,7 @@ def test_hooks_of_profilers_see_remembered_launches(recorder):
 
 
 def test_the_memory_of_launches_is_bounded(recorder, monkeypatch):
-    monkeypatch.setattr(launcher, "_MAX_ENTRIES", 2)
+    monkeypatch.setattr(cached_launch, "_MAX_ENTRIES", 2)
     kernel, x = fake_quant.fake_quantize_kernel, torch.randn(4096)
     for size in (16, 32, 48, 64, 80):
         launched(recorder, kernel, *arguments(x, size), **CONSTANTS)
@@ -189,5 +189,5 @@ def test_the_memory_of_launches_is_bounded(recorder, monkeypatch):
 
 
 def test_interpreted_and_absent_launches_are_not_remembered():
-    assert not launcher.has_launches(torch.zeros(1))
-    assert not launcher.has_launches(torch.zeros(1, device="meta"))
+    assert not cached_launch.has_launches(torch.zeros(1))
+    assert not cached_launch.has_launches(torch.zeros(1, device="meta"))

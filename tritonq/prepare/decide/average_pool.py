@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tritonq.nn.averages import averaging_of
+from tritonq.nn.average_pool import averaging_of
 from tritonq.prepare.decide.read_call import read_call
 from tritonq.prepare.record.dataflow import Call, Ref
-from tritonq.reference.averages import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
+from tritonq.reference.average_pool import AdaptiveAverage, Averaging, AxesAverage, WindowAverage
 
 
 def averaging_of_call(call: Call, shape: tuple[int, ...], has_fixed_arguments: bool = True) -> Averaging | None:
