@@ -69,13 +69,15 @@ class OpTester:
         if backend != "interpreter":
             yield
             return
-        from tritonq.kernels import launch, reduction
+        from tritonq.kernels import launch_sizes, reduction
 
         monkeypatch.setattr(reduction, "_MIN_ELEMENTS_PER_PROGRAM", 100)
         # Two partial results of each channel at a time: the loop that joins them turns several times.
         monkeypatch.setattr(reduction, "_JOINED_ELEMENTS", 16)
         clear_plans()
-        with launch.override(launch.EVERY_KERNEL, launch.Parameters(elements=64, max_cols=32, warps=4)):
+        with launch_sizes.override(
+            launch_sizes.EVERY_KERNEL, launch_sizes.Parameters(elements=64, max_cols=32, warps=4)
+        ):
             yield
         clear_plans()
 
@@ -100,9 +102,9 @@ def few_programs() -> Iterator[None]:
 
 def clear_plans() -> None:
     """Forget what was planned under other settings."""
-    from tritonq.kernels import launch, layout, reduction
+    from tritonq.kernels import launch_sizes, layout, reduction
 
-    for cached in (launch._plan, launch._parameters, reduction.planned_reduction, layout.view):
+    for cached in (launch_sizes._plan, launch_sizes._parameters, reduction.planned_reduction, layout.view):
         cached.cache_clear()
 
 

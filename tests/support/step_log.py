@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from tritonq import backend
 from tritonq.fake_quantize import FakeQuantizeBase
-from tritonq.kernels import batch_norm_weight, launch, reduction, weight
+from tritonq.kernels import batch_norm_weight, launch_sizes, reduction, weight
 from tritonq.kernels.cached_launch import Launcher
 
 # Operators that allocate or make views.
@@ -70,7 +70,7 @@ class StepLog(TorchDispatchMode):
         with ExitStack() as stack:
             stack.enter_context(patch.object(backend, "_obstacle", lambda x: None))
             stack.enter_context(patch.object(Launcher, "_launch", note))
-            for module in (launch, reduction, weight, batch_norm_weight):
+            for module in (launch_sizes, reduction, weight, batch_norm_weight):
                 if hasattr(module, "warp_size"):
                     stack.enter_context(patch.object(module, "warp_size", lambda device: 32))
             yield
