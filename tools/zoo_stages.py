@@ -25,7 +25,7 @@ import tritonq
 import zoo_models
 from integer_nodes import float_parts
 from tritonq.deploy.verify import VerificationReport
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.prepare.record.example import example_arguments
 from tritonq.prepare.told import layers_and_joins
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.fake_quantize import FakeQuantize
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.learned_base import LearnedFakeQuantize

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritonq.code_precision import to_hold_codes
 from tritonq.factory import Factory, make_observer
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.observers import ObserverBase
 from tritonq.outliers import tells_range

@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.fake_quantize import FakeQuantize
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.fake_quant import with_gradient_of
 from tritonq.observers import PassiveObserver
 from tritonq.qparams import QuantizedType

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.qconfig import QConfig
 from tritonq.qconfig_mapping import QConfigMapping

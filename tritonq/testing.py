@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy import convert, export_onnx, verify
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.prepare import prepare_qat
 from tritonq.qconfig import QConfig, get_qconfig
 

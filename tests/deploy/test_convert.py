@@ -12,7 +12,7 @@ from qat_models import PRESETS, Residual, assert_same_state, images, state_of, t
 from tritonq import nn as qnn
 from tritonq.deploy import convert, verify
 from tritonq.deploy.modules import DeployedModule, QuantizedConv2d, Quantizer
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.qparams import QINT8, QParams
 
 QCONFIG = tritonq.get_qconfig("tensorrt")

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 
 
 def values(*shape: int, seed: int = 0, step: float = 1 / 32, levels: int = 256) -> Tensor:

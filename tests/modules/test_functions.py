@@ -12,7 +12,7 @@ from torch import nn
 import tritonq
 from tolerances import SUMS, assert_close
 from tritonq.deploy import onnx_functions
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn.functions import FUNCTION_MODULES, FunctionLayer, PReLU, function_of
 from tritonq.reference.functions import DEFINITIONS, Function
 

@@ -20,7 +20,7 @@ import tritonq
 from grids import presets_for_any_width
 from qat_models import FloatResidual, images
 from tritonq import backend
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional import traced
 from tritonq.learned_bits import LearnedBitsFakeQuantize
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer

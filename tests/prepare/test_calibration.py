@@ -10,7 +10,7 @@ from torch import nn
 import tritonq
 from tolerances import SUMS, assert_close
 from tritonq.calibration import calibrate, refine_scales
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.learned_fake_quantize import ClippedFakeQuantize, LearnedStepFakeQuantize
 from tritonq.observers import HistogramObserver, MinMaxObserver, PassiveObserver
 from tritonq.qparams import range_to_qparams

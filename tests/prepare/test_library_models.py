@@ -19,7 +19,7 @@ import tritonq
 import tritonq.nn as qnn
 import vision_models
 from prepared_nets import assert_inputs_on_their_grids, assert_same_when_not_rounding, primary
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))

@@ -19,7 +19,7 @@ from prepared_nets import (
     quantizers,
 )
 from tolerances import TRAINED, assert_close
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn.original_class import original_class
 from tritonq.prepare import (
     disable_fake_quant,

@@ -11,7 +11,7 @@ import tritonq
 from optimised_graph import optimised_kinds
 from tolerances import SUMS, assert_close
 from tritonq import nn as qnn
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.prepare import disable_fake_quant, prepare_qat
 
 X = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0))

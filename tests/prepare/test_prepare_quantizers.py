@@ -17,7 +17,7 @@ from prepared_nets import (
     prepare,
     quantizers,
 )
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn.original_class import original_class
 from tritonq.prepare import (
     prepare_qat,

@@ -7,7 +7,7 @@ from torch import nn
 
 import tritonq.nn as qnn
 from tolerances import SUMS
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.prepare import disable_fake_quant, prepare_qat
 
 # Folding a BatchNorm into a convolution rounds differently than applying it; seen: up to 1.3e-6 over 53 layers.

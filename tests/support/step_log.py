@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tritonq import backend
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.kernels import batch_norm_weight, launch_sizes, reduction, weight
 from tritonq.kernels.cached_launch import Launcher
 

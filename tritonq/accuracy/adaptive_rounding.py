@@ -16,7 +16,7 @@ from tritonq.accuracy.layers import (
     write_folded_weight,
 )
 from tritonq.calibration import everything_float, modes_restored
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.groups import aligned
 from tritonq.grid import Grid
 from tritonq.nn.qat import QATLayer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tritonq.accuracy.layers import inputs_of, layers_in_order, read_batches
 from tritonq.calibration import Batch, calibrate, everything_float
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn.qat import QATLayer
 from tritonq.prepare import prepare_qat
 from tritonq.qconfig import QConfig, get_qconfig, learned_step_qconfig

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.groups import aligned, codes_on
 from tritonq.nn.qat import QATLayer
 

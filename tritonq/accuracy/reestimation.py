@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.calibration import model_batches, modes_restored
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn.batch_norm import FrozenBatchNorm
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.folded import FoldedBatchNorm

@@ -17,7 +17,7 @@ from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import LAYER_TYPES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.recurrent import deployed_recurrent
 from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_rows, codes_of_weight, rounds, unless_zero, weight_type
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional.codes import carry_codes
 from tritonq.nn import Embedding, EmbeddingBag, Joint, QATLayer, QATRecurrent, QATRepVGGBlock

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.deploy.torch_ao_int8 import is_converted, translate
-from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.fake_quantize import FakeQuantize
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn import QATLayer
 
 # Before version 2 a ConvBn held its BatchNorm's state itself.

@@ -13,7 +13,7 @@ from tritonq.deploy.codes import Codes, GivenCodes, Runner, take_given
 from tritonq.deploy.fixed_point_verify import codes_read, fixed_point_layers, value_of_codes
 from tritonq.deploy.float_quantizer import FloatQuantizer
 from tritonq.deploy.modules import Quantizer
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.nn.recurrent_forward import is_weight_quantizer
 from tritonq.prepare.record.structure import tensors_in

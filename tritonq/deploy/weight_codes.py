@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional.groups import as_rows, group_rows
 from tritonq.grid import Grid

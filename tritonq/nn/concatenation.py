@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.codes import can_use_codes
 from tritonq.functional.fake_quant import with_gradient_of
 from tritonq.functional.functions import concatenated_codes

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.coded_joins import CodedJoin, coded_join
 from tritonq.functional.codes import can_use_codes, give_codes, take_codes
 from tritonq.functional.fake_quant import with_gradient_of

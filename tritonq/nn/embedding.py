@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.granularity import describe_granularity, granularity_of
 from tritonq.nn.conv import check_float_type
 from tritonq.nn.qat import checked_qconfig, without_qconfig

@@ -12,7 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.fake_quantize import FakeQuantize
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.bias import quantize_bias
 from tritonq.functional.channel_moments import channel_moments
 from tritonq.functional.conv2d import find_kernel

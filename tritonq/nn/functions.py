@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.functions import function_codes, integer_function, quantized_function
 from tritonq.functional.host_grid import HostGrid
 from tritonq.grid import Grid

@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.fake_quantize import FakeQuantize
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn.original_class import original_class

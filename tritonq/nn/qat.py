@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.fake_quantize import FakeQuantize
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.integer import IntegerAffine, to_integers
 from tritonq.functional.integer_kernels import PackedLayer
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct, PaddedConvolution

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.granularity import granularity_of
 from tritonq.nn.conv import check_float_type
 from tritonq.nn.qat import checked_qconfig, without_qconfig

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.conv2d import find_kernel
 from tritonq.functional.linear_map import Convolution
 from tritonq.functional.memo import Memo, held_tensors

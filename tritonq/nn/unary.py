@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.codes import can_use_codes, give_codes, take_codes
 from tritonq.functional.fake_quant import with_gradient_of
 from tritonq.functional.host_grid import HostGrid, host_grid

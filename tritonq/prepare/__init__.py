@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.jit import ScriptModule
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn import DEFAULT_QAT_MAPPING
 from tritonq.nn.attention import compute_openly
 from tritonq.nn.compile_wrapper import uncompile_children, uncompiled

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tritonq.calibration import everything_float
 from tritonq.cli.evaluation import accuracy, logits
-from tritonq.fake_quantize import FakeQuantize, FakeQuantizeBase
+from tritonq.fake_quantize import FakeQuantize
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.nn import QATLayer
 from tritonq.nn.fixed_point_layer import FixedPointLayer

@@ -14,7 +14,7 @@ from tritonq.deploy.embedding_tables import QuantizedTable
 from tritonq.deploy.modules import DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.phases import phases_of_kernel
 from tritonq.deploy.recurrent import QuantizedRecurrent
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.nn import Cat, Embedding, EmbeddingBag, FloatFunctional, Joint, QATLayer, QATRecurrent
 from tritonq.nn.compile_wrapper import uncompiled

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize
 from tritonq.functional.groups import aligned, group_rows
 from tritonq.qparams import QParams, range_to_qparams

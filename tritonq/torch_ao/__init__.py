@@ -6,7 +6,7 @@ with the same meaning are found here too. docs/coming-from-torch-ao.md lists wha
 """
 
 from tritonq.fake_quantize import FakeQuantize as FakeQuantize
-from tritonq.fake_quantize import FakeQuantizeBase as FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase as FakeQuantizeBase
 from tritonq.nn import DeQuantStub as DeQuantStub
 from tritonq.nn import FloatFunctional as FloatFunctional
 from tritonq.nn import QuantStub as QuantStub

@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from tritonq import qconfig_mapping
 from tritonq.calibration import calibrating
 from tritonq.deploy import convert as convert_model
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.prepare import fuse_modules_qat, prepare_qat
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
 from tritonq.prepare.record.snapshot import copied

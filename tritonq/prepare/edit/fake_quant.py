@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from tritonq.fake_quantize import FakeQuantizeBase
+from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn import Joint, QATLayer
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.clip import Clip, Clipping

@@ -1,0 +1,99 @@
+"""What every fake quantizer to integers has: switches, scale and zero point."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonq.grid import Grid
+from tritonq.observers import ObserverBase
+from tritonq.qparams import QParams, QuantizedType
+from tritonq.saved_grid import SavesGrid
+from tritonq.switched_quantizer import SwitchedQuantizer
+
+
+class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
+    """Switches and qparams that every fake quantizer to integers has.
+
+    Attributes:
+        scale: float32 buffer, (1,), (channels,) or (groups,).
+        zero_point: int32 buffer, as ``scale``.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    qtype: QuantizedType
+    # Axis of the input that counts samples; None for weights. Layers set it for the quantizers of their weights.
+    batch_axis: int | None = 0
+    is_dynamic = False
+    # Whether the code of a value is the one nearest to it; else the module alone says which it is.
+    rounds_to_nearest = True
+    library_bases = (
+        ("torch.ao.quantization.fake_quantize", "FakeQuantizeBase"),
+        ("torchao.quantization.pt2e.fake_quantize", "FakeQuantizeBase"),
+    )
+    # The scale that the example inputs of `prepare_qat` gave, until a training batch replaces it; then None.
+    _beginning: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Whether the qparams are known to rest on data.
+        self._qparams_known = False
+        # Address and version of the switch when it was last read, and what it was.
+        self._switch_read: tuple[tuple[int, int], bool] | None = None
+
+    def rests_on_data(self) -> Tensor:
+        """Whether scale and zero point do: one element, on the device."""
+        raise NotImplementedError(f"a {type(self).__name__} does not say in a tensor whether it has qparams")
+
+    def has_qparams(self) -> bool:
+        """Whether scale and zero point rest on data. Once true it stays true without asking the device again."""
+        if not self._qparams_known:
+            self._qparams_known = bool(self.rests_on_data())
+        return self._qparams_known
+
+    def is_enabled_on_host(self) -> bool:
+        """Whether :meth:`forward` rounds. Synchronises with the device only after a switch was thrown."""
+        return self.is_switched_on_host() and self.has_qparams()
+
+    def enabled_on_device(self) -> Tensor:
+        """Return :meth:`is_enabled_on_host` as a uint8 tensor (1,) on the device, for steps and traced graphs."""
+        known = self._qparams_known if torch.compiler.is_compiling() else self.has_qparams()
+        return self.fake_quant_enabled if known else self.fake_quant_enabled * self.rests_on_data()
+
+    def rests_on_examples(self) -> bool:
+        """Whether scale and zero point rest on the example inputs of ``prepare_qat`` alone: no batch trained them."""
+        return self._beginning is not None and torch.equal(self._beginning, self.scale.detach().cpu())
+
+    def begins_with_next_batch(self) -> bool:
+        """Whether the next training batch replaces what the example inputs of ``prepare_qat`` gave."""
+        return self._beginning is not None
+
+    def is_active(self) -> bool:
+        """Return :meth:`is_enabled_on_host`: an older name."""
+        return self.is_enabled_on_host()
+
+    def active_switch(self) -> Tensor:
+        """Return :meth:`enabled_on_device`: an older name."""
+        return self.enabled_on_device()
+
+    def grid(self) -> Grid:
+        """Return the grid that :meth:`forward` rounds to, with its switch on the device. Observes nothing."""
+        scale, zero_point = self.calculate_qparams()
+        observer = getattr(self, "activation_post_process", None)
+        is_zero = isinstance(observer, ObserverBase) and observer.zero_point_is_zero
+        return Grid(scale, None if is_zero else zero_point, self.qtype, self.enabled_on_device())
+
+    def is_switched_on_host(self) -> bool:
+        """Return ``fake_quant_enabled`` as a bool, read once for each version of the buffer."""
+        switch = self.fake_quant_enabled
+        if switch.is_cpu or switch.is_inference():
+            return bool(switch)
+        version = (switch.data_ptr(), switch._version)
+        if self._switch_read is None or self._switch_read[0] != version:
+            self._switch_read = (version, bool(switch))
+        return self._switch_read[1]
+
+    def calculate_qparams(self) -> QParams:
+        """Return the qparams that :meth:`forward` rounds with: what deployment uses."""
+        return QParams(self.scale, self.zero_point)
