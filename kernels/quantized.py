@@ -49,7 +49,7 @@ class BlockFormat(Protocol):
 
 
 class QuantizedType(Protocol):
-    """See `tritonq.qparams.QuantizedType`."""
+    """See `tritonq.quantized_type.QuantizedType`."""
 
     @property
     def quant_min(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -20,7 +20,7 @@ from tritonq.grid import Grid
 from tritonq.kernels.conv2d import table_key
 from tritonq.kernels.conv_tile import ConvGeometry, ConvTile
 from tritonq.perf.case import Inputs, Step, Tolerance
-from tritonq.qparams import QINT8
+from tritonq.quantized_type import QINT8
 from tritonq.reference import conv2d as reference
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -15,7 +15,7 @@ from tritonq.grid import Grid
 from tritonq.kernels.launch_sizes import Parameters, default_parameters, shape_class
 from tritonq.kernels.layout import dense_view
 from tritonq.perf.case import Inputs, Step, Tolerance
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _QUANT_MIN, _QUANT_MAX = -128, 127

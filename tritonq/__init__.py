@@ -50,7 +50,8 @@ from tritonq.qconfig import (
     get_qconfig,
 )
 from tritonq.qconfig_mapping import QConfigMapping
-from tritonq.qparams import QuantizedType, range_to_qparams
+from tritonq.qparams import range_to_qparams
+from tritonq.quantized_type import QuantizedType
 from tritonq.version import __version__
 
 if TYPE_CHECKING:

@@ -152,7 +152,7 @@ def round_half_away(x: Tensor) -> Tensor:
 
 
 def round_steps_(steps: Tensor, rounding: str) -> Tensor:
-    """Return the nearest integers, ties by a type's ``rounding`` (``tritonq.qparams.Rounding``); overwrites ``steps``.
+    """Return the nearest integers, ties by a type's ``rounding``; overwrites ``steps``.
 
     Examples:
         >>> round_steps_(torch.tensor([-2.5, 0.5]), "half_even"), round_steps_(torch.tensor([-2.5, 0.5]), "half_away")

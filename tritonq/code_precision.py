@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.warn_once import warn_once
 
 _PRECISIONS = {torch.bfloat16: 8, torch.float16: 11}
@@ -20,7 +20,7 @@ def tells_codes(dtype: torch.dtype, qtype: QuantizedType) -> bool:
     """Whether values of a grid, rounded to ``dtype``, are nearest to their own codes.
 
     Examples:
-        >>> from tritonq.qparams import QINT8, QUINT8
+        >>> from tritonq.quantized_type import QINT8, QUINT8
         >>> tells_codes(torch.bfloat16, QINT8), tells_codes(torch.bfloat16, QUINT8), tells_codes(torch.float16, QUINT8)
         (True, False, True)
     """

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 if TYPE_CHECKING:
     from typing import Self

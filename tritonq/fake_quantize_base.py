@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tritonq.grid import Grid
 from tritonq.observers import ObserverBase
-from tritonq.qparams import QParams, QuantizedType
+from tritonq.qparams import QParams
+from tritonq.quantized_type import QuantizedType
 from tritonq.saved_grid import SavesGrid
 from tritonq.switched_quantizer import SwitchedQuantizer
 

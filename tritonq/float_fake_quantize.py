@@ -14,7 +14,8 @@ from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.float_blocks import fake_quantize_blocks
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType, is_readable
+from tritonq.qparams import is_readable
+from tritonq.quantized_type import QuantizedType
 from tritonq.rank_ranges import RankState, join_ranks
 from tritonq.switched_quantizer import SwitchedQuantizer
 from tritonq.warn_once import warn_once

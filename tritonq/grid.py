@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tritonq.arithmetic import as_now
 from tritonq.granularity import Granularity
-from tritonq.qparams import QuantizedType, RangeRule, is_readable
+from tritonq.qparams import RangeRule, is_readable
+from tritonq.quantized_type import QuantizedType
 
 # Switches of snapshots, whose values are known without reading them. Never written to.
 SWITCH = {value: torch.tensor([value]) for value in (False, True)}
@@ -29,7 +30,7 @@ class Grid:
         enabled: uint8, one element on the device of ``scale``; 0 passes values through. None: always on.
 
     Examples:
-        >>> from tritonq.qparams import QINT4
+        >>> from tritonq.quantized_type import QINT4
         >>> grid = Grid(torch.tensor([0.5]), None, QINT4, torch.zeros(1, dtype=torch.uint8))
         >>> grid.granularity, grid.is_enabled_on_host()
         (Granularity(axis=None, group=None), False)

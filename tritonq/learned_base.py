@@ -16,7 +16,8 @@ from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.observers import ObserverBase
 from tritonq.outliers import tells_range
-from tritonq.qparams import QParams, QuantizedType, Rounding
+from tritonq.qparams import QParams
+from tritonq.quantized_type import QuantizedType, Rounding
 from tritonq.rank_ranges import RankState, join_ranks
 from tritonq.warn_once import warn_once
 

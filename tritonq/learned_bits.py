@@ -9,7 +9,8 @@ from tritonq.functional.fake_quant import fake_quantize
 from tritonq.learned_base import LearnedFakeQuantize, floored
 from tritonq.learned_fake_quantize import LearnedStepFakeQuantize
 from tritonq.observers import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
-from tritonq.qparams import QParams, QuantizedType
+from tritonq.qparams import QParams
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.fake_quant import arithmetic_dtype
 
 _BITS_PER_BYTE = 8

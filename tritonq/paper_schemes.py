@@ -12,7 +12,7 @@ from tritonq.fake_quantize import FakeQuantize
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.fake_quant import with_gradient_of
 from tritonq.observers import PassiveObserver
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 # 2^8 levels between -1 and 1 are codes of nine bits.
 _MOST_BITS = 7

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tritonq.observers import HistogramObserver, InterpolatingHistogramObserver
-from tritonq.qparams import QParams, QuantizedType
+from tritonq.qparams import QParams
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.search import condensed, densities
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from tritonq.observers import (
     PerChannelMinMaxObserver,
 )
 from tritonq.paper_schemes import BinaryWeight, DoReFaActivation, DoReFaWeight, TernaryWeight
-from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QUINT8, QuantizedType, RangeRule
+from tritonq.qparams import RangeRule
+from tritonq.quantized_type import QINT4, QINT8, QINT8_NARROW, QUINT8, QuantizedType
 from tritonq.targets import Target, find_target
 
 # How training folds a BatchNorm into the quantized weight; see `tritonq.nn.batch_norm_layer.QATBatchNormLayer`.

@@ -29,7 +29,7 @@ from tritonq.qconfig import (
     observe_only,
 )
 from tritonq.qconfig_mapping import Choice, Place, QConfigMapping, Rule
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.targets import find_target
 
 FORMAT = "tritonq.qconfig_mapping"

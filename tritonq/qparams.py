@@ -1,4 +1,4 @@
-"""Quantized types, and the one function that turns a range into scale and zero point.
+"""The one function that turns a range into scale and zero point.
 
 Training, conversion and every export call :func:`range_to_qparams`: the numbers a model was trained with are the
 numbers it is deployed with.
@@ -7,241 +7,22 @@ numbers it is deployed with.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tritonq.arithmetic import NUMBERS, TENSORS, Arithmetic, as_dtype
-from tritonq.arithmetic import round_half_away as round_half_away
-from tritonq.formats import FLOAT_FORMATS, CodeSet, FloatCodes, FloatFormat
-from tritonq.granularity import Granularity
+from tritonq.quantized_type import QuantizedType
 from tritonq.torch_v1_qparams import torch_v1_qparams
 
-Rounding = Literal["half_even", "half_away"]
 RangeRule = Literal["torch", "torch_v1", "megengine"]
 _Value = TypeVar("_Value", Tensor, np.float32)
 
 # torch.ao's default eps; MegEngine's floor under every scale.
 TORCH_EPS = torch.finfo(torch.float32).eps
 MEGENGINE_EPS = 1e-5
-
-
-def check_code_range(quant_min: int, quant_max: int) -> None:
-    """Raise unless ``quant_min < quant_max`` are integers that span at most 2^32 codes."""
-    for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-    if quant_min >= quant_max:
-        raise ValueError(f"quant_min must be below quant_max, got {quant_min} and {quant_max}")
-    if quant_max - quant_min >= 2**32:
-        raise ValueError(f"a quantized type has at most 2^32 codes, got {quant_min}..{quant_max}")
-
-
-def check_rounding(rounding: str) -> None:
-    """Raise unless ``rounding`` is a known mode."""
-    if rounding not in get_args(Rounding):
-        raise ValueError(f"unknown rounding {rounding!r}; known: {', '.join(get_args(Rounding))}")
-
-
-@dataclass(frozen=True)
-class QuantizedType:
-    """A grid without its scale: which codes exist, whether zero is pinned, and how values are rounded to it.
-
-    ``code = clip(round(x / scale) + zero_point, quant_min, quant_max)``, ``value = (code - zero_point) * scale``. Codes
-    of floats (:meth:`of_floats`) have no zero point: ``value = float(code) * scale``.
-
-    Attributes:
-        quant_min: smallest code.
-        quant_max: largest code.
-        symmetric: the zero point is fixed (0 for signed codes, the middle of the range for unsigned ones).
-        axis: axis that carries one scale per index, or None for one scale per tensor.
-        rounding: ``"half_even"`` multiplies by the reciprocal scale and rounds ties to even (torch, F8Net);
-            ``"half_away"`` divides by the scale and rounds ties away from zero (MegEngine).
-        codes: ``"integer"``, or a key of :data:`tritonq.formats.FLOAT_FORMATS`, whose codes are counted from the
-            smallest to the largest finite value: 0 is zero, and every value has the negative code of its opposite.
-        group: one scale per so many consecutive elements along ``axis``, at each index of the other axes; None: no
-            groups. Scales are listed as the groups follow each other, ``axis`` running fastest.
-
-    Raises:
-        ValueError: ``quant_min >= quant_max``, a range of more than 2^32 codes, an unknown rounding, unknown codes,
-            floats with another range or rounding than theirs, or groups without an axis or of no element.
-
-    Examples:
-        >>> QuantizedType.of(8, narrow=True)
-        QuantizedType(quant_min=-127, quant_max=127, symmetric=True, axis=None, rounding='half_even')
-        >>> QuantizedType(0, 127, symmetric=False).bits
-        7
-    """
-
-    quant_min: int
-    quant_max: int
-    symmetric: bool = True
-    axis: int | None = None
-    rounding: Rounding = "half_even"
-    codes: CodeSet = "integer"
-    group: int | None = None
-
-    def __post_init__(self) -> None:
-        check_code_range(self.quant_min, self.quant_max)
-        Granularity(self.axis, self.group)
-        check_rounding(self.rounding)
-        if self.codes not in get_args(CodeSet):
-            raise ValueError(f"unknown codes {self.codes!r}; known: {', '.join(get_args(CodeSet))}")
-        number = self.float_format
-        if number is not None:
-            given = (self.quant_min, self.quant_max, self.symmetric, self.rounding)
-            if given != (-number.largest_code, number.largest_code, True, "half_even"):
-                raise ValueError(f"QuantizedType.of_floats makes types of {self.codes} codes, got {given}")
-
-    def __repr__(self) -> str:
-        """Return fields, without the codes where they are integers, and without groups where there are none."""
-        named = self.to_data()
-        if self.codes == "integer":
-            del named["codes"]
-        return f"QuantizedType({', '.join(f'{name}={value!r}' for name, value in named.items())})"
-
-    @classmethod
-    def of(
-        cls,
-        bits: int,
-        *,
-        signed: bool = True,
-        narrow: bool = False,
-        symmetric: bool = True,
-        axis: int | None = None,
-        group: int | None = None,
-        rounding: Rounding = "half_even",
-    ) -> QuantizedType:
-        """Build the type from its width: signed two's complement, or unsigned from zero.
-
-        Raises:
-            ValueError: ``bits`` outside 1..32, a narrow range that is unsigned or narrower than 2 bits, or groups
-                without an axis or of no element.
-
-        Examples:
-            >>> QuantizedType.of(4, axis=1, group=32).granularity.scale_shape((8, 64))
-            (8, 2)
-        """
-        if not 1 <= bits <= 32:
-            raise ValueError(f"bits must be in 1..32, got {bits}")
-        if narrow and (not signed or bits < 2):
-            raise ValueError(f"a narrow range is signed and at least 2 bits wide, got {bits} bits, signed={signed}")
-        quant_min = -(2 ** (bits - 1)) + int(narrow) if signed else 0
-        quant_max = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
-        return cls(quant_min, quant_max, symmetric, axis, rounding, group=group)
-
-    @classmethod
-    def of_floats(cls, codes: FloatCodes, axis: int | None = None) -> QuantizedType:
-        """Build the type whose values are the finite numbers of a float format times the scale.
-
-        Raises:
-            ValueError: an unknown format.
-
-        Examples:
-            >>> QuantizedType.of_floats("e2m1")
-            QuantizedType(quant_min=-7, quant_max=7, symmetric=True, axis=None, rounding='half_even', codes='e2m1')
-        """
-        if codes not in FLOAT_FORMATS:
-            raise ValueError(f"unknown format {codes!r}; known: {', '.join(FLOAT_FORMATS)}")
-        largest = FLOAT_FORMATS[codes].largest_code
-        return cls(-largest, largest, axis=axis, codes=codes)
-
-    @property
-    def float_format(self) -> FloatFormat | None:
-        """The format of float codes; None where codes are integers."""
-        return None if self.codes == "integer" else FLOAT_FORMATS[self.codes]
-
-    @property
-    def reach(self) -> float:
-        """How many scales a symmetric range extends to either side."""
-        number = self.float_format
-        return (self.quant_max - self.quant_min) / 2 if number is None else number.largest
-
-    @property
-    def bits(self) -> int:
-        """Width in bits of the codes."""
-        return (self.quant_max - self.quant_min).bit_length()
-
-    @property
-    def signed(self) -> bool:
-        """Whether negative codes exist."""
-        return self.quant_min < 0
-
-    @property
-    def narrow(self) -> bool:
-        """Whether the range leaves out the most negative two's complement code."""
-        return self.signed and self.quant_min == -self.quant_max
-
-    @property
-    def fixed_zero_point(self) -> int | None:
-        """The zero point when the type alone decides it, else None.
-
-        Symmetric signed types use 0, symmetric unsigned ones the middle of their range, as torch.ao does.
-        """
-        if not self.symmetric:
-            return None
-        return 0 if self.signed else (self.quant_min + self.quant_max + 1) // 2
-
-    @property
-    def granularity(self) -> Granularity:
-        """Which elements of a tensor share a scale."""
-        return Granularity(self.axis, self.group)
-
-    @property
-    def row_type(self) -> QuantizedType:
-        """The type of a matrix with one group per row; the type itself where there are no groups."""
-        return self if self.group is None else replace(self, axis=0, group=None)
-
-    def to_data(self) -> dict[str, Any]:
-        """Return the fields by name, as files hold them: without groups where there are none."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.group is None:
-            del named["group"]
-        return named
-
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        """The smallest torch integer dtype that holds every code."""
-        for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
-            info = torch.iinfo(dtype)
-            if info.min <= self.quant_min and self.quant_max <= info.max:
-                return dtype
-        return torch.int64
-
-    def with_axis(self, axis: int | None) -> QuantizedType:
-        """Return the same grid with one scale per index of ``axis`` (None: one scale per tensor)."""
-        return replace(self, axis=axis, group=None)
-
-    def with_codes(self, quant_min: int, quant_max: int) -> QuantizedType:
-        """Return the same grid with other codes."""
-        return replace(self, quant_min=quant_min, quant_max=quant_max)
-
-
-QINT8 = QuantizedType.of(8)
-QINT8_NARROW = QuantizedType.of(8, narrow=True)
-QUINT8 = QuantizedType.of(8, signed=False, symmetric=False)
-QINT4 = QuantizedType.of(4)
-QUINT4 = QuantizedType.of(4, signed=False, symmetric=False)
-QINT2 = QuantizedType.of(2)
-QUINT2 = QuantizedType.of(2, signed=False, symmetric=False)
-QINT1 = QuantizedType.of(1, signed=False, symmetric=False)
-QINT32 = QuantizedType.of(32)
-
-# MegEngine's names of types, for presets and saved files.
-QUANTIZED_TYPES: dict[str, QuantizedType] = {
-    "qint8": QINT8,
-    "qint8_narrow": QINT8_NARROW,
-    "quint8": QUINT8,
-    "qint4": QINT4,
-    "quint4": QUINT4,
-    "qint2": QINT2,
-    "quint2": QUINT2,
-    "qint1": QINT1,
-    "qint32": QINT32,
-}
 
 
 def fixed_zero_point(qtype: QuantizedType, rule: RangeRule) -> int | None:

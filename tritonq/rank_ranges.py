@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tritonq.process_group import ProcessGroup
-from tritonq.qparams import QuantizedType, RangeRule, range_to_qparams
+from tritonq.qparams import RangeRule, range_to_qparams
+from tritonq.quantized_type import QuantizedType
 
 
 @dataclass

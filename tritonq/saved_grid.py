@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 # Under this key of what a state dict notes of a module, beside its version.
 _NOTE = "tritonq.codes"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tritonq.functional.dispatch import implementation
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.qparams import QuantizedType, is_readable
+from tritonq.qparams import is_readable
+from tritonq.quantized_type import QuantizedType
 
 _DEVICES = ("CPU", "CUDA")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

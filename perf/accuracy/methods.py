@@ -11,7 +11,7 @@ from torch import nn
 import tritonq
 from tritonq.perf.accuracy.request import Method, Request
 from tritonq.qconfig import QConfig, learned_step_qconfig
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 MakeQConfig = Callable[[int, int], QConfig]
 

@@ -135,7 +135,7 @@ class Operator:
     def _tritonq(self, inputs: Inputs) -> Step:
         from tritonq.backend import implementation
         from tritonq.grid import Grid
-        from tritonq.qparams import QINT8
+        from tritonq.quantized_type import QINT8
 
         conv2d = implementation("conv2d", inputs["x"]).conv2d
 

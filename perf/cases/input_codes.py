@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tritonq.grid import Grid
 from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
-from tritonq.qparams import QINT8
+from tritonq.quantized_type import QINT8
 
 _SCALE = 0.03125
 _EXACT = Tolerance("a value on the grid is restored bit for bit")

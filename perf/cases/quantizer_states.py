@@ -19,7 +19,8 @@ _AVERAGING_CONSTANT = 0.01
 def activation_state(device: torch.device) -> tuple[Grid, RangeStatistics]:
     """Return grid and range of an activation quantizer that has observed nothing."""
     from tritonq.grid import Grid, RangeStatistics
-    from tritonq.qparams import TORCH_EPS, QuantizedType
+    from tritonq.qparams import TORCH_EPS
+    from tritonq.quantized_type import QuantizedType
 
     def filled(value: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full(shape, value, dtype=dtype, device=device)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.perf.case import Case, Implementation, Inputs, Step, Tolerance
-from tritonq.qparams import TORCH_EPS, QuantizedType
+from tritonq.qparams import TORCH_EPS
+from tritonq.quantized_type import QuantizedType
 
 _QUANT_MIN, _QUANT_MAX = -128, 127
 

@@ -103,7 +103,8 @@ def cases() -> Iterator[Case]:
 
 def _quantizers(problem: Problem, inputs: Inputs) -> tuple[list[object], list[object]]:
     from tritonq.grid import Grid, RangeStatistics
-    from tritonq.qparams import TORCH_EPS, QuantizedType
+    from tritonq.qparams import TORCH_EPS
+    from tritonq.quantized_type import QuantizedType
 
     qtype, device = QuantizedType(_QUANT_MIN, _QUANT_MAX, axis=0), inputs["fold"].device
     grids: list[object] = []

@@ -7,7 +7,7 @@ import torch
 from tritonq.kernels import batch_norm_weight
 from tritonq.perf.codegen_case import Call, CodegenCase, meta, meta_grid, meta_range
 from tritonq.perf.codegen_cases.weight import WEIGHTS
-from tritonq.qparams import QINT8, QuantizedType
+from tritonq.quantized_type import QINT8, QuantizedType
 
 _OUT = 512
 

@@ -6,7 +6,7 @@ import torch
 
 from tritonq.kernels import conv2d
 from tritonq.perf.codegen_case import DTYPES, Call, CodegenCase, meta, meta_grid
-from tritonq.qparams import QINT8, QUINT8
+from tritonq.quantized_type import QINT8, QUINT8
 
 # Of ReLU6: a plain ReLU compiles to less.
 _CEILING = 6.0

@@ -6,7 +6,7 @@ import torch
 
 from tritonq.kernels import conv_bn
 from tritonq.perf.codegen_case import Call, CodegenCase, meta, meta_grid, meta_range
-from tritonq.qparams import QINT8, QUINT8, QuantizedType
+from tritonq.quantized_type import QINT8, QUINT8, QuantizedType
 from tritonq.reference.conv_bn import BatchNormState, Normalization
 
 # ResNet-50's second stage; rows of 56 * 56, which no tile divides.

@@ -7,7 +7,7 @@ import torch
 from tritonq.grid import Grid
 from tritonq.kernels import fake_quant
 from tritonq.perf.codegen_case import LAYOUTS, Call, CodegenCase, meta, meta_qparams
-from tritonq.qparams import QUINT8, QuantizedType, Rounding
+from tritonq.quantized_type import QUINT8, QuantizedType, Rounding
 
 
 def _to_floats(layout: str) -> Call:

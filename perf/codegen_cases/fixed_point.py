@@ -6,7 +6,7 @@ import torch
 
 from tritonq.kernels import fixed_point
 from tritonq.perf.codegen_case import CodegenCase, meta
-from tritonq.qparams import QINT8_NARROW, QUINT8
+from tritonq.quantized_type import QINT8_NARROW, QUINT8
 
 
 def _search(dtype: torch.dtype) -> object:

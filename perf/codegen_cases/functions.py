@@ -8,7 +8,7 @@ import torch
 
 from tritonq.kernels import functions
 from tritonq.perf.codegen_case import CodegenCase, meta, meta_grid, meta_range
-from tritonq.qparams import QUINT8
+from tritonq.quantized_type import QUINT8
 from tritonq.reference.functions import Function
 
 # MobileNetV3's widest activation, expanded, at batch 256.

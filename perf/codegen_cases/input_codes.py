@@ -6,7 +6,7 @@ import torch
 
 from tritonq.kernels import input_codes
 from tritonq.perf.codegen_case import LAYOUTS, Call, CodegenCase, meta, meta_grid
-from tritonq.qparams import QINT8, QUINT8, QuantizedType
+from tritonq.quantized_type import QINT8, QUINT8, QuantizedType
 
 
 def _encode(qtype: QuantizedType) -> Call:

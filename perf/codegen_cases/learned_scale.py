@@ -7,7 +7,7 @@ import torch
 from tritonq.grid import Grid
 from tritonq.kernels import learned_scale
 from tritonq.perf.codegen_case import LAYOUTS, Call, CodegenCase, meta, meta_qparams
-from tritonq.qparams import QUINT8
+from tritonq.quantized_type import QUINT8
 
 
 def _learned_scale(layout: str, method: str) -> Call:

@@ -9,7 +9,8 @@ import torch
 from tritonq.grid import Grid
 from tritonq.kernels import min_max
 from tritonq.perf.codegen_case import LAYOUTS, Call, CodegenCase, meta, meta_qparams, meta_range
-from tritonq.qparams import QINT8, QUINT8, QuantizedType, RangeRule
+from tritonq.qparams import RangeRule
+from tritonq.quantized_type import QINT8, QUINT8, QuantizedType
 
 
 def _observe(layout: str, qtype: QuantizedType, rule: RangeRule) -> Call:

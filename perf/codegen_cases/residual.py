@@ -6,7 +6,7 @@ import torch
 
 from tritonq.kernels import residual
 from tritonq.perf.codegen_case import CodegenCase, meta, meta_grid, meta_range
-from tritonq.qparams import QINT8
+from tritonq.quantized_type import QINT8
 
 # ResNet-50's second stage; rows of 56 * 56, which no tile divides.
 _ACTIVATION = (256, 64, 56, 56)

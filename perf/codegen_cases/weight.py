@@ -6,7 +6,7 @@ import torch
 
 from tritonq.kernels import weight
 from tritonq.perf.codegen_case import Call, CodegenCase, meta, meta_grid, meta_range
-from tritonq.qparams import QINT8, QINT8_NARROW, QUINT8, QuantizedType
+from tritonq.quantized_type import QINT8, QINT8_NARROW, QUINT8, QuantizedType
 
 # Elements per row, and the type: a 3×3, a 1×1 and a depthwise convolution, and rows longer than a tile.
 WEIGHTS = {"3x3": (4608, QINT8_NARROW), "1x1": (64, QINT8), "depthwise": (9, QINT8), "long": (18432, QUINT8)}

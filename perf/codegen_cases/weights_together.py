@@ -6,7 +6,7 @@ import torch
 
 from tritonq.kernels import weights_together
 from tritonq.perf.codegen_case import CodegenCase, meta, meta_grid, meta_range
-from tritonq.qparams import QUINT8
+from tritonq.quantized_type import QUINT8
 
 
 def _together(dtype: torch.dtype) -> object:

@@ -12,7 +12,7 @@ from tolerances import FLOAT32, FLOAT64, FLOAT64_SUMS, HALF, LONG_SUMS, SUMS, TR
 from tritonq.accuracy.adaptive_rounding import SoftRounding
 from tritonq.accuracy.layers import inputs_of
 from tritonq.grid import Grid
-from tritonq.qparams import QINT4
+from tritonq.quantized_type import QINT4
 
 X = torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 PER_TENSOR = tritonq.QConfig(

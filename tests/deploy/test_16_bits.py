@@ -7,7 +7,7 @@ from torch import nn
 import tritonq
 from tritonq.functional.integer_joins import integer_matmul
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -13,7 +13,8 @@ from tritonq import nn as qnn
 from tritonq.deploy import convert, verify
 from tritonq.deploy.modules import DeployedModule, QuantizedConv2d, Quantizer
 from tritonq.fake_quantize_base import FakeQuantizeBase
-from tritonq.qparams import QINT8, QParams
+from tritonq.qparams import QParams
+from tritonq.quantized_type import QINT8
 
 QCONFIG = tritonq.get_qconfig("tensorrt")
 AFFINE = tritonq.get_default_qat_qconfig("onednn", version=0)

@@ -12,7 +12,7 @@ from tritonq.deploy.onnx_packed import pack_weights
 from tritonq.formats import FLOAT_FORMATS
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.float_rounding import codes_of_floats, floats_of_codes
 
 onnx = pytest.importorskip("onnx")

@@ -14,7 +14,7 @@ from tritonq.functional.fixed_point import (
     search_frac_len,
     statistic_frac_len,
 )
-from tritonq.qparams import QINT8_NARROW
+from tritonq.quantized_type import QINT8_NARROW
 from tritonq.reference.fixed_point import frac_len_errors, power_of_two
 
 FORMATS = [(8, True), (8, False), (2, True), (2, False), (5, True), (16, True), (16, False)]

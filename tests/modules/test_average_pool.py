@@ -14,7 +14,7 @@ from optimised_graph import optimised_kinds
 from tritonq import nn as qnn
 from tritonq.functional.average_pool import integer_average
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.average_pool import AdaptiveAverage, AxesAverage, WindowAverage, exact_sums
 
 SHAPE = (2, 3, 7, 5)

@@ -11,7 +11,7 @@ from tritonq.functional.coded_tensor import memory_format_of
 from tritonq.functional.codes import give_codes, take_codes
 from tritonq.functional.host_grid import host_grid
 from tritonq.nn.functions import FunctionLayer
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.average_pool import AxesAverage
 from tritonq.reference.functions import Function
 

@@ -18,7 +18,7 @@ from tritonq import nn as qnn
 from tritonq.functional.traced import parts
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
-from tritonq.qparams import QUANTIZED_TYPES
+from tritonq.quantized_type import QUANTIZED_TYPES
 from vision_models import torchvision_model, torchvision_residual_network
 
 

@@ -22,7 +22,7 @@ from tritonq.functional.linear_map import Convolution
 from tritonq.functional.traced import eval_mode, parts
 from tritonq.grid import Grid
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
-from tritonq.qparams import QUANTIZED_TYPES
+from tritonq.quantized_type import QUANTIZED_TYPES
 
 QCONFIG = tritonq.get_qconfig("tensorrt")
 

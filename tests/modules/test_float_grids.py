@@ -7,7 +7,7 @@ from torch import nn
 import tritonq
 from tolerances import FLOAT32, assert_close
 from tritonq.observers import MovingAverageMinMaxObserver
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 
 @pytest.mark.parametrize("kind", ["activation", "weight"])

@@ -15,7 +15,7 @@ import tritonq
 from tritonq.deploy.modules import Quantizer
 from tritonq.functional.integer_joins import integer_add
 from tritonq.grid import Grid
-from tritonq.qparams import QINT8, QuantizedType
+from tritonq.quantized_type import QINT8, QuantizedType
 
 
 def runtime_sum(codes, scales, zeros):

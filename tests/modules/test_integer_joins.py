@@ -12,7 +12,7 @@ from optimised_graph import optimised_kinds
 from tolerances import SUMS, assert_close
 from tritonq.functional.integer_joins import integer_add, integer_concatenation, integer_multiply, integer_subtract
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 UNSIGNED = QuantizedType(0, 255, symmetric=False)
 # Zero points of two operands and the result.

@@ -16,7 +16,7 @@ from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.rounded_map import rounded_map
 from tritonq.grid import Grid
 from tritonq.nn.qat import linear_map_of
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 LAYERS = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (3, 4, 9)),

@@ -14,7 +14,8 @@ from tritonq.learned_fake_quantize import (
     TrainedThresholdFakeQuantize,
 )
 from tritonq.observers import HistogramObserver, MinMaxObserver
-from tritonq.qparams import QParams, QuantizedType
+from tritonq.qparams import QParams
+from tritonq.quantized_type import QuantizedType
 
 MODULES = {
     "lsq": lambda **k: LearnedStepFakeQuantize(dtype="qint8", **k),

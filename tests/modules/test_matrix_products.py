@@ -13,7 +13,7 @@ from tritonq.functional.integer_joins import integer_matmul
 from tritonq.grid import Grid
 from tritonq.nn import Einsum, MatMul, ScaledDotProductAttention
 from tritonq.nn.einsum import Contraction
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 UNSIGNED = QuantizedType(0, 255, symmetric=False)
 HEADS, WIDTH, TOKENS = 2, 16, 9

@@ -13,7 +13,7 @@ import tritonq
 from qat_models import FloatResidual, assert_same_state, images, state_of
 from tritonq import QConfig, QConfigMapping
 from tritonq.qconfig import PRESETS
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 MAIN = tritonq.get_qconfig("onnxruntime")
 OTHER = tritonq.get_qconfig("megengine_ema")

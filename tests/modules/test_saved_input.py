@@ -14,7 +14,7 @@ from tritonq.functional.residual import residual_join
 from tritonq.functional.saved_input import keep, mark, restore
 from tritonq.grid import Grid
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
-from tritonq.qparams import QINT8, QUINT8, QuantizedType
+from tritonq.quantized_type import QINT8, QUINT8, QuantizedType
 from tritonq.reference import input_codes
 
 

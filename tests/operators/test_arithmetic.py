@@ -6,7 +6,8 @@ import torch
 
 from tritonq.arithmetic import NUMBERS, TENSORS
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.qparams import QINT8, QINT8_NARROW, QUINT4, QUINT8, number_to_qparams, range_to_qparams
+from tritonq.qparams import number_to_qparams, range_to_qparams
+from tritonq.quantized_type import QINT8, QINT8_NARROW, QUINT4, QUINT8
 from tritonq.reference.min_max import merge_range_, update_number, update_range
 
 SPECIAL = [0.0, 1.0, 0.5, 1.5, 2.5, 127.5, 0.49999997, 1e-30, 3e38, 8388609.0]

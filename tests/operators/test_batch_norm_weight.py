@@ -9,7 +9,7 @@ from torch import Tensor
 from op_tester import OpTester, operators
 from quantizer_states import assert_same_state, moved, quantizer_state
 from tolerances import SUMS, assert_close
-from tritonq.qparams import QINT4, QINT8_NARROW, QUINT8
+from tritonq.quantized_type import QINT4, QINT8_NARROW, QUINT8
 from tritonq.reference import batch_norm_weight as reference
 
 QTYPES = {"narrow": QINT8_NARROW.with_axis(0), "uint8": QUINT8.with_axis(0), "int4 per tensor": QINT4}

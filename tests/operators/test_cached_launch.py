@@ -16,7 +16,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tritonq.kernels import cached_launch, fake_quant, min_max
-from tritonq.qparams import QUINT8
+from tritonq.quantized_type import QUINT8
 
 
 class RecordingDriver:

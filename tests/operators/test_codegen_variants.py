@@ -15,7 +15,7 @@ from tritonq.grid import Grid
 from tritonq.kernels import conv2d, conv_bn, residual
 from tritonq.perf import codegen
 from tritonq.perf.codegen_case import meta
-from tritonq.qparams import QINT8
+from tritonq.quantized_type import QINT8
 
 if is_interpreting():
     pytest.skip("an interpreting process cannot compile", allow_module_level=True)

@@ -18,7 +18,7 @@ from quantizer_states import NO_QUANTIZER, assert_same_state, quantizer_state
 from tolerances import EXACT, FLOAT32, LONG_SUMS, TRAINED, assert_close
 from tritonq import backend
 from tritonq.compiled import build
-from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QUINT8, QuantizedType
+from tritonq.quantized_type import QINT4, QINT8, QINT8_NARROW, QUINT8, QuantizedType
 from tritonq.reference.conv_bn import BatchNormState
 
 needs_compiler = pytest.mark.skipif(build.obstacle() is not None, reason=str(build.obstacle()))

@@ -12,7 +12,7 @@ from grids import grid_of
 from op_tester import OpTester, operators
 from tolerances import assert_matches
 from tritonq.grid import Grid
-from tritonq.qparams import QINT8, QUINT8, QuantizedType
+from tritonq.quantized_type import QINT8, QUINT8, QuantizedType
 from tritonq.reference import conv2d as reference
 from tritonq.reference.fake_quant import fake_quantize
 

@@ -13,7 +13,7 @@ from op_tester import OpTester, few_programs, operators
 from quantizer_states import NO_QUANTIZER, assert_same_state, moved, quantizer_state
 from tolerances import FLOAT32, HALF, LONG_SUMS, SUMS, assert_close
 from tritonq.grid import Grid
-from tritonq.qparams import QINT4, QINT8, QUINT8, QuantizedType
+from tritonq.quantized_type import QINT4, QINT8, QUINT8, QuantizedType
 from tritonq.reference import conv_bn as reference
 from tritonq.reference.conv_bn import BatchNormState
 from tritonq.reference.min_max import min_max

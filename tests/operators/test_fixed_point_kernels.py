@@ -10,7 +10,7 @@ from tolerances import FLOAT32, assert_close
 from tritonq import fixed_point_quantize, search_frac_len
 from tritonq.functional.fixed_point import fixed_point_type
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference import fake_quant
 from tritonq.reference import fixed_point as reference
 from tritonq.reference import int8_conv as conv_reference

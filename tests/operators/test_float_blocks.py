@@ -14,7 +14,8 @@ from tritonq import fake_quantize_float, fake_quantize_per_tensor_affine
 from tritonq.backend import Backend
 from tritonq.formats import BLOCK_FORMATS, FLOAT_FORMATS, BlockFormat
 from tritonq.grid import Grid
-from tritonq.qparams import QINT8, QuantizedType, range_to_qparams
+from tritonq.qparams import range_to_qparams
+from tritonq.quantized_type import QINT8, QuantizedType
 from tritonq.reference import float_blocks as reference
 
 ml_dtypes = pytest.importorskip("ml_dtypes")

@@ -7,7 +7,7 @@ from op_tester import OpTester, operators
 from quantizer_states import assert_same_state, quantizer_state
 from tolerances import FLOAT32, SUMS, assert_close
 from tritonq.functional.functions import quantized_function
-from tritonq.qparams import QINT8, QUINT8
+from tritonq.quantized_type import QINT8, QUINT8
 from tritonq.reference import functions
 from tritonq.reference.functions import DEFINITIONS, Function
 from tritonq.reference.input_codes import encode

@@ -9,7 +9,7 @@ from torch import Tensor
 from op_tester import LAYOUTS, OpTester, operators
 from quantizer_states import moved
 from tritonq.grid import Grid
-from tritonq.qparams import QINT4, QINT8, QUINT8, QuantizedType
+from tritonq.quantized_type import QINT4, QINT8, QUINT8, QuantizedType
 from tritonq.reference import input_codes as reference
 
 QTYPES = {"int8": QINT8, "uint8": QUINT8, "int4": QINT4, "16 codes": QuantizedType(3, 18, False)}

@@ -20,7 +20,7 @@ from tritonq.functional import integer_kernels
 from tritonq.functional.codes import can_use_codes, give_codes, rounded_codes, take_codes
 from tritonq.functional.host_grid import host_grid
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 UNSIGNED, SIGNED = QuantizedType(0, 255, False), QuantizedType(-128, 127)
 WEIGHT = QuantizedType.of(8, narrow=True, axis=0)

@@ -14,7 +14,8 @@ from torch import Tensor
 from op_tester import LAYOUTS, OpTester, axes, clear_plans, few_programs, operators, strided_tensors
 from tolerances import assert_matches
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.qparams import QINT1, QINT8, QINT8_NARROW, QINT32, QUINT8, QuantizedType, RangeRule, range_to_qparams
+from tritonq.qparams import RangeRule, range_to_qparams
+from tritonq.quantized_type import QINT1, QINT8, QINT8_NARROW, QINT32, QUINT8, QuantizedType
 from tritonq.reference import min_max as reference
 
 BAD = (math.nan, math.inf, -math.inf)

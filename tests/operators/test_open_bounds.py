@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tritonq.qparams import round_half_away
+from tritonq.arithmetic import round_half_away
 from tritonq.reference.open_bounds import open_bounds, open_bounds_of_codes
 
 INFINITY = torch.tensor(torch.inf)

@@ -5,7 +5,9 @@ import torch
 from torch.ao.quantization import MinMaxObserver as TorchMinMaxObserver
 
 from tolerances import FLOAT32
-from tritonq.qparams import QUANTIZED_TYPES, QuantizedType, range_to_qparams, round_half_away
+from tritonq.arithmetic import round_half_away
+from tritonq.qparams import range_to_qparams
+from tritonq.quantized_type import QUANTIZED_TYPES, QuantizedType
 
 RANGES = [(-1.0, 2.0), (-3.0, 0.5), (0.25, 4.0), (-4.0, -0.5), (0.0, 0.0), (-1e-9, 1e-9), (-7e4, 3e4)]
 

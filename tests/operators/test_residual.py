@@ -13,7 +13,7 @@ import tritonq
 from op_tester import OpTester, few_programs, operators
 from quantizer_states import NO_QUANTIZER, assert_same_state, quantizer_state
 from tolerances import EXACT, assert_close
-from tritonq.qparams import QINT8, QUINT8
+from tritonq.quantized_type import QINT8, QUINT8
 from tritonq.reference import residual, rounded
 
 SHAPES = [(3, 5, 7, 2), (1,), (2, 16), (3, 1, 5), (2, 3, 2, 3, 2), (0, 4), ()]

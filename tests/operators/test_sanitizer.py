@@ -15,7 +15,7 @@ import torch
 from grids import grid_of
 from tritonq.bins import FloatPrefixBins
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.qparams import QINT8_NARROW
+from tritonq.quantized_type import QINT8_NARROW
 
 pytestmark = pytest.mark.sanitizer
 
@@ -55,7 +55,7 @@ def test_fake_quant(name: str, axis: int | None, sanitize: Sanitize) -> None:
 def test_float_blocks(name: str, axis: int, sanitize: Sanitize) -> None:
     from tritonq.formats import BLOCK_FORMATS
     from tritonq.kernels import fake_quant, float_blocks
-    from tritonq.qparams import QuantizedType
+    from tritonq.quantized_type import QuantizedType
 
     sanitize(float_blocks, fake_quant)
     x = INPUTS[name]
@@ -74,7 +74,7 @@ def test_float_blocks(name: str, axis: int, sanitize: Sanitize) -> None:
 @pytest.mark.parametrize("rule", ["torch", "torch_v1"])
 def test_min_max(name: str, axis: int | None, rule: str, sanitize: Sanitize) -> None:
     from tritonq.kernels import min_max
-    from tritonq.qparams import QUINT8
+    from tritonq.quantized_type import QUINT8
 
     sanitize(min_max)
     x = INPUTS[name]

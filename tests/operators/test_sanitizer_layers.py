@@ -11,7 +11,7 @@ import torch
 
 from quantizer_states import NO_QUANTIZER, quantizer_state
 from tritonq.grid import Grid
-from tritonq.qparams import QINT8, QUINT8, QuantizedType
+from tritonq.quantized_type import QINT8, QUINT8, QuantizedType
 from tritonq.reference.conv_bn import BatchNormState, Normalization
 from tritonq.reference.functions import Function
 

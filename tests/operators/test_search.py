@@ -9,7 +9,8 @@ import torch
 from tolerances import FLOAT32
 from tritonq.bins import FloatPrefixBins
 from tritonq.grid import Grid
-from tritonq.qparams import QINT1, QINT2, QINT4, QINT8, QINT8_NARROW, QUINT2, QUINT8, QuantizedType, range_to_qparams
+from tritonq.qparams import range_to_qparams
+from tritonq.quantized_type import QINT1, QINT2, QINT4, QINT8, QINT8_NARROW, QUINT2, QUINT8, QuantizedType
 from tritonq.reference import search as reference
 from tritonq.reference.fake_quant import fake_quantize
 from tritonq.reference.histogram import prefix_histogram

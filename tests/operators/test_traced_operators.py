@@ -25,7 +25,7 @@ from tritonq.functional import traced
 from tritonq.functional.linear_map import Convolution
 from tritonq.functional.traced import eval_mode
 from tritonq.grid import Grid
-from tritonq.qparams import QINT8, QUINT8, QuantizedType
+from tritonq.quantized_type import QINT8, QUINT8, QuantizedType
 from tritonq.reference.average_pool import AdaptiveAverage, AxesAverage, WindowAverage
 from tritonq.reference.conv_bn import BatchNormState
 from tritonq.reference.functions import Function

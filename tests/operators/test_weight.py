@@ -15,7 +15,7 @@ from tolerances import EXACT, SUMS, assert_close
 from tritonq import grid as grid_module
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.grid import Grid
-from tritonq.qparams import QINT4, QINT8, QINT8_NARROW, QUINT8
+from tritonq.quantized_type import QINT4, QINT8, QINT8_NARROW, QUINT8
 from tritonq.reference import weight as reference
 
 SHAPES = [(5, 3, 3, 3), (7, 130), (1, 1), (33, 2, 1, 1), (3, 2100), (6, 1, 5)]

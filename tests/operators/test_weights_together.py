@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import tritonq
 from op_tester import OpTester, operators
 from quantizer_states import QuantizerState, assert_same_state, moved_state, quantizer_state
-from tritonq.qparams import QINT4, QINT8_NARROW, QUINT8, QuantizedType
+from tritonq.quantized_type import QINT4, QINT8_NARROW, QUINT8, QuantizedType
 from tritonq.reference import weight as reference
 
 SHAPES = [(5, 3, 3, 3), (4, 1100), (1, 1), (33, 2, 1, 1), (3, 130)]

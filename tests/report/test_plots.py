@@ -6,7 +6,8 @@ import torch
 from tolerances import SUMS
 from tritonq.observers import HistogramObserver, InterpolatingHistogramObserver
 from tritonq.plots import densities_of, grid_points, plot_histogram
-from tritonq.qparams import QParams, QuantizedType
+from tritonq.qparams import QParams
+from tritonq.quantized_type import QuantizedType
 
 pytest.importorskip("matplotlib")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 import tritonq
 from tritonq.grid import Grid
 from tritonq.qconfig import PRESETS
-from tritonq.qparams import QuantizedType, Rounding
+from tritonq.quantized_type import QuantizedType, Rounding
 
 
 def grid_of(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 Part = TypeVar("Part", Grid, RangeStatistics)
 # What operators take where there is no quantizer.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 # Below it Model-Optimizer takes a range for zero, and rounds everything to 0.
 _SMALLEST_RANGE = 2.0**-24

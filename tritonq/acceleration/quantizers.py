@@ -20,7 +20,8 @@ from tritonq.functional.recomputation import is_recomputing
 from tritonq.functional.residual import rounded_result
 from tritonq.functional.saved_input import mark
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.qparams import QuantizedType, RangeRule, fixed_zero_point
+from tritonq.qparams import RangeRule, fixed_zero_point
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.activation import rectify
 
 _LIBRARIES = ("torch.ao.quantization.", "torchao.quantization.pt2e.")

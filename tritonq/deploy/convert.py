@@ -32,7 +32,7 @@ from tritonq.prepare.edit.fuse import move_hooks
 from tritonq.prepare.edit.swap import take_place_again
 from tritonq.prepare.forwards.edited import apply_forward, quantizer_names, quantizing_part
 from tritonq.prepare.record.snapshot import copied
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.switched_quantizer import SwitchedQuantizer
 
 _WEIGHTED = (QATLayer, QATRecurrent, Embedding, EmbeddingBag)

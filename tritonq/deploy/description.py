@@ -44,7 +44,7 @@ from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.edit.earlier_inputs import INPUTS, InputFakeQuants, InputPlace, hooked_forward
 from tritonq.prepare.forwards.edited import forward_data
 from tritonq.prepare.forwards.graph import ForwardData
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.average_pool import averaging_from_data, averaging_to_data
 from tritonq.reference.functions import Function, function_from_data, function_to_data
 

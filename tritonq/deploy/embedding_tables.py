@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tritonq.deploy.modules import DeployedModule, check_shape
 from tritonq.deploy.values import lazy_values, stored
 from tritonq.nn.embedding import embedding_bag
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 # What a saved file holds per table.
 TABLE_TENSOR_NAMES = ("weight", "weight_scale", "weight_zero_point")

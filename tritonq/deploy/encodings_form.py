@@ -26,7 +26,7 @@ from tritonq.nn import AverageLayer, Joint
 from tritonq.nn.clip import Clip
 from tritonq.nn.functions import FunctionLayer, PReLU
 from tritonq.prepare.forwards.edited import set_inner_forward
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 _MARK = "tritonq::Marked"
 _DOMAIN = "tritonq"

@@ -7,7 +7,8 @@ from torch import Tensor
 from tritonq.deploy.quantizer import DeployedModule
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.grid import Grid
-from tritonq.qparams import QParams, QuantizedType
+from tritonq.qparams import QParams
+from tritonq.quantized_type import QuantizedType
 
 
 class FloatQuantizer(DeployedModule):

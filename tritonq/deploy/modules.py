@@ -28,7 +28,7 @@ from tritonq.nn.conv import TakesOutputSize
 from tritonq.nn.fusable import checked_ceiling, describe_relu
 from tritonq.nn.own_input import QuantizedBehindClip, QuantizesInput
 from tritonq.nn.qat import linear_map_of
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.activation import rectify
 from tritonq.reference.float_rounding import floats_of_codes
 

@@ -22,7 +22,7 @@ from tritonq.deploy.onnx_ops import round_half_away
 from tritonq.deploy.onnx_quantizers import TracedQuantizer
 from tritonq.grid import Grid
 from tritonq.nn.functions import FunctionLayer, PReLU
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.functions import function_table
 
 # What a function consists of in a file, beside the quantizers around it.

@@ -50,7 +50,7 @@ from tritonq.nn.functions import FunctionLayer, PReLU
 from tritonq.nn.original_class import original_class
 from tritonq.nn.output_quantizer import quantizer_of
 from tritonq.prepare.forwards.edited import set_inner_forward
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.targets import OnnxForm
 
 _OUTPUT = "activation_post_process"

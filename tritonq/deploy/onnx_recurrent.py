@@ -18,7 +18,7 @@ from tritonq.deploy.onnx_ops import dequantize
 from tritonq.deploy.recurrent import QuantizedRecurrent
 from tritonq.nn.recurrent_forward import RecurrentForward
 from tritonq.prepare.forwards.edited import set_inner_forward
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 # Torch's gates in ONNX's order: input, output, forget, cell of (i, f, g, o); update, reset, hidden of (r, z, n).
 _GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}

@@ -13,7 +13,7 @@ from torch import nn
 
 from tritonq.deploy.modules import QuantizedConvTranspose2d, QuantizedLayer, Quantizer
 from tritonq.deploy.onnx_quantizers import TracedQuantizer
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 _REMEDY = 'train with get_qconfig("tensorrt")'
 _LOW, _HIGH = -128, 127

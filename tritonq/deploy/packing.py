@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tritonq.deploy.embedding_tables import QuantizedTable
 from tritonq.deploy.modules import QuantizedLayer
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 # Widths that divide a byte.
 _WIDTHS = (1, 2, 4)

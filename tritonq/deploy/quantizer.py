@@ -15,7 +15,8 @@ from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.memo import Memo
 from tritonq.grid import Grid
 from tritonq.observers.base import FixedDtypeBuffers
-from tritonq.qparams import QParams, QuantizedType
+from tritonq.qparams import QParams
+from tritonq.quantized_type import QuantizedType
 
 if TYPE_CHECKING:
     from typing import Self

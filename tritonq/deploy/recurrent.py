@@ -15,7 +15,7 @@ from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_weight, weight_type
 from tritonq.functional.coded_tensor import CodedTensor
 from tritonq.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, QATRecurrent, RNNCell
 from tritonq.nn.recurrent_forward import RecurrentCellForward, RecurrentForward, weight_names
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.float_rounding import floats_of_codes
 
 _SCALE, _ZERO_POINT = "_scale", "_zero_point"

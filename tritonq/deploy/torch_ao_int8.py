@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.nn import QATLayer
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 _OUTPUT, _WEIGHT = "activation_post_process", "weight_fake_quant"
 _PACKED = "_packed_params._packed_params"

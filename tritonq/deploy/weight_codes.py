@@ -12,7 +12,7 @@ from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.float_fake_quantize import FloatFakeQuantize
 from tritonq.functional.groups import as_rows, group_rows
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.fake_quant import quantize
 from tritonq.reference.float_blocks import block_scales
 from tritonq.reference.float_rounding import codes_of_floats, round_to_float_

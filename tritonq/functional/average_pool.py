@@ -30,7 +30,7 @@ def integer_average(x: Tensor, averaging: Averaging, source: Grid, output: Grid)
     Source: QLinearGlobalAveragePool of ONNX Runtime.
 
     Examples:
-        >>> from tritonq.qparams import QuantizedType
+        >>> from tritonq.quantized_type import QuantizedType
         >>> from tritonq.reference.average_pool import AxesAverage
         >>> codes = QuantizedType.of(8)
         >>> grids = [Grid(torch.tensor([scale]), None, codes) for scale in (0.5, 0.25)]

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from tritonq.arithmetic import round_half_away
 from tritonq.backend import select
 from tritonq.functional.coded_tensor import CodedTensor, coded_like, memory_format_of
 from tritonq.functional.host_grid import HostGrid
-from tritonq.qparams import round_half_away
 
 _MAX_CODES = 256
 _MARK = "_tritonq_codes"

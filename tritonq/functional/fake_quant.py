@@ -17,7 +17,7 @@ from tritonq.functional.validate import (
     check_zero_point,
 )
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType, Rounding
+from tritonq.quantized_type import QuantizedType, Rounding
 
 
 def fake_quantize_per_tensor_affine(

@@ -12,7 +12,8 @@ from tritonq.functional.dispatch import implementation
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.validate import check_axis, check_float_tensor
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType, is_readable
+from tritonq.qparams import is_readable
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.fixed_point import power_of_two
 
 Statistic = Literal["std", "mean_abs", "rms"]

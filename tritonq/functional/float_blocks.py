@@ -14,7 +14,7 @@ from tritonq.functional.dispatch import implementation
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.validate import check_axis, check_float_tensor, check_scale
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 
 def fake_quantize_float(

@@ -34,7 +34,7 @@ def integer_function(x: Tensor, function: Function, source: Grid, output: Grid) 
         float32, without gradient.
 
     Examples:
-        >>> from tritonq.qparams import QuantizedType
+        >>> from tritonq.quantized_type import QuantizedType
         >>> codes = QuantizedType.of(8)
         >>> grids = [Grid(torch.tensor([scale]), None, codes) for scale in (0.5, 0.25)]
         >>> integer_function(torch.tensor([-4.0, 0.5, 3.0]), Function("hardswish"), *grids)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 _MAX_CODES = 256
 

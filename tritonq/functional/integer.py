@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tritonq.functional.direct import cpu_is_direct
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.conv2d import requantize
 from tritonq.reference.fake_quant import quantize
 

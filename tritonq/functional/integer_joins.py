@@ -86,7 +86,7 @@ def integer_multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: G
     Source: QLinearMul of ONNX Runtime.
 
     Examples:
-        >>> from tritonq.qparams import QINT8
+        >>> from tritonq.quantized_type import QINT8
         >>> grids = [Grid(torch.tensor([scale]), None, QINT8) for scale in (0.5, 0.25, 0.5)]
         >>> integer_multiply(torch.tensor([1.5, 2.5]), torch.tensor([0.5, 0.5]), *grids)  # 1.5 and 2.5 steps: ties
         tensor([1., 1.])
@@ -119,7 +119,7 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
     Source: QLinearMatMul of ONNX.
 
     Examples:
-        >>> from tritonq.qparams import QINT8
+        >>> from tritonq.quantized_type import QINT8
         >>> grids = [Grid(torch.tensor([scale]), None, QINT8) for scale in (0.5, 0.25, 0.5)]
         >>> integer_matmul(torch.tensor([[1.5, 0.5]]), torch.tensor([[0.5], [1.0]]), *grids)  # 6 + 4 products of 1/8
         tensor([[1.]])

@@ -17,7 +17,8 @@ from tritonq.functional.validate import (
     check_zero_point,
 )
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType, check_code_range, is_readable
+from tritonq.qparams import is_readable
+from tritonq.quantized_type import QuantizedType, check_code_range
 from tritonq.reference.learned_scale import LearnedScale
 
 StepGradient = Literal["torch", "megengine"]

@@ -11,7 +11,7 @@ from tritonq.grid import Grid
 from tritonq.nn.fusable import ceiling_of
 from tritonq.nn.reference import ReferringModule
 from tritonq.qconfig import QConfig
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 
 
 class WithOutputQuantizer(ReferringModule):

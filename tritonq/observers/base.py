@@ -18,16 +18,14 @@ from tritonq.functional.validate import check_float_tensor
 from tritonq.process_group import GroupReference, ProcessGroupLike
 from tritonq.qparams import (
     MEGENGINE_EPS,
-    QUANTIZED_TYPES,
     TORCH_EPS,
     QParams,
-    QuantizedType,
     RangeRule,
-    Rounding,
     fixed_zero_point,
     is_readable,
     range_to_qparams,
 )
+from tritonq.quantized_type import QUANTIZED_TYPES, QuantizedType, Rounding
 
 _PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
 _SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
@@ -59,7 +57,7 @@ class ObserverBase(WithArgs, FixedDtypeBuffers, ABC):
 
     Args:
         dtype: ``torch.qint8``, ``torch.quint8`` and their plain integer twins, ``torch.qint32``, a
-            :class:`~tritonq.qparams.QuantizedType`, or one of its names (``"qint8_narrow"``, ``"qint4"`` ...).
+            :class:`~tritonq.quantized_type.QuantizedType`, or one of its names (``"qint8_narrow"``, ``"qint4"`` ...).
         qscheme: ``torch.per_tensor_affine`` (None means it), ``torch.per_tensor_symmetric`` or their per-channel
             twins. A QuantizedType says it itself.
         reduce_range: halve the code range of an 8-bit type, as torch.ao does for kernels that would overflow.

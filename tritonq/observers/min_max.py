@@ -11,7 +11,8 @@ from tritonq.functional.dispatch import implementation
 from tritonq.grid import Grid, RangeStatistics
 from tritonq.observers.base import RangeObserver, known_off, write_if
 from tritonq.process_group import ProcessGroup, reduce_range
-from tritonq.qparams import QParams, QuantizedType
+from tritonq.qparams import QParams
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.min_max import update_range
 
 

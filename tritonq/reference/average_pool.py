@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritonq.arithmetic import round_steps_
-from tritonq.qparams import Rounding
+from tritonq.quantized_type import Rounding
 
 # A mean of whole numbers in float32, times their count, is off by less than a half while the sum stays below this.
 _FLOAT32_SUM = 2**22

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonq.arithmetic import as_dtype
+from tritonq.arithmetic import as_dtype, round_half_away
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType, Rounding, is_readable, round_half_away
+from tritonq.qparams import is_readable
+from tritonq.quantized_type import QuantizedType, Rounding
 from tritonq.reference.float_rounding import round_to_float_
 from tritonq.reference.open_bounds import open_bounds, open_bounds_of_codes
 from tritonq.reference.operator import Like, operator

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.operator import New, operator
 
 # Blocks of this many elements stay in cache while every candidate's error is taken from them.

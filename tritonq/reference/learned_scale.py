@@ -8,8 +8,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from tritonq.arithmetic import round_half_away
 from tritonq.grid import Grid
-from tritonq.qparams import QuantizedType, round_half_away
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.fake_quant import arithmetic_dtype, fake_quantize
 from tritonq.reference.operator import Like, operator
 

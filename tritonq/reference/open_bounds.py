@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from tritonq.qparams import Rounding
+from tritonq.quantized_type import Rounding
 
 _Float: TypeAlias = "np.floating[Any]"
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tritonq.bins import FloatPrefixBins
-from tritonq.qparams import QuantizedType, RangeRule, range_to_qparams
+from tritonq.qparams import RangeRule, range_to_qparams
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.operator import Like, operator
 
 Search = Literal["l2", "mse", "percentile", "kl"]

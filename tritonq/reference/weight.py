@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tritonq.arithmetic import as_dtype
 from tritonq.grid import Grid, RangeStatistics
-from tritonq.qparams import QuantizedType, is_readable
+from tritonq.qparams import is_readable
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference.fake_quant import reciprocal, steps_
 from tritonq.reference.min_max import min_max
 from tritonq.reference.operator import CopyOf, Given, Like, New, operator

@@ -24,7 +24,7 @@ from tritonq.nn.unary import UnaryLayer
 from tritonq.observers import ObserverBase
 from tritonq.prepare.decide.layer_records import LayerRecord, Status
 from tritonq.prepare.record.operations import is_leaf
-from tritonq.qparams import QuantizedType
+from tritonq.quantized_type import QuantizedType
 from tritonq.report.table import WIDTH, text_table
 from tritonq.targets import find_target
 

@@ -15,7 +15,7 @@ from tritonq.observers import PassiveObserver
 from tritonq.prepare.decide.qconfigs import QConfigs
 from tritonq.prepare.edit.swap import quantize_output, swap
 from tritonq.qconfig import QConfig
-from tritonq.qparams import QUINT8
+from tritonq.quantized_type import QUINT8
 
 # Float modules whose outputs torch.ao quantizes in place; the swapped ones have output quantizers of their own.
 QUANTIZED_OUTPUTS: tuple[type[nn.Module], ...] = (
