@@ -44,13 +44,13 @@ class Processes:
         return [sum(column) for column in zip(*self.gathered(numbers), strict=True)]
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all are here."""
         if self.together:
             dist.barrier()
 
 
 def join(device: torch.device) -> tuple[Processes, torch.device]:
-    """Return join the processes that torchrun started, each with a GPU of its own; alone, nothing happens."""
+    """Join the processes that torchrun started, each with a GPU of its own; alone, nothing happens."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return Processes(), device
     if not dist.is_initialized():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,6 +36,7 @@ from tritonq.cli.training_log import TensorBoard
 from tritonq.deploy.convert import why_not_deployable
 from tritonq.prepare import update_bn_stats
 from tritonq.qconfig_files import mapping_to_data
+from tritonq.qconfig_mapping import QConfigMapping
 from tritonq.recipes import recipe_for
 from tritonq.report.summary import summary
 
@@ -112,24 +114,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _main(arguments: argparse.Namespace) -> int:
     """Train; report every mistake that needs no image before the first image is read."""
     mapping = find_qconfig(arguments.qconfig)
-    recipe = recipe_for(mapping)
-    frozen = int(arguments.epochs * recipe.frozen_share) if arguments.frozen_epochs is None else arguments.frozen_epochs
-    rate = recipe.learning_rate if arguments.learning_rate is None else arguments.learning_rate
-    settings = Settings(
-        "",
-        arguments.epochs,
-        frozen,
-        arguments.batch_size,
-        rate,
-        arguments.seed,
-        arguments.amp,
-        str(Augmentation.named(arguments.augment)),
-    )
-    for name, least in (("workers", 0), ("patience", 1), ("checkpoint_every", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name.replace('_', ' ')} must be at least {least}, got {value}")
-    qconfig = mapping_to_data(mapping)
+    settings = _settings(arguments, mapping)
     processes, device = join(find_device(arguments.device))
     torch.manual_seed(settings.seed)
     model = make_model(arguments.model, arguments.model_arg)
@@ -137,40 +122,24 @@ def _main(arguments: argparse.Namespace) -> int:
         load_weights(model, arguments.weights)
     preprocessing = choose_preprocessing(arguments, model, arguments.data == DIGITS)
     classes = class_names(arguments.data, arguments.validation)
+    qconfig = mapping_to_data(mapping)
     made = Recipe(arguments.model, tuple(arguments.model_arg), qconfig, preprocessing, classes)
     _check_classes(model, made)
     trainable = prepare(made, copy.deepcopy(model))
     check_trains(trainable, arguments.qconfig)
-    path = arguments.output / "last.pt"
-    if processes.is_first:
-        writable_folder(arguments.output)
-    resumes = arguments.resume and path.exists()
-    if path.exists() and not resumes:
-        raise ValueError(f"{path} exists: pass --resume to go on from it, or another --output")
-    saved: dict[str, Any] = {}
-    if resumes:
-        saved_recipe, saved = read_training(path)
-        check_before_images(path, made, settings, saved_recipe, saved)
+    saved = _saved_run(arguments, made, settings, processes)
     board = TensorBoard(arguments.output / "tensorboard") if arguments.tensorboard and processes.is_first else None
 
     quiet = not processes.is_first
     data = open_examples(arguments.data, preprocessing, arguments.validation, arguments.workers, quiet=quiet)
-    made = Recipe(made.model, made.model_arguments, qconfig, data.preprocessing, data.classes)
-    settings = Settings(**{**vars(settings), "data": data.fingerprint})
-    float_accuracy = saved.get("float_accuracy")
-    if processes.is_first:
-        counts = f"{len(data.train)} images to train with, {len(data.test)} held out, {len(data.classes)} classes"
-        print(f"{data.name}: {counts}; {data.preprocessing}", flush=True)
-    if float_accuracy is None:
-        float_accuracy = _float_accuracy(model.to(device), data, arguments.workers, processes)
-    if processes.is_first:
-        _tell_float_accuracy(float_accuracy, data, arguments.weights)
-        if arguments.weights is not None and not preprocessing.mean and not resumes:
-            _tell_better_scaling(model, data)
+    finds_scaling = arguments.weights is not None and not preprocessing.mean and saved is None
+    kept = None if saved is None else saved.get("float_accuracy")
+    float_accuracy = _try_float_model(arguments, model.to(device), data, processes, kept, finds_scaling)
+    made = replace(made, preprocessing=data.preprocessing, classes=data.classes)
     run = Run(
         made,
         trainable.to(device),
-        settings,
+        replace(settings, data=data.fingerprint),
         data,
         arguments.output,
         workers=arguments.workers,
@@ -179,7 +148,7 @@ def _main(arguments: argparse.Namespace) -> int:
         board=board,
         float_accuracy=float_accuracy,
     )
-    if resumes:
+    if saved is not None:
         step = run.resume()
         if processes.is_first:
             print(f"resuming at step {step} of {run.steps}", flush=True)
@@ -191,17 +160,88 @@ def _main(arguments: argparse.Namespace) -> int:
     run.train(arguments.checkpoint_every or run.steps_per_epoch)
     if not processes.is_first:
         return 0
-    if run.stopped:
-        print(f"stopped after epoch {run.history[-1].epoch}: no better accuracy for {run.patience} epochs", flush=True)
-    best = run.best
-    if arguments.deploy == "best" and best is not None and best is not run.history[-1]:
-        update_bn_stats(run.model)  # a state dict says only of frozen layers that they are
-        load_state(run.model, read_training(run.best_path)[1]["state_dict"], str(run.best_path))
-        print(f"deployed is epoch {best.epoch}, the best; --deploy last takes the last", flush=True)
+    _take_deployed_epoch(run, arguments.deploy)
     if no_files is not None:
         print(f"written: {', '.join(str(arguments.output / name) for name in ('last.pt', 'best.pt', 'log.csv'))}")
         return 0
     return deploy(run.model.cpu(), made, data, arguments.output, arguments.workers, onnx=not arguments.no_onnx)
+
+
+def _settings(arguments: argparse.Namespace, mapping: QConfigMapping) -> Settings:
+    """Return what a resumed run must have in common with this one; the recipe fills in what was not given."""
+    recipe = recipe_for(mapping)
+    frozen = int(arguments.epochs * recipe.frozen_share) if arguments.frozen_epochs is None else arguments.frozen_epochs
+    settings = Settings(
+        data="",  # known once the images are found
+        epochs=arguments.epochs,
+        frozen_epochs=frozen,
+        batch_size=arguments.batch_size,
+        learning_rate=recipe.learning_rate if arguments.learning_rate is None else arguments.learning_rate,
+        seed=arguments.seed,
+        amp=arguments.amp,
+        augment=str(Augmentation.named(arguments.augment)),
+    )
+    for name, least in (("workers", 0), ("patience", 1), ("checkpoint_every", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name.replace('_', ' ')} must be at least {least}, got {value}")
+    return settings
+
+
+def _saved_run(
+    arguments: argparse.Namespace, made: Recipe, settings: Settings, processes: Processes
+) -> dict[str, Any] | None:
+    """Return the training that ``--resume`` goes on from, if this run may; None: it begins."""
+    path = arguments.output / "last.pt"
+    if processes.is_first:
+        writable_folder(arguments.output)
+    if not path.exists():
+        return None
+    if not arguments.resume:
+        raise ValueError(f"{path} exists: pass --resume to go on from it, or another --output")
+    saved_recipe, saved = read_training(path)
+    check_before_images(path, made, settings, saved_recipe, saved)
+    return saved
+
+
+def _try_float_model(
+    arguments: argparse.Namespace,
+    model: nn.Module,
+    data: Examples,
+    processes: Processes,
+    kept: float | None,
+    finds_scaling: bool,
+) -> float:
+    """Return the float model's accuracy; say what the data are, how the model does, and what looks wrong.
+
+    Args:
+        arguments: of the command.
+        model: in float.
+        data: what it is tried on.
+        processes: those that share the work; the first one prints.
+        kept: the accuracy that a resumed run found when it began; None: it is measured.
+        finds_scaling: whether other means and deviations are tried.
+    """
+    if processes.is_first:
+        counts = f"{len(data.train)} images to train with, {len(data.test)} held out, {len(data.classes)} classes"
+        print(f"{data.name}: {counts}; {data.preprocessing}", flush=True)
+    share = _float_accuracy(model, data, arguments.workers, processes) if kept is None else kept
+    if processes.is_first:
+        _tell_float_accuracy(share, data, arguments.weights)
+        if finds_scaling:
+            _tell_better_scaling(model, data)
+    return share
+
+
+def _take_deployed_epoch(run: Run, choice: Deployed) -> None:
+    """Give the model the weights of the epoch that is deployed: the best, or the last, which it has."""
+    if run.stopped:
+        print(f"stopped after epoch {run.history[-1].epoch}: no better accuracy for {run.patience} epochs", flush=True)
+    best = run.best
+    if choice == "best" and best is not None and best is not run.history[-1]:
+        update_bn_stats(run.model)  # a state dict says only of frozen layers that they are
+        load_state(run.model, read_training(run.best_path)[1]["state_dict"], str(run.best_path))
+        print(f"deployed is epoch {best.epoch}, the best; --deploy last takes the last", flush=True)
 
 
 def _check_classes(model: nn.Module, made: Recipe) -> None:
