@@ -39,6 +39,8 @@ OPERATORS = {
     "index": (lambda x: x[:, torch.tensor([2, 0])], True),
     "chunk": (lambda x: x.chunk(2, 1)[1], True),
     "split of a view": (lambda x: x.permute(0, 2, 3, 1).split([1, 5], 1)[1], True),
+    "expand": (lambda x: x[:, :1].expand(-1, 3, -1, -1), True),
+    "view of an expanded one": (lambda x: x[:, :1, None].expand(-1, 1, 3, -1, -1).flatten(1, 2), True),
     "unbind": (lambda x: x.unbind(1)[3], True),
     "channel shuffle": (lambda x: x.view(2, 2, 2, 6, 6).transpose(1, 2).contiguous().view(2, 4, 6, 6), True),
     "cat": (lambda x: torch.cat([x, x[:, :2]], 1), True),

@@ -117,7 +117,8 @@ class CodedTensor(Tensor):
     def to_float(self) -> Tensor:
         """Return the float tensor, not to be changed."""
         root = self._root
-        if self._view is not None and (root._float is not None or root._is_float):
+        made = root._float is not None or root._is_float
+        if self._view is not None and (made or _repeats_elements(self)):
             return self._view(root.to_float())
         if self._view is not None or self._float is None:
             values = torch.empty_strided(self.shape, self.stride(), dtype=torch.float32)
@@ -189,6 +190,11 @@ def coded_like(codes: Tensor, x: Tensor, grid: HostGrid | None = None) -> CodedT
     grid = cast(CodedTensor, x).grid if grid is None else grid
     channels_last = codes.dim() == x.dim() and memory_format_of(x) is not torch.contiguous_format
     return CodedTensor(codes, grid, _dense_strides(tuple(codes.shape), channels_last))
+
+
+def _repeats_elements(x: Tensor) -> bool:
+    """Whether an element of memory is several elements of a tensor, as :meth:`torch.Tensor.expand` makes them."""
+    return any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 @lru_cache(maxsize=4096)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from tritonq.nn import RepVGGBlock
 from tritonq.prepare.decide.clips import ceiling_of_call
 from tritonq.prepare.decide.constants import Constants
+from tritonq.prepare.decide.masks import is_softmax, summands, values_without_layers
 from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.branches import fixed_number, frozen_branch
 from tritonq.prepare.forwards.graph import ForwardGraph
@@ -90,6 +92,7 @@ class Analysis:
         self._labels: dict[int, str] = {}
         self._sites: dict[int, Site] = {}
         self._calls_at: dict[tuple[str, str], list[Call]] = {}
+        self._masks: dict[int, int | None] = {}
 
     def value_of(self, call: Call | Frame) -> int | None:
         """Return the value that a call returns, or None unless it is a single tensor.
@@ -221,13 +224,35 @@ class Analysis:
         """Return what a call keeps the grid of, or scales or shifts by constants, or normalises; None for others."""
         if self.keeps_grid(call):
             return call.inputs[0]
-        computed = [value for value in call.inputs if value not in self.constants.values]
+        mask = self.mask_of(call)
+        computed = [value for value in call.inputs if value not in self.constants.values and value != mask]
         if through_norms and len(computed) == 1 and self.is_island(call):
             return computed[0]
         if call.kind != "function" or call.name not in _AFFINE or len(computed) != 1:
             return None
         is_reversed = call.args[:1] != (Ref(computed[0]),) or getattr(call.target, "__name__", "") == "__rdiv__"
         return None if call.name == "div" and is_reversed else computed[0]
+
+    def mask_of(self, call: Call) -> int | None:
+        """Return the mask that a call adds to scores on their way to a softmax; None for other calls."""
+        if call.index not in self._masks:
+            found = summands(call, self._without_layers)
+            is_masking = found is not None and self._enters_softmax(self.value_of(call))
+            self._masks[call.index] = found[1] if found is not None and is_masking else None
+        return self._masks[call.index]
+
+    def _enters_softmax(self, value: int | None) -> bool:
+        """Whether a softmax alone reads a value, moved, scaled and shifted on the way."""
+        call = None if value is None else self.flow.single_consumer(value)
+        if call is None:
+            return False
+        if is_softmax(call):
+            return call.inputs[:1] == (value,)
+        return self.source_of(call) == value and self._enters_softmax(self.value_of(call))
+
+    @cached_property
+    def _without_layers(self) -> frozenset[int]:
+        return values_without_layers(self.flow, self.constants)
 
     def _is_index(self, value: int) -> bool:
         """Whether a value says which elements are moved: whole numbers."""

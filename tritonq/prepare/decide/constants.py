@@ -63,6 +63,15 @@ class Constants:
                 found.update(call.outputs)
         return frozenset(found)
 
+    def is_parameter(self, value: int) -> bool:
+        """Whether a value is a parameter of the model."""
+        record = self._flow.values[value]
+        return record.source == "state" and str(record.path[0]) in self._parameters
+
+    @cached_property
+    def _parameters(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self._model.named_parameters(remove_duplicate=False))
+
     def program(self, results: Iterable[int]) -> PlannedProgram | None:
         """Return the calls that compute some constants; None where one was not made by a call or is written to."""
         results = tuple(results)

@@ -301,7 +301,8 @@ def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
         return ()
     items, _ = KINDS[call.name].read(call)
     values = tuple(value for item in items for value in refs_in(item))
-    constant = [value in analysis.constants.values for value in values]
+    mask = None if call.name in _SUMS_WITH_PRODUCTS else analysis.mask_of(call)
+    constant = [value in analysis.constants.values or value == mask for value in values]
     computed = not (any(constant) if KINDS[call.name].constants == "refused" else all(constant))
     floating = all(analysis.flow.values[value].dtype.is_floating_point for value in values)
     return values if computed and floating and len(values) == len(items) else ()
@@ -327,6 +328,8 @@ def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
         site, reason = None, obstacles[0]
     elif call.name in _SUMS_WITH_PRODUCTS and operands(call, analysis)[2] in analysis.constants.values:
         site, reason = None, "its second matrix is a parameter: F.linear has a quantized form"
+    elif call.name in _SUMS_WITH_PRODUCTS and analysis.mask_of(call) is not None:
+        site, reason = None, "its summand is a mask: write it as a matrix product and an addition"
     elif site is None:
         graph = analysis.forward(call.owner)
         why = "it differs in training" if isinstance(graph, ForwardGraph) else str(graph)

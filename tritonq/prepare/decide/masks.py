@@ -1,0 +1,63 @@
+"""Masks of attention: what is added to scores on their way to a softmax and follows from the model's inputs alone.
+
+A mask holds -infinity, or the smallest number of its type, where scores do not count. A grid that reached so far would
+have one code for all scores, and one that did not would let them count. So such a sum is no join: it is computed in
+float, as that of a mask which follows from buffers.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tritonq.prepare.decide.constants import Constants
+from tritonq.prepare.record.dataflow import Call, Dataflow
+
+_SOFTMAX_NAMES = frozenset({"softmax", "log_softmax"})
+_SOFTMAX_MODULES = (nn.Softmax, nn.LogSoftmax)
+_SUMS_WITH_PRODUCTS = ("baddbmm", "addmm")
+_SUMS = ("add", "sub", *_SUMS_WITH_PRODUCTS)
+# Products of activations count as layers.
+_PRODUCTS = frozenset({"matmul", "einsum", "baddbmm", "scaled_dot_product_attention"})
+# Of a parameter these make a bias, which may be part of a mask.
+_CHOOSING = frozenset({"add", "sub", "where", "masked_fill", "cat", "pad"})
+
+
+def is_softmax(call: Call) -> bool:
+    """Whether a call is a softmax or its logarithm."""
+    return isinstance(call.target, _SOFTMAX_MODULES) or (call.kind == "function" and call.name in _SOFTMAX_NAMES)
+
+
+def values_without_layers(flow: Dataflow, constants: Constants) -> frozenset[int]:
+    """Return the values that are no constants and follow from no layer: from inputs, comparisons, and biases."""
+    learned: set[int] = set()  # what follows from a parameter
+    behind_layers: set[int] = set()
+    for call in flow.calls:
+        floating = {value for value in call.inputs if flow.values[value].dtype.is_floating_point}
+        reads_parameter = not learned.isdisjoint(floating) or _has_parameters(call)
+        reads_parameter |= any(constants.is_parameter(value) for value in floating)
+        is_choice = call.kind == "function" and call.name in _CHOOSING
+        is_layer = (reads_parameter and not is_choice) or call.name in _PRODUCTS
+        if reads_parameter:
+            learned.update(call.outputs)
+        if is_layer or not behind_layers.isdisjoint(floating):
+            behind_layers.update(call.outputs)
+    found = (value.index for value in flow.values if value.dtype.is_floating_point)
+    return frozenset(found) - behind_layers - constants.values
+
+
+def _has_parameters(call: Call) -> bool:
+    return isinstance(call.target, nn.Module) and next(call.target.parameters(), None) is not None
+
+
+def summands(call: Call, without_layers: frozenset[int]) -> tuple[int, int] | None:
+    """Return scores and mask of a call that could be their sum or difference, as values; None for any other."""
+    if call.kind != "function" or call.name not in _SUMS:
+        return None
+    first, *rest = call.inputs or (-1,)
+    if call.name in _SUMS_WITH_PRODUCTS:
+        return (rest[0], first) if len(rest) == 2 and first in without_layers else None
+    if len(rest) != 1 or (first in without_layers) == (rest[0] in without_layers):
+        return None
+    if rest[0] in without_layers:
+        return first, rest[0]
+    return (rest[0], first) if call.name == "add" else None
