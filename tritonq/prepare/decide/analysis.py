@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from functools import cached_property
 from typing import TypeAlias
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from tritonq.nn import RepVGGBlock
 from tritonq.prepare.decide.clips import ceiling_of_call
 from tritonq.prepare.decide.constants import Constants
 from tritonq.prepare.decide.masks import is_softmax, summands, values_without_layers
 from tritonq.prepare.forwards.answered import AnsweredForward
-from tritonq.prepare.forwards.branches import fixed_number, frozen_branch
+from tritonq.prepare.forwards.branches import fixed_number, fixed_values, frozen_branch
 from tritonq.prepare.forwards.graph import ForwardGraph
+from tritonq.prepare.forwards.guarded import GuardedGraph
 from tritonq.prepare.forwards.mode import reads_mode
 from tritonq.prepare.forwards.proof import Recorded, Site, match_frame
 from tritonq.prepare.forwards.trace import TraceError
@@ -267,14 +269,21 @@ class Analysis:
         # Cautious, since one that calls its class's forward would call the edited one.
         if not frames or (self._cautious and "forward" in vars(module)):
             return found
-        answered = AnsweredForward(str(found))
+        answered, calls = self._answered(frames, str(found))
+        for call in calls:
+            self._note_site(owner, call, Site(call.place, False, self._labels.get(call.index, call.name)))
+        return answered
+
+    def _answered(self, frames: Sequence[Frame], reason: str = "") -> tuple[AnsweredForward, list[Call]]:
+        """Return a forward that keeps running itself, and the recorded calls that can be answered."""
+        answered, found = AnsweredForward(reason), []
         for frame in frames:
             calls = (self.flow.calls[index] for kind, index in frame.events if kind == "call")
             for call in calls:
                 if call.place and (not call.writes or self._rebinds(call)):
-                    self._note_site(owner, call, Site(call.place, False, self._labels.get(call.index, call.name)))
-                    answered.expect(call.place, frame.training)
-        return answered
+                    answered.expect(call, frame.training)
+                    found.append(call)
+        return answered, found
 
     def _rebinds(self, call: Call) -> bool:
         """Whether the result of a call in place is what the source goes on with: ``x *= y``, or a plain ReLU's."""
@@ -289,7 +298,7 @@ class Analysis:
     def _trace(self, owner: str) -> ForwardGraph | TraceError:
         frames = self.flow.frames_of(owner)
         try:
-            graph = ForwardGraph.trace(self.modules[owner], frames)
+            graph = GuardedGraph.trace(self.modules[owner], frames)
             sites = [match_frame(graph.graph_of(frame.training), self._recorded, frame) for frame in frames]
         except TraceError as error:
             return error
@@ -306,4 +315,9 @@ class Analysis:
             return TraceError(f"its trace has {has}")
         for call, site in named:
             self._note_site(owner, call, site)
+        values = {} if isinstance(self.modules[owner], GraphModule) else fixed_values(self.modules[owner])
+        if values:
+            forward, calls = self._answered(frames)
+            answerable = {call.index for call in calls}
+            graph.guard(values, forward, ((site.node, call.place) for call, site in named if call.index in answerable))
         return graph

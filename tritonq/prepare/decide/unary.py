@@ -22,7 +22,6 @@ from tritonq.prepare.decide.average_pool import averaging_of_call, may_change
 from tritonq.prepare.decide.chains import Chains, is_checked, joined_clips, joined_function
 from tritonq.prepare.decide.clips import bounds_of_call, clipping_of_call
 from tritonq.prepare.decide.functions import function_of_call, prelu_of_call
-from tritonq.prepare.forwards.answered import Arguments
 from tritonq.prepare.forwards.graph import ForwardGraph
 from tritonq.prepare.record.dataflow import Call, Ref
 from tritonq.reference.average_pool import Averaging
@@ -67,8 +66,6 @@ class PlannedUnary:
         operation: the operation.
         source: what put its input on a grid; None for a function or clip of values on none.
         calls: its calls.
-        arguments: those behind the first and the named ones, which it must have to be this operation; None: it has no
-            others, or the forward is known to give it constants.
         earlier: the bounds of clips before it that a clip makes superfluous; None without any.
         absorbed: the calls of these.
     """
@@ -76,7 +73,6 @@ class PlannedUnary:
     operation: Operation
     source: object
     calls: tuple[int, ...]
-    arguments: Arguments | None = None
     earlier: Clipping | None = None
     absorbed: tuple[int, ...] = ()
 
@@ -126,14 +122,12 @@ def find_unary(
     # a clip behind a layer works on the grid of its own quantizer.
     if source is None and not isinstance(operation, (Function, Clipping)):
         return None
-    arguments = None
     if not fixed and _may_change(operation, calls):
         is_first = all(call.args and isinstance(call.args[0], Ref) for call in calls)
         if isinstance(analysis.forward(place.owner), ForwardGraph) or not is_first:
             return None  # a graph has no way to ask
-        arguments = calls[0].args[1:], calls[0].kwargs
     absorbed = tuple(clip.index for row in rows for clip in row[:-1])
-    return PlannedUnary(operation, source, tuple(call.index for call in calls), arguments, bounds.pop(), absorbed)
+    return PlannedUnary(operation, source, tuple(call.index for call in calls), bounds.pop(), absorbed)
 
 
 def is_unary(call: Call, analysis: Analysis, chains: Chains) -> bool:

@@ -31,7 +31,6 @@ from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.edit.float_keys import note_batch_norms
 from tritonq.prepare.edit.fuse import fuse_row, move_hooks
 from tritonq.prepare.edit.swap import keep_attributes, plain_form, swap, take_place
-from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.graph import ForwardGraph, first_node, layer_operands
 from tritonq.prepare.forwards.quantized import Read
 from tritonq.prepare.record.dataflow import Dataflow
@@ -125,7 +124,8 @@ class _PlanWork:
         owner = self._editor.modules[join.owner]
         name = self._editor.add_child(owner, join.kind, self._placed(module, join.owner))
         if join.site is not None:
-            self._editor.rewrite(join.owner).replace(join.site.node, name, join.operands, join.site.in_place)
+            joined = bool(join.relus)
+            self._editor.rewrite(join.owner).replace(join.site.node, name, join.operands, join.site.in_place, joined)
         self._quantizers[id(join)] = cast(nn.Module, module.activation_post_process)
         self.join_names[join] = f"{join.owner}.{name}".lstrip(".")
 
@@ -276,10 +276,7 @@ class _PlanWork:
         made = layer_for(planned.operation, planned.earlier)
         owner = self._editor.modules[quantizer.owner]
         name = self._editor.add_child(owner, self._flow.calls[planned.calls[0]].name.lower(), made)
-        forward = self._editor.rewrite(quantizer.owner)
-        forward.replace(quantizer.node, name, first_node)
-        if planned.arguments is not None and isinstance(forward, AnsweredForward):
-            forward.require(quantizer.node, planned.arguments)
+        self._editor.rewrite(quantizer.owner).replace(quantizer.node, name, first_node)
         self._unary[quantizer.value] = (made, own)
         self.unary_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
 
@@ -294,10 +291,8 @@ class _PlanWork:
         owner = self._editor.modules[quantizer.owner]
         self._editor.add_child(owner, f"{quantizer.label}_fake_quant", own)
         name = self._editor.add_child(owner, self._flow.calls[planned.calls[0]].name.lower(), made)
-        forward = self._editor.rewrite(quantizer.owner)
-        forward.replace(quantizer.node, name, first_node, quantizer.in_place)
-        if planned.arguments is not None and isinstance(forward, AnsweredForward):
-            forward.require(quantizer.node, planned.arguments)
+        forward, joined = self._editor.rewrite(quantizer.owner), bool(planned.absorbed)
+        forward.replace(quantizer.node, name, first_node, quantizer.in_place, joined)
         self._unary[quantizer.value] = (made, own)
         self.unary_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
 

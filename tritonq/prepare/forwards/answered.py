@@ -8,7 +8,6 @@ as written.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -31,6 +30,14 @@ from tritonq.prepare.forwards.graph import (
     product_operands,
     sequence_operand,
 )
+from tritonq.prepare.forwards.numbers import (
+    changed_numbers,
+    has_numbers,
+    has_tensors_alone,
+    numbers_of_call,
+)
+from tritonq.prepare.forwards.tell import tell_once
+from tritonq.prepare.record.dataflow import Call
 from tritonq.prepare.record.operations import operation_name
 from tritonq.prepare.record.place import (
     calling_frame,
@@ -42,12 +49,11 @@ from tritonq.prepare.record.place import (
 )
 
 # How a call is answered: "run" as written, "replace" or "erase"; the child that replaces it; that child's operands; the
-# child that the result goes through. Empty where there is none. A fifth item, where there is one, holds the recorded
-# arguments behind the first and the named ones: a call with others runs as written.
+# child that the result goes through. Empty where there is none. A fifth item, where there is one, holds the arguments
+# that were recorded: a call with others runs as written, or is refused where a sixth item says that other calls became
+# one with it.
 Answer = list[Any]
 Answers = Mapping[str, Answer]
-# Those of a call behind the first, and its named ones.
-Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 _OPERANDS: dict[Operands, str] = {
     node_operands: "tensors",
     sequence_operand: "sequence",
@@ -57,6 +63,8 @@ _OPERANDS: dict[Operands, str] = {
     product_operands: "einsum",
 }
 
+# Children with these operands are given tensors alone.
+_NUMBERS_FOLLOW_NOT = frozenset({"tensors", "sequence", "first"})
 # What a call's arguments become by position.
 _BY_POSITION = {"layer": layer_arguments, "attention": attention_arguments, "einsum": einsum_operands}
 
@@ -71,26 +79,33 @@ class AnsweredForward:
         self.reason = reason
         self._answers: dict[str, Answer] = {}
         self._expected: dict[bool, set[str]] = {False: set(), True: set()}
+        self._recorded: dict[str, list[Any]] = {}
+        self._joined: set[str] = set()
 
-    def expect(self, node: str, training: bool) -> None:
+    def expect(self, call: Call, training: bool) -> None:
         """Note that the forward made a call when it was recorded in this mode."""
-        self._expected[training].add(node)
+        self._expected[training].add(call.place)
+        arguments = numbers_of_call(call)
+        if arguments not in self._recorded.setdefault(call.place, []):
+            self._recorded[call.place].append(arguments)
 
-    def replace(self, node: str, child: str, operands: Operands, in_place: bool = False) -> None:
-        """Let the child module answer a call, given its operands."""
+    def replace(self, node: str, child: str, operands: Operands, in_place: bool = False, joined: bool = False) -> None:
+        """Let the child module answer a call, given its operands.
+
+        ``joined`` says that the child computes other calls, too, which were erased.
+        """
         self._answer(node)[:3] = ["replace", child, _OPERANDS[operands]]
+        if joined:
+            self._joined.add(node)
 
     def insert_after(self, node: str, child: str, in_place: bool = False) -> None:
         """Pass the result of a call through the child module."""
         self._answer(node)[3] = child
 
-    def require(self, node: str, arguments: Arguments) -> None:
-        """Let a call that was replaced run as written where its further arguments are not these."""
-        self._answer(node)[4:] = [[_plain(argument) for argument in arguments]]
-
     def erase(self, node: str) -> None:
         """Let a call return its first operand."""
         self._answer(node)[:3] = ["erase", "", "first"]
+        self._joined.add(node)
 
     def _answer(self, node: str) -> Answer:
         return self._answers.setdefault(node, ["run", "", "", ""])
@@ -99,7 +114,13 @@ class AnsweredForward:
         """Return plain data that JSON can hold: the answers, and which of their calls each mode is expected to make."""
         modes = {"eval": self._expected[False], "train": self._expected[True]}
         expected = {mode: sorted(places & self._answers.keys()) for mode, places in modes.items()}
-        return {"answers": dict(self._answers), "expected": expected}
+        return {"answers": {node: self._with_arguments(node) for node in self._answers}, "expected": expected}
+
+    def _with_arguments(self, node: str) -> Answer:
+        answer, recorded = self._answers[node], self._recorded.get(node, [])
+        if answer[2] not in _NUMBERS_FOLLOW_NOT or all(map(has_tensors_alone, recorded)):
+            return answer
+        return [*answer, recorded, *([True] if node in self._joined else [])]
 
 
 def check_answers(answers: Any, children: Iterable[str], owner: str) -> None:
@@ -112,10 +133,10 @@ def check_answers(answers: Any, children: Iterable[str], owner: str) -> None:
     if not isinstance(answers, Mapping):
         raise ValueError(f"answers of a forward must be a mapping of places, got {type(answers).__qualname__}")
     for place, answer in answers.items():
-        well_formed = isinstance(answer, list) and len(answer) in (4, 5) and answer[0] in ("run", "replace", "erase")
+        well_formed = isinstance(answer, list) and len(answer) in (4, 5, 6) and answer[0] in ("run", "replace", "erase")
         if not well_formed or answer[2] not in (*_OPERANDS.values(), ""):
             raise ValueError(f"not an answer to a call: {place!r}: {answer!r}")
-        for child in answer[1::2]:
+        for child in answer[1:4:2]:
             if child and child not in known:
                 raise ValueError(f"the forward calls the child {child!r}, which {owner} doesn't have")
 
@@ -136,10 +157,8 @@ def answering(
         with mode:
             result = original(self, *args, **kwargs)
         missing = mode.missing(expected.get("train" if self.training else "eval", ()))
-        if missing and torch.compiler.is_compiling():
-            _warn_in_trace(type(self).__name__, len(missing), mode.children_of(missing))
-        elif missing:
-            mode.tell(missing)
+        if missing:
+            tell_once(self, mode.description(missing))
         return result
 
     return forward
@@ -175,7 +194,9 @@ class Answering(ForwardMode):
         if answer is None:
             return func(*args, **kwargs)
         kind, child, operands, then = answer[:4]
-        if len(answer) > 4 and [_plain(args[1:]), _plain(kwargs)] != answer[4]:
+        if len(answer) > 4 and not has_numbers(args, kwargs, answer[4]):
+            if len(answer) > 5:
+                raise ValueError(changed_numbers(type(self._owner).__name__, func, args, kwargs, answer[4]))
             self._differing.add(key)
             return self._rounded(child, then, func(*args, **kwargs))
         if operands == "layer":
@@ -185,7 +206,10 @@ class Answering(ForwardMode):
 
     def _rounded(self, child: str, then: str, result: Any) -> Any:
         """Return what a call made that had other arguments than recorded, through the quantizer that stands there."""
-        own = getattr(self._owner, then) if then else getattr(self._owner, child).output_quantizer
+        if then:
+            return getattr(self._owner, then)(result)
+        made = getattr(self._owner, child)
+        own = made.output_quantizer if hasattr(made, "output_quantizer") else made.activation_post_process
         return result if own is None else own(result)
 
     def _running_place(self) -> str:
@@ -217,15 +241,17 @@ class Answering(ForwardMode):
                 found.append(key)
         return found
 
-    def tell(self, missing: Sequence[str]) -> None:
-        """Warn, once per module, of recorded calls that this run did not make."""
-        if not getattr(self._owner, _TOLD, False):
-            setattr(self._owner, _TOLD, True)
-            _warn(type(self._owner).__name__, len(missing), self.children_of(missing), stacklevel=4)
+    def description(self, missing: Sequence[str]) -> str:
+        """Return what to tell of recorded calls that this run did not make."""
+        what = f" ({children})" if (children := self._children_of(missing)) else ""
+        return (
+            f"{len(missing)} calls of the forward of {type(self._owner).__name__} that prepare_qat recorded did not "
+            f"come, or with other arguments{what}: it took another branch, which runs in float, a number in it "
+            "changed, or its source did"
+        )
 
-    def children_of(self, keys: Sequence[str]) -> str:
-        """Return the names of the children that would have answered some calls."""
-        return ", ".join(sorted({child for key in keys for child in self._answers[key][1::2] if child}))
+    def _children_of(self, keys: Sequence[str]) -> str:
+        return ", ".join(sorted({child for key in keys for child in self._answers[key][1:4:2] if child}))
 
     def _replaced(self, child: str, operands: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the child makes of the operands of a call, or the first one where no child replaces it."""
@@ -240,28 +266,6 @@ class Answering(ForwardMode):
         return getattr(self._owner, child)(*(tensors[:1] if operands == "first" else tensors))
 
 
-def _warn(owner: str, count: int, children: str, stacklevel: int) -> None:
-    what = f" ({children})" if children else ""
-    warnings.warn(
-        f"{count} calls of the forward of {owner} that prepare_qat recorded did not come, or with other "
-        f"arguments{what}: it took another branch, which runs in float, a number in it changed, or its source did",
-        stacklevel=stacklevel,
-    )
-
-
-def _warn_in_trace(owner: str, count: int, children: str) -> None:
-    """Warn while ``torch.compile`` traces: a graph has no warnings."""
-    _warn(owner, count, children, stacklevel=2)
-
-
-def _plain(argument: Any) -> Any:
-    """Return an argument as JSON gives it back."""
-    if isinstance(argument, (tuple, list)):
-        return [_plain(item) for item in argument]
-    return {key: _plain(item) for key, item in argument.items()} if isinstance(argument, Mapping) else argument
-
-
-_TOLD = "_tritonq_told_missing"
 _HANDLER = Answering.__torch_function__.__code__
 _FORWARD = next(code for code in answering.__code__.co_consts if getattr(code, "co_name", "") == "forward")
 _REPEATED = next(code for code in Answering._repeated.__code__.co_consts if getattr(code, "co_name", "") == "repeated")
@@ -280,4 +284,3 @@ def _place_in_trace() -> str:
 
 # As torch.compiler.assume_constant_result does, which imports all of Dynamo.
 _place_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_warn_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]

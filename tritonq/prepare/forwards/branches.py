@@ -1,4 +1,4 @@
-"""Whether a trace can have left out a branch of a forward, or fixed a number that training code changes."""
+"""Whether a trace can have left out a branch of a forward, and which values of the module it fixed."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def frozen_branch(module: nn.Module) -> str | None:
             if _has_jumps(function.__code__):
                 return "a forward without source"
             continue
-        varying = {*function.__code__.co_varnames, *function.__code__.co_freevars} - {"self"}
+        receiver = _receiver(function, module)
+        varying = {*function.__code__.co_varnames, *function.__code__.co_freevars} - {receiver}
         for condition in _conditions(tree):
-            if not _is_fixed(condition, varying, {**function.__globals__, "self": module}):
+            if not _is_fixed(condition, varying, {**function.__globals__, receiver: module}):
                 return f"`{ast.unparse(condition).splitlines()[0]}`"
     return None
 
@@ -39,25 +40,52 @@ def frozen_branch(module: nn.Module) -> str | None:
 def fixed_number(module: nn.Module) -> str | None:
     """Return a floating-point attribute that the source of a module's forward reads, or None.
 
-    A trace would fix it, and who trains may change it: temperatures, probabilities of dropout and the like. Whole
-    numbers are sizes, and stay.
+    A trace would fix it, and who trains may change it: temperatures, probabilities of dropout and the like.
     """
-    for function, tree in _sources(module):
-        names = function.__code__.co_varnames[:1]
-        for node in () if tree is None or names == () else ast.walk(tree):
-            if isinstance(node, ast.Attribute) and _holds_floats(_attribute(node, module, names[0])):
-                return f"`{ast.unparse(node)}`"
+    for source, _, value in _attributes(module):
+        if _holds_floats(value):
+            return f"`{source}`"
     return None
 
 
+def fixed_values(module: nn.Module) -> dict[str, Any]:
+    """Return the flags, whole numbers and texts that the source of a module's forward reads, by their paths.
+
+    Those of modules inside and of configurations count, too: the path of ``self.config.depth`` is ``config.depth``.
+    """
+    return {path: value for _, path, value in _attributes(module) if _is_plain(value)}
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """Yield source, path and value of the attributes that the source of a module's forward reads."""
+    for function, tree in _sources(module):
+        names = function.__code__.co_varnames[:1]
+        for node in () if tree is None or names == () else ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr != "training":
+                source = ast.unparse(node)
+                yield source, source.partition(".")[2], _attribute(node, module, names[0])
+
+
+_PLAIN = (type(None), bool, int, str)
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    return type(value) in _PLAIN
+
+
+_UNKNOWN = object()
+
+
 def _attribute(node: ast.expr, module: nn.Module, receiver: str) -> Any:
-    """Return what ``self.name`` or ``self.name.name`` is, or None where that can't be told."""
+    """Return what ``self.name`` or ``self.name.name`` is, where that can be told."""
     if isinstance(node, ast.Name):
-        return module if node.id == receiver else None
-    owner = _attribute(node.value, module, receiver) if isinstance(node, ast.Attribute) else None
-    if owner is None or not isinstance(node, ast.Attribute):
-        return None
-    found = inspect.getattr_static(owner, node.attr, None)
+        return module if node.id == receiver else _UNKNOWN
+    owner = _attribute(node.value, module, receiver) if isinstance(node, ast.Attribute) else _UNKNOWN
+    if owner is _UNKNOWN or not isinstance(node, ast.Attribute):
+        return _UNKNOWN
+    found = inspect.getattr_static(owner, node.attr, _UNKNOWN)
     return owner._modules.get(node.attr, found) if isinstance(owner, nn.Module) else found
 
 
@@ -79,7 +107,14 @@ def _sources(module: nn.Module) -> Iterator[tuple[FunctionType, ast.AST | None]]
         tree = _source_tree(function)
         yield function, tree
         if tree is not None:
-            pending += _called(tree, module, function)
+            pending += _called(tree, module, function, _receiver(function, module))
+
+
+def _receiver(function: FunctionType, module: nn.Module) -> str:
+    """Return the name of the module in a function that its forward runs."""
+    found = [vars(base).get(function.__name__) for base in type(module).__mro__]
+    is_method = any(inspect.unwrap(method) is function for method in found if callable(method))
+    return function.__code__.co_varnames[0] if is_method and function.__code__.co_argcount else "self"
 
 
 def _is_of_torch(function: FunctionType) -> bool:
@@ -143,11 +178,11 @@ def _value(operand: ast.expr, names: dict[str, Any]) -> bool | None:
         return None
 
 
-def _called(tree: ast.AST, module: nn.Module, function: FunctionType) -> Iterator[Any]:
+def _called(tree: ast.AST, module: nn.Module, function: FunctionType, receiver: str) -> Iterator[Any]:
     """Yield the methods of the module, and the functions, that a source names."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            if isinstance(node.value, ast.Name) and node.value.id == "self":
+            if isinstance(node.value, ast.Name) and node.value.id == receiver:
                 yield vars(module).get(node.attr)
                 yield getattr(inspect.getattr_static(type(module), node.attr, None), "__func__", None)
                 yield inspect.getattr_static(type(module), node.attr, None)

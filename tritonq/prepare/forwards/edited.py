@@ -20,6 +20,7 @@ from tritonq.nn.original_class import original_class
 from tritonq.prepare.forwards.answered import answering, check_answers
 from tritonq.prepare.forwards.graph import DATA_VERSION, QUANTIZING_VERSION, ForwardData, ForwardGraph, compile_graph
 from tritonq.prepare.forwards.graph_module import read_graph, write_graph
+from tritonq.prepare.forwards.guarded import check_values, guarded
 from tritonq.prepare.forwards.hidden import HidesChildren, container_methods
 from tritonq.prepare.forwards.quantized import Read, quantizing
 
@@ -198,6 +199,7 @@ def _checked(module: nn.Module, data: Any) -> ForwardData:
         nodes = itertools.chain.from_iterable(part.nodes for part in graph.graphs())
         called += [str(node.target) for node in nodes if node.op == "call_module"]
         plain |= graph.to_data()
+        plain |= _checked_guard(data, children, owner)
     reads, returns = [Read.from_data(read) for read in data.get("reads") or ()], data.get("returns")
     if reads or returns is not None:
         plain |= {"version": QUANTIZING_VERSION, "reads": [read.to_data() for read in reads], "returns": returns}
@@ -206,6 +208,19 @@ def _checked(module: nn.Module, data: Any) -> ForwardData:
         if child not in children:
             raise ValueError(f"the forward calls the child {child!r}, which {owner} doesn't have")
     return plain
+
+
+def _checked_guard(data: ForwardData, children: Iterable[str], owner: str) -> ForwardData:
+    """Return what a graph was made for, and the answers of the forward that runs otherwise; empty without them."""
+    if "values" not in data:
+        return {}
+    check_values(data["values"])
+    otherwise = data.get("otherwise")
+    if otherwise is None:
+        return {"values": data["values"], "otherwise": None}
+    check_answers(otherwise.get("answers"), children, owner)
+    answers = {"answers": otherwise["answers"], "expected": otherwise.get("expected", {})}
+    return {"values": data["values"], "otherwise": answers}
 
 
 # Data of this version names answered calls; the earlier one knows graphs alone.
@@ -232,6 +247,8 @@ def _edited_class(original: type[nn.Module], encoded: str) -> type[nn.Module]:
         graph = ForwardGraph.from_data(data)
         forwards = [compile_graph(part, original.__name__) for part in graph.graphs()]
         forward = forwards[0] if len(forwards) == 1 else _by_mode(*forwards)
+        if "values" in data:
+            forward = guarded(forward, authors, data)
     elif "answers" in data:
         forward = answering(authors, data["answers"], data.get("expected"))
     if data["version"] == QUANTIZING_VERSION:

@@ -12,7 +12,7 @@ import linecache
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, Self
 
 from torch import fx, nn
 
@@ -47,7 +47,7 @@ class ForwardGraph:
         self._nodes = [{node.name: node for node in graph.nodes} for graph in self.graphs()]
 
     @classmethod
-    def trace(cls, module: nn.Module, frames: Iterable[Frame]) -> ForwardGraph:
+    def trace(cls, module: nn.Module, frames: Iterable[Frame]) -> Self:
         """Return the forward of ``module`` as it was called in the recorded ``frames``.
 
         Raises:
@@ -119,10 +119,11 @@ class ForwardGraph:
                     with graph.inserting_before(found):
                         graph.call_function(check_argument, (value, recorded[name], f"{name} of {function}"))
 
-    def replace(self, node: str, child: str, operands: Operands, in_place: bool = False) -> None:
+    def replace(self, node: str, child: str, operands: Operands, in_place: bool = False, joined: bool = False) -> None:
         """Replace a node by a call of the child module ``child`` on ``operands(node)``.
 
         ``in_place`` says that the node overwrites its first operand: later readers of that get the new result.
+        ``joined`` says that the child computes other nodes, too, which were erased.
         """
         for graph, found in self._find(node):
             with graph.inserting_after(found):

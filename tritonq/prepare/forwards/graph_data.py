@@ -127,6 +127,24 @@ def data_to_graph(data: GraphData) -> fx.Graph:
     return graph
 
 
+def constant_to_data(value: Any) -> Any:
+    """Return a constant as JSON can hold it.
+
+    Raises:
+        ValueError: anything that is no plain constant.
+    """
+    return _to_data(value)
+
+
+def constant_from_data(data: Any) -> Any:
+    """Return the constant that :func:`constant_to_data` described.
+
+    Raises:
+        ValueError: data that doesn't describe one.
+    """
+    return _from_data(data, {})
+
+
 def _node_to_data(node: fx.Node) -> NodeData:
     target = node.target
     if node.op == "call_function":

@@ -1,0 +1,91 @@
+"""Numbers and flags among the arguments of a call: what it was recorded with, and whether it still has them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq.prepare.record.dataflow import Call, Ref
+from tritonq.prepare.record.operations import operation_name
+
+# By position and by name: functions of torch hand their arguments on by name, and torch.compile sees them as written.
+Numbers = dict[str, Any]
+_TENSOR = "a tensor"
+# It says where a result is written, which is no part of it.
+_WHERE = "inplace"
+
+
+def numbers_of_call(call: Call) -> Numbers:
+    """Return the arguments that a recorded call was given, with a word for each tensor."""
+    given = _by_key(call.args, call.kwargs)
+    for position, name in enumerate(_parameters(call.target)):
+        key = name if name in given else str(position)
+        if key in given:
+            given |= {name: given[key], str(position): given[key]}
+    return given
+
+
+def has_tensors_alone(numbers: Numbers) -> bool:
+    """Whether a recorded call was given tensors and nothing else that its result depends on."""
+    return all(key == _WHERE or _is_of_tensors(value) for key, value in numbers.items())
+
+
+def has_numbers(args: Sequence[Any], kwargs: Mapping[str, Any], recorded: Sequence[Numbers]) -> bool:
+    """Whether a call has the numbers that it had in one of the recorded calls; what it does not give is a default."""
+    given = _by_key(args, kwargs)
+    return any(all(numbers.get(key) == value for key, value in given.items()) for numbers in recorded)
+
+
+def changed_numbers(
+    owner: str,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    recorded: Sequence[Numbers],
+) -> str:
+    """Return why a call with other numbers than recorded can't be made."""
+    given = _by_key(args, kwargs)
+    before = {key: value for key, value in recorded[0].items() if key in given}
+    return (
+        f"{operation_name(function)} in the forward of {owner} was recorded with the arguments "
+        f"{_shown(before)} and is called with {_shown(given)}, but it became one with the operation beside it: "
+        "prepare the model again"
+    )
+
+
+def _by_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Numbers:
+    return {**{str(position): _plain(value) for position, value in enumerate(args)}, **_plain(kwargs)}
+
+
+def _plain(argument: Any) -> Any:
+    """Return an argument as JSON gives it back, with a word for each tensor."""
+    if isinstance(argument, (Tensor, Ref)):
+        return _TENSOR
+    if isinstance(argument, (tuple, list)):
+        return [_plain(item) for item in argument]
+    if isinstance(argument, Mapping):
+        return {key: _plain(item) for key, item in argument.items()}
+    plain = argument is None or isinstance(argument, (bool, int, float, str, torch.SymInt, torch.SymFloat))
+    return argument if plain else repr(argument)
+
+
+def _is_of_tensors(value: Any) -> bool:
+    return all(map(_is_of_tensors, value)) if isinstance(value, list) else bool(value == _TENSOR)
+
+
+def _parameters(function: Any) -> Sequence[str]:
+    """Return the names of a function's parameters by position; none where torch does not tell them."""
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def _shown(arguments: Numbers) -> str:
+    shown = [f"{value}" if value == _TENSOR else repr(value) for key, value in arguments.items() if key.isdigit()]
+    shown += [f"{key}={value!r}" for key, value in arguments.items() if not key.isdigit()]
+    return f"({', '.join(shown)})"

@@ -1,0 +1,27 @@
+"""Warnings of forwards that run otherwise than they were recorded: once per module."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+_TOLD = "_tritonq_told_missing"
+
+
+def tell_once(owner: nn.Module, message: str) -> None:
+    """Warn, once per module; under ``torch.compile`` while it traces, since a graph has no warnings."""
+    if torch.compiler.is_compiling():
+        _warn(message)
+    elif not getattr(owner, _TOLD, False):
+        setattr(owner, _TOLD, True)
+        _warn(message)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+# As torch.compiler.assume_constant_result does, which imports all of Dynamo.
+_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
