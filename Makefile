@@ -10,7 +10,7 @@ OUT ?= gpu-results
 MUTATE_MINUTES ?= 60
 
 .PHONY: accuracy help demo test test-quick emulate lint format docs bench gpu matrix peers-tests zoo clean
-.PHONY: engines executorch mutate
+.PHONY: engines executorch files mutate
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ lint: $(VENV)/.dev ## check style, format and types
 format: $(VENV)/.dev ## format, and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+files: ## list files with what each holds, or those about WORD=histogram
+	@$(PYTHON) tools/files.py $(WORD)
 
 docs: $(VENV)/.docs ## build the documentation into docs/_build/html; a broken link or reference is an error
 	$(BIN)/python -m sphinx -q -E --fail-on-warning -b html docs docs/_build/html

@@ -1,3 +1,5 @@
+"""Cases of benchmarks: their names and tolerances, and that every implementation gives the same result."""
+
 import pytest
 import torch
 from torch import nn

@@ -1,3 +1,5 @@
+"""Pictures of measured results."""
+
 import pytest
 
 pytest.importorskip("matplotlib")

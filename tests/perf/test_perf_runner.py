@@ -1,3 +1,5 @@
+"""The `bench` command: its options, its results file, and what it does about failures."""
+
 import argparse
 import json
 import time

@@ -1,3 +1,5 @@
+"""The `tune` command: which launches it tries, and the table that it writes."""
+
 import json
 import os
 import subprocess
