@@ -72,6 +72,8 @@ def _key(args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...] | 
             key.append(value.dtype)
         else:
             key.append(value)
+            # 0 and 0.0 are equal, and Triton compiles another kernel for each.
+            key.append(type(value))
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     return device, *key, *constants, *constants.values()
 

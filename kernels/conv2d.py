@@ -19,12 +19,11 @@ from triton.runtime.driver import driver
 from . import launch_sizes
 from .activation import load_quantizer, quantize_value
 from .cached_launch import Launcher
-from .conv_tile import ConvGeometry, ConvTile, conv_tile, empty_output, is_channels_last
+from .conv_tile import ConvGeometry, ConvTile, conv_tile, empty_output, is_channels_last, reach
+from .layout import is_wide
 from .quantized import Grid, grid_pointers
 from .rounding import round_half_away, round_half_even_any
 
-# Offsets of elements stay within 32 bits below this.
-_INT32_ELEMENTS = 2**31
 # Below this most of each step is padding, whatever the kernel's size: a class of its own.
 _FEW_CHANNELS = 16
 # No sum of integers below this is rounded in float32.
@@ -96,11 +95,12 @@ def conv2d_kernel(
     CHANNELS: tl.constexpr,
 ):
     """One tile of pixels, of one or several images, and out channels of one group. Has run on no GPU yet."""
-    pixel = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * PIXELS + tl.arange(0, PIXELS)
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    pixel = tl.program_id(0).to(INDEX) * PIXELS + tl.arange(0, PIXELS)
     group = tl.program_id(1) // out_tiles
     place_out = (tl.program_id(1) - group * out_tiles) * OUTS + tl.arange(0, OUTS)
     exists = place_out < outs
-    out = group * outs + place_out
+    out = (group * outs + place_out).to(INDEX)
     # Two divisions per pixel of the tile, outside of the loop: small images share a tile.
     image = pixel // image_pixels
     rest = pixel - image * image_pixels
@@ -133,7 +133,7 @@ def conv2d_kernel(
                 weight = tl.load(tap_ptr + out * weight_strides[0], mask=exists, other=0.0)
                 part += x.to(tl.float32) * weight.to(tl.float32)[None, :]
             else:
-                channel = (step - tap * chunks) * CHANNELS + tl.arange(0, CHANNELS)
+                channel = ((step - tap * chunks) * CHANNELS + tl.arange(0, CHANNELS)).to(INDEX)
                 x = tl.load(
                     x_ptr + place[:, None] + (group * channels + channel)[None, :] * x_strides[1],
                     mask=inside[:, None] & (channel < channels)[None, :],
@@ -273,7 +273,7 @@ def _launch(
             QUANT_MAX=1 if qtype is None else qtype.quant_max,
             ROUNDING="half_even" if rounds is None else rounds.qtype.rounding,
             PRECISION=input_precision(x, is_codes=multiplier is not None),
-            WIDE=max(_reach(x), _reach(y)) >= _INT32_ELEMENTS,
+            WIDE=is_wide(max(map(reach, (x, weight, y)))),
             FLUSH=flush,
             PIXELS=tile.pixels,
             OUTS=tile.outs,
@@ -306,11 +306,6 @@ def _default_tile(x: Tensor, pixels: int, outs: int, channels: int, depthwise: b
         return conv_tile(pixels, outs, channels, depthwise=depthwise, widest=widest, steps=(16, 64))
     # Values read one by one need their addresses in registers.
     return conv_tile(pixels, outs, channels, depthwise=depthwise, widest=widest, steps=(16, 32), stages=2)
-
-
-def _reach(x: Tensor) -> int:
-    """Return one past the largest offset of an element."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def input_precision(x: Tensor, is_codes: bool) -> str:

@@ -63,6 +63,11 @@ def empty_output(x: Tensor, weight: Tensor, geometry: ConvGeometry, dtype: torch
     )
 
 
+def reach(x: Tensor) -> int:
+    """Return one past the largest offset of an element."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether channels are next to each other in memory, and not just because there is one of something."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

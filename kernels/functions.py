@@ -15,9 +15,10 @@ from torch import Tensor
 from .activation import gradient_bounds, gradient_passes, load_quantizer
 from .cached_launch import Launcher
 from .launch_sizes import Parameters, device_guard, flat_parameters, warp_size
+from .layout import is_wide
 from .pointwise import function_derivative, function_value, load_operand
 from .quantized import Function, Grid, RangeStatistics, grid_constants, grid_pointers
-from .rounded import is_wide, laid_out_as, operation_constants, write_rounded
+from .rounded import laid_out_as, operation_constants, write_rounded
 
 # 16 elements to a lane: both reads take whole lines. By bytes in flight, not measured.
 _BACKWARD = Parameters(elements=2048, max_cols=2048, warps=4)

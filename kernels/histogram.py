@@ -36,6 +36,8 @@ _INFINITE_BITS = tl.constexpr(0x7F800000)
 # 2048 would take 20 times as long as the read; what lies outside, 1 in 80 of normally distributed values, goes to
 # memory by itself. All in all 140 instructions per value: predicted at a fifth of an H200's memory rate, not measured.
 _WINDOW = 256
+# Elements of one channel to a program of the linear histogram, eight to a lane. Not measured.
+_LINEAR_BLOCK = 1024
 
 
 @triton.jit
@@ -116,7 +118,8 @@ def prefix_histogram_kernel(
                     tl.atomic_add(histogram_ptr + PER_SIDE, zeros, mask=zeros > 0)
                 number = bin_of(prefix, negative, FIRST_PREFIX, PER_SIDE)
                 if CHANNEL is not None:
-                    number += place[CHANNEL] * (2 * PER_SIDE + 1)
+                    # Histograms of many channels hold more elements than the tensor.
+                    number = number.to(tl.int64) + place[CHANNEL] * tl.full([], 2 * PER_SIDE + 1, tl.int64)
                 tl.atomic_add(histogram_ptr + number, tl.full([ROWS, COLS], 1, tl.int64), mask=alone)
 
     if WINDOW:
@@ -142,15 +145,18 @@ def linear_histogram_kernel(
     hi,
     width,  # hi - lo, float32
     length,
+    blocks,  # of BLOCK elements, in a channel
     bins,
+    parts,  # the bins as a float: Triton makes an integer that is 1 a number of Python
     BLOCK: tl.constexpr,
 ):
     """Count one block of one channel. Has run on no GPU yet."""
-    channel = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    channel = (program // blocks).to(tl.int64)
+    at = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + channel * length + at, mask=at < length, other=float("nan")).to(tl.float32)
     inside = (x >= lo) & (x <= hi)
-    position = tl.div_rn((x - lo) * bins.to(tl.float32), tl.full([BLOCK], width, tl.float32))
+    position = tl.div_rn((x - lo) * parts, tl.full([BLOCK], width, tl.float32))
     index = tl.minimum(tl.where(inside, position, 0).to(tl.int32), bins - 1)
     tl.atomic_add(histogram_ptr + channel * bins + index, tl.full([BLOCK], 1, tl.int64), mask=inside)
 
@@ -164,14 +170,18 @@ def linear_histogram(x: Tensor, bins: int, lo: float, hi: float, axis: int | Non
     if rows.numel():
         limits = torch.tensor([lo, hi], dtype=torch.float32)
         with device_guard(x):
-            linear_histogram_kernel[(triton.cdiv(rows.shape[1], 1024), rows.shape[0])](
+            # The first axis of a grid takes 2^31 programs, the others 65535.
+            blocks = triton.cdiv(rows.shape[1], _LINEAR_BLOCK)
+            linear_histogram_kernel[(blocks * rows.shape[0],)](
                 rows,
                 counts,
                 *limits.tolist(),
                 float(limits[1] - limits[0]),
                 rows.shape[1],
+                blocks,
                 bins,
-                BLOCK=1024,
+                float(bins),
+                BLOCK=_LINEAR_BLOCK,
                 num_warps=4,
                 enable_fp_fusion=False,
             )

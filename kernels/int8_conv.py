@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .cached_launch import Launcher
-from .conv_tile import ConvGeometry, conv_tile, empty_output
+from .conv_tile import ConvGeometry, conv_tile, empty_output, reach
 from .launch_sizes import device_guard
+from .layout import is_wide
 
 ACCUMULATOR_MAX = tl.constexpr(2**31 - 1)
 # Far outside of every 8-bit range, and yet 32 bits hold it shifted left by any fractional length.
@@ -94,6 +95,7 @@ def int8_conv_kernel(
     DEPTHWISE: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     UNSIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -104,13 +106,14 @@ def int8_conv_kernel(
     image = tl.program_id(2).to(tl.int64)
     x_ptr += image * x_strides[0]
     y_ptr += image * y_strides[0]
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    out = tl.program_id(1) * OUTS + tl.arange(0, OUTS)
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    pixel = tl.program_id(0).to(INDEX) * PIXELS + tl.arange(0, PIXELS)
+    out = tl.program_id(1).to(INDEX) * OUTS + tl.arange(0, OUTS)
     # One division per pixel of the tile, outside of the loops.
     line = pixel // out_width
     column = pixel - line * out_width
-    WIDE: tl.constexpr = tl.int32 if saturated_ptr is None else tl.int64
-    total = tl.zeros([PIXELS, OUTS], WIDE)
+    SUM: tl.constexpr = tl.int32 if saturated_ptr is None else tl.int64
+    total = tl.zeros([PIXELS, OUTS], SUM)
     for kernel_line in range(KERNEL[0]):
         x_row = line * STRIDE[0] + kernel_line * DILATION[0] - PADDING[0]
         for kernel_column in range(KERNEL[1]):
@@ -125,10 +128,10 @@ def int8_conv_kernel(
                     other=0,
                 )
                 weight = tl.load(tap + out * weight_strides[0], mask=out < outs, other=0)
-                total += codes.to(WIDE) * weight.to(WIDE)[None, :]
+                total += codes.to(SUM) * weight.to(SUM)[None, :]
             else:
                 for first in range(0, channels, CHANNELS):
-                    channel = first + tl.arange(0, CHANNELS)
+                    channel = (first + tl.arange(0, CHANNELS)).to(INDEX)
                     codes = tl.load(
                         x_ptr + place[:, None] + channel[None, :] * x_strides[1],
                         mask=inside[:, None] & (channel < channels)[None, :],
@@ -142,7 +145,7 @@ def int8_conv_kernel(
                         mask=(out < outs)[None, :] & (channel < channels)[:, None],
                         other=0,
                     )
-                    total += tl.dot(codes, weight, out_dtype=tl.int32).to(WIDE)
+                    total += tl.dot(codes, weight, out_dtype=tl.int32).to(SUM)
     bias = tl.load(bias_ptr + out, mask=out < outs, other=0)
     valid = (pixel < pixels)[:, None] & (out < outs)[None, :]
     result = finish(total, bias, shift_ptr, saturated_ptr, out, outs, valid, QUANT_MIN, QUANT_MAX)
@@ -164,15 +167,9 @@ def int8_conv2d(
     out_dtype: torch.dtype,
     saturated: Tensor | None = None,
 ) -> Tensor:
-    """Convolve codes; the result is channels_last where ``x`` is.
-
-    Raises:
-        ValueError: more images than one grid axis takes.
-    """
-    images, channels, height, width = x.shape
+    """Convolve codes; the result is channels_last where ``x`` is."""
+    _, channels, height, width = x.shape
     outs, _, kernel_h, kernel_w = weight.shape
-    if images > _MAX_IMAGES:
-        raise ValueError(f"a launch takes at most {_MAX_IMAGES} images, got {images}")
     y = empty_output(x, weight, ConvGeometry(stride, padding, dilation, groups), out_dtype)
     out_h, out_w = y.shape[2:]
     if y.numel() == 0:
@@ -186,37 +183,40 @@ def int8_conv2d(
     # Accumulators of 64 bits are two registers each.
     widest = 128 if saturated is None else 64
     tile = conv_tile(out_h * out_w, outs, channels, depthwise=depthwise, widest=widest)
-    grid = (triton.cdiv(out_h * out_w, tile.pixels), triton.cdiv(outs, tile.outs), images)
+    shift = None if shift is None else shift.contiguous()
     with device_guard(x):
-        int8_conv_kernel[grid](
-            x,
-            weight,
-            start,
-            None if shift is None else shift.contiguous(),
-            y,
-            saturated,
-            x.stride(),
-            weight.stride(),
-            y.stride(),
-            channels,
-            height,
-            width,
-            outs,
-            out_w,
-            out_h * out_w,
-            STRIDE=stride,
-            PADDING=padding,
-            DILATION=dilation,
-            KERNEL=(kernel_h, kernel_w),
-            DEPTHWISE=depthwise,
-            MULTIPLIER=outs // channels if depthwise else 1,
-            UNSIGNED=unsigned,
-            QUANT_MIN=quant_min,
-            QUANT_MAX=quant_max,
-            PIXELS=tile.pixels,
-            OUTS=tile.outs,
-            CHANNELS=tile.channels,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        for images, results in zip(x.split(_MAX_IMAGES), y.split(_MAX_IMAGES), strict=True):
+            int8_conv_kernel[triton.cdiv(out_h * out_w, tile.pixels), triton.cdiv(outs, tile.outs), len(images)](
+                images,
+                weight,
+                start,
+                shift,
+                results,
+                saturated,
+                x.stride(),
+                weight.stride(),
+                y.stride(),
+                channels,
+                height,
+                width,
+                outs,
+                out_w,
+                out_h * out_w,
+                STRIDE=stride,
+                PADDING=padding,
+                DILATION=dilation,
+                KERNEL=(kernel_h, kernel_w),
+                DEPTHWISE=depthwise,
+                MULTIPLIER=outs // channels if depthwise else 1,
+                UNSIGNED=unsigned,
+                # Where an image starts is computed in 64 bits anyway.
+                WIDE=is_wide(max(reach(x[:1]), reach(y[:1]), reach(weight))),
+                QUANT_MIN=quant_min,
+                QUANT_MAX=quant_max,
+                PIXELS=tile.pixels,
+                OUTS=tile.outs,
+                CHANNELS=tile.channels,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
     return y

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-# Index arithmetic stays 32-bit below this extent; the slack covers the masked lanes of a last, partial tile.
-_WIDE_EXTENT = 2**31 - 2**16
+# Index arithmetic stays 32-bit below this extent; the slack covers the masked lanes of a last, partial tile or block.
+_WIDE_EXTENT = 2**31 - 2**20
 # CUDA's and HIP's limit on the second and third grid axis. The first one takes 2^31 - 1.
 _GRID_LIMIT = 65535
 # Padding a row to whole tiles may waste this share of the lanes before a narrower tile is tried.
@@ -124,7 +124,12 @@ def view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int
     sizes = (folded[0][0], folded[1][0], folded[2][0])
     triples = tuple((folded[0][1][t], folded[1][1][t], folded[2][1][t]) for t in range(len(strides)))
     channel = next((i for i, dimension in enumerate(folded) if dimension[2]), None)
-    return View(sizes, triples, channel, _extent(sizes, triples) >= _WIDE_EXTENT)
+    return View(sizes, triples, channel, is_wide(_extent(sizes, triples)))
+
+
+def is_wide(extent: int) -> bool:
+    """Whether indices or offsets up to ``extent``, and those of lanes beyond, need 64 bits."""
+    return extent >= _WIDE_EXTENT
 
 
 def dense_view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int | None) -> View:

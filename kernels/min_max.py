@@ -161,17 +161,18 @@ def observe_kernel(
 
     # A share is empty only where the tensor is; nothing may be read then.
     exists = (start[0] < end[0]) & (start[1] < end[1]) & (start[2] < end[2])
-    first_ptr = x_ptr + share_offsets(start, x_strides)
     if CHANNEL == 1:
-        row = tl.arange(0, ROWS)
-        existing = (start[1] + row < sizes[1])[:, None] & exists
-        first = tl.load(first_ptr + (row * x_strides[1])[:, None], mask=existing, other=0)
+        row = start[1] + tl.arange(0, ROWS)[:, None]
+        first = tl.load(
+            x_ptr + share_offsets((start[0], row, start[2]), x_strides), mask=(row < sizes[1]) & exists, other=0
+        )
     elif CHANNEL == 2:
-        col = tl.arange(0, COLS)
-        existing = (start[2] + col < sizes[2])[None, :] & exists
-        first = tl.load(first_ptr + (col * x_strides[2])[None, :], mask=existing, other=0)
+        col = start[2] + tl.arange(0, COLS)[None, :]
+        first = tl.load(
+            x_ptr + share_offsets((start[0], start[1], col), x_strides), mask=(col < sizes[2]) & exists, other=0
+        )
     else:
-        first = tl.load(first_ptr, mask=exists, other=0)
+        first = tl.load(x_ptr + share_offsets(start, x_strides), mask=exists, other=0)
 
     low, high, _ = scan_min_max(x_ptr, first, x_strides, start, end, blocks, AHEAD, ROWS, COLS, False)
     unclean = ((tl.abs(low) < INF) & (tl.abs(high) < INF)) == 0

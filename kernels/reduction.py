@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from .launch_sizes import parameters, planned, programs_that_fill, warp_size
-from .layout import LaunchGrid, Tile, View, dense_view, launch_grid, split, tile_shape, view
+from .layout import LaunchGrid, Tile, View, dense_view, is_wide, launch_grid, split, tile_shape, view
 
 # Eight elements per lane: the compiler unrolls the loop itself, with loads in flight and 52 registers at most. Larger
 # tiles made it spill (perf/codegen.py).
@@ -127,4 +127,7 @@ def planned_reduction(dtype: torch.dtype, seen: View, device: torch.device, warp
             strides[d] = splits
             splits *= parts.programs[d]
     tile = Tile(rows, cols, chosen.num_warps(warp_size))
+    # The end of the last share lies beyond the tensor.
+    ends = max(share * programs for share, programs in zip(parts.share, parts.programs, strict=True))
+    seen = seen._replace(wide=seen.wide or is_wide(ends))
     return Reduction(seen, tile, parts.share, launch_grid(parts.programs), (strides[0], strides[1], strides[2]), splits)

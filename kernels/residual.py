@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .cached_launch import Launcher
 from .launch_sizes import Parameters, device_guard, flat_parameters, warp_size
+from .layout import is_wide
 from .quantized import Grid, RangeStatistics
-from .rounded import PLANES, is_wide, laid_out_as, mask_like, write_rounded
+from .rounded import PLANES, laid_out_as, mask_like, write_rounded
 
 # Of each plane, 8 elements to a lane: 128-bit accesses to 16-bit elements.
 _BACKWARD = Parameters(elements=PLANES * 1024, max_cols=1024, warps=4)

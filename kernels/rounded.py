@@ -15,6 +15,7 @@ from .activation import gradient_bounds, gradient_passes, load_quantizer, merge_
 from .cached_launch import Launcher
 from .constants import INF
 from .launch_sizes import Parameters, device_guard, flat_parameters, programs_that_fill, warp_size
+from .layout import is_wide
 from .pointwise import operate
 from .quantized import Grid, RangeStatistics, grid_constants, grid_pointers, observing_switch
 
@@ -22,8 +23,6 @@ from .quantized import Grid, RangeStatistics, grid_constants, grid_pointers, obs
 _ALIGNMENT = 16
 # Planes of a mask: one for each bit of a byte.
 PLANES = 8
-# Offsets stay 32-bit below this; the slack covers the masked lanes of a last, partial block.
-_WIDE_EXTENT = 2**31 - 2**20
 # Elements of each plane per program, 8 to a lane: 128-bit accesses to 16-bit elements.
 _ROUNDED = Parameters(elements=PLANES * 1024, max_cols=1024, warps=4)
 # Bytes of the operands that a program of the range loads at a time: 64 to a lane, as many as `TILES_AHEAD` are.
@@ -230,11 +229,6 @@ def operation_constants(operation: str, arguments: tuple[float, ...]) -> dict[st
     return {"OPERATION": operation, "FIRST": first, "SECOND": second}
 
 
-def is_wide(n: int) -> bool:
-    """Whether offsets of ``n`` elements, and of the lanes beyond, need 64 bits."""
-    return n >= _WIDE_EXTENT
-
-
 def _observe(
     operands: tuple[Tensor, Tensor | None],
     operation: str,
@@ -268,7 +262,8 @@ def _observe(
             share,
             **operation_constants(operation, arguments),
             BLOCK=chosen.elements,
-            WIDE=is_wide(n),
+            # The end of the last share lies beyond the tensor.
+            WIDE=is_wide(programs * share),
             num_warps=chosen.num_warps(warp_size(a.device)),
             enable_fp_fusion=False,
         )

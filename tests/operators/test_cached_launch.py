@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tritonq.kernels import cached_launch, fake_quant, min_max
+from tritonq.kernels import cached_launch, fake_quant, histogram, min_max
 from tritonq.quantized_type import QUINT8
 
 
@@ -61,10 +61,12 @@ def recorder(monkeypatch):
     monkeypatch.setattr(cached_launch, "has_launches", lambda value: True)
     before = driver._active
     driver.set_active(recording)
-    for kernel in (fake_quant.fake_quantize_kernel, fake_quant.fake_quantize_backward_kernel, min_max.observe_kernel):
+    launched_here = (fake_quant.fake_quantize_kernel, fake_quant.fake_quantize_backward_kernel)
+    launched_here += (min_max.observe_kernel, histogram.linear_histogram_kernel)
+    for kernel in launched_here:
         kernel._entries.clear()
     yield recording
-    for kernel in (fake_quant.fake_quantize_kernel, fake_quant.fake_quantize_backward_kernel, min_max.observe_kernel):
+    for kernel in launched_here:
         kernel._entries.clear()
         kernel.function.device_caches.pop(0, None)
     driver._active = before
@@ -178,6 +180,16 @@ def test_hooks_of_profilers_see_remembered_launches(recorder):
         assert launch[6].get()["name"] == "fake_quantize_kernel"
     finally:
         knobs.runtime.launch_enter_hook.remove(seen.append)
+
+
+def test_numbers_that_are_equal_and_of_two_types_are_told_apart(recorder):
+    """Triton makes 0 an integer and 0.0 a float; each needs a kernel of its own."""
+    kernel, x, counts = histogram.linear_histogram_kernel, torch.randn(4096), torch.zeros(4, dtype=torch.int64)
+    signatures = []
+    for low in (0, 0.0, 0):
+        launch = launched(recorder, kernel, x, counts, low, 1.0, 1.0, 4096, 4, 4, 4.0, BLOCK=1024, num_warps=4)
+        signatures.append(launch[2])
+    assert signatures[0] == signatures[2] != signatures[1]
 
 
 def test_the_memory_of_launches_is_bounded(recorder, monkeypatch):

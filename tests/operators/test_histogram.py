@@ -283,6 +283,6 @@ class TestKernels(OpTester):
     def test_linear_histogram(self, layout, use, device):
         x = LAYOUTS[layout]()
         for axis in axes(x):
-            for bins, lo, hi in ((10, -1.0, 1.0), (33, -3.3, 4.7)):
+            for bins, lo, hi in ((10, -1.0, 1.0), (33, -3.3, 4.7), (1, -1.0, 1.0)):
                 found = histogram(x.to(device), bins, lo, hi, axis=axis, backend=use)
                 assert torch.equal(found.cpu(), reference.linear_histogram(x, bins, lo, hi, axis))

@@ -15,6 +15,7 @@ from op_tester import LAYOUTS, axes, strided_tensors
 pytest.importorskip("triton")
 
 from tritonq.kernels.layout import Split, View, launch_grid, split, tile_counts, tile_shape, view
+from tritonq.kernels.reduction import planned_reduction
 
 
 def seen(x: Tensor, axis: int | None = None) -> View | None:
@@ -113,6 +114,26 @@ def test_offsets_become_wide(x: Tensor, wide: bool) -> None:
     found = view(x.shape, (x.stride(),), None)
     assert found is not None
     assert found.wide is wide
+
+
+@pytest.mark.parametrize(
+    ("x", "axis"),
+    [
+        (meta(2**31 - 2**21), None),
+        (meta(2**31 - 2**20 - 1), None),
+        (meta(2**16 - 1, 2**15 - 16), None),
+        (meta(2, 2**30 - 2**20), 0),
+    ],
+)
+def test_shares_that_end_beyond_32_bits_are_wide(x: Tensor, axis: int | None) -> None:
+    """A program computes where its share ends before it looks where the tensor does."""
+    found = view(x.shape, (x.stride(),), axis)
+    assert found is not None
+    shares = planned_reduction(torch.bfloat16, found, torch.device("cpu"), 32)
+    # Of the tensor along the launch's axes; a channel's dimension has a program for each of its tiles.
+    programs = [-(-size // share) for size, share in zip(found.sizes, shares.share, strict=True)]
+    ends = max(share * count for share, count in zip(shares.share, programs, strict=True))
+    assert shares.view.wide or ends < 2**31
 
 
 sizes_of_views = st.tuples(st.integers(1, 2**20), st.integers(1, 2**34), st.integers(1, 2**34)).filter(

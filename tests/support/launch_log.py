@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -68,11 +69,13 @@ class LaunchLog:
 
     Attributes:
         variants: kernel name to its variants.
+        examples: kernel name and variant to the arguments and constants of its first launch.
     """
 
     def __init__(self, *, runs: bool = True) -> None:
         self._runs = runs
         self.variants: dict[str, set[Variant]] = {}
+        self.examples: dict[tuple[str, Variant], tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._gpu = EmulatedGpu()
         # Whether each launch of a call is new, while that is found out; and whether the call runs, all its launches.
         self._found: list[bool] | None = None
@@ -88,13 +91,14 @@ class LaunchLog:
             name = f"{function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
             variants = self.variants.setdefault(name, set())
             variant = variant_of(function.arg_names, args, constants)
+            self.examples.setdefault((name, variant), (args, constants))
             if not self._runs:
                 variants.add(variant)
             elif self._found is not None:
                 self._found.append(variant not in variants)
             elif self._is_running or variant not in variants:
                 variants.add(variant)
-                self._gpu.architecture = 80 if function.__name__ in _MATRICES else 90
+                self._gpu.architecture = architecture_of(name)
                 launch(launcher, grid, *args, **constants)
 
         with (
@@ -133,11 +137,23 @@ class LaunchLog:
         """Whether a call launches a variant that has not run; nothing is launched to find out."""
         before, self._found = self._found, []
         try:
-            copied, named = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), (args, kwargs))
+            copied, named = tree_map_only(Tensor, _copy, (args, kwargs))
             run(*copied, **named)
             return any(self._found)
         finally:
             self._found = before
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return a copy with the tensor's strides, gaps and alignment."""
+    storage = tensor.detach().untyped_storage().clone()
+    copy = torch.empty(0, dtype=tensor.dtype)
+    return copy.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload, no-any-return]
+
+
+def architecture_of(kernel: str) -> int:
+    """Return the compute capability that a kernel, named as in :func:`kernels`, is compiled for to be emulated."""
+    return 80 if kernel.rpartition(".")[2] in _MATRICES else 90
 
 
 def kernels() -> dict[str, Launcher]:

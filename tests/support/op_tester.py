@@ -35,9 +35,11 @@ class OpTester:
     Attributes:
         architecture: compute capability that kernels are compiled for where they are emulated; 80 for those with
             matrix products, since the emulator does not know ``wgmma``.
+        check_races: whether the emulator looks for races, for which it copies all memory of a launch.
     """
 
     architecture = 90
+    check_races = True
 
     @pytest.fixture(params=backends())
     def backend(self, request: pytest.FixtureRequest) -> str:
@@ -60,7 +62,7 @@ class OpTester:
             return
         from emulator import EmulatedGpu, emulated
 
-        with emulated(EmulatedGpu(self.architecture)):
+        with emulated(EmulatedGpu(self.architecture, check_races=self.check_races)):
             yield
 
     @pytest.fixture(autouse=True)
@@ -102,9 +104,10 @@ def few_programs() -> Iterator[None]:
 
 def clear_plans() -> None:
     """Forget what was planned under other settings."""
-    from tritonq.kernels import launch_sizes, layout, reduction
+    from tritonq.kernels import conv2d, float_blocks, launch_sizes, layout, reduction
 
-    for cached in (launch_sizes._plan, launch_sizes._parameters, reduction.planned_reduction, layout.view):
+    plans = (launch_sizes._plan, float_blocks._plan, conv2d._tuned_tile, reduction.planned_reduction)
+    for cached in (*plans, launch_sizes._parameters, layout.view):
         cached.cache_clear()
 
 

@@ -17,6 +17,9 @@ from tritonq.functional.linear_map import Convolution, LinearMap
 from tritonq.grid import Grid
 from tritonq.reference.activation import rectify_backward
 
+# A grid's second axis, on which groups lie, takes as many programs.
+_MOST_GROUPS = 65535
+
 
 @dataclass(frozen=True)
 class ConvKernel:
@@ -116,9 +119,9 @@ def find_kernel(x: Tensor, weight: Tensor, op: LinearMap, layer: IntegerAffine |
     """Return the kernel that is to run this layer; None: torch's operators are.
 
     That is so where kernels don't run (`tritonq.backend`), where the GPU's table has ``"torch"`` for a convolution or,
-    for values, no entry; under autocast of float values; while a graph is traced; and for integers of more bits than
-    float16 operands hold. Values take kernels in 2-d convolutions that pad with zeros alone; codes also in those of one
-    dimension, in those that pad otherwise, and in matrix products.
+    for values, no entry; under autocast of float values; while a graph is traced; for integers of more bits than
+    float16 operands hold; and for more groups than a launch takes. Values take kernels in 2-d convolutions that pad
+    with zeros alone; codes also in those of one dimension, in those that pad otherwise, and in matrix products.
 
     Args:
         x: the input.
@@ -132,7 +135,7 @@ def find_kernel(x: Tensor, weight: Tensor, op: LinearMap, layer: IntegerAffine |
         conv = op.conv2d if x.dim() == 4 and not torch.is_autocast_enabled(x.device.type) else None
     else:
         conv = op.as_conv2d(x) if layer.has_8_bit_codes else None
-    if conv is None:
+    if conv is None or conv.groups > _MOST_GROUPS:
         return None
     tile = None
     if op.conv2d is not None:
