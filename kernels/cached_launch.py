@@ -23,7 +23,12 @@ _MAX_ENTRIES = 4096
 
 
 class _Entry(NamedTuple):
-    """A compiled kernel, and its keyword arguments in the order of its signature."""
+    """A launch that was compiled before.
+
+    Attributes:
+        kernel: the compiled kernel.
+        constants: its keyword arguments, in the order of its signature.
+    """
 
     kernel: CompiledKernel
     constants: tuple[Any, ...]

@@ -234,7 +234,12 @@ def warp_size(device: torch.device) -> int:
 
 
 class LaunchPlan(NamedTuple):
-    """Tile and grid of an elementwise launch over a view."""
+    """The size of an elementwise launch over a view.
+
+    Attributes:
+        tile: what one program works on.
+        grid: how many programs there are.
+    """
 
     tile: Tile
     grid: LaunchGrid

@@ -75,7 +75,13 @@ class View(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What one program works on: powers of two, and the warps that share it."""
+    """The part of a view that one program works on.
+
+    Attributes:
+        rows: a power of two.
+        cols: a power of two.
+        warps: groups of lanes that share the tile, Triton's ``num_warps``.
+    """
 
     rows: int
     cols: int
@@ -83,7 +89,12 @@ class Tile(NamedTuple):
 
 
 class LaunchGrid(NamedTuple):
-    """Programs along each axis of a launch, and which dimension of the view lies on the first, unlimited one."""
+    """How many programs a launch has.
+
+    Attributes:
+        programs: along each axis.
+        first: the dimension of the view along the first axis, whose length GPUs don't limit.
+    """
 
     programs: tuple[int, int, int]
     first: int
@@ -200,7 +211,12 @@ def tile_counts(sizes: tuple[int, int, int], rows: int, cols: int) -> tuple[int,
 
 
 class Split(NamedTuple):
-    """How a reduction is shared out: the size of each program's share along (outer, rows, cols), and their numbers."""
+    """How a reduction is shared out among programs, along (outer, rows, cols).
+
+    Attributes:
+        share: elements of one program.
+        programs: how many programs there are.
+    """
 
     share: tuple[int, int, int]
     programs: tuple[int, int, int]

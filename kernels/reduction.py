@@ -56,7 +56,7 @@ class Reduction(NamedTuple):
 
     @property
     def arguments(self) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int], int, int]:
-        """What kernels take as ``sizes, share, split_strides, splits, channels``."""
+        """The arguments ``sizes, share, split_strides, splits, channels`` of kernels."""
         return self.view.sizes, self.share, self.split_strides, self.splits, self.channels
 
     def ahead(self, reads: int = 1) -> tuple[int, int, int]:

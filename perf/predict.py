@@ -92,7 +92,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted seconds of one launch on one GPU, what bounds it, and the share of a copy's rate that it reaches."""
+    """The predicted time of one launch on one GPU.
+
+    Attributes:
+        seconds: of the launch, its start included.
+        bound: what limits it: ``"memory"``, ``"latency"`` or ``"issue"``.
+        share_of_copy: of a copy's bytes per second.
+        in_flight_per_multiprocessor: bytes that a multiprocessor has requested and not yet received.
+    """
 
     seconds: float
     bound: str

@@ -51,7 +51,7 @@ class ConvShape:
 
     @property
     def conv(self) -> Convolution:
-        """Padded so that a stride of one keeps the size."""
+        """Geometry of the convolution, padded so that a stride of one keeps the size."""
         stride, padding = (self.stride, self.stride), (self.kernel // 2, self.kernel // 2)
         return Convolution(stride, padding, (1, 1), (0, 0), False, self.groups)
 
@@ -66,7 +66,7 @@ class ConvShape:
         return self.outs, self.channels // self.groups, self.kernel, self.kernel
 
     def key(self, dtype: str, layout: str) -> str:
-        """As the kernel looks it up."""
+        """Return the key under which the kernel looks up its launch size for this shape."""
         return table_key(dtype, layout, self.x, self.weight, ConvGeometry(*_geometry(self.conv)))
 
 

@@ -34,11 +34,11 @@ class Arithmetic(Protocol):
         """Round to the nearest integer, ties to even."""
 
     def round_half_away(self, x: Any) -> Any:
-        """To the nearest integer, ties away from zero."""
+        """Round to the nearest integer, ties away from zero."""
 
 
 class Tensors:
-    """Of float tensors."""
+    """Arithmetic of float tensors."""
 
     def constant(self, value: float, like: Tensor) -> float | Tensor:
         """See :class:`Arithmetic`."""

@@ -91,7 +91,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
 
     @property
     def element_format(self) -> FloatFormat:
-        """The format of each element, in blocks or alone."""
+        """The format of each element, with or without blocks."""
         return FLOAT_FORMATS[ELEMENT_FORMATS[self.format]] if self.blocks is None else self.blocks.element_format
 
     @property

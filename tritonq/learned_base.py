@@ -180,7 +180,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         return self._rounded(x if self.training else to_hold_codes(x, self.qtype, self))
 
     def _initialize_from_batch(self, x: Tensor) -> None:
-        """What :meth:`forward` does with the first training batch; one without a finite value changes nothing."""
+        """Initialize the parameters from the first training batch; a batch without a finite value changes nothing."""
         self.observe(x)
         if bool(self.activation_post_process.has_observed()):
             self.initialize()

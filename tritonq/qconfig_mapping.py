@@ -17,7 +17,12 @@ Choice = QConfig | None
 
 
 class Rule(NamedTuple):
-    """A qconfig for whatever ``key`` (a type's name, a pattern, a module's name) fits."""
+    """A qconfig for some modules.
+
+    Attributes:
+        key: name of a type, pattern, or name of a module; the mapping's list tells which.
+        qconfig: for the modules that the key fits; None leaves them in float.
+    """
 
     key: str
     qconfig: Choice

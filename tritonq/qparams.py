@@ -32,7 +32,12 @@ def fixed_zero_point(qtype: QuantizedType, rule: RangeRule) -> int | None:
 
 
 class QParams(NamedTuple):
-    """Scale (float32) and zero point (int32), 0-d per tensor or of shape (channels,)."""
+    """Scale and zero point of a grid; 0-d per tensor, or (channels,).
+
+    Attributes:
+        scale: float32.
+        zero_point: int32.
+    """
 
     scale: Tensor
     zero_point: Tensor

@@ -20,7 +20,15 @@ from tritonq.quantized_type import QuantizedType
 
 @dataclass
 class FollowingGrid:
-    """Scale and zero point of the ranges in a :class:`RankState`."""
+    """Scale and zero point that follow from the ranges in a :class:`RankState`.
+
+    Attributes:
+        scale: updated in place.
+        zero_point: updated in place.
+        qtype: type of the codes.
+        rule: how a range becomes scale and zero point.
+        eps: the smallest scale.
+    """
 
     scale: Tensor
     zero_point: Tensor

@@ -61,7 +61,12 @@ class QuantizerCheckError(AssertionError):
 
 @dataclass
 class _Subject:
-    """What is checked."""
+    """The quantizer or observer that is checked.
+
+    Attributes:
+        make: makes a new one.
+        weight: whether it is for weights.
+    """
 
     make: Callable[[], Any]
     weight: bool

@@ -21,7 +21,12 @@ _GARMENTS, _CANVAS, _SCALES = 4, 64, (0.6, 1.2)
 
 @dataclass(frozen=True)
 class Split:
-    """Images, float32 (n, 1, height, width), and targets: int64 (n,), or float32 (n, classes) with several labels."""
+    """Part of a data set.
+
+    Attributes:
+        images: float32 (n, 1, height, width).
+        targets: int64 (n,), or float32 (n, classes) where an image has several labels.
+    """
 
     images: Tensor
     targets: Tensor
@@ -33,7 +38,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on, what choices are made by, and what is read once."""
+    """A data set in three parts.
+
+    Attributes:
+        train: for training.
+        validation: to choose recipes by.
+        test: for the reported accuracy; read once.
+    """
 
     train: Split
     validation: Split

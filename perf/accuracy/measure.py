@@ -30,7 +30,15 @@ _CALIBRATION = 1000
 
 @dataclass(frozen=True)
 class Budget:
-    """How much everyone trains; quick runs take little of it."""
+    """How much every method trains.
+
+    Attributes:
+        images: training images.
+        held_out: images that recipes are chosen by.
+        tested: test images.
+        float_epochs: epochs of the float model.
+        epochs: epochs of training with rounding.
+    """
 
     images: int
     held_out: int

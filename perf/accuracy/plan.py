@@ -32,7 +32,17 @@ _SECONDS = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """One training with rounding, of one float model."""
+    """One training with rounding.
+
+    Attributes:
+        task: name of the data.
+        net: name of the network.
+        method: name of the method.
+        weights: bits of weights.
+        activations: bits of activations.
+        seed: of the float model and of the training.
+        recipe: name of learning rate and schedule.
+    """
 
     task: str
     net: str
@@ -44,13 +54,21 @@ class Measurement:
 
     @property
     def row(self) -> Row:
-        """What is compared: everything but seed and recipe."""
+        """The row of the table to which this belongs."""
         return Row(self.task, self.net, self.weights, self.activations, self.method)
 
 
 @dataclass(frozen=True, order=True)
 class Row:
-    """A line of the table, whose recipe is chosen by the validation split."""
+    """A line of the table; its recipe is the one that does best on the validation split.
+
+    Attributes:
+        task: name of the data.
+        net: name of the network.
+        weights: bits of weights.
+        activations: bits of activations.
+        method: name of the method.
+    """
 
     task: str
     net: str
@@ -70,21 +88,31 @@ class Row:
 
 @dataclass(frozen=True)
 class Step:
-    """A row with a seed: the first seed tries every recipe, the others take the chosen one."""
+    """The measurements of one row with one seed: of every recipe for the first seed, of the chosen one for others.
+
+    Attributes:
+        row: of the table.
+        seed: 0 is the first.
+    """
 
     row: Row
     seed: int
 
     @property
     def seconds(self) -> int:
-        """Estimated time."""
+        """Estimated time of all its trainings, in seconds."""
         trainings = len(recipes_of(self.row.method)) if self.seed == 0 else 1
         return trainings * _SECONDS[self.row.task, self.row.net]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in order, and those that three hours have no room for."""
+    """What is measured.
+
+    Attributes:
+        steps: in order.
+        cut: steps that are left out, since three hours have no room for them.
+    """
 
     steps: Sequence[Step]
     cut: Sequence[Step]

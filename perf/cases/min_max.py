@@ -80,7 +80,7 @@ class Problem:
         return y, torch.where(inside, inputs["dy"], torch.zeros_like(inputs["dy"]))
 
     def arguments(self) -> dict[str, Any]:
-        """Of a fake quantizer, in torch.ao's names and ours."""
+        """Return a fake quantizer's keyword arguments, which torch.ao and tritonq call by equal names."""
         if self.weight:
             return {"quant_min": -128, "quant_max": 127, "dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}
         return {"quant_min": 0, "quant_max": 255, "dtype": torch.quint8, "qscheme": torch.per_tensor_affine}

@@ -76,7 +76,7 @@ class Problem:
 
 
 def cases() -> Iterator[Case]:
-    """From a depthwise weight to the largest of ResNet-50."""
+    """Yield cases from a depthwise weight to the largest weight of ResNet-50."""
     yield Problem((512, 1, 3, 3)).case(quick=False)
     yield Problem((64, 64, 3, 3)).case(quick=True)
     yield Problem((512, 512, 3, 3)).case(quick=True)

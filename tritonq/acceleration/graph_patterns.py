@@ -269,7 +269,14 @@ def _quantizers(graph: Graph, known: Known) -> Iterator[Match]:
 
 @dataclass
 class _Tail:
-    """A ReLU and a quantizer behind a node, as far as nothing else reads what is between."""
+    """The ReLU and the quantizers that follow a node, up to the first value that several nodes read.
+
+    Attributes:
+        nodes: of the ReLU and of the quantizers, in order.
+        quantizers: names of the quantizer modules; the first is run by the operator that replaces the nodes.
+        ceiling: upper bound of the ReLU, infinity for a plain one; None without a ReLU.
+        kind: what follows, for the report, such as ``", ReLU, quantizer"``.
+    """
 
     nodes: list[Node]
     quantizers: list[str]

@@ -59,7 +59,12 @@ class QuantizerFormula:
 
 
 class State(NamedTuple):
-    """What an operator takes of a quantizer: its grid, and the range behind it, if it observes one."""
+    """The part of a quantizer that an operator takes.
+
+    Attributes:
+        grid: scale, zero point, type and switch.
+        statistics: the range that the operator updates; None where the quantizer does not observe.
+    """
 
     grid: Grid
     statistics: RangeStatistics | None

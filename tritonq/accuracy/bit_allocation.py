@@ -187,7 +187,7 @@ def choose_widths(
 
 
 def _thinned(frontier: list[tuple[float, float, tuple[int, ...]]]) -> list[tuple[float, float, tuple[int, ...]]]:
-    """At most ``_MOST_CHOICES`` of them, from the cheapest to the best, at like distances in cost."""
+    """Return at most ``_MOST_CHOICES`` options of a frontier, the cheapest and the best among them, at even costs."""
     if len(frontier) <= _MOST_CHOICES:
         return frontier
     least, step = frontier[0][0], (frontier[-1][0] - frontier[0][0]) / (_MOST_CHOICES - 1)

@@ -29,7 +29,13 @@ _ROUNDING = 1e-4
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two layers, of which the second alone reads the first."""
+    """Two layers, where only the second reads the output of the first.
+
+    Attributes:
+        names: of both.
+        first: the layer whose out channels are scaled.
+        second: the layer whose in channels are scaled back.
+    """
 
     names: tuple[str, str]
     first: QATLayer

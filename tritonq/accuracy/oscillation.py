@@ -54,7 +54,15 @@ def oscillation_dampening(model: nn.Module) -> Tensor:
 
 @dataclass
 class _Memory:
-    """What is kept of one layer's codes, each of the shape of the weight's rows."""
+    """One layer's codes over time; each tensor has the shape of the weight's rows, (out, ...).
+
+    Attributes:
+        codes: after the last step.
+        direction: sign of each code's last change; 0 before the first.
+        frequency: f of :class:`OscillationFreezing`: the averaged share of steps in which the code turned.
+        average: a of :class:`OscillationFreezing`: the averaged code.
+        frozen: whether the weight is frozen, bool.
+    """
 
     codes: Tensor
     direction: Tensor

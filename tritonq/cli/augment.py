@@ -43,7 +43,7 @@ class Augmentation:
 
     @classmethod
     def named(cls, text: str) -> Augmentation:
-        """From names with commas between them, or ``"none"``.
+        """Return the augmentation that names with commas between them ask for; ``"none"`` asks for nothing.
 
         Raises:
             ValueError: an unknown name, or one that needs torchvision where it can't be imported.

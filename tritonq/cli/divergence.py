@@ -23,7 +23,15 @@ class DivergenceError(ValueError):
 
 @dataclass(frozen=True)
 class _Noted:
-    """A step whose outcome is on its way to the host: whether it failed, and its loss."""
+    """A training step whose outcome is being copied to the host.
+
+    Attributes:
+        step: its number.
+        images: the batch that it trained with.
+        labels: of the batch.
+        outcome: (2,): 1 where something was not finite, else 0; and the loss.
+        arrived: the event that ends the copy; None on a CPU, where there is nothing to wait for.
+    """
 
     step: int
     images: Tensor

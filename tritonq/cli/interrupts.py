@@ -52,5 +52,5 @@ class Interruptions:
 
 
 def leave_to_parent(worker: int) -> None:
-    """For processes that read images: Ctrl-C reaches them too, but when they end is their parent's business."""
+    """Ignore Ctrl-C in a process that reads images: its parent gets the signal too, and ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

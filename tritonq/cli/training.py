@@ -330,7 +330,7 @@ def make_optimizer(model: nn.Module, learning_rate: float, one_group: bool = Fal
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Momentum of 0 where there is none yet, with which a first step is what it is without.
+    """Give parameters without momentum a momentum of 0, which changes no step.
 
     If a fused optimizer skips its first step, it leaves momentum undefined.
     """

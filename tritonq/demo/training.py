@@ -20,7 +20,12 @@ __all__ = ["History", "accuracy", "logits", "train"]
 
 @dataclass(frozen=True)
 class History:
-    """What a training run left behind: mean loss and seconds of each epoch."""
+    """Losses and times of a training run, one entry per epoch.
+
+    Attributes:
+        losses: mean loss.
+        seconds: how long the epoch took.
+    """
 
     losses: tuple[float, ...]
     seconds: tuple[float, ...]

@@ -92,7 +92,14 @@ def describe_modules(model: nn.Module) -> list[Description]:
 
 
 def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) -> None:
-    """Tell rebuilt joins and means again which quantizers' grids they read and write."""
+    """Give rebuilt modules their references to quantizers, which a file holds by name.
+
+    Joins, means and functions refer to the quantizers of operands and result, layers to a quantizer behind a clip.
+
+    Args:
+        modules: of the rebuilt model, by name.
+        entries: descriptions of its modules.
+    """
     for entry in entries:
         if entry["kind"] in _JOINTS:
             a, b = (None if name is None else _producer(modules, name) for name in entry["operands"])

@@ -56,7 +56,7 @@ class QuantizedTable(DeployedModule):
 
     @property
     def stored_weight(self) -> Tensor:
-        """What the state dict holds as ``weight``."""
+        """The tensor that the state dict holds as ``weight``: integer codes, or floats."""
         return cast(Tensor, stored(self, "weight"))
 
     def _float_weight(self) -> Tensor:

@@ -150,17 +150,17 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
 
     @property
     def linear_map(self) -> LinearMap:
-        """What the layer does with its input and its weight."""
+        """The convolution or product of input and weight that the layer computes, with its geometry."""
         return linear_map_of(self)
 
     @property
     def stored_weight(self) -> Tensor:
-        """What the state dict holds as ``weight``."""
+        """The tensor that the state dict holds as ``weight``: integer codes, or floats."""
         return cast(Tensor, stored(self, "weight"))
 
     @property
     def stored_bias(self) -> Tensor | None:
-        """What the state dict holds as ``bias``."""
+        """The tensor that the state dict holds as ``bias``: int32 in units of the accumulator, or floats."""
         return stored(self, "bias")
 
     def _float_weight(self) -> Tensor:

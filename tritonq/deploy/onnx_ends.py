@@ -33,7 +33,12 @@ _QUANTIZING = frozenset(
 
 @dataclass(frozen=True)
 class PixelNormalization:
-    """What pixels become before a model reads them: ``(pixel / 255 - mean) / std``, per channel, in float32."""
+    """Turns pixels into the values that a model reads: ``(pixel / 255 - mean) / std``, in float32.
+
+    Attributes:
+        mean: one value per channel.
+        std: one value per channel.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -251,7 +256,14 @@ def _drop_unread(graph: Any) -> None:
 
 
 def whole_ends(proto: Any, normalization: PixelNormalization | None, returned: Returned, model: nn.Module) -> None:
-    """Give a file the ends that ``export_onnx`` was asked for, and note them in its metadata."""
+    """Let a file take pixels or return whole numbers, and note both in its metadata; changes ``proto`` in place.
+
+    Args:
+        proto: the ONNX model, which takes and returns values.
+        normalization: how uint8 pixels become values; None: the file goes on taking values.
+        returned: what the file returns; ``"values"``: as before.
+        model: the exported model, for errors.
+    """
     if normalization is None and returned == "values":
         return
     if normalization is not None:

@@ -176,7 +176,7 @@ def export_onnx(
 def _export_fixed_point(
     model: nn.Module, path: str | os.PathLike[str], example_inputs: Any, options: dict[str, Any]
 ) -> None:
-    """What :func:`export_onnx` does with a fixed-point network.
+    """Write a fixed-point network as :func:`export_onnx` does, which calls this.
 
     Raises:
         ValueError: options other than the default ones and ``target="onnxruntime"``, or more than one input.

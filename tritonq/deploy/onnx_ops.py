@@ -158,7 +158,7 @@ def _(x: Tensor, scale: Tensor, negative_scale: Tensor, zero_point: Tensor) -> T
 
 
 def round_half_away(x: Tensor) -> Tensor:
-    """As :func:`tritonq.qparams.round_half_away`, of operators that ONNX has."""
+    """Return what :func:`tritonq.arithmetic.round_half_away` returns, by operators that ONNX has."""
     size = x.abs()
     whole = size.floor()
     return (whole + (size - whole >= 0.5).float()) * x.sign()

@@ -16,7 +16,12 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class FoldedConv(NamedTuple):
-    """Weight (shaped as before) and bias (out_channels,) of a convolution that does its BatchNorm's work too."""
+    """Parameters of a convolution that took in the BatchNorm behind it.
+
+    Attributes:
+        weight: shaped as the convolution's.
+        bias: (out_channels,).
+    """
 
     weight: Tensor
     bias: Tensor

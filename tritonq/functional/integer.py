@@ -68,7 +68,7 @@ class IntegerAffine:
 
     @property
     def sum_bound(self) -> float:
-        """What no partial sum of products exceeds, see :func:`sum_bound`; the first read may wait for a device."""
+        """An upper bound of all partial sums of products, see :func:`sum_bound`; may wait for a device once."""
         # Before Python 3.12 `functools.cached_property` takes a lock, which torch.compile cannot trace.
         known = self.__dict__
         if "_sum_bound" not in known:

@@ -34,7 +34,7 @@ class SavedInput(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What to save for the backward; :func:`restore` takes them back."""
+        """The tensors to save for the backward, in the order in which :func:`restore` takes them."""
         return self.values, self.scale, self.shift
 
 

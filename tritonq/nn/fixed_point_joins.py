@@ -56,7 +56,7 @@ class FixedPointAdd(ReferringModule):
 
     @property
     def sources(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """For each summand without a format the module that makes it."""
+        """The modules that make the two summands; None for a summand that has a format of its own."""
         a, b = self._sources
         return a.module, b.module
 
@@ -194,7 +194,7 @@ class FixedPointMaxPool2d(nn.MaxPool2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """As ``nn.MaxPool2d``; integers too."""
+        """Return what ``nn.MaxPool2d`` returns; ``x`` may hold integers, too."""
         if input.is_floating_point() or input.is_cpu:
             return cast(Tensor, super().forward(input))
         # torch has no integer pooling on GPUs. Codes and 32-bit accumulators are exact in float64, and nothing is

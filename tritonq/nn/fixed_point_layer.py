@@ -151,7 +151,7 @@ class FixedPointLayer(ReferringModule):
         return self._following.module
 
     def set_following(self, following: FixedPointLayer | ActivationFormat | None) -> None:
-        """Say who reads the output, whose η this layer divides by (None: nobody, the output is the network's)."""
+        """Set the reader of the output, whose η this layer divides by; None: the output is the network's."""
         self._following = Reference(following.input_format if isinstance(following, FixedPointLayer) else following)
 
     def eta_next(self) -> Tensor:
@@ -161,7 +161,7 @@ class FixedPointLayer(ReferringModule):
 
     @property
     def linear_map(self) -> LinearMap:
-        """What the layer does with its input and its weight."""
+        """The convolution or product of input and weight that the layer computes, with its geometry."""
         return linear_map_of(self)
 
     @abstractmethod

@@ -119,7 +119,7 @@ def checked_ceiling(ceiling: float | None) -> float | None:
 
 
 def describe_relu(ceiling: float | None) -> str:
-    """For a module's ``repr``: ``"relu"``, ``"relu up to 6"``, or nothing."""
+    """Return the text for a module's ``repr``: ``"relu"``, ``"relu up to 6"``, or nothing."""
     if ceiling is None:
         return ""
     return "relu" if ceiling == math.inf else f"relu up to {ceiling:g}"

@@ -123,7 +123,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         self.activation_post_process.to(device)
 
     def set_input_quantizer(self, quantizer: FakeQuantizeBase | None) -> None:
-        """Say which quantizer's grid this layer's input lies on (None: unknown).
+        """Set the quantizer whose grid this layer's input lies on; None: unknown.
 
         With it, eval mode computes in exact integers with an int32 bias, as the deployed layer does.
         """
@@ -148,7 +148,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
     @property
     def linear_map(self) -> LinearMap:
-        """What the layer does with its input and its weight."""
+        """The convolution or product of input and weight that the layer computes, with its geometry."""
         return linear_map_of(self)
 
     def float_parameters(self) -> tuple[Tensor, Tensor | None]:

@@ -48,7 +48,7 @@ class UnaryLayer(nn.Module):
         self._output: Reference[nn.Module] = Reference()
 
     def set_quantizers(self, source: nn.Module | None, output: nn.Module | None = None) -> None:
-        """Say which quantizer's grid the input lies on (None: unknown).
+        """Set the quantizer whose grid the input lies on (None: unknown), and the one that reads the result.
 
         ``output`` is the quantizer that reads this module's result, and alone does, where the module has none itself.
         """

@@ -160,7 +160,7 @@ class HistogramObserver(RangeObserver):
         self.nonfinite_count.copy_(self.common_nonfinite)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Every rank loads the same checkpoint: its counts are common."""
+        """Load a state dict, and note its counts as shared already: every rank loads the same file."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.common_histogram.copy_(self.histogram)
         self.common_nonfinite.copy_(self.nonfinite_count)

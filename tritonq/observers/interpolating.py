@@ -178,7 +178,7 @@ class InterpolatingHistogramObserver(RangeObserver):
         return rebin(self.common_histogram.cpu(), self._common_limits, limits, self.upsample_rate)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Every rank loads the same checkpoint: its counts are common."""
+        """Load a state dict, and note its counts as shared already: every rank loads the same file."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.mark_common()
 

@@ -66,7 +66,7 @@ def check_same_output(model: nn.Module, run: Run) -> None:
 
 
 def _advice(model: nn.Module) -> str:
-    """Say who can find the cause: with quantizers or observers that are not tritonq's, whoever wrote them."""
+    """Return the end of an error's text: whom to ask, which is the author of quantizers that are not tritonq's."""
     places = (getattr(part, name, None) for part in model.modules() for name in _PLACES)
     kinds = {type(found) for found in places if found is not None}
     own = sorted(kind.__qualname__ for kind in kinds if kind.__module__.partition(".")[0] not in ("tritonq", "torch"))

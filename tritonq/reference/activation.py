@@ -47,7 +47,12 @@ def rectify_backward(dy: Tensor, y: Tensor, ceiling: float) -> Tensor:
 
 
 class Observed(NamedTuple):
-    """What is known of a range (see `observe_range`), and whether every value is known to be finite."""
+    """What :func:`observe` found out.
+
+    Attributes:
+        statistics: the range that was updated, see `observe_range`; None without one.
+        finite: whether every value is known to be finite.
+    """
 
     statistics: RangeStatistics | None
     finite: bool

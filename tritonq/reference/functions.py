@@ -186,7 +186,12 @@ DEFINITIONS: Mapping[str, Definition] = {
 
 
 class RoundedFunction(NamedTuple):
-    """The result of a function on a grid, and the grid as it was: later steps change its tensors."""
+    """The result of a function, rounded.
+
+    Attributes:
+        y: on the grid.
+        grid: a copy of the grid, whose own tensors later steps change.
+    """
 
     y: Tensor
     grid: Grid

@@ -33,7 +33,7 @@ def open_bounds(scale: float, lowest: int, highest: int, rounding: Rounding, dty
 
 
 def open_bounds_of_codes(quant_min: int, quant_max: int, dtype: torch.dtype) -> tuple[float, float]:
-    """As :func:`open_bounds` for codes that are rounded already, whole numbers in ``dtype``."""
+    """Return :func:`open_bounds` for codes that are rounded already: whole numbers in ``dtype``."""
     kind = np.float64 if dtype == torch.float64 else np.float32
     return float(np.nextafter(kind(quant_min), kind(-np.inf))), float(np.nextafter(kind(quant_max), kind(np.inf)))
 

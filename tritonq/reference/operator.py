@@ -73,7 +73,7 @@ class Given:
 
 @dataclass(frozen=True)
 class OperatorSpec:
-    """What tracing needs to know of an operator; see :func:`operator`."""
+    """The arguments of :func:`operator`, as :func:`operator` documents them, for tracing."""
 
     returns: Any
     mutates: tuple[str, ...]

@@ -34,7 +34,7 @@ class Advice:
 
 
 def advise(measured: ModelMeasure) -> Advice:
-    """Say whether anything is to be done, and what."""
+    """Return what to do about the layer whose rounding costs most, or that nothing is to be done."""
     if not measured.layers or not measured.error:
         return Advice("", "All is well: rounding changes nothing.")
     accuracies = f"{percent(measured.float_accuracy)} without rounding, {percent(measured.quantized_accuracy)} with it"

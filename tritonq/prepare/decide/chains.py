@@ -76,7 +76,7 @@ class Chains:
 
 
 def joined_clips(row: Sequence[Call]) -> Clipping | None:
-    """Return the bounds of clips one behind the other as those of one; None where one is none, or without any."""
+    """Return the one clip that a row of clips amounts to; None for an empty row, or where a call is no clip."""
     found = [bounds_of_call(call) for call in row]
     joined = Clipping(-math.inf, math.inf) if found else None
     for bounds in found:
@@ -85,7 +85,10 @@ def joined_clips(row: Sequence[Call]) -> Clipping | None:
 
 
 def joined_function(row: Sequence[Call]) -> Function | None:
-    """Return what calls, one behind the other, compute; None where none of them is arithmetic with a number."""
+    """Return the one function that a row of calls computes.
+
+    None where no call is arithmetic with a number, or where some call is no function of one tensor.
+    """
     if not any(arithmetic_of_call(call) for call in row):
         return None
     steps = [_function_of_step(call) for call in row]

@@ -34,7 +34,16 @@ def is_fixed_point(qconfig: QConfig | None) -> bool:
 
 @dataclass(frozen=True)
 class Pooling:
-    """An average pooling: window (None: the whole image), stride, padding, values per window, shape kept or not."""
+    """An average pooling.
+
+    Attributes:
+        call: its recorded call.
+        kernel_size: height and width of the window; None: the whole image.
+        stride: of the window, (height, width); None with the whole image.
+        padding: (height, width).
+        area: values per window.
+        keepdim: whether the result keeps its two image dimensions.
+    """
 
     call: Call
     kernel_size: tuple[int, int] | None
@@ -166,7 +175,7 @@ class _Finder:
             raise ValueError(f"{type(self.analysis.model).__name__} has no Conv2d and no Linear layer that is called")
 
     def _absorb(self, start: int, end: int) -> None:
-        """Everything from a convolution to its BatchNorm is one call."""
+        """Note that every call from a convolution up to its BatchNorm is part of the layer."""
         call = self.flow.calls[end]
         while call.index != start:
             self.absorbed[call.index] = start
@@ -300,7 +309,12 @@ class _Finder:
         return list({id(group): group for group in self.links.groups.values()}.values())
 
     def _settle(self, group: Group) -> None:
-        """Decide what becomes of a group whose readers are known."""
+        """Set ``rectified``, ``has_format`` and ``returned`` of a group whose readers are all known.
+
+        Raises:
+            ValueError: the group has no single format: something besides the following layer reads it, or it is read
+                both before and after a ReLU.
+        """
         group.readers.sort(key=lambda reader: reader[0].index)
         rectified = [self._is_rectified(_operands(call)[operand]) for call, operand in group.readers]
         group.rectified = bool(rectified) and all(rectified)

@@ -76,7 +76,7 @@ class Join:
 
     @property
     def operands(self) -> Operands:
-        """What its module takes of a node."""
+        """The function that returns the operands of a node in an order that the join's module takes."""
         return KINDS[self.kind].operands
 
     @property

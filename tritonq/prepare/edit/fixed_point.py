@@ -202,7 +202,7 @@ class _Builder:
         module.raw_output = not group.has_format and not group.returned
 
     def _find_sources(self, call: Call) -> None:
-        """Tell an addition what makes those summands that nothing rounds."""
+        """Give an addition references to the modules that make the summands which nothing rounds."""
         groups = [self._links.groups[value] for value in _summands(call)]
         makers = [
             next((self._makers[value] for value in group.values if value in self._makers), None) for group in groups

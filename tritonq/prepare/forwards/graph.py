@@ -230,9 +230,10 @@ def _redirect(node: fx.Node, new: fx.Node, in_place: bool) -> None:
 
 
 def _correspondence(in_eval: fx.Graph, in_train: fx.Graph) -> dict[str, str]:
-    """For nodes of the eval graph those of the train graph that do the same, by name.
+    """Return, for names of nodes of the eval graph, the name of the node of the train graph that corresponds.
 
-    Same means: same operation on corresponding nodes; else the k-th of its kind where both have equally many.
+    Nodes correspond that apply one operation to corresponding nodes. Of what remains, the k-th nodes of a kind
+    correspond where both graphs have equally many of it.
     """
     found: dict[str, str] = {}
     free: dict[tuple[Any, ...], deque[str]] = {}

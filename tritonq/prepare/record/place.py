@@ -75,10 +75,10 @@ def _is_forward_of(call: FrameType, frame: FrameType) -> bool:
 
 
 def use_of_result(frame: FrameType | None) -> Use:
-    """Return what becomes of the result of a call that a frame makes, past wrappers of torch.
+    """Return how a function uses the result of the call that it is making; wrappers of torch are passed over.
 
-    ``"dropped"``: nothing, as of ``x.relu_()`` on a line of its own; ``"rebound"``: it gets the name of the operand, as
-    in ``x += y``; else ``"used"``.
+    ``"dropped"``: not at all, as with ``x.relu_()`` on a line of its own; ``"rebound"``: under the name of the operand,
+    as with ``x += y``; else ``"used"``.
     """
     frame = calling_frame(frame)
     if frame is None:
@@ -123,7 +123,7 @@ def function_name(frame: FrameType) -> str:
 
 
 def function_of_place(place: str) -> str:
-    """Return the same part of a place that :func:`place_name` made."""
+    """Return the part that names the function of a place, as :func:`place_name` returned it."""
     return place.rpartition(":")[0]
 
 

@@ -52,7 +52,7 @@ def record(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, An
 
 @dataclass
 class _Tracked:
-    """A live tensor; holding it keeps its id from being used again."""
+    """A live tensor with its index, the value that it holds and its version; while held, its id is not used again."""
 
     tensor: Tensor
     index: int
