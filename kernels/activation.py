@@ -161,7 +161,7 @@ def range_kernel(
     COPY_ABOVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merge the parts' ranges into the running one, in one program. Has run on no GPU yet."""
+    """Merge the parts' ranges into the running one, in one program."""
     observing = 0
     if observing_ptr is not None:
         observing = tl.load(observing_ptr).to(tl.int32)

@@ -32,7 +32,7 @@ def fold_kernel(
     channels,
     BLOCK: tl.constexpr,
 ):
-    """``γ/σ``, or ``1/σ`` where that is zero, and ``1/σ``."""
+    """Write ``γ/σ``, or ``1/σ`` where γ is zero, and ``1/σ``."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = channel < channels
     fold, inverse_std = nonzero_fold(running_var_ptr, gamma_ptr, eps, channel, valid)

@@ -68,7 +68,7 @@ class Launcher:
 
 
 def _key(args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Return what decides which compiled kernel runs, and None where that can't be told from here."""
+    """Return the key of the compiled kernel that a call runs; None: an argument has no launch, or is not aligned."""
     key: list[Any] = []
     for value in args:
         if isinstance(value, Tensor):

@@ -94,7 +94,7 @@ def conv2d_kernel(
     OUTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """One tile of pixels, of one or several images, and out channels of one group. Has run on no GPU yet."""
+    """Compute one tile: pixels of one or several images, out channels of one group."""
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     pixel = tl.program_id(0).to(INDEX) * PIXELS + tl.arange(0, PIXELS)
     group = tl.program_id(1) // out_tiles

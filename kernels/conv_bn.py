@@ -102,7 +102,7 @@ def statistics_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Statistics of one share, about the mean of its first tile, so that offsets cost nothing. No GPU has run it."""
+    """Compute the statistics of one share, about the mean of its first tile, so that offsets cost nothing."""
     c_strides = aligned_strides(c_strides, ALIGN)
     sizes = aligned_sizes(sizes, ALIGN)
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
@@ -174,7 +174,7 @@ def finish_kernel(
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Merge the shares of CHANNELS channels and derive all that follows from their statistics. No GPU has run it."""
+    """Merge the shares of CHANNELS channels and derive all that follows from their statistics."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
     step = splits * channels
@@ -264,7 +264,7 @@ def apply_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``FQ(relu?(slope · c + shift))`` of one tile. Has run on no GPU yet."""
+    """Write ``FQ(relu?(slope · c + shift))`` of one tile."""
     c_strides = aligned_strides(c_strides, ALIGN)
     y_strides = aligned_strides(y_strides, ALIGN)
     sizes = aligned_sizes(sizes, ALIGN)

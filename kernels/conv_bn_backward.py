@@ -107,7 +107,7 @@ def gradient_sums_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Sums of the unblocked gradient over one share. Has run on no GPU yet."""
+    """Add up ``g``, the gradient that ReLU and quantizer let pass, and ``g · (c - mean)``, over one share."""
     dy_strides = aligned_strides(dy_strides, ALIGN)
     c_strides = aligned_strides(c_strides, ALIGN)
     sizes = aligned_sizes(sizes, ALIGN)
@@ -142,7 +142,7 @@ def finish_gradients_kernel(
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Merge the shares of CHANNELS channels. Has run on no GPU yet."""
+    """Merge the shares of CHANNELS channels."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
     plain = tl.zeros([SPLITS, CHANNELS], tl.float32)
@@ -191,7 +191,7 @@ def gradient_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``slope · g + pull · (c - mean) + offset`` of one tile. Has run on no GPU yet."""
+    """Write ``slope · g + pull · (c - mean) + offset``, the gradient of the convolution's output, of one tile."""
     dy_strides = aligned_strides(dy_strides, ALIGN)
     c_strides = aligned_strides(c_strides, ALIGN)
     dc_strides = aligned_strides(dc_strides, ALIGN)

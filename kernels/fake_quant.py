@@ -47,7 +47,7 @@ def fake_quantize_kernel(
     WIDE: tl.constexpr,
     SAME_STRIDES: tl.constexpr,  # every tensor has x's strides, so that offsets are computed once
 ):
-    """Fake quantize one tile, or write its codes. Has run on no GPU yet."""
+    """Fake quantize one tile, or write its codes."""
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
     x_offsets = tile_offsets(place, x_strides)
@@ -106,7 +106,7 @@ def fake_quantize_backward_kernel(
     WIDE: tl.constexpr,
     SAME_STRIDES: tl.constexpr,  # every tensor has x's strides, so that offsets are computed once
 ):
-    """Pass the gradient of one tile where the code, recomputed from x, lies in range. Has run on no GPU yet."""
+    """Pass the gradient of one tile where the code, recomputed from x, lies in range."""
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
     x_offsets = tile_offsets(place, x_strides)

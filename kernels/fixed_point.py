@@ -43,7 +43,7 @@ def frac_len_errors_kernel(
     CANDIDATES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add up a share of one channel: squares in float32, one sum per tile, tiles in float64. Has run on no GPU yet."""
+    """Add up a share of one channel: squares in float32, one sum per tile, tiles in float64."""
     channel = tl.program_id(0)
     split = tl.program_id(1)
     candidate = tl.arange(0, CANDIDATES)

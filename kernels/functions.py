@@ -45,7 +45,7 @@ def function_backward_kernel(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``f'(x) · dy`` where the code of ``f(x)`` lies in range, else 0. Has run on no GPU yet."""
+    """Write ``f'(x) · dy`` where the code of ``f(x)`` lies in range, else 0."""
     program = tl.program_id(0)
     offsets = (program.to(tl.int64) if WIDE else program) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n

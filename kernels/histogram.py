@@ -71,7 +71,7 @@ def prefix_histogram_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Count one share of one tile of channels, and reduce its range. Has run on no GPU yet."""
+    """Count one share of one tile of channels, and reduce its range."""
     if enabled_ptr is not None and tl.load(enabled_ptr) == 0:
         return
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
@@ -150,7 +150,7 @@ def linear_histogram_kernel(
     parts,  # the bins as a float: Triton makes an integer that is 1 a number of Python
     BLOCK: tl.constexpr,
 ):
-    """Count one block of one channel. Has run on no GPU yet."""
+    """Count one block of one channel."""
     program = tl.program_id(0)
     channel = (program // blocks).to(tl.int64)
     at = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

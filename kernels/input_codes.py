@@ -59,7 +59,7 @@ def encode_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``round(x / scale) + shift`` of one tile. The first program writes scale and shift down."""
+    """Write ``round(x / scale) + shift`` of one tile. The first program writes scale and shift down."""
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
     scale = tl.load(scale_ptr)
@@ -90,7 +90,7 @@ def decode_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``(code - shift) · scale`` of one tile."""
+    """Write ``(code - shift) · scale`` of one tile."""
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
     x = load_operand(codes_ptr, tile_offsets(place, codes_strides), mask, 0, scale_ptr, shift_ptr)

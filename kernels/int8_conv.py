@@ -102,7 +102,7 @@ def int8_conv_kernel(
     OUTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """One tile of pixels and out channels of one image. Has run on no GPU yet."""
+    """Compute one tile: pixels of one image, out channels of one group."""
     image = tl.program_id(2).to(tl.int64)
     x_ptr += image * x_strides[0]
     y_ptr += image * y_strides[0]

@@ -130,7 +130,7 @@ def planned(kernel: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def parameters(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> Parameters:
-    """Launch parameters of ``kernel`` for this view on this device."""
+    """Return launch parameters of ``kernel`` for this view on this device: the table's, or the default."""
     size_class = "large" if view.numel >= LARGE else "small"
     index = device.index if device.type == "cuda" else None
     override = overridden(kernel)

@@ -132,7 +132,7 @@ def learned_backward_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write dx for one share of one tile of channels, and its partial sums. Has run on no GPU yet."""
+    """Write dx for one share of one tile of channels, and its partial sums."""
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
     rounds = True
     if active_ptr is not None:
@@ -168,7 +168,7 @@ def add_partials_kernel(
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Add the partial results of CHANNELS channels in the order of their numbers. Has run on no GPU yet."""
+    """Add the partial results of CHANNELS channels in the order of their numbers."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
     of_parameter = tl.zeros([SPLITS, CHANNELS], tl.float32)
@@ -202,7 +202,7 @@ def clip_then_round_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """MegEngine's order: ``(round_half_away(clip(x/s + z)) - z) s``, one tile. Has run on no GPU yet."""
+    """Write ``(round_half_away(clip(x/s + z)) - z) s`` of one tile: MegEngine's order of clipping and rounding."""
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
     x = tl.load(x_ptr + tile_offsets(place, x_strides), mask=mask).to(tl.float32)

@@ -154,7 +154,7 @@ def observe_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Reduce one share of one tile of channels; with SINGLE also update the range. Has run on no GPU yet."""
+    """Reduce one share of one tile of channels; with SINGLE also update the range."""
     if enabled_ptr is not None and tl.load(enabled_ptr) == 0:
         return
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
@@ -217,7 +217,7 @@ def finish_kernel(
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Reduce the partial results of CHANNELS channels and update their range. Has run on no GPU yet."""
+    """Reduce the partial results of CHANNELS channels and update their range."""
     if enabled_ptr is not None and tl.load(enabled_ptr) == 0:
         return
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)

@@ -32,7 +32,7 @@ def join_backward_kernel(
     COLS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``dy`` where its bit is set, else 0. Has run on no GPU yet."""
+    """Write ``dy`` where its bit is set, else 0."""
     program = tl.program_id(0)
     at = (program.to(tl.int64) if WIDE else program) * COLS + tl.arange(0, COLS)
     byte = tl.load(mask_ptr + at, mask=at < plane, other=0).to(tl.int32)

@@ -89,7 +89,7 @@ def rounded_range_kernel(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Range of the finite results of one share. Has run on no GPU yet."""
+    """Find the range of the finite results of one share."""
     if tl.load(observing_ptr) == 0:
         return
     program = tl.program_id(0)
@@ -131,7 +131,7 @@ def rounded_kernel(
     COLS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``FQ(relu?(f(a, b)))`` of one block of each plane, and their byte of mask. Has run on no GPU yet."""
+    """Write ``FQ(relu?(f(a, b)))`` of one block of each plane, and their byte of mask."""
     program = tl.program_id(0)
     at = (program.to(tl.int64) if WIDE else program) * COLS + tl.arange(0, COLS)
     scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)

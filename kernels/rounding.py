@@ -72,7 +72,7 @@ def round_to_code(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexp
 
 @triton.jit
 def round_to_steps(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
-    """Steps between the zero point and the nearest code: ``code - z``. Arguments as :func:`round_to_code`."""
+    """Return the steps between the zero point and the nearest code: ``code - z``; see :func:`round_to_code`."""
     if QUANT_MAX - QUANT_MIN < NARROW_CODES:
         # Integer bounds and a monotone rounding: clamping first gives the same result without adding z per element.
         v = clamp(v, QUANT_MIN - zero_point, QUANT_MAX - zero_point)

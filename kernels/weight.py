@@ -77,7 +77,7 @@ def quantize_folded_kernel(
     COLS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Rows to codes; with ``observing_ptr`` their ranges and scales first. Has run on no GPU yet."""
+    """Turn rows into codes; with ``observing_ptr`` find their ranges and scales first."""
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = channel < channels
     if running_var_ptr is None:
@@ -122,7 +122,7 @@ def folded_backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Gradients of the rows and of fold or γ; the mask is computed again from the rows. Has run on no GPU yet."""
+    """Write the gradients of the rows and of fold or γ; the mask is computed again from the rows."""
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = channel < channels
     fold = tl.load(fold_ptr + channel, mask=valid, other=1.0)[:, None]

@@ -81,7 +81,7 @@ def quantize_all_kernel(
     ROUNDING: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One row of one weight. Has run on no GPU yet."""
+    """Fold, observe and quantize one row of one weight."""
     program = tl.program_id(0)
     entry = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * _COLUMNS
     channel = (program - tl.load(entry + _START)).to(tl.int32) + tl.arange(0, 1)
@@ -166,7 +166,7 @@ def quantize_all(
 
 
 def _kind(grid: Grid, statistics: RangeStatistics | None) -> tuple[Any, ...]:
-    """Return what has to be equal for two weights to share a launch."""
+    """Return a key: weights with equal keys can share a launch."""
     return (
         observing_switch(statistics) is not None,
         grid.zero_point is not None,

@@ -108,7 +108,7 @@ class Row:
     issue_share: dict[str, float] | None = None
 
     def faults(self) -> list[str]:
-        """Return what is wrong with it, in words."""
+        """Return the budgets and limits that the row breaks, one sentence each."""
         place = f"{self.case} {self.dtype} {self.target} ({self.kernel})"
         found = []
         if self.spill_bytes:
@@ -157,7 +157,7 @@ class _AbsentGpu:
 
 @contextmanager
 def compiling_for(target: str) -> Iterator[list[Launch]]:
-    """Inside, launches compile for ``target`` and run nothing; yields the list that they are added to."""
+    """Let launches inside the block compile for ``target`` and run nothing; yield the list that they are added to."""
     launched: list[Launch] = []
     compile_or_launch = JITFunction.run
 

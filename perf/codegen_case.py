@@ -68,7 +68,7 @@ def meta_qparams(shape: tuple[int, ...], axis: int | None) -> tuple[Tensor, Tens
 
 
 def meta_grid(qtype: QuantizedType, channels: int = 1) -> Grid:
-    """Return a switched grid, with a zero point where the type has one."""
+    """Return a grid of meta tensors with a switch, and with a zero point where the type has one."""
     zero_point = None if qtype.fixed_zero_point == 0 else meta(channels, dtype=torch.int32)
     return Grid(meta(channels), zero_point, qtype, meta(1, dtype=torch.uint8))
 

@@ -117,7 +117,7 @@ def _bench(path: Path, out: Path, arguments: Sequence[str]) -> int:
 
 
 def _times(folder: Path) -> dict[Key, float]:
-    """Median seconds of everything that was timed."""
+    """Return the median seconds of everything that was timed."""
     found: list[Record] = records.read_folder(folder)
     return {(r["case"], r["implementation"]): r["median_s"] for r in found if "median_s" in r}
 

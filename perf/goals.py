@@ -48,7 +48,7 @@ class Goal:
     ours: str = "tritonq"
 
     def value(self, ours: Record, peer: Record | None) -> float | None:
-        """Return what was measured, in the unit of ``bound``; None where something is missing."""
+        """Return the measured value in the unit of ``bound``; None where a record lacks it."""
         if self.measure == "copy":
             return ours.get("copy_fraction")
         if peer is None:

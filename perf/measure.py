@@ -58,7 +58,7 @@ class Budget:
 
 
 def input_sets(make: Callable[[torch.Generator, torch.device], Inputs], device: torch.device) -> list[Inputs]:
-    """Sets of inputs with seeds 0, 1, 2, … that together exceed twice the last-level cache; 2 to 32 of them."""
+    """Return 2 to 32 sets of inputs, seeds 0, 1, 2, …, that together exceed twice the last-level cache."""
 
     def sets() -> Iterator[Inputs]:
         seed = 0

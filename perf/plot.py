@@ -245,7 +245,7 @@ def _caption(case: str) -> str:
 
 
 def _head(figure: Figure, title: str, chosen: Sequence[Record]) -> None:
-    """Title, machine, versions, commit and day of what is shown."""
+    """Draw the title, machine, versions, commit and day of the results."""
     height = figure.get_figheight()
     figure.text(0.012, 1 - 0.12 / height, title, fontsize=14, fontweight="bold", color=_INK, va="top")
     figure.text(0.012, 1 - 0.43 / height, _source(chosen), fontsize=9, color=_INK, va="top")

@@ -146,7 +146,7 @@ def predictions(cases: Iterable[CodegenCase] = ALL_CASES) -> Iterator[tuple[str,
 
 
 def faults(found: Iterable[tuple[str, str, Work]], gpu: Gpu) -> list[str]:
-    """Return what ``codegen_budget.json`` asks of reductions and is not so, in words."""
+    """Return the demands of ``codegen_budget.json`` on reductions that are not met, one sentence each."""
     budget = json.loads(BUDGET_FILE.read_text())
     least, wide = budget["in_flight"]["kib"], budget["in_flight"]["cases"]
     wrong = []

@@ -48,7 +48,7 @@ class Bench:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``python -m tritonq bench``."""
+    """Add the options of ``python -m tritonq bench``."""
     parser.add_argument("--quick", action="store_true", help="the cases that fit into three minutes on two cores")
     parser.add_argument("--case", action="append", metavar="PATTERN", help="part of a name, or a glob; repeatable")
     parser.add_argument("--list", action="store_true", help="print the names of the chosen cases and stop")
@@ -201,7 +201,7 @@ def _seconds(quick: bool, given: float | None) -> float:
 
 
 def _announcement(cases: Sequence[Case], device: torch.device, quick: bool, seconds: float) -> str:
-    """Say what will run, and for how long."""
+    """Return a line that says what will run, and for how long."""
     here = [case for case in cases if device.type in case.devices]
     minutes = len(here) * seconds * _BUILD_SHARE / 60
     others = f"; {len(cases) - len(here)} need another device" if len(here) < len(cases) else ""

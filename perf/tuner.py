@@ -36,7 +36,7 @@ Clock = Callable[[dict[str, Step], Sequence[Inputs], torch.device], float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``python -m tritonq tune``."""
+    """Add the options of ``python -m tritonq tune``."""
     parser.add_argument("--kernel", action="append", metavar="NAME", help="only this kernel; repeatable")
     parser.add_argument("--again", action="store_true", help="tune what the table already holds, too")
     parser.add_argument("--out", type=Path, metavar="FILE", help="table to write (default: the one the kernels read)")

@@ -187,7 +187,7 @@ def _is_unset(quantizer: SwitchedQuantizer) -> bool:
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Each module in its mode again afterwards."""
+    """Restore each module's mode when the block ends."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -198,7 +198,7 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _observing(model: nn.Module, quantizers: Iterable[SwitchedQuantizer]) -> Iterator[None]:
-    """Eval mode for everything but quantizers, which observe and do not round."""
+    """Set eval mode inside the block, with quantizers that observe and do not round."""
     with modes_restored(model):
         model.eval()
         hooks = []
@@ -224,7 +224,7 @@ def _observing(model: nn.Module, quantizers: Iterable[SwitchedQuantizer]) -> Ite
 
 @contextmanager
 def everything_float(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and no quantizer rounds; each as it was afterwards."""
+    """Set eval mode and let no quantizer round inside the block; restore both afterwards."""
     quantizers = [module for module in model.modules() if isinstance(module, SwitchedQuantizer)]
     switches = [quantizer.fake_quant_enabled.clone() for quantizer in quantizers]
     with modes_restored(model):

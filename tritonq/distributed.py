@@ -127,7 +127,7 @@ def _reduced_ranges(observers: list[RangeObserver], group: ProcessGroup) -> dict
 
 
 def _add_up(observers: list[HistogramObserver], group: ProcessGroup) -> None:
-    """Counts, and the numbers of values skipped, over all ranks."""
+    """Add up counts, and the numbers of skipped values, over all ranks."""
     if observers:
         sums = reduce_sums([counts for observer in observers for counts in observer.own_counts()], group)
         for observer, counts, nonfinite in zip(observers, sums[::2], sums[1::2], strict=True):
@@ -137,7 +137,7 @@ def _add_up(observers: list[HistogramObserver], group: ProcessGroup) -> None:
 def _add_up_over(
     observers: list[InterpolatingHistogramObserver], ranges: list[tuple[Tensor, Tensor]], group: ProcessGroup
 ) -> None:
-    """Counts over the common range."""
+    """Add up counts over the range that all ranks have in common."""
     if observers:
         limits = [(float(low), float(high)) for low, high in ranges]
         own = [observer.own_counts(limit) for observer, limit in zip(observers, limits, strict=True)]

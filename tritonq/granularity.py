@@ -77,7 +77,7 @@ class Granularity:
 
 
 def describe_granularity(granularity: Granularity) -> str:
-    """Return it in a few words: ``"tensor"``, ``"channel (axis 0)"``, ``"group of 32 (axis 1)"``."""
+    """Return a granularity in a few words: ``"tensor"``, ``"channel (axis 0)"``, ``"group of 32 (axis 1)"``."""
     if granularity.axis is None:
         return "tensor"
     size = "channel" if granularity.group is None else f"group of {granularity.group}"

@@ -73,7 +73,7 @@ class LateReading:
         self._is_under_way = False
 
     def latest(self, low: Tensor, high: Tensor) -> float | None:
-        """Return what an earlier call sent, where it has arrived since; send these ends where it is their turn."""
+        """Return the larger end that an earlier call sent to the host, once it has arrived; send these in turn."""
         found: float | None = None
         if self._host is not None and self._is_under_way and self._has_arrived():
             found = max(-float(self._host[0]), float(self._host[1]))

@@ -128,7 +128,7 @@ def grid_points(qparams: QParams, qtype: QuantizedType) -> Tensor:
 
 
 def _draw(axes: Axes, edges: Tensor, density: Tensor, ends: tuple[float, float]) -> None:
-    """Bars, those that saturate in another colour."""
+    """Draw bars; those of values that saturate get another colour."""
     kept = edges.diff() > 0
     left, right, height = edges[:-1][kept], edges[1:][kept], density[kept]
     inside = (right > ends[0]) & (left < ends[1])

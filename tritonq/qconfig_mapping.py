@@ -77,11 +77,11 @@ class QConfigMapping:
     inputs: Place | None = None
 
     def set_global(self, global_qconfig: Choice) -> QConfigMapping:
-        """Return the same mapping with this default."""
+        """Return a copy of the mapping with another default."""
         return replace(self, global_rule=Place(_checked(global_qconfig)))
 
     def set_object_type(self, object_type: type[nn.Module] | str, qconfig: Choice) -> QConfigMapping:
-        """Return the same mapping with a qconfig for modules of this class (exactly), and for what is inside of them.
+        """Return a copy of the mapping with a qconfig for modules of exactly this class and what is inside of them.
 
         Additions and concatenations follow the module in whose forward they stand.
 
@@ -103,21 +103,21 @@ class QConfigMapping:
         return replace(self, patterns=_added(self.patterns, module_name_regex, qconfig))
 
     def set_module_name(self, module_name: str, qconfig: Choice) -> QConfigMapping:
-        """Return the same mapping with a qconfig for the module of this qualified name and what is inside of it."""
+        """Return a copy of the mapping with a qconfig for the module of this qualified name and all inside of it."""
         if not isinstance(module_name, str) or not module_name:
             raise ValueError(f"module_name must be a qualified name such as 'layer1.0.conv1', got {module_name!r}")
         return replace(self, names=_added(self.names, module_name, qconfig))
 
     def set_first_layer(self, qconfig: Choice) -> QConfigMapping:
-        """Return the same mapping with a qconfig for the first quantizable layer in order of execution."""
+        """Return a copy of the mapping with a qconfig for the first quantizable layer in order of execution."""
         return replace(self, first=Place(_checked(qconfig)))
 
     def set_last_layer(self, qconfig: Choice) -> QConfigMapping:
-        """Return the same mapping with a qconfig for the last quantizable layer in order of execution."""
+        """Return a copy of the mapping with a qconfig for the last quantizable layer in order of execution."""
         return replace(self, last=Place(_checked(qconfig)))
 
     def set_input(self, qconfig: Choice) -> QConfigMapping:
-        """Return the same mapping with a qconfig for the model's inputs and whatever moves them.
+        """Return a copy of the mapping with a qconfig for the model's inputs and whatever moves them.
 
         None leaves them in float, and with them the layers that read them. Without this rule an input is quantized as
         the results of the layer that reads it first, or, where that leaves its results in float, as those of the model.

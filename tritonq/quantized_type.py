@@ -196,11 +196,11 @@ class QuantizedType:
         return torch.int64
 
     def with_axis(self, axis: int | None) -> QuantizedType:
-        """Return the same grid with one scale per index of ``axis`` (None: one scale per tensor)."""
+        """Return a copy of the type with one scale per index of ``axis`` (None: one scale per tensor)."""
         return replace(self, axis=axis, group=None)
 
     def with_codes(self, quant_min: int, quant_max: int) -> QuantizedType:
-        """Return the same grid with other codes."""
+        """Return a copy of the type with other codes."""
         return replace(self, quant_min=quant_min, quant_max=quant_max)
 
 

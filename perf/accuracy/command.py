@@ -97,7 +97,7 @@ def _work(plan: Plan, path: Path, tasks: _Tasks, only: str, until: float) -> Non
 
 
 def _missing(plan: Plan, path: Path, only: str) -> Iterator[Measurement]:
-    """Yield what is to be measured next; those of later seeds once the recipe of their row is chosen."""
+    """Yield the measurements that are missing, in order; those of later seeds once their row's recipe is chosen."""
     found = results.read(path)
     for step in plan.steps:
         row = step.row

@@ -81,7 +81,7 @@ def mapping_of(inner: QConfig) -> tritonq.QConfigMapping:
 
 
 def prepared(make: MakeQConfig) -> Callable[[Request], nn.Module]:
-    """Return what prepares a request's model with the configs of `make`."""
+    """Return a function that prepares a request's model with the configs of `make`."""
 
     def prepare(request: Request) -> nn.Module:
         mapping = mapping_of(make(request.weights, request.activations))

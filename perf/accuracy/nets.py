@@ -20,7 +20,7 @@ class Parts:
         return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
 
     def activation(self) -> nn.Module:
-        """Return what follows a BatchNorm or an addition."""
+        """Return the module that follows a BatchNorm or an addition."""
         return nn.ReLU()
 
     def head(self, inputs: int, classes: int) -> nn.Module:

@@ -129,7 +129,7 @@ class Plan:
 
 
 def recipes_of(method: str) -> dict[str, TrainingRecipe]:
-    """Return what a method tries, by name."""
+    """Return the recipes that a method tries, by name."""
     return RECIPES if ALL_METHODS[method].is_trained else _NO_TRAINING
 
 

@@ -66,7 +66,7 @@ def mean_and_spread(values: Iterable[float]) -> str:
 
 
 def settings_of(item: Measurement) -> Record:
-    """Return what a measurement depends on beside its name: where it has changed, an old record does not count."""
+    """Return the settings of a measurement: a record with other ones does not count."""
     return {"revision": ALL_METHODS[item.method].revision, **asdict(recipes_of(item.method)[item.recipe])}
 
 

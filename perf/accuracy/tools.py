@@ -56,7 +56,7 @@ def _uniform(request: Request) -> nn.Module:
 
 
 def _by_budget(request: Request) -> nn.Module:
-    """Widths by sensitivity, with the bytes of :func:`_uniform`."""
+    """Return widths chosen by sensitivity, with no more bytes than :func:`_uniform`."""
     layers = [layer for layer in request.model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     budget = sum(layer.weight.numel() for layer in layers) * request.weights / 8
     images = request.calibration[: 2 * len(request.images)]

@@ -66,7 +66,7 @@ def _formula(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _tritonq(inputs: Inputs) -> Step:
-    """Return what the Conv-BN operator calls; it convolves with codes, whose values are formed for the comparison."""
+    """Return a step that calls the operators of a Conv-BN layer; codes become values for the comparison."""
     from tritonq.backend import implementation
 
     ops = implementation("batch_norm_weight", inputs["weight"])

@@ -60,7 +60,7 @@ class Convolution:
         return "/".join([*parts, "forward"])
 
     def bytes_moved(self, dtype: torch.dtype) -> int:
-        """Return input, weight and output, once each."""
+        """Return the bytes of input, weight and output, once each."""
         inputs = self.batch * self.channels * self.size**2
         weights = self.outs * self.channels // self.groups * self.kernel**2
         return (inputs + weights + self.output_elements) * dtype.itemsize

@@ -151,7 +151,7 @@ def _float_tail(inputs: Inputs) -> Callable[[Inputs], Tensor]:
 
 
 def _ao_tail(version: int, inputs: Inputs) -> Callable[[Inputs], Tensor]:
-    """Return what torch.ao's ConvBnReLU2d does after its convolution, and the activation's fake quantizer."""
+    """Return a function that computes what follows the convolution in torch.ao's ConvBnReLU2d, rounding included."""
     quantize = torch_ao_activation(version, inputs["c"].device)
     normalize = _batch_norm(inputs)
     return lambda inputs: quantize(F.relu(normalize(inputs["c"] / inputs["fold"].view(1, -1, 1, 1), inputs)))

@@ -89,7 +89,7 @@ class Setting:
         return open_session(str(path), options)
 
     def build(self, inputs: Inputs, int8: bool) -> Step:
-        """Return what runs one of the two files."""
+        """Return a step that runs the float or the int8 file."""
         with tempfile.TemporaryDirectory() as folder:
             session = self.open(self.write(Path(folder), int8))
         source = session.get_inputs()[0].name

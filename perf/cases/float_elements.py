@@ -51,7 +51,7 @@ class Problem:
         return {"x": x, "dy": dy, "scale": torch.full((1,), _SCALE, device=device)}
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return what torch's own dtype rounds to; the gradient is 0 where values saturate."""
+        """Return ``x`` rounded by torch's own dtype, and the gradient, which is 0 where values saturate."""
         steps = inputs["x"].float() / inputs["scale"]
         y = (steps.clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn).float() * inputs["scale"]).to(self.dtype)
         if self.phase == "forward":
@@ -97,7 +97,7 @@ def _implementations(problem: Problem) -> dict[str, Implementation]:
 
 
 def _run(problem: Problem, quantize: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Inputs], tuple[Tensor, ...]]:
-    """Return what runs a function, and its gradient where that is timed."""
+    """Return a step that runs a function and, where it is timed, its gradient."""
 
     def run(inputs: Inputs) -> tuple[Tensor, ...]:
         if problem.phase == "forward":

@@ -66,6 +66,6 @@ def _float(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cases() -> Iterator[Case]:
-    """Concatenations of a YOLO neck and of a U-Net."""
+    """Yield concatenations of a YOLO neck and of a U-Net."""
     for shape in ((16, 64, 24, 24), (32, 64, 56, 56)):
         yield Concatenation(shape).case(quick=False, devices=("cpu", "cuda"))

@@ -84,7 +84,7 @@ def cases() -> Iterator[Case]:
 
 
 def _tritonq(inputs: Inputs) -> Step:
-    """Return what the Conv-BN operator calls; it convolves with codes, so that it never forms their values."""
+    """Return a step that calls the operators of a Conv-BN layer, which convolves with codes and forms no values."""
     from tritonq.backend import implementation
 
     ops = implementation("weight", inputs["weight"])

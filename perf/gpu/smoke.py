@@ -40,7 +40,7 @@ class TinyNet(nn.Module):
 
 
 def run(visit: Visit) -> None:
-    """One finding per preset; tf32 is off, so that float convolutions are the CPU's but for their order."""
+    """Note one finding per preset. TF32 is off: float convolutions then differ from the CPU's by their order only."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     presets = {**PRESETS, "fbgemm": tritonq.get_default_qat_qconfig("fbgemm")}
     for name, qconfig in presets.items():

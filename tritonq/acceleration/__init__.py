@@ -113,7 +113,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def report_of(model: nn.Module) -> AccelerationReport | None:
-    """Return what :func:`accelerate` did to ``model``; None where it did nothing."""
+    """Return the report of :func:`accelerate` on ``model``; None for a model that it did not change."""
     report: AccelerationReport | None = model.__dict__.get(_REPORT)
     return report
 

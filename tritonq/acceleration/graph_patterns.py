@@ -71,7 +71,7 @@ class Module:
 
 
 def matches(graph: Graph, known: Known) -> list[Match]:
-    """Return what can be replaced, each node in one match at most; larger patterns come first."""
+    """Return the matches of all patterns; a node is in one match at most, of the largest pattern."""
     taken: set[Node] = set()
     found = []
     for search in (_conv_bns, _layers, _module_layers, _sums, _quantizers):

@@ -84,7 +84,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
 
 def _faults(module: GraphModule, found: list[Match], quantizers: dict[str, nn.Module]) -> list[str]:
-    """Return what torchao is known to change in a model, where this one may be concerned."""
+    """Return warnings, one sentence each, about changes that torchao makes to models and may have made to this one."""
     if not any(type(held).__module__.startswith("torchao.") for held in quantizers.values()):
         return []
     faults = []

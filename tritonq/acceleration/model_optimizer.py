@@ -34,7 +34,7 @@ class AcceleratedTensorQuantizer(TensorQuantizer):  # type: ignore[misc]
 
 
 def why_not(quantizer: Any) -> str | None:
-    """Return what ``quantizer`` does that tritonq does not, or None."""
+    """Return, in words, the part of ``quantizer`` that tritonq cannot compute; None: it can compute all."""
     if not isinstance(quantizer._num_bits, int):
         return f"floating-point codes {quantizer._num_bits}"
     if quantizer.block_sizes is not None or quantizer._dynamic:

@@ -96,7 +96,7 @@ def is_attached(quantizer: nn.Module | None) -> bool:
 
 
 def formula_of(quantizer: nn.Module) -> QuantizerFormula:
-    """Return what :func:`attach` noted."""
+    """Return the formula that :func:`attach` noted on ``quantizer``."""
     return cast(QuantizerFormula, quantizer.__dict__[_ATTRIBUTE])
 
 

@@ -32,7 +32,7 @@ def run_quantizer(self: Any, x: Tensor) -> Tensor:
 
 
 def run_layer(self: Any, x: Tensor) -> Tensor:
-    """Return what the library's layer returns, and what its observer hook makes of that where it was taken over."""
+    """Return the output of the library's layer, observed and rounded where tritonq took over its observer's hook."""
     return run_with(self, x, self.activation_post_process if HOOK in self.__dict__ else None)
 
 

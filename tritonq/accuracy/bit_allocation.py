@@ -133,7 +133,7 @@ def _errors(model: nn.Module, layers: Mapping[str, QATLayer], batches: Sequence[
 
 @contextmanager
 def _rounding(layer: QATLayer) -> Iterator[None]:
-    """The layer's weight rounds for now."""
+    """Let the layer's weight round inside the block; its switch is put back afterwards."""
     quantizer = layer.weight_fake_quant
     if not isinstance(quantizer, FakeQuantizeBase):
         yield

@@ -77,7 +77,7 @@ def inputs_of(model: nn.Module, layer: QATLayer, batches: Sequence[Batch]) -> li
 
 
 def fold_factors(layer: QATLayer) -> Tensor:
-    """Return what eval mode multiplies each out channel of the layer's weight with; ones without a BatchNorm."""
+    """Return the BatchNorm's factor of each out channel in eval mode, (out,); ones without a BatchNorm."""
     if isinstance(layer, QATBatchNormLayer):
         return layer.fold_factors().detach()
     return layer.weight.new_ones(layer.linear_map.to_rows(layer.weight).shape[0])

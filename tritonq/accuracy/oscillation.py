@@ -143,11 +143,11 @@ class OscillationFreezing:
         return sum(int(memory.frozen.sum()) for memory in self._memories.values()) / max(1, sizes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold, tensors by layer and name."""
+        """Return the state for a checkpoint: tensors by layer and name."""
         return {name: dict(vars(memory)) for name, memory in self._memories.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave."""
+        """Load a state that :meth:`state_dict` returned."""
         self._memories = {
             name: _Memory(**{key: value.clone() for key, value in held.items()}) for name, held in state.items()
         }

@@ -113,7 +113,7 @@ def _is_measured(module: nn.Module) -> TypeGuard[_BatchNorm]:
 
 @contextmanager
 def _measuring(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
-    """BatchNorms normalise by their batch and keep its statistics alone; everything else is as in evaluation.
+    """Set eval mode inside the block, but let BatchNorms normalise by their batch and keep its statistics only.
 
     Modes are the caller's to restore.
     """

@@ -30,7 +30,7 @@ _ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``python -m tritonq completion``."""
+    """Add the options of ``python -m tritonq completion``."""
     parser.epilog = "For bash: tritonq completion bash >> ~/.bashrc. For zsh: tritonq completion zsh >> ~/.zshrc."
     parser.add_argument("shell", choices=SHELLS, help="which shell")
 

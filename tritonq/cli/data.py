@@ -85,7 +85,7 @@ class Images:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The images, and which of them are held out."""
+    """Add the options that name the images and the share that is held out."""
     parser.add_argument("data", metavar="DATA", help=_DATA_HELP)
     parser.add_argument(
         "--validation",
@@ -96,7 +96,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_option(parser: argparse.ArgumentParser, name: str, purpose: str) -> None:
-    """Images that only some uses of a command need."""
+    """Add the option that names images, for commands that need them in some uses only."""
     parser.add_argument(name, metavar="DATA", help=f"{purpose}: {_DATA_HELP}")
 
 

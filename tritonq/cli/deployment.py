@@ -67,7 +67,7 @@ def _widest_codes(converted: nn.Module) -> str:
 
 
 def metadata(made: Recipe) -> dict[str, Any]:
-    """Return what who feeds the model must know: plain data."""
+    """Return, as plain data, what is needed to use the model: its factory, preprocessing and class names."""
     return {
         "model": made.model,
         "model_arguments": list(made.model_arguments),

@@ -159,7 +159,7 @@ def _not_finite_gradients(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def _mend_statistics(model: nn.Module) -> None:
-    """BatchNorm statistics as new where the failed step spoiled them, so that the model can run once more."""
+    """Reset the BatchNorm statistics that the failed step spoiled, so that the model can run once more."""
     for name, buffer in model.named_buffers():
         if name.endswith(_STATISTICS):
             buffer.copy_(torch.where(torch.isfinite(buffer), buffer, float(name.endswith("var"))))

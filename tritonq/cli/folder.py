@@ -36,7 +36,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         """How many."""
 
     def augmented(self, augmentation: Augmentation, seed: int) -> LabelledImages:
-        """Return the same images, changed at random as a function of ``seed`` and their index.
+        """Return the images with random changes, which follow from ``seed`` and each image's index.
 
         Raises:
             ValueError: images that have no augmentation.
@@ -225,7 +225,7 @@ def deal(labels: Tensor, seed: int, share: float = 0.5) -> tuple[Tensor, Tensor]
 
 
 def _look(path: Path, label: int, preprocessing: Preprocessing) -> ImageFile | str:
-    """Return what is to be known of a file, or why it is skipped."""
+    """Return an image file's label, hash and sums over pixels; or, where it can't be read, a line that says so."""
     try:
         content = path.read_bytes()
         pixels = preprocessing.pixels(decode(path, content)).long()

@@ -25,7 +25,7 @@ from tritonq.switched_quantizer import SwitchedQuantizer
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every command with a user's factory has."""
+    """Add the options of every command that calls a user's factory."""
     parser.add_argument(
         "--model-arg",
         action="append",
@@ -36,7 +36,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_qconfig_argument(parser: argparse.ArgumentParser, prefix: str = "") -> None:
-    """The option of commands that prepare a model."""
+    """Add the option that names the qconfig, of commands that prepare a model."""
     parser.add_argument(
         "--qconfig",
         default=DEFAULT_PRESET,

@@ -30,7 +30,7 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "ham
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image file to a model's input; plain data, so that every file with a model in it can hold it.
+    """The steps from an image file to a model's input, as plain data that every file with a model can hold.
 
     An image is scaled, its centre is cut out, and ``(pixels / 255 - mean) / std`` is what the model reads.
 
@@ -127,7 +127,7 @@ def preprocessing_to_data(preprocessing: Preprocessing) -> dict[str, Any]:
 
 
 def preprocessing_from_data(data: Any) -> Preprocessing:
-    """Return what :func:`preprocessing_to_data` wrote.
+    """Return the preprocessing that :func:`preprocessing_to_data` turned into ``data``.
 
     Raises:
         ValueError: it is something else.
@@ -144,7 +144,7 @@ def preprocessing_from_data(data: Any) -> Preprocessing:
 
 
 def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say how images are scaled."""
+    """Add the options for scaling images."""
     group = parser.add_argument_group("preprocessing of images")
     group.add_argument(
         "--preprocessing",
@@ -171,7 +171,7 @@ def given_options(arguments: argparse.Namespace) -> list[str]:
 
 
 def choose_preprocessing(arguments: argparse.Namespace, model: nn.Module, digits: bool = False) -> Preprocessing:
-    """Return what the options ask for; mean and deviation stay empty where they are to be the training images' own.
+    """Return the preprocessing that the options ask for; without mean and deviation where the images' own are taken.
 
     Raises:
         ValueError: options that contradict each other, or a model without a config of its own.

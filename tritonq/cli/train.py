@@ -49,7 +49,7 @@ _NEAR_CHANCE = 1.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``python -m tritonq train``."""
+    """Add the options of ``python -m tritonq train``."""
     parser.epilog = (
         "Example: python -m tritonq train torchvision.models:resnet18 photos --model-arg num_classes=5 "
         "--weights resnet18.pt --preprocessing torchvision --image-size 96. Without --weights, training begins with "
@@ -168,7 +168,7 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace, mapping: QConfigMapping) -> Settings:
-    """Return what a resumed run must have in common with this one; the recipe fills in what was not given."""
+    """Return the settings that decide the run's numbers: options, and the recipe's values for options not given."""
     recipe = recipe_for(mapping)
     frozen = int(arguments.epochs * recipe.frozen_share) if arguments.frozen_epochs is None else arguments.frozen_epochs
     settings = Settings(

@@ -65,7 +65,7 @@ class Trained:
 
 
 def add_trained_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, its file, and how images are scaled where no file says so."""
+    """Add the options that name a model and its file, and those for scaling images where no file holds that."""
     parser.add_argument("model", metavar="MODEL", help="module:factory of the float model, or an .onnx file")
     parser.add_argument(
         "--checkpoint",

@@ -296,7 +296,7 @@ class Run:
         return self.step
 
     def _resume_random(self, states: Any) -> None:
-        """Random numbers go on where they were; with another number of processes they begin anew."""
+        """Restore the state of random numbers; with another number of processes begin them anew."""
         states = [states] if isinstance(states, dict) else states
         if len(states) != self.processes.count:
             torch.manual_seed(self._epoch_seed(self.step) + self.processes.rank)

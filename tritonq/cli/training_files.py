@@ -47,7 +47,7 @@ def recipe_to_data(made: Recipe) -> dict[str, Any]:
 
 
 def recipe_from_data(data: Any) -> Recipe:
-    """Return what :func:`recipe_to_data` wrote, or what version 1 of the format held.
+    """Return the recipe that :func:`recipe_to_data` turned into ``data``, or that version 1 of the format held.
 
     Raises:
         ValueError: it is something else.
@@ -146,7 +146,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _without_prefix(state: dict[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what stands under the prefix with which all expected names are there; what was given if there is none."""
+    """Return a state dict without the prefix that hides the expected names; ``state`` itself if no prefix does."""
     first = next(iter(expected), "")
     for prefix in (name.removesuffix(first) for name in state if name.endswith(first)):
         if prefix and all(prefix + name in state for name in expected):

@@ -35,7 +35,7 @@ class Epoch:
 
 
 def write_csv(path: Path, history: Sequence[Epoch]) -> None:
-    """All epochs, one per row; whole or not at all, so that a run that goes on repeats none."""
+    """Write all epochs, one per row, as a whole file, so that a resumed run repeats none."""
     text = StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
     writer.writeheader()

@@ -76,7 +76,7 @@ def observe(
 
 
 def tail_of(grid: Grid | None, ceiling: float | None) -> Tail:
-    """Return what follows an operation: the ReLU up to ``ceiling``, and ``grid`` while it is switched on."""
+    """Return constants by which compiled code applies a ReLU up to ``ceiling`` and, if switched on, ``grid``."""
     floor, top = (-math.inf, math.inf) if ceiling is None else (0.0, ceiling)
     if grid is None or not grid.is_enabled_on_host():
         return Tail(0, 0.0, 0.0, -math.inf, math.inf, floor, top)

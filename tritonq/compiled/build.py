@@ -38,7 +38,7 @@ def compiler() -> str | None:
 
 
 def obstacle() -> str | None:
-    """Return what keeps compiled code from running here, or None."""
+    """Return, in words, why compiled code can't run here; None: it can."""
     if sys.platform != "linux":
         return f"compiled code runs on Linux, this is {sys.platform}"
     if compiler() is None:
@@ -116,7 +116,7 @@ def _key(command: list[str]) -> str:
 
 
 def _processor() -> str:
-    """Return what the processor can do, as Linux lists it: homes are shared between machines."""
+    """Return the processor's instruction sets as Linux lists them, since machines with a common home may differ."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -30,7 +30,7 @@ _FIXED_POINT_PRESET = "f8net"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``python -m tritonq demo``."""
+    """Add the options of ``python -m tritonq demo``."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="images in DIR/<class>/* instead of the digits")
     parser.add_argument("--image-size", type=int, default=32, metavar="N", help="side that --data images are scaled to")
     parser.add_argument(
@@ -111,7 +111,7 @@ def load_images(arguments: argparse.Namespace) -> Images:
 
 
 def announce(data: Images) -> None:
-    """Say what there is to train with."""
+    """Print what the demo trains with."""
     print(
         f"{data.name}: {len(data.train_labels)} images to train with, {len(data.test_labels)} held out, "
         f"{len(data.classes)} classes",
@@ -139,7 +139,7 @@ def fine_tune(qat: nn.Module, data: Images, training: FineTuning, epochs: int, s
 
 
 def onnx_logits(path: Path, images: Tensor) -> Tensor:
-    """Return what ONNX Runtime computes from the file."""
+    """Return the logits that ONNX Runtime computes from the file."""
     session = open_session(path)
     (outputs,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     return torch.from_numpy(outputs)

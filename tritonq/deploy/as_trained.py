@@ -14,7 +14,7 @@ from tritonq.prepare.forwards.graph_data import traced_as_run
 
 
 def trace_as_trained(traced: nn.Module) -> None:
-    """Let a model that is traced compute what it computes otherwise.
+    """Let a model compute the same values while it is traced as when it runs.
 
     Some forwards ask ``torch.onnx.is_in_onnx_export()`` and then compute the same by other operations, which were never
     prepared; it says no to them. Some make attention masks where they find themselves traced, in the place of the None

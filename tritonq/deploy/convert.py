@@ -307,7 +307,7 @@ def _weight_grid(layer: QATLayer) -> QuantizedType | None:
 def _float_tensors(
     layer: QATLayer, weight: Tensor, bias: Tensor | None, grid: QuantizedType | None
 ) -> dict[str, Tensor | None]:
-    """Return what a layer in float holds: codes to dequantize, or the weight itself, and a float bias."""
+    """Return the tensors of a converted layer that computes in float: weight codes or the weight, and a float bias."""
     bias = None if bias is None else bias.clone()
     if grid is None:
         return {"weight": weight.clone(), "bias": bias}

@@ -144,7 +144,7 @@ def _write(proto: Any, target: Path, encodings: dict[str, Any]) -> None:
 
 
 def encodings_json(found: dict[str, Encoding], parameters: set[str], version: EncodingVersion) -> dict[str, Any]:
-    """Return what the file of encodings holds; ``parameters`` are the names of those that are no activations."""
+    """Return the content of a file of encodings; ``parameters`` are the names of weights."""
     head: dict[str, Any] = {"producer": {"package": "tritonq", "version": __version__}, "version": version}
     if version == "2.0.0":
         return head | {"encodings": [_newer(name, grid, name in parameters) for name, grid in found.items()]}

@@ -12,7 +12,7 @@ from typing import IO
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A binary file that takes the name ``path`` when the block ends, and vanishes when it raises.
+    """Open a binary file that gets the name ``path`` when the block ends, and is removed when the block raises.
 
     Whoever is killed in between leaves the old file, and beside it one that :func:`remove_leftovers` finds.
 

@@ -110,7 +110,7 @@ def integer_difference(entry: Description, module: nn.Module) -> str | None:
 
 
 def _float_geometry(layer: IntegerLayer) -> Description:
-    """Return what the float layer's attributes must be."""
+    """Return the attributes that the float layer in this one's place must have, by name."""
     out, per_group, *kernel = layer.weight.shape
     if layer.linear:
         return {"in_features": per_group, "out_features": out}

@@ -80,7 +80,7 @@ class IntegerModule(DeployedModule):
         return requantize(total, self.shift.view(shape), output.quant_min, output.quant_max).to(output.dtype)
 
     def extra_repr(self) -> str:
-        """Return what comes out."""
+        """Return the text for ``repr``: the format of the output."""
         return "to int32 accumulators" if self.output is None else f"to {self.output}"
 
 

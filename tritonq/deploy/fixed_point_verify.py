@@ -28,7 +28,7 @@ def codes_read(layer: Any, x: Tensor) -> Tensor:
 
 
 def value_of_codes(layer: Any, codes: Tensor) -> Tensor:
-    """Return what a layer would have to be given to read these codes, which :func:`codes_read` returns."""
+    """Return the input from which a layer reads these codes: the inverse of :func:`codes_read`."""
     if isinstance(layer, IntegerLayer):
         return codes * 2.0**-layer.input.frac_len if layer.encodes else codes.to(layer.input.dtype)
     frac_len = layer.input_format.rounded_frac_len()

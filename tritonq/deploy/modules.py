@@ -296,7 +296,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return self._modules.get("activation")
 
     def finish(self, y: Tensor, relu_done: bool = False) -> Tensor:
-        """Return what follows the convolution or product: ReLU or another function, and the output quantizer."""
+        """Apply to ``y``, the result of convolution or product, the ReLU or other function and the output quantizer."""
         if not relu_done:
             y = rectify(y, self.ceiling)
         if self.following is not None:

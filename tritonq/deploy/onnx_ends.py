@@ -76,7 +76,7 @@ class Ends:
         )
 
     def to_json(self) -> str:
-        """Return what :meth:`of` reads."""
+        """Return the text for a file's metadata that :meth:`of` reads."""
         pixels = None if self.pixels is None else [self.pixels.mean, self.pixels.std]
         return json.dumps({"pixels": pixels, "returned": self.returned, "grids": self.grids})
 
@@ -85,7 +85,7 @@ class Ends:
         return arguments if self.pixels is None else replace_tensors(arguments, self.pixels)
 
     def results(self, outputs: list[Tensor]) -> list[Tensor]:
-        """Return what the file should return where the trained model returns ``outputs``."""
+        """Return the outputs that the file should have where the trained model returns ``outputs``."""
         if self.returned == "argmax":
             return [output.argmax(1) for output in outputs]
         if self.returned == "codes":

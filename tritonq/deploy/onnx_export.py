@@ -241,7 +241,7 @@ def export_traced(
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
 ) -> Any:
-    """Return what ``torch.onnx.export`` makes of a model that was rewritten for it.
+    """Return the ONNX program that ``torch.onnx.export`` makes of a model which was rewritten for it.
 
     Raises:
         ValueError: torch can't export it.

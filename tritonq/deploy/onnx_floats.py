@@ -69,7 +69,7 @@ class TracedFloatQuantizer(nn.Module):
 
 
 def describe_floats(node: Any) -> dict[str, Any]:
-    """Return what `verify` must know of a DequantizeLinear to turn its values into codes.
+    """Return, as plain data, a DequantizeLinear's format, scale and axis, by which `verify` turns values into codes.
 
     Args:
         node: an ``onnx_ir.Node``.

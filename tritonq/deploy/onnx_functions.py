@@ -153,7 +153,7 @@ def _between(
 
 
 def run_function(source: str, result: str, nodes: list[Any], constants: list[Any], count: int) -> Any:
-    """Return what ONNX Runtime makes of the codes from 0 up to ``count``."""
+    """Return the codes that ONNX Runtime computes by these nodes from the codes 0 to ``count - 1``, uint8 (count,)."""
     import onnx
 
     from tritonq.deploy.onnx_session import open_session

@@ -119,7 +119,7 @@ def _run_layer(
 
 
 def recurrent_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return what :func:`recurrent` becomes in a file, for ``torch.onnx.export``."""
+    """Return the translation of :func:`recurrent` to ONNX operators, as ``torch.onnx.export`` takes it."""
     from onnxscript import opset18 as op
 
     def translate(x: Any, states: Any, weights: Any, mode: str, hidden_size: int) -> Any:

@@ -66,7 +66,7 @@ class QuantizedRecurrent(DeployedModule):
         return x.to_float() if type(x) is CodedTensor else x
 
     def held(self, name: str) -> Tensor | None:
-        """Return what the state dict holds under a name, or None."""
+        """Return the tensor that the state dict holds under a name; None: it holds none."""
         return stored(self, name) if name in self.tensor_names else None
 
     def centred_weight(self, name: str) -> Tensor:

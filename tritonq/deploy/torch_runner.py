@@ -91,7 +91,7 @@ def _reader(codes: Codes, name: str, given: GivenCodes) -> Callable[[nn.Module, 
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for every module, and each module's own mode afterwards."""
+    """Set eval mode inside the block, and restore each module's mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

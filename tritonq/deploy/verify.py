@@ -78,7 +78,7 @@ def verify(
 def _deployed_runner(
     deployed: nn.Module | ExportedProgram | str | os.PathLike[str],
 ) -> tuple[Runner, _Islands, Ends, int]:
-    """Return what runs a deployed model, its quantizers behind operations without a defined order, and its ends.
+    """Return a function that runs a deployed model, its quantizers behind islands, and its ends.
 
     The last item is how many inputs a file takes; 0 of a module.
     """

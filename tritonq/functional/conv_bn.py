@@ -66,7 +66,7 @@ class ReadyWeight(NamedTuple):
 
 
 def version_of(weight: Tensor) -> tuple[int, int]:
-    """Return what changes when ``weight`` holds something else."""
+    """Return a key of the values of ``weight``: storage address and version, one of which changes with them."""
     return weight.data_ptr(), weight._version
 
 

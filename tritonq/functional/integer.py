@@ -89,7 +89,7 @@ def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType)
 
 
 def largest_product(*codes: tuple[QuantizedType, Tensor | None]) -> int:
-    """Return what no product of one code of each type, its zero point subtracted, exceeds in magnitude.
+    """Return an upper bound of the size of a product of one code of each type, less its zero point.
 
     The types alone say so: nothing is read from a device. A zero point lies among the codes; None stands for zero.
     """
@@ -191,7 +191,7 @@ def integer_sums(x: Tensor, layer: IntegerAffine, op: LinearOp) -> Tensor:
 
 
 def onto_grid(total: Tensor, layer: IntegerAffine, channel_axis: int, output: Grid | None) -> Tensor:
-    """Return what :func:`integer_affine` makes of the sums; overwrites ``total`` where that is float32."""
+    """Return the result of :func:`integer_affine` from the integer sums ``total``, which is overwritten if float32."""
     if output is None:
         return requantize(total, layer.bias, layer.multiplier, None, channel_axis)
     steps_per_code = layer.multiplier / output.scale

@@ -229,7 +229,7 @@ def _pads(op: LinearMap) -> bool:
 
 
 def _kernel_of(op: LinearMap) -> Callable[[Tensor, int], _Sums] | None:
-    """Return what makes a kernel of int8 weight codes and the input's zero point; None: there is none."""
+    """Return the function that makes a kernel from int8 weight codes and the input's zero point, if there is one."""
     if isinstance(op, MatrixProduct):
         return _product
     if isinstance(op, Convolution):

@@ -259,7 +259,7 @@ def _axis_and_channels(x: Tensor, axis: int | None) -> tuple[int | None, int | N
 
 
 def _check_parameter(name: str, value: Tensor, x: Tensor, channels: int | None, positive: bool) -> None:
-    """Shape, device and, where they can be read for free, values of a trained parameter."""
+    """Check a trained parameter's shape, device and, where they can be read for free, values."""
     check_float_tensor(name, value)
     detached = value.detach()
     if positive:

@@ -27,18 +27,18 @@ def is_rounded(x: Tensor, scale: Tensor) -> bool:
 
 
 def mark_codes(x: Tensor, scale: Tensor, codes: Any) -> None:
-    """Note on ``x`` what it was kept as for a backward, on the grid of ``scale``."""
+    """Note on ``x`` the codes on the grid of ``scale`` that it was kept as for a backward."""
     setattr(x, _CODES, (scale, x._version, codes))
 
 
 def codes_of(x: Tensor, scale: Tensor) -> Any:
-    """Return what :func:`mark_codes` noted for this ``scale``; None where ``x`` has changed since, or has no mark."""
+    """Return the codes that :func:`mark_codes` noted for this ``scale``; None: ``x`` has changed or has no mark."""
     marked, version, codes = getattr(x, _CODES, (None, None, None))
     return codes if marked is scale and version == x._version else None
 
 
 def mark_source(y: Tensor, grid: Any) -> None:
-    """Note on ``y`` which grid its quantizer rounds to, for layers that know no quantizer of their input."""
+    """Note on ``y`` the grid that its quantizer rounds to, for layers that have no reference to that quantizer."""
     if not y.is_inference():
         setattr(y, _SOURCE, (grid, y._version))
 

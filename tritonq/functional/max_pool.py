@@ -17,7 +17,7 @@ def max_pool_codes(
     dilation: int | list[int] = 1,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """Return what ``F.max_pool2d`` gives: one axis after the other, whole slices at a time.
+    """Pool codes as ``F.max_pool2d`` does, one axis after the other, whole slices at a time.
 
     torch's own pool of uint8 tensors takes small ones alone, element by element.
 

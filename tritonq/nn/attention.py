@@ -95,7 +95,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
-    """Return what is added to the scores (batch, heads, queries, keys), or None; 0 for keys that were appended.
+    """Return the mask to add to the scores (batch, heads, queries, keys); None: no mask. Appended keys have 0.
 
     Raises:
         ValueError: ``is_causal`` without a mask, as in torch.

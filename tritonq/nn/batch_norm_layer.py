@@ -177,7 +177,7 @@ class QATBatchNormLayer(QATLayer):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """A frozen layer says so, with a key of its own; others have torch.ao's keys alone."""
+        """Save a key of its own for a frozen layer; other layers have torch.ao's keys only."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.freeze_bn:
             destination[f"{prefix}freeze_bn"] = torch.ones(1, dtype=torch.uint8)

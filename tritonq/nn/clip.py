@@ -84,7 +84,7 @@ class Clip(ElementwiseLayer):
         return cls(clipping, qconfig=qconfig, source_type=type(module).__name__).train(module.training)
 
     def absorb(self, earlier: Clipping | None) -> None:
-        """Be the clip with these bounds, too, which stood before it; None: with none."""
+        """Take over the bounds of the clip that stood before this one; None: there was none."""
         self.earlier = earlier
         self.clipping = self.own if earlier is None else earlier.then(self.own)
         self.function = self.clipping.function

@@ -105,7 +105,7 @@ _ARRANGED: Mapping[str, tuple[Callable[..., Tensor], int]] = {
 
 
 def _arranged(tensors: tuple[Tensor, ...], dim: int, arrangement: Arrangement) -> tuple[tuple[Tensor, ...], int]:
-    """Return what is concatenated, and along which axis."""
+    """Return the tensors to concatenate, reshaped as ``stack`` and the like do, and the axis."""
     if arrangement == "cat":
         return tensors, dim
     if arrangement == "stack":

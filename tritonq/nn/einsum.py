@@ -127,7 +127,7 @@ class Contraction:
         return self
 
     def without_ellipsis(self, a_axes: int, b_axes: int) -> Contraction:
-        """Return the same for operands of so many axes, with an index for each axis of the ellipsis.
+        """Return the contraction for operands of so many axes, with an index for each axis of the ellipsis.
 
         Axes of two ellipses meet from the last one on, as in broadcasting.
 

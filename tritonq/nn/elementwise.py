@@ -139,7 +139,7 @@ class Joint(WithOutputQuantizer):
         return cast(Tensor, self.activation_post_process(rectify(float_join(self.kind, a, b), self.ceiling)))
 
     def _rounded(self, a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics) -> Tensor:
-        """Do in one operator what operation, ReLU and quantizer do in training."""
+        """Compute operation, ReLU and quantizer of a training step in one operator."""
         if a.shape != b.shape or a.dtype != b.dtype:
             return rounded_result(float_join(self.kind, a, b), grid, statistics, self.ceiling)
         return residual_join(a, -b if self.kind == "sub" else b, grid, statistics, self.ceiling)

@@ -109,7 +109,7 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
 def embedding_bag(
     bag: nn.EmbeddingBag, table: Tensor, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
 ) -> Tensor:
-    """Return what ``bag`` computes, with ``table`` for its weight."""
+    """Return the result of ``bag`` with ``table`` in the place of its weight."""
     return F.embedding_bag(
         input,
         table,

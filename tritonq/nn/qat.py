@@ -199,7 +199,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return op.from_rows(self.weight_fake_quant(op.to_rows(weight)))
 
     def quantized_folded_weight(self, folded: Tensor) -> Tensor:
-        """Return what eval mode makes of the weight that :meth:`folded_parameters` gives: as rounded in deployment."""
+        """Return the weight of :meth:`folded_parameters` rounded to its grid, as eval mode and deployment use it."""
         return self.quantized_weight(folded)
 
     def weight_grid(self) -> Grid:
@@ -219,7 +219,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return self.folded_parameters()[0]
 
     def path_state(self) -> LayerState:
-        """Return what decides which path :meth:`forward` takes."""
+        """Return the state by which :func:`choose_path` chooses the path of :meth:`forward`."""
         tracing = torch.compiler.is_compiling()
         knows_grids = not (self.training or tracing) and self._knows_grids()
         return LayerState(self.training, tracing, knows_grids)
@@ -237,7 +237,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
             return self.compute(input, weight, bias)
 
     def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return what :meth:`forward` does, with weight and bias given, while no mode watches the calls."""
+        """Compute :meth:`forward` with a given weight and bias, outside of the mode that answers a forward's calls."""
         return self.paths[choose_path(self.path_state())](self, self.quantized_input(input), weight, bias)
 
     def rectified(self, y: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return super().train(mode)
 
     def eval_key(self) -> tuple[Any, ...]:
-        """Return what the layer's integers depend on, beside tensors."""
+        """Return the values besides tensors on which the layer's integers in eval mode depend."""
         types = [getattr(held, "qtype", None) for held in (self.input_quantizer, self.weight_fake_quant)]
         return (self.ceiling, types, [vars(self).get(name) for name in (*_GEOMETRY, "output_padding")])
 
@@ -334,7 +334,7 @@ def checked_qconfig(layer: nn.Module, qconfig: object) -> QConfig:
 
 
 def linear_map_of(layer: nn.Module) -> LinearMap:
-    """Return what a layer derived from torch's convolutions or ``nn.Linear`` does with its input and its weight."""
+    """Return the convolution or product of a layer derived from torch's convolutions or ``nn.Linear``."""
     if isinstance(layer, nn.Linear):
         return MatrixProduct()
     conv = cast(nn.modules.conv._ConvNd, layer)

@@ -159,7 +159,7 @@ class InterpolatingHistogramObserver(RangeObserver):
         return rebin(self.histogram.cpu(), self._limits(), limits, self.upsample_rate)
 
     def own_counts(self, limits: Range) -> Tensor:
-        """Return what this rank has not shared yet, over ``limits``."""
+        """Return the counts that this rank has not shared yet, over the range ``limits``."""
         return self.over(limits) - self._common_over(limits)
 
     def add_shared(self, counts: Tensor, limits: Range) -> None:
@@ -168,7 +168,7 @@ class InterpolatingHistogramObserver(RangeObserver):
         self.mark_common()
 
     def mark_common(self) -> None:
-        """All ranks hold the present counts."""
+        """Note the present counts as those that all ranks hold."""
         self.common_histogram.copy_(self.histogram)
         self._common_limits = self._limits() if bool(self.has_observed()) else None
 

@@ -94,6 +94,6 @@ class PassiveObserver(ObserverBase):
         return self.is_set
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A loaded scale counts as a replacement."""
+        """Load a state dict; its scale counts as one that was given."""
         self.revision += 1
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -208,7 +208,7 @@ class FixedPointScheme:
 
 
 def _network_inputs(links: Links, recording: Recording) -> dict[str, Tensor]:
-    """Return what the layers that read no other layer's output get from the example inputs, by name."""
+    """Run the example inputs; return the inputs of the layers that read no other layer's output, by layer name."""
     model = links.analysis.model
     found: dict[str, Tensor] = {}
     handles = []

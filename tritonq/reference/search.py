@@ -144,7 +144,7 @@ def condensed(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins, 
 
 
 def densities(edges: Tensor, below: Tensor, stride: int = 1) -> tuple[Tensor, Tensor]:
-    """Return what :func:`cell_error` takes, from :func:`condensed`, with ``stride`` bins merged into one."""
+    """Return edges and densities for :func:`cell_error` from those of :func:`condensed`, ``stride`` bins in one."""
     edges, below = edges[..., ::stride].flatten(1), below[..., ::stride].flatten(1)
     return edges, below.diff(dim=1).div_(edges.diff(dim=1).clamp_(min=_TINY))
 

@@ -259,7 +259,7 @@ def _is_fixed_point(parts: dict[Role, FakeQuantizeBase]) -> bool:
 
 @contextmanager
 def _enabled(quantizers: Any, switches: dict[FakeQuantizeBase, Tensor]) -> Iterator[None]:
-    """These quantizers round, unless they were switched off in the model."""
+    """Let these quantizers round inside the block, unless they were switched off in the model."""
     chosen = [quantizer for quantizer in quantizers if bool(switches[quantizer])]
     for quantizer in chosen:
         _switch(quantizer, True)
@@ -274,7 +274,7 @@ def _enabled(quantizers: Any, switches: dict[FakeQuantizeBase, Tensor]) -> Itera
 def _nothing_clipped(
     quantizers: Iterable[FakeQuantizeBase], tallies: dict[FakeQuantizeBase, Tally]
 ) -> Iterator[list[FakeQuantizeBase]]:
-    """Ranges that hold every value, where a quantizer clips and its range is a buffer; which ones, for the block."""
+    """Widen ranges inside the block until no value is clipped, where a range is a buffer; yield which were widened."""
     widened = []
     for quantizer in quantizers:
         tally = tallies.get(quantizer)
@@ -296,7 +296,7 @@ def _nothing_clipped(
 
 @contextmanager
 def _nothing_rounded(model: nn.Module) -> Iterator[None]:
-    """Eval mode without rounding; modes and switches as they were afterwards."""
+    """Set eval mode without rounding inside the block; restore modes and switches afterwards."""
     formats = [module for module in model.modules() if isinstance(module, FixedPointFakeQuantize)]
     switches = [quantizer.fake_quant_enabled.clone() for quantizer in formats]
     with everything_float(model):

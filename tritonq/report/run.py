@@ -29,7 +29,7 @@ _CLASSES_SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``python -m tritonq report``."""
+    """Add the options of ``python -m tritonq report``."""
     parser.epilog = (
         "Example: python -m tritonq report torchvision.models:resnet18 photos --model-arg num_classes=5 --checkpoint "
         "train-output/best.pt. With a checkpoint of `tritonq train`, qconfig, preprocessing and factory arguments are "

@@ -124,7 +124,7 @@ class ModelSummary:
 
 
 def summary(model: nn.Module) -> ModelSummary:
-    """Return what became of every layer of a prepared or converted model, and why one was left in float.
+    """Return a table of the layers of a prepared or converted model: quantized, fused, or in float and why.
 
     A model prepared with ``example_inputs`` carries a record of it, which copies, pickles and conversion keep. Any
     other one (torch.ao's flow, quantized modules by hand, ``load_converted``) is described from its modules.
@@ -198,7 +198,7 @@ def _why_float_in_engine(module: nn.Module) -> str:
 
 
 def _grid(module: nn.Module) -> str:
-    """Return the grids of a layer's own quantizers."""
+    """Return, as text for the table, the grids of a layer's own quantizers."""
     parts: dict[str, str] = {}
     if isinstance(module, QuantizedLayer) and module.types.weight is not None:
         parts["w"] = describe_grid(module.types.weight) + (" per channel" if module.types.weight.axis is None else "")

@@ -89,6 +89,6 @@ def _tensors(flat: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _implementation(family: str, function: str, x: Tensor) -> Callable[..., Any]:
-    """Return what eager code would run on ``x``."""
+    """Return the backend's function that eager code would call for ``x``."""
     chosen: Callable[..., Any] = getattr(implementation(family, x), function)
     return chosen

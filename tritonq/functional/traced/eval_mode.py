@@ -142,7 +142,7 @@ def run_affine(
     weights: Grid,
     output: Grid | None,
 ) -> Tensor:
-    """Do what :func:`affine` does when it runs; ``conv`` is None for a matrix product."""
+    """Compute :func:`affine` when the compiled graph runs; ``conv`` is None for a matrix product."""
     op = _op(conv)
 
     def values() -> Tensor:
@@ -167,7 +167,7 @@ def run_affine(
 
 @operator(returns=New(_join_shape, "a", keeps_format=True))
 def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Do what :func:`join` does when it runs."""
+    """Compute :func:`join` when the compiled graph runs."""
     return _chosen(
         (grid_a, grid_b, output),
         lambda: integer_join(kind, a, b, grid_a, grid_b, output).to(a.dtype),
@@ -177,7 +177,7 @@ def run_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, o
 
 @operator(returns=Like("x"))
 def run_on_grid(x: Tensor, output: Grid) -> Tensor:
-    """Do what :func:`on_grid` does when it runs."""
+    """Compute :func:`on_grid` when the compiled graph runs."""
     return _chosen((output,), lambda: divided(x, output).to(x.dtype), lambda: x.clone())
 
 
@@ -200,7 +200,7 @@ def run_average(
     source: Grid,
     output: Grid,
 ) -> Tensor:
-    """Do what :func:`average` does when it runs; one of ``axes``, ``window`` and adaptive ``sizes`` is not None."""
+    """Compute :func:`average` when the compiled graph runs; one of ``axes``, ``window`` and ``sizes`` is given."""
     averaging = _averaging(axes, window, sizes)
     return _chosen(
         (source, output),
@@ -211,7 +211,7 @@ def run_average(
 
 @operator(returns=Like("x"))
 def run_function(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
-    """Do what :func:`function` does when it runs."""
+    """Compute :func:`function` when the compiled graph runs."""
     return _chosen(
         (source, output),
         lambda: integer_function(x, function, source, output).to(x.dtype),

@@ -74,7 +74,7 @@ def own(template: Any, result: Any, arguments: dict[str, Any], inputs: Sequence[
 
 
 def _memory(tensor: Tensor) -> int:
-    """Return what tensors that share memory have in common, which traced ones have too."""
+    """Return a number of a tensor's storage: equal for tensors that share memory, traced tensors among them."""
     address: int = tensor.untyped_storage()._cdata
     return address
 

@@ -46,7 +46,7 @@ def _trains(layer: Layer, analysis: Analysis) -> bool:
 
 
 def _inputs(layer: Layer, analysis: Analysis) -> set[int]:
-    """Return what a layer reads, up through operations that only move values: dropout, casts to the same type."""
+    """Return the values that a layer reads, looked up through operations that only move values, such as dropout."""
     values = set()
     for index in layer.calls:
         value = analysis.flow.calls[index].inputs[0]

@@ -223,7 +223,7 @@ class Analysis:
         return isinstance(call.target, _NORM_MODULES) or (call.kind == "function" and call.name in _NORMS)
 
     def source_of(self, call: Call, through_norms: bool = False) -> int | None:
-        """Return what a call keeps the grid of, or scales or shifts by constants, or normalises; None for others."""
+        """Return the input whose grid a call keeps, or that it scales or shifts by constants; None for other calls."""
         if self.keeps_grid(call):
             return call.inputs[0]
         mask = self.mask_of(call)

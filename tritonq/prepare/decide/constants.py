@@ -93,7 +93,7 @@ class Constants:
         return frozenset(str(value.path[0]) for value in values if value.source == "state")
 
     def rests_on(self, results: Iterable[int]) -> Literal["unknown", "input", "random"]:
-        """Return what values that are no constants follow from: foreign tensors, inputs of the model, or chance."""
+        """Return the source of values that are no constants: foreign tensors, the model's inputs, or random numbers."""
         sources = {self._flow.values[value].source for value in self._before(results)}
         return "unknown" if "unknown" in sources else "input" if "input" in sources else "random"
 

@@ -338,7 +338,7 @@ class _Finder:
                 )
 
     def _other_readers(self, group: Group) -> list[str]:
-        """Return what else reads a group's values, or returns them."""
+        """Return names of what reads a group's values besides its readers, ``"the model's caller"`` among them."""
         known = {call.index for call, _ in group.readers}
         found = []
         for value in sorted(group.values):
@@ -363,7 +363,7 @@ class _Finder:
         return self._is_relu(call) or self._is_rectified(call.inputs[0])
 
     def _check_units(self) -> None:
-        """Additions and poolings need a layer after them; only layers can take a pooling's remaining factor."""
+        """Raise ValueError unless a layer follows each addition and pooling: only layers take a pooling's factor."""
         for call in (*self.links.additions.values(), *(pooling.call for pooling in self.links.poolings.values())):
             group = self.links.groups[self.links.ends[call.index]]
             if self.links.units(group) is None:

@@ -39,7 +39,7 @@ def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
 
 
 def _place(call: Call) -> tuple[str, str, int]:
-    """Return what tells a place of a forward that calls a function from others, in whatever run."""
+    """Return a key of the place in a forward that calls a function: the same in every run of the model."""
     return call.owner, call.name, call.ordinal
 
 

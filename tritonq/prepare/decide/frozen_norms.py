@@ -92,7 +92,7 @@ def _chain(frame: Frame, analysis: Analysis) -> list[Call] | None:
 
 
 def _step(call: Call, analysis: Analysis) -> AffineStep | None:
-    """Return what a call does to each channel, or None where it does more, or with a tensor that training changes."""
+    """Return a call's operation on each channel; None: it does more, or uses a tensor that training changes."""
     if call.name == "batch_norm":
         given = {**dict(zip(_BATCH_NORM, call.args, strict=False)), **call.kwargs}
         roles = tuple(name for name in _BATCH_NORM[1:5] if isinstance(given.get(name), Ref))

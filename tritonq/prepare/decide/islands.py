@@ -23,7 +23,7 @@ def enters_island(value: int, analysis: Analysis) -> bool:
 
 
 def ends_of_islands(analysis: Analysis) -> Iterator[tuple[str, int]]:
-    """Yield what each island reads and what it returns, with the name of the module whose qconfig it has."""
+    """Yield the value that each island reads and the one that it returns, after the name of the qconfig's module."""
     for call in analysis.flow.calls:
         result = analysis.value_of(call)
         if analysis.is_island(call) and call.inputs and result is not None:

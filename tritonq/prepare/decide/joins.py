@@ -159,7 +159,7 @@ def _sum_with_product(call: Call) -> Reading:
 
 
 def _untaken(why: str) -> Callable[[Call], Reading]:
-    """Return what reads calls of products that no module takes, for the reason ``why``."""
+    """Return a reader for calls of products that stay in float for the reason ``why``."""
 
     def read(call: Call) -> Reading:
         first = call.args[0] if call.args and isinstance(call.args[0], tuple) else call.args

@@ -185,7 +185,7 @@ def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str
 
 
 def clip_reason(layer: str) -> str:
-    """Return what a clip's record says where the quantizer of a layer stands behind it."""
+    """Return the reason in the record of a clip behind which the quantizer of a layer stands."""
     return f"the quantizer of {layer} stands behind it"
 
 

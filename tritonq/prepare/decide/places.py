@@ -43,7 +43,7 @@ def place_of(root: int, analysis: Analysis) -> Origin:
 def grid_behind(
     ends: Iterable[int], analysis: Analysis, grids: Mapping[int, GridSource], chains: Chains
 ) -> GridSource | None:
-    """Return what puts the results of the clips that alone read some calls on one grid; None without such clips."""
+    """Return the one source of the grid of clips behind some calls; None: a call has no clip, or grids differ."""
     clips = [analysis.follower(analysis.flow.calls[index]) for index in ends]
     values = [analysis.value_of(chains.last_clip(clip)) for clip in clips if clip is not None and limits_range(clip)]
     found = [None if value is None else grids.get(value) for value in values]

@@ -350,7 +350,7 @@ class _Planner:
         return found
 
     def _operands(self, join: Join) -> tuple[GridSource | None, ...]:
-        """Return what put each operand on its grid, or makes it unrounded, where that is the same in every call."""
+        """Return, for each operand of a join, the source of its grid, or its maker if unrounded; None: calls differ."""
         by_operand: dict[int, list[GridSource | None]] = {}
         for _, operand, value in self._operands_read(join):
             grid = self._grid_read(join, operand, value) or self.makers.get(self._root(value))
@@ -360,7 +360,7 @@ class _Planner:
         )
 
     def _grid_read(self, part: Layer | Join, operand: int, value: int) -> GridSource | None:
-        """Return what puts a value that a layer or join reads on a grid: a quantizer of its own, or one before it."""
+        """Return the source of the grid of a value that a layer or join reads: its own quantizer, or one before it."""
         own = self.at_readers.get((id(part), operand))
         return self._grid(value) if own is None else own
 
@@ -372,7 +372,7 @@ class _Planner:
         return [value for _, _, value in self._operands_read(part)]
 
     def _operands_read(self, part: Layer | Join) -> list[tuple[int, int, int]]:
-        """Return what a layer or join reads on some grid: call, operand, value."""
+        """Return the values that a layer or join reads on some grid: ``(call, operand, value)`` each."""
         calls = [self.analysis.flow.calls[index] for index in part.calls]
         if isinstance(part, Join):
             return [(call.index, *item) for call in calls for item in enumerate(operands(call, self.analysis))]

@@ -12,7 +12,7 @@ Operation = TypeVar("Operation")
 
 
 def read_call(call: Call, readers: Mapping[str, Callable[..., Operation]], name: str | None = None) -> Operation | None:
-    """Return what the reader for a name, by default that of the call, makes of its arguments.
+    """Return the operation that a reader finds in a call's arguments; ``name`` chooses the reader, or the call's name.
 
     None where there is no such reader, where the call reads more tensors than one, and where the reader does not take
     these arguments: it raises TypeError or ValueError then.

@@ -141,7 +141,7 @@ def is_unary(call: Call, analysis: Analysis, chains: Chains) -> bool:
 
 
 def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: bool) -> int | None:
-    """Return what a call computes an operation of one tensor of, or else what `Analysis.source_of` has."""
+    """Return the input of an operation of one tensor; for any other call the result of `Analysis.source_of`."""
     return call.inputs[0] if is_unary(call, analysis, chains) else analysis.source_of(call, through_norms)
 
 
@@ -173,7 +173,7 @@ def _may_change(operation: Operation, calls: Sequence[Call]) -> bool:
 
 
 def _operation_of_row(row: Sequence[Call], analysis: Analysis, has_fixed_arguments: bool) -> Operation | None:
-    """Return what calls, one behind the other, compute; of clips the last one."""
+    """Return the one operation that a row of calls amounts to; of a row of clips the last one."""
     joined = joined_function(row)
     if joined is not None:
         return joined

@@ -90,7 +90,7 @@ def note_earlier_names(model: nn.Module, names: Mapping[Path, Sequence[str]]) ->
 
 
 def earlier_names(model: nn.Module) -> dict[str, str]:
-    """Return what version 0.1.0 called the quantizers of a model's inputs, by their names today."""
+    """Return the names that version 0.1.0 gave to the quantizers of a model's inputs, by today's names."""
     return dict(getattr(model, _NAMES, {}))
 
 

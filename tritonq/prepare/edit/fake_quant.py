@@ -250,7 +250,7 @@ class _PlanWork:
             self._input_names.setdefault(quantizer.input_path, []).append(f"{owner_name}.{child}")
 
     def _made(self, part: Layer | Join) -> nn.Module:
-        """Return what a layer or join became."""
+        """Return the quantized module of a layer or join."""
         if isinstance(part, Layer):
             return self._editor.modules[part.name]
         return self._editor.model.get_submodule(self.join_names[part])

@@ -103,7 +103,7 @@ class _Builder:
         return made
 
     def _make_formats(self) -> None:
-        """One format per group that has one, owned by its readers."""
+        """Make one format for each group that has one, and give it to the group's readers."""
         for group in self._each_group():
             if not group.has_format:
                 continue
@@ -245,7 +245,7 @@ class _Builder:
         self._editor.rewrite(call.owner).replace(site.node, child, operands, site.in_place)
 
     def _replace_max_pool(self, name: str, module: nn.Module) -> None:
-        """Max poolings of codes have to take integers."""
+        """Replace a max pooling of codes by one that takes integers."""
         if type(module) is nn.MaxPool2d and self._editor.modules[name] is module and not module.return_indices:
             made = FixedPointMaxPool2d(
                 module.kernel_size, module.stride, module.padding, module.dilation, ceil_mode=module.ceil_mode

@@ -205,7 +205,7 @@ class Answering(ForwardMode):
         return getattr(self._owner, then)(result) if then else result
 
     def _rounded(self, child: str, then: str, result: Any) -> Any:
-        """Return what a call made that had other arguments than recorded, through the quantizer that stands there."""
+        """Return the result of a call with other arguments than recorded, rounded by the quantizer of its place."""
         if then:
             return getattr(self._owner, then)(result)
         made = getattr(self._owner, child)
@@ -242,7 +242,7 @@ class Answering(ForwardMode):
         return found
 
     def description(self, missing: Sequence[str]) -> str:
-        """Return what to tell of recorded calls that this run did not make."""
+        """Return the text of a warning about recorded calls that this run did not make."""
         what = f" ({children})" if (children := self._children_of(missing)) else ""
         return (
             f"{len(missing)} calls of the forward of {type(self._owner).__name__} that prepare_qat recorded did not "
@@ -254,7 +254,7 @@ class Answering(ForwardMode):
         return ", ".join(sorted({child for key in keys for child in self._answers[key][1:4:2] if child}))
 
     def _replaced(self, child: str, operands: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the child makes of the operands of a call, or the first one where no child replaces it."""
+        """Return the child's result for the operands of a call; without a child the first operand."""
         if operands in _BY_POSITION:
             return getattr(self._owner, child)(*_BY_POSITION[operands](args, kwargs))
         given = (*args, *kwargs.values())

@@ -79,7 +79,7 @@ _UNKNOWN = object()
 
 
 def _attribute(node: ast.expr, module: nn.Module, receiver: str) -> Any:
-    """Return what ``self.name`` or ``self.name.name`` is, where that can be told."""
+    """Return the object that an expression ``self.name`` or ``self.name.name`` stands for; ``_UNKNOWN`` for others."""
     if isinstance(node, ast.Name):
         return module if node.id == receiver else _UNKNOWN
     owner = _attribute(node.value, module, receiver) if isinstance(node, ast.Attribute) else _UNKNOWN

@@ -211,7 +211,7 @@ def _checked(module: nn.Module, data: Any) -> ForwardData:
 
 
 def _checked_guard(data: ForwardData, children: Iterable[str], owner: str) -> ForwardData:
-    """Return what a graph was made for, and the answers of the forward that runs otherwise; empty without them."""
+    """Return, checked, the values that a graph was traced for and the answers used otherwise; empty without values."""
     if "values" not in data:
         return {}
     check_values(data["values"])

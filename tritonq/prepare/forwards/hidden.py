@@ -44,7 +44,7 @@ class HidesChildren(nn.Module):
 
 
 def container_methods(original: type[nn.Module], hidden: frozenset[str]) -> dict[str, Callable[..., Any]]:
-    """Return what makes a class of torch's containers one, without some of its children; empty for other classes."""
+    """Return methods that make one of torch's container classes pass over hidden children; empty for other classes."""
     if not hidden:
         return {}
 

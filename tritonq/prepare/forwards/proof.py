@@ -132,7 +132,7 @@ class _Follower:
         return call.output
 
     def _check_argument_returned(self, call: Call) -> None:
-        """A forward that changes its argument must return it: then its caller goes on with the result."""
+        """Raise unless a forward that changes its argument returns it: its caller then goes on with the result."""
         given = set(refs_in((*self._frame.args, *self._frame.kwargs.values())))
         returned = set(refs_in(self._frame.output))
         for before, after in call.writes:

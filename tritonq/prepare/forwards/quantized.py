@@ -52,7 +52,7 @@ class Read:
 
     @classmethod
     def from_data(cls, data: Any) -> Read:
-        """Return what :meth:`to_data` described.
+        """Return the object that :meth:`to_data` turned into ``data``.
 
         Raises:
             ValueError: data that doesn't describe one.

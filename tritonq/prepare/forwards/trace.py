@@ -258,7 +258,7 @@ def _context() -> tuple[bool, ...]:
 
 
 def _check_attributes(graph: fx.Graph, module: nn.Module) -> None:
-    """Every attribute that the graph reads must be a parameter or buffer that the module really has."""
+    """Raise unless every attribute that the graph reads is a parameter or buffer of the module."""
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     for node in graph.nodes:

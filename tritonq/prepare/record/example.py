@@ -174,7 +174,7 @@ def training_modes(model: nn.Module) -> dict[nn.Module, bool]:
 
 
 def _place(model: nn.Module, running: list[nn.Module]) -> str:
-    """In which submodule a forward failed, as the end of a sentence."""
+    """Return the end of a sentence that names the submodule in which a forward failed."""
     names = {module: name for name, module in model.named_modules()}
     return f" (in {names[running[0]]!r}, a {type(running[0]).__name__})" if running and names[running[0]] else ""
 

@@ -62,7 +62,7 @@ def is_call_of(module: nn.Module | None, frame: FrameType) -> bool:
 
 
 def plain_function(function: Any) -> Any:
-    """Return what a callable runs in the end: past ``functools.partial`` and the binding to an object."""
+    """Return the function inside a callable: past ``functools.partial`` and the binding to an object."""
     while isinstance(function, partial):
         function = function.func
     return getattr(function, "__func__", function)

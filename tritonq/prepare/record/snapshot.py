@@ -173,7 +173,7 @@ def tensor_version(tensor: Tensor) -> int:
 
 
 def tensor_storage(tensor: Tensor) -> int:
-    """Return what tells the storage of a tensor from others while both are alive."""
+    """Return a number of a tensor's storage that no other living storage has."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except NotImplementedError:  # sparse and other tensors without one storage
