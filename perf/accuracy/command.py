@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hours", type=float, default=3.0, help="of the whole plan; what it has no room for is cut")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="part of a name such as 'garments residual W2A2 LSQ', to do first")
-    parser.add_argument("--tools", action="store_true", help="measure tools before and after training instead")
+    parser.add_argument("--tools", action="store_true", help="measure tools, variants and schemes of papers instead")
     parser.add_argument("--page", type=Path, help="write the table into this Markdown page, between its marks")
     parser.add_argument("--picture", type=Path, help="draw the accuracies into this file (extra report)")
     parser.add_argument(

@@ -65,11 +65,11 @@ def measure(item: Measurement, task: Task, budget: Budget, out: Path) -> dict[st
     float_model = _float_model(item, task, budget, out)
     float_accuracy = _accuracy(outputs_of(float_model, task.validation.images), task.validation)
     torch.manual_seed(item.seed)
-    teacher = None if method.teach is None else copy.deepcopy(float_model)
+    teacher = None if method.further_loss is None else copy.deepcopy(float_model)
     images = task.train.images
     bits = (item.weights, item.activations)
     model = method.make(Request(item.net, CLASSES, float_model, *bits, images[:BATCH], images[:_CALIBRATION]))
-    further_loss = None if teacher is None or method.teach is None else method.teach(model, teacher).loss
+    further_loss = None if teacher is None or method.further_loss is None else method.further_loss(model, teacher)
     start = time.perf_counter()
     if method.is_trained:
         train(model, task.train, budget.epochs, recipe.learning_rate, recipe.weight_decay, item.seed, further_loss)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from tritonq.perf.accuracy.methods import METHODS, VARIANTS
 from tritonq.perf.accuracy.peers import PEERS
 from tritonq.perf.accuracy.request import Method
+from tritonq.perf.accuracy.schemes import SCHEMES
 from tritonq.perf.accuracy.tools import TOOLS
 from tritonq.recipes import EIGHT_BITS, FEW_BITS, TrainingRecipe
 
-ALL_METHODS: dict[str, Method] = {**METHODS, **PEERS, **VARIANTS, **TOOLS}
+ALL_METHODS: dict[str, Method] = {**METHODS, **PEERS, **VARIANTS, **SCHEMES, **TOOLS}
 # What everyone tries, by name; nothing freezes, since not every library can.
 RECIPES: dict[str, TrainingRecipe] = {
     "low rate": TrainingRecipe(EIGHT_BITS.learning_rate, 1e-4, 0.0),
@@ -151,12 +152,15 @@ def quick_plan() -> Plan:
 
 
 def tools_plan() -> Plan:
-    """Return a plan of the tools and variants: without training at W4A8 and W3A8, with it at W4A4 and W2A2."""
+    """Return a plan of tools, variants and papers' schemes, of one seed.
+
+    Without training at W4A8 and W3A8, with it at W4A4 and W2A2; a method with widths of its own at these.
+    """
     rows = [
         Row("garments", net, *widths, name)
-        for name, method in {**TOOLS, **VARIANTS}.items()
+        for name, method in {**SCHEMES, **TOOLS, **VARIANTS}.items()
         for net in ("residual", "depthwise")
-        for widths in (((2, 2), (4, 4)) if method.is_trained else ((4, 8), (3, 8)))
+        for widths in method.widths or (((2, 2), (4, 4)) if method.is_trained else ((4, 8), (3, 8)))
     ]
     rows.sort(key=lambda row: (row.net != "residual", ALL_METHODS[row.method].is_trained))
     return Plan([Step(row, 0) for row in rows], [])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from tritonq import Distillation
+FurtherLoss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,21 @@ class Method:
         make: returns the model that is trained.
         revision: raised when a change of the method alters its numbers; results of an earlier one are measured anew.
         at_all_widths: whether it is measured at W4A8, W3A3 and W2A2 as well.
+        widths: the only bits of weights and activations at which it is measured; None: those of the plan.
         distributions: packages whose versions a result records.
         modules: top-level modules without which it is "not installed".
         differs: what it does otherwise than a tritonq preset, in one line.
         is_trained: whether the model is trained; else it is evaluated as it is made.
-        teach: makes, of the model and the float model, what adds to the loss.
+        further_loss: makes, of the prepared and the float model, what adds to the loss, given outputs and images.
     """
 
     library: str
     make: Callable[[Request], nn.Module]
     revision: int = 1
     at_all_widths: bool = False
+    widths: tuple[tuple[int, int], ...] | None = None
     distributions: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     differs: str = ""
     is_trained: bool = True
-    teach: Callable[[nn.Module, nn.Module], Distillation] | None = None
+    further_loss: Callable[[nn.Module, nn.Module], FurtherLoss] | None = None

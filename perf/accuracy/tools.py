@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tritonq
 from tritonq.perf.accuracy.methods import LEARNED_STEP, RANGES, MakeQConfig, prepared
-from tritonq.perf.accuracy.request import Method, Request
+from tritonq.perf.accuracy.request import FurtherLoss, Method, Request
 from tritonq.qconfig import learned_step_qconfig
 
 Tool = Callable[[nn.Module, list[Tensor]], object]
@@ -71,8 +71,8 @@ def _with_mapping(request: Request, mapping: tritonq.QConfigMapping) -> nn.Modul
     return tritonq.calibrate(model, list(torch.split(request.calibration, len(request.images))))
 
 
-def _teach(student: nn.Module, teacher: nn.Module) -> tritonq.Distillation:
-    return tritonq.Distillation(student, teacher)
+def _distilled(student: nn.Module, teacher: nn.Module) -> FurtherLoss:
+    return tritonq.Distillation(student, teacher).loss
 
 
 def _tool(make: Callable[[Request], nn.Module], differs: str, *, trained: bool) -> Method:
@@ -94,6 +94,6 @@ TOOLS: dict[str, Method] = {
         prepared(LEARNED_STEP),
         distributions=("tritonq",),
         differs="the float model's outputs as further targets",
-        teach=_teach,
+        further_loss=_distilled,
     ),
 }
