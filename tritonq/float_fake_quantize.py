@@ -13,12 +13,16 @@ from tritonq.functional.dispatch import implementation
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.float_blocks import fake_quantize_blocks
 from tritonq.functional.recomputation import is_recomputing
+from tritonq.functional.validate import check_axis
 from tritonq.grid import Grid
 from tritonq.qparams import is_readable
 from tritonq.quantized_type import QuantizedType
 from tritonq.rank_ranges import RankState, join_ranks
 from tritonq.switched_quantizer import SwitchedQuantizer
 from tritonq.warn_once import warn_once
+
+# What a batch of zeros has for its largest magnitude, so that a history of them differs from one of no batch.
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 class FloatFakeQuantize(SwitchedQuantizer):
@@ -27,8 +31,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
     The scale follows from the largest magnitudes of the last ``history`` training batches, the present one included:
     ``s = max(history) / L``, with ``L`` the format's largest number (6 · 448 for ``"nvfp4"``, whose blocks have scales
     of their own). Eval mode uses the last scale. Blocks with powers of two as scales need none of that: they find
-    their scales in each tensor. Until a finite value other than zero was observed, values pass through, with one
-    warning.
+    their scales in each tensor. Until a finite value was observed, values pass through, with one warning.
 
     Args:
         format: a format of :func:`tritonq.fake_quantize_float`.
@@ -135,7 +138,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
         """Observe (training only) and fake quantize ``x``; same shape, dtype and memory format."""
         if self.has_observed_scale:
             if self.blocks is None and self.ch_axis is not None:
-                self.allocate(x.shape[self.ch_axis])
+                self.allocate(x.shape[check_axis(x, self.ch_axis)])
             if self.training and not is_recomputing():
                 self.observe(x.detach())
             if is_readable(x) or not (self.training or torch.compiler.is_compiling()):
@@ -165,7 +168,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
         if not self.has_observed_scale:
             return
         if self.blocks is None and self.ch_axis is not None:
-            self.allocate(x.shape[self.ch_axis])
+            self.allocate(x.shape[check_axis(x, self.ch_axis)])
         self.amax_history[0].copy_(torch.maximum(self.amax_history[0], self._largest(x)[0]))
         self._follow_history()
 
@@ -173,7 +176,9 @@ class FloatFakeQuantize(SwitchedQuantizer):
         """Return the largest finite magnitudes: (1, 1), or (1, channels)."""
         axis = None if self.blocks is not None else self.ch_axis
         low, high, _ = implementation("min_max", x).min_max(x, axis)
-        return torch.maximum(-low, high).clamp_(min=0).view(1, -1)
+        largest = torch.maximum(-low, high).view(1, -1)
+        # Zeros were seen, too; of a batch without a finite value this is -infinity.
+        return torch.where(largest >= 0, largest.clamp(min=_LEAST), 0.0)
 
     def rank_state(self) -> RankState:
         """See base class."""
@@ -186,15 +191,14 @@ class FloatFakeQuantize(SwitchedQuantizer):
 
     def _follow_history(self) -> None:
         """Compute the scale from the history, unless ``observer_enabled`` is 0."""
-        scale = self.amax_history.amax(0) / self.reach
+        largest = self.amax_history.amax(0)
         # A channel of zeros may have any scale.
-        scale = torch.where(scale > 0, scale, 1.0)
+        scale = torch.where(largest > _LEAST, largest / self.reach, 1.0)
         self.scale.copy_(torch.where(self.observer_enabled != 0, scale, self.scale))
 
     def block_axis(self, x: Tensor) -> int:
         """Return the axis of ``x`` that blocks run along."""
-        axis = self.ch_axis if self.ch_axis is not None else (1 if x.dim() in (4, 5) else -1)
-        return axis % x.dim()
+        return check_axis(x, self.ch_axis if self.ch_axis is not None else (1 if x.dim() in (4, 5) else -1))
 
     def rounded(self, x: Tensor) -> Tensor:
         """Return ``x`` rounded with the present scale; nothing is observed."""

@@ -18,6 +18,7 @@ class Granularity:
             groups.
 
     Raises:
+        TypeError: an axis or groups that are no whole numbers.
         ValueError: groups without an axis, or of no element.
 
     Examples:
@@ -33,6 +34,9 @@ class Granularity:
     group: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value in (("axis", self.axis), ("group", self.group)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise TypeError(f"{name} must be an int or None, got {value!r}")
         if self.group is not None and (self.axis is None or self.group < 1):
             raise ValueError(f"groups of at least one element lie along an axis, got {self.group} along {self.axis}")
 
@@ -45,8 +49,10 @@ class Granularity:
         """Return the shape of the scales of a tensor of this shape.
 
         Raises:
-            ValueError: an axis that is no multiple of its groups.
+            ValueError: an axis that the shape lacks, or that is no multiple of its groups.
         """
+        if self.axis is not None and not -len(shape) <= self.axis < len(shape):
+            raise ValueError(f"a tensor of shape {tuple(shape)} has no axis {self.axis} for its scales")
         if self.axis is not None and self.group is not None:
             groups, rest = divmod(shape[self.axis], self.group)
             if rest:

@@ -64,6 +64,8 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
     ) -> None:
         if not (isinstance(min_bits, int) and isinstance(max_bits, int) and 2 <= min_bits < max_bits <= 8):
             raise ValueError(f"min_bits < max_bits are whole numbers from 2 to 8, got {min_bits!r} and {max_bits!r}")
+        if not isinstance(initial_bits, (int, float)):
+            raise TypeError(f"initial_bits must be a number, got {initial_bits!r}")
         if not min_bits <= initial_bits <= max_bits:
             raise ValueError(f"initial_bits must lie between {min_bits} and {max_bits}, got {initial_bits!r}")
         if ch_axis not in (None, 0):

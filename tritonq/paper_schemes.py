@@ -11,6 +11,7 @@ from torch import Tensor
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.fake_quant import with_gradient_of
+from tritonq.functional.validate import check_float_tensor
 from tritonq.observers import PassiveObserver
 from tritonq.quantized_type import QuantizedType
 
@@ -64,7 +65,16 @@ class WeightScheme(FakeQuantizeBase):
         return self.initialized
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Fake quantize ``weight``; in training mode its scale is found first."""
+        """Fake quantize ``weight``; in training mode its scale is found first. A weight of no values tells nothing.
+
+        Raises:
+            TypeError: a weight that is no floating point tensor.
+            ValueError: a weight without an axis.
+        """
+        if check_float_tensor("weight", weight).dim() == 0:
+            raise ValueError("a weight has its output channels along its first axis, got a single number")
+        if weight.numel() == 0:
+            return weight
         self.allocate(len(weight))
         scale = self.scale.to(weight.dtype).view(self._shape(weight))
         if self.training:

@@ -102,6 +102,7 @@ class QuantizedType:
         """Build the type from its width: signed two's complement, or unsigned from zero.
 
         Raises:
+            TypeError: bits, axis or groups that are no whole numbers.
             ValueError: ``bits`` outside 1..32, a narrow range that is unsigned or narrower than 2 bits, or groups
                 without an axis or of no element.
 
@@ -109,6 +110,8 @@ class QuantizedType:
             >>> QuantizedType.of(4, axis=1, group=32).granularity.scale_shape((8, 64))
             (8, 2)
         """
+        if not isinstance(bits, int) or isinstance(bits, bool):
+            raise TypeError(f"bits must be an int, got {bits!r}")
         if not 1 <= bits <= 32:
             raise ValueError(f"bits must be in 1..32, got {bits}")
         if narrow and (not signed or bits < 2):

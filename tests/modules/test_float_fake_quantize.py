@@ -141,6 +141,24 @@ def test_bad_arguments() -> None:
         FloatFakeQuantize("fp8_e4m3", history=0)
     with pytest.raises(ValueError, match="block formats"):
         FloatFakeQuantize("fp8_e4m3", scale_rounding="ceil")
+    for format in ("fp8_e4m3", "mxfp4"):
+        with pytest.raises(ValueError, match="axis 2 is out of range"):
+            FloatFakeQuantize(format, ch_axis=2)(torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("preset", ["fp8_e4m3", "w_nvfp4"])
+def test_a_layer_of_zeros_has_been_observed(preset: str) -> None:
+    net, x = nn.Sequential(nn.Linear(16, 8)), normal(2, 16)
+    nn.init.zeros_(net[0].weight)
+    qat = tritonq.prepare_qat(net, qconfig=tritonq.get_qconfig(preset), example_inputs=x).train()
+    qat(x)
+    assert torch.equal(tritonq.convert(qat)(x), qat.eval()(x))
+    quantizer = FloatFakeQuantize("fp8_e4m3")
+    quantizer(torch.full((2,), torch.nan))
+    assert not quantizer.rounds()
+    quantizer(torch.zeros(2))
+    assert quantizer.rounds()
+    assert quantizer(torch.tensor([448.0, 0.3])).tolist() == [448.0, 0.3125]
 
 
 def test_scales_per_channel_of_activations_are_found_after_preparing() -> None:

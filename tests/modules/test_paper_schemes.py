@@ -132,3 +132,16 @@ def test_mistakes():
         DoReFaWeight(8)
     with pytest.raises(ValueError, match=r"per tensor \(ch_axis=None\) or per out channel \(0\), got 1"):
         TernaryWeight(ch_axis=1)
+    with pytest.raises(TypeError, match=r"weight must be float32, .* got torch\.int32"):
+        TernaryWeight()(torch.ones(2, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match="along its first axis"):
+        TernaryWeight()(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("make", [lambda: DoReFaWeight(1), lambda: DoReFaWeight(2), BinaryWeight, TernaryWeight])
+def test_a_weight_without_values_leaves_the_scale_alone(make):
+    quantizer = make()
+    quantizer(torch.randn(3, 4))
+    before = quantizer.scale.clone()
+    assert quantizer(torch.zeros(3, 0)).shape == (3, 0)
+    assert torch.equal(quantizer.scale, before)

@@ -233,6 +233,7 @@ X = torch.ones(2, 3)
         (lambda: fake_quantize_float(X, "fp8_e4m3", scale_rounding="ceil"), ValueError, "block formats"),
         (lambda: fake_quantize_float(X, "fp8_e4m3", torch.ones(2), axis=1), ValueError, r"\(3,\)"),
         (lambda: fake_quantize_float(X, "fp8_e4m3", -1.0), ValueError, "positive"),
+        (lambda: fake_quantize_float(X, "fp8_e4m3", torch.ones(1, requires_grad=True)), ValueError, "not trained"),
         (lambda: QuantizedType(-8, 7, codes="e2m1"), ValueError, "of_floats"),
         (lambda: QuantizedType(-8, 7, codes="e1m2"), ValueError, "e1m2"),
         (lambda: QuantizedType.of_floats("integer"), ValueError, "integer"),

@@ -88,3 +88,7 @@ def test_groups_need_an_axis() -> None:
         fake_quantize_learnable(X, SCALE, 0, -8, 7, group_size=32)
     with pytest.raises(ValueError, match="broadcasts"):
         Granularity(0, 32).align(SCALE, 2)
+    with pytest.raises(ValueError, match=r"shape \(64,\) has no axis 1"):
+        Granularity(1, 32).scale_shape((64,))
+    with pytest.raises(ValueError, match=r"shape \(2, 64\) has no axis 2"):
+        Granularity(2).scale_shape((2, 64))

@@ -140,3 +140,9 @@ def test_bad_arguments(make, message):
 def test_codes_must_be_integers():
     with pytest.raises(TypeError, match=r"quant_min must be an int, got 0\.5"):
         QuantizedType(0.5, 3)
+    with pytest.raises(TypeError, match=r"bits must be an int, got 4\.5"):
+        QuantizedType.of(4.5)
+    with pytest.raises(TypeError, match=r"group must be an int or None, got 2\.5"):
+        QuantizedType.of(4, axis=1, group=2.5)
+    with pytest.raises(TypeError, match="axis must be an int or None, got 'x'"):
+        QuantizedType.of(4, axis="x")

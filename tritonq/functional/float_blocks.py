@@ -71,6 +71,8 @@ def fake_quantize_float(
         tensor([ 0.1000,  0.7200,  2.8800, -4.4800])
     """
     check_float_tensor("x", x)
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise ValueError("scales of float formats are not trained: pass scale.detach()")
     if format in ELEMENT_FORMATS:
         if scale_rounding != "floor":
             raise ValueError(f"scale_rounding is of block formats with powers of two as scales, got {format!r}")

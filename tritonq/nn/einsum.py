@@ -29,6 +29,7 @@ class Einsum(MatMul):
         qconfig: see :class:`Joint`.
 
     Raises:
+        TypeError: an equation that is no text.
         ValueError: any other equation; in the forward, operands that make it one.
 
     Examples:
@@ -41,6 +42,8 @@ class Einsum(MatMul):
 
     def __init__(self, equation: str, ceiling: float | None = None, *, qconfig: QConfig | None = None) -> None:
         super().__init__(ceiling, qconfig=qconfig)
+        if not isinstance(equation, str):
+            raise TypeError(f"equation must be a str as torch.einsum takes it, got {equation!r}")
         self.equation = equation
         self._contraction = Contraction.of(equation)
 
