@@ -144,7 +144,7 @@ def statistics_kernel(
 
 @triton.jit
 def mean_from(at, step, base, mask):
-    """Return means of shares, from ``base``.
+    """Return the means of shares, less ``base``.
 
     ``at`` points to their centres, ``step`` elements before the rest of the mean.
     """

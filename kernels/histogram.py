@@ -42,7 +42,7 @@ _LINEAR_BLOCK = 1024
 
 @triton.jit
 def bin_of(prefix, negative, FIRST_PREFIX: tl.constexpr, PER_SIDE: tl.constexpr):
-    """Return number of the bin of a float whose magnitude's top bits are ``prefix``: see `tritonq.bins`."""
+    """Return the number of the bin of a float whose magnitude's top bits are ``prefix``: see `tritonq.bins`."""
     outward = tl.minimum(tl.maximum(prefix - (FIRST_PREFIX - 1), 0), PER_SIDE)
     return tl.where(negative, PER_SIDE - outward, PER_SIDE + outward)
 

@@ -55,7 +55,7 @@ def finish(
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
 ):
-    """Return the epilogue: bias, saturation and its count, requantization."""
+    """Return results of sums: with bias, saturated (which is counted) and requantized."""
     total = total + bias[None, :]
     if saturated_ptr is not None:
         over = (tl.abs(total) > ACCUMULATOR_MAX) & valid

@@ -165,7 +165,7 @@ def gpu_file_stem(name: str) -> str:
 
 @cache
 def load_table(path: Path) -> dict[str, dict[str, Entry]]:
-    """Return kernel name to key to entry; empty when there is no such file, or, with a warning, when it is damaged."""
+    """Return a table's entries by kernel and key; empty without such a file or, with a warning, if it is damaged."""
     if not path.exists():
         return {}
     try:

@@ -89,7 +89,7 @@ def rounded_range_kernel(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Find the range of the finite results of one share."""
+    """Write the range of one share's finite results, and count the others."""
     if tl.load(observing_ptr) == 0:
         return
     program = tl.program_id(0)

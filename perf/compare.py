@@ -109,7 +109,7 @@ def render(before: str, after: str, first: Sequence[dict[Key, float]], second: S
 
 
 def _bench(path: Path, out: Path, arguments: Sequence[str]) -> int:
-    """Run the bench of the checkout that ``path`` offers; what it warns of is printed."""
+    """Run ``bench`` of the checkout that ``path`` links to, print its warnings, and return its exit code."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(path), os.environ.get("PYTHONPATH"))))}
     command = [sys.executable, "-m", "tritonq", "bench", *arguments, "--out", str(out)]
     # Not in a checkout, whose folder ``tritonq`` lacks the kernels and would be imported.

@@ -91,7 +91,14 @@ CURVES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Point:
-    """One measured chain: its step's time over float's, and float's."""
+    """One measured chain.
+
+    Attributes:
+        curve: name of the curve that it is a point of.
+        chain: the layers.
+        ratio: its step's time over the float step's.
+        float_s: seconds of the float step.
+    """
 
     curve: str
     chain: Chain

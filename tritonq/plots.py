@@ -95,7 +95,7 @@ def plot_histogram(
 def densities_of(
     observer: HistogramObserver | InterpolatingHistogramObserver, channel: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Return edges, float64 (n + 1,), and densities (n,) on the CPU."""
+    """Return edges, float64 (n + 1,), and densities (n,) of what an observer counted, on the CPU."""
     per_channel = observer.qtype.axis is not None
     if per_channel != (channel is not None):
         raise ValueError("channel= says which channel of a per-channel observer to draw, and only of such a one")

@@ -78,7 +78,7 @@ def join_ranks() -> None:
 
 
 def _join_while_tracing() -> bool:
-    """Run as written when a graph is traced, and leave neither operators nor guards in it."""
+    """Register the hook while ``torch.compile`` traces, which leaves neither operators nor guards in the graph."""
     _join()
     return True
 

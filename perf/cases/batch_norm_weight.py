@@ -35,7 +35,10 @@ class Problem:
         return _formula(inputs)
 
     def case(self, *, quick: bool, devices: tuple[str, ...] = ("cpu", "cuda")) -> Case:
-        """Forward one read, one write; backward two reads, one write."""
+        """Return the case.
+
+        Least traffic: forward one read, one write; backward two reads, one write.
+        """
         elements = prod(self.shape)
         tritonq = Implementation(_tritonq, distribution="tritonq", module="tritonq")
         return Case(

@@ -52,7 +52,10 @@ class QuantizedFunction:
         return (((y.detach() / scale).round() + zero).clamp(0, 255).sub(zero) * scale).to(self.dtype), dx.to(self.dtype)
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """Forward reads the input twice and writes once; the backward reads input and gradient and writes one."""
+        """Return the case.
+
+        Least traffic: forward reads the input twice, writes once; the backward reads input and gradient, writes one.
+        """
         shape, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
         elements = prod(self.shape)
         return Case(

@@ -36,7 +36,10 @@ class Problem:
         return (inputs["x"],)
 
     def case(self, *, quick: bool, devices: tuple[str, ...] = ("cpu", "cuda")) -> Case:
-        """Read ``x`` and write a byte, read the byte and write ``x``."""
+        """Return the case.
+
+        Least traffic: read ``x`` and write a byte, read the byte and write ``x``.
+        """
         elements = prod(self.shape)
         dtype = str(self.dtype).removeprefix("torch.")
         return Case(

@@ -44,7 +44,10 @@ class Join:
         return ((y / scale).round() * scale).to(self.dtype), dy, dy
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """Forward reads both inputs twice and writes once; the backward reads one gradient and writes one."""
+        """Return the case.
+
+        Least traffic: forward reads both inputs twice and writes once; the backward reads one gradient and writes one.
+        """
         parts = ["residual", "join", "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")]
         parts += ["channels_last"] if self.channels_last else []
         elements = prod(self.shape)

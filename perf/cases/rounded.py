@@ -37,7 +37,10 @@ class Concatenation:
         return ((y / scale).round() * scale).float(), *inputs["dy"].chunk(2, 1)
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """Forward copies once, reads twice and writes once; the backward reads one gradient and writes one."""
+        """Return the case.
+
+        Least traffic: forward copies once, reads twice and writes once; the backward reads one gradient and writes one.
+        """
         elements = 2 * prod(self.shape)
         return Case(
             name="/".join(["rounded", "concatenation", "x".join(map(str, self.shape)), "float32", "forward+backward"]),

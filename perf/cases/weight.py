@@ -55,7 +55,10 @@ class Problem:
         return quantized(inputs["weight"].detach(), inputs["fold"].detach(), inputs["dy"])
 
     def case(self, *, quick: bool) -> Case:
-        """Forward one read, one write; backward two reads, one write."""
+        """Return the case.
+
+        Least traffic: forward one read, one write; backward two reads, one write.
+        """
         elements = prod(self.shape)
         return Case(
             name=self.name,

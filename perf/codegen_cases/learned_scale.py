@@ -24,7 +24,7 @@ def _learned_scale(layout: str, method: str) -> Call:
 
 
 def _clip_then_round(dtype: torch.dtype) -> object:
-    """Return MegEngine's order of clipping and rounding, per channel."""
+    """Launch the kernel that clips, then rounds, as MegEngine does, per channel."""
     shape, _, axis = LAYOUTS["channels first"]
     grid = Grid(*meta_qparams(shape, axis), QUINT8.with_axis(axis))
     return learned_scale.learned_fake_quantize(meta(*shape, dtype=dtype), grid, "megengine")

@@ -65,7 +65,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Module:
-    """An argument that is a submodule."""
+    """The name of a submodule that a replaced call takes as an argument."""
 
     target: str
 

@@ -33,7 +33,7 @@ _WAY = 10.0
 
 
 class SoftRounding:
-    """The variables of one layer: ``W = s (clip(floor(W/s) + h(V) + z) - z)``, rows (out, ...)."""
+    """The trained variables V of one layer: ``W(V) = s (clip(floor(W/s) + h(V) + z) - z)``, rows (out, ...)."""
 
     def __init__(self, rows: Tensor, grid: Grid) -> None:
         self._scale = aligned(grid.scale.detach(), rows, grid.granularity)
@@ -50,7 +50,7 @@ class SoftRounding:
         return (torch.sigmoid(self.variables) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
 
     def weight(self, share: Tensor) -> Tensor:
-        """Return the rows' values for shares between 0 and 1."""
+        """Return rows whose codes lie ``share`` (0 to 1) of the way from the lower to the upper code."""
         codes = (self._floor + share + self._zero).clamp(self._qtype.quant_min, self._qtype.quant_max)
         return (codes - self._zero) * self._scale
 

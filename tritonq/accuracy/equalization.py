@@ -153,7 +153,10 @@ def _factors(pair: _Pair) -> Tensor:
 
 
 def _by_input(weight: Tensor, layer: QATLayer, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """Reduce a weight seen as (groups, out per group, in per group, taps): (channels read,)."""
+    """Return the reduction of a weight over all but its in channels, (in channels,).
+
+    The weight is seen as (groups, out per group, in per group, taps).
+    """
     groups = int(getattr(layer, "groups", 1))
     return reduce(weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)).flatten()
 

@@ -31,7 +31,7 @@ class _Statistics:
         self.put_back()
 
     def take_batch(self) -> None:
-        """Add what the last batch left in the buffers, if it passed here, and put back what was there before."""
+        """Add the statistics of the last batch, if it passed this BatchNorm; then put back those from before."""
         if int(self._count):
             mean = self._mean.double()
             self._sum, self._squares = self._sum + mean, self._squares + self._var.double() + mean.square()
@@ -39,13 +39,13 @@ class _Statistics:
         self.put_back()
 
     def put_back(self) -> None:
-        """Let a batch meet the statistics from before, which the weights of some modes are folded with."""
+        """Restore the statistics from before all batches, with which some modes fold their weights."""
         self._mean.copy_(self._before[0])
         self._var.copy_(self._before[1])
         self._count.zero_()
 
     def write(self) -> None:
-        """Set mean and variance of all batches together; where none passed, they stay."""
+        """Set the buffers to mean and variance of all batches together; without a batch leave them."""
         if self._batches:
             mean = self._sum / self._batches
             self._mean.copy_(mean)

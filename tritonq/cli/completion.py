@@ -42,7 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def script(shell: str) -> str:
-    """Return the script of a shell; of commands whose extra is not installed it knows the name alone."""
+    """Return the completion script for a shell; commands whose extra is not installed are completed by name only."""
     commands = _commands()
     choices, options = [], []
     for name, actions in commands.items():

@@ -63,7 +63,7 @@ class TensorImages(LabelledImages):
 
 @dataclass(frozen=True)
 class Images:
-    """All of :class:`Examples` in memory.
+    """The images of :class:`Examples`, all of them in memory.
 
     Attributes:
         name: where they come from.
@@ -162,7 +162,7 @@ def load_digits(preprocessing: Preprocessing | None = None) -> Images:
 
 
 def in_memory(examples: Examples) -> Images:
-    """Read everything."""
+    """Return ``examples`` with all images read into memory."""
     parts = (*stacked(examples.train), *stacked(examples.test))
     return Images(examples.name, examples.classes, examples.preprocessing, *parts)
 

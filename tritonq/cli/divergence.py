@@ -47,7 +47,7 @@ class _Noted:
 
 
 class DivergenceWatch:
-    """Whether all steps so far had a finite loss and finite gradients.
+    """Watches whether all steps so far had a finite loss and finite gradients.
 
     ``failed`` stays 1 from the first bad step on. As ``found_inf`` of a fused optimizer it keeps the weights as they
     were before that step, without the host; of a GPU's steps the host reads the outcome while the next one runs.
@@ -118,7 +118,7 @@ def check_finite(model: nn.Module, step: int) -> None:
 
 
 def _cause(model: nn.Module, loss: Loss, noted: _Noted, value: float) -> str:
-    """Run the step again, whose weights are still there, and see where it goes wrong."""
+    """Run the failed step again, and return in words where the first value that is not finite comes from."""
     said = f"the loss is {value:.4g}"
     _mend_statistics(model)
     images, labels = noted.images, noted.labels

@@ -44,7 +44,7 @@ class Processes:
         return [sum(column) for column in zip(*self.gathered(numbers), strict=True)]
 
     def wait(self) -> None:
-        """Wait until all are here."""
+        """Wait until every process has called this."""
         if self.together:
             dist.barrier()
 

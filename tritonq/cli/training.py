@@ -237,7 +237,7 @@ class Run:
         return self.history[-1].epoch - first_best.epoch >= self.patience
 
     def save(self, last: bool = False) -> None:
-        """Write the checkpoint.
+        """Write the checkpoint; ``last`` says that no later one will come.
 
         Raises:
             DivergenceError: there is something in it that is not finite; the one before stays.

@@ -42,7 +42,7 @@ class Recipe:
 
 
 def recipe_to_data(made: Recipe) -> dict[str, Any]:
-    """Return plain data."""
+    """Return a recipe as plain data, for a checkpoint."""
     return {**asdict(made), "preprocessing": preprocessing_to_data(made.preprocessing)}
 
 

@@ -64,7 +64,7 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(folder)
 
     def add(self, epoch: Epoch) -> None:
-        """Write one epoch."""
+        """Write the values of one epoch."""
         for name in ("loss", "accuracy", "learning_rate"):
             self._writer.add_scalar(name, getattr(epoch, name), epoch.epoch)
         self._writer.flush()

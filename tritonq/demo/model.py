@@ -17,7 +17,7 @@ class ResidualBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (n, c, h, w) to the same."""
+        """Return the block's result, of the shape (n, c, h, w) of its input."""
         y = F.relu(self.bn1(self.depthwise(x)))
         y = self.bn2(self.pointwise(y))
         return F.relu(x + y)

@@ -76,7 +76,7 @@ class QuantizedEmbedding(QuantizedTable, nn.Embedding):
     float_type = nn.Embedding
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return integer indices (...) to float32 (..., embedding_dim)."""
+        """Return float32 (..., embedding_dim) for integer indices (...)."""
         if self.max_norm is not None:
             return F.embedding(input, self.dequantized_weight(), self.padding_idx, self.max_norm, self.norm_type)
         codes, zero = F.embedding(input, self.stored_weight), self.weight_zero_point[input].unsqueeze(-1)
@@ -90,7 +90,7 @@ class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
     geometry_names = (*QuantizedTable.geometry_names, "mode", "include_last_offset")
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Return integer indices and bag offsets to float32 (bags, embedding_dim)."""
+        """Return float32 (bags, embedding_dim) for integer indices and the offsets of bags."""
         return embedding_bag(self, self.dequantized_weight(), input, offsets, per_sample_weights)
 
 

@@ -16,7 +16,7 @@ _DOMAIN = "com.microsoft"
 
 @dataclass(frozen=True)
 class _EngineFunction:
-    """One operator of ONNX Runtime.
+    """An operator of ONNX Runtime that computes a whole function.
 
     Attributes:
         operator: its name.

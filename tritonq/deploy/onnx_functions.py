@@ -35,7 +35,7 @@ _OPERATORS = frozenset(_OPERATOR_NAMES.split())
 
 @dataclass(frozen=True)
 class CodeTable:
-    """What a function makes of each code of its input, in the codes of a file.
+    """The codes that a function gives for all codes of its input, both as the file has them.
 
     Attributes:
         source: name of the quantizer of the input.

@@ -96,7 +96,7 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
         self.attach_quantizer(qconfig, self.num_embeddings)
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Return integer indices and bag offsets to (bags, embedding_dim)."""
+        """Return (bags, embedding_dim) for integer indices and the offsets of bags."""
         return embedding_bag(self, self.weight_fake_quant(self.weight), input, offsets, per_sample_weights)
 
     @classmethod

@@ -37,5 +37,5 @@ class FoldedBatchNorm(nn.Identity):
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
-        """Return where the BatchNorm is now."""
+        """Return the text for ``repr``: the layer that the BatchNorm is part of."""
         return f"{self.kind} is part of {self.layer}"

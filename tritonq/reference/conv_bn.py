@@ -183,7 +183,7 @@ def finish(
     bias: Tensor | None,
     norm: BatchNormState,
 ) -> Normalization:
-    """Return statistics to slope and shift, and the update of the running statistics.
+    """Return slope and shift of the normalisation by these statistics, and update the running statistics.
 
     Args:
         mean: of the convolution's output.

@@ -114,7 +114,7 @@ def schema(parts: Parts, mutated: Sequence[str]) -> str:
 
 
 def _arguments(parts: Parts) -> Iterator[tuple[str, str]]:
-    """Name and type of each plain argument."""
+    """Yield name and type of each plain argument."""
     for _, part in parts:
         if isinstance(part, Leaf):
             yield part.name, part.kind

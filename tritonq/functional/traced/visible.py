@@ -25,7 +25,7 @@ _JOINS = (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
 
 
 def show(call: Any, run: Callable[..., Any], has_kernel: bool, made_again: bool) -> None:
-    """Let compilers see what an operator does, where that is PyTorch.
+    """Let a compiler replace an operator's call by the PyTorch operations inside, where no kernel runs.
 
     Args:
         call: the operator, from ``torch.library.custom_op``.

@@ -126,7 +126,7 @@ def _is_per_channel(call: Call, operand: int, analysis: Analysis) -> bool:
 
 
 def _program(analysis: Analysis, values: list[int]) -> PlannedProgram | None:
-    """Return how constants follow from buffers and parameters that do not train, or None."""
+    """Return the program that computes constants from buffers and frozen parameters; None: some parameter trains."""
     program = analysis.constants.program(values)
     if program is None:
         return None

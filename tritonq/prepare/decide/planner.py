@@ -164,7 +164,7 @@ class _Planner:
         return True
 
     def _leave_unrounded(self, joins: list[Join], layers: list[Layer]) -> tuple[frozenset[str], tuple[Join, ...]]:
-        """Let results wait for what alone reads them where that is wanted; return the layers' names, and joins."""
+        """Leave results unrounded that a join rounds, where the qconfig asks for it; return layer names, joins."""
         found = Unrounded(self.analysis, joins, self._qconfig)
         found.add_layers(layers)
         float_results = found.add_joins()

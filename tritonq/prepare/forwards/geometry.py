@@ -40,5 +40,5 @@ def check_geometry(layer: nn.Module, function: str, args: Sequence[Any], kwargs:
 
 
 def _broadcast(numbers: Sequence[int], whole: Sequence[int]) -> bool:
-    """Whether some numbers, or one for all axes, are these."""
+    """Whether ``numbers``, one per axis or one for all, equal ``whole``, one per axis."""
     return tuple(numbers) == tuple(whole) or (len(numbers) == 1 and set(numbers) == set(whole))

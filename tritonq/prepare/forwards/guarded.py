@@ -107,7 +107,7 @@ _RUNS_ITSELF = ": it runs as its author wrote it, and what prepare_qat did not r
 
 
 def _value(module: Any, names: Iterable[str]) -> Any:
-    """Return an attribute; what a quantized module no longer has can't have changed."""
+    """Return the attribute at a path of names, or ``_GONE``, which counts as unchanged: quantized modules lack some."""
     for name in names:
         module = getattr(module, name, _GONE)
     return module

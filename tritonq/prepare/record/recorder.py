@@ -133,7 +133,7 @@ class Recorder:
         return [frame.module for frame in reversed(self._stack) if frame.module is not None]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
-        """Run the model and return what happened."""
+        """Run the model and return the record of the run."""
         snapshot = ModelSnapshot(self.model)
         handles = []
         try:
@@ -219,7 +219,7 @@ class Recorder:
             return self._pop(module, result)
 
     def _leave_scripted(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """Note a call of what torch.jit made, whose inside can't be seen."""
+        """Record a call of a module that torch.jit made, whose inside can't be seen."""
         if not isinstance(module, ScriptModule) or module not in self._names:
             return result
         self._enter(module, args, kwargs)

@@ -13,7 +13,7 @@ from torch.nn.modules import module as module_hooks
 
 @contextmanager
 def listening_to_scripted(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    """Call a hook after each call of what torch.jit made, which takes no hooks of its own."""
+    """Call a hook after each call of modules that torch.jit made, which take no hooks of their own."""
     if not any(isinstance(module, ScriptModule) for module in modules):
         yield
         return
