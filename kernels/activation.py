@@ -88,7 +88,7 @@ def gradient_bounds(
         high = tl.full([], QUANT_MAX + 0.5, tl.float32) - zero_point
         if ROUNDING == "half_even":
             zero = tl.full([], 0, tl.int32) + zero_point
-            if QUANT_MAX - QUANT_MIN < 2**22:
+            if QUANT_MAX - QUANT_MIN < 2**23:
                 zero = zero.to(tl.int32)
                 low_tie = 1 - (tl.abs(QUANT_MIN - zero) % 2)
                 high_tie = 1 - (tl.abs(QUANT_MAX - zero) % 2)

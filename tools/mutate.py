@@ -5,11 +5,11 @@
 
 ``mutations.tsv`` lists the edits: file, name of the tests (``tests/operators/test_<name>.py``), a line's text that
 occurs once in the file, and what takes its place. Each is made in a copy of the checkout, where that one file of tests
-runs to its first failure: kernels in Triton's interpreter, which is the fastest, and in the emulator if that finds
-nothing; the specification in PyTorch, and against kernels in the interpreter if that finds nothing. An edit is caught
-by a test that passes without it. Results are kept in ``mutation_results.json``, so that a run goes on where the last
-one ended, and MUTATIONS.md is written from them. An edit that changes nothing that can be observed has the reason in
-the last column, and is not run.
+runs to its first failure: kernels in Triton's interpreter, which is the fastest, in the emulator if that finds nothing,
+and what plans their launches last; the specification in PyTorch, and against kernels in the interpreter if that finds
+nothing. An edit is caught by a test that passes without it. Results are kept in ``mutation_results.json``, so that a
+run goes on where the last one ended, and MUTATIONS.md is written from them. An edit that changes nothing that can be
+observed has the reason in the last column, and is not run.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def try_edit(copy: Path, edit: Edit, tests: Tests) -> str:
     file = f"tests/operators/test_{edit.tests}.py"
     ran = False
     is_kernel = edit.file.startswith("kernels/")
-    for kernels in ("interpreter", "emulator") if is_kernel else ("compiled", "interpreter"):
+    for kernels in ("interpreter", "emulator", "compiled") if is_kernel else ("compiled", "interpreter"):
         path.write_text(changed)
         try:
             chosen, failed = tests.first_failure(file, kernels)

@@ -9,6 +9,7 @@ from torch import Tensor
 from op_tester import OpTester, operators
 from quantizer_states import assert_same_state, moved, quantizer_state
 from tolerances import SUMS, assert_close
+from tritonq.grid import Grid
 from tritonq.quantized_type import QINT4, QINT8_NARROW, QUINT8
 from tritonq.reference import batch_norm_weight as reference
 
@@ -94,6 +95,20 @@ class TestBatchNormWeight(OpTester):
             assert torch.equal(found[0].cpu(), expected[0])
             assert use == "torch" or found[0].stride() == rows.stride()
             assert_close(found[1].cpu(), expected[1], SUMS, size=10 / float(made.unit.min()))
+
+
+class TestCodesOfFloat16(OpTester):
+    def test_the_power_of_two_changes_at_the_root_of_two(self, use: str, device: str) -> None:
+        """Which lies between two float32: the one below goes with the power below."""
+        root = 2.0**0.5
+        below = torch.tensor(root).item()
+        assert below < root
+        above = torch.nextafter(torch.tensor(below), torch.tensor(2.0)).item()
+        scales, ones = torch.tensor([below, above, 4 * below, 4 * above], device=device), torch.ones(4, device=device)
+        codes = operators("batch_norm_weight", use).codes_again(
+            scales.view(4, 1) * 3, ones, Grid(scales, None, QTYPES["narrow"]), torch.float16
+        )
+        assert codes.flatten().tolist() == [3, 6, 12, 24]
 
 
 @pytest.mark.parametrize("exponent", [-30, -24, -8, 0, 6, 9])

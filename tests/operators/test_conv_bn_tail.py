@@ -308,6 +308,36 @@ class TestBackward(OpTester):
                 torch.testing.assert_close(actual.cpu(), wanted, **CLOSE)
             assert found[0].is_contiguous(memory_format=memory_format)
 
+    def test_an_infinite_value_passes_a_relu(self, use: str, device: str) -> None:
+        """It is positive: of its channel, the sum of the unblocked gradient has it."""
+        c, dy = torch.full((1, 2, 1, 4), 1.0, device=device), torch.tensor([1.0, 2.0, 4.0, 8.0], device=device)
+        c[0, 1] = torch.tensor([torch.inf, -1.0, -torch.inf, 1.0])
+        for ceiling, expected in ((math.inf, 9), (2.0, 8)):
+            vectors = reference.Normalization(*(torch.ones(2, device=device) for _ in range(6)))
+            vectors = vectors._replace(shift=torch.zeros(2, device=device))
+            _, plain, _ = operators("conv_bn", use).backward(dy.expand_as(c), c, vectors, None, ceiling)
+            assert plain.tolist() == [15, expected]
+
+    def test_gradient_at_the_last_tie(self, use: str, device: str) -> None:
+        """What rounds beyond the last code is blocked: below a ceiling of the same quotient, and in wide types."""
+        ceiling = torch.tensor(1.9)
+        below = torch.nextafter(ceiling, torch.tensor(0.0))
+        scale = torch.tensor([1.2666666507720947])
+        assert below * (1 / scale) == ceiling * (1 / scale) == 1.5
+        ends = 2.0**22 - 1
+        cases = [
+            (QuantizedType(-2, 1), scale, float(ceiling), [float(below), 1.0, 1.8, 2.0], 6),
+            (QuantizedType(-int(ends), int(ends)), torch.ones(1), None, [-ends - 0.5, -ends, ends, ends + 0.5], 6),
+            (QuantizedType(-(2**21), 2**21), torch.ones(1), None, [-(2**21) - 0.5, 2**21 + 1, 2**21 + 0.5, 0], 13),
+        ]
+        dy = torch.tensor([1.0, 2.0, 4.0, 8.0], device=device).view(1, 1, 4)
+        for qtype, unit, top, values, expected in cases:
+            vectors = reference.Normalization(*(torch.ones(1, device=device) for _ in range(6)))
+            vectors = vectors._replace(shift=torch.zeros(1, device=device))
+            c, grid = torch.tensor(values, device=device).view(1, 1, 4), Grid(unit.to(device), None, qtype)
+            _, plain, _ = operators("conv_bn", use).backward(dy, c, vectors, grid, top)
+            assert plain.tolist() == [expected], qtype
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_low_precision(self, dtype: torch.dtype, use: str, device: str) -> None:
         c = exact_input((4, 5, 4, 4)).to(dtype)

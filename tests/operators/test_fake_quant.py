@@ -16,6 +16,8 @@ from op_tester import LAYOUTS, OpTester, axes, clear_plans, operators, strided_t
 from tolerances import assert_matches
 from tritonq import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine
 from tritonq.backend import has_triton
+from tritonq.grid import Grid
+from tritonq.quantized_type import QuantizedType
 from tritonq.reference import fake_quant as reference
 
 SPECIAL = [
@@ -144,6 +146,19 @@ class TestFakeQuantize(OpTester):
         dx = ops.fake_quantize_backward(x, x, grid)
         expected = reference.fake_quantize_backward(x.float(), x.float(), grid)
         assert_matches(dx, expected.to(dtype), "grad")
+
+    def test_gradient_of_floats_at_the_ends(self, use: str, device: str) -> None:
+        """What rounds to the number behind the last one is blocked; the tie between them goes to the last, even one."""
+        x = torch.tensor([0, 431, 432, 448, 464, 465, 480, math.inf, math.nan], device=device)
+        passes = [1, 1, 1, 1, 1, 0, 0, 0, 0]
+        grid = Grid(torch.tensor([1.0], device=device), None, QuantizedType.of_floats("e4m3"))
+        ops = operators("fake_quant", use)
+        for values in (x, -x):
+            ones = torch.ones_like(values)
+            assert ops.fake_quantize_with_mask(values, grid)[1].tolist() == passes
+            assert ops.fake_quantize_backward(ones, values, grid).tolist() == passes
+            # From 432 on, values round to the last number.
+            assert ops.fake_quantize_backward(ones, values, grid, blocks_ends=True).tolist() == [1, 1, *[0] * 7]
 
     def test_switch(self, use: str, device: str) -> None:
         x = torch.tensor([-9.0, 0.3, math.nan, 5.0], device=device)

@@ -266,6 +266,47 @@ class TestKernels(OpTester):
                 for actual, wanted in zip(found[1:], expected[1:], strict=True):
                     assert_matches(actual.cpu(), wanted, "scale_grad")
 
+    @pytest.mark.parametrize(
+        ("method", "values", "passes"),
+        [
+            ("pact", [-0.25, 0.0, 1.75, 2.0, 9.0], [0, 1, 1, 0, 0]),
+            ("megengine", [-4.25, -4.0, 0.125, 3.5, 3.75], [0, 1, 1, 1, 0]),
+            ("tqt", [-4.5, -4.25, 0.125, 3.75, 4.0], [0, 1, 1, 1, 0]),
+        ],
+    )
+    def test_gradient_at_the_ends(self, method, values, passes, use, device):
+        """The last values that pass, on both sides, and the first that don't."""
+        low, high, parameter = (0, 7, 2.0) if method == "pact" else (-8, 7, 0.5)
+        x, dy = torch.tensor(values), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+        v = x / parameter
+        rounded = torch.sign(v) * (v.abs() + 0.5).floor()
+        inside = torch.tensor(passes) == 1
+        code = (v if method == "megengine" else rounded).clamp(low, high)
+        terms = (
+            (x >= parameter).float() if method == "pact" else torch.where(inside, rounded.clamp(low, high) - v, code)
+        )
+        grid = learned_grid(torch.tensor([parameter], device=device), None, low, high, None, method)
+        found = operators("learned_scale", use).learned_fake_quantize_backward(
+            dy.to(device), x.to(device), grid, method
+        )
+        assert torch.equal(found[0].cpu(), dy * inside)
+        assert float(found[1]) == float((terms * dy).sum())
+
+    @pytest.mark.parametrize("axis", [None, 0])
+    def test_many_shares(self, axis, use, device):
+        """The kernel that adds their sums takes several rounds; whole eighths are exact in any order."""
+        x, dy = (torch.randint(-40, 40, (2, 5000), generator=torch.Generator().manual_seed(n)) / 8 for n in (0, 1))
+        channels = 1 if axis is None else 2
+        scale, zero_point = torch.full((channels,), 0.5), torch.ones(channels, dtype=torch.int32)
+        there, here = (
+            learned_grid(scale.to(where), zero_point.to(where), -8, 7, axis, "torch") for where in ("cpu", device)
+        )
+        found = operators("learned_scale", use).learned_fake_quantize_backward(
+            dy.to(device), x.to(device), here, "torch"
+        )
+        for ours, theirs in zip(found, reference.learned_fake_quantize_backward(dy, x, there, "torch"), strict=True):
+            assert torch.equal(ours.cpu(), theirs)
+
     def test_torch_gradient_with_ties_away(self, use, device):
         """Ties among inner codes, between the outermost code and what is clipped, and beside a zero point."""
         x = torch.arange(-21, 20) * 0.25

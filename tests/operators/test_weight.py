@@ -15,7 +15,7 @@ from tolerances import EXACT, SUMS, assert_close
 from tritonq import grid as grid_module
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.grid import Grid
-from tritonq.quantized_type import QINT4, QINT8, QINT8_NARROW, QUINT8
+from tritonq.quantized_type import QINT4, QINT8, QINT8_NARROW, QUINT8, QuantizedType
 from tritonq.reference import weight as reference
 
 SHAPES = [(5, 3, 3, 3), (7, 130), (1, 1), (33, 2, 1, 1), (3, 2100), (6, 1, 5)]
@@ -143,6 +143,33 @@ class TestWeight(OpTester):
         assert_same_state(mine, other)
         assert int(mine.statistics.nonfinite_count) == 2
         assert_close(codes.cpu(), expected.codes, EXACT, equal_nan=True)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    def test_ranges_leave_out_what_is_not_finite(self, bad: float, use: str, device: str) -> None:
+        rows = torch.tensor([[-2.0, 1.0, 0.5], [3.0, -4.0, 0.0]], device=device)
+        rows[0, 2] = bad
+        state = quantizer_state(QINT8.with_axis(0), 2, device=device, averaging=1.0)
+        operators("weight", use).quantize_folded(rows, torch.ones(2, device=device), *state)
+        assert state.statistics.min_val.tolist() == [-2, -4]
+        assert state.statistics.max_val.tolist() == [1, 3]
+        assert int(state.statistics.nonfinite_count) == 1
+
+    @pytest.mark.parametrize("sign", [1.0, -1.0])
+    def test_one_end_that_clips_is_enough(self, sign: float, use: str, device: str) -> None:
+        """Of fixed scales, with and without zero points: codes end, and the gradient beyond them is blocked."""
+        rows = sign * torch.tensor([[3.0, 0.5], [0.25, -0.5]], device=device)
+        fold, ops = torch.full((2,), 2.0, device=device), operators("weight", use)
+        for zero_point in (None, torch.tensor([1, 1], dtype=torch.int32, device=device)):
+            grid = Grid(torch.full((2,), 0.5, device=device), zero_point, QuantizedType(-8, 7, False, 0))
+            zero = 0 if zero_point is None else 1
+            codes, unit, clips, frozen = ops.quantize_folded(rows, fold, grid, None)
+            plain = rows * 4
+            expected = plain.clamp(-8 - zero, 7 - zero)
+            assert torch.equal(codes, expected)
+            assert clips
+            drows, dfold = ops.folded_backward(torch.ones_like(rows), rows, fold, unit, frozen, clips)
+            assert torch.equal(drows, (plain == expected).float() * 4)
+            assert torch.equal(dfold, ((plain == expected) * rows).sum(1) * 2)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_low_precision_parameters(self, dtype: torch.dtype, use: str, device: str) -> None:

@@ -19,6 +19,8 @@ from tritonq.reference import weight as reference_weight
 from tritonq.reference.operator import CopyOf, Like, New, operator
 from tritonq.reference.ranges import OBSERVED
 
+# The first float32 above the root of a half, which lies between two of them.
+_ABOVE_ROOT_HALF = float.fromhex("0x1.6a09e8p-1")
 # float16 holds 2^-24 .. 2^15 exactly; a code has up to 2^8 - 1.
 _HALF_EXPONENTS = (-24, 7)
 
@@ -151,6 +153,6 @@ def fit_codes(codes: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
         return as_dtype(codes, dtype), unit
     mantissa, exponent = torch.frexp(unit)
     # The mantissa is at least a half: from the root of a half on, the power above is the nearer one.
-    exponent = exponent - (mantissa < 0.5**0.5).int()
+    exponent = exponent - (mantissa < _ABOVE_ROOT_HALF).int()
     power = torch.ldexp(torch.ones_like(unit), exponent.clamp(*_HALF_EXPONENTS))
     return (codes * power.view(-1, *[1] * (codes.dim() - 1))).to(dtype), unit / power
