@@ -108,7 +108,10 @@ class TestOffsets(OpTester):
     check_races = False
 
     @pytest.mark.parametrize("call", CALLS)
-    def test_beyond_32_bits(self, call: Callable[..., list[Tensor]], use: Backend, device: str) -> None:
+    def test_beyond_32_bits(self, call: Callable[..., list[Tensor]], use: Backend, device: str, backend: str) -> None:
+        if backend == "interpreter":
+            pytest.skip("the interpreter makes Python's numbers of what loops count in 64 bits, and 32 bits of those")
+
         def run(given: Given) -> list[Tensor]:
             x = values(2, CHANNELS, 3, 4).to(device, torch.float16)
             return call(lambda family: operators(family, use), given, x, device)
