@@ -298,12 +298,13 @@ def gradients(
     """Launch the backward kernel; see :func:`folded_backward`.
 
     Args:
-        dcodes: as there, as are the next three.
-        rows: see there.
-        fold: see there.
-        unit: see there.
-        grid: None where nothing clips.
-        norm: γ, ``1/σ``, the share of eps and ``Σ g n``: the gradient of γ then takes the place of the fold's.
+        dcodes: gradient of the codes, shaped as ``rows``.
+        rows: the weight, (out, ...).
+        fold: (out,).
+        unit: (out,), of the codes.
+        grid: as in the forward; None where nothing clips.
+        norm: γ, ``1/σ``, ``Normalization.eps_share`` and ``Σ g n`` of the BatchNorm, each (out,). With it the second
+            result is the gradient of γ in place of the fold's.
     """
     rows, unit = dense_rows(rows), unit.contiguous()
     if not same_layout(dcodes, rows):

@@ -15,7 +15,7 @@ _TINY_FOLD = tl.constexpr(1e-12)
 
 @triton.jit
 def nonzero_fold(running_var_ptr, gamma_ptr, eps, channel, valid):
-    """Return ``γ/σ`` of some channels, or ``1/σ`` where that is zero, and ``1/σ``; see `tritonq.reference.fold`."""
+    """Return ``γ/σ`` of some channels, or ``1/σ`` where γ is zero, and ``1/σ``; see `tritonq.reference.fold`."""
     variance = tl.load(running_var_ptr + channel, mask=valid, other=1.0).to(tl.float32)
     inverse_std = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     fold = inverse_std

@@ -42,7 +42,7 @@ class Run:
     Args:
         made: what the model was made with.
         model: the prepared model.
-        settings: see there.
+        settings: the numbers that decide the run's results.
         data: images.
         folder: where ``last.pt``, ``best.pt`` and ``log.csv`` go.
         workers: processes that read images.

@@ -252,7 +252,10 @@ def _hand_on(node: Any, found: dict[Any, Encoding]) -> None:
 
 
 def _hand_back(node: Any, found: dict[Any, Encoding]) -> None:
-    """Give what a moving operation alone reads the encoding of its result: rounding before is rounding behind."""
+    """Give the input of an operation that only moves values the encoding of its result, if nothing else reads it.
+
+    Rounding before such an operation gives the same values as rounding behind it.
+    """
     if not moves_values(node) or node.op_type in ("Split", "Resize") or node.outputs[0] not in found:
         return
     encoding = found[node.outputs[0]]

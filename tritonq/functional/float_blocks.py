@@ -100,11 +100,11 @@ def fake_quantize_blocks(
 
     Args:
         x: see :func:`tritonq.reference.float_blocks.fake_quantize_blocks`.
-        blocks: see there.
-        axis: see there.
-        tensor_scale: see there; None with e4m3 scales: from ``x``.
+        blocks: the format.
+        axis: that blocks run along.
+        tensor_scale: of the whole tensor, float32 0-d; None with e4m3 scales: from ``x``.
         backend: see :func:`fake_quantize_float`.
-        enabled: the switch, see there.
+        enabled: the switch, bool or uint8 of one element; None: on.
     """
     if blocks.scale == "e4m3" and tensor_scale is None:
         tensor_scale = float_tensor_scale(x.detach(), blocks, backend)

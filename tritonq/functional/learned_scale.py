@@ -198,7 +198,7 @@ def learned_fake_quantize(
     Args:
         x: any float dtype.
         grid: known to be right; see :func:`tritonq.reference.learned_scale.learned_fake_quantize`.
-        method: see there.
+        method: the formula, see :data:`~tritonq.reference.learned_scale.LearnedScale`.
         grad_factor: multiplies the gradients of scale and zero point.
         shift: the zero point that receives a gradient; the grid has its int32 value.
         backend: see `tritonq.backend`.

@@ -148,7 +148,7 @@ class PaddedConvolution:
     Attributes:
         conv: the convolution of the padded input.
         pad: values on each side, last axis first, as in ``torch.nn.functional.pad``.
-        pad_mode: as there.
+        pad_mode: ``mode`` of ``torch.nn.functional.pad``.
     """
 
     conv: Convolution

@@ -87,12 +87,12 @@ def observe_ends(
     """Compute :func:`observe` from the extremes of ``y``; what `observe_range` returns.
 
     Args:
-        low: see `min_max.extremes`, as are the next two; overwritten where that is None.
-        high: see there.
-        nonfinite: see there.
-        grid: see :func:`observe`, as are the rest.
-        statistics: see there.
-        ceiling: see there.
+        low: smallest finite value of ``y``, see `min_max.extremes`; overwritten where ``nonfinite`` is None.
+        high: largest finite value; overwritten as ``low``.
+        nonfinite: how many values are not finite; None: all are finite.
+        grid: per tensor.
+        statistics: its range; None observes nothing.
+        ceiling: of the ReLU before the quantizer.
     """
     if nonfinite is None:
         ends = (low, high) if ceiling is None else (low.clamp_(0.0, ceiling), high.clamp_(0.0, ceiling))
@@ -170,9 +170,9 @@ def passes(y: Tensor, grid: Grid | None, ceiling: float | None, enabled: Tensor 
     """Return where neither ReLU nor the clip blocks the gradient, as a new bool tensor; False at NaN.
 
     Args:
-        y: as for :func:`straight_through_`, as are the next two; left alone.
-        grid: see there.
-        ceiling: see there.
+        y: values before ReLU and rounding; left alone.
+        grid: of the quantizer; None: there is none.
+        ceiling: of the ReLU; None: there is none.
         enabled: the grid's switch; None: on.
     """
     inside = torch.ones_like(y, dtype=torch.bool)

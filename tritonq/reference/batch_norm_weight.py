@@ -33,9 +33,9 @@ class StepWeight(NamedTuple):
         unit: (out,), of these codes; see :class:`tritonq.reference.weight.WeightCodes`.
         ratio: (out,), the fold over the unit: what the result of the convolution is divided by.
         fold: (out,), see :func:`tritonq.reference.fold.nonzero_fold`.
-        inverse_std: (out,), see there.
-        clips: see :class:`tritonq.reference.weight.WeightCodes`.
-        grid: see there.
+        inverse_std: (out,), ``1/σ``.
+        clips: whether some value lay outside the code range; True where not known.
+        grid: the grid as it is after this step's range; None without a quantizer.
     """
 
     codes: Tensor
@@ -80,8 +80,8 @@ def quantize(
         eps: of the BatchNorm.
         code_dtype: of what is convolved.
         dtype: of the arithmetic.
-        grid: see :func:`tritonq.reference.weight.quantize_folded`, as for the next.
-        statistics: see there.
+        grid: of the weight's quantizer, per tensor or per out channel; None: there is none.
+        statistics: the range behind the grid; None observes nothing.
         known: fold and ``1/σ`` of a step that is repeated, whose running variance has changed since.
         out: where the codes may be written: shaped as ``rows``, in ``dtype``.
     """

@@ -189,11 +189,11 @@ def finish(
         mean: of the convolution's output.
         var: its biased variance.
         count: elements per channel, at least 2.
-        ratio: as the rest, see :func:`forward`.
-        gamma: see there.
-        beta: see there.
-        bias: see there.
-        norm: see there.
+        ratio: (channels,), see :func:`forward`.
+        gamma: (channels,), or None for 1.
+        beta: (channels,), or None for 0.
+        bias: of the convolution, (channels,), or None.
+        norm: the BatchNorm's buffers, updated in place.
     """
     dtype = ratio.dtype
     squared = ratio * ratio

@@ -61,8 +61,8 @@ def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Compute :func:`fake_quantize`, and where its gradient passes, for a backward that is given no ``x``.
 
     Args:
-        x: as there.
-        grid: as there.
+        x: as for :func:`fake_quantize`.
+        grid: as for :func:`fake_quantize`.
 
     Returns:
         ``(y, mask)``: ``x.dtype``, and bool: whether the rounded, unclipped code lies in the range; False at NaN. While
@@ -94,8 +94,8 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
 
     Args:
         dy: gradient of the result, shaped as ``x``.
-        x: as in :func:`fake_quantize`.
-        grid: as it was there.
+        x: the input of :func:`fake_quantize`.
+        grid: the grid that :func:`fake_quantize` rounded to, unchanged.
         blocks_ends: whether the first and the last code block the gradient, as what lies beyond them does.
 
     Returns:
@@ -134,8 +134,8 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
     Of float codes it returns the numbers that they stand for.
 
     Args:
-        x: as in :func:`fake_quantize`.
-        grid: as there.
+        x: as for :func:`fake_quantize`.
+        grid: as for :func:`fake_quantize`.
 
     Returns:
         float32 tensor of ``x``'s shape; float64 for a float64 ``x``.

@@ -52,7 +52,7 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: LearnedScale) -> Tensor
 def learned_fake_quantize_backward(
     dy: Tensor, x: Tensor, grid: Grid, method: LearnedScale
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gradients of :func:`learned_fake_quantize`; shapes and dtypes as there.
+    """Return gradients of :func:`learned_fake_quantize`; with the shapes and dtypes of its arguments.
 
     With ``v = x/s``, and sums over everything but ``axis``:
 

@@ -48,8 +48,8 @@ def extremes(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor
     """Compute :func:`min_max`; the count is None where every value is known to be finite, and there are some.
 
     Args:
-        x: see there.
-        axis: see there.
+        x: as for :func:`min_max`.
+        axis: as for :func:`min_max`.
     """
     channels = () if axis is None else (x.shape[axis],)
     if x.numel() == 0:

@@ -38,9 +38,9 @@ def forward_with_mask(
 
     Args:
         y: float32 or float64; left alone.
-        grid: as there; None leaves the result in float.
-        statistics: as there.
-        ceiling: as there.
+        grid: per tensor; None leaves the result in float.
+        statistics: the range behind the grid, which ``y`` updates; None observes nothing.
+        ceiling: of the ReLU before the quantizer.
 
     Returns:
         The result, and bool of its shape: whether the gradient passes.
