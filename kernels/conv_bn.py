@@ -146,7 +146,7 @@ def statistics_kernel(
 def mean_from(at, step, base, mask):
     """Return the means of shares, less ``base``.
 
-    ``at`` points to their centres, ``step`` elements before the rest of the mean.
+    Each mean is stored as the sum of a centre, to which ``at`` points, and a rest, ``step`` elements further.
     """
     centre = tl.load(at, mask=mask, other=0.0)
     return (centre - base[None, :]) + tl.load(at + step, mask=mask, other=0.0)

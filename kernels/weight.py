@@ -182,7 +182,7 @@ def folded_codes(
 
 
 def observe_in_advance(rows: Tensor, fold: Tensor, grid: Grid, statistics: RangeStatistics | None) -> bool:
-    """Observe a weight of one scale, every row of which is read before the first is quantized; whether it was."""
+    """Observe a weight of one scale before any row is quantized; return whether the weight has one scale to observe."""
     if statistics is None or statistics.frozen or grid.qtype.axis is not None:
         return False
     min_max.observe(rows.float() * _column(fold, rows), statistics, grid)

@@ -21,7 +21,7 @@ _UNKNOWN_CACHE = 64 << 20
 
 
 def device_name(device: torch.device) -> str:
-    """Name of the processor behind ``device``, as its driver or operating system gives it."""
+    """Return the name of the processor behind ``device``, as its driver or operating system gives it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     for line in _read("/proc/cpuinfo").splitlines():

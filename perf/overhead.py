@@ -80,11 +80,11 @@ def stubbed_launches() -> Iterator[None]:
 
 
 def _no_obstacle(x: Tensor) -> None:
-    """Stands in for what keeps CPU tensors from kernels."""
+    """Stand in for the function that keeps CPU tensors from kernels."""
 
 
 def _has_launches(value: Tensor) -> bool:
-    """Stands in for what keeps launches on CPU tensors from being remembered."""
+    """Stand in for the function that keeps launches on CPU tensors from being remembered."""
     return True
 
 
@@ -96,7 +96,7 @@ class _NoKernel:
 
 
 def _no_launch(*args: object, **kwargs: object) -> _NoKernel:
-    """Stands in for ``JITFunction.run`` and for what launches a compiled kernel."""
+    """Stand in for ``JITFunction.run`` and for the function that launches a compiled kernel."""
     return _NoKernel()
 
 

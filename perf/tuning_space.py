@@ -97,7 +97,7 @@ def targets() -> Iterator[Target]:
 
 
 def candidates(shapes_class: str) -> list[Parameters]:
-    """Launch parameters worth trying for a shape class; a flat one has no use for narrow tiles."""
+    """Return launch parameters worth trying for a shape class; a flat one has no use for narrow tiles."""
     found = []
     for elements, warps in product(_ELEMENTS, _WARPS):
         if elements // (32 * warps) not in _ELEMENTS_PER_LANE:

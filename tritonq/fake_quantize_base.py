@@ -44,7 +44,7 @@ class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
         self._switch_read: tuple[tuple[int, int], bool] | None = None
 
     def rests_on_data(self) -> Tensor:
-        """Whether scale and zero point do: one element, on the device."""
+        """Return whether scale and zero point rest on data: one element, on the device."""
         raise NotImplementedError(f"a {type(self).__name__} does not say in a tensor whether it has qparams")
 
     def has_qparams(self) -> bool:

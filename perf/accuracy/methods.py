@@ -91,7 +91,7 @@ def prepared(make: MakeQConfig) -> Callable[[Request], nn.Module]:
 
 
 def _fixed_point(request: Request) -> nn.Module:
-    """Return the scheme of F8Net: fixed point, powers of two; first and last layer's weights at 8 bits."""
+    """Return the model prepared as by F8Net: fixed point, powers of two; first and last layer's weights at 8 bits."""
     number = tritonq.FixedPointFakeQuantize
     inner = QConfig(
         number.with_args(word_len=request.activations, signed=False),

@@ -34,7 +34,7 @@ def _first_and_last(model: nn.Module) -> tuple[str, str]:
 
 
 def _torch_ao(request: Request) -> nn.Module:
-    """Return FX mode; activations affine, weights symmetric per channel, both with moving ranges."""
+    """Return the model prepared in FX mode: activations affine, weights symmetric per channel, with moving ranges."""
     from torch.ao.quantization import QConfigMapping
     from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
@@ -103,7 +103,7 @@ def _pt2e_config(weights: int, activations: int) -> Any:
 
 
 def _modelopt(request: Request) -> nn.Module:
-    """Return quantizers at the inputs of layers, whose ranges a batch fixes."""
+    """Return the model with quantizers at the inputs of layers; a batch fixes their ranges."""
     import modelopt.torch.quantization as mtq
 
     first, last = _first_and_last(request.model)

@@ -50,13 +50,13 @@ def _reestimate(model: nn.Module, batches: list[Tensor]) -> None:
 
 
 def _uniform(request: Request) -> nn.Module:
-    """Return all weights at the same width, ends included: what a budget of so many bits per weight buys by default."""
+    """Return the model prepared with all weights at one width, those of the first and last layer too."""
     mapping = tritonq.QConfigMapping().set_global(learned_step_qconfig(request.weights, request.activations))
     return _with_mapping(request, mapping.set_input(tritonq.get_qconfig()))
 
 
 def _by_budget(request: Request) -> nn.Module:
-    """Return widths chosen by sensitivity, with no more bytes than :func:`_uniform`."""
+    """Return the model prepared with widths chosen by sensitivity, in no more bytes than :func:`_uniform` takes."""
     layers = [layer for layer in request.model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     budget = sum(layer.weight.numel() for layer in layers) * request.weights / 8
     images = request.calibration[: 2 * len(request.images)]

@@ -112,7 +112,7 @@ class Operator:
         return ((y / scale).round().clamp(_QUANT_MIN, _QUANT_MAX).mul(scale).to(self.dtype),)
 
     def case(self, *, quick: bool = False) -> Case:
-        """Return the table entry; ratios against torch's operators: cuDNN, ReLU and fake quantization one by one."""
+        """Return the case; ratios against torch's operators: cuDNN, ReLU and fake quantization one by one."""
         table = {
             "tritonq": Implementation(self._tritonq, distribution="tritonq", module="tritonq"),
             "torch": Implementation(self._torch),
@@ -195,7 +195,7 @@ class Layer:
         return (nn.Sequential(*self.parts()).to(inputs["x"].device).eval()(inputs["x"]),)
 
     def case(self, *, quick: bool = False) -> Case:
-        """Return the table entry; ratios against torch.ao's module."""
+        """Return the case; ratios against torch.ao's module."""
         makers = {"torch.ao v0": partial(self._torch_ao, 0), "torch.ao v1": partial(self._torch_ao, 1)}
         table = {name: Implementation(partial(self._step, make)) for name, make in makers.items()}
         ours = partial(self._step, self._tritonq)

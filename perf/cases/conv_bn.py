@@ -84,7 +84,7 @@ class Tail:
         return quantized.detach().to(self.dtype), dc.to(self.dtype)
 
     def case(self, *, quick: bool = False) -> Case:
-        """Return table entry.
+        """Return the case.
 
         Ratios against torch.ao, which has to pass ten times forward and twenty times backward.
         """
@@ -206,7 +206,7 @@ class Layer:
         return conv, nn.BatchNorm2d(self.channels), nn.ReLU()
 
     def case(self) -> Case:
-        """Return the table entry. The convolution bounds it, so that bytes say nothing; memory does."""
+        """Return the case. It has no least traffic, since a convolution bounds it; memory is counted instead."""
         kind = f"{self.kernel}x{self.kernel}" + (" depthwise" if self.groups > 1 else "")
         dtype = "float32" if self.autocast is None else f"amp-{str(self.autocast).removeprefix('torch.')}"
         parts = ["conv_bn", f"layer {kind}", f"{self.batch}x{self.channels}x{self.size}x{self.size}", dtype]

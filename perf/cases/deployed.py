@@ -100,7 +100,7 @@ class Setting:
         return step
 
     def case(self) -> Case:
-        """Return the table entry."""
+        """Return the case."""
         return Case(
             name=self.name,
             family="deployed",

@@ -75,7 +75,7 @@ class Setting:
         return converted
 
     def case(self) -> Case:
-        """Return the table entry; bound by arithmetic as much as by bytes."""
+        """Return the case; bound by arithmetic as much as by bytes."""
         return Case(
             name=self.name,
             family="evaluate",

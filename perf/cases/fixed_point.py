@@ -106,7 +106,7 @@ class Rounding:
         return y, torch.where(inside, inputs["dy"], 0)
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """Return the table entry: forward reads x and writes y; backward reads x and dy and writes dx."""
+        """Return the case; least traffic: forward reads x and writes y; backward reads x and dy and writes dx."""
         elements = prod(self.shape)
         grid = "tensor" if self.axis is None else f"channel{self.axis}"
         direction = "forward+backward" if self.backward else "forward"
@@ -160,7 +160,7 @@ class Search:
         return (torch.stack(errors).argmin().int(),)
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """Return the table entry: one read."""
+        """Return the case; least traffic: one read."""
         elements = prod(self.shape)
         sign = "signed" if self.signed else "unsigned"
         return Case(
@@ -196,7 +196,7 @@ def _quantize_implementations(problem: Rounding) -> dict[str, Implementation]:
 
 
 def _search_implementations(problem: Search) -> dict[str, Implementation]:
-    """Return the searches: tritonq reads x once, F8Net once per candidate."""
+    """Return the implementations of the search; tritonq reads ``x`` once, F8Net once per candidate."""
     return {
         "tritonq": Implementation(lambda _: _tritonq_search(problem), distribution="tritonq", module="tritonq"),
         "f8net": Implementation(lambda _: _f8net_search(problem)),

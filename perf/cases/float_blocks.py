@@ -59,7 +59,7 @@ class Problem:
         return ((_round(x * (1 / scale), self.format) * scale).to(self.dtype).flatten(-2),)
 
     def case(self, *, quick: bool) -> Case:
-        """Return the table entry: one read, one write."""
+        """Return the case; least traffic: one read, one write."""
         elements = prod(self.shape)
         return Case(
             name=self.name,

@@ -60,7 +60,7 @@ class Problem:
         return y, torch.where(steps.abs() <= _LARGEST + 16, inputs["dy"], 0)
 
     def case(self, *, quick: bool) -> Case:
-        """Return the table entry: one read and one write forward, two and one backward."""
+        """Return the case; least traffic: one read and one write forward, two and one backward."""
         elements = prod(self.shape)
         return Case(
             name=self.name,

@@ -90,7 +90,7 @@ class Convolution:
         return ((total * torch.exp2(-inputs["shift"].double()).view(1, -1, 1, 1)).round().clamp(0, 255).byte(),)
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """Return the table entry: codes in, codes out, weights once."""
+        """Return the case; least traffic: codes in, codes out, weights once."""
         pixels = self.images * self.size**2
         weights = self.outs * self.products
         kind = "depthwise" if self.depthwise else f"{self.kernel}x{self.kernel}"

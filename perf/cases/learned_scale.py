@@ -121,7 +121,7 @@ class Problem:
         return total.view(-1).float()
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """Return the table entry."""
+        """Return the case."""
         elements = prod(self.shape)
         grid = "tensor" if self.axis is None else f"channel{self.axis}"
         table = {

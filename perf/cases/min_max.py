@@ -86,7 +86,11 @@ class Problem:
         return {"quant_min": 0, "quant_max": 255, "dtype": torch.quint8, "qscheme": torch.per_tensor_affine}
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """Read a weight, whose rows fit on chip, once, and an activation twice; write once. Backward: two and one."""
+        """Return the case.
+
+        Least traffic: a weight, whose rows fit on chip, is read once, an activation twice, and either is written once;
+        the backward reads two tensors and writes one.
+        """
         elements = prod(self.shape)
         passes = (2 if self.weight else 3) + (3 if self.backward else 0)
         operations = _FORWARD_OPERATIONS + (_BACKWARD_OPERATIONS if self.backward else 0)

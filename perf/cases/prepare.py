@@ -54,7 +54,7 @@ class Setting:
         return step
 
     def case(self) -> Case:
-        """Return the table entry; its memory is the most that is allocated at a time."""
+        """Return the case; its memory is the most that is allocated at a time."""
         return Case(
             name=f"prepare/{self.model}/{self.batch}x3x{self.size}x{self.size}/float32",
             family="prepare",

@@ -50,7 +50,7 @@ class Problem:
         return torch.split(inputs["fold"], [shape[0] for shape in self.shapes])
 
     def case(self, *, quick: bool) -> Case:
-        """Return the table entry: each weight is read once and written once."""
+        """Return the case; least traffic: each weight is read once and written once."""
         elements = sum(map(prod, self.shapes))
         return Case(
             name=f"weights_together/{self.name}/float32",

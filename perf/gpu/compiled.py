@@ -77,5 +77,5 @@ def _prepared(visit: Visit) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def _backend(visit: Visit) -> str:
-    """Return a trial leaves out the C++ compiler, which takes half a minute."""
+    """Return the backend of ``torch.compile``: a small trial has one that needs no C++ compiler, which is slow."""
     return "aot_eager" if visit.small else "inductor"

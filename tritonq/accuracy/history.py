@@ -134,7 +134,7 @@ class QuantizerHistory:
 
 
 def _near_codes(rows: Tensor, quantizer: FakeQuantizeBase) -> Tensor:
-    """Return values whose nearest codes are the quantizer's: a weight itself, or what a formula of it makes."""
+    """Return values that the quantizer rounds to the nearest code: the weight, or what its formula makes of it."""
     if quantizer.rounds_to_nearest:
         return rows
     training = quantizer.training

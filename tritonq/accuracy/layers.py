@@ -108,7 +108,7 @@ def write_folded_weight(layer: QATLayer, rows: Tensor) -> None:
 
 @torch.no_grad()
 def add_to_bias(layer: QATLayer, shift: Tensor) -> bool:
-    """Add to the bias that eval mode sees, (out,), and say whether there is one to hold it."""
+    """Add ``shift`` to the bias that eval mode sees, (out,), and return whether the layer has one."""
     if not isinstance(layer, QATBatchNormLayer):
         if layer.bias is None:
             return False

@@ -145,7 +145,7 @@ def _backends() -> Iterator[Finding]:
 
 
 def _engines() -> Iterator[Finding]:
-    """Whether ONNX Runtime's integer sums are exact on this CPU as they are, or with which option."""
+    """Yield whether ONNX Runtime's integer sums are exact on this CPU as they are, or with which option."""
     exact = "exact"
     if products_saturate():
         exact = 'x86 without VNNI: exact only where the session\'s option "session.x64quantprecision" is "1"'

@@ -342,7 +342,7 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _kept(write: Callable[[], object]) -> bool:
-    """Write a file that training can do without for now; where that fails, say so in one line."""
+    """Write a file that training can do without for now, and return whether it was written; print a line if not."""
     try:
         write()
     except OSError as error:

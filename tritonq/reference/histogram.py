@@ -137,7 +137,7 @@ def _by_channel(x: Tensor, axis: int | None) -> Tensor:
 
 
 def _count_prefixes(values: Tensor, bins: FloatPrefixBins) -> tuple[Tensor, Tensor]:
-    """Return one histogram: every float prefix is counted, and those outside the window are folded in afterwards."""
+    """Return counts over ``bins`` of all values, those outside of them in the nearest, and how many are not finite."""
     negatives = 1 << (8 + bins.mantissa_bits)
     # An arithmetic shift of a negative float's bits gives its magnitude's prefix less `negatives`.
     if values.dtype == torch.bfloat16 and 2 * negatives * _TABLES <= _INT16_MAX + 1:

@@ -63,7 +63,7 @@ class _Cell:
 
 
 def render(measured: ModelMeasure, data_name: str, origin: str) -> str:
-    """Fill the page in.
+    """Return the page, filled in.
 
     Args:
         measured: what :func:`~tritonq.report.measure.measure` found.
