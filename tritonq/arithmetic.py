@@ -69,7 +69,7 @@ class Tensors:
 
 
 class Numbers:
-    """Of NumPy float32 scalars that are finite."""
+    """Arithmetic of NumPy float32 scalars that are finite."""
 
     def constant(self, value: float, like: np.float32 | None = None) -> np.float32:
         """See :class:`Arithmetic`."""

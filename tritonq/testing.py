@@ -136,7 +136,7 @@ def check_quantizer(
 
 
 class _BrokenError(Exception):
-    """What a check found."""
+    """A check failed; the message says how."""
 
 
 def _require(holds: bool, reason: str) -> None:

@@ -17,7 +17,7 @@ MakeQConfig = Callable[[int, int], QConfig]
 
 
 def _ranges(weights: int, activations: int) -> QConfig:
-    """Return running ranges: torch.ao's scheme at any width, as tritonq's default preset has them."""
+    """Return the qconfig of running ranges: torch.ao's scheme at any width, as tritonq's default preset has them."""
     default = tritonq.get_qconfig()
     return default._replace(
         activation=default.activation.with_args(dtype=_unsigned(activations)),  # type: ignore[attr-defined]
@@ -33,7 +33,7 @@ LEARNED_STEP: MakeQConfig = learned_step_qconfig
 
 
 def _learned_offset(weights: int, activations: int) -> QConfig:
-    """Return LSQ+: a trained zero point of activations too, and the first grid is that of the least squared error."""
+    """Return the qconfig of LSQ+: activations have a trained zero point; grids begin at the least squared error."""
     step = tritonq.LearnedStepFakeQuantize.with_args(
         observer=tritonq.HistogramObserver.with_args(search="mse"), dtype=_unsigned(activations), learn_zero_point=True
     )
@@ -41,23 +41,23 @@ def _learned_offset(weights: int, activations: int) -> QConfig:
 
 
 def _folded(weights: int, activations: int) -> QConfig:
-    """Return LSQ whose weights are rounded after the BatchNorm is folded in, as torch.ao folds it."""
+    """Return the qconfig of LSQ whose weights are rounded after the BatchNorm is folded in, as torch.ao folds it."""
     return learned_step_qconfig(weights, activations)._replace(folding="approximate")
 
 
 def _summands(weights: int, activations: int) -> QConfig:
-    """Return LSQ with a quantizer before each addition too."""
+    """Return the qconfig of LSQ with a quantizer before each addition, too."""
     return learned_step_qconfig(weights, activations)._replace(round_summands=True)
 
 
 def _clipped(weights: int, activations: int) -> QConfig:
-    """Return PACT: a trained bound of activations; weights have the range of their values."""
+    """Return the qconfig of PACT: a trained bound of activations; weights have the range of their values."""
     clip = tritonq.ClippedFakeQuantize.with_args(dtype=_unsigned(activations))
     return _ranges(weights, activations)._replace(activation=clip)
 
 
 def _thresholds(weights: int, activations: int) -> QConfig:
-    """Return TQT: trained thresholds, powers of two."""
+    """Return the qconfig of TQT: trained thresholds, which are powers of two."""
     threshold = tritonq.TrainedThresholdFakeQuantize
     return learned_step_qconfig(weights, activations)._replace(
         activation=threshold.with_args(dtype=_away(_unsigned(activations))),

@@ -21,7 +21,7 @@ class Problem(FakeQuantization):
     """A fake quantization that is timed."""
 
     def case(self, *, quick: bool, devices: tuple[str, ...]) -> Case:
-        """Return the case of a problem; least traffic: forward reads x and writes y; backward reads x and dy and writes dx."""
+        """Return the case; least traffic: forward reads x and writes y, backward reads x and dy and writes dx."""
         elements = prod(self.shape)
         passes = 5 if self.backward else 2
         operations = _FORWARD_OPERATIONS + (_BACKWARD_OPERATIONS if self.backward else 0)

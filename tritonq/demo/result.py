@@ -13,7 +13,15 @@ from tritonq.report.run import DEMO_FILE
 
 @dataclass(frozen=True)
 class Files:
-    """What a run writes, in one folder."""
+    """Paths of the files that a run writes, all in one folder.
+
+    Attributes:
+        float_model: the float model's state dict.
+        qat_model: the prepared model's checkpoint, which ``report`` reads.
+        converted: the converted model.
+        onnx: the ONNX file.
+        picture: of loss curves and of a layer's weights.
+    """
 
     float_model: Path
     qat_model: Path
@@ -50,7 +58,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Result:
-    """What the demo did: float, QAT, converted and ONNX Runtime models, and the files."""
+    """The demo's result.
+
+    Attributes:
+        stages: the float, prepared, converted and ONNX Runtime models, in this order.
+        files: what was written.
+    """
 
     stages: tuple[Stage, ...]
     files: Files

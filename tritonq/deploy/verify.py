@@ -121,7 +121,7 @@ def _given(pairs: Iterable[_Pair], found: Codes) -> dict[str, list[Tensor | None
 
 
 class _Tally:
-    """Sums over batches.
+    """Differences between the models, summed over batches.
 
     Args:
         earlier: what files of version 0.1.0 call quantizers, by their names in the trained model.

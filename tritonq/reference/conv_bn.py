@@ -61,7 +61,13 @@ class Normalization(NamedTuple):
 
 
 class TailResult(NamedTuple):
-    """The result, and what its backward needs: the normalisation, and the quantizer's grid as it is now."""
+    """The result of :func:`forward`, and what its backward needs.
+
+    Attributes:
+        y: the result.
+        normalization: of this step.
+        grid: the quantizer's, as it is now; None without a quantizer.
+    """
 
     y: Tensor
     normalization: Normalization
@@ -69,7 +75,13 @@ class TailResult(NamedTuple):
 
 
 class TailGradients(NamedTuple):
-    """Gradient of the convolution's output, ``Σ g`` and ``Σ g (c - mean) inverse_std`` over each channel."""
+    """Gradients of :func:`backward`, with ``g`` the gradient that ReLU and quantizer let pass.
+
+    Attributes:
+        c: gradient of the convolution's output.
+        sum_g: ``Σ g`` over each channel.
+        sum_g_normalized: ``Σ g (c - mean) inverse_std`` over each channel.
+    """
 
     c: Tensor
     sum_g: Tensor

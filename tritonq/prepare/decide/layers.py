@@ -55,7 +55,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class _Norm:
-    """A BatchNorm's share of the dataflow: where it reads, where its normalised result appears."""
+    """The calls of a BatchNorm in the record.
+
+    Attributes:
+        name: of the module.
+        kind: its class.
+        calls: those that read what is normalised, in order.
+        remainder: names of its children that remain when it becomes part of a layer, such as an activation.
+        frozen: its constants, where it is no BatchNorm of torch but normalises by fixed numbers.
+    """
 
     name: str
     kind: type[nn.Module]
@@ -123,7 +131,15 @@ def _channels(function: CalledLayer) -> int:
 
 @dataclass(frozen=True)
 class _Start:
-    """What a layer begins with: a convolution or product."""
+    """The convolution or product that a layer begins with.
+
+    Attributes:
+        name: of the module, or of the child that a function becomes.
+        kind: float type of the layer.
+        module: in float.
+        channels: out channels; None where the type has none.
+        calls: of the module or function, in order.
+    """
 
     name: str
     kind: type[nn.Module]
@@ -133,11 +149,10 @@ class _Start:
 
 
 def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int]) -> tuple[list[Call], float | None]:
-    """Return the ReLUs, one after each call, that may become part of what calls, and their upper bound.
+    """Return the ReLUs that follow the calls, one each, to become part of a layer, and their one upper bound.
 
-    Else none, and None.
-
-    ``kept`` holds the ReLUs that may not.
+    ``([], None)`` where a call has no ReLU behind it, or one of ``kept``, where bounds differ, and where the forward in
+    training mode may be another.
     """
     found = [analysis.follower(call) for call in calls]
     relus = [relu for relu in found if relu is not None and relu.index not in kept]
