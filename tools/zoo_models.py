@@ -103,13 +103,34 @@ def _transformers(name: str, size: int) -> Example:
     transformers = importlib.import_module("transformers")
 
     options = dict(_TRANSFORMERS[name])
-    if "backbone_config" in options:
-        options["backbone_config"] = transformers.ResNetConfig(**_NARROW, layer_type="basic", out_features=["stage2"])
+    if name in _BACKBONES:
+        kind, arguments = _BACKBONES[name]
+        options["backbone_config"] = getattr(transformers, kind)(layer_type="basic", **arguments)
     config = getattr(transformers, f"{name}Config")(num_labels=CLASSES, **options)
     if hasattr(config, "image_size"):
         config.image_size = size
     kind = getattr(transformers, _CLASSES.get(name, f"{name}ForImageClassification"))
+    if name == "RTDetr":
+        importlib.import_module(kind.__module__).torch = _TiesByPlace()  # type: ignore[attr-defined]
     return Example(kind(config), {"pixel_values": images(size)})
+
+
+class _TiesByPlace:
+    """torch, but `topk` takes equal values in the order of their places, as ONNX has it; torch's own order is open.
+
+    On a grid of 256 codes many scores are equal, and which of them are chosen decides all that follows.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def topk(input: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
+        """Return the largest values and their places; in a file ONNX's operator, which has that order."""
+        if torch.compiler.is_exporting():
+            return torch.topk(input, k, dim)
+        values, places = torch.sort(input, dim=dim, descending=True, stable=True)
+        return values.narrow(dim, 0, k), places.narrow(dim, 0, k)
 
 
 def _smp(name: str, size: int) -> Example:
@@ -158,13 +179,31 @@ _TRANSFORMERS: dict[str, dict[str, Any]] = {
     "Detr": {
         **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 5, "use_timm_backbone": False},
         **{"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
-        "backbone_config": None,  # a ResNet of two stages
+    },
+    "RTDetr": {
+        **{"d_model": 32, "encoder_hidden_dim": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 20},
+        **{"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
+        **{"encoder_in_channels": [16] * 3, "decoder_in_channels": [32] * 3, "use_pretrained_backbone": False},
     },
     "Segformer": {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]},
 }
 
+# What detectors read images with: the class of its configuration, and how small it is.
+_BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Detr": ("ResNetConfig", {**_NARROW, "out_features": ["stage2"]}),
+    "RTDetr": (
+        "RTDetrResNetConfig",
+        {
+            **{"embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1] * 4},
+            "out_features": ["stage2", "stage3", "stage4"],
+        },
+    ),
+}
 # What is no image classifier.
-_CLASSES = {"CLIPVision": "CLIPVisionModel", "Detr": "DetrForObjectDetection"}
+_CLASSES = {
+    **{"CLIPVision": "CLIPVisionModel", "Detr": "DetrForObjectDetection"},
+    "RTDetr": "RTDetrForObjectDetection",
+}
 
 _PYTORCHCV = (
     *("resnet10", "preresnet10", "mobilenet_wd4", "mobilenetv2_wd4", "shufflenetv2_wd2", "squeezenet_v1_1"),
