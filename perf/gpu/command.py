@@ -23,7 +23,7 @@ from typing import IO
 
 import torch
 
-from tritonq.perf.gpu.limit import run_limited
+from tritonq.perf.gpu.limit import end_with_children, run_limited
 from tritonq.perf.gpu.part import DEVICE_FAULT, Visit
 from tritonq.perf.gpu.results import LOG, RESULTS, SUMMARY, append, failures, read, summarize, write_text
 from tritonq.perf.machine import environment
@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tritonq.perf.gpu: no part is called {', '.join(unknown)}; known: {', '.join(PARTS)}", file=sys.stderr)
         return 2
     (options.out / RESULTS).unlink(missing_ok=True)
+    end_with_children()
     visit_all(names, 60 * (options.minutes or minutes), options.out, device, small=options.small)
     found = read(options.out / RESULTS)
     print(f"\n{summarize(found)}\nwritten to {options.out}")

@@ -7,9 +7,18 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import IO
+from typing import IO, NoReturn
 
 _SECONDS_TO_END = 5.0
+
+
+def end_with_children() -> None:
+    """Let SIGTERM, with which time limits end this process, raise SystemExit: what it runs is then killed as well."""
+    signal.signal(signal.SIGTERM, _raise_exit)
+
+
+def _raise_exit(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def run_limited(command: Sequence[str], seconds: float, log: IO[bytes]) -> int | None:

@@ -97,6 +97,17 @@ class TestBatchNormWeight(OpTester):
             assert_close(found[1].cpu(), expected[1], SUMS, size=10 / float(made.unit.min()))
 
 
+class TestTinyFolds(OpTester):
+    def test_the_smallest_that_counts(self, use: str, device: str) -> None:
+        """At 1e-12 a fold is no zero yet: the gradient of γ has the part that comes through the weight."""
+        gamma = torch.tensor([1e-12, 0.9e-12, -1e-12], device=device)
+        ones, rows = torch.ones(3, device=device), torch.full((3, 2), 2.0, device=device)
+        vectors = (gamma, gamma, ones, ones, 0.25 * ones, 4 * ones)
+        _, found = operators("batch_norm_weight", use).gradients(rows.clone(), rows, *vectors, None, False)
+        # Σ g x̂, of the fold's sign; with the fold's gradient, 2 · 2 + 2 · 2, less a quarter of the first.
+        assert found.tolist() == [4 + 8 - 1, 4, -4 + 8 + 1]
+
+
 class TestCodesOfFloat16(OpTester):
     def test_the_power_of_two_changes_at_the_root_of_two(self, use: str, device: str) -> None:
         """Which lies between two float32: the one below goes with the power below."""

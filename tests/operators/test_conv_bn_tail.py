@@ -364,3 +364,35 @@ class TestBackward(OpTester):
             y, vectors, frozen = ops.forward(c, *Problem(5, exact=False, device=device).arguments(), *state, math.inf)
             runs.append((y, *vectors, *ops.backward(y.cos(), c, reference.Normalization(*vectors), frozen, math.inf)))
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("ceiling", [None, math.inf])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+class TestSpecification:
+    """Forms of the PyTorch path that are chosen by where it runs."""
+
+    def test_into_given_memory(self, shape: tuple[int, ...], ceiling: float | None) -> None:
+        for memory_format in layouts(shape):
+            c = exact_input(shape, 2.0).to(memory_format=memory_format)
+            dy = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(memory_format=memory_format)
+            problem = Problem(shape[1], exact=True, device="cpu")
+            _, vectors, frozen = reference.forward(c, *problem.arguments(), *quantizer_state(QINT8), ceiling)
+            expected = reference.backward(dy, c, vectors, frozen, ceiling)
+            out = torch.empty_like(c)
+            found = reference.backward(dy.clone(), c, vectors, frozen, ceiling, out)
+            assert found[0].data_ptr() == out.data_ptr()
+            for actual, wanted in zip(found, expected, strict=True):
+                assert_close(actual, wanted, SUMS)
+
+    def test_as_compilers_trace_it(
+        self, shape: tuple[int, ...], ceiling: float | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        c, dy = exact_input(shape, 2.0), torch.randn(shape, generator=torch.Generator().manual_seed(5))
+        found = []
+        for is_compiling in (False, True):
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda value=is_compiling: value)
+            problem = Problem(shape[1], exact=True, device="cpu")
+            y, vectors, frozen = reference.forward(c, *problem.arguments(), *quantizer_state(QINT8), ceiling)
+            found.append((y, *vectors, *reference.backward(dy.clone(), c, vectors, frozen, ceiling)))
+        for actual, wanted in zip(*found, strict=True):
+            assert_close(actual, wanted, SUMS)

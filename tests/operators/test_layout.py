@@ -14,8 +14,8 @@ from op_tester import LAYOUTS, axes, strided_tensors
 
 pytest.importorskip("triton")
 
+from tritonq.kernels import reduction
 from tritonq.kernels.layout import Split, View, launch_grid, split, tile_counts, tile_shape, view
-from tritonq.kernels.reduction import planned_reduction
 
 
 def seen(x: Tensor, axis: int | None = None) -> View | None:
@@ -116,24 +116,19 @@ def test_offsets_become_wide(x: Tensor, wide: bool) -> None:
     assert found.wide is wide
 
 
-@pytest.mark.parametrize(
-    ("x", "axis"),
-    [
-        (meta(2**31 - 2**21), None),
-        (meta(2**31 - 2**20 - 1), None),
-        (meta(2**16 - 1, 2**15 - 16), None),
-        (meta(2, 2**30 - 2**20), 0),
-    ],
-)
-def test_shares_that_end_beyond_32_bits_are_wide(x: Tensor, axis: int | None) -> None:
+def test_shares_that_end_beyond_32_bits_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program computes where its share ends before it looks where the tensor does."""
-    found = view(x.shape, (x.stride(),), axis)
+    programs, tile = 4000, 1024
+    monkeypatch.setattr(reduction, "programs_that_fill", lambda device: programs)
+    # One tile more than shares of 524 tiles hold: all have 525.
+    size = 524 * programs * tile + 1
+    found = view((size,), ((1,),), None)
     assert found is not None
-    shares = planned_reduction(torch.bfloat16, found, torch.device("cpu"), 32)
-    # Of the tensor along the launch's axes; a channel's dimension has a program for each of its tiles.
-    programs = [-(-size // share) for size, share in zip(found.sizes, shares.share, strict=True)]
-    ends = max(share * count for share, count in zip(shares.share, programs, strict=True))
-    assert shares.view.wide or ends < 2**31
+    assert not found.wide
+    shares = reduction.planned_reduction(torch.bfloat16, found, torch.device("cpu"), 32)
+    assert shares.share == (1, 1, 525 * tile)
+    assert shares.grid.programs[0] * 525 * tile > size
+    assert shares.view.wide
 
 
 sizes_of_views = st.tuples(st.integers(1, 2**20), st.integers(1, 2**34), st.integers(1, 2**34)).filter(
@@ -217,6 +212,14 @@ def test_alignment_of_rows(shape: tuple[int, ...], channels_last: bool, alignmen
     found = seen(meta(*shape, channels_last=channels_last), 1)
     assert found is not None
     assert found.alignment == alignment
+
+
+def test_rows_that_end_elsewhere_have_no_alignment() -> None:
+    """Kernels round the length of a row down to its alignment: all of it must be a multiple."""
+    found = seen(meta(2, 8, 24)[:, :, :13], 1)
+    assert found is not None
+    assert found.sizes == (2, 8, 13)
+    assert found.alignment == 1
 
 
 def test_elements_with_gaps_between_have_no_alignment() -> None:
