@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.reference.conv_bn import dense, moments
 
 
@@ -30,7 +31,7 @@ class _ChannelMoments(torch.autograd.Function):
         return mean, var
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> Tensor:
         c, mean = ctx.saved_tensors
         count = c.numel() // c.shape[1]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tritonq.backend import select
+from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.integer import IntegerAffine, centred_codes, integer_affine
 from tritonq.functional.linear_map import Convolution, LinearMap
 from tritonq.grid import Grid
@@ -179,7 +180,7 @@ class _FoldedConv2d(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight, y = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tritonq.arithmetic import as_dtype
+from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.linear_map import DifferentiableMap
 from tritonq.functional.recomputation import StepMemory, is_recomputing
@@ -151,7 +152,7 @@ class _ConvBn(torch.autograd.Function):
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         weight, gamma, c, fold, unit, inverse_std = (saved.pop(0) for _ in range(6))

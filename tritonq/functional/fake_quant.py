@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonq.backend import Backend
+from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.groups import as_rows, group_rows, in_groups
 from tritonq.functional.validate import (
@@ -163,7 +164,7 @@ class _FakeQuantize(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point, enabled = ctx.saved_tensors
         grid = Grid(scale, zero_point, ctx.qtype, enabled)

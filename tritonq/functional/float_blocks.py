@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tritonq.backend import Backend
 from tritonq.formats import BLOCK_FORMATS, ELEMENT_FORMATS, FLOAT_FORMATS, BlockFormat, ScaleRounding
+from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.fake_quant import fake_quantize
 from tritonq.functional.validate import check_axis, check_float_tensor, check_scale
@@ -155,6 +156,6 @@ class _FakeQuantizeBlocks(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return dy, None, None, None, None, None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tritonq.functional.coded_tensor import memory_format_of
 from tritonq.functional.codes import carried_codes, give_codes, rounded_codes
+from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.integer_joins import divided
@@ -140,7 +141,7 @@ class _QuantizedFunction(torch.autograd.Function):
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, input_scale, shift, scale, zero_point, enabled = ctx.saved_tensors
         frozen = Grid(scale, zero_point, ctx.qtype, enabled)

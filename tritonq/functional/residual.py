@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.saved_input import SavedInput, keep, mark, restore
 from tritonq.grid import Grid, RangeStatistics
@@ -52,7 +53,7 @@ class _ResidualJoin(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         g = _passed(dy, ctx.saved_tensors[0], ctx.strides)
         return (g if ctx.needs_input_grad[0] else None), (g if ctx.needs_input_grad[1] else None), None, None, None
@@ -109,7 +110,7 @@ class _Rounded(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return _passed(dy, ctx.saved_tensors[0], ctx.strides), None, None, None
 
@@ -170,7 +171,7 @@ class _RoundedProduct(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         mask, *saved = ctx.saved_tensors
         g = _passed(dy, mask, ctx.strides)

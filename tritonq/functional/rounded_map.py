@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonq.arithmetic import as_dtype
+from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.dispatch import implementation
 from tritonq.functional.linear_map import DifferentiableMap, LinearMap
 from tritonq.functional.saved_input import SavedInput, keep, restore
@@ -69,7 +70,7 @@ class _RoundedMap(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         values, scale, shift, weight, *buffers = ctx.saved_tensors
         grid = Grid(buffers[0], buffers[1], ctx.qtype, buffers[2]) if buffers else None

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tritonq.functional.differentiable_once import differentiable_once
 from tritonq.functional.recomputation import is_recomputing
 from tritonq.nn.fusable import has_hooks
 from tritonq.reference.conv_bn import BatchNormState
@@ -107,7 +108,7 @@ class _Synchronized(torch.autograd.Function):
         return shifted.to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse_std = ctx.saved_tensors
         axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)

@@ -1,0 +1,49 @@
+"""Backwards that can't be differentiated: what asks them for a second derivative gets an error, and no zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NO_SECOND_DERIVATIVE = (
+    "quantized layers have no second derivative: compute gradient penalties (WGAN-GP, R1) and Hessians with the float "
+    "model"
+)
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the gradients of a ``torch.autograd.Function`` raise RuntimeError where they are differentiated.
+
+    That of torch leaves gradients without a graph where the incoming ones have none, as those of a sum: a penalty of
+    them would be added to a loss as a constant.
+    """
+
+    @wraps(backward)
+    def wrapper(ctx: Any, *gradients: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return found
+        values = [_tracked(value) for value in (found if isinstance(found, tuple) else (found,))]
+        refusing: tuple[Any, ...] = _Refusing.apply(*values)  # type: ignore[no-untyped-call]
+        return refusing if isinstance(found, tuple) else refusing[0]
+
+    return wrapper
+
+
+def _tracked(value: Any) -> Any:
+    return value.detach().requires_grad_() if isinstance(value, Tensor) else value
+
+
+class _Refusing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *values: Any) -> tuple[Any, ...]:
+        return tuple(value.view_as(value) if isinstance(value, Tensor) else value for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(_NO_SECOND_DERIVATIVE)
