@@ -237,3 +237,26 @@ def test_a_type_that_no_plain_argument_stands_for_is_refused():
         parts.describe("x", dict[str, int])
     with pytest.raises(ValueError, match="y"):
         parts.schema([("x", parts.describe("x", torch.Tensor))], ["y"])
+
+
+class Attending(nn.Module):
+    """The gradient of a head comes back laid out as the head is, not as its projection's output is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = [layer(x).view(2, 17, 2, 16).transpose(1, 2) for layer in (self.query, self.key, self.value)]
+        return self.out(nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(2, 17, 32))
+
+
+def test_attention_trains_in_one_graph():
+    torch.manual_seed(0)
+    x = torch.randn(2, 17, 32)
+    eager = tritonq.prepare_qat(Attending(), example_inputs=x).train()
+    other = copy.deepcopy(eager)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    compiled(x).square().sum().backward()
+    eager(x).square().sum().backward()
+    assert_trained_alike(other, eager)

@@ -129,6 +129,8 @@ def _measuring(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
         for layer in layers:
             layer.training = True
             layer.freeze_bn = False
+            if layer.batch_norm_place.module is not None:
+                layer.batch_norm_place.module.training = True
         for bn in norms:
             bn.training = True
             bn.momentum = 1.0

@@ -14,6 +14,7 @@ from tritonq.deploy.computed import drop_computations
 from tritonq.deploy.embedding_tables import TABLE_TYPES, QuantizedEmbedding, QuantizedEmbeddingBag
 from tritonq.deploy.fixed_point import convert_fixed_point, has_fixed_point
 from tritonq.deploy.float_quantizer import FloatQuantizer
+from tritonq.deploy.hooked_weights import settle_weights
 from tritonq.deploy.modules import LAYER_TYPES, CodeTypes, DeployedModule, QuantizedLayer, Quantizer
 from tritonq.deploy.recurrent import deployed_recurrent
 from tritonq.deploy.weight_codes import QUANTIZERS, codes_of_rows, codes_of_weight, rounds, unless_zero, weight_type
@@ -86,6 +87,9 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
     _warn_if_untrained(model)
     converted = model if inplace else copied(model)
     replace_hooks(converted)
+    for layer in converted.modules():
+        if isinstance(layer, QATLayer):
+            settle_weights(layer)
     computed = [layer.computed for layer in converted.modules() if isinstance(layer, QATLayer) and layer.computed]
     with torch.no_grad():
         replacements = _replacements(converted)

@@ -18,6 +18,7 @@ from tritonq.nn.batch_norm import FrozenBatchNorm, gamma_signs, is_plain
 from tritonq.nn.fusable import has_observed_grid
 from tritonq.nn.paths import LayerState, Mode, check_mode, choose_path
 from tritonq.nn.qat import QATLayer
+from tritonq.nn.reference import Reference
 from tritonq.qparams import TORCH_EPS
 from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
 
@@ -53,6 +54,8 @@ class QATBatchNormLayer(QATLayer):
 
     bn: nn.modules.batchnorm._BatchNorm
     freeze_bn: bool = False
+    # What stands where the BatchNorm was: in eval mode it freezes the statistics, as the BatchNorm did.
+    batch_norm_place: Reference[nn.Module] = Reference()
     grouping: tuple[bool, int] = (False, 1)
     _bn_type: ClassVar[type[nn.modules.batchnorm._BatchNorm]]
     _mode: Mode = "approximate"
@@ -128,7 +131,8 @@ class QATBatchNormLayer(QATLayer):
 
     def path_state(self) -> LayerState:
         """See base class."""
-        frozen = self.freeze_bn or not self.bn.training
+        place = self.batch_norm_place.module
+        frozen = self.freeze_bn or not self.bn.training or (place is not None and not place.training)
         fits = self.training and not frozen and self._mode == "approximate" and self._fits_operator()
         return replace(super().path_state(), mode=self._mode, frozen=frozen, fits_operator=fits)
 

@@ -19,7 +19,7 @@ from tritonq.grid import Grid, RangeStatistics
 from tritonq.qparams import is_readable
 from tritonq.reference.fake_quant import fake_quantize, steps_
 from tritonq.reference.min_max import extremes
-from tritonq.reference.open_bounds import open_bounds
+from tritonq.reference.open_bounds import between, open_bounds
 from tritonq.reference.ranges import observe_range
 
 
@@ -43,7 +43,7 @@ def rectify_backward(dy: Tensor, y: Tensor, ceiling: float) -> Tensor:
         return torch.ops.aten.threshold_backward(dy, y, 0)  # type: ignore[no-any-return]
     # As the result holds it: rounded to its dtype.
     top = float(torch.tensor(ceiling, dtype=y.dtype))
-    return torch.ops.aten.hardtanh_backward(dy, y, 0.0, top)  # type: ignore[no-any-return]
+    return between(dy, y, 0.0, top)
 
 
 class Observed(NamedTuple):
@@ -156,9 +156,7 @@ def straight_through_(
     # Strictly between the bounds; NaN compares as inside, so that it is moved out first, and an infinite y in.
     if not finite:
         y.nan_to_num_(-torch.inf, torch.finfo(y.dtype).max, -torch.inf)
-    return torch.ops.aten.hardtanh_backward.grad_input(  # type: ignore[no-any-return]
-        dy, y, low, high, grad_input=y if out is None else out
-    )
+    return between(dy, y, low, high, out=y if out is None else out)
 
 
 def _masked(dy: Tensor, y: Tensor, grid: Grid, ceiling: float | None, enabled: Tensor) -> Tensor:

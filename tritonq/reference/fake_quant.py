@@ -14,7 +14,7 @@ from tritonq.grid import Grid
 from tritonq.qparams import is_readable
 from tritonq.quantized_type import QuantizedType, Rounding
 from tritonq.reference.float_rounding import round_to_float_
-from tritonq.reference.open_bounds import open_bounds, open_bounds_of_codes
+from tritonq.reference.open_bounds import between, open_bounds, open_bounds_of_codes
 from tritonq.reference.operator import Like, operator
 
 # Ranges of more codes than this reach integers that float32 cannot hold, where the order of additions matters.
@@ -122,8 +122,7 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
             values.add_(offset)
         values.nan_to_num_(torch.inf, torch.inf, -torch.inf)
         bounds = open_bounds_of_codes(low, high, scale.dtype)
-    dx = torch.ops.aten.hardtanh_backward.grad_input(dy.to(values.dtype), values, *bounds, grad_input=values)
-    dx = dx.to(x.dtype)
+    dx = between(dy.to(values.dtype), values, *bounds, out=values).to(x.dtype)
     return dx if enabled is True else torch.where(enabled, dx, dy)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tritonq.quantized_type import Rounding
 
@@ -58,3 +59,21 @@ def _outermost(step: _Float, code: int, outwards: float, rounding: Rounding, kin
     while is_outside(inwards := np.nextafter(x, kind(-outwards))):
         x = inwards
     return x
+
+
+def between(dy: Tensor, y: Tensor, low: float, high: float, out: Tensor | None = None) -> Tensor:
+    """Return ``dy`` where ``low < y < high``, and at NaN, else 0.
+
+    Args:
+        dy: in the dtype of ``y``, and its shape.
+        y: what the bounds are of.
+        low: a bound.
+        high: a bound.
+        out: where to write the result, except in a traced graph; None: nowhere.
+    """
+    if torch.compiler.is_compiling():
+        # Compilers take the result of hardtanh_backward for laid out as dy is, while PyTorch lays it out as y is.
+        return torch.where((y <= low) | (y >= high), 0, dy)
+    if out is None:
+        return cast(Tensor, torch.ops.aten.hardtanh_backward(dy, y, low, high))
+    return cast(Tensor, torch.ops.aten.hardtanh_backward.grad_input(dy, y, low, high, grad_input=out))

@@ -18,6 +18,7 @@ from tritonq.qparams import is_readable
 from tritonq.quantized_type import QuantizedType
 from tritonq.reference.fake_quant import reciprocal, steps_
 from tritonq.reference.min_max import min_max
+from tritonq.reference.open_bounds import between
 from tritonq.reference.operator import CopyOf, Given, Like, New, operator
 from tritonq.reference.ranges import OBSERVED, observe_range, snapshot
 from tritonq.reference.scratch import borrow
@@ -159,9 +160,7 @@ def _straight_through(dcodes: Tensor, rows: Tensor, fold: Tensor, grid: Grid) ->
         steps = steps.add_(_column(grid.zero_point, rows))
     # Strict bounds, half a code outwards: steps are whole.
     bounds = (qtype.quant_min - 0.5, qtype.quant_max + 0.5)
-    masked = torch.ops.aten.hardtanh_backward.grad_input(
-        dcodes, steps.nan_to_num_(torch.inf), *bounds, grad_input=dcodes if enabled is True else steps
-    )
+    masked = between(dcodes, steps.nan_to_num_(torch.inf), *bounds, out=dcodes if enabled is True else steps)
     return masked if enabled is True else torch.where(enabled, masked, dcodes)
 
 

@@ -18,7 +18,7 @@ from tritonq.prepare.decide.masks import is_softmax, summands, values_without_la
 from tritonq.prepare.forwards.answered import AnsweredForward
 from tritonq.prepare.forwards.branches import fixed_number, fixed_values, frozen_branch
 from tritonq.prepare.forwards.graph import ForwardGraph
-from tritonq.prepare.forwards.guarded import GuardedGraph
+from tritonq.prepare.forwards.guarded import GuardedGraph, takes_any_arguments
 from tritonq.prepare.forwards.mode import reads_mode
 from tritonq.prepare.forwards.proof import Recorded, Site, match_frame
 from tritonq.prepare.forwards.trace import TraceError
@@ -315,8 +315,9 @@ class Analysis:
             return TraceError(f"its trace has {has}")
         for call, site in named:
             self._note_site(owner, call, site)
-        values = {} if isinstance(self.modules[owner], GraphModule) else fixed_values(self.modules[owner])
-        if values:
+        module = self.modules[owner]
+        values = fixed_values(module)
+        if not isinstance(module, GraphModule) and (values or takes_any_arguments(type(module).forward)):
             forward, calls = self._answered(frames)
             answerable = {call.index for call in calls}
             graph.guard(values, forward, ((site.node, call.place) for call, site in named if call.index in answerable))

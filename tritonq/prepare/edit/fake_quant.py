@@ -17,6 +17,7 @@ from tritonq.nn.folded import BATCH_NORM_NAMES, FoldedBatchNorm
 from tritonq.nn.functions import FunctionLayer
 from tritonq.nn.kept_class import keep_class
 from tritonq.nn.own_input import INPUT_QUANTIZER, QuantizesInput
+from tritonq.nn.reference import Reference
 from tritonq.nn.unary import UnaryLayer
 from tritonq.prepare.decide.joins import Join
 from tritonq.prepare.decide.layers import Layer
@@ -183,6 +184,8 @@ class _PlanWork:
         if frozen and isinstance(quantized, QATBatchNormLayer):
             quantized.freeze_bn_stats()
         rest = self._remainder(bn, layer)
+        if isinstance(quantized, QATBatchNormLayer):
+            quantized.batch_norm_place = Reference(rest)
         if layer.remainder:
             move_hooks(module, module, quantized)
             move_hooks(bn, bn, rest)

@@ -36,9 +36,22 @@ class EditedForward(HidesChildren):
         # The class is made at run time, so a pickle (and deepcopy) names what it was made from.
         if isinstance(reduced, tuple) and reduced[0] in (copyreg.__newobj__, new_joined):  # type: ignore[attr-defined]
             state, original = _without_graphs(reduced[2]), self._tritonq_class
+            if not isinstance(state, dict) or "_modules" not in state:
+                state = {_OWN_STATE: state, _CHILDREN: dict(self._modules), "training": self.training}
             parts = original._tritonq_joined if issubclass(original, KeepsClass) else original
             return (_rebuild, (parts, self._tritonq_forward), state, *reduced[3:])
         return reduced
+
+    def __setstate__(self, state: Any) -> None:
+        own = isinstance(state, dict) and _OWN_STATE in state
+        super().__setstate__(state[_OWN_STATE] if own else state)  # type: ignore[no-untyped-call]
+        if own:
+            self._modules.update(state[_CHILDREN])
+            self.training = state["training"]
+
+
+# In the state of a class that makes its own, without the children that it was given.
+_OWN_STATE, _CHILDREN = "_tritonq_own_state", "_tritonq_children"
 
 
 def _without_graphs(state: Any) -> Any:

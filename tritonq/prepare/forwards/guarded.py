@@ -1,12 +1,13 @@
 """A graph that runs for as long as what its trace read of the module is what it was.
 
 A trace fixes whole numbers, flags and texts of a module that its forward reads: how often a loop runs, which branch is
-taken. Beside the graph the forward itself is edited: where one of these values has changed, it runs, with its recorded
-calls answered.
+taken. It also leaves out ``*args`` and ``**kwargs`` that were empty. Beside the graph the forward itself is edited: it
+runs, with its recorded calls answered, where one of these values has changed or such an argument is given.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ class GuardedGraph(ForwardGraph):
         super().__init__(eval_graph, train_graph)
         self.values: Mapping[str, Any] = {}
         self.places: dict[str, tuple[str, ...]] = {}
+        self._is_guarded = False
         self._forward: AnsweredForward | None = None
 
     def guard(self, values: Mapping[str, Any], forward: AnsweredForward, calls: Iterable[tuple[str, str]]) -> None:
@@ -42,7 +44,7 @@ class GuardedGraph(ForwardGraph):
             forward: the forward itself.
             calls: the node and the place of each recorded call that can be answered.
         """
-        self.values, self._forward = values, forward
+        self.values, self._forward, self._is_guarded = values, forward, True
         for node, place in dict.fromkeys(calls):
             self.places[node] = (*self.places.get(node, ()), place)
 
@@ -72,7 +74,7 @@ class GuardedGraph(ForwardGraph):
     def to_data(self) -> ForwardData:
         """See base class."""
         data = super().to_data()
-        if self.values:
+        if self._is_guarded:
             data["values"] = {path: constant_to_data(value) for path, value in self.values.items()}
             data["otherwise"] = None if self._forward is None else self._forward.to_data()
         return data
@@ -90,7 +92,11 @@ def guarded(graph: Callable[..., Any], original: Callable[..., Any], data: Forwa
     otherwise = data["otherwise"]
     own = None if otherwise is None else answering(original, otherwise["answers"], otherwise["expected"])
 
+    takes = _named_parameters(original)
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if takes is not None and own is not None and _gives_more(takes, args, kwargs):
+            return own(self, *args, **kwargs)
         for path, names, expected in values:
             found = _value(self, names)
             if found is not _GONE and found != expected:
@@ -104,6 +110,26 @@ def guarded(graph: Callable[..., Any], original: Callable[..., Any], data: Forwa
 
 
 _RUNS_ITSELF = ": it runs as its author wrote it, and what prepare_qat did not record runs in float"
+
+
+def takes_any_arguments(forward: Callable[..., Any]) -> bool:
+    """Whether a forward has ``*args`` or ``**kwargs``."""
+    kinds = {parameter.kind for parameter in inspect.signature(forward).parameters.values()}
+    return not kinds.isdisjoint((inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD))
+
+
+def _named_parameters(forward: Callable[..., Any]) -> tuple[int, frozenset[str]] | None:
+    """Return how many arguments a forward takes by position, self among them, and their names; None: no others."""
+    if not takes_any_arguments(forward):
+        return None
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(forward).parameters
+    return sum(item.kind in by_position for item in parameters.values()), frozenset(parameters)
+
+
+def _gives_more(takes: tuple[int, frozenset[str]], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    count, names = takes
+    return len(args) >= count or any(name not in names for name in kwargs)
 
 
 def _value(module: Any, names: Iterable[str]) -> Any:

@@ -1,0 +1,19 @@
+"""Weights that a hook computes before each forward: pruning masks, and weight and spectral norms of the older kind."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+
+def settle_weights(module: nn.Module) -> None:
+    """Make parameters of what such hooks compute, and remove the hooks."""
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, hook._tensor_name)
+        elif isinstance(hook, WeightNorm):
+            remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(module, hook.name)
