@@ -1,5 +1,8 @@
 """Models whose code asks whether it is being exported, and does something else then than preparation saw."""
 
+from dataclasses import dataclass
+
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,3 +51,32 @@ def test_an_argument_that_really_changed_is_told(tmp_path):
     qat.train()(x)
     with pytest.raises(ValueError, match=r"can't be exported: .*Block.forward argument mask was None"):
         tritonq.export_onnx(qat.eval(), tmp_path / "model.onnx", x[:2], dynamic_batch=False)
+
+
+@dataclass
+class Scores:
+    of_all: torch.Tensor
+    of_each: torch.Tensor
+
+
+class Scoring(nn.Module):
+    """Returns a class that torch.export was not told of."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return Scores(y.mean((1, 2, 3)), y)
+
+
+def test_a_result_of_any_dataclass_is_written(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    qat = tritonq.prepare_qat(Scoring(), example_inputs=x)
+    qat.train()(x).of_each.square().mean().backward()
+    path = tmp_path / "model.onnx"
+    tritonq.export_onnx(tritonq.convert(qat), path, x)
+    assert [item.name for item in onnx.load(path).graph.output] == ["of_all", "of_each"]
+    assert tritonq.verify(qat.eval(), path, [x]).agrees()

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tritonq
 from tolerances import TRAINED, assert_close
@@ -273,8 +274,53 @@ def test_synchronized_batch_norm_trains_as_one_process(results):
             assert_close(torch.from_numpy(got), expected, TRAINED)
 
 
+def average_in_ranks(rank):
+    """Train with DistributedDataParallel on other data in each rank, and keep an average from before the first step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    qat = tritonq.prepare_qat(model, example_inputs=IMAGES[:2]).train()
+    average = AveragedModel(qat, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    trained = nn.parallel.DistributedDataParallel(qat)
+    optimizer = torch.optim.SGD(trained.parameters(), 1e-4)
+    for _ in range(60):
+        optimizer.zero_grad()
+        trained(IMAGES[slice(*SHARES[rank])]).square().mean().backward()
+        optimizer.step()
+        average.update_parameters(qat)
+    found = [
+        torch.stack(
+            [x.max_val - x.min_val for x in kept.modules() if isinstance(x, MinMaxObserver) and x.max_val.dim() == 0]
+        )
+        for kept in (qat, average.module)
+    ]
+    converted = tritonq.convert(average.module.eval())
+    return [item.numpy() for item in found], torch.equal(converted(IMAGES), average.module(IMAGES))
+
+
+def test_averages_of_ranks_have_the_ranges_of_all_data(results):
+    found = results(2)["average_in_ranks"]
+    assert not isinstance(found[0], str), found[0]
+    (ranges, converts), (others, other_converts) = found
+    assert converts
+    assert other_converts
+    for mine, its in zip(ranges, others, strict=True):
+        assert (mine == its).all()
+    of_the_model, of_the_average = map(torch.from_numpy, ranges)
+    torch.testing.assert_close(of_the_average, of_the_model, rtol=0.05, atol=0)
+    # The second rank's images have up to six times the values of the examples.
+    first = tritonq.MinMaxObserver()
+    first(IMAGES)
+    assert float(of_the_model.max()) == pytest.approx(float(first.max_val - first.min_val), rel=0.05)
+
+
 IN_ANY_WORLD = (observe_together, observe_alone_then_sync)
-IN_PAIRS = (train_a_quantizer, length_unknown, real_group_is_kept_by_copies, train_synchronized)
+IN_PAIRS = (
+    train_a_quantizer,
+    length_unknown,
+    real_group_is_kept_by_copies,
+    train_synchronized,
+    average_in_ranks,
+)
 
 
 @pytest.fixture(scope="module")

@@ -230,6 +230,7 @@ def test_failure_in_the_middle_undoes_everything(target, error):
         (nn.Sequential(nn.ReLU()), {"example_inputs": X}, ValueError, "no quantizable layer"),
         (nn.Sequential(conv()), {"example_inputs": torch.randn(1, 3, 6, 6)}, ValueError, "rejects example_inputs"),
         (nn.Sequential(conv()), {"example_inputs": "image"}, TypeError, "got str"),
+        (nn.Sequential(conv()), {"mapping": get_qconfig("tensorrt"), "example_inputs": X}, TypeError, "as qconfig="),
         (
             nn.Sequential(conv()),
             {"example_inputs": X, "qconfig": "tensorrt"},

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tritonq.prepare.record.snapshot import preserved_random_state
 from tritonq.prepare.record.structure import Path, children_of, tensors_in
@@ -50,8 +51,11 @@ def takes_what(forward: Callable[..., Any]) -> Callable[[Callable[..., Any]], Ca
 
 
 def return_tensors_alone(traced: nn.Module, result: Any) -> None:
-    """Let a model that is traced return its tensors alone, where its result holds text or numbers beside them."""
-    if not any(not isinstance(leaf, (Tensor, NoneType)) for leaf in _leaves(result)):
+    """Let a model that is traced return its tensors alone, where it returns text, numbers or a dataclass, too.
+
+    torch.export knows the dataclasses that were registered with it.
+    """
+    if all(isinstance(leaf, (Tensor, NoneType)) for leaf in tree_leaves(result)):
         return
     forward = traced.forward
 

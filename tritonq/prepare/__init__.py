@@ -109,6 +109,11 @@ def prepare_qat(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
+    if mapping is not None and not isinstance(mapping, Mapping):
+        raise TypeError(
+            f"mapping must be a dict from float to quantization-aware types, got {type(mapping).__qualname__}; a "
+            "QConfig or QConfigMapping is passed as qconfig=…, and example inputs as example_inputs=…"
+        )
     if qconfig is not None and not isinstance(qconfig, QConfigMapping):
         check_qconfig(qconfig, "qconfig", "a QConfig, a QConfigMapping or None")
     model = uncompiled(model)
