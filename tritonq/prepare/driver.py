@@ -70,7 +70,8 @@ def prepare_recorded(
         RuntimeError: the prepared model would not compute what the float model does.
     """
     _tell_obstacle(type(model).__name__, recording)
-    told = partial(tell, warn=warn, strict=strict)
+    # The line that called prepare_qat.
+    told = partial(tell, warn=warn, strict=strict, depth=5)
     if is_fixed_point(qconfigs[model]):
         if inputs is not None:
             raise ValueError("fixed point finds the formats of inputs itself: leave set_input out")
@@ -81,7 +82,7 @@ def prepare_recorded(
     def fake_quantize(cautious: bool) -> None:
         analysis = Analysis(model, recording.flow, recording.held, cautious)
         scheme = FakeQuantScheme(analysis, types, qconfigs, recording, inputs, keep_classes=cautious)
-        _carry_out(scheme, analysis, told)
+        _carry_out(scheme, analysis, partial(told, depth=6))
 
     try:
         fake_quantize(cautious=False)

@@ -26,9 +26,16 @@ _BY_DESIGN = (NO_QCONFIG, CONSTANT_INPUT)
 
 
 def tell(
-    model: nn.Module, float_modules: Mapping[str, nn.Module], records: Sequence[LayerRecord], warn: bool, strict: bool
+    model: nn.Module,
+    float_modules: Mapping[str, nn.Module],
+    records: Sequence[LayerRecord],
+    warn: bool,
+    strict: bool,
+    depth: int = 1,
 ) -> None:
     """Log how many layers and joins are quantized, and warn of those left in float unasked.
+
+    ``depth`` says how many calls ago the line is that the warning names.
 
     Raises:
         ValueError: one is, and ``strict`` is True.
@@ -49,7 +56,9 @@ def tell(
     text = f"prepare_qat leaves {len(unasked)} layers and joins of {name} in float: {'; '.join(parts)}"
     if strict:
         raise ValueError(f"{text}. With strict=True nothing may stay so unasked: a qconfig of None asks for it")
-    warnings.warn(f"{text}. tritonq.summary lists them; a qconfig of None or warn=False silences this", stacklevel=4)
+    warnings.warn(
+        f"{text}. tritonq.summary lists them; a qconfig of None or warn=False silences this", stacklevel=depth
+    )
 
 
 def _is_by_design(record: LayerRecord) -> bool:
