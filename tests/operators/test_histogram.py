@@ -286,3 +286,9 @@ class TestKernels(OpTester):
             for bins, lo, hi in ((10, -1.0, 1.0), (33, -3.3, 4.7), (1, -1.0, 1.0)):
                 found = histogram(x.to(device), bins, lo, hi, axis=axis, backend=use)
                 assert torch.equal(found.cpu(), reference.linear_histogram(x, bins, lo, hi, axis))
+
+    def test_linear_histogram_at_its_ends(self, use, device):
+        """The upper end is in the last bin, not behind it in the next channel's first; what lies beyond is in none."""
+        x = torch.tensor([[-1.0, -1.0, 1.0, 1.0, 1.0, 0.0], [-1.0000001, 1.0000001, 0.5, 0.4999999, -0.5, 2.0]])
+        found = histogram(x.to(device), 4, -1.0, 1.0, axis=0, backend=use)
+        assert found.tolist() == [[2, 0, 1, 3], [0, 1, 1, 1]]
