@@ -219,6 +219,29 @@ def test_switches_and_the_librarys_own_functions_work():
     assert_close(model(images(2)), ours(images(2)), SUMS, size=0.1)
 
 
+def test_functions_that_look_for_exact_classes_find_them():
+    model = in_float64(prepared(qconfig()))
+    ours = tritonq.accelerate(model)
+    kinds = [type(module) for module in ours.modules()]
+    seen = []
+    assert ours.apply(lambda module: seen.append(type(module))) is ours
+    expected = []
+    model.apply(lambda module: expected.append(type(module)))
+    assert seen == expected
+    with pytest.raises(ZeroDivisionError):
+        ours.apply(lambda module: 1 // 0)
+    assert kinds == [type(module) for module in ours.modules()]
+
+
+def test_freezing_after_a_few_steps_in_float64():
+    model = in_float64(prepared(qconfig()))
+    ours = tritonq.accelerate(model)
+    assert_same_training(model, ours, steps=2)
+    for each in (model, ours):
+        each.train().apply(torch.ao.nn.intrinsic.qat.freeze_bn_stats)
+    assert_same_training(model, ours, steps=3)
+
+
 def test_copies_and_pickles_stay_accelerated():
     ours = tritonq.accelerate(prepared(qconfig()))
     ours(images(0))

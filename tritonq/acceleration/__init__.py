@@ -28,8 +28,9 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
 
     Parameters, buffers, modules, hooks and the keys of the state dict stay as they are, so optimizers, averages and
     checkpoints go on. Numbers stay the library's, up to the order of float sums: its scales, its ranges, its switches,
-    in training and in eval mode. Two things differ on purpose: a channel whose BatchNorm weight is 0 trains on (the
-    libraries divide by it), and values that are not finite are left out of running ranges.
+    in training and in eval mode. Three things differ on purpose: a channel whose BatchNorm weight is 0 trains on (the
+    libraries divide by it), values that are not finite are left out of running ranges, and a step that activation
+    checkpointing recomputes counts once in ranges and BatchNorm statistics (in the libraries, twice).
 
     What is not known is left to the library, and named: one line in the log (logger ``tritonq``) tells how many parts
     tritonq computes, a warning names the others, and :func:`tritonq.acceleration.report_of` has the table.

@@ -6,6 +6,7 @@ same object, with the same parameters, buffers, hooks and state dict.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -75,11 +76,29 @@ def refuse_conversion(self: Any, name: str) -> None:
     nn.Module.__delattr__(self, name)
 
 
+def apply_as_library(self: Any, call: Callable[[nn.Module], None]) -> Any:
+    """Let ``call`` see each child and ``self``, which has the library's class meanwhile.
+
+    torch.ao's ``freeze_bn_stats`` and scripts of users look for exact classes, ``type(module) in {ConvBn2d, …}``, and
+    pass over every other class in silence.
+    """
+    for child in self.children():
+        child.apply(call)
+    own = type(self)
+    self.__class__ = own.library_class
+    try:
+        call(self)
+    finally:
+        self.__class__ = own
+    return self
+
+
 class AcceleratedFakeQuantize(FakeQuantize):
     """``FakeQuantize`` by tritonq's operators."""
 
     library_class = FakeQuantize
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_quantizer
 
 
@@ -88,6 +107,7 @@ class AcceleratedFusedFakeQuantize(FusedMovingAvgObsFakeQuantize):
 
     library_class = FusedMovingAvgObsFakeQuantize
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_quantizer
 
 
@@ -96,6 +116,7 @@ class AcceleratedFixedFakeQuantize(FixedQParamsFakeQuantize):
 
     library_class = FixedQParamsFakeQuantize
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_quantizer
 
 
@@ -104,6 +125,7 @@ class AcceleratedLearnableFakeQuantize(_LearnableFakeQuantize):
 
     library_class = _LearnableFakeQuantize
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_quantizer
 
 
@@ -112,6 +134,7 @@ class AcceleratedConv1d(qat.Conv1d):
 
     library_class = qat.Conv1d
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -122,6 +145,7 @@ class AcceleratedConv2d(qat.Conv2d):
 
     library_class = qat.Conv2d
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -132,6 +156,7 @@ class AcceleratedConv3d(qat.Conv3d):
 
     library_class = qat.Conv3d
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -142,6 +167,7 @@ class AcceleratedLinear(qat.Linear):
 
     library_class = qat.Linear
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -152,6 +178,7 @@ class AcceleratedConvReLU1d(intrinsic.ConvReLU1d):
 
     library_class = intrinsic.ConvReLU1d
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -162,6 +189,7 @@ class AcceleratedConvReLU2d(intrinsic.ConvReLU2d):
 
     library_class = intrinsic.ConvReLU2d
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -172,6 +200,7 @@ class AcceleratedConvReLU3d(intrinsic.ConvReLU3d):
 
     library_class = intrinsic.ConvReLU3d
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -182,6 +211,7 @@ class AcceleratedLinearReLU(intrinsic.LinearReLU):
 
     library_class = intrinsic.LinearReLU
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -192,6 +222,7 @@ class AcceleratedConvBn1d(intrinsic.ConvBn1d):
 
     library_class = intrinsic.ConvBn1d
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -202,6 +233,7 @@ class AcceleratedConvBn2d(intrinsic.ConvBn2d):
 
     library_class = intrinsic.ConvBn2d
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -212,6 +244,7 @@ class AcceleratedConvBn3d(intrinsic.ConvBn3d):
 
     library_class = intrinsic.ConvBn3d
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -222,6 +255,7 @@ class AcceleratedConvBnReLU1d(intrinsic.ConvBnReLU1d):
 
     library_class = intrinsic.ConvBnReLU1d
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -232,6 +266,7 @@ class AcceleratedConvBnReLU2d(intrinsic.ConvBnReLU2d):
 
     library_class = intrinsic.ConvBnReLU2d
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -242,6 +277,7 @@ class AcceleratedConvBnReLU3d(intrinsic.ConvBnReLU3d):
 
     library_class = intrinsic.ConvBnReLU3d
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -252,6 +288,7 @@ class AcceleratedLinearBn1d(intrinsic.LinearBn1d):
 
     library_class = intrinsic.LinearBn1d
     __delattr__ = refuse_conversion
+    apply = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -262,6 +299,7 @@ class AcceleratedFloatFunctional(FloatFunctional):
 
     library_class = FloatFunctional
     __delattr__ = refuse_conversion
+    apply = apply_as_library
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the rounded sum."""
