@@ -76,18 +76,18 @@ def refuse_conversion(self: Any, name: str) -> None:
     nn.Module.__delattr__(self, name)
 
 
-def apply_as_library(self: Any, call: Callable[[nn.Module], None]) -> Any:
-    """Let ``call`` see each child and ``self``, which has the library's class meanwhile.
+def apply_as_library(self: Any, fn: Callable[[nn.Module], None]) -> Any:
+    """Let ``fn`` see each child and ``self``, which has the library's class meanwhile.
 
     torch.ao's ``freeze_bn_stats`` and scripts of users look for exact classes, ``type(module) in {ConvBn2d, …}``, and
     pass over every other class in silence.
     """
     for child in self.children():
-        child.apply(call)
+        child.apply(fn)
     own = type(self)
     self.__class__ = own.library_class
     try:
-        call(self)
+        fn(self)
     finally:
         self.__class__ = own
     return self
@@ -98,7 +98,7 @@ class AcceleratedFakeQuantize(FakeQuantize):
 
     library_class = FakeQuantize
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_quantizer
 
 
@@ -107,7 +107,7 @@ class AcceleratedFusedFakeQuantize(FusedMovingAvgObsFakeQuantize):
 
     library_class = FusedMovingAvgObsFakeQuantize
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_quantizer
 
 
@@ -116,7 +116,7 @@ class AcceleratedFixedFakeQuantize(FixedQParamsFakeQuantize):
 
     library_class = FixedQParamsFakeQuantize
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_quantizer
 
 
@@ -125,7 +125,7 @@ class AcceleratedLearnableFakeQuantize(_LearnableFakeQuantize):
 
     library_class = _LearnableFakeQuantize
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_quantizer
 
 
@@ -134,7 +134,7 @@ class AcceleratedConv1d(qat.Conv1d):
 
     library_class = qat.Conv1d
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -145,7 +145,7 @@ class AcceleratedConv2d(qat.Conv2d):
 
     library_class = qat.Conv2d
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -156,7 +156,7 @@ class AcceleratedConv3d(qat.Conv3d):
 
     library_class = qat.Conv3d
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -167,7 +167,7 @@ class AcceleratedLinear(qat.Linear):
 
     library_class = qat.Linear
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -178,7 +178,7 @@ class AcceleratedConvReLU1d(intrinsic.ConvReLU1d):
 
     library_class = intrinsic.ConvReLU1d
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -189,7 +189,7 @@ class AcceleratedConvReLU2d(intrinsic.ConvReLU2d):
 
     library_class = intrinsic.ConvReLU2d
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -200,7 +200,7 @@ class AcceleratedConvReLU3d(intrinsic.ConvReLU3d):
 
     library_class = intrinsic.ConvReLU3d
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -211,7 +211,7 @@ class AcceleratedLinearReLU(intrinsic.LinearReLU):
 
     library_class = intrinsic.LinearReLU
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -222,7 +222,7 @@ class AcceleratedConvBn1d(intrinsic.ConvBn1d):
 
     library_class = intrinsic.ConvBn1d
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -233,7 +233,7 @@ class AcceleratedConvBn2d(intrinsic.ConvBn2d):
 
     library_class = intrinsic.ConvBn2d
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -244,7 +244,7 @@ class AcceleratedConvBn3d(intrinsic.ConvBn3d):
 
     library_class = intrinsic.ConvBn3d
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -255,7 +255,7 @@ class AcceleratedConvBnReLU1d(intrinsic.ConvBnReLU1d):
 
     library_class = intrinsic.ConvBnReLU1d
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -266,7 +266,7 @@ class AcceleratedConvBnReLU2d(intrinsic.ConvBnReLU2d):
 
     library_class = intrinsic.ConvBnReLU2d
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -277,7 +277,7 @@ class AcceleratedConvBnReLU3d(intrinsic.ConvBnReLU3d):
 
     library_class = intrinsic.ConvBnReLU3d
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = RELU
@@ -288,7 +288,7 @@ class AcceleratedLinearBn1d(intrinsic.LinearBn1d):
 
     library_class = intrinsic.LinearBn1d
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
     forward: Any = run_layer
     run_with = run_with
     ceiling = None
@@ -299,7 +299,7 @@ class AcceleratedFloatFunctional(FloatFunctional):
 
     library_class = FloatFunctional
     __delattr__ = refuse_conversion
-    apply = apply_as_library
+    apply: Any = apply_as_library
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the rounded sum."""
