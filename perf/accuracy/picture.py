@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from tritonq.perf.accuracy.plan import ALL_METHODS
+from tritonq.perf.accuracy.methods import METHODS
+from tritonq.perf.accuracy.peers import PEERS
 from tritonq.perf.accuracy.results import Results
 
 # Colour-blind safe (Okabe and Ito); other libraries are grey to black.
@@ -20,7 +21,7 @@ _MARKS = {
 
 
 def draw(found: Results, path: Path, task: str = "garments", net: str = "residual") -> None:
-    """Draw the loss of every method at every width of a task and network.
+    """Draw the loss of every method of the full plan at every width of a task and network.
 
     Raises:
         ImportError: matplotlib is not installed (extra ``report``).
@@ -28,11 +29,12 @@ def draw(found: Results, path: Path, task: str = "garments", net: str = "residua
     """
     from matplotlib.figure import Figure
 
-    rows = [row for row in found.rows() if (row.task, row.net) == (task, net)]
+    planned = [*METHODS, *PEERS]
+    rows = [row for row in found.rows() if (row.task, row.net) == (task, net) and row.method in planned]
     if not rows:
         raise ValueError(f"nothing is measured of {task} with the {net} network")
     widths = sorted({(row.weights, row.activations) for row in rows}, reverse=True)
-    methods = [name for name in ALL_METHODS if any(row.method == name for row in rows)]
+    methods = [name for name in planned if any(row.method == name for row in rows)]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for place, name in enumerate(methods):
