@@ -228,3 +228,14 @@ class TestBackends(OpTester):
             assert_close(y, z, EXACT, equal_nan=True)
             assert torch.equal(residual.unpack(mask, a.numel()), residual.unpack(expected, a.numel()))
             assert_same_state(mine, other)
+
+
+class TestFirstElement(OpTester):
+    def test_is_counted_once(self, use, device):
+        """It stands in for the elements that a last, partial block lacks."""
+        a = torch.ones(300, device=device)
+        a[0] = torch.nan
+        state = quantizer_state(QINT8, device=device)
+        operators("residual", use).forward(a, torch.ones_like(a), *state, None)
+        assert int(state.statistics.nonfinite_count) == 1
+        assert float(state.statistics.max_val) == 2
