@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.learned_base import LearnedFakeQuantize
+from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.observers import RangeObserver
 from tritonq.prepare.record.example import Run
 from tritonq.prepare.record.recorder import SEED
@@ -129,7 +130,11 @@ def first_ranges(model: nn.Module, runs: Sequence[Run]) -> Ranges:
 def _set_training(model: nn.Module, run: Run, normalise_batch: bool) -> None:
     """Switch to training, but for modules that the run left in eval mode; quantizers observe and do not round."""
     model.train(run.in_training)
+    # What stands where BatchNorms were would freeze these.
+    places = {layer.batch_norm_place.module for layer in model.modules() if isinstance(layer, QATBatchNormLayer)}
     for name, module in model.named_modules():
+        if module in places:
+            continue
         if (isinstance(module, _BatchNorm) and not normalise_batch) or not run.modes.get(name, True):
             module.training = False
         if isinstance(module, SwitchedQuantizer):
