@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -73,7 +73,17 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the line and leave."""
-        self.exit(_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+        joint = " See" if message.endswith("?") else "; see"
+        self.exit(_USAGE, f"{self.prog}: {message}{joint} {self.prog} --help\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Return the options. One that is unknown is an error of the command that got it, not of the whole program."""
+        chosen, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            mistyped = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(mistyped, known) if mistyped else ''}")
+        return chosen, unknown
 
 
 def build_parser(words: Sequence[str] = (), every_command: bool = False) -> argparse.ArgumentParser:

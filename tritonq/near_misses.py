@@ -13,7 +13,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         >>> did_you_mean("tensort", ["onnxruntime", "tensorrt"])
         "; did you mean 'tensorrt'?"
     """
-    words = [each for each in known if each]
+    # The dashes of options, which all share, say nothing about likeness.
+    words, word = {each.lstrip("-"): each for each in known if each.strip("-")}, word.lstrip("-")
     near = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
     near += [each for each in words if word and word in each and each not in near][: 3 - len(near)]
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"; did you mean {' or '.join(repr(words[each]) for each in near)}?" if near else ""

@@ -158,7 +158,7 @@ def test_a_file_that_vanishes_costs_nothing(workers, tmp_path, monkeypatch, caps
     (line,) = capsys.readouterr().err.strip().splitlines()
     step = read_training(tmp_path / "out" / "last.pt")[1]["step"]
     assert line.startswith(f"tritonq train: {data.train.paths[-1]} can't be read any more: ")
-    assert line.endswith(f"step {step} is saved, from which --resume goes on")
+    assert line.endswith(f"{tmp_path / 'out' / 'last.pt'} holds step {step}, from which --resume goes on")
 
 
 def test_channels_and_size_of_digits():

@@ -243,6 +243,12 @@ def test_a_format_that_cannot_be_deployed_is_told_before_training(tmp_path, caps
         (["train"], "the following arguments are required: MODULE:FACTORY, DATA; see tritonq train --help"),
         (["train", *DIGITS, "--epochs=x"], "argument --epochs: invalid int value: 'x'; see tritonq train --help"),
         (["predict", "m.onnx", "x.png", "--crop=centre"], "argument --crop: invalid choice: 'centre'"),
+        (["--bogus", "train"], "tritonq: unrecognized arguments: --bogus; see tritonq --help"),
+        (["evaluate", "m.onnx", "x", "y"], "tritonq evaluate: unrecognized arguments: y; see tritonq evaluate --help"),
+        (
+            ["train", *DIGITS, "--lerning-rate=1"],
+            "unrecognized arguments: --lerning-rate=1; did you mean '--learning-rate'? See tritonq train --help",
+        ),
     ],
 )
 def test_usage_errors_are_one_line(words, message, capsys):

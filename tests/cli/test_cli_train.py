@@ -294,7 +294,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(amp, tmp_path, capsys):
     place = "(: the first layer whose output|, but gradients are not finite: that of) "
     assert re.search(rf"step \d+: the loss is [\w.+]+{place}.*'\w+", line), line
     assert finite(tmp_path)
-    assert state_of(tmp_path)["step"] < 4
+    kept = state_of(tmp_path)["step"]
+    assert kept < 4
+    assert line.endswith(f"; {tmp_path / 'last.pt'} holds step {kept}, before it")
 
 
 class Trap(SmallResNet):
@@ -324,6 +326,9 @@ def test_weights_stay_those_before_the_step_that_failed(tmp_path, monkeypatch):
     with pytest.raises(DivergenceError, match=r"step 3: the loss is nan: the first layer whose output is .* 'block2"):
         run._train_step(*next(batches))
     assert torch.equal(model.head.weight, before)
+    with pytest.raises(DivergenceError, match="; no checkpoint was written"):
+        run.train(checkpoint_every=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_step_after_the_one_that_failed_changes_nothing_either():

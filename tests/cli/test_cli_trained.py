@@ -142,6 +142,8 @@ def test_mistakes_end_in_one_line(trained, tmp_path, capsys):
         (["predict", out / "best.pt", photo], f"holds no code: name its model's factory ({FACTORY} says the file)"),
         (["predict", "torch.nn:Conv2d", photo, "--checkpoint", out / "best.pt"], f"was made with {FACTORY}, not with"),
         (["predict", "torch.nn:Conv2d", photo, "--checkpoint", out / "model.int8.pt"], f"was made with {FACTORY}, not"),
+        (["predict", out, photo], f"{out} is a folder: name an .onnx file, or the model's factory as module:factory"),
+        (["predict", "lastpt", photo], "lastpt is no file: name an .onnx file, or the model's factory"),
         (["predict", FACTORY, photo, *ARGUMENTS], "nothing says how the model's images are scaled"),
         (["predict", out / "model.onnx", photo, "--mean=0", "--std=1"], "leave out --mean, --std"),
         (["predict", out / "model.onnx", photo, "--checkpoint", out / "best.pt"], "leave out --checkpoint"),

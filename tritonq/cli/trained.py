@@ -97,6 +97,12 @@ def open_trained(arguments: argparse.Namespace, data: str | None = None) -> Trai
         raise ValueError(
             f"{spec} holds no code: name its model's factory{_factory_in(Path(spec))}, and the file with --checkpoint"
         )
+    if ":" not in spec:
+        is_what = "a folder" if Path(spec).is_dir() else "no file"
+        raise ValueError(
+            f"{spec} is {is_what}: name an .onnx file, or the model's factory as module:factory and with --checkpoint "
+            "a file that `train` wrote"
+        )
     if checkpoint is None:
         return _float(arguments, digits, f"{spec}, as its factory gives it")
     if checkpoint.suffix == ONNX_SUFFIX:

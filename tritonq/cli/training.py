@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tritonq.cli.augment import Augmentation
 from tritonq.cli.data import Examples
-from tritonq.cli.divergence import DivergenceWatch, check_finite
+from tritonq.cli.divergence import DivergenceError, DivergenceWatch, check_finite
 from tritonq.cli.evaluation import batches_of, count_right, first_tensor, in_order, logits
 from tritonq.cli.image_files import UnreadableImageError
 from tritonq.cli.interrupts import Interrupted, Interruptions
@@ -111,6 +111,20 @@ class Run:
         if self.processes.is_first:
             remove_leftovers(self.path)
             remove_leftovers(self.best_path)
+        try:
+            self._train(checkpoint_every)
+        except DivergenceError as error:
+            kept = self._saved()
+            raise DivergenceError(f"{error}; {f'{kept}, before it' if kept else 'no checkpoint was written'}") from error
+
+    def _saved(self) -> str:
+        """Return what the last checkpoint holds, in words; "" without one."""
+        if self.saved_step is not None:
+            return f"{self.path} holds step {self.saved_step}"
+        # Of several processes the first one alone writes, and knows the step.
+        return f"{self.path} holds an earlier step" if self.path.is_file() else ""
+
+    def _train(self, checkpoint_every: int) -> None:
         hidden = None if self.processes.is_first else True
         bar = tqdm(total=self.steps, initial=self.step, desc="QAT", unit="step", leave=False, disable=hidden)
         with bar, Interruptions() as signals:
@@ -145,9 +159,9 @@ class Run:
                 self.save(last=True)
             # From a worker process comes its traceback, whose last line begins with the class.
             reason = str(error).strip().splitlines()[-1].rpartition(f"{UnreadableImageError.__name__}: ")[2]
-            raise UnreadableImageError(
-                f"{reason}; step {self.saved_step} is saved, from which --resume goes on"
-            ) from error
+            kept = self._saved()
+            goes_on = f"{kept}, from which --resume goes on" if kept else "no checkpoint was written"
+            raise UnreadableImageError(f"{reason}; {goes_on}") from error
 
     def _leave(self, number: int) -> None:
         if self.step < self.steps and not self.stopped:
@@ -280,6 +294,7 @@ class Run:
         if extends and self.settings.epochs - self.settings.frozen_epochs < finished:
             raise ValueError(f"{finished} epochs are done: of {self.settings.epochs} fewer can be frozen")
         load_state(self.model, content["state_dict"], str(self.path))
+        self.saved_step = step
         if len(content["optimizer"]["param_groups"]) < len(self.optimizer.param_groups):
             self.optimizer = make_optimizer(self.model, self.settings.learning_rate, one_group=True)
         self.optimizer.load_state_dict(content["optimizer"])
