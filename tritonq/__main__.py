@@ -82,7 +82,8 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             mistyped = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(mistyped, known) if mistyped else ''}")
+            near = did_you_mean(mistyped, known) if mistyped else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
         return chosen, unknown
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import tritonq
 from image_folders import FOLDER_MODEL, image_folder
 from tritonq.__main__ import main
 from tritonq.cli.models import find_qconfig, make_model
+from tritonq.cli.paths import writable_file
 
 MODEL = [
     "tritonq.demo.model:SmallResNet",
@@ -287,3 +290,16 @@ def test_more_memory_than_there_is(tmp_path, capsys):
 def test_a_demo_without_epochs(option, tmp_path, capsys):
     assert main(["demo", option, "--output", str(tmp_path)]) == 1
     assert f"{option.partition('=')[0][2:].replace('-', ' ')} must be at least 1" in one_line(capsys)
+
+
+def test_a_read_only_file_system_is_told_of_the_folder(tmp_path, monkeypatch):
+    """Which refuses to remove a file that is not there, too."""
+
+    def refuse(*args, **choices):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "tritonq-probe")
+
+    monkeypatch.setattr("tritonq.cli.paths.atomic_file", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match=r"nothing can be written there: '.*'$") as raised:
+        writable_file(tmp_path / "model.onnx")
+    assert raised.value.filename == str(tmp_path)

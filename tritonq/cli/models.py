@@ -126,7 +126,7 @@ def find_qconfig(name: str) -> QConfigMapping:
         return get_qconfig_mapping(name)
     known = (*PRESETS, *TORCH_BACKENDS)
     near = did_you_mean(backend, known)
-    raise ValueError(f"unknown preset {name!r}; known: {', '.join(known)}, or a .json file{near}")
+    raise ValueError(f"unknown preset {name!r}{near} (known: {', '.join(known)}, or a .json file)")
 
 
 def find_device(name: str | None) -> torch.device:

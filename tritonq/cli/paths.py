@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from tritonq.deploy.files import atomic_file, remove_leftovers
@@ -22,8 +23,9 @@ def writable_folder(folder: Path) -> Path:
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}, so that nothing can be written there", str(folder)) from error
     finally:
-        (folder / _PROBE).unlink(missing_ok=True)
-        remove_leftovers(folder / _PROBE)
+        with suppress(OSError):  # a read-only file system refuses this even where there is no such file
+            (folder / _PROBE).unlink(missing_ok=True)
+            remove_leftovers(folder / _PROBE)
     return folder
 
 

@@ -115,7 +115,8 @@ class Run:
             self._train(checkpoint_every)
         except DivergenceError as error:
             kept = self._saved()
-            raise DivergenceError(f"{error}; {f'{kept}, before it' if kept else 'no checkpoint was written'}") from error
+            remains = f"{kept}, before it" if kept else "no checkpoint was written"
+            raise DivergenceError(f"{error}; {remains}") from error
 
     def _saved(self) -> str:
         """Return what the last checkpoint holds, in words; "" without one."""
