@@ -242,6 +242,26 @@ def test_freezing_after_a_few_steps_in_float64():
     assert_same_training(model, ours, steps=3)
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_our_switches_reach_the_librarys_modules(accelerated):
+    model = prepared(qconfig())
+    model = tritonq.accelerate(model) if accelerated else model
+    model(images(0))
+    for switch in (tritonq.freeze_bn_stats, tritonq.disable_observer, tritonq.disable_fake_quant):
+        switch(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert not [name for name, value in before.items() if name.endswith("_enabled") and bool(value.any())]
+    model.train()(images(1))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for switch in (tritonq.update_bn_stats, tritonq.enable_observer, tritonq.enable_fake_quant):
+        switch(model)
+    model(images(1))
+    after = model.state_dict()
+    for kind in ("running_mean", "max_val", "scale"):
+        moved = [name for name in before if name.endswith(kind) and not torch.equal(after[name], before[name])]
+        assert moved, kind
+
+
 def test_copies_and_pickles_stay_accelerated():
     ours = tritonq.accelerate(prepared(qconfig()))
     ours(images(0))

@@ -1,7 +1,8 @@
 """Switches of a prepared model: observation, rounding, BatchNorm statistics.
 
 Each works on a module and everything inside it: ``enable_observer(model)`` and torch.ao's
-``model.apply(enable_observer)`` do the same.
+``model.apply(enable_observer)`` do the same. Modules that torch.ao or torchao prepared have these switches too,
+accelerated or not.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ def enable_observer(module: nn.Module) -> None:
         >>> layer.activation_post_process.observer_enabled
         tensor([1], dtype=torch.uint8)
     """
-    for quantizer in _quantizers(module):
-        quantizer.enable_observer()
+    _call(module, SwitchedQuantizer, "enable_observer")
 
 
 def disable_observer(module: nn.Module) -> None:
@@ -36,8 +36,7 @@ def disable_observer(module: nn.Module) -> None:
         >>> layer.activation_post_process.observer_enabled
         tensor([0], dtype=torch.uint8)
     """
-    for quantizer in _quantizers(module):
-        quantizer.disable_observer()
+    _call(module, SwitchedQuantizer, "disable_observer")
 
 
 def enable_fake_quant(module: nn.Module) -> None:
@@ -50,8 +49,7 @@ def enable_fake_quant(module: nn.Module) -> None:
         >>> layer.weight_fake_quant.fake_quant_enabled
         tensor([1], dtype=torch.uint8)
     """
-    for quantizer in _quantizers(module):
-        quantizer.enable_fake_quant()
+    _call(module, SwitchedQuantizer, "enable_fake_quant")
 
 
 def disable_fake_quant(module: nn.Module) -> None:
@@ -64,8 +62,7 @@ def disable_fake_quant(module: nn.Module) -> None:
         >>> layer.weight_fake_quant.fake_quant_enabled
         tensor([0], dtype=torch.uint8)
     """
-    for quantizer in _quantizers(module):
-        quantizer.disable_fake_quant()
+    _call(module, SwitchedQuantizer, "disable_fake_quant")
 
 
 def freeze_bn_stats(module: nn.Module) -> None:
@@ -81,9 +78,7 @@ def freeze_bn_stats(module: nn.Module) -> None:
         >>> layer.bn.running_mean
         tensor([0., 0., 0., 0.])
     """
-    for layer in module.modules():
-        if isinstance(layer, QATBatchNormLayer):
-            layer.freeze_bn_stats()
+    _call(module, QATBatchNormLayer, "freeze_bn_stats")
 
 
 def update_bn_stats(module: nn.Module) -> None:
@@ -97,10 +92,15 @@ def update_bn_stats(module: nn.Module) -> None:
         >>> layer.bn.training
         True
     """
-    for layer in module.modules():
-        if isinstance(layer, QATBatchNormLayer):
-            layer.update_bn_stats()
+    _call(module, QATBatchNormLayer, "update_bn_stats")
 
 
-def _quantizers(module: nn.Module) -> list[SwitchedQuantizer]:
-    return [child for child in module.modules() if isinstance(child, SwitchedQuantizer)]
+def _call(module: nn.Module, kind: type[nn.Module], switch: str) -> None:
+    """Throw a switch of all modules of one kind, and of those of torch.ao and torchao that have it by the same name."""
+    for child in module.modules():
+        if isinstance(child, kind) or (_is_of_library(child) and hasattr(child, switch)):
+            getattr(child, switch)()
+
+
+def _is_of_library(module: nn.Module) -> bool:
+    return any(base.__module__.startswith(("torch.ao.", "torchao.")) for base in type(module).__mro__)
