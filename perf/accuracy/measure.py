@@ -72,7 +72,8 @@ def measure(item: Measurement, task: Task, budget: Budget, out: Path) -> dict[st
     further_loss = None if teacher is None or method.further_loss is None else method.further_loss(model, teacher)
     start = time.perf_counter()
     if method.is_trained:
-        train(model, task.train, budget.epochs, recipe.learning_rate, recipe.weight_decay, item.seed, further_loss)
+        rates = recipe.learning_rate, recipe.weight_decay
+        train(model, task.train, budget.epochs, *rates, item.seed, further_loss, method.end_search)
     seconds = (time.perf_counter() - start) / budget.epochs
     images = torch.cat([task.validation.images, task.test.images])
     outputs = outputs_of(model, images)

@@ -49,6 +49,8 @@ class Method:
         differs: what it does otherwise than a tritonq preset, in one line.
         is_trained: whether the model is trained; else it is evaluated as it is made.
         further_loss: makes, of the prepared and the float model, what adds to the loss, given outputs and images.
+        end_search: changes the model and its parameters after four fifths of the steps, with which the further loss
+            ends; None: nothing changes.
     """
 
     library: str
@@ -61,3 +63,4 @@ class Method:
     differs: str = ""
     is_trained: bool = True
     further_loss: Callable[[nn.Module, nn.Module], FurtherLoss] | None = None
+    end_search: Callable[[nn.Module], object] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 import tritonq
@@ -43,10 +45,10 @@ def _hold_size(model: nn.Module, float_model: nn.Module) -> FurtherLoss:
 
 
 def _scheme(make: MakeQConfig, differs: str, *widths: tuple[int, int], holds_size: bool = False) -> Method:
-    further_loss = _hold_size if holds_size else None
-    return Method(
-        "tritonq", prepared(make), widths=widths, distributions=("tritonq",), differs=differs, further_loss=further_loss
-    )
+    made = Method("tritonq", prepared(make), widths=widths, distributions=("tritonq",), differs=differs)
+    if not holds_size:
+        return made
+    return replace(made, revision=2, further_loss=_hold_size, end_search=tritonq.fix_learned_bits)
 
 
 SCHEMES: dict[str, Method] = {

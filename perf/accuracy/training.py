@@ -14,6 +14,8 @@ from tritonq.perf.accuracy.data import Split
 
 BATCH = 100
 _EVALUATED_AT_ONCE = 500
+# Share of the steps that a search takes, as FracBits has it; the rest trains what it found.
+_SEARCH_SHARE = 0.8
 
 
 def train(
@@ -24,13 +26,21 @@ def train(
     decay: float,
     seed: int,
     further_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    end_search: Callable[[nn.Module], object] | None = None,
 ) -> None:
-    """Train by SGD with momentum, from ``rate`` to 0 by half a cosine; a further loss takes outputs and images."""
-    optimizer = torch.optim.SGD(_groups(model, decay), lr=rate, momentum=0.9, nesterov=True)
+    """Train by SGD with momentum, from ``rate`` to 0 by half a cosine; a further loss takes outputs and images.
+
+    ``end_search`` changes the model after four fifths of the steps, and ends the further loss; momentum begins anew.
+    """
+    optimizer = _optimizer(model, rate, decay)
     generator = torch.Generator().manual_seed(seed)
     steps, step = epochs * math.ceil(len(data.images) / BATCH), 0
+    search_ends = None if end_search is None else int(_SEARCH_SHARE * steps)
     for _ in range(epochs):
         for chosen in torch.split(torch.randperm(len(data.images), generator=generator), BATCH):
+            if end_search is not None and step == search_ends:
+                end_search(model)
+                optimizer, further_loss = _optimizer(model, rate, decay), None
             for group in optimizer.param_groups:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             model.train()  # that of exported models returns None
@@ -42,6 +52,10 @@ def train(
             loss.backward()
             optimizer.step()
             step += 1
+
+
+def _optimizer(model: nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(_groups(model, decay), lr=rate, momentum=0.9, nesterov=True)
 
 
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
