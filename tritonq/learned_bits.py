@@ -13,20 +13,26 @@ from tritonq.qparams import QParams
 from tritonq.quantized_type import QuantizedType
 from tritonq.reference.fake_quant import arithmetic_dtype
 
-_BITS_PER_BYTE = 8
+_BITS_PER_BYTE, _FEWEST_BITS = 8, 2
+# Steps, in standard deviations, of the symmetric grids of 2 to 8 bits with the least squared error on normally
+# distributed values.
+NORMAL_STEPS = (1.2240, 0.65077, 0.35341, 0.19325, 0.10549, 0.05726, 0.03087)
 
 
 class LearnedBitsFakeQuantize(LearnedFakeQuantize):
     """Fake quantization of a weight whose scale (LSQ) and whose number of bits are parameters.
 
-    With a real number of bits ``b = l + a``, ``l`` whole, ``0 <= a <= 1``, training mixes two grids of one range::
+    With a real number of bits ``b = l + a``, ``l`` whole, ``0 <= a <= 1``, training mixes two grids::
 
         y = (1 - a) Q_l(w) + a Q_{l+1}(w)
-        Q_n(w) = s_n round(clip(w / s_n, -q_n, q_n)),  q_n = 2^(n-1) - 1,  s_n = s q_max / q_n
+        Q_n(w) = s_n round(clip(w / s_n, -q_n, q_n)),  q_n = 2^(n-1) - 1,  s_n = s t_n / t_max
 
-    where ``s`` is the step at ``max_bits``. So ``dy/db = Q_{l+1}(w) - Q_l(w)``; ``w`` and ``s`` have LSQ's gradients
-    through both grids. Eval mode, and what is deployed, round to the nearest whole number of bits. A number that an
-    optimizer pushes beyond its bounds returns to them with the next batch.
+    where ``s`` is the step at ``max_bits``, and ``t_n`` the step that rounds normally distributed values to ``n`` bits
+    with the least squared error: fewer bits reach less far, or two would leave hardly more than zeros. So
+    ``dy/db = Q_{l+1}(w) - Q_l(w)``; ``w`` has LSQ's gradient through both grids, and so has ``s``, where ``ds_n/ds``
+    counts as ``t_max / t_n``: an optimizer's step changes ``s_n`` by the same share as if ``s_n`` were the parameter.
+    Eval mode, and what is deployed, round to the nearest whole number of bits. A number that an optimizer pushes
+    beyond its bounds returns to them with the next batch.
 
     :func:`tritonq.learned_size` is what a penalty on bits is made of; :func:`tritonq.fix_learned_bits` ends the search.
 
@@ -57,6 +63,7 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
 
     bits: nn.Parameter
     zero_point: Tensor
+    relative_steps: Tensor
     elements = 0
 
     def __init__(
@@ -80,6 +87,8 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         self.scale = nn.Parameter(torch.ones(self._channels))
         self.bits = nn.Parameter(torch.tensor([float(initial_bits)]))
         self.register_buffer("zero_point", torch.zeros(self._channels, dtype=torch.int32))
+        relative = torch.tensor(NORMAL_STEPS) / NORMAL_STEPS[max_bits - _FEWEST_BITS]
+        self.register_buffer("relative_steps", relative, persistent=False)
 
     @property
     def qtype(self) -> QuantizedType:
@@ -125,8 +134,7 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
 
     def _step_at(self, bits: Tensor) -> Tensor:
         """Return the step of the grid of so many bits."""
-        largest = torch.exp2(bits - 1) - 1
-        return floored(self.scale, self.activation_post_process.eps) * (self._widest.quant_max / largest)
+        return floored(self.scale, self.activation_post_process.eps) * self.relative_steps[bits.long() - _FEWEST_BITS]
 
     def _rounded(self, x: Tensor) -> Tensor:
         self.elements = x.numel()
@@ -145,7 +153,8 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         largest = torch.exp2(bits - 1) - 1
         step = self._step_at(bits).to(x.dtype)
         per_scale = x.numel() // max(1, step.numel())
-        factor = (largest * max(1, per_scale)).rsqrt()
+        ratio = self.relative_steps[bits.long() - _FEWEST_BITS].to(x.dtype)
+        factor = (largest * max(1, per_scale)).rsqrt() / ratio.square()
         step = step.detach() + factor * (step - step.detach())
         steps = x / self._widest.granularity.align(step, x.dim())
         fixed = steps.detach()

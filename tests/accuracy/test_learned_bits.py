@@ -6,7 +6,7 @@ from torch import nn
 
 import tritonq
 from tolerances import SUMS, assert_close
-from tritonq.learned_bits import LearnedBitsFakeQuantize
+from tritonq.learned_bits import NORMAL_STEPS, LearnedBitsFakeQuantize
 from tritonq.switched_quantizer import SwitchedQuantizer
 
 
@@ -15,15 +15,29 @@ def drawn(*shape):
 
 
 def on_grid(w, scale, bits):
-    """LSQ's result of one width, and its gradients to the weight and to the step at 8 bits (Esser et al., 2020)."""
+    """LSQ's result of one width and its gradients (Esser et al., 2020), that of the step in steps at 8 bits."""
     largest = 2 ** (bits - 1) - 1
-    step = scale * (127 / largest)
+    relative = NORMAL_STEPS[bits - 2] / NORMAL_STEPS[6]
+    step = scale * relative
     v = w / step
     inside = v.round().abs() <= largest
     codes = torch.where(inside, v.round(), v.sign() * largest)
     slope = torch.where(inside, v.round() - v, v.sign() * largest)
     per_scale = w.numel() // scale.numel()
-    return codes * step, inside.double(), slope * (127 / largest) / (per_scale * largest) ** 0.5
+    return codes * step, inside.double(), slope / relative / (per_scale * largest) ** 0.5
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_steps_have_the_least_error_on_normally_distributed_values(bits):
+    x = torch.linspace(0, 8, 400_001, dtype=torch.float64)
+    density = (-x.square() / 2).exp()
+
+    def error(step):
+        return float(((x - (x / step).round().clamp(max=2 ** (bits - 1) - 1) * step).square() * density).sum())
+
+    least = error(NORMAL_STEPS[bits - 2])
+    assert least < error(NORMAL_STEPS[bits - 2] * 1.01)
+    assert least < error(NORMAL_STEPS[bits - 2] * 0.99)
 
 
 @pytest.mark.parametrize("ch_axis", [None, 0])
