@@ -56,9 +56,9 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
     Examples:
         >>> quantizer = LearnedBitsFakeQuantize(initial_bits=2.5, ch_axis=None)
         >>> quantizer(torch.tensor([[-1.0, 0.4, 0.7, 1.0]]))
-        tensor([[-1.0000,  0.1667,  0.8333,  1.0000]], grad_fn=<WhereBackward0>)
+        tensor([[-0.4051,  0.3221,  0.4051,  0.4051]], grad_fn=<WhereBackward0>)
         >>> quantizer.eval()(torch.tensor([[-1.0, 0.4, 0.7, 1.0]])), quantizer.qtype.bits
-        (tensor([[-1.,  0.,  1.,  1.]]), 2)
+        (tensor([[-0.3122,  0.3122,  0.3122,  0.3122]]), 2)
     """
 
     bits: nn.Parameter
