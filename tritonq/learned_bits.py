@@ -134,7 +134,11 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
 
     def _step_at(self, bits: Tensor) -> Tensor:
         """Return the step of the grid of so many bits."""
-        return floored(self.scale, self.activation_post_process.eps) * self.relative_steps[bits.long() - _FEWEST_BITS]
+        return floored(self.scale, self.activation_post_process.eps) * self._relative_step(bits)
+
+    def _relative_step(self, bits: Tensor) -> Tensor:
+        """Return the step of the grid of so many bits over that of the widest."""
+        return self.relative_steps.take(bits.long() - _FEWEST_BITS)
 
     def _rounded(self, x: Tensor) -> Tensor:
         self.elements = x.numel()
@@ -153,8 +157,7 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         largest = torch.exp2(bits - 1) - 1
         step = self._step_at(bits).to(x.dtype)
         per_scale = x.numel() // max(1, step.numel())
-        ratio = self.relative_steps[bits.long() - _FEWEST_BITS].to(x.dtype)
-        factor = (largest * max(1, per_scale)).rsqrt() / ratio.square()
+        factor = (largest * max(1, per_scale)).rsqrt() / self._relative_step(bits).to(x.dtype).square()
         step = step.detach() + factor * (step - step.detach())
         steps = x / self._widest.granularity.align(step, x.dim())
         fixed = steps.detach()
