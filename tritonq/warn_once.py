@@ -7,7 +7,9 @@ import warnings
 _FLAG = "_warned"
 
 
-def warn_once(owner: object, text: str, category: type[Warning] = UserWarning, stacklevel: int = 1) -> None:
+def warn_once(
+    owner: object, text: str, category: type[Warning] = UserWarning, stacklevel: int = 1, flag: str = _FLAG
+) -> None:
     """Warn unless ``owner`` has warned before.
 
     The memory is an attribute of ``owner`` and lives as long; copies and pickles of ``owner`` carry it along.
@@ -17,9 +19,10 @@ def warn_once(owner: object, text: str, category: type[Warning] = UserWarning, s
         text: the warning.
         category: of the warning.
         stacklevel: as in ``warnings.warn``, counted from the caller.
+        flag: name of the attribute; warnings with another one are remembered apart.
     """
-    if not getattr(owner, _FLAG, False):
-        silence(owner)
+    if not getattr(owner, flag, False):
+        setattr(owner, flag, True)
         warnings.warn(text, category, stacklevel=stacklevel + 1)
 
 

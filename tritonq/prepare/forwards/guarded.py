@@ -114,17 +114,17 @@ _RUNS_ITSELF = ": it runs as its author wrote it, and what prepare_qat did not r
 
 def takes_any_arguments(forward: Callable[..., Any]) -> bool:
     """Whether a forward has ``*args`` or ``**kwargs``."""
-    kinds = {parameter.kind for parameter in inspect.signature(forward).parameters.values()}
-    return not kinds.isdisjoint((inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD))
+    return _named_parameters(forward) is not None
 
 
 def _named_parameters(forward: Callable[..., Any]) -> tuple[int, frozenset[str]] | None:
     """Return how many arguments a forward takes by position, self among them, and their names; None: no others."""
-    if not takes_any_arguments(forward):
+    parameters = inspect.signature(forward).parameters
+    kinds = [parameter.kind for parameter in parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds and inspect.Parameter.VAR_KEYWORD not in kinds:
         return None
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(forward).parameters
-    return sum(item.kind in by_position for item in parameters.values()), frozenset(parameters)
+    return sum(kind in by_position for kind in kinds), frozenset(parameters)
 
 
 def _gives_more(takes: tuple[int, frozenset[str]], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -7,6 +7,8 @@ import warnings
 import torch
 from torch import nn
 
+from tritonq.warn_once import warn_once
+
 _TOLD = "_tritonq_told_missing"
 
 
@@ -14,9 +16,8 @@ def tell_once(owner: nn.Module, message: str) -> None:
     """Warn, once per module; under ``torch.compile`` while it traces, since a graph has no warnings."""
     if torch.compiler.is_compiling():
         _warn(message)
-    elif not getattr(owner, _TOLD, False):
-        setattr(owner, _TOLD, True)
-        _warn(message)
+    else:
+        warn_once(owner, message, flag=_TOLD)
 
 
 def _warn(message: str) -> None:
