@@ -1,1 +1,1 @@
-"""What a model did in one run: its calls, and the values between them."""
+"""Record what a model does in one run: its calls of modules and functions, and the tensors that pass between them."""

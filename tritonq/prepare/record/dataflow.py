@@ -1,7 +1,13 @@
-"""The record of one run of a model: its calls, and the values between them.
+"""The record of one run of a model: plain data classes that say what was called, with which tensors, in which order.
 
-A leaf module's call and a torch function called outside any leaf are one :class:`Call` each; a module called twice has
-two calls. The record holds plain descriptions only. :func:`tritonq.prepare.record.recorder.record` makes it.
+- A *leaf* is a module whose call counts as one operation, such as ``nn.Conv2d``.
+- A :class:`Call` is one call of a leaf, or of a torch function outside of leaves. A module called twice has two calls.
+- A :class:`Value` is the content of one tensor. A tensor that is changed in place gets a second value.
+- A :class:`Frame` is one run of the forward of a module that is not a leaf. The *owner* of a call is the module whose
+  forward makes it.
+
+Calls, values and frames name each other by index. Modules have their qualified names ("" is the model).
+:func:`tritonq.prepare.record.recorder.record` makes the record.
 """
 
 from __future__ import annotations
@@ -24,27 +30,32 @@ Source = Literal["call", "input", "state", "unknown"]
 
 @dataclass(frozen=True)
 class Ref:
-    """Stands for a tensor inside recorded arguments: the index of its value."""
+    """Stand for a tensor inside recorded arguments and results.
+
+    Attributes:
+        value: index of the tensor's value in ``Dataflow.values``.
+    """
 
     value: int
 
 
 @dataclass(frozen=True)
 class Value:
-    """What a tensor held between two writes.
+    """The content of a tensor between two writes to it.
 
     Attributes:
         index: position in ``Dataflow.values``.
-        source: ``"call"``; ``"input"`` (an example input); ``"state"`` (a parameter or buffer); ``"unknown"`` (made by
-            code that torch can't see).
-        producer: index of the call that produced it, for source ``"call"``.
-        path: for an input the keys that lead to it, the first a position or an argument name; for state its name.
-        tensor: which tensor object held it; an in-place operation gives the same tensor a new value.
-        shape: shape at the time.
-        dtype: dtype at the time.
+        source: where it comes from: ``"call"`` (a recorded call); ``"input"`` (an example input); ``"state"`` (a
+            parameter or buffer); ``"unknown"`` (code that torch functions can't see, such as NumPy).
+        producer: index of the call that produced it, for source ``"call"``; else None.
+        path: for an input the keys that lead to it, the first a position or an argument name, such as ``(0,)`` or
+            ``("x", "mask")``; for state ``(qualified name,)``; else empty.
+        tensor: number of the tensor object that held it. An in-place operation gives the same tensor a new value.
+        shape: shape of the tensor at that time.
+        dtype: dtype of the tensor at that time.
         consumers: indices of the calls that read it, in order.
-        output_paths: where the model's output holds it.
-        run: as in :class:`Call`.
+        output_paths: the keys under which the model's result holds it; empty if the model does not return it.
+        run: 0 or 1, as in :class:`Call`.
     """
 
     index: int
@@ -60,7 +71,7 @@ class Value:
 
     @property
     def is_output(self) -> bool:
-        """Whether the model returns it."""
+        """Whether the model returns this value, by itself or inside of a container."""
         return bool(self.output_paths)
 
 
@@ -71,24 +82,25 @@ class Call:
     Attributes:
         index: position in ``Dataflow.calls``, in order of execution.
         kind: ``"module"`` or ``"function"``.
-        name: the operation without its spelling: ``add`` for ``+``, ``+=``, ``torch.add``, ``Tensor.add_``; for modules
-            the class name.
-        module_name: qualified name of the called module (the first one, if it is shared), else None.
-        target: the module or function.
-        frame: index of the frame it was called from.
-        owner: qualified name of the innermost module, not a leaf, whose forward was running.
-        ordinal: how many function calls (for a function) its frame had made before, or how often this module (for a
-            module) had been called before.
-        args: positional arguments, tensors as ``Ref``.
-        kwargs: named arguments, tensors as ``Ref``.
-        output: the result, tensors as ``Ref``.
-        inputs: values read, in order of the arguments.
-        outputs: values produced, including those of tensors that it changed in place.
-        writes: what in-place changes replaced, as pairs of values (before, after).
-        place: for a function where the source calls it, and how often that place had called one in the same frame:
-            ``"module:function:position#occurrence"``.
-        use: what becomes of the result of a function that writes to its operand.
-        run: the run that made it: 0, or 1 for the second of two that :meth:`Dataflow.joined` put together.
+        name: for a function the plain name of the operation: ``add`` for ``+``, ``+=``, ``torch.add`` and
+            ``Tensor.add_``; for a module its class name.
+        module_name: qualified name of the called module (the first name, if it is shared); None for a function.
+        target: the module or function itself.
+        frame: index of the frame that made the call.
+        owner: qualified name of the module whose forward made the call: the innermost running one that is no leaf.
+        ordinal: for a function, how many functions its frame had called before; for a module, how often the module had
+            been called before.
+        args: positional arguments, with a :class:`Ref` for each tensor.
+        kwargs: named arguments, with a :class:`Ref` for each tensor.
+        output: the result, with a :class:`Ref` for each tensor.
+        inputs: indices of the values read, in order of the arguments.
+        outputs: indices of the values produced, including new values of tensors that it changed in place.
+        writes: for each tensor changed in place the pair ``(value before, value after)``.
+        place: for a function, the position in the source that called it, and how often the same position had called one
+            in this frame before: ``"module:function:position#occurrence"``. Empty for a module, or if not known.
+        use: for a function that writes to its operand, how the source uses the result; see
+            :func:`tritonq.prepare.record.place.use_of_result`. ``"used"`` for all others.
+        run: 0, or 1 for calls of the second run that :meth:`Dataflow.joined` added.
         transformed: whether it was made inside of `torch.vmap`, `torch.func.grad` or the like.
     """
 
@@ -119,13 +131,13 @@ class Frame:
     Attributes:
         index: position in ``Dataflow.frames``; frame 0 is the model's.
         owner: qualified name of the module ("" is the model).
-        parent: frame that called it, None for the model.
-        args: positional arguments, tensors as ``Ref``.
-        kwargs: named arguments, tensors as ``Ref``.
-        output: the result, tensors as ``Ref``.
-        events: what it called, in order: ``("call", index)`` or ``("frame", index)``.
-        training: the mode that the module was in.
-        run: as in :class:`Call`.
+        parent: index of the frame that called the module; None for the model's frame.
+        args: positional arguments, with a :class:`Ref` for each tensor.
+        kwargs: named arguments, with a :class:`Ref` for each tensor.
+        output: the result, with a :class:`Ref` for each tensor.
+        events: what the forward called, in order: ``("call", index)`` or ``("frame", index)``.
+        training: whether the module was in training mode.
+        run: 0 or 1, as in :class:`Call`.
     """
 
     index: int
@@ -141,13 +153,13 @@ class Frame:
 
 @dataclass(frozen=True)
 class Dataflow:
-    """The record of one run, or of two that were put together.
+    """The record of one run, or of two runs put together by :meth:`joined`.
 
     Attributes:
         calls: all calls, in order of execution.
         values: all values, in the order in which they were made.
-        frames: all runs of forwards, in order of their beginning.
-        runs: how many runs it holds.
+        frames: all runs of forwards, in the order in which they began.
+        runs: how many runs it holds: 1 or 2.
     """
 
     calls: tuple[Call, ...]
@@ -156,9 +168,10 @@ class Dataflow:
     runs: int = 1
 
     def joined(self, other: Dataflow) -> Dataflow:
-        """Return the record of this run and of another run of the same model, as though it were called twice.
+        """Return one record that holds this run and, after it, another run of the same model.
 
-        What holds for every call of a module, or for every reader of its result, then holds in both runs.
+        The indices of ``other`` are shifted, and its parts get ``run=1``. A module that each run calls once then has
+        two calls, so that a question about all calls of a module is answered for both runs.
         """
         calls, values, frames = len(self.calls), len(self.values), len(self.frames)
         tensors = 1 + max((value.tensor for value in self.values), default=-1)
@@ -217,11 +230,17 @@ class Dataflow:
         )
 
     def runs_of(self, module_name: str) -> set[int]:
-        """Return the runs that called a module, as a leaf or not."""
+        """Return the numbers of the runs (0, 1) that called a module, as a leaf or not.
+
+        An empty set says that no run called it.
+        """
         return {call.run for call in self.calls_of(module_name)} | {frame.run for frame in self.frames_of(module_name)}
 
     def __str__(self) -> str:
-        """Return one line per call, in order; ``v3`` is value 3, a parameter or buffer its name."""
+        """Return one line per call, in order, such as ``v3 = conv(v0, conv.weight)``.
+
+        ``v3`` is the value with index 3; a parameter or buffer has its name.
+        """
         lines = [
             f"v{value.index} = {'example input ' if value.source == 'input' else 'unknown '}"
             + (".".join(map(str, value.path)) or str(value.tensor))
@@ -245,55 +264,61 @@ class Dataflow:
         return str(record.path[0]) if record.source == "state" else f"v{value}"
 
     def producer(self, value: int) -> Call | None:
-        """Return the call that produced a value; None for inputs, state and unknown values."""
+        """Return the call that produced a value; None for inputs, parameters, buffers and unknown values."""
         index = self.values[value].producer
         return None if index is None else self.calls[index]
 
     def producers(self, call: Call) -> tuple[Call, ...]:
-        """Return the calls whose results a call reads, without repetition, in order of its arguments."""
+        """Return the calls whose results a call reads: each once, in order of the call's arguments."""
         found = dict.fromkeys(self.values[value].producer for value in call.inputs)
         return tuple(self.calls[index] for index in found if index is not None)
 
     def consumers(self, value: int) -> tuple[Call, ...]:
-        """Return the calls that read a value."""
+        """Return the calls that read a value, in order of execution."""
         return tuple(self.calls[index] for index in self.values[value].consumers)
 
     def single_consumer(self, value: int) -> Call | None:
-        """Return the only call that reads a value, or None: several, none, or the model returns it too."""
+        """Return the only call that reads a value.
+
+        None if no call or several calls read it, or if the model returns it too.
+        """
         record = self.values[value]
         if record.is_output or len(record.consumers) != 1:
             return None
         return self.calls[record.consumers[0]]
 
     def calls_of(self, module_name: str) -> tuple[Call, ...]:
-        """Return every call of one leaf module."""
+        """Return every call of one leaf module, in order; empty if it was not called or is no leaf."""
         return self._calls_by_module.get(module_name, ())
 
     def functions_of(self, owner: str) -> tuple[Call, ...]:
-        """Return every call of a function in the forward of one module."""
+        """Return every call of a function that the forward of the module ``owner`` made, in order."""
         return self._functions_by_owner.get(owner, ())
 
     def frames_of(self, owner: str) -> tuple[Frame, ...]:
-        """Return every run of one module that is not a leaf."""
+        """Return every run of the forward of the module ``owner``, in order; empty if not called, or a leaf."""
         return self._frames_by_owner.get(owner, ())
 
     def frames_returning(self, value: int) -> tuple[Frame, ...]:
-        """Return the frames whose result is this one value, in order of their beginning."""
+        """Return the frames whose whole result is this one value, in the order in which they began."""
         return self._frames_by_output.get(value, ())
 
     def first_call_in(self, frame: Frame) -> int | None:
-        """Return the index of the first call that a frame, or one inside of it, made; None if it made none."""
+        """Return the index of the first call that a frame or a frame inside of it made; None if there is none."""
         found = (index if kind == "call" else self.first_call_in(self.frames[index]) for kind, index in frame.events)
         return next((index for index in found if index is not None), None)
 
     def is_within(self, frame: int | None, outer: int) -> bool:
-        """Whether a frame is ``outer`` or was opened, at any depth, inside of it."""
+        """Whether the frame with index ``frame`` is the frame ``outer``, or was opened inside of it at any depth.
+
+        False for None, which stands for no frame.
+        """
         while frame is not None and frame != outer:
             frame = self.frames[frame].parent
         return frame == outer
 
     def is_state(self, value: int) -> bool:
-        """Whether the value is a parameter or buffer."""
+        """Whether a value is a parameter or buffer."""
         return self.values[value].source == "state"
 
     @cached_property
@@ -314,7 +339,11 @@ class Dataflow:
 
 
 def refs_in(structure: Any) -> tuple[int, ...]:
-    """Return the values inside recorded arguments, in order."""
+    """Return the indices of the values inside recorded arguments, in order, repetitions included.
+
+    ``structure`` holds :class:`Ref` objects in tuples and dicts at any depth: ``(Ref(4), {"mask": Ref(7)}, 2)`` gives
+    ``(4, 7)``.
+    """
     if isinstance(structure, Ref):
         return (structure.value,)
     if isinstance(structure, dict):
@@ -325,6 +354,7 @@ def refs_in(structure: Any) -> tuple[int, ...]:
 
 
 def _grouped(pairs: Iterable[tuple[Key, Item]]) -> dict[Key, tuple[Item, ...]]:
+    """Group the items of ``(key, item)`` pairs by key, in their order."""
     found: dict[Key, list[Item]] = {}
     for key, item in pairs:
         found.setdefault(key, []).append(item)

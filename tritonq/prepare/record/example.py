@@ -1,4 +1,4 @@
-"""The recorded runs of a model on its example inputs: one in eval mode, one in training mode."""
+"""Run a model on its example inputs and record it: once in eval mode and once in training mode."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ATTEMPTS = 8
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a model, and what it was called with.
+    """One recorded run of a model, with its arguments and its result.
 
     Attributes:
-        flow: its dataflow.
-        args: positional arguments.
-        kwargs: named arguments.
+        flow: the record of the run.
+        args: positional arguments of the model.
+        kwargs: named arguments of the model.
         result: what the model returned.
-        modes: whether each module, by name, ran in training mode.
+        modes: for each module, by qualified name, whether it ran in training mode.
     """
 
     flow: Dataflow
@@ -40,19 +40,21 @@ class Run:
 
     @property
     def in_training(self) -> bool:
-        """Whether modules ran in training mode."""
+        """Whether some module ran in training mode."""
         return any(self.modes.values())
 
 
 @dataclass(frozen=True)
 class Recording:
-    """The runs of a model.
+    """The recorded runs of a model.
 
     Attributes:
         in_eval: the run in eval mode.
-        in_training: the run in training mode, or None where the model can't run so on its example inputs.
-        held: names of modules whose own forward ran in eval mode in the second run, since it fails in training.
-        obstacle: why the training forward could not run, or not all of it; else "".
+        in_training: the run in training mode; None if the model can't run so on its example inputs.
+        held: qualified names of modules that ran in eval mode in the training run, because their own forward raises an
+            error in training mode. Their children ran in training mode.
+        obstacle: text of the error that kept the model, or the modules in ``held``, from running in training mode; ""
+            if there was none.
     """
 
     in_eval: Run
@@ -62,30 +64,32 @@ class Recording:
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """The runs that took place."""
+        """The runs that took place: ``(in_eval,)`` or ``(in_eval, in_training)``."""
         return (self.in_eval,) if self.in_training is None else (self.in_eval, self.in_training)
 
     @property
     def flow(self) -> Dataflow:
-        """The record of all runs."""
+        """The record of all runs; the one in eval mode is run 0, the one in training mode run 1."""
         flow = self.in_eval.flow
         return flow if self.in_training is None else flow.joined(self.in_training.flow)
 
 
 def record_examples(model: nn.Module, example_inputs: Any, training_inputs: Any = None) -> Recording:
-    """Run a model in eval mode and in training mode, without gradients, and record both.
+    """Run a model in eval mode and in training mode, without gradients, and record both runs.
 
-    BatchNorms run with their running statistics, so that a batch of one will do. A module whose forward fails in
-    training (a detector without targets) runs in eval mode, its children still in training mode.
+    BatchNorms use their running statistics in both runs, so that a batch of one image is enough. If the forward of a
+    module fails in training mode (a detector without targets, for example), that module runs in eval mode and its
+    children still run in training mode.
 
     Args:
-        model: the model, left as it is. Where it is in training mode, submodules in eval mode stay so.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of named ones.
-        training_inputs: the same for the training run; by default ``example_inputs``.
+        model: the model, left as it is. If it is in training mode, submodules in eval mode stay in eval mode.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of named arguments.
+        training_inputs: the same for the training run; None: ``example_inputs``. With it nothing runs in eval mode
+            instead: an error in training mode is raised.
 
     Raises:
-        ValueError: the model rejects ``example_inputs`` in eval mode, or ``training_inputs`` in training mode; it has
-            tensors on the device "meta", which hold no values.
+        ValueError: the model rejects ``example_inputs`` in eval mode, or ``training_inputs`` in training mode; it
+            returns an iterator; or it has tensors on the device "meta", which hold no values.
         TypeError: inputs of another type.
     """
     _check_values(model)
@@ -118,7 +122,13 @@ def record_examples(model: nn.Module, example_inputs: Any, training_inputs: Any 
 
 
 class _ForwardError(Exception):
-    """A training forward raised ``error``; ``where`` is the innermost running module that was in training mode."""
+    """An error that a forward raised in the training run.
+
+    Attributes:
+        error: the error.
+        where: the innermost running module that was in training mode; None if all running modules were in eval mode.
+        place: the end of a message, which names the submodule that failed; "" for the model itself.
+    """
 
     def __init__(self, error: Exception, where: nn.Module | None, place: str) -> None:
         super().__init__(str(error))
@@ -126,7 +136,15 @@ class _ForwardError(Exception):
 
 
 def _with_training(model: nn.Module, in_eval: Run, passing: frozenset[str]) -> Recording:
-    """Record a run in training mode as far as the model allows one."""
+    """Record a training run on the arguments of the eval run, and return both.
+
+    A module whose forward fails is switched to eval mode and the run is repeated, at most ``_ATTEMPTS`` times.
+
+    Args:
+        model: the model.
+        in_eval: the recorded run in eval mode.
+        passing: as in :func:`_run`.
+    """
     modes, names = training_modes(model), {module: name for name, module in model.named_modules()}
     held: set[str] = set()
     obstacle = ""
@@ -151,6 +169,18 @@ def _run(
     kwargs: dict[str, Any],
     passing: frozenset[str],
 ) -> Run:
+    """Record one run.
+
+    Args:
+        model: the model.
+        modes: for each module, whether it runs in training mode.
+        args: positional arguments of the model.
+        kwargs: named arguments of the model.
+        passing: qualified names of modules that returned their input unchanged in the eval run.
+
+    Raises:
+        _ForwardError: the model raised an error.
+    """
     recorder = Recorder(model, modes, passing)
     try:
         flow = recorder.run(args, kwargs)
@@ -163,7 +193,10 @@ def _run(
 
 
 def training_modes(model: nn.Module) -> dict[nn.Module, bool]:
-    """Return the modes that a model's modules have when it trains, but for BatchNorms, which are in eval mode here."""
+    """Return for each module whether it is in training mode while the model trains; False for every BatchNorm.
+
+    The model itself is left in its modes.
+    """
     snapshot = ModelSnapshot(model)
     try:
         if not model.training:
@@ -174,7 +207,10 @@ def training_modes(model: nn.Module) -> dict[nn.Module, bool]:
 
 
 def _place(model: nn.Module, running: list[nn.Module]) -> str:
-    """Return the end of a sentence that names the submodule in which a forward failed."""
+    """Return the end of a message that names the submodule which failed, such as ``" (in 'head', a Head)"``.
+
+    ``running`` holds the modules whose forwards ran, innermost first. Returns "" if only the model itself ran.
+    """
     names = {module: name for name, module in model.named_modules()}
     return f" (in {names[running[0]]!r}, a {type(running[0]).__name__})" if running and names[running[0]] else ""
 
@@ -184,7 +220,13 @@ def _text(error: Exception) -> str:
 
 
 def example_arguments(example_inputs: Any, name: str = "example_inputs") -> Arguments:
-    """Return positional and named arguments from a tensor, a sequence of positional or a mapping of named ones.
+    """Return ``(positional arguments, named arguments)`` of a model from its example inputs.
+
+    A tensor is one positional argument; a tuple or list holds the positional ones; a dict holds the named ones.
+
+    Args:
+        example_inputs: the example inputs.
+        name: name of the argument in the message of the error.
 
     Raises:
         TypeError: anything else.
@@ -202,7 +244,7 @@ def example_arguments(example_inputs: Any, name: str = "example_inputs") -> Argu
 
 
 def _check_values(model: nn.Module) -> None:
-    """Raise ValueError where tensors hold no values: the examples are computed, and ranges begin with the results."""
+    """Raise ValueError if a parameter or buffer is on the device "meta" and so holds no values."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     name = next((name for name, tensor in tensors if tensor.is_meta), None)
     if name is not None:

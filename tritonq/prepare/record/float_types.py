@@ -1,4 +1,8 @@
-"""Which known float type a module computes as: its own class, or the base class whose computation it inherits."""
+"""Find the float type that a module computes as: its own class, or a base class whose computation it inherits.
+
+A user's subclass of ``nn.Conv2d`` that only sets other defaults computes as ``nn.Conv2d``, so it can be quantized as
+one.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ _COMPUTING = ("forward", "_conv_forward", "_output_padding", "__call__")
 
 
 def float_type(module: nn.Module, known: Container[type[nn.Module]]) -> type[nn.Module] | None:
-    """Return the type among ``known`` whose computation the module's class inherits unchanged, or None.
+    """Return the type among ``known`` that a module computes as; None if it computes something else.
 
-    A class that only constructs (other defaults, other arguments, further attributes) computes as its base.
+    That is the first known class in the order of inheritance, provided that the module's class overrides no method that
+    computes, and that its forward was not replaced on the instance.
     """
     for base in type(module).__mro__:
         if base in known:
@@ -22,16 +27,19 @@ def float_type(module: nn.Module, known: Container[type[nn.Module]]) -> type[nn.
 
 
 def inherits_computation(kind: type[nn.Module], base: type[nn.Module]) -> bool:
-    """Whether a class computes what its base does: none of the methods that matter was overridden."""
+    """Whether the class ``kind`` overrides none of the methods of ``base`` that compute a layer's result."""
     return all(getattr(kind, name, None) is getattr(base, name, None) for name in _COMPUTING)
 
 
 def torch_base(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """Return the first class of torch.nn that a class is or derives from, or None."""
+    """Return the first class of torch.nn that the class ``kind`` is or derives from; None if there is none."""
     return next((base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules.")), None)
 
 
 def has_own_parameters(module: nn.Module) -> bool:
-    """Whether weight and bias of a layer are parameters of its own, not tensors that something computes."""
+    """Whether weight and bias of a layer are its own parameters, not tensors that a parametrization or hook computes.
+
+    A layer without bias counts by its weight alone.
+    """
     weight, bias = module._parameters.get("weight"), getattr(module, "bias", None)
     return weight is not None and (bias is None or bias is module._parameters.get("bias"))

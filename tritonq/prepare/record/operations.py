@@ -1,4 +1,4 @@
-"""Names of operations, and which modules count as one operation."""
+"""Plain names of operations, and which modules count as one operation (leaves)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ METADATA = frozenset(_METADATA_NAMES.split())
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module's call is one operation: a module of torch.nn without children, attention, or a RepVGG block.
+    """Whether the call of a module is recorded as one operation, so that nothing inside of it is recorded.
 
-    A user's class counts where it inherits its forward from torch.nn unchanged, and its weight is a parameter of its
-    own. Everything else is looked into, so that the functions which it calls are seen.
+    True for modules of torch.nn without children, torch's multi-head attention, RepVGG blocks and modules that
+    torch.jit made. A user's subclass of such a module is a leaf if it inherits the computation unchanged. False for
+    containers, and for a convolution or linear layer whose weight something computes: the calls in their forwards are
+    recorded.
     """
     closed = isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention)
     if closed or isinstance(module, torch.jit.ScriptModule) or type(module) is RepVGGBlock:
@@ -40,17 +42,23 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def has_own_weight(module: nn.Module) -> bool:
-    """Whether a module is no convolution or linear layer whose weight or bias something computes."""
+    """Whether a module is not a convolution or linear layer whose weight or bias is computed by something.
+
+    True for every other type of module.
+    """
     return not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or has_own_parameters(module)
 
 
 def in_transform() -> bool:
-    """Whether what runs now is inside of `torch.vmap`, `torch.func.grad` or the like."""
+    """Whether the code that runs now is inside of `torch.vmap`, `torch.func.grad` or the like."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
 def operation_name(function: Callable[..., Any]) -> str:
-    """Return a function's name without its spelling: in place, operator, reflected, method or function."""
+    """Return the plain name of a function, the same for every way to write the operation.
+
+    ``+``, ``+=``, ``torch.add`` and ``Tensor.add_`` all give ``"add"``; the attribute ``x.T`` gives ``"T"``.
+    """
     name = str(getattr(function, "__name__", type(function).__name__))
     if name == "__get__":  # an attribute of Tensor, such as x.T
         return str(getattr(function, "__self__").__name__)  # noqa: B009 - a method wrapper has no static type
@@ -61,7 +69,14 @@ def operation_name(function: Callable[..., Any]) -> str:
 
 
 def plain_name(name: str, is_operator: bool = False) -> str:
-    """Return ``add`` for ``add_``, ``__iadd__``, ``__radd__`` and, among operators, ``iadd``."""
+    """Return a name without underscores and prefixes, and one name for all synonyms.
+
+    ``add_``, ``__iadd__`` and ``__radd__`` give ``"add"``; ``multiply`` gives ``"mul"``; ``bmm`` gives ``"matmul"``.
+
+    Args:
+        name: name of a function or method.
+        is_operator: whether it belongs to the module ``operator``, where ``iadd`` means ``+=`` and gives ``"add"`` too.
+    """
     bare = name.strip("_")
     if (is_operator or name.startswith("__")) and bare[:1] in ("i", "r") and bare[1:] in _ARITHMETIC:
         bare = bare[1:]

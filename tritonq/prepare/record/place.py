@@ -1,4 +1,8 @@
-"""Where in the source a torch function is called: the function, and the lines and columns in it."""
+"""Find where in the source a torch function is called: which function calls it, and at which lines and columns.
+
+A *place* is a text ``"module:function:position"``, such as ``"models.net:Net.forward:3.8-3.20"``: lines count from the
+first line of the function. A *frame* is here a frame of the Python interpreter (``types.FrameType``).
+"""
 
 from __future__ import annotations
 
@@ -22,27 +26,31 @@ _WRAPPER_FILES = frozenset(str(_TORCH / name) for name in _WRAPPERS)
 
 
 def calling_place(frame: FrameType | None) -> str:
-    """Return the place that a frame calls from, past wrappers of torch, as ``"module:function:position"``."""
+    """Return the place at which a frame is calling something now; "" for None.
+
+    Python functions of torch that only hand their call on are skipped: the place is that of their caller.
+    """
     frame = calling_frame(frame)
     return "" if frame is None else place_name(frame.f_globals, frame.f_code, frame.f_lasti)
 
 
 def calling_frame(frame: FrameType | None) -> FrameType | None:
-    """Return the first frame, from this one outwards, that is no wrapper of torch."""
+    """Return the first frame, from this one outwards, that is no Python function of torch which hands its call on."""
     while frame is not None and frame.f_code.co_filename in _WRAPPER_FILES:
         frame = frame.f_back
     return frame
 
 
 def place_in_forward(frame: FrameType | None, ends: Callable[[FrameType], bool], beyond: CodeType | None = None) -> str:
-    """Return the place that a frame calls from, or "" where that is in the forward of another module, called inside.
+    """Return the place at which a frame calls, or "" if the frame does not belong to the forward in question.
 
-    Hooks belong to the forward that calls the module which they are registered on.
+    A frame inside of another module's call does not belong to it. Hooks belong to the forward that calls the module on
+    which they are registered.
 
     Args:
-        frame: the frame.
-        ends: whether a frame is that of the forward, or what called it.
-        beyond: another code that calls what does not belong to the forward.
+        frame: the frame that calls a torch function; None gives "".
+        ends: tells whether a frame is that of the forward, or what called it; the search outwards stops there.
+        beyond: code of a function whose callees do not belong to the forward either; None: there is no such function.
     """
     caller, below = frame, None
     while frame is not None and not ends(frame):
@@ -57,28 +65,36 @@ def place_in_forward(frame: FrameType | None, ends: Callable[[FrameType], bool],
 
 
 def is_call_of(module: nn.Module | None, frame: FrameType) -> bool:
-    """Whether a frame is the call of a module with hooks."""
+    """Whether a frame runs the function of torch that calls ``module`` with its hooks."""
     return frame.f_code is _CALL_WITH_HOOKS and frame.f_locals.get("self") is module
 
 
 def plain_function(function: Any) -> Any:
-    """Return the function inside a callable: past ``functools.partial`` and the binding to an object."""
+    """Return the function inside of a callable: ``functools.partial`` objects and bound methods are unwrapped."""
     while isinstance(function, partial):
         function = function.func
     return getattr(function, "__func__", function)
 
 
 def _is_forward_of(call: FrameType, frame: FrameType) -> bool:
-    """Whether a frame that a module's call made is the module's forward, not a hook's."""
+    """Whether ``frame`` runs the forward of a module, and not one of its hooks.
+
+    Args:
+        call: frame of the function of torch that calls the module with its hooks.
+        frame: a frame that this function called.
+    """
     function = plain_function(call.f_locals.get("forward_call"))
     return getattr(function, "__code__", frame.f_code) is frame.f_code
 
 
 def use_of_result(frame: FrameType | None) -> Use:
-    """Return how a function uses the result of the call that it is making; wrappers of torch are passed over.
+    """Return how a frame uses the result of the call that it is making now.
 
-    ``"dropped"``: not at all, as with ``x.relu_()`` on a line of its own; ``"rebound"``: under the name of the operand,
-    as with ``x += y``; else ``"used"``.
+    - ``"dropped"``: not at all, as with ``x.relu_()`` on a line of its own.
+    - ``"rebound"``: it assigns it to the name of the operand, as with ``x += y``.
+    - ``"used"``: in any other way, or not known.
+
+    Python functions of torch that only hand their call on are skipped.
     """
     frame = calling_frame(frame)
     if frame is None:
@@ -94,10 +110,15 @@ _CALL_WITH_HOOKS = next(code for code in _MODULE_CALL.co_consts if getattr(code,
 
 
 def place_name(module: dict[str, Any], code: CodeType, instruction: int) -> str:
-    """Name an instruction of a function of a module by its lines and columns in the function's source.
+    """Return the place of an instruction: module, function, lines and columns.
 
-    These are the same in every version of Python, other than the offset of an instruction, which stands for them where
-    Python keeps no positions (``-X no_debug_ranges``).
+    Lines and columns are the same in every version of Python. If Python keeps no positions (``-X no_debug_ranges``),
+    the offset of the instruction stands for them, as ``"@24"``.
+
+    Args:
+        module: globals of the module that holds the function.
+        code: code object of the function.
+        instruction: offset of the instruction in bytes.
     """
     known, index = _positions(code), instruction // _UNIT
     position = known[index] if 0 <= index < len(known) else _NOWHERE
@@ -109,6 +130,7 @@ _NOWHERE: _Position = (None, None, None, None)
 
 
 def _place_at(module: dict[str, Any], code: CodeType, position: _Position, instruction: int) -> str:
+    """Return the place for a position in the source; if that is incomplete, for the offset ``instruction``."""
     line, end, column, end_column = position
     where, code = f"@{instruction}", source_code(code)
     if None not in position:
@@ -118,12 +140,12 @@ def _place_at(module: dict[str, Any], code: CodeType, position: _Position, instr
 
 
 def function_name(frame: FrameType) -> str:
-    """Return the part of a frame's place that names the function."""
+    """Return the part ``"module:function"`` of the places in the function that a frame runs."""
     return _function_name(frame.f_globals, source_code(frame.f_code))
 
 
 def function_of_place(place: str) -> str:
-    """Return the part that names the function of a place, as :func:`place_name` returned it."""
+    """Return the part ``"module:function"`` of a place."""
     return place.rpartition(":")[0]
 
 
@@ -132,7 +154,11 @@ def _function_name(module: dict[str, Any], code: CodeType) -> str:
 
 
 def source_code(code: CodeType) -> CodeType:
-    """Return the code of a function where Dynamo made ``code`` of the part of it behind a graph break."""
+    """Return the code object of the function that its author wrote.
+
+    Dynamo (``torch.compile``) splits a function at a graph break and makes a new code object of the rest. For such an
+    object the original one is returned, for all others ``code``.
+    """
     if not code.co_name.startswith("torch_dynamo_resume"):
         return code
     from torch._dynamo.resume_execution import ContinueExecutionCache
@@ -148,7 +174,7 @@ _known: dict[int, tuple[CodeType, list[_Position]]] = {}
 
 
 def _positions(code: CodeType) -> list[_Position]:
-    """Return first line, last line, first column and last column of each instruction."""
+    """Return ``(first line, last line, first column, last column)`` of each instruction of a code object."""
     known = _known.get(id(code))
     if known is None:
         known = _known[id(code)] = code, list(code.co_positions())
@@ -156,9 +182,9 @@ def _positions(code: CodeType) -> list[_Position]:
 
 
 def traced_places() -> list[tuple[CodeType, str]]:
-    """Return the places that ``torch.compile`` is tracing, the innermost first, each with its code object.
+    """Return ``(code object, place)`` of each function that ``torch.compile`` is tracing now, the innermost first.
 
-    Called while Dynamo traces: its translators stand on Python's own stack.
+    To be called while Dynamo traces: it finds Dynamo's translators on the stack of Python.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 

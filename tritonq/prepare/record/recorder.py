@@ -1,6 +1,6 @@
-"""Recording a run: hooks on modules and a function mode follow tensors by identity.
+"""Record one run of a model by hooks on its modules and a torch function mode.
 
-Identity leads through modules that no tracer can follow.
+Tensors are followed by the identity of their objects, which works in forwards that no tracer can follow.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ SEED = 0
 
 
 def record(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Dataflow:
-    """Run ``model(*args, **kwargs)`` once in eval mode without gradients and record its dataflow.
+    """Run ``model(*args, **kwargs)`` once in eval mode without gradients and return the record of the run.
 
     Modes, buffers, attributes, hooks and the random state are afterwards what they were, also after an error; the
     example inputs are not written to.
 
     Raises:
-        ValueError: the model has parameters that a first run would create.
+        ValueError: the model has lazy parameters, whose shapes a first run would decide.
         Exception: whatever the model raises on these inputs.
     """
     return Recorder(model).run(args, dict(kwargs or {}))
@@ -52,7 +52,7 @@ def record(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, An
 
 @dataclass
 class _Tracked:
-    """A live tensor with its index, the value that it holds and its version; while held, its id is not used again."""
+    """A live tensor: its number, its current value and its version. It is kept, so that no other tensor gets its id."""
 
     tensor: Tensor
     index: int
@@ -96,15 +96,15 @@ class _OpenValue:
 
 
 class Recorder:
-    """Records one run of one model; see :func:`record`.
+    """Record one run of one model, as :func:`record` does.
 
     Args:
         model: the model.
-        modes: which modules run in training mode; by default none.
+        modes: for each module, whether it runs in training mode; None: all run in eval mode.
         passing: names of modules that returned their input in another run; their calls count as one operation here.
 
     Attributes:
-        result: what the model returned.
+        result: what the model returned; None before :meth:`run`.
     """
 
     def __init__(
@@ -129,11 +129,11 @@ class Recorder:
         self._passing = passing
 
     def running(self) -> list[nn.Module]:
-        """Return the modules whose forward was running when the run was given up, innermost first."""
+        """Return the modules whose forwards had begun when the run failed, innermost first; empty after a whole run."""
         return [frame.module for frame in reversed(self._stack) if frame.module is not None]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dataflow:
-        """Run the model and return the record of the run."""
+        """Run the model with these arguments and return the record of the run."""
         snapshot = ModelSnapshot(self.model)
         handles = []
         try:
@@ -174,7 +174,7 @@ class Recorder:
     def call_function(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: FrameType
     ) -> Any:
-        """Run a torch function that a frame calls, and record it unless it is part of a leaf or reads no elements."""
+        """Run a torch function that a frame calls; record it if it is outside of leaves and reads elements."""
         if self._paused or not self._stack or self._stack[-1].leaf:
             return function(*args, **kwargs)
         frame = self._stack[-1]
@@ -219,7 +219,7 @@ class Recorder:
             return self._pop(module, result)
 
     def _leave_scripted(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """Record a call of a module that torch.jit made, whose inside can't be seen."""
+        """Record a call of a module that torch.jit made as one operation: torch calls this hook after the call."""
         if not isinstance(module, ScriptModule) or module not in self._names:
             return result
         self._enter(module, args, kwargs)
@@ -227,7 +227,7 @@ class Recorder:
 
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:
-        """Keep the recorder's own tensor functions, in hooks, out of the record."""
+        """Keep torch functions that the recorder itself calls, inside of the block, out of the record."""
         self._paused = True
         try:
             yield
@@ -300,7 +300,7 @@ class Recorder:
         return self._finish(call, frame.inputs, result)
 
     def _finish(self, call: Call, inputs: list[Tensor], result: Any) -> Any:
-        """Give the results of a call their values; returns the result, where inputs that came out again are aliases."""
+        """Record a call with the values that it made, and return its result; a returned input becomes a new view."""
         for value in call.inputs:
             self._values[value].consumers[call.index] = None
         writes = self._note_writes(call, inputs)
@@ -329,7 +329,7 @@ class Recorder:
         return result
 
     def _note_writes(self, call: Call, inputs: list[Tensor]) -> list[tuple[int, int]]:
-        """Return new values for every known tensor whose storage the call wrote to, with those that they replace."""
+        """Give each tensor that the call wrote to a new value; return pairs ``(value before, value after)``."""
         writes: list[tuple[int, int]] = []
         for tensor in inputs:
             known = self._tracked[id(tensor)]

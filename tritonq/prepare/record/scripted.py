@@ -1,4 +1,4 @@
-"""Modules that torch.jit made: one operation each, since nothing inside can be seen."""
+"""Observe modules that torch.jit made: each call is one operation, since nothing inside of it can be seen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from torch.nn.modules import module as module_hooks
 
 @contextmanager
 def listening_to_scripted(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    """Call a hook after each call of modules that torch.jit made, which take no hooks of their own."""
+    """Call ``hook`` after each call of a module that torch.jit made, inside of the block.
+
+    Such modules take no hooks of their own, so the hook is registered for all modules. Nothing is registered if
+    ``modules`` holds none that torch.jit made.
+
+    Args:
+        modules: all modules of the model.
+        hook: called with module, positional arguments, named arguments and result, as a forward hook of torch.
+    """
     if not any(isinstance(module, ScriptModule) for module in modules):
         yield
         return

@@ -22,7 +22,7 @@ _CONTAINERS = (dict, list, set)
 
 
 class ModelSnapshot:
-    """What every module of a model holds, taken so that any edit can be undone.
+    """Remember what every module of a model holds, so that :meth:`restore` can undo any edit.
 
     Modules, parameters and attributes are remembered by identity; buffers also by value, since a forward may write
     into them. ``restore`` undoes replaced children, added hooks, changed classes, modes and attributes.
@@ -39,7 +39,7 @@ class ModelSnapshot:
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Put the model back as it was if the block raises."""
+    """Put the model back as it was if the block raises; the error is raised again."""
     snapshot = ModelSnapshot(model)
     try:
         yield
@@ -49,10 +49,10 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy of a model, also where modules hold results of computations, which tensors refuse to copy.
+    """Return a deep copy of a model, also if its modules hold results of computations, which torch refuses to copy.
 
-    Pruning masks and ``weight_norm`` of old leave the computed weight on the module; forwards may leave activations,
-    also in lists and dicts.
+    Such tensors are detached in the copy. Pruning and the old ``weight_norm`` leave the computed weight on the module;
+    forwards may leave activations there, also in lists and dicts.
 
     Raises:
         ValueError: something that a module holds can't be copied, or its copy would run the original; the message names
@@ -84,7 +84,10 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def _bound_forward(model: nn.Module) -> str | None:
-    """Return which module's forward is a function that reaches the model by its closure, which copies share."""
+    """Return the name of a module whose forward would reach the original model from a copy; None if there is none.
+
+    Such a forward is a function that holds a module of the model in its closure, and copies share functions.
+    """
     modules = set(model.modules())
     for name, module in model.named_modules():
         cells = getattr(plain_function(vars(module).get("forward")), "__closure__", None) or ()
@@ -95,6 +98,7 @@ def _bound_forward(model: nn.Module) -> str | None:
 
 
 def _is_filled(cell: CellType) -> bool:
+    """Whether a closure cell holds something other than None."""
     try:
         return cell.cell_contents is not None
     except ValueError:  # a name that the enclosing function has not set yet
@@ -102,7 +106,7 @@ def _is_filled(cell: CellType) -> bool:
 
 
 def _culprit(model: nn.Module) -> str:
-    """Return which attribute of which module refuses to be copied."""
+    """Return the end of a message that names the attribute that refuses to be copied; "" if none does."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if attribute in ("_modules", "_parameters", "_buffers"):
@@ -115,7 +119,10 @@ def _culprit(model: nn.Module) -> str:
 
 
 def _reloaded(module: ScriptModule) -> nn.Module:
-    """Return a copy of what torch.jit made: parameters that ``copy.deepcopy`` makes take no gradients (torch 2.13)."""
+    """Return a copy of a module that torch.jit made, saved and loaded again.
+
+    Parameters that ``copy.deepcopy`` makes of it take no gradients (torch 2.13).
+    """
     file = io.BytesIO()
     torch.jit.save(module, file)
     file.seek(0)
@@ -124,6 +131,8 @@ def _reloaded(module: ScriptModule) -> nn.Module:
 
 
 class _ModuleState:
+    """What one module holds: its class, mode, attributes, contents of containers, and values of buffers."""
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.training = module.training
@@ -152,6 +161,8 @@ class _ModuleState:
 
 
 class _BufferState:
+    """A buffer with its value and version, to be restored if either changed."""
+
     def __init__(self, buffer: Tensor) -> None:
         self.buffer = buffer
         self.version = tensor_version(buffer)
@@ -173,7 +184,7 @@ def tensor_version(tensor: Tensor) -> int:
 
 
 def tensor_storage(tensor: Tensor) -> int:
-    """Return a number of a tensor's storage that no other living storage has."""
+    """Return a number that identifies a tensor's storage among all living ones; two views of one tensor share it."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except NotImplementedError:  # sparse and other tensors without one storage
@@ -182,9 +193,10 @@ def tensor_storage(tensor: Tensor) -> int:
 
 @contextmanager
 def preserved_random_state(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Restore the random state of Python, NumPy and torch (CPU, and the GPUs that hold the model) on leaving.
+    """Restore the random state of Python, NumPy and torch (CPU, and the GPUs that hold the model) when the block ends.
 
-    With ``seed`` the block begins with that seed, so that two blocks draw the same numbers.
+    With a ``seed`` all three generators begin the block with it, so that two blocks draw the same numbers. None: they
+    go on from where they are.
     """
     tensors = [*model.parameters(), *model.buffers()]
     devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})

@@ -1,4 +1,7 @@
-"""Nested arguments and results (tuples, lists, dicts, dataclasses) with their tensors replaced by something else."""
+"""Walk through nested arguments and results (tuples, lists, dicts, dataclasses), and replace the tensors in them.
+
+A *path* is the keys that lead to an entry: ``(0, "mask")`` is the entry ``"mask"`` of the first item.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ PRIMITIVES = (type(None), bool, int, float, complex, str, torch.dtype, torch.dev
 
 @dataclasses.dataclass(frozen=True)
 class Opaque:
-    """Stands for an argument that is neither tensor, container nor constant; only its type is kept."""
+    """Stand for a recorded argument that is neither tensor, container nor constant; only its type's name is kept."""
 
     type_name: str
 
 
 def children_of(item: Any) -> list[tuple[str | int, Any]] | None:
-    """Return keys and entries of a container, or None for anything that holds no others.
+    """Return ``(key, entry)`` pairs of a container; None if ``item`` is no container.
 
-    Sequences have integer keys, mappings their own, dataclasses the names of their fields.
+    Tuples and lists have integer keys, mappings their own keys, dataclasses the names of their fields.
     """
     if isinstance(item, Mapping):
         return list(item.items())
@@ -36,7 +39,10 @@ def children_of(item: Any) -> list[tuple[str | int, Any]] | None:
 
 
 def tensors_in(item: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Yield every tensor of a nested structure with the keys that lead to it, in order."""
+    """Yield ``(path, tensor)`` for every tensor of a nested structure, in order.
+
+    ``path`` is put in front of each yielded path.
+    """
     if isinstance(item, Tensor):
         yield path, item
         return
@@ -45,18 +51,22 @@ def tensors_in(item: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def unique_tensors(item: Any) -> list[Tensor]:
-    """Return the tensors of a structure, each once (by identity: equality would compare elements)."""
+    """Return the tensors of a nested structure in order, each object once."""
     return list({id(tensor): tensor for _, tensor in tensors_in(item)}.values())
 
 
 def shares_tensor(inputs: list[Tensor], result: Any) -> bool:
-    """Whether a structure holds one of some tensors."""
+    """Whether the nested structure ``result`` holds one of the tensors ``inputs``, as the same object."""
     held = {id(tensor) for tensor in inputs}
     return any(id(tensor) in held for _, tensor in tensors_in(result))
 
 
 def describe(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
-    """Return the structure as plain tuples and dicts: tensors through ``leaf``, constants kept, the rest Opaque."""
+    """Return a nested structure as plain tuples and dicts, to be kept in a record.
+
+    Each tensor becomes ``leaf(tensor)``; constants (numbers, texts, dtypes and so on) stay; anything else becomes an
+    :class:`Opaque`.
+    """
     if isinstance(item, Tensor):
         return leaf(item)
     if isinstance(item, PRIMITIVES) or item is Ellipsis:
@@ -70,7 +80,10 @@ def describe(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
 
 
 def replace_tensors(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
-    """Return the structure with each tensor replaced; containers that can't be rebuilt are returned as they are."""
+    """Return a nested structure in which each tensor ``x`` is replaced by ``leaf(x)``.
+
+    Tuples, named tuples, lists and dicts are rebuilt; other containers, such as dataclasses, are returned as they are.
+    """
     if isinstance(item, Tensor):
         return leaf(item)
     if type(item) in (tuple, list):
@@ -83,7 +96,10 @@ def replace_tensors(item: Any, leaf: Callable[[Tensor], Any]) -> Any:
 
 
 def clone_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with every tensor cloned once, however often it is passed: a model may write to it."""
+    """Return copies of ``(args, kwargs)`` with every tensor cloned, so that a model may write to them.
+
+    A tensor that is passed twice is cloned once, and passed twice again.
+    """
     clones: dict[int, Tensor] = {}
 
     def clone(tensor: Tensor) -> Tensor:
@@ -94,10 +110,12 @@ def clone_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
 
 
 def replace_at(item: Any, path: Path, change: Callable[[Any], Any]) -> Any:
-    """Return a shallow copy of the structure in which the entry at ``path`` went through ``change``.
+    """Return a copy of a nested structure in which the entry at ``path`` is ``change(entry)``.
+
+    Only the containers on the way are copied. An empty path gives ``change(item)``.
 
     Raises:
-        TypeError: a container on the way that can't be rebuilt.
+        TypeError: a container on the way is no tuple, list or dict.
     """
     if not path:
         return change(item)
