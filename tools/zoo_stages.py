@@ -26,8 +26,8 @@ import zoo_models
 from integer_nodes import float_parts
 from tritonq.deploy.verify import VerificationReport
 from tritonq.fake_quantize_base import FakeQuantizeBase
+from tritonq.prepare.messages import layers_and_joins
 from tritonq.prepare.record.example import example_arguments
-from tritonq.prepare.told import layers_and_joins
 
 STAGES = (
     *("prepare", "eval output", "training output", "three steps", "gradients", "eval", "convert", "save and load"),

@@ -10,7 +10,7 @@ from torch import nn
 import tritonq
 from tolerances import FLOAT32, FLOAT64, FLOAT64_SUMS, HALF, LONG_SUMS, SUMS, TRAINED, assert_close
 from tritonq.accuracy.adaptive_rounding import SoftRounding
-from tritonq.accuracy.layers import inputs_of
+from tritonq.accuracy.quantized_layers import inputs_of
 from tritonq.grid import Grid
 from tritonq.quantized_type import QINT4
 

@@ -137,7 +137,7 @@ def test_copies_stay_accelerated_in_their_mode():
     move_exported_model_to_eval(ours)
     ours.apply(disable_observer)
     copied = copy.deepcopy(ours)
-    assert tritonq.acceleration.graphs.is_accelerated(copied)
+    assert tritonq.acceleration.graph_modules.is_accelerated(copied)
     assert torch.equal(copied(images(1)), ours(images(1)))
     tritonq.restore(copied)
     assert_close(copied(images(1)), ours(images(1)), FLOAT32)

@@ -13,6 +13,7 @@ from torch import nn
 from image_folders import FOLDER_MODEL, image_folder
 from tritonq.__main__ import main
 from tritonq.cli.augment import Augmentation
+from tritonq.cli.checkpoints import read_training
 from tritonq.cli.data import class_names, in_memory, load_digits, open_examples, stacked
 from tritonq.cli.folder import deal
 from tritonq.cli.image_files import UnreadableImageError, decode
@@ -23,7 +24,6 @@ from tritonq.cli.preprocessing import (
     preprocessing_from_data,
     preprocessing_to_data,
 )
-from tritonq.cli.training_files import read_training
 from vision_models import import_torchvision, timm_model
 
 SMALL = Preprocessing(8, 8)

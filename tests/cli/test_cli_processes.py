@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from image_folders import image_folder
+from tritonq.cli.checkpoints import read_training
+from tritonq.cli.classification import accuracy, logits
 from tritonq.cli.data import load_digits, open_examples
-from tritonq.cli.evaluation import accuracy, logits
 from tritonq.cli.models import prepare
 from tritonq.cli.preprocessing import Preprocessing
-from tritonq.cli.training_files import read_training
 
 MODEL = ["tritonq.demo.model:SmallResNet", "digits"]
 SIZES = ["--model-arg=in_channels=1", "--model-arg=classes=10", "--model-arg=width=4"]

@@ -19,13 +19,13 @@ from torch import nn
 
 import tritonq
 from tritonq.__main__ import main
+from tritonq.cli.checkpoints import Recipe, read_training
 from tritonq.cli.data import load_digits, open_examples
 from tritonq.cli.divergence import DivergenceError, DivergenceWatch
 from tritonq.cli.models import find_qconfig, prepare
 from tritonq.cli.preprocessing import Preprocessing
 from tritonq.cli.settings import Settings
-from tritonq.cli.training import Run, make_optimizer
-from tritonq.cli.training_files import Recipe, read_training
+from tritonq.cli.training_loop import Run, make_optimizer
 from tritonq.demo.model import SmallResNet
 from tritonq.qconfig_files import mapping_to_data
 

@@ -12,7 +12,7 @@ import torch
 import tritonq
 from image_folders import FOLDER_MODEL, image_folder
 from tritonq.__main__ import main
-from tritonq.cli.training_files import read_training
+from tritonq.cli.checkpoints import read_training
 from tritonq.demo.model import SmallResNet
 
 FACTORY = FOLDER_MODEL[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tritonq.cli.training_files import load_weights
+from tritonq.cli.checkpoints import load_weights
 
 
 def model():

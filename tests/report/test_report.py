@@ -15,11 +15,11 @@ import tritonq
 from qat_models import FloatResidual, assert_same_state, images, state_of, without_ranges
 from tritonq.__main__ import main
 from tritonq.cli import folder
+from tritonq.cli.checkpoints import Recipe, save_training
+from tritonq.cli.classification import accuracy, logits
 from tritonq.cli.data import load_digits
-from tritonq.cli.evaluation import accuracy, logits
 from tritonq.cli.models import find_qconfig, prepare
 from tritonq.cli.preprocessing import Preprocessing
-from tritonq.cli.training_files import Recipe, save_training
 from tritonq.demo.model import SmallResNet
 from tritonq.qconfig_files import mapping_to_data
 from tritonq.report.drawing import histogram

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from torch import nn
 
-from tritonq.acceleration import eager, graphs, tensor_quantizers
+from tritonq.acceleration import eager, graph_modules, tensor_quantizers
 from tritonq.acceleration.report import AccelerationReport, Row
 
 __all__ = ["AccelerationReport", "Row", "accelerate", "report_of", "restore"]
@@ -20,7 +20,7 @@ _LOGGER = logging.getLogger("tritonq")
 _REPORT = "_tritonq_acceleration"
 # The versions of each library that tests compare with: the first, and the first that is not known.
 _VERSIONS = {"torch": ((2, 11), (2, 15)), "torchao": ((0, 18), (0, 19)), "modelopt": ((0, 47), (0, 48))}
-_LIBRARIES: tuple[ModuleType, ...] = (eager, graphs, tensor_quantizers)
+_LIBRARIES: tuple[ModuleType, ...] = (eager, graph_modules, tensor_quantizers)
 
 
 def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -73,7 +73,7 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
         _check_version(library.package(model))
     if not inplace:
         original, model = model, copy.deepcopy(model)
-        graphs.keep_modes(original, model)
+        graph_modules.keep_modes(original, model)
     reports = [library.accelerate(model) for library in found]
     report = AccelerationReport(
         ", ".join(each.library for each in reports),

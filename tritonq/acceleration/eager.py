@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.acceleration.layers import HOOK
+from tritonq.acceleration.library_layers import HOOK
 from tritonq.acceleration.quantizers import (
     attach,
     detach,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tritonq.acceleration.layers import BatchNorm, Layer, add, affine, normalized
+from tritonq.acceleration.library_layers import BatchNorm, Layer, add, affine, normalized
 from tritonq.acceleration.quantizers import quantize, quantize_rectified
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct
 from tritonq.functional.recomputation import StepMemory

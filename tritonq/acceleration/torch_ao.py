@@ -20,7 +20,7 @@ from torch.ao.quantization.fake_quantize import (
     FusedMovingAvgObsFakeQuantize,
 )
 
-from tritonq.acceleration.layers import HOOK, RELU, BatchNorm, Layer, add, affine, normalized
+from tritonq.acceleration.library_layers import HOOK, RELU, BatchNorm, Layer, add, affine, normalized
 from tritonq.acceleration.quantizers import can_compute, is_attached, quantize
 from tritonq.functional.recomputation import StepMemory
 from tritonq.nn.batch_norm import batch_norm_state, is_plain

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tritonq.accuracy.layers import (
+from tritonq.accuracy.quantized_layers import (
     check_rounds_to_nearest,
     inputs_of,
     layers_in_order,

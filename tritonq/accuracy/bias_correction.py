@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonq.accuracy.layers import add_to_bias, inputs_of, layers_in_order, read_batches
+from tritonq.accuracy.quantized_layers import add_to_bias, inputs_of, layers_in_order, read_batches
 from tritonq.calibration import everything_float, modes_restored
 from tritonq.nn.qat import QATLayer
 

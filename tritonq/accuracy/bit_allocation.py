@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tritonq.accuracy.layers import inputs_of, layers_in_order, read_batches
+from tritonq.accuracy.quantized_layers import inputs_of, layers_in_order, read_batches
 from tritonq.calibration import Batch, calibrate, everything_float
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.nn.qat import QATLayer

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonq.accuracy.layers import layers_in_order, read_batches
+from tritonq.accuracy.quantized_layers import layers_in_order, read_batches
 from tritonq.calibration import Batch, everything_float, modes_restored
 from tritonq.nn.batch_norm_layer import QATBatchNormLayer
 from tritonq.nn.elementwise import Joint

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonq.accuracy.layers import check_rounds_to_nearest, write_quantized_weight
+from tritonq.accuracy.quantized_layers import check_rounds_to_nearest, write_quantized_weight
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.functional.groups import aligned, codes_on
 from tritonq.grid import Grid

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tritonq.cli.checkpoints import Recipe
+from tritonq.cli.classification import count_right, in_order, share_right
 from tritonq.cli.data import Examples
-from tritonq.cli.evaluation import count_right, in_order, share_right
 from tritonq.cli.preprocessing import preprocessing_to_data
-from tritonq.cli.training_files import Recipe
 from tritonq.deploy import convert, export_onnx, save_converted, verify
 from tritonq.deploy.files import atomic_file
 from tritonq.deploy.onnx_session import open_session

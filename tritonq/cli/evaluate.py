@@ -8,9 +8,9 @@ from itertools import chain
 import torch
 from tqdm import tqdm
 
+from tritonq.cli.classification import in_order
 from tritonq.cli.data import Examples, add_data_arguments, class_names, open_examples
-from tritonq.cli.evaluation import in_order
-from tritonq.cli.trained import Trained, add_trained_arguments, open_trained
+from tritonq.cli.model_files import Trained, add_trained_arguments, open_trained
 
 _PARTS = ("held-out", "train", "all")
 _CLASSES_SHOWN = 20

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from tritonq.calibration import calibrate
+from tritonq.cli.checkpoints import Recipe
 from tritonq.cli.data import add_data_option, open_examples, stacked
 from tritonq.cli.deployment import metadata, write_onnx
+from tritonq.cli.model_files import ONNX_SUFFIX, Trained, add_trained_arguments, open_trained
 from tritonq.cli.models import add_qconfig_argument, find_qconfig, prepare
 from tritonq.cli.paths import writable_file
-from tritonq.cli.trained import ONNX_SUFFIX, Trained, add_trained_arguments, open_trained
-from tritonq.cli.training_files import Recipe
 from tritonq.deploy import convert, export_program, save_converted
 from tritonq.qconfig_files import mapping_to_data
 from tritonq.targets import ONNX_FORMS

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tritonq.cli.training_files import Recipe
+from tritonq.cli.checkpoints import Recipe
 from tritonq.near_misses import did_you_mean
 from tritonq.observers import PassiveObserver
 from tritonq.prepare import prepare_qat

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tritonq.cli.image_files import SUFFIXES, UnreadableImageError, decode
-from tritonq.cli.trained import Trained, add_trained_arguments, open_trained
+from tritonq.cli.model_files import Trained, add_trained_arguments, open_trained
 
 _BATCH = 64
 

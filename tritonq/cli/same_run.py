@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tritonq.cli.checkpoints import Recipe, recipe_to_data
 from tritonq.cli.settings import Settings
-from tritonq.cli.training_files import Recipe, recipe_to_data
 
 # What is known once the images were read, mean and deviation included.
 _OF_IMAGES = frozenset({"data", "preprocessing"})

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from tritonq.cli.augment import OWN, TORCHVISION, Augmentation
+from tritonq.cli.checkpoints import Recipe, load_state, load_weights, read_training
+from tritonq.cli.classification import accuracy, count_right, in_order, logits
 from tritonq.cli.data import DIGITS, Examples, add_data_arguments, class_names, open_examples, stacked
 from tritonq.cli.deployment import Deployed, deploy
-from tritonq.cli.evaluation import accuracy, count_right, in_order, logits
 from tritonq.cli.models import (
     add_model_arguments,
     add_qconfig_argument,
@@ -30,9 +31,8 @@ from tritonq.cli.preprocessing import add_preprocessing_arguments, choose_prepro
 from tritonq.cli.processes import Processes, join, leave
 from tritonq.cli.same_run import check_before_images
 from tritonq.cli.settings import AMP, Settings
-from tritonq.cli.training import Run
-from tritonq.cli.training_files import Recipe, load_state, load_weights, read_training
 from tritonq.cli.training_log import TensorBoard
+from tritonq.cli.training_loop import Run
 from tritonq.deploy.convert import why_not_deployable
 from tritonq.prepare import update_bn_stats
 from tritonq.qconfig_files import mapping_to_data

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tritonq.cli.checkpoints import Recipe, save_training
 from tritonq.cli.data import DIGITS, Images, in_memory, open_examples
 from tritonq.cli.preprocessing import Preprocessing
-from tritonq.cli.training_files import Recipe, save_training
 from tritonq.demo.fine_tuning import FIXED_POINT, INT8, FineTuning
 from tritonq.demo.model import SmallResNet
 from tritonq.demo.picture import draw, widest_channel

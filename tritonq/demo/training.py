@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from tritonq.cli.classification import accuracy, logits
 from tritonq.cli.data import Images
-from tritonq.cli.evaluation import accuracy, logits
 
 __all__ = ["History", "accuracy", "logits", "train"]
 

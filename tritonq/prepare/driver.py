@@ -21,10 +21,10 @@ from tritonq.prepare.decide.planner import make_plan
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.edit.fake_quant import Types, apply_plan
 from tritonq.prepare.edit.fixed_point import build_fixed_point
+from tritonq.prepare.messages import tell
 from tritonq.prepare.record.example import Recording
 from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state
 from tritonq.prepare.record.structure import clone_tensors
-from tritonq.prepare.told import tell
 from tritonq.qconfig import QConfig
 from tritonq.qconfig_mapping import Place
 

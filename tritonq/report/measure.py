@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq.calibration import everything_float
-from tritonq.cli.evaluation import accuracy, logits
+from tritonq.cli.classification import accuracy, logits
 from tritonq.fake_quantize import FakeQuantize
 from tritonq.fake_quantize_base import FakeQuantizeBase
 from tritonq.fixed_point_fake_quantize import FixedPointFakeQuantize

@@ -11,11 +11,11 @@ from torch import nn
 from tqdm import tqdm
 
 from tritonq.calibration import calibrate
+from tritonq.cli.checkpoints import Recipe, load_state, load_weights, read_training
 from tritonq.cli.data import DIGITS, Examples, add_data_arguments, class_names, open_examples, stacked
 from tritonq.cli.models import add_model_arguments, add_qconfig_argument, find_qconfig, make_model, prepare
 from tritonq.cli.paths import writable_file
 from tritonq.cli.preprocessing import add_preprocessing_arguments, choose_preprocessing
-from tritonq.cli.training_files import Recipe, load_state, load_weights, read_training
 from tritonq.deploy.files import atomic_file
 from tritonq.qconfig_files import mapping_to_data
 from tritonq.report.measure import ModelMeasure, measure

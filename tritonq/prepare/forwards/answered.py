@@ -19,6 +19,7 @@ from tritonq.nn.einsum import einsum_operands
 from tritonq.nn.forward_mode import ForwardMode
 from tritonq.nn.products import attention_arguments
 from tritonq.prepare.forwards.checkpointed import wrap_repetitions
+from tritonq.prepare.forwards.forward_warnings import tell_once
 from tritonq.prepare.forwards.geometry import check_geometry
 from tritonq.prepare.forwards.graph import (
     Operands,
@@ -36,7 +37,6 @@ from tritonq.prepare.forwards.numbers import (
     has_tensors_alone,
     numbers_of_call,
 )
-from tritonq.prepare.forwards.tell import tell_once
 from tritonq.prepare.record.dataflow import Call
 from tritonq.prepare.record.operations import operation_name
 from tritonq.prepare.record.place import (

@@ -14,9 +14,9 @@ from typing import Any
 from torch import fx, nn
 
 from tritonq.prepare.forwards.answered import AnsweredForward, answering
+from tritonq.prepare.forwards.forward_warnings import tell_once
 from tritonq.prepare.forwards.graph import ForwardData, ForwardGraph, Operands
 from tritonq.prepare.forwards.graph_data import constant_from_data, constant_to_data
-from tritonq.prepare.forwards.tell import tell_once
 
 _GONE = object()
 

@@ -16,15 +16,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tritonq.cli.augment import Augmentation
+from tritonq.cli.checkpoints import Recipe, load_state, read_training, save_training
+from tritonq.cli.classification import batches_of, count_right, first_tensor, in_order, logits
 from tritonq.cli.data import Examples
 from tritonq.cli.divergence import DivergenceError, DivergenceWatch, check_finite
-from tritonq.cli.evaluation import batches_of, count_right, first_tensor, in_order, logits
 from tritonq.cli.image_files import UnreadableImageError
 from tritonq.cli.interrupts import Interrupted, Interruptions
 from tritonq.cli.processes import Processes
 from tritonq.cli.same_run import check_same_run, is_extended, saved_settings
 from tritonq.cli.settings import AMP, Settings
-from tritonq.cli.training_files import Recipe, load_state, read_training, save_training
 from tritonq.cli.training_log import Epoch, TensorBoard, history_from_data, write_csv
 from tritonq.deploy.files import remove_leftovers
 from tritonq.distributed import broadcast_statistics, sync_observers

@@ -1,4 +1,4 @@
-"""Warnings of forwards that run otherwise than they were recorded: once per module."""
+"""Warn, once per module, that its forward now runs otherwise than `prepare_qat` recorded it."""
 
 from __future__ import annotations
 

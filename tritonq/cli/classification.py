@@ -1,4 +1,4 @@
-"""What a classifier answers, and how often it is right."""
+"""Run a classifier over images: its logits, its predictions and its accuracy; `evaluate.py` is the command."""
 
 from __future__ import annotations
 

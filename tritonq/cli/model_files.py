@@ -1,4 +1,4 @@
-"""Whatever `train` wrote, or a factory with weights, as something that answers images."""
+"""Open any file that `train` wrote (.pt, .onnx, .pt2), or a factory with weights, as a function of images to logits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritonq.cli.checkpoints import (
+    Recipe,
+    is_training_file,
+    load_state,
+    load_weights,
+    read_tensors,
+    read_training,
+)
+from tritonq.cli.classification import logits
 from tritonq.cli.data import DIGITS
 from tritonq.cli.deployment import METADATA_KEY, onnx_session
-from tritonq.cli.evaluation import logits
 from tritonq.cli.models import add_model_arguments, make_model, prepare
 from tritonq.cli.preprocessing import (
     Preprocessing,
@@ -22,14 +30,6 @@ from tritonq.cli.preprocessing import (
     choose_preprocessing,
     given_options,
     preprocessing_from_data,
-)
-from tritonq.cli.training_files import (
-    Recipe,
-    is_training_file,
-    load_state,
-    load_weights,
-    read_tensors,
-    read_training,
 )
 from tritonq.deploy import load_converted, load_metadata
 from tritonq.deploy.checkpoint import FORMAT as CONVERTED

@@ -1,4 +1,4 @@
-"""Telling what `prepare_qat` quantized, and what it left in float although nobody asked for that."""
+"""What `prepare_qat` logs and warns of: how much it quantized, and what it left in float without being asked to."""
 
 from __future__ import annotations
 
