@@ -1,1 +1,26 @@
-"""Triton kernels: device functions, kernels and launchers. Imports torch, triton and itself, nothing else."""
+"""Triton kernels: device functions, kernels and launchers. Imports torch, triton and itself, nothing else.
+
+Words of these files:
+
+- A *view* is a tensor as three dimensions (outer, rows, cols) with strides: `tritonq.kernels.layout`.
+- A *program* is one instance of a kernel; it reads a *tile* of ROWS × COLS elements of the view at a time.
+- A *share* is the part of a tensor that one program of a reduction works on. It stores one *partial result* per
+  channel; a second kernel joins the partial results.
+- A *switch* is one element on the device: 0 turns rounding, or observing, off.
+- A *snapshot* of a grid is a copy of its scale, zero point and switch as one call used them. Backward passes read it,
+  because a later step changes the grid.
+- In names, ``_ptr`` is a tensor that a kernel reads or updates, and ``_out`` one that it writes.
+
+Constants that many kernels take:
+
+- CHANNEL: dimension of the view with the channels (0, 1 or 2); None for one channel.
+- FIRST: dimension of the view on the first axis of the launch; WIDE: whether offsets take 64 bits.
+- ALIGN: a power of two that divides the strides and sizes of the view; AHEAD: tiles per dimension that are loaded at
+  once.
+- SPLITS, CHANNELS: partial results, and channels, that a program of a second kernel holds at a time.
+- CEILING: upper bound of the ReLU; infinity for a plain ReLU, None without a ReLU.
+- QUANT_MIN, QUANT_MAX: smallest and largest code; ROUNDING: ``"half_even"`` or ``"half_away"``.
+- SYMMETRIC, FIXED_ZERO_POINT, RULE, COPY_ABOVE: how a range becomes scale and zero point: `tritonq.kernels.qparams`.
+- KNOWN: whether the host knows that the range holds data. Otherwise the kernel reads it, and an empty range switches
+  rounding off.
+"""

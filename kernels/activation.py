@@ -1,9 +1,11 @@
 """The end of an operator that computes an activation: observe its range, then ReLU and fake quantization.
 
-The ReLU is one number, CEILING: see `tritonq.reference.activation`.
+The ReLU is one constant, CEILING: infinity for a plain ReLU, 6 for ReLU6, None for no ReLU. See
+`tritonq.reference.activation`.
 
-The range kernel runs in one program: it merges what other programs found, updates the quantizer's state, and writes
-down the qparams for the passes that follow and for the backward, so that nothing waits for the host.
+The range kernel is one program. It merges the ranges that other programs found, updates the quantizer's state, and
+writes a snapshot (a copy of scale, zero point and switch) for the passes that follow and for the backward. The host
+therefore never waits for the device.
 """
 
 from __future__ import annotations
@@ -24,17 +26,20 @@ _RANGE_BLOCK = 1024
 
 @triton.jit
 def quantize_value(
-    y,
-    scale,
-    zero_point,
-    active,
+    y,  # float32 block, before the ReLU
+    scale,  # float32 scalar
+    zero_point,  # float32 scalar, or 0
+    active,  # scalar; 0 leaves values unrounded
     CEILING: tl.constexpr,
     QUANTIZED: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
 ):
-    """Return ``FQ(relu?(y))`` of float32 values; FQ where QUANTIZED and the scalar ``active`` is not 0."""
+    """Return ``FQ(relu?(y))`` of float32 values.
+
+    The ReLU is applied if CEILING is not None. Fake quantization is applied if QUANTIZED, and if ``active`` is not 0.
+    """
     if not QUANTIZED:
         return rectify(y, CEILING)
     elif QUANT_MAX - QUANT_MIN < NARROW_CODES:
@@ -66,20 +71,21 @@ def rectify(y, CEILING: tl.constexpr):
 
 @triton.jit
 def gradient_bounds(
-    scale,
-    zero_point,
-    active,
+    scale,  # float32 scalar
+    zero_point,  # float32 scalar, or 0
+    active,  # scalar; 0 blocks nothing
     CEILING: tl.constexpr,
     QUANTIZED: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
 ):
-    """Return ``(unit, low, high)``: the gradient passes exactly where ``low < y / unit < high``; scalars.
+    """Return three scalars ``(unit, low, high)``: the gradient passes exactly where ``low < y / unit < high``.
 
-    The bounds lie half a code outside the last codes, in units of ``scale``. Where that tie rounds inwards, to an even
-    number of steps, they lie one float further. ``zero_point`` is a float32 scalar or 0. The bounds are infinite where
-    ``active`` is 0. Without QUANTIZED nothing reads them: placeholders.
+    The bounds lie half a code outside the last codes, in units of ``scale``. Where a value at that tie rounds to the
+    last code (an even number of steps), the bound is one float further out. A ReLU's CEILING replaces ``high`` if it is
+    lower; ``unit`` is then 1. If ``active`` is 0, the bounds are infinite. Without QUANTIZED the result is a
+    placeholder that nothing reads.
     """
     if not QUANTIZED:
         return 1.0, 0.0, 0.0
@@ -115,9 +121,9 @@ def gradient_bounds(
 
 @triton.jit
 def gradient_passes(y, unit, low, high, CEILING: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr):
-    """Return where neither ReLU nor the clip blocks the gradient of :func:`quantize_value`.
+    """Return a bool block: where neither ReLU nor the clip blocks the gradient of :func:`quantize_value`; False at NaN.
 
-    Bounds as above. False at NaN.
+    ``y`` holds the values before ReLU and rounding; ``unit``, ``low`` and ``high`` come from :func:`gradient_bounds`.
     """
     if QUANTIZED:
         v = divide_by_scale(y, unit, ROUNDING)
@@ -147,10 +153,10 @@ def range_kernel(
     scale_out,  # one float32: a copy
     zero_point_out,  # one int32: a copy; None without a zero point
     active_out,  # one uint8: whether values are to be rounded
-    averaging_constant,
-    eps,
-    parts,
-    weight,
+    averaging_constant,  # weight of the new range; None keeps the smallest and largest value
+    eps,  # smallest scale
+    parts,  # how many ranges there are to merge
+    weight,  # values in a part
     CEILING: tl.constexpr,
     KNOWN: tl.constexpr,
     QUANT_MIN: tl.constexpr,
@@ -159,9 +165,14 @@ def range_kernel(
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
     COPY_ABOVE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # parts read at a time
 ):
-    """Merge the parts' ranges into the running one, in one program."""
+    """Merge the ranges of all parts into the quantizer's running range, and write a snapshot of its qparams.
+
+    One program does it all.
+
+    With a ReLU the ends of the merged range are those after the ReLU.
+    """
     observing = 0
     if observing_ptr is not None:
         observing = tl.load(observing_ptr).to(tl.int32)
@@ -204,15 +215,18 @@ def range_kernel(
 def merge_range(
     low: Tensor, high: Tensor, weight: int, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None
 ) -> Grid:
-    """Merge the ranges of parts into a running one and return a snapshot of the grid, all on the device.
+    """Merge the ranges of parts of a tensor into a running range, update the grid, and return a snapshot of it.
+
+    All on the device. The snapshot is a grid with copies of scale, zero point and switch: later updates don't change
+    it.
 
     Args:
-        low: (parts,) float32; not finite where a part's values are to be skipped.
-        high: (parts,) float32.
-        weight: values in a part, for the count of those that were skipped.
-        grid: per tensor.
-        statistics: the running range; None observes nothing.
-        ceiling: of the ReLU between the values and the quantizer; None without one.
+        low: (parts,) float32, smallest value of each part; NaN or infinite for a part that is left out.
+        high: (parts,) float32, largest values.
+        weight: number of values in a part; a part that is left out adds it to the count of values that are not finite.
+        grid: of the quantizer, one scale per tensor; updated in place.
+        statistics: the running range, updated in place; None observes nothing.
+        ceiling: upper bound of the ReLU between the values and the quantizer; None without a ReLU.
     """
     device = low.device
     scale = torch.empty(1, dtype=torch.float32, device=device)
@@ -247,10 +261,11 @@ def merge_range(
 
 @triton.jit
 def load_quantizer(scale_ptr, zero_point_ptr, active_ptr):
-    """Return scale, zero point (float32) and switch of one quantizer; a quantizer without a switch is on.
+    """Return ``(scale, zero_point, active)`` of one quantizer as float32 scalars and the value of its switch.
 
-    Without a quantizer (``scale_ptr`` is None) the results are placeholders. They are numbers, since Triton's compiler
-    refuses a function that returns None among other values.
+    Without a switch (``active_ptr`` is None) ``active`` is 1; without a zero point it is 0. Without a quantizer
+    (``scale_ptr`` is None) the results are the placeholders 1, 0, 1: Triton's compiler refuses a function that returns
+    None among other values.
     """
     scale = 1.0
     zero_point = 0

@@ -11,7 +11,10 @@ TESTED = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
 @cache
 def warn_if_untested(architecture: str) -> None:
-    """Warn, once per architecture and process, where no test has looked at what the kernels compile to."""
+    """Warn, once per process and architecture, if tests don't compile the kernels for ``architecture``.
+
+    ``"cuda:90"`` is NVIDIA's compute capability 9.0, ``"hip:gfx942"`` an AMD GPU.
+    """
     if architecture not in TESTED:
         warnings.warn(
             f"no test compiles tritonq's kernels for {architecture} (tested: {', '.join(TESTED)}): run the operators' "

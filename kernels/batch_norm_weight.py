@@ -32,7 +32,7 @@ def fold_kernel(
     channels,
     BLOCK: tl.constexpr,
 ):
-    """Write ``γ/σ``, or ``1/σ`` where γ is zero, and ``1/σ``."""
+    """Write the fold ``γ/σ`` of BLOCK channels (``1/σ`` for a γ of 0), and ``1/σ``; ``σ = sqrt(running_var + eps)``."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = channel < channels
     fold, inverse_std = nonzero_fold(running_var_ptr, gamma_ptr, eps, channel, valid)
@@ -52,7 +52,12 @@ def quantize(
     known: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, bool, Grid | None]:
-    """Fold, observe and quantize; ``out`` is not used: a GPU's allocator hands out again what was freed."""
+    """Fold a weight with its BatchNorm, observe its range, and quantize it, as the specification says.
+
+    Returns the fields of :class:`tritonq.reference.batch_norm_weight.StepWeight` as a tuple: codes, unit, ratio, fold,
+    ``1/σ``, whether something may clip, and a snapshot of the grid. ``out`` is not used: a GPU's allocator hands out
+    again what was freed.
+    """
     if known is None:
         fold, inverse_std = torch.empty((2, len(rows)), dtype=torch.float32, device=rows.device).unbind(0)
     else:
@@ -74,7 +79,15 @@ def quantize(
 def codes_again(
     rows: Tensor, fold: Tensor, grid: Grid | None, code_dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return the codes of :func:`quantize` once more, from its snapshot; ``out`` is unused."""
+    """Return the codes of :func:`quantize` once more, in ``code_dtype``; ``out`` is not used.
+
+    Args:
+        rows: the weight, as :func:`quantize` read it.
+        fold: (out,) float32, as :func:`quantize` returned it.
+        grid: the snapshot that :func:`quantize` returned; None: the weight was folded only.
+        code_dtype: dtype of the convolution.
+        out: not used.
+    """
     if grid is None:
         return (rows.float() * fold.view(-1, *[1] * (rows.dim() - 1))).to(code_dtype)
     return quantize_rows(rows, fold, grid, None, code_dtype).codes
@@ -92,13 +105,26 @@ def gradients(
     grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return gradients of the weight and of γ, in float32."""
+    """Return two gradients from that of the codes, in float32: of the weight, and of γ (without γ: of the fold).
+
+    Args:
+        dcodes: gradient of the codes, shaped as ``rows``.
+        rows: the weight, (out, ...).
+        gamma: (out,), as the following vectors; None: a γ of 1.
+        fold: ``γ/σ``, as :func:`quantize` returned it.
+        inverse_std: ``1/σ``.
+        unit: the factor between codes and folded values.
+        eps_share: see :class:`tritonq.reference.conv_bn.Normalization`.
+        sum_gn: see :class:`tritonq.reference.conv_bn.TailGradients`.
+        grid: snapshot of the grid; None without a quantizer.
+        clips: whether a value may have been clipped; if not, no gradient is blocked.
+    """
     norm = None if gamma is None else (gamma, inverse_std, eps_share, sum_gn)
     return weight_gradients(dcodes, rows, fold, unit, grid if clips else None, norm)
 
 
 def _fold(fold: Tensor, running_var: Tensor, gamma: Tensor | None, eps: float, inverse_std: Tensor) -> None:
-    """Write the fold and ``1/σ``, where something reads them before the weight's own kernel runs."""
+    """Write ``fold`` and ``inverse_std`` (``1/σ``), for callers that read them before the weight's own kernel runs."""
     with device_guard(fold):
         fold_kernel[(triton.cdiv(len(fold), _BLOCK),)](
             running_var,

@@ -1,7 +1,7 @@
-"""Launches that remember what they compiled: the second launch with the same arguments asks Triton nothing.
+"""Launches that remember the compiled kernel: a second launch with the same arguments skips Triton's look-up.
 
-Triton finds the compiled kernel of a launch by specializing every argument anew, which takes Python longer than a GPU
-takes for a small kernel.
+Triton finds the compiled kernel of a launch by inspecting every argument anew. For a small kernel this takes Python
+longer than the GPU computes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Entry(NamedTuple):
 
     Attributes:
         kernel: the compiled kernel.
-        constants: its keyword arguments, in the order of its signature.
+        constants: values of the constants that the kernel takes, in the order of its signature.
     """
 
     kernel: CompiledKernel
@@ -35,11 +35,11 @@ class _Entry(NamedTuple):
 
 
 class Launcher:
-    """A kernel that is launched as ``launcher[grid](*args, **constants)``, exactly as the function it decorates.
+    """A decorator for jitted functions: ``launcher[grid](*args, **constants)`` launches as the plain function would.
 
-    A launch is remembered by device, dtypes and all values that are not tensors. Pointers that are not aligned, tensors
-    on a CPU (interpreter) or without memory (compilation for an absent GPU) go through Triton every time. Tensors are
-    positional arguments. Has launched nothing on a GPU yet: what it hands to Triton's own launcher is tested.
+    A launch is remembered by device, dtypes of tensors, and the values of all other arguments. Triton is asked every
+    time for pointers that are not aligned to 16 bytes, for tensors on a CPU (interpreter), and for tensors without
+    memory (compilation for an absent GPU). Tensors are positional arguments, constants keyword arguments.
     """
 
     def __init__(self, function: Any) -> None:
@@ -68,7 +68,10 @@ class Launcher:
 
 
 def _key(args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Return the key of the compiled kernel that a call runs; None: an argument has no launch, or is not aligned."""
+    """Return what identifies the compiled kernel of a call; None if the call must go through Triton.
+
+    That is so if a tensor is not on a GPU, or its address is not a multiple of 16 bytes.
+    """
     key: list[Any] = []
     for value in args:
         if isinstance(value, Tensor):
@@ -84,5 +87,5 @@ def _key(args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...] | 
 
 
 def has_launches(value: Tensor) -> bool:
-    """Whether kernels on ``value`` are compiled and launched, not interpreted."""
+    """Whether kernels on ``value`` are compiled and launched; False for a CPU tensor, which the interpreter runs."""
     return value.is_cuda

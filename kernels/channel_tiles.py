@@ -1,6 +1,9 @@
 """Device functions for reductions over all dimensions but the channels, and for tiles with per-channel vectors.
 
-A program takes one share of an (outer, rows, cols) view, as `tritonq.kernels.reduction` cuts it.
+The launch divides an (outer, rows, cols) view into shares (`tritonq.kernels.reduction`). A *share* is the box of
+elements that one program reads, tile by tile; a *place* is the triple (outer, row, col) of a tile or of its elements.
+Each program stores one partial result per channel under the number of its *split*: programs with the same channels and
+different splits are joined later. CHANNEL is the dimension of the view with the channels, or None.
 """
 
 from __future__ import annotations
@@ -13,13 +16,13 @@ from .tile import program_along
 
 @triton.jit
 def share_bounds(sizes, share, split_strides, FIRST: tl.constexpr, WIDE: tl.constexpr):
-    """Return where this program's share starts and ends along (outer, rows, cols), and the number of its split.
+    """Return ``(start, end, split)``: the two corners of this program's share, and the number of its split.
 
     Args:
-        sizes: of the view.
-        share: what one program takes of each dimension, whole tiles.
-        split_strides: of the partial results' first axis over program numbers along each dimension.
-        FIRST: the dimension on the launch's first axis.
+        sizes: (outer, rows, cols) of the view; ``end`` does not pass them.
+        share: elements of one program along each dimension, whole tiles.
+        split_strides: factors of the program numbers along each dimension; their sum of products is the split's number.
+        FIRST: dimension of the view on the first axis of the launch.
         WIDE: whether offsets need 64 bits.
     """
     outer_program = program_along(0, FIRST)
@@ -41,7 +44,11 @@ def share_bounds(sizes, share, split_strides, FIRST: tl.constexpr, WIDE: tl.cons
 
 @triton.jit
 def share_channels(start, channels, CHANNEL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return the channels of the share that begins at ``start``, (ROWS,), (COLS,) or (1,), and which of them exist."""
+    """Return the numbers of the channels of a share, and a mask of those below ``channels``.
+
+    Both have ROWS elements if the channels lie along rows (CHANNEL 1), COLS along columns (2), else one. ``start`` is
+    that of :func:`share_bounds`.
+    """
     if CHANNEL == 1:
         channel = start[1] + tl.arange(0, ROWS)
     elif CHANNEL == 2:
@@ -53,7 +60,10 @@ def share_channels(start, channels, CHANNEL: tl.constexpr, ROWS: tl.constexpr, C
 
 @triton.jit
 def share_tile(outer, row_start, col_start, sizes, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return the place of one tile of a share, (outer, (ROWS, 1), (1, COLS)), and which of its elements exist."""
+    """Return ``(outer, row, col)`` of a tile's elements, and a (ROWS, COLS) mask of those inside ``sizes``.
+
+    ``row`` is (ROWS, 1) from ``row_start`` on, ``col`` is (1, COLS) from ``col_start`` on; ``outer`` stays a scalar.
+    """
     row = row_start + tl.arange(0, ROWS)[:, None]
     col = col_start + tl.arange(0, COLS)[None, :]
     return (outer, row, col), (row < sizes[1]) & (col < sizes[2])
@@ -61,13 +71,17 @@ def share_tile(outer, row_start, col_start, sizes, ROWS: tl.constexpr, COLS: tl.
 
 @triton.jit
 def share_offsets(place, strides):
-    """Return offsets of the elements of a share's tile in a tensor of these strides."""
+    """Return ``outer · strides[0] + row · strides[1] + col · strides[2]`` for a ``place`` of :func:`share_tile`."""
     return place[0] * strides[0] + place[1] * strides[1] + place[2] * strides[2]
 
 
 @triton.jit
 def next_block(place, start, end, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return where the block after the one at ``place`` begins: columns first, then rows, then outer."""
+    """Return the place (outer, row, col) of the block after the one at ``place``: columns first, then rows, then outer.
+
+    A block is AHEAD[0] × AHEAD[1] × AHEAD[2] tiles of (1, ROWS, COLS). After the last block the place lies beyond
+    ``end``.
+    """
     col = place[2] + AHEAD[2] * COLS
     row = tl.where(col < end[2], place[1], place[1] + AHEAD[1] * ROWS)
     outer = tl.where(row < end[1], place[0], place[0] + AHEAD[0])
@@ -76,17 +90,17 @@ def next_block(place, start, end, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLS:
 
 @triton.jit
 def load_block(ptr, strides, place, end, other, AHEAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return a pair for each tile of a block: its elements, and which of them exist.
+    """Load a block of tiles and return a tuple of pairs, one per tile: its elements, and a mask of those that exist.
 
     Args:
         ptr: outer × rows × cols, by ``strides``.
         strides: along (outer, rows, cols).
-        place: where the block begins; beyond the share nothing is read.
+        place: (outer, row, col) where the block begins; beyond the share nothing is read.
         end: of the share along (outer, rows, cols).
-        other: what elements from there on are; in the tensor's dtype, broadcasts against a tile.
+        other: value of elements that don't exist; in the tensor's dtype, broadcasts against a tile.
         AHEAD: tiles of the block along (outer, rows, cols).
-        ROWS: of a tile.
-        COLS: of a tile.
+        ROWS: rows of a tile.
+        COLS: columns of a tile.
     """
     OUTER: tl.constexpr = AHEAD[0]
     DOWN: tl.constexpr = AHEAD[1]
@@ -104,14 +118,23 @@ def load_block(ptr, strides, place, end, other, AHEAD: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def partial_tile(start, channel, valid, splits, channels, SPLITS: tl.constexpr):
-    """Return offsets of SPLITS partial results of some channels, from number ``start`` on, and which of them exist."""
+    """Return offsets and mask, (SPLITS, channels of this program): the partial results number ``start`` and following.
+
+    Args:
+        start: number of the first split to read.
+        channel: channel numbers of this program.
+        valid: which of them exist.
+        splits: partial results per channel.
+        channels: channels in all.
+        SPLITS: partial results to read at a time.
+    """
     part = start + tl.arange(0, SPLITS)[:, None]
     return part * channels + channel[None, :], (part < splits) & valid[None, :]
 
 
 @triton.jit
 def spread(vector, CHANNEL: tl.constexpr):
-    """Return a vector over the channels of a share, shaped to broadcast against a tile."""
+    """Return a vector over the channels of a share with a second axis: it broadcasts against a (ROWS, COLS) tile."""
     if CHANNEL == 2:
         return vector[None, :]
     else:
@@ -120,7 +143,7 @@ def spread(vector, CHANNEL: tl.constexpr):
 
 @triton.jit
 def sum_per_channel(tile, CHANNEL: tl.constexpr):
-    """Return the sums of a tile, shaped as the channels of its share."""
+    """Return the sums of a (ROWS, COLS) tile per channel: (ROWS,), (COLS,), or (1,) for a tile of one channel."""
     if CHANNEL == 1:
         return tl.sum(tile, 1)
     elif CHANNEL == 2:
@@ -131,7 +154,7 @@ def sum_per_channel(tile, CHANNEL: tl.constexpr):
 
 @triton.jit
 def min_per_channel(tile, CHANNEL: tl.constexpr):
-    """Return the smallest of a tile, shaped as the channels of its share; NaN may be lost."""
+    """Return the smallest values of a (ROWS, COLS) tile per channel: (ROWS,), (COLS,) or (1,); NaN may be lost."""
     if CHANNEL == 1:
         return tl.min(tile, 1)
     elif CHANNEL == 2:
@@ -142,7 +165,7 @@ def min_per_channel(tile, CHANNEL: tl.constexpr):
 
 @triton.jit
 def max_per_channel(tile, CHANNEL: tl.constexpr):
-    """Return the largest of a tile, shaped as the channels of its share; NaN may be lost."""
+    """Return the largest values of a (ROWS, COLS) tile per channel: (ROWS,), (COLS,) or (1,); NaN may be lost."""
     if CHANNEL == 1:
         return tl.max(tile, 1)
     elif CHANNEL == 2:
@@ -153,8 +176,5 @@ def max_per_channel(tile, CHANNEL: tl.constexpr):
 
 @triton.jit
 def fma(x, factor, addend):
-    """Return ``x · factor + addend`` with one rounding (two in the interpreter).
-
-    The last two broadcast against ``x``.
-    """
+    """Return ``x · factor + addend`` with one rounding (two in the interpreter); both broadcast against ``x``."""
     return tl.fma(x, tl.broadcast_to(factor, x.shape), tl.broadcast_to(addend, x.shape))

@@ -1,4 +1,4 @@
-"""Folded convolutions as implicit matrix products, with bias, ReLU and fake quantization in the epilogue.
+"""Convolutions as implicit matrix products, with bias, ReLU and fake quantization in the same kernel.
 
 Functions here have the names, signatures and results of `tritonq.reference.conv2d`, their specification, but for the
 order of float sums, and for ``tile`` and ``largest_product``. Values take them where the table of this GPU says that
@@ -42,7 +42,10 @@ def requantize(
     exists,  # (outs,) which of them there are
     ROUNDING: tl.constexpr,
 ):
-    """Return ``float32(total + bias) * multiplier``, or ``round(that) * grid_scale``; float32."""
+    """Turn integer sums into float32 results: ``float32(total + bias) · multiplier``.
+
+    With ``grid_scale_ptr`` that product is a number of steps: it is rounded and multiplied by the scale of the grid.
+    """
     if bias_ptr is not None:
         # In float32 the sum would be rounded before its only rounding, at 2^24 and above.
         bias = tl.load(bias_ptr + out, mask=exists, other=0).to(tl.int64)
@@ -81,18 +84,18 @@ def conv2d_kernel(
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,
     KERNEL: tl.constexpr,
-    DEPTHWISE: tl.constexpr,
-    MULTIPLIER: tl.constexpr,
-    CEILING: tl.constexpr,
+    DEPTHWISE: tl.constexpr,  # one in channel per out channel; then there is no matrix product
+    MULTIPLIER: tl.constexpr,  # channels of the output per channel of the input, of a depthwise convolution
+    CEILING: tl.constexpr,  # of the ReLU; infinity for a plain one, None without
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,  # of matrix units: "ieee" or "tf32"
+    WIDE: tl.constexpr,  # whether offsets take 64 bits
     FLUSH: tl.constexpr,  # steps after which sums of codes go on in int32; 0: float32 holds the whole sum
-    PIXELS: tl.constexpr,
-    OUTS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,  # size of the tile
+    OUTS: tl.constexpr,  # size of the tile
+    CHANNELS: tl.constexpr,  # in channels per step of the sum
 ):
     """Compute one tile: pixels of one or several images, out channels of one group."""
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
@@ -175,7 +178,10 @@ def conv2d(
     *,
     tile: ConvTile | None = None,
 ) -> Tensor:
-    """Convolve, add the bias, then ReLU and fake quantize; the result is channels_last where ``x`` is."""
+    """Convolve, add the bias, then apply ReLU and fake quantization: :func:`tritonq.reference.conv2d.conv2d` on a GPU.
+
+    ``tile`` sets the launch size; None takes a default. The result is channels_last if ``x`` is.
+    """
     geometry = ConvGeometry(stride, padding, dilation, groups)
     y = empty_output(x, weight, geometry, x.dtype)
     _launch(x, weight, bias, None, None, y, geometry, ceiling, grid, tile, None)
@@ -199,10 +205,10 @@ def integer_conv2d(
     tile: ConvTile | None = None,
     largest_product: int = _LARGEST_PRODUCT,
 ) -> Tensor:
-    """Convolve integer codes exactly, requantize, then ReLU and fake quantize.
+    """Convolve integer codes exactly, requantize, then ReLU and fake quantize: as the function of the specification.
 
-    ``largest_product`` is what no product of two codes exceeds in magnitude: the less it is, the longer are the sums
-    that float32 holds.
+    ``tile`` sets the launch size; None takes a default. No product of two codes exceeds ``largest_product`` in
+    magnitude: the smaller it is, the longer are the sums that float32 adds exactly.
     """
     geometry = ConvGeometry(stride, padding, dilation, groups)
     codes, weight = codes.to(torch.float16), weight.to(torch.float16)
@@ -224,7 +230,10 @@ def _launch(
     tile: ConvTile | None,
     exact_products: int | None,
 ) -> None:
-    """Launch the kernel; ``exact_products`` is how many products of codes float32 adds up exactly, None for values."""
+    """Launch the kernel, which writes ``y``; arguments as those of the two functions above.
+
+    ``exact_products`` is how many products of codes float32 adds up exactly; None for values.
+    """
     if y.numel() == 0:
         return
     images, _, height, width = x.shape
@@ -286,10 +295,13 @@ def _launch(
 
 
 def _steps_to_flush(exact_products: int | None, products: int, per_step: int) -> int:
-    """Return after how many steps of ``per_step`` products sums leave float32; 0: it holds all ``products``.
+    """Return after how many steps sums of codes move from float32 to int32; 0 if float32 holds all ``products``.
+
+    Each step adds ``per_step`` products, and float32 adds ``exact_products`` exactly; None for values, which never
+    move.
 
     Raises:
-        ValueError: it does not hold those of one step.
+        ValueError: float32 does not hold the products of one step.
     """
     if exact_products is None or products <= exact_products:
         return 0
@@ -299,7 +311,7 @@ def _steps_to_flush(exact_products: int | None, products: int, per_step: int) ->
 
 
 def _default_tile(x: Tensor, pixels: int, outs: int, channels: int, depthwise: bool) -> ConvTile:
-    """Return the tile of a launch that nobody tuned."""
+    """Return the tile of a launch for which no table has a tuned one."""
     # Without tf32, float32 products are no work for matrix units, and keep their operands in registers.
     widest = 128 if x.element_size() < 4 else 64
     if x.stride(1) == 1:
@@ -309,7 +321,7 @@ def _default_tile(x: Tensor, pixels: int, outs: int, channels: int, depthwise: b
 
 
 def input_precision(x: Tensor, is_codes: bool) -> str:
-    """Return ``"tf32"`` for float32 values where torch's own convolutions may use it (NVIDIA), else ``"ieee"``."""
+    """Return ``"tf32"`` for float32 values on NVIDIA GPUs whose convolutions in torch may use it, else ``"ieee"``."""
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     if x.dtype != torch.float32 or is_codes or convolutions.fp32_precision != "tf32":
         return "ieee"
@@ -318,7 +330,11 @@ def input_precision(x: Tensor, is_codes: bool) -> str:
 
 
 def tuned_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, is_codes: bool) -> ConvTile | str | None:
-    """Return this GPU's entry for a convolution: a tile with which the kernel beats torch's, ``"torch"``, or None."""
+    """Return what this GPU's table of launch sizes has for a convolution.
+
+    A :class:`ConvTile`: the kernel with this tile beats torch's convolution. ``"torch"``: torch's is faster. None:
+    there is no entry.
+    """
     index = x.device.index if x.is_cuda else None
     layout = "channels_last" if is_channels_last(x) else "channels_first"
     dtype = "codes" if is_codes else str(x.dtype).removeprefix("torch.")
@@ -342,15 +358,16 @@ def _tuned_tile(
 def table_key(dtype: str, layout: str, x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry) -> str:
     """Return the class of a convolution, as tables name it: ``"float16/channels_last/3x3s2/dense/large"``.
 
-    The third part is kernel and stride, with ``d2`` behind them for a dilation of 2. Then ``depthwise``, ``grouped``,
-    ``stem`` (fewer than 16 channels) or ``dense``; ``large`` is an output of 2^20 elements or more.
+    The parts are dtype, layout, kernel with stride (a dilation of 2 adds ``d2``), kind and size. The kind is
+    ``depthwise``, ``grouped``, ``stem`` (fewer than 16 in channels) or ``dense``. The size is ``large`` for an output
+    of 2^20 elements or more, else ``small``.
 
     Args:
-        dtype: of the values, or ``"codes"``.
+        dtype: name of the values' dtype, or ``"codes"``.
         layout: ``"channels_first"`` or ``"channels_last"``.
         x: shape of the input.
         weight: shape of the weight.
-        geometry: of the convolution.
+        geometry: stride, padding, dilation, groups.
     """
     stride, padding, dilation, groups = geometry
     kernel = f"{weight[2]}x{weight[3]}s{_pair(stride)}" + (f"d{_pair(dilation)}" if dilation != (1, 1) else "")

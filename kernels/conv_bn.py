@@ -59,7 +59,7 @@ def scan_statistics(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Return sums of distances and their squares, minimum and maximum over the tiles of a share, (ROWS, COLS) each."""
+    """Return four (ROWS, COLS) blocks over the tiles of a share: Σ (c - centre), Σ (c - centre)², minimum, maximum."""
     about = centre.to(tl.float32)
     total = tl.zeros([ROWS, COLS], tl.float32)
     squares = tl.zeros([ROWS, COLS], tl.float32)
@@ -102,7 +102,7 @@ def statistics_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Compute the statistics of one share, about the mean of its first tile, so that offsets cost nothing."""
+    """Write the statistics of one share about the mean of its first tile: a large offset of c costs no precision."""
     c_strides = aligned_strides(c_strides, ALIGN)
     sizes = aligned_sizes(sizes, ALIGN)
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
@@ -155,26 +155,29 @@ def mean_from(at, step, base, mask):
 @Launcher
 @triton.jit
 def finish_kernel(
-    partial_ptr,  # 6 × splits × channels float32, of statistics_kernel
-    vectors_ptr,  # 6 × channels float32: mean, 1/std, gain, slope, shift, share of eps
-    range_ptr,  # 2 × channels float32: smallest and largest result before the ReLU; NaN where not finite
-    ratio_ptr,  # (channels,) float32: what c is divided by
+    partial_ptr,  # 6 × splits × channels float32, as statistics_kernel wrote them
+    vectors_ptr,  # 6 × channels float32, written: mean, 1/std, gain, slope, shift, eps_share of `Normalization`
+    range_ptr,  # 2 × channels float32, written: smallest and largest result before the ReLU; NaN where not finite
+    ratio_ptr,  # (channels,) float32: c / ratio is the convolution by the weight before folding
     gamma_ptr,  # (channels,), or None for 1
     beta_ptr,  # (channels,), or None for 0
     bias_ptr,  # (channels,), or None for 0
     running_mean_ptr,  # (channels,), updated in place
     running_var_ptr,  # (channels,), updated in place
-    momentum_ptr,  # one float32, or None
+    momentum_ptr,  # one float32, or None: the next argument has it
     momentum,
-    eps,
-    count,
-    unbias,
+    eps,  # of the BatchNorm
+    count,  # values per channel
+    unbias,  # count / (count - 1)
     splits,
     channels,
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Merge the shares of CHANNELS channels and derive all that follows from their statistics."""
+    """Merge the partial results of CHANNELS channels, and compute what follows from mean and variance of c.
+
+    ``1/std = 1 / sqrt(var + eps ratio²)``, ``gain = |γ|``, ``slope = gain / std``, ``shift = β - slope mean``.
+    """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
     step = splits * channels
@@ -247,9 +250,9 @@ def apply_kernel(
     y_ptr,  # outer × rows × cols, by strides
     slope_ptr,  # (channels,) float32
     shift_ptr,  # (channels,) float32
-    scale_ptr,  # one element each, or None without a quantizer
-    zero_point_ptr,
-    active_ptr,
+    scale_ptr,  # one float32; None without a quantizer
+    zero_point_ptr,  # one int32, or None for zero
+    active_ptr,  # one element, 0 leaves y unrounded; None counts as 1
     c_strides,
     y_strides,
     sizes,
@@ -291,7 +294,7 @@ def forward(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Grid | None]:
-    """Return the tail of one training step; the result, the vectors of `Normalization`, and a snapshot of the grid."""
+    """Return the result of one training step's tail, the vectors of `Normalization`, and a snapshot of the grid."""
     y = torch.empty_like(c)
     (c,), seen = common_view((c,), y, 1)
     vectors, extremes = _statistics(c, seen, ratio, gamma, beta, bias, norm)
@@ -341,7 +344,10 @@ def _statistics(
     bias: Tensor | None,
     norm: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the vectors of `Normalization` and (2, channels) extremes of the result; updates running statistics."""
+    """Return the vectors of `Normalization`, (6, channels), and the extremes of the result, (2, channels); float32.
+
+    Updates the running statistics of ``norm`` in place.
+    """
     shares = plan_reduction(c, seen)
     channels = c.shape[1]
     count = c.numel() // channels

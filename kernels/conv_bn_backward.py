@@ -1,6 +1,8 @@
 """Backward of the tail of a convolution with BatchNorm: one pass reduces, a small kernel finishes, one pass writes.
 
-Nothing is stored for it but the convolution's output: the result before ReLU and clip is computed again in each pass.
+``c`` is the convolution's output, ``dy`` the gradient of the tail's result, and ``g`` the part of ``dy`` that ReLU and
+quantizer let pass. Nothing but ``c`` and vectors per channel is stored for this: each pass computes ``slope · c +
+shift``, the values before ReLU and clip, again.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def scan_gradients(
     mean,  # float32, broadcasts against a tile, as do the next two
     slope,
     shift,
-    unit,  # scalars, of the quantizer and the ReLU
+    unit,  # scalars, from `gradient_bounds`
     low,
     high,
     dy_strides,
@@ -51,7 +53,7 @@ def scan_gradients(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Return sums of the unblocked gradient, and of its product with ``c - mean``, over a share, (ROWS, COLS) each."""
+    """Return two (ROWS, COLS) blocks of sums over the tiles of a share: ``Σ g`` and ``Σ g (c - mean)``."""
     plain = tl.zeros([ROWS, COLS], tl.float32)
     moment = tl.zeros([ROWS, COLS], tl.float32)
     place = start
@@ -84,9 +86,9 @@ def gradient_sums_kernel(
     mean_ptr,  # (channels,) float32
     slope_ptr,  # (channels,) float32
     shift_ptr,  # (channels,) float32
-    scale_ptr,  # one element each, or None without a quantizer
-    zero_point_ptr,
-    active_ptr,
+    scale_ptr,  # one float32; None without a quantizer
+    zero_point_ptr,  # one int32, or None for zero
+    active_ptr,  # one element, 0 blocks nothing; None counts as 1
     dy_strides,
     c_strides,
     sizes,
@@ -107,7 +109,10 @@ def gradient_sums_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Add up ``g``, the gradient that ReLU and quantizer let pass, and ``g · (c - mean)``, over one share."""
+    """Write the partial results ``Σ g`` and ``Σ g (c - mean)`` of one share.
+
+    ``g`` is the part of ``dy`` that ReLU and quantizer let pass.
+    """
     dy_strides = aligned_strides(dy_strides, ALIGN)
     c_strides = aligned_strides(c_strides, ALIGN)
     sizes = aligned_sizes(sizes, ALIGN)
@@ -131,18 +136,18 @@ def gradient_sums_kernel(
 @Launcher
 @triton.jit
 def finish_gradients_kernel(
-    partial_ptr,  # 2 × splits × channels float32
-    sums_ptr,  # 2 × channels float32: Σ g, Σ g n with n the normalised c
-    pull_ptr,  # 2 × channels float32: dc = slope · g + pull[0] (c - mean) + pull[1]
+    partial_ptr,  # 2 × splits × channels float32: Σ g, Σ g (c - mean)
+    sums_ptr,  # 2 × channels float32, written: Σ g, Σ g n with n = (c - mean) / std
+    pull_ptr,  # 2 × channels float32, written: dc = slope · g + pull[0] (c - mean) + pull[1]
     inverse_std_ptr,  # (channels,) float32
     slope_ptr,  # (channels,) float32
-    count,
+    count,  # values per channel
     splits,
     channels,
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Merge the shares of CHANNELS channels."""
+    """Add the partial results of CHANNELS channels, and write what the gradient of c needs of them."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
     plain = tl.zeros([SPLITS, CHANNELS], tl.float32)
@@ -171,11 +176,11 @@ def gradient_kernel(
     mean_ptr,  # (channels,) float32, as are the next four
     slope_ptr,
     shift_ptr,
-    pull_ptr,
-    offset_ptr,
-    scale_ptr,  # one element each, or None without a quantizer
-    zero_point_ptr,
-    active_ptr,
+    pull_ptr,  # pull[0] of finish_gradients_kernel
+    offset_ptr,  # pull[1] of finish_gradients_kernel
+    scale_ptr,  # one float32; None without a quantizer
+    zero_point_ptr,  # one int32, or None for zero
+    active_ptr,  # one element, 0 blocks nothing; None counts as 1
     dy_strides,
     c_strides,
     dc_strides,
@@ -191,7 +196,7 @@ def gradient_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write ``slope · g + pull · (c - mean) + offset``, the gradient of the convolution's output, of one tile."""
+    """Write one tile of the gradient of the convolution's output: ``slope · g + pull · (c - mean) + offset``."""
     dy_strides = aligned_strides(dy_strides, ALIGN)
     c_strides = aligned_strides(c_strides, ALIGN)
     dc_strides = aligned_strides(dc_strides, ALIGN)
@@ -223,11 +228,15 @@ def backward(
     ceiling: float | None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gradient of ``c``.
+    """Return ``(dc, Σ g, Σ g (c - mean)/std)``: the gradient of ``c``, and two float32 sums per channel.
 
-    Per channel, the sums of the unblocked gradient and of its product with normalised ``c``.
-
-    ``out`` is not used: a GPU's allocator hands out again what was freed.
+    Args:
+        dy: gradient of the tail's result.
+        c: the convolution's output.
+        result: the vectors of `tritonq.reference.conv_bn.Normalization`.
+        grid: the forward's snapshot; None without a quantizer.
+        ceiling: upper bound of the ReLU; None without one.
+        out: not used: a GPU's allocator hands out again what was freed.
     """
     mean, inverse_std, _, slope, shift, _ = result
     dc = torch.empty_like(c)

@@ -1,4 +1,8 @@
-"""What implicit matrix products of convolutions share: sizes of results, and what one program works on."""
+"""Tiles, geometry and output memory that the kernels of convolutions share.
+
+A convolution is computed as an implicit matrix product: (pixels, in channels × taps) by (in channels × taps, out
+channels). A *tap* is one position of the kernel window.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,11 @@ class ConvTile(NamedTuple):
     """What one program works on: pixels × out channels, in steps of ``channels``.
 
     Attributes:
-        pixels: of the output, a power of two.
+        pixels: output pixels, a power of two.
         outs: out channels, a power of two.
-        channels: in channels per step, a power of two.
-        warps: groups of lanes that share it, a power of two.
-        stages: steps whose operands are on their way at a time.
+        channels: in channels that one step of the sum adds, a power of two.
+        warps: warps of the program, a power of two.
+        stages: steps whose operands are being loaded at a time.
     """
 
     pixels: int
@@ -64,12 +68,12 @@ def empty_output(x: Tensor, weight: Tensor, geometry: ConvGeometry, dtype: torch
 
 
 def reach(x: Tensor) -> int:
-    """Return one past the largest offset of an element."""
+    """Return one past the largest offset of an element of ``x``, in elements: ``1 + Σ (size - 1) stride``."""
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether channels are next to each other in memory, and not just because there is one of something."""
+    """Whether ``x`` has memory format channels_last and is not contiguous, too (as with one channel or one pixel)."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
@@ -83,17 +87,17 @@ def conv_tile(
     steps: tuple[int, ...] = (32, 64),
     stages: int = 3,
 ) -> ConvTile:
-    """Return tile sizes where nothing is tuned: powers of two, at least 16 × 16.
+    """Return the tile of a launch that is not tuned: sizes are powers of two, at least 16 pixels × 16 out channels.
 
     64 × 128 with eight warps keeps 32 accumulators of 32 bits per lane: the largest tile that spills nothing on any
     target (`tests/operators/test_codegen.py`). Not measured.
 
     Args:
-        pixels: of the output that programs share out.
-        outs: out channels, of one group.
-        channels: in channels, of one group.
-        depthwise: whether each out channel has one in channel; nothing is a matrix product then.
-        widest: most out channels, where accumulators or operands are wide.
+        pixels: output pixels of the launch.
+        outs: out channels of one group.
+        channels: in channels of one group.
+        depthwise: whether each out channel has one in channel; then there is no matrix product.
+        widest: most out channels; less than 128 if accumulators or operands are wide.
         steps: fewest and most in channels per step; matrix units take 32 bytes at least, or 16 floats.
         stages: see :class:`ConvTile`.
     """

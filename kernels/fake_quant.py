@@ -25,7 +25,7 @@ from .tile import load_per_channel, tile_indices, tile_mask, tile_offsets
 def fake_quantize_kernel(
     x_ptr,  # outer × rows × cols, by strides
     y_ptr,  # outer × rows × cols, by strides; float32 with CODES
-    mask_ptr,  # as y, uint8: where the gradient passes; None leaves it out
+    mask_ptr,  # as y, uint8, written: 1 where the gradient passes; None writes no mask
     scale_ptr,  # (channels,) float32, or one element
     zero_point_ptr,  # as scale, int32; None stands for zero
     active_ptr,  # one element, uint8 or bool; 0 copies x. None counts as 1
@@ -38,16 +38,16 @@ def fake_quantize_kernel(
     ROUNDING: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,  # of float codes; None: codes are integers
     LEAST_EXPONENT: tl.constexpr,
-    LARGEST: tl.constexpr,
-    OVERFLOW: tl.constexpr,
-    CODES: tl.constexpr,
+    LARGEST: tl.constexpr,  # largest finite number of the float format
+    OVERFLOW: tl.constexpr,  # number that would follow LARGEST; magnitudes that round to it block the gradient
+    CODES: tl.constexpr,  # whether codes are written in place of values
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
     SAME_STRIDES: tl.constexpr,  # every tensor has x's strides, so that offsets are computed once
 ):
-    """Fake quantize one tile, or write its codes."""
+    """Fake quantize one tile, or write its codes if CODES; with ``mask_ptr`` also write where the gradient passes."""
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
     x_offsets = tile_offsets(place, x_strides)
@@ -106,7 +106,7 @@ def fake_quantize_backward_kernel(
     WIDE: tl.constexpr,
     SAME_STRIDES: tl.constexpr,  # every tensor has x's strides, so that offsets are computed once
 ):
-    """Pass the gradient of one tile where the code, recomputed from x, lies in range."""
+    """Write ``dx`` of one tile: ``dy`` where the code, computed from ``x`` again, lies in the code range, else 0."""
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
     x_offsets = tile_offsets(place, x_strides)
@@ -129,30 +129,34 @@ def fake_quantize_backward_kernel(
 
 
 def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
-    """Fake quantize ``x``; strides of the result follow ``torch.empty_like``."""
+    """Return ``x`` rounded to the grid, in its dtype; strides as ``torch.empty_like(x)``."""
     y = torch.empty_like(x)
     _forward(x, y, grid, codes=False)
     return y
 
 
 def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Fake quantize ``x``, and say where the gradient passes; strides of both follow ``torch.empty_like``."""
+    """Return ``x`` rounded to the grid, and a bool tensor that is True where the gradient passes.
+
+    Strides of both are those of ``torch.empty_like(x)``.
+    """
     y, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
     _forward(x, y, grid, codes=False, mask=mask)
     return y, mask
 
 
 def quantize(x: Tensor, grid: Grid) -> Tensor:
-    """Return the codes of ``x`` as integer-valued float32."""
+    """Return the codes of ``x`` as integer-valued float32, whatever the grid's switch says."""
     codes = torch.empty_like(x, dtype=torch.float32)
     _forward(x, codes, grid, codes=True)
     return codes
 
 
 def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool = False) -> Tensor:
-    """Return straight-through gradient of :func:`fake_quantize`.
+    """Return the straight-through gradient of :func:`fake_quantize`: ``dy`` where ``x`` lies in range, else 0.
 
-    Strides of the result follow ``torch.empty_like(x)``.
+    With ``blocks_ends`` the gradient is also 0 for values that round to the first or the last code. Strides of the
+    result follow ``torch.empty_like(x)``.
     """
     dx = torch.empty_like(x)
     if dx.numel() == 0:
@@ -179,7 +183,7 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
 
 
 def _forward(x: Tensor, y: Tensor, grid: Grid, codes: bool, mask: Tensor | None = None) -> None:
-    """Write fake quantized values and their mask, or codes whatever the switch says."""
+    """Write the fake-quantized values to ``y``, and ``mask`` if given; with ``codes`` write codes, switch or not."""
     if y.numel() == 0:
         return
     qtype = grid.qtype
@@ -207,7 +211,10 @@ def _forward(x: Tensor, y: Tensor, grid: Grid, codes: bool, mask: Tensor | None 
 
 
 def _passing_floats(number: FloatFormat | None, blocks_ends: bool) -> dict[str, Any]:
-    """Return the constants of a backward, whose ``LARGEST`` is the number from which on the gradient is blocked."""
+    """Return the constants of a backward for float codes; the gradient is blocked from magnitude ``LARGEST`` on.
+
+    That is the number after the largest one, or with ``blocks_ends`` the largest one. All are None for integer codes.
+    """
     constants = float_constants(number)
     if number is not None and not blocks_ends:
         constants["LARGEST"] = number.overflow
@@ -215,7 +222,11 @@ def _passing_floats(number: FloatFormat | None, blocks_ends: bool) -> dict[str, 
 
 
 def common_view(inputs: tuple[Tensor, ...], out: Tensor, axis: int | None) -> tuple[tuple[Tensor, ...], View]:
-    """Return a view of ``inputs`` and a dense ``out``; inputs whose strides allow none are copied to ``out``'s."""
+    """Return the inputs and one view of them and of the dense tensor ``out``, with one stride triple per tensor.
+
+    If the strides allow no view, inputs are first copied to ``out``'s strides. ``axis`` is that of the channels, or
+    None.
+    """
     seen = view(out.shape, (*(t.stride() for t in inputs), out.stride()), axis)
     if seen is not None:
         return inputs, seen

@@ -1,7 +1,8 @@
-"""Fixed point: the errors of all fractional lengths in one read.
+"""Fixed point: the squared errors of all fractional lengths in one read.
 
-Functions here have the names, signatures and results of `tritonq.reference.fixed_point`, their specification. Rounding
-to fixed point is fake quantization with a scale of ``2^-frac_len``: its kernels are those of
+A fixed-point number is ``code · 2^-frac_len``; *frac_len*, the fractional length, is the number of bits behind the
+binary point. Functions here have the names, signatures and results of `tritonq.reference.fixed_point`, their
+specification. Rounding to fixed point is fake quantization with a scale of ``2^-frac_len``: its kernels are those of
 `tritonq.kernels.fake_quant`.
 """
 
@@ -33,17 +34,20 @@ def frac_len_errors_kernel(
     x_strides,
     rows,
     cols,
-    col_tiles,
+    col_tiles,  # tiles of BLOCK elements in a row
     tiles,  # outer × rows × col_tiles
     channels,
-    splits,
+    splits,  # programs that share one channel
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
-    LENGTHS: tl.constexpr,
-    CANDIDATES: tl.constexpr,
+    LENGTHS: tl.constexpr,  # number of candidates: fractional lengths 0, 1, …
+    CANDIDATES: tl.constexpr,  # LENGTHS, rounded up to a power of two
     BLOCK: tl.constexpr,
 ):
-    """Add up a share of one channel: squares in float32, one sum per tile, tiles in float64."""
+    """Write one share's squared rounding errors of one channel, for every fractional length.
+
+    Squares are added in float32 within a tile, tiles in float64.
+    """
     channel = tl.program_id(0)
     split = tl.program_id(1)
     candidate = tl.arange(0, CANDIDATES)
@@ -72,7 +76,10 @@ def frac_len_errors_kernel(
 
 
 def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
-    """Return squared rounding errors summed per fractional length: float64 (candidates,) or (candidates, channels)."""
+    """Return the squared rounding errors of ``x``, added up per fractional length 0 to ``candidates - 1``.
+
+    float64 (candidates,), or (candidates, channels) if ``qtype`` has an axis. ``qtype`` gives the codes' range.
+    """
     axis = qtype.axis
     channels = 1 if axis is None else x.shape[axis]
     if x.numel() == 0:
@@ -109,12 +116,12 @@ def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
 
 
 def search_frac_len(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
-    """Return the fractional length of least squared error, the smaller one of equals: int32, 0-d or (channels,)."""
+    """Return the fractional length of least squared error; of equal ones the smallest. int32, 0-d or (channels,)."""
     return frac_len_errors(x, qtype, candidates).argmin(0).to(torch.int32)
 
 
 def _channel_first(seen: View) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """Return sizes and strides of (channel, outer, rows, cols), with size-1 axes where the view has none."""
+    """Return sizes and strides of a view as (channel, outer, rows, cols); an axis that the view lacks has size 1."""
     sizes, strides = list(seen.sizes), list(seen.strides[0])
     if seen.channel is None:
         return (1, *seen.sizes), (0, *seen.strides[0])

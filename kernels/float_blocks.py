@@ -1,6 +1,7 @@
-"""Blocks of small floats with a scale each: one read and one write, the scales found on the way.
+"""Blocks of small floats with a scale each: one read and one write; the scales are computed in the same pass.
 
-Functions here have the names, signatures and results of `tritonq.reference.float_blocks`, their specification.
+A *block* is a run of elements along one axis that share a scale (MXFP8, NVFP4 and the like). Functions here have the
+names, signatures and results of `tritonq.reference.float_blocks`, their specification.
 """
 
 from __future__ import annotations
@@ -37,18 +38,18 @@ def fake_quantize_blocks_kernel(
     sizes,
     CHANNEL: tl.constexpr,  # dimension that the blocks run along: 1 or 2
     SIZE: tl.constexpr,  # elements of a block; divides the tile along CHANNEL
-    MANTISSA_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,  # of the elements' format, as the next three
     LEAST_EXPONENT: tl.constexpr,
     GREATEST_EXPONENT: tl.constexpr,
-    LARGEST: tl.constexpr,
-    ROUNDS_UP: tl.constexpr,
+    LARGEST: tl.constexpr,  # largest finite number
+    ROUNDS_UP: tl.constexpr,  # whether power-of-two scales are rounded up, so that no element saturates
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
     SAME_STRIDES: tl.constexpr,  # both tensors have x's strides, so that offsets are computed once
 ):
-    """Fake quantize the blocks of one tile."""
+    """Compute the scales of one tile's blocks, and write the tile rounded to them."""
     tensor_scale = 1.0
     if tensor_scale_ptr is not None:
         tensor_scale = tl.load(tensor_scale_ptr)
@@ -74,13 +75,15 @@ def fake_quantize_blocks_kernel(
 
 @triton.jit
 def power_of_two_scale(bits, GREATEST_EXPONENT: tl.constexpr, LARGEST: tl.constexpr, ROUNDS_UP: tl.constexpr):
-    """Return the e8m0 scale of blocks and its reciprocal, both exact.
+    """Return the power-of-two scale of each block, in the range of e8m0, and its reciprocal, as exact float32.
+
+    ``scale = 2^(floor(log2(largest magnitude)) - GREATEST_EXPONENT)``, at least 2^-127.
 
     Args:
-        bits: of the largest finite magnitude, int32.
-        GREATEST_EXPONENT: of the elements.
-        LARGEST: the largest element.
-        ROUNDS_UP: whether no element may saturate.
+        bits: int32 block, the float32 bits of each block's largest finite magnitude.
+        GREATEST_EXPONENT: exponent of the element format's largest number.
+        LARGEST: largest finite number of the element format.
+        ROUNDS_UP: whether the scale is doubled if the largest magnitude would saturate.
     """
     code = (bits >> 23) - GREATEST_EXPONENT
     if ROUNDS_UP:
@@ -95,12 +98,14 @@ def power_of_two_scale(bits, GREATEST_EXPONENT: tl.constexpr, LARGEST: tl.conste
 
 @triton.jit
 def float_scale(bits, tensor_scale, LARGEST: tl.constexpr):
-    """Return the e4m3 scale of blocks times the tensor's, and its reciprocal; see :func:`reciprocal_or_zero`.
+    """Return each block's scale and its reciprocal; both are 0 if the scale is too small.
+
+    The scale is rounded to e4m3, then multiplied by ``tensor_scale``.
 
     Args:
-        bits: of the largest finite magnitude, int32.
-        tensor_scale: scalar, float32.
-        LARGEST: the largest element.
+        bits: int32 block, the float32 bits of each block's largest finite magnitude.
+        tensor_scale: float32 scalar that all blocks share.
+        LARGEST: largest finite number of the element format, to which the largest magnitude is mapped.
     """
     steps = bits.to(tl.float32, bitcast=True) * reciprocal_or_zero(tensor_scale * LARGEST)
     scale = round_to_float(steps, _SCALE_MANTISSA_BITS, _SCALE_LEAST_EXPONENT, _SCALE_LARGEST) * tensor_scale
@@ -110,7 +115,7 @@ def float_scale(bits, tensor_scale, LARGEST: tl.constexpr):
 
 @triton.jit
 def reciprocal_or_zero(v):
-    """Return ``1 / v``; 0 below float32's normal numbers, whose reciprocals may be infinite."""
+    """Return ``1 / v``, or 0 for ``v`` below float32's normal numbers, whose reciprocal may be infinite."""
     is_usable = v >= _SMALLEST_NORMAL
     return tl.where(is_usable, tl.div_rn(1.0, tl.where(is_usable, v, 1.0)), 0.0)
 
@@ -118,7 +123,15 @@ def reciprocal_or_zero(v):
 def fake_quantize_blocks(
     x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor | None = None, enabled: Tensor | None = None
 ) -> Tensor:
-    """Fake quantize ``x`` in blocks; strides of the result follow ``torch.empty_like``."""
+    """Return ``x`` rounded in blocks along ``axis``, each with a scale of its own; strides as ``torch.empty_like(x)``.
+
+    Args:
+        x: any float dtype.
+        blocks: the format of elements and scales, and the block size.
+        axis: that blocks run along.
+        tensor_scale: one float32 on the device, for e4m3 block scales; None: block scales are powers of two.
+        enabled: the switch, one element; 0 returns a copy of ``x``, None counts as 1.
+    """
     y = torch.empty_like(x)
     if y.numel() == 0:
         return y
@@ -153,7 +166,7 @@ def fake_quantize_blocks(
 
 @planned("fake_quantize_blocks")
 def _plan(kernel: str, dtype: torch.dtype, seen: View, device: torch.device, size: int, warp_size: int) -> LaunchPlan:
-    """Return tiles of whole blocks, about as large as those of other kernels."""
+    """Return tile and grid of a launch whose tiles hold whole blocks of ``size`` elements."""
     chosen = parameters(kernel, dtype, seen, device)
     if seen.channel == 2:
         cols = max(tile_shape(seen.sizes, chosen.elements, chosen.elements)[1], size)

@@ -1,8 +1,8 @@
-"""Functions of one tensor and the quantizer behind them: two reads and one write, and as much backward.
+"""Functions of one tensor and the quantizer behind them: two reads and one write forward, and as much backward.
 
-The backward computes the function again from its input, which is read as codes where it lies on a grid. Functions here
-have the names, signatures and results of `tritonq.reference.functions`, their specification; exponentials are the
-hardware's, so that results agree but for the last bits, and codes but for ties.
+The backward computes the function again from its input, which is read as one-byte codes if it lies on a grid. Functions
+here have the names, signatures and results of `tritonq.reference.functions`, their specification. Exponentials are the
+hardware's, so results agree with the specification except for the last bits, and codes except for ties.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ _BACKWARD = Parameters(elements=2048, max_cols=2048, warps=4)
 @triton.jit
 def function_backward_kernel(
     dy_ptr,  # (n,)
-    x_ptr,  # (n,), int8 with x_scale_ptr
+    x_ptr,  # (n,), int8 codes with x_scale_ptr
     x_scale_ptr,  # one float32; None: x_ptr holds values
-    x_shift_ptr,  # one number; None stands for zero
-    dx_ptr,  # (n,)
-    scale_ptr,  # one element each
+    x_shift_ptr,  # one number; the input is (x - shift) · scale. None stands for zero
+    dx_ptr,  # (n,), written
+    scale_ptr,  # one element each, of the result's quantizer
     zero_point_ptr,
     active_ptr,
     n,
-    OPERATION: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
+    OPERATION: tl.constexpr,  # name of the function
+    FIRST: tl.constexpr,  # its first number, or None
+    SECOND: tl.constexpr,  # its second number, or None
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements of a program
     WIDE: tl.constexpr,
 ):
     """Write ``f'(x) · dy`` where the code of ``f(x)`` lies in range, else 0."""
@@ -62,7 +62,17 @@ def function_backward_kernel(
 
 
 def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatistics | None) -> tuple[Tensor, Grid]:
-    """Return ``FQ(f(x))``, dense, and the grid as it was."""
+    """Return ``FQ(f(x))`` as a dense tensor, and the grid as this call used it.
+
+    Args:
+        x: any shape, strides and float dtype.
+        function: f and its numbers.
+        grid: of the result, per tensor; ``statistics`` update it.
+        statistics: the running range behind the grid, which f(x) updates; None observes nothing.
+
+    Returns:
+        The result, and a snapshot of the grid (the grid itself if none is needed), for :func:`backward`.
+    """
     y = torch.empty_like(x)
     operands = (laid_out_as(y, x), None)
     frozen = write_rounded(operands, y, None, function.name, function.arguments, grid, statistics, None)
@@ -72,7 +82,16 @@ def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatisti
 def backward(
     dy: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, function: Function, grid: Grid
 ) -> Tensor:
-    """Return the gradient of the input, laid out as ``torch.empty_like(x)``."""
+    """Return the gradient of the function's input, ``f'(x) · dy`` where the result was not clipped; strides as ``x``.
+
+    Args:
+        dy: gradient of the result.
+        x: the input, or its int8 codes if ``scale`` is given.
+        scale: one float32: the input is ``(x - shift) · scale``; None: ``x`` holds values.
+        shift: one number, or None for zero.
+        function: f and its numbers.
+        grid: that :func:`forward` returned.
+    """
     dx = torch.empty_like(x, dtype=dy.dtype)
     n = dx.numel()
     if n == 0:

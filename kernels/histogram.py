@@ -1,7 +1,8 @@
 """Histograms: one read of the batch gives counts, exact extremes and the number of values that are not finite.
 
-Counts are integers, so their order does not matter: programs add theirs with integer atomics. Functions here have the
-names, signatures and results of `tritonq.reference.histogram`, their specification.
+The bins follow the top bits of a float32, its *prefix* (`tritonq.bins`): PER_SIDE bins for each sign, and one for zero
+between them. Counts are integers, so their order does not matter: programs add theirs with integer atomics. Functions
+here have the names, signatures and results of `tritonq.reference.histogram`, their specification.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ _LINEAR_BLOCK = 1024
 
 @triton.jit
 def bin_of(prefix, negative, FIRST_PREFIX: tl.constexpr, PER_SIDE: tl.constexpr):
-    """Return the number of the bin of a float whose magnitude's top bits are ``prefix``: see `tritonq.bins`."""
+    """Return the bin's number of floats by the top bits of their magnitude, ``prefix``, and their sign.
+
+    Bin PER_SIDE is that of zero and of magnitudes below FIRST_PREFIX; negative floats have the bins before it.
+    """
     outward = tl.minimum(tl.maximum(prefix - (FIRST_PREFIX - 1), 0), PER_SIDE)
     return tl.where(negative, PER_SIDE - outward, PER_SIDE + outward)
 
@@ -61,17 +65,17 @@ def prefix_histogram_kernel(
     split_strides,
     splits,
     channels,
-    SHIFT: tl.constexpr,
-    FIRST_PREFIX: tl.constexpr,
-    PER_SIDE: tl.constexpr,
-    WINDOW: tl.constexpr,
+    SHIFT: tl.constexpr,  # low bits of a float32 that a prefix leaves out
+    FIRST_PREFIX: tl.constexpr,  # prefix of the smallest magnitude with a bin of its own
+    PER_SIDE: tl.constexpr,  # bins per sign
+    WINDOW: tl.constexpr,  # bins that a program counts in registers, half of them per sign; 0: none
     CHANNEL: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Count one share of one tile of channels, and reduce its range."""
+    """Add the counts of one share to the histogram, and write its smallest and largest finite value per channel."""
     if enabled_ptr is not None and tl.load(enabled_ptr) == 0:
         return
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
@@ -141,16 +145,16 @@ def prefix_histogram_kernel(
 def linear_histogram_kernel(
     x_ptr,  # (channels, length) contiguous
     histogram_ptr,  # (channels, bins) int64, added to
-    lo,
-    hi,
+    lo,  # lower end of the first bin
+    hi,  # upper end of the last bin
     width,  # hi - lo, float32
-    length,
+    length,  # elements of a channel
     blocks,  # of BLOCK elements, in a channel
     bins,
     parts,  # the bins as a float: Triton makes an integer that is 1 a number of Python
     BLOCK: tl.constexpr,
 ):
-    """Count one block of one channel."""
+    """Add the counts of BLOCK elements of one channel to its histogram of equal bins."""
     program = tl.program_id(0)
     channel = (program // blocks).to(tl.int64)
     at = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -162,7 +166,10 @@ def linear_histogram_kernel(
 
 
 def linear_histogram(x: Tensor, bins: int, lo: float, hi: float, axis: int | None = None) -> Tensor:
-    """Return counts over equal bins from ``lo`` to ``hi``: int64, (bins,) or (x.shape[axis], bins)."""
+    """Return how many elements lie in each of ``bins`` equal bins from ``lo`` to ``hi``, both included.
+
+    int64 (bins,), or (x.shape[axis], bins) with ``axis``. Elements outside, and NaN, are not counted.
+    """
     channels = 1 if axis is None else x.shape[axis]
     rows = x if axis is None else x.movedim(axis, 0)
     rows = rows.reshape(channels, x.numel() // max(1, channels)).contiguous()
@@ -189,7 +196,16 @@ def linear_histogram(x: Tensor, bins: int, lo: float, hi: float, axis: int | Non
 
 
 def prefix_histogram(x: Tensor, bins: Any, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return counts over ``bins`` (FloatPrefixBins), the smallest and largest finite value, and the values skipped."""
+    """Return counts, smallest and largest finite value, and the number of values that are not finite.
+
+    Args:
+        x: any float dtype.
+        bins: :class:`tritonq.bins.FloatPrefixBins`.
+        axis: that of the channels, which are counted apart; None: all values together.
+
+    Returns:
+        int64 (bins.count,) or (channels, bins.count); float32 0-d or (channels,), twice; int64 0-d.
+    """
     shape = () if axis is None else (x.shape[axis],)
     counts = torch.zeros((*shape, bins.count), dtype=torch.int64, device=x.device)
     low = torch.full(shape, torch.inf, dtype=torch.float32, device=x.device)
@@ -209,7 +225,7 @@ def observe(
     bins: Any,
     axis: int | None,
 ) -> None:
-    """Add ``x`` to a histogram and its range, in place on the device; see the specification."""
+    """Add ``x`` to a histogram and its range, in place on the device: `tritonq.reference.histogram.observe`."""
     x, seen = viewed(x, axis)
     if seen.channels == 0 or seen.numel == 0:
         return

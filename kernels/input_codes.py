@@ -1,6 +1,8 @@
 """A tensor that lies on a grid as codes of one byte, and back, in one pass each.
 
-Functions here have the names, signatures and results of `tritonq.reference.input_codes`, their specification.
+The byte holds ``round(x / scale) + shift``; the shift moves the middle of the code range to 0, so that codes of 8 bits
+fit an int8. Functions here have the names, signatures and results of `tritonq.reference.input_codes`, their
+specification.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ from .tile import tile_indices, tile_mask, tile_offsets
 
 
 class InputCodes(NamedTuple):
-    """See `tritonq.reference.input_codes.InputCodes`."""
+    """A tensor as one-byte codes: it is ``(codes - shift) · scale``.
+
+    Attributes:
+        codes: int8, shaped and laid out as the tensor.
+        scale: one float32.
+        shift: one number, or None for zero.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -31,7 +39,10 @@ class InputCodes(NamedTuple):
 
 @triton.jit
 def shift_of(zero_point_ptr, MIDDLE: tl.constexpr):
-    """Return the offset that makes steps from zero fit into a byte: a float32 scalar, or 0."""
+    """Return ``zero_point - MIDDLE`` as a float32 scalar, or 0 without a zero point.
+
+    Added to the steps from zero, it makes them fit into a byte.
+    """
     shift = 0.0
     if zero_point_ptr is not None:
         shift = tl.load(zero_point_ptr).to(tl.float32) - MIDDLE
@@ -59,7 +70,7 @@ def encode_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write ``round(x / scale) + shift`` of one tile. The first program writes scale and shift down."""
+    """Write ``round(x / scale) + shift`` of one tile; the first program also writes scale and shift."""
     place = tile_indices(ROWS, COLS, FIRST, WIDE)
     mask = tile_mask(place, sizes, ROWS)
     scale = tl.load(scale_ptr)
@@ -98,7 +109,11 @@ def decode_kernel(
 
 
 def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
-    """Return the codes of ``x``; None where not ``trusted`` and ``x`` is not what they stand for."""
+    """Return the one-byte codes of ``x``, which lies on ``grid``.
+
+    With ``trusted`` that is taken for granted. Otherwise the codes are decoded and compared (the host waits): if they
+    don't give ``x`` back, bit for bit, the result is None.
+    """
     codes, middle = torch.empty_like(x, dtype=torch.int8), middle_of(grid)
     if x.numel() == 0:
         return InputCodes(codes, grid.scale.clone(), None if grid.zero_point is None else grid.zero_point - middle)
@@ -126,7 +141,7 @@ def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
 
 
 def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Return the tensor that was given to :func:`encode`.
+    """Return the tensor that was given to :func:`encode`, in ``dtype``.
 
     ``out`` is not used: a GPU's allocator hands out again what was freed.
     """
@@ -149,5 +164,5 @@ def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> 
 
 
 def middle_of(grid: Grid) -> int:
-    """Return the code that a byte holds as 0."""
+    """Return the code that a byte holds as 0: the middle of the code range, or 0 without a zero point."""
     return 0 if grid.zero_point is None else (grid.qtype.quant_min + grid.qtype.quant_max + 1) // 2

@@ -24,11 +24,11 @@ _MAX_IMAGES = 65535
 
 @triton.jit
 def shift_to_codes(total, shift, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr):
-    """Return ``clamp(round_half_even(total * 2^-shift), QUANT_MIN, QUANT_MAX)`` of integers.
+    """Return ``clamp(round_half_even(total · 2^-shift), QUANT_MIN, QUANT_MAX)`` in integer arithmetic.
 
     Args:
         total: int32 or int64 accumulators.
-        shift: of the same dtype, broadcasts against ``total``; negative shifts go left, by 16 at most.
+        shift: of the same dtype, broadcasts against ``total``; -16 or more: a negative shift multiplies.
         QUANT_MIN: smallest code.
         QUANT_MAX: largest code.
     """
@@ -47,15 +47,19 @@ def shift_to_codes(total, shift, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexp
 def finish(
     total,  # (pixels, outs) int32 or int64, without bias
     bias,  # (outs,) of total's dtype
-    shift_ptr,  # (outs,) int32; None: the result is the accumulators
-    saturated_ptr,  # one int64, grows by what was clamped; None: nothing can be
+    shift_ptr,  # (outs,) int32: result = sum · 2^-shift; None: the result is the sums
+    saturated_ptr,  # one int64, grows by the number of clamped sums; None: no sum needs clamping
     out,  # (outs,) channel numbers
-    outs,
+    outs,  # number of out channels
     valid,  # (pixels, outs) which elements exist
-    QUANT_MIN: tl.constexpr,
-    QUANT_MAX: tl.constexpr,
+    QUANT_MIN: tl.constexpr,  # smallest code of the result, used with shift_ptr
+    QUANT_MAX: tl.constexpr,  # largest code of the result
 ):
-    """Return results of sums: with bias, saturated (which is counted) and requantized."""
+    """Add the bias to integer sums, clamp them to ±(2^31 - 1), and turn them into codes.
+
+    Clamped sums are counted in ``saturated_ptr``; without it nothing is clamped. Codes are those of
+    :func:`shift_to_codes`; without ``shift_ptr`` the result is the sums, in the dtype of ``total``.
+    """
     total = total + bias[None, :]
     if saturated_ptr is not None:
         over = (tl.abs(total) > ACCUMULATOR_MAX) & valid
@@ -92,17 +96,17 @@ def int8_conv_kernel(
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,
     KERNEL: tl.constexpr,
-    DEPTHWISE: tl.constexpr,
-    MULTIPLIER: tl.constexpr,
-    UNSIGNED: tl.constexpr,
-    WIDE: tl.constexpr,
+    DEPTHWISE: tl.constexpr,  # one in channel per out channel; then there is no matrix product
+    MULTIPLIER: tl.constexpr,  # out channels per in channel, of a depthwise convolution
+    UNSIGNED: tl.constexpr,  # whether x is uint8; it is read minus 128
+    WIDE: tl.constexpr,  # whether offsets take 64 bits
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
-    PIXELS: tl.constexpr,
-    OUTS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,  # size of the tile
+    OUTS: tl.constexpr,  # size of the tile
+    CHANNELS: tl.constexpr,  # in channels per step of the sum
 ):
-    """Compute one tile: pixels of one image, out channels of one group."""
+    """Compute one tile of the output: PIXELS pixels of one image by OUTS out channels."""
     image = tl.program_id(2).to(tl.int64)
     x_ptr += image * x_strides[0]
     y_ptr += image * y_strides[0]
@@ -167,7 +171,10 @@ def int8_conv2d(
     out_dtype: torch.dtype,
     saturated: Tensor | None = None,
 ) -> Tensor:
-    """Convolve codes; the result is channels_last where ``x`` is."""
+    """Convolve int8 or uint8 codes, add the bias, and requantize by shifting: the function of the specification.
+
+    The result is channels_last if ``x`` is.
+    """
     _, channels, height, width = x.shape
     outs, _, kernel_h, kernel_w = weight.shape
     y = empty_output(x, weight, ConvGeometry(stride, padding, dilation, groups), out_dtype)

@@ -6,7 +6,9 @@ A table is ``kernels/tuned/<gpu>.json``, written by ``python -m tritonq tune``::
      "kernels": {"fake_quantize": {"float32/flat/large": {"elements": 4096, "max_cols": 4096, "warps": 4}},
                  "conv2d": {"float16/channels_last/3x3s1/dense/large": "torch"}}}
 
-Where torch has the same operator, an entry may say ``"torch"``: its operator was the faster one.
+A *launch size* is the tile of a program and its number of warps. A key is dtype, shape class (:func:`shape_class`) and
+size: ``large`` from 2^20 elements on, else ``small``. For an operator that torch has too, an entry may be ``"torch"``:
+torch's was the faster one.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ LARGE = 2**20
 
 
 class Parameters(NamedTuple):
-    """What a launch can be tuned by.
+    """The size of a launch: what one program works on.
 
     Attributes:
         elements: elements per tile, a power of two.
@@ -51,7 +53,7 @@ class Parameters(NamedTuple):
     warps: int
 
     def num_warps(self, warp_size: int) -> int:
-        """Return Triton's ``num_warps``: as many lanes on AMD, whose warps have 64."""
+        """Return Triton's ``num_warps`` for a device: ``warps`` for warps of 32 lanes, half as many for AMD's of 64."""
         return max(1, self.warps * 32 // warp_size)
 
 
@@ -66,7 +68,7 @@ _AGAINST_TORCH = frozenset({"conv2d"})
 
 
 def default_parameters(shape_class: str, size_class: str) -> Parameters:
-    """Return launch parameters for where the table has no entry.
+    """Return the launch size for a shape class and a size class (``"large"`` or ``"small"``) without a table entry.
 
     128 lanes with 32 elements each keep 16 KiB of float32 loads in flight per program and amortise the scale's
     reciprocal. Channels along the columns take narrow, tall tiles: few reciprocals, each used for every row.
@@ -76,7 +78,10 @@ def default_parameters(shape_class: str, size_class: str) -> Parameters:
 
 
 def shape_class(view: View) -> str:
-    """Return ``"flat"`` (one dimension, one scale), ``"cols"`` (channels along columns) or ``"rows"`` (all else)."""
+    """Return ``"flat"``, ``"cols"`` or ``"rows"``, the first part of a table's key after the dtype.
+
+    ``"flat"``: one dimension and one scale. ``"cols"``: channels along the columns. ``"rows"``: any other view.
+    """
     if view.channel == 2:
         return "cols"
     return "flat" if view.channel is None and view.sizes[0] == view.sizes[1] == 1 else "rows"
@@ -87,13 +92,14 @@ _OVERRIDES: ContextVar[Mapping[str, Entry]] = ContextVar("overrides", default=Ma
 
 @contextmanager
 def override(kernel: str, entry: Entry) -> Iterator[None]:
-    """Launch ``kernel`` with ``entry`` in the block, whatever its GPU's table has.
+    """Launch ``kernel`` with ``entry`` inside the ``with`` block, whatever the GPU's table has.
 
-    Blocks nest, and each thread has its own. What is remembered per launch is remembered per override, too.
+    Blocks nest; the inner one wins. Each thread has its own.
 
     Args:
-        kernel: its name in tables, or :data:`EVERY_KERNEL`: all kernels with :class:`Parameters`.
-        entry: as in a table.
+        kernel: the kernel's name in tables, or :data:`EVERY_KERNEL` for all kernels whose entries are
+            :class:`Parameters`.
+        entry: the launch size, as in a table.
     """
     token = _OVERRIDES.set(MappingProxyType({**_OVERRIDES.get(), kernel: entry}))
     try:
@@ -103,7 +109,7 @@ def override(kernel: str, entry: Entry) -> Iterator[None]:
 
 
 def overridden(kernel: str) -> Entry | None:
-    """Return the entry that :func:`override` gives ``kernel`` here, or None."""
+    """Return the entry that an enclosing :func:`override` block gives ``kernel``; None outside of such blocks."""
     overrides = _OVERRIDES.get()
     if not overrides:
         return None
@@ -112,7 +118,10 @@ def overridden(kernel: str) -> Entry | None:
 
 
 def planned(kernel: str) -> Callable[[Callable[..., Any]], Any]:
-    """Remember what a function returns for its arguments while ``kernel`` has the same override."""
+    """Return a decorator that caches a function's results by its arguments and by the override of ``kernel``.
+
+    The decorated function has ``cache_clear``, as those of :func:`functools.lru_cache`.
+    """
 
     def remember(function: Callable[..., Any]) -> Any:
         @lru_cache(maxsize=4096)
@@ -130,7 +139,14 @@ def planned(kernel: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def parameters(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> Parameters:
-    """Return launch parameters of ``kernel`` for this view on this device: the table's, or the default."""
+    """Return the launch size of ``kernel`` for a view: of :func:`override`, else of the GPU's table, else the default.
+
+    Args:
+        kernel: its name in tables.
+        dtype: of the tensor that is read.
+        view: of the tensors.
+        device: that of the tensors; only ``cuda`` devices have tables.
+    """
     size_class = "large" if view.numel >= LARGE else "small"
     index = device.index if device.type == "cuda" else None
     override = overridden(kernel)
@@ -148,7 +164,13 @@ def _parameters(
 
 
 def tuned(kernel: str, key: str, device_index: int | None) -> Entry | None:
-    """Return the override of ``kernel``, or its GPU's entry for a class of shapes; None where there is neither."""
+    """Return the override of ``kernel``, else its entry in the table of the GPU; None without either.
+
+    Args:
+        kernel: its name in tables.
+        key: the class of shapes, such as ``"float32/flat/large"``.
+        device_index: of the GPU; None: there is none, and no table.
+    """
     override = overridden(kernel)
     if override is not None:
         return override
@@ -159,13 +181,16 @@ def tuned(kernel: str, key: str, device_index: int | None) -> Entry | None:
 
 
 def gpu_file_stem(name: str) -> str:
-    """Return file name of a GPU's table: ``"NVIDIA H200"`` gives ``"nvidia_h200"``."""
+    """Return the file name of a GPU's table, without suffix: ``"NVIDIA H200"`` gives ``"nvidia_h200"``."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 @cache
 def load_table(path: Path) -> dict[str, dict[str, Entry]]:
-    """Return a table's entries by kernel and key; empty without such a file or, with a warning, if it is damaged."""
+    """Read a table of launch sizes and return its entries as ``{kernel: {key: entry}}``.
+
+    Without the file, or with a warning if it is damaged, the result is empty. Files are read once per process.
+    """
     if not path.exists():
         return {}
     try:
@@ -199,7 +224,7 @@ def _checked_entry(kernel: str, key: str, value: Any) -> Entry:
 
 
 def flat_parameters(kernel: str, x: Tensor, default: Parameters) -> Parameters:
-    """Launch parameters of a ``kernel`` that sees ``x`` as one row: an override's, its GPU's, or the kernel's own."""
+    """Return the launch size of a ``kernel`` that reads ``x`` as one row: override, GPU's table, or ``default``."""
     key = f"{str(x.dtype).removeprefix('torch.')}/flat"
     entry = tuned(kernel, key, x.device.index if x.device.type == "cuda" else None)
     return entry if isinstance(entry, Parameters) else default
@@ -211,7 +236,7 @@ _DEFAULT_MULTIPROCESSORS = 132
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Return how many multiprocessors (compute units) the device has."""
+    """Return the number of multiprocessors (AMD: compute units) of a device; an H200's 132 for a device without."""
     if device.type != "cuda":
         return _DEFAULT_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -222,19 +247,19 @@ _PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 def programs_that_fill(device: torch.device) -> int:
-    """Return how many programs of a reduction keep the device busy: more would only make more partial results."""
+    """Return how many programs of a reduction keep the device busy; more would only make more partial results."""
     return _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
 
 
 def warp_size(device: torch.device) -> int:
-    """Return lanes per warp. A meta tensor stands for one on the GPU that Triton compiles for."""
+    """Return the lanes per warp: 32, or 64 on AMD. For a meta tensor that of the GPU that Triton compiles for."""
     if device.type == "meta":
         return int(driver.active.get_current_target().warp_size)
     return 64 if device.type == "cuda" and torch.version.hip else 32
 
 
 class LaunchPlan(NamedTuple):
-    """The size of an elementwise launch over a view.
+    """The size of a launch with one program per tile of a view.
 
     Attributes:
         tile: what one program works on.
@@ -246,7 +271,7 @@ class LaunchPlan(NamedTuple):
 
 
 def plan(kernel: str, dtype: torch.dtype, view: View, device: torch.device) -> LaunchPlan:
-    """Return tile and grid for one program per tile."""
+    """Return tile and number of programs for a ``kernel`` with one program per tile of ``view``."""
     return _plan(overridden(kernel), kernel, dtype, view, device, warp_size(device))
 
 
@@ -260,5 +285,5 @@ def _plan(
 
 
 def device_guard(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which ``x``'s device is the current one, on which Triton launches."""
+    """Return a context in which ``x``'s GPU is torch's current device, on which Triton launches; nothing for a CPU."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

@@ -1,6 +1,7 @@
-"""How kernels see a tensor: three dimensions (outer, rows, cols) by strides, never by copying where strides allow.
+"""How kernels see a tensor: as three dimensions (outer, rows, cols) with strides.
 
-Plain integers in, plain integers out, so that sizes beyond any memory can be checked without allocating.
+A tensor is copied only if its strides don't allow such a view. Functions take plain integers (shapes and strides, in
+elements) and return plain integers, so that sizes beyond any memory can be tested without allocating.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ _KNOWN_ALIGNMENT = 16
 
 
 class View(NamedTuple):
-    """Up to three dimensions that address every element of one or more tensors of one shape.
+    """Three dimensions (outer, rows, cols) that address every element of one or more tensors of one shape.
 
     Attributes:
         sizes: (outer, rows, cols); unused leading dimensions are 1.
         strides: one (outer, row, col) triple per tensor, in elements.
-        channel: index into ``sizes`` of the dimension that carries the channels, or None.
-        wide: some index or offset may pass 2^31, so that kernels compute them in 64 bits.
+        channel: index into ``sizes`` of the dimension with the channels; None: no channel axis, or one of length 1.
+        wide: whether an index or offset may pass 2^31, so that kernels compute them in 64 bits.
     """
 
     sizes: tuple[int, int, int]
@@ -44,7 +45,7 @@ class View(NamedTuple):
 
     @property
     def same_strides(self) -> bool:
-        """Whether one offset addresses an element in every tensor."""
+        """Whether all tensors have the same strides, so that one offset addresses an element in each of them."""
         return all(triple == self.strides[0] for triple in self.strides)
 
     @property
@@ -54,7 +55,10 @@ class View(NamedTuple):
 
     @property
     def alignment(self) -> int:
-        """Power of two up to 8 that rows and their starts are multiples of; 1 where a compiler knows more by itself."""
+        """Largest power of two, up to 8, that divides the columns and all strides of outer and rows.
+
+        1 if columns are not contiguous, or if all are multiples of 16, which Triton's compiler finds out by itself.
+        """
         steps = [step for triple in self.strides for step in triple[:2]]
         common = math.gcd(self.sizes[2], *steps)
         if common % _KNOWN_ALIGNMENT == 0 or any(triple[2] != 1 for triple in self.strides):
@@ -62,7 +66,7 @@ class View(NamedTuple):
         return common & -common
 
     def constants(self, tile: Tile, grid: LaunchGrid) -> dict[str, Any]:
-        """Return the constants of a kernel that takes one tile of this view at a time, and its options."""
+        """Return keyword arguments (constants, ``num_warps``) of a kernel with one program per tile of this view."""
         return {
             "CHANNEL": self.channel,
             "ROWS": tile.rows,
@@ -75,12 +79,12 @@ class View(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """The part of a view that one program works on.
+    """The part of a view that one program works on at a time.
 
     Attributes:
         rows: a power of two.
         cols: a power of two.
-        warps: groups of lanes that share the tile, Triton's ``num_warps``.
+        warps: warps of the program, Triton's ``num_warps``.
     """
 
     rows: int
@@ -89,11 +93,11 @@ class Tile(NamedTuple):
 
 
 class LaunchGrid(NamedTuple):
-    """How many programs a launch has.
+    """How many programs a launch has along each axis.
 
     Attributes:
-        programs: along each axis.
-        first: the dimension of the view along the first axis, whose length GPUs don't limit.
+        programs: along axes 0, 1 and 2 of the launch.
+        first: the dimension of the view on axis 0, the only one that may have more than 65535 programs.
     """
 
     programs: tuple[int, int, int]
@@ -102,7 +106,7 @@ class LaunchGrid(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int | None) -> View | None:
-    """Fold ``shape`` into at most three dimensions on which every tensor has one stride each.
+    """Merge the dimensions of tensors of one shape into at most three, on which each tensor has one stride.
 
     Dimensions are ordered by the stride of the last tensor (the output), so that a dense tensor becomes one dimension
     in memory order, whatever its memory format. Neighbours merge where all tensors allow it; the channel axis never
@@ -115,7 +119,7 @@ def view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int
         axis: the channel axis (may be negative), or None.
 
     Returns:
-        The view, or None where more than three dimensions remain: some tensor must be copied first.
+        The view; None if more than three dimensions remain, so that some tensor must be copied first.
     """
     axis = None if axis is None else axis % len(shape)
     order = [d for d in range(len(shape)) if shape[d] != 1]
@@ -139,15 +143,15 @@ def view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int
 
 
 def is_wide(extent: int) -> bool:
-    """Whether indices or offsets up to ``extent``, and those of lanes beyond, need 64 bits."""
+    """Whether offsets up to ``extent`` (in elements) need 64 bits; a margin below 2^31 covers lanes past the end."""
     return extent >= _WIDE_EXTENT
 
 
 def dense_view(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], axis: int | None) -> View:
-    """Compute :func:`view` of tensors that share a dense layout: at most three dimensions around the channel axis.
+    """Return the :func:`view` of tensors that all have the same dense strides, which always have one.
 
     Raises:
-        ValueError: strides that differ, or leave gaps where they can't be folded.
+        ValueError: the strides differ, or leave gaps.
     """
     seen = view(shape, strides, axis)
     if seen is None:
@@ -164,11 +168,13 @@ def _extent(sizes: tuple[int, int, int], strides: Sequence[tuple[int, int, int]]
 def tile_shape(sizes: tuple[int, int, int], elements: int, max_cols: int) -> tuple[int, int]:
     """Return rows and columns of a tile of about ``elements`` elements: as wide as padding allows, then as tall.
 
+    ``(1, 1, 5000)`` with 4096 elements gives a tile of 1 × 1024: five of them pad 5000 columns by 2 %.
+
     Args:
         sizes: (outer, rows, cols) of the view.
         elements: elements per tile, a power of two.
-        max_cols: widest tile to consider, a power of two. Narrow tiles suit channels along the columns: each program
-            then computes few reciprocal scales and uses each for many rows.
+        max_cols: widest tile to consider, a power of two. If channels lie along the columns, narrow tiles are better:
+            each program computes few reciprocal scales and uses each for many rows.
     """
     _, rows, cols = sizes
     widest = min(_power_of_two(cols), max_cols, elements)
@@ -184,10 +190,11 @@ def tile_shape(sizes: tuple[int, int, int], elements: int, max_cols: int) -> tup
 
 
 def launch_grid(programs: tuple[int, int, int]) -> LaunchGrid:
-    """Return columns on the first grid axis, rows on the second, outer on the third.
+    """Return the launch for numbers of programs along (outer, rows, cols): columns on axis 0, rows on 1, outer on 2.
 
-    Where rows or outer pass the limit of their axis they trade places with the columns. (A second dimension cannot pass
-    it as well: that would take over 2^32 tiles of a thousand elements.)
+    Axes 1 and 2 take 65535 programs at most. If rows or outer have more, they trade places with the columns, and
+    ``first`` says so. (A second dimension can't pass the limit as well: that would take over 2^32 tiles of a thousand
+    elements.)
 
     Args:
         programs: numbers of programs along (outer, rows, cols).
@@ -206,16 +213,16 @@ def launch_grid(programs: tuple[int, int, int]) -> LaunchGrid:
 
 
 def tile_counts(sizes: tuple[int, int, int], rows: int, cols: int) -> tuple[int, int, int]:
-    """Return tiles of (1, rows, cols) along each dimension."""
+    """Return how many tiles of (1, rows, cols) cover a view along each of its dimensions."""
     return sizes[0], -(-sizes[1] // rows), -(-sizes[2] // cols)
 
 
 class Split(NamedTuple):
-    """How a reduction is shared out among programs, along (outer, rows, cols).
+    """How a reduction is divided among programs, along (outer, rows, cols).
 
     Attributes:
-        share: elements of one program.
-        programs: how many programs there are.
+        share: elements of one program along each dimension, whole tiles.
+        programs: how many programs there are along each dimension.
     """
 
     share: tuple[int, int, int]
@@ -229,14 +236,14 @@ def split(
     target_programs: int,
     min_elements: int,
 ) -> Split:
-    """Cut a reduction over all dimensions but ``channel`` into programs of whole tiles.
+    """Divide a reduction over all dimensions but ``channel`` among programs; return the share and the number of each.
 
     Args:
         sizes: (outer, rows, cols).
-        channel: the dimension that is kept; each program takes one tile of it.
+        channel: the dimension that is not reduced; each program takes one tile of it. None: all are reduced.
         tile: tile size along each dimension (1 along outer).
         target_programs: how many programs fill the device.
-        min_elements: a program with fewer elements than this is not worth a second partial result.
+        min_elements: fewest elements that are worth another program and its partial result.
     """
     tiles = [-(-size // step) for size, step in zip(sizes, tile, strict=True)]
     kept = 1 if channel is None else tiles[channel]

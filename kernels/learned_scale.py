@@ -1,7 +1,8 @@
 """Learned scales: forward as fake quantization; backward two reads, one write, and a reduction in a fixed order.
 
-Each program sums its share per channel in registers and stores one partial result; a second, small kernel adds those in
-the order of their numbers: the same input gives the same bits. Functions here have the names and signatures of
+The *parameter* is what training learns: the scale, or the clipping level for method ``"pact"``. Each program sums its
+share per channel in registers and stores one partial result; a second, small kernel adds those in the order of their
+numbers, so the same input gives the same bits. Functions here have the names and signatures of
 `tritonq.reference.learned_scale`, their specification.
 """
 
@@ -32,7 +33,7 @@ def learned_terms(
     ROUNDING: tl.constexpr,
     METHOD: tl.constexpr,
 ):
-    """Return where the gradient passes, and what each value adds to the parameter's gradient per unit of dy.
+    """Return a mask of where the gradient of x passes, and d y / d parameter for each value, float32.
 
     Args:
         x: float32 block.
@@ -40,8 +41,8 @@ def learned_terms(
         zero_point: float32 integer, as ``parameter``, or the constant 0.
         QUANT_MIN: smallest code.
         QUANT_MAX: largest code.
-        ROUNDING: of ties; ``"torch"`` alone has a choice.
-        METHOD: see `tritonq.reference.learned_scale`.
+        ROUNDING: of ties; read by ``"torch"`` only.
+        METHOD: ``"torch"``, ``"megengine"``, ``"tqt"`` or ``"pact"``: see `tritonq.reference.learned_scale`.
     """
     if METHOD == "pact":
         return (x >= 0) & (x < parameter), (x >= parameter).to(tl.float32)
@@ -84,7 +85,11 @@ def learned_share(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Write dx for a share of the tensor; sums over its tiles, (ROWS, COLS): the parameter's terms, and dy outside."""
+    """Write dx of a share, and return two (ROWS, COLS) blocks of sums over its tiles.
+
+    The first is ``Σ dy · d y/d parameter``, the second the sum of dy where x lies outside of the codes (0 without
+    SHIFTS).
+    """
     of_parameter = tl.zeros([ROWS, COLS], tl.float32)
     of_shift = tl.zeros([ROWS, COLS], tl.float32)
     for outer in range(start[0], end[0]):
@@ -109,8 +114,8 @@ def learned_share(
 def learned_backward_kernel(
     dy_ptr,  # outer × rows × cols, by strides
     x_ptr,  # outer × rows × cols, by strides
-    dx_ptr,  # outer × rows × cols, by strides
-    partial_ptr,  # 2 × splits × channels float32: the parameter's gradient, Σ dy outside of the codes
+    dx_ptr,  # outer × rows × cols, by strides; written
+    partial_ptr,  # 2 × splits × channels float32, written: the parameter's gradient, Σ dy outside of the codes
     parameter_ptr,  # (channels,) float32, or one element
     zero_point_ptr,  # as parameter, int32; None stands for zero
     active_ptr,  # one element, uint8 or bool; 0 copies dy. None counts as 1
@@ -132,7 +137,7 @@ def learned_backward_kernel(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write dx for one share of one tile of channels, and its partial sums."""
+    """Write dx of one share, and its partial results of the gradients of parameter and zero point."""
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
     rounds = True
     if active_ptr is not None:
@@ -159,16 +164,16 @@ def learned_backward_kernel(
 @Launcher
 @triton.jit
 def add_partials_kernel(
-    partial_ptr,  # 2 × splits × channels float32
+    partial_ptr,  # 2 × splits × channels float32, of learned_backward_kernel
     scale_ptr,  # (channels,) float32
-    parameter_ptr,  # (channels,) float32, written
-    shift_ptr,  # (channels,) float32, written: -scale Σ dy outside of the codes
+    parameter_ptr,  # (channels,) float32, written: gradient of the parameter
+    shift_ptr,  # (channels,) float32, written: gradient of the zero point, -scale Σ dy over clipped values
     splits,
     channels,
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Add the partial results of CHANNELS channels in the order of their numbers."""
+    """Add the partial results of CHANNELS channels, in a fixed order, to the gradients of parameter and zero point."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
     of_parameter = tl.zeros([SPLITS, CHANNELS], tl.float32)
@@ -218,7 +223,10 @@ def clip_then_round_kernel(
 
 
 def learned_fake_quantize(x: Tensor, grid: Grid, method: str) -> Tensor:
-    """Fake quantize ``x``; strides of the result follow ``torch.empty_like``."""
+    """Return ``x`` rounded to a grid with a learned parameter; strides as ``torch.empty_like(x)``.
+
+    ``method`` is that of `tritonq.reference.learned_scale`. For ``"pact"`` ``grid.scale`` holds the clipping level.
+    """
     if method == "megengine" and grid.zero_point is not None:
         return _clip_then_round(x, grid)
     if method == "pact":
@@ -227,7 +235,10 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: str) -> Tensor:
 
 
 def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gradients of ``x``, the parameter and the zero point; the last two float32, shaped as ``grid.scale``."""
+    """Return the gradients of ``x``, of the parameter and of the zero point.
+
+    The last two are float32, shaped as ``grid.scale``; that of the zero point is of use for method ``"torch"`` only.
+    """
     dx = torch.empty_like(x)
     of_parameter, of_shift = (torch.zeros_like(grid.scale, dtype=torch.float32) for _ in range(2))
     if dx.numel() == 0:
@@ -267,7 +278,7 @@ def learned_fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, method: st
 
 
 def _clip_then_round(x: Tensor, grid: Grid) -> Tensor:
-    """Return MegEngine's order of clipping and rounding, which matters where there is a zero point."""
+    """Return ``x`` rounded in MegEngine's order, clip before round, which differs for ties if there is a zero point."""
     y = torch.empty_like(x)
     if y.numel() == 0:
         return y

@@ -1,8 +1,8 @@
 """Running ranges: one read of the batch; the range, its scale and its zero point never leave the device.
 
-Two stages in a fixed order and no floating-point atomics: the same input gives the same bits. Where one program sees
-the whole of a channel it finishes by itself, in the same launch. Functions here have the names, signatures and results
-of `tritonq.reference.min_max`, their specification.
+Two stages in a fixed order and no floating-point atomics: the same input gives the same bits. If one program reads the
+whole of a channel, it also updates the range, in the same launch (SINGLE). Functions here have the names, signatures
+and results of `tritonq.reference.min_max`, their specification.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ def scan_min_max(
     COLS: tl.constexpr,
     FINITE_ONLY: tl.constexpr,
 ):
-    """Return elementwise minimum and maximum over the tiles of a share, (ROWS, COLS) each, and the values skipped.
+    """Return minimum and maximum over the tiles of a share, (ROWS, COLS) each, and the number of values left out.
 
-    Without FINITE_ONLY nothing is skipped and NaN propagates: two instructions per element.
+    With FINITE_ONLY NaN and infinities are left out. Without it nothing is, and NaN propagates, which costs two
+    instructions per element.
     """
     low = tl.full([ROWS, COLS], INF, tl.float32)
     high = tl.full([ROWS, COLS], -INF, tl.float32)
@@ -75,23 +76,28 @@ def scan_min_max(
 @triton.jit
 def update_range(
     low,  # (n,) float32, a batch's minima; +inf where it had no finite value
-    high,  # (n,)
+    high,  # (n,) float32, a batch's maxima; -inf where it had no finite value
     channel,  # (n,) channel numbers
     valid,  # (n,) which of them exist
     min_ptr,  # (channels,) float32, updated in place
     max_ptr,  # (channels,) float32, updated in place
     scale_ptr,  # (channels,) float32, or None
     zero_point_ptr,  # (channels,) int32, or None: the type fixes it, and nobody keeps it
-    averaging_constant,  # float, or None for a running minimum and maximum
-    eps,
-    QUANT_MIN: tl.constexpr,
-    QUANT_MAX: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    FIXED_ZERO_POINT: tl.constexpr,
-    RULE: tl.constexpr,
-    COPY_ABOVE: tl.constexpr,
+    averaging_constant,  # weight of the new batch; None for a running minimum and maximum
+    eps,  # smallest scale
+    QUANT_MIN: tl.constexpr,  # smallest code
+    QUANT_MAX: tl.constexpr,  # largest code
+    SYMMETRIC: tl.constexpr,  # whether the type has a symmetric range
+    FIXED_ZERO_POINT: tl.constexpr,  # the zero point that the type fixes, or None
+    RULE: tl.constexpr,  # "torch", "torch_v1" or "megengine": how a range becomes scale and zero point
+    COPY_ABOVE: tl.constexpr,  # growth from which on the batch's range replaces the running one, or None
 ):
-    """Merge a batch's range into the running one and write the qparams that follow."""
+    """Merge a batch's range into the running one, and write the scale and zero point that follow.
+
+    Running extremes without ``averaging_constant``; else ``running + constant · (batch - running)``. The first batch,
+    and one whose magnitude is more than COPY_ABOVE times the running one (or less than 1/100 of it), replaces the
+    range.
+    """
     min_val = tl.load(min_ptr + channel, mask=valid, other=INF)
     max_val = tl.load(max_ptr + channel, mask=valid, other=-INF)
     if averaging_constant is None:
@@ -147,14 +153,14 @@ def observe_kernel(
     RULE: tl.constexpr,
     COPY_ABOVE: tl.constexpr,
     CHANNEL: tl.constexpr,
-    SINGLE: tl.constexpr,
+    SINGLE: tl.constexpr,  # one program reads the whole of a channel
     AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Reduce one share of one tile of channels; with SINGLE also update the range."""
+    """Write the smallest and largest finite value of one share per channel; with SINGLE update the range instead."""
     if enabled_ptr is not None and tl.load(enabled_ptr) == 0:
         return
     start, end, split = share_bounds(sizes, share, split_strides, FIRST, WIDE)
@@ -217,7 +223,7 @@ def finish_kernel(
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Reduce the partial results of CHANNELS channels and update their range."""
+    """Reduce the partial results of CHANNELS channels, and update their running ranges."""
     if enabled_ptr is not None and tl.load(enabled_ptr) == 0:
         return
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -235,7 +241,15 @@ def finish_kernel(
 
 
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return smallest and largest finite value of ``x``, or of each channel, and how many values are not finite."""
+    """Return the smallest and the largest finite value of ``x``, and how many values are not finite.
+
+    Args:
+        x: any float dtype.
+        axis: that of the channels; None: all values together.
+
+    Returns:
+        float32 0-d or (channels,), twice; int64 0-d. A channel without finite values has the range +inf .. -inf.
+    """
     shape = () if axis is None else (x.shape[axis],)
     low = torch.full(shape, torch.inf, dtype=torch.float32, device=x.device)
     high = torch.full(shape, -torch.inf, dtype=torch.float32, device=x.device)
@@ -245,7 +259,10 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
 
 
 def observe(x: Tensor, statistics: RangeStatistics, grid: Grid | None = None) -> None:
-    """Update a running range with ``x``, and the grid that follows from it, in place on the device."""
+    """Update a running range with ``x``, and the scale and zero point of ``grid`` that follow, in place on the device.
+
+    A frozen range (``statistics.frozen``) stays as it is; without ``grid`` only the range is updated.
+    """
     if statistics.frozen:
         return
     scale, zero_point, constants = None, None, NO_RANGE
@@ -266,7 +283,16 @@ def _observe(
     enabled: Tensor | None,
     constants: dict[str, Any],
 ) -> None:
-    """Launch one kernel, or two where a channel is shared between programs."""
+    """Launch one kernel, or a second one if several programs share a channel.
+
+    Args:
+        x: the batch.
+        axis: that of the channels, or None.
+        state: minimum, maximum, scale, zero point (or None), averaging constant and eps, as the kernels take them.
+        nonfinite_count: int64, grows by the values that are left out.
+        enabled: the switch, or None for on.
+        constants: of the rule: see :func:`tritonq.kernels.quantized.range_constants`.
+    """
     x, seen = viewed(x, axis)
     if seen.channels == 0:
         return

@@ -1,7 +1,7 @@
 """Operations of one or two values, their derivatives, and the loads of operands, as device functions.
 
-Nothing here uses libdevice, which Triton's interpreter has not: the one approximation of the hardware is that of the
-exponential. Functions are those of `tritonq.reference.functions`, by name; results agree but for the last bits.
+The names of functions are those of `tritonq.reference.functions`; results agree except for the last bits. Nothing here
+uses libdevice, which Triton's interpreter lacks; only the exponential is the hardware's approximation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ _SIXTH = tl.constexpr(0.16666666666666666)
 
 @triton.jit
 def load_operand(ptr, offsets, mask, other, scale_ptr, shift_ptr):
-    """Return values as float32: as stored, or from codes where they lie on a grid: ``(code - shift) * scale``."""
+    """Load a block as float32: the values as stored, or ``(code - shift) · scale`` with ``scale_ptr``.
+
+    Args:
+        ptr: values of any float dtype, or integer codes.
+        offsets: of the block's elements.
+        mask: which of them exist.
+        other: what the others count as.
+        scale_ptr: one float32; None: the tensor holds values.
+        shift_ptr: one number; None stands for zero.
+    """
     value = tl.load(ptr + offsets, mask=mask, other=other).to(tl.float32)
     if scale_ptr is not None:
         if shift_ptr is not None:
@@ -31,7 +40,10 @@ def load_operand(ptr, offsets, mask, other, scale_ptr, shift_ptr):
 
 @triton.jit
 def operate(a, b, OPERATION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """Return ``a + b``, ``a * b``, ``a``, or a function of ``a`` with up to two arguments, as OPERATION names it."""
+    """Return ``a + b`` ("add"), ``a * b`` ("mul"), ``a`` ("none"), or a function of ``a``, as OPERATION names it.
+
+    FIRST and SECOND are the numbers of that function (the slope of "leaky_relu"), None if it has none.
+    """
     if OPERATION == "none":
         return a
     elif OPERATION == "add":
@@ -44,7 +56,10 @@ def operate(a, b, OPERATION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.const
 
 @triton.jit
 def function_value(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """Return the function of float32 values. NaN stays NaN."""
+    """Return a function of float32 values, such as "sigmoid" or "silu"; NaN stays NaN.
+
+    FIRST and SECOND are its numbers: the slope of "leaky_relu", for example. None if it has none.
+    """
     if FUNCTION == "sigmoid":
         return _sigmoid(x)
     elif FUNCTION == "tanh":
@@ -89,7 +104,7 @@ def function_value(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.co
 
 @triton.jit
 def function_derivative(x, FUNCTION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """Return the derivative of :func:`function_value`."""
+    """Return the derivative of :func:`function_value` at ``x``, for the same FUNCTION and numbers."""
     if FUNCTION == "sigmoid":
         y = _sigmoid(x)
         return y * (1.0 - y)
@@ -158,7 +173,7 @@ def _tanh(x):
 
 @triton.jit
 def _softplus(x):
-    """Return ``log(1 + exp(x))``: the logarithm by the series of the inverse hyperbolic tangent, up to 1/3."""
+    """Return ``log(1 + exp(x))``; the logarithm is a series of the inverse hyperbolic tangent, up to 1/3."""
     power = tl.exp(-tl.abs(x))
     ratio = tl.div_rn(power, 2.0 + power)
     square = ratio * ratio
@@ -174,10 +189,7 @@ def _softplus(x):
 
 @triton.jit
 def _erf(x):
-    """Return error function, by the quotient of two polynomials that Eigen and XLA use.
-
-    The last three bits may differ.
-    """
+    """Return the error function of ``x`` by the polynomials of Eigen and XLA; the last 3 bits may differ."""
     x = tl.maximum(x, -4.0, propagate_nan=tl.PropagateNan.ALL)
     x = tl.minimum(x, 4.0, propagate_nan=tl.PropagateNan.ALL)
     square = x * x

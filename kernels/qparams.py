@@ -1,4 +1,4 @@
-"""A range's scale and zero point on the device: `tritonq.qparams.range_to_qparams`, bit for bit."""
+"""Scale and zero point of a range, computed on the device: `tritonq.qparams.range_to_qparams`, bit for bit."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _ROUNDER64 = tl.constexpr(6755399441055744.0)
 def range_to_qparams(
     min_val,
     max_val,
-    eps,
-    QUANT_MIN: tl.constexpr,
-    QUANT_MAX: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    FIXED_ZERO_POINT: tl.constexpr,
-    RULE: tl.constexpr,
+    eps,  # smallest scale
+    QUANT_MIN: tl.constexpr,  # smallest code
+    QUANT_MAX: tl.constexpr,  # largest code
+    SYMMETRIC: tl.constexpr,  # whether the range is made symmetric; read by "torch_v1"
+    FIXED_ZERO_POINT: tl.constexpr,  # the zero point that the type fixes; None: it is computed
+    RULE: tl.constexpr,  # "torch", "torch_v1" or "megengine": see `tritonq.qparams`
 ):
-    """Return scale (float32) and zero point (int32) of the range ``min_val`` .. ``max_val`` (float32 blocks).
+    """Return scale (float32) and zero point (int32) of the ranges ``min_val`` to ``max_val`` (float32 blocks).
 
-    A range that is empty or not finite gives scale 1 and the type's zero.
+    The range is first widened to contain 0. One that is empty or not finite gives scale 1 and the type's zero point.
     """
     observed = (min_val <= max_val) & (tl.abs(min_val) < float("inf")) & (tl.abs(max_val) < float("inf"))
     low = tl.minimum(tl.where(observed, min_val, 0.0), 0.0)
@@ -62,7 +62,11 @@ def _linear_qparams(
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
 ):
-    """Return torch.ao's observer rule and MegEngine's, float32."""
+    """Return scale and zero point by the rules "torch" (torch.ao's observers) and "megengine", as float32.
+
+    With a fixed zero point ``scale = max(-low, high) / (codes / 2)``. Else ``scale = (high - low) / codes`` and
+    ``zero_point = QUANT_MIN - round(low / scale)``; ``codes = QUANT_MAX - QUANT_MIN``.
+    """
     codes: tl.constexpr = QUANT_MAX - QUANT_MIN
     if FIXED_ZERO_POINT is not None:
         scale = tl.maximum(tl.div_rn(tl.maximum(-low, high), tl.full(low.shape, codes / 2, tl.float32)), eps)
@@ -79,7 +83,7 @@ def _linear_qparams(
 
 @triton.jit
 def _torch_v1_qparams(low, high, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Return scale and zero point as torch's fused moving-average operator computes them, in float64."""
+    """Return scale and zero point, float32, as torch's fused moving-average operator computes them in float64."""
     low = low.to(tl.float64)
     high = high.to(tl.float64)
     codes: tl.constexpr = QUANT_MAX - QUANT_MIN

@@ -1,4 +1,7 @@
-"""Quantized types and grids as launchers read them: the attributes of the classes in `tritonq.qparams` and `.grid`."""
+"""What launchers read of quantized types and grids: protocols with attributes of tritonq's classes of these names.
+
+Kernels import nothing of tritonq, so they can't name those classes.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from torch import Tensor
 
 
 class FloatFormat(Protocol):
-    """See `tritonq.formats.FloatFormat`."""
+    """What kernels read of a small float format, :class:`tritonq.formats.FloatFormat`."""
 
     @property
     def mantissa_bits(self) -> int:
-        """Width of the mantissa."""
+        """Number of mantissa bits, without the implicit one."""
 
     @property
     def least_exponent(self) -> int:
@@ -29,15 +32,15 @@ class FloatFormat(Protocol):
 
     @property
     def overflow(self) -> float:
-        """The number that would follow the largest."""
+        """The number that would follow the largest; magnitudes that round to it block the gradient."""
 
 
 class BlockFormat(Protocol):
-    """See `tritonq.formats.BlockFormat`."""
+    """What kernels read of a format of blocks with a scale each, :class:`tritonq.formats.BlockFormat`."""
 
     @property
     def element_format(self) -> FloatFormat:
-        """The elements' format."""
+        """Float format of the elements."""
 
     @property
     def size(self) -> int:
@@ -45,11 +48,11 @@ class BlockFormat(Protocol):
 
     @property
     def scale_rounding(self) -> str:
-        """``"floor"`` or ``"ceil"``."""
+        """How a power-of-two scale is rounded: ``"floor"`` or ``"ceil"``."""
 
 
 class QuantizedType(Protocol):
-    """See `tritonq.quantized_type.QuantizedType`."""
+    """What kernels read of the codes of a grid, :class:`tritonq.quantized_type.QuantizedType`."""
 
     @property
     def quant_min(self) -> int:
@@ -61,19 +64,19 @@ class QuantizedType(Protocol):
 
     @property
     def axis(self) -> int | None:
-        """Axis that scales run along, or None."""
+        """Axis along which scales differ; None: one scale."""
 
     @property
     def symmetric(self) -> bool:
-        """Whether the type fixes the zero point."""
+        """Whether ranges are symmetric about 0, so that the zero point is fixed."""
 
     @property
     def fixed_zero_point(self) -> int | None:
-        """The zero point that the type fixes, or None."""
+        """The zero point that the type fixes; None: it follows from the range."""
 
     @property
     def rounding(self) -> str:
-        """``"half_even"`` or ``"half_away"``."""
+        """How ties are rounded: ``"half_even"`` or ``"half_away"``."""
 
     @property
     def float_format(self) -> FloatFormat | None:
@@ -81,7 +84,7 @@ class QuantizedType(Protocol):
 
 
 class Grid(Protocol):
-    """See `tritonq.grid.Grid`."""
+    """What kernels read of a grid, :class:`tritonq.grid.Grid`: scale, zero point, codes and switch."""
 
     @property
     def scale(self) -> Tensor:
@@ -89,49 +92,49 @@ class Grid(Protocol):
 
     @property
     def zero_point(self) -> Tensor | None:
-        """int32, as the scale; None stands for zero."""
+        """int32, shaped as the scale; None stands for zero."""
 
     @property
     def qtype(self) -> QuantizedType:
-        """Codes, axis and rounding."""
+        """The quantized type: range of codes, axis and rounding."""
 
     @property
     def enabled(self) -> Tensor | None:
-        """One element; 0 passes values through. None: always on."""
+        """The switch: one element, 0 passes values through unrounded. None: always on."""
 
     def with_buffers(self, scale: Tensor, zero_point: Tensor | None, enabled: Tensor | None) -> Grid:
-        """Return a grid of the same type with other tensors."""
+        """Return a grid of the same type with these tensors as scale, zero point and switch."""
 
     def with_scale(self, scale: Tensor) -> Grid:
-        """Return the grid with another scale."""
+        """Return the same grid with another scale."""
 
 
 class Function(Protocol):
-    """See `tritonq.reference.functions.Function`."""
+    """What kernels read of a function of one tensor, :class:`tritonq.reference.functions.Function`."""
 
     @property
     def name(self) -> str:
-        """Which function."""
+        """Name of the function, such as ``"silu"``."""
 
     @property
     def arguments(self) -> tuple[float, ...]:
-        """Numbers that it takes beside the tensor, at most two."""
+        """Numbers that the function takes beside the tensor, at most two: ``(0.1,)`` for a leaky ReLU."""
 
 
 class Granularity(Protocol):
-    """See `tritonq.granularity.Granularity`."""
+    """What kernels read of which elements share a range, :class:`tritonq.granularity.Granularity`."""
 
     @property
     def axis(self) -> int | None:
-        """Axis that ranges run along, or None."""
+        """Axis along which ranges differ; None: one range."""
 
 
 class RangeStatistics(Protocol):
-    """See `tritonq.grid.RangeStatistics`."""
+    """What kernels read of an observer's running range, :class:`tritonq.grid.RangeStatistics`."""
 
     @property
     def min_val(self) -> Tensor:
-        """float32: 0-d or (channels,)."""
+        """Smallest value observed, float32: 0-d or (channels,)."""
 
     @property
     def max_val(self) -> Tensor:
@@ -139,7 +142,7 @@ class RangeStatistics(Protocol):
 
     @property
     def nonfinite_count(self) -> Tensor:
-        """int64, 0-d."""
+        """Number of values observed that were not finite: int64, 0-d."""
 
     @property
     def granularity(self) -> Granularity:
@@ -147,27 +150,27 @@ class RangeStatistics(Protocol):
 
     @property
     def enabled(self) -> Tensor | None:
-        """One element; 0 leaves the range as it is. None: always on."""
+        """The switch: one element, 0 leaves the range as it is. None: always on."""
 
     @property
     def frozen(self) -> bool:
-        """Whether the range is only read."""
+        """Whether the range is only read, whatever the switch says."""
 
     @property
     def averaging_constant(self) -> float | None:
-        """Weight of the new batch; None keeps running extremes."""
+        """Weight of a new batch in the moving average; None keeps the extremes of all batches."""
 
     @property
     def copy_above(self) -> float | None:
-        """Growth from which on a batch's range is copied, or None."""
+        """A batch of more than this many times the running magnitude replaces the range; None: none does."""
 
     @property
     def rule(self) -> str:
-        """How a range becomes scale and zero point."""
+        """How a range becomes scale and zero point: ``"torch"``, ``"torch_v1"`` or ``"megengine"``."""
 
     @property
     def eps(self) -> float:
-        """Floor under the scale."""
+        """Smallest scale."""
 
     @property
     def has_data(self) -> bool:
@@ -182,7 +185,7 @@ NO_RANGE: dict[str, Any] = {
 
 
 def grid_pointers(grid: Grid | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return scale, zero point and switch as kernels load them, without gaps; None for what there is not."""
+    """Return ``(scale, zero_point, switch)`` of a grid as contiguous tensors; None for each that it lacks."""
     if grid is None:
         return None, None, None
     zero_point = grid.zero_point
@@ -190,10 +193,10 @@ def grid_pointers(grid: Grid | None) -> tuple[Tensor | None, Tensor | None, Tens
 
 
 def grid_constants(grid: Grid | None) -> dict[str, Any]:
-    """Return the constants of a kernel that rounds to the grid; placeholders without one.
+    """Return QUANT_MIN, QUANT_MAX and ROUNDING of a kernel that rounds to the grid; placeholders if it is None.
 
     Raises:
-        NotImplementedError: float codes, to which only the kernels of `tritonq.kernels.fake_quant` round.
+        NotImplementedError: the grid has float codes, which only the kernels of `tritonq.kernels.fake_quant` round to.
     """
     if grid is None:
         return {"QUANT_MIN": 0, "QUANT_MAX": 1, "ROUNDING": "half_even"}
@@ -203,7 +206,7 @@ def grid_constants(grid: Grid | None) -> dict[str, Any]:
 
 
 def float_constants(number: FloatFormat | None) -> dict[str, Any]:
-    """Return the constants of kernels that round to floats; None for each where codes are integers."""
+    """Return MANTISSA_BITS, LEAST_EXPONENT, LARGEST and OVERFLOW of a float format; None for each if it is None."""
     if number is None:
         return {"MANTISSA_BITS": None, "LEAST_EXPONENT": None, "LARGEST": None, "OVERFLOW": None}
     return {
@@ -215,12 +218,12 @@ def float_constants(number: FloatFormat | None) -> dict[str, Any]:
 
 
 def switch_of(grid: Grid) -> Tensor:
-    """Return the switch of a grid, for kernels that need one."""
+    """Return the switch of a grid; a tensor with a one if it has none, for kernels that need a switch."""
     return torch.ones(1, dtype=torch.uint8, device=grid.scale.device) if grid.enabled is None else grid.enabled
 
 
 def observing_switch(statistics: RangeStatistics | None) -> Tensor | None:
-    """Return the switch of a range that kernels update; None where they don't."""
+    """Return the switch of a running range (a tensor with a one if it has none); None if it is not to be updated."""
     if statistics is None or statistics.frozen:
         return None
     if statistics.enabled is None:
@@ -229,12 +232,15 @@ def observing_switch(statistics: RangeStatistics | None) -> Tensor | None:
 
 
 def has_data(statistics: RangeStatistics | None) -> bool:
-    """Whether a grid is known to rest on observed values; if not, its range tells."""
+    """Whether the host knows that a grid's range has data, or the grid has no range; if not, kernels read the range."""
     return statistics is None or statistics.has_data
 
 
 def range_constants(grid: Grid | None, statistics: RangeStatistics | None) -> dict[str, Any]:
-    """Return what the range rule compiles to; placeholders where nothing is observed."""
+    """Return the constants of the rule that turns a range into qparams; placeholders if nothing is observed.
+
+    They are QUANT_MIN, QUANT_MAX, SYMMETRIC, FIXED_ZERO_POINT, RULE and COPY_ABOVE.
+    """
     if grid is None or statistics is None or statistics.frozen:
         return NO_RANGE
     qtype = grid.qtype

@@ -1,7 +1,8 @@
-"""Reductions over all dimensions but the channels: how programs share one, and what joins their partial results.
+"""Reductions over all dimensions but the channels: how programs divide the work, and what joins their results.
 
-A program takes one share of an (outer, rows, cols) view and stores one partial result per channel; a second, small
-kernel joins those in the order of their numbers. The device functions are in `tritonq.kernels.channel_tiles`.
+A program reads one *share* of an (outer, rows, cols) view, a box of whole tiles, and stores one partial result per
+channel. A second, small kernel joins the partial results in the order of their numbers. The device functions are in
+`tritonq.kernels.channel_tiles`.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ _JOINED_CHANNELS = 8
 
 
 class Reduction(NamedTuple):
-    """How programs share a reduction.
+    """How programs divide a reduction.
 
     Attributes:
         view: of the tensor.
         tile: what a program reads at a time.
         share: elements that a program takes along each dimension of the view: whole tiles.
         grid: programs of the first kernel.
-        split_strides: of the partial results' first axis over program numbers along each dimension.
+        split_strides: factors of the program numbers along each dimension; their sum of products is the number of the
+            partial result.
         splits: partial results per channel.
     """
 
@@ -51,16 +53,19 @@ class Reduction(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Channels of the view; a channel axis of length 1 leaves a view without channels: one result, as for none."""
+        """Number of channels; 1 without a channel axis, or with one of length 1."""
         return self.view.channels
 
     @property
     def arguments(self) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int], int, int]:
-        """The arguments ``sizes, share, split_strides, splits, channels`` of kernels."""
+        """The arguments ``sizes, share, split_strides, splits, channels`` of the first kernel."""
         return self.view.sizes, self.share, self.split_strides, self.splits, self.channels
 
     def ahead(self, reads: int = 1) -> tuple[int, int, int]:
-        """Return tiles along (outer, rows, cols) that a program loads at a time, of each of ``reads`` tensors."""
+        """Return how many tiles along (outer, rows, cols) a program loads at a time: a *block*.
+
+        The product is four at most, and less for kernels that read several tensors (``reads``).
+        """
         room, ahead = TILES_AHEAD // reads, [1, 1, 1]
         for d, step in ((2, self.tile.cols), (1, self.tile.rows), (0, 1)):
             while room > 1 and 2 * ahead[d] * step <= self.share[d]:
@@ -68,7 +73,7 @@ class Reduction(NamedTuple):
         return ahead[0], ahead[1], ahead[2]
 
     def blocks(self, reads: int = 1) -> int:
-        """Return how many blocks of :meth:`ahead` tiles make a share; none where the tensor is empty."""
+        """Return how many blocks of :meth:`ahead` tiles a share has; 0 for an empty tensor."""
         if 0 in self.view.sizes:
             return 0
         steps = zip(self.share, self.ahead(reads), (1, self.tile.rows, self.tile.cols), strict=True)
@@ -76,21 +81,21 @@ class Reduction(NamedTuple):
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Constants and options of the first kernel."""
+        """Constants and launch options of the first kernel."""
         return self.view.constants(self.tile, self.grid)
 
     def partial(self, results: int, device: torch.device) -> Tensor:
-        """Return memory for partial results: float32, (results, splits, channels)."""
+        """Return uninitialised memory for partial results: float32 (results, splits, channels)."""
         return torch.empty((results, self.splits, self.channels), dtype=torch.float32, device=device)
 
     @property
     def joining_programs(self) -> tuple[int]:
-        """Programs of the second kernel: each joins the partial results of CHANNELS channels."""
+        """The launch of the second kernel: a tuple of its number of programs, one for every CHANNELS channels."""
         return (triton.cdiv(self.channels, self.joining_constants["CHANNELS"]),)
 
     @property
     def joining_constants(self) -> dict[str, Any]:
-        """Constants and options of the second kernel."""
+        """Constants and launch options of the second kernel."""
         channels = min(triton.next_power_of_2(self.channels), _JOINED_CHANNELS)
         return {
             "SPLITS": min(triton.next_power_of_2(self.splits), _JOINED_ELEMENTS // channels),
@@ -101,7 +106,10 @@ class Reduction(NamedTuple):
 
 
 def viewed(x: Tensor, axis: int | None) -> tuple[Tensor, View]:
-    """Return ``x`` and its view, or a contiguous copy and its view where the strides of ``x`` allow none."""
+    """Return ``x`` and its view; a contiguous copy of ``x`` and that copy's view if its strides allow none.
+
+    ``axis`` is that of the channels, or None.
+    """
     seen = view(x.shape, (x.stride(),), axis)
     if seen is not None:
         return x, seen
@@ -110,14 +118,14 @@ def viewed(x: Tensor, axis: int | None) -> tuple[Tensor, View]:
 
 
 def plan_reduction(x: Tensor, seen: View) -> Reduction:
-    """Share the reduction of a tensor with this view out to the programs of its device."""
+    """Return how the programs of ``x``'s device divide a reduction of ``x``, whose view is ``seen``."""
     shares: Reduction = planned_reduction(x.dtype, seen, x.device, warp_size(x.device))
     return shares
 
 
 @planned("min_max")
 def planned_reduction(dtype: torch.dtype, seen: View, device: torch.device, warp_size: int) -> Reduction:
-    """Compute :func:`plan_reduction` by what it depends on."""
+    """Compute :func:`plan_reduction` from dtype, view, device and warp size, and remember it."""
     chosen = parameters("min_max", dtype, seen, device)
     rows, cols = tile_shape(seen.sizes, min(chosen.elements, _MAX_BYTES // dtype.itemsize), chosen.max_cols)
     parts = split(seen.sizes, seen.channel, (1, rows, cols), programs_that_fill(device), _MIN_ELEMENTS_PER_PROGRAM)

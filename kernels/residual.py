@@ -1,6 +1,8 @@
 """Residual joins: two reads of both inputs, one write, and one bit per element for the backward.
 
-Functions here have the names, signatures and results of `tritonq.reference.residual`, their specification.
+A *residual join* is ``FQ(relu?(a + b))``. The bit says whether the gradient passes; eight *planes* of the tensor have
+one bit each of a byte (`tritonq.kernels.rounded`). Functions here have the names, signatures and results of
+`tritonq.reference.residual`, their specification.
 """
 
 from __future__ import annotations
@@ -24,15 +26,15 @@ _BACKWARD = Parameters(elements=PLANES * 1024, max_cols=1024, warps=4)
 @triton.jit
 def join_backward_kernel(
     dy_ptr,  # (n,)
-    mask_ptr,  # (plane,) uint8
-    g_ptr,  # (n,)
+    mask_ptr,  # (plane,) uint8: bit b of byte i belongs to element b · plane + i
+    g_ptr,  # (n,), written
     n,
-    plane,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    plane,  # bytes of the mask
+    ROWS: tl.constexpr,  # planes: bits of a byte
+    COLS: tl.constexpr,  # bytes of the mask per program
     WIDE: tl.constexpr,
 ):
-    """Write ``dy`` where its bit is set, else 0."""
+    """Write ``dy`` for elements whose bit of the mask is set, else 0."""
     program = tl.program_id(0)
     at = (program.to(tl.int64) if WIDE else program) * COLS + tl.arange(0, COLS)
     byte = tl.load(mask_ptr + at, mask=at < plane, other=0).to(tl.int32)
@@ -46,7 +48,7 @@ def join_backward_kernel(
 def forward(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``FQ(relu?(a + b))``, dense, and the mask of the gradient."""
+    """Return ``FQ(relu?(a + b))`` as a dense tensor, and the mask of where the gradient passes, one bit per element."""
     y = torch.empty_like(a)
     mask = mask_like(y)
     write_rounded((laid_out_as(y, a), laid_out_as(y, b)), y, mask, "add", (), grid, statistics, ceiling)
@@ -54,7 +56,10 @@ def forward(
 
 
 def backward(dy: Tensor, mask: Tensor) -> Tensor:
-    """Return ``dy`` where the mask's bit is set; ``dy`` is dense, in the memory order of the forward's result."""
+    """Return ``dy`` for elements whose bit of the mask is set, else 0: the gradient of both inputs.
+
+    ``dy`` is dense, in the memory order of the forward's result; ``mask`` is the forward's.
+    """
     g = torch.empty_like(dy)
     plane = mask.numel()
     if dy.numel() == 0:

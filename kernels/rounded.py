@@ -1,7 +1,8 @@
 """Results of any operation, observed and rounded: two reads of its operands, one write, and one bit per element.
 
-``FQ(relu?(f(a, b)))`` for the operations f of `tritonq.kernels.pointwise`. Operands lie in the memory order of the
-result. Functions here that `tritonq.reference.rounded` has, too, are specified there.
+The result is ``FQ(relu?(f(a, b)))`` for an operation f of `tritonq.kernels.pointwise`. Operands lie in the memory order
+of the result. The mask of the gradient is bytes: the result is cut into eight *planes* of equal length, and bit b of
+byte i belongs to element i of plane b. Functions that `tritonq.reference.rounded` has, too, are specified there.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ _RANGE_BYTES, _RANGE_WARPS = 8192, 4
 
 @triton.jit
 def scan_results(
-    a_ptr,
-    b_ptr,
-    start,
+    a_ptr,  # (n,)
+    b_ptr,  # (n,), or None for an operation of one operand
+    start,  # of the share, in elements, as is its end
     end,
-    OPERATION: tl.constexpr,
+    OPERATION: tl.constexpr,  # see `tritonq.kernels.pointwise.operate`, as for the next two
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FINITE_ONLY: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements read at a time
+    FINITE_ONLY: tl.constexpr,  # whether results that are not finite are left out
 ):
-    """Return elementwise minimum and maximum of results over a share, and the count of values skipped, (BLOCK,) each.
+    """Return minimum and maximum of the results over a share, and how many were left out, (BLOCK,) each.
 
-    Without FINITE_ONLY nothing is skipped and NaN propagates.
+    With FINITE_ONLY NaN and infinities are left out. Without it nothing is, and NaN propagates.
     """
     low = tl.full([BLOCK], INF, tl.float32)
     high = tl.full([BLOCK], -INF, tl.float32)
@@ -77,19 +78,19 @@ def scan_results(
 def rounded_range_kernel(
     a_ptr,  # (n,)
     b_ptr,  # (n,), or None
-    low_ptr,  # (programs,) float32
-    high_ptr,  # (programs,) float32
+    low_ptr,  # (programs,) float32, written
+    high_ptr,  # (programs,) float32, written
     nonfinite_ptr,  # one int64, grows by the number of values skipped
     observing_ptr,  # one uint8, 0 ends the kernel
     n,
     share,  # elements per program: whole blocks
-    OPERATION: tl.constexpr,
+    OPERATION: tl.constexpr,  # see `tritonq.kernels.pointwise.operate`, as for the next two
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements read at a time
+    WIDE: tl.constexpr,  # whether offsets take 64 bits
 ):
-    """Write the range of one share's finite results, and count the others."""
+    """Write the smallest and largest finite result of one share, and count the results that are not finite."""
     if tl.load(observing_ptr) == 0:
         return
     program = tl.program_id(0)
@@ -114,24 +115,24 @@ def rounded_kernel(
     a_ptr,  # (n,)
     b_ptr,  # (n,), or None
     y_ptr,  # (n,)
-    mask_ptr,  # (plane,) uint8, or None
+    mask_ptr,  # (plane,) uint8, written: bits that are 1 where the gradient passes; or None
     scale_ptr,  # one element each, or None without a quantizer
     zero_point_ptr,
-    active_ptr,
+    active_ptr,  # 0 leaves the result unrounded; None counts as 1
     n,
-    plane,
-    OPERATION: tl.constexpr,
+    plane,  # elements of a plane, bytes of the mask
+    OPERATION: tl.constexpr,  # see `tritonq.kernels.pointwise.operate`, as for the next two
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
-    CEILING: tl.constexpr,
+    CEILING: tl.constexpr,  # of the ReLU; infinity for a plain one, None without
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,  # planes: bits of a byte
+    COLS: tl.constexpr,  # elements of each plane per program
+    WIDE: tl.constexpr,  # whether offsets take 64 bits
 ):
-    """Write ``FQ(relu?(f(a, b)))`` of one block of each plane, and their byte of mask."""
+    """Write ``FQ(relu?(f(a, b)))`` of COLS elements of each plane, and the COLS bytes of their mask."""
     program = tl.program_id(0)
     at = (program.to(tl.int64) if WIDE else program) * COLS + tl.arange(0, COLS)
     scale, zero_point, active = load_quantizer(scale_ptr, zero_point_ptr, active_ptr)
@@ -154,7 +155,7 @@ def rounded_kernel(
 
 
 def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> tuple[Tensor, Tensor]:
-    """Return ``FQ(relu?(y))``, written over ``y``, and the mask of the gradient."""
+    """Write ``FQ(relu?(y))`` over ``y``; return ``y`` and the mask of the gradient, one bit per element."""
     mask = mask_like(y)
     write_rounded((y, None), y, mask, "none", (), grid, statistics, ceiling)
     return y, mask
@@ -170,17 +171,17 @@ def write_rounded(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> Grid | None:
-    """Write ``FQ(relu?(f(a, b)))`` and the mask of its gradient; return a snapshot of the grid.
+    """Write ``FQ(relu?(f(a, b)))`` and the mask of its gradient; return a snapshot of the grid, or None without a grid.
 
     Args:
-        operands: ``a`` and ``b``, laid out as ``y``; None: an operation of one.
-        y: dense; may be an operand.
-        mask: as long as :func:`mask_like` makes it; None leaves it out.
+        operands: ``(a, b)``, laid out as ``y``; b is None for an operation of one operand.
+        y: where the result is written; dense; may be an operand.
+        mask: where the mask is written, as long as :func:`mask_like` makes it; None leaves it out.
         operation: a name that `tritonq.kernels.pointwise.operate` knows.
-        arguments: its numbers, at most two.
-        grid: per tensor; None leaves the result in float.
+        arguments: the numbers of that operation, at most two.
+        grid: per tensor, updated in place; None leaves the result in float.
         statistics: the range behind the grid, which the result updates; None observes nothing.
-        ceiling: of the ReLU between operation and quantizer.
+        ceiling: upper bound of the ReLU between operation and quantizer; None without a ReLU.
     """
     n, plane = y.numel(), plane_length(y.numel())
     chosen = flat_parameters("rounded", y, _ROUNDED)
@@ -209,22 +210,22 @@ def write_rounded(
 
 
 def mask_like(y: Tensor) -> Tensor:
-    """Return memory for the mask of a result: see `tritonq.reference.residual.RoundedResult`."""
+    """Return uninitialised memory for the mask of ``y``'s gradient: uint8, one bit per element of ``y``."""
     return torch.empty(plane_length(y.numel()), dtype=torch.uint8, device=y.device)
 
 
 def plane_length(n: int) -> int:
-    """Return the number of bytes that hold one bit for each of ``n`` elements."""
+    """Return the bytes of a mask with one bit for each of ``n`` elements: ``n / 8``, rounded up to a multiple of 16."""
     return -(-n // (PLANES * _ALIGNMENT)) * _ALIGNMENT
 
 
 def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
-    """Return ``x`` with the strides of the dense tensor ``y``, by a copy where it must be."""
+    """Return ``x`` with the strides of the dense tensor ``y``: itself, or a copy if its strides differ."""
     return x if x.stride() == y.stride() else torch.empty_like(y, dtype=x.dtype).copy_(x)
 
 
 def operation_constants(operation: str, arguments: tuple[float, ...]) -> dict[str, object]:
-    """Return the constants that say which operation a kernel does."""
+    """Return the constants OPERATION, FIRST and SECOND: an operation's name and its up to two numbers."""
     first, second = (*arguments, None, None)[:2]
     return {"OPERATION": operation, "FIRST": first, "SECOND": second}
 
@@ -237,7 +238,7 @@ def _observe(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> Grid:
-    """Observe the results and return a snapshot of the grid."""
+    """Update range and grid with the results of the operation, before the ReLU is applied, and return a snapshot."""
     a, n = operands[0], operands[0].numel()
     reads = sum(operand is not None for operand in operands)
     block = _RANGE_BYTES // (reads * a.element_size())

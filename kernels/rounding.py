@@ -1,7 +1,8 @@
-"""Rounding and the quantization grid, as device functions on loaded float32 values.
+"""Rounding to a quantization grid, as device functions on loaded float32 values.
 
-Nothing here uses libdevice or fused multiply-adds, so that a GPU, Triton's interpreter and PyTorch agree bit for bit.
-Launch kernels that call these with ``enable_fp_fusion=False``.
+``v = x / scale`` is a value in steps of the grid; the *code* is ``round(v) + zero_point``, clipped to
+QUANT_MIN..QUANT_MAX. Nothing here uses libdevice or fused multiply-adds, so that a GPU, Triton's interpreter and
+PyTorch agree bit for bit. Launch kernels that call these with ``enable_fp_fusion=False``.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ NARROW_CODES = tl.constexpr(2**22)
 
 @triton.jit
 def round_half_even(v):
-    """Return nearest integer, ties to even, for |v| <= 2^22; NaN stays."""
+    """Return the nearest integer, ties to even, for |v| <= 2^22; NaN stays."""
     return (v + _ROUNDER) - _ROUNDER
 
 
 @triton.jit
 def round_half_even_any(v):
-    """Return nearest integer, ties to even, for any v; NaN and infinities stay."""
+    """Return the nearest integer, ties to even, for any v; NaN and infinities stay."""
     rounder = tl.where(v < 0, -_ALL_WHOLE, _ALL_WHOLE)
     return tl.where(tl.abs(v) < _ALL_WHOLE, (v + rounder) - rounder, v)
 
 
 @triton.jit
 def round_half_away(v):
-    """Return nearest integer, ties away from zero, for any v; NaN and infinities stay."""
+    """Return the nearest integer, ties away from zero, for any v; NaN and infinities stay."""
     size = tl.abs(v)
     whole = tl.floor(size)
     # Exact: the fraction of a float is a float. (floor(size + 0.5) would round 0.49999997 up.)
@@ -42,9 +43,9 @@ def round_half_away(v):
 
 @triton.jit
 def divide_by_scale(x, scale, ROUNDING: tl.constexpr):
-    """Return ``x`` in units of ``scale``: times the reciprocal (half_even, as torch) or truly divided (half_away).
+    """Return ``x`` in steps of ``scale``: ``x · (1 / scale)`` for "half_even", as torch; else ``x / scale``.
 
-    The reciprocal has the shape of ``scale``: once per tensor or channel, not per element.
+    The reciprocal has the shape of ``scale``: it is computed once per tensor or channel, not per element.
     """
     if ROUNDING == "half_even":
         return x * tl.div_rn(1.0, scale)
@@ -72,7 +73,7 @@ def round_to_code(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexp
 
 @triton.jit
 def round_to_steps(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
-    """Return the steps between the zero point and the nearest code: ``code - z``; see :func:`round_to_code`."""
+    """Return ``code - zero_point`` as float32: the steps between zero and the code of :func:`round_to_code`."""
     if QUANT_MAX - QUANT_MIN < NARROW_CODES:
         # Integer bounds and a monotone rounding: clamping first gives the same result without adding z per element.
         v = clamp(v, QUANT_MIN - zero_point, QUANT_MAX - zero_point)
@@ -83,7 +84,10 @@ def round_to_steps(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constex
 
 @triton.jit
 def is_inside(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, ROUNDING: tl.constexpr):
-    """Whether ``round(v) + z``, before clipping, is a code; False at NaN. Arguments as :func:`round_to_code`."""
+    """Whether ``round(v) + zero_point`` is a code, without clipping; False at NaN.
+
+    Arguments as those of :func:`round_to_code`.
+    """
     if QUANT_MAX - QUANT_MIN < NARROW_CODES:
         steps = round_to_steps(v, zero_point, QUANT_MIN - 1, QUANT_MAX + 1, ROUNDING)
         return (steps >= QUANT_MIN - zero_point) & (steps <= QUANT_MAX - zero_point)
@@ -94,9 +98,9 @@ def is_inside(v, zero_point, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, R
 
 @triton.jit
 def clamp(v, low, high):
-    """Return ``v`` between the bounds; NaN stays.
+    """Return ``min(max(v, low), high)``; NaN stays.
 
-    Two operations, since triton-viz does not know ``tl.clamp``; they compile to the same two instructions.
+    Not ``tl.clamp``, which the sanitizer triton-viz does not know; both compile to the same two instructions.
     """
     v = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
@@ -112,7 +116,10 @@ def _round_any(v, ROUNDING: tl.constexpr):
 
 @triton.jit
 def nearest_power(value):
-    """Return the power of two nearest to ``value`` > 0 by its logarithm, between 2^-24 and 2^7: float16 holds these."""
+    """Return the power of two nearest to ``value`` > 0 on a logarithmic scale, clipped to 2^-24 .. 2^7, as float32.
+
+    float16 holds all of these powers.
+    """
     # Carries into the exponent from the square root of 2 on, which lies between two floats.
     rounded = value.to(tl.int32, bitcast=True) + (0x800000 - 0x3504F4)
     exponent = tl.minimum(tl.maximum(rounded >> 23, 127 - 24), 127 + 7)
@@ -121,15 +128,16 @@ def nearest_power(value):
 
 @triton.jit
 def round_to_float(v, MANTISSA_BITS: tl.constexpr, LEAST_EXPONENT: tl.constexpr, LIMIT: tl.constexpr):
-    """Return nearest number of a small float format, ties to even; NaN and the sign of zero stay.
+    """Return the nearest number of a small float format, ties to even; NaN and the sign of zero stay.
 
     Adding and subtracting a power of two whose last mantissa bit is the format's leaves the rounded number.
 
     Args:
         v: float32.
-        MANTISSA_BITS: of the format.
-        LEAST_EXPONENT: of its normal numbers.
-        LIMIT: where values saturate: the format's largest finite number, or the one that would follow.
+        MANTISSA_BITS: number of mantissa bits of the format.
+        LEAST_EXPONENT: exponent of its smallest normal number.
+        LIMIT: larger magnitudes become this one: the format's largest finite number, or the number that would follow
+            it.
     """
     # NaN stays NaN, whatever its exponent bits make of the rounder.
     size = tl.minimum(tl.abs(v), LIMIT, propagate_nan=tl.PropagateNan.ALL)

@@ -1,4 +1,7 @@
-"""Device functions that place a program on its tile of an (outer, rows, cols) view; see `tritonq.kernels.layout`."""
+"""Device functions that find the tile of a program in an (outer, rows, cols) view; see `tritonq.kernels.layout`.
+
+A *place* is the triple (outer, row, col) of a tile's indices.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ import triton.language as tl
 
 @triton.jit
 def program_along(dimension: tl.constexpr, FIRST: tl.constexpr):
-    """Return this program's number along a dimension of the view (0 outer, 1 rows, 2 cols).
+    """Return this program's number along a ``dimension`` of the view (0 outer, 1 rows, 2 cols).
 
-    FIRST lies on grid axis 0.
+    FIRST is the dimension on axis 0 of the launch, as :class:`tritonq.kernels.layout.LaunchGrid` says.
     """
     if dimension == FIRST:
         return tl.program_id(0)
@@ -27,7 +30,10 @@ def tile_indices(
     FIRST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Return the place of this program: ``outer`` (scalar), ``row`` (ROWS,), ``col`` (COLS,); 64-bit when WIDE."""
+    """Return this program's indices ``(outer, row, col)``: a scalar, (ROWS,) and (COLS,); 64-bit if WIDE.
+
+    FIRST is the dimension of the view on axis 0 of the launch.
+    """
     outer = program_along(0, FIRST)
     row_tile = program_along(1, FIRST)
     col_tile = program_along(2, FIRST)
@@ -42,9 +48,9 @@ def tile_indices(
 
 @triton.jit
 def tile_mask(place, sizes, ROWS: tl.constexpr):
-    """Return which elements of the tile exist.
+    """Return a mask, (ROWS, COLS) or (1, COLS), of the elements of a tile that lie inside the view's ``sizes``.
 
-    One row per tile needs no row mask: the grid holds no row beyond the last.
+    One row per tile needs no row mask: no program has a row beyond the last.
     """
     _, row, col = place
     if ROWS == 1:
@@ -55,24 +61,24 @@ def tile_mask(place, sizes, ROWS: tl.constexpr):
 
 @triton.jit
 def tile_offsets(place, strides):
-    """Return (ROWS, COLS) offsets of the tile's elements in a tensor of these strides."""
+    """Return the (ROWS, COLS) offsets of a tile's elements in a tensor with ``strides`` (outer, row, col)."""
     outer, row, col = place
     return outer * strides[0] + (row * strides[1])[:, None] + (col * strides[2])[None, :]
 
 
 @triton.jit
 def aligned_strides(strides, ALIGN: tl.constexpr):
-    """Return strides whose first two the compiler knows to be multiples of ALIGN, which they are.
+    """Return the same strides, written so that Triton's compiler sees that the first two are multiples of ALIGN.
 
-    It knows by itself of multiples of 16 alone, and of 4 elements at a time reads nothing that may lie anywhere: rows
-    of 14 · 14 elements are multiples of 4.
+    The caller ensures that they are. By itself the compiler notices multiples of 16 only, and without that reads few
+    elements at a time; rows of 14 · 14 elements are multiples of 4.
     """
     return strides[0] // ALIGN * ALIGN, strides[1] // ALIGN * ALIGN, strides[2]
 
 
 @triton.jit
 def aligned_sizes(sizes, ALIGN: tl.constexpr):
-    """Return sizes whose last the compiler knows to be a multiple of ALIGN, which it is."""
+    """Return the same sizes, written so that Triton's compiler sees that the last is a multiple of ALIGN."""
     return sizes[0], sizes[1], sizes[2] // ALIGN * ALIGN
 
 

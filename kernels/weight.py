@@ -1,7 +1,8 @@
 """Fold, observe and quantize a weight in one kernel: one read, one write, and the qparams never leave the device.
 
-A program holds whole rows (out channels) where they fit, else it reads its row twice, the second time from cache.
-Functions here have the names, signatures and results of `tritonq.reference.weight`, their specification.
+A *row* is all values of one out channel. The *fold* multiplies a row by its BatchNorm's γ/σ. Codes times their *unit*
+are the folded, rounded row. A program holds whole rows if they fit, else it reads its row twice, the second time from
+cache. Functions here have the names, signatures and results of `tritonq.reference.weight`, their specification.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def quantize_folded_kernel(
     running_var_ptr,  # (channels,), or None: the fold is known
     gamma_ptr,  # (channels,), or None for 1
     inverse_std_ptr,  # (channels,) float32, written with the fold
-    bn_eps,
+    bn_eps,  # of the BatchNorm
     switch_ptr,  # one uint8, or (channels,) of any dtype: whether fake quantization is on
     observing_ptr,  # one uint8; None or 0 leaves the ranges as they are
     min_ptr,  # (channels,) float32 or one element, updated in place; None where the qparams are known to be good
@@ -57,27 +58,27 @@ def quantize_folded_kernel(
     scale_ptr,  # (channels,) float32 or one element, updated in place
     zero_point_ptr,  # as scale, int32; None stands for zero
     zero_point_out,  # (channels,) int32: a copy
-    averaging_constant,
-    eps,
+    averaging_constant,  # of the running range; None: the extremes of all batches
+    eps,  # smallest scale
     channels,
-    length,
+    length,  # elements of a row
     switch_stride,  # 0 or 1, as the next
     scale_stride,
-    KNOWN: tl.constexpr,
+    KNOWN: tl.constexpr,  # whether the host knows that the range holds data
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     FIXED_ZERO_POINT: tl.constexpr,
     RULE: tl.constexpr,
     COPY_ABOVE: tl.constexpr,
-    CODE_MIN: tl.constexpr,
-    CODE_MAX: tl.constexpr,
+    CODE_MIN: tl.constexpr,  # smallest code, as QUANT_MIN, which is a placeholder where nothing is observed
+    CODE_MAX: tl.constexpr,  # largest code
     ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether a tile holds whole rows
 ):
-    """Turn rows into codes; with ``observing_ptr`` find their ranges and scales first."""
+    """Turn ROWS rows into codes; if ``observing_ptr`` is not 0, first update their ranges and scales."""
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = channel < channels
     if running_var_ptr is None:
@@ -122,7 +123,7 @@ def folded_backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Write the gradients of the rows and of fold or γ; the mask is computed again from the rows."""
+    """Write the gradients of ROWS rows and of their folds or γ; what was clipped is computed again from the rows."""
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = channel < channels
     fold = tl.load(fold_ptr + channel, mask=valid, other=1.0)[:, None]
@@ -159,7 +160,7 @@ def folded_backward_kernel(
 def quantize_folded(
     rows: Tensor, fold: Tensor, grid: Grid | None, statistics: RangeStatistics | None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, bool, Grid | None]:
-    """Fold, observe and quantize: codes, unit, True (something may clip), and a snapshot of the grid.
+    """Fold, observe and quantize: return codes, unit, whether something may clip, and a snapshot of the grid.
 
     ``out`` is not used: a GPU's allocator hands out again what was freed.
     """
@@ -182,7 +183,10 @@ def folded_codes(
 
 
 def observe_in_advance(rows: Tensor, fold: Tensor, grid: Grid, statistics: RangeStatistics | None) -> bool:
-    """Observe a weight of one scale before any row is quantized; return whether the weight has one scale to observe."""
+    """Observe a weight with one scale in a launch of its own; return whether that was done.
+
+    A weight with a scale per row is observed by the kernel that quantizes it: False. So it is if nothing is observed.
+    """
     if statistics is None or statistics.frozen or grid.qtype.axis is not None:
         return False
     min_max.observe(rows.float() * _column(fold, rows), statistics, grid)
@@ -190,13 +194,13 @@ def observe_in_advance(rows: Tensor, fold: Tensor, grid: Grid, statistics: Range
 
 
 class Quantized(NamedTuple):
-    """What :func:`quantize` returns.
+    """A folded and quantized weight, of :func:`quantize`: ``codes · unit`` are its values.
 
     Attributes:
-        codes: laid out as the rows.
-        unit: (out,) float32, of the codes.
-        ratio: (out,) float32, the fold over the unit.
-        grid: a snapshot.
+        codes: shaped and laid out as the rows.
+        unit: (out,) float32, what a code counts.
+        ratio: (out,) float32, ``fold / unit``.
+        grid: a snapshot: copies of scale, zero point and switch as they were used.
     """
 
     codes: Tensor
@@ -219,12 +223,12 @@ def quantize(
 
     Args:
         rows: (out, ...); each row dense.
-        fold: (out,) float32.
-        grid: of the rows.
-        statistics: of the grid.
+        fold: (out,) float32, the factor of each row.
+        grid: of the rows, updated in place.
+        statistics: the running range behind the grid, or None.
         dtype: of the codes. In float16 they are multiplied by the power of two nearest to their unit.
         observes: whether the range is updated.
-        norm: where the fold is to be written, from: running variance, γ, eps and where ``1/σ`` is to be written.
+        norm: if the kernel is to compute the fold: running variance, γ (or None), eps, and where to write ``1/σ``.
     """
     rows = dense_rows(rows)
     channels, length = rows.shape[0], rows[0].numel()
@@ -283,7 +287,16 @@ def folded_backward(
     grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return gradients of the weight and of the fold from that of the codes, in float32."""
+    """Return two gradients from that of the codes, in float32: of the weight, shaped as it, and of the fold, (out,).
+
+    Args:
+        dcodes: gradient of the codes, shaped as ``rows``.
+        rows: the weight, (out, ...).
+        fold: (out,), the factor of each row.
+        unit: (out,), what a code counts.
+        grid: the forward's snapshot, or None.
+        clips: whether a value may have been clipped; if not, no gradient is blocked.
+    """
     return gradients(dcodes, rows, fold, unit, grid if clips else None)
 
 
@@ -295,7 +308,7 @@ def gradients(
     grid: Grid | None,
     norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel; see :func:`folded_backward`.
+    """Launch the backward kernel; return the gradients of the weight and of the fold, or of γ with ``norm``.
 
     Args:
         dcodes: gradient of the codes, shaped as ``rows``.
@@ -342,9 +355,9 @@ def gradients(
 
 
 def dense_rows(rows: Tensor) -> Tensor:
-    """Return ``rows``, copied where its rows don't lie one behind the other without gaps.
+    """Return ``rows`` if its out channels lie one behind the other without gaps, else a contiguous copy.
 
-    Their inner order is their own.
+    Within a row elements may lie in any order, such as channels_last.
     """
     if rows.is_contiguous():
         return rows
@@ -353,13 +366,13 @@ def dense_rows(rows: Tensor) -> Tensor:
 
 
 def same_layout(one: Tensor, other: Tensor) -> bool:
-    """Whether elements of two tensors of one shape lie in the same order; an axis of one element has no say."""
+    """Whether elements of two tensors of one shape lie in the same memory order; axes of length 1 don't matter."""
     strides = zip(one.shape, one.stride(), other.stride(), strict=True)
     return all(size == 1 or step == other_step for size, step, other_step in strides)
 
 
 def _tile(length: int, most: int = _MAX_ELEMENTS) -> tuple[int, int]:
-    """Return rows and columns of a program's tile: whole rows where they fit."""
+    """Return rows and columns of a program's tile, for rows of ``length`` elements; ``most`` is the most columns."""
     cols = min(triton.next_power_of_2(max(1, length)), most)
     return max(1, _SHARED_ELEMENTS // cols), cols
 

@@ -1,4 +1,7 @@
-"""Device functions on the rows of a weight: its BatchNorm's factor, codes, and the gradient of γ."""
+"""Device functions on the rows of a weight: the factor of its BatchNorm, its codes, and the gradient of γ.
+
+A *row* is all values of one out channel; its *fold* is γ/σ, by which the row is multiplied.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,11 @@ _TINY_FOLD = tl.constexpr(1e-12)
 
 
 @triton.jit
-def nonzero_fold(running_var_ptr, gamma_ptr, eps, channel, valid):
-    """Return ``γ/σ`` of some channels, or ``1/σ`` where γ is zero, and ``1/σ``; see `tritonq.reference.fold`."""
+def nonzero_fold(running_var_ptr, gamma_ptr, eps, channel, valid):  # (channels,)
+    """Return two blocks: the fold ``γ/σ`` of some channels (``1/σ`` for a γ of zero), and ``1/σ``; float32.
+
+    ``σ = sqrt(running_var + eps)``. See `tritonq.reference.fold` for why the fold must not be zero.
+    """
     variance = tl.load(running_var_ptr + channel, mask=valid, other=1.0).to(tl.float32)
     inverse_std = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     fold = inverse_std
@@ -27,16 +33,16 @@ def nonzero_fold(running_var_ptr, gamma_ptr, eps, channel, valid):
 
 @triton.jit
 def gamma_gradient(
-    dfold,  # (ROWS, 1) float32, as the fold
-    fold,
-    gamma_ptr,  # (channels,), as the next
+    dfold,  # (ROWS, 1) float32, gradient of the fold
+    fold,  # (ROWS, 1) float32
+    gamma_ptr,  # (channels,), as the next three
     inverse_std_ptr,
-    eps_share_ptr,
-    sum_gn_ptr,
-    channel,  # (ROWS, 1)
-    valid,
+    eps_share_ptr,  # see `tritonq.reference.conv_bn.Normalization`
+    sum_gn_ptr,  # Σ g n, with n the normalised output of the convolution
+    channel,  # (ROWS, 1) channel numbers
+    valid,  # (ROWS, 1) which of them exist
 ):
-    """Return gradient of γ from that of the fold; see `tritonq.reference.fold`."""
+    """Return the gradient of γ, (ROWS, 1), from that of the fold: see `tritonq.reference.fold.gamma_gradient`."""
     inverse_std = tl.load(inverse_std_ptr + channel, mask=valid, other=0.0)
     direct = tl.load(sum_gn_ptr + channel, mask=valid, other=0.0)
     direct = tl.where(fold < 0, -direct, direct)
@@ -82,7 +88,12 @@ def quantize_rows(
     COLS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Fold, observe and quantize some rows of a weight; arguments as those of the kernels that call it."""
+    """Fold, observe and quantize some rows of a weight.
+
+    ``codes = round(rows · fold / scale)``, clipped, and ``unit = scale``. With codes in float16 both are moved by a
+    power of two. If rounding is switched off, codes are ``rows · fold`` and the unit is 1. Arguments as those of the
+    kernels that call it.
+    """
     start = channel.to(tl.int64)[:, None] * length
     col = tl.arange(0, COLS)[None, :]
     mask = valid[:, None] & (col < length)

@@ -1,11 +1,11 @@
 """All weights of a model in one launch: a table on the device says where each one lies.
 
-Small layers are bound by launches. Quantizing a weight needs nothing but the weight and its observer's state: one
-launch at the start of a step can do for all of them what `tritonq.kernels.weight` does for one. The function here has
-the name, signature and results of `tritonq.reference.weights_together`, its specification.
+Small layers take less time than their launches. Quantizing a weight needs only the weight and its observer's state, so
+one launch at the start of a step can do for all of them what `tritonq.kernels.weight` does for one. The function here
+has the name, signature and results of `tritonq.reference.weights_together`, its specification.
 
-A memory sanitizer cannot follow addresses that a kernel reads from memory. What does all accesses, `quantize_rows`, is
-checked by it through the kernel for one weight.
+A memory sanitizer cannot follow addresses that a kernel reads from memory. All accesses are in `quantize_rows`, which
+the sanitizer checks through the kernel for one weight.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _Quantizer = tuple[Grid, RangeStatistics | None]
 
 @triton.jit
 def address(entry, COLUMN: tl.constexpr, dtype: tl.constexpr):
-    """Return the pointer in a column of the table."""
+    """Return the pointer, to ``dtype``, in a column of one weight's ``entry`` in the table."""
     return tl.load(entry + COLUMN).to(tl.pointer_type(dtype))
 
 
@@ -59,16 +59,16 @@ def address(entry, COLUMN: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def quantize_all_kernel(
     table_ptr,  # weights × _COLUMNS int64
-    owner_ptr,  # (programs,) int32: the weight that a program's row belongs to
+    owner_ptr,  # (programs,) int32: the weight, a row of the table, that a program works on
     fold_ptr,  # (rows of all weights,) float32
     codes_ptr,  # float32, one weight behind the other
     vectors_ptr,  # 3 × rows of all weights, float32: unit, scale, whether quantization is on
     zero_point_out,  # (rows of all weights,) int32
-    averaging_constant,
-    eps,
+    averaging_constant,  # of the running ranges; None: the extremes of all batches
+    eps,  # smallest scale
     total,  # rows of all weights
-    OBSERVES: tl.constexpr,
-    HAS_ZERO_POINT: tl.constexpr,
+    OBSERVES: tl.constexpr,  # whether ranges may be updated
+    HAS_ZERO_POINT: tl.constexpr,  # whether quantizers have a zero point
     KNOWN: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
@@ -79,7 +79,7 @@ def quantize_all_kernel(
     CODE_MIN: tl.constexpr,
     CODE_MAX: tl.constexpr,
     ROUNDING: tl.constexpr,
-    COLS: tl.constexpr,
+    COLS: tl.constexpr,  # elements of a row that are read at a time
 ):
     """Fold, observe and quantize one row of one weight."""
     program = tl.program_id(0)
@@ -128,9 +128,16 @@ def quantize_all_kernel(
 def quantize_all(
     rows: Sequence[Tensor], fold: Tensor, grids: Sequence[Grid], statistics: Sequence[RangeStatistics | None]
 ) -> list[tuple[Tensor, Tensor, bool, Grid]]:
-    """Return codes, unit, True (something may clip) and a snapshot of the grid, for every weight.
+    """Fold, observe and quantize all weights; return ``(codes, unit, True, snapshot)`` for each, in their order.
 
-    One launch for all weights whose quantizers differ in their buffers alone.
+    Weights whose quantizers differ only in their buffers share a launch. True says that something may have been
+    clipped.
+
+    Args:
+        rows: the weights, (out, ...) each.
+        fold: the factors of all rows of all weights, one behind the other, float32.
+        grids: one per weight.
+        statistics: one running range per weight, or None to observe nothing.
     """
     rows = [dense_rows(weight) for weight in rows]
     total, device = len(fold), fold.device
@@ -166,7 +173,7 @@ def quantize_all(
 
 
 def _kind(grid: Grid, statistics: RangeStatistics | None) -> tuple[Any, ...]:
-    """Return a key: weights with equal keys can share a launch."""
+    """Return a key of a quantizer's constants: weights with equal keys can share a launch."""
     return (
         observing_switch(statistics) is not None,
         grid.zero_point is not None,
@@ -179,7 +186,7 @@ def _kind(grid: Grid, statistics: RangeStatistics | None) -> tuple[Any, ...]:
 
 
 def _addresses(weight: Tensor, grid: Grid, statistics: RangeStatistics | None) -> tuple[int, ...]:
-    """Return the table's columns from ``_ROWS`` on."""
+    """Return the addresses of a weight and its quantizer's tensors, in the order of the table's columns; 0 for None."""
     range_tensors: tuple[Tensor | None, ...] = (None, None, None)
     if statistics is not None:
         range_tensors = (statistics.min_val, statistics.max_val, statistics.nonfinite_count)
@@ -190,7 +197,9 @@ def _addresses(weight: Tensor, grid: Grid, statistics: RangeStatistics | None) -
 
 @lru_cache(maxsize=64)
 def _table(device: torch.device, entries: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
-    """Return the table and the owners, copied to the device once for all steps in which nothing moved.
+    """Return the table (int64) and the owner of each program (int32) on the device.
+
+    Results are remembered, so they are copied to the device once for all steps in which no tensor moved.
 
     Args:
         device: of the weights.
@@ -211,7 +220,16 @@ def _launch(
     vectors: Tensor,
     zero_points: Tensor,
 ) -> None:
-    """Launch for weights of one kind; ``quantizer`` is any one of theirs."""
+    """Launch the kernel for weights whose quantizers have equal constants.
+
+    Args:
+        quantizer: grid and statistics of any one of the weights.
+        entries: as those of :func:`_table`.
+        fold: the factors of all rows of all weights.
+        codes: written.
+        vectors: (3, rows) written: unit, scale, and whether rounding was on.
+        zero_points: written.
+    """
     grid, statistics = quantizer
     table, owner = _table(fold.device, tuple(entries))
     with device_guard(fold):
