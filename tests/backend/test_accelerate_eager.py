@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.ao import quantization as ao
+from torch.ao.nn.intrinsic import qat as intrinsic
 from torch.ao.quantization import _learnable_fake_quantize as learnable
 from torch.ao.quantization import quantization_mappings
 from torch.profiler import ProfilerActivity, profile
@@ -181,6 +182,18 @@ def test_convert_after_restore_gives_what_it_would_have_given(version):
     assert torch.equal(converted[0](images(1)), converted[1](images(1)))
 
 
+@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize("net", [None, OtherDimensions])
+def test_convert_needs_no_restore(version, net):
+    ours = tritonq.accelerate(prepared(qconfig("fbgemm", version), net and net()))
+    ours(images(0))
+    converted = ao.convert(ours.eval())
+    expected = ao.convert(tritonq.restore(ours))
+    assert torch.equal(converted(images(1)), expected(images(1)))
+    assert [type(module) for module in converted.modules()] == [type(module) for module in expected.modules()]
+    assert not [name for module in converted.children() for name in vars(module) if name.startswith("_tritonq")]
+
+
 def test_no_operator_of_torch_quantizes():
     model = tritonq.accelerate(prepared(qconfig()))
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
@@ -219,26 +232,25 @@ def test_switches_and_the_librarys_own_functions_work():
     assert_close(model(images(2)), ours(images(2)), SUMS, size=0.1)
 
 
-def test_functions_that_look_for_exact_classes_find_them():
-    model = in_float64(prepared(qconfig()))
+def test_modules_keep_their_exact_classes():
+    model = prepared(qconfig())
     ours = tritonq.accelerate(model)
-    kinds = [type(module) for module in ours.modules()]
-    seen = []
-    assert ours.apply(lambda module: seen.append(type(module))) is ours
-    expected = []
-    model.apply(lambda module: expected.append(type(module)))
-    assert seen == expected
-    with pytest.raises(ZeroDivisionError):
-        ours.apply(lambda module: 1 // 0)
-    assert kinds == [type(module) for module in ours.modules()]
+    assert all(type(module) is type(other) for module, other in zip(model.modules(), ours.modules(), strict=True))
 
 
-def test_freezing_after_a_few_steps_in_float64():
+@pytest.mark.parametrize("walk", ["apply", "loop"])
+def test_freezing_after_a_few_steps_in_float64(walk):
     model = in_float64(prepared(qconfig()))
     ours = tritonq.accelerate(model)
     assert_same_training(model, ours, steps=2)
     for each in (model, ours):
-        each.train().apply(torch.ao.nn.intrinsic.qat.freeze_bn_stats)
+        each.train()
+        if walk == "apply":
+            each.apply(intrinsic.freeze_bn_stats)
+        else:
+            for module in each.modules():
+                intrinsic.freeze_bn_stats(module)
+    assert ours.conv.freeze_bn
     assert_same_training(model, ours, steps=3)
 
 
@@ -271,6 +283,9 @@ def test_copies_and_pickles_stay_accelerated():
     file = io.BytesIO()
     torch.save(ours, file)
     file.seek(0)
+    shallow = copy.copy(ours.eval().conv)  # as DataParallel makes replicas
+    shallow._parameters = {**shallow._parameters, "weight": -shallow.weight}
+    assert not torch.equal(shallow(images(1)), ours.conv(images(1)))
     for each in (copy.deepcopy(ours), torch.load(file, weights_only=False)):
         assert [type(module) for module in each.modules()] == [type(module) for module in ours.modules()]
         assert torch.equal(each.eval()(images(1)), ours.eval()(images(1)))
@@ -333,12 +348,10 @@ def test_mistakes_leave_the_model_as_it_was(inplace):
     assert kinds == [type(module) for module in ours.modules()]
 
 
-def test_conversions_of_an_accelerated_model_are_refused_until_it_is_restored(tmp_path):
+def test_our_conversions_of_an_accelerated_model_are_refused(tmp_path):
     ours = tritonq.accelerate(prepared(qconfig()))
     ours(images(0))
     kinds, before = [type(module) for module in ours.modules()], copy.deepcopy(ours.eval().state_dict())
-    with pytest.raises(ValueError, match=r"accelerated: convert what tritonq\.restore"):
-        ao.convert(ours)
     deployments = (
         tritonq.convert,
         lambda model: tritonq.export_onnx(model, tmp_path / "m.onnx", images(1)),

@@ -127,8 +127,11 @@ def test_convert_of_fx(version):
     for model in (theirs, ours):
         model(images())
     ours.load_state_dict(theirs.state_dict())
+    unrestored = convert_fx(copy.deepcopy(ours).eval())
+    assert "tritonq" not in unrestored.code
     tritonq.restore(ours)
-    assert torch.equal(convert_fx(theirs.eval())(images(1)), convert_fx(ours.eval())(images(1)))
+    expected = convert_fx(theirs.eval())(images(1))
+    assert all(torch.equal(each(images(1)), expected) for each in (convert_fx(ours.eval()), unrestored))
 
 
 def test_copies_stay_accelerated_in_their_mode():

@@ -1,27 +1,24 @@
-"""torch.ao's eager mode: modules change their class, and observer hooks move into the operator before them."""
+"""torch.ao's eager mode: modules are marked as tritonq's, and observer hooks move into the operator before them."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tritonq.acceleration.library_layers import HOOK
+from tritonq.acceleration.library_layers import HOOK, MARK
 from tritonq.acceleration.quantizers import (
     attach,
     detach,
     is_attached,
     is_fake_quantizer,
-    quantize,
     unknown_reason,
 )
 from tritonq.acceleration.report import AccelerationReport, Row
 
-# Where a module keeps the observer hook that another one stands in for.
-_REPLACED = "_tritonq_replaced_hook"
-_CLASSES = "tritonq.acceleration.torch_ao"
 _OBSERVER_HOOK = ("torch.ao.quantization.quantize", "_observer_forward_hook")
 
 
@@ -40,8 +37,8 @@ def package(model: nn.Module) -> str:
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
-    """Change the classes of torch.ao's modules in ``model``."""
-    from tritonq.acceleration.torch_ao import CLASSES
+    """Mark torch.ao's modules in ``model``."""
+    from tritonq.acceleration.torch_ao import CLASSES, mark
 
     report = AccelerationReport(f"torch.ao (torch {torch.__version__})")
     modules = dict(model.named_modules())
@@ -51,51 +48,43 @@ def accelerate(model: nn.Module) -> AccelerationReport:
             reason = reason or attach(module)
             report.rows.append(_row(name, module, "observing and rounding", reason))
             if reason is None:
-                _change_class(module, CLASSES)
+                mark(module)
     for name, module in modules.items():
         if is_fake_quantizer(module) or not _is_quantized(module):
             continue
         reason = _why_not(module, CLASSES)
         outcome = "operator"
         if reason is None:
-            _change_class(module, CLASSES)
+            mark(module)
             outcome += " with its quantizers" if _take_hook(module) else " with its quantizer"
         report.rows.append(_row(name, module, outcome, reason))
-    for module in modules.values():
-        _replace_hook(module)
     return report
 
 
 def restore(model: nn.Module) -> None:
-    """Give every module its class and its observer hook back."""
+    """Take the mark from every module, and give it its observer hook back."""
+    if not is_accelerated(model):
+        return
+    from tritonq.acceleration.torch_ao import unmark
+
     for module in model.modules():
-        if _REPLACED in module.__dict__:
-            key, hook = module.__dict__.pop(_REPLACED)
-            module._forward_hooks[key] = hook
-        original = getattr(type(module), "library_class", None)
-        if original is None or type(module).__module__ != _CLASSES:
+        if MARK not in module.__dict__:
             continue
         if HOOK in module.__dict__:
             key, hook = module.__dict__.pop(HOOK)
             module._forward_hooks[key] = hook
             cast(Any, module._forward_hooks).move_to_end(key, last=False)
-        module.__dict__.pop("_tritonq_memory", None)
         detach(module)
-        module.__class__ = original
+        unmark(module)
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    """Whether a module of ``model`` has one of tritonq's classes for torch.ao."""
-    return any(type(module).__module__ == _CLASSES for module in model.modules())
+    """Whether a module of ``model`` has the mark."""
+    return any(MARK in module.__dict__ for module in model.modules())
 
 
 def _row(name: str, module: nn.Module, outcome: str, reason: str | None) -> Row:
-    kind = getattr(type(module), "library_class", type(module)).__name__
-    return Row(name, kind, outcome if reason is None else "", reason or "")
-
-
-def _change_class(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:
-    module.__class__ = classes[type(module)]
+    return Row(name, type(module).__name__, outcome if reason is None else "", reason or "")
 
 
 def _is_quantized(module: nn.Module) -> bool:
@@ -106,7 +95,7 @@ def _is_quantized(module: nn.Module) -> bool:
     return type(module).__name__ == "FloatFunctional" and isinstance(held, nn.Module) and is_fake_quantizer(held)
 
 
-def _why_not(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> str | None:
+def _why_not(module: nn.Module, classes: Collection[type[nn.Module]]) -> str | None:
     """Return why a layer or operation is left alone, or None."""
     held: Any = module
     if type(module) not in classes:
@@ -137,15 +126,3 @@ def _observer_hook(module: nn.Module) -> tuple[int, Any] | None:
         if (getattr(hook, "__module__", ""), getattr(hook, "__name__", "")) == _OBSERVER_HOOK:
             return key, hook
     return None
-
-
-def _replace_hook(module: nn.Module) -> None:
-    """Put a hook in the place of torch.ao's, which torch.compile refuses to trace."""
-    found = _observer_hook(module)
-    if found is not None and is_attached(getattr(module, "activation_post_process", None)):
-        module.__dict__[_REPLACED] = found
-        module._forward_hooks[found[0]] = _quantize_result
-
-
-def _quantize_result(module: nn.Module, inputs: Any, result: Tensor) -> Tensor:
-    return quantize(cast(nn.Module, module.activation_post_process), result)

@@ -65,13 +65,6 @@ def graph_quantize(x: Tensor, quantizer: nn.Module, ceiling: float | None) -> Te
     return quantize(quantizer, x) if ceiling is None else quantize_rectified(quantizer, x, ceiling)
 
 
-def graph_module(x: Tensor, layer: nn.Module, quantizer: nn.Module) -> Tensor:
-    """Run an accelerated layer of torch.ao with the quantizer of its result."""
-    held: Any = layer
-    result: Tensor = held.run_with(x, quantizer)
-    return result
-
-
 def _layer(
     weight_quantizer: nn.Module,
     output_quantizer: nn.Module | None,

@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from tritonq.acceleration.graph_patterns import Known, Match, constants, fuse, is_in_eval, keep_constants, matches
+from tritonq.acceleration.library_layers import MARK
 from tritonq.acceleration.quantizers import attach, detach, is_attached, is_fake_quantizer
 from tritonq.acceleration.report import AccelerationReport, Row
 from tritonq.nn.fusable import ceiling_of
@@ -66,7 +67,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         reasons = {target: _attach(held) for target, held in quantizers.items()}
         known = Known(
             frozenset(target for target, reason in reasons.items() if reason is None),
-            frozenset(name for name, held in module.named_modules() if hasattr(held, "run_with")),
+            frozenset(name for name, held in module.named_modules() if MARK in vars(held) and hasattr(held, "weight")),
             tuple((name, c) for name, held in module.named_modules() if (c := ceiling_of(held)) is not None),
             constants(module.graph),
         )

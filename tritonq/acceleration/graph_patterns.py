@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from tritonq.acceleration.graph_calls import graph_add, graph_conv_bn, graph_layer, graph_module, graph_quantize
+from tritonq.acceleration.graph_calls import graph_add, graph_conv_bn, graph_layer, graph_quantize
 from tritonq.nn.fusable import bound_of_clip
 
 _ATEN = torch.ops.aten
@@ -224,12 +224,16 @@ def _layers(graph: Graph, known: Known) -> Iterator[Match]:
 
 def _module_layers(graph: Graph, known: Known) -> Iterator[Match]:
     """Yield a layer of torch.ao and the quantizer of its result."""
+    if not known.layers:
+        return
+    from tritonq.acceleration.torch_ao import run_with
+
     for node in graph.nodes:
         if node.op == "call_module" and node.target in known.layers and len(node.users) == 1 and len(node.args) == 1:
             quantizer = next(iter(node.users))
             if _is_quantizer(quantizer, known):
-                arguments = (node.args[0], Module(node.target), Module(quantizer.target))
-                match = Match("layer, quantizer", graph_module, arguments, [node, quantizer], [quantizer.target])
+                arguments = (Module(node.target), node.args[0], Module(quantizer.target))
+                match = Match("layer, quantizer", run_with, arguments, [node, quantizer], [quantizer.target])
                 if _is_safe(match, node.args[0]):
                     yield match
 

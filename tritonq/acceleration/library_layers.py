@@ -32,6 +32,8 @@ from tritonq.reference.fold import fold_bias, fold_scale, scale_out_channels
 RELU = math.inf
 # Where a module keeps the observer hook that its operator took over: its key, and the hook.
 HOOK = "_tritonq_hook"
+# Where a module of torch.ao has the mark that tritonq computes it.
+MARK = "_tritonq_mark"
 
 
 @dataclass(frozen=True, eq=False)

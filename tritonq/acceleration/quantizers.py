@@ -107,7 +107,7 @@ def unknown_reason(quantizer: nn.Module) -> str | None:
 
 
 def _formula(quantizer: nn.Module) -> QuantizerFormula | str:
-    kind = getattr(type(quantizer), "library_class", type(quantizer))
+    kind = type(quantizer)
     if not kind.__module__.startswith(_LIBRARIES):
         return f"a class of its own, {kind.__module__}.{kind.__name__}"
     held: Any = quantizer

@@ -1,14 +1,19 @@
-"""Modules of torch.ao's eager quantization-aware training, with tritonq's operators in their forward.
+"""Modules of torch.ao's eager quantization-aware training, computed by tritonq's operators.
 
-Each class here inherits from the library's and replaces its forward alone: an instance changes its class and stays the
-same object, with the same parameters, buffers, hooks and state dict.
+A module that is accelerated stays of the library's class, which exact comparisons in the library and in scripts look
+for (``type(module) in {ConvBn2d, …}``), and has a mark of its own. Importing this file puts a function before the
+forward of every class that it knows: it looks for the mark, and runs the library's forward without one.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.ao.nn import qat
 from torch.ao.nn.intrinsic import qat as intrinsic
@@ -20,35 +25,66 @@ from torch.ao.quantization.fake_quantize import (
     FusedMovingAvgObsFakeQuantize,
 )
 
-from tritonq.acceleration.library_layers import HOOK, RELU, BatchNorm, Layer, add, affine, normalized
+from tritonq.acceleration.library_layers import HOOK, MARK, RELU, BatchNorm, Layer, add, affine, normalized
 from tritonq.acceleration.quantizers import can_compute, is_attached, quantize
 from tritonq.functional.recomputation import StepMemory
 from tritonq.nn.batch_norm import batch_norm_state, is_plain
 from tritonq.nn.qat import linear_map_of
 
+_MEMORY = "_tritonq_memory"
+_QUANTIZERS = (FakeQuantize, FusedMovingAvgObsFakeQuantize, FixedQParamsFakeQuantize, _LearnableFakeQuantize)
+# The ceiling of the ReLU in each class of layers.
+_LAYERS: dict[type[nn.Module], float | None] = {
+    qat.Conv1d: None,
+    qat.Conv2d: None,
+    qat.Conv3d: None,
+    qat.Linear: None,
+    intrinsic.ConvReLU1d: RELU,
+    intrinsic.ConvReLU2d: RELU,
+    intrinsic.ConvReLU3d: RELU,
+    intrinsic.LinearReLU: RELU,
+    intrinsic.ConvBn1d: None,
+    intrinsic.ConvBn2d: None,
+    intrinsic.ConvBn3d: None,
+    intrinsic.ConvBnReLU1d: RELU,
+    intrinsic.ConvBnReLU2d: RELU,
+    intrinsic.ConvBnReLU3d: RELU,
+    intrinsic.LinearBn1d: None,
+}
+CLASSES: frozenset[type[nn.Module]] = frozenset((*_QUANTIZERS, *_LAYERS, FloatFunctional))
+_Forward = Callable[..., Tensor]
 
-def run_quantizer(self: Any, x: Tensor) -> Tensor:
-    """Observe and round ``x``; as the library does where a cast changed the dtype of the quantizer's buffers."""
-    return quantize(self, x) if can_compute(self, x) else cast(Tensor, self.library_class.forward(self, x))
+
+@dataclass(frozen=True)
+class Mark:
+    """Mark of an accelerated module. A process that unpickles one imports this file, which runs such modules."""
 
 
-def run_layer(self: Any, x: Tensor) -> Tensor:
-    """Return the output of the library's layer, observed and rounded where tritonq took over its observer's hook."""
-    return run_with(self, x, self.activation_post_process if HOOK in self.__dict__ else None)
+def mark(module: nn.Module) -> None:
+    """Let tritonq compute ``module``, whose class is one of CLASSES."""
+    module.__dict__[MARK] = Mark()
 
 
-def run_with(self: Any, x: Tensor, output_quantizer: nn.Module | None) -> Tensor:
-    """Return the layer's result, rounded by ``output_quantizer`` where there is one."""
-    if "bn" in self._modules and not is_plain(self.bn):
-        y = cast(Tensor, self.library_class.forward(self, x))
+def unmark(module: nn.Module) -> None:
+    """Undo :func:`mark`."""
+    for name in (MARK, _MEMORY):
+        module.__dict__.pop(name, None)
+
+
+def run_with(layer: nn.Module, x: Tensor, output_quantizer: nn.Module | None) -> Tensor:
+    """Return the result of an accelerated layer, rounded by ``output_quantizer`` where there is one."""
+    held = cast(Any, layer)
+    if "bn" in held._modules and not is_plain(held.bn):
+        y = _PLAIN[type(layer)](layer, x)
         return y if output_quantizer is None else cast(Tensor, output_quantizer(y))
-    memory = self.__dict__.setdefault("_tritonq_memory", StepMemory())
-    grouping = (getattr(self, "transposed", False), getattr(self, "groups", 1))
-    layer = Layer(linear_map_of(self), self.weight_fake_quant, output_quantizer, self.ceiling, grouping, memory)
-    norm = _batch_norm(self)
+    memory = held.__dict__.setdefault(_MEMORY, StepMemory())
+    grouping = (getattr(held, "transposed", False), getattr(held, "groups", 1))
+    ceiling = _LAYERS[type(layer)]
+    computed = Layer(linear_map_of(held), held.weight_fake_quant, output_quantizer, ceiling, grouping, memory)
+    norm = _batch_norm(held)
     if norm is None:
-        return affine(layer, x, self.weight, self.bias)
-    return normalized(layer, x, self.weight, self.bias, norm)
+        return affine(computed, x, held.weight, held.bias)
+    return normalized(computed, x, held.weight, held.bias, norm)
 
 
 def _batch_norm(held: Any) -> BatchNorm | None:
@@ -63,282 +99,50 @@ def _batch_norm(held: Any) -> BatchNorm | None:
     return BatchNorm(*(bn.weight, bn.bias, bn.running_mean, bn.running_var, momentum, bn.eps, training, corrected))
 
 
-def refuse_conversion(self: Any, name: str) -> None:
-    """Delete an attribute; refuse torch.ao's ``convert``, which removes observers and knows no accelerated class.
+def _run_layer(plain: _Forward, self: nn.Module, x: Tensor) -> Tensor:
+    """Return the layer's output, observed and rounded where tritonq took over its observer's hook."""
+    held: Any = self
+    return run_with(self, x, held.activation_post_process if HOOK in self.__dict__ else None)
 
-    It would leave accelerated layers in float, in silence. A conversion in place has changed other modules by then.
 
-    Raises:
-        ValueError: ``name`` is the observer's.
-    """
-    if name == "activation_post_process":
-        raise ValueError("this model is accelerated: convert what tritonq.restore(model) returns")
-    nn.Module.__delattr__(self, name)
+def _run_quantizer(plain: _Forward, self: nn.Module, x: Tensor) -> Tensor:
+    """Observe and round ``x``; as the library does where a cast changed the dtype of the quantizer's buffers."""
+    return quantize(self, x) if can_compute(self, x) else plain(self, x)
 
 
-def apply_as_library(self: Any, fn: Callable[[nn.Module], None]) -> Any:
-    """Let ``fn`` see each child and ``self``, which has the library's class meanwhile.
+def _run_sum(ceiling: float | None, plain: _Forward, self: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Return the rounded ReLU of the sum."""
+    quantizer = cast(Any, self).activation_post_process
+    return add(x, y, quantizer, ceiling) if is_attached(quantizer) and can_compute(quantizer, x) else plain(self, x, y)
 
-    torch.ao's ``freeze_bn_stats`` and scripts of users look for exact classes, ``type(module) in {ConvBn2d, …}``, and
-    pass over every other class in silence.
-    """
-    for child in self.children():
-        child.apply(fn)
-    own = type(self)
-    self.__class__ = own.library_class
-    try:
-        fn(self)
-    finally:
-        self.__class__ = own
-    return self
 
+def _put_before(kind: type[nn.Module], method: str, run: Callable[..., Tensor]) -> _Forward:
+    """Let a method of a library's class look for the mark; return the library's."""
+    plain: _Forward = getattr(kind, method)
 
-class AcceleratedFakeQuantize(FakeQuantize):
-    """``FakeQuantize`` by tritonq's operators."""
+    @functools.wraps(plain)
+    def look_for_mark(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return run(plain, self, *args, **kwargs) if MARK in self.__dict__ else plain(self, *args, **kwargs)
 
-    library_class = FakeQuantize
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_quantizer
+    setattr(kind, method, look_for_mark)
+    return plain
 
 
-class AcceleratedFusedFakeQuantize(FusedMovingAvgObsFakeQuantize):
-    """``FusedMovingAvgObsFakeQuantize`` by tritonq's operators."""
+def _let_graphs_trace_observer_hooks() -> None:
+    """Tell torch.compile what torch.ao's observer hook does, which it refuses to trace."""
+    hook = sys.modules["torch.ao.quantization.quantize"]._observer_forward_hook
 
-    library_class = FusedMovingAvgObsFakeQuantize
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_quantizer
+    @torch.compiler.substitute_in_graph(hook, skip_signature_check=True)
+    def observe(self: Any, inputs: Any, output: Tensor) -> Tensor:
+        result: Tensor = self.activation_post_process(output)
+        return result
 
 
-class AcceleratedFixedFakeQuantize(FixedQParamsFakeQuantize):
-    """``FixedQParamsFakeQuantize`` by tritonq's operators."""
-
-    library_class = FixedQParamsFakeQuantize
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_quantizer
-
-
-class AcceleratedLearnableFakeQuantize(_LearnableFakeQuantize):
-    """``_LearnableFakeQuantize`` by tritonq's operators."""
-
-    library_class = _LearnableFakeQuantize
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_quantizer
-
-
-class AcceleratedConv1d(qat.Conv1d):
-    """``qat.Conv1d`` by tritonq's operators."""
-
-    library_class = qat.Conv1d
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = None
-
-
-class AcceleratedConv2d(qat.Conv2d):
-    """``qat.Conv2d`` by tritonq's operators."""
-
-    library_class = qat.Conv2d
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = None
-
-
-class AcceleratedConv3d(qat.Conv3d):
-    """``qat.Conv3d`` by tritonq's operators."""
-
-    library_class = qat.Conv3d
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = None
-
-
-class AcceleratedLinear(qat.Linear):
-    """``qat.Linear`` by tritonq's operators."""
-
-    library_class = qat.Linear
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = None
-
-
-class AcceleratedConvReLU1d(intrinsic.ConvReLU1d):
-    """``intrinsic.qat.ConvReLU1d`` by tritonq's operators."""
-
-    library_class = intrinsic.ConvReLU1d
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = RELU
-
-
-class AcceleratedConvReLU2d(intrinsic.ConvReLU2d):
-    """``intrinsic.qat.ConvReLU2d`` by tritonq's operators."""
-
-    library_class = intrinsic.ConvReLU2d
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = RELU
-
-
-class AcceleratedConvReLU3d(intrinsic.ConvReLU3d):
-    """``intrinsic.qat.ConvReLU3d`` by tritonq's operators."""
-
-    library_class = intrinsic.ConvReLU3d
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = RELU
-
-
-class AcceleratedLinearReLU(intrinsic.LinearReLU):
-    """``intrinsic.qat.LinearReLU`` by tritonq's operators."""
-
-    library_class = intrinsic.LinearReLU
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = RELU
-
-
-class AcceleratedConvBn1d(intrinsic.ConvBn1d):
-    """``intrinsic.qat.ConvBn1d`` by tritonq's operators."""
-
-    library_class = intrinsic.ConvBn1d
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = None
-
-
-class AcceleratedConvBn2d(intrinsic.ConvBn2d):
-    """``intrinsic.qat.ConvBn2d`` by tritonq's operators."""
-
-    library_class = intrinsic.ConvBn2d
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = None
-
-
-class AcceleratedConvBn3d(intrinsic.ConvBn3d):
-    """``intrinsic.qat.ConvBn3d`` by tritonq's operators."""
-
-    library_class = intrinsic.ConvBn3d
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = None
-
-
-class AcceleratedConvBnReLU1d(intrinsic.ConvBnReLU1d):
-    """``intrinsic.qat.ConvBnReLU1d`` by tritonq's operators."""
-
-    library_class = intrinsic.ConvBnReLU1d
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = RELU
-
-
-class AcceleratedConvBnReLU2d(intrinsic.ConvBnReLU2d):
-    """``intrinsic.qat.ConvBnReLU2d`` by tritonq's operators."""
-
-    library_class = intrinsic.ConvBnReLU2d
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = RELU
-
-
-class AcceleratedConvBnReLU3d(intrinsic.ConvBnReLU3d):
-    """``intrinsic.qat.ConvBnReLU3d`` by tritonq's operators."""
-
-    library_class = intrinsic.ConvBnReLU3d
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = RELU
-
-
-class AcceleratedLinearBn1d(intrinsic.LinearBn1d):
-    """``intrinsic.qat.LinearBn1d`` by tritonq's operators."""
-
-    library_class = intrinsic.LinearBn1d
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-    forward: Any = run_layer
-    run_with = run_with
-    ceiling = None
-
-
-class AcceleratedFloatFunctional(FloatFunctional):
-    """``FloatFunctional`` whose additions are one operator with their quantizer."""
-
-    library_class = FloatFunctional
-    __delattr__ = refuse_conversion
-    apply: Any = apply_as_library
-
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the rounded sum."""
-        return self._sum(x, y, None)
-
-    def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the rounded ReLU of the sum."""
-        return self._sum(x, y, RELU)
-
-    def _sum(self, x: Tensor, y: Tensor, ceiling: float | None) -> Tensor:
-        quantizer = self.activation_post_process
-        if is_attached(quantizer) and can_compute(quantizer, x):
-            return add(x, y, quantizer, ceiling)
-        return super().add(x, y) if ceiling is None else super().add_relu(x, y)
-
-
-# The class that takes the place of each class of the library.
-CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    kind.library_class: kind
-    for kind in (
-        AcceleratedFakeQuantize,
-        AcceleratedFusedFakeQuantize,
-        AcceleratedFixedFakeQuantize,
-        AcceleratedLearnableFakeQuantize,
-        AcceleratedConv1d,
-        AcceleratedConv2d,
-        AcceleratedConv3d,
-        AcceleratedLinear,
-        AcceleratedConvReLU1d,
-        AcceleratedConvReLU2d,
-        AcceleratedConvReLU3d,
-        AcceleratedLinearReLU,
-        AcceleratedConvBn1d,
-        AcceleratedConvBn2d,
-        AcceleratedConvBn3d,
-        AcceleratedConvBnReLU1d,
-        AcceleratedConvBnReLU2d,
-        AcceleratedConvBnReLU3d,
-        AcceleratedLinearBn1d,
-        AcceleratedFloatFunctional,
-    )
+# The forward of each class as the library has it.
+_PLAIN: dict[type[nn.Module], _Forward] = {
+    **{kind: _put_before(kind, "forward", _run_quantizer) for kind in _QUANTIZERS},
+    **{kind: _put_before(kind, "forward", _run_layer) for kind in _LAYERS},
 }
+_put_before(FloatFunctional, "add", functools.partial(_run_sum, None))
+_put_before(FloatFunctional, "add_relu", functools.partial(_run_sum, RELU))
+_let_graphs_trace_observer_hooks()
