@@ -175,3 +175,26 @@ def test_files_that_the_documents_name_exist():
         paths += re.findall(r"\]\(([\w./-]+)\)", text)
         missing = [path for path in paths if not (ROOT / path).exists() and path not in MADE]
         assert missing == [], f"{document} names files that are not there"
+
+
+def table_rows(text):
+    """The cells of each row of the tables in a text, without the rows that name and rule the columns."""
+    for header, row in zip(text.splitlines(), text.splitlines()[1:], strict=False):
+        if header.startswith("|") and row.startswith("|") and "---" not in row:
+            yield [cell.strip() for cell in row.strip("|").split(" | ")]
+
+
+def test_each_change_of_the_table_names_what_to_touch_and_its_test():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = list(table_rows(text.partition("## To change X")[2].partition("\n## ")[0]))
+    assert len(rows) > 80
+    assert [row[0] for row in rows if not row[1]] == []
+    assert [row[0] for row in rows if len(row) == 4 and not ("`" in row[2] or "below" in row[2])] == []
+    assert [row[0] for row in rows if any(len(cell) > 520 for cell in row)] == [], "too long to be read at a glance"
+
+
+def test_the_architecture_has_a_line_for_each_file_at_the_top():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    section = text.partition("## The files at the top")[2].partition("\n### ")[0]
+    named = [name for row in table_rows(section) for name in re.findall(r"`(\w+\.py)`", row[0])]
+    assert sorted(named) == sorted(path.name for path in (ROOT / "tritonq").glob("*.py"))
