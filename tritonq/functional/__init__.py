@@ -1,4 +1,16 @@
-"""Differentiable functions on tensors. Arguments are checked here and nowhere deeper."""
+"""Differentiable functions on tensors. Public functions check their arguments; code below them does not check again.
+
+Words of these files, besides those of docs/glossary.md:
+
+- A *grid* (:class:`tritonq.grid.Grid`) is scale, zero point, range of codes and a switch. A result "on the grid" is a
+  float tensor of values ``(code - zero_point) · scale``; "before clipping", its codes may pass the ends of the range.
+- *Statistics* (:class:`tritonq.grid.RangeStatistics`) are a running range; an operator that is given some updates them
+  in place with what it rounds, and scale and zero point with them. None observes nothing.
+- A *ceiling* is the upper bound of a ReLU: infinity for a plain ReLU, 6 for ReLU6, None without a ReLU.
+- *fl* in formulas is rounding to float32.
+- The *host* is Python. Reading a tensor of a GPU on the host waits for the device; a tensor is *readable*
+  (`is_readable`) if it does not.
+"""
 
 from tritonq.functional.bias import quantize_bias
 from tritonq.functional.fake_quant import fake_quantize_per_channel_affine, fake_quantize_per_tensor_affine

@@ -13,14 +13,15 @@ from tritonq.reference.average_pool import Averaging, average_steps, exact_sums,
 
 
 def integer_average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tensor:
-    """Return the means of values on a grid, on the output's grid, before clipping to its codes.
+    """Return the means of quantized values as integer runtimes compute them: on the output's grid, before clipping.
 
-    ``round(fl(Σ) · fl(s_in / fl(s_out · N))) · s_out`` with Σ the exact sum of codes minus zero point, N what it is
-    divided by, and fl rounding to float32. The order of the terms changes nothing, nor does the memory format.
+    ``round(fl(Σ) · fl(s_in / fl(s_out · N))) · s_out`` with Σ the exact sum of codes minus zero point, N the number
+    that the mean divides by, and fl rounding to float32. The order of the terms changes nothing, nor does the memory
+    format.
 
     Args:
         x: float tensor of values ``(code - zero_point) * s_in``.
-        averaging: the operation.
+        averaging: which elements each mean takes: a window, axes, or adaptive windows.
         source: the input's grid, per tensor.
         output: grid of the quantizer behind the operation, per tensor.
 
@@ -49,9 +50,9 @@ def average_codes(codes: Tensor, averaging: Averaging, source: HostGrid, output:
 
     Args:
         codes: uint8 codes of the input, counted from 0.
-        averaging: the operation.
+        averaging: which elements each mean takes.
         source: the input's grid.
-        output: the result's.
+        output: the result's grid.
 
     Returns:
         uint8, counted from 0.

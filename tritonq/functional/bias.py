@@ -1,4 +1,4 @@
-"""Quantizing a bias to 32-bit integers in units of input scale times weight scale."""
+"""Quantizing a bias to 32-bit integers; one step is the input's scale times the weight's."""
 
 from __future__ import annotations
 

@@ -12,7 +12,9 @@ from tritonq.reference.conv_bn import dense, moments
 
 
 def channel_moments(c: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance over all axes but 1: (channels,), float32 or wider. Saves ``c`` alone.
+    """Return mean and biased variance per channel (axis 1): (channels,) each, float32 or wider; differentiable.
+
+    For the backward only ``c`` and the mean are kept.
 
     Raises:
         ValueError: fewer than two values per channel.

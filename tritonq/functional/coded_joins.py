@@ -1,4 +1,7 @@
-"""Sums, differences and products of codes: `integer_joins`, bit for bit, without a tensor in float64."""
+"""Sums, differences and products of tensors of codes: the results of `integer_joins`, bit for bit, without float64.
+
+A *join* is an operation of two tensors. Codes are uint8 and counted from 0, the smallest code of their grid.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ from tritonq.reference.fake_quant import quantize
 
 @dataclass(frozen=True, eq=False)
 class CodedJoin:
-    """An operation of two tensors of codes, each counted from 0 on its own grid.
+    """A sum, difference or product of two tensors of codes, prepared once: call it with both tensors.
 
     Attributes:
-        kind: of the operation.
+        kind: ``"add"``, ``"sub"`` or ``"mul"``.
         a: grid of the first operand.
-        b: grid of the second one.
+        b: grid of the second operand.
         output: grid of the result.
-        starts: of both operands and the result: what a runtime counts codes from, in codes counted from 0. That is the
-            code of zero behind a ReLU whose type fixes it, else 0.
-        ratios: both operands' scales over the output's, float32; one number for a product.
-        fixed: float32, 0-d; see `integer_joins.integer_add`.
+        starts: for both operands and the result, the code from which a runtime counts. It is 0, except that of zero
+            behind a ReLU whose type has a fixed zero point.
+        ratios: each operand's scale over the output's, float32; one number for a product.
+        fixed: the constant term of the sum, float32, 0-d; see `integer_joins.integer_add`.
         limits: smallest and largest code of the result.
     """
 
@@ -42,11 +45,11 @@ class CodedJoin:
     limits: tuple[int, int]
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the result's codes.
+        """Return the codes of the result, uint8.
 
         Args:
-            a: uint8 codes.
-            b: uint8 codes of the same shape; for a product one may broadcast to the shape of the other.
+            a: uint8 codes of the first operand.
+            b: uint8 codes of the second, of the same shape; for a product one may broadcast to the shape of the other.
         """
         if a.shape == b.shape and a.dim() > 1:
             images = images_at_once(a.numel() // max(1, len(a)), len(a))
@@ -73,12 +76,15 @@ class CodedJoin:
 def coded_join(
     kind: JoinKind, grids: tuple[Grid, Grid, Grid], deployed: list[Grid], ceiling: float | None
 ) -> CodedJoin | None:
-    """Prepare an operation on codes; None where codes can't be used.
+    """Prepare an operation on codes; None if codes can't be used.
+
+    That is so if a grid has several scales or more than 256 codes, if a ratio of scales is not finite, or if this CPU
+    rounds sums twice (:func:`adds_fused`).
 
     Args:
-        kind: of the operation.
+        kind: ``"add"``, ``"sub"`` or ``"mul"``.
         grids: of both operands and of the result, per tensor.
-        deployed: the same with the codes that deployment has.
+        deployed: the same grids with the range of codes that deployment has, which a ReLU may have narrowed.
         ceiling: of the ReLU before the result's quantizer, see :func:`tritonq.reference.activation.rectify`.
     """
     found = [host_grid(grid) for grid in grids]
@@ -113,7 +119,10 @@ def _floats(codes: Tensor, zero: int) -> Tensor:
 
 @cache
 def adds_fused() -> bool:
-    """Whether ``torch.add(x, y, alpha=r)`` rounds ``x + r * y`` once here, as with fused multiply-add. Tried once."""
+    """Whether ``torch.add(x, y, alpha=r)`` rounds ``x + r · y`` once on this CPU, as a fused multiply-add does.
+
+    Tried once per process.
+    """
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(0, 256, (1003,), generator=generator).float()
     addend = torch.randn(1003, generator=generator) * 64

@@ -1,4 +1,4 @@
-"""A float tensor that is held as codes until somebody reads its values.
+"""A float tensor that is stored as codes until something reads its values.
 
 Between the layers of a converted model values are rarely read: the next layer wants codes. A :class:`CodedTensor` has
 the shape, strides and dtype of the float tensor and stores the codes alone. Operators that only move values (views,
@@ -80,7 +80,15 @@ READS_MEMORY = frozenset(
 
 
 class CodedTensor(Tensor):
-    """See the module. Made by :meth:`of`; codes are uint8 and count from 0, see `tritonq.functional.codes`."""
+    """A float tensor that is stored as uint8 codes, counted from 0; values are computed when something reads them.
+
+    Shape, strides and dtype are those of the float tensor. See the module's docstring for which operators keep the
+    codes.
+
+    Attributes:
+        grid: of the codes.
+        memory_format: of the results of operators on this tensor; None: not asked yet.
+    """
 
     grid: HostGrid
     # That of results of operators on this; None: not asked yet.
@@ -96,7 +104,7 @@ class CodedTensor(Tensor):
 
     @staticmethod
     def __new__(cls, codes: Tensor, grid: HostGrid, strides: tuple[int, ...]) -> CodedTensor:
-        """Hold ``codes`` of ``grid``; ``strides`` are those of the float tensor that this stands for."""
+        """Make a tensor of uint8 ``codes`` on ``grid``; ``strides`` are those of the float tensor it stands for."""
         made: CodedTensor = Tensor._make_wrapper_subclass(
             cls, codes.shape, strides=strides, dtype=torch.float32, device=codes.device
         )
@@ -107,7 +115,7 @@ class CodedTensor(Tensor):
 
     @property
     def codes(self) -> Tensor | None:
-        """The codes, in any memory format; None once the values may differ from them."""
+        """The codes, in any memory format; None once something may have changed the values."""
         return None if self._root._is_float else self._codes
 
     @property
@@ -115,7 +123,7 @@ class CodedTensor(Tensor):
         return self if self._source is None else self._source
 
     def to_float(self) -> Tensor:
-        """Return the float tensor, not to be changed."""
+        """Return the values as a float tensor, which the caller must not change."""
         root = self._root
         made = root._float is not None or root._is_float
         if self._view is not None and (made or _repeats_elements(self)):
@@ -132,7 +140,7 @@ class CodedTensor(Tensor):
         return self._float
 
     def as_float(self) -> Tensor:
-        """Return the float tensor for whoever may change it or keep its memory; from then on the codes don't count."""
+        """Return the values as a float tensor that the caller may change or keep; the codes are not used any more."""
         root = self._root
         root.to_float()
         root._is_float = True
@@ -180,12 +188,12 @@ _DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 
 def coded_like(codes: Tensor, x: Tensor, grid: HostGrid | None = None) -> CodedTensor:
-    """Return the tensor that ``codes`` stand for: channels_last where ``x`` is, else contiguous.
+    """Return a CodedTensor of ``codes``; its strides are channels_last if those of ``x`` are, else contiguous.
 
     Args:
         codes: uint8, any memory format.
-        x: a float tensor.
-        grid: of the codes; None: that of ``x``, a CodedTensor.
+        x: a float tensor or CodedTensor.
+        grid: of the codes; None: the grid of ``x``, which is a CodedTensor then.
     """
     grid = cast(CodedTensor, x).grid if grid is None else grid
     channels_last = codes.dim() == x.dim() and memory_format_of(x) is not torch.contiguous_format
@@ -193,13 +201,13 @@ def coded_like(codes: Tensor, x: Tensor, grid: HostGrid | None = None) -> CodedT
 
 
 def _repeats_elements(x: Tensor) -> bool:
-    """Whether an element of memory is several elements of a tensor, as :meth:`torch.Tensor.expand` makes them."""
+    """Whether several elements of ``x`` are one element of memory, as :meth:`torch.Tensor.expand` makes them."""
     return any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 @lru_cache(maxsize=4096)
 def _dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
-    """Return the strides of a dense tensor."""
+    """Return the strides of a dense tensor of this shape, contiguous or channels_last."""
     order = [0, *range(2, len(shape)), 1] if channels_last else range(len(shape))
     strides, step = [0] * len(shape), 1
     for axis in reversed(order):
@@ -209,7 +217,7 @@ def _dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ..
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Return the format that results of operators on ``x`` have: channels_last where ``x`` is, else contiguous."""
+    """Return the memory format of results of operators on ``x``: channels_last if ``x`` is, else contiguous."""
     if type(x) is CodedTensor:
         if x.memory_format is None:
             with torch._C.DisableTorchFunctionSubclass():
@@ -232,7 +240,7 @@ def _may_pool(x: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _viewed(x: CodedTensor, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Apply a view operator to shape, strides and codes."""
+    """Apply a view operator ``func`` to a tensor's shape, strides and codes; returns a view, or a list of views."""
     shape = func(torch.empty_strided(x.shape, x.stride(), device="meta"), *rest, **kwargs)
     if func is _aten.view.default:
         # The codes may lie in another order than the values seem to.
@@ -264,7 +272,7 @@ def _both(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor],
 
 
 def _concatenated(tensors: Any, dim: int = 0) -> CodedTensor | None:
-    """Concatenate codes of one grid; None where there is none."""
+    """Concatenate tensors of codes on one grid; None if a tensor is no CodedTensor or has another grid."""
     first = tensors[0]
     if not all(isinstance(x, CodedTensor) and x.codes is not None and x.grid == first.grid for x in tensors):
         return None
@@ -272,7 +280,10 @@ def _concatenated(tensors: Any, dim: int = 0) -> CodedTensor | None:
 
 
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator on values. Where it writes to its arguments or returns their memory, codes no longer count."""
+    """Run an operator on float values.
+
+    If it writes to its arguments or returns their memory, their codes are dropped.
+    """
     schema = func._schema
     shares = any(result.alias_info is not None for result in schema.returns)
     lends = schema.is_mutable or shares

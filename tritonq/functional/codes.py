@@ -3,15 +3,17 @@
 A module that computes on codes does three things::
 
     if can_use_codes(x):  # else it computes on float values
-        codes = take_codes(x, source)  # those the input carries, or new ones made from its values
+        codes = take_codes(x, source)  # those that x carries, or new ones made from its values
         if codes is not None:
             return give_codes(table[codes.long()], output, like=x)  # a float tensor that carries its codes
 
-Codes are uint8 and count from 0: ``code - quant_min``. Values are ``(code - zero_point) * scale`` as ever; ``source``
-and ``output`` are what `host_grid` makes of the grids, best once for each version of their tensors (`memo.Memo`).
+Codes are uint8 and counted from 0: ``code - quant_min``. Values are ``(code - zero_point) · scale`` as ever. ``source``
+and ``output`` are grids as numbers on the host, from `host_grid`, made once for each version of their tensors
+(`memo.Memo`).
 
-Inside a converted model :func:`give_codes` makes no values at all: the tensor holds codes until somebody reads it (see
-`coded_tensor`). :func:`carry_codes` says which call of which module that is: its results are ordinary tensors again.
+A tensor *carries* its codes in an attribute. Inside a converted model :func:`give_codes` computes no values at all: the
+tensor stores codes until something reads it (`coded_tensor`). :func:`carry_codes` marks the model whose calls do so;
+what such a call returns are ordinary tensors again.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ _VALUES_AT_ONCE = 2**19
 
 
 class _Calls(threading.local):
-    """How many calls of modules that carry codes are under way in this thread."""
+    """A count, per thread, of the calls now running of models that :func:`carry_codes` prepared."""
 
     depth = 0
 
@@ -48,10 +50,10 @@ _calls = _Calls()
 
 
 def carry_codes(model: nn.Module) -> nn.Module:
-    """Let tensors between the modules of ``model`` be held as codes during its calls; returns ``model``.
+    """Store tensors between the modules of ``model`` as codes during its calls; returns ``model``.
 
-    Two hooks, which copies and pickles of the model have too, open and close such a call. What the model returns are
-    ordinary float tensors.
+    It adds two hooks, which copies and pickles of the model keep, to the start and the end of a call. What the model
+    returns are ordinary float tensors.
     """
     model.register_forward_pre_hook(open_call_hook, prepend=True)
     model.register_forward_hook(close_call_hook, always_call=True)
@@ -59,13 +61,13 @@ def carry_codes(model: nn.Module) -> nn.Module:
 
 
 def open_call_hook(module: nn.Module, args: Any) -> None:
-    """Begin a call of a model that carries codes."""
+    """Note that a call of a model that carries codes begins: a forward pre-hook."""
     if not torch.compiler.is_compiling():
         _calls.depth += 1
 
 
 def close_call_hook(module: nn.Module, args: Any, result: Any) -> Any:
-    """End it; results become ordinary tensors."""
+    """Note that such a call ends, and return its result with ordinary tensors: a forward hook."""
     if torch.compiler.is_compiling():
         return None
     _calls.depth = max(0, _calls.depth - 1)
@@ -77,7 +79,7 @@ def _ordinary(x: Any) -> Any:
 
 
 def can_use_codes(x: Tensor) -> bool:
-    """Whether ``x`` may be computed on as codes.
+    """Whether a module may compute on the codes of ``x`` instead of its values.
 
     That is so for float32 tensors on the CPU that need no gradient, while nothing traces, transforms or watches the
     operators: no ``torch.compile``, ``torch.jit.trace``, ``torch.func`` and no dispatch mode.
@@ -99,7 +101,7 @@ def can_use_codes(x: Tensor) -> bool:
 
 
 def carried_codes(x: Tensor) -> tuple[Tensor, HostGrid] | None:
-    """Return the codes that a tensor carries, and their grid; None where it carries none."""
+    """Return the uint8 codes that a tensor carries, and their grid; None if it carries none, or was changed since."""
     if type(x) is CodedTensor:
         held = x.codes
         return None if held is None else (held, x.grid)
@@ -108,11 +110,13 @@ def carried_codes(x: Tensor) -> tuple[Tensor, HostGrid] | None:
 
 
 def take_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
-    """Return the codes of ``x`` on ``grid``, uint8; None where a value lies beyond the grid's ends or is NaN.
+    """Return the codes of ``x`` on ``grid``, uint8: those it carries, else each value's nearest code.
+
+    The result is None if a value lies beyond the grid's ends or is NaN.
 
     Args:
-        x: a tensor that :func:`can_use_codes` accepts. Values between two codes go to the nearer one.
-        grid: where its values lie.
+        x: a tensor that :func:`can_use_codes` accepts.
+        grid: the grid of its values.
     """
     carried = carried_codes(x)
     if carried is not None and carried[1] == grid:
@@ -123,14 +127,14 @@ def take_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
 
 
 def give_codes(codes: Tensor, grid: HostGrid, like: Tensor) -> Tensor:
-    """Return the float tensor that the codes stand for; it carries them for the next :func:`take_codes`.
+    """Return the float tensor that ``codes`` stand for; it carries them for the next :func:`take_codes`.
 
-    Inside a model that :func:`carry_codes` prepared, its values are made when somebody reads them.
+    Inside a model that :func:`carry_codes` prepared, its values are computed when something reads them.
 
     Args:
-        codes: uint8, up to ``grid.largest``; not changed any more.
+        codes: uint8, up to ``grid.largest``; must not be changed any more.
         grid: their grid.
-        like: the module's input. The result is channels_last where that is, else contiguous; the codes may differ.
+        like: the module's input. The result is channels_last if ``like`` is, else contiguous.
     """
     if _calls.depth:
         return coded_like(codes, like, grid)
@@ -145,11 +149,11 @@ def give_codes(codes: Tensor, grid: HostGrid, like: Tensor) -> Tensor:
 
 
 def quantize_to_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
-    """Round a tensor to ``grid``, as `fake_quantize` does; None where it holds NaN, which has no code.
+    """Round a tensor to ``grid``, as `fake_quantize` does; the result carries its codes. None if ``x`` has a NaN.
 
     Args:
         x: a tensor that :func:`can_use_codes` accepts.
-        grid: the grid.
+        grid: the grid to round to.
     """
     if type(x) is CodedTensor:
         if x.codes is not None and x.grid == grid:
@@ -163,23 +167,23 @@ def quantize_to_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
 
 
 def images_at_once(values: int, images: int) -> int:
-    """Return how many images of a batch to compute at once, such that their float32 values fit into a cache.
+    """Return how many images of a batch to compute at once, so that their float32 values fit into a cache.
 
     Args:
         values: float32 values per image.
-        images: in the batch.
+        images: images in the batch.
     """
     return images if values * images <= _MAX_VALUES_AT_ONCE else min(images, max(1, _VALUES_AT_ONCE // values))
 
 
 def rounded_codes(steps: Tensor, grid: HostGrid, low: int = 0, high: int | None = None) -> Tensor:
-    """Return the codes of values in steps of the grid's scale, clipped to ``[low, high]``; overwrites ``steps``.
+    """Return ``clip(round(steps) + zero, low, high)`` as uint8 codes, counted from 0; overwrites ``steps``.
 
     Args:
         steps: float32 ``value / scale``, finite.
-        grid: the grid.
-        low: smallest code of the result, counted from 0.
-        high: largest one; None: the grid's.
+        grid: the grid, which says how ties are rounded.
+        low: smallest code of the result.
+        high: largest code; None: the grid's.
     """
     high = grid.largest if high is None else min(high, grid.largest)
     if grid.half_even and has_one_pass_rounding():
@@ -195,9 +199,10 @@ def rounded_codes(steps: Tensor, grid: HostGrid, low: int = 0, high: int | None 
 
 @cache
 def has_one_pass_rounding() -> bool:
-    """Whether torch rounds float32 to uint8 in one pass, ties to even.
+    """Whether this torch rounds float32 to uint8 in one pass, ties to even; tried once.
 
-    Tried once on ties without a zero point and on whole numbers with one, in lengths that fill vectors and that don't.
+    Tried are ties without a zero point and whole numbers with one, in lengths that fill vector registers and that
+    don't.
     """
     halves = torch.arange(-300, 600, dtype=torch.float32).div_(2)
     cases = [(halves.round() if zero else halves, zero) for zero in (0, 3, 128)]

@@ -1,6 +1,6 @@
-"""Folded convolutions by kernel: of codes, and of values where this GPU's table says that it beats torch's convolution.
+"""Convolutions by Triton kernel: of codes, and of values if this GPU's table says that the kernel beats torch's.
 
-Torch has no convolution of codes for GPUs but that of float64, so that codes take the kernel where the table is silent.
+Torch's own convolution of codes on GPUs is one in float64, so codes take the kernel if the table has no entry, too.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _MOST_GROUPS = 65535
 
 @dataclass(frozen=True)
 class ConvKernel:
-    """The kernel for one layer, with what it was tuned to.
+    """The kernel that runs one layer: a convolution or matrix product as a 2-d convolution.
 
     Attributes:
-        op: the layer's map.
-        conv: the 2-d convolution that this is, made of what ``op.images`` gives.
-        tile: a `tritonq.kernels.conv_tile.ConvTile`; None: the one of a launch that nobody tuned.
+        op: the layer's map, see `tritonq.functional.linear_map`.
+        conv: the 2-d convolution of the tensors that ``op.images`` gives.
+        tile: its launch size, a `tritonq.kernels.conv_tile.ConvTile`; None: the default size.
     """
 
     op: LinearMap
@@ -44,17 +44,17 @@ class ConvKernel:
         ceiling: float | None = None,
         grid: Grid | None = None,
     ) -> Tensor:
-        """Return ``FQ(relu?(conv(x, weight) + bias))`` of a 2-d convolution, differentiable where ``grid`` is None.
+        """Return ``FQ(relu?(conv(x, weight) + bias))`` of a 2-d convolution; differentiable if ``grid`` is None.
 
         Args:
             x: (n, c, h, w).
             weight: (out, c/groups, kh, kw), quantized already.
             bias: (out,), or None.
             ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
-            grid: of the output.
+            grid: of the output's quantizer; None: no fake quantization.
 
         Raises:
-            TypeError: three dtypes that are not one.
+            TypeError: input, weight and bias differ in dtype.
 
         Source: docs/integers.md, "Linear layers"; the gradients are torch's.
         """
@@ -74,14 +74,16 @@ class ConvKernel:
         ceiling: float | None = None,
         grid: Grid | None = None,
     ) -> Tensor:
-        """Compute :func:`tritonq.functional.integer.integer_affine` bit for bit, ReLU and fake quantization behind it.
+        """Compute a layer in integers, then ReLU and fake quantization, in one kernel.
+
+        The same bits as :func:`tritonq.functional.integer.integer_affine` and what follows it.
 
         Args:
-            x: on the layer's input grid.
-            layer: the integers; see :func:`find_kernel` for which it takes.
-            output: the grid that the result goes onto, or None.
+            x: values on the layer's input grid.
+            layer: the integers; see :func:`find_kernel` for which are possible.
+            output: the grid that the sums are rounded to, or None.
             ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
-            grid: of the output.
+            grid: of the output's quantizer; None: no fake quantization.
 
         Returns:
             The layer's result in ``x``'s dtype; without gradient.
@@ -117,16 +119,18 @@ class ConvKernel:
 
 
 def find_kernel(x: Tensor, weight: Tensor, op: LinearMap, layer: IntegerAffine | None = None) -> ConvKernel | None:
-    """Return the kernel that is to run this layer; None: torch's operators are.
+    """Return the Triton kernel that is to run a layer, or None if torch's operators are to run it.
 
-    That is so where kernels don't run (`tritonq.backend`), where the GPU's table has ``"torch"`` for a convolution or,
-    for values, no entry; under autocast of float values; while a graph is traced; for integers of more bits than
-    float16 operands hold; and for more groups than a launch takes. Values take kernels in 2-d convolutions that pad
-    with zeros alone; codes also in those of one dimension, in those that pad otherwise, and in matrix products.
+    A layer is run on float *values*, or with ``layer`` on integer *codes*. Kernels run only where `tritonq.backend`
+    chooses Triton, never while ``torch.compile`` traces, and for up to 65535 groups. Besides:
+
+    - Values: 2-d convolutions that pad with zeros, outside of autocast, if the GPU's table has a tile for them.
+    - Codes of up to 8 bits: also 1-d convolutions, other padding, and matrix products, unless the table has
+      ``"torch"``.
 
     Args:
         x: the input.
-        weight: its weight; shape alone matters.
+        weight: the layer's weight, of which only the shape is read.
         op: the layer's map.
         layer: the integers that are convolved instead of values, or None.
     """
@@ -153,14 +157,14 @@ def find_kernel(x: Tensor, weight: Tensor, op: LinearMap, layer: IntegerAffine |
 def run_integer_layer(
     x: Tensor, layer: IntegerAffine, op: LinearMap, output: Grid | None, kernel: ConvKernel | None
 ) -> Tensor:
-    """Run ``layer`` exactly, in ``x``'s dtype: the integer arithmetic of eval mode and of converted layers.
+    """Run a layer in exact integers, as eval mode and converted layers do; returns values in ``x``'s dtype.
 
     Args:
         x: float tensor on the layer's input grid.
         layer: the integers.
         op: the convolution or product.
-        output: the grid that the accumulator goes onto, or None.
-        kernel: what :func:`find_kernel` found, or None: torch's operators.
+        output: the grid that the sums are rounded to, before clipping; None: they stay unrounded.
+        kernel: what :func:`find_kernel` returned; None: torch's operators.
     """
     if kernel is not None:
         return kernel.integers(x, layer, output)
@@ -168,7 +172,7 @@ def run_integer_layer(
 
 
 class _FoldedConv2d(torch.autograd.Function):
-    """``relu?(conv(x, weight) + bias)``; backward by torch's convolution, ReLU's mask from its result."""
+    """``relu?(conv(x, weight) + bias)`` by kernel; the backward is torch's convolution, masked by the result."""
 
     @staticmethod
     def forward(

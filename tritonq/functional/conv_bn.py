@@ -1,4 +1,8 @@
-"""Convolution, BatchNorm, ReLU and fake quantization as one operator: a training step in the approximate mode."""
+"""Convolution, BatchNorm, ReLU and fake quantization as one operator: a training step in the approximate mode.
+
+The *approximate mode* folds the weight with the running variance from before the step and divides the result by the
+fold again, so that one convolution per step suffices (docs/conv-bn.md). The *fold* is γ/σ per out channel.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +29,19 @@ from tritonq.reference.weight import WeightCodes
 
 @dataclass(frozen=True)
 class ConvBnStep:
-    """What a training step needs besides tensors to differentiate.
+    """The settings and states of one training step, besides the tensors that receive gradients.
 
     Attributes:
-        op: the convolution or product.
-        norm: the BatchNorm.
-        weight_grid: of the folded weight's rows; None leaves it in float.
-        weight_statistics: the range behind it; None observes nothing.
-        output_grid: of the result, per tensor; None leaves it in float.
-        output_statistics: the range behind it; None observes nothing.
-        input_grid: the grid that the input lies on, where known: the backward then keeps codes of one byte.
-        ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
-        memory: the layer's, for a recomputation of this step.
+        op: the convolution or matrix product.
+        norm: the BatchNorm's running statistics, momentum and eps; updated in place.
+        weight_grid: of the quantizer of the folded weight; None leaves the weight in float.
+        weight_statistics: the running range of ``weight_grid``; None observes nothing.
+        output_grid: of the quantizer of the result, per tensor; None leaves the result in float.
+        output_statistics: the running range of ``output_grid``; None observes nothing.
+        input_grid: the grid that the input lies on, or None if unknown. With it the backward keeps the input as codes
+            of one byte.
+        ceiling: upper bound of the ReLU; None without one, see :func:`tritonq.reference.activation.rectify`.
+        memory: what the layer remembers of a step, in case gradient checkpointing runs the step again.
     """
 
     op: DifferentiableMap
@@ -51,13 +56,13 @@ class ConvBnStep:
 
 
 class ReadyWeight(NamedTuple):
-    """A weight that was folded and quantized before its layer's step, and its observer with it.
+    """A weight that was observed, folded and quantized before its layer's step, together with other weights.
 
     Attributes:
         fold: (out,), see :func:`tritonq.reference.fold.nonzero_fold`.
-        inverse_std: (out,).
-        codes: of the folded rows.
-        version: of the weight they were made from.
+        inverse_std: (out,), ``1/σ``.
+        codes: of the folded weight, and their unit.
+        version: :func:`version_of` the weight they were made from.
     """
 
     fold: Tensor
@@ -67,25 +72,26 @@ class ReadyWeight(NamedTuple):
 
 
 def version_of(weight: Tensor) -> tuple[int, int]:
-    """Return a key of the values of ``weight``: storage address and version, one of which changes with them."""
+    """Return a key ``(address, version)`` of a tensor, which differs once its values were changed in place or moved."""
     return weight.data_ptr(), weight._version
 
 
 def conv_bn(
     x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, step: ConvBnStep
 ) -> Tensor:
-    """Return ``FQ(relu?(BN(op(x, FQ_w(W s)) / s + b)))``, normalised by the batch's statistics.
+    """Return ``FQ(relu?(BN(op(x, FQ_w(W s)) / s + b)))``, with BN's statistics those of the batch; differentiable.
 
-    ``s = γ/σ(running_var)`` from before this step's update; ``1/σ`` in a channel where γ = 0. Updates the running
-    statistics and both quantizers in place. Saves x (or its codes), the convolution's output, the weight, and vectors.
+    ``s = γ/σ(running_var)``, with the running variance from before this step; ``1/σ`` in a channel with γ = 0. Updates
+    the running statistics and both quantizers in place. For the backward it saves x (or its codes), the convolution's
+    output, the weight, and vectors per channel.
 
     Args:
         x: (batch, in, ...); under autocast it is cast to autocast's dtype.
-        weight: as ``step.op`` takes it.
-        bias: (out,) or None. Its gradient is zero.
-        gamma: (out,) or None, for 1.
-        beta: (out,) or None, for 0.
-        step: the rest.
+        weight: W, as ``step.op`` takes it.
+        bias: b, (out,) or None. Its gradient is zero.
+        gamma: γ, (out,) or None for 1.
+        beta: β of BN, (out,) or None for 0.
+        step: map, grids, statistics and ReLU.
 
     Returns:
         (batch, out, ...), in the dtype of ``x``.
@@ -102,7 +108,7 @@ def conv_bn(
 
 
 def check_running_var(running_var: Tensor) -> None:
-    """Raise ValueError for a running variance that is negative or not finite; CPU tensors only."""
+    """Raise ValueError if a running variance is negative or not finite; only CPU tensors are looked at."""
     if not is_readable(running_var):
         return
     low, high = torch.aminmax(running_var)
@@ -192,7 +198,10 @@ class _ConvBn(torch.autograd.Function):
 
 
 def _quantized(x: Tensor, weight: Tensor, gamma: Tensor | None, step: ConvBnStep) -> StepWeight:
-    """Quantize the weight; a recomputed step takes the fold that it had before the running variance moved."""
+    """Fold and quantize the weight.
+
+    A step that is run again (checkpointing) takes the fold that it had the first time.
+    """
     rows, dtype = step.op.to_rows(weight), torch.promote_types(x.dtype, torch.float32)
     made: StepWeight = implementation("batch_norm_weight", x).quantize(
         *(rows, step.norm.running_var, None if gamma is None else gamma.detach(), step.norm.eps, x.dtype, dtype),
@@ -204,14 +213,14 @@ def _quantized(x: Tensor, weight: Tensor, gamma: Tensor | None, step: ConvBnStep
 
 
 def _fitted(ready: ReadyWeight, dtype: torch.dtype) -> StepWeight:
-    """Return a weight that was quantized before its layer's step, in the dtype that is convolved."""
+    """Return a weight that was quantized before its layer's step, with codes in the dtype of the convolution."""
     codes, unit = fit_codes(ready.codes.codes, ready.codes.unit, dtype)
     fold, clips, grid = ready.fold, ready.codes.clips, ready.codes.grid
     return StepWeight(codes, unit, fold / unit, fold, ready.inverse_std, clips, grid)
 
 
 def _take_ready(memory: StepMemory, weight: Tensor) -> ReadyWeight | None:
-    """Take the weight codes that `quantize_weights_together` made for this step; None if the weight has changed."""
+    """Return the weight that `quantize_weights_together` made for this step, once; None without, or if it changed."""
     if torch.compiler.is_compiling() or is_recomputing() or memory.ready is None:
         return None
     ready: ReadyWeight = memory.ready

@@ -1,4 +1,4 @@
-"""Backwards that can't be differentiated: what asks them for a second derivative gets an error, and no zero."""
+"""Backward functions without a second derivative: a second differentiation raises an error instead of giving zeros."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _NO_SECOND_DERIVATIVE = (
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Let the gradients of a ``torch.autograd.Function`` raise RuntimeError where they are differentiated.
+    """Decorate a ``backward`` of a ``torch.autograd.Function``: differentiating its results raises RuntimeError.
 
-    That of torch leaves gradients without a graph where the incoming ones have none, as those of a sum: a penalty of
-    them would be added to a loss as a constant.
+    torch's own ``once_differentiable`` raises only if the incoming gradient has a graph. That of a sum has none, so a
+    gradient penalty would silently count as a constant.
     """
 
     @wraps(backward)

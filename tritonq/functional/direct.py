@@ -8,9 +8,9 @@ import torch
 
 
 def cpu_is_direct() -> bool:
-    """Whether a CPU's float32 convolutions are sums of products: oneDNN's on x86.
+    """Whether float32 convolutions on this CPU are plain sums of products (oneDNN on x86), exact for small integers.
 
-    NNPACK (its replacement when switched off) and Arm's libraries may choose Winograd, which rounds.
+    NNPACK (used if oneDNN is off) and Arm's libraries may choose Winograd's algorithm, which rounds.
     """
     on_x86 = platform.machine() in ("x86_64", "AMD64")
     return on_x86 and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)

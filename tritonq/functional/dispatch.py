@@ -1,4 +1,10 @@
-"""The choice of `tritonq.backend`, or its delay: a graph that ``torch.compile`` traces makes it when it runs."""
+"""Choose the module that implements an operator: by tensor in eager code, the traced form under ``torch.compile``.
+
+A *family* is the operators of one file, such as ``"fake_quant"``: a module of that name in `tritonq.reference`
+(PyTorch), often in `tritonq.kernels` (Triton), sometimes in `tritonq.compiled` (C++), with the same functions. The
+*traced form* (`tritonq.functional.traced`) has them as custom operators, which choose among the three when the graph
+runs.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +18,19 @@ from tritonq.backend import Backend
 
 
 def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleType:
-    """Return the module that implements op family ``name`` for ``x``; see :func:`tritonq.backend.implementation`.
+    """Return the module with the functions of family ``name`` to call for ``x``.
 
-    While a graph is traced it is that of `tritonq.functional.traced`, whose operators choose when they run, by tensor
-    and by :func:`~tritonq.use_backend`; those that a compiler sees into chose when they were traced.
+    In eager code it is that of :func:`tritonq.backend.implementation`. While ``torch.compile`` traces, it is the traced
+    form: its operators choose when the graph runs, by tensor and by :func:`~tritonq.use_backend`. Operators that a
+    compiler sees into (`tritonq.functional.traced.visible`) choose when they are traced.
+
+    Args:
+        name: the family, such as ``"fake_quant"``.
+        x: the tensor that decides.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
-        NotImplementedError: a traced call that asks for one backend by itself, or of a family without such a module.
+        NotImplementedError: while tracing: a ``backend`` other than ``"auto"``, or a family without traced form.
     """
     if not torch.compiler.is_compiling():
         return choice.implementation(name, x, backend)
@@ -26,7 +38,10 @@ def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleTyp
 
 
 def without_kernel(name: str, x: Tensor) -> ModuleType:
-    """Return the module of a family that has no kernel: :func:`tritonq.backend.without_kernel`, or its traced form."""
+    """Return the module of a family that has no Triton kernel: PyTorch's or, if asked for on a CPU, the compiled one.
+
+    While ``torch.compile`` traces, it is the traced form. ``name`` is the family; ``x`` the tensor that decides.
+    """
     if torch.compiler.is_compiling():
         return _traced(name, "auto")
     return choice.without_kernel(name, x)

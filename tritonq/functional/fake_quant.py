@@ -115,10 +115,13 @@ def fake_quantize_per_channel_affine(
 
 
 def fake_quantize(x: Tensor, grid: Grid, backend: Backend = "auto", blocks_ends: bool = False) -> Tensor:
-    """Round ``x`` to a grid that is known to be right: the operator behind both public functions and the modules.
+    """Round ``x`` to a grid without checking it: what both public functions and the modules call; differentiable.
 
-    The switch of ``grid`` is read on ``x``'s device: while it is 0, values and gradients pass. ``blocks_ends``: whether
-    the first and the last code block the gradient too.
+    Args:
+        x: any shape and strides; float32, float16, bfloat16 or float64.
+        grid: any granularity. Its switch is read on ``x``'s device: while it is 0, values and gradients pass unchanged.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        blocks_ends: whether the first and the last code block the gradient, too.
     """
     rows = group_rows(x, grid.granularity)
     if rows is not None:
@@ -140,7 +143,7 @@ def _checked_grid(
     quant_max: int,
     rounding: Rounding,
 ) -> Grid:
-    """Return the grid that a public function's arguments describe, or raise what its docstring says."""
+    """Return the grid that a public function's arguments describe; raises the errors that its docstring lists."""
     check_float_tensor("x", x)
     qtype = QuantizedType(quant_min, quant_max, False, None if axis is None else check_axis(x, axis), rounding)
     channels = None if qtype.axis is None else x.shape[qtype.axis]
@@ -149,7 +152,7 @@ def _checked_grid(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Saves ``x`` and the grid alone: the backward recomputes its mask."""
+    """The autograd function. It saves ``x`` and the grid; the backward computes its mask again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: Grid, backend: Backend, blocks_ends: bool) -> Tensor:
@@ -172,12 +175,12 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
-    """Return ``value``, with the gradient of ``surrogate``."""
+    """Return ``value``; the gradient goes to ``surrogate`` (of the same shape) and not to ``value``."""
     return _WithGradientOf.apply(value, surrogate)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _WithGradientOf(torch.autograd.Function):
-    """The value of the first argument, the gradient of the second."""
+    """The autograd function: value of the first argument, gradient to the second."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""Fixed-point rounding and the choice of the number of fraction bits, as functions on tensors."""
+"""Fixed-point rounding and the choice of the number of fraction bits, as functions on tensors.
+
+A fixed-point number is ``code · 2^-frac_len``. The *fractional length* frac_len is its number of bits behind the binary
+point, the *word length* the number of bits of its code.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +28,12 @@ _NUMERATORS: dict[str, tuple[float, float]] = {"std": (40, 70), "mean_abs": (30,
 
 
 def fixed_point_range(word_len: int, signed: bool) -> tuple[int, int]:
-    """Return smallest and largest code: ``±(2^(word_len-1) - 1)`` signed, ``0..2^word_len - 1`` unsigned.
+    """Return smallest and largest code: ``(-127, 127)`` for 8 bits signed, ``(0, 255)`` unsigned.
+
+    Signed ``±(2^(word_len - 1) - 1)``, unsigned ``0 .. 2^word_len - 1``.
 
     Raises:
-        ValueError: a word length that is no integer in 2..16.
+        ValueError: ``word_len`` is no integer in 2..16.
     """
     if not isinstance(word_len, int) or isinstance(word_len, bool) or word_len not in _WORD_LENGTHS:
         raise ValueError(f"word_len must be an integer in 2..16, got {word_len!r}")
@@ -35,12 +41,12 @@ def fixed_point_range(word_len: int, signed: bool) -> tuple[int, int]:
 
 
 def fixed_point_type(word_len: int, signed: bool, axis: int | None = None) -> QuantizedType:
-    """Return the codes of :func:`fixed_point_range` with one fractional length per index of ``axis``."""
+    """Return the type with the codes of :func:`fixed_point_range`; one fractional length per index of ``axis``."""
     return QuantizedType(*fixed_point_range(word_len, signed), symmetric=signed, axis=axis)
 
 
 def largest_frac_len(word_len: int, signed: bool) -> int:
-    """Return the largest fractional length of a format: every bit but the sign is a fraction bit."""
+    """Return the largest fractional length: all bits but the sign, 7 for 8 bits signed."""
     return word_len - int(signed)
 
 
@@ -92,9 +98,14 @@ def fixed_point_quantize(
 def quantize_fixed_point(
     x: Tensor, frac_len: Tensor, qtype: QuantizedType, backend: Backend = "auto", enabled: Tensor | None = None
 ) -> Tensor:
-    """Round ``x`` as :func:`fixed_point_quantize` does, with arguments that are known to be right.
+    """Round ``x`` as :func:`fixed_point_quantize` does, without checking the arguments.
 
-    ``enabled``, a one-element uint8 tensor, passes values and gradients through where it is 0.
+    Args:
+        x: a float tensor.
+        frac_len: whole numbers; one element, or one per index of ``qtype.axis``.
+        qtype: range of codes and axis, from :func:`fixed_point_type`.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        enabled: the switch, a one-element uint8 tensor: 0 lets values and gradients pass unchanged. None: on.
     """
     return fake_quantize(x, Grid(power_of_two(-frac_len), None, qtype, enabled), backend, blocks_ends=True)
 
@@ -102,7 +113,7 @@ def quantize_fixed_point(
 def search_frac_len(
     x: Tensor, word_len: int = 8, signed: bool = True, *, axis: int | None = None, backend: Backend = "auto"
 ) -> Tensor:
-    """Return the fractional length that rounds ``x`` with the least root mean square error; the smaller one of equals.
+    """Return the fractional length that rounds ``x`` with the least root mean square error; of equals the smallest.
 
     Every candidate ``0..word_len - signed`` is tried, in one read of ``x``. Values that are not finite don't count. The
     same input gives the same result, always; nothing waits for a GPU.
@@ -183,7 +194,11 @@ def statistic_frac_len(
 
 
 def _check_frac_len(frac_len: int | Tensor, x: Tensor, word_len: int, signed: bool, axis: int | None) -> Tensor:
-    """Return ``frac_len`` as an int32 tensor on ``x``'s device; errors as :func:`fixed_point_quantize` states."""
+    """Return ``frac_len`` as an int32 tensor on ``x``'s device, (1,) or (x.shape[axis],).
+
+    Raises:
+        ValueError: as :func:`fixed_point_quantize` lists them.
+    """
     fixed_point_range(word_len, signed)
     largest = largest_frac_len(word_len, signed)
     shape = (1,) if axis is None else (x.shape[axis],)

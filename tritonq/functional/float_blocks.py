@@ -1,4 +1,4 @@
-"""Fake quantization to small floats as a differentiable function."""
+"""Fake quantization to floats of few bits (FP8, MXFP4, NVFP4 and the like) as a differentiable function."""
 
 from __future__ import annotations
 
@@ -97,14 +97,14 @@ def fake_quantize_blocks(
     backend: Backend = "auto",
     enabled: Tensor | None = None,
 ) -> Tensor:
-    """Round ``x`` to a block format: the operator behind the public function and the modules.
+    """Round ``x`` to a block format without checking: what the public function and the modules call; differentiable.
 
     Args:
         x: see :func:`tritonq.reference.float_blocks.fake_quantize_blocks`.
-        blocks: the format.
+        blocks: the format of elements and scales, and the block size.
         axis: that blocks run along.
-        tensor_scale: of the whole tensor, float32 0-d; None with e4m3 scales: from ``x``.
-        backend: see :func:`fake_quantize_float`.
+        tensor_scale: scale of the whole tensor, float32 0-d; None: computed from ``x`` if block scales are e4m3.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         enabled: the switch, bool or uint8 of one element; None: on.
     """
     if blocks.scale == "e4m3" and tensor_scale is None:
@@ -120,10 +120,10 @@ def fake_quantize_blocks(
 
 
 def float_tensor_scale(x: Tensor, blocks: BlockFormat, backend: Backend = "auto") -> Tensor:
-    """Return ``m / L / 448``, the scale under which the largest magnitude ``m`` is the largest element ``L``.
+    """Return ``m / L / 448``: with this scale the largest magnitude ``m`` becomes the largest element ``L``.
 
     Args:
-        x: any shape; values that are not finite don't count. Without a value other than zero the scale is 1.
+        x: any shape; values that are not finite don't count. If all values are zero, the scale is 1.
         blocks: a format with e4m3 scales.
         backend: see :func:`fake_quantize_float`.
 
@@ -139,7 +139,7 @@ def float_tensor_scale(x: Tensor, blocks: BlockFormat, backend: Backend = "auto"
 
 
 class _FakeQuantizeBlocks(torch.autograd.Function):
-    """Saves nothing: the gradient is the incoming one."""
+    """The autograd function. It saves nothing: the gradient is the incoming one."""
 
     @staticmethod
     def forward(

@@ -16,7 +16,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class FoldedConv(NamedTuple):
-    """Parameters of a convolution that took in the BatchNorm behind it.
+    """Parameters of a convolution into which the BatchNorm behind it was folded.
 
     Attributes:
         weight: shaped as the convolution's.

@@ -1,4 +1,4 @@
-"""Functions of one tensor: by table between two grids, and fake-quantized with little saved for the backward."""
+"""Functions of one tensor (SiLU, tanh, ...): by a table of codes in eval mode, as one operator in training."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tritonq.reference.functions import Function, look_up
 
 
 def integer_function(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
-    """Return a function of values on a grid, on the output's grid, before clipping to its codes.
+    """Return f of quantized values as integer runtimes compute it: on the output's grid, before clipping.
 
     ``round(f(fl((code - z) · s_in)) / s_out) · s_out`` with f in float32, in the order of operations in which ONNX
     Runtime computes it. A table holds the result of every code, so that it is the same in every memory format.
 
     Args:
         x: float tensor of values ``(code - zero_point) * s_in``.
-        function: the function.
+        function: f and its numbers, such as ``Function("hardswish")``.
         source: the input's grid, per tensor.
         output: grid of the quantizer behind the function, per tensor.
 
@@ -50,9 +50,9 @@ def function_codes(codes: Tensor, function: Function, source: HostGrid, output: 
 
     Args:
         codes: uint8 codes of the input, counted from 0.
-        function: the function.
+        function: f and its numbers.
         source: the input's grid.
-        output: the result's.
+        output: the result's grid.
 
     Returns:
         uint8, counted from 0, in the shape and order of ``codes``.
@@ -61,12 +61,15 @@ def function_codes(codes: Tensor, function: Function, source: HostGrid, output: 
 
 
 def concatenated_codes(tensors: tuple[Tensor, ...], dim: int, output: Grid) -> Tensor | None:
-    """Return `integer_joins.integer_concatenation`, clipped, of tensors that carry codes; None where one doesn't.
+    """Concatenate tensors that carry codes, on the output's grid: `integer_joins.integer_concatenation`, clipped.
 
     Args:
-        tensors: what `codes.can_use_codes` accepts.
-        dim: the axis.
-        output: grid of the quantizer behind the concatenation, per tensor.
+        tensors: tensors that `codes.can_use_codes` accepts.
+        dim: the axis of the concatenation.
+        output: grid of the quantizer behind it, per tensor.
+
+    Returns:
+        A tensor that carries its codes; None if a tensor carries none, or ``output`` has no codes of one byte.
     """
     target, parts = host_grid(output), []
     for x in tensors:
@@ -86,19 +89,19 @@ def _looked_up(codes: Tensor, table: Tensor) -> Tensor:
 
 
 def _values(grid: HostGrid) -> Tensor:
-    """Return the value of each code."""
+    """Return the float32 value of each code of a grid, in the order of codes."""
     return torch.arange(grid.largest + 1).sub_(grid.zero) * torch.tensor(grid.scale)
 
 
 @lru_cache(maxsize=1024)
 def _requantized(source: HostGrid, output: HostGrid) -> Tensor:
-    """Return the code on ``output`` for each code on ``source``."""
+    """Return a table: for each code on ``source``, the code on ``output`` of the same value."""
     return rounded_codes(divided(_values(source), output.to_grid()) / torch.tensor(output.scale), output)
 
 
 @lru_cache(maxsize=1024)
 def _table(function: Function, source: HostGrid, output: HostGrid) -> Tensor:
-    """Return the code of the result for each code of the input."""
+    """Return a table: for each code of the input, the code of the function's result."""
     result = integer_function(_values(source), function, source.to_grid(), output.to_grid())
     return rounded_codes(result / torch.tensor(output.scale), output)
 
@@ -106,17 +109,18 @@ def _table(function: Function, source: HostGrid, output: HostGrid) -> Tensor:
 def quantized_function(
     x: Tensor, function: Function, source: Grid | None, grid: Grid, statistics: RangeStatistics | None
 ) -> Tensor:
-    """Return ``FQ(f(x))`` as one operator, whose backward computes f(x) again instead of keeping it.
+    """Return ``FQ(f(x))`` as one operator, where FQ is fake quantization to ``grid``; differentiable.
 
-    Of several functions the last one is part of the operator, and the others are torch's. The quantizer observes f(x).
-    Both are float32 (float64 for float64), and the result is rounded once.
+    The quantizer observes f(x). Both f and FQ compute in float32 (float64 for float64), and the result is rounded once
+    to ``x``'s dtype. The backward computes f(x) again instead of keeping it. If f is a chain (``function.steps``), the
+    last step is this operator, and the others are ordinary torch functions.
 
     Args:
         x: any shape and strides; float32, float16, bfloat16 or float64.
-        function: the function.
-        source: the grid that ``x`` lies on, whose codes are kept for the backward; None: ``x`` itself is.
+        function: f and its numbers.
+        source: the grid that ``x`` lies on, so that the backward keeps codes of one byte; None: it keeps ``x``.
         grid: of the result, per tensor.
-        statistics: the range behind it, which f(x) updates; None observes nothing.
+        statistics: the running range of ``grid``, which f(x) updates; None observes nothing.
 
     Returns:
         Tensor of ``x``'s shape and dtype.

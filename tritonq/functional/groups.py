@@ -1,4 +1,8 @@
-"""Tensors with a scale per group as rows, one group and one scale each."""
+"""Tensors with a scale per group, rearranged as a matrix with one group, and one scale, per row.
+
+A *group* is ``group`` neighbouring elements along one axis. A (4, 64) weight with groups of 32 along axis 1 becomes (8,
+32).
+"""
 
 from __future__ import annotations
 
@@ -15,30 +19,34 @@ from tritonq.reference.fake_quant import quantize
 
 @dataclass(frozen=True)
 class GroupRows:
-    """How a tensor whose groups lie along an axis becomes a matrix of one group per row, and back.
+    """How a tensor with groups along an axis becomes a matrix of one group per row, and back.
 
     Attributes:
         shape: of the tensor.
-        granularity: axis, not negative, and size of the groups.
+        granularity: axis (not negative) and size of the groups.
     """
 
     shape: tuple[int, ...]
     granularity: Granularity
 
     def split(self, x: Tensor) -> Tensor:
-        """Return (groups, size): a view where the axis is the innermost in memory, else a copy."""
+        """Return ``x`` as (groups, size): a view if the axis is the innermost in memory, else a copy."""
         return x.movedim(self.axis, -1).reshape(-1, self.granularity.group or 1)
 
     def join(self, rows: Tensor) -> Tensor:
-        """Return rows in the tensor's shape; the axis is the innermost in memory."""
+        """Return a (groups, size) matrix in the tensor's shape; the groups' axis is the innermost in memory."""
         moved = [size for axis, size in enumerate(self.shape) if axis != self.axis] + [self.shape[self.axis]]
         return rows.view(moved).movedim(-1, self.axis)
 
     def flatten(self, name: str, value: Tensor) -> Tensor:
-        """Return one value per row, from one per group.
+        """Return values of one per group, shaped as :meth:`Granularity.scale_shape` says, as one per row: (groups,).
+
+        Args:
+            name: of the argument, for the message.
+            value: such as scales.
 
         Raises:
-            ValueError: another shape.
+            ValueError: ``value`` has another shape.
         """
         expected = self.granularity.scale_shape(self.shape)
         if tuple(value.shape) != expected:
@@ -46,7 +54,7 @@ class GroupRows:
         return value.movedim(self.axis, -1).reshape(-1)
 
     def join_values(self, values: Tensor) -> Tensor:
-        """Return one value per row in the shape that :meth:`flatten` takes."""
+        """Return one value per row, (groups,), in the shape that :meth:`flatten` takes."""
         shape = list(self.granularity.scale_shape(self.shape))
         moved = [size for axis, size in enumerate(shape) if axis != self.axis] + [shape[self.axis]]
         return values.reshape(moved).movedim(-1, self.axis)
@@ -65,7 +73,15 @@ def in_groups(
     axis: int | None,
     group_size: int,
 ) -> Tensor:
-    """Apply a function of rows, with a scale and perhaps a zero point per row, to the groups of ``x``.
+    """Apply a function of rows to the groups of ``x``; returns its result in the shape of ``x``.
+
+    Args:
+        function: called with (groups, size) values, (groups,) scales, and zero points, as an int or (groups,).
+        x: the tensor.
+        scale: one per group: shaped as ``x``, but with one index per group along ``axis``.
+        zero_point: an int, or shaped as ``scale``.
+        axis: that groups lie along.
+        group_size: elements of a group.
 
     Raises:
         TypeError: a group size that is no int.
@@ -81,10 +97,10 @@ def in_groups(
 
 
 def group_rows(x: Tensor, granularity: Granularity) -> GroupRows | None:
-    """Return how a tensor becomes one row per group; None where there are no groups.
+    """Return how a tensor becomes one row per group; None if ``granularity`` has no groups.
 
     Raises:
-        ValueError: an axis that is out of range, or no multiple of its groups.
+        ValueError: the axis is out of range, or its length no multiple of the group's size.
     """
     if granularity.group is None:
         return None
@@ -94,7 +110,7 @@ def group_rows(x: Tensor, granularity: Granularity) -> GroupRows | None:
 
 
 def as_rows(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-    """Return a tensor and its grid with one group per row; both as they are where there are no groups."""
+    """Return ``x`` as (groups, size) rows and its grid with a scale per row; both unchanged if it has no groups."""
     rows = group_rows(x, grid.granularity)
     if rows is None:
         return x, grid
@@ -102,13 +118,13 @@ def as_rows(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
 
 
 def codes_on(x: Tensor, grid: Grid) -> Tensor:
-    """Return the codes of ``x`` on a grid of any granularity, as :func:`tritonq.reference.fake_quant.quantize` does."""
+    """Return the codes of ``x`` on a grid of any granularity, as integer-valued float32."""
     rows = group_rows(x, grid.granularity)
     return quantize(x, grid) if rows is None else rows.join(quantize(*as_rows(x, grid)))
 
 
 def aligned(values: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
-    """Return one value per scale of ``x``, such as a grid's scales, shaped to broadcast against it."""
+    """Return ``values``, one per scale of ``x`` (such as the scales themselves), shaped to broadcast against ``x``."""
     rows = group_rows(x, granularity)
     if rows is None:
         return granularity.align(values, x.dim())

@@ -1,4 +1,4 @@
-"""The plain histogram over a given range."""
+"""Histograms with equal bins over a given range, as a public function."""
 
 from __future__ import annotations
 

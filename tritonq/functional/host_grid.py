@@ -1,4 +1,4 @@
-"""A grid as numbers on the host, for layers that compute on codes."""
+"""A grid as plain numbers on the host, for layers that compute on codes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _MAX_CODES = 256
 
 
 class HostGrid(NamedTuple):
-    """A grid of one scale and up to 256 codes, as numbers on the host.
+    """A grid with one scale and up to 256 codes, as plain numbers; codes are counted from 0.
 
     Attributes:
         scale: the float32 scale.
-        zero: the code of the value 0, counted from the smallest code on: ``zero_point - quant_min``.
-        largest: the largest code, counted likewise: ``quant_max - quant_min``.
-        half_even: whether ties go to the even code; else away from zero.
+        zero: the code of the value 0: ``zero_point - quant_min``.
+        largest: the largest code: ``quant_max - quant_min``.
+        half_even: whether ties go to the even code; otherwise away from zero.
     """
 
     scale: float
@@ -28,13 +28,13 @@ class HostGrid(NamedTuple):
     half_even: bool
 
     def to_grid(self) -> Grid:
-        """Return the same grid in tensors, its codes counted from 0."""
+        """Return the same grid with tensors (on the CPU); its codes are counted from 0."""
         qtype = QuantizedType(0, self.largest, False, rounding="half_even" if self.half_even else "half_away")
         return Grid(torch.tensor([self.scale]), torch.tensor([self.zero], dtype=torch.int32), qtype)
 
 
 def host_grid(grid: Grid) -> HostGrid | None:
-    """Read a grid on the host; None for one with several scales or more than 256 codes, or off the CPU."""
+    """Return a grid's numbers; None if it has several scales or over 256 codes, or is not on the CPU."""
     qtype = grid.qtype
     if qtype.axis is not None or qtype.quant_max - qtype.quant_min >= _MAX_CODES or not grid.scale.is_cpu:
         return None

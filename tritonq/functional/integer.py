@@ -4,7 +4,8 @@
 whatever the order of its terms, so that a quantized model in training's eval mode and its deployed form agree bit for
 bit. The integers are held in floating point: in float32 while no partial sum can reach 2^24, else in float64.
 
-Where the output's grid is known, the accumulator goes onto it in one step, as integer runtimes requantize:
+The *sums* (or accumulator) are the integers in brackets. If the output's grid is known, they are rounded to it in one
+step, *requantized* as integer runtimes do it:
 ``round(sum * (multiplier / output_scale))``. Two roundings of a float32 product would move codes at ties.
 """
 
@@ -42,18 +43,19 @@ _MAX_WIDE_SUM = 2**53 - 2**30
 
 @dataclass(frozen=True)
 class IntegerAffine:
-    """An integer convolution or linear layer.
+    """A convolution or linear layer in integers: ``y = (op(x codes, weight) + bias) · multiplier``.
 
     Attributes:
         weight: codes minus zero points, integer-valued, any dtype; shaped as the float weight.
-        bias: int32 codes in units of ``multiplier``, (out,), or None.
+        bias: int32, (out,), one step is ``multiplier``; or None.
         multiplier: float32 (out,): input scale times weight scale.
         input_scale: float32, one element.
         find_sum_bound: computes :attr:`sum_bound`.
         weight_scale: float32 (out,); with ``weight_zero_point`` what deployment stores.
         weight_zero_point: int32 (out,), already subtracted from ``weight``; None: all 0.
         has_8_bit_codes: whether input and weight both have codes of up to 8 bits.
-        largest_product: what no product of an input and a weight, zero points subtracted, exceeds by their types.
+        largest_product: upper bound of the magnitude of a product of input and weight codes (minus zero points), by
+            their types.
     """
 
     weight: Tensor
@@ -68,7 +70,10 @@ class IntegerAffine:
 
     @property
     def sum_bound(self) -> float:
-        """An upper bound of all partial sums of products, see :func:`sum_bound`; may wait for a device once."""
+        """An upper bound of all partial sums of products, see :func:`sum_bound`.
+
+        The first call may wait for a device.
+        """
         # Before Python 3.12 `functools.cached_property` takes a lock, which torch.compile cannot trace.
         known = self.__dict__
         if "_sum_bound" not in known:
@@ -78,9 +83,12 @@ class IntegerAffine:
 
 
 def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType) -> float:
-    """Return the largest magnitude of ``Σ (x_code - x_zero) w``: ``max_o Σ|w_o| · max|x_code - x_zero|``.
+    """Return an upper bound of ``|Σ (x_code - x_zero) w|``: ``max over out channels of Σ|w| · max|x_code - x_zero|``.
 
-    ``rows`` are the integer weights, (out, ...).
+    Args:
+        rows: the integer weights, (out, ...).
+        input_zero_point: of the input, one element or one per channel.
+        input_type: the range of the input's codes.
     """
     if rows.numel() == 0:
         return 0.0
@@ -89,9 +97,12 @@ def sum_bound(rows: Tensor, input_zero_point: Tensor, input_type: QuantizedType)
 
 
 def largest_product(*codes: tuple[QuantizedType, Tensor | None]) -> int:
-    """Return an upper bound of the size of a product of one code of each type, less its zero point.
+    """Return an upper bound of the magnitude of a product of one code of each type, minus its zero point.
 
-    The types alone say so: nothing is read from a device. A zero point lies among the codes; None stands for zero.
+    Only the types are read, no tensor: a zero point lies among the codes.
+
+    Args:
+        codes: for each factor its type and zero point; None for a zero point of 0.
     """
     largest = 1
     for qtype, zero_point in codes:
@@ -107,9 +118,10 @@ def _largest_code(zero_point: Tensor, qtype: QuantizedType) -> Tensor:
 
 
 def centred_codes(x: Tensor, scale: Tensor) -> Tensor:
-    """Return ``round(x / scale)``: code minus zero point of values that lie on a grid, as float32 integers.
+    """Return ``round(x / scale)``, the codes minus zero point of values that lie on a grid, as float32 integers.
 
-    Exact for codes of up to 16 bits in float32, up to 8 bits in float16, and in bfloat16 up to 128 codes from the zero
+    The result is exact for codes of up to 16 bits in float32, up to 8 bits in float16, and in bfloat16 up to 128 codes
+    from the zero
     point, as symmetric 8-bit types are: each is then within half a code of its grid point. Farther out bfloat16 itself,
     whose numbers may lie almost two codes apart there, merges neighbours; the result is one of them.
     """
@@ -117,27 +129,29 @@ def centred_codes(x: Tensor, scale: Tensor) -> Tensor:
 
 
 class Rows(Protocol):
-    """How a layer's weight lies: both functions as in `tritonq.functional.linear_map.LinearMap`."""
+    """How a layer's weight is laid out: two methods of `tritonq.functional.linear_map.LinearMap`."""
 
     def to_rows(self, weight: Tensor) -> Tensor:
-        """``weight`` with its out channels on axis 0."""
+        """Return ``weight`` with its out channels on axis 0."""
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """Inverse of :meth:`to_rows`."""
+        """Return rows in the layer's own layout: the inverse of :meth:`to_rows`."""
 
 
 def to_integers(
     weight: Tensor, bias: Tensor | None, layout: Rows, source: Grid, grid: Grid, may_wait: bool = True
 ) -> IntegerAffine:
-    """Return a layer in integers.
+    """Return a layer in integers: the codes of its weight and bias on their grids.
+
+    The weight's scale is raised in channels whose sums would not fit 32 bits.
 
     Args:
-        weight: the float weight.
+        weight: the float weight, with any BatchNorm folded in.
         bias: (out,), or None.
         layout: of the weight.
         source: the input's grid.
         grid: the weight's.
-        may_wait: whether the bound of its sums may be read from the device; if not, it is infinite.
+        may_wait: whether the bound of the sums may be read from the device later; if not, it is infinite.
     """
     rows = layout.to_rows(weight.float())
     zero, qtype = _zero_point(grid).expand(len(rows)), grid.qtype
@@ -164,15 +178,15 @@ def integer_affine(
     """Run ``layer`` exactly on an input that lies on its input grid.
 
     Args:
-        x: float tensor of values ``(code - zero_point) * input_scale``.
+        x: float tensor of values ``(code - zero_point) · input_scale``.
         layer: the integers.
-        op: the convolution or product, taking codes and weight codes.
-        channel_axis: axis of the result that ``bias`` and ``multiplier`` run along.
-        output: the grid of the quantizer behind the layer (a ReLU between them keeps to the grid), or None.
+        op: the convolution or product; called with codes and weight codes.
+        channel_axis: axis of the result with the out channels.
+        output: the grid of the quantizer behind the layer, or None. A ReLU between them keeps values on the grid.
 
     Returns:
-        float32 tensor ``accumulator * multiplier``, the accumulator rounded to float32 once; with ``output`` on its
-        grid, before clipping: the quantizer finds its codes there and clips them.
+        Without ``output``: float32 ``(sums + bias) · multiplier``, the bracket rounded to float32 once. With it: the
+        values rounded to its grid, not yet clipped; the quantizer finds their codes and clips them.
 
     Source: docs/integers.md, "Linear layers".
     """
@@ -191,7 +205,10 @@ def integer_sums(x: Tensor, layer: IntegerAffine, op: LinearOp) -> Tensor:
 
 
 def onto_grid(total: Tensor, layer: IntegerAffine, channel_axis: int, output: Grid | None) -> Tensor:
-    """Return the result of :func:`integer_affine` from the integer sums ``total``, which is overwritten if float32."""
+    """Return the result of :func:`integer_affine` from its integer sums ``total``.
+
+    Overwrites ``total`` if it is float32.
+    """
     if output is None:
         return requantize(total, layer.bias, layer.multiplier, None, channel_axis)
     steps_per_code = layer.multiplier / output.scale
@@ -203,7 +220,7 @@ def _zero_point(grid: Grid) -> Tensor:
 
 
 def _is_direct(device: torch.device) -> bool:
-    """Whether float32 convolutions here are sums of products."""
+    """Whether float32 convolutions on this device are plain sums of products, without Winograd or FFT."""
     if device.type != "cpu":
         return False  # cuDNN may choose Winograd, which rounds
     if not torch.compiler.is_compiling():
@@ -215,7 +232,7 @@ def _is_direct(device: torch.device) -> bool:
 
 
 def bias_codes(bias: Tensor, multiplier: Tensor) -> Tensor:
-    """Return ``round(bias / multiplier)`` as int32, in double precision; the caller made sure that it fits."""
+    """Return ``round(bias / multiplier)`` as int32, computed in float64; larger ones are clipped to ±(2^31 - 128)."""
     codes = (bias.double() / multiplier.double()).round()
     return codes.clamp(-_MAX_BIAS_CODE, _MAX_BIAS_CODE).to(torch.int32)
 
@@ -223,7 +240,7 @@ def bias_codes(bias: Tensor, multiplier: Tensor) -> Tensor:
 def _raise_scale_for_sums(
     scale: Tensor, zero_point: Tensor, qtype: QuantizedType, rows: Tensor, bias: Tensor | None, source: Grid
 ) -> Tensor:
-    """Raise the weight scale in channels whose bias and sum of products together might pass 31 bits.
+    """Return the weight scale, raised in channels whose bias and sum of products together might pass 31 bits.
 
     With input scale s, n weights w and input codes up to c, such a channel's scale becomes
     ``(|b| / s + c Σ|w|) / (2^31 - 128 - n c / 2)``: rounding adds half a code to each weight at most. Products of codes
@@ -249,9 +266,9 @@ def _raise_scale_for_sums(
 
 
 def raise_scale_for_bias(weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
-    """Return the weight scale, raised where a bias would not fit 32 bits in units of input scale × weight scale.
+    """Return the weight scale, raised in channels whose bias would not fit 32 bits in steps of input × weight scale.
 
-    That happens in dead channels, whose weight scale is tiny; their codes only become smaller.
+    That happens in dead channels (γ = 0), whose weight scale is tiny; their weight codes only become smaller.
     """
     if bias is None:
         return weight_scale

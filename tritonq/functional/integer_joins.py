@@ -1,7 +1,8 @@
-"""Sums, differences, products, matrix products and concatenations of quantized tensors, as an integer runtime has them.
+"""Sums, differences, products, matrix products and concatenations of quantized tensors, as integer runtimes do them.
 
-A tie that another order of these operations would turn over goes on into every layer behind it. The formulas are those
-of ONNX Runtime's kernels on x86 and Arm, compared over all pairs of codes.
+A *join* is an operation of two or more tensors. The order of the float32 operations below decides ties, and a tie that
+falls otherwise changes every layer behind it. The formulas are those of ONNX Runtime's kernels on x86 and Arm, compared
+over all pairs of codes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _INT64_END = 2**53
 
 
 def float_join(kind: JoinKind, a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a + b``, ``a - b``, ``a * b``, ``a @ b``, their minimum or maximum as torch computes it."""
+    """Return ``a + b``, ``a - b``, ``a * b``, ``a @ b``, or their elementwise minimum or maximum, as torch does."""
     result: Tensor = _IN_FLOAT[kind](a, b)
     return result
 
@@ -38,10 +39,10 @@ def integer_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Gri
         kind: ``"add"`` (:func:`integer_add`), ``"sub"`` (:func:`integer_subtract`), ``"mul"``
             (:func:`integer_multiply`) or ``"matmul"`` (:func:`integer_matmul`).
         a: float tensor of values on ``grid_a``.
-        b: the same for ``grid_b``; broadcasts against ``a``.
-        grid_a: one operand's grid, per tensor.
-        grid_b: the other's.
-        output: grid of the quantizer behind the operation (a ReLU between them keeps to it).
+        b: the same for ``grid_b``; broadcasts against ``a`` except for ``"matmul"``.
+        grid_a: grid of ``a``, per tensor.
+        grid_b: grid of ``b``, per tensor.
+        output: grid of the quantizer behind the operation (a ReLU between them keeps values on it).
 
     Returns:
         float32, without gradient.
@@ -53,9 +54,10 @@ def integer_join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Gri
 def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
     """Return ``a + b`` on the output's grid, before clipping; arguments as for :func:`integer_join`.
 
-    With codes u, v from 0 on, offsets z and ratios ``r = scale / output scale``, all float32:
-    ``code = round(fma(u, r_a, fma(v, r_b, z_out - fma(z_a, r_a, r_b z_b))))``. A summand that is broadcast to the shape
-    of the other one counts as the second; so does the first of two that hold one element.
+    With ratios ``r = scale / output scale``, all in float32:
+    ``code = round(fma(u, r_a, fma(v, r_b, z_out - fma(z_a, r_a, r_b z_b))))``. u, v are codes counted from 0 and z zero
+    points counted likewise. If one summand is broadcast to the other's shape, it counts as the second; of two summands
+    with one element the first does.
 
     Source: QLinearAdd of ONNX Runtime.
     """
@@ -70,7 +72,7 @@ def integer_add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) 
 
 
 def integer_subtract(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Return ``a - b`` on the output's grid, before clipping: :func:`integer_add` of ``-b``, whose scale is negative.
+    """Return ``a - b`` on the output's grid, before clipping: :func:`integer_add` of ``-b`` with a negative scale.
 
     Source: QLinearAdd of ONNX Runtime, which has no subtraction and takes negative scales.
     """
@@ -80,7 +82,7 @@ def integer_subtract(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: G
 def integer_multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
     """Return ``a * b`` on the output's grid, before clipping; arguments as for :func:`integer_join`.
 
-    With u, v the codes minus zero points and z the output's offset, all float32:
+    With u, v the codes minus zero points and z the output's zero point counted from its smallest code, all float32:
     ``code = round(fl(fl(u v · fl(fl(s_a s_b) / s_out)) + z))``.
 
     Source: QLinearMul of ONNX Runtime.
@@ -106,8 +108,8 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
     Args:
         a: (..., m, k) or (k,) of values on ``grid_a``, as :func:`torch.matmul` takes it.
         b: (..., k, n) or (k,) of values on ``grid_b``.
-        grid_a: one operand's grid, per tensor.
-        grid_b: the other's.
+        grid_a: grid of ``a``, per tensor.
+        grid_b: grid of ``b``, per tensor.
         output: grid of the quantizer behind the product.
 
     Returns:
@@ -143,7 +145,7 @@ def integer_matmul(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Gri
 
 
 def largest_magnitude(grid: Grid) -> int:
-    """Return the largest magnitude of code minus zero point that values on a grid may have, whatever the zero point."""
+    """Return the largest magnitude of ``code - zero_point`` that a grid's type allows."""
     lowest, highest = grid.qtype.quant_min, grid.qtype.quant_max
     fixed = 0 if grid.zero_point is None else grid.qtype.fixed_zero_point
     return highest - lowest if fixed is None else max(fixed - lowest, highest - fixed)
@@ -169,14 +171,14 @@ def integer_concatenation(tensors: tuple[Tensor, ...], dim: int, output: Grid) -
 
 
 def divided(x: Tensor, output: Grid) -> Tensor:
-    """Return ``round(x / s) · s`` in float32: on the grid as QuantizeLinear takes values there, before clipping."""
+    """Return ``round(x / s) · s`` in float32: on the output's grid as ONNX's QuantizeLinear rounds, before clipping."""
     return round_steps_(x.float() / output.scale, output.qtype.rounding).mul_(output.scale)
 
 
 def is_second(a: Tensor, b: Tensor) -> bool:
-    """Whether the first of two summands is the one that a runtime adds last.
+    """Whether a runtime adds ``a`` as the second summand of ``a + b``.
 
-    It is broadcast to the shape of the other one, or both hold one element.
+    That is so if ``a`` is broadcast to the shape of ``b``, or if both have one shape of one element.
     """
     if a.shape == b.shape:
         return a.numel() == 1
@@ -201,12 +203,12 @@ _IN_INTEGERS: Mapping[str, Callable[..., Tensor]] = {
 
 
 def _offset(grid: Grid) -> Tensor:
-    """Return the zero point of the same grid with codes from 0 on, float32."""
+    """Return a grid's zero point counted from its smallest code, ``zero_point - quant_min``, float32."""
     if grid.zero_point is None:
         return torch.full_like(grid.scale, -grid.qtype.quant_min)
     return (grid.zero_point - grid.qtype.quant_min).float()
 
 
 def _multiply_add(codes: Tensor, ratio: Tensor, addend: Tensor) -> Tensor:
-    """Return ``codes * ratio + addend``, rounded to float32 once: the product is exact in float64."""
+    """Return ``codes · ratio + addend``, rounded to float32 once: the product is exact in float64."""
     return (codes.double() * ratio.double() + addend.double()).float()

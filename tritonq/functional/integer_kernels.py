@@ -1,7 +1,7 @@
-"""Layers in integers by the 8-bit kernels that torch ships for x86 CPUs: the codes of `integer`, in less time.
+"""Layers in integers by the 8-bit kernels that torch has for x86 CPUs (oneDNN): the codes of `integer`, in less time.
 
-oneDNN multiplies uint8 input codes by int8 weight codes and adds in int32. Its float32 result with scale 1 is
-``float32(Σ + bias)``, from which the formula of `integer` goes on. Rounding to the output's codes follows in
+oneDNN multiplies uint8 input codes by int8 weight codes and adds in int32. With scale 1 its float32 result is
+``float32(Σ + bias)``, to which the formula of `integer` is applied. Rounding to the output's codes follows in
 `codes.rounded_codes`: oneDNN's own requantization rounds after the scale and again after the bias, which moves codes
 near ties.
 """
@@ -40,21 +40,22 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 @dataclass(frozen=True, eq=False)
 class PackedLayer:
-    """A layer whose weight lies as torch's integer kernels read it.
+    """A layer prepared for torch's integer kernels: call it with the input's codes.
 
     Attributes:
         source: grid of the input.
-        sums: the kernel.
+        sums: the kernel: ``(input codes, bias or None, whether a ReLU follows) -> float32 sums``.
         bias: float32 (out,), added by the kernel; or None.
-        parts: kernels whose results add up to that of ``sums``, none of which float32 rounds; empty where float32 does
-            not round the result of ``sums``.
+        parts: kernels of parts of the weight, whose results add up to that of ``sums`` and are exact in float32. Empty
+            if the result of ``sums`` is exact itself.
         exact_bias: int32 (out,), added to the results of ``parts``; or None.
-        steps: float32, shaped to broadcast against the sums: makes steps of the output's scale of them, or values.
-        output: grid of the result; None: values.
+        steps: float32, broadcasts against the sums; ``sums · steps`` are steps of the output's scale, or values if
+            there is no output grid.
+        output: grid of the result; None: the result is float values.
         rectifies: whether a ReLU stands between the layer and ``output``.
-        largest_code: of the result, where a ceiling bounds it; None: that of ``output``.
-        rows_of_steps: ``steps`` repeated, by how often.
-        sums_per_image: how many sums an input of this shape, without its first axis, takes.
+        largest_code: largest code of the result, if a ReLU has an upper bound; None: that of ``output``.
+        rows_of_steps: ``steps`` repeated n times, by n; a cache.
+        sums_per_image: number of sums per image, by the input's shape without its first axis; a cache.
     """
 
     source: HostGrid
@@ -70,7 +71,7 @@ class PackedLayer:
     sums_per_image: dict[torch.Size, int] = field(default_factory=dict)
 
     def __call__(self, codes: Tensor) -> Tensor:
-        """Return the output's codes, uint8 counted from 0; float32 values where there is no output grid.
+        """Return the output's codes, uint8 counted from 0; without output grid float32 values.
 
         Args:
             codes: uint8 codes of the input, counted from 0; not empty.
@@ -81,7 +82,7 @@ class PackedLayer:
         return torch.cat([self._run(part) for part in torch.split(codes, at_once)])
 
     def _images_at_once(self, codes: Tensor) -> int:
-        """Return how many images' sums fit into a cache; all where the whole batch does, or their number is unknown."""
+        """Return how many images' sums fit into a cache; the whole batch if all do, or if the number is not known."""
         per_image = self.sums_per_image.get(codes.shape[1:], 0)
         return len(codes) if self.output is None else images_at_once(per_image, len(codes))
 
@@ -100,7 +101,7 @@ class PackedLayer:
         return rounded_codes(total, self.output, low, self.largest_code)
 
     def _multiply(self, total: Tensor) -> None:
-        """Multiply by ``steps`` in place, several pixels in a row."""
+        """Multiply ``total`` by ``steps`` in place, several pixels per row of the multiplication."""
         channels, pixels = self.steps.numel(), total.numel() // self.steps.numel()
         # The largest power of two that divides the pixels and makes no row too long.
         repeats = min(pixels & -pixels, 1 << (_ROW // channels).bit_length() - 1) if channels <= _ROW else 1
@@ -113,7 +114,7 @@ class PackedLayer:
         total.as_strided((pixels // repeats, width), (width, 1)).mul_(self.rows_of_steps[repeats])
 
     def _is_exact(self, total: Tensor) -> bool:
-        """Whether no sum was rounded: the sums without the bias stay below 2^24."""
+        """Whether float32 rounded no sum: all are below 2^24 by the largest bias."""
         if self.bias is None and self.exact_bias is not None:
             return False
         reach = FLOAT32_EXACT - 1 - (0.0 if self.bias is None else float(self.bias.abs().max()))
@@ -135,11 +136,15 @@ def _is_dense(total: Tensor) -> bool:
 
 
 def run_packed(x: Tensor, layer: PackedLayer) -> Tensor | None:
-    """Run a layer on a tensor that `codes.can_use_codes` accepts; None where its values don't lie on the input's grid.
+    """Run a layer on a tensor; return None if its values don't lie on the layer's input grid.
+
+    Args:
+        x: a tensor that `codes.can_use_codes` accepts.
+        layer: the prepared layer.
 
     Returns:
-        Values on the output's grid, which carry their codes; plain float32 values where there is no output grid. They
-        are channels_last where ``x`` is, else contiguous.
+        Values on the output's grid, which carry their codes; plain float32 values without output grid. They are
+        channels_last if ``x`` is, else contiguous.
     """
     codes = take_codes(x, layer.source) if x.numel() else None
     if codes is None:
@@ -153,7 +158,7 @@ def run_packed(x: Tensor, layer: PackedLayer) -> Tensor | None:
 def pack(
     layer: IntegerAffine, op: LinearMap, source: Grid, output: Grid | None, ceiling: float | None
 ) -> PackedLayer | None:
-    """Prepare a layer for torch's integer kernels; None where they can't run it.
+    """Prepare a layer for torch's integer kernels; return None if they can't run it.
 
     They run convolutions of one to three dimensions (not transposed, padded with zeros) and matrix products on x86 CPUs
     whose 8-bit products don't saturate, with inputs of up to 256 codes and weights of 8 bits.
@@ -162,8 +167,8 @@ def pack(
         layer: the integers.
         op: the convolution or product.
         source: grid of the input, per tensor.
-        output: grid behind the layer, per tensor, or None.
-        ceiling: of the ReLU before ``output``, see :func:`tritonq.reference.activation.rectify`; None: none.
+        output: grid of the quantizer behind the layer, per tensor, or None.
+        ceiling: of the ReLU before ``output``, see :func:`tritonq.reference.activation.rectify`; None: no ReLU.
     """
     weight = layer.weight
     if not weight.is_cpu or not has_integer_kernels() or not weight.numel():
@@ -206,7 +211,13 @@ def pack(
 
 
 def _parts(codes: Tensor, layer: IntegerAffine, make: Callable[[Tensor], _Sums]) -> tuple[_Sums, ...]:
-    """Return kernels for parts of the weight, enough of them that float32 rounds no sum."""
+    """Return kernels for parts of the weight, as many as it takes for float32 to round none of their sums.
+
+    Args:
+        codes: int8 weight codes.
+        layer: the integers.
+        make: makes a kernel from weight codes.
+    """
     rows = codes.flatten(1)
     largest_input = layer.sum_bound / max(1, int(rows.int().abs().sum(1).max()))
     count = 1
@@ -229,7 +240,7 @@ def _pads(op: LinearMap) -> bool:
 
 
 def _kernel_of(op: LinearMap) -> Callable[[Tensor, int], _Sums] | None:
-    """Return the function that makes a kernel from int8 weight codes and the input's zero point, if there is one."""
+    """Return a function ``(int8 weight codes, input zero point) -> kernel`` for a map; None if there is none."""
     if isinstance(op, MatrixProduct):
         return _product
     if isinstance(op, Convolution):
@@ -295,15 +306,15 @@ def _unit_scales(channels: int) -> tuple[Tensor, Tensor]:
 
 
 def has_integer_kernels() -> bool:
-    """Whether torch's 8-bit kernels run here and give exact sums."""
+    """Whether torch's 8-bit kernels run on this CPU, are switched on, and give exact sums."""
     return bool(torch.backends.mkldnn.enabled) and _kernels_are_exact()
 
 
 @cache
 def _kernels_are_exact() -> bool:
-    """Whether 8-bit products are added without saturating: x86 CPUs with VNNI, AMX or their like. Tried once.
+    """Whether 8-bit products are added without saturating (x86 CPUs with VNNI, AMX or the like); tried once.
 
-    Without them, pairs of products are added in 16 bits: 2 · 255 · 127 saturates there.
+    Other CPUs add pairs of products in 16 bits, where 2 · 255 · 127 saturates.
     """
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return False

@@ -60,7 +60,7 @@ def fake_quantize_learnable(
         grad_factor: ``f``; LSQ proposes ``1/sqrt(values per scale * quant_max)``.
         group_size: one scale per so many elements along ``axis``, see
             :func:`tritonq.fake_quantize_per_channel_affine`.
-        method: whose gradient.
+        method: ``"torch"`` or ``"megengine"``: which of the formulas above.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -194,15 +194,15 @@ def learned_fake_quantize(
     shift: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Fake quantize with a grid whose scale receives a gradient: the operator behind public functions and modules.
+    """Round ``x`` to a grid whose scale receives a gradient, without checks: for the public functions and the modules.
 
     Args:
         x: any float dtype.
-        grid: known to be right; see :func:`tritonq.reference.learned_scale.learned_fake_quantize`.
+        grid: see :func:`tritonq.reference.learned_scale.learned_fake_quantize`; its scale is the trained tensor.
         method: the formula, see :data:`~tritonq.reference.learned_scale.LearnedScale`.
         grad_factor: multiplies the gradients of scale and zero point.
-        shift: the zero point that receives a gradient; the grid has its int32 value.
-        backend: see `tritonq.backend`.
+        shift: the trained zero point, a float tensor, of which the grid has the int32 value; None: it is not trained.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
     """
     rows = group_rows(x, grid.granularity)
     if rows is not None:
@@ -217,7 +217,10 @@ def learned_fake_quantize(
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
-    """Saves ``x`` and the grid; codes and masks are recomputed. ``parameter`` is the grid's scale."""
+    """The autograd function.
+
+    It saves ``x`` and the grid and computes codes and masks again; ``parameter`` is the scale.
+    """
 
     @staticmethod
     def forward(
@@ -260,7 +263,14 @@ def _axis_and_channels(x: Tensor, axis: int | None) -> tuple[int | None, int | N
 
 
 def _check_parameter(name: str, value: Tensor, x: Tensor, channels: int | None, positive: bool) -> None:
-    """Check a trained parameter's shape, device and, where they can be read for free, values."""
+    """Check a trained parameter's shape, device and, if they can be read without waiting, that its values are finite.
+
+    With ``positive`` values must be positive, too. ``channels`` is the expected length; None: one element.
+
+    Raises:
+        TypeError: not a floating point tensor.
+        ValueError: wrong shape, device or values; ``name`` is in the message.
+    """
     check_float_tensor(name, value)
     detached = value.detach()
     if positive:

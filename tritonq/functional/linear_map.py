@@ -1,4 +1,9 @@
-"""Convolutions and matrix products as values: what an operator with a backward of its own needs to know of them."""
+"""Convolutions and matrix products as objects: what an operator with a backward of its own needs to know of them.
+
+A *linear map* computes a result from an input ``x`` and a weight, and knows how the weight lies: its *rows* are the
+weight with out channels on axis 0. It also says how to run as a 2-d convolution, for which there is a kernel: the
+*images* are input and weight, reshaped for that.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +17,39 @@ from torch import Tensor
 
 
 class LinearMap(Protocol):
-    """A map that is linear in its input and in its weight."""
+    """A convolution or matrix product: called as ``map(x, weight, bias)``."""
 
     @property
     def output_axis(self) -> int:
-        """Axis of the result that out channels lie on, counted from the end: a batch axis may be missing."""
+        """Axis of the result with the out channels, counted from the end: -3 of a 2-d convolution.
+
+        A batch axis may be missing.
+        """
 
     @property
     def conv2d(self) -> Convolution | None:
-        """This map as a 2-d convolution of its own input, or None."""
+        """This map, if it is a 2-d convolution of its own input as it is (not transposed, zero padding); else None."""
 
     def as_conv2d(self, x: Tensor) -> Convolution | None:
-        """The 2-d convolution that computes this map of ``x`` by way of :meth:`images`, or None."""
+        """Return a 2-d convolution that computes this map of ``x``, from :meth:`images`; None if there is none."""
 
     def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Input (n, c, h, w) and weight (out, c/groups, kh, kw) of :meth:`as_conv2d`."""
+        """Return input (n, c, h, w) and weight (out, c/groups, kh, kw) for the convolution of :meth:`as_conv2d`."""
 
     def from_images(self, y: Tensor, x: Tensor) -> Tensor:
-        """The result for input ``x`` of what :meth:`as_conv2d` gave, (n, out, h, w)."""
+        """Return ``y`` (n, out, h, w), computed by :meth:`as_conv2d`, in the shape of this map's result for ``x``."""
 
     def padded(self, x: Tensor) -> tuple[Tensor, DifferentiableMap]:
-        """Return ``x``, padded where an operator's own padding can't, and the map that remains."""
+        """Return ``x``, padded if torch's operator can't do that padding, and the map that remains."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The result, in ``x``'s dtype, plus ``bias`` (out,)."""
+        """Return the map's result, plus ``bias`` (out,) if given, in ``x``'s dtype."""
 
     def to_rows(self, weight: Tensor) -> Tensor:
-        """``weight`` with its out channels on axis 0."""
+        """Return ``weight`` with its out channels on axis 0."""
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """Inverse of :meth:`to_rows`."""
+        """Return ``rows`` laid out as the map's weight: the inverse of :meth:`to_rows`."""
 
 
 class DifferentiableMap(LinearMap, Protocol):
@@ -50,20 +58,29 @@ class DifferentiableMap(LinearMap, Protocol):
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of input, weight and bias, None where not needed; of what isn't needed the shape alone matters."""
+        """Return the gradients of input, weight and bias, each None if it is not needed.
+
+        Args:
+            dy: gradient of the result.
+            x: the input; if only its own gradient is needed, its values are not read.
+            weight: the weight; if only its own gradient is needed, its values are not read.
+            needs_x: whether to compute the input's gradient.
+            needs_weight: whether to compute the weight's.
+            needs_bias: whether to compute the bias's.
+        """
 
 
 # Compared by identity: torch.compile of torch 2.11 hashes an instance before it has attributes.
 @dataclass(frozen=True, eq=False)
 class Convolution:
-    """A convolution of one to three dimensions that pads with zeros, equally on both sides.
+    """A convolution of one to three dimensions that pads with zeros, equally on both sides; may be transposed.
 
     Attributes:
-        stride: one per dimension, as are the others.
+        stride: one number per dimension, as the next three.
         padding: zeros on each side.
-        dilation: between taps.
+        dilation: distance between taps of the kernel.
         output_padding: of a transposed convolution.
-        transposed: whether it is one; its weight is (in, out/groups, ...), else (out, in/groups, ...).
+        transposed: whether it is transposed: its weight is (in, out/groups, ...), else (out, in/groups, ...).
         groups: groups of channels.
     """
 
@@ -80,16 +97,19 @@ class Convolution:
 
     @property
     def output_axis(self) -> int:
-        """See :class:`LinearMap`."""
+        """Axis of the result with the out channels, counted from the end: -3 in two dimensions."""
         return -len(self.stride) - 1
 
     @property
     def conv2d(self) -> Convolution | None:
-        """See :class:`LinearMap`."""
+        """This convolution, if it has two dimensions and is not transposed; else None."""
         return self if len(self.stride) == 2 and not self.transposed else None
 
     def as_conv2d(self, x: Tensor) -> Convolution | None:
-        """See :class:`LinearMap`. One over a single dimension has images of one line."""
+        """Return a 2-d convolution for :meth:`images` of ``x``; None if transposed, 3-d, or ``x`` has no batch axis.
+
+        A 1-d convolution becomes one of images with one line.
+        """
         if self.transposed or len(self.stride) > 2 or x.dim() != len(self.stride) + 2:
             return None
         if len(self.stride) == 2:
@@ -97,19 +117,19 @@ class Convolution:
         return Convolution((1, *self.stride), (0, *self.padding), (1, *self.dilation), (0, 0), False, self.groups)
 
     def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`LinearMap`."""
+        """Return input and weight for :meth:`as_conv2d`: with a line axis of length 1, if the convolution is 1-d."""
         return (x, weight) if len(self.stride) == 2 else (x.unsqueeze(2), weight.unsqueeze(2))
 
     def from_images(self, y: Tensor, x: Tensor) -> Tensor:
-        """See :class:`LinearMap`."""
+        """Return ``y``, computed by :meth:`as_conv2d`, without the line axis, if this convolution is 1-d."""
         return y if len(self.stride) == 2 else y.squeeze(2)
 
     def padded(self, x: Tensor) -> tuple[Tensor, Convolution]:
-        """See :class:`LinearMap`."""
+        """Return ``x`` and this map: torch's operator pads by itself."""
         return x, self
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See :class:`LinearMap`. These are the functions that autocast knows."""
+        """Return the convolution plus ``bias``, by the functions of torch that autocast knows."""
         dimension = len(self.stride) - 1
         if self.transposed:
             arguments = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
@@ -119,17 +139,17 @@ class Convolution:
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """See :class:`DifferentiableMap`."""
+        """Return the gradients of input, weight and bias, None for those not needed, by torch's own backward."""
         mask = [needs_x, needs_weight, False]
         dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *self._geometry, mask)
         return dx, dw, dy.sum((0, *range(2, dy.dim()))) if needs_bias else None
 
     def to_rows(self, weight: Tensor) -> Tensor:
-        """See :class:`LinearMap`."""
+        """Return ``weight`` as (out, in/groups, ...): with its channel axes swapped, if transposed."""
         return self._swapped(weight) if self.transposed else weight
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """See :class:`LinearMap`."""
+        """Return ``rows`` (out, in/groups, ...) as the layer's weight: the inverse of :meth:`to_rows`."""
         return self._swapped(rows) if self.transposed else rows
 
     def _swapped(self, weight: Tensor) -> Tensor:
@@ -143,11 +163,11 @@ _TRANSPOSED: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_tra
 
 @dataclass(frozen=True, eq=False)
 class PaddedConvolution:
-    """A convolution that pads otherwise: by reflecting and the like, or unequally on both sides.
+    """A convolution that pads otherwise: by reflection, circularly, or differently on both sides.
 
     Attributes:
         conv: the convolution of the padded input.
-        pad: values on each side, last axis first, as in ``torch.nn.functional.pad``.
+        pad: values on each side, last axis first, as ``torch.nn.functional.pad`` takes them.
         pad_mode: ``mode`` of ``torch.nn.functional.pad``.
     """
 
@@ -157,39 +177,39 @@ class PaddedConvolution:
 
     @property
     def output_axis(self) -> int:
-        """See :class:`LinearMap`."""
+        """Axis of the result with the out channels, counted from the end: that of :attr:`conv`."""
         return self.conv.output_axis
 
     @property
     def conv2d(self) -> None:
-        """None: the convolution is one of the padded input."""
+        """None: only the padded input is convolved as it is."""
 
     def as_conv2d(self, x: Tensor) -> Convolution | None:
-        """See :class:`LinearMap`."""
+        """Return a 2-d convolution for :meth:`images` of ``x``, or None: that of :attr:`conv`."""
         return self.conv.as_conv2d(x)
 
     def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`LinearMap`."""
+        """Return the padded input and the weight, as :attr:`conv` shapes them for :meth:`as_conv2d`."""
         return self.conv.images(F.pad(x, self.pad, self.pad_mode), weight)
 
     def from_images(self, y: Tensor, x: Tensor) -> Tensor:
-        """See :class:`LinearMap`."""
+        """Return ``y``, computed by :meth:`as_conv2d`, in the shape of this map's result."""
         return self.conv.from_images(y, x)
 
     def padded(self, x: Tensor) -> tuple[Tensor, Convolution]:
-        """See :class:`LinearMap`."""
+        """Return the padded ``x``, and the convolution of it."""
         return F.pad(x, self.pad, self.pad_mode), self.conv
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See :class:`LinearMap`."""
+        """Pad ``x``, and return its convolution plus ``bias``."""
         return self.conv(F.pad(x, self.pad, self.pad_mode), weight, bias)
 
     def to_rows(self, weight: Tensor) -> Tensor:
-        """See :class:`LinearMap`."""
+        """Return ``weight`` with its out channels on axis 0."""
         return self.conv.to_rows(weight)
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """See :class:`LinearMap`."""
+        """Return ``rows`` laid out as the layer's weight: the inverse of :meth:`to_rows`."""
         return self.conv.from_rows(rows)
 
 
@@ -198,44 +218,44 @@ _PIXELS = Convolution((1, 1), (0, 0), (1, 1), (0, 0), False, 1)
 
 @dataclass(frozen=True)
 class MatrixProduct:
-    """``x @ weight.T`` for (..., in) and (out, in); its backward takes (batch, ..., in)."""
+    """``x @ weight.T`` for x (..., in) and weight (out, in): a linear layer. Its backward takes (batch, ..., in)."""
 
     output_axis: ClassVar[int] = -1
     conv2d: ClassVar[None] = None
 
     def as_conv2d(self, x: Tensor) -> Convolution:
-        """See :class:`LinearMap`. Each row is an image of one pixel."""
+        """Return a 2-d convolution with a 1 × 1 kernel: each row of ``x`` is an image of one pixel."""
         return _PIXELS
 
     def images(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`LinearMap`."""
+        """Return ``x`` as (rows, in, 1, 1) and ``weight`` as (out, in, 1, 1), for :meth:`as_conv2d`."""
         return x.reshape(-1, x.shape[-1], 1, 1), weight[:, :, None, None]
 
     def from_images(self, y: Tensor, x: Tensor) -> Tensor:
-        """See :class:`LinearMap`."""
+        """Return ``y`` (rows, out, 1, 1), computed by :meth:`as_conv2d`, as (..., out) with the leading axes of ``x``."""
         return y.reshape(*x.shape[:-1], y.shape[1])
 
     def padded(self, x: Tensor) -> tuple[Tensor, MatrixProduct]:
-        """See :class:`LinearMap`."""
+        """Return ``x`` and this map: a matrix product pads nothing."""
         return x, self
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See :class:`LinearMap`."""
+        """Return ``x @ weight.T + bias``."""
         return F.linear(x, weight, bias)
 
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """See :class:`DifferentiableMap`."""
+        """Return the gradients ``dy @ weight``, ``dy.T @ x`` and ``Σ dy``, None for those not needed."""
         rows = dy.flatten(0, -2)
         dx = (rows @ weight).view(*dy.shape[:-1], weight.shape[1]) if needs_x else None
         dw = rows.t() @ x.flatten(0, -2) if needs_weight else None
         return dx, dw, rows.sum(0) if needs_bias else None
 
     def to_rows(self, weight: Tensor) -> Tensor:
-        """See :class:`LinearMap`."""
+        """Return ``weight``: its out channels lie on axis 0 already."""
         return weight
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """See :class:`LinearMap`."""
+        """Return ``rows``: a weight has out channels on axis 0."""
         return rows

@@ -1,7 +1,8 @@
-"""Marks on tensors: what one operator knows of a tensor, for the operators that read it later.
+"""Marks on tensors: notes that one operator leaves on a tensor for the operators that read it later.
 
-A mark is an attribute of the Python tensor. It lives as long as that object: views, copies and pickles have none. Each
-mark holds the versions of what it was made from, and counts only while nothing has changed them in place.
+A mark is an attribute of the Python object. Views, copies and pickles have none. Each mark holds the versions of the
+tensors it was made from, and counts only while nothing has changed them in place. A quantizer is known by its ``scale``
+buffer.
 """
 
 from __future__ import annotations
@@ -16,34 +17,37 @@ _SOURCE = "_tritonq_source"
 
 
 def mark_rounded(y: Tensor, scale: Tensor) -> None:
-    """Note on ``y`` that its values were rounded to the grid of ``scale``, a quantizer's buffer."""
+    """Note on ``y`` that its values were just rounded to the grid of the quantizer with this ``scale`` buffer."""
     setattr(y, _ROUNDED, (scale, scale._version, y._version))
 
 
 def is_rounded(x: Tensor, scale: Tensor) -> bool:
-    """Whether ``x`` is as :func:`mark_rounded` found it with this very ``scale``, which has not moved since."""
+    """Whether :func:`mark_rounded` noted this ``scale`` on ``x``, and neither of the two has changed since."""
     marked, *versions = getattr(x, _ROUNDED, (None,))
     return marked is scale and versions == [scale._version, x._version]
 
 
 def mark_codes(x: Tensor, scale: Tensor, codes: Any) -> None:
-    """Note on ``x`` the codes on the grid of ``scale`` that it was kept as for a backward."""
+    """Note on ``x`` the codes that a backward keeps of it, on the grid of the quantizer with this ``scale`` buffer."""
     setattr(x, _CODES, (scale, x._version, codes))
 
 
 def codes_of(x: Tensor, scale: Tensor) -> Any:
-    """Return the codes that :func:`mark_codes` noted for this ``scale``; None: ``x`` has changed or has no mark."""
+    """Return the codes that :func:`mark_codes` noted for this ``scale``.
+
+    None without such a mark, or if ``x`` changed.
+    """
     marked, version, codes = getattr(x, _CODES, (None, None, None))
     return codes if marked is scale and version == x._version else None
 
 
 def mark_source(y: Tensor, grid: Any) -> None:
-    """Note on ``y`` the grid that its quantizer rounds to, for layers that have no reference to that quantizer."""
+    """Note on ``y`` the grid that it was rounded to, for layers that have no reference to its quantizer."""
     if not y.is_inference():
         setattr(y, _SOURCE, (grid, y._version))
 
 
 def source_of(x: Tensor) -> Any:
-    """Return the grid that :func:`mark_source` noted; None where ``x`` has changed since, or has no mark."""
+    """Return the grid that :func:`mark_source` noted; None: there is no such mark, or ``x`` changed."""
     grid, version = getattr(x, _SOURCE, (None, None))
     return grid if grid is not None and version == x._version else None

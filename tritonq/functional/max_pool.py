@@ -1,4 +1,4 @@
-"""Max-pools of codes."""
+"""Max-pools of tensors of uint8 codes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def max_pool_codes(
     dilation: int | list[int] = 1,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """Pool codes as ``F.max_pool2d`` does, one axis after the other, whole slices at a time.
+    """Return the max-pool of codes, as ``F.max_pool2d`` pools values; one axis after the other, whole slices at a time.
 
-    torch's own pool of uint8 tensors takes small ones alone, element by element.
+    torch's own pool of uint8 tensors goes element by element.
 
     Args:
         codes: uint8 (..., h, w); any memory format.
         kernel_size: as in torch, as are the others.
         stride: None: that of the kernel.
-        padding: of code 0, which no code lies below.
+        padding: added on each side, as code 0, the smallest code.
         dilation: between elements of a window.
         ceil_mode: whether a last window may reach beyond the padded input.
     """
@@ -74,6 +74,6 @@ def _along(codes: Tensor, axis: int, size: int, step: int, pad: int, spread: int
 
 
 def _every(codes: Tensor, axis: int, start: int, step: int, count: int) -> Tensor:
-    """Return ``count`` slices along an axis, each ``step`` behind the one before it."""
+    """Return ``count`` slices along an axis (-1 or -2) from ``start`` on, each ``step`` behind the one before it."""
     window = slice(start, start + (count - 1) * step + 1, step)
     return codes[..., window] if axis == -1 else codes[..., window, :]

@@ -1,4 +1,4 @@
-"""Values that are derived from tensors and kept until one of the tensors changes."""
+"""Values that are computed from tensors and kept until one of the tensors changes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Memo(Generic[T]):
     """One value, with the tensors and the key that it was made from.
 
     The value is made again when a tensor is another object or has been changed in place, or when the key differs. A
-    change through ``tensor.data`` leaves no trace in the tensor's version: who allows for it puts a number that tells
-    the change into the key. ``copy.deepcopy`` and ``pickle`` give an empty Memo, so that a copy derives its own value.
+    change through ``tensor.data`` does not change the tensor's version: to notice it, the caller puts something into
+    the key that differs. ``copy.deepcopy`` and ``pickle`` give an empty Memo, so that a copy derives its own value.
 
     Examples:
         >>> import torch
@@ -59,7 +59,7 @@ class Memo(Generic[T]):
 
 
 def held_tensors(module: nn.Module) -> list[Tensor | None]:
-    """Return the parameters and buffers of a module and its descendants, where these are few and asked for often."""
+    """Return the parameters and buffers of a module and its descendants, faster than torch for small modules."""
     found = [*module._parameters.values(), *module._buffers.values()]
     for child in module._modules.values():
         if child is not None:
@@ -77,7 +77,7 @@ def _unchanged(tensors: tuple[Tensor | None, ...], held: tuple[Tensor | None, ..
 
 
 def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
-    """Return a version for each tensor; none at all where one is an inference tensor, which has none."""
+    """Return the version of each tensor, -1 for None; an empty list if one is an inference tensor, which has none."""
     try:
         return [-1 if tensor is None else tensor._version for tensor in tensors]
     except RuntimeError:

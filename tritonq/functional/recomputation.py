@@ -1,4 +1,4 @@
-"""Gradient checkpointing: a forward that is run again inside a backward repeats the first one and changes no state."""
+"""Gradient checkpointing: a forward that runs again inside a backward repeats the first one and changes no state."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 def is_recomputing() -> bool:
-    """Whether this runs inside a backward pass: ``torch.utils.checkpoint`` runs a forward again there.
+    """Whether this runs inside a backward pass, where ``torch.utils.checkpoint`` runs a forward again.
 
     Modules then observe nothing and leave running statistics alone. The repeated forward equals the first bit for bit
-    if, between the two, no module of it was called in training mode, switched or loaded: what it finds is then what the
-    first forward left behind. (A step that runs two forwards through one checkpointed layer before their backwards
+    if, between the two, no module of it was called in training mode, switched or loaded: it then finds the state that
+    the first forward left. (A step that runs two forwards through one checkpointed layer before their backwards
     repeats the first with the scales of the second, which move by the observer's averaging constant.)
     """
     # A graph that is being traced runs in the forward; a compiler that recomputes parts of it repeats no update.
@@ -21,12 +21,12 @@ def is_recomputing() -> bool:
 
 
 class StepMemory:
-    """What a layer's last training step found and then changed; empty in copies and pickles.
+    """What a layer's last training step read and then changed, kept for a recomputation; empty in copies and pickles.
 
     Attributes:
-        fold: ``s`` and ``1/σ``, of the running variance before the step.
-        running_var: that variance.
-        ready: the weight, quantized for the coming step (`tritonq.functional.conv_bn.ReadyWeight`), if it was.
+        fold: ``γ/σ`` and ``1/σ`` per channel, from the running variance before the step; or None.
+        running_var: the running variance before the step; or None.
+        ready: the weight, already quantized for the coming step (`tritonq.functional.conv_bn.ReadyWeight`); or None.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class StepMemory:
 
 
 def normalize_once(bn: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
-    """Return ``bn(x)``; where that is a recomputation, running statistics and their count stay as they are."""
+    """Return ``bn(x)``. During a recomputation the running statistics and the count of batches stay as they are."""
     if not (is_recomputing() and bn.training):
         return cast(Tensor, bn(x))
     momentum = bn.momentum

@@ -1,4 +1,8 @@
-"""Sums, products and concatenations that are rounded, as differentiable functions that save one bit per element."""
+"""Sums and products that are rounded, as differentiable functions that save one bit per element.
+
+The bit says whether the gradient passes: neither ReLU nor the clip of the quantizer blocks it. FQ in formulas is fake
+quantization to ``grid``, ``relu?`` a ReLU if ``ceiling`` is not None.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +28,8 @@ def residual_join(
         a: any shape and strides; float32, float16, bfloat16 or float64.
         b: of ``a``'s shape, dtype and device.
         grid: per tensor; None leaves the result in float.
-        statistics: the range behind the grid, which the sum updates; None observes nothing.
-        ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
+        statistics: the running range of ``grid``, which the sum updates; None observes nothing.
+        ceiling: upper bound of the ReLU, None without; see :func:`tritonq.reference.activation.rectify`.
 
     Returns:
         Tensor of that shape and dtype. The sum and what follows are float32 (float64 for float64), rounded once.
@@ -62,7 +66,7 @@ class _ResidualJoin(torch.autograd.Function):
 def _sum(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``FQ(relu?(a + b))`` and its mask."""
+    """Return ``FQ(relu?(a + b))`` and the mask of where the gradient passes."""
     if not torch.compiler.is_compiling():
         join: tuple[Tensor, Tensor] = implementation("residual", a).forward(a, b, grid, statistics, ceiling)
         return join
@@ -74,9 +78,9 @@ def _sum(
 def _rounded(
     y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``FQ(relu?(y))`` and its mask: one bit per element, or in a traced graph one bool.
+    """Return ``FQ(relu?(y))`` and the mask of where the gradient passes: one bit per element.
 
-    ``y`` may be overwritten.
+    While ``torch.compile`` traces, the mask is one bool per element. ``y`` may be overwritten.
     """
     operators = implementation("rounded", y)
     run = operators.forward_with_mask if torch.compiler.is_compiling() else operators.forward
@@ -90,8 +94,8 @@ def rounded_result(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ce
     Args:
         y: any shape and strides; float32, float16, bfloat16 or float64.
         grid: per tensor.
-        statistics: the range behind the grid, which ``y`` updates; None observes nothing.
-        ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
+        statistics: the running range of ``grid``, which ``y`` updates; None observes nothing.
+        ceiling: upper bound of the ReLU, None without; see :func:`tritonq.reference.activation.rectify`.
     """
     result: Tensor = _Rounded.apply(y, grid, statistics, ceiling)  # type: ignore[no-untyped-call]
     return result
@@ -124,7 +128,7 @@ def rounded_product(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> Tensor:
-    """Return ``FQ(relu?(a * b))``.
+    """Return ``FQ(relu?(a * b))``, differentiable.
 
     Saves one bit per result, and factors that lie on a grid of up to 8 bits as their codes.
 
@@ -132,10 +136,10 @@ def rounded_product(
         a: any shape and strides; float32, float16, bfloat16 or float64.
         b: broadcasts against ``a``; on its device.
         grid_a: grid of the quantizer that rounded ``a``; None: unknown.
-        grid_b: the same for ``b``.
+        grid_b: grid of the quantizer that rounded ``b``; None: unknown.
         grid: of the result, per tensor.
-        statistics: the range behind the grid, which the product updates; None observes nothing.
-        ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
+        statistics: the running range of ``grid``, which the product updates; None observes nothing.
+        ceiling: upper bound of the ReLU, None without; see :func:`tritonq.reference.activation.rectify`.
 
     Returns:
         In the dtype that torch's product has; computed in float32 (float64 for float64), rounded once.
@@ -195,7 +199,7 @@ def _tensors(saved: SavedInput | None) -> tuple[Tensor | None, ...]:
 
 
 def _passed(dy: Tensor, mask: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Return the gradient where neither ReLU nor the clip blocked it, else 0; the result lay by ``strides``."""
+    """Return ``dy`` where the mask is set, else 0; ``strides`` are those of the forward's result."""
     if mask.dtype == torch.bool:
         return torch.where(mask, dy, 0)
     if dy.stride() != strides:

@@ -1,4 +1,4 @@
-"""Linear maps whose backward keeps one byte per value of the input, and rounds the weight again."""
+"""Linear maps whose backward keeps the input as one byte per value, and rounds the weight again."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from tritonq.reference.scratch import borrow
 def rounded_map(
     x: Tensor, weight: Tensor, bias: Tensor | None, op: LinearMap, input_grid: Grid | None, weight_grid: Grid | None
 ) -> Tensor:
-    """Return ``op(x, FQ(weight)) + bias``.
+    """Return ``op(x, FQ(weight)) + bias``, where FQ rounds to ``weight_grid``; differentiable.
 
-    Saves the codes of ``x`` where it lies on a grid of up to 8 bits, else ``x`` itself, and of the weight what it was
-    given: the backward rounds it again.
+    For the backward it saves the codes of ``x`` if it lies on a grid of up to 8 bits, else ``x`` itself, and the weight
+    unrounded.
 
     Args:
         x: (batch, in, ...), or without a batch; under autocast it is cast to autocast's dtype.
         weight: as ``op`` takes it.
         bias: (out,) or None.
-        op: the map.
+        op: the convolution or product, see `tritonq.functional.linear_map`.
         input_grid: grid of the quantizer that rounded ``x``; None: unknown.
-        weight_grid: grid of the weight's rows, without groups; None: the weight is taken as it is.
+        weight_grid: grid of the weight's rows, without groups; None: the weight is not rounded.
 
     Returns:
         (batch, out, ...), in the dtype that ``op`` gives.

@@ -1,4 +1,4 @@
-"""Keeping an operator's input for its backward: as 8-bit codes where it lies on a known grid."""
+"""Keeping an operator's input for its backward: as 8-bit codes if it lies on a known grid."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _MAX_BITS = 8
 
 
 class SavedInput(NamedTuple):
-    """A tensor, or its codes as int8.
+    """A tensor, or its codes as int8: the tensor is then ``(values - shift) · scale``.
 
     Attributes:
-        values: the tensor, or ``code - zero_point + shift``.
-        scale: of the codes; None where ``values`` is the tensor.
-        shift: what takes codes around the middle of their range; None for zero.
+        values: the tensor, or its codes.
+        scale: one float32; None if ``values`` is the tensor.
+        shift: moves the middle of the code range to 0; None for zero.
         dtype: of the tensor.
     """
 
@@ -39,11 +39,11 @@ class SavedInput(NamedTuple):
 
 
 def keep(x: Tensor, grid: Grid | None) -> SavedInput:
-    """Return ``x`` as codes of ``grid`` if it can be rebuilt from them exactly, else ``x`` itself.
+    """Return ``x`` as codes on ``grid``, if it can be rebuilt from them exactly; else ``x`` itself.
 
     A tensor that a quantizer has just rounded is known to lie on its grid (:func:`mark`). Any other tensor, such as one
-    that a hook changed, is compared with its codes on a CPU, and kept itself elsewhere, where the comparison would wait
-    for the device. Operators that take the same tensor share its codes.
+    that a hook changed, is compared with its codes on a CPU; on other devices the comparison would wait, so the tensor
+    itself is kept. Operators that read the same tensor share its codes.
     """
     # In torch.inference_mode there is no backward, and tensors don't count their versions.
     if grid is None or not _is_compact(grid) or x.dtype == torch.float64 or x.is_inference():
@@ -63,22 +63,22 @@ def keep(x: Tensor, grid: Grid | None) -> SavedInput:
 
 
 def _is_compact(grid: Grid) -> bool:
-    """Whether codes are integers of one byte, and one scale serves all."""
+    """Whether the grid has integer codes of at most 8 bits, and one scale."""
     qtype = grid.qtype
     return qtype.bits <= _MAX_BITS and qtype.axis is None and qtype.float_format is None
 
 
 def mark(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatistics | None = None) -> None:
-    """Note on ``y`` that its values were rounded to the grid of ``scale``, a quantizer's buffer, if it was active.
+    """Note on ``y`` that its values were rounded to the grid of the quantizer with this ``scale``, if it was active.
 
-    Where the switch can't be read without waiting for a device, the note is made all the same: :func:`keep` is given a
+    If the switch can't be read without waiting for a device, the note is made all the same: :func:`keep` is given a
     grid only while its quantizer is active.
 
     Args:
         y: the operator's result.
-        scale: the buffer.
-        grid: of the quantizer now, or the snapshot that rounded ``y``.
-        statistics: the range behind it; None for a snapshot.
+        scale: the quantizer's buffer.
+        grid: of the quantizer, or the copy of it that rounded ``y``.
+        statistics: the running range of the grid; None for a copy.
     """
     if torch.compiler.is_compiling() or y.is_inference():
         return
@@ -87,7 +87,7 @@ def mark(y: Tensor, scale: Tensor, grid: Grid, statistics: RangeStatistics | Non
 
 
 def restore(saved: SavedInput, out: Tensor | None = None) -> Tensor:
-    """Return the tensor that was given to :func:`keep`, written to ``out`` (float32) where that is of use."""
+    """Return the tensor that was given to :func:`keep`; ``out`` is float32 memory that it may be written to."""
     if saved.scale is None:
         return saved.values
     codes = InputCodes(saved.values, saved.scale, saved.shift)

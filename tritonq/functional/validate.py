@@ -1,4 +1,4 @@
-"""Checks at the public boundary. Inside it, arguments are trusted."""
+"""Checks of arguments of public functions. Code inside the package does not check again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _INT_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 def check_float_tensor(name: str, x: object) -> Tensor:
-    """Return ``x`` if it is a floating point tensor, else TypeError."""
+    """Return ``x``, the argument called ``name``, if it is a float tensor.
+
+    Raises:
+        TypeError: it is no tensor, or not float32, float16, bfloat16 or float64.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOAT_DTYPES:
@@ -23,7 +27,12 @@ def check_float_tensor(name: str, x: object) -> Tensor:
 
 
 def check_axis(x: Tensor, axis: int) -> int:
-    """Return ``axis`` as a non-negative index of ``x``, else ValueError."""
+    """Return ``axis`` of ``x`` as a number from 0 on: ``-1`` of four axes gives 3.
+
+    Raises:
+        TypeError: it is no int.
+        ValueError: ``x`` has no such axis.
+    """
     if not isinstance(axis, int) or isinstance(axis, bool):
         raise TypeError(f"axis must be an int, got {axis!r}")
     if not -x.dim() <= axis < x.dim():
@@ -32,9 +41,14 @@ def check_axis(x: Tensor, axis: int) -> int:
 
 
 def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tensor:
-    """Return ``scale`` as a float32 tensor on ``x``'s device; one element, or ``channels`` of them.
+    """Return ``scale`` as a float32 tensor on ``x``'s device, with one element or ``channels`` elements.
 
-    Values are checked where that costs no synchronisation: numbers and CPU tensors.
+    Values of numbers and CPU tensors are checked; those of a GPU are not, since reading them would wait.
+
+    Args:
+        scale: a number, or a float tensor.
+        x: the tensor that is to be rounded.
+        channels: the expected length; None: one element.
 
     Raises:
         TypeError: not a float or a floating point tensor.
@@ -59,7 +73,21 @@ def check_scale(scale: float | Tensor, x: Tensor, channels: int | None) -> Tenso
 def check_zero_point(
     zero_point: int | Tensor, x: Tensor, channels: int | None, quant_min: int, quant_max: int
 ) -> Tensor | None:
-    """Return ``zero_point`` as an int32 tensor on ``x``'s device, or None if known to be 0; checked as the scale is."""
+    """Return ``zero_point`` as an int32 tensor on ``x``'s device, or None if it is known to be 0.
+
+    Values of numbers and CPU tensors are checked; those of a GPU are not, since reading them would wait.
+
+    Args:
+        zero_point: an int, or an integer tensor.
+        x: the tensor that is to be rounded.
+        channels: the expected length of a tensor; None: one element.
+        quant_min: smallest code.
+        quant_max: largest code.
+
+    Raises:
+        TypeError: not an int or an integer tensor.
+        ValueError: wrong shape or device, or a value outside of ``quant_min .. quant_max``.
+    """
     if not isinstance(zero_point, Tensor):
         if not isinstance(zero_point, int) or isinstance(zero_point, bool):
             raise TypeError(f"zero_point must be an int or an integer tensor, got {zero_point!r}")
@@ -79,7 +107,7 @@ def check_zero_point(
 
 
 def _extremes(values: Tensor) -> tuple[float, float]:
-    """Return the smallest and the largest value; NaN where one is."""
+    """Return the smallest and the largest value as floats; NaN, twice, if a value is NaN."""
     if values.numel() == 1:
         return float(values), float(values)
     least, greatest = torch.aminmax(values.detach())

@@ -1,7 +1,7 @@
-"""Makes the traced form of an operator from the signature of its reference.
+"""Makes the traced form of an operator, a custom operator of torch, from the signature of its reference.
 
-``torch.library`` operators take neither dataclasses nor named tuples. Each structure becomes its fields, one argument
-per field, and is built again when the operator runs.
+``torch.library`` operators take neither dataclasses nor named tuples. Each such argument becomes one plain argument per
+field, and is built again from them when the operator runs (`parts`); results likewise (`results`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ Choice: TypeAlias = Callable[[Tensor], Callable[..., Any]]
 
 
 def traced_families(choices: dict[str, Choice]) -> dict[str, ModuleType]:
-    """Return a module with the traced form of each operator, for each module of `tritonq.reference` that has some.
+    """Return ``{family: module}`` with the traced form of each operator of `tritonq.reference`.
 
-    ``choices``: what runs instead of what eager code would run, by the name of the operator.
+    Args:
+        choices: for operators that run something else than eager code would, by name ``"<family>_<function>"``: see
+            :func:`traced_operator`.
     """
     families = {}
     for family, operators in operators_by_family().items():
@@ -44,8 +46,8 @@ def traced_operator(name: str, reference: Callable[..., Any], choose: Choice | N
 
     Args:
         name: of the operator.
-        reference: a function marked by :func:`tritonq.reference.operator.operator`.
-        choose: called with the first tensor when the operator runs; returns what runs. None runs ``reference``.
+        reference: a function decorated by :func:`tritonq.reference.operator.operator`.
+        choose: called with the first tensor when the operator runs; returns the function to run. None: ``reference``.
     """
     spec: OperatorSpec = reference.operator  # type: ignore[attr-defined]
     signature, hints = inspect.signature(reference), get_type_hints(reference)
@@ -83,12 +85,12 @@ def traced_operator(name: str, reference: Callable[..., Any], choose: Choice | N
 
 
 def _tensors(flat: tuple[Any, ...]) -> list[Tensor]:
-    """Return the tensors among plain arguments."""
+    """Return the tensors among plain arguments, those in lists too."""
     found = [tensor for value in flat for tensor in (value if isinstance(value, list) else [value])]
     return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 
 def _implementation(family: str, function: str, x: Tensor) -> Callable[..., Any]:
-    """Return the backend's function that eager code would call for ``x``."""
+    """Return the function of the family that eager code would call for ``x``."""
     chosen: Callable[..., Any] = getattr(implementation(family, x), function)
     return chosen

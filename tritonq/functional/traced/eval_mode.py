@@ -1,7 +1,8 @@
 """The arithmetic of quantization-aware modules in eval mode for ``torch.compile``.
 
-Eager code reads on the host whether grids are switched on and rest on data. These operators read it on the device and
-compute both answers there, or one where reading is free; integers and what follows them are eager code's, bit for bit.
+Eager code reads on the host whether grids are switched on and have observed data. These operators read it on the
+device: they compute both answers and select one, or only the right one if reading doesn't wait. Integers and what
+follows them are eager code's, bit for bit. A grid "is on" if it is switched on and has data.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ def affine(
     weights: Grid,
     output: Grid | None,
 ) -> Tensor:
-    """Return ``op(x, FQ_w(weight)) + bias``, in exact integers while input and weight have grids that are switched on.
+    """Return ``op(x, FQ_w(weight)) + bias``, in exact integers if the grids of input and weight are on.
 
     Args:
-        x: on the grid of ``source``; any shape that ``op`` takes.
+        x: values on the grid of ``source``; any shape that ``op`` takes.
         weight: float, with any BatchNorm folded in.
         bias: (out,), or None.
         op: the convolution or product.
-        channel_axis: axis of the result that out channels run along.
+        channel_axis: axis of the result with the out channels.
         source: grid of the input, per tensor.
         weights: grid of the weight.
-        output: grid of the quantizer behind the layer, per tensor, to which the integers go while it is switched on;
-            or None.
+        output: grid of the quantizer behind the layer, per tensor, to which integer sums are rounded while it is on;
+            None: they are not.
 
     Returns:
-        In ``x``'s dtype; without gradient.
+        Tensor in ``x``'s dtype; without gradient.
     """
     bias = None if bias is None else bias.detach()
     conv = op if isinstance(op, Convolution) else None
@@ -60,40 +61,40 @@ def affine(
 
 
 def join(kind: JoinKind, a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid) -> Tensor:
-    """Return ``a + b`` or the like, as integer runtimes compute it while all three grids are on: :func:`integer_join`.
+    """Return ``a + b`` or another join; if all grids are on, as integer runtimes compute it (:func:`integer_join`).
 
     Args:
-        kind: which operation.
+        kind: ``"add"``, ``"sub"``, ``"mul"`` or ``"matmul"``.
         a: float tensor on ``grid_a``.
         b: the same for ``grid_b``; broadcasts against ``a``.
-        grid_a: grid of an operand, per tensor.
-        grid_b: the other's.
+        grid_a: grid of ``a``, per tensor.
+        grid_b: grid of ``b``, per tensor.
         output: grid of the quantizer behind the operation.
 
     Returns:
-        In ``a``'s dtype; without gradient.
+        Tensor in ``a``'s dtype; without gradient. If a grid is off, the float result.
     """
     result: Tensor = _join(kind, a.detach(), b.detach(), grid_a, grid_b, output)
     return result
 
 
 def on_grid(x: Tensor, output: Grid) -> Tensor:
-    """Return ``round(x / s) · s`` in ``x``'s dtype while the grid is switched on, else ``x``; without gradient."""
+    """Return ``round(x / s) · s`` in ``x``'s dtype if the grid is on, else ``x``; without gradient."""
     result: Tensor = _on_grid(x.detach(), output)
     return result
 
 
 def average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tensor:
-    """Return the means of ``x``, in exact integers while both grids are switched on: :func:`integer_average`.
+    """Return the means of ``x``, in exact integers (:func:`integer_average`) if both grids are on.
 
     Args:
         x: float tensor on the grid of ``source``.
-        averaging: the operation.
+        averaging: which elements each mean takes.
         source: grid of the input, per tensor.
         output: grid of the quantizer behind the operation, per tensor.
 
     Returns:
-        In ``x``'s dtype; without gradient.
+        Tensor in ``x``'s dtype; without gradient.
     """
     axes = averaging if isinstance(averaging, AxesAverage) else None
     window = averaging if isinstance(averaging, WindowAverage) else None
@@ -103,16 +104,16 @@ def average(x: Tensor, averaging: Averaging, source: Grid, output: Grid) -> Tens
 
 
 def function(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
-    """Return a function of ``x``, by its table while both grids are switched on: :func:`integer_function`.
+    """Return a function of ``x``, by a table of codes (:func:`integer_function`) if both grids are on.
 
     Args:
         x: float tensor on the grid of ``source``.
-        function: the function.
+        function: f and its numbers.
         source: grid of the input, per tensor.
         output: grid of the quantizer behind the function, per tensor.
 
     Returns:
-        In ``x``'s dtype; without gradient.
+        Tensor in ``x``'s dtype; without gradient.
     """
     result: Tensor = _function(x.detach(), function, source, output)
     return result
@@ -142,7 +143,7 @@ def run_affine(
     weights: Grid,
     output: Grid | None,
 ) -> Tensor:
-    """Compute :func:`affine` when the compiled graph runs; ``conv`` is None for a matrix product."""
+    """Compute :func:`affine` when the compiled graph runs. ``conv`` is the convolution, None for a matrix product."""
     op = _op(conv)
 
     def values() -> Tensor:
@@ -182,7 +183,7 @@ def run_on_grid(x: Tensor, output: Grid) -> Tensor:
 
 
 def _averaging(axes: AxesAverage | None, window: WindowAverage | None, sizes: tuple[int, ...] | None) -> Averaging:
-    """Return the operation of which two of three forms are None."""
+    """Return the operation from its three arguments, two of which are None."""
     return cast(Averaging, axes or window) if sizes is None else AdaptiveAverage(sizes)
 
 
@@ -220,7 +221,7 @@ def run_function(x: Tensor, function: Function, source: Grid, output: Grid) -> T
 
 
 def _chosen(grids: tuple[Grid, ...], on: Callable[[], Tensor], off: Callable[[], Tensor]) -> Tensor:
-    """Return ``on()`` if all grids are switched on, else ``off()``.
+    """Return ``on()`` if all grids are on, else ``off()``.
 
     Both are computed where reading a switch would synchronise with a device.
     """

@@ -1,4 +1,4 @@
-"""What graphs take for constant: asked on the host, once, before the first of them is traced."""
+"""Facts about this machine that compiled graphs treat as constants; read once, when this file is imported."""
 
 from tritonq.functional.direct import cpu_is_direct
 

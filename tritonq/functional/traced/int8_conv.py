@@ -1,4 +1,4 @@
-"""What a compiled fixed-point network says when its accumulators pass 32 bits."""
+"""The 8-bit convolution of compiled fixed-point networks, which warns if its accumulators pass 32 bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from tritonq.backend import implementation
 
 
 def warning_int8_conv2d(x: Tensor) -> Any:
-    """Return the convolution that runs on ``x``; on a CPU it warns of each call in which accumulators were clamped."""
+    """Return the function that convolves tensors like ``x``.
+
+    It warns of each call that clamped accumulators, on a CPU.
+    """
 
     def run(*, saturated: Tensor | None, **arguments: Any) -> Tensor:
         before = int(saturated) if saturated is not None and saturated.is_cpu else 0

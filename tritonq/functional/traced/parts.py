@@ -1,4 +1,9 @@
-"""Structures as the plain arguments that ``torch.library`` takes, and back."""
+"""Arguments of any structure as the plain arguments that ``torch.library`` takes, and back.
+
+Plain arguments are tensors, numbers, strings, dtypes, and lists of them. A *part* describes how one argument becomes
+plain ones: as it is (:class:`Leaf`), as two (:class:`NumberOrTensor`), or field by field (:class:`Structure`).
+``grid=Grid(...)`` becomes ``has_grid, grid_scale, grid_zero_point, ...``.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +21,12 @@ _PLAIN = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", str: "str"
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An argument that ``torch.library`` takes.
+    """An argument that ``torch.library`` takes as it is.
 
     Attributes:
         name: of the argument.
-        kind: its type in a schema, with ``?`` where it may be None.
-        make: applied to the argument when the operator runs; None: it is taken as it is.
+        kind: its type in a schema, such as ``"Tensor"``, with ``?`` if it may be None.
+        make: applied to the argument when the operator runs (a list becomes a tuple); None: nothing is applied.
     """
 
     name: str
@@ -31,20 +36,23 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class NumberOrTensor:
-    """A float or a tensor, as two arguments of which one is None."""
+    """An argument that is a float or a tensor: two plain arguments, one of which is None.
+
+    They are called ``<name>_number`` and ``<name>_tensor``.
+    """
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """A dataclass or named tuple: its constructor and its fields.
+    """An argument that is a dataclass or named tuple: one or more plain arguments per field.
 
     Attributes:
         name: of the argument; its fields are called ``<name>_<field>``.
-        make: takes the fields by position.
-        fields: name and part of each.
-        optional: whether it may be None; one more argument, ``has_<name>``, tells.
+        make: called with the fields by position; returns the structure.
+        fields: name and part of each field.
+        optional: whether the argument may be None; one more plain argument, ``has_<name>``, says whether it is.
     """
 
     name: str
@@ -58,15 +66,15 @@ Parts: TypeAlias = "Sequence[tuple[str, Part]]"
 
 
 def describe(name: str, hint: Any, optional: bool = False) -> Part:
-    """Describe a parameter by its type.
+    """Return the part that describes a parameter, from its type.
 
     Args:
-        name: of the argument.
+        name: of the parameter.
         hint: its type.
-        optional: whether it belongs to a structure that may be None.
+        optional: whether it is a field of a structure that may be None.
 
     Raises:
-        TypeError: a type that no plain arguments stand for.
+        TypeError: no plain arguments can stand for this type.
     """
     can_be_none = False
     if get_origin(hint) in (Union, UnionType):
@@ -96,7 +104,11 @@ def describe(name: str, hint: Any, optional: bool = False) -> Part:
 
 
 def schema(parts: Parts, mutated: Sequence[str]) -> str:
-    """Return the arguments of a schema; those whose names are in ``mutated`` are written to.
+    """Return the arguments of a schema, such as ``"Tensor x, Tensor(a1!) grid_scale, int axis"``.
+
+    Args:
+        parts: name and part of each parameter.
+        mutated: names of plain arguments that the operator writes to; they are marked ``(a1!)``.
 
     Raises:
         ValueError: a name in ``mutated`` that is no tensor argument.
@@ -114,7 +126,7 @@ def schema(parts: Parts, mutated: Sequence[str]) -> str:
 
 
 def _arguments(parts: Parts) -> Iterator[tuple[str, str]]:
-    """Yield name and type of each plain argument."""
+    """Yield name and schema type of each plain argument, in order."""
     for _, part in parts:
         if isinstance(part, Leaf):
             yield part.name, part.kind
@@ -127,7 +139,12 @@ def _arguments(parts: Parts) -> Iterator[tuple[str, str]]:
 
 
 def flatten_all(parts: Parts, arguments: dict[str, Any]) -> list[Any]:
-    """Return the plain arguments that stand for ``arguments``."""
+    """Return the values of the plain arguments for ``arguments``, in the order of :func:`schema`.
+
+    Args:
+        parts: name and part of each parameter.
+        arguments: values of the parameters by name.
+    """
     flat: list[Any] = []
     for name, part in parts:
         _flatten(part, arguments[name], flat)
@@ -148,13 +165,13 @@ def _flatten(part: Part, value: Any, flat: list[Any]) -> None:
 
 
 def rebuild_all(parts: Parts, flat: Sequence[Any]) -> dict[str, Any]:
-    """Return the arguments that :func:`flatten_all` took apart."""
+    """Return the parameters' values by name from those of the plain arguments: the inverse of :func:`flatten_all`."""
     values = iter(flat)
     return {name: _rebuild(part, values, True) for name, part in parts}
 
 
 def _rebuild(part: Part, values: Iterator[Any], present: bool) -> Any:
-    """Build the next value. Of a structure that is not there, the fields are taken and dropped."""
+    """Build the next value from ``values``. If its structure is None (``present`` is False), drop its fields."""
     if isinstance(part, Leaf):
         value = next(values)
         return value if part.make is None or value is None else part.make(value)

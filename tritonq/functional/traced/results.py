@@ -1,7 +1,8 @@
-"""Results of operators as the tensors that ``torch.library`` returns, and back.
+"""Results of operators as the plain tensors that ``torch.library`` returns, and back.
 
-A result is described by a template: itself, with :class:`~tritonq.reference.operator.Like`,
-:class:`~tritonq.reference.operator.New` or :class:`~tritonq.reference.operator.CopyOf` for tensors and grids.
+A *template* describes a result: it is nested as the result is, and has, in place of tensors and grids, *leaves* that
+say how they look: :class:`~tritonq.reference.operator.Like`, :class:`~tritonq.reference.operator.New` or
+:class:`~tritonq.reference.operator.CopyOf`. A grid is returned as three tensors: scale, zero point, switch.
 """
 
 from __future__ import annotations
@@ -20,20 +21,25 @@ _GRID_TENSORS = 3
 
 
 def schema(template: Any) -> str:
-    """Return the results of a schema."""
+    """Return the results of a schema: ``"Tensor"``, or ``"(Tensor, Tensor)"`` for two."""
     count = sum(_GRID_TENSORS if isinstance(leaf, CopyOf) else 1 for leaf in _leaves(template))
     return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
 
 
 def pack(tensors: list[Tensor]) -> Any:
-    """Return the tensors as an operator returns them."""
+    """Return a list of tensors as an operator returns it: None if empty, one tensor as it is, else a tuple."""
     if not tensors:
         return None
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
 def prototypes(template: Any, arguments: dict[str, Any]) -> list[Tensor]:
-    """Return empty tensors laid out as the results will be."""
+    """Return uninitialised tensors with the shapes, dtypes and strides that the results will have.
+
+    Args:
+        template: of the result.
+        arguments: of the operator, by name.
+    """
     found: list[Tensor] = []
     for leaf in _leaves(template):
         if isinstance(leaf, CopyOf):
@@ -50,7 +56,16 @@ def prototypes(template: Any, arguments: dict[str, Any]) -> list[Tensor]:
 
 
 def own(template: Any, result: Any, arguments: dict[str, Any], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors of ``result``, laid out as :func:`prototypes` says, on memory that is none of the inputs'."""
+    """Return the tensors of ``result`` with the strides of :func:`prototypes`, copied if they share memory.
+
+    torch forbids operators to return memory of their inputs, or of each other's results.
+
+    Args:
+        template: of the result.
+        result: what the implementation returned.
+        arguments: of the operator, by name.
+        inputs: the operator's tensors.
+    """
     taken = {_memory(tensor) for tensor in inputs}
     found: list[Tensor] = []
     for leaf, value in zip(_leaves(template), _values(template, result), strict=True):
@@ -74,13 +89,19 @@ def own(template: Any, result: Any, arguments: dict[str, Any], inputs: Sequence[
 
 
 def _memory(tensor: Tensor) -> int:
-    """Return a number of a tensor's storage: equal for tensors that share memory, traced tensors among them."""
+    """Return a number that is equal for tensors that share memory; works for traced tensors, too."""
     address: int = tensor.untyped_storage()._cdata
     return address
 
 
 def restore(template: Any, arguments: dict[str, Any], outputs: Any) -> Any:
-    """Return the result as the reference returns it, from what the operator returned."""
+    """Return the result in the form in which the reference returns it, from the tensors that the operator returned.
+
+    Args:
+        template: of the result.
+        arguments: of the operator, by name.
+        outputs: a tensor, a sequence of tensors, or None.
+    """
     if outputs is None:
         return None
     tensors = [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -88,7 +109,7 @@ def restore(template: Any, arguments: dict[str, Any], outputs: Any) -> Any:
 
 
 def lookup(name: str, arguments: dict[str, Any]) -> Any:
-    """Return an argument, or a field of one: ``"grid.scale"``."""
+    """Return an argument by name, or a field of one: ``"grid.scale"``."""
     first, *fields = name.split(".")
     value = arguments[first]
     for field in fields:
@@ -97,7 +118,7 @@ def lookup(name: str, arguments: dict[str, Any]) -> Any:
 
 
 def _dtype(leaf: Like | New, source: Tensor, arguments: dict[str, Any]) -> torch.dtype:
-    """Return the dtype of a result."""
+    """Return the dtype of a result: the leaf's, that of the argument it names, or that of ``source``."""
     dtype: Any = arguments[leaf.dtype] if isinstance(leaf.dtype, str) else leaf.dtype
     if dtype is None:
         return source.dtype
@@ -107,7 +128,7 @@ def _dtype(leaf: Like | New, source: Tensor, arguments: dict[str, Any]) -> torch
 
 
 def _format(leaf: New, source: Tensor, dimensions: int) -> torch.memory_format:
-    """Return how a new result lies in memory."""
+    """Return the memory format of a new result with so many ``dimensions``: that of ``source`` if the leaf keeps it."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(dimensions, torch.contiguous_format)
     keeps = leaf.keeps_format and source.dim() == dimensions and not source.is_contiguous()
     return last if keeps and source.is_contiguous(memory_format=last) else torch.contiguous_format
@@ -127,7 +148,7 @@ def _leaves(template: Any) -> Iterator[Like | New | CopyOf]:
 
 
 def _values(template: Any, result: Any) -> Iterator[Any]:
-    """Return the parts of ``result`` that :func:`_leaves` describes."""
+    """Yield the parts of ``result`` that the leaves of the template describe, in their order."""
     if isinstance(template, (Like, New, CopyOf)):
         yield result
     elif isinstance(template, tuple):
@@ -136,7 +157,7 @@ def _values(template: Any, result: Any) -> Iterator[Any]:
 
 
 def _restore(template: Any, arguments: dict[str, Any], tensors: list[Tensor]) -> Any:
-    """Take the first tensors off the list for each leaf."""
+    """Return the result of a template; takes its tensors off the front of ``tensors``."""
     if isinstance(template, CopyOf):
         scale, zero_point, enabled = tensors.pop(0), tensors.pop(0), tensors.pop(0)
         grid = arguments[template.argument]

@@ -1,8 +1,9 @@
 """Operators that a compiler sees into: their reference's tensor operations take their place in its graph.
 
-Dynamo meets one call. AOTAutograd, which removes mutation from the graph, replaces it by what its reference does; so
-Inductor makes loops of a hundred small operations, and its partitioner keeps the narrowest of what a backward needs.
-``torch.library.triton_op`` does the same for operators that are made of Triton kernels.
+Dynamo, which traces Python, meets one call. AOTAutograd, which removes in-place updates from the graph, replaces the
+call by the operations of its reference. So Inductor makes loops of a hundred small operations, and its partitioner
+keeps the smallest tensors that a backward needs. ``torch.library.triton_op`` does the same for operators that are made
+of Triton kernels.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ _JOINS = (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
 
 
 def show(call: Any, run: Callable[..., Any], has_kernel: bool, made_again: bool) -> None:
-    """Let a compiler replace an operator's call by the PyTorch operations inside, where no kernel runs.
+    """Register that a compiler replaces an operator's call by the PyTorch operations inside, if no kernel runs.
 
     Args:
         call: the operator, from ``torch.library.custom_op``.
-        run: the same on traced tensors.
-        has_kernel: whether kernels run on some devices; there the operator stays one call.
-        made_again: whether the backward makes what is as large as the first tensor again, see
+        run: a function of the same arguments that runs those operations on traced tensors.
+        has_kernel: whether the operator has a Triton kernel; for devices where it runs, the operator stays one call.
+        made_again: whether the backward recomputes results as large as the first tensor instead of saving them, see
             :func:`tritonq.reference.operator.operator`.
     """
 
@@ -45,7 +46,7 @@ def show(call: Any, run: Callable[..., Any], has_kernel: bool, made_again: bool)
 
 
 def _is_traced(types: tuple[type, ...]) -> bool:
-    """Whether all tensors are of classes that this can take; subclasses of a user's take operators as they are."""
+    """Whether all tensors are of torch's own classes; a user's subclasses take operators as one call."""
     known = (Tensor, torch.nn.Parameter, FunctionalTensor, torch._subclasses.FakeTensor)
     return all(kind in known for kind in types)
 
@@ -56,10 +57,11 @@ def _first(args: tuple[Any, ...]) -> Tensor:
 
 @contextmanager
 def _made_again(first: Tensor) -> Iterator[None]:
-    """Mark the operations that follow in a graph, as far as their results are as large as a tensor.
+    """Mark operations traced inside the block to be computed again in the backward, if results are as large as
+    ``first``.
 
-    A sum or product that they begin with is marked too. Of operations without a mark the partitioner keeps what a
-    convolution reads in the backward, however cheap it is.
+    A sum or product that they read is marked, too. Without a mark the partitioner keeps what a convolution reads in the
+    backward, however cheap it is to compute.
     """
     mode = get_proxy_mode()
     if mode is None:
@@ -77,7 +79,7 @@ def _made_again(first: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Let ``torch.compiler.is_compiling()`` be true, which torch before 2.13 does for Dynamo's part alone."""
+    """Make ``torch.compiler.is_compiling()`` true inside the block; torch before 2.13 does so only in Dynamo's part."""
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:
