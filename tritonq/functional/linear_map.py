@@ -232,7 +232,7 @@ class MatrixProduct:
         return x.reshape(-1, x.shape[-1], 1, 1), weight[:, :, None, None]
 
     def from_images(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return ``y`` (rows, out, 1, 1), computed by :meth:`as_conv2d`, as (..., out) with the leading axes of ``x``."""
+        """Return ``y`` (rows, out, 1, 1), computed by :meth:`as_conv2d`, as (..., out) with ``x``'s leading axes."""
         return y.reshape(*x.shape[:-1], y.shape[1])
 
     def padded(self, x: Tensor) -> tuple[Tensor, MatrixProduct]:

@@ -57,8 +57,7 @@ def _first(args: tuple[Any, ...]) -> Tensor:
 
 @contextmanager
 def _made_again(first: Tensor) -> Iterator[None]:
-    """Mark operations traced inside the block to be computed again in the backward, if results are as large as
-    ``first``.
+    """Let a backward compute operations of the block again, if their results are as large as ``first``.
 
     A sum or product that they read is marked, too. Without a mark the partitioner keeps what a convolution reads in the
     backward, however cheap it is to compute.
