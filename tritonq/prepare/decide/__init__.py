@@ -1,1 +1,1 @@
-"""What `prepare_qat` will do to a recorded model, decided before anything is changed."""
+"""Decide what `prepare_qat` will do to a recorded model, before anything is changed."""

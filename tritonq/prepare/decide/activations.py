@@ -1,4 +1,4 @@
-"""Which qconfig's activation quantizer a tensor gets that no quantized layer or join returns."""
+"""Choose the qconfig whose activation quantizer a tensor gets, for tensors that no quantized layer or join returns."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from tritonq.qconfig_mapping import Place
 
 
 class ActivationChoice:
-    """Chooses among the qconfigs of a tensor's reader, of what made it, and of the model.
+    """Choose among the qconfigs of a tensor's reader, of the module that made it, and of the model.
 
-    A reader whose activation factory makes no quantizer says that its own result stays in float, and nothing of what it
-    reads: a head with float logits still reads its features on a grid.
+    The first of them whose activation factory makes a quantizer wins. A reader without an activation quantizer leaves
+    its own result in float, but what it reads is still quantized: a classifier with float logits reads quantized
+    features.
 
     Args:
         analysis: the model and its record.
-        qconfigs: the qconfig of each module.
-        inputs: the rule for inputs of the model; None without one.
+        qconfigs: the qconfig of each module; None leaves a module in float.
+        inputs: the rule of a ``QConfigMapping`` for inputs of the model; None without such a rule.
     """
 
     def __init__(
@@ -29,7 +30,12 @@ class ActivationChoice:
         self._analysis, self._qconfigs, self._inputs = analysis, qconfigs, inputs
 
     def choose(self, value: int, reader: QConfig) -> QConfig | None:
-        """Return the qconfig for a recorded value, given that of the layer or join that reads it; None: leave it."""
+        """Return the qconfig whose activation quantizer a tensor gets; None: it gets no quantizer.
+
+        Args:
+            value: index of the tensor's value.
+            reader: qconfig of the layer or join that reads it.
+        """
         is_input = self._analysis.flow.values[value].source == "input"
         if is_input and self._inputs is not None:
             return self._inputs.qconfig
@@ -37,6 +43,7 @@ class ActivationChoice:
         return next((qconfig for qconfig in candidates if _rounds_activations(qconfig)), reader)
 
     def _others(self, value: int) -> Iterator[QConfig | None]:
+        """Yield the qconfig of the module that made a value (None if it has none), then that of the model."""
         call = self._analysis.flow.producer(value)
         if call is not None:
             maker = self._analysis.modules.get(call.owner if call.module_name is None else call.module_name)
@@ -45,4 +52,5 @@ class ActivationChoice:
 
 
 def _rounds_activations(qconfig: QConfig) -> bool:
+    """Whether a qconfig's activation factory makes a quantizer, not an ``nn.Identity``."""
     return not isinstance(qconfig.activation(), nn.Identity)

@@ -1,7 +1,7 @@
-"""Adapters of low rank beside frozen layers (LoRA): two small layers that train while the layer itself does not.
+"""Find adapters of low rank beside frozen layers (LoRA): two small layers that train while the layer itself does not.
 
-``y = W x + s · B A x``, with W frozen. W becomes a quantized layer. A and B stay in float, as their authors train them:
-their sum with the rest is rounded, not they.
+``y = W x + s · B A x``, with W frozen. W becomes a quantized layer. A and B stay in float, as their authors train them;
+only the sum is rounded.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; ``lora.Linear`` of peft.
 """
@@ -18,10 +18,10 @@ from tritonq.prepare.decide.rows import out_channels
 
 
 def find_adapters(layers: Iterable[Layer], analysis: Analysis) -> dict[str, str]:
-    """Return the layers that are part of an adapter, each with why it stays in float.
+    """Return the names of the layers that are part of an adapter, each with the reason why it stays in float.
 
-    The first one reads what a frozen layer reads and returns fewer channels than that reads or returns; the second
-    one reads the first and returns a tensor of the frozen layer's shape.
+    A reads what a frozen layer reads, and returns fewer channels than that layer reads or returns. B reads the result
+    of A, and returns a tensor of the frozen layer's shape. Layers that are functions are not searched.
     """
     layers = [layer for layer in layers if layer.function is None]
     frozen = [layer for layer in layers if not _trains(layer, analysis)]
@@ -42,11 +42,12 @@ def find_adapters(layers: Iterable[Layer], analysis: Analysis) -> dict[str, str]
 
 
 def _trains(layer: Layer, analysis: Analysis) -> bool:
+    """Whether a layer has a parameter that takes gradients."""
     return any(parameter.requires_grad for parameter in analysis.modules[layer.name].parameters())
 
 
 def _inputs(layer: Layer, analysis: Analysis) -> set[int]:
-    """Return the values that a layer reads, looked up through operations that only move values, such as dropout."""
+    """Return the values that a layer reads, as they were before operations that only move values, such as dropout."""
     values = set()
     for index in layer.calls:
         value = analysis.flow.calls[index].inputs[0]
@@ -57,6 +58,7 @@ def _inputs(layer: Layer, analysis: Analysis) -> set[int]:
 
 
 def _is_narrow(down: Layer, base: Layer, analysis: Analysis) -> bool:
+    """Whether the layer ``down`` returns fewer channels than the layer ``base`` reads and than it returns."""
     module: nn.Module = analysis.modules[base.name]
     rank, channels = out_channels(analysis.modules[down.name]), out_channels(module)
     read = getattr(module, "in_channels", getattr(module, "in_features", None))
@@ -64,6 +66,6 @@ def _is_narrow(down: Layer, base: Layer, analysis: Analysis) -> bool:
 
 
 def _shapes(layer: Layer, analysis: Analysis) -> set[tuple[int, ...]]:
-    """Return the shapes of what a layer returns."""
+    """Return the shapes of the tensors that a layer returns in its calls."""
     values = (analysis.value_of(analysis.flow.calls[index]) for index in layer.calls)
     return {analysis.flow.values[value].shape for value in values if value is not None}

@@ -1,4 +1,10 @@
-"""What planning asks about a recorded model: who follows whom, what keeps a grid, where a forward can be edited."""
+"""Answer questions about a recorded model: which call follows which, what keeps a grid, where a forward can be edited.
+
+A *grid* is the set of values that a quantized tensor can take. An operation *keeps the grid* if it returns only values
+of its input, such as a reshape or a max pool, so that its result needs no quantizer. A *site* is the place of a call in
+a forward that can be edited. An *island* is a softmax or norm that stays in float between quantized tensors. A *mask*
+is what attention adds to its scores before the softmax.
+"""
 
 from __future__ import annotations
 
@@ -71,8 +77,14 @@ class Analysis:
     Args:
         model: the model.
         flow: the record.
-        held: names of modules whose own forward the second run ran in eval mode.
-        cautious: leave ``x += y`` alone in a forward that keeps its branches: ``x`` may have another name.
+        held: names of modules whose own forward ran in eval mode in the training run.
+        cautious: whether to leave ``x += y`` alone in a forward that keeps its branches, since ``x`` may have another
+            name there.
+
+    Attributes:
+        constants: the values that follow from parameters and buffers alone.
+        modules: the model's modules by name, except those inside of a RepVGG block.
+        leaves: names of the modules whose calls were recorded as one operation.
     """
 
     def __init__(self, model: nn.Module, flow: Dataflow, held: Container[str] = (), cautious: bool = False) -> None:
@@ -97,22 +109,28 @@ class Analysis:
         self._masks: dict[int, int | None] = {}
 
     def value_of(self, call: Call | Frame) -> int | None:
-        """Return the value that a call returns, or None unless it is a single tensor.
+        """Return the value that a call returns; None unless it returns a single tensor.
 
-        Of a recurrent layer's result that is the sequence, or the hidden state, which comes first.
+        For a recurrent layer that is the first tensor of its result: the sequence, or the hidden state of a cell.
         """
         if isinstance(call, Call) and isinstance(call.target, _RECURRENT):
             return next(iter(refs_in(call.output)), None)
         return call.output.value if isinstance(call.output, Ref) else None
 
     def follower(self, call: Call) -> Call | None:
-        """Return the call that alone reads what ``call`` returns, looking through identities; None if there is none."""
+        """Return the only call that reads the result of ``call``; None if several or none do.
+
+        Calls of ``nn.Identity`` are skipped.
+        """
         value = self.value_of(call)
         reader = None if value is None else self.flow.single_consumer(value)
         return self.follower(reader) if reader is not None and self.is_identity(reader) else reader
 
     def calls_like(self, call: Call) -> tuple[Call, ...]:
-        """Return every call of the same module, or of the same place in the same forward."""
+        """Return every call of the same module, or of the same place in the same forward, in order.
+
+        ``call`` is among them.
+        """
         if call.module_name is not None:
             return self.flow.calls_of(call.module_name)
         functions, site = self.flow.functions_of(call.owner), self.site(call)
@@ -125,17 +143,18 @@ class Analysis:
         return tuple(alike[index] for index in sorted(alike))
 
     def forward(self, owner: str) -> EditableForward | TraceError:
-        """Return the forward of a module, to be edited, or why it can't be.
+        """Return the forward of the module ``owner``, to be edited, or a ``TraceError`` that says why it can't be.
 
-        It is a graph where that is proven to be the forward: it makes the recorded calls, and has no other branches.
-        Otherwise the forward keeps running itself, and its calls can be answered.
+        It is a ``ForwardGraph`` if the graph is proven to be the forward: it makes the recorded calls and has no other
+        branches. Otherwise it is an ``AnsweredForward``: the forward runs as written, and single calls can be answered
+        by modules. The same object is returned each time.
         """
         if owner not in self._forwards:
             self._forwards[owner] = self._editable(owner)
         return self._forwards[owner]
 
     def site(self, call: Call) -> Site | None:
-        """Return where the forward of its owner makes a call, if that forward can be edited there."""
+        """Return the site of a call in the forward of its owner; None if that forward can't be edited there."""
         forward = self.forward(call.owner)
         site = self._sites.get(call.index)
         if isinstance(forward, TraceError) or site is None:
@@ -146,23 +165,31 @@ class Analysis:
         return None if site.in_place and len(call.writes) > 1 else site
 
     def calls_at(self, owner: str, node: str) -> tuple[Call, ...]:
-        """Return all recorded calls that one node of a forward made."""
+        """Return all recorded calls that one site made.
+
+        Args:
+            owner: name of the module in whose forward the site is.
+            node: ``Site.node`` of the site.
+        """
         return tuple(self._calls_at.get((owner, node), ()))
 
     def runs_in_all_modes(self, calls: Iterable[Call | Frame]) -> bool:
-        """Whether every recorded run made one of the calls; a training mode that could not be recorded is trusted."""
+        """Whether some of the calls belong to each recorded run.
+
+        If the model could not be recorded in training mode, the run in eval mode is enough.
+        """
         return {call.run for call in calls} == set(range(self.flow.runs))
 
     def missing_mode(self, calls: Iterable[Call | Frame]) -> str:
-        """Return why calls that were not made in every run stay in float."""
+        """Return the reason why calls that only one of the two runs made stay in float."""
         if {call.run for call in calls} == {0}:
             return "it runs in eval mode only, so that training would not teach its range"
         return "it runs in training mode only, and would not be deployed"
 
     def may_fuse_in(self, owner: str) -> bool:
-        """Whether what follows a call in the forward of ``owner`` is known for training too.
+        """Whether the record of the forward of ``owner`` holds in training mode too, so that calls in it may be fused.
 
-        It was recorded in training mode, or the forward does not depend on the mode.
+        That is so if it was recorded in training mode, or if the forward does not depend on the mode.
         """
         if self.flow.runs > 1 and owner not in self._held:
             return True
@@ -173,21 +200,27 @@ class Analysis:
         return isinstance(graph, ForwardGraph) and not graph.differs_in_training
 
     def is_identity(self, call: Call) -> bool:
-        """Whether a call does nothing in any mode."""
+        """Whether a call is that of an ``nn.Identity`` or of an empty ``nn.Sequential``."""
         target = call.target
         return type(target) is nn.Identity or (type(target) is nn.Sequential and len(target) == 0)
 
     def unwrapped(self, value: int) -> int:
-        """Return the value that identities hand on as this one."""
+        """Return the value that a chain of ``nn.Identity`` calls was given, if they returned ``value``.
+
+        Else ``value``.
+        """
         call = self.flow.producer(value)
         return self.unwrapped(call.inputs[0]) if call is not None and self.is_identity(call) else value
 
     def is_relu(self, call: Call) -> bool:
-        """Whether a call is a plain ReLU, as a module or a function."""
+        """Whether a call is a plain ReLU (no ReLU6), as a module or a function."""
         return ceiling_of_call(call) == math.inf
 
     def keeps_grid(self, call: Call) -> bool:
-        """Whether a call returns values of its one tensor input only, so that they stay on its grid."""
+        """Whether a call returns only values of its first input (and 0), so that its result lies on the input's grid.
+
+        Further inputs must be indices. A plain ReLU counts: 0 is on every grid.
+        """
         target = call.target
         moved, *indices = call.inputs or (None,)
         if moved is None or self.flow.is_state(moved):
@@ -223,7 +256,12 @@ class Analysis:
         return isinstance(call.target, _NORM_MODULES) or (call.kind == "function" and call.name in _NORMS)
 
     def source_of(self, call: Call, through_norms: bool = False) -> int | None:
-        """Return the input whose grid a call keeps, or that it scales or shifts by constants; None for other calls."""
+        """Return the value that a call moves, or scales or shifts by constants; None for other calls.
+
+        Args:
+            call: any recorded call.
+            through_norms: whether a softmax or norm counts as such a call, too.
+        """
         if self.keeps_grid(call):
             return call.inputs[0]
         mask = self.mask_of(call)
@@ -236,7 +274,10 @@ class Analysis:
         return None if call.name == "div" and is_reversed else computed[0]
 
     def mask_of(self, call: Call) -> int | None:
-        """Return the mask that a call adds to scores on their way to a softmax; None for other calls."""
+        """Return the value of the mask that a call adds to attention scores on their way to a softmax.
+
+        None for other calls.
+        """
         if call.index not in self._masks:
             found = summands(call, self._without_layers)
             is_masking = found is not None and self._enters_softmax(self.value_of(call))
@@ -244,7 +285,7 @@ class Analysis:
         return self._masks[call.index]
 
     def _enters_softmax(self, value: int | None) -> bool:
-        """Whether a softmax alone reads a value, moved, scaled and shifted on the way."""
+        """Whether a value is read by a softmax alone; it may be moved, scaled and shifted by constants on the way."""
         call = None if value is None else self.flow.single_consumer(value)
         if call is None:
             return False
@@ -257,11 +298,12 @@ class Analysis:
         return values_without_layers(self.flow, self.constants)
 
     def _is_index(self, value: int) -> bool:
-        """Whether a value says which elements are moved: whole numbers."""
+        """Whether a value holds whole numbers, as indices do."""
         record = self.flow.values[value]
         return not record.dtype.is_floating_point and not record.dtype.is_complex and record.dtype != torch.bool
 
     def _editable(self, owner: str) -> EditableForward | TraceError:
+        """Make what :meth:`forward` returns for a module, and note the sites in it."""
         found = self._trace(owner)
         if isinstance(found, ForwardGraph):
             return found
@@ -275,7 +317,10 @@ class Analysis:
         return answered
 
     def _answered(self, frames: Sequence[Frame], reason: str = "") -> tuple[AnsweredForward, list[Call]]:
-        """Return a forward that keeps running itself, and the recorded calls that can be answered."""
+        """Return a forward that runs as written, and its recorded calls that can be answered.
+
+        ``frames`` are the recorded runs of the forward; ``reason`` says why no graph stands for it.
+        """
         answered, found = AnsweredForward(reason), []
         for frame in frames:
             calls = (self.flow.calls[index] for kind, index in frame.events if kind == "call")
@@ -286,16 +331,24 @@ class Analysis:
         return answered, found
 
     def _rebinds(self, call: Call) -> bool:
-        """Whether the result of a call in place is what the source goes on with: ``x *= y``, or a plain ReLU's."""
+        """Whether the forward goes on with the result of a call in place.
+
+        ``x *= y``, or a plain ReLU whose result is used.
+        """
         if len(call.writes) > 1:
             return False
         return (call.use == "rebound" and not self._cautious) or (self.is_relu(call) and call.use != "dropped")
 
     def _note_site(self, owner: str, call: Call, site: Site) -> None:
+        """Note at which site a call is made."""
         self._sites[call.index] = site
         self._calls_at.setdefault((owner, site.node), []).append(call)
 
     def _trace(self, owner: str) -> ForwardGraph | TraceError:
+        """Return the graph of a module's forward and note the sites in it.
+
+        Or a ``TraceError`` if no graph can stand for it.
+        """
         frames = self.flow.frames_of(owner)
         try:
             graph = GuardedGraph.trace(self.modules[owner], frames)

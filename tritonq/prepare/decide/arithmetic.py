@@ -1,4 +1,8 @@
-"""Which recorded calls compute with one tensor and a number: ``x * 2``, ``1 - x``, ``-x``, ``x.square()``."""
+"""Recognise recorded calls that compute with one tensor and a number: ``x * 2``, ``1 - x``, ``-x``, ``x.square()``.
+
+The private functions read the arguments of one kind of call. They have the parameters of the torch function, and raise
+TypeError or ValueError for arguments that they can't take.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from tritonq.reference.functions import Function
 
 
 def arithmetic_of_call(call: Call) -> Function | None:
-    """Return the function that a call computes of one tensor and at most one number, or None for other calls."""
+    """Return the ``Function`` that a call computes of one tensor and at most one number; None for other calls."""
     if call.kind != "function":
         return None
     spelling = getattr(call.target, "__name__", "").strip("_")
@@ -20,11 +24,12 @@ def arithmetic_of_call(call: Call) -> Function | None:
 
 
 def has_number(call: Call) -> bool:
-    """Whether a call computes with a tensor and a number."""
+    """Whether a call computes with one tensor and one number."""
     return arithmetic_of_call(call) is not None and len(call.args) + len(call.kwargs) > 1
 
 
 def _number(value: Any) -> float:
+    """Return a value as a float; raise TypeError if it is no finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise TypeError(f"no finite number: {value!r}")
     return float(value)
@@ -43,6 +48,7 @@ def _subtract(input: Any, other: Any, *, alpha: Any = 1) -> Function:
 
 
 def _scaled(alpha: Any, behind: Function) -> Function:
+    """Return the function ``behind``, after a multiplication by ``alpha`` if that is not 1."""
     return behind if alpha == 1 else Function("times", (_number(alpha),)).then(behind)
 
 

@@ -1,4 +1,7 @@
-"""Which recorded calls are means: average pools, as modules or functions, and means over axes."""
+"""Recognise recorded calls that are means: average pools, as modules or functions, and means over axes.
+
+An ``Averaging`` describes a mean: its windows, its output size, or its axes.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from tritonq.reference.average_pool import AdaptiveAverage, Averaging, AxesAvera
 
 
 def averaging_of_call(call: Call, shape: tuple[int, ...], has_fixed_arguments: bool = True) -> Averaging | None:
-    """Return the mean that a call computes, or None where it computes something else.
+    """Return the mean that a call computes; None if it computes something else.
 
     Args:
         call: any recorded call.
-        shape: of the tensor that it reads.
-        has_fixed_arguments: whether its other arguments are known to be constants; else, as in a forward that keeps its
-            branches, a window over the whole input is taken to follow the size of the input.
+        shape: shape of the tensor that it reads.
+        has_fixed_arguments: whether its other arguments are known to be constants. If not, a window over the whole
+            input is taken to follow the size of the input, and becomes an adaptive pool.
     """
     if call.kind == "module":
         return averaging_of(call.target)  # type: ignore[arg-type]
@@ -29,7 +32,10 @@ def averaging_of_call(call: Call, shape: tuple[int, ...], has_fixed_arguments: b
 
 
 def may_change(averaging: Averaging) -> bool:
-    """Whether arguments of a mean may follow from sizes, in a forward that is not known to give it constants."""
+    """Whether the arguments of a mean may be computed from sizes, in a forward that is not known to give it constants.
+
+    False for means over axes, and for adaptive pools with an output of one element.
+    """
     if isinstance(averaging, AdaptiveAverage):
         return any(size != 1 for size in averaging.output_size)
     return not isinstance(averaging, AxesAverage)
@@ -43,7 +49,7 @@ def _mean(input: Ref, dim: Any = None, keepdim: bool = False, *, dtype: Any = No
 
 
 def _axis_names(function: Callable[..., Averaging | None]) -> Callable[..., Averaging | None]:
-    """Accept NumPy's names of a mean's arguments, as torch does."""
+    """Return a reader that takes NumPy's names of arguments too (``axis``, ``keepdims``), as torch does."""
 
     def renamed(*args: Any, **kwargs: Any) -> Averaging | None:
         names = {"axis": "dim", "keepdims": "keepdim"}
@@ -53,6 +59,8 @@ def _axis_names(function: Callable[..., Averaging | None]) -> Callable[..., Aver
 
 
 def _window(rank: int) -> Callable[..., Averaging | None]:
+    """Return a reader for ``avg_pool1d``, ``2d`` or ``3d``, given the number of axes."""
+
     def average(
         input: Ref,
         kernel_size: Any,
@@ -73,6 +81,8 @@ def _window(rank: int) -> Callable[..., Averaging | None]:
 
 
 def _adaptive(rank: int) -> Callable[..., Averaging | None]:
+    """Return a reader for ``adaptive_avg_pool1d``, ``2d`` or ``3d``, given the number of axes."""
+
     def average(input: Ref, output_size: Any) -> Averaging | None:
         return AdaptiveAverage(_per_axis(output_size, rank))
 
@@ -87,6 +97,7 @@ _READERS: Mapping[str, Callable[..., Averaging | None]] = {
 
 
 def _per_axis(value: Any, rank: int) -> tuple[Any, ...]:
+    """Return one number per axis: ``(3,)`` and ``3`` give ``(3, 3)`` for rank 2. Raise ValueError for anything else."""
     entries = tuple(value) if isinstance(value, Sequence) else (value,)
     if len(entries) not in (1, rank) or not all(entry is None or isinstance(entry, int) for entry in entries):
         raise ValueError(f"expected 1 or {rank} whole numbers, got {value!r}")
@@ -94,9 +105,10 @@ def _per_axis(value: Any, rank: int) -> tuple[Any, ...]:
 
 
 def _following_sizes(averaging: Averaging, shape: tuple[int, ...]) -> Averaging | None:
-    """Return a mean as one that is right for inputs of any size; None where its arguments may follow from the size.
+    """Return a mean that is right for inputs of any size; None if its arguments may have been computed from the size.
 
-    Axes do not, nor does an output of one element. A window over the whole input follows it.
+    Means over axes and adaptive pools with an output of one element are right as they are. A window over the whole
+    input becomes an adaptive pool.
     """
     if isinstance(averaging, AxesAverage):
         return averaging

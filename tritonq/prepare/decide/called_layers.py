@@ -1,4 +1,7 @@
-"""Layers that a forward calls as functions: convolutions and products whose weight follows from parameters alone."""
+"""Find layers that a forward calls as functions: ``F.conv2d``, ``F.linear`` and so on with a weight of the model's own.
+
+The weight, and the bias, must follow from parameters and buffers alone. A child module will take the place of the call.
+"""
 
 from __future__ import annotations
 
@@ -39,18 +42,17 @@ _DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class CalledLayer:
-    """A convolution or product at one place in a forward.
+    """A convolution or ``F.linear`` at one place in a forward, which becomes a layer.
 
     Attributes:
         owner: name of the module in whose forward it is called.
-        child: name of the child that will do it.
-        kind: the float layer that computes the same.
+        child: name of the child of ``owner`` that will take its place.
+        kind: the float layer that computes the same, such as ``nn.Conv2d``.
         site: where it is called.
         geometry: arguments of that layer's constructor.
-        given: arguments of the function that say the same.
-        calls: its calls.
-        program: how its weight, and its bias where it has one, follow from parameters and buffers.
-        exclusive: names of these parameters and buffers that nothing else reads.
+        given: those arguments of the call that are not input, weight or bias, by name.
+        calls: its recorded calls.
+        program: how its weight and its bias (if it has one) are computed from parameters and buffers.
     """
 
     owner: str
@@ -69,14 +71,23 @@ class CalledLayer:
 
 
 def arguments_of(call: Call) -> dict[str, Any]:
-    """Return the arguments of a convolution or product by name, with defaults filled in; tensors as ``Ref``."""
+    """Return all arguments of a call of a convolution or ``F.linear`` by name, with defaults.
+
+    Tensors are ``Ref`` objects.
+    """
     names = argument_names(call.name)
     defaults = {name: _DEFAULTS[name] for name in names[2:]}
     return {**defaults, **dict(zip(names, call.args, strict=False)), **call.kwargs}
 
 
 def find_called_layer(call: Call, child: str, analysis: Analysis) -> CalledLayer | str:
-    """Return the layer that a call of a convolution or product is, or why it stays in float."""
+    """Return the layer that a call of a convolution or ``F.linear`` becomes, or the reason why it stays in float.
+
+    Args:
+        call: the first of its calls.
+        child: name of the child that will take its place.
+        analysis: the model and its record.
+    """
     calls = analysis.calls_like(call)
     if any(other.name != call.name for other in calls):
         return "its forward does different things in different calls"
@@ -125,17 +136,19 @@ CONSTANT_INPUT = "it reads nothing but parameters, so that its result is a const
 
 
 def _weights(arguments: Mapping[str, Any]) -> list[int]:
+    """Return the values of weight and bias (if any) among the arguments of a call."""
     return [arguments[name].value for name in ("weight", "bias") if arguments[name] is not None]
 
 
 def exclusive_state(layers: Iterable[CalledLayer], analysis: Analysis) -> frozenset[str]:
-    """Return names of parameters and buffers that nothing reads but the weights of some layers."""
+    """Return names of the parameters and buffers that are read for nothing but the weights and biases of ``layers``."""
     calls = [call for layer in layers for call in layer.calls]
     ends = [(value, call.index) for call in calls for value in _weights(arguments_of(call))]
     return analysis.constants.exclusive(ends) if ends else frozenset()
 
 
 def _geometry(call: Call, arguments: Mapping[str, Any], analysis: Analysis) -> dict[str, Any]:
+    """Return the arguments for the constructor of the layer that computes the same as a call."""
     shape = analysis.flow.values[arguments["weight"].value].shape
     has_bias = arguments["bias"] is not None
     if call.name == "linear":
@@ -158,5 +171,6 @@ def _geometry(call: Call, arguments: Mapping[str, Any], analysis: Analysis) -> d
 
 
 def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
+    """Return one number per axis; a single number, or a tuple of one, is repeated."""
     numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return numbers * rank if len(numbers) == 1 else numbers

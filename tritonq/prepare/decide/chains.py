@@ -1,6 +1,8 @@
-"""Operations of one tensor, one behind the other, that are one: rounded once, behind the last of them.
+"""Join operations of one tensor that follow each other into one, which is rounded once, behind the last of them.
 
-Clips in a row are one clip. Arithmetic with a number is one function with a clip, a function or arithmetic beside it.
+Clips (ReLU, ReLU6, clamp) that follow each other are one clip. Arithmetic with a number, such as ``x * 2``, is one
+function together with the clips, functions and arithmetic beside it. A *row* is such a sequence of calls, from first to
+last.
 """
 
 from __future__ import annotations
@@ -19,49 +21,57 @@ from tritonq.reference.functions import Function
 
 
 class Chains:
-    """Finds calls that the one behind them makes superfluous by doing what they do, too.
+    """Find the calls that become one operation with the call behind them.
 
     Args:
         analysis: the model and its record.
-        kept: calls that stay: ReLUs of a layer or join, and what can't be taken out of a forward.
-        grids: the values behind which a quantizer stands, or will.
+        kept: indices of calls that stay: ReLUs that are part of a layer or join, and calls that can't be removed from a
+            forward.
+        grids: the values that a quantizer rounds, or will round.
     """
 
     def __init__(self, analysis: Analysis, kept: Container[int], grids: Container[int | None]) -> None:
         self._analysis, self._kept, self._grids = analysis, kept, grids
 
     def row(self, call: Call) -> tuple[Call, ...]:
-        """Return the calls that become part of a call, from first to last, and the call."""
+        """Return the row that ends with ``call``.
+
+        The calls that become one operation with it, and the call itself, in order.
+        """
         found: tuple[Call, ...] = (call,)
         while _function_of_step(found[0]) is not None:
             before = self._producer(found[0].inputs[0])
-            if before is None or not self._joins(before, found[0]):
+            if before is None or not self._become_one(before, found[0]):
                 break
             found = (before, *found)
         return found
 
     def last_clip(self, call: Call) -> Call:
-        """Return the clip that stands for a clip and those behind it; the call itself where there are none.
+        """Return the last of the clips that follow a clip and become one with it; ``call`` itself if there are none.
 
-        A plain ReLU at the end keeps the grid of what it reads, so that the quantizer stands before it.
+        A plain ReLU at the end is not the last clip: it keeps the grid of what it reads, so the quantizer stands before
+        it.
         """
         last, found = call, call
         while bounds_of_call(found) is not None and (behind := self._analysis.follower(found)) is not None:
-            if bounds_of_call(behind) is None or not self._joins(found, behind):
+            if bounds_of_call(behind) is None or not self._become_one(found, behind):
                 break
             found = behind
             last = last if self._analysis.is_relu(found) else found
         return last
 
     def has_fixed_number(self, call: Call) -> bool:
-        """Whether a forward can't call a clip or arithmetic with other numbers than the recorded ones."""
+        """Whether the numbers of a clip or of arithmetic can't differ between calls.
+
+        A forward has them as constants.
+        """
         if call.kind == "module" or (len(call.args) == 1 and set(call.kwargs) <= {"inplace"}):
             return True
         forward, site = self._analysis.forward(call.owner), self._analysis.site(call)
         return isinstance(forward, ForwardGraph) and site is not None and forward.has_constant_arguments(site.node)
 
-    def _joins(self, before: Call, call: Call) -> bool:
-        """Whether a call and the one behind it are one operation."""
+    def _become_one(self, before: Call, call: Call) -> bool:
+        """Whether ``before`` and ``call``, which reads its result, become one operation."""
         is_alike = bounds_of_call(before) is not None and bounds_of_call(call) is not None
         if not is_alike and arithmetic_of_call(before) is None and arithmetic_of_call(call) is None:
             return False
@@ -71,12 +81,13 @@ class Chains:
         return is_read_alone and _function_of_step(before) is not None and self.has_fixed_number(before)
 
     def _producer(self, value: int) -> Call | None:
+        """Return the call that produced a value, before any ``nn.Identity``; None for a value that no call made."""
         found = self._analysis.flow.producer(value)
         return self._producer(found.inputs[0]) if found is not None and self._analysis.is_identity(found) else found
 
 
 def joined_clips(row: Sequence[Call]) -> Clipping | None:
-    """Return the one clip that a row of clips amounts to; None for an empty row, or where a call is no clip."""
+    """Return the one clip that a row of clips amounts to; None for an empty row, or if a call is no clip."""
     found = [bounds_of_call(call) for call in row]
     joined = Clipping(-math.inf, math.inf) if found else None
     for bounds in found:
@@ -87,7 +98,7 @@ def joined_clips(row: Sequence[Call]) -> Clipping | None:
 def joined_function(row: Sequence[Call]) -> Function | None:
     """Return the one function that a row of calls computes.
 
-    None where no call is arithmetic with a number, or where some call is no function of one tensor.
+    None if no call is arithmetic with a number, or if some call is no function of one tensor.
     """
     if not any(arithmetic_of_call(call) for call in row):
         return None
@@ -99,11 +110,18 @@ def joined_function(row: Sequence[Call]) -> Function | None:
 
 
 def is_checked(call: Call) -> bool:
-    """Whether a forward that keeps its branches has to check the numbers of a clip or of arithmetic when it runs."""
+    """Whether a forward that keeps its branches must compare a call's numbers with the recorded ones when it runs.
+
+    That is so for arithmetic with a number, and for clips that are functions.
+    """
     return has_number(call) or (bounds_of_call(call) is not None and call.kind == "function")
 
 
 def _function_of_step(call: Call) -> Function | None:
+    """Return the function that a call computes: a clip, arithmetic, or a function such as SiLU.
+
+    None for other calls.
+    """
     bounds = bounds_of_call(call)
     if bounds is not None:
         return bounds.function

@@ -1,4 +1,7 @@
-"""Which recorded calls clip values to constant bounds: ReLUs, Hardtanh, clamps."""
+"""Recognise recorded calls that clip values to constant bounds: ReLU, ReLU6, Hardtanh, clamp.
+
+The private functions read the arguments of one torch function each, and have its parameters.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,22 @@ from tritonq.prepare.record.dataflow import Call, Ref
 
 
 def clipping_of_call(call: Call, shape: tuple[int, ...] = (), has_fixed_arguments: bool = True) -> Clipping | None:
-    """Return the bounds of a clip that is no plain ReLU, or None where a call is none.
+    """Return the bounds of a call that clips, unless it is a plain ReLU; None for a plain ReLU and for other calls.
 
     Args:
         call: any recorded call.
-        shape: of the tensor that it reads, on which no clip depends.
-        has_fixed_arguments: as for means; a forward that keeps its branches checks the bounds when it runs.
+        shape: not used; the readers of all operations of one tensor have this parameter.
+        has_fixed_arguments: not used: a forward that keeps its branches compares the bounds when it runs.
     """
     found = bounds_of_call(call)
     return None if found is None or found == _RELU else found
 
 
 def ceiling_of_call(call: Call) -> float | None:
-    """Return the upper bound of a ReLU in any spelling (infinity: a plain one), or None for other calls."""
+    """Return the upper bound of a call that clips at 0 from below: infinity for a plain ReLU, 6.0 for ReLU6.
+
+    None for other calls.
+    """
     if isinstance(call.target, nn.Module):
         return ceiling_of(call.target)
     found = bounds_of_call(call)
@@ -35,12 +41,12 @@ def ceiling_of_call(call: Call) -> float | None:
 
 
 def limits_range(call: Call) -> bool:
-    """Whether a call clips values to a fixed range and does nothing else: ReLU6, Hardtanh, a clamp, a ReLU."""
+    """Whether a call clips values to constant bounds and does nothing else: ReLU, ReLU6, Hardtanh, a clamp."""
     return bounds_of_call(call) is not None
 
 
 def bounds_of_call(call: Call) -> Clipping | None:
-    """Return the bounds of a clip, a plain ReLU included; None for other calls."""
+    """Return the bounds of a call that clips, a plain ReLU included; None for other calls."""
     if isinstance(call.target, nn.Module):
         return clipping_of(call.target)
     return read_call(call, _READERS) if call.kind == "function" else None

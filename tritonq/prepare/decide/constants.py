@@ -1,4 +1,7 @@
-"""What follows from parameters and buffers alone: values that are the same for every input of the model."""
+"""Find the constants of a recorded model.
+
+Values that follow from parameters and buffers alone, whatever the input is.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,12 @@ _RANDOM_MODULES = (nn.modules.dropout._DropoutNd,)
 
 @dataclass(frozen=True)
 class PlannedProgram:
-    """The calls that compute constants.
+    """The calls that compute some constants from parameters and buffers.
 
     Attributes:
-        state: the parameters and buffers that they read, value and qualified name.
+        state: the parameters and buffers that they read: index of the value, and qualified name.
         calls: the calls, in order.
-        results: the values that they compute.
+        results: indices of the values that they compute.
     """
 
     state: Mapping[int, str]
@@ -36,7 +39,7 @@ class PlannedProgram:
     results: tuple[int, ...]
 
     def only(self, result: int) -> PlannedProgram:
-        """Return the program for one of the results."""
+        """Return a program with the same calls and ``result`` as its only result."""
         return replace(self, results=(result,))
 
 
@@ -53,7 +56,7 @@ class Constants:
 
     @cached_property
     def values(self) -> frozenset[int]:
-        """The values that are parameters, buffers, or computed of nothing else."""
+        """Indices of the values that are parameters or buffers, or computed from these alone without random numbers."""
         found = {value.index for value in self._flow.values if value.source == "state"}
         for call in self._flow.calls:
             written = {after for _, after in call.writes}
@@ -64,7 +67,7 @@ class Constants:
         return frozenset(found)
 
     def is_parameter(self, value: int) -> bool:
-        """Whether a value is a parameter of the model."""
+        """Whether a value is a parameter of the model, not a buffer."""
         record = self._flow.values[value]
         return record.source == "state" and str(record.path[0]) in self._parameters
 
@@ -73,7 +76,10 @@ class Constants:
         return frozenset(name for name, _ in self._model.named_parameters(remove_duplicate=False))
 
     def program(self, results: Iterable[int]) -> PlannedProgram | None:
-        """Return the calls that compute some constants; None where one was not made by a call or is written to."""
+        """Return the calls that compute the constants ``results``.
+
+        None if one of them was made by no recorded call, or if a call changes a parameter or buffer in place.
+        """
         results = tuple(results)
         calls: dict[int, Call] = {}
         state: dict[int, str] = {}
@@ -88,17 +94,21 @@ class Constants:
         return PlannedProgram(state, tuple(calls[index] for index in sorted(calls)), results)
 
     def state_names(self, results: Iterable[int]) -> frozenset[str]:
-        """Return names of the parameters and buffers that some values follow from."""
+        """Return names of the parameters and buffers from which the values ``results`` are computed."""
         values = (self._flow.values[value] for value in self._before(results))
         return frozenset(str(value.path[0]) for value in values if value.source == "state")
 
     def rests_on(self, results: Iterable[int]) -> Literal["unknown", "input", "random"]:
-        """Return the source of values that are no constants: foreign tensors, the model's inputs, or random numbers."""
+        """Return why values are no constants.
+
+        ``"unknown"``: some tensor comes from code that was not recorded; else ``"input"``: they depend on an input of
+        the model; else ``"random"``: random numbers.
+        """
         sources = {self._flow.values[value].source for value in self._before(results)}
         return "unknown" if "unknown" in sources else "input" if "input" in sources else "random"
 
     def _before(self, results: Iterable[int]) -> set[int]:
-        """Return values, and those that they were computed of."""
+        """Return the values ``results`` and all values from which they are computed."""
         pending, seen = list(results), set[int]()
         while pending:
             value = pending.pop()
@@ -109,9 +119,9 @@ class Constants:
         return seen
 
     def exclusive(self, weights: Iterable[tuple[int, int]]) -> frozenset[str]:
-        """Return names of parameters and buffers that nothing reads but the computation of weights.
+        """Return names of the parameters and buffers that are read for nothing but the computation of some weights.
 
-        ``weights`` holds each weight and bias of a layer with the index of the layer's call.
+        ``weights`` holds ``(value, index of the call)`` for each weight and bias that a layer reads.
         """
         ends = set(weights)
         useful: set[int] = set()  # constants that are read by something else, directly or not
@@ -125,21 +135,31 @@ class Constants:
         return frozenset(state - read - self._read_by_leaves)
 
     def _is_other_use(self, value: int, reader: Call, ends: set[tuple[int, int]], useful: set[int]) -> bool:
+        """Whether a call reads a constant for something else than the weights ``ends``.
+
+        Args:
+            value: the constant.
+            reader: the call.
+            ends: ``(value, index of the call)`` of each weight and bias.
+            useful: constants already known to be read for something else.
+        """
         if (value, reader.index) in ends:
             return False
         return not self.values.issuperset(reader.outputs) or not useful.isdisjoint(reader.outputs)
 
     @cached_property
     def _read_by_leaves(self) -> frozenset[str]:
-        """Names of tensors that modules hold whose calls are recorded as a whole, under any of their names."""
+        """Names of the parameters and buffers of called leaves: a leaf reads all of them."""
         names = {id(tensor): name for name, tensor in _tensors(self._model)}
         leaves = {call.target for call in self._flow.calls if isinstance(call.target, nn.Module)}
         return frozenset(names[id(tensor)] for leaf in leaves for _, tensor in _tensors(leaf))
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, object]]:
+    """Return ``(name, tensor)`` of each parameter and buffer of a module."""
     return [*module.named_parameters(), *module.named_buffers()]
 
 
 def _is_random(call: Call) -> bool:
+    """Whether the result of a call differs from run to run because it is drawn at random."""
     return call.name in _RANDOM or isinstance(call.target, _RANDOM_MODULES)

@@ -1,4 +1,4 @@
-"""How ReLUs that became part of a layer or join leave a model."""
+"""Decide how ReLUs that became part of a layer or join are removed from a model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from tritonq.prepare.decide.plan import Plan
 
 
 def erasures(analysis: Analysis, erased: frozenset[int]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """Return how absorbed ReLU calls are removed: names of modules, and places in forwards.
+    """Return how the ReLU calls ``erased`` (by index) are removed.
 
-    One that can't be removed stays, and changes nothing.
+    A ReLU that can't be removed stays in the model. Behind a quantizer a plain ReLU has no effect.
+
+    Returns:
+        Names of the modules that are replaced by ``nn.Identity``, and ``(owner, node)`` of the nodes that are taken out
+        of forwards.
     """
     modules: dict[str, None] = {}
     nodes: dict[tuple[str, str], None] = {}
@@ -26,9 +30,9 @@ def erasures(analysis: Analysis, erased: frozenset[int]) -> tuple[tuple[str, ...
 
 
 def stuck_relus(analysis: Analysis, plan: Plan) -> frozenset[int]:
-    """Return the absorbed calls of ReLU6 and its like that no erasure removes.
+    """Return the indices of ReLU6 calls and the like that a plan makes part of a layer but can't remove.
 
-    Behind a quantizer a plain ReLU changes nothing, but 6 may lie between two codes.
+    Unlike a plain ReLU, a ReLU6 behind a quantizer may have an effect: 6 may lie between two codes.
     """
     at_nodes = {call.index for place in plan.erased_nodes for call in analysis.calls_at(*place)}
     calls = (analysis.flow.calls[index] for index in plan.erased - at_nodes)

@@ -1,4 +1,4 @@
-"""All layers of a recorded model that get a quantized form, and why others do not."""
+"""Find all layers of a recorded model that get a quantized form, and say why others do not."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ COMPUTED_WEIGHTS = "something computes its weights (weight_norm, a parametrizati
 
 @dataclass
 class LayerSearch:
-    """Finds the layers of a model: modules, and functions with weights.
+    """Find the layers of a model: modules, and functions with weights.
 
     Args:
         analysis: the model and its record.
         swapped: the float types that have a quantized form.
-        qconfigs: the qconfig of each module, None to leave it in float.
-        kept: the calls of ReLUs that no layer may absorb.
+        qconfigs: the qconfig of each module; None leaves it in float.
+        kept: indices of the calls of ReLUs that no layer may absorb.
 
     Attributes:
-        reasons: by name, why a layer stays in float, or a BatchNorm apart.
-        single_mode: names of layers left in float since they run in one mode alone.
-        float_functions: by name, the first call of each function left in float.
+        reasons: by name, why a layer stays in float, or why a BatchNorm is not part of a layer.
+        single_mode: names of layers left in float because they run in one mode only.
+        float_functions: for each function left in float its first call, by name.
     """
 
     analysis: Analysis
@@ -52,13 +52,14 @@ class LayerSearch:
     float_functions: dict[str, Call] = field(default_factory=dict)
 
     def layers(self) -> list[Layer]:
-        """Find all layers, modules first; adapters of low rank are none."""
+        """Return all layers, modules first, and fill ``reasons``; adapters of low rank stay in float."""
         found = [*self._modules(), *self._functions()]
         adapters = find_adapters(found, self.analysis)
         self.reasons |= adapters
         return [layer for layer in found if layer.name not in adapters]
 
     def _modules(self) -> list[Layer]:
+        """Return the layers that are modules."""
         found = []
         for name, module in self.analysis.modules.items():
             kind, calls = float_type(module, self.swapped), self.analysis.flow.calls_of(name)
@@ -85,6 +86,7 @@ class LayerSearch:
         return found
 
     def _functions(self) -> list[Layer]:
+        """Return the layers that are functions."""
         found: list[Layer] = []
         seen: set[int] = set()
         taken: set[str] = set()
@@ -105,7 +107,7 @@ class LayerSearch:
         return found
 
     def _function(self, call: Call, child: str) -> CalledLayer | str:
-        """Return the layer that a function is, or why it stays in float."""
+        """Return the layer that the call of a function becomes, or the reason why it stays in float."""
         if self.qconfigs[self.analysis.modules[call.owner]] is None:
             return NO_QCONFIG
         if FUNCTIONS.get(call.name) not in self.swapped:
@@ -113,19 +115,22 @@ class LayerSearch:
         return find_called_layer(call, child, self.analysis)
 
     def _free_child(self, call: Call, taken: Container[str]) -> str:
-        """Return the first name among ``conv2d``, ``conv2d_1`` and so on that nothing in the calling module has."""
+        """Return the first name among ``conv2d``, ``conv2d_1`` and so on that nothing in the calling module has.
+
+        ``taken`` holds qualified names that are given to other layers already.
+        """
         module, prefix = self.analysis.modules[call.owner], f"{call.owner}." if call.owner else ""
         names = (f"{call.name}_{count}" if count else call.name for count in itertools.count())
         return next(name for name in names if not hasattr(module, name) and prefix + name not in taken)
 
     def _note(self, layer: Layer, obstacle: str | None) -> None:
-        """Note why the BatchNorm behind a layer stays apart."""
+        """Note ``obstacle`` as the reason why the BatchNorm behind a layer is not part of it; None: nothing to note."""
         followers = [self.analysis.follower(self.analysis.flow.calls[index]) for index in layer.calls]
         if obstacle is not None:
             self.reasons |= {found.module_name or found.owner: obstacle for found in followers if found is not None}
 
     def _unreached(self, name: str) -> str:
-        """Return why no call of a module was recorded."""
+        """Return the reason why no call of a module was recorded."""
         parts = name.split(".")
         outer = (".".join(parts[:depth]) for depth in range(1, len(parts)))
         whole = next((module for module in outer if self.analysis.flow.calls_of(module)), None)

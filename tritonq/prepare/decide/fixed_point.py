@@ -1,8 +1,9 @@
-"""Which fixed-point format each tensor of a network has: found from the recorded dataflow, before anything is changed.
+"""Decide which tensors of a network share a fixed-point format, from the record.
 
-Tensors that the same values flow through (ReLU, max pooling, flattening, concatenation) form one group. A group that a
-layer or a pooling reads has a format; one that a single addition reads is in units of the sum's format; the groups of
-an addition's and a pooling's inputs share their step with its output, so that one unit is a power of two of the other.
+Tensors that the same values flow through (ReLU, max pooling, flattening, concatenation) form one *group*. A group that
+a layer or a pooling reads has a format of its own. A group that only one addition reads is computed in units of the
+sum's format. The inputs of an addition or a pooling share their step with its output, so that one unit is a power of
+two of the other.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _CLIPPED_RELUS = ("relu6", "hardtanh")
 
 
 def is_fixed_point(qconfig: QConfig | None) -> bool:
-    """Whether a qconfig asks for fixed point."""
+    """Whether a qconfig asks for fixed point; False for None."""
     return qconfig is not None and isinstance(qconfig.activation(), FixedPointFakeQuantize)
 
 
@@ -39,9 +40,9 @@ class Pooling:
     Attributes:
         call: its recorded call.
         kernel_size: height and width of the window; None: the whole image.
-        stride: of the window, (height, width); None with the whole image.
+        stride: steps of the window, (height, width); None: those of the kernel size.
         padding: (height, width).
-        area: values per window.
+        area: number of values per window.
         keepdim: whether the result keeps its two image dimensions.
     """
 
@@ -55,15 +56,15 @@ class Pooling:
 
 @dataclass
 class Group:
-    """Tensors with one format.
+    """Tensors that have one format.
 
     Attributes:
-        values: the tensors.
+        values: indices of the tensors' values.
         readers: ``(call, operand)`` of layers, additions and poolings that read one of them, in order of execution.
         rectified: whether each of these readers comes after a ReLU, so that codes are unsigned.
-        scaled: False where the tensors come from the network's input.
+        scaled: False if the tensors come from the network's input.
         has_format: whether some reader rounds them.
-        returned: whether they leave the network as real values.
+        returned: whether nothing in the network reads them, so that they are real values.
     """
 
     values: set[int] = field(default_factory=set)
@@ -79,12 +80,13 @@ class Links:
     """A network's layers, additions and poolings, and the groups of tensors between them.
 
     Attributes:
-        layers: by the index of the call that a layer begins with.
+        analysis: the model and its record.
+        layers: each layer, by index of the call that it begins with.
         ends: for each layer, addition and pooling, by index of its (first) call, the value that it produces.
-        additions: calls, by index.
-        poolings: by index.
-        groups: by value.
-        relus: calls of clipped ReLUs (ReLU6), whose clipping the learned level takes over.
+        additions: the calls of additions, by index.
+        poolings: average poolings, by index of their call.
+        groups: the group of each value.
+        relus: calls of clipped ReLUs (ReLU6), which become plain ReLUs: the format's learned level clips instead.
     """
 
     analysis: Analysis
@@ -96,7 +98,10 @@ class Links:
     relus: list[Call] = field(default_factory=list)
 
     def units(self, group: Group) -> Group | None:
-        """Return the group whose format's η the values of ``group`` are divided by; None: they are real."""
+        """Return the group in units of whose format the values of ``group`` are computed (divided by its η).
+
+        None: the network returns them, so they are real values.
+        """
         while not group.has_format:
             if group.returned or not group.readers:
                 return None
@@ -105,7 +110,7 @@ class Links:
 
 
 def find_links(analysis: Analysis) -> Links:
-    """Find layers and groups.
+    """Find the layers, additions, poolings and groups of a network.
 
     Raises:
         ValueError: no layer; a layer that is called more than once or whose BatchNorm can't be part of it; an output
@@ -135,7 +140,7 @@ class _Finder:
         return self.links
 
     def name_of(self, value: int) -> str:
-        """Return the layers nearest above a value, for messages."""
+        """Return the names of the nearest layers that a value comes from, as text for messages."""
         names: list[str] = []
         pending, seen = [value], set()
         while pending:
@@ -175,7 +180,7 @@ class _Finder:
             raise ValueError(f"{type(self.analysis.model).__name__} has no Conv2d and no Linear layer that is called")
 
     def _absorb(self, start: int, end: int) -> None:
-        """Note that every call from a convolution up to its BatchNorm is part of the layer."""
+        """Note that every call from the convolution (``start``) up to its BatchNorm (``end``) is part of the layer."""
         call = self.flow.calls[end]
         while call.index != start:
             self.absorbed[call.index] = start
@@ -197,7 +202,7 @@ class _Finder:
         return {value for value in seen if not self.flow.is_state(value)}
 
     def _visit(self, call: Call) -> None:
-        """Put a call into the network of groups."""
+        """Add a call to the network: a layer, an addition, a pooling, or a call that passes values on."""
         if call.index in self.absorbed:
             return
         if call.index in self.links.layers:
@@ -232,7 +237,7 @@ class _Finder:
             )
 
     def _passes_codes(self, call: Call) -> bool:
-        """Whether a call hands values on unchanged, and does so for integers too."""
+        """Whether a call passes values on unchanged, and works on integers as well as on floats."""
         kind = type(call.target).__name__ if call.kind == "module" else call.name
         only_floats = kind.lower().replace("_", "").startswith(_ONLY_FLOATS)
         if call.kind == "function" and call.name == "pad":
@@ -313,7 +318,7 @@ class _Finder:
 
         Raises:
             ValueError: the group has no single format: something besides the following layer reads it, or it is read
-                both before and after a ReLU.
+                both before and after a ReLU6.
         """
         group.readers.sort(key=lambda reader: reader[0].index)
         rectified = [self._is_rectified(_operands(call)[operand]) for call, operand in group.readers]
@@ -338,7 +343,10 @@ class _Finder:
                 )
 
     def _other_readers(self, group: Group) -> list[str]:
-        """Return names of what reads a group's values besides its readers, ``"the model's caller"`` among them."""
+        """Return names of what reads a group's values besides its readers.
+
+        "the model's caller" if the model returns one.
+        """
         known = {call.index for call, _ in group.readers}
         found = []
         for value in sorted(group.values):
@@ -363,7 +371,10 @@ class _Finder:
         return self._is_relu(call) or self._is_rectified(call.inputs[0])
 
     def _check_units(self) -> None:
-        """Raise ValueError unless a layer follows each addition and pooling: only layers take a pooling's factor."""
+        """Raise ValueError unless a layer follows each addition and pooling.
+
+        Only layers can take a pooling's factor.
+        """
         for call in (*self.links.additions.values(), *(pooling.call for pooling in self.links.poolings.values())):
             group = self.links.groups[self.links.ends[call.index]]
             if self.links.units(group) is None:
@@ -374,7 +385,10 @@ class _Finder:
 
 
 def _operands(call: Call) -> tuple[int, ...]:
-    """Return the tensors that a call takes as arguments of their own (or in a list), in order, repetitions included."""
+    """Return the values that a call takes as single arguments, in order, repetitions included.
+
+    Else those in its lists.
+    """
     given = (*call.args, *call.kwargs.values())
     return tuple(item.value for item in given if isinstance(item, Ref)) or call.inputs
 

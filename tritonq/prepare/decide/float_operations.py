@@ -1,4 +1,4 @@
-"""Operations in forwards that stay in float although quantized tensors lie before and behind them."""
+"""Find operations that stay in float although quantized tensors lie before and behind them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ BETWEEN_GRIDS = "computed in float between quantized tensors"
 
 
 def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
-    """Return the calls of functions between quantized tensors that no class of operations on codes has.
+    """Return the calls of functions that compute in float between quantized tensors, one call per place in a forward.
 
-    Such a call reads a quantized tensor, or what others of its kind made of one, and what it makes is quantized in the
-    end. Each place in a forward has one call. Layers left in float belong to the chain; the plan tells them already.
+    Such a call reads a quantized tensor, or the result of another such call, and its result reaches a quantizer in the
+    end. Layers left in float are not among them: the plan lists these already.
     """
     behind: set[int] = set()  # values that follow in float from quantized ones
     chain: list[Call] = []
@@ -39,12 +39,15 @@ def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
 
 
 def _place(call: Call) -> tuple[str, str, int]:
-    """Return a key of the place in a forward that calls a function: the same in every run of the model."""
+    """Return a key of the place in a forward that makes a call.
+
+    ``(owner, operation, ordinal)``, the same in every run.
+    """
     return call.owner, call.name, call.ordinal
 
 
 def _others(analysis: Analysis, plan: Plan) -> list[Call]:
-    """Return the calls in eval mode that became part of nothing quantized, and that compute no constants."""
+    """Return the calls in eval mode that became part of nothing quantized and compute no constants."""
     parts: tuple[Layer | Join, ...] = (*plan.layers, *plan.joins, *(join for join, _ in plan.float_joins))
     known = set(plan.erased).union(*(part.calls for part in parts), *(part.ends for part in parts))
     known.update(*(unary.calls for unary in plan.unary.values()))

@@ -1,4 +1,7 @@
-"""Modules that normalise by channel with fixed numbers: FrozenBatchNorm2d of every toolkit, and whatever is like it."""
+"""Recognise modules that normalise each channel with fixed numbers, such as the FrozenBatchNorm2d of many toolkits.
+
+A *frozen norm* computes ``x · factor + summand`` per channel, from buffers and parameters that do not train.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ _PASSING = ("to", "type_as", "float", "contiguous")
 
 @dataclass(frozen=True)
 class AffineStep:
-    """One operation on each channel.
+    """One operation of a frozen norm, on every channel.
 
     Attributes:
-        operation: which one; ``"reversed_sub"`` subtracts from the operand.
-        number: the operand, where that is a number; epsilon of a BatchNorm.
-        operands: how the operands are computed, where they are tensors: one, or those of a BatchNorm.
-        roles: what the operands are, for a BatchNorm.
+        operation: which one; ``"reversed_sub"`` computes ``operand - x``.
+        number: the operand, if it is a number; for ``"batch_norm"`` its epsilon.
+        operands: how the operands are computed, if they are tensors: one, or those of a BatchNorm; else None.
+        roles: for ``"batch_norm"`` what the operands are, such as ``("running_mean", "running_var", "weight")``.
     """
 
     operation: Operation
@@ -40,11 +43,11 @@ class FrozenNorm:
     """A module that multiplies and shifts each channel by constants.
 
     Attributes:
-        channels: how many.
-        dimensions: of its input.
+        channels: number of channels.
+        dimensions: number of dimensions of its input, 4 for images.
         steps: the operations, in order.
         starts: for each run of the module its first operation.
-        ends: for each run its last.
+        ends: for each run of the module its last operation.
     """
 
     channels: int
@@ -55,7 +58,14 @@ class FrozenNorm:
 
 
 def find_frozen_norm(owner: str, analysis: Analysis) -> FrozenNorm | None:
-    """Return the frozen norm that a module is; None where it computes something else, or has parameters that train."""
+    """Return the frozen norm that a module computes.
+
+    None if it computes something else, has children, or has parameters that train.
+
+    Args:
+        owner: qualified name of the module.
+        analysis: the model and its record.
+    """
     frames = analysis.flow.frames_of(owner)
     if not frames or next(analysis.modules[owner].children(), None) is not None:
         return None
@@ -71,7 +81,10 @@ def find_frozen_norm(owner: str, analysis: Analysis) -> FrozenNorm | None:
 
 
 def _chain(frame: Frame, analysis: Analysis) -> list[Call] | None:
-    """Return the calls that lead from the only tensor that a forward was given to what it returned; constants aside."""
+    """Return the calls that lead from the only input of a forward to its result, without those that compute constants.
+
+    None if the forward does anything else. ``frame`` is one recorded run of it.
+    """
     flow, constants = analysis.flow, analysis.constants.values
     given = set(refs_in((*frame.args, *frame.kwargs.values()))) - constants
     if len(given) != 1:
@@ -92,7 +105,10 @@ def _chain(frame: Frame, analysis: Analysis) -> list[Call] | None:
 
 
 def _step(call: Call, analysis: Analysis) -> AffineStep | None:
-    """Return a call's operation on each channel; None: it does more, or uses a tensor that training changes."""
+    """Return the operation on each channel that a call is.
+
+    None if it does more, or uses a tensor that training changes.
+    """
     if call.name == "batch_norm":
         given = {**dict(zip(_BATCH_NORM, call.args, strict=False)), **call.kwargs}
         roles = tuple(name for name in _BATCH_NORM[1:5] if isinstance(given.get(name), Ref))
@@ -117,7 +133,7 @@ def _step(call: Call, analysis: Analysis) -> AffineStep | None:
 
 
 def _is_per_channel(call: Call, operand: int, analysis: Analysis) -> bool:
-    """Whether an operand has one value for each channel, or one for all."""
+    """Whether the value ``operand`` holds one number for each channel (axis 1) of the call's result, or one for all."""
     result = analysis.value_of(call)
     shape = analysis.flow.values[operand].shape
     whole = () if result is None else analysis.flow.values[result].shape
@@ -126,7 +142,7 @@ def _is_per_channel(call: Call, operand: int, analysis: Analysis) -> bool:
 
 
 def _program(analysis: Analysis, values: list[int]) -> PlannedProgram | None:
-    """Return the program that computes constants from buffers and frozen parameters; None: some parameter trains."""
+    """Return the program that computes some constants; None if a parameter that trains is needed."""
     program = analysis.constants.program(values)
     if program is None:
         return None
@@ -135,5 +151,6 @@ def _program(analysis: Analysis, values: list[int]) -> PlannedProgram | None:
 
 
 def _tensor(model: nn.Module, path: str) -> object:
+    """Return a parameter or buffer of the model by its qualified name."""
     parent, _, name = path.rpartition(".")
     return getattr(model.get_submodule(parent), name)

@@ -1,4 +1,7 @@
-"""Which recorded calls are functions of one tensor: modules, functions and methods."""
+"""Recognise recorded calls that are functions of one tensor, such as SiLU: modules, functions and methods.
+
+The private functions read the arguments of one torch function each, and have its parameters.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from tritonq.reference.functions import Function
 
 
 def function_of_call(call: Call, shape: tuple[int, ...] = (), has_fixed_arguments: bool = True) -> Function | None:
-    """Return the function that a call computes, or None where it computes something else.
+    """Return the ``Function`` that a call computes; None if it computes something else.
 
     Args:
         call: any recorded call.
-        shape: of the tensor that it reads, on which no function depends.
-        has_fixed_arguments: as for means; slopes and the like are taken for constants wherever a forward has them.
+        shape: not used; the readers of all operations of one tensor have this parameter.
+        has_fixed_arguments: not used: slopes and the like are taken for constants in every forward.
     """
     if call.kind == "module":
         return function_of(call.target)
@@ -28,11 +31,11 @@ def function_of_call(call: Call, shape: tuple[int, ...] = (), has_fixed_argument
 
 
 def joins_layer(call: Call, fuses_functions: bool) -> bool:
-    """Whether the target computes a call together with the layer before it, without rounding in between.
+    """Whether an engine computes a call together with the layer before it, without rounding in between.
 
     Args:
         call: any recorded call.
-        fuses_functions: whether the target does so with functions of one tensor, as all do with clips.
+        fuses_functions: whether the engine does so with functions such as SiLU; all engines do with clips.
     """
     if limits_range(call):
         return True
@@ -40,11 +43,16 @@ def joins_layer(call: Call, fuses_functions: bool) -> bool:
 
 
 def prelu_of_call(call: Call, shape: tuple[int, ...] = (), has_fixed_arguments: bool = True) -> type[nn.PReLU] | None:
-    """Return ``nn.PReLU`` where a call is one of such a module, else None; arguments as :func:`function_of_call`."""
+    """Return ``nn.PReLU`` if a call is one of such a module, else None.
+
+    ``shape`` and ``has_fixed_arguments`` are not used.
+    """
     return nn.PReLU if type(call.target) is nn.PReLU else None
 
 
 def _plain(name: str) -> Callable[..., Function]:
+    """Return a reader for a function without parameters."""
+
     def read(input: Ref, inplace: bool = False) -> Function:
         return Function(name)
 

@@ -1,7 +1,7 @@
-"""Islands, softmax and norms in float between quantized tensors, and where the tensors at their ends are rounded.
+"""Find islands, and the tensors at their ends. An *island* is a softmax or norm in float between quantized tensors.
 
-A qconfig's ``islands`` says it: None, where something quantized makes or reads them; ``"float"``, not before the
-island; ``"rounded"``, at both of its ends.
+The field ``islands`` of a qconfig says where these tensors are rounded. None: if a quantized layer or join makes or
+reads them. ``"float"``: not before the island. ``"rounded"``: before and behind it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tritonq.prepare.decide.analysis import Analysis
 
 
 def enters_island(value: int, analysis: Analysis) -> bool:
-    """Whether an island alone reads a value, moved, scaled and shifted by constants on the way."""
+    """Whether a value is read by an island alone; it may be moved, scaled and shifted by constants on the way."""
     call = analysis.flow.single_consumer(value)
     if call is None or analysis.flow.values[value].is_output:
         return False
@@ -23,7 +23,10 @@ def enters_island(value: int, analysis: Analysis) -> bool:
 
 
 def ends_of_islands(analysis: Analysis) -> Iterator[tuple[str, int]]:
-    """Yield the value that each island reads and the one that it returns, after the name of the qconfig's module."""
+    """Yield ``(module name, value)`` twice for each island: with the value that it reads, and with the one it returns.
+
+    The module is the one whose qconfig counts: the island itself, or the owner of a function.
+    """
     for call in analysis.flow.calls:
         result = analysis.value_of(call)
         if analysis.is_island(call) and call.inputs and result is not None:

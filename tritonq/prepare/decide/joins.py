@@ -1,6 +1,7 @@
-"""Additions, subtractions, products, attention and concatenations that get a quantizer of their own.
+"""Find joins, which get a quantizer of their own. A *join* is an operation of several tensors.
 
-To add a kind, add how its calls are read, and its module, to ``KINDS``.
+Additions, subtractions, products, attention and concatenations are joins. To add a kind, add how its calls are read,
+and its module, to ``KINDS``.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ class Join:
     """An operation of several tensors, at one place in one forward.
 
     Attributes:
-        kind: key into ``KINDS``.
-        owner: module in whose forward it stands.
-        site: where, or None if it stays in float.
-        reason: why, or "".
-        setting: what its module is told: the axis of a concatenation, the equation of an einsum.
-        calls: its calls.
-        ends: for each the ReLU that follows it and is absorbed, else the call itself.
-        relus: the absorbed ReLU calls.
-        ceiling: their upper bound; None without any.
+        kind: key into ``KINDS``, such as "add".
+        owner: name of the module in whose forward it stands.
+        site: its place there; None if it stays in float.
+        reason: why it stays in float; "" if it does not.
+        setting: a constant that its module needs: the axis of a concatenation, the equation of an einsum; else None.
+        calls: indices of its calls.
+        ends: for each call the index of the ReLU behind it that becomes part of the join, or of the call itself.
+        relus: indices of these ReLU calls.
+        ceiling: upper bound of these ReLUs, infinity for plain ones; None if there are none.
     """
 
     kind: str
@@ -66,22 +67,22 @@ class Join:
 
     @property
     def home(self) -> str:
-        """Name of the module whose qconfig and device it has."""
+        """Name of the module whose qconfig and device the join has."""
         return self.owner
 
     @property
     def knows_operands(self) -> bool:
-        """Whether its module is told the grids of its operands."""
+        """Whether its module is told which quantizers put its operands on grids; concatenations are not."""
         return self.operands is not sequence_operand
 
     @property
     def operands(self) -> Operands:
-        """The function that returns the operands of a node in an order that the join's module takes."""
+        """The function that takes a node of a graph and returns the arguments of the join's module."""
         return KINDS[self.kind].operands
 
     @property
     def rounds_constants(self) -> bool:
-        """Whether an operand computed from parameters alone is rounded, too."""
+        """Whether an operand that is computed from parameters alone is rounded like the others."""
         return KINDS[self.kind].constants == "rounded"
 
     @property
@@ -90,7 +91,7 @@ class Join:
         return self.kind in _PRODUCTS
 
     def module(self, qconfig: QConfig | None) -> nn.Module:
-        """Return the module that takes its place."""
+        """Return a new module that takes the place of the join; with ``qconfig`` None it has no quantizer."""
         return KINDS[self.kind].module(self, qconfig)
 
 
@@ -103,14 +104,15 @@ class JoinKind:
     """One kind of join.
 
     Attributes:
-        read: reads a call.
-        module: makes the module that takes its place.
-        setting: reads ``Join.setting`` of a call.
-        operands: what the module takes of a node.
+        read: returns the operands of a call, and what keeps it from becoming a module ("" if nothing does).
+        module: makes the module that takes the place of a join.
+        setting: returns ``Join.setting`` for a call.
+        operands: takes a node of a graph and returns the arguments of the module.
         takes_relu: whether the module computes the ReLU behind it as well.
-        constants: what an operand computed from parameters alone becomes: ``"rounded"`` as the others, ``"kept"`` as it
-            is; ``"refused"``: a call with such an operand is no join.
-        in_training_alone: whether a call that only training makes counts. Products there are dropout and the like.
+        constants: what happens to an operand computed from parameters alone. ``"rounded"``: rounded as the others;
+            ``"kept"``: not rounded; ``"refused"``: a call with such an operand is no join.
+        in_training_alone: whether a call that only training makes is a join. Not for products, which are dropout and
+            the like there.
     """
 
     read: Callable[[Call], Reading]
@@ -123,7 +125,7 @@ class JoinKind:
 
 
 def _pair(call: Call) -> Reading:
-    """Read a call of two operands; one with a number is none."""
+    """Read a call of two operands; a call with a tensor and a number has none."""
     named = ("input", "other")
     items = (*call.args, *(value for key, value in call.kwargs.items() if key in named))
     tensors = tuple(item for item in items if isinstance(item, Ref))
@@ -138,7 +140,7 @@ def _pair(call: Call) -> Reading:
 
 
 def _einsum(call: Call) -> Reading:
-    """Read an einsum of two tensors; one of others is none."""
+    """Read an einsum of two tensors; an einsum of more or fewer has no operands."""
     equation, tensors = einsum_call(call.args)
     if len(tensors) != 2:
         return (), ""
@@ -150,7 +152,7 @@ def _einsum(call: Call) -> Reading:
 
 
 def _sum_with_product(call: Call) -> Reading:
-    """Read a call of addmm or baddbmm: a summand and two matrices, without factors."""
+    """Read a call of addmm or baddbmm: a summand and two matrices, without the factors alpha and beta."""
     named = ("input", "mat1", "mat2", "batch1", "batch2")
     items = (*call.args, *(value for key, value in call.kwargs.items() if key in named))
     tensors = tuple(item for item in items if isinstance(item, Ref))
@@ -170,13 +172,13 @@ def _untaken(why: str) -> Callable[[Call], Reading]:
 
 
 def _attention(call: Call) -> Reading:
-    """Read a call of scaled dot-product attention: queries, keys and values."""
+    """Read a call of scaled dot-product attention; its operands are queries, keys and values."""
     given = {**dict(zip(("query", "key", "value"), call.args, strict=False)), **call.kwargs}
     return tuple(given[name] for name in ("query", "key", "value")), ""
 
 
 def _sequence(call: Call) -> Reading:
-    """Read a call of a sequence of tensors; a sequence of one is passed through."""
+    """Read a call that takes a sequence of tensors; a sequence of one tensor has no operands, as it is no join."""
     parts = call.args[0] if call.args else call.kwargs.get("tensors")
     if not isinstance(parts, tuple) or len(parts) < 2:
         return (), ""
@@ -184,7 +186,7 @@ def _sequence(call: Call) -> Reading:
 
 
 def _stacked(call: Call) -> Reading:
-    """Read a call of a sequence of tensors; of one tensor several times, it moves values."""
+    """Read a call of ``torch.stack``; if all its tensors are one tensor, it only moves values and has no operands."""
     parts, obstacle = _sequence(call)
     return (parts, obstacle) if len(set(parts)) > 1 else ((), "")
 
@@ -273,9 +275,9 @@ KINDS: Mapping[str, JoinKind] = {
 
 
 def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
-    """Return every operation of several computed tensors that is of one of the ``KINDS``, once per place.
+    """Return all joins of a recorded model, one per place in a forward, those that stay in float included.
 
-    ``kept`` holds the calls of ReLUs that none may absorb.
+    ``kept`` holds the indices of ReLU calls that no join may absorb.
     """
     joins: list[Join] = []
     seen: set[int] = set()
@@ -293,9 +295,9 @@ def find_joins(analysis: Analysis, kept: Container[int] = ()) -> list[Join]:
 
 
 def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
-    """Return the values that a join reads on some grid; empty for any other call, and for one of constants alone.
+    """Return the values that a join reads and rounds; empty if the call is no join.
 
-    Where a kind refuses constants, one is enough.
+    It is no join if all operands are constants; for a kind that refuses constants, if one is.
     """
     if call.kind != "function" or call.name not in KINDS:
         return ()
@@ -309,12 +311,13 @@ def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
 
 
 def _reads_refused_constant(call: Call, kind: str, analysis: Analysis) -> bool:
-    """Whether a call is of a kind, but for an operand computed from parameters and buffers alone."""
+    """Whether a call is no join only because its kind refuses constants and one of its operands is a constant."""
     refused = call.name == kind and KINDS[kind].constants == "refused"
     return refused and not operands(call, analysis) and not analysis.constants.values.isdisjoint(call.inputs)
 
 
 def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
+    """Return the join that a call belongs to, with all calls of the same place."""
     calls = analysis.calls_like(call)
     site, reason = analysis.site(call), ""
     # One place in the source may be reached by different calls where a forward branches.

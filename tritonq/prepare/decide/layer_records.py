@@ -1,4 +1,4 @@
-"""What became of each layer of a prepared model."""
+"""Say for each layer of a prepared model what became of it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Status = Literal["quantized", "moves values", "float"]
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What became of one layer.
+    """What became of one layer of the float model.
 
     Attributes:
-        name: qualified name in the float model; for additions and concatenations that of the module made of them.
-        kind: class name, or the operation.
-        fused_with: names of what it became one layer with.
-        status: ``"quantized"``; ``"float"``; or ``"moves values"`` of an operation that leaves values as they are, so
-            that codes stay codes (reshaping, pooling by maximum, …).
+        name: qualified name in the float model; for additions and concatenations the name of their new module.
+        kind: class name of the layer, or name of the operation.
+        fused_with: names of the modules that became one layer with it.
+        status: ``"quantized"``; ``"float"``; or ``"moves values"`` for an operation that leaves values as they are, so
+            that codes stay codes (reshape, max pool, …).
         reason: why it is in float, or "".
     """
 
@@ -50,7 +50,14 @@ def layer_records(
 ) -> tuple[LayerRecord, ...]:
     """Return a record for each layer of the float model, addition and the like, in order of their first call.
 
-    Layers that no run calls follow, in order of the modules.
+    Layers that no run calls come last, in order of the modules.
+
+    Args:
+        analysis: the model and its record.
+        plan: the plan that was carried out.
+        join_names: qualified name of the module that each join became.
+        unary_names: qualified name of the module that each operation of one tensor in a forward became, by the value
+            that it returns.
     """
     calls = analysis.flow.calls
     partners: dict[str, list[str]] = {}
@@ -119,7 +126,7 @@ def layer_records(
 
 
 def _first_call(name: str, analysis: Analysis) -> float:
-    """Return the index of the first call of a module, or of what is in its forward; infinity without one."""
+    """Return the index of the first call of a module, or of a call in its forward; infinity if there is none."""
     own = [call.index for call in analysis.flow.calls_of(name)]
     events = [analysis.flow.first_call_in(frame) for frame in analysis.flow.frames_of(name)]
     outer = name.rpartition(".")[0]
@@ -129,12 +136,13 @@ def _first_call(name: str, analysis: Analysis) -> float:
 
 
 def _free_name(base: str, taken: Container[str]) -> str:
+    """Return the first name among ``base``, ``base_1``, ``base_2`` and so on that is not in ``taken``."""
     names = (f"{base}_{count}" if count else base for count in itertools.count())
     return next(name for name in names if name not in taken)
 
 
 def fixed_point_records(links: Links) -> tuple[LayerRecord, ...]:
-    """Return a record for each layer, addition and average pooling."""
+    """Return a record for each layer, addition and average pooling of a fixed-point network."""
     records = []
     for layer in links.layers.values():
         kind = layer.row[0].__name__
@@ -148,25 +156,27 @@ def fixed_point_records(links: Links) -> tuple[LayerRecord, ...]:
 
 
 def _absorbed(name: str, analysis: Analysis, plan: Plan) -> bool:
-    """Whether every call of a BatchNorm or ReLU became part of something else."""
+    """Whether a BatchNorm or ReLU, given by name, became part of something else in every call."""
     if any(layer.batch_norm == name for layer in plan.layers):
         return True
     return all(call.index in plan.erased for call in analysis.flow.calls_of(name))
 
 
 def _holders(layer: Layer, analysis: Analysis, plan: Plan) -> list[str]:
-    """Return the modules that nothing calls and whose parameters a forward hands to a function that is a layer."""
+    """Return names of the modules that only hold the parameters of a layer that is a function: nothing calls them."""
     state = () if layer.function is None else layer.function.program.state.values()
     found = dict.fromkeys(name.rpartition(".")[0] for name in state)
     return [name for name in found if name in plan.float_reasons and not analysis.flow.runs_of(name)]
 
 
 def _moves_values(name: str, analysis: Analysis, plan: Plan) -> bool:
+    """Whether every call of a module keeps the grid of its input, and the plan has no reason to leave it in float."""
     calls = analysis.flow.calls_of(name)
     return bool(calls) and name not in plan.float_reasons and all(analysis.keeps_grid(call) for call in calls)
 
 
 def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str:
+    """Return why a module is in float."""
     calls = analysis.flow.calls_of(name)
     if name in plan.float_reasons:
         return plan.float_reasons[name]
@@ -185,12 +195,15 @@ def _reason(name: str, module: nn.Module, analysis: Analysis, plan: Plan) -> str
 
 
 def clip_reason(layer: str) -> str:
-    """Return the reason in the record of a clip behind which the quantizer of a layer stands."""
+    """Return the reason for the record of a clip behind which the quantizer of ``layer`` stands."""
     return f"the quantizer of {layer} stands behind it"
 
 
 def _clipped_layer(name: str, analysis: Analysis, plan: Plan) -> str | None:
-    """Return the layer whose result a ReLU6 or the like clips before it is quantized."""
+    """Return the layer whose result the clip ``name`` (a ReLU6, say) clips before it is quantized.
+
+    None if there is none.
+    """
     for layer in plan.layers:
         followers = (analysis.follower(analysis.flow.calls[index]) for index in layer.ends)
         if layer.name in plan.clipped and any(call is not None and call.module_name == name for call in followers):

@@ -1,4 +1,4 @@
-"""Which modules become one quantized layer: Conv-BN-ReLU and its relatives, found by dataflow."""
+"""Find the modules that become one quantized layer, such as convolution, BatchNorm and ReLU, from the record."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Layer:
     """A module, or a function with weights, that becomes a quantized layer, with what it absorbs.
 
     Attributes:
-        name: qualified name of the module; of a function that of the child which will do it.
-        row: float types of the parts, the key into ``ROWS`` if there is more than one. A part may be of a class that
-            inherits its computation from that type.
-        batch_norm: name of the BatchNorm that becomes part of it.
-        remainder: names of the modules that a BatchNorm containing its activation leaves behind.
-        calls: its calls.
-        ends: for each of these the last call that it absorbs (itself if none).
-        relus: the ReLU calls that it absorbs.
-        ceiling: their upper bound; None without any.
-        function: what is known of the function; None for a module.
-        frozen: what its BatchNorm does, where that is no BatchNorm of torch but has fixed numbers.
+        name: qualified name of the module; for a function that of the child which will take its place.
+        row: float types of its parts, such as ``(nn.Conv2d, nn.BatchNorm2d, nn.ReLU)``: the key into ``ROWS`` if there
+            is more than one. A part may be of a subclass.
+        batch_norm: name of the BatchNorm that becomes part of it; None without one.
+        remainder: names of the modules that stay when that BatchNorm contained them, such as its activation.
+        calls: indices of its calls.
+        ends: for each call the index of the last call that becomes part of it, or of the call itself.
+        relus: indices of the ReLU calls that become part of it.
+        ceiling: upper bound of these ReLUs, infinity for plain ones; None if there are none.
+        function: the function, if the layer is one; None for a module.
+        frozen: the operations of its BatchNorm, if that is no BatchNorm of torch but a frozen norm; else None.
     """
 
     name: str
@@ -58,11 +58,11 @@ class _Norm:
     """The calls of a BatchNorm in the record.
 
     Attributes:
-        name: of the module.
-        kind: its class.
-        calls: those that read what is normalised, in order.
-        remainder: names of its children that remain when it becomes part of a layer, such as an activation.
-        frozen: its constants, where it is no BatchNorm of torch but normalises by fixed numbers.
+        name: qualified name of the module.
+        kind: the BatchNorm class of torch that it computes as.
+        calls: its calls that read what is normalised, in order.
+        remainder: names of its children that stay when it becomes part of a layer, such as an activation.
+        frozen: its operations, if it is a frozen norm; else None.
     """
 
     name: str
@@ -84,11 +84,17 @@ def find_layer(
     kept: Container[int] = (),
     function: CalledLayer | None = None,
 ) -> tuple[Layer, str | None]:
-    """Return the layer that begins with the module ``name``, and why a BatchNorm that follows it stays apart (or None).
+    """Return the layer that begins with a module or function, and why the BatchNorm behind it is not part of it.
 
-    ``kind`` is the float type that the module computes as. ``swapped`` holds the float types that have a quantized
-    form: a row is used only if its fused type is one. ``kept`` holds the calls of ReLUs that it must not absorb.
-    ``function`` is given where the layer is no module.
+    The reason is None if there is no such BatchNorm, or if it is part of the layer.
+
+    Args:
+        name: name of the module, or of the child that a function will become.
+        kind: the float type that it computes as.
+        analysis: the model and its record.
+        swapped: the float types that have a quantized form; a row is used only if its fused type is one of them.
+        kept: indices of ReLU calls that must not become part of the layer.
+        function: the function, if the layer is one; None for a module.
     """
     module = analysis.modules[name if function is None else function.owner]
     channels = out_channels(module) if function is None else _channels(function)
@@ -125,20 +131,21 @@ def find_layer(
 
 
 def _channels(function: CalledLayer) -> int:
+    """Return the number of out channels of a function."""
     name = "out_features" if function.kind is nn.Linear else "out_channels"
     return int(function.geometry[name])
 
 
 @dataclass(frozen=True)
 class _Start:
-    """The convolution or product that a layer begins with.
+    """The convolution or linear layer that a layer begins with.
 
     Attributes:
-        name: of the module, or of the child that a function becomes.
-        kind: float type of the layer.
-        module: in float.
-        channels: out channels; None where the type has none.
-        calls: of the module or function, in order.
+        name: name of the module, or of the child that a function becomes.
+        kind: float type that it computes as.
+        module: the module, or the owner of the function.
+        channels: number of out channels; None if the type has none.
+        calls: all calls of the module or function, in order.
     """
 
     name: str
@@ -149,10 +156,10 @@ class _Start:
 
 
 def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int]) -> tuple[list[Call], float | None]:
-    """Return the ReLUs that follow the calls, one each, to become part of a layer, and their one upper bound.
+    """Return the ReLU behind each call, to become part of a layer, and their common upper bound.
 
-    ``([], None)`` where a call has no ReLU behind it, or one of ``kept``, where bounds differ, and where the forward in
-    training mode may be another.
+    ``([], None)`` if a call has no ReLU behind it or one of ``kept``, if the bounds differ, or if the forward may do
+    something else in training mode.
     """
     found = [analysis.follower(call) for call in calls]
     relus = [relu for relu in found if relu is not None and relu.index not in kept]
@@ -165,7 +172,12 @@ def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int])
 
 
 def _norm_after(start: _Start, analysis: Analysis) -> tuple[_Norm | None, str | None]:
-    """Return the BatchNorm that alone reads every call's result and reads nothing else, or why it can't be absorbed."""
+    """Return ``(norm, None)``: the BatchNorm behind a layer's calls; or ``(None, reason)``; or ``(None, None)``.
+
+    There is none.
+
+    It must be the only reader of each call's result, and must read nothing else.
+    """
     name, calls = start.name, start.calls
     followers = [analysis.follower(call) for call in calls]
     norms = [None if follower is None else _norm_of(follower, analysis) for follower in followers]
@@ -192,7 +204,10 @@ def _norm_after(start: _Start, analysis: Analysis) -> tuple[_Norm | None, str | 
 
 
 def _norm_of(call: Call, analysis: Analysis) -> _Norm | None:
-    """Return the BatchNorm that a call runs: as a module, or as ``F.batch_norm`` inside of a BatchNorm subclass."""
+    """Return the BatchNorm that a call runs; None if it runs none.
+
+    That is a module, ``F.batch_norm`` inside of a BatchNorm subclass, or the first operation of a frozen norm.
+    """
     if call.kind == "module":
         kind = _norm_type(call, analysis)
         if call.module_name is None or kind is None:
@@ -210,7 +225,10 @@ def _norm_of(call: Call, analysis: Analysis) -> _Norm | None:
 
 
 def _norm_type(call: Call, analysis: Analysis) -> type[nn.Module] | None:
-    """Return the BatchNorm class of torch that a call computes as: of a SyncBatchNorm by its input's dimensions."""
+    """Return the BatchNorm class of torch that the called module computes as; None for other modules.
+
+    For a SyncBatchNorm the dimensions of its input decide.
+    """
     module = cast(nn.Module, call.target)
     if float_type(module, (nn.SyncBatchNorm,)) is not None:
         dimensions = len(analysis.flow.values[call.inputs[0]].shape)
@@ -219,7 +237,10 @@ def _norm_type(call: Call, analysis: Analysis) -> type[nn.Module] | None:
 
 
 def _norm_with_activation(owner: str, kind: type[nn.Module], analysis: Analysis) -> _Norm | None:
-    """Return a BatchNorm subclass whose forward is: normalise with its own parameters, then call children in a row."""
+    """Return a BatchNorm subclass that normalises with its own parameters and then calls children one after the other.
+
+    None if its forward does anything else. ``kind`` is the BatchNorm class of torch that it derives from.
+    """
     flow, module = analysis.flow, analysis.modules[owner]
     hearts: list[Call] = []
     chains: set[tuple[str, ...]] = set()
@@ -250,7 +271,10 @@ _NORM_OF_DIMENSIONS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 
 
 
 def _has_hooks(module: object, before: bool = False, after: bool = False) -> bool:
-    """Whether forward hooks are registered: before or after the forward, or, with neither given, any."""
+    """Whether a module has hooks that see values before its forward, after it, or (neither given) on any side.
+
+    Backward hooks always count.
+    """
     if not isinstance(module, nn.Module):
         return False
     either = not before and not after
@@ -260,5 +284,6 @@ def _has_hooks(module: object, before: bool = False, after: bool = False) -> boo
 
 
 def _tensor(model: nn.Module, path: str) -> object:
+    """Return a parameter or buffer of the model by its qualified name."""
     parent, _, name = path.rpartition(".")
     return getattr(model.get_submodule(parent), name)

@@ -1,8 +1,8 @@
-"""Masks of attention: what is added to scores on their way to a softmax and follows from the model's inputs alone.
+"""Find masks of attention: tensors that are added to scores on their way to a softmax, and follow from inputs alone.
 
-A mask holds -infinity, or the smallest number of its type, where scores do not count. A grid that reached so far would
-have one code for all scores, and one that did not would let them count. So such a sum is no join: it is computed in
-float, as that of a mask which follows from buffers.
+A mask holds -infinity, or the smallest number of its type, where scores do not count. A grid that reaches so far would
+have one code for all scores; a grid that does not would let them count. So the sum with a mask is no join: it is
+computed in float.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ _CHOOSING = frozenset({"add", "sub", "where", "masked_fill", "cat", "pad"})
 
 
 def is_softmax(call: Call) -> bool:
-    """Whether a call is a softmax or its logarithm."""
+    """Whether a call is a softmax or a log-softmax."""
     return isinstance(call.target, _SOFTMAX_MODULES) or (call.kind == "function" and call.name in _SOFTMAX_NAMES)
 
 
 def values_without_layers(flow: Dataflow, constants: Constants) -> frozenset[int]:
-    """Return the values that are no constants and follow from no layer: from inputs, comparisons, and biases."""
+    """Return the values that are no constants and do not depend on any layer: they follow from inputs and comparisons.
+
+    A parameter that is only added or chosen, as a bias, does not count as a layer.
+    """
     learned: set[int] = set()  # what follows from a parameter
     behind_layers: set[int] = set()
     for call in flow.calls:
@@ -46,11 +49,15 @@ def values_without_layers(flow: Dataflow, constants: Constants) -> frozenset[int
 
 
 def _has_parameters(call: Call) -> bool:
+    """Whether a call is that of a module with parameters."""
     return isinstance(call.target, nn.Module) and next(call.target.parameters(), None) is not None
 
 
 def summands(call: Call, without_layers: frozenset[int]) -> tuple[int, int] | None:
-    """Return scores and mask of a call that could be their sum or difference, as values; None for any other."""
+    """Return the values ``(scores, mask)`` if a call could be their sum or difference; None for any other call.
+
+    The mask is the operand among ``without_layers``; the scores are the other one.
+    """
     if call.kind != "function" or call.name not in _SUMS:
         return None
     first, *rest = call.inputs or (-1,)

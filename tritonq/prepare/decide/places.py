@@ -1,4 +1,7 @@
-"""Where a quantizer of a recorded value can stand: behind the module or node that makes it, or where it is read."""
+"""Find where a quantizer of a recorded value can stand.
+
+Behind the module or node that makes it, or where it is read.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,14 @@ from tritonq.prepare.record.dataflow import Call, Frame, Ref
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a quantizer can stand, with all values that it then quantizes.
+    """A place where a quantizer can stand, with all values that it then quantizes.
 
     Attributes:
-        where: as in :class:`tritonq.prepare.decide.plan.PlannedQuantizer`.
-        owner: the same.
-        values: the values.
-        site: the node, for ``"node"``.
+        where: ``"output"``: behind the module ``owner``; ``"node"``: behind a node in the forward of ``owner``;
+            ``"consumer"``: in the layers and joins that read the value.
+        owner: see ``where``; "" for ``"consumer"``.
+        values: indices of the values.
+        site: the site of the node, for ``"node"``; else None.
     """
 
     where: Where
@@ -34,7 +38,10 @@ class Origin:
 
 
 def place_of(root: int, analysis: Analysis) -> Origin:
-    """Return where a quantizer of a value can stand: where the value is made, if every run makes it there."""
+    """Return where a quantizer of the value ``root`` can stand.
+
+    That is where the value is made, provided that every recorded run makes it there; else where it is read.
+    """
     place = _origin_of(root, analysis)
     runs = {analysis.flow.values[value].run for value in place.values}
     return place if len(runs) == analysis.flow.runs else Origin("consumer", "", [root])
@@ -43,7 +50,14 @@ def place_of(root: int, analysis: Analysis) -> Origin:
 def grid_behind(
     ends: Iterable[int], analysis: Analysis, grids: Mapping[int, GridSource], chains: Chains
 ) -> GridSource | None:
-    """Return the one source of the grid of clips behind some calls; None: a call has no clip, or grids differ."""
+    """Return what gives a grid to the clips behind some calls; None if a call has no clip behind it, or grids differ.
+
+    Args:
+        ends: indices of the calls.
+        analysis: the model and its record.
+        grids: what gives each value its grid.
+        chains: finds the clips that become one.
+    """
     clips = [analysis.follower(analysis.flow.calls[index]) for index in ends]
     values = [analysis.value_of(chains.last_clip(clip)) for clip in clips if clip is not None and limits_range(clip)]
     found = [None if value is None else grids.get(value) for value in values]
@@ -51,19 +65,20 @@ def grid_behind(
 
 
 def results(calls: Iterable[Call | Frame], analysis: Analysis) -> list[int]:
-    """Return the values that calls return, where each is a single tensor."""
+    """Return the values that calls return; calls that do not return a single tensor are left out."""
     values = (analysis.value_of(call) for call in calls)
     return [value for value in values if value is not None]
 
 
 def is_unread(ends: Iterable[int], analysis: Analysis) -> bool:
-    """Whether nothing reads what calls return, such as the sequence of an LSTM whose last state is enough."""
+    """Whether nothing reads the results of the calls ``ends``: an LSTM's sequence if only its last state is used."""
     made = results((analysis.flow.calls[end] for end in ends), analysis)
     values = [analysis.flow.values[value] for value in made]
     return bool(values) and not any(value.consumers or value.is_output for value in values)
 
 
 def _origin_of(root: int, analysis: Analysis) -> Origin:
+    """Return where the value ``root`` is made, as a place for a quantizer, whether or not every run makes it there."""
     flow = analysis.flow
     call = flow.producer(root)
     if call is None or not isinstance(call.output, Ref) or call.output.value != root:
@@ -86,13 +101,16 @@ def _origin_of(root: int, analysis: Analysis) -> Origin:
 
 
 def _has_one_place(call: Call, analysis: Analysis) -> bool:
-    """Whether a module is called once per run of its owner, so that its output is one tensor of the model."""
+    """Whether the called module is called once per run of its owner, so that its output is one tensor of the model."""
     calls = analysis.flow.calls_of(str(call.module_name))
     return len({other.owner for other in calls}) == 1 and len({other.frame for other in calls}) == len(calls)
 
 
 def _returned_by(value: int, analysis: Analysis) -> str | None:
-    """Return the innermost module that returns a value which nothing inside of it reads."""
+    """Return the name of the innermost module that returns a value and does not read it inside.
+
+    None if there is none.
+    """
     flow = analysis.flow
     for frame in reversed(flow.frames_returning(value)):
         inside = (flow.is_within(reader.frame, frame.index) for reader in flow.consumers(value))

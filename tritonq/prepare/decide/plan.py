@@ -1,4 +1,4 @@
-"""A plan: everything that `prepare_qat` will do to a model."""
+"""The plan: everything that `prepare_qat` will do to a model."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ Where = Literal["output", "node", "consumer"]
 
 @dataclass(frozen=True)
 class PlannedQuantizer:
-    """A quantizer for a tensor that no quantized module produces.
+    """A quantizer for a tensor that no quantized layer or join returns.
 
     Attributes:
-        where: ``"output"``, what the module ``owner`` returns; ``"node"``, the result of a node in the forward of
-            ``owner``; ``"consumer"``, what the layers and joins ``consumers`` read, such as an input of the model.
-        owner: see ``where``.
-        value: one recorded value that it quantizes.
-        node: see ``where``.
+        where: where it stands. ``"output"``: it quantizes what the module ``owner`` returns; ``"node"``: the result of
+            a node in the forward of ``owner``; ``"consumer"``: what the layers and joins ``consumers`` read, such as an
+            input of the model.
+        owner: name of a module; see ``where``.
+        value: index of one recorded value that it quantizes.
+        node: name of the node, for ``"node"``; else "".
         label: what the quantizer of a node is named after.
         in_place: whether that node overwrites its first operand.
-        qconfig: whose activation quantizer it is.
-        like: name of a layer that reads it, and on whose device it lives.
-        consumers: what reads it, for ``"consumer"``.
-        input_path: keys that lead to it in the arguments of the model, for inputs.
+        qconfig: the qconfig whose activation factory makes it.
+        like: name of a layer that reads the tensor; the quantizer lives on the device of that layer.
+        consumers: the layers and joins that read the tensor, for ``"consumer"``.
+        input_path: for an input of the model, the keys that lead to it in the model's arguments; else empty.
     """
 
     where: Where
@@ -53,30 +54,31 @@ GridSource: TypeAlias = Layer | Join | PlannedQuantizer
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do.
+    """Everything that will be done to a model. Calls and values are given by index, layers and modules by name.
 
     Attributes:
-        layers: modules to make quantized layers of.
+        layers: modules and functions to make quantized layers of.
         clipped: names of layers whose output quantizer stands behind the ReLU6 or the like that alone reads them.
-        outputs: for layers among these, by name, that quantizer, where a clip alone stands before it.
-        summands: names of layers whose results are rounded with the join that they enter, and not before.
-        unread: names of layers whose results nothing reads, so that they need no quantizer.
-        joins: additions and concatenations to make modules of.
-        float_results: joins whose results islands read unrounded.
+        outputs: for those of these layers whose clip stands directly before that quantizer: the quantizer.
+        joins: additions, concatenations and the like to make modules of.
         quantizers: further activation quantizers.
-        inputs: for each layer, by name, what put its input on a grid; absent where several did or none.
-        operands: for each addition what put its summands on grids, None where several did or none.
+        inputs: for each layer what gives its input a grid; it has no entry if several things do, or none.
+        operands: for each join what gives each of its operands a grid; None for an operand if several do, or none.
         unary: operations of one tensor that can be computed on codes, by the value that their quantizer takes.
         erased: ReLU calls that became part of a layer or join.
         erased_modules: names of ReLU modules all of whose calls did.
-        erased_nodes: owner and node of further such calls that can be taken out of a forward.
-        float_reasons: for modules and joins left in float, by name, why.
-        single_mode: names of layers left in float since they run in eval mode alone, or in training mode alone.
-        float_joins: joins left in float, each with why.
-        float_functions: by name, the first call of each function with weights left in float.
-        on_grid: the values that lie on grids.
-        read: the values that layers and joins read.
-        exclusive_state: names of parameters and buffers that nothing reads but weights of layers computed of them.
+        erased_nodes: ``(owner, node)`` of the other such calls that can be removed from a forward.
+        float_reasons: for each module and function left in float, the reason.
+        single_mode: names of layers left in float because they run in eval mode only, or in training mode only.
+        exclusive_state: names of parameters and buffers that are read for nothing but weights of layers computed from
+            them.
+        float_functions: for each function with weights left in float, by name, its first call.
+        float_joins: joins left in float, each with the reason.
+        summands: names of layers whose results are rounded together with the join that reads them, and not before.
+        unread: names of layers whose results nothing reads, so that they need no quantizer.
+        float_results: joins whose results softmax or a norm reads unrounded.
+        on_grid: values that lie on grids.
+        read: values that layers and joins read.
     """
 
     layers: tuple[Layer, ...]

@@ -1,4 +1,4 @@
-"""Making a plan: which layers, joins and quantizers a recorded model gets, before anything is touched."""
+"""Make a plan: which layers, joins and quantizers a recorded model gets, before anything is changed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_plan(
         analysis: the model and its record.
         swapped: the float types that have a quantized form.
         qconfigs: the qconfig of each module, None to leave it in float.
-        inputs: the rule for inputs of the model; None without one.
+        inputs: the rule of a ``QConfigMapping`` for inputs of the model; None without such a rule.
     """
     activations = ActivationChoice(analysis, qconfigs, inputs)
     kept: frozenset[int] = frozenset()
@@ -127,7 +127,7 @@ class _Planner:
         )
 
     def _keep_apart(self, parts: Iterable[Layer | Join]) -> None:
-        """Let ReLUs that are part of a layer or join be part of nothing else."""
+        """Let ReLUs that are part of one of these layers or joins become part of nothing else."""
         self.chains = Chains(self.analysis, self.kept.union(*(part.relus for part in parts)), self.grids)
 
     def _layers(self) -> list[Layer]:
@@ -164,7 +164,7 @@ class _Planner:
         return True
 
     def _leave_unrounded(self, joins: list[Join], layers: list[Layer]) -> tuple[frozenset[str], tuple[Join, ...]]:
-        """Leave results unrounded that a join rounds, where the qconfig asks for it; return layer names, joins."""
+        """Leave results unrounded that joins or islands read so; return names of layers, and such joins."""
         found = Unrounded(self.analysis, joins, self._qconfig)
         found.add_layers(layers)
         float_results = found.add_joins()
@@ -179,9 +179,9 @@ class _Planner:
         return frozenset(found.layers), tuple(float_results)
 
     def _read_several_grids(self, layers: list[Layer]) -> list[Reading]:
-        """Return the readings of layers whose calls read different grids, where the target wants one grid for a layer.
+        """Return the readings of layers whose calls read different grids, if the target wants one grid for a layer.
 
-        Such a layer takes what it reads to a grid of its own, so that its bias has one unit in all calls.
+        Such a layer gets an input quantizer of its own, so that its bias has one unit in all calls.
         """
         found: list[Reading] = []
         for layer in layers:
@@ -205,7 +205,7 @@ class _Planner:
                 self.grids[value] = grid
 
     def _relevant(self, joins: list[Join], layers: list[Layer]) -> list[Join]:
-        """Return the joins that stand between quantized layers, on either side.
+        """Return the joins that read from, or are read by, a quantized layer or another such join.
 
         Others stay in float, as does one that can't become a module, and the reason is noted.
         """
@@ -248,7 +248,7 @@ class _Planner:
         return found
 
     def _upwards(self, value: int, through_norms: bool = False) -> Iterator[int]:
-        """Yield a value and those before it that it is a function of, or a mean, up to the first on a grid."""
+        """Yield a value, the one it is computed from by a move, function or mean, and so on up to one on a grid."""
         found: int | None = value
         while found is not None:
             yield found
@@ -256,7 +256,7 @@ class _Planner:
             found = None if call is None else source_of(call, self.analysis, self.chains, through_norms)
 
     def _demands(self, layers: list[Layer], joins: list[Join]) -> dict[int, list[Reading]]:
-        """Return the tensors that need a quantizer because something quantized reads them, with all who do."""
+        """Return the values that need a quantizer, each with the readings of layers and joins that demand it."""
         demands: dict[int, list[Reading]] = {}
         parts: tuple[Layer | Join, ...] = (*layers, *joins)
         for part in parts:
@@ -311,7 +311,7 @@ class _Planner:
         self.at_readers |= {(id(reader.part), reader.operand): quantizer for reader in shared.readers}
 
     def _round_islands(self) -> None:
-        """Place quantizers at the ends of islands where a qconfig asks for them and no grid is known there."""
+        """Place quantizers before and behind islands, if a qconfig asks for them and no grid is known there."""
         for name, value in ends_of_islands(self.analysis):
             qconfig, root = self._qconfig(name), self._root(value)
             if qconfig is not None and qconfig.islands == "rounded" and root not in self.analysis.constants.values:
@@ -320,7 +320,7 @@ class _Planner:
                     self._place_where_made(root, chosen, name)
 
     def _quantize_between(self) -> None:
-        """Place quantizers behind functions and means between a grid and an operation whose result has one.
+        """Place quantizers behind functions and means that stand between a grid and an operation whose result has one.
 
         Such operations of one tensor (the mean behind a Hardswish, say) can then be computed on codes.
         """
@@ -331,7 +331,7 @@ class _Planner:
                         break
 
     def _unary_before(self, value: int) -> list[int]:
-        """Return the results of operations of one tensor that lead from a grid to a value, in order; or none."""
+        """Return results of operations of one tensor that lead from a grid to a value, in order; empty if none do."""
         roots: list[int] = []
         while (root := self._root(value)) not in self.grids:
             call = self.analysis.flow.producer(root)
@@ -350,7 +350,7 @@ class _Planner:
         return found
 
     def _operands(self, join: Join) -> tuple[GridSource | None, ...]:
-        """Return, for each operand of a join, the source of its grid, or its maker if unrounded; None: calls differ."""
+        """Return what gives each operand of a join its grid (if unrounded, its layer); None where the calls differ."""
         by_operand: dict[int, list[GridSource | None]] = {}
         for _, operand, value in self._operands_read(join):
             grid = self._grid_read(join, operand, value) or self.makers.get(self._root(value))
@@ -360,7 +360,7 @@ class _Planner:
         )
 
     def _grid_read(self, part: Layer | Join, operand: int, value: int) -> GridSource | None:
-        """Return the source of the grid of a value that a layer or join reads: its own quantizer, or one before it."""
+        """Return what gives a value its grid for a layer or join: a quantizer in that reader, or one before it."""
         own = self.at_readers.get((id(part), operand))
         return self._grid(value) if own is None else own
 
@@ -372,7 +372,7 @@ class _Planner:
         return [value for _, _, value in self._operands_read(part)]
 
     def _operands_read(self, part: Layer | Join) -> list[tuple[int, int, int]]:
-        """Return the values that a layer or join reads on some grid: ``(call, operand, value)`` each."""
+        """Return ``(index of the call, operand, value)`` for each value that a layer or join reads on some grid."""
         calls = [self.analysis.flow.calls[index] for index in part.calls]
         if isinstance(part, Join):
             return [(call.index, *item) for call in calls for item in enumerate(operands(call, self.analysis))]
@@ -384,7 +384,7 @@ class _Planner:
         return self.grids.get(self._root(value))
 
     def _root(self, value: int) -> int:
-        """Return where the values of a tensor were made: up through whatever keeps a grid.
+        """Return the value from which a value was made by calls that keep a grid: the one to quantize.
 
         A ReLU keeps a grid, but a tensor without one is better quantized after it: half of the codes would be lost.
         """

@@ -1,4 +1,4 @@
-"""Which qconfig each module gets: attributes of modules, one for all, or a mapping's rules."""
+"""Find the qconfig of each module: from attributes of modules, from one qconfig for all, or from a mapping's rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ QConfigs = dict[nn.Module, QConfig | None]
 
 
 def resolve_qconfigs(model: nn.Module, qconfig: QConfig | None) -> QConfigs:
-    """Return the qconfig of every module: its own attribute, else its parent's; ``qconfig`` stands for the model's own.
+    """Return the qconfig of every module: its own ``qconfig`` attribute, else that of the nearest module around it.
+
+    Args:
+        model: the float model.
+        qconfig: stands for the model's own attribute; None: that attribute counts, and without one modules get None.
 
     Raises:
         TypeError: a ``qconfig`` attribute that is neither a QConfig nor None.
@@ -33,7 +37,8 @@ def mapped_qconfigs(
         model: the float model.
         mapping: the rules.
         quantizable: the float types that have a quantized form.
-        flow: a record of the model; needed for rules about the first and last layer.
+        flow: a record of the model, needed for rules about inputs and about the first and last layer; None: not
+            recorded.
 
     Raises:
         ValueError: a rule that fits no module, one for inputs without a record, or a model that runs no quantizable
@@ -49,7 +54,7 @@ def mapped_qconfigs(
 
 
 def first_and_last(model: nn.Module, quantizable: Container[type[nn.Module]], flow: Dataflow) -> tuple[str, str]:
-    """Return names of the first and the last quantizable layer in order of execution.
+    """Return the names of the first and the last quantizable layer in order of execution.
 
     Raises:
         ValueError: the recorded run called no quantizable layer.
@@ -65,7 +70,10 @@ def first_and_last(model: nn.Module, quantizable: Container[type[nn.Module]], fl
 
 
 def _with_attributes(found: QConfigs, model: nn.Module, skip_root: bool = False) -> QConfigs:
-    """Return ``found``, where the ``qconfig`` attributes of modules win for the module and everything in it."""
+    """Return ``found`` after ``qconfig`` attributes replaced its entries: each counts for its module and all in it.
+
+    With ``skip_root`` the attribute of the model itself does not count.
+    """
     visited: set[nn.Module] = set()
 
     def visit(module: nn.Module, name: str, above: tuple[QConfig | None] | None) -> None:

@@ -1,4 +1,4 @@
-"""What a recorded call of a function of one tensor computes, by the arguments that it was given."""
+"""Read from the arguments of a recorded call what it computes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ Operation = TypeVar("Operation")
 
 
 def read_call(call: Call, readers: Mapping[str, Callable[..., Operation]], name: str | None = None) -> Operation | None:
-    """Return the operation that a reader finds in a call's arguments; ``name`` chooses the reader, or the call's name.
+    """Return the operation that a call of a function of one tensor computes; None if no reader takes the call.
 
-    None where there is no such reader, where the call reads more tensors than one, and where the reader does not take
-    these arguments: it raises TypeError or ValueError then.
+    A reader is a function with the parameters of a torch function, which returns the operation. It raises TypeError or
+    ValueError for arguments that it can't take. A call that reads more than one tensor has no operation.
+
+    Args:
+        call: any recorded call.
+        readers: a reader for each name of an operation.
+        name: which reader; None: the one for the call's name.
     """
     reader = readers.get(call.name if name is None else name)
     if reader is None or len(call.inputs) != 1:

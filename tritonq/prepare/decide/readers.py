@@ -1,4 +1,4 @@
-"""Quantizers that stand where a tensor is read: in the layers and joins that read it."""
+"""Plan quantizers that stand where a tensor is read: inside of the layers and joins that read it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Reading:
 
     Attributes:
         part: the layer or join.
-        operand: which of the tensors that it reads.
-        value: the recorded value.
+        operand: position of the tensor among those that it reads, from 0.
+        value: index of the recorded value.
         call: index of the call.
-        qconfig: whose activation quantizer the tensor gets.
+        qconfig: the qconfig whose activation quantizer the tensor gets.
     """
 
     part: Layer | Join
@@ -40,8 +40,8 @@ class Reader:
 
     Attributes:
         part: the layer or join.
-        operand: which of the tensors that it reads.
-        observes: whether it observes them; where several read one tensor, the first alone does.
+        operand: position of the tensor among those that it reads, from 0.
+        observes: whether it observes the tensor in training; if several read one tensor, only the first does.
     """
 
     part: Layer | Join
@@ -50,7 +50,7 @@ class Reader:
 
     @property
     def name(self) -> str:
-        """The layer's name, or the join in words."""
+        """Name of the layer, or the join in words: "add in the forward of block"."""
         if isinstance(self.part, Layer):
             return self.part.name
         return f"{self.part.kind} in the forward of {self.part.owner or 'the model'}"
@@ -58,12 +58,12 @@ class Reader:
 
 @dataclass(frozen=True)
 class SharedReading:
-    """Readers that share one quantizer, since some of them read the same tensors.
+    """Readers that share one quantizer, because they read the same tensors.
 
     Attributes:
-        value: the first of these.
-        qconfig: that of the first reader.
-        readers: in order of execution.
+        value: index of the first of these tensors' values.
+        qconfig: that of the first reading.
+        readers: the readers, in order of execution.
     """
 
     value: int
@@ -72,7 +72,7 @@ class SharedReading:
 
 
 def share_readings(readings: Iterable[Reading]) -> list[SharedReading]:
-    """Group readings so that each operand of each reader, and each tensor, has one quantizer."""
+    """Group readings, so that each operand of each reader has one quantizer, and so has each tensor."""
     groups: dict[object, list[Reading]] = {}
     for reading in sorted(readings, key=lambda reading: reading.call):
         keys = (("value", reading.value), ("operand", id(reading.part), reading.operand))
@@ -89,6 +89,7 @@ def share_readings(readings: Iterable[Reading]) -> list[SharedReading]:
 
 
 def _shared(readings: list[Reading]) -> SharedReading:
+    """Return the readers of one group of readings; the first reader of each tensor observes it."""
     values: dict[tuple[int, int], set[int]] = {}
     parts = {id(reading.part): reading.part for reading in readings}
     for reading in readings:

@@ -1,4 +1,4 @@
-"""Which modules in a row quantization treats as one layer."""
+"""The rows of modules that become one layer. A *row* is several modules, each of which alone reads the one before."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ROWS: dict[Types, type[intrinsic.FusedModule]] = {
 
 
 def out_channels(layer: nn.Module) -> int | None:
-    """Return how many channels a convolution or linear layer returns."""
+    """Return how many channels a convolution or linear layer returns; None for other modules."""
     return getattr(layer, "out_channels", getattr(layer, "out_features", None))
 
 
 def batch_norm_obstacle(channels: int | None, bn: _BatchNorm) -> str | None:
-    """Return why a BatchNorm can't become part of a layer with so many output channels before it, or None."""
+    """Return why a BatchNorm can't become part of a layer with ``channels`` output channels; None if it can."""
     if bn.num_features != channels:
         return f"BatchNorm has {bn.num_features} features for {channels} output channels"
     if bn.running_var is None:

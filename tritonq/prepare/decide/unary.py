@@ -1,7 +1,7 @@
-"""Which operations of one tensor become modules that compute on codes: those behind which a quantizer stands.
+"""Find operations of one tensor that become modules computing on codes: those behind which a quantizer stands.
 
-To add a kind, add what recognises its calls to ``_READERS``, its module to :func:`layer_for` and, where a module of
-torch.nn is of that kind, its quantized form to ``QUANTIZED_FORMS``.
+A code is the integer that stands for a quantized value. To add a kind, add what recognises its calls to ``_READERS``,
+its module to :func:`layer_for` and, if torch.nn has a module of that kind, its quantized form to ``QUANTIZED_FORMS``.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ QUANTIZED_FORMS: Mapping[type[nn.Module], Any] = {
 
 
 def layer_for(operation: Operation, earlier: Clipping | None) -> UnaryLayer:
-    """Return the module of an operation in a forward, with the clips that it makes superfluous.
+    """Return the module for an operation in a forward; it has no quantizer of its own yet.
 
-    It has no quantizer of its own.
+    Args:
+        operation: the operation; a PReLU is refused, since it is a module already.
+        earlier: for a clip, the bounds of the clips before it that it replaces; None: there are none.
     """
     if isinstance(operation, Function):
         return FunctionLayer(operation)
@@ -63,11 +65,11 @@ class PlannedUnary:
     """An operation of one tensor whose result goes from one grid to another.
 
     Attributes:
-        operation: the operation.
-        source: what put its input on a grid; None for a function or clip of values on none.
-        calls: its calls.
-        earlier: the bounds of clips before it that a clip makes superfluous; None without any.
-        absorbed: the calls of these.
+        operation: the operation, without quantizers.
+        source: what gives its input a grid; None for a function or clip whose input has none.
+        calls: indices of its calls.
+        earlier: for a clip, the bounds of the clips before it that it replaces; None: there are none.
+        absorbed: indices of the calls of those clips.
     """
 
     operation: Operation
@@ -78,31 +80,31 @@ class PlannedUnary:
 
 
 class QuantizerPlace(Protocol):
-    """Where a quantizer stands, as in `tritonq.prepare.decide.plan.PlannedQuantizer`."""
+    """Where a quantizer stands; `tritonq.prepare.decide.plan.PlannedQuantizer` is one."""
 
     @property
     def where(self) -> str:
-        """``"output"``, ``"node"`` or another."""
+        """``"output"``, ``"node"`` or ``"consumer"``, as in ``PlannedQuantizer``."""
 
     @property
     def owner(self) -> str:
-        """The module."""
+        """Name of the module behind which, or in whose forward, it stands."""
 
     @property
     def node(self) -> str:
-        """The node in its forward."""
+        """Name of the node in that forward, for ``"node"``."""
 
 
 def find_unary(
     place: QuantizerPlace, analysis: Analysis, chains: Chains, grid_of: Callable[[int], object]
 ) -> PlannedUnary | None:
-    """Return the operation behind which a quantizer stands; None where there is none, or not one in all calls.
+    """Return the operation of one tensor behind which a quantizer stands; None if there is none, or if calls differ.
 
     Args:
-        place: of the quantizer.
+        place: where the quantizer stands.
         analysis: the model and its record.
-        chains: tells the clips that are one with a clip.
-        grid_of: tells what put a value on a grid.
+        chains: finds the calls that become one operation with another.
+        grid_of: returns what gives a value its grid; None without one.
     """
     found = _calls_at(place, analysis)
     if found is None:
@@ -133,7 +135,7 @@ def find_unary(
 def is_unary(call: Call, analysis: Analysis, chains: Chains) -> bool:
     """Whether a call is an operation of one tensor that is worth computing on codes.
 
-    A reciprocal is not: a step between two small codes becomes most of its range.
+    A reciprocal is not: the step between two small codes becomes most of its range.
     """
     operation = _operation_of_row(chains.row(call), analysis, False) if call.inputs else None
     is_reciprocal = isinstance(operation, Function) and any(step.name == "ratio" for step in operation.steps)
@@ -146,7 +148,10 @@ def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: boo
 
 
 def operands_of_unary(place: QuantizerPlace, analysis: Analysis, chains: Chains) -> tuple[int, ...]:
-    """Return the values that the operation of one tensor reads behind which a quantizer stands; empty without one."""
+    """Return the values that the operation of one tensor behind which a quantizer stands reads.
+
+    Empty if there is none.
+    """
     calls, fixed = _calls_at(place, analysis) or ((), False)
     rows = [chains.row(call) for call in calls]
     if not all(_operation_of_row(row, analysis, fixed) is not None for row in rows):
@@ -155,7 +160,7 @@ def operands_of_unary(place: QuantizerPlace, analysis: Analysis, chains: Chains)
 
 
 def _calls_at(place: QuantizerPlace, analysis: Analysis) -> tuple[tuple[Call, ...], bool] | None:
-    """Return the calls behind which a quantizer stands, and whether their other arguments are constants."""
+    """Return the calls behind which a quantizer stands, and whether their other arguments are constants; or None."""
     if place.where == "output" and type(analysis.modules[place.owner]) in QUANTIZED_FORMS:
         calls, fixed = analysis.flow.calls_of(place.owner), True
     elif place.where == "node":
@@ -167,13 +172,14 @@ def _calls_at(place: QuantizerPlace, analysis: Analysis) -> tuple[tuple[Call, ..
 
 
 def _may_change(operation: Operation, calls: Sequence[Call]) -> bool:
+    """Whether the numbers of an operation may differ between calls, in a forward that keeps its branches."""
     if isinstance(operation, (Function, Clipping)):
         return any(map(is_checked, calls))
     return not isinstance(operation, type) and may_change(operation)
 
 
 def _operation_of_row(row: Sequence[Call], analysis: Analysis, has_fixed_arguments: bool) -> Operation | None:
-    """Return the one operation that a row of calls amounts to; of a row of clips the last one."""
+    """Return the one operation that a row of calls amounts to, for a row of clips the last clip; None if it is none."""
     joined = joined_function(row)
     if joined is not None:
         return joined
@@ -183,5 +189,6 @@ def _operation_of_row(row: Sequence[Call], analysis: Analysis, has_fixed_argumen
 
 
 def _operation_of(call: Call, shape: tuple[int, ...], has_fixed_arguments: bool) -> Operation | None:
+    """Return the operation of one tensor that a call is; None if it is none. Arguments as :func:`averaging_of_call`."""
     found = (reader(call, shape, has_fixed_arguments) for reader in _READERS)
     return next((operation for operation in found if operation is not None), None)

@@ -1,7 +1,8 @@
-"""Tensors that are rounded with the join that they enter, and not before, and those that islands read unrounded.
+"""Find results that are not rounded themselves: a join rounds them, or an island reads them unrounded.
 
-A convolution and the addition behind it are one operation in TensorRT as long as nothing is rounded between the two,
-and the parts of a concatenation lie on the grid of its result there. Elsewhere a qconfig may ask for the same, since it
+A join is an addition, concatenation or other operation of several tensors; an island is a softmax or norm in float.
+TensorRT computes a convolution and the addition behind it as one operation if nothing is rounded between the two, and
+puts the parts of a concatenation on the grid of its result. For other engines a qconfig may ask for the same, since it
 costs less accuracy at few bits.
 """
 
@@ -25,15 +26,15 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass
 class Unrounded:
-    """Which results of layers and of quantizers behind functions wait for a join.
+    """Collect the results of layers and joins that stay unrounded.
 
     Attributes:
         analysis: the model and its record.
-        joins: those that get a quantizer.
-        qconfig_of: the qconfig of a module, by its name.
-        layers: names of the layers without an output quantizer.
-        values: the values that stay unrounded.
-        makers: the layers of those that layers make.
+        joins: the joins that get a quantizer.
+        qconfig_of: returns the qconfig of a module, given its name.
+        layers: names of the layers that get no output quantizer.
+        values: indices of the values that stay unrounded.
+        makers: for those of these values that a layer returns, the layer.
     """
 
     analysis: Analysis
@@ -44,7 +45,7 @@ class Unrounded:
     makers: dict[int, Layer] = field(default_factory=dict)
 
     def add_layers(self, layers: Sequence[Layer]) -> None:
-        """Find the layers whose results joins alone read, and may read unrounded."""
+        """Find the layers whose results only joins or islands read, and may read unrounded."""
         fused: set[int] = set()  # additions that have their one summand
         # A residual's own convolution comes first, then the one that fits its shortcut.
         for position in (0, 1):
@@ -65,7 +66,7 @@ class Unrounded:
                 self.makers.update(dict.fromkeys(values, layer))
 
     def add_joins(self) -> list[Join]:
-        """Find the joins whose results islands alone read, and may read unrounded, and return them."""
+        """Find the joins whose results only islands read, and may read unrounded; return them."""
         found: list[Join] = []
         for join in self.joins:
             qconfig, ends = self.qconfig_of(join.owner), [self.analysis.flow.calls[end] for end in join.ends]
@@ -76,6 +77,7 @@ class Unrounded:
         return found
 
     def _waits_for_island(self, values: Sequence[int], qconfig: QConfig) -> bool:
+        """Whether only islands read all of these values, and the qconfig leaves islands' inputs unrounded."""
         return (
             qconfig.islands == "float" and bool(values) and all(enters_island(value, self.analysis) for value in values)
         )
@@ -88,6 +90,15 @@ class Unrounded:
         position: int,
         fused: set[int],
     ) -> bool:
+        """Whether the joins that read a layer's results may round them instead of the layer.
+
+        Args:
+            layer: the layer.
+            qconfig: its qconfig.
+            entered: for each of its results what :meth:`_entered` returned.
+            position: operand of an addition (0 or 1) at which its fused summand may stand in this pass.
+            fused: indices of additions that have their one unrounded summand already.
+        """
         kinds = {None if found is None else found[0] for found in entered}
         if kinds == {"add"} and not qconfig.round_summands:
             return True
@@ -99,14 +110,14 @@ class Unrounded:
         return kinds == {"add"} and is_free and layer.ceiling is None and issubclass(layer.row[0], _CONVOLUTIONS)
 
     def waits_for_concatenation(self, quantizer: PlannedQuantizer, values: Sequence[int]) -> bool:
-        """Whether concatenations alone read what a quantizer behind a function would round, and may round it."""
+        """Whether only concatenations read the values that a quantizer would round, and may round them instead."""
         if not quantizer.qconfig.find_target().fuses_joins:
             return False
         entered = [self._entered(value) for value in values]
         return bool(entered) and all(found is not None and found[0] in CONCATENATIONS for found in entered)
 
     def _entered(self, value: int) -> tuple[str, int, int] | None:
-        """Return the kind of the join that alone reads a value, its call, and as which operand."""
+        """Return ``(kind, index of the call, operand)`` of the join that alone reads a value; None if there is none."""
         flow = self.analysis.flow
         for moved in self._moved(value):
             reader = flow.single_consumer(moved)
@@ -116,7 +127,7 @@ class Unrounded:
         return None
 
     def _moved(self, value: int) -> Iterator[int]:
-        """Yield a value, and what calls that keep its grid make of it, one after the other."""
+        """Yield a value, then the result of its only reader if that keeps its grid, and so on."""
         yield value
         reader = self.analysis.flow.single_consumer(value)
         moved = None if reader is None else self.analysis.value_of(reader)
@@ -125,4 +136,5 @@ class Unrounded:
 
     @property
     def _kinds(self) -> dict[int, str]:
+        """The kind of join for each index of a call."""
         return {call: join.kind for join in self.joins for call in join.calls}

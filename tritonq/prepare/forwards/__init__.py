@@ -1,1 +1,4 @@
-"""The forward of one module as a graph: traced, proven against the record, edited, stored as plain data."""
+"""The forward of one module, in a form that can be edited.
+
+Traced, proven against the record, edited, stored as plain data.
+"""

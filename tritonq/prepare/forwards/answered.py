@@ -1,8 +1,9 @@
-"""Forwards that run as their author wrote them while modules answer some of their calls.
+"""Edit a forward without a graph: it runs as its author wrote it, and modules answer some of its calls.
 
-A graph has the branches of one run. Where a forward may take others, it keeps running itself, in a
-``TorchFunctionMode`` that hands the recorded calls, known by their place in the source, to modules. Any other call runs
-as written.
+A graph holds the branches that one run took. If a forward may take other branches, no graph is used. Instead the
+forward runs inside of a ``TorchFunctionMode``. To *answer* a call is to return the result of a child module in place of
+the torch function's. Calls are recognised by their place in the source (:mod:`tritonq.prepare.record.place`); all other
+calls run as written.
 """
 
 from __future__ import annotations
@@ -70,9 +71,13 @@ _BY_POSITION = {"layer": layer_arguments, "attention": attention_arguments, "ein
 
 
 class AnsweredForward:
-    """Edits of a forward that keeps its branches; the interface is that of ``ForwardGraph``.
+    """Collect the edits of a forward that keeps its branches, with the methods of ``ForwardGraph``.
 
-    A call is named by its place, as :class:`~tritonq.prepare.record.dataflow.Call` has it.
+    The argument ``node`` of these methods is here the place of a call: ``Call.place`` of
+    :class:`~tritonq.prepare.record.dataflow.Call`.
+
+    Args:
+        reason: why no graph can stand for the forward; "" if not told.
     """
 
     def __init__(self, reason: str = "") -> None:
@@ -83,40 +88,54 @@ class AnsweredForward:
         self._joined: set[str] = set()
 
     def expect(self, call: Call, training: bool) -> None:
-        """Note that the forward made a call when it was recorded in this mode."""
+        """Note that the forward made a recorded call, with ``training`` the mode of that run.
+
+        A later run in the same mode that does not make the call warns, if the call is edited.
+        """
         self._expected[training].add(call.place)
         arguments = numbers_of_call(call)
         if arguments not in self._recorded.setdefault(call.place, []):
             self._recorded[call.place].append(arguments)
 
     def replace(self, node: str, child: str, operands: Operands, in_place: bool = False, joined: bool = False) -> None:
-        """Let the child module answer a call, given its operands.
+        """Let a child module answer a call.
 
-        ``joined`` says that the child computes other calls, too, which were erased.
+        Args:
+            node: place of the call.
+            child: name of the child module.
+            operands: which arguments of the call the child gets, such as ``node_operands`` of ``graph.py``.
+            in_place: not used here; a graph needs it.
+            joined: whether the child computes other calls, too, which were erased.
         """
         self._answer(node)[:3] = ["replace", child, _OPERANDS[operands]]
         if joined:
             self._joined.add(node)
 
     def insert_after(self, node: str, child: str, in_place: bool = False) -> None:
-        """Pass the result of a call through the child module."""
+        """Pass the result of the call at the place ``node`` through a child module; ``in_place`` is not used here."""
         self._answer(node)[3] = child
 
     def erase(self, node: str) -> None:
-        """Let a call return its first operand."""
+        """Let the call at the place ``node`` return its first operand instead of its result."""
         self._answer(node)[:3] = ["erase", "", "first"]
         self._joined.add(node)
 
     def _answer(self, node: str) -> Answer:
+        """Return the answer to the call at a place, to be changed; at first the call runs as written."""
         return self._answers.setdefault(node, ["run", "", "", ""])
 
     def to_data(self) -> dict[str, Any]:
-        """Return plain data that JSON can hold: the answers, and which of their calls each mode is expected to make."""
+        """Return the edits as plain data for JSON: ``{"answers": …, "expected": …}``.
+
+        "answers" has an ``Answer`` by place. "expected" has for "eval" and "train" the places of edited calls that the
+        recorded run in this mode made.
+        """
         modes = {"eval": self._expected[False], "train": self._expected[True]}
         expected = {mode: sorted(places & self._answers.keys()) for mode, places in modes.items()}
         return {"answers": {node: self._with_arguments(node) for node in self._answers}, "expected": expected}
 
     def _with_arguments(self, node: str) -> Answer:
+        """Return the answer at a place, followed by the recorded arguments if these include more than tensors."""
         answer, recorded = self._answers[node], self._recorded.get(node, [])
         if answer[2] not in _NUMBERS_FOLLOW_NOT or all(map(has_tensors_alone, recorded)):
             return answer
@@ -124,10 +143,15 @@ class AnsweredForward:
 
 
 def check_answers(answers: Any, children: Iterable[str], owner: str) -> None:
-    """Raise unless ``answers`` is what :meth:`AnsweredForward.to_data` makes and calls only these children.
+    """Check that data are the "answers" of :meth:`AnsweredForward.to_data`.
+
+    Args:
+        answers: the data, from a file for example.
+        children: names of the children that the forward may call.
+        owner: class name of the module, for messages.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the data have another form, or name another child.
     """
     known = set(children)
     if not isinstance(answers, Mapping):
@@ -144,9 +168,13 @@ def check_answers(answers: Any, children: Iterable[str], owner: str) -> None:
 def answering(
     original: Callable[..., Any], answers: Answers, expected: Mapping[str, Sequence[str]] | None = None
 ) -> Callable[..., Any]:
-    """Return a forward that runs ``original`` and answers the calls in ``answers`` with children of its module.
+    """Return a forward that runs ``original`` while children of its module answer some of the calls.
 
-    It warns once where a call does not come that ``expected`` names for the mode.
+    Args:
+        original: the forward as its author wrote it, called with the module first.
+        answers: the answer to each call, by place.
+        expected: for "eval" and "train", the places of calls that a run in this mode makes; a run that leaves one out
+            warns, once per module. None: no run warns.
     """
     places = frozenset(key.rpartition("#")[0] for key in answers)
     functions = frozenset(function_of_place(place) for place in places)
@@ -165,7 +193,14 @@ def answering(
 
 
 class Answering(ForwardMode):
-    """Answers the recorded calls of one run of a forward. One object serves one run, so threads do not share it."""
+    """The torch function mode that answers the calls of one run of a forward; each run makes a new one.
+
+    Args:
+        owner: the module whose forward runs.
+        answers: the answer to each call, by place.
+        places: the places of these calls, without their occurrence (``#0``).
+        functions: the parts of the places that name functions.
+    """
 
     def __init__(self, owner: nn.Module, answers: Answers, places: frozenset[str], functions: frozenset[str]) -> None:
         super().__init__()
@@ -205,7 +240,10 @@ class Answering(ForwardMode):
         return getattr(self._owner, then)(result) if then else result
 
     def _rounded(self, child: str, then: str, result: Any) -> Any:
-        """Return the result of a call with other arguments than recorded, rounded by the quantizer of its place."""
+        """Round the result of a call whose arguments differ from the recorded ones, by the quantizer of its place.
+
+        ``child`` is the module that would have answered the call, ``then`` the child after it ("" for none).
+        """
         if then:
             return getattr(self._owner, then)(result)
         made = getattr(self._owner, child)
@@ -213,7 +251,10 @@ class Answering(ForwardMode):
         return result if own is None else own(result)
 
     def _running_place(self) -> str:
-        """Return the place that called, or "" in a function without answers, or inside of another module."""
+        """Return the place of the call that is running.
+
+        Returns "" if the calling function has no answered call, or if the call is inside of another module.
+        """
         caller = calling_frame(sys._getframe(2))
         # Most calls are those of layers inside: their function says so, without a look at who called whom.
         if caller is None or function_name(caller) not in self._functions:
@@ -221,7 +262,7 @@ class Answering(ForwardMode):
         return place_in_forward(caller, _is_answered, _HANDLER)
 
     def _repeated(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function of the forward as a backward runs it again: its calls are answered as they were."""
+        """Wrap a function that a checkpoint runs again in the backward: its calls are answered as in the first run."""
         counts = dict(self._counts)
 
         def repeated(*args: Any) -> Any:
@@ -233,7 +274,7 @@ class Answering(ForwardMode):
         return repeated
 
     def missing(self, expected: Sequence[str]) -> list[str]:
-        """Return the recorded calls that this run did not make, or with other arguments."""
+        """Return the places in ``expected`` where this run made no call, or one with other arguments than recorded."""
         found = []
         for key in expected:
             place, _, occurrence = key.rpartition("#")
@@ -242,7 +283,7 @@ class Answering(ForwardMode):
         return found
 
     def description(self, missing: Sequence[str]) -> str:
-        """Return the text of a warning about recorded calls that this run did not make."""
+        """Return the text of a warning about recorded calls that this run did not make, given their places."""
         what = f" ({children})" if (children := self._children_of(missing)) else ""
         return (
             f"{len(missing)} calls of the forward of {type(self._owner).__name__} that prepare_qat recorded did not "
@@ -251,10 +292,11 @@ class Answering(ForwardMode):
         )
 
     def _children_of(self, keys: Sequence[str]) -> str:
+        """Return the names of the children that answer the calls at some places, as text."""
         return ", ".join(sorted({child for key in keys for child in self._answers[key][1:4:2] if child}))
 
     def _replaced(self, child: str, operands: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the child's result for the operands of a call; without a child the first operand."""
+        """Return the result of ``child`` for the operands of a call; the first operand if ``child`` is ""."""
         if operands in _BY_POSITION:
             return getattr(self._owner, child)(*_BY_POSITION[operands](args, kwargs))
         given = (*args, *kwargs.values())
@@ -272,12 +314,16 @@ _REPEATED = next(code for code in Answering._repeated.__code__.co_consts if geta
 
 
 def _is_answered(frame: FrameType) -> bool:
+    """Whether a frame of Python runs a forward that :func:`answering` made, or a function that is run again for it."""
     code = source_code(frame.f_code)
     return code is _FORWARD or code is _REPEATED
 
 
 def _place_in_trace() -> str:
-    """Return the place while ``torch.compile`` traces: the second translator is that of the mode's caller."""
+    """Return the place of the call that ``torch.compile`` is tracing; "" if it has none.
+
+    The second function that Dynamo traces, counted from inside, is the one that calls the torch function.
+    """
     places = traced_places()
     return "" if len(places) < 2 or places[1][0] is _HANDLER else places[1][1]
 

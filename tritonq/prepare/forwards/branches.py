@@ -1,4 +1,8 @@
-"""Whether a trace can have left out a branch of a forward, and which values of the module it fixed."""
+"""Read the source of a forward: can another call take another branch, and which attributes of the module does it read?
+
+A trace holds only the branch that one run took, and the numbers that attributes had then. What is found here decides
+whether a trace may stand for the forward.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,13 @@ _CONDITIONAL = (ast.If, ast.IfExp, ast.While, ast.Assert)
 
 
 def frozen_branch(module: nn.Module) -> str | None:
-    """Return a condition in the source of a module's forward that another call may decide otherwise, or None.
+    """Return a condition in a module's forward that may have another result in another call, as text.
 
-    Conditions on the module alone (``self.downsample is not None``, ``self.training``) are decided once for each mode.
-    The methods and functions that the forward calls are read too. Where there is no source, a conditional jump counts.
+    None if there is none.
+
+    For example ``"`x.shape[0] > 1`"``. Conditions on the module alone (``self.downsample is not None``,
+    ``self.training``) do not count: they have one result in each mode. The methods and functions that the forward calls
+    are searched too. If a function has no source, any conditional jump in its bytecode counts.
     """
     for function, tree in _sources(module):
         if tree is None:
@@ -38,9 +45,11 @@ def frozen_branch(module: nn.Module) -> str | None:
 
 
 def fixed_number(module: nn.Module) -> str | None:
-    """Return a floating-point attribute that the source of a module's forward reads, or None.
+    """Return a floating-point attribute that a module's forward reads, as text such as ``"`self.temperature`"``.
 
-    A trace would fix it, and who trains may change it: temperatures, probabilities of dropout and the like.
+    None if there is none.
+
+    A trace would keep its present value, but training code may change it.
     """
     for source, _, value in _attributes(module):
         if _holds_floats(value):
@@ -49,15 +58,20 @@ def fixed_number(module: nn.Module) -> str | None:
 
 
 def fixed_values(module: nn.Module) -> dict[str, Any]:
-    """Return the flags, whole numbers and texts that the source of a module's forward reads, by their paths.
+    """Return the flags, whole numbers and texts that a module's forward reads from its attributes, by path.
 
-    Those of modules inside and of configurations count, too: the path of ``self.config.depth`` is ``config.depth``.
+    The path of ``self.config.depth`` is ``"config.depth"``. Attributes of modules inside and of configuration objects
+    count, too.
     """
     return {path: value for _, path, value in _attributes(module) if _is_plain(value)}
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """Yield source, path and value of the attributes that the source of a module's forward reads."""
+    """Yield ``(source, path, value)`` of each attribute that the source of a module's forward reads.
+
+    For example ``("self.config.depth", "config.depth", 4)``. ``value`` is ``_UNKNOWN`` for an attribute of something
+    else than the module.
+    """
     for function, tree in _sources(module):
         names = function.__code__.co_varnames[:1]
         for node in () if tree is None or names == () else ast.walk(tree):
@@ -70,6 +84,7 @@ _PLAIN = (type(None), bool, int, str)
 
 
 def _is_plain(value: Any) -> bool:
+    """Whether a value is None, a flag, a whole number, a text, or a list or tuple of such."""
     if type(value) in (list, tuple):
         return all(map(_is_plain, value))
     return type(value) in _PLAIN
@@ -79,7 +94,10 @@ _UNKNOWN = object()
 
 
 def _attribute(node: ast.expr, module: nn.Module, receiver: str) -> Any:
-    """Return the object that an expression ``self.name`` or ``self.name.name`` stands for; ``_UNKNOWN`` for others."""
+    """Return the object that an expression ``self.name`` or ``self.name.name`` stands for; ``_UNKNOWN`` for others.
+
+    ``receiver`` is the name of the module in the source, usually "self".
+    """
     if isinstance(node, ast.Name):
         return module if node.id == receiver else _UNKNOWN
     owner = _attribute(node.value, module, receiver) if isinstance(node, ast.Attribute) else _UNKNOWN
@@ -96,7 +114,7 @@ def _holds_floats(value: Any) -> bool:
 
 
 def _sources(module: nn.Module) -> Iterator[tuple[FunctionType, ast.AST | None]]:
-    """Yield a module's forward, and the methods and functions that it calls, with their sources where there are any."""
+    """Yield a module's forward and the methods and functions that it calls, each with its syntax tree or None."""
     pending: list[Any] = [type(module).forward]
     seen: set[CodeType] = set()
     while pending:
@@ -111,7 +129,7 @@ def _sources(module: nn.Module) -> Iterator[tuple[FunctionType, ast.AST | None]]
 
 
 def _receiver(function: FunctionType, module: nn.Module) -> str:
-    """Return the name of the module in a function that its forward runs."""
+    """Return the name that a function has for the module: that of a method's first argument, else "self"."""
     found = [vars(base).get(function.__name__) for base in type(module).__mro__]
     is_method = any(inspect.unwrap(method) is function for method in found if callable(method))
     return function.__code__.co_varnames[0] if is_method and function.__code__.co_argcount else "self"
@@ -123,6 +141,7 @@ def _is_of_torch(function: FunctionType) -> bool:
 
 @cache
 def _source_tree(function: FunctionType) -> ast.AST | None:
+    """Return the syntax tree of a function; None if its source can't be found."""
     try:
         tree: ast.AST = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, ValueError):
@@ -142,6 +161,10 @@ def _has_jumps(code: CodeType) -> bool:
 
 
 def _conditions(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield the syntax nodes that decide what runs.
+
+    Tests of ``if``, ``while`` and ``assert``, and ``and``, ``try``, ``match``.
+    """
     for node in ast.walk(tree):
         if isinstance(node, _CONDITIONAL):
             yield node.test
@@ -152,7 +175,13 @@ def _conditions(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def _is_fixed(condition: ast.AST, varying: set[str], names: dict[str, Any]) -> bool:
-    """Whether a condition reads no argument or local variable but ``self``, as far as it is evaluated."""
+    """Whether a condition has the same result in every call: it reads no argument and no local variable but the module.
+
+    Args:
+        condition: a syntax node.
+        varying: names of arguments and local variables.
+        names: global names, and the module's, with what they stand for.
+    """
     if isinstance(condition, ast.BoolOp):
         for operand in condition.values:
             if not _is_fixed(operand, varying, names):
@@ -170,7 +199,10 @@ def _is_fixed(condition: ast.AST, varying: set[str], names: dict[str, Any]) -> b
 
 
 def _value(operand: ast.expr, names: dict[str, Any]) -> bool | None:
-    """Return whether a fixed operand is true, or None where that depends on the mode or can't be told."""
+    """Return whether a condition with a fixed result is true.
+
+    None if that depends on the mode or can't be evaluated.
+    """
     text = ast.unparse(operand)
     try:
         return None if "training" in text else bool(eval(text, names))
@@ -179,7 +211,7 @@ def _value(operand: ast.expr, names: dict[str, Any]) -> bool | None:
 
 
 def _called(tree: ast.AST, module: nn.Module, function: FunctionType, receiver: str) -> Iterator[Any]:
-    """Yield the methods of the module, and the functions, that a source names."""
+    """Yield the methods of the module, and the functions, that a source names; None for names that are neither."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             if isinstance(node.value, ast.Name) and node.value.id == receiver:

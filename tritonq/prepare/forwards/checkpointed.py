@@ -1,4 +1,4 @@
-"""Functions inside of a forward that ``torch.utils.checkpoint`` runs again in the backward, outside of the forward."""
+"""Find functions that ``torch.utils.checkpoint`` will run again in the backward, when their forward has ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FILE = torch.utils.checkpoint.__file__
 
 
 def is_checkpointed(frame: FrameType | None) -> bool:
-    """Whether a frame, or one that called it, is that of ``torch.utils.checkpoint``."""
+    """Whether a frame of Python, or a frame that called it, runs code of ``torch.utils.checkpoint``."""
     while frame is not None:
         if frame.f_code.co_filename == _FILE:
             return True
@@ -25,12 +25,12 @@ def wrap_repetitions(
     ends: Callable[[FrameType], bool],
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> None:
-    """Wrap the functions that checkpoints between a frame and a forward will run again, each once.
+    """Replace the functions that checkpoints will run again by wrapped ones, each once.
 
     Args:
-        frame: a frame inside of the forward.
-        ends: whether a frame is what called the forward.
-        wrap: makes the function that runs instead.
+        frame: a frame of Python inside of a forward; the checkpoints that called it are searched outwards.
+        ends: tells whether a frame is what called the forward; the search stops there.
+        wrap: takes a function and returns the one that the checkpoint runs instead.
     """
     while frame is not None and not ends(frame):
         for holder, name in _repeated(frame):
@@ -46,7 +46,7 @@ _WRAPPED = "_tritonq_wrapped"
 
 
 def _repeated(frame: FrameType) -> Iterator[tuple[Any, str]]:
-    """Yield where a frame of ``torch.utils.checkpoint`` keeps the function that it will run again."""
+    """Yield ``(object, attribute name)`` of each function that a checkpoint's frame keeps to run it again."""
     if frame.f_code.co_filename != _FILE:
         return
     held = frame.f_locals

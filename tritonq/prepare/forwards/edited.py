@@ -1,4 +1,12 @@
-"""Modules that run an edited forward instead of their class's own."""
+"""Put an edited forward on a module: the module gets a class made for it, a subclass of its own class.
+
+*Forward data* are plain data that describe the edits, so that pickles and files hold no code. Their keys: "version";
+"eval" and "train", the graph of each mode ("train" is None if it is the same; "eval" is None without a graph);
+"answers" and "expected" of :mod:`~tritonq.prepare.forwards.answered`; "values" and "otherwise" of
+:mod:`~tritonq.prepare.forwards.guarded`; "reads" and "returns" of :mod:`~tritonq.prepare.forwards.quantized`; "hidden",
+names of children that ``children()`` leaves out; "on_instance", the parameters of a forward that was replaced on the
+instance.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +34,12 @@ from tritonq.prepare.forwards.quantized import Read, quantizing
 
 
 class EditedForward(HidesChildren):
-    """Mixin of the classes that carry an edited forward; each is a subclass of the module's own class."""
+    """Mixin of the classes that carry an edited forward; each is a subclass of the module's own class.
+
+    Attributes:
+        _tritonq_class: the module's own class.
+        _tritonq_forward: the forward data as JSON.
+    """
 
     _tritonq_class: type[nn.Module]
     _tritonq_forward: str
@@ -55,7 +68,7 @@ _OWN_STATE, _CHILDREN = "_tritonq_own_state", "_tritonq_children"
 
 
 def _without_graphs(state: Any) -> Any:
-    """Return a module's state, where tensors that a forward left on it are detached: copies and files refuse others."""
+    """Return a module's state with its tensors detached from autograd: copies and files refuse others."""
     if not isinstance(state, dict):
         return state
     return {
@@ -65,16 +78,20 @@ def _without_graphs(state: Any) -> Any:
 
 
 def forward_data(module: nn.Module) -> ForwardData | None:
-    """Return the plain data of a module's edited forward, or None where the forward is the class's own."""
+    """Return the forward data of a module; None if its forward is its class's own.
+
+    A ``torch.fx.GraphModule`` has the data of its graph; None if plain data can't hold that.
+    """
     if isinstance(module, fx.GraphModule):
         return read_graph(module)
     return json.loads(module._tritonq_forward) if isinstance(module, EditedForward) else None
 
 
 def forward_source(module: nn.Module) -> dict[str, str]:
-    """Return the Python source of a module's edited forward by mode; empty where the forward is the class's own.
+    """Return the Python source of a module's edited forward, by mode; empty if the forward is its class's own.
 
-    The modes are ``"eval"`` and ``"train"``, or ``"eval and train"`` where both run the same.
+    The keys are ``"eval"`` and ``"train"``, or ``"eval and train"`` if both modes run the same. For a forward with
+    answered calls the only entry has one line for each of these calls.
     """
     data = forward_data(module)
     if data is not None and "answers" in data:
@@ -92,19 +109,19 @@ def forward_source(module: nn.Module) -> dict[str, str]:
 
 
 def apply_forward(module: nn.Module, data: ForwardData, hidden: Iterable[str] = ()) -> None:
-    """Give ``module`` the forward that ``data`` describes, in place; its type stays a subclass of its class.
+    """Give ``module`` the forward that ``data`` describes, in place; its type becomes a subclass of its class.
 
-    A ``torch.fx.GraphModule`` gets the edited graph for its own: its copies hold what its graph calls, and no more. A
-    forward that was replaced on the instance is edited in place of the class's.
+    A ``torch.fx.GraphModule`` gets the edited graph for its own instead. If the module has a forward on the instance,
+    that one is edited, not its class's.
 
     Args:
         module: the module.
-        data: from :meth:`ForwardGraph.to_data` or :func:`forward_data`, or from :func:`quantizing_data`.
-        hidden: children that are not among the module's ``children()``, and that a container does not run, count or
-            index, besides those that ``data`` names.
+        data: forward data, from ``to_data`` of an edited forward, :func:`forward_data` or :func:`quantizing_data`.
+        hidden: names of children that ``children()`` leaves out, and that a container does not run, count or index,
+            besides those that ``data`` names.
 
     Raises:
-        ValueError: data that doesn't describe a forward, or one that calls children which ``module`` doesn't have.
+        ValueError: data that don't describe a forward, or that call children which ``module`` doesn't have.
     """
     plain = _checked(module, data)
     if type(module) is nn.MultiheadAttention and (data["eval"] is not None or "answers" in data):
@@ -123,11 +140,16 @@ _OWN_FORWARD = "_tritonq_own_forward"
 
 
 def _changes_forward(data: ForwardData) -> bool:
+    """Whether forward data change what a module computes, and do not only hide children."""
     return data["eval"] is not None or "answers" in data or data["version"] == QUANTIZING_VERSION
 
 
 def _moved_aside(module: nn.Module) -> ForwardData:
-    """Let the class's forward run where one on the instance did, and return what edited data says of that one."""
+    """Move a forward that was set on the instance to another attribute, so that the class's forward runs.
+
+    Returns ``{"on_instance": [[name, kind, has a default], …]}`` with its parameters; empty if there is no such
+    forward.
+    """
     own = vars(module).pop("forward", None)
     if own is not None:
         vars(module)[_OWN_FORWARD] = own
@@ -140,7 +162,7 @@ def _moved_aside(module: nn.Module) -> ForwardData:
 
 
 def _own_forward(parameters: Iterable[tuple[str, int, bool]]) -> Callable[..., Any]:
-    """Return the forward that runs the one of the instance, which has these parameters."""
+    """Return a forward for a class that runs the one that :func:`_moved_aside` moved, and has its parameters."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return vars(self)[_OWN_FORWARD](*args, **kwargs)
@@ -155,7 +177,12 @@ def _own_forward(parameters: Iterable[tuple[str, int, bool]]) -> Callable[..., A
 
 
 def quantizing_data(reads: Iterable[Read] = (), returns: str | None = None) -> ForwardData:
-    """Return the data of a forward that is the class's own but for quantized arguments and results."""
+    """Return forward data that quantize arguments and results, and leave the forward as it is otherwise.
+
+    Args:
+        reads: the arguments to quantize.
+        returns: name of the child that quantizes the result; None: no child does.
+    """
     return {
         "version": QUANTIZING_VERSION,
         "eval": None,
@@ -165,7 +192,7 @@ def quantizing_data(reads: Iterable[Read] = (), returns: str | None = None) -> F
 
 
 def quantizing_part(module: nn.Module) -> ForwardData | None:
-    """Return the data of the quantized arguments and results of a module's forward, or None where it has none."""
+    """Return the part of a module's forward data that quantizes arguments and results; None if it quantizes none."""
     data = forward_data(module) or {}
     if not data.get("reads") and data.get("returns") is None:
         return None
@@ -173,9 +200,13 @@ def quantizing_part(module: nn.Module) -> ForwardData | None:
 
 
 def set_inner_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Let a module run ``forward`` in place of its own; it goes on quantizing arguments and results.
+    """Let a module run ``forward`` in place of its own; it still quantizes arguments and results as before.
 
-    For copies that are traced: pickles and deep copies of the module do not hold the forward.
+    To be used on copies that are traced: pickles and deep copies of the module do not hold the new forward.
+
+    Args:
+        module: the module, changed in place.
+        forward: called with the module's arguments, without the module.
     """
     data = quantizing_part(module)
     if data is None:
@@ -190,13 +221,17 @@ def set_inner_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def quantizer_names(data: ForwardData) -> list[str]:
-    """Return the names of the children that quantize arguments and results in a forward."""
+    """Return the names of the children that quantize arguments and results, arguments first, in some forward data."""
     returns = [] if data.get("returns") is None else [data["returns"]]
     return [*(Read.from_data(read).child for read in data.get("reads", ())), *returns]
 
 
 def _checked(module: nn.Module, data: Any) -> ForwardData:
-    """Return the data of a forward with every key, and nothing that the module can't run."""
+    """Return forward data with every key, checked so that the module can run them.
+
+    Raises:
+        ValueError: data of another form or version, or that name children which the module doesn't have.
+    """
     version = data.get("version", DATA_VERSION) if isinstance(data, dict) else None
     if version not in (DATA_VERSION, ANSWERS_VERSION, QUANTIZING_VERSION):
         raise ValueError(f"expected forward data of version {QUANTIZING_VERSION} or earlier, got {version!r}")
@@ -224,7 +259,13 @@ def _checked(module: nn.Module, data: Any) -> ForwardData:
 
 
 def _checked_guard(data: ForwardData, children: Iterable[str], owner: str) -> ForwardData:
-    """Return, checked, the values that a graph was traced for and the answers used otherwise; empty without values."""
+    """Return the keys "values" and "otherwise" of forward data, checked; empty without "values".
+
+    Args:
+        data: forward data.
+        children: names of the children that the forward may call.
+        owner: class name of the module, for messages.
+    """
     if "values" not in data:
         return {}
     check_values(data["values"])
@@ -243,6 +284,7 @@ _classes: WeakValueDictionary[tuple[type, str], type[nn.Module]] = WeakValueDict
 
 
 def _edited_class(original: type[nn.Module], encoded: str) -> type[nn.Module]:
+    """Return the subclass of ``original`` that runs some forward data, given as JSON; equal ones share a class."""
     known = _classes.get((original, encoded))
     if known is not None:
         return known
@@ -279,6 +321,8 @@ def _edited_class(original: type[nn.Module], encoded: str) -> type[nn.Module]:
 
 
 def _by_mode(in_eval: FunctionType, in_train: FunctionType) -> Callable[..., Any]:
+    """Return a forward that runs one function in eval mode and another one in training mode."""
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return in_train(self, *args, **kwargs) if self.training else in_eval(self, *args, **kwargs)
 
@@ -286,5 +330,6 @@ def _by_mode(in_eval: FunctionType, in_train: FunctionType) -> Callable[..., Any
 
 
 def _rebuild(original: type[nn.Module] | tuple[type[nn.Module], type[nn.Module]], encoded: str) -> nn.Module:
+    """Return an empty module for a pickle: of the edited class of ``original``, a class or the two that were joined."""
     cls = _edited_class(joined_class(*original) if isinstance(original, tuple) else original, encoded)
     return cls.__new__(cls)

@@ -13,7 +13,10 @@ _TOLD = "_tritonq_told_missing"
 
 
 def tell_once(owner: nn.Module, message: str) -> None:
-    """Warn, once per module; under ``torch.compile`` while it traces, since a graph has no warnings."""
+    """Warn with ``message``, once per module ``owner``.
+
+    Under ``torch.compile`` the warning comes while it traces, each time, since a compiled graph can't warn.
+    """
     if torch.compiler.is_compiling():
         _warn(message)
     else:

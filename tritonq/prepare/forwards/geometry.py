@@ -1,4 +1,7 @@
-"""Arguments of convolutions and products that a forward calls as functions, and that a layer in their place fixes."""
+"""Arguments of convolutions and ``F.linear`` that a layer fixes.
+
+Stride, padding, dilation and the like (its *geometry*).
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,32 @@ _TENSORS = len(_LINEAR)
 
 
 def argument_names(function: str) -> tuple[str, ...]:
-    """Return the names of a function's arguments, by position."""
+    """Return the names of all arguments of a function, by position; ``function`` is "linear", "conv2d" and the like."""
     return _LINEAR if function == "linear" else _TRANSPOSED if "transpose" in function else _CONV
 
 
 def geometry_of(function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those arguments of a call that are neither input, weight nor bias, by name."""
+    """Return those arguments of a call that are neither input, weight nor bias, by name; only those that were given.
+
+    ``geometry_of("conv2d", (x, w, None, 2), {"groups": 4})`` gives ``{"stride": 2, "groups": 4}``.
+    """
     names = argument_names(function)[_TENSORS:]
     given = dict(zip(names, args[_TENSORS:], strict=False))
     return {**given, **{key: kwargs[key] for key in names if key in kwargs}}
 
 
 def check_geometry(layer: nn.Module, function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError where a convolution is called with another stride, padding or the like than recorded."""
+    """Check that a function is called with the stride, padding and so on that the layer in its place has.
+
+    Args:
+        layer: the layer, which has these as attributes.
+        function: plain name of the function, such as "conv2d".
+        args: positional arguments of the call.
+        kwargs: named arguments of the call.
+
+    Raises:
+        ValueError: one of them differs.
+    """
     for key, value in geometry_of(function, args, kwargs).items():
         recorded = getattr(layer, key)
         numbers = value if isinstance(value, (str, tuple, list)) else (value,)
@@ -40,5 +56,5 @@ def check_geometry(layer: nn.Module, function: str, args: Sequence[Any], kwargs:
 
 
 def _broadcast(numbers: Sequence[int], whole: Sequence[int]) -> bool:
-    """Whether ``numbers``, one per axis or one for all, equal ``whole``, one per axis."""
+    """Whether ``numbers``, one per axis or one for all axes, equal ``whole``, which has one per axis."""
     return tuple(numbers) == tuple(whole) or (len(numbers) == 1 and set(numbers) == set(whole))

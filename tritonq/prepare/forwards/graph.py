@@ -1,8 +1,10 @@
-"""The forward of one module as a graph that can be edited.
+"""The forward of one module as a torch.fx graph that can be edited.
 
-The forward becomes a torch.fx graph with the module's children as single calls: one graph, or one per mode where train
-and eval differ. Edits insert calls of new children. The result is plain data;
-:func:`tritonq.prepare.forwards.edited.apply_forward` compiles it and puts it on a module.
+The module's children are single calls in the graph. There is one graph, or one per mode if train and eval differ. Edits
+insert calls of new children. ``to_data`` returns the edited graph as plain data, and
+:func:`tritonq.prepare.forwards.edited.apply_forward` compiles these and puts them on a module.
+
+An *operands* function takes a node of the graph and returns the arguments for the child that replaces it.
 """
 
 from __future__ import annotations
@@ -33,10 +35,14 @@ Operands = Callable[[fx.Node], tuple[Any, ...]]
 
 
 class ForwardGraph:
-    """The forward of one module, open for edits. Nodes are named as in the eval graph.
+    """The forward of one module as a graph, to be edited. Nodes are named as in the graph of eval mode.
+
+    Args:
+        eval_graph: the graph of eval mode.
+        train_graph: the graph of training mode; None if it is the same.
 
     Attributes:
-        eval_graph: what runs in eval mode.
+        eval_graph: the graph that runs in eval mode.
     """
 
     def __init__(self, eval_graph: fx.Graph, train_graph: fx.Graph | None = None) -> None:
@@ -48,10 +54,10 @@ class ForwardGraph:
 
     @classmethod
     def trace(cls, module: nn.Module, frames: Iterable[Frame]) -> Self:
-        """Return the forward of ``module`` as it was called in the recorded ``frames``.
+        """Trace the forward of ``module`` in both modes, with arguments as in the recorded ``frames``.
 
         Raises:
-            TraceError: no graph can stand for it; the message says why.
+            TraceError: no graph can stand for the forward; the message says why.
         """
         arguments = classify_arguments(forward_signature(module), frames)
         in_eval, in_train = trace(module, arguments, training=False), trace(module, arguments, training=True)
@@ -69,7 +75,7 @@ class ForwardGraph:
         """Return the graph that :meth:`to_data` described.
 
         Raises:
-            ValueError: data of another version, or that doesn't describe a forward.
+            ValueError: data of another version, or that don't describe a forward.
         """
         version = data.get("version") if isinstance(data, dict) else None
         if version not in (DATA_VERSION, QUANTIZING_VERSION):
@@ -78,39 +84,50 @@ class ForwardGraph:
         return cls(data_to_graph(data["eval"]), None if train is None else data_to_graph(train))
 
     def to_data(self) -> ForwardData:
-        """Return plain data that JSON can hold: ``{"version", "eval": nodes, "train": nodes or None}``."""
+        """Return plain data for JSON: ``{"version", "eval": nodes, "train": nodes, or None if it is the same}``."""
         train: GraphData | None = None if self._train_graph is None else graph_to_data(self._train_graph)
         return {"version": DATA_VERSION, "eval": graph_to_data(self.eval_graph), "train": train}
 
     def graph_of(self, training: bool) -> fx.Graph:
-        """Return the graph of one mode."""
+        """Return the graph that runs in training mode if ``training``, else that of eval mode."""
         return self.eval_graph if self._train_graph is None or not training else self._train_graph
 
     def eval_name(self, node: str, training: bool) -> str | None:
-        """Return the name in the eval graph of a node of one mode's graph, or None if only training has it."""
+        """Return the name that a node has in the eval graph; None if only the training graph has such a node.
+
+        Args:
+            node: name of the node in the graph of one mode.
+            training: whether that is the graph of training mode.
+        """
         if self._train_graph is None or not training:
             return node
         return self._eval_names.get(node)
 
     @property
     def differs_in_training(self) -> bool:
-        """Whether training runs another graph than eval mode."""
+        """Whether training mode runs another graph than eval mode."""
         return self._train_graph is not None
 
     def can_edit(self, node: str) -> bool:
-        """Whether the node exists in the graphs of both modes."""
+        """Whether a node exists in the graphs of both modes, so that it can be edited.
+
+        ``node`` is its name in the eval graph.
+        """
         return self._train_graph is None or node in self._train_names
 
     def has_constant_arguments(self, node: str) -> bool:
-        """Whether a node reads one other node: its further arguments are constants."""
+        """Whether a node reads exactly one other node, so that all its further arguments are constants."""
         return all(len(found.all_input_nodes) == 1 for _, found in self._find(node))
 
     def check_geometry(self, node: str, recorded: Mapping[str, Any]) -> None:
-        """Let each call of a convolution or product raise where what the forward computes is not as recorded.
+        """Insert checks before a call of a convolution or ``F.linear``: its stride and the like must be as recorded.
+
+        A check is inserted for each argument that the forward computes. It raises ValueError when the forward runs and
+        the argument differs.
 
         Args:
-            node: the call.
-            recorded: its arguments by name, such as padding and groups.
+            node: name of the call's node.
+            recorded: the recorded arguments by name, such as padding and groups.
         """
         for graph, found in self._find(node):
             function = operation_name(found.target) if callable(found.target) else str(found.target)
@@ -120,10 +137,15 @@ class ForwardGraph:
                         graph.call_function(check_argument, (value, recorded[name], f"{name} of {function}"))
 
     def replace(self, node: str, child: str, operands: Operands, in_place: bool = False, joined: bool = False) -> None:
-        """Replace a node by a call of the child module ``child`` on ``operands(node)``.
+        """Replace a node by a call of a child module, in the graphs of both modes.
 
-        ``in_place`` says that the node overwrites its first operand: later readers of that get the new result.
-        ``joined`` says that the child computes other nodes, too, which were erased.
+        Args:
+            node: name of the node.
+            child: name of the child module.
+            operands: returns the child's arguments, given the node.
+            in_place: whether the node overwrites its first operand; later readers of that operand then get the new
+                result.
+            joined: not used here; see ``AnsweredForward.replace``.
         """
         for graph, found in self._find(node):
             with graph.inserting_after(found):
@@ -132,23 +154,31 @@ class ForwardGraph:
             graph.erase_node(found)
 
     def insert_after(self, node: str, child: str, in_place: bool = False) -> None:
-        """Pass the result of a node through the child module ``child`` on its way to all later readers."""
+        """Pass the result of a node through a child module, so that all readers of the node get the child's result.
+
+        Args:
+            node: name of the node.
+            child: name of the child module.
+            in_place: whether the node overwrites its first operand; later readers of that operand get the new result,
+                too.
+        """
         for graph, found in self._find(node):
             with graph.inserting_after(found):
                 call = graph.call_module(child, (found,))
             _redirect(found, call, in_place)
 
     def erase(self, node: str) -> None:
-        """Remove a node; its readers get its first operand instead."""
+        """Remove a node from the graphs; its readers get its first operand instead."""
         for graph, found in self._find(node):
             found.replace_all_uses_with(first_operand(found))
             graph.erase_node(found)
 
     def graphs(self) -> list[fx.Graph]:
-        """Return the graph of eval mode and, where training differs, that of training."""
+        """Return the graph of eval mode and, if training differs, also that of training mode."""
         return [self.eval_graph] if self._train_graph is None else [self.eval_graph, self._train_graph]
 
     def _find(self, name: str) -> list[tuple[fx.Graph, fx.Node]]:
+        """Return ``(graph, node)`` for each mode's graph, given the node's name in the eval graph."""
         if name not in self._nodes[0]:
             raise ValueError(f"no node {name!r} in the graph")
         names = [name, self._train_names.get(name, "")]
@@ -156,16 +186,17 @@ class ForwardGraph:
 
 
 def _reads_nodes(argument: Any) -> bool:
+    """Whether an argument is a node of the graph or holds one, and so is no constant."""
     found: list[fx.Node] = []
     fx.map_arg(argument, found.append)
     return bool(found)
 
 
 def first_operand(node: fx.Node) -> fx.Node:
-    """Return the first node that a node reads.
+    """Return the first node among the arguments of a node.
 
     Raises:
-        ValueError: it reads none.
+        ValueError: it reads no node.
     """
     for argument in (*node.args, *node.kwargs.values()):
         if isinstance(argument, fx.Node):
@@ -174,43 +205,46 @@ def first_operand(node: fx.Node) -> fx.Node:
 
 
 def node_operands(node: fx.Node) -> tuple[Any, ...]:
-    """Return the arguments of a node that are nodes: the operands of an addition."""
+    """Return all arguments of a node that are nodes themselves: for an addition its two operands."""
     return tuple(argument for argument in (*node.args, *node.kwargs.values()) if isinstance(argument, fx.Node))
 
 
 def first_node(node: fx.Node) -> tuple[Any, ...]:
-    """Return the first node that a node reads, as the one operand."""
+    """Return the first node among the arguments of a node, as a tuple of one."""
     return (first_operand(node),)
 
 
 def layer_operands(node: fx.Node) -> tuple[Any, ...]:
-    """Return input, weight and bias of a convolution or product."""
+    """Return ``(input, weight, bias)`` of a node that calls a convolution or ``F.linear``; bias is None without one."""
     return layer_arguments(node.args, node.kwargs)
 
 
 def layer_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return input, weight and bias among the arguments of a convolution or product."""
+    """Return ``(input, weight, bias)`` from the arguments of a convolution or ``F.linear``.
+
+    Bias is None without one.
+    """
     given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
     return given["input"], given["weight"], given.get("bias")
 
 
 def attention_operands(node: fx.Node) -> tuple[Any, ...]:
-    """Return the arguments of scaled dot-product attention, by position."""
+    """Return all arguments of a node that calls scaled dot-product attention, by position, with defaults."""
     return attention_arguments(node.args, node.kwargs)
 
 
 def product_operands(node: fx.Node) -> tuple[Any, ...]:
-    """Return the operands of an einsum, in whatever spelling."""
+    """Return the tensors of a node that calls ``torch.einsum``, in whichever of its forms."""
     return einsum_operands(node.args)
 
 
 def sequence_operand(node: fx.Node) -> tuple[Any, ...]:
-    """Return the first argument of a node as a whole: the list that a concatenation takes."""
+    """Return the first argument of a node as it is, as a tuple of one: for a concatenation the list of its parts."""
     return ((*node.args, *node.kwargs.values())[0],)
 
 
 def compile_graph(graph: fx.Graph, name: str) -> FunctionType:
-    """Return the function that a graph describes, ``forward(self, …)``; ``name`` appears in tracebacks."""
+    """Return the function ``forward(self, …)`` that a graph describes; ``name`` appears in tracebacks."""
     code = graph.python_code("self")
     filename = f"<tritonq forward {next(_sources)} of {name}>"
     namespace = dict(code.globals)
@@ -221,6 +255,10 @@ def compile_graph(graph: fx.Graph, name: str) -> FunctionType:
 
 
 def _redirect(node: fx.Node, new: fx.Node, in_place: bool) -> None:
+    """Let the readers of ``node`` read ``new``.
+
+    With ``in_place`` also the later readers of the operand that it overwrites.
+    """
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     if in_place:
         overwritten = first_operand(node)
@@ -230,10 +268,10 @@ def _redirect(node: fx.Node, new: fx.Node, in_place: bool) -> None:
 
 
 def _correspondence(in_eval: fx.Graph, in_train: fx.Graph) -> dict[str, str]:
-    """Return, for names of nodes of the eval graph, the name of the node of the train graph that corresponds.
+    """Return for names of nodes in the eval graph the names of the same nodes in the training graph.
 
-    Nodes correspond that apply one operation to corresponding nodes. Of what remains, the k-th nodes of a kind
-    correspond where both graphs have equally many of it.
+    Two nodes correspond if they apply one operation to corresponding nodes. Of the remaining nodes, the k-th of an
+    operation corresponds to the k-th of the same operation, if both graphs have equally many.
     """
     found: dict[str, str] = {}
     free: dict[tuple[Any, ...], deque[str]] = {}
@@ -255,4 +293,5 @@ def _correspondence(in_eval: fx.Graph, in_train: fx.Graph) -> dict[str, str]:
 
 
 def _kind(node: fx.Node) -> tuple[str, Any]:
+    """Return what a node calls: its opcode of torch.fx and its target."""
     return node.op, node.target

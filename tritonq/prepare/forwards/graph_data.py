@@ -1,7 +1,7 @@
-"""torch.fx graphs as plain data, and back: what a checkpoint may hold without executable code in it.
+"""Write torch.fx graphs as plain data, and read them back, so that a checkpoint holds no executable code.
 
-Functions are stored by name and looked up in a fixed table of torch, operator and math functions, so that a foreign
-file can't name anything else.
+Functions are stored by name and looked up in a fixed table of torch, operator and math functions. A file from someone
+else can't name any other function.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ _TRACED_AS_RUN: ContextVar[bool] = ContextVar("traced_as_run", default=False)
 
 @contextmanager
 def traced_as_run() -> Iterator[None]:
-    """Let :func:`check_argument` pass tensors in the place of None: some forwards make masks where they are traced.
+    """Let :func:`check_argument` accept, in the block, a tensor for an argument that was None.
 
-    For a model that has just run on the same arguments, with None there.
+    Some forwards make masks in place of None when they are traced. The block is meant for tracing a model that has just
+    run on the same arguments, with None.
     """
     token = _TRACED_AS_RUN.set(True)
     try:
@@ -55,10 +56,15 @@ def traced_as_run() -> Iterator[None]:
 
 
 def check_argument(value: Any, expected: Any, name: str) -> None:
-    """Raise unless an argument has the value that the forward was prepared with.
+    """Check that an argument of a forward has the value with which the model was prepared. Edited graphs call it.
+
+    Args:
+        value: the argument.
+        expected: its value when the model was prepared.
+        name: name of the argument in the message.
 
     Raises:
-        ValueError: another value.
+        ValueError: the value or its type differs.
     """
     if isinstance(value, torch.Tensor) and expected is None and _TRACED_AS_RUN.get():
         return
@@ -72,6 +78,7 @@ def check_argument(value: Any, expected: Any, name: str) -> None:
 
 @lru_cache(maxsize=1)
 def _functions() -> dict[str, Callable[..., Any]]:
+    """Return the functions that a graph may call, by the names that stand for them in plain data."""
     functional = torch.nn.functional
     table: dict[str, Callable[..., Any]] = {"getattr": getattr, "tritonq.check_argument": check_argument}
     table |= {f"operator.{name}": getattr(operator, name) for name in _OPERATORS.split()}
@@ -93,7 +100,7 @@ def _names() -> dict[Callable[..., Any], str]:
 
 
 def graph_to_data(graph: fx.Graph) -> GraphData:
-    """Return a graph as a list of nodes that JSON can hold.
+    """Return a graph as a list with one dict per node, which JSON can hold.
 
     Raises:
         ValueError: a function outside of the table, or an argument that is no plain constant.
@@ -105,7 +112,7 @@ def data_to_graph(data: GraphData) -> fx.Graph:
     """Return the graph that :func:`graph_to_data` described.
 
     Raises:
-        ValueError: data that doesn't describe a graph, or that names an unknown function.
+        ValueError: data that don't describe a graph, or that name an unknown function.
     """
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
@@ -128,10 +135,10 @@ def data_to_graph(data: GraphData) -> fx.Graph:
 
 
 def constant_to_data(value: Any) -> Any:
-    """Return a constant as JSON can hold it.
+    """Return a constant in a form that JSON can hold: ``(1, None)`` gives ``{"tuple": [1, None]}``.
 
     Raises:
-        ValueError: anything that is no plain constant.
+        ValueError: a value that is no plain constant.
     """
     return _to_data(value)
 
@@ -140,12 +147,13 @@ def constant_from_data(data: Any) -> Any:
     """Return the constant that :func:`constant_to_data` described.
 
     Raises:
-        ValueError: data that doesn't describe one.
+        ValueError: data that don't describe one.
     """
     return _from_data(data, {})
 
 
 def _node_to_data(node: fx.Node) -> NodeData:
+    """Return one node as a dict with name, op, target, args and kwargs."""
     target = node.target
     if node.op == "call_function":
         name = _names().get(target) if isinstance(target, Callable) else None  # type: ignore[arg-type]
@@ -164,7 +172,16 @@ def _node_to_data(node: fx.Node) -> NodeData:
 
 
 def _target_from_data(op: str, target: Any, args: list[Any]) -> Any:
-    """Look a target up, refusing everything that could run other code than tensor functions."""
+    """Return what a node calls: the function for its name in the table, else the name itself, checked.
+
+    Args:
+        op: opcode of torch.fx, such as "call_function".
+        target: the target in plain data, always a text.
+        args: positional arguments of the node, as plain data.
+
+    Raises:
+        ValueError: the target could run other code than tensor functions.
+    """
     if not isinstance(target, str):
         raise ValueError(f"the target of a graph node must be a string, got {target!r}")
     if op == "call_function":
@@ -191,12 +208,14 @@ def _is_public(name: str) -> bool:
 
 
 def _check_name(name: Any) -> str:
+    """Return a name; raise ValueError if it is no Python name."""
     if not isinstance(name, str) or not _NAME.match(name) or keyword.iskeyword(name):
         raise ValueError(f"{name!r} is not a Python name")
     return name
 
 
 def _to_data(item: Any) -> Any:
+    """Return an argument of a node as plain data; a node becomes ``{"node": name}``."""
     if isinstance(item, fx.Node):
         return {"node": item.name}
     if item is None or type(item) in (bool, int, str):
@@ -222,6 +241,7 @@ def _to_data(item: Any) -> Any:
 
 
 def _from_data(item: Any, nodes: dict[str, fx.Node]) -> Any:
+    """Return the argument that :func:`_to_data` described; ``nodes`` holds the nodes before it by name."""
     if isinstance(item, list):
         return [_from_data(child, nodes) for child in item]
     if not isinstance(item, dict):

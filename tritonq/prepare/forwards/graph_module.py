@@ -1,4 +1,4 @@
-"""The forward of a ``torch.fx.GraphModule``, which is a graph already: copies and pickles are made from it alone."""
+"""Read and write the graph of a ``torch.fx.GraphModule``, which torch makes copies and pickles of the module from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from tritonq.prepare.forwards.quantized import Read
 
 
 def read_graph(module: fx.GraphModule) -> ForwardData | None:
-    """Return the data of its graph; None where plain data can't hold that, so that it was never edited."""
+    """Return the forward data of a GraphModule's graph.
+
+    None if plain data can't hold it, so that it was never edited.
+    """
     try:
         return {"version": DATA_VERSION, "eval": graph_to_data(module.graph), "train": None, "hidden": []}
     except ValueError:
@@ -20,10 +23,14 @@ def read_graph(module: fx.GraphModule) -> ForwardData | None:
 
 
 def write_graph(module: fx.GraphModule, data: ForwardData) -> None:
-    """Give it the graph that ``data`` describes, as ``apply_forward`` has checked it.
+    """Give a GraphModule the graph that forward data describe, with quantizers of arguments and results in it.
+
+    Args:
+        module: the GraphModule, changed in place.
+        data: forward data, checked by ``apply_forward``.
 
     Raises:
-        ValueError: a forward that is no single graph.
+        ValueError: the data are not one graph, or quantize an argument by name.
     """
     if "answers" in data or data.get("train") is not None:
         raise ValueError("the forward of a GraphModule is one graph")
@@ -43,6 +50,7 @@ def write_graph(module: fx.GraphModule, data: ForwardData) -> None:
 
 
 def _pass_through(graph: fx.Graph, node: fx.Node, after: fx.Node, child: str) -> None:
+    """Let all readers of ``node`` read the result of a child instead, which is called behind the node ``after``."""
     with graph.inserting_after(after):
         call = graph.call_module(child, (node,))
     node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)

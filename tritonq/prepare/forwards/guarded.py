@@ -1,8 +1,9 @@
-"""A graph that runs for as long as what its trace read of the module is what it was.
+"""A graph that runs only while the module is as it was when the graph was traced.
 
-A trace fixes whole numbers, flags and texts of a module that its forward reads: how often a loop runs, which branch is
-taken. It also leaves out ``*args`` and ``**kwargs`` that were empty. Beside the graph the forward itself is edited: it
-runs, with its recorded calls answered, where one of these values has changed or such an argument is given.
+A trace keeps the whole numbers, flags and texts of the module that its forward reads: how often a loop runs, which
+branch is taken. It also leaves out ``*args`` and ``**kwargs`` that were empty. So the forward itself is edited, too
+(:mod:`tritonq.prepare.forwards.answered`). It runs in place of the graph once one of these values has changed, or if
+such an argument is given.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ _GONE = object()
 
 
 class GuardedGraph(ForwardGraph):
-    """The forward of one module as a graph, and beside it the forward itself, open for the same edits.
+    """The forward of one module as a graph, with the forward itself beside it; every edit is made to both.
 
     Attributes:
-        values: what the graph was made for, by the paths of attributes of the module.
-        places: the places in the source that made the calls of each node.
+        values: the values for which the graph was traced, by the paths of attributes, such as ``{"config.depth": 4}``.
+        places: for each node the places in the source that made its recorded calls.
     """
 
     def __init__(self, eval_graph: fx.Graph, train_graph: fx.Graph | None = None) -> None:
@@ -37,34 +38,40 @@ class GuardedGraph(ForwardGraph):
         self._forward: AnsweredForward | None = None
 
     def guard(self, values: Mapping[str, Any], forward: AnsweredForward, calls: Iterable[tuple[str, str]]) -> None:
-        """Run the forward itself once one of the values has changed.
+        """Let the forward itself run once one of the values has changed.
 
         Args:
-            values: what the graph was made for, by the paths of attributes of the module.
+            values: the values for which the graph was traced, by the paths of attributes.
             forward: the forward itself.
-            calls: the node and the place of each recorded call that can be answered.
+            calls: ``(node, place)`` of each recorded call that can be answered.
         """
         self.values, self._forward, self._is_guarded = values, forward, True
         for node, place in dict.fromkeys(calls):
             self.places[node] = (*self.places.get(node, ()), place)
 
     def replace(self, node: str, child: str, operands: Operands, in_place: bool = False, joined: bool = False) -> None:
-        """See base class."""
+        """Replace a node in the graph, and its calls in the forward itself.
+
+        Arguments as ``ForwardGraph.replace`` has them.
+        """
         super().replace(node, child, operands, in_place, joined)
-        self._also(node, lambda forward, place: forward.replace(place, child, operands, in_place, joined))
+        self._edit_forward(node, lambda forward, place: forward.replace(place, child, operands, in_place, joined))
 
     def insert_after(self, node: str, child: str, in_place: bool = False) -> None:
-        """See base class."""
+        """Pass a node's result through a child, in the graph and in the forward itself."""
         super().insert_after(node, child, in_place)
-        self._also(node, lambda forward, place: forward.insert_after(place, child, in_place))
+        self._edit_forward(node, lambda forward, place: forward.insert_after(place, child, in_place))
 
     def erase(self, node: str) -> None:
-        """See base class."""
+        """Remove a node from the graph, and its calls from the forward itself."""
         super().erase(node)
-        self._also(node, lambda forward, place: forward.erase(place))
+        self._edit_forward(node, lambda forward, place: forward.erase(place))
 
-    def _also(self, node: str, edit: Callable[[AnsweredForward, str], None]) -> None:
-        """Edit the forward itself; one that can't be edited there will not run."""
+    def _edit_forward(self, node: str, edit: Callable[[AnsweredForward, str], None]) -> None:
+        """Make an edit in the forward itself, at each place of a node.
+
+        Drop that forward if the node has no known place.
+        """
         places = self.places.get(node, ())
         if self._forward is not None:
             for place in places:
@@ -72,7 +79,7 @@ class GuardedGraph(ForwardGraph):
         self._forward = self._forward if places else None
 
     def to_data(self) -> ForwardData:
-        """See base class."""
+        """Return forward data: those of the graph, "values", and as "otherwise" those of the forward itself or None."""
         data = super().to_data()
         if self._is_guarded:
             data["values"] = {path: constant_to_data(value) for path, value in self.values.items()}
@@ -81,12 +88,12 @@ class GuardedGraph(ForwardGraph):
 
 
 def guarded(graph: Callable[..., Any], original: Callable[..., Any], data: ForwardData) -> Callable[..., Any]:
-    """Return a forward that runs ``graph`` while the module is as the graph was made for, and ``original`` otherwise.
+    """Return a forward that runs ``graph`` while the module has the values for which it was traced, else ``original``.
 
     Args:
-        graph: the forward of the graph.
-        original: the forward as its author wrote it.
-        data: what :meth:`GuardedGraph.to_data` made.
+        graph: the function compiled from the graph.
+        original: the forward as its author wrote it; its recorded calls are answered.
+        data: what :meth:`GuardedGraph.to_data` returned. If its "otherwise" is None, a changed value raises ValueError.
     """
     values = [(path, path.split("."), constant_from_data(value)) for path, value in data["values"].items()]
     otherwise = data["otherwise"]
@@ -118,7 +125,11 @@ def takes_any_arguments(forward: Callable[..., Any]) -> bool:
 
 
 def _named_parameters(forward: Callable[..., Any]) -> tuple[int, frozenset[str]] | None:
-    """Return how many arguments a forward takes by position, self among them, and their names; None: no others."""
+    """Return ``(count, names)`` for a forward with ``*args`` or ``**kwargs``; None for any other.
+
+    ``count`` is how many arguments it takes by position, the module included; ``names`` are those of all its
+    parameters.
+    """
     parameters = inspect.signature(forward).parameters
     kinds = [parameter.kind for parameter in parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL not in kinds and inspect.Parameter.VAR_KEYWORD not in kinds:
@@ -128,12 +139,19 @@ def _named_parameters(forward: Callable[..., Any]) -> tuple[int, frozenset[str]]
 
 
 def _gives_more(takes: tuple[int, frozenset[str]], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call gives arguments that end up in ``*args`` or ``**kwargs``.
+
+    ``takes`` is from :func:`_named_parameters`.
+    """
     count, names = takes
     return len(args) >= count or any(name not in names for name in kwargs)
 
 
 def _value(module: Any, names: Iterable[str]) -> Any:
-    """Return the attribute at a path of names, or ``_GONE``, which counts as unchanged: quantized modules lack some."""
+    """Return the attribute at a path of names, or ``_GONE`` if there is none.
+
+    Quantized modules lack some attributes.
+    """
     for name in names:
         module = getattr(module, name, _GONE)
     return module
@@ -147,10 +165,10 @@ def _changed(module: nn.Module, path: str, expected: Any, found: Any) -> str:
 
 
 def check_values(data: Any) -> None:
-    """Raise unless these are values by the paths of attributes, as :meth:`GuardedGraph.to_data` makes them.
+    """Check that data are the "values" of :meth:`GuardedGraph.to_data`: constants by the paths of attributes.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the data have another form.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"values that a forward reads must be a mapping of paths, got {type(data).__qualname__}")

@@ -1,7 +1,7 @@
-"""Children that preparation added, and that code which walks a module's children should not meet.
+"""Hide the children that preparation added from code that walks through a module's children.
 
-Such code runs ``nn.Sequential(*model.children())``, loops over a ``ModuleDict`` or counts layers, and knows the float
-model. Hidden children are in ``named_modules()``, state dicts and the module's representation as any others are.
+Such code runs ``nn.Sequential(*model.children())``, loops over a ``ModuleDict`` or counts layers, and was written for
+the float model. Hidden children are still in ``named_modules()``, in state dicts and in the printed module.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ from torch import Tensor, nn
 
 
 class HidesChildren(nn.Module):
-    """Mixin: ``children()`` leaves some out, which switch mode, move and are visited with the others all the same."""
+    """Mixin whose ``children()`` leaves out the names in ``_tritonq_hidden``.
+
+    Hidden children switch mode, move to devices and are visited by ``apply`` as all others are.
+    """
 
     _tritonq_hidden: frozenset[str] = frozenset()
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """See base class."""
+        """Yield ``(name, child)`` of the children that are not hidden."""
         return ((name, child) for name, child in super().named_children() if name not in self._tritonq_hidden)
 
     def train(self, mode: bool = True) -> Any:
-        """See base class."""
+        """Switch the mode of the module and all its children, the hidden ones too."""
         for child in self._hidden_children():
             child.train(mode)
         return super().train(mode)
 
     def apply(self, fn: Callable[[nn.Module], Any]) -> Any:
-        """See base class."""
+        """Call ``fn`` on every module inside, the hidden ones too, and on the module itself."""
         for child in self._hidden_children():
             child.apply(fn)
         return super().apply(fn)
@@ -44,7 +47,16 @@ class HidesChildren(nn.Module):
 
 
 def container_methods(original: type[nn.Module], hidden: frozenset[str]) -> dict[str, Callable[..., Any]]:
-    """Return methods that make one of torch's container classes pass over hidden children; empty for other classes."""
+    """Return methods that let a container pass over hidden children: its length, iteration, keys and indexing.
+
+    Args:
+        original: the container's class.
+        hidden: names of the hidden children.
+
+    Returns:
+        Methods by name, for a subclass of ``original``; empty if nothing is hidden, or if ``original`` is no container
+        of torch.
+    """
     if not hidden:
         return {}
 

@@ -1,4 +1,4 @@
-"""Whether a module's own code can behave differently in training."""
+"""Find out whether a module's own code can behave differently in training."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import nn
 
 
 def reads_mode(kind: type[nn.Module]) -> bool:
-    """Whether any method of a class, or of its bases up to ``nn.Module``, reads an attribute called ``training``.
+    """Whether any method of a class, or of its bases below ``nn.Module``, reads an attribute called ``training``.
 
-    A class that hands itself to a function which reads the mode is not found.
+    A method that hands the module to a function which reads the mode is not found.
     """
     bases = (base for base in kind.__mro__ if base not in (nn.Module, object))
     return any("training" in code.co_names for base in bases for code in _code_of(vars(base).values()))
 
 
 def _code_of(items: Any) -> Iterator[CodeType]:
-    """Yield the code of functions, properties and static or class methods, and the code nested in it."""
+    """Yield the code objects of functions, properties and static or class methods, and of functions inside them."""
     for item in items:
         if isinstance(item, property):
             yield from _code_of((item.fget,))

@@ -1,4 +1,8 @@
-"""Numbers and flags among the arguments of a call: what it was recorded with, and whether it still has them."""
+"""Numbers and flags among the arguments of a call: those that were recorded, and whether a later call has the same.
+
+They are kept in a dict by position and by name, such as ``{"0": "a tensor", "input": "a tensor", "1": 0.5, "p": 0.5}``.
+Every tensor is the text "a tensor".
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ _WHERE = "inplace"
 
 
 def numbers_of_call(call: Call) -> Numbers:
-    """Return the arguments that a recorded call was given, with a word for each tensor."""
+    """Return the arguments of a recorded call by position and by name, with "a tensor" for each tensor."""
     given = _by_key(call.args, call.kwargs)
     for position, name in enumerate(_parameters(call.target)):
         key = name if name in given else str(position)
@@ -30,12 +34,15 @@ def numbers_of_call(call: Call) -> Numbers:
 
 
 def has_tensors_alone(numbers: Numbers) -> bool:
-    """Whether a recorded call was given tensors and nothing else that its result depends on."""
+    """Whether the arguments of a recorded call are tensors and nothing else that its result depends on."""
     return all(key == _WHERE or _is_of_tensors(value) for key, value in numbers.items())
 
 
 def has_numbers(args: Sequence[Any], kwargs: Mapping[str, Any], recorded: Sequence[Numbers]) -> bool:
-    """Whether a call has the numbers that it had in one of the recorded calls; what it does not give is a default."""
+    """Whether a call gives the same numbers and flags as one of the recorded calls.
+
+    Only the arguments that the call gives are compared; all others have their defaults.
+    """
     given = _by_key(args, kwargs)
     return any(all(numbers.get(key) == value for key, value in given.items()) for numbers in recorded)
 
@@ -47,7 +54,15 @@ def changed_numbers(
     kwargs: Mapping[str, Any],
     recorded: Sequence[Numbers],
 ) -> str:
-    """Return why a call with other numbers than recorded can't be made."""
+    """Return the message for a call with other numbers than recorded, which can't be made.
+
+    Args:
+        owner: class name of the module whose forward makes the call.
+        function: the called function.
+        args: positional arguments of the call.
+        kwargs: named arguments of the call.
+        recorded: arguments of the recorded calls, as :func:`numbers_of_call` returned them.
+    """
     given = _by_key(args, kwargs)
     before = {key: value for key, value in recorded[0].items() if key in given}
     return (
@@ -58,11 +73,12 @@ def changed_numbers(
 
 
 def _by_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Numbers:
+    """Return the arguments of a call by position ("0", "1", …) and by name, with "a tensor" for each tensor."""
     return {**{str(position): _plain(value) for position, value in enumerate(args)}, **_plain(kwargs)}
 
 
 def _plain(argument: Any) -> Any:
-    """Return an argument as JSON gives it back, with a word for each tensor."""
+    """Return an argument in the form that JSON gives back (lists for tuples), with "a tensor" for each tensor."""
     if isinstance(argument, (Tensor, Ref)):
         return _TENSOR
     if isinstance(argument, (tuple, list)):
@@ -78,7 +94,7 @@ def _is_of_tensors(value: Any) -> bool:
 
 
 def _parameters(function: Any) -> Sequence[str]:
-    """Return the names of a function's parameters by position; none where torch does not tell them."""
+    """Return the names of a function's parameters by position; empty if Python can't find its signature."""
     try:
         return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Which node of a traced forward made which recorded call: proof that the trace does what the module did."""
+"""Prove that a traced forward does what the module did: each recorded call must have its node in the graph."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tritonq.prepare.record.operations import operation_name, plain_name
 
 @dataclass(frozen=True)
 class Site:
-    """Where a call is made in a traced forward.
+    """The node of a graph, or the place in a forward, that makes a recorded call.
 
     Attributes:
-        node: name of the node in the eval graph, or the place of an answered call.
-        in_place: whether the node overwrites its first operand.
-        label: what a new child for it is named after.
+        node: name of the node in the eval graph; for a forward without a graph the place of the call.
+        in_place: whether the call overwrites its first operand.
+        label: what a child that is added for the call is named after, such as "add"; "" if not set.
     """
 
     node: str
@@ -31,12 +31,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A record beside the model that it is of.
+    """A record together with the model that was recorded.
 
     Attributes:
         flow: the record.
         modules: the model's modules by qualified name.
-        state: the values of parameters and buffers, by run and the id of the tensor.
+        state: for each run and parameter or buffer, ``(run, id(tensor))``, a ``Ref`` to its recorded value.
     """
 
     flow: Dataflow
@@ -45,7 +45,7 @@ class Recorded:
 
     @classmethod
     def of(cls, model: nn.Module, flow: Dataflow) -> Recorded:
-        """Look up the modules and tensors that a record names."""
+        """Look up the modules and tensors of a model that a record names."""
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         held = [value for value in flow.values if value.source == "state"]
         state = {(value.run, id(tensors[str(value.path[0])])): Ref(value.index) for value in held}
@@ -53,10 +53,15 @@ class Recorded:
 
 
 def match_frame(graph: fx.Graph, recorded: Recorded, frame: Frame) -> Mapping[int, Site]:
-    """Return the sites of all recorded function and leaf calls of one frame, by call index.
+    """Return the site of each call that one recorded frame made, by index of the call.
 
-    The graph is followed with recorded values in place of tensors, so that every call must agree in operation and
-    operands.
+    The graph is run with recorded values in place of tensors. Each call must agree with the recorded one in its
+    operation and its operands.
+
+    Args:
+        graph: the traced forward, in the mode of the frame.
+        recorded: the record and its model.
+        frame: one recorded run of the forward.
 
     Raises:
         TraceError: the graph doesn't make the recorded calls.
@@ -65,10 +70,12 @@ def match_frame(graph: fx.Graph, recorded: Recorded, frame: Frame) -> Mapping[in
 
 
 class _NoTensor:
-    """The result of a node that made no recorded call: a size, a flag, a number."""
+    """Stand for the result of a node that made no recorded call: a size, a flag, a number."""
 
 
 class _Follower:
+    """Run a graph on recorded values, and match its nodes with the events of a frame one by one."""
+
     def __init__(self, graph: fx.Graph, recorded: Recorded, frame: Frame) -> None:
         self._graph, self._flow, self._frame = graph, recorded.flow, frame
         self._recorded = recorded
@@ -96,6 +103,7 @@ class _Follower:
         return self._sites
 
     def _module(self, node: fx.Node) -> Any:
+        """Match a node that calls a child with the next recorded event; return the recorded result."""
         child = self._owner.get_submodule(str(node.target))
         if not self._events:
             raise TraceError(f"its trace calls {node.target}, which it did not")
@@ -113,6 +121,7 @@ class _Follower:
         return record.output
 
     def _function(self, node: fx.Node) -> Any:
+        """Match a node that calls a function with the next recorded call; return the recorded result."""
         call = self._next_function()
         if call is None or call.name != self._name(node):
             return self._python(node)
@@ -132,7 +141,10 @@ class _Follower:
         return call.output
 
     def _check_argument_returned(self, call: Call) -> None:
-        """Raise unless a forward that changes its argument returns it: its caller then goes on with the result."""
+        """Raise TraceError if the forward changes its argument in place and does not return it.
+
+        If it returns it, its caller goes on with the result, as it does with a result that was not written in place.
+        """
         given = set(refs_in((*self._frame.args, *self._frame.kwargs.values())))
         returned = set(refs_in(self._frame.output))
         for before, after in call.writes:
@@ -140,7 +152,7 @@ class _Follower:
                 raise TraceError("it changes its argument in place and doesn't return it")
 
     def _python(self, node: fx.Node) -> Any:
-        """Return container access, or something that yields no tensor."""
+        """Return the entry of a container that a node reads, or a placeholder for something that is no tensor."""
         if node.target is getattr or self._name(node) == "getitem":
             container, key = (self._resolve(argument) for argument in node.args[:2])
             if isinstance(container, Mapping) and isinstance(key, str) and key in container:
@@ -171,7 +183,7 @@ class _Follower:
         return operation_name(node.target) if callable(node.target) else ""
 
     def _read(self, node: fx.Node) -> tuple[int, ...]:
-        """Return the values that a node reads, as they are at its place in the graph."""
+        """Return the indices of the values that a node reads, after all in-place changes before it."""
         refs = refs_in(tuple(self._resolve(argument) for argument in (*node.args, *node.kwargs.values())))
         return tuple(self._latest(value) for value in refs)
 
@@ -185,6 +197,7 @@ class _Follower:
         return argument
 
     def _latest(self, value: int) -> int:
+        """Return the value that in-place changes have made of a value so far."""
         while value in self._successors:
             value = self._successors[value]
         return value

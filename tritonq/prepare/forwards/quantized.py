@@ -1,4 +1,4 @@
-"""Forwards whose arguments and results go through quantizers that the module has as children."""
+"""Let a forward quantize its arguments and results with quantizers that are children of its module."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from tritonq.prepare.record.structure import Path, replace_at
 
 @dataclass(frozen=True)
 class Read:
-    """An argument of a forward that is quantized before the forward begins.
+    """One argument of a forward that is quantized before the forward begins.
 
     Attributes:
-        child: the quantizer, by its name below the module.
-        position: index among the positional arguments, None if it is passed by name only.
-        name: parameter name, None if it is passed by position only.
+        child: name of the quantizer below the module, with dots for deeper ones.
+        position: index among the positional arguments; None if it is passed by name only.
+        name: name of the parameter; None if it is passed by position only.
         path: keys that lead from the argument to the tensor; empty if the argument is the tensor.
-        observes: whether this place observes the tensor in training; where several modules read one tensor, one does.
+        observes: whether the quantizer observes the tensor here in training. If several modules read one tensor with
+            one quantizer, only one of them observes.
     """
 
     child: str
@@ -34,7 +35,10 @@ class Read:
     def quantized(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of a call of the module's forward, with this one quantized."""
+        """Return the arguments of a call of ``module``'s forward with this one quantized.
+
+        Unchanged if it was not given.
+        """
         quantizer = reduce(getattr, self.child.split("."), module)
 
         def change(item: Any) -> Any:
@@ -47,7 +51,7 @@ class Read:
         return args, dict(kwargs)
 
     def to_data(self) -> list[Any]:
-        """Return plain data that JSON can hold."""
+        """Return the attributes in their order as a list, which JSON can hold."""
         return [self.child, self.position, self.name, list(self.path), self.observes]
 
     @classmethod
@@ -55,7 +59,7 @@ class Read:
         """Return the object that :meth:`to_data` turned into ``data``.
 
         Raises:
-            ValueError: data that doesn't describe one.
+            ValueError: data that don't describe one.
         """
         kinds: tuple[Any, ...] = (str, (int, type(None)), (str, type(None)), list, bool)
         fits = isinstance(data, list) and len(data) == len(kinds)
@@ -66,12 +70,12 @@ class Read:
 
 
 def quantizing(inner: Callable[..., Any], reads: Iterable[Read], returns: str | None) -> Callable[..., Any]:
-    """Return a forward that runs ``inner`` on quantized arguments and quantizes what it returns.
+    """Return a forward that quantizes arguments, runs ``inner`` on them, and quantizes the result.
 
     Args:
         inner: the forward, called with the module first.
-        reads: the arguments.
-        returns: the child that quantizes the result, None to return that as it is.
+        reads: the arguments to quantize.
+        returns: name of the child that quantizes the result; None: it is returned as it is.
     """
     places = tuple(reads)
 
@@ -85,6 +89,10 @@ def quantizing(inner: Callable[..., Any], reads: Iterable[Read], returns: str | 
 
 
 def _quantized(item: Any, quantizer: nn.Module, observes: bool) -> Any:
+    """Return an item quantized if it is a floating-point tensor, else as it is.
+
+    With ``observes`` ranges are updated.
+    """
     if not isinstance(item, Tensor) or not item.is_floating_point():
         return item
     return quantize_read(quantizer, item, observes)

@@ -1,4 +1,4 @@
-"""The forward of one module as a torch.fx graph, with its children as leaves."""
+"""Trace the forward of one module into a torch.fx graph, in which its children are single calls."""
 
 from __future__ import annotations
 
@@ -28,16 +28,20 @@ _CONSTANTS = (type(None), bool, int, float, str)
 
 
 class TraceError(Exception):
-    """A forward that no graph can stand for; the message says why."""
+    """Say that no graph can stand for a forward.
+
+    The message completes a sentence about it, such as "it writes to a buffer".
+    """
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """How a forward was called while recording.
+    """How the parameters of a forward are traced.
 
     Attributes:
-        traced: parameters whose values stay symbolic: tensors, structures with tensors, computed numbers.
-        constants: parameters that the graph is specialized to.
+        traced: names of the parameters that stay symbolic: tensors, containers of tensors, and numbers that may have
+            been computed from a shape.
+        constants: the other parameters by name, with the values for which the graph is made.
     """
 
     traced: tuple[str, ...]
@@ -45,10 +49,10 @@ class Arguments:
 
 
 def bind_frame(signature: inspect.Signature, frame: Frame) -> dict[str, Any]:
-    """Return the recorded arguments of a frame by parameter name, with defaults filled in.
+    """Return the arguments of a recorded frame by parameter name, with defaults filled in.
 
     Raises:
-        TraceError: a signature that doesn't take them.
+        TraceError: the signature doesn't take these arguments.
     """
     try:
         bound = signature.bind(*frame.args, **frame.kwargs)
@@ -59,12 +63,16 @@ def bind_frame(signature: inspect.Signature, frame: Frame) -> dict[str, Any]:
 
 
 def classify_arguments(signature: inspect.Signature, frames: Iterable[Frame]) -> Arguments:
-    """Decide which parameters a trace keeps symbolic and which it fixes.
+    """Decide which parameters of a forward a trace keeps symbolic, and which it fixes.
 
-    Numbers other than the default may have been computed from a shape, so they stay symbolic.
+    A number other than the default stays symbolic, since it may have been computed from a shape.
+
+    Args:
+        signature: of the forward, without self.
+        frames: all recorded runs of the forward.
 
     Raises:
-        TraceError: constants that differ between calls, or arguments that are neither tensor nor constant.
+        TraceError: a constant that differs between runs, or an argument that is neither tensor nor constant.
     """
     calls = [bind_frame(signature, frame) for frame in frames]
     traced, constants = [], {}
@@ -91,13 +99,18 @@ def forward_signature(module: nn.Module) -> inspect.Signature:
 
 
 def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
-    """Trace ``module.forward`` as it runs in the given mode; children become single calls, parameters attributes.
+    """Trace ``module.forward`` and return its graph; the module is left as it is.
 
-    The module is left as it is.
+    Children become single calls; parameters and buffers become attributes that the graph reads.
+
+    Args:
+        module: the module.
+        arguments: which parameters of the forward stay symbolic.
+        training: trace as it runs in training mode; else as in eval mode.
 
     Raises:
-        TraceError: control flow that depends on tensors, side effects, contexts such as autocast, or values that
-            the trace would freeze.
+        TraceError: the forward branches on tensors, has side effects, uses contexts such as autocast, or reads values
+            that a graph would keep as constants.
     """
     if "forward" in vars(module):
         raise TraceError("its forward was replaced on the instance")
@@ -126,13 +139,13 @@ def trace(module: nn.Module, arguments: Arguments, training: bool) -> fx.Graph:
 
 
 def _random_states() -> tuple[Any, ...]:
-    """Return the states of the generators that Python and NumPy draw from, to be compared."""
+    """Return the states of the random generators of Python and NumPy, in a form that can be compared."""
     name, keys, *rest = np.random.get_state()
     return random.getstate(), name, bytes(np.asarray(keys)), *rest
 
 
 def _own_graph(module: fx.GraphModule) -> fx.Graph:
-    """Return a copy of a GraphModule's graph, which is its forward in either mode."""
+    """Return a copy of a GraphModule's graph, which is its forward in both modes."""
     if type(module.graph._codegen) is not fx.graph.CodeGen:
         raise TraceError("its graph takes and returns structures in a way of its own, as those of torch.export do")
     graph = fx.Graph()
@@ -142,7 +155,7 @@ def _own_graph(module: fx.GraphModule) -> fx.Graph:
 
 
 def _shadow(module: nn.Module) -> nn.Module:
-    """Return a module that shares everything with ``module`` and takes the assignments and appends of its forward."""
+    """Return a copy of ``module`` that shares its contents, but keeps what its forward assigns for itself."""
     # Not copy.copy, which classes may refuse, as parametrized modules do.
     shadow = type(module).__new__(type(module))
     shadow.__dict__.update(vars(module))
@@ -153,6 +166,7 @@ def _shadow(module: nn.Module) -> nn.Module:
 
 
 def _check_side_effects(shadow: nn.Module, module: nn.Module) -> None:
+    """Raise TraceError if the forward, run on the copy ``shadow``, assigned or changed an attribute."""
     before, after = vars(module), vars(shadow)
     changed = [
         name
@@ -173,7 +187,7 @@ def _same_contents(before: Any, after: Any) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Children are leaves, buffers stay attributes, parameters keep their names."""
+    """Trace one forward: children are leaves, buffers stay attributes, parameters of the forward keep their names."""
 
     proxy_buffer_attributes = True
 
@@ -226,7 +240,7 @@ class _Tracer(fx.Tracer):
 
 
 class _FreezeGuard(TorchFunctionMode):
-    """Refuses torch functions on real tensors: a trace would run them once and freeze their result."""
+    """Refuse torch functions on tensors that are not traced: the graph would keep their result as a constant."""
 
     def __torch_function__(
         self,
@@ -253,12 +267,13 @@ def _holds_proxy(item: Any) -> bool:
 
 
 def _context() -> tuple[bool, ...]:
+    """Return whether gradients, and autocast on each device, are switched on."""
     devices = [device for device in ("cpu", "cuda") if torch.amp.is_autocast_available(device)]
     return (torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in devices))
 
 
 def _check_attributes(graph: fx.Graph, module: nn.Module) -> None:
-    """Raise unless every attribute that the graph reads is a parameter or buffer of the module."""
+    """Raise TraceError if the graph reads an attribute that is neither parameter nor buffer of the module."""
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     for node in graph.nodes:
