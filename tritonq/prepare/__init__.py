@@ -1,11 +1,11 @@
-"""Turning a float model into one for quantization-aware training.
+"""Turn a float model into one for quantization-aware training.
 
 The folders are the steps, and each imports only those before it:
 
-- ``record/``: what the model did in one run, as calls and the values between them.
-- ``forwards/``: the forward of one module as a graph that is proven to make the recorded calls.
-- ``decide/``: what becomes one layer and where quantizers go; nothing is changed yet.
-- ``edit/``: the decisions carried out, by one editor that can undo them.
+- ``record/``: run the model, and note the calls that it makes and the values between them.
+- ``forwards/``: make the forward of one module editable, as a graph that is proven to make the recorded calls.
+- ``decide/``: decide what becomes one layer and where quantizers go; nothing is changed yet.
+- ``edit/``: carry the decisions out, with one editor that can undo them.
 
 ``driver.py`` runs the steps in this order, and ``check.py`` compares the result with the float model.
 ``python -m tritonq.prepare.explain`` prints them for a model of three lines.
@@ -64,27 +64,28 @@ def prepare_qat(
 ) -> nn.Module:
     """Prepare a float model for quantization-aware training.
 
-    With ``example_inputs`` the model needs no stubs and no fusion: two runs on them, in eval mode and in training mode,
-    tell what becomes one layer (convolution, BatchNorm, ReLU and the like) and where activations are quantized. Only
-    what both runs fuse is fused, and layers that one of them leaves out stay in float. The result is called exactly
-    like the model, in the mode it was in. Without them it is torch.ao's eager flow: modules are swapped by
-    ``mapping``, outputs quantized, stubs and ``fuse_modules_qat`` are the user's.
+    With ``example_inputs`` the model needs no stubs and no fusion. It runs on them twice, in eval mode and in training
+    mode. These runs decide what becomes one layer (convolution, BatchNorm, ReLU and the like) and where activations are
+    quantized. Only what both runs fuse is fused, and layers that one of them leaves out stay in float. The result is
+    called exactly like the model, and is in the mode that the model was in.
+
+    Without ``example_inputs`` it is torch.ao's eager flow: modules are replaced by ``mapping`` and their outputs are
+    quantized. The user writes the stubs and calls ``fuse_modules_qat``.
 
     Args:
-        model: a float model. ``qconfig`` attributes of its parts, None included, win over their parents'. Of what
-            ``torch.compile`` made, the module inside is prepared: compile the result.
-        mapping: float type to quantization-aware type, default ``tritonq.nn.DEFAULT_QAT_MAPPING``.
+        model: a float model. A ``qconfig`` attribute of a module, None included, counts for the module and all in it.
+            If ``torch.compile`` made the model, the module inside of it is prepared; compile the result again.
+        mapping: float type to quantization-aware type; None: ``tritonq.nn.DEFAULT_QAT_MAPPING``.
         inplace: change ``model`` itself instead of a copy; its parameters stay the same objects.
-        qconfig: the qconfig of the model, or a mapping that chooses one for each layer; by default the model's
-            attribute, and preset "onnxruntime" if there is none anywhere.
+        qconfig: the qconfig of the model, or a mapping that chooses one for each layer. None: the ``qconfig``
+            attributes, or preset "onnxruntime" if no module has one.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of named ones.
-        training_inputs: the same for the run in training mode, where that needs others, such as targets. Without them
-            a module whose training forward fails on ``example_inputs`` runs in eval mode in that run, and a line of the
+        training_inputs: the same for the run in training mode, if that needs others, such as targets. Without them a
+            module whose training forward fails on ``example_inputs`` runs in eval mode in that run, and a line of the
             log (logger ``tritonq``) says so.
-        strict: raise where a layer with weights, an addition or a concatenation stays in float unasked. A qconfig of
-            None asks for it. Needs ``example_inputs``.
-        warn: warn of these, with names and reasons, and of filters that torch.ao's version 1 gives zero points which
-            engines don't run fast.
+        strict: raise ValueError if a layer with weights, an addition or a concatenation stays in float unasked. A
+            qconfig of None asks for it. Needs ``example_inputs``.
+        warn: warn of such layers, with names and reasons; and of weights with zero points that engines don't run fast.
 
     Returns:
         The prepared model. With ``example_inputs`` its ``tritonq_report`` holds a
@@ -154,7 +155,7 @@ def prepare_qat(
 
 
 def _refuse_what_has_no_modules(model: nn.Module) -> None:
-    """Raise ValueError for what torch.jit or torch.export made of a model."""
+    """Raise ValueError if torch.jit or torch.export made the model: its layers are functions of one graph."""
     maker = "torch.jit" if isinstance(model, ScriptModule) else ""
     if isinstance(model, GraphModule) and type(model.graph._codegen) is not CodeGen:
         maker = "torch.export"

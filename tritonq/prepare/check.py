@@ -1,4 +1,4 @@
-"""The check that a prepared model computes what the float model did."""
+"""Check that a prepared model computes what the float model did, and let quantizers begin with observed ranges."""
 
 from __future__ import annotations
 
@@ -39,10 +39,14 @@ Ranges = dict[FakeQuantize | LearnedFakeQuantize, dict[str, Tensor]]
 
 
 def check_same_output(model: nn.Module, run: Run) -> None:
-    """Repeat a recorded run with the prepared model and rounding off, and compare what both returned.
+    """Repeat a recorded run with the prepared model, rounding off, and compare the result with the recorded one.
+
+    Args:
+        model: the prepared model, left as it is.
+        run: a recorded run of the float model.
 
     Raises:
-        RuntimeError: they differ by more than rounding errors, or the prepared model fails.
+        RuntimeError: the results differ by more than rounding errors, or the prepared model fails.
     """
     mode = "training" if run.in_training else "eval"
     snapshot = ModelSnapshot(model)
@@ -67,7 +71,10 @@ def check_same_output(model: nn.Module, run: Run) -> None:
 
 
 def _advice(model: nn.Module) -> str:
-    """Return the end of an error's text: whom to ask, which is the author of quantizers that are not tritonq's."""
+    """Return the last sentence of the error.
+
+    A check to try for quantizers of the user's own, else to report the model.
+    """
     places = (getattr(part, name, None) for part in model.modules() for name in _PLACES)
     kinds = {type(found) for found in places if found is not None}
     own = sorted(kind.__qualname__ for kind in kinds if kind.__module__.partition(".")[0] not in ("tritonq", "torch"))
@@ -77,7 +84,10 @@ def _advice(model: nn.Module) -> str:
 
 
 def _is_noise(model: nn.Module, run: Run, result: dict[Any, Tensor]) -> bool:
-    """Whether a prepared model differs from the float model about as it differs from itself in float64."""
+    """Whether a prepared model differs from the float model about as much as it differs from itself in float64.
+
+    ``result`` holds its outputs in float32 by their paths. False if outputs have other paths or another dtype.
+    """
     expected = dict(tensors_in(run.result))
     if list(expected) != list(result) or any(x.dtype != torch.float32 for x in result.values()):
         return False
@@ -94,16 +104,19 @@ def _is_noise(model: nn.Module, run: Run, result: dict[Any, Tensor]) -> bool:
 
 
 def _doubled(x: Tensor) -> Tensor:
+    """Return a floating-point tensor in float64; any other tensor as it is."""
     return x.double() if x.is_floating_point() else x
 
 
 def first_ranges(model: nn.Module, runs: Sequence[Run]) -> Ranges:
-    """Repeat the last recorded run as training would begin, without rounding.
+    """Repeat the last recorded run as training would begin, but without rounding, and return what quantizers observed.
 
-    BatchNorms normalise with the batch, or with their running statistics where that is too small.
+    BatchNorms normalise with the batch, or with their running statistics if the batch is too small. The model is left
+    as it is.
 
     Returns:
-        What the quantizers that observed something then held in their buffers.
+        For each quantizer that observed something its parameters and buffers by name, without its switches; empty if
+        the model fails.
     """
     found: Ranges = {}
     learned = [module for module in model.modules() if isinstance(module, LearnedFakeQuantize)]
@@ -128,7 +141,10 @@ def first_ranges(model: nn.Module, runs: Sequence[Run]) -> Ranges:
 
 
 def _set_training(model: nn.Module, run: Run, normalise_batch: bool) -> None:
-    """Switch to training, but for modules that the run left in eval mode; quantizers observe and do not round."""
+    """Switch the model to training; its quantizers observe and do not round.
+
+    Modules that ran in eval mode in the recorded run stay so. With ``normalise_batch`` False all BatchNorms do.
+    """
     model.train(run.in_training)
     # What stands where BatchNorms were would freeze these.
     places = {layer.batch_norm_place.module for layer in model.modules() if isinstance(layer, QATBatchNormLayer)}
@@ -145,6 +161,7 @@ def _set_training(model: nn.Module, run: Run, normalise_batch: bool) -> None:
 
 
 def _ranges(model: nn.Module) -> Ranges:
+    """Return the parameters and buffers of each quantizer that has observed something, without its switches."""
     quantizers = [module for module in model.modules() if isinstance(module, (FakeQuantize, LearnedFakeQuantize))]
     return {
         quantizer: {name: tensor.detach().clone() for name, tensor in _state(quantizer) if name not in _SWITCHES}
@@ -158,7 +175,7 @@ def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _set_modes(model: nn.Module, run: Run) -> None:
-    """Give modules the modes of a recorded run, BatchNorms eval mode, and switch rounding and observation off."""
+    """Give modules the modes of a recorded run, except BatchNorms (eval mode); switch rounding and observation off."""
     for name, module in model.named_modules():
         module.training = run.modes.get(name, run.in_training) and not isinstance(module, _BatchNorm)
         if isinstance(module, SwitchedQuantizer):
@@ -167,6 +184,7 @@ def _set_modes(model: nn.Module, run: Run) -> None:
 
 
 def _differences(expected: Iterable[Any], got: Iterable[Any]) -> Iterable[str]:
+    """Yield one text for each output that differs, given ``(path, tensor)`` pairs of expected and other outputs."""
     wanted, found = dict(expected), dict(got)
     if list(wanted) != list(found):
         yield f"outputs {list(found)} instead of {list(wanted)}"
@@ -182,6 +200,7 @@ def _differences(expected: Iterable[Any], got: Iterable[Any]) -> Iterable[str]:
 
 
 def _tolerance(tensor: Tensor) -> float:
+    """Return by how much an output may differ: a share of its largest finite element."""
     finite = tensor[tensor.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     return _SAME_OUTPUT.get(tensor.dtype, _SAME_OUTPUT_DEFAULT) * largest + torch.finfo(tensor.dtype).tiny

@@ -1,4 +1,4 @@
-"""`prepare_qat` for a model as it is: record, decide, edit, check."""
+"""Run the steps of `prepare_qat` on a recorded model: decide, edit, check."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tritonq.prepare.decide.planner import make_plan
 from tritonq.prepare.edit.editor import ModelEditor
 from tritonq.prepare.edit.fake_quant import Types, apply_plan
 from tritonq.prepare.edit.fixed_point import build_fixed_point
-from tritonq.prepare.messages import tell
+from tritonq.prepare.messages import report_float_layers
 from tritonq.prepare.record.example import Recording
 from tritonq.prepare.record.snapshot import ModelSnapshot, preserved_random_state
 from tritonq.prepare.record.structure import clone_tensors
@@ -32,10 +32,10 @@ _log = logging.getLogger("tritonq")
 
 
 class Scheme(Protocol):
-    """A way to quantize a recorded model: what it decides and how it edits."""
+    """A way to quantize a recorded model: fake quantization or fixed point."""
 
     def layer_names(self) -> list[str]:
-        """Names of the layers that it quantizes."""
+        """Names of the layers that it quantizes; "" is the model itself."""
 
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
         """Edit the model, and return what became of each layer."""
@@ -62,27 +62,27 @@ def prepare_recorded(
         recording: runs of the model on its example inputs.
         warn: whether to warn of layers and joins that stay in float unasked.
         strict: whether these are an error.
-        inputs: a mapping's rule for inputs of the model; None without one.
+        inputs: the rule of a ``QConfigMapping`` for inputs of the model; None without such a rule.
 
     Raises:
         ValueError: the model has no layer to quantize, or, in fixed point, a part without a fixed-point form or a rule
             for inputs.
         RuntimeError: the prepared model would not compute what the float model does.
     """
-    _tell_obstacle(type(model).__name__, recording)
+    _log_obstacle(type(model).__name__, recording)
     # The line that called prepare_qat.
-    told = partial(tell, warn=warn, strict=strict, depth=5)
+    report = partial(report_float_layers, warn=warn, strict=strict, depth=5)
     if is_fixed_point(qconfigs[model]):
         if inputs is not None:
             raise ValueError("fixed point finds the formats of inputs itself: leave set_input out")
         analysis = Analysis(model, recording.in_eval.flow)
-        _carry_out(FixedPointScheme(analysis, qconfigs, recording), analysis, told)
+        _carry_out(FixedPointScheme(analysis, qconfigs, recording), analysis, report)
         return
 
     def fake_quantize(cautious: bool) -> None:
         analysis = Analysis(model, recording.flow, recording.held, cautious)
         scheme = FakeQuantScheme(analysis, types, qconfigs, recording, inputs, keep_classes=cautious)
-        _carry_out(scheme, analysis, partial(told, depth=6))
+        _carry_out(scheme, analysis, partial(report, depth=6))
 
     try:
         fake_quantize(cautious=False)
@@ -94,8 +94,14 @@ def prepare_recorded(
             raise error from None
 
 
-def _carry_out(scheme: Scheme, analysis: Analysis, told: Callable[..., None]) -> None:
-    """Edit a model, check it, and tell what became of it; on any error it is left as it was."""
+def _carry_out(scheme: Scheme, analysis: Analysis, report: Callable[..., None]) -> None:
+    """Edit a model by a scheme, check it, and report what became of it; on any error it is left as it was.
+
+    Args:
+        scheme: how to quantize it.
+        analysis: the model and its record.
+        report: called with the model, its float modules by name, and the records of layers.
+    """
     model = analysis.model
     if "" in scheme.layer_names():
         raise ValueError(
@@ -104,11 +110,12 @@ def _carry_out(scheme: Scheme, analysis: Analysis, told: Callable[..., None]) ->
     with ModelEditor(model, analysis.modules, lambda owner: cast(EditableForward, analysis.forward(owner))) as editor:
         records = scheme.edit(editor)
         scheme.check()
-        told(model, analysis.modules, records)
+        report(model, analysis.modules, records)
         model.tritonq_report = records  # type: ignore[assignment]
 
 
-def _tell_obstacle(name: str, recording: Recording) -> None:
+def _log_obstacle(name: str, recording: Recording) -> None:
+    """Log which modules could not be recorded in training mode, and why; ``name`` is the class name of the model."""
     if recording.in_training is None:
         _log.warning(
             "%s does not run in training mode on example_inputs (%s); its run in eval mode decides. Pass "
@@ -126,7 +133,15 @@ def _tell_obstacle(name: str, recording: Recording) -> None:
 
 
 class FakeQuantScheme:
-    """Fake quantization with observed or learned ranges.
+    """Fake quantization with observed or learned ranges. The constructor makes the plan.
+
+    Args:
+        analysis: the model and its record.
+        types: float type to quantization-aware type.
+        qconfigs: the qconfig of each module; None leaves it in float.
+        recording: runs of the model.
+        inputs: the rule of a ``QConfigMapping`` for inputs of the model; None without such a rule.
+        keep_classes: whether what takes the place of a module is of that module's class, for code that asks for it.
 
     Raises:
         ValueError: no layer has a quantized form.
@@ -153,17 +168,23 @@ class FakeQuantScheme:
             )
 
     def layer_names(self) -> list[str]:
-        """Return names of the layers that it quantizes."""
+        """Return the names of the layers that it quantizes."""
         return [layer.name for layer in self.plan.layers]
 
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
-        """Carry out the plan."""
+        """Carry out the plan, and return what became of each layer."""
         plan, types = self.plan, self._types
         names = apply_plan(editor, self._analysis.flow, plan, types, self._qconfigs, self._keep_classes)
         return layer_records(self._analysis, plan, *names)
 
     def check(self) -> None:
-        """Compare the outputs of each recorded run with rounding off; ranges begin at what the runs saw."""
+        """Compare the outputs of each recorded run with rounding off.
+
+        Then let ranges begin with what the last run shows.
+
+        Raises:
+            RuntimeError: an output differs.
+        """
         for run in self._recording.runs:
             check_same_output(self._analysis.model, run)
         for quantizer, state in first_ranges(self._analysis.model, self._recording.runs).items():
@@ -174,9 +195,14 @@ class FixedPointScheme:
     """Fixed point, as in F8Net.
 
     Convolutions with their BatchNorms, linear layers, residual additions and average poolings become their fixed-point
-    forms, each with the formats of its inputs and the η of whatever reads its output. ReLUs stay: an unsigned format is
-    one too. A ReLU6 becomes a ReLU, since the learned level clips. The formats of network inputs begin with the
-    fractional length that suits the example inputs, and are signed where these are.
+    forms. Each gets the formats of its inputs, and the factor η of the format in which its output is read. ReLUs stay:
+    an unsigned format clips at 0 itself. A ReLU6 becomes a ReLU, since the learned level of a format clips. The formats
+    of network inputs begin with the fractional length that suits the example inputs, and are signed if these are.
+
+    Args:
+        analysis: the model and its record in eval mode.
+        qconfigs: the qconfig of each module.
+        recording: runs of the model.
 
     Raises:
         ValueError: a part without a fixed-point form: grouped but not depthwise, a following layer that can't be found
@@ -190,16 +216,20 @@ class FixedPointScheme:
         self.links = find_links(analysis)
 
     def layer_names(self) -> list[str]:
-        """Return names of the layers that it quantizes."""
+        """Return the names of the layers that it quantizes."""
         return [layer.name for layer in self.links.layers.values()]
 
     def edit(self, editor: ModelEditor) -> tuple[LayerRecord, ...]:
-        """Build the layers and their formats."""
+        """Build the layers and their formats, and return what became of each layer."""
         build_fixed_point(editor, self.links, self._qconfigs, _network_inputs(self.links, self._recording))
         return fixed_point_records(self.links)
 
     def check(self) -> None:
-        """Compare outputs in the float phase, unless learned levels clip; then switch to fixed point."""
+        """Compare outputs while the network computes in float, unless learned levels clip; then switch to fixed point.
+
+        Raises:
+            RuntimeError: an output differs.
+        """
         model = self._analysis.model
         set_fixed_point_phase(model, "floating_wo_clip")
         if not self.links.relus:
@@ -209,7 +239,7 @@ class FixedPointScheme:
 
 
 def _network_inputs(links: Links, recording: Recording) -> dict[str, Tensor]:
-    """Run the example inputs; return the inputs of the layers that read no other layer's output, by layer name."""
+    """Run the example inputs, and return the input of each layer that reads no other layer's output, by layer name."""
     model = links.analysis.model
     found: dict[str, Tensor] = {}
     handles = []

@@ -1,4 +1,4 @@
-"""The paths that modules had in version 0.1.0, which models pickled whole name.
+"""Keep the import paths of version 0.1.0, which pickled models name.
 
 ``torch.save(model)`` and ``pickle`` store the path of each class and function that they need to load the model again.
 """
@@ -22,7 +22,7 @@ EARLIER_PATHS = {
 
 
 def register_earlier_paths() -> None:
-    """Let the names of 0.1.0 import the modules that hold the same things now."""
+    """Make the module paths of 0.1.0 import the modules that hold the same classes and functions now."""
     package = __name__.rpartition(".")[0]
     for old, new in EARLIER_PATHS.items():
         sys.modules[f"{package}.{old}"] = importlib.import_module(f"{package}.{new}")

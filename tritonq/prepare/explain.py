@@ -1,7 +1,8 @@
 """Print how `prepare_qat` sees a model: its record, the plan, the edited forwards.
 
-``python -m tritonq.prepare.explain`` shows them for a model whose forward has three lines; ``docs/prepare.md`` explains
-what it prints.
+``python -m tritonq.prepare.explain`` prints them for a model whose forward has three lines; ``docs/prepare.md``
+explains
+the output.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tritonq.qconfig import DEFAULT_PRESET, QConfig, get_qconfig
 
 
 class ThreeLines(nn.Module):
-    """A convolution with BatchNorm, a residual addition with ReLU, a classifier."""
+    """An example of a model: a convolution with BatchNorm, a residual addition with ReLU, and a classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class ThreeLines(nn.Module):
         self.classifier = nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return two scores per image."""
+        """Return two scores per image, (batch, 2), for images (batch, 4, height, width)."""
         y = self.norm(self.conv(x))
         y = F.relu(y + x)
         return cast(Tensor, self.classifier(y.mean((2, 3))))
@@ -47,14 +48,14 @@ def explain(model: nn.Module, example_inputs: Any, qconfig: QConfig | None = Non
 
     Args:
         model: a float model.
-        example_inputs: as for ``prepare_qat``.
-        qconfig: the qconfig of the model; by default that of the default preset.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of named ones.
+        qconfig: the qconfig of the model; None: that of the default preset.
 
     Returns:
         Four parts of text: the record, the plan, each edited forward, and the modules of the prepared model.
 
     Raises:
-        ValueError: as ``prepare_qat``.
+        ValueError: ``prepare_qat`` refuses the model.
 
     Examples:
         >>> print(explain(ThreeLines(), torch.randn(1, 4, 8, 8)).splitlines()[0])
@@ -80,6 +81,7 @@ def explain(model: nn.Module, example_inputs: Any, qconfig: QConfig | None = Non
 
 
 def _outline(model: nn.Module) -> str:
+    """Return one line per module of a model, with its name and class; observers are left out."""
     shown = (module for module in model.named_modules() if not isinstance(module[1], ObserverBase))
     named = [(name, type(module).__name__) for name, module in shown if name]
     width = max((len(name) for name, _ in named), default=0)

@@ -1,4 +1,4 @@
-"""What `prepare_qat` logs and warns of: how much it quantized, and what it left in float without being asked to."""
+"""Log what `prepare_qat` quantized, and warn of what it left in float although nobody asked for that."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMES_PER_REASON = 5
 _BY_DESIGN = (NO_QCONFIG, CONSTANT_INPUT)
 
 
-def tell(
+def report_float_layers(
     model: nn.Module,
     float_modules: Mapping[str, nn.Module],
     records: Sequence[LayerRecord],
@@ -35,10 +35,18 @@ def tell(
 ) -> None:
     """Log how many layers and joins are quantized, and warn of those left in float unasked.
 
-    ``depth`` says how many calls ago the line is that the warning names.
+    A join is an addition, concatenation or other operation of several tensors.
+
+    Args:
+        model: the prepared model.
+        float_modules: the modules of the float model by name.
+        records: what became of each layer.
+        warn: whether to warn.
+        strict: whether to raise instead.
+        depth: how many calls above this function the line is that the warning names; 1 is this function itself.
 
     Raises:
-        ValueError: one is, and ``strict`` is True.
+        ValueError: ``strict`` is True and a layer or join was left in float unasked.
     """
     layers, joins = layers_and_joins(float_modules, records)
     quantized = [sum(record.status == "quantized" for record in part) for part in (layers, joins)]
@@ -64,8 +72,7 @@ def tell(
 def _is_by_design(record: LayerRecord) -> bool:
     """Whether a layer or join in float was asked for, or belongs to an operation that stays in float as a whole.
 
-    Between operations in float products and differences are what norms, softmax and gates are made of, and stacks what
-    boxes are.
+    Products, differences and stacks that no quantized layer reads or makes are such parts: of norms, gates and boxes.
     """
     left = ("mul", "sub", *CONCATENATIONS - {"cat"})
     return record.reason in _BY_DESIGN or (record.reason == NO_NEIGHBOUR and record.kind in left)
@@ -74,10 +81,10 @@ def _is_by_design(record: LayerRecord) -> bool:
 def layers_and_joins(
     float_modules: Mapping[str, nn.Module], records: Sequence[LayerRecord]
 ) -> tuple[list[LayerRecord], list[LayerRecord]]:
-    """Return the records of layers with weights, and those of operations on two tensors.
+    """Return ``(records of layers with weights, records of operations on several tensors)``.
 
-    Operations with numbers and constants are no joins. What is inside of a layer (the products of attention) counts
-    with it.
+    Operations with numbers and constants are no joins. The parts of a layer that stays in float as a whole are left
+    out.
     """
     layers = [
         record
@@ -90,11 +97,13 @@ def layers_and_joins(
 
 
 def _has_weight(module: nn.Module | None) -> bool:
+    """Whether a module of the float model is a layer with weights; False for None."""
     if isinstance(module, ScriptModule):
         return next(module.parameters(), None) is not None
     return isinstance(module, _WEIGHTED)
 
 
 def _listed(names: Sequence[str]) -> str:
+    """Return the first five names as text, and how many more there are."""
     more = len(names) - _NAMES_PER_REASON
     return ", ".join(names[:_NAMES_PER_REASON]) + (f" and {more} more" if more > 0 else "")

@@ -1,8 +1,8 @@
-"""Switches of a prepared model: observation, rounding, BatchNorm statistics.
+"""Switch observation, rounding and BatchNorm statistics of a prepared model on and off.
 
-Each works on a module and everything inside it: ``enable_observer(model)`` and torch.ao's
-``model.apply(enable_observer)`` do the same. Modules that torch.ao or torchao prepared have these switches too,
-accelerated or not.
+Each function works on a module and everything inside it: ``enable_observer(model)`` and torch.ao's
+``model.apply(enable_observer)`` do the same. They also switch modules that torch.ao or torchao prepared, accelerated or
+not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tritonq.switched_quantizer import SwitchedQuantizer
 
 
 def enable_observer(module: nn.Module) -> None:
-    """Let fake quantizers update their ranges in training.
+    """Let fake quantizers in ``module`` update their ranges in training.
 
     Examples:
         >>> import torch, tritonq
@@ -27,7 +27,7 @@ def enable_observer(module: nn.Module) -> None:
 
 
 def disable_observer(module: nn.Module) -> None:
-    """Freeze the ranges of fake quantizers.
+    """Stop fake quantizers in ``module`` from updating their ranges.
 
     Examples:
         >>> import torch, tritonq
@@ -40,7 +40,7 @@ def disable_observer(module: nn.Module) -> None:
 
 
 def enable_fake_quant(module: nn.Module) -> None:
-    """Let fake quantizers round.
+    """Let fake quantizers in ``module`` round.
 
     Examples:
         >>> import torch, tritonq
@@ -53,7 +53,7 @@ def enable_fake_quant(module: nn.Module) -> None:
 
 
 def disable_fake_quant(module: nn.Module) -> None:
-    """Let values pass fake quantizers unrounded.
+    """Let values pass the fake quantizers in ``module`` unrounded.
 
     Examples:
         >>> import torch, tritonq
@@ -66,9 +66,9 @@ def disable_fake_quant(module: nn.Module) -> None:
 
 
 def freeze_bn_stats(module: nn.Module) -> None:
-    """Normalise fused BatchNorms with their running statistics, in training too, and stop updating these.
+    """Let fused BatchNorms in ``module`` use their running statistics, in training too, and not update these.
 
-    Fixed-point layers go on training with the statistics of each batch, as F8Net does.
+    Fixed-point layers still train with the statistics of each batch, as F8Net does.
 
     Examples:
         >>> import torch, tritonq
@@ -82,7 +82,7 @@ def freeze_bn_stats(module: nn.Module) -> None:
 
 
 def update_bn_stats(module: nn.Module) -> None:
-    """Undo :func:`freeze_bn_stats`.
+    """Undo :func:`freeze_bn_stats`: fused BatchNorms use the batch's statistics and update the running ones again.
 
     Examples:
         >>> import torch, tritonq
@@ -96,11 +96,12 @@ def update_bn_stats(module: nn.Module) -> None:
 
 
 def _call(module: nn.Module, kind: type[nn.Module], switch: str) -> None:
-    """Throw a switch of all modules of one kind, and of those of torch.ao and torchao that have it by the same name."""
+    """Call the method ``switch`` of modules of the class ``kind``, and of those of torch.ao or torchao with it."""
     for child in module.modules():
         if isinstance(child, kind) or (_is_of_library(child) and hasattr(child, switch)):
             getattr(child, switch)()
 
 
 def _is_of_library(module: nn.Module) -> bool:
+    """Whether a module is of a class of torch.ao or torchao."""
     return any(base.__module__.startswith(("torch.ao.", "torchao.")) for base in type(module).__mro__)

@@ -1,1 +1,1 @@
-"""The decisions carried out on a model, by one editor that can undo them."""
+"""Carry out the decisions on a model, with one editor that can undo them."""

@@ -1,4 +1,4 @@
-"""The BatchNorms that become parts of quantized layers."""
+"""Make the BatchNorms that become parts of quantized layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from tritonq.prepare.edit.called_layers import computed_parameters
 
 
 def plain_batch_norm(bn: nn.modules.batchnorm._BatchNorm, kind: type[nn.Module]) -> nn.Module:
-    """Return ``bn`` itself if it is a plain BatchNorm, else a plain or a synchronized one with its state."""
+    """Return ``bn`` itself if it is of the class ``kind``, else a plain or synchronized BatchNorm with its state.
+
+    The new one shares the parameters and buffers of ``bn`` and is in its mode.
+    """
     if type(bn) is kind:
         return bn
     plain: nn.Module
@@ -27,17 +30,21 @@ def plain_batch_norm(bn: nn.modules.batchnorm._BatchNorm, kind: type[nn.Module])
 
 @torch.no_grad()
 def frozen_batch_norm(norm: FrozenNorm, model: nn.Module) -> FrozenBatchNorm:
-    """Return one factor and one summand per channel for all that a frozen norm does, from the state of ``model``."""
+    """Return a BatchNorm with one factor and one summand per channel that computes all steps of a frozen norm.
+
+    A frozen norm is a module that normalises each channel by fixed numbers; these are computed from the state of
+    ``model``.
+    """
     weight, bias = torch.ones(()), torch.zeros(())
     for step in norm.steps:
-        weight, bias = _after(step, weight, bias, model)
+        weight, bias = _followed_by(step, weight, bias, model)
     return FrozenBatchNorm(weight.expand(norm.channels), bias.expand(norm.channels))
 
 
-def _after(step: AffineStep, weight: Tensor, bias: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return factor and summand after one more step."""
+def _followed_by(step: AffineStep, weight: Tensor, bias: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return ``(factor, summand)`` of ``x · weight + bias`` followed by one more step."""
     if step.operation == "batch_norm" and step.operands is not None:
-        return _after_batch_norm(step, step.operands, weight, bias, model)
+        return _followed_by_batch_norm(step, step.operands, weight, bias, model)
     operand: Tensor | float = step.number
     if step.operands is not None:
         operand = computed_parameters(step.operands, model)()[0].reshape(-1)
@@ -51,9 +58,13 @@ def _after(step: AffineStep, weight: Tensor, bias: Tensor, model: nn.Module) -> 
     return (weight * operand, bias * operand) if step.operation == "mul" else (weight / operand, bias / operand)
 
 
-def _after_batch_norm(
+def _followed_by_batch_norm(
     step: AffineStep, operands: PlannedProgram, weight: Tensor, bias: Tensor, model: nn.Module
 ) -> tuple[Tensor, Tensor]:
+    """Return ``(factor, summand)`` of ``x · weight + bias`` followed by a BatchNorm.
+
+    The factor of the BatchNorm is ``γ / sqrt(running_var + eps)``.
+    """
     given = {}
     for role, value in zip(step.roles, operands.results, strict=True):
         given[role] = computed_parameters(operands.only(value), model)()[0]

@@ -1,4 +1,7 @@
-"""Layers that were functions: their float form, and how their weights follow from the model's parameters."""
+"""Make layers in the place of functions.
+
+Their float form, and how their weights are computed from the model's parameters.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,14 @@ from tritonq.prepare.record.dataflow import Call, Ref
 
 
 def float_layer(function: CalledLayer, model: nn.Module, training: bool) -> nn.Module:
-    """Return a float layer that computes what a function does, on its device.
+    """Return a float layer that computes what a function does, on the device of the function's weight.
 
-    The values of its parameters are undefined.
+    The values of its parameters are undefined; ``computed_parameters`` provides them later.
+
+    Args:
+        function: the function.
+        model: the model, whose parameters the weight is computed from.
+        training: whether the layer is in training mode.
     """
     tensor = _state(model, next(iter(function.program.state.values())))
     made = function.kind(**function.geometry, device="meta", dtype=tensor.dtype).to_empty(device=tensor.device)
@@ -29,9 +37,12 @@ def float_layer(function: CalledLayer, model: nn.Module, training: bool) -> nn.M
 def computed_parameters(
     program: PlannedProgram, model: nn.Module, exclusive: Container[str] = ()
 ) -> ComputedParameters:
-    """Return how weight and bias follow from the state of ``model``, whose modules are in their final places.
+    """Return an object that computes weight and bias of a layer from the state of ``model``.
 
-    ``exclusive`` holds the names of parameters and buffers that nothing else reads.
+    Args:
+        program: the recorded calls that compute them; its results are the weight and, if there is one, the bias.
+        model: the model, with its modules in their final places.
+        exclusive: names of parameters and buffers that are read for nothing else.
     """
     state = []
     for value, name in program.state.items():
@@ -43,6 +54,7 @@ def computed_parameters(
 
 
 def _step(call: Call, model: nn.Module) -> Step:
+    """Return a recorded call as a step that can be repeated with other values; modules become references."""
     target: Any = call.target
     if getattr(target, "__name__", "") == "__get__":  # an attribute, such as weight.T, in a form that can be copied
         target = operator.attrgetter(call.name)
@@ -52,6 +64,7 @@ def _step(call: Call, model: nn.Module) -> Step:
 
 
 def _slots(item: Any) -> Any:
+    """Return recorded arguments with a ``Slot`` for each ``Ref``."""
     if isinstance(item, Ref):
         return Slot(item.value)
     if isinstance(item, tuple):
@@ -60,6 +73,7 @@ def _slots(item: Any) -> Any:
 
 
 def _state(model: nn.Module, name: str) -> Tensor:
+    """Return a parameter or buffer of the model by its qualified name."""
     owner, _, own_name = name.rpartition(".")
     tensor: Tensor = getattr(model.get_submodule(owner), own_name)
     return tensor

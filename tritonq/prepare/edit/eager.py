@@ -1,4 +1,4 @@
-"""`prepare_qat` as torch.ao has it: the user writes the stubs and fuses, qconfigs come from attributes."""
+"""`prepare_qat` as torch.ao has it: the user writes the stubs and fuses modules; qconfigs come from attributes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,13 @@ FIXED_OUTPUTS: dict[type[nn.Module], tuple[float, int]] = {
 
 
 def prepare_eager(model: nn.Module, mapping: Mapping[type[nn.Module], type[nn.Module]], qconfigs: QConfigs) -> None:
-    """Swap float modules by ``mapping`` and attach output quantizers, in place, as torch.ao's ``prepare_qat`` does."""
+    """Replace float modules by ``mapping`` and add output quantizers, in place, as torch.ao's ``prepare_qat`` does.
+
+    Args:
+        model: the float model.
+        mapping: float type to quantization-aware type.
+        qconfigs: the qconfig of each module; None, or no entry, leaves it in float.
+    """
     swapped: dict[nn.Module, nn.Module] = {}
     for module in list(model.modules()):
         module.qconfig = qconfigs.get(module)  # type: ignore[assignment]  # torch.ao leaves it there too
@@ -67,12 +73,12 @@ def prepare_eager(model: nn.Module, mapping: Mapping[type[nn.Module], type[nn.Mo
 
 
 def _quantizer(qconfig: QConfig, like: nn.Module) -> nn.Module:
-    """Return a new activation quantizer on the device of a module's parameters."""
+    """Return a new activation quantizer of ``qconfig`` on the device of a module's parameters."""
     return _on_device_of(like, qconfig.activation())
 
 
 def fixed_quantizer(scale: float, zero_point: int) -> FakeQuantize:
-    """Return a new quantizer of unsigned 8 bits that never observes."""
+    """Return a new quantizer with unsigned 8 bits that never observes: scale and zero point stay as given."""
     quantizer = FakeQuantize(PassiveObserver, dtype=QUINT8)
     observer = cast(PassiveObserver, quantizer.activation_post_process)
     observer.set_qparams(scale, torch.tensor([zero_point], dtype=torch.int32))
@@ -80,5 +86,6 @@ def fixed_quantizer(scale: float, zero_point: int) -> FakeQuantize:
 
 
 def _on_device_of(like: nn.Module, quantizer: nn.Module) -> nn.Module:
+    """Move a quantizer to the device of the parameters of ``like``, if it has any."""
     parameter = next(like.parameters(), None)
     return quantizer if parameter is None else quantizer.to(parameter.device)

@@ -1,7 +1,8 @@
-"""What version 0.1.0 did by hooks, for its files: quantizers of inputs hung on the model, others on their modules.
+"""Load files of version 0.1.0, in which hooks quantized what modules read and return.
 
-Pickled models name the classes and functions here. State dicts name the quantizers of inputs after the model's
-parameters, converted files say which hooks a module has.
+The quantizers of a model's inputs were children of the model then, in ``input_fake_quants``; today they are children of
+the layers that read the inputs. Pickled models name the classes and functions in this file, state dicts name the
+quantizers after the model's parameters, and converted files name the hooks of each module.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ _NAMES = "tritonq_earlier_names"
 
 @dataclass(frozen=True)
 class InputPlace:
-    """Where a model receives a tensor.
+    """An input of a model: which argument, and where in it the tensor is.
 
     Attributes:
-        key: name of its quantizer.
-        position: index among the positional arguments, None if it is passed by name only.
-        name: parameter name, None if it is passed by position only.
+        key: name of its quantizer in ``input_fake_quants``.
+        position: index among the positional arguments; None if it is passed by name only.
+        name: name of the parameter; None if it is passed by position only.
         path: keys that lead from the argument to the tensor; empty if the argument is the tensor.
     """
 
@@ -41,12 +42,17 @@ class InputPlace:
 
     @property
     def read(self) -> Read:
-        """The argument as a forward reads it."""
+        """The same argument as a ``Read``, by which a forward quantizes it."""
         return Read(f"{INPUTS}.{self.key}", self.position, self.name, self.path)
 
 
 class InputFakeQuants(nn.ModuleDict):
-    """The quantizers of a model's inputs by parameter name, with the places of these inputs."""
+    """The quantizers of a model's inputs by parameter name, with the places of these inputs.
+
+    Args:
+        places: where the inputs are.
+        quantizers: one for each place, in this order.
+    """
 
     def __init__(self, places: Iterable[InputPlace], quantizers: Iterable[nn.Module]) -> None:
         self.places = tuple(places)
@@ -54,7 +60,13 @@ class InputFakeQuants(nn.ModuleDict):
 
 
 def input_place(forward: Any, path: Path, taken: Iterable[str]) -> InputPlace:
-    """Return the place of the input that ``path`` leads to: a position or parameter name first, then keys."""
+    """Return the place of an input, and a name for its quantizer that is not among ``taken``.
+
+    Args:
+        forward: the model's forward, whose signature is read.
+        path: a position or parameter name first, then keys that lead to the tensor inside of the argument.
+        taken: names of other quantizers.
+    """
     names = list(inspect.signature(forward).parameters.values())
     position: int | None = None
     name: str | None = None
@@ -77,7 +89,7 @@ def note_earlier_names(model: nn.Module, names: Mapping[Path, Sequence[str]]) ->
 
     Args:
         model: the model.
-        names: for each input, by its place in the arguments, what the quantizers of its readers are called.
+        names: for each input, by its path in the arguments, the names of the quantizers in the layers that read it.
     """
     earlier: dict[str, str] = {}
     keys: list[str] = []
@@ -90,12 +102,15 @@ def note_earlier_names(model: nn.Module, names: Mapping[Path, Sequence[str]]) ->
 
 
 def earlier_names(model: nn.Module) -> dict[str, str]:
-    """Return the names that version 0.1.0 gave to the quantizers of a model's inputs, by today's names."""
+    """Return the names that version 0.1.0 gave to the quantizers of a model's inputs, by their names today."""
     return dict(getattr(model, _NAMES, {}))
 
 
 def _rename_keys(model: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-    """Move the entries of the quantizers of inputs to where these are today."""
+    """Move the entries of input quantizers in a state dict to their names of today.
+
+    Torch calls this before it loads.
+    """
     taken: set[str] = set()
     for name, earlier in earlier_names(model).items():
         old = f"{prefix}{earlier}."
@@ -109,18 +124,18 @@ def _rename_keys(model: nn.Module, state_dict: dict[str, Any], prefix: str, *oth
 def quantize_inputs_hook(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook: fake quantize the model's inputs."""
+    """Quantize the model's inputs, as a forward pre-hook of version 0.1.0; return the new arguments."""
     for place in module.input_fake_quants.places:  # type: ignore[union-attr]
         args, kwargs = place.read.quantized(module, args, kwargs)
     return args, kwargs
 
 
 def quantize_first_argument_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook: nothing. Layers quantize what they read with their child ``input_fake_quant`` themselves."""
+    """Do nothing, as a forward pre-hook of version 0.1.0: today layers quantize their input in their forward."""
 
 
 def quantize_output_hook(module: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor:
-    """Forward hook: fake quantize what the module returns."""
+    """Quantize what the module returns, as a forward hook of version 0.1.0."""
     quantized: Tensor = module.activation_post_process(output)  # type: ignore[operator]
     return quantized
 
@@ -133,7 +148,7 @@ _HOOKS: dict[Any, str] = {
 
 
 def replace_hooks(model: nn.Module) -> None:
-    """Let the modules of a model that version 0.1.0 pickled quantize in their forwards, not by hooks."""
+    """Let modules of a model that version 0.1.0 pickled quantize in their forwards instead of by hooks, in place."""
     for module in list(model.modules()):
         found: list[str] = []
         for registry in (module._forward_pre_hooks, module._forward_hooks):
@@ -149,12 +164,12 @@ def replace_hooks(model: nn.Module) -> None:
 
 
 def hooked_forward(data: ForwardData | None, hooks: Iterable[str], places: Iterable[InputPlace]) -> ForwardData:
-    """Return the forward that does what a module did with these hooks.
+    """Return forward data that make a forward do what a module did with some hooks.
 
     Args:
-        data: the module's edited forward, None for its own.
-        hooks: what files of version 0.1.0 call them.
-        places: those of the model's inputs.
+        data: data of the module's edited forward; None if the forward is its class's own.
+        hooks: names of the hooks in files of version 0.1.0.
+        places: where the model's inputs are.
 
     Raises:
         ValueError: an unknown hook.
@@ -173,4 +188,5 @@ def hooked_forward(data: ForwardData | None, hooks: Iterable[str], places: Itera
 
 
 def _graphs(data: ForwardData | None) -> ForwardData:
+    """Return the graphs in some forward data; empty for None."""
     return {} if data is None else {key: data[key] for key in ("eval", "train") if key in data}

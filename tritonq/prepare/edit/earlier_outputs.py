@@ -1,4 +1,7 @@
-"""State dicts of version 0.1.0, in which layers were rounded that are rounded with their join today."""
+"""Load state dicts of version 0.1.0, in which layers had output quantizers that they lack today.
+
+Today the addition or concatenation behind such a layer rounds its result.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,16 @@ _FACTORY = "earlier_output"
 
 
 def note_earlier_output(layer: nn.Module, factory: Callable[..., nn.Module]) -> None:
-    """Let a layer without output quantizer take one that a state dict has: it was trained so, and computes so."""
+    """Let a layer without output quantizer get one when it loads a state dict that has one.
+
+    The layer then computes as it was trained. ``factory`` makes the quantizer.
+    """
     setattr(layer, _FACTORY, factory)
     layer.register_load_state_dict_pre_hook(_take_quantizer)
 
 
 def _take_quantizer(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Add an output quantizer to a layer if the state dict has one; torch calls this before it loads."""
     held = any(key.startswith(f"{prefix}{_QUANTIZER}.") for key in state_dict)
     if held and isinstance(layer._modules.get(_QUANTIZER), nn.Identity):
         device = next(iter(layer.state_dict().values())).device

@@ -1,4 +1,4 @@
-"""The one editor of models: replaces a child, adds a child, rewrites a forward, and undoes all of it."""
+"""The one editor of models: it replaces a child, adds a child, rewrites a forward, and undoes all of it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tritonq.prepare.record.snapshot import ModelSnapshot
 
 
 class ModelEditor:
-    """Edits a model in place. As a context manager it undoes every edit where its block raises.
+    """Edit a model in place. As a context manager it undoes every edit if its block raises.
 
-    Modules are addressed by their names in the float model, before and after they were replaced. Rewritten forwards
-    take effect with :meth:`apply`.
+    Modules are given by their names in the float model, also after they were replaced. Edits of forwards take effect
+    with :meth:`apply`.
 
     Args:
         model: the model.
         modules: the modules that may be edited, by name.
-        forward: returns the forward of a module, by name, for editing.
+        forward: takes the name of a module and returns its forward, to be edited.
 
     Attributes:
         model: the model.
-        modules: what is now in the place of each module, and added children.
+        modules: what is now in the place of each module.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ModelEditor:
         self._snapshot.restore()
 
     def replace(self, name: str, new: nn.Module) -> None:
-        """Put a module in the place of another, in its mode, wherever that is a child."""
+        """Put a module in the place of the module ``name``, in that module's mode, wherever that is a child."""
         old = self.modules[name]
         new.training = old.training
         for parent, attribute in self._places.pop(old, {}):
@@ -72,10 +72,10 @@ class ModelEditor:
     def add_child(self, owner: nn.Module, base: str, child: nn.Module) -> str:
         """Add a child under the first free name among ``base``, ``base_1`` and so on, in its owner's mode.
 
-        Code that walks the children of ``owner`` will not meet it.
+        The child is hidden: after :meth:`apply` it is not among the owner's ``children()``.
 
         Returns:
-            That name.
+            The name of the child.
         """
         name, count = base, 0
         while hasattr(owner, name):
@@ -86,33 +86,34 @@ class ModelEditor:
         return name
 
     def set_child(self, owner: nn.Module, name: str, child: nn.Module) -> None:
-        """Add a child under this name, in its owner's mode, as one of its ``children()``."""
+        """Add a child under the name ``name``, in its owner's mode, as one of the owner's ``children()``."""
         owner.add_module(name, child.train(owner.training))
         self._places.setdefault(child, {})[owner, name] = None
         self._note_children(child)
 
     def quantize_argument(self, module: nn.Module, read: Read) -> None:
-        """Let a module quantize an argument before its forward begins."""
+        """Let a module quantize the argument ``read`` before its forward begins; takes effect with :meth:`apply`."""
         self._reads.setdefault(module, []).append(read)
 
     def quantize_result(self, module: nn.Module, child: str) -> None:
-        """Let a module quantize what its forward returns, with this child."""
+        """Let a module quantize what its forward returns, with its child ``child``; takes effect with :meth:`apply`."""
         self._returns[module] = child
 
     def rewrite(self, owner: str) -> EditableForward:
-        """Return the forward of a module, to be edited; the same object in every call."""
+        """Return the forward of the module ``owner``, to be edited; the same object in every call."""
         if owner not in self._graphs:
             self._graphs[owner] = self._forward(owner)
         return self._graphs[owner]
 
     def apply(self) -> None:
-        """Put edited forwards on their modules, and hide children that were added from code that walks children."""
+        """Put edited forwards on their modules, and hide added children from code that walks through children."""
         graphs = {self.modules[owner]: graph.to_data() for owner, graph in self._graphs.items()}
         for module in dict.fromkeys([*graphs, *self._reads, *self._returns, *self._added]):
             data: ForwardData = quantizing_data(self._reads.get(module, ()), self._returns.get(module))
             apply_forward(module, data | graphs.get(module, {}), self._added.get(module, ()))
 
     def _note_children(self, module: nn.Module) -> None:
+        """Note which parent and attribute hold each child of a module."""
         for parent in module.modules():
             for attribute, child in parent._modules.items():
                 if child is not None:

@@ -1,4 +1,8 @@
-"""Carrying out a plan: quantized layers, joins and quantizers take their places in a model."""
+"""Carry out a plan: put quantized layers, joins and quantizers into a model.
+
+A *join* is an operation of several tensors, such as an addition. A *unary* is an operation of one tensor, such as a
+pool, that is computed on codes.
+"""
 
 from __future__ import annotations
 
@@ -54,15 +58,15 @@ def apply_plan(
 
     Args:
         editor: edits the model.
-        flow: its record.
+        flow: the record of the float model.
         plan: the plan that was made from it.
         types: float type to quantization-aware type.
         qconfigs: the qconfig of each module of the float model.
-        keep_classes: let whatever takes the place of a module be of that module's class, for code that asks for it.
+        keep_classes: whether what takes the place of a module is of that module's class, for code that asks for it.
 
     Returns:
-        The qualified names of the modules that joins became, and of those that operations of one tensor in a forward
-        became, by the value that these return.
+        The qualified names of the new modules: those that joins became, by join; and those that operations of one
+            tensor in a forward became, by the value that they return.
 
     Raises:
         ValueError: a name that preparation needs is taken.
@@ -109,6 +113,10 @@ class _PlanWork:
         note_batch_norms(self._editor.model, norms)
 
     def _erase_relus(self) -> None:
+        """Remove the ReLUs that became part of a layer or join.
+
+        Modules become ``nn.Identity``, calls leave their forwards.
+        """
         for name in self._plan.erased_modules:
             relu, rest = self._editor.modules[name], nn.Identity()
             keep_attributes(relu, rest)
@@ -118,6 +126,7 @@ class _PlanWork:
             self._editor.rewrite(owner).erase(node)
 
     def _add_join(self, join: Join) -> None:
+        """Make the module of a join, and call it in the forward in place of the operation."""
         qconfig = self._qconfigs[self._float_modules[join.owner]]
         if qconfig is not None and join in self._plan.float_results:
             qconfig = qconfig._replace(activation=nn.Identity)
@@ -131,6 +140,7 @@ class _PlanWork:
         self.join_names[join] = f"{join.owner}.{name}".lstrip(".")
 
     def _add_layer(self, layer: Layer) -> None:
+        """Put a quantized layer in the place of a module, or in a forward in place of a function."""
         module = self._editor.modules[layer.home]
         qconfig = cast(QConfig, self._qconfigs[module])
         if layer.function is not None:
@@ -166,6 +176,7 @@ class _PlanWork:
             self._quantizers[id(layer)] = output
 
     def _fused(self, layer: Layer, module: nn.Module, qconfig: QConfig) -> nn.Module:
+        """Return the quantized layer of a row of modules, with their hooks; replace the BatchNorm in the model."""
         parts = [plain_form(module, layer.row[0])]
         bn = None if layer.batch_norm is None else self._editor.modules[layer.batch_norm]
         if layer.frozen is not None:
@@ -195,9 +206,9 @@ class _PlanWork:
         return quantized
 
     def _remainder(self, bn: nn.Module, layer: Layer) -> nn.Module:
-        """Make the module that takes the place of an absorbed BatchNorm.
+        """Return the module that takes the place of a BatchNorm which became part of a layer.
 
-        It runs the children that the BatchNorm called after normalising.
+        It runs the children that the BatchNorm called after normalising, such as an activation.
         """
         prefix = f"{layer.batch_norm}."
         modules = self._editor.modules
@@ -212,10 +223,12 @@ class _PlanWork:
         return rest
 
     def _keep_class(self, module: nn.Module, made: nn.Module) -> None:
+        """Let ``made`` be of the class of ``module`` too, if classes are to be kept."""
         if self._keep_classes:
             keep_class(type(module), made)
 
     def _add_quantizer(self, quantizer: PlannedQuantizer) -> None:
+        """Make a planned quantizer and put it in its place."""
         module = self._placed(quantizer.qconfig.activation(), quantizer.like)
         self._quantizers[id(quantizer)] = module
         if quantizer.where == "output" and quantizer.value in self._plan.unary:
@@ -236,10 +249,10 @@ class _PlanWork:
                 self._add_to_reader(reader, quantizer, module)
 
     def _add_to_reader(self, reader: Reader, quantizer: PlannedQuantizer, module: nn.Module) -> None:
-        """Let a layer or join quantize what it reads."""
+        """Let a layer or join quantize what it reads, with ``module``."""
         part = reader.part
         owner_name = part.name if isinstance(part, Layer) else self.join_names[part]
-        owner = self._made(part)
+        owner = self._quantized_module(part)
         if isinstance(owner, QuantizesInput):
             child = INPUT_QUANTIZER
             self._editor.set_child(owner, child, module)
@@ -252,14 +265,14 @@ class _PlanWork:
         if quantizer.input_path:
             self._input_names.setdefault(quantizer.input_path, []).append(f"{owner_name}.{child}")
 
-    def _made(self, part: Layer | Join) -> nn.Module:
+    def _quantized_module(self, part: Layer | Join) -> nn.Module:
         """Return the quantized module of a layer or join."""
         if isinstance(part, Layer):
             return self._editor.modules[part.name]
         return self._editor.model.get_submodule(self.join_names[part])
 
     def _replace_unary(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
-        """Give a pool or the like its quantized form, which runs its quantizer itself."""
+        """Replace a module such as a pool by its quantized form, whose output quantizer is ``own``."""
         module = self._editor.modules[quantizer.owner]
         planned, quantized = self._plan.unary[quantizer.value], QUANTIZED_FORMS[type(module)].from_float(module)
         if isinstance(planned.operation, Function):
@@ -274,7 +287,7 @@ class _PlanWork:
         self._unary[quantizer.value] = (quantized, own)
 
     def _add_unary(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
-        """Make a module of the operation at a node, behind which its quantizer stands."""
+        """Make a module of the operation at a node, in front of its quantizer ``own``, which is a child of its own."""
         planned = self._plan.unary[quantizer.value]
         made = layer_for(planned.operation, planned.earlier)
         owner = self._editor.modules[quantizer.owner]
@@ -284,11 +297,15 @@ class _PlanWork:
         self.unary_names[quantizer.value] = f"{quantizer.owner}.{name}".lstrip(".")
 
     def _operation_at(self, quantizer: PlannedQuantizer) -> Operation | None:
+        """Return the operation of one tensor in front of a planned quantizer; None if there is none."""
         planned = self._plan.unary.get(quantizer.value)
         return None if planned is None else planned.operation
 
     def _add_function(self, quantizer: PlannedQuantizer, own: nn.Module) -> None:
-        """Make a module of the function or clip at a node; it runs its quantizer, and keeps less for the backward."""
+        """Make a module of the function or clip at a node.
+
+        It runs the quantizer ``own``, and saves less for the backward.
+        """
         planned = self._plan.unary[quantizer.value]
         made = layer_for(planned.operation, planned.earlier)
         owner = self._editor.modules[quantizer.owner]
@@ -316,18 +333,21 @@ class _PlanWork:
             if isinstance(module, QATLayer) and isinstance(behind, FakeQuantizeBase):
                 module.set_quantizer_behind_clip(behind)
         for join, grids in self._plan.operands.items():
-            module = self._made(join)
+            module = self._quantized_module(join)
             if isinstance(module, Joint):
                 module.set_operand_producers(*(None if grid is None else self._producer(grid) for grid in grids))
 
     def _producer(self, grid: GridSource) -> nn.Module:
-        """Return the layer or join whose output lies on a planned grid, or else the quantizer that puts it there."""
+        """Return the module whose output lies on a planned grid.
+
+        A layer, join or quantized module, else the quantizer.
+        """
         if isinstance(grid, (Join, Layer)):
-            return self._made(grid)
+            return self._quantized_module(grid)
         return self._editor.modules[grid.owner] if grid.where == "output" else self._quantizers[id(grid)]
 
     def _placed(self, module: nn.Module, like: str) -> nn.Module:
-        """Return ``module`` on the device of the parameters of a module, or of the model where that has none."""
+        """Move ``module`` to the device of the parameters of the module ``like``, or of the model if that has none."""
         tensor = next(self._editor.modules[like].parameters(), None)
         tensor = next(self._editor.model.parameters(), None) if tensor is None else tensor
         return module if tensor is None else module.to(tensor.device)

@@ -1,4 +1,8 @@
-"""Building a fixed-point network: layers, joins and poolings with the formats that were found for their tensors."""
+"""Build a fixed-point network: layers, additions and poolings with the formats that were found for their tensors.
+
+A *format* says how a fixed-point tensor is stored: its bits, its sign and its fractional length. Values are divided by
+the factor η of the format in which they are read.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ def build_fixed_point(
         editor: edits the model.
         links: the network's layers and the groups of tensors between them.
         qconfigs: the qconfig of each module of the float model.
-        inputs: what layers that read no other layer's output get from the example inputs, by name.
+        inputs: for each layer that reads no other layer's output, by name, its input in the run on the example inputs.
 
     Raises:
         ValueError: a part without a fixed-point form, or a forward that can't be edited. The message names the layer.
@@ -83,6 +87,7 @@ class _Builder:
         note_batch_norms(self._editor.model, norms)
 
     def _make_layer(self, layer: Layer) -> FixedPointLayer:
+        """Put the fixed-point form of a layer, with its BatchNorm, in its place."""
         module = self._editor.modules[layer.name]
         qconfig = self._qconfigs[module]
         if qconfig is None or not is_fixed_point(qconfig):
@@ -103,7 +108,7 @@ class _Builder:
         return made
 
     def _make_formats(self) -> None:
-        """Make one format for each group that has one, and give it to the group's readers."""
+        """Make one format for each group that has one."""
         for group in self._each_group():
             if not group.has_format:
                 continue
@@ -125,18 +130,20 @@ class _Builder:
         return next(iter(self._layers.values())).input_format
 
     def _reader_names(self, group: Group) -> list[str]:
+        """Return the names of the layers that read a group."""
         return [self._links.layers[call.index].name for call, _ in group.readers if call.index in self._links.layers]
 
     def _each_group(self) -> list[Group]:
+        """Return each group once."""
         return list({id(group): group for group in self._links.groups.values()}.values())
 
     def _units(self, value: int) -> ActivationFormat | None:
-        """Return the format whose η a value is divided by."""
+        """Return the format by whose η a value is divided; None if the value is real."""
         group = self._links.units(self._links.groups[value])
         return None if group is None else self._formats[id(group)]
 
     def _share_steps(self) -> None:
-        """Give the inputs of additions and poolings the step of what they make, transitively."""
+        """Let the inputs of additions and poolings share the step of their output's format, along whole chains."""
         leaders: dict[int, ActivationFormat] = {}
 
         def leader(found: ActivationFormat) -> ActivationFormat:
@@ -159,12 +166,13 @@ class _Builder:
                 found.share_step(leader(found))
 
     def _link(self, index: int, layer: FixedPointLayer) -> None:
+        """Give a layer the format of its input, that of its output's reader, and the factor of poolings before it."""
         call = self._analysis.flow.calls[index]
         group = self._links.groups[call.inputs[0]]
         layer.input_format = self._formats[id(group)]
         layer.observes = group.readers[0] == (call, 0)
         layer.set_following(self._units(self._links.ends[index]))
-        self._made(index, layer)
+        self._note_maker(index, layer)
         factors = {self._factor(value) for value in group.values if value in self._links.ends.values()}
         if len(factors) > 1:
             name = self._links.layers[index].name
@@ -172,13 +180,14 @@ class _Builder:
         layer.input_factor = factors.pop() if factors else 1.0
 
     def _factor(self, value: int) -> float:
-        """Return the factor of an average pooling that the layers which read its output take into their weights."""
+        """Return the factor that a layer takes into its weight, if ``value`` comes from an average pooling; else 1."""
         for index, pooling in self._links.poolings.items():
             if self._links.ends[index] == value:
                 return remaining_factor(pooling.area)
         return 1.0
 
     def _add(self, call: Call) -> None:
+        """Put a fixed-point addition in the place of a call."""
         groups = [self._links.groups[value] for value in _summands(call)]
         for group in groups:
             if any(self._factor(value) != 1 for value in group.values):
@@ -191,18 +200,18 @@ class _Builder:
         )
         following = self._units(self._links.ends[call.index])
         made = FixedPointAdd(cast(Any, formats), cast(Any, observes), following)
-        self._made(call.index, made)
+        self._note_maker(call.index, made)
         self._insert(call, made, "add", node_operands)
 
-    def _made(self, index: int, module: Any) -> None:
-        """Note what makes a value, and whether the value is rounded before it is read."""
+    def _note_maker(self, index: int, module: Any) -> None:
+        """Note which module makes a value, and tell it to return the value unrounded if a reader needs it so."""
         value = self._links.ends[index]
         self._makers[value] = module
         group = self._links.groups[value]
         module.raw_output = not group.has_format and not group.returned
 
     def _find_sources(self, call: Call) -> None:
-        """Give an addition references to the modules that make the summands which nothing rounds."""
+        """Give an addition references to the modules that make those of its summands that nothing rounds."""
         groups = [self._links.groups[value] for value in _summands(call)]
         makers = [
             next((self._makers[value] for value in group.values if value in self._makers), None) for group in groups
@@ -212,6 +221,7 @@ class _Builder:
         add.set_sources(first, second)
 
     def _pool(self, pooling: Pooling) -> None:
+        """Put a fixed-point average pooling in the place of a module or call."""
         call = pooling.call
         group = self._links.groups[call.inputs[0]]
         result = self._links.groups[self._links.ends[call.index]]
@@ -228,14 +238,21 @@ class _Builder:
             following=self._units(self._links.ends[call.index]),
             keepdim=pooling.keepdim,
         )
-        self._made(call.index, made)
+        self._note_maker(call.index, made)
         if call.module_name is not None:
             self._editor.replace(call.module_name, made)
         else:
             self._insert(call, made, "avg_pool", first_node)
 
     def _insert(self, call: Call, made: nn.Module, name: str, operands: Operands) -> None:
-        """Call ``made`` in the forward of the call's owner, in place of the call."""
+        """Call ``made`` in the forward of a call's owner, in place of the call.
+
+        Args:
+            call: the recorded call.
+            made: the module, which becomes a child of the owner.
+            name: name of that child; a number is added if it is taken.
+            operands: returns the arguments of ``made``, given the node of the call.
+        """
         site = self._sites[call.index]
         if site is None:
             graph = self._analysis.forward(call.owner)
@@ -245,7 +262,7 @@ class _Builder:
         self._editor.rewrite(call.owner).replace(site.node, child, operands, site.in_place)
 
     def _replace_max_pool(self, name: str, module: nn.Module) -> None:
-        """Replace a max pooling of codes by one that takes integers."""
+        """Replace a max pooling by one that takes integers."""
         if type(module) is nn.MaxPool2d and self._editor.modules[name] is module and not module.return_indices:
             made = FixedPointMaxPool2d(
                 module.kernel_size, module.stride, module.padding, module.dilation, ceil_mode=module.ceil_mode
@@ -254,6 +271,7 @@ class _Builder:
             self._editor.replace(name, made)
 
     def _replace_relu(self, call: Call) -> None:
+        """Replace a ReLU6 by a plain ReLU."""
         if call.module_name is None:
             self._insert(call, nn.ReLU(), "relu", first_node)
         elif self._editor.modules[call.module_name] is call.target:
@@ -261,6 +279,6 @@ class _Builder:
 
 
 def _summands(call: Call) -> tuple[int, int]:
-    """Return the two values that an addition adds, which may be one."""
+    """Return the two values that an addition adds; both are the same for ``x + x``."""
     first, second = (*call.inputs, *call.inputs)[:2]
     return first, second

@@ -1,4 +1,4 @@
-"""State dicts of float models: a BatchNorm that became part of a layer is found under its name in the float model."""
+"""Load state dicts of float models: a BatchNorm that is part of a layer now is found under its float model's name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAMES = "tritonq_batch_norm_names"
 def note_batch_norms(model: nn.Module, layers: Mapping[str, str]) -> None:
     """Let a prepared model load the state of its BatchNorms from a state dict of the float model.
 
-    ``layers`` says for each BatchNorm, by name, which layer it is part of now.
+    ``layers`` has the name of the layer that each BatchNorm is part of now, by the BatchNorm's name in the float model.
     """
     if layers:
         setattr(model, _NAMES, dict(layers))
@@ -21,7 +21,10 @@ def note_batch_norms(model: nn.Module, layers: Mapping[str, str]) -> None:
 
 
 def _move_batch_norms(model: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-    """Move the entries of BatchNorms into their layers, where a layer has one and the state dict has none for it."""
+    """Rename the entries of BatchNorms to those of their layers; torch calls this before it loads a state dict.
+
+    An entry is renamed only if the state dict has none under the new name.
+    """
     for name, layer in getattr(model, _NAMES, {}).items():
         bn = model.get_submodule(layer)._modules.get("bn")
         for key in () if bn is None else bn.state_dict():

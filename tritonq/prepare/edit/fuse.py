@@ -1,4 +1,4 @@
-"""Fusing named modules by hand, with torch.ao's calling convention."""
+"""Fuse named modules by hand, with torch.ao's calling convention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ FuserMethod = Callable[..., nn.Module]
 def fuse_row(parts: Sequence[nn.Module], types: Types | None = None) -> intrinsic.FusedModule:
     """Return the fused float module of a row such as Conv2d, BatchNorm2d, ReLU, in the mode of its first part.
 
-    ``types`` are the types that the parts stand for, by default their own.
+    Args:
+        parts: the modules in order of execution.
+        types: the types that the parts stand for; None: their own types, ReLU for ReLU6 and the like.
 
     Raises:
         ValueError: no such row exists, or its BatchNorm can't be fused; the message says why.
@@ -43,14 +45,15 @@ def fuse_known_modules(
     is_qat: bool,
     additional_fuser_method_mapping: Mapping[Types, FuserMethod] | None = None,
 ) -> list[nn.Module]:
-    """Replace a row of modules: the fused one first, ``nn.Identity`` for the others.
+    """Return the modules that replace a row: the fused one first, ``nn.Identity`` for the others.
 
     Pre-hooks of the first module and forward hooks of the last one move to the fused module, as in torch.ao.
 
     Args:
         mod_list: the modules in order of execution.
-        is_qat: handed to the fuser method; the rows known here are made for QAT.
-        additional_fuser_method_mapping: fuser methods ``f(is_qat, *modules)`` by types, which win over the known rows.
+        is_qat: passed on to the fuser method; the rows known here are made for QAT.
+        additional_fuser_method_mapping: for tuples of types, fuser methods ``f(is_qat, *modules)`` that return the
+            fused module; they win over the known rows.
 
     Raises:
         ValueError: an unknown row, modules in different modes, or a BatchNorm that can't be fused.
@@ -82,8 +85,8 @@ def fuse_modules_qat(
         model: the model that holds the modules.
         modules_to_fuse: one row of names, or a list of rows.
         inplace: change ``model`` itself instead of a copy.
-        fuser_func: makes the replacements of one row; see :func:`~tritonq.prepare.edit.fuse.fuse_known_modules`.
-        fuse_custom_config_dict: ``{"additional_fuser_method_mapping": {types: fuser method}}``.
+        fuser_func: returns the replacements of one row, as :func:`~tritonq.prepare.edit.fuse.fuse_known_modules` does.
+        fuse_custom_config_dict: ``{"additional_fuser_method_mapping": {types: fuser method}}``; None: no further rows.
 
     Returns:
         The model with fused modules.
@@ -115,7 +118,10 @@ def fuse_modules_qat(
 
 
 def move_hooks(first: nn.Module, last: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` the pre-hooks of ``first`` and the hooks of ``last``; handles that users hold stay valid."""
+    """Move the pre-hooks of ``first`` and the hooks of ``last`` to ``new``.
+
+    Handles that users hold still remove them.
+    """
     for source, registries in ((first, _PRE_HOOKS), (last, _HOOKS)):
         for registry in registries:
             kept = getattr(new, registry)
@@ -136,6 +142,7 @@ _HOOKS = (
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
+    """Return a submodule by its name; raise ValueError if there is none."""
     try:
         return model.get_submodule(name)
     except AttributeError:

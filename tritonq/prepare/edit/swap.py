@@ -1,4 +1,4 @@
-"""The quantization-aware form of one float module, and the quantizer of what one module returns."""
+"""Make the quantization-aware form of one float module, and quantize the output of one module."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from tritonq.qconfig import QConfig
 def swap(
     module: nn.Module, target: type[nn.Module], qconfig: QConfig, kind: type[nn.Module] | None = None
 ) -> nn.Module:
-    """Return the quantization-aware form of a float module: its parameters, attributes, hooks, device and mode.
+    """Return the quantization-aware form of a float module, with its parameters, attributes, hooks, device and mode.
 
-    ``kind`` is the type that the module computes as, by default its own.
+    Args:
+        module: the float module.
+        target: the quantization-aware type.
+        qconfig: what makes the quantizers.
+        kind: the float type that the module computes as, if it is of a subclass; None: its own type.
     """
     swapped: nn.Module = from_float(target, module if kind is None else plain_form(module, kind), qconfig)
     take_place(module, swapped)
@@ -28,7 +32,7 @@ def swap(
 
 
 def plain_form(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """Return ``module`` as an object of ``kind``, one of its base classes, with the same state."""
+    """Return ``module`` as an object of its base class ``kind``, with the same state; itself if it is one."""
     if type(module) is kind:
         return module
     plain = kind.__new__(kind)
@@ -37,14 +41,14 @@ def plain_form(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
 
 
 def take_place(module: nn.Module, made: nn.Module) -> None:
-    """Give ``made`` the attributes of the float module that it replaces, and its class where that has methods."""
+    """Give ``made`` the attributes of the float module that it replaces, and its class if a user added methods."""
     keep_attributes(module, made)
     if _adds_methods(type(module), made):
         keep_class(type(module), made)
 
 
 def take_place_again(module: nn.Module, made: nn.Module) -> None:
-    """Give ``made``, which replaces ``module`` in turn, what that has of the float module."""
+    """Give ``made`` what ``module``, which it replaces, has itself of the float module that it replaced."""
     names = kept_names(module)
     for source, registry in zip(_registries(module), _registries(made), strict=True):
         registry.update({name: source[name] for name in names if name in source and not hasattr(made, name)})
@@ -54,15 +58,20 @@ def take_place_again(module: nn.Module, made: nn.Module) -> None:
 
 
 def kept_names(made: nn.Module) -> tuple[str, ...]:
-    """Return names of the attributes, parameters and buffers that a module has of the one that it replaced."""
+    """Return names of the attributes, parameters and buffers that a module has from the one that it replaced."""
     names: tuple[str, ...] = made.__dict__.get(_KEPT, ())
     return names
 
 
 def keep_attributes(module: nn.Module, made: nn.Module, without: Container[str] = ()) -> None:
-    """Give ``made`` the attributes of a float module that it lacks: users' code may read them.
+    """Give ``made`` the attributes of a float module that it lacks, since the user's code may read them.
 
-    These are what the instance holds, and what its class holds besides methods, but for names in ``without``.
+    These are what the instance holds, and what its class holds besides methods.
+
+    Args:
+        module: the float module.
+        made: what takes its place.
+        without: names that are not given.
     """
     base = torch_base(type(module))
     kinds = type(module).__mro__[: type(module).__mro__.index(base) if base else 0]
@@ -82,7 +91,7 @@ _KEPT = "_tritonq_kept"
 
 
 def _adds_methods(kind: type[nn.Module], made: nn.Module) -> bool:
-    """Whether a class written by a user has public methods or properties that ``made`` lacks."""
+    """Whether the user's class ``kind`` has public methods or properties that ``made`` lacks."""
     base = torch_base(kind)
     kinds = kind.__mro__[: kind.__mro__.index(base) if base else 0]
     names = {name for part in kinds for name, value in vars(part).items() if not _is_data(name, value)}
@@ -90,15 +99,17 @@ def _adds_methods(kind: type[nn.Module], made: nn.Module) -> bool:
 
 
 def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Return the dicts of a module's parameters, buffers and attributes."""
     return module._parameters, module._buffers, module.__dict__
 
 
 def _is_data(name: str, value: object) -> bool:
+    """Whether a class attribute is public and neither a method nor a property."""
     return not name.startswith("_") and not callable(value) and not hasattr(value, "__get__")
 
 
 def from_float(target: type[nn.Module], module: nn.Module, qconfig: QConfig) -> Any:
-    """Call ``target.from_float(module)`` with ``qconfig`` as the module's attribute, where it is looked for."""
+    """Return ``target.from_float(module)``; meanwhile ``qconfig`` is an attribute of the module."""
     had_own, before = "qconfig" in vars(module), vars(module).get("qconfig")
     module.qconfig = qconfig  # type: ignore[assignment]
     try:
@@ -111,7 +122,7 @@ def from_float(target: type[nn.Module], module: nn.Module, qconfig: QConfig) -> 
 
 
 def quantize_output(module: nn.Module, quantizer: nn.Module) -> None:
-    """Pass the output of a module through ``quantizer``, its new child ``activation_post_process``."""
+    """Let a module pass its output through ``quantizer``, which becomes its child ``activation_post_process``."""
     name = "activation_post_process"
     module.add_module(name, quantizer.train(module.training))
     apply_forward(module, quantizing_data(returns=name))
