@@ -1,4 +1,4 @@
-"""What compiled functions take: which tensors and grids, and these as addresses and numbers."""
+"""Arguments of compiled functions: which tensors and grids they can take, and these as addresses and numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class Tail(ctypes.Structure):
-    """A ReLU and a grid, as ``common.h`` declares them."""
+    """The ReLU and the grid of a result, as ``common.h`` declares them in C++."""
 
     _fields_ = (
         ("rounds", ctypes.c_int32),
@@ -25,7 +25,10 @@ class Tail(ctypes.Structure):
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether compiled code can read and write the memory of each: float32 on the CPU, and an ordinary tensor."""
+    """Whether compiled code can access the memory of each tensor: float32, on the CPU, no subclass.
+
+    None counts as one.
+    """
     for tensor in tensors:
         if tensor is None:
             continue
@@ -35,7 +38,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 def are_vectors(*tensors: Tensor | None) -> bool:
-    """Whether each is None, or plain and contiguous."""
+    """Whether each tensor is None, or contiguous and such as :func:`is_plain` accepts."""
     for tensor in tensors:
         if tensor is not None and not tensor.is_contiguous():
             return False
@@ -43,7 +46,10 @@ def are_vectors(*tensors: Tensor | None) -> bool:
 
 
 def takes_grid(grid: Grid | None, statistics: RangeStatistics | None) -> bool:
-    """Whether compiled code rounds to such a grid of one scale, with such a range behind it."""
+    """Whether compiled code can round to a grid and update its statistics; True if both are None.
+
+    The grid has one scale, integer codes, and ties to even.
+    """
     if grid is None:
         return statistics is None
     if grid.qtype.axis is not None or not rounds_to_even_integers(grid) or not are_vectors(grid.scale):
@@ -57,7 +63,7 @@ def rounds_to_even_integers(grid: Grid) -> bool:
 
 
 def observes(statistics: RangeStatistics | None) -> bool:
-    """Whether a batch changes the range."""
+    """Whether a batch changes the running range: it is not None, not frozen, and switched on."""
     if statistics is None or statistics.frozen:
         return False
     return statistics.enabled is None or bool(statistics.enabled)
@@ -66,7 +72,15 @@ def observes(statistics: RangeStatistics | None) -> bool:
 def observe(
     low: float, high: float, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None
 ) -> RangeStatistics | None:
-    """See `tritonq.reference.activation.observe`; ``low`` and ``high`` are the finite ends before the ReLU."""
+    """Update range and grid as `tritonq.reference.activation.observe`, from the ends of a batch without ReLU.
+
+    Args:
+        low: smallest value before the ReLU, finite.
+        high: largest value.
+        grid: per tensor; updated.
+        statistics: the running range; None observes nothing.
+        ceiling: of the ReLU; None without one.
+    """
     if statistics is None or not observes(statistics):
         return statistics
     if ceiling is not None:
@@ -76,7 +90,10 @@ def observe(
 
 
 def tail_of(grid: Grid | None, ceiling: float | None) -> Tail:
-    """Return constants by which compiled code applies a ReLU up to ``ceiling`` and, if switched on, ``grid``."""
+    """Return the constants by which compiled code applies a ReLU up to ``ceiling``, if any, and rounds to ``grid``.
+
+    It does not round if ``grid`` is None or switched off.
+    """
     floor, top = (-math.inf, math.inf) if ceiling is None else (0.0, ceiling)
     if grid is None or not grid.is_enabled_on_host():
         return Tail(0, 0.0, 0.0, -math.inf, math.inf, floor, top)

@@ -1,4 +1,4 @@
-"""Compiles the sources beside this file, once for each machine and version, and loads the result."""
+"""Compiles the C++ sources beside this file, once for each machine and version, and loads the result."""
 
 from __future__ import annotations
 
@@ -32,13 +32,16 @@ _lock = threading.Lock()
 
 @cache
 def compiler() -> str | None:
-    """Return the C++ compiler: that of the environment variable ``CXX``, or one on the path; None: there is none."""
+    """Return the path of the C++ compiler: that of the environment variable ``CXX``, else one on the path.
+
+    Else None.
+    """
     named = os.environ.get("CXX")
     return next((found for name in ([named] if named else _COMPILERS) if (found := shutil.which(name))), None)
 
 
 def obstacle() -> str | None:
-    """Return, in words, why compiled code can't run here; None: it can."""
+    """Return why compiled code can't run here, as a sentence; None if it can."""
     if sys.platform != "linux":
         return f"compiled code runs on Linux, this is {sys.platform}"
     if compiler() is None:
@@ -47,10 +50,10 @@ def obstacle() -> str | None:
 
 
 def library() -> Any:
-    """Return the compiled functions.
+    """Return the compiled functions as attributes of a ctypes library; compiles them if that was not done before.
 
     Raises:
-        RuntimeError: they can't be compiled; the message holds the compiler's.
+        RuntimeError: they can't be compiled; the message has the compiler's.
     """
     with _lock:
         return _load()
@@ -67,7 +70,7 @@ def _load() -> Any:
 
 
 def _compiled() -> Path:
-    """Return the file of the library, which is compiled unless it lies in the cache."""
+    """Return the file of the compiled library; compiles it, unless it is in the cache."""
     blocked = obstacle()
     if blocked is not None:
         raise RuntimeError(f"backend 'compiled' cannot run here: {blocked}")
@@ -95,7 +98,7 @@ def _compiled() -> Path:
 
 
 def _cache_folder() -> Path:
-    """Return a folder that this user can write to: the user's cache, or else one of the system's temporary folders."""
+    """Return a folder that this user can write to: the user's cache, else one of the system's temporary folders."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     for folder in (base / "tritonq", Path(tempfile.gettempdir()) / f"tritonq-{os.getuid()}"):
         try:
@@ -108,7 +111,7 @@ def _cache_folder() -> Path:
 
 
 def _key(command: list[str]) -> str:
-    """Return a name for sources, compiler and processor."""
+    """Return a hash of sources, compiler command and version, and processor: the name of the compiled file."""
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
     parts = [*command, version, platform.machine(), _processor()]
     parts += [(Path(__file__).parent / name).read_text() for name in (*_HEADERS, *_SOURCES)]
@@ -116,7 +119,7 @@ def _key(command: list[str]) -> str:
 
 
 def _processor() -> str:
-    """Return the processor's instruction sets as Linux lists them, since machines with a common home may differ."""
+    """Return the processor's instruction sets as Linux lists them; machines that share a home folder may differ."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

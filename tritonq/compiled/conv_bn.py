@@ -1,4 +1,7 @@
-"""`tritonq.reference.conv_bn`, compiled: three passes over a convolution's output forward, two backward."""
+"""The tail of a convolution with BatchNorm in C++: three passes over the convolution's output forward, two backward.
+
+Functions are those of `tritonq.reference.conv_bn`, which computes what the compiled code can't.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def forward(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> TailResult:
-    """See :func:`tritonq.reference.conv_bn.forward`."""
+    """Compute :func:`tritonq.reference.conv_bn.forward` in C++: BatchNorm, ReLU, observe, fake quantize."""
     c = dense(c)
     vectors = (ratio, gamma, beta, bias, norm.running_mean, norm.running_var)
     if not (c.numel() and is_plain(c) and are_vectors(*vectors) and takes_grid(grid, statistics)):
@@ -58,7 +61,7 @@ def forward(
 
 
 def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
-    """See :func:`tritonq.reference.conv_bn.apply`."""
+    """Compute :func:`tritonq.reference.conv_bn.apply` in C++: ``FQ(relu?(slope · c + shift))``."""
     c = dense(c)
     if not (c.numel() and is_plain(c) and are_vectors(slope, shift) and takes_grid(grid, None)):
         return reference.apply(c, slope, shift, grid, ceiling)
@@ -76,7 +79,7 @@ def backward(
     ceiling: float | None,
     out: Tensor | None = None,
 ) -> TailGradients:
-    """See :func:`tritonq.reference.conv_bn.backward`."""
+    """Compute :func:`tritonq.reference.conv_bn.backward` in C++: gradient of ``c``, and two sums per channel."""
     c = dense(c)
     vectors = (result.mean, result.inverse_std, result.slope, result.shift)
     if not (c.numel() and is_plain(c, dy, out) and are_vectors(*vectors) and takes_grid(grid, None)):
@@ -93,7 +96,10 @@ def backward(
 
 
 def _view(c: Tensor) -> tuple[int, int, int, int]:
-    """Return batch, channels, inner and whether channels are outer; see ``conv_bn.cpp``."""
+    """Return ``c``'s sizes for C++: (batch, channels, elements per channel, 1).
+
+    If channels lie innermost in memory: (elements per channel in the batch, channels, 1, 0).
+    """
     channels, inner = c.shape[1], math.prod(c.shape[2:])
     if inner > 1 and c.is_contiguous():
         return c.shape[0], channels, inner, 1

@@ -1,4 +1,4 @@
-"""`tritonq.reference.fold`'s operators, compiled: one call for what are eight operators on vectors."""
+"""The operators of `tritonq.reference.fold` in C++: one call in place of eight operators on vectors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tritonq.reference.fold import TINY_FOLD
 
 
 def nonzero_fold(running_var: Tensor, gamma: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """See :func:`tritonq.reference.fold.nonzero_fold`."""
+    """Compute :func:`tritonq.reference.fold.nonzero_fold` in C++: ``γ/σ``, never zero, and ``1/σ`` per channel."""
     if dtype is not torch.float32 or not are_vectors(running_var, gamma):
         return reference.nonzero_fold(running_var, gamma, eps, dtype)
     fold, inverse_std = torch.empty_like(running_var), torch.empty_like(running_var)
@@ -25,7 +25,7 @@ def nonzero_fold(running_var: Tensor, gamma: Tensor | None, eps: float, dtype: t
 def gamma_gradient(
     gamma: Tensor, fold: Tensor, inverse_std: Tensor, eps_share: Tensor, sum_gn: Tensor, dfold: Tensor
 ) -> Tensor:
-    """See :func:`tritonq.reference.fold.gamma_gradient`."""
+    """Compute :func:`tritonq.reference.fold.gamma_gradient` in C++: the gradient of γ, (channels,)."""
     vectors = (gamma, fold, inverse_std, eps_share, sum_gn, dfold)
     if not are_vectors(*vectors):
         return reference.gamma_gradient(*vectors)

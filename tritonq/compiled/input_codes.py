@@ -1,4 +1,4 @@
-"""`tritonq.reference.input_codes`, compiled: one pass each way."""
+"""A tensor as one-byte codes and back, in C++: `tritonq.reference.input_codes` in one pass each way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tritonq.reference.scratch import is_dense
 
 
 def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
-    """See :func:`tritonq.reference.input_codes.encode`."""
+    """Compute :func:`tritonq.reference.input_codes.encode` in C++: the codes of ``x``, or None if not exact."""
     if not (is_plain(x) and is_dense(x) and are_vectors(grid.scale)):
         return reference.encode(x, grid, trusted)
     scale, shift = grid.scale.clone(), shift_of(grid)
@@ -28,7 +28,7 @@ def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
 
 
 def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """See :func:`tritonq.reference.input_codes.decode`."""
+    """Compute :func:`tritonq.reference.input_codes.decode` in C++: the tensor that the codes stand for."""
     held = codes.codes
     if not (held.is_cpu and is_dense(held) and are_vectors(codes.scale) and is_plain(out)):
         return reference.decode(codes, dtype, out)

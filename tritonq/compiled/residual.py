@@ -1,4 +1,4 @@
-"""`tritonq.reference.residual`, compiled."""
+"""Residual joins ``FQ(relu?(a + b))`` in C++: the functions of `tritonq.reference.residual`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tritonq.reference.scratch import is_dense
 def forward(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> RoundedResult:
-    """See :func:`tritonq.reference.residual.forward`."""
+    """Compute :func:`tritonq.reference.residual.forward` in C++: ``FQ(relu?(a + b))`` and the mask of its gradient."""
     fits = is_plain(a, b) and a.stride() == b.stride() and is_dense(a) and a.numel() > 0
     if not fits or not takes_grid(grid, statistics):
         return reference.forward(a, b, grid, statistics, ceiling)
@@ -30,9 +30,15 @@ def forward(
 def rounded(
     a: Tensor, b: Tensor | None, y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> RoundedResult | None:
-    """Return ``FQ(relu?(a + b))`` in ``y``, and its mask.
+    """Write ``FQ(relu?(a + b))`` to ``y``; return it with its mask, or None if a value is not finite.
 
-    Without ``b`` that of ``y``. None where some value is not finite.
+    Args:
+        a: dense, float32.
+        b: laid out as ``a``; None: the result is ``FQ(relu?(a))``.
+        y: memory for the result, laid out as ``a``; may be ``a``.
+        grid: per tensor, or None.
+        statistics: the running range of the grid, or None.
+        ceiling: of the ReLU, or None.
     """
     functions, count, ends = library(), y.numel(), (ctypes.c_float * 2)()
     other = None if b is None else b.data_ptr()
@@ -47,7 +53,7 @@ def rounded(
 
 
 def backward(dy: Tensor, mask: Tensor) -> Tensor:
-    """See :func:`tritonq.reference.residual.backward`."""
+    """Compute :func:`tritonq.reference.residual.backward` in C++: ``dy`` where the mask's bit is set, else 0."""
     if not is_plain(dy) or not is_dense(dy):
         return reference.backward(dy, mask)
     result = torch.empty_like(dy)

@@ -1,4 +1,4 @@
-"""`tritonq.reference.rounded`, compiled."""
+"""Results of any operation, observed and rounded, in C++: the function of `tritonq.reference.rounded`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tritonq.reference.scratch import is_dense
 
 
 def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> RoundedResult:
-    """See :func:`tritonq.reference.rounded.forward`."""
+    """Compute :func:`tritonq.reference.rounded.forward` in C++: ``FQ(relu?(y))`` and the mask of its gradient."""
     if is_plain(y) and is_dense(y) and y.numel() and takes_grid(grid, statistics):
         joined = residual.rounded(y, None, y, grid, statistics, ceiling)
         if joined is not None:

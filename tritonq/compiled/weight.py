@@ -1,4 +1,7 @@
-"""`tritonq.reference.weight`, compiled: two reads and a write forward, two reads and a write backward."""
+"""Folding, observing and quantizing a weight in C++: two reads and a write forward, and as much backward.
+
+Functions are those of `tritonq.reference.weight`, which computes what the compiled code can't.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def quantize_folded(
     statistics: RangeStatistics | None,
     out: Tensor | None = None,
 ) -> WeightCodes:
-    """See :func:`tritonq.reference.weight.quantize_folded`."""
+    """Compute :func:`tritonq.reference.weight.quantize_folded` in C++: fold, observe and quantize a weight."""
     if grid is None or not _takes(rows, fold, grid, out) or not _follows(grid, statistics, len(rows)):
         return reference.quantize_folded(rows, fold, grid, statistics, out)
     functions, count = library(), len(rows)
@@ -53,7 +56,7 @@ def folded_codes(
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> WeightCodes:
-    """See :func:`tritonq.reference.weight.folded_codes`."""
+    """Compute :func:`tritonq.reference.weight.folded_codes` in C++: the codes of a weight once more."""
     if grid is None or not _takes(rows, fold, grid, out):
         return reference.folded_codes(rows, fold, grid, out, extremes)
     return _codes(rows, fold, grid, True, out)
@@ -67,7 +70,7 @@ def folded_backward(
     grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`tritonq.reference.weight.folded_backward`."""
+    """Compute :func:`tritonq.reference.weight.folded_backward` in C++: the gradients of weight and fold."""
     masks = clips and grid is not None and grid.is_enabled_on_host()
     if not _takes(rows, fold, grid, dcodes) or dcodes.stride() != rows.stride() or not are_vectors(unit):
         return reference.folded_backward(dcodes, rows, fold, unit, grid, clips)
@@ -84,7 +87,10 @@ def folded_backward(
 
 
 def _codes(rows: Tensor, fold: Tensor, grid: Grid, clips: bool, out: Tensor | None) -> WeightCodes:
-    """Return the codes while the grid is switched on, else what the reference returns; ``clips`` may be too careful."""
+    """Return the codes of a weight; what the reference returns, if the grid is switched off.
+
+    ``clips`` may be True although nothing is clipped.
+    """
     if not grid.is_enabled_on_host():
         return reference.folded_codes(rows, fold, grid, out)
     codes, count, scale = torch.empty_like(rows) if out is None else out, len(rows), grid.scale
@@ -96,7 +102,7 @@ def _codes(rows: Tensor, fold: Tensor, grid: Grid, clips: bool, out: Tensor | No
 
 
 def _takes(rows: Tensor, fold: Tensor, grid: Grid | None, out: Tensor | None) -> bool:
-    """Whether compiled code can fold and round such a weight: rows lie one behind the other, all zero points are 0."""
+    """Whether compiled code can fold and round such a weight: float32, dense rows, no zero point, ties to even."""
     if not (rows.numel() and is_plain(rows, out) and are_vectors(fold) and _rows_are_dense(rows)):
         return False
     if out is not None and out.stride() != rows.stride():
@@ -109,7 +115,7 @@ def _takes(rows: Tensor, fold: Tensor, grid: Grid | None, out: Tensor | None) ->
 
 
 def _rows_are_dense(rows: Tensor) -> bool:
-    """Whether each row fills its part of the memory, in whatever order."""
+    """Whether each row fills its part of the memory without gaps, in whatever order."""
     if rows.is_contiguous():
         return True
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(rows.dim())
@@ -117,7 +123,7 @@ def _rows_are_dense(rows: Tensor) -> bool:
 
 
 def _follows(grid: Grid, statistics: RangeStatistics | None, count: int) -> bool:
-    """Whether scales are one per row and follow from ranges as :func:`weight_ranges` in ``weight.cpp`` has it."""
+    """Whether there is one scale per row, which follows from its range as ``weight_ranges`` in C++ computes it."""
     if grid.qtype.axis != 0 or grid.scale.numel() != count or not are_vectors(grid.scale):
         return False
     if statistics is None:

@@ -1,8 +1,9 @@
-"""Observing and quantizing an activation that was just computed, in place, and the gradient's mask.
+"""Observing and quantizing an activation that was just computed, in place, and where its gradient passes.
 
-Shared by the operators that end in ReLU and fake quantization. The ReLU is one number, its ``ceiling``: infinity for a
-plain one, 6 for ReLU6, b for ``clamp(y, 0, b)``, and None where there is no ReLU. Other docstrings write
-``relu?(y)`` for :func:`rectify`.
+The operators that end in ReLU and fake quantization share these functions. The ReLU is one number, its *ceiling*:
+infinity for a plain ReLU, 6 for ReLU6, b for ``clamp(y, 0, b)``, and None for no ReLU. Other docstrings write
+``relu?(y)`` for :func:`rectify`. The gradient *passes* a value if neither ReLU nor the clip of the quantizer changes
+it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tritonq.reference.ranges import observe_range
 
 
 def rectify(y: Tensor, ceiling: float | None) -> Tensor:
-    """Return ``min(max(y, 0), ceiling)``, differentiable; ``y`` itself where ``ceiling`` is None."""
+    """Return ``min(max(y, 0), ceiling)``, differentiable; ``y`` itself if ``ceiling`` is None."""
     if ceiling is None:
         return y
     return F.relu(y) if ceiling == math.inf else F.hardtanh(y, 0.0, ceiling)
@@ -47,10 +48,10 @@ def rectify_backward(dy: Tensor, y: Tensor, ceiling: float) -> Tensor:
 
 
 class Observed(NamedTuple):
-    """What :func:`observe` found out.
+    """The result of :func:`observe`.
 
     Attributes:
-        statistics: the range that was updated, see `observe_range`; None without one.
+        statistics: the range that was updated, as `observe_range` returns it; None if there is none.
         finite: whether every value is known to be finite.
     """
 
@@ -59,14 +60,13 @@ class Observed(NamedTuple):
 
 
 def observe(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> Observed:
-    """Update a range, and the grid that follows from it, with ``relu?(y)``.
+    """Update a running range, and the grid that follows from it, with ``relu?(y)``, in place.
 
     Args:
-        y: float32 or float64.
-        grid: per tensor.
-        statistics: its range; None observes nothing.
-        ceiling: of the ReLU before the quantizer.
-
+        y: float32 or float64, before the ReLU.
+        grid: per tensor; its scale and zero point are updated.
+        statistics: the running range; None observes nothing.
+        ceiling: of the ReLU before the quantizer; None without one.
     """
     if statistics is None or statistics.frozen:
         return Observed(statistics, False)
@@ -84,15 +84,15 @@ def observe_ends(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> RangeStatistics | None:
-    """Compute :func:`observe` from the extremes of ``y``; what `observe_range` returns.
+    """Compute :func:`observe` from the smallest and largest value of ``y``; returns what `observe_range` returns.
 
     Args:
-        low: smallest finite value of ``y``, see `min_max.extremes`; overwritten where ``nonfinite`` is None.
+        low: smallest finite value of ``y``, see `min_max.extremes`; overwritten if ``nonfinite`` is None.
         high: largest finite value; overwritten as ``low``.
         nonfinite: how many values are not finite; None: all are finite.
-        grid: per tensor.
-        statistics: its range; None observes nothing.
-        ceiling: of the ReLU before the quantizer.
+        grid: per tensor; its scale and zero point are updated.
+        statistics: the running range; None observes nothing.
+        ceiling: of the ReLU before the quantizer; None without one.
     """
     if nonfinite is None:
         ends = (low, high) if ceiling is None else (low.clamp_(0.0, ceiling), high.clamp_(0.0, ceiling))
@@ -105,7 +105,7 @@ def observe_ends(
 
 
 def quantize_(y: Tensor, grid: Grid, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(y))``; overwrites ``y``."""
+    """Return ``FQ(relu?(y))``; overwrites ``y``. While the grid is switched off, only the ReLU is applied."""
     enabled = grid.enabled_flag()
     if enabled is False:
         return rectify_(y, ceiling)
@@ -131,15 +131,15 @@ def straight_through_(
     finite: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return ``dy`` where neither ReLU nor the clip blocks it, else 0; zero at NaN.
+    """Return ``dy`` where neither ReLU nor the clip blocks it, else 0; 0 at NaN.
 
     Args:
         dy: float32 or float64; broadcast to ``y``.
-        y: what is quantized, unrounded; overwritten.
-        grid: of the quantizer; None for none.
-        ceiling: of the ReLU before it.
-        finite: whether it is known that ``y`` is.
-        out: where to write the result instead of ``y``; a finite ``y`` is then left alone.
+        y: the values before ReLU and rounding; overwritten.
+        grid: of the quantizer; None without one.
+        ceiling: of the ReLU before it; None without one.
+        finite: whether all of ``y`` is known to be finite.
+        out: memory for the result, in place of ``y``; with ``finite`` ``y`` is not changed then.
     """
     enabled = False if grid is None else grid.enabled_flag()
     if isinstance(enabled, Tensor) and grid is not None:
@@ -165,13 +165,15 @@ def _masked(dy: Tensor, y: Tensor, grid: Grid, ceiling: float | None, enabled: T
 
 
 def passes(y: Tensor, grid: Grid | None, ceiling: float | None, enabled: Tensor | None = None) -> Tensor:
-    """Return where neither ReLU nor the clip blocks the gradient, as a new bool tensor; False at NaN.
+    """Return a new bool tensor: where neither ReLU nor the clip blocks the gradient; False at NaN.
+
+    A ReLU passes ``0 < y < ceiling``, the clip values whose unclipped code is a code.
 
     Args:
-        y: values before ReLU and rounding; left alone.
-        grid: of the quantizer; None: there is none.
-        ceiling: of the ReLU; None: there is none.
-        enabled: the grid's switch; None: on.
+        y: values before ReLU and rounding; not changed.
+        grid: of the quantizer; None without one.
+        ceiling: upper bound of the ReLU, infinity for a plain one; None without a ReLU.
+        enabled: the grid's switch, a bool tensor: False blocks nothing. None: on.
     """
     inside = torch.ones_like(y, dtype=torch.bool)
     if grid is not None:

@@ -1,8 +1,8 @@
-"""Means of codes: which elements each result is the mean of, and the exact sum behind it.
+"""Means of codes: which elements each mean takes, and the exact sum behind it.
 
-A float mean depends on the order in which its terms are added. A sum of codes does not, so that the code of a mean is
-the same whoever computes it: ``code = round(fl(Σ) · fl(s_in / fl(s_out · N)))``, Σ being the sum of codes minus zero
-point over N elements.
+A float mean depends on the order in which its terms are added. A sum of codes does not, so the code of a mean is the
+same whoever computes it: ``code = round(fl(Σ) · fl(s_in / fl(s_out · N)))``. Σ is the sum of codes minus zero point
+over N elements, fl rounding to float32.
 """
 
 from __future__ import annotations
@@ -27,29 +27,32 @@ _ADAPTIVE_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adap
 
 
 class Averaging(Protocol):
-    """An operation each of whose results is a sum of elements (and zeros of a padding) divided by a number."""
+    """An operation whose results are each a sum of elements (and zeros of a padding), divided by a number.
+
+    ``shape`` is always that of the input, batch and channels included.
+    """
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the means of a float tensor, as torch computes them."""
 
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
-        """Return the divisor of each sum: one number, or float32 that broadcasts against the result.
+        """Return what each sum is divided by: one number, or a float32 tensor that broadcasts against the result.
 
         Args:
             shape: of the input.
         """
 
     def terms(self, shape: tuple[int, ...]) -> int:
-        """Return the largest number of elements in one sum."""
+        """Return the largest number of elements that one sum has, for an input of ``shape``."""
 
 
 @dataclass(frozen=True)
 class AxesAverage:
-    """``x.mean(axes, keepdim)``.
+    """The mean over axes: ``x.mean(axes, keepdim)``.
 
     Attributes:
         axes: the axes; None: all of them.
-        keepdim: whether they stay, with size 1.
+        keepdim: whether the axes stay, with size 1.
     """
 
     axes: tuple[int, ...] | None
@@ -60,25 +63,25 @@ class AxesAverage:
         return x.mean(self.axes, self.keepdim)
 
     def divisors(self, shape: tuple[int, ...]) -> int:
-        """Return the number of elements along the axes."""
+        """Return the number of elements along the axes, for an input of ``shape``."""
         return math.prod(shape if self.axes is None else [shape[axis] for axis in self.axes])
 
     def terms(self, shape: tuple[int, ...]) -> int:
-        """Return the number of elements along the axes."""
+        """Return the number of elements along the axes, for an input of ``shape``."""
         return self.divisors(shape)
 
 
 @dataclass(frozen=True)
 class WindowAverage:
-    """Average pooling over windows: ``avg_pool1d``, ``avg_pool2d``, ``avg_pool3d``; one entry per axis.
+    """Average pooling over windows: ``avg_pool1d``, ``avg_pool2d``, ``avg_pool3d``.
 
     Attributes:
-        kernel_size: of the window.
-        stride: between windows.
-        padding: zeros at either end.
+        kernel_size: of the window; one number per axis, as for the next two.
+        stride: distance of windows.
+        padding: zeros at either end of an axis.
         ceil_mode: whether a last window may reach beyond the padded input.
-        count_include_pad: whether zeros of the padding count as elements.
-        divisor_override: what to divide by instead of the number of elements; None: that number.
+        count_include_pad: whether zeros of the padding count as elements of a mean.
+        divisor_override: what to divide every sum by; None: its number of elements.
     """
 
     kernel_size: tuple[int, ...]
@@ -97,7 +100,10 @@ class WindowAverage:
         return _POOLS[rank](x, *arguments)
 
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
-        """Return the number of elements of each window, padding included or not."""
+        """Return the number of elements of each window: one number if all are equal, else float32, one per window.
+
+        With ``divisor_override`` that number.
+        """
         if self.divisor_override is not None:
             return self.divisor_override
         if not self.ceil_mode and (self.count_include_pad or not any(self.padding)):
@@ -106,7 +112,7 @@ class WindowAverage:
         return _outer([self._along(*axis) for axis in axes])
 
     def terms(self, shape: tuple[int, ...]) -> int:
-        """Return the size of the window."""
+        """Return the number of elements of a window, padding included (or ``divisor_override``, if larger)."""
         return max(math.prod(self.kernel_size), abs(self.divisor_override or 0))
 
     def windows(self, size: int, kernel: int, stride: int, padding: int) -> int:
@@ -130,7 +136,7 @@ class AdaptiveAverage:
     """Average pooling to a given size: ``adaptive_avg_pool1d``, ``adaptive_avg_pool2d``, ``adaptive_avg_pool3d``.
 
     Attributes:
-        output_size: one entry per axis; None: that of the input.
+        output_size: one number per pooled axis; None: the size of the input.
     """
 
     output_size: tuple[int | None, ...]
@@ -146,25 +152,25 @@ class AdaptiveAverage:
         return tuple([size if out is None else out for size, out in self._axes(shape[-len(self.output_size) :])])
 
     def divisors(self, shape: tuple[int, ...]) -> int | Tensor:
-        """Return the number of elements of each window; one number where the sizes divide those of the input."""
+        """Return the number of elements of each window: one number if all are equal, else float32, one per window."""
         sizes = shape[-len(self.output_size) :]
         if self.divides(shape):
             return math.prod(size // (size if out is None else out) for size, out in self._axes(sizes))
         return _outer([[end - start for start, end in _bounds(size, out)] for size, out in self._axes(sizes)])
 
     def terms(self, shape: tuple[int, ...]) -> int:
-        """Return the number of elements of the largest window."""
+        """Return the number of elements of the largest window, for an input of ``shape``."""
         return math.prod(
             max(end - start for start, end in _bounds(size, out))
             for size, out in self._axes(shape[-len(self.output_size) :])
         )
 
     def divides(self, shape: tuple[int, ...]) -> bool:
-        """Whether all windows are of one size."""
+        """Whether all windows have one size: the output's sizes divide those of an input of ``shape``."""
         return all(out in (None, 1) or size % out == 0 for size, out in self._axes(shape[-len(self.output_size) :]))
 
     def bounds(self, shape: tuple[int, ...]) -> list[list[tuple[int, int]]]:
-        """Return for each axis the first and the one past the last element of each window."""
+        """Return for each pooled axis a list of windows: (first element, one past the last)."""
         return [_bounds(size, out) for size, out in self._axes(shape[-len(self.output_size) :])]
 
     def _axes(self, sizes: tuple[int, ...]) -> list[tuple[int, int | None]]:
@@ -179,16 +185,19 @@ _KINDS: dict[str, Callable[..., Averaging]] = {
 
 
 def averaging_to_data(averaging: Averaging) -> dict[str, Any]:
-    """Return an operation as plain data."""
+    """Return an averaging as plain data, such as ``{"kind": "axes", "axes": [2, 3], "keepdim": False}``.
+
+    :func:`averaging_from_data` reads it.
+    """
     kind = next(name for name, made in _KINDS.items() if type(averaging) is made)
     return {"kind": kind, **{name: _plain(value) for name, value in vars(averaging).items()}}
 
 
 def averaging_from_data(data: Mapping[str, Any]) -> Averaging:
-    """Return the operation that :func:`averaging_to_data` described.
+    """Return the averaging that :func:`averaging_to_data` described.
 
     Raises:
-        KeyError, TypeError: data that describes none.
+        KeyError, TypeError: ``data`` describes none.
     """
     fields = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in data.items()}
     kind: Any = fields.pop("kind")
@@ -196,15 +205,15 @@ def averaging_from_data(data: Mapping[str, Any]) -> Averaging:
 
 
 def exact_sums(codes: Tensor, averaging: Averaging, largest: int) -> Tensor:
-    """Return the sums of whole numbers behind the means that ``averaging`` takes of them.
+    """Return the sums of codes behind the means that ``averaging`` takes, as exact whole numbers.
 
     Args:
         codes: float32, whole numbers.
-        averaging: the operation.
+        averaging: which elements each mean takes.
         largest: no code is larger in magnitude.
 
     Returns:
-        float32 or float64 in the shape of the means; whole numbers, the same in every memory format.
+        float32 or float64 in the shape of the means; the same in every memory format.
     """
     exact = codes if largest * averaging.terms(codes.shape) < _FLOAT32_SUM else codes.double()
     divisors = averaging.divisors(codes.shape)
@@ -214,7 +223,13 @@ def exact_sums(codes: Tensor, averaging: Averaging, largest: int) -> Tensor:
 
 
 def average_steps(sums: Tensor, scale: Tensor, output_scale: Tensor, divisors: int | Tensor) -> Tensor:
-    """Return the means in steps of the output's scale, before rounding: ``fl(fl(Σ) · fl(s_in / fl(s_out · N)))``.
+    """Return means in steps of the output's scale, before rounding: ``fl(fl(Σ) · fl(s_in / fl(s_out · N)))``.
+
+    Args:
+        sums: Σ, of :func:`exact_sums`.
+        scale: s_in, of the input.
+        output_scale: s_out, of the output.
+        divisors: N, of :meth:`Averaging.divisors`.
 
     Source: QLinearGlobalAveragePool of ONNX Runtime.
     """
@@ -224,7 +239,10 @@ def average_steps(sums: Tensor, scale: Tensor, output_scale: Tensor, divisors: i
 def requantize_sums(
     sums: Tensor, scale: Tensor, output_scale: Tensor, divisors: int | Tensor, rounding: Rounding
 ) -> Tensor:
-    """Return the means on the output's grid, float32, before clipping to its codes."""
+    """Return the means on the output's grid, float32, before clipping to its codes.
+
+    Arguments as for :func:`average_steps`; ``rounding`` is the grid's.
+    """
     if isinstance(divisors, Tensor):
         divisors = divisors.to(sums.device)
     steps = average_steps(sums, scale, output_scale, divisors)
@@ -241,7 +259,7 @@ def _bounds(size: int, out: int | None) -> list[tuple[int, int]]:
 
 
 def _outer(counts: list[list[int]]) -> Tensor:
-    """Return the products of one count per axis, float32."""
+    """Return the products of one count per axis, float32: ``[[2, 3], [5]]`` gives ``[[10], [15]]``."""
     result = torch.ones(())
     for count in counts:
         result = result.unsqueeze(-1) * torch.tensor(count, dtype=torch.float32)

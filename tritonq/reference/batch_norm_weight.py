@@ -1,7 +1,7 @@
 """The weight of a training step with BatchNorm, in PyTorch: the specification of `tritonq.kernels.batch_norm_weight`.
 
-A composition of `tritonq.reference.fold` and `tritonq.reference.weight`, which says what is computed; kernels do it in
-one launch.
+The weight is multiplied by its *fold*, γ/σ of the BatchNorm per out channel (`tritonq.reference.fold`), then observed
+and quantized (`tritonq.reference.weight`). Kernels do it in one launch.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ _HALF_EXPONENTS = (-24, 7)
 
 
 class StepWeight(NamedTuple):
-    """A folded weight as what is convolved, times a unit per channel.
+    """A folded and quantized weight: ``codes · unit`` per out channel.
 
     Attributes:
-        codes: in the dtype that is convolved, shaped as the rows; see :func:`fit_codes`.
-        unit: (out,), of these codes; see :class:`tritonq.reference.weight.WeightCodes`.
-        ratio: (out,), the fold over the unit: what the result of the convolution is divided by.
+        codes: in the dtype of the convolution, shaped as the rows; see :func:`fit_codes`.
+        unit: (out,), the value of a code of 1.
+        ratio: (out,), ``fold / unit``: dividing the convolution with ``codes`` by it gives that with the unfolded
+            weight.
         fold: (out,), see :func:`tritonq.reference.fold.nonzero_fold`.
         inverse_std: (out,), ``1/σ``.
-        clips: whether some value lay outside the code range; True where not known.
-        grid: the grid as it is after this step's range; None without a quantizer.
+        clips: whether some value lay outside the code range; True if that is not known.
+        grid: a snapshot of the grid, with this step's range; None without a quantizer.
     """
 
     codes: Tensor
@@ -71,19 +72,20 @@ def quantize(
     known: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
 ) -> StepWeight:
-    """Fold a weight with its BatchNorm's running variance, observe it, and quantize it.
+    """Fold a weight with its BatchNorm's running variance, observe its range, and quantize it.
 
     Args:
-        rows: (out, ...), any float dtype.
+        rows: the weight, (out, ...), any float dtype.
         running_var: (out,), from before this step's update.
         gamma: (out,), or None for 1.
         eps: of the BatchNorm.
-        code_dtype: of what is convolved.
-        dtype: of the arithmetic.
-        grid: of the weight's quantizer, per tensor or per out channel; None: there is none.
-        statistics: the range behind the grid; None observes nothing.
-        known: fold and ``1/σ`` of a step that is repeated, whose running variance has changed since.
-        out: where the codes may be written: shaped as ``rows``, in ``dtype``.
+        code_dtype: dtype of the result's codes, that of the convolution.
+        dtype: of the arithmetic: float32 or float64.
+        grid: of the weight's quantizer, per tensor or per out channel; None leaves the folded weight in float.
+        statistics: the running range of the grid; None observes nothing.
+        known: fold and ``1/σ``, (out,) each, of a step that is run again (checkpointing); they replace ``running_var``,
+            which has changed since. None: computed.
+        out: memory for the codes: shaped as ``rows``, in ``dtype``; None: new memory.
     """
     families = (reference_fold, reference_weight)
     return composed(*families, rows, running_var, gamma, eps, code_dtype, dtype, grid, statistics, known, out)
@@ -103,7 +105,10 @@ def composed(
     known: tuple[Tensor, Tensor] | None,
     out: Tensor | None,
 ) -> StepWeight:
-    """Compute :func:`quantize` of the modules that implement the families ``fold`` and ``weight``."""
+    """Compute :func:`quantize` by the given modules of the families ``fold`` and ``weight``.
+
+    The backend "compiled" passes its own modules, and calls this.
+    """
     fold, inverse_std = known or folds.nonzero_fold(running_var, gamma, eps, dtype)
     codes, unit, clips, frozen = weights.quantize_folded(rows, fold, grid, statistics, out)
     codes, unit = fit_codes(codes, unit, code_dtype)
@@ -114,7 +119,15 @@ def composed(
 def codes_again(
     rows: Tensor, fold: Tensor, grid: Grid | None, code_dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return the codes of :func:`quantize` once more, from the fold and the snapshot that it returned."""
+    """Return the codes of :func:`quantize` once more, for the backward: the forward does not keep them.
+
+    Args:
+        rows: the weight.
+        fold: (out,), that :func:`quantize` returned.
+        grid: the snapshot that :func:`quantize` returned.
+        code_dtype: dtype of the codes.
+        out: memory for the codes before they are converted to ``code_dtype``, or None.
+    """
     codes, unit, *_ = reference_weight.folded_codes(rows, fold, grid, out)
     return fit_codes(codes, unit, code_dtype)[0]
 
@@ -132,9 +145,10 @@ def gradients(
     grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of weight and γ (without γ: of the fold) from that of the codes, which it may overwrite.
+    """Return two gradients from that of the codes: of the weight, and of γ (without γ: of the fold).
 
-    See :func:`tritonq.reference.weight.folded_backward` and :func:`tritonq.reference.fold.gamma_gradient`.
+    ``dcodes`` may be overwritten. Arguments as those of :func:`tritonq.reference.weight.folded_backward` and
+    :func:`tritonq.reference.fold.gamma_gradient`.
     """
     drows, dfold = reference_weight.folded_backward(dcodes, rows, fold, unit, grid, clips)
     if gamma is None:
@@ -145,9 +159,10 @@ def gradients(
 
 
 def fit_codes(codes: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return codes in the dtype that they are convolved in, and their unit.
+    """Return codes in ``dtype``, that of the convolution, and their unit.
 
-    In float16 a sum of 8-bit codes overflows: they are scaled by the power of two nearest to their unit, exactly.
+    In float16 a sum of 8-bit codes overflows. Codes are therefore multiplied by the power of two nearest to their unit,
+    which is exact, and the unit is divided by it.
     """
     if dtype != torch.float16:
         return as_dtype(codes, dtype), unit

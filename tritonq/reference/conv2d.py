@@ -1,4 +1,4 @@
-"""Folded convolutions with ReLU and fake quantization: the specification of `tritonq.kernels.conv2d`."""
+"""Convolutions with ReLU and fake quantization: the specification of `tritonq.kernels.conv2d`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def conv2d(
     ceiling: float | None = None,
     grid: Grid | None = None,
 ) -> Tensor:
-    """Return ``FQ(relu?(conv(x, weight) + bias))``.
+    """Return ``FQ(relu?(conv(x, weight) + bias))``, where FQ rounds to ``grid``.
 
     Args:
         x: (n, c, h, w).
@@ -57,14 +57,14 @@ def integer_conv2d(
     ceiling: float | None = None,
     grid: Grid | None = None,
 ) -> Tensor:
-    """Return ``FQ(relu?(requantize(conv(codes, weight))))`` with an exact sum; geometry and the end as :func:`conv2d`.
+    """Return ``FQ(relu?(requantize(conv(codes, weight))))`` with an exact sum.
 
     Args:
         codes: (n, c, h, w) integers of up to 9 bits, minus their zero point, in any float dtype.
         weight: (out, c/groups, kh, kw), the same. No partial sum may reach 2^24.
-        bias: see :func:`requantize`, as are multiplier and onto.
+        bias: int32 (out,), or None; see :func:`requantize`, as for the next two.
         multiplier: (out,).
-        onto: per tensor, or None.
+        onto: the grid that sums are rounded to, per tensor, or None.
         dtype: of the result.
         stride: (vertical, horizontal), as are padding and dilation.
         padding: zeros on each side.
@@ -80,14 +80,14 @@ def integer_conv2d(
 
 
 def requantize(total: Tensor, bias: Tensor | None, multiplier: Tensor, onto: Grid | None, channel_axis: int) -> Tensor:
-    """Return ``float32(total + bias) * multiplier``; with a grid ``round(that) * onto.scale``, before clipping.
+    """Return ``float32(total + bias) · multiplier``; with a grid ``round(that) · onto.scale``, before clipping.
 
     Args:
         total: exact integers, float32 or float64; may be overwritten.
         bias: int32 (out,), or None.
-        multiplier: float32 (out,); with a grid, in units of ``onto.scale``.
-        onto: the grid that the sums go to at once, per tensor, or None.
-        channel_axis: of ``total``, which ``bias`` and ``multiplier`` run along.
+        multiplier: float32 (out,): values per unit of the sums; with ``onto`` steps of its scale.
+        onto: the grid that sums are rounded to, per tensor; None: they are not rounded.
+        channel_axis: axis of ``total`` with the out channels.
 
     Returns:
         float32, shaped as ``total``.

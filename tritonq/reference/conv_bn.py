@@ -1,7 +1,9 @@
 """The tail of a convolution with BatchNorm in PyTorch: the specification of `tritonq.kernels.conv_bn` and the CPU path.
 
-What follows the convolution in the approximate mode of folding (divide by the fold, add the bias, normalise with the
-batch's statistics, ReLU, observe, fake quantize) is affine per channel until the ReLU. So it takes the statistics of
+The *tail* is what follows the convolution. In the approximate mode of folding it (divide by the fold, add the bias,
+normalise with the
+batch's statistics, ReLU, observe, fake quantize) is affine per channel until the ReLU, where ``c`` is the convolution's
+output. So it takes the statistics of
 the convolution's output and one more pass, and saves nothing but that output and a few vectors. Derivation:
 docs/conv-bn.md, "The tail of a step". Vectors are (channels,) in the dtype of the arithmetic: float32, or float64 for a
 float64 input.
@@ -25,7 +27,7 @@ from tritonq.reference.scratch import borrow, is_dense
 
 
 class BatchNormState(NamedTuple):
-    """A BatchNorm's buffers, updated in place, and constants.
+    """A BatchNorm's running statistics, which a step updates in place, and its constants.
 
     Attributes:
         running_mean: (channels,).
@@ -41,15 +43,15 @@ class BatchNormState(NamedTuple):
 
 
 class Normalization(NamedTuple):
-    """What a training step's BatchNorm did: all that its backward needs besides the convolution's output.
+    """What a backward needs of a step's BatchNorm besides the convolution's output c; vectors (channels,).
 
     Attributes:
-        mean: mean of the convolution's output.
-        inverse_std: ``1 / sqrt(var + eps · ratio²)``, var being the biased variance of the convolution's output.
+        mean: of c.
+        inverse_std: ``1 / sqrt(var + eps · ratio²)``, with the biased variance of c.
         gain: |γ|.
-        slope: ``gain · inverse_std``: the result is ``slope · c + shift``.
+        slope: ``gain · inverse_std``: the result before the ReLU is ``slope · c + shift``.
         shift: ``β - slope · mean``.
-        eps_share: ``eps / (var / ratio² + eps)``, the part of the normalisation that is eps.
+        eps_share: ``eps / (var / ratio² + eps)``, how much of the normalised variance is eps; 0..1.
     """
 
     mean: Tensor
@@ -65,8 +67,8 @@ class TailResult(NamedTuple):
 
     Attributes:
         y: the result.
-        normalization: of this step.
-        grid: the quantizer's, as it is now; None without a quantizer.
+        normalization: vectors of this step.
+        grid: a snapshot of the quantizer's grid; None without a quantizer.
     """
 
     y: Tensor
@@ -75,12 +77,12 @@ class TailResult(NamedTuple):
 
 
 class TailGradients(NamedTuple):
-    """Gradients of :func:`backward`, with ``g`` the gradient that ReLU and quantizer let pass.
+    """Gradients of :func:`backward`, with ``g`` the part of the gradient that ReLU and quantizer let pass.
 
     Attributes:
         c: gradient of the convolution's output.
-        sum_g: ``Σ g`` over each channel.
-        sum_g_normalized: ``Σ g (c - mean) inverse_std`` over each channel.
+        sum_g: ``Σ g`` per channel: the gradient of β.
+        sum_g_normalized: ``Σ g (c - mean) inverse_std`` per channel.
     """
 
     c: Tensor
@@ -111,7 +113,7 @@ def forward(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> TailResult:
-    """Return ``FQ(relu?(BN(c / ratio + bias)))`` with the statistics of this batch; updates those of ``norm``.
+    """Return ``FQ(relu?(BN(c / ratio + bias)))``, normalised by this batch's statistics; updates those of ``norm``.
 
     Args:
         c: (batch, channels, ...), the convolution's output, contiguous or channels last.
@@ -151,7 +153,7 @@ def _visible_result(
     statistics: RangeStatistics | None,
     ceiling: float | None,
 ) -> TailResult:
-    """Return rest of :func:`forward`; a compiler keeps ``c`` alone and makes the result again for the next backward."""
+    """Compute the rest of :func:`forward` for a compiler: it keeps ``c`` only and computes the result again."""
     # Imported here, so that its operator is registered when something is compiled, and not before.
     from tritonq.remember import made_again
 
@@ -165,7 +167,7 @@ def _visible_result(
 
 
 def _ends(c: Tensor, result: Normalization) -> tuple[Tensor, Tensor, Tensor]:
-    """`min_max.min_max` of the normalised values, without a pass over them: rounding preserves order.
+    """Compute `min_max.min_max` of the normalised values without a pass over them: rounding preserves order.
 
     The values of a channel whose statistics are not finite are none of them.
     """
@@ -178,7 +180,7 @@ def _ends(c: Tensor, result: Normalization) -> tuple[Tensor, Tensor, Tensor]:
 
 @operator(returns=_OUTPUT, visible=True, made_again=True)
 def apply(c: Tensor, slope: Tensor, shift: Tensor, grid: Grid | None, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(slope · c + shift))``: the last pass of :func:`forward`."""
+    """Return ``FQ(relu?(slope · c + shift))``, slope and shift per channel: the last pass of :func:`forward`."""
     c = dense(c)
     y = affine(c.to(slope.dtype), slope, shift)
     y = rectify_(y, ceiling) if grid is None else quantize_(y, grid, ceiling)
@@ -195,11 +197,11 @@ def finish(
     bias: Tensor | None,
     norm: BatchNormState,
 ) -> Normalization:
-    """Return slope and shift of the normalisation by these statistics, and update the running statistics.
+    """Return the normalisation that follows from mean and variance of c, and update the running statistics.
 
     Args:
-        mean: of the convolution's output.
-        var: its biased variance.
+        mean: (channels,), of the convolution's output.
+        var: (channels,), its biased variance.
         count: elements per channel, at least 2.
         ratio: (channels,), see :func:`forward`.
         gamma: (channels,), or None for 1.
@@ -226,7 +228,7 @@ def finish(
 
 
 def update_running_statistics(norm: BatchNormState, mean: Tensor, var: Tensor, count: int) -> None:
-    """``r <- r + momentum (batch - r)``, with the unbiased variance.
+    """Update running mean and variance in place: ``r + momentum (batch - r)``, with the unbiased variance.
 
     Args:
         norm: the BatchNorm.
@@ -249,7 +251,7 @@ def backward(
     ceiling: float | None,
     out: Tensor | None = None,
 ) -> TailGradients:
-    """Return gradient of :func:`forward` with respect to ``c``, and the two sums that those of γ and β are made of.
+    """Return the gradient of ``c``, and the two sums per channel from which those of γ and β follow.
 
     With g the gradient where neither ReLU nor the clip blocks it, and ``n = (c - mean) inverse_std``:
     ``dc = slope (g - mean(g) - n · mean(g n))``.
@@ -293,7 +295,7 @@ def backward(
 
 
 def _visible_backward(g: Tensor, c: Tensor, result: Normalization, dtype: torch.dtype) -> TailGradients:
-    """Return the rest of :func:`backward` without a tensor written twice: a compiler makes two loops of it."""
+    """Compute the rest of :func:`backward` for a compiler: no tensor is written twice, so it becomes two loops."""
     dims, centred = _all_but_channels(c), c - _column(result.mean, c)
     sum_g, sum_gn = g.sum(dims), (g * centred).sum(dims) * result.inverse_std
     pull, offset = _pull_and_offset(result, sum_g, sum_gn, c)
@@ -308,7 +310,7 @@ def _pull_and_offset(result: Normalization, sum_g: Tensor, sum_gn: Tensor, c: Te
 
 
 def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean and biased variance per channel, two passes, and a tensor shaped as ``c`` that may be overwritten."""
+    """Return mean and biased variance per channel, and memory shaped as ``c`` that may be overwritten."""
     count = operand(float(max(1, c.numel() // max(1, c.shape[1]))), c)
     if torch.compiler.is_compiling():
         dims = _all_but_channels(c)
@@ -328,7 +330,7 @@ def moments(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def affine(c: Tensor, slope: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return ``slope · c + shift`` per channel, rounded once by a fused multiply-add where the processor has one."""
+    """Return ``slope · c + shift`` per channel, rounded once if the processor has fused multiply-adds."""
     if torch.compiler.is_compiling():
         return torch.addcmul(_column(shift, c), c, _column(slope, c))
     if out is None:
@@ -347,7 +349,7 @@ def affine(c: Tensor, slope: Tensor, shift: Tensor, out: Tensor | None = None) -
 
 @cache
 def _standard_statistics(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean 0 and variance 1, and a tensor for outputs that there are none of; never written to."""
+    """Return mean 0 and variance 1, (channels,) each, and an empty tensor for results that are not computed."""
     with torch.inference_mode(False):
         mean, var = torch.zeros(channels, dtype=dtype, device=device), torch.ones(channels, dtype=dtype, device=device)
         return mean, var, torch.empty(0, dtype=dtype, device=device)
@@ -363,22 +365,22 @@ def _column(vector: Tensor, c: Tensor) -> Tensor:
 
 
 def dense(c: Tensor) -> Tensor:
-    """Return ``c``, copied only where it is neither contiguous nor channels last."""
+    """Return ``c``; a contiguous copy if it is neither contiguous nor channels last."""
     return c if is_dense(c) else c.contiguous()
 
 
 def _channels_are_outer(c: Tensor) -> bool:
-    """Whether the elements of a channel lie together, for at least a few elements."""
+    """Whether each channel's elements lie together in memory, and are more than one."""
     return c.is_contiguous() and math.prod(c.shape[2:]) > 1
 
 
 def _rows(c: Tensor) -> Tensor:
-    """Return (batch · ..., channels), a view of a dense tensor whose channels lie innermost."""
+    """Return (batch · ..., channels): a view of ``c`` whose channels lie innermost in memory."""
     return c.movedim(1, -1).flatten(0, -2)
 
 
 def _unrows(rows: Tensor, like: Tensor) -> Tensor:
-    """Return rows (batch · ..., channels) shaped as ``like``, (batch, channels, ...)."""
+    """Return ``rows`` (batch · ..., channels) in the shape of ``like``, (batch, channels, ...)."""
     return rows.view(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
 
 

@@ -31,12 +31,12 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``: float32, rounded once to ``x.dtype``.
 
     ``x/s`` is ``x * (1/s)`` for half_even and a true division for half_away. NaN stays NaN, infinities saturate. Float
-    codes: the nearest number of the format to ``x/s``, ties to even, times ``s``. While the grid is switched off, ``x``
-    comes back as it is, copied.
+    codes: the nearest number of the format to ``x/s``, ties to even, times ``s``. While the grid is switched off, the
+    result is a copy of ``x``.
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
-        grid: its scales lie along ``grid.qtype.axis`` of ``x``.
+        grid: of one scale, or one per index of axis ``grid.qtype.axis`` of ``x``.
 
     Source: torch.fake_quantize_per_tensor_affine; MegEngine quantization.utils.
     """
@@ -58,7 +58,7 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
 
 @operator(returns=(Like("x"), Like("x", torch.bool)), visible=True, made_again=True)
 def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Compute :func:`fake_quantize`, and where its gradient passes, for a backward that is given no ``x``.
+    """Return :func:`fake_quantize` of ``x``, and where its gradient passes, for a backward that keeps no ``x``.
 
     Args:
         x: as for :func:`fake_quantize`.
@@ -88,7 +88,7 @@ def fake_quantize_with_mask(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 @operator(returns=Like("x"), visible=True)
 def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool = False) -> Tensor:
-    """Return ``dy`` where the rounded, unclipped code lies in the range, and 0 elsewhere and at NaN.
+    """Return ``dy`` where the rounded, unclipped code is a code, else 0; 0 at NaN.
 
     The mask is recomputed from ``x``. While the grid is switched off the gradient is ``dy``.
 
@@ -96,7 +96,7 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
         dy: gradient of the result, shaped as ``x``.
         x: the input of :func:`fake_quantize`.
         grid: the grid that :func:`fake_quantize` rounded to, unchanged.
-        blocks_ends: whether the first and the last code block the gradient, as what lies beyond them does.
+        blocks_ends: whether the first and the last code block the gradient, too.
 
     Returns:
         Tensor of ``x``'s shape and dtype.
@@ -130,7 +130,7 @@ def fake_quantize_backward(dy: Tensor, x: Tensor, grid: Grid, blocks_ends: bool 
 def quantize(x: Tensor, grid: Grid) -> Tensor:
     """Return ``clamp(round(x/s) + z, quant_min, quant_max)`` as integer-valued floats, whatever the switch says.
 
-    Of float codes it returns the numbers that they stand for.
+    For a float format the result is its numbers, ``x / s`` rounded.
 
     Args:
         x: as for :func:`fake_quantize`.
@@ -144,19 +144,20 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
 
 
 def reciprocal(scale: Tensor) -> Tensor:
-    """Return ``1/s`` rounded to float32, in the dtype of ``scale``: torch rounds float64 tensors by it too."""
+    """Return ``1/s`` rounded to float32, in the dtype of ``scale``; torch uses it for float64 tensors, too."""
     return as_dtype(as_dtype(scale, torch.float32).reciprocal(), scale.dtype)
 
 
 def steps_(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
-    """Return ``round(x / scale)``; overwrites ``x``, which has the dtype of the arithmetic."""
+    """Return ``round(x / scale)``; overwrites ``x``, which is float32 or float64."""
     return x.mul_(reciprocal(scale)).round_() if rounding == "half_even" else round_half_away(x.div_(scale))
 
 
 def _broadcast(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | float]:
-    """Return scale and zero point shaped to broadcast against ``x``, in the dtype of the arithmetic.
+    """Return scale and zero point, shaped to broadcast against ``x``, in the dtype of the arithmetic.
 
-    A zero point that can be read and is the same everywhere comes as a number: bounds that are numbers clamp at full
+    A zero point that is the same everywhere, and readable without waiting, is returned as a number: bounds that are
+    numbers clamp at full
     speed, and an integer tensor in float arithmetic does not.
     """
     align, zero_point = grid.granularity.align, grid.zero_point
@@ -173,9 +174,9 @@ def _broadcast(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | float]:
 
 
 def _steps(x: Tensor, scale: Tensor, qtype: QuantizedType) -> Tensor:
-    """Return ``round(x/s)`` in a new tensor of the arithmetic's dtype.
+    """Return ``round(x/s)`` in a new tensor, in the dtype of the arithmetic.
 
-    What a float format can't hold becomes its overflow.
+    Values too large for a float format become the format's ``overflow``.
     """
     x = x.to(scale.dtype)
     if qtype.rounding == "half_away":

@@ -1,6 +1,7 @@
 """Fixed point in PyTorch: the specification of `tritonq.kernels.fixed_point` and the CPU path.
 
-A format is a code range and a number of fraction bits: ``value = code * 2^-frac_len``. Rounding to it is fake
+A fixed-point number is a code of some range and a fractional length *frac_len*, its number of fraction bits: ``value =
+code * 2^-frac_len``. Rounding to it is fake
 quantization with that scale, `tritonq.reference.fake_quant`. Multiplying by a power of two is exact, so every backend
 gives the same bits.
 """
@@ -39,15 +40,15 @@ def _candidate_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
 
 @operator(returns=New(_candidate_shape, "x", torch.float64))
 def frac_len_errors(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
-    """Return the sum of squared rounding errors for fractional lengths 0 to ``candidates - 1``, in one read of ``x``.
+    """Return the squared rounding errors of ``x``, summed, for fractional lengths 0 to ``candidates - 1``.
 
-    Values that are not finite count for none, nor do negative ones in an unsigned format: they would err alike under
-    every candidate, and drown its other errors.
+    Values that are not finite are left out, as are negative ones in an unsigned format: their errors are the same for
+    every candidate.
 
     Args:
         x: any shape; float16, bfloat16, float32 (squares in float32, sums over blocks in float64) or float64.
-        qtype: the codes, and the channel axis if there is one.
-        candidates: how many.
+        qtype: the range of codes, and the channel axis or None.
+        candidates: how many fractional lengths are tried.
 
     Returns:
         float64 (candidates,), or (candidates, channels).
@@ -83,7 +84,7 @@ def _add_errors(errors: Tensor, block: Tensor, qtype: QuantizedType) -> None:
 
 
 def _sum_rows(block: Tensor) -> Tensor:
-    """Return sums of the rows in float64, of parts of them in the block's dtype."""
+    """Return the sums of the rows of a matrix in float64; parts of a row are added in its own dtype."""
     whole = block.shape[1] // _SUM * _SUM
     parts = block[:, :whole].view(len(block), whole // _SUM, _SUM)
     return parts.sum(2).double().sum(1) + block[:, whole:].sum(1).double()
@@ -91,8 +92,8 @@ def _sum_rows(block: Tensor) -> Tensor:
 
 @operator(returns=New(lambda of: of["qtype"].granularity.scale_shape(of["x"].shape), "x", torch.int32))
 def search_frac_len(x: Tensor, qtype: QuantizedType, candidates: int) -> Tensor:
-    """Return the fractional length of least squared error, the smaller one of equals: int32, 0-d or (channels,).
+    """Return the fractional length of least squared error; of equal ones the smallest. int32, 0-d or (channels,).
 
-    Arguments as :func:`frac_len_errors`.
+    Arguments as for :func:`frac_len_errors`.
     """
     return frac_len_errors(x, qtype, candidates).argmin(0).to(torch.int32)

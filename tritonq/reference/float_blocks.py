@@ -24,19 +24,21 @@ def fake_quantize_blocks(
 
     With ``m`` the largest magnitude in the block, ``L = 2^E * f`` the largest element, ``1 <= f < 2``:
 
-    - e8m0: ``s = 2^clamp(e, -127, 127 - E)``, ``e = floor(log2 m) - E`` (``"floor"``), and one more where
+    - e8m0 scales, powers of two: ``s = 2^clamp(e, -127, 127 - E)``, ``e = floor(log2 m) - E`` (``"floor"``), and one
+      more where
       ``m > L * 2^e`` (``"ceil"``).
-    - e4m3: ``s = e4m3(m * (1 / (L * t))) * t`` with the tensor's scale ``t``; 0 where that is below float32's normal
+    - e4m3 scales: ``s = e4m3(m * (1 / (L * t))) * t`` with the tensor's scale ``t``; 0 where that is below float32's
+      normal
       numbers, and so where ``L * t`` is.
 
     Elements saturate, ties go to even, infinities count as the largest finite float32. A block with NaN becomes NaN.
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
-        blocks: the format.
-        axis: of the blocks; not negative.
+        blocks: the format of elements and scales, and the block size.
+        axis: that blocks run along; not negative.
         tensor_scale: float32, one element; None for e8m0 scales.
-        enabled: one element; 0 copies ``x``. None: always on.
+        enabled: the switch, one element: 0 returns a copy of ``x``. None: always on.
 
     Source: OCP Microscaling Formats (MX) Specification 1.0, section 6.3; NVIDIA Model-Optimizer, NVFP4.
     """
@@ -61,8 +63,8 @@ def block_scales(x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor
 
     Args:
         x: float32, with whole blocks along ``axis``.
-        blocks: the format.
-        axis: of the blocks; not negative.
+        blocks: the format of elements and scales, and the block size.
+        axis: that blocks run along; not negative.
         tensor_scale: float32, one element; None for e8m0 scales.
 
     Returns:
@@ -75,7 +77,10 @@ def block_scales(x: Tensor, blocks: BlockFormat, axis: int, tensor_scale: Tensor
 
 
 def _in_blocks(values: Tensor, axis: int, size: int) -> Iterator[Tensor]:
-    """Yield views of all elements in which ``axis`` is split into blocks and what lies within a block."""
+    """Yield views in which ``axis`` is split into (blocks, elements of a block).
+
+    A shorter last block is a view of its own.
+    """
     length = values.shape[axis]
     whole = length - length % size
     for start, count in ((0, whole), (whole, length - whole)):
@@ -84,7 +89,7 @@ def _in_blocks(values: Tensor, axis: int, size: int) -> Iterator[Tensor]:
 
 
 def _power_of_two_scales(largest: Tensor, blocks: BlockFormat) -> tuple[Tensor, Tensor]:
-    """Return scales and their reciprocals, both exact."""
+    """Return the scales of blocks, powers of two, from their largest magnitudes, and the reciprocals; both exact."""
     elements = blocks.element_format
     fraction, exponent = torch.frexp(largest)  # fraction in [1/2, 1)
     exponent = exponent - 1 - elements.greatest_exponent
@@ -101,7 +106,10 @@ def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _float_scales(largest: Tensor, elements: FloatFormat, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scales of 8 bits times the tensor's, and their reciprocals."""
+    """Return the scales of blocks, e4m3 times ``tensor_scale``, from their largest magnitudes, and the reciprocals.
+
+    Both are 0 if the reciprocal is not a normal float32.
+    """
     tensor_scale = tensor_scale.view(())
     steps = largest.mul_(_reciprocal_or_zero(tensor_scale * elements.largest))
     scale = round_to_float_(steps, FLOAT_FORMATS["e4m3"]).mul_(tensor_scale)

@@ -12,7 +12,7 @@ _BITS = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52,
 
 
 def round_to_float_(values: Tensor, number: FloatFormat, largest: float | None = None) -> Tensor:
-    """Round to the nearest number of the format, ties to even; larger values saturate. Overwrites ``values``.
+    """Round to the nearest number of a float format, ties to even; larger values saturate. Overwrites ``values``.
 
     Adding and subtracting a power of two whose last mantissa bit is the format's leaves the rounded number. NaN stays,
     and so does the sign of zero.
@@ -20,7 +20,7 @@ def round_to_float_(values: Tensor, number: FloatFormat, largest: float | None =
     Args:
         values: float32 or float64, any shape.
         number: the format.
-        largest: where values saturate; None: at the format's largest finite value.
+        largest: larger magnitudes become this one; None: the format's largest finite value.
     """
     integers, mantissa_bits, bias = _BITS[values.dtype]
     size = values.abs().clamp_(max=number.largest if largest is None else largest)
@@ -31,7 +31,7 @@ def round_to_float_(values: Tensor, number: FloatFormat, largest: float | None =
 
 
 def codes_of_floats(values: Tensor, number: FloatFormat) -> Tensor:
-    """Return the codes of numbers of a format, int8: 0 for zero, and the negative code for the opposite.
+    """Return the codes of numbers of a float format, int8: n for its n-th positive number, -n for the opposite.
 
     Args:
         values: float32 or float64 numbers of the format, any shape.
@@ -51,7 +51,7 @@ def codes_of_floats(values: Tensor, number: FloatFormat) -> Tensor:
 
 
 def floats_of_codes(codes: Tensor, number: FloatFormat) -> Tensor:
-    """Return the numbers that codes stand for, float32: inverse of :func:`codes_of_floats`.
+    """Return the numbers of a float format that codes stand for, float32: the inverse of :func:`codes_of_floats`.
 
     Examples:
         >>> from tritonq.formats import FLOAT_FORMATS

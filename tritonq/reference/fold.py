@@ -1,4 +1,7 @@
-"""Folding BatchNorm into the convolution before it, in PyTorch."""
+"""Folding BatchNorm into the convolution before it, in PyTorch.
+
+The *fold* is γ/σ per out channel, with ``σ = sqrt(running_var + eps)``: the weight is multiplied by it.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,17 @@ TINY_FOLD = 1e-12
 
 
 def fold_scale(running_var: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
-    """Return ``t = γ / sqrt(running_var + eps)`` per channel; a missing γ counts as 1."""
+    """Return ``t = γ / sqrt(running_var + eps)`` per channel; without γ (None) it counts as 1."""
     inverse = torch.rsqrt(running_var + operand(eps, running_var))
     return inverse if gamma is None else gamma * inverse
 
 
 @operator(returns=(Like("running_var", "dtype"), Like("running_var", "dtype")), has_kernel=False, visible=True)
 def nonzero_fold(running_var: Tensor, gamma: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return ``s = γ/σ(running_var)``, or ``1/σ`` where that is zero, and ``1/σ``: (channels,), in ``dtype``.
+    """Return the fold ``s = γ/σ``, with ``1/σ`` for folds near zero, and ``1/σ``: (channels,) each, in ``dtype``.
 
-    Of the variance as it is now: a training step changes it before its backward pass.
+    A training step divides by the fold, so it must not be zero. The variance is read as it is now: the step changes it
+    before its backward.
     """
     (running_var,) = as_now(running_var)
     inverse_std = fold_scale(as_dtype(running_var, dtype), None, eps)
@@ -35,14 +39,14 @@ def nonzero_fold(running_var: Tensor, gamma: Tensor | None, eps: float, dtype: t
 def gamma_gradient(
     gamma: Tensor, fold: Tensor, inverse_std: Tensor, eps_share: Tensor, sum_gn: Tensor, dfold: Tensor
 ) -> Tensor:
-    """Return ``dγ = Σ g x̂ + (dfold - (γ/s) Σ g x̂ · eps_share) / σ``, without the bracket where γ is zero.
+    """Return the gradient of γ: ``Σ g x̂ + (dfold - (γ/s) Σ g x̂ · eps_share) / σ``, without the bracket if γ is zero.
 
     Args:
-        gamma: (channels,), as the rest.
+        gamma: (channels,), as all others.
         fold: ``s`` of :func:`nonzero_fold`.
-        inverse_std: ``1/σ`` of it.
+        inverse_std: ``1/σ`` of :func:`nonzero_fold`.
         eps_share: see :class:`tritonq.reference.conv_bn.Normalization`.
-        sum_gn: see :class:`tritonq.reference.conv_bn.TailGradients`.
+        sum_gn: ``Σ g x̂``, see :class:`tritonq.reference.conv_bn.TailGradients`.
         dfold: gradient of ``s``.
     """
     direct = sum_gn * fold.sign()
@@ -54,21 +58,25 @@ def gamma_gradient(
 
 @operator(returns=Like("running_var"), has_kernel=False)
 def remembered(running_var: Tensor) -> Tensor:
-    """Return a copy. An operator, which compilers don't see into: they would make the copy again in a backward pass."""
+    """Return a copy of the running variance, which compilers keep for the backward.
+
+    It is an operator, which compilers don't see into: they would read the variance again in the backward, after it
+    changed.
+    """
     return running_var.clone()
 
 
 def fold_bias(bias: Tensor | None, running_mean: Tensor, scale: Tensor, beta: Tensor | None) -> Tensor:
-    """Return ``β + (b - running_mean) t`` per channel; missing β and b count as 0."""
+    """Return the bias of a folded convolution: ``β + (b - running_mean) t`` per channel; missing β and b count as 0."""
     centred = -running_mean if bias is None else bias - running_mean
     return centred * scale if beta is None else beta + centred * scale
 
 
 def scale_out_channels(weight: Tensor, scale: Tensor, transposed: bool = False, groups: int = 1) -> Tensor:
-    """Return ``weight`` times ``scale`` per out channel.
+    """Return ``weight`` times ``scale`` (out,) per out channel.
 
-    A convolution's weight is (out, in/groups, ...); a transposed one's (in, out/groups, ...), where the in channels of
-    group g meet its own out channels alone.
+    A convolution's weight is (out, in/groups, ...); a transposed one's (in, out/groups, ...), whose first axis has the
+    in channels of all groups, one group after the other.
     """
     spatial = [1] * (weight.dim() - 2)
     if not transposed:

@@ -1,8 +1,8 @@
 """Functions of one tensor between two grids: SiLU, Hardswish, sigmoid and the like, as tables of codes.
 
 A quantized tensor has few values, so that such a function is a table: a code of the result for each code of the input.
-An engine computes it in float32, and the last bit decides at a tie. So there is one definition, in the order of
-operations in which ONNX Runtime computes it: ``code = round(f(fl((code_in - z_in) · s_in)) / s_out) + z_out``.
+Engines compute the function in float32, and its last bit decides ties. So there is one definition, in ONNX Runtime's
+order of operations: ``code = round(f(fl((code_in - z_in) · s_in)) / s_out) + z_out``.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ _THEN = " > "
 
 @dataclass(frozen=True)
 class Function:
-    """A function of one tensor, element by element, or several, each of the result of the one before.
+    """A function of one tensor, element by element; or a chain, each function applied to the result of the one before.
 
     Attributes:
-        name: a key of :data:`DEFINITIONS`, or several: ``"plus > clip"``, from first to last.
-        arguments: numbers that it takes beside the tensor, in torch's order; of several functions, one after the other.
+        name: a key of :data:`DEFINITIONS`, or several for a chain, from first to last: ``"plus > clip"``.
+        arguments: the numbers that the function takes beside the tensor, in torch's order; those of a chain one after
+            the other.
 
     Examples:
         >>> Function("leaky_relu", (0.1,))(torch.tensor([-2.0, 3.0]))
@@ -53,7 +54,7 @@ class Function:
 
     @property
     def steps(self) -> tuple[Function, ...]:
-        """The functions that it consists of, from first to last; itself where it is one."""
+        """The functions of the chain, from first to last; a single function is a chain of one."""
         if _THEN not in self.name:
             return (self,)
         found, rest = [], self.arguments
@@ -64,7 +65,7 @@ class Function:
         return tuple(found)
 
     def then(self, other: Function) -> Function:
-        """Return the function that applies another one to the result of this one."""
+        """Return the chain that applies ``other`` to the result of this function."""
         return Function(f"{self.name}{_THEN}{other.name}", (*self.arguments, *other.arguments))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class Function:
         return x
 
     def deployed(self, x: Tensor) -> Tensor:
-        """Return the function of a float32 tensor, as engines compute it; without gradient.
+        """Return the function of a float32 tensor in the order of operations of engines; without gradient.
 
         What an engine approximates (exponentials, error functions) is computed in float64 and rounded to float32.
         """
@@ -85,13 +86,14 @@ class Function:
 
 @dataclass(frozen=True)
 class Definition:
-    """How a function is computed.
+    """How a function is computed in training and by engines.
 
     Attributes:
-        torch: in training, and where a grid is unknown.
-        deployed: in float32, in the engine's order of operations.
-        backward: the gradient of the first, from that of its result, from its input and its result, and its arguments.
-        arguments: how many numbers it takes beside the tensor.
+        torch: called with the tensor and the numbers; what training computes, differentiable.
+        deployed: the same in float32, in the order of operations of engines.
+        backward: called with the gradient of the result, the input, the result, and the numbers; returns the input's
+            gradient.
+        arguments: how many numbers the function takes beside the tensor.
     """
 
     torch: Callable[..., Tensor]
@@ -101,7 +103,7 @@ class Definition:
 
 
 def _in_float64(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compute in float64 and round once."""
+    """Return a function that computes ``function`` in float64 and rounds the result to float32."""
 
     def compute(x: Tensor, *arguments: float) -> Tensor:
         return function(x.double(), *arguments).float()
@@ -186,11 +188,11 @@ DEFINITIONS: Mapping[str, Definition] = {
 
 
 class RoundedFunction(NamedTuple):
-    """The result of a function, rounded.
+    """The result of :func:`forward`.
 
     Attributes:
         y: on the grid.
-        grid: a copy of the grid, whose own tensors later steps change.
+        grid: a snapshot of the grid, for the backward.
     """
 
     y: Tensor
@@ -204,13 +206,13 @@ _GRADIENT: Any = Like("x", "dy")
 
 @operator(returns=RoundedFunction(_RESULT, _SNAPSHOT), mutates=OBSERVED, visible=True, made_again=True)
 def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatistics | None) -> RoundedFunction:
-    """Return ``FQ(f(x))``: observes f(x), which is float32, and rounds once to the dtype of the input.
+    """Return ``FQ(f(x))``, rounded once to ``x``'s dtype, and a snapshot of the grid; observes f(x).
 
     Args:
-        x: any shape.
-        function: the function.
-        grid: per tensor.
-        statistics: the range behind the grid, which f(x) updates; None observes nothing.
+        x: any shape and float dtype.
+        function: f, no chain.
+        grid: per tensor; updated by ``statistics``.
+        statistics: the running range of the grid, which f(x) updates; None observes nothing.
     """
     y = function(as_dtype(x, torch.promote_types(x.dtype, torch.float32)))
     frozen = snapshot(grid, observe(y, grid, statistics, None).statistics)
@@ -221,15 +223,17 @@ def forward(x: Tensor, function: Function, grid: Grid, statistics: RangeStatisti
 def backward(
     dy: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, function: Function, grid: Grid
 ) -> Tensor:
-    """Return gradient of :func:`forward`, which computes f(x) again: ``f'(x) · dy`` where the clip does not block it.
+    """Return the gradient of :func:`forward`'s input: ``f'(x) · dy`` where the clip does not block it, else 0.
+
+    f(x) is computed again.
 
     Args:
-        dy: of the result.
-        x: the input, or its codes: it is ``(x - shift) * scale``, rounded to the dtype of ``dy``.
-        scale: of the codes; None: ``x`` is the input.
-        shift: of the codes; None for zero.
-        function: the function.
-        grid: from the forward.
+        dy: gradient of the result.
+        x: the input, or with ``scale`` its codes: the input is ``(x - shift) · scale``, rounded to the dtype of ``dy``.
+        scale: one float32; None: ``x`` is the input.
+        shift: one number; None for zero.
+        function: f.
+        grid: the snapshot of the forward.
     """
     wide = torch.promote_types(dy.dtype, torch.float32)
     if scale is not None:
@@ -242,7 +246,10 @@ def backward(
 
 
 def function_to_data(function: Function) -> dict[str, Any]:
-    """Return a function as plain data."""
+    """Return a function as plain data: ``{"name": "leaky_relu", "arguments": [0.1]}``.
+
+    :func:`function_from_data` reads it.
+    """
     return {"name": function.name, "arguments": list(function.arguments)}
 
 
@@ -250,7 +257,7 @@ def function_from_data(data: Mapping[str, Any]) -> Function:
     """Return the function that :func:`function_to_data` described.
 
     Raises:
-        KeyError: data that describes none.
+        KeyError: ``data`` names no known function.
     """
     unknown = [name for name in data["name"].split(_THEN) if name not in DEFINITIONS]
     if unknown:
@@ -259,15 +266,15 @@ def function_from_data(data: Mapping[str, Any]) -> Function:
 
 
 def onto_output(y: Tensor, output: Grid) -> Tensor:
-    """Return float32 values rounded to a grid of one scale, by division as ONNX's QuantizeLinear, before clipping."""
+    """Return ``round(y / scale) · scale`` in float32, as ONNX's QuantizeLinear divides and rounds, before clipping."""
     return round_steps_(y / output.scale, output.qtype.rounding).mul_(output.scale)
 
 
 def function_table(function: Function, source: Grid, output: Grid) -> Tensor:
-    """Return the result for every code of ``source``, from the smallest on: float32 on the output's grid, not clipped.
+    """Return the function's result for every code of ``source``, from the smallest on; float32, before clipping.
 
     Args:
-        function: the function.
+        function: f and its numbers.
         source: grid of the input, per tensor.
         output: grid of the quantizer behind the function, per tensor.
     """
@@ -278,11 +285,11 @@ def function_table(function: Function, source: Grid, output: Grid) -> Tensor:
 
 
 def look_up(x: Tensor, function: Function, source: Grid, output: Grid) -> Tensor:
-    """Return the function of values on a grid, by its table where the grid has at most 16 bits; NaN stays NaN.
+    """Return the function of values on a grid; by a table if the grid has at most 16 bits. NaN stays NaN.
 
     Args:
         x: float tensor of values ``(code - zero_point) * scale`` of ``source``.
-        function: the function.
+        function: f and its numbers.
         source: grid of the input, per tensor.
         output: grid of the quantizer behind the function, per tensor.
 

@@ -26,7 +26,7 @@ _INT16_MAX, _INT32_MAX = 2**15 - 1, 2**31 - 1
 
 
 def linear_histogram(x: Tensor, bins: int, lo: float, hi: float, axis: int | None = None) -> Tensor:
-    """Return counts of ``floor((x - lo) * bins / (hi - lo))`` in float32, with ``x == hi`` in the last bin.
+    """Return counts over equal bins: bin ``floor((x - lo) · bins / (hi - lo))`` in float32; ``hi`` is in the last bin.
 
     Values outside ``[lo, hi]`` and NaN are not counted. torch.histc's arithmetic, so its counts.
 
@@ -71,11 +71,11 @@ _RANGE = New(_range_shape, "x", torch.float32)
 def prefix_histogram(
     x: Tensor, bins: FloatPrefixBins, axis: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return counts over ``bins``, and the exact range of the finite values.
+    """Return counts over ``bins``, the exact range of the finite values, and how many values are not finite.
 
     Args:
         x: any shape, any float dtype (float64 is counted as float32); may be empty.
-        bins: the resolution.
+        bins: the bins, which follow the top bits of a float, see `tritonq.bins`.
         axis: one histogram per index of this axis; None for one.
 
     Returns:
@@ -99,7 +99,7 @@ def observe(
     bins: FloatPrefixBins,
     axis: int | None,
 ) -> None:
-    """Add ``x`` to a histogram and its range, in place.
+    """Add ``x`` to a histogram and to its running range, in place.
 
     Args:
         x: the batch.
@@ -108,7 +108,7 @@ def observe(
         max_val: as ``min_val``, -inf before the first batch.
         nonfinite_count: int64, 0-d.
         enabled: uint8, one element; 0 makes the call do nothing. None counts as 1.
-        bins: the resolution.
+        bins: the bins, see `tritonq.bins`.
         axis: channel axis of ``x``, or None.
     """
     if enabled is not None and enabled.is_cpu and not bool(enabled):
@@ -125,9 +125,9 @@ def observe(
 
 
 def _by_channel(x: Tensor, axis: int | None) -> Tensor:
-    """Return ``x`` as (channels, values), one row per histogram.
+    """Return ``x`` as (channels, values), one row per histogram; without ``axis`` one row.
 
-    One histogram needs no order, so no copy where x is dense.
+    The order within a row is free, so a dense ``x`` without channels is not copied.
     """
     if axis is not None:
         return x.movedim(axis, 0).reshape(x.shape[axis], x.numel() // max(1, x.shape[axis]))
@@ -137,7 +137,10 @@ def _by_channel(x: Tensor, axis: int | None) -> Tensor:
 
 
 def _count_prefixes(values: Tensor, bins: FloatPrefixBins) -> tuple[Tensor, Tensor]:
-    """Return counts over ``bins`` of all values, those outside of them in the nearest, and how many are not finite."""
+    """Return counts over ``bins``, and how many values are not finite.
+
+    Values outside of the bins count in the nearest.
+    """
     negatives = 1 << (8 + bins.mantissa_bits)
     # An arithmetic shift of a negative float's bits gives its magnitude's prefix less `negatives`.
     if values.dtype == torch.bfloat16 and 2 * negatives * _TABLES <= _INT16_MAX + 1:
@@ -158,7 +161,7 @@ def _count_prefixes(values: Tensor, bins: FloatPrefixBins) -> tuple[Tensor, Tens
 
 
 def _count_prefixes_per_row(values: Tensor, bins: FloatPrefixBins) -> tuple[Tensor, Tensor]:
-    """Return many histograms: the bin within the window is worked out per value, so that one count serves all rows."""
+    """Compute :func:`_count_prefixes` of each row: counts (rows, bins), and the number of values not finite."""
     bits = values.float().view(torch.int32)
     magnitude = (bits & _MAGNITUDE_BITS) >> bins.shift
     position = (magnitude - (bins.first_prefix - 1)).clamp_(0, bins.per_side)
@@ -169,7 +172,7 @@ def _count_prefixes_per_row(values: Tensor, bins: FloatPrefixBins) -> tuple[Tens
 
 
 def _count_rows(index: Tensor, size: int) -> Tensor:
-    """Return occurrences of 0..size-1 in each row of a (rows, values) int32 tensor, as int64 (rows, size)."""
+    """Return how often each number below ``size`` occurs in each row of ``index``, int32: int64 (rows, size)."""
     rows = index.shape[0]
     if rows > 1:
         wide = index.long() if rows * size > _INT32_MAX else index

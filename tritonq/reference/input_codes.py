@@ -13,12 +13,12 @@ from tritonq.reference.scratch import borrow
 
 
 class InputCodes(NamedTuple):
-    """A tensor as codes around the middle of their range.
+    """A tensor as one-byte codes: it is ``(codes - shift) · scale``.
 
     Attributes:
-        codes: int8, ``code - zero_point + shift``.
-        scale: of the grid, a copy.
-        shift: one element; None for zero. int32, or float32 where a kernel wrote it.
+        codes: int8, ``code - zero_point + shift``: the middle of the code range is 0.
+        scale: one element, a copy of the grid's.
+        shift: one element; None for zero. int32, or float32 if a kernel wrote it.
     """
 
     codes: Tensor
@@ -27,13 +27,13 @@ class InputCodes(NamedTuple):
 
 
 def encode(x: Tensor, grid: Grid, trusted: bool) -> InputCodes | None:
-    """Return the codes of ``x``, or None where ``x`` can't be rebuilt from them exactly.
+    """Return the one-byte codes of ``x``, or None if ``x`` can't be rebuilt from them exactly.
 
     Args:
         x: float32, float16 or bfloat16.
         grid: per tensor, with at most 256 codes.
-        trusted: whether it is known that values lie on the grid; else they are compared, which synchronises with a
-            device. Values that are not finite don't lie on it.
+        trusted: whether ``x`` is known to lie on the grid. If not, the rebuilt values are compared with ``x``, which
+            waits for a GPU. NaN and infinities don't lie on a grid.
     """
     scale = grid.scale.clone()
     codes = torch.mul(x.float(), scale.reciprocal(), out=borrow("local", x, torch.float32)).round_()
@@ -52,9 +52,9 @@ def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> 
     """Return the tensor that was given to :func:`encode`.
 
     Args:
-        codes: from there.
+        codes: that :func:`encode` returned.
         dtype: of the tensor.
-        out: where it may be computed: float32, shaped as the codes.
+        out: float32 memory for the computation, shaped as the codes; None: new memory.
     """
     steps = codes.codes.float() if out is None else out.copy_(codes.codes)
     if codes.shift is not None:
@@ -63,17 +63,17 @@ def decode(codes: InputCodes, dtype: torch.dtype, out: Tensor | None = None) -> 
 
 
 def middle_of(grid: Grid) -> int:
-    """Return the code that a byte holds as 0."""
+    """Return the code that a byte holds as 0: the middle of the code range, or 0 for a grid without zero point."""
     return 0 if grid.zero_point is None else (grid.qtype.quant_min + grid.qtype.quant_max + 1) // 2
 
 
 def shift_of(grid: Grid) -> Tensor | None:
-    """Return the offset that makes steps from zero fit into a byte; None where they fit."""
+    """Return the offset that makes ``round(x / scale)`` fit into a byte: ``zero_point - middle``; None for zero."""
     return None if grid.zero_point is None else grid.zero_point - middle_of(grid)
 
 
 def _is_exact(x: Tensor, codes: Tensor, shift: Tensor | None, scale: Tensor) -> bool:
-    """Whether ``(codes - shift) * scale`` is ``x``; not where ``x`` holds NaN."""
+    """Whether ``(codes - shift) · scale`` equals ``x`` everywhere; False if ``x`` has a NaN."""
     out = borrow("product", codes)
     values = torch.mul(codes, scale, out=out) if shift is None else torch.sub(codes, shift, out=out).mul_(scale)
     difference = values.to(x.dtype).sub_(x)

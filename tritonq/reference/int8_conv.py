@@ -41,9 +41,9 @@ def int8_conv2d(
     out_dtype: torch.dtype,
     saturated: Tensor | None = None,
 ) -> Tensor:
-    """Return ``acc = Σ x * weight + bias``; the accumulators, or ``clamp(round_half_even(acc * 2^-shift), lo, hi)``.
+    """Return ``acc = Σ x · weight + bias``, or with ``shift`` its codes ``clamp(round_half_even(acc · 2^-shift))``.
 
-    No floating-point number occurs.
+    All arithmetic is on integers.
 
     Args:
         x: int8 or uint8 codes (n, c, h, w).
@@ -57,8 +57,8 @@ def int8_conv2d(
         quant_min: smallest code of the result.
         quant_max: largest code of the result.
         out_dtype: int8, uint8, or int32 for accumulators.
-        saturated: int64 (1,), grows by the number of accumulators that had to be clamped to ±(2^31 - 1). None: no sum
-            can pass 32 bits, which the caller has proven.
+        saturated: int64 (1,), to which the number of accumulators that were clamped to ±(2^31 - 1) is added. None: the
+            caller knows that no sum passes 32 bits.
 
     Returns:
         (n, out, h', w') of ``out_dtype``.
@@ -77,7 +77,7 @@ def int8_conv2d(
 
 
 def _dilated(weight: Tensor, dilation: tuple[int, int]) -> Tensor:
-    """Return the weight with zeros between its taps: torch dilates convolutions of floats alone."""
+    """Return the weight with zeros between its taps, since torch has no dilated convolution of integers."""
     if tuple(dilation) == (1, 1):
         return weight
     sizes = [(size - 1) * step + 1 for size, step in zip(weight.shape[2:], dilation, strict=True)]
@@ -91,7 +91,7 @@ def requantize(accumulator: Tensor, shift: Tensor, quant_min: int, quant_max: in
 
     Args:
         accumulator: int32 or int64, any shape.
-        shift: int32 that broadcasts against it; negative shifts go left, by 16 at most.
+        shift: int32 that broadcasts against it; a negative shift multiplies by up to 2^16.
         quant_min: smallest code.
         quant_max: largest code.
     """

@@ -1,4 +1,7 @@
-"""The histogram whose bins move with the running range, as MegEngine and torch.ao keep it, and their greedy search."""
+"""The histogram whose bins move with the running range, as MegEngine and torch.ao keep it, and its range search.
+
+When the range grows, old bins are cut into *slices*, and the counts of each slice go to the new bin that it lies in.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,14 @@ _QUANTILE_STEP = 1e-5
 
 
 def rebin(histogram: Tensor, old: tuple[float, float], new: tuple[float, float], slices: int = TORCH_SLICES) -> Tensor:
-    """Return counts over the range ``new``, which contains ``old``: slices of old bins are put where their middles are.
+    """Return counts over the range ``new``, which contains ``old``.
+
+    The counts of each slice of an old bin go to the new bin in which the slice's middle lies.
 
     Args:
         histogram: float64, (bins,), on the CPU.
-        old: its range; where both ends are equal all counts are one value's.
-        new: the range wanted.
+        old: the histogram's range; if both ends are equal, all counts are of one value.
+        new: the new range.
         slices: slices per old bin.
 
     Returns:
@@ -45,7 +50,10 @@ def rebin(histogram: Tensor, old: tuple[float, float], new: tuple[float, float],
 
 
 def spike(bins: int, value: float, limits: tuple[float, float]) -> Tensor:
-    """Return one count at ``value``: float64 (bins,) over ``limits``; in the middle where those are equal."""
+    """Return a histogram with one count at ``value``: float64 (bins,) over ``limits``.
+
+    In the middle if they are equal.
+    """
     share = (value - limits[0]) / (limits[1] - limits[0]) if limits[1] > limits[0] else 0.5
     counts = torch.zeros(bins, dtype=torch.float64)
     counts[min(int(share * bins), bins - 1)] = 1
@@ -55,10 +63,17 @@ def spike(bins: int, value: float, limits: tuple[float, float]) -> Tensor:
 def widened_range(
     bins: int, old: tuple[float, float], new: tuple[float, float], slices: int = MEGENGINE_SLICES
 ) -> tuple[tuple[float, float], int, int]:
-    """Return MegEngine's new range: ``new``, widened evenly until the old slices fit the new bins.
+    """Return MegEngine's new range: ``new``, widened evenly until each new bin holds a whole number of old slices.
+
+    Args:
+        bins: number of bins.
+        old: the histogram's range.
+        new: the range that it must hold.
+        slices: slices per old bin.
 
     Returns:
-        The range, the old slices per new bin, and the index of the first old slice among those of the new range.
+        ``(range, per_bin, start)``: the new range, old slices per new bin, and the index of the first old slice among
+        the slices of the new range.
     """
     width = (old[1] - old[0]) / (bins * slices)
     per_bin = math.ceil((new[1] - new[0]) / (bins * width))
@@ -68,7 +83,7 @@ def widened_range(
 
 
 def rebin_aligned(histogram: Tensor, per_bin: int, start: int, slices: int = MEGENGINE_SLICES) -> Tensor:
-    """Return counts over :func:`widened_range`, float64 (bins,): each slice of an old bin keeps its place."""
+    """Return counts over :func:`widened_range`, float64 (bins,); ``per_bin`` and ``start`` are its other results."""
     bins = len(histogram)
     index = (torch.arange(bins * slices) + start).div_(per_bin, rounding_mode="floor").clamp_(0, bins - 1)
     weights = histogram.repeat_interleave(slices) / slices
@@ -76,10 +91,10 @@ def rebin_aligned(histogram: Tensor, per_bin: int, start: int, slices: int = MEG
 
 
 def greedy_range(histogram: Tensor, low: float, high: float, cells: int) -> tuple[float, float]:
-    """Return the range at which trimming quantiles first stops lowering the squared error.
+    """Return a range found by trimming both ends step by step until the squared error rises.
 
-    From the end where that frees more bins, 1e-5 of the counts are given up, again and again; the range that is left is
-    cut into ``cells`` equal cells, and the error is the squared distance to their centres, as in
+    In each step 1e-5 of the counts are left out, at the end where that frees more bins. The remaining range is cut into
+    ``cells`` equal cells; the error is the squared distance to their centres, as in
     :func:`tritonq.reference.search.cell_error`. The search stops at the first rise.
 
     Args:
@@ -120,7 +135,7 @@ def greedy_range(histogram: Tensor, low: float, high: float, cells: int) -> tupl
 
 
 def _window_error(histogram: Tensor, edges: Tensor, first: int, last: int, cells: int) -> float:
-    """Return squared error of the window ``first..last``, in units of bins."""
+    """Return the squared error of the bins ``first..last``, cut into ``cells`` cells, in squared bin widths."""
     step = torch.full((1, 1), (last - first + 1) / cells, dtype=torch.float64)
     zero = torch.zeros_like(step)
     return float(cell_error(edges[None], histogram[None], step, first + step / 2, zero, zero + (cells - 1)))

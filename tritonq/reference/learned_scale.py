@@ -1,4 +1,7 @@
-"""Gradients of learned scales in PyTorch: the specification of `tritonq.kernels.learned_scale` and the CPU path."""
+"""Learned scales in PyTorch: the specification of `tritonq.kernels.learned_scale` and the CPU path.
+
+The *parameter* is what training learns: the scale, or the clipping level for method ``"pact"``.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ LearnedScale = Literal["torch", "megengine", "tqt", "pact"]
 
 @operator(returns=Like("x"), visible=True)
 def learned_fake_quantize(x: Tensor, grid: Grid, method: LearnedScale) -> Tensor:
-    """Return ``(code - z) * s`` in float32, rounded once to ``x.dtype``; the code depends on ``method``.
+    """Return ``(code - z) · s`` in float32, rounded once to ``x.dtype``; the code depends on ``method``.
 
     - ``"torch"``: ``clip(round(x/s) + z)``, with ``round(x/s)`` as the grid's type rounds.
     - ``"megengine"``: ``round_half_away(clip(x/s + z))``.
@@ -31,7 +34,7 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: LearnedScale) -> Tensor
         x: any shape; float16, bfloat16, float32 or float64 (which computes in float64).
         grid: its scale is the learned parameter; with ``"pact"`` the clipping level. It has no zero point with
             ``"tqt"`` and ``"pact"``, and rounds as ``method`` does.
-        method: see above.
+        method: which of the formulas above.
 
     Source: torch._fake_quantize_learnable_per_tensor_affine; MegEngine's LSQ; Jain et al. (2020); Choi et al. (2018).
     """
@@ -52,7 +55,7 @@ def learned_fake_quantize(x: Tensor, grid: Grid, method: LearnedScale) -> Tensor
 def learned_fake_quantize_backward(
     dy: Tensor, x: Tensor, grid: Grid, method: LearnedScale
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gradients of :func:`learned_fake_quantize`; with the shapes and dtypes of its arguments.
+    """Return the gradients of :func:`learned_fake_quantize`: of ``x``, of the parameter, and of the zero point.
 
     With ``v = x/s``, and sums over everything but ``axis``:
 
@@ -88,7 +91,7 @@ def learned_fake_quantize_backward(
 def _terms(
     values: Tensor, scale: Tensor, shift: Tensor | None, qtype: QuantizedType, method: LearnedScale
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
-    """Return where the gradient passes, and what each value adds to the parameters' gradients per unit of dy.
+    """Return a mask of where the gradient passes, and what each value adds to the parameters' gradients per unit of dy.
 
     Masks are 0.0 and 1.0, and 0.0 at NaN: on CPUs `where` takes as long as ten products. A value is inside where its
     clamp leaves it as it is.
@@ -118,23 +121,26 @@ def _terms(
 
 
 def _less_inside(code: Tensor, v: Tensor, inside: Tensor) -> Tensor:
-    """Return ``code - v`` inside, ``code`` outside, 0 at NaN, in place of ``code`` and ``v``."""
+    """Return ``code - v`` inside the range, ``code`` outside, 0 at NaN; overwrites ``code`` and ``v``."""
     # Infinity times 0 is NaN.
     return code.nan_to_num_(0.0).sub_(v.mul_(inside).nan_to_num_(0.0))
 
 
 def _mask(compare: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
-    """Return the result of a comparison as 0.0 and 1.0 in ``a``'s dtype."""
+    """Return ``compare(a, b)`` as 0.0 and 1.0 in ``a``'s dtype."""
     return compare(a, b, out=torch.empty_like(a))
 
 
 def _broadcast(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return scale and zero point shaped to broadcast against ``x``, and ``x``, all in the dtype of the arithmetic."""
+    """Return scale and zero point (or None), shaped to broadcast against ``x``, and ``x``.
+
+    In the arithmetic's dtype.
+    """
     align, dtype = grid.granularity.align, arithmetic_dtype(x.dtype)
     shift = None if grid.zero_point is None else align(grid.zero_point.to(dtype), x.dim())
     return align(grid.scale.to(dtype), x.dim()), shift, x.to(dtype)
 
 
 def _sum_to(terms: Tensor, like: Tensor) -> Tensor:
-    """Return sums of ``terms`` over the dimensions that ``like`` has one element in: 0-d, or (channels,)."""
+    """Return the sums of ``terms`` per scale: 0-d if ``like`` has one element, else (channels,)."""
     return terms.sum_to_size(like.shape).view(-1) if like.numel() > 1 else terms.sum()

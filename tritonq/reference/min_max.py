@@ -30,7 +30,7 @@ _RANGE = New(_range_shape, "x", torch.float32)
 
 @operator(returns=(_RANGE, _RANGE, New(lambda arguments: (), "x", torch.int64)))
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return smallest and largest finite value, and how many values are not finite.
+    """Return the smallest and the largest finite value of ``x``, and how many values are not finite.
 
     Args:
         x: any shape, any float dtype; may be empty.
@@ -45,7 +45,7 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]
 
 
 def extremes(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute :func:`min_max`; the count is None where every value is known to be finite, and there are some.
+    """Compute :func:`min_max`; the count is None if all values are known to be finite, and there are some.
 
     Args:
         x: as for :func:`min_max`.
@@ -77,12 +77,20 @@ def update_range(
     averaging_constant: float | None,
     copy_above: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return new running range from a batch's ``low`` and ``high``.
+    """Return the new running range, ``(min_val, max_val)``, from a batch's smallest and largest finite value.
 
-    ``averaging_constant`` None: running minimum and maximum. Else ``m + c (low - m)``, where the first batch is
-    copied, and so is one whose largest magnitude, ``max(-low, high)``, is more than ``copy_above`` times the running
-    one's, or, not being 0, less than ``1 / FALL`` of it: after an outlier (``copy_above`` None: none is). A batch
-    without finite values (``low > high``) changes nothing.
+    Without ``averaging_constant`` the range holds the extremes of all batches. With it, ``m + c (low - m)``. The first
+    batch replaces the range. So does a batch whose magnitude, ``max(-low, high)``, is more than ``copy_above`` times
+    the running one's, or less than ``1 / FALL`` of it and not 0 (after an outlier). A batch without finite values
+    (``low > high``) changes nothing.
+
+    Args:
+        low: smallest finite value of the batch, 0-d or (channels,); +inf if there is none.
+        high: largest, or -inf.
+        min_val: of the running range; more than ``max_val`` before the first batch.
+        max_val: of the running range.
+        averaging_constant: ``c``, the weight of the batch; None: no average.
+        copy_above: see above; None: no batch but the first replaces the range.
     """
     if averaging_constant is None:
         return torch.minimum(min_val, low), torch.maximum(max_val, high)
@@ -105,7 +113,7 @@ def update_number(
     averaging_constant: float | None,
     copy_above: float | None = None,
 ) -> tuple[_Number, _Number]:
-    """Compute :func:`update_range` of one range as NumPy numbers, bit for bit; ``low <= high``, both finite."""
+    """Compute :func:`update_range` of one range in NumPy numbers, bit for bit; ``low <= high``, and both are finite."""
     if averaging_constant is None:
         return min(min_val, low), max(max_val, high)
     running, batch = float(max(-min_val, max_val)), float(max(-low, high))
@@ -117,10 +125,15 @@ def update_number(
 
 
 def merge_range_(low: Tensor, high: Tensor, statistics: RangeStatistics, grid: Grid | None) -> None:
-    """:func:`update_range` in place, and the scale and zero point that follow.
+    """Update a running range by :func:`update_range` in place, and the scale and zero point of ``grid`` that follow.
 
-    For tensors on the CPU of which it is known that ``low <= high``, both finite. ``grid.zero_point`` may be None where
-    the type fixes it.
+    All tensors are on the CPU, and ``low <= high``, both finite.
+
+    Args:
+        low: smallest value of the batch.
+        high: largest value.
+        statistics: the running range, updated.
+        grid: updated; its zero point may be None if the type fixes it. None: only the range is updated.
     """
     min_val, max_val, rule = statistics.min_val, statistics.max_val, statistics.rule
     averaging_constant, copy_above = statistics.averaging_constant, statistics.copy_above
@@ -143,7 +156,11 @@ def merge_range_(low: Tensor, high: Tensor, statistics: RangeStatistics, grid: G
 
 
 def merge_numbers_(low: float, high: float, statistics: RangeStatistics, grid: Grid | None) -> None:
-    """:func:`merge_range_` for one range; ``statistics.rule`` is not ``"torch_v1"``."""
+    """Compute :func:`merge_range_` of one range given as numbers; not for the rule ``"torch_v1"``.
+
+    Raises:
+        ValueError: the rule is ``"torch_v1"``.
+    """
     min_val, max_val, rule = statistics.min_val, statistics.max_val, statistics.rule
     if rule == "torch_v1":
         raise ValueError("the rule torch_v1 is computed on tensors")
@@ -161,7 +178,10 @@ def merge_numbers_(low: float, high: float, statistics: RangeStatistics, grid: G
 
 
 def write_qparams_(statistics: RangeStatistics, grid: Grid, ordered: bool = False) -> None:
-    """Write the scale and zero point of a range into a grid; see :func:`tritonq.qparams.range_to_qparams`."""
+    """Write the scale and zero point that follow from a running range into ``grid``, in place.
+
+    ``ordered``: whether ``min_val <= max_val`` is known; see :func:`tritonq.qparams.range_to_qparams`.
+    """
     ends = (statistics.min_val, statistics.max_val)
     qparams = range_to_qparams(*ends, grid.qtype, rule=statistics.rule, eps=statistics.eps, ordered=ordered)
     grid.scale.copy_(qparams.scale.view_as(grid.scale))
@@ -177,15 +197,15 @@ def merge_where_(
     grid: Grid | None,
     enabled: Tensor | None,
 ) -> None:
-    """:func:`merge_range_` for any range, without reading a value on the host.
+    """Compute :func:`merge_range_` for any range, without reading a value on the host.
 
     Args:
-        low: float32, +inf where no value was finite.
-        high: float32, or -inf.
-        nonfinite: number of values that were skipped; None for zero.
-        statistics: written.
-        grid: written; None keeps ranges only.
-        enabled: 0-d bool tensor: whether anything is written; None: yes.
+        low: smallest finite value, float32; +inf if there is none.
+        high: largest finite value, float32; -inf if there is none.
+        nonfinite: number of values that are not finite; None for zero.
+        statistics: the running range, updated.
+        grid: updated; None: only the range is.
+        enabled: 0-d bool tensor: False leaves everything as it is. None counts as True.
     """
     running = (statistics.min_val, statistics.max_val)
     new_min, new_max = update_range(low, high, *running, statistics.averaging_constant, statistics.copy_above)
@@ -210,12 +230,12 @@ def _assign(buffer: Tensor, value: Tensor, enabled: Tensor | None) -> None:
     visible=True,
 )
 def observe(x: Tensor, statistics: RangeStatistics, grid: Grid | None = None) -> None:
-    """Update a running range with ``x`` and, when given, the grid that follows from it. All state is in place.
+    """Update a running range with ``x``, and the scale and zero point of ``grid`` that follow, in place.
 
     Args:
         x: the batch.
-        statistics: the range; its switch, where it is 0, makes the call do nothing.
-        grid: scale and zero point are written; None keeps ranges only.
+        statistics: the running range; nothing happens while it is frozen or its switch is 0.
+        grid: updated; None: only the range is.
     """
     if statistics.frozen:
         return

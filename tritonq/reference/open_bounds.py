@@ -1,4 +1,4 @@
-"""Where a quantizer's gradient passes, as bounds: comparing with them replaces rounding in a backward pass."""
+"""Where a quantizer's gradient passes, as two bounds: comparing with them replaces rounding in a backward pass."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _Float: TypeAlias = "np.floating[Any]"
 
 
 def open_bounds(scale: float, lowest: int, highest: int, rounding: Rounding, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the values just outside: ``lowest <= round(x / scale) <= highest`` exactly where ``low < x < high``.
+    """Return ``(low, high)`` such that ``lowest <= round(x / scale) <= highest`` exactly if ``low < x < high``.
 
-    Found by stepping from the estimate, in the arithmetic that rounds ``x``.
+    The bounds are the floats just outside. They are found by stepping from an estimate, in the arithmetic that rounds
+    ``x``.
 
     Args:
         scale: positive.
@@ -34,13 +35,13 @@ def open_bounds(scale: float, lowest: int, highest: int, rounding: Rounding, dty
 
 
 def open_bounds_of_codes(quant_min: int, quant_max: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Return :func:`open_bounds` for codes that are rounded already: whole numbers in ``dtype``."""
+    """Return :func:`open_bounds` of codes that are rounded already: the floats just outside of the two codes."""
     kind = np.float64 if dtype == torch.float64 else np.float32
     return float(np.nextafter(kind(quant_min), kind(-np.inf))), float(np.nextafter(kind(quant_max), kind(np.inf)))
 
 
 def _outermost(step: _Float, code: int, outwards: float, rounding: Rounding, kind: type[_Float]) -> _Float:
-    """Return the first value in the direction ``outwards`` whose code lies beyond ``code``."""
+    """Return the first value, in the direction ``outwards`` (±inf), that rounds to a code beyond ``code``."""
     inverse = kind(np.float32(1) / np.float32(step))
 
     def is_outside(x: _Float) -> bool:
@@ -62,14 +63,14 @@ def _outermost(step: _Float, code: int, outwards: float, rounding: Rounding, kin
 
 
 def between(dy: Tensor, y: Tensor, low: float, high: float, out: Tensor | None = None) -> Tensor:
-    """Return ``dy`` where ``low < y < high``, and at NaN, else 0.
+    """Return ``dy`` where ``low < y < high`` or ``y`` is NaN, else 0.
 
     Args:
-        dy: in the dtype of ``y``, and its shape.
-        y: what the bounds are of.
-        low: a bound.
-        high: a bound.
-        out: where to write the result, except in a traced graph; None: nowhere.
+        dy: gradient, in the dtype and shape of ``y``.
+        y: the values that are compared.
+        low: lower bound, excluded.
+        high: upper bound, excluded.
+        out: memory for the result, not used in a traced graph; None: new memory.
     """
     if torch.compiler.is_compiling():
         # Compilers take the result of hardtanh_backward for laid out as dy is, while PyTorch lays it out as y is.

@@ -1,7 +1,9 @@
-"""Marks the functions of `tritonq.reference` that are operators, with what a traced graph must know of them.
+"""A decorator for the functions of `tritonq.reference` that are operators, with what a traced graph must know of them.
 
 An operator has one signature: the reference's. Its kernel launcher has the same parameters, and
-`tritonq.functional.traced` makes its form for ``torch.compile`` from it.
+`tritonq.functional.traced` makes its *traced form*, a custom operator for ``torch.compile``, from it. A traced operator
+returns plain tensors, and says beforehand what they will look like: :class:`Like`, :class:`New`, :class:`CopyOf` and
+:class:`Given` stand for one result each.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Like:
-    """A result laid out as ``torch.empty_like(argument)``.
+    """A result that looks like ``torch.empty_like(argument)``.
 
     Attributes:
-        argument: name of a tensor parameter, or of a tensor in a structure: ``"grid.scale"``.
-        dtype: of the result, the parameter that gives it, or a function of the argument's dtype; None: the argument's.
-        prepare: applied to the argument first.
+        argument: name of a tensor parameter, or of a field of a parameter: ``"grid.scale"``.
+        dtype: of the result; or the name of the parameter that gives it; or a function of the argument's dtype. None:
+            the argument's dtype.
+        prepare: applied to the argument first; None: nothing is.
     """
 
     argument: str
@@ -35,13 +38,13 @@ class Like:
 
 @dataclass(frozen=True)
 class New:
-    """A contiguous result.
+    """A contiguous result whose shape is computed.
 
     Attributes:
-        shape: called with the operator's arguments by name.
-        argument: name of a tensor parameter, for the device and where ``dtype`` is None the dtype.
-        dtype: of the result, or the parameter that gives it.
-        keeps_format: whether the result lies channels last where the argument does.
+        shape: called with a dict of the operator's arguments; returns the shape.
+        argument: name of a tensor parameter, which gives the device, and the dtype if ``dtype`` is None.
+        dtype: of the result, or the name of the parameter that gives it.
+        keeps_format: whether the result is channels last if the argument is.
     """
 
     shape: Callable[[dict[str, Any]], tuple[int, ...]]
@@ -52,12 +55,12 @@ class New:
 
 @dataclass(frozen=True)
 class CopyOf:
-    """A result that is the grid given as ``argument``, as it is when the operator returns; None where that is None.
+    """A result that is a copy of a grid argument as it is when the operator returns; None if the argument is None.
 
     Attributes:
         argument: name of the parameter.
-        shape: of scale, zero point and switch, called with the operator's arguments by name; None: the grid's own, and
-            one element for the switch.
+        shape: called with a dict of the operator's arguments; returns the shape of scale, zero point and switch. None:
+            the grid's own shape, and one element for the switch.
     """
 
     argument: str
@@ -66,14 +69,18 @@ class CopyOf:
 
 @dataclass(frozen=True)
 class Given:
-    """A result that is an argument itself."""
+    """A result that is an argument itself.
+
+    Attributes:
+        argument: name of the parameter.
+    """
 
     argument: str
 
 
 @dataclass(frozen=True)
 class OperatorSpec:
-    """The arguments of :func:`operator`, as :func:`operator` documents them, for tracing."""
+    """The arguments with which :func:`operator` was called, kept as ``function.operator`` for tracing."""
 
     returns: Any
     mutates: tuple[str, ...]
@@ -93,20 +100,20 @@ def operator(
     visible: bool = False,
     made_again: bool = False,
 ) -> Callable[[_Function], _Function]:
-    """Mark a function as an operator.
+    """Return a decorator that marks a function as an operator: it sets ``function.operator``.
 
     Args:
-        returns: shaped as the result, with :class:`Like`, :class:`New`, :class:`CopyOf` or :class:`Given` in place of
-            each tensor or grid. All else in it stands in the traced result as it is.
+        returns: nested as the result, with :class:`Like`, :class:`New`, :class:`CopyOf` or :class:`Given` in place of
+            each tensor or grid. Other values in it, such as True, are results of the traced form as they are.
         mutates: tensors that are updated in place, by name: ``"statistics.min_val"``.
         scratch: parameters that only say where results may be written. Traced graphs leave them out.
         has_kernel: whether `tritonq.kernels` has it too; if not, the reference runs on every device.
-        overwrites: tensors that may be used as memory for results. Traced graphs hand over copies.
+        overwrites: names of tensors that the function may use as memory for results. Traced graphs pass copies.
         visible: whether a compiler sees the reference's tensor operations where no kernel runs, instead of one opaque
-            call. Such a function reads no value on the host while a graph is traced, and what it derives from buffers
-            that training moves it derives from copies (see `tritonq.remember`).
+            call. Such a function reads no value on the host while a graph is traced, and reads buffers that training
+            changes from copies (see `tritonq.remember`).
         made_again: whether a compiled backward makes results as large as the first tensor again instead of keeping
-            them: for what is cheap to make of tensors that are kept anyway, as codes of weights are.
+            them: for results that are cheap to compute from tensors that are kept anyway, such as codes of weights.
     """
 
     def mark(function: _Function) -> _Function:
@@ -119,7 +126,7 @@ def operator(
 
 
 def operators_by_family() -> dict[str, dict[str, Callable[..., Any]]]:
-    """Return every operator by the module of `tritonq.reference` that defines it, and by name."""
+    """Return all operators as ``{family: {name: function}}``; a family is a module of `tritonq.reference`."""
     package = importlib.import_module("tritonq.reference")
     families: dict[str, dict[str, Callable[..., Any]]] = {}
     for entry in pkgutil.iter_modules(package.__path__):

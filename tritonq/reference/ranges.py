@@ -1,4 +1,4 @@
-"""What operators that observe and quantize do with a grid and the running range behind it."""
+"""Running ranges and grids in operators that observe and quantize: update the range, then copy the grid."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def observe_range(
     nonfinite: Tensor | None = None,
     ordered: bool = False,
 ) -> RangeStatistics | None:
-    """Merge a batch's range into the running one and write the scale and zero point that follow.
+    """Merge a batch's range into the running one, and write the scale and zero point that follow, in place.
 
     Args:
-        grid: its tensors are written.
+        grid: its scale and zero point are updated.
         statistics: the running range; nothing happens while it is frozen, switched off or None.
         low: smallest finite value of the batch, shaped as ``statistics.min_val``; +inf where there is none.
-        high: largest, or -inf.
-        nonfinite: number of values that were skipped; None for zero.
-        ordered: whether ``low <= high``, both finite, is known, and so that nothing was skipped.
+        high: largest finite value, or -inf.
+        nonfinite: number of values that are not finite; None for zero.
+        ordered: whether the host knows that ``low <= high``, both finite, and that all values are finite.
 
     Returns:
-        The statistics, with ``has_data`` where that is known now.
+        The statistics; with ``has_data`` set if the host knows now that the range has data.
     """
     if statistics is None or statistics.frozen:
         return statistics
@@ -54,9 +54,10 @@ def observe_range(
 
 
 def settled(grid: Grid, statistics: RangeStatistics | None) -> Grid:
-    """Return the grid with a switch that is on only where something was observed; in a traced graph :func:`snapshot`.
+    """Return the grid with a switch that is on only if the given one is and something was observed.
 
-    The switch is a CPU tensor where its value is known without synchronising with a device.
+    The switch is a CPU tensor if its value can be known without waiting for a device. While a graph is traced, the
+    result is that of :func:`snapshot`.
     """
     if torch.compiler.is_compiling():
         on = grid.enabled_on_device()
@@ -71,7 +72,7 @@ def settled(grid: Grid, statistics: RangeStatistics | None) -> Grid:
 
 
 def snapshot(grid: Grid, statistics: RangeStatistics | None) -> Grid:
-    """Return :func:`settled` with copies, for a later backward: observers and switches change buffers in place."""
+    """Return :func:`settled` with copies of scale and zero point, for a backward: later steps change the grid."""
     grid = settled(grid, statistics)
     if torch.compiler.is_compiling():
         return grid

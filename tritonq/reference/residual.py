@@ -1,4 +1,7 @@
-"""Residual joins in PyTorch: the specification of `tritonq.kernels.residual` and the CPU path."""
+"""Residual joins ``FQ(relu?(a + b))`` in PyTorch: the specification of `tritonq.kernels.residual` and the CPU path.
+
+For the backward they keep a *mask*: one bit per element, set if the gradient passes.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,13 @@ _ALIGNMENT = 16
 
 
 class RoundedResult(NamedTuple):
-    """The result, and one bit per element: whether its gradient passes.
+    """A rounded result, and the mask of its gradient.
 
     Attributes:
         y: shaped as the inputs; dense.
-        mask: uint8, ceil(n / 8) of them, rounded up to a multiple of 16. The elements of ``y`` in memory order are cut
-            into eight planes of that length; plane i is bit i of every byte.
+        mask: uint8, one bit per element of ``y``: set if neither ReLU nor the clip blocks the gradient. The elements in
+            memory order are cut into eight planes of one length; plane i is bit i of every byte. The length is n / 8,
+            rounded up to a multiple of 16.
     """
 
     y: Tensor
@@ -41,13 +45,13 @@ _MASK: Any = New(lambda arguments: (mask_length(arguments["a"].numel()),), "a", 
 def forward(
     a: Tensor, b: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> RoundedResult:
-    """Return ``FQ(relu?(a + b))``: observes the sum, which is float32, and rounds once to the dtype of the inputs.
+    """Return ``FQ(relu?(a + b))`` and its mask: observes the sum, which is float32, and rounds once to ``a``'s dtype.
 
     Args:
         a: any shape.
         b: of ``a``'s shape and dtype.
         grid: per tensor; None leaves the result in float.
-        statistics: the range behind the grid, which the sum updates; None observes nothing.
+        statistics: the running range of the grid, which the sum updates; None observes nothing.
         ceiling: of the ReLU before the quantizer; see :func:`tritonq.reference.activation.rectify`.
     """
     wide = torch.promote_types(a.dtype, torch.float32)
@@ -56,9 +60,9 @@ def forward(
 
 
 def rounded(y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None) -> RoundedResult:
-    """Return ``FQ(relu?(y))`` and its mask, with ``y`` observed.
+    """Return ``FQ(relu?(y))`` and its mask; observes ``relu?(y)``.
 
-    ``y`` is dense, float32 or float64, and overwritten.
+    ``y`` is dense, float32 or float64, and overwritten. Arguments as for :func:`forward`.
     """
     finite = False
     if grid is not None:
@@ -76,7 +80,7 @@ def backward(dy: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         dy: in the memory order of the forward's result.
-        mask: from the forward.
+        mask: that the forward returned.
     """
     bits = borrow_or_new("local", dy)
     in_memory_order(bits).copy_(unpack(mask, dy.numel()))
@@ -85,7 +89,10 @@ def backward(dy: Tensor, mask: Tensor) -> Tensor:
 
 
 def _passes(y: Tensor, grid: Grid | None, ceiling: float | None, finite: bool) -> Tensor:
-    """Return 1.0 where the gradient passes, else 0.0, strided as ``y``."""
+    """Return 1.0 where the gradient passes, else 0.0, with the strides of ``y``.
+
+    ``finite``: whether all of ``y`` is.
+    """
     one, found = y.new_ones(()), borrow_or_new("local", y)
     passes = straight_through_(one, y if finite else found.copy_(y), grid, ceiling, finite, found)
     # Where nothing blocks, the gradient comes back as it is: a single one.
@@ -93,12 +100,12 @@ def _passes(y: Tensor, grid: Grid | None, ceiling: float | None, finite: bool) -
 
 
 def mask_length(count: int) -> int:
-    """Return the number of bytes that hold one bit for each of ``count`` elements; see :class:`RoundedResult`."""
+    """Return the bytes of a mask for ``count`` elements: ``count / 8``, rounded up to a multiple of 16."""
     return -(-count // (_BITS * _ALIGNMENT)) * _ALIGNMENT
 
 
 def pack(passes: Tensor) -> Tensor:
-    """Return one bit for each element of a vector of 0.0 and 1.0; see :class:`RoundedResult`."""
+    """Return the mask of a vector of 0.0 and 1.0, one bit per element; see :class:`RoundedResult`."""
     length = mask_length(passes.numel())
     # By way of int8, which float converts to eight times as fast as to uint8.
     bits = passes.to(torch.int8).view(torch.uint8)
@@ -107,17 +114,17 @@ def pack(passes: Tensor) -> Tensor:
 
 
 def unpack(mask: Tensor, count: int) -> Tensor:
-    """Return the first ``count`` bits, in the order of :func:`pack`: a uint8 vector, 0 or a power of two."""
+    """Return the first ``count`` bits of a mask as a uint8 vector: 0, or a power of two if the bit is set."""
     return torch.bitwise_and(mask, _powers(mask.device)).view(-1)[:count]
 
 
 @cache
 def _powers(device: torch.device) -> Tensor:
-    """Return 1, 2, 4 and so on as a column: one call of PyTorch for eight planes, where small tensors cost calls."""
+    """Return 1, 2, 4, ... 128 as a (8, 1) tensor: one product with it packs or unpacks eight planes."""
     with torch.inference_mode(False):
         return (2 ** torch.arange(_BITS, device=device)).to(torch.uint8).view(_BITS, 1)
 
 
 def in_memory_order(x: Tensor) -> Tensor:
-    """Return the elements of a dense tensor as a vector, as they lie in memory."""
+    """Return the elements of a dense tensor as a vector, in the order in which they lie in memory; a view."""
     return x.as_strided((x.numel(),), (1,))

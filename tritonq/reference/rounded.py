@@ -1,4 +1,7 @@
-"""Results of any operation, observed and rounded, with one bit per element for the backward."""
+"""Results of any operation, observed and rounded, with one bit per element for the backward.
+
+``relu?(y)`` is the ReLU with upper bound ``ceiling``, if any; FQ rounds to ``grid``.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ _RESULT: Any = Like("y")
 
 @operator(returns=RoundedResult(_RESULT, _MASK), mutates=OBSERVED, overwrites=("y",))
 def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: float | None) -> RoundedResult:
-    """Return ``FQ(relu?(y))``: observes ``y`` and rounds it.
+    """Return ``FQ(relu?(y))`` and the mask of its gradient; observes ``relu?(y)``.
 
     Args:
         y: float32 or float64, dense; overwritten.
         grid: per tensor.
-        statistics: the range behind the grid, which ``y`` updates; None observes nothing.
+        statistics: the running range of the grid, which ``y`` updates; None observes nothing.
         ceiling: of the ReLU before the quantizer; see :func:`tritonq.reference.activation.rectify`.
     """
     return rounded(y, grid, statistics, ceiling)
@@ -34,12 +37,12 @@ def forward(y: Tensor, grid: Grid, statistics: RangeStatistics | None, ceiling: 
 def forward_with_mask(
     y: Tensor, grid: Grid | None, statistics: RangeStatistics | None, ceiling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`forward` for compilers, which fuse a mask of bytes with its neighbours, or make it again.
+    """Compute :func:`forward` for compilers, with a mask of one bool per element, which they can fuse.
 
     Args:
-        y: float32 or float64; left alone.
+        y: float32 or float64; not changed.
         grid: per tensor; None leaves the result in float.
-        statistics: the range behind the grid, which ``y`` updates; None observes nothing.
+        statistics: the running range of the grid, which ``y`` updates; None observes nothing.
         ceiling: of the ReLU before the quantizer.
 
     Returns:

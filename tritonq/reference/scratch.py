@@ -1,8 +1,8 @@
-"""Memory that operators on the CPU write their temporaries to, again and again.
+"""Memory that operators on the CPU use for temporaries again and again.
 
-A large tensor that is allocated comes from the system page by page, at its first write: on a CPU that costs several
-times the arithmetic that fills it. A temporary that is dead before its operator returns is written to memory that was
-there the last time.
+The system hands out a large tensor's memory page by page, at its first write. On a CPU that takes several times as long
+as the arithmetic that fills it. A temporary that is not needed after its operator returns is therefore written to
+memory that is kept. A *slot* is one such memory, by its purpose.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _slots = _Slots()
 
 
 def borrow(slot: Slot, like: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-    """Return uninitialised memory for a tensor of ``like``'s shape and strides, or None where allocating is as good.
+    """Return uninitialised memory for a tensor of ``like``'s shape and strides, or None if new memory is as good.
 
-    What it holds lasts until the next call for the same slot in this thread. Each slot keeps the size of its largest
-    request, at most 256 MiB, until the thread ends. None for a tensor that is small or larger than that, not dense, not
-    an ordinary tensor on a CPU, and while a graph is traced.
+    Its contents last until the next call for the same slot in this thread. Each slot keeps the size of its largest
+    request, at most 256 MiB, until the thread ends. The result is None for a tensor below 512 KiB or above 256 MiB, one
+    that is not dense or no ordinary tensor on a CPU, and while a graph is traced.
 
     Args:
-        slot: what for.
-        like: a dense tensor.
-        dtype: None takes ``like``'s.
+        slot: the purpose; what is in use at the same time needs different slots.
+        like: a tensor.
+        dtype: of the memory; None: ``like``'s.
     """
     if not like.is_cpu or type(like) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
         return None
@@ -58,7 +58,7 @@ def borrow(slot: Slot, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
 
 
 def borrow_or_new(slot: Slot, like: Tensor) -> Tensor:
-    """Compute :func:`borrow`, or a new tensor where that gives None."""
+    """Return :func:`borrow` of a slot, or a new tensor if that gives None."""
     borrowed = borrow(slot, like)
     return torch.empty_like(like) if borrowed is None else borrowed
 

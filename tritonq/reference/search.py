@@ -1,7 +1,8 @@
 """Which range to quantize: searches over a float-prefix histogram, all candidates at once, on its device.
 
-Inside a bin the density counts as uniform, so that an expected squared error is a sum over bins of an integral in
-closed form. Nothing here reads a value back to the host.
+A *candidate* is a range that might be used. Inside a bin values count as evenly spread, so that an expected squared
+error is a sum over bins of an integral in closed form. Nothing here reads a value on the host. Histograms are
+(channels, bins); see `tritonq.bins` for the bins.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def search_range(
     eps: float | None = None,
     percentile: float = 99.99,
 ) -> tuple[Tensor, Tensor]:
-    """Return the range ``lo..hi`` within ``low..high`` that serves the histogram best.
+    """Return the range ``lo..hi`` within ``low..high`` that is best for a histogram by the measure ``search``.
 
     - ``"mse"``: least expected squared error of fake quantization with the qparams that follow from the range.
     - ``"l2"``: least squared distance to the centres of ``quant_max - quant_min + 1`` equal cells of the range, values
@@ -62,11 +63,11 @@ def search_range(
         counts: int64, (bins.count,) or (channels, bins.count).
         low: float32, 0-d or (channels,): exact smallest value, above ``high`` where nothing was counted.
         high: as ``low``, the largest value.
-        bins: the resolution of ``counts``.
-        qtype: the grid.
-        search: see above.
+        bins: the bins of ``counts``.
+        qtype: the codes that the range will be quantized to.
+        search: which of the measures above.
         rule: see :func:`tritonq.qparams.range_to_qparams`.
-        eps: floor under the scale.
+        eps: smallest scale; None: no minimum.
         percentile: percent of the values inside, for ``"percentile"``; in (50, 100].
 
     Returns:
@@ -97,7 +98,7 @@ def _search(
     eps: float | None,
     percentile: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`search_range` for a few channels."""
+    """Compute :func:`search_range` for (channels, bins) counts of a few channels."""
     seen = low <= high
     # A channel without data is searched as if it held zeros, and keeps its unset range.
     safe_low, safe_high = torch.where(seen, low, 0), torch.where(seen, high, 0)
@@ -115,7 +116,7 @@ def _search(
 
 
 def data_edges(low: Tensor, high: Tensor, bins: FloatPrefixBins) -> Tensor:
-    """Return edges of the bins, cut off right beyond the extremes: float64, (channels, bins.count + 1)."""
+    """Return the edges of the bins, cut off beyond the smallest and largest value: float64 (channels, bins + 1)."""
     low, high = low.double().view(-1, 1), high.double().view(-1, 1)
     low, high = low - low.abs() * _BEYOND, high + high.abs() * _BEYOND
     edges = bins.edges(low.device).expand(low.shape[0], -1)
@@ -126,10 +127,13 @@ def data_edges(low: Tensor, high: Tensor, bins: FloatPrefixBins) -> Tensor:
 
 
 def condensed(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins, octaves: int) -> tuple[Tensor, Tensor]:
-    """Return the histogram's top octaves on both sides of zero, with everything smaller in one bin between them.
+    """Return a histogram's top ``octaves`` on both sides of zero, with all smaller values in one bin between them.
+
+    An octave is the values between two powers of two.
 
     Returns:
-        Edges, float64 (channels, 2, n), ascending over the last two dimensions, and the share of the values below each.
+        Edges of the bins, float64 (channels, 2, n), ascending over the last two dimensions; and the share of all values
+        below each edge, of the same shape.
     """
     largest = torch.maximum(-low, high)
     top = torch.frexp(largest).exponent.clamp(bins.min_exponent, bins.max_exponent) - bins.min_exponent
@@ -144,25 +148,29 @@ def condensed(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins, 
 
 
 def densities(edges: Tensor, below: Tensor, stride: int = 1) -> tuple[Tensor, Tensor]:
-    """Return edges and densities for :func:`cell_error` from those of :func:`condensed`, ``stride`` bins in one."""
+    """Return edges and densities for :func:`cell_error` from the results of :func:`condensed`.
+
+    ``stride`` bins become one.
+    """
     edges, below = edges[..., ::stride].flatten(1), below[..., ::stride].flatten(1)
     return edges, below.diff(dim=1).div_(edges.diff(dim=1).clamp_(min=_TINY))
 
 
 def cell_error(edges: Tensor, density: Tensor, step: Tensor, origin: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """Return expected squared distance to the nearest of the points ``origin + n step``, ``first <= n <= last``.
+    """Return the expected squared distance of values to the nearest of the points ``origin + n step``.
 
-    With ``t = (x - origin)/step`` and ``n`` the nearest allowed point, the integral of ``(t - n)^2`` from ``origin`` to
+    ``n`` goes from ``first`` to ``last``. With ``t = (x - origin)/step`` and ``n`` the nearest allowed point, the
+    integral of ``(t - n)^2`` from ``origin`` to
     ``x`` is ``G(t) = n/12 + (t - n)^3/3``: continuous, and right beyond the end points too. So a bin of density ``d``
     contributes ``d step^3 (G(right) - G(left))``.
 
     Args:
-        edges: float64, (channels, n + 1).
-        density: float64, (channels, n).
+        edges: of a histogram's bins, float64 (channels, n + 1).
+        density: share of the values in a bin over its width, float64 (channels, n).
         step: float64, (channels, candidates), as are ``origin``, ``first`` and ``last``.
-        origin: where the point 0 lies.
-        first: the first point.
-        last: the last point.
+        origin: the point with n = 0.
+        first: smallest n.
+        last: largest n.
 
     Returns:
         float64, (channels, candidates).
@@ -185,7 +193,10 @@ def range_error(
     rule: RangeRule,
     eps: float | None,
 ) -> Tensor:
-    """Return expected squared error of each candidate range (channels, candidates) by the measure of ``search``."""
+    """Return the expected squared error of each candidate range ``lo..hi``, (channels, candidates), by ``search``.
+
+    ``edges`` and ``density`` are those of :func:`densities`; the other arguments as for :func:`search_range`.
+    """
     if search == "l2":
         cells = qtype.quant_max - qtype.quant_min + 1
         lo, hi = lo.double(), hi.double()
@@ -208,7 +219,10 @@ def _least_error_range(
     rule: RangeRule,
     eps: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return thresholds in geometric steps, refined around the best; an affine type's two ends are searched jointly."""
+    """Return the range of least error: both ends are tried in geometric steps, then finer around the best.
+
+    The two ends of an affine type are searched together.
+    """
     octaves = _OCTAVES_OF_THRESHOLDS + qtype.bits + _SPARE_OCTAVES
     rounds = _ROUNDS_ONE_SIDED if qtype.symmetric else _ROUNDS_TWO_SIDED
     ends = [end.double() for end in _ends(low, high, qtype)]
@@ -229,13 +243,13 @@ def _least_error_range(
 
 
 def _ends(low: Tensor, high: Tensor, qtype: QuantizedType) -> tuple[Tensor, Tensor]:
-    """Return the widest range worth considering: the data's and zero; the same on both sides for a symmetric type."""
+    """Return the widest range worth trying: that of the data and zero; symmetric about zero for a symmetric type."""
     largest = torch.maximum(-low, high)
     return (-largest, largest) if qtype.symmetric else (low.clamp(max=0), high.clamp(min=0))
 
 
 def _steps(spacing: float, reach: int, device: torch.device) -> Tensor:
-    """Return the octaves to go down from the best so far; a reach of 0 covers everything, from the top."""
+    """Return the octaves to go down from the best range so far, (steps,); a ``reach`` of 0 covers all, from the top."""
     first, last = (-reach, reach) if reach else (0, round(_OCTAVES_OF_THRESHOLDS / spacing))
     return torch.arange(first, last + 1, device=device, dtype=torch.float64) * spacing
 
@@ -252,7 +266,7 @@ def _percentile_range(
 
 
 def _magnitudes(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins) -> tuple[Tensor, Tensor]:
-    """Return the histogram of ``|x|``: counts (channels, per_side + 1), and edges from the smallest up."""
+    """Return the histogram of ``|x|``: counts (channels, per_side + 1), and its edges, ascending."""
     side = bins.per_side
     folded = counts[:, side:].clone()
     folded[:, 1:] += counts[:, :side].flip(1)
@@ -263,13 +277,13 @@ def _magnitudes(counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins
 
 
 def _quantile(counts: Tensor, edges: Tensor, share: float) -> Tensor:
-    """Return the value below which ``share`` of the counts lie: float32 (channels,), linear inside a bin."""
+    """Return the value below which a ``share`` of the counts lies: float32 (channels,), interpolated within a bin."""
     below = torch.nn.functional.pad(counts.cumsum(1).double(), (1, 0))
     return _interpolate(below[:, -1:] * share, below, edges)[:, 0].float()
 
 
 def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Return piecewise linear ``y`` of ``x`` (ascending rows) at the points ``at``, (channels, points)."""
+    """Return y at the points ``at``, (channels, points), of a function given by its corners (x, y), ascending in x."""
     right = torch.searchsorted(x.contiguous(), at.contiguous()).clamp(1, x.shape[1] - 1)
     x0, x1 = x.gather(1, right - 1), x.gather(1, right)
     y0, y1 = y.gather(1, right - 1), y.gather(1, right)
@@ -280,7 +294,7 @@ def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def _kl_range(
     counts: Tensor, low: Tensor, high: Tensor, bins: FloatPrefixBins, qtype: QuantizedType
 ) -> tuple[Tensor, Tensor]:
-    """Return TensorRT's threshold, on :data:`KL_BINS` linear bins of the magnitude.
+    """Return TensorRT's threshold, searched on :data:`KL_BINS` linear bins of the magnitude.
 
     An affine type's two sides are folded in units of their own ends and clipped by the same fraction; data on one side
     of zero use all of its codes.
@@ -303,9 +317,10 @@ def _kl_range(
 
 
 def kl_threshold(counts: Tensor, levels: Tensor, most_levels: int, stride: int = KL_STRIDE) -> Tensor:
-    """Return the fraction of a linear histogram's bins whose quantized form diverges least from the clipped histogram.
+    """Return the fraction of a linear histogram's bins that is best to keep, by TensorRT's measure; (0, 1].
 
-    For each candidate ``i``: P is the first i bins with everything beyond added to the last; Q spreads the first i
+    Best is where the quantized histogram Q diverges least from the clipped one P. For each candidate ``i``: P is the
+    first i bins, with all counts beyond added to the last; Q spreads the first i
     bins' counts over ``levels`` groups, evenly over the bins of a group that are not empty. ``KL = Σ p log(p/q)``. The
     first bin counts as much as the second: zeros cost nothing. Of equal candidates the largest wins.
 

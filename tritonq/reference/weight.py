@@ -1,7 +1,7 @@
 """Folding, observing and quantizing a weight in PyTorch: the specification of `tritonq.kernels.weight`, the CPU path.
 
-Weights are seen as rows, (out, ...), one out channel each. ``fold`` is the factor s̃ per out channel that the weight is
-multiplied by before it is quantized.
+A weight is given as *rows*, (out, ...), one per out channel. The *fold* is a factor per out channel that the weight is
+multiplied by before it is quantized (γ/σ of its BatchNorm).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tritonq.reference.scratch import borrow
 
 
 class WeightCodes(NamedTuple):
-    """A folded weight as integers times a unit per channel.
+    """A folded and quantized weight: ``codes · unit`` are its values.
 
     Attributes:
         codes: ``code - zero_point``, integer-valued, float32 (float64 for a float64 weight), shaped as the rows; the
-            folded weight itself where quantization is off.
-        unit: (out,) in the dtype of ``codes``: what one code stands for; 1 where quantization is off.
-        clips: whether some value lay outside the code range, so that its gradient is zero; True where not known.
-        grid: the quantizer's, as it is now, for the backward; None where there is no quantizer.
+            folded weight itself while quantization is off.
+        unit: (out,) in the dtype of ``codes``, the value of a code of 1; 1 while quantization is off.
+        clips: whether some value lay outside the code range, so that its gradient is zero; True if not known.
+        grid: a snapshot of the quantizer's grid, for the backward; None without a quantizer.
     """
 
     codes: Tensor
@@ -61,14 +61,14 @@ def quantize_folded(
     statistics: RangeStatistics | None,
     out: Tensor | None = None,
 ) -> WeightCodes:
-    """Fold, observe (see :func:`observe_range`), and quantize a weight.
+    """Multiply a weight by its fold, observe it (see :func:`observe_range`), and quantize it.
 
     Args:
         rows: (out, ...), any float dtype.
         fold: (out,), in the dtype of the arithmetic.
         grid: per channel or per tensor; None leaves the folded weight in float.
-        statistics: the range behind the grid; None observes nothing.
-        out: where the codes may be written: shaped as ``rows``, in the dtype of ``fold``.
+        statistics: the running range of the grid; None observes nothing.
+        out: memory for the codes: shaped as ``rows``, in the dtype of ``fold``; None: new memory.
     """
     rows = as_dtype(rows, fold.dtype)
     if grid is None:
@@ -91,14 +91,15 @@ def folded_codes(
     out: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> WeightCodes:
-    """Fold and quantize without observing: the codes that :func:`quantize_folded` made, made again.
+    """Fold and quantize without observing: return what :func:`quantize_folded` returned once more, for the backward.
 
     Args:
         rows: (out, ...).
         fold: (out,).
         grid: the snapshot that the forward made.
         out: as for :func:`quantize_folded`.
-        extremes: smallest and largest folded value per channel where known: they tell whether anything clips.
+        extremes: smallest and largest folded value per channel, from which it follows whether anything is clipped;
+            None: not known.
     """
     rows = as_dtype(rows, fold.dtype)
     enabled = False if grid is None else _enabled(grid, rows)
@@ -125,7 +126,7 @@ def folded_backward(
     grid: Grid | None,
     clips: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return gradients of the weight and of the fold from that of the codes; ``dcodes`` may be overwritten.
+    """Return two gradients from that of the codes: of the weight and of the fold. ``dcodes`` may be overwritten.
 
     ``q = STE(dcodes / unit)``, which is zero where the code was clipped; ``drows = fold · q`` and, per channel,
     ``dfold = Σ q · rows``.
@@ -134,9 +135,9 @@ def folded_backward(
         dcodes: gradient with respect to ``WeightCodes.codes``, shaped as ``rows``.
         rows: the weight.
         fold: (out,).
-        unit: (out,), from the forward (times what the codes were divided by before they were used).
-        grid: as it was in the forward; None where there is none.
-        clips: from the forward.
+        unit: (out,), from the forward; times what the codes were divided by, if they were, before they were convolved.
+        grid: the forward's snapshot; None without a quantizer.
+        clips: from the forward; False blocks no gradient.
 
     Returns:
         ``(drows, dfold)`` in the dtype of ``fold``.
@@ -165,7 +166,7 @@ def _straight_through(dcodes: Tensor, rows: Tensor, fold: Tensor, grid: Grid) ->
 
 
 def _enabled(grid: Grid, rows: Tensor) -> bool | Tensor:
-    """Whether values are rounded: a bool where reading it is free, else a bool tensor that broadcasts against rows.
+    """Return whether values are rounded: a bool if that can be read without waiting, else a bool tensor (rows, 1, ...).
 
     A snapshot may hold one switch per row.
     """
@@ -179,7 +180,7 @@ def _enabled(grid: Grid, rows: Tensor) -> bool | Tensor:
 
 
 def _folded_extremes(rows: Tensor, fold: Tensor) -> tuple[Tensor, Tensor]:
-    """Return smallest and largest of ``rows * fold`` per channel, without forming it: rounding preserves order."""
+    """Return smallest and largest of ``rows · fold`` per channel, without computing it: rounding preserves order."""
     flat = rows.flatten(1)
     one, other = flat.amin(1) * fold, flat.amax(1) * fold
     return torch.minimum(one, other), torch.maximum(one, other)
@@ -199,12 +200,12 @@ def _any_clips(low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor | No
 
 
 def _steps(rows: Tensor, fold: Tensor, scale: Tensor, qtype: QuantizedType, out: Tensor | None) -> Tensor:
-    """Return ``round(rows · fold / scale)``; two roundings before the last, as when the weight is deployed."""
+    """Return ``round(rows · fold / scale)``: product and quotient are rounded one by one, as in a deployed weight."""
     return steps_(torch.mul(rows, _column(fold, rows), out=out), _column(scale, rows), qtype.rounding)
 
 
 def _clamp(steps: Tensor, zero_point: Tensor | None, qtype: QuantizedType) -> Tensor:
-    """Clip ``steps``, which count from the zero point, in place."""
+    """Clip ``steps``, which are codes minus zero point, to the range of codes, in place."""
     if zero_point is None:
         return steps.clamp_(qtype.quant_min, qtype.quant_max)
     column = _column(zero_point, steps)
@@ -212,5 +213,5 @@ def _clamp(steps: Tensor, zero_point: Tensor | None, qtype: QuantizedType) -> Te
 
 
 def _column(vector: Tensor, rows: Tensor) -> Tensor:
-    """Return a per-channel vector (or one element) shaped to broadcast against rows."""
+    """Return a vector of one value per channel (or one element), shaped to broadcast against rows."""
     return vector.view(-1, *[1] * (rows.dim() - 1))

@@ -14,13 +14,13 @@ from tritonq.reference.weight import WeightCodes, quantize_folded
 def quantize_all(
     rows: Sequence[Tensor], fold: Tensor, grids: Sequence[Grid], statistics: Sequence[RangeStatistics | None]
 ) -> list[WeightCodes]:
-    """Compute :func:`tritonq.reference.weight.quantize_folded` of every weight.
+    """Fold, observe and quantize several weights: :func:`tritonq.reference.weight.quantize_folded` of each, in order.
 
     Args:
         rows: one (out, ...) per weight, float32.
         fold: (all out channels,) float32, in the order of ``rows``.
         grids: one per weight, per channel.
-        statistics: one per weight, as for :func:`~tritonq.reference.weight.quantize_folded`.
+        statistics: one running range or None per weight, as for :func:`~tritonq.reference.weight.quantize_folded`.
     """
     folds = torch.split(fold, [len(weight) for weight in rows])
     return [quantize_folded(*of_one) for of_one in zip(rows, folds, grids, statistics, strict=True)]
