@@ -5,8 +5,8 @@ whatever the order of its terms, so that a quantized model in training's eval mo
 bit. The integers are held in floating point: in float32 while no partial sum can reach 2^24, else in float64.
 
 The *sums* (or accumulator) are the integers in brackets. If the output's grid is known, they are rounded to it in one
-step, *requantized* as integer runtimes do it:
-``round(sum * (multiplier / output_scale))``. Two roundings of a float32 product would move codes at ties.
+step, *requantized* as integer runtimes do it: ``round(sum * (multiplier / output_scale))``. Two roundings of a float32
+product would move codes at ties.
 """
 
 from __future__ import annotations
@@ -121,9 +121,8 @@ def centred_codes(x: Tensor, scale: Tensor) -> Tensor:
     """Return ``round(x / scale)``, the codes minus zero point of values that lie on a grid, as float32 integers.
 
     The result is exact for codes of up to 16 bits in float32, up to 8 bits in float16, and in bfloat16 up to 128 codes
-    from the zero
-    point, as symmetric 8-bit types are: each is then within half a code of its grid point. Farther out bfloat16 itself,
-    whose numbers may lie almost two codes apart there, merges neighbours; the result is one of them.
+    from the zero point, as symmetric 8-bit types are: each is then within half a code of its grid point. Farther out
+    bfloat16 itself, whose numbers may lie almost two codes apart there, merges neighbours; the result is one of them.
     """
     return (x.float() / scale).round_()
 

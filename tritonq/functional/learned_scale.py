@@ -58,8 +58,7 @@ def fake_quantize_learnable(
         quant_max: largest code.
         axis: channel axis, or None for one scale.
         grad_factor: ``f``; LSQ proposes ``1/sqrt(values per scale * quant_max)``.
-        group_size: one scale per so many elements along ``axis``, see
-            :func:`tritonq.fake_quantize_per_channel_affine`.
+        group_size: one scale per so many elements along ``axis``, see :func:`tritonq.fake_quantize_per_channel_affine`.
         method: ``"torch"`` or ``"megengine"``: which of the formulas above.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
@@ -71,8 +70,8 @@ def fake_quantize_learnable(
         ValueError: empty code range, wrong shape or device, a scale that is not positive and finite, unknown method.
         RuntimeError: ``backend="triton"`` where no kernel can run.
 
-    Source: docs/numbers.md, "Learned scales"; Esser et al., "Learned Step Size Quantization" (2020);
-        Bhalgat et al., "LSQ+" (2020).
+    Source: docs/numbers.md, "Learned scales"; Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al.,
+        "LSQ+" (2020).
 
     Examples:
         >>> scale = torch.tensor([0.5], requires_grad=True)

@@ -13,8 +13,8 @@ def is_recomputing() -> bool:
 
     Modules then observe nothing and leave running statistics alone. The repeated forward equals the first bit for bit
     if, between the two, no module of it was called in training mode, switched or loaded: it then finds the state that
-    the first forward left. (A step that runs two forwards through one checkpointed layer before their backwards
-    repeats the first with the scales of the second, which move by the observer's averaging constant.)
+    the first forward left. (A step that runs two forwards through one checkpointed layer before their backwards repeats
+    the first with the scales of the second, which move by the observer's averaging constant.)
     """
     # A graph that is being traced runs in the forward; a compiler that recomputes parts of it repeats no update.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,12 +1,10 @@
 """The tail of a convolution with BatchNorm in PyTorch: the specification of `tritonq.kernels.conv_bn` and the CPU path.
 
 The *tail* is what follows the convolution. In the approximate mode of folding it (divide by the fold, add the bias,
-normalise with the
-batch's statistics, ReLU, observe, fake quantize) is affine per channel until the ReLU, where ``c`` is the convolution's
-output. So it takes the statistics of
-the convolution's output and one more pass, and saves nothing but that output and a few vectors. Derivation:
-docs/conv-bn.md, "The tail of a step". Vectors are (channels,) in the dtype of the arithmetic: float32, or float64 for a
-float64 input.
+normalise with the batch's statistics, ReLU, observe, fake quantize) is affine per channel until the ReLU, where ``c``
+is the convolution's output. So it takes the statistics of the convolution's output and one more pass, and saves nothing
+but that output and a few vectors. Derivation: docs/conv-bn.md, "The tail of a step". Vectors are (channels,) in the
+dtype of the arithmetic: float32, or float64 for a float64 input.
 """
 
 from __future__ import annotations

@@ -157,8 +157,7 @@ def _broadcast(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | float]:
     """Return scale and zero point, shaped to broadcast against ``x``, in the dtype of the arithmetic.
 
     A zero point that is the same everywhere, and readable without waiting, is returned as a number: bounds that are
-    numbers clamp at full
-    speed, and an integer tensor in float arithmetic does not.
+    numbers clamp at full speed, and an integer tensor in float arithmetic does not.
     """
     align, zero_point = grid.granularity.align, grid.zero_point
     dtype = arithmetic_dtype(x.dtype)

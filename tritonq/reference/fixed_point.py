@@ -1,9 +1,8 @@
 """Fixed point in PyTorch: the specification of `tritonq.kernels.fixed_point` and the CPU path.
 
-A fixed-point number is a code of some range and a fractional length *frac_len*, its number of fraction bits: ``value =
-code * 2^-frac_len``. Rounding to it is fake
-quantization with that scale, `tritonq.reference.fake_quant`. Multiplying by a power of two is exact, so every backend
-gives the same bits.
+A fixed-point number is a code of some range and a fractional length *frac_len*, its number of fraction bits:
+``value = code * 2^-frac_len``. Rounding to it is fake quantization with that scale, `tritonq.reference.fake_quant`.
+Multiplying by a power of two is exact, so every backend gives the same bits.
 """
 
 from __future__ import annotations

@@ -25,11 +25,9 @@ def fake_quantize_blocks(
     With ``m`` the largest magnitude in the block, ``L = 2^E * f`` the largest element, ``1 <= f < 2``:
 
     - e8m0 scales, powers of two: ``s = 2^clamp(e, -127, 127 - E)``, ``e = floor(log2 m) - E`` (``"floor"``), and one
-      more where
-      ``m > L * 2^e`` (``"ceil"``).
+      more where ``m > L * 2^e`` (``"ceil"``).
     - e4m3 scales: ``s = e4m3(m * (1 / (L * t))) * t`` with the tensor's scale ``t``; 0 where that is below float32's
-      normal
-      numbers, and so where ``L * t`` is.
+      normal numbers, and so where ``L * t`` is.
 
     Elements saturate, ties go to even, infinities count as the largest finite float32. A block with NaN becomes NaN.
 

@@ -67,8 +67,8 @@ def learned_fake_quantize_backward(
       ``ds = Σ dy {code - v inside | code outside}``; the threshold's gradient is ``ds s ln 2``.
     - ``"pact"``: inside where ``0 <= x < parameter``; ``dparameter = Σ dy {1 where x >= parameter}``.
 
-    ``dx = dy`` inside, else 0. Where x is NaN every gradient is 0. While the grid is
-    switched off, ``dx = dy`` and the others are 0.
+    ``dx = dy`` inside, else 0. Where x is NaN every gradient is 0. While the grid is switched off, ``dx = dy`` and the
+    others are 0.
 
     Returns:
         ``(dx, dparameter, dzero_point)``: ``x.dtype``; two in the arithmetic's dtype (float32, or float64), shaped as

@@ -73,8 +73,8 @@ def search_range(
     Returns:
         ``(lo, hi)`` shaped and typed like ``low``; ``low`` and ``high`` themselves where nothing was counted.
 
-    Source: docs/numbers.md, "Histograms"; torch.ao.quantization.HistogramObserver;
-        NVIDIA, "8-bit inference with TensorRT", 2017.
+    Source: docs/numbers.md, "Histograms"; torch.ao.quantization.HistogramObserver; NVIDIA, "8-bit inference with
+        TensorRT", 2017.
     """
     if counts.dim() == 1:
         lo, hi = search_range(counts[None], low[None], high[None], bins, qtype, search, rule, eps, percentile)
@@ -160,9 +160,8 @@ def cell_error(edges: Tensor, density: Tensor, step: Tensor, origin: Tensor, fir
     """Return the expected squared distance of values to the nearest of the points ``origin + n step``.
 
     ``n`` goes from ``first`` to ``last``. With ``t = (x - origin)/step`` and ``n`` the nearest allowed point, the
-    integral of ``(t - n)^2`` from ``origin`` to
-    ``x`` is ``G(t) = n/12 + (t - n)^3/3``: continuous, and right beyond the end points too. So a bin of density ``d``
-    contributes ``d step^3 (G(right) - G(left))``.
+    integral of ``(t - n)^2`` from ``origin`` to ``x`` is ``G(t) = n/12 + (t - n)^3/3``: continuous, and right beyond
+    the end points too. So a bin of density ``d`` contributes ``d step^3 (G(right) - G(left))``.
 
     Args:
         edges: of a histogram's bins, float64 (channels, n + 1).
@@ -320,9 +319,9 @@ def kl_threshold(counts: Tensor, levels: Tensor, most_levels: int, stride: int =
     """Return the fraction of a linear histogram's bins that is best to keep, by TensorRT's measure; (0, 1].
 
     Best is where the quantized histogram Q diverges least from the clipped one P. For each candidate ``i``: P is the
-    first i bins, with all counts beyond added to the last; Q spreads the first i
-    bins' counts over ``levels`` groups, evenly over the bins of a group that are not empty. ``KL = Σ p log(p/q)``. The
-    first bin counts as much as the second: zeros cost nothing. Of equal candidates the largest wins.
+    first i bins, with all counts beyond added to the last; Q spreads the first i bins' counts over ``levels`` groups,
+    evenly over the bins of a group that are not empty. ``KL = Σ p log(p/q)``. The first bin counts as much as the
+    second: zeros cost nothing. Of equal candidates the largest wins.
 
     Args:
         counts: float64, (channels, n), not negative.
