@@ -1,4 +1,4 @@
-"""Quantization-aware modules: each replaces the float module of its name and shares its parameters."""
+"""Quantization-aware modules: each takes the place of the float module of its name and shares its parameters."""
 
 from torch import nn
 

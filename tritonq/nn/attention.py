@@ -1,4 +1,4 @@
-"""torch's multi-head attention, computed by operations that preparation sees one by one."""
+"""torch's multi-head attention, computed by operations that preparation can record and quantize one by one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """:class:`torch.nn.MultiheadAttention` as linear layers, two matrix products and a softmax.
+    """:class:`torch.nn.MultiheadAttention` computed as linear layers, two matrix products and a softmax.
 
-    `prepare_qat` lets attention compute so, with the same parameters: torch's own forward is one call whose inside
-    can't be quantized. Results agree with torch's to rounding errors of float32.
+    `prepare_qat` gives this class to attention modules, which keep their parameters: torch's own forward is one call
+    whose parts can't be quantized. Results agree with torch's to rounding errors of float32.
 
     Examples:
         >>> import torch, tritonq
@@ -34,12 +34,12 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """False: torch's encoder layers would otherwise pass the parameters to one fused kernel in eval mode."""
+        """False, so that torch's encoder layers do not pass the parameters to one fused kernel in eval mode."""
         return False
 
     @_qkv_same_embed_dim.setter
     def _qkv_same_embed_dim(self, value: bool) -> None:
-        """Take what torch's class assigns; ``in_proj_weight`` tells the same."""
+        """Ignore the value that torch's class assigns; whether ``in_proj_weight`` is None tells the same."""
 
     def forward(
         self,
@@ -52,7 +52,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend; arguments and results as torch's class has them."""
+        """Return ``(output, weights)`` of attention; arguments, shapes and results are those of torch's class.
+
+        The weights are None if ``need_weights`` is False.
+        """
         is_batched = query.dim() == 3
         if not is_batched:
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
@@ -95,7 +98,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
-    """Return the mask to add to the scores (batch, heads, queries, keys); None: no mask. Appended keys have 0.
+    """Return the mask to add to the scores, which broadcasts to (batch, heads, queries, keys); None: no mask.
+
+    Keys that were appended to the given ones have 0 in it.
 
     Raises:
         ValueError: ``is_causal`` without a mask, as in torch.
@@ -113,16 +118,16 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: 
 
 
 def _added(mask: Tensor, scores: Tensor) -> Tensor:
-    """Return a mask in the scores' dtype, -inf where a bool one is True, over all keys."""
+    """Return a mask in the scores' dtype, with -inf where a bool mask is True, and with 0 for appended keys."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, float("-inf"))
     return F.pad(mask.to(scores.dtype), (0, scores.shape[-1] - mask.shape[-1]))
 
 
 def compute_openly(model: nn.Module) -> None:
-    """Let torch's attention modules in ``model`` compute as :class:`MultiheadAttention`, in place.
+    """Give the class :class:`MultiheadAttention` to torch's attention modules in ``model``, in place.
 
-    Subclasses with a forward of their own stay as they are.
+    Subclasses of torch's class stay as they are.
     """
     for module in model.modules():
         if type(module) is nn.MultiheadAttention:

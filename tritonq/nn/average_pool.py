@@ -1,4 +1,7 @@
-"""Average pools and means over axes with an output on a grid of its own."""
+"""Average pools and means over axes whose output lies on a grid of its own.
+
+An ``Averaging`` (`tritonq.reference.average_pool`) describes the mean itself: its windows, output size or axes.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from tritonq.reference.average_pool import AdaptiveAverage, Averaging, WindowAve
 
 
 class AverageLayer(UnaryLayer):
-    """``FQ(mean)``, where every result is the mean of some elements of the input.
+    """``FQ(mean(x))``, where every result is the mean of some elements of the input; FQ is fake quantization.
 
-    In eval mode, with the grids of input and output known, the codes of the input are added in integers:
-    :func:`tritonq.functional.average_pool.integer_average`. Everywhere else the mean is torch's.
+    In eval mode, if the grids of input and output are known, the codes of the input are added in integers:
+    :func:`tritonq.functional.average_pool.integer_average`. Otherwise torch computes the mean.
 
     Examples:
         >>> import torch, tritonq
@@ -32,22 +35,28 @@ class AverageLayer(UnaryLayer):
     @property
     @abstractmethod
     def averaging(self) -> Averaging:
-        """The operation without quantizers."""
+        """The mean that the layer computes, without quantizers."""
 
     def compute(self, x: Tensor) -> Tensor:
-        """See base class."""
+        """Return the mean in float, as torch computes it."""
         return self.averaging(x)
 
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """See base class."""
+        """Return the mean as integer runtimes compute it, from the codes of ``x``.
+
+        Arguments as in ``UnaryLayer.exact``.
+        """
         return integer_average(x, self.averaging, source, output)
 
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
-        """See base class."""
+        """Return the codes of the mean, or None if these can't be used; arguments as in ``UnaryLayer.exact_codes``."""
         return average_codes(codes, self.averaging, source, output)
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """See base class."""
+        """Return the mean for ``torch.compile``.
+
+        As :meth:`exact` while both grids are switched on, else as :meth:`compute`.
+        """
         # Imported here, so that its operators are registered when something is compiled, and not before.
         from tritonq.functional.traced import eval_mode
 
@@ -55,11 +64,11 @@ class AverageLayer(UnaryLayer):
 
 
 class Average(AverageLayer):
-    """Any mean as a module: what `prepare_qat` makes of ``x.mean((2, 3))`` or ``F.avg_pool2d(x, 2)`` in a forward.
+    """A mean as a module: what `prepare_qat` makes of ``x.mean((2, 3))`` or ``F.avg_pool2d(x, 2)`` in a forward.
 
     Args:
-        averaging: the operation, one of `tritonq.reference.average_pool`.
-        qconfig: quantizer of the output; None: none of its own.
+        averaging: the mean, an object of `tritonq.reference.average_pool`.
+        qconfig: makes the quantizer of the output; None: the module has none of its own.
 
     Examples:
         >>> import torch
@@ -75,16 +84,16 @@ class Average(AverageLayer):
 
     @property
     def averaging(self) -> Averaging:
-        """The operation without quantizers."""
+        """The mean that the module computes, without quantizers."""
         return self._averaging
 
     def extra_repr(self) -> str:
-        """Return the operation."""
+        """Return the text of the mean for ``repr``."""
         return repr(self._averaging)
 
 
 class _Pool(AverageLayer):
-    """A pool of torch.nn with an output quantizer."""
+    """An average pool of torch.nn with an output quantizer; its constructor is the float pool's, plus ``qconfig=``."""
 
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -92,7 +101,12 @@ class _Pool(AverageLayer):
 
     @classmethod
     def from_float(cls, pool: nn.Module, qconfig: QConfig | None = None) -> AverageLayer:
-        """Return the quantized form of a float pool, in its mode; hooks are not moved."""
+        """Return the quantized form of a float pool, in its mode; hooks are not moved.
+
+        Args:
+            pool: the float pool.
+            qconfig: makes the quantizer of the output; None: the pool has none of its own.
+        """
         made: Any = cls.__new__(cls)
         nn.Module.__init__(made)
         names = set(vars(pool)) - set(vars(made))
@@ -105,14 +119,14 @@ class _Pool(AverageLayer):
 class _WindowPool(_Pool):
     @property
     def averaging(self) -> Averaging:
-        """The operation without quantizers."""
+        """The mean that the pool computes, without quantizers."""
         return window_average(self)
 
 
 class _AdaptivePool(_Pool):
     @property
     def averaging(self) -> Averaging:
-        """The operation without quantizers."""
+        """The mean that the pool computes, without quantizers."""
         return adaptive_average(self)
 
 
@@ -189,7 +203,7 @@ _RANKS = {cls: int(cls.__name__[-2]) for cls in POOL_TYPES}
 
 
 def averaging_of(pool: nn.Module) -> Averaging | None:
-    """Return the operation of an average pool of torch.nn; None for any other module."""
+    """Return the mean that an average pool of torch.nn computes; None for any other module."""
     if isinstance(pool, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
         return window_average(pool)
     if isinstance(pool, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)):
@@ -198,7 +212,7 @@ def averaging_of(pool: nn.Module) -> Averaging | None:
 
 
 def window_average(pool: Any) -> WindowAverage:
-    """Return the operation of an ``nn.AvgPool1d``, ``2d`` or ``3d``."""
+    """Return the mean that an ``nn.AvgPool1d``, ``2d`` or ``3d`` computes."""
     rank = _rank(pool)
     kernel, stride, padding = (_per_axis(value, rank) for value in (pool.kernel_size, pool.stride, pool.padding))
     divisor = getattr(pool, "divisor_override", None)
@@ -206,14 +220,16 @@ def window_average(pool: Any) -> WindowAverage:
 
 
 def adaptive_average(pool: Any) -> AdaptiveAverage:
-    """Return the operation of an ``nn.AdaptiveAvgPool1d``, ``2d`` or ``3d``."""
+    """Return the mean that an ``nn.AdaptiveAvgPool1d``, ``2d`` or ``3d`` computes."""
     return AdaptiveAverage(_per_axis(pool.output_size, _rank(pool)))
 
 
 def _rank(pool: nn.Module) -> int:
+    """Return the number of axes of an average pool's window: 1, 2 or 3."""
     return next(rank for cls, rank in _RANKS.items() if isinstance(pool, cls))
 
 
 def _per_axis(value: Any, rank: int) -> tuple[Any, ...]:
+    """Return one number per axis; a single number, or a tuple of one, is repeated."""
     entries = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return entries * rank if len(entries) == 1 else entries

@@ -1,4 +1,4 @@
-"""BatchNorms that are parts of quantized layers: fixed ones, ones whose statistics ranks share, and their state."""
+"""BatchNorms that are part of a quantized layer: frozen ones, synchronized ones, and the state of one training step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from tritonq.reference.conv_bn import BatchNormState
 
 
 class FrozenBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """``weight · x + bias`` per channel, with fixed numbers: no mode and no step changes them.
+    """``weight · x + bias`` per channel with fixed numbers, which no training step changes. It is always in eval mode.
 
-    Its running mean is 0 and its running variance 1, so that folding it multiplies by ``weight``.
+    Its running mean is 0 and its running variance 1, so that folding it multiplies a convolution's weight by
+    ``weight``.
 
     Args:
         weight: factors, (channels,).
@@ -32,22 +33,22 @@ class FrozenBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.training = False
 
     def train(self, mode: bool = True) -> FrozenBatchNorm:
-        """Stay in eval mode."""
+        """Stay in eval mode, whatever ``mode`` is."""
         return super().train(False)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Take any number of dimensions."""
+        """Accept an input of any number of dimensions."""
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
     """torch's SyncBatchNorm, which here also works on CPUs, over gloo.
 
-    In training mean and variance are those of all ranks' batches together, whose sizes may differ, and gradients are
-    those of one process that saw them all. Source: torch.nn.SyncBatchNorm.
+    In training, mean and variance are those of all ranks' batches together, whose sizes may differ. Gradients are those
+    of one process that had all batches. Source: torch.nn.SyncBatchNorm.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise by channel; shape and dtype of ``input``."""
+        """Return ``input`` normalised by channel, in its shape and dtype."""
         group = self._group() if self.training and input.device.type == "cpu" else None
         if group is None:
             return super().forward(input)
@@ -61,7 +62,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return cast(Tensor, result)
 
     def _group(self) -> Any:
-        """Return the group to share statistics with, or None where this rank is alone."""
+        """Return the process group to share statistics with; None if this rank is alone."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = self.process_group or dist.group.WORLD
@@ -69,7 +70,10 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 
 class _Synchronized(torch.autograd.Function):
-    """``γ (x - μ) / sqrt(var + eps) + β`` with mean and biased variance of all ranks; updates running statistics."""
+    """``γ (x - μ) / sqrt(var + eps) + β`` with the mean μ and biased variance of all ranks.
+
+    It updates running statistics.
+    """
 
     @staticmethod
     def forward(
@@ -126,9 +130,9 @@ class _Synchronized(torch.autograd.Function):
 
 
 def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:
-    """Return buffers and constants of ``bn`` for a training step, which is counted.
+    """Return running statistics and constants of ``bn`` for one training step, and count the step.
 
-    Copies for one that is recomputed.
+    In a step that is recomputed for a checkpoint nothing is counted, and the statistics are copies, with momentum 0.
     """
     running_mean, running_var = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
     if is_recomputing():
@@ -142,12 +146,12 @@ def batch_norm_state(bn: nn.modules.batchnorm._BatchNorm) -> BatchNormState:
 
 
 def is_plain(bn: nn.modules.batchnorm._BatchNorm) -> bool:
-    """Whether ``bn`` computes what its buffers say, on this rank alone, and nobody listens."""
+    """Whether ``bn`` is a BatchNorm of torch without hooks that shares no statistics with other ranks."""
     alone = isinstance(bn, nn.SyncBatchNorm) and not (dist.is_available() and dist.is_initialized())
     return (alone or type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and not has_hooks(bn)
 
 
 def gamma_signs(bn: nn.modules.batchnorm._BatchNorm) -> Tensor:
-    """Return the sign of γ per channel, 1 where it is 0 or missing: in the dtype of the running variance."""
+    """Return the sign of γ per channel, (channels,), 1.0 where γ is 0; all 1.0 if ``bn`` has no γ."""
     gamma = cast(Tensor, bn.running_var) if bn.weight is None else bn.weight.detach()
     return torch.where(gamma < 0, -1.0, 1.0).to(gamma.dtype)

@@ -1,4 +1,8 @@
-"""The base class of layers whose BatchNorm is part of them."""
+"""The base class of layers whose BatchNorm is part of them.
+
+To *fold* a BatchNorm is to multiply the weight by γ/σ, so that one layer remains. FQ_w and FQ_b are fake quantization
+of weight and bias.
+"""
 
 from __future__ import annotations
 
@@ -29,20 +33,29 @@ _LEAST_SCALE = TORCH_EPS
 class QATBatchNormLayer(QATLayer):
     """A convolution or linear layer whose BatchNorm is part of it.
 
-    ``mode`` says how training folds the BatchNorm into the quantized weight; the BatchNorm lives in the child ``bn``:
+    ``mode`` says how training folds the BatchNorm into the quantized weight. ``op`` is the convolution or product, W
+    and b
+    are its weight and bias, γ and β those of the BatchNorm, which is the child ``bn``:
 
     - ``"approximate"`` (torch.ao's default): ``y = BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)`` from
-      before this step's update, and ``s = 1/σ`` in a channel where γ = 0, so that nothing is divided by zero and γ can
-      leave zero. The fastest: the layer runs once, and saves nothing but its input and the convolution's output.
+      before this step's update. In a channel with γ = 0, ``s = 1/σ``, so that nothing is divided by zero and γ can
+      leave zero. The fastest: the layer runs once, and saves only its input and the convolution's output.
     - ``"exact"`` (MegEngine's ``approx=False``): folds the statistics of this batch, weight and bias quantized.
     - ``"corrected"`` (torch.ao's slow path): folds the updated running variance and rescales to the batch's.
     - ``"scale"``: ``y = BN(op(x, u FQ_w(u W; s_w)) + b)`` with ``u = sign(γ)``. The weight is rounded as it is, and
-      deployment folds the BatchNorm into the scale, ``s_w |t|``. In the other modes each step's statistics move ``W s``
-      against a trained scale, so that codes flip, and running statistics are averages over other weights than the
-      deployed ones; at 2 bits that costs points of accuracy. For symmetric types.
+      deployment folds the BatchNorm into the scale: ``s_w |t|``. In the other modes each step's statistics move ``W s``
+      relative to a trained scale, so that codes flip; and running statistics are averages over other weights than the
+      deployed ones. At 2 bits that costs points of accuracy. For symmetric types.
 
-    Eval and frozen, in every other mode: ``y = op(x, FQ_w(W t)) + β + t (b - running_mean)``, ``t = γ/σ(running_var)``;
-    in mode ``"scale"`` the grid of ``W t`` has the scale ``s_w |t|``.
+    In eval mode, or frozen, in every other mode: ``y = op(x, FQ_w(W t)) + β + t (b - running_mean)`` with ``t =
+    γ/σ(running_var)``. In mode ``"scale"`` the grid of ``W t`` has the scale ``s_w |t|``.
+
+    Attributes:
+        bn: the BatchNorm.
+        freeze_bn: whether training normalises with the running statistics too, and does not update them.
+        batch_norm_place: refers to the module that stands where the BatchNorm was; if that is in eval mode, the
+            statistics are frozen, as the BatchNorm's were.
+        grouping: whether the operation is a transposed convolution, and its number of groups.
 
     Raises:
         ValueError: an unknown mode, or ``"scale"`` for a weight with zero points; in training, fewer than two values
@@ -63,7 +76,15 @@ class QATBatchNormLayer(QATLayer):
     def attach_batch_norm(
         self, features: int, eps: float, momentum: float | None, freeze_bn: bool, mode: str | None = None
     ) -> None:
-        """Create the child ``bn``; ``freeze_bn`` starts with frozen statistics. Mode None is that of the qconfig."""
+        """Create the child ``bn``.
+
+        Args:
+            features: number of out channels.
+            eps: of the BatchNorm.
+            momentum: of the BatchNorm; None: running statistics are plain averages.
+            freeze_bn: whether to begin with frozen statistics.
+            mode: how training folds it; None: the qconfig's mode, or "approximate".
+        """
         self.bn = self._bn_type(features, eps=eps, momentum=momentum)
         self.mode = check_mode(mode or self.qconfig.folding or "approximate")
         self.step_memory = StepMemory()
@@ -72,7 +93,7 @@ class QATBatchNormLayer(QATLayer):
 
     @property
     def mode(self) -> Mode:
-        """How training folds the BatchNorm."""
+        """How training folds the BatchNorm; see the class."""
         return self._mode
 
     @mode.setter
@@ -84,7 +105,10 @@ class QATBatchNormLayer(QATLayer):
         self._mode = mode
 
     def quantized_folded_weight(self, folded: Tensor) -> Tensor:
-        """See base class."""
+        """Return the folded weight rounded to its grid.
+
+        In mode "scale" the rounding is that of the weight before folding.
+        """
         quantizer = self.weight_fake_quant
         if self._mode != "scale" or isinstance(quantizer, nn.Identity):
             return super().quantized_folded_weight(folded)
@@ -97,7 +121,10 @@ class QATBatchNormLayer(QATLayer):
         return scale_out_channels(self.quantized_weight(unfolded), scale, *self.grouping)
 
     def weight_grid(self) -> Grid:
-        """See base class; in mode "scale" one scale per channel, or group."""
+        """Return the grid of the folded weight.
+
+        In mode "scale" with one scale per channel (or group), times ``|t|``.
+        """
         grid = super().weight_grid()
         if self._mode != "scale":
             return grid
@@ -109,45 +136,54 @@ class QATBatchNormLayer(QATLayer):
         return Grid((grid.scale.detach() * factors).clamp(min=_LEAST_SCALE), None, qtype, grid.enabled)
 
     def weight_to_quantize(self) -> Tensor:
-        """See base class."""
+        """Return the present weight as its quantizer gets it in training.
+
+        Folded, or in mode "scale" times the sign of γ.
+        """
         if self._mode != "scale":
             return super().weight_to_quantize()
         return scale_out_channels(self.float_parameters()[0], gamma_signs(self.bn), *self.grouping)
 
     def fold_factors(self) -> Tensor:
-        """Return ``t = γ/σ(running_var)`` per channel, by which eval mode multiplies the weight."""
+        """Return ``t = γ/σ(running_var)`` per channel, by which eval mode multiplies the weight; (out channels,)."""
         return fold_scale(cast(Tensor, self.bn.running_var), self.bn.weight, self.bn.eps)
 
     def folded_parameters(self, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return weight and bias with the running statistics folded in; see base class."""
+        """Return weight and bias with the BatchNorm folded in, by its running statistics.
+
+        ``W t`` and ``β + t (b - mean)``.
+
+        ``weight`` and ``bias`` are the parameters to fold; without them those of the layer.
+        """
         weight, bias = super().folded_parameters(weight, bias)
         running_mean, scale = cast(Tensor, self.bn.running_mean), self.fold_factors()
         folded_bias = fold_bias(bias, running_mean, scale, self.bn.bias)
         return scale_out_channels(weight, scale, *self.grouping), folded_bias
 
     def eval_key(self) -> tuple[Any, ...]:
-        """See base class."""
+        """Return the values besides tensors on which eval mode depends: those of the base class, eps and the mode."""
         return (*super().eval_key(), self.bn.eps, self._mode)
 
     def path_state(self) -> LayerState:
-        """See base class."""
+        """Return the state by which the computation of :meth:`forward` is chosen, with the BatchNorm's part of it."""
         place = self.batch_norm_place.module
         frozen = self.freeze_bn or not self.bn.training or (place is not None and not place.training)
         fits = self.training and not frozen and self._mode == "approximate" and self._fits_operator()
         return replace(super().path_state(), mode=self._mode, frozen=frozen, fits_operator=fits)
 
     def _fits_operator(self) -> bool:
+        """Whether one operator can take over the weight's quantizer and the BatchNorm in a training step."""
         quantizer = self.weight_fake_quant
         rounds = isinstance(quantizer, nn.Identity) or has_observed_grid(quantizer)
         return rounds and is_plain(self.bn)
 
     @property
     def trains_in_one_operator(self) -> bool:
-        """Whether a step in the present state is one operator's."""
+        """Whether a training step in the present state is done by one operator."""
         return choose_path(self.path_state()) == "train_operator"
 
     def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Run layer, BatchNorm, ReLU where there is one, and fake quantization; see base class."""
+        """Return operation, BatchNorm, ReLU (if there is one) and fake quantization, with the given weight and bias."""
         if self.training:
             check_running_var(cast(Tensor, self.bn.running_var))
             if input.numel() == 0 and not torch.compiler.is_compiling():  # it has no statistics
@@ -155,25 +191,28 @@ class QATBatchNormLayer(QATLayer):
         return super().compute(input, weight, bias)
 
     def check_input(self, x: Tensor) -> None:
-        """Raise ValueError unless ``x`` is a batch."""
+        """Raise ValueError unless ``x`` has the dimensions of a batch: 4 for a two-dimensional convolution."""
         expected = len(cast(nn.modules.conv._ConvNd, self).kernel_size) + 2
         if x.dim() != expected:
             raise ValueError(f"expected an input of {expected} dimensions, got {tuple(x.shape)}")
 
     def along_channels(self, vector: Tensor, y: Tensor) -> Tensor:
-        """Return a vector per out channel, shaped to broadcast against the output ``y``, in its dtype."""
+        """Return a vector (out channels,) in the dtype of the output ``y``, shaped to broadcast along its channels."""
         shape = [1] * y.dim()
         shape[self.linear_map.output_axis] = -1
         return vector.to(y.dtype).view(shape)
 
     def freeze_bn_stats(self) -> QATBatchNormLayer:
-        """Stop updating the running statistics and normalise with them, in training too."""
+        """Normalise with the running statistics from now on, in training too, and do not update them.
+
+        Return the layer.
+        """
         self.freeze_bn = True
         self.bn.training = False
         return self
 
     def update_bn_stats(self) -> QATBatchNormLayer:
-        """Undo :meth:`freeze_bn_stats`; a BatchNorm that was frozen in the float model stays so."""
+        """Undo :meth:`freeze_bn_stats`, and return the layer; a BatchNorm that the float model had frozen stays so."""
         if isinstance(self.bn, FrozenBatchNorm):
             return self
         self.freeze_bn = False
@@ -181,13 +220,16 @@ class QATBatchNormLayer(QATLayer):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Save a key of its own for a frozen layer; other layers have torch.ao's keys only."""
+        """Add the key ``freeze_bn`` to the state dict of a frozen layer.
+
+        Other layers have the same keys as torch.ao's.
+        """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.freeze_bn:
             destination[f"{prefix}freeze_bn"] = torch.ones(1, dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Freeze where the checkpoint was frozen; one that does not say leaves the layer as it is."""
+        """Freeze the layer if the state dict has the key ``freeze_bn``; without it the layer stays as it is."""
         if state_dict.pop(f"{prefix}freeze_bn", None) is not None:
             self.freeze_bn_stats()
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -197,7 +239,7 @@ class QATBatchNormLayer(QATLayer):
         self.bn.reset_running_stats()
 
     def train(self, mode: bool = True) -> QATBatchNormLayer:
-        """Switch mode; a frozen BatchNorm stays in eval mode."""
+        """Switch to training or eval mode, and return the layer; a frozen BatchNorm stays in eval mode."""
         super().train(mode)
         if self.freeze_bn:
             self.bn.training = False
@@ -205,7 +247,7 @@ class QATBatchNormLayer(QATLayer):
 
 
 def _rounds_to_one_grid(quantizer: nn.Module) -> bool:
-    """Whether a weight quantizer has a grid that is switched on: no blocks, and no other library's module."""
+    """Whether a weight quantizer rounds to a grid now: it is tritonq's, switched on, and has no format in blocks."""
     if isinstance(quantizer, FloatFakeQuantize):
         return quantizer.qtype is not None and quantizer.rounds()
     return isinstance(quantizer, FakeQuantizeBase) and quantizer.rounds_to_nearest and quantizer.is_enabled_on_host()

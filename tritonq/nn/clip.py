@@ -1,4 +1,4 @@
-"""Clips that are no ReLU of a layer or join: Hardtanh, clamps with one or two bounds, a ReLU6 that nothing absorbed."""
+"""Clips that are not the ReLU of a layer or join: Hardtanh, clamps, or a ReLU6 that became part of nothing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tritonq.reference.functions import Function, onto_output
 
 @dataclass(frozen=True)
 class Clipping:
-    """Bounds of a clip.
+    """The bounds of a clip: ``min(max(x, low), high)``.
 
     Attributes:
-        low: the lower one; -infinity: none.
-        high: the upper one; infinity: none.
+        low: lower bound; -infinity: there is none.
+        high: upper bound; infinity: there is none.
     """
 
     low: float
@@ -28,30 +28,33 @@ class Clipping:
 
     @property
     def ceiling(self) -> float | None:
-        """The upper bound of the ReLU that the clip is; None where it is none."""
+        """The upper bound if the clip is a ReLU (its lower bound is 0): infinity for a plain one.
+
+        None if it is no ReLU.
+        """
         return self.high if self.low == 0 and self.high > 0 else None
 
     def then(self, other: Clipping) -> Clipping:
-        """Return the bounds of this clip and another one behind it, as those of one."""
+        """Return the one clip that computes this clip and then ``other``."""
         return Clipping(*(min(max(bound, other.low), other.high) for bound in (self.low, self.high)))
 
     @property
     def function(self) -> Function:
-        """The clip as a function of one tensor."""
+        """The clip as a ``Function`` of one tensor."""
         return Function("clip", (self.low, self.high))
 
 
 class Clip(ElementwiseLayer):
     """``FQ(min(max(x, low), high))``: what `prepare_qat` makes of ``nn.Hardtanh(-1, 1)`` or ``x.clamp(-1, 1)``.
 
-    Behind a layer the clip's quantizer is the layer's, too: in eval mode sums go onto its grid at once, and the clip
-    moves codes.
+    Behind a layer without an output quantizer, the clip's quantizer serves the layer, too: in eval mode the layer's
+    sums are rounded to its grid at once, and the clip changes codes.
 
     Args:
         own: the bounds.
-        earlier: those of clips before it that it makes superfluous; None without any.
-        qconfig: quantizer of the output; None: none of its own.
-        source_type: name of the class of torch.nn in whose place the module stands; None: it stands for a function.
+        earlier: bounds of the clips before it that it replaces; None: there are none.
+        qconfig: makes the quantizer of the output; None: the module has none of its own.
+        source_type: name of the class of torch.nn that it replaces; None: it replaces a function.
 
     Examples:
         >>> Clip(Clipping(-1.0, 1.0))(torch.tensor([-4.0, 0.5, 3.0]))
@@ -75,6 +78,10 @@ class Clip(ElementwiseLayer):
     def from_float(cls, module: nn.Module, qconfig: QConfig | None = None) -> Clip:
         """Return the quantized form of a Hardtanh, ReLU6 or ReLU, in its mode; hooks are not moved.
 
+        Args:
+            module: the float module.
+            qconfig: makes the quantizer of the output; None: the module has none of its own.
+
         Raises:
             TypeError: another module.
         """
@@ -84,30 +91,36 @@ class Clip(ElementwiseLayer):
         return cls(clipping, qconfig=qconfig, source_type=type(module).__name__).train(module.training)
 
     def absorb(self, earlier: Clipping | None) -> None:
-        """Take over the bounds of the clip that stood before this one; None: there was none."""
+        """Let the clip compute the clips that stood before it, too: ``earlier`` has their bounds. None.
+
+        There was none.
+        """
         self.earlier = earlier
         self.clipping = self.own if earlier is None else earlier.then(self.own)
         self.function = self.clipping.function
 
     @property
     def ceiling(self) -> float | None:
-        """The upper bound of the ReLU that it is; None where it is none."""
+        """The upper bound if the clip is a ReLU: infinity for a plain one. None if it is no ReLU."""
         return self.clipping.ceiling
 
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """See base class: values go onto the output's grid, then the bounds apply, which a clip on codes does, too."""
+        """Return the result as integer runtimes compute it: ``x`` is rounded to the output's grid, then clipped."""
         with torch.no_grad():
             values = (x.float() / source.scale).round_().mul_(source.scale)
             return self.function(onto_output(values, output))
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """See base class."""
+        """Return :meth:`exact` for ``torch.compile``.
+
+        ``x`` is rounded to the output's grid if that is on, then clipped.
+        """
         from tritonq.functional.traced import eval_mode
 
         return self.function(eval_mode.on_grid(x, output))
 
     def extra_repr(self) -> str:
-        """Return the bounds."""
+        """Return the bounds for ``repr``."""
         return f"{self.clipping.low:g}, {self.clipping.high:g}"
 
 

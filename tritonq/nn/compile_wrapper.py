@@ -1,4 +1,4 @@
-"""Models that ``torch.compile`` wraps."""
+"""Undo ``torch.compile`` on models and on modules inside of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ORIGINAL = "_orig_mod"
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the model that ``torch.compile(model)`` wraps, whose names count; any other model as it is."""
+    """Return the model inside of what ``torch.compile(model)`` returned; any other model as it is."""
     # By name: importing the class takes a second, and who has no such model has not paid it yet.
     kinds = ((kind.__module__, kind.__qualname__) for kind in type(model).__mro__)
     original = getattr(model, _ORIGINAL) if _WRAPPER in kinds else None
@@ -19,7 +19,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def uncompile_children(model: nn.Module) -> None:
-    """Undo ``torch.compile`` and ``module.compile()`` inside of a model: put modules in the place of their wrappers."""
+    """Undo ``torch.compile`` and ``module.compile()`` on the modules inside of a model, in place."""
     for module in list(model.modules()):
         if isinstance(module, ScriptModule):
             continue

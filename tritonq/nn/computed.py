@@ -1,4 +1,7 @@
-"""Weights that are computed of other parameters, as a program that can be run outside of any forward."""
+"""Weights that are computed from other parameters, as a *program*: calls that can be run outside of any forward.
+
+While a program runs, each tensor is kept under a number, its *slot*.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from tritonq.nn.reference import Reference
 
 @dataclass(frozen=True)
 class Slot:
-    """Stands for a tensor in a program: the place where it is kept while the program runs."""
+    """Stand for a tensor in a program: the number under which it is kept."""
 
     index: int
 
@@ -23,10 +26,10 @@ class StateSlot:
     """A parameter or buffer that a program reads.
 
     Attributes:
-        slot: where the program keeps it.
+        slot: the number under which the program keeps it.
         module: the module that holds it.
-        name: its name there.
-        exclusive: whether nothing but computed weights reads it, so that a converted model can go without it.
+        name: its name in that module.
+        exclusive: whether it is read for nothing but computed weights, so that a converted model needs no copy of it.
     """
 
     slot: int
@@ -41,10 +44,10 @@ class Step:
 
     Attributes:
         call: the function, or a reference to the module.
-        args: positional arguments, tensors as :class:`Slot`.
-        kwargs: named arguments, tensors as :class:`Slot`.
-        output: the structure of its result, tensors as :class:`Slot`.
-        writes: slots of tensors that it overwrites, each with that of the result.
+        args: positional arguments, with a :class:`Slot` for each tensor.
+        kwargs: named arguments, with a :class:`Slot` for each tensor.
+        output: the structure of its result, with a :class:`Slot` for each tensor.
+        writes: for each tensor that the call changes in place, the pair (slot before, slot after).
     """
 
     call: Callable[..., Any] | Reference[nn.Module]
@@ -56,13 +59,13 @@ class Step:
 
 @dataclass
 class ComputedParameters:
-    """Weight and bias of a layer, as they follow from parameters and buffers in eval mode.
+    """The program that computes weight and bias of a layer from parameters and buffers, as in eval mode.
 
     Attributes:
-        state: the parameters and buffers.
+        state: the parameters and buffers that it reads.
         steps: the calls, in order.
         weight: the slot of the weight.
-        bias: the slot of the bias; None without one.
+        bias: the slot of the bias; None if the layer has none.
     """
 
     state: Sequence[StateSlot]
@@ -71,7 +74,11 @@ class ComputedParameters:
     bias: Slot | None = None
 
     def __call__(self) -> tuple[Tensor, Tensor | None]:
-        """Run the program on what the parameters and buffers hold now."""
+        """Run the program with the present parameters and buffers; return weight and bias (or None).
+
+        Raises:
+            ValueError: a module that the program needs was deleted.
+        """
         held: dict[int, Any] = {}
         for entry in self.state:
             if entry.module.module is None:
@@ -88,6 +95,7 @@ class ComputedParameters:
 
 
 def _filled(item: Any, held: Mapping[int, Any]) -> Any:
+    """Return recorded arguments with tensors in place of their slots; ``held`` has the tensors by number."""
     if isinstance(item, Slot):
         return held[item.index]
     if isinstance(item, tuple):
@@ -98,6 +106,7 @@ def _filled(item: Any, held: Mapping[int, Any]) -> Any:
 
 
 def _store(output: Any, result: Any, held: dict[int, Any]) -> None:
+    """Put the tensors of ``result`` into ``held``, under the numbers that ``output`` gives them."""
     if isinstance(output, Slot):
         held[output.index] = result
     elif isinstance(output, tuple):

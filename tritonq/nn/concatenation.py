@@ -23,15 +23,18 @@ Arrangement: TypeAlias = Literal["cat", "stack", "hstack", "vstack", "dstack", "
 
 
 class Cat(WithOutputQuantizer):
-    """``FQ(cat(tensors, dim))``, or of a stack: all parts on one grid. Without a qconfig, its output stays in float.
+    """``FQ(cat(tensors, dim))``, or the same of a stack: the parts lie on one grid.
 
-    In eval mode values are taken to the grid as integer runtimes do:
+    Without a qconfig nothing is rounded.
+
+    In eval mode the values are rounded to the grid as integer runtimes do it:
     :func:`tritonq.functional.integer_joins.integer_concatenation`.
 
     Args:
-        dim: the axis; of a stack a new one; hstack and the like know theirs.
-        arrangement: name of torch's function: what becomes of the tensors before they are concatenated.
-        qconfig: quantizer of the output.
+        dim: the axis along which to concatenate; for ``"stack"`` the place of the new axis; not used by ``"hstack"``
+            and the like, whose axis is fixed.
+        arrangement: name of torch's function, such as "cat", "stack" or "hstack".
+        qconfig: makes the quantizer of the output; None: the output stays in float.
 
     Examples:
         >>> import torch, tritonq
@@ -47,7 +50,7 @@ class Cat(WithOutputQuantizer):
         self.dim, self.arrangement = dim, arrangement
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return concatenation, fake-quantized."""
+        """Return the fake-quantized concatenation of a sequence of tensors."""
         tensors, dim = _arranged(tuple(tensors), self.dim, self.arrangement)
         exact = None if self.training else self._exact(tensors, dim)
         if exact is not None:
@@ -64,11 +67,10 @@ class Cat(WithOutputQuantizer):
 
     @torch.no_grad()
     def _exact(self, tensors: tuple[Tensor, ...], dim: int) -> Tensor | None:
-        """Return the values on the output's grid as integer runtimes round them, without gradient.
+        """Return the concatenation rounded to the output's grid as integer runtimes do it, without gradient.
 
-        None without such a grid.
-
-        In a traced graph they stay as they are where the grid turns out to be off when the graph runs.
+        None without a per-tensor grid that is switched on. In a traced graph, which can't ask, the values stay as they
+        are if the grid is off when the graph runs.
         """
         output = self.activation_post_process
         if not is_grid_source(output) or output.qtype.axis is not None:
@@ -87,11 +89,12 @@ class Cat(WithOutputQuantizer):
         return integer_concatenation(tensors, dim, grid).to(tensors[0].dtype)
 
     def extra_repr(self) -> str:
-        """Return the axis, and the function where it is no plain concatenation."""
+        """Return the axis for ``repr``, and the function if it is not ``torch.cat``."""
         return f"dim={self.dim}" + ("" if self.arrangement == "cat" else f", {self.arrangement}")
 
 
 def _columns(x: Tensor) -> Tensor:
+    """Return a vector as a matrix of one column, any other tensor as it is."""
     return x.reshape(-1, 1) if x.dim() < 2 else x
 
 
@@ -105,7 +108,7 @@ _ARRANGED: Mapping[str, tuple[Callable[..., Tensor], int]] = {
 
 
 def _arranged(tensors: tuple[Tensor, ...], dim: int, arrangement: Arrangement) -> tuple[tuple[Tensor, ...], int]:
-    """Return the tensors to concatenate, reshaped as ``stack`` and the like do, and the axis."""
+    """Return ``(tensors, axis)`` to concatenate: tensors are reshaped as ``stack``, ``hstack`` and the like do."""
     if arrangement == "cat":
         return tensors, dim
     if arrangement == "stack":

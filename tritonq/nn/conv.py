@@ -16,9 +16,10 @@ from tritonq.qconfig import QConfig
 
 
 class QATConv(QATLayer, nn.modules.conv._ConvNd):
-    """``y = FQ_a(relu?(conv(x, FQ_w(W)) + b))``; the constructor is the float convolution's, plus ``qconfig=``.
+    """``y = FQ_a(relu?(conv(x, FQ_w(W)) + b))``: the base of the convolutions here.
 
-    ``relu?`` is the minimum of a ReLU and :attr:`QATLayer.ceiling`.
+    FQ_w and FQ_a are fake quantization of weight and output. ``relu?`` is a ReLU if :attr:`QATLayer.ceiling` is a
+    number, its upper bound; nothing if that is None. The constructor is the float convolution's, plus ``qconfig=``.
 
     Raises:
         TypeError: no QConfig given.
@@ -42,10 +43,10 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
 
         Args:
             mod: the float convolution, or the fused row with ReLU.
-            use_precomputed_fake_quant: accepted for torch.ao's sake.
+            use_precomputed_fake_quant: not used; torch.ao has it.
 
         Raises:
-            TypeError: ``mod`` is not what this class replaces, or carries no QConfig.
+            TypeError: ``mod`` is not what this class replaces, or has no QConfig.
         """
         check_float_type(cls, mod, cls._fused_type or cls._float_type)
         conv = cast(nn.modules.conv._ConvNd, mod[0] if isinstance(mod, intrinsic.FusedModule) else mod)
@@ -138,16 +139,16 @@ class ConvReLU3d(Conv3d):
 
 
 class TakesOutputSize(nn.Module):
-    """Mixin of transposed convolutions: a call may name the size of its result, as torch's may.
+    """Mixin of transposed convolutions: a call may give the size of its result, as torch's may.
 
-    The size decides how much is added at the end of each axis, in this call alone. Forwards never see it, so that
-    whatever replaces a layer's forward has nothing to do for it.
+    The size decides the output padding of this call alone. It is taken in ``__call__``, so that forwards, and what
+    replaces them, do not get it.
     """
 
     output_padding: tuple[int, ...]
 
     def __call__(self, input: Tensor, *others: Any, output_size: Sequence[int] | None = None, **named: Any) -> Any:
-        """Run the layer; ``output_size`` may come by position, as in torch, where weights are not given."""
+        """Run the layer; ``output_size`` may be given by name or, as in torch, as the second positional argument."""
         if others and not isinstance(others[0], (Tensor, type(None))):
             output_size, *others = others  # type: ignore[assignment]
         padding = self.output_padding if output_size is None else self._padding_for(input, output_size)
@@ -155,17 +156,17 @@ class TakesOutputSize(nn.Module):
         return nn.Module.__call__(layer, input, *others, **named)
 
     def _padding_for(self, input: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
-        """Return the output padding that gives a size.
+        """Return the output padding, one number per axis, that gives the result a size.
 
         Raises:
-            ValueError: there is none.
+            ValueError: no output padding does.
         """
         conv = cast(Any, self)
         sizes = conv.stride, conv.padding, conv.kernel_size, len(conv.kernel_size), conv.dilation
         return tuple(conv._output_padding(input, list(output_size), *sizes))
 
     def _padded(self, padding: tuple[int, ...]) -> TakesOutputSize:
-        """Return this layer with another output padding, all else shared; threads and replicas do not meet there.
+        """Return a copy of this layer with another output padding that shares all else; threads don't see each other's.
 
         Raises:
             ValueError: the layer is being exported, with one padding.
@@ -208,13 +209,13 @@ class ConvTransposeReLU2d(ConvTranspose2d):
 
 
 def check_float_type(cls: type[nn.Module], mod: nn.Module, expected: type[nn.Module]) -> None:
-    """Raise TypeError unless ``mod`` is exactly an ``expected``."""
+    """Raise TypeError unless the type of ``mod`` is exactly ``expected``; ``cls`` is named in the message."""
     if type(mod) is not expected:
         raise TypeError(f"{cls.__name__}.from_float expects {expected.__name__}, got {type(mod).__name__}")
 
 
 def conv_arguments(conv: nn.modules.conv._ConvNd) -> dict[str, Any]:
-    """Return constructor arguments that make a convolution like ``conv``, without memory for parameters."""
+    """Return constructor arguments for a convolution like ``conv``, on the device "meta" (no memory for parameters)."""
     arguments = {
         name: getattr(conv, name)
         for name in (
@@ -228,10 +229,10 @@ def conv_arguments(conv: nn.modules.conv._ConvNd) -> dict[str, Any]:
 
 
 def take_ceiling(qat: QATLayer, row: nn.Module) -> None:
-    """Give ``qat``, where it has a ReLU, the upper bound of the one at the end of the float ``row``.
+    """Give ``qat``, if it has a ReLU, the upper bound of the activation at the end of the float ``row``.
 
     Raises:
-        TypeError: the row ends in something else.
+        TypeError: the row ends in something that is no ReLU, ReLU6 or ``Hardtanh(0, b)``.
     """
     if qat.ceiling is None:
         return
@@ -242,7 +243,7 @@ def take_ceiling(qat: QATLayer, row: nn.Module) -> None:
 
 
 def share_parameters(qat: QATLayer, source: nn.Module) -> None:
-    """Give ``qat``, built on the meta device, the very weight and bias of ``source``, and buffers on its device."""
+    """Give ``qat``, built on the meta device, the weight and bias of ``source``, and move its buffers there."""
     for name in ("weight", "bias"):
         parameter = getattr(source, name)
         if parameter is not None:

@@ -29,10 +29,10 @@ from tritonq.qconfig import QConfig
 
 
 class _ConvBn(QATBatchNormLayer):
-    """Constructor and `from_float` of the convolutions below.
+    """The constructor and `from_float` of the convolutions with BatchNorm.
 
-    As torch.ao's: no bias by default (transposed ones, which torch.ao lacks, have one), and eps, momentum, freeze_bn
-    and qconfig behind ``padding_mode``.
+    The arguments are those of torch.ao's classes: the float convolution's, then eps, momentum, freeze_bn and qconfig.
+    The convolution has no bias by default; a transposed one, which torch.ao lacks, has one.
     """
 
     paths = PATHS
@@ -59,7 +59,11 @@ class _ConvBn(QATBatchNormLayer):
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> _ConvBn:
-        """Return the quantization-aware form of the fused row ``mod``: it shares convolution parameters and BatchNorm.
+        """Return the quantization-aware form of the fused row ``mod``; it shares convolution parameters and BatchNorm.
+
+        Args:
+            mod: convolution and BatchNorm, with ReLU for classes that have one.
+            use_precomputed_fake_quant: not used; torch.ao has it.
 
         Raises:
             TypeError: not the row that this class replaces, or no QConfig on it.
@@ -218,13 +222,22 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
         self.attach_batch_norm(self.out_features, eps, momentum, freeze_bn, mode)
 
     def check_input(self, x: Tensor) -> None:
-        """See base class."""
+        """Raise ValueError unless ``x`` has the shape (batch, features)."""
         if x.dim() != 2:
             raise ValueError(f"expected an input of shape (batch, features), got {tuple(x.shape)}")
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> LinearBn1d:
-        """Return the quantization-aware form of the fused row ``mod``; errors as for the convolutions."""
+        """Return the quantization-aware form of the fused row ``mod``; it shares linear parameters and BatchNorm.
+
+        Args:
+            mod: linear layer and BatchNorm, with ReLU for the class that has one.
+            use_precomputed_fake_quant: not used; torch.ao has it.
+
+        Raises:
+            TypeError: not the row that this class replaces, or no QConfig on it.
+            ValueError: a BatchNorm without running statistics.
+        """
         check_float_type(cls, mod, cls._expected_type)
         bn = cast(nn.Sequential, mod)[1]
         qat = cast(LinearBn1d, super().from_float(mod))
@@ -247,14 +260,14 @@ class LinearBnReLU1d(LinearBn1d):
 
 
 def checked_batch_norm(bn: nn.Module) -> nn.modules.batchnorm._BatchNorm:
-    """Return ``bn`` if it is a BatchNorm with running statistics, else ValueError."""
+    """Return ``bn`` if it is a BatchNorm with running statistics; raise ValueError if not."""
     if getattr(bn, "running_var", None) is None:
         raise ValueError("a BatchNorm with track_running_stats=False has no statistics to fold into a convolution")
     return cast(nn.modules.batchnorm._BatchNorm, bn)
 
 
 def _names_of(kind: type[nn.Module]) -> list[str]:
-    """Return names of the float layer's positional arguments, without device and dtype."""
+    """Return the names of the positional arguments of a float layer's constructor, without device and dtype."""
     names = list(inspect.signature(kind.__init__).parameters)[1:]
     return [name for name in names if name not in ("device", "dtype")]
 
@@ -262,10 +275,15 @@ def _names_of(kind: type[nn.Module]) -> list[str]:
 def _split_arguments(
     args: tuple[Any, ...], kind: type[nn.Module], defaults: tuple[float, float | None, bool]
 ) -> tuple[tuple[Any, ...], tuple[float, float | None, bool]]:
-    """Split positional arguments into the float layer's and eps, momentum and freeze_bn, which follow them.
+    """Split positional arguments into the float layer's and ``(eps, momentum, freeze_bn)``, which follow them.
+
+    Args:
+        args: the positional arguments.
+        kind: the float layer's class.
+        defaults: eps, momentum and freeze_bn, for those that are not given.
 
     Raises:
-        TypeError: more than these.
+        TypeError: more arguments than these.
     """
     count = len(_names_of(kind))
     given = args[count:]

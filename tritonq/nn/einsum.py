@@ -1,4 +1,4 @@
-"""Einsums of two activations as one product of batches of matrices."""
+"""Einsums of two activations, computed as one product of batches of matrices."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 class Einsum(MatMul):
     """``FQ(relu?(einsum(equation, a, b)))`` for an equation that is one product of batches of matrices.
 
-    Every index of an operand is in the other one or in the result. The operands are permuted and reshaped to batches of
-    matrices, so that the product is that of :class:`MatMul`.
+    Every index of an operand must be in the other operand or in the result. The operands are permuted and reshaped to
+    batches of matrices, and multiplied as by :class:`MatMul`.
 
     Args:
         equation: as :func:`torch.einsum` takes it, with two operands.
-        ceiling: see :class:`Joint`.
-        qconfig: see :class:`Joint`.
+        ceiling: upper bound of the ReLU, infinity for a plain one; None: no ReLU.
+        qconfig: makes the quantizer of the output; None: the output stays in float.
 
     Raises:
         TypeError: an equation that is no text.
-        ValueError: any other equation; in the forward, operands that make it one.
+        ValueError: any other equation; in the forward, operands that don't fit it.
 
     Examples:
         >>> import torch, tritonq
@@ -48,22 +48,22 @@ class Einsum(MatMul):
         self._contraction = Contraction.of(equation)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Contract two tensors, and fake-quantize the result."""
+        """Return the fake-quantized einsum of two tensors."""
         contraction = self._contraction.without_ellipsis(a.dim(), b.dim())
         sizes = contraction.sizes(a, b)
         first, second = contraction.matrices(a, b, sizes)
         return contraction.result(self.joined(first, second), sizes)
 
     def extra_repr(self) -> str:
-        """Return the equation, and the ReLU where there is one."""
+        """Return the equation for ``repr``, and the ReLU if there is one."""
         return ", ".join(filter(None, (repr(self.equation), super().extra_repr())))
 
 
 def einsum_call(args: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
-    """Return equation and operands of a call of :func:`torch.einsum`, in whatever of its spellings.
+    """Return ``(equation, operands)`` of a call of :func:`torch.einsum`, in each of its forms.
 
-    These are an equation and operands, an equation and a list of them, and operands each with a list of indices, with
-    another such list for the result at the end or none.
+    These are: an equation and operands; an equation and a list of operands; operands each followed by a list of
+    indices, with a list for the result at the end or without.
     """
     first, *rest = args
     if not isinstance(first, str):
@@ -76,23 +76,26 @@ def einsum_call(args: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
 
 
 def einsum_operands(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
-    """Return the operands of a call of :func:`torch.einsum`."""
+    """Return the operands of a call of :func:`torch.einsum`; ``kwargs`` is not used, as it has no named arguments."""
     return einsum_call(args)[1]
 
 
 def _letters(indices: Any) -> str:
-    """Return a list of indices, numbers from 0 to 51 and an ellipsis, as a part of an equation."""
+    """Return a list of indices (numbers from 0 to 51, and an ellipsis) as a part of an equation.
+
+    ``[0, 27]`` gives "Ab".
+    """
     return "".join("..." if index is ... else _LETTERS[index] for index in indices)
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """An einsum equation of two operands as a product of batches of matrices.
+    """An einsum equation of two operands, seen as a product of batches of matrices.
 
     Attributes:
-        a: indices of the first operand, in order; ``.`` stands for an ellipsis.
-        b: indices of the second one.
-        out: indices of the result.
+        a: the indices of the first operand, in order; ``.`` stands for an ellipsis.
+        b: the indices of the second operand.
+        out: the indices of the result.
     """
 
     a: str
@@ -101,7 +104,7 @@ class Contraction:
 
     @classmethod
     def of(cls, equation: str) -> Contraction:
-        """Read an equation.
+        """Read an equation such as ``"bqd,bkd->bqk"``.
 
         Raises:
             ValueError: it is no product of batches of matrices.
@@ -116,10 +119,10 @@ class Contraction:
         return cls(a, b, out).checked(equation)
 
     def checked(self, equation: str) -> Contraction:
-        """Return itself.
+        """Return the contraction itself; ``equation`` appears in the message of the error.
 
         Raises:
-            ValueError: it is no product of batches of matrices; ``equation`` is shown.
+            ValueError: it is no product of batches of matrices.
         """
         repeated = any(len(set(part)) < len(part) for part in (self.a, self.b, self.out))
         lone = {*self.a} ^ {*self.b}
@@ -130,12 +133,12 @@ class Contraction:
         return self
 
     def without_ellipsis(self, a_axes: int, b_axes: int) -> Contraction:
-        """Return the contraction for operands of so many axes, with an index for each axis of the ellipsis.
+        """Return the contraction for operands with so many axes, with an index for each axis of an ellipsis.
 
-        Axes of two ellipses meet from the last one on, as in broadcasting.
+        The axes of two ellipses are matched from the last one on, as in broadcasting.
 
         Raises:
-            ValueError: fewer axes than indices, or axes that one ellipsis alone has and that the result lacks.
+            ValueError: fewer axes than indices, or axes that only one ellipsis has and that the result lacks.
         """
         if _ELLIPSIS not in self.a + self.b:
             return self
@@ -154,19 +157,19 @@ class Contraction:
 
     @property
     def batch(self) -> str:
-        """Indices that both operands and the result have."""
+        """The indices that both operands and the result have."""
         return "".join(index for index in self.a if index in self.b and index in self.out)
 
     @property
     def summed(self) -> str:
-        """Indices that the operands alone have."""
+        """The indices that both operands have and the result lacks."""
         return "".join(index for index in self.a if index in self.b and index not in self.out)
 
     def sizes(self, a: Tensor, b: Tensor) -> dict[str, int]:
-        """Return the size of each index; 1 broadcasts.
+        """Return the size of each index by name; an axis of size 1 broadcasts to the other operand's.
 
         Raises:
-            ValueError: an operand has other axes than the equation, or they differ in size.
+            ValueError: an operand has another number of axes than the equation, or sizes differ.
         """
         found: dict[str, int] = {}
         for name, operand in ((self.a, a), (self.b, b)):
@@ -180,23 +183,30 @@ class Contraction:
         return found
 
     def matrices(self, a: Tensor, b: Tensor, sizes: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-        """Return the operands as (batch..., m, k) and (batch..., k, n)."""
+        """Return the operands as matrices (batch..., m, k) and (batch..., k, n); ``sizes`` is from :meth:`sizes`."""
         rows, columns = self._free(self.a), self._free(self.b)
         first = self._arranged(a, self.a, (rows, self.summed), sizes)
         return first, self._arranged(b, self.b, (self.summed, columns), sizes)
 
     def result(self, y: Tensor, sizes: Mapping[str, int]) -> Tensor:
-        """Return the product (batch..., m, n) as the equation has it."""
+        """Return the product (batch..., m, n) of the matrices with the axes that the equation gives the result."""
         order = self.batch + self._free(self.a) + self._free(self.b)
         return y.reshape([sizes[index] for index in order]).permute([order.index(index) for index in self.out])
 
     def _free(self, indices: str) -> str:
+        """Return those of some indices that are neither batch indices nor summed."""
         return "".join(index for index in indices if index not in self.batch + self.summed)
 
     def _arranged(self, x: Tensor, indices: str, matrix: tuple[str, str], sizes: Mapping[str, int]) -> Tensor:
-        """Permute ``x`` to (batch..., rows..., columns...) and flatten rows and columns.
+        """Permute ``x`` to (batch..., rows..., columns...) and flatten its rows and its columns to one axis each.
 
-        A summed axis of size 1 is repeated where the other operand's is longer; batches broadcast in the product.
+        A summed axis of size 1 is repeated if the other operand's is longer; batch axes broadcast in the product.
+
+        Args:
+            x: an operand.
+            indices: its indices, in order.
+            matrix: the indices of its rows and of its columns.
+            sizes: the size of each index.
         """
         order = self.batch + matrix[0] + matrix[1]
         moved = x.permute([indices.index(index) for index in order])

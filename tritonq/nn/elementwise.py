@@ -1,4 +1,4 @@
-"""Sums, differences and products with a quantizer of their own, and torch.ao's stubs."""
+"""Sums, differences, products, minima and maxima with a quantizer of their own, and torch.ao's stubs."""
 
 from __future__ import annotations
 
@@ -34,18 +34,24 @@ from tritonq.reference.activation import rectify
 
 
 class Joint(WithOutputQuantizer):
-    """``FQ(relu?(f(a, b)))`` for an operation f of two tensors. Without a qconfig, its output stays in float.
+    """``FQ(relu?(f(a, b)))`` for an operation f of two tensors.
 
-    ``ceiling`` is the upper bound of the ReLU: infinity for a plain one, 6 for ReLU6; None leaves it out.
-    In eval mode, with both operands on known grids, it computes as integer runtimes do:
-    :func:`tritonq.functional.integer_joins.integer_join`.
+    FQ is fake quantization, ``relu?`` a ReLU if there is one.
+
+    In eval mode, if both operands lie on known grids, it computes as integer runtimes do:
+    :func:`tritonq.functional.integer_joins.integer_join`. A *producer* of an operand is the module that puts it on its
+    grid: a module with an output quantizer ``activation_post_process``, or a quantizer.
+
+    Args:
+        ceiling: upper bound of the ReLU: infinity for a plain one, 6 for ReLU6; None: no ReLU.
+        qconfig: makes the quantizer of the output; None: the output stays in float.
 
     Attributes:
-        kind: of the operation.
+        kind: name of the operation f, such as "add".
 
     Raises:
         TypeError: a ceiling that is not a number.
-        ValueError: one that is not positive.
+        ValueError: a ceiling that is not positive.
 
     Examples:
         >>> import torch, tritonq
@@ -63,22 +69,19 @@ class Joint(WithOutputQuantizer):
         self._pickled_after_relu: tuple[bool, ...] | None = None
 
     def set_producers(self, a: nn.Module | None, b: nn.Module | None) -> None:
-        """Set the modules that put the operands on their grids (None: unknown).
-
-        A producer is a module with a quantizer of its output in the child ``activation_post_process``, or a quantizer.
-        """
+        """Set the producers of the operands a and b (None: unknown), whose grids eval mode computes with."""
         self._producers, self._pickled_after_relu = (Reference(a), Reference(b)), None
 
     def set_operand_producers(self, *producers: nn.Module | None) -> None:
-        """Set the modules that put the arguments of the forward on their grids (None: unknown)."""
+        """Set the producers of the forward's arguments, one for each, in their order (None: unknown)."""
         self.set_producers(*producers)
 
     def set_input_quantizers(self, a: nn.Module | None, b: nn.Module | None) -> None:
-        """Set the quantizers whose grids the operands lie on (None: unknown), where these aren't behind a ReLU."""
+        """Set the quantizers on whose grids a and b lie (None: unknown), for operands that are not behind a ReLU."""
         self.set_producers(a, b)
 
     def replace_producers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
-        """Refer to what took the place of a producer in the model, where something did."""
+        """Replace producers by the modules that took their places in the model; these are given by the old ones."""
         self._producers = tuple(
             Reference(None if held.module is None else replacements.get(held.module, held.module))
             for held in self._producers
@@ -86,24 +89,24 @@ class Joint(WithOutputQuantizer):
 
     @property
     def producers(self) -> tuple[nn.Module | None, ...]:
-        """The modules that put the operands on their grids, where known."""
+        """The producers of the operands; None for one that is not known."""
         return tuple(held.module for held in self._producers)
 
     @property
     def input_quantizers(self) -> tuple[nn.Module | None, ...]:
-        """The quantizers whose grids the operands lie on, where known."""
+        """The quantizers on whose grids the operands lie; None for one that is not known."""
         return tuple(quantizer_of(producer) for producer in self.producers)
 
     @property
     def linked_quantizers(self) -> tuple[nn.Module | None, ...]:
-        """The quantizers of other modules that a saved file names."""
+        """The quantizers of other modules that a saved file must name: those of the operands."""
         return self.input_quantizers
 
     @property
     def after_relu(self) -> tuple[bool, ...]:
-        """Whether each operand comes out of a ReLU and the quantizer behind it.
+        """For each operand whether a ReLU comes before its quantizer.
 
-        Deployment stores such values from the code of zero on, and an addition's roundings depend on where codes begin.
+        Deployment stores the codes of such values from the code of zero on, and the rounding of a sum depends on it.
         """
         if self._pickled_after_relu is not None:
             return self._pickled_after_relu
@@ -117,11 +120,11 @@ class Joint(WithOutputQuantizer):
         super().__setstate__(state)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Operate on two tensors, which broadcast, and fake-quantize the result."""
+        """Return the fake-quantized result for two tensors, which broadcast."""
         return self.joined(a, b)
 
     def joined(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the operation's result; what traces a model for a file puts another function here."""
+        """Return the result of :meth:`forward`; tracing for a file replaces this method by another function."""
         if not self.training and can_use_codes(a) and can_use_codes(b):
             y = self._on_codes(a, b)
             if y is not None:
@@ -139,13 +142,13 @@ class Joint(WithOutputQuantizer):
         return cast(Tensor, self.activation_post_process(rectify(float_join(self.kind, a, b), self.ceiling)))
 
     def _rounded(self, a: Tensor, b: Tensor, grid: Grid, statistics: RangeStatistics) -> Tensor:
-        """Compute operation, ReLU and quantizer of a training step in one operator."""
+        """Return operation, ReLU and quantizer of a training step, computed by one operator."""
         if a.shape != b.shape or a.dtype != b.dtype:
             return rounded_result(float_join(self.kind, a, b), grid, statistics, self.ceiling)
         return residual_join(a, -b if self.kind == "sub" else b, grid, statistics, self.ceiling)
 
     def _on_codes(self, a: Tensor, b: Tensor) -> Tensor | None:
-        """Return the quantized result from the operands' codes; None where these can't be used."""
+        """Return the quantized result, computed from the operands' codes; None if these can't be used."""
         own, producers = self.activation_post_process, self.producers
         quantizers = [*map(quantizer_of, producers), own]
         if own._forward_pre_hooks or not a.numel():
@@ -183,14 +186,14 @@ class Joint(WithOutputQuantizer):
 
     @property
     def _coded(self) -> Memo[CodedJoin | None]:
-        """The operation on codes; derived, and part of no copy."""
+        """The memo of the prepared operation on codes; it is made when needed and not copied with the module."""
         return cast("Memo[CodedJoin | None]", self.__dict__.setdefault("_coded_join", Memo()))
 
     @torch.no_grad()
     def _exact(self, a: Tensor, b: Tensor) -> Tensor | None:
-        """Return the result as integer runtimes compute it, without gradient; None where a grid is unknown.
+        """Return the result as integer runtimes do, before the ReLU, without gradient; None if a grid is unknown.
 
-        In a traced graph it is the float result where a grid turns out to be off when the graph runs.
+        In a traced graph it is the float result if a grid is off when the graph runs.
         """
         quantizers = (*self.input_quantizers, self.activation_post_process)
         relus = (*self.after_relu, self.ceiling is not None)
@@ -212,12 +215,12 @@ class Joint(WithOutputQuantizer):
         return integer_join(self.kind, a, b, *grids).to(a.dtype)
 
     def extra_repr(self) -> str:
-        """Return the ReLU, where there is one."""
+        """Return the ReLU for ``repr``, if there is one."""
         return describe_relu(self.ceiling)
 
 
 class Add(Joint):
-    """``FQ(relu?(a + b))``: a residual join; see :class:`Joint`.
+    """``FQ(relu?(a + b))``, such as the sum of a residual block; arguments as :class:`Joint`.
 
     Examples:
         >>> import torch, tritonq
@@ -230,7 +233,7 @@ class Add(Joint):
 
 
 class Sub(Joint):
-    """``FQ(relu?(a - b))``; see :class:`Joint`.
+    """``FQ(relu?(a - b))``; arguments as :class:`Joint`.
 
     Examples:
         >>> import torch, tritonq
@@ -242,7 +245,7 @@ class Sub(Joint):
 
 
 class Mul(Joint):
-    """``FQ(relu?(a * b))``, such as the gate of squeeze-and-excitation; see :class:`Joint`.
+    """``FQ(relu?(a * b))``, such as the gate of squeeze-and-excitation; arguments as :class:`Joint`.
 
     Examples:
         >>> import torch, tritonq
@@ -261,10 +264,10 @@ class Mul(Joint):
 
 
 class Extremum(Joint):
-    """``FQ(relu?(max(a, b)))`` or of the minimum: the larger or smaller of two tensors; see :class:`Joint`.
+    """The base of Minimum and Maximum: the smaller or larger of two tensors, with ReLU and quantizer as :class:`Joint`.
 
-    Engines compare values in float32, and only rounding the result to its grid makes a code of it. So operands need no
-    grid: one may be a constant.
+    Engines compare values in float32, and only rounding the result to its grid makes codes of it. So the operands need
+    no grid: one may be a constant.
 
     Examples:
         >>> import torch, tritonq
@@ -292,7 +295,7 @@ class Extremum(Joint):
 
 
 class Minimum(Extremum):
-    """``FQ(relu?(min(a, b)))``; see :class:`Extremum`.
+    """``FQ(relu?(min(a, b)))``; arguments as :class:`Joint`.
 
     Examples:
         >>> import torch, tritonq
@@ -304,7 +307,7 @@ class Minimum(Extremum):
 
 
 class Maximum(Extremum):
-    """``FQ(relu?(max(a, b)))``; see :class:`Extremum`.
+    """``FQ(relu?(max(a, b)))``; arguments as :class:`Joint`.
 
     Examples:
         >>> import torch, tritonq
@@ -316,15 +319,14 @@ class Maximum(Extremum):
 
 
 def _has_operator(a: Tensor, b: Tensor, grid: Grid) -> bool:
-    """Whether one operator does it: two float tensors on one device, one scale for all."""
+    """Whether one operator can compute a step: two float tensors on one device, one scale for the output."""
     return a.device == b.device and a.is_floating_point() and b.is_floating_point() and grid.qtype.axis is None
 
 
 class QuantStub(nn.Module):
-    """Marks where a tensor enters the quantized part; source: torch.ao.
+    """Mark where a tensor enters the quantized part of a model; source: torch.ao. The forward returns its input.
 
-    `prepare_qat` without ``example_inputs``, which is torch.ao's flow, puts a quantizer here. With them it finds the
-    place itself, and the stub passes its input.
+    `prepare_qat` without ``example_inputs`` (torch.ao's flow) puts a quantizer here. With them it finds places itself.
 
     Examples:
         >>> QuantStub()(torch.ones(1))
@@ -342,7 +344,7 @@ class QuantStub(nn.Module):
 
 
 class DeQuantStub(QuantStub):
-    """Marks where a tensor leaves the quantized part. Source: torch.ao.
+    """Mark where a tensor leaves the quantized part of a model. Source: torch.ao. The forward returns its input.
 
     Examples:
         >>> DeQuantStub()(torch.ones(1))
@@ -351,7 +353,7 @@ class DeQuantStub(QuantStub):
 
 
 class FloatFunctional(WithOutputQuantizer):
-    """torch.ao's module form of tensor arithmetic: each method's result passes ``activation_post_process``.
+    """torch.ao's module form of tensor arithmetic: most methods pass their result through ``activation_post_process``.
 
     Source: torch.ao.nn.quantized.FloatFunctional.
 
@@ -361,7 +363,7 @@ class FloatFunctional(WithOutputQuantizer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Not callable as a module.
+        """Raise an error: the module is used by its methods.
 
         Raises:
             RuntimeError: always.

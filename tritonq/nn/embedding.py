@@ -1,4 +1,4 @@
-"""Quantization-aware embeddings: the table is fake-quantized, one scale and zero point per row by default."""
+"""Quantization-aware embeddings: the table is fake-quantized, by default with one scale and zero point per row."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from tritonq.qconfig import QConfig
 
 
 class _QATTable(nn.Module):
-    """The table's quantizer. Outputs are rows of a quantized table and get no quantizer of their own."""
+    """The quantizer of an embedding's table.
+
+    Outputs are rows of the quantized table and get no quantizer of their own.
+    """
 
     def attach_quantizer(self, qconfig: QConfig | None, rows: int) -> None:
-        """Create the weight quantizer of ``qconfig`` with buffers of their final shape.
+        """Create the weight quantizer of ``qconfig`` with buffers for ``rows`` rows.
 
         Raises:
-            ValueError: it has scales per group, or per index of another axis than the rows'.
+            TypeError: no QConfig.
+            ValueError: the quantizer has scales per group, or along another axis than the rows.
         """
         self.qconfig = qconfig = checked_qconfig(self, qconfig)
         self.weight_fake_quant = qconfig.weight()
@@ -38,9 +42,9 @@ class _QATTable(nn.Module):
 
 
 class Embedding(_QATTable, nn.Embedding):
-    """``nn.Embedding`` over a fake-quantized table; the constructor is the float one's, plus ``qconfig=``.
+    """``nn.Embedding`` with a fake-quantized table; the constructor is the float one's, plus ``qconfig=``.
 
-    torch.ao asks for float zero points here; tritonq's are integers, so that zero is on the grid of every row.
+    torch.ao uses float zero points here; tritonq's are integers, so that zero is on the grid of every row.
 
     Raises:
         TypeError: no QConfig given.
@@ -60,7 +64,7 @@ class Embedding(_QATTable, nn.Embedding):
         self.attach_quantizer(qconfig, self.num_embeddings)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return integer indices (...) to (..., embedding_dim)."""
+        """Return the rows (..., embedding_dim) of the quantized table for integer indices (...)."""
         return F.embedding(
             input,
             self.weight_fake_quant(self.weight),
@@ -73,13 +77,24 @@ class Embedding(_QATTable, nn.Embedding):
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Embedding:
-        """Return the quantization-aware form of ``mod``, whose table it shares; errors as in QATConv."""
+        """Return the quantization-aware form of ``mod``, whose table it shares and whose ``qconfig`` it uses.
+
+        Args:
+            mod: the float embedding.
+            use_precomputed_fake_quant: not used; torch.ao has it.
+
+        Raises:
+            TypeError: ``mod`` is no ``nn.Embedding``, or has no QConfig.
+        """
         check_float_type(cls, mod, nn.Embedding)
         return cast(Embedding, _from_float(cls, mod, ("padding_idx",)))
 
 
 class EmbeddingBag(_QATTable, nn.EmbeddingBag):
-    """``nn.EmbeddingBag`` over a fake-quantized table; as :class:`Embedding`.
+    """``nn.EmbeddingBag`` with a fake-quantized table; the constructor is the float one's, plus ``qconfig=``.
+
+    Raises:
+        TypeError: no QConfig given.
 
     Source: torch.ao.nn.qat.EmbeddingBag.
 
@@ -96,12 +111,26 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
         self.attach_quantizer(qconfig, self.num_embeddings)
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Return (bags, embedding_dim) for integer indices and the offsets of bags."""
+        """Return (bags, embedding_dim): for each bag the sum, mean or maximum of its rows. Arguments as in torch.
+
+        Args:
+            input: integer indices: (bags, size), or all bags one after the other.
+            offsets: where each bag begins, if ``input`` has one axis; None if it has two.
+            per_sample_weights: a factor for each index; None: 1.
+        """
         return embedding_bag(self, self.weight_fake_quant(self.weight), input, offsets, per_sample_weights)
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> EmbeddingBag:
-        """Return the quantization-aware form of ``mod``, whose table it shares; errors as in QATConv."""
+        """Return the quantization-aware form of ``mod``, whose table it shares and whose ``qconfig`` it uses.
+
+        Args:
+            mod: the float embedding bag.
+            use_precomputed_fake_quant: not used; torch.ao has it.
+
+        Raises:
+            TypeError: ``mod`` is no ``nn.EmbeddingBag``, or has no QConfig.
+        """
         check_float_type(cls, mod, nn.EmbeddingBag)
         return cast(EmbeddingBag, _from_float(cls, mod, ("mode", "include_last_offset", "padding_idx")))
 
@@ -109,7 +138,7 @@ class EmbeddingBag(_QATTable, nn.EmbeddingBag):
 def embedding_bag(
     bag: nn.EmbeddingBag, table: Tensor, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
 ) -> Tensor:
-    """Return the result of ``bag`` with ``table`` in the place of its weight."""
+    """Return the result of ``bag`` with ``table`` in place of its weight; other arguments as of its forward."""
     return F.embedding_bag(
         input,
         table,
@@ -126,6 +155,7 @@ def embedding_bag(
 
 
 def _from_float(cls: type[nn.Module], mod: nn.Module, extra: tuple[str, ...]) -> nn.Module:
+    """Return an object of ``cls`` that shares the table of ``mod``; ``extra`` names further constructor arguments."""
     names = ("num_embeddings", "embedding_dim", "max_norm", "norm_type", "scale_grad_by_freq", "sparse", *extra)
     arguments = {name: getattr(mod, name) for name in names}
     qat = cls(**arguments, device="meta", qconfig=getattr(mod, "qconfig", None))

@@ -1,4 +1,8 @@
-"""What a quantization-aware layer computes in training without a BatchNorm, and in eval mode; `paths` chooses."""
+"""The computations of a quantization-aware layer in eval mode, and in training without a BatchNorm.
+
+`tritonq.nn.paths` chooses among them. Each takes the layer, its input, and its weight and bias, and returns the layer's
+output.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,17 @@ from tritonq.nn.qat import QATLayer
 
 
 def train(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``FQ_a(relu?(op(x, FQ_w(weight)) + bias))`` in float."""
+    """Return ``FQ_a(relu?(op(x, FQ_w(weight)) + bias))``, computed in float: a training step without a BatchNorm."""
     weight, bias = layer.folded_parameters(weight, bias)
     weight, grid = layer.weight_to_map(weight)
     return layer.quantized_output(layer.mapped(x, weight, bias, grid))
 
 
 def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Run a layer in float with its running statistics, by one kernel where this GPU's table prefers that."""
+    """Return the layer's output in eval mode, computed in float, with its BatchNorm folded in.
+
+    On a GPU one kernel does it if the table of launch sizes prefers that.
+    """
     weight, bias = layer.folded_parameters(weight, bias)
     op, quantized = layer.linear_map, layer.quantized_folded_weight(weight)
     kernel = find_kernel(x, weight, op) if layer.ends_in_ceiling else None
@@ -40,7 +47,10 @@ def eval_float(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the layer in exact integers; where a gradient is needed, with that of the layer in float."""
+    """Return the layer's output in eval mode, computed in exact integers.
+
+    Its gradient is that of the layer in float.
+    """
     if can_use_codes(x):
         packed = _run_packed(layer, x, weight, bias)
         if packed is not None:
@@ -61,9 +71,9 @@ def eval_integers(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _run_packed(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Compute :func:`eval_integers` by torch's integer kernels.
+    """Return the result of :func:`eval_integers`, computed by torch's integer kernels.
 
-    None where these can't run it, or a gradient is needed.
+    None if these can't run the layer, or if a gradient is needed.
     """
     source, quantizer = cast(FakeQuantizeBase, layer.input_quantizer), layer.activation_post_process
     output = layer.output_quantizer()
@@ -94,7 +104,10 @@ def _run_packed(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
 
 
 def eval_traced(layer: QATLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return either of the two, in a graph that reads on the device whether grids are switched on."""
+    """Return the layer's output in a graph of ``torch.compile``, in integers or in float.
+
+    The graph decides on the device, when it runs: integers if the grids are switched on.
+    """
     weight, bias = layer.folded_parameters(weight, bias)
     op, source, quantizer = layer.linear_map, layer.input_quantizer, layer.weight_fake_quant
     is_integer = isinstance(quantizer, FakeQuantizeBase) and quantizer.qtype.group is None
@@ -121,4 +134,5 @@ PATHS: dict[Path, Callable[..., Tensor]] = {
 
 
 def _needs_grad(x: Tensor, weight: Tensor) -> bool:
+    """Whether the gradient of input or weight will be needed."""
     return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

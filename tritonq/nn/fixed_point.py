@@ -1,4 +1,8 @@
-"""Fixed-point layers: 8-bit multiplications only, scaling factors carried from layer to layer."""
+"""Fixed-point layers, as in F8Net: they multiply only 8-bit numbers, and scaling factors go from layer to layer.
+
+In formulas η is the scaling factor of a layer's input, and η_next that of the layer that reads its output; ``xq`` is
+the rounded input.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,10 @@ __all__ = ["ActivationFormat", "FixedPointConv2d", "FixedPointConvBn2d", "FixedP
 
 
 class _FixedPointConvolution(FixedPointLayer, nn.Conv2d):
-    """What both fixed-point convolutions share."""
+    """The base of both fixed-point convolutions."""
 
     def _check_geometry(self) -> None:
+        """Raise ValueError unless groups and padding have a fixed-point form; write the padding as numbers."""
         if self.groups not in (1, self.in_channels):
             raise ValueError(
                 f"a fixed-point convolution has 1 group or is depthwise ({self.in_channels} groups), got {self.groups}"
@@ -35,7 +40,9 @@ class _FixedPointConvolution(FixedPointLayer, nn.Conv2d):
 
 
 class FixedPointConv2d(_FixedPointConvolution):
-    """``y = conv(xq, FQ(W η/η_next)) + b/η_next``; ``nn.Conv2d``'s constructor and FixedPointConvBn2d's keywords.
+    """``y = conv(xq, FQ(W η/η_next)) + b/η_next``: a convolution in fixed point.
+
+    The constructor is ``nn.Conv2d``'s, plus qconfig, signed_input and bias_word_len of :class:`FixedPointConvBn2d`.
 
     Examples:
         >>> import torch, tritonq
@@ -57,12 +64,12 @@ class FixedPointConv2d(_FixedPointConvolution):
         self.attach_formats(qconfig, signed_input, bias_word_len)
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """See base class."""
+        """Return ``W η / η_next`` and ``b / η_next`` (None without bias), not rounded."""
         return self._unnormalised_parameters()
 
     @classmethod
     def from_float(cls, mod: nn.Module) -> FixedPointConv2d:
-        """Return the fixed-point form of ``mod``, whose parameters it shares.
+        """Return the fixed-point form of ``mod``, whose parameters it shares and whose ``qconfig`` it uses.
 
         Raises:
             TypeError: not an ``nn.Conv2d``.
@@ -77,14 +84,15 @@ class FixedPointConvBn2d(_FixedPointConvolution):
     """A convolution and its BatchNorm in fixed point, by F8Net's double forward.
 
     With ``xq`` the rounded input, training computes ``y0 = conv(η xq, W) + b`` in float for the batch statistics μ
-    and v (which update the running ones, v unbiased), then ``y = conv(xq, W') + b'`` with
-    ``W' = FQ(γ/σ(v) · W η/η_next)`` and ``b' = (β + γ(b - μ)/σ(v)) / η_next``; μ and v stay in autograd. Eval takes the
-    running statistics, and computes in exact integers with a 32-bit bias. The convolution's bias cancels in training.
+    and v (which update the running ones, v unbiased). Then it computes ``y = conv(xq, W') + b'`` with
+    ``W' = FQ(γ/σ(v) · W η/η_next)`` and ``b' = (β + γ(b - μ)/σ(v)) / η_next``. Gradients flow through μ and v. Eval
+    mode uses the running statistics, and computes in exact integers with a 32-bit bias. The convolution's bias has no
+    effect in training.
 
     Args:
         *args: as ``nn.Conv2d``.
         eps: of the BatchNorm.
-        momentum: of the BatchNorm.
+        momentum: of the BatchNorm; None: running statistics are plain averages.
         qconfig: two :class:`FixedPointFakeQuantize` factories; None: preset ``"f8net"``.
         signed_input: whether the input has negative values. If not, rounding it is the ReLU before this layer.
         bias_word_len: bits of the bias in eval; None: a float bias, which can't be deployed.
@@ -122,15 +130,18 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         self.attach_formats(qconfig, signed_input, bias_word_len)
 
     def float_forward(self, x: Tensor) -> Tensor:
-        """See base class."""
+        """Return convolution and BatchNorm in float."""
         return normalize_once(self.bn, self.linear_map(x, self.weight, self.bias))
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """See base class: with the running statistics."""
+        """Return weight and bias, not rounded, with the BatchNorm folded in by its running statistics."""
         return self._normalised_parameters(self.bn.running_mean, self.bn.running_var)
 
     def fixed_forward(self, x: Tensor) -> Tensor:
-        """See base class: in training with the statistics of this batch."""
+        """Return the layer on rounded input with a rounded weight.
+
+        In training the BatchNorm uses this batch's statistics.
+        """
         if not (self.training and self.bn.training):
             return super().fixed_forward(x)
         eta = self.input_format.eta().to(x.dtype) * self.input_factor
@@ -141,7 +152,10 @@ class FixedPointConvBn2d(_FixedPointConvolution):
         return self.linear_map(x, self.rounded_weight(weight), bias)
 
     def _normalised_parameters(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``γ/σ(var) · W η/η_next`` and ``(β + γ(b - mean)/σ(var)) / η_next``."""
+        """Return ``γ/σ(var) · W η/η_next`` and ``(β + γ(b - mean)/σ(var)) / η_next``.
+
+        Mean and var are (out channels,).
+        """
         bn = self.bn
         scale = bn.weight * torch.rsqrt(var + bn.eps)
         eta_next = self.eta_next()
@@ -151,6 +165,7 @@ class FixedPointConvBn2d(_FixedPointConvolution):
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Update the running statistics by mean and biased variance of a batch with ``count`` values per channel."""
         bn = self.bn
         if count < 2:
             raise ValueError(f"training needs more than 1 value per channel for its statistics, got {count}")
@@ -165,7 +180,7 @@ class FixedPointConvBn2d(_FixedPointConvolution):
     def from_float(cls, mod: nn.Module) -> FixedPointConvBn2d:
         """Return the fixed-point form of a fused row Conv2d, BatchNorm2d(, ReLU): it shares parameters and BatchNorm.
 
-        A ReLU becomes part of the rounding of whatever reads the output.
+        A ReLU becomes part of the rounding in the layer that reads the output.
 
         Raises:
             TypeError: another row.
@@ -182,7 +197,9 @@ class FixedPointConvBn2d(_FixedPointConvolution):
 
 
 class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
-    """``y = xq FQ(W η/η_next)^T + b/η_next``; ``nn.Linear``'s constructor and the keywords of FixedPointConvBn2d.
+    """``y = xq FQ(W η/η_next)^T + b/η_next``: a linear layer in fixed point.
+
+    The constructor is ``nn.Linear``'s, plus qconfig, signed_input and bias_word_len of :class:`FixedPointConvBn2d`.
 
     Examples:
         >>> import torch, tritonq
@@ -203,12 +220,12 @@ class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
         self.attach_formats(qconfig, signed_input, bias_word_len)
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """See base class."""
+        """Return ``W η / η_next`` and ``b / η_next`` (None without bias), not rounded."""
         return self._unnormalised_parameters()
 
     @classmethod
     def from_float(cls, mod: nn.Module) -> FixedPointLinear:
-        """Return the fixed-point form of ``mod``, whose parameters it shares.
+        """Return the fixed-point form of ``mod``, whose parameters it shares and whose ``qconfig`` it uses.
 
         Raises:
             TypeError: not an ``nn.Linear``.
@@ -226,7 +243,7 @@ class FixedPointLinear(FixedPointLayer, nn.Linear):  # type: ignore[misc]
 
 
 def _sharing(layer: FixedPointLayer, mod: nn.Module) -> FixedPointLayer:
-    """Return ``layer`` with the weight and bias of ``mod``, and its formats on their device."""
+    """Give ``layer`` the weight and bias of ``mod``, move its formats to their device, and return it."""
     layer.weight, layer.bias = cast(Tensor, mod.weight), cast("Tensor | None", mod.bias)
     layer.move_formats(layer.weight.device)
     return layer

@@ -1,4 +1,8 @@
-"""What stands between fixed-point layers: residual additions and pooling, on tensors with scaling factors."""
+"""The operations between fixed-point layers: residual additions and pooling, on tensors with scaling factors.
+
+A *format* says how a tensor is stored in fixed point; η is its scaling factor. The *following* format is that of the
+tensor in which the result is read.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,21 @@ from tritonq.nn.reference import Reference, ReferringModule
 
 
 class FixedPointAdd(ReferringModule):
-    """``a + b`` with both summands in units of the η of the layer that reads the sum.
+    """``a + b`` with both summands divided by the η of the layer that reads the sum.
 
-    A summand that some layer reads too, or that went through a ReLU, has a format of its own: it is rounded to that,
-    and its codes count in the sum as codes of the sum's format (``value * η / η_following``, a power of two, since both
-    formats share their step). A summand that only the sum reads was divided by the sum's η when it was made.
+    A summand that some layer reads too, or that went through a ReLU, has a format of its own. It is rounded to that,
+    and its codes count in the sum as codes of the sum's format: they are multiplied by ``η / η_following``, a power of
+    two, since both formats share their step. A summand that only the sum reads was divided by the sum's η when it was
+    made.
+
+    Args:
+        formats: the format of each summand; None for a summand without a format of its own.
+        observes: for each summand whether this addition is the first to read it, and so observes it.
+        following: the format in which the sum is read; None: the sum is real.
 
     Attributes:
         formats: the summands' own formats, by position ("0", "1").
-        observes: for each summand whether this addition is its first reader.
+        observes: as the argument.
         raw_output: whether the sum isn't rounded before it is read: by another addition.
 
     Examples:
@@ -51,7 +61,7 @@ class FixedPointAdd(ReferringModule):
 
     @property
     def following(self) -> ActivationFormat | None:
-        """The format of whatever reads the sum; None: the sum is real."""
+        """The format in which the sum is read; None: the sum is real."""
         return self._following.module
 
     @property
@@ -61,19 +71,25 @@ class FixedPointAdd(ReferringModule):
         return a.module, b.module
 
     def set_sources(self, a: nn.Module | None, b: nn.Module | None) -> None:
-        """Set the modules that make the summands without a format."""
+        """Set the modules that make the summands a and b, for those that have no format of their own.
+
+        None for the others.
+
+        Deployment uses them to find the scaling of such summands.
+        """
         self._sources = (Reference(a), Reference(b))
 
     def format_of(self, summand: int) -> ActivationFormat | None:
-        """Return the summand's own format, if it has one."""
+        """Return the own format of summand 0 or 1; None if it has none."""
         return cast(ActivationFormat, self.formats[str(summand)]) if str(summand) in self.formats else None
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the sum, of two tensors of one shape."""
+        """Return the sum of two tensors of one shape."""
         left, right = self._read(0, a), self._read(1, b)
         return left + right
 
     def _read(self, summand: int, x: Tensor) -> Tensor:
+        """Return a summand in units of the sum's format: rounded, if it has a format of its own."""
         own, following = self.format_of(summand), self.following
         if own is None:
             return x
@@ -86,22 +102,22 @@ class FixedPointAdd(ReferringModule):
 class FixedPointAvgPool2d(ReferringModule):
     """Average pooling of fixed-point values: a sum and a shift.
 
-    ``y = Σ xq / 2^round(log2 k²) · η/η_following``, k² values per window; both factors are powers of two, since this
-    layer's format and the following one share their step. The remaining ``2^round(log2 k²) / k²`` belongs into the
-    following layer's weights: its ``input_factor`` is this layer's ``remaining_factor``.
+    ``y = Σ xq / 2^round(log2 k²) · η/η_following`` with k² values per window. Both factors are powers of two, since
+    this layer's format and the following one share their step. What remains, ``2^round(log2 k²) / k²``, is multiplied
+    into the following layer's weights: its ``input_factor`` is this layer's ``remaining_factor``.
 
     Args:
         kernel_size: window, (height, width); None: the whole image, whose area must then be given.
-        stride: as ``nn.AvgPool2d``.
+        stride: as ``nn.AvgPool2d``; None: the window.
         padding: as ``nn.AvgPool2d`` with ``count_include_pad=True``.
-        area: values per window.
         input_format: format of the input.
-        observes: whether this layer is the first reader of its input.
-        following: format of the layer that reads the output.
+        area: values per window; needed only for the whole image.
+        observes: whether this layer is the first reader of its input, and so observes it.
+        following: format in which the output is read; None: the output is real.
         keepdim: whether the average of a whole image keeps its two axes.
 
     Raises:
-        ValueError: no area where the window is the whole image.
+        ValueError: the window is the whole image and no area is given.
 
     Shapes: (n, c, h, w) to (n, c, h', w').
 
@@ -143,17 +159,17 @@ class FixedPointAvgPool2d(ReferringModule):
 
     @property
     def following(self) -> ActivationFormat | None:
-        """The format of the layer that reads the output; None: the output is real."""
+        """The format in which the output is read; None: the output is real."""
         return self._following.module
 
     @property
     def shift(self) -> int:
-        """``round(log2 k²)``: the sum is divided by two to this power."""
+        """``round(log2 k²)``: the sum over a window is divided by two to this power."""
         return pooling_shift(self.area)
 
     @property
     def remaining_factor(self) -> float:
-        """``2^shift / k²``: what is left to be multiplied into the next weights."""
+        """``2^shift / k²``: the factor to be multiplied into the next layer's weights."""
         return remaining_factor(self.area)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -173,19 +189,19 @@ class FixedPointAvgPool2d(ReferringModule):
         return total if following is None else total * self.input_format.power_between(following).to(total.dtype)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Return the sum over each window."""
+        """Return the sum over each window of ``x`` (n, c, h, w)."""
         if self.kernel_size is None:
             return x.sum((2, 3), keepdim=self.keepdim)
         return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding, divisor_override=1)
 
     def extra_repr(self) -> str:
-        """Return window and shift."""
+        """Return window, shift and remaining factor for ``repr``."""
         window = "whole image" if self.kernel_size is None else f"{self.kernel_size}, stride={self.stride}"
         return f"{window}, shift={self.shift}, remaining_factor={self.remaining_factor:.4g}"
 
 
 class FixedPointMaxPool2d(nn.MaxPool2d):
-    """Max pooling of values or of integer codes: rounding is monotone, so the largest code is the largest value's.
+    """Max pooling of float values or of integer codes: the largest code is the code of the largest value.
 
     Examples:
         >>> import torch
@@ -194,7 +210,7 @@ class FixedPointMaxPool2d(nn.MaxPool2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return what ``nn.MaxPool2d`` returns; ``x`` may hold integers, too."""
+        """Return the result of ``nn.MaxPool2d``, for an input of floats or integers, in the input's dtype."""
         if input.is_floating_point() or input.is_cpu:
             return cast(Tensor, super().forward(input))
         # torch has no integer pooling on GPUs. Codes and 32-bit accumulators are exact in float64, and nothing is
@@ -203,12 +219,12 @@ class FixedPointMaxPool2d(nn.MaxPool2d):
 
 
 def pooling_shift(area: int) -> int:
-    """Return ``round(log2 area)``: decided in integers, since the logarithm of an area is never a tie."""
+    """Return ``round(log2 area)`` for the number of values in a window: 9 gives 3. Computed in integers."""
     below = area.bit_length() - 1
     # Nearer to the next power of two where area > 2^(below + 1/2), that is area² > 2^(2 below + 1).
     return below + int(area * area > 2 ** (2 * below + 1))
 
 
 def remaining_factor(area: int) -> float:
-    """Return ``2^round(log2 area) / area``."""
+    """Return ``2^round(log2 area) / area`` for the number of values in a window: 9 gives 8/9."""
     return 2.0 ** pooling_shift(area) / area

@@ -1,7 +1,8 @@
-"""What fixed-point layers share: the format of what they read, and linear operations in fixed point.
+"""The base class of fixed-point layers, and the format of the tensors that they read.
 
 A layer's input is the real activation divided by the layer's scaling factor η, so that its 8-bit fixed-point form
-covers the clipping level α: ``η = 2^fl * |α| / levels``. A layer divides its output by the η of the layer that follows.
+covers the clipping level α: ``η = 2^fl * |α| / levels``, with fl the fractional length (bits behind the binary point).
+A layer divides its output by the η of the layer that follows.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ _INITIAL_ALPHA = 8.0
 
 
 class ActivationFormat(FixedPointFakeQuantize):
-    """The fixed-point format of a tensor that layers read, with its learned clipping level.
+    """The fixed-point format of a tensor that layers read, with its learned clipping level α.
 
-    Scaling factor ``η = 2^fl * |α| / levels`` with the rounded running fl and ``levels = 2^(wl-signed) - 1``: the
-    tensor holds real values divided by η, and a code counts steps of ``|α| / levels``.
+    Its scaling factor is ``η = 2^fl * |α| / levels``, with fl the rounded running fractional length, ``levels =
+    2^(wl-signed) - 1`` and wl the word length. The tensor holds real values divided by η, and a code counts steps of
+    ``|α| / levels``.
 
     Args:
         like: the quantizer whose word length, momentum and choice are used.
@@ -36,8 +38,8 @@ class ActivationFormat(FixedPointFakeQuantize):
         scaled: False for a network's input, which holds real values: η is 1.
 
     Attributes:
-        alpha: parameter (1,), initially 8. Formats may share it; their values then differ by powers of two alone.
-        levels: what α is divided by; shared with α.
+        alpha: parameter (1,), initially 8. Formats may share it; their η then differ only by powers of two.
+        levels: the number that α is divided by; shared with α.
 
     Source: docs/fixed-point.md.
     """
@@ -51,11 +53,11 @@ class ActivationFormat(FixedPointFakeQuantize):
         self.alpha = nn.Parameter(torch.full((1,), _INITIAL_ALPHA), requires_grad=scaled)
 
     def share_step(self, other: ActivationFormat) -> None:
-        """Use the step ``|α| / levels`` of another format: their η then differ by a power of two."""
+        """Use the step ``|α| / levels`` of another format; the η of the two then differ by a power of two."""
         self.alpha, self.levels = other.alpha, other.levels
 
     def eta(self) -> Tensor:
-        """Return the scaling factor, 0-d, differentiable in α."""
+        """Return the scaling factor η, a 0-d tensor, differentiable in α; 1 for a network's input."""
         if not self.scaled:
             return self.alpha.new_ones(())
         power = power_of_two(self.rounded_frac_len(), torch.float64).to(self.alpha.dtype)
@@ -66,25 +68,32 @@ class ActivationFormat(FixedPointFakeQuantize):
         return power_of_two(self.rounded_frac_len() - following.rounded_frac_len(), torch.float64)
 
     def read(self, x: Tensor, observes: bool) -> Tensor:
-        """Round ``x``; the first reader of a tensor observes it, later ones round with what that one found."""
+        """Return ``x`` rounded to the format.
+
+        Args:
+            x: the tensor.
+            observes: whether this reader of the tensor is the first, and so observes it; later readers round with the
+                fractional length that the first one found.
+        """
         return self(x) if observes or self.phase == "floating_wo_clip" or self._is_unseen() else self.quantize(x)
 
     def _is_unseen(self) -> bool:
+        """Whether, in eval mode outside of ``torch.compile``, nothing has been observed yet."""
         # A graph can't ask; rounding then asks on the device.
         return not self.training and not torch.compiler.is_compiling() and not self.has_qparams()
 
     def extra_repr(self) -> str:
-        """See base class; and α."""
+        """Return the base class's text for ``repr`` and α."""
         return f"{super().extra_repr()}, alpha={float(self.alpha.detach()):.4g}" + ("" if self.scaled else ", unscaled")
 
 
 class FixedPointIntegers(NamedTuple):
-    """A layer in integers: ``accumulator = Σ input code * weight + bias``, worth ``2^-frac_len`` each.
+    """The integers of a layer: ``accumulator = Σ input code * weight + bias``; one unit of it is worth ``2^-frac_len``.
 
     Attributes:
-        weight: codes, integer-valued float64, shaped as the weight.
+        weight: codes, integer-valued float64, in the weight's shape.
         bias: codes, integer-valued float64 (out,).
-        frac_len: int32 (out,): fractional lengths of input and weight together.
+        frac_len: int32 (out,): fractional length of input plus that of weight.
     """
 
     weight: Tensor
@@ -93,13 +102,13 @@ class FixedPointIntegers(NamedTuple):
 
 
 class FixedPointLayer(ReferringModule):
-    """A linear operation on fixed-point input with a fixed-point weight.
+    """A convolution or linear layer on fixed-point input with a fixed-point weight.
 
     Attributes:
         input_format: format of the input, with α and η of this layer.
         weight_fake_quant: rounds the weight; its fractional length is chosen anew in every forward.
         observes: whether this layer is the first reader of its input, which moves the running fractional length.
-        input_factor: constant that an average pooling before this layer left to be multiplied into the weight.
+        input_factor: constant to be multiplied into the weight, from an average pooling before this layer; else 1.
         bias_word_len: eval rounds the bias to this many bits at the accumulator's fractional length; None: not at all.
         raw_output: whether the output isn't rounded before it is read: by an addition.
     """
@@ -113,7 +122,12 @@ class FixedPointLayer(ReferringModule):
     _references = ("_following",)
 
     def attach_formats(self, qconfig: QConfig | None, signed_input: bool, bias_word_len: int | None) -> None:
-        """Create the formats that ``qconfig`` describes; None takes the preset ``"f8net"``.
+        """Create the formats of input and weight by ``qconfig``.
+
+        Args:
+            qconfig: two :class:`FixedPointFakeQuantize` factories; None: preset ``"f8net"``.
+            signed_input: whether the input has negative values.
+            bias_word_len: bits of the bias in eval mode; None: a float bias.
 
         Raises:
             ValueError: a qconfig whose quantizers aren't fixed point, a weight format per another axis than 0, a bias
@@ -141,37 +155,44 @@ class FixedPointLayer(ReferringModule):
             self.move_formats(self.weight.device)
 
     def move_formats(self, device: torch.device) -> None:
-        """Put the formats on ``device``."""
+        """Move the formats to ``device``."""
         self.weight_fake_quant.to(device)
         self.input_format.to(device)
 
     @property
     def following(self) -> ActivationFormat | None:
-        """The format of the layer that reads this layer's output; None: the output is real."""
+        """The format in which this layer's output is read; None: the output is real."""
         return self._following.module
 
     def set_following(self, following: FixedPointLayer | ActivationFormat | None) -> None:
-        """Set the reader of the output, whose η this layer divides by; None: the output is the network's."""
+        """Set the layer or format that reads the output, by whose η this layer divides; None.
+
+        The network returns the output.
+        """
         self._following = Reference(following.input_format if isinstance(following, FixedPointLayer) else following)
 
     def eta_next(self) -> Tensor:
-        """Return the scaling factor of the following layer, 1 where there is none."""
+        """Return the scaling factor η_next by which the output is divided, a 0-d tensor; 1 if the output is real."""
         following = self.following
         return self.weight.new_ones(()) if following is None else following.eta().to(self.weight.dtype)
 
     @property
     def linear_map(self) -> LinearMap:
-        """The convolution or product of input and weight that the layer computes, with its geometry."""
+        """The convolution or product of input and weight that the layer computes, with its stride and the like."""
         return linear_map_of(self)
 
     @abstractmethod
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (not rounded) and bias that take the input in units of η to the output in units of η_next, in eval."""
+        """Return weight (not rounded) and bias for an input divided by η and an output divided by η_next.
+
+        In eval mode they have the running statistics of a BatchNorm folded in.
+        """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return values divided by this layer's η to values divided by the next one's; float64 between layers in eval.
+        """Return the output, divided by the next layer's η, for an input that is divided by this layer's η.
 
-        There an accumulator of 32 bits must not be rounded before the next layer rounds it to 8.
+        In eval mode outputs between layers are float64: a 32-bit accumulator must not be rounded before the next layer
+        rounds it to 8 bits.
         """
         rounded = self.input_format.read(input, self.observes)
         if self.input_format.phase == "floating_wo_clip":
@@ -189,16 +210,16 @@ class FixedPointLayer(ReferringModule):
         return with_gradient_of(exact, surrogate).clone() if needs_grad else exact
 
     def float_forward(self, x: Tensor) -> Tensor:
-        """Return the float layer."""
+        """Return the layer computed in float, without rounding and scaling factors."""
         return self.linear_map(x, self.weight, self.bias)
 
     def fixed_forward(self, x: Tensor) -> Tensor:
-        """Return the layer on rounded input, with its weight rounded, differentiable."""
+        """Return the layer on rounded input ``x`` with its weight rounded; differentiable."""
         weight, bias = self.effective_parameters()
         return self.linear_map(x, self.rounded_weight(weight), bias)
 
     def rounded_weight(self, weight: Tensor) -> Tensor:
-        """Return ``weight`` in fixed point, with the fractional length that suits it now."""
+        """Return ``weight`` in fixed point, with the fractional length that suits it best now."""
         quantizer = self.weight_fake_quant
         frac_len = quantizer.choose(weight)
         if self.training:
@@ -206,9 +227,9 @@ class FixedPointLayer(ReferringModule):
         return quantizer.round_to(weight, frac_len)
 
     def is_integer(self) -> bool:
-        """Whether eval computes in integers: both formats round (reads values from the device).
+        """Whether eval mode computes in integers: both formats round. Reads switches from the device.
 
-        In a traced graph: whether that is for :meth:`_integer_switch` to say.
+        Under ``torch.compile`` it is True if only :meth:`_integer_switch` can still say no, when the graph runs.
         """
         if self.weight_fake_quant.phase != "fixed" or self.bias_word_len is None:
             return False
@@ -217,7 +238,7 @@ class FixedPointLayer(ReferringModule):
         return self.input_format.is_enabled_on_host() and self.weight_fake_quant.is_switched_on_host()
 
     def _integer_switch(self) -> Tensor:
-        """Return the part of :meth:`is_integer` that a graph asks on the device: uint8 (1,)."""
+        """Return the part of :meth:`is_integer` that a graph decides on the device: uint8 (1,), 1 for integers."""
         return self.input_format.enabled_on_device() * self.weight_fake_quant.fake_quant_enabled
 
     @torch.no_grad()
@@ -239,7 +260,7 @@ class FixedPointLayer(ReferringModule):
 
     @torch.no_grad()
     def exact_forward(self, x: Tensor) -> Tensor:
-        """Compute the layer on rounded input, exactly, in integers of float64, which saturate at ±(2^31 - 1)."""
+        """Return the layer on rounded input, computed exactly in integers of float64, which saturate at ±(2^31 - 1)."""
         layer = self.integers()
         codes = x.double() * power_of_two(self.input_format.rounded_frac_len(), torch.float64)
         shape = [1] * codes.dim()

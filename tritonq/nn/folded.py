@@ -1,4 +1,4 @@
-"""What stands in the place of a BatchNorm that became part of the layer before it."""
+"""The module that takes the place of a BatchNorm which became part of the layer before it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ BATCH_NORM_NAMES = frozenset((*_STATE_NAMES, "num_features", "eps", "momentum", 
 
 
 class FoldedBatchNorm(nn.Identity):
-    """Passes its input on; a library that would merge the BatchNorm once more is told that there is none.
+    """Return the input unchanged, in the place of a BatchNorm that is part of a layer now.
 
     Attributes:
         kind: class name of the BatchNorm.
         layer: name of the layer that it is part of.
 
     Raises:
-        AttributeError: a BatchNorm's statistics, weight or settings are read, as ``fuse()`` of YOLO and
-            ``reparameterize`` of RepVGG-like models do.
+        AttributeError: a BatchNorm's statistics, weight or settings are read. ``fuse()`` of YOLO and ``reparameterize``
+            of RepVGG-like models do so, and would merge it a second time.
     """
 
     def __init__(self, kind: str, layer: str) -> None:

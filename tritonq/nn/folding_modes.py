@@ -1,7 +1,10 @@
-"""How a training step folds a BatchNorm: the modes that are compositions of differentiable operators.
+"""The training steps of a layer with BatchNorm: one function for each mode of folding.
 
-The approximate mode has an operator of its own, `tritonq.functional.conv_bn`; its composition here serves quantizers
-that the operator can't take over. Formulas: docs/conv-bn.md.
+To *fold* a BatchNorm is to multiply the weight by γ/σ. Each function takes the layer, its input, and its weight and
+bias, and returns the layer's output. ``op`` is the convolution or product, FQ_w and FQ_b are fake quantization of
+weight and bias. Most modes are compositions of differentiable operators. The approximate mode has an operator of its
+own, `tritonq.functional.conv_bn`; its composition here serves quantizers that the operator can't take over. Formulas:
+docs/conv-bn.md.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ _BITS = 8
 
 
 def one_operator(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the approximate mode in one operator, with the activation quantizer in it where that is possible."""
+    """Compute the approximate mode in one operator, with the output's quantizer if the operator can take that over."""
     layer.check_input(x)
     x, op = layer.linear_map.padded(x)
     output = observed_grid(layer.activation_post_process)
@@ -61,7 +64,10 @@ def one_operator(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tens
 
 
 def approximate(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)``, and ``1/σ`` where γ is zero."""
+    """Compute the approximate mode by several operators: ``BN(op(x, FQ_w(W s)) / s + b)``.
+
+    ``s = γ/σ(running_var)``, and ``1/σ`` in channels where γ is 0.
+    """
     running_var, bn = _running_var_of_step(layer), layer.bn
     scale = fold_scale(running_var, bn.weight, bn.eps)
     if bn.weight is not None:
@@ -77,8 +83,8 @@ def approximate(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tenso
 def exact(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Fold the batch's own statistics: ``op(x, FQ_w(W t)) + FQ_b(β - t · mean)`` with ``t = γ/σ(var)``.
 
-    Mean and variance are those of ``op(x, W)``, through which gradients flow: the layer runs twice. The second time one
-    kernel computes it with its bias and ReLU where it is the faster one.
+    Mean and variance are those of ``op(x, W)``, and gradients flow through them: the layer runs twice. The second time
+    one kernel computes it with its bias and ReLU, if the kernel is faster.
     """
     mean, inverse_std, _ = _batch_statistics(layer, x, weight, bias)
     scale = inverse_std if layer.bn.weight is None else layer.bn.weight * inverse_std
@@ -92,9 +98,9 @@ def exact(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def corrected(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Fold the updated running variance, then rescale to the batch's: ``op(x, FQ_w(W t)) σ(rv)/σ(var) + bias``.
+    """Fold the updated running variance rv, then rescale to the batch's: ``op(x, FQ_w(W t)) σ(rv)/σ(var) + bias``.
 
-    ``t = γ/σ(rv)``, and ``bias = β - γ/σ(var) · mean``; the layer runs twice.
+    ``t = γ/σ(rv)`` and ``bias = β - γ/σ(var) · mean``; the layer runs twice.
     """
     mean, inverse_std, _ = _batch_statistics(layer, x, weight, bias)
     running_var, bn = _running_var(layer), layer.bn
@@ -109,7 +115,7 @@ def corrected(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor 
 def frozen(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Fold the running statistics, which stay as they are: ``op(x, FQ_w(W t)) + FQ_b(β + t (b - running_mean))``.
 
-    One kernel computes it with its ReLU where it is the faster one.
+    One kernel computes it with its ReLU, if the kernel is faster.
     """
     folded, folded_bias = layer.folded_parameters(weight, bias)
     kernel = find_kernel(x, folded, layer.linear_map)
@@ -125,7 +131,10 @@ def frozen(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def in_scale(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``BN(op(x, u FQ_w(u W)) + b)``, ``u`` the sign of γ: codes that do not depend on the statistics."""
+    """Compute the mode "scale": ``BN(op(x, u FQ_w(u W)) + b)`` with ``u`` the sign of γ.
+
+    The weight's codes do not depend on the statistics.
+    """
     signs = gamma_signs(layer.bn)
     rounded = layer.quantized_weight(scale_out_channels(weight, signs, *layer.grouping))
     y = layer.mapped(x, scale_out_channels(rounded, signs, *layer.grouping), bias)
@@ -133,7 +142,10 @@ def in_scale(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor |
 
 
 def scaled_weight(layer: QATBatchNormLayer, weight: Tensor) -> Tensor:
-    """Return ``|t| FQ_w(u W)`` with ``t = γ/σ(running_var)`` and ``u`` the sign of γ."""
+    """Return ``|t| FQ_w(u W)`` with ``t = γ/σ(running_var)`` and ``u`` the sign of γ.
+
+    The folded weight in mode "scale".
+    """
     rounded = layer.quantized_weight(scale_out_channels(weight, gamma_signs(layer.bn), *layer.grouping))
     scale = fold_scale(_running_var(layer), layer.bn.weight, layer.bn.eps)
     return scale_out_channels(rounded, scale.abs(), *layer.grouping)
@@ -152,9 +164,10 @@ PATHS: dict[Path, Callable[..., Tensor]] = {
 
 
 def bias_on_grid(layer: QATLayer, bias: Tensor) -> Tensor:
-    """Return ``bias`` in 32-bit codes of input scale × weight scale, where both are symmetric 8-bit grids, switched on.
+    """Return ``bias`` rounded to multiples of input scale × weight scale, as 32-bit codes have it.
 
-    A weight scale too small for the bias, as in dead channels, counts as just large enough.
+    It is rounded only if input and weight have symmetric 8-bit grids that are switched on. A weight scale that is too
+    small for the bias, as in dead channels, counts as just large enough.
     """
     source, quantizer = layer.input_quantizer, layer.weight_fake_quant
     if not _is_symmetric_int8(source) or not _is_symmetric_int8(quantizer):
@@ -168,6 +181,7 @@ def bias_on_grid(layer: QATLayer, bias: Tensor) -> Tensor:
 
 
 def _is_symmetric_int8(quantizer: nn.Module | None) -> bool:
+    """Whether a quantizer is tritonq's, with a symmetric 8-bit grid and no groups."""
     if not isinstance(quantizer, FakeQuantizeBase):
         return False
     if isinstance(quantizer, FakeQuantize) and not quantizer.activation_post_process.zero_point_is_zero:
@@ -179,7 +193,7 @@ def _is_symmetric_int8(quantizer: nn.Module | None) -> bool:
 def _batch_statistics(
     layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean and ``1/σ`` of ``op(x, W)``, differentiable, and its variance; updates the running statistics."""
+    """Return mean, ``1/σ`` and variance of ``op(x, W)`` per channel, differentiable; update the running statistics."""
     if not is_plain(layer.bn):
         raise ValueError(f"this mode of folding needs a plain BatchNorm, got {type(layer.bn).__name__}")
     c = layer.mapped(x, weight)
@@ -191,13 +205,13 @@ def _batch_statistics(
 
 
 def _batch_bias(layer: QATBatchNormLayer, bias: Tensor | None, mean: Tensor, scale: Tensor) -> Tensor:
-    """Return ``β + scale (b - (mean + b))``: the convolution's bias cancels, and gets a gradient of zero."""
+    """Return ``β + scale (b - (mean + b))``: the convolution's bias b cancels, and gets a gradient of zero."""
     shift = -scale * mean if layer.bn.bias is None else layer.bn.bias - scale * mean
     return shift if bias is None else shift + (bias - bias)
 
 
 def _running_var_of_step(layer: QATBatchNormLayer) -> Tensor:
-    """Return the running variance before this step moves it; a recomputed step gets what it got the first time."""
+    """Return the running variance from before this step's update; a recomputed step gets the same one again."""
     memory = layer.step_memory
     if is_recomputing() and memory.running_var is not None:
         return memory.running_var
@@ -210,4 +224,5 @@ def _running_var_of_step(layer: QATBatchNormLayer) -> Tensor:
 
 
 def _running_var(layer: QATBatchNormLayer) -> Tensor:
+    """Return the running variance of a layer's BatchNorm."""
     return cast(Tensor, layer.bn.running_var)

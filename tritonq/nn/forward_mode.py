@@ -1,4 +1,7 @@
-"""A mode that watches the calls of one forward, and rests while a layer inside computes, with its hundreds of calls."""
+"""A torch function mode for the calls of one forward, and a way to switch it off while a layer inside computes.
+
+A layer makes hundreds of calls that do not concern the mode.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 
 class ForwardMode(TorchFunctionMode):
-    """A ``TorchFunctionMode`` that has nothing to do for calls of modules inside the forward that it watches."""
+    """Base of torch function modes that need not see the calls of modules inside of the watched forward."""
 
 
 class RestingModes:
-    """Take the innermost modes off while they are :class:`ForwardMode`, and put them back at the end of the block."""
+    """Switch off, in the block, the innermost torch function modes that are of :class:`ForwardMode`."""
 
     __slots__ = ("_modes",)
 

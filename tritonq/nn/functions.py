@@ -1,4 +1,7 @@
-"""SiLU, Hardswish, sigmoid and other functions of one tensor with an output on a grid of its own."""
+"""SiLU, Hardswish, sigmoid and other functions of one tensor whose output lies on a grid of its own.
+
+A ``Function`` (`tritonq.reference.functions`) is the function itself: its name and arguments.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,16 @@ from tritonq.reference.functions import Function, onto_output
 
 
 class ElementwiseLayer(UnaryLayer):
-    """``FQ(f(x))`` for a function of one tensor: one operator in training, a table of codes where grids are known."""
+    """``FQ(f(x))`` for a function f of one tensor: in training one operator, in eval mode a table of codes if possible.
+
+    Attributes:
+        function: the function.
+    """
 
     function: Function
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the fake-quantized function of ``input``; same shape."""
+        """Return the fake-quantized function of ``input``, in its shape."""
         quantizer = self.output_quantizer
         if quantizer is None:
             return self.compute(input)
@@ -39,27 +46,30 @@ class ElementwiseLayer(UnaryLayer):
         return y
 
     def compute(self, x: Tensor) -> Tensor:
-        """See base class."""
+        """Return the function's result in float, as torch computes it."""
         return self.function(x)
 
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
-        """See base class."""
+        """Return the codes of the result, from a table with one entry per code.
+
+        Arguments as in ``UnaryLayer.exact_codes``.
+        """
         return function_codes(codes, self.function, source, output)
 
 
 class FunctionLayer(ElementwiseLayer):
-    """``FQ(f(x))`` for a function of one tensor: what `prepare_qat` makes of ``nn.SiLU()`` or ``F.hardswish(x)``.
+    """``FQ(f(x))`` for a function f of one tensor: what `prepare_qat` makes of ``nn.SiLU()`` or ``F.hardswish(x)``.
 
-    In eval mode, with the grids of input and output known, a table gives the result of each code:
-    :func:`tritonq.functional.functions.integer_function`. Everywhere else the function is torch's.
+    In eval mode, if the grids of input and output are known, a table gives the result of each code:
+    :func:`tritonq.functional.functions.integer_function`. Otherwise torch computes the function.
 
-    A layer without a quantizer of its own runs the one that :meth:`set_quantizers` names: a function in a forward has
-    its quantizer beside it, under the name that it had before functions were modules.
+    A layer without a quantizer of its own uses the one given to :meth:`set_quantizers`: the quantizer of a function in
+    a forward is a child of the forward's module, under the name that it had before functions were modules.
 
     Args:
         function: the function.
-        qconfig: quantizer of the output; None: none of its own.
-        source_type: name of the class of torch.nn in whose place the module stands; None: it stands for a function.
+        qconfig: makes the quantizer of the output; None: the layer has none of its own.
+        source_type: name of the class of torch.nn that it replaces; None: it replaces a function.
 
     Examples:
         >>> FunctionLayer(Function("hardswish"))(torch.tensor([-4.0, 1.0, 3.0]))
@@ -75,6 +85,10 @@ class FunctionLayer(ElementwiseLayer):
     def from_float(cls, module: nn.Module, qconfig: QConfig | None = None) -> FunctionLayer:
         """Return the quantized form of a module of torch.nn, in its mode; hooks are not moved.
 
+        Args:
+            module: the float module.
+            qconfig: makes the quantizer of the output; None: the layer has none of its own.
+
         Raises:
             TypeError: a module that is none of :data:`FUNCTION_MODULES`.
         """
@@ -84,25 +98,35 @@ class FunctionLayer(ElementwiseLayer):
         return cls(function, qconfig=qconfig, source_type=type(module).__name__).train(module.training)
 
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """See base class."""
+        """Return the function as integer runtimes compute it, on the output's grid.
+
+        Arguments as in ``UnaryLayer.exact``.
+        """
         return integer_function(x, self.function, source, output)
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """See base class."""
+        """Return the function for ``torch.compile``.
+
+        As :meth:`exact` while both grids are on, else as :meth:`compute`.
+        """
         # Imported here, so that its operators are registered when something is compiled, and not before.
         from tritonq.functional.traced import eval_mode
 
         return eval_mode.function(x, self.function, source, output)
 
     def extra_repr(self) -> str:
-        """Return name and arguments of the function."""
+        """Return name and arguments of the function for ``repr``."""
         return ", ".join((self.function.name, *(f"{argument:g}" for argument in self.function.arguments)))
 
 
 class PReLU(UnaryLayer, nn.PReLU):
     """PReLU with an output quantizer: ``FQ(max(0, x) + weight · min(0, x))``.
 
-    In eval mode, with the grids of input and output known, products and quotients are float32 as in ONNX Runtime.
+    In eval mode, if the grids of input and output are known, it is computed in float32 as ONNX Runtime does it.
+
+    Args:
+        num_parameters: as ``nn.PReLU``.
+        qconfig: makes the quantizer of the output; None: the layer has none of its own.
     """
 
     def __init__(self, num_parameters: int = 1, *, qconfig: QConfig | None = None) -> None:
@@ -111,23 +135,23 @@ class PReLU(UnaryLayer, nn.PReLU):
 
     @classmethod
     def from_float(cls, module: nn.PReLU, qconfig: QConfig | None = None) -> PReLU:
-        """Return the quantized form of an ``nn.PReLU`` with its weight, in its mode; hooks are not moved."""
+        """Return the quantized form of an ``nn.PReLU``, whose weight it shares, in its mode; hooks are not moved."""
         made = cls(module.num_parameters, qconfig=qconfig)
         made.weight = module.weight
         return made.train(module.training)
 
     def compute(self, x: Tensor) -> Tensor:
-        """See base class."""
+        """Return the result in float, as torch computes it."""
         return F.prelu(x, self.weight.to(x.dtype))
 
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """See base class."""
+        """Return the result as ONNX Runtime computes it, on the output's grid; arguments as in ``UnaryLayer.exact``."""
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             values = (x.float() / source.scale).round_().mul_(source.scale)
             return onto_output(F.prelu(values, self.weight.float()), output)
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """See base class."""
+        """Return the result for ``torch.compile``, rounded to the output's grid if that is on."""
         from tritonq.functional.traced import eval_mode
 
         return eval_mode.on_grid(self.compute(x), output)
@@ -149,6 +173,6 @@ FUNCTION_MODULES: Mapping[type[nn.Module], Callable[[Any], Function]] = {
 
 
 def function_of(module: object) -> Function | None:
-    """Return the function that a module of torch.nn computes; None for any other module."""
+    """Return the ``Function`` that a module of torch.nn computes; None for any other module."""
     made = FUNCTION_MODULES.get(type(module))  # type: ignore[arg-type]
     return None if made is None else made(module)

@@ -1,4 +1,8 @@
-"""Which quantizers an operator can take over, and their state as the operator wants it."""
+"""Find out which quantizers an operator can take over, and return their grids in the form that operators take.
+
+An operator that takes a quantizer over observes and rounds in one pass with its own computation; the quantizer's module
+does not run.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +34,14 @@ _RANGE_OBSERVERS = (
 
 
 def observed_grid(quantizer: nn.Module, x: Tensor | None = None) -> tuple[Grid, RangeStatistics] | None:
-    """Return grid and range of a FakeQuantize over running ranges; None: its module must run by itself.
+    """Return grid and observed range of a quantizer, for an operator that observes and rounds in its place.
 
-    The operator that takes them observes as the module would in its own forward. Modules with hooks run by themselves,
-    so that hooks run; so do all where ``x``, an operand of what will be observed, is empty.
+    None: the quantizer's module must run itself. That is so for quantizers that are no ``FakeQuantize`` with a min-max
+    observer, for modules with hooks, and for an empty ``x``.
+
+    Args:
+        quantizer: the quantizer; it is prepared for this training step.
+        x: an operand of the operation whose result is observed; None: it is not empty.
     """
     if not has_observed_grid(quantizer) or (x is not None and x.numel() == 0):
         return None
@@ -50,7 +58,7 @@ def observed_grid(quantizer: nn.Module, x: Tensor | None = None) -> tuple[Grid, 
 
 
 def has_observed_grid(quantizer: nn.Module) -> bool:
-    """Whether :func:`observed_grid` returns one: of integers without groups, to which operators round alone."""
+    """Whether :func:`observed_grid` returns a grid for this quantizer and a non-empty tensor."""
     if type(quantizer) is not FakeQuantize or has_hooks(quantizer) or quantizer.qtype.float_format is not None:
         return False
     if quantizer.qtype.group is not None:
@@ -65,7 +73,7 @@ def has_observed_grid(quantizer: nn.Module) -> bool:
 def fixed_grid(quantizer: nn.Module) -> Grid | None:
     """Return the grid of a per-tensor FakeQuantize in eval mode, for an operator that rounds to it.
 
-    None: the module runs by itself. That is also so before it has observed anything: it then warns.
+    None: the quantizer's module must run itself. That is also so before it has observed anything: it then warns.
     """
     if type(quantizer) is not FakeQuantize or quantizer.training or has_hooks(quantizer):
         return None
@@ -75,7 +83,7 @@ def fixed_grid(quantizer: nn.Module) -> Grid | None:
 
 
 def warn_if_unobserved(quantizer: nn.Module) -> None:
-    """Give the quantizer's own warning where its operator let values pass for want of an observed range."""
+    """Warn as the quantizer would, if an operator in its place did not round because no range was observed yet."""
     if torch.compiler.is_compiling():
         return
     if isinstance(quantizer, FakeQuantize) and not quantizer.has_qparams():
@@ -83,14 +91,20 @@ def warn_if_unobserved(quantizer: nn.Module) -> None:
 
 
 def input_grid(quantizer: FakeQuantizeBase | None) -> Grid | None:
-    """Return the grid that values of a per-tensor ``quantizer`` lie on; None while it is off or a graph is traced."""
+    """Return the grid on which values of a quantizer lie.
+
+    None if it is off, per channel, None, or a graph is traced.
+    """
     if quantizer is None or torch.compiler.is_compiling() or quantizer.qtype.axis is not None:
         return None
     return quantizer.grid() if quantizer.is_enabled_on_host() else None
 
 
 def ceiling_of(activation: nn.Module | None) -> float | None:
-    """Return the upper bound of an activation that is a ReLU, ReLU6 or ``Hardtanh(0, b)``; None for anything else."""
+    """Return the upper bound of a ReLU (infinity), ReLU6 or ``Hardtanh(0, b)``.
+
+    None for any other module and for None.
+    """
     kind = original_class(activation)
     if kind is nn.ReLU:
         return math.inf
@@ -100,7 +114,10 @@ def ceiling_of(activation: nn.Module | None) -> float | None:
 
 
 def bound_of_clip(low: object, high: object = None) -> float | None:
-    """Return the upper bound of the ReLU that clipping to these bounds (None: none) is; None where it is no ReLU."""
+    """Return the upper bound ``high`` of a clip to ``[low, high]`` if the clip is a ReLU; None if it is none.
+
+    ``high`` None stands for infinity. A clip is a ReLU if ``low`` is 0 and ``high`` is positive.
+    """
     high = math.inf if high is None else high
     if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
         return None
@@ -108,7 +125,12 @@ def bound_of_clip(low: object, high: object = None) -> float | None:
 
 
 def checked_ceiling(ceiling: float | None) -> float | None:
-    """Return ``ceiling`` if it can bound a ReLU, else TypeError or ValueError."""
+    """Return ``ceiling`` as a float, or None, if it can be the upper bound of a ReLU.
+
+    Raises:
+        TypeError: it is neither a number nor None.
+        ValueError: it is not positive.
+    """
     if ceiling is None:
         return None
     if isinstance(ceiling, bool) or not isinstance(ceiling, (int, float)):
@@ -119,14 +141,14 @@ def checked_ceiling(ceiling: float | None) -> float | None:
 
 
 def describe_relu(ceiling: float | None) -> str:
-    """Return the text for a module's ``repr``: ``"relu"``, ``"relu up to 6"``, or nothing."""
+    """Return the text for ``repr``: "relu" for infinity, "relu up to 6" for 6, "" for None (no ReLU)."""
     if ceiling is None:
         return ""
     return "relu" if ceiling == math.inf else f"relu up to {ceiling:g}"
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether someone listens to this module's calls."""
+    """Whether a module has forward or backward hooks."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

@@ -1,4 +1,4 @@
-"""Float modules in a row that quantization treats as one: what fusion makes and `prepare_qat` swaps.
+"""Rows of float modules that become one quantized layer: fusion makes them, and `prepare_qat` replaces them.
 
 Each is a Sequential and computes what its parts compute. "ReLU" is a ReLU, ReLU6 or ``Hardtanh(0, b)``: the layer that
 takes the row's place gets the upper bound of that activation. Source: torch.ao.nn.intrinsic.
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class FusedModule(nn.Sequential):
-    """Base of all fused rows of modules."""
+    """Base class of all fused rows of modules."""
 
 
 class ConvBn1d(FusedModule):

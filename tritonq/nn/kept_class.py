@@ -1,4 +1,4 @@
-"""Modules that are of the class of the one that they replaced, too: its methods and ``isinstance`` go on working."""
+"""Give a new module the class of the one that it replaces, too, so that methods and ``isinstance`` work as before."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from tritonq.nn.original_class import original_class
 
 
 class KeepsClass(nn.Module):
-    """Mixin of classes made at run time: those of a new module, before those of the module that it replaced.
+    """Mixin of classes made at run time, which derive from a new module's class and from the replaced module's class.
 
-    ``_tritonq_joined`` holds the two.
+    Attributes:
+        _tritonq_joined: the two classes, in this order.
     """
 
     _tritonq_joined: tuple[type[nn.Module], type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Name the two classes: pickles and deep copies make the class from them."""
+        """Name the two classes instead of the class itself, so that pickles and deep copies can make it again."""
         reduced = super().__reduce_ex__(protocol)
         if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
             return (new_joined, self._tritonq_joined, *reduced[2:])
@@ -29,7 +30,10 @@ class KeepsClass(nn.Module):
 
 
 def keep_class(kind: type[nn.Module], made: nn.Module) -> None:
-    """Let ``made`` be of another class too, where that is possible: what its own class defines comes first."""
+    """Let ``made`` be of the class ``kind``, too; its own class comes first.
+
+    Nothing happens if Python can't join the two.
+    """
     if isinstance(made, kind):
         return
     with suppress(TypeError):  # some classes can't have a common subclass
@@ -37,13 +41,13 @@ def keep_class(kind: type[nn.Module], made: nn.Module) -> None:
 
 
 def users_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that :func:`keep_class` gave to a module, or its own, as its author wrote it."""
+    """Return the replaced module's class, which :func:`keep_class` gave to a module; without it the module's own."""
     kind: type[nn.Module] = original_class(module)
     return kind._tritonq_joined[1] if issubclass(kind, KeepsClass) else kind
 
 
 def made_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that a module had before :func:`keep_class`, or its own, as its author wrote it."""
+    """Return the class that a module had before :func:`keep_class`; without it the module's own."""
     kind: type[nn.Module] = original_class(module)
     return kind._tritonq_joined[0] if issubclass(kind, KeepsClass) else kind
 
@@ -53,10 +57,10 @@ _joined: WeakValueDictionary[tuple[type, type], type[nn.Module]] = WeakValueDict
 
 
 def joined_class(first: type[nn.Module], second: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that derives from ``first``, then from ``second``.
+    """Return the class that derives from ``first``, then from ``second``; the same class in every call.
 
     Raises:
-        TypeError: there is no such class.
+        TypeError: Python can't make such a class.
     """
     known = _joined.get((first, second))
     if known is not None:
@@ -74,6 +78,6 @@ def joined_class(first: type[nn.Module], second: type[nn.Module]) -> type[nn.Mod
 
 
 def new_joined(first: type[nn.Module], second: type[nn.Module]) -> nn.Module:
-    """Return an object of :func:`joined_class` without state."""
+    """Return an object of :func:`joined_class` without attributes, for a pickle or copy that sets them next."""
     kind = joined_class(first, second)
     return kind.__new__(kind)

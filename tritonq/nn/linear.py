@@ -1,4 +1,4 @@
-"""Quantization-aware linear layers."""
+"""Quantization-aware linear layers, with and without ReLU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from tritonq.qconfig import QConfig
 
 class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
     """``y = FQ_a(relu?(x FQ_w(W)^T + b))``; the constructor is ``nn.Linear``'s, plus ``qconfig=``.
+
+    FQ_w and FQ_a are fake quantization of weight and output; ``relu?`` is a ReLU in :class:`LinearReLU` only.
 
     Raises:
         TypeError: no QConfig given.
@@ -41,7 +43,15 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Linear:
-        """Return the quantization-aware form of ``mod``, whose parameters it shares; errors as in QATConv."""
+        """Return the quantization-aware form of ``mod``, whose parameters it shares and whose ``qconfig`` it uses.
+
+        Args:
+            mod: the float linear layer, or the fused row with ReLU.
+            use_precomputed_fake_quant: not used; torch.ao has it.
+
+        Raises:
+            TypeError: ``mod`` is not what this class replaces, or has no QConfig.
+        """
         # MultiheadAttention's output layer is a Linear by another name.
         renamed = nn.modules.linear.NonDynamicallyQuantizableLinear
         also_plain = type(mod) is renamed and cls._expected_type is nn.Linear

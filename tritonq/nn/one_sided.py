@@ -1,4 +1,7 @@
-"""Weights whose channels get zero points of their own, which engines run slowly or not at all."""
+"""Find weights whose channels get zero points of their own, which engines run slowly or not at all.
+
+A *one-sided* filter is a weight channel whose values have one sign.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,16 @@ from tritonq.nn.qat import QATLayer
 
 @torch.no_grad()
 def one_sided_layers(model: nn.Module) -> list[str]:
-    """Return the names of layers some of whose filters have values of one sign, under a rule that is then affine.
+    """Return the names of layers that have one-sided filters and a rule that gives these a zero point.
 
-    That is ``rule="torch_v1"``, torch.ao's fused operator: it gives a symmetric type a zero point where a channel's
+    That is ``rule="torch_v1"``, torch.ao's fused operator: it gives a symmetric type a zero point in channels whose
     values are all positive or all negative.
     """
     return [name for name, layer in model.named_modules() if isinstance(layer, QATLayer) and _is_one_sided(layer)]
 
 
 def _is_one_sided(layer: QATLayer) -> bool:
+    """Whether a layer has one-sided filters and a weight quantizer with that rule."""
     quantizer = layer.weight_fake_quant
     if not isinstance(quantizer, FakeQuantize) or quantizer.qtype.axis is None or not quantizer.qtype.symmetric:
         return False
@@ -33,7 +37,11 @@ def _is_one_sided(layer: QATLayer) -> bool:
 
 
 def warn_of_weight_zero_points(names: Sequence[str], stacklevel: int) -> None:
-    """Warn, if there are any, of layers whose weight zero points differ between channels, and say what to do."""
+    """Warn of the layers ``names``, whose weight zero points differ between channels, and say what to do.
+
+    Nothing happens without names. ``stacklevel`` counts from the function that calls this one, as for
+    ``warnings.warn``.
+    """
     if names:
         warnings.warn(
             f"weight zero points differ between channels in {', '.join(names)}: torch.ao's version 1 gives one to each "

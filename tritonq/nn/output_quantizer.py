@@ -1,4 +1,7 @@
-"""Modules with a quantizer of their output, what counts as one, and what is known of the tensor that it makes."""
+"""Modules with an output quantizer, and what is known of the tensors that they return.
+
+A *producer* of a tensor is such a module, or a quantizer.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from tritonq.quantized_type import QuantizedType
 
 
 class WithOutputQuantizer(ReferringModule):
-    """A module with a quantizer of its output; without a qconfig it has none."""
+    """A module with an output quantizer, its child ``activation_post_process``; an Identity if ``qconfig`` is None."""
 
     def __init__(self, qconfig: QConfig | None = None) -> None:
         super().__init__()
@@ -24,19 +27,19 @@ class WithOutputQuantizer(ReferringModule):
 
 @runtime_checkable
 class GridSource(Protocol):
-    """Puts values on a grid of integers: a fake quantizer, or what it became in deployment."""
+    """A module that puts values on a grid of integers: a fake quantizer, or what it becomes in deployment."""
 
     qtype: QuantizedType
 
     def is_enabled_on_host(self) -> bool:
-        """Whether it rounds. May synchronise with the device."""
+        """Whether it rounds; may synchronise with the device."""
 
     def grid(self) -> Grid:
-        """Return the grid, with its switch on the device."""
+        """Return the grid, with the switch that turns rounding on and off on the device."""
 
 
 def is_grid_source(module: object) -> TypeGuard[GridSource]:
-    """Whether ``module`` is a :class:`GridSource` of integers; faster than ``isinstance`` of a protocol."""
+    """Whether ``module`` is a :class:`GridSource` of integers, not of a float format; faster than ``isinstance``."""
     kind = type(module)
     if not callable(getattr(kind, "is_enabled_on_host", None)) or not callable(getattr(kind, "grid", None)):
         return False
@@ -45,20 +48,23 @@ def is_grid_source(module: object) -> TypeGuard[GridSource]:
 
 
 def quantizer_of(producer: nn.Module | None) -> nn.Module | None:
-    """Return the quantizer of a producer's output, which may be the producer."""
+    """Return the output quantizer of a producer, which may be the producer itself; None if it has none or is None."""
     if producer is None or is_grid_source(producer):
         return cast("nn.Module | None", producer)
     return producer._modules.get("activation_post_process")
 
 
 def ends_in_relu(producer: nn.Module | None) -> bool:
-    """Whether the output of a producer went through a ReLU before its quantizer."""
+    """Whether a producer computes a ReLU before its quantizer; False for None."""
     ceiling = getattr(producer, "ceiling", None)
     return ceiling is not None or ceiling_of(producer) is not None
 
 
 def deployed_grid(grid: Grid, relu: bool) -> Grid:
-    """Return the grid with the codes that deployment has: behind a ReLU from that of zero on, if the type fixes it."""
+    """Return the grid with the codes that deployment uses: behind a ReLU only those from the code of zero on.
+
+    The grid stays as it is without ``relu``, and if its type does not fix the zero point.
+    """
     zero = grid.qtype.fixed_zero_point
     if zero is None or not relu:
         return grid

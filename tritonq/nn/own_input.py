@@ -1,4 +1,4 @@
-"""Layers that own the quantizer of the tensor that they read, or have that of their result behind a clip."""
+"""Layers that quantize what they read, and layers whose result is quantized behind a clip."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ INPUT_QUANTIZER = "input_fake_quant"
 
 
 def quantize_read(quantizer: nn.Module, x: Tensor, observes: bool) -> Tensor:
-    """Return ``quantizer(x)``; without ``observes`` the range stays, since another reader of ``x`` observes it."""
+    """Return ``quantizer(x)``.
+
+    Without ``observes`` its range is not updated, since another reader of ``x`` does that.
+    """
     # A quantizer with a forward of its own decides itself.
     if not observes and type(quantizer).forward is FakeQuantize.forward:
         return cast(Tensor, quantizer(x, observe=False))
@@ -22,40 +25,44 @@ def quantize_read(quantizer: nn.Module, x: Tensor, observes: bool) -> Tensor:
 
 
 class QuantizesInput(nn.Module):
-    """A layer that rounds what it reads with its child ``input_fake_quant``, where it has one.
+    """A layer that rounds what it reads with its child ``input_fake_quant``, if it has one.
 
-    The layers that read a tensor which no quantized module makes, such as an input of the model, share the child.
+    Layers that read the same tensor share the child. Only tensors that no quantized module makes, such as inputs of the
+    model, are rounded so.
 
     Attributes:
-        observes_input: whether this layer's calls observe; where several share the child, those of one layer do.
+        observes_input: whether the child observes in this layer's calls; if several layers share it, it observes in
+            one.
     """
 
     observes_input: bool = True
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Return ``x`` as the layer's operation reads it."""
+        """Return ``x`` rounded by ``input_fake_quant``, or as it is if the layer has no such child."""
         quantizer = self._modules.get(INPUT_QUANTIZER)
         return x if quantizer is None else quantize_read(quantizer, x, self.observes_input)
 
 
 class QuantizedBehindClip(nn.Module):
-    """A layer that may have its output's quantizer behind a clip, in another module."""
+    """A layer that may have no output quantizer, because a clip (such as ReLU6) follows and is quantized."""
 
     # Shared by all that have none; models that earlier versions pickled have none.
     _behind_clip: Reference[nn.Module] = Reference()
 
     @property
     def quantizer_behind_clip(self) -> nn.Module | None:
-        """The quantizer that rounds the output of a layer without one of its own, behind a clip; None: there is none.
+        """The quantizer of the clip that follows the layer, which rounds the layer's output, too.
 
-        With it, eval mode takes sums to the quantizer's grid at once, and the clip then changes codes.
+        None if there is none.
+
+        With it, eval mode rounds the layer's sums to the quantizer's grid at once, and the clip then changes codes.
         """
         return self._behind_clip.module
 
     def set_quantizer_behind_clip(self, quantizer: nn.Module | None) -> None:
-        """Set :attr:`quantizer_behind_clip`."""
+        """Set :attr:`quantizer_behind_clip`; None: there is none."""
         self._behind_clip = Reference(quantizer)
 
     def last_quantizer(self, own: nn.Module) -> nn.Module | None:
-        """Return ``own``, or the quantizer behind the clip where ``own`` rounds nothing."""
+        """Return the output quantizer ``own``, or the one behind the clip if ``own`` is an Identity."""
         return self.quantizer_behind_clip if isinstance(own, nn.Identity) else own

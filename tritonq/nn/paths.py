@@ -1,4 +1,4 @@
-"""Which computation a layer's forward is: decided here, from the layer's state alone."""
+"""Choose the computation of a layer's forward from the layer's state alone."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Path = Literal[
 
 @dataclass(frozen=True)
 class LayerState:
-    """What decides about a layer's path.
+    """The state of a layer that decides which computation its forward is.
 
     Attributes:
         training: whether the layer is in training mode.
         tracing: whether ``torch.compile`` traces it.
-        knows_grids: whether input and weight have per-tensor or per-channel grids that are switched on; read in eager
-            eval mode alone, where reading a switch may synchronise with a device.
+        knows_grids: whether input and weight have per-tensor or per-channel grids that are switched on. Read only in
+            eval mode outside of ``torch.compile``, since reading a switch may synchronise with a device.
         mode: how training folds its BatchNorm; None without a BatchNorm.
         frozen: whether its BatchNorm normalises with running statistics in training too.
-        fits_operator: whether one operator can do a training step in the approximate mode: it has both quantizers'
-            arithmetic and the BatchNorm's, and nothing listens to their modules.
+        fits_operator: whether one operator can do a training step in the approximate mode: it can take over both
+            quantizers and the BatchNorm, and none of them has hooks.
     """
 
     training: bool
@@ -47,14 +47,14 @@ class LayerState:
 
 
 def choose_path(state: LayerState) -> Path:
-    """Return the path of a layer in this state.
+    """Return the name of the computation for a layer in this state.
 
-    - ``"train"``: without a BatchNorm: the weight is rounded, and the layer runs in float.
+    - ``"train"``: training without a BatchNorm: the weight is rounded, and the layer runs in float.
     - ``"train_frozen"``: the running statistics are folded into weight and bias.
-    - ``"train_operator"``, ``"train_approximate"``: the approximate mode, in one operator or from several.
+    - ``"train_operator"``, ``"train_approximate"``: the approximate mode, in one operator or in several.
     - ``"train_exact"``, ``"train_corrected"``, ``"train_scale"``: the other modes.
     - ``"eval_traced"``: a graph that reads on the device whether grids are switched on.
-    - ``"eval_integers"``: exact integers, as the converted layer.
+    - ``"eval_integers"``: exact integers, as in the converted layer.
     - ``"eval_float"``: the weight is rounded, and the layer runs in float.
     """
     if not state.training:
@@ -75,10 +75,10 @@ def choose_path(state: LayerState) -> Path:
 
 
 def check_mode(mode: str) -> Mode:
-    """Return ``mode`` if there is such a mode of folding a BatchNorm.
+    """Return ``mode`` if it is a mode of folding a BatchNorm.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it is none.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r} of folding a BatchNorm; known: {', '.join(get_args(Mode))}")

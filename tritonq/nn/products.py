@@ -1,4 +1,4 @@
-"""Matrix products of two activations with a quantizer of their own: alone, in a sum and as attention."""
+"""Matrix products of two activations with a quantizer of their own: single ones, in a sum, and in attention."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tritonq.qconfig import QConfig
 
 
 class MatMul(Joint):
-    """``FQ(relu?(a @ b))`` of matrices or batches of them, as :func:`torch.matmul` has it; see :class:`Joint`.
+    """``FQ(relu?(a @ b))`` of matrices or batches of them, as :func:`torch.matmul`; arguments as :class:`Joint`.
 
-    In eval mode, with both operands on known grids, the products are summed in integers and requantized once:
+    In eval mode, if both operands lie on known grids, the products are summed in integers and rounded once:
     :func:`tritonq.functional.integer_joins.integer_matmul`.
 
     Examples:
@@ -38,8 +38,10 @@ class MatMul(Joint):
 class AddMatMul(Add):
     """``FQ(relu?(c + FQ(a @ b)))``: what :func:`torch.addmm` and :func:`torch.baddbmm` compute of activations.
 
+    Called with (c, a, b). Arguments as :class:`Joint`; the ReLU is that of the sum.
+
     Attributes:
-        product: the matrix product.
+        product: the matrix product ``FQ(a @ b)``.
 
     Examples:
         >>> import torch, tritonq
@@ -53,21 +55,25 @@ class AddMatMul(Add):
         self.set_producers(None, self.product)
 
     def set_operand_producers(self, *producers: nn.Module | None) -> None:
-        """Set the modules that put the summand and both matrices on their grids (None: unknown)."""
+        """Set the producers of the summand and of both matrices, in this order (None: unknown); see :class:`Joint`."""
         summand, a, b = producers
         self.product.set_producers(a, b)
         self.set_producers(summand, self.product)
 
     def forward(self, input: Tensor, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
-        """Multiply two tensors, add the product to the first argument, and fake-quantize both results."""
+        """Return the fake-quantized sum of ``input`` and the fake-quantized product ``a @ b``."""
         return self.joined(input, self.product(a, b))
 
 
 class ScaledDotProductAttention(MatMul):
     """``FQ(FQ_w(softmax(FQ_s(q kᵀ) · scale + mask)) v)``: :func:`torch.nn.functional.scaled_dot_product_attention`.
 
-    Both matrix products run in integers in eval mode where the grids of their operands are known; the softmax between
-    them is computed in float and its result rounded. Dropout acts on the rounded weights, in training.
+    FQ_s and FQ_w are fake quantization of scores and softmax. In eval mode both matrix products run in integers if the
+    grids of their operands are known; the softmax between them is computed in float. Dropout acts on the rounded
+    softmax.
+
+    Args:
+        qconfig: makes the quantizers of scores, softmax and result; None: nothing is rounded.
 
     Attributes:
         scores: the product of queries and keys.
@@ -91,7 +97,10 @@ class ScaledDotProductAttention(MatMul):
         self.set_producers(self.softmax_fake_quant, None)
 
     def set_operand_producers(self, *producers: nn.Module | None) -> None:
-        """Set the modules that put queries, keys and values on their grids (None: unknown)."""
+        """Set the producers of queries, keys and values, in this order (None: unknown); see :class:`Joint`.
+
+        Eval mode computes the two products in integers by their grids.
+        """
         query, key, value = producers
         self.scores.set_producers(query, key)
         self.set_producers(self.softmax_fake_quant, value)
@@ -107,7 +116,7 @@ class ScaledDotProductAttention(MatMul):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Attend; arguments as for torch's function."""
+        """Return the fake-quantized result of attention; arguments, shapes and masks are those of torch's function."""
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
         factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -128,7 +137,7 @@ class ScaledDotProductAttention(MatMul):
 
 
 def attention_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the arguments of a call of ``F.scaled_dot_product_attention``, keywords too, in order of position."""
+    """Return the arguments of a call of ``F.scaled_dot_product_attention`` by position, with defaults filled in."""
     defaults: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
     defaults["enable_gqa"] = False
     names = ("query", "key", "value", *defaults)

@@ -1,4 +1,8 @@
-"""What every quantization-aware layer shares: its quantizers, and the arithmetic of eval mode."""
+"""The base class of quantization-aware layers: their quantizers, and the arithmetic of eval mode.
+
+``op`` is the layer's convolution or product. A *grid* is the set of values that a quantizer rounds to; its *switch*
+turns rounding on and off on the device. To *fold* a BatchNorm is to multiply the weight by γ/σ.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +42,18 @@ _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
 class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
-    """A linear operation with a fake-quantized weight and a fake-quantized output.
+    """A convolution or product with a fake-quantized weight and a fake-quantized output.
 
     Attributes:
-        weight_fake_quant: quantizer of the weight (of the folded weight where there is a BatchNorm).
-        activation_post_process: quantizer of the output, after ReLU where there is one.
-        input_fake_quant: quantizer of the input, only where nothing before the layer quantizes that.
-        qconfig: where both came from.
+        weight_fake_quant: quantizer of the weight (with a BatchNorm, of the folded weight).
+        activation_post_process: quantizer of the output, behind the ReLU if there is one.
+        input_fake_quant: quantizer of the input; only if no module before the layer quantizes it.
+        qconfig: the qconfig that made the quantizers.
         ceiling: upper bound of the ReLU between the operation and its quantizer: infinity for a plain one, 6 for ReLU6;
             None without a ReLU.
+        save_input_codes: whether the input is kept for the backward as 8-bit codes, if it lies on a known grid.
+        computed: computes weight and bias from other parameters, if the layer has none of its own; else None.
+        paths: the function for each computation that :func:`~tritonq.nn.paths.choose_path` can choose.
 
     Examples:
         >>> import torch, tritonq
@@ -74,7 +81,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     paths: ClassVar[dict[Path, Callable[..., Tensor]]]
 
     def attach_quantizers(self, qconfig: QConfig | None, out_channels: int) -> None:
-        """Create the quantizers of ``qconfig`` with buffers of their final shape.
+        """Create the quantizers of ``qconfig``, with buffers in their final shapes.
 
         Raises:
             TypeError: no QConfig.
@@ -102,7 +109,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
             self.move_quantizers(self.weight.device)
 
     def _allocate_groups(self, granularity: Granularity) -> None:
-        """Give a weight quantizer with groups its buffers.
+        """Give a weight quantizer with scales per group its buffers.
 
         Raises:
             ValueError: groups along another axis than the input channels, or of a size that does not divide these.
@@ -118,24 +125,24 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         self.weight_fake_quant.allocate(granularity.count(shape))  # type: ignore[operator]
 
     def move_quantizers(self, device: torch.device) -> None:
-        """Put the quantizers' buffers on ``device``."""
+        """Move the quantizers' buffers to ``device``."""
         self.weight_fake_quant.to(device)
         self.activation_post_process.to(device)
 
     def set_input_quantizer(self, quantizer: FakeQuantizeBase | None) -> None:
-        """Set the quantizer whose grid this layer's input lies on; None: unknown.
+        """Set the quantizer on whose grid this layer's input lies; None: unknown.
 
         With it, eval mode computes in exact integers with an int32 bias, as the deployed layer does.
         """
         self._input_quantizer = Reference(quantizer)
 
     def extra_repr(self) -> str:
-        """Return geometry, and the ReLU where the class's name does not say all of it."""
+        """Return sizes, stride and the like for ``repr``, and the ReLU's bound if the class name does not tell it."""
         text = super().extra_repr() if self.computed is None else self._computed_repr()
         return text if self.ceiling in (None, math.inf) else f"{text}, {describe_relu(self.ceiling)}"
 
     def _computed_repr(self) -> str:
-        """Return sizes and geometry of a layer without parameters, which torch's own text reads."""
+        """Return sizes and stride of a layer whose weight is computed; torch's own text would read the weight."""
         held = vars(self)
         return ", ".join(
             [*(f"{name}={held[name]}" for name in (*_SIZES, *_GEOMETRY) if name in held), "weight=computed"]
@@ -143,20 +150,23 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
     @property
     def input_quantizer(self) -> FakeQuantizeBase | None:
-        """The quantizer whose grid this layer's input lies on, where known."""
+        """The quantizer on whose grid this layer's input lies; None if it is not known."""
         return self._input_quantizer.module
 
     @property
     def linear_map(self) -> LinearMap:
-        """The convolution or product of input and weight that the layer computes, with its geometry."""
+        """The convolution or product of input and weight that the layer computes, with its stride and the like."""
         return linear_map_of(self)
 
     def float_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias before folding and quantization: its own, or computed from other parameters."""
+        """Return weight and bias (or None) before folding and quantization.
+
+        The layer's own, or computed from others.
+        """
         return (self.weight, self.bias) if self.computed is None else self.computed()
 
     def take_computed(self, computed: ComputedParameters) -> None:
-        """Go without weight and bias of its own: :meth:`forward` is given them, and ``computed`` evaluates them."""
+        """Remove the layer's own weight and bias; ``computed`` computes them, and :meth:`forward` may be given them."""
         self._parameters.pop("weight")
         self._parameters.pop("bias")
         self.computed = computed
@@ -164,16 +174,19 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def folded_parameters(
         self, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias that eval mode and deployment use, with any BatchNorm folded in.
+        """Return weight and bias (or None) that eval mode and deployment use, with a BatchNorm folded in, if any.
 
-        They are made of ``weight`` and ``bias``, by default :meth:`float_parameters`.
+        Args:
+            weight: the weight to fold; None: weight and bias of :meth:`float_parameters`.
+            bias: the bias that belongs to ``weight``; None without one.
         """
         return self.float_parameters() if weight is None else (weight, bias)
 
     def weight_to_map(self, weight: Tensor) -> tuple[Tensor, Grid | None]:
-        """Observe ``weight`` in training; return it and the grid to round it to, or it rounded and None.
+        """Return ``(weight, grid)`` to give to :meth:`mapped`: the weight as it is, and the grid to round it to.
 
-        The latter is so where the weight's quantizer, or a class's own :meth:`quantized_weight`, must run by itself.
+        In training the weight's quantizer observes it. If the quantizer must run itself, or a subclass has its own
+        :meth:`quantized_weight`, the weight is returned rounded, with None for the grid.
         """
         quantizer = self.weight_fake_quant
         is_own = type(self).quantized_weight is QATLayer.quantized_weight
@@ -184,17 +197,24 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return weight, ranging.grid_or_warning()
 
     def mapped(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, weight_grid: Grid | None = None) -> Tensor:
-        """Return the operation, which saves little for its backward; weight and grid as of :meth:`weight_to_map`."""
+        """Return ``op(x, weight) + bias`` in a form that saves little for the backward.
+
+        Args:
+            x: the input.
+            weight: the weight, as :meth:`weight_to_map` returned it.
+            bias: the bias, (out channels,); None: none is added.
+            weight_grid: the grid to round the weight to; None: it is rounded already.
+        """
         if torch.compiler.is_compiling():
             return self.linear_map(x, weight, bias)
         return rounded_map(x, weight, bias, self.linear_map, self.saved_input_grid(), weight_grid)
 
     def saved_input_grid(self) -> Grid | None:
-        """Return the grid whose codes are kept of the input for a backward; None: the input is."""
+        """Return the grid by whose codes the input is kept for the backward; None: the input itself is kept."""
         return input_grid(self.input_quantizer) if self.save_input_codes else None
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
-        """Return ``weight`` after its fake quantizer, which observes it while training."""
+        """Return ``weight`` rounded by its fake quantizer, which observes it in training."""
         op = self.linear_map
         return op.from_rows(self.weight_fake_quant(op.to_rows(weight)))
 
@@ -203,31 +223,31 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return self.quantized_weight(folded)
 
     def weight_grid(self) -> Grid:
-        """Return the grid, with its switch, that the weight of :meth:`folded_parameters` is deployed on."""
+        """Return the grid, with its switch, to which eval mode and deployment round the folded weight."""
         return cast(FakeQuantizeBase, self.weight_fake_quant).grid()
 
     def weight_near_codes(self, folded: Tensor) -> Tensor:
-        """Return the weight of :meth:`folded_parameters`, moved where its quantizer does not choose the nearest codes.
+        """Return a weight whose nearest codes are those that the weight's quantizer chooses for ``folded``.
 
-        What is nearest to the result are the codes that the quantizer chooses.
+        That is ``folded`` itself, unless the quantizer does not round to nearest; then it is the rounded weight.
         """
         is_nearest = getattr(self.weight_fake_quant, "rounds_to_nearest", True)
         return folded if is_nearest else self.quantized_folded_weight(folded)
 
     def weight_to_quantize(self) -> Tensor:
-        """Return the present weight as its quantizer sees it in training."""
+        """Return the present weight as its quantizer gets it in training."""
         return self.folded_parameters()[0]
 
     def path_state(self) -> LayerState:
-        """Return the state by which :func:`choose_path` chooses the path of :meth:`forward`."""
+        """Return the state by which ``choose_path`` chooses the computation of :meth:`forward`."""
         tracing = torch.compiler.is_compiling()
         knows_grids = not (self.training or tracing) and self._knows_grids()
         return LayerState(self.training, tracing, knows_grids)
 
     def forward(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Return the operation, what follows it, and fake quantization; shapes as the float layer's.
+        """Return operation, BatchNorm and ReLU (if there are such) and fake quantization; shapes as the float layer's.
 
-        ``weight`` and ``bias`` are those of a layer whose weight is computed elsewhere, in each step anew.
+        ``weight`` and ``bias`` replace the layer's own; they are given if a forward computes them in each step.
         """
         if weight is None:
             weight, bias = self.float_parameters()
@@ -237,20 +257,23 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
             return self.compute(input, weight, bias)
 
     def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute :meth:`forward` with a given weight and bias, outside of the mode that answers a forward's calls."""
+        """Return the result of :meth:`forward` for a given weight and bias.
+
+        The forward has switched torch function modes off.
+        """
         return self.paths[choose_path(self.path_state())](self, self.quantized_input(input), weight, bias)
 
     def rectified(self, y: Tensor) -> Tensor:
-        """Return ``y`` after what stands between the operation and the output's quantizer: a ReLU, or nothing."""
+        """Return ``y`` after the activation between the operation and the output's quantizer: a ReLU, or nothing."""
         return rectify(y, self.ceiling)
 
     @property
     def ends_in_ceiling(self) -> bool:
-        """Whether :attr:`ceiling` is all of what :meth:`rectified` does, so that a kernel can do it."""
+        """Whether :meth:`rectified` is only the ReLU of :attr:`ceiling`, or nothing, so that a kernel can do it."""
         return True
 
     def quantized_output(self, y: Tensor) -> Tensor:
-        """Return the layer's output from the operation's."""
+        """Return the layer's output, given the operation's result ``y``: activation and fake quantization."""
         quantizer = self.activation_post_process
         if self.training and y.requires_grad and self.ends_in_ceiling and not torch.compiler.is_compiling():
             observed = observed_grid(quantizer, y)
@@ -262,22 +285,28 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
     @property
     def packed(self) -> Memo[PackedLayer | None]:
-        """The layer as torch's integer kernels run it; derived, and part of no copy."""
+        """The memo of the layer in the form of torch's integer kernels.
+
+        Made when needed, and not copied with the layer.
+        """
         found: Memo[PackedLayer | None] = self.__dict__.setdefault("_packed", Memo())
         return found
 
     def train(self, mode: bool = True) -> Self:
-        """Switch mode; what eval derives of weights takes no memory in training."""
+        """Switch to training or eval mode; what eval mode derived from weights is deleted."""
         self.packed.clear()
         return super().train(mode)
 
     def eval_key(self) -> tuple[Any, ...]:
-        """Return the values besides tensors on which the layer's integers in eval mode depend."""
+        """Return the values besides tensors on which the layer's integers in eval mode depend, to be compared."""
         types = [getattr(held, "qtype", None) for held in (self.input_quantizer, self.weight_fake_quant)]
         return (self.ceiling, types, [vars(self).get(name) for name in (*_GEOMETRY, "output_padding")])
 
     def _knows_grids(self) -> bool:
-        """Whether input and weight have grids that are switched on; may synchronise with a device."""
+        """Whether input and weight lie on integer grids without groups that are switched on.
+
+        May synchronise with a device.
+        """
         source, quantizer = self.input_quantizer, self.weight_fake_quant
         if source is None or source.qtype.axis is not None or not source.is_enabled_on_host():
             return False
@@ -288,12 +317,15 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return is_integer and quantizer.qtype.group is None
 
     def output_quantizer(self) -> FakeQuantizeBase | None:
-        """Return the quantizer that takes all of the output to one grid, at once or behind a clip, or None."""
+        """Return the quantizer that rounds the whole output to one grid, its own or that of the clip behind; None.
+
+        Neither.
+        """
         quantizer = self.last_quantizer(self.activation_post_process)
         return quantizer if isinstance(quantizer, FakeQuantizeBase) and quantizer.qtype.axis is None else None
 
     def output_grid(self) -> Grid | None:
-        """Return the one grid that the output goes onto, or None where there is none, or it is switched off."""
+        """Return the grid of :meth:`output_quantizer`; None if there is no such quantizer or it is switched off."""
         quantizer = self.output_quantizer()
         if quantizer is None or not quantizer.is_enabled_on_host():
             return None
@@ -301,7 +333,10 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
     @torch.no_grad()
     def integer_layer(self, weight: Tensor, bias: Tensor | None) -> IntegerAffine | None:
-        """Return this layer in integers, or None where input grid or weight grid are unknown or switched off."""
+        """Return this layer in integers, for a given weight and bias.
+
+        None if an input or weight grid is unknown or off.
+        """
         if not self._knows_grids():
             return None
         source = cast(FakeQuantizeBase, self.input_quantizer)
@@ -310,7 +345,9 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
 
 
 def without_qconfig(args: tuple[Any, ...], qconfig: QConfig | None) -> tuple[tuple[Any, ...], QConfig | None]:
-    """Take a QConfig out of a constructor's positional arguments, among which torch.ao's have it.
+    """Return a constructor's positional arguments without a QConfig among them, and the QConfig (or ``qconfig``).
+
+    torch.ao's constructors take it by position.
 
     Raises:
         TypeError: it is given by name too.
@@ -324,17 +361,17 @@ def without_qconfig(args: tuple[Any, ...], qconfig: QConfig | None) -> tuple[tup
 
 
 def checked_qconfig(layer: nn.Module, qconfig: object) -> QConfig:
-    """Return ``qconfig`` if it is tritonq's.
+    """Return ``qconfig`` if it is tritonq's QConfig; ``layer`` is named in the message of the error.
 
     Raises:
-        TypeError: something else; the message says where a class of the same name comes from.
+        TypeError: anything else; the message says where a class of the same name comes from.
     """
     check_qconfig(qconfig, f"qconfig of {type(layer).__name__}", "a QConfig")
     return cast(QConfig, qconfig)
 
 
 def linear_map_of(layer: nn.Module) -> LinearMap:
-    """Return the convolution or product of a layer derived from torch's convolutions or ``nn.Linear``."""
+    """Return the convolution or product that a layer computes, derived from torch's convolutions or ``nn.Linear``."""
     if isinstance(layer, nn.Linear):
         return MatrixProduct()
     conv = cast(nn.modules.conv._ConvNd, layer)

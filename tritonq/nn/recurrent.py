@@ -1,4 +1,4 @@
-"""Quantization-aware LSTM, GRU and RNN: each weight matrix is fake-quantized, and so is what each layer reads."""
+"""Quantization-aware LSTM, GRU and RNN: every weight matrix is fake-quantized, and so is the input of each layer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from tritonq.qconfig import QConfig
 
 
 class QATRecurrent(nn.Module):
-    """What quantization-aware recurrent layers and cells share: a quantizer for each weight matrix.
+    """The base of quantization-aware recurrent layers and cells: a quantizer for each weight matrix.
 
-    The quantizer of ``weight_hh_l0`` is the child ``weight_hh_l0_fake_quant``, with one scale per row (a gate's unit)
-    where the qconfig's weights have one per channel. Parameters keep their names, so that float checkpoints load.
-    Biases, gates and states stay in float.
+    The quantizer of ``weight_hh_l0`` is the child ``weight_hh_l0_fake_quant``. It has one scale per row of the matrix
+    if the qconfig's weights have one per channel. Parameters keep their names, so that float checkpoints load. Biases,
+    gates and states stay in float.
 
     Attributes:
-        qconfig: where the quantizers came from.
+        qconfig: the qconfig that made the quantizers.
+        float_type: the float class that the class replaces.
+        geometry_names: names of the constructor's arguments that the float module has as attributes.
 
     Examples:
         >>> import torch, tritonq
@@ -36,7 +38,7 @@ class QATRecurrent(nn.Module):
     geometry_names: ClassVar[tuple[str, ...]]
 
     def attach_quantizers(self, qconfig: QConfig | None, layers: int) -> None:
-        """Create the quantizers of ``qconfig`` with buffers of their final shape.
+        """Create the quantizers of ``qconfig``, with buffers in their final shapes, for so many layers.
 
         Raises:
             TypeError: no QConfig.
@@ -67,17 +69,25 @@ class QATRecurrent(nn.Module):
         self.activation_post_process = qconfig.activation()
 
     def weight_quantizer(self, name: str) -> nn.Module:
-        """Return the quantizer of one weight."""
+        """Return the quantizer of the weight with this name."""
         return cast(nn.Module, self._modules[name + WEIGHT_QUANTIZER])
 
     def quantized(self, name: str) -> Tensor:
-        """Return a weight after its fake quantizer, or a bias as it is."""
+        """Return a parameter by its name: a weight rounded by its fake quantizer, a bias as it is."""
         value = cast(Tensor, getattr(self, name))
         return cast(Tensor, self.weight_quantizer(name)(value)) if name.startswith("weight") else value
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Any:
-        """Return the quantization-aware form of ``mod``, whose parameters it shares; errors as in QATConv."""
+        """Return the quantization-aware form of ``mod``, whose parameters it shares and whose ``qconfig`` it uses.
+
+        Args:
+            mod: the float layer or cell.
+            use_precomputed_fake_quant: not used; torch.ao has it.
+
+        Raises:
+            TypeError: ``mod`` is not what this class replaces, or has no QConfig.
+        """
         check_float_type(cls, mod, cls.float_type)
         arguments = {name: getattr(mod, name) for name in cls.geometry_names}
         qat: Any = cls(**arguments, device="meta", qconfig=getattr(mod, "qconfig", None))
@@ -102,7 +112,7 @@ class _QATSequence(QATRecurrent, RecurrentForward):
         self.attach_quantizers(qconfig, self.num_layers)
 
     def parameters_of(self, layer: int) -> list[Tensor]:
-        """See base class."""
+        """Return weights (rounded) and biases of one layer, all of one direction, then those of the other."""
         directions = 2 if self.bidirectional else 1
         names = self._all_weights[layer * directions : (layer + 1) * directions]
         return [self.quantized(name) for part in names for name in part]
@@ -111,8 +121,8 @@ class _QATSequence(QATRecurrent, RecurrentForward):
 class LSTM(_QATSequence, nn.LSTM):
     """``nn.LSTM`` with fake-quantized weights; the constructor is the float one's, plus ``qconfig=``.
 
-    What each layer reads and the returned sequence are fake-quantized too; see :class:`QATRecurrent`. ``h_n`` and
-    ``c_n`` are returned in float: who reads them rounds them.
+    The input of each layer and the returned sequence are fake-quantized too; see :class:`QATRecurrent`. ``h_n`` and
+    ``c_n`` are returned in float: modules that read them round them.
 
     Raises:
         TypeError: no QConfig given.
@@ -132,7 +142,7 @@ class LSTM(_QATSequence, nn.LSTM):
 
 
 class GRU(_QATSequence, nn.GRU):
-    """``nn.GRU`` with fake-quantized weights; as :class:`LSTM`.
+    """``nn.GRU`` with fake-quantized weights; the constructor is the float one's, plus ``qconfig=``. See :class:`LSTM`.
 
     Examples:
         >>> import torch, tritonq
@@ -145,7 +155,7 @@ class GRU(_QATSequence, nn.GRU):
 
 
 class RNN(_QATSequence, nn.RNN):
-    """``nn.RNN`` with fake-quantized weights; as :class:`LSTM`.
+    """``nn.RNN`` with fake-quantized weights; the constructor is the float one's, plus ``qconfig=``. See :class:`LSTM`.
 
     Examples:
         >>> import torch, tritonq
@@ -167,7 +177,7 @@ class _QATCell(QATRecurrent, RecurrentCellForward):
         self.attach_quantizers(qconfig, 1)
 
     def cell_weights(self) -> list[Tensor]:
-        """See base class."""
+        """Return ``weight_ih`` and ``weight_hh``, rounded."""
         return [self.quantized("weight_ih"), self.quantized("weight_hh")]
 
 

@@ -1,4 +1,7 @@
-"""Forwards of recurrent layers on weights that a subclass gives: what training, eval mode and deployment run."""
+"""The forwards of recurrent layers, on weights that a subclass provides.
+
+Training, eval mode and deployment run them.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ _BETWEEN = "layer_fake_quant_{}"
 
 
 def weight_names(layer: nn.Module) -> tuple[str, ...]:
-    """Return the names of a float recurrent layer's weights: ``weight_ih_l0`` and so on; biases are none."""
+    """Return the names of a float recurrent layer's weights, without biases: ``("weight_ih_l0", "weight_hh_l0")``."""
     return tuple(name for name, _ in layer.named_parameters(recurse=False) if name.startswith("weight"))
 
 
 def has_computed_weights(module: nn.Module) -> bool:
-    """Whether a module is recurrent and something computes one of its weights: weight_norm, a parametrization, …."""
+    """Whether a module is recurrent and one of its weights is computed (by weight_norm or a parametrization)."""
     if isinstance(module, nn.RNNCellBase):
         names = ["weight_ih", "weight_hh"]
     else:
@@ -33,7 +36,7 @@ def has_computed_weights(module: nn.Module) -> bool:
 
 
 def is_weight_quantizer(name: str) -> bool:
-    """Whether the quantizer of so qualified a name is a weight's, in whatever layer."""
+    """Whether a module with this qualified name is the quantizer of a weight, in a recurrent or any other layer."""
     child = name.rpartition(".")[2]
     return child.startswith("weight") and child.endswith(WEIGHT_QUANTIZER)
 
@@ -41,35 +44,37 @@ def is_weight_quantizer(name: str) -> bool:
 class RecurrentForward(QuantizesInput, nn.RNNBase):
     """The forward of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, one layer at a time.
 
-    Rounded are what each layer reads from the one below, and the sequence that the last one returns. The states of all
-    layers are returned as torch computes them, in float, and gates and states inside of a layer are float too.
+    The input of each layer is rounded, and the sequence that the last layer returns. Returned states are in float, as
+    torch computes them, and so are the gates and states inside of a layer.
 
     Attributes:
-        activation_post_process: the quantizer of the sequence.
+        activation_post_process: the quantizer of the returned sequence.
     """
 
     activation_post_process: nn.Module
 
     def parameters_of(self, layer: int) -> list[Tensor]:
-        """Return weights and biases of one layer as torch's functions take them: all of one direction, then the other.
+        """Return weights and biases of one layer in the order of torch's functions.
+
+        All of one direction, then the other.
 
         Raises:
-            NotImplementedError: a subclass must say.
+            NotImplementedError: a subclass must define it.
         """
         raise NotImplementedError
 
     def add_quantizers_between(self, quantizers: list[nn.Module]) -> None:
-        """Hold the quantizers of what each layer but the last hands to the next."""
+        """Add quantizers of what each layer hands to the next as children; there is one fewer than layers."""
         for index, quantizer in enumerate(quantizers):
             self.add_module(_BETWEEN.format(index), quantizer)
 
     @property
     def quantizers_between(self) -> list[nn.Module]:
-        """The quantizers of what each layer but the last hands to the next."""
+        """The quantizers of what each layer hands to the next, the lowest first."""
         return [cast(nn.Module, self._modules[_BETWEEN.format(index)]) for index in range(self.num_layers - 1)]
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        """Return sequence and states, with arguments and shapes as torch's class has them."""
+        """Return ``(sequence, states)``; arguments, shapes and packed sequences as in torch's class."""
         packed = input if isinstance(input, PackedSequence) else None
         x: Tensor = input if packed is None else packed.data
         y: Any
@@ -96,7 +101,14 @@ class RecurrentForward(QuantizesInput, nn.RNNBase):
     def _states(
         self, x: Tensor, given: tuple[Tensor, ...] | None, sizes: Tensor | None, batch_axis: int
     ) -> tuple[Tensor, ...]:
-        """Return the states to begin with, (layers * directions, batch, size), checked as torch checks them."""
+        """Return the states to begin with, (layers * directions, batch, size), checked as torch checks them.
+
+        Args:
+            x: the input.
+            given: the given states; None: zeros.
+            sizes: batch sizes of a packed sequence; None for a plain tensor.
+            batch_axis: axis of ``x`` that is the batch, for a plain tensor.
+        """
         if given is None:
             batch = x.shape[batch_axis] if sizes is None else int(sizes[0])
             rows = self.num_layers * self._directions
@@ -110,6 +122,7 @@ class RecurrentForward(QuantizesInput, nn.RNNBase):
         return 2 if self.bidirectional else 1
 
     def _run(self, x: Tensor, states: tuple[Tensor, ...], sizes: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run all layers; return the rounded sequence and the last states of all layers."""
         last: list[tuple[Tensor, ...]] = []
         between = self.quantizers_between
         for layer in range(self.num_layers):
@@ -123,7 +136,14 @@ class RecurrentForward(QuantizesInput, nn.RNNBase):
     def run_layer(
         self, x: Tensor, states: tuple[Tensor, ...], sizes: Tensor | None, parameters: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Return the sequence that one layer makes of ``x``, and its last states, in float."""
+        """Run one layer in float; return the sequence that it makes of ``x``, followed by its last states.
+
+        Args:
+            x: the layer's input.
+            states: the states to begin with, (directions, batch, size): two for an LSTM, else one.
+            sizes: batch sizes of a packed sequence; None for a plain tensor.
+            parameters: of :meth:`parameters_of`.
+        """
         run: Any = getattr(torch._VF, _SEQUENCES[self.mode])
         begin = states if self.mode == "LSTM" else states[0]
         options = (self.bias, 1, 0.0, self.training, self.bidirectional)
@@ -133,13 +153,15 @@ class RecurrentForward(QuantizesInput, nn.RNNBase):
 
 
 def _reordered(states: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
+    """Return states with their batch entries in another order; None: as they are."""
     return states if order is None else tuple(state.index_select(1, order) for state in states)
 
 
 class RecurrentCellForward(QuantizesInput, nn.RNNCellBase):
     """The forward of ``nn.LSTMCell``, ``nn.GRUCell`` and ``nn.RNNCell``; the new hidden state is rounded.
 
-    So is what the next step reads. The LSTM's other state stays in float, as do the gates.
+    The input of the step is rounded, too, if the cell has an input quantizer. The LSTM's cell state and the gates stay
+    in float.
 
     Attributes:
         activation_post_process: the quantizer of the hidden state.
@@ -151,12 +173,15 @@ class RecurrentCellForward(QuantizesInput, nn.RNNCellBase):
         """Return ``weight_ih`` and ``weight_hh`` as the cell multiplies by them.
 
         Raises:
-            NotImplementedError: a subclass must say.
+            NotImplementedError: a subclass must define it.
         """
         raise NotImplementedError
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """Return the next state, or the next two, with arguments and shapes as torch's class has them."""
+        """Return the next hidden state, or (hidden state, cell state) of an LSTM.
+
+        Arguments and shapes as in torch's class.
+        """
         if input.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__} takes 1 or 2 axes, got the shape {tuple(input.shape)}")
         is_lstm, x = isinstance(self, nn.LSTMCell), torch.atleast_2d(input)

@@ -10,12 +10,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Reference(Generic[M]):
-    """A module that is used here and owned elsewhere; None where there is none.
+    """A reference to a module that is used here and owned by another module; its ``module`` is None if there is none.
 
-    ``nn.Module`` takes each module that is assigned to an attribute for a child: its tensors would appear in the state
-    dict a second time, and ``to()``, ``train()`` and ``named_modules()`` would visit it twice. A Reference in its place
-    is an ordinary attribute. ``copy.deepcopy`` and ``pickle`` follow it: where owner and user are copied together, the
-    copy of the user refers to the copy of the owner. It lives as long as the module that holds it.
+    ``nn.Module`` takes every module that is assigned to an attribute for a child: its tensors would appear in the state
+    dict a second time, and ``to()``, ``train()`` and ``named_modules()`` would visit it twice. A Reference is an
+    ordinary attribute instead. ``copy.deepcopy`` and ``pickle`` follow it: if both modules are copied together, the
+    copy of the user refers to the copy of the owner. It keeps the module alive.
     """
 
     __slots__ = ("module",)
@@ -28,9 +28,9 @@ class Reference(Generic[M]):
 
 
 class ReferringModule(nn.Module):
-    """A module that holds References.
+    """Base of modules that hold :class:`Reference` objects in the attributes named by ``_references``.
 
-    Version 0.1.0 held tuples of one module instead; a model that it pickled gets References when it is loaded.
+    In version 0.1.0 these attributes were tuples of one module; they become References when such a pickle is loaded.
     """
 
     # Attributes that hold a Reference.

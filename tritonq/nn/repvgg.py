@@ -30,7 +30,7 @@ _KERNEL = 3
 class RepVGGBlock(nn.Module):
     """``act(BN3(conv3x3(x)) + α BN1(conv1x1(x)) + BN_id(x))``, which one 3×3 convolution computes in eval mode.
 
-    The identity branch needs as many channels in as out, and stride 1.
+    The identity branch ``BN_id(x)`` needs as many channels in as out, and stride 1.
 
     Args:
         in_channels: of the input.
@@ -38,15 +38,16 @@ class RepVGGBlock(nn.Module):
         stride: of both convolutions.
         groups: of both convolutions.
         activation: after the sum: a module, a name ("relu", "relu6", "silu", "swish", "gelu", "hardswish",
-            "leaky_relu", "sigmoid"), or None for none.
-        identity: whether there is an identity branch; None: where the shapes allow it. PaddleDetection's blocks have
-            none.
-        learned_alpha: whether α is a parameter that starts at 1; else it is 1.
+            "leaky_relu", "sigmoid"), or None for no activation.
+        identity: whether there is an identity branch; None: if the shapes allow it. PaddleDetection's blocks have none.
+        learned_alpha: whether α is a parameter that starts at 1; else it is the constant 1.
         eps: of the BatchNorms.
         momentum: of the BatchNorms.
+        device: of the parameters, as in torch.
+        dtype: of the parameters, as in torch.
 
     Raises:
-        ValueError: an unknown name of an activation, or an identity branch where the shapes don't allow it.
+        ValueError: an unknown name of an activation, or an identity branch although the shapes don't allow it.
         TypeError: an activation that is neither a module nor a name.
 
     Source: Ding et al. (2021), "RepVGG"; PaddleDetection (learned α).
@@ -94,7 +95,7 @@ class RepVGGBlock(nn.Module):
         self.activation = _activation(activation)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return (batch, in_channels, h, w) to (batch, out_channels, h', w')."""
+        """Return the block's output (batch, out_channels, h', w') for ``input`` (batch, in_channels, h, w)."""
         pointwise = self.bn1(self.conv1(input))
         y = self.bn3(self.conv3(input)) + (pointwise if self.alpha is None else self.alpha * pointwise)
         if self.bn_identity is not None:
@@ -103,18 +104,18 @@ class RepVGGBlock(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The 3×3 branch's weight: device and dtype of the block."""
+        """The weight of the 3×3 branch, whose device and dtype are the block's."""
         return self.conv3.weight
 
     def activated(self, y: Tensor) -> Tensor:
-        """Return ``y`` after the activation."""
+        """Return ``y`` after the activation, or as it is without one."""
         return y if self.activation is None else cast(Tensor, self.activation(y))
 
     def merged_parameters(self) -> tuple[Tensor, Tensor]:
         """Return kernel (out, in/groups, 3, 3) and bias (out,) of the one convolution, differentiable in every branch.
 
-        ``K = t3 K3 + pad(α t1 K1) + t_id I`` and ``B = B3 + α B1 + B_id`` with ``t = γ/σ(running_var)`` and
-        ``B_i = β - running_mean t``.
+        ``K = t3 K3 + pad(α t1 K1) + t_id I`` and ``B = B3 + α B1 + B_id``, with ``t = γ/σ(running_var)`` and ``B_i = β
+        - running_mean t`` of each branch's BatchNorm. Without an identity branch its terms are missing.
         """
         kernel, bias = _folded(self.conv3.weight, self.bn3)
         point, point_bias = _folded(self.conv1.weight, self.bn1)
@@ -128,7 +129,7 @@ class RepVGGBlock(nn.Module):
         return kernel, bias
 
     def _identity_kernel(self) -> Tensor:
-        """Return ``I[i, i mod (C/groups), centre] = 1``: what passes its input through."""
+        """Return the kernel I that passes its input through: ``I[i, i mod (C/groups), centre] = 1``, else 0."""
         weight = self.conv3.weight
         kernel = torch.zeros_like(weight)
         channel = torch.arange(self.out_channels, device=weight.device)
@@ -136,7 +137,7 @@ class RepVGGBlock(nn.Module):
         return kernel
 
     def reparametrize(self) -> nn.Conv2d:
-        """Return one float convolution that computes the branches' sum in eval mode, before the activation."""
+        """Return one float convolution that computes the sum of the branches in eval mode, before the activation."""
         kernel, bias = self.merged_parameters()
         conv = nn.Conv2d(
             self.in_channels,
@@ -154,12 +155,12 @@ class RepVGGBlock(nn.Module):
         return conv
 
     def extra_repr(self) -> str:
-        """Return shape."""
+        """Return channels, stride and groups for ``repr``."""
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, groups={self.groups}"
 
 
 def _train(block: QATRepVGGBlock, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Run the merged convolution, its bias on the grid of its accumulator."""
+    """Return the merged convolution in a training step, with its bias rounded to the grid of its accumulator."""
     kernel = find_kernel(x, weight, block.linear_map)
     weight, grid = (block.quantized_weight(weight), None) if kernel else block.weight_to_map(weight)
     # Behind the weight's quantizer, whose scale is the bias's too.
@@ -168,10 +169,11 @@ def _train(block: QATRepVGGBlock, x: Tensor, weight: Tensor, bias: Tensor | None
 
 
 class QATRepVGGBlock(QATLayer, RepVGGBlock):
-    """QAT through the branches: each step merges them, with running statistics, and runs one quantized convolution.
+    """A RepVGG block in QAT: each step merges the branches and runs one quantized convolution.
 
-    ``y = FQ_a(act(conv(x, FQ_w(K)) + FQ_b(B)))`` with K and B of :meth:`RepVGGBlock.merged_parameters`; gradients reach
-    every branch. The statistics are those of float training: they are not updated.
+    ``y = FQ_a(act(conv(x, FQ_w(K)) + FQ_b(B)))`` with K and B of :meth:`RepVGGBlock.merged_parameters`; FQ_w, FQ_b and
+    FQ_a are fake quantization of weight, bias and output. Gradients reach every branch. The BatchNorms use the running
+    statistics of float training, which are not updated.
 
     Raises:
         TypeError: no QConfig given.
@@ -194,16 +196,19 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
 
     @property
     def bias(self) -> None:  # type: ignore[override]
-        """Branches have no bias of their own."""
+        """None: the block has no bias parameter; the merged one comes from the BatchNorms."""
 
     @property
     def linear_map(self) -> Convolution:
-        """The merged convolution."""
+        """The merged 3×3 convolution, with its stride and groups."""
         margin = (_KERNEL // 2, _KERNEL // 2)
         return Convolution((self.stride, self.stride), margin, (1, 1), (0, 0), False, self.groups)
 
     def float_parameters(self) -> tuple[Tensor, Tensor]:
-        """See :meth:`RepVGGBlock.merged_parameters`; kept in eval mode, without gradients, until a branch changes."""
+        """Return the parameters of :meth:`RepVGGBlock.merged_parameters`.
+
+        In eval mode without gradients they are kept until a branch changes.
+        """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.merged_parameters()
         branches = (self.conv3, self.bn3, self.conv1, self.bn1, self.bn_identity)
@@ -215,26 +220,29 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
         return memo.get(tuple(held), self._merged_outside_of_inference, (sums, self.eval_key()))
 
     def _merged_outside_of_inference(self) -> tuple[Tensor, Tensor]:
-        """Merge outside of inference mode, whose tensors have no version that shows later changes."""
+        """Return the merged parameters as ordinary tensors: those made in inference mode have no version to compare."""
         with torch.inference_mode(False), torch.no_grad():
             return self.merged_parameters()
 
     def eval_key(self) -> tuple[Any, ...]:
-        """See base class."""
+        """Return the values besides tensors on which eval mode depends.
+
+        Those of the base class, and the BatchNorms' eps.
+        """
         norms = (self.bn3, self.bn1, self.bn_identity)
         return (*super().eval_key(), [bn.eps for bn in norms if bn is not None])
 
     @property
     def ends_in_ceiling(self) -> bool:
-        """See base class."""
+        """Whether the activation is a ReLU or the like, or missing, so that a kernel can do it."""
         return self.activation is None or self.ceiling is not None
 
     def rectified(self, y: Tensor) -> Tensor:
-        """See base class: the activation, in training, where hooks may listen to it; in eval a ReLU is the ceiling."""
+        """Return ``y`` after the activation; in training its module runs, so that its hooks do."""
         return rectify(y, self.ceiling) if self.ends_in_ceiling and not self.training else self.activated(y)
 
     def train(self, mode: bool = True) -> QATRepVGGBlock:
-        """Switch mode; the BatchNorms stay in eval mode."""
+        """Switch to training or eval mode and return the block; the BatchNorms stay in eval mode."""
         super().train(mode)
         self.__dict__.pop("_merged", None)
         for bn in (self.bn3, self.bn1, self.bn_identity):
@@ -243,13 +251,20 @@ class QATRepVGGBlock(QATLayer, RepVGGBlock):
         return self
 
     def output_quantizer(self) -> FakeQuantizeBase | None:
-        """See base class: where the activation keeps values on the grid, the accumulator may go there at once."""
+        """Return the quantizer that rounds the convolution's sums to one grid.
+
+        None if the activation is no ReLU or Identity.
+        """
         on_grid = self.activation is None or self.ceiling is not None or isinstance(self.activation, nn.Identity)
         return super().output_quantizer() if on_grid else None
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QATRepVGGBlock:
         """Return the quantization-aware form of ``mod``, whose branches it shares and whose ``qconfig`` it uses.
+
+        Args:
+            mod: the float block.
+            use_precomputed_fake_quant: not used; torch.ao has it.
 
         Raises:
             TypeError: not a :class:`RepVGGBlock`, or no QConfig on it.
@@ -289,7 +304,12 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _activation(given: nn.Module | str | None) -> nn.Module | None:
-    """Return the activation that a module or a name stands for."""
+    """Return the activation module for a name, or the given module; None for None.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a module, a name nor None.
+    """
     if isinstance(given, str):
         if given not in _ACTIVATIONS:
             raise ValueError(f"unknown activation {given!r}; known: {', '.join(_ACTIVATIONS)}")
@@ -300,6 +320,6 @@ def _activation(given: nn.Module | str | None) -> nn.Module | None:
 
 
 def _folded(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Return a branch's kernel and bias with its BatchNorm folded in."""
+    """Return kernel and bias of a branch with its BatchNorm folded in by its running statistics."""
     scale = fold_scale(cast(Tensor, bn.running_var), bn.weight, bn.eps)
     return scale_out_channels(weight, scale), fold_bias(None, cast(Tensor, bn.running_mean), scale, bn.bias)

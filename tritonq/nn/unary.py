@@ -1,4 +1,4 @@
-"""Operations of one tensor between two grids: what means, and functions of one tensor, have in common."""
+"""The base class of operations of one tensor, such as means and SiLU, between codes of one grid and another."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tritonq.qconfig import QConfig
 class UnaryLayer(nn.Module):
     """``FQ(f(x))`` for an operation f of one tensor.
 
-    In eval mode, with the grids of input and output known, the codes of the result are computed from those of the input
-    (:meth:`exact`). Everywhere else the operation is torch's (:meth:`compute`).
+    In eval mode, if the grids of input and output are known, the codes of the result are computed from those of the
+    input (:meth:`exact`). Otherwise torch computes the operation (:meth:`compute`).
 
     Attributes:
-        activation_post_process: quantizer of the output; an Identity where another module quantizes it.
+        activation_post_process: quantizer of the output; an Identity if another module quantizes it.
 
     Examples:
         >>> import torch, tritonq
@@ -42,36 +42,44 @@ class UnaryLayer(nn.Module):
     activation_post_process: nn.Module
 
     def attach_quantizers(self, qconfig: QConfig | None) -> None:
-        """Create the output's quantizer; None: the output stays in float, or another module quantizes it."""
+        """Create the output's quantizer by ``qconfig``; None.
+
+        The output stays in float, or another module quantizes it.
+        """
         self.activation_post_process = nn.Identity() if qconfig is None else qconfig.activation()
         self._source: Reference[nn.Module] = Reference()
         self._output: Reference[nn.Module] = Reference()
 
     def set_quantizers(self, source: nn.Module | None, output: nn.Module | None = None) -> None:
-        """Set the quantizer whose grid the input lies on (None: unknown), and the one that reads the result.
+        """Set the quantizers of input and output, which other modules own.
 
-        ``output`` is the quantizer that reads this module's result, and alone does, where the module has none itself.
+        Args:
+            source: the quantizer on whose grid the input lies; None: unknown.
+            output: if the module has no quantizer of its own, the one that alone reads its result; else None.
         """
         self._source, self._output = Reference(source), Reference(output)
 
     def replace_quantizers(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
-        """Refer to what took the place of a quantizer in the model."""
+        """Replace quantizers by the modules that took their places in the model.
+
+        The dict has the new module by the old one.
+        """
         found = [None if held is None else replacements.get(held, held) for held in self.linked_quantizers]
         self.set_quantizers(*found)
 
     @property
     def linked_quantizers(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """The quantizers of input and output, where known; what a saved file names."""
+        """The quantizers of input and output, None for one that is not known; a saved file must name them."""
         return self.input_quantizer, self.output_quantizer
 
     @property
     def input_quantizer(self) -> nn.Module | None:
-        """The quantizer whose grid the input lies on, where known."""
+        """The quantizer on whose grid the input lies; None if it is not known."""
         return self._source.module
 
     @property
     def output_quantizer(self) -> nn.Module | None:
-        """The quantizer of the result: the module's own, or the one that follows it; None: neither."""
+        """The quantizer of the result: the module's own, or the one that follows it; None if there is neither."""
         own = self.activation_post_process
         # Not by type: while torch.export traces, modules have classes of its own.
         return self._output.module if isinstance(own, nn.Identity) else own
@@ -86,16 +94,19 @@ class UnaryLayer(nn.Module):
 
         Args:
             x: float tensor of values on the grid of ``source``.
-            source: the input's grid, per tensor.
-            output: grid of the quantizer behind the operation, per tensor.
+            source: the input's grid, with one scale for the tensor.
+            output: the grid of the quantizer behind the operation, with one scale for the tensor.
         """
 
     @abstractmethod
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
-        """Return :meth:`exact` while both grids are switched on, else :meth:`compute`, for ``torch.compile``."""
+        """Return the result for ``torch.compile``.
+
+        As :meth:`exact` while both grids are switched on, else as :meth:`compute`.
+        """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the fake-quantized result; shapes as torch has them."""
+        """Return the fake-quantized result; shapes as torch's operation has them."""
         own = self.activation_post_process
         observed = observed_grid(own, input) if self.training else None
         if observed is None or observed[0].qtype.axis is not None or not input.is_floating_point():
@@ -105,16 +116,20 @@ class UnaryLayer(nn.Module):
         return y
 
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
-        """Return the codes of the result, clipped; None where :meth:`exact` is the only way.
+        """Return the codes of the result, clipped; None if only :meth:`exact` can compute it.
 
         Args:
             codes: uint8 codes of the input, counted from 0.
             source: the input's grid.
-            output: the result's.
+            output: the result's grid.
         """
         return None
 
     def _result(self, x: Tensor) -> Tensor:
+        """Return the operation's result.
+
+        Exact in eval mode if grids are known, with the gradient of the float result.
+        """
         if self.training:
             return self.compute(x)
         exact = self._exact_result(x)
@@ -125,7 +140,7 @@ class UnaryLayer(nn.Module):
         return with_gradient_of(exact, self.compute(x)) if needs_grad else exact
 
     def _exact_result(self, x: Tensor) -> Tensor | None:
-        """Return the result as integer runtimes compute it, without gradient; None where a grid is unknown."""
+        """Return the result as integer runtimes compute it, without gradient; None if a grid is unknown or off."""
         source, output = self.input_quantizer, self.output_quantizer
         if not is_grid_source(source) or not is_grid_source(output):
             return None
@@ -143,6 +158,7 @@ class UnaryLayer(nn.Module):
         return self.exact(x, *grids)
 
     def _on_codes(self, x: Tensor, source: Grid, output: Grid) -> Tensor | None:
+        """Return the result computed from the codes of ``x``; None if these can't be used."""
         held = (source.scale, source.zero_point, output.scale, output.zero_point)
         memo: Memo[tuple[HostGrid | None, HostGrid | None]] = self.__dict__.setdefault("_host_grids", Memo())
         one, other = memo.get(held, lambda: (host_grid(source), host_grid(output)), (source.qtype, output.qtype))

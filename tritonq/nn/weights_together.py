@@ -1,4 +1,4 @@
-"""All folded weights of a model quantized at the start of a step, in one launch."""
+"""Quantize the folded weights of all Conv-BN layers of a model at the start of a step, in one kernel launch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from tritonq.reference.weight import WeightCodes
 def quantize_weights_together(model: nn.Module) -> RemovableHandle:
     """Quantize the weights of all Conv-BN layers in one launch, each time ``model`` is called in training mode.
 
-    For small layers, whose steps are bound by launches. Results are the same, bit for bit; only the forward changes, so
-    that gradients still arrive layer by layer. All weights' codes exist at once, four bytes for each weight. Layers
-    that the operator cannot take (another mode of folding, other quantizers, weights that aren't float32 or on a device
-    without kernels) go on by themselves. So does the whole model under ``torch.compile``, in which a launch costs
-    nothing; where parameters are sharded (FSDP2) it must not be used: weights are whole inside of their layers alone.
+    It helps models of small layers, whose steps are bound by the number of launches. Results are the same, bit for bit.
+    Only the forward changes; gradients still arrive layer by layer. All weights' codes exist at once, four bytes for
+    each weight.
+
+    Layers that the operator cannot take work as before: with another mode of folding, other quantizers, weights that
+    aren't float32, or on a device without kernels. Under ``torch.compile`` nothing changes. It must not be used with
+    sharded parameters (FSDP2), which are whole only inside of their layers.
 
     Args:
         model: a model with quantization-aware layers; the hook runs when this module is called, not its parts.
@@ -56,6 +58,7 @@ def quantize_weights_together(model: nn.Module) -> RemovableHandle:
 
 @torch.no_grad()
 def _make_ready(model: nn.Module, args: Any) -> None:
+    """Quantize the weights of the layers in a model, as its forward pre-hook; one launch for each device."""
     if not model.training or torch.compiler.is_compiling() or is_recomputing():
         return
     found: dict[torch.device, list[tuple[QATBatchNormLayer, Grid, RangeStatistics]]] = {}
@@ -72,7 +75,7 @@ def _make_ready(model: nn.Module, args: Any) -> None:
 def _make_layers_ready(
     layers: Sequence[QATBatchNormLayer], grids: Sequence[Grid], statistics: Sequence[RangeStatistics]
 ) -> None:
-    """Quantize the weights of layers on one device in one launch."""
+    """Quantize the weights of layers on one device in one launch, and leave each layer its codes for this step."""
     fold, inverse_std = _folds(layers)
     rows = [layer.linear_map.to_rows(layer.weight.detach()) for layer in layers]
     made = implementation("weights_together", rows[0]).quantize_all(rows, fold, grids, statistics)
@@ -83,7 +86,7 @@ def _make_layers_ready(
 
 
 def _observed_grid_of(layer: QATBatchNormLayer) -> tuple[Grid, RangeStatistics] | None:
-    """Return grid and range of the layer's weight quantizer if a launch can serve it, else None."""
+    """Return grid and observed range of a layer's weight quantizer; None if the launch can't take the layer."""
     weight = layer.weight
     if weight.dtype != torch.float32 or not layer.trains_in_one_operator or select(weight) != "triton":
         return None
@@ -92,7 +95,7 @@ def _observed_grid_of(layer: QATBatchNormLayer) -> tuple[Grid, RangeStatistics] 
 
 
 def _folds(layers: Sequence[QATBatchNormLayer]) -> tuple[Tensor, Tensor]:
-    """Compute :func:`nonzero_fold` of every layer, one behind the other."""
+    """Return the fold and ``1/σ`` of all layers' channels, one layer after the other; see ``nonzero_fold``."""
     if len({layer.bn.eps for layer in layers}) > 1:
         each = [_folds([layer]) for layer in layers]
         return torch.cat([fold for fold, _ in each]), torch.cat([inverse_std for _, inverse_std in each])
