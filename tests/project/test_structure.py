@@ -181,7 +181,7 @@ def table_rows(text):
     """The cells of each row of the tables in a text, without the rows that name and rule the columns."""
     for header, row in zip(text.splitlines(), text.splitlines()[1:], strict=False):
         if header.startswith("|") and row.startswith("|") and "---" not in row:
-            yield [cell.strip() for cell in row.strip("|").split(" | ")]
+            yield [cell.strip() for cell in row.strip("|").split("|")]
 
 
 def test_each_change_of_the_table_names_what_to_touch_and_its_test():
