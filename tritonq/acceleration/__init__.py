@@ -1,4 +1,11 @@
-"""Models that other libraries prepared for quantization-aware training, with tritonq's operators inside."""
+"""Models that other libraries prepared for quantization-aware training, with tritonq's operators inside.
+
+Each way in which a library prepares a model has a module here (`eager`, `graph_modules`, `tensor_quantizers`) with the
+same five functions, which
+:func:`accelerate` and :func:`restore` call: ``is_prepared(model)``, ``package(model)``, ``accelerate(model)``,
+``restore(model)`` and
+``is_accelerated(model)``. A new library is one more such module in ``_LIBRARIES``, and its versions in ``_VERSIONS``.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +69,7 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
         raise TypeError(f"accelerate needs a torch.nn.Module, got {type(model).__name__}")
     if report_of(model) is not None or any(library.is_accelerated(model) for library in _LIBRARIES):
         raise ValueError("this model is accelerated already; tritonq.restore(model) undoes it")
-    found = [library for library in _LIBRARIES if library.finds(model)]
+    found = [library for library in _LIBRARIES if library.is_prepared(model)]
     if not found:
         classes = sorted({type(module).__name__ for module in model.modules()})
         raise ValueError(
@@ -120,7 +127,10 @@ def report_of(model: nn.Module) -> AccelerationReport | None:
 
 
 def _check_version(package: str) -> None:
-    """Raise ValueError unless what this version of a library computes was compared with tritonq."""
+    """Raise ValueError if the installed version of ``package``, such as "torchao", is not in ``_VERSIONS``.
+
+    Only for these versions do tests compare the library's numbers with tritonq's.
+    """
     version = str(importlib.import_module(package).__version__)
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     first, end = _VERSIONS[package]

@@ -1,4 +1,10 @@
-"""torch.ao's eager mode: modules are marked as tritonq's, and observer hooks move into the operator before them."""
+"""torch.ao's eager mode: modules are marked as tritonq's, and observer hooks move into the operator before them.
+
+torch.ao lets the quantizer of a layer's result run in a forward hook of the layer, its *observer hook*. An operator of
+tritonq computes layer and
+quantizer together, so that the hook is taken out of ``_forward_hooks`` and kept under ``HOOK`` until :func:`restore`
+puts it back.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +17,10 @@ from torch import nn
 
 from tritonq.acceleration.library_layers import HOOK, MARK
 from tritonq.acceleration.quantizers import (
-    attach,
-    detach,
-    is_attached,
+    forget_formula,
+    has_formula,
     is_fake_quantizer,
+    remember_formula,
     unknown_reason,
 )
 from tritonq.acceleration.report import AccelerationReport, Row
@@ -22,8 +28,8 @@ from tritonq.acceleration.report import AccelerationReport, Row
 _OBSERVER_HOOK = ("torch.ao.quantization.quantize", "_observer_forward_hook")
 
 
-def finds(model: nn.Module) -> bool:
-    """Whether torch.ao's eager mode prepared a part of ``model``."""
+def is_prepared(model: nn.Module) -> bool:
+    """Whether ``model`` has a layer or fake quantizer that torch.ao's ``prepare_qat`` made (eager mode)."""
     return "torch.ao.quantization" in sys.modules and any(
         type(module).__module__.startswith(("torch.ao.quantization.", "torch.ao.nn.qat.", "torch.ao.nn.intrinsic.qat."))
         and (is_fake_quantizer(module) or hasattr(module, "weight_fake_quant"))
@@ -32,12 +38,17 @@ def finds(model: nn.Module) -> bool:
 
 
 def package(model: nn.Module) -> str:
-    """Return the package whose version decides what ``model`` computes."""
+    """Return ``"torch"``: the version of this package decides what ``model`` computes."""
     return "torch"
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
-    """Mark torch.ao's modules in ``model``."""
+    """Mark those modules of torch.ao in ``model`` that tritonq can compute, in place, and return the report.
+
+    A marked module keeps its class; its forward runs tritonq's operators. The report has one row for each fake
+    quantizer and each layer, with the reason
+    for those that are not marked.
+    """
     from tritonq.acceleration.torch_ao import CLASSES, mark
 
     report = AccelerationReport(f"torch.ao (torch {torch.__version__})")
@@ -45,7 +56,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     for name, module in modules.items():
         if is_fake_quantizer(module):
             reason = None if type(module) in CLASSES else f"a class of its own, {type(module).__name__}"
-            reason = reason or attach(module)
+            reason = reason or remember_formula(module)
             report.rows.append(_row(name, module, "observing and rounding", reason))
             if reason is None:
                 mark(module)
@@ -62,7 +73,10 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
 
 def restore(model: nn.Module) -> None:
-    """Take the mark from every module, and give it its observer hook back."""
+    """Undo :func:`accelerate` in place: take the mark from every module, and put its observer hook back.
+
+    A model without a marked module stays as it is.
+    """
     if not is_accelerated(model):
         return
     from tritonq.acceleration.torch_ao import unmark
@@ -74,12 +88,12 @@ def restore(model: nn.Module) -> None:
             key, hook = module.__dict__.pop(HOOK)
             module._forward_hooks[key] = hook
             cast(Any, module._forward_hooks).move_to_end(key, last=False)
-        detach(module)
+        forget_formula(module)
         unmark(module)
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    """Whether a module of ``model`` has the mark."""
+    """Whether at least one module of ``model`` has the mark of :func:`accelerate`."""
     return any(MARK in module.__dict__ for module in model.modules())
 
 
@@ -88,7 +102,10 @@ def _row(name: str, module: nn.Module, outcome: str, reason: str | None) -> Row:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    """Whether ``module`` computes with a quantized weight, which tables do not, or has a quantized result."""
+    """Whether ``module`` is a layer with a quantized weight, or a ``FloatFunctional`` with a quantized result.
+
+    False for embedding tables, which have a quantized weight but compute no product.
+    """
     if hasattr(module, "weight_fake_quant"):
         return not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
     held = getattr(module, "activation_post_process", None)
@@ -96,22 +113,32 @@ def _is_quantized(module: nn.Module) -> bool:
 
 
 def _why_not(module: nn.Module, classes: Collection[type[nn.Module]]) -> str | None:
-    """Return why a layer or operation is left alone, or None."""
+    """Return why tritonq does not compute this layer or ``FloatFunctional``, in words for the report; None: it does.
+
+    Args:
+        module: a module for which :func:`_is_quantized` is true.
+        classes: the classes of torch.ao that tritonq computes, exactly; a subclass is left alone.
+    """
     held: Any = module
     if type(module) not in classes:
-        known = is_attached(getattr(held, "weight_fake_quant", None))
+        known = has_formula(getattr(held, "weight_fake_quant", None))
         return "only its quantizers are known" if known else f"a class of its own, {type(module).__name__}"
     quantizer = getattr(held, "weight_fake_quant", None) or held.activation_post_process
-    if not is_attached(quantizer):
+    if not has_formula(quantizer):
         return f"its quantizer is left alone: {unknown_reason(quantizer)}"
     return None
 
 
 def _take_hook(module: nn.Module) -> bool:
-    """Take over the hook that lets the result's quantizer run, where the operator can run it."""
+    """Move the observer hook of ``module`` to ``module.__dict__[HOOK]``.
+
+    Return whether tritonq now runs the result's quantizer. A ``FloatFunctional`` has no such hook, since it calls its
+    quantizer itself: the result is True. It is False for a layer without a hook, or with a
+    quantizer that tritonq does not know.
+    """
     if not hasattr(module, "weight_fake_quant"):
         return True  # an operation calls its quantizer itself
-    if not is_attached(getattr(module, "activation_post_process", None)):
+    if not has_formula(getattr(module, "activation_post_process", None)):
         return False
     found = _observer_hook(module)
     if found is not None:
@@ -121,7 +148,7 @@ def _take_hook(module: nn.Module) -> bool:
 
 
 def _observer_hook(module: nn.Module) -> tuple[int, Any] | None:
-    """Return key and function of the hook that lets the quantizer of the module's result run."""
+    """Return the key of torch.ao's observer hook in ``module._forward_hooks``, and the hook; None if there is none."""
     for key, hook in module._forward_hooks.items():
         if (getattr(hook, "__module__", ""), getattr(hook, "__name__", "")) == _OBSERVER_HOOK:
             return key, hook

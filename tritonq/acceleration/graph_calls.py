@@ -1,4 +1,9 @@
-"""What the code of an accelerated graph calls: layers, sums and quantizers, given a library's tensors and modules."""
+"""Functions that the code of an accelerated graph calls in place of the library's nodes: layers, sums and quantizers.
+
+Their arguments are tensors and fake quantizers of the library. FQ is the fake quantization by a quantizer; ``relu?`` a
+ReLU with the given ``ceiling``
+(infinity for a plain one, 6.0 for ReLU6), or none for None.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,15 @@ _MEMORY = "_tritonq_memory"
 
 
 def convolution(stride: Any, padding: Any, dilation: Any, groups: int, dimensions: int) -> LinearMap:
-    """Return the convolution of an aten operator's arguments, of which each may be one number for all dimensions."""
+    """Return the convolution that aten's arguments describe.
+
+    Args:
+        stride: one number for all dimensions, or one for each.
+        padding: as ``stride``.
+        dilation: as ``stride``.
+        groups: number of groups.
+        dimensions: 1, 2 or 3.
+    """
     listed = ([value] if isinstance(value, int) else list(value) for value in (stride, padding, dilation))
     strides, paddings, dilations = (tuple(value) * (dimensions if len(value) == 1 else 1) for value in listed)
     return Convolution(strides, paddings, dilations, (0,) * dimensions, False, groups)
@@ -30,9 +43,9 @@ def graph_layer(
     ceiling: float | None,
     geometry: tuple[Any, ...] | None,
 ) -> Tensor:
-    """Return ``FQ(relu?(op(x, FQ(weight)) + bias))``.
+    """Return ``FQ(relu?(op(x, FQ(weight)) + bias))``; the result is not rounded if ``output_quantizer`` is None.
 
-    ``geometry`` is that of :func:`convolution`, None for a product.
+    ``geometry`` holds the arguments of :func:`convolution`; None: ``op`` is a matrix product.
     """
     return affine(_layer(weight_quantizer, output_quantizer, ceiling, geometry), x, weight, bias)
 
@@ -47,16 +60,18 @@ def graph_conv_bn(
     ceiling: float | None,
     geometry: tuple[Any, ...],
 ) -> Tensor:
-    """Return ``FQ(relu?(BN(conv(x, FQ(W s)) / s + b)))``.
+    """Return ``FQ(relu?(BN(conv(x, FQ(W s)) / s + b)))`` with ``s = γ/sqrt(running_var + eps)``.
 
-    ``norm`` is γ, β, running mean and variance, momentum, eps, mode.
+    ``norm`` holds γ, β, running mean, running variance, momentum, eps, and whether the BatchNorm trains; ``geometry``
+    the arguments of
+    :func:`convolution`. The result is not rounded if ``output_quantizer`` is None.
     """
     layer = _layer(weight_quantizer, output_quantizer, ceiling, geometry)
     return normalized(layer, x, weight, bias, BatchNorm(*norm))
 
 
 def graph_add(a: Tensor, b: Tensor, quantizer: nn.Module | None, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(a + b))``."""
+    """Return ``FQ(relu?(a + b))``; without FQ if ``quantizer`` is None."""
     return add(a, b, quantizer, ceiling)
 
 

@@ -1,7 +1,9 @@
 """Graph modules (torchao's PT2E, torch.ao's FX graph mode): the graph stays, the code that runs it is tritonq's.
 
 The library's passes go on rewriting its own graph, which they know: from training to eval mode, to converted models.
-Whenever they compile it, the code is made of a copy of the graph in which tritonq's calls replace what they compute.
+Whenever torch.fx generates code
+from that graph, a code generator of this file first makes a copy, in which calls of tritonq replace the nodes that they
+compute (`graph_patterns`).
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from tritonq.acceleration.graph_patterns import Known, Match, constants, fuse, is_in_eval, keep_constants, matches
+from tritonq.acceleration.graph_patterns import KnownParts, Match, constants, fuse, is_in_eval, keep_constants, matches
 from tritonq.acceleration.library_layers import MARK
-from tritonq.acceleration.quantizers import attach, detach, is_attached, is_fake_quantizer
+from tritonq.acceleration.quantizers import forget_formula, has_formula, is_fake_quantizer, remember_formula
 from tritonq.acceleration.report import AccelerationReport, Row
 from tritonq.nn.fusable import ceiling_of
 
@@ -26,9 +28,12 @@ _MEMORY = "_tritonq_memory"
 
 
 class _FusedCode:
-    """Part of a code generator: it generates the code of the fused copy of its graph."""
+    """Base class that :func:`_generate_fused` puts before the class of a graph's code generator.
 
-    _tritonq_known: Known
+    It generates the code of a copy of the graph in which calls of tritonq replace the nodes that they compute.
+    """
+
+    _tritonq_known: KnownParts
 
     def _gen_python_code(self, nodes: Any, root_module: str, namespace: Any, **options: Any) -> Any:
         plain: Any = copy.copy(self)
@@ -48,24 +53,28 @@ class _FusedCode:
         return fused.python_code(root_module, **options)
 
 
-def finds(model: nn.Module) -> bool:
-    """Whether ``model`` holds a graph that calls fake quantizers."""
+def is_prepared(model: nn.Module) -> bool:
+    """Whether ``model`` has a ``torch.fx.GraphModule`` that calls fake quantizers of torch.ao or torchao."""
     return any(_quantizers(module) for module in _graph_modules(model))
 
 
 def package(model: nn.Module) -> str:
-    """Return the package whose version decides what ``model`` computes."""
+    """Return ``"torchao"`` or ``"torch"``: the version of this package decides what ``model`` computes."""
     return "torchao" if any(type(m).__module__.startswith("torchao.") for m in model.modules()) else "torch"
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
-    """Let the code of every such graph call tritonq's operators."""
+    """Let the code of every graph in ``model`` that calls fake quantizers run tritonq's operators; return the report.
+
+    In place. The report has one row for each group of nodes that one call replaces, and one for each fake quantizer
+    that stays the library's.
+    """
     report = AccelerationReport(_library(model))
     for prefix, module in model.named_modules():
         if not isinstance(module, GraphModule) or not (quantizers := _quantizers(module)):
             continue
-        reasons = {target: _attach(held) for target, held in quantizers.items()}
-        known = Known(
+        reasons = {target: _formula_reason(held) for target, held in quantizers.items()}
+        known = KnownParts(
             frozenset(target for target, reason in reasons.items() if reason is None),
             frozenset(name for name, held in module.named_modules() if MARK in vars(held) and hasattr(held, "weight")),
             tuple((name, c) for name, held in module.named_modules() if (c := ceiling_of(held)) is not None),
@@ -85,7 +94,13 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
 
 def _faults(module: GraphModule, found: list[Match], quantizers: dict[str, nn.Module]) -> list[str]:
-    """Return warnings, one sentence each, about changes that torchao makes to models and may have made to this one."""
+    """Return warnings, one sentence each, about changes that torchao makes to models and may have made to this one.
+
+    Args:
+        module: the graph module.
+        found: what tritonq computes of it.
+        quantizers: its fake quantizers, by target; without one of torchao the list is empty.
+    """
     if not any(type(held).__module__.startswith("torchao.") for held in quantizers.values()):
         return []
     faults = []
@@ -105,7 +120,14 @@ def _faults(module: GraphModule, found: list[Match], quantizers: dict[str, nn.Mo
 
 
 def keep_modes(original: nn.Module, copied: nn.Module) -> None:
-    """Give copies of graph modules what torchao lets ``train()`` and ``eval()`` do, which copying loses."""
+    """Give the graph modules of a copied model the ``train()`` and ``eval()`` that torchao put on the original.
+
+    Copying loses them.
+
+    Args:
+        original: the model that was copied.
+        copied: its deep copy, changed in place.
+    """
     for old, new in zip(_graph_modules(original), _graph_modules(copied), strict=True):
         for name, value in vars(old).items():
             if name in ("train", "eval") and isinstance(value, MethodType):
@@ -115,7 +137,10 @@ def keep_modes(original: nn.Module, copied: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> None:
-    """Give every graph its own code back."""
+    """Give every graph of ``model`` its own code generator back, in place.
+
+    Models without such a graph stay as they are.
+    """
     for module in _graph_modules(model):
         codegen: Any = module.graph._codegen
         if isinstance(codegen, _FusedCode):
@@ -124,16 +149,17 @@ def restore(model: nn.Module) -> None:
             module.recompile()
     for held in model.modules():
         if type(held).__module__.startswith("torchao."):
-            detach(held)
+            forget_formula(held)
         vars(held).pop(_MEMORY, None)
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    """Whether a graph of ``model`` has tritonq's code."""
+    """Whether tritonq generates the code of at least one graph in ``model``."""
     return any(isinstance(module.graph._codegen, _FusedCode) for module in _graph_modules(model))
 
 
-def _generate_fused(module: GraphModule, known: Known) -> None:
+def _generate_fused(module: GraphModule, known: KnownParts) -> None:
+    """Let :class:`_FusedCode` generate the code of ``module`` from now on, in place."""
     codegen: Any = module.graph._codegen
     kind = type(codegen)
     codegen.__class__ = type(f"Fused{kind.__name__}", (_FusedCode, kind), {"__module__": __name__})
@@ -146,7 +172,10 @@ def _graph_modules(model: nn.Module) -> list[GraphModule]:
 
 
 def _quantizers(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the fake quantizers that the graph of ``module`` calls, by target."""
+    """Return the fake quantizers that the graph of ``module`` calls, by target (their path in ``module``).
+
+    ``{}`` for other modules.
+    """
     if not isinstance(module, GraphModule):
         return {}
     called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
@@ -154,8 +183,8 @@ def _quantizers(module: nn.Module) -> dict[str, nn.Module]:
     return {target: each for target, each in held.items() if is_fake_quantizer(each)}
 
 
-def _attach(quantizer: nn.Module) -> str | None:
-    return None if is_attached(quantizer) else attach(quantizer)
+def _formula_reason(quantizer: nn.Module) -> str | None:
+    return None if has_formula(quantizer) else remember_formula(quantizer)
 
 
 def _row(start: str, name: str, kind: str, quantizers: list[str]) -> Row:

@@ -1,4 +1,11 @@
-"""What tritonq's operators compute, in graphs of aten operators and fake quantizers (torchao's PT2E, torch.ao's FX)."""
+"""Find what tritonq can compute in graphs of aten operators and fake quantizers (torchao's PT2E, torch.ao's FX).
+
+A graph is a ``torch.fx.Graph``. The *target* of a node that calls a submodule is the submodule's path, such as
+``"features.0.conv"``. In formulas FQ
+is the fake quantization by a submodule, ``relu?`` a ReLU if there is one. A ReLU is described by its *ceiling*:
+infinity for a plain one, 6.0 for
+ReLU6, None for no ReLU.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +35,17 @@ _RELU6S = (_ATEN.relu6.default, _ATEN.relu6_.default)
 
 
 @dataclass(frozen=True)
-class Known:
-    """The submodules of a graph that its code need not call as they are, by target.
+class KnownParts:
+    """Submodules of a graph module that tritonq can compute, so that its calls may replace the nodes that call them.
 
     Attributes:
-        quantizers: fake quantizers.
-        layers: layers of torch.ao that take the quantizer of their result.
-        relus: ceilings of activation modules.
-        constants: of every dropout and BatchNorm of the graph, in its order: ``(p,)``, or momentum and eps.
+        quantizers: targets of the fake quantizers.
+        layers: targets of layers of torch.ao (such as ``ConvBn2d``) that tritonq computes together with the fake
+            quantizer of their result.
+        relus: pairs of the target of a ReLU module and its ceiling, such as ``("act", 6.0)``.
+        constants: numbers that the dropouts and BatchNorms of the graph had at the start, in the order of the graph:
+            ``(p,)`` of a dropout, ``(momentum,
+            eps)`` of a BatchNorm. See :func:`keep_constants`.
     """
 
     quantizers: frozenset[str] = frozenset()
@@ -46,14 +56,14 @@ class Known:
 
 @dataclass
 class Match:
-    """Nodes that one call replaces.
+    """Nodes of a graph that one call of a function of `graph_calls` can replace.
 
     Attributes:
-        kind: the operations, for the report.
+        kind: the operations in words, for the report, such as ``"convolution, BatchNorm, ReLU, quantizer"``.
         call: the function.
-        arguments: its arguments: nodes, constants, and targets of submodules as :class:`Module`.
-        nodes: what it replaces, in the graph's order; the last one is the result.
-        quantizers: targets of the fake quantizers among them.
+        arguments: its arguments: nodes, constants, and submodules as :class:`Module`.
+        nodes: what the call replaces, in the graph's order; the last one is the result.
+        quantizers: targets of the fake quantizers that the call runs.
     """
 
     kind: str
@@ -65,13 +75,13 @@ class Match:
 
 @dataclass(frozen=True)
 class Module:
-    """The name of a submodule that a replaced call takes as an argument."""
+    """A submodule among the arguments of a :class:`Match`, by its target; it becomes a ``get_attr`` node."""
 
     target: str
 
 
-def matches(graph: Graph, known: Known) -> list[Match]:
-    """Return the matches of all patterns; a node is in one match at most, of the largest pattern."""
+def matches(graph: Graph, known: KnownParts) -> list[Match]:
+    """Return all matches in ``graph``. No node is in two of them: larger patterns are searched first."""
     taken: set[Node] = set()
     found = []
     for search in (_conv_bns, _layers, _module_layers, _sums, _quantizers):
@@ -82,8 +92,8 @@ def matches(graph: Graph, known: Known) -> list[Match]:
     return found
 
 
-def fuse(graph: Graph, known: Known) -> None:
-    """Replace every match in ``graph`` by its call."""
+def fuse(graph: Graph, known: KnownParts) -> None:
+    """Replace the nodes of every match in ``graph`` by one call, in place."""
     calls: dict[Node, Node] = {}
     for match in matches(graph, known):
         last = match.nodes[-1]
@@ -96,14 +106,22 @@ def fuse(graph: Graph, known: Known) -> None:
 
 
 def constants(graph: Graph) -> tuple[tuple[float, ...], ...]:
-    """Return ``p`` of every dropout, and momentum and eps of every BatchNorm."""
+    """Return the constants of all dropouts and BatchNorms of ``graph`` in its order.
+
+    ``(p,)``, or ``(momentum, eps)``.
+    """
     return tuple(_read(node, places) for node, places in _with_constants(graph))
 
 
-def keep_constants(graph: Graph, known: Known) -> list[str]:
-    """Give dropouts and BatchNorms the constants that they had; return what had changed, in words.
+def keep_constants(graph: Graph, known: KnownParts) -> list[str]:
+    """Give the dropouts and BatchNorms of ``graph`` the constants in ``known`` back, in place.
 
     torchao's switches between training and eval mode write torch's defaults over them.
+
+    Returns:
+        What had changed, in words, such as ``["batch_norm: momentum 0.01 and eps 0.001, and not momentum 0.1 and eps
+        1e-05"]``; empty also for a graph that
+        has another number of dropouts and BatchNorms than ``known``, which stays as it is.
     """
     now = list(_with_constants(graph))
     if len(now) != len(known.constants):
@@ -119,7 +137,7 @@ def keep_constants(graph: Graph, known: Known) -> list[str]:
 
 
 def is_in_eval(graph: Graph) -> bool:
-    """Whether a dropout or BatchNorm of the graph is in eval mode."""
+    """Whether at least one dropout or BatchNorm of ``graph`` runs in eval mode."""
     flags = [node.args[2 if places == (1,) else 5] for node, places in _with_constants(graph)]
     return not all(flags)
 
@@ -141,7 +159,13 @@ def _in_words(values: tuple[float, ...]) -> str:
 
 
 def _resolved(graph: Graph, value: Any, calls: dict[Node, Node]) -> Any:
-    """Return an argument with submodules as nodes, and with the calls that took the place of other nodes."""
+    """Turn an argument of a :class:`Match` into one of a node.
+
+    Args:
+        graph: where a ``get_attr`` node is added for a :class:`Module`.
+        value: the argument; tuples are searched.
+        calls: for nodes that were replaced before, the call that took their place.
+    """
     if isinstance(value, Module):
         return graph.create_node("get_attr", value.target)
     if isinstance(value, Node):
@@ -149,8 +173,8 @@ def _resolved(graph: Graph, value: Any, calls: dict[Node, Node]) -> Any:
     return tuple(_resolved(graph, each, calls) for each in value) if isinstance(value, tuple) else value
 
 
-def _conv_bns(graph: Graph, known: Known) -> Iterator[Match]:
-    """Yield ``batch_norm(conv(x, FQ(W s), 0) / s + b)`` with ``s = γ/sqrt(running_var + eps)``, and what follows it."""
+def _conv_bns(graph: Graph, known: KnownParts) -> Iterator[Match]:
+    """Yield matches of ``FQ(relu?(batch_norm(conv(x, FQ(W s), 0) / s + b)))`` with ``s = γ/sqrt(running_var+eps)``."""
     for node in graph.nodes:
         if node.target is not _ATEN.batch_norm.default:
             continue
@@ -191,7 +215,7 @@ def _conv_bns(graph: Graph, known: Known) -> Iterator[Match]:
 
 
 def _is_fold(scale: Any, gamma: Node, var: Node, eps: float) -> bool:
-    """Whether ``scale`` is ``γ / sqrt(var + eps)``."""
+    """Whether ``scale`` is the node of ``γ / sqrt(var + eps)``, for these nodes of γ and of the variance."""
     if not _is_call(scale, _ATEN.div.Tensor) or scale.args[0] is not gamma:
         return False
     root = scale.args[1]
@@ -203,8 +227,8 @@ def _is_fold(scale: Any, gamma: Node, var: Node, eps: float) -> bool:
     )
 
 
-def _layers(graph: Graph, known: Known) -> Iterator[Match]:
-    """Yield ``op(x, FQ(W), b)`` and what follows it."""
+def _layers(graph: Graph, known: KnownParts) -> Iterator[Match]:
+    """Yield matches of ``FQ(relu?(op(x, FQ(W), b)))``, ``op`` being a convolution or matrix product."""
     for node in graph.nodes:
         is_product = node.target is _ATEN.linear.default
         if not is_product and node.target not in _CONVOLUTIONS:
@@ -222,8 +246,8 @@ def _layers(graph: Graph, known: Known) -> Iterator[Match]:
             yield match
 
 
-def _module_layers(graph: Graph, known: Known) -> Iterator[Match]:
-    """Yield a layer of torch.ao and the quantizer of its result."""
+def _module_layers(graph: Graph, known: KnownParts) -> Iterator[Match]:
+    """Yield matches of a layer module of torch.ao and the fake quantizer that alone reads its result."""
     if not known.layers:
         return
     from tritonq.acceleration.torch_ao import run_with
@@ -238,8 +262,8 @@ def _module_layers(graph: Graph, known: Known) -> Iterator[Match]:
                     yield match
 
 
-def _sums(graph: Graph, known: Known) -> Iterator[Match]:
-    """Yield ``FQ(relu?(a + b))``."""
+def _sums(graph: Graph, known: KnownParts) -> Iterator[Match]:
+    """Yield matches of ``FQ(relu?(a + b))``."""
     for node in graph.nodes:
         if node.target not in _ADDITIONS or not all(isinstance(each, Node) for each in node.args) or node.kwargs:
             continue
@@ -254,8 +278,8 @@ def _sums(graph: Graph, known: Known) -> Iterator[Match]:
                 yield match
 
 
-def _quantizers(graph: Graph, known: Known) -> Iterator[Match]:
-    """Yield ``FQ(relu?(x))``."""
+def _quantizers(graph: Graph, known: KnownParts) -> Iterator[Match]:
+    """Yield matches of ``FQ(relu?(x))``, and of each fake quantizer alone."""
     for node in graph.nodes:
         ceiling = _ceiling(node, known)
         if ceiling is not None and len(node.users) == 1 and _is_quantizer(next(iter(node.users)), known):
@@ -292,7 +316,7 @@ class _Tail:
         return Module(self.quantizers[0]) if self.quantizers else None, self.ceiling
 
 
-def _tail(node: Node, known: Known) -> _Tail:
+def _tail(node: Node, known: KnownParts) -> _Tail:
     tail, last = _Tail([], [], None, ""), node
     after = _only_user(last)
     if after is not None and (ceiling := _ceiling(after, known)) is not None:
@@ -313,12 +337,12 @@ def _is_call(value: Any, target: Any) -> bool:
     return isinstance(value, Node) and value.op == "call_function" and value.target is target
 
 
-def _is_quantizer(value: Any, known: Known) -> bool:
+def _is_quantizer(value: Any, known: KnownParts) -> bool:
     return isinstance(value, Node) and value.op == "call_module" and value.target in known.quantizers
 
 
-def _ceiling(node: Node, known: Known) -> float | None:
-    """Return the upper bound of a ReLU; None for anything else."""
+def _ceiling(node: Node, known: KnownParts) -> float | None:
+    """Return the ceiling of the ReLU that ``node`` is: infinity, or a bound such as 6.0. None: it is no ReLU."""
     if node.op == "call_module":
         return dict(known.relus).get(str(node.target))
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
@@ -337,7 +361,11 @@ def _geometry(conv: Node) -> tuple[Any, ...]:
 
 
 def _is_safe(match: Match, x: Node) -> bool:
-    """Whether nothing writes into ``x`` between the first node that read it and the last one of the match."""
+    """Whether the call may stand at the last node of ``match`` and still read the same ``x``.
+
+    That is false if a node outside of the match, between its first reader of ``x`` and its last node, writes into ``x``
+    in place.
+    """
     inside, node = set(match.nodes), match.nodes[-1]
     first = next(each for each in match.nodes if x in each.all_input_nodes)
     while node is not first:

@@ -1,4 +1,9 @@
-"""Layers of other libraries by tritonq's operators: functions of tensors and of the library's fake quantizers."""
+"""Layers of other libraries by tritonq's operators, as functions of tensors and of the library's fake quantizers.
+
+FQ is the fake quantization by a quantizer of the library, ``relu?`` a ReLU if the layer has one, BN a BatchNorm. To
+*fold* is to multiply a weight by
+``γ/σ`` of its BatchNorm.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +43,7 @@ MARK = "_tritonq_mark"
 
 @dataclass(frozen=True, eq=False)
 class BatchNorm:
-    """A BatchNorm's tensors and constants.
+    """Tensors and constants of a library's BatchNorm, as a step needs them.
 
     Attributes:
         gamma: (channels,), or None for 1.
@@ -61,7 +66,7 @@ class BatchNorm:
     corrected: bool = False
 
     def for_step(self) -> BatchNormState:
-        """Return the buffers that a training step updates; copies where the step is recomputed."""
+        """Return the buffers that this step updates; copies if activation checkpointing runs the step again."""
         if is_recomputing():
             return BatchNormState(self.running_mean.clone(), self.running_var.clone(), 0.0, self.eps)
         return BatchNormState(self.running_mean, self.running_var, self.momentum, self.eps)
@@ -73,11 +78,11 @@ class Layer:
 
     Attributes:
         op: the convolution or product.
-        weight_quantizer: of the weight, or of the folded weight; None leaves it in float.
-        output_quantizer: of the result; None leaves it in float.
-        ceiling: of the ReLU; see :func:`tritonq.reference.activation.rectify`.
+        weight_quantizer: rounds the weight, or the folded weight; None: it stays in float.
+        output_quantizer: rounds the result; None: it stays in float.
+        ceiling: of the ReLU: infinity for a plain one, 6.0 for ReLU6, None for none.
         grouping: whether the convolution is transposed, and its groups.
-        memory: for a step that is recomputed.
+        memory: what a step needs if activation checkpointing runs it again.
     """
 
     op: LinearMap
@@ -89,7 +94,7 @@ class Layer:
 
 
 def affine(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``FQ(relu?(op(x, FQ(weight)) + bias))``."""
+    """Return ``FQ(relu?(op(x, FQ(weight)) + bias))`` of a layer without BatchNorm."""
     return _finish(layer, layer.op(x, _quantized_weight(layer, weight), bias))
 
 
@@ -112,7 +117,11 @@ def normalized(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, nor
 
 
 def add(a: Tensor, b: Tensor, quantizer: nn.Module | None, ceiling: float | None) -> Tensor:
-    """Return ``FQ(relu?(a + b))``; keeps one bit per element where both have one shape."""
+    """Return ``FQ(relu?(a + b))``; without FQ if ``quantizer`` is None.
+
+    ``ceiling`` is that of the ReLU, as in :class:`Layer`. If ``a`` and ``b`` have the same shape and dtype, one bit per
+    element is kept for the backward.
+    """
     if a.shape != b.shape or a.dtype != b.dtype:
         return _finish_with(quantizer, a + b, ceiling)
     known = _output_state(quantizer, a)
@@ -148,7 +157,7 @@ def _one_operator(
 
 
 def _composed(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> Tensor:
-    """Run a Conv-BN layer as a composition, for a quantizer that the operator can't take over (a trained scale)."""
+    """Run a training step of Conv-BN as single operations, for a weight's quantizer that no fused operator takes."""
     running_var = norm.running_var.clone()
     scale = fold_scale(running_var, norm.gamma, norm.eps)
     if norm.gamma is not None:
@@ -164,7 +173,10 @@ def _composed(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, norm
 
 
 def _corrected(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> Tensor:
-    """Fold the updated running variance, then rescale to the batch's; the layer runs twice."""
+    """Run torch.ao's slow path: fold the updated running variance, then rescale the result to the batch's.
+
+    The convolution runs twice.
+    """
     c = layer.op(x, weight)
     mean, var = channel_moments(c)
     kept = norm.for_step()
@@ -188,7 +200,10 @@ def _quantized_weight(layer: Layer, weight: Tensor) -> Tensor:
 
 
 def _weight_state(layer: Layer, weight: Tensor) -> State | None:
-    """Return the state of a weight's quantizer for the operator, which wants one scale per row, or one in all."""
+    """Return grid and range of the weight's quantizer for the fused Conv-BN operator; None: it can't take them.
+
+    It takes one scale for the weight, or one for each out channel on axis 0, of a quantizer that follows a range.
+    """
     quantizer = layer.weight_quantizer
     if quantizer is None or not can_compute(quantizer, weight) or layer.grouping[0]:
         return None

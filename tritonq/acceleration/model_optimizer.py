@@ -1,4 +1,4 @@
-"""NVIDIA Model-Optimizer's quantizers with tritonq's operators in their forward: they change their class."""
+"""A subclass of NVIDIA Model-Optimizer's ``TensorQuantizer`` that rounds by tritonq's operator."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ _SMALLEST_RANGE = 2.0**-24
 
 
 class AcceleratedTensorQuantizer(TensorQuantizer):  # type: ignore[misc]
-    """``TensorQuantizer`` over a calibrated range of integer codes, by tritonq's operator.
+    """``TensorQuantizer`` with a calibrated range of integer codes, whose forward runs tritonq's operator.
 
     ``clamp(round(x · b/amax), -b, b) · amax/b`` with ``b = 2^(bits-1) - 1``: Model-Optimizer's formula but for the
-    order of two roundings, so that codes agree but for ties. While it calibrates or is off, it is the library's.
+    order of two roundings, so that codes
+    agree except at ties. During calibration, while it is switched off, and for settings that :func:`why_not` names, the
+    library's own forward runs.
     """
 
     library_class = TensorQuantizer
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Round ``inputs``; gradients pass everywhere, or where the value lies in the range."""
+        """Round ``inputs`` to the codes of the range; the result has its shape and dtype.
+
+        The gradient is 1 everywhere if the library's ``_pass_through_bwd`` is set. Otherwise it is 1 where ``|x| <=
+        amax``, and 0 elsewhere.
+        """
         if why_not(self) is not None or self._disabled or self._if_calib or not self._if_quant or not inputs.numel():
             return cast(Tensor, super().forward(inputs))
         rounded = _Round.apply(inputs, self._amax, _qtype(self), self._pass_through_bwd)  # type: ignore[no-untyped-call]
@@ -34,7 +40,10 @@ class AcceleratedTensorQuantizer(TensorQuantizer):  # type: ignore[misc]
 
 
 def why_not(quantizer: Any) -> str | None:
-    """Return, in words, the part of ``quantizer`` that tritonq cannot compute; None: it can compute all."""
+    """Return the setting of ``quantizer`` that tritonq cannot compute, such as ``"no calibrated range"``.
+
+    None: no such.
+    """
     if not isinstance(quantizer._num_bits, int):
         return f"floating-point codes {quantizer._num_bits}"
     if quantizer.block_sizes is not None or quantizer._dynamic:
@@ -58,7 +67,7 @@ def _qtype(quantizer: Any) -> QuantizedType:
 
 
 class _Round(torch.autograd.Function):
-    """Saves nothing where gradients pass everywhere, as the library's does."""
+    """Round to a symmetric range. If gradients pass everywhere, nothing is saved for the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, amax: Tensor, qtype: QuantizedType, passes: bool) -> Tensor:

@@ -1,6 +1,8 @@
 """Fake quantizers of torch.ao and torchao as grids and ranges, which tritonq's operators take.
 
-The modules keep their buffers and parameters; what does not change in training is read once, by :func:`attach`.
+The modules keep their buffers and parameters. :func:`remember_formula` reads once what does not change in training, and
+stores it on the module as a
+:class:`QuantizerFormula`. A quantizer with a formula is *known*; the others run as the library wrote them.
 """
 
 from __future__ import annotations
@@ -40,14 +42,17 @@ _ATTRIBUTE = "_tritonq_formula"
 
 @dataclass(frozen=True)
 class QuantizerFormula:
-    """What a fake quantizer of another library computes, beside its tensors.
+    """The part of a fake quantizer's computation that does not change in training.
+
+    Scale, zero point and range stay in its buffers.
 
     Attributes:
-        kind: ``"range"`` follows a running range, ``"learned"`` trains its scale, ``"observed"`` lets the library's
-            own observer find scale and zero point, ``"fixed"`` keeps them.
+        kind: ``"range"`` follows a running range, ``"learned"`` trains its scale, ``"observed"`` lets the library's own
+            observer find scale and zero
+            point, ``"fixed"`` keeps them.
         qtype: codes and axis.
-        rule: how a range becomes scale and zero point.
-        eps: floor under the scale.
+        rule: how a range becomes scale and zero point; see :func:`tritonq.qparams.range_to_qparams`.
+        eps: smallest scale.
         averaging_constant: weight of a new batch in the range; None for running extremes.
     """
 
@@ -76,8 +81,13 @@ def is_fake_quantizer(module: nn.Module) -> bool:
     return "FakeQuantizeBase" in names
 
 
-def attach(quantizer: nn.Module) -> str | None:
-    """Note on ``quantizer`` what it computes; return why that is not known, and note nothing, where it is not."""
+def remember_formula(quantizer: nn.Module) -> str | None:
+    """Store on ``quantizer`` what it computes, as a :class:`QuantizerFormula`, which operators read.
+
+    Returns:
+        None if it was stored. Otherwise the reason in words, such as ``"dynamic quantization"``; nothing is stored
+        then.
+    """
     formula = _formula(quantizer)
     if isinstance(formula, str):
         return formula
@@ -85,23 +95,27 @@ def attach(quantizer: nn.Module) -> str | None:
     return None
 
 
-def detach(quantizer: nn.Module) -> None:
-    """Undo :func:`attach`."""
+def forget_formula(quantizer: nn.Module) -> None:
+    """Remove what :func:`remember_formula` stored on ``quantizer``, if anything."""
     quantizer.__dict__.pop(_ATTRIBUTE, None)
 
 
-def is_attached(quantizer: nn.Module | None) -> bool:
-    """Whether tritonq's operators know what ``quantizer`` computes."""
+def has_formula(quantizer: nn.Module | None) -> bool:
+    """Whether :func:`remember_formula` stored a formula on ``quantizer``; False for None."""
     return quantizer is not None and _ATTRIBUTE in quantizer.__dict__
 
 
 def formula_of(quantizer: nn.Module) -> QuantizerFormula:
-    """Return the formula that :func:`attach` noted on ``quantizer``."""
+    """Return the formula that :func:`remember_formula` stored on ``quantizer``.
+
+    Raises:
+        KeyError: it stored none.
+    """
     return cast(QuantizerFormula, quantizer.__dict__[_ATTRIBUTE])
 
 
 def unknown_reason(quantizer: nn.Module) -> str | None:
-    """Return why tritonq does not compute as ``quantizer`` does, or None where it does."""
+    """Return why tritonq can't compute what ``quantizer`` does, in words; None: it can. Stores nothing."""
     formula = _formula(quantizer)
     return formula if isinstance(formula, str) else None
 
@@ -147,16 +161,24 @@ def _qtype(low: int, high: int, symmetric: bool, axis: int | None) -> QuantizedT
 
 
 def _torch_zero_point(observer: Any) -> int:
-    """Return the zero point that the library gives a symmetric range."""
+    """Return the zero point that the library's observer gives a symmetric range.
+
+    0 for signed codes, else the middle, such as 128.
+    """
     if observer.dtype not in (torch.quint8, torch.uint8):
         return 2**15 if observer.dtype == torch.uint16 else 0
     return (observer.quant_min + observer.quant_max) // 2 if observer.has_customized_qrange else 128
 
 
 def can_compute(quantizer: nn.Module, x: Tensor) -> bool:
-    """Whether buffers have the dtypes that tritonq's operators take; casting a whole model changes them."""
+    """Whether tritonq can round ``x`` in place of ``quantizer`` now.
+
+    It has a formula, and its buffers have the dtypes that operators take: scale float32, zero point int32 (float32 for
+    a trained scale). Casting a whole
+    model (``model.half()``) changes them. An empty ``x`` is left to the library, except with a trained scale.
+    """
     held: Any = quantizer
-    if not is_attached(quantizer):
+    if not has_formula(quantizer):
         return False
     if formula_of(quantizer).kind == "learned":
         return bool(held.scale.dtype == held.zero_point.dtype == torch.float32)
@@ -164,10 +186,12 @@ def can_compute(quantizer: nn.Module, x: Tensor) -> bool:
 
 
 def state(quantizer: nn.Module, x: Tensor) -> State | None:
-    """Return grid and range for an operator that rounds ``x``; None where the quantizer must run by itself.
+    """Return grid and range of ``quantizer``, for an operator that rounds ``x`` as a part of it.
 
-    A quantizer per channel gets buffers of ``x``'s channels if it has none yet. Only one that follows a range, or
-    whose grid is fixed, can be part of an operator.
+    Returns:
+        None if no operator can do that: the buffers have other dtypes, or the kind of the formula is "learned" or
+        "observed". Buffers per channel that
+        have no length yet get that of ``x``, as in the library with its first batch.
     """
     if not can_compute(quantizer, x) or formula_of(quantizer).kind not in ("range", "fixed"):
         return None
@@ -201,7 +225,10 @@ def _statistics(quantizer: Any, formula: QuantizerFormula) -> RangeStatistics:
 
 
 def _allocate(quantizer: Any, axis: int | None, x: Tensor) -> None:
-    """Give buffers per channel their length, as the library does with the first batch."""
+    """Give buffers per channel the length of ``x`` on ``axis``, as the library does with the first batch.
+
+    Axis None: nothing to do.
+    """
     if axis is None:
         return
     channels, observer = x.shape[axis], quantizer.activation_post_process
@@ -214,9 +241,9 @@ def _allocate(quantizer: Any, axis: int | None, x: Tensor) -> None:
 
 
 def quantize(quantizer: nn.Module, x: Tensor) -> Tensor:
-    """Observe and round ``x`` as ``quantizer`` does; what it keeps for the backward is ``x``.
+    """Observe and round ``x`` as ``quantizer`` does; the result has the shape and dtype of ``x``.
 
-    It runs by itself where that is not known, or where a cast changed the dtype of its buffers.
+    The backward needs ``x`` alone. If :func:`can_compute` is false, the quantizer runs by itself.
     """
     if not can_compute(quantizer, x):
         return cast(Tensor, quantizer(x))
@@ -235,9 +262,12 @@ def quantize(quantizer: nn.Module, x: Tensor) -> Tensor:
 
 
 def quantize_rectified(quantizer: nn.Module, y: Tensor, ceiling: float | None) -> Tensor:
-    """Observe and round ``relu?(y)`` of a tensor that was just computed; keeps one bit per element where it can.
+    """Observe and round ``relu?(y)``. Where possible, one bit per element is kept for the backward instead of a tensor.
 
-    ``ceiling``: see :func:`tritonq.reference.activation.rectify`.
+    Args:
+        quantizer: any fake quantizer of torch.ao or torchao.
+        y: a tensor that was just computed and that nothing else reads.
+        ceiling: of the ReLU: infinity for a plain one, 6.0 for ReLU6, None for none.
     """
     known = state(quantizer, y)
     if known is None or known.grid.qtype.axis is not None or not (torch.is_grad_enabled() and y.requires_grad):
@@ -246,7 +276,12 @@ def quantize_rectified(quantizer: nn.Module, y: Tensor, ceiling: float | None) -
 
 
 def marked(y: Tensor, grid: Grid) -> Tensor:
-    """Return ``y`` with the note that it was rounded to ``grid``, from which a layer behind it saves codes."""
+    """Return ``y`` marked as lying on ``grid``, so that a layer that reads it saves 8-bit codes for its backward.
+
+    Only a grid with one scale for the tensor is marked, and nothing while ``torch.compile`` traces. A float64 tensor is
+    returned with the values rounded to
+    float32, as torch's operator rounds them, and without a mark.
+    """
     if y.dtype == torch.float64 and grid.qtype.axis is None:
         return cast(Tensor, _Float32Values.apply(y, grid.enabled))  # type: ignore[no-untyped-call]
     if grid.qtype.axis is None and not torch.compiler.is_compiling():
@@ -256,7 +291,10 @@ def marked(y: Tensor, grid: Grid) -> Tensor:
 
 
 class _Float32Values(torch.autograd.Function):
-    """What torch's operator per tensor makes of float64: values of float32, with the gradient as it is."""
+    """Round float64 values to float32 and return float64, as torch's operator per tensor does.
+
+    The gradient passes unchanged.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, enabled: Tensor) -> Tensor:
@@ -268,7 +306,7 @@ class _Float32Values(torch.autograd.Function):
 
 
 def _quantize_observed(quantizer: Any, formula: QuantizerFormula, x: Tensor) -> Tensor:
-    """Let the library's observer find scale and zero point, as its FakeQuantize does, and round."""
+    """Round ``x`` by the scale and zero point that the library's own observer finds, as its FakeQuantize does."""
     if bool(quantizer.observer_enabled) and not is_recomputing():
         quantizer.activation_post_process(x.detach())
         scale, zero_point = quantizer.calculate_qparams()
@@ -282,7 +320,11 @@ def _quantize_observed(quantizer: Any, formula: QuantizerFormula, x: Tensor) -> 
 
 
 def _quantize_learned(quantizer: Any, formula: QuantizerFormula, x: Tensor) -> Tensor:
-    """Return ``_LearnableFakeQuantize``: scale and zero point of the observer until learning is on, then trained."""
+    """Compute torch.ao's ``_LearnableFakeQuantize``.
+
+    While ``static_enabled`` is 1, scale and zero point are those of its observer; afterwards they are trained
+    parameters.
+    """
     scale, zero_point = quantizer.scale, quantizer.zero_point
     with torch.no_grad():
         if bool(quantizer.static_enabled):

@@ -1,4 +1,4 @@
-"""What `accelerate` did to each quantized part of a model, as a table."""
+"""What `accelerate` did to each quantized part of a model: one row each, printed as a table."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class AccelerationReport:
     """What :func:`tritonq.accelerate` did; prints as a table.
 
     Attributes:
-        library: who prepared the model, with version.
+        library: who prepared the model, with version, such as ``"torchao 0.18.0"``.
         rows: one for each quantized layer, operation and quantizer.
-        faults: what this library is known to change in a model, where it was found here.
+        faults: sentences about what the library is known to change in a model, where it was found here.
     """
 
     library: str
@@ -43,7 +43,7 @@ class AccelerationReport:
 
     @property
     def left_alone(self) -> list[Row]:
-        """Return the rows that the library goes on computing."""
+        """Return the rows of parts that the library goes on computing."""
         return [row for row in self.rows if not row.is_accelerated]
 
     def __str__(self) -> str:

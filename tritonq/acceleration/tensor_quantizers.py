@@ -1,4 +1,9 @@
-"""Models that NVIDIA Model-Optimizer prepared: finding its quantizers, and changing their classes."""
+"""Models that NVIDIA Model-Optimizer prepared: find its ``TensorQuantizer`` modules, and change their class.
+
+Model-Optimizer puts a ``TensorQuantizer`` before each input and weight. The new class, in `model_optimizer`, is a
+subclass that rounds by tritonq's
+operator. That file imports ``modelopt``, so that this one imports it only for a model that Model-Optimizer prepared.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +17,22 @@ from tritonq.acceleration.report import AccelerationReport, Row
 _LIBRARY = "modelopt.torch.quantization."
 
 
-def finds(model: nn.Module) -> bool:
-    """Whether a quantizer of Model-Optimizer is in ``model``."""
+def is_prepared(model: nn.Module) -> bool:
+    """Whether ``model`` contains a ``TensorQuantizer`` of Model-Optimizer."""
     return "modelopt" in sys.modules and any(_is_quantizer(module) for module in model.modules())
 
 
 def package(model: nn.Module) -> str:
-    """Return the package whose version decides what ``model`` computes."""
+    """Return ``"modelopt"``: the version of this package decides what ``model`` computes."""
     return "modelopt"
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
-    """Change the class of every quantizer that is switched on and known."""
+    """Change the class of each ``TensorQuantizer`` that tritonq can compute, in place, and return the report.
+
+    Quantizers that are switched off are left out of the report. Those that tritonq can't compute stay as they are, and
+    their row has the reason.
+    """
     import modelopt
 
     from tritonq.acceleration.model_optimizer import AcceleratedTensorQuantizer, why_not
@@ -42,14 +51,17 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
 
 def restore(model: nn.Module) -> None:
-    """Give every quantizer its class back."""
+    """Undo :func:`accelerate` in place: give every ``TensorQuantizer`` its class of Model-Optimizer back.
+
+    Other modules, and quantizers that were never changed, stay as they are.
+    """
     for module in model.modules():
         if type(module).__module__ == "tritonq.acceleration.model_optimizer":
             object.__setattr__(module, "__class__", type(module).library_class)  # type: ignore[attr-defined]
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    """Whether a quantizer of ``model`` has tritonq's class."""
+    """Whether at least one ``TensorQuantizer`` of ``model`` has tritonq's class."""
     return any(type(module).__module__ == "tritonq.acceleration.model_optimizer" for module in model.modules())
 
 

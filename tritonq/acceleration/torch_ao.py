@@ -26,7 +26,7 @@ from torch.ao.quantization.fake_quantize import (
 )
 
 from tritonq.acceleration.library_layers import HOOK, MARK, RELU, BatchNorm, Layer, add, affine, normalized
-from tritonq.acceleration.quantizers import can_compute, is_attached, quantize
+from tritonq.acceleration.quantizers import can_compute, has_formula, quantize
 from tritonq.functional.recomputation import StepMemory
 from tritonq.nn.batch_norm import batch_norm_state, is_plain
 from tritonq.nn.qat import linear_map_of
@@ -57,11 +57,11 @@ _Forward = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Mark:
-    """Mark of an accelerated module. A process that unpickles one imports this file, which runs such modules."""
+    """Mark of an accelerated module. Unpickling it imports this file, so that the module runs tritonq's operators."""
 
 
 def mark(module: nn.Module) -> None:
-    """Let tritonq compute ``module``, whose class is one of CLASSES."""
+    """Let tritonq compute ``module``, whose class must be in ``CLASSES``."""
     module.__dict__[MARK] = Mark()
 
 
@@ -72,7 +72,7 @@ def unmark(module: nn.Module) -> None:
 
 
 def run_with(layer: nn.Module, x: Tensor, output_quantizer: nn.Module | None) -> Tensor:
-    """Return the result of an accelerated layer, rounded by ``output_quantizer`` where there is one."""
+    """Return the result of a marked layer for the input ``x``; rounded by ``output_quantizer`` unless that is None."""
     held = cast(Any, layer)
     if "bn" in held._modules and not is_plain(held.bn):
         y = _PLAIN[type(layer)](layer, x)
@@ -88,7 +88,10 @@ def run_with(layer: nn.Module, x: Tensor, output_quantizer: nn.Module | None) ->
 
 
 def _batch_norm(held: Any) -> BatchNorm | None:
-    """Return the BatchNorm in ``held``, whose batches are counted."""
+    """Return the BatchNorm of the layer ``held`` with its tensors, or None without one.
+
+    In training, one more batch is counted.
+    """
     if "bn" not in held._modules:
         return None
     bn = held.bn
@@ -100,24 +103,36 @@ def _batch_norm(held: Any) -> BatchNorm | None:
 
 
 def _run_layer(plain: _Forward, self: nn.Module, x: Tensor) -> Tensor:
-    """Return the layer's output, observed and rounded where tritonq took over its observer's hook."""
+    """Return the result of a marked layer; observed and rounded if tritonq took its observer hook over.
+
+    Args:
+        plain: the library's own forward.
+        self: the layer.
+        x: its input.
+    """
     held: Any = self
     return run_with(self, x, held.activation_post_process if HOOK in self.__dict__ else None)
 
 
 def _run_quantizer(plain: _Forward, self: nn.Module, x: Tensor) -> Tensor:
-    """Observe and round ``x``; as the library does where a cast changed the dtype of the quantizer's buffers."""
+    """Observe and round ``x`` by tritonq's operator.
+
+    By ``plain``, the library's forward, if a cast changed the buffers' dtypes.
+    """
     return quantize(self, x) if can_compute(self, x) else plain(self, x)
 
 
 def _run_sum(ceiling: float | None, plain: _Forward, self: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Return the rounded ReLU of the sum."""
+    """Return ``FQ(relu?(x + y))`` of a marked ``FloatFunctional``; ``ceiling``: infinity for a ReLU, None for none."""
     quantizer = cast(Any, self).activation_post_process
-    return add(x, y, quantizer, ceiling) if is_attached(quantizer) and can_compute(quantizer, x) else plain(self, x, y)
+    return add(x, y, quantizer, ceiling) if has_formula(quantizer) and can_compute(quantizer, x) else plain(self, x, y)
 
 
 def _put_before(kind: type[nn.Module], method: str, run: Callable[..., Tensor]) -> _Forward:
-    """Let a method of a library's class look for the mark; return the library's."""
+    """Replace a method of a library's class by one that calls ``run`` for marked modules; return the library's method.
+
+    For a module without a mark the library's method runs.
+    """
     plain: _Forward = getattr(kind, method)
 
     @functools.wraps(plain)
@@ -129,7 +144,7 @@ def _put_before(kind: type[nn.Module], method: str, run: Callable[..., Tensor]) 
 
 
 def _let_graphs_trace_observer_hooks() -> None:
-    """Tell torch.compile what torch.ao's observer hook does, which it refuses to trace."""
+    """Give torch.compile a substitute for torch.ao's observer hook, which it refuses to trace."""
     hook = sys.modules["torch.ao.quantization.quantize"]._observer_forward_hook
 
     @torch.compiler.substitute_in_graph(hook, skip_signature_check=True)
