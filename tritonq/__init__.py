@@ -233,7 +233,7 @@ _PARTS |= {"qconfig_files", "recipes", "report", "testing", "torch_ao", "torch_o
 if not TYPE_CHECKING:  # a type checker would take every name for one that exists
 
     def __getattr__(name):
-        """Import the part that `name` belongs to."""
+        """Import and return the public name or submodule ``name``, which ``import tritonq`` does not import at once."""
         if name in _LATER:
             found = getattr(import_module(_LATER[name]), name)
         elif name in _PARTS:
@@ -244,5 +244,5 @@ if not TYPE_CHECKING:  # a type checker would take every name for one that exist
         return found
 
     def __dir__():
-        """Name what is imported later, too."""
+        """Return all names of the package, those that are imported later as well."""
         return sorted({*globals(), *_LATER, *_PARTS})

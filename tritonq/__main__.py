@@ -72,12 +72,15 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line; the options are listed by ``--help`` alone."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the line and leave."""
+        """Print ``message`` in one line and leave with exit status 2."""
         joint = " See" if message.endswith("?") else "; see"
         self.exit(_USAGE, f"{self.prog}: {message}{joint} {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Return the options. One that is unknown is an error of the command that got it, not of the whole program."""
+        """Return the options and ``[]``.
+
+        An unknown option is an error of the command that got it, not of the whole program.
+        """
         chosen, unknown = super().parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
@@ -109,9 +112,9 @@ def build_parser(words: Sequence[str] = (), every_command: bool = False) -> argp
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status.
+    """Run the command in ``arguments`` (None: those of the process) and return its exit status.
 
-    2 is a usage error, 1 a failure that is reported in one line, 130 an interruption.
+    0 is success, 2 a usage error, 1 a failure that is reported in one line, 130 an interruption.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = words[0] if words[:1] and words[0] in COMMANDS else ""
@@ -138,7 +141,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _warn_in_one_line(message: Warning | str, *where: object, **further: object) -> None:
-    """Print a warning without the source line that raised it, which is none of the user's."""
+    """Print a warning in one line, without the source line that raised it, which says nothing to a user."""
     print(f"tritonq: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,8 @@
-"""Elementary functions of tensors and of single numbers under one name, so that a formula is written once.
+"""Elementary functions of tensors and of single numbers under the same names, so that a formula is written once.
 
-On a CPU an operator on a tensor of one element costs as much as one on a thousand: what is one number is computed as a
-NumPy scalar, in the same precision and with the same roundings.
+A formula such as `range_to_qparams` takes one of two objects, ``TENSORS`` or ``NUMBERS``, and calls its methods. On a
+CPU an operator on a tensor of one element costs as much as one on a thousand. A single number is therefore computed as
+a NumPy scalar, in the same precision and with the same roundings.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from torch import Tensor
 
 
 class Arithmetic(Protocol):
-    """What a formula needs besides ``+``, ``-``, ``*`` and ``/`` between its values."""
+    """The operations that a formula needs besides ``+``, ``-``, ``*`` and ``/``.
+
+    Implemented for tensors and for numbers.
+    """
 
     def constant(self, value: float, like: Any) -> Any:
-        """Return a Python number as an operand beside ``like``."""
+        """Return the number ``value`` in a form that can stand beside ``like`` in ``+``, ``-``, ``*`` and ``/``."""
 
     def larger(self, x: Any, y: Any) -> Any:
         """Return the larger of two values, elementwise."""
@@ -37,78 +41,83 @@ class Arithmetic(Protocol):
         """Round to the nearest integer, ties away from zero."""
 
 
-class Tensors:
-    """Arithmetic of float tensors."""
+class TensorArithmetic:
+    """:class:`Arithmetic` of float tensors, elementwise; ``TENSORS`` is the one instance."""
 
     def constant(self, value: float, like: Tensor) -> float | Tensor:
-        """See :class:`Arithmetic`."""
+        """Return ``value`` as a number, or as a tensor that is kept; see :func:`operand`."""
         return operand(value, like)
 
     def larger(self, x: Tensor, y: Tensor) -> Tensor:
-        """See :class:`Arithmetic`."""
+        """Return the larger of two values, elementwise."""
         return torch.maximum(x, y)
 
     def at_least(self, x: Tensor, floor: float) -> Tensor:
-        """See :class:`Arithmetic`."""
+        """Return ``x``, or ``floor`` where that is larger."""
         return x.clamp(min=floor)
 
     def at_most(self, x: Tensor, ceiling: float) -> Tensor:
-        """See :class:`Arithmetic`."""
+        """Return ``x``, or ``ceiling`` where that is smaller."""
         return x.clamp(max=ceiling)
 
     def round(self, x: Tensor) -> Tensor:
-        """See :class:`Arithmetic`."""
+        """Round to the nearest integer, ties to even."""
         return x.round()
 
     def round_half_away(self, x: Tensor) -> Tensor:
-        """Exact, unlike ``floor(x + 0.5)``, which rounds 0.49999997 to 1 in float32; NaN and infinities pass."""
+        """Round to the nearest integer, ties away from zero; NaN and infinities stay as they are.
+
+        It is exact. ``floor(x + 0.5)`` would round 0.49999997 to 1 in float32.
+        """
         # The largest number below 1/2: with 1/2 itself, the largest number below 1/2 would round to 1. Torch's floor is
         # vectorised on CPUs, its trunc is not.
         below_half = 0.5 - torch.finfo(x.dtype).eps / 4
         return x.abs().add_(below_half).floor_().copysign_(x)
 
 
-class Numbers:
-    """Arithmetic of NumPy float32 scalars that are finite."""
+class NumberArithmetic:
+    """:class:`Arithmetic` of finite float32 numbers, as NumPy scalars; ``NUMBERS`` is the one instance."""
 
     def constant(self, value: float, like: np.float32 | None = None) -> np.float32:
-        """See :class:`Arithmetic`."""
+        """Return ``value`` as a float32 scalar; ``like`` is not used."""
         number: np.float32 = np.float32(value)
         return number
 
     def larger(self, x: np.float32, y: np.float32) -> np.float32:
-        """See :class:`Arithmetic`."""
+        """Return the larger of two numbers."""
         return x if x >= y else y
 
     def at_least(self, x: np.float32, floor: float) -> np.float32:
-        """See :class:`Arithmetic`."""
+        """Return ``x``, or ``floor`` if that is larger."""
         return self.larger(x, self.constant(floor))
 
     def at_most(self, x: np.float32, ceiling: float) -> np.float32:
-        """See :class:`Arithmetic`."""
+        """Return ``x``, or ``ceiling`` if that is smaller."""
         top = self.constant(ceiling)
         return x if x <= top else top
 
     def round(self, x: np.float32) -> np.float32:
-        """See :class:`Arithmetic`."""
+        """Round to the nearest integer, ties to even."""
         return self.constant(np.rint(x))
 
     def round_half_away(self, x: np.float32) -> np.float32:
-        """See :class:`Arithmetic`."""
+        """Round to the nearest integer, ties away from zero."""
         size = np.abs(x)
         whole = np.floor(size)
         return self.constant(np.copysign(whole + (size - whole >= 0.5), x))
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``x.to(dtype)``: ``x`` itself, without a call of PyTorch, where it has that dtype."""
+    """Return ``x.to(dtype)``, or ``x`` itself if it has that dtype, without a call of PyTorch."""
     return x if x.dtype is dtype else x.to(dtype)
 
 
 def as_now(*values: Tensor) -> Sequence[Tensor]:
-    """Return ``values``; in a traced graph copies, which a backward pass finds as they are now (`tritonq.remember`).
+    """Return ``values``.
 
-    The forward pass must use the copies too: what the backward alone uses is made there.
+    While ``torch.compile`` traces, return copies, so that a backward pass finds the values of now. A compiler may
+    compute a value again in the backward pass, after its inputs have changed (`tritonq.remember`). Both the forward and
+    the backward pass must use the copies.
     """
     if not torch.compiler.is_compiling():
         return values
@@ -119,10 +128,11 @@ def as_now(*values: Tensor) -> Sequence[Tensor]:
 
 
 def operand(number: float, like: Tensor) -> float | Tensor:
-    """Return ``number`` as the other operand of an operator on ``like``: on a CPU as a tensor that is kept.
+    """Return ``number`` for use in an operator with ``like``.
 
-    PyTorch would make one, and convert it to ``like``'s dtype, in each call: twice to thrice the time of an operator on
-    some hundred channels. The bits are the same.
+    On a CPU as a tensor of its dtype, which is made once and kept. PyTorch would make and convert such a tensor in each
+    call, which takes twice to thrice the time of an operator on some hundred channels. The bits of the result are the
+    same.
     """
     if type(like) is not Tensor or not like.is_cpu or torch.compiler.is_compiling():
         return number
@@ -136,13 +146,13 @@ def _kept_number(number: float, dtype: torch.dtype) -> Tensor:
         return torch.tensor(number, dtype=dtype)
 
 
-TENSORS, NUMBERS = Tensors(), Numbers()
+TENSORS, NUMBERS = TensorArithmetic(), NumberArithmetic()
 
 
 def round_half_away(x: Tensor) -> Tensor:
-    """Round to the nearest integer, ties away from zero; NaN and infinities pass.
+    """Round to the nearest integer, ties away from zero; NaN and infinities stay as they are.
 
-    Exact, unlike ``floor(x + 0.5)``, which rounds 0.49999997 to 1 in float32.
+    It is exact. ``floor(x + 0.5)`` would round 0.49999997 to 1 in float32.
 
     Examples:
         >>> round_half_away(torch.tensor([-2.5, -0.5, 0.49999997, 1.5]))
@@ -152,7 +162,9 @@ def round_half_away(x: Tensor) -> Tensor:
 
 
 def round_steps_(steps: Tensor, rounding: str) -> Tensor:
-    """Return the nearest integers, ties by a type's ``rounding``; overwrites ``steps``.
+    """Round ``steps`` in place to the nearest integers and return it.
+
+    ``rounding`` says where ties go ("half_even", "half_away").
 
     Examples:
         >>> round_steps_(torch.tensor([-2.5, 0.5]), "half_even"), round_steps_(torch.tensor([-2.5, 0.5]), "half_away")

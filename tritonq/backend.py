@@ -1,4 +1,9 @@
-"""Which implementation runs a call: decided here, per call, from the tensor."""
+"""Choose the implementation of each call by its tensor: Triton kernels, C++ or PyTorch.
+
+A *family* is a group of operators in one file, such as ``"fake_quant"``. It is a module of the same name in
+``tritonq.kernels``, ``tritonq.reference`` and, for some, ``tritonq.compiled``, with functions of the same names and
+signatures.
+"""
 
 from __future__ import annotations
 
@@ -64,15 +69,15 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 @cache
 def has_triton() -> bool:
-    """Whether the triton package is installed (importing it is left to the first kernel call)."""
+    """Whether the package triton is installed. Importing it is left to the first kernel call."""
     return importlib.util.find_spec("triton") is not None
 
 
 @cache
 def is_interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``).
+    """Whether ``TRITON_INTERPRET=1`` is set, so that Triton runs kernels in its interpreter, on CPU tensors.
 
-    Asked once: triton decides it for a kernel when the kernel is defined.
+    The variable is read once, since triton decides it for a kernel when the kernel is defined.
     """
     if not has_triton():
         return False
@@ -82,10 +87,11 @@ def is_interpreting() -> bool:
 
 
 def select(x: Tensor, backend: Backend = "auto") -> Chosen:
-    """Choose the backend for a call on ``x``.
+    """Return the backend for a call on ``x``: ``"triton"``, ``"torch"`` or ``"compiled"``.
 
-    CUDA or HIP tensors with triton run kernels; with ``TRITON_INTERPRET=1`` CPU tensors run the same kernels in
-    Triton's interpreter; all else runs PyTorch. float64 always runs PyTorch. Compiled code runs where it is asked for.
+    CUDA and HIP tensors run kernels if triton is installed. With ``TRITON_INTERPRET=1`` CPU tensors run the same
+    kernels in Triton's interpreter. Everything else runs PyTorch, as float64 always does. ``"compiled"`` is chosen only
+    if it is asked for.
 
     Raises:
         ValueError: an unknown backend.
@@ -110,17 +116,21 @@ def select(x: Tensor, backend: Backend = "auto") -> Chosen:
 
 
 def implementation(name: str, x: Tensor, backend: Backend = "auto") -> ModuleType:
-    """Return the module that implements op family ``name`` for ``x``, of one of three packages.
+    """Return the module of family ``name``, such as ``"fake_quant"``, that computes on ``x``.
 
-    ``tritonq.kernels``, ``tritonq.reference`` and ``tritonq.compiled`` hold functions of the same names and signatures.
-    While a profiler runs, each call of one is a range of the profile, ``"tritonq.fake_quant.fake_quantize (triton)"``
-    for example.
+    It is of ``tritonq.kernels``, ``tritonq.reference`` or ``tritonq.compiled``; a family that has no C++ takes the
+    reference instead. While torch's profiler runs, each call of a function in it is recorded as a range such as
+    ``"tritonq.fake_quant.fake_quantize (triton)"``.
     """
     return _module(select(x, backend), name)
 
 
 def without_kernel(name: str, x: Tensor) -> ModuleType:
-    """Return the module of an op family that has no kernel: compiled where that is asked for, else the reference."""
+    """Return the module of a family for which no kernel exists.
+
+    It is that of ``tritonq.compiled`` if ``use_backend("compiled")`` is active and ``x`` is on a CPU, else that of
+    ``tritonq.reference``.
+    """
     return _module("compiled" if _preferred.get() == "compiled" and x.is_cpu else "torch", name)
 
 
@@ -134,7 +144,7 @@ def _module(chosen: Chosen, name: str) -> ModuleType:
 
 @cache
 def _ranged(backend: Chosen, name: str) -> ModuleType:
-    """Return a copy of the module whose functions are ranges of a profile."""
+    """Return a copy of a family's module whose functions record a range in torch's profile."""
     module = _load(backend, name)
     copy = ModuleType(module.__name__, module.__doc__)
     for key, value in vars(module).items():
@@ -158,7 +168,7 @@ def _load(backend: Chosen, name: str) -> ModuleType:
 
 
 def _require_compiler() -> None:
-    """Raise RuntimeError where nothing can be compiled."""
+    """Raise RuntimeError if C++ can't be compiled here; the message has the reason."""
     from tritonq.compiled.build import obstacle
 
     blocked = obstacle()

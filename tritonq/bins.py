@@ -69,17 +69,17 @@ class FloatPrefixBins:
 
     @property
     def per_side(self) -> int:
-        """Bins on each side of zero."""
+        """Number of bins on each side of zero."""
         return (self.max_exponent - self.min_exponent) << self.mantissa_bits
 
     @property
     def count(self) -> int:
-        """Number of bins."""
+        """Number of bins in all: ``2 * per_side + 1``."""
         return 2 * self.per_side + 1
 
     @property
     def shift(self) -> int:
-        """Low bits of a float32 that are dropped."""
+        """Number of low bits of a float32 that are dropped to find its bin: ``23 - mantissa_bits``."""
         return _FLOAT_MANTISSA - self.mantissa_bits
 
     @property

@@ -149,7 +149,9 @@ def refine_scales(
 
 
 def model_batches(model: nn.Module, data: Any) -> Iterator[Batch]:
-    """Yield arguments of ``model`` for each batch of ``data``; see :func:`calibrate`.
+    """Yield positional and keyword arguments of ``model`` for each batch of ``data``, as :func:`calibrate` takes them.
+
+    For a tensor: ``((tensor,), {})`` once; for a batch that is a dict: ``((), batch)``.
 
     Raises:
         ValueError: ``data`` is neither a tensor nor iterable.
@@ -187,7 +189,7 @@ def _is_unset(quantizer: SwitchedQuantizer) -> bool:
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Restore each module's mode when the block ends."""
+    """Restore the training mode of each module of ``model`` when the block ends."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -198,7 +200,10 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _observing(model: nn.Module, quantizers: Iterable[SwitchedQuantizer]) -> Iterator[None]:
-    """Set eval mode inside the block, with quantizers that observe and do not round."""
+    """Set eval mode inside the block, while ``quantizers`` observe and do not round.
+
+    The modes are restored at the end. The switches of the quantizers are not: the caller sets them.
+    """
     with modes_restored(model):
         model.eval()
         hooks = []
@@ -240,7 +245,10 @@ def everything_float(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _rounding(layer: QATLayer, role: str) -> Iterator[None]:
-    """Let the layer's weight be rounded inside, and its output too where the activation is searched."""
+    """Let the layer's weight be rounded inside the block.
+
+    Its output as well unless ``role`` is ``"weight_fake_quant"``.
+    """
     quantizers = [layer.weight_fake_quant] + ([layer.activation_post_process] if role != "weight_fake_quant" else [])
     active = [quantizer for quantizer in quantizers if isinstance(quantizer, SwitchedQuantizer)]
     for quantizer in active:
@@ -255,7 +263,10 @@ def _rounding(layer: QATLayer, role: str) -> Iterator[None]:
 def _layer_examples(
     model: nn.Module, layers: dict[str, QATLayer], data: Any
 ) -> dict[str, list[tuple[tuple[Any, ...], Tensor]]]:
-    """Return each layer's inputs and float outputs, call by call."""
+    """Run ``data`` through the model.
+
+    Return pairs of arguments and output for each call of each layer, by the layer's name.
+    """
     examples: dict[str, list[tuple[tuple[Any, ...], Tensor]]] = {name: [] for name in layers}
 
     def recorder(name: str) -> Any:
@@ -284,7 +295,17 @@ def _best_factors(
     examples: list[tuple[tuple[Any, ...], Tensor]],
     factors: list[float],
 ) -> Tensor:
-    """Return the factor of each scale that serves the layer's output best; the quantizer is left with it."""
+    """Try each factor on the scales of ``quantizer``, and leave it with the best ones.
+
+    Args:
+        layer: the layer of the quantizer.
+        quantizer: of its weight or output.
+        examples: pairs of the layer's arguments and its float output.
+        factors: what the scales are multiplied by, such as 0.8 to 1.2.
+
+    Returns:
+        The factor of each scale with which the layer's output is most like the float output; 1 if none is better.
+    """
     original = QParams(*(value.detach().clone() for value in quantizer.calculate_qparams()))
     per_channel = original.scale.numel() > 1
     best = torch.ones_like(original.scale)
@@ -300,7 +321,10 @@ def _best_factors(
 
 
 def _similarity(layer: QATLayer, examples: list[tuple[tuple[Any, ...], Tensor]], per_channel: bool) -> Tensor:
-    """Return Cosine of the layer's present outputs with ``examples``': float64, (1,) or (channels,)."""
+    """Return the cosine similarity of the layer's present outputs to those in ``examples``.
+
+    Float64, (1,) or (channels,).
+    """
     dot = found = wanted = torch.zeros((), dtype=torch.float64)
     for args, expected in examples:
         output = layer(*args)
@@ -315,7 +339,7 @@ def _similarity(layer: QATLayer, examples: list[tuple[tuple[Any, ...], Tensor]],
 
 
 def _set_scale(quantizer: FakeQuantizeBase, qparams: QParams) -> None:
-    """Make ``quantizer`` use ``qparams``."""
+    """Make ``quantizer`` round with the scale and zero point in ``qparams``."""
     if isinstance(quantizer, LearnedFakeQuantize):
         quantizer.initialize(qparams)
         return

@@ -1,7 +1,7 @@
-"""Which float dtypes tell the codes of a grid apart, and what quantizers make of other inputs in eval mode.
+"""Which float dtypes can hold the codes of a grid apart, and what quantizers do with other inputs in eval mode.
 
 A dtype of p significant bits holds ``steps · scale``, rounded, within half a step for up to ``2^(p - 1)`` steps from
-the zero point: bfloat16 128 of them, float16 1024. Beyond, it merges neighbours: of the values of an unsigned 8-bit
+the zero point: bfloat16 128 of them, float16 1024. Beyond that it merges neighbours: of the values of an unsigned 8-bit
 grid in bfloat16, 17 % are nearer to another code than to their own.
 """
 
@@ -17,7 +17,7 @@ _PRECISIONS = {torch.bfloat16: 8, torch.float16: 11}
 
 
 def tells_codes(dtype: torch.dtype, qtype: QuantizedType) -> bool:
-    """Whether values of a grid, rounded to ``dtype``, are nearest to their own codes.
+    """Whether each value of a grid of type ``qtype``, rounded to ``dtype``, is still nearest to its own code.
 
     Examples:
         >>> from tritonq.quantized_type import QINT8, QUINT8
@@ -33,10 +33,10 @@ def tells_codes(dtype: torch.dtype, qtype: QuantizedType) -> bool:
 
 
 def to_hold_codes(x: Tensor, qtype: QuantizedType, quantizer: nn.Module) -> Tensor:
-    """Return the input of a quantizer in eval mode so that its result tells codes: under autocast in float32.
+    """Return the input ``x`` of a quantizer in eval mode, in float32 if its dtype can't hold the codes apart.
 
-    Outside of autocast, where layers take one dtype alone, ``x`` stays as it is, and ``quantizer`` warns once where
-    that merges codes.
+    That is done under autocast alone, whose layers take any dtype. Elsewhere ``x`` stays as it is, and ``quantizer``
+    warns once if its dtype merges codes.
     """
     if x.dtype not in _PRECISIONS:
         return x

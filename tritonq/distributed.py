@@ -106,12 +106,15 @@ def broadcast_statistics(model: nn.Module, process_group: ProcessGroupLike = "wo
 
 
 def _has_range_observer(quantizer: SharesRange) -> bool:
-    """Whether scale and zero point follow from an observer's range at all times."""
+    """Whether ``quantizer`` is a FakeQuantize whose observer of minimum and maximum decides its scale at all times."""
     return isinstance(quantizer, FakeQuantize) and isinstance(quantizer.activation_post_process, RangeObserver)
 
 
 def _reduced_ranges(observers: list[RangeObserver], group: ProcessGroup) -> dict[RangeObserver, tuple[Tensor, Tensor]]:
-    """Return each observer's range over all ranks, in one collective; the observers stay as they are."""
+    """Return minimum and maximum over all ranks for each observer, by one collective.
+
+    The observers stay as they are.
+    """
     lows = [observer.min_val.reshape(-1) for observer in observers]
     highs = [-observer.max_val.reshape(-1) for observer in observers]
     flat = torch.cat([*lows, *highs])
@@ -127,7 +130,7 @@ def _reduced_ranges(observers: list[RangeObserver], group: ProcessGroup) -> dict
 
 
 def _add_up(observers: list[HistogramObserver], group: ProcessGroup) -> None:
-    """Add up counts, and the numbers of skipped values, over all ranks."""
+    """Give the observers the histogram counts and the numbers of skipped values of all ranks, in place."""
     if observers:
         sums = reduce_sums([counts for observer in observers for counts in observer.own_counts()], group)
         for observer, counts, nonfinite in zip(observers, sums[::2], sums[1::2], strict=True):
@@ -137,7 +140,13 @@ def _add_up(observers: list[HistogramObserver], group: ProcessGroup) -> None:
 def _add_up_over(
     observers: list[InterpolatingHistogramObserver], ranges: list[tuple[Tensor, Tensor]], group: ProcessGroup
 ) -> None:
-    """Add up counts over the range that all ranks have in common."""
+    """Add the histogram counts of all ranks over a common range, and give them to the observers, in place.
+
+    Args:
+        observers: one or more, the same on every rank.
+        ranges: for each, minimum and maximum over all ranks; one without a value (minimum above maximum) is left out.
+        group: the ranks.
+    """
     if observers:
         limits = [(float(low), float(high)) for low, high in ranges]
         own = [observer.own_counts(limit) for observer, limit in zip(observers, limits, strict=True)]

@@ -36,7 +36,7 @@ class Factory(Generic[T]):
 
     @property
     def __name__(self) -> str:
-        """The names of the class and of the observer in it, by which torchao knows what is per channel."""
+        """The names of the class and of the observer in it, which torchao searches for "PerChannel"."""
         observer = self.arguments.get("observer")
         name = getattr(self.make, "__name__", type(self.make).__name__)
         return name if observer is None else f"{name}({getattr(observer, '__name__', observer)})"
@@ -67,7 +67,7 @@ class WithArgs:
     library_bases: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Register ``cls`` with the libraries that are loaded."""
+        """Register ``cls`` with those of torch.ao and torchao that are loaded, and return a new instance."""
         for module, name in cls.library_bases:
             base: Any = getattr(sys.modules.get(module), name, None)
             if base is not None and not issubclass(cls, base):
@@ -81,10 +81,10 @@ class WithArgs:
 
 
 def make_observer(observer: Callable[..., T], **arguments: Any) -> T:
-    """Return the observer that a class or factory makes of ``arguments``.
+    """Return ``observer(**arguments)``.
 
     Raises:
-        TypeError: it makes something that is not tritonq's, such as torch.ao's observer of the same name.
+        TypeError: the result is no observer of tritonq, but for example torch.ao's of the same name.
     """
     made = observer(**arguments) if callable(observer) else observer
     if not isinstance(getattr(made, "qtype", None), QuantizedType):

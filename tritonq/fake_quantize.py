@@ -77,7 +77,7 @@ class FakeQuantize(FakeQuantizeBase):
         self._revision = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Give models that version 0.1.0 pickled the flag, which they had not."""
+        """Restore a pickled module; one of version 0.1.0 lacks the flag ``begins``, which is added."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "begins" not in self._buffers:
             self.register_buffer("begins", torch.zeros_like(self.fake_quant_enabled), persistent=False)
@@ -87,7 +87,7 @@ class FakeQuantize(FakeQuantizeBase):
         return torch.full(shape, smallest, dtype=torch.int32)
 
     def allocate(self, num_channels: int) -> None:
-        """Give per-channel buffers their final length; a no-op per tensor or when they have it."""
+        """Give per-channel buffers their final length; nothing is done per tensor, or if they have it."""
         self.activation_post_process.allocate(num_channels)
         if self.qtype.axis is not None and self.scale.numel() != num_channels:
             # The same objects, which others may hold: DDP lists buffers, nn.DataParallel copies from them.
@@ -99,7 +99,7 @@ class FakeQuantize(FakeQuantizeBase):
     _averages_read: tuple[tuple[int, int], ...] | None = None
 
     def rests_on_data(self) -> Tensor:
-        """See base class."""
+        """Return whether the observer has seen values: a bool tensor of one element, on the device."""
         return self.activation_post_process.has_observed()
 
     @torch.no_grad()
@@ -121,7 +121,10 @@ class FakeQuantize(FakeQuantizeBase):
 
     @torch.no_grad()
     def begin_anew(self) -> None:
-        """Forget what example inputs gave; a no-op once training has begun, and while the observer is off."""
+        """Forget the range that ``prepare_qat`` took from example inputs, before the first training batch is observed.
+
+        Nothing is done once training has begun, or while the observer is off.
+        """
         observer = self.activation_post_process
         join_ranks()
         compiling = torch.compiler.is_compiling()
@@ -146,7 +149,11 @@ class FakeQuantize(FakeQuantizeBase):
         self._beginning = None
 
     def rank_state(self) -> RankState:
-        """See base class; histograms are the first rank's, until :func:`tritonq.sync_observers` adds them up."""
+        """Return the tensors on which ranks agree: smallest minimum, largest maximum, and the scale that follows.
+
+        Observers with a process group of their own share already: nothing then. Histograms are not shared here; scale
+        and zero point are those of the first rank, until :func:`tritonq.sync_observers` adds the counts up.
+        """
         observer = self.activation_post_process
         if isinstance(observer, RangeObserver) and observer.process_group.process_group is not None:
             return RankState()
@@ -156,17 +163,20 @@ class FakeQuantize(FakeQuantizeBase):
         return RankState(first=[self.scale, self.zero_point])
 
     def has_qparams(self) -> bool:
-        """See base class."""
+        """Whether scale and zero point rest on data.
+
+        Those that a PassiveObserver was given since the last call are taken first.
+        """
         self._take_given_qparams()
         return super().has_qparams()
 
     def enabled_on_device(self) -> Tensor:
-        """See base class."""
+        """Return a uint8 tensor (1,): 1 if :meth:`forward` rounds. What a PassiveObserver was given is taken first."""
         self._take_given_qparams()
         return super().enabled_on_device()
 
     def _take_given_qparams(self) -> None:
-        """Adopt what a PassiveObserver was given since the last call."""
+        """Take over scale and zero point that a PassiveObserver was given since the last call."""
         observer = self.activation_post_process
         if isinstance(observer, PassiveObserver) and observer.revision != self._revision:
             self._revision, self._qparams_known = observer.revision, False
@@ -174,9 +184,11 @@ class FakeQuantize(FakeQuantizeBase):
             self.refresh_qparams()
 
     def forward(self, x: Tensor, observe: bool = True) -> Tensor:
-        """Observe (training only) and fake quantize ``x``; same shape, memory format, and dtype if that tells codes.
+        """Observe ``x`` (training only) and fake quantize it; the result has the same shape and memory format.
 
-        ``observe=False`` leaves the range alone: another call of this quantizer observes the same tensor.
+        The dtype is that of ``x``. In eval mode under autocast it is float32 if the dtype of ``x`` can't hold the codes
+        apart. With ``observe=False`` the range stays as it is, because another call of this quantizer observes the same
+        tensor.
         """
         if not self.training:
             x = to_hold_codes(x, self.qtype, self)
@@ -185,7 +197,10 @@ class FakeQuantize(FakeQuantizeBase):
         return self.quantize(x)
 
     def observe_in_training(self, x: Tensor) -> None:
-        """Observe what tells a range, in a training step, but when it is computed again."""
+        """Observe ``x`` in training mode.
+
+        Not if it is empty, nor if activation checkpointing runs the forward again.
+        """
         if self.training and not is_recomputing() and tells_range(x, self.activation_post_process):
             self.observe(x)
 
@@ -202,13 +217,20 @@ class FakeQuantize(FakeQuantizeBase):
             self.refresh_qparams()
 
     def calculate_qparams(self) -> QParams:
-        """See base class."""
+        """Return scale and zero point as :meth:`forward` and deployment use them.
+
+        In an averaged model those of its range.
+        """
         self._follow_average()
         return super().calculate_qparams()
 
     @torch.no_grad()
     def _follow_average(self) -> None:
-        """Round to the grid of an averaged range: who averages models leaves integers such as zero points behind."""
+        """In eval mode, take scale and zero point from the range, if an average of models (EMA) changed the range.
+
+        Averages of models leave integers out, and with them the zero point. A scale that was set by hand stays: it is
+        far from what the range gives.
+        """
         observer = self.activation_post_process
         if self.training or torch.compiler.is_compiling() or not isinstance(observer, MinMaxObserver):
             return
@@ -232,7 +254,10 @@ class FakeQuantize(FakeQuantizeBase):
         self.zero_point.copy_(zero_point.view_as(self.zero_point))
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Fake quantize ``x`` with the present qparams; passes it through while switched off or never observed."""
+        """Fake quantize ``x`` with the present scale and zero point.
+
+        Return ``x`` if switched off, or if nothing was observed.
+        """
         grid = self.grid_or_warning()
         if grid is None:
             return x
@@ -242,7 +267,7 @@ class FakeQuantize(FakeQuantizeBase):
         return y
 
     def grid_or_warning(self) -> Grid | None:
-        """Return the grid that :meth:`forward` rounds to; None, with a warning, before anything was observed."""
+        """Return the grid that :meth:`forward` rounds to. If nothing was observed yet, warn once and return None."""
         if torch.compiler.is_compiling():
             active = self.enabled_on_device()
         elif self.has_qparams():
@@ -255,7 +280,7 @@ class FakeQuantize(FakeQuantizeBase):
         return Grid(self.scale, zero_point, self.qtype, active)
 
     def warn_unobserved(self) -> None:
-        """Warn, the first time, that values pass because nothing was observed."""
+        """Warn, the first time, that values pass unrounded because nothing was observed."""
         warn_once(
             self,
             "a FakeQuantize that has observed nothing passes its input through; run it in training mode with its "
@@ -285,7 +310,7 @@ class FakeQuantize(FakeQuantizeBase):
 
     @property
     def ch_axis(self) -> int:
-        """Channel axis, -1 per tensor."""
+        """The axis of the channels, as it was given; -1 if there is one scale for the tensor."""
         return self.activation_post_process.ch_axis
 
     @property
@@ -294,7 +319,7 @@ class FakeQuantize(FakeQuantizeBase):
         return self.qtype.axis is not None
 
     def extra_repr(self) -> str:
-        """Return switches, grid, scale and zero point."""
+        """Return switches, grid, scale and zero point as text, for ``repr``."""
         on = ("off", "on")
         return (
             f"codes {self.quant_min}..{self.quant_max}, {'symmetric' if self.qtype.symmetric else 'affine'} "
@@ -304,7 +329,10 @@ class FakeQuantize(FakeQuantizeBase):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Adopt the channel count of a checkpoint where none was known, and ask anew whether qparams are known."""
+        """Load a state dict; if the number of channels was unknown, take it from there.
+
+        Reset what is remembered of the scale.
+        """
         saved = state_dict.get(prefix + "scale")
         if self.qtype.axis is not None and self.scale.numel() == 0 and isinstance(saved, Tensor) and saved.numel():
             self.allocate(saved.numel())

@@ -1,4 +1,8 @@
-"""What every fake quantizer to integers has: switches, scale and zero point."""
+"""The base class of fake quantizers to integers: switches, scale and zero point.
+
+Scale and zero point *rest on data* once a tensor was observed, they were loaded, or they were set. Before that a
+quantizer passes values unrounded.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from tritonq.switched_quantizer import SwitchedQuantizer
 
 
 class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
-    """Switches and qparams that every fake quantizer to integers has.
+    """Base class of fake quantizers to integers, with their switches, scale and zero point.
 
     Attributes:
         scale: float32 buffer, (1,), (channels,) or (groups,).
@@ -44,49 +48,64 @@ class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
         self._switch_read: tuple[tuple[int, int], bool] | None = None
 
     def rests_on_data(self) -> Tensor:
-        """Return whether scale and zero point rest on data: one element, on the device."""
+        """Return a bool tensor of one element, on the device: whether scale and zero point rest on data.
+
+        Subclasses define it.
+        """
         raise NotImplementedError(f"a {type(self).__name__} does not say in a tensor whether it has qparams")
 
     def has_qparams(self) -> bool:
-        """Whether scale and zero point rest on data. Once true it stays true without asking the device again."""
+        """Whether scale and zero point rest on data.
+
+        Once that is true it is remembered, and the device is not read again.
+        """
         if not self._qparams_known:
             self._qparams_known = bool(self.rests_on_data())
         return self._qparams_known
 
     def is_enabled_on_host(self) -> bool:
-        """Whether :meth:`forward` rounds. Synchronises with the device only after a switch was thrown."""
+        """Whether :meth:`forward` rounds: it is switched on and has a scale.
+
+        Synchronises only after a switch was changed.
+        """
         return self.is_switched_on_host() and self.has_qparams()
 
     def enabled_on_device(self) -> Tensor:
-        """Return :meth:`is_enabled_on_host` as a uint8 tensor (1,) on the device, for steps and traced graphs."""
+        """Return a uint8 tensor (1,): 1 if :meth:`forward` rounds, as :meth:`is_enabled_on_host`.
+
+        Never synchronises.
+        """
         known = self._qparams_known if torch.compiler.is_compiling() else self.has_qparams()
         return self.fake_quant_enabled if known else self.fake_quant_enabled * self.rests_on_data()
 
     def rests_on_examples(self) -> bool:
-        """Whether scale and zero point rest on the example inputs of ``prepare_qat`` alone: no batch trained them."""
+        """Whether scale and zero point are still those of the example inputs of ``prepare_qat``.
+
+        No training batch changed them.
+        """
         return self._beginning is not None and torch.equal(self._beginning, self.scale.detach().cpu())
 
     def begins_with_next_batch(self) -> bool:
-        """Whether the next training batch replaces what the example inputs of ``prepare_qat`` gave."""
+        """Whether the next training batch replaces the scale that the example inputs of ``prepare_qat`` gave."""
         return self._beginning is not None
 
     def is_active(self) -> bool:
-        """Return :meth:`is_enabled_on_host`: an older name."""
+        """Return :meth:`is_enabled_on_host`, whose older name this is."""
         return self.is_enabled_on_host()
 
     def active_switch(self) -> Tensor:
-        """Return :meth:`enabled_on_device`: an older name."""
+        """Return :meth:`enabled_on_device`, whose older name this is."""
         return self.enabled_on_device()
 
     def grid(self) -> Grid:
-        """Return the grid that :meth:`forward` rounds to, with its switch on the device. Observes nothing."""
+        """Return the grid that :meth:`forward` rounds to, with its switch on the device. Nothing is observed."""
         scale, zero_point = self.calculate_qparams()
         observer = getattr(self, "activation_post_process", None)
         is_zero = isinstance(observer, ObserverBase) and observer.zero_point_is_zero
         return Grid(scale, None if is_zero else zero_point, self.qtype, self.enabled_on_device())
 
     def is_switched_on_host(self) -> bool:
-        """Return ``fake_quant_enabled`` as a bool, read once for each version of the buffer."""
+        """Return the buffer ``fake_quant_enabled`` as a bool; a GPU is read once for each change of the buffer."""
         switch = self.fake_quant_enabled
         if switch.is_cpu or switch.is_inference():
             return bool(switch)
@@ -96,5 +115,5 @@ class FakeQuantizeBase(SavesGrid, SwitchedQuantizer):
         return self._switch_read[1]
 
     def calculate_qparams(self) -> QParams:
-        """Return the qparams that :meth:`forward` rounds with: what deployment uses."""
+        """Return the scale and zero point with which :meth:`forward` rounds, and which deployment takes."""
         return QParams(self.scale, self.zero_point)

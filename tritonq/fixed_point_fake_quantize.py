@@ -106,7 +106,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.qtype.quant_min, self.qtype.quant_max
 
     def allocate(self, num_channels: int) -> None:
-        """Give per-channel buffers their final length; a no-op per tensor or when they have it.
+        """Give per-channel buffers their final length; nothing is done per tensor, or if they have it.
 
         Raises:
             ValueError: they have another length already.
@@ -118,15 +118,18 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         self._make_buffers(num_channels)
 
     def rests_on_data(self) -> Tensor:
-        """See base class."""
+        """Return the buffer ``observed``: 1 if a training batch was seen."""
         return self.observed
 
     def is_enabled_on_host(self) -> bool:
-        """See base class."""
+        """Whether :meth:`forward` rounds.
+
+        Phase ``"fixed"``, switched on, and (in eval mode) with a fractional length.
+        """
         return self.phase == "fixed" and super().is_enabled_on_host()
 
     def enabled_on_device(self) -> Tensor:
-        """See base class."""
+        """Return :meth:`is_enabled_on_host` as a uint8 tensor (1,) on the device."""
         return super().enabled_on_device() if self.phase == "fixed" else torch.zeros_like(self.fake_quant_enabled)
 
     def rounded_frac_len(self) -> Tensor:
@@ -134,7 +137,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.frac_len.round().clamp(0, self.largest).to(torch.int32)
 
     def calculate_qparams(self) -> QParams:
-        """Return scale ``2^-fl`` and zero point 0 of eval mode."""
+        """Return scale ``2^-fl`` and zero point 0, with the fractional length of eval mode."""
         return QParams(power_of_two(-self.rounded_frac_len()), self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +153,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.quantize(x)
 
     def choose(self, x: Tensor) -> Tensor:
-        """Return the fractional length that suits ``x``: int32, as ``frac_len``."""
+        """Return the fractional length that ``choice`` finds for ``x``: int32, (1,) or (channels,)."""
         axis = self.qtype.axis
         self.allocate(1 if axis is None else x.shape[check_axis(x, axis)])
         if self.choice == "search":
@@ -170,7 +173,7 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         self.scale.copy_(power_of_two(-self.rounded_frac_len()))
 
     def rank_state(self) -> RankState:
-        """See base class: the first rank's fractional length counts."""
+        """Return the running fractional length, of which all ranks take the first rank's."""
         return RankState(first=[self.frac_len, self.scale])
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -184,9 +187,14 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         return self.round_to(x, self.rounded_frac_len(), seen)
 
     def round_to(self, x: Tensor, frac_len: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Round ``x`` to fixed point with a given fractional length, or clip it in phase ``"floating"``.
+        """Round ``x`` to fixed point with a given fractional length.
 
-        Where a one-element ``seen`` is 0, values pass.
+        In phase ``"floating"`` clip it to the format's range.
+
+        Args:
+            x: float tensor.
+            frac_len: int32, (1,) or (channels,).
+            seen: one element; 0: ``x`` is returned as it is. None: as 1.
         """
         active = self.fake_quant_enabled if seen is None else self.fake_quant_enabled * seen
         if self.phase == "floating":
@@ -212,14 +220,14 @@ class FixedPointFakeQuantize(FakeQuantizeBase):
         )
 
     def extra_repr(self) -> str:
-        """Return format, fractional length and phase."""
+        """Return format, fractional length and phase as text, for ``repr``."""
         kind = "signed" if self.signed else "unsigned"
         length = self.frac_len
         shown = f"{float(length):.3g}" if length.numel() == 1 else f"{length.numel()} channels"
         return f"{self.word_len}-bit {kind}, frac_len={shown}, choice={self.choice}, phase={self.phase}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Adopt the channel count of a checkpoint where none was known."""
+        """Load a state dict; if the number of channels was unknown, take it from there."""
         saved = state_dict.get(prefix + "frac_len")
         if self.qtype.axis is not None and self.frac_len.numel() == 0 and isinstance(saved, Tensor) and saved.numel():
             self._make_buffers(saved.numel())

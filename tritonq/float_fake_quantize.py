@@ -99,12 +99,18 @@ class FloatFakeQuantize(SwitchedQuantizer):
 
     @property
     def has_observed_scale(self) -> bool:
-        """Whether scales rest on what was observed: not those of blocks with powers of two."""
+        """Whether the scale follows from observed values.
+
+        False for blocks with powers of two, which find theirs in each tensor.
+        """
         return self.blocks is None or self.blocks.scale != "e8m0"
 
     @property
     def tensor_scale(self) -> Tensor | None:
-        """The scale that scales of blocks are multiplied by; None where these are powers of two."""
+        """The scale of the tensor, by which the scales of blocks are multiplied (``"nvfp4"``).
+
+        None for powers of two.
+        """
         return self.scale if self.has_observed_scale else None
 
     @property
@@ -114,7 +120,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
         return largest if self.blocks is None else largest * FLOAT_FORMATS["e4m3"].largest
 
     def rounds(self) -> bool:
-        """Whether :meth:`forward` rounds; may synchronise with the device."""
+        """Whether :meth:`forward` rounds: switched on, and with a scale. May synchronise with the device."""
         self._scale_known = self._scale_known or bool(self.amax_history.any())
         return self._scale_known and bool(self.fake_quant_enabled)
 
@@ -129,7 +135,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
         return Grid(self.scale, None, self.qtype, self.fake_quant_enabled)
 
     def allocate(self, num_channels: int) -> None:
-        """Give per-channel buffers their final length; a no-op per tensor or when they have it."""
+        """Give per-channel buffers their final length; nothing is done per tensor, or if they have it."""
         if self.blocks is None and self.ch_axis is not None and self.scale.numel() != num_channels:
             self.scale.resize_(num_channels).fill_(1)
             self.amax_history.resize_(len(self.amax_history), num_channels).zero_()
@@ -164,7 +170,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
 
     @torch.no_grad()
     def gather(self, x: Tensor) -> None:
-        """Count ``x`` to the latest batch of the history: a calibration is one batch, however many it has."""
+        """Count ``x`` as a part of the latest batch in the history, as calibration does with all its data."""
         if not self.has_observed_scale:
             return
         if self.blocks is None and self.ch_axis is not None:
@@ -173,7 +179,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
         self._follow_history()
 
     def _largest(self, x: Tensor) -> Tensor:
-        """Return the largest finite magnitudes: (1, 1), or (1, channels)."""
+        """Return the largest finite magnitudes in ``x``: (1, 1), or (1, channels)."""
         axis = None if self.blocks is not None else self.ch_axis
         low, high, _ = implementation("min_max", x).min_max(x, axis)
         largest = torch.maximum(-low, high).view(1, -1)
@@ -181,11 +187,11 @@ class FloatFakeQuantize(SwitchedQuantizer):
         return torch.where(largest >= 0, largest.clamp(min=_LEAST), 0.0)
 
     def rank_state(self) -> RankState:
-        """See base class."""
+        """Return the history of magnitudes, of which all ranks take the largest values."""
         return RankState(highest=[self.amax_history] if self.has_observed_scale else [])
 
     def follow_ranks(self) -> None:
-        """See base class."""
+        """Compute the scale from the history that all ranks have in common now."""
         if self.has_observed_scale:
             self._follow_history()
 
@@ -210,7 +216,10 @@ class FloatFakeQuantize(SwitchedQuantizer):
         return fake_quantize_blocks(x, self.blocks, self.block_axis(x), self.tensor_scale, enabled=enabled)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Adopt the channel count of a checkpoint, and ask anew whether the scale rests on data."""
+        """Load a state dict; if the number of channels was unknown, take it from there.
+
+        Forget whether the scale rests on data.
+        """
         saved = state_dict.get(f"{prefix}scale")
         if isinstance(saved, Tensor) and saved.dim() == 1 and saved.numel():
             self.allocate(saved.numel())
@@ -218,7 +227,7 @@ class FloatFakeQuantize(SwitchedQuantizer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Return format, axis and switches."""
+        """Return format, axis and switches as text, for ``repr``."""
         axis = "" if self.ch_axis is None else f", ch_axis={self.ch_axis}"
         return (
             f"{self.format}{axis}, fake_quant={bool(self.fake_quant_enabled)}, observer={bool(self.observer_enabled)}"

@@ -52,7 +52,7 @@ class FloatFormat:
 
     @property
     def overflow(self) -> float:
-        """The number that would follow the largest: what rounds to it, unsaturated, lies outside the format."""
+        """The number that would follow ``largest``: 480 for E4M3. Values that round to it are outside of the format."""
         return self.largest + math.ldexp(1.0, self.greatest_exponent - self.mantissa_bits)
 
     @property

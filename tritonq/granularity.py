@@ -42,7 +42,7 @@ class Granularity:
 
     @property
     def is_per_tensor(self) -> bool:
-        """Whether one scale serves the whole tensor."""
+        """Whether there is one scale for the whole tensor."""
         return self.axis is None
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -91,13 +91,13 @@ def describe_granularity(granularity: Granularity) -> str:
 
 
 def granularity_of(quantizer: nn.Module) -> Granularity:
-    """Return which elements share a scale of ``quantizer``; all of them where it has no ``qtype``."""
+    """Return which elements share a scale of ``quantizer``; without an attribute ``qtype``, all elements share one."""
     qtype = getattr(quantizer, "qtype", None)
     return Granularity() if qtype is None else qtype.granularity
 
 
 def describe_span(values: Tensor) -> str:
-    """Return a tensor as one number, or as the range of its elements."""
+    """Return a tensor as text: ``"0.25"`` if its elements are equal, else ``"0.1..0.4"``; ``"unset"`` without one."""
     if values.numel() == 0:
         return "unset"
     low, high = float(values.min()), float(values.max())

@@ -90,7 +90,7 @@ def graphed(model: M, example_inputs: Tensor | Sequence[Tensor], *, warmup_steps
 
 
 class _Autocast:
-    """Whether and how the CUDA device casts."""
+    """The state of autocast on the CUDA device: whether it casts, and to which dtype."""
 
     def __init__(self, enabled: bool, dtype: torch.dtype) -> None:
         self._state = (enabled, dtype if enabled else None)
@@ -101,7 +101,10 @@ class _Autocast:
     __hash__ = None  # type: ignore[assignment]
 
     def context(self) -> AbstractContextManager[Any]:
-        """Return the state without the cache of cast weights, whose tensors a graph would keep from step to step."""
+        """Return a context manager that sets this state, without autocast's cache of cast weights.
+
+        A graph would keep the cached weights from step to step.
+        """
         enabled, dtype = self._state
         return torch.autocast("cuda", dtype=dtype, cache_enabled=False) if enabled else nullcontext()
 
@@ -111,7 +114,10 @@ def _autocast() -> _Autocast:
 
 
 class _GraphedForward:
-    """A model's forward in place of which a graph runs where it fits."""
+    """The forward of a graphed model.
+
+    It replays the captured graph if the call fits it, else it runs the model as it was.
+    """
 
     def __init__(
         self,
@@ -141,7 +147,7 @@ class _GraphedForward:
         return self._replay(*args)
 
     def _misfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Return why a call is none that was captured."""
+        """Return in words why a call can't replay the graph; None if it can."""
         if kwargs or not all(isinstance(x, Tensor) for x in args):
             return "it was captured with positional tensors"
         layouts = [_layout(x) for x in args]
@@ -152,7 +158,7 @@ class _GraphedForward:
         return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        """Return the forward of the model's copy; the graph belongs to the original's tensors."""
+        """Return the plain forward of the model's copy: the graph works on the original's tensors."""
         copied: Callable[..., Any] = copy.deepcopy(self._eager, memo)
         return copied
 
@@ -169,7 +175,7 @@ def _told(layouts: Sequence[tuple[Any, ...]]) -> str:
 
 
 def _check(model: nn.Module, inputs: tuple[Any, ...], warmup_steps: int) -> None:
-    """Raise a ValueError for what can't be captured."""
+    """Raise a ValueError if the model or its inputs can't be captured, as :func:`graphed` says."""
     if isinstance(model.__dict__.get("forward"), _GraphedForward):
         raise ValueError(f"this {type(model).__name__} is graphed already")
     if warmup_steps < 1:

@@ -72,7 +72,10 @@ class Grid:
         return Grid(scale, zero_point, self.qtype, enabled)
 
     def copy(self) -> Grid:
-        """Return a grid of copies, for a later backward: observers and switches change buffers in place."""
+        """Return a grid with copies of the tensors, for a backward pass.
+
+        Observers and switches change buffers in place.
+        """
         if torch.compiler.is_compiling():
             copies = iter(as_now(*(held for held in (self.scale, self.zero_point, self.enabled) if held is not None)))
             scale = next(copies)
@@ -96,12 +99,13 @@ class RangeStatistics:
         nonfinite_count: int64, 0-d; grows by the number of values that were skipped.
         granularity: which elements share a range.
         enabled: uint8, one element; 0 leaves range and grid as they are. None: always on.
-        frozen: whether the range is only read, to tell whether anything was observed.
+        frozen: True: the range is read, to see whether anything was observed, but not updated.
         averaging_constant: see :func:`tritonq.reference.min_max.update_range`.
         copy_above: see :func:`tritonq.reference.min_max.update_range`.
         rule: see :func:`tritonq.qparams.range_to_qparams`.
-        eps: floor under the scale.
-        has_data: whether the host knows that something was observed. If not, ``min_val <= max_val`` tells.
+        eps: smallest scale.
+        has_data: True: the host knows that something was observed. False: the operator finds out by ``min_val <=
+            max_val``.
     """
 
     min_val: Tensor
@@ -117,5 +121,5 @@ class RangeStatistics:
     has_data: bool = False
 
     def with_data(self) -> RangeStatistics:
-        """Return the statistics as they are once something was observed."""
+        """Return a copy with ``has_data=True``, for operators after the first observation."""
         return self if self.has_data else replace(self, has_data=True)

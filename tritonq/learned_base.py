@@ -1,4 +1,4 @@
-"""What fake quantizers with trained parameters share."""
+"""The base class of fake quantizers with trained parameters (scale, threshold, number of bits)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         self.register_buffer("begins", torch.zeros(1, dtype=torch.uint8), persistent=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Give models that version 0.1.0 pickled the flag, which they had not."""
+        """Restore a pickled module; one of version 0.1.0 lacks the flag ``begins``, which is added."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "begins" not in self._buffers:
             self.register_buffer("begins", torch.zeros_like(self.initialized), persistent=False)
@@ -88,11 +88,14 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         self._qparams_known = False
 
     def rests_on_examples(self) -> bool:
-        """See base class. The parameters of a weight's quantizer follow from the weight, not from example inputs."""
+        """Whether the parameters are still those of the example inputs of ``prepare_qat``.
+
+        False for a weight's quantizer, whose parameters follow from the weight.
+        """
         return self.batch_axis is not None and super().rests_on_examples()
 
     def _begins_anew(self) -> bool:
-        """Whether the parameters are those of example inputs; False from the next call on."""
+        """Return whether this training batch replaces parameters of example inputs; False from the second call on."""
         if self._beginning is None:
             return False
         self._beginning = None
@@ -102,19 +105,19 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
     @property
     def _channels(self) -> int:
-        """Length of the parameters; 0 per channel while unknown."""
+        """Number of elements of each parameter: 1 per tensor; per channel 0 as long as it is unknown."""
         return 1 if self.qtype.axis is None else self.activation_post_process.num_channels or 0
 
     @abstractmethod
     def _write(self, qparams: QParams) -> None:
-        """Set the parameters to what ``qparams`` say."""
+        """Set the parameters so that the quantizer rounds with ``qparams``."""
 
     @abstractmethod
     def _rounded(self, x: Tensor) -> Tensor:
-        """``x`` fake quantized by the present parameters."""
+        """Return ``x`` fake quantized with the present parameters, differentiable in both."""
 
     def allocate(self, num_channels: int) -> None:
-        """Give per-channel parameters their final length; they stay the same objects, so optimizers keep them."""
+        """Give per-channel parameters their final length. They stay the same objects, so that optimizers keep them."""
         self.activation_post_process.allocate(num_channels)
         if self.qtype.axis is not None:
             for parameter in self.parameters():
@@ -122,17 +125,17 @@ class LearnedFakeQuantize(FakeQuantizeBase):
                     parameter.data = parameter.data.new_ones(num_channels)
 
     def rests_on_data(self) -> Tensor:
-        """See base class."""
+        """Return the buffer ``initialized``: 1 once the parameters were set."""
         return self.initialized
 
     def rank_state(self) -> RankState:
-        """See base class: the parameters begin with what the first rank's first batch gave."""
+        """Return the tensors on which ranks agree: parameters and flag, of which all take the first rank's."""
         own = self.parameters(recurse=False)
         zero_point = self._buffers.get("zero_point")
         return RankState(first=[*own, *([] if zero_point is None else [zero_point])])
 
     def observe(self, x: Tensor) -> None:
-        """Let the observer see ``x``; the parameters stay as they are."""
+        """Let the observer see ``x``; the parameters do not change."""
         if self.qtype.axis is not None:
             self.allocate(self.qtype.granularity.count(x.shape))
         self.activation_post_process(x.detach())
@@ -156,7 +159,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         self._beginning = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake quantize ``x``; the first training batch sets the parameters."""
+        """Fake quantize ``x`` by the trained parameters; the first training batch sets them."""
         if torch.compiler.is_compiling() and not self._qparams_known:
             raise NotImplementedError(
                 f"torch.compile can't set the parameters of a {type(self).__name__}: run the model once on a batch, or "
@@ -186,7 +189,10 @@ class LearnedFakeQuantize(FakeQuantizeBase):
             self.initialize()
 
     def _top(self, qparams: QParams) -> Tensor:
-        """Return the largest value of a grid, at least one step; warn where values below zero were seen."""
+        """Return the largest value of the grid that ``qparams`` give, at least one step.
+
+        Warn if values below zero were seen.
+        """
         if bool((qparams.zero_point > self.qtype.quant_min).any()):
             lowest = float((qparams.scale * (self.qtype.quant_min - qparams.zero_point)).min())
             warnings.warn(
@@ -197,7 +203,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         return qparams.scale * (self.qtype.quant_max - qparams.zero_point).clamp(min=1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedFakeQuantize:
-        """Keep parameters, like buffers, in float32 in a model of any dtype."""
+        """Apply ``fn`` (a move or cast) to all tensors, but keep parameters in float32 in a model of any dtype."""
         before = {name: parameter.data for name, parameter in self._parameters.items() if parameter is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -207,7 +213,10 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Adopt the channel count of a checkpoint where none was known, and ask anew whether parameters are set."""
+        """Load a state dict; if the number of channels was unknown, take it from there.
+
+        Forget whether parameters are set.
+        """
         for name in self._parameters:
             saved = state_dict.get(prefix + name)
             if self.qtype.axis is not None and self._channels == 0 and isinstance(saved, Tensor) and saved.numel():
@@ -218,7 +227,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Return grid and switches."""
+        """Return grid and switches as text, for ``repr``."""
         return (
             f"{self.qtype}, initialized={bool(self.initialized)}, fake_quant={bool(self.fake_quant_enabled)}, "
             f"observer={bool(self.observer_enabled)}"
@@ -226,9 +235,9 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
 
 def floored(parameter: Tensor, floor: float) -> Tensor:
-    """Return the parameter, or ``floor`` where that is larger.
+    """Return ``max(parameter, floor)``.
 
-    The gradient passes, or a parameter would stay at its floor.
+    The gradient is that of ``parameter``, so that one below its floor can recover.
     """
     fixed = parameter.detach()
     return fixed.clamp(min=floor) + (parameter - fixed)

@@ -1,4 +1,8 @@
-"""Weights whose bit width is trained with them: one real number per layer, and what its penalty and its end need."""
+"""Weights whose bit width is trained with them: a quantizer with one real number of bits per layer (FracBits).
+
+:func:`learned_size` gives the penalty on size, :func:`fix_learned_bits` ends the search. The *step* of a grid is its
+scale.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +96,10 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
 
     @property
     def qtype(self) -> QuantizedType:
-        """The type at the nearest whole number of bits; asks the device once for each change of the width."""
+        """The type with the nearest whole number of bits.
+
+        The device is read once for each change of the parameter ``bits``.
+        """
         if "_parameters" not in vars(self) or "bits" not in self._parameters:
             return self._widest
         version = (self.bits.data_ptr(), self.bits._version)
@@ -106,19 +113,19 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         self._widest = widest
 
     def allocate(self, num_channels: int) -> None:
-        """See base class; the width is one number."""
+        """Give the scale its final length, one per channel; ``bits`` stays one number."""
         self.activation_post_process.allocate(num_channels)
         if self._widest.axis is not None and self.scale.numel() != num_channels:
             self.scale.data = self.scale.data.new_ones(num_channels)
             self.zero_point = self.zero_point.new_zeros(num_channels)
 
     def calculate_qparams(self) -> QParams:
-        """See base class: scale and zero point at the nearest whole number of bits."""
+        """Return scale and zero point 0 of the grid with the nearest whole number of bits."""
         step = self._step_at(torch.tensor(float(self.qtype.bits), device=self.scale.device))
         return QParams(step.detach(), self.zero_point)
 
     def fixed(self) -> LearnedStepFakeQuantize:
-        """Return a quantizer of the same grid whose width is no parameter any more: LSQ."""
+        """Return a new :class:`LearnedStepFakeQuantize` of the same grid, whose number of bits is no longer trained."""
         axis = self._widest.axis
         observer = MovingAverageMinMaxObserver if axis is None else MovingAveragePerChannelMinMaxObserver
         made = LearnedStepFakeQuantize(observer, dtype=self.qtype)
@@ -133,11 +140,11 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         self.scale.copy_(qparams.scale.view_as(self.scale))
 
     def _step_at(self, bits: Tensor) -> Tensor:
-        """Return the step of the grid of so many bits."""
+        """Return the step of the grid with so many bits: float32, (1,) or (channels,)."""
         return floored(self.scale, self.activation_post_process.eps) * self._relative_step(bits)
 
     def _relative_step(self, bits: Tensor) -> Tensor:
-        """Return the step of the grid of so many bits over that of the widest."""
+        """Return the step of the grid with so many bits, divided by that of the grid with ``max_bits``."""
         return self.relative_steps.take(bits.long() - _FEWEST_BITS)
 
     def _rounded(self, x: Tensor) -> Tensor:
@@ -153,7 +160,7 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         return torch.where(self.fake_quant_enabled != 0, y, values).to(x.dtype)
 
     def _on_grid(self, x: Tensor, bits: Tensor) -> Tensor:
-        """Return ``x`` on the grid of so many bits, with LSQ's gradients."""
+        """Round ``x`` to the grid with so many bits (a whole number in a tensor); gradients are LSQ's."""
         largest = torch.exp2(bits - 1) - 1
         step = self._step_at(bits).to(x.dtype)
         per_scale = x.numel() // max(1, step.numel())
@@ -166,7 +173,7 @@ class LearnedBitsFakeQuantize(LearnedFakeQuantize):
         return codes * self._widest.granularity.align(step, x.dim())
 
     def extra_repr(self) -> str:
-        """Return the width and its bounds."""
+        """Return the width and its bounds as text, for ``repr``."""
         return f"bits={float(self.bits.detach()):.3g} of {self.bounds[0]}..{self.bounds[1]}, {super().extra_repr()}"
 
 
@@ -211,7 +218,13 @@ def learned_size(model: nn.Module) -> Tensor:
 
 
 def _elements(model: nn.Module, name: str, quantizer: LearnedBitsFakeQuantize) -> int:
-    """Return how many values a quantizer's weight has: that of its name beside it, or the last that it saw."""
+    """Return the number of values in a quantizer's weight.
+
+    Args:
+        model: the model.
+        name: path of the quantizer, such as ``"0.weight_fake_quant"``: the weight is beside it.
+        quantizer: if no such weight exists, the number of values that it rounded last counts.
+    """
     owner, _, child = name.rpartition(".")
     weight = model.get_submodule(owner)._parameters.get(child.removesuffix("_fake_quant"))
     return quantizer.elements if weight is None else weight.numel()

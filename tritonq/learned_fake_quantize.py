@@ -95,13 +95,16 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
             self.register_buffer("zero_point", torch.zeros(self._channels, dtype=torch.int32))
 
     def allocate(self, num_channels: int) -> None:
-        """See base class."""
+        """Give scale and zero point their final length, one per channel.
+
+        Nothing is done per tensor, or if they have it.
+        """
         super().allocate(num_channels)
         if self.qtype.axis is not None and self.zero_point.numel() != num_channels:
             self.zero_point = self.zero_point.new_zeros(num_channels)
 
     def calculate_qparams(self) -> QParams:
-        """See base class."""
+        """Return the scale that :meth:`forward` rounds with (at least ``eps``), and the zero point rounded to int32."""
         zero_point = self.zero_point.detach().round().clamp(self.qtype.quant_min, self.qtype.quant_max)
         return QParams(self._positive_scale().detach(), zero_point.to(torch.int32))
 
@@ -117,7 +120,7 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """See base class; with ``init="lsq"`` sizes of values are averaged too."""
+        """Let the observer see ``x``; with ``init="lsq"`` the mean of ``|x|`` is updated as well."""
         super().observe(x)
         if self.init == "lsq":
             rows = group_rows(x, self.qtype.granularity)
@@ -130,7 +133,13 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
 
     @torch.no_grad()
     def initialize(self, qparams: QParams | None = None) -> None:
-        """See base class; with ``init="lsq"`` the scale follows from the mean size of what was observed."""
+        """Set scale and zero point from ``qparams``, or from what the observer has seen.
+
+        With ``init="lsq"`` and without ``qparams`` the scale is ``2 mean|x| / sqrt(q)`` of all that was observed.
+
+        Raises:
+            ValueError: no ``qparams`` are given, and the observer has seen nothing.
+        """
         super().initialize(qparams)
         sizes, self._sizes = self._sizes, None
         if qparams is not None or sizes is None:
@@ -158,13 +167,16 @@ class LearnedStepFakeQuantize(LearnedFakeQuantize):
         return learned_fake_quantize(x, grid, self.method, factor, shift=shift)
 
     def _values_per_scale(self, x: Tensor) -> float:
-        """Return LSQ's N: how many values share a scale, of one sample where ``x`` is a batch."""
+        """Return N of LSQ's factor ``1/sqrt(N quant_max)``.
+
+        The values that share a scale, of one sample if ``x`` is a batch.
+        """
         has_samples = x.dim() > 1 and self.batch_axis is not None and self.qtype.axis != self.batch_axis
         samples = x.shape[cast(int, self.batch_axis)] if has_samples else 1
         return x.numel() / max(1, samples * self.scale.numel())
 
     def _trained_zero_point(self, scale: Tensor, factor: float) -> Tensor:
-        """Return the zero point, whose gradient, once multiplied by ``factor``, is that of the offset ``-s z``."""
+        """Return the zero point, whose gradient times ``factor`` is that of the offset ``-scale * zero_point``."""
         if self.grad_factor is not None:
             return self.zero_point
         fixed = self.zero_point.detach()
@@ -218,12 +230,12 @@ class TrainedThresholdFakeQuantize(LearnedFakeQuantize):
 
     @property
     def scale(self) -> Tensor:  # type: ignore[override]
-        """``2^t``."""
+        """The scale ``2^t``."""
         return torch.exp2(self.log2_threshold.detach())
 
     @property
     def zero_point(self) -> Tensor:  # type: ignore[override]
-        """Zeros, int32."""
+        """Zeros, int32, in the shape of :attr:`scale`."""
         return torch.zeros_like(self.log2_threshold, dtype=torch.int32)
 
     def _write(self, qparams: QParams) -> None:
@@ -276,12 +288,12 @@ class ClippedFakeQuantize(LearnedFakeQuantize):
 
     @property
     def scale(self) -> Tensor:  # type: ignore[override]
-        """``alpha / quant_max``."""
+        """The scale ``alpha / quant_max``."""
         return self._positive_alpha().detach() / self.qtype.quant_max
 
     @property
     def zero_point(self) -> Tensor:  # type: ignore[override]
-        """Zeros, int32."""
+        """Zeros, int32, in the shape of :attr:`scale`."""
         return torch.zeros_like(self.alpha, dtype=torch.int32)
 
     def _positive_alpha(self) -> Tensor:

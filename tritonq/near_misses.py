@@ -1,4 +1,4 @@
-"""What a mistyped word may have meant, as the end of an error message."""
+"""Suggest known words for a mistyped one, as the end of an error message."""
 
 from __future__ import annotations
 

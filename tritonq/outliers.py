@@ -1,4 +1,4 @@
-"""Batches that tell an observer nothing, and telling of one whose outlier took a range up."""
+"""Warnings of an outlier that made a running range much larger, and the test whether a batch can change a range."""
 
 from __future__ import annotations
 
@@ -21,21 +21,25 @@ _PERIOD = 16
 
 
 def tells_range(x: Tensor, observer: ObserverBase) -> bool:
-    """Whether observing ``x`` is of use: an empty batch tells nothing, unless other ranks' batches count, too."""
+    """Whether observing ``x`` can change a range or its scale.
+
+    An empty batch can't, unless the observer shares its range with other ranks, whose batches count. While
+    ``torch.compile`` traces the answer is True.
+    """
     if torch.compiler.is_compiling() or x.numel():
         return True
     return isinstance(observer, RangeObserver) and observer.process_group.resolve() is not None
 
 
 def tell_outlier(observer: ObserverBase, before: float) -> float:
-    """Return the largest magnitude in a running range; warn, once per observer, where the last batch blew it up.
+    """Warn, once per observer, if the last batch made the running range much larger; return its largest magnitude.
 
-    A GPU is not waited for: one range in 16 is copied, and compared once it has arrived, in a later step. A range that
-    falls again before may go untold there.
+    A GPU is not waited for: every 16th range is copied to the host, and compared in a later step, when it has arrived.
+    A range that becomes smaller before may cause no warning there.
 
     Args:
-        observer: of one range per tensor; others are left alone.
-        before: what the call before returned; minus infinity where there was none.
+        observer: one with a running range per tensor; for others ``before`` is returned.
+        before: what the call before returned; minus infinity at first.
     """
     if not isinstance(observer, MinMaxObserver) or observer.min_val.dim():
         return before
@@ -54,7 +58,7 @@ def tell_outlier(observer: ObserverBase, before: float) -> float:
 
 
 def _magnitude(observer: MinMaxObserver) -> float | None:
-    """Return the largest magnitude in a range, or None where it is not on the host yet."""
+    """Return the largest magnitude in a running range, or None if it is not on the host yet."""
     low, high = observer.min_val, observer.max_val
     if is_readable(low):
         return max(-float(low), float(high))
@@ -73,7 +77,14 @@ class LateReading:
         self._is_under_way = False
 
     def latest(self, low: Tensor, high: Tensor) -> float | None:
-        """Return the larger end that an earlier call sent to the host, once it has arrived; send these in turn."""
+        """Return ``max(-low, high)`` of an earlier call, if it has arrived on the host, else None.
+
+        Begin to copy ``low`` and ``high``.
+
+        Args:
+            low: minimum of a range, on the device.
+            high: its maximum.
+        """
         found: float | None = None
         if self._host is not None and self._is_under_way and self._has_arrived():
             found = max(-float(self._host[0]), float(self._host[1]))

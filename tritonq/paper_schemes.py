@@ -20,10 +20,10 @@ _MOST_BITS = 7
 
 
 class WeightScheme(FakeQuantizeBase):
-    """A fake quantizer of weights whose codes are not those nearest to the weight: a formula of the whole tensor.
+    """Base class of fake quantizers of weights whose codes follow from a formula of the whole tensor.
 
-    In training the scale follows from the weight of each step; eval mode and deployment use the last one. Until a step
-    was taken, values pass through.
+    The codes are not those nearest to the weight. In training the scale follows from the weight of each step; eval mode
+    and deployment use the last one. Until a step was taken, values pass through.
 
     Args:
         quant_max: largest code; the smallest is its negative.
@@ -48,24 +48,24 @@ class WeightScheme(FakeQuantizeBase):
 
     @abstractmethod
     def scale_of(self, weight: Tensor) -> Tensor:
-        """Return the step of the weight's grid, which broadcasts against it."""
+        """Return the scale for ``weight``, which broadcasts against it: (channels, 1, …), or (1, 1, …) per tensor."""
 
     @abstractmethod
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """Return the weight on the grid of ``scale``, with the paper's gradient."""
+        """Return ``weight`` on the grid of ``scale``, with the paper's gradient."""
 
     def allocate(self, num_channels: int) -> None:
-        """Give the scales of channels their number; a no-op per tensor or when they have it."""
+        """Give scales per channel their number; nothing is done per tensor, or if they have it."""
         if self.qtype.axis is not None and self.scale.numel() != num_channels:
             self.scale.resize_(num_channels).fill_(1)
             self.zero_point.resize_(num_channels).zero_()
 
     def rests_on_data(self) -> Tensor:
-        """See base class."""
+        """Return the buffer ``initialized``: 1 once a training step has set the scale."""
         return self.initialized
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Fake quantize ``weight``; in training mode its scale is found first. A weight of no values tells nothing.
+        """Fake quantize ``weight``; in training mode its scale is found first. An empty weight is returned as it is.
 
         Raises:
             TypeError: a weight that is no floating point tensor.
@@ -89,13 +89,16 @@ class WeightScheme(FakeQuantizeBase):
         return [-1, *[1] * (weight.dim() - 1)] if self.qtype.axis == 0 else [1] * weight.dim()
 
     def _means(self, values: Tensor) -> Tensor:
-        """Return the mean per scale."""
+        """Return the mean of ``values`` for each scale, in a shape that broadcasts against them."""
         if self.qtype.axis is None:
             return values.mean().view(self._shape(values))
         return values.flatten(1).mean(1).view(self._shape(values))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Adopt the channel count of a checkpoint, and ask anew whether the scale is set."""
+        """Load a state dict; if the number of channels was unknown, take it from there.
+
+        Forget whether the scale is set.
+        """
         saved = state_dict.get(f"{prefix}scale")
         if isinstance(saved, Tensor) and saved.numel():
             self.allocate(saved.numel())
@@ -129,13 +132,16 @@ class DoReFaWeight(WeightScheme):
         self.bits = bits
 
     def scale_of(self, weight: Tensor) -> Tensor:
-        """See base class."""
+        """Return ``1 / (2^bits - 1)``, the scale of ``2 round(n (t/2 + 1/2)) / n - 1``.
+
+        With one bit the mean of ``|weight|``.
+        """
         if self.bits == 1:
             return self._means(weight.detach().abs())
         return weight.new_full(self._shape(weight), 1 / self.qtype.quant_max)
 
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """See base class."""
+        """Return the formula of the class for ``weight``; with one bit ``sign(weight)`` times ``scale``."""
         if self.bits == 1:
             return with_gradient_of(torch.where(weight < 0, -scale, scale), weight)
         squashed = torch.tanh(weight)
@@ -165,7 +171,7 @@ class DoReFaActivation(FakeQuantize):
         cast(PassiveObserver, self.activation_post_process).set_qparams(1 / self.qtype.quant_max, 0)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """See base class."""
+        """Clip ``x`` to ``[0, 1]`` and round it to multiples of ``1 / (2^bits - 1)``."""
         return super().quantize(torch.where(self.fake_quant_enabled != 0, x.clamp(0, 1), x))
 
 
@@ -189,11 +195,11 @@ class BinaryWeight(WeightScheme):
         super().__init__(1, ch_axis)
 
     def scale_of(self, weight: Tensor) -> Tensor:
-        """See base class."""
+        """Return the mean of ``|weight|``, of each output channel or of the tensor."""
         return self._means(weight.detach().abs())
 
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """See base class."""
+        """Return ``sign(weight) * scale`` with the gradient that the class describes."""
         fixed = weight.detach()
         slope = scale.numel() / weight.numel() + scale * (fixed.abs() < 1)
         return with_gradient_of(torch.where(fixed < 0, -scale, scale), weight * slope)
@@ -222,12 +228,12 @@ class TernaryWeight(WeightScheme):
         return weight.detach().sign() * (size > 0.7 * self._means(size))
 
     def scale_of(self, weight: Tensor) -> Tensor:
-        """See base class."""
+        """Return the mean of those ``|weight|`` that are larger than 0.7 times the mean of all."""
         large = self._codes(weight).abs()
         share = self._means(large)
         found = self._means(weight.detach().abs() * large) / torch.where(share == 0, 1, share)
         return torch.where(share == 0, 1, found)
 
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """See base class."""
+        """Return ``scale``, 0 or ``-scale`` for each value of ``weight``; the gradient passes unchanged."""
         return with_gradient_of(self._codes(weight) * scale, weight)

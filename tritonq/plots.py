@@ -1,4 +1,4 @@
-"""Pictures of what an observer saw and chose. matplotlib is imported where it is used."""
+"""Pictures of what a histogram observer counted, and of the range that it chose. matplotlib is imported when needed."""
 
 from __future__ import annotations
 
@@ -95,7 +95,17 @@ def plot_histogram(
 def densities_of(
     observer: HistogramObserver | InterpolatingHistogramObserver, channel: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Return edges, float64 (n + 1,), and densities (n,) of what an observer counted, on the CPU."""
+    """Return edges and densities of a histogram, for a picture: float64 (n + 1,) and (n,), on the CPU.
+
+    The densities integrate to 1 over the edges. If only one value was observed, there is one bin of width 1 around it.
+
+    Args:
+        observer: a histogram observer that has seen values.
+        channel: index of the channel to return, for an observer per channel; None for one per tensor.
+
+    Raises:
+        ValueError: a channel that is missing, not wanted or out of range, or nothing was observed.
+    """
     per_channel = observer.qtype.axis is not None
     if per_channel != (channel is not None):
         raise ValueError("channel= says which channel of a per-channel observer to draw, and only of such a one")
@@ -121,14 +131,14 @@ def _select(values: Tensor, channel: int | None) -> Tensor:
 
 
 def grid_points(qparams: QParams, qtype: QuantizedType) -> Tensor:
-    """Return the value of every code, ascending, float64; at most 2^12 of them."""
+    """Return the value of every code, ascending: float64. Of types with more than 2^12 codes, every n-th."""
     step = max(1, (qtype.quant_max - qtype.quant_min) // 2**12)
     codes = torch.arange(qtype.quant_min, qtype.quant_max + 1, step, dtype=torch.float64)
     return (codes - qparams.zero_point.cpu()) * qparams.scale.double().cpu()
 
 
 def _draw(axes: Axes, edges: Tensor, density: Tensor, ends: tuple[float, float]) -> None:
-    """Draw bars; those of values that saturate get another colour."""
+    """Draw one bar for each bin, in another colour if its values lie outside of ``ends`` and saturate."""
     kept = edges.diff() > 0
     left, right, height = edges[:-1][kept], edges[1:][kept], density[kept]
     inside = (right > ends[0]) & (left < ends[1])

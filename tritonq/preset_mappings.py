@@ -1,4 +1,7 @@
-"""Presets as mappings: what few bits want at the ends of a model, and what detectors want in their heads."""
+"""Presets for a whole model, as mappings.
+
+Other quantizers for first and last layers (few bits) and for detectors' heads.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,10 @@ def get_yolo_qconfig_mapping(model: nn.Module, name: str = DEFAULT_PRESET) -> QC
 
 
 def _output_convolutions(head: nn.Module) -> list[str]:
-    """Return names, within ``head``, of the convolutions that end its branches; none where it is no head."""
+    """Return the names, within ``head``, of the convolutions at the end of its branches.
+
+    ``[]``: it is no detector's head.
+    """
     if not any(hasattr(head, attribute) for attribute in _HEAD_ATTRIBUTES):
         return []
     found = []

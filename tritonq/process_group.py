@@ -60,14 +60,14 @@ class GroupReference:
 
 
 def reduce_range(low: Tensor, high: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Return smallest ``low`` and largest ``high`` over the ranks, in one collective."""
+    """Return the smallest ``low`` and the largest ``high`` over all ranks, elementwise, by one collective."""
     both = torch.stack((low, -high))
     dist.all_reduce(both, dist.ReduceOp.MIN, group=group)
     return both[0], -both[1]
 
 
 def reduce_sums(tensors: list[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """Return the sum of each tensor over the ranks, in one collective; all of one dtype."""
+    """Return the sum of each tensor over all ranks, by one collective; all tensors have one dtype."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat, dist.ReduceOp.SUM, group=group)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])

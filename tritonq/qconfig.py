@@ -39,20 +39,21 @@ class QConfig(NamedTuple):
     """Factories of the fake quantizers for a layer's output and for its weight, and the engine that they are made for.
 
     Each call of a factory, such as ``FakeQuantize.with_args(...)``, gives a new instance. ``nn.Identity`` as a factory
-    leaves that side in float. ``target`` names one of :data:`tritonq.targets.TARGETS`: it says where a model is rounded
-    and which file ``export_onnx`` writes; None stands for ONNX Runtime.
+    leaves that side in float.
 
-    ``round_summands=False`` rounds a layer's result that an addition alone reads behind the addition only, with the
-    sum. That costs less accuracy at few bits; ONNX Runtime then computes the layer in float, TensorRT fuses it with the
-    addition. It holds where ``prepare_qat`` is given example inputs.
-
-    ``islands`` is where the tensors at the ends of softmax and norms are rounded, which compute in float: None, where a
-    quantized operation makes or reads them; ``"float"``, not before them, so that a softmax reads the scores, and a
-    GELU the layer's result, in float; ``"rounded"``, wherever they stand. It holds where ``prepare_qat`` is given
-    example inputs.
-
-    ``folding`` is how layers with a BatchNorm fold it in training (``"scale"`` suits trained scales, see
-    :class:`tritonq.nn.batch_norm_layer.QATBatchNormLayer`); None means ``"approximate"``.
+    Attributes:
+        activation: makes the quantizer of a layer's output.
+        weight: makes the quantizer of a layer's weight.
+        target: a name in :data:`tritonq.targets.TARGETS`. It decides where a model is rounded and which file
+            ``export_onnx`` writes. None stands for ONNX Runtime.
+        round_summands: False: if only an addition reads a layer's result, it is not rounded before the addition, but
+            behind it, with the sum. That costs less accuracy at few bits. ONNX Runtime then computes the layer in
+            float, TensorRT fuses it with the addition. It needs ``example_inputs``.
+        folding: how layers with a BatchNorm fold it in training (``"scale"`` suits trained scales, see
+            :class:`tritonq.nn.batch_norm_layer.QATBatchNormLayer`); None means ``"approximate"``.
+        islands: where the tensors around softmax and norms, which compute in float, are rounded. None: where a
+            quantized operation makes or reads them; ``"float"``: not before them, so that a softmax reads scores, and a
+            GELU the layer's result, in float; ``"rounded"``: everywhere. It needs ``example_inputs``.
 
     Source: torch.ao.quantization.QConfig; target, round_summands, folding and islands are tritonq's.
 
@@ -72,7 +73,7 @@ class QConfig(NamedTuple):
     islands: Islands | None = None
 
     def find_target(self) -> Target:
-        """Return the target.
+        """Return the :class:`~tritonq.targets.Target` that ``target`` names; None names the default one.
 
         Raises:
             ValueError: an unknown name.
@@ -88,7 +89,10 @@ _PER_TENSOR: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def with_one_weight_scale(qconfig: QConfig) -> QConfig:
-    """Return a qconfig whose weights have one scale instead of one per channel, where its factory tells how."""
+    """Return a copy of ``qconfig`` whose weights have one scale instead of one per channel.
+
+    If its factory of weights does not tell the type, as a user's own function, ``qconfig`` itself is returned.
+    """
     factory = qconfig.weight
     observer = _PER_TENSOR.get(factory.arguments.get("observer")) if isinstance(factory, Factory) else None  # type: ignore[arg-type]
     if observer is None or not isinstance(factory, Factory):
@@ -179,7 +183,7 @@ def _ties_away(qtype: QuantizedType) -> QuantizedType:
 
 
 def _observing(quantizer: Factory[FakeQuantize]) -> Factory[FakeQuantize]:
-    """Return a factory of the same quantizers, which observe and don't round at first."""
+    """Return a factory of the same quantizers that begin with rounding switched off and observe only."""
     return Factory(observe_only, {"quantizer": quantizer})
 
 
@@ -211,7 +215,11 @@ _UNSIGNED_ACTIVATION = FakeQuantize.with_args(
 
 
 def learned_step_qconfig(weight_bits: int, activation_bits: int) -> QConfig:
-    """Return LSQ: a trained scale per output channel and per activation, weights rounded before their BatchNorm."""
+    """Return the qconfig of LSQ for weights and activations of so many bits.
+
+    Scales are trained: one per output channel of a weight, one per activation. Weights are rounded before they are
+    multiplied by their BatchNorm's factor.
+    """
     step = LearnedStepFakeQuantize.with_args(init="lsq")
     return QConfig(
         step.with_args(dtype=QuantizedType.of(activation_bits, signed=False, symmetric=False)),
@@ -223,13 +231,16 @@ def learned_step_qconfig(weight_bits: int, activation_bits: int) -> QConfig:
 
 
 def _floats(format: str, *, per_channel: bool = False) -> QConfig:
-    """Return weights and activations of one float format; the weight's blocks run along the input channels."""
+    """Return a qconfig whose weights and activations have one float format.
+
+    A weight's blocks run along the input channels.
+    """
     quantizer = FloatFakeQuantize.with_args(format=format)
     return QConfig(quantizer, quantizer.with_args(ch_axis=0 if per_channel else 1, history=1))
 
 
 def _wide_activations(weight_bits: int) -> QConfig:
-    """Return activations of 16 bits with a zero point, weights of so many with a scale per output channel."""
+    """Return a qconfig of 16-bit activations with a zero point, and weights of so many bits per channel."""
     return QConfig(
         _UNSIGNED_ACTIVATION.with_args(dtype=QuantizedType.of(16, signed=False, symmetric=False)),
         _NARROW_WEIGHT.with_args(dtype=QuantizedType.of(weight_bits, narrow=True, axis=0)),
@@ -238,7 +249,7 @@ def _wide_activations(weight_bits: int) -> QConfig:
 
 
 def _grouped(weight_bits: int, group: int, activation: Callable[..., nn.Module]) -> QConfig:
-    """Return symmetric weights of so many bits with a scale per group of input channels."""
+    """Return a qconfig of symmetric weights of so many bits with a scale per ``group`` input channels."""
     qtype = QuantizedType.of(weight_bits, axis=1, group=group)
     observer = MovingAveragePerChannelMinMaxObserver
     weight = FakeQuantize.with_args(observer=observer, dtype=qtype, averaging_constant=1.0)
@@ -246,7 +257,7 @@ def _grouped(weight_bits: int, group: int, activation: Callable[..., nn.Module])
 
 
 def _unfolded(weight: Callable[..., nn.Module], activation: Callable[..., nn.Module]) -> QConfig:
-    """Return weights that are rounded before their BatchNorm, as papers have it."""
+    """Return a qconfig whose weights are rounded before they are multiplied by their BatchNorm's factor."""
     return QConfig(activation, weight, "onnxruntime", round_summands=False, folding="scale")
 
 

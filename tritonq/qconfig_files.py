@@ -115,7 +115,10 @@ def load_qconfig_mapping(path: str | os.PathLike[str]) -> QConfigMapping:
 
 
 def mapping_to_data(mapping: QConfigMapping) -> dict[str, Any]:
-    """Return the mapping as plain data; errors as :func:`save_qconfig_mapping`."""
+    """Return ``mapping`` as dicts, lists, strings and numbers that JSON can hold.
+
+    Errors as :func:`save_qconfig_mapping`.
+    """
     data: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for field in _KEYS:
         place: Place | None = getattr(mapping, field)
@@ -128,7 +131,7 @@ def mapping_to_data(mapping: QConfigMapping) -> dict[str, Any]:
 
 
 def mapping_from_data(data: Any) -> QConfigMapping:
-    """Read what :func:`mapping_to_data` wrote; errors as :func:`load_qconfig_mapping`."""
+    """Return the mapping that :func:`mapping_to_data` turned into ``data``; errors as :func:`load_qconfig_mapping`."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"not a qconfig mapping: it has no format {FORMAT!r}")
     version = data.get("version")
@@ -223,7 +226,11 @@ def _preset(data: dict[str, Any], where: str) -> QConfig:
 
 
 def _value_to_data(value: Any, where: str) -> Any:
-    """Return an argument or factory as plain data."""
+    """Return an argument or factory of a qconfig as data for JSON; ``where`` names it in the error's text.
+
+    Raises:
+        ValueError: it is neither a plain value, a type, nor a class of tritonq (with arguments fixed by ``with_args``).
+    """
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, torch.dtype):
@@ -278,7 +285,10 @@ def _factory(data: dict[str, Any], where: str) -> Any:
 
 
 def _with_rounding_in_type(make: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Put ``rounding`` into the type beside it: files of version 0.1.0 hold types whose own rounding did not count."""
+    """Move the argument ``rounding`` of a factory into the type in its argument ``dtype``; return the new arguments.
+
+    Files of version 0.1.0 hold types whose own rounding did not count.
+    """
     qtype = arguments.get("dtype")
     rounding = arguments.get("rounding", getattr(make, "rounding", None))
     if not isinstance(qtype, QuantizedType) or rounding is None:

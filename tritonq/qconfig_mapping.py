@@ -29,7 +29,7 @@ class Rule(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A qconfig for the first or last layer, or for the model's inputs."""
+    """A qconfig for the first or last layer, or for the model's inputs; None leaves these in float."""
 
     qconfig: Choice
 
@@ -77,13 +77,18 @@ class QConfigMapping:
     inputs: Place | None = None
 
     def set_global(self, global_qconfig: Choice) -> QConfigMapping:
-        """Return a copy of the mapping with another default."""
+        """Return a copy of the mapping with another qconfig for modules that no other rule fits.
+
+        None leaves them in float.
+        """
         return replace(self, global_rule=Place(_checked(global_qconfig)))
 
     def set_object_type(self, object_type: type[nn.Module] | str, qconfig: Choice) -> QConfigMapping:
         """Return a copy of the mapping with a qconfig for modules of exactly this class and what is inside of them.
 
-        Additions and concatenations follow the module in whose forward they stand.
+        None leaves them in float. Subclasses do not count. A class may be given by its name, ``"torch.nn.Conv2d"`` or
+        ``"Conv2d"``. Additions and concatenations follow the module in whose forward they stand. The class describes
+        which rule wins.
 
         Raises:
             TypeError: neither a module class nor the name of one.
@@ -91,7 +96,7 @@ class QConfigMapping:
         return replace(self, types=_added(self.types, type_name(object_type), qconfig))
 
     def set_module_name_regex(self, module_name_regex: str, qconfig: Choice) -> QConfigMapping:
-        """Return the mapping with a qconfig for modules whose qualified name the pattern matches (``re.match``).
+        """Return a copy of the mapping with a qconfig for modules whose path the pattern matches (``re.match``).
 
         Raises:
             ValueError: not a regular expression.
@@ -103,7 +108,7 @@ class QConfigMapping:
         return replace(self, patterns=_added(self.patterns, module_name_regex, qconfig))
 
     def set_module_name(self, module_name: str, qconfig: Choice) -> QConfigMapping:
-        """Return a copy of the mapping with a qconfig for the module of this qualified name and all inside of it."""
+        """Return a copy of the mapping with a qconfig for the module at the path ``"layer1.0"`` and all inside of it."""
         if not isinstance(module_name, str) or not module_name:
             raise ValueError(f"module_name must be a qualified name such as 'layer1.0.conv1', got {module_name!r}")
         return replace(self, names=_added(self.names, module_name, qconfig))
@@ -131,11 +136,11 @@ class QConfigMapping:
 
     @property
     def needs_order(self) -> bool:
-        """Whether a rule speaks of the first or last layer."""
+        """Whether a rule is for the first or last layer, so that :meth:`resolve` needs to know which these are."""
         return self.first is not None or self.last is not None
 
     def qconfigs(self) -> Iterator[Choice]:
-        """Yield every qconfig that a rule holds."""
+        """Yield the qconfig of every rule, None among them."""
         places = (self.global_rule, self.first, self.last, self.inputs)
         yield from (place.qconfig for place in places if place is not None)
         yield from (rule.qconfig for rule in (*self.names, *self.patterns, *self.types))
@@ -197,7 +202,9 @@ class QConfigMapping:
 
 
 def type_name(kind: type[nn.Module] | str) -> str:
-    """Return the full name of a class; names below ``torch.nn`` may be given as users write them.
+    """Return the full name of a class: ``"torch.nn.modules.conv.Conv2d"`` for ``nn.Conv2d`` or its name.
+
+    A string that names nothing in ``torch.nn`` is returned as it is.
 
     Raises:
         TypeError: neither a module class nor a string.
@@ -222,12 +229,12 @@ def _checked(qconfig: Any) -> Choice:
 
 
 def _added(rules: tuple[Rule, ...], key: str, qconfig: Choice) -> tuple[Rule, ...]:
-    """Return ``rules`` with one more; the place of an earlier one with the same key is kept, as in a dict."""
+    """Return ``rules`` with one more. One with the same key is replaced at its place, as in a dict."""
     return tuple(Rule(*item) for item in {**dict(rules), key: _checked(qconfig)}.items())
 
 
 def _upwards(name: str) -> Iterator[str]:
-    """Yield a module's name and those of the modules around it, the model's own ("") last."""
+    """Yield a module's path and those of the modules around it: "a.b.c", "a.b", "a", ""."""
     while name:
         yield name
         name = name.rpartition(".")[0]
@@ -261,7 +268,7 @@ def check_qconfig(found: object, where: str, expected: str = "a QConfig or None"
 
 
 def describe_wrong_qconfig(found: object) -> str:
-    """Say what was found in the place of a QConfig, for an error's text."""
+    """Return what was given instead of a QConfig, in words for an error's text."""
     kind = type(found)
     if kind.__name__ == "QConfig":
         advice = "use tritonq.get_default_qat_qconfig for the same numbers, or tritonq.QConfig"

@@ -1,7 +1,8 @@
 """The one function that turns a range into scale and zero point.
 
 Training, conversion and every export call :func:`range_to_qparams`: the numbers a model was trained with are the
-numbers it is deployed with.
+numbers it is deployed with. *qparams* are a scale and a zero point. A *rule* is the formula of one system: ``"torch"``,
+``"megengine"`` or ``"torch_v1"``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ MEGENGINE_EPS = 1e-5
 
 
 def fixed_zero_point(qtype: QuantizedType, rule: RangeRule) -> int | None:
-    """Return the zero point that type and rule decide alone, else None: MegEngine's symmetric types all use 0."""
+    """Return the zero point if it does not depend on the range, else None.
+
+    It does not for symmetric types: 0, or the middle of unsigned codes such as 128, which is 0 in MegEngine.
+    """
     fixed = qtype.fixed_zero_point
     return 0 if rule == "megengine" and fixed is not None else fixed
 
@@ -116,9 +120,10 @@ def range_to_qparams(
 def number_to_qparams(
     min_val: float, max_val: float, qtype: QuantizedType, rule: Literal["torch", "megengine"], eps: float
 ) -> tuple[float, int]:
-    """Compute :func:`range_to_qparams` of one finite range with ``min_val <= max_val``, bit for bit, without a tensor.
+    """Compute :func:`range_to_qparams` of one range in Python numbers, bit for bit, and return scale and zero point.
 
-    On a CPU an operator on one element costs as much as one on a thousand.
+    The range must be finite and have ``min_val <= max_val``. On a CPU this is faster than operators on tensors of one
+    element.
     """
     with np.errstate(over="ignore"):
         scale, zero_point = _linear_qparams(np.float32(min_val), np.float32(max_val), qtype, rule, eps)
@@ -126,12 +131,14 @@ def number_to_qparams(
 
 
 def is_readable(values: Tensor) -> bool:
-    """Whether looking at the values costs no synchronisation with a device and no break in a traced graph."""
+    """Whether the host can read the tensor without waiting for a device and without a break in a traced graph."""
     return values.is_cpu and not torch.compiler.is_compiling()
 
 
 def known_ordered(low: Tensor, high: Tensor) -> bool:
-    """Whether every range is known to have ``low <= high``, both finite: False where looking costs a synchronisation.
+    """Whether every range is known to have ``low <= high``, both finite.
+
+    False if finding out would need a synchronisation with a device.
 
     Args:
         low: any shape.
@@ -147,7 +154,7 @@ def known_ordered(low: Tensor, high: Tensor) -> bool:
 
 
 def _zero_points(zero_point: Tensor | int, scale: Tensor) -> Tensor:
-    """Return zero points as int32 in the shape of ``scale``."""
+    """Return ``zero_point``, a number or a tensor, as int32 in the shape of ``scale``."""
     if isinstance(zero_point, int):
         return torch.full_like(scale, zero_point, dtype=torch.int32)
     return zero_point.to(torch.int32)
@@ -156,7 +163,10 @@ def _zero_points(zero_point: Tensor | int, scale: Tensor) -> Tensor:
 def _observed_qparams(
     low: Tensor, high: Tensor, qtype: QuantizedType, rule: RangeRule, eps: float | None
 ) -> tuple[Tensor, Tensor | int]:
-    """Return scale and zero point of finite ranges, before zero is brought into them; an int for one that is fixed."""
+    """Return scale and zero point of finite ranges; the zero point is an int if it does not depend on them.
+
+    The ranges need not contain zero: they are widened here.
+    """
     if rule == "torch_v1":
         ends = (qtype.quant_min, qtype.quant_max)
         return torch_v1_qparams(low.clamp(max=0), high.clamp(min=0), *ends, symmetric=qtype.symmetric)
@@ -167,9 +177,9 @@ def _observed_qparams(
 def _linear_qparams(
     low: _Value, high: _Value, qtype: QuantizedType, rule: RangeRule, eps: float
 ) -> tuple[_Value, _Value | int]:
-    """Apply torch.ao's observer rule or MegEngine's, which differ in eps and in the affine zero point.
+    """Apply the rule "torch" or "megengine", which differ in eps and in the zero point of affine types.
 
-    One formula for tensors and for float32 numbers.
+    One formula for tensors and for float32 numbers (`tritonq.arithmetic`).
     """
     on: Arithmetic = TENSORS if isinstance(low, Tensor) else NUMBERS
     codes = qtype.quant_max - qtype.quant_min

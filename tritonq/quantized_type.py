@@ -14,7 +14,7 @@ Rounding = Literal["half_even", "half_away"]
 
 
 def check_code_range(quant_min: int, quant_max: int) -> None:
-    """Raise unless ``quant_min < quant_max`` are integers that span at most 2^32 codes."""
+    """Raise ValueError unless ``quant_min < quant_max`` are integers that span at most 2^32 codes."""
     for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an int, got {value!r}")
@@ -25,7 +25,7 @@ def check_code_range(quant_min: int, quant_max: int) -> None:
 
 
 def check_rounding(rounding: str) -> None:
-    """Raise unless ``rounding`` is a known mode."""
+    """Raise ValueError unless ``rounding`` is ``"half_even"`` or ``"half_away"``."""
     if rounding not in get_args(Rounding):
         raise ValueError(f"unknown rounding {rounding!r}; known: {', '.join(get_args(Rounding))}")
 
@@ -81,7 +81,7 @@ class QuantizedType:
                 raise ValueError(f"QuantizedType.of_floats makes types of {self.codes} codes, got {given}")
 
     def __repr__(self) -> str:
-        """Return fields, without the codes where they are integers, and without groups where there are none."""
+        """Return the fields as text; ``codes`` only for floats, ``group`` only if there are groups."""
         named = self.to_data()
         if self.codes == "integer":
             del named["codes"]
@@ -143,7 +143,7 @@ class QuantizedType:
 
     @property
     def reach(self) -> float:
-        """How many scales a symmetric range extends to either side."""
+        """Largest value of a symmetric range, in scales: 127.5 for int8, 127 for narrow int8."""
         number = self.float_format
         return (self.quant_max - self.quant_min) / 2 if number is None else number.largest
 
@@ -179,11 +179,11 @@ class QuantizedType:
 
     @property
     def row_type(self) -> QuantizedType:
-        """The type of a matrix with one group per row; the type itself where there are no groups."""
+        """The type of the matrix into which groups are laid out, one group per row; the type itself without groups."""
         return self if self.group is None else replace(self, axis=0, group=None)
 
     def to_data(self) -> dict[str, Any]:
-        """Return the fields by name, as files hold them: without groups where there are none."""
+        """Return the fields by name, as files hold them; ``group`` is left out without groups."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.group is None:
             del named["group"]
@@ -203,7 +203,7 @@ class QuantizedType:
         return replace(self, axis=axis, group=None)
 
     def with_codes(self, quant_min: int, quant_max: int) -> QuantizedType:
-        """Return a copy of the type with other codes."""
+        """Return a copy of the type with other smallest and largest codes."""
         return replace(self, quant_min=quant_min, quant_max=quant_max)
 
 

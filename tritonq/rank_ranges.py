@@ -1,4 +1,8 @@
-"""Ranges of quantizers that DistributedDataParallel trains: the same on all ranks, by one collective per forward."""
+"""Equal ranges on all ranks for quantizers that DistributedDataParallel trains, by one collective per forward.
+
+A quantizer calls :func:`join_ranks` when it observes. That registers :func:`share_ranges` as a forward hook of the
+wrapper, which merges the tensors that each quantizer names in :meth:`SharesRange.rank_state`.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +43,14 @@ class FollowingGrid:
 
 @dataclass
 class RankState:
-    """Tensors of one quantizer on which ranks agree, updated in place.
+    """Tensors of one quantizer that all ranks share, updated in place.
 
     Attributes:
         lowest: all ranks take the smallest value.
         highest: all ranks take the largest value.
         first: all ranks take the first rank's value.
-        grid: what follows from the range that ``lowest`` and ``highest``, of one tensor each, then are.
+        grid: scale and zero point that follow from the merged range; ``lowest`` and ``highest`` then have one tensor
+            each.
     """
 
     lowest: Sequence[Tensor] = ()
@@ -55,14 +60,17 @@ class RankState:
 
 
 class SharesRange(nn.Module):
-    """A quantizer whose range is that of all ranks under DistributedDataParallel."""
+    """Base class of quantizers whose range is that of all ranks under DistributedDataParallel."""
 
     def rank_state(self) -> RankState:
-        """Return the tensors on which ranks agree; of the same shapes on every rank."""
+        """Return the tensors that all ranks share; they have the same shapes on every rank. Here: none."""
         return RankState()
 
     def follow_ranks(self) -> None:
-        """Refresh what follows from tensors that may have changed and is not in ``RankState.grid``."""
+        """Update what depends on shared tensors and is not in ``RankState.grid``; called after each merge.
+
+        Here: nothing.
+        """
 
 
 # The quantizers of each model that was met: DistributedDataParallel lists buffers once too.
@@ -70,7 +78,7 @@ _QUANTIZERS: WeakKeyDictionary[nn.Module, list[SharesRange]] = WeakKeyDictionary
 
 
 def join_ranks() -> None:
-    """Have the DistributedDataParallel whose forward is running, if one is, merge ranges behind each forward."""
+    """Let the DistributedDataParallel whose forward is running, if there is one, merge ranges after each forward."""
     if torch.compiler.is_compiling():
         _join_while_tracing()
     else:
@@ -78,7 +86,10 @@ def join_ranks() -> None:
 
 
 def _join_while_tracing() -> bool:
-    """Register the hook while ``torch.compile`` traces, which leaves neither operators nor guards in the graph."""
+    """Register the hook while ``torch.compile`` traces, so that no operator and no guard of it is in the graph.
+
+    Return True.
+    """
     _join()
     return True
 
@@ -105,9 +116,14 @@ def _join() -> None:
 
 
 def share_ranges(parallel: DistributedDataParallel, inputs: Any, output: Any) -> None:
-    """Merge the ranges of a model in training mode over its ranks: a forward hook.
+    """Merge the ranges of a model in training mode over its ranks; a forward hook of DistributedDataParallel.
 
-    Ranks whose data have ended run no forward, so that nothing is merged under ``parallel.join()``.
+    Nothing is merged under ``parallel.join()``: ranks whose data have ended run no forward.
+
+    Args:
+        parallel: the wrapped model.
+        inputs: not used.
+        output: not used.
     """
     group = parallel.process_group
     if not parallel.training or parallel._join_config.enable or dist.get_world_size(group) == 1:
@@ -157,7 +173,12 @@ def merge_ranges(quantizers: Sequence[SharesRange], group: ProcessGroup) -> None
 
 
 def _move_grids(states: Sequence[RankState], moved: dict[int, Tensor]) -> None:
-    """Write scale and zero point of the ranges that moved, for all grids of one kind at once."""
+    """Write scale and zero point that follow from the ranges that moved; all grids with the same formula at once.
+
+    Args:
+        states: of all quantizers; those without a grid are left out.
+        moved: for each range tensor, by its ``id``, a bool tensor: which of its elements the merge changed.
+    """
     kinds: dict[object, list[tuple[RankState, FollowingGrid]]] = defaultdict(list)
     for state in states:
         if state.grid is not None:
@@ -180,11 +201,14 @@ def _move_grids(states: Sequence[RankState], moved: dict[int, Tensor]) -> None:
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Return all elements, one after the other."""
+    """Return one flat tensor with all elements of ``tensors``, one tensor after the other."""
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 def _apart(joined: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the elements of each tensor, in its shape: the inverse of :func:`_joined`."""
+    """Return the elements of the flat tensor ``joined`` in the shapes of ``tensors``.
+
+    The inverse of :func:`_joined`.
+    """
     parts = torch.split(joined, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

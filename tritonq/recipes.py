@@ -1,4 +1,4 @@
-"""How a model is trained with rounding, by its fewest bits."""
+"""Learning rates and schedules for training with rounding: one recipe for eight bits, one for fewer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Values as they are now, for a backward pass that ``torch.compile`` makes.
+"""Copies of values, so that a backward pass which ``torch.compile`` makes finds them unchanged.
 
-A compiler may compute a value again in the backward pass instead of keeping it, and reads its inputs then: after the
+A compiler may compute a value again in the backward pass instead of keeping it. It then reads the inputs after the
 forward pass has moved a running range or a running variance (torch 2.13 does so with any buffer that its graph updates,
-without a word). What an operator derives from such a buffer it derives from a copy that no compiler makes twice.
+without a word). What an operator derives from such a buffer it therefore derives from a copy that no compiler makes
+twice.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ _LIBRARY.impl("remember", _remember, "CompositeExplicitAutograd")
 
 
 def remember(*values: Tensor) -> list[Tensor]:
-    """Return copies of ``values``, made by one operator that is opaque to compilers."""
+    """Return a copy of each value, made by one operator that compilers can't see into."""
     copies: list[Tensor] = torch.ops.tritonq.remember(list(values))
     return copies
 
 
 @contextmanager
 def made_again() -> Iterator[None]:
-    """Tell compilers to make in the backward pass again, and not to keep, what is traced in the block.
+    """Return a context manager.
 
-    It is the mark of activation checkpointing. Meant for elementwise work on tensors that are kept anyhow.
+    A compiler computes what is traced in it again in the backward pass, instead of keeping it. It sets the mark of
+    activation checkpointing. Meant for elementwise work on tensors that are kept anyhow.
     """
     meta = traceback.get_current_meta() if traceback.has_preserved_node_meta() else {}
     before = meta.get("recompute")

@@ -1,4 +1,4 @@
-"""State dicts of quantizers say which codes they are for, beside their tensors."""
+"""State dicts of quantizers tell the type of their codes, beside the tensors, so that another type can be refused."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _NOTE = "tritonq.codes"
 
 
 class SavesGrid(nn.Module):
-    """A module with a grid, whose state is refused by a module with another one.
+    """Base class of modules with a grid.
 
-    The note is no entry of the state dict, whose keys are those of earlier versions; a copy as a plain dict lacks it,
-    and is loaded without a check.
+    A state dict of a module with other codes is refused, with an error that names both. The codes (smallest, largest,
+    symmetric or not) are in the state dict's ``_metadata``. Its keys are those of earlier versions. A state dict that
+    was copied as a plain dict lacks the metadata, and is loaded without a check.
     """
 
     qtype: QuantizedType

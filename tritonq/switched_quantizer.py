@@ -1,4 +1,4 @@
-"""The switches that every fake quantizer has."""
+"""The base class of all fake quantizers: two switches, for rounding and for observing."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class SwitchedQuantizer(WithArgs, FixedDtypeBuffers, SharesRange):
         self.register_buffer("observer_enabled", torch.ones(1, dtype=torch.uint8))
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
-        """Switch rounding on or off."""
+        """Switch rounding on, or off with ``enabled=False``."""
         self.fake_quant_enabled.fill_(int(enabled))
 
     def disable_fake_quant(self) -> None:
-        """Let values pass unrounded."""
+        """Switch rounding off: values pass as they are."""
         self.enable_fake_quant(False)
 
     def enable_observer(self, enabled: bool = True) -> None:
-        """Switch observation on or off."""
+        """Switch observation on, or off with ``enabled=False``."""
         self.observer_enabled.fill_(int(enabled))
 
     def disable_observer(self) -> None:
-        """Freeze the range."""
+        """Switch observation off: range and scale stay as they are."""
         self.enable_observer(False)

@@ -1,4 +1,4 @@
-"""The engines that presets are made for: what a model for each of them does, and which file it is written as."""
+"""The engines (*targets*) that presets are made for: what each can compute, and which form of ONNX file it reads."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Target:
     Attributes:
         name: what presets call it.
         onnx: form of its ONNX files.
-        fuses_functions: whether it runs a layer and the function behind it (SiLU, Hardswish and the like) as one
-            operation in float, so that the layer's own result is not rounded; else it computes the function on codes,
-            and rounds before and after.
-        fuses_joins: whether it adds in the convolution before an addition, and takes the parts of a concatenation on
-            the grid of its result: one summand of an addition behind a convolution, and parts that nothing else reads,
-            are rounded behind the join alone.
-        reads_one_grid: whether a layer takes what it reads to a grid of its own where its calls read several, so that
-            its int32 bias has one unit.
+        fuses_functions: True: it computes a layer and the function behind it (SiLU, Hardswish and the like) as one
+            operation in float, so that the layer's own result is not rounded. False: the function reads codes, so that
+            values are rounded before and after it.
+        fuses_joins: True: it computes an addition in the convolution before it, and a concatenation without a copy. So
+            one summand behind a convolution, and parts that only the concatenation reads, are not rounded before, but
+            with the result.
+        reads_one_grid: True: a layer that is called with inputs of several grids gets a quantizer of its own for them,
+            so that its int32 bias has one unit.
         scales_transposed_channels: whether weights of transposed convolutions may have a scale per out channel.
     """
 
@@ -60,7 +60,7 @@ ONNX_FORMS: dict[str, OnnxForm] = {
 
 
 def find_target(name: str | None) -> Target:
-    """Return a target by its name; None: the default one.
+    """Return the target with this name; None: the default one.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
@@ -73,7 +73,7 @@ def find_target(name: str | None) -> Target:
 
 
 def onnx_form_named(name: str) -> OnnxForm:
-    """Return a form by its own name, or by that of a target whose files have it.
+    """Return the form of ONNX file with a name (``"qdq"``), or that which a target (``"openvino"``) reads.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
@@ -84,10 +84,10 @@ def onnx_form_named(name: str) -> OnnxForm:
 
 
 def onnx_form_of(modules: Iterable[nn.Module]) -> OnnxForm:
-    """Return the form of the ONNX file that the layers among ``modules`` were prepared for.
+    """Return the form of ONNX file that the layers among ``modules`` were prepared for.
 
     A quantization-aware layer holds its preset as ``qconfig``, a converted layer the name of the target as ``target``.
-    Without a layer that knows its target it is the default one's.
+    If no layer names a target, the form is that of the default target.
 
     Raises:
         ValueError: layers that were prepared for targets with different files.

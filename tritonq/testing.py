@@ -136,7 +136,7 @@ def check_quantizer(
 
 
 class _BrokenError(Exception):
-    """A check failed; the message says how."""
+    """Raised by one check when it fails; the message says how."""
 
 
 def _require(holds: bool, reason: str) -> None:

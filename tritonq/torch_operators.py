@@ -78,7 +78,7 @@ class use_in_torch:  # noqa: N801, as torch.no_grad: used like a function
 
 
 class _Registration:
-    """The one registration with torch's dispatcher, and how many uses share it."""
+    """The one registration with torch's dispatcher, and a count of the :class:`use_in_torch` that share it."""
 
     _lock = threading.Lock()
     _uses = 0
@@ -114,12 +114,15 @@ def _register() -> Any:
 
 
 def _is_ours(x: Tensor, quant_min: int, quant_max: int) -> bool:
-    """Whether tritonq computes a call with such values and codes as torch does."""
+    """Whether tritonq computes a call with this tensor and this range of codes as torch does.
+
+    Else torch's kernel runs.
+    """
     return x.dtype in _DTYPES and quant_min < quant_max
 
 
 def _are_qparams(scale: Tensor, zero_point: Tensor, count: int | None) -> bool:
-    """Whether scale and zero point have the dtypes and lengths of a grid's."""
+    """Whether scale and zero point have the dtypes of a grid and ``count`` elements; count None: one element."""
     right = scale.dtype == torch.float32 and zero_point.dtype in (torch.int32, torch.int64)
     length = 1 if count is None else count
     return right and scale.numel() == zero_point.numel() == length
@@ -219,7 +222,10 @@ def _learnable_backward(per_channel: bool) -> Callable[[Any], Callable[..., Any]
 
 
 def _learned_arguments(rest: tuple[Any, ...], per_channel: bool) -> tuple[int | None, tuple[int, int], float]:
-    """Return axis, codes and gradient factor, which is 1 unless given."""
+    """Return axis, ``(quant_min, quant_max)`` and gradient factor from a learnable operator's last arguments.
+
+    The factor is 1 unless given, the axis None for the operator per tensor.
+    """
     quant_min, quant_max, *given = rest[per_channel:]
     return rest[0] if per_channel else None, (quant_min, quant_max), given[0] if given else 1.0
 
@@ -227,7 +233,7 @@ def _learned_arguments(rest: tuple[Any, ...], per_channel: bool) -> tuple[int | 
 def _learned_grid(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, quant_min: int, quant_max: int
 ) -> Grid | None:
-    """Return the grid of a learnable operator's arguments; None where the call is not ours."""
+    """Return the grid of a learnable operator's arguments; None: tritonq does not compute this call."""
     if not _is_ours(x, quant_min, quant_max) or (axis is not None and not 0 <= axis < x.dim()):
         return None
     channels = 1 if axis is None else x.shape[axis]
@@ -256,7 +262,10 @@ def _fused_helper(own: Any) -> Callable[..., Any]:
 
 
 def _with_flags(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the fused operator's arguments with both flags at the end, which the dispatcher leaves out where false."""
+    """Return the fused operator's arguments with its two flags at the end.
+
+    The dispatcher leaves out those that are False.
+    """
     return (*arguments, *(False,) * (10 - len(arguments)))
 
 
@@ -276,7 +285,10 @@ def _observed_grid(
     per_row: bool,
     symmetric: bool,
 ) -> Grid | None:
-    """Update running range, scale and zero point as torch's fused operator does; None where the call is not ours."""
+    """Update running range, scale and zero point in place as torch's fused operator does, and return the grid.
+
+    None: tritonq does not compute this call, and nothing was changed.
+    """
     channels = x.shape[axis] if per_row and 0 <= axis < x.dim() else 1
     state = (running_min, running_max, scale, zero_point)
     if (

@@ -1,4 +1,4 @@
-"""Scale and zero point by the rule of torch's fused operator that observes and fake quantizes."""
+"""Scale and zero point by the formula of torch's fused operator that observes and fake quantizes (rule "torch_v1")."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ def torch_v1_qparams(
 ) -> tuple[Tensor, Tensor]:
     """Return scale and zero point as torch's fused moving-average operator computes them, in double precision.
 
-    Symmetric types are widened to ``s = max(|m|/(q/2 + 1), M/(q/2))`` with integer halves, only when the range lies on
-    both sides of zero; a one-sided range stays affine. An empty range gives scale 0.1. The zero point is taken from
-    the end of the range that is represented with the smaller error.
+    With m and M the ends of the range, widened to contain 0, and q the number of codes less one. A symmetric type has
+    ``s = max(|m|/(q/2 + 1), M/(q/2))`` with integer halves if the range has values of both signs; otherwise it is taken
+    as affine. An empty range gives scale 0.1. The zero point follows from the end of the range that is represented with
+    the smaller error.
     """
     low, high = low.double(), high.double()
     codes = quant_max - quant_min

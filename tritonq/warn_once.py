@@ -1,4 +1,4 @@
-"""Warnings that each module gives once."""
+"""Warnings that each module gives at most once."""
 
 from __future__ import annotations
 

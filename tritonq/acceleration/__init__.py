@@ -1,10 +1,9 @@
 """Models that other libraries prepared for quantization-aware training, with tritonq's operators inside.
 
 Each way in which a library prepares a model has a module here (`eager`, `graph_modules`, `tensor_quantizers`) with the
-same five functions, which
-:func:`accelerate` and :func:`restore` call: ``is_prepared(model)``, ``package(model)``, ``accelerate(model)``,
-``restore(model)`` and
-``is_accelerated(model)``. A new library is one more such module in ``_LIBRARIES``, and its versions in ``_VERSIONS``.
+same five functions, which :func:`accelerate` and :func:`restore` call: ``is_prepared(model)``, ``package(model)``,
+``accelerate(model)``, ``restore(model)`` and ``is_accelerated(model)``. A new library is one more such module in
+``_LIBRARIES``, and its versions in ``_VERSIONS``.
 """
 
 from __future__ import annotations

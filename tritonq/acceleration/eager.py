@@ -1,9 +1,8 @@
 """torch.ao's eager mode: modules are marked as tritonq's, and observer hooks move into the operator before them.
 
 torch.ao lets the quantizer of a layer's result run in a forward hook of the layer, its *observer hook*. An operator of
-tritonq computes layer and
-quantizer together, so that the hook is taken out of ``_forward_hooks`` and kept under ``HOOK`` until :func:`restore`
-puts it back.
+tritonq computes layer and quantizer together, so that the hook is taken out of ``_forward_hooks`` and kept under
+``HOOK`` until :func:`restore` puts it back.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     """Mark those modules of torch.ao in ``model`` that tritonq can compute, in place, and return the report.
 
     A marked module keeps its class; its forward runs tritonq's operators. The report has one row for each fake
-    quantizer and each layer, with the reason
-    for those that are not marked.
+    quantizer and each layer, with the reason for those that are not marked.
     """
     from tritonq.acceleration.torch_ao import CLASSES, mark
 
@@ -133,8 +131,8 @@ def _take_hook(module: nn.Module) -> bool:
     """Move the observer hook of ``module`` to ``module.__dict__[HOOK]``.
 
     Return whether tritonq now runs the result's quantizer. A ``FloatFunctional`` has no such hook, since it calls its
-    quantizer itself: the result is True. It is False for a layer without a hook, or with a
-    quantizer that tritonq does not know.
+    quantizer itself: the result is True. It is False for a layer without a hook, or with a quantizer that tritonq does
+    not know.
     """
     if not hasattr(module, "weight_fake_quant"):
         return True  # an operation calls its quantizer itself

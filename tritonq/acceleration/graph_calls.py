@@ -1,8 +1,7 @@
 """Functions that the code of an accelerated graph calls in place of the library's nodes: layers, sums and quantizers.
 
 Their arguments are tensors and fake quantizers of the library. FQ is the fake quantization by a quantizer; ``relu?`` a
-ReLU with the given ``ceiling``
-(infinity for a plain one, 6.0 for ReLU6), or none for None.
+ReLU with the given ``ceiling`` (infinity for a plain one, 6.0 for ReLU6), or none for None.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ def graph_conv_bn(
     """Return ``FQ(relu?(BN(conv(x, FQ(W s)) / s + b)))`` with ``s = γ/sqrt(running_var + eps)``.
 
     ``norm`` holds γ, β, running mean, running variance, momentum, eps, and whether the BatchNorm trains; ``geometry``
-    the arguments of
-    :func:`convolution`. The result is not rounded if ``output_quantizer`` is None.
+    the arguments of :func:`convolution`. The result is not rounded if ``output_quantizer`` is None.
     """
     layer = _layer(weight_quantizer, output_quantizer, ceiling, geometry)
     return normalized(layer, x, weight, bias, BatchNorm(*norm))

@@ -1,9 +1,8 @@
 """Graph modules (torchao's PT2E, torch.ao's FX graph mode): the graph stays, the code that runs it is tritonq's.
 
 The library's passes go on rewriting its own graph, which they know: from training to eval mode, to converted models.
-Whenever torch.fx generates code
-from that graph, a code generator of this file first makes a copy, in which calls of tritonq replace the nodes that they
-compute (`graph_patterns`).
+Whenever torch.fx generates code from that graph, a code generator of this file first makes a copy, in which calls of
+tritonq replace the nodes that they compute (`graph_patterns`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Find what tritonq can compute in graphs of aten operators and fake quantizers (torchao's PT2E, torch.ao's FX).
 
 A graph is a ``torch.fx.Graph``. The *target* of a node that calls a submodule is the submodule's path, such as
-``"features.0.conv"``. In formulas FQ
-is the fake quantization by a submodule, ``relu?`` a ReLU if there is one. A ReLU is described by its *ceiling*:
-infinity for a plain one, 6.0 for
-ReLU6, None for no ReLU.
+``"features.0.conv"``. In formulas FQ is the fake quantization by a submodule, ``relu?`` a ReLU if there is one. A ReLU
+is described by its *ceiling*: infinity for a plain one, 6.0 for ReLU6, None for no ReLU.
 """
 
 from __future__ import annotations
@@ -44,8 +42,7 @@ class KnownParts:
             quantizer of their result.
         relus: pairs of the target of a ReLU module and its ceiling, such as ``("act", 6.0)``.
         constants: numbers that the dropouts and BatchNorms of the graph had at the start, in the order of the graph:
-            ``(p,)`` of a dropout, ``(momentum,
-            eps)`` of a BatchNorm. See :func:`keep_constants`.
+            ``(p,)`` of a dropout, ``(momentum, eps)`` of a BatchNorm. See :func:`keep_constants`.
     """
 
     quantizers: frozenset[str] = frozenset()
@@ -120,8 +117,8 @@ def keep_constants(graph: Graph, known: KnownParts) -> list[str]:
 
     Returns:
         What had changed, in words, such as ``["batch_norm: momentum 0.01 and eps 0.001, and not momentum 0.1 and eps
-        1e-05"]``; empty also for a graph that
-        has another number of dropouts and BatchNorms than ``known``, which stays as it is.
+        1e-05"]``; empty also for a graph that has another number of dropouts and BatchNorms than ``known``, which stays
+        as it is.
     """
     now = list(_with_constants(graph))
     if len(now) != len(known.constants):

@@ -1,8 +1,7 @@
 """Layers of other libraries by tritonq's operators, as functions of tensors and of the library's fake quantizers.
 
 FQ is the fake quantization by a quantizer of the library, ``relu?`` a ReLU if the layer has one, BN a BatchNorm. To
-*fold* is to multiply a weight by
-``γ/σ`` of its BatchNorm.
+*fold* is to multiply a weight by ``γ/σ`` of its BatchNorm.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Fake quantizers of torch.ao and torchao as grids and ranges, which tritonq's operators take.
 
 The modules keep their buffers and parameters. :func:`remember_formula` reads once what does not change in training, and
-stores it on the module as a
-:class:`QuantizerFormula`. A quantizer with a formula is *known*; the others run as the library wrote them.
+stores it on the module as a :class:`QuantizerFormula`. A quantizer with a formula is *known*; the others run as the
+library wrote them.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ class QuantizerFormula:
 
     Attributes:
         kind: ``"range"`` follows a running range, ``"learned"`` trains its scale, ``"observed"`` lets the library's own
-            observer find scale and zero
-            point, ``"fixed"`` keeps them.
+            observer find scale and zero point, ``"fixed"`` keeps them.
         qtype: codes and axis.
         rule: how a range becomes scale and zero point; see :func:`tritonq.qparams.range_to_qparams`.
         eps: smallest scale.
@@ -174,8 +173,8 @@ def can_compute(quantizer: nn.Module, x: Tensor) -> bool:
     """Whether tritonq can round ``x`` in place of ``quantizer`` now.
 
     It has a formula, and its buffers have the dtypes that operators take: scale float32, zero point int32 (float32 for
-    a trained scale). Casting a whole
-    model (``model.half()``) changes them. An empty ``x`` is left to the library, except with a trained scale.
+    a trained scale). Casting a whole model (``model.half()``) changes them. An empty ``x`` is left to the library,
+    except with a trained scale.
     """
     held: Any = quantizer
     if not has_formula(quantizer):
@@ -190,8 +189,8 @@ def state(quantizer: nn.Module, x: Tensor) -> State | None:
 
     Returns:
         None if no operator can do that: the buffers have other dtypes, or the kind of the formula is "learned" or
-        "observed". Buffers per channel that
-        have no length yet get that of ``x``, as in the library with its first batch.
+        "observed". Buffers per channel that have no length yet get that of ``x``, as in the library with its first
+        batch.
     """
     if not can_compute(quantizer, x) or formula_of(quantizer).kind not in ("range", "fixed"):
         return None
@@ -279,8 +278,7 @@ def marked(y: Tensor, grid: Grid) -> Tensor:
     """Return ``y`` marked as lying on ``grid``, so that a layer that reads it saves 8-bit codes for its backward.
 
     Only a grid with one scale for the tensor is marked, and nothing while ``torch.compile`` traces. A float64 tensor is
-    returned with the values rounded to
-    float32, as torch's operator rounds them, and without a mark.
+    returned with the values rounded to float32, as torch's operator rounds them, and without a mark.
     """
     if y.dtype == torch.float64 and grid.qtype.axis is None:
         return cast(Tensor, _Float32Values.apply(y, grid.enabled))  # type: ignore[no-untyped-call]

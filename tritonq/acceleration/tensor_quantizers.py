@@ -1,8 +1,8 @@
 """Models that NVIDIA Model-Optimizer prepared: find its ``TensorQuantizer`` modules, and change their class.
 
 Model-Optimizer puts a ``TensorQuantizer`` before each input and weight. The new class, in `model_optimizer`, is a
-subclass that rounds by tritonq's
-operator. That file imports ``modelopt``, so that this one imports it only for a model that Model-Optimizer prepared.
+subclass that rounds by tritonq's operator. That file imports ``modelopt``, so that this one imports it only for a model
+that Model-Optimizer prepared.
 """
 
 from __future__ import annotations
