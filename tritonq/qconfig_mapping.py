@@ -108,7 +108,7 @@ class QConfigMapping:
         return replace(self, patterns=_added(self.patterns, module_name_regex, qconfig))
 
     def set_module_name(self, module_name: str, qconfig: Choice) -> QConfigMapping:
-        """Return a copy of the mapping with a qconfig for the module at the path ``"layer1.0"`` and all inside of it."""
+        """Return a copy of the mapping with a qconfig for the module at path ``"layer1.0"`` and all in it."""
         if not isinstance(module_name, str) or not module_name:
             raise ValueError(f"module_name must be a qualified name such as 'layer1.0.conv1', got {module_name!r}")
         return replace(self, names=_added(self.names, module_name, qconfig))
