@@ -1,4 +1,4 @@
-"""Tracing a model for a file along the path that was trained, where its forward takes another one for exporters."""
+"""Tracing a model for a file in such a way that its forward computes as in training, although it asks who traces it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tritonq.prepare.forwards.graph_data import traced_as_run
 
 
 def trace_as_trained(traced: nn.Module) -> None:
-    """Let a model compute the same values while it is traced as when it runs.
+    """Make a model compute the same operations while it is traced for export as when it runs.
 
-    Some forwards ask ``torch.onnx.is_in_onnx_export()`` and then compute the same by other operations, which were never
-    prepared; it says no to them. Some make attention masks where they find themselves traced, in the place of the None
-    that was recorded; masks that mask nothing.
+    Some forwards ask ``torch.onnx.is_in_onnx_export()`` and then compute by other operations, which were never
+    prepared: inside ``traced`` it returns False. Some make an attention mask if they are traced, one that masks
+    nothing, where None was recorded: that is prevented, too.
 
     Args:
-        traced: a model that has just run on the arguments that it is traced with; changed in place.
+        traced: a model that has just run on the arguments it will be traced with; its ``forward`` is replaced.
     """
     forward = traced.forward
 

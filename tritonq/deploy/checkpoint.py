@@ -140,7 +140,7 @@ def load_converted(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the metadata of a file of :func:`save_converted`; empty where it has none.
+    """Return the metadata that :func:`save_converted` was given for a file; ``{}`` if none.
 
     Raises:
         ValueError: a file that is damaged, of another kind or of a newer version.
@@ -174,7 +174,7 @@ def _read(path: str | os.PathLike[str]) -> Description:
 
 
 def _in_few_storages(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same tensors as parts of one storage per dtype: every storage costs a file some 200 bytes."""
+    """Return the same tensors as parts of one storage per dtype; each storage adds some 200 bytes to a file."""
     by_dtype: dict[torch.dtype, list[str]] = {}
     for name, tensor in state.items():
         by_dtype.setdefault(tensor.dtype, []).append(name)
@@ -187,7 +187,16 @@ def _in_few_storages(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checksum(modules: list[Description], state: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> str:
-    """Return the sha256 of a file's contents: modules, tensors by name, dtype, shape and bytes, and metadata."""
+    """Return the sha256, in hexadecimal, of a file's contents: modules, tensors by name, and metadata.
+
+    Args:
+        modules: descriptions of :func:`describe_modules`.
+        state: the unpacked state dict; dtype, shape and bytes of each tensor count.
+        metadata: the user's, or None.
+
+    Raises:
+        ValueError: metadata that JSON can't hold.
+    """
     digest = hashlib.sha256(json.dumps(modules, sort_keys=True).encode())
     if metadata is not None:
         try:
@@ -237,7 +246,14 @@ def _rebuild(model: nn.Module, entries: list[Description], state: Mapping[str, T
 
 
 def _take_place(mine: nn.Module, made: nn.Module, entry: Description, state: Mapping[str, Tensor]) -> None:
-    """Give what replaces a module of the float model that one's attributes, class and hooks, as preparation did."""
+    """Give a deployed module the attributes, class and hooks of the float model's module that it replaces.
+
+    Args:
+        mine: the float model's module.
+        made: the deployed module.
+        entry: its description.
+        state: the file's tensors.
+    """
     if entry["kind"] in ("sequential", "inputs"):
         return
     if entry["kind"] == "identity":
@@ -253,7 +269,7 @@ def _take_place(mine: nn.Module, made: nn.Module, entry: Description, state: Map
 
 
 def _check_architecture(model: nn.Module, entries: list[Description]) -> None:
-    """Raise unless every module of the file has its counterpart in the model, and the other way round."""
+    """Raise ValueError unless each module of the file has its counterpart in the model, and the other way round."""
     here = dict(model.named_modules(remove_duplicate=False))
     replaced: list[str] = []
     emptied: list[str] = []
@@ -280,10 +296,10 @@ def _check_architecture(model: nn.Module, entries: list[Description]) -> None:
 
 
 def _counterpart(here: Mapping[str, nn.Module], name: str, entries: list[Description]) -> nn.Module | None:
-    """Return the model's module for a name in the file.
+    """Return the model's module for a name in the file, or None.
 
-    Preparation turns a BatchNorm whose activation stayed into a Sequential of its descendants, whose names it joins
-    with underscores.
+    If a BatchNorm's activation was not absorbed, preparation made a Sequential of the BatchNorm's descendants, and
+    joined their names with underscores.
     """
     if name in here:
         return here[name]
@@ -295,7 +311,11 @@ def _counterpart(here: Mapping[str, nn.Module], name: str, entries: list[Descrip
 
 
 def _load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy what stayed in float; everything is compared before anything is written."""
+    """Copy the tensors that stayed in float into the model; all are compared before any is written.
+
+    Raises:
+        ValueError: a tensor is missing, foreign, or of another shape.
+    """
     expected = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     for name, tensor in expected.items():
         if name not in state:

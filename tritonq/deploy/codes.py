@@ -1,4 +1,4 @@
-"""What `verify` compares, whatever runs the deployed model."""
+"""The codes that `verify` compares, and the functions that run a model and return them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,36 @@ GivenCodes: TypeAlias = Mapping[str, Sequence[Tensor | None]]
 
 
 class Runner(Protocol):
-    """Runs a model on positional and named arguments."""
+    """A function that runs a deployed or trained model on arguments, and returns its codes and its outputs."""
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], given: GivenCodes | None = None
     ) -> tuple[Codes, list[Tensor]]:
-        """Return the codes that it makes, and its outputs.
+        """Return ``(codes, outputs)`` of one call.
+
+        ``codes`` has for each quantizer, by name, a list with one tensor of codes minus zero points per call.
+        ``outputs`` are the tensors of the result, on the CPU.
 
         Args:
             args: positional arguments.
             kwargs: named arguments.
-            given: what readers of each quantizer's codes are given instead, so that each layer computes on these.
+            given: codes to use in place of those that quantizers make, by quantizer and call, so that each layer
+                computes on given codes; None: the model's own.
         """
 
 
 def take_given(given: GivenCodes, codes: Codes, name: str, own: Tensor) -> Tensor | None:
-    """Keep the codes that a quantizer made; return what its readers should get instead, or None for its own."""
+    """Append the codes that a quantizer made to ``codes``; return the codes that its readers should get instead.
+
+    Args:
+        given: codes to use, by quantizer and call.
+        codes: what was recorded so far; changed in place.
+        name: of the quantizer.
+        own: the codes that it made, minus zero point.
+
+    Returns:
+        The given codes for this call; None: there are none, or they equal ``own``.
+    """
     calls = codes.setdefault(name, [])
     calls.append(own)
     others = given.get(name, ())

@@ -1,4 +1,7 @@
-"""How the codes and outputs of two forms of a model differ, layer by layer."""
+"""How the codes and outputs of two forms of a model differ, layer by layer: the report of `verify`.
+
+A *form* is the trained model, a converted one, a file or a program.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,16 @@ ISLAND_STEP = 1
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """How the codes of one quantizer differ.
+    """How the codes of one quantizer differ between two forms of a model.
 
     Attributes:
-        name: the module whose output it quantizes; the second and later calls of one module are numbered.
+        name: the module whose output it quantizes; from the second call on with its number: ``"conv (call 2)"``.
         codes: how many codes were compared.
-        differing: how many differ.
-        largest: by how many codes at most.
-        island: operators between the codes that the layer reads and those it makes, whose sums have no defined order
-            (softmax, LayerNorm, a layer in float), or that round on the way to codes of 16 bits or of floats: there one
-            code may differ. Empty: none may.
+        differing: how many of them differ.
+        largest: the largest difference, in codes.
+        island: names of operators between the codes that the layer reads and those it makes whose sums have no defined
+            order (softmax, LayerNorm, a layer in float), or that round on the way to codes of 16 bits or of floats:
+            there one code may differ. Empty: none may.
     """
 
     name: str
@@ -33,11 +36,14 @@ class LayerComparison:
 
     @property
     def fraction(self) -> float:
-        """``differing / codes``."""
+        """Fraction of the codes that differ: ``differing / codes``."""
         return self.differing / max(self.codes, 1)
 
     def is_within(self, max_fraction: float, max_step: int) -> bool:
-        """Whether at most ``max_fraction`` of the codes differ, by ``max_step`` at most; in an island any, by one."""
+        """Whether at most ``max_fraction`` of the codes differ, and by ``max_step`` codes at most.
+
+        Behind an island any number of codes may differ by one.
+        """
         if self.island and self.largest <= ISLAND_STEP:
             return True
         return self.fraction <= max_fraction and self.largest <= max_step
@@ -45,13 +51,15 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """How the model's outputs differ.
+    """How the outputs of two forms of a model differ.
+
+    A *prediction* is the index of the largest value along axis 1, for outputs of shape (batch, classes, ...).
 
     Attributes:
         elements: how many numbers were compared.
-        largest: largest absolute difference (NaN where one side alone is NaN).
-        predictions: rows of outputs of shape (batch, classes, ...): places where a largest class exists.
-        differing_predictions: in how many of them the largest class is another one.
+        largest: largest absolute difference; NaN if one of the two is NaN and the other is not.
+        predictions: how many predictions were compared.
+        differing_predictions: how many of them differ.
     """
 
     elements: int
@@ -84,7 +92,7 @@ class VerificationReport:
 
     @property
     def total(self) -> LayerComparison:
-        """All layers together."""
+        """The sum of all layers, as one comparison named ``"all layers"``; its ``largest`` is the largest of all."""
         return LayerComparison(
             "all layers",
             sum(layer.codes for layer in self.layers),
@@ -126,8 +134,14 @@ class VerificationReport:
 def compare_codes(name: str, one: Tensor, other: Tensor, island: tuple[str, ...] = ()) -> LayerComparison:
     """Compare the codes of one layer.
 
+    Args:
+        name: of the layer.
+        one: codes of the trained model.
+        other: codes of the deployed model. Axes of size 1 may be missing, and those of a linear layer may be a matrix.
+        island: operators of :class:`LayerComparison`.
+
     Raises:
-        ValueError: other shapes.
+        ValueError: the shapes differ otherwise.
     """
     if [size for size in one.shape if size != 1] == [size for size in other.shape if size != 1]:
         other = other.reshape(one.shape)  # a file may hold the codes of a mean before its axes are dropped
@@ -142,7 +156,7 @@ def compare_codes(name: str, one: Tensor, other: Tensor, island: tuple[str, ...]
 
 
 def add_layers(one: LayerComparison | None, other: LayerComparison) -> LayerComparison:
-    """Return the comparison of one layer over two batches."""
+    """Return the sum of two comparisons of one layer, of two batches; the second one if the first is None."""
     if one is None:
         return other
     return LayerComparison(
@@ -157,8 +171,13 @@ def add_layers(one: LayerComparison | None, other: LayerComparison) -> LayerComp
 def add_outputs(sum_: OutputComparison | None, expected: list[Tensor], found: list[Tensor]) -> OutputComparison:
     """Return a comparison of outputs with that of another batch added.
 
+    Args:
+        sum_: the comparison so far; None before the first batch.
+        expected: the trained model's outputs.
+        found: the deployed model's.
+
     Raises:
-        ValueError: outputs of other shapes, or more or fewer.
+        ValueError: their shapes or numbers differ.
     """
     if [tuple(t.shape) for t in expected] != [tuple(t.shape) for t in found]:
         shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, found)]

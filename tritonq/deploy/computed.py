@@ -1,4 +1,4 @@
-"""What a converted model no longer needs where a layer's weight was computed: the computation and its parameters."""
+"""Converted models whose weights were computed by the forward (from other parameters): that computation is removed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from tritonq.prepare.forwards.graph import ForwardGraph
 
 
 def drop_computations(model: nn.Module, computed: Iterable[ComputedParameters]) -> None:
-    """Take the computation of weights out of forwards, and put stand-ins in the place of what it read.
+    """Remove the computation of weights from forwards, and replace the parameters that it read by stand-ins.
 
-    Layers with fixed codes ignore the weight that they are given. A forward that is a graph loses what computed it; any
-    other one goes on computing with stand-ins, which costs nothing.
+    A converted layer has fixed codes and ignores the weight that it is given. A forward that is a graph loses the nodes
+    that computed the weight; any other forward goes on computing with *stand-ins*, tensors without memory, which costs
+    nothing.
+
+    Args:
+        model: a converted model; changed in place.
+        computed: for each layer whose weight is computed, what it is computed from.
     """
     for module in model.modules():
         data = forward_data(module)
@@ -34,7 +39,7 @@ def drop_computations(model: nn.Module, computed: Iterable[ComputedParameters]) 
 
 
 def stand_in(module: nn.Module, name: str) -> None:
-    """Put a tensor without memory, of the same shape and type, in the place of a parameter or buffer."""
+    """Replace a parameter or buffer of a module by a meta tensor (without memory) of the same shape and dtype."""
     tensor: Tensor | None = module._parameters.pop(name, None)
     if tensor is None:
         tensor = module._buffers.pop(name, None)
@@ -44,12 +49,12 @@ def stand_in(module: nn.Module, name: str) -> None:
 
 
 def stand_ins(module: nn.Module) -> list[str]:
-    """Return the names of a module's meta tensors, which stand for computed parameters in a deployed model."""
+    """Return the names of a module's stand-ins, the meta tensors that :func:`stand_in` made."""
     return [name for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
 
 
 def _drop_arguments(graph: fx.Graph, module: nn.Module) -> bool:
-    """Call converted layers with their input alone; return whether any call had more."""
+    """Drop all arguments but the input from calls of converted layers; return whether any call had more."""
     unused: list[fx.Node] = []
     for node in graph.nodes:
         if node.op != "call_module" or len(node.args) < 2:

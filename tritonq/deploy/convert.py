@@ -111,7 +111,7 @@ def convert(model: nn.Module, inplace: bool = False, *, allow_unquantized: bool 
 
 
 def why_not_deployable(model: nn.Module) -> str | None:
-    """Return the reason why a prepared model has no deployed form, however it is trained, or None where it has one."""
+    """Return why a prepared model has no deployed form, however it is trained, as a sentence; None if it has one."""
     for name, module in model.named_modules():
         if isinstance(module, FloatFakeQuantize) and module.qtype is None and not is_weight_quantizer(name):
             return (
@@ -122,14 +122,19 @@ def why_not_deployable(model: nn.Module) -> str | None:
 
 
 def _with_own_zero_points(converted: nn.Module) -> list[str]:
-    """Return the names of layers in integers whose weight zero points differ between channels."""
+    """Return the names of layers in integers whose weight zero points differ between out channels."""
     layers = [(name, module) for name, module in converted.named_modules() if isinstance(module, QuantizedLayer)]
     zeros = [(name, layer.weight_zero_point) for name, layer in layers if not layer.has_groups]
     return [name for name, zero in zeros if zero is not None and int(zero.min()) != int(zero.max())]
 
 
 def swap_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Put replacements, with the hooks of their originals, wherever these are children; return the root or its own."""
+    """Replace children of ``model`` everywhere, hooks included, and return it.
+
+    Args:
+        model: changed in place.
+        replacements: what replaces each module. If ``model`` itself is in it, its replacement is returned.
+    """
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child in replacements:
@@ -170,7 +175,10 @@ def _check(model: nn.Module, allow_unquantized: bool) -> None:
 
 
 def _other_library(model: nn.Module) -> str | None:
-    """Return the library that prepared a model, accelerated or not, or None."""
+    """Return the name of another library that prepared the model, such as ``"torch.ao"``, or None.
+
+    An accelerated model counts as that library's, too.
+    """
     modules = {base.__module__ for module in model.modules() for base in type(module).__mro__}
     return next((name for name, start in _OTHERS.items() if any(each.startswith(start) for each in modules)), None)
 
@@ -194,7 +202,10 @@ def _weight_dtype(layer: QATLayer | QATRecurrent | Embedding | EmbeddingBag) -> 
 
 
 def _check_finite(model: nn.Module) -> None:
-    """Raise ValueError, naming module and tensor, unless weights, BatchNorm statistics and scales are finite."""
+    """Raise ValueError unless weights, BatchNorm statistics and scales are finite.
+
+    The message names module and tensor.
+    """
     for name, module in model.named_modules():
         held: list[tuple[str, Tensor]] = list(module.named_parameters(recurse=False))
         if isinstance(module, _BatchNorm):
@@ -237,7 +248,7 @@ def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def _keep_quantizers(module: nn.Module, made: nn.Module, quantizers: Mapping[nn.Module, nn.Module]) -> None:
-    """Let what replaces a module quantize the arguments and results that the module's forward does."""
+    """Make a deployed module quantize the arguments and results that the original's forward quantized."""
     data = quantizing_part(module)
     if data is None:
         return
@@ -269,7 +280,7 @@ def _layer(layer: QATLayer, output: nn.Module) -> QuantizedLayer:
 
 
 def _layer_like(layer: QATLayer, shape: nn.Module, output: nn.Module) -> QuantizedLayer:
-    """Return the deployed form of ``layer``, whose geometry is that of ``shape``."""
+    """Return the deployed form of ``layer``, with the geometry (strides and the like) of the module ``shape``."""
     target = next((made for source, made in LAYER_TYPES.items() if isinstance(shape, source)), None)
     if target is None:
         known = ", ".join(source.__name__ for source in LAYER_TYPES)
@@ -299,7 +310,11 @@ def _layer_like(layer: QATLayer, shape: nn.Module, output: nn.Module) -> Quantiz
 
 
 def _weight_grid(layer: QATLayer) -> QuantizedType | None:
-    """Return the weight's grid; None where the weight stays in float."""
+    """Return the quantized type of a layer's weight; None if the weight stays in float.
+
+    Raises:
+        ValueError: the weight quantizer is of a class without a grid.
+    """
     quantizer = layer.weight_fake_quant
     if isinstance(quantizer, nn.Identity):
         return None
@@ -311,7 +326,7 @@ def _weight_grid(layer: QATLayer) -> QuantizedType | None:
 def _float_tensors(
     layer: QATLayer, weight: Tensor, bias: Tensor | None, grid: QuantizedType | None
 ) -> dict[str, Tensor | None]:
-    """Return the tensors of a converted layer that computes in float: weight codes or the weight, and a float bias."""
+    """Return the tensors of a converted layer that computes in float, by name: weight or its codes, scale, bias."""
     bias = None if bias is None else bias.clone()
     if grid is None:
         return {"weight": weight.clone(), "bias": bias}

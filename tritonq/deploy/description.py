@@ -1,4 +1,8 @@
-"""The modules of a converted model as plain data, and back: what a saved file holds beside its tensors."""
+"""The modules of a converted model as plain data, and back: what a saved file has beside its tensors.
+
+A *description* is one module as a dict: ``"name"``, ``"kind"`` (``"layer"``, ``"quantizer"``, ``"module"``, ...) and
+what that kind needs. A module's name is its path in the model, such as ``"features.0"``.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +70,10 @@ ADDED = (
 
 
 def describe_modules(model: nn.Module) -> list[Description]:
-    """Return one description per module name, parents first; a module under a second name refers to its first."""
+    """Return one description per module name of a converted model, parents first.
+
+    A module with several names has one description, and entries of kind ``"alias"`` that refer to its first name.
+    """
     first_names: dict[nn.Module, str] = {}
     found = []
     integers = has_integers(model)
@@ -94,10 +101,10 @@ def describe_modules(model: nn.Module) -> list[Description]:
 def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) -> None:
     """Give rebuilt modules their references to quantizers, which a file holds by name.
 
-    Joins, means and functions refer to the quantizers of operands and result, layers to a quantizer behind a clip.
+    Joins, means and functions know the quantizers of their operands and result, layers a quantizer behind a clip.
 
     Args:
-        modules: of the rebuilt model, by name.
+        modules: of the rebuilt model, by name; changed in place.
         entries: descriptions of its modules.
     """
     for entry in entries:
@@ -113,14 +120,17 @@ def link_operands(modules: Mapping[str, nn.Module], entries: list[Description]) 
 
 
 def _class_name(module: nn.Module) -> str:
-    """Return the name of a module's class; torch.fx names its classes after what was traced, or not."""
+    """Return the name of a module's class; torch.fx and torch.jit give traced modules classes of varying names."""
     if isinstance(module, ScriptModule):  # a copy of what was traced has another class
         return ScriptModule.__name__
     return fx.GraphModule.__name__ if isinstance(module, fx.GraphModule) else original_class(module).__name__
 
 
 def _producer(modules: Mapping[str, nn.Module], quantizer: str) -> nn.Module:
-    """Return the module whose output a quantizer rounds: its owner, or the quantizer where it has another name."""
+    """Return the module whose output a quantizer rounds: the quantizer's parent, or the quantizer itself.
+
+    It is the parent if the quantizer's own name is ``"activation_post_process"``.
+    """
     owner, _, child = quantizer.rpartition(".")
     return modules[owner] if child == "activation_post_process" else modules[quantizer]
 
@@ -189,7 +199,10 @@ def _describe(module: nn.Module) -> Description:
 
 
 def _further(join: Joint) -> Description:
-    """Return the entries that tell einsums and attention from plain matrix products, and a sum with one from a sum."""
+    """Return the entries in which a join's description differs from that of its base kind.
+
+    Einsums and attention are matrix products with further entries, a sum with a product is a sum with one.
+    """
     if isinstance(join, Einsum):
         return {"equation": join.equation}
     if isinstance(join, AddMatMul):
@@ -198,10 +211,14 @@ def _further(join: Joint) -> Description:
 
 
 def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module | None:
-    """Return the module that ``entry`` describes, without the children that entries of their own describe.
+    """Return the module that ``entry`` describes, without the children that have entries of their own.
 
-    Returns None for kind ``"module"``: such a module has to come from the user's float model. A Sequential is made for
-    the case that the float model has something else there: a BatchNorm whose activation stayed.
+    None for kind ``"module"``: such a module comes from the user's float model. A Sequential is made in case the float
+    model has something else there: a BatchNorm whose activation was not absorbed.
+
+    Args:
+        entry: a description.
+        tensors: the file's tensors, by name.
 
     Raises:
         ValueError: an unknown kind or type, or a tensor that is missing or has the wrong shape.
@@ -280,7 +297,7 @@ def build_module(entry: Description, tensors: Mapping[str, Tensor]) -> nn.Module
 
 
 def difference(entry: Description, module: nn.Module) -> str | None:
-    """Return how a module of the float model differs from that of ``entry``, or None where it fits."""
+    """Return how a module of the float model differs from the description ``entry``, as text; None if it fits."""
     kind, here = entry["kind"], _class_name(module)
     if kind in ("integer_layer", "integer_maximum"):
         return integer_difference(entry, module)
@@ -306,15 +323,22 @@ def difference(entry: Description, module: nn.Module) -> str | None:
 
 
 def _function_here(module: nn.Module) -> Function | None:
-    """Return the function that a module of torch.nn is, clips included."""
+    """Return the function that a module of ``torch.nn`` computes, clips included.
+
+    None if it is none of the known ones.
+    """
     clipping = clipping_of(module)
     return function_of(module) if clipping is None else clipping.function
 
 
 def described_forward(entry: Description, entries: list[Description]) -> ForwardData | None:
-    """Return the forward of a module as ``apply_forward`` takes it, or None where it is the class's own.
+    """Return the forward of a module as ``apply_forward`` takes it; None if it is the class's own.
 
-    Files of version 0.1.0 (format 2 and earlier) name hooks, which are part of the forward now.
+    Files of version 0.1.0 (format 2 and earlier) have hooks in its place, which are part of the forward now.
+
+    Args:
+        entry: the module's description.
+        entries: those of all modules.
     """
     data: ForwardData | None = entry.get("forward")
     if not entry.get("hooks"):
@@ -329,7 +353,10 @@ def _place_from_data(place: Mapping[str, Any]) -> InputPlace:
 
 
 def _ceiling(entry: Description) -> float | None:
-    """Return the upper bound of a ReLU; files of version 1 say whether there is one, without bound."""
+    """Return the upper bound of a layer's ReLU.
+
+    Files of version 1 only say whether there is a ReLU, which is a plain one.
+    """
     if "relu" in entry:
         return math.inf if entry["relu"] else None
     ceiling: float | None = entry["ceiling"]

@@ -1,4 +1,4 @@
-"""Embedding tables of a converted model: integers, which are looked up as the values they stand for."""
+"""Embedding tables of a converted model: integer codes, and only the rows that are looked up become float values."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ TABLE_TENSOR_NAMES = ("weight", "weight_scale", "weight_zero_point")
 
 
 class QuantizedTable(DeployedModule):
-    """A table of integer rows, each with its scale and zero point.
+    """A table of integer rows, each with its scale and zero point; base of the two classes below.
 
     Attributes:
-        weight: the values that its codes stand for, float32 (rows, embedding_dim), computed when somebody reads them.
-        stored_weight: the codes, the state dict's ``weight``.
+        weight: the float32 values of the codes, (rows, embedding_dim), computed when something reads them.
+        stored_weight: the codes, which the state dict has as ``weight``.
         weight_scale: float32 (rows,).
         weight_zero_point: int32 (rows,).
-        qtype: the grid.
-        target: name of the engine that it was prepared for, one of :data:`tritonq.targets.TARGETS`; None: unknown.
+        qtype: the quantized type of the codes.
+        target: name of the engine that the model was prepared for, one of :data:`tritonq.targets.TARGETS`; None:
+            unknown.
     """
 
     weight_scale: Tensor
@@ -51,12 +52,12 @@ class QuantizedTable(DeployedModule):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Arguments of the float layer's constructor."""
+        """Arguments of the float layer's constructor, by name."""
         return {name: getattr(self, name) for name in self.geometry_names}
 
     @property
     def stored_weight(self) -> Tensor:
-        """The tensor that the state dict holds as ``weight``: integer codes, or floats."""
+        """The tensor that the state dict has as ``weight``: integer codes, or floats."""
         return cast(Tensor, stored(self, "weight"))
 
     def _float_weight(self) -> Tensor:
@@ -66,7 +67,7 @@ class QuantizedTable(DeployedModule):
     weight: Tensor = property(_float_weight)  # type: ignore[assignment]
 
     def dequantized_weight(self) -> Tensor:
-        """Return the whole table as float32 values."""
+        """Return the whole table as float32 values: ``(codes - zero_point) · scale``."""
         return (self.stored_weight - self.weight_zero_point[:, None]).float() * self.weight_scale[:, None]
 
 
@@ -90,7 +91,13 @@ class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
     geometry_names = (*QuantizedTable.geometry_names, "mode", "include_last_offset")
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Return float32 (bags, embedding_dim) for integer indices and the offsets of bags."""
+        """Return float32 (bags, embedding_dim), as ``nn.EmbeddingBag`` does.
+
+        Args:
+            input: integer indices: (n,) with ``offsets``, else (bags, indices per bag).
+            offsets: where each bag begins in ``input``; None if ``input`` is a matrix.
+            per_sample_weights: float factors of the rows, shaped as ``input``; None for 1.
+        """
         return embedding_bag(self, self.dequantized_weight(), input, offsets, per_sample_weights)
 
 

@@ -144,7 +144,13 @@ def _write(proto: Any, target: Path, encodings: dict[str, Any]) -> None:
 
 
 def encodings_json(found: dict[str, Encoding], parameters: set[str], version: EncodingVersion) -> dict[str, Any]:
-    """Return the content of a file of encodings; ``parameters`` are the names of weights."""
+    """Return the content of a file of encodings as plain data.
+
+    Args:
+        found: the grids by the names of the file's tensors.
+        parameters: which of these names are weights and biases.
+        version: of the format.
+    """
     head: dict[str, Any] = {"producer": {"package": "tritonq", "version": __version__}, "version": version}
     if version == "2.0.0":
         return head | {"encodings": [_newer(name, grid, name in parameters) for name, grid in found.items()]}
@@ -156,7 +162,7 @@ def encodings_json(found: dict[str, Encoding], parameters: set[str], version: En
 
 
 def _older(name: str, grid: Encoding) -> dict[str, Any]:
-    """Return an entry of version 1.0.0; a symmetric one has the offset ``-2^(bw-1)``."""
+    """Return a tensor's entry in version 1.0.0; an entry is symmetric if its offset is ``-2^(bw-1)``."""
     bits, middle = grid.qtype.bits, 2 ** (grid.qtype.bits - 1)
     offset = [-zero - (middle if grid.qtype.signed else 0) for zero in grid.zero_point]
     return {
@@ -171,7 +177,7 @@ def _older(name: str, grid: Encoding) -> dict[str, Any]:
 
 
 def _newer(name: str, grid: Encoding, is_parameter: bool) -> dict[str, Any]:
-    """Return an entry of version 2.0.0, without a zero point where that is 0."""
+    """Return a tensor's entry in version 2.0.0; without a zero point if that is 0."""
     bits, signed = grid.qtype.bits, grid.qtype.signed
     shift = 2 ** (bits - 1) if signed and not is_parameter else 0
     zero = [point + shift for point in grid.zero_point]

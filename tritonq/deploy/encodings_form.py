@@ -1,7 +1,7 @@
-"""A converted model rewritten for tracing without quantizers: grids are marked, and float operators stand between.
+"""A converted model rewritten for tracing without quantizers: grids are marked, between them stand float operators.
 
-A mark is a node of a domain of its own, which no optimiser removes, so that :func:`take_marks` finds the tensor of
-each grid in the file.
+A *mark* is a node of a domain of its own, which no optimiser removes. :func:`take_marks` finds by it the tensor in the
+file that has each grid, and removes it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _BIAS = QuantizedType.of(32)
 
 @dataclass(frozen=True)
 class Encoding:
-    """A tensor's grid: ``value = (code - zero_point) * scale``.
+    """The grid of a tensor: ``value = (code - zero_point) · scale``.
 
     Attributes:
-        scale: per channel, or one.
+        scale: one number per channel, or one.
         zero_point: as ``scale``.
-        qtype: the codes; its axis is None for one scale.
+        qtype: range of codes, and axis of the channels; axis None for one scale.
     """
 
     scale: tuple[float, ...]
@@ -49,12 +49,12 @@ class Encoding:
 
 
 def marked(x: Tensor, name: str) -> Tensor:
-    """Return ``x``, whose tensor in the file lies on the grid ``name``."""
+    """Return ``x`` unchanged; in a traced graph with a mark which says that it lies on the grid ``name``."""
     return torch.onnx.ops.symbolic(_MARK, (x,), {"name": name}, dtype=x.dtype, shape=x.shape, version=1)
 
 
 class _Mark(nn.Module):
-    """A quantizer of a model that is traced: it marks what it would round."""
+    """Takes the place of a quantizer in a model that is traced: marks its input instead of rounding it."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _Mark(nn.Module):
 
 
 def encodings_form(converted: nn.Module) -> tuple[nn.Module, dict[str, Encoding]]:
-    """Return a copy of ``converted`` that traces to marks and float operators, and the grids by the marks' names.
+    """Return a copy of a converted model that traces to marks and float operators, and a dict from marks to grids.
 
     Warns:
         UserWarning: embedding tables, whose rows have a scale each: they get no encoding.
@@ -135,7 +135,7 @@ def _encoding(name: str, scale: Tensor, zero_point: Tensor | None, qtype: Quanti
 
 
 def _mark_layer(layer: QuantizedLayer, name: str) -> dict[str, Encoding]:
-    """Let a layer trace to its float operation with marks at weight and bias; return their grids."""
+    """Make a layer trace to its float operation with marks at weight and bias; return the grids of these marks."""
     encodings: dict[str, Encoding] = {}
     scale, qtype = layer.weight_scale, layer.types.weight
     if scale is not None and qtype is not None:
@@ -182,14 +182,14 @@ def _layer_forward(layer: QuantizedLayer, name: str, marks: frozenset[str], x: T
 
 
 def take_marks(graph: Any, encodings: dict[str, Encoding]) -> dict[str, Encoding]:
-    """Remove the marks from a traced graph and return encodings by the names of its tensors, in order of execution.
+    """Remove the marks from a traced graph; return the grids by the names of its tensors, in order of execution.
 
-    A tensor that two grids round, or that is read unrounded too, is read through an Identity, whose result has the
-    encoding. What only moves values hands its encoding on.
+    If a tensor has two grids, or is also read unrounded, readers of a grid read it through an Identity, whose result
+    gets the grid. The result of an operation that only moves values gets the grid of its input.
 
     Args:
         graph: an ``onnx_ir.Graph``; changed in place.
-        encodings: by the names of the marks.
+        encodings: the grids by the names of the marks.
     """
     found: dict[Any, Encoding] = {}
     names = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
@@ -240,7 +240,7 @@ def _take_mark(
 
 
 def _hand_on(node: Any, found: dict[Any, Encoding]) -> None:
-    """Give the results of what moves values, and of a ReLU, the encoding of what they read."""
+    """Note for the results of an operation that moves values, or a ReLU, the grid of its input."""
     if not (moves_values(node) or node.op_type == "Relu"):
         return
     sources = [found.get(value) for value in (node.inputs if node.op_type == "Concat" else node.inputs[:1])]
@@ -252,7 +252,7 @@ def _hand_on(node: Any, found: dict[Any, Encoding]) -> None:
 
 
 def _hand_back(node: Any, found: dict[Any, Encoding]) -> None:
-    """Give the input of an operation that only moves values the encoding of its result, if nothing else reads it.
+    """Note for the input of an operation that only moves values the grid of its result, if nothing else reads it.
 
     Rounding before such an operation gives the same values as rounding behind it.
     """

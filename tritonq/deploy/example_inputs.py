@@ -1,4 +1,4 @@
-"""The batch axis in the example inputs of the exporters."""
+"""The example inputs of exporters, and the axes of them that stay open: the file then takes other sizes there."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _RANKS = range(3, 6)
 def open_axes(
     forward: Callable[..., Any], arguments: Arguments, batch: bool, sizes: bool
 ) -> tuple[Arguments, dict[str, Any] | None]:
-    """Return arguments to trace with, and their ``dynamic_shapes``; None for these where no axis is open.
+    """Return arguments to trace with, and ``dynamic_shapes`` of torch.export; None for these if no axis is open.
 
     A batch of one is doubled, since torch.export takes an example of size 1 for a constant.
 
     Args:
         forward: what is traced; the names of its parameters are the keys of the shapes.
-        arguments: the example.
-        batch: whether axis 0 is open where it is as long as the first tensor's.
+        arguments: the example: positional and named arguments.
+        batch: whether axis 0 is open, in all tensors that share its size with the first.
         sizes: whether the axes behind the first two are open, in tensors with 3 to 5 axes.
 
     Raises:
@@ -64,7 +64,9 @@ _SIZE_NAMES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "w
 
 
 def name_sizes(graph: Any) -> None:
-    """Call the open sizes of a file's inputs height and width, and those of a further input after that, too.
+    """Rename the open sizes of a file's inputs: ``height`` and ``width``, or ``length``, ``depth``.
+
+    Those of a further input are called after it, such as ``mask_height``.
 
     Args:
         graph: an ``onnx.GraphProto`` whose open sizes have names such as ``s77``; changed in place.
@@ -87,7 +89,7 @@ def name_sizes(graph: Any) -> None:
 
 
 def tell_fixed_batch(name: str, graph: Any) -> None:
-    """Warn where a batch axis that was to be open is fixed in a traced graph.
+    """Warn if the batch axis of a traced graph is fixed although it was to be open.
 
     Args:
         name: of the model's class.
@@ -103,10 +105,10 @@ def tell_fixed_batch(name: str, graph: Any) -> None:
 
 
 def name_keywords(traced: nn.Module, names: Iterable[str]) -> None:
-    """Name the arguments that a forward takes by ``**kwargs`` as parameters: torch.export has no shapes for them.
+    """Give a forward with ``**kwargs`` named parameters for them, since torch.export has no shapes for others.
 
     Args:
-        traced: a model that is traced; changed in place.
+        traced: a model that is traced; its ``forward`` is replaced.
         names: of the named arguments that it is called with.
     """
     forward = traced.forward
@@ -126,7 +128,11 @@ def name_keywords(traced: nn.Module, names: Iterable[str]) -> None:
 
 
 def check_sizes(model: nn.Module, arguments: Arguments) -> None:
-    """Raise ValueError unless a model runs on inputs of twice the height and width, too."""
+    """Run a model on inputs of twice the height and width.
+
+    Raises:
+        ValueError: it does not run on them.
+    """
     args, kwargs = replace_tensors(arguments, _doubled)
     try:
         with torch.no_grad(), preserved_random_state(model):
@@ -149,7 +155,7 @@ def _size_axes(x: Tensor) -> range:
 
 
 def _shapes(item: Any, shape_of: Callable[[Tensor], Any]) -> Any:
-    """Return the structure of arguments with a shape for each tensor, and None for all that isn't one."""
+    """Return the structure of arguments with ``shape_of(tensor)`` for each tensor and None for everything else."""
     if isinstance(item, Tensor):
         return shape_of(item)
     if isinstance(item, (tuple, list)):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under another name, then renamed."""
+"""Writing files that are whole or absent: written under another name, then renamed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import IO
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a binary file that gets the name ``path`` when the block ends, and is removed when the block raises.
+    """Open a binary file that gets the name ``path`` when the block ends, and is removed if the block raises.
 
-    Whoever is killed in between leaves the old file, and beside it one that :func:`remove_leftovers` finds.
+    A process that is killed in between leaves the old file as it was, and beside it one that :func:`remove_leftovers`
+    deletes.
 
     Raises:
         OSError: the file can't be written; the error names it.
@@ -38,14 +39,14 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Delete what killed writers of ``path`` left behind."""
+    """Delete the unfinished files that killed writers of ``path`` left beside it."""
     target = Path(path)
     for leftover in target.parent.glob(f".{target.name}.*"):
         leftover.unlink(missing_ok=True)
 
 
 def _umask() -> int:
-    """Return the process's umask, which only setting it can tell."""
+    """Return the process's umask; the system tells it only to who sets it, so it is set and restored."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,4 +1,8 @@
-"""From a trained fixed-point network to one that runs on 8-bit codes, 32-bit accumulators and shifts."""
+"""From a trained fixed-point network to one that runs on 8-bit codes, 32-bit accumulators and shifts.
+
+A *format* is the word length, sign and fractional length of a tensor's codes. An *accumulator* is the integer sum of a
+layer.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ _WORD_LEN = 8
 
 
 def has_fixed_point(model: nn.Module) -> bool:
-    """Whether a model holds fixed-point layers."""
+    """Whether a model holds fixed-point layers of training; False once it is converted."""
     return any(isinstance(module, FixedPointLayer) for module in model.modules())
 
 
@@ -132,9 +136,9 @@ def _pool(pool: FixedPointAvgPool2d) -> IntegerAvgPool2d:
 
 
 def _output(module: FixedPointLayer | FixedPointAdd | FixedPointAvgPool2d) -> FixedPointFormat | None:
-    """Return the codes that leave a module: those of its reader's format.
+    """Return the codes that leave a module, those that its reader takes; None: accumulators leave it.
 
-    None: accumulators, for a sum or for the caller.
+    They do for a sum, and for the caller of the network.
     """
     return None if module.following is None or module.raw_output else _codes(module.following)
 

@@ -26,14 +26,14 @@ _POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
 
 def has_integers(model: nn.Module) -> bool:
-    """Whether a model is a converted fixed-point network."""
+    """Whether a model is a converted fixed-point network, with layers of integers."""
     return any(isinstance(module, IntegerModule) for module in model.modules())
 
 
 def describe_integer(module: nn.Module) -> Description | None:
-    """Return a module of a converted fixed-point network as plain data; None: any other module.
+    """Return a module of a converted fixed-point network as plain data; None if it is any other module.
 
-    A plain ``nn.ReLU`` of such a network is described too: it may stand for a function or for another clipping.
+    A plain ``nn.ReLU`` of such a network is described, too: it may stand for a function or for another clipping.
     """
     if isinstance(module, IntegerLayer):
         return {
@@ -57,9 +57,11 @@ def describe_integer(module: nn.Module) -> Description | None:
 
 
 def build_integer(entry: Description, tensor: Callable[[str], Tensor]) -> nn.Module | None:
-    """Return the module of a description; ``tensor`` finds a tensor of the file by its name in the module.
+    """Return the module that ``entry`` describes; None for kinds of other networks.
 
-    Returns None for kinds of other networks.
+    Args:
+        entry: a description of :func:`describe_integer`, with the module's name.
+        tensor: returns a tensor of the file by its name in the module.
 
     Raises:
         ValueError, KeyError, TypeError: a description or a tensor that is damaged.
@@ -96,7 +98,7 @@ def _build(entry: Description, tensor: Callable[[str], Tensor]) -> nn.Module | N
 
 
 def integer_difference(entry: Description, module: nn.Module) -> str | None:
-    """Return how a module of the float model differs from the one that ``entry`` was made from; None where it fits."""
+    """Return how a module of the float model differs from the description ``entry``, as text; None if it fits."""
     kinds: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv2d": nn.Conv2d}
     expected = kinds[entry["type"]] if entry["kind"] == "integer_layer" else nn.MaxPool2d
     if not isinstance(module, expected):
@@ -110,7 +112,7 @@ def integer_difference(entry: Description, module: nn.Module) -> str | None:
 
 
 def _float_geometry(layer: IntegerLayer) -> Description:
-    """Return the attributes that the float layer in this one's place must have, by name."""
+    """Return the attributes, by name, that the float layer in the place of ``layer`` must have."""
     out, per_group, *kernel = layer.weight.shape
     if layer.linear:
         return {"in_features": per_group, "out_features": out}

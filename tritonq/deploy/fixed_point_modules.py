@@ -1,6 +1,7 @@
 """The modules of a converted fixed-point network: 8-bit codes in and out, 32-bit accumulators, shifts.
 
-No floating-point number occurs between the codes of the network's input and those of its output.
+A code stands for ``code · 2^-frac_len``. An *accumulator* is the integer sum of a layer, before it is shifted to codes.
+All arithmetic between the codes of the network's input and those of its output is on integers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tritonq.warn_once import warn_once
 
 @dataclass(frozen=True)
 class FixedPointFormat:
-    """Codes of a tensor: ``value = code * 2^-frac_len``, in units of whatever η.
+    """The codes of a tensor: ``value = code · 2^-frac_len``, up to a factor η of the network's input.
 
     Attributes:
         frac_len: fractional length.
@@ -35,19 +36,16 @@ class FixedPointFormat:
 
     @property
     def dtype(self) -> torch.dtype:
-        """int8 or uint8."""
+        """Dtype of the codes: int8 or uint8."""
         return torch.int8 if self.quant_min < 0 else torch.uint8
 
     @property
     def largest(self) -> int:
-        """The largest absolute code."""
+        """Largest magnitude of a code."""
         return max(-self.quant_min, self.quant_max)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return codes of real values, ties to even.
-
-        NaN becomes 0. This is where a network's input becomes integers.
-        """
+        """Return the codes of real values, ties to even; NaN becomes 0. The network's input becomes integers here."""
         code = (x.double() * 2.0**self.frac_len).round_().clamp_(self.quant_min, self.quant_max)
         return code.nan_to_num_(nan=0.0).to(self.dtype)
 
@@ -56,9 +54,9 @@ class IntegerModule(DeployedModule):
     """A module that takes codes or accumulators and returns codes or accumulators.
 
     Attributes:
-        output: the codes that it returns; None: int32 accumulators.
-        frac_len: int32 buffer (channels,) or (1,): fractional lengths of the accumulators.
-        name: where the module is in the network, for messages.
+        output: format of the codes that it returns; None: it returns int32 accumulators.
+        frac_len: int32 buffer (channels,) or (1,): fractional lengths of its accumulators.
+        name: path of the module in the network, for messages.
     """
 
     frac_len: Tensor
@@ -67,11 +65,14 @@ class IntegerModule(DeployedModule):
 
     @property
     def shift(self) -> Tensor | None:
-        """How far accumulators are shifted right to become codes; None: they stay accumulators."""
+        """How many bits accumulators are shifted right to become codes; None: they stay accumulators."""
         return None if self.output is None else self.frac_len - self.output.frac_len
 
     def rounded(self, total: Tensor, channel_axis: int = 1) -> Tensor:
-        """Return codes of accumulators, or the accumulators themselves as int32."""
+        """Return accumulators ``total`` as codes of the output; without output as int32, clamped.
+
+        ``channel_axis`` is the axis of the channels.
+        """
         if self.output is None or self.shift is None:
             return total.clamp(-ACCUMULATOR_MAX, ACCUMULATOR_MAX).to(torch.int32)
         shape = [1] * total.dim()
@@ -85,16 +86,16 @@ class IntegerModule(DeployedModule):
 
 
 class IntegerLayer(IntegerModule):
-    """A convolution or product of 8-bit codes: ``clamp(round_half_even((Σ x w + bias) * 2^-shift), lo, hi)``.
+    """A convolution or product of 8-bit codes: ``clamp(round_half_even((Σ x w + bias) · 2^-shift), lo, hi)``.
 
     Attributes:
-        weight: int8 buffer, (out, in/groups, kh, kw), for a linear layer (out, in, 1, 1).
+        weight: int8 buffer, (out, in/groups, kh, kw); for a linear layer (out, in, 1, 1).
         bias: int32 buffer (out,).
-        saturated: int64 buffer (1,): how many accumulators had to be clamped to ±(2^31 - 1).
-        input: codes of the input.
-        encodes: whether the input is real and becomes codes here: the network's input.
-        decodes: whether the accumulators leave as real values, ``float32(acc) * 2^-frac_len``: the network's output.
-        bound: what no accumulator's absolute value can exceed.
+        saturated: int64 buffer (1,): how many accumulators were clamped to ±(2^31 - 1) so far.
+        input: format of the input's codes.
+        encodes: whether the input is real and becomes codes here: the network's first layer.
+        decodes: whether it returns real values ``float32(acc) · 2^-frac_len``: the network's last layer.
+        bound: upper bound of the magnitude of accumulators.
     """
 
     weight: Tensor
@@ -120,12 +121,12 @@ class IntegerLayer(IntegerModule):
         self.eval()
 
     def read_tensors(self) -> None:
-        """See base class."""
+        """Compute ``bound`` from weight and bias; called after each load."""
         rows = self.weight.to(torch.int64).abs().flatten(1).sum(1) * self.input.largest
         self.bound = int((rows + self.bias.to(torch.int64).abs()).max())
 
     def accumulate(self, codes: Tensor) -> Tensor:
-        """Return codes (n, c, h, w) to codes or accumulators (n, out, h', w')."""
+        """Return the result for input codes (n, c, h, w): codes, or accumulators, (n, out, h', w')."""
         ops = implementation("int8_conv", codes)
         low, high, dtype = 0, 0, torch.int32
         if self.output is not None:
@@ -148,7 +149,7 @@ class IntegerLayer(IntegerModule):
         return result
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return codes to codes or accumulators; real values at the network's ends."""
+        """Return codes, or accumulators, for input codes; the first layer takes, and the last returns, real values."""
         codes = self.input.encode(input) if self.encodes else input
         if self.linear:
             flat = codes.reshape(-1, codes.shape[-1], 1, 1)
@@ -158,7 +159,7 @@ class IntegerLayer(IntegerModule):
         return self.decode(y) if self.decodes else y
 
     def decode(self, accumulators: Tensor) -> Tensor:
-        """Return real values, rounded to float32 once."""
+        """Return the real values of accumulators, rounded to float32 once."""
         shape = [1] * accumulators.dim()
         shape[-1 if self.linear else 1] = -1
         return (accumulators.double() * power_of_two(-self.frac_len, torch.float64).view(shape)).float()
@@ -180,12 +181,12 @@ class IntegerLayer(IntegerModule):
 
 
 class IntegerAdd(IntegerModule):
-    """The sum of two tensors of codes or accumulators, aligned to their finest fractional length by shifting left.
+    """The sum of two tensors of codes or accumulators, shifted left to the finer fractional length of the two.
 
     Attributes:
-        bounds: what no summand's absolute value can exceed.
-        left0: int32 buffer (channels,) or (1,): how far the first summand is shifted; ``left1`` the second.
-        wide: whether the aligned sum may pass 32 bits and is computed in 64.
+        bounds: upper bounds of the magnitudes of both summands.
+        left0: int32 buffer (channels,) or (1,): how many bits the first summand is shifted; ``left1`` for the second.
+        wide: whether the aligned sum may pass 32 bits, so that it is computed in 64.
     """
 
     left0: Tensor
@@ -204,7 +205,7 @@ class IntegerAdd(IntegerModule):
         self.eval()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Add two tensors (n, c, ...) of one shape; return codes or accumulators."""
+        """Return the sum of two tensors (n, c, ...) of one shape, as codes or accumulators."""
         dtype = torch.int64 if self.wide else torch.int32
         shape = [1, -1, *[1] * (a.dim() - 2)]
         total = (a.to(dtype) << self.left0.view(shape)) + (b.to(dtype) << self.left1.view(shape))
@@ -213,14 +214,14 @@ class IntegerAdd(IntegerModule):
 
 @dataclass(frozen=True)
 class PoolingWindow:
-    """What an average is taken over.
+    """The elements that an average is taken over.
 
     Attributes:
         kernel_size: (height, width); None: the whole image.
         stride: (vertical, horizontal); None with the whole image.
         padding: zeros on each side, (vertical, horizontal).
-        area: values in the window.
-        keepdim: whether the average of a whole image keeps its two axes.
+        area: number of values in the window.
+        keepdim: whether the average of a whole image keeps its two axes, with size 1.
     """
 
     kernel_size: tuple[int, int] | None
@@ -231,7 +232,7 @@ class PoolingWindow:
 
 
 class IntegerAvgPool2d(IntegerModule):
-    """The sum of each window's codes; dividing it by a power of two is part of its fractional length."""
+    """The average of windows of codes: their sum. Its fractional length includes the division by a power of two."""
 
     def __init__(
         self, window: PoolingWindow, frac_len: Tensor, input: FixedPointFormat, output: FixedPointFormat | None
@@ -243,7 +244,7 @@ class IntegerAvgPool2d(IntegerModule):
         self.eval()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return codes (n, c, h, w) to codes or accumulators."""
+        """Return the averages of codes (n, c, h, w), as codes or accumulators."""
         window = self.window
         if window.kernel_size is None:
             if input.shape[-1] * input.shape[-2] != window.area:

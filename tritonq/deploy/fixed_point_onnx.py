@@ -74,10 +74,12 @@ class _Tracer(fx.Tracer):
 
 
 class _Writer:
-    """Translates a graph node by node.
+    """Translates a graph of torch.fx to ONNX, node by node.
+
+    Methods that begin with an underscore add nodes and return the name of the result's tensor.
 
     Attributes:
-        codes: for `verify`, the tensor of codes that each layer reads.
+        codes: for `verify`: one dict per layer with the name of the tensor of codes that it reads.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -219,7 +221,10 @@ class _Writer:
         return self._clipped(steps, codes)
 
     def _rounded(self, total: str, module: IntegerModule, shape: tuple[int, ...]) -> str:
-        """Return codes of accumulators, or the accumulators."""
+        """Add the shift of accumulators ``total`` to codes.
+
+        Return the codes' name, or ``total`` if accumulators stay.
+        """
         if module.output is None or module.shift is None:
             return total
         return self._clipped(self._scaled(total, module.shift.view(shape)), module.output)
@@ -229,14 +234,14 @@ class _Writer:
         return self._emit("Mul", [real, self._constant(torch.exp2(-shift.double()).float())])
 
     def _clipped(self, steps: str, codes: FixedPointFormat) -> str:
-        """Return codes of real numbers of steps: ties to even, then the code range."""
+        """Add rounding (ties to even) and clipping of real numbers in steps; return the name of the codes."""
         ends = [self._constant(torch.tensor(float(end))) for end in (codes.quant_min, codes.quant_max)]
         whole = self._emit("Clip", [self._emit("Round", [steps]), *ends])
         types = self._onnx.TensorProto
         return self._emit("Cast", [whole], to=types.INT8 if codes.quant_min < 0 else types.UINT8)
 
     def _unsigned(self, source: str, codes: FixedPointFormat) -> tuple[str, str]:
-        """Return codes as unsigned bytes, and their zero point."""
+        """Add the conversion of codes to unsigned bytes; return the names of the bytes and of their zero point."""
         if codes.quant_min >= 0:
             return source, self._constant(torch.tensor(0, dtype=torch.uint8))
         types = self._onnx.TensorProto

@@ -1,4 +1,4 @@
-"""What the layers of a fixed-point network read, as integer codes."""
+"""The integer codes that layers of a fixed-point network read: what `verify` compares there."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tritonq.reference.fixed_point import power_of_two
 
 
 def fixed_point_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers of a fixed-point network, simulated or of integers, by name; empty for any other model."""
+    """Return the layers of a fixed-point network, trained or converted, by name; ``{}`` for any other model."""
     kinds = (FixedPointLayer, IntegerLayer)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def codes_read(layer: Any, x: Tensor) -> Tensor:
-    """Return the codes that a layer makes of its input, or is given: integer-valued floats, of ``x``'s shape."""
+    """Return the codes that a layer computes on, for its input ``x``: whole numbers as float32, shaped as ``x``."""
     if isinstance(layer, IntegerLayer):
         return (layer.input.encode(x) if layer.encodes else x).float()
     source = layer.input_format
@@ -28,7 +28,7 @@ def codes_read(layer: Any, x: Tensor) -> Tensor:
 
 
 def value_of_codes(layer: Any, codes: Tensor) -> Tensor:
-    """Return the input from which a layer reads these codes: the inverse of :func:`codes_read`."""
+    """Return the input with which a layer computes on ``codes``: the inverse of :func:`codes_read`."""
     if isinstance(layer, IntegerLayer):
         return codes * 2.0**-layer.input.frac_len if layer.encodes else codes.to(layer.input.dtype)
     frac_len = layer.input_format.rounded_frac_len()

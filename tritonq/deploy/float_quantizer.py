@@ -1,4 +1,4 @@
-"""What is left of a fake quantizer to floats in a converted model."""
+"""The quantizer to a float format (FP8, for example) in a converted model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tritonq.quantized_type import QuantizedType
 class FloatQuantizer(DeployedModule):
     """Rounds values to the numbers of a float format, times one fixed scale or one per channel.
 
-    No operation computes on its codes: what reads them computes in float, as it does beside a
+    No operation computes on its codes: modules that read its result compute in float, as with a
     :class:`tritonq.FloatFakeQuantize`.
 
     Attributes:
         scale: float32, (1,) or (channels,).
-        qtype: the type of float codes.
+        qtype: the quantized type, with the float format.
     """
 
     scale: Tensor
@@ -31,7 +31,7 @@ class FloatQuantizer(DeployedModule):
         self.eval()
 
     def calculate_qparams(self) -> QParams:
-        """Return the scale, and zero points that are all 0."""
+        """Return the scale, and zero points, all of which are 0."""
         return QParams(self.scale, self.scale.new_zeros(self.scale.shape).int())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class FloatQuantizer(DeployedModule):
         return fake_quantize(x, Grid(self.scale, None, self.qtype))
 
     def extra_repr(self) -> str:
-        """Return format and scale."""
+        """Return the text for ``repr``: format and scale."""
         if self.scale.numel() == 1:
             return f"{self.qtype.codes}, scale={self.scale.item():.6g}"
         return f"{self.qtype.codes}, {self.scale.numel()} scales along axis {self.qtype.axis}"

@@ -9,7 +9,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 
 def settle_weights(module: nn.Module) -> None:
-    """Make parameters of what such hooks compute, and remove the hooks."""
+    """Make plain parameters of the weights that such hooks compute, and remove the hooks from ``module``."""
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, prune.BasePruningMethod):
             prune.remove(module, hook._tensor_name)

@@ -1,8 +1,8 @@
-"""What a converted model is made of: integer weights, fixed quantizers, no training state.
+"""The layers of a converted model: integer weights, fixed quantizers, no training state.
 
-Activations travel between modules as float tensors that hold exactly ``(code - zero_point) * scale``, so that any model
-structure survives conversion. Each layer computes with the functions that quantization-aware layers use in eval mode,
-and so yields the same bits.
+Activations travel between modules as float tensors of values ``(code - zero_point) · scale``, so that any model
+structure survives conversion. Each layer computes by the functions that quantization-aware layers use in eval mode, and
+so gives the same bits.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ TENSOR_NAMES = (
 
 @dataclass(frozen=True)
 class CodeTypes:
-    """Which integers a layer works with.
+    """The quantized types of a layer's weight and input.
 
     Attributes:
-        weight: grid of the weight, per out channel or per group of input channels; None: the weight stayed in float.
-        input: grid of the input; None: unknown, so that the layer computes in float with a dequantized weight.
+        weight: per out channel or per group of input channels; None: the weight stayed in float.
+        input: of the input; None: unknown, so that the layer computes in float, with the values of its weight.
     """
 
     weight: QuantizedType | None
@@ -52,37 +52,37 @@ class CodeTypes:
 
     @property
     def bits(self) -> tuple[int, ...]:
-        """Widths of the codes."""
+        """Number of bits of the codes: of the weight, then of the input, as far as there are codes."""
         return tuple(grid.bits for grid in (self.weight, self.input) if grid is not None)
 
 
 class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
-    """A convolution or linear layer with integer weights, as its subclasses with torch's names.
+    """A convolution or linear layer with integer weights; base of the classes with torch's names.
 
     ``y = relu?((Σ (x_code - x_zero)(w_code - w_zero) + bias_code) * multiplier)``, exact up to the multiplication, then
-    the output quantizer. Where the input's grid is unknown: ``relu?(op(x, (w_code - w_zero) * w_scale) + bias)``.
+    the output quantizer. If the input's grid is unknown: ``relu?(op(x, (w_code - w_zero) * w_scale) + bias)``.
 
     Raises:
         ValueError: tensors whose shapes don't fit the geometry.
 
     Attributes:
-        weight: the values that its codes stand for, float32, shaped as the float weight, computed when somebody reads
-            them.
+        weight: the float32 values of the codes, shaped as the float weight, computed when something reads them.
         stored_weight: the codes, in the smallest integer dtype that holds them (float32 values where ``types.weight``
-            is None); the state dict's ``weight``.
+            is None); in the state dict called ``weight``.
         weight_scale: float32 (out,), with groups (out, in/groups/group, ...), or None with a float weight.
         weight_zero_point: int32, as ``weight_scale``, or None where all are 0.
         bias: float32 values, or None.
-        stored_bias: int32 codes in units of ``multiplier``; float where the input's grid is unknown; or None; the state
-            dict's ``bias``.
+        stored_bias: int32, one step is ``multiplier``; float if the input's grid is unknown; or None. In the state dict
+            called ``bias``.
         multiplier: float32 (out,), input scale times weight scale, or None.
         input_scale: float32 (1,), or None.
         input_zero_point: int32 (1,), or None.
         types: see :class:`CodeTypes`.
         ceiling: upper bound of the ReLU that follows, infinity for a plain one; None without a ReLU.
-        following: another function that follows, before the output quantizer, or None.
+        following: the module of another function between layer and output quantizer, or None.
         activation_post_process: the output's :class:`Quantizer`, or an Identity.
-        target: name of the engine that it was prepared for, one of :data:`tritonq.targets.TARGETS`; None: unknown.
+        target: name of the engine that the model was prepared for, one of :data:`tritonq.targets.TARGETS`; None:
+            unknown.
     """
 
     weight_scale: Tensor | None
@@ -127,7 +127,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         self.eval()
 
     def read_tensors(self) -> None:
-        """See base class."""
+        """Compute the bound of the layer's sums from weight and zero point; called after each load."""
         self._sum_bound = 0.0
         if self.input_zero_point is not None and self.types.input is not None:
             rows = self.linear_map.to_rows(self.centred_weight())
@@ -145,7 +145,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Arguments of the float layer's constructor."""
+        """Arguments of the float layer's constructor, by name."""
         return {name: getattr(self, name) for name in self.geometry_names}
 
     @property
@@ -155,12 +155,12 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
 
     @property
     def stored_weight(self) -> Tensor:
-        """The tensor that the state dict holds as ``weight``: integer codes, or floats."""
+        """The tensor that the state dict has as ``weight``: integer codes, or floats."""
         return cast(Tensor, stored(self, "weight"))
 
     @property
     def stored_bias(self) -> Tensor | None:
-        """The tensor that the state dict holds as ``bias``: int32 in units of the accumulator, or floats."""
+        """The tensor that the state dict has as ``bias``: int32 (one step is ``multiplier``), or floats; or None."""
         return stored(self, "bias")
 
     def _float_weight(self) -> Tensor:
@@ -178,7 +178,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
     bias: Tensor | None = property(_float_bias)  # type: ignore[assignment]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse float values where the layer holds codes."""
+        """Set an attribute; a float tensor in place of weight or bias codes raises AttributeError."""
         if name in ("weight", "bias") and "types" in vars(self) and isinstance(value, Tensor):
             held = self.stored_weight if name == "weight" else self.stored_bias
             if self.weight_scale is not None and (held is None or held.dtype != value.dtype):
@@ -200,7 +200,10 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return values.view(-1, *[1] * (self.stored_weight.dim() - 1))
 
     def centred_weight(self) -> Tensor:
-        """Return weight codes minus zero points, in the smallest dtype that holds them; of float codes the numbers."""
+        """Return weight codes minus zero points, in the smallest dtype that holds them.
+
+        For a float format its numbers.
+        """
         number = None if self.types.weight is None else self.types.weight.float_format
         if number is not None:
             return floats_of_codes(self.stored_weight, number)
@@ -209,7 +212,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return self.stored_weight.to(torch.int32) - self.along_weight(self.weight_zero_point)
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight's values, rounded to ``dtype`` once."""
+        """Return the weight's values, computed in float32 and rounded to ``dtype`` once."""
         if self.weight_scale is None:
             return self.stored_weight.to(dtype)
         return (self.centred_weight().float() * self.along_weight(self.weight_scale)).to(dtype)
@@ -234,9 +237,9 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         )
 
     def forward(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Return shapes as the float layer's. What runs is what runs in a quantization-aware layer's eval mode.
+        """Return the layer's result, shaped as the float layer's, as quantization-aware layers in eval mode compute it.
 
-        ``weight`` and ``bias`` are those that a layer whose weight was computed is given; its codes are fixed now.
+        ``weight`` and ``bias`` are ignored: a forward that computed them may go on passing them.
         """
         x = self.quantized_input(input)
         y = self._run_packed(x) if self._buffers["multiplier"] is not None and can_use_codes(x) else None
@@ -254,7 +257,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return y if fused is not None else self.finish(y, relu_done=True)
 
     def _run_packed(self, x: Tensor) -> Tensor | None:
-        """Compute :meth:`forward` by torch's integer kernels; None where these can't run it."""
+        """Compute :meth:`forward` by torch's integer kernels; return None if they can't run this layer on ``x``."""
         quantizer = cast(nn.Module, self._modules["activation_post_process"])
         if quantizer._forward_pre_hooks:
             return None
@@ -280,7 +283,7 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return pack(layer, self.linear_map, source, self.output_grid(), self.ceiling)
 
     def run_operators(self, x: Tensor, layer: IntegerAffine | None) -> Tensor:
-        """Compute :meth:`forward` by PyTorch's operators; ``layer`` is :meth:`integer_layer`."""
+        """Compute :meth:`forward` by PyTorch's operators. ``layer`` is the result of :meth:`integer_layer`."""
         if layer is None:
             y = self.linear_map(x, self.dequantized_weight(x.dtype), self._bias_as(x.dtype))
         else:
@@ -292,11 +295,14 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
 
     @property
     def following(self) -> nn.Module | None:
-        """The child ``activation``, where there is one."""
+        """The child ``activation``, a function between layer and output quantizer; None without."""
         return self._modules.get("activation")
 
     def finish(self, y: Tensor, relu_done: bool = False) -> Tensor:
-        """Apply to ``y``, the result of convolution or product, the ReLU or other function and the output quantizer."""
+        """Apply the ReLU (or other function) and the output quantizer to ``y``, which convolution or product gave.
+
+        With ``relu_done`` the ReLU was applied already.
+        """
         if not relu_done:
             y = rectify(y, self.ceiling)
         if self.following is not None:
@@ -304,20 +310,23 @@ class QuantizedLayer(QuantizesInput, QuantizedBehindClip, DeployedModule):
         return cast(Tensor, self.activation_post_process(y))
 
     def output_grid(self) -> Grid | None:
-        """Return the grid that the accumulator goes to at once; None where a function or no such grid follows."""
+        """Return the grid that the integer sums are rounded to in one step.
+
+        None if a function or no such grid follows.
+        """
         quantizer = self.output_quantizer
         return None if quantizer is None else quantizer.grid()
 
     @property
     def output_quantizer(self) -> Quantizer | None:
-        """The quantizer that takes all of the output to one grid, at once or behind a clip, or None."""
+        """The quantizer that rounds the whole output to one grid, directly or behind a clip; None if there is none."""
         quantizer = self.last_quantizer(self.activation_post_process)
         if self.following is not None or not isinstance(quantizer, Quantizer) or quantizer.qtype.axis is not None:
             return None
         return quantizer
 
     def extra_repr(self) -> str:
-        """Return geometry, and what the weight and the arithmetic are."""
+        """Return the text for ``repr``: geometry, ReLU, the weight's dtype, and the kind of arithmetic."""
         with_input = "integers" if self.multiplier is not None else "float, input grid unknown"
         relu = "" if self.ceiling is None else f", {describe_relu(self.ceiling)}"
         return f"{super().extra_repr()}{relu}, weight={self.stored_weight.dtype}, arithmetic={with_input}"
@@ -357,7 +366,10 @@ class QuantizedConvTranspose2d(TakesOutputSize, QuantizedLayer, nn.ConvTranspose
     geometry_names = (*_CONV_GEOMETRY, "output_padding")
 
     def along_out_channels(self, values: Tensor) -> Tensor:
-        """See base class: out channel ``g * out/groups + j`` meets the weight in rows of group g, column j."""
+        """Return values per out channel, shaped to broadcast against the weight (in, out/groups, kh, kw).
+
+        Out channel ``g · out/groups + j`` meets the weight in rows of group g, column j.
+        """
         columns = values.view(self.groups, 1, -1).expand(-1, self.in_channels // self.groups, -1)
         return columns.reshape(self.in_channels, -1, 1, 1)
 

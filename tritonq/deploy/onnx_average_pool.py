@@ -31,7 +31,10 @@ _POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def grids_of(layer: AverageLayer) -> tuple[Quantizer, Quantizer] | None:
-    """Return the quantizers of a layer's input and output; None where it computes in float."""
+    """Return the quantizers of a layer's input and output.
+
+    None if one is missing or per channel: it computes in float.
+    """
     source, output = layer.input_quantizer, layer.output_quantizer
     if not isinstance(source, Quantizer) or not isinstance(output, Quantizer):
         return None
@@ -39,12 +42,12 @@ def grids_of(layer: AverageLayer) -> tuple[Quantizer, Quantizer] | None:
 
 
 def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> None:
-    """Let a layer add codes for ONNX Runtime.
+    """Make a layer trace to a sum of codes and one requantization, for ONNX Runtime.
 
     Args:
-        layer: one with known grids.
-        name: what to call it in a warning.
-        quantizer: its output's, a :class:`TracedQuantizer`.
+        layer: a pool or mean with known grids; changed in place.
+        name: the layer's, for a warning.
+        quantizer: the traced form of its output quantizer, a :class:`TracedQuantizer`.
     """
     source, output = cast(tuple[Quantizer, Quantizer], grids_of(layer))
     layer.register_buffer("input_scale", source.scale.reshape(()))
@@ -55,9 +58,10 @@ def rewrite_average(layer: AverageLayer, name: str, quantizer: nn.Module) -> Non
 
 
 def rewrite_global_average(layer: AverageLayer) -> None:
-    """Let a layer be traced in float, as GlobalAveragePool where its mean is over all axes behind batch and channels.
+    """Make a layer trace to its float operation.
 
-    TensorRT 8 does not read the axes of a ReduceMean of opset 18, which are an input, and reduces over all axes.
+    To GlobalAveragePool if it is a mean over all axes behind the first two. TensorRT 8 does not read the axes of a
+    ReduceMean of opset 18, which are an input, and reduces over all axes.
     """
     layer.set_quantizers(None)
     layer.compute = partial(_global_mean, layer.averaging)  # type: ignore[method-assign]
@@ -90,7 +94,7 @@ def _forward(layer: Any, name: str, half_away: bool, input: Tensor) -> Tensor:
 
 
 def _is_global(averaging: Averaging, x: Tensor) -> bool:
-    """Whether a mean is over all axes behind batch and channels."""
+    """Whether a mean is over all axes behind batch and channels of ``x``."""
     spatial = tuple(range(2, x.dim()))
     if not spatial:
         return False
@@ -105,7 +109,13 @@ def _is_global(averaging: Averaging, x: Tensor) -> bool:
 
 
 def _sums(averaging: Averaging, x: Tensor, scale: Tensor) -> Tensor | None:
-    """Return the sums of codes behind the means of values on a grid; None where no operators give them exactly."""
+    """Return the sums of codes behind the means of values on a grid; None if no ONNX operators give them exactly.
+
+    Args:
+        averaging: which elements each mean takes.
+        x: values on the grid.
+        scale: the grid's scale.
+    """
     if isinstance(averaging, AxesAverage):
         return _sums_over_axes(averaging, x, scale)
     if not _is_static(x) and not _is_regular(averaging):
@@ -170,7 +180,7 @@ def _is_static(x: Tensor) -> bool:
 
 
 def _is_regular(averaging: Averaging) -> bool:
-    """Whether each window has as many elements as any other, whatever the size of the input."""
+    """Whether all windows have the same number of elements, whatever the size of the input."""
     if not isinstance(averaging, WindowAverage) or averaging.ceil_mode:
         return False
     counts_all = averaging.count_include_pad or not any(averaging.padding)

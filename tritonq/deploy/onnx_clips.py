@@ -1,8 +1,7 @@
-"""Clips as bounds of codes, for ONNX Runtime.
+"""Clips (ReLU6, clamp) written as bounds of codes, for ONNX Runtime.
 
 Rounding keeps the order: ``quantize(min(y, b)) = min(quantize(y), quantize(b))``. So the quantizer behind a clip moves
-to the layer before it, where ONNX Runtime makes one integer operation of both, and the bounds become a Clip of its
-codes.
+to the layer before it, with which ONNX Runtime makes one integer operation, and the bounds become a Clip of its codes.
 """
 
 from __future__ import annotations
@@ -18,7 +17,15 @@ from tritonq.prepare.forwards.edited import set_inner_forward
 
 
 def absorb_clips(model: nn.Module, names: dict[Quantizer, str]) -> dict[Quantizer, TracedQuantizer]:
-    """Let layers before clips, or else the clips, round and bound codes; return the forms of their quantizers."""
+    """Make layers before clips, or else the clips themselves, round and bound codes.
+
+    Args:
+        model: a copy of the converted model; changed in place.
+        names: of the quantizers.
+
+    Returns:
+        The traced form of each quantizer that was moved.
+    """
     layers = {
         layer.output_quantizer: layer
         for layer in model.modules()

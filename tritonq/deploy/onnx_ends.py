@@ -1,7 +1,8 @@
-"""Whole numbers at the ends of an ONNX file: pixels in, codes or the index of the largest class out.
+"""Integers at the ends of an ONNX file: pixels in, codes or the index of the largest class out.
 
-What a pixel becomes is decided once, at export: its value after mean and standard deviation, on the grid of the input's
-quantizer. The file looks its code up, so that no float stands before the first layer and none is rounded twice.
+The code of each pixel value is computed once, at export: the value after mean and standard deviation, on the grid of
+the input's quantizer. The file looks the code up in a table, so no float value stands before the first layer and none
+is rounded twice.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ _QUANTIZING = frozenset(
 
 @dataclass(frozen=True)
 class PixelNormalization:
-    """Turns pixels into the values that a model reads: ``(pixel / 255 - mean) / std``, in float32.
+    """How uint8 pixels become the values that a model reads: ``(pixel / 255 - mean) / std``, in float32.
 
     Attributes:
-        mean: one value per channel.
-        std: one value per channel.
+        mean: one number per channel, or one.
+        std: as ``mean``.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Return values of ``pixels`` (n, channels, …)."""
+        """Return the values of ``pixels`` (n, channels, …), float32."""
         shape = (1, -1, *[1] * (pixels.dim() - 2))
         mean, std = (torch.tensor(values).view(shape) for values in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
@@ -52,12 +53,12 @@ class PixelNormalization:
 
 @dataclass(frozen=True)
 class Ends:
-    """What a file takes and returns in the place of values.
+    """What a file takes and returns in place of float values.
 
     Attributes:
         pixels: how the pixels that it takes become values; None: it takes values.
-        returned: what it returns.
-        grids: scale and zero point of each output that is codes.
+        returned: what it returns: ``"values"``, ``"codes"`` or ``"argmax"``.
+        grids: for ``"codes"``: scale and zero point of each output.
     """
 
     pixels: PixelNormalization | None = None
@@ -66,7 +67,7 @@ class Ends:
 
     @classmethod
     def of(cls, properties: dict[str, str]) -> Ends:
-        """Read them from a file's metadata."""
+        """Return the ends that a file's metadata (key to text) describe."""
         data = json.loads(properties.get(ENDS_KEY, "{}"))
         pixels = data.get("pixels")
         return cls(
@@ -76,16 +77,16 @@ class Ends:
         )
 
     def to_json(self) -> str:
-        """Return the text for a file's metadata that :meth:`of` reads."""
+        """Return the text for a file's metadata, which :meth:`of` reads."""
         pixels = None if self.pixels is None else [self.pixels.mean, self.pixels.std]
         return json.dumps({"pixels": pixels, "returned": self.returned, "grids": self.grids})
 
     def values(self, arguments: Any) -> Any:
-        """Return the arguments that the trained model takes for those of the file."""
+        """Return the trained model's arguments for those of the file: with pixels normalised."""
         return arguments if self.pixels is None else replace_tensors(arguments, self.pixels)
 
     def results(self, outputs: list[Tensor]) -> list[Tensor]:
-        """Return the outputs that the file should have where the trained model returns ``outputs``."""
+        """Return the outputs that the file should have if the trained model returns ``outputs``."""
         if self.returned == "argmax":
             return [output.argmax(1) for output in outputs]
         if self.returned == "codes":
@@ -95,7 +96,11 @@ class Ends:
 
 
 def check_ends(pixels: Any, returned: Any) -> PixelNormalization | None:
-    """Return how pixels become values, from the argument ``(mean, std)``.
+    """Check the arguments ``pixels`` and ``returns`` of :func:`tritonq.export_onnx`; return how pixels become values.
+
+    Args:
+        pixels: ``(mean, std)``, each a number or one per channel; None: the result is None.
+        returned: what the file returns.
 
     Raises:
         ValueError: no two numbers or sequences of equal length, deviations that are not positive, or an unknown
@@ -115,12 +120,12 @@ def check_ends(pixels: Any, returned: Any) -> PixelNormalization | None:
 
 
 def take_pixels(proto: Any, normalization: PixelNormalization, model: nn.Module) -> None:
-    """Let a file take uint8 pixels, whose codes it looks up.
+    """Make a file take uint8 pixels, whose codes it looks up in a table.
 
     Args:
-        proto: the file's content, which is changed.
+        proto: the file's content; changed in place.
         normalization: how pixels become values.
-        model: the converted model, whose quantizers the codes are named after.
+        model: the converted model, in which the file's quantizers are found by name.
 
     Raises:
         ValueError: several inputs, another number of channels, or an input that anything but a quantizer reads.
@@ -161,7 +166,16 @@ def _entries(proto: Any) -> list[dict[str, Any]]:
 
 
 def _nodes_up_to_codes(graph: Any, source: str, codes: set[str]) -> tuple[list[Any], list[str]]:
-    """Return the nodes that make codes of an input and nothing else, and these codes."""
+    """Return the nodes that make codes of an input, and the names of these codes.
+
+    Args:
+        graph: an ``onnx.GraphProto``.
+        source: name of the input.
+        codes: names of all tensors of codes.
+
+    Raises:
+        ValueError: something besides quantizers reads the input.
+    """
     constants = {tensor.name for tensor in graph.initializer}
     reached, nodes, made = {source}, [], []
     for node in graph.node:
@@ -184,7 +198,10 @@ def _nodes_up_to_codes(graph: Any, source: str, codes: set[str]) -> tuple[list[A
 
 
 def _look_up(graph: Any, source: str, result: str, codes: Any) -> list[Any]:
-    """Return nodes that look codes up at pixels; ``codes`` is (channels, 256)."""
+    """Return nodes that look the codes of pixels up in a table; ``codes`` is (channels, 256) or (1, 256).
+
+    ``source`` is the name of the pixels, ``result`` that of the codes.
+    """
     import onnx
 
     make, named = onnx.helper.make_node, onnx.numpy_helper.from_array
@@ -205,13 +222,15 @@ def _look_up(graph: Any, source: str, result: str, codes: Any) -> list[Any]:
 
 
 def return_whole_numbers(proto: Any, returned: Returned) -> tuple[tuple[float, int], ...]:
-    """Let a file return the codes of its outputs, or the index of the largest along axis 1.
+    """Make a file return the codes of its outputs, or the index of the largest value along axis 1, in place of values.
 
     Returns:
         Scale and zero point of each output that is codes.
 
     Raises:
         ValueError: codes of an output that has no quantizer.
+
+    ``proto`` is changed in place.
     """
     import onnx
 
@@ -256,13 +275,13 @@ def _drop_unread(graph: Any) -> None:
 
 
 def whole_ends(proto: Any, normalization: PixelNormalization | None, returned: Returned, model: nn.Module) -> None:
-    """Let a file take pixels or return whole numbers, and note both in its metadata; changes ``proto`` in place.
+    """Make a file take pixels or return integers, and note both in its metadata; ``proto`` is changed in place.
 
     Args:
         proto: the ONNX model, which takes and returns values.
         normalization: how uint8 pixels become values; None: the file goes on taking values.
         returned: what the file returns; ``"values"``: as before.
-        model: the exported model, for errors.
+        model: the converted model, in which the file's quantizers are found by name.
     """
     if normalization is None and returned == "values":
         return

@@ -1,6 +1,6 @@
-"""Functions that ONNX Runtime has one operator of its own for, in place of several of the standard.
+"""Functions for which ONNX Runtime has one operator of its own, in place of several operators of the standard.
 
-Between DequantizeLinear and QuantizeLinear each operator is a pass over float values, and ONNX Runtime repeats a
+Between DequantizeLinear and QuantizeLinear each operator is a pass over float values. ONNX Runtime also repeats a
 DequantizeLinear that two operators read, so that its fusions no longer find their patterns: SiLU takes half the time as
 QuickGelu. ONNX Runtime 1.18 and OpenVINO know these operators.
 """
@@ -20,8 +20,8 @@ class _EngineFunction:
 
     Attributes:
         operator: its name.
-        composed: names of the standard operators that the exporter composes the function of.
-        attributes: of the operator.
+        composed: names of the standard operators of which the exporter composes the function.
+        attributes: names and values of the operator's attributes.
     """
 
     operator: str
@@ -37,16 +37,16 @@ _FUNCTIONS = {
 
 
 def engine_function(function: str, source: str, result: str, nodes: Sequence[Any]) -> list[Any] | None:
-    """Return the nodes of a function with ONNX Runtime's operator in the middle; None where there is none.
+    """Return the nodes of a function with ONNX Runtime's own operator; None if there is none for it.
 
     Args:
-        function: its name, see `tritonq.reference.functions`.
-        source: what holds the codes of its input.
-        result: what holds those of its result.
-        nodes: all between the two.
+        function: name of the function, see `tritonq.reference.functions`.
+        source: name of the codes of its input.
+        result: name of the codes of its result.
+        nodes: all nodes between the two.
 
     Returns:
-        DequantizeLinear, the operator, QuantizeLinear; the first and the last are of ``nodes``.
+        DequantizeLinear, the operator, QuantizeLinear; the first and the last are those among ``nodes``.
     """
     import onnx
 
@@ -62,9 +62,13 @@ def engine_function(function: str, source: str, result: str, nodes: Sequence[Any
 
 
 def put_engine_function(proto: Any, nodes: Sequence[Any]) -> None:
-    """Let the operator that :func:`engine_function` made compute what the last node reads.
+    """Put the operator that :func:`engine_function` made into the file, in place of the composed function's last node.
 
-    Nodes that nothing reads any more stay in the file's content.
+    Nodes that nothing reads any more stay in the file; the caller drops them.
+
+    Args:
+        proto: the file's content; changed in place.
+        nodes: the result of :func:`engine_function`.
     """
     import onnx
 

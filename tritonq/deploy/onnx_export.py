@@ -1,4 +1,4 @@
-"""ONNX files with QuantizeLinear and DequantizeLinear where ONNX Runtime and TensorRT fuse them."""
+"""Exporting a model as an ONNX file with QuantizeLinear and DequantizeLinear where engines fuse them."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def export_onnx(
 def _export_fixed_point(
     model: nn.Module, path: str | os.PathLike[str], example_inputs: Any, options: dict[str, Any]
 ) -> None:
-    """Write a fixed-point network as :func:`export_onnx` does, which calls this.
+    """Write a fixed-point network for :func:`export_onnx`, whose options it must not have.
 
     Raises:
         ValueError: options other than the default ones and ``target="onnxruntime"``, or more than one input.
@@ -198,7 +198,7 @@ def _export_fixed_point(
 
 
 def _is_autocast(forward: Any) -> bool:
-    """Whether a function is one that ``torch.autocast`` wrapped, possibly in other wrappers."""
+    """Whether a function was wrapped by ``torch.autocast``, possibly inside other wrappers."""
     while forward is not None:
         if getattr(getattr(forward, "__code__", None), "co_name", "") == "decorate_autocast":
             return True
@@ -207,9 +207,9 @@ def _is_autocast(forward: Any) -> bool:
 
 
 def check_float32(model: nn.Module, example_inputs: Any) -> None:
-    """Raise ValueError unless parameters and example inputs are float32 where they are floating point.
+    """Raise ValueError if a parameter or an example input is a float tensor of another dtype than float32.
 
-    A forward that autocast wraps computes in another type whatever these are.
+    A forward that autocast wraps computes in another dtype whatever these are, and is refused, too.
     """
     for name, module in model.named_modules():
         if _is_autocast(vars(module).get("forward")):
@@ -242,6 +242,15 @@ def export_traced(
     output_names: Sequence[str] | None,
 ) -> Any:
     """Return the ONNX program that ``torch.onnx.export`` makes of a model which was rewritten for it.
+
+    Args:
+        model: the rewritten model.
+        args: positional arguments to trace with.
+        kwargs: named arguments.
+        shapes: ``dynamic_shapes`` of torch.export, or None.
+        opset: version of the operators.
+        input_names: names of the inputs, or None for torch's.
+        output_names: names of the outputs, or None for torch's.
 
     Raises:
         ValueError: torch can't export it.
@@ -277,7 +286,7 @@ def export_traced(
 
 
 def _name_codes(model: Any) -> None:
-    """Name the codes after their quantizers and list them in the file's metadata, in order of execution."""
+    """Name the tensors of codes after their quantizers, and list the names in the file's metadata, in order."""
     from tritonq.deploy.onnx_floats import describe_floats
     from tritonq.deploy.onnx_ops import QUANTIZER_KEY
 

@@ -1,4 +1,4 @@
-"""What ONNX files of all kinds have in common, and what is mended after torch's exporter made one."""
+"""What all kinds of ONNX files have in common: metadata keys, and corrections after torch's exporter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TARGET_KEY = "tritonq.target"
 
 
 def require_onnx(*packages: str) -> None:
-    """Raise ImportError, naming the extra, unless the packages can be imported."""
+    """Raise ImportError, which names the extra to install, if one of the packages can't be imported."""
     for name in packages:
         try:
             importlib.import_module(name)
@@ -21,7 +21,7 @@ def require_onnx(*packages: str) -> None:
 
 
 def forget_source(proto: Any) -> None:
-    """Drop the exporter's notes on nodes and values: stack traces, absolute paths and lines of source code."""
+    """Delete the exporter's notes on nodes and values from a file: stack traces, absolute paths, source code."""
     graph = proto.graph
     for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         del item.metadata_props[:]
@@ -31,7 +31,7 @@ def forget_source(proto: Any) -> None:
 
 
 def separate_zero_points(proto: Any) -> None:
-    """Give each quantized weight a zero point of its own.
+    """Give each quantized weight of a file a zero point tensor of its own, in place.
 
     ONNX Runtime's option ``session.x64quantprecision``, which CPUs of x86 without VNNI need, rewrites weights and zero
     points one layer at a time, and fails where two layers share one.

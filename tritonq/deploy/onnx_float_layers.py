@@ -1,4 +1,4 @@
-"""Layers of a file that ONNX Runtime runs in integers, or in float although their weights are integers."""
+"""Layers of an ONNX file that ONNX Runtime runs in integers, or in float although their weights are integers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _LAYERS = ("Conv", "Gemm")
 
 
 def quantize_layers_at_once(graph: Any) -> None:
-    """Let QuantizeLinear divide what layers of integer inputs, weights and biases return.
+    """Put a QuantizeLinear that divides by the scale directly behind layers with integer input, weight and bias.
 
-    Quantizers behind clips are written with a division of their own, since ONNX Runtime would quantize a float layer
-    that QuantizeLinear follows. An integer layer needs that QuantizeLinear.
+    Quantizers behind clips are written with a division of their own, because ONNX Runtime would quantize a float layer
+    that QuantizeLinear follows. A layer in integers needs that QuantizeLinear.
 
     Args:
         graph: an ``onnx_ir.Graph``; changed in place.
@@ -40,7 +40,10 @@ def _is_integer_layer(node: Any) -> bool:
 
 
 def _scale_of(quantize: Any) -> Any:
-    """Return the scale by which codes of a QuantizeLinear become values again; in between they may be clipped."""
+    """Return the scale with which the codes of a QuantizeLinear are dequantized, perhaps behind a clip.
+
+    None if none is.
+    """
     reader = quantize
     while reader is not None and reader.op_type in ("QuantizeLinear", "Clip", "Min", "Max"):
         readers = [next_ for next_, _ in reader.outputs[0].uses()]
@@ -49,10 +52,10 @@ def _scale_of(quantize: Any) -> Any:
 
 
 def float_convolutions(proto: Any) -> list[str]:
-    """Return the names of convolutions with integer weights that are transposed, or not quantized at once.
+    """Return the names of convolutions with integer weights that ONNX Runtime will run in float.
 
-    ONNX Runtime fuses ``DequantizeLinear → Conv → QuantizeLinear`` into an integer convolution, and nothing less. For
-    transposed convolutions it has no integer kernel.
+    Those are transposed ones, and those that QuantizeLinear does not follow directly: ONNX Runtime fuses
+    ``DequantizeLinear → Conv → QuantizeLinear`` into an integer convolution, and nothing less.
     """
     graph = proto.graph
     producers = {name: node for node in graph.node for name in node.output}
@@ -81,12 +84,12 @@ def _float8_types() -> tuple[int, int]:
 
 
 def _has_blocks(node: Any) -> bool:
-    """Whether a DequantizeLinear has a scale per block, beside which no runtime has integer convolutions."""
+    """Whether a DequantizeLinear has a scale per block; no runtime has integer convolutions with such weights."""
     return any(attribute.name == "block_size" and attribute.i for attribute in node.attribute)
 
 
 def tell_float_convolutions(proto: Any) -> None:
-    """Warn of :func:`float_convolutions`, with names."""
+    """Warn of the convolutions of a file that ONNX Runtime will run in float, with their names."""
     names = float_convolutions(proto)
     if names:
         warnings.warn(

@@ -19,14 +19,14 @@ _FORMATS: dict[str, FloatCodes] = {"FLOAT8E4M3FN": "e4m3", "FLOAT8E5M2": "e5m2"}
 
 
 class TracedFloatQuantizer(nn.Module):
-    """A quantizer to floats as QuantizeLinear and DequantizeLinear, or as products by scales around a cast.
+    """A quantizer to 8-bit floats, as QuantizeLinear and DequantizeLinear or as products by scales around a cast.
 
     Args:
-        source: the quantizer.
-        name: its name.
-        divides: whether QuantizeLinear divides by the scale. ONNX Runtime (1.31) makes an integer convolution of one
-            between such a pair, moves DequantizeLinear behind operations that it has for no float of eight bits, and
-            then refuses its own graph: there products by the scale and its reciprocal, as in training, stand apart.
+        source: the converted model's quantizer.
+        name: its name in the model.
+        divides: whether QuantizeLinear divides by the scale. If not, products by the reciprocal and the scale stand
+            apart, as in training: that is for ONNX Runtime (1.31), which would move DequantizeLinear behind operations
+            that it lacks for 8-bit floats, and then refuse its own graph.
 
     Raises:
         ValueError: a format without Q/DQ in ONNX.
@@ -55,7 +55,7 @@ class TracedFloatQuantizer(nn.Module):
         self.register_buffer("one", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize and dequantize ``x``."""
+        """Return ``x`` rounded to the format, times the scale; same shape."""
         y: Tensor
         if self.divides:
             y = quantize_dequantize_float(x, self.scale, self.zero_point, self.axis or 0, self.name)
@@ -69,7 +69,9 @@ class TracedFloatQuantizer(nn.Module):
 
 
 def describe_floats(node: Any) -> dict[str, Any]:
-    """Return, as plain data, a DequantizeLinear's format, scale and axis, by which `verify` turns values into codes.
+    """Return format, scale and axis of a DequantizeLinear of floats, as plain data for the file's metadata.
+
+    `verify` computes codes from the file's values with them.
 
     Args:
         node: an ``onnx_ir.Node``.
@@ -80,13 +82,16 @@ def describe_floats(node: Any) -> dict[str, Any]:
 
 
 def float_codes(entry: dict[str, Any], values: Tensor) -> Tensor:
-    """Return the codes of values that a file's quantizer made."""
+    """Return the codes of ``values`` that a float quantizer of a file made, as float32.
+
+    ``entry`` is its description, from :func:`describe_floats`.
+    """
     number = FLOAT_FORMATS[entry["format"]]
     return codes_of_floats(round_to_float_(values / _scale(entry, values.dim()), number), number).float()
 
 
 def float_values(entry: dict[str, Any], codes: Tensor) -> Tensor:
-    """Return the values of codes: inverse of :func:`float_codes`."""
+    """Return the values of codes: the inverse of :func:`float_codes`."""
     return floats_of_codes(codes, FLOAT_FORMATS[entry["format"]]) * _scale(entry, codes.dim())
 
 

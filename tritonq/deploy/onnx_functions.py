@@ -1,8 +1,9 @@
 """Functions of one tensor as ONNX operators between DequantizeLinear and QuantizeLinear, which give the trained codes.
 
-ONNX Runtime computes them in float32, and approximates exponentials: at a tie its last bit may decide otherwise. So
-each function of a file is run there on every code. Where a code differs, the file holds a table, as Cast and Gather.
-Where ONNX Runtime has one operator for the function (`onnx_engine_functions`), it is that which is run, and written.
+ONNX Runtime computes them in float32 and approximates exponentials, so that ties may fall otherwise than in training.
+The exporter therefore runs each function of a file in ONNX Runtime on every code. If a code differs from the trained
+one, a table takes the function's place, as Cast and Gather. If ONNX Runtime has one operator for the function
+(`onnx_engine_functions`), that operator is tried, and written, first.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ _OPERATORS = frozenset(_OPERATOR_NAMES.split())
 
 @dataclass(frozen=True)
 class CodeTable:
-    """The codes that a function gives for all codes of its input, both as the file has them.
+    """The trained codes of a function: for each code of its input that of its result, as the file holds them.
 
     Attributes:
         source: name of the quantizer of the input.
         output: name of the quantizer of the result.
-        function: its name.
-        codes: uint8, for the codes of the input from 0 on.
+        function: name of the function.
+        codes: uint8; element i is the result's code for the input code i.
     """
 
     source: str
@@ -51,7 +52,10 @@ class CodeTable:
 
 
 def function_grids(layer: FunctionLayer | PReLU) -> tuple[Quantizer, Quantizer] | None:
-    """Return the quantizers of a layer's input and output; None where it computes in float."""
+    """Return the quantizers of a layer's input and output.
+
+    None if one is missing or per channel: it computes in float.
+    """
     source, output = layer.input_quantizer, layer.output_quantizer
     if not isinstance(source, Quantizer) or not isinstance(output, Quantizer):
         return None
@@ -59,12 +63,12 @@ def function_grids(layer: FunctionLayer | PReLU) -> tuple[Quantizer, Quantizer] 
 
 
 def rewrite_function(layer: FunctionLayer | PReLU, output: Quantizer, quantizer: nn.Module) -> None:
-    """Let a layer be traced as its function in float, and its quantizer as QuantizeLinear, which divides.
+    """Make a layer trace to its function in float, and then its quantizer as a QuantizeLinear that divides.
 
     Args:
-        layer: one with known grids.
-        output: its output's quantizer.
-        quantizer: the traced form of that, a :class:`TracedQuantizer`.
+        layer: a function's layer with known grids; changed in place.
+        output: its output quantizer.
+        quantizer: the traced form of ``output``, a :class:`TracedQuantizer`.
     """
     layer.activation_post_process = nn.Identity()
     layer.add_module("traced_quantizer", quantizer)
@@ -78,7 +82,7 @@ def _forward(layer: Any, half_away: bool, input: Tensor) -> Tensor:
 
 
 def code_table(layer: FunctionLayer, source: TracedQuantizer, output: TracedQuantizer) -> CodeTable:
-    """Return the trained codes of a function, in those of the traced quantizers around it."""
+    """Return the trained codes of a function, counted as the traced quantizers of its input and output count them."""
     grids = []
     for end in (source, output):
         qtype = QuantizedType(0, end.quant_max, False, None, end.rounding)
@@ -90,14 +94,14 @@ def code_table(layer: FunctionLayer, source: TracedQuantizer, output: TracedQuan
 
 
 def check_functions(proto: Any, tables: list[CodeTable], codes: dict[str, list[str]]) -> None:
-    """Run each function of a file in ONNX Runtime on every code; put a table where one differs from the trained code.
+    """Run each function of a file in ONNX Runtime on every code.
 
-    Without ONNX Runtime nothing is checked.
+    Replace it by a table if a code is not the trained one. Without ONNX Runtime nothing is checked.
 
     Args:
-        proto: the file's content, which is changed.
+        proto: the file's content; changed in place.
         tables: the trained codes.
-        codes: for each quantizer the names of the tensors that hold its codes.
+        codes: for each quantizer, by name, the names of its tensors of codes.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         return
@@ -118,7 +122,7 @@ def check_functions(proto: Any, tables: list[CodeTable], codes: dict[str, list[s
 
 
 def _gives(codes: Any, source: str, result: str, nodes: list[Any], constants: list[Any]) -> bool:
-    """Whether nodes give the trained codes."""
+    """Whether ``nodes`` compute the trained ``codes`` in ONNX Runtime."""
     read = {name for node in nodes for name in node.input}
     held = [constant for constant in constants if constant.name in read]
     return bool(np.array_equal(run_function(source, result, nodes, held, len(codes)), codes))
@@ -127,9 +131,15 @@ def _gives(codes: Any, source: str, result: str, nodes: list[Any], constants: li
 def _between(
     result: str, sources: set[str], producers: dict[str, Any], initializers: dict[str, Any]
 ) -> tuple[str, list[Any], list[Any]] | None:
-    """Return the tensor among ``sources`` that a result is a function of, the nodes between, and their constants.
+    """Return ``(source, nodes, constants)``: of which tensor of codes a result is a function, and by which nodes.
 
-    None where other tensors or operators than those of a function stand between.
+    None if other tensors or operators than those of a function stand between.
+
+    Args:
+        result: name of the result's codes.
+        sources: names of codes that may be the input.
+        producers: the node that makes each tensor, by name.
+        initializers: the constants, by name.
     """
     source, nodes, constants = None, [], []
     pending, seen = [result], set()
@@ -153,7 +163,10 @@ def _between(
 
 
 def run_function(source: str, result: str, nodes: list[Any], constants: list[Any], count: int) -> Any:
-    """Return the codes that ONNX Runtime computes by these nodes from the codes 0 to ``count - 1``, uint8 (count,)."""
+    """Return the codes that ONNX Runtime computes by ``nodes`` for the codes 0 to ``count - 1``: uint8 (count,).
+
+    ``source`` and ``result`` are the names of input and result, ``constants`` what the nodes read besides.
+    """
     import onnx
 
     from tritonq.deploy.onnx_session import open_session
@@ -175,7 +188,13 @@ def run_function(source: str, result: str, nodes: list[Any], constants: list[Any
 
 
 def _in_order(nodes: list[Any], known: set[str]) -> list[Any]:
-    """Return nodes sorted so that each stands behind what it reads."""
+    """Return the nodes sorted so that each stands behind those whose results it reads.
+
+    ``known`` are the names of inputs and constants; it is changed.
+
+    Raises:
+        ValueError: a node reads what none of them makes.
+    """
     ordered: list[Any] = []
     while nodes:
         ready = [node for node in nodes if all(not name or name in known for name in node.input)]
@@ -188,7 +207,15 @@ def _in_order(nodes: list[Any], known: set[str]) -> list[Any]:
 
 
 def _put_table(proto: Any, source: str, result: str, node: Any, codes: Any) -> None:
-    """Let a tensor be read from a table at the codes of another."""
+    """Replace a node: its result is read from a table at the codes of ``source``.
+
+    Args:
+        proto: the file's content; changed in place.
+        source: name of the input's codes.
+        result: name of the result's codes.
+        node: the node that makes the result, which is removed.
+        codes: the table.
+    """
     import onnx
 
     graph = proto.graph

@@ -58,7 +58,11 @@ _KNOWN = (Quantizer, FloatQuantizer, QuantizedLayer, QuantizedTable, QuantizedRe
 
 
 def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[CodeTable]]:
-    """Return a copy of ``converted`` that traces to Q/DQ operators for ``target``, and the tables of its functions.
+    """Return a copy of a converted model that traces to Q/DQ operators for an engine, and the tables of its functions.
+
+    Args:
+        converted: the model.
+        target: ``"onnxruntime"``, ``"tensorrt"`` or ``"qdq"``.
 
     Raises:
         ValueError: a quantizer, weight or module that the target can't represent; the message names it.
@@ -122,9 +126,16 @@ def onnx_form(converted: nn.Module, target: OnnxForm) -> tuple[nn.Module, list[C
 def _rewrite_functions(
     model: nn.Module, names: dict[Quantizer, str], forms: dict[Quantizer, TracedQuantizer]
 ) -> tuple[list[tuple[FunctionLayer, str, str]], set[Quantizer]]:
-    """Let functions with known grids be traced in float; return each with the names of the quantizers around it.
+    """Make functions with known grids trace to float operators and their quantizers.
 
-    Returns as well the quantizers that functions now run themselves.
+    Args:
+        model: changed in place.
+        names: of the quantizers.
+        forms: the traced form of each quantizer.
+
+    Returns:
+        Each function with the names of its input's and output's quantizer; and the quantizers that functions now run
+        themselves.
     """
     found: list[tuple[FunctionLayer, str, str]] = []
     placed: set[Quantizer] = set()
@@ -141,7 +152,10 @@ def _rewrite_functions(
 
 
 def _rewrite_averages(model: nn.Module, forms: dict[Quantizer, TracedQuantizer]) -> set[Quantizer]:
-    """Let pools and means with known grids add codes; return the quantizers that they run themselves."""
+    """Make pools and means with known grids trace to sums of codes.
+
+    Return the quantizers that they now run themselves.
+    """
     placed: set[Quantizer] = set()
     for name, module in model.named_modules():
         grids = grids_of(module) if isinstance(module, AverageLayer) else None
@@ -154,7 +168,7 @@ def _rewrite_averages(model: nn.Module, forms: dict[Quantizer, TracedQuantizer])
 
 
 def _absorb_relus(model: nn.Module, names: dict[Quantizer, str]) -> None:
-    """Replace ReLUs before a quantizer by the lower bound of its codes."""
+    """Replace the ReLU before a quantizer by a lower bound of its codes, and a ReLU's upper bound by an upper one."""
     for module in model.modules():
         if isinstance(module, (QuantizedLayer, Joint)) and module.ceiling is not None:
             output = module.activation_post_process
@@ -165,7 +179,7 @@ def _absorb_relus(model: nn.Module, names: dict[Quantizer, str]) -> None:
 
 
 def _drop_ceilings(model: nn.Module) -> None:
-    """Leave a plain ReLU where the quantizer behind it saturates no later than the upper bound does."""
+    """Make a plain ReLU of one with an upper bound, if the quantizer behind it saturates at that bound or below."""
     for module in model.modules():
         if isinstance(module, (QuantizedLayer, Joint)) and module.ceiling is not None:
             output = module.activation_post_process
@@ -175,7 +189,7 @@ def _drop_ceilings(model: nn.Module) -> None:
 
 
 def _absorb_clip_modules(model: nn.Module, names: dict[Quantizer, str]) -> None:
-    """Replace torch's ReLU and its like, where a quantizer is attached to them, by the bounds of its codes.
+    """Replace torch's ReLU, ReLU6 and Hardtanh, if they have a quantizer of their own, by the bounds of its codes.
 
     Files of earlier versions hold ReLU6 and Hardtanh of this kind.
     """
@@ -196,9 +210,15 @@ def _unchanged(x: Tensor) -> Tensor:
 def _traced_quantizer(
     producer: nn.Module | None, quantizer: nn.Module | None, forms: Mapping[Quantizer, TracedQuantizer]
 ) -> TracedQuantizer | None:
-    """Return the form of the quantizer of what a module returned before it was rewritten, or the one that it has now.
+    """Return the traced form of a module's output quantizer.
 
-    A layer's or clip's own form knows the bounds of its codes.
+    Args:
+        producer: the module, perhaps rewritten; None: there is none.
+        quantizer: its quantizer before it was rewritten.
+        forms: the traced form of each quantizer.
+
+    Returns:
+        The form that the module has now, whose codes may be bounded by a clip; else that in ``forms``; or None.
     """
     now = quantizer_of(producer)
     if isinstance(now, TracedQuantizer):
@@ -207,7 +227,7 @@ def _traced_quantizer(
 
 
 def _behind_integers(model: nn.Module) -> set[nn.Module]:
-    """Return quantizers of operations that ONNX Runtime runs in integers together with the quantizer."""
+    """Return the quantizers of operations that ONNX Runtime runs in integers together with the quantizer."""
     return {
         module.activation_post_process
         for module in model.modules()
@@ -256,7 +276,7 @@ def _rewrite_layer(layer: QuantizedLayer, target: OnnxForm) -> None:
 
 
 def _rewrite_float_weight(layer: QuantizedLayer) -> None:
-    """Let a weight of float codes be a constant of eight-bit floats, which hold the numbers of smaller formats too."""
+    """Make a weight of float codes a constant of 8-bit floats, which hold the numbers of smaller formats, too."""
     dtype = FLOAT_DTYPES.get(cast(QuantizedType, layer.types.weight).codes, torch.float8_e4m3fn)
     scale = cast(Tensor, layer.weight_scale)
     if layer.has_groups:
@@ -266,7 +286,7 @@ def _rewrite_float_weight(layer: QuantizedLayer) -> None:
 
 
 def _weight_axis(layer: QuantizedLayer) -> int | None:
-    """Return the axis that the weight's scales run along, as ONNX's Q/DQ can say it; None: no Q/DQ, but arithmetic.
+    """Return the axis that the weight's scales lie along, if ONNX's Q/DQ can express it; None: arithmetic is written.
 
     That is for float weights, for scales of grouped transposed convolutions, which run along two axes, and for codes of
     more than 8 bits. Zero points may differ between channels: ONNX Runtime's kernels take that (1.31, tried). Blocks

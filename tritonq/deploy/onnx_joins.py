@@ -19,11 +19,12 @@ from tritonq.reference.activation import rectify
 
 
 def rewrite_join(join: Joint, subtrahend: nn.Module | None) -> None:
-    """Let a join trace to operators that ONNX Runtime computes as the join does in eval mode.
+    """Make a join trace to operators by which ONNX Runtime computes it as the join itself does in eval mode.
 
     Args:
-        join: the join.
-        subtrahend: the traced quantizer of a difference's second operand; None: the difference stays one, in float.
+        join: a sum, difference, product, minimum or maximum; changed in place.
+        subtrahend: for a difference the traced quantizer of its second operand, by which it becomes a sum; None: it
+            stays a difference, in float.
     """
     if join.kind == "sub" and subtrahend is not None:
         scale, zero_point = cast(Tensor, subtrahend.scale), cast(Tensor, subtrahend.zero_point)

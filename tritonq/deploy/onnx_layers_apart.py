@@ -1,4 +1,4 @@
-"""The layers of an ONNX file one by one: each reads codes that it is given, and what lies between codes is named."""
+"""The layers of an ONNX file one by one: each reads given codes, and the operators between codes are known by name."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ _KEEPING = frozenset(["Cast", "Identity", "Pad", "Reshape", "Squeeze", "Transpos
 
 
 def given_name(tensor: str) -> str:
-    """Return the input that takes the place of a tensor of codes in :func:`separated`."""
+    """Return the name of the input that takes the place of a tensor of codes in :func:`separated`."""
     return f"{tensor}.given"
 
 
 def separated(model: Any, kinds: Mapping[str, tuple[Any, int]]) -> bytes:
-    """Return a file in which readers of codes read inputs, and which returns the codes that its layers make.
+    """Return the content of a file in which readers of codes read new inputs instead, and which returns its codes.
 
     Args:
-        model: an ``onnx.ModelProto``; it is left alone.
-        kinds: dtype and number of dimensions of each tensor of codes.
+        model: an ``onnx.ModelProto``; not changed.
+        kinds: dtype and number of dimensions of each tensor of codes, by name.
     """
     import onnx
 
@@ -78,12 +78,15 @@ def _read_inputs(graph: Any, names: frozenset[str]) -> None:
 def find_islands(graph: Any, tensors: Sequence[str], target: str | None) -> dict[str, tuple[str, ...]]:
     """Return for each tensor of codes the operators before it whose result depends on the order of float sums.
 
-    For codes of 16 bits and of floats that is whatever rounds.
+    For codes of 16 bits, and of floats, these are all operators that round.
 
     Args:
         graph: an ``onnx.GraphProto``.
-        tensors: names of codes.
-        target: whom the file was written for; ONNX Runtime computes products of codes in integers.
+        tensors: names of the tensors of codes.
+        target: the engine that the file was written for; ONNX Runtime computes products of codes in integers.
+
+    Returns:
+        Names of operators, such as ``("Softmax",)``, by the tensor's name; empty if the codes are fully defined.
     """
     search = _Search(graph, frozenset(tensors), target == "onnxruntime")
     return {name: search.before(name) for name in tensors}
@@ -101,20 +104,20 @@ class _Search:
                 self._readers.setdefault(name, []).append(node)
 
     def before(self, codes: str) -> tuple[str, ...]:
-        """Return the operators without a defined order that lead to these codes, each once."""
+        """Return the names of operators without a defined order that lead to these codes, each once."""
         undefined = _COMPUTING | _PRODUCTS if self._is_fine(codes) else frozenset[str]()
         nodes = self._between(codes)
         return tuple(sorted({n.op_type for n in nodes if n.op_type in undefined or not self._is_defined(n)}))
 
     def _is_fine(self, codes: str) -> bool:
-        """Whether codes have 16 bits, or are those of floats, which are given as values."""
+        """Whether codes have 16 bits, or are codes of floats, which a file holds as values."""
         node = self._producers.get(codes)
         return node is not None and (
             node.op_type == "DequantizeLinear" or (node.op_type == "QuantizeLinear" and node.input[2] in self._wide)
         )
 
     def _between(self, result: str) -> Iterator[Any]:
-        """Yield the nodes that lead to codes from other codes, from inputs and constants."""
+        """Yield the nodes on all ways to these codes from other codes, inputs and constants."""
         pending, seen = [result], set()
         while pending:
             node = self._producers.get(pending.pop())
@@ -146,7 +149,7 @@ class _Search:
         return False
 
     def _after(self, node: Any, kind: str) -> list[str]:
-        """Return the outputs of all nodes of an operator ``kind`` that read a node's result."""
+        """Return the results of all nodes with the operator ``kind`` that read the result of ``node``."""
         return [reader.output[0] for reader in self._readers.get(node.output[0], ()) if reader.op_type == kind]
 
     def _is_whole(self, name: str) -> bool:

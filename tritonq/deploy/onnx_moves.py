@@ -1,8 +1,9 @@
-"""Operations that move values, in an ONNX graph: their results are quantized once more, so that layers see codes.
+"""Operations that move values, in an ONNX graph: their results are quantized once more, so that layers read codes.
 
-ONNX Runtime runs a convolution in integers where DequantizeLinear feeds it. With a Slice, Split, Resize or the like
-between the two it runs in float. A second pair of QuantizeLinear and DequantizeLinear behind these, of the same scale
-and zero point, changes no code; ONNX Runtime then moves codes, or at least computes the layer in integers.
+A *pair* is a QuantizeLinear and a DequantizeLinear with one scale and zero point. ONNX Runtime runs a convolution in
+integers if DequantizeLinear feeds it. With a Slice, Split, Resize or the like between the two it runs in float. A
+second pair behind these, of the same grid, changes no code, and ONNX Runtime then moves codes, or at least computes the
+layer in integers.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ _Grid = tuple[float, int]
 
 
 def quantize_behind_moves(graph: Any) -> None:
-    """Repeat QuantizeLinear and DequantizeLinear behind what moves values between DequantizeLinear and a layer.
+    """Add a pair behind operations that move values between a DequantizeLinear and a layer.
 
-    A ReLU there becomes a Clip on codes, or nothing where no code lies below that of zero.
+    A ReLU there becomes a Clip on codes, or nothing if no code lies below that of zero.
 
     Args:
         graph: an ``onnx_ir.Graph``; changed in place.
@@ -72,10 +73,16 @@ def quantize_behind_moves(graph: Any) -> None:
 
 
 def _quantize_parts(graph: Any, node: Any, pairs: dict[Any, Any]) -> None:
-    """Take the parts of a concatenation that no quantizer made, such as a class token, to the grid behind it.
+    """Add pairs before the parts of a concatenation that no quantizer made, such as a class token.
 
-    ONNX Runtime concatenates codes where DequantizeLinear feeds all parts. QuantizeLinear rounds each value alone, so
-    that it gives the codes that it would give behind the concatenation, which then are on the grid.
+    Their grid is that of the quantizer behind the concatenation. ONNX Runtime concatenates codes only if
+    DequantizeLinear feeds all parts. QuantizeLinear rounds each value by itself, so the codes are those that it would
+    give behind the concatenation.
+
+    Args:
+        graph: an ``onnx_ir.Graph``; changed in place.
+        node: a Concat.
+        pairs: values on a grid, and the DequantizeLinear with that grid.
     """
     import onnx_ir as ir
 
@@ -96,7 +103,7 @@ def _quantize_parts(graph: Any, node: Any, pairs: dict[Any, Any]) -> None:
 
 
 def _grid_of(node: Any) -> _Grid | None:
-    """Return the grid of activations that a DequantizeLinear reads integers of; None for weights and other nodes."""
+    """Return scale and zero point of a DequantizeLinear of activations; None for weights, floats and other nodes."""
     if node is None or node.op_type != "DequantizeLinear" or node.inputs[0].producer() is None or len(node.inputs) < 3:
         return None
     scale, zero_point = (_constant(value) for value in node.inputs[1:3])
@@ -111,7 +118,10 @@ def _constant(value: Any) -> Any:
 
 
 def moves_values(node: Any) -> bool:
-    """Whether a node returns elements of what it reads; padding by zero counts, since zero is on every grid."""
+    """Whether the results of an ``onnx_ir.Node`` are elements of its inputs.
+
+    Padding by zero counts: zero is on every grid.
+    """
     if node.op_type not in _MOVING:
         return False
     if node.op_type == "Resize":
@@ -126,7 +136,7 @@ def moves_values(node: Any) -> bool:
 
 
 def _common_source(node: Any, pairs: dict[Any, Any]) -> Any:
-    """Return the DequantizeLinear whose grid all that a node moves lies on, or None."""
+    """Return the DequantizeLinear with the grid of all values that a node moves; None if they have no common grid."""
     if node.op_type == "Concat":
         sources = [pairs.get(value) for value in node.inputs]
         grids = {None if source is None else _grid_of(source) for source in sources}
@@ -136,7 +146,7 @@ def _common_source(node: Any, pairs: dict[Any, Any]) -> Any:
 
 
 def _requantize(graph: Any, node: Any, value: Any, source: Any) -> None:
-    """Put a pair behind ``value``, which ``node`` makes, for all its readers."""
+    """Add a pair behind ``value``, a result of ``node``, for all its readers; its grid is that of ``source``."""
     import onnx_ir as ir
 
     _, scale, zero_point = source.inputs
@@ -158,7 +168,10 @@ def _requantize(graph: Any, node: Any, value: Any, source: Any) -> None:
 
 
 def _dequantize(first: Any, value: Any, grid: Sequence[Any], dtype: Any) -> Any:
-    """Return a DequantizeLinear of the codes that ``first`` makes of ``value``, by scale and zero point."""
+    """Return a DequantizeLinear of the codes of ``value`` that the node ``first`` makes.
+
+    ``grid`` is scale and zero point.
+    """
     import onnx_ir as ir
 
     second = ir.node("DequantizeLinear", [first.outputs[0], *grid])

@@ -1,7 +1,8 @@
 """Operators that stand for QuantizeLinear and DequantizeLinear while torch.export traces, and their translation.
 
-torch's own exporter translates ``fake_quantize_*`` for three code ranges, and leaves weights in float. Importing this
-file registers ``tritonq::quantize_dequantize``, ``tritonq::dequantize`` and others with torch.
+torch's own exporter translates ``fake_quantize_*`` for three code ranges only, and leaves weights in float. Importing
+this file registers ``tritonq::quantize_dequantize``, ``tritonq::dequantize`` and others with torch. The argument
+``quantizer`` of some is a name, which the file's tensor of codes gets.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def quantize_dequantize(
             computes with floating-point operators.
         quant_min: smallest code, in the dtype's range.
         quant_max: largest code.
-        axis: what ``scale`` runs along, if it is not 0-d.
-        divided: ``x`` holds x / s already, so that the caller decides how that is rounded.
-        quantizer: name to mark the codes with; empty: none.
+        axis: axis of ``x`` with the scales, if there are several.
+        divided: whether ``x`` holds x / s already, so that the caller decides how the quotient is rounded.
+        quantizer: name of the quantizer, for the codes; empty: none.
     """
     scale, zero = _along(scale, x, axis), _along(zero_point.float(), x, axis)
     steps = x if divided else x / scale
@@ -70,7 +71,7 @@ def dequantize(
         codes: int8, uint8 or int32, or numbers of a float8 dtype.
         scale: float32 (codes.shape[axis],); with blocks as ``codes``, with one index per block along ``axis``.
         zero_point: as ``scale``, in the dtype of ``codes``; None: zeros.
-        axis: what ``scale`` runs along, or what blocks lie along.
+        axis: axis of ``codes`` with the scales, or that blocks lie along.
         block_size: elements of a block; None: no blocks. Blocks need opset 21.
     """
     centred = codes.float()
@@ -85,7 +86,7 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block_
 
 
 def _nearest_float(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the nearest numbers of a float format, as float32; larger values saturate."""
+    """Return the numbers of a float ``dtype`` nearest to ``x``, as float32; larger values saturate."""
     largest = torch.finfo(dtype).max
     return x.clamp(-largest, largest).to(dtype).float()
 
@@ -98,8 +99,8 @@ def quantize_dequantize_float(x: Tensor, scale: Tensor, zero_point: Tensor, axis
         x: float32.
         scale: float32, 0-d or (x.shape[axis],).
         zero_point: zeros, as ``scale``, in the format's dtype: torch.float8_e4m3fn or torch.float8_e5m2.
-        axis: what ``scale`` runs along, if it is not 0-d.
-        quantizer: name to mark the values with.
+        axis: axis of ``x`` with the scales, if there are several.
+        quantizer: name of the quantizer, for the values.
     """
     scale = _along(scale, x, axis)
     return _nearest_float(x / scale, zero_point.dtype) * scale
@@ -112,13 +113,13 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quantizer: str) -
 
 @torch.library.custom_op("tritonq::round_to_float", mutates_args=())
 def round_to_float(x: Tensor, one: Tensor, zero_point: Tensor, quantizer: str) -> Tensor:
-    """Return the nearest number of a float format; larger values saturate.
+    """Return ``x`` rounded to the nearest number of a float format; larger values saturate.
 
     Args:
         x: float32.
         one: the number 1, float32, 0-d.
         zero_point: zero in the format's dtype: torch.float8_e4m3fn or torch.float8_e5m2, 0-d.
-        quantizer: name to mark the numbers with.
+        quantizer: name of the quantizer, for the numbers.
     """
     return _nearest_float(x, zero_point.dtype) * one
 
@@ -141,7 +142,7 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("tritonq::negate_codes", mutates_args=())
 def negate_codes(x: Tensor, scale: Tensor, negative_scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Return ``-x`` of values on a grid: their codes with the negative scale.
+    """Return ``-x`` for values on a grid; in the file ``x``'s codes are dequantized with the negative scale.
 
     Args:
         x: float32 on the grid.
@@ -158,14 +159,14 @@ def _(x: Tensor, scale: Tensor, negative_scale: Tensor, zero_point: Tensor) -> T
 
 
 def round_half_away(x: Tensor) -> Tensor:
-    """Return what :func:`tritonq.arithmetic.round_half_away` returns, by operators that ONNX has."""
+    """Return the nearest integer, ties away from zero, by operators that ONNX has."""
     size = x.abs()
     whole = size.floor()
     return (whole + (size - whole >= 0.5).float()) * x.sign()
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the ``custom_translation_table`` of ``torch.onnx.export`` for these operators."""
+    """Return the ``custom_translation_table`` of ``torch.onnx.export``: operator to function that adds ONNX nodes."""
     from onnxscript import opset18 as op
     from onnxscript import opset19 as op19
     from onnxscript import opset21 as op21

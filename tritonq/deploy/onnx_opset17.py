@@ -32,7 +32,7 @@ def lower_opset(proto: Any) -> None:
     """Rewrite a file of opset 18 as one of opset 17, in place.
 
     Raises:
-        ValueError: an operator that opset 17 lacks, or uses of one that it has no form for.
+        ValueError: an operator that opset 17 lacks, or one used in a way that it can't express; the message names it.
     """
     import onnx
 

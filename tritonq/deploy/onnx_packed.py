@@ -1,4 +1,7 @@
-"""Weights of four bits and fewer as INT4, UINT4 and FLOAT4E2M1 initialisers, two codes per byte (opset 21, 23)."""
+"""Weights of four bits and fewer in ONNX files as INT4, UINT4 and FLOAT4E2M1, two codes per byte (opset 21, 23).
+
+A *constant* is an initializer of the graph, an ``onnx.TensorProto``.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ _logger = logging.getLogger("tritonq")
 
 
 def pack_weights(proto: Any) -> None:
-    """Store constants that DequantizeLinear reads with four bits where all their codes fit, in place.
+    """Store the constants of a file that DequantizeLinear reads with four bits per code, if all codes fit; in place.
 
-    Signed codes of -8..7 become INT4, others of 0..15 UINT4, eight-bit floats that are all numbers of E2M1 FLOAT4E2M1.
-    The log tells how many bytes that saves.
+    Signed codes of -8..7 become INT4, others of 0..15 UINT4, and 8-bit floats whose numbers E2M1 has FLOAT4E2M1. The
+    log says how many bytes that saves.
 
     Raises:
-        ValueError: floats of four bits, and an onnx without them.
+        ValueError: there are floats of four bits, and this onnx lacks the type.
     """
     import onnx
 
@@ -79,7 +82,7 @@ def pack_weights(proto: Any) -> None:
 
 
 def widen_floats(proto: Any) -> None:
-    """Let floats of four bits be eight-bit ones, which hold the same numbers and which ONNX Runtime has, in place."""
+    """Turn a file's 4-bit floats into 8-bit ones, in place: ONNX Runtime lacks the former; the numbers are the same."""
     import onnx
 
     kind = getattr(onnx.TensorProto, "FLOAT4E2M1", None)
@@ -93,21 +96,29 @@ def widen_floats(proto: Any) -> None:
 
 
 def is_packed(tensor: Any) -> bool:
-    """Whether a constant of a graph has four bits per code."""
+    """Whether a constant has four bits per code.
+
+    Args:
+        tensor: an ``onnx.TensorProto``.
+    """
     import onnx
 
     return tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 
 
 def is_wide(tensor: Any) -> bool:
-    """Whether a constant of a graph has 16 bits per code."""
+    """Whether a constant has 16-bit integer codes; False for float16.
+
+    Args:
+        tensor: an ``onnx.TensorProto``.
+    """
     import onnx
 
     return tensor.data_type in (onnx.TensorProto.INT16, onnx.TensorProto.UINT16)
 
 
 def _numbers(tensor: Any) -> torch.Tensor:
-    """Return the numbers of a constant of eight-bit floats."""
+    """Return the numbers of a constant of 8-bit floats as float32."""
     raw = torch.from_numpy(np.frombuffer(tensor.raw_data, np.uint8).copy())
     return raw.view(torch.float8_e4m3fn).float()
 
@@ -118,7 +129,7 @@ def _holds_e2m1(tensor: Any) -> bool:
 
 
 def _pack_floats(tensor: Any) -> None:
-    """Give a constant of eight-bit floats half a byte per number: sign, two bits of exponent, one of mantissa."""
+    """Give a constant of 8-bit floats half a byte per number: sign, two exponent bits, one mantissa bit; in place."""
     import onnx
 
     kind = getattr(onnx.TensorProto, "FLOAT4E2M1", None)
@@ -132,13 +143,13 @@ def _pack_floats(tensor: Any) -> None:
 
 
 def _halves(codes: Any) -> Any:
-    """Return codes of four bits two per byte, the first in the low half."""
+    """Return 4-bit codes two per byte, the first in the low half: uint8."""
     padded = np.append(codes, np.zeros(codes.size % 2, np.uint8))
     return padded[0::2] | (padded[1::2] << 4)
 
 
 def _replace(tensor: Any, kind: int, content: Any) -> None:
-    """Give a constant another type and content; its name and shape stay."""
+    """Give a constant another type and content, in place; name and shape stay."""
     dimensions, name = list(tensor.dims), tensor.name
     tensor.Clear()
     tensor.name = name
@@ -155,7 +166,7 @@ def _fits(tensor: Any, limits: tuple[int, int]) -> bool:
 
 
 def _pack(tensor: Any, is_signed: bool) -> None:
-    """Give a constant of one byte per code half a byte per code, the first in the low half."""
+    """Give a constant with a byte per code half a byte per code, the first code in the low half; in place."""
     import onnx
 
     codes = onnx.numpy_helper.to_array(tensor).reshape(-1).astype(np.uint8) & 15
@@ -163,7 +174,7 @@ def _pack(tensor: Any, is_signed: bool) -> None:
 
 
 def _pack_zero_point(graph: Any, constants: dict[str, Any], node: Any, is_signed: bool) -> None:
-    """Give a DequantizeLinear a zero point of its codes' type, under a name of its own."""
+    """Give a DequantizeLinear a 4-bit zero point, as its codes need, under a name of its own."""
     if len(node.input) < 3 or not node.input[2]:
         return
     made = graph.initializer.add()
@@ -174,7 +185,7 @@ def _pack_zero_point(graph: Any, constants: dict[str, Any], node: Any, is_signed
 
 
 def _forget_types(graph: Any, names: Iterable[str]) -> None:
-    """Drop notes on the types of constants, which have changed."""
+    """Delete the graph's notes on the types of these constants, which have changed."""
     changed = frozenset(names)
     for index in reversed(range(len(graph.value_info))):
         if graph.value_info[index].name in changed:

@@ -1,4 +1,4 @@
-"""Quantizers of a model that is traced for an ONNX file: each is one operator."""
+"""Quantizers of a model that is traced for an ONNX file: each traces to one operator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from tritonq.reference.fake_quant import quantize
 
 
 class TracedQuantizer(nn.Module):
-    """A quantizer as one operator; ``codes`` runs from ``quant_min`` to ``quant_max`` in the zero point's dtype."""
+    """A quantizer that traces to one operator, which the file has as QuantizeLinear and DequantizeLinear.
+
+    Its codes run from ``quant_min`` to ``quant_max`` in the dtype of ``zero_point``. ``exact`` says that the quotient
+    is computed as in training, before a QuantizeLinear of scale 1; ``clamp`` limits the values before it.
+    """
 
     scale: Tensor
     zero_point: Tensor
@@ -43,7 +47,7 @@ class TracedQuantizer(nn.Module):
         self.clamp: tuple[float, float] | None = None
 
     def forward(self, x: Tensor, in_steps: bool = False) -> Tensor:
-        """Quantize and dequantize ``x``, which is divided by the scale already where it comes ``in_steps``."""
+        """Return ``x`` rounded to the grid. With ``in_steps`` ``x`` is divided by the scale already."""
         if self.clamp is not None:
             x = x.clamp(*self.clamp)
         if self.exact and not in_steps:
@@ -62,18 +66,17 @@ def uint8_quantizer(
     exact: bool = False,
     from_zero: bool | None = None,
 ) -> TracedQuantizer:
-    """Return a quantizer of values that ``bounds`` limit (None: that nothing does), its codes counted from 0.
+    """Return a traced quantizer with uint8 codes, counted from 0, for ONNX Runtime.
 
-    0 is the smallest code of the type, or that of zero behind a ReLU where the type fixes it, as
-    `tritonq.nn.output_quantizer.deployed_grid` has it: the roundings of a sum depend on where codes begin.
+    Code 0 is the type's smallest code. Behind a ReLU, if the type fixes the zero point, it is the code of zero, as in
+    `tritonq.nn.output_quantizer.deployed_grid`: the roundings of a sum depend on where codes begin.
 
     Args:
-        source: the quantizer.
-        name: what marks its codes.
-        bounds: of the values.
-        exact: whether the quotient is computed before QuantizeLinear.
-        from_zero: whether the smallest code is that of zero where the type fixes it; None: where ``bounds`` are those
-            of a ReLU.
+        source: the converted model's quantizer.
+        name: its name.
+        bounds: smallest and largest value, of a ReLU or clip before it, which the codes are limited to; None: no limit.
+        exact: whether the quotient is computed before QuantizeLinear, as in training.
+        from_zero: whether codes begin with that of zero, if the type fixes it; None: if ``bounds`` are those of a ReLU.
 
     Raises:
         ValueError: more than 8 bits.
@@ -92,7 +95,7 @@ def uint8_quantizer(
 
 
 def plain_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
-    """Return a quantizer that is a QuantizeLinear and a DequantizeLinear of one grid, with nothing between.
+    """Return a traced quantizer that is a QuantizeLinear and a DequantizeLinear of one grid, with nothing between.
 
     Codes are those that were trained. A range narrower than its dtype becomes a clamp before QuantizeLinear.
 
@@ -116,16 +119,16 @@ def plain_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
 
 
 def _plain_dtype(low: int, high: int) -> torch.dtype | None:
-    """Return the smallest dtype of QuantizeLinear that holds codes; None where there is none."""
+    """Return the smallest dtype of QuantizeLinear that holds the codes ``low .. high``; None if none does."""
     dtypes = (torch.int8, torch.int16) if low < 0 else (torch.uint8, torch.uint16)
     limits = ((dtype, torch.iinfo(dtype)) for dtype in dtypes)
     return next((dtype for dtype, limit in limits if limit.min <= low and high <= limit.max), None)
 
 
 def least_opset(model: nn.Module) -> int:
-    """Return the oldest opset that has what a traced model needs.
+    """Return the oldest opset with all that a traced model needs; 0 if any will do.
 
-    21 brought quantizers of 16 bits and weights in groups, 19 eight-bit floats; 0: no demand.
+    21 brought quantizers of 16 bits and weights in groups, 19 8-bit floats.
     """
     modules = list(model.modules())
     quantizers = (module for module in modules if isinstance(module, TracedQuantizer))
@@ -139,8 +142,9 @@ def least_opset(model: nn.Module) -> int:
 def quantize_twice(layer: nn.Module) -> None:
     """Give a layer a child ``first_quantizer``, which rounds as its output quantizer does.
 
-    ONNX Runtime computes a layer in integers where a quantizer follows at once. What moves the results stands between
-    that and the named one, whose codes have the trained shape; it changes no code.
+    The layer's forward runs both. ONNX Runtime computes a layer in integers if a quantizer follows directly. Operations
+    that move the results stand between the first and the second quantizer, whose codes have the trained shape; the
+    second changes no code.
     """
     output = layer.activation_post_process
     if not isinstance(output, TracedQuantizer):
@@ -151,6 +155,6 @@ def quantize_twice(layer: nn.Module) -> None:
 
 
 def end_codes(quantizer: Quantizer, bounds: tuple[float, float]) -> tuple[int, int]:
-    """Return the codes of two values."""
+    """Return the codes of two values, ``bounds``, on a quantizer's grid."""
     codes = quantize(torch.tensor(bounds, device=quantizer.scale.device), quantizer.grid())
     return int(codes[0]), int(codes[1])

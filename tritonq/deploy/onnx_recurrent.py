@@ -26,13 +26,13 @@ _GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": 
 
 @torch.library.custom_op("tritonq::recurrent", mutates_args=())
 def recurrent(x: Tensor, states: list[Tensor], weights: list[Tensor], mode: str, hidden_size: int) -> list[Tensor]:
-    """Return the sequence and the last states of one layer, whose gates are in ONNX's order.
+    """Return ``[sequence, *last states]`` of one recurrent layer whose gates are in ONNX's order.
 
     Args:
         x: (time, batch, features).
         states: h, and for an LSTM c, each (directions, batch, hidden_size).
-        weights: for each direction weight_ih, weight_hh and, of a layer with biases, both of them in one vector.
-        mode: as ``nn.RNNBase`` names it.
+        weights: for each direction weight_ih, weight_hh and, of a layer with biases, both biases in one vector.
+        mode: ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"`` or ``"RNN_RELU"``.
         hidden_size: width of a state.
     """
     order, parts = _GATES[mode], len(weights) // states[0].shape[0]
@@ -53,12 +53,17 @@ def _(x: Tensor, states: list[Tensor], weights: list[Tensor], mode: str, hidden_
 
 
 def _gates(x: Tensor, order: Tensor) -> Tensor:
-    """Return the gates' rows in another order."""
+    """Return the rows of ``x``, one block per gate, with the blocks in another order."""
     return torch.unflatten(x, 0, (len(order), -1))[order].flatten(0, 1)
 
 
 def rewrite_recurrent(layer: QuantizedRecurrent, name: str, in_float: bool) -> None:
-    """Let a layer trace to ONNX's operator; ``in_float``: on float weights.
+    """Make a layer trace to ONNX's operator, on weights behind DequantizeLinear, or with ``in_float`` on float weights.
+
+    Args:
+        layer: changed in place.
+        name: the layer's, for messages.
+        in_float: whether the file holds the weights' values.
 
     Raises:
         ValueError: a cell, or an LSTM with projections, for which ONNX has no operator.
@@ -119,7 +124,7 @@ def _run_layer(
 
 
 def recurrent_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the translation of :func:`recurrent` to ONNX operators, as ``torch.onnx.export`` takes it."""
+    """Return the translation of :func:`recurrent` to ONNX operators, a ``custom_translation_table`` of torch.onnx."""
     from onnxscript import opset18 as op
 
     def translate(x: Any, states: Any, weights: Any, mode: str, hidden_size: int) -> Any:

@@ -1,4 +1,4 @@
-"""Running an exported file in ONNX Runtime, with its codes."""
+"""Running an ONNX file of :func:`tritonq.export_onnx` in ONNX Runtime, with its codes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,17 @@ from tritonq.prepare.record.structure import tensors_in
 
 
 def onnx_runner(path: str | os.PathLike[str]) -> tuple[Runner, dict[str, tuple[str, ...]], Ends, int]:
-    """Return a function that runs the file and returns its codes and outputs, its islands, ends and number of inputs.
+    """Return what `verify` needs of an ONNX file: ``(runner, islands, ends, inputs)``.
 
-    The outputs come from the file as it is, the codes from a second session, over a copy in memory that returns them.
-    Given codes are read by a third, over a copy in which readers of codes read inputs.
+    The runner takes the outputs from the file as it is, and the codes from a second session, on a copy in memory that
+    returns them. Given codes go to a third session, on a copy in which readers of codes read inputs.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        A :class:`tritonq.deploy.codes.Runner`; for quantizers behind islands, by name, the islands' operators; what the
+        file takes and returns; and its number of inputs.
 
     Raises:
         ValueError: not an ONNX file, or not one of :func:`tritonq.export_onnx`.
@@ -58,7 +65,7 @@ def onnx_runner(path: str | os.PathLike[str]) -> tuple[Runner, dict[str, tuple[s
 
 
 class _Runner:
-    """A file, run by ONNX Runtime."""
+    """A file, run by ONNX Runtime; a :class:`tritonq.deploy.codes.Runner`."""
 
     def __init__(self, model: Any, entries: list[dict[str, Any]], tensors: list[str], target: str | None) -> None:
         self._model, self._entries, self._tensors, self._target = model, entries, tensors, target
@@ -69,7 +76,7 @@ class _Runner:
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], given: GivenCodes | None = None
     ) -> tuple[Codes, list[Tensor]]:
-        """See :class:`tritonq.deploy.codes.Runner`; with given codes no outputs are made."""
+        """Return codes and outputs of one call; with ``given`` codes the outputs are an empty list."""
         feeds = _feeds(self._plain, args, kwargs)
         raw = self._run_for_codes(self._with_codes, feeds)
         if given is None:
@@ -101,7 +108,10 @@ class _Runner:
         return codes
 
     def _raw_codes(self, given: GivenCodes, raw: dict[str, Any]) -> dict[str, Any]:
-        """Return codes to put in: the given ones as the file holds them, the file's own for those missing or NaN."""
+        """Return the codes to put in, as the file's tensors hold them.
+
+        They are the given ones; the file's own for calls without any, and for NaN.
+        """
         made, calls = dict(raw), Counter[str]()
         for entry in self._entries:
             quantizer, own = entry["quantizer"], raw[entry["tensor"]]
@@ -122,7 +132,7 @@ class _Runner:
 
 
 def _returning(model: Any, tensors: list[str]) -> bytes:
-    """Return the file's content, with these tensors as further outputs."""
+    """Return the content of a copy of the file that also returns these tensors."""
     import onnx
 
     copied = onnx.ModelProto()

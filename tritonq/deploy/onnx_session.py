@@ -15,7 +15,7 @@ _CPU_FLAGS = Path("/proc/cpuinfo")
 def products_saturate() -> bool:
     """Whether ONNX Runtime's products of uint8 and int8 saturate on this CPU: x86 without VNNI.
 
-    Its kernels there add two products in 16 bits: 255·127 + 255·127 becomes 32767.
+    Its kernels add two products in 16 bits there: 255·127 + 255·127 becomes 32767. True if the CPU is not known.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
@@ -27,11 +27,13 @@ def products_saturate() -> bool:
 
 
 def open_session(model: bytes | str | os.PathLike[str], options: Any = None) -> Any:
-    """Open a session on the CPU; on x86 without VNNI with ``session.x64quantprecision``, so that sums are exact.
+    """Return a session of ONNX Runtime on the CPU, in which sums of 8-bit products are exact.
+
+    On x86 without VNNI that takes the option ``session.x64quantprecision``.
 
     Args:
         model: the file's content, or its path.
-        options: an ``onnxruntime.SessionOptions``, or None.
+        options: an ``onnxruntime.SessionOptions``, to which the option is added; None: default ones.
     """
     import onnxruntime
 

@@ -1,7 +1,7 @@
-"""What TensorRT's integers can hold, and float arithmetic for the rest.
+"""What TensorRT's integers can hold, and float arithmetic for everything else.
 
 TensorRT takes signed 8-bit codes with a zero point of 0, in activations and in weights. A quantizer with another grid
-is written as float operators that give the trained values, and a layer behind one as a float layer.
+is written as float operators that give the trained values, and a layer that reads such a grid as a float layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LOW, _HIGH = -128, 127
 
 
 def int8_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
-    """Return a quantizer with int8 codes, or one of float arithmetic where these can't hold its codes.
+    """Return a traced quantizer with int8 codes; one of float arithmetic if TensorRT's can't hold the trained codes.
 
     Raises:
         ValueError: a grid per channel that TensorRT has no form for.
@@ -41,7 +41,7 @@ def int8_quantizer(source: Quantizer, name: str) -> TracedQuantizer:
 
 
 def runs_in_float(layer: QuantizedLayer) -> bool:
-    """Whether TensorRT's integers can't hold the codes of a layer's weight, or of its input where these are known.
+    """Whether TensorRT will run a layer in float: its integers can't hold the codes of weight or input.
 
     It takes no scale per out channel of a transposed convolution.
     """
@@ -58,7 +58,7 @@ def runs_in_float(layer: QuantizedLayer) -> bool:
 
 
 def tell_float_layers(model: nn.Module) -> None:
-    """Warn of the layers of a converted model that TensorRT will run in float."""
+    """Warn of the layers of a converted model that TensorRT will run in float, with their names."""
     names = [
         name for name, module in model.named_modules() if isinstance(module, QuantizedLayer) and runs_in_float(module)
     ]

@@ -1,10 +1,10 @@
 """Transposed convolutions as plain ones, for which ONNX Runtime has integer kernels.
 
-Element ``i`` of the input reaches the elements ``i·s + k - p`` of the output, for each place ``k`` of the kernel. With
-``k = q·s + r`` the outputs of one phase ``r`` are a plain convolution over the places ``q`` of its kernel. One
-convolution computes all ``s·s`` phases as channels; DepthToSpace interleaves them, and what padding cuts off is sliced.
-A dilated kernel is one with zeros between its places; with stride 1 the plain convolution is dilated instead. The sums
-are the same integers, so the codes are.
+With stride ``s`` and padding ``p``, element ``i`` of the input contributes to the elements ``i·s + k - p`` of the
+output, for each place ``k`` of the kernel. Write ``k = q·s + r``: the outputs with one *phase* ``r`` are a plain
+convolution over the places ``q`` of its kernel. One convolution computes all ``s·s`` phases as channels; DepthToSpace
+interleaves them, and what the padding cuts off is sliced away. A dilated kernel is one with zeros between its places;
+with stride 1 the plain convolution is dilated instead. The sums are the same integers, so the codes are.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from tritonq.reference.activation import rectify
 
 
 def phases_of(layer: QuantizedLayer) -> tuple[Phases, Phases] | None:
-    """Return the phases along height and width; None where the layer is no integer one, or keeps its form.
+    """Return the phases of a layer along height and width; None if it is written as a transposed convolution.
 
-    That is so for paddings larger than the kernel, and where no quantizer with one grid follows.
+    That is so if it does not compute in integers, if its padding is larger than the kernel, and if no quantizer with
+    one grid follows.
     """
     output = layer.activation_post_process
     if not isinstance(layer, QuantizedConvTranspose2d) or layer.multiplier is None or layer.following is not None:
@@ -42,7 +43,12 @@ def _dilation(layer: QuantizedLayer) -> tuple[int, int]:
 
 
 def rewrite_transposed(layer: QuantizedLayer, phases: tuple[Phases, Phases]) -> None:
-    """Let a transposed convolution be traced as a plain one and what moves its results."""
+    """Make a transposed convolution trace to a plain one, followed by operations that interleave and slice its results.
+
+    Args:
+        layer: changed in place.
+        phases: the result of :func:`phases_of`.
+    """
     count = phases[0].stride * phases[1].stride
     scale = cast(Tensor, layer.weight_scale)
     zero = layer.weight_zero_point
@@ -62,13 +68,13 @@ def rewrite_transposed(layer: QuantizedLayer, phases: tuple[Phases, Phases]) -> 
 
 
 def _zeros(zero: Tensor, groups: int, weight: Tensor, height: int, width: int) -> Tensor:
-    """Return the codes of zero for a kernel of another size: (in, out / groups, height, width)."""
+    """Return weight codes of zero, (in, out / groups, height, width), for a kernel of that size."""
     per_out = zero.view(groups, 1, -1, 1, 1).expand(-1, weight.shape[0] // groups, -1, height, width)
     return per_out.reshape(weight.shape[0], -1, height, width).clone()
 
 
 def _filled(weight: Tensor, zero: Tensor, groups: int, dilation: tuple[int, int]) -> Tensor:
-    """Return the kernel with codes of zero between its places."""
+    """Return the kernel of a dilated convolution with codes of zero between its places."""
     sizes = [reach(size, step) for size, step in zip(weight.shape[2:], dilation, strict=True)]
     whole = _zeros(zero, groups, weight, *sizes)
     whole[..., :: dilation[0], :: dilation[1]] = weight
@@ -78,9 +84,10 @@ def _filled(weight: Tensor, zero: Tensor, groups: int, dilation: tuple[int, int]
 def _plain_weight(
     weight: Tensor, zero: Tensor, groups: int, phases: tuple[Phases, Phases], dilation: tuple[int, int]
 ) -> Tensor:
-    """Return (out · phases, in / groups, taps, taps) of a weight (in, out / groups, height, width).
+    """Return the weight of the plain convolution, (out · phases, in / groups, taps, taps).
 
-    With ``dilation`` its places are the taps of a plain convolution that is dilated, and there is one phase.
+    ``weight`` is (in, out / groups, height, width). With ``dilation`` the plain convolution is dilated, too, and there
+    is one phase.
     """
     height, width = phases
     taps = [-(-axis.taps // step) for axis, step in zip(phases, dilation, strict=True)]

@@ -1,4 +1,4 @@
-"""Sizes that callers name for the results of transposed convolutions, as files hold them: one for each layer."""
+"""Transposed convolutions that callers give an output size: a file holds one output padding for each."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tritonq.prepare.record.structure import clone_tensors
 
 
 def with_output_sizes(deployed: nn.Module, example_inputs: Any) -> nn.Module:
-    """Return a model whose transposed convolutions have the output paddings that a run on the example asks of them.
+    """Return a model whose transposed convolutions have the output paddings that a run on the example needs.
 
-    It is ``deployed`` itself where none asks for another than its own.
+    It is ``deployed`` itself if all have them already, else a copy.
 
     Raises:
-        ValueError: the run asks one layer for several.
+        ValueError: the run needs several output paddings of one layer.
     """
     layers = {name: module for name, module in deployed.named_modules() if isinstance(module, TakesOutputSize)}
     if not layers:

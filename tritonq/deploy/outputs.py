@@ -1,4 +1,7 @@
-"""Outputs of exported files: their names, the keys under which the model returns them, and results with no tensor."""
+"""Outputs of exported files: their names, the keys under which the model returns them, and results without tensors.
+
+A *path* is the keys that lead to a tensor of a result: ``("boxes", 0)``.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ _DEFAULT = "output"
 
 
 def result_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a model and return its result, and leave the random state as it was.
+    """Run a model without gradients and return its result; the random state is as before afterwards.
 
     Raises:
-        ValueError: it does not run on these arguments.
+        ValueError: the model raises an error on these arguments.
     """
     try:
         with torch.no_grad(), preserved_random_state(model):
@@ -33,14 +36,14 @@ def result_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def output_paths(result: Any) -> list[Path]:
-    """Return for each tensor of a result the keys that lead to it."""
+    """Return for each tensor of a result its path: ``[("scores",), ("boxes", 0)]``; ``[()]`` for a single tensor."""
     return [path for path, _ in tensors_in(result)]
 
 
 def takes_what(forward: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that gives a function the signature of ``forward``, by which torch.export binds arguments.
 
-    ``functools.wraps`` would let `inspect` look behind a method whose function wraps another, and see its ``self``.
+    ``functools.wraps`` won't do: for a method whose function wraps another, `inspect` would find a ``self``.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,9 +54,13 @@ def takes_what(forward: Callable[..., Any]) -> Callable[[Callable[..., Any]], Ca
 
 
 def return_tensors_alone(traced: nn.Module, result: Any) -> None:
-    """Let a model that is traced return its tensors alone, where it returns text, numbers or a dataclass, too.
+    """Make a model that is traced return only its tensors, if its result also has text, numbers or a dataclass.
 
-    torch.export knows the dataclasses that were registered with it.
+    torch.export knows only the dataclasses that were registered with it.
+
+    Args:
+        traced: the model; its ``forward`` is replaced.
+        result: what it returned on the example inputs.
     """
     if all(isinstance(leaf, (Tensor, NoneType)) for leaf in tree_leaves(result)):
         return
@@ -68,7 +75,12 @@ def return_tensors_alone(traced: nn.Module, result: Any) -> None:
 
 
 def return_no_text(traced: nn.Module, result: Any) -> None:
-    """Let a model that is traced return None in the place of text, which torch writes to a file but can't load."""
+    """Make a model that is traced return None in place of text, which torch writes to a program but can't load.
+
+    Args:
+        traced: the model; its ``forward`` is replaced.
+        result: what it returned on the example inputs; if it has text, a warning says so.
+    """
     if not any(isinstance(leaf, str) for leaf in _leaves(result)):
         return
     warnings.warn("the program returns None in the place of text, which torch.export can't load", stacklevel=3)
@@ -103,7 +115,7 @@ def _without_text(item: Any) -> Any:
 
 
 def output_name(path: Path) -> str:
-    """Return the name of an output.
+    """Return the name of the output at a path.
 
     Examples:
         >>> output_name(()), output_name((1,)), output_name(("boxes",)), output_name(("scores", 0))
@@ -114,7 +126,7 @@ def output_name(path: Path) -> str:
 
 
 def name_outputs(model: Any, paths: Sequence[Path]) -> None:
-    """Name the outputs of an exported model, unless the exporter counts them otherwise than :func:`output_paths`.
+    """Name the outputs of an exported model after their paths; if their number differs, leave them all.
 
     A tensor that is an input too, or an output twice, keeps its name.
     """

@@ -1,4 +1,4 @@
-"""Weights of 4 bits and fewer in files: several codes per byte."""
+"""Weights of 4 bits and fewer in tritonq's files: several codes per byte."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ _DTYPES = {"int8": torch.int8, "uint8": torch.uint8}
 def pack_weights(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Pack the weight codes of a converted model that have 4 bits or fewer.
 
+    Args:
+        model: the converted model.
+        state: its state dict; not changed.
+
     Returns:
-        The state, in which such weights are uint8 (bytes,), and how to unpack each, by name, as plain data.
+        The state, with such weights as uint8 (bytes,); and by name how to unpack each, as plain data.
     """
     packed_state, how = dict(state), {}
     for module_name, module in model.named_modules(remove_duplicate=False):
@@ -42,7 +46,11 @@ def pack_weights(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[st
 
 
 def unpack_weights(state: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Undo :func:`pack_weights`.
+    """Return the state dict that :func:`pack_weights` packed.
+
+    Args:
+        state: the packed state.
+        how: the second result of :func:`pack_weights`.
 
     Raises:
         KeyError, TypeError, ValueError: ``how`` does not fit the state.
@@ -55,7 +63,7 @@ def unpack_weights(state: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[
 
 
 def pack_codes(codes: Tensor, low: int, width: int) -> Tensor:
-    """Write integers ``low .. low + 2^width - 1`` into bytes, the first in the lowest bits: uint8 (bytes,).
+    """Pack integers ``low .. low + 2^width - 1`` into bytes, ``width`` bits each: uint8 (bytes,).
 
     Examples:
         >>> pack_codes(torch.tensor([-2, 1, 0, -1, 1], dtype=torch.int8), low=-2, width=2)
@@ -71,10 +79,10 @@ def pack_codes(codes: Tensor, low: int, width: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, shape: tuple[int, ...], low: int, width: int) -> Tensor:
-    """Undo :func:`pack_codes`: return int16 of this shape.
+    """Return the integers that :func:`pack_codes` packed: int16 of this shape.
 
     Raises:
-        ValueError: bytes that are too few or too many for the shape.
+        ValueError: there are too few or too many bytes for the shape.
     """
     per_byte, count = 8 // width, 1
     for size in shape:

@@ -1,4 +1,4 @@
-"""The geometry of a transposed convolution as a plain one; see `tritonq.deploy.onnx_transposed`."""
+"""The geometry of a transposed convolution as a plain one; `tritonq.deploy.onnx_transposed` explains *phases*."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ class Phases:
 
     Attributes:
         stride: how many phases there are.
-        taps: places of the plain kernel.
-        before: zeros before the input; ``after`` those behind it.
-        first: how many results to cut off in front; ``last`` how many at the end.
+        taps: size of the plain kernel.
+        before: zeros to add before the input.
+        after: zeros to add behind it.
+        first: how many results to cut off at the beginning, after interleaving.
+        last: how many at the end.
     """
 
     stride: int
@@ -28,7 +30,7 @@ class Phases:
 
     @classmethod
     def of(cls, kernel: int, stride: int, padding: int, output_padding: int) -> Phases:
-        """Return the phases of an axis; ``kernel`` is the extent of a dilated kernel, gaps included."""
+        """Return the phases of an axis; ``kernel`` is the length of the kernel, with the gaps of a dilated one."""
         taps = -(-kernel // stride)
         surplus = taps * stride - kernel + padding - output_padding
         before, after = (taps - 1 - cut // stride for cut in (padding, surplus))
@@ -36,7 +38,7 @@ class Phases:
 
 
 def phases_of_kernel(layer: nn.ConvTranspose2d) -> tuple[Phases, Phases] | None:
-    """Return the phases along height and width; None where a padding is larger than the kernel."""
+    """Return the phases along height and width; None if a padding is larger than the kernel."""
     kernel = [reach(size, step) for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
     padding = cast("tuple[int, ...]", layer.padding)
     sizes = zip(kernel, layer.stride, padding, layer.output_padding, strict=True)
@@ -45,5 +47,5 @@ def phases_of_kernel(layer: nn.ConvTranspose2d) -> tuple[Phases, Phases] | None:
 
 
 def reach(kernel: int, dilation: int) -> int:
-    """Return the length of a kernel with the places between its own."""
+    """Return the length of a dilated kernel, gaps included: ``(kernel - 1) · dilation + 1``."""
     return (kernel - 1) * dilation + 1

@@ -109,7 +109,7 @@ def export_program(
 
 
 def _forget_source(program: ExportedProgram) -> None:
-    """Drop what torch.export notes beside the program: the example inputs, and stack traces with paths and source."""
+    """Delete what torch.export notes besides the program: example inputs, and stack traces with source code."""
     program.example_inputs = None
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
@@ -121,7 +121,7 @@ def _program_form(converted: nn.Module) -> nn.Module:
     """Return a copy of ``converted`` whose layers compute with PyTorch's operators, whatever backend runs here.
 
     Raises:
-        ValueError: a module without such a form; the message names it.
+        ValueError: a module can't be computed so; the message names it.
     """
     model = copy.deepcopy(converted)
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Running an exported program of ``torch.export``, with its codes."""
+"""Running a program of :func:`tritonq.export_program`, with its codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
     """Return the program in a file of :func:`tritonq.export_program`, in either form.
 
     Raises:
-        ValueError: another file.
+        ValueError: it is another kind of file.
         OSError: it can't be read.
     """
     register_pt2e_operators()
@@ -39,10 +39,9 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
 
 
 def program_runner(program: ExportedProgram) -> Runner:
-    """Return a function that runs the program, operator by operator, and returns its codes and outputs.
+    """Return a function that runs a program, operator by operator, and returns its codes and outputs.
 
-    Raises:
-        ValueError: when run, arguments of another structure.
+    That function raises ValueError for arguments of another structure than the program's.
     """
     module = program.module()
     interpreter = _CodesInterpreter(module)
@@ -66,7 +65,10 @@ def program_runner(program: ExportedProgram) -> Runner:
 
 
 class _CodesInterpreter(fx.Interpreter):
-    """Keeps codes minus zero point by the quantizer's name: what it multiplies by its scale, or quantizes to."""
+    """Runs a graph and records codes minus zero point, by quantizer and call.
+
+    Codes are what a quantizer multiplies by its scale, or in the form "pt2e" the result of a quantize operator.
+    """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -77,7 +79,7 @@ class _CodesInterpreter(fx.Interpreter):
         self._pairs = {node: name for node in nodes if (name := _pair_quantizer(node)) is not None}
 
     def run_node(self, n: fx.Node) -> Any:
-        """See base class."""
+        """Run one node; record the codes that it makes or reads, and replace them by given ones."""
         if n in self._pairs:
             codes = super().run_node(n)
             args, _ = self.fetch_args_kwargs_from_env(n)
@@ -99,13 +101,16 @@ def _along(zero_point: Tensor, codes: Tensor, axis: int) -> Tensor:
 
 
 def _pair_quantizer(node: fx.Node) -> str | None:
-    """Return the name of the quantizer whose codes this node makes, in the form of PT2E, or None."""
+    """Return the name of the quantizer whose codes a quantize operator makes, in the form "pt2e".
+
+    None for other nodes.
+    """
     name = node.meta.get("custom", {}).get(QUANTIZER_KEY)
     return name if str(node.target) in _QUANTIZES else None
 
 
 def _rescaling_quantizer(node: fx.Node) -> str | None:
-    """Return the name of the quantizer whose codes this node multiplies by their scale, or None."""
+    """Return the name of the quantizer whose codes a node multiplies by their scale; None for other nodes."""
     if node.target is not torch.ops.aten.mul_.Tensor or not node.meta.get(_STACK):
         return None
     path, kind = list(node.meta[_STACK].values())[-1]

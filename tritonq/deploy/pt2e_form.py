@@ -1,9 +1,10 @@
 """Converted models as PT2E writes them: float operators between pairs of quantize and dequantize.
 
-ExecuTorch's delegates and torch's Inductor match ``dequantize → operator → quantize``, operators of
-``torch.ops.quantized_decomposed``, and run what stands between in integers. So quantizers become one pair, weights int8
-behind one dequantize, biases float constants. Operators that only move values get a pair of their input's grid behind
-them, as PT2E's quantizers write it, and each reader of a tensor has a dequantize of its own.
+PT2E is torchao's flow on exported programs. ExecuTorch's delegates and torch's Inductor match
+``dequantize → operator → quantize``, operators of ``torch.ops.quantized_decomposed``, and run what stands between in
+integers. A *pair* is one quantize and one dequantize of one grid. So quantizers become one pair, weights int8 behind
+one dequantize, biases float constants. Operators that only move values get a pair of their input's grid behind them, as
+PT2E's quantizers write it, and each reader of a tensor has a dequantize of its own.
 
 Source: torch.ao.quantization.fx._decomposed; torchao.quantization.pt2e (``convert_pt2e``, ``DuplicateDQPass``).
 """
@@ -45,13 +46,16 @@ _DTYPES = (torch.int8, torch.uint8, torch.int16, torch.uint16)
 
 
 def register_pt2e_operators() -> Any:
-    """Register ``torch.ops.quantized_decomposed`` with torch and return it; loading programs in this form needs it."""
+    """Register ``torch.ops.quantized_decomposed`` with torch, and return it.
+
+    To load a program in this form needs it.
+    """
     importlib.import_module("torch.ao.quantization.fx._decomposed")
     return torch.ops.quantized_decomposed
 
 
 class PairQuantizer(nn.Module):
-    """A quantizer as one ``quantize`` and one ``dequantize`` of the trained grid, float32.
+    """A quantizer that traces to one ``quantize`` and one ``dequantize`` of the trained grid, float32.
 
     Attributes:
         name: of the quantizer in the converted model.
@@ -97,7 +101,7 @@ def _storage(codes: tuple[int, int], what: str) -> torch.dtype:
 
 
 def pt2e_form(converted: nn.Module) -> nn.Module:
-    """Return a copy of ``converted`` that traces to pairs of quantize and dequantize.
+    """Return a copy of ``converted`` that traces to float operators between pairs of quantize and dequantize.
 
     Raises:
         ValueError: a module or quantizer without such a form; the message names it.
@@ -125,7 +129,7 @@ def pt2e_form(converted: nn.Module) -> nn.Module:
 
 
 def _rewrite_layer(layer: QuantizedLayer, name: str) -> None:
-    """Let a layer be its float operator, with a weight behind one dequantize and a float bias, both constants."""
+    """Make a layer trace to its float operator, with a weight behind one dequantize and a float bias."""
     if layer.has_groups:
         raise ValueError(
             f"{name!r} has a scale per group of input channels, for which the form of PT2E has no operator"
@@ -147,7 +151,7 @@ def _rewrite_layer(layer: QuantizedLayer, name: str) -> None:
 
 
 def _scale_axis(layer: QuantizedLayer) -> int | None:
-    """Return the axis of the weight that its scales run along; None where these run along two."""
+    """Return the axis of the weight with its scales; None if they lie along two axes."""
     if isinstance(layer, QuantizedConvTranspose2d):
         return 1 if layer.groups == 1 else None
     return 0
@@ -174,7 +178,7 @@ def _embedding(table: QuantizedEmbedding, input: Tensor) -> Tensor:
 
 
 def complete_pairs(program: ExportedProgram) -> None:
-    """Put a pair of the same grid behind each operator that moves values, and a dequantize before each reader."""
+    """Add a pair behind each operator of a program that moves values, and give each reader a dequantize of its own."""
     operators = register_pt2e_operators()
     quantize, dequantize = operators.quantize_per_tensor.default, operators.dequantize_per_tensor.default
     graph = program.graph_module.graph
@@ -215,7 +219,7 @@ def _is(value: Any, target: Any) -> bool:
 
 
 def _name_outputs_again(program: ExportedProgram) -> None:
-    """Let the program's signature name what the graph returns now."""
+    """Make the program's signature name the values that the graph returns now."""
     output = next(node for node in program.graph_module.graph.nodes if node.op == "output")
     for spec, value in zip(program.graph_signature.output_specs, output.args[0], strict=True):
         if isinstance(value, fx.Node) and hasattr(spec.arg, "name"):

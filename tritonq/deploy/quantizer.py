@@ -1,4 +1,4 @@
-"""What all modules of a converted model have in common, and what is left of a fake quantizer."""
+"""The base class of all modules of a converted model, and its quantizer."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ if TYPE_CHECKING:
 
 
 class DeployedModule(FixedDtypeBuffers):
-    """A module of a converted model. It has one mode, eval, and refuses to be trained.
+    """Base class of the modules of a converted model. It has one mode, eval, and refuses to be trained.
 
-    Ignoring ``train()`` instead would switch on the dropout and BatchNorm layers that stayed in float, in silence.
+    If ``train()`` were ignored instead, dropout and BatchNorm layers that stayed in float would be switched on
+    unnoticed.
 
     Attributes:
-        tensor_names: names of tensors in the order in which a state dict has them.
-        parameter_names: names of those that are parameters where they are float.
+        tensor_names: names of the module's tensors, in the order of the state dict.
+        parameter_names: names of those tensors that are parameters if they are float.
     """
 
     tensor_names: ClassVar[tuple[str, ...]] = ()
     parameter_names: ClassVar[tuple[str, ...]] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep the dtype of parameters as that of buffers."""
+        """Move parameters and buffers to another device; their dtypes stay."""
         before = {name: held.detach() for name, held in self._parameters.items() if held is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -46,7 +47,7 @@ class DeployedModule(FixedDtypeBuffers):
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """Accept ``train(False)`` alone.
+        """Accept ``train(False)`` only.
 
         Raises:
             RuntimeError: ``mode`` is true.
@@ -56,11 +57,11 @@ class DeployedModule(FixedDtypeBuffers):
         return super().train(False)
 
     def keep(self, **tensors: Tensor | None) -> None:
-        """Hold tensors, detached and in the memory format they have: as parameters or as buffers.
+        """Register tensors, detached and in their memory format, as parameters or buffers of these names.
 
-        Float ones of ``parameter_names`` are parameters without gradient, so that code which asks for
-        ``next(model.parameters())`` finds device and dtype.
-        Tensors of inference mode are copied: they have no version, by which `memo.Memo` tells whether they changed.
+        Float tensors named in ``parameter_names`` become parameters without gradient, so that code which reads
+        ``next(model.parameters())`` finds device and dtype. Tensors of inference mode are copied: they have no version,
+        by which `memo.Memo` notices changes.
         """
         for name, tensor in tensors.items():
             if tensor is not None and tensor.is_inference():
@@ -74,10 +75,13 @@ class DeployedModule(FixedDtypeBuffers):
                 self.register_buffer(name, None if tensor is None else tensor.detach())
 
     def read_tensors(self) -> None:
-        """Derive from the buffers what forward would otherwise ask the device for, again after each load."""
+        """Compute from the buffers what forward would otherwise read from the device; called after each load.
+
+        The base class computes nothing.
+        """
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """List parameters and buffers in the order of ``tensor_names``, whichever of the two they are."""
+        """Save parameters and buffers in the order of ``tensor_names``."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for key in (prefix + name for name in self.tensor_names if prefix + name in destination):
             destination[key] = destination.pop(key)
@@ -88,12 +92,12 @@ class DeployedModule(FixedDtypeBuffers):
 
 
 class Quantizer(DeployedModule):
-    """Rounds values to one fixed grid: what is left of a fake quantizer.
+    """Rounds values to one fixed grid: a fake quantizer in a converted model.
 
     Attributes:
         scale: float32, (1,) or (channels,).
         zero_point: int32, as ``scale``.
-        qtype: the grid.
+        qtype: the quantized type: range of codes, axis and rounding.
     """
 
     scale: Tensor
@@ -108,19 +112,22 @@ class Quantizer(DeployedModule):
         self.eval()
 
     def read_tensors(self) -> None:
-        """See base class."""
+        """Note whether a zero point is not 0; called after each load."""
         self._has_zero_point = bool(self.zero_point.any())
 
     def is_enabled_on_host(self) -> bool:
-        """Return True: it always rounds. Reads nothing."""
+        """Return True: a converted quantizer always rounds."""
         return True
 
     def calculate_qparams(self) -> QParams:
-        """Return its scale and zero point."""
+        """Return scale and zero point."""
         return QParams(self.scale, self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) * s``; dtype of ``x`` if that tells codes."""
+        """Return ``(clamp(round(x/s) + z, quant_min, quant_max) - z) · s`` in ``x``'s dtype.
+
+        It is float32 if ``x``'s dtype could not tell the codes apart.
+        """
         if can_use_codes(x):
             grid = self._on_host.get((self.scale, self.zero_point), lambda: host_grid(self.grid()), self.qtype)
             y = None if grid is None else quantize_to_codes(x, grid)
@@ -129,17 +136,20 @@ class Quantizer(DeployedModule):
         return fake_quantize(to_hold_codes(x, self.qtype, self), self.grid())
 
     def grid(self) -> Grid:
-        """Return the grid, which is always on."""
+        """Return the grid, without a switch."""
         return Grid(self.scale, self.zero_point if self._has_zero_point else None, self.qtype)
 
     def fused_grid(self) -> Grid | None:
-        """Return the grid for an operator that rounds to it; None where the module runs: per channel, or with hooks."""
+        """Return the grid, for an operator that rounds to it in place of this module.
+
+        None if the module must run itself. It must if it is per channel or has hooks.
+        """
         if self.qtype.axis is not None or self._forward_hooks or self._forward_pre_hooks:
             return None
         return self.grid()
 
     def extra_repr(self) -> str:
-        """Return code range, scale and zero point."""
+        """Return the text for ``repr``: code range, scale and zero point."""
         if self.scale.numel() == 1:
             grid = f"scale={self.scale.item():.6g}, zero_point={int(self.zero_point)}"
         else:

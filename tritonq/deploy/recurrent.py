@@ -1,4 +1,4 @@
-"""Recurrent layers of a converted model: integer weights, which are multiplied as the values they stand for."""
+"""Recurrent layers of a converted model: integer weights, whose values are multiplied in float."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ class QuantizedRecurrent(DeployedModule):
     0, ``weight_hh_l0_zero_point``; biases are float.
 
     Attributes:
-        types: the grid of each weight, by name; None: it stayed in float.
-        target: name of the engine that it was prepared for, one of :data:`tritonq.targets.TARGETS`; None: unknown.
+        types: the quantized type of each weight, by name; None: the weight stayed in float.
+        target: name of the engine that the model was prepared for, one of :data:`tritonq.targets.TARGETS`; None:
+            unknown.
     """
 
     target: str | None = None
@@ -57,51 +58,57 @@ class QuantizedRecurrent(DeployedModule):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Arguments of the float layer's constructor."""
+        """Arguments of the float layer's constructor, by name."""
         return {name: getattr(self, name) for name in self.geometry_names}
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """See base class: the values, since torch's functions choose their algorithm by the kind of tensor."""
+        """Return the input, quantized by the layer's own input quantizer if it has one, as ordinary float values.
+
+        torch's functions choose their algorithm by the class of the tensor.
+        """
         x = cast(Tensor, cast(Any, super()).quantized_input(x))
         return x.to_float() if type(x) is CodedTensor else x
 
     def held(self, name: str) -> Tensor | None:
-        """Return the tensor that the state dict holds under a name; None: it holds none."""
+        """Return the tensor that the state dict has under ``name``; None if it has none."""
         return stored(self, name) if name in self.tensor_names else None
 
     def centred_weight(self, name: str) -> Tensor:
-        """Return the codes of a weight minus zero points; of float codes the numbers."""
+        """Return the codes of the weight ``name`` minus zero points; for a float format its numbers."""
         codes, zero, qtype = cast(Tensor, self.held(name)), self.held(name + _ZERO_POINT), self.types[name]
         if qtype is not None and qtype.float_format is not None:
             return floats_of_codes(codes, qtype.float_format)
         return codes if zero is None else codes.to(torch.int32) - self.along_rows(zero, qtype)
 
     def along_rows(self, values: Tensor, qtype: QuantizedType | None) -> Tensor:
-        """Return values per row or group, shaped to broadcast against a weight."""
+        """Return values per row or group, shaped to broadcast against a weight of type ``qtype``."""
         group = None if qtype is None else qtype.group
         return values.unsqueeze(1) if group is None else values.repeat_interleave(group, 1)
 
     def quantized(self, name: str) -> Tensor:
-        """Return the float32 values of a weight, or a bias."""
+        """Return the float32 values of the weight or bias ``name``."""
         value, scale = cast(Tensor, self.held(name)), self.held(name + _SCALE)
         if scale is None:
             return value
         return self.centred_weight(name).float() * self.along_rows(scale, self.types[name])
 
     def extra_repr(self) -> str:
-        """Return geometry, and what the weights are."""
+        """Return the text for ``repr``: geometry, the weights' dtypes, and that the arithmetic is float."""
         dtypes = {str(cast(Tensor, self.held(name)).dtype) for name in self.types}
         return f"{super().extra_repr()}, weights={', '.join(sorted(dtypes))}, arithmetic=float"
 
 
 class _QuantizedSequence(QuantizedRecurrent, RecurrentForward):
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        """Check the size alone: torch's method compares the dtype of the weights, which are integers here."""
+        """Raise RuntimeError if the input has another number of features.
+
+        torch's method also compares the dtype of the weights, which are integers here.
+        """
         if input.shape[-1] != self.input_size:
             raise RuntimeError(f"expected input_size={self.input_size} features, got the shape {tuple(input.shape)}")
 
     def parameters_of(self, layer: int) -> list[Tensor]:
-        """See base class."""
+        """Return the values of the weights and biases of layer number ``layer``, in torch's order."""
         directions = 2 if self.bidirectional else 1
         names = self._all_weights[layer * directions : (layer + 1) * directions]
         return [self.quantized(name) for part in names for name in part]
@@ -130,7 +137,7 @@ class QuantizedRNN(_QuantizedSequence, nn.RNN):
 
 class _QuantizedCell(QuantizedRecurrent, RecurrentCellForward):
     def cell_weights(self) -> list[Tensor]:
-        """See base class."""
+        """Return the values of ``weight_ih`` and ``weight_hh``."""
         return [self.quantized("weight_ih"), self.quantized("weight_hh")]
 
 
@@ -163,10 +170,14 @@ RECURRENT_TYPES: dict[type[nn.Module], type[QuantizedRecurrent]] = {
 
 
 def deployed_recurrent(layer: QATRecurrent, quantizers: Mapping[nn.Module, nn.Module]) -> QuantizedRecurrent:
-    """Return the deployed form of a recurrent layer; ``quantizers`` are those of activations, by the trained ones.
+    """Return the deployed form of a recurrent layer.
+
+    Args:
+        layer: the trained layer.
+        quantizers: deployed quantizers of activations, by the trained ones.
 
     Raises:
-        ValueError: a weight quantizer of another kind, which has no grid.
+        ValueError: a weight quantizer of a class without a grid.
     """
     made = RECURRENT_TYPES[layer.float_type]
     types: dict[str, QuantizedType | None] = {}

@@ -35,13 +35,13 @@ _CHILD = "activation_post_process"
 
 @dataclass(frozen=True)
 class TorchAoReport:
-    """What :func:`load_torch_ao_state_dict` did; ``print`` it.
+    """The result of :func:`load_torch_ao_state_dict`; ``print`` it.
 
     Attributes:
         loaded: how many tensors of the checkpoint the model took over.
-        unmapped: tensors of the checkpoint that it did not, with the reason.
-        missing: buffers of the model's quantizers that the checkpoint does not set; they are as they were.
-        notes: what will differ from torch.ao when training goes on.
+        unmapped: names of the other tensors of the checkpoint, with the reason.
+        missing: names of buffers of the model's quantizers that the checkpoint does not set; they are as they were.
+        notes: sentences about what will differ from torch.ao when training goes on.
     """
 
     loaded: int
@@ -142,7 +142,14 @@ def _tensors(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, An
 
 
 class _Reader:
-    """Translates a checkpoint for one model; changes nothing."""
+    """Translates a checkpoint of torch.ao for one model; changes neither.
+
+    Attributes:
+        new: tensors for the model's state dict, by its names.
+        loaded: how many tensors of the checkpoint went into ``new``.
+        unmapped: names of the others, with the reason.
+        missing: names of quantizers' buffers that the checkpoint does not set.
+    """
 
     def __init__(self, model: nn.Module, state: dict[str, Any]) -> None:
         self._state = state
@@ -157,7 +164,11 @@ class _Reader:
         self._other_rule: list[str] = []
 
     def read(self) -> None:
-        """Fill ``new``, ``unmapped`` and ``missing``; raise ValueError for the first tensor that does not fit."""
+        """Translate the tensors of the checkpoint: fill ``new``, ``loaded``, ``unmapped`` and ``missing``.
+
+        Raises:
+            ValueError: a layer's tensor that the model lacks, needs, or has in another shape; the message names it.
+        """
         layer_tensors: dict[str, tuple[str, Tensor]] = {}
         quantizer_tensors: dict[str, dict[str, Tensor]] = {}
         for name, value in self._state.items():
@@ -178,7 +189,7 @@ class _Reader:
             self._read_quantizer(owner, quantizer_tensors.get(owner, {}))
 
     def notes(self) -> list[str]:
-        """Return warnings about quantizers whose arithmetic changes from here on."""
+        """Return what will differ from torch.ao when training goes on, as sentences; empty if nothing does."""
         if not self._other_rule:
             return []
         return [
@@ -187,7 +198,7 @@ class _Reader:
         ]
 
     def _quantizer_of(self, name: str) -> str | None:
-        """Return the outermost quantizer that a tensor belongs to."""
+        """Return the name of the outermost quantizer that a tensor belongs to; None if it belongs to a layer."""
         parts = name.split(".")
         owners = (".".join(parts[:end]) for end in range(1, len(parts)))
         return next((owner for owner in owners if owner in self._quantizers), None)
@@ -255,7 +266,11 @@ class _Reader:
             self.unmapped[name] = f"it is {float(value.max()):.6g} there and {eps:.6g} in the model's qconfig"
 
     def _fitted(self, name: str, quantizer: FakeQuantizeBase, tail: str, value: Tensor) -> Tensor:
-        """Return the value in the shape and dtype that the model keeps it in."""
+        """Return ``value``, the quantizer's tensor ``tail``, in the shape and dtype that the model keeps it in.
+
+        Raises:
+            ValueError: its shape does not fit.
+        """
         expected = self._target[name]
         value = value.detach().to("cpu", expected.dtype)
         if value.numel() == 0 and tail.endswith(("min_val", "max_val")):

@@ -23,7 +23,7 @@ _ABOUT_PACKED = "_packed_params.dtype"
 
 
 class Translation(NamedTuple):
-    """A converted model's state in tritonq's names.
+    """The state dict of a model that torch.ao converted, in tritonq's names.
 
     Attributes:
         state: for ``load_state_dict`` of the prepared model.
@@ -37,13 +37,13 @@ class Translation(NamedTuple):
 
 
 def is_converted(state: Mapping[str, Any]) -> bool:
-    """Whether a state dict is that of a model which torch.ao converted to integers."""
+    """Whether a state dict is that of a model which torch.ao's eager mode converted to integers."""
     quantized = (value for value in state.values() if isinstance(value, Tensor) and value.is_quantized)
     return any(name.endswith(_PACKED) for name in state) or next(quantized, None) is not None
 
 
 def translate(model: nn.Module, state: Mapping[str, Any]) -> Translation:
-    """Return the state of a converted model in the names of a prepared one.
+    """Return the state of a model that torch.ao converted, in the names of ``model``, which `prepare_qat` prepared.
 
     Raises:
         ValueError: a layer, or the grid of a result, that the file lacks; a tensor of another shape; or a grid that is
@@ -121,7 +121,13 @@ def _translate_output(name: str, quantizer: FakeQuantize, state: Mapping[str, An
 
 
 def _set_grid(name: str, quantizer: FakeQuantize, scale: Tensor, zero: Tensor, new: dict[str, Tensor]) -> None:
-    """Give a quantizer a grid, the range that has it, and no more observing."""
+    """Write the state of a quantizer with this grid into ``new``: scale, zero point, their range, and switches.
+
+    It observes no more.
+
+    Raises:
+        ValueError: the grid is not possible for the quantizer's type.
+    """
     qtype: QuantizedType = quantizer.qtype
     scale, zero = scale.to(torch.float32), zero.to(torch.int32)
     low, high = int(zero.min()), int(zero.max())

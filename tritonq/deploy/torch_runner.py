@@ -1,4 +1,4 @@
-"""Running a model of this process in eval mode, with its codes."""
+"""Running a model of this process in eval mode, and recording its codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _QUANTIZERS = (FakeQuantizeBase, FloatFakeQuantize, Quantizer, FloatQuantizer)
 
 
 def torch_runner(model: nn.Module) -> Runner:
-    """Return a function that runs a model; its mode and hooks are as before afterwards."""
+    """Return a function that runs a trained or converted model in eval mode and returns its codes and outputs.
+
+    The model's mode and hooks are as before afterwards. See :class:`tritonq.deploy.codes.Runner`.
+    """
     quantizers = {
         name: module
         for name, module in model.named_modules()
@@ -54,7 +57,7 @@ def torch_runner(model: nn.Module) -> Runner:
 
 
 def _is_active(quantizer: nn.Module) -> bool:
-    """Whether a quantizer rounds to codes: formats of blocks have none that could be compared."""
+    """Whether a quantizer rounds to codes; block formats have no codes that could be compared."""
     if isinstance(quantizer, FloatFakeQuantize):
         return quantizer.qtype is not None and quantizer.rounds()
     return not isinstance(quantizer, FakeQuantizeBase) or quantizer.is_enabled_on_host()

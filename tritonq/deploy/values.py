@@ -1,6 +1,6 @@
-"""What users' code reads of a layer with integer weights: float values, made when somebody needs them.
+"""The float values of a layer with integer weights, as users' code reads them: computed when something reads them.
 
-A forward may ask for ``layer.weight.dtype`` in each call; that must say float32 and should cost nothing.
+A forward may read ``layer.weight.dtype`` in each call; the answer must be float32 and should cost nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tritonq.functional.coded_tensor import READS_MEMORY
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
-    """Return the parameter or buffer that a module registered under a name which its class gives another meaning.
+    """Return the parameter or buffer registered as ``name``, although the module's class has a property of that name.
 
     Raises:
         AttributeError: it registered none.
@@ -29,9 +29,9 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
 
 
 def lazy_values(codes: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """Return the float32 tensor that ``make`` returns, shaped and placed as ``codes``, without calling it yet.
+    """Return the float32 tensor that ``make`` returns, with shape and device of ``codes``, without calling it yet.
 
-    Where operators are traced it is called at once: what is unused disappears from the graph.
+    While operators are traced it is called at once: what is unused disappears from the graph.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return make()
@@ -45,7 +45,7 @@ class LazyValues(Tensor):
 
     @staticmethod
     def __new__(cls, codes: Tensor, make: Callable[[], Tensor]) -> LazyValues:
-        """Stand for what ``make`` returns, in the shape, strides and device of ``codes``."""
+        """Make a tensor that stands for the result of ``make``, with shape, strides and device of ``codes``."""
         made: LazyValues = Tensor._make_wrapper_subclass(
             cls, codes.shape, strides=codes.stride(), dtype=torch.float32, device=codes.device
         )
@@ -78,7 +78,7 @@ class LazyValues(Tensor):
 
 
 def _read_only(item: Any) -> Any:
-    """Refuse writes to a view as well: they would reach no layer."""
+    """Return a view as read-only values, since writes to it would reach no layer; anything but a tensor as it is."""
     return LazyValues(item, lambda: item) if isinstance(item, Tensor) else item
 
 

@@ -1,4 +1,4 @@
-"""Whether a deployed model computes what was trained: codes compared layer by layer, and the outputs."""
+"""Whether a deployed model computes what was trained: codes are compared layer by layer, and the outputs."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def verify(
     """Run a quantization-aware model in eval mode and its deployed form on the same data, and compare their codes.
 
     Codes are compared at every activation quantizer, in order of execution. Each layer of the deployed model computes
-    on the codes that the trained model's layers made, so that a difference is charged to the layer that makes it. Where
-    a file's operators add floats in no defined order (softmax, LayerNorm, a layer left in float), one code may differ,
-    and the report says so. In a fixed-point network the codes are those that each layer reads, under the layer's name.
-    The outputs are compared as the deployed model makes them, with all that differs before them. A model whose weights
-    alone are quantized has no codes, only outputs.
+    on the codes that the trained model's layers made, so that a difference is counted for the layer that makes it. If a
+    file's operators add floats in no defined order (softmax, LayerNorm, a layer left in float), codes behind them may
+    differ by one, and the report says so. In a fixed-point network the codes are those that each layer reads, under the
+    layer's name. The outputs are compared as the deployed model makes them, with all that differs before them. A model
+    whose weights alone are quantized has no codes, only outputs.
 
     Args:
         qat_model: the trained model; its mode is restored. A converted model will do as well.
@@ -78,9 +78,10 @@ def verify(
 def _deployed_runner(
     deployed: nn.Module | ExportedProgram | str | os.PathLike[str],
 ) -> tuple[Runner, _Islands, Ends, int]:
-    """Return a function that runs a deployed model, its quantizers behind islands, and its ends.
+    """Return ``(runner, islands, ends, inputs)`` for a deployed model.
 
-    The last item is how many inputs a file takes; 0 of a module.
+    The runner runs it; ``islands`` are the operators before quantizers behind islands, by the quantizers' names;
+    ``ends`` what a file takes and returns; ``inputs`` how many inputs a file takes, 0 for a module.
     """
     if isinstance(deployed, nn.Module):
         return torch_runner(uncompiled(deployed)), {}, Ends(), 0
@@ -95,13 +96,14 @@ def _deployed_runner(
 
 @dataclass(frozen=True)
 class _Pair:
-    """The codes of one call of a quantizer.
+    """The codes of one call of a quantizer in both models.
 
     Attributes:
         name: of the layer, with the number of the call.
-        expected: the trained model's.
-        found: the deployed model's.
-        source: what the deployed model calls the quantizer, and the places among its calls that hold these codes.
+        expected: the trained model's codes.
+        found: the deployed model's codes.
+        source: name of the quantizer in the deployed model, and the indices of those of its calls that have these
+            codes.
     """
 
     name: str
@@ -111,7 +113,7 @@ class _Pair:
 
 
 def _given(pairs: Iterable[_Pair], found: Codes) -> dict[str, list[Tensor | None]]:
-    """Return the trained model's codes, by the names and calls of the deployed model."""
+    """Return the trained model's codes as ``given`` for the deployed model's runner: by its quantizers and calls."""
     given: dict[str, list[Tensor | None]] = {name: [None] * len(calls) for name, calls in found.items()}
     for pair in pairs:
         name, places = pair.source
@@ -121,10 +123,10 @@ def _given(pairs: Iterable[_Pair], found: Codes) -> dict[str, list[Tensor | None
 
 
 class _Tally:
-    """Differences between the models, summed over batches.
+    """Differences between two models, summed over batches.
 
     Args:
-        earlier: what files of version 0.1.0 call quantizers, by their names in the trained model.
+        earlier: for quantizers of the trained model, by name, the names that files of version 0.1.0 have for them.
         islands: see :func:`_deployed_runner`.
     """
 
@@ -135,10 +137,10 @@ class _Tally:
         self._outputs: OutputComparison | None = None
 
     def pairs(self, expected: Codes, found: Codes) -> list[_Pair]:
-        """Return each quantizer's codes with those of the deployed model.
+        """Return the codes of each call of each quantizer in both models, in the trained model's order.
 
         Raises:
-            ValueError: a quantizer that one of the two lacks, or that they call a different number of times.
+            ValueError: one of the two lacks a quantizer, or calls it a different number of times.
         """
         # One that ran once for all who read the tensor has another name.
         names = {name: self._earlier.get(name, name) for name in expected}
@@ -157,17 +159,23 @@ class _Tally:
         return pairs
 
     def add(self, pairs: Iterable[_Pair], expected: list[Tensor], found: list[Tensor]) -> None:
-        """Add what one batch gave."""
+        """Add the differences of one batch.
+
+        Args:
+            pairs: the codes of the batch.
+            expected: the trained model's outputs.
+            found: the deployed model's outputs.
+        """
         for pair in pairs:
             compared = compare_codes(pair.name, pair.expected, pair.found, self._islands.get(pair.source[0], ()))
             self._layers[pair.name] = add_layers(self._layers.get(pair.name), compared)
         self._outputs = add_outputs(self._outputs, expected, found)
 
     def report(self) -> VerificationReport:
-        """Return the sums.
+        """Return the report about all batches.
 
         Raises:
-            ValueError: there was no batch, or none that holds a sample.
+            ValueError: there was no batch, or none with a sample.
         """
         codes = sum(layer.codes for layer in self._layers.values())
         if self._outputs is None or not (codes or self._outputs.elements):
@@ -176,7 +184,7 @@ class _Tally:
 
 
 def _twin(calls: list[Tensor], expected: Codes, found: Codes) -> str | None:
-    """Return a quantizer of both models that makes the same codes, or None.
+    """Return another quantizer that makes the same codes as these ``calls`` and that both models have, or None.
 
     An exporter merges branches that compute the same, such as heads that were copied and not trained.
     """
@@ -187,9 +195,9 @@ def _twin(calls: list[Tensor], expected: Codes, found: Codes) -> str | None:
 
 
 def _calls(quantizer: str, calls: list[Tensor], source: str, found: list[Tensor]) -> list[_Pair]:
-    """Return the calls of one quantizer, in order.
+    """Return the pairs of one quantizer's calls in both models, in order.
 
-    An exporter merges what several readers of a tensor do with one quantizer, so that one side has repeats.
+    An exporter merges calls of one quantizer on one tensor, so that one model may have repeats of the other's codes.
     """
     expected_places: list[tuple[int, ...]] = [(place,) for place in range(len(calls))]
     places: list[tuple[int, ...]] = [(place,) for place in range(len(found))]
@@ -212,7 +220,7 @@ def _calls(quantizer: str, calls: list[Tensor], source: str, found: list[Tensor]
 
 
 def _places_of_different(calls: list[Tensor]) -> list[tuple[int, ...]]:
-    """Return the places of each value among calls, by the first of them."""
+    """Return for each different value among ``calls`` the indices of the calls that have it."""
     places: list[list[int]] = []
     for place, call in enumerate(calls):
         known = next((found for found in places if torch.equal(calls[found[0]], call)), None)
@@ -224,9 +232,9 @@ def _places_of_different(calls: list[Tensor]) -> list[tuple[int, ...]]:
 
 
 def _batches(model: nn.Module, data: Any, inputs: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Yield the arguments of each batch; what it holds behind these, such as labels, is left out.
+    """Yield positional and named arguments of each batch of ``data``; what follows them, such as labels, is left out.
 
-    Arguments with a default count where a file takes as many ``inputs``.
+    Arguments with a default count if a file takes as many ``inputs``.
     """
     if not isinstance(data, (Tensor, Iterable)):
         raise ValueError(f"data must be a tensor or an iterable of batches, got {type(data).__name__}")

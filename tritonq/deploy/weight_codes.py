@@ -1,4 +1,4 @@
-"""Integer codes of a trained weight, which every deployed layer holds."""
+"""The integer codes of a trained weight, as deployed layers hold them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,18 @@ QUANTIZERS = (FakeQuantizeBase, FloatFakeQuantize)
 
 
 def rounds(quantizer: FakeQuantizeBase | FloatFakeQuantize) -> bool:
-    """Whether a quantizer rounds in eval mode."""
+    """Whether a quantizer rounds in eval mode: it is switched on and knows its range."""
     return quantizer.rounds() if isinstance(quantizer, FloatFakeQuantize) else quantizer.is_enabled_on_host()
 
 
 def codes_of_rows(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Return integer codes of ``rows`` (out, ...), and their scale and zero point per row or group."""
+    """Return ``(codes, scale, zero_point)`` of a weight's rows (out, ...): one scale and zero point per row or group.
+
+    ``grid`` has one scale, one per row, or one per group.
+
+    Raises:
+        ValueError: the grid has scales along another axis.
+    """
     qtype = grid.qtype
     groups = group_rows(rows, qtype.granularity)
     if groups is not None:
@@ -43,7 +49,10 @@ def codes_of_rows(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def weight_type(quantizer: FakeQuantizeBase | FloatFakeQuantize) -> QuantizedType | None:
-    """Return the type of a weight's codes; blocks of floats are groups of them. None: it stays in float."""
+    """Return the quantized type of a weight's codes; None if the weight stays in float.
+
+    Blocks of floats count as groups of them.
+    """
     if not rounds(quantizer):
         return None
     blocks = quantizer.blocks if isinstance(quantizer, FloatFakeQuantize) else None
@@ -55,9 +64,12 @@ def weight_type(quantizer: FakeQuantizeBase | FloatFakeQuantize) -> QuantizedTyp
 def codes_of_weight(
     rows: Tensor, quantizer: FakeQuantizeBase | FloatFakeQuantize, grid: Callable[[], Grid] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return integer codes of a weight's ``rows`` (out, in, ...), and their scale and zero point per row or group.
+    """Return ``(codes, scale, zero_point)`` of a weight's ``rows``: one scale and zero point per row or group.
 
-    ``grid`` gives the grid of formats without blocks where that is not the quantizer's own.
+    Args:
+        rows: (out, in, ...).
+        quantizer: the weight's.
+        grid: returns the grid to use, if it is not the quantizer's own; not for block formats.
 
     Raises:
         ValueError: scales along another axis, or blocks that don't divide the input channels.
@@ -82,5 +94,5 @@ def codes_of_weight(
 
 
 def unless_zero(zero_point: Tensor) -> Tensor | None:
-    """Return None for zero points that are all 0: nothing to store."""
+    """Return ``zero_point``, or None if all are 0."""
     return zero_point if bool(zero_point.any()) else None
