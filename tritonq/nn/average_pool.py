@@ -44,7 +44,7 @@ class AverageLayer(UnaryLayer):
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the mean as integer runtimes compute it, from the codes of ``x``.
 
-        Arguments as in ``UnaryLayer.exact``.
+        The arguments are those of ``UnaryLayer.exact``.
         """
         return integer_average(x, self.averaging, source, output)
 
@@ -55,7 +55,7 @@ class AverageLayer(UnaryLayer):
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the mean for ``torch.compile``.
 
-        As :meth:`exact` while both grids are switched on, else as :meth:`compute`.
+        It is computed as by :meth:`exact` while both grids are switched on, else as by :meth:`compute`.
         """
         # Imported here, so that its operators are registered when something is compiled, and not before.
         from tritonq.functional.traced import eval_mode
@@ -117,6 +117,8 @@ class _Pool(AverageLayer):
 
 
 class _WindowPool(_Pool):
+    """The base of the pools with a window."""
+
     @property
     def averaging(self) -> Averaging:
         """The mean that the pool computes, without quantizers."""
@@ -124,6 +126,8 @@ class _WindowPool(_Pool):
 
 
 class _AdaptivePool(_Pool):
+    """The base of the pools with a given output size."""
+
     @property
     def averaging(self) -> Averaging:
         """The mean that the pool computes, without quantizers."""
@@ -131,7 +135,7 @@ class _AdaptivePool(_Pool):
 
 
 class AvgPool1d(_WindowPool, nn.AvgPool1d):
-    """AvgPool1d with an output quantizer; see :class:`AverageLayer`.
+    """``nn.AvgPool1d`` with an output quantizer: its arguments, plus ``qconfig=``; see :class:`AverageLayer`.
 
     Examples:
         >>> import torch
@@ -141,7 +145,7 @@ class AvgPool1d(_WindowPool, nn.AvgPool1d):
 
 
 class AvgPool2d(_WindowPool, nn.AvgPool2d):
-    """AvgPool2d with an output quantizer; see :class:`AverageLayer`.
+    """``nn.AvgPool2d`` with an output quantizer: its arguments, plus ``qconfig=``; see :class:`AverageLayer`.
 
     Examples:
         >>> import torch
@@ -151,7 +155,7 @@ class AvgPool2d(_WindowPool, nn.AvgPool2d):
 
 
 class AvgPool3d(_WindowPool, nn.AvgPool3d):
-    """AvgPool3d with an output quantizer; see :class:`AverageLayer`.
+    """``nn.AvgPool3d`` with an output quantizer: its arguments, plus ``qconfig=``; see :class:`AverageLayer`.
 
     Examples:
         >>> import torch
@@ -161,7 +165,7 @@ class AvgPool3d(_WindowPool, nn.AvgPool3d):
 
 
 class AdaptiveAvgPool1d(_AdaptivePool, nn.AdaptiveAvgPool1d):
-    """AdaptiveAvgPool1d with an output quantizer; see :class:`AverageLayer`.
+    """``nn.AdaptiveAvgPool1d`` with an output quantizer: its arguments, plus ``qconfig=``; see :class:`AverageLayer`.
 
     Examples:
         >>> import torch
@@ -171,7 +175,7 @@ class AdaptiveAvgPool1d(_AdaptivePool, nn.AdaptiveAvgPool1d):
 
 
 class AdaptiveAvgPool2d(_AdaptivePool, nn.AdaptiveAvgPool2d):
-    """AdaptiveAvgPool2d with an output quantizer; see :class:`AverageLayer`.
+    """``nn.AdaptiveAvgPool2d`` with an output quantizer: its arguments, plus ``qconfig=``; see :class:`AverageLayer`.
 
     Examples:
         >>> import torch
@@ -181,7 +185,7 @@ class AdaptiveAvgPool2d(_AdaptivePool, nn.AdaptiveAvgPool2d):
 
 
 class AdaptiveAvgPool3d(_AdaptivePool, nn.AdaptiveAvgPool3d):
-    """AdaptiveAvgPool3d with an output quantizer; see :class:`AverageLayer`.
+    """``nn.AdaptiveAvgPool3d`` with an output quantizer: its arguments, plus ``qconfig=``; see :class:`AverageLayer`.
 
     Examples:
         >>> import torch

@@ -85,6 +85,7 @@ class _Synchronized(torch.autograd.Function):
         eps: float,
         group: Any,
     ) -> Tensor:
+        """Return the normalised ``x``; ``running`` is running mean, running variance and momentum."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         count = wide.new_full((1,), x.numel() // x.shape[1])
@@ -114,6 +115,7 @@ class _Synchronized(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of ``x``, weight and bias; sums over batches are shared with all ranks."""
         x, weight, mean, inverse_std = ctx.saved_tensors
         axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         g = dy.to(mean.dtype)

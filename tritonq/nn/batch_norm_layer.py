@@ -34,8 +34,7 @@ class QATBatchNormLayer(QATLayer):
     """A convolution or linear layer whose BatchNorm is part of it.
 
     ``mode`` says how training folds the BatchNorm into the quantized weight. ``op`` is the convolution or product, W
-    and b
-    are its weight and bias, γ and β those of the BatchNorm, which is the child ``bn``:
+    and b are its weight and bias, γ and β those of the BatchNorm, which is the child ``bn``:
 
     - ``"approximate"`` (torch.ao's default): ``y = BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)`` from
       before this step's update. In a channel with γ = 0, ``s = 1/σ``, so that nothing is divided by zero and γ can
@@ -123,7 +122,7 @@ class QATBatchNormLayer(QATLayer):
     def weight_grid(self) -> Grid:
         """Return the grid of the folded weight.
 
-        In mode "scale" with one scale per channel (or group), times ``|t|``.
+        In mode "scale" its scales are those of the unfolded weight times ``|t|``, one for each channel or group.
         """
         grid = super().weight_grid()
         if self._mode != "scale":
@@ -138,7 +137,7 @@ class QATBatchNormLayer(QATLayer):
     def weight_to_quantize(self) -> Tensor:
         """Return the present weight as its quantizer gets it in training.
 
-        Folded, or in mode "scale" times the sign of γ.
+        It is folded; in mode "scale" it is multiplied by the sign of γ instead.
         """
         if self._mode != "scale":
             return super().weight_to_quantize()
@@ -149,11 +148,11 @@ class QATBatchNormLayer(QATLayer):
         return fold_scale(cast(Tensor, self.bn.running_var), self.bn.weight, self.bn.eps)
 
     def folded_parameters(self, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return weight and bias with the BatchNorm folded in, by its running statistics.
+        """Return weight ``W t`` and bias ``β + t (b - running_mean)`` with ``t = γ/σ(running_var)``.
 
-        ``W t`` and ``β + t (b - mean)``.
+        The BatchNorm is folded in.
 
-        ``weight`` and ``bias`` are the parameters to fold; without them those of the layer.
+        ``weight`` and ``bias`` are the W and b to fold; without them those of the layer.
         """
         weight, bias = super().folded_parameters(weight, bias)
         running_mean, scale = cast(Tensor, self.bn.running_mean), self.fold_factors()

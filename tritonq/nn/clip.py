@@ -1,4 +1,7 @@
-"""Clips that are not the ReLU of a layer or join: Hardtanh, clamps, or a ReLU6 that became part of nothing."""
+"""Clips that are not the ReLU of a layer or join: Hardtanh, clamps, or a ReLU6 that became part of nothing.
+
+FQ in formulas is fake quantization: rounding to a grid, as a float tensor.
+"""
 
 from __future__ import annotations
 
@@ -91,9 +94,9 @@ class Clip(ElementwiseLayer):
         return cls(clipping, qconfig=qconfig, source_type=type(module).__name__).train(module.training)
 
     def absorb(self, earlier: Clipping | None) -> None:
-        """Let the clip compute the clips that stood before it, too: ``earlier`` has their bounds. None.
+        """Let the clip compute the clip that stood before it, too.
 
-        There was none.
+        ``earlier`` has the bounds of that clip; None if there was none.
         """
         self.earlier = earlier
         self.clipping = self.own if earlier is None else earlier.then(self.own)

@@ -1,4 +1,7 @@
-"""Concatenations and stacks with a quantizer of their own."""
+"""Concatenations and stacks with a quantizer of their own.
+
+FQ in formulas is fake quantization: rounding to a grid, as a float tensor.
+"""
 
 from __future__ import annotations
 

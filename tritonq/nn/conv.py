@@ -57,7 +57,7 @@ class QATConv(QATLayer, nn.modules.conv._ConvNd):
 
 
 class Conv1d(QATConv, nn.Conv1d):
-    """Quantization-aware ``nn.Conv1d``; see :class:`QATConv`.
+    """Quantization-aware ``nn.Conv1d``: its arguments, plus ``qconfig=``; formulas in :class:`QATConv`.
 
     Examples:
         >>> import torch, tritonq
@@ -70,7 +70,7 @@ class Conv1d(QATConv, nn.Conv1d):
 
 
 class Conv2d(QATConv, nn.Conv2d):
-    """Quantization-aware ``nn.Conv2d``; see :class:`QATConv`.
+    """Quantization-aware ``nn.Conv2d``: its arguments, plus ``qconfig=``; formulas in :class:`QATConv`.
 
     Examples:
         >>> import torch, tritonq
@@ -83,7 +83,7 @@ class Conv2d(QATConv, nn.Conv2d):
 
 
 class Conv3d(QATConv, nn.Conv3d):
-    """Quantization-aware ``nn.Conv3d``; see :class:`QATConv`.
+    """Quantization-aware ``nn.Conv3d``: its arguments, plus ``qconfig=``; formulas in :class:`QATConv`.
 
     Examples:
         >>> import torch, tritonq
@@ -96,7 +96,7 @@ class Conv3d(QATConv, nn.Conv3d):
 
 
 class ConvReLU1d(Conv1d):
-    """Quantization-aware Conv1d and ReLU; see :class:`QATConv`.
+    """Quantization-aware Conv1d and ReLU: arguments of ``nn.Conv1d``, plus ``qconfig=``; formulas in :class:`QATConv`.
 
     Examples:
         >>> import torch, tritonq
@@ -110,7 +110,7 @@ class ConvReLU1d(Conv1d):
 
 
 class ConvReLU2d(Conv2d):
-    """Quantization-aware Conv2d and ReLU; see :class:`QATConv`.
+    """Quantization-aware Conv2d and ReLU: arguments of ``nn.Conv2d``, plus ``qconfig=``; formulas in :class:`QATConv`.
 
     Examples:
         >>> import torch, tritonq
@@ -125,7 +125,7 @@ class ConvReLU2d(Conv2d):
 
 
 class ConvReLU3d(Conv3d):
-    """Quantization-aware Conv3d and ReLU; see :class:`QATConv`.
+    """Quantization-aware Conv3d and ReLU: arguments of ``nn.Conv3d``, plus ``qconfig=``; formulas in :class:`QATConv`.
 
     Examples:
         >>> import torch, tritonq
@@ -182,7 +182,9 @@ class TakesOutputSize(nn.Module):
 
 
 class ConvTranspose2d(TakesOutputSize, QATConv, nn.ConvTranspose2d):  # type: ignore[misc]
-    """Quantization-aware ``nn.ConvTranspose2d``, with one weight scale per out channel; see :class:`QATConv`.
+    """Quantization-aware ``nn.ConvTranspose2d``: its arguments, plus ``qconfig=``; formulas in :class:`QATConv`.
+
+    A per-channel weight quantizer has one scale per out channel here, too.
 
     Examples:
         >>> import torch, tritonq
@@ -195,7 +197,7 @@ class ConvTranspose2d(TakesOutputSize, QATConv, nn.ConvTranspose2d):  # type: ig
 
 
 class ConvTransposeReLU2d(ConvTranspose2d):
-    """Quantization-aware ConvTranspose2d and ReLU; see :class:`QATConv`.
+    """Quantization-aware ConvTranspose2d and ReLU: arguments of ``nn.ConvTranspose2d``, plus ``qconfig=``; formulas in :class:`QATConv`.
 
     Examples:
         >>> import torch, tritonq

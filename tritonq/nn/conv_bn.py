@@ -1,4 +1,7 @@
-"""Quantization-aware convolution + BatchNorm, with and without ReLU, and the same for linear layers."""
+"""Quantization-aware convolution + BatchNorm, with and without ReLU, and the same for linear layers.
+
+:class:`QATBatchNormLayer` describes what they compute.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,10 @@ class _ConvBn(QATBatchNormLayer):
 
 
 class ConvBn1d(_ConvBn, Conv1d):  # type: ignore[misc]
-    """Quantization-aware Conv1d and BatchNorm1d; see :class:`QATBatchNormLayer`.
+    """Quantization-aware Conv1d and BatchNorm1d as one layer.
+
+    The constructor is that of ``nn.Conv1d``, plus eps, momentum, freeze_bn, qconfig and mode;
+    :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq
@@ -93,7 +99,10 @@ class ConvBn1d(_ConvBn, Conv1d):  # type: ignore[misc]
 
 
 class ConvBn2d(_ConvBn, Conv2d):  # type: ignore[misc]
-    """Quantization-aware Conv2d and BatchNorm2d; see :class:`QATBatchNormLayer`.
+    """Quantization-aware Conv2d and BatchNorm2d as one layer.
+
+    The constructor is that of ``nn.Conv2d``, plus eps, momentum, freeze_bn, qconfig and mode;
+    :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq
@@ -109,7 +118,10 @@ class ConvBn2d(_ConvBn, Conv2d):  # type: ignore[misc]
 
 
 class ConvBn3d(_ConvBn, Conv3d):  # type: ignore[misc]
-    """Quantization-aware Conv3d and BatchNorm3d; see :class:`QATBatchNormLayer`.
+    """Quantization-aware Conv3d and BatchNorm3d as one layer.
+
+    The constructor is that of ``nn.Conv3d``, plus eps, momentum, freeze_bn, qconfig and mode;
+    :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq
@@ -123,7 +135,10 @@ class ConvBn3d(_ConvBn, Conv3d):  # type: ignore[misc]
 
 
 class ConvBnReLU1d(ConvBn1d):
-    """Quantization-aware Conv1d, BatchNorm1d and ReLU; see :class:`QATBatchNormLayer`.
+    """Quantization-aware Conv1d, BatchNorm1d and ReLU as one layer.
+
+    The constructor is that of ``nn.Conv1d``, plus eps, momentum, freeze_bn, qconfig and mode;
+    :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq
@@ -137,7 +152,10 @@ class ConvBnReLU1d(ConvBn1d):
 
 
 class ConvBnReLU2d(ConvBn2d):
-    """Quantization-aware Conv2d, BatchNorm2d and ReLU; see :class:`QATBatchNormLayer`.
+    """Quantization-aware Conv2d, BatchNorm2d and ReLU as one layer.
+
+    The constructor is that of ``nn.Conv2d``, plus eps, momentum, freeze_bn, qconfig and mode;
+    :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq
@@ -151,7 +169,10 @@ class ConvBnReLU2d(ConvBn2d):
 
 
 class ConvBnReLU3d(ConvBn3d):
-    """Quantization-aware Conv3d, BatchNorm3d and ReLU; see :class:`QATBatchNormLayer`.
+    """Quantization-aware Conv3d, BatchNorm3d and ReLU as one layer.
+
+    The constructor is that of ``nn.Conv3d``, plus eps, momentum, freeze_bn, qconfig and mode;
+    :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq
@@ -165,7 +186,10 @@ class ConvBnReLU3d(ConvBn3d):
 
 
 class ConvTransposeBn2d(_ConvBn, ConvTranspose2d):  # type: ignore[misc]
-    """Quantization-aware ConvTranspose2d and BatchNorm2d; see :class:`QATBatchNormLayer`.
+    """Quantization-aware ConvTranspose2d and BatchNorm2d as one layer.
+
+    The constructor is that of ``nn.ConvTranspose2d``, plus eps, momentum, freeze_bn, qconfig and mode;
+    :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq
@@ -179,7 +203,10 @@ class ConvTransposeBn2d(_ConvBn, ConvTranspose2d):  # type: ignore[misc]
 
 
 class ConvTransposeBnReLU2d(ConvTransposeBn2d):
-    """Quantization-aware ConvTranspose2d, BatchNorm2d and ReLU; see :class:`QATBatchNormLayer`.
+    """Quantization-aware ConvTranspose2d, BatchNorm2d and ReLU as one layer.
+
+    The constructor is that of ``nn.ConvTranspose2d``, plus eps, momentum, freeze_bn, qconfig and mode;
+    :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq
@@ -193,7 +220,10 @@ class ConvTransposeBnReLU2d(ConvTransposeBn2d):
 
 
 class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
-    """Quantization-aware Linear and BatchNorm1d; see :class:`QATBatchNormLayer`.
+    """Quantization-aware Linear and BatchNorm1d as one layer.
+
+    The constructor is that of ``nn.Linear``, plus eps, momentum, freeze_bn, qconfig and mode;
+    :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq
@@ -246,7 +276,10 @@ class LinearBn1d(QATBatchNormLayer, Linear):  # type: ignore[misc]
 
 
 class LinearBnReLU1d(LinearBn1d):
-    """Quantization-aware Linear, BatchNorm1d and ReLU; see :class:`QATBatchNormLayer`.
+    """Quantization-aware Linear, BatchNorm1d and ReLU as one layer.
+
+    The constructor is that of ``nn.Linear``, plus eps, momentum, freeze_bn, qconfig and mode;
+    :class:`QATBatchNormLayer` has the formulas.
 
     Examples:
         >>> import torch, tritonq

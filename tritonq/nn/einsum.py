@@ -1,4 +1,7 @@
-"""Einsums of two activations, computed as one product of batches of matrices."""
+"""Einsums of two activations, computed as one product of batches of matrices.
+
+FQ in formulas is fake quantization, and ``relu?`` a ReLU if there is one.
+"""
 
 from __future__ import annotations
 

@@ -83,11 +83,10 @@ class FixedPointConv2d(_FixedPointConvolution):
 class FixedPointConvBn2d(_FixedPointConvolution):
     """A convolution and its BatchNorm in fixed point, by F8Net's double forward.
 
-    With ``xq`` the rounded input, training computes ``y0 = conv(η xq, W) + b`` in float for the batch statistics μ
-    and v (which update the running ones, v unbiased). Then it computes ``y = conv(xq, W') + b'`` with
-    ``W' = FQ(γ/σ(v) · W η/η_next)`` and ``b' = (β + γ(b - μ)/σ(v)) / η_next``. Gradients flow through μ and v. Eval
-    mode uses the running statistics, and computes in exact integers with a 32-bit bias. The convolution's bias has no
-    effect in training.
+    With ``xq`` the rounded input, training computes ``y0 = conv(η xq, W) + b`` in float for the batch statistics μ and
+    v (which update the running ones, v unbiased). Then it computes ``y = conv(xq, W') + b'`` with ``W' = FQ(γ/σ(v) · W
+    η/η_next)`` and ``b' = (β + γ(b - μ)/σ(v)) / η_next``. Gradients flow through μ and v. Eval mode uses the running
+    statistics, and computes in exact integers with a 32-bit bias. The convolution's bias has no effect in training.
 
     Args:
         *args: as ``nn.Conv2d``.

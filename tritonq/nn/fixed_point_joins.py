@@ -71,11 +71,9 @@ class FixedPointAdd(ReferringModule):
         return a.module, b.module
 
     def set_sources(self, a: nn.Module | None, b: nn.Module | None) -> None:
-        """Set the modules that make the summands a and b, for those that have no format of their own.
+        """Set the modules that make the summands a and b, for deployment, which reads the scaling of their results.
 
-        None for the others.
-
-        Deployment uses them to find the scaling of such summands.
+        None for a summand that has a format of its own.
         """
         self._sources = (Reference(a), Reference(b))
 

@@ -165,9 +165,9 @@ class FixedPointLayer(ReferringModule):
         return self._following.module
 
     def set_following(self, following: FixedPointLayer | ActivationFormat | None) -> None:
-        """Set the layer or format that reads the output, by whose η this layer divides; None.
+        """Set the layer or format that reads the output, by whose η the output is divided.
 
-        The network returns the output.
+        None: the network returns the output, as real values.
         """
         self._following = Reference(following.input_format if isinstance(following, FixedPointLayer) else following)
 

@@ -142,9 +142,9 @@ def in_scale(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor |
 
 
 def scaled_weight(layer: QATBatchNormLayer, weight: Tensor) -> Tensor:
-    """Return ``|t| FQ_w(u W)`` with ``t = γ/σ(running_var)`` and ``u`` the sign of γ.
+    """Return ``|t| FQ_w(u W)``, the rounded folded weight in mode "scale".
 
-    The folded weight in mode "scale".
+    ``t = γ/σ(running_var)``, and ``u`` is the sign of γ.
     """
     rounded = layer.quantized_weight(scale_out_channels(weight, gamma_signs(layer.bn), *layer.grouping))
     scale = fold_scale(_running_var(layer), layer.bn.weight, layer.bn.eps)

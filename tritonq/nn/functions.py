@@ -1,6 +1,7 @@
 """SiLU, Hardswish, sigmoid and other functions of one tensor whose output lies on a grid of its own.
 
-A ``Function`` (`tritonq.reference.functions`) is the function itself: its name and arguments.
+A ``Function`` (`tritonq.reference.functions`) is the function itself: its name and arguments. FQ in formulas is fake
+quantization: rounding to a grid, as a float tensor.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class ElementwiseLayer(UnaryLayer):
     def exact_codes(self, codes: Tensor, source: HostGrid, output: HostGrid) -> Tensor | None:
         """Return the codes of the result, from a table with one entry per code.
 
-        Arguments as in ``UnaryLayer.exact_codes``.
+        The arguments are those of ``UnaryLayer.exact_codes``.
         """
         return function_codes(codes, self.function, source, output)
 
@@ -100,14 +101,14 @@ class FunctionLayer(ElementwiseLayer):
     def exact(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the function as integer runtimes compute it, on the output's grid.
 
-        Arguments as in ``UnaryLayer.exact``.
+        The arguments are those of ``UnaryLayer.exact``.
         """
         return integer_function(x, self.function, source, output)
 
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the function for ``torch.compile``.
 
-        As :meth:`exact` while both grids are on, else as :meth:`compute`.
+        It is computed as by :meth:`exact` while both grids are on, else as by :meth:`compute`.
         """
         # Imported here, so that its operators are registered when something is compiled, and not before.
         from tritonq.functional.traced import eval_mode

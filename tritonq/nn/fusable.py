@@ -91,9 +91,9 @@ def warn_if_unobserved(quantizer: nn.Module) -> None:
 
 
 def input_grid(quantizer: FakeQuantizeBase | None) -> Grid | None:
-    """Return the grid on which values of a quantizer lie.
+    """Return the grid on which the values behind a quantizer lie.
 
-    None if it is off, per channel, None, or a graph is traced.
+    None if the quantizer is None, off or per channel, or while ``torch.compile`` traces.
     """
     if quantizer is None or torch.compiler.is_compiling() or quantizer.qtype.axis is not None:
         return None

@@ -12,60 +12,60 @@ class FusedModule(nn.Sequential):
 
 
 class ConvBn1d(FusedModule):
-    """Conv1d, BatchNorm1d."""
+    """The row Conv1d, BatchNorm1d, computed one after the other."""
 
 
 class ConvBn2d(FusedModule):
-    """Conv2d, BatchNorm2d."""
+    """The row Conv2d, BatchNorm2d, computed one after the other."""
 
 
 class ConvBn3d(FusedModule):
-    """Conv3d, BatchNorm3d."""
+    """The row Conv3d, BatchNorm3d, computed one after the other."""
 
 
 class ConvBnReLU1d(FusedModule):
-    """Conv1d, BatchNorm1d, ReLU."""
+    """The row Conv1d, BatchNorm1d, ReLU, computed one after the other."""
 
 
 class ConvBnReLU2d(FusedModule):
-    """Conv2d, BatchNorm2d, ReLU."""
+    """The row Conv2d, BatchNorm2d, ReLU, computed one after the other."""
 
 
 class ConvBnReLU3d(FusedModule):
-    """Conv3d, BatchNorm3d, ReLU."""
+    """The row Conv3d, BatchNorm3d, ReLU, computed one after the other."""
 
 
 class ConvReLU1d(FusedModule):
-    """Conv1d, ReLU."""
+    """The row Conv1d, ReLU, computed one after the other."""
 
 
 class ConvReLU2d(FusedModule):
-    """Conv2d, ReLU."""
+    """The row Conv2d, ReLU, computed one after the other."""
 
 
 class ConvReLU3d(FusedModule):
-    """Conv3d, ReLU."""
+    """The row Conv3d, ReLU, computed one after the other."""
 
 
 class LinearReLU(FusedModule):
-    """Linear, ReLU."""
+    """The row Linear, ReLU, computed one after the other."""
 
 
 class LinearBn1d(FusedModule):
-    """Linear, BatchNorm1d."""
+    """The row Linear, BatchNorm1d, computed one after the other."""
 
 
 class LinearBnReLU1d(FusedModule):
-    """Linear, BatchNorm1d, ReLU."""
+    """The row Linear, BatchNorm1d, ReLU, computed one after the other."""
 
 
 class ConvTransposeBn2d(FusedModule):
-    """ConvTranspose2d, BatchNorm2d."""
+    """The row ConvTranspose2d, BatchNorm2d, computed one after the other."""
 
 
 class ConvTransposeBnReLU2d(FusedModule):
-    """ConvTranspose2d, BatchNorm2d, ReLU."""
+    """The row ConvTranspose2d, BatchNorm2d, ReLU, computed one after the other."""
 
 
 class ConvTransposeReLU2d(FusedModule):
-    """ConvTranspose2d, ReLU."""
+    """The row ConvTranspose2d, ReLU, computed one after the other."""

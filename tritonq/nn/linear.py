@@ -70,7 +70,7 @@ class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
 
 
 class LinearReLU(Linear):
-    """Quantization-aware Linear and ReLU; see :class:`Linear`.
+    """Quantization-aware Linear and ReLU: arguments of ``nn.Linear``, plus ``qconfig=``; see :class:`Linear`.
 
     Examples:
         >>> import torch, tritonq

@@ -1,4 +1,8 @@
-"""Matrix products of two activations with a quantizer of their own: single ones, in a sum, and in attention."""
+"""Matrix products of two activations with a quantizer of their own: single ones, in a sum, and in attention.
+
+FQ in formulas is fake quantization, and ``relu?`` a ReLU if there is one. A *producer* is the module that puts an
+operand on its grid.
+"""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
     def float_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias (or None) before folding and quantization.
 
-        The layer's own, or computed from others.
+        They are the layer's own, or computed from other parameters.
         """
         return (self.weight, self.bias) if self.computed is None else self.computed()
 
@@ -317,9 +317,10 @@ class QATLayer(QuantizesInput, QuantizedBehindClip, ReferringModule):
         return is_integer and quantizer.qtype.group is None
 
     def output_quantizer(self) -> FakeQuantizeBase | None:
-        """Return the quantizer that rounds the whole output to one grid, its own or that of the clip behind; None.
+        """Return the quantizer that rounds the whole output to one grid.
 
-        Neither.
+        That is the layer's own, or the one behind the clip that follows; None if there is neither, or if it is per
+        channel.
         """
         quantizer = self.last_quantizer(self.activation_post_process)
         return quantizer if isinstance(quantizer, FakeQuantizeBase) and quantizer.qtype.axis is None else None

@@ -104,6 +104,8 @@ _CELL_GEOMETRY = ("input_size", "hidden_size", "bias")
 
 
 class _QATSequence(QATRecurrent, RecurrentForward):
+    """The base of LSTM, GRU and RNN: constructor and rounded weights."""
+
     geometry_names: ClassVar[tuple[str, ...]] = _SEQUENCE_GEOMETRY
 
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:
@@ -169,6 +171,8 @@ class RNN(_QATSequence, nn.RNN):
 
 
 class _QATCell(QATRecurrent, RecurrentCellForward):
+    """The base of LSTMCell, GRUCell and RNNCell: constructor and rounded weights."""
+
     geometry_names: ClassVar[tuple[str, ...]] = _CELL_GEOMETRY
 
     def __init__(self, *args: Any, qconfig: QConfig | None = None, **kwargs: Any) -> None:

@@ -56,7 +56,7 @@ class RecurrentForward(QuantizesInput, nn.RNNBase):
     def parameters_of(self, layer: int) -> list[Tensor]:
         """Return weights and biases of one layer in the order of torch's functions.
 
-        All of one direction, then the other.
+        These are all of one direction, then all of the other.
 
         Raises:
             NotImplementedError: a subclass must define it.
@@ -119,6 +119,7 @@ class RecurrentForward(QuantizesInput, nn.RNNBase):
 
     @property
     def _directions(self) -> int:
+        """2 for a bidirectional layer, else 1."""
         return 2 if self.bidirectional else 1
 
     def _run(self, x: Tensor, states: tuple[Tensor, ...], sizes: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -1,4 +1,8 @@
-"""The base class of operations of one tensor, such as means and SiLU, between codes of one grid and another."""
+"""The base class of operations of one tensor, such as means and SiLU, between codes of one grid and another.
+
+A code is the integer that stands for a value on a grid. FQ in formulas is fake quantization: rounding to a grid, as a
+float tensor.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +46,9 @@ class UnaryLayer(nn.Module):
     activation_post_process: nn.Module
 
     def attach_quantizers(self, qconfig: QConfig | None) -> None:
-        """Create the output's quantizer by ``qconfig``; None.
+        """Create the output's quantizer by ``qconfig``.
 
-        The output stays in float, or another module quantizes it.
+        None: the output stays in float, or another module quantizes it.
         """
         self.activation_post_process = nn.Identity() if qconfig is None else qconfig.activation()
         self._source: Reference[nn.Module] = Reference()
@@ -102,7 +106,7 @@ class UnaryLayer(nn.Module):
     def traced(self, x: Tensor, source: Grid, output: Grid) -> Tensor:
         """Return the result for ``torch.compile``.
 
-        As :meth:`exact` while both grids are switched on, else as :meth:`compute`.
+        It is computed as by :meth:`exact` while both grids are switched on, else as by :meth:`compute`.
         """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -126,9 +130,9 @@ class UnaryLayer(nn.Module):
         return None
 
     def _result(self, x: Tensor) -> Tensor:
-        """Return the operation's result.
+        """Return the operation's result, in eval mode as integer runtimes compute it if the grids are known.
 
-        Exact in eval mode if grids are known, with the gradient of the float result.
+        Its gradient is always that of the float result.
         """
         if self.training:
             return self.compute(x)

@@ -71,9 +71,9 @@ def check_same_output(model: nn.Module, run: Run) -> None:
 
 
 def _advice(model: nn.Module) -> str:
-    """Return the last sentence of the error.
+    """Return the last sentence of the error's message.
 
-    A check to try for quantizers of the user's own, else to report the model.
+    If the model has quantizers of the user's own, it names the function that checks these; else it asks for a report.
     """
     places = (getattr(part, name, None) for part in model.modules() for name in _PLACES)
     kinds = {type(found) for found in places if found is not None}

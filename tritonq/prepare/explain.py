@@ -1,8 +1,7 @@
 """Print how `prepare_qat` sees a model: its record, the plan, the edited forwards.
 
 ``python -m tritonq.prepare.explain`` prints them for a model whose forward has three lines; ``docs/prepare.md``
-explains
-the output.
+explains the output.
 """
 
 from __future__ import annotations

@@ -205,9 +205,9 @@ class Analysis:
         return type(target) is nn.Identity or (type(target) is nn.Sequential and len(target) == 0)
 
     def unwrapped(self, value: int) -> int:
-        """Return the value that a chain of ``nn.Identity`` calls was given, if they returned ``value``.
+        """Return the value that was given to the ``nn.Identity`` calls which returned ``value``.
 
-        Else ``value``.
+        Without such calls ``value``.
         """
         call = self.flow.producer(value)
         return self.unwrapped(call.inputs[0]) if call is not None and self.is_identity(call) else value
@@ -333,7 +333,7 @@ class Analysis:
     def _rebinds(self, call: Call) -> bool:
         """Whether the forward goes on with the result of a call in place.
 
-        ``x *= y``, or a plain ReLU whose result is used.
+        That is so for ``x *= y``, and for a plain ReLU whose result is used.
         """
         if len(call.writes) > 1:
             return False
@@ -347,7 +347,7 @@ class Analysis:
     def _trace(self, owner: str) -> ForwardGraph | TraceError:
         """Return the graph of a module's forward and note the sites in it.
 
-        Or a ``TraceError`` if no graph can stand for it.
+        If no graph can stand for the forward, a ``TraceError`` is returned (not raised).
         """
         frames = self.flow.frames_of(owner)
         try:

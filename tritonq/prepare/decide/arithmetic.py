@@ -36,12 +36,14 @@ def _number(value: Any) -> float:
 
 
 def _add(input: Any, other: Any, *, alpha: Any = 1) -> Function:
+    """Read ``input + alpha * other``, in which one of the two is a number."""
     if isinstance(input, Ref):
         return Function("plus", (_number(other) * _number(alpha),))
     return _scaled(alpha, Function("plus", (_number(input),)))
 
 
 def _subtract(input: Any, other: Any, *, alpha: Any = 1) -> Function:
+    """Read ``input - alpha * other``, in which one of the two is a number."""
     if isinstance(input, Ref):
         return Function("plus", (-_number(other) * _number(alpha),))
     return _scaled(alpha, Function("from", (_number(input),)))
@@ -53,6 +55,7 @@ def _scaled(alpha: Any, behind: Function) -> Function:
 
 
 def _subtract_from(input: Ref, other: Any, alpha: Any = 1) -> Function:
+    """Read ``other - alpha * input``, as ``torch.rsub`` has it."""
     return _subtract(other, input, alpha=alpha)
 
 

@@ -42,6 +42,7 @@ def may_change(averaging: Averaging) -> bool:
 
 
 def _mean(input: Ref, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Averaging | None:
+    """Read a mean over axes; None for one that changes the dtype."""
     if dtype is not None or isinstance(dim, Ref):
         return None
     axes = None if dim is None or dim == () else tuple(dim) if isinstance(dim, Sequence) else (int(dim),)
@@ -49,7 +50,7 @@ def _mean(input: Ref, dim: Any = None, keepdim: bool = False, *, dtype: Any = No
 
 
 def _axis_names(function: Callable[..., Averaging | None]) -> Callable[..., Averaging | None]:
-    """Return a reader that takes NumPy's names of arguments too (``axis``, ``keepdims``), as torch does."""
+    """Let a function that reads arguments take NumPy's names of these, too (``axis``, ``keepdims``), as torch does."""
 
     def renamed(*args: Any, **kwargs: Any) -> Averaging | None:
         names = {"axis": "dim", "keepdims": "keepdim"}
@@ -59,7 +60,7 @@ def _axis_names(function: Callable[..., Averaging | None]) -> Callable[..., Aver
 
 
 def _window(rank: int) -> Callable[..., Averaging | None]:
-    """Return a reader for ``avg_pool1d``, ``2d`` or ``3d``, given the number of axes."""
+    """Return a function that reads the arguments of ``avg_pool1d``, ``2d`` or ``3d``, given the number of axes."""
 
     def average(
         input: Ref,
@@ -81,7 +82,7 @@ def _window(rank: int) -> Callable[..., Averaging | None]:
 
 
 def _adaptive(rank: int) -> Callable[..., Averaging | None]:
-    """Return a reader for ``adaptive_avg_pool1d``, ``2d`` or ``3d``, given the number of axes."""
+    """Return a function that reads arguments of ``adaptive_avg_pool1d``, ``2d`` or ``3d``, given the number of axes."""
 
     def average(input: Ref, output_size: Any) -> Averaging | None:
         return AdaptiveAverage(_per_axis(output_size, rank))

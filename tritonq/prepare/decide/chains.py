@@ -34,9 +34,9 @@ class Chains:
         self._analysis, self._kept, self._grids = analysis, kept, grids
 
     def row(self, call: Call) -> tuple[Call, ...]:
-        """Return the row that ends with ``call``.
+        """Return the calls that become one operation, the last of which is ``call``, from first to last.
 
-        The calls that become one operation with it, and the call itself, in order.
+        If no other call joins it, that is ``(call,)``.
         """
         found: tuple[Call, ...] = (call,)
         while _function_of_step(found[0]) is not None:
@@ -61,10 +61,7 @@ class Chains:
         return last
 
     def has_fixed_number(self, call: Call) -> bool:
-        """Whether the numbers of a clip or of arithmetic can't differ between calls.
-
-        A forward has them as constants.
-        """
+        """Whether the numbers of a clip or of arithmetic are constants of the forward, the same in every call."""
         if call.kind == "module" or (len(call.args) == 1 and set(call.kwargs) <= {"inplace"}):
             return True
         forward, site = self._analysis.forward(call.owner), self._analysis.site(call)

@@ -1,7 +1,4 @@
-"""Find the constants of a recorded model.
-
-Values that follow from parameters and buffers alone, whatever the input is.
-"""
+"""Find the constants of a recorded model: values that are computed from parameters and buffers alone."""
 
 from __future__ import annotations
 

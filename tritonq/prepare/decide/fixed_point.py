@@ -343,10 +343,7 @@ class _Finder:
                 )
 
     def _other_readers(self, group: Group) -> list[str]:
-        """Return names of what reads a group's values besides its readers.
-
-        "the model's caller" if the model returns one.
-        """
+        """Return names of what reads a group's values besides its readers, such as "relu" or "the model's caller"."""
         known = {call.index for call, _ in group.readers}
         found = []
         for value in sorted(group.values):
@@ -385,9 +382,9 @@ class _Finder:
 
 
 def _operands(call: Call) -> tuple[int, ...]:
-    """Return the values that a call takes as single arguments, in order, repetitions included.
+    """Return the values that a call takes as arguments of their own, in order, repetitions included.
 
-    Else those in its lists.
+    If there are none, as for ``cat``, return all values that it reads.
     """
     given = (*call.args, *call.kwargs.values())
     return tuple(item.value for item in given if isinstance(item, Ref)) or call.inputs

@@ -39,10 +39,7 @@ def float_operations(analysis: Analysis, plan: Plan) -> list[Call]:
 
 
 def _place(call: Call) -> tuple[str, str, int]:
-    """Return a key of the place in a forward that makes a call.
-
-    ``(owner, operation, ordinal)``, the same in every run.
-    """
+    """Return ``(owner, operation, ordinal)`` of a call: a key of its place in a forward, the same in every run."""
     return call.owner, call.name, call.ordinal
 
 

@@ -51,7 +51,7 @@ def prelu_of_call(call: Call, shape: tuple[int, ...] = (), has_fixed_arguments: 
 
 
 def _plain(name: str) -> Callable[..., Function]:
-    """Return a reader for a function without parameters."""
+    """Return a function that reads the arguments of a torch function without parameters, such as sigmoid."""
 
     def read(input: Ref, inplace: bool = False) -> Function:
         return Function(name)

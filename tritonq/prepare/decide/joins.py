@@ -161,7 +161,7 @@ def _sum_with_product(call: Call) -> Reading:
 
 
 def _untaken(why: str) -> Callable[[Call], Reading]:
-    """Return a reader for calls of products that stay in float for the reason ``why``."""
+    """Return a function that reads calls of products which stay in float, for the reason ``why``."""
 
     def read(call: Call) -> Reading:
         first = call.args[0] if call.args and isinstance(call.args[0], tuple) else call.args
@@ -207,6 +207,7 @@ def _concatenation(join: Join, qconfig: QConfig | None) -> nn.Module:
 
 
 def _dim(call: Call) -> int:
+    """Return the axis of a concatenation or stack; 0 for functions such as ``hstack``, whose axis is fixed."""
     if call.name not in ("cat", "stack"):
         return 0  # hstack and the like know theirs
     dim: Any = call.kwargs.get("dim", call.kwargs.get("axis", call.args[1] if len(call.args) > 1 else 0))
@@ -311,7 +312,7 @@ def operands(call: Call, analysis: Analysis) -> tuple[int, ...]:
 
 
 def _reads_refused_constant(call: Call, kind: str, analysis: Analysis) -> bool:
-    """Whether a call is no join only because its kind refuses constants and one of its operands is a constant."""
+    """Whether a call would be a join of this kind if it had no constant operand, which the kind refuses."""
     refused = call.name == kind and KINDS[kind].constants == "refused"
     return refused and not operands(call, analysis) and not analysis.constants.values.isdisjoint(call.inputs)
 
@@ -360,4 +361,5 @@ def _join(call: Call, analysis: Analysis, kept: Container[int]) -> Join:
 
 
 def _short(value: Any) -> str:
+    """Return an argument as a text for messages."""
     return "a tensor" if isinstance(value, Ref) else repr(value)

@@ -172,11 +172,10 @@ def relus_after(calls: Sequence[Call], analysis: Analysis, kept: Container[int])
 
 
 def _norm_after(start: _Start, analysis: Analysis) -> tuple[_Norm | None, str | None]:
-    """Return ``(norm, None)``: the BatchNorm behind a layer's calls; or ``(None, reason)``; or ``(None, None)``.
+    """Return the BatchNorm behind a layer's calls, and the reason why it can't become part of the layer.
 
-    There is none.
-
-    It must be the only reader of each call's result, and must read nothing else.
+    It must be the only reader of each call's result, and must read nothing else. The results are ``(norm, None)``;
+    ``(None, reason)`` if it can't; ``(None, None)`` if no BatchNorm follows.
     """
     name, calls = start.name, start.calls
     followers = [analysis.follower(call) for call in calls]

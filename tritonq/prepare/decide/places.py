@@ -1,7 +1,4 @@
-"""Find where a quantizer of a recorded value can stand.
-
-Behind the module or node that makes it, or where it is read.
-"""
+"""Find where a quantizer of a recorded value can stand: behind what makes the value, or in its readers."""
 
 from __future__ import annotations
 

@@ -148,9 +148,9 @@ def source_of(call: Call, analysis: Analysis, chains: Chains, through_norms: boo
 
 
 def operands_of_unary(place: QuantizerPlace, analysis: Analysis, chains: Chains) -> tuple[int, ...]:
-    """Return the values that the operation of one tensor behind which a quantizer stands reads.
+    """Return the values that the operation of one tensor in front of a quantizer reads.
 
-    Empty if there is none.
+    Empty without such an operation.
     """
     calls, fixed = _calls_at(place, analysis) or ((), False)
     rows = [chains.row(call) for call in calls]

@@ -1,7 +1,4 @@
-"""Make layers in the place of functions.
-
-Their float form, and how their weights are computed from the model's parameters.
-"""
+"""Make layers in the place of functions: the float layer, and the program that computes its weight."""
 
 from __future__ import annotations
 
@@ -64,7 +61,10 @@ def _step(call: Call, model: nn.Module) -> Step:
 
 
 def _slots(item: Any) -> Any:
-    """Return recorded arguments with a ``Slot`` for each ``Ref``."""
+    """Return recorded arguments for a program.
+
+    Each recorded tensor (``Ref``) becomes a ``Slot`` with the same number.
+    """
     if isinstance(item, Ref):
         return Slot(item.value)
     if isinstance(item, tuple):

@@ -77,6 +77,13 @@ def apply_plan(
 
 
 class _PlanWork:
+    """The work of :func:`apply_plan`, with its arguments.
+
+    Attributes:
+        join_names: qualified name of the module that each join became.
+        unary_names: qualified name of the module that each operation of one tensor in a forward became, by its value.
+    """
+
     def __init__(
         self,
         editor: ModelEditor,
@@ -98,6 +105,7 @@ class _PlanWork:
         self._input_names: dict[Path, list[str]] = {}
 
     def do(self) -> None:
+        """Carry out the whole plan."""
         self._erase_relus()
         for join in self._plan.joins:
             self._add_join(join)
@@ -113,10 +121,7 @@ class _PlanWork:
         note_batch_norms(self._editor.model, norms)
 
     def _erase_relus(self) -> None:
-        """Remove the ReLUs that became part of a layer or join.
-
-        Modules become ``nn.Identity``, calls leave their forwards.
-        """
+        """Remove the ReLUs that became part of a layer or join: modules become ``nn.Identity``, calls are taken out."""
         for name in self._plan.erased_modules:
             relu, rest = self._editor.modules[name], nn.Identity()
             keep_attributes(relu, rest)
@@ -340,7 +345,7 @@ class _PlanWork:
     def _producer(self, grid: GridSource) -> nn.Module:
         """Return the module whose output lies on a planned grid.
 
-        A layer, join or quantized module, else the quantizer.
+        That is a layer, a join, or a module with an output quantizer; for any other place the quantizer itself.
         """
         if isinstance(grid, (Join, Layer)):
             return self._quantized_module(grid)

@@ -47,6 +47,8 @@ def build_fixed_point(
 
 
 class _Builder:
+    """The work of :func:`build_fixed_point`, with its arguments."""
+
     def __init__(
         self,
         editor: ModelEditor,
@@ -61,6 +63,7 @@ class _Builder:
         self._makers: dict[int, nn.Module] = {}
 
     def build(self) -> None:
+        """Build the whole network."""
         # Forwards are traced while the children are still those that were recorded.
         functions = [*self._links.additions.values(), *self._links.relus]
         functions += [pooling.call for pooling in self._links.poolings.values()]
@@ -143,7 +146,10 @@ class _Builder:
         return None if group is None else self._formats[id(group)]
 
     def _share_steps(self) -> None:
-        """Let the inputs of additions and poolings share the step of their output's format, along whole chains."""
+        """Let formats whose tensors meet in an addition or pooling share one step, also along chains of these.
+
+        A step is ``|α| / levels``, the distance between two codes; the η of such formats then differ by powers of two.
+        """
         leaders: dict[int, ActivationFormat] = {}
 
         def leader(found: ActivationFormat) -> ActivationFormat:

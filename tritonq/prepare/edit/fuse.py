@@ -120,7 +120,7 @@ def fuse_modules_qat(
 def move_hooks(first: nn.Module, last: nn.Module, new: nn.Module) -> None:
     """Move the pre-hooks of ``first`` and the hooks of ``last`` to ``new``.
 
-    Handles that users hold still remove them.
+    Handles that users got when they registered the hooks still remove them.
     """
     for source, registries in ((first, _PRE_HOOKS), (last, _HOOKS)):
         for registry in registries:

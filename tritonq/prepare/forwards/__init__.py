@@ -1,4 +1,4 @@
-"""The forward of one module, in a form that can be edited.
+"""Make the forward of one module editable.
 
-Traced, proven against the record, edited, stored as plain data.
+It is traced into a graph that is proven against the record, edited, and stored as plain data.
 """

@@ -108,6 +108,7 @@ def _attribute(node: ast.expr, module: nn.Module, receiver: str) -> Any:
 
 
 def _holds_floats(value: Any) -> bool:
+    """Whether a value is a float, or a list or tuple that holds one."""
     if isinstance(value, (list, tuple)):
         return any(map(_holds_floats, value))
     return isinstance(value, float)
@@ -157,13 +158,15 @@ def _source_tree(function: FunctionType) -> ast.AST | None:
 
 
 def _has_jumps(code: CodeType) -> bool:
+    """Whether bytecode has a conditional jump."""
     return any("JUMP" in step.opname and "IF" in step.opname for step in dis.get_instructions(code))
 
 
 def _conditions(tree: ast.AST) -> Iterator[ast.AST]:
-    """Yield the syntax nodes that decide what runs.
+    """Yield the syntax nodes that decide which code runs.
 
-    Tests of ``if``, ``while`` and ``assert``, and ``and``, ``try``, ``match``.
+    These are the tests of ``if``, ``while``, ``assert`` and comprehensions, and whole ``and``, ``or``, ``try`` and
+    ``match``.
     """
     for node in ast.walk(tree):
         if isinstance(node, _CONDITIONAL):

@@ -330,6 +330,11 @@ def _by_mode(in_eval: FunctionType, in_train: FunctionType) -> Callable[..., Any
 
 
 def _rebuild(original: type[nn.Module] | tuple[type[nn.Module], type[nn.Module]], encoded: str) -> nn.Module:
-    """Return an empty module for a pickle: of the edited class of ``original``, a class or the two that were joined."""
+    """Return an empty module of an edited class, for a pickle or copy that sets its attributes next.
+
+    Args:
+        original: the class whose forward was edited; or two classes, which are joined by ``joined_class``.
+        encoded: the forward data as JSON.
+    """
     cls = _edited_class(joined_class(*original) if isinstance(original, tuple) else original, encoded)
     return cls.__new__(cls)

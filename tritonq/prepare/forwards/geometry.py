@@ -1,6 +1,6 @@
-"""Arguments of convolutions and ``F.linear`` that a layer fixes.
+"""Compare a function's stride, padding and the like (its *geometry*) with those of the layer that takes its place.
 
-Stride, padding, dilation and the like (its *geometry*).
+The functions are convolutions and ``F.linear`` in forwards.
 """
 
 from __future__ import annotations

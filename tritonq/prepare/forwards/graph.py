@@ -255,9 +255,9 @@ def compile_graph(graph: fx.Graph, name: str) -> FunctionType:
 
 
 def _redirect(node: fx.Node, new: fx.Node, in_place: bool) -> None:
-    """Let the readers of ``node`` read ``new``.
+    """Let the nodes that read ``node`` read ``new`` instead.
 
-    With ``in_place`` also the later readers of the operand that it overwrites.
+    With ``in_place`` the later readers of the first operand of ``node``, which it overwrites, read ``new``, too.
     """
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     if in_place:

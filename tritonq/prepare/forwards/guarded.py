@@ -158,6 +158,7 @@ def _value(module: Any, names: Iterable[str]) -> Any:
 
 
 def _changed(module: nn.Module, path: str, expected: Any, found: Any) -> str:
+    """Return the text that an attribute of the module has another value than when the model was prepared."""
     return (
         f"the forward of {type(module).__name__} reads {path}, which was {expected!r} when the model was prepared and "
         f"is {found!r} now"

@@ -102,6 +102,7 @@ def _parameters(function: Any) -> Sequence[str]:
 
 
 def _shown(arguments: Numbers) -> str:
+    """Return arguments as text for a message, such as ``(a tensor, 0.5, dim=1)``."""
     shown = [f"{value}" if value == _TENSOR else repr(value) for key, value in arguments.items() if key.isdigit()]
     shown += [f"{key}={value!r}" for key, value in arguments.items() if not key.isdigit()]
     return f"({', '.join(shown)})"

@@ -53,7 +53,7 @@ class Recorded:
 
 
 def match_frame(graph: fx.Graph, recorded: Recorded, frame: Frame) -> Mapping[int, Site]:
-    """Return the site of each call that one recorded frame made, by index of the call.
+    """Return for each call that one recorded frame made the node that made it (a :class:`Site`), by index of the call.
 
     The graph is run with recorded values in place of tensors. Each call must agree with the recorded one in its
     operation and its operands.
@@ -87,6 +87,7 @@ class _Follower:
         self._sites: dict[int, Site] = {}
 
     def sites(self) -> Mapping[int, Site]:
+        """Match all nodes; return the site of each recorded call by its index."""
         arguments = bind_frame(inspect.signature(self._owner.forward), self._frame)
         for node in self._graph.nodes:
             if node.op == "placeholder":
@@ -130,6 +131,7 @@ class _Follower:
         return self._matched(node, call)
 
     def _matched(self, node: fx.Node, call: Call) -> Any:
+        """Note that a node made a recorded call; return the recorded result."""
         self._events.pop(0)
         # A trace turns += into +, which leaves the old tensor as it was; whoever reads that afterwards won't match.
         is_copy = getattr(node.target, "__module__", None) == "_operator"
@@ -164,12 +166,14 @@ class _Follower:
         return _NoTensor()
 
     def _output(self, node: fx.Node) -> None:
+        """Check that no recorded call is left over, and that the graph returns the recorded result."""
         if self._events:
             raise TraceError("its trace leaves out calls that it made")
         if self._read(node) != refs_in(self._frame.output):
             raise TraceError("its trace returns other tensors than it did")
 
     def _next_function(self) -> Call | None:
+        """Return the next recorded event if it is the call of a function, else None."""
         if self._events and self._events[0][0] == "call":
             call = self._flow.calls[self._events[0][1]]
             return call if call.kind == "function" else None
@@ -188,6 +192,7 @@ class _Follower:
         return tuple(self._latest(value) for value in refs)
 
     def _resolve(self, argument: Any) -> Any:
+        """Return an argument of a node with recorded values in place of nodes."""
         if isinstance(argument, fx.Node):
             return self._results[argument]
         if isinstance(argument, (tuple, list)):
@@ -203,6 +208,7 @@ class _Follower:
         return value
 
     def _calls_within(self, kind: str, index: int) -> list[Call]:
+        """Return the recorded calls of an event: one call, or all calls of a frame."""
         if kind == "call":
             return [self._flow.calls[index]]
         return [call for event in self._flow.frames[index].events for call in self._calls_within(*event)]

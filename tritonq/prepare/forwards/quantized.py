@@ -35,9 +35,9 @@ class Read:
     def quantized(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of a call of ``module``'s forward with this one quantized.
+        """Return ``(args, kwargs)`` of a call of ``module``'s forward with this argument quantized.
 
-        Unchanged if it was not given.
+        They are returned as they are if the argument was not given.
         """
         quantizer = reduce(getattr, self.child.split("."), module)
 
@@ -91,7 +91,7 @@ def quantizing(inner: Callable[..., Any], reads: Iterable[Read], returns: str | 
 def _quantized(item: Any, quantizer: nn.Module, observes: bool) -> Any:
     """Return an item quantized if it is a floating-point tensor, else as it is.
 
-    With ``observes`` ranges are updated.
+    Without ``observes`` the quantizer's range is not updated.
     """
     if not isinstance(item, Tensor) or not item.is_floating_point():
         return item

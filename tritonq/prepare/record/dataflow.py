@@ -260,6 +260,7 @@ class Dataflow:
         return "\n".join([*lines, f"return {', '.join(returned)}"])
 
     def _name(self, value: int) -> str:
+        """Return ``v3`` for value 3; for a parameter or buffer its name."""
         record = self.values[value]
         return str(record.path[0]) if record.source == "state" else f"v{value}"
 

@@ -24,8 +24,8 @@ _CONTAINERS = (dict, list, set)
 class ModelSnapshot:
     """Remember what every module of a model holds, so that :meth:`restore` can undo any edit.
 
-    Modules, parameters and attributes are remembered by identity; buffers also by value, since a forward may write
-    into them. ``restore`` undoes replaced children, added hooks, changed classes, modes and attributes.
+    Modules, parameters and attributes are remembered by identity; buffers also by value, since a forward may write into
+    them. ``restore`` undoes replaced children, added hooks, changed classes, modes and attributes.
     """
 
     def __init__(self, model: nn.Module) -> None:
