@@ -197,7 +197,7 @@ class ConvTranspose2d(TakesOutputSize, QATConv, nn.ConvTranspose2d):  # type: ig
 
 
 class ConvTransposeReLU2d(ConvTranspose2d):
-    """Quantization-aware ConvTranspose2d and ReLU: arguments of ``nn.ConvTranspose2d``, plus ``qconfig=``; formulas in :class:`QATConv`.
+    """Quantization-aware ConvTranspose2d and ReLU: arguments and formulas as :class:`ConvTranspose2d`.
 
     Examples:
         >>> import torch, tritonq
