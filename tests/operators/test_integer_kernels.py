@@ -17,10 +17,11 @@ from tritonq.deploy.modules import (
     Quantizer,
 )
 from tritonq.functional import integer_kernels
-from tritonq.functional.codes import can_use_codes, give_codes, rounded_codes, take_codes
+from tritonq.functional.codes import can_use_codes, code_range, give_codes, take_codes
 from tritonq.functional.host_grid import host_grid
 from tritonq.grid import Grid
 from tritonq.quantized_type import QuantizedType
+from tritonq.reference.eval_codes import codes_of_steps
 
 UNSIGNED, SIGNED = QuantizedType(0, 255, False), QuantizedType(-128, 127)
 WEIGHT = QuantizedType.of(8, narrow=True, axis=0)
@@ -232,11 +233,11 @@ def test_codes_carried_by_a_tensor_count_while_it_is_unchanged():
 @pytest.mark.parametrize("in_one_pass", [True, False])
 def test_codes_round_as_the_quantizer(rounding, in_one_pass, monkeypatch):
     if not in_one_pass:
-        monkeypatch.setattr("tritonq.functional.codes.has_one_pass_rounding", lambda: False)
+        monkeypatch.setattr("tritonq.reference.eval_codes.has_one_pass_rounding", lambda: False)
     qtype = QuantizedType(-20, 200, False, rounding=rounding)
     fixed = Quantizer(qtype, torch.ones(1), torch.tensor([7], dtype=torch.int32))
     steps = torch.cat([torch.arange(-600, 600) / 2, torch.tensor([1e9, -1e9, 3e38, -3e38])])
-    codes = rounded_codes(steps.clone(), host_grid(fixed.grid()), low=4, high=210)
+    codes = codes_of_steps(steps.clone(), code_range(host_grid(fixed.grid()), low=4, high=210))
     expected = ((fixed(steps) + 7) + 20).clamp(4, 210)
     assert torch.equal(codes.float(), expected)
 

@@ -86,14 +86,16 @@ class TestEveryPeer:
         return goals.render(found).splitlines()[2]
 
     def test_the_fastest_peer_decides(self, monkeypatch):
-        assert "| 1.60x | yes |" in self.rows(monkeypatch)
-        assert "| 0.89x | no |" in self.rows(monkeypatch, AIMET={"speed_up": 0.9})
+        assert "| 1.60x torch.ao v0 | yes |" in self.rows(monkeypatch)
+        assert "| 0.89x AIMET | no |" in self.rows(monkeypatch, AIMET={"speed_up": 0.9})
 
     @pytest.mark.parametrize("status", ["not installed", "error: no such layer", "failed check: output 0"])
-    def test_one_that_was_not_timed_leaves_it_open(self, monkeypatch, status):
-        assert "not measured" in self.rows(monkeypatch, Brevitas={"status": status})
+    def test_one_that_was_not_timed_is_named(self, monkeypatch, status):
+        assert "| 1.60x torch.ao v0 (not timed: Brevitas) | yes |" in self.rows(
+            monkeypatch, Brevitas={"status": status}
+        )
 
-    def test_one_without_a_record_leaves_it_open(self, monkeypatch):
+    def test_without_a_peer_it_is_not_measured(self, monkeypatch):
         monkeypatch.setattr(goals, "TRAINING_PEERS", ("torch.ao v0",))
         monkeypatch.setattr(goals, "GOALS", (self.GOAL,))
         assert "not measured" in goals.render([record("tritonq", speed_up=0.8)])

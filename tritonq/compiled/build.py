@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 _log = logging.getLogger("tritonq")
-_SOURCES = ("conv_bn.cpp", "weight.cpp", "residual.cpp")
+_SOURCES = ("conv_bn.cpp", "eval_codes.cpp", "weight.cpp", "residual.cpp")
 _HEADERS = ("common.h",)
 _COMPILERS = ("c++", "g++", "clang++")
 # Sums may be reordered where the code says so (`omp simd`), and nothing else: no fast math, no contraction.
@@ -151,4 +151,10 @@ _SIGNATURES: dict[str, tuple[Any, str]] = {
     "join_backward": (None, "ppqqp"),
     "codes_of_values": (ctypes.c_int, "pqfffip"),
     "values_of_codes": (None, "pqffp"),
+    "eval_codes_of_sums": (ctypes.c_int, "pqpqifpp"),
+    "eval_codes_of_values": (ctypes.c_int, "pqfiffpp"),
+    "eval_values": (None, "pqffp"),
+    "eval_codes_of_sum": (None, "ppqfffffpp"),
+    "eval_codes_of_product": (None, "pqqqpffffpp"),
+    "eval_look_up": (None, "pqpp"),
 }

@@ -6,16 +6,19 @@ A *join* is an operation of two tensors. Codes are uint8 and counted from 0, the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonq.functional.codes import images_at_once, rounded_codes
+from tritonq.backend import without_kernel
+from tritonq.functional.codes import code_range, images_at_once
 from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.integer_joins import JoinKind
 from tritonq.grid import Grid
+from tritonq.reference.eval_codes import CodeRange
 from tritonq.reference.fake_quant import quantize
 
 
@@ -28,21 +31,21 @@ class CodedJoin:
         a: grid of the first operand.
         b: grid of the second operand.
         output: grid of the result.
-        starts: for both operands and the result, the code from which a runtime counts. It is 0, except that of zero
-            behind a ReLU whose type has a fixed zero point.
+        starts: for each operand, the code from which a runtime counts. It is 0, except that of zero behind a ReLU whose
+            type has a fixed zero point.
         ratios: each operand's scale over the output's, float32; one number for a product.
         fixed: the constant term of the sum, float32, 0-d; see `integer_joins.integer_add`.
-        limits: smallest and largest code of the result.
+        result: how the sum becomes codes; its ``zero`` is the code from which a runtime counts the result.
     """
 
     kind: JoinKind
     a: HostGrid
     b: HostGrid
     output: HostGrid
-    starts: tuple[int, int, int]
+    starts: tuple[int, int]
     ratios: tuple[float, ...]
     fixed: Tensor
-    limits: tuple[int, int]
+    result: CodeRange
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the codes of the result, uint8.
@@ -59,18 +62,14 @@ class CodedJoin:
         return self._run(a, b)
 
     def _run(self, a: Tensor, b: Tensor) -> Tensor:
-        start_a, start_b, start = self.starts
+        computed: Any = without_kernel("eval_codes", a)
+        result: Tensor
         if self.kind == "mul":
-            whole, other = _floats(a, self.a.zero), _floats(b, self.b.zero)
-            if whole.numel() < other.numel():
-                whole, other = other, whole
-            total = whole.mul_(other).mul_(self.ratios[0]).add_(self.fixed)
+            zeros = self.a.zero, self.b.zero
+            result = computed.codes_of_product(a, b, zeros, self.ratios[0], self.fixed, self.result)
         else:
-            total = _floats(b, start_b)
-            total = torch.add(self.fixed, total, alpha=self.ratios[1], out=total)
-            total = torch.add(total, _floats(a, start_a), alpha=self.ratios[0], out=total)
-        counted = HostGrid(self.output.scale, start, self.output.largest, self.output.half_even)
-        return rounded_codes(total, counted, *self.limits)
+            result = computed.codes_of_sum(a, b, self.starts, self.ratios, self.fixed, self.result)
+        return result
 
 
 def coded_join(
@@ -109,12 +108,8 @@ def coded_join(
     low, high = 0, output.largest
     if ceiling is not None:
         low, high = output.zero, int(quantize(torch.tensor([ceiling]), grids[2])) - grids[2].qtype.quant_min
-    return CodedJoin(kind, a, b, output, (starts[0], starts[1], starts[2]), ratios, fixed, (low, high))
-
-
-def _floats(codes: Tensor, zero: int) -> Tensor:
-    values = codes.to(torch.float32)
-    return values.sub_(zero) if zero else values
+    result = replace(code_range(output, low, high), zero=starts[2])
+    return CodedJoin(kind, a, b, output, (starts[0], starts[1]), ratios, fixed, result)
 
 
 @cache

@@ -19,20 +19,17 @@ what such a call returns are ordinary tensors again.
 from __future__ import annotations
 
 import threading
-import warnings
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from tritonq.arithmetic import round_half_away
-from tritonq.backend import select
+from tritonq.backend import select, without_kernel
 from tritonq.functional.coded_tensor import CodedTensor, coded_like, memory_format_of
 from tritonq.functional.host_grid import HostGrid
+from tritonq.reference.eval_codes import CodeRange
 
-_MAX_CODES = 256
 _MARK = "_tritonq_codes"
 # More float32 values than the first, on their way to codes, are computed a few images at a time, up to the second:
 # 4 MB, and 2 MB, which stay in the cache of a core and in memory that the process keeps.
@@ -139,10 +136,7 @@ def give_codes(codes: Tensor, grid: HostGrid, like: Tensor) -> Tensor:
     if _calls.depth:
         return coded_like(codes, like, grid)
     form = memory_format_of(like) if codes.dim() == like.dim() else torch.contiguous_format
-    values = codes.to(torch.float32, memory_format=form)
-    if grid.zero:
-        values.sub_(grid.zero)
-    values.mul_(grid.scale)
+    values: Tensor = without_kernel("eval_codes", codes).values_of_codes(codes, grid.scale, grid.zero, form)
     if not values.is_inference():
         setattr(values, _MARK, (grid, values._version, codes))
     return values
@@ -159,11 +153,10 @@ def quantize_to_codes(x: Tensor, grid: HostGrid) -> Tensor | None:
         if x.codes is not None and x.grid == grid:
             return x
         x = x.to_float()
-    if not x.numel() or bool(torch.aminmax(x)[0].isnan()):
-        return None
-    scale = torch.tensor(grid.scale)
-    steps = x.mul(scale.reciprocal()) if grid.half_even else x.div(scale)
-    return give_codes(rounded_codes(steps, grid), grid, x)
+    codes = (
+        without_kernel("eval_codes", x).codes_of_values(x, grid.scale, code_range(grid), None) if x.numel() else None
+    )
+    return None if codes is None else give_codes(codes, grid, x)
 
 
 def images_at_once(values: int, images: int) -> int:
@@ -176,60 +169,27 @@ def images_at_once(values: int, images: int) -> int:
     return images if values * images <= _MAX_VALUES_AT_ONCE else min(images, max(1, _VALUES_AT_ONCE // values))
 
 
-def rounded_codes(steps: Tensor, grid: HostGrid, low: int = 0, high: int | None = None) -> Tensor:
-    """Return ``clip(round(steps) + zero, low, high)`` as uint8 codes, counted from 0; overwrites ``steps``.
+def code_range(grid: HostGrid, low: int = 0, high: int | None = None) -> CodeRange:
+    """Return how steps of a grid's scale become its codes.
 
     Args:
-        steps: float32 ``value / scale``, finite.
-        grid: the grid, which says how ties are rounded.
-        low: smallest code of the result.
-        high: largest code; None: the grid's.
+        grid: the grid.
+        low: smallest code of the result, counted from 0.
+        high: largest one; None: the grid's.
     """
-    high = grid.largest if high is None else min(high, grid.largest)
-    if grid.half_even and has_one_pass_rounding():
-        # torch adds the zero point before it rounds, which moves ties.
-        codes = _round_in_one_pass(steps.round_() if grid.zero else steps, grid.zero)
-        # Now clipped to 0 and 255.
-        if low > 0:
-            codes.clamp_(min=low)
-        return codes if high >= _MAX_CODES - 1 else codes.clamp_(max=high)
-    rounded = steps.round_() if grid.half_even else round_half_away(steps)
-    return rounded.add_(grid.zero).clamp_(low, high).to(torch.uint8)
+    return CodeRange(grid.zero, low, grid.largest if high is None else min(high, grid.largest), grid.half_even)
 
 
-@cache
-def has_one_pass_rounding() -> bool:
-    """Whether this torch rounds float32 to uint8 in one pass, ties to even; tried once.
-
-    Tried are ties without a zero point and whole numbers with one, in lengths that fill vector registers and that
-    don't.
-    """
-    halves = torch.arange(-300, 600, dtype=torch.float32).div_(2)
-    cases = [(halves.round() if zero else halves, zero) for zero in (0, 3, 128)]
-    cases += [(steps[:773], zero) for steps, zero in cases]
-    with warnings.catch_warnings():
-        # torch 2.13 says, once, that it means to drop its quantized tensors; `rounded_codes` does without them then.
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            return all(
-                torch.equal(_round_in_one_pass(steps, zero), (steps.round() + zero).clamp_(0, 255).to(torch.uint8))
-                for steps, zero in cases
-            )
-        except (AttributeError, RuntimeError):  # a torch without it, or without its x86 kernels
-            return False
-
-
-def _round_in_one_pass(steps: Tensor, zero: int) -> Tensor:
-    quantized = torch.quantize_per_tensor(steps, 1.0, zero, torch.quint8)
-    # Its bytes as an ordinary tensor: int_repr would copy them.
-    codes = torch.empty(0, dtype=torch.uint8)
-    return codes.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
+def rounded_codes(steps: Tensor, grid: HostGrid) -> Tensor:
+    """Return the codes of values in steps of the grid's scale, float32 and finite; overwrites ``steps``."""
+    codes: Tensor = without_kernel("eval_codes", steps).codes_of_steps(steps, code_range(grid))
+    return codes
 
 
 def _encode(x: Tensor, grid: HostGrid) -> Tensor | None:
-    steps = (x / grid.scale).round_().add_(grid.zero)
-    if not steps.numel():
-        return steps.to(torch.uint8)
-    least, most = torch.aminmax(steps)
-    # False for NaN as well.
-    return steps.to(torch.uint8) if float(least) >= 0 and float(most) <= grid.largest else None
+    if not x.numel():
+        return x.to(torch.uint8)
+    codes: Tensor | None = without_kernel("eval_codes", x).codes_of_values(
+        x, grid.scale, code_range(grid), grid.largest
+    )
+    return codes

@@ -1,13 +1,14 @@
 """Layers in integers by the 8-bit kernels that torch has for x86 CPUs (oneDNN): the codes of `integer`, in less time.
 
-oneDNN multiplies uint8 input codes by int8 weight codes and adds in int32. With scale 1 its float32 result is
-``float32(Σ + bias)``, to which the formula of `integer` is applied. Rounding to the output's codes follows in
-`codes.rounded_codes`: oneDNN's own requantization rounds after the scale and again after the bias, which moves codes
-near ties.
+oneDNN multiplies uint8 input codes by int8 weight codes and adds in int32. Its float32 result with scale 1 is
+``float32(Σ + bias)``, from which the formula of `integer` goes on. Rounding to the output's codes follows in
+`tritonq.reference.eval_codes`: oneDNN's own requantization rounds after the scale and again after the bias, which moves
+codes near ties.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritonq.backend import without_kernel
 from tritonq.functional.coded_tensor import memory_format_of
-from tritonq.functional.codes import give_codes, images_at_once, rounded_codes, take_codes
+from tritonq.functional.codes import code_range, give_codes, images_at_once, take_codes
 from tritonq.functional.host_grid import HostGrid, host_grid
 from tritonq.functional.integer import FLOAT32_EXACT, IntegerAffine
 from tritonq.functional.linear_map import Convolution, LinearMap, MatrixProduct, PaddedConvolution
 from tritonq.grid import Grid
+from tritonq.reference.eval_codes import CodeRange, Factors, is_within, multiply_, repeated
 from tritonq.reference.fake_quant import quantize
 
 # ``(input codes, bias or None, whether a ReLU follows) -> float32 sums``.
@@ -33,8 +36,6 @@ _LARGEST_INPUT_CODE = 255
 _MAX_SUM = 2**31
 # For how many sizes of inputs a layer keeps its weight in order.
 _MAX_SIZES = 8
-# Sums in one row of a multiplication; torch's loop starts anew with every row.
-_ROW = 2048
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -49,12 +50,13 @@ class PackedLayer:
         parts: kernels of parts of the weight, whose results add up to that of ``sums`` and are exact in float32. Empty
             if the result of ``sums`` is exact itself.
         exact_bias: int32 (out,), added to the results of ``parts``; or None.
-        steps: float32, broadcasts against the sums; ``sums · steps`` are steps of the output's scale, or values if
-            there is no output grid.
+        reach: bound that the size of every result of ``sums`` stays below if float32 rounded none of them; None:
+            float32 never rounds them.
+        factors: one per channel; ``sums · factors`` are steps of the output's scale, or values if there is no output
+            grid.
         output: grid of the result; None: the result is float values.
         rectifies: whether a ReLU stands between the layer and ``output``.
-        largest_code: largest code of the result, if a ReLU has an upper bound; None: that of ``output``.
-        rows_of_steps: ``steps`` repeated n times, by n; a cache.
+        result: how steps become codes; None if there is no output grid.
         sums_per_image: number of sums per image, by the input's shape without its first axis; a cache.
     """
 
@@ -63,11 +65,11 @@ class PackedLayer:
     bias: Tensor | None
     parts: tuple[_Sums, ...]
     exact_bias: Tensor | None
-    steps: Tensor
+    reach: float | None
+    factors: Factors
     output: HostGrid | None
     rectifies: bool
-    largest_code: int | None
-    rows_of_steps: dict[int, Tensor] = field(default_factory=dict)
+    result: CodeRange | None
     sums_per_image: dict[torch.Size, int] = field(default_factory=dict)
 
     def __call__(self, codes: Tensor) -> Tensor:
@@ -88,51 +90,27 @@ class PackedLayer:
 
     def _run(self, codes: Tensor) -> Tensor:
         total = self.sums(codes, self.bias, self.rectifies and not self.parts)
-        if total.dim() > self.steps.dim():  # else there is no axis of images
+        if total.dim() > self.factors.by_channel.dim():  # else there is no axis of images
             if len(self.sums_per_image) == _MAX_SIZES:
                 self.sums_per_image.clear()
             self.sums_per_image[codes.shape[1:]] = total.numel() // len(codes)
-        if self.parts and not self._is_exact(total):
-            total = self._exact_sums(codes)
-        self._multiply(total)
-        if self.output is None:
-            return total
-        low = self.output.zero if self.rectifies and self.parts else 0
-        return rounded_codes(total, self.output, low, self.largest_code)
-
-    def _multiply(self, total: Tensor) -> None:
-        """Multiply ``total`` by ``steps`` in place, several pixels per row of the multiplication."""
-        channels, pixels = self.steps.numel(), total.numel() // self.steps.numel()
-        # The largest power of two that divides the pixels and makes no row too long.
-        repeats = min(pixels & -pixels, 1 << (_ROW // channels).bit_length() - 1) if channels <= _ROW else 1
-        if repeats <= 1 or total.stride(-self.steps.dim()) != 1 or not _is_dense(total):
-            total.mul_(self.steps)
-            return
-        if repeats not in self.rows_of_steps:
-            self.rows_of_steps[repeats] = self.steps.flatten().repeat(repeats)
-        width = repeats * channels
-        total.as_strided((pixels // repeats, width), (width, 1)).mul_(self.rows_of_steps[repeats])
-
-    def _is_exact(self, total: Tensor) -> bool:
-        """Whether float32 rounded no sum: all are below 2^24 by the largest bias."""
-        if self.bias is None and self.exact_bias is not None:
-            return False
-        reach = FLOAT32_EXACT - 1 - (0.0 if self.bias is None else float(self.bias.abs().max()))
-        # In the order in which they lie: torch would copy any other.
-        least, most = torch.aminmax(total.as_strided((total.numel(),), (1,)) if _is_dense(total) else total)
-        return -reach < float(least) and float(most) < reach
+        if self.result is None:
+            if self.reach is not None and not is_within(total, self.reach):
+                total = self._exact_sums(codes)
+            return multiply_(total, self.factors)
+        computed: Any = without_kernel("eval_codes", total)
+        result: Tensor | None = computed.codes_of_sums(total, self.factors, self.result, self.reach)
+        if result is None:
+            result = computed.codes_of_sums(self._exact_sums(codes), self.factors, self.result, None)
+        return cast(Tensor, result)
 
     def _exact_sums(self, codes: Tensor) -> Tensor:
         total = self.parts[0](codes, None, False).double()
         for part in self.parts[1:]:
             total += part(codes, None, False)
         if self.exact_bias is not None:
-            total += self.exact_bias.view(self.steps.shape)
+            total += self.exact_bias.view(self.factors.by_channel.shape)
         return total.float()
-
-
-def _is_dense(total: Tensor) -> bool:
-    return total.is_contiguous(memory_format=_FORMATS.get(total.dim(), torch.contiguous_format))
 
 
 def run_packed(x: Tensor, layer: PackedLayer) -> Tensor | None:
@@ -193,20 +171,22 @@ def pack(
             bias, zero = (0 if bias is None else bias) - zero * sums, 0
     fits = bias is None or int(bias.abs().max()) <= FLOAT32_EXACT
     exact = exact and fits
-    largest = None
+    largest, rectifies, parts = None, False, () if exact else _parts(codes, layer, lambda part: make(part, zero))
     if output is not None and ceiling is not None:
-        zero_code = output.qtype.quant_min
-        largest = int(quantize(torch.tensor([ceiling]), output)) - zero_code
+        largest, rectifies = int(quantize(torch.tensor([ceiling]), output)) - output.qtype.quant_min, True
+    # Kernels of a part have no ReLU.
+    result = None if target is None else code_range(target, target.zero if rectifies and parts else 0, largest)
     return PackedLayer(
         source=on_host,
         sums=make(codes, zero),
         bias=None if bias is None or not fits else bias.float(),
-        parts=() if exact else _parts(codes, layer, lambda part: make(part, zero)),
+        parts=parts,
         exact_bias=bias,
-        steps=steps.view(-1, *[1] * (-1 - op.output_axis)),
+        reach=None if exact else _reach(bias),
+        factors=repeated(steps.view(-1, *[1] * (-1 - op.output_axis))),
         output=target,
-        rectifies=output is not None and ceiling is not None,
-        largest_code=largest,
+        rectifies=rectifies,
+        result=result,
     )
 
 
@@ -233,6 +213,13 @@ def _parts(codes: Tensor, layer: IntegerAffine, make: Callable[[Tensor], _Sums])
         made.append(make(part.view(codes.shape)))
         start += piece.shape[1]
     return tuple(made)
+
+
+def _reach(bias: Tensor | None) -> float:
+    """Return the bound that no sum reaches if the sums without the bias, int32 or None, stay below 2^24."""
+    largest = 0 if bias is None else int(bias.abs().max())
+    # A larger bias is not the kernel's, so that its sums always lack it.
+    return -math.inf if largest > FLOAT32_EXACT else FLOAT32_EXACT - 1 - largest
 
 
 def _pads(op: LinearMap) -> bool:

@@ -1,0 +1,256 @@
+"""Codes of evaluation and conversion, uint8 and counted from 0: made of sums, of values and of other codes.
+
+Unlike the operators of training these have no Triton kernel: on a GPU layers in eval mode compute on values.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tritonq.arithmetic import round_half_away
+
+_MAX_CODES = 256
+# Sums in one row of a multiplication; torch's loop starts anew with every row.
+_ROW = 2048
+
+
+@dataclass(frozen=True)
+class CodeRange:
+    """How steps become codes: ``code = clip(round(step) + zero, low, high)``.
+
+    Attributes:
+        zero: the code of step 0.
+        low: smallest code of a result.
+        high: largest code of a result, up to 255.
+        half_even: whether ties go to the even step; else away from 0.
+    """
+
+    zero: int
+    low: int
+    high: int
+    half_even: bool
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One float32 factor for each channel of a layer's sums.
+
+    Attributes:
+        by_channel: shaped to broadcast against the sums.
+        row: the same factors, repeated as often as rows of sums are to be long; see :func:`repeated`.
+    """
+
+    by_channel: Tensor
+    row: Tensor
+
+
+def repeated(by_channel: Tensor) -> Factors:
+    """Return factors with their row: a whole number of times the channels, the largest below 2048 that is a power of 2.
+
+    Args:
+        by_channel: float32, shaped to broadcast against the sums; one element or one per channel.
+    """
+    channels = by_channel.numel()
+    repeats = 1 << (_ROW // channels).bit_length() - 1 if 0 < channels <= _ROW else 1
+    return Factors(by_channel, by_channel.flatten().repeat(repeats))
+
+
+def codes_of_steps(steps: Tensor, to: CodeRange) -> Tensor:
+    """Return the codes of values that were divided by their scale; overwrites ``steps``.
+
+    Args:
+        steps: float32 ``value / scale``, finite.
+        to: how steps become codes.
+
+    Returns:
+        uint8, in the order of ``steps``.
+    """
+    if to.half_even and has_one_pass_rounding():
+        # torch adds the zero point before it rounds, which moves ties.
+        codes = _round_in_one_pass(steps.round_() if to.zero else steps, to.zero)
+        # Now clipped to 0 and 255.
+        if to.low > 0:
+            codes.clamp_(min=to.low)
+        return codes if to.high >= _MAX_CODES - 1 else codes.clamp_(max=to.high)
+    rounded = steps.round_() if to.half_even else round_half_away(steps)
+    return rounded.add_(to.zero).clamp_(to.low, to.high).to(torch.uint8)
+
+
+def codes_of_sums(sums: Tensor, factors: Factors, to: CodeRange, reach: float | None) -> Tensor | None:
+    """Return the codes of ``sums * factors``; None where ``reach`` says that float32 may have rounded a sum.
+
+    Args:
+        sums: float32 whole numbers, channels on the axis where ``factors.by_channel`` has them; overwritten.
+        factors: steps of the result's scale that each channel's sums are counted in.
+        to: how steps become codes.
+        reach: what the size of every sum is to stay below; None: sums are known to be exact.
+
+    Returns:
+        uint8, in the order of ``sums``.
+    """
+    if reach is not None and not is_within(sums, reach):
+        return None
+    return codes_of_steps(multiply_(sums, factors), to)
+
+
+def is_within(sums: Tensor, reach: float) -> bool:
+    """Whether the size of every sum stays below ``reach``."""
+    # In the order in which they lie: torch would copy any other.
+    least, most = torch.aminmax(sums.as_strided((sums.numel(),), (1,)) if _is_dense(sums) else sums)
+    return -reach < float(least) and float(most) < reach
+
+
+def multiply_(sums: Tensor, factors: Factors) -> Tensor:
+    """Multiply ``sums`` by each channel's factor in place, several pixels in a row; return ``sums``."""
+    by_channel, channels = factors.by_channel, factors.by_channel.numel()
+    pixels = sums.numel() // channels
+    # The largest power of two that divides the pixels and makes no row too long.
+    repeats = min(pixels & -pixels, factors.row.numel() // channels)
+    if repeats <= 1 or sums.stride(-by_channel.dim()) != 1 or not _is_dense(sums):
+        return sums.mul_(by_channel)
+    width = repeats * channels
+    sums.as_strided((pixels // repeats, width), (width, 1)).mul_(factors.row[:width])
+    return sums
+
+
+def codes_of_values(x: Tensor, scale: float, to: CodeRange, largest: int | None) -> Tensor | None:
+    """Return the codes of values; None where one is NaN or, with ``largest``, lies beyond codes 0 to ``largest``.
+
+    Args:
+        x: float32, not empty.
+        scale: what values are counted in. Ties to even multiply by its reciprocal, as `fake_quantize` does, others
+            divide by it; with ``largest`` all divide.
+        to: how steps become codes; with ``largest`` nothing is clipped.
+        largest: see above; None: values beyond the ends are clipped.
+    """
+    if largest is None:
+        if bool(torch.aminmax(x)[0].isnan()):
+            return None
+        step = torch.tensor(scale)
+        return codes_of_steps(x.mul(step.reciprocal()) if to.half_even else x.div(step), to)
+    steps = (x / scale).round_().add_(to.zero)
+    least, most = torch.aminmax(steps)
+    # False for NaN as well.
+    return steps.to(torch.uint8) if float(least) >= 0 and float(most) <= largest else None
+
+
+def values_of_codes(codes: Tensor, scale: float, zero: int, form: torch.memory_format) -> Tensor:
+    """Return ``(code - zero) * scale`` as float32.
+
+    Args:
+        codes: uint8, in any order.
+        scale: the float32 scale.
+        zero: the code of the value 0.
+        form: memory format of the result.
+    """
+    values = codes.to(torch.float32, memory_format=form)
+    if zero:
+        values.sub_(zero)
+    return values.mul_(scale)
+
+
+def codes_of_sum(
+    a: Tensor, b: Tensor, starts: tuple[int, int], ratios: tuple[float, float], fixed: Tensor, to: CodeRange
+) -> Tensor:
+    """Return ``round(fma(a - start_a, ratio_a, fma(b - start_b, ratio_b, fixed))) + zero``, clipped.
+
+    Args:
+        a: uint8 codes.
+        b: uint8 codes of the same shape.
+        starts: what each operand's codes are counted from.
+        ratios: each operand's scale over that of the result.
+        fixed: float32, 0-d.
+        to: how steps become codes.
+
+    Returns:
+        uint8.
+
+    Source: QLinearAdd of ONNX Runtime; `tritonq.functional.integer_joins.integer_add`.
+    """
+    total = _counted_from(b, starts[1])
+    total = torch.add(fixed, total, alpha=ratios[1], out=total)
+    total = torch.add(total, _counted_from(a, starts[0]), alpha=ratios[0], out=total)
+    return codes_of_steps(total, to)
+
+
+def codes_of_product(
+    a: Tensor, b: Tensor, zeros: tuple[int, int], ratio: float, fixed: Tensor, to: CodeRange
+) -> Tensor:
+    """Return ``round((a - zero_a) * (b - zero_b) * ratio + fixed) + zero``, clipped.
+
+    Args:
+        a: uint8 codes.
+        b: uint8 codes; one of both may broadcast to the shape of the other.
+        zeros: the code of the value 0 of each operand.
+        ratio: the product of both scales over that of the result.
+        fixed: float32, 0-d.
+        to: how steps become codes.
+
+    Returns:
+        uint8.
+
+    Source: QLinearMul of ONNX Runtime; `tritonq.functional.integer_joins.integer_multiply`.
+    """
+    whole, other = _counted_from(a, zeros[0]), _counted_from(b, zeros[1])
+    if whole.numel() < other.numel():
+        whole, other = other, whole
+    return codes_of_steps(whole.mul_(other).mul_(ratio).add_(fixed), to)
+
+
+def look_up_codes(codes: Tensor, table: Tensor) -> Tensor:
+    """Return ``table[code]`` for each code.
+
+    Args:
+        codes: uint8, dense.
+        table: uint8, one entry per code.
+
+    Returns:
+        uint8, in the order of ``codes``.
+    """
+    # One axis in the order of memory: torch looks up along one axis five times as fast.
+    flat = codes.as_strided((codes.numel(),), (1,), codes.storage_offset())
+    return table.index_select(0, flat.int()).as_strided(codes.shape, codes.stride())
+
+
+@cache
+def has_one_pass_rounding() -> bool:
+    """Whether torch rounds float32 to uint8 in one pass, ties to even.
+
+    Tried once on ties without a zero point and on whole numbers with one, in lengths that fill vectors and that don't.
+    """
+    halves = torch.arange(-300, 600, dtype=torch.float32).div_(2)
+    cases = [(halves.round() if zero else halves, zero) for zero in (0, 3, 128)]
+    cases += [(steps[:773], zero) for steps, zero in cases]
+    with warnings.catch_warnings():
+        # torch 2.13 says, once, that it means to drop its quantized tensors; `codes_of_steps` does without them then.
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            return all(
+                torch.equal(_round_in_one_pass(steps, zero), (steps.round() + zero).clamp_(0, 255).to(torch.uint8))
+                for steps, zero in cases
+            )
+        except (AttributeError, RuntimeError):  # a torch without it, or without its x86 kernels
+            return False
+
+
+def _round_in_one_pass(steps: Tensor, zero: int) -> Tensor:
+    quantized = torch.quantize_per_tensor(steps, 1.0, zero, torch.quint8)
+    # Its bytes as an ordinary tensor: int_repr would copy them.
+    codes = torch.empty(0, dtype=torch.uint8)
+    return codes.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
+
+
+def _counted_from(codes: Tensor, start: int) -> Tensor:
+    values = codes.to(torch.float32)
+    return values.sub_(start) if start else values
+
+
+def _is_dense(sums: Tensor) -> bool:
+    """Whether the sums lie side by side in the order that torch's kernels leave them in."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return sums.is_contiguous(memory_format=formats.get(sums.dim(), torch.contiguous_format))
