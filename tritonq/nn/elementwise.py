@@ -69,11 +69,14 @@ class Joint(WithOutputQuantizer):
         self._pickled_after_relu: tuple[bool, ...] | None = None
 
     def set_producers(self, a: nn.Module | None, b: nn.Module | None) -> None:
-        """Set the producers of the operands a and b (None: unknown), whose grids eval mode computes with."""
+        """Set the modules (producers) that put a and b on their grids, with which eval mode computes; None: unknown."""
         self._producers, self._pickled_after_relu = (Reference(a), Reference(b)), None
 
     def set_operand_producers(self, *producers: nn.Module | None) -> None:
-        """Set the producers of the forward's arguments, one for each, in their order (None: unknown)."""
+        """Set the modules (producers) that put the forward's arguments on their grids, in their order; None.
+
+        Unknown.
+        """
         self.set_producers(*producers)
 
     def set_input_quantizers(self, a: nn.Module | None, b: nn.Module | None) -> None:
@@ -89,7 +92,7 @@ class Joint(WithOutputQuantizer):
 
     @property
     def producers(self) -> tuple[nn.Module | None, ...]:
-        """The producers of the operands; None for one that is not known."""
+        """The modules that put the operands on their grids; None for one that is not known."""
         return tuple(held.module for held in self._producers)
 
     @property

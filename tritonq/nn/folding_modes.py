@@ -37,7 +37,10 @@ _BITS = 8
 
 
 def one_operator(layer: QATBatchNormLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the approximate mode in one operator, with the output's quantizer if the operator can take that over."""
+    """Compute the approximate mode, ``BN(op(x, FQ_w(W s)) / s + b)`` with ``s = γ/σ(running_var)``, in one operator.
+
+    The operator takes the output's quantizer over, too, if it can.
+    """
     layer.check_input(x)
     x, op = layer.linear_map.padded(x)
     output = observed_grid(layer.activation_post_process)

@@ -17,7 +17,7 @@ from tritonq.qconfig import QConfig
 class Linear(QATLayer, nn.Linear):  # type: ignore[misc]
     """``y = FQ_a(relu?(x FQ_w(W)^T + b))``; the constructor is ``nn.Linear``'s, plus ``qconfig=``.
 
-    FQ_w and FQ_a are fake quantization of weight and output; ``relu?`` is a ReLU in :class:`LinearReLU` only.
+    FQ_w and FQ_a are fake quantization of weight and output; ``relu?`` is a ReLU in the classes that are named so.
 
     Raises:
         TypeError: no QConfig given.

@@ -59,7 +59,7 @@ class AddMatMul(Add):
         self.set_producers(None, self.product)
 
     def set_operand_producers(self, *producers: nn.Module | None) -> None:
-        """Set the producers of the summand and of both matrices, in this order (None: unknown); see :class:`Joint`."""
+        """Set the modules that put the summand and both matrices on their grids, in this order; None: unknown."""
         summand, a, b = producers
         self.product.set_producers(a, b)
         self.set_producers(summand, self.product)
@@ -101,9 +101,9 @@ class ScaledDotProductAttention(MatMul):
         self.set_producers(self.softmax_fake_quant, None)
 
     def set_operand_producers(self, *producers: nn.Module | None) -> None:
-        """Set the producers of queries, keys and values, in this order (None: unknown); see :class:`Joint`.
+        """Set the modules that put queries, keys and values on their grids, in this order; None: unknown.
 
-        Eval mode computes the two products in integers by their grids.
+        Eval mode computes the two products in integers by these grids.
         """
         query, key, value = producers
         self.scores.set_producers(query, key)

@@ -95,7 +95,10 @@ def _observed_grid_of(layer: QATBatchNormLayer) -> tuple[Grid, RangeStatistics] 
 
 
 def _folds(layers: Sequence[QATBatchNormLayer]) -> tuple[Tensor, Tensor]:
-    """Return the fold and ``1/σ`` of all layers' channels, one layer after the other; see ``nonzero_fold``."""
+    """Return the factors γ/σ (1/σ where γ is 0) and 1/σ of all layers' channels, one layer after the other.
+
+    ``σ = sqrt(running_var + eps)``; both tensors are float32 (channels of all layers,).
+    """
     if len({layer.bn.eps for layer in layers}) > 1:
         each = [_folds([layer]) for layer in layers]
         return torch.cat([fold for fold, _ in each]), torch.cat([inverse_std for _, inverse_std in each])

@@ -53,7 +53,7 @@ def bounds_of_call(call: Call) -> Clipping | None:
 
 
 def _clamp(input: Ref, min: Any = None, max: Any = None) -> Clipping:
-    """Read a clamp; bounds between which no value lies are refused."""
+    """Read a clamp; raise ValueError if no value lies between its bounds."""
     low, high = -math.inf if min is None else float(min), math.inf if max is None else float(max)
     # Not a clip but a constant, and torch lets NaN pass.
     if not low <= high:

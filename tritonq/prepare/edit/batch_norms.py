@@ -42,7 +42,7 @@ def frozen_batch_norm(norm: FrozenNorm, model: nn.Module) -> FrozenBatchNorm:
 
 
 def _followed_by(step: AffineStep, weight: Tensor, bias: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return ``(factor, summand)`` of ``x · weight + bias`` followed by one more step."""
+    """Return ``(factor, summand)`` of the one affine map that computes ``x · weight + bias`` and then ``step``."""
     if step.operation == "batch_norm" and step.operands is not None:
         return _followed_by_batch_norm(step, step.operands, weight, bias, model)
     operand: Tensor | float = step.number

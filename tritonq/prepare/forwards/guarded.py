@@ -68,9 +68,9 @@ class GuardedGraph(ForwardGraph):
         self._edit_forward(node, lambda forward, place: forward.erase(place))
 
     def _edit_forward(self, node: str, edit: Callable[[AnsweredForward, str], None]) -> None:
-        """Make an edit in the forward itself, at each place of a node.
+        """Call ``edit(forward, place)`` for the forward itself and each place of a node.
 
-        Drop that forward if the node has no known place.
+        If the node has no known place, the forward itself is dropped: it could not be edited as the graph is.
         """
         places = self.places.get(node, ())
         if self._forward is not None:
