@@ -69,14 +69,11 @@ class Joint(WithOutputQuantizer):
         self._pickled_after_relu: tuple[bool, ...] | None = None
 
     def set_producers(self, a: nn.Module | None, b: nn.Module | None) -> None:
-        """Set the modules (producers) that put a and b on their grids, with which eval mode computes; None: unknown."""
+        """Set the modules (producers) that put a and b on their grids, for eval mode; None: unknown."""
         self._producers, self._pickled_after_relu = (Reference(a), Reference(b)), None
 
     def set_operand_producers(self, *producers: nn.Module | None) -> None:
-        """Set the modules (producers) that put the forward's arguments on their grids, in their order; None.
-
-        Unknown.
-        """
+        """Set the modules (producers) that put the forward's arguments on their grids; None: unknown."""
         self.set_producers(*producers)
 
     def set_input_quantizers(self, a: nn.Module | None, b: nn.Module | None) -> None:
